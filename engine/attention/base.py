@@ -1,0 +1,60 @@
+"""The interface every attention backend implements."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from engine.batch import ForwardBatch
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Shape of the paged KV cache. Head counts and ``head_dim`` are the model's own."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_blocks: int
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of keys and values of one block over all layers."""
+        element = torch.empty((), dtype=self.dtype).element_size()
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.block_size * element
+
+
+class AttentionBackend(ABC):
+    """Owns the paged KV cache, in the layout it wants, and attends over it.
+
+    Use: construct once with an ``AttentionSpec`` (allocates the cache), then for every step
+    ``plan(batch)`` once and ``forward(layer, q, k, v)`` for each layer in order.
+    Attention is causal, softmax scale ``head_dim ** -0.5``.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+
+    @abstractmethod
+    def plan(self, batch: ForwardBatch) -> None:
+        """Prepare for a step; the batch's tensors stay unchanged until the next call."""
+
+    @abstractmethod
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Write this step's keys and values, then attend.
+
+        Args:
+            layer: 0-based layer number.
+            q: [T, num_heads, head_dim], rotary already applied.
+            k: [T, num_kv_heads, head_dim], rotary already applied.
+            v: [T, num_kv_heads, head_dim].
+
+        Returns:
+            [T, num_heads, head_dim], dtype of q.
+        """

@@ -1,0 +1,33 @@
+"""What the model runner hands to the model: one step's ragged batch as flat tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """Tokens of all sequences of one step, laid end to end.
+
+    T tokens, B sequences, L rows whose logits are wanted. Sequence b owns the token rows
+    ``query_start_loc[b] : query_start_loc[b + 1]``; they are the *last* of its ``seq_lens[b]``
+    tokens of context, so row i of the sequence sees keys 0 .. seq_len - query_len + i.
+    All tensors are on the model's device.
+    """
+
+    token_ids: torch.Tensor
+    """[T] int32"""
+    positions: torch.Tensor
+    """[T] int32, 0-based position in the sequence"""
+    query_start_loc: torch.Tensor
+    """[B + 1] int32"""
+    seq_lens: torch.Tensor
+    """[B] int32, context length including this step's tokens"""
+    block_tables: torch.Tensor
+    """[B, max_blocks] int32, unused entries 0"""
+    slot_mapping: torch.Tensor
+    """[T] int32, block * block_size + offset where each token's key and value are written"""
+    logits_indices: torch.Tensor
+    """[L] int64, rows of T"""

@@ -1,0 +1,81 @@
+"""Typed options of the engine process. ``server.settings.Settings`` holds one as ``engine``.
+
+Imports no torch: the launcher and the command line read it too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelConfig(_Section):
+    """Which model is served and in what precision."""
+
+    name: str = Field(
+        "smollm2-135m",
+        description="Registry name, path of a .gguf file or safetensors directory, or Hugging Face hub id.",
+    )
+    served_name: str | None = Field(default=None, description="Name shown to clients; default: the model's name.")
+    revision: str | None = Field(default=None, description="Revision of a hub id.")
+    cache_dir: Path = Field(
+        Path.home() / ".cache" / "evospec", description="Where downloads and derived files are kept."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Activations and KV cache; auto: bfloat16 where the device is fast at it."
+    )
+    quantization: Literal["auto", "none"] = Field(
+        "auto",
+        description="auto: GGUF weights are multiplied as stored (4 to 8 bits); none: dequantised at load.",
+    )
+    max_model_len: int | None = Field(
+        None, ge=16, description="Longest prompt + output in tokens; default: the model's own limit, at most 8192."
+    )
+
+
+class CacheConfig(_Section):
+    """The paged KV cache."""
+
+    block_size: Literal[16, 32, 64] = Field(default=16, description="Tokens per KV block.")
+    memory_fraction: float = Field(
+        0.5, gt=0, lt=1, description="Share of the memory free after loading given to KV blocks."
+    )
+    max_bytes: int = Field(2 * 1024**3, gt=0, description="Upper bound on KV memory in bytes.")
+    num_blocks: int | None = Field(
+        default=None, ge=2, description="Exact number of blocks, instead of sizing by memory."
+    )
+    prefix_caching: bool = Field(default=True, description="Share KV blocks of equal prefixes within a tenant.")
+
+
+class SchedulerConfig(_Section):
+    """Continuous batching."""
+
+    max_num_seqs: int = Field(default=256, ge=1, description="Most sequences in one step.")
+    max_batched_tokens: int = Field(default=512, ge=16, description="Most tokens in one step (prefill is cut to fit).")
+    max_waiting: int = Field(default=1024, ge=1, description="Most requests waiting; more are refused with 503.")
+
+
+class RuntimeConfig(_Section):
+    """Devices and threads."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the model runs.")
+    attention_backend: Literal["auto", "torch", "native", "flashinfer"] = Field(
+        "auto", description="auto: flashinfer on CUDA, native on a CPU with AVX-512 bf16, torch otherwise."
+    )
+    threads: int = Field(default=0, ge=0, description="Compute threads; 0: one for each core this process may use.")
+
+
+class EngineConfig(_Section):
+    """Everything the engine process needs to know."""
+
+    address: str = Field(default="ipc:///tmp/evospec-engine.sock", description="ZMQ address the engine binds.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    cache: CacheConfig = Field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)

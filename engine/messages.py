@@ -1,0 +1,161 @@
+"""Messages between the API server and the engine process (ZMQ + MessagePack).
+
+The engine binds one ROUTER socket; every API server connects a DEALER socket.
+Client to engine: ``Hello``, ``EngineRequest``, ``AbortRequests``.
+Engine to client: ``EngineReady``, ``EngineOutputs``.
+
+This module imports neither torch nor zmq, so that the server can use it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """Constrained output: any JSON object, or JSON that satisfies ``schema`` (JSON text)."""
+
+    kind: Literal["json_object", "json_schema"]
+    schema: str | None = None
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How the tokens of one sequence are chosen and when it ends; already validated.
+
+    ``top_k`` 0, ``top_p`` 1, ``min_p`` 0, ``repetition_penalty`` 1 mean "off".
+    ``temperature`` 0 is greedy. ``seed`` is always set: the server draws one if the client did not.
+    ``logprobs`` is the number of alternatives to report beside the chosen token (None: no logprobs).
+    ``prompt_logprobs`` is the same for the prompt's own tokens (``echo`` with ``logprobs``).
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message of a client; answered by ``EngineReady`` once the model is loaded."""
+
+
+class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
+    """One sequence to generate. ``request_id`` is unique per client connection.
+
+    ``tenant`` salts the prefix cache and is the unit of fair admission.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    tenant: str
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
+    """The client no longer wants these; the engine frees their blocks and sends nothing more."""
+
+    request_ids: list[str]
+
+
+ClientMessage = Hello | EngineRequest | AbortRequests
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
+    """The engine's introduction. ``epoch`` differs after every restart of the process."""
+
+    epoch: str
+    model: str
+    max_model_len: int
+    vocab_size: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    dtype: str
+    attention_backend: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probability of one token and, if asked for, of the most likely alternatives.
+
+    Natural logarithm of the target model's own distribution at temperature 1, before penalties.
+    ``top`` holds (token id, logprob), most likely first.
+    """
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What one step added to one sequence.
+
+    ``token_ids`` and ``logprobs`` are already truncated by ``engine.truncation``.
+    ``stop_reason`` is the stop string or stop token id that ended the sequence (None: EOS).
+    ``text_length`` is set when a stop string ended it: how many characters of the whole
+    output text to keep.
+    ``prompt_logprobs`` has one entry per prompt token after the first, in one piece, on the
+    sequence's first output.
+    ``error`` explains ``finish_reason`` "error" in words fit for the client.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    text_length: int | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class StepTimings(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds spent in each part of one engine step, and its size in tokens and sequences."""
+
+    schedule: float
+    forward: float
+    sample: float
+    commit: float
+    num_tokens: int
+    num_sequences: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges now, and counters since the engine started."""
+
+    num_waiting: int
+    num_running: int
+    blocks_used: int
+    blocks_total: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
+    waiting_by_tenant: dict[str, int] = {}
+
+
+class EngineOutputs(msgspec.Struct, frozen=True, tag="outputs", kw_only=True, omit_defaults=True):
+    """All outputs of one step for one client. Sent without outputs as a heartbeat when idle."""
+
+    epoch: str
+    outputs: list[EngineOutput] = []
+    stats: EngineStats | None = None
+    steps: list[StepTimings] = []
+
+
+EngineMessage = EngineReady | EngineOutputs
