@@ -111,7 +111,9 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     output text to keep.
     ``prompt_logprobs`` has one entry per prompt token after the first, in one piece, on the
     sequence's first output.
-    ``error`` explains ``finish_reason`` "error" in words fit for the client.
+    ``error`` explains ``finish_reason`` "error" in words fit for the client; ``error_kind`` says
+    whose fault it is: the request's ("invalid", 400), a full queue ("overloaded", 503, try later)
+    or the engine's own ("internal", 500).
     """
 
     request_id: str
@@ -123,6 +125,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     text_length: int | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    error_kind: Literal["invalid", "overloaded", "internal"] = "internal"
 
 
 class StepTimings(msgspec.Struct, frozen=True, array_like=True):
