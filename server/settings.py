@@ -1,0 +1,175 @@
+"""One tree of options for all processes.
+
+Every option can be given as a flag (``--http.port 9000``), an environment variable
+(``EVOSPEC_HTTP__PORT=9000``) or a line in a TOML file (``--config FILE``), in this order of precedence.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from engine.config import EngineConfig
+
+ENV_PREFIX = "EVOSPEC_"
+SHORTCUTS = {
+    "engine.model.name": "model",
+    "engine.cache.max_bytes": "kv-max-bytes",
+    "http.host": "host",
+    "http.port": "port",
+    "auth.keys_file": "keys-file",
+    "auth.insecure": "insecure",
+}
+
+
+class ConfigurationError(Exception):
+    """The options given cannot work; the message is one line for the operator."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class HttpConfig(_Section):
+    """The API server."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; any but loopback needs API keys.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    max_body_bytes: int = Field(default=4 * 1024**2, gt=0, description="Largest request body in bytes.")
+    drain_timeout: float = Field(
+        default=30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM."
+    )
+    engine_timeout: float = Field(
+        default=10.0, gt=0, description="Seconds without a heartbeat after which the engine counts as dead."
+    )
+
+
+class LogConfig(_Section):
+    """Logs go to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe level shown.")
+    format: Literal["json", "console"] = Field(default="json", description="JSON lines, or text for people.")
+
+
+class RedisConfig(_Section):
+    """Redis or Valkey; holds the rate limits."""
+
+    url: str | None = Field(
+        default=None, description="redis://, rediss:// or unix:// URL; default: an embedded Valkey, in memory only."
+    )
+    timeout: float = Field(default=0.25, gt=0, description="Longest wait for one operation in seconds.")
+    retry_interval: float = Field(
+        default=1.0, gt=0, description="Seconds between attempts while Redis is down; requests do not wait for them."
+    )
+
+
+class AuthConfig(_Section):
+    """API keys. Without any, everyone is the tenant "default", and only loopback addresses are served."""
+
+    keys_file: Path | None = Field(default=None, description="TOML file of tenants and hashes of their keys.")
+    keys: str | None = Field(
+        default=None, description="Further keys as TENANT=HASH, separated by commas (for containers)."
+    )
+    insecure: bool = Field(default=False, description="Serve without keys on an address that is not loopback.")
+
+
+class LimitsConfig(_Section):
+    """Rate limits of a tenant that the keys file gives none of its own."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Requests a minute; default: no limit.")
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Prompt and output tokens a minute; default: no limit."
+    )
+    when_redis_is_down: Literal["open", "closed"] = Field(
+        default="open", description="open: serve without limits; closed: refuse limited tenants with 503."
+    )
+
+
+class _ConfigFileSource(PydanticBaseSettingsSource):
+    """The TOML file that the flags or the environment name as ``config``."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError("this source yields the whole file at once")
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        try:
+            return tomllib.loads(Path(path).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigurationError(f"cannot read the configuration file {path}: {error}") from error
+
+
+class Settings(BaseSettings):
+    """All options of EvoSpec."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        cli_prog_name="evospec",
+        cli_exit_on_error=False,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_shortcuts=SHORTCUTS,
+    )
+
+    config: Path | None = Field(default=None, description="TOML file with any of these options.")
+    http: HttpConfig = Field(default_factory=HttpConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    auth: AuthConfig = Field(default_factory=AuthConfig)
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    redis: RedisConfig = Field(default_factory=RedisConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _ConfigFileSource(settings_cls)
+
+
+def load_settings(arguments: Sequence[str] = ()) -> Settings:
+    """Settings from flags, environment and configuration file.
+
+    Raises ``ConfigurationError`` with one line that names the option at fault.
+    """
+    try:
+        return Settings(_cli_parse_args=list(arguments))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise ConfigurationError(f"unknown option: {option}") from error
+        raise ConfigurationError(f"{option}: {first['msg']} (got {first['input']!r})") from error
+    except SettingsError as error:
+        raise ConfigurationError(" ".join(str(error).split())) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``; names other than ``localhost`` count as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
