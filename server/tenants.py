@@ -1,0 +1,172 @@
+"""API keys and the tenants they belong to.
+
+A key is 256 random bits, and only its SHA-256 is stored. A slow password hash would add nothing: nobody can
+search 2^256 keys, however fast each guess is, and every request would pay for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+import structlog
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from server.errors import ApiError
+from server.settings import AuthConfig, ConfigurationError, LimitsConfig, is_loopback
+
+KEY_PREFIX = "evs-"
+DEFAULT_TENANT = "default"
+_TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_KEY_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class Tenant(BaseModel):
+    """Who a request is for. ``name`` labels metrics and salts caches; None means "no limit"."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+
+class _TenantEntry(BaseModel):
+    """One ``[tenants.NAME]`` table of the keys file; a limit left out is the server's default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keys: list[str] = Field(min_length=1)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+
+    @field_validator("keys")
+    @classmethod
+    def _are_hashes(cls, keys: list[str]) -> list[str]:
+        if not all(_KEY_HASH.fullmatch(key) for key in keys):
+            # The value itself stays out of the message: it may be a key put here by mistake.
+            raise ValueError("each must be the 64 hexadecimal digits that `evospec keys new` prints, not the key")
+        return keys
+
+
+class _KeysFile(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    tenants: dict[str, _TenantEntry]
+
+
+class TenantRegistry:
+    """Finds the tenant of an API key. Without keys everyone is the tenant ``default``."""
+
+    def __init__(self, by_key_hash: Mapping[str, Tenant], default: Tenant) -> None:
+        self._by_key_hash = dict(by_key_hash)
+        self._default = default
+
+    @classmethod
+    def from_settings(cls, auth: AuthConfig, limits: LimitsConfig) -> TenantRegistry:
+        """Keys of the file and of the setting ``auth.keys`` together; raises ``ConfigurationError``."""
+        default = Tenant(
+            name=DEFAULT_TENANT,
+            requests_per_minute=limits.requests_per_minute,
+            tokens_per_minute=limits.tokens_per_minute,
+        )
+        by_key_hash: dict[str, Tenant] = {}
+        entries = _read_keys_file(auth.keys_file) if auth.keys_file else {}
+        for name, entry in entries.items():
+            overrides = entry.model_dump(include={"requests_per_minute", "tokens_per_minute"}, exclude_none=True)
+            tenant = default.model_copy(update={"name": _checked_name(name), **overrides})
+            for key_hash in entry.keys:
+                _add(by_key_hash, key_hash, tenant)
+        known = {tenant.name: tenant for tenant in by_key_hash.values()}
+        for name, key_hash in _parse_pairs(auth.keys or ""):
+            tenant = known.get(name) or default.model_copy(update={"name": _checked_name(name)})
+            _add(by_key_hash, key_hash, tenant)
+        return cls(by_key_hash, default)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether requests must carry a key."""
+        return bool(self._by_key_hash)
+
+    def find(self, key: str | None) -> Tenant | None:
+        """The tenant of ``key``, or None if it is no key of ours.
+
+        Compares with every hash in constant time, so that the time tells nothing about the hashes stored.
+        """
+        if not self.has_keys:
+            return self._default
+        key_hash = hash_key(key or "")
+        found = None
+        for known_hash, tenant in self._by_key_hash.items():
+            if hmac.compare_digest(known_hash, key_hash):
+                found = tenant
+        return found
+
+
+def new_key() -> str:
+    """A fresh API key."""
+    return KEY_PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_key(key: str) -> str:
+    """What the keys file holds instead of the key: SHA-256 in hexadecimal."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check_exposure(host: str, auth: AuthConfig, tenants: TenantRegistry) -> None:
+    """Refuse (``ConfigurationError``) to serve without keys where other machines can reach us."""
+    if tenants.has_keys or auth.insecure or is_loopback(host):
+        return
+    raise ConfigurationError(
+        f"refusing to listen on {host} without API keys: give --keys-file (see `evospec keys new`) or --insecure"
+    )
+
+
+async def authenticate(request: Request) -> Tenant:
+    """FastAPI dependency: the tenant of the ``Authorization: Bearer`` key; raises 401 as ``ApiError``."""
+    registry: TenantRegistry = request.app.state.tenants
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    tenant = registry.find(key.strip() if scheme.lower() == "bearer" else None)
+    if tenant is None:
+        raise ApiError(401, "Missing or unknown API key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
+    structlog.contextvars.bind_contextvars(tenant=tenant.name)
+    return tenant
+
+
+def _read_keys_file(path: Path) -> dict[str, _TenantEntry]:
+    try:
+        return _KeysFile.model_validate(tomllib.loads(path.read_text("utf-8"))).tenants
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"cannot read the keys file {path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigurationError(f"keys file {path}: {where}: {first['msg']}") from error
+
+
+def _parse_pairs(text: str) -> list[tuple[str, str]]:
+    pairs = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, key_hash = item.partition("=")
+        if not _KEY_HASH.fullmatch(key_hash):
+            raise ConfigurationError("auth.keys: expected TENANT=HASH, with the hash that `evospec keys new` prints")
+        pairs.append((name, key_hash))
+    return pairs
+
+
+def _checked_name(name: str) -> str:
+    if not _TENANT_NAME.fullmatch(name):
+        raise ConfigurationError(f"tenant name {name!r}: use 1 to 63 of a-z, 0-9, '_' and '-'")
+    return name
+
+
+def _add(by_key_hash: dict[str, Tenant], key_hash: str, tenant: Tenant) -> None:
+    other = by_key_hash.setdefault(key_hash, tenant)
+    if other.name != tenant.name:
+        raise ConfigurationError(f"tenants {other.name!r} and {tenant.name!r} have the same key")
