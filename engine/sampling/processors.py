@@ -1,0 +1,131 @@
+"""Changes to logits before temperature: min_tokens, grammar, logit_bias, penalties; in that order.
+
+The edits of all rows of a step are gathered first and applied together: a few indexed writes for the
+whole batch, which touch only the tokens concerned.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xgrammar
+
+from engine.messages import SamplingParams
+from engine.sampling.grammar import GrammarMatcher
+from engine.sampling.state import IntArray, SamplingState, TokenCounts
+
+if TYPE_CHECKING:
+    from engine.request import Request
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class _SparseEdits:
+    """Values for (row, token) pairs of many rows."""
+
+    def __init__(self) -> None:
+        self._rows: list[IntArray] = []
+        self._token_ids: list[IntArray] = []
+        self._values: list[FloatArray] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, row: int, token_ids: IntArray, values: FloatArray) -> None:
+        """``token_ids`` are distinct; ``values`` is [len(token_ids)] or [len(token_ids), n]."""
+        self._rows.append(np.full(len(token_ids), row, dtype=np.int64))
+        self._token_ids.append(token_ids)
+        self._values.append(values)
+
+    def tensors(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The index (rows, token ids) and the values."""
+        rows, token_ids, values = (np.concatenate(part) for part in (self._rows, self._token_ids, self._values))
+        index = torch.from_numpy(rows).to(device), torch.from_numpy(token_ids).to(device)
+        return index, torch.from_numpy(values).to(device)
+
+
+class LogitsEdits:
+    """The edits of one step. ``add_sequence`` for each sequence, then ``apply`` once."""
+
+    def __init__(self, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._vocab_size = vocab_size
+        self._bans = _SparseEdits()
+        self._biases = _SparseEdits()
+        self._penalties = _SparseEdits()
+        self._grammar_rows: list[int] = []
+        self._bitmasks: list[torch.Tensor] = []
+
+    def add_sequence(
+        self, start: int, request: Request, draft_token_ids: tuple[int, ...], state: SamplingState
+    ) -> None:
+        """Gather the edits of one sequence's rows, the first of which is row ``start``.
+
+        Rows after a draft that the grammar forbids get none: that draft is not chosen, so they are not used.
+        """
+        if not state.edits_logits:
+            return
+        state.commit(request.output_token_ids)
+        num_output = len(request.output_token_ids)
+        self._add_row(start, request.sampling, num_output, state)
+        taken = 0
+        for draft_token_id in draft_token_ids:
+            if not state.advance(draft_token_id):
+                break
+            taken += 1
+            self._add_row(start + taken, request.sampling, num_output + taken, state)
+        state.rewind(draft_token_ids[:taken])
+
+    def _add_row(self, row: int, params: SamplingParams, num_output: int, state: SamplingState) -> None:
+        only_end = state.matcher is not None and self._add_grammar(row, state.matcher)
+        if num_output < params.min_tokens and not only_end:
+            self._add_bans(row, params)
+        if params.logit_bias:
+            token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
+            self._biases.add(row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32))
+        if state.counts is not None:
+            self._add_penalties(row, params, state.counts)
+
+    def _add_bans(self, row: int, params: SamplingParams) -> None:
+        end_token_ids = self._eos_token_ids.union(params.stop_token_ids)
+        token_ids = np.array([i for i in end_token_ids if i < self._vocab_size], dtype=np.int64)
+        self._bans.add(row, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32))
+
+    def _add_grammar(self, row: int, matcher: GrammarMatcher) -> bool:
+        """Returns whether only end tokens are allowed; then the grammar outranks min_tokens."""
+        bitmask = xgrammar.allocate_token_bitmask(1, self._vocab_size)
+        matcher.fill_bitmask(bitmask)
+        self._grammar_rows.append(row)
+        self._bitmasks.append(bitmask)
+        return matcher.only_end_tokens(bitmask)
+
+    def _add_penalties(self, row: int, params: SamplingParams, counts: TokenCounts) -> None:
+        token_ids, occurrences = counts.arrays()
+        additive = params.presence_penalty * (occurrences > 0) + params.frequency_penalty * occurrences
+        factors = np.full(len(token_ids), params.repetition_penalty)
+        self._penalties.add(row, token_ids, np.stack([factors, additive], axis=1).astype(np.float32))
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Edited copy of ``logits`` [L, V] float32, or ``logits`` itself if there is nothing to do."""
+        if not (self._bans or self._grammar_rows or self._biases or self._penalties):
+            return logits
+        logits = logits.clone()
+        if self._bans:
+            index, values = self._bans.tensors(logits.device)
+            logits[index] = values
+        if self._grammar_rows:
+            bitmask = torch.cat(self._bitmasks).to(logits.device)
+            masked = logits[self._grammar_rows]
+            xgrammar.apply_token_bitmask_inplace(masked, bitmask)
+            logits[self._grammar_rows] = masked
+        if self._biases:
+            index, values = self._biases.tensors(logits.device)
+            logits[index] += values
+        if self._penalties:
+            index, values = self._penalties.tensors(logits.device)
+            scores, factors = logits[index], values[:, 0]
+            logits[index] = torch.where(scores > 0, scores / factors, scores * factors) - values[:, 1]
+        return logits

@@ -1,0 +1,86 @@
+"""What sampling remembers of one request: token counts for penalties, and the place in its grammar.
+
+The state follows the committed tokens (``commit``) and can be moved along a draft and back
+(``advance``, ``rewind``), so that each row of a verification sees the history it would have had alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.messages import SamplingParams
+from engine.sampling.grammar import GrammarMatcher
+
+IntArray = npt.NDArray[np.int64]
+
+
+class TokenCounts:
+    """How often each token occurs in the output, and which tokens the prompt holds.
+
+    Kept as growing arrays of distinct tokens, so that penalties touch those and never the vocabulary.
+    """
+
+    def __init__(self, prompt_token_ids: list[int]) -> None:
+        distinct = list(dict.fromkeys(prompt_token_ids))
+        self._num_prompt = len(distinct)
+        self._slots = {token_id: slot for slot, token_id in enumerate(distinct)}
+        self._token_ids = np.array(distinct, dtype=np.int64)
+        self._counts = np.zeros(len(distinct), dtype=np.int64)
+
+    def add(self, token_id: int, times: int = 1) -> None:
+        """Count ``times`` more occurrences in the output (-1 takes one back)."""
+        slot = self._slots.setdefault(token_id, len(self._slots))
+        if slot == len(self._token_ids):
+            room = np.zeros(max(64, slot), dtype=np.int64)
+            self._token_ids = np.concatenate([self._token_ids, room])
+            self._counts = np.concatenate([self._counts, room])
+        self._token_ids[slot] = token_id
+        self._counts[slot] += times
+
+    def arrays(self) -> tuple[IntArray, IntArray]:
+        """Distinct tokens of prompt and output, and their counts in the output (0: prompt only)."""
+        size = len(self._slots)
+        present = self._counts[:size] > 0
+        present[: self._num_prompt] = True
+        return self._token_ids[:size][present], self._counts[:size][present]
+
+
+def has_penalties(params: SamplingParams) -> bool:
+    """Whether the tokens so far change the logits."""
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+
+
+class SamplingState:
+    """The history of one request as far as its parameters make sampling depend on it."""
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: list[int], matcher: GrammarMatcher | None) -> None:
+        self.matcher = matcher
+        self.counts: TokenCounts | None = None
+        if has_penalties(params):
+            self.counts = TokenCounts(prompt_token_ids if params.repetition_penalty != 1.0 else [])
+        self.edits_logits = bool(matcher or self.counts or params.logit_bias or params.min_tokens)
+        self._num_committed = 0
+
+    def commit(self, output_token_ids: list[int]) -> None:
+        """Follow the output up to its end; it only ever grows, also across a preemption."""
+        for token_id in output_token_ids[self._num_committed :]:
+            if not self.advance(token_id):
+                raise RuntimeError(f"the committed token {token_id} breaks the request's grammar")
+        self._num_committed = len(output_token_ids)
+
+    def advance(self, token_id: int) -> bool:
+        """Add a token to the history; False, and no change, if the grammar forbids it."""
+        if self.matcher is not None and not self.matcher.accept(token_id):
+            return False
+        if self.counts is not None:
+            self.counts.add(token_id)
+        return True
+
+    def rewind(self, token_ids: tuple[int, ...]) -> None:
+        """Take back the latest tokens that ``advance`` added."""
+        if self.matcher is not None and token_ids:
+            self.matcher.rollback(len(token_ids))
+        if self.counts is not None:
+            for token_id in token_ids:
+                self.counts.add(token_id, -1)

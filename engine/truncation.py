@@ -1,0 +1,67 @@
+"""Where a sequence ends. The one routine that decides which sampled tokens are kept, and why it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.messages import FinishReason, SamplingParams
+from engine.text.detokenizer import IncrementalDetokenizer, StopStringFinder, TokenBytes
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How many of the tokens given are kept; the other fields as in ``engine.messages.EngineOutput``."""
+
+    num_kept: int
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    text_length: int | None = None
+
+
+class StopChecker:
+    """Follows one sequence's output and finds the token that ends it.
+
+    In order of precedence at a token: EOS, ``stop_token_ids``, stop strings, length. The first three
+    count only after ``min_tokens`` tokens. The result does not depend on how the tokens are split into steps.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        num_prompt_tokens: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        tokenizer: TokenBytes,
+    ) -> None:
+        self._params = params
+        self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self._stop_token_ids = frozenset(params.stop_token_ids)
+        self._max_output = min(params.max_tokens, max_model_len - num_prompt_tokens)
+        self._detokenizer = IncrementalDetokenizer(tokenizer) if params.stop else None
+        self._finder = StopStringFinder(params.stop)
+        self._num_output = 0
+
+    def push(self, token_ids: Sequence[int]) -> Truncation:
+        """Take newly sampled tokens, in order; those after the ending one are to be dropped."""
+        for index, token_id in enumerate(token_ids):
+            finish_reason, stop_reason, text_length = self._check(token_id)
+            if finish_reason is not None:
+                return Truncation(index + 1, finish_reason, stop_reason, text_length)
+        return Truncation(len(token_ids))
+
+    def _check(self, token_id: int) -> tuple[FinishReason | None, int | str | None, int | None]:
+        """Finish reason, stop reason and text length that this token brings about."""
+        may_stop = self._num_output >= self._params.min_tokens
+        self._num_output += 1
+        if may_stop and token_id in self._eos_token_ids:
+            return "stop", None, None
+        if may_stop and token_id in self._stop_token_ids:
+            return "stop", token_id, None
+        if self._detokenizer is not None:
+            match = self._finder.push(self._detokenizer.push([token_id]))
+            if may_stop and match is not None:
+                return "stop", *match
+        if self._num_output >= self._max_output:
+            return "length", None, None
+        return None, None, None
