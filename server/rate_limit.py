@@ -1,0 +1,135 @@
+"""Rate limits of tenants: a token bucket for requests and one for tokens, in Redis."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from prometheus_client import Counter
+
+from server.errors import ApiError, bad_request
+from server.redis_gate import RedisGate, RedisUnavailable
+from server.tenants import Tenant
+
+RATE_LIMITED = Counter("evospec:rate_limited", "Requests refused with 429.", ["tenant", "limit"])
+
+_NO_LIMIT = 0
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a request was charged at admission. ``tokens`` is 0 if nothing was taken from a bucket."""
+
+    tenant: Tenant
+    tokens: int
+
+
+class RateLimiter:
+    """Admits requests while their tenant's buckets hold enough.
+
+    A bucket holds at most one minute's worth and refills steadily, so a tenant may burst up to its limit.
+
+        charge = await limiter.admit(tenant, prompt_tokens + max_tokens)
+        ...
+        await limiter.settle(charge, tokens_used)
+    """
+
+    # Takes from both buckets, or from neither. Time is Redis's own, so that all servers agree.
+    #
+    # KEYS[1] - hash of the request bucket: level, time of the level in microseconds
+    # KEYS[2] - hash of the token bucket, the same
+    # ARGV[1] - requests a minute (capacity of the request bucket), 0: no limit
+    # ARGV[2] - tokens a minute (capacity of the token bucket), 0: no limit
+    # ARGV[3] - requests to take
+    # ARGV[4] - tokens to take; negative: give back
+    #
+    # return {bucket that lacks (0: none, all taken; 1: requests; 2: tokens), milliseconds until it has enough}
+    LUA_TAKE_SCRIPT = """
+        local time = redis.call('TIME')
+        local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
+        local levels = {}
+        local lacking, wait = 0, 0
+        for i = 1, 2 do
+            local capacity, cost = tonumber(ARGV[i]), tonumber(ARGV[i + 2])
+            if capacity > 0 then
+                local state = redis.call('HMGET', KEYS[i], 'level', 'time')
+                local level = tonumber(state[1]) or capacity
+                local elapsed = math.max(0, now - (tonumber(state[2]) or now))
+                level = math.min(capacity, level + elapsed * capacity / 60000000)
+                levels[i] = math.min(capacity, level - cost)
+                if cost > 0 and levels[i] < 0 then
+                    local needed = math.ceil(-levels[i] * 60000 / capacity)
+                    if needed > wait then
+                        lacking, wait = i, needed
+                    end
+                end
+            end
+        end
+        if lacking > 0 then
+            return {lacking, wait}
+        end
+        for i = 1, 2 do
+            if levels[i] then
+                redis.call('HSET', KEYS[i], 'level', string.format('%.6f', levels[i]),
+                           'time', string.format('%d', now))
+                redis.call('PEXPIRE', KEYS[i], 120000)
+            end
+        end
+        return {0, 0}
+    """
+
+    def __init__(self, gate: RedisGate, when_redis_is_down: Literal["open", "closed"]) -> None:
+        self._gate = gate
+        self._fails_open = when_redis_is_down == "open"
+        self._take_script = gate.redis.register_script(self.LUA_TAKE_SCRIPT)
+
+    async def admit(self, tenant: Tenant, tokens: int) -> Charge:
+        """Take one request and ``tokens`` (prompt and most possible output) from ``tenant``'s buckets.
+
+        Raises ``ApiError``: 429 with the time to wait; 400 if ``tokens`` is more than a full bucket holds;
+        503 if Redis is down and limits fail closed.
+        """
+        if tenant.requests_per_minute is None and tenant.tokens_per_minute is None:
+            return Charge(tenant, 0)
+        if tenant.tokens_per_minute is not None and tokens > tenant.tokens_per_minute:
+            raise bad_request(
+                f"The request may use {tokens} tokens (prompt and max_tokens), "
+                f"more than your limit of {tenant.tokens_per_minute} a minute.",
+                "max_tokens",
+            )
+        try:
+            lacking, wait_ms = await self._take(tenant, requests=1, tokens=tokens)
+        except RedisUnavailable:
+            if self._fails_open:
+                return Charge(tenant, 0)
+            raise ApiError(503, "Rate limits cannot be checked at the moment.", retry_after=1) from None
+        if lacking:
+            raise _refusal(tenant, "requests" if lacking == 1 else "tokens", wait_ms / 1000)
+        return Charge(tenant, tokens)
+
+    async def settle(self, charge: Charge, tokens_used: int) -> None:
+        """Give back what the request was charged beyond ``tokens_used``; never raises."""
+        unused = charge.tokens - tokens_used
+        if unused <= 0:
+            return
+        # An outage is counted and logged by the gate, and the bucket refills by itself.
+        with contextlib.suppress(RedisUnavailable):
+            await self._take(charge.tenant, requests=0, tokens=-unused)
+
+    async def _take(self, tenant: Tenant, requests: int, tokens: int) -> tuple[int, int]:
+        keys = [f"evospec:limit:{{{tenant.name}}}:{bucket}" for bucket in ("requests", "tokens")]
+        arguments = [tenant.requests_per_minute or _NO_LIMIT, tenant.tokens_per_minute or _NO_LIMIT, requests, tokens]
+        lacking, wait_ms = cast(list[Any], await self._gate.run(self._take_script(keys, arguments)))
+        return int(lacking), int(wait_ms)
+
+
+def _refusal(tenant: Tenant, limit: Literal["requests", "tokens"], wait: float) -> ApiError:
+    RATE_LIMITED.labels(tenant.name, limit).inc()
+    per_minute = tenant.requests_per_minute if limit == "requests" else tenant.tokens_per_minute
+    return ApiError(
+        429,
+        f"Rate limit reached: {per_minute} {limit} a minute. Try again in {wait:.1f} s.",
+        code="rate_limit_exceeded",
+        retry_after=wait,
+    )

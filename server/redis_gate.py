@@ -1,0 +1,89 @@
+"""Redis that may be down: short waits, one log line per outage, no request held up by it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+from typing import TypeVar
+
+import structlog
+from prometheus_client import Counter
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from server.settings import RedisConfig
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+REDIS_ERRORS = Counter("evospec:redis_errors", "Operations that Redis failed or did not answer in time.")
+REDIS_SKIPPED = Counter("evospec:redis_skipped", "Operations not tried because Redis is known to be down.")
+
+
+class RedisUnavailable(Exception):
+    """Redis did not answer in time, failed, or is known to be down."""
+
+
+class RedisGate:
+    """The only way to Redis on the request path.
+
+    After a failure the gate is shut for ``retry_interval`` seconds: operations fail at once, and then a single
+    one tries again. So an outage costs at most one waiting request per interval, and ``timeout`` seconds each.
+
+        gate = RedisGate("redis://localhost", config)
+        value = await gate.run(gate.redis.get("key"))
+    """
+
+    def __init__(self, url: str, config: RedisConfig) -> None:
+        self.redis: Redis = Redis.from_url(
+            url,
+            socket_timeout=config.timeout,
+            socket_connect_timeout=config.timeout,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._timeout = config.timeout
+        self._retry_interval = config.retry_interval
+        self._is_down = False
+        self._retry_at = 0.0
+
+    async def run(self, operation: Awaitable[T]) -> T:
+        """The result of ``operation``, or ``RedisUnavailable`` after at most ``timeout`` seconds."""
+        if self._is_down and time.monotonic() < self._retry_at:
+            _discard(operation)
+            REDIS_SKIPPED.inc()
+            raise RedisUnavailable
+        # During an outage a single operation tries; others must not wait for the same time-out.
+        self._retry_at = time.monotonic() + self._timeout
+        try:
+            async with asyncio.timeout(self._timeout):
+                result = await operation
+        except (RedisError, OSError, TimeoutError) as error:
+            self._note_failure(error)
+            raise RedisUnavailable from error
+        self._note_success()
+        return result
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.redis.aclose()
+
+    def _note_failure(self, error: Exception) -> None:
+        REDIS_ERRORS.inc()
+        self._retry_at = time.monotonic() + self._retry_interval
+        if not self._is_down:
+            self._is_down = True
+            log.warning("redis is down", error=str(error) or type(error).__name__)
+
+    def _note_success(self) -> None:
+        if self._is_down:
+            self._is_down = False
+            log.info("redis is back")
+
+
+def _discard(operation: Awaitable[object]) -> None:
+    if asyncio.iscoroutine(operation):
+        operation.close()
