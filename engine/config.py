@@ -5,6 +5,7 @@ Imports no torch: the launcher and the command line read it too.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -71,10 +72,19 @@ class RuntimeConfig(_Section):
     threads: int = Field(default=0, ge=0, description="Compute threads; 0: one for each core this process may use.")
 
 
+def _private_address() -> str:
+    """An address that no other user can take first, unlike a fixed name in /tmp."""
+    directory = os.environ.get("XDG_RUNTIME_DIR") or Path.home() / ".cache" / "evospec"
+    return f"ipc://{directory}/evospec-engine.sock"
+
+
 class EngineConfig(_Section):
     """Everything the engine process needs to know."""
 
-    address: str = Field(default="ipc:///tmp/evospec-engine.sock", description="ZMQ address the engine binds.")
+    address: str = Field(
+        default_factory=_private_address,
+        description="ZMQ address the engine binds; default: a Unix socket in a directory of this user's own.",
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)

@@ -80,12 +80,12 @@ class TenantRegistry:
         entries = _read_keys_file(auth.keys_file) if auth.keys_file else {}
         for name, entry in entries.items():
             overrides = entry.model_dump(include={"requests_per_minute", "tokens_per_minute"}, exclude_none=True)
-            tenant = default.model_copy(update={"name": _checked_name(name), **overrides})
+            tenant = default.model_copy(update={"name": check_tenant_name(name), **overrides})
             for key_hash in entry.keys:
                 _add(by_key_hash, key_hash, tenant)
         known = {tenant.name: tenant for tenant in by_key_hash.values()}
         for name, key_hash in _parse_pairs(auth.keys or ""):
-            tenant = known.get(name) or default.model_copy(update={"name": _checked_name(name)})
+            tenant = known.get(name) or default.model_copy(update={"name": check_tenant_name(name)})
             _add(by_key_hash, key_hash, tenant)
         return cls(by_key_hash, default)
 
@@ -117,6 +117,13 @@ def new_key() -> str:
 def hash_key(key: str) -> str:
     """What the keys file holds instead of the key: SHA-256 in hexadecimal."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def check_tenant_name(name: str) -> str:
+    """``name``, if it can be a tenant's; raises ``ConfigurationError``."""
+    if not _TENANT_NAME.fullmatch(name):
+        raise ConfigurationError(f"tenant name {name!r}: use 1 to 63 of a-z, 0-9, '_' and '-'")
+    return name
 
 
 def check_exposure(host: str, auth: AuthConfig, tenants: TenantRegistry) -> None:
@@ -158,12 +165,6 @@ def _parse_pairs(text: str) -> list[tuple[str, str]]:
             raise ConfigurationError("auth.keys: expected TENANT=HASH, with the hash that `evospec keys new` prints")
         pairs.append((name, key_hash))
     return pairs
-
-
-def _checked_name(name: str) -> str:
-    if not _TENANT_NAME.fullmatch(name):
-        raise ConfigurationError(f"tenant name {name!r}: use 1 to 63 of a-z, 0-9, '_' and '-'")
-    return name
 
 
 def _add(by_key_hash: dict[str, Tenant], key_hash: str, tenant: Tenant) -> None:

@@ -1,0 +1,216 @@
+"""``evospec serve``: starts the engine, Valkey and the API server, watches over them, and ends them in order.
+
+The API server runs in the launcher's own process. The others are children that are started again when they
+die; so a crash of the engine costs its running requests and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import structlog
+import uvicorn
+
+from server.app import create_app
+from server.banner import banner
+from server.settings import ConfigurationError, Settings
+from server.supervisor import ProcessFailed, SupervisedProcess
+from server.tenants import TenantRegistry, check_exposure
+from server.valkey import embedded_valkey, valkey_url
+
+log = structlog.get_logger(__name__)
+
+ENGINE_CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
+ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
+
+_STOP_GRACE = 5.0
+_POLL_INTERVAL = 0.05
+
+
+def serve(settings: Settings, *, served_name: str, with_engine: bool) -> int:
+    """Run until a signal ends it; returns the exit status: 0 after draining, 1 if something failed or was cut short.
+
+    The model's files must have been validated already. ``served_name`` is what clients call the model.
+    Raises ``ConfigurationError`` before any port opens if keys are needed and missing.
+    """
+    tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
+    check_exposure(settings.http.host, settings.auth, tenants)
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(_instance_directory())
+        listener = stack.enter_context(_listen(settings.http.host, settings.http.port))
+        children: list[SupervisedProcess] = []
+        if settings.redis.url is None:
+            children.append(embedded_valkey(directory))
+            settings = _with_redis_url(settings, valkey_url(directory))
+        url = _local_url(listener)
+        if with_engine:
+            settings = _with_private_address(settings, directory)
+            children.append(_engine(settings, url))
+        greeting = banner(url, served_name, needs_key=tenants.has_keys)
+        launcher = _Launcher(settings, listener, children, url, greeting)
+        with asyncio.Runner(loop_factory=launcher.loop_factory) as runner:
+            return runner.run(launcher.run())
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """Environment in which ``engine.process`` finds its configuration."""
+    return {**os.environ, ENGINE_CONFIG_VARIABLE: settings.engine.model_dump_json()}
+
+
+class _ApiServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the launcher decides what a signal means."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    @property
+    def num_running_requests(self) -> int:
+        return len(self.server_state.tasks)
+
+
+class _Launcher:
+    """One run of the server, from start to drained."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        listener: socket.socket,
+        children: list[SupervisedProcess],
+        url: str,
+        greeting: str,
+    ) -> None:
+        self._settings = settings
+        self._listener = listener
+        self._children = children
+        self._url = url
+        self._greeting = greeting
+        self._app = create_app(settings)
+        config = uvicorn.Config(
+            self._app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,
+            backlog=2048,
+        )
+        self._api = _ApiServer(config)
+        self.loop_factory = config.get_loop_factory()
+        self._signals = 0
+        self._first_signal = asyncio.Event()
+        self._second_signal = asyncio.Event()
+
+    async def run(self) -> int:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        api = asyncio.create_task(self._api.serve(sockets=[self._listener]))
+        running = asyncio.create_task(self._run_children())
+        first_signal = asyncio.create_task(self._first_signal.wait())
+        try:
+            await asyncio.wait({api, running, first_signal}, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                running.result()  # raises ProcessFailed
+            if api.done():
+                api.result()
+                raise ProcessFailed("the API server did not start")
+            await self._drain()
+        except ProcessFailed as error:
+            log.error("giving up", reason=str(error))
+            return 1
+        finally:
+            first_signal.cancel()
+            await self._stop(api, running)
+        return 1 if self._second_signal.is_set() else 0
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._first_signal.is_set():
+            log.warning("stopping at once", signal=number.name)
+            self._second_signal.set()
+        else:
+            self._first_signal.set()
+
+    async def _run_children(self) -> None:
+        """Start the children, say where the server is once it answers, keep the children alive until cancelled."""
+        for child in self._children:
+            await child.start()
+        await _wait_until_healthy(self._url)
+        print(self._greeting, flush=True)
+        await asyncio.gather(asyncio.Event().wait(), *(child.keep_alive() for child in self._children))
+
+    async def _drain(self) -> None:
+        """Take no new requests; wait for the running ones, at most ``drain_timeout`` or until a second signal."""
+        self._app.state.draining = True
+        log.info("draining", requests=self._api.num_running_requests, timeout=self._settings.http.drain_timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.http.drain_timeout):
+                # uvicorn has no event for "no request is running".
+                while self._api.num_running_requests and not self._second_signal.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(_POLL_INTERVAL)
+
+    async def _stop(self, api: asyncio.Task[None], running: asyncio.Task[None]) -> None:
+        at_once = self._second_signal.is_set()
+        self._api.should_exit = True
+        self._api.force_exit = at_once
+        running.cancel()
+        await asyncio.gather(api, running, return_exceptions=True)
+        await asyncio.gather(*(child.stop(0 if at_once else _STOP_GRACE) for child in self._children))
+        log.info("stopped", unfinished_requests=self._api.num_running_requests)
+
+
+def _engine(settings: Settings, url: str) -> SupervisedProcess:
+    return SupervisedProcess("engine", ENGINE_COMMAND, engine_environment(settings), lambda: _wait_until_healthy(url))
+
+
+@contextlib.contextmanager
+def _instance_directory() -> Iterator[Path]:
+    """A directory for this instance's sockets that nobody else can enter; removed at the end."""
+    parent = os.environ.get("XDG_RUNTIME_DIR")
+    usable = parent if parent and os.access(parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="evospec-", dir=usable) as directory:
+        yield Path(directory)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+def _local_url(listener: socket.socket) -> str:
+    """The URL under which this machine reaches ``listener``."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _with_redis_url(settings: Settings, url: str) -> Settings:
+    return settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": url})})
+
+
+def _with_private_address(settings: Settings, directory: Path) -> Settings:
+    """The engine's address inside ``directory``, unless the operator chose one."""
+    if "address" in settings.engine.model_fields_set:
+        return settings
+    engine = settings.engine.model_copy(update={"address": f"ipc://{directory / 'engine.sock'}"})
+    return settings.model_copy(update={"engine": engine})
+
+
+async def _wait_until_healthy(url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=5, trust_env=False) as client:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get("/health")).status_code == 200:
+                    return
+            await asyncio.sleep(_POLL_INTERVAL)

@@ -1,0 +1,77 @@
+"""docs/configuration.md, made from the settings tree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from server.settings import ENV_PREFIX, SHORTCUTS, Settings
+
+_HEADER = """\
+<!-- Made by `evospec settings-doc > docs/configuration.md`; do not edit. -->
+# Configuration
+
+Every option can be given in three ways; the first one found counts:
+
+1. a flag: `evospec serve --http.port 9000`
+2. an environment variable: `EVOSPEC_HTTP__PORT=9000`
+3. a line in a TOML file named by `--config FILE` or `EVOSPEC_CONFIG`:
+
+   ```toml
+   [http]
+   port = 9000
+   ```
+
+`evospec serve`, `evospec api` and `evospec engine` take the same options.
+"""
+
+
+def settings_doc() -> str:
+    """The page as Markdown."""
+    sections = [_HEADER, _table("General", [], Settings)]
+    sections += [_table(".".join(path), path, model) for path, model in _sections(Settings, [])]
+    return "\n".join(section for section in sections if section)
+
+
+def _sections(model: type[BaseModel], path: list[str]) -> Iterator[tuple[list[str], type[BaseModel]]]:
+    for name, field in model.model_fields.items():
+        if section := _section_type(field):
+            yield [*path, name], section
+            yield from _sections(section, [*path, name])
+
+
+def _section_type(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _table(title: str, path: list[str], model: type[BaseModel]) -> str:
+    rows = [_row(path, name, field) for name, field in model.model_fields.items() if not _section_type(field)]
+    if not rows:
+        return ""
+    about = f"\n{(model.__doc__ or '').strip()}\n" if path else ""
+    head = "| flag | environment | default | meaning |\n|---|---|---|---|\n"
+    return f"## {title}\n{about}\n{head}" + "".join(rows)
+
+
+def _row(path: list[str], name: str, field: FieldInfo) -> str:
+    option = ".".join([*path, name])
+    flags = f"`--{option}`" + (f", `--{SHORTCUTS[option]}`" if option in SHORTCUTS else "")
+    variable = ENV_PREFIX + "__".join([*path, name]).upper()
+    choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str | int)]
+    meaning = f"{field.description}" + (f" One of {', '.join(choices)}." if choices else "")
+    return f"| {flags} | `{variable}` | {_default(field)} | {meaning} |\n"
+
+
+def _default(field: FieldInfo) -> str:
+    value: Any = field.get_default(call_default_factory=False)
+    if value is None or value is PydanticUndefined:
+        return ""
+    if isinstance(value, Path) and value.is_relative_to(Path.home()):
+        return f"`~/{value.relative_to(Path.home())}`"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
