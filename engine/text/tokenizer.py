@@ -1,0 +1,144 @@
+"""Text to token ids and back, and the model's chat template. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from engine.models.config import ModelError, ModelFiles, spec_from_config
+from engine.models.gguf_file import GGUFFile
+from engine.models.gguf_spec import spec_from_gguf
+from engine.models.safetensors_spec import read_json
+from engine.text.chat_template import ChatTemplate, ChatTemplateError
+from engine.text.gguf_tokenizer import gguf_backend
+from engine.text.token_bytes import token_byte_table
+
+
+class Tokenizer:
+    """Encodes and decodes text with the ``tokenizers`` library.
+
+    >>> tokenizer = Tokenizer.from_files(resolve_model(ModelConfig()))
+    >>> tokenizer.decode(tokenizer.encode("Hello"))
+    'Hello'
+
+    ``vocab_size`` is the model's number of rows; it may exceed the number of tokens.
+    ``eos_token_ids`` end a generation. ``special_token_ids`` have no text.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        vocab_size: int,
+        bos_token_id: int | None,
+        eos_token_ids: tuple[int, ...],
+        chat_template: str | None,
+    ) -> None:
+        self.backend = backend
+        self.vocab_size = vocab_size
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = eos_token_ids
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
+        self._token_bytes = token_byte_table(backend, vocab_size)
+        self._chat_template = None if chat_template is None else ChatTemplate(chat_template, self._named_tokens())
+
+    @classmethod
+    def from_files(cls, files: ModelFiles) -> Tokenizer:
+        """The tokenizer of a model.
+
+        Raises:
+            ModelError: missing, corrupt or unsupported tokenizer.
+        """
+        try:
+            return _from_gguf(files.path) if files.format == "gguf" else _from_directory(files.path)
+        except ChatTemplateError as error:
+            raise ModelError(f"{files.path}: {error}") from error
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``. Special tokens written out in it become their ids.
+
+        ``add_special_tokens``: put BOS in front, where the model wants that.
+
+        Raises:
+            ValueError: ``text`` holds half of a surrogate pair, so it is no Unicode text.
+        """
+        try:
+            text.encode()  # the library would call such a string no string at all
+        except UnicodeEncodeError as error:
+            raise ValueError(f"text is not valid Unicode: {error}") from error
+        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``token_ids``; bytes that are no UTF-8 become U+FFFD."""
+        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; empty for special tokens and ids without a token."""
+        return self._token_bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as the vocabulary writes it (byte-level: ``Ġ`` for a space); None if there is none."""
+        return self.backend.id_to_token(token_id)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
+
+        Raises:
+            ChatTemplateError: no template, or it cannot render these messages.
+        """
+        if self._chat_template is None:
+            raise ChatTemplateError("this model has no chat template; use /v1/completions")
+        return self._chat_template.render(messages, add_generation_prompt, tools)
+
+    def _named_tokens(self) -> dict[str, str]:
+        ids = {"bos_token": self.bos_token_id, "eos_token": next(iter(self.eos_token_ids), None)}
+        names = {name: None if index is None else self.id_to_token(index) for name, index in ids.items()}
+        return {name: token for name, token in names.items() if token is not None}
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    file = GGUFFile(path)
+    spec = spec_from_gguf(file)
+    try:
+        backend = gguf_backend(file.metadata)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    template = file.metadata.get("tokenizer.chat_template")
+    return Tokenizer(backend, spec.vocab_size, spec.bos_token_id, spec.eos_token_ids, template)
+
+
+def _from_directory(directory: Path) -> Tokenizer:
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file (tokenizers in other formats are not supported)")
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    generation = directory / "generation_config.json"
+    spec = spec_from_config(read_json(directory / "config.json"), read_json(generation) if generation.exists() else {})
+    return Tokenizer(
+        backend, spec.vocab_size, spec.bos_token_id, spec.eos_token_ids, _directory_chat_template(directory)
+    )
+
+
+def _directory_chat_template(directory: Path) -> str | None:
+    """``chat_template.jinja``, or the entry of ``tokenizer_config.json``: a template, or several with names."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = directory / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{config}: chat_template must be a string or a list of named templates")
+    return template
