@@ -15,7 +15,8 @@ import torch
 from engine.messages import SamplingParams
 from kernels.gumbel_argmax import gumbel_argmax
 
-_MIN_CANDIDATES = 256
+# How many of a row's largest logits to look at: few first, all at last.
+_FEW, _MANY = 256, 4096
 _ROOM_FOR_TIES = 16
 
 
@@ -51,7 +52,7 @@ def truncated_argmax(
 ) -> torch.Tensor:
     """One Gumbel-max sample per row among the tokens that its top_k, top_p and min_p keep.
 
-    Looks at some hundred candidates first, and sorts whole rows only where those do not hold every kept token.
+    Looks at some hundred candidates first, and at more only in rows where those do not hold every kept token.
 
     Args:
         logits: [N, V] float32, already divided by the temperature.
@@ -65,11 +66,15 @@ def truncated_argmax(
     vocab_size = logits.shape[1]
     limits = _Limits.of(params, vocab_size, logits.device)
     largest_k = max((p.top_k for p in params if p.top_k < vocab_size), default=0)
-    num_candidates = min(vocab_size, max(_MIN_CANDIDATES, largest_k + _ROOM_FOR_TIES))
-    choices, complete = _argmax_of_candidates(logits, seeds, positions, limits, num_candidates)
-    if not complete.all():
-        rows = (~complete).nonzero().squeeze(1)
-        choices[rows], _ = _argmax_of_candidates(logits[rows], seeds[rows], positions[rows], limits[rows], vocab_size)
+    choices = torch.empty_like(seeds)
+    rows = torch.arange(len(params), device=logits.device)
+    for num_candidates in (max(_FEW, largest_k + _ROOM_FOR_TIES), _MANY, vocab_size):
+        if len(rows):
+            group = logits if len(rows) == len(params) else logits[rows]
+            choices[rows], complete = _argmax_of_candidates(
+                group, seeds[rows], positions[rows], limits[rows], min(num_candidates, vocab_size)
+            )
+            rows = rows[~complete]
     return choices
 
 
@@ -81,7 +86,7 @@ def _argmax_of_candidates(
     total = 1.0 / logits.softmax(dim=1).amax(dim=1).double()
     threshold = _threshold(values, total, limits, vocab_size=logits.shape[1])
     kept = values.masked_fill(values < threshold.unsqueeze(1), -torch.inf)
-    complete = values[:, -1] < threshold
+    complete = values[:, -1] < threshold  # strictly: equals may have been left out
     return gumbel_argmax(kept, seeds, positions, token_ids), complete
 
 

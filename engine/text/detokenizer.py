@@ -71,23 +71,29 @@ class StopStringBuffer:
         self._stop = tuple(s for s in stop if s)
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""
+        self._num_released = 0
 
     def push(self, text: str) -> str:
         """The text that is now sure to be output."""
         text = self._held + text
-        hold = self._prefix_length(text)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+        released = len(text) - self._beginning_of_stop(text)
+        self._held = text[released:]
+        self._num_released += released
+        return text[:released]
 
-    def finish(self) -> str:
-        """What was held back; for a sequence that ended otherwise than by a stop string."""
-        held, self._held = self._held, ""
-        return held
+    def finish(self, text: str = "", text_length: int | None = None) -> str:
+        """The last of the output: what was held back and the last ``text``.
 
-    def _prefix_length(self, text: str) -> int:
-        """Length of the longest suffix of ``text`` that begins some stop string and does not complete it."""
-        for length in range(min(len(text), self._longest - 1), 0, -1):
-            suffix = text[len(text) - length :]
-            if any(len(stop) > length and stop.startswith(suffix) for stop in self._stop):
-                return length
+        ``text_length`` is that of ``EngineOutput``: the length to which a stop string cuts the whole output.
+        """
+        text = self._held + text
+        self._held = ""
+        return text if text_length is None else text[: text_length - self._num_released]
+
+    def _beginning_of_stop(self, text: str) -> int:
+        """Length of the longest suffix of ``text`` that is a stop string's beginning, but not all of one."""
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            suffix = text[start:]
+            if any(len(stop) > len(suffix) and stop.startswith(suffix) for stop in self._stop):
+                return len(suffix)
         return 0
