@@ -112,6 +112,7 @@ class _Launcher:
     async def run(self) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
+        log.info("listening", url=self._url)
         api = asyncio.create_task(self._api.serve(sockets=[self._listener]))
         running = asyncio.create_task(self._run_children())
         first_signal = asyncio.create_task(self._first_signal.wait())

@@ -7,6 +7,7 @@ Every option can be given as a flag (``--http.port 9000``), an environment varia
 from __future__ import annotations
 
 import ipaddress
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,6 +154,7 @@ def load_settings(arguments: Sequence[str] = ()) -> Settings:
 
     Raises ``ConfigurationError`` with one line that names the option at fault.
     """
+    _check_environment()
     try:
         return Settings(_cli_parse_args=list(arguments))
     except ValidationError as error:
@@ -163,6 +165,14 @@ def load_settings(arguments: Sequence[str] = ()) -> Settings:
         raise ConfigurationError(f"{option}: {first['msg']} (got {first['input']!r})") from error
     except SettingsError as error:
         raise ConfigurationError(" ".join(str(error).split())) from error
+
+
+def _check_environment() -> None:
+    """A variable for a section that does not exist would be ignored silently: refuse it."""
+    for variable in os.environ:
+        section, nested, _ = variable.removeprefix(ENV_PREFIX).partition("__")
+        if variable.startswith(ENV_PREFIX) and nested and section.lower() not in Settings.model_fields:
+            raise ConfigurationError(f"unknown option in the environment: {variable}")
 
 
 def is_loopback(host: str) -> bool:

@@ -45,6 +45,12 @@ class SupervisedProcess:
         self._process: asyncio.subprocess.Process | None = None
         RESTARTS.labels(name)  # shown as 0 from the start
 
+    @property
+    def pid(self) -> int:
+        """Process id of the child started last."""
+        assert self._process is not None, "start() comes first"
+        return self._process.pid
+
     async def start(self) -> None:
         """Start it for the first time and wait until it is ready; raises ``ProcessFailed`` if it dies before."""
         process = await self._spawn()

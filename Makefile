@@ -1,0 +1,58 @@
+# Only Python 3.11 or newer and make are needed. Two commands: `make serve` and `make test`.
+
+IS_RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	if $$python -c '$(IS_RECENT)' 2>/dev/null; then echo $$python; break; fi; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Where pip finds torch, if not in the usual index: make serve TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+TORCH_INDEX_URL ?=
+# Options for `evospec serve`: make serve ARGS="--port 9000"
+ARGS ?=
+KERNEL_SOURCES := $(wildcard kernels/csrc/* kernels/build.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check bench clean
+
+help:  ## List the targets.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+install: $(VENV)/.kernels  ## Virtual environment with everything `evospec serve` needs.
+
+serve: $(VENV)/.kernels  ## Install what is missing, fetch the model, start the server.
+	@$(BIN)/evospec serve $(ARGS)
+
+test: $(VENV)/.kernels $(VENV)/.dev  ## All tests.
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## Lint, format, types, import direction.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit/test_imports.py
+
+clean:  ## Remove the virtual environment and built kernels.
+	rm -rf $(VENV) build kernels/*.so
+
+# The stamps make a second start skip whatever is up to date.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(IS_RECENT)' || { echo "Python 3.11 or newer is needed: PYTHON=..."; exit 1; }
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	@echo "Installing packages (the first time takes minutes: torch is large)"
+	@$(if $(TORCH_INDEX_URL),$(PIP) install --index-url $(TORCH_INDEX_URL) torch)
+	@$(PIP) install --editable . 'openai>=1.60'
+	@touch $@
+
+$(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
+	@$(BIN)/python -m kernels.build
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@echo "Installing development tools"
+	@$(PIP) install --editable '.[dev]'
+	@touch $@

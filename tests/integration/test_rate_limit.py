@@ -1,0 +1,151 @@
+"""The token buckets, on a real Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from server.errors import ApiError
+from server.rate_limit import RateLimiter
+from server.redis_gate import REDIS_ERRORS, REDIS_SKIPPED, RedisGate
+from server.settings import RedisConfig
+from server.tenants import Tenant
+
+
+def tenant(requests: int | None = None, tokens: int | None = None) -> Tenant:
+    """A tenant with buckets of its own."""
+    return Tenant(name=uuid.uuid4().hex, requests_per_minute=requests, tokens_per_minute=tokens)
+
+
+@asynccontextmanager
+async def limiter_at(url: str, when_down: str = "open", **config: float) -> AsyncIterator[RateLimiter]:
+    gate = RedisGate(url, RedisConfig(**config))
+    try:
+        yield RateLimiter(gate, "open" if when_down == "open" else "closed")
+    finally:
+        await gate.close()
+
+
+@pytest.fixture
+def hung_redis_url(tmp_path: Path) -> Iterator[str]:
+    """A socket that takes connections and never answers."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "hung.sock"))
+        listener.listen()
+        yield f"unix://{tmp_path / 'hung.sock'}"
+
+
+async def test_bucket_admits_a_minutes_worth_then_says_when_to_return(valkey_url: str) -> None:
+    async with limiter_at(valkey_url) as limiter:
+        someone = tenant(requests=3)
+        for _ in range(3):
+            await limiter.admit(someone, 10)
+        with pytest.raises(ApiError) as caught:
+            await limiter.admit(someone, 10)
+    assert caught.value.status == 429
+    assert caught.value.retry_after == pytest.approx(20, abs=1)
+
+
+async def test_concurrent_requests_never_exceed_the_limit(valkey_url: str) -> None:
+    async with limiter_at(valkey_url, timeout=5) as limiter:
+        someone = tenant(requests=10, tokens=10_000)
+        results = await asyncio.gather(*(limiter.admit(someone, 1) for _ in range(50)), return_exceptions=True)
+    assert sum(not isinstance(result, Exception) for result in results) == 10
+
+
+async def test_refusal_by_one_bucket_takes_nothing_from_the_other(valkey_url: str) -> None:
+    async with limiter_at(valkey_url) as limiter:
+        someone = tenant(requests=2, tokens=100)
+        await limiter.admit(someone, 90)
+        for _ in range(5):
+            with pytest.raises(ApiError, match="100 tokens a minute"):
+                await limiter.admit(someone, 50)
+        await limiter.admit(someone, 5)  # the second request is still there
+
+
+async def test_unused_tokens_come_back(valkey_url: str) -> None:
+    async with limiter_at(valkey_url) as limiter:
+        someone = tenant(tokens=1000)
+        charge = await limiter.admit(someone, 1000)
+        with pytest.raises(ApiError):
+            await limiter.admit(someone, 500)
+        await limiter.settle(charge, tokens_used=400)
+        await limiter.admit(someone, 600)
+        with pytest.raises(ApiError):
+            await limiter.admit(someone, 500)
+
+
+async def test_giving_back_never_overfills(valkey_url: str) -> None:
+    async with limiter_at(valkey_url) as limiter:
+        someone = tenant(tokens=100)
+        charge = await limiter.admit(someone, 100)
+        await limiter.settle(charge, 0)
+        await limiter.settle(charge, 0)
+        await limiter.admit(someone, 100)
+        with pytest.raises(ApiError):
+            await limiter.admit(someone, 100)
+
+
+async def test_bucket_refills_with_time(valkey_url: str) -> None:
+    async with limiter_at(valkey_url) as limiter:
+        someone = tenant(tokens=60_000)  # 1 a millisecond
+        await limiter.admit(someone, 60_000)
+        with pytest.raises(ApiError) as caught:
+            await limiter.admit(someone, 300)
+        assert caught.value.retry_after is not None
+        await asyncio.sleep(caught.value.retry_after)
+        await limiter.admit(someone, 300)
+
+
+async def test_request_that_no_full_bucket_could_pay_is_a_bad_request(valkey_url: str) -> None:
+    async with limiter_at(valkey_url) as limiter:
+        with pytest.raises(ApiError) as caught:
+            await limiter.admit(tenant(tokens=100), 101)
+    assert (caught.value.status, caught.value.param) == (400, "max_tokens")
+
+
+async def test_tenants_do_not_share_buckets(valkey_url: str) -> None:
+    async with limiter_at(valkey_url) as limiter:
+        for _ in range(2):
+            await limiter.admit(tenant(requests=1), 1)
+
+
+async def test_buckets_expire(valkey_url: str) -> None:
+    gate = RedisGate(valkey_url, RedisConfig())
+    someone = tenant(requests=1, tokens=5)
+    await RateLimiter(gate, "open").admit(someone, 1)
+    keys = [key async for key in gate.redis.scan_iter(f"*{someone.name}*")]
+    lifetimes = [await gate.redis.ttl(key) for key in keys]
+    await gate.close()
+    assert len(keys) == 2
+    assert all(60 <= lifetime <= 120 for lifetime in lifetimes)
+
+
+@pytest.mark.parametrize("redis", ["refused", "hung"])
+async def test_redis_down_fails_open_with_one_log_line(redis: str, hung_redis_url: str, tmp_path: Path) -> None:
+    url = hung_redis_url if redis == "hung" else f"unix://{tmp_path / 'nobody.sock'}"
+    failed, skipped = REDIS_ERRORS._value.get(), REDIS_SKIPPED._value.get()
+    with capture_logs() as lines:
+        async with limiter_at(url, timeout=0.2, retry_interval=60) as limiter, asyncio.timeout(30):
+            for _ in range(20):
+                charge = await limiter.admit(tenant(requests=1, tokens=50), 50)
+                await limiter.settle(charge, 10)
+    assert [line["event"] for line in lines] == ["redis is down"]
+    # One request waited for Redis; the others were let through at once, and had nothing to give back.
+    assert REDIS_ERRORS._value.get() == failed + 1
+    assert REDIS_SKIPPED._value.get() == skipped + 19
+
+
+async def test_redis_down_fails_closed_if_so_set(tmp_path: Path) -> None:
+    async with limiter_at(f"unix://{tmp_path / 'nobody.sock'}", "closed") as limiter:
+        with pytest.raises(ApiError) as caught:
+            await limiter.admit(tenant(requests=1), 1)
+        assert (caught.value.status, caught.value.retry_after) == (503, 1)
+        await limiter.admit(tenant(), 1)  # a tenant without limits needs no Redis

@@ -1,0 +1,131 @@
+"""The embedded Valkey: private, in memory, restarted, gone with its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from server.redis_gate import RedisGate, RedisUnavailable
+from server.settings import RedisConfig
+from server.supervisor import ProcessFailed, SupervisedProcess
+from server.valkey import embedded_valkey, valkey_url
+
+
+@asynccontextmanager
+async def running_valkey(directory: Path) -> AsyncIterator[SupervisedProcess]:
+    valkey = embedded_valkey(directory)
+    await valkey.start()
+    keeper = asyncio.create_task(valkey.keep_alive())
+    try:
+        yield valkey
+    finally:
+        keeper.cancel()
+        with suppress(asyncio.CancelledError):
+            await keeper
+        await valkey.stop(grace=5)
+
+
+async def until_answered(gate: RedisGate) -> None:
+    """Wait for ``gate`` to reach Redis."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await gate.run(gate.redis.ping())
+                return
+            except RedisUnavailable:
+                await asyncio.sleep(0.05)
+
+
+async def test_socket_is_private_and_nothing_is_stored(tmp_path: Path) -> None:
+    async with running_valkey(tmp_path):
+        redis = Redis.from_url(valkey_url(tmp_path))
+        await redis.set("key", "value")
+        assert await redis.config_get("port", "save", "appendonly") == {"port": "0", "save": "", "appendonly": "no"}
+        await redis.aclose()
+        assert stat.S_IMODE((tmp_path / "valkey.sock").stat().st_mode) == 0o700
+    assert set(os.listdir(tmp_path)) <= {"valkey.sock", "valkey.log"}
+
+
+async def test_killed_valkey_is_started_again_and_the_gate_finds_it(tmp_path: Path) -> None:
+    async with running_valkey(tmp_path) as valkey:
+        gate = RedisGate(valkey_url(tmp_path), RedisConfig(retry_interval=0.05))
+        await until_answered(gate)
+        first_pid = valkey.pid
+        with capture_logs() as lines:
+            os.kill(first_pid, signal.SIGKILL)
+            with pytest.raises(RedisUnavailable):
+                await gate.run(gate.redis.ping())
+            await until_answered(gate)
+        await gate.close()
+        assert valkey.pid != first_pid
+    events = [line["event"] for line in lines]
+    assert events.count("redis is down") == events.count("redis is back") == 1
+    assert "process died" in events
+
+
+async def test_stopped_valkey_holds_no_operation_longer_than_the_timeout(tmp_path: Path) -> None:
+    async with running_valkey(tmp_path) as valkey:
+        gate = RedisGate(valkey_url(tmp_path), RedisConfig(timeout=0.1, retry_interval=0.05))
+        await until_answered(gate)
+        os.kill(valkey.pid, signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(30):
+                with pytest.raises(RedisUnavailable):
+                    await gate.run(gate.redis.ping())
+        finally:
+            os.kill(valkey.pid, signal.SIGCONT)
+        await until_answered(gate)
+        await gate.close()
+
+
+async def test_child_that_dies_before_it_is_ready_is_a_failure(tmp_path: Path) -> None:
+    child = SupervisedProcess(
+        "broken", [sys.executable, "-c", "raise SystemExit(3)"], os.environ, lambda: asyncio.Event().wait()
+    )
+    with pytest.raises(ProcessFailed, match="exit code 3"):
+        await child.start()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are tied to their parent by a Linux system call")
+def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
+    script = f"""
+import asyncio, pathlib
+from server.log import configure_logging
+from server.settings import LogConfig
+from server.valkey import embedded_valkey
+configure_logging(LogConfig())
+async def main():
+    valkey = embedded_valkey(pathlib.Path({str(tmp_path)!r}))
+    await valkey.start()
+    print(valkey.pid, flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child_pid = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        if not is_running(child_pid):
+            return
+        subprocess.run(["sleep", "0.1"], check=True)
+    pytest.fail("the child outlived its parent")
+
+
+def is_running(pid: int) -> bool:
+    """Whether ``pid`` is a process and not just the zombie of one."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from server.settings import ConfigurationError, is_loopback, load_settings
+from server.settings_doc import settings_doc
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "evospec.toml"
+    path.write_text('[http]\nport = 1\n[engine.model]\nname = "from-file"\n[limits]\nrequests_per_minute = 5\n')
+    return path
+
+
+def test_defaults_work_without_anything() -> None:
+    settings = load_settings()
+    assert settings.http.host == "127.0.0.1"
+    assert settings.redis.url is None
+    assert "/tmp/" not in settings.engine.address
+
+
+def test_flag_beats_environment_beats_file(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOSPEC_HTTP__PORT", "2")
+    monkeypatch.setenv("EVOSPEC_ENGINE__MODEL__NAME", "from-environment")
+    settings = load_settings(["--config", str(config_file), "--engine.model.name", "from-flag"])
+    assert settings.engine.model.name == "from-flag"
+    assert settings.http.port == 2
+    assert settings.limits.requests_per_minute == 5
+
+
+def test_config_file_can_be_named_by_the_environment(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOSPEC_CONFIG", str(config_file))
+    assert load_settings().engine.model.name == "from-file"
+
+
+def test_short_flags() -> None:
+    settings = load_settings(["--model", "m", "--host", "::1", "--port", "0", "--kv-max-bytes", "4096", "--insecure"])
+    assert settings.engine.model.name == "m"
+    assert (settings.http.host, settings.http.port) == ("::1", 0)
+    assert settings.engine.cache.max_bytes == 4096
+    assert settings.auth.insecure
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--http.port", "many"], "http.port"),
+        (["--port", "70000"], "http.port"),
+        (["--engine.cache.block_size", "17"], "engine.cache.block_size"),
+        (["--nonsense", "1"], "--nonsense"),
+        (["--http.port"], "--http.port"),
+        (["--config", "/nowhere/evospec.toml"], "/nowhere/evospec.toml"),
+    ],
+)
+def test_errors_are_one_line_and_name_the_option(arguments: list[str], named: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(arguments)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[http]\nprot = 1\n", "[htpp]\nport = 1\n", "[http\n"])
+def test_mistakes_in_the_file_are_errors(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigurationError):
+        load_settings(["--config", str(path)])
+
+
+def test_misspelt_environment_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVOSPEC_HTPP__PORT", "1")
+    with pytest.raises(ConfigurationError, match="EVOSPEC_HTPP__PORT"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.com", False),
+    ],
+)
+def test_is_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
+
+
+def test_configuration_page_is_current() -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+    assert page == settings_doc(), "run: evospec settings-doc > docs/configuration.md"
+
+
+def test_every_option_has_a_description() -> None:
+    assert "None |" not in settings_doc()
