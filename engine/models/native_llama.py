@@ -1,0 +1,134 @@
+"""Llama and Qwen2 decoders on the compiled CPU kernels, with GGUF weights multiplied as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.attention.native_cpu import NativeAttention
+from engine.batch import ForwardBatch
+from engine.models.config import ModelSpec
+from engine.models.llama import RotaryEmbedding
+from engine.models.weights import WeightSource
+from kernels.native import (
+    BF16_FORMAT,
+    Decoder,
+    LayerWeights,
+    MatrixPart,
+    PackedMatrix,
+    Team,
+    linear,
+    packed_format,
+)
+
+
+def unsupported_shape(spec: ModelSpec) -> str | None:
+    """Why the kernels cannot run this model; None where they can."""
+    for name in ("hidden_size", "intermediate_size", "head_dim"):
+        if getattr(spec, name) % 32:
+            return f"{name} {getattr(spec, name)} is not a multiple of 32"
+    if spec.head_dim > 512:
+        return f"head_dim {spec.head_dim} is over 512"
+    return None
+
+
+class NativeLlama:
+    """Same interface and mathematics as ``engine.models.llama.LlamaForCausalLM``.
+
+    Products take bf16 activations and the file's own weights and accumulate in float32; the residual stream is
+    float32. ``attention`` must be a ``NativeAttention`` of the same ``team``.
+    """
+
+    def __init__(
+        self, source: WeightSource, spec: ModelSpec, team: Team, max_model_len: int, *, keep_quantized: bool
+    ) -> None:
+        self.spec, self._team = spec, team
+        pack = _Packer(source, spec, keep_quantized)
+        self._embedding = pack.matrix("model.embed_tokens.weight")
+        self._head = self._embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
+        self._norm = source.dequantized("model.norm.weight")
+        rotary = RotaryEmbedding(spec, max_model_len, torch.device("cpu"))
+        layers = [pack.layer(index) for index in range(spec.num_layers)]
+        self._decoder = Decoder(
+            team,
+            hidden=spec.hidden_size,
+            intermediate=spec.intermediate_size,
+            heads=spec.num_heads,
+            kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            norm_eps=spec.rms_norm_eps,
+            cos_sin=torch.cat((rotary.cos, rotary.sin), dim=1),
+            layers=layers,
+        )
+        matrices = [m for layer in layers for m in (*layer.qkv, layer.output, layer.gate_up, layer.down)]
+        self.weight_bytes_per_step = sum(m.num_bytes for m in (*matrices, self._head))
+        """Bytes of weights that one decode step reads."""
+
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> torch.Tensor:
+        """Hidden states after the final norm: [T, hidden] bf16."""
+        assert isinstance(attention, NativeAttention)
+        attention.plan(batch)
+        residual = self._decoder.embed(self._embedding, batch.token_ids)
+        self._decoder.forward(attention.batch, attention.cache, residual, 0, self.spec.num_layers)
+        return self._decoder.final_norm(self._norm, residual)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[L, hidden] bf16 → [L, vocab] float32."""
+        return linear(self._team, self._head, hidden)
+
+
+class _Packer:
+    """Packs a model's matrices in the precision they have in the file, or as bf16."""
+
+    def __init__(self, source: WeightSource, spec: ModelSpec, keep_quantized: bool) -> None:
+        self._source, self._spec, self._keep_quantized = source, spec, keep_quantized
+        self._shapes = spec.tensor_shapes()
+
+    def matrix(self, *names: str) -> PackedMatrix:
+        """Weights of one storage format one below the other, with their biases where they have them."""
+        starts = accumulate((self._shapes[name][0] for name in names), initial=0)
+        rows = [np.arange(start, start + self._shapes[name][0]) for name, start in zip(names, starts, strict=False)]
+        biases = [name.removesuffix("weight") + "bias" for name in names]
+        bias = torch.cat([self._source.dequantized(b) for b in biases]) if biases[0] in self._shapes else None
+        return self._pack(names, rows, bias)
+
+    def layer(self, index: int) -> LayerWeights:
+        prefix = f"model.layers.{index}."
+        qkv = [f"{prefix}self_attn.{letter}_proj.weight" for letter in "qkv"]
+        return LayerWeights(
+            qkv=[self.matrix(*names) for _, names in groupby(qkv, key=self._format)],
+            output=self.matrix(prefix + "self_attn.o_proj.weight"),
+            gate_up=self._gate_up(prefix + "mlp."),
+            down=self.matrix(prefix + "mlp.down_proj.weight"),
+            input_norm=self._source.dequantized(prefix + "input_layernorm.weight"),
+            post_norm=self._source.dequantized(prefix + "post_attention_layernorm.weight"),
+        )
+
+    def _gate_up(self, prefix: str) -> PackedMatrix:
+        """Groups of 16 rows of gate and of up in turn, so that one work item has what SwiGLU multiplies."""
+        rows = np.arange(self._spec.intermediate_size)
+        gate_rows = rows // 16 * 32 + rows % 16
+        return self._pack((prefix + "gate_proj.weight", prefix + "up_proj.weight"), [gate_rows, gate_rows + 16], None)
+
+    def _pack(
+        self, names: Sequence[str], rows: Sequence[npt.NDArray[np.int64]], bias: torch.Tensor | None
+    ) -> PackedMatrix:
+        keep = len({self._format(name) for name in names}) == 1
+        parts = [self._part(name, row_map, keep) for name, row_map in zip(names, rows, strict=True)]
+        return PackedMatrix(sum(map(len, rows)), self._shapes[names[0]][1], parts, bias)
+
+    def _part(self, name: str, row_map: npt.NDArray[np.int64], keep: bool) -> MatrixPart:
+        tensor = self._source.quantized(name)
+        if keep and tensor is not None and self._format(name) != BF16_FORMAT:
+            return MatrixPart(row_map, int(tensor.type), blocks=tensor.blocks)
+        return MatrixPart(row_map, values=self._source.dequantized(name))
+
+    def _format(self, name: str) -> int:
+        """The packed format that holds the tensor exactly; bf16 for floats and where there is none."""
+        tensor = self._source.quantized(name) if self._keep_quantized else None
+        return BF16_FORMAT if tensor is None else packed_format(int(tensor.type))

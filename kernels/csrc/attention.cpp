@@ -1,0 +1,192 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace evospec {
+
+namespace {
+
+constexpr int kLanes = 16;     // keys scored at a time
+constexpr int kMaxRows = 8;    // query rows (query x head of one group) that share a read of the keys
+constexpr int kSegment = 512;  // keys between two rescalings of the running softmax
+
+// Up to kMaxRows query rows of one sequence and one KV head.
+struct Rows {
+  int count;
+  const bf16* q[kMaxRows];
+  bf16* out[kMaxRows];
+  int limit[kMaxRows];  // keys this row may see
+};
+
+struct Scratch {
+  alignas(64) float scores[kMaxRows][kSegment];
+  alignas(64) bf16 weights[kMaxRows][kSegment];
+  std::vector<float> sums;  // [kMaxRows][head_dim] running weighted values
+};
+
+Scratch& scratch() {
+  thread_local Scratch instance;
+  return instance;
+}
+
+// Scores of 16 keys for R rows; keys: [head_dim / 2][stride][2], already at the first of the 16.
+template <int R>
+void score_keys(const Rows& rows, const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
+  __m512 acc[R];
+  for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
+  for (int d = 0; d < head_dim; d += 2, keys += 2 * stride) {
+    const __m512bh k = load_pairs(keys);
+    for (int r = 0; r < R; ++r) acc[r] = _mm512_dpbf16_ps(acc[r], k, broadcast_pair(rows.q[r] + d));
+  }
+  for (int r = 0; r < R; ++r) _mm512_store_ps(local.scores[r] + column, acc[r]);
+}
+
+using ScoreKeys = void (*)(const Rows&, const bf16*, int, int, int, Scratch&);
+constexpr ScoreKeys kScoreKeys[] = {nullptr,       score_keys<1>, score_keys<2>, score_keys<3>, score_keys<4>,
+                                    score_keys<5>, score_keys<6>, score_keys<7>, score_keys<8>};
+
+// sums[r][0..63] += weights[r] . values over `pairs` token pairs; values: [pairs][head_dim][2] at dimension d0.
+template <int R>
+void add_values(const bf16 (*weights)[kSegment], const bf16* values, int pairs, int head_dim, int dims, float* sums) {
+  constexpr int kVectors = 4;  // 64 dimensions
+  __m512 acc[R][kVectors];
+  const int vectors = std::min(kVectors, dims / kLanes);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < vectors; ++v) acc[r][v] = _mm512_loadu_ps(sums + r * head_dim + v * kLanes);
+  }
+  for (int j = 0; j < pairs; ++j, values += 2 * head_dim) {
+    for (int v = 0; v < vectors; ++v) {
+      const __m512bh value = load_pairs(values + v * 2 * kLanes);
+      for (int r = 0; r < R; ++r) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], value, broadcast_pair(weights[r] + 2 * j));
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(sums + r * head_dim + v * kLanes, acc[r][v]);
+  }
+}
+
+using AddValues = void (*)(const bf16 (*)[kSegment], const bf16*, int, int, int, float*);
+constexpr AddValues kAddValues[] = {nullptr, add_values<1>, add_values<2>, add_values<3>, add_values<4>};
+
+// Masks what the row may not see, and returns the segment's largest score.
+float mask_and_max(float* scores, int visible, int padded) {
+  const float minus_infinity = -std::numeric_limits<float>::infinity();
+  for (int c = std::max(visible, 0); c < padded; ++c) scores[c] = minus_infinity;
+  __m512 largest = _mm512_set1_ps(minus_infinity);
+  for (int c = 0; c < padded; c += kLanes) largest = _mm512_max_ps(largest, _mm512_load_ps(scores + c));
+  return _mm512_reduce_max_ps(largest);
+}
+
+float exponentiate(const float* scores, bf16* weights, int padded, float largest) {
+  const __m512 shift = _mm512_set1_ps(largest);
+  __m512 total = _mm512_setzero_ps();
+  for (int c = 0; c < padded; c += kLanes) {
+    const __m512 s = _mm512_load_ps(scores + c);
+    const __mmask16 seen = _mm512_cmp_ps_mask(s, _mm512_set1_ps(-1e30f), _CMP_GT_OQ);
+    const __m512 w = _mm512_maskz_mov_ps(seen, exp2_nonpositive(_mm512_sub_ps(s, shift)));
+    store_bf16x16(weights + c, w);
+    total = _mm512_add_ps(total, w);
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
+void scale(float* values, int count, float factor) {
+  for (int i = 0; i < count; i += kLanes) {
+    _mm512_storeu_ps(values + i, _mm512_mul_ps(_mm512_loadu_ps(values + i), _mm512_set1_ps(factor)));
+  }
+}
+
+void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& rows) {
+  Scratch& local = scratch();
+  const int dim = cache.head_dim, size = cache.block_size;
+  const int context = rows.limit[rows.count - 1];  // rows are in order of position
+  local.sums.assign(static_cast<size_t>(kMaxRows) * dim, 0.0f);
+  float largest[kMaxRows], total[kMaxRows] = {};
+  std::fill(largest, largest + kMaxRows, -std::numeric_limits<float>::infinity());
+
+  for (int start = 0; start < context; start += kSegment) {
+    const int padded = (std::min(context - start, kSegment) + size - 1) / size * size;
+    for (int c = 0; c < padded; c += kLanes) {
+      const bf16* keys = cache.key_head(blocks[(start + c) / size], head) + 2 * (c % size);
+      kScoreKeys[rows.count](rows, keys, size, dim, c, local);
+    }
+    for (int r = 0; r < rows.count; ++r) {
+      const float segment = mask_and_max(local.scores[r], rows.limit[r] - start, padded);
+      const float next = std::max(largest[r], segment);
+      if (next == -std::numeric_limits<float>::infinity()) {  // this row sees nothing of this segment
+        std::fill(local.weights[r], local.weights[r] + padded, bf16{0});
+        continue;
+      }
+      const float keep = std::exp2(largest[r] - next);
+      if (keep != 1.0f) scale(local.sums.data() + r * dim, dim, keep);
+      total[r] = total[r] * keep + exponentiate(local.scores[r], local.weights[r], padded, next);
+      largest[r] = next;
+    }
+    for (int c = 0; c < padded; c += size) {
+      const bf16* values = cache.value_head(blocks[(start + c) / size], head);
+      for (int r = 0; r < rows.count; r += 4) {
+        const bf16(*weights)[kSegment] = reinterpret_cast<const bf16(*)[kSegment]>(&local.weights[r][c]);
+        for (int d = 0; d < dim; d += 64) {
+          kAddValues[std::min(4, rows.count - r)](weights, values + 2 * d, size / 2, dim, dim - d,
+                                                  local.sums.data() + r * dim + d);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < rows.count; ++r) {
+    const float* sums = local.sums.data() + r * dim;
+    const __m512 factor = _mm512_set1_ps(1.0f / total[r]);
+    for (int d = 0; d < dim; d += kLanes) {
+      store_bf16x16(rows.out[r] + d, _mm512_mul_ps(_mm512_loadu_ps(sums + d), factor));
+    }
+  }
+}
+
+}  // namespace
+
+void write_kv(const KvCache& cache, int slot, const float* key, const float* value) {
+  const int block = slot / cache.block_size, offset = slot % cache.block_size, dim = cache.head_dim;
+  for (int head = 0; head < cache.kv_heads; ++head, key += dim, value += dim) {
+    bf16* keys = cache.key_head(block, head) + 2 * offset;
+    for (int d = 0; d < dim; d += 2, keys += 2 * cache.block_size) {
+      keys[0] = to_bf16(key[d]);
+      keys[1] = to_bf16(key[d + 1]);
+    }
+    bf16* values = cache.value_head(block, head) + static_cast<size_t>(offset / 2) * 2 * dim + offset % 2;
+    for (int d = 0; d < dim; ++d) values[2 * d] = to_bf16(value[d]);
+  }
+}
+
+void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, const bf16* q, bf16* out) {
+  const int group = heads / cache.kv_heads, dim = cache.head_dim;
+  // Work items are laid out as: sequence, then slice of its rows, then KV head.
+  auto slices = [&](int b) {
+    const int rows = (batch.query_start[b + 1] - batch.query_start[b]) * group;
+    return (rows + kMaxRows - 1) / kMaxRows;
+  };
+  thread_local std::vector<int> first;  // first work item of each sequence
+  first.assign(1, 0);
+  for (int b = 0; b < batch.num_sequences; ++b) first.push_back(first.back() + slices(b) * cache.kv_heads);
+
+  team.work(first.back(), 1, [&](int item) {
+    const int b = static_cast<int>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
+    const int head = (item - first[b]) % cache.kv_heads;
+    const int begin = (item - first[b]) / cache.kv_heads * kMaxRows;
+    const int query_len = batch.query_start[b + 1] - batch.query_start[b];
+    Rows rows;
+    rows.count = std::min(kMaxRows, query_len * group - begin);
+    for (int r = 0; r < rows.count; ++r) {
+      const int query = (begin + r) / group, h = head * group + (begin + r) % group;
+      const size_t at = (static_cast<size_t>(batch.query_start[b] + query) * heads + h) * dim;
+      rows.q[r] = q + at;
+      rows.out[r] = out + at;
+      rows.limit[r] = batch.seq_lens[b] - query_len + query + 1;
+    }
+    attend(cache, batch.block_tables + static_cast<size_t>(b) * batch.max_blocks, head, rows);
+  });
+}
+
+}  // namespace evospec

@@ -1,0 +1,51 @@
+// Causal attention over a paged bf16 KV cache.
+//
+// Keys of a block:   [kv_heads][head_dim / 2][block_size][2]   dimension pairs of one token side by side
+// Values of a block: [kv_heads][block_size / 2][head_dim][2]   token pairs of one dimension side by side
+// so that both products are chains of vdpbf16ps over whole registers, read forward, with nothing gathered.
+#pragma once
+
+#include <cmath>
+
+#include "simd.h"
+#include "threads.h"
+
+namespace evospec {
+
+struct KvCache {  // of one layer
+  bf16* keys;
+  bf16* values;
+  int block_size;  // a multiple of 16
+  int kv_heads;
+  int head_dim;  // a multiple of 32
+
+  size_t head_size() const { return static_cast<size_t>(block_size) * head_dim; }
+  bf16* key_head(int block, int head) const { return keys + (static_cast<size_t>(block) * kv_heads + head) * head_size(); }
+  bf16* value_head(int block, int head) const {
+    return values + (static_cast<size_t>(block) * kv_heads + head) * head_size();
+  }
+};
+
+// One step's ragged batch; see engine/batch.py for the fields.
+struct Batch {
+  int num_tokens;
+  int num_sequences;
+  int max_blocks;
+  const int32_t* positions;
+  const int32_t* query_start;
+  const int32_t* seq_lens;
+  const int32_t* block_tables;
+  const int32_t* slots;
+};
+
+// Factor of q that makes scores exponents of two.
+inline float score_scale(int head_dim) { return 1.44269504f / std::sqrt(static_cast<float>(head_dim)); }
+
+// Writes one token's keys and values (float [kv_heads][head_dim]) into its slot.
+void write_kv(const KvCache& cache, int slot, const float* key, const float* value);
+
+// q: [tokens][heads][head_dim] bf16, already scaled by softmax scale * log2(e). out: the same shape, bf16.
+// Inside Team::run, by all threads; ends without a barrier.
+void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, const bf16* q, bf16* out);
+
+}  // namespace evospec

@@ -1,0 +1,135 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace evospec {
+
+namespace {
+
+void rms_norm(const float* x, const float* weight, float eps, int size, bf16* out) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int i = 0; i < size; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const float factor = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(size) + eps);
+  for (int i = 0; i < size; i += 16) {
+    const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor));
+    store_bf16x16(out + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
+  }
+}
+
+}  // namespace
+
+Decoder::Decoder(Team& team, const DecoderShape& shape, const float* cos_sin)
+    : shape_(shape), cos_sin_(cos_sin), team_(team) {}
+
+void Decoder::reserve(int tokens) {
+  const size_t rows = static_cast<size_t>(tokens + 31) / 32 * 32;
+  const size_t heads = static_cast<size_t>(shape_.heads) * shape_.head_dim;
+  const size_t qkv = heads + 2 * static_cast<size_t>(shape_.kv_heads) * shape_.head_dim;
+  auto grow = [](auto& buffer, size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+  };
+  grow(normed_, rows * shape_.hidden);
+  grow(q_, rows * heads);
+  grow(attended_, rows * heads);
+  grow(qkv_, rows * qkv);
+  grow(gated_, rows * shape_.intermediate);
+}
+
+void Decoder::embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual) {
+  team_.run([&](int) {
+    team_.work(count, 1, [&](int i) {
+      unpack_row(embedding, token_ids[i], residual + static_cast<size_t>(i) * shape_.hidden);
+    });
+  });
+}
+
+void Decoder::normalize(const float* weight, const float* residual, int count, bf16* out) {
+  team_.work(count, 4, [&](int i) {
+    const size_t at = static_cast<size_t>(i) * shape_.hidden;
+    rms_norm(residual + at, weight, shape_.norm_eps, shape_.hidden, out + at);
+  });
+}
+
+// Half-split rotary embedding of one head.
+void Decoder::rotate(const float* x, int position, float* out) const {
+  const int half = shape_.head_dim / 2;
+  const float* cos = cos_sin_ + static_cast<size_t>(position) * shape_.head_dim;
+  const float* sin = cos + half;
+  for (int d = 0; d < half; d += 16) {
+    const __m512 a = _mm512_loadu_ps(x + d), b = _mm512_loadu_ps(x + d + half);
+    const __m512 c = _mm512_loadu_ps(cos + d), s = _mm512_loadu_ps(sin + d);
+    _mm512_storeu_ps(out + d, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+    _mm512_storeu_ps(out + d + half, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+  }
+}
+
+void Decoder::rotate_and_write(const Batch& batch, const KvCache& kv, int token) {
+  const int dim = shape_.head_dim, q_size = shape_.heads * dim, kv_size = shape_.kv_heads * dim;
+  float* q = qkv_.data() + static_cast<size_t>(token) * (q_size + 2 * kv_size);
+  float* k = q + q_size;
+  const int position = batch.positions[token];
+  // Scores are taken to base 2, and scaled here once rather than once a key.
+  const __m512 scale = _mm512_set1_ps(score_scale(dim));
+  alignas(64) float rotated[512];
+  for (int h = 0; h < shape_.heads; ++h) {
+    rotate(q + h * dim, position, rotated);
+    bf16* out = q_.data() + static_cast<size_t>(token) * q_size + h * dim;
+    for (int d = 0; d < dim; d += 16) store_bf16x16(out + d, _mm512_mul_ps(_mm512_load_ps(rotated + d), scale));
+  }
+  for (int h = 0; h < shape_.kv_heads; ++h) {
+    rotate(k + h * dim, position, rotated);
+    std::copy(rotated, rotated + dim, k + h * dim);
+  }
+  write_kv(kv, batch.slots[token], k, k + kv_size);
+}
+
+void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer) {
+  const int tokens = batch.num_tokens, columns = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
+  float* out = qkv_.data();
+  for (const Matrix& part : layer.qkv) {
+    linear(team_, {&part, normed_.data(), tokens, Epilogue::kStore, out, columns});
+    team_.barrier();
+    out += part.n;
+  }
+  team_.work(tokens, 1, [&](int token) { rotate_and_write(batch, kv, token); });
+  team_.barrier();
+  attention(team_, batch, kv, shape_.heads, q_.data(), attended_.data());
+  team_.barrier();
+}
+
+void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin,
+                      int end, float* residual) {
+  const int tokens = batch.num_tokens, hidden = shape_.hidden;
+  reserve(tokens);
+  team_.run([&](int) {
+    for (int l = begin; l < end; ++l) {
+      const Layer& layer = layers_[l];
+      const KvCache cache{keys + l * layer_stride, values + l * layer_stride, block_size, shape_.kv_heads,
+                          shape_.head_dim};
+
+      normalize(layer.input_norm, residual, tokens, normed_.data());
+      team_.barrier();
+      attend(batch, cache, layer);
+      linear(team_, {&layer.output, attended_.data(), tokens, Epilogue::kAdd, residual, hidden});
+      team_.barrier();
+
+      normalize(layer.post_norm, residual, tokens, normed_.data());
+      team_.barrier();
+      linear(team_, {&layer.gate_up, normed_.data(), tokens, Epilogue::kSiluMul, gated_.data(),
+                     shape_.intermediate});
+      team_.barrier();
+      linear(team_, {&layer.down, gated_.data(), tokens, Epilogue::kAdd, residual, hidden});
+      team_.barrier();
+    }
+  });
+}
+
+void Decoder::final_norm(const float* weight, const float* residual, int count, bf16* out) {
+  team_.run([&](int) { normalize(weight, residual, count, out); });
+}
+
+}  // namespace evospec

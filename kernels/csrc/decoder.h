@@ -1,0 +1,57 @@
+// The whole decoder stack (llama and qwen2 families) for one ragged batch.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace evospec {
+
+struct Layer {
+  std::vector<Matrix> qkv;  // one matrix for each storage format that q, k and v have, in that order
+  Matrix output, gate_up, down;
+  const float* input_norm;
+  const float* post_norm;
+};
+
+struct DecoderShape {
+  int hidden, intermediate, heads, kv_heads, head_dim;
+  float norm_eps;
+};
+
+class Decoder {
+ public:
+  // cos_sin: [max_positions][head_dim]: head_dim / 2 cosines, then as many sines.
+  Decoder(Team& team, const DecoderShape& shape, const float* cos_sin);
+
+  void add_layer(const Layer& layer) { layers_.push_back(layer); }
+
+  // residual [tokens][hidden] = rows of the embedding.
+  void embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual);
+
+  // Runs layers begin .. end - 1 on the residual stream, in place. `keys` and `values` are layer 0's; each layer's
+  // cache lies `layer_stride` elements after the one before.
+  void forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin, int end,
+               float* residual);
+
+  // out [count][hidden] = RMS norm of the residual stream: the model's last operation before its head.
+  void final_norm(const float* weight, const float* residual, int count, bf16* out);
+
+ private:
+  void reserve(int tokens);
+  void normalize(const float* weight, const float* residual, int count, bf16* out);
+  void attend(const Batch& batch, const KvCache& kv, const Layer& layer);
+  void rotate_and_write(const Batch& batch, const KvCache& kv, int token);
+  void rotate(const float* x, int position, float* out) const;
+
+  const DecoderShape shape_;
+  const float* cos_sin_;
+  Team& team_;
+  std::vector<Layer> layers_;
+  // Activations of a step; rows are padded to whole AMX tiles.
+  std::vector<bf16> normed_, q_, attended_, gated_;
+  std::vector<float> qkv_;
+};
+
+}  // namespace evospec

@@ -1,0 +1,128 @@
+#include "gguf_rows.h"
+
+namespace evospec {
+
+namespace {
+
+inline float half_at(const uint8_t* bytes) {
+  uint16_t value;
+  std::memcpy(&value, bytes, 2);
+  return _cvtsh_ss(value);
+}
+
+void set_scale(RowCodes& out, int block, float scale) {
+  out.scales[2 * block] = scale;
+  out.scales[2 * block + 1] = scale;
+}
+
+// Block of 32: low nibbles are values 0..15, high nibbles 16..31.
+void nibbles(const uint8_t* packed, int8_t* codes) {
+  for (int i = 0; i < 16; ++i) {
+    codes[i] = packed[i] & 15;
+    codes[i + 16] = packed[i] >> 4;
+  }
+}
+
+void decode_q4_0(const uint8_t* block, int b, RowCodes& out) {  // half d; 16 bytes; w = d (q - 8)
+  const float d = half_at(block);
+  nibbles(block + 2, out.codes + 32 * b);
+  set_scale(out, b, d);
+  out.minima[b] = -8.0f * d;
+}
+
+void decode_q4_1(const uint8_t* block, int b, RowCodes& out) {  // half d, half m; 16 bytes; w = d q + m
+  nibbles(block + 4, out.codes + 32 * b);
+  set_scale(out, b, half_at(block));
+  out.minima[b] = half_at(block + 2);
+}
+
+void decode_q5_0(const uint8_t* block, int b, RowCodes& out) {  // half d; 32 fifth bits; 16 bytes; w = d (q - 16)
+  uint32_t fifth;
+  std::memcpy(&fifth, block + 2, 4);
+  int8_t* codes = out.codes + 32 * b;
+  nibbles(block + 6, codes);
+  for (int i = 0; i < 32; ++i) codes[i] = static_cast<int8_t>(codes[i] | (((fifth >> i) & 1) << 4));
+  set_scale(out, b, half_at(block));
+}
+
+void decode_q8_0(const uint8_t* block, int b, RowCodes& out) {  // half d; 32 int8
+  std::memcpy(out.codes + 32 * b, block + 2, 32);
+  set_scale(out, b, half_at(block));
+}
+
+// 256 values: half d, half dmin, 12 bytes of 6-bit scales and minima, 128 bytes of nibbles; w = d sc q - dmin m
+void decode_q4_k(const uint8_t* block, int super, RowCodes& out) {
+  const float d = half_at(block), dmin = half_at(block + 2);
+  const uint8_t *packed_scales = block + 4, *packed = block + 16;
+  for (int sub = 0; sub < 8; ++sub) {
+    uint8_t scale, minimum;
+    if (sub < 4) {
+      scale = packed_scales[sub] & 63;
+      minimum = packed_scales[sub + 4] & 63;
+    } else {
+      scale = (packed_scales[sub + 4] & 15) | ((packed_scales[sub - 4] >> 6) << 4);
+      minimum = (packed_scales[sub + 4] >> 4) | ((packed_scales[sub] >> 6) << 4);
+    }
+    int8_t* codes = out.codes + 256 * super + 32 * sub;
+    const uint8_t* bytes = packed + 32 * (sub / 2);
+    for (int i = 0; i < 32; ++i) codes[i] = (sub % 2 ? bytes[i] >> 4 : bytes[i] & 15);
+    set_scale(out, 8 * super + sub, d * scale);
+    out.minima[8 * super + sub] = -dmin * minimum;
+  }
+}
+
+// 256 values: 128 bytes of low nibbles, 64 bytes of high pairs, 16 int8 scales, half d; w = d sc (q - 32)
+void decode_q6_k(const uint8_t* block, int super, RowCodes& out) {
+  const uint8_t *low = block, *high = block + 128;
+  const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
+  const float d = half_at(block + 208);
+  for (int half = 0; half < 2; ++half, low += 64, high += 32) {
+    int8_t* codes = out.codes + 256 * super + 128 * half;
+    for (int i = 0; i < 32; ++i) {
+      codes[i] = static_cast<int8_t>(((low[i] & 15) | ((high[i] & 3) << 4)) - 32);
+      codes[i + 32] = static_cast<int8_t>(((low[i + 32] & 15) | (((high[i] >> 2) & 3) << 4)) - 32);
+      codes[i + 64] = static_cast<int8_t>(((low[i] >> 4) | (((high[i] >> 4) & 3) << 4)) - 32);
+      codes[i + 96] = static_cast<int8_t>(((low[i + 32] >> 4) | ((high[i] >> 6) << 4)) - 32);
+    }
+  }
+  for (int i = 0; i < 16; ++i) out.scales[16 * super + i] = d * scales[i];
+}
+
+using Decoder = void (*)(const uint8_t*, int, RowCodes&);
+
+struct Layout {
+  int ggml_type, format, values, bytes;
+  Decoder decode;
+};
+
+constexpr Layout kLayouts[] = {
+    {kQ4_0, kQ4, 32, 18, decode_q4_0},    {kQ4_1, kQ4, 32, 20, decode_q4_1},    {kQ5_0, kQ5, 32, 22, decode_q5_0},
+    {kQ8_0, kQ8, 32, 34, decode_q8_0},    {kQ4_K, kQ4, 256, 144, decode_q4_k}, {kQ6_K, kQ8x2, 256, 210, decode_q6_k},
+};
+
+const Layout* find_layout(int ggml_type) {
+  for (const Layout& layout : kLayouts) {
+    if (layout.ggml_type == ggml_type) return &layout;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+int packed_format(int ggml_type) {
+  const Layout* layout = find_layout(ggml_type);
+  return layout ? layout->format : -1;
+}
+
+size_t ggml_row_bytes(int ggml_type, int k) {
+  const Layout* layout = find_layout(ggml_type);
+  return static_cast<size_t>(k / layout->values) * layout->bytes;
+}
+
+void decode_row(int ggml_type, const uint8_t* row, int k, RowCodes& out) {
+  const Layout* layout = find_layout(ggml_type);
+  out.format = layout->format;
+  for (int b = 0; b < k / layout->values; ++b, row += layout->bytes) layout->decode(row, b, out);
+}
+
+}  // namespace evospec

@@ -1,0 +1,27 @@
+// y = x W^T for a ragged batch of bf16 rows, with the work that follows fused in.
+#pragma once
+
+#include "matrix.h"
+#include "threads.h"
+
+namespace evospec {
+
+enum class Epilogue {
+  kStore,    // out[m][n] = y + bias                                   float, row stride `stride`
+  kAdd,      // out[m][n] += y + bias                                  float: the residual stream
+  kSiluMul,  // out[m][n / 2] = silu(gate) * up, in bf16; W's groups alternate gate, up
+};
+
+struct Linear {
+  const Matrix* weight;
+  const bf16* x;  // [rows padded to 16][k]; padding rows may hold anything finite
+  int rows;
+  Epilogue epilogue;
+  void* out;
+  int stride;  // of out, in elements
+};
+
+// Inside Team::run, by all threads; ends without a barrier.
+void linear(Team& team, const Linear& op);
+
+}  // namespace evospec

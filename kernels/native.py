@@ -1,0 +1,321 @@
+"""ctypes bindings of the compiled CPU kernels (kernels/csrc): packed weights, decoder stack, paged attention.
+
+All buffers are torch tensors owned by the Python objects here; the library only sees their addresses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kernels.build import LIBRARY, TARGET
+
+BF16_FORMAT = 0
+"""Number of the packed format that holds floating-point weights."""
+_GROUP_PAIR = 32
+"""Weight rows are stored in pairs of 16-column groups."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("format", ctypes.c_int),
+        ("n", ctypes.c_int),
+        ("k", ctypes.c_int),
+        ("data", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", _Matrix * 3),
+        ("num_qkv", ctypes.c_int),
+        ("output", _Matrix),
+        ("gate_up", _Matrix),
+        ("down", _Matrix),
+        ("input_norm", ctypes.c_void_p),
+        ("post_norm", ctypes.c_void_p),
+    )
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim")),
+        ("norm_eps", ctypes.c_float),
+    )
+
+
+class _Kv(ctypes.Structure):
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("block_size", ctypes.c_int),
+        ("layer_stride", ctypes.c_size_t),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("num_tokens", "num_sequences", "max_blocks")),
+        *((name, ctypes.c_void_p) for name in ("positions", "query_start", "seq_lens", "block_tables", "slots")),
+    )
+
+
+def unsupported_reason() -> str | None:
+    """Why the compiled kernels cannot be used in this process; None where they can."""
+    if not LIBRARY.exists():
+        return f"{LIBRARY.name} is not built (python -m kernels.build)"
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+    names = [feature.replace("avx512bf16", "avx512_bf16").replace("-", "_") for feature in TARGET.split()]
+    missing = [name for name in names if name not in flags]
+    if missing:
+        return f"the CPU lacks {', '.join(missing)}"
+    if _library().evo_request_amx() != 0:
+        return "the operating system refuses the AMX tile registers"
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(LIBRARY))
+    library.evo_block_bytes.restype = ctypes.c_size_t
+    for name in ("evo_team_new", "evo_decoder_new"):
+        getattr(library, name).restype = ctypes.c_void_p
+    return library
+
+
+def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class Team:
+    """The threads that run the kernels; the calling thread is one of them. Not for concurrent use."""
+
+    def __init__(self, num_threads: int) -> None:
+        reason = unsupported_reason()
+        if reason is not None:
+            raise RuntimeError(f"native kernels: {reason}")
+        self.num_threads = num_threads
+        self.handle = ctypes.c_void_p(_library().evo_team_new(num_threads))
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            _library().evo_team_free(self.handle)
+
+
+def packed_format(ggml_type: int) -> int:
+    """The packed format that holds a GGUF type exactly; bf16 where there is none."""
+    packed = int(_library().evo_packed_format(ggml_type))
+    return BF16_FORMAT if packed < 0 else packed
+
+
+@dataclass(frozen=True)
+class MatrixPart:
+    """Rows of a weight matrix, and ``row_map`` [rows]: where each goes in the packed one.
+
+    Exactly one of ``blocks`` (GGUF blocks, uint8 [rows, bytes], of ggml type ``ggml_type``) and ``values``
+    (float32 [rows, k], stored as bf16) is given.
+    """
+
+    row_map: npt.NDArray[np.integer]
+    ggml_type: int | None = None
+    blocks: npt.NDArray[np.uint8] | None = None
+    values: torch.Tensor | None = None
+
+    @property
+    def format(self) -> int:
+        return BF16_FORMAT if self.ggml_type is None else packed_format(self.ggml_type)
+
+
+class PackedMatrix:
+    """A weight [n, k] in the layout of kernels/csrc/matrix.h, in the precision of its source.
+
+    Args:
+        n, k: shape; k a multiple of 32.
+        parts: together all n rows, all of one packed format.
+        bias: float32 [n], or None.
+    """
+
+    def __init__(self, n: int, k: int, parts: Sequence[MatrixPart], bias: torch.Tensor | None = None) -> None:
+        formats = {part.format for part in parts}
+        if len(formats) != 1 or k % 32:
+            raise ValueError(f"cannot pack: formats {formats}, k = {k}")
+        self.n, self.k, self.format = n, k, formats.pop()
+        padded = -(-n // _GROUP_PAIR) * _GROUP_PAIR
+        self.num_bytes = padded // 16 * (k // 32) * _library().evo_block_bytes(self.format)
+        self._memory = _huge_zeros(self.num_bytes)
+        self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, padded - n))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._pack, [piece for part in parts for piece in _pieces(part)]))
+        self.struct = _Matrix(self.format, n, k, self._memory.data_ptr(), _address(self._bias))
+
+    def _pack(self, part: MatrixPart) -> None:
+        row_map = np.ascontiguousarray(part.row_map, dtype=np.int32)
+        target, rows = _address(self._memory), row_map.ctypes.data_as(ctypes.c_void_p)
+        if part.blocks is not None:
+            blocks = np.ascontiguousarray(part.blocks)
+            source = blocks.ctypes.data_as(ctypes.c_void_p)
+            _library().evo_pack_ggml(target, part.ggml_type, source, rows, len(row_map), self.k)
+        else:
+            assert part.values is not None
+            values = part.values.float().contiguous()
+            _library().evo_pack_floats(target, _address(values), rows, len(row_map), self.k)
+
+
+def _pieces(part: MatrixPart, rows: int = 2048) -> list[MatrixPart]:
+    def cut(begin: int) -> MatrixPart:
+        piece = slice(begin, begin + rows)
+        blocks = None if part.blocks is None else part.blocks[piece]
+        values = None if part.values is None else part.values[piece]
+        return MatrixPart(part.row_map[piece], part.ggml_type, blocks, values)
+
+    return [cut(begin) for begin in range(0, len(part.row_map), rows)]
+
+
+def _huge_zeros(num_bytes: int) -> torch.Tensor:
+    """Zeros in huge pages where the system gives them: weights are read forward, and each 4 KiB page costs a walk."""
+    memory = mmap.mmap(-1, num_bytes)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def linear(team: Team, weight: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
+    """x W^T + bias: x [rows, k] bf16 → [rows, n] float32."""
+    rows = len(x)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 16)).contiguous()  # the kernel reads whole tiles
+    out = torch.empty(rows, weight.n)
+    _library().evo_linear(team.handle, ctypes.byref(weight.struct), _address(padded), rows, _address(out))
+    return out
+
+
+class KvCache:
+    """Paged bf16 keys and values of all layers, in the layout of kernels/csrc/attention.h."""
+
+    def __init__(self, num_layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> None:
+        self.layer_elements = num_blocks * kv_heads * block_size * head_dim
+        self._memory = _huge_zeros(2 * num_layers * self.layer_elements * 2).view(torch.bfloat16)
+        keys, values = (
+            self._memory[: num_layers * self.layer_elements],
+            self._memory[num_layers * self.layer_elements :],
+        )
+        self.struct = _Kv(_address(keys), _address(values), block_size, self.layer_elements)
+
+
+class BatchView:
+    """A step's ragged batch (fields of engine/batch.py, int32) as the kernels read it; keeps the tensors alive."""
+
+    def __init__(
+        self,
+        positions: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        self._tensors = (positions, query_start_loc, seq_lens, block_tables, slot_mapping)
+        if any(t.dtype != torch.int32 or not t.is_contiguous() for t in self._tensors):
+            raise ValueError("batch tensors must be contiguous int32")
+        self.num_tokens = len(positions)
+        self.struct = _Batch(
+            len(positions), len(seq_lens), block_tables.shape[1], *(_address(tensor) for tensor in self._tensors)
+        )
+
+
+def paged_attention(
+    team: Team, batch: BatchView, cache: KvCache, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Write k, v [T, kv_heads, dim] into the cache, then attend with q [T, heads, dim]; float32 in and out."""
+    out = torch.empty_like(q)
+    _library().evo_attention(
+        team.handle,
+        ctypes.byref(batch.struct),
+        ctypes.byref(cache.struct),
+        layer,
+        *(q.shape[1], k.shape[1], q.shape[2]),
+        *(_address(tensor.contiguous()) for tensor in (q, k, v, out)),
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. ``qkv``: one matrix for each run of equal storage formats among q, k and v, in order.
+
+    ``gate_up`` has its rows in alternating groups of 16 (gate, up); norms are float32 [hidden].
+    """
+
+    qkv: Sequence[PackedMatrix]
+    output: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+
+
+class Decoder:
+    """The decoder stack: embedding lookup, layers, final norm. The residual stream is float32 [T, hidden].
+
+    ``cos_sin`` is float32 [max_positions, head_dim]: cosines of the rotary angles, then sines.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        *,
+        hidden: int,
+        intermediate: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        norm_eps: float,
+        cos_sin: torch.Tensor,
+        layers: Sequence[LayerWeights],
+    ) -> None:
+        self._hidden, self._team, self._cos_sin, self._layers = hidden, team, cos_sin.contiguous(), layers
+        shape = _Shape(hidden, intermediate, heads, kv_heads, head_dim, norm_eps)
+        library = _library()
+        self._handle = ctypes.c_void_p(
+            library.evo_decoder_new(team.handle, ctypes.byref(shape), _address(self._cos_sin))
+        )
+        for layer in layers:
+            qkv = (_Matrix * 3)(*(matrix.struct for matrix in layer.qkv))
+            struct = _Layer(
+                *(qkv, len(layer.qkv), layer.output.struct, layer.gate_up.struct, layer.down.struct),
+                *(_address(layer.input_norm), _address(layer.post_norm)),
+            )
+            library.evo_decoder_add_layer(self._handle, ctypes.byref(struct))
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            _library().evo_decoder_free(self._handle)
+
+    def embed(self, table: PackedMatrix, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding: token_ids [T] int32 → [T, hidden] float32."""
+        residual = torch.empty(len(token_ids), self._hidden)
+        _library().evo_decoder_embed(
+            self._handle, ctypes.byref(table.struct), _address(token_ids), len(token_ids), _address(residual)
+        )
+        return residual
+
+    def forward(self, batch: BatchView, cache: KvCache, residual: torch.Tensor, begin: int, end: int) -> None:
+        """Run layers begin .. end - 1 on the residual stream, in place."""
+        _library().evo_decoder_forward(
+            self._handle, ctypes.byref(batch.struct), ctypes.byref(cache.struct), begin, end, _address(residual)
+        )
+
+    def final_norm(self, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """RMS norm: [T, hidden] float32 → bf16."""
+        out = torch.empty(residual.shape, dtype=torch.bfloat16)
+        _library().evo_decoder_final_norm(
+            self._handle, _address(weight), _address(residual), len(residual), _address(out)
+        )
+        return out
