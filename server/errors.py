@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
-
-log = structlog.get_logger(__name__)
 
 _TYPES = {
     400: "invalid_request_error",
@@ -58,9 +56,9 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = _printable(message)
         self.type = type or _TYPES.get(status, "server_error")
-        self.param = param
+        self.param = None if param is None else _printable(param)
         self.code = code
         self.retry_after = retry_after
 
@@ -79,6 +77,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), status_code=self.status, headers=headers)
 
 
+def _printable(text: str) -> str:
+    """Text that may quote the client, made safe to send back: of bounded length, without lone surrogates."""
+    return text[:1000].encode("utf-8", "replace").decode()
+
+
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A 400 for the field ``param``."""
     return ApiError(400, message, param=param, code=code)
@@ -89,17 +92,49 @@ def internal_error() -> ApiError:
     return ApiError(500, "The server had an internal error. Quote the X-Request-Id when you report it.")
 
 
-def validation_error(errors: list[dict[str, Any]]) -> ApiError:
-    """The first pydantic error as a 400 that names its field (``stop.2``, ``messages.0.content``)."""
+def shutting_down() -> ApiError:
+    """A 503 while the server finishes what it has begun."""
+    return ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5)
+
+
+def validation_error(errors: Sequence[Any], body: Any) -> ApiError:
+    """Pydantic's errors for ``body`` as one 400 that names the field (``stop.2``, ``messages.0.content``).
+
+    A value that fits no member of a union gives an error for each member; the one that got furthest
+    into the value is the one meant.
+    """
     first = errors[0]
-    message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "json_invalid":
-        return bad_request(f"The request body is not valid JSON: {first.get('ctx', {}).get('error', message)}.")
-    path = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(path) or None
+        return bad_request(f"The request body is not valid JSON: {first['ctx']['error']}.")
+    if tuple(first["loc"]) == ("body",) and "param" not in first.get("ctx", {}):
+        return bad_request("The request body must be a JSON object, sent with Content-Type: application/json.")
+    paths = [_path(error, body) for error in errors]
+    path = max(paths, key=len)
+    messages = dict.fromkeys(str(e["msg"]) for e, p in zip(errors, paths, strict=True) if p == path)
+    param = ".".join(path)
+    code = None
+    if first["type"] in ("extra_forbidden", "unsupported_parameter"):
+        code = "unsupported_parameter"
     if first["type"] == "extra_forbidden":
-        return bad_request(f"Unknown or unsupported parameter: {param}.", param, "unsupported_parameter")
-    return bad_request(f"{param}: {message}" if param else message, param)
+        return bad_request(f"Unknown or unsupported parameter: {param}.", param, code)
+    return bad_request(f"{param}: {'; or: '.join(messages)}", param, code)
+
+
+def _path(error: Any, body: Any) -> list[str]:
+    """Where in ``body`` the error is. Pydantic mixes names of union members into the path; they are left out."""
+    if "param" in error.get("ctx", {}):
+        return [error["ctx"]["param"]]
+    parts = [part for part in error["loc"] if part != "body"]
+    path = []
+    for depth, part in enumerate(parts, 1):
+        is_key = isinstance(body, dict) and part in body
+        is_index = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if is_key or is_index:
+            body = body[part]
+        elif not (error["type"] == "missing" and depth == len(parts)):
+            continue
+        path.append(str(part))
+    return path
 
 
 async def _on_api_error(_: Request, error: Exception) -> Response:
@@ -109,7 +144,7 @@ async def _on_api_error(_: Request, error: Exception) -> Response:
 
 async def _on_validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return validation_error(list(error.errors())).response()
+    return validation_error(error.errors(), error.body).response()
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:

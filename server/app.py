@@ -1,0 +1,85 @@
+"""The application: routes, and the parts they share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import structlog
+from fastapi import FastAPI
+
+from engine.models.registry import resolve_model
+from engine.text.tokenizer import Tokenizer
+from server.engine_client import EngineClient
+from server.errors import install_error_handlers
+from server.metrics import Metrics
+from server.middleware import RequestMiddleware
+from server.openapi import install_openapi
+from server.rate_limit import RateLimiter
+from server.redis_gate import RedisGate
+from server.routes import chat, completions, detokenize, health, metrics, models, tokenize
+from server.serving import Serving
+from server.settings import ConfigurationError, Settings
+from server.tenants import TenantRegistry
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The ASGI application. The engine may start before or after it; /health tells when both are there.
+
+    ``app.state.draining`` True refuses new requests while running ones finish.
+    Raises ``ModelError`` (no such model) and ``ConfigurationError`` (keys file, no Redis) before anything is served.
+    """
+    if settings.redis.url is None:
+        raise ConfigurationError("redis.url is needed: only `evospec serve` has an embedded Valkey")
+    files = resolve_model(settings.engine.model, progress=False)
+    tokenizer = Tokenizer.from_files(files)
+    model = settings.engine.model.served_name or files.name
+    app_metrics = Metrics(model)
+    app = FastAPI(title="EvoSpec", version="0.1.0", lifespan=_lifespan, docs_url=None, redoc_url=None)
+    app.state.settings = settings
+    app.state.draining = False
+    app.state.model = model
+    app.state.tokenizer = tokenizer
+    app.state.metrics = app_metrics
+    app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
+    app.state.max_body_bytes = settings.http.max_body_bytes
+    for module in (completions, chat, models, tokenize, detokenize, health, metrics):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    install_openapi(app)
+    app.add_middleware(RequestMiddleware, metrics=app_metrics)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state, settings = app.state, app.state.settings
+    gate = RedisGate(settings.redis.url, settings.redis)
+    engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics)
+    state.metrics.engine_up.set_function(lambda: float(engine.ready))
+    state.serving = Serving(
+        model=state.model,
+        created=int(time.time()),
+        tokenizer=state.tokenizer,
+        engine=engine,
+        rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
+        metrics=state.metrics,
+    )
+    connection = asyncio.create_task(engine.run())
+    connection.add_done_callback(_log_failure)
+    try:
+        yield
+    finally:
+        connection.cancel()
+        with suppress(asyncio.CancelledError):
+            await connection
+        await gate.close()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("engine client failed", exc_info=error)

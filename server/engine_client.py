@@ -1,0 +1,223 @@
+"""The server's end of the connection to the engine process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import cast
+
+import msgspec
+import structlog
+import zmq
+import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
+
+from engine.config import EngineConfig
+from engine.messages import (
+    AbortRequests,
+    ClientMessage,
+    EngineMessage,
+    EngineOutput,
+    EngineOutputs,
+    EngineReady,
+    EngineRequest,
+    Hello,
+)
+from server.errors import ApiError
+from server.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+HELLO_INTERVAL = 0.5
+
+
+class EngineDead(ApiError):
+    """The engine is not there, or died while it worked on the request."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(503, message, code="engine_unavailable", retry_after=5)
+
+
+class Overloaded(ApiError):
+    """As many sequences as allowed are running or waiting."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "The server is overloaded. Try again later.", code="overloaded", retry_after=1)
+
+
+class _Inbox:
+    """Outputs of the sequences of one HTTP request that nobody has taken yet."""
+
+    def __init__(self) -> None:
+        self._outputs: list[EngineOutput] = []
+        self._error: ApiError | None = None
+        self._wakeup = asyncio.Event()
+
+    def put(self, output: EngineOutput) -> None:
+        self._outputs.append(output)
+        self._wakeup.set()
+
+    def fail(self, error: ApiError) -> None:
+        self._error = error
+        self._wakeup.set()
+
+    async def take(self) -> list[EngineOutput]:
+        """All outputs so far, at least one; raises the error once there are none."""
+        await self._wakeup.wait()
+        if not self._outputs:
+            assert self._error is not None
+            raise self._error
+        outputs, self._outputs = self._outputs, []
+        if self._error is None:
+            self._wakeup.clear()
+        return outputs
+
+
+class EngineClient:
+    """Sends requests to the engine, hands out their outputs, and knows whether the engine lives.
+
+    The engine counts as dead when its connection closes, when its epoch changes (a restart) or when it is
+    silent for ``timeout`` seconds; then every request in flight ends with ``EngineDead``. The client goes on
+    introducing itself and is ``ready`` again once an engine answers.
+
+        client = EngineClient(config, timeout=10, metrics=metrics)
+        task = asyncio.create_task(client.run())
+        async with aclosing(client.generate([request])) as steps:
+            async for outputs in steps: ...
+    """
+
+    def __init__(self, config: EngineConfig, timeout: float, metrics: Metrics) -> None:
+        self.info: EngineReady | None = None
+        self.ready = False
+        self._address = config.address
+        self._max_in_flight = config.scheduler.max_waiting + config.scheduler.max_num_seqs
+        self._timeout = timeout
+        self._metrics = metrics
+        self._inboxes: dict[str, _Inbox] = {}
+        self._last_message = 0.0
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(EngineMessage)
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        # Nothing is queued for an engine that is not there: a new one must not get requests of the old one's time.
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+
+    @property
+    def in_flight(self) -> int:
+        """Sequences sent to the engine and not finished."""
+        return len(self._inboxes)
+
+    async def run(self) -> None:
+        """Stay connected until cancelled."""
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._socket.connect(self._address)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._receive())
+                tasks.create_task(self._watch_connection(monitor))
+                tasks.create_task(self._watch_heartbeat())
+        finally:
+            self._lose_engine("The server is shutting down.")
+            self._socket.disable_monitor()
+            self._socket.close()
+
+    async def generate(self, requests: Sequence[EngineRequest]) -> AsyncGenerator[list[EngineOutput], None]:
+        """Outputs of all ``requests`` as they come, until each has finished.
+
+        Yields what has arrived since the last time, so a slow consumer gets several steps at once. Closing
+        the iterator aborts what has not finished. Raises ``EngineDead`` and ``Overloaded``.
+        """
+        if not self.ready:
+            raise EngineDead("The engine is starting or restarting. Try again soon.")
+        if len(self._inboxes) + len(requests) > self._max_in_flight:
+            raise Overloaded
+        inbox = _Inbox()
+        unfinished = {request.request_id for request in requests}
+        self._inboxes.update(dict.fromkeys(unfinished, inbox))
+        try:
+            for request in requests:
+                self._send(request)
+            while unfinished:
+                outputs = await inbox.take()
+                unfinished.difference_update(output.request_id for output in outputs if output.finish_reason)
+                yield outputs
+        finally:
+            self._abort([request_id for request_id in unfinished if self._inboxes.pop(request_id, None)])
+
+    def _send(self, message: ClientMessage) -> None:
+        """Send now; raises ``EngineDead`` if there is no connection."""
+        try:
+            sent = self._socket.send(self._encoder.encode(message), zmq.NOBLOCK)
+            cast(asyncio.Future[None], sent).result()  # done already: sent, or refused for lack of a connection
+        except zmq.ZMQError as error:
+            raise EngineDead("The engine cannot be reached. Try again soon.") from error
+
+    def _abort(self, request_ids: list[str]) -> None:
+        if request_ids:
+            with contextlib.suppress(EngineDead):  # then there is nothing left to abort
+                self._send(AbortRequests(request_ids))
+
+    async def _receive(self) -> None:
+        while True:
+            payload = await self._socket.recv()
+            self._last_message = time.monotonic()
+            message = self._decoder.decode(payload)
+            if isinstance(message, EngineReady):
+                self._on_ready(message)
+            elif self.info is not None and message.epoch == self.info.epoch:
+                self._on_outputs(message)
+            else:
+                self._lose_engine("The engine was restarted while it worked on the request.")
+
+    def _on_ready(self, info: EngineReady) -> None:
+        if self.info is not None and self.info.epoch != info.epoch:
+            self._lose_engine("The engine was restarted while it worked on the request.")
+            self._metrics.engine_restarts.inc()
+        if not self.ready:
+            log.info("engine ready", epoch=info.epoch, max_model_len=info.max_model_len)
+        self.info = info
+        self.ready = True
+
+    def _on_outputs(self, message: EngineOutputs) -> None:
+        for output in message.outputs:
+            inbox = self._inboxes.get(output.request_id)
+            if inbox is None:
+                continue  # aborted while the output was on its way
+            if output.finish_reason:
+                del self._inboxes[output.request_id]
+            inbox.put(output)
+        self._metrics.observe_engine(message)
+
+    async def _watch_connection(self, monitor: zmq.asyncio.Socket) -> None:
+        while True:
+            event = await recv_monitor_message(monitor)
+            if event["event"] == zmq.EVENT_DISCONNECTED:
+                self._lose_engine("The engine stopped while it worked on the request.")
+            else:
+                self._greet()
+
+    async def _watch_heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(min(HELLO_INTERVAL, self._timeout / 4))
+            if not self.ready:
+                self._greet()
+            elif time.monotonic() - self._last_message > self._timeout:
+                self._lose_engine("The engine does not answer.")
+
+    def _greet(self) -> None:
+        with contextlib.suppress(EngineDead):  # not connected yet
+            self._send(Hello())
+
+    def _lose_engine(self, reason: str) -> None:
+        """End every request in flight. An engine that is only slow is told to forget them."""
+        if self.ready:
+            log.error("engine lost", reason=reason, in_flight=len(self._inboxes))
+        self.ready = False
+        inboxes, self._inboxes = self._inboxes, {}
+        self._abort(list(inboxes))
+        for inbox in set(inboxes.values()):
+            inbox.fail(EngineDead(reason))

@@ -1,0 +1,196 @@
+"""All choices of one HTTP request: from token ids to text, usage and metrics."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from engine.messages import EngineOutput, EngineRequest, SamplingParams, TokenLogprob
+from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
+from engine.text.tokenizer import Tokenizer
+from server.engine_client import EngineDead, Overloaded
+from server.errors import ApiError, bad_request, internal_error
+from server.params import TokenizedPrompt
+from server.schemas.usage import PromptTokensDetails, Usage
+from server.serving import Serving
+from server.tenants import Tenant
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What an engine step added to one choice; ``text`` may be empty while a character is incomplete.
+
+    ``prompt_logprobs`` has one entry per prompt token after the first.
+    """
+
+    index: int
+    is_first: bool
+    text: str
+    logprobs: list[TokenLogprob]
+    prompt_logprobs: list[TokenLogprob]
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: int | str | None
+
+
+class ChoiceText:
+    """Text of one sequence, piece by piece: never half a character, never a part of a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._stop = StopStringBuffer(stop)
+        self._length = 0
+
+    def push(self, output: EngineOutput) -> str:
+        """The text this output adds for sure."""
+        text = self._stop.push(self._detokenizer.push(output.token_ids))
+        if output.finish_reason:
+            text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()
+        if output.text_length is not None:
+            text = text[: output.text_length - self._length]
+        self._length += len(text)
+        return text
+
+
+class Choice:
+    """One sequence: its text so far, its counts, and when its last output came (``time.monotonic`` seconds)."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+        self.index = index
+        self.text = ChoiceText(tokenizer, stop)
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.last_output: float | None = None
+
+
+class Generation:
+    """Runs ``n`` choices for each prompt; choice ``i`` of a prompt samples with seed + i.
+
+        generation = Generation(serving, tenant, prompts, sampling, n=1)
+        async with aclosing(generation.run()) as steps:
+            async for pieces in steps: ...
+        generation.usage()
+
+    ``keep_output`` False (``max_tokens`` 0) drops the one token that the engine always makes.
+    """
+
+    def __init__(
+        self,
+        serving: Serving,
+        tenant: Tenant,
+        prompts: Sequence[TokenizedPrompt],
+        sampling: SamplingParams,
+        n: int,
+        keep_output: bool = True,
+    ) -> None:
+        self._serving = serving
+        self._tenant = tenant
+        self._prompts = prompts
+        self._sampling = sampling
+        self._n = n
+        self._keep_output = keep_output
+        self._failed = False
+        self._arrival = time.monotonic()
+        self._metrics = serving.metrics.for_tenant(tenant.name)
+        self.id = uuid.uuid4().hex
+        self.created = int(time.time())
+        count = len(prompts) * n
+        self._choices = {
+            f"{self.id}-{index}": Choice(index, serving.tokenizer, sampling.stop) for index in range(count)
+        }
+
+    async def run(self) -> AsyncGenerator[list[Piece], None]:
+        """Pieces of all choices as they come. Closing the iterator aborts what has not finished.
+
+        Raises ``ApiError``: rate limit, full queue, dead engine, or a request the engine refused.
+        """
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
+        most_tokens = prompt_tokens + len(self._choices) * self._sampling.max_tokens
+        charge = await self._serving.rate_limiter.admit(self._tenant, most_tokens)
+        try:
+            async with aclosing(self._serving.engine.generate(self._requests())) as steps:
+                self._metrics.prompt_tokens.inc(prompt_tokens)
+                async for outputs in steps:
+                    now = time.monotonic()
+                    yield [self._to_piece(output, now) for output in outputs]
+            self._metrics.e2e_latency.observe(time.monotonic() - self._arrival)
+        except ApiError:
+            self._failed = True  # not the tenant's fault: all that was charged goes back
+            raise
+        finally:
+            await self._serving.rate_limiter.settle(charge, 0 if self._failed else self.usage().total_tokens)
+
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        choices = list(self._choices.values())
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
+        completion_tokens = sum(choice.num_tokens for choice in choices)
+        cached_tokens = sum(choice.num_cached_tokens for choice in choices[:: self._n])
+        return Usage(
+            prompt_tokens,
+            completion_tokens,
+            prompt_tokens + completion_tokens,
+            PromptTokensDetails(cached_tokens),
+        )
+
+    def prompt_of(self, index: int) -> TokenizedPrompt:
+        """The prompt that choice ``index`` continues."""
+        return self._prompts[index // self._n]
+
+    def _requests(self) -> list[EngineRequest]:
+        return [
+            EngineRequest(
+                request_id=request_id,
+                prompt_token_ids=self.prompt_of(choice.index).token_ids,
+                sampling=msgspec.structs.replace(
+                    self._sampling, seed=_wrap_int64(self._sampling.seed + choice.index % self._n)
+                ),
+                tenant=self._tenant.name,
+            )
+            for request_id, choice in self._choices.items()
+        ]
+
+    def _to_piece(self, output: EngineOutput, now: float) -> Piece:
+        if output.finish_reason in ("error", "abort"):
+            raise _engine_error(output)
+        if not self._keep_output:
+            output = msgspec.structs.replace(output, token_ids=[], logprobs=None, finish_reason="length")
+        choice = self._choices[output.request_id]
+        is_first = choice.last_output is None
+        self._observe(choice, len(output.token_ids), now)
+        choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
+        return Piece(
+            index=choice.index,
+            is_first=is_first,
+            text=choice.text.push(output),
+            logprobs=output.logprobs or [],
+            prompt_logprobs=output.prompt_logprobs or [],
+            finish_reason=output.finish_reason,  # type: ignore[arg-type]  # the other two were raised above
+            stop_reason=output.stop_reason,
+        )
+
+    def _observe(self, choice: Choice, num_tokens: int, now: float) -> None:
+        if choice.last_output is None:
+            self._metrics.ttft.observe(now - self._arrival)
+        elif num_tokens:
+            self._metrics.inter_token_latency.observe((now - choice.last_output) / num_tokens)
+        choice.last_output = now
+        choice.num_tokens += num_tokens
+        self._metrics.generation_tokens.inc(num_tokens)
+
+
+def _wrap_int64(value: int) -> int:
+    return (value + 2**63) % 2**64 - 2**63
+
+
+def _engine_error(output: EngineOutput) -> ApiError:
+    if output.finish_reason == "abort":
+        return EngineDead("The engine stopped before the request was finished.")
+    if output.error_kind == "invalid":
+        return bad_request(output.error or "The engine refused the request.")
+    return Overloaded() if output.error_kind == "overloaded" else internal_error()

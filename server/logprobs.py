@@ -1,0 +1,94 @@
+"""Log-probabilities in the two shapes of the OpenAI API."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Sequence
+
+from engine.messages import TokenLogprob
+from engine.text.tokenizer import Tokenizer
+from server.schemas.chat import ChatLogprobs, ContentLogprob, TopLogprob
+from server.schemas.completions import CompletionLogprobs
+
+# JSON has no infinity; this is what OpenAI reports for probability 0.
+MIN_LOGPROB = -9999.0
+
+
+def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob]) -> ChatLogprobs:
+    """``choices[].logprobs`` of chat completions."""
+    return ChatLogprobs([_content_logprob(tokenizer, entry) for entry in entries])
+
+
+def _content_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ContentLogprob:
+    data = _visible_bytes(tokenizer, entry.token_id)
+    alternatives = [
+        TopLogprob(_text(other), _finite(logprob), list(other))
+        for token_id, logprob in entry.top
+        for other in [_visible_bytes(tokenizer, token_id)]
+    ]
+    return ContentLogprob(_text(data), _finite(entry.logprob), list(data), alternatives)
+
+
+class CompletionLogprobsFormatter:
+    """``choices[].logprobs`` of completions, piece by piece. Offsets count characters of the choice's text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._offset = 0
+
+    def push_prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
+        """The echoed prompt: its first token follows nothing and has no probability."""
+        first = CompletionLogprobs([self._name(token_ids[0])], [None], [None], [self._advance(token_ids[0])])
+        return join_logprobs([first, self.push(entries)])
+
+    def push(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
+        """Further tokens."""
+        return CompletionLogprobs(
+            tokens=[self._name(entry.token_id) for entry in entries],
+            token_logprobs=[_finite(entry.logprob) for entry in entries],
+            top_logprobs=[self._top(entry) for entry in entries],
+            text_offset=[self._advance(entry.token_id) for entry in entries],
+        )
+
+    def _advance(self, token_id: int) -> int:
+        """Where the token's text starts."""
+        offset = self._offset
+        self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return offset
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """The alternatives and the chosen token itself."""
+        top = {self._name(token_id): _finite(logprob) for token_id, logprob in entry.top}
+        return {**top, self._name(entry.token_id): _finite(entry.logprob)}
+
+    def _name(self, token_id: int) -> str:
+        data = _visible_bytes(self._tokenizer, token_id)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def join_logprobs(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
+    """Pieces of a choice, joined."""
+    joined = CompletionLogprobs([], [], [], [])
+    for piece in pieces:
+        joined.tokens.extend(piece.tokens)
+        joined.token_logprobs.extend(piece.token_logprobs)
+        joined.top_logprobs.extend(piece.top_logprobs)
+        joined.text_offset.extend(piece.text_offset)
+    return joined
+
+
+def _visible_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
+    """A token's bytes; the name of a special token, which has no text."""
+    return tokenizer.token_bytes(token_id) or (tokenizer.id_to_token(token_id) or "").encode()
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, MIN_LOGPROB)

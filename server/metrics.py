@@ -1,0 +1,167 @@
+"""Prometheus metrics of the server and, passed on by it, of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from engine.messages import EngineOutputs, EngineStats, StepTimings
+
+MAX_TENANT_LABELS = 100
+OTHER_TENANT = "other"
+_COUNTERS = ("prefix_query_tokens", "prefix_hit_tokens", "preemptions")
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_STEP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+
+class TenantLabels:
+    """Bounds the number of tenants that have time series of their own; the rest share ``other``."""
+
+    def __init__(self, limit: int = MAX_TENANT_LABELS) -> None:
+        self._limit = limit
+        self._known: set[str] = set()
+
+    def label(self, tenant: str) -> str:
+        """``tenant`` for the first ``limit`` tenants seen, ``other`` for later ones."""
+        if tenant not in self._known:
+            if len(self._known) >= self._limit:
+                return OTHER_TENANT
+            self._known.add(tenant)
+        return tenant
+
+
+class TenantMetrics:
+    """Children of the labelled metrics for one tenant, looked up once a request instead of once a token."""
+
+    def __init__(self, metrics: Metrics, tenant: str) -> None:
+        labels = (metrics.model, metrics.tenants.label(tenant))
+        self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
+        self.generation_tokens = metrics.generation_tokens.labels(*labels)
+        self.ttft = metrics.ttft.labels(*labels)
+        self.inter_token_latency = metrics.inter_token_latency.labels(*labels)
+        self.e2e_latency = metrics.e2e_latency.labels(*labels)
+
+
+class Metrics:
+    """All metrics of one app, in a registry of its own. ``model`` is a label of the per-tenant ones."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.tenants = TenantLabels()
+        self.registry = CollectorRegistry()
+        self._per_tenant: dict[str, TenantMetrics] = {}
+        self._epoch: str | None = None
+        self._last = dict.fromkeys(_COUNTERS, 0)
+        self._define_request_metrics(["model", "tenant"])
+        self._define_engine_metrics()
+
+    def _define_request_metrics(self, labels: list[str]) -> None:
+        registry = self.registry
+        self.requests = Counter(
+            "evospec:requests", "HTTP requests.", ["endpoint", "status", *labels], registry=registry
+        )
+        self.disconnects = Counter(
+            "evospec:client_disconnects", "Requests whose client went away.", labels, registry=registry
+        )
+        self.prompt_tokens = Counter("evospec:prompt_tokens", "Prompt tokens admitted.", labels, registry=registry)
+        self.generation_tokens = Counter("evospec:generation_tokens", "Tokens generated.", labels, registry=registry)
+        self.ttft = Histogram(
+            "evospec:time_to_first_token_seconds",
+            "From the request's arrival to the first token of a sequence.",
+            labels,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "evospec:inter_token_latency_seconds",
+            "Seconds a token between two outputs of a sequence.",
+            labels,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.e2e_latency = Histogram(
+            "evospec:e2e_request_latency_seconds",
+            "From the request's arrival to its last token.",
+            labels,
+            buckets=_SECONDS,
+            registry=registry,
+        )
+
+    def _define_engine_metrics(self) -> None:
+        registry = self.registry
+        self.engine_up = Gauge("evospec:engine_up", "1 if the engine is ready.", registry=registry)
+        self.engine_restarts = Counter("evospec:engine_restarts", "Engine processes replaced.", registry=registry)
+        self.running = Gauge("evospec:num_requests_running", "Sequences in the batch.", registry=registry)
+        self.waiting = Gauge("evospec:num_requests_waiting", "Sequences queued in the engine.", registry=registry)
+        self.waiting_by_tenant = Gauge(
+            "evospec:num_requests_waiting_by_tenant", "Sequences queued in the engine.", ["tenant"], registry=registry
+        )
+        self.blocks_used = Gauge("evospec:kv_blocks_used", "KV cache blocks in use.", registry=registry)
+        self.blocks_total = Gauge("evospec:kv_blocks_total", "KV cache blocks.", registry=registry)
+        self.engine_counters = {
+            "prefix_query_tokens": Counter(
+                "evospec:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", registry=registry
+            ),
+            "prefix_hit_tokens": Counter(
+                "evospec:prefix_cache_hits", "Prompt tokens found in the prefix cache.", registry=registry
+            ),
+            "preemptions": Counter("evospec:preemptions", "Sequences preempted for lack of blocks.", registry=registry),
+        }
+        self.step_seconds = Histogram(
+            "evospec:engine_step_seconds",
+            "Time of an engine step by part.",
+            ["part"],
+            buckets=_STEP_SECONDS,
+            registry=registry,
+        )
+        self._step_parts = [self.step_seconds.labels(part) for part in ("schedule", "forward", "sample", "commit")]
+        self._step_total = self.step_seconds.labels("total")
+        self.step_tokens = Histogram(
+            "evospec:engine_step_tokens",
+            "Tokens computed in a step.",
+            buckets=[2**i for i in range(14)],
+            registry=registry,
+        )
+
+    def for_tenant(self, tenant: str) -> TenantMetrics:
+        """The per-token metrics of ``tenant``."""
+        label = self.tenants.label(tenant)
+        if label not in self._per_tenant:
+            self._per_tenant[label] = TenantMetrics(self, label)
+        return self._per_tenant[label]
+
+    def observe_engine(self, message: EngineOutputs) -> None:
+        """Take over gauges, counters and step timings that came with a step's outputs."""
+        if message.epoch != self._epoch:
+            self._epoch = message.epoch
+            self._last = dict.fromkeys(_COUNTERS, 0)
+        if message.stats is not None:
+            self._observe_stats(message.stats)
+        self._observe_steps(message.steps)
+
+    def _observe_stats(self, stats: EngineStats) -> None:
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
+        self.blocks_used.set(stats.blocks_used)
+        self.blocks_total.set(stats.blocks_total)
+        for name in _COUNTERS:
+            value = getattr(stats, name)
+            self.engine_counters[name].inc(max(0, value - self._last[name]))
+            self._last[name] = value
+        self.waiting_by_tenant.clear()
+        for tenant, count in stats.waiting_by_tenant.items():
+            self.waiting_by_tenant.labels(self.tenants.label(tenant)).inc(count)
+
+    def _observe_steps(self, steps: Sequence[StepTimings]) -> None:
+        for step in steps:
+            seconds = (step.schedule, step.forward, step.sample, step.commit)
+            for part, value in zip(self._step_parts, seconds, strict=True):
+                part.observe(value)
+            self._step_total.observe(sum(seconds))
+            self.step_tokens.observe(step.num_tokens)
+
+    def render(self) -> Iterator[bytes]:
+        """The exposition format: this app's metrics, then the process-wide ones (rate limits, Redis, memory)."""
+        yield generate_latest(self.registry)
+        yield generate_latest(REGISTRY)

@@ -1,0 +1,81 @@
+"""What happens around every request: its id, one log line, metrics, and a 500 for what nobody expected."""
+
+from __future__ import annotations
+
+import re
+import time
+import uuid
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import internal_error
+from server.metrics import Metrics
+from server.sse import ClientDisconnected
+
+log = structlog.get_logger("server.access")
+
+CLIENT_CLOSED_REQUEST = 499
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_QUIET = ("/health", "/metrics")
+
+
+class RequestMiddleware:
+    """Outermost middleware, in plain ASGI so that a streamed token costs one more function call only.
+
+    ``X-Request-Id`` is taken from the client if it is 1 to 128 of ``A-Za-z0-9._:-``, else made, and sent back.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        started = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnected:
+            status = CLIENT_CLOSED_REQUEST
+        except Exception:
+            log.exception("unexpected error")
+            if not status:
+                await internal_error().response()(scope, receive, send_with_id)
+        finally:
+            self._record(scope, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        tenant = structlog.contextvars.get_contextvars().get("tenant")
+        labels = (self._metrics.model, self._metrics.tenants.label(tenant) if tenant else "")
+        self._metrics.requests.labels(_endpoint(scope), str(status), *labels).inc()
+        if status == CLIENT_CLOSED_REQUEST:
+            self._metrics.disconnects.labels(*labels).inc()
+        write = log.debug if scope["path"] in _QUIET else log.info
+        write(
+            "request", method=scope["method"], path=scope["path"], status=status, duration_ms=round(seconds * 1000, 1)
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _endpoint(scope: Scope) -> str:
+    """The route's template, so that there are few; ``other`` for paths that are none."""
+    return getattr(scope.get("route"), "path", "other")

@@ -1,0 +1,65 @@
+"""The parts of /openapi.json that FastAPI cannot know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from server.errors import ErrorResponse
+from server.schemas.chat import ChatChunk, ChatCompletion
+from server.schemas.completions import Completion
+from server.schemas.models import ModelCard, ModelList
+from server.schemas.tokens import DetokenizeResponse, TokenizeResponse
+
+RESPONSES = (Completion, ChatCompletion, ChatChunk, ModelList, ModelCard, TokenizeResponse, DetokenizeResponse)
+
+_DESCRIPTIONS = {
+    400: "A field is invalid or not supported; `param` names it.",
+    401: "No API key, or an unknown one.",
+    404: "No such model.",
+    413: "The body is too large.",
+    429: "The tenant's rate limit is reached; see Retry-After.",
+    503: "The server is overloaded or the engine is not ready; see Retry-After.",
+}
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def errors(*statuses: int) -> Responses:
+    """Documentation of error responses, for a route's ``responses``."""
+    return {status: {"model": ErrorResponse, "description": _DESCRIPTIONS[status]} for status in statuses}
+
+
+def success(body: type[msgspec.Struct], stream_event: type[msgspec.Struct] | None = None) -> Responses:
+    """Documentation of a 200 with ``body``, or a stream of events, for a route's ``responses``."""
+    content: dict[str, Any] = {"application/json": {"schema": _reference(body)}}
+    if stream_event is not None:
+        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _reference(stream_event)}
+    return {200: {"description": "Success", "content": content}}
+
+
+def _reference(struct: type[msgspec.Struct]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{struct.__name__}"}
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Make ``app.openapi()`` describe the response structs, and drop the 422 that we answer with 400."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            _, components = msgspec.json.schema_components(RESPONSES, ref_template="#/components/schemas/{name}")
+            schemas = schema["components"]["schemas"]
+            schemas.update(components)
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    operation["responses"].pop("422", None)
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents

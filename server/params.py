@@ -1,0 +1,155 @@
+"""From validated request fields to token ids and ``SamplingParams``: the checks that need the model."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.messages import EngineReady, SamplingParams
+from engine.text.chat_template import ChatTemplateError
+from engine.text.tokenizer import Tokenizer
+from server.errors import ApiError, bad_request
+from server.schemas.chat import Message
+from server.schemas.fields import SamplingFields, stop_strings, to_grammar
+
+# Longer texts are tokenised in a thread, so that other requests go on.
+_LONG_TEXT = 4096
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt; ``text`` is what the client sent, None if that was token ids."""
+
+    token_ids: list[int]
+    text: str | None = None
+
+
+def check_model(requested: str, served: str) -> None:
+    """404 unless the client asked for the model that is served."""
+    if requested != served:
+        raise ApiError(
+            404, f"The model {requested!r} does not exist. This server has {served!r}.", param="model",
+            code="model_not_found",
+        )  # fmt: skip
+
+
+async def tokenize_text(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of ``text``."""
+    if len(text) > _LONG_TEXT:
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+    return tokenizer.encode(text, add_special_tokens)
+
+
+async def tokenize_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation, ready for the assistant's answer."""
+    try:
+        text = tokenizer.apply_chat_template([message.for_template() for message in messages])
+    except ChatTemplateError as error:
+        raise bad_request(str(error), "messages") from error
+    return await tokenize_text(tokenizer, text, add_special_tokens=False)
+
+
+async def tokenize_prompts(
+    tokenizer: Tokenizer, prompt: str | list[int] | list[str] | list[list[int]]
+) -> list[TokenizedPrompt]:
+    """All four forms of ``prompt`` as a list."""
+    if isinstance(prompt, str):
+        return [TokenizedPrompt(await tokenize_text(tokenizer, prompt), prompt)]
+    if isinstance(prompt[0], int):
+        return [TokenizedPrompt(prompt)]
+    return [
+        TokenizedPrompt(await tokenize_text(tokenizer, item), item) if isinstance(item, str) else TokenizedPrompt(item)
+        for item in prompt
+    ]
+
+
+def check_prompts(prompts: Sequence[TokenizedPrompt], field: str, info: EngineReady) -> None:
+    """400 for a prompt that is empty, leaves no room for output, or has ids beyond the vocabulary."""
+    for prompt in prompts:
+        length = len(prompt.token_ids)
+        if length == 0:
+            raise bad_request("The prompt is empty: at least one token is needed.", field)
+        if length >= info.max_model_len:
+            raise bad_request(
+                f"The prompt has {length} tokens. The model's context is {info.max_model_len} tokens, "
+                "prompt and output together.",
+                field,
+                "context_length_exceeded",
+            )
+        check_token_ids(prompt.token_ids, field, info.vocab_size)
+
+
+def check_token_ids(token_ids: Sequence[int], field: str, vocab_size: int) -> None:
+    """400 for ids beyond the vocabulary."""
+    largest = max(token_ids, default=0)
+    if largest >= vocab_size:
+        raise bad_request(f"Token id {largest} is not in the vocabulary of {vocab_size} tokens.", field)
+
+
+def resolve_max_tokens(requested: int | None, field: str, prompts: Sequence[TokenizedPrompt], info: EngineReady) -> int:
+    """How long outputs may get: ``requested``, which must fit behind the longest prompt, or what fits (None)."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if requested is None:
+        return info.max_model_len - longest
+    if longest + requested > info.max_model_len:
+        raise bad_request(
+            f"The prompt has {longest} tokens and {field} is {requested}, {longest + requested} in all. "
+            f"The model's context is {info.max_model_len} tokens.",
+            field,
+            "context_length_exceeded",
+        )
+    return requested
+
+
+def to_sampling_params(
+    body: SamplingFields,
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The engine's parameters for choice 0; the other choices differ in ``seed`` only.
+
+    The engine always makes at least one token, so ``max_tokens`` 0 asks it for one.
+    """
+    min_tokens = body.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise bad_request(f"min_tokens ({min_tokens}) is more than max_tokens ({max_tokens}).", "min_tokens")
+    check_token_ids(body.stop_token_ids or [], "stop_token_ids", vocab_size)
+    return SamplingParams(
+        max_tokens=max(1, max_tokens),
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(0, body.top_k or 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
+        stop=stop_strings(body.stop),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=body.ignore_eos or False,
+        min_tokens=min_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        grammar=to_grammar(body.response_format),
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _logit_bias(bias: dict[str, float], vocab_size: int) -> dict[int, float]:
+    result = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < vocab_size):
+            raise bad_request(
+                f"logit_bias: {key!r} is not a token id of the vocabulary of {vocab_size} tokens.", "logit_bias"
+            )
+        result[int(key)] = value
+    return result

@@ -1,0 +1,155 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from msgspec import UNSET
+from starlette.responses import Response
+
+from engine.messages import TokenLogprob
+from server.errors import bad_request
+from server.generation import Generation, Piece
+from server.logprobs import chat_logprobs
+from server.openapi import errors, success
+from server.params import (
+    TokenizedPrompt,
+    check_model,
+    check_prompts,
+    resolve_max_tokens,
+    to_sampling_params,
+    tokenize_messages,
+)
+from server.routes.tenant_route import CurrentTenant, TenantRoute
+from server.schemas.chat import (
+    AssistantMessage,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatCompletionRequest,
+    ChatLogprobs,
+    Delta,
+)
+from server.schemas.usage import Usage
+from server.serving import Serving, get_serving
+from server.sse import DONE, EventStream, event, run_until_disconnect
+from server.tenants import Tenant
+
+router = APIRouter(route_class=TenantRoute)
+
+
+@router.post(
+    "/v1/chat/completions",
+    responses={**success(ChatCompletion, ChatChunk), **errors(400, 401, 404, 413, 429, 503)},
+    response_model=None,
+)
+async def create_chat_completion(
+    request: Request,
+    body: ChatCompletionRequest,
+    tenant: CurrentTenant,
+    serving: Annotated[Serving, Depends(get_serving)],
+) -> Response:
+    """Answer a conversation, whole or as a stream of events."""
+    check_model(body.model, serving.model)
+    generation = await _prepare(body, tenant, serving)
+    answer = _Answer(body, generation, serving)
+    if body.stream:
+        return EventStream(answer.events())
+    completion = await run_until_disconnect(request.receive, answer.collect())
+    return Response(msgspec.json.encode(completion), media_type="application/json")
+
+
+async def _prepare(body: ChatCompletionRequest, tenant: Tenant, serving: Serving) -> Generation:
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream to be true.", "stream_options")
+    info = serving.engine_info
+    prompts = [TokenizedPrompt(await tokenize_messages(serving.tokenizer, body.messages))]
+    check_prompts(prompts, "messages", info)
+    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    max_tokens = resolve_max_tokens(getattr(body, field), field, prompts, info)
+    sampling = to_sampling_params(
+        body,
+        max_tokens=max_tokens,
+        vocab_size=info.vocab_size,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    return Generation(serving, tenant, prompts, sampling, body.n or 1)
+
+
+class _Answer:
+    """Turns pieces into response bodies."""
+
+    def __init__(self, body: ChatCompletionRequest, generation: Generation, serving: Serving) -> None:
+        self._body = body
+        self._generation = generation
+        self._serving = serving
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Encoded events; one item for all choices of an engine step."""
+        options = self._body.stream_options
+        continuous = bool(options and options.continuous_usage_stats)
+        async with aclosing(self._generation.run()) as steps:
+            async for pieces in steps:
+                usage = self._generation.usage() if continuous else None
+                choices = [choice for piece in pieces if (choice := self._chunk_choice(piece))]
+                if choices:
+                    yield b"".join(event(self._chunk([choice], usage)) for choice in choices)
+        if options and options.include_usage:
+            yield event(self._chunk([], self._generation.usage()))
+        yield DONE
+
+    async def collect(self) -> ChatCompletion:
+        """The whole answer."""
+        parts: dict[int, list[Piece]] = {}
+        async with aclosing(self._generation.run()) as steps:
+            async for pieces in steps:
+                for piece in pieces:
+                    parts.setdefault(piece.index, []).append(piece)
+        return ChatCompletion(
+            id=f"chatcmpl-{self._generation.id}",
+            created=self._generation.created,
+            model=self._serving.model,
+            choices=[self._choice(parts[index]) for index in sorted(parts)],
+            usage=self._generation.usage(),
+        )
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None) -> ChatChunk:
+        generation = self._generation
+        return ChatChunk(
+            id=f"chatcmpl-{generation.id}",
+            created=generation.created,
+            model=self._serving.model,
+            choices=choices,
+            usage=usage,
+        )
+
+    def _chunk_choice(self, piece: Piece) -> ChatChunkChoice | None:
+        """The piece as a choice; None if there is nothing in it to send."""
+        if not (piece.text or piece.finish_reason or piece.is_first or (self._body.logprobs and piece.logprobs)):
+            return None
+        return ChatChunkChoice(
+            index=piece.index,
+            delta=Delta(role="assistant" if piece.is_first else UNSET, content=piece.text),
+            logprobs=self._logprobs(piece.logprobs),
+            finish_reason=piece.finish_reason,
+            stop_reason=piece.stop_reason,
+        )
+
+    def _choice(self, pieces: list[Piece]) -> ChatChoice:
+        last = pieces[-1]
+        assert last.finish_reason is not None, "generation ended before the choice did"
+        return ChatChoice(
+            index=last.index,
+            message=AssistantMessage(content="".join(piece.text for piece in pieces)),
+            logprobs=self._logprobs([entry for piece in pieces for entry in piece.logprobs]),
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+        )
+
+    def _logprobs(self, entries: list[TokenLogprob]) -> ChatLogprobs | None:
+        return chat_logprobs(self._serving.tokenizer, entries) if self._body.logprobs else None

@@ -1,0 +1,25 @@
+"""GET /metrics."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import Response
+
+from server.openapi import errors
+from server.routes.tenant_route import CurrentTenant, TenantRoute
+from server.serving import Serving, get_serving
+
+router = APIRouter(route_class=TenantRoute)
+
+
+@router.get(
+    "/metrics",
+    responses={200: {"description": "Prometheus text format", "content": {"text/plain": {}}}, **errors(401)},
+    response_model=None,
+)
+async def metrics(_: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]) -> Response:
+    """Metrics of this server and its engine."""
+    return Response(b"".join(serving.metrics.render()), media_type=CONTENT_TYPE_LATEST)

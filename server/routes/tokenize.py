@@ -1,0 +1,35 @@
+"""POST /tokenize."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from server.openapi import errors, success
+from server.params import check_model, tokenize_messages, tokenize_text
+from server.routes.tenant_route import CurrentTenant, TenantRoute
+from server.schemas.tokens import TokenizeRequest, TokenizeResponse
+from server.serving import Serving, get_serving
+
+router = APIRouter(route_class=TenantRoute)
+
+
+@router.post(
+    "/tokenize",
+    responses={**success(TokenizeResponse), **errors(400, 401, 404, 413, 503)},
+    response_model=None,
+)
+async def tokenize(
+    body: TokenizeRequest, _: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
+) -> Response:
+    """Token ids of a text or a conversation, as the completion endpoints would see them."""
+    check_model(body.model or serving.model, serving.model)
+    if body.messages is not None:
+        tokens = await tokenize_messages(serving.tokenizer, body.messages)
+    else:
+        tokens = await tokenize_text(serving.tokenizer, body.prompt or "", body.add_special_tokens is not False)
+    response = TokenizeResponse(tokens, len(tokens), serving.engine_info.max_model_len)
+    return Response(msgspec.json.encode(response), media_type="application/json")

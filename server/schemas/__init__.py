@@ -1,0 +1,1 @@
+"""Bodies of requests (pydantic, validated) and of responses (msgspec, encoded fast)."""

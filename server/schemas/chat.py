@@ -1,0 +1,157 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.schemas.fields import Body, NoOp, SamplingFields
+from server.schemas.usage import Usage
+
+MAX_MESSAGES = 2048
+
+
+class TextPart(Body):
+    """A piece of a message. Images, audio and files are not supported."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """One message of the conversation. ``developer`` is the newer name of ``system``.
+
+    Parts are joined without a separator.
+    """
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: Annotated[Any, NoOp()] = None
+    refusal: Annotated[Any, NoOp()] = None
+    audio: Annotated[Any, NoOp()] = None
+    annotations: Annotated[Any, NoOp([])] = None
+    function_call: Annotated[Any, NoOp()] = None
+    tool_calls: Annotated[Any, NoOp([])] = None
+
+    def for_template(self) -> dict[str, str]:
+        """Role and plain text, as chat templates want them."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatCompletionRequest(SamplingFields):
+    """Answer a conversation."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Default: what the context allows.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Newer name of max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs logprobs.")
+    tools: Annotated[Any, NoOp([])] = None
+    tool_choice: Annotated[Any, NoOp("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, NoOp()] = None
+    functions: Annotated[Any, NoOp([])] = None
+    function_call: Annotated[Any, NoOp("none", "auto")] = None
+    modalities: Annotated[Any, NoOp(["text"])] = None
+    audio: Annotated[Any, NoOp()] = None
+    prediction: Annotated[Any, NoOp()] = None
+    reasoning_effort: Annotated[Any, NoOp("none")] = None
+    verbosity: Annotated[Any, NoOp("medium")] = None
+    web_search_options: Annotated[Any, NoOp()] = None
+    service_tier: Annotated[Any, NoOp("auto", "default")] = None
+    store: Annotated[Any, NoOp(False)] = None
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "needs logprobs to be true", {"param": "top_logprobs"})
+        both = self.max_tokens, self.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise PydanticCustomError(
+                "max_tokens", "differs from max_completion_tokens; send one of them", {"param": "max_tokens"}
+            )
+        return self
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """An alternative. ``bytes`` are the token's own UTF-8 bytes, perhaps only part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ContentLogprob(msgspec.Struct, frozen=True):
+    """A chosen token and its most likely alternatives."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """One entry a token."""
+
+    content: list[ContentLogprob]
+
+
+class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+    """Response of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What an event adds: the role (first event of a choice only) and text."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of a streamed answer."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None

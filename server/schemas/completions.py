@@ -1,0 +1,84 @@
+"""/v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+import msgspec
+from pydantic import Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.schemas.fields import NoOp, SamplingFields, TokenId
+from server.schemas.usage import Usage
+
+MAX_PROMPTS = 128
+DEFAULT_MAX_TOKENS = 16
+
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompt = (
+    str
+    | TokenIds
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+
+
+class CompletionRequest(SamplingFields):
+    """Continue one or several prompts: a string, token ids, or a list of either."""
+
+    prompt: Prompt
+    max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="Default 16; 0 only with echo.")
+    echo: bool | None = Field(default=None, description="Put the prompt in front of each completion.")
+    logprobs: int | None = Field(default=None, ge=0, le=20, description="Alternatives to report beside each token.")
+    best_of: int | None = Field(default=None, description="Not supported; accepted where it equals n.")
+    suffix: Annotated[Any, NoOp("")] = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _say_what_a_prompt_is(cls, value: Any) -> Any:
+        """One clear error instead of one for each of the four forms."""
+        if value == []:
+            raise PydanticCustomError("prompt", "must not be empty")
+        if not isinstance(value, str | list) or (isinstance(value, list) and type(value[0]) not in (str, int, list)):
+            raise PydanticCustomError(
+                "prompt", "must be a string, a list of strings, a list of token ids or a list of lists of token ids"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "may be 0 only with echo", {"param": "max_tokens"})
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise PydanticCustomError("best_of", "not supported unless it equals n", {"param": "best_of"})
+        return self
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True):
+    """Parallel lists, one entry a token. ``text_offset`` counts characters of ``text``."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """One completion, or a piece of it in a stream (then ``finish_reason`` is null until the last)."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: int | str | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """Response of /v1/completions, whole or one event of the stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None

@@ -1,0 +1,24 @@
+"""/v1/models."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """The served model. ``max_model_len`` bounds prompt plus output, in tokens."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "evospec"
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    """All models of this server: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

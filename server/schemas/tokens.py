@@ -1,0 +1,56 @@
+"""/tokenize and /detokenize, in the shapes vLLM uses."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import msgspec
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.schemas.chat import MAX_MESSAGES, Message
+from server.schemas.fields import Body, TokenId
+
+
+class TokenizeRequest(Body):
+    """Exactly one of ``prompt`` and ``messages`` (rendered with the chat template)."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = Field(
+        default=None, description="Begin-of-sequence token and the like; default true for prompt. Not for messages."
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("prompt", "exactly one of prompt and messages is required", {"param": "prompt"})
+        if self.messages is not None and self.add_special_tokens is not None:
+            raise PydanticCustomError(
+                "add_special_tokens",
+                "applies to prompt; the chat template decides for messages",
+                {"param": "add_special_tokens"},
+            )
+        return self
+
+
+class TokenizeResponse(msgspec.Struct, frozen=True):
+    """``count`` is the length of ``tokens``."""
+
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class DetokenizeRequest(Body):
+    """Token ids to turn into text; special tokens are kept."""
+
+    model: str | None = None
+    tokens: list[TokenId] = Field(max_length=1_000_000)
+
+
+class DetokenizeResponse(msgspec.Struct, frozen=True):
+    """The text of the tokens."""
+
+    prompt: str

@@ -1,0 +1,38 @@
+"""What the routes need, made once at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from engine.messages import EngineReady
+from engine.text.tokenizer import Tokenizer
+from server.engine_client import EngineClient, EngineDead
+from server.metrics import Metrics
+from server.rate_limit import RateLimiter
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The parts of a running server. ``created`` is the start in Unix seconds."""
+
+    model: str
+    created: int
+    tokenizer: Tokenizer
+    engine: EngineClient
+    rate_limiter: RateLimiter
+    metrics: Metrics
+
+    @property
+    def engine_info(self) -> EngineReady:
+        """What the engine said about itself; raises ``EngineDead`` until it has."""
+        if self.engine.info is None:
+            raise EngineDead("The engine is starting. Try again soon.")
+        return self.engine.info
+
+
+async def get_serving(request: Request) -> Serving:
+    """FastAPI dependency: the app's ``Serving``."""
+    serving: Serving = request.app.state.serving
+    return serving

@@ -1,0 +1,92 @@
+"""Server-sent events, and work that ends when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.errors import ApiError, internal_error
+
+T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+_encoder = msgspec.json.Encoder()
+
+
+class ClientDisconnected(Exception):
+    """The client went away before the response was complete."""
+
+
+def event(data: msgspec.Struct | dict[str, Any]) -> bytes:
+    """One event with ``data`` as JSON."""
+    return b"data: " + _encoder.encode(data) + b"\n\n"
+
+
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of ``work``; cancels it and raises ``ClientDisconnected`` if the client goes away first.
+
+    The request's body must have been read.
+    """
+    task = asyncio.create_task(work)
+    listener = asyncio.create_task(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, listener}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnected
+        return task.result()
+    finally:
+        task.cancel()
+        listener.cancel()
+        await asyncio.gather(task, listener, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Streams encoded events; each item of ``events`` is one write.
+
+    Headers wait for the first item, so an error before it is an ordinary error response. An error after it
+    becomes a last event with an error body. A client that goes away closes ``events`` at once.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await run_until_disconnect(receive, self._stream(send))
+
+    async def _stream(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            first = await anext(events)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            try:
+                await _write(send, first)
+                async for data in events:
+                    await _write(send, data)
+            except ApiError as error:
+                await _write(send, event(error.body()))
+            except Exception:
+                log.exception("stream failed")
+                await _write(send, event(internal_error().body()))
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _write(send: Send, data: bytes) -> None:
+    await send({"type": "http.response.body", "body": data, "more_body": True})
