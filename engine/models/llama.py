@@ -78,7 +78,7 @@ class DecoderLayer:
     ) -> torch.Tensor:
         heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
         qkv = F.linear(hidden, self.qkv_proj, self.qkv_bias).view(len(hidden), -1, self.spec.head_dim)
-        q, k, v = torch.split(qkv, (heads, kv_heads, kv_heads), dim=1)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
         output = attention.forward(self.index, rotary(q, positions), rotary(k, positions), v)
         return F.linear(output.flatten(1), self.o_proj)
 

@@ -1,0 +1,141 @@
+"""Tiny random models for tests, made on the spot: a Hugging Face directory, and the same weights as GGUF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from engine.models.config import ModelFiles, spec_from_config
+from engine.models.gguf_spec import gguf_tensor_name
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCAB_SIZE = 512
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_CORPUS = [
+    "The quick brown fox jumps over the lazy dog. The dog sleeps, and the fox runs through the forest.",
+    "def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(i, add(i, 1))\n",
+    "Größe, naïve café, 東京, Привет, 👩‍🚀 and 3.14159 are not all ASCII.",
+]
+
+
+def tiny_config(architecture: str, **overrides: Any) -> dict[str, Any]:
+    """A ``config.json`` for ``architecture`` ('llama' or 'qwen2'); sizes are multiples of 32, so that GGUF can
+    quantise."""
+    config = {
+        "model_type": architecture,
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[architecture]],
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": architecture == "qwen2",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+    }
+    return config | overrides
+
+
+def make_directory(directory: Path, architecture: str = "llama", seed: int = 0, **overrides: Any) -> ModelFiles:
+    """Write config, random float32 weights and tokenizer; larger than usual weights keep the logits apart."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = tiny_config(architecture, **overrides)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0], "bos_token_id": 0}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    tiny_tokenizer().save(str(directory / "tokenizer.json"))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in spec_from_config(config, {}).tensor_shapes().items():
+        noise = torch.randn(shape, generator=generator)
+        tensors[name] = 1 + 0.1 * noise if "norm" in name else 0.15 * noise
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return ModelFiles(directory.name, directory, "safetensors")
+
+
+def make_gguf(path: Path, directory: Path, tensor_type: GGMLQuantizationType = GGMLQuantizationType.F32) -> ModelFiles:
+    """Write the model of ``directory`` as GGUF, matrices in ``tensor_type``, the way llama.cpp's converter does."""
+    config = json.loads((directory / "config.json").read_text())
+    architecture = config["model_type"]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name(f"tiny {architecture}")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    _add_tokenizer(writer, config["vocab_size"])
+    if factors := spec_from_config(config, {}).rope_freq_factors:
+        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        values = tensor.float().numpy()
+        for kind, count in heads.items():
+            if architecture == "llama" and f"{kind}_proj" in name:
+                values = _interleave_rotary(values, count)
+        stored = tensor_type if values.ndim == 2 else GGMLQuantizationType.F32
+        writer.add_tensor(gguf_tensor_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return ModelFiles(path.stem, path, "gguf")
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A byte-level BPE tokenizer of fewer than ``VOCAB_SIZE`` tokens, three of them special."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=VOCAB_SIZE - 100,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return tokenizer
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:
+    model = json.loads(tiny_tokenizer().to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].get)
+    types = [gguf.TokenType.CONTROL if token in SPECIAL_TOKENS else gguf.TokenType.NORMAL for token in tokens]
+    padding = range(len(tokens), vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*tokens, *(f"[PAD{index}]" for index in padding)])
+    writer.add_token_types([*types, *(gguf.TokenType.UNUSED for _ in padding)])
+    writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def _interleave_rotary(rows: np.ndarray[Any, Any], num_heads: int) -> np.ndarray[Any, Any]:
+    """llama.cpp's order of q and k rows (``permute`` in its convert_hf_to_gguf.py)."""
+    return rows.reshape(num_heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
