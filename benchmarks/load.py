@@ -1,0 +1,237 @@
+"""Load generator for any OpenAI-compatible server.
+
+``python -m benchmarks.load --url http://127.0.0.1:8000 --concurrency 8 --requests 32``
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from benchmarks.client import StreamResult, stream
+from benchmarks.prompts.build import Prompt, read_eval
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """What is sent. ``max_seconds`` bounds the measured part: no request starts after it."""
+
+    url: str
+    model: str
+    concurrency: int
+    num_requests: int
+    max_tokens: int
+    warmup_requests: int = 0
+    temperature: float = 0.0
+    ignore_eos: bool = True
+    chat: bool = True
+    max_seconds: float = 600.0
+    api_key: str | None = None
+
+
+@dataclass(frozen=True)
+class Percentiles:
+    """Seconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was measured. ``output_tokens`` comes from the server's ``usage``, not from counting events.
+
+    ``itl`` is the time between two events of a stream; ``tpot`` a request's time after its first token over
+    the tokens after it, so it does not depend on how many tokens the server puts in one event.
+    ``client_cpu_per_token`` is in seconds of this process.
+    """
+
+    requests: int
+    errors: int
+    seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    tokens_per_second: float
+    tokens_per_event: float
+    ttft: Percentiles
+    itl: Percentiles
+    tpot: Percentiles
+    client_cpu_per_token: float
+    error_messages: list[str]
+
+
+def percentiles(values: Sequence[float]) -> Percentiles:
+    """Nearest-rank percentiles; NaN where there is no value."""
+    ordered = sorted(values)
+    if not ordered:
+        return Percentiles(math.nan, math.nan, math.nan)
+    p50, p90, p99 = (ordered[max(0, math.ceil(share * len(ordered)) - 1)] for share in (0.5, 0.9, 0.99))
+    return Percentiles(p50, p90, p99)
+
+
+def summarise(results: Sequence[StreamResult], seconds: float, cpu_seconds: float) -> LoadReport:
+    """Failed requests count as errors and in nothing else."""
+    good = [result for result in results if result.error is None]
+    tokens = sum(result.completion_tokens for result in good)
+    gaps = [b - a for r in good for a, b in zip(r.token_times, r.token_times[1:], strict=False)]
+    tpot = [
+        (r.token_times[-1] - r.token_times[0]) / (r.completion_tokens - 1)
+        for r in good
+        if r.completion_tokens > 1 and r.token_times
+    ]
+    return LoadReport(
+        requests=len(results),
+        errors=len(results) - len(good),
+        seconds=seconds,
+        prompt_tokens=sum(result.prompt_tokens for result in good),
+        output_tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        tokens_per_event=tokens / max(1, sum(len(result.token_times) for result in good)),
+        ttft=percentiles([r.token_times[0] - r.start for r in good if r.token_times]),
+        itl=percentiles(gaps),
+        tpot=percentiles(tpot),
+        client_cpu_per_token=cpu_seconds / max(1, tokens),
+        error_messages=sorted({result.error for result in results if result.error is not None})[:5],
+    )
+
+
+def request_body(options: LoadOptions, prompt: Prompt) -> tuple[str, dict[str, Any]]:
+    """URL and JSON body for one prompt."""
+    body: dict[str, Any] = {
+        "model": options.model,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if options.ignore_eos:
+        body["ignore_eos"] = True
+    if options.chat:
+        return f"{options.url}/v1/chat/completions", body | {"messages": prompt.messages}
+    return f"{options.url}/v1/completions", body | {"prompt": "\n\n".join(m["content"] for m in prompt.messages)}
+
+
+async def run_load(
+    options: LoadOptions, prompts: Sequence[Prompt], progress: Progress | None = None
+) -> tuple[LoadReport, list[StreamResult]]:
+    """Keeps ``concurrency`` requests in flight until ``num_requests`` are done or ``max_seconds`` have passed.
+
+    Warm-up requests go first and use the last prompts, so that they leave no prefix of a measured one in a
+    server's cache (where there are enough prompts).
+    """
+    warmup = list(reversed(prompts))[: options.warmup_requests]
+    await _drive(options, warmup, options.warmup_requests, None)
+    cpu, start = time.process_time(), time.perf_counter()
+    results = await _drive(options, prompts, options.num_requests, progress)
+    seconds = max(result.end for result in results) - start
+    return summarise(results, seconds, time.process_time() - cpu), results
+
+
+async def _drive(
+    options: LoadOptions, prompts: Sequence[Prompt], count: int, progress: Progress | None
+) -> list[StreamResult]:
+    results: list[StreamResult] = []
+    numbers = iter(range(count))
+    deadline = time.perf_counter() + options.max_seconds
+    task = progress.add_task(f"concurrency {options.concurrency}", total=count) if progress else None
+
+    async def worker() -> None:
+        for number in numbers:
+            if time.perf_counter() > deadline:
+                return
+            url, body = request_body(options, prompts[number % len(prompts)])
+            results.append(await stream(url, body, api_key=options.api_key))
+            if progress is not None and task is not None:
+                progress.advance(task)
+
+    await asyncio.gather(*(worker() for _ in range(options.concurrency)))
+    return results
+
+
+def new_progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    )
+
+
+def report_table(title: str, rows: Sequence[tuple[str, LoadReport]]) -> Table:
+    """One line a run; times in milliseconds."""
+    table = Table(title=title)
+    table.add_column("run")
+    for header in ("tok/s", "TTFT p50", "p90", "p99", "ITL p50", "p90", "p99", "TPOT p50", "errors", "client µs/tok"):
+        table.add_column(header, justify="right")
+    for name, report in rows:
+        times = [report.ttft.p50, report.ttft.p90, report.ttft.p99, report.itl.p50, report.itl.p90, report.itl.p99]
+        table.add_row(
+            name,
+            f"{report.tokens_per_second:.1f}",
+            *(f"{1e3 * value:.1f}" for value in [*times, report.tpot.p50]),
+            f"{report.errors}/{report.requests}",
+            f"{1e6 * report.client_cpu_per_token:.0f}",
+        )
+    return table
+
+
+def main(
+    url: Annotated[str, typer.Option(help="Base URL, without /v1.")] = "http://127.0.0.1:8000",
+    model: Annotated[str, typer.Option(help="Model name the server knows.")] = "smollm2-135m",
+    concurrency: Annotated[list[int] | None, typer.Option(help="Requests in flight; may be given several times.")] = None,
+    requests: Annotated[int, typer.Option(help="Requests per concurrency; 0: four times the concurrency.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens per request.")] = 128,
+    warmup: Annotated[int, typer.Option(help="Requests before measuring; -1: as many as the concurrency.")] = -1,
+    temperature: Annotated[float, typer.Option()] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option(help="Generate max_tokens whatever the model says.")] = True,
+    chat: Annotated[bool, typer.Option(help="Chat completions; otherwise plain completions.")] = True,
+    domain: Annotated[list[str] | None, typer.Option(help="Only these domains' prompts.")] = None,
+    max_seconds: Annotated[float, typer.Option(help="No request starts later than this.")] = 600.0,
+    api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_BENCH_API_KEY")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the reports here as JSON.")] = None,
+) -> None:
+    """Measures a running server; exits with 1 when a request failed."""
+    console = Console()
+    prompts = read_eval(domain)
+    rows = []
+    offset = 0  # each level gets prompts that no earlier one has put into a prefix cache
+    with new_progress(console) as progress:
+        for level in concurrency or [1, 8, 32]:
+            options = LoadOptions(
+                url=url.rstrip("/"),
+                model=model,
+                concurrency=level,
+                num_requests=requests or 4 * level,
+                max_tokens=max_tokens,
+                warmup_requests=level if warmup < 0 else warmup,
+                temperature=temperature,
+                ignore_eos=ignore_eos,
+                chat=chat,
+                max_seconds=max_seconds,
+                api_key=api_key,
+            )
+            report, _ = uvloop.run(run_load(options, prompts[offset:] + prompts[:offset], progress))
+            offset = (offset + options.num_requests) % len(prompts)
+            rows.append((f"concurrency {level}", report))
+    console.print(report_table(f"{model} at {url}, {max_tokens} tokens a request", rows))
+    for name, report in rows:
+        for message in report.error_messages:
+            console.print(f"[red]{name}: {message}[/red]")
+    if output is not None:
+        output.write_text(json.dumps({name: asdict(report) for name, report in rows}, indent=2))
+    if any(report.errors for _, report in rows):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
