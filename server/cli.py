@@ -11,15 +11,16 @@ from typing import Annotated
 import typer
 
 from engine.config import ModelConfig
-from engine.models.config import ModelError, ModelFiles
-from engine.models.registry import resolve_model, validate_model_files
-from server.launcher import ENGINE_COMMAND, engine_environment, serve
-from server.log import configure_logging
+from engine.log import configure_logging
+from engine.models.config import ModelError
+from server.launcher import ENGINE_COMMAND, engine_environment, serve, validated_model
 from server.settings import ConfigurationError, Settings, load_settings
 from server.settings_doc import settings_doc
 from server.tenants import check_tenant_name, hash_key, new_key
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="LLM inference server.")
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="LLM inference server."
+)
 keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys_app, name="keys")
 
@@ -30,24 +31,20 @@ _SETTINGS_COMMAND = {"allow_extra_args": True, "ignore_unknown_options": True}
 @app.command("serve", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def serve_command(context: typer.Context) -> None:
     """Start everything: engine, API server and, without --redis.url, an embedded Valkey."""
-    settings = _load(context)
-    model = _validated_model(settings.engine.model)
-    raise typer.Exit(serve(settings, served_name=settings.engine.model.served_name or model.name, with_engine=True))
+    raise typer.Exit(serve(_load(context), with_engine=True))
 
 
 @app.command("api", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def api_command(context: typer.Context) -> None:
     """Start the API server alone, for an engine at --engine.address."""
-    settings = _load(context)
-    model = _validated_model(settings.engine.model)
-    raise typer.Exit(serve(settings, served_name=settings.engine.model.served_name or model.name, with_engine=False))
+    raise typer.Exit(serve(_load(context), with_engine=False))
 
 
 @app.command("engine", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def engine_command(context: typer.Context) -> None:
     """Start the engine alone, at --engine.address."""
     settings = _load(context)
-    _validated_model(settings.engine.model)
+    validated_model(settings.engine.model)
     if settings.engine.address.startswith("ipc://"):
         Path(settings.engine.address.removeprefix("ipc://")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.execve(ENGINE_COMMAND[0], ENGINE_COMMAND, engine_environment(settings))
@@ -60,7 +57,7 @@ def pull(
 ) -> None:
     """Fetch a model's files, check them, and print where they are."""
     config = ModelConfig(name=model) if cache_dir is None else ModelConfig(name=model, cache_dir=cache_dir)
-    print(_validated_model(config).path)
+    print(validated_model(config).path)
 
 
 @app.command()
@@ -78,9 +75,9 @@ def settings_doc_command() -> None:
 @keys_app.command("new")
 def keys_new(tenant: Annotated[str, typer.Argument(help="Name of the tenant, as in the keys file.")]) -> None:
     """Make an API key: printed once, with the lines for the keys file, which holds only its hash."""
-    key = new_key()
+    name, key = check_tenant_name(tenant), new_key()
     print(f"key (give it to the tenant; it is stored nowhere):\n{key}\n")
-    print(f'lines for the keys file:\n[tenants.{check_tenant_name(tenant)}]\nkeys = ["{hash_key(key)}"]')
+    print(f'lines for the keys file:\n[tenants.{name}]\nkeys = ["{hash_key(key)}"]')
 
 
 def main() -> None:
@@ -92,14 +89,7 @@ def main() -> None:
         raise SystemExit(2) from None
 
 
-def _validated_model(config: ModelConfig) -> ModelFiles:
-    """The model's files, fetched if need be, and found fit to serve; raises ``ModelError``."""
-    files = resolve_model(config)
-    validate_model_files(files)
-    return files
-
-
 def _load(context: typer.Context) -> Settings:
     settings = load_settings(context.args)
-    configure_logging(settings.log)
+    configure_logging(settings.log.level, settings.log.format)
     return settings

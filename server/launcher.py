@@ -20,6 +20,10 @@ import httpx
 import structlog
 import uvicorn
 
+from engine.config import ModelConfig
+from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
+from engine.models.config import ModelFiles
+from engine.models.registry import resolve_model, validate_model_files
 from server.app import create_app
 from server.banner import banner
 from server.settings import ConfigurationError, Settings
@@ -36,14 +40,15 @@ _STOP_GRACE = 5.0
 _POLL_INTERVAL = 0.05
 
 
-def serve(settings: Settings, *, served_name: str, with_engine: bool) -> int:
+def serve(settings: Settings, *, with_engine: bool) -> int:
     """Run until a signal ends it; returns the exit status: 0 after draining, 1 if something failed or was cut short.
 
-    The model's files must have been validated already. ``served_name`` is what clients call the model.
-    Raises ``ConfigurationError`` before any port opens if keys are needed and missing.
+    Raises, before any port opens: ``ConfigurationError`` if keys are needed and missing, ``ModelError`` if the
+    model cannot be had or served.
     """
     tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     check_exposure(settings.http.host, settings.auth, tenants)
+    model = validated_model(settings.engine.model)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_instance_directory())
         listener = stack.enter_context(_listen(settings.http.host, settings.http.port))
@@ -55,15 +60,27 @@ def serve(settings: Settings, *, served_name: str, with_engine: bool) -> int:
         if with_engine:
             settings = _with_private_address(settings, directory)
             children.append(_engine(settings, url))
-        greeting = banner(url, served_name, needs_key=tenants.has_keys)
+        greeting = banner(url, settings.engine.model.served_name or model.name, needs_key=tenants.has_keys)
         launcher = _Launcher(settings, listener, children, url, greeting)
         with asyncio.Runner(loop_factory=launcher.loop_factory) as runner:
             return runner.run(launcher.run())
 
 
+def validated_model(config: ModelConfig) -> ModelFiles:
+    """The model's files, fetched if need be, and found fit to serve; raises ``ModelError``."""
+    files = resolve_model(config)
+    validate_model_files(files)
+    return files
+
+
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Environment in which ``engine.process`` finds its configuration."""
-    return {**os.environ, ENGINE_CONFIG_VARIABLE: settings.engine.model_dump_json()}
+    return {
+        **os.environ,
+        ENGINE_CONFIG_VARIABLE: settings.engine.model_dump_json(),
+        LEVEL_VARIABLE: settings.log.level,
+        FORMAT_VARIABLE: settings.log.format,
+    }
 
 
 class _ApiServer(uvicorn.Server):
@@ -98,6 +115,7 @@ class _Launcher:
         config = uvicorn.Config(
             self._app,
             log_config=None,
+            log_level="warning",
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=1,

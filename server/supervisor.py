@@ -100,7 +100,7 @@ class SupervisedProcess:
     async def _spawn(self) -> asyncio.subprocess.Process:
         self._process = await asyncio.create_subprocess_exec(
             *self._arguments,
-            env=self._environment,
+            env=dict(self._environment),  # uvloop takes nothing but a dict
             stdin=asyncio.subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=_die_with_parent,

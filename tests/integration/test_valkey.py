@@ -101,10 +101,9 @@ async def test_child_that_dies_before_it_is_ready_is_a_failure(tmp_path: Path) -
 def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
     script = f"""
 import asyncio, pathlib
-from server.log import configure_logging
-from server.settings import LogConfig
+from engine.log import configure_logging
 from server.valkey import embedded_valkey
-configure_logging(LogConfig())
+configure_logging("info", "json")
 async def main():
     valkey = embedded_valkey(pathlib.Path({str(tmp_path)!r}))
     await valkey.start()

@@ -1,4 +1,4 @@
-"""Structured logs on standard error: one JSON object (or one line of text) an event.
+"""Structured logs of all processes, on standard error: one JSON object (or one line of text) an event.
 
 Context bound with ``structlog.contextvars`` (request id, tenant) is on every line of its request.
 Prompts, outputs and keys are never logged.
@@ -7,12 +7,14 @@ Prompts, outputs and keys are never logged.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import structlog
 from structlog.typing import Processor
 
-from server.settings import LogConfig
+LEVEL_VARIABLE = "EVOSPEC_LOG__LEVEL"
+FORMAT_VARIABLE = "EVOSPEC_LOG__FORMAT"
 
 _SHARED_PROCESSORS: list[Processor] = [
     structlog.contextvars.merge_contextvars,
@@ -23,11 +25,14 @@ _SHARED_PROCESSORS: list[Processor] = [
 ]
 
 
-def configure_logging(config: LogConfig) -> None:
-    """Send structlog and the standard library's loggers (uvicorn's too) through one formatter."""
+def configure_logging(level: str, format: str) -> None:
+    """Send structlog and the standard library's loggers (uvicorn's too) through one formatter.
+
+    ``level`` is "debug", "info", "warning" or "error"; ``format`` is "json" or "console".
+    """
     renderer: list[Processor] = (
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-        if config.format == "json"
+        if format == "json"
         else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     )
     handler = logging.StreamHandler(sys.stderr)
@@ -37,7 +42,7 @@ def configure_logging(config: LogConfig) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
         )
     )
-    logging.basicConfig(handlers=[handler], level=config.level.upper(), force=True)
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     # httpx logs every request line at "info"; its callers log what matters.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     structlog.configure(
@@ -46,3 +51,8 @@ def configure_logging(config: LogConfig) -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
+
+
+def configure_child_logging() -> None:
+    """The same in a child process: the parent passes its choice in the environment."""
+    configure_logging(os.environ.get(LEVEL_VARIABLE, "info"), os.environ.get(FORMAT_VARIABLE, "json"))
