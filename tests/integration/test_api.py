@@ -1,0 +1,512 @@
+"""The HTTP API over a real socket, with a real tokenizer and Valkey, and an engine that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, TokenLogprob
+from engine.models.config import ModelFiles
+from engine.text.tokenizer import Tokenizer
+from server.app import create_app
+from server.settings import load_settings
+from server.tenants import hash_key
+from tests.integration.scripted_engine import Script, ScriptedEngine
+from tests.tiny_models import VOCAB_SIZE, make_directory
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+TEXT = {"model": "tiny", "prompt": "The dog"}
+REPLY = "naïve 東京 👩‍🚀 end"
+
+
+@dataclass
+class Api:
+    """A running server with its engine."""
+
+    client: httpx.AsyncClient
+    engine: ScriptedEngine
+    address: str
+    tokenizer: Tokenizer
+    app: Any
+
+    async def post(self, path: str, **body: Any) -> httpx.Response:
+        base = CHAT if "chat" in path else TEXT
+        return await self.client.post(path, json={**base, **body})
+
+    async def events(self, path: str, **body: Any) -> list[Any]:
+        """All events of a stream, decoded; "[DONE]" as text."""
+        response = await self.post(path, stream=True, **body)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        blocks = response.text.removesuffix("\n\n").split("\n\n")
+        assert all(block.startswith("data: ") for block in blocks)
+        payloads = [block.removeprefix("data: ") for block in blocks]
+        return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for something that must happen."""
+        async with asyncio.timeout(20):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async def until_get(self, path: str, condition: Callable[[httpx.Response], bool]) -> httpx.Response:
+        """The first response from ``path`` that satisfies ``condition``."""
+        async with asyncio.timeout(20):
+            while True:
+                if condition(response := await self.client.get(path)):
+                    return response
+
+    async def until_health(self, status: int) -> None:
+        await self.until_get("/health", lambda response: response.status_code == status)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_directory(tmp_path_factory.mktemp("api") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: ModelFiles) -> Tokenizer:
+    return Tokenizer.from_files(tiny_model)
+
+
+@asynccontextmanager
+async def running_api(
+    script: Script, model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, directory: Path, *options: str
+) -> AsyncIterator[Api]:
+    address = f"ipc://{directory}/engine.sock"
+    settings = load_settings(
+        ["--model", str(model.path), "--engine.address", address, "--redis.url", valkey_url, *options]
+    )
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    task = asyncio.create_task(server.serve())
+    engine = ScriptedEngine(address, script, VOCAB_SIZE)
+    try:
+        async with asyncio.timeout(20):
+            while not server.started:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+            api = Api(client, engine, address, tokenizer, app)
+            await api.until_health(200)
+            yield api
+    finally:
+        await api.engine.die()
+        server.should_exit = True
+        await task
+
+
+@pytest.fixture
+def serve(tiny_model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, tmp_path: Path) -> Any:
+    """``async with serve(script, *options) as api``."""
+    return lambda script, *options: running_api(script, tiny_model, tokenizer, valkey_url, tmp_path, *options)
+
+
+@pytest.fixture
+def replies(tokenizer: Tokenizer) -> Script:
+    """A script that answers with REPLY, a token a step, with two alternatives for each if asked."""
+    ids = tokenizer.encode(REPLY, add_special_tokens=False)
+
+    def script(request: EngineRequest) -> Iterable[EngineOutput]:
+        wants = request.sampling
+        ahead = request.prompt_token_ids[1:] if wants.prompt_logprobs is not None else []
+        for number, token_id in enumerate(ids):
+            is_first, is_last = number == 0, number == len(ids) - 1
+            yield EngineOutput(
+                request_id=request.request_id,
+                token_ids=[token_id],
+                logprobs=None if wants.logprobs is None else [logprob(token_id, wants.logprobs)],
+                prompt_logprobs=[logprob(t, 0) for t in ahead] if is_first and ahead else None,
+                finish_reason="stop" if is_last else None,
+                num_cached_tokens=1 if is_first else 0,
+            )
+
+    return script
+
+
+def logprob(token_id: int, alternatives: int) -> TokenLogprob:
+    return TokenLogprob(token_id, -0.5, [(token_id, -0.5), (3, float("-inf"))][:alternatives])
+
+
+def endless(request: EngineRequest) -> Iterable[EngineOutput]:
+    """One token, and then nothing more."""
+    yield EngineOutput(request_id=request.request_id, token_ids=[request.prompt_token_ids[0] + 100])
+
+
+def silent(request: EngineRequest) -> Iterable[EngineOutput]:
+    return ()
+
+
+def refusing(kind: Any, message: str | None = None) -> Script:
+    return lambda request: [
+        EngineOutput(request_id=request.request_id, finish_reason="error", error=message, error_kind=kind)
+    ]
+
+
+async def test_completion_has_text_usage_and_finish_reason(serve: Any, replies: Script) -> None:
+    async with serve(replies) as api:
+        body = (await api.post("/v1/completions")).json()
+        prompt_tokens = len(api.tokenizer.encode(TEXT["prompt"]))
+        completion_tokens = len(api.tokenizer.encode(REPLY, add_special_tokens=False))
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [
+        {"index": 0, "text": REPLY, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
+    ]
+    assert body["usage"] == {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("ab", ["ab"]), (["ab", "cd"], ["ab", "cd"]), ([5, 6], [[5, 6]]), ([[5], [6, 7]], [[5], [6, 7]])],
+)
+async def test_every_prompt_form_reaches_the_engine(
+    serve: Any, replies: Script, prompt: Any, expected: list[Any]
+) -> None:
+    async with serve(replies) as api:
+        body = (await api.post("/v1/completions", prompt=prompt, n=2, seed=7)).json()
+        sent = [(r.prompt_token_ids, r.sampling.seed) for r in api.engine.requests]
+        encode = api.tokenizer.encode
+    ids = [encode(item) if isinstance(item, str) else item for item in expected]
+    assert sent == [(item, 7 + choice) for item in ids for choice in (0, 1)]
+    assert [choice["index"] for choice in body["choices"]] == list(range(2 * len(expected)))
+    assert body["usage"]["prompt_tokens"] == sum(map(len, ids))
+
+
+async def test_stream_joins_to_the_whole_text_and_never_splits_a_character(serve: Any, replies: Script) -> None:
+    async with serve(replies) as api:
+        events = await api.events("/v1/chat/completions", stream_options={"include_usage": True})
+        whole = (await api.post("/v1/chat/completions")).json()
+    assert events.pop() == "[DONE]"
+    usage = events.pop()
+    assert usage["choices"] == []
+    assert usage["usage"] == whole["usage"]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas[0]["role"] == "assistant"
+    assert all("role" not in delta for delta in deltas[1:])
+    assert "".join(delta["content"] for delta in deltas) == REPLY == whole["choices"][0]["message"]["content"]
+    assert not any("\ufffd" in delta["content"] for delta in deltas)
+    assert [event["choices"][0]["finish_reason"] for event in events] == [None] * (len(events) - 1) + ["stop"]
+    assert {event["id"] for event in events} == {usage["id"]}
+    assert all(event["usage"] is None for event in events)
+
+
+async def test_a_stop_string_across_tokens_never_leaks(serve: Any, tokenizer: Tokenizer) -> None:
+    text = "one STOP"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+
+    def script(request: EngineRequest) -> Iterable[EngineOutput]:
+        for number, token_id in enumerate(ids):
+            last = number == len(ids) - 1
+            yield EngineOutput(
+                request_id=request.request_id,
+                token_ids=[token_id],
+                finish_reason="stop" if last else None,
+                stop_reason=" STOP" if last else None,
+                text_length=3 if last else None,
+            )
+
+    async with serve(script) as api:
+        events = await api.events("/v1/completions", stop=[" STOP"])
+        assert api.engine.requests[0].sampling.stop == (" STOP",)
+    choices = [event["choices"][0] for event in events[:-1]]
+    assert "".join(choice["text"] for choice in choices) == "one"
+    assert choices[-1]["stop_reason"] == " STOP"
+
+
+async def test_completion_logprobs_and_echo(serve: Any, replies: Script) -> None:
+    async with serve(replies) as api:
+        choice = (await api.post("/v1/completions", logprobs=2, echo=True)).json()["choices"][0]
+        events = await api.events("/v1/completions", logprobs=2, echo=True)
+        prompt_ids = api.tokenizer.encode(TEXT["prompt"])
+        assert [r.sampling.prompt_logprobs for r in api.engine.requests] == [2, 2]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == TEXT["prompt"] + REPLY
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["token_logprobs"][1:] == [-0.5] * (len(logprobs["tokens"]) - 1)
+    assert min(logprobs["top_logprobs"][-1].values()) == -9999
+    whole = [
+        (offset, token) for offset, token in zip(logprobs["text_offset"], logprobs["tokens"], strict=True)
+        if not token.startswith("bytes:")
+    ]  # fmt: skip
+    assert len(whole) > len(prompt_ids)
+    assert all(choice["text"][offset : offset + len(token)] == token for offset, token in whole)
+    streamed = [event["choices"][0] for event in events[:-1]]
+    assert "".join(part["text"] for part in streamed) == choice["text"]
+    assert {key: [v for part in streamed for v in part["logprobs"][key]] for key in logprobs} == logprobs
+
+
+async def test_chat_logprobs_carry_the_bytes_of_each_token(serve: Any, replies: Script) -> None:
+    async with serve(replies) as api:
+        choice = (await api.post("/v1/chat/completions", logprobs=True, top_logprobs=2)).json()["choices"][0]
+        plain = (await api.post("/v1/chat/completions", logprobs=True)).json()["choices"][0]
+    content = choice["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == REPLY
+    assert all(len(entry["top_logprobs"]) == 2 for entry in content)
+    assert content[0]["top_logprobs"][0]["token"] == content[0]["token"]
+    assert all(entry["top_logprobs"] == [] for entry in plain["logprobs"]["content"])
+
+
+async def test_scoring_a_prompt_without_output(serve: Any, replies: Script) -> None:
+    async with serve(replies) as api:
+        body = (await api.post("/v1/completions", logprobs=1, echo=True, max_tokens=0)).json()
+        assert api.engine.requests[0].sampling.max_tokens == 1
+    assert body["choices"][0]["text"] == TEXT["prompt"]
+    assert body["usage"]["completion_tokens"] == 0
+    assert len(body["choices"][0]["logprobs"]["tokens"]) == body["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/v1/completions", {"model": "other"}, 404, "model"),
+        ("/v1/completions", {"prompt": ""}, 400, "prompt"),
+        ("/v1/completions", {"prompt": [VOCAB_SIZE]}, 400, "prompt"),
+        ("/v1/completions", {"prompt": [5] * 64}, 400, "prompt"),
+        ("/v1/completions", {"prompt": [5] * 60, "max_tokens": 5}, 400, "max_tokens"),
+        ("/v1/chat/completions", {"max_completion_tokens": 64}, 400, "max_completion_tokens"),
+        ("/v1/completions", {"min_tokens": 17}, 400, "min_tokens"),
+        ("/v1/completions", {"stop_token_ids": [VOCAB_SIZE]}, 400, "stop_token_ids"),
+        ("/v1/completions", {"logit_bias": {str(VOCAB_SIZE): 1}}, 400, "logit_bias"),
+        ("/v1/completions", {"logit_bias": {"-1": 1}}, 400, "logit_bias"),
+        ("/v1/completions", {"stream_options": {"include_usage": True}}, 400, "stream_options"),
+        ("/tokenize", {"prompt": "a", "messages": CHAT["messages"]}, 400, "prompt"),
+        ("/detokenize", {"prompt": None, "tokens": [VOCAB_SIZE]}, 400, "prompt"),
+    ],
+)
+async def test_bad_requests_name_the_field(
+    serve: Any, path: str, body: dict[str, Any], status: int, param: str
+) -> None:
+    async with serve(silent) as api:
+        response = await api.post(path, **body)
+        assert api.engine.requests == []
+    assert response.status_code == status
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"{", b"", b"\xff\xfe", b"[" * 100_000, b"null", b"[]", b'{"model": NaN}',
+        b'{"model": "tiny", "prompt": "\\ud800"}', b'{"\\ud800": 1}',
+        b'{"model": "tiny", "seed": ' + b"9" * 5000 + b"}",
+    ],
+)  # fmt: skip
+async def test_bodies_that_are_no_request_get_400(serve: Any, raw: bytes) -> None:
+    async with serve(silent) as api:
+        response = await api.client.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_a_body_over_the_limit_gets_413(serve: Any) -> None:
+    async with serve(silent, "--http.max_body_bytes", "1000") as api:
+        response = await api.post("/v1/completions", prompt="a" * 1000)
+        chunks = (b" " * 100 for _ in range(20))
+
+        async def body() -> AsyncIterator[bytes]:
+            for chunk in chunks:
+                yield chunk
+
+        chunked = await api.client.post("/v1/completions", content=body())
+    assert (response.status_code, chunked.status_code) == (413, 413)
+
+
+async def test_unknown_paths_and_methods_have_error_bodies(serve: Any) -> None:
+    async with serve(silent) as api:
+        unknown = await api.client.get("/v2/none")
+        wrong_method = await api.client.get("/v1/completions")
+    assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "not_found_error")
+    assert wrong_method.status_code == 405
+    assert wrong_method.headers["allow"] == "POST"
+    assert "error" in wrong_method.json()
+
+
+@pytest.mark.parametrize(
+    ("given", "echoed"), [("abc-1.2:3", True), ("a" * 129, False), ("a b", False), ("<script>", False)]
+)
+async def test_request_ids_are_echoed_if_harmless(serve: Any, given: str, echoed: bool) -> None:
+    async with serve(silent) as api:
+        response = await api.client.get("/v1/models", headers={"X-Request-Id": given})
+    assert (response.headers["x-request-id"] == given) is echoed
+    assert response.headers["x-request-id"]
+
+
+async def test_models_and_tokens(serve: Any) -> None:
+    async with serve(silent) as api:
+        models = (await api.client.get("/v1/models")).json()
+        model = await api.client.get("/v1/models/tiny")
+        missing = await api.client.get("/v1/models/other")
+        tokens = (await api.client.post("/tokenize", json={"prompt": REPLY, "add_special_tokens": False})).json()
+        chat = (await api.client.post("/tokenize", json={"messages": CHAT["messages"]})).json()
+        text = (await api.client.post("/detokenize", json={"tokens": tokens["tokens"]})).json()
+        rendered = (await api.client.post("/detokenize", json={"tokens": chat["tokens"]})).json()
+    assert models["data"] == [model.json()]
+    assert (model.json()["id"], model.json()["max_model_len"]) == ("tiny", 64)
+    assert missing.status_code == 404
+    assert tokens["count"] == len(tokens["tokens"])
+    assert text == {"prompt": REPLY}
+    assert rendered["prompt"] == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_a_key_is_needed_where_there_are_keys(serve: Any) -> None:
+    async with serve(silent, "--auth.keys", f"acme={hash_key('secret')}") as api:
+        without = await api.client.get("/v1/models")
+        with_key = await api.client.get("/v1/models", headers={"Authorization": "Bearer secret"})
+        health = await api.client.get("/health")
+        body_unread = await api.client.post("/v1/completions", content=b"{")
+    assert (without.status_code, with_key.status_code, health.status_code) == (401, 200, 200)
+    assert body_unread.status_code == 401
+    assert without.json()["error"]["type"] == "authentication_error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "retry"), [("overloaded", 503, True), ("invalid", 400, False), ("internal", 500, False)]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_engine_errors_become_statuses(serve: Any, kind: str, status: int, retry: bool, stream: bool) -> None:
+    async with serve(refusing(kind, "no such grammar")) as api:
+        response = await api.post("/v1/completions", stream=stream)
+    assert response.status_code == status
+    assert ("retry-after" in response.headers) is retry
+    assert ("no such grammar" in response.text) is (kind == "invalid")
+
+
+async def test_more_than_the_engine_can_queue_is_refused_at_once(serve: Any) -> None:
+    async with serve(silent, "--engine.scheduler.max_waiting", "1", "--engine.scheduler.max_num_seqs", "1") as api:
+        first = asyncio.create_task(api.post("/v1/completions", n=2))
+        await api.until(lambda: len(api.engine.requests) == 2)
+        refused = await api.post("/v1/completions")
+        first.cancel()
+        await api.until(lambda: len(api.engine.aborted) == 2)
+        assert len(api.engine.requests) == 2
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["code"] == "overloaded"
+
+
+@pytest.mark.parametrize("script", [silent, endless])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_goes_away_aborts_its_sequences(serve: Any, script: Script, stream: bool) -> None:
+    async with serve(script) as api:
+        request = asyncio.create_task(api.post("/v1/completions", stream=stream, n=2))
+        await api.until(lambda: len(api.engine.requests) == 2)
+        request.cancel()
+        await api.until(lambda: len(api.engine.aborted) == 2)
+        assert set(api.engine.aborted) == {r.request_id for r in api.engine.requests}
+        await api.until(lambda: api.app.state.serving.engine.in_flight == 0)
+        metrics = (await api.client.get("/metrics")).text
+    assert 'evospec:client_disconnects_total{model="tiny",tenant="default"} 1.0' in metrics
+
+
+async def test_a_dead_engine_ends_requests_and_a_new_one_serves_again(serve: Any, replies: Script) -> None:
+    async with serve(endless) as api:
+        async with api.client.stream("POST", "/v1/completions", json={**TEXT, "stream": True}) as stream:
+            lines = stream.aiter_lines()
+            assert (await anext(lines)).startswith("data: ")
+            whole = asyncio.create_task(api.post("/v1/completions"))
+            await api.until(lambda: len(api.engine.requests) == 2)
+            await api.engine.die()
+            rest = [line async for line in lines if line]
+        error = json.loads(rest[-1].removeprefix("data: "))["error"]
+        assert error["code"] == "engine_unavailable"
+        response = await whole
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
+        await api.until_health(503)
+        assert (await api.post("/v1/completions")).status_code == 503
+
+        api.engine = ScriptedEngine(api.address, replies, VOCAB_SIZE)
+        await api.until_health(200)
+        assert (await api.post("/v1/completions")).json()["choices"][0]["text"] == REPLY
+        assert "evospec:engine_restarts_total 1.0" in (await api.client.get("/metrics")).text
+
+
+async def test_an_epoch_that_changes_unseen_ends_requests(serve: Any) -> None:
+    async with serve(silent) as api:
+        request = asyncio.create_task(api.post("/v1/completions"))
+        await api.until(lambda: api.engine.requests)
+        api.engine.epoch = "another"
+        await api.engine.send()
+        response = await request
+    assert response.status_code == 503
+    assert "restarted" in response.json()["error"]["message"]
+
+
+async def test_a_silent_engine_counts_as_dead_until_it_speaks(serve: Any) -> None:
+    async with serve(silent, "--http.engine_timeout", "0.3") as api:
+        request = asyncio.create_task(api.post("/v1/completions"))
+        await api.until(lambda: api.engine.requests)
+        api.engine.silent = True
+        response = await request
+        assert (await api.client.get("/health")).status_code == 503
+        api.engine.silent = False
+        await api.until_health(200)
+    assert response.status_code == 503
+
+
+async def test_draining_refuses_new_requests_and_finishes_running_ones(serve: Any) -> None:
+    async with serve(endless) as api:
+        request = asyncio.create_task(api.post("/v1/completions"))
+        await api.until(lambda: api.engine.requests)
+        api.app.state.draining = True
+        refused = await api.post("/v1/completions")
+        health = await api.client.get("/health")
+        await api.engine.send(EngineOutput(request_id=api.engine.requests[0].request_id, finish_reason="length"))
+        finished = await request
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+    assert health.status_code == 503
+    assert finished.json()["choices"][0]["finish_reason"] == "length"
+
+
+async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script) -> None:
+    async with serve(replies) as api:
+        usage = (await api.post("/v1/completions")).json()["usage"]
+        await api.post("/v1/completions", model="other")
+        stats = EngineStats(
+            num_waiting=2, num_running=3, blocks_used=4, blocks_total=8, prefix_query_tokens=10, prefix_hit_tokens=6,
+            preemptions=1, waiting_by_tenant={"default": 2},
+        )  # fmt: skip
+        await api.engine.send(stats=stats, steps=[StepTimings(0.1, 0.2, 0.3, 0.4, 5, 2)])
+        text = (await api.until_get("/metrics", lambda response: "running 3.0" in response.text)).text
+    labels = 'model="tiny",tenant="default"'
+    expected = [
+        f'evospec:requests_total{{endpoint="/v1/completions",{labels[:12]},status="200",{labels[13:]}}} 1.0',
+        f'evospec:requests_total{{endpoint="/v1/completions",{labels[:12]},status="404",{labels[13:]}}} 1.0',
+        f"evospec:generation_tokens_total{{{labels}}} {float(usage['completion_tokens'])}",
+        f"evospec:prompt_tokens_total{{{labels}}} {float(usage['prompt_tokens'])}",
+        f"evospec:time_to_first_token_seconds_count{{{labels}}} 1.0",
+        "evospec:num_requests_waiting 2.0",
+        'evospec:num_requests_waiting_by_tenant{tenant="default"} 2.0',
+        "evospec:kv_blocks_used 4.0",
+        "evospec:prefix_cache_hits_total 6.0",
+        "evospec:preemptions_total 1.0",
+        'evospec:engine_step_seconds_sum{part="forward"} 0.2',
+        "evospec:engine_up 1.0",
+    ]
+    lines = text.splitlines()
+    assert [line for line in expected if line not in lines] == []
+
+
+async def test_openapi_describes_bodies_and_every_reference_resolves(serve: Any) -> None:
+    async with serve(silent) as api:
+        schema = (await api.client.get("/openapi.json")).json()
+    operation = schema["paths"]["/v1/chat/completions"]["post"]
+    assert set(operation["responses"]) == {"200", "400", "401", "404", "413", "429", "503"}
+    assert operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("ChatCompletionRequest")
+    references = {part.split('"')[0] for part in json.dumps(schema).split('"#/components/schemas/')[1:]}
+    assert references <= set(schema["components"]["schemas"])

@@ -1,0 +1,191 @@
+"""Validation of request bodies: what is refused, how the field is named, what passes through."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from engine.messages import Grammar
+from server.errors import ApiError, validation_error
+from server.params import to_sampling_params
+from server.schemas.chat import ChatCompletionRequest
+from server.schemas.completions import CompletionRequest
+from server.schemas.fields import to_grammar
+
+TEXT = {"model": "m", "prompt": "x"}
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+
+
+def error_of(model: Any, body: dict[str, Any]) -> ApiError:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    return validation_error(caught.value.errors(), body)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("temperature", [-0.1, 2.1, float("nan"), float("inf"), "1", True, 10**400]),
+        ("top_p", [0, 1.01]),
+        ("top_k", [-2, 2**31, 1.5]),
+        ("min_p", [-0.1, 1.1]),
+        ("seed", [2**63, -(2**63) - 1, 10**400, 1.5]),
+        ("presence_penalty", [-2.1, 2.1]),
+        ("frequency_penalty", [-2.1, 2.1]),
+        ("repetition_penalty", [0, 11, float("inf")]),
+        ("stop", [5, "", ["a"] * 17, "a" * 257]),
+        ("stop_token_ids", [[2**31], "a", [1] * 129]),
+        ("n", [0, 17]),
+        ("max_tokens", [-1, 2**31, "5"]),
+        ("min_tokens", [-1]),
+        ("logit_bias", [[1], {str(i): 1 for i in range(1025)}]),
+        ("ignore_eos", [1, "true"]),
+        ("response_format", [{"type": "xml"}, "json_object"]),
+        ("stream", [1]),
+        ("user", [5]),
+    ],
+)
+@pytest.mark.parametrize(("model", "base"), [(CompletionRequest, TEXT), (ChatCompletionRequest, CHAT)])
+def test_values_out_of_range_or_of_the_wrong_type_are_refused(
+    model: Any, base: dict[str, Any], field: str, values: list[Any]
+) -> None:
+    for value in values:
+        error = error_of(model, {**base, field: value})
+        assert error.status == 400
+        assert (error.param or "").split(".")[0] == field, value
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (CompletionRequest, {**TEXT, "stop": ["a", 5]}, "stop.1"),
+        (CompletionRequest, {**TEXT, "prompt": []}, "prompt"),
+        (CompletionRequest, {**TEXT, "prompt": {}}, "prompt"),
+        (CompletionRequest, {**TEXT, "prompt": [[]]}, "prompt.0"),
+        (CompletionRequest, {**TEXT, "prompt": [[1, -2]]}, "prompt.0.1"),
+        (CompletionRequest, {**TEXT, "prompt": [True]}, "prompt"),
+        (CompletionRequest, {**TEXT, "logprobs": 21}, "logprobs"),
+        (CompletionRequest, {**TEXT, "max_tokens": 0}, "max_tokens"),
+        (CompletionRequest, {**TEXT, "logit_bias": {"5": 101}}, "logit_bias.5"),
+        (CompletionRequest, {"prompt": "x"}, "model"),
+        (ChatCompletionRequest, {**CHAT, "messages": []}, "messages"),
+        (ChatCompletionRequest, {**CHAT, "messages": [{"role": "user"}]}, "messages.0.content"),
+        (ChatCompletionRequest, {**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        (ChatCompletionRequest, {**CHAT, "top_logprobs": 2}, "top_logprobs"),
+        (ChatCompletionRequest, {**CHAT, "max_tokens": 0}, "max_tokens"),
+        (ChatCompletionRequest, {**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        (ChatCompletionRequest, {**CHAT, "stream_options": {"other": 1}}, "stream_options.other"),
+        (
+            ChatCompletionRequest,
+            {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.type",
+        ),
+        (
+            ChatCompletionRequest,
+            {**CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": 3}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            ChatCompletionRequest,
+            {**CHAT, "response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+        ),
+    ],
+)
+def test_the_error_names_the_place(model: Any, body: dict[str, Any], param: str) -> None:
+    error = error_of(model, body)
+    assert (error.status, error.param) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("field", "asks", "no_op"),
+    [
+        ("tools", [{"type": "function"}], []),
+        ("tool_choice", "required", "auto"),
+        ("functions", [{}], []),
+        ("function_call", {"name": "f"}, "none"),
+        ("audio", {"voice": "alloy"}, None),
+        ("modalities", ["text", "audio"], ["text"]),
+        ("prediction", {"type": "content", "content": "x"}, None),
+        ("store", True, False),
+        ("service_tier", "priority", "auto"),
+        ("web_search_options", {}, None),
+        ("reasoning_effort", "high", "none"),
+        ("verbosity", "low", "medium"),
+        ("parallel_tool_calls", True, None),
+    ],
+)
+def test_unsupported_fields_pass_only_when_they_ask_for_nothing(field: str, asks: Any, no_op: Any) -> None:
+    error = error_of(ChatCompletionRequest, {**CHAT, field: asks})
+    assert (error.status, error.param, error.code) == (400, field, "unsupported_parameter")
+    ChatCompletionRequest.model_validate({**CHAT, field: no_op})
+    ChatCompletionRequest.model_validate({**CHAT, field: None})
+
+
+def test_completion_fields_that_are_not_supported() -> None:
+    assert error_of(CompletionRequest, {**TEXT, "suffix": "s"}).param == "suffix"
+    assert error_of(CompletionRequest, {**TEXT, "best_of": 2}).param == "best_of"
+    CompletionRequest.model_validate({**TEXT, "suffix": None, "best_of": 2, "n": 2})
+
+
+@given(st.text(max_size=2000))
+def test_any_unknown_field_is_named_in_a_body_that_can_be_sent(name: str) -> None:
+    error = error_of(ChatCompletionRequest, {**CHAT, f"x{name}": 1})
+    assert error.code == "unsupported_parameter"
+    assert len(error.response().body) < 10_000
+
+
+def test_text_parts_are_joined_and_developer_means_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = ChatCompletionRequest.model_validate({**CHAT, "messages": [{"role": "developer", "content": parts}]})
+    assert body.messages[0].for_template() == {"role": "system", "content": "ab"}
+
+
+@pytest.mark.parametrize(
+    ("given_value", "expected"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, Grammar("json_object")),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "integer"}}},
+            Grammar("json_schema", json.dumps({"type": "integer"})),
+        ),
+    ],
+)
+def test_response_format_becomes_a_grammar(given_value: Any, expected: Grammar | None) -> None:
+    body = ChatCompletionRequest.model_validate({**CHAT, "response_format": given_value})
+    assert to_grammar(body.response_format) == expected
+
+
+def test_every_sampling_parameter_reaches_the_engine() -> None:
+    body = CompletionRequest.model_validate(
+        {
+            **TEXT, "temperature": 0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "seed": -(2**63),
+            "presence_penalty": 0.1, "frequency_penalty": -0.2, "repetition_penalty": 1.3,
+            "logit_bias": {"3": -100}, "stop": "end", "stop_token_ids": [4], "ignore_eos": True, "min_tokens": 2,
+        }
+    )  # fmt: skip
+    sampling = to_sampling_params(body, max_tokens=9, vocab_size=10, logprobs=2, prompt_logprobs=1)
+    assert sampling.temperature == 0
+    assert (sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 7, 0.1)
+    assert sampling.seed == -(2**63)
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) == (0.1, -0.2, 1.3)
+    assert sampling.logit_bias == {3: -100}
+    assert (sampling.stop, sampling.stop_token_ids) == (("end",), (4,))
+    assert (sampling.ignore_eos, sampling.min_tokens, sampling.max_tokens) == (True, 2, 9)
+    assert (sampling.logprobs, sampling.prompt_logprobs) == (2, 1)
+
+
+def test_null_means_the_default() -> None:
+    fields = ["temperature", "top_p", "top_k", "seed", "stop", "n", "logit_bias", "stream", "response_format", "user"]
+    given_null = to_sampling_params(
+        CompletionRequest.model_validate({**TEXT, **dict.fromkeys(fields)}), max_tokens=5, vocab_size=9, logprobs=None
+    )
+    assert (given_null.temperature, given_null.top_p, given_null.top_k, given_null.stop) == (1, 1, 0, ())
+    assert 0 <= given_null.seed < 2**63
