@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -21,6 +21,7 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
+from redis.connection import parse_url
 
 from engine.config import EngineConfig
 
@@ -74,6 +75,13 @@ class RedisConfig(_Section):
     retry_interval: float = Field(
         default=1.0, gt=0, description="Seconds between attempts while Redis is down; requests do not wait for them."
     )
+
+    @field_validator("url")
+    @classmethod
+    def _is_redis_url(cls, url: str | None) -> str | None:
+        if url is not None:
+            parse_url(url)  # type: ignore[no-untyped-call]
+        return url
 
 
 class AuthConfig(_Section):
@@ -162,6 +170,8 @@ def load_settings(arguments: Sequence[str] = ()) -> Settings:
         option = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigurationError(f"unknown option: {option}") from error
+        if first["type"] == "value_error":  # from a validator of ours; the value may be a secret
+            raise ConfigurationError(f"{option}: {first['msg']}") from error
         raise ConfigurationError(f"{option}: {first['msg']} (got {first['input']!r})") from error
     except SettingsError as error:
         raise ConfigurationError(" ".join(str(error).split())) from error

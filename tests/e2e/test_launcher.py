@@ -1,0 +1,213 @@
+"""``evospec serve`` under trouble: whole servers, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from running_server import EVOSPEC, RunningServer
+
+LaunchServer = Callable[..., RunningServer]
+LONG_TOKENS = 400
+
+
+def completion_body(max_tokens: int, stream: bool = False) -> dict[str, object]:
+    return {
+        "model": "smollm2-135m",
+        "prompt": "Once upon a time",
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+        **({"stream_options": {"include_usage": True}} if stream else {}),
+    }
+
+
+class Stream:
+    """A streamed completion of ``LONG_TOKENS`` tokens that has begun."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self._events = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
+        self.first = json.loads(next(self._events))
+
+    def rest(self) -> list[dict[str, object]]:
+        """Events to the end; fails if the stream breaks off without [DONE]."""
+        events = []
+        for data in self._events:
+            if data == "[DONE]":
+                return events
+            events.append(json.loads(data))
+        pytest.fail(f"the stream ended without [DONE], after {events[-1:]}")
+
+
+@contextmanager
+def running_stream(base_url: str) -> Iterator[Stream]:
+    url = f"{base_url}/v1/completions"
+    with httpx.stream("POST", url, json=completion_body(LONG_TOKENS, stream=True), timeout=60) as response:
+        assert response.status_code == 200
+        yield Stream(response)
+
+
+def complete(base_url: str, max_tokens: int = 4) -> httpx.Response:
+    return httpx.post(f"{base_url}/v1/completions", json=completion_body(max_tokens), timeout=60)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: LaunchServer) -> None:
+    server = launch_server()
+    children = [server.pid_of("engine"), server.pid_of("valkey")]
+    with running_stream(server.base_url) as stream:
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for_event("draining")
+        assert server.health() == 503
+        refused = complete(server.base_url)
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "service_unavailable_error")
+        usage = stream.rest()[-1]["usage"]
+    assert usage["completion_tokens"] == LONG_TOKENS
+    assert server.process.wait(timeout=30) == 0
+    assert not any(is_running(pid) for pid in children)
+
+
+def test_drain_ends_at_its_time_limit(launch_server: LaunchServer) -> None:
+    server = launch_server("--http.drain_timeout", "0")
+    with running_stream(server.base_url) as stream:
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises((httpx.TransportError, pytest.fail.Exception)):
+            stream.rest()
+    assert server.process.wait(timeout=30) == 0
+
+
+def test_second_signal_stops_at_once(launch_server: LaunchServer) -> None:
+    server = launch_server("--http.drain_timeout", "600")
+    engine = server.pid_of("engine")
+    os.kill(engine, signal.SIGSTOP)  # the stream can never finish, so only the second signal can end the server
+    with running_request(server.base_url):
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for_event("draining")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=30) == 1
+    assert not is_running(engine)
+
+
+@contextmanager
+def running_request(base_url: str) -> Iterator[None]:
+    """A request that has reached the server; its outcome does not matter."""
+    host, port = base_url.removeprefix("http://").split(":")
+    body = json.dumps(completion_body(LONG_TOKENS)).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        yield
+
+
+def test_killed_engine_is_replaced_and_serving_resumes(launch_server: LaunchServer) -> None:
+    server = launch_server()
+    first = server.pid_of("engine")
+    with running_stream(server.base_url) as stream:
+        os.kill(first, signal.SIGKILL)
+        error = stream.rest()[-1]["error"]
+    assert error["code"] == "engine_unavailable"
+    assert server.health() == 503
+    assert complete(server.base_url).status_code == 503
+    server.wait_until_healthy()
+    assert server.pid_of("engine") != first
+    assert complete(server.base_url).status_code == 200
+    assert 'evospec:process_restarts_total{process="engine"} 1.0' in httpx.get(f"{server.base_url}/metrics").text
+
+
+@pytest.mark.parametrize("blow", [signal.SIGSTOP, signal.SIGKILL])
+def test_requests_go_on_without_valkey(launch_server: LaunchServer, blow: signal.Signals) -> None:
+    server = launch_server("--limits.requests_per_minute", "1000", "--redis.retry_interval", "0.2")
+    valkey = server.pid_of("valkey")
+    with ThreadPoolExecutor(4) as pool:
+        before = [pool.submit(complete, server.base_url) for _ in range(8)]
+        os.kill(valkey, blow)
+        after = [pool.submit(complete, server.base_url) for _ in range(16)]
+        statuses = [future.result().status_code for future in before + after]
+    if blow == signal.SIGSTOP:
+        os.kill(valkey, signal.SIGCONT)
+    assert statuses == [200] * 24
+
+    def redis_is_back() -> bool | None:
+        complete(server.base_url, max_tokens=1)
+        return any(event["event"] == "redis is back" for event in server.events()) or None
+
+    server.wait_for(redis_is_back, "recovery of Redis")
+    assert sum(event["event"] == "redis is down" for event in server.events()) == 1
+
+
+def test_rate_limit_through_http(launch_server: LaunchServer) -> None:
+    server = launch_server("--limits.requests_per_minute", "2")
+    responses = [complete(server.base_url, max_tokens=1) for _ in range(3)]
+    assert [response.status_code for response in responses] == [200, 200, 429]
+    assert 1 <= int(responses[-1].headers["Retry-After"]) <= 30
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--host", "0.0.0.0"], "API keys"),
+        (["--model", "/nowhere/model.gguf"], "no such file"),
+        (["--model", "no-such-model"], "no-such-model"),
+        (["--keys-file", "/nowhere/keys.toml"], "/nowhere/keys.toml"),
+        (["--port", "x"], "http.port"),
+        (["--redis.url", "ftp://host"], "redis.url"),
+    ],
+)
+def test_bad_configuration_is_one_line_before_any_port_opens(options: list[str], message: str, free_port: int) -> None:
+    arguments = [EVOSPEC, "serve", *(options if "--port" in options else ["--port", str(free_port), *options])]
+    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_truncated_model_is_refused(smollm2_path: Path, tmp_path: Path) -> None:
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(smollm2_path.read_bytes()[:50_000_000])
+    result = subprocess.run(
+        [EVOSPEC, "serve", "--model", truncated], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2
+    assert "truncated" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_port_in_use_is_one_line(server: str) -> None:
+    port = server.rpartition(":")[2]
+    result = subprocess.run([EVOSPEC, "serve", "--port", port], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [f"evospec: cannot listen on 127.0.0.1:{port}: Address already in use"]
+
+
+def test_keys_guard_the_api_and_logs_hold_neither_keys_nor_prompts(launch_server: LaunchServer, tmp_path: Path) -> None:
+    output = subprocess.run([EVOSPEC, "keys", "new", "acme"], capture_output=True, text=True, check=True).stdout
+    key = output.splitlines()[1]
+    (tmp_path / "keys.toml").write_text(output.partition("lines for the keys file:\n")[2])
+    server = launch_server("--keys-file", str(tmp_path / "keys.toml"))
+    assert complete(server.base_url).status_code == 401
+    headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "request-7"}
+    response = httpx.post(f"{server.base_url}/v1/completions", json=completion_body(4), headers=headers, timeout=60)
+    assert (response.status_code, response.headers["X-Request-Id"]) == (200, "request-7")
+    line = server.wait_for(
+        lambda: next((event for event in server.events() if event.get("request_id") == "request-7"), None), "log line"
+    )
+    assert (line["tenant"], line["status"]) == ("acme", 200)
+    assert key not in str(server.events())
+    assert "Once upon" not in str(server.events())
