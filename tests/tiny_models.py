@@ -72,8 +72,16 @@ def make_directory(directory: Path, architecture: str = "llama", seed: int = 0, 
     return ModelFiles(directory.name, directory, "safetensors")
 
 
-def make_gguf(path: Path, directory: Path, tensor_type: GGMLQuantizationType = GGMLQuantizationType.F32) -> ModelFiles:
-    """Write the model of ``directory`` as GGUF, matrices in ``tensor_type``, the way llama.cpp's converter does."""
+def make_gguf(
+    path: Path,
+    directory: Path,
+    tensor_type: GGMLQuantizationType = GGMLQuantizationType.F32,
+    extra_tensor: str | None = None,
+) -> ModelFiles:
+    """Write the model of ``directory`` as GGUF, matrices in ``tensor_type``, the way llama.cpp's converter does.
+
+    ``extra_tensor`` is the name of a tensor that does not belong to the model.
+    """
     config = json.loads((directory / "config.json").read_text())
     architecture = config["model_type"]
     writer = gguf.GGUFWriter(path, architecture)
@@ -91,6 +99,8 @@ def make_gguf(path: Path, directory: Path, tensor_type: GGMLQuantizationType = G
     _add_tokenizer(writer, config["vocab_size"])
     if factors := spec_from_config(config, {}).rope_freq_factors:
         writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+    if extra_tensor:
+        writer.add_tensor(extra_tensor, np.zeros(config["head_dim"], np.float32))
     heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
     for name, tensor in load_file(directory / "model.safetensors").items():
         values = tensor.float().numpy()

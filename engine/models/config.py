@@ -63,6 +63,9 @@ class ModelSpec:
             raise ModelError(f"{self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
         if self.head_dim % 2:
             raise ModelError(f"head_dim is {self.head_dim}, must be even for rotary embedding")
+        for token_id in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
+            if not 0 <= token_id < self.vocab_size:
+                raise ModelError(f"token id {token_id} is outside of the vocabulary of {self.vocab_size}")
         if self.rope_freq_factors is not None and len(self.rope_freq_factors) != self.head_dim // 2:
             raise ModelError(f"{len(self.rope_freq_factors)} rope frequency factors, need {self.head_dim // 2}")
 
@@ -125,8 +128,8 @@ def spec_from_config(config: Mapping[str, Any], generation_config: Mapping[str, 
         max_position_embeddings=_number(config, "max_position_embeddings", int),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=architecture == "qwen2",
-        bos_token_id=config.get("bos_token_id"),
-        eos_token_ids=_as_ids(generation_config.get("eos_token_id", config.get("eos_token_id"))),
+        bos_token_id=next(iter(_as_ids(config.get("bos_token_id"), "bos_token_id")), None),
+        eos_token_ids=_as_ids(generation_config.get("eos_token_id", config.get("eos_token_id")), "eos_token_id"),
     )
 
 
@@ -149,12 +152,12 @@ def _number(config: Mapping[str, Any], key: str, kind: type[_Number], default: _
     return kind(value)
 
 
-def _as_ids(value: Any) -> tuple[int, ...]:
+def _as_ids(value: Any, key: str) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if not all(isinstance(item, int) for item in ids):
-        raise ModelError(f"eos_token_id is {value!r}, must be an integer or a list of integers")
+    if not all(type(item) is int for item in ids):
+        raise ModelError(f"{key} is {value!r}, must be an integer or a list of integers")
     return tuple(ids)
 
 

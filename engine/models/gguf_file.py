@@ -12,7 +12,7 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ _SCALARS = {
     GGUFValueType.BOOL: "?",
 }
 _MAX_DIMS = 4
+_T = TypeVar("_T", int, float, bool, str)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,28 @@ class GGUFFile:
             self._parse()
         except (struct.error, ValueError, OverflowError) as error:
             raise ModelError(f"{path}: corrupt or truncated GGUF header: {error}") from error
+
+    def get(self, key: str, kind: type[_T]) -> _T | None:
+        """A metadata entry, None if it is absent; ``ModelError`` if it has another type."""
+        value = self.metadata.get(key)
+        if value is not None and type(value) is not kind:
+            raise ModelError(f"{key} is {value!r:.40}, must be of type {kind.__name__}")
+        return value
+
+    def require(self, key: str, kind: type[_T]) -> _T:
+        """A metadata entry; ``ModelError`` if it is absent or has another type."""
+        value = self.get(key, kind)
+        if value is None:
+            raise ModelError(f"{key} is missing")
+        return value
+
+    def get_list(self, key: str, kind: type[_T]) -> list[_T]:
+        """An array of the metadata, empty if it is absent; ``ModelError`` if it is something else."""
+        values = self.metadata.get(key, [])
+        # Elements of a GGUF array have one type, so the first stands for all.
+        if not isinstance(values, list) or (values and type(values[0]) is not kind):
+            raise ModelError(f"{key} is {values!r:.40}, must be an array of type {kind.__name__}")
+        return values
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes as stored, [rows, bytes per row], a read-only view of the mapped file."""

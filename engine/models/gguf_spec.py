@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
-
 import numpy as np
 from gguf.constants import GGMLQuantizationType
 
-from engine.models.config import ModelError, ModelSpec, check_architecture
+from engine.models.config import Architecture, ModelError, ModelSpec, check_architecture
 from engine.models.gguf_file import GGUFFile
 
 SUPPORTED_TENSOR_TYPES = frozenset(
@@ -28,8 +25,8 @@ SUPPORTED_TENSOR_TYPES = frozenset(
         GGMLQuantizationType.Q6_K,
     }
 )
-_CONTROL_TOKEN = 3
-_END_OF_TURN_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"})
+CONTROL_TOKEN = 3
+_END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"})
 _TOP_LEVEL_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -46,7 +43,6 @@ _LAYER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_T = TypeVar("_T", int, float)
 
 
 def gguf_tensor_name(name: str) -> str:
@@ -72,63 +68,54 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
     return spec
 
 
-def end_of_generation_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+def _end_of_generation_ids(file: GGUFFile) -> tuple[int, ...]:
     """Ids that end a generation: the file's EOS and EOT, and the usual end-of-turn control tokens it contains."""
-    ids = [metadata[f"tokenizer.ggml.{kind}_token_id"] for kind in ("eos", "eot") if _has_id(metadata, kind)]
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    for index, token in enumerate(metadata.get("tokenizer.ggml.tokens", [])):
-        if token in _END_OF_TURN_TOKENS and index < len(types) and types[index] == _CONTROL_TOKEN:
-            ids.append(index)
-    return tuple(dict.fromkeys(ids))
-
-
-def _has_id(metadata: Mapping[str, Any], kind: str) -> bool:
-    return isinstance(metadata.get(f"tokenizer.ggml.{kind}_token_id"), int)
+    named = [file.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot")]
+    types = file.get_list("tokenizer.ggml.token_type", int)
+    tokens = zip(file.get_list("tokenizer.ggml.tokens", str), types, strict=False)
+    usual = [index for index, (token, kind) in enumerate(tokens) if token in _END_TOKENS and kind == CONTROL_TOKEN]
+    return tuple(dict.fromkeys([*(index for index in named if index is not None), *usual]))
 
 
 def _read_spec(file: GGUFFile) -> ModelSpec:
-    metadata = file.metadata
-    architecture = check_architecture(metadata.get("general.architecture"))
-    if metadata.get("split.count", 1) != 1:
-        raise ModelError("split GGUF files are not supported; merge them with llama-gguf-split --merge")
-    if metadata.get(f"{architecture}.expert_count", 0):
-        raise ModelError("mixture-of-experts models are not supported")
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ModelError(f"rope scaling {scaling!r} is not supported")
-
-    def read(key: str, kind: type[_T], default: _T | None = None) -> _T:
-        value = metadata.get(f"{architecture}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise ModelError(f"{architecture}.{key} is {value!r}, must be of type {kind.__name__}")
-        return value
-
-    num_heads = read("attention.head_count", int)
-    hidden_size = read("embedding_length", int)
-    head_dim = read("attention.key_length", int, hidden_size // max(num_heads, 1))
-    if read("rope.dimension_count", int, head_dim) != head_dim:
-        raise ModelError("partial rotary embedding is not supported")
+    architecture = check_architecture(file.get("general.architecture", str))
+    _refuse_unsupported_features(file, architecture)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError("tensor 'token_embd.weight' is missing")
+    num_heads = file.require(f"{architecture}.attention.head_count", int)
+    hidden_size = file.require(f"{architecture}.embedding_length", int)
+    head_dim = file.get(f"{architecture}.attention.key_length", int) or hidden_size // max(num_heads, 1)
+    if file.get(f"{architecture}.rope.dimension_count", int) not in (None, head_dim):
+        raise ModelError("partial rotary embedding is not supported")
     return ModelSpec(
         architecture=architecture,
         vocab_size=embedding.shape[0],
         hidden_size=hidden_size,
-        intermediate_size=read("feed_forward_length", int),
-        num_layers=read("block_count", int),
+        intermediate_size=file.require(f"{architecture}.feed_forward_length", int),
+        num_layers=file.require(f"{architecture}.block_count", int),
         num_heads=num_heads,
-        num_kv_heads=read("attention.head_count_kv", int, num_heads),
+        num_kv_heads=file.get(f"{architecture}.attention.head_count_kv", int) or num_heads,
         head_dim=head_dim,
-        rope_theta=read("rope.freq_base", float, 10000.0),
+        rope_theta=file.get(f"{architecture}.rope.freq_base", float) or 10000.0,
         rope_freq_factors=_rope_freq_factors(file),
-        rms_norm_eps=read("attention.layer_norm_rms_epsilon", float),
-        max_position_embeddings=read("context_length", int),
+        rms_norm_eps=file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
+        max_position_embeddings=file.require(f"{architecture}.context_length", int),
         tie_word_embeddings="output.weight" not in file.tensors,
         attention_bias=architecture == "qwen2",
-        bos_token_id=metadata["tokenizer.ggml.bos_token_id"] if _has_id(metadata, "bos") else None,
-        eos_token_ids=end_of_generation_ids(metadata),
+        bos_token_id=file.get("tokenizer.ggml.bos_token_id", int),
+        eos_token_ids=_end_of_generation_ids(file),
     )
+
+
+def _refuse_unsupported_features(file: GGUFFile, architecture: Architecture) -> None:
+    if file.get("split.count", int) not in (None, 0, 1):
+        raise ModelError("split GGUF files are not supported; merge them with llama-gguf-split --merge")
+    if file.get(f"{architecture}.expert_count", int):
+        raise ModelError("mixture-of-experts models are not supported")
+    scaling = file.get(f"{architecture}.rope.scaling.type", str)
+    if scaling not in (None, "none"):
+        raise ModelError(f"rope scaling {scaling!r} is not supported")
 
 
 def _rope_freq_factors(file: GGUFFile) -> tuple[float, ...] | None:

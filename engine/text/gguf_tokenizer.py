@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from tokenizers import AddedToken, Regex, Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -13,8 +12,10 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence,
 from tokenizers.processors import TemplateProcessing
 
 from engine.models.config import ModelError
+from engine.models.gguf_file import GGUFFile
+from engine.models.gguf_spec import CONTROL_TOKEN
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_USER_DEFINED_TOKEN, _UNUSED_TOKEN = 4, 5
 _CONTRACTIONS_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _PUNCTUATION_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -41,53 +42,49 @@ _PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
 }
 
 
-def gguf_backend(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Build the tokenizer that the metadata describes.
+def gguf_backend(file: GGUFFile) -> Tokenizer:
+    """Build the tokenizer that the file's metadata describes.
 
     Raises:
         ModelError: not byte-level BPE, an unknown pre-tokenizer, or missing or inconsistent entries.
     """
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
+    kind, pre = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str) or "default"
     if kind != "gpt2":
         raise ModelError(f"tokenizer {kind!r} is not supported in GGUF files (supported: 'gpt2', byte-level BPE)")
     if pre not in _PRE_TOKENIZERS:
         raise ModelError(f"pre-tokenizer {pre!r} is not supported (supported: {', '.join(_PRE_TOKENIZERS)})")
-    tokens, types = metadata.get("tokenizer.ggml.tokens", []), metadata.get("tokenizer.ggml.token_type", [])
-    if not tokens or len(tokens) != len(types):
-        raise ModelError(f"{len(tokens)} tokens with {len(types)} token types")
-    backend = Tokenizer(_bpe(metadata, tokens, types, ignore_merges=pre == "llama-bpe"))
+    tokens = file.get_list("tokenizer.ggml.tokens", str)
+    types = file.get_list("tokenizer.ggml.token_type", int)
+    if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
+        raise ModelError(f"{len(tokens)} tokens ({len(set(tokens))} different) with {len(types)} token types")
+    backend = Tokenizer(_bpe(file, tokens, types, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         backend.normalizer = NFC()
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = ByteLevelDecoder()
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type == _CONTROL:
-            backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif token_type == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, special=False, normalized=False)])
-    _prepend_bos(backend, metadata, default=pre == "llama-bpe")
+    named = list(zip(tokens, types, strict=True))
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == CONTROL_TOKEN])
+    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == _USER_DEFINED_TOKEN])
+    add_bos = file.get("tokenizer.ggml.add_bos_token", bool)
+    if add_bos if add_bos is not None else pre == "llama-bpe":
+        _prepend_bos(backend, file.require("tokenizer.ggml.bos_token_id", int))
     return backend
 
 
-def _bpe(metadata: Mapping[str, Any], tokens: list[str], types: list[int], ignore_merges: bool) -> BPE:
-    vocab = {token: index for index, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
+def _bpe(file: GGUFFile, tokens: list[str], types: list[int], ignore_merges: bool) -> BPE:
+    # Unused tokens only fill the vocabulary up to the model's size.
+    vocab = {token: index for index, token in enumerate(tokens) if types[index] != _UNUSED_TOKEN}
+    merges = [
+        (left, right) for left, _, right in (m.partition(" ") for m in file.get_list("tokenizer.ggml.merges", str))
+    ]
     try:
-        merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
         return BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
     except Exception as error:  # the library raises bare Exception for a merge of unknown tokens
         raise ModelError(f"inconsistent BPE merges: {error}") from error
 
 
-def _prepend_bos(backend: Tokenizer, metadata: Mapping[str, Any], default: bool) -> None:
-    if not metadata.get("tokenizer.ggml.add_bos_token", default):
-        return
-    index = metadata.get("tokenizer.ggml.bos_token_id")
-    token = backend.id_to_token(index) if isinstance(index, int) else None
+def _prepend_bos(backend: Tokenizer, token_id: int) -> None:
+    token = backend.id_to_token(token_id)
     if token is None:
-        raise ModelError("the tokenizer wants a BOS token but names none")
-    # NOTE: the template's own syntax splits at spaces and colons, so the token is referred to by a fixed name.
-    backend.post_processor = TemplateProcessing(
-        single=["bos", "$A"],
-        pair=["bos", "$A", "$B"],
-        special_tokens=[{"id": "bos", "ids": [index], "tokens": [token]}],
-    )
+        raise ModelError(f"the BOS token {token_id} does not exist")
+    backend.post_processor = TemplateProcessing(single="bos $A", special_tokens=[("bos", token_id)])

@@ -108,10 +108,10 @@ def _from_gguf(path: Path) -> Tokenizer:
     file = GGUFFile(path)
     spec = spec_from_gguf(file)
     try:
-        backend = gguf_backend(file.metadata)
+        backend = gguf_backend(file)
+        template = file.get("tokenizer.chat_template", str)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
-    template = file.metadata.get("tokenizer.chat_template")
     return Tokenizer(backend, spec.vocab_size, spec.bos_token_id, spec.eos_token_ids, template)
 
 

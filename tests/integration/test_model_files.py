@@ -1,0 +1,172 @@
+"""Files that cannot be served are refused, by name and reason, from their headers alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine.models.config import ModelError, ModelFiles, ModelSpec
+from engine.models.registry import validate_model_files
+from engine.text.tokenizer import Tokenizer
+from tests.tiny_models import make_directory, make_gguf
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_directory(tmp_path_factory.mktemp("models") / "tiny").path
+
+
+@pytest.fixture(scope="module")
+def gguf_bytes(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    return make_gguf(path, directory, GGMLQuantizationType.Q4_0).path.read_bytes()
+
+
+def refusal(path: Path, content: bytes) -> str:
+    """The message with which a GGUF file of this content is refused."""
+    path.write_bytes(content)
+    with pytest.raises(ModelError) as refused:
+        validate_model_files(ModelFiles("broken", path, "gguf"))
+    assert str(path) in str(refused.value)
+    return str(refused.value)
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def check_sound(spec: ModelSpec) -> None:
+    assert (spec.architecture, spec.vocab_size, spec.hidden_size, spec.num_layers) == ("llama", 512, 64, 3)
+    assert (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.intermediate_size) == (4, 2, 16, 128)
+    assert spec.max_position_embeddings == 256
+    assert spec.rms_norm_eps == pytest.approx(1e-5)
+    assert (spec.bos_token_id, set(spec.eos_token_ids)) == (0, {0, 2})
+
+
+def test_sound_files_are_accepted(directory: Path, gguf_bytes: bytes, tmp_path: Path) -> None:
+    check_sound(validate_model_files(ModelFiles("tiny", directory, "safetensors")))
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(gguf_bytes)
+    check_sound(validate_model_files(ModelFiles("tiny", path, "gguf")))
+
+
+def test_truncated_gguf_is_refused(gguf_bytes: bytes, tmp_path: Path) -> None:
+    message = refusal(tmp_path / "cut.gguf", gguf_bytes[:-1000])
+    assert "truncated: tensor" in message
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_gguf_cut_anywhere_is_refused(data: st.DataObject, gguf_bytes: bytes, tmp_path: Path) -> None:
+    length = data.draw(st.integers(0, len(gguf_bytes) - 1000))
+    refusal(tmp_path / "cut.gguf", gguf_bytes[:length])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_corrupt_gguf_header_is_refused_or_harmless(data: st.DataObject, gguf_bytes: bytes, tmp_path: Path) -> None:
+    """Whatever bytes of the header change: a ``ModelError`` or a model, never another exception or a hang."""
+    header_end = gguf_bytes.index(b"blk.2.ffn_up.weight") + 60
+    start = data.draw(st.integers(0, header_end))
+    noise = data.draw(st.binary(min_size=1, max_size=12))
+    path = tmp_path / "corrupt.gguf"
+    path.write_bytes(gguf_bytes[:start] + noise + gguf_bytes[start + len(noise) :])
+    with contextlib.suppress(ModelError):
+        Tokenizer.from_files(ModelFiles("corrupt", path, "gguf"))  # validates the file, too
+
+
+def test_files_that_are_not_gguf_are_refused(tmp_path: Path) -> None:
+    assert "not a GGUF file" in refusal(tmp_path / "text.gguf", b"This is no model." * 10)
+    assert "cannot be read" in refusal(tmp_path / "empty.gguf", b"")
+    assert "version 1" in refusal(tmp_path / "old.gguf", b"GGUF" + struct.pack("<IQQ", 1, 0, 0))
+
+
+def test_unsupported_gguf_architecture_is_named(gguf_bytes: bytes, tmp_path: Path) -> None:
+    message = refusal(tmp_path / "other.gguf", gguf_bytes.replace(b"llama", b"mamba"))
+    assert "architecture 'mamba' is not supported (supported: llama, qwen2)" in message
+
+
+def test_unsupported_gguf_tensor_type_is_named(gguf_bytes: bytes, tmp_path: Path) -> None:
+    """IQ4_NL has the block size of Q4_0, so only the type differs."""
+    name = b"blk.1.attn_q.weight"
+    at = gguf_bytes.index(name) + len(name) + 4 + 2 * 8  # after the name: number of dimensions, two dimensions
+    assert struct.unpack_from("<I", gguf_bytes, at)[0] == GGMLQuantizationType.Q4_0
+    for kind, reason in ((GGMLQuantizationType.IQ4_NL, "unsupported type IQ4_NL"), (9999, "unknown type 9999")):
+        content = gguf_bytes[:at] + struct.pack("<I", kind) + gguf_bytes[at + 4 :]
+        message = refusal(tmp_path / "typed.gguf", content)
+        assert "'blk.1.attn_q.weight'" in message
+        assert reason in message
+
+
+def test_missing_gguf_tensor_is_named(gguf_bytes: bytes, tmp_path: Path) -> None:
+    message = refusal(tmp_path / "lacking.gguf", gguf_bytes.replace(b"blk.1.attn_q.weight", b"blk.1.other.weight_"))
+    assert "'blk.1.attn_q.weight' is missing" in message
+
+
+def test_gguf_tensor_of_an_unsupported_feature_is_named(directory: Path, tmp_path: Path) -> None:
+    """Query norms would be ignored silently, and the model would babble."""
+    files = make_gguf(tmp_path / "tiny.gguf", directory, extra_tensor="blk.0.attn_q_norm.weight")
+    with pytest.raises(ModelError, match=r"'blk\.0\.attn_q_norm\.weight' belongs to a feature"):
+        validate_model_files(files)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model_type": "mamba"}, "architecture 'mamba' is not supported (supported: llama, qwen2)"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "rope scaling 'linear' is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "not supported: quantization_config"),
+        ({"attention_bias": True}, "not supported: attention_bias"),
+        ({"use_sliding_window": True}, "not supported: use_sliding_window"),
+        ({"hidden_act": "gelu"}, "not supported: hidden_act"),
+        ({"num_key_value_heads": 3}, "4 heads cannot share 3 key-value heads"),
+        ({"hidden_size": "64"}, "hidden_size is '64', must be of type int"),
+        ({"num_hidden_layers": 0}, "num_layers is 0, must be positive"),
+        ({"num_hidden_layers": 4}, "'model.layers.3.input_layernorm.weight' is missing"),
+        ({"intermediate_size": 256}, "has the shape"),
+        ({"eos_token_id": "two"}, None),
+    ],
+)
+def test_unsupported_configuration_is_named(changes: dict[str, Any], reason: str | None, tmp_path: Path) -> None:
+    files = make_directory(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    change_config(tmp_path, **changes)
+    with pytest.raises(ModelError) as refused:
+        validate_model_files(files)
+    assert str(tmp_path) in str(refused.value)
+    assert (reason or "eos_token_id is 'two'") in str(refused.value)
+
+
+def test_truncated_safetensors_is_refused(tmp_path: Path) -> None:
+    files = make_directory(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    for content in (weights.read_bytes()[:-10], weights.read_bytes()[:100], b""):
+        weights.write_bytes(content)
+        with pytest.raises(ModelError, match=r"model\.safetensors: corrupt or truncated"):
+            validate_model_files(files)
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    files = make_directory(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickled weights are never loaded"):
+        validate_model_files(files)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_unreadable_config_is_refused(content: str | None, tmp_path: Path) -> None:
+    files = make_directory(tmp_path)
+    path = tmp_path / "config.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ModelError, match=r"config\.json: (cannot be read|must hold a JSON object)"):
+        validate_model_files(files)
