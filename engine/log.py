@@ -53,6 +53,6 @@ def configure_logging(level: str, format: str) -> None:
     )
 
 
-def configure_child_logging() -> None:
+def configure_logging_from_environment() -> None:
     """The same in a child process: the parent passes its choice in the environment."""
     configure_logging(os.environ.get(LEVEL_VARIABLE, "info"), os.environ.get(FORMAT_VARIABLE, "json"))
