@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.messages import FinishReason, SamplingParams
@@ -31,11 +31,11 @@ class StopChecker:
         params: SamplingParams,
         num_prompt_tokens: int,
         max_model_len: int,
-        eos_token_ids: frozenset[int],
+        eos_token_ids: Iterable[int],
         tokenizer: TokenBytes,
     ) -> None:
         self._params = params
-        self._eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self._eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
         self._max_output = min(params.max_tokens, max_model_len - num_prompt_tokens)
         self._detokenizer = IncrementalDetokenizer(tokenizer) if params.stop else None

@@ -118,11 +118,14 @@ def gumbel_argmax(
         return gumbel_argmax_reference(logits, seeds, positions, token_ids)
     # A few rows at a time, so that the hash stays in the processor's cache.
     rows = max(1, _CHUNK // logits.shape[1])
-    chunks = zip(logits.split(rows), seeds.split(rows), positions.split(rows), strict=True)
-    return torch.cat([_argmax_over_vocabulary(*chunk) for chunk in chunks])
+    chunks = zip(*(torch.split(part, rows) for part in (logits, seeds, positions)), strict=True)
+    columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
+    return torch.cat([_argmax_over_vocabulary(*chunk, columns) for chunk in chunks])
 
 
-def _argmax_over_vocabulary(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _argmax_over_vocabulary(
+    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, all_token_ids: torch.Tensor
+) -> torch.Tensor:
     """As the reference over all tokens, but takes logarithms only where they can matter.
 
     The most likely token's score is a lower bound of the best. A token more than ``_HEAD_WIDTH``
@@ -130,7 +133,7 @@ def _argmax_over_vocabulary(logits: torch.Tensor, seeds: torch.Tensor, positions
     seen from its hash.
     """
     num_rows, vocab_size = logits.shape
-    hashes = hash_tokens(seeds, positions, torch.arange(vocab_size, device=logits.device).unsqueeze(0))
+    hashes = hash_tokens(seeds, positions, all_token_ids)
     highest, best = logits.max(dim=1, keepdim=True)
     room_for_rounding = 1e-3 + highest.double().abs() * 2.0**-20
     needed = _to_gumbel(hashes.gather(1, best)).double() + _HEAD_WIDTH - room_for_rounding

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,15 +12,26 @@ import torch
 import xgrammar
 
 from engine.messages import Grammar
+from engine.sampling.json_schema import GrammarError, check_json_schema
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 _MAX_CACHED_GRAMMARS = 64
+_LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 
-class GrammarError(ValueError):
-    """A schema that cannot be compiled; the message is fit for the client."""
+class CompiledGrammar:
+    """A grammar for one vocabulary; makes matchers."""
+
+    def __init__(self, compiled: xgrammar.CompiledGrammar, end_token_ids: frozenset[int], textless: frozenset[int]):
+        self.compiled = compiled
+        self.end_token_ids = end_token_ids
+        self.textless_token_ids = textless
+
+    def matcher(self) -> GrammarMatcher:
+        """A matcher at the grammar's start."""
+        return GrammarMatcher(self)
 
 
 class GrammarMatcher:
@@ -27,19 +40,20 @@ class GrammarMatcher:
     Once the grammar is complete and its end token was taken, only end tokens remain allowed.
     """
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, end_token_ids: tuple[int, ...]) -> None:
-        self._matcher = xgrammar.GrammarMatcher(compiled)
-        self._end_token_ids = end_token_ids
+    def __init__(self, grammar: CompiledGrammar) -> None:
+        self._grammar = grammar
+        self._matcher = xgrammar.GrammarMatcher(grammar.compiled)
         self._taken_after_end = 0
 
     def accept(self, token_id: int) -> bool:
         """Take one token; False, and no change, if the grammar does not allow it."""
-        if not self._matcher.is_terminated():
-            return bool(self._matcher.accept_token(token_id))
-        if token_id not in self._end_token_ids:
-            return False
-        self._taken_after_end += 1
-        return True
+        if self._matcher.is_terminated():
+            if token_id not in self._grammar.end_token_ids:
+                return False
+            self._taken_after_end += 1
+            return True
+        # xgrammar refuses these too, but logs a warning each time.
+        return token_id not in self._grammar.textless_token_ids and bool(self._matcher.accept_token(token_id))
 
     def rollback(self, num_tokens: int) -> None:
         """Give back the latest ``num_tokens`` tokens."""
@@ -53,50 +67,52 @@ class GrammarMatcher:
         if not self._matcher.is_terminated():
             self._matcher.fill_next_token_bitmask(bitmask)
             return
-        words = bitmask.zero_().numpy().view(np.uint32)
-        for token_id in self._end_token_ids:
-            words[0, token_id // 32] |= np.uint32(1 << token_id % 32)
+        words = bitmask.zero_().numpy().view(np.uint32)[0]
+        for token_id in self._grammar.end_token_ids:
+            words[token_id // 32] |= np.uint32(1 << token_id % 32)
 
     def only_end_tokens(self, bitmask: torch.Tensor) -> bool:
         """Whether ``bitmask`` as filled allows end tokens and nothing else."""
         words = bitmask.numpy().view(np.uint32)[0].copy()
-        for token_id in self._end_token_ids:
+        for token_id in self._grammar.end_token_ids:
             words[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         return not words.any()
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary and keeps the most recently used.
+    """Compiles grammars for one vocabulary in a thread of its own, and keeps the most recently used.
 
-    ``vocab_size`` is the model's, which may be padded beyond the tokenizer's; padding is never allowed.
+    An unusual schema takes seconds to compile; xgrammar releases the interpreter lock meanwhile.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        self._end_token_ids = tuple(sorted(tokenizer.eos_token_ids))
+    def __init__(self, tokenizer: Tokenizer) -> None:
         vocabulary = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        self._end_token_ids = frozenset(tokenizer.eos_token_ids)
+        self._textless = frozenset(i for i, text in enumerate(vocabulary) if not text) - self._end_token_ids
         info = xgrammar.TokenizerInfo(
-            vocabulary[:vocab_size],
-            xgrammar.VocabType.RAW,
-            vocab_size=vocab_size,
-            stop_token_ids=list(self._end_token_ids),
+            vocabulary, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=sorted(self._end_token_ids)
         )
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-        self._cache: OrderedDict[Grammar, xgrammar.CompiledGrammar] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._cache: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
 
-    def matcher(self, grammar: Grammar) -> GrammarMatcher:
-        """A matcher at the start of ``grammar``; raises ``GrammarError``."""
+    def compile(self, grammar: Grammar) -> Future[CompiledGrammar]:
+        """The compiled grammar, from the cache or when it is ready; its result may raise ``GrammarError``."""
         if grammar not in self._cache:
-            self._cache[grammar] = self._compile(grammar)
+            self._cache[grammar] = self._thread.submit(self._compile, grammar)
             if len(self._cache) > _MAX_CACHED_GRAMMARS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(grammar)
-        return GrammarMatcher(self._cache[grammar], self._end_token_ids)
+        return self._cache[grammar]
 
-    def _compile(self, grammar: Grammar) -> xgrammar.CompiledGrammar:
-        schema = '{"type": "object"}' if grammar.kind == "json_object" else grammar.schema
-        if schema is None:
-            raise GrammarError("response_format json_schema needs a schema")
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        is_object = grammar.kind == "json_object"
+        schema = '{"type": "object"}' if is_object else grammar.schema or ""
+        check_json_schema(schema)
         try:
-            return self._compiler.compile_json_schema(schema, strict_mode=grammar.kind == "json_schema")
+            # Strict: objects hold no properties beyond those the schema names, unless it says so.
+            compiled = self._compiler.compile_json_schema(schema, strict_mode=not is_object)
         except (RuntimeError, ValueError) as error:
-            raise GrammarError(f"the JSON schema cannot be used: {str(error).splitlines()[0]}") from error
+            reason = _LOG_PREFIX.sub("", str(error).splitlines()[0])
+            raise GrammarError(f"the JSON schema cannot be used: {reason}") from error
+        return CompiledGrammar(compiled, self._end_token_ids, self._textless)

@@ -7,6 +7,7 @@ and a draft token is accepted exactly when it is the choice (drafter-invariant v
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,15 +63,22 @@ class _Row:
 class Sampler:
     """Chooses tokens for whole batches and keeps each request's sampling state until ``forget``."""
 
-    def __init__(self, eos_token_ids: frozenset[int], grammars: GrammarCompiler) -> None:
-        self._eos_token_ids = eos_token_ids
+    def __init__(self, eos_token_ids: Iterable[int], grammars: GrammarCompiler) -> None:
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
         self._states: dict[str, SamplingState] = {}
 
     def add(self, request: Request) -> None:
-        """Prepare for a new request; raises ``GrammarError`` if its grammar cannot be compiled."""
+        """Prepare for a new request.
+
+        Waits until its grammar is compiled: begin that with ``GrammarCompiler.compile`` beforehand and add
+        the request when it is done.
+
+        Raises:
+            GrammarError: the grammar cannot be compiled.
+        """
         params = request.sampling
-        matcher = self._grammars.matcher(params.grammar) if params.grammar is not None else None
+        matcher = self._grammars.compile(params.grammar).result().matcher() if params.grammar is not None else None
         self._states[request.request_id] = SamplingState(params, request.prompt_token_ids, matcher)
 
     def forget(self, request_id: str) -> None:

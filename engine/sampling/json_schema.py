@@ -1,0 +1,87 @@
+"""Which JSON Schemas can be enforced while generating. Torch-free: the server refuses others early."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+MAX_SCHEMA_CHARS = 65_536
+
+_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
+_DEFINITIONS = {"$defs", "definitions", "$schema", "$id"}
+_UNSUPPORTED = ("not", "if", "then", "else", "dependentRequired", "$dynamicRef")
+_ONE_SCHEMA = (
+    "items",
+    "additionalProperties",
+    "unevaluatedProperties",
+    "unevaluatedItems",
+    "contains",
+    "propertyNames",
+)
+_SCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
+_SCHEMA_MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+
+
+class GrammarError(ValueError):
+    """Constraints on the output that cannot be enforced; the message is fit for the client."""
+
+
+def check_json_schema(text: str) -> None:
+    """Refuse a schema that would be enforced in part only.
+
+    What remains to be found when it is compiled: wrong types, unknown references, bad patterns.
+    ``oneOf`` is enforced as ``anyOf``, ``format`` as far as known, and an object is closed unless its
+    schema says otherwise.
+
+    Raises:
+        GrammarError: the schema is not JSON, too long, or uses a keyword that is not supported.
+    """
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise GrammarError(f"the JSON schema is longer than {MAX_SCHEMA_CHARS} characters")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"the schema is not valid JSON: {error}") from error
+    pending: list[tuple[str, Any]] = [("#", schema)]
+    while pending:
+        path, schema = pending.pop()
+        if not isinstance(schema, (dict, bool)):
+            raise GrammarError(f"the JSON schema at {path} must be an object or a boolean")
+        if isinstance(schema, dict):
+            if problem := _problem(schema):
+                raise GrammarError(f"the JSON schema at {path} is not supported: {problem}")
+            pending += _children(path, schema)
+
+
+def _problem(schema: dict[str, Any]) -> str | None:
+    """What of this schema, apart from its subschemas, cannot be enforced."""
+    keywords = schema.keys() - _ANNOTATIONS - _DEFINITIONS
+    for keyword in _UNSUPPORTED:
+        if keyword in keywords:
+            return keyword
+    if "allOf" in keywords and (not isinstance(schema["allOf"], list) or len(schema["allOf"]) != 1):
+        return "allOf of more than one schema"
+    for combiner in ("$ref", "anyOf", "oneOf", "allOf"):
+        if combiner in keywords and keywords - {combiner, "type"}:
+            return f"{combiner} beside {', '.join(sorted(keywords - {combiner, 'type'}))}"
+    if "$ref" in keywords and not str(schema["$ref"]).startswith("#"):
+        return "$ref to another document"
+    if "pattern" in keywords and keywords & {"minLength", "maxLength"}:
+        return "pattern beside minLength or maxLength"
+    if "multipleOf" in keywords and schema.get("type") != "integer":
+        return "multipleOf of a type other than integer"
+    return None
+
+
+def _children(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The subschemas with their paths."""
+    for keyword in _ONE_SCHEMA:
+        if keyword in schema:
+            yield f"{path}/{keyword}", schema[keyword]
+    for keyword in _SCHEMA_LISTS:
+        if isinstance(schema.get(keyword), list):
+            yield from ((f"{path}/{keyword}/{i}", child) for i, child in enumerate(schema[keyword]))
+    for keyword in _SCHEMA_MAPS:
+        if isinstance(schema.get(keyword), dict):
+            yield from ((f"{path}/{keyword}/{name}", child) for name, child in schema[keyword].items())
