@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Section(BaseModel):
@@ -60,6 +60,12 @@ class SchedulerConfig(_Section):
     max_num_seqs: int = Field(default=256, ge=1, description="Most sequences in one step.")
     max_batched_tokens: int = Field(default=512, ge=16, description="Most tokens in one step (prefill is cut to fit).")
     max_waiting: int = Field(default=1024, ge=1, description="Most requests waiting; more are refused with 503.")
+
+    @model_validator(mode="after")
+    def _one_token_for_each(self) -> SchedulerConfig:
+        if self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_batched_tokens must be at least max_num_seqs: each sequence needs a token a step")
+        return self
 
 
 class RuntimeConfig(_Section):

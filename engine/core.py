@@ -1,0 +1,206 @@
+"""The step loop of the engine: schedule → forward → sample → commit → emit."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import Future
+
+import structlog
+import torch
+
+from engine.config import EngineConfig
+from engine.loader import load
+from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings
+from engine.model_runner import ModelRunner
+from engine.models.config import ModelFiles, ModelSpec
+from engine.prompt_logprobs import PromptLogprobs
+from engine.request import Request
+from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
+from engine.sampling.json_schema import GrammarError
+from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
+from engine.scheduler import QueueFull, RequestTooLong, ScheduledSequence, Scheduler
+from engine.text.tokenizer import Tokenizer
+from engine.truncation import StopChecker
+
+log = structlog.get_logger(__name__)
+
+_IDLE_PATIENCE = 0.5
+_COMPILING_PATIENCE = 0.005
+
+Outputs = defaultdict[bytes, list[EngineOutput]]
+"""Outputs by client."""
+
+
+class EngineCore:
+    """A model, its KV cache and its requests. One thread calls ``add``, ``abort`` and ``step``."""
+
+    def __init__(self, config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> None:
+        loaded = load(config, files, spec)
+        self.spec = spec
+        self.max_model_len = loaded.max_model_len
+        self.dtype = str(loaded.dtype).removeprefix("torch.")
+        self.attention_backend = loaded.backend
+        self._tokenizer = Tokenizer.from_files(files)
+        self._eos_token_ids = frozenset(self._tokenizer.eos_token_ids)
+        self._runner = ModelRunner(loaded, config.cache)
+        self.num_blocks = self._runner.num_blocks
+        self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
+        self._grammars = GrammarCompiler(self._tokenizer)
+        self._sampler = Sampler(self._eos_token_ids, self._grammars)
+        self._prompt_logprobs = PromptLogprobs()
+        self._stop_checkers: dict[str, StopChecker] = {}
+        self._compiling: dict[str, tuple[Request, Future[CompiledGrammar]]] = {}
+        self._refused: Outputs = defaultdict(list)
+
+    def add(self, client_id: bytes, message: EngineRequest) -> None:
+        """Take a request; a later step's outputs say so if it cannot be served."""
+        request = Request(
+            request_id=_engine_id(client_id, message.request_id),
+            client_id=client_id,
+            tenant=message.tenant,
+            prompt_token_ids=message.prompt_token_ids,
+            sampling=message.sampling,
+        )
+        if message.sampling.grammar is not None:
+            self._compiling[request.request_id] = request, self._grammars.compile(message.sampling.grammar)
+        else:
+            self._enqueue(request)
+
+    def abort_client(self, client_id: bytes) -> None:
+        """End all requests of a client that has gone away."""
+        prefix = _engine_id(client_id, "")
+        requests = [*self._stop_checkers, *self._compiling]
+        self.abort(client_id, [r.removeprefix(prefix) for r in requests if r.startswith(prefix)])
+
+    def abort(self, client_id: bytes, request_ids: Iterable[str]) -> None:
+        """End requests without output; unknown ones have ended already."""
+        for request_id in request_ids:
+            engine_id = _engine_id(client_id, request_id)
+            self._compiling.pop(engine_id, None)
+            self._scheduler.abort(engine_id)
+            self._forget(engine_id)
+
+    def patience(self) -> float:
+        """Seconds that the loop may wait for messages before the next step."""
+        if self._scheduler.has_work() or self._refused:
+            return 0.0
+        return _COMPILING_PATIENCE if self._compiling else _IDLE_PATIENCE
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats()
+
+    def step(self) -> tuple[Outputs, StepTimings | None]:
+        """One step for all requests that fit in it; no timings where there was nothing to compute."""
+        self._enqueue_compiled()
+        outputs, self._refused = self._refused, defaultdict(list)
+        if not self._scheduler.has_work():
+            return outputs, None
+        started = time.perf_counter()
+        scheduled = self._scheduler.schedule()
+        scheduling_done = time.perf_counter()
+        logits = self._runner.execute(scheduled.sequences)
+        forward_done = time.perf_counter()
+        sampled = self._sample(logits, scheduled.sequences)
+        sampling_done = time.perf_counter()
+        self._commit(scheduled.sequences, sampled, outputs)
+        timings = StepTimings(
+            schedule=scheduling_done - started,
+            forward=forward_done - scheduling_done,
+            sample=sampling_done - forward_done,
+            commit=time.perf_counter() - sampling_done,
+            num_tokens=scheduled.num_tokens,
+            num_sequences=len(scheduled.sequences),
+        )
+        return outputs, timings
+
+    def _enqueue(self, request: Request) -> None:
+        try:
+            self._sampler.add(request)
+            self._scheduler.add(request)
+        except (GrammarError, RequestTooLong, QueueFull) as error:
+            self._forget(request.request_id)
+            self._refused[request.client_id].append(
+                EngineOutput(
+                    request_id=_client_request_id(request),
+                    finish_reason="error",
+                    error=str(error),
+                    error_kind="overloaded" if isinstance(error, QueueFull) else "invalid",
+                )
+            )
+            return
+        self._stop_checkers[request.request_id] = StopChecker(
+            request.sampling, request.num_tokens, self.max_model_len, self._eos_token_ids, self._tokenizer
+        )
+
+    def _enqueue_compiled(self) -> None:
+        """Requests whose grammar is ready; it is compiled beside the step loop, since that can take seconds."""
+        ready = [request for request, grammar in self._compiling.values() if grammar.done()]
+        for request in ready:
+            del self._compiling[request.request_id]
+            self._enqueue(request)
+
+    def _sample(self, logits: torch.Tensor, sequences: list[ScheduledSequence]) -> list[SampledSequence | None]:
+        """The target's choices; None for sequences whose prompt is unfinished."""
+        rows = []
+        wanted: list[torch.Tensor] = []
+        start = 0
+        for sequence in sequences:
+            end = start + sequence.num_logits
+            if sequence.request.sampling.prompt_logprobs is not None:
+                self._prompt_logprobs.collect(sequence, logits[start:end])
+            if sequence.num_sampled:
+                drafts = sequence.token_ids[len(sequence.token_ids) - sequence.num_draft_tokens :]
+                rows.append(SamplingRows(sequence.request, tuple(drafts)))
+                wanted.append(logits[end - sequence.num_sampled : end])
+            start = end
+        if not rows:
+            return [None] * len(sequences)
+        if sum(map(len, wanted)) < len(logits):
+            logits = torch.cat(wanted)  # prompt rows are not sampled
+        sampled = iter(self._sampler.sample(logits, rows))
+        return [next(sampled) if sequence.num_sampled else None for sequence in sequences]
+
+    def _commit(
+        self, sequences: list[ScheduledSequence], sampled: list[SampledSequence | None], outputs: Outputs
+    ) -> None:
+        for sequence, choice in zip(sequences, sampled, strict=True):
+            if choice is None:
+                self._scheduler.commit(sequence, [], finished=False)
+            else:
+                outputs[sequence.request.client_id].append(self._commit_sequence(sequence, choice))
+
+    def _commit_sequence(self, sequence: ScheduledSequence, choice: SampledSequence) -> EngineOutput:
+        request = sequence.request
+        truncation = self._stop_checkers[request.request_id].push(choice.token_ids)
+        kept = choice.token_ids[: truncation.num_kept]
+        finished = truncation.finish_reason is not None
+        self._scheduler.commit(sequence, kept, finished)
+        output = EngineOutput(
+            request_id=_client_request_id(request),
+            token_ids=kept,
+            logprobs=None if choice.logprobs is None else choice.logprobs[: truncation.num_kept],
+            prompt_logprobs=self._prompt_logprobs.take(request),
+            finish_reason=truncation.finish_reason,
+            stop_reason=truncation.stop_reason,
+            text_length=truncation.text_length,
+            num_cached_tokens=request.num_cached_tokens,
+        )
+        if finished:
+            self._forget(request.request_id)
+        return output
+
+    def _forget(self, engine_id: str) -> None:
+        self._sampler.forget(engine_id)
+        self._prompt_logprobs.forget(engine_id)
+        self._stop_checkers.pop(engine_id, None)
+
+
+def _engine_id(client_id: bytes, request_id: str) -> str:
+    """Ids of different clients may be equal; the engine's are not."""
+    return f"{client_id.hex()}/{request_id}"
+
+
+def _client_request_id(request: Request) -> str:
+    return request.request_id.partition("/")[2]

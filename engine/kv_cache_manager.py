@@ -1,0 +1,162 @@
+"""Which KV blocks hold which request's tokens, and which prefixes requests can share. Block ids only, no tensors."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from engine.block_pool import BlockPool
+from engine.request import Request
+
+DIGEST_BYTES = 16
+
+
+def tenant_root(tenant: str) -> bytes:
+    """The hash before a tenant's first block."""
+    return blake2b(tenant.encode(), digest_size=DIGEST_BYTES, person=b"tenant").digest()
+
+
+def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of the prefix that ends with a full block: BLAKE2b-128 over the hash before it and its tokens as int32.
+
+    A hit is trusted without comparing tokens, so a collision would show one prompt's KV to another
+    request. The hash is therefore a cryptographic one. A chain starts from its tenant's root, so for a
+    block of another tenant's somebody would have to find a second preimage (2^128 trials); two prefixes
+    meet by chance only after about 2^64 blocks. Every input after the root has a fixed length, so no two
+    different chains are the same bytes.
+    """
+    return blake2b(previous + array("i", token_ids).tobytes(), digest_size=DIGEST_BYTES).digest()
+
+
+@dataclass(slots=True)
+class _Allocation:
+    """``block_ids`` in order of position; the first ``num_registered`` were offered to the prefix cache."""
+
+    block_ids: list[int]
+    num_registered: int
+
+
+class KVCacheManager:
+    """Gives blocks to requests and keeps the prefix cache.
+
+    Only full blocks of committed tokens whose KV is computed enter the prefix cache, found by a
+    chain of hashes that begins with the tenant's name: tenants never share blocks.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._pool = BlockPool(num_blocks)
+        self._allocations: dict[str, _Allocation] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all."""
+        return self._pool.num_blocks
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that requests hold."""
+        return self._pool.num_blocks - self._pool.num_free
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold ``num_tokens`` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def block_ids(self, request: Request) -> list[int]:
+        """The request's blocks in order of position; not to be changed."""
+        return self._allocations[request.request_id].block_ids
+
+    def num_slots(self, request: Request) -> int:
+        """Tokens that the request's blocks can hold."""
+        return len(self.block_ids(request)) * self.block_size
+
+    def find_cached_prefix(self, request: Request) -> int:
+        """How many of the request's first tokens ``allocate`` would take from the prefix cache.
+
+        At least the last token is left, and every prompt row whose logits are still wanted.
+        """
+        return len(self._cached_blocks(request)) * self.block_size
+
+    def allocate(self, request: Request, num_tokens_total: int, keep_free: int = 0) -> bool:
+        """Give the request blocks for its first ``num_tokens_total`` tokens.
+
+        A request without blocks first gets those of its cached prefix.
+
+        Args:
+            request: who gets them.
+            num_tokens_total: tokens from position 0.
+            keep_free: blocks that must be left free.
+
+        Returns:
+            False if there are too few free blocks; nothing was changed.
+        """
+        allocation = self._allocations.get(request.request_id)
+        if allocation is None:
+            return self._allocate_first(request, num_tokens_total, keep_free)
+        missing = self.num_blocks_for(num_tokens_total) - len(allocation.block_ids)
+        if missing <= 0:
+            return True
+        if missing > self._pool.num_free - keep_free:
+            return False
+        allocation.block_ids += self._pool.allocate(missing)
+        return True
+
+    def cache_full_blocks(self, request: Request) -> None:
+        """Offer the blocks filled by computed tokens to later requests; call after each commit."""
+        if not self.prefix_caching:
+            return
+        allocation = self._allocations[request.request_id]
+        num_full = request.num_computed_tokens // self.block_size
+        if num_full <= allocation.num_registered:
+            return
+        self._extend_hashes(request, num_full)
+        for index in range(allocation.num_registered, num_full):
+            self._pool.register(allocation.block_ids[index], request.block_hashes[index])
+        allocation.num_registered = num_full
+
+    def trim(self, request: Request) -> None:
+        """Take back blocks past the request's known tokens: they held rejected drafts."""
+        block_ids = self.block_ids(request)
+        needed = self.num_blocks_for(len(request.all_token_ids))
+        self._pool.free(reversed(block_ids[needed:]))
+        del block_ids[needed:]
+
+    def free(self, request: Request) -> None:
+        """Take back all blocks of a request, if it has any. Its last block is the first to be reused."""
+        allocation = self._allocations.pop(request.request_id, None)
+        if allocation is not None:
+            self._pool.free(reversed(allocation.block_ids))
+
+    def _allocate_first(self, request: Request, num_tokens_total: int, keep_free: int) -> bool:
+        cached = self._cached_blocks(request)
+        missing = max(self.num_blocks_for(num_tokens_total) - len(cached), 0)
+        num_cached_free = sum(self._pool.ref_count(block_id) == 0 for block_id in cached)
+        if missing > self._pool.num_free - num_cached_free - keep_free:
+            return False
+        self._pool.touch(cached)
+        self._allocations[request.request_id] = _Allocation(cached + self._pool.allocate(missing), len(cached))
+        return True
+
+    def _cached_blocks(self, request: Request) -> list[int]:
+        if not self.prefix_caching:
+            return []
+        num_usable = len(request.all_token_ids) - 1
+        if request.num_prompt_rows_done < request.num_prompt_rows_wanted:
+            num_usable = request.num_prompt_rows_done
+        self._extend_hashes(request, num_usable // self.block_size)
+        block_ids: list[int] = []
+        for prefix_hash in request.block_hashes[: num_usable // self.block_size]:
+            block_id = self._pool.lookup(prefix_hash)
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+        return block_ids
+
+    def _extend_hashes(self, request: Request, num_blocks: int) -> None:
+        hashes, size = request.block_hashes, self.block_size
+        for index in range(len(hashes), num_blocks):
+            previous = hashes[-1] if hashes else tenant_root(request.tenant)
+            hashes.append(hash_block(previous, request.all_token_ids[index * size : (index + 1) * size]))

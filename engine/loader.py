@@ -1,0 +1,139 @@
+"""Chooses device, precision, kernels and attention backend, and loads the model for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import structlog
+import torch
+
+from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.attention.torch_paged import TorchPagedAttention
+from engine.batch import ForwardBatch
+from engine.config import EngineConfig
+from engine.models.config import ModelError, ModelFiles, ModelSpec
+from engine.models.llama import load_model
+from engine.models.native_llama import NativeLlama, unsupported_shape
+from engine.models.weights import WeightSource, open_weights
+from kernels import native
+
+log = structlog.get_logger(__name__)
+
+BackendName = Literal["torch", "native", "flashinfer"]
+
+_DEFAULT_MAX_MODEL_LEN = 8192
+
+
+class CausalLM(Protocol):
+    """What the model runner needs of a model."""
+
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> torch.Tensor:
+        """Hidden states after the final norm, [T, hidden]."""
+        ...
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[L, hidden] → [L, vocab] float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and how to make the KV cache that goes with it."""
+
+    model: CausalLM
+    spec: ModelSpec
+    max_model_len: int
+    dtype: torch.dtype
+    device: torch.device
+    backend: BackendName
+    make_attention: Callable[[AttentionSpec], AttentionBackend]
+
+
+def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> LoadedModel:
+    """Load the weights of ``files``.
+
+    Raises:
+        ModelError: the file cannot be read, or the options ask for what model or machine cannot do.
+    """
+    device = _device(config.runtime.device)
+    threads = config.runtime.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    backend = _backend(config, spec, device)
+    dtype = _dtype(config, backend, device)
+    max_model_len = _max_model_len(config, spec)
+    source = open_weights(files)
+    if backend == "native":
+        return _load_native(config, source, spec, max_model_len, threads)
+    model = load_model(source, spec, dtype, device, max_model_len)
+    make_attention: Callable[[AttentionSpec], AttentionBackend] = TorchPagedAttention
+    if backend == "flashinfer":
+        from engine.attention.flashinfer import FlashInferAttention
+
+        make_attention = FlashInferAttention
+    return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention)
+
+
+def _load_native(
+    config: EngineConfig, source: WeightSource, spec: ModelSpec, max_model_len: int, threads: int
+) -> LoadedModel:
+    team = native.Team(threads)
+    keep_quantized = config.model.quantization == "auto"
+    model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized)
+
+    def make_attention(attention: AttentionSpec) -> AttentionBackend:
+        from engine.attention.native_cpu import NativeAttention
+
+        return NativeAttention(attention, team)
+
+    device = torch.device("cpu")
+    return LoadedModel(model, spec, max_model_len, torch.bfloat16, device, "native", make_attention)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ModelError("runtime.device is cuda, but no CUDA device is available")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> BackendName:
+    """The backend asked for, or the best that works here; a fallback is logged once, with its reason."""
+    asked = config.runtime.attention_backend
+    reason = _why_not_native(config, spec, device)
+    if asked == "auto" and device.type == "cuda":
+        return "flashinfer"
+    if asked == "flashinfer" and device.type != "cuda":
+        raise ModelError("runtime.attention_backend flashinfer needs a CUDA device")
+    if asked == "native" and reason is not None:
+        raise ModelError(f"runtime.attention_backend native cannot be used: {reason}")
+    if asked != "auto":
+        return asked
+    if reason is not None:
+        log.warning("using the slower torch backend", reason=reason)
+        return "torch"
+    return "native"
+
+
+def _why_not_native(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "the model runs on a GPU"
+    if config.model.dtype == "float32":
+        return "model.dtype is float32"
+    return unsupported_shape(spec) or native.unsupported_reason()
+
+
+def _dtype(config: EngineConfig, backend: BackendName, device: torch.device) -> torch.dtype:
+    if config.model.dtype != "auto":
+        return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+    fast_bf16 = device.type == "cuda" or backend == "native" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast_bf16 else torch.float32
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    limit = spec.max_position_embeddings
+    asked = config.model.max_model_len
+    if asked is not None and asked > limit:
+        raise ModelError(f"model.max_model_len is {asked}, but the model's limit is {limit}")
+    return asked or min(limit, _DEFAULT_MAX_MODEL_LEN)

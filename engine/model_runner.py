@@ -1,0 +1,113 @@
+"""Runs the model over one scheduled step: flat tensors in, logits of the wanted rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.batch import ForwardBatch
+from engine.config import CacheConfig
+from engine.loader import LoadedModel
+from engine.models.config import ModelError
+from engine.scheduler import ScheduledSequence
+
+
+class ModelRunner:
+    """Owns the model and its attention backend (and so the KV cache)."""
+
+    def __init__(self, loaded: LoadedModel, cache: CacheConfig) -> None:
+        self._model = loaded.model
+        self._device = loaded.device
+        self._block_size = cache.block_size
+        self.num_blocks = num_kv_blocks(loaded, cache)
+        self._attention: AttentionBackend = loaded.make_attention(attention_spec(loaded, cache, self.num_blocks))
+
+    @torch.inference_mode()
+    def execute(self, sequences: Sequence[ScheduledSequence]) -> torch.Tensor:
+        """Compute the scheduled tokens and write their KV.
+
+        Returns:
+            Logits [L, vocab] float32: for each sequence in order, the last ``num_logits`` of its rows.
+        """
+        batch = build_batch(sequences, self._block_size, self._device)
+        hidden = self._model.forward(batch, self._attention)
+        return self._model.compute_logits(hidden[batch.logits_indices])
+
+
+def build_batch(sequences: Sequence[ScheduledSequence], block_size: int, device: torch.device) -> ForwardBatch:
+    """Lay the sequences' tokens end to end; see ``ForwardBatch`` for the fields."""
+    lengths = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int32)
+    starts = np.array([sequence.start for sequence in sequences], dtype=np.int32)
+    num_logits = np.array([sequence.num_logits for sequence in sequences], dtype=np.int32)
+    token_ids = np.fromiter(chain.from_iterable(s.token_ids for s in sequences), np.int32, int(lengths.sum()))
+    query_start_loc = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
+    block_tables = np.zeros((len(sequences), max(len(s.block_ids) for s in sequences)), dtype=np.int32)
+    for row, sequence in enumerate(sequences):
+        block_tables[row, : len(sequence.block_ids)] = sequence.block_ids
+
+    row_of_token = np.repeat(np.arange(len(sequences)), lengths)
+    offsets = np.arange(len(token_ids), dtype=np.int32) - query_start_loc[row_of_token]
+    positions = starts[row_of_token] + offsets
+    slots = block_tables[row_of_token, positions // block_size] * block_size + positions % block_size
+    wanted = offsets >= (lengths - num_logits)[row_of_token]
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return ForwardBatch(
+        token_ids=tensor(token_ids),
+        positions=tensor(positions),
+        query_start_loc=tensor(query_start_loc),
+        seq_lens=tensor(starts + lengths),
+        block_tables=tensor(block_tables),
+        slot_mapping=tensor(slots),
+        logits_indices=tensor(np.flatnonzero(wanted)),
+    )
+
+
+def attention_spec(loaded: LoadedModel, cache: CacheConfig, num_blocks: int) -> AttentionSpec:
+    """The KV cache's shape for ``num_blocks`` blocks."""
+    return AttentionSpec(
+        num_layers=loaded.spec.num_layers,
+        num_heads=loaded.spec.num_heads,
+        num_kv_heads=loaded.spec.num_kv_heads,
+        head_dim=loaded.spec.head_dim,
+        num_blocks=num_blocks,
+        block_size=cache.block_size,
+        dtype=loaded.dtype,
+        device=loaded.device,
+    )
+
+
+def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig) -> int:
+    """As configured, or what fits in the given share of the memory that is free now, up to ``max_bytes``.
+
+    Raises:
+        ModelError: not even one sequence of ``max_model_len`` tokens fits.
+    """
+    if cache.num_blocks is not None:
+        return cache.num_blocks
+    budget = min(cache.max_bytes, int(_free_memory(loaded.device) * cache.memory_fraction))
+    num_blocks = budget // attention_spec(loaded, cache, 1).bytes_per_block
+    needed = -(-loaded.max_model_len // cache.block_size)
+    if num_blocks < needed:
+        raise ModelError(
+            f"{budget / 2**20:.0f} MiB for the KV cache hold {num_blocks * cache.block_size} tokens, but one sequence "
+            f"may have {loaded.max_model_len}: raise cache.max_bytes or lower model.max_model_len"
+        )
+    return num_blocks
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ModelError("/proc/meminfo has no MemAvailable line; set cache.num_blocks")

@@ -1,0 +1,147 @@
+"""The engine process: ``python -m engine.process``. A ROUTER socket around the step loop, in one thread."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import uuid
+
+import msgspec
+import structlog
+import zmq
+
+from engine.config import EngineConfig
+from engine.core import EngineCore, Outputs
+from engine.log import configure_logging_from_environment
+from engine.messages import (
+    AbortRequests,
+    ClientMessage,
+    EngineMessage,
+    EngineOutputs,
+    EngineReady,
+    EngineRequest,
+    Hello,
+    StepTimings,
+)
+from engine.models.config import ModelError
+from engine.models.registry import resolve_model, validate_model_files
+
+log = structlog.get_logger(__name__)
+
+CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
+"""Environment variable with the ``EngineConfig`` as JSON."""
+
+_REPORT_SECONDS = 0.25
+
+
+class EngineProcess:
+    """Receives requests, steps while there is work, and sends each client its outputs.
+
+    Every client gets the statistics too, at least every half second: silence means that the engine is gone.
+    """
+
+    def __init__(self, config: EngineConfig, core: EngineCore, model_name: str) -> None:
+        self._core = core
+        self._epoch = uuid.uuid4().hex
+        self._ready = EngineReady(
+            epoch=self._epoch,
+            model=model_name,
+            max_model_len=core.max_model_len,
+            vocab_size=core.spec.vocab_size,
+            num_blocks=core.num_blocks,
+            block_size=config.cache.block_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            dtype=core.dtype,
+            attention_backend=core.attention_backend,
+        )
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # a slow client's outputs wait in memory, never the step loop
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for clients that have gone, not silence
+        self._socket.bind(config.address)
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._clients: set[bytes] = set()
+        self._steps: list[StepTimings] = []
+        self._last_report = 0.0
+
+    def run(self) -> None:
+        """Serve until the process is killed."""
+        log.info("engine ready", **msgspec.to_builtins(self._ready))
+        while True:
+            self._receive(self._core.patience())
+            outputs, timings = self._core.step()
+            if timings is not None:
+                self._steps.append(timings)
+            self._emit(outputs)
+
+    def _receive(self, patience: float) -> None:
+        if patience and not self._socket.poll(int(patience * 1000)):
+            return
+        while True:
+            try:
+                client, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._handle(client, payload)
+
+    def _handle(self, client: bytes, payload: bytes) -> None:
+        try:
+            message = self._decoder.decode(payload)
+        except msgspec.DecodeError as error:
+            log.error("undecodable message", client=client.hex(), error=str(error))
+            return
+        match message:
+            case Hello():
+                self._clients.add(client)
+                self._send(client, self._ready)
+            case EngineRequest():
+                self._core.add(client, message)
+            case AbortRequests():
+                self._core.abort(client, message.request_ids)
+
+    def _emit(self, outputs: Outputs) -> None:
+        """Outputs to their clients at once; statistics to every client now and then."""
+        now = time.monotonic()
+        report_due = now - self._last_report >= _REPORT_SECONDS
+        for client in list(self._clients if report_due else outputs):
+            message = EngineOutputs(
+                epoch=self._epoch,
+                outputs=outputs.get(client, []),
+                stats=self._core.stats() if report_due else None,
+                steps=self._steps if report_due else [],
+            )
+            self._send(client, message)
+        if report_due:
+            self._last_report = now
+            self._steps = []
+
+    def _send(self, client: bytes, message: EngineMessage) -> None:
+        try:
+            self._socket.send_multipart((client, self._encoder.encode(message)))
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            log.warning("a client has gone away", client=client.hex())
+            self._clients.discard(client)
+            self._core.abort_client(client)
+
+
+def main() -> None:
+    """Load the model named by the configuration, then serve it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    configure_logging_from_environment()
+    config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
+    try:
+        files = resolve_model(config.model, progress=False)
+        core = EngineCore(config, files, validate_model_files(files))
+    except ModelError as error:
+        log.error("the model cannot be served", reason=str(error))
+        sys.exit(1)
+    EngineProcess(config, core, config.model.served_name or files.name).run()
+
+
+if __name__ == "__main__":
+    main()

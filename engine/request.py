@@ -1,0 +1,56 @@
+"""The mutable state of one sequence. Owned by the scheduler; imports no torch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from engine.messages import SamplingParams
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One sequence from arrival to its last token.
+
+    Only ``draft_token_ids`` is written from outside (by the proposer, between a commit and the next
+    ``Scheduler.schedule``); the scheduler and the KV cache manager write the rest.
+
+    Raises:
+        ValueError: the prompt is empty.
+    """
+
+    request_id: str
+    """Unique within the scheduler."""
+    client_id: bytes
+    tenant: str
+    sampling: SamplingParams
+    prompt_token_ids: list[int]
+    arrival_time: float = field(default_factory=time.monotonic)
+    """Seconds, ``time.monotonic``."""
+
+    output_token_ids: list[int] = field(default_factory=list)
+    """Committed."""
+    all_token_ids: list[int] = field(init=False)
+    """Prompt and output."""
+    draft_token_ids: list[int] = field(default_factory=list)
+    """Proposed for the next step; emptied by every commit and by preemption."""
+    num_computed_tokens: int = 0
+    """How many of ``all_token_ids`` have their KV in the cache."""
+    num_cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache at first admission."""
+    num_prompt_rows_done: int = 0
+    """Prompt positions whose logits were computed for ``sampling.prompt_logprobs``."""
+    admission_index: int | None = None
+    """Rank by first admission, kept over preemption; None before it."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Prefix hashes of the first full blocks of ``all_token_ids``, as far as they were needed."""
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise ValueError("a prompt needs at least one token")
+        self.all_token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+
+    @property
+    def num_prompt_rows_wanted(self) -> int:
+        """Prompt positions, from 0, whose logits ``sampling.prompt_logprobs`` asks for: all but the last."""
+        return 0 if self.sampling.prompt_logprobs is None else len(self.prompt_token_ids) - 1

@@ -1,0 +1,308 @@
+"""Continuous batching: which sequences compute how many tokens in the next step. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import CacheConfig, SchedulerConfig
+from engine.fair_queue import FairQueue
+from engine.kv_cache_manager import KVCacheManager
+from engine.messages import EngineStats
+from engine.request import Request
+
+# Service of one token as fairness counts it; an output token costs about twice a prompt token (VTC, section 5.1).
+PROMPT_TOKEN_SERVICE = 1
+OUTPUT_TOKEN_SERVICE = 2
+
+
+class QueueFull(Exception):
+    """Too many requests wait; try again later."""
+
+
+class RequestTooLong(ValueError):
+    """The request can never be served: prompt and output exceed the model's length or the whole KV cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """One sequence's share of a step: ``token_ids`` at positions ``start``, ``start + 1``, ...
+
+    The last ``num_logits`` of these rows have their logits computed: first ``num_prompt_logits`` rows
+    for ``sampling.prompt_logprobs`` (the row at position p scores prompt token p + 1), then, once the
+    sequence is computed to its end, the row of its last known token and one for each draft token.
+    """
+
+    request: Request
+    start: int
+    token_ids: list[int]
+    num_draft_tokens: int
+    """How many of ``token_ids`` are drafts; they come last."""
+    num_prompt_logits: int
+    num_logits: int
+    block_ids: list[int]
+    """All blocks of the sequence, in order of position, including those for this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step. ``preempted`` lost their blocks in this call and wait again."""
+
+    sequences: list[ScheduledSequence]
+    num_tokens: int
+    preempted: list[Request]
+
+
+class Scheduler:
+    """Owns all requests, waiting and running.
+
+    A step has ``max_batched_tokens`` tokens to give away, in this order: one to each sequence that
+    decodes; chunks to running prefills; draft tokens; then new requests while sequences and blocks
+    last. While prefill work is there, drafts get at most half of what the decodes leave.
+
+    When blocks run out, blocks of rejected drafts are taken back, then the request admitted last is
+    preempted: its blocks are freed, and it is computed again, output included, when its turn comes.
+    The request admitted first is thus never preempted while others run, and it fits into the whole
+    cache, so some request always finishes.
+
+    One thread calls ``schedule``, then ``commit`` for each of the sequences; ``abort`` may come between.
+    """
+
+    def __init__(self, config: SchedulerConfig, cache: CacheConfig, num_blocks: int, max_model_len: int) -> None:
+        self._config = config
+        # Decodes can never claim more than half of a step, so prefill always goes on.
+        self._max_running = min(config.max_num_seqs, config.max_batched_tokens // 2)
+        self._max_model_len = max_model_len
+        self._kv = KVCacheManager(num_blocks, cache.block_size, cache.prefix_caching)
+        self._requests: dict[str, Request] = {}
+        self._waiting = FairQueue()
+        self._running: list[Request] = []  # by admission_index
+        self._num_admitted = 0
+        self._num_preemptions = 0
+        self._prefix_query_tokens = 0
+        self._prefix_hit_tokens = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a new request.
+
+        Raises:
+            RequestTooLong: it could not be served even alone.
+            QueueFull: ``max_waiting`` requests wait already.
+            ValueError: a request with the same id is here.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request {request.request_id!r} is here already")
+        self._check_length(request)
+        if len(self._waiting) >= self._config.max_waiting:
+            raise QueueFull(f"{len(self._waiting)} requests are waiting")
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: str) -> Request | None:
+        """Forget a request and free its blocks; None if it is not here (any more)."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            if request in self._running:
+                self._finish(request)
+            else:
+                self._waiting.remove(request)
+                del self._requests[request_id]
+        return request
+
+    def schedule(self) -> SchedulerOutput:
+        """Choose the next step's tokens and allocate their blocks."""
+        plan: dict[Request, int] = {}  # number of tokens
+        preempted = self._plan_decodes(plan)
+        budget = self._config.max_batched_tokens - len(plan)
+        draft_budget = self._draft_budget(plan, budget)
+        budget -= draft_budget
+        budget -= self._plan_prefills(plan, budget)
+        budget += draft_budget - self._plan_drafts(plan, draft_budget)
+        if not preempted:
+            self._admit(plan, budget)
+        sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
+        return SchedulerOutput(sequences, sum(plan.values()), preempted)
+
+    def commit(self, sequence: ScheduledSequence, kept_token_ids: list[int], finished: bool) -> None:
+        """Take the result of a step for one sequence; ignored if it was aborted meanwhile.
+
+        Args:
+            sequence: as scheduled.
+            kept_token_ids: the accepted draft tokens, then the new token; possibly truncated if
+                ``finished``. Empty while prefill is unfinished.
+            finished: the sequence is over; its blocks are freed.
+
+        Raises:
+            ValueError: an unfinished sequence was computed to its end but got no new token.
+        """
+        request = sequence.request
+        if self._requests.get(request.request_id) is not request:
+            return
+        # All kept tokens but the last are accepted drafts, whose KV this step has written.
+        num_known = len(sequence.token_ids) - sequence.num_draft_tokens
+        num_computed = sequence.start + num_known + max(len(kept_token_ids) - 1, 0)
+        if not (kept_token_ids or finished or num_computed < len(request.all_token_ids)):
+            raise ValueError(f"request {request.request_id!r} needs a new token")
+        request.num_computed_tokens = num_computed
+        request.num_prompt_rows_done += sequence.num_prompt_logits
+        request.draft_token_ids = []
+        if kept_token_ids:
+            request.output_token_ids += kept_token_ids
+            request.all_token_ids += kept_token_ids
+            self._waiting.charge(request.tenant, OUTPUT_TOKEN_SERVICE * len(kept_token_ids))
+        self._kv.cache_full_blocks(request)
+        if finished:
+            self._finish(request)
+
+    def has_work(self) -> bool:
+        """Whether a request is waiting or running."""
+        return bool(self._requests)
+
+    def stats(self) -> EngineStats:
+        """Gauges now, counters since the start."""
+        return EngineStats(
+            num_waiting=len(self._waiting),
+            num_running=len(self._running),
+            blocks_used=self._kv.num_used_blocks,
+            blocks_total=self._kv.num_blocks,
+            prefix_query_tokens=self._prefix_query_tokens,
+            prefix_hit_tokens=self._prefix_hit_tokens,
+            preemptions=self._num_preemptions,
+            waiting_by_tenant=self._waiting.waiting_by_tenant(),
+        )
+
+    def _check_length(self, request: Request) -> None:
+        num_prompt = len(request.prompt_token_ids)
+        if num_prompt >= self._max_model_len:
+            raise RequestTooLong(
+                f"the prompt has {num_prompt} tokens; with at least one token of output the model's "
+                f"limit is {self._max_model_len}"
+            )
+        num_slots = self._kv.num_blocks * self._kv.block_size
+        if self._max_kv_tokens(request) > num_slots:
+            raise RequestTooLong(
+                f"prompt ({num_prompt} tokens) and max_tokens ({request.sampling.max_tokens}) "
+                f"exceed the whole KV cache of {num_slots} tokens"
+            )
+
+    def _max_kv_tokens(self, request: Request) -> int:
+        """Slots the request can come to need: every token but the last it may generate."""
+        max_output = max(request.sampling.max_tokens, 1)
+        return min(len(request.prompt_token_ids) + max_output, self._max_model_len) - 1
+
+    def _plan_decodes(self, plan: dict[Request, int]) -> list[Request]:
+        """One token for each running sequence that lacks just one; returns those preempted on the way."""
+        preempted: list[Request] = []
+        decoding = [r for r in self._running if len(r.all_token_ids) - r.num_computed_tokens == 1]
+        for request in decoding:
+            if request in preempted:
+                continue
+            while not self._kv.allocate(request, len(request.all_token_ids)):
+                if self._reclaim_draft_blocks():
+                    continue
+                victim = self._preempt_last()
+                preempted.append(victim)
+                plan.pop(victim, None)
+                if victim is request:
+                    break
+            else:
+                plan[request] = 1
+        return preempted
+
+    def _draft_budget(self, plan: dict[Request, int], budget: int) -> int:
+        """Most draft tokens of this step, given those who decode and the tokens they leave."""
+        wanted = sum(len(request.draft_token_ids) for request in plan)
+        may_admit = len(self._waiting) > 0 and len(self._running) < self._max_running
+        prefill_pending = may_admit or len(plan) < len(self._running)
+        return min(wanted, budget // 2 if prefill_pending else budget)
+
+    def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
+        """Next chunks of running prefills, whose blocks they got at admission; returns the tokens planned."""
+        left = budget
+        for request in self._running:
+            if left == 0:
+                break
+            if request not in plan:
+                plan[request] = min(len(request.all_token_ids) - request.num_computed_tokens, left)
+                left -= plan[request]
+        return budget - left
+
+    def _plan_drafts(self, plan: dict[Request, int], budget: int) -> int:
+        """Add draft tokens to the decodes, in equal parts, where blocks are free; returns the tokens planned."""
+        drafting = [request for request in plan if request.draft_token_ids]
+        num_planned = 0
+        for request in drafting:
+            num_known = len(request.all_token_ids)
+            num_drafts = min(
+                len(request.draft_token_ids), budget // len(drafting), self._max_kv_tokens(request) - num_known
+            )
+            if not self._kv.allocate(request, num_known + num_drafts):
+                num_drafts = self._kv.num_slots(request) - num_known
+            plan[request] += num_drafts
+            num_planned += num_drafts
+        return num_planned
+
+    def _admit(self, plan: dict[Request, int], budget: int) -> None:
+        """Start waiting requests in order of fairness; the first that does not fit ends it, lest it starve."""
+        while budget > 0 and len(self._running) < self._max_running:
+            request = self._waiting.peek()
+            if request is None:
+                return
+            num_cached = self._kv.find_cached_prefix(request)
+            # A block to grow for each running sequence, or the newcomer would soon be preempted.
+            if not self._kv.allocate(request, len(request.all_token_ids), keep_free=len(self._running)):
+                return
+            self._waiting.pop()
+            request.num_computed_tokens = num_cached
+            self._enter_running(request)
+            plan[request] = min(len(request.all_token_ids) - num_cached, budget)
+            budget -= plan[request]
+
+    def _enter_running(self, request: Request) -> None:
+        self._running.append(request)
+        if request.admission_index is not None:
+            self._running.sort(key=lambda r: r.admission_index or 0)
+            return
+        request.admission_index = self._num_admitted
+        self._num_admitted += 1
+        num_prompt, num_cached = len(request.prompt_token_ids), request.num_computed_tokens
+        request.num_cached_tokens = num_cached
+        self._waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))
+        if self._kv.prefix_caching:
+            self._prefix_query_tokens += num_prompt
+            self._prefix_hit_tokens += num_cached
+
+    def _scheduled(self, request: Request, num_tokens: int) -> ScheduledSequence:
+        start = request.num_computed_tokens
+        num_known = min(len(request.all_token_ids) - start, num_tokens)
+        token_ids = request.all_token_ids[start : start + num_known]
+        num_drafts = num_tokens - num_known
+        if num_drafts:
+            token_ids += request.draft_token_ids[:num_drafts]
+        end = start + num_known
+        num_logits = 1 + num_drafts if end == len(request.all_token_ids) else 0
+        num_prompt_logits = max(min(end, request.num_prompt_rows_wanted) - request.num_prompt_rows_done, 0)
+        block_ids = list(self._kv.block_ids(request))
+        return ScheduledSequence(
+            request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_logits, block_ids
+        )
+
+    def _reclaim_draft_blocks(self) -> bool:
+        """Take back blocks that only rejected drafts used; whether there were any."""
+        before = self._kv.num_used_blocks
+        for request in self._running:
+            self._kv.trim(request)
+        return self._kv.num_used_blocks < before
+
+    def _preempt_last(self) -> Request:
+        request = self._running.pop()
+        self._kv.free(request)
+        request.num_computed_tokens = 0
+        request.draft_token_ids = []
+        self._waiting.append_left(request)
+        self._num_preemptions += 1
+        return request
+
+    def _finish(self, request: Request) -> None:
+        self._running.remove(request)
+        self._kv.free(request)
+        del self._requests[request.request_id]
