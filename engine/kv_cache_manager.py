@@ -76,7 +76,7 @@ class KVCacheManager:
     def find_cached_prefix(self, request: Request) -> int:
         """How many of the request's first tokens ``allocate`` would take from the prefix cache.
 
-        At least the last token is left, and every prompt row whose logits are still wanted.
+        At least the last token is left, since its logits are needed; all, if the whole prompt's are.
         """
         return len(self._cached_blocks(request)) * self.block_size
 
@@ -141,14 +141,12 @@ class KVCacheManager:
         return True
 
     def _cached_blocks(self, request: Request) -> list[int]:
-        if not self.prefix_caching:
+        if not self.prefix_caching or request.wants_prompt_logits:
             return []
-        num_usable = len(request.all_token_ids) - 1
-        if request.num_prompt_rows_done < request.num_prompt_rows_wanted:
-            num_usable = request.num_prompt_rows_done
-        self._extend_hashes(request, num_usable // self.block_size)
+        num_usable = (len(request.all_token_ids) - 1) // self.block_size
+        self._extend_hashes(request, num_usable)
         block_ids: list[int] = []
-        for prefix_hash in request.block_hashes[: num_usable // self.block_size]:
+        for prefix_hash in request.block_hashes[:num_usable]:
             block_id = self._pool.lookup(prefix_hash)
             if block_id is None:
                 break

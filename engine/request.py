@@ -38,8 +38,6 @@ class Request:
     """How many of ``all_token_ids`` have their KV in the cache."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache at first admission."""
-    num_prompt_rows_done: int = 0
-    """Prompt positions whose logits were computed for ``sampling.prompt_logprobs``."""
     admission_index: int | None = None
     """Rank by first admission, kept over preemption; None before it."""
     block_hashes: list[bytes] = field(default_factory=list)
@@ -51,6 +49,6 @@ class Request:
         self.all_token_ids = [*self.prompt_token_ids, *self.output_token_ids]
 
     @property
-    def num_prompt_rows_wanted(self) -> int:
-        """Prompt positions, from 0, whose logits ``sampling.prompt_logprobs`` asks for: all but the last."""
-        return 0 if self.sampling.prompt_logprobs is None else len(self.prompt_token_ids) - 1
+    def wants_prompt_logits(self) -> bool:
+        """Whether the logits of all prompt positions are still needed, for ``sampling.prompt_logprobs``."""
+        return self.sampling.prompt_logprobs is not None and not self.output_token_ids

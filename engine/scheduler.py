@@ -28,8 +28,10 @@ class ScheduledSequence:
     """One sequence's share of a step: ``token_ids`` at positions ``start``, ``start + 1``, ...
 
     The last ``num_logits`` of these rows have their logits computed: first ``num_prompt_logits`` rows
-    for ``sampling.prompt_logprobs`` (the row at position p scores prompt token p + 1), then, once the
-    sequence is computed to its end, the row of its last known token and one for each draft token.
+    for ``sampling.prompt_logprobs``, then ``num_sampled`` rows: once the sequence is computed to its
+    end, that of its last known token and one for each draft token. Prompt rows begin at ``start``, the
+    row at position p scores prompt token p + 1; a prompt preempted before its first output token is
+    computed again from position 0, and its rows are given again.
     """
 
     request: Request
@@ -41,6 +43,11 @@ class ScheduledSequence:
     num_logits: int
     block_ids: list[int]
     """All blocks of the sequence, in order of position, including those for this step."""
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows from which tokens are chosen, after the prompt's: 0 while prefill is unfinished."""
+        return self.num_logits - self.num_prompt_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +119,12 @@ class Scheduler:
         """Choose the next step's tokens and allocate their blocks."""
         plan: dict[Request, int] = {}  # number of tokens
         preempted = self._plan_decodes(plan)
+        drafting = [request for request in plan if request.draft_token_ids]
         budget = self._config.max_batched_tokens - len(plan)
-        draft_budget = self._draft_budget(plan, budget)
+        draft_budget = self._draft_budget(drafting, len(plan) < len(self._running), budget)
         budget -= draft_budget
         budget -= self._plan_prefills(plan, budget)
-        budget += draft_budget - self._plan_drafts(plan, draft_budget)
+        budget += draft_budget - self._plan_drafts(plan, drafting, draft_budget)
         if not preempted:
             self._admit(plan, budget)
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
@@ -143,7 +151,6 @@ class Scheduler:
         if not (kept_token_ids or finished or num_computed < len(request.all_token_ids)):
             raise ValueError(f"request {request.request_id!r} needs a new token")
         request.num_computed_tokens = num_computed
-        request.num_prompt_rows_done += sequence.num_prompt_logits
         request.draft_token_ids = []
         if kept_token_ids:
             request.output_token_ids += kept_token_ids
@@ -208,12 +215,11 @@ class Scheduler:
                 plan[request] = 1
         return preempted
 
-    def _draft_budget(self, plan: dict[Request, int], budget: int) -> int:
-        """Most draft tokens of this step, given those who decode and the tokens they leave."""
-        wanted = sum(len(request.draft_token_ids) for request in plan)
+    def _draft_budget(self, drafting: list[Request], prefilling: bool, budget: int) -> int:
+        """Most draft tokens of this step, out of the tokens that the decodes leave."""
+        wanted = sum(len(request.draft_token_ids) for request in drafting)
         may_admit = len(self._waiting) > 0 and len(self._running) < self._max_running
-        prefill_pending = may_admit or len(plan) < len(self._running)
-        return min(wanted, budget // 2 if prefill_pending else budget)
+        return min(wanted, budget // 2 if prefilling or may_admit else budget)
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills, whose blocks they got at admission; returns the tokens planned."""
@@ -226,20 +232,18 @@ class Scheduler:
                 left -= plan[request]
         return budget - left
 
-    def _plan_drafts(self, plan: dict[Request, int], budget: int) -> int:
-        """Add draft tokens to the decodes, in equal parts, where blocks are free; returns the tokens planned."""
-        drafting = [request for request in plan if request.draft_token_ids]
-        num_planned = 0
-        for request in drafting:
+    def _plan_drafts(self, plan: dict[Request, int], drafting: list[Request], budget: int) -> int:
+        """Add draft tokens, in equal parts, where blocks are free; returns the tokens planned."""
+        left = budget
+        for index, request in enumerate(drafting):
             num_known = len(request.all_token_ids)
-            num_drafts = min(
-                len(request.draft_token_ids), budget // len(drafting), self._max_kv_tokens(request) - num_known
-            )
+            share = -(-left // (len(drafting) - index))
+            num_drafts = min(len(request.draft_token_ids), share, self._max_kv_tokens(request) - num_known)
             if not self._kv.allocate(request, num_known + num_drafts):
                 num_drafts = self._kv.num_slots(request) - num_known
             plan[request] += num_drafts
-            num_planned += num_drafts
-        return num_planned
+            left -= num_drafts
+        return budget - left
 
     def _admit(self, plan: dict[Request, int], budget: int) -> None:
         """Start waiting requests in order of fairness; the first that does not fit ends it, lest it starve."""
@@ -279,11 +283,13 @@ class Scheduler:
         if num_drafts:
             token_ids += request.draft_token_ids[:num_drafts]
         end = start + num_known
-        num_logits = 1 + num_drafts if end == len(request.all_token_ids) else 0
-        num_prompt_logits = max(min(end, request.num_prompt_rows_wanted) - request.num_prompt_rows_done, 0)
+        num_prompt_logits = 0
+        if request.wants_prompt_logits:
+            num_prompt_logits = min(end, len(request.prompt_token_ids) - 1) - start
+        num_sampled = 1 + num_drafts if end == len(request.all_token_ids) else 0
         block_ids = list(self._kv.block_ids(request))
         return ScheduledSequence(
-            request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_logits, block_ids
+            request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_sampled, block_ids
         )
 
     def _reclaim_draft_blocks(self) -> bool:
