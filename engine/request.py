@@ -49,6 +49,11 @@ class Request:
         self.all_token_ids = [*self.prompt_token_ids, *self.output_token_ids]
 
     @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output so far."""
+        return len(self.all_token_ids)
+
+    @property
     def wants_prompt_logits(self) -> bool:
         """Whether the logits of all prompt positions are still needed, for ``sampling.prompt_logprobs``."""
         return self.sampling.prompt_logprobs is not None and not self.output_token_ids
