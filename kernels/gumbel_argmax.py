@@ -118,9 +118,9 @@ def gumbel_argmax(
         return gumbel_argmax_reference(logits, seeds, positions, token_ids)
     # A few rows at a time, so that the hash stays in the processor's cache.
     rows = max(1, _CHUNK // logits.shape[1])
-    chunks = zip(*(torch.split(part, rows) for part in (logits, seeds, positions)), strict=True)
     columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
-    return torch.cat([_argmax_over_vocabulary(*chunk, columns) for chunk in chunks])
+    chunks = [slice(start, start + rows) for start in range(0, len(logits), rows)]
+    return torch.cat([_argmax_over_vocabulary(logits[c], seeds[c], positions[c], columns) for c in chunks])
 
 
 def _argmax_over_vocabulary(

@@ -24,10 +24,10 @@ _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 class CompiledGrammar:
     """A grammar for one vocabulary; makes matchers."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, end_token_ids: frozenset[int], textless: frozenset[int]):
+    def __init__(self, compiled: xgrammar.CompiledGrammar, end_token_ids: frozenset[int], excluded: frozenset[int]):
         self.compiled = compiled
         self.end_token_ids = end_token_ids
-        self.textless_token_ids = textless
+        self.excluded_token_ids = excluded
 
     def matcher(self) -> GrammarMatcher:
         """A matcher at the grammar's start."""
@@ -53,7 +53,7 @@ class GrammarMatcher:
             self._taken_after_end += 1
             return True
         # xgrammar refuses these too, but logs a warning each time.
-        return token_id not in self._grammar.textless_token_ids and bool(self._matcher.accept_token(token_id))
+        return token_id not in self._grammar.excluded_token_ids and bool(self._matcher.accept_token(token_id))
 
     def rollback(self, num_tokens: int) -> None:
         """Give back the latest ``num_tokens`` tokens."""
@@ -79,6 +79,15 @@ class GrammarMatcher:
         return not words.any()
 
 
+def _without_control(text: bytes) -> bytes:
+    """The token's bytes, or nothing (never allowed) if there is a control character among them.
+
+    JSON needs none. xgrammar lets them into strings with a ``maxLength``, where JSON forbids them, and small
+    models would write line feeds between two tokens of JSON without end.
+    """
+    return b"" if any(byte < 0x20 for byte in text) else text
+
+
 class GrammarCompiler:
     """Compiles grammars for one vocabulary in a thread of its own, and keeps the most recently used.
 
@@ -86,9 +95,9 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        vocabulary = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        vocabulary = [_without_control(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
         self._end_token_ids = frozenset(tokenizer.eos_token_ids)
-        self._textless = frozenset(i for i, text in enumerate(vocabulary) if not text) - self._end_token_ids
+        self._excluded = frozenset(i for i, text in enumerate(vocabulary) if not text) - self._end_token_ids
         info = xgrammar.TokenizerInfo(
             vocabulary, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=sorted(self._end_token_ids)
         )
@@ -115,4 +124,4 @@ class GrammarCompiler:
         except (RuntimeError, ValueError) as error:
             reason = _LOG_PREFIX.sub("", str(error).splitlines()[0])
             raise GrammarError(f"the JSON schema cannot be used: {reason}") from error
-        return CompiledGrammar(compiled, self._end_token_ids, self._textless)
+        return CompiledGrammar(compiled, self._end_token_ids, self._excluded)

@@ -65,30 +65,28 @@ class StopStringFinder:
 
 
 class StopStringBuffer:
-    """Holds back the end of streamed text while it may be the beginning of a stop string."""
+    """Holds back the end of streamed text while it may be the beginning of a stop string.
+
+    What ``push`` released before the piece that completes a stop string never reaches into that string;
+    that piece itself is to be cut at ``EngineOutput.text_length``.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(s for s in stop if s)
         self._longest = max(map(len, self._stop), default=0)
         self._held = ""
-        self._num_released = 0
 
     def push(self, text: str) -> str:
         """The text that is now sure to be output."""
         text = self._held + text
         released = len(text) - self._beginning_of_stop(text)
         self._held = text[released:]
-        self._num_released += released
         return text[:released]
 
-    def finish(self, text: str = "", text_length: int | None = None) -> str:
-        """The last of the output: what was held back and the last ``text``.
-
-        ``text_length`` is that of ``EngineOutput``: the length to which a stop string cuts the whole output.
-        """
-        text = self._held + text
-        self._held = ""
-        return text if text_length is None else text[: text_length - self._num_released]
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
 
     def _beginning_of_stop(self, text: str) -> int:
         """Length of the longest suffix of ``text`` that is a stop string's beginning, but not all of one."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import Grammar, SamplingParams
+from engine.request import Request
 from engine.sampling.grammar import GrammarCompiler
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.sampler import Sampler, SamplingRows
@@ -39,16 +39,6 @@ class ByteTokenizer:
         return bytes([token_id]) if token_id < 256 else b""
 
 
-@dataclass
-class Request:
-    """The part of ``engine.request.Request`` that sampling reads."""
-
-    request_id: str
-    sampling: SamplingParams
-    prompt_token_ids: list[int]
-    output_token_ids: list[int] = field(default_factory=list)
-
-
 @pytest.fixture(scope="module")
 def grammars() -> GrammarCompiler:
     return GrammarCompiler(ByteTokenizer())
@@ -64,7 +54,9 @@ def params(seed: int = 0, **changes: Any) -> SamplingParams:
 
 
 def added(sampler: Sampler, sampling: SamplingParams, prompt: Sequence[int] = (1, 2, 3), name: str = "r") -> Request:
-    request = Request(name, sampling, list(prompt))
+    request = Request(
+        request_id=name, client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=list(prompt)
+    )
     sampler.add(request)
     return request
 
@@ -88,7 +80,8 @@ def edited(logits: list[float], p: SamplingParams, prompt: list[int], output: li
 def distribution(logits: list[float], p: SamplingParams) -> list[float]:
     """Probabilities after temperature, top-k, top-p and min-p, ties kept."""
     scaled = [x / p.temperature for x in logits]
-    weights = {i: math.exp(x - max(scaled)) for i, x in enumerate(scaled)}
+    highest = max(scaled)
+    weights = {i: math.exp(x - highest) for i, x in enumerate(scaled)}
 
     def keep(least: float) -> None:
         for token in [t for t, w in weights.items() if w < least]:

@@ -1,0 +1,167 @@
+"""Grammars with real parts: tokenizer, xgrammar, sampler, and logits that would love to break them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import pydantic
+import pytest
+import tokenizers
+import torch
+
+from engine.messages import Grammar, SamplingParams
+from engine.request import Request
+from engine.sampling.grammar import GrammarCompiler
+from engine.sampling.json_schema import GrammarError, check_json_schema
+from engine.sampling.sampler import Sampler, SamplingRows
+from engine.text.tokenizer import Tokenizer
+from engine.truncation import StopChecker
+
+
+class Person(pydantic.BaseModel):
+    """A schema with references, bounds, lists and choices."""
+
+    class Pet(pydantic.BaseModel):
+        kind: Literal["cat", "dog"]
+        legs: int = pydantic.Field(ge=0, le=8)
+
+    name: str = pydantic.Field(min_length=1, max_length=6)
+    age: int = pydantic.Field(ge=0, le=150)
+    pets: list[Pet] = pydantic.Field(max_length=2)
+    nickname: str | None
+
+
+PERSON = Grammar(kind="json_schema", schema=json.dumps(Person.model_json_schema()))
+JSON_OBJECT = Grammar(kind="json_object")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE that knows JSON's idioms, with special tokens and a padded vocabulary."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|end|>", "<|user|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    backend.train_from_iterator(
+        ['{"name": "Ann", "age": 3, "pets": [{"kind": "cat", "legs": 4}], "nickname": null}'], trainer
+    )
+    return Tokenizer(backend, backend.get_vocab_size() + 5, None, (backend.token_to_id("<|end|>"),), None)
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer)
+
+
+def make_request(sampling: SamplingParams) -> Request:
+    return Request(request_id="r", client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=[1])
+
+
+def generate(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, seed: int, drafts: bool, **changes: Any
+) -> tuple[str, str]:
+    """Text and finish reason of random logits under a grammar; quotes and end are likely, so that it ends."""
+    sampler = Sampler(tokenizer.eos_token_ids, compiler)
+    sampling = SamplingParams(max_tokens=400, seed=seed, **changes)
+    request = make_request(sampling)
+    sampler.add(request)
+    checker = StopChecker(sampling, 1, 1000, tokenizer.eos_token_ids, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    closing = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b'"', b"}", b"]")]
+    while True:
+        draft_token_ids = (
+            tuple(torch.randint(tokenizer.vocab_size, (3,), generator=generator).tolist()) if drafts else ()
+        )
+        logits = torch.randn(1 + len(draft_token_ids), tokenizer.vocab_size, generator=generator)
+        logits[:, closing] += 3
+        logits[:, -5:] += 20  # padding
+        logits[:, list(tokenizer.special_token_ids)] += 20
+        [sampled] = sampler.sample(logits, [SamplingRows(request, draft_token_ids)])
+        truncation = checker.push(sampled.token_ids)
+        request.output_token_ids += sampled.token_ids[: truncation.num_kept]
+        if truncation.finish_reason is not None:
+            return tokenizer.decode(request.output_token_ids), truncation.finish_reason
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_p": 0.6, "presence_penalty": 1.0}])
+def test_output_satisfies_the_schema(
+    tokenizer: Tokenizer, compiler: GrammarCompiler, drafts: bool, changes: dict[str, Any]
+) -> None:
+    for seed in range(8):
+        text, finish_reason = generate(tokenizer, compiler, seed, drafts, grammar=PERSON, **changes)
+        if finish_reason == "stop":
+            Person.model_validate_json(text)
+        else:
+            assert finish_reason == "length"
+            assert text.lstrip()[:1] in ("", "{")
+    assert generate(tokenizer, compiler, 1, drafts, grammar=PERSON)[1] == "stop"
+
+
+def test_json_object_is_an_object_with_anything_in_it(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    finished = [generate(tokenizer, compiler, seed, False, grammar=JSON_OBJECT) for seed in range(12)]
+    objects = [json.loads(text) for text, finish_reason in finished if finish_reason == "stop"]
+    assert len(objects) >= 6
+    assert all(isinstance(value, dict) for value in objects)
+    assert any(objects)
+
+
+def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+    """Also with ``ignore_eos`` and ``min_tokens``, and with drafts past the end."""
+    [end] = tokenizer.eos_token_ids
+    sampling = SamplingParams(
+        max_tokens=9, seed=0, temperature=0.0, min_tokens=9, grammar=Grammar("json_schema", '{"const": 1}')
+    )
+    request = make_request(sampling)
+    sampler = Sampler(tokenizer.eos_token_ids, compiler)
+    sampler.add(request)
+    [one] = tokenizer.encode("1")
+    logits = torch.randn(5, tokenizer.vocab_size)
+    [sampled] = sampler.sample(logits, [SamplingRows(request, (one, end, end, one))])
+    assert sampled.token_ids == [one, end, end, end]
+    request.output_token_ids += sampled.token_ids
+    [sampled] = sampler.sample(logits[:2], [SamplingRows(request, (end,))])
+    assert sampled.token_ids == [end, end]
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ('{"type": "objec"}', "objec"),
+        ('{"type": "object"', "valid JSON"),
+        ("5", "object or a boolean"),
+        ('{"type": "string", "pattern": "("}', "parenthesis"),
+        ('{"$ref": "#/$defs/missing"}', "missing"),
+        ('{"$ref": "https://example.com/schema.json"}', "another document"),
+        ('{"properties": {"a": {"not": {}}}}', "#/properties/a is not supported: not"),
+        ('{"anyOf": [{"if": {}}]}', "#/anyOf/0 is not supported: if"),
+        ('{"allOf": [{}, {}]}', "allOf"),
+        ('{"type": "object", "required": ["a"], "oneOf": [{}]}', "oneOf beside required"),
+        ('{"pattern": "a", "maxLength": 3}', "pattern beside"),
+        ('{"type": "number", "multipleOf": 0.1}', "multipleOf"),
+        (json.dumps({"enum": ["x" * 70_000]}), "longer than"),
+        ('{"items":' * 5000 + "{}" + "}" * 5000, "schema"),
+    ],
+)
+def test_schemas_that_cannot_be_enforced_are_refused(compiler: GrammarCompiler, schema: str, message: str) -> None:
+    with pytest.raises(GrammarError, match=message.replace("$", r"\$")):
+        compiler.compile(Grammar(kind="json_schema", schema=schema)).result()
+
+
+def test_property_names_are_not_keywords() -> None:
+    check_json_schema('{"type": "object", "properties": {"not": {"type": "string"}, "if": true}, "description": "x"}')
+
+
+def test_a_compiled_grammar_is_kept_and_the_oldest_dropped(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer)
+    grammars = [Grammar("json_schema", json.dumps({"const": i})) for i in range(100)]
+    first = compiler.compile(grammars[0])
+    assert compiler.compile(Grammar("json_schema", json.dumps({"const": 0}))) is first
+    for grammar in grammars:
+        compiler.compile(grammar).result()
+    assert compiler.compile(grammars[0]) is not first
