@@ -64,7 +64,8 @@ class Scheduler:
 
     A step has ``max_batched_tokens`` tokens to give away, in this order: one to each sequence that
     decodes; chunks to running prefills; draft tokens; then new requests while sequences and blocks
-    last. While prefill work is there, drafts get at most half of what the decodes leave.
+    last. While prefill work is there, drafts get at most half of what the decodes leave; while a
+    prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
 
     When blocks run out, blocks of rejected drafts are taken back, then the request admitted last is
     preempted: its blocks are freed, and it is computed again, output included, when its turn comes.
@@ -120,13 +121,16 @@ class Scheduler:
         plan: dict[Request, int] = {}  # number of tokens
         preempted = self._plan_decodes(plan)
         drafting = [request for request in plan if request.draft_token_ids]
+        prefilling = len(plan) < len(self._running)
         budget = self._config.max_batched_tokens - len(plan)
-        draft_budget = self._draft_budget(drafting, len(plan) < len(self._running), budget)
+        draft_budget = self._draft_budget(drafting, prefilling, budget)
         budget -= draft_budget
+        if prefilling and not preempted:
+            budget -= self._admit(plan, budget // 2, whole=True)
         budget -= self._plan_prefills(plan, budget)
         budget += draft_budget - self._plan_drafts(plan, drafting, draft_budget)
         if not preempted:
-            self._admit(plan, budget)
+            self._admit(plan, budget, whole=False)
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
         return SchedulerOutput(sequences, sum(plan.values()), preempted)
 
@@ -148,7 +152,7 @@ class Scheduler:
         # All kept tokens but the last are accepted drafts, whose KV this step has written.
         num_known = len(sequence.token_ids) - sequence.num_draft_tokens
         num_computed = sequence.start + num_known + max(len(kept_token_ids) - 1, 0)
-        if not (kept_token_ids or finished or num_computed < len(request.all_token_ids)):
+        if not (kept_token_ids or finished or num_computed < request.num_tokens):
             raise ValueError(f"request {request.request_id!r} needs a new token")
         request.num_computed_tokens = num_computed
         request.draft_token_ids = []
@@ -199,11 +203,11 @@ class Scheduler:
     def _plan_decodes(self, plan: dict[Request, int]) -> list[Request]:
         """One token for each running sequence that lacks just one; returns those preempted on the way."""
         preempted: list[Request] = []
-        decoding = [r for r in self._running if len(r.all_token_ids) - r.num_computed_tokens == 1]
+        decoding = [r for r in self._running if r.num_tokens - r.num_computed_tokens == 1]
         for request in decoding:
             if request in preempted:
                 continue
-            while not self._kv.allocate(request, len(request.all_token_ids)):
+            while not self._kv.allocate(request, request.num_tokens):
                 if self._reclaim_draft_blocks():
                     continue
                 victim = self._preempt_last()
@@ -228,7 +232,7 @@ class Scheduler:
             if left == 0:
                 break
             if request not in plan:
-                plan[request] = min(len(request.all_token_ids) - request.num_computed_tokens, left)
+                plan[request] = min(request.num_tokens - request.num_computed_tokens, left)
                 left -= plan[request]
         return budget - left
 
@@ -236,7 +240,7 @@ class Scheduler:
         """Add draft tokens, in equal parts, where blocks are free; returns the tokens planned."""
         left = budget
         for index, request in enumerate(drafting):
-            num_known = len(request.all_token_ids)
+            num_known = request.num_tokens
             share = -(-left // (len(drafting) - index))
             num_drafts = min(len(request.draft_token_ids), share, self._max_kv_tokens(request) - num_known)
             if not self._kv.allocate(request, num_known + num_drafts):
@@ -245,21 +249,30 @@ class Scheduler:
             left -= num_drafts
         return budget - left
 
-    def _admit(self, plan: dict[Request, int], budget: int) -> None:
-        """Start waiting requests in order of fairness; the first that does not fit ends it, lest it starve."""
-        while budget > 0 and len(self._running) < self._max_running:
+    def _admit(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
+        """Start waiting requests in order of fairness; returns the tokens planned.
+
+        The first that does not fit ends it, lest it starve. ``whole``: only prompts that fit in one piece,
+        which may overtake a long prefill because they leave no second unfinished one behind.
+        """
+        left = budget
+        while left > 0 and len(self._running) < self._max_running:
             request = self._waiting.peek()
             if request is None:
-                return
+                break
             num_cached = self._kv.find_cached_prefix(request)
+            num_tokens = request.num_tokens - num_cached
+            if whole and num_tokens > left:
+                break
             # A block to grow for each running sequence, or the newcomer would soon be preempted.
-            if not self._kv.allocate(request, len(request.all_token_ids), keep_free=len(self._running)):
-                return
+            if not self._kv.allocate(request, request.num_tokens, keep_free=len(self._running)):
+                break
             self._waiting.pop()
             request.num_computed_tokens = num_cached
             self._enter_running(request)
-            plan[request] = min(len(request.all_token_ids) - num_cached, budget)
-            budget -= plan[request]
+            plan[request] = min(num_tokens, left)
+            left -= plan[request]
+        return budget - left
 
     def _enter_running(self, request: Request) -> None:
         self._running.append(request)
@@ -277,7 +290,7 @@ class Scheduler:
 
     def _scheduled(self, request: Request, num_tokens: int) -> ScheduledSequence:
         start = request.num_computed_tokens
-        num_known = min(len(request.all_token_ids) - start, num_tokens)
+        num_known = min(request.num_tokens - start, num_tokens)
         token_ids = request.all_token_ids[start : start + num_known]
         num_drafts = num_tokens - num_known
         if num_drafts:
@@ -286,7 +299,7 @@ class Scheduler:
         num_prompt_logits = 0
         if request.wants_prompt_logits:
             num_prompt_logits = min(end, len(request.prompt_token_ids) - 1) - start
-        num_sampled = 1 + num_drafts if end == len(request.all_token_ids) else 0
+        num_sampled = 1 + num_drafts if end == request.num_tokens else 0
         block_ids = list(self._kv.block_ids(request))
         return ScheduledSequence(
             request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_sampled, block_ids
