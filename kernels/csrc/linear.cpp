@@ -10,8 +10,8 @@ namespace {
 constexpr int kTile = 16;
 constexpr int kPairColumns = 2 * kGroup;
 
-// Up to this many rows a product is memory bound: codes go straight into vector registers. Beyond it, expanding
-// them to bf16 tiles once and multiplying with AMX costs less (docs/decisions/001-cpu-kernels.md).
+// Up to this many rows codes go straight into vector registers. Beyond it, expanding them to bf16 tiles once and
+// multiplying with AMX costs less (docs/decisions/001-cpu-kernels.md).
 constexpr int kMaxDirectRows = 3;
 
 struct Scratch {  // per thread, grows to the largest use
@@ -127,18 +127,6 @@ inline __m512 add_parities(__m512 lower, __m512 upper) {
   return _mm512_add_ps(_mm512_permutex2var_ps(lower, even, upper), _mm512_permutex2var_ps(lower, odd, upper));
 }
 
-template <int M>
-void direct_bf16(const Linear& op, const uint8_t* group, __m512* acc) {
-  const bf16* w = reinterpret_cast<const bf16*>(group);
-  const int k = op.weight->k;
-  for (int pair = 0; pair < k / 2; ++pair, w += 32) {
-    const __m512bh weights = load_pairs(w);
-    for (int m = 0; m < M; ++m) {
-      acc[m] = _mm512_dpbf16_ps(acc[m], weights, broadcast_pair(op.x + m * k + 2 * pair));
-    }
-  }
-}
-
 // kQ4 and kQ5: one permutation turns 32 codes into bf16 integers, exactly.
 template <int M, int kFormat>
 void direct_lanes(const Linear& op, const uint8_t* block, __m512* acc) {
@@ -206,7 +194,6 @@ void direct_group(const Linear& op, int group, float* y) {
   for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_ps();
   const uint8_t* data = op.weight->group(group);
   switch (op.weight->format) {
-    case kBf16: direct_bf16<M>(op, data, acc); break;
     case kQ8: direct_q8<M, 1>(op, data, acc); break;
     case kQ8x2: direct_q8<M, 2>(op, data, acc); break;
     case kQ5: direct_lanes<M, kQ5>(op, data, acc); break;
@@ -251,7 +238,7 @@ void prepare_direct(const Linear& op) {
 void linear(Team& team, const Linear& op) {
   const int pairs = (op.weight->n + kPairColumns - 1) / kPairColumns;
   const int chunk = std::max(1, pairs / (16 * team.size()));
-  if (op.rows <= kMaxDirectRows) {
+  if (op.rows <= kMaxDirectRows && op.weight->format != kBf16) {
     prepare_direct(op);
     team.work(pairs, chunk, [&](int pair) { direct_pair(op, pair); });
     return;

@@ -1,15 +1,23 @@
 #include "threads.h"
 
 #include <immintrin.h>
-#include <sched.h>
 
 namespace evospec {
 
 namespace {
-// Between steps the engine's Python needs about a millisecond: workers sleep rather than burn a core that the
-// API server could use. Inside a step the wait is microseconds: spin, and yield only if the core is contended.
-constexpr int kSpinsBeforeSleep = 2000;
-constexpr int kSpinsBeforeYield = 20000;
+
+// A pause is about 50 ns. Threads of a step arrive within microseconds of each other, unless another process took
+// one's core: then the others must sleep, so that the kernel can move the late one to a core that does nothing.
+constexpr int kSpinsBeforeSleep = 200;
+
+void wait_while_equal(const std::atomic<unsigned>& value, unsigned old) {
+  for (int spin = 0; spin < kSpinsBeforeSleep; ++spin) {
+    if (value.load(std::memory_order_acquire) != old) return;
+    _mm_pause();
+  }
+  value.wait(old, std::memory_order_acquire);
+}
+
 }  // namespace
 
 Team::Team(int num_threads) : num_threads_(num_threads) {
@@ -17,39 +25,26 @@ Team::Team(int num_threads) : num_threads_(num_threads) {
 }
 
 Team::~Team() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stopping_ = true;
-    generation_.fetch_add(1);
-  }
-  wake_.notify_all();
+  stopping_ = true;
+  start_workers();
   for (std::thread& thread : threads_) thread.join();
+}
+
+void Team::start_workers() {
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
 }
 
 void Team::run(const std::function<void(int)>& body) {
   body_ = &body;
-  if (num_threads_ > 1) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    wake_.notify_all();
-  }
+  start_workers();
   body(0);
   barrier();  // nobody may still be inside body when the caller destroys it
 }
 
 void Team::worker(int index) {
-  unsigned seen = 0;
-  for (;;) {
-    for (int spin = 0; spin < kSpinsBeforeSleep && generation_.load(std::memory_order_acquire) == seen; ++spin) {
-      _mm_pause();
-    }
-    if (generation_.load(std::memory_order_acquire) == seen) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
-    }
-    ++seen;
+  for (unsigned seen = 0;; ++seen) {
+    wait_while_equal(generation_, seen);
     if (stopping_) return;
     (*body_)(index);
     barrier();
@@ -58,17 +53,15 @@ void Team::worker(int index) {
 
 void Team::barrier() {
   const unsigned phase = phase_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    // The counter two phases ahead: no thread can be using it, since all of them are at this barrier.
-    next_[(phase + 2) % kCounters].store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) < num_threads_ - 1) {
+    wait_while_equal(phase_, phase);
     return;
   }
-  for (int spin = 0; phase_.load(std::memory_order_acquire) == phase; ++spin) {
-    _mm_pause();
-    if (spin > kSpinsBeforeYield) sched_yield();
-  }
+  arrived_.store(0, std::memory_order_relaxed);
+  // The counter two phases ahead: no thread can be using it, since all of them are at this barrier.
+  next_[(phase + 2) % kCounters].store(0, std::memory_order_relaxed);
+  phase_.store(phase + 1, std::memory_order_release);
+  phase_.notify_all();
 }
 
 }  // namespace evospec

@@ -2,9 +2,7 @@
 #pragma once
 
 #include <atomic>
-#include <condition_variable>
 #include <functional>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -39,14 +37,13 @@ class Team {
  private:
   static constexpr int kCounters = 4;
 
+  void start_workers();
   void worker(int index);
 
   const int num_threads_;
   std::vector<std::thread> threads_;
   const std::function<void(int)>* body_ = nullptr;
 
-  std::mutex mutex_;
-  std::condition_variable wake_;
   std::atomic<unsigned> generation_{0};
   std::atomic<bool> stopping_{false};
 
