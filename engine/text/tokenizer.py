@@ -60,6 +60,9 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Special tokens written out in it become their ids.
 
+        Bytes without a token vanish, as everywhere with such vocabularies: SmolLM2 has none for six
+        control characters, so a text of nothing else encodes to nothing.
+
         ``add_special_tokens``: put BOS in front, where the model wants that.
 
         Raises:

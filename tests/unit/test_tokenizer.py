@@ -1,0 +1,272 @@
+"""Text to tokens and back: against llama.cpp's and transformers' tokenizers; chat templates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from engine.models.config import ModelError, ModelFiles
+from engine.models.gguf_file import GGUFFile
+from engine.text.chat_template import ChatTemplateError
+from engine.text.gguf_tokenizer import gguf_backend
+from engine.text.tokenizer import Tokenizer
+from tests.tiny_models import make_directory, make_gguf
+
+# Ids by llama.cpp (llama-cpp-py-sync 0.11739) from the same file.
+LLAMA_CPP_IDS = [
+    ("I'm you're WE'LL don't", [57, 5248, 346, 2316, 26587, 23, 16421, 1326, 982]),
+    ("12345 1 23 456,789", [33, 34, 35, 36, 37, 216, 33, 216, 34, 35, 216, 36, 37, 38, 28, 39, 40, 41]),
+    ("½ ² ٣ Ⅷ", [16738, 216, 19133, 216, 164, 113, 216, 173, 223, 117]),
+    ("<|im_start|>user\nhi<|im_end|>\n", [1, 4093, 198, 6004, 2, 198]),
+    ("👩‍🚀🎉 emoji", [10813, 235, 119, 321, 231, 10813, 244, 218, 10813, 232, 227, 649, 33777]),
+    ("def f(x):\n    return x**2  #\n", [1604, 275, 24, 104, 727, 472, 1003, 1792, 828, 34, 216, 907, 198]),
+    ("東京都 日本語", [30679, 126, 16736, 122, 180, 38466, 17097, 241, 115, 40993, 179, 120, 248]),
+]
+TEXTS = st.text(max_size=60) | st.text(alphabet="ab Z 019½'’.,!\n\t\r  (){}é東👩\u200d🚀_#", max_size=80)
+# Its vocabulary has no token for these bytes, and none that holds them.
+SMOLLM2_LACKS = {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xF1, 0xF2}
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is <b>1 & 2</b>?"},
+    {"role": "assistant", "content": "Three."},
+    {"role": "user", "content": "Sure? 東京"},
+]
+NO_SHARED_STATE = [HealthCheck.function_scoped_fixture]
+
+
+@pytest.fixture(scope="module")
+def smollm2(smollm2_path: Path) -> Tokenizer:
+    return Tokenizer.from_files(ModelFiles("smollm2", smollm2_path, "gguf"))
+
+
+@pytest.fixture(scope="module")
+def smollm2_file(smollm2_path: Path) -> GGUFFile:
+    return GGUFFile(smollm2_path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelFiles]:
+    """One model, stored both ways."""
+    path = tmp_path_factory.mktemp("models")
+    directory = make_directory(path / "tiny")
+    return {"safetensors": directory, "gguf": make_gguf(path / "tiny.gguf", directory.path)}
+
+
+@pytest.fixture(scope="module")
+def tiny_tokenizer(tiny: dict[str, ModelFiles]) -> Tokenizer:
+    return Tokenizer.from_files(tiny["gguf"])
+
+
+def with_metadata(file: GGUFFile, **changes: Any) -> GGUFFile:
+    """The same file with other tokenizer metadata."""
+    changed = GGUFFile(file.path)
+    changed.metadata.update({f"tokenizer.ggml.{key}": value for key, value in changes.items()})
+    return changed
+
+
+@pytest.fixture(scope="module")
+def qwen2_pair(smollm2_file: GGUFFile) -> tuple[Backend, Qwen2Tokenizer]:
+    """Ours and that of ``transformers``, which has its own Qwen2 tokenizer, with one vocabulary."""
+    ours = gguf_backend(with_metadata(smollm2_file, pre="qwen2"))
+    model = json.loads(ours.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    return ours, Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
+
+
+@pytest.fixture(scope="module")
+def llama3(smollm2_file: GGUFFile) -> Backend:
+    return gguf_backend(with_metadata(smollm2_file, pre="llama-bpe", add_bos_token=False))
+
+
+@pytest.mark.parametrize(("text", "token_ids"), LLAMA_CPP_IDS)
+def test_smollm2_ids_are_those_of_llama_cpp(smollm2: Tokenizer, text: str, token_ids: list[int]) -> None:
+    assert smollm2.encode(text) == token_ids
+    assert smollm2.decode(token_ids, skip_special_tokens=False) == text
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=NO_SHARED_STATE)
+@given(text=TEXTS)
+def test_any_text_survives(smollm2: Tokenizer, tiny_tokenizer: Tokenizer, text: str) -> None:
+    for tokenizer in (smollm2, tiny_tokenizer):
+        token_ids = tokenizer.encode(text)
+        known = bytes(byte for byte in text.encode() if not (tokenizer is smollm2 and byte in SMOLLM2_LACKS))
+        assert b"".join(map(tokenizer.token_bytes, token_ids)) == known
+        assert tokenizer.decode(token_ids) == known.decode(errors="replace")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=NO_SHARED_STATE)
+@given(token_ids=st.lists(st.integers(0, 511), max_size=12))
+def test_token_bytes_spell_what_decode_says(tiny_tokenizer: Tokenizer, token_ids: list[int]) -> None:
+    joined = b"".join(map(tiny_tokenizer.token_bytes, token_ids))
+    assert joined.decode(errors="replace") == tiny_tokenizer.decode(token_ids)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=NO_SHARED_STATE)
+@given(text=TEXTS)
+def test_qwen2_pre_tokenizer_is_that_of_transformers(qwen2_pair: tuple[Backend, Qwen2Tokenizer], text: str) -> None:
+    ours, theirs = qwen2_pair
+    assert ours.encode(text).ids == theirs.encode(text)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=NO_SHARED_STATE)
+@given(text=TEXTS)
+def test_llama3_pre_tokenizer_splits_as_transformers_does(llama3: Backend, text: str) -> None:
+    """``transformers`` converts tiktoken files with Llama 3's pattern unless told otherwise."""
+    theirs = Split(Regex(TikTokenConverter().pattern), "isolated")
+    words = [text[start:end] for _, (start, end) in llama3.pre_tokenizer.pre_tokenize_str(text)]
+    assert words == [word for word, _ in theirs.pre_tokenize_str(text)]
+
+
+def test_bos_is_put_in_front_where_the_file_says_so(smollm2_file: GGUFFile) -> None:
+    backend = gguf_backend(with_metadata(smollm2_file, add_bos_token=True, bos_token_id=1))
+    assert backend.encode("Hello").ids == [1, 19556]
+    assert backend.encode("Hello", add_special_tokens=False).ids == [19556]
+    assert gguf_backend(smollm2_file).encode("Hello").ids == [19556]
+
+
+def test_directory_and_gguf_of_one_model_agree(tiny: dict[str, ModelFiles]) -> None:
+    directory, gguf = (Tokenizer.from_files(tiny[kind]) for kind in ("safetensors", "gguf"))
+    text = "The fox said:<|im_end|>\n  naïve 東京 123<|endoftext|>"
+    assert directory.encode(text) == gguf.encode(text)
+    assert directory.vocab_size == gguf.vocab_size == 512
+    assert directory.special_token_ids == gguf.special_token_ids == {0, 1, 2}
+    assert set(directory.eos_token_ids) == set(gguf.eos_token_ids) == {0, 2}
+    assert directory.apply_chat_template(CHAT) == gguf.apply_chat_template(CHAT)
+
+
+def test_special_and_absent_tokens_have_no_text(tiny: dict[str, ModelFiles]) -> None:
+    tokenizer = Tokenizer.from_files(tiny["gguf"])
+    for token_id in (0, 2, 511, 512, 10**9, -1):
+        assert tokenizer.token_bytes(token_id) == b""
+    assert tokenizer.decode([0, 2, 511]) == ""
+    assert tokenizer.decode([0, 2], skip_special_tokens=False) == "<|endoftext|><|im_end|>"
+    assert (tokenizer.id_to_token(2), tokenizer.id_to_token(511)) == ("<|im_end|>", None)
+
+
+def test_sentencepiece_pieces_are_spelled_out(tmp_path: Path) -> None:
+    """The other kind of tokenizer that llama directories come with."""
+    vocab = {"<unk>": 0, "<0xC3>": 1, "<0xA9>": 2, "▁caf": 3, "é": 4}
+    backend = Backend(BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<unk>"])
+    files = make_directory(tmp_path)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_files(files)
+    assert [tokenizer.token_bytes(token_id) for token_id in range(5)] == [b"", b"\xc3", b"\xa9", b" caf", "é".encode()]
+    assert tokenizer.decode([3, 1, 2]) == " café"
+
+
+def test_half_a_surrogate_pair_is_refused(smollm2: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="not valid Unicode"):
+        smollm2.encode("broken \ud83d")
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chat_template_renders_as_transformers_does(
+    smollm2: Tokenizer, smollm2_file: GGUFFile, add_generation_prompt: bool
+) -> None:
+    template = smollm2_file.metadata["tokenizer.chat_template"]
+    reference = PreTrainedTokenizerFast(tokenizer_object=smollm2.backend, chat_template=template)
+    for messages in (CHAT, CHAT[1:2]):
+        expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        assert smollm2.apply_chat_template(messages, add_generation_prompt) == expected
+
+
+RICH_TEMPLATE = """\
+{%- if tools %}{% for tool in tools %}
+    {{- tool | tojson }}
+{% endfor %}{% endif %}
+{%- for message in messages %}
+    {%- if message.role == "tool" %}{% continue %}{% endif %}
+    {{ bos_token }}{{ message.role }}: {{ message.content | trim }}{{ message.name | default("-") }}
+{% endfor %}"""
+
+
+def test_template_features_are_those_of_transformers(tiny: dict[str, ModelFiles], tmp_path: Path) -> None:
+    """Whitespace control, unescaped JSON, loop controls, absent entries, token names."""
+    tokenizer = with_template(tiny, tmp_path, RICH_TEMPLATE)
+    reference = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend, chat_template=RICH_TEMPLATE, bos_token="<|endoftext|>"
+    )
+    messages = [*CHAT, {"role": "tool", "content": "hidden"}, {"role": "user", "content": " padded ", "name": None}]
+    tools = [{"type": "function", "function": {"name": "f<é>", "parameters": {}}}]
+    expected = reference.apply_chat_template(messages, tools=tools, tokenize=False)
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=False, tools=tools) == expected
+    assert "f<é>" in expected
+
+
+def with_template(tiny: dict[str, ModelFiles], directory: Path, template: str | None) -> Tokenizer:
+    """The tiny model's tokenizer with another chat template, or none."""
+    for name in ("config.json", "tokenizer.json"):
+        (directory / name).write_bytes((tiny["safetensors"].path / name).read_bytes())
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    return Tokenizer.from_files(ModelFiles("other", directory, "safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0]['content'] + 1 }}", "cannot render these messages"),
+        ("{{ messages.append(1) }}", "cannot render these messages"),
+        ("{{ messages.__class__.__mro__ }}", "cannot render these messages"),
+        ("{% for i in range(10000000) %}{% endfor %}", "cannot render these messages"),
+    ],
+)
+def test_template_that_cannot_render_is_a_clear_error(
+    template: str | None, reason: str, tiny: dict[str, ModelFiles], tmp_path: Path
+) -> None:
+    tokenizer = with_template(tiny, tmp_path, template)
+    with pytest.raises(ChatTemplateError, match=reason):
+        tokenizer.apply_chat_template(CHAT)
+
+
+def test_invalid_template_is_refused_at_load(tiny: dict[str, ModelFiles], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="chat template is invalid"):
+        with_template(tiny, tmp_path, "{% for %}")
+
+
+def test_named_templates_use_the_default_one(tiny: dict[str, ModelFiles], tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert with_template(tiny, tmp_path, None).apply_chat_template(CHAT) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": "llama"}, "tokenizer 'llama' is not supported"),
+        ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported"),
+        ({"tokens": ["a", "b"]}, "2 tokens"),
+        ({"token_type": 3}, "must be an array of type int"),
+        ({"merges": ["no such"]}, "inconsistent BPE merges"),
+        ({"add_bos_token": True, "bos_token_id": 10**9}, "BOS token 1000000000 does not exist"),
+    ],
+)
+def test_unsupported_gguf_tokenizer_is_named(smollm2_file: GGUFFile, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        gguf_backend(with_metadata(smollm2_file, **changes))
+
+
+def test_unreadable_tokenizer_json_is_refused(tmp_path: Path) -> None:
+    files = make_directory(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: cannot be read"):
+        Tokenizer.from_files(files)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json: no such file"):
+        Tokenizer.from_files(files)
