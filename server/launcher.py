@@ -176,13 +176,16 @@ class _Launcher:
                     await asyncio.sleep(_POLL_INTERVAL)
 
     async def _stop(self, api: asyncio.Task[None], running: asyncio.Task[None]) -> None:
+        """Children first, so that requests still running end with an error that says why."""
         at_once = self._second_signal.is_set()
+        unfinished = self._api.num_running_requests
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await asyncio.gather(*(child.stop(0 if at_once else _STOP_GRACE) for child in self._children))
         self._api.should_exit = True
         self._api.force_exit = at_once
-        running.cancel()
-        await asyncio.gather(api, running, return_exceptions=True)
-        await asyncio.gather(*(child.stop(0 if at_once else _STOP_GRACE) for child in self._children))
-        log.info("stopped", unfinished_requests=self._api.num_running_requests)
+        await asyncio.gather(api, return_exceptions=True)
+        log.info("stopped", unfinished_requests=unfinished)
 
 
 def _engine(settings: Settings, url: str) -> SupervisedProcess:
@@ -203,7 +206,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ConfigurationError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {reason}") from error
 
 
 def _local_url(listener: socket.socket) -> str:
