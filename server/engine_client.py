@@ -118,6 +118,7 @@ class EngineClient:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._socket.fileno(), self._receive)
         loop.add_reader(self._monitor.fileno(), self._watch_connection)
+        self._watch_connection()  # a ZMQ reader is only woken after it has once found nothing
         self._socket.connect(self._address)
         try:
             await self._watch_heartbeat()

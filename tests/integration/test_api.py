@@ -415,7 +415,7 @@ async def test_a_client_that_goes_away_aborts_its_sequences(serve: Any, script: 
 
 
 async def test_a_dead_engine_ends_requests_and_a_new_one_serves_again(serve: Any, replies: Script) -> None:
-    async with serve(endless) as api:
+    async with serve(endless, "--http.engine_timeout", "1000") as api:
         async with api.client.stream("POST", "/v1/completions", json={**TEXT, "stream": True}) as stream:
             lines = stream.aiter_lines()
             assert (await anext(lines)).startswith("data: ")
