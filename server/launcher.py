@@ -206,7 +206,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # what follows names the address again
         raise ConfigurationError(f"cannot listen on {host}:{port}: {reason}") from error
 
 
