@@ -57,7 +57,7 @@ class StopStringFinder:
             if (start := window.find(stop, max(0, len(self._tail) + 1 - len(stop)))) >= 0
         ]
         self._length += len(text)
-        self._tail = window[len(window) - self._keep :] if self._keep else ""
+        self._tail = window[-self._keep :] if self._keep else ""
         if not matches:
             return None
         end, _, stop = min(matches)
