@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from engine.request import Request
 
@@ -14,46 +14,57 @@ class FairQueue:
     the least service of those that wait, or of the last one served if none does, so that idle time
     earns no credit. This is the virtual token counter (VTC) of Sheng et al., "Fairness in Serving
     Large Language Models", OSDI 2024.
+
+    Preempted requests come before all others: their turn has been before, and behind an endless row
+    of new tenants it might not come again.
     """
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[Request]] = {}
+        self._preempted: deque[Request] = deque()
         self._service: dict[str, int] = {}
         self._last_served = 0
-        self._length = 0
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._preempted) + sum(map(len, self._queues.values()))
 
     def waiting_by_tenant(self) -> dict[str, int]:
         """Requests waiting, for each tenant that has any."""
-        return {tenant: len(queue) for tenant, queue in self._queues.items()}
+        counts = Counter(request.tenant for request in self._preempted)
+        counts.update({tenant: len(queue) for tenant, queue in self._queues.items()})
+        return dict(counts)
 
     def append(self, request: Request) -> None:
         """Put a new request at the end of its tenant's queue."""
-        self._queue_of(request.tenant).append(request)
-        self._length += 1
+        if request.tenant not in self._queues:
+            floor = min((self._service[tenant] for tenant in self._queues), default=self._last_served)
+            self._service[request.tenant] = max(self._service.get(request.tenant, 0), floor)
+            self._queues[request.tenant] = deque()
+        self._queues[request.tenant].append(request)
 
-    def append_left(self, request: Request) -> None:
-        """Put a preempted request at the front of its tenant's queue."""
-        self._queue_of(request.tenant).appendleft(request)
-        self._length += 1
+    def append_preempted(self, request: Request) -> None:
+        """Put a preempted request before all others."""
+        self._preempted.appendleft(request)
 
     def peek(self) -> Request | None:
         """The request whose turn it is."""
-        if not self._queues:
-            return None
-        return self._queues[min(self._queues, key=self._service.__getitem__)][0]
+        if self._preempted:
+            return self._preempted[0]
+        if self._queues:
+            return self._queues[min(self._queues, key=self._service.__getitem__)][0]
+        return None
 
     def remove(self, request: Request) -> None:
         """Take out a waiting request.
 
         Raises:
-            ValueError: it does not wait.
+            KeyError: it does not wait.
         """
-        queue = self._queues.get(request.tenant, deque())
+        if request in self._preempted:
+            self._preempted.remove(request)
+            return
+        queue = self._queues[request.tenant]
         queue.remove(request)
-        self._length -= 1
         if not queue:
             del self._queues[request.tenant]
 
@@ -66,18 +77,11 @@ class FairQueue:
         request = self.peek()
         if request is None:
             raise IndexError("nobody waits")
-        self._last_served = self._service[request.tenant]
+        if not self._preempted:
+            self._last_served = self._service[request.tenant]
         self.remove(request)
         return request
 
     def charge(self, tenant: str, service: int) -> None:
         """Count service given to a tenant that has queued before."""
         self._service[tenant] += service
-
-    def _queue_of(self, tenant: str) -> deque[Request]:
-        queue = self._queues.get(tenant)
-        if queue is None:
-            floor = min((self._service[other] for other in self._queues), default=self._last_served)
-            self._service[tenant] = max(self._service.get(tenant, 0), floor)
-            queue = self._queues[tenant] = deque()
-        return queue

@@ -38,8 +38,7 @@ class Request:
     """How many of ``all_token_ids`` have their KV in the cache."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache at first admission."""
-    admission_index: int | None = None
-    """Rank by first admission, kept over preemption; None before it."""
+    num_preemptions: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     """Prefix hashes of the first full blocks of ``all_token_ids``, as far as they were needed."""
 

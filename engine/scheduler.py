@@ -68,9 +68,9 @@ class Scheduler:
     prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
 
     When blocks run out, blocks of rejected drafts are taken back, then the request admitted last is
-    preempted: its blocks are freed, and it is computed again, output included, when its turn comes.
-    The request admitted first is thus never preempted while others run, and it fits into the whole
-    cache, so some request always finishes.
+    preempted: its blocks are freed, and it is the next to be admitted again, with all its tokens,
+    output included, to compute. The request admitted first is thus never preempted, and it fits into
+    the whole cache, so every request that was admitted finishes.
 
     One thread calls ``schedule``, then ``commit`` for each of the sequences; ``abort`` may come between.
     """
@@ -83,8 +83,7 @@ class Scheduler:
         self._kv = KVCacheManager(num_blocks, cache.block_size, cache.prefix_caching)
         self._requests: dict[str, Request] = {}
         self._waiting = FairQueue()
-        self._running: list[Request] = []  # by admission_index
-        self._num_admitted = 0
+        self._running: list[Request] = []  # by first admission
         self._num_preemptions = 0
         self._prefix_query_tokens = 0
         self._prefix_hit_tokens = 0
@@ -269,19 +268,15 @@ class Scheduler:
                 break
             self._waiting.pop()
             request.num_computed_tokens = num_cached
-            self._enter_running(request)
+            self._running.append(request)
+            if request.num_preemptions == 0:
+                self._count_first_admission(request, num_cached)
             plan[request] = min(num_tokens, left)
             left -= plan[request]
         return budget - left
 
-    def _enter_running(self, request: Request) -> None:
-        self._running.append(request)
-        if request.admission_index is not None:
-            self._running.sort(key=lambda r: r.admission_index or 0)
-            return
-        request.admission_index = self._num_admitted
-        self._num_admitted += 1
-        num_prompt, num_cached = len(request.prompt_token_ids), request.num_computed_tokens
+    def _count_first_admission(self, request: Request, num_cached: int) -> None:
+        num_prompt = len(request.prompt_token_ids)
         request.num_cached_tokens = num_cached
         self._waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))
         if self._kv.prefix_caching:
@@ -313,12 +308,14 @@ class Scheduler:
         return self._kv.num_used_blocks < before
 
     def _preempt_last(self) -> Request:
+        # Nobody new is admitted before it is back, so ``_running`` stays in order of first admission.
         request = self._running.pop()
         self._kv.free(request)
         request.num_computed_tokens = 0
         request.draft_token_ids = []
-        self._waiting.append_left(request)
+        request.num_preemptions += 1
         self._num_preemptions += 1
+        self._waiting.append_preempted(request)
         return request
 
     def _finish(self, request: Request) -> None:

@@ -1,0 +1,138 @@
+"""A scheduler driven by a made-up model and proposer, checked at every step."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+
+from simulated_kv import SimulatedKV
+
+from engine.config import CacheConfig, SchedulerConfig
+from engine.messages import SamplingParams
+from engine.request import Request
+from engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+
+BLOCK_SIZE = 16
+
+
+def next_token(token_ids: Sequence[int]) -> int:
+    """The model: any function of the whole prefix."""
+    return zlib.crc32(bytes(token_ids)) % 5
+
+
+def make_request(
+    request_id: str,
+    num_prompt: int = 4,
+    max_tokens: int = 4,
+    tenant: str = "a",
+    prompt_logprobs: int | None = None,
+    token_ids: list[int] | None = None,
+) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, seed=0, prompt_logprobs=prompt_logprobs)
+    return Request(request_id, b"client", tenant, sampling, token_ids or [1] * num_prompt)
+
+
+class Simulation:
+    """Runs steps; draft tokens are right with probability ``accuracy``."""
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        max_num_seqs: int = 8,
+        max_batched_tokens: int = 32,
+        max_waiting: int = 1000,
+        max_model_len: int = 256,
+        prefix_caching: bool = True,
+        num_drafts: int = 0,
+        accuracy: float = 0.5,
+    ) -> None:
+        self.config = SchedulerConfig(
+            max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens, max_waiting=max_waiting
+        )
+        cache = CacheConfig(block_size=BLOCK_SIZE, prefix_caching=prefix_caching)
+        self.scheduler = Scheduler(self.config, cache, num_blocks, max_model_len)
+        self.max_model_len = max_model_len
+        self.kv = SimulatedKV(BLOCK_SIZE)
+        self.finished: list[Request] = []
+        self._num_drafts = num_drafts
+        self._accuracy = accuracy
+        self._random = random.Random(0)
+
+    def step(self, abort: str | None = None) -> SchedulerOutput:
+        """One step; ``abort``: a request id that is aborted between schedule and commit."""
+        output = self.scheduler.schedule()
+        self._check(output)
+        sampled = [self._forward(sequence) for sequence in output.sequences]
+        if abort is not None:
+            self.scheduler.abort(abort)
+        for sequence, token_ids in zip(output.sequences, sampled, strict=True):
+            self._commit(sequence, token_ids, aborted=sequence.request.request_id == abort)
+        return output
+
+    def run(self, max_steps: int) -> list[SchedulerOutput]:
+        """Step until all is done."""
+        outputs = []
+        while self.scheduler.has_work():
+            outputs.append(self.step())
+            assert len(outputs) <= max_steps, "starved"
+        assert self.scheduler.stats().blocks_used == 0
+        return outputs
+
+    def _check(self, output: SchedulerOutput) -> None:
+        sequences = output.sequences
+        assert sequences, "a step must do something"
+        assert len({s.request.request_id for s in sequences}) == len(sequences) <= self.config.max_num_seqs
+        assert output.num_tokens == sum(len(s.token_ids) for s in sequences) <= self.config.max_batched_tokens
+        assert not {s.request for s in sequences} & set(output.preempted)
+        for sequence in sequences:
+            request, known = sequence.request, sequence.request.all_token_ids
+            end = sequence.start + len(sequence.token_ids) - sequence.num_draft_tokens
+            assert sequence.start == request.num_computed_tokens < end <= len(known)
+            assert (
+                sequence.token_ids == known[sequence.start : end] + request.draft_token_ids[: sequence.num_draft_tokens]
+            )
+            assert sequence.num_sampled == (1 + sequence.num_draft_tokens if end == len(known) else 0)
+            assert sequence.start + len(sequence.token_ids) < self.max_model_len
+
+    def _forward(self, sequence: ScheduledSequence) -> list[int]:
+        """Accepted drafts and the new token; empty while prefill is unfinished."""
+        request, start = sequence.request, sequence.start
+        token_ids = request.all_token_ids[:start] + sequence.token_ids
+        self.kv.check(sequence.block_ids, request.tenant, token_ids[:start])
+        self.kv.write(sequence.block_ids, request.tenant, token_ids, start)
+        if sequence.num_sampled == 0:
+            return []
+        sampled: list[int] = []
+        drafts = sequence.token_ids[len(sequence.token_ids) - sequence.num_draft_tokens :]
+        for draft in [*drafts, None]:
+            sampled.append(next_token(request.all_token_ids + sampled))
+            if sampled[-1] != draft:
+                break
+        return sampled
+
+    def _commit(self, sequence: ScheduledSequence, sampled: list[int], aborted: bool) -> None:
+        request = sequence.request
+        room = min(request.sampling.max_tokens, self.max_model_len - len(request.prompt_token_ids))
+        kept = sampled[: room - len(request.output_token_ids)]
+        finished = bool(kept) and len(request.output_token_ids) + len(kept) == room
+        self.scheduler.commit(sequence, kept, finished)
+        if finished and not aborted:
+            self.finished.append(request)
+        if kept and not finished:
+            self._propose(request)
+
+    def _propose(self, request: Request) -> None:
+        drafts: list[int] = []
+        for _ in range(self._num_drafts):
+            right = next_token(request.all_token_ids + drafts)
+            drafts.append(right if self._random.random() < self._accuracy else 9)
+        request.draft_token_ids = drafts
+
+
+def expected_output(prompt: list[int], count: int) -> list[int]:
+    """What the model generates, whatever the scheduler does."""
+    token_ids = list(prompt)
+    for _ in range(count):
+        token_ids.append(next_token(token_ids))
+    return token_ids[len(prompt) :]

@@ -1,0 +1,28 @@
+"""KV blocks that remember which prefix of which tenant each slot was computed for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Content = tuple[str, tuple[int, ...]]
+
+
+class SimulatedKV:
+    """What a real KV cache would hold: the entry of a token depends on its tenant's whole prefix up to it."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._slots: dict[tuple[int, int], Content] = {}
+
+    def write(self, block_ids: Sequence[int], tenant: str, token_ids: Sequence[int], start: int) -> None:
+        """Compute positions ``start`` .. of the sequence ``token_ids``."""
+        for position in range(start, len(token_ids)):
+            self._slots[self._slot(block_ids, position)] = tenant, tuple(token_ids[: position + 1])
+
+    def check(self, block_ids: Sequence[int], tenant: str, token_ids: Sequence[int]) -> None:
+        """The blocks hold exactly these tokens' entries: computed in order, by this tenant, not overwritten."""
+        for position in range(len(token_ids)):
+            assert self._slots[self._slot(block_ids, position)] == (tenant, tuple(token_ids[: position + 1]))
+
+    def _slot(self, block_ids: Sequence[int], position: int) -> tuple[int, int]:
+        return block_ids[position // self._block_size], position % self._block_size

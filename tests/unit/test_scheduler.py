@@ -1,0 +1,283 @@
+"""The scheduler's promises: order, bounds, fairness, no starvation, no leak."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scheduler_simulation import Simulation, expected_output, make_request
+
+from engine.request import Request
+from engine.scheduler import QueueFull, RequestTooLong
+
+
+@dataclass(frozen=True)
+class Arrival:
+    step: int
+    tenant: str
+    prompt: list[int]
+    max_tokens: int
+    abort_at: int | None
+    prompt_logprobs: int | None
+
+
+prompts = st.builds(
+    lambda shared, rest: [2] * shared + rest, st.integers(0, 50), st.lists(st.integers(0, 4), min_size=1, max_size=12)
+)
+arrivals = st.builds(
+    Arrival,
+    step=st.integers(0, 20),
+    tenant=st.sampled_from("abc"),
+    prompt=prompts,
+    max_tokens=st.integers(1, 40),
+    abort_at=st.none() | st.none() | st.integers(0, 40),
+    prompt_logprobs=st.none() | st.none() | st.just(0),
+)
+simulations = st.builds(
+    Simulation,
+    num_blocks=st.integers(7, 20),
+    max_num_seqs=st.integers(1, 8),
+    max_batched_tokens=st.integers(16, 40),
+    max_model_len=st.integers(63, 110),
+    prefix_caching=st.booleans(),
+    num_drafts=st.integers(0, 20),
+    accuracy=st.sampled_from([0.0, 0.5, 1.0]),
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(simulation=simulations, arrivals=st.lists(arrivals, min_size=1, max_size=20))
+def test_every_request_finishes_with_the_models_own_output(simulation: Simulation, arrivals: list[Arrival]) -> None:
+    """Whatever arrives, is aborted, drafted or preempted; ``Simulation`` checks bounds and order at each step."""
+    requests = {
+        str(n): make_request(str(n), 0, a.max_tokens, a.tenant, a.prompt_logprobs, a.prompt)
+        for n, a in enumerate(arrivals)
+    }
+    aborts = {a.abort_at: str(n) for n, a in enumerate(arrivals) if a.abort_at is not None}
+    for step in range(41):
+        for n, arrival in enumerate(arrivals):
+            if arrival.step == step:
+                simulation.scheduler.add(requests[str(n)])
+        if simulation.scheduler.has_work():
+            simulation.step(abort=aborts.get(step))
+    simulation.run(max_steps=sum(len(a.prompt) + a.max_tokens for a in arrivals))
+
+    finished = set(simulation.finished)
+    aborted = {requests[request_id] for request_id in aborts.values()}
+    assert finished | aborted >= set(requests.values())
+    for request in finished:
+        room = min(request.sampling.max_tokens, simulation.max_model_len - len(request.prompt_token_ids))
+        assert request.output_token_ids == expected_output(request.prompt_token_ids, room)
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_blocks=st.integers(8, 30), num_prompt=st.integers(1, 80), heavy_prompt=st.integers(1, 80))
+def test_a_request_is_not_starved_by_endless_arrivals(num_blocks: int, num_prompt: int, heavy_prompt: int) -> None:
+    simulation = Simulation(num_blocks, max_num_seqs=4, max_model_len=128)
+    request = make_request("patient", num_prompt, max_tokens=20, tenant="light")
+    for n in range(10):
+        simulation.scheduler.add(make_request(f"early{n}", heavy_prompt, max_tokens=30, tenant="heavy"))
+    simulation.scheduler.add(request)
+    for n in range(400):
+        simulation.scheduler.add(make_request(f"late{n}", heavy_prompt, max_tokens=30, tenant="heavy"))
+        simulation.scheduler.add(make_request(f"other{n}", heavy_prompt, max_tokens=30, tenant=f"new{n}"))
+        if request in simulation.finished:
+            return
+        simulation.step()
+    pytest.fail("starved")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    prompts=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    outputs=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    num_drafts=st.integers(0, 3),
+)
+def test_backlogged_tenants_get_equal_service(
+    prompts: tuple[int, int], outputs: tuple[int, int], num_drafts: int
+) -> None:
+    """Service (prompt tokens + 2 x output tokens) never differs by more than what is in flight."""
+    max_num_seqs = 4
+    simulation = Simulation(max_num_seqs=max_num_seqs, num_drafts=num_drafts, prefix_caching=False)
+    costs = [p + 2 * o for p, o in zip(prompts, outputs, strict=True)]
+    for tenant, count, num_prompt, max_tokens in zip(("many", "few"), (900, 60), prompts, outputs, strict=True):
+        for n in range(count):
+            simulation.scheduler.add(make_request(f"{tenant}{n}", num_prompt, max_tokens, tenant))
+    service = {"many": 0, "few": 0}
+    num_output: Counter[Request] = Counter()
+    while len(simulation.scheduler.stats().waiting_by_tenant) == 2:
+        for sequence in simulation.step().sequences:
+            request = sequence.request
+            if request not in num_output:
+                service[request.tenant] += len(request.prompt_token_ids)
+            service[request.tenant] += 2 * (len(request.output_token_ids) - num_output[request])
+            num_output[request] = len(request.output_token_ids)
+        assert abs(service["many"] - service["few"]) <= max_num_seqs * max(costs)
+
+
+def test_a_tenants_first_request_passes_another_tenants_queue() -> None:
+    simulation = Simulation(max_num_seqs=2)
+    for n in range(900):
+        simulation.scheduler.add(make_request(f"a{n}"))
+    for _ in range(20):
+        simulation.step()
+    late = make_request("b", tenant="b")
+    simulation.scheduler.add(late)
+    num_finished = len(simulation.finished)
+    while late not in simulation.finished:
+        simulation.step()
+    # Those running when it came, the one whose turn it was on equal service, and who runs beside it.
+    assert len(simulation.finished) - num_finished <= 5
+
+
+def test_idle_time_earns_no_credit() -> None:
+    simulation = Simulation(max_num_seqs=2)
+    idle = make_request("idle", tenant="idle")
+    simulation.scheduler.add(idle)
+    simulation.run(max_steps=20)
+    for n in range(100):
+        simulation.scheduler.add(make_request(f"busy{n}", tenant="busy"))
+    while simulation.scheduler.stats().num_waiting > 40:
+        simulation.step()
+    for n in range(40):
+        simulation.scheduler.add(make_request(f"idle{n}", tenant="idle"))
+    simulation.finished.clear()
+    while len(simulation.finished) < 40:
+        simulation.step()
+    by_tenant = [request.tenant for request in simulation.finished]
+    assert abs(by_tenant.count("busy") - by_tenant.count("idle")) <= 4
+
+
+def test_decodes_go_on_during_a_long_prefill_and_the_prefill_gets_its_share() -> None:
+    simulation = Simulation(max_num_seqs=20, max_batched_tokens=32, num_drafts=4)
+    decoding = [make_request(str(n), max_tokens=60) for n in range(8)]
+    for request in decoding:
+        simulation.scheduler.add(request)
+    simulation.step()
+    long = make_request("long", num_prompt=200)
+    simulation.scheduler.add(long)
+    while long.num_computed_tokens < 200:
+        sequences = {s.request: s for s in simulation.step().sequences}
+        assert set(decoding) <= set(sequences)
+        assert len(sequences[long].token_ids) >= min(12, 200 - sequences[long].start)
+
+
+def test_a_short_prompt_need_not_wait_for_a_long_prefill() -> None:
+    simulation = Simulation(max_batched_tokens=32)
+    long, short = make_request("long", num_prompt=200, max_tokens=1), make_request("short", max_tokens=1, tenant="b")
+    simulation.scheduler.add(long)
+    simulation.step()
+    simulation.scheduler.add(short)
+    simulation.run(max_steps=10)
+    assert simulation.finished == [short, long]
+
+
+def test_the_sequence_admitted_last_is_preempted_and_goes_on_from_its_cached_prefix() -> None:
+    simulation = Simulation(num_blocks=6)
+    first, second = (make_request(str(n), token_ids=[n] * 30, max_tokens=40) for n in range(2))
+    simulation.scheduler.add(first)
+    simulation.scheduler.add(second)
+    outputs = simulation.run(max_steps=100)
+    preempted = [request for output in outputs for request in output.preempted]
+    assert set(preempted) == {second}
+    assert simulation.scheduler.stats().preemptions == len(preempted)
+    assert simulation.finished == [first, second]
+    resumed = [s for o in outputs for s in o.sequences if s.request is second and s.start and len(s.token_ids) > 1]
+    assert resumed, "nothing of its prefix was reused"
+
+
+def test_drafts_are_dropped_before_anyone_is_preempted() -> None:
+    simulation = Simulation(num_blocks=4, num_drafts=16, accuracy=0.0, max_batched_tokens=64)
+    for n in range(2):
+        simulation.scheduler.add(make_request(str(n), token_ids=[n] * 14, max_tokens=18))  # two blocks each in the end
+    outputs = simulation.run(max_steps=40)
+    assert simulation.scheduler.stats().preemptions == 0
+    assert any(s.num_draft_tokens for o in outputs for s in o.sequences)
+
+
+def test_draft_tokens_are_shared_out_when_the_budget_is_short() -> None:
+    simulation = Simulation(max_batched_tokens=16, num_drafts=5)
+    for n in range(4):
+        simulation.scheduler.add(make_request(str(n), token_ids=[n] * 4, max_tokens=30))
+    simulation.step()
+    assert [s.num_draft_tokens for s in simulation.step().sequences] == [3, 3, 3, 3]
+
+
+def test_prompt_logprobs_get_a_row_for_every_prompt_token() -> None:
+    simulation = Simulation(max_batched_tokens=16)
+    simulation.scheduler.add(make_request("cached", num_prompt=40))
+    simulation.run(max_steps=20)
+    simulation.scheduler.add(make_request("1", num_prompt=40, max_tokens=2, prompt_logprobs=1))
+    sequences = [s for output in simulation.run(max_steps=20) for s in output.sequences]
+    assert [(s.start, s.num_prompt_logits, s.num_sampled, s.num_logits) for s in sequences] == [
+        (0, 16, 0, 16),
+        (16, 16, 0, 16),
+        (32, 7, 1, 8),
+        (40, 0, 1, 1),
+    ]
+
+
+def test_requests_that_can_never_fit_are_refused() -> None:
+    scheduler = Simulation(num_blocks=4, max_model_len=100).scheduler
+    with pytest.raises(RequestTooLong, match="100 tokens; with"):
+        scheduler.add(make_request("1", num_prompt=100, max_tokens=1))
+    with pytest.raises(RequestTooLong, match="whole KV cache of 64 tokens"):
+        scheduler.add(make_request("2", num_prompt=40, max_tokens=26))
+    scheduler.add(make_request("3", num_prompt=40, max_tokens=25))  # the last token needs no slot
+    assert scheduler.stats().num_waiting == 1
+
+
+def test_the_queue_is_bounded() -> None:
+    scheduler = Simulation(max_waiting=2).scheduler
+    scheduler.add(make_request("1"))
+    scheduler.add(make_request("2"))
+    with pytest.raises(QueueFull):
+        scheduler.add(make_request("3"))
+    scheduler.abort("1")
+    scheduler.add(make_request("3"))
+
+
+def test_a_request_id_is_taken_once() -> None:
+    scheduler = Simulation().scheduler
+    scheduler.add(make_request("1"))
+    with pytest.raises(ValueError, match="already"):
+        scheduler.add(make_request("1"))
+
+
+def test_commit_after_abort_changes_nothing() -> None:
+    scheduler = Simulation().scheduler
+    request = make_request("1")
+    scheduler.add(request)
+    (sequence,) = scheduler.schedule().sequences
+    assert scheduler.abort("1") is request
+    assert scheduler.abort("1") is None
+    scheduler.commit(sequence, [3], finished=False)
+    assert request.output_token_ids == []
+    assert not scheduler.has_work()
+    assert scheduler.stats().blocks_used == 0
+
+
+def test_commit_without_a_new_token_is_an_error() -> None:
+    scheduler = Simulation().scheduler
+    scheduler.add(make_request("1"))
+    (sequence,) = scheduler.schedule().sequences
+    with pytest.raises(ValueError, match="new token"):
+        scheduler.commit(sequence, [], finished=False)
+
+
+def test_stats_count_prefix_hits_and_waiting_requests() -> None:
+    simulation = Simulation(max_num_seqs=1)
+    for n in range(2):
+        simulation.scheduler.add(make_request(str(n), num_prompt=40))
+    simulation.scheduler.add(make_request("b", num_prompt=40, tenant="b"))
+    simulation.step()
+    stats = simulation.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting, stats.blocks_used) == (1, 2, 3)
+    assert stats.waiting_by_tenant == {"a": 1, "b": 1}
+    simulation.run(max_steps=40)
+    stats = simulation.scheduler.stats()
+    assert (stats.prefix_query_tokens, stats.prefix_hit_tokens) == (120, 32)
+    assert [request.num_cached_tokens for request in simulation.finished] == [0, 0, 32]
