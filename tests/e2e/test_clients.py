@@ -1,0 +1,126 @@
+"""The real ``openai`` client against the whole server with SmolLM2."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import openai
+import pytest
+
+MODEL = "smollm2-135m"
+QUESTION = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+
+
+@pytest.fixture
+def client(server: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", http_client=httpx.Client(trust_env=False, timeout=60))
+
+
+def test_streamed_chat_equals_the_whole_answer(client: openai.OpenAI) -> None:
+    arguments = {"model": MODEL, "messages": [QUESTION], "temperature": 0, "max_completion_tokens": 32}
+    whole = client.chat.completions.create(**arguments)
+    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert "Paris" in text
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_completion_stops_before_a_stop_string(client: openai.OpenAI) -> None:
+    arguments = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "temperature": 0, "max_tokens": 24}
+    free = client.completions.create(**arguments).choices[0].text
+    assert "8, 9" in free
+    stopped = client.completions.create(**arguments, stop="8, 9").choices[0]
+    streamed = list(client.completions.create(**arguments, stop="8, 9", stream=True))
+    assert stopped.text == free[: free.index("8, 9")]
+    assert stopped.finish_reason == "stop"
+    assert "".join(chunk.choices[0].text for chunk in streamed) == stopped.text
+
+
+def test_the_same_seed_gives_the_same_choices(client: openai.OpenAI) -> None:
+    def sample(seed: int) -> list[str]:
+        completion = client.completions.create(
+            model=MODEL, prompt="Once upon a time", max_tokens=12, n=3, seed=seed, temperature=1
+        )
+        return [choice.text for choice in completion.choices]
+
+    first = sample(1)
+    assert len(set(first)) == 3
+    assert sample(1) == first
+    assert sample(2)[:2] == first[1:]  # choice i has seed + i
+    assert sample(100) != first
+
+
+def test_logprobs_of_the_chosen_tokens(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        model=MODEL, messages=[QUESTION], temperature=0, max_tokens=5, logprobs=True, top_logprobs=3
+    )
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 5
+    for entry in logprobs.content:
+        assert entry.top_logprobs[0].token == entry.token
+        assert entry.logprob == pytest.approx(entry.top_logprobs[0].logprob)
+        assert [top.logprob for top in entry.top_logprobs] == sorted(
+            (t.logprob for t in entry.top_logprobs), reverse=True
+        )
+
+
+def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
+    choice = client.completions.create(
+        model=MODEL, prompt="The capital of France is Paris", max_tokens=0, echo=True, logprobs=1, temperature=0
+    ).choices[0]
+    assert choice.text == "The capital of France is Paris"
+    assert choice.logprobs is not None
+    scores = choice.logprobs.token_logprobs or []
+    assert scores[0] is None
+    assert all(score < 0 for score in scores[1:])
+    assert scores[-1] > -3  # the model knows
+
+
+def test_structured_output_is_json_that_fits(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer"}},
+        "required": ["city", "people"],
+        "additionalProperties": False,
+    }
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=[QUESTION],
+        temperature=0,
+        max_tokens=64,
+        response_format={"type": "json_schema", "json_schema": {"name": "city", "schema": schema}},
+    )
+    value = json.loads(answer.choices[0].message.content or "")
+    assert set(value) == {"city", "people"}
+    assert isinstance(value["people"], int)
+
+
+def test_a_schema_that_cannot_be_compiled_is_the_clients_error(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError):
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[QUESTION],
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no-such-type"}}},
+        )
+
+
+def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="other", messages=[QUESTION])
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as unsupported:
+        client.chat.completions.create(model=MODEL, messages=[QUESTION], reasoning_effort="high")
+    assert unsupported.value.param == "reasoning_effort"
+
+
+def test_models_list(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
