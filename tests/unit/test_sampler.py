@@ -164,20 +164,21 @@ def test_two_tokens_with_drafts_follow_the_exact_joint_distribution(sampler: Sam
 
 @pytest.mark.parametrize("spread", [0.01, 0.5, 2.0, 6.0])
 @pytest.mark.parametrize("name", ["top_k", "top_p", "min_p", "all three"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_large_vocabulary_choice_is_the_best_of_the_kept(
     sampler: Sampler, name: str, spread: float, dtype: torch.dtype
 ) -> None:
-    """Whether few or nearly all of 9,000 tokens are kept; bfloat16 logits tie at the border."""
+    """Few or nearly all of 9,000 tokens kept; bfloat16 logits tie at the border, int8 ones by the thousand."""
     logits = (torch.randn(4, 9000, generator=torch.Generator().manual_seed(2)) * spread).to(dtype).float()
     rows = [SamplingRows(added(sampler, params(seed, **SETTINGS[name]), name=str(seed))) for seed in range(4)]
-    sampled = sampler.sample(logits, rows)
+    together = sampler.sample(logits, rows)
     for seed, row in enumerate(rows):
         p = row.request.sampling
         kept = torch.tensor(distribution(logits[seed].tolist(), p)) > 0
         noise = gumbel_noise(torch.tensor([seed]), torch.tensor([3]), torch.arange(9000).unsqueeze(0))[0]
         best = (logits[seed] / p.temperature + noise).masked_fill(~kept, -torch.inf).argmax().item()
-        assert sampled[seed].token_ids == [best]
+        assert together[seed].token_ids == [best]
+        assert sampler.sample(logits[seed : seed + 1], [row])[0].token_ids == [best]
 
 
 # --- a choice depends on nothing else ---
