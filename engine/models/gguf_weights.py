@@ -29,7 +29,9 @@ class GGUFWeights(WeightSource):
     def dequantized(self, name: str) -> torch.Tensor:
         tensor = self._tensor(name)
         values = gguf.quants.dequantize(self._rows(name, tensor), tensor.type)
-        return torch.from_numpy(np.array(values, np.float32).reshape(tensor.shape))
+        if not values.flags.writeable:  # float32 as stored: still a view of the file
+            values = values.copy()
+        return torch.from_numpy(values.reshape(tensor.shape))
 
     def quantized(self, name: str) -> QuantizedTensor | None:
         tensor = self._tensor(name)

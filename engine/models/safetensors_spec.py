@@ -14,19 +14,24 @@ _SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 
 
 def spec_from_directory(directory: Path) -> ModelSpec:
-    """Read ``config.json`` and check that every tensor the model needs is there, in shape and whole.
+    """``read_spec``, and a check that every tensor the model needs is there, in shape and whole.
 
     Raises:
         ModelError: unsupported architecture or feature; missing, corrupt or truncated file or tensor.
     """
+    spec = read_spec(directory)
+    _check_tensors(directory, spec)
+    return spec
+
+
+def read_spec(directory: Path) -> ModelSpec:
+    """What ``config.json`` and ``generation_config.json`` (if there is one) say, or ``ModelError``."""
     config = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     try:
-        spec = spec_from_config(config, read_json(generation) if generation.exists() else {})
+        return spec_from_config(config, read_json(generation) if generation.exists() else {})
     except ModelError as error:
         raise ModelError(f"{directory / 'config.json'}: {error}") from None
-    _check_tensors(directory, spec)
-    return spec
 
 
 def weight_files(directory: Path) -> list[Path]:

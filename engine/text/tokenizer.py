@@ -8,10 +8,10 @@ from typing import Any
 
 import tokenizers
 
-from engine.models.config import ModelError, ModelFiles, spec_from_config
+from engine.models.config import ModelError, ModelFiles
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import spec_from_gguf
-from engine.models.safetensors_spec import read_json
+from engine.models.safetensors_spec import read_json, read_spec
 from engine.text.chat_template import ChatTemplate, ChatTemplateError
 from engine.text.gguf_tokenizer import gguf_backend
 from engine.text.token_bytes import token_byte_table
@@ -126,11 +126,9 @@ def _from_directory(directory: Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path}: cannot be read: {error}") from error
-    generation = directory / "generation_config.json"
-    spec = spec_from_config(read_json(directory / "config.json"), read_json(generation) if generation.exists() else {})
-    return Tokenizer(
-        backend, spec.vocab_size, spec.bos_token_id, spec.eos_token_ids, _directory_chat_template(directory)
-    )
+    spec = read_spec(directory)
+    template = _directory_chat_template(directory)
+    return Tokenizer(backend, spec.vocab_size, spec.bos_token_id, spec.eos_token_ids, template)
 
 
 def _directory_chat_template(directory: Path) -> str | None:
