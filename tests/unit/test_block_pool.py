@@ -84,7 +84,7 @@ class BlockPoolMachine(RuleBasedStateMachine):
 
 
 BLOCK_SIZE = 2
-NUM_BLOCKS = 8
+NUM_BLOCKS = 6
 Written = tuple[str, tuple[int, ...]]
 """Tenant, and the tokens up to and including the one whose KV a slot holds: all that its KV depends on."""
 
@@ -106,11 +106,16 @@ class KVCacheMachine(RuleBasedStateMachine):
         tenant=st.sampled_from(["red", "blue"]),
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=9),
         wants_prompt_logits=st.booleans(),
+        prefilled=st.booleans(),
     )
-    def arrive(self, tenant: str, prompt: list[int], wants_prompt_logits: bool) -> Request:
+    def arrive(self, tenant: str, prompt: list[int], wants_prompt_logits: bool, prefilled: bool) -> Request:
         self.count += 1
         sampling = SamplingParams(max_tokens=9, seed=0, prompt_logprobs=1 if wants_prompt_logits else None)
-        return Request(str(self.count), b"", tenant, sampling, prompt)
+        request = Request(str(self.count), b"", tenant, sampling, prompt)
+        if prefilled:
+            self.allocate(request, num_ahead=0, keep_free=0)
+            self.compute(request, num_tokens=len(prompt), drafts=[])
+        return request
 
     @rule(request=requests, num_ahead=st.integers(0, 3), keep_free=st.integers(0, 2))
     def allocate(self, request: Request, num_ahead: int, keep_free: int) -> None:
