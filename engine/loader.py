@@ -60,8 +60,9 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> LoadedMode
     """
     device = _device(config.runtime.device)
     threads = config.runtime.threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
     backend = _backend(config, spec, device)
+    # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
+    torch.set_num_threads(1 if backend == "native" else threads)
     dtype = _dtype(config, backend, device)
     max_model_len = _max_model_len(config, spec)
     source = open_weights(files)

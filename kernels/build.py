@@ -6,6 +6,7 @@ build takes seconds. Without a C++ compiler the torch fallback serves, slower: t
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -20,10 +21,13 @@ TARGET = "avx512f avx512bw avx512dq avx512vl avx512vbmi avx512bf16 amx-tile amx-
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-ignored-attributes"]
 
 
-def find_compiler() -> str | None:
-    """The C++ compiler named by CXX, or the first of g++ and clang++ on the PATH."""
+def find_compiler() -> list[str] | None:
+    """Command of the C++ compiler named by CXX, of g++ or clang++ on the PATH, or of the ``ziglang`` package."""
     candidates = [os.environ.get("CXX"), "g++", "clang++"]
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+    path = next((path for name in candidates if name and (path := shutil.which(name))), None)
+    if path is not None:
+        return [path]
+    return [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
 
 
 def is_current() -> bool:
@@ -32,7 +36,7 @@ def is_current() -> bool:
     return LIBRARY.exists() and LIBRARY.stat().st_mtime >= newest
 
 
-def build(compiler: str) -> None:
+def build(compiler: list[str]) -> None:
     """Compiles, and replaces the library in one step, so that a running server never sees half a file.
 
     Raises:
@@ -42,7 +46,7 @@ def build(compiler: str) -> None:
         output = Path(folder) / LIBRARY.name
         target = [f"-m{feature}" for feature in TARGET.split()]
         sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
-        subprocess.run([compiler, *FLAGS, *target, *sources, "-o", str(output)], check=True)
+        subprocess.run([*compiler, *FLAGS, *target, *sources, "-o", str(output)], check=True)
         output.replace(LIBRARY)
 
 
@@ -52,12 +56,12 @@ def main() -> None:
         return
     compiler = find_compiler()
     if compiler is None:
-        print("kernels: no C++ compiler found; the slower torch fallback will be used", file=sys.stderr)
+        print("kernels: no C++ compiler (pip install ziglang is one); using the slower torch fallback", file=sys.stderr)
         return
     try:
         build(compiler)
     except subprocess.CalledProcessError:
-        print(f"kernels: {compiler} failed; the slower torch fallback will be used", file=sys.stderr)
+        print(f"kernels: {compiler[0]} failed; the slower torch fallback will be used", file=sys.stderr)
         return
     print(f"kernels: built {LIBRARY}")
 
