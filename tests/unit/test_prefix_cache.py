@@ -1,0 +1,139 @@
+"""What the prefix cache gives, to whom, and what it never gives. More examples: test_kv_cache_manager.py."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.kv_cache_manager import KVCacheManager, hash_block, tenant_root
+from engine.messages import SamplingParams
+from engine.request import Request
+
+BLOCK_SIZE = 4
+tokens = st.lists(st.integers(0, 2), min_size=1, max_size=20)
+
+
+def request(name: str, prompt: list[int], tenant: str = "red", prompt_logprobs: int | None = None) -> Request:
+    sampling = SamplingParams(max_tokens=8, seed=0, prompt_logprobs=prompt_logprobs)
+    return Request(name, b"", tenant, sampling, prompt)
+
+
+def manager(num_blocks: int = 16) -> KVCacheManager:
+    return KVCacheManager(num_blocks, BLOCK_SIZE, prefix_caching=True)
+
+
+def compute(kv: KVCacheManager, request: Request, num_tokens: int | None = None) -> None:
+    """Admit the request and compute its first tokens (default: all), as one committed step."""
+    assert kv.allocate(request, request.num_tokens)
+    request.num_computed_tokens = request.num_tokens if num_tokens is None else num_tokens
+    kv.cache_full_blocks(request)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@given(tokens, tokens)
+def test_full_blocks_of_the_common_prefix_are_shared(first: list[int], second: list[int]) -> None:
+    kv = manager()
+    compute(kv, earlier := request("a", first))
+    later = request("b", second)
+    expected = min(common_prefix(first, second), len(second) - 1) // BLOCK_SIZE
+    assert kv.find_cached_prefix(later) == expected * BLOCK_SIZE
+    assert kv.allocate(later, later.num_tokens)
+    shared = set(kv.block_ids(earlier)) & set(kv.block_ids(later))
+    assert len(shared) == expected
+
+
+def test_blocks_of_an_ended_request_are_found_again() -> None:
+    kv, prompt = manager(), list(range(10))
+    compute(kv, first := request("a", prompt))
+    blocks = list(kv.block_ids(first))
+    kv.free(first)
+    assert kv.num_used_blocks == 0
+    compute(kv, later := request("b", prompt))
+    assert kv.block_ids(later)[:2] == blocks[:2]
+
+
+def test_cached_blocks_are_given_up_only_when_no_others_are_left() -> None:
+    kv, prompt = manager(num_blocks=4), list(range(9))
+    compute(kv, first := request("a", prompt))
+    kv.free(first)
+    compute(kv, request("b", [7] * 8))
+    assert kv.find_cached_prefix(request("c", prompt)) == 8
+    compute(kv, request("d", [8]))
+    assert kv.find_cached_prefix(request("c", prompt)) == 4, "the end of a prefix goes before its beginning"
+
+
+@pytest.mark.parametrize("prompt", [[1] * 12, list(range(12))])
+def test_tenants_never_share(prompt: list[int]) -> None:
+    kv = manager()
+    compute(kv, red := request("a", prompt, "red"))
+    compute(kv, blue := request("b", prompt, "blue"))
+    assert not set(kv.block_ids(red)) & set(kv.block_ids(blue))
+    assert kv.find_cached_prefix(request("c", prompt, "green")) == 0
+
+
+@given(st.text(), st.text(), tokens)
+def test_hash_chains_of_tenants_differ_from_the_root(one: str, other: str, token_ids: list[int]) -> None:
+    chains = {hash_block(tenant_root(tenant), token_ids) for tenant in (one, other)}
+    assert len(chains) == len({one, other})
+
+
+def test_a_preempted_request_finds_its_own_output_again() -> None:
+    kv = manager()
+    compute(kv, preempted := request("a", list(range(6)), prompt_logprobs=0))
+    for token in (6, 7, 8):
+        preempted.output_token_ids.append(token)
+        preempted.all_token_ids.append(token)
+    kv.allocate(preempted, 9)
+    preempted.num_computed_tokens = 8
+    kv.cache_full_blocks(preempted)
+    kv.free(preempted)
+    assert kv.find_cached_prefix(preempted) == 8
+
+
+def test_only_full_blocks_of_computed_tokens_are_offered() -> None:
+    kv, prompt = manager(), list(range(12))
+    compute(kv, first := request("a", prompt), num_tokens=7)
+    assert kv.find_cached_prefix(request("b", prompt)) == 4
+    first.num_computed_tokens = 8
+    kv.cache_full_blocks(first)
+    assert kv.find_cached_prefix(request("b", prompt)) == 8
+
+
+def test_drafts_are_not_offered() -> None:
+    """Blocks that hold drafts are full of written KV, but their tokens were not accepted."""
+    kv, known, drafts = manager(), list(range(6)), [6, 7, 8, 9]
+    drafting = request("a", known)
+    drafting.draft_token_ids = drafts
+    assert kv.allocate(drafting, len(known) + len(drafts))
+    drafting.num_computed_tokens = 6
+    kv.cache_full_blocks(drafting)
+    assert kv.find_cached_prefix(request("b", [*known, *drafts])) == 4
+
+
+def test_trim_takes_back_what_only_drafts_used() -> None:
+    kv, drafting = manager(), request("a", list(range(6)))
+    assert kv.allocate(drafting, 17)
+    assert kv.num_used_blocks == 5
+    kv.trim(drafting)
+    assert kv.num_used_blocks == 2
+    assert kv.num_slots(drafting) == 8
+
+
+def test_refusal_changes_nothing() -> None:
+    kv = manager(num_blocks=3)
+    compute(kv, holder := request("a", list(range(8))))
+    assert not kv.allocate(request("b", [9] * 5), 5)
+    assert not kv.allocate(request("c", [9] * 4), 4, keep_free=1)
+    assert not kv.allocate(holder, 17)
+    assert kv.num_used_blocks == 2
+    assert kv.allocate(request("d", [9] * 4), 4)
+
+
+def test_free_is_harmless_for_a_request_without_blocks() -> None:
+    kv = manager()
+    kv.free(request("a", [1]))
+    assert kv.num_used_blocks == 0
