@@ -50,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
     for module in (completions, chat, models, tokenize, detokenize, health, metrics):
         app.include_router(module.router)
     install_error_handlers(app)
-    install_openapi(app)
+    install_openapi(app, model, app.state.tenants.has_keys)
     app.add_middleware(RequestMiddleware, metrics=app_metrics)
     return app
 

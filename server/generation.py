@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
+import structlog
 
 from engine.messages import EngineOutput, EngineRequest, SamplingParams, TokenLogprob
 from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
@@ -98,6 +99,7 @@ class Generation:
         self._arrival = time.monotonic()
         self._metrics = serving.metrics.for_tenant(tenant.name)
         self.id = uuid.uuid4().hex
+        structlog.contextvars.bind_contextvars(generation=self.id)  # on the log line of the request
         self.created = int(time.time())
         count = len(prompts) * n
         self._choices = {

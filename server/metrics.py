@@ -68,7 +68,7 @@ class Metrics:
         self.generation_tokens = Counter("evospec:generation_tokens", "Tokens generated.", labels, registry=registry)
         self.ttft = Histogram(
             "evospec:time_to_first_token_seconds",
-            "From the request's arrival to the first token of a sequence.",
+            "From the tokenised request to the first token of a sequence.",
             labels,
             buckets=_SECONDS,
             registry=registry,
@@ -82,7 +82,7 @@ class Metrics:
         )
         self.e2e_latency = Histogram(
             "evospec:e2e_request_latency_seconds",
-            "From the request's arrival to its last token.",
+            "From the tokenised request to its last token.",
             labels,
             buckets=_SECONDS,
             registry=registry,

@@ -9,10 +9,10 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.errors import ErrorResponse
-from server.schemas.chat import ChatChunk, ChatCompletion
-from server.schemas.completions import Completion
+from server.schemas.chat import ChatChunk, ChatCompletion, ChatCompletionRequest
+from server.schemas.completions import Completion, CompletionRequest
 from server.schemas.models import ModelCard, ModelList
-from server.schemas.tokens import DetokenizeResponse, TokenizeResponse
+from server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 RESPONSES = (Completion, ChatCompletion, ChatChunk, ModelList, ModelCard, TokenizeResponse, DetokenizeResponse)
 
@@ -45,21 +45,37 @@ def _reference(struct: type[msgspec.Struct]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{struct.__name__}"}
 
 
-def install_openapi(app: FastAPI) -> None:
-    """Make ``app.openapi()`` describe the response structs, and drop the 422 that we answer with 400."""
+def install_openapi(app: FastAPI, model: str, needs_key: bool) -> None:
+    """Make ``app.openapi()`` say what this server accepts: its model, and keys only where they are needed."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _, components = msgspec.json.schema_components(RESPONSES, ref_template="#/components/schemas/{name}")
-            schemas = schema["components"]["schemas"]
-            schemas.update(components)
-            for name in ("HTTPValidationError", "ValidationError"):
-                schemas.pop(name, None)
+            _describe_bodies(schema["components"]["schemas"], model)
             for operations in schema["paths"].values():
                 for operation in operations.values():
-                    operation["responses"].pop("422", None)
+                    _describe_operation(operation, model, needs_key)
             app.openapi_schema = schema
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents
+
+
+def _describe_bodies(schemas: dict[str, Any], model: str) -> None:
+    _, components = msgspec.json.schema_components(RESPONSES, ref_template="#/components/schemas/{name}")
+    schemas.update(components)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for request in (CompletionRequest, ChatCompletionRequest):
+        schemas[request.__name__]["properties"]["model"]["enum"] = [model]
+    for optional in (TokenizeRequest, DetokenizeRequest):
+        schemas[optional.__name__]["properties"]["model"] = {"enum": [model, None]}
+
+
+def _describe_operation(operation: dict[str, Any], model: str, needs_key: bool) -> None:
+    operation["responses"].pop("422", None)  # we answer with 400
+    if not needs_key:
+        operation.pop("security", None)
+    for parameter in operation.get("parameters", []):
+        if parameter["name"] == "model":
+            parameter["schema"]["enum"] = [model]
