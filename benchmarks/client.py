@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
+REQUEST_TIMEOUT = 600.0
+
 
 class _Delta(msgspec.Struct):
     content: str | None = None
@@ -159,7 +161,7 @@ def encode_request(url: str, body: dict[str, Any], api_key: str | None) -> bytes
 
 
 async def stream(
-    url: str, body: dict[str, Any], *, api_key: str | None = None, timeout: float = 600.0, drop_after: float | None = None
+    url: str, body: dict[str, Any], *, api_key: str | None = None, drop_after: float | None = None
 ) -> StreamResult:
     """POSTs ``body`` to ``url`` and reads the event stream to its end.
 
@@ -171,14 +173,16 @@ async def stream(
     request = encode_request(url, body, api_key)
     start = time.perf_counter()
     try:
-        _, protocol = await loop.create_connection(lambda: _StreamProtocol(request), parts.hostname, parts.port or 80)
+        _, protocol = await loop.create_connection(
+            lambda: _StreamProtocol(request), parts.hostname or "", parts.port or 80
+        )
     except OSError as error:
         return StreamResult(start=start, end=time.perf_counter(), error=f"cannot connect: {error}")
     protocol.result.start = start
     try:
-        await asyncio.wait_for(asyncio.shield(protocol.done), drop_after if drop_after is not None else timeout)
+        await asyncio.wait_for(asyncio.shield(protocol.done), drop_after or REQUEST_TIMEOUT)
     except TimeoutError:
         protocol.abort()
         if drop_after is None:
-            protocol.result.error = f"no end after {timeout:.0f} s"
+            protocol.result.error = f"no end after {REQUEST_TIMEOUT:.0f} s"
     return protocol.result

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +34,7 @@ class LoadOptions:
     num_requests: int
     max_tokens: int
     warmup_requests: int = 0
+    warmup_tokens: int = 16
     temperature: float = 0.0
     ignore_eos: bool = True
     chat: bool = True
@@ -108,7 +109,7 @@ def summarise(results: Sequence[StreamResult], seconds: float, cpu_seconds: floa
     )
 
 
-def request_body(options: LoadOptions, prompt: Prompt) -> tuple[str, dict[str, Any]]:
+def request_body(options: LoadOptions, messages: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
     """URL and JSON body for one prompt."""
     body: dict[str, Any] = {
         "model": options.model,
@@ -120,8 +121,8 @@ def request_body(options: LoadOptions, prompt: Prompt) -> tuple[str, dict[str, A
     if options.ignore_eos:
         body["ignore_eos"] = True
     if options.chat:
-        return f"{options.url}/v1/chat/completions", body | {"messages": prompt.messages}
-    return f"{options.url}/v1/completions", body | {"prompt": "\n\n".join(m["content"] for m in prompt.messages)}
+        return f"{options.url}/v1/chat/completions", body | {"messages": messages}
+    return f"{options.url}/v1/completions", body | {"prompt": "\n\n".join(m["content"] for m in messages)}
 
 
 async def run_load(
@@ -133,7 +134,7 @@ async def run_load(
     server's cache (where there are enough prompts).
     """
     warmup = list(reversed(prompts))[: options.warmup_requests]
-    await _drive(options, warmup, options.warmup_requests, None)
+    await _drive(replace(options, max_tokens=options.warmup_tokens), warmup, options.warmup_requests, None)
     cpu, start = time.process_time(), time.perf_counter()
     results = await _drive(options, prompts, options.num_requests, progress)
     seconds = max(result.end for result in results) - start
@@ -152,7 +153,7 @@ async def _drive(
         for number in numbers:
             if time.perf_counter() > deadline:
                 return
-            url, body = request_body(options, prompts[number % len(prompts)])
+            url, body = request_body(options, prompts[number % len(prompts)].messages)
             results.append(await stream(url, body, api_key=options.api_key))
             if progress is not None and task is not None:
                 progress.advance(task)
@@ -162,9 +163,9 @@ async def _drive(
 
 
 def new_progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    )
+    """A progress bar drawn seldom: drawing takes CPU from the server measured."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, refresh_per_second=2)
 
 
 def report_table(title: str, rows: Sequence[tuple[str, LoadReport]]) -> Table:
@@ -188,7 +189,7 @@ def report_table(title: str, rows: Sequence[tuple[str, LoadReport]]) -> Table:
 def main(
     url: Annotated[str, typer.Option(help="Base URL, without /v1.")] = "http://127.0.0.1:8000",
     model: Annotated[str, typer.Option(help="Model name the server knows.")] = "smollm2-135m",
-    concurrency: Annotated[list[int] | None, typer.Option(help="Requests in flight; may be given several times.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Requests in flight; repeatable.")] = None,
     requests: Annotated[int, typer.Option(help="Requests per concurrency; 0: four times the concurrency.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="Tokens per request.")] = 128,
     warmup: Annotated[int, typer.Option(help="Requests before measuring; -1: as many as the concurrency.")] = -1,
@@ -197,7 +198,7 @@ def main(
     chat: Annotated[bool, typer.Option(help="Chat completions; otherwise plain completions.")] = True,
     domain: Annotated[list[str] | None, typer.Option(help="Only these domains' prompts.")] = None,
     max_seconds: Annotated[float, typer.Option(help="No request starts later than this.")] = 600.0,
-    api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_BENCH_API_KEY")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the reports here as JSON.")] = None,
 ) -> None:
     """Measures a running server; exits with 1 when a request failed."""

