@@ -165,6 +165,18 @@ def test_decodes_go_on_during_a_long_prefill_and_the_prefill_gets_its_share() ->
         assert len(sequences[long].token_ids) >= min(12, 200 - sequences[long].start)
 
 
+def test_prefill_goes_on_beside_as_many_decodes_as_there_can_be() -> None:
+    simulation = Simulation(max_num_seqs=16, max_batched_tokens=16)
+    for n in range(20):
+        simulation.scheduler.add(make_request(str(n), max_tokens=40))
+    long = make_request("long", num_prompt=80)
+    simulation.scheduler.add(long)
+    sequences = [s for output in simulation.run(max_steps=300) for s in output.sequences if s.request is long]
+    chunks = [len(s.token_ids) for s in sequences if s.num_sampled == 0]
+    assert chunks
+    assert min(chunks[1:]) >= 8
+
+
 def test_a_short_prompt_need_not_wait_for_a_long_prefill() -> None:
     simulation = Simulation(max_batched_tokens=32)
     long, short = make_request("long", num_prompt=200, max_tokens=1), make_request("short", max_tokens=1, tenant="b")
@@ -189,13 +201,32 @@ def test_the_sequence_admitted_last_is_preempted_and_goes_on_from_its_cached_pre
     assert resumed, "nothing of its prefix was reused"
 
 
-def test_drafts_are_dropped_before_anyone_is_preempted() -> None:
-    simulation = Simulation(num_blocks=4, num_drafts=16, accuracy=0.0, max_batched_tokens=64)
+def test_preempted_requests_resume_in_order_of_admission() -> None:
+    simulation = Simulation(num_blocks=8, max_batched_tokens=100)
+    requests = [make_request(str(n), token_ids=[n] * 30, max_tokens=60) for n in range(3)]
+    for request in requests:
+        simulation.scheduler.add(request)
+    outputs = simulation.run(max_steps=200)
+    assert [request for output in outputs for request in output.preempted] == [requests[2], requests[1]]
+    assert simulation.finished == requests
+
+
+def test_a_request_is_not_admitted_into_the_blocks_that_others_need_next() -> None:
+    simulation = Simulation(num_blocks=4, max_batched_tokens=100)
     for n in range(2):
-        simulation.scheduler.add(make_request(str(n), token_ids=[n] * 14, max_tokens=18))  # two blocks each in the end
+        simulation.scheduler.add(make_request(str(n), token_ids=[n] * 30, max_tokens=20))
+    simulation.run(max_steps=50)
+    assert simulation.scheduler.stats().preemptions == 0
+
+
+def test_drafts_are_dropped_before_anyone_is_preempted() -> None:
+    """Three blocks are just enough, if the first does not hold a second one for drafts that were rejected."""
+    simulation = Simulation(num_blocks=3, num_drafts=16, accuracy=0.0, max_batched_tokens=64)
+    simulation.scheduler.add(make_request("1", token_ids=[1], max_tokens=20))
+    simulation.scheduler.add(make_request("2", token_ids=[2] * 14, max_tokens=10))
     outputs = simulation.run(max_steps=40)
     assert simulation.scheduler.stats().preemptions == 0
-    assert any(s.num_draft_tokens for o in outputs for s in o.sequences)
+    assert any(s.start < 16 and len(s.block_ids) > 1 for s in outputs[1].sequences)
 
 
 def test_draft_tokens_are_shared_out_when_the_budget_is_short() -> None:
