@@ -17,9 +17,9 @@ class PromptLogprobs:
         self._entries: dict[str, list[TokenLogprob]] = {}
 
     def collect(self, sequence: ScheduledSequence, logits: torch.Tensor) -> None:
-        """Take the rows of one step: logits [num_logits, vocab]. Rows after the prompt are passed over."""
+        """Take the rows of one step: logits [num_logits, vocab]. Sampling rows are passed over."""
         request, start = sequence.request, sequence.start
-        if start >= len(request.prompt_token_ids):
+        if not request.wants_prompt_logits:  # the output has begun: they are complete
             return
         entries = self._entries.setdefault(request.request_id, [])
         del entries[start:]  # a preempted prompt is computed again
