@@ -25,7 +25,7 @@ COPY --from=builder /opt/evospec /opt/evospec
 ENV PATH=/opt/evospec/bin:$PATH \
     EVOSPEC_HTTP__HOST=0.0.0.0 \
     EVOSPEC_ENGINE__MODEL__CACHE_DIR=/var/lib/evospec
-USER evospec
+USER 10001
 WORKDIR /var/lib/evospec
 VOLUME /var/lib/evospec
 EXPOSE 8000

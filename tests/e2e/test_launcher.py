@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.running_server import EVOSPEC, RunningServer
+from tests.running_server import EVOSPEC, SMALL, RunningServer
 
 LaunchServer = Callable[..., RunningServer]
 LONG_TOKENS = 128
@@ -163,6 +163,19 @@ def test_rate_limit_through_http(launch_server: LaunchServer) -> None:
     responses = [complete(server.base_url, max_tokens=1) for _ in range(3)]
     assert [response.status_code for response in responses] == [200, 200, 429]
     assert 1 <= int(responses[-1].headers["Retry-After"]) <= 30
+
+
+def test_engine_and_api_server_can_be_started_alone(
+    launch_server: LaunchServer, valkey_url: str, tmp_path: Path
+) -> None:
+    address = f"ipc://{tmp_path}/private/engine.sock"
+    with subprocess.Popen([EVOSPEC, "engine", "--engine.address", address, *SMALL]) as engine:
+        try:
+            server = launch_server("--engine.address", address, "--redis.url", valkey_url, command="api")
+            assert complete(server.base_url).status_code == 200
+            assert not [event for event in server.events() if event["event"] == "process started"]
+        finally:
+            engine.kill()
 
 
 @pytest.mark.parametrize(

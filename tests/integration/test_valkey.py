@@ -97,6 +97,13 @@ async def test_child_that_dies_before_it_is_ready_is_a_failure(tmp_path: Path) -
         await child.start()
 
 
+async def test_valkey_that_cannot_start_says_why(tmp_path: Path) -> None:
+    too_long = tmp_path / ("x" * 120)
+    too_long.mkdir()
+    with pytest.raises(ProcessFailed, match="Unix socket"):
+        await embedded_valkey(too_long).start()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="children are tied to their parent by a Linux system call")
 def test_children_die_with_a_killed_parent(tmp_path: Path) -> None:
     script = f"""
