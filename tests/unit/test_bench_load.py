@@ -134,6 +134,7 @@ async def test_a_client_that_drops_closes_the_connection() -> None:
     closed = asyncio.Event()
 
     async def until_gone(writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD)
         with suppress(ConnectionError):
             while not writer.is_closing():
                 writer.write(b"%x\r\n%b\r\n" % (len(event("b")), event("b")))
@@ -190,9 +191,11 @@ def test_times_are_those_of_the_streams() -> None:
     )
     report = summarise([result, StreamResult(start=0.0, error="gone")], seconds=2.0, cpu_seconds=0.6)
     assert report.ttft.p50 == pytest.approx(0.5)
-    assert (report.itl.p50, report.itl.p99) == (pytest.approx(0.1), pytest.approx(0.4))
+    assert report.itl.p50 == pytest.approx(0.1)
+    assert report.itl.p99 == pytest.approx(0.4)
     assert report.tpot.p50 == pytest.approx(0.1)
-    assert (report.tokens_per_second, report.client_cpu_per_token) == (3.0, pytest.approx(0.1))
+    assert report.tokens_per_second == 3.0
+    assert report.client_cpu_per_token == pytest.approx(0.1)
 
 
 def test_options_reach_the_body() -> None:
