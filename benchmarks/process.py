@@ -19,6 +19,7 @@ from benchmarks.peers import Launch
 
 START_TIMEOUT = 420.0
 STOP_TIMEOUT = 20.0
+QUIET_PERCENT = 5.0
 
 
 class ServerFailed(Exception):
@@ -104,6 +105,14 @@ def cpu_seconds(process: psutil.Process) -> float:
             continue
         total += times.user + times.system
     return total
+
+
+def wait_for_quiet(seconds: float) -> None:
+    """Returns after two seconds with under 5 % of the machine in use, or after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    quiet = 0
+    while quiet < 2 and time.monotonic() < deadline:
+        quiet = quiet + 1 if psutil.cpu_percent(interval=1.0) < QUIET_PERCENT else 0
 
 
 class NoiseMeter:

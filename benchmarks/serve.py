@@ -23,7 +23,7 @@ from rich.console import Console
 from benchmarks.client import stream
 from benchmarks.load import LoadOptions, LoadReport, run_load
 from benchmarks.peers import REPOSITORY, SIDES, Side, VllmCpu, cpu_description
-from benchmarks.process import NoiseMeter, free_port, running
+from benchmarks.process import NoiseMeter, free_port, running, wait_for_quiet
 from benchmarks.prompts.build import Prompt, read_eval
 from benchmarks.report import plot, summary_tables
 
@@ -43,6 +43,7 @@ class Plan:
     levels: list[int]
     rounds: int
     max_tokens: int
+    quiet_seconds: float
 
     def requests(self, level: int) -> int:
         """Whole waves, so that the batch is full nearly all the time: four alone, else two."""
@@ -88,6 +89,7 @@ def measure(side: Side, model: str, levels: list[int], number: int, plan: Plan, 
                 warmup_requests=level,
                 warmup_tokens=WARMUP_TOKENS,
             )
+            wait_for_quiet(plan.quiet_seconds)
             noise = NoiseMeter(server)
             report, _ = uvloop.run(run_load(options, plan.prompts(level)))
             if report.errors:
@@ -168,6 +170,9 @@ def main(
     concurrency: Annotated[list[int] | None, typer.Option(help="Default: 1, 8 and 32.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the ratios' spread is over them.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per request; EOS is ignored.")] = 128,
+    quiet_seconds: Annotated[
+        float, typer.Option(help="Longest wait before each measurement until other processes are idle.")
+    ] = 30.0,
     name: Annotated[str, typer.Option(help="Name of the files in benchmarks/results.")] = "serve",
 ) -> None:
     """Measures all sides and reports tok/s, latencies and EvoSpec's ratio to each peer."""
@@ -177,6 +182,7 @@ def main(
         levels=sorted(concurrency or [1, 8, 32]),
         rounds=rounds,
         max_tokens=max_tokens,
+        quiet_seconds=quiet_seconds,
     )
     console = Console(width=150)
     for peer in plan.sides:

@@ -242,7 +242,9 @@ class MixedLoad:
 
     async def invalid(self) -> str | None:
         url, body = self._request()
-        wrong: dict[str, Any] = self._chance.choice([{"temperature": -1}, {"max_tokens": "many"}, {"messages": []}, {"top_p": 7}])
+        wrong: dict[str, Any] = self._chance.choice(
+            [{"temperature": -1}, {"max_tokens": "many"}, {"messages": []}, {"top_p": 7}]
+        )
         answer = await self._http.post(url, json=body | wrong)
         return None if answer.status_code == 400 else f"HTTP {answer.status_code} for {wrong}"
 
