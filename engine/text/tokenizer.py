@@ -72,7 +72,8 @@ class Tokenizer:
             text.encode()  # the library would call such a string no string at all
         except UnicodeEncodeError as error:
             raise ValueError(f"text is not valid Unicode: {error}") from error
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # encode() keeps the GIL, seconds for a text of megabytes; encode_batch() lets other threads go on.
+        return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of ``token_ids``; bytes that are no UTF-8 become U+FFFD."""
