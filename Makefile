@@ -48,7 +48,9 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	@$(PIP) install --editable . 'openai>=1.60'
 	@touch $@
 
+# Where there is no C++ compiler, the ziglang package brings one.
 $(VENV)/.kernels: $(VENV)/.installed $(KERNEL_SOURCES)
+	@command -v $${CXX:-g++} >/dev/null || command -v clang++ >/dev/null || $(PIP) install --quiet ziglang
 	@$(BIN)/python -m kernels.build
 	@touch $@
 
