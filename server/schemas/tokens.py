@@ -47,7 +47,7 @@ class DetokenizeRequest(Body):
     """Token ids to turn into text; special tokens are kept."""
 
     model: str | None = None
-    tokens: list[TokenId] = Field(max_length=1_000_000)
+    tokens: list[TokenId] = Field(max_length=2**17)
 
 
 class DetokenizeResponse(msgspec.Struct, frozen=True):

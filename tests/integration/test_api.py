@@ -481,8 +481,9 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
             num_waiting=2, num_running=3, blocks_used=4, blocks_total=8, prefix_query_tokens=10, prefix_hit_tokens=6,
             preemptions=1, waiting_by_tenant={"default": 2},
         )  # fmt: skip
+        await api.engine.send(stats=stats)  # counters say how many since the start: sent twice, they count once
         await api.engine.send(stats=stats, steps=[StepTimings(0.1, 0.2, 0.3, 0.4, 5, 2)])
-        text = (await api.until_get("/metrics", lambda response: "running 3.0" in response.text)).text
+        text = (await api.until_get("/metrics", lambda response: "step_tokens_count 1.0" in response.text)).text
     labels = 'model="tiny",tenant="default"'
     expected = [
         f'evospec:requests_total{{endpoint="/v1/completions",{labels[:12]},status="200",{labels[13:]}}} 1.0',

@@ -102,6 +102,12 @@ def test_the_error_names_the_place(model: Any, body: dict[str, Any], param: str)
     assert (error.status, error.param) == (400, param)
 
 
+def test_a_message_is_about_one_place() -> None:
+    error = error_of(CompletionRequest, {**TEXT, "n": 0, "stop": ["a", 5]})
+    assert error.param == "stop.1"
+    assert error.message == "stop.1: Input should be a valid string"
+
+
 @pytest.mark.parametrize(
     ("field", "asks", "no_op"),
     [
