@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -40,6 +41,8 @@ def running(launch: Launch, port: int, log: Path) -> Iterator[psutil.Process]:
     The server gets a session of its own, so that all its processes are stopped with it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    # By default SIGTERM ends this process without unwinding, and the server would go on alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with log.open("w") as output:
         process = subprocess.Popen(
             launch.command,

@@ -121,7 +121,7 @@ async def _drop_clients(options: LoadOptions, count: int) -> list[StreamResult]:
     """``count`` clients, ``options.concurrency`` at a time, each gone after a random time."""
     chance = random.Random(SEED)
     prompts = read_eval()
-    patience = [chance.uniform(0.02, 4.0) for _ in range(count)]
+    patience = [chance.uniform(0.02, 10.0) for _ in range(count)]
     numbers = iter(range(count))
     results: list[StreamResult] = []
 
