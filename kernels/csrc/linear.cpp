@@ -139,6 +139,7 @@ void direct_lanes(const Linear& op, const uint8_t* block, __m512* acc) {
   for (int b = 0; b < blocks; ++b, block += block_bytes(kFormat)) {
     __m512 part[M];
     for (int m = 0; m < M; ++m) part[m] = _mm512_setzero_ps();
+    prefetch_block(block, kFormat);
 #pragma GCC unroll 16
     for (int r = 0; r < kPairs; ++r) {
       const __m512i lanes = _mm512_loadu_si512(block + 64 * (r / kRows));
@@ -165,6 +166,7 @@ void direct_q8(const Linear& op, const uint8_t* block, __m512* acc) {
   const float* x = scratch().x.data();
   for (int b = 0; b < k / kBlock; ++b, block += code_bytes(kQ8) + 32 * kScales) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kQ8));
+    prefetch_block(block, kScales == 1 ? kQ8 : kQ8x2);
     for (int half = 0; half < kScales; ++half) {
       __m512 lower[M], upper[M];
       for (int m = 0; m < M; ++m) lower[m] = upper[m] = _mm512_setzero_ps();
