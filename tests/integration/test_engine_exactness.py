@@ -1,0 +1,193 @@
+"""The whole engine in float32 against ``transformers``, token for token; scheduling never shows in the output.
+
+Greedy output equals ``transformers`` greedy on 20 prompts of 1 to 178 tokens, 64 tokens each: alone, in a batch of 8,
+with and without prefix caching, with chunked prefill, and after preemption. Sampled output is the same in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig
+from engine.core import EngineCore
+from engine.messages import EngineRequest, SamplingParams
+from engine.models.config import ModelFiles
+from engine.models.registry import validate_model_files
+from engine.text.tokenizer import Tokenizer
+
+NUM_TOKENS = 64
+SAMPLED_TOKENS = 24
+MIN_MARGIN = 1e-3
+"""A smaller gap between the two largest logits could be rounding (1e-4), and equality luck."""
+CLIENT = b"test"
+
+TEXTS = [
+    "The capital of France is",
+    "Hello",
+    "def fibonacci(n):\n",
+    "Write a haiku about the sea.",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "import numpy as np\n\ndef softmax(x):\n    ",
+    "Dear Sir or Madam,\n",
+    "Q: Why is the sky blue?\nA:",
+    "The patient presented with fever, cough and",
+    "SELECT name, COUNT(*) FROM orders",
+    "Größe und Gewicht: Die Maße des Körpers sind",
+    "This Agreement shall be governed by the laws of",
+    "To be, or not to be, that is the question:",
+    "List three prime numbers greater than one hundred and explain why each of them is prime.",
+    "Photosynthesis is the process by which green plants and some other organisms use sunlight to",
+]
+EXCERPTS = [(0, 40), (5, 100), (20, 160), (0, 178), (50, 66)]
+"""Longer prompts: these tokens of all texts, two of them with a prefix in common."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an engine schedules; two sequences of 16 blocks fit into the smallest cache."""
+
+    prefix_caching: bool = True
+    max_batched_tokens: int = 512
+    num_blocks: int = 256
+
+
+SETTINGS = {
+    "prefix caching": Setting(),
+    "no prefix caching": Setting(prefix_caching=False),
+    "chunked prefill": Setting(max_batched_tokens=20),
+    "preemption": Setting(num_blocks=20),
+}
+
+
+class Engine:
+    """An ``EngineCore`` in this process, stepped until its requests are done."""
+
+    def __init__(self, files: ModelFiles, setting: Setting) -> None:
+        config = EngineConfig(
+            model=ModelConfig(dtype="float32"),
+            cache=CacheConfig(prefix_caching=setting.prefix_caching, num_blocks=setting.num_blocks),
+            scheduler=SchedulerConfig(max_num_seqs=8, max_batched_tokens=setting.max_batched_tokens),
+            runtime=RuntimeConfig(device="cpu", attention_backend="torch"),
+        )
+        self.core = EngineCore(config, files, validate_model_files(files))
+        self._ids = count()
+        self.num_cached_tokens = 0
+        self.largest_step = 0
+
+    def generate(self, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[list[int]]:
+        """Output token ids of all prompts, given to the engine at once."""
+        ids = [str(next(self._ids)) for _ in prompts]
+        for request_id, prompt, params in zip(ids, prompts, sampling, strict=True):
+            self.core.add(
+                CLIENT,
+                EngineRequest(request_id=request_id, prompt_token_ids=prompt, sampling=params, tenant="tests"),
+            )
+        tokens: dict[str, list[int]] = {request_id: [] for request_id in ids}
+        unfinished = set(ids)
+        while unfinished:
+            outputs, timings = self.core.step()
+            self.largest_step = max(self.largest_step, timings.num_sequences if timings else 0)
+            for output in outputs[CLIENT]:
+                assert output.error is None
+                tokens[output.request_id] += output.token_ids
+                if output.finish_reason is not None:
+                    self.num_cached_tokens += output.num_cached_tokens
+                    unfinished.remove(output.request_id)
+        assert self.core.stats().blocks_used == 0
+        return [tokens[request_id] for request_id in ids]
+
+    def generate_alone(self, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[list[int]]:
+        """The same, one request after the other."""
+        return [self.generate([prompt], [params])[0] for prompt, params in zip(prompts, sampling, strict=True)]
+
+
+def greedy() -> SamplingParams:
+    return SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
+
+
+def sampled(seed: int) -> SamplingParams:
+    return SamplingParams(max_tokens=SAMPLED_TOKENS, seed=seed, temperature=0.8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def files(smollm2_path: Path) -> ModelFiles:
+    return ModelFiles("smollm2-135m", smollm2_path, "gguf")
+
+
+@pytest.fixture(scope="module")
+def prompts(files: ModelFiles) -> list[list[int]]:
+    tokenizer = Tokenizer.from_files(files)
+    everything = tokenizer.encode("\n".join(TEXTS))
+    return [*(tokenizer.encode(text) for text in TEXTS), *(everything[begin:end] for begin, end in EXCERPTS)]
+
+
+@pytest.fixture(scope="module")
+def expected(files: ModelFiles, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy output of ``transformers`` in one left-padded batch.
+
+    One by one gives the same tokens, checked once by hand; it takes twenty times as long.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(files.path.parent, gguf_file=files.path.name, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # go on to the last token
+    width = max(map(len, prompts))
+    token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    generated = model.generate(
+        token_ids,
+        attention_mask=mask,
+        max_new_tokens=NUM_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    best = torch.stack(generated.logits).topk(2).values
+    assert (best[..., 0] - best[..., 1]).min() > MIN_MARGIN, "choose prompts without near ties"
+    tokens: list[list[int]] = generated.sequences[:, width:].tolist()
+    assert {len(row) for row in tokens} == {NUM_TOKENS}
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def plain(files: ModelFiles) -> Engine:
+    return Engine(files, SETTINGS["no prefix caching"])
+
+
+@pytest.fixture(scope="module")
+def sampled_alone(plain: Engine, prompts: list[list[int]]) -> list[list[int]]:
+    return plain.generate_alone(prompts, [sampled(seed) for seed in range(len(prompts))])
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def engine(request: pytest.FixtureRequest, files: ModelFiles) -> Iterator[Engine]:
+    engine = Engine(files, SETTINGS[request.param])
+    yield engine
+    # Each setting did what it is for.
+    assert engine.largest_step == 8
+    assert (engine.core.stats().preemptions > 0) == (request.param == "preemption")
+    assert (engine.num_cached_tokens == 0) == (request.param == "no prefix caching")
+
+
+def test_greedy_alone(plain: Engine, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    assert plain.generate_alone(prompts, [greedy()] * len(prompts)) == expected
+
+
+def test_greedy_in_a_batch(engine: Engine, prompts: list[list[int]], expected: list[list[int]]) -> None:
+    assert engine.generate(prompts, [greedy()] * len(prompts)) == expected
+
+
+def test_sampled_in_a_batch(engine: Engine, prompts: list[list[int]], sampled_alone: list[list[int]]) -> None:
+    assert engine.generate(prompts, [sampled(seed) for seed in range(len(prompts))]) == sampled_alone
+
+
+def test_sampled_output_depends_on_the_seed(plain: Engine, prompts: list[list[int]]) -> None:
+    first, second = plain.generate(prompts[:1] * 2, [sampled(0), sampled(1)])
+    assert first != second
