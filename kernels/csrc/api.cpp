@@ -88,7 +88,7 @@ void evo_attention(Team* team, const Batch* batch, const EvoKv* kv, int layer, i
   std::vector<bf16> scaled(batch->num_tokens * q_size), attended(batch->num_tokens * q_size);
   const float scale = score_scale(head_dim);
   team->run([&](int) {
-    team->work(batch->num_tokens, 1, [&](int t) {
+    team->work(batch->num_tokens, [&](int t) {
       write_kv(cache, batch->slots[t], k + t * kv_size, v + t * kv_size);
       for (size_t i = t * q_size; i < (t + 1) * q_size; ++i) scaled[i] = to_bf16(q[i] * scale);
     });

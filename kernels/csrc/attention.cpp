@@ -35,41 +35,65 @@ Scratch& scratch() {
 // Scores of 16 keys for R rows; keys: [head_dim / 2][stride][2], already at the first of the 16.
 template <int R>
 void score_keys(const Rows& rows, const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
-  __m512 acc[R];
-  for (int r = 0; r < R; ++r) acc[r] = _mm512_setzero_ps();
-  for (int d = 0; d < head_dim; d += 2, keys += 2 * stride) {
-    const __m512bh k = load_pairs(keys);
-    for (int r = 0; r < R; ++r) acc[r] = _mm512_dpbf16_ps(acc[r], k, broadcast_pair(rows.q[r] + d));
+  constexpr int kChains = R <= 4 ? 4 : 2;  // independent sums: one product takes many cycles, but starts every cycle
+  __m512 acc[R][kChains];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < kChains; ++c) acc[r][c] = _mm512_setzero_ps();
   }
-  for (int r = 0; r < R; ++r) _mm512_store_ps(local.scores[r] + column, acc[r]);
+  for (int d = 0; d < head_dim; d += 2 * kChains) {
+    for (int c = 0; c < kChains; ++c, keys += 2 * stride) {
+      const __m512bh k = load_pairs(keys);
+      for (int r = 0; r < R; ++r) {
+        acc[r][c] = _mm512_dpbf16_ps(acc[r][c], k, broadcast_pair(rows.q[r] + d + 2 * c));
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 1; c < kChains; ++c) acc[r][0] = _mm512_add_ps(acc[r][0], acc[r][c]);
+    _mm512_store_ps(local.scores[r] + column, acc[r][0]);
+  }
 }
 
 using ScoreKeys = void (*)(const Rows&, const bf16*, int, int, int, Scratch&);
 constexpr ScoreKeys kScoreKeys[] = {nullptr,       score_keys<1>, score_keys<2>, score_keys<3>, score_keys<4>,
                                     score_keys<5>, score_keys<6>, score_keys<7>, score_keys<8>};
 
-// sums[r][0..63] += weights[r] . values over `pairs` token pairs; values: [pairs][head_dim][2] at dimension d0.
-template <int R>
-void add_values(const bf16 (*weights)[kSegment], const bf16* values, int pairs, int head_dim, int dims, float* sums) {
-  constexpr int kVectors = 4;  // 64 dimensions
-  __m512 acc[R][kVectors];
-  const int vectors = std::min(kVectors, dims / kLanes);
+// One head's values of a segment's blocks, from dimension `first` on.
+struct Values {
+  const KvCache& cache;
+  const int32_t* blocks;
+  int head;
+  int first;
+};
+
+// sums[r][0 .. 16 V - 1] += weights[r] . values, for R rows and `count` tokens (whole blocks).
+template <int R, int V>
+void add_values(const bf16* weights, const Values& values, int count, float* sums) {
+  const int dim = values.cache.head_dim, size = values.cache.block_size;
+  __m512 acc[R][V];
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < vectors; ++v) acc[r][v] = _mm512_loadu_ps(sums + r * head_dim + v * kLanes);
+    for (int v = 0; v < V; ++v) acc[r][v] = _mm512_loadu_ps(sums + r * dim + v * kLanes);
   }
-  for (int j = 0; j < pairs; ++j, values += 2 * head_dim) {
-    for (int v = 0; v < vectors; ++v) {
-      const __m512bh value = load_pairs(values + v * 2 * kLanes);
-      for (int r = 0; r < R; ++r) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], value, broadcast_pair(weights[r] + 2 * j));
+  for (int c = 0; c < count; c += size) {
+    const bf16* row = values.cache.value_head(values.blocks[c / size], values.head) + 2 * values.first;
+    for (int i = 0; i < size; i += 2, row += 2 * dim) {
+      for (int v = 0; v < V; ++v) {
+        const __m512bh value = load_pairs(row + v * 2 * kLanes);
+        for (int r = 0; r < R; ++r) {
+          acc[r][v] = _mm512_dpbf16_ps(acc[r][v], value, broadcast_pair(weights + r * kSegment + c + i));
+        }
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < vectors; ++v) _mm512_storeu_ps(sums + r * head_dim + v * kLanes, acc[r][v]);
+    for (int v = 0; v < V; ++v) _mm512_storeu_ps(sums + r * dim + v * kLanes, acc[r][v]);
   }
 }
 
-using AddValues = void (*)(const bf16 (*)[kSegment], const bf16*, int, int, int, float*);
-constexpr AddValues kAddValues[] = {nullptr, add_values<1>, add_values<2>, add_values<3>, add_values<4>};
+using AddValues = void (*)(const bf16*, const Values&, int, float*);
+// By number of rows; 64 dimensions at a time, and 32 at the end of an odd head.
+constexpr AddValues kAdd64[] = {nullptr, add_values<1, 4>, add_values<2, 4>, add_values<3, 4>, add_values<4, 4>};
+constexpr AddValues kAdd32[] = {nullptr, add_values<1, 2>, add_values<2, 2>, add_values<3, 2>, add_values<4, 2>};
 
 // Masks what the row may not see, and returns the segment's largest score.
 float mask_and_max(float* scores, int visible, int padded) {
@@ -110,6 +134,13 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
   for (int start = 0; start < context; start += kSegment) {
     const int padded = (std::min(context - start, kSegment) + size - 1) / size * size;
     for (int c = 0; c < padded; c += kLanes) {
+      if (c % size == 0) {  // blocks lie anywhere in memory: the hardware cannot guess the next one
+        const int block = (start + c) / size;
+        prefetch<_MM_HINT_T1>(cache.value_head(blocks[block], head), cache.head_size() * sizeof(bf16));
+        if (start + c + size < context) {
+          prefetch(cache.key_head(blocks[block + 1], head), cache.head_size() * sizeof(bf16));
+        }
+      }
       const bf16* keys = cache.key_head(blocks[(start + c) / size], head) + 2 * (c % size);
       kScoreKeys[rows.count](rows, keys, size, dim, c, local);
     }
@@ -125,14 +156,11 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
       total[r] = total[r] * keep + exponentiate(local.scores[r], local.weights[r], padded, next);
       largest[r] = next;
     }
-    for (int c = 0; c < padded; c += size) {
-      const bf16* values = cache.value_head(blocks[(start + c) / size], head);
-      for (int r = 0; r < rows.count; r += 4) {
-        const bf16(*weights)[kSegment] = reinterpret_cast<const bf16(*)[kSegment]>(&local.weights[r][c]);
-        for (int d = 0; d < dim; d += 64) {
-          kAddValues[std::min(4, rows.count - r)](weights, values + 2 * d, size / 2, dim, dim - d,
-                                                  local.sums.data() + r * dim + d);
-        }
+    for (int r = 0; r < rows.count; r += 4) {
+      for (int d = 0; d < dim; d += 64) {
+        const AddValues* add = dim - d >= 64 ? kAdd64 : kAdd32;
+        const Values values{cache, blocks + start / size, head, d};
+        add[std::min(4, rows.count - r)](local.weights[r], values, padded, local.sums.data() + r * dim + d);
       }
     }
   }
@@ -171,7 +199,7 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
   first.assign(1, 0);
   for (int b = 0; b < batch.num_sequences; ++b) first.push_back(first.back() + slices(b) * cache.kv_heads);
 
-  team.work(first.back(), 1, [&](int item) {
+  team.work(first.back(), [&](int item) {
     const int b = static_cast<int>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
     const int head = (item - first[b]) % cache.kv_heads;
     const int begin = (item - first[b]) / cache.kv_heads * kMaxRows;

@@ -41,14 +41,14 @@ void Decoder::reserve(int tokens) {
 
 void Decoder::embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual) {
   team_.run([&](int) {
-    team_.work(count, 1, [&](int i) {
+    team_.work(count, [&](int i) {
       unpack_row(embedding, token_ids[i], residual + static_cast<size_t>(i) * shape_.hidden);
     });
   });
 }
 
 void Decoder::normalize(const float* weight, const float* residual, int count, bf16* out) {
-  team_.work(count, 4, [&](int i) {
+  team_.work(count, [&](int i) {
     const size_t at = static_cast<size_t>(i) * shape_.hidden;
     rms_norm(residual + at, weight, shape_.norm_eps, shape_.hidden, out + at);
   });
@@ -95,7 +95,7 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer) 
     team_.barrier();
     out += part.n;
   }
-  team_.work(tokens, 1, [&](int token) { rotate_and_write(batch, kv, token); });
+  team_.work(tokens, [&](int token) { rotate_and_write(batch, kv, token); });
   team_.barrier();
   attention(team_, batch, kv, shape_.heads, q_.data(), attended_.data());
   team_.barrier();

@@ -127,19 +127,27 @@ inline __m512 add_parities(__m512 lower, __m512 upper) {
   return _mm512_add_ps(_mm512_permutex2var_ps(lower, even, upper), _mm512_permutex2var_ps(lower, odd, upper));
 }
 
+// The values of codes as bf16. The permutation looks at the lowest five bits: kQ4's table repeats itself.
+struct CodeValues {
+  alignas(64) bf16 of[32];
+
+  explicit CodeValues(int format) {
+    for (int i = 0; i < 32; ++i) of[i] = to_bf16(static_cast<float>(format == kQ4 ? i % 16 : i - 16));
+  }
+};
+const CodeValues kQ4Values(kQ4), kQ5Values(kQ5);
+
 // kQ4 and kQ5: one permutation turns 32 codes into bf16 integers, exactly.
 template <int M, int kFormat>
 void direct_lanes(const Linear& op, const uint8_t* block, __m512* acc) {
   constexpr int kRows = kFormat == kQ4 ? 4 : 3, kBits = kFormat == kQ4 ? 4 : 5;
-  alignas(64) bf16 values[32];  // the permutation looks at the lowest five bits: kQ4's table repeats itself
-  for (int i = 0; i < 32; ++i) values[i] = to_bf16(static_cast<float>(kFormat == kQ4 ? i % 16 : i - 16));
-  const __m512i table = _mm512_load_si512(values);
+  const __m512i table = _mm512_load_si512(kFormat == kQ4 ? kQ4Values.of : kQ5Values.of);
   const int k = op.weight->k, blocks = k / kBlock;
   const float* sums = scratch().sums.data();
   for (int b = 0; b < blocks; ++b, block += block_bytes(kFormat)) {
     __m512 part[M];
     for (int m = 0; m < M; ++m) part[m] = _mm512_setzero_ps();
-    prefetch_block(block, kFormat);
+    prefetch_ahead(block, kFormat);
 #pragma GCC unroll 16
     for (int r = 0; r < kPairs; ++r) {
       const __m512i lanes = _mm512_loadu_si512(block + 64 * (r / kRows));
@@ -166,7 +174,7 @@ void direct_q8(const Linear& op, const uint8_t* block, __m512* acc) {
   const float* x = scratch().x.data();
   for (int b = 0; b < k / kBlock; ++b, block += code_bytes(kQ8) + 32 * kScales) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kQ8));
-    prefetch_block(block, kScales == 1 ? kQ8 : kQ8x2);
+    prefetch_ahead(block, kScales == 1 ? kQ8 : kQ8x2);
     for (int half = 0; half < kScales; ++half) {
       __m512 lower[M], upper[M];
       for (int m = 0; m < M; ++m) lower[m] = upper[m] = _mm512_setzero_ps();
@@ -238,16 +246,24 @@ void prepare_direct(const Linear& op) {
 }  // namespace
 
 void linear(Team& team, const Linear& op) {
-  const int pairs = (op.weight->n + kPairColumns - 1) / kPairColumns;
-  const int chunk = std::max(1, pairs / (16 * team.size()));
-  if (op.rows <= kMaxDirectRows && op.weight->format != kBf16) {
+  const bool direct = op.rows <= kMaxDirectRows && op.weight->format != kBf16;
+  if (direct) {
     prepare_direct(op);
-    team.work(pairs, chunk, [&](int pair) { direct_pair(op, pair); });
-    return;
+  } else {
+    configure_tiles(std::min(op.rows, kTile));
   }
-  configure_tiles(std::min(op.rows, kTile));
-  team.work(pairs, chunk, [&](int pair) { amx_pair(op, pair); });
-  _tile_release();
+  const int pairs = (op.weight->n + kPairColumns - 1) / kPairColumns;
+  team.work_ranges(pairs, [&](int begin, int end) {
+    prefetch(op.weight->group(2 * begin), kPrefetchBytes);
+    for (int pair = begin; pair < end; ++pair) {
+      if (direct) {
+        direct_pair(op, pair);
+      } else {
+        amx_pair(op, pair);
+      }
+    }
+  });
+  if (!direct) _tile_release();
 }
 
 }  // namespace evospec

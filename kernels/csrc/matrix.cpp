@@ -143,7 +143,7 @@ void expand_group(const Matrix& matrix, int group, bf16* out) {
   const uint8_t* block = matrix.group(group);
   const size_t bytes = block_bytes(matrix.format);
   for (int b = 0; b < matrix.num_blocks(); ++b, block += bytes, out += kBlock * kGroup) {
-    prefetch_block(block, matrix.format);
+    prefetch_ahead(block, matrix.format);
     if (matrix.format == kQ4) {
       expand_q4(block, out);
     } else if (matrix.format == kQ5) {

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 
@@ -34,6 +35,13 @@ inline __m512 load_bf16x16(const bf16* in) {
 
 inline __m512 load_half16(const uint16_t* in) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+}
+
+// Asks for cache lines before they are read. kLevel: _MM_HINT_T0 (next), _MM_HINT_T1 (soon: second level only).
+template <_mm_hint kLevel = _MM_HINT_T0>
+inline void prefetch(const void* data, size_t bytes) {
+  const char* line = static_cast<const char*>(data);
+  for (size_t at = 0; at < bytes; at += 64) _mm_prefetch(line + at, kLevel);
 }
 
 // A pair of neighbouring bf16 values in every lane.

@@ -6,9 +6,10 @@ namespace evospec {
 
 namespace {
 
-// A pause is about 50 ns. Threads of a step arrive within microseconds of each other, unless another process took
-// one's core: then the others must sleep, so that the kernel can move the late one to a core that does nothing.
-constexpr int kSpinsBeforeSleep = 200;
+// A pause is about 50 ns. Threads of a step arrive within some ten microseconds of each other, and waking a sleeping
+// one takes as long again. Beyond that another process has one's core: then the others must sleep, so that the kernel
+// can move the late one to a core that does nothing.
+constexpr int kSpinsBeforeSleep = 2000;
 
 void wait_while_equal(const std::atomic<unsigned>& value, unsigned old) {
   for (int spin = 0; spin < kSpinsBeforeSleep; ++spin) {

@@ -1,6 +1,7 @@
 // A team of threads that runs one function together (SPMD), with barriers and shared work counters.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <thread>
@@ -23,15 +24,27 @@ class Team {
   // Inside run(): waits for all threads, and starts the next phase of work().
   void barrier();
 
-  // Inside run(): hands out items 0 .. count - 1 of the current phase, `chunk` at a time. Dynamic, so that a
-  // thread whose core was taken by another process holds nobody up for more than one chunk.
-  template <typename Item>
-  void work(int count, int chunk, Item item) {
+  // Inside run(): hands out ranges of the items 0 .. count - 1 of the current phase; body(begin, end). Ranges are
+  // long at first (memory is read forward) and short at the end, so that a thread whose core was taken by another
+  // process holds nobody up for long (guided self-scheduling).
+  template <typename Body>
+  void work_ranges(int count, Body body) {
     std::atomic<int>& next = next_[phase_.load(std::memory_order_relaxed) % kCounters];
-    for (int begin = next.fetch_add(chunk); begin < count; begin = next.fetch_add(chunk)) {
-      const int end = begin + chunk < count ? begin + chunk : count;
-      for (int i = begin; i < end; ++i) item(i);
+    int begin = next.load(std::memory_order_relaxed);
+    while (begin < count) {
+      const int size = std::max(1, (count - begin) / (2 * num_threads_));
+      if (!next.compare_exchange_weak(begin, begin + size)) continue;
+      body(begin, begin + size);
+      begin = next.load(std::memory_order_relaxed);
     }
+  }
+
+  // The same, item by item.
+  template <typename Item>
+  void work(int count, Item item) {
+    work_ranges(count, [&](int begin, int end) {
+      for (int i = begin; i < end; ++i) item(i);
+    });
   }
 
  private:
