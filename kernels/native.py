@@ -188,11 +188,11 @@ def _huge_zeros(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def linear(team: Team, weight: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
-    """x W^T + bias: x [rows, k] bf16 → [rows, n] float32."""
+def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + bias: x [rows, k] bf16 → [rows, n] float32, in ``out`` if given."""
     rows = len(x)
+    out = torch.empty(rows, weight.n) if out is None else out
     padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 16)).contiguous()  # the kernel reads whole tiles
-    out = torch.empty(rows, weight.n)
     _library().evo_linear(team.handle, ctypes.byref(weight.struct), _address(padded), rows, _address(out))
     return out
 

@@ -51,6 +51,7 @@ class NativeLlama:
         pack = _Packer(source, spec, keep_quantized)
         self._embedding = pack.matrix("model.embed_tokens.weight")
         self._head = self._embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
+        self._logits = torch.empty(0, spec.vocab_size)
         self._norm = source.dequantized("model.norm.weight")
         rotary = RotaryEmbedding(spec, max_model_len, torch.device("cpu"))
         layers = [pack.layer(index) for index in range(spec.num_layers)]
@@ -78,8 +79,13 @@ class NativeLlama:
         return self._decoder.final_norm(self._norm, residual)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[L, hidden] bf16 → [L, vocab] float32."""
-        return linear(self._team, self._head, hidden)
+        """[L, hidden] bf16 → [L, vocab] float32, valid until the next call.
+
+        The memory is used again: fresh pages for megabytes of logits cost more than the product itself.
+        """
+        if len(hidden) > len(self._logits):
+            self._logits = torch.empty(len(hidden), self.spec.vocab_size)
+        return linear(self._team, self._head, hidden, self._logits[: len(hidden)])
 
 
 class _Packer:

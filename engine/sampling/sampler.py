@@ -19,6 +19,7 @@ from engine.sampling.logprobs import token_logprobs
 from engine.sampling.processors import LogitsEdits
 from engine.sampling.state import SamplingState
 from engine.sampling.truncated import is_truncated, truncated_argmax
+from kernels.argmax import argmax_rows
 from kernels.gumbel_argmax import gumbel_argmax, seeds_tensor
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _choose(logits: torch.Tensor, rows: list[_Row]) -> list[int]:
     plain = [i for i, row in enumerate(rows) if not row.is_greedy and not is_truncated(row.params)]
     truncated = [i for i, row in enumerate(rows) if not row.is_greedy and is_truncated(row.params)]
     num_greedy = len(rows) - len(plain) - len(truncated)
-    choices: list[int] = logits.argmax(dim=1).tolist() if num_greedy else [0] * len(rows)
+    choices = argmax_rows(logits) if num_greedy else [0] * len(rows)
     for indices in (plain, truncated):
         if indices:
             group = logits if len(indices) == len(rows) else logits[indices]
