@@ -183,7 +183,8 @@ def _pieces(part: MatrixPart, rows: int = 2048) -> list[MatrixPart]:
 
 def _huge_zeros(num_bytes: int) -> torch.Tensor:
     """Zeros in huge pages where the system gives them: weights are read forward, and each 4 KiB page costs a walk."""
-    memory = mmap.mmap(-1, num_bytes)
+    # Private: by default Python's anonymous maps are shared, and Linux rarely gives those huge pages.
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
