@@ -1,0 +1,115 @@
+"""Paged attention on NVIDIA GPUs by flashinfer's wrappers, fed from our block tables.
+
+Written against flashinfer-python 0.7.2. NOT RUN on a GPU so far: none was available where this was written. What was
+checked without one, and how to run the rest: docs/decisions/002-attention-backends.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.batch import ForwardBatch
+from engine.models.config import ModelError
+
+_LAYOUT = "NHD"
+_WORKSPACE_BYTES = 128 * 1024 * 1024
+"""What flashinfer recommends for the partial results of long contexts that it splits."""
+_HEAD_DIMS = (64, 128, 256)
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Block tables in compressed rows: sequence b owns ``indices[indptr[b] : indptr[b + 1]]``.
+
+    ``indptr`` [B + 1] and ``last_page_len`` [B] (tokens in the last block) are int32 on the CPU, where wrappers plan;
+    ``indices`` is int32 on the model's device.
+    """
+
+    indptr: torch.Tensor
+    indices: torch.Tensor
+    last_page_len: torch.Tensor
+
+
+def page_table(batch: ForwardBatch, block_size: int) -> PageTable:
+    """The blocks that hold the batch's context, this step's tokens included. Blocks allocated ahead are left out."""
+    seq_lens = batch.seq_lens.cpu()
+    num_pages = (seq_lens + block_size - 1) // block_size
+    columns = torch.arange(batch.block_tables.shape[1], device=batch.block_tables.device)
+    used = columns < num_pages.to(columns.device)[:, None]
+    return PageTable(
+        indptr=torch.nn.functional.pad(num_pages.cumsum(0, dtype=torch.int32), (1, 0)),
+        indices=batch.block_tables[used],
+        last_page_len=seq_lens - (num_pages - 1) * block_size,
+    )
+
+
+class FlashInferAttention(AttentionBackend):
+    """One wrapper is planned per step and then runs in every layer.
+
+    - Every sequence has one token: ``BatchDecodeWithPagedKVCacheWrapper``, on tensor cores because its other kernel
+      lacks some group sizes (Qwen2.5-0.5B has 7 query heads to a KV head).
+    - Otherwise ``BatchPrefillWithPagedKVCacheWrapper`` for the whole batch, decodes included: its causal mask is
+      aligned to the end of the context, as ``ForwardBatch`` is. Splitting the batch would add a second plan, and
+      gathers and scatters of queries in each layer.
+
+    Keys and values are written with ``slot_mapping``, which the batch has anyway.
+
+    Raises:
+        ModelError: flashinfer is not installed, or has no kernel for this shape, dtype or device.
+    """
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        reason = unsupported_reason(spec)
+        if reason is not None:
+            raise ModelError(f"runtime.attention_backend flashinfer cannot be used: {reason}")
+        try:
+            import flashinfer
+        except ImportError as error:
+            raise ModelError(f"flashinfer cannot be imported ({error}): install evospec[gpu]") from error
+        shape = (spec.num_layers, 2, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        self._cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
+        # Zeros: the decode wrapper wants them. Shared: only one of the two runs in a step.
+        workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=spec.device)
+        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, _LAYOUT)
+        self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, _LAYOUT, use_tensor_cores=True)
+        self._wrapper: Any = self._decode
+        self._slot_mapping = torch.empty(0)
+
+    def plan(self, batch: ForwardBatch) -> None:
+        self._slot_mapping = batch.slot_mapping.long()
+        table, spec = page_table(batch, self.spec.block_size), self.spec
+        pages = (table.indptr, table.indices, table.last_page_len)
+        shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
+        dtypes = {"q_data_type": spec.dtype, "kv_data_type": spec.dtype}
+        if len(batch.token_ids) == len(batch.seq_lens):
+            self._wrapper = self._decode
+            self._decode.plan(*pages, *shape, **dtypes)
+        else:
+            self._wrapper = self._prefill
+            self._prefill.plan(batch.query_start_loc.cpu(), *pages, *shape, causal=True, **dtypes)
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys, values = self._cache[layer]
+        keys.flatten(0, 1)[self._slot_mapping] = k
+        values.flatten(0, 1)[self._slot_mapping] = v
+        output: torch.Tensor = self._wrapper.run(q.contiguous(), (keys, values))
+        return output
+
+
+def unsupported_reason(spec: AttentionSpec) -> str | None:
+    """Why flashinfer has no kernel for this; None where it has."""
+    if spec.device.type != "cuda":
+        return f"it needs a CUDA device, not {spec.device.type}"
+    if spec.dtype not in _DTYPES:
+        return f"it computes in float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
+    if spec.head_dim not in _HEAD_DIMS:
+        return f"head_dim is {spec.head_dim}, and it has kernels for {', '.join(map(str, _HEAD_DIMS))}"
+    if spec.num_heads % spec.num_kv_heads:
+        return f"{spec.num_heads} query heads are not a multiple of {spec.num_kv_heads} KV heads"
+    return None
