@@ -1,0 +1,244 @@
+"""The compiled CPU kernels against plain float32 torch: packed products, paged attention, whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf.quants
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from engine.attention.base import AttentionSpec
+from engine.attention.native_cpu import NativeAttention
+from engine.attention.torch_paged import TorchPagedAttention
+from engine.models.config import ModelFiles
+from engine.models.llama import load_model
+from engine.models.native_llama import NativeLlama
+from engine.models.registry import validate_model_files
+from engine.models.weights import open_weights
+from engine.text.tokenizer import Tokenizer
+from kernels import native
+from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
+from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends
+from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
+
+pytestmark = pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
+
+CPU = torch.device("cpu")
+BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K"]
+MAX_ROWS = 40
+HALF_FIELDS = {"Q4_K": (0, 2), "Q6_K": (208,)}
+"""Offsets of half-precision scales in a block, of the types that ``gguf.quants`` can read but not make."""
+PRODUCT_TOLERANCE = 2**-8
+"""Of a product with quantised weights: root mean square of the error, against that of the output.
+
+Several rows are multiplied with weights rounded to bf16 (relative 2^-9 at most); measured: 2.2e-3."""
+ONE_ROW_TOLERANCE = 2**-10
+"""A single row is multiplied with the codes themselves; measured: 3e-4 for Q4_K and Q6_K, 2e-7 for the others."""
+BF16_TOLERANCE = 1e-5
+"""With bf16 weights nothing is rounded but float32 sums."""
+ATTENTION_TOLERANCE = 2e-2
+"""Absolute. Values are standard normal; outputs and softmax weights are rounded to bf16 (relative 2^-9). Measured:
+0.015."""
+
+SHAPE = {"hidden_size": 128, "head_dim": 32}
+"""Of the tiny models: the kernels want multiples of 32."""
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def team(request: pytest.FixtureRequest) -> Team:
+    return Team(request.param)
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Team:
+    return Team(2)
+
+
+def random_blocks(name: str, n: int, k: int) -> npt.NDArray[np.uint8]:
+    """GGUF blocks [n, bytes]: a normal matrix quantised, or random codes with scales of normal size."""
+    generator = np.random.default_rng(0)
+    kind = GGMLQuantizationType[name]
+    if name not in HALF_FIELDS:
+        return gguf.quants.quantize(generator.standard_normal((n, k), np.float32), kind)
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = generator.integers(0, 256, (n * k // values, size), np.uint8)
+    for offset in HALF_FIELDS[name]:
+        scales = generator.uniform(0.001, 0.01, len(blocks)).astype(np.float16)
+        blocks[:, offset : offset + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(n, -1)
+
+
+def dequantized(name: str, blocks: npt.NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(gguf.quants.dequantize(blocks, GGMLQuantizationType[name]))
+
+
+def block_part(name: str, blocks: npt.NDArray[np.uint8], row_map: npt.NDArray[np.integer]) -> MatrixPart:
+    return MatrixPart(row_map, int(GGMLQuantizationType[name]), blocks=blocks)
+
+
+def random_input(rows: int, k: int) -> torch.Tensor:
+    return torch.randn(rows, k, generator=torch.Generator().manual_seed(rows)).bfloat16()
+
+
+def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    assert output.shape == expected.shape
+    return float((output - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("n", [7, 16, 50, 96, 129])
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_product_with_quantized_weights(team: Team, name: str, n: int, biased: bool) -> None:
+    k = 512
+    blocks = random_blocks(name, n, k)
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(1)) * 10 if biased else None
+    weight = PackedMatrix(n, k, [block_part(name, blocks, np.arange(n))], bias)
+    assert weight.format == packed_format(int(GGMLQuantizationType[name])) != BF16_FORMAT
+    for rows in range(1, MAX_ROWS + 1):
+        x = random_input(rows, k)
+        expected = torch.nn.functional.linear(x.float(), dequantized(name, blocks), bias)
+        tolerance = ONE_ROW_TOLERANCE if rows == 1 else PRODUCT_TOLERANCE
+        assert relative_error(linear(team, weight, x), expected) < tolerance, rows
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("n", [7, 16, 50, 96, 129])
+def test_product_with_bf16_weights(team: Team, n: int, biased: bool) -> None:
+    k = 544
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(n, k, generator=generator)
+    bias = torch.randn(n, generator=generator) * 10 if biased else None
+    weight = PackedMatrix(n, k, [MatrixPart(np.arange(n), values=values)], bias)
+    for rows in range(1, MAX_ROWS + 1):
+        x = random_input(rows, k)
+        expected = torch.nn.functional.linear(x.float(), values.bfloat16().float(), bias)
+        assert relative_error(linear(team, weight, x), expected) < BF16_TOLERANCE, rows
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 40])
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_product_does_not_depend_on_the_number_of_threads(name: str, rows: int) -> None:
+    n, k = 129, 512
+    weight = PackedMatrix(n, k, [block_part(name, random_blocks(name, n, k), np.arange(n))])
+    x = random_input(rows, k)
+    one, two, three = (linear(Team(threads), weight, x) for threads in (1, 2, 3))
+    assert torch.equal(one, two)
+    assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_rows_go_where_the_row_map_says(two_threads: Team, name: str) -> None:
+    """Two parts, their rows scattered over one matrix, as gate and up are."""
+    n, k = 80, 256
+    order = np.random.default_rng(0).permutation(n)
+    parts = [random_blocks(name, 48, k), random_blocks(name, 32, k)]
+    maps = [order[:48], order[48:]]
+    weight = PackedMatrix(n, k, [block_part(name, part, rows) for part, rows in zip(parts, maps, strict=True)])
+    stacked = torch.cat([dequantized(name, part) for part in parts])
+    expected_weight = torch.empty(n, k)
+    expected_weight[torch.from_numpy(order)] = stacked
+    for rows in (1, 5, 20):
+        x = random_input(rows, k)
+        assert relative_error(linear(two_threads, weight, x), x.float() @ expected_weight.T) < PRODUCT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q8_0"])
+def test_k_of_an_odd_number_of_blocks(two_threads: Team, name: str) -> None:
+    n, k = 33, 96
+    blocks = random_blocks(name, n, k)
+    weight = PackedMatrix(n, k, [block_part(name, blocks, np.arange(n))])
+    for rows in (1, 2, 3, 4, 17, 33):
+        x = random_input(rows, k)
+        assert relative_error(linear(two_threads, weight, x), x.float() @ dequantized(name, blocks).T) < (
+            PRODUCT_TOLERANCE
+        )
+
+
+def test_parts_of_different_formats_are_refused() -> None:
+    parts = [block_part(name, random_blocks(name, 16, 256), np.arange(16)) for name in ("Q4_0", "Q8_0")]
+    with pytest.raises(ValueError, match="cannot pack"):
+        PackedMatrix(32, 256, parts)
+    with pytest.raises(ValueError, match="k = 40"):
+        PackedMatrix(16, 40, [MatrixPart(np.arange(16), values=torch.zeros(16, 40))])
+
+
+STEPS = {
+    "decode": [[40, 17, 16, 1], [1, 1, 1, 1], [1, 1, 1, 1]],
+    "prefill": [[40, 1, 16, 100]],
+    "mixed": [[40, 17, 0, 3], [1, 1, 90, 0], [1, 20, 1, 1], [5, 5, 5, 5]],
+    "long context": [[511, 512, 513, 1100], [1, 1, 1, 1], [9, 1, 2, 30]],
+}
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (14, 2)])
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_attention(team: Team, steps: str, heads: tuple[int, int], head_dim: int, block_size: int) -> None:
+    sequences = RaggedSequences(4, 1152, block_size)
+    backend = NativeAttention(attention_spec(heads, head_dim, sequences, torch.bfloat16, CPU), team)
+    reference = TorchPagedAttention(attention_spec(heads, head_dim, sequences, torch.float32, CPU))
+    for output, expected in compare_backends(backend, reference, sequences, STEPS[steps]):
+        torch.testing.assert_close(output, expected, atol=ATTENTION_TOLERANCE, rtol=0)
+
+
+def check_model(files: ModelFiles, token_ids: list[int], team: Team, *, keep_quantized: bool = True) -> None:
+    """Logits are not further from float32 than plain bf16 torch is; prefill, then tokens one by one and in pieces."""
+    spec, source = validate_model_files(files), open_weights(files)
+    sequences = RaggedSequences(1, len(token_ids), 16)
+    heads = (spec.num_heads, spec.num_kv_heads)
+
+    def shape(dtype: torch.dtype) -> AttentionSpec:
+        return attention_spec(heads, spec.head_dim, sequences, dtype, CPU, spec.num_layers)
+
+    exact = load_model(source, spec, torch.float32, CPU)
+    narrow = load_model(source, spec, torch.bfloat16, CPU)
+    ours = NativeLlama(source, spec, team, len(token_ids), keep_quantized=keep_quantized)
+    runs = [
+        (exact, TorchPagedAttention(shape(torch.float32))),
+        (narrow, TorchPagedAttention(shape(torch.bfloat16))),
+        (ours, NativeAttention(shape(torch.bfloat16), team)),
+    ]
+    logits: list[list[torch.Tensor]] = [[], [], []]
+    first = len(token_ids) - 13
+    begin = 0
+    for count in (first, 1, 1, 1, 2, 3, 5):
+        batch = sequences.step([count])
+        batch.token_ids.copy_(torch.tensor(token_ids[begin : begin + count]))
+        begin += count
+        for (model, attention), rows in zip(runs, logits, strict=True):
+            rows.append(model.compute_logits(model.forward(batch, attention)).clone())
+    expected, rounded, output = (torch.cat(rows) for rows in logits)
+    assert len(output) == len(token_ids)
+    theirs = (rounded - expected).abs().mean()
+    assert theirs > 0
+    assert (output - expected).abs().mean() < theirs
+
+
+def random_tokens(count: int) -> list[int]:
+    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.mark.parametrize("stored", ["F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_model(team: Team, architecture: str, stored: str, tmp_path: Path) -> None:
+    """Q5_1 has no packed format and is kept as bf16."""
+    directory = make_directory(tmp_path / "model", architecture, **SHAPE)
+    files = make_gguf(tmp_path / "model.gguf", directory.path, GGMLQuantizationType[stored])
+    check_model(files, random_tokens(100), team)
+
+
+def test_model_of_dequantized_weights(two_threads: Team, tmp_path: Path) -> None:
+    directory = make_directory(tmp_path / "model", **SHAPE)
+    files = make_gguf(tmp_path / "model.gguf", directory.path, GGMLQuantizationType.Q4_0)
+    check_model(files, random_tokens(100), two_threads, keep_quantized=False)
+
+
+def test_smollm2(two_threads: Team, smollm2_path: Path) -> None:
+    files = ModelFiles("smollm2-135m", smollm2_path, "gguf")
+    text = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n"
+    check_model(files, Tokenizer.from_files(files).encode(text), two_threads)
