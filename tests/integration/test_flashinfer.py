@@ -9,11 +9,12 @@ from engine.attention.base import AttentionSpec
 from engine.attention.flashinfer import FlashInferAttention, page_table
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.models.config import ModelError
-from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends
+from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
 
 BLOCK_SIZE = 16
-TOLERANCE = 2e-2
-"""Outputs are averages of standard normal values, rounded to bf16 (relative 2^-9), as are the weights."""
+TOLERANCE = 1.5e-2
+"""Of ``largest_row_error``: outputs and softmax weights are rounded to bf16 (relative 2^-9). The native kernels,
+which round the same, reach 9e-3."""
 STEPS = {
     "prefill": [[40, 1, 16, 33]],
     "decode": [[40, 17, 16, 600], [1, 1, 1, 1], [1, 1, 1, 1]],
@@ -36,7 +37,7 @@ def test_agrees_with_torch(steps: str, heads: tuple[int, int], head_dim: int, dt
     backend = FlashInferAttention(attention_spec(heads, head_dim, sequences, dtype, device))
     reference = TorchPagedAttention(attention_spec(heads, head_dim, sequences, torch.float32, device))
     for output, expected in compare_backends(backend, reference, sequences, STEPS[steps]):
-        torch.testing.assert_close(output, expected, atol=TOLERANCE, rtol=0)
+        assert largest_row_error(output, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("steps", STEPS)
