@@ -114,7 +114,7 @@ class EngineClient:
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
-        # NOTE: plain sockets and the loop's own readers cost a third of what zmq.asyncio costs a message.
+        # NOTE: plain sockets and the loop's own readers rather than zmq.asyncio, which adds a future to every message.
         loop = asyncio.get_running_loop()
         loop.add_reader(self._socket.fileno(), self._receive)
         loop.add_reader(self._monitor.fileno(), self._watch_connection)
@@ -187,6 +187,7 @@ class EngineClient:
             log.info("engine ready", epoch=info.epoch, max_model_len=info.max_model_len)
         self.info = info
         self.ready = True
+        self._metrics.observe_ready(info)
 
     def _on_outputs(self, message: EngineOutputs) -> None:
         for output in message.outputs:
@@ -222,7 +223,8 @@ class EngineClient:
     def _lose_engine(self, reason: str) -> None:
         """End every request in flight. An engine that is only slow is told to forget them."""
         if self.ready:
-            log.error("engine lost", reason=reason, in_flight=len(self._inboxes))
+            report = log.error if self._inboxes else log.info
+            report("engine lost", reason=reason, in_flight=len(self._inboxes))
         self.ready = False
         inboxes, self._inboxes = self._inboxes, {}
         self._abort(list(inboxes))

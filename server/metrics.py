@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from engine.messages import EngineOutputs, EngineStats, StepTimings
+from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings
 
 MAX_TENANT_LABELS = 100
 OTHER_TENANT = "other"
@@ -92,6 +92,12 @@ class Metrics:
         registry = self.registry
         self.engine_up = Gauge("evospec:engine_up", "1 if the engine is ready.", registry=registry)
         self.engine_restarts = Counter("evospec:engine_restarts", "Engine processes replaced.", registry=registry)
+        self.engine_info = Gauge(
+            "evospec:engine_info",
+            "1 for the backend the engine runs on; 'torch' on a CPU is the slow fallback.",
+            ["dtype", "attention_backend"],
+            registry=registry,
+        )
         self.running = Gauge("evospec:num_requests_running", "Sequences in the batch.", registry=registry)
         self.waiting = Gauge("evospec:num_requests_waiting", "Sequences queued in the engine.", registry=registry)
         self.waiting_by_tenant = Gauge(
@@ -130,6 +136,11 @@ class Metrics:
         if label not in self._per_tenant:
             self._per_tenant[label] = TenantMetrics(self, label)
         return self._per_tenant[label]
+
+    def observe_ready(self, info: EngineReady) -> None:
+        """Show what the engine runs on."""
+        self.engine_info.clear()
+        self.engine_info.labels(info.dtype, info.attention_backend).set(1)
 
     def observe_engine(self, message: EngineOutputs) -> None:
         """Take over gauges, counters and step timings that came with a step's outputs."""
