@@ -28,6 +28,8 @@ SAMPLED_TOKENS = 24
 MIN_MARGIN = 1e-3
 """A smaller gap between the two largest logits could be rounding (1e-4), and equality luck."""
 CLIENT = b"test"
+THREADS = 1
+"""Two are a third faster on two idle cores, and several times slower where something else runs beside them."""
 
 TEXTS = [
     "The capital of France is",
@@ -75,7 +77,7 @@ class Engine:
             model=ModelConfig(dtype="float32"),
             cache=CacheConfig(prefix_caching=setting.prefix_caching, num_blocks=setting.num_blocks),
             scheduler=SchedulerConfig(max_num_seqs=8, max_batched_tokens=setting.max_batched_tokens),
-            runtime=RuntimeConfig(device="cpu", attention_backend="torch"),
+            runtime=RuntimeConfig(device="cpu", attention_backend="torch", threads=THREADS),
         )
         self.core = EngineCore(config, files, validate_model_files(files))
         self._ids = count()
@@ -135,6 +137,7 @@ def expected(files: ModelFiles, prompts: list[list[int]]) -> list[list[int]]:
 
     One by one gives the same tokens, checked once by hand; it takes twenty times as long.
     """
+    torch.set_num_threads(THREADS)
     model: Any = AutoModelForCausalLM.from_pretrained(files.path.parent, gguf_file=files.path.name, dtype=torch.float32)
     model.generation_config.eos_token_id = None  # go on to the last token
     width = max(map(len, prompts))
