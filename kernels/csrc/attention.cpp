@@ -10,7 +10,8 @@ namespace evospec {
 namespace {
 
 constexpr int kLanes = 16;     // keys scored at a time
-constexpr int kMaxRows = 8;    // query rows (query x head of one group) that share a read of the keys
+constexpr int kMaxRows = 16;   // query rows (query x head of one group) that share a read of the keys
+constexpr int kVectorRows = 8; // up to so many by vector instructions, more by AMX tiles
 constexpr int kSegment = 512;  // keys between two rescalings of the running softmax
 
 // Up to kMaxRows query rows of one sequence and one KV head.
@@ -24,6 +25,7 @@ struct Rows {
 struct Scratch {
   alignas(64) float scores[kMaxRows][kSegment];
   alignas(64) bf16 weights[kMaxRows][kSegment];
+  std::vector<bf16> q;      // [kMaxRows][head_dim], for tiles
   std::vector<float> sums;  // [kMaxRows][head_dim] running weighted values
 };
 
@@ -95,6 +97,95 @@ using AddValues = void (*)(const bf16*, const Values&, int, float*);
 constexpr AddValues kAdd64[] = {nullptr, add_values<1, 4>, add_values<2, 4>, add_values<3, 4>, add_values<4, 4>};
 constexpr AddValues kAdd32[] = {nullptr, add_values<1, 2>, add_values<2, 2>, add_values<3, 2>, add_values<4, 2>};
 
+// ---- 9 to 16 rows: AMX ----
+
+// Tiles 0..3: sums (rows x 16), 4: queries (rows x 32 dimensions), 5: keys (32 dimensions x 16), 6: weights (rows x 16
+// tokens), 7: values (16 tokens x 16 dimensions). A cache block is laid out as tiles 5 and 7 already.
+void configure_attention_tiles() {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, kMaxRows, 64);
+  config.set(6, kMaxRows, 32);
+  config.set(7, kLanes / 2, 64);
+  _tile_loadconfig(&config);
+}
+
+void gather_queries(const Rows& rows, int head_dim, std::vector<bf16>& q) {
+  q.assign(static_cast<size_t>(kMaxRows) * head_dim, 0);
+  for (int r = 0; r < rows.count; ++r) std::copy(rows.q[r], rows.q[r] + head_dim, q.data() + r * head_dim);
+}
+
+// As score_keys, for all rows of the tile.
+void score_key_tiles(const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
+  _tile_zero(0);
+  for (int d = 0; d < head_dim; d += 32) {
+    _tile_loadd(4, local.q.data() + d, head_dim * sizeof(bf16));
+    _tile_loadd(5, keys + d * stride, 2 * stride * sizeof(bf16));
+    _tile_dpbf16ps(0, 4, 5);
+  }
+  _tile_stored(0, local.scores[0] + column, kSegment * sizeof(float));
+}
+
+// As add_values; V (2 or 4) times 16 dimensions.
+template <int V>
+void add_value_tiles(const bf16* weights, const Values& values, int count, float* sums) {
+  const int dim = values.cache.head_dim, size = values.cache.block_size;
+  const int sums_stride = dim * sizeof(float), values_stride = 2 * dim * sizeof(bf16);
+  _tile_loadd(0, sums, sums_stride);
+  _tile_loadd(1, sums + kLanes, sums_stride);
+  if constexpr (V == 4) {
+    _tile_loadd(2, sums + 2 * kLanes, sums_stride);
+    _tile_loadd(3, sums + 3 * kLanes, sums_stride);
+  }
+  for (int c = 0; c < count; c += kLanes) {
+    const bf16* value = values.cache.value_head(values.blocks[c / size], values.head) + c % size * dim + 2 * values.first;
+    _tile_loadd(6, weights + c, kSegment * sizeof(bf16));
+    _tile_loadd(7, value, values_stride);
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_loadd(7, value + 2 * kLanes, values_stride);
+    _tile_dpbf16ps(1, 6, 7);
+    if constexpr (V == 4) {
+      _tile_loadd(7, value + 4 * kLanes, values_stride);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_loadd(7, value + 6 * kLanes, values_stride);
+      _tile_dpbf16ps(3, 6, 7);
+    }
+  }
+  _tile_stored(0, sums, sums_stride);
+  _tile_stored(1, sums + kLanes, sums_stride);
+  if constexpr (V == 4) {
+    _tile_stored(2, sums + 2 * kLanes, sums_stride);
+    _tile_stored(3, sums + 3 * kLanes, sums_stride);
+  }
+}
+
+// ---- for any number of rows ----
+
+// Scores of 16 keys, and weighted values of a segment, for all rows.
+void score(const Rows& rows, const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
+  if (rows.count <= kVectorRows) {
+    kScoreKeys[rows.count](rows, keys, stride, head_dim, column, local);
+  } else {
+    score_key_tiles(keys, stride, head_dim, column, local);
+  }
+}
+
+void accumulate(const Rows& rows, const KvCache& cache, const int32_t* blocks, int head, int count, Scratch& local) {
+  const int dim = cache.head_dim;
+  for (int d = 0; d < dim; d += 64) {
+    const bool whole = dim - d >= 64;
+    const Values values{cache, blocks, head, d};
+    if (rows.count > kVectorRows) {
+      (whole ? add_value_tiles<4> : add_value_tiles<2>)(local.weights[0], values, count, local.sums.data() + d);
+      continue;
+    }
+    for (int r = 0; r < rows.count; r += 4) {
+      const AddValues* by_rows = whole ? kAdd64 : kAdd32;
+      const AddValues add = by_rows[std::min(4, rows.count - r)];
+      add(local.weights[r], values, count, local.sums.data() + r * dim + d);
+    }
+  }
+}
+
 // Masks what the row may not see, and returns the segment's largest score.
 float mask_and_max(float* scores, int visible, int padded) {
   const float minus_infinity = -std::numeric_limits<float>::infinity();
@@ -128,6 +219,7 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
   const int dim = cache.head_dim, size = cache.block_size;
   const int context = rows.limit[rows.count - 1];  // rows are in order of position
   local.sums.assign(static_cast<size_t>(kMaxRows) * dim, 0.0f);
+  if (rows.count > kVectorRows) gather_queries(rows, dim, local.q);
   float largest[kMaxRows], total[kMaxRows] = {};
   std::fill(largest, largest + kMaxRows, -std::numeric_limits<float>::infinity());
 
@@ -142,7 +234,7 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
         }
       }
       const bf16* keys = cache.key_head(blocks[(start + c) / size], head) + 2 * (c % size);
-      kScoreKeys[rows.count](rows, keys, size, dim, c, local);
+      score(rows, keys, size, dim, c, local);
     }
     for (int r = 0; r < rows.count; ++r) {
       const float segment = mask_and_max(local.scores[r], rows.limit[r] - start, padded);
@@ -156,13 +248,7 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
       total[r] = total[r] * keep + exponentiate(local.scores[r], local.weights[r], padded, next);
       largest[r] = next;
     }
-    for (int r = 0; r < rows.count; r += 4) {
-      for (int d = 0; d < dim; d += 64) {
-        const AddValues* add = dim - d >= 64 ? kAdd64 : kAdd32;
-        const Values values{cache, blocks + start / size, head, d};
-        add[std::min(4, rows.count - r)](local.weights[r], values, padded, local.sums.data() + r * dim + d);
-      }
-    }
+    accumulate(rows, cache, blocks + start / size, head, padded, local);
   }
   for (int r = 0; r < rows.count; ++r) {
     const float* sums = local.sums.data() + r * dim;
@@ -195,6 +281,7 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
     const int rows = (batch.query_start[b + 1] - batch.query_start[b]) * group;
     return (rows + kMaxRows - 1) / kMaxRows;
   };
+  configure_attention_tiles();
   thread_local std::vector<int> first;  // first work item of each sequence
   first.assign(1, 0);
   for (int b = 0; b < batch.num_sequences; ++b) first.push_back(first.back() + slices(b) * cache.kv_heads);
@@ -215,6 +302,7 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
     }
     attend(cache, batch.block_tables + static_cast<size_t>(b) * batch.max_blocks, head, rows);
   });
+  _tile_release();
 }
 
 }  // namespace evospec

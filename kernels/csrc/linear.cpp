@@ -15,7 +15,7 @@ constexpr int kPairColumns = 2 * kGroup;
 constexpr int kMaxDirectRows = 3;
 
 struct Scratch {  // per thread, grows to the largest use
-  std::vector<bf16> tiles[2];
+  std::vector<bf16> tiles;  // expanded groups
   std::vector<float> x;     // direct path: rows as floats
   std::vector<float> sums;  // direct path: sum of x over each block
   alignas(64) float y[32 * kPairColumns];
@@ -54,27 +54,21 @@ void finish_row(const Linear& op, int row, int column, const float* y) {
 
 // ---- AMX: any number of rows ----
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Tiles 0..3: C (rows x columns), 4..5: A (rows), 6..7: B (columns).
 void configure_tiles(int rows) {
   TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.bytes_per_row[tile] = 64;
-    config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : kPairs);
-  }
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, tile < 6 ? rows : kPairs, 64);
   _tile_loadconfig(&config);
 }
 
-const bf16* group_tiles(const Matrix& weight, int group, std::vector<bf16>& buffer) {
-  if (weight.format == kBf16) return reinterpret_cast<const bf16*>(weight.group(group));
-  buffer.resize(static_cast<size_t>(weight.k) * kGroup);
-  expand_group(weight, group, buffer.data());
-  return buffer.data();
+// The tiles of `count` groups from `first` on; those of kBf16 lie in memory as they are.
+const bf16* group_tiles(const Matrix& weight, int first, int count) {
+  if (weight.format == kBf16) return reinterpret_cast<const bf16*>(weight.group(first));
+  std::vector<bf16>& tiles = scratch().tiles;
+  const size_t group_size = static_cast<size_t>(weight.k) * kGroup;
+  if (tiles.size() < count * group_size) tiles.resize(count * group_size);
+  for (int g = 0; g < count; ++g) expand_group(weight, first + g, tiles.data() + g * group_size);
+  return tiles.data();
 }
 
 // 1 or 2 row tiles times two groups, into y[32][32].
@@ -106,16 +100,29 @@ void multiply_tiles(const bf16* x, int k, bool two, const bf16* b0, const bf16* 
   }
 }
 
-void amx_pair(const Linear& op, int pair) {
-  Scratch& local = scratch();
+// Pairs begin .. end - 1. For each 32 rows all pairs in turn: the rows then come from the first-level cache, and the
+// weights, which lie in a row, from the second. The other way round, many rows are read from afar for every pair.
+void amx_pairs(const Linear& op, int begin, int end) {
   const Matrix& weight = *op.weight;
-  const bf16* b0 = group_tiles(weight, 2 * pair, local.tiles[0]);
-  const bf16* b1 = group_tiles(weight, 2 * pair + 1, local.tiles[1]);
+  const size_t group_size = static_cast<size_t>(weight.k) * kGroup;
+  const bf16* tiles = group_tiles(weight, 2 * begin, 2 * (end - begin));
+  float* y = scratch().y;
   for (int row = 0; row < op.rows; row += 2 * kTile) {
+    const bf16* x = op.x + static_cast<size_t>(row) * weight.k;
     const int left = std::min(op.rows - row, 2 * kTile);
-    multiply_tiles(op.x + static_cast<size_t>(row) * weight.k, weight.k, left > kTile, b0, b1, local.y);
-    for (int i = 0; i < left; ++i) finish_row(op, row + i, pair * kPairColumns, local.y + i * kPairColumns);
+    const bf16* b = tiles;
+    for (int pair = begin; pair < end; ++pair, b += 2 * group_size) {
+      multiply_tiles(x, weight.k, left > kTile, b, b + group_size, y);
+      for (int i = 0; i < left; ++i) finish_row(op, row + i, pair * kPairColumns, y + i * kPairColumns);
+    }
   }
+}
+
+// As many pairs as fit in the second-level cache beside other things, when there are rows enough to gain by it.
+int pairs_at_once(const Linear& op) {
+  constexpr size_t kCacheBytes = 512 * 1024;
+  const size_t pair_bytes = 2 * static_cast<size_t>(op.weight->k) * kGroup * sizeof(bf16);
+  return op.rows <= 2 * kTile ? 1 : static_cast<int>(std::max<size_t>(1, kCacheBytes / pair_bytes));
 }
 
 // ---- direct: M rows, codes multiplied without being scaled first ----
@@ -253,13 +260,14 @@ void linear(Team& team, const Linear& op) {
     configure_tiles(std::min(op.rows, kTile));
   }
   const int pairs = (op.weight->n + kPairColumns - 1) / kPairColumns;
+  const int step = direct ? 1 : pairs_at_once(op);
   team.work_ranges(pairs, [&](int begin, int end) {
     prefetch(op.weight->group(2 * begin), kPrefetchBytes);
-    for (int pair = begin; pair < end; ++pair) {
+    for (int pair = begin; pair < end; pair += step) {
       if (direct) {
         direct_pair(op, pair);
       } else {
-        amx_pair(op, pair);
+        amx_pairs(op, pair, std::min(pair + step, end));
       }
     }
   });

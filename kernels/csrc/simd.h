@@ -78,4 +78,16 @@ inline __m512 silu(__m512 x) {
   return _mm512_div_ps(numerator, denominator);
 }
 
+// Operand of _tile_loadconfig: the shape of the eight AMX tile registers.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+
+  void set(int tile, int num_rows, int num_bytes) {
+    rows[tile] = static_cast<uint8_t>(num_rows);
+    bytes_per_row[tile] = static_cast<uint16_t>(num_bytes);
+  }
+};
+
 }  // namespace evospec
