@@ -124,6 +124,7 @@ def greedy() -> SamplingParams:
     return SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
 
 
+SAMPLED_PROMPTS = slice(-6, None)
 SAMPLED = [SamplingParams(max_tokens=SAMPLED_TOKENS, seed=seed, temperature=0.8, ignore_eos=True) for seed in range(6)]
 
 
