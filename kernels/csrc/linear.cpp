@@ -118,11 +118,11 @@ void amx_pairs(const Linear& op, int begin, int end) {
   }
 }
 
-// As many pairs as fit in the second-level cache beside other things, when there are rows enough to gain by it.
+// With many rows, as many pairs as fit in the second-level cache beside the rows themselves, up to 8.
 int pairs_at_once(const Linear& op) {
-  constexpr size_t kCacheBytes = 512 * 1024;
+  constexpr size_t kCacheBytes = 1280 * 1024, kMost = 8;
   const size_t pair_bytes = 2 * static_cast<size_t>(op.weight->k) * kGroup * sizeof(bf16);
-  return op.rows <= 2 * kTile ? 1 : static_cast<int>(std::max<size_t>(1, kCacheBytes / pair_bytes));
+  return op.rows <= 2 * kTile ? 1 : static_cast<int>(std::clamp<size_t>(kCacheBytes / pair_bytes, 1, kMost));
 }
 
 // ---- direct: M rows, codes multiplied without being scaled first ----
