@@ -11,6 +11,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
+"""Environment variable in which the engine process finds its ``EngineConfig``, as JSON."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")

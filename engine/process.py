@@ -12,7 +12,7 @@ import msgspec
 import structlog
 import zmq
 
-from engine.config import EngineConfig
+from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.core import EngineCore, Outputs
 from engine.log import configure_logging_from_environment
 from engine.messages import (
@@ -29,9 +29,6 @@ from engine.models.config import ModelError
 from engine.models.registry import resolve_model, validate_model_files
 
 log = structlog.get_logger(__name__)
-
-CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
-"""Environment variable with the ``EngineConfig`` as JSON."""
 
 _REPORT_SECONDS = 0.25
 

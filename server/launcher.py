@@ -20,7 +20,7 @@ import httpx
 import structlog
 import uvicorn
 
-from engine.config import ModelConfig
+from engine.config import CONFIG_VARIABLE, ModelConfig
 from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
 from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
@@ -33,7 +33,6 @@ from server.valkey import embedded_valkey, valkey_url
 
 log = structlog.get_logger(__name__)
 
-ENGINE_CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
 
 _STOP_GRACE = 5.0
@@ -77,7 +76,7 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     """Environment in which ``engine.process`` finds its configuration."""
     return {
         **os.environ,
-        ENGINE_CONFIG_VARIABLE: settings.engine.model_dump_json(),
+        CONFIG_VARIABLE: settings.engine.model_dump_json(),
         LEVEL_VARIABLE: settings.log.level,
         FORMAT_VARIABLE: settings.log.format,
     }

@@ -37,7 +37,8 @@ from server.schemas.chat import (
 )
 from server.schemas.usage import Usage
 from server.serving import Serving, get_serving
-from server.sse import DONE, EventStream, event, run_until_disconnect
+from server.sse import EventStream, run_until_disconnect
+from server.stream_events import stream_events
 from server.tenants import Tenant
 
 router = APIRouter(route_class=TenantRoute)
@@ -89,19 +90,9 @@ class _Answer:
         self._generation = generation
         self._serving = serving
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
+    def events(self) -> AsyncGenerator[bytes, None]:
         """Encoded events; one item for all choices of an engine step."""
-        options = self._body.stream_options
-        continuous = bool(options and options.continuous_usage_stats)
-        async with aclosing(self._generation.run()) as steps:
-            async for pieces in steps:
-                usage = self._generation.usage() if continuous else None
-                choices = [choice for piece in pieces if (choice := self._chunk_choice(piece))]
-                if choices:
-                    yield b"".join(event(self._chunk([choice], usage)) for choice in choices)
-        if options and options.include_usage:
-            yield event(self._chunk([], self._generation.usage()))
-        yield DONE
+        return stream_events(self._generation, self._body.stream_options, self._chunk_choice, self._chunk)
 
     async def collect(self) -> ChatCompletion:
         """The whole answer."""
