@@ -104,7 +104,6 @@ class Team:
         reason = unsupported_reason()
         if reason is not None:
             raise RuntimeError(f"native kernels: {reason}")
-        self.num_threads = num_threads
         self.handle = ctypes.c_void_p(_library().evo_team_new(num_threads))
 
     def __del__(self) -> None:
@@ -225,7 +224,6 @@ class BatchView:
         self._tensors = (positions, query_start_loc, seq_lens, block_tables, slot_mapping)
         if any(t.dtype != torch.int32 or not t.is_contiguous() for t in self._tensors):
             raise ValueError("batch tensors must be contiguous int32")
-        self.num_tokens = len(positions)
         self.struct = _Batch(
             len(positions), len(seq_lens), block_tables.shape[1], *(_address(tensor) for tensor in self._tensors)
         )
@@ -235,6 +233,7 @@ def paged_attention(
     team: Team, batch: BatchView, cache: KvCache, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> torch.Tensor:
     """Write k, v [T, kv_heads, dim] into the cache, then attend with q [T, heads, dim]; float32 in and out."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # named: the copies must outlive the call
     out = torch.empty_like(q)
     _library().evo_attention(
         team.handle,
@@ -242,7 +241,7 @@ def paged_attention(
         ctypes.byref(cache.struct),
         layer,
         *(q.shape[1], k.shape[1], q.shape[2]),
-        *(_address(tensor.contiguous()) for tensor in (q, k, v, out)),
+        *(_address(tensor) for tensor in (q, k, v, out)),
     )
     return out
 
