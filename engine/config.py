@@ -71,6 +71,29 @@ class SchedulerConfig(_Section):
         return self
 
 
+class SpeculationConfig(_Section):
+    """Speculative decoding. It never changes an output, only how fast it comes."""
+
+    method: Literal["auto", "none", "eagle3", "draft_model"] = Field(
+        default="auto",
+        description="What proposes tokens; auto: the draft shipped for the model, none if there is none.",
+    )
+    draft: str | None = Field(
+        default=None,
+        description="Directory of an EAGLE-3 draft, or a draft model's name or path as in model.name; default: the "
+        "one shipped for the model.",
+    )
+    vocabulary: str = Field(
+        default="full",
+        pattern=r"^(full|static:[1-9][0-9]*)$",
+        description="Tokens a draft can propose: full, or static:K for the K most frequent.",
+    )
+    num_speculative_tokens: int = Field(default=4, ge=0, le=8, description="Most tokens drafted for a sequence a step.")
+    adaptive: bool = Field(
+        default=True, description="Draft fewer tokens, down to none, where measured costs and acceptance say so."
+    )
+
+
 class RuntimeConfig(_Section):
     """Devices and threads."""
 
@@ -97,4 +120,5 @@ class EngineConfig(_Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
+    speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)

@@ -30,6 +30,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ``temperature`` 0 is greedy. ``seed`` is always set: the server draws one if the client did not.
     ``logprobs`` is the number of alternatives to report beside the chosen token (None: no logprobs).
     ``prompt_logprobs`` is the same for the prompt's own tokens (``echo`` with ``logprobs``).
+    ``num_speculative_tokens`` caps the draft tokens of a step (0: no drafts, None: the engine's own limit).
     """
 
     max_tokens: int
@@ -49,6 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    num_speculative_tokens: int | None = None
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -77,7 +79,10 @@ ClientMessage = Hello | EngineRequest | AbortRequests
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
-    """The engine's introduction. ``epoch`` differs after every restart of the process."""
+    """The engine's introduction. ``epoch`` differs after every restart of the process.
+
+    ``draft`` names what proposes tokens (None: no speculation); ``draft_bytes`` are its weights and KV cache.
+    """
 
     epoch: str
     model: str
@@ -88,6 +93,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     max_num_seqs: int
     dtype: str
     attention_backend: str
+    draft: str | None = None
+    draft_bytes: int = 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -111,6 +118,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     output text to keep.
     ``prompt_logprobs`` has one entry per prompt token after the first, in one piece, on the
     sequence's first output.
+    ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
     ``error`` explains ``finish_reason`` "error" in words fit for the client; ``error_kind`` says
     whose fault it is: the request's ("invalid", 400), a full queue ("overloaded", 503, try later)
     or the engine's own ("internal", 500).
@@ -124,12 +132,17 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     stop_reason: int | str | None = None
     text_length: int | None = None
     num_cached_tokens: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     error: str | None = None
     error_kind: Literal["invalid", "overloaded", "internal"] = "internal"
 
 
 class StepTimings(msgspec.Struct, frozen=True, array_like=True):
-    """Seconds spent in each part of one engine step, and its size in tokens and sequences."""
+    """Seconds spent in each part of one engine step, and its size in tokens and sequences.
+
+    ``draft`` is the time spent proposing tokens and keeping the draft's own state; the other parts leave it out.
+    """
 
     schedule: float
     forward: float
@@ -137,6 +150,7 @@ class StepTimings(msgspec.Struct, frozen=True, array_like=True):
     commit: float
     num_tokens: int
     num_sequences: int
+    draft: float = 0.0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
