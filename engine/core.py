@@ -46,6 +46,7 @@ class EngineCore:
         self._eos_token_ids = frozenset(self._tokenizer.eos_token_ids)
         self._runner = ModelRunner(loaded, config.cache)
         self.num_blocks = self._runner.num_blocks
+        self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
         self._grammars = GrammarCompiler(self._tokenizer)
         self._sampler = Sampler(self._eos_token_ids, self._grammars)

@@ -81,7 +81,8 @@ ClientMessage = Hello | EngineRequest | AbortRequests
 class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     """The engine's introduction. ``epoch`` differs after every restart of the process.
 
-    ``draft`` names what proposes tokens (None: no speculation); ``draft_bytes`` are its weights and KV cache.
+    ``kv_bytes`` is the size of the target's KV cache. ``draft`` names what proposes tokens (None: no speculation), at
+    most ``num_speculative_tokens`` for a sequence and step; ``draft_bytes`` are its weights and KV cache.
     """
 
     epoch: str
@@ -93,7 +94,9 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     max_num_seqs: int
     dtype: str
     attention_backend: str
+    kv_bytes: int = 0
     draft: str | None = None
+    num_speculative_tokens: int = 0
     draft_bytes: int = 0
 
 

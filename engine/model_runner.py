@@ -25,7 +25,9 @@ class ModelRunner:
         self._device = loaded.device
         self._block_size = cache.block_size
         self.num_blocks = num_kv_blocks(loaded, cache)
-        self._attention: AttentionBackend = loaded.make_attention(attention_spec(loaded, cache, self.num_blocks))
+        spec = attention_spec(loaded, cache, self.num_blocks)
+        self.kv_bytes = spec.num_blocks * spec.bytes_per_block
+        self._attention: AttentionBackend = loaded.make_attention(spec)
 
     @torch.inference_mode()
     def execute(self, sequences: Sequence[ScheduledSequence]) -> torch.Tensor:

@@ -52,6 +52,8 @@ class EngineProcess:
             max_num_seqs=config.scheduler.max_num_seqs,
             dtype=core.dtype,
             attention_backend=core.attention_backend,
+            kv_bytes=core.kv_bytes,
+            num_speculative_tokens=config.speculation.num_speculative_tokens,
         )
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
