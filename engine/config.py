@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 """Environment variable in which the engine process finds its ``EngineConfig``, as JSON."""
 
+MAX_SPECULATIVE_TOKENS = 8
+"""Most draft tokens that a step may verify for a sequence."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -88,7 +91,9 @@ class SpeculationConfig(_Section):
         pattern=r"^(full|static:[1-9][0-9]*)$",
         description="Tokens a draft can propose: full, or static:K for the K most frequent.",
     )
-    num_speculative_tokens: int = Field(default=4, ge=0, le=8, description="Most tokens drafted for a sequence a step.")
+    num_speculative_tokens: int = Field(
+        default=4, ge=0, le=MAX_SPECULATIVE_TOKENS, description="Most tokens drafted for a sequence a step."
+    )
     adaptive: bool = Field(
         default=True, description="Draft fewer tokens, down to none, where measured costs and acceptance say so."
     )

@@ -26,6 +26,7 @@ class Tokenizer:
 
     ``vocab_size`` is the model's number of rows; it may exceed the number of tokens.
     ``eos_token_ids`` end a generation. ``special_token_ids`` have no text.
+    ``max_token_length``: no token stands for more characters of a text.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self._token_bytes = token_byte_table(backend, vocab_size)
+        names = [token.content for token in added.values()]
+        self.max_token_length = max(map(len, [*self._token_bytes, *names]))
         self._chat_template = None if chat_template is None else ChatTemplate(chat_template, self._named_tokens())
 
     @classmethod
