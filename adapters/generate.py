@@ -1,0 +1,190 @@
+"""The target answers training prompts through our own engine: ``python -m adapters.generate MODEL``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import structlog
+import typer
+
+from adapters.conversations import Conversation, write_shard, written_keys
+from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from engine.core import EngineCore
+from engine.messages import EngineOutput, EngineRequest, SamplingParams
+from engine.models.registry import resolve_model, validate_model_files
+from engine.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+CACHE = Path.home() / ".cache" / "evospec"
+TRAINING_DOMAINS = ("code", "general")
+"""Law and medicine are left out on purpose: they are the shift that online alignment must close."""
+GREEDY_SHARE = 0.6
+TEMPERATURE = 0.8
+SHARD_CONVERSATIONS = 256
+LOOP_CHECK_TOKENS = 32
+LOOP_PERIODS = 4
+MAX_LOOP_PERIOD = 64
+_CLIENT = b"generate"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to make; ``round`` numbers the passes over all prompts."""
+
+    prompt_id: str
+    text: str
+    round: int
+
+    @property
+    def key(self) -> int:
+        """A name for prompt and round that is the same in every run; fits int64."""
+        return _hash("job", self.prompt_id, str(self.round)) >> 1
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        greedy = self.round == 0 and _hash("greedy", self.prompt_id) / 2**64 < GREEDY_SHARE
+        return SamplingParams(
+            max_tokens=max_tokens, seed=self.key % 2**31, temperature=0.0 if greedy else TEMPERATURE
+        )
+
+
+def _hash(*parts: str) -> int:
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
+
+
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """(id, user message) of the training prompts in the domains that may be trained on."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return [
+        (row["id"], row["messages"][0]["content"])
+        for row in rows
+        if row["split"] == "train" and row["domain"] in TRAINING_DOMAINS
+    ]
+
+
+def jobs_of(prompts: Sequence[tuple[str, str]], rounds: int) -> Iterator[Job]:
+    """Each round over all prompts in an order of its own."""
+    for number in range(rounds):
+        for prompt_id, text in sorted(prompts, key=lambda prompt: _hash("order", str(number), prompt[0])):
+            yield Job(prompt_id, text, number)
+
+
+def loop_start(token_ids: Sequence[int]) -> int | None:
+    """Where a loop at the end begins to repeat for the last time but one; None where the end does not loop.
+
+    A loop is ``LOOP_PERIODS`` equal runs of at most ``MAX_LOOP_PERIOD`` tokens.
+    """
+    size = len(token_ids)
+    for period in range(1, MAX_LOOP_PERIOD + 1):
+        span = LOOP_PERIODS * period
+        if span < 16:
+            span = 16
+        if span > size:
+            return None
+        if all(token_ids[i] == token_ids[i - period] for i in range(size - 1, size - span + period - 1, -1)):
+            return size - span
+    return None
+
+
+class Generator:
+    """Keeps ``batch`` answers going in one engine, and yields each as it ends."""
+
+    def __init__(self, core: EngineCore, tokenizer: Tokenizer, batch: int, max_tokens: int, max_prompt: int) -> None:
+        self._core, self._tokenizer, self._batch = core, tokenizer, batch
+        self._max_tokens, self._max_prompt = max_tokens, max_prompt
+        self._running: dict[str, tuple[Job, list[int], list[int]]] = {}
+
+    def run(self, jobs: Iterator[Job]) -> Iterator[Conversation]:
+        while True:
+            while len(self._running) < self._batch and (job := next(jobs, None)) is not None:
+                self._start(job)
+            if not self._running:
+                return
+            outputs, _ = self._core.step()
+            for output in outputs[_CLIENT]:
+                conversation = self._take(output)
+                if conversation is not None:
+                    yield conversation
+
+    def _start(self, job: Job) -> None:
+        messages = [{"role": "user", "content": job.text}]
+        prompt = self._tokenizer.encode(self._tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        if len(prompt) > self._max_prompt:
+            return
+        request_id = str(job.key)
+        self._running[request_id] = job, prompt, []
+        request = EngineRequest(
+            request_id=request_id, prompt_token_ids=prompt, sampling=job.sampling(self._max_tokens), tenant="train"
+        )
+        self._core.add(_CLIENT, request)
+
+    def _take(self, output: EngineOutput) -> Conversation | None:
+        if output.error is not None:
+            raise RuntimeError(f"the engine refused a training prompt: {output.error}")
+        job, prompt, answer = self._running[output.request_id]
+        checked = len(answer) // LOOP_CHECK_TOKENS
+        answer += output.token_ids
+        finished = output.finish_reason is not None
+        if not finished and len(answer) // LOOP_CHECK_TOKENS == checked:
+            return None
+        cut = loop_start(answer)
+        if cut is not None:
+            # One more round of the loop stays: served text has loops too, and a draft should follow them.
+            self._core.abort(_CLIENT, [output.request_id])
+        elif not finished:
+            return None
+        del self._running[output.request_id]
+        return Conversation(job.key, len(prompt), np.array([*prompt, *answer], dtype=np.int32))
+
+
+def data_directory(model_name: str) -> Path:
+    return CACHE / "train" / model_name
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
+    tokens: Annotated[int, typer.Option(help="Stop at so many answer tokens, all runs together.")] = 5_000_000,
+    prompts: Annotated[Path, typer.Option(help="Prompts of benchmarks.prompts.build.")] = CACHE / "prompts/train.jsonl",
+    batch: Annotated[int, typer.Option(help="Answers at a time.")] = 96,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 320,
+    max_prompt: Annotated[int, typer.Option(help="Longer prompts are left out.")] = 700,
+    rounds: Annotated[int, typer.Option(help="Answers to each prompt: the first mostly greedy.")] = 8,
+    seconds: Annotated[float, typer.Option(help="Stop after so long.")] = float("inf"),
+) -> None:
+    """Writes shards of conversations; an interrupted run goes on where it was."""
+    config = EngineConfig(
+        model=ModelConfig(name=model, max_model_len=2048),
+        cache=CacheConfig(prefix_caching=False),
+        scheduler=SchedulerConfig(max_num_seqs=batch, max_batched_tokens=max(512, 4 * batch)),
+        speculation=SpeculationConfig(method="none"),
+    )
+    files = resolve_model(config.model)
+    directory = data_directory(files.name)
+    core = EngineCore(config, files, validate_model_files(files))
+    generator = Generator(core, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
+    done = written_keys(directory)
+    jobs = (job for job in jobs_of(read_prompts(prompts), rounds) if job.key not in done)
+    started, made, pending = time.monotonic(), 0, list[Conversation]()
+    for conversation in generator.run(jobs):
+        pending.append(conversation)
+        made += len(conversation.token_ids) - conversation.prompt_length
+        if len(pending) == SHARD_CONVERSATIONS:
+            path = write_shard(directory, pending)
+            rate = made / (time.monotonic() - started)
+            log.info("shard", path=path.name, answer_tokens=made, tokens_per_second=round(rate))
+            pending = []
+            if made >= tokens or time.monotonic() - started > seconds:
+                return
+    if pending:
+        write_shard(directory, pending)
+
+
+if __name__ == "__main__":
+    typer.run(main)
