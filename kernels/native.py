@@ -79,13 +79,14 @@ def unsupported_reason() -> str | None:
     missing = [name for name in names if name not in flags]
     if missing:
         return f"the CPU lacks {', '.join(missing)}"
-    if _library().evo_request_amx() != 0:
+    if load_library().evo_request_amx() != 0:
         return "the operating system refuses the AMX tile registers"
     return None
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
+    """The compiled library; check ``unsupported_reason`` first."""
     library = ctypes.CDLL(str(LIBRARY))
     library.evo_block_bytes.restype = ctypes.c_size_t
     for name in ("evo_team_new", "evo_decoder_new"):
@@ -93,7 +94,8 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's data begin, as an argument of the library (null for None)."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
@@ -104,16 +106,16 @@ class Team:
         reason = unsupported_reason()
         if reason is not None:
             raise RuntimeError(f"native kernels: {reason}")
-        self.handle = ctypes.c_void_p(_library().evo_team_new(num_threads))
+        self.handle = ctypes.c_void_p(load_library().evo_team_new(num_threads))
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
-            _library().evo_team_free(self.handle)
+            load_library().evo_team_free(self.handle)
 
 
 def packed_format(ggml_type: int) -> int:
     """The packed format that holds a GGUF type exactly; bf16 where there is none."""
-    packed = int(_library().evo_packed_format(ggml_type))
+    packed = int(load_library().evo_packed_format(ggml_type))
     return BF16_FORMAT if packed < 0 else packed
 
 
@@ -150,24 +152,24 @@ class PackedMatrix:
             raise ValueError(f"cannot pack: formats {formats}, k = {k}")
         self.n, self.k, self.format = n, k, formats.pop()
         padded = -(-n // _GROUP_PAIR) * _GROUP_PAIR
-        self.num_bytes = padded // 16 * (k // 32) * _library().evo_block_bytes(self.format)
+        self.num_bytes = padded // 16 * (k // 32) * load_library().evo_block_bytes(self.format)
         self._memory = _huge_zeros(self.num_bytes)
         self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, padded - n))
         with ThreadPoolExecutor() as pool:
             list(pool.map(self._pack, [piece for part in parts for piece in _pieces(part)]))
-        self.struct = _Matrix(self.format, n, k, self._memory.data_ptr(), _address(self._bias))
+        self.struct = _Matrix(self.format, n, k, self._memory.data_ptr(), address(self._bias))
 
     def _pack(self, part: MatrixPart) -> None:
         row_map = np.ascontiguousarray(part.row_map, dtype=np.int32)
-        target, rows = _address(self._memory), row_map.ctypes.data_as(ctypes.c_void_p)
+        target, rows = address(self._memory), row_map.ctypes.data_as(ctypes.c_void_p)
         if part.blocks is not None:
             blocks = np.ascontiguousarray(part.blocks)
             source = blocks.ctypes.data_as(ctypes.c_void_p)
-            _library().evo_pack_ggml(target, part.ggml_type, source, rows, len(row_map), self.k)
+            load_library().evo_pack_ggml(target, part.ggml_type, source, rows, len(row_map), self.k)
         else:
             assert part.values is not None
             values = part.values.float().contiguous()
-            _library().evo_pack_floats(target, _address(values), rows, len(row_map), self.k)
+            load_library().evo_pack_floats(target, address(values), rows, len(row_map), self.k)
 
 
 def _pieces(part: MatrixPart, rows: int = 2048) -> list[MatrixPart]:
@@ -193,7 +195,7 @@ def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor 
     rows = len(x)
     out = torch.empty(rows, weight.n) if out is None else out
     padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 16)).contiguous()  # the kernel reads whole tiles
-    _library().evo_linear(team.handle, ctypes.byref(weight.struct), _address(padded), rows, _address(out))
+    load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(padded), rows, address(out))
     return out
 
 
@@ -207,7 +209,7 @@ class KvCache:
             self._memory[: num_layers * self.layer_elements],
             self._memory[num_layers * self.layer_elements :],
         )
-        self.struct = _Kv(_address(keys), _address(values), block_size, self.layer_elements)
+        self.struct = _Kv(address(keys), address(values), block_size, self.layer_elements)
 
 
 class BatchView:
@@ -225,7 +227,7 @@ class BatchView:
         if any(t.dtype != torch.int32 or not t.is_contiguous() for t in self._tensors):
             raise ValueError("batch tensors must be contiguous int32")
         self.struct = _Batch(
-            len(positions), len(seq_lens), block_tables.shape[1], *(_address(tensor) for tensor in self._tensors)
+            len(positions), len(seq_lens), block_tables.shape[1], *(address(tensor) for tensor in self._tensors)
         )
 
 
@@ -235,13 +237,13 @@ def paged_attention(
     """Write k, v [T, kv_heads, dim] into the cache, then attend with q [T, heads, dim]; float32 in and out."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # named: the copies must outlive the call
     out = torch.empty_like(q)
-    _library().evo_attention(
+    load_library().evo_attention(
         team.handle,
         ctypes.byref(batch.struct),
         ctypes.byref(cache.struct),
         layer,
         *(q.shape[1], k.shape[1], q.shape[2]),
-        *(_address(tensor) for tensor in (q, k, v, out)),
+        *(address(tensor) for tensor in (q, k, v, out)),
     )
     return out
 
@@ -282,40 +284,40 @@ class Decoder:
     ) -> None:
         self._hidden, self._team, self._cos_sin, self._layers = hidden, team, cos_sin.contiguous(), layers
         shape = _Shape(hidden, intermediate, heads, kv_heads, head_dim, norm_eps)
-        library = _library()
+        library = load_library()
         self._handle = ctypes.c_void_p(
-            library.evo_decoder_new(team.handle, ctypes.byref(shape), _address(self._cos_sin))
+            library.evo_decoder_new(team.handle, ctypes.byref(shape), address(self._cos_sin))
         )
         for layer in layers:
             qkv = (_Matrix * 3)(*(matrix.struct for matrix in layer.qkv))
             struct = _Layer(
                 *(qkv, len(layer.qkv), layer.output.struct, layer.gate_up.struct, layer.down.struct),
-                *(_address(layer.input_norm), _address(layer.post_norm)),
+                *(address(layer.input_norm), address(layer.post_norm)),
             )
             library.evo_decoder_add_layer(self._handle, ctypes.byref(struct))
 
     def __del__(self) -> None:
         if hasattr(self, "_handle"):
-            _library().evo_decoder_free(self._handle)
+            load_library().evo_decoder_free(self._handle)
 
     def embed(self, table: PackedMatrix, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding: token_ids [T] int32 → [T, hidden] float32."""
         residual = torch.empty(len(token_ids), self._hidden)
-        _library().evo_decoder_embed(
-            self._handle, ctypes.byref(table.struct), _address(token_ids), len(token_ids), _address(residual)
+        load_library().evo_decoder_embed(
+            self._handle, ctypes.byref(table.struct), address(token_ids), len(token_ids), address(residual)
         )
         return residual
 
     def forward(self, batch: BatchView, cache: KvCache, residual: torch.Tensor, begin: int, end: int) -> None:
         """Run layers begin .. end - 1 on the residual stream, in place."""
-        _library().evo_decoder_forward(
-            self._handle, ctypes.byref(batch.struct), ctypes.byref(cache.struct), begin, end, _address(residual)
+        load_library().evo_decoder_forward(
+            self._handle, ctypes.byref(batch.struct), ctypes.byref(cache.struct), begin, end, address(residual)
         )
 
     def final_norm(self, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """RMS norm: [T, hidden] float32 → bf16."""
         out = torch.empty(residual.shape, dtype=torch.bfloat16)
-        _library().evo_decoder_final_norm(
-            self._handle, _address(weight), _address(residual), len(residual), _address(out)
+        load_library().evo_decoder_final_norm(
+            self._handle, address(weight), address(residual), len(residual), address(out)
         )
         return out
