@@ -31,3 +31,13 @@ class ForwardBatch:
     """[T] int32, block * block_size + offset where each token's key and value are written"""
     logits_indices: torch.Tensor
     """[L] int64, rows of T"""
+
+
+@dataclass(frozen=True)
+class ForwardOutput:
+    """What a model computes for a batch of T tokens."""
+
+    hidden: torch.Tensor
+    """[T, hidden] after the final norm, in the model's dtype"""
+    features: torch.Tensor | None = None
+    """[T, n * hidden]: outputs of the n captured layers side by side, in the dtype of the residual stream"""

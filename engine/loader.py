@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -12,10 +12,10 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
 from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.llama import load_model
+from engine.models.llama import HeadSlab, load_model
 from engine.models.native_llama import NativeLlama, unsupported_shape
 from engine.models.weights import WeightSource, open_weights
 from kernels import native
@@ -30,12 +30,20 @@ _DEFAULT_MAX_MODEL_LEN = 8192
 class CausalLM(Protocol):
     """What the model runner needs of a model."""
 
-    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> torch.Tensor:
-        """Hidden states after the final norm, [T, hidden]."""
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
+        """Run all layers; ``capture``: those whose output is wanted as features, in ascending order."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding: [T] int32 → [T, hidden]."""
         ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[L, hidden] → [L, vocab] float32."""
+        """[L, hidden] → [L, vocab] float32, maybe valid until the next call only."""
+        ...
+
+    def head_slab(self, token_ids: torch.Tensor) -> HeadSlab:
+        """``compute_logits`` for these tokens [K] int64 only."""
         ...
 
 

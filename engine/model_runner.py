@@ -37,7 +37,7 @@ class ModelRunner:
             Logits [L, vocab] float32: for each sequence in order, the last ``num_logits`` of its rows.
         """
         batch = build_batch(sequences, self._block_size, self._device)
-        hidden = self._model.forward(batch, self._attention)
+        hidden = self._model.forward(batch, self._attention).hidden
         return self._model.compute_logits(hidden[batch.logits_indices])
 
 

@@ -12,8 +12,8 @@ from engine.messages import SamplingParams
 class Request:
     """One sequence from arrival to its last token.
 
-    Only ``draft_token_ids`` is written from outside (by the proposer, between a commit and the next
-    ``Scheduler.schedule``); the scheduler and the KV cache manager write the rest.
+    Only ``draft_token_ids`` is written from outside (by the proposer, while ``Scheduler.schedule`` plans a step); the
+    scheduler and the KV cache manager write the rest.
 
     Raises:
         ValueError: the prompt is empty.
@@ -33,7 +33,7 @@ class Request:
     all_token_ids: list[int] = field(init=False)
     """Prompt and output."""
     draft_token_ids: list[int] = field(default_factory=list)
-    """Proposed for the next step; emptied by every commit and by preemption."""
+    """Proposed for the step being planned or computed; emptied by its commit."""
     num_computed_tokens: int = 0
     """How many of ``all_token_ids`` have their KV in the cache."""
     num_cached_tokens: int = 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from engine.config import CacheConfig, SchedulerConfig
 from engine.fair_queue import FairQueue
@@ -48,6 +50,29 @@ class ScheduledSequence:
     def num_sampled(self) -> int:
         """Rows from which tokens are chosen, after the prompt's: 0 while prefill is unfinished."""
         return self.num_logits - self.num_prompt_logits
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSlot:
+    """A decoding sequence's room for draft tokens in the step being planned."""
+
+    request: Request
+    num_tokens: int
+    """Most tokens to draft; may be 0."""
+    block_ids: Sequence[int]
+    """All blocks of the sequence, in order of position; they hold its known tokens and ``num_tokens`` more."""
+
+
+class Drafter(Protocol):
+    """Who drafts while a step is planned."""
+
+    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
+        """How many tokens to draft for each decoding sequence, at most its limit."""
+        ...
+
+    def propose(self, slots: Sequence[DraftSlot]) -> None:
+        """Write ``request.draft_token_ids``, at most ``num_tokens`` for each."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,19 +140,17 @@ class Scheduler:
                 del self._requests[request_id]
         return request
 
-    def schedule(self) -> SchedulerOutput:
-        """Choose the next step's tokens and allocate their blocks."""
+    def schedule(self, drafter: Drafter | None = None) -> SchedulerOutput:
+        """Choose the next step's tokens and allocate their blocks; ``drafter`` proposes its draft tokens on the way."""
         plan: dict[Request, int] = {}  # number of tokens
         preempted = self._plan_decodes(plan)
-        drafting = [request for request in plan if request.draft_token_ids]
         prefilling = len(plan) < len(self._running)
         budget = self._config.max_batched_tokens - len(plan)
-        draft_budget = self._draft_budget(drafting, prefilling, budget)
-        budget -= draft_budget
+        if drafter is not None and plan:
+            budget -= self._plan_drafts(plan, drafter, self._draft_budget(prefilling, budget))
         if prefilling and not preempted:
             budget -= self._admit(plan, budget // 2, whole=True)
         budget -= self._plan_prefills(plan, budget)
-        budget += draft_budget - self._plan_drafts(plan, drafting, draft_budget)
         if not preempted:
             self._admit(plan, budget, whole=False)
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
@@ -218,11 +241,10 @@ class Scheduler:
                 plan[request] = 1
         return preempted
 
-    def _draft_budget(self, drafting: list[Request], prefilling: bool, budget: int) -> int:
+    def _draft_budget(self, prefilling: bool, budget: int) -> int:
         """Most draft tokens of this step, out of the tokens that the decodes leave."""
-        wanted = sum(len(request.draft_token_ids) for request in drafting)
         may_admit = len(self._waiting) > 0 and len(self._running) < self._max_running
-        return min(wanted, budget // 2 if prefilling or may_admit else budget)
+        return budget // 2 if prefilling or may_admit else budget
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills, whose blocks they got at admission; returns the tokens planned."""
@@ -235,18 +257,25 @@ class Scheduler:
                 left -= plan[request]
         return budget - left
 
-    def _plan_drafts(self, plan: dict[Request, int], drafting: list[Request], budget: int) -> int:
-        """Add draft tokens, in equal parts, where blocks are free; returns the tokens planned."""
-        left = budget
-        for index, request in enumerate(drafting):
-            num_known = request.num_tokens
-            share = -(-left // (len(drafting) - index))
-            num_drafts = min(len(request.draft_token_ids), share, self._max_kv_tokens(request) - num_known)
-            if not self._kv.allocate(request, num_known + num_drafts):
-                num_drafts = self._kv.num_slots(request) - num_known
-            plan[request] += num_drafts
-            left -= num_drafts
-        return budget - left
+    def _plan_drafts(self, plan: dict[Request, int], drafter: Drafter, budget: int) -> int:
+        """Let ``drafter`` propose for the decodes, in equal parts, where blocks are free; returns the tokens taken."""
+        requests = list(plan)
+        limits = [self._max_kv_tokens(request) - request.num_tokens for request in requests]
+        lengths = drafter.draft_lengths(requests, limits)
+        num_drafting = sum(length > 0 for length in lengths)
+        slots: list[DraftSlot] = []
+        for request, length in zip(requests, lengths, strict=True):
+            if length > 0:
+                length = min(length, -(-budget // num_drafting))
+                if not self._kv.allocate(request, request.num_tokens + length):
+                    length = self._kv.num_slots(request) - request.num_tokens
+                num_drafting -= 1
+                budget -= length
+            slots.append(DraftSlot(request, length, self._kv.block_ids(request)))
+        drafter.propose(slots)
+        for request in requests:
+            plan[request] += len(request.draft_token_ids)
+        return sum(len(request.draft_token_ids) for request in requests)
 
     def _admit(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
         """Start waiting requests in order of fairness; returns the tokens planned.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from engine.attention.base import AttentionBackend
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import ModelSpec
 from engine.models.weights import WeightSource
 
@@ -40,6 +40,15 @@ class RotaryEmbedding:
         first, second = heads.float().chunk(2, dim=-1)
         rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return rotated.to(heads.dtype)
+
+
+@dataclass(frozen=True)
+class HeadSlab:
+    """Some rows of an output projection, copied together."""
+
+    project: Callable[[torch.Tensor], torch.Tensor]
+    """[L, hidden] → [L, rows] float32, maybe valid until the next call only"""
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -98,18 +107,32 @@ class LlamaForCausalLM:
     rotary: RotaryEmbedding
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> torch.Tensor:
-        """Hidden states after the final norm: [T, hidden] in the model's dtype."""
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
+        """Run all layers; ``capture``: those whose output is wanted as features, in ascending order."""
         attention.plan(batch)
-        hidden = F.embedding(batch.token_ids, self.embed_tokens)
+        hidden = self.embed(batch.token_ids)
+        captured = []
         for layer in self.layers:
             hidden = layer.forward(hidden, batch.positions, self.rotary, attention)
-        return rms_norm(hidden, self.norm, self.spec.rms_norm_eps)
+            if layer.index in capture:
+                captured.append(hidden)
+        features = torch.cat(captured, dim=1) if captured else None
+        return ForwardOutput(rms_norm(hidden, self.norm, self.spec.rms_norm_eps), features)
+
+    @torch.inference_mode()
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding: [T] → [T, hidden]."""
+        return F.embedding(token_ids, self.embed_tokens)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[L, hidden] → [L, vocab] float32."""
         return F.linear(hidden, self.lm_head).float()
+
+    def head_slab(self, token_ids: torch.Tensor) -> HeadSlab:
+        """``compute_logits`` for these tokens only: a contiguous copy of their rows of the head."""
+        rows = self.lm_head[token_ids.to(self.lm_head.device)]
+        return HeadSlab(lambda hidden: F.linear(hidden, rows).float(), rows.numel() * rows.element_size())
 
 
 def load_model(

@@ -11,9 +11,9 @@ import torch
 
 from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import ModelSpec
-from engine.models.llama import RotaryEmbedding
+from engine.models.llama import HeadSlab, RotaryEmbedding
 from engine.models.weights import WeightSource
 from kernels.native import (
     BF16_FORMAT,
@@ -48,7 +48,7 @@ class NativeLlama:
         self, source: WeightSource, spec: ModelSpec, team: Team, max_model_len: int, *, keep_quantized: bool
     ) -> None:
         self.spec, self._team = spec, team
-        pack = _Packer(source, spec, keep_quantized)
+        self._pack = pack = _Packer(source, spec, keep_quantized)
         self._embedding = pack.matrix("model.embed_tokens.weight")
         self._head = self._embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
         self._logits = torch.empty(0, spec.vocab_size)
@@ -70,13 +70,24 @@ class NativeLlama:
         self.weight_bytes_per_step = sum(m.num_bytes for m in (*matrices, self._head))
         """Bytes of weights that one decode step reads."""
 
-    def forward(self, batch: ForwardBatch, attention: AttentionBackend) -> torch.Tensor:
-        """Hidden states after the final norm: [T, hidden] bf16."""
+    def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
+        """As ``LlamaForCausalLM``; hidden states are bf16, features float32."""
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
-        residual = self._decoder.embed(self._embedding, batch.token_ids)
-        self._decoder.forward(attention.batch, attention.cache, residual, 0, self.spec.num_layers)
-        return self._decoder.final_norm(self._norm, residual)
+        residual = self.embed(batch.token_ids)
+        features = torch.empty(len(residual), len(capture), self.spec.hidden_size)
+        begin = 0
+        for index, layer in enumerate(capture):
+            self._decoder.forward(attention.batch, attention.cache, residual, begin, layer + 1)
+            features[:, index] = residual
+            begin = layer + 1
+        self._decoder.forward(attention.batch, attention.cache, residual, begin, self.spec.num_layers)
+        hidden = self._decoder.final_norm(self._norm, residual)
+        return ForwardOutput(hidden, features.flatten(1) if capture else None)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding: [T] int32 → [T, hidden] float32."""
+        return self._decoder.embed(self._embedding, token_ids)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[L, hidden] bf16 → [L, vocab] float32, valid until the next call.
@@ -86,6 +97,12 @@ class NativeLlama:
         if len(hidden) > len(self._logits):
             self._logits = torch.empty(len(hidden), self.spec.vocab_size)
         return linear(self._team, self._head, hidden, self._logits[: len(hidden)])
+
+    def head_slab(self, token_ids: torch.Tensor) -> HeadSlab:
+        """``compute_logits`` for these tokens only: their rows of the head, packed together."""
+        name = "model.embed_tokens.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
+        rows = self._pack.selected(name, token_ids.numpy())
+        return HeadSlab(lambda hidden: linear(self._team, rows, hidden), rows.num_bytes)
 
 
 class _Packer:
@@ -102,6 +119,16 @@ class _Packer:
         biases = [name.removesuffix("weight") + "bias" for name in names]
         bias = torch.cat([self._source.dequantized(b) for b in biases]) if biases[0] in self._shapes else None
         return self._pack(names, rows, bias)
+
+    def selected(self, name: str, row_ids: npt.NDArray[np.int64]) -> PackedMatrix:
+        """Some rows of one matrix, in the order given."""
+        target = np.arange(len(row_ids))
+        tensor = self._source.quantized(name)
+        if tensor is not None and self._format(name) != BF16_FORMAT:
+            part = MatrixPart(target, int(tensor.type), blocks=tensor.blocks[row_ids])
+        else:
+            part = MatrixPart(target, values=self._source.dequantized(name)[torch.from_numpy(row_ids)])
+        return PackedMatrix(len(row_ids), self._shapes[name][1], [part], None)
 
     def layer(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}."

@@ -67,7 +67,7 @@ class PagedSequences:
         flat = [token_ids, positions, starts, self.num_computed, tables, slots]
         tensors = [torch.tensor(values, dtype=torch.int32) for values in flat]
         batch = ForwardBatch(*tensors, logits_indices=torch.arange(len(token_ids)))
-        logits = self.model.compute_logits(self.model.forward(batch, self.attention)[batch.logits_indices])
+        logits = self.model.compute_logits(self.model.forward(batch, self.attention).hidden[batch.logits_indices])
         return list(logits.split(num_tokens))
 
 

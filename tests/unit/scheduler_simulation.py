@@ -11,7 +11,7 @@ from simulated_kv import SimulatedKV
 from engine.config import CacheConfig, SchedulerConfig
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.scheduler import ScheduledSequence, Scheduler, SchedulerOutput
+from engine.scheduler import DraftSlot, ScheduledSequence, Scheduler, SchedulerOutput
 
 BLOCK_SIZE = 16
 
@@ -61,7 +61,7 @@ class Simulation:
 
     def step(self, abort: str | None = None) -> SchedulerOutput:
         """One step; ``abort``: a request id that is aborted between schedule and commit."""
-        output = self.scheduler.schedule()
+        output = self.scheduler.schedule(self if self._num_drafts else None)
         self._check(output)
         sampled = [self._forward(sequence) for sequence in output.sequences]
         if abort is not None:
@@ -119,15 +119,19 @@ class Simulation:
         self.scheduler.commit(sequence, kept, finished)
         if finished and not aborted:
             self.finished.append(request)
-        if kept and not finished:
-            self._propose(request)
 
-    def _propose(self, request: Request) -> None:
-        drafts: list[int] = []
-        for _ in range(self._num_drafts):
-            right = next_token(request.all_token_ids + drafts)
-            drafts.append(right if self._random.random() < self._accuracy else 9)
-        request.draft_token_ids = drafts
+    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
+        assert all(request.num_tokens - request.num_computed_tokens == 1 for request in requests)
+        assert not any(request.draft_token_ids for request in requests)
+        return [min(limit, self._num_drafts) for limit in limits]
+
+    def propose(self, slots: Sequence[DraftSlot]) -> None:
+        for slot in slots:
+            request, drafts = slot.request, slot.request.draft_token_ids
+            assert request.num_tokens + slot.num_tokens <= len(slot.block_ids) * BLOCK_SIZE
+            for _ in range(slot.num_tokens):
+                right = next_token(request.all_token_ids + drafts)
+                drafts.append(right if self._random.random() < self._accuracy else 9)
 
 
 def expected_output(prompt: list[int], count: int) -> list[int]:

@@ -209,7 +209,7 @@ def check_model(files: ModelFiles, token_ids: list[int], team: Team, *, keep_qua
         batch.token_ids.copy_(torch.tensor(token_ids[begin : begin + count]))
         begin += count
         for (model, attention), rows in zip(runs, logits, strict=True):
-            rows.append(model.compute_logits(model.forward(batch, attention)).clone())
+            rows.append(model.compute_logits(model.forward(batch, attention).hidden).clone())
     expected, rounded, output = (torch.cat(rows) for rows in logits)
     assert len(output) == len(token_ids)
     theirs = (rounded - expected).abs().mean()

@@ -1,0 +1,1 @@
+"""Speculative decoding: what proposes tokens, and how many are worth proposing."""
