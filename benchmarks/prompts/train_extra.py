@@ -1,0 +1,108 @@
+"""More training prompts of code and general text: every wording over every noun and function of the training split.
+
+A draft over-fits below millions of distinct tokens, so it needs tens of thousands of prompts. Sources: WordNet's
+nouns, whose split is the hash that ``benchmarks.prompts.build`` uses too, and Python functions of the standard
+library (PSF-2.0) and of permissively licensed packages of this environment.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.prompts.sources import SOURCES, Item, Source, fetch
+
+NOUN_WORDINGS = (
+    "Tell me about {title}: what it is, where one meets it, and why it matters.",
+    "Write a short story in which {title} plays an important part.",
+    "I want to talk about {title} at dinner tonight. Give me five interesting questions with answers.",
+    "Write a friendly letter to a ten-year-old who asked what this is. {text}",
+    "What would be different in the world without {title}? Argue both sides.",
+    "Explain {title} in three paragraphs.",
+    "Write a poem about {title}.",
+    "Give me ten ideas for a blog post about {title}.",
+    "Compare {title} with {other}: what do they have in common, and how do they differ?",
+    "Write a dialogue between two friends who disagree about {title}.",
+    "List the advantages and disadvantages of {title}.",
+    "How has {title} changed over the last hundred years?",
+    "Write an email to a colleague that proposes a project about {title}.",
+    "Rewrite this in simpler words, then give two examples. {text}",
+    "Plan a lesson about {title} for a class of twelve-year-olds.",
+    "Pretend that you are an expert on {title}. What are the most common mistakes of beginners?",
+    "Write a product description for a new kind of {title}.",
+    "What is the relation between {title} and {other}? Answer step by step.",
+    "A shop sells {title} and {other}. Make up a word problem in arithmetic about them and solve it step by step.",
+    "Write a news article with the headline: {title} and {other}.",
+)
+CODE_WORDINGS = (
+    "Explain step by step what this code does and what it costs.\n\n```python\n{text}\n```",
+    "Write unit tests with pytest for this function.\n\n```python\n{text}\n```",
+    "Rewrite this in Go, keeping the behaviour.\n\n```python\n{text}\n```",
+    "Review this code: name possible errors and improve it.\n\n```python\n{text}\n```",
+    "Write the body of this Python function.\n\n```python\n{head}\n```",
+    "Add type hints and a docstring to this code.\n\n```python\n{text}\n```",
+    "Write a Python function `{title}` and show how to use it.",
+    "Write a Python class that uses this function, with an example.\n\n```python\n{text}\n```",
+)
+PACKAGES = (
+    "sympy click fastapi httpx jinja2 networkx pydantic requests rich starlette structlog typer uvicorn "
+)
+MAX_FUNCTION_WORDS = 160
+
+
+def noun_prompts() -> Iterator[tuple[Source, Item, str]]:
+    """Every noun of the training split in every wording; ``other`` is the next noun."""
+    from benchmarks.prompts.build import split_of
+
+    source = next(source for source in SOURCES if source.name == "wordnet-base")
+    nouns = [item for item in source.read(fetch(source.package)) if split_of(source, item) == "train"]
+    for (item, other), (number, wording) in itertools.product(
+        zip(nouns, [*nouns[7:], *nouns[:7]], strict=True), enumerate(NOUN_WORDINGS)
+    ):
+        content = wording.format(title=item.title, other=other.title, text=item.text)
+        yield source, Item(f"{item.key}/{number}", item.title, item.text), content
+
+
+def code_prompts() -> Iterator[tuple[Item, str]]:
+    """Every documented function, each in half of the wordings."""
+    for number, item in enumerate(_functions()):
+        for wording_number, wording in enumerate(CODE_WORDINGS):
+            if (number + wording_number) % 2 == 0:
+                content = wording.format(title=item.title, text=item.text, head=_head(item.text))
+                yield Item(f"{item.key}/{wording_number}", item.title, item.text), content
+
+
+def _functions() -> Iterator[Item]:
+    for path, name in _python_files():
+        try:
+            source = path.read_text()
+            nodes = ast.parse(source).body
+        except (SyntaxError, UnicodeDecodeError):
+            continue  # a test file for the parser itself
+        classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+        members = [*nodes, *(member for node in classes for member in node.body)]
+        for node in members:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
+                text = ast.get_source_segment(source, node) or ""
+                if 20 <= len(text.split()) <= MAX_FUNCTION_WORDS:
+                    yield Item(f"{name}:{node.name}:{node.lineno}", node.name, text)
+
+
+def _python_files() -> Iterator[tuple[Path, str]]:
+    library, site = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    roots = [library, *(site / name for name in PACKAGES.split())]
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            name = path.relative_to(root.parent).as_posix()
+            if not any(part in name for part in ("/test", "/site-packages/", "/idlelib/", "networkx/algorithms/")):
+                yield path, name
+
+
+def _head(text: str) -> str:
+    """Signature and docstring of a function."""
+    function = ast.parse(text.strip()).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return "\n".join(text.splitlines()[: function.body[0].end_lineno])
