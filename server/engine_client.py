@@ -78,7 +78,8 @@ class EngineClient:
 
     The engine counts as dead when its connection closes, when its epoch changes (a restart) or when it is
     silent for ``timeout`` seconds; then every request in flight ends with ``EngineDead``. The client goes on
-    introducing itself and is ``ready`` again once an engine answers.
+    introducing itself and is ``ready`` again once an engine answers. ``last_message``: when it last sent
+    anything (``time.monotonic``).
 
         client = EngineClient(config, timeout=10, metrics=metrics)
         task = asyncio.create_task(client.run())
@@ -94,7 +95,7 @@ class EngineClient:
         self._timeout = timeout
         self._metrics = metrics
         self._inboxes: dict[str, _Inbox] = {}
-        self._last_message = 0.0
+        self.last_message = 0.0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(EngineMessage)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -171,7 +172,7 @@ class EngineClient:
         """Handle everything that has arrived."""
         while not self._socket.closed and _has_input(self._socket):
             message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
-            self._last_message = time.monotonic()
+            self.last_message = time.monotonic()
             if isinstance(message, EngineReady):
                 self._on_ready(message)
             elif self.info is not None and message.epoch == self.info.epoch:
@@ -213,7 +214,7 @@ class EngineClient:
             await asyncio.sleep(min(HELLO_INTERVAL, self._timeout / 4))
             if not self.ready:
                 self._greet()
-            elif time.monotonic() - self._last_message > self._timeout:
+            elif time.monotonic() - self.last_message > self._timeout:
                 self._lose_engine("The engine does not answer.")
 
     def _greet(self) -> None:

@@ -11,13 +11,16 @@ from typing import Literal
 
 import msgspec
 import structlog
+from msgspec import UNSET, UnsetType
 
 from engine.messages import EngineOutput, EngineRequest, SamplingParams, TokenLogprob
 from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
 from engine.text.tokenizer import Tokenizer
+from server.acceptance import AcceptanceCounts
 from server.engine_client import EngineDead, Overloaded
 from server.errors import ApiError, bad_request, internal_error
 from server.params import TokenizedPrompt
+from server.schemas.metrics import ResponseMetrics
 from server.schemas.usage import PromptTokensDetails, Usage
 from server.serving import Serving
 from server.tenants import Tenant
@@ -61,9 +64,10 @@ class ChoiceText:
 class Choice:
     """One sequence: its text so far, its counts, and when its last output came (``time.monotonic`` seconds)."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str], num_spec_tokens: int) -> None:
         self.index = index
         self.text = ChoiceText(tokenizer, stop)
+        self.acceptance = AcceptanceCounts(num_spec_tokens)
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.last_output: float | None = None
@@ -75,7 +79,7 @@ class Generation:
         generation = Generation(serving, tenant, prompts, sampling, n=1)
         async with aclosing(generation.run()) as steps:
             async for pieces in steps: ...
-        generation.usage()
+        generation.usage(), generation.metrics()
 
     ``keep_output`` False (``max_tokens`` 0) drops the one token that the engine always makes.
     """
@@ -101,9 +105,15 @@ class Generation:
         self.id = uuid.uuid4().hex
         structlog.contextvars.bind_contextvars(generation=self.id)  # on the log line of the request
         self.created = int(time.time())
-        count = len(prompts) * n
+        info = serving.engine_info
+        self._speculates = info.draft is not None
+        cap = (
+            info.num_speculative_tokens if sampling.num_speculative_tokens is None else sampling.num_speculative_tokens
+        )
+        num_spec_tokens = min(cap, info.num_speculative_tokens)
         self._choices = {
-            f"{self.id}-{index}": Choice(index, serving.tokenizer, sampling.stop) for index in range(count)
+            f"{self.id}-{index}": Choice(index, serving.tokenizer, sampling.stop, num_spec_tokens)
+            for index in range(len(prompts) * n)
         }
 
     async def run(self) -> AsyncGenerator[list[Piece], None]:
@@ -140,6 +150,13 @@ class Generation:
             PromptTokensDetails(cached_tokens),
         )
 
+    def metrics(self) -> ResponseMetrics | UnsetType:
+        """How the drafts fared so far; unset without speculation or with several sequences (as in vLLM)."""
+        if not self._speculates or len(self._choices) != 1:
+            return UNSET
+        (choice,) = self._choices.values()
+        return ResponseMetrics(speculative_decoding=choice.acceptance.summary())
+
     def prompt_of(self, index: int) -> TokenizedPrompt:
         """The prompt that choice ``index`` continues."""
         return self._prompts[index // self._n]
@@ -165,6 +182,9 @@ class Generation:
         choice = self._choices[output.request_id]
         is_first = choice.last_output is None
         self._observe(choice, len(output.token_ids), now)
+        if output.num_draft_tokens:
+            choice.acceptance.add(output.num_draft_tokens, output.num_accepted_tokens)
+            self._metrics.observe_draft(output.num_draft_tokens, output.num_accepted_tokens)
         choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
         return Piece(
             index=choice.index,

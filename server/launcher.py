@@ -13,12 +13,13 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import structlog
 import uvicorn
+from fastapi import FastAPI
 
 from engine.config import CONFIG_VARIABLE, ModelConfig
 from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
@@ -26,8 +27,8 @@ from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
 from server.app import create_app
 from server.banner import banner
-from server.settings import ConfigurationError, Settings
-from server.supervisor import ProcessFailed, SupervisedProcess
+from server.settings import ConfigurationError, HttpConfig, Settings
+from server.supervisor import ProcessFailed, SupervisedProcess, Watchdog
 from server.tenants import TenantRegistry, check_exposure
 from server.valkey import embedded_valkey, valkey_url
 
@@ -47,7 +48,7 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
     """
     tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     check_exposure(settings.http.host, settings.auth, tenants)
-    model = validated_model(settings.engine.model)
+    validated_model(settings.engine.model)
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_instance_directory())
         listener = stack.enter_context(_listen(settings.http.host, settings.http.port))
@@ -58,9 +59,14 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
         url = _local_url(listener)
         if with_engine:
             settings = _with_private_address(settings, directory)
-            children.append(_engine(settings, url))
-        greeting = banner(url, settings.engine.model.served_name or model.name, needs_key=tenants.has_keys)
-        launcher = _Launcher(settings, listener, children, url, greeting)
+        app = create_app(settings)
+        if with_engine:
+            children.append(_engine(settings, url, app))
+
+        def greet() -> None:
+            print(banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True)
+
+        launcher = _Launcher(app, settings.http, listener, children, url, greet)
         with asyncio.Runner(loop_factory=launcher.loop_factory) as runner:
             return runner.run(launcher.run())
 
@@ -99,18 +105,19 @@ class _Launcher:
 
     def __init__(
         self,
-        settings: Settings,
+        app: FastAPI,
+        http: HttpConfig,
         listener: socket.socket,
         children: list[SupervisedProcess],
         url: str,
-        greeting: str,
+        greet: Callable[[], None],
     ) -> None:
-        self._settings = settings
+        self._app = app
+        self._drain_timeout = http.drain_timeout
         self._listener = listener
         self._children = children
         self._url = url
-        self._greeting = greeting
-        self._app = create_app(settings)
+        self._greet = greet
         config = uvicorn.Config(
             self._app,
             log_config=None,
@@ -161,15 +168,15 @@ class _Launcher:
         for child in self._children:
             await child.start()
         await _wait_until_healthy(self._url)
-        print(self._greeting, flush=True)
+        self._greet()
         await asyncio.gather(asyncio.Event().wait(), *(child.keep_alive() for child in self._children))
 
     async def _drain(self) -> None:
         """Take no new requests; wait for the running ones, at most ``drain_timeout`` or until a second signal."""
         self._app.state.draining = True
-        log.info("draining", requests=self._api.num_running_requests, timeout=self._settings.http.drain_timeout)
+        log.info("draining", requests=self._api.num_running_requests, timeout=self._drain_timeout)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.http.drain_timeout):
+            async with asyncio.timeout(self._drain_timeout):
                 # uvicorn has no event for "no request is running".
                 while self._api.num_running_requests and not self._second_signal.is_set():  # noqa: ASYNC110
                     await asyncio.sleep(_POLL_INTERVAL)
@@ -187,8 +194,14 @@ class _Launcher:
         log.info("stopped", unfinished_requests=unfinished)
 
 
-def _engine(settings: Settings, url: str) -> SupervisedProcess:
-    return SupervisedProcess("engine", ENGINE_COMMAND, engine_environment(settings), lambda: _wait_until_healthy(url))
+def _engine(settings: Settings, url: str, app: FastAPI) -> SupervisedProcess:
+    return SupervisedProcess(
+        "engine",
+        ENGINE_COMMAND,
+        engine_environment(settings),
+        wait_ready=lambda: _wait_until_healthy(url),
+        watchdog=Watchdog(lambda: app.state.serving.engine.last_message, settings.http.engine_hang_timeout),
+    )
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings
 
 MAX_TENANT_LABELS = 100
 OTHER_TENANT = "other"
+# Domains of sessions; until there are sessions, everything is in one without a name.
+NO_DOMAIN = ""
 _COUNTERS = ("prefix_query_tokens", "prefix_hit_tokens", "preemptions")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _STEP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
@@ -41,6 +43,26 @@ class TenantMetrics:
         self.ttft = metrics.ttft.labels(*labels)
         self.inter_token_latency = metrics.inter_token_latency.labels(*labels)
         self.e2e_latency = metrics.e2e_latency.labels(*labels)
+        self._metrics = metrics
+        self._domain_labels = (*labels, NO_DOMAIN)
+        self._num_drafts = metrics.num_drafts.labels(*self._domain_labels)
+        self._num_draft_tokens = metrics.num_draft_tokens.labels(*self._domain_labels)
+        self._num_accepted_tokens = metrics.num_accepted_tokens.labels(*self._domain_labels)
+        self._by_position: list[tuple[Counter, Counter]] = []
+
+    def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
+        """Count a step of a sequence that verified drafts."""
+        self._num_drafts.inc()
+        self._num_draft_tokens.inc(num_draft_tokens)
+        self._num_accepted_tokens.inc(num_accepted_tokens)
+        for position in range(len(self._by_position), num_draft_tokens):  # positions never drafted have no series
+            labels = (*self._domain_labels, str(position))
+            drafted = self._metrics.num_draft_tokens_per_pos.labels(*labels)
+            self._by_position.append((drafted, self._metrics.num_accepted_tokens_per_pos.labels(*labels)))
+        for position, (drafted, accepted) in enumerate(self._by_position[:num_draft_tokens]):
+            drafted.inc()
+            if position < num_accepted_tokens:
+                accepted.inc()
 
 
 class Metrics:
@@ -54,6 +76,7 @@ class Metrics:
         self._epoch: str | None = None
         self._last = dict.fromkeys(_COUNTERS, 0)
         self._define_request_metrics(["model", "tenant"])
+        self._define_speculation_metrics(["model", "tenant", "domain"])
         self._define_engine_metrics()
 
     def _define_request_metrics(self, labels: list[str]) -> None:
@@ -88,16 +111,38 @@ class Metrics:
             registry=registry,
         )
 
+    def _define_speculation_metrics(self, labels: list[str]) -> None:
+        """vLLM's schema; ``num_draft_tokens_per_pos`` is ours, since the length of a draft varies."""
+        registry = self.registry
+        self.num_drafts = Counter(
+            "evospec:spec_decode_num_drafts", "Drafts verified: one for a sequence and step.", labels, registry=registry
+        )
+        self.num_draft_tokens = Counter(
+            "evospec:spec_decode_num_draft_tokens", "Draft tokens verified.", labels, registry=registry
+        )
+        self.num_accepted_tokens = Counter(
+            "evospec:spec_decode_num_accepted_tokens", "Draft tokens accepted.", labels, registry=registry
+        )
+        labels = [*labels, "position"]
+        self.num_draft_tokens_per_pos = Counter(
+            "evospec:spec_decode_num_draft_tokens_per_pos", "Draft tokens by position.", labels, registry=registry
+        )
+        self.num_accepted_tokens_per_pos = Counter(
+            "evospec:spec_decode_num_accepted_tokens_per_pos", "Accepted ones by position.", labels, registry=registry
+        )
+
     def _define_engine_metrics(self) -> None:
         registry = self.registry
         self.engine_up = Gauge("evospec:engine_up", "1 if the engine is ready.", registry=registry)
         self.engine_restarts = Counter("evospec:engine_restarts", "Engine processes replaced.", registry=registry)
         self.engine_info = Gauge(
             "evospec:engine_info",
-            "1 for the backend the engine runs on; 'torch' on a CPU is the slow fallback.",
-            ["dtype", "attention_backend"],
+            "1 for what the engine runs on ('torch' on a CPU is the slow fallback) and the draft that proposes tokens.",
+            ["dtype", "attention_backend", "draft"],
             registry=registry,
         )
+        self.kv_bytes = Gauge("evospec:kv_cache_bytes", "Size of the target's KV cache.", registry=registry)
+        self.draft_bytes = Gauge("evospec:draft_bytes", "Weights and KV cache of the draft.", registry=registry)
         self.running = Gauge("evospec:num_requests_running", "Sequences in the batch.", registry=registry)
         self.waiting = Gauge("evospec:num_requests_waiting", "Sequences queued in the engine.", registry=registry)
         self.waiting_by_tenant = Gauge(
@@ -116,12 +161,12 @@ class Metrics:
         }
         self.step_seconds = Histogram(
             "evospec:engine_step_seconds",
-            "Time of an engine step by part.",
+            "Time of an engine step by part: draft, verify (the model's pass), sample, overhead (the rest); total.",
             ["part"],
             buckets=_STEP_SECONDS,
             registry=registry,
         )
-        self._step_parts = [self.step_seconds.labels(part) for part in ("schedule", "forward", "sample", "commit")]
+        self._step_parts = [self.step_seconds.labels(part) for part in ("draft", "verify", "sample", "overhead")]
         self._step_total = self.step_seconds.labels("total")
         self.step_tokens = Histogram(
             "evospec:engine_step_tokens",
@@ -140,7 +185,9 @@ class Metrics:
     def observe_ready(self, info: EngineReady) -> None:
         """Show what the engine runs on."""
         self.engine_info.clear()
-        self.engine_info.labels(info.dtype, info.attention_backend).set(1)
+        self.engine_info.labels(info.dtype, info.attention_backend, info.draft or "none").set(1)
+        self.kv_bytes.set(info.kv_bytes)
+        self.draft_bytes.set(info.draft_bytes)
 
     def observe_engine(self, message: EngineOutputs) -> None:
         """Take over gauges, counters and step timings that came with a step's outputs."""
@@ -166,7 +213,7 @@ class Metrics:
 
     def _observe_steps(self, steps: Sequence[StepTimings]) -> None:
         for step in steps:
-            seconds = (step.schedule, step.forward, step.sample, step.commit)
+            seconds = (step.draft, step.forward, step.sample, step.schedule + step.commit)
             for part, value in zip(self._step_parts, seconds, strict=True):
                 part.observe(value)
             self._step_total.observe(sum(seconds))

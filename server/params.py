@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from engine.messages import EngineReady, SamplingParams
 from engine.text.chat_template import ChatTemplateError
@@ -42,27 +43,45 @@ async def tokenize_text(tokenizer: Tokenizer, text: str, add_special_tokens: boo
     return tokenizer.encode(text, add_special_tokens)
 
 
-async def tokenize_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's answer."""
+def render_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
+    """Text of a conversation, ready for the assistant's answer; its special tokens are written out."""
     try:
-        text = tokenizer.apply_chat_template([message.for_template() for message in messages])
+        return tokenizer.apply_chat_template([message.for_template() for message in messages])
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from error
-    return await tokenize_text(tokenizer, text, add_special_tokens=False)
+
+
+async def tokenize_messages(tokenizer: Tokenizer, messages: Sequence[Message], info: EngineReady) -> TokenizedPrompt:
+    """The prompt of a conversation; 400 if it is too long to be worth tokenising."""
+    text = render_messages(tokenizer, messages)
+    check_length(text, "messages", tokenizer, info)
+    return TokenizedPrompt(await tokenize_text(tokenizer, text, add_special_tokens=False))
 
 
 async def tokenize_prompts(
-    tokenizer: Tokenizer, prompt: str | list[int] | list[str] | list[list[int]]
+    tokenizer: Tokenizer, prompt: str | list[int] | list[str] | list[list[int]], info: EngineReady
 ) -> list[TokenizedPrompt]:
-    """All four forms of ``prompt`` as a list."""
-    if isinstance(prompt, str):
-        return [TokenizedPrompt(await tokenize_text(tokenizer, prompt), prompt)]
-    if isinstance(prompt[0], int):
-        return [TokenizedPrompt(prompt)]
+    """All four forms of ``prompt`` as a list; 400 for a text that is too long to be worth tokenising."""
+    prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    for item in prompts:
+        if isinstance(item, str):
+            check_length(item, "prompt", tokenizer, info)
     return [
         TokenizedPrompt(await tokenize_text(tokenizer, item), item) if isinstance(item, str) else TokenizedPrompt(item)
-        for item in prompt
+        for item in prompts
     ]
+
+
+def check_length(text: str, field: str, tokenizer: Tokenizer, info: EngineReady) -> None:
+    """400 for a text that cannot fit, whatever its tokens are: counting them would take seconds for megabytes."""
+    most = info.max_model_len * tokenizer.max_token_length
+    if len(text) > most:
+        raise bad_request(
+            f"The prompt has {len(text)} characters. The model's context of {info.max_model_len} tokens holds "
+            f"{most} at the very most.",
+            field,
+            "context_length_exceeded",
+        )
 
 
 def check_prompts(prompts: Sequence[TokenizedPrompt], field: str, info: EngineReady) -> None:
@@ -137,6 +156,7 @@ def to_sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         grammar=to_grammar(body.response_format),
+        num_speculative_tokens=body.num_speculative_tokens,
     )
 
 

@@ -56,6 +56,11 @@ class HttpConfig(_Section):
     engine_timeout: float = Field(
         default=10.0, gt=0, description="Seconds without a heartbeat after which the engine counts as dead."
     )
+    engine_hang_timeout: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds without a heartbeat after which `evospec serve` kills the engine and starts it again.",
+    )
 
 
 class LogConfig(_Section):

@@ -6,8 +6,11 @@ import asyncio
 import ctypes
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import structlog
 from prometheus_client import Counter
@@ -15,6 +18,7 @@ from prometheus_client import Counter
 log = structlog.get_logger(__name__)
 
 RESTARTS = Counter("evospec:process_restarts", "Child processes started again after they died.", ["process"])
+HANGS = Counter("evospec:process_hangs", "Child processes killed because they were silent.", ["process"])
 
 _FIRST_DELAY = 0.5
 _LONGEST_DELAY = 30.0
@@ -24,6 +28,30 @@ _PR_SET_PDEATHSIG = 1
 
 class ProcessFailed(Exception):
     """A child process died before it was ever ready; the message says what it was and how it ended."""
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """Tells a process that hangs: ``last_sign`` is when it last gave a sign of life (``time.monotonic``).
+
+    A process counts as hanging after ``timeout`` seconds of silence that follow its first sign; how long it takes
+    to start is its own affair.
+    """
+
+    last_sign: Callable[[], float]
+    timeout: float
+
+    async def wait_until_silent(self, started: float) -> None:
+        """Return once the process that was started at ``started`` hangs.
+
+        Only a second look counts: if it was this process that stood still, the signs are there but not yet read.
+        """
+        looks = 0
+        while looks < 2:
+            await asyncio.sleep(self.timeout / 8)
+            last_sign = self.last_sign()
+            hangs = last_sign > started and time.monotonic() - last_sign > self.timeout
+            looks = looks + 1 if hangs else 0
 
 
 class SupervisedProcess:
@@ -39,14 +67,18 @@ class SupervisedProcess:
         environment: Mapping[str, str],
         wait_ready: Callable[[], Awaitable[None]],
         log_path: Path | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.name = name
         self._arguments = arguments
         self._environment = environment
         self._wait_ready = wait_ready
         self._log_path = log_path
+        self._watchdog = watchdog
+        self._started = 0.0
         self._process: asyncio.subprocess.Process | None = None
         RESTARTS.labels(name)  # shown as 0 from the start
+        HANGS.labels(name)
 
     @property
     def pid(self) -> int:
@@ -70,20 +102,35 @@ class SupervisedProcess:
             ready.cancel()
 
     async def keep_alive(self) -> None:
-        """Start it again whenever it ends; returns only by cancellation."""
-        assert self._process is not None, "start() comes first"
-        clock = asyncio.get_running_loop().time
+        """Start it again whenever it ends or hangs; returns only by cancellation."""
         delay = _FIRST_DELAY
         while True:
-            started = clock()
-            code = await self._process.wait()
-            if clock() - started > _HEALTHY_AFTER:
+            code = await self._wait()
+            if time.monotonic() - self._started > _HEALTHY_AFTER:
                 delay = _FIRST_DELAY
             log.error("process died", process=self.name, ended=_describe(code), restart_in=delay)
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
             RESTARTS.labels(self.name).inc()
             await self._spawn()
+
+    async def _wait(self) -> int:
+        """Its exit code once it has ended; kills it if it hangs."""
+        assert self._process is not None, "start() comes first"
+        ended = asyncio.ensure_future(self._process.wait())
+        tasks: list[asyncio.Future[Any]] = [ended]
+        if self._watchdog is not None:
+            tasks.append(asyncio.ensure_future(self._watchdog.wait_until_silent(self._started)))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                log.error("process hangs", process=self.name, pid=self.pid)
+                HANGS.labels(self.name).inc()
+                self._process.kill()
+            return await ended
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def stop(self, grace: float) -> None:
         """SIGTERM, then SIGKILL after ``grace`` seconds (0: SIGKILL at once)."""
@@ -109,6 +156,7 @@ class SupervisedProcess:
         return f": {lines[-1]}" if lines else ""
 
     async def _spawn(self) -> asyncio.subprocess.Process:
+        self._started = time.monotonic()
         self._process = await asyncio.create_subprocess_exec(
             *self._arguments,
             env=dict(self._environment),  # uvloop takes nothing but a dict

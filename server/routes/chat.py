@@ -8,7 +8,7 @@ from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
 from engine.messages import TokenLogprob
@@ -17,7 +17,6 @@ from server.generation import Generation, Piece
 from server.logprobs import chat_logprobs
 from server.openapi import errors, success
 from server.params import (
-    TokenizedPrompt,
     check_model,
     check_prompts,
     resolve_max_tokens,
@@ -35,6 +34,7 @@ from server.schemas.chat import (
     ChatLogprobs,
     Delta,
 )
+from server.schemas.metrics import ResponseMetrics
 from server.schemas.usage import Usage
 from server.serving import Serving, get_serving
 from server.sse import EventStream, run_until_disconnect
@@ -69,7 +69,7 @@ async def _prepare(body: ChatCompletionRequest, tenant: Tenant, serving: Serving
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
-    prompts = [TokenizedPrompt(await tokenize_messages(serving.tokenizer, body.messages))]
+    prompts = [await tokenize_messages(serving.tokenizer, body.messages, info)]
     check_prompts(prompts, "messages", info)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = resolve_max_tokens(getattr(body, field), field, prompts, info)
@@ -107,9 +107,12 @@ class _Answer:
             model=self._serving.model,
             choices=[self._choice(parts[index]) for index in sorted(parts)],
             usage=self._generation.usage(),
+            metrics=self._generation.metrics(),
         )
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None) -> ChatChunk:
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: Usage | None, metrics: ResponseMetrics | UnsetType
+    ) -> ChatChunk:
         generation = self._generation
         return ChatChunk(
             id=f"chatcmpl-{generation.id}",
@@ -117,6 +120,7 @@ class _Answer:
             model=self._serving.model,
             choices=choices,
             usage=usage,
+            metrics=metrics,
         )
 
     def _chunk_choice(self, piece: Piece) -> ChatChunkChoice | None:

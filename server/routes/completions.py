@@ -8,6 +8,7 @@ from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
+from msgspec import UnsetType
 from starlette.responses import Response
 
 from server.errors import bad_request
@@ -23,6 +24,7 @@ from server.schemas.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
+from server.schemas.metrics import ResponseMetrics
 from server.schemas.usage import Usage
 from server.serving import Serving, get_serving
 from server.sse import EventStream, run_until_disconnect
@@ -57,7 +59,7 @@ async def _prepare(body: CompletionRequest, tenant: Tenant, serving: Serving) ->
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
-    prompts = await tokenize_prompts(serving.tokenizer, body.prompt)
+    prompts = await tokenize_prompts(serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)
     requested = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     max_tokens = resolve_max_tokens(requested, "max_tokens", prompts, info)
@@ -94,9 +96,11 @@ class _Answer:
                     if choice := self._choice(piece):
                         parts.setdefault(piece.index, []).append(choice)
         choices = [_join(parts[index]) for index in sorted(parts)]
-        return self._completion(choices, self._generation.usage())
+        return self._completion(choices, self._generation.usage(), self._generation.metrics())
 
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | None) -> Completion:
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | None, metrics: ResponseMetrics | UnsetType
+    ) -> Completion:
         generation = self._generation
         return Completion(
             id=f"cmpl-{generation.id}",
@@ -104,6 +108,7 @@ class _Answer:
             model=self._serving.model,
             choices=choices,
             usage=usage,
+            metrics=metrics,
         )
 
     def _choice(self, piece: Piece) -> CompletionChoice | None:

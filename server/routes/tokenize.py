@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from server.openapi import errors, success
-from server.params import check_model, tokenize_messages, tokenize_text
+from server.params import check_model, render_messages, tokenize_text
 from server.routes.tenant_route import CurrentTenant, TenantRoute
 from server.schemas.tokens import TokenizeRequest, TokenizeResponse
 from server.serving import Serving, get_serving
@@ -28,7 +28,8 @@ async def tokenize(
     """Token ids of a text or a conversation, as the completion endpoints would see them."""
     check_model(body.model or serving.model, serving.model)
     if body.messages is not None:
-        tokens = await tokenize_messages(serving.tokenizer, body.messages)
+        text = render_messages(serving.tokenizer, body.messages)
+        tokens = await tokenize_text(serving.tokenizer, text, add_special_tokens=False)
     else:
         tokens = await tokenize_text(serving.tokenizer, body.prompt or "", body.add_special_tokens is not False)
     response = TokenizeResponse(tokens, len(tokens), serving.engine_info.max_model_len)

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.schemas.fields import Body, NoOp, SamplingFields
+from server.schemas.metrics import ResponseMetrics
 from server.schemas.usage import Usage
 
 MAX_MESSAGES = 2048
@@ -127,6 +128,7 @@ class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    metrics: ResponseMetrics | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -155,3 +157,4 @@ class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
+    metrics: ResponseMetrics | UnsetType = UNSET

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.schemas.fields import NoOp, SamplingFields, TokenId
+from server.schemas.metrics import ResponseMetrics
 from server.schemas.usage import Usage
 
 MAX_PROMPTS = 128
@@ -82,3 +84,4 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    metrics: ResponseMetrics | UnsetType = UNSET

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.messages import Grammar
 
 MAX_STOP_STRINGS = 16
@@ -114,6 +115,13 @@ class SamplingFields(Body):
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     response_format: ResponseFormat | None = None
+    num_speculative_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SPECULATIVE_TOKENS,
+        description="Most draft tokens a step, within the server's own limit; 0: no speculation. Speed only: the "
+        "output is the same.",
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -137,6 +137,22 @@ def test_killed_engine_is_replaced_and_serving_resumes(launch_server: LaunchServ
     assert 'evospec:process_restarts_total{process="engine"} 1.0' in httpx.get(f"{server.base_url}/metrics").text
 
 
+def test_engine_that_hangs_is_killed_and_replaced(launch_server: LaunchServer) -> None:
+    server = launch_server("--http.engine_timeout", "1", "--http.engine_hang_timeout", "2")
+    first = server.pid_of("engine")
+    with running_stream(server.base_url) as stream:
+        os.kill(first, signal.SIGSTOP)
+        assert stream.rest()[-1]["error"]["code"] == "engine_unavailable"
+    assert server.wait_for_event("process hangs")["pid"] == first
+    server.wait_for(lambda: server.pid_of("engine") != first or None, "another engine")
+    server.wait_until_healthy()
+    assert not is_running(first)
+    assert complete(server.base_url).status_code == 200
+    metrics = httpx.get(f"{server.base_url}/metrics").text
+    assert 'evospec:process_hangs_total{process="engine"} 1.0' in metrics
+    assert 'evospec:process_restarts_total{process="engine"} 1.0' in metrics
+
+
 @pytest.mark.parametrize("blow", [signal.SIGSTOP, signal.SIGKILL])
 def test_requests_go_on_without_valkey(launch_server: LaunchServer, blow: signal.Signals) -> None:
     server = launch_server("--limits.requests_per_minute", "1000", "--redis.retry_interval", "0.2")

@@ -35,7 +35,9 @@ class ScriptedEngine:
     request runs until someone ends it.
     """
 
-    def __init__(self, address: str, script: Script, vocab_size: int, max_model_len: int = 64) -> None:
+    def __init__(
+        self, address: str, script: Script, vocab_size: int, max_model_len: int = 64, draft: str | None = None
+    ) -> None:
         self.epoch = uuid.uuid4().hex
         self.requests: list[EngineRequest] = []
         self.aborted: list[str] = []
@@ -51,6 +53,10 @@ class ScriptedEngine:
             max_num_seqs=4,
             dtype="float32",
             attention_backend="none",
+            kv_bytes=1024,
+            draft=draft,
+            num_speculative_tokens=4,
+            draft_bytes=512 if draft else 0,
         )
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)

@@ -1,115 +1,22 @@
-"""The HTTP API over a real socket, with a real tokenizer and Valkey, and an engine that follows a script."""
+"""The HTTP API: bodies, streams, errors, clients that go away, engines that die."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-import httpx
 import pytest
-import uvicorn
 
 from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, TokenLogprob
-from engine.models.config import ModelFiles
 from engine.text.tokenizer import Tokenizer
-from server.app import create_app
-from server.settings import load_settings
 from server.tenants import hash_key
+from tests.integration.running_api import CHAT, TEXT
 from tests.integration.scripted_engine import Script, ScriptedEngine
-from tests.tiny_models import VOCAB_SIZE, make_directory
+from tests.tiny_models import VOCAB_SIZE
 
-CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
-TEXT = {"model": "tiny", "prompt": "The dog"}
 REPLY = "naïve 東京 👩‍🚀 end"
-
-
-@dataclass
-class Api:
-    """A running server with its engine."""
-
-    client: httpx.AsyncClient
-    engine: ScriptedEngine
-    address: str
-    tokenizer: Tokenizer
-    app: Any
-
-    async def post(self, path: str, **body: Any) -> httpx.Response:
-        base = CHAT if "chat" in path else TEXT
-        return await self.client.post(path, json={**base, **body})
-
-    async def events(self, path: str, **body: Any) -> list[Any]:
-        """All events of a stream, decoded; "[DONE]" as text."""
-        response = await self.post(path, stream=True, **body)
-        assert response.status_code == 200, response.text
-        assert response.headers["content-type"].startswith("text/event-stream")
-        blocks = response.text.removesuffix("\n\n").split("\n\n")
-        assert all(block.startswith("data: ") for block in blocks)
-        payloads = [block.removeprefix("data: ") for block in blocks]
-        return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
-
-    async def until(self, condition: Callable[[], Any]) -> None:
-        """Wait for something that must happen."""
-        async with asyncio.timeout(20):
-            while not condition():  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-
-    async def until_get(self, path: str, condition: Callable[[httpx.Response], bool]) -> httpx.Response:
-        """The first response from ``path`` that satisfies ``condition``."""
-        async with asyncio.timeout(20):
-            while True:
-                if condition(response := await self.client.get(path)):
-                    return response
-
-    async def until_health(self, status: int) -> None:
-        await self.until_get("/health", lambda response: response.status_code == status)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return make_directory(tmp_path_factory.mktemp("api") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_model: ModelFiles) -> Tokenizer:
-    return Tokenizer.from_files(tiny_model)
-
-
-@asynccontextmanager
-async def running_api(
-    script: Script, model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, directory: Path, *options: str
-) -> AsyncIterator[Api]:
-    address = f"ipc://{directory}/engine.sock"
-    settings = load_settings(
-        ["--model", str(model.path), "--engine.address", address, "--redis.url", valkey_url, *options]
-    )
-    app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
-    task = asyncio.create_task(server.serve())
-    engine = ScriptedEngine(address, script, VOCAB_SIZE)
-    try:
-        async with asyncio.timeout(20):
-            while not server.started:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
-            api = Api(client, engine, address, tokenizer, app)
-            await api.until_health(200)
-            yield api
-    finally:
-        await api.engine.die()
-        server.should_exit = True
-        await task
-
-
-@pytest.fixture
-def serve(tiny_model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, tmp_path: Path) -> Any:
-    """``async with serve(script, *options) as api``."""
-    return lambda script, *options: running_api(script, tiny_model, tokenizer, valkey_url, tmp_path, *options)
 
 
 @pytest.fixture
@@ -281,6 +188,8 @@ async def test_scoring_a_prompt_without_output(serve: Any, replies: Script) -> N
         ("/v1/completions", {"prompt": [5] * 60, "max_tokens": 5}, 400, "max_tokens"),
         ("/v1/chat/completions", {"max_completion_tokens": 64}, 400, "max_completion_tokens"),
         ("/v1/completions", {"min_tokens": 17}, 400, "min_tokens"),
+        ("/v1/completions", {"num_speculative_tokens": 9}, 400, "num_speculative_tokens"),
+        ("/v1/chat/completions", {"num_speculative_tokens": -1}, 400, "num_speculative_tokens"),
         ("/v1/completions", {"stop_token_ids": [VOCAB_SIZE]}, 400, "stop_token_ids"),
         ("/v1/completions", {"logit_bias": {str(VOCAB_SIZE): 1}}, 400, "logit_bias"),
         ("/v1/completions", {"logit_bias": {"-1": 1}}, 400, "logit_bias"),
@@ -482,7 +391,7 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
             preemptions=1, waiting_by_tenant={"default": 2},
         )  # fmt: skip
         await api.engine.send(stats=stats)  # counters say how many since the start: sent twice, they count once
-        await api.engine.send(stats=stats, steps=[StepTimings(0.1, 0.2, 0.3, 0.4, 5, 2)])
+        await api.engine.send(stats=stats, steps=[StepTimings(0.125, 0.25, 0.5, 0.5, 5, 2, draft=1.0)])
         text = (await api.until_get("/metrics", lambda response: "step_tokens_count 1.0" in response.text)).text
     labels = 'model="tiny",tenant="default"'
     expected = [
@@ -496,7 +405,14 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
         "evospec:kv_blocks_used 4.0",
         "evospec:prefix_cache_hits_total 6.0",
         "evospec:preemptions_total 1.0",
-        'evospec:engine_step_seconds_sum{part="forward"} 0.2',
+        'evospec:engine_step_seconds_sum{part="draft"} 1.0',
+        'evospec:engine_step_seconds_sum{part="verify"} 0.25',
+        'evospec:engine_step_seconds_sum{part="sample"} 0.5',
+        'evospec:engine_step_seconds_sum{part="overhead"} 0.625',
+        'evospec:engine_step_seconds_sum{part="total"} 2.375',
+        'evospec:engine_info{attention_backend="none",draft="none",dtype="float32"} 1.0',
+        "evospec:kv_cache_bytes 1024.0",
+        "evospec:draft_bytes 0.0",
         "evospec:engine_up 1.0",
     ]
     lines = text.splitlines()

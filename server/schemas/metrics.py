@@ -1,0 +1,32 @@
+"""Measurements of one request, in the shape of vLLM (pull request 48915), which load generators read."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SpeculativeDecoding(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request's draft tokens fared.
+
+    ``mean_acceptance_length``: tokens a verification step, the target's own included; 1 if there was no step.
+    ``draft_acceptance_rate``: accepted over drafted tokens; 0 if none was drafted.
+    ``acceptance_histogram``: entry ``j`` counts the steps that accepted exactly ``j`` draft tokens.
+    ``num_spec_steps``: steps that verified drafts. ``num_spec_tokens``: most draft tokens a step.
+    """
+
+    mean_acceptance_length: float
+    draft_acceptance_rate: float
+    acceptance_histogram: list[int]
+    num_spec_steps: int
+    num_accepted_draft_tokens: int
+    num_draft_tokens: int
+    num_spec_tokens: int
+
+
+class ResponseMetrics(msgspec.Struct, frozen=True, kw_only=True):
+    """``metrics`` of a response, or of the last chunk of a stream with ``include_usage``.
+
+    There only while the server speculates, and only for a request of one sequence.
+    """
+
+    speculative_decoding: SpeculativeDecoding

@@ -1,0 +1,98 @@
+"""The HTTP API over a real socket, with a real tokenizer and Valkey, and an engine that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from engine.models.config import ModelFiles
+from engine.text.tokenizer import Tokenizer
+from server.app import create_app
+from server.settings import load_settings
+from tests.integration.scripted_engine import Script, ScriptedEngine
+from tests.tiny_models import VOCAB_SIZE
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+TEXT = {"model": "tiny", "prompt": "The dog"}
+
+
+@dataclass
+class Api:
+    """A running server with its engine."""
+
+    client: httpx.AsyncClient
+    engine: ScriptedEngine
+    address: str
+    tokenizer: Tokenizer
+    app: Any
+
+    async def post(self, path: str, **body: Any) -> httpx.Response:
+        base = CHAT if "chat" in path else TEXT
+        return await self.client.post(path, json={**base, **body})
+
+    async def events(self, path: str, **body: Any) -> list[Any]:
+        """All events of a stream, decoded; "[DONE]" as text."""
+        response = await self.post(path, stream=True, **body)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        blocks = response.text.removesuffix("\n\n").split("\n\n")
+        assert all(block.startswith("data: ") for block in blocks)
+        payloads = [block.removeprefix("data: ") for block in blocks]
+        return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
+
+    async def until(self, condition: Callable[[], Any]) -> None:
+        """Wait for something that must happen."""
+        async with asyncio.timeout(20):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async def until_get(self, path: str, condition: Callable[[httpx.Response], bool]) -> httpx.Response:
+        """The first response from ``path`` that satisfies ``condition``."""
+        async with asyncio.timeout(20):
+            while True:
+                if condition(response := await self.client.get(path)):
+                    return response
+
+    async def until_health(self, status: int) -> None:
+        await self.until_get("/health", lambda response: response.status_code == status)
+
+
+@asynccontextmanager
+async def running_api(
+    script: Script,
+    model: ModelFiles,
+    tokenizer: Tokenizer,
+    valkey_url: str,
+    directory: Path,
+    *options: str,
+    draft: str | None = None,
+) -> AsyncIterator[Api]:
+    address = f"ipc://{directory}/engine.sock"
+    settings = load_settings(
+        ["--model", str(model.path), "--engine.address", address, "--redis.url", valkey_url, *options]
+    )
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    task = asyncio.create_task(server.serve())
+    engine = ScriptedEngine(address, script, VOCAB_SIZE, draft=draft)
+    try:
+        async with asyncio.timeout(20):
+            while not server.started:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
+            api = Api(client, engine, address, tokenizer, app)
+            await api.until_health(200)
+            yield api
+    finally:
+        await api.engine.die()
+        server.should_exit = True
+        await task
