@@ -1,0 +1,116 @@
+"""What choosing tokens costs: ``python -m benchmarks.sampling`` for each set of parameters and number of rows.
+
+Real decode steps of a model through the engine, without speculation, so that rows are sequences. Printed: median
+milliseconds of sampling in a step, and the share of the whole step in brackets.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.prompts.build import read_eval
+from engine.config import EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from engine.core import EngineCore
+from engine.messages import EngineRequest, Grammar, SamplingParams, StepTimings
+from engine.models.registry import resolve_model, validate_model_files
+from engine.text.tokenizer import Tokenizer
+
+CLIENT = b"benchmark"
+PROMPT_TOKENS = 48
+PENALTIES = {"repetition_penalty": 1.1, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature 1": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "top_k 50": {"temperature": 0.7, "top_k": 50},
+    "top_p 0.95": {"temperature": 0.7, "top_p": 0.95},
+    "top_p 0.95, temperature 1.5": {"temperature": 1.5, "top_p": 0.95},
+    "min_p 0.05": {"min_p": 0.05},
+    "top_k, top_p, min_p": {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    "greedy, penalties": {"temperature": 0.0, **PENALTIES},
+    "top_p 0.95, penalties": {"temperature": 0.7, "top_p": 0.95, **PENALTIES},
+    "temperature 0.7, 5 logprobs": {"temperature": 0.7, "logprobs": 5},
+    "temperature 0.7, JSON": {"temperature": 0.7, "grammar": Grammar(kind="json_object")},
+}
+
+
+class Engine:
+    """An engine of the model alone, and prompts for it."""
+
+    def __init__(self, model: str, max_rows: int) -> None:
+        config = EngineConfig(
+            model=ModelConfig(name=model, max_model_len=1024),
+            scheduler=SchedulerConfig(max_num_seqs=max_rows),
+            speculation=SpeculationConfig(method="none"),
+        )
+        files = resolve_model(config.model)
+        self.core = EngineCore(config, files, validate_model_files(files))
+        tokenizer = Tokenizer.from_files(files)
+        texts = [prompt.messages[-1]["content"] for prompt in read_eval()]
+        self.prompts = [ids[:PROMPT_TOKENS] for text in texts if len(ids := tokenizer.encode(text)) >= PROMPT_TOKENS]
+
+    def decode_steps(self, parameters: dict[str, Any], rows: int, num_steps: int) -> list[StepTimings]:
+        """The timings of steps in which all ``rows`` sequences decode."""
+        params = {"ignore_eos": True, "max_tokens": num_steps + 8, **parameters}
+        for i in range(rows):
+            prompt = self.prompts[i % len(self.prompts)]
+            sampling = SamplingParams(seed=i, **params)
+            self.core.add(
+                CLIENT, EngineRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, tenant="benchmark")
+            )
+        steps: list[StepTimings] = []
+        unfinished = rows
+        while unfinished:
+            outputs, timings = self.core.step()
+            if timings is None:
+                time.sleep(self.core.patience())
+                continue
+            if timings.num_tokens == timings.num_sequences == rows:
+                steps.append(timings)
+            unfinished -= sum(output.finish_reason is not None for output in outputs[CLIENT])
+        return steps
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Registry name or path.")] = "qwen2.5-coder-0.5b",
+    rows: Annotated[str, typer.Option(help="Numbers of sequences, with commas.")] = "1,8,32",
+    steps: Annotated[int, typer.Option(help="Decode steps of each measurement.")] = 24,
+    only: Annotated[str, typer.Option(help="Only parameter sets whose name contains this.")] = "",
+    record: Annotated[Path | None, typer.Option(help="Also write a JSON file.")] = None,
+) -> None:
+    """Measures and prints a table."""
+    counts = [int(count) for count in rows.split(",")]
+    engine = Engine(model, max(counts))
+    engine.decode_steps({}, max(counts), 4)  # warm up
+    table = Table("parameters", *(f"{count} rows" for count in counts), title=f"{model}: sampling, ms (share of step)")
+    results: dict[str, dict[int, dict[str, float]]] = {}
+    for name, parameters in PARAMETERS.items():
+        if only not in name:
+            continue
+        cells = results[name] = {}
+        for count in counts:
+            timings = engine.decode_steps(parameters, count, steps)
+            sample = median(t.sample for t in timings)
+            whole = median(t.schedule + t.draft + t.forward + t.sample + t.commit for t in timings)
+            cells[count] = {"sample_seconds": sample, "step_seconds": whole}
+        table.add_row(name, *(_cell(cells[count]) for count in counts))
+    Console().print(table)
+    if record is not None:
+        record.write_text(json.dumps({"model": model, "results": results}, indent=1) + "\n")
+
+
+def _cell(result: dict[str, float]) -> str:
+    sample, whole = result["sample_seconds"], result["step_seconds"]
+    return f"{1e3 * sample:.2f} ({sample / whole:.1%} of {1e3 * whole:.1f})"
+
+
+if __name__ == "__main__":
+    typer.run(main)
