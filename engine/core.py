@@ -20,7 +20,10 @@ from engine.request import Request
 from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.json_schema import GrammarError
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
-from engine.scheduler import QueueFull, RequestTooLong, ScheduledSequence, Scheduler
+from engine.scheduler import QueueFull, RequestTooLong, ScheduledSequence, Scheduler, SchedulerOutput
+from engine.spec.load import load_draft
+from engine.spec.proposer import Draft
+from engine.spec.speculator import FixedLength, Speculator
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
 
@@ -44,8 +47,12 @@ class EngineCore:
         self.attention_backend = loaded.backend
         self._tokenizer = Tokenizer.from_files(files)
         self._eos_token_ids = frozenset(self._tokenizer.eos_token_ids)
-        self._runner = ModelRunner(loaded, config.cache)
+        draft = load_draft(config, loaded, files, self._tokenizer)
+        self._runner = ModelRunner(loaded, config.cache, draft.costs.bytes_per_block if draft else 0)
         self.num_blocks = self._runner.num_blocks
+        self.draft = draft.description if draft else None
+        self.draft_bytes = draft.costs.total(self.num_blocks) if draft else 0
+        self._speculator = None if draft is None else self._make_speculator(config, draft)
         self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
         self._grammars = GrammarCompiler(self._tokenizer)
@@ -54,6 +61,11 @@ class EngineCore:
         self._stop_checkers: dict[str, StopChecker] = {}
         self._compiling: dict[str, tuple[Request, Future[CompiledGrammar]]] = {}
         self._refused: Outputs = defaultdict(list)
+
+    def _make_speculator(self, config: EngineConfig, draft: Draft) -> Speculator:
+        return Speculator(
+            draft.make_proposer(self.num_blocks), FixedLength(), config.speculation.num_speculative_tokens
+        )
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
@@ -99,20 +111,24 @@ class EngineCore:
         if not self._scheduler.has_work():
             return outputs, None
         started = time.perf_counter()
-        scheduled = self._scheduler.schedule()
-        scheduling_done = time.perf_counter()
-        logits = self._runner.execute(scheduled.sequences)
+        scheduled = self._scheduler.schedule(self._speculator)
+        scheduling_done, proposing = time.perf_counter(), self._draft_seconds()
+        capture = self._speculator.capture_layers if self._speculator else ()
+        logits, features = self._runner.execute(scheduled.sequences, capture)
         forward_done = time.perf_counter()
         sampled = self._sample(logits, scheduled.sequences)
         sampling_done = time.perf_counter()
+        self._observe(scheduled, sampled, features)
+        observing_done, observing = time.perf_counter(), self._draft_seconds()
         self._commit(scheduled.sequences, sampled, outputs)
         timings = StepTimings(
-            schedule=scheduling_done - started,
+            schedule=scheduling_done - started - proposing,
             forward=forward_done - scheduling_done,
             sample=sampling_done - forward_done,
-            commit=time.perf_counter() - sampling_done,
+            commit=time.perf_counter() - observing_done,
             num_tokens=scheduled.num_tokens,
             num_sequences=len(scheduled.sequences),
+            draft=proposing + observing,
         )
         return outputs, timings
 
@@ -163,6 +179,20 @@ class EngineCore:
         sampled = iter(self._sampler.sample(logits, rows))
         return [next(sampled) if sequence.num_sampled else None for sequence in sequences]
 
+    def _observe(
+        self, scheduled: SchedulerOutput, sampled: list[SampledSequence | None], features: torch.Tensor | None
+    ) -> None:
+        """Let the draft learn what was computed and chosen."""
+        if self._speculator is None:
+            return
+        for request in scheduled.preempted:
+            self._speculator.preempted(request.request_id)
+        num_kept = [0 if choice is None else len(choice.token_ids) for choice in sampled]
+        self._speculator.observe(scheduled.sequences, num_kept, features)
+
+    def _draft_seconds(self) -> float:
+        return self._speculator.take_seconds() if self._speculator else 0.0
+
     def _commit(
         self, sequences: list[ScheduledSequence], sampled: list[SampledSequence | None], outputs: Outputs
     ) -> None:
@@ -187,6 +217,8 @@ class EngineCore:
             stop_reason=truncation.stop_reason,
             text_length=truncation.text_length,
             num_cached_tokens=request.num_cached_tokens,
+            num_draft_tokens=sequence.num_draft_tokens,
+            num_accepted_tokens=min(len(choice.token_ids) - 1, truncation.num_kept),
         )
         if finished:
             self._forget(request.request_id)
@@ -196,6 +228,8 @@ class EngineCore:
         self._sampler.forget(engine_id)
         self._prompt_logprobs.forget(engine_id)
         self._stop_checkers.pop(engine_id, None)
+        if self._speculator is not None:
+            self._speculator.forget(engine_id)
 
 
 def _engine_id(client_id: bytes, request_id: str) -> str:

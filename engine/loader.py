@@ -28,7 +28,12 @@ _DEFAULT_MAX_MODEL_LEN = 8192
 
 
 class CausalLM(Protocol):
-    """What the model runner needs of a model."""
+    """What the model runner and drafts need of a model."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights."""
+        ...
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """Run all layers; ``capture``: those whose output is wanted as features, in ascending order."""
@@ -58,10 +63,18 @@ class LoadedModel:
     device: torch.device
     backend: BackendName
     make_attention: Callable[[AttentionSpec], AttentionBackend]
+    team: native.Team | None = None
+    """The threads of the native kernels, where those are used."""
 
 
-def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> LoadedModel:
+def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.Team | None = None) -> LoadedModel:
     """Load the weights of ``files``.
+
+    Args:
+        config: precision, device and kernels.
+        files: the model.
+        spec: its shape.
+        team: threads for native kernels, shared with a model loaded before (None: new ones).
 
     Raises:
         ModelError: the file cannot be read, or the options ask for what model or machine cannot do.
@@ -75,7 +88,7 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> LoadedMode
     max_model_len = _max_model_len(config, spec)
     source = open_weights(files)
     if backend == "native":
-        return _load_native(config, source, spec, max_model_len, threads)
+        return _load_native(config, source, spec, max_model_len, team or native.Team(threads))
     model = load_model(source, spec, dtype, device, max_model_len)
     make_attention: Callable[[AttentionSpec], AttentionBackend] = TorchPagedAttention
     if backend == "flashinfer":
@@ -86,9 +99,8 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> LoadedMode
 
 
 def _load_native(
-    config: EngineConfig, source: WeightSource, spec: ModelSpec, max_model_len: int, threads: int
+    config: EngineConfig, source: WeightSource, spec: ModelSpec, max_model_len: int, team: native.Team
 ) -> LoadedModel:
-    team = native.Team(threads)
     keep_quantized = config.model.quantization == "auto"
     model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized)
 
@@ -98,7 +110,7 @@ def _load_native(
         return NativeAttention(attention, team)
 
     device = torch.device("cpu")
-    return LoadedModel(model, spec, max_model_len, torch.bfloat16, device, "native", make_attention)
+    return LoadedModel(model, spec, max_model_len, torch.bfloat16, device, "native", make_attention, team)
 
 
 def _device(name: str) -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,30 +19,49 @@ from engine.scheduler import ScheduledSequence
 
 
 class ModelRunner:
-    """Owns the model and its attention backend (and so the KV cache)."""
+    """Owns the model and its attention backend (and so the KV cache).
 
-    def __init__(self, loaded: LoadedModel, cache: CacheConfig) -> None:
+    ``draft_bytes_per_block`` is what a draft keeps for each block: it is reserved when the cache is sized.
+    """
+
+    def __init__(self, loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block: int = 0) -> None:
         self._model = loaded.model
         self._device = loaded.device
         self._block_size = cache.block_size
-        self.num_blocks = num_kv_blocks(loaded, cache)
+        self.num_blocks = num_kv_blocks(loaded, cache, draft_bytes_per_block)
         spec = attention_spec(loaded, cache, self.num_blocks)
-        self.kv_bytes = spec.num_blocks * spec.bytes_per_block
+        self.kv_bytes = self.num_blocks * spec.bytes_per_block
         self._attention: AttentionBackend = loaded.make_attention(spec)
 
     @torch.inference_mode()
-    def execute(self, sequences: Sequence[ScheduledSequence]) -> torch.Tensor:
+    def execute(
+        self, sequences: Sequence[ScheduledSequence], capture: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Compute the scheduled tokens and write their KV.
 
         Returns:
-            Logits [L, vocab] float32: for each sequence in order, the last ``num_logits`` of its rows.
+            Logits [L, vocab] float32: for each sequence in order, the last ``num_logits`` of its rows. And the
+            features [T, len(capture) * hidden] of all tokens, if layers are captured.
         """
         batch = build_batch(sequences, self._block_size, self._device)
-        hidden = self._model.forward(batch, self._attention).hidden
-        return self._model.compute_logits(hidden[batch.logits_indices])
+        output = self._model.forward(batch, self._attention, capture)
+        return self._model.compute_logits(output.hidden[batch.logits_indices]), output.features
 
 
-def build_batch(sequences: Sequence[ScheduledSequence], block_size: int, device: torch.device) -> ForwardBatch:
+class BatchSequence(Protocol):
+    """One sequence's part of a batch; fields as in ``ScheduledSequence``."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def num_logits(self) -> int: ...
+    @property
+    def block_ids(self) -> Sequence[int]: ...
+
+
+def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: torch.device) -> ForwardBatch:
     """Lay the sequences' tokens end to end; see ``ForwardBatch`` for the fields."""
     lengths = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int32)
     starts = np.array([sequence.start for sequence in sequences], dtype=np.int32)
@@ -86,7 +106,7 @@ def attention_spec(loaded: LoadedModel, cache: CacheConfig, num_blocks: int) -> 
     )
 
 
-def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig) -> int:
+def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block: int = 0) -> int:
     """As configured, or what fits in the given share of the memory that is free now, up to ``max_bytes``.
 
     Raises:
@@ -95,7 +115,7 @@ def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig) -> int:
     if cache.num_blocks is not None:
         return cache.num_blocks
     budget = min(cache.max_bytes, int(_free_memory(loaded.device) * cache.memory_fraction))
-    num_blocks = budget // attention_spec(loaded, cache, 1).bytes_per_block
+    num_blocks = budget // (attention_spec(loaded, cache, 1).bytes_per_block + draft_bytes_per_block)
     needed = -(-loaded.max_model_len // cache.block_size)
     if num_blocks < needed:
         raise ModelError(

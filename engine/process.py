@@ -53,7 +53,9 @@ class EngineProcess:
             dtype=core.dtype,
             attention_backend=core.attention_backend,
             kv_bytes=core.kv_bytes,
+            draft=core.draft,
             num_speculative_tokens=config.speculation.num_speculative_tokens,
+            draft_bytes=core.draft_bytes,
         )
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)

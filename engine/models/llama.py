@@ -106,6 +106,13 @@ class LlamaForCausalLM:
     """[vocab, hidden]; the embedding itself where the model ties them"""
     rotary: RotaryEmbedding
 
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all weights."""
+        own = [self.embed_tokens, self.norm, *(() if self.lm_head is self.embed_tokens else (self.lm_head,))]
+        of_layers = [value for layer in self.layers for value in vars(layer).values() if torch.is_tensor(value)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*own, *of_layers))
+
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """Run all layers; ``capture``: those whose output is wanted as features, in ascending order."""

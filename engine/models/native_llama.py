@@ -67,8 +67,8 @@ class NativeLlama:
             layers=layers,
         )
         matrices = [m for layer in layers for m in (*layer.qkv, layer.output, layer.gate_up, layer.down)]
-        self.weight_bytes_per_step = sum(m.num_bytes for m in (*matrices, self._head))
-        """Bytes of weights that one decode step reads."""
+        tied = self._head is self._embedding
+        self.weight_bytes = sum(m.num_bytes for m in (*matrices, self._head, *(() if tied else (self._embedding,))))
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """As ``LlamaForCausalLM``; hidden states are bf16, features float32."""

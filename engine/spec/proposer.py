@@ -60,6 +60,10 @@ class DraftCosts:
     bytes_per_block: int
     """Keys, values and whatever else it keeps for each KV block."""
 
+    def total(self, num_blocks: int) -> int:
+        """Weights and KV."""
+        return self.weight_bytes + num_blocks * self.bytes_per_block
+
 
 class Draft(Protocol):
     """A draft whose weights are loaded; its KV follows once the number of blocks is known."""

@@ -1,0 +1,69 @@
+"""The draft that the configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from engine.config import EngineConfig
+from engine.loader import CausalLM, LoadedModel, load
+from engine.models.config import ModelError, ModelFiles
+from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.draft_head import DraftHead, read_token_counts, static_vocabulary
+from engine.spec.draft_model import DraftModel
+from engine.spec.proposer import Draft
+from engine.text.tokenizer import Tokenizer
+
+DRAFTS = Path(__file__).parents[2] / "drafts"
+"""What is shipped: for each model a directory of its name."""
+
+
+def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> Draft | None:
+    """Load the draft for ``target``, whose files and tokenizer are given; None without speculation.
+
+    Raises:
+        ModelError: the draft cannot be had, or does not fit the target.
+    """
+    speculation = config.speculation
+    if speculation.num_speculative_tokens == 0:
+        return None
+    if speculation.method == "draft_model":
+        return _load_draft_model(config, target, files, tokenizer)
+    return None
+
+
+def make_head(config: EngineConfig, model: CausalLM, directory: Path, tokenizer: Tokenizer) -> DraftHead:
+    """The head of ``model`` over the configured vocabulary, whose token counts are in ``directory``."""
+    kind, _, size = config.speculation.vocabulary.partition(":")
+    if kind == "full":
+        return DraftHead(model)
+    counts = read_token_counts(directory, tokenizer.vocab_size)
+    return DraftHead(model, static_vocabulary(counts, int(size), always_drafted(tokenizer)))
+
+
+def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
+    """Tokens that end an answer or structure a conversation."""
+    return {*tokenizer.eos_token_ids, *tokenizer.special_token_ids}
+
+
+def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:
+    name = config.speculation.draft
+    if name is None:
+        raise ModelError("speculation.method draft_model needs a model: speculation.draft")
+    model = config.model.model_copy(
+        update={"name": name, "served_name": None, "revision": None, "max_model_len": target.max_model_len}
+    )
+    draft_files = resolve_model(model, progress=False)
+    spec = validate_model_files(draft_files)
+    _check_same_tokens(name, Tokenizer.from_files(draft_files), tokenizer)
+    loaded = load(config.model_copy(update={"model": model}), draft_files, spec, target.team)
+    head = make_head(config, loaded.model, DRAFTS / files.name, tokenizer)
+    return DraftModel(loaded, name, config.cache, head)
+
+
+def _check_same_tokens(name: str, draft: Tokenizer, target: Tokenizer) -> None:
+    same = draft.vocab_size == target.vocab_size and all(
+        draft.token_bytes(token_id) == target.token_bytes(token_id) for token_id in range(target.vocab_size)
+    )
+    if not same:
+        raise ModelError(f"draft model {name} has other tokens than the target")

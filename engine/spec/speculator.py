@@ -1,0 +1,102 @@
+"""The engine's side of speculation: how many tokens to draft, who drafts them, and the time that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from engine.request import Request
+from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.spec.proposer import Proposer
+
+
+class LengthPolicy(Protocol):
+    """Decides how many tokens to draft."""
+
+    def lengths(self, request_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
+        """For the decoding sequences of a step; at most ``limits``."""
+        ...
+
+    def observe(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
+        """What verification made of a sequence's drafts."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        ...
+
+
+class FixedLength:
+    """Always as many tokens as allowed."""
+
+    def lengths(self, request_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
+        return list(limits)
+
+    def observe(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
+        pass
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+
+class Speculator:
+    """A ``Drafter`` for the scheduler, made of a proposer and a policy of lengths.
+
+    Args:
+        proposer: drafts.
+        policy: decides lengths.
+        max_tokens: most draft tokens of a sequence and step.
+    """
+
+    def __init__(self, proposer: Proposer, policy: LengthPolicy, max_tokens: int) -> None:
+        self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
+        self._seconds = 0.0
+
+    @property
+    def capture_layers(self) -> tuple[int, ...]:
+        """The target's layers whose output ``observe`` wants."""
+        return self._proposer.capture_layers
+
+    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
+        """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
+        caps = [request.sampling.num_speculative_tokens for request in requests]
+        allowed = [
+            min(limit, self._max_tokens if cap is None else min(cap, self._max_tokens))
+            for limit, cap in zip(limits, caps, strict=True)
+        ]
+        return self._policy.lengths([request.request_id for request in requests], allowed)
+
+    def propose(self, slots: Sequence[DraftSlot]) -> None:
+        """Fill the slots."""
+        started = time.perf_counter()
+        if any(slot.num_tokens for slot in slots):
+            self._proposer.propose(slots)
+        self._seconds += time.perf_counter() - started
+
+    def observe(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+    ) -> None:
+        """Learn from a verified step; arguments as ``Proposer.observe``."""
+        started = time.perf_counter()
+        self._proposer.observe(sequences, num_kept, features)
+        for sequence, kept in zip(sequences, num_kept, strict=True):
+            if sequence.num_draft_tokens:
+                self._policy.observe(sequence.request.request_id, sequence.num_draft_tokens, kept - 1)
+        self._seconds += time.perf_counter() - started
+
+    def preempted(self, request_id: str) -> None:
+        """A request has lost its blocks; it comes back."""
+        self._proposer.forget(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._proposer.forget(request_id)
+        self._policy.forget(request_id)
+
+    def take_seconds(self) -> float:
+        """Time spent drafting and observing since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
