@@ -13,6 +13,8 @@ from server.redis_gate import RedisGate, RedisUnavailable
 from server.tenants import Tenant
 
 RATE_LIMITED = Counter("evospec:rate_limited", "Requests refused with 429.", ["limit"])
+for _limit in ("requests", "tokens"):
+    RATE_LIMITED.labels(_limit)  # shown as 0 from the start
 
 _NO_LIMIT = 0
 

@@ -1,0 +1,105 @@
+"""Dashboards and alerts as files: Grafana's schema, Prometheus's own checks, references between them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from deploy.grafana import acceptance, serving
+from deploy.grafana.build import DIRECTORY, GRID_COLUMNS
+from deploy.grafana.queries import query_panels
+
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in DIRECTORY.glob("*.json")}
+MADE = [serving.DASHBOARD, acceptance.DASHBOARD]
+
+
+@pytest.fixture(scope="module")
+def validator() -> Any:
+    """Made from @grafana/schema: see deploy/grafana/schema/package.json."""
+    return jsonschema.Draft7Validator(json.loads((DEPLOY / "grafana/schema/dashboard.schema.json").read_text()))
+
+
+def test_dashboards_on_disk_are_what_the_builder_makes() -> None:
+    assert {dashboard["uid"]: dashboard for dashboard in MADE} == DASHBOARDS
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_dashboards_satisfy_grafanas_schema(validator: Any, name: str) -> None:
+    assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(DASHBOARDS[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        (("panels", 1), "type", "singlestat"),
+        (("panels", 1, "options"), "colourMode", "value"),
+        (("panels", 8, "fieldConfig", "defaults", "custom"), "drawStyle", "lines"),
+        (("panels", 8, "targets", 0), "expr", None),
+        (("templating", "list", 0), "type", "data source"),
+        ((), "panel", []),
+    ],
+)
+def test_the_schema_finds_mistakes(validator: Any, where: tuple[Any, ...], key: str, value: Any) -> None:
+    dashboard = json.loads(json.dumps(DASHBOARDS["evospec-serving"]))
+    place = dashboard
+    for step in where:
+        place = place[step]
+    place[key] = value
+    assert not validator.is_valid(dashboard)
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_panels_have_ids_of_their_own_and_do_not_overlap(name: str) -> None:
+    panels = DASHBOARDS[name]["panels"]
+    cells = [
+        (x, y)
+        for place in (panel["gridPos"] for panel in panels)
+        for x in range(place["x"], place["x"] + place["w"])
+        for y in range(place["y"], place["y"] + place["h"])
+    ]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < GRID_COLUMNS
+
+
+def test_recorded_series_that_panels_show_are_recorded() -> None:
+    rules = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"]
+    recorded = {rule["record"] for group in rules for rule in group["rules"] if "record" in rule}
+    queries = [t["expr"] for d in MADE for panel in query_panels(d) for t in panel["targets"]]
+    shown = {expr.partition("{")[0] for expr in queries if expr.startswith("model_tenant_domain:")}
+    assert shown
+    assert shown <= recorded
+
+
+def test_compose_mounts_what_it_names() -> None:
+    compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+    mounts = [volume for name in ("prometheus", "grafana") for volume in compose["services"][name]["volumes"]]
+    files = [volume.partition(":")[0] for volume in mounts if volume.startswith("./")]
+    assert len(files) >= 4
+    assert all((DEPLOY / file).exists() for file in files)
+    scraped = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"][0]
+    assert scraped["static_configs"][0]["targets"][0].partition(":")[0] in compose["services"]
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian package prometheus)")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "config", "--syntax-only", "prometheus.yml"),
+        ("check", "rules", "--lint-fatal", "rules.yml"),
+        ("test", "rules", "rules.test.yml"),
+    ],
+)
+def test_prometheus_accepts_the_configuration_and_alerts_fire_when_they_should(arguments: tuple[str, ...]) -> None:
+    result = subprocess.run(
+        ["promtool", *arguments], cwd=DEPLOY / "prometheus", capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
