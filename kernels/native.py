@@ -75,7 +75,7 @@ def unsupported_reason() -> str | None:
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built (python -m kernels.build)"
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    names = [feature.replace("avx512bf16", "avx512_bf16").replace("-", "_") for feature in TARGET.split()]
+    names = [feature.replace("avx512bf16", "avx512_bf16").replace("avx512vnni", "avx512_vnni").replace("-", "_") for feature in TARGET.split()]
     missing = [name for name in names if name not in flags]
     if missing:
         return f"the CPU lacks {', '.join(missing)}"

@@ -46,7 +46,7 @@ size_t evo_block_bytes(int format) { return block_bytes(format); }
 
 // Packs weight rows row_map[i] <- source row i (GGUF blocks) into `data`, which starts as zeros.
 void evo_pack_ggml(uint8_t* data, int ggml_type, const uint8_t* rows, const int32_t* row_map, int count, int k) {
-  std::vector<int8_t> codes(k);
+  std::vector<uint8_t> codes(k);
   std::vector<float> scales(k / 16), minima(k / 32);
   RowCodes out{0, codes.data(), scales.data(), minima.data()};
   for (int i = 0; i < count; ++i) {

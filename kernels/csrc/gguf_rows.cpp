@@ -16,7 +16,7 @@ void set_scale(RowCodes& out, int block, float scale) {
 }
 
 // Block of 32: low nibbles are values 0..15, high nibbles 16..31.
-void nibbles(const uint8_t* packed, int8_t* codes) {
+void nibbles(const uint8_t* packed, uint8_t* codes) {
   for (int i = 0; i < 16; ++i) {
     codes[i] = packed[i] & 15;
     codes[i + 16] = packed[i] >> 4;
@@ -39,14 +39,14 @@ void decode_q4_1(const uint8_t* block, int b, RowCodes& out) {  // half d, half 
 void decode_q5_0(const uint8_t* block, int b, RowCodes& out) {  // half d; 32 fifth bits; 16 bytes; w = d (q - 16)
   uint32_t fifth;
   std::memcpy(&fifth, block + 2, 4);
-  int8_t* codes = out.codes + 32 * b;
+  uint8_t* codes = out.codes + 32 * b;
   nibbles(block + 6, codes);
-  for (int i = 0; i < 32; ++i) codes[i] = static_cast<int8_t>(codes[i] | (((fifth >> i) & 1) << 4));
+  for (int i = 0; i < 32; ++i) codes[i] |= static_cast<uint8_t>(((fifth >> i) & 1) << 4);
   set_scale(out, b, half_at(block));
 }
 
 void decode_q8_0(const uint8_t* block, int b, RowCodes& out) {  // half d; 32 int8
-  std::memcpy(out.codes + 32 * b, block + 2, 32);
+  for (int i = 0; i < 32; ++i) out.codes[32 * b + i] = block[2 + i] ^ 0x80;  // int8 + 128
   set_scale(out, b, half_at(block));
 }
 
@@ -63,7 +63,7 @@ void decode_q4_k(const uint8_t* block, int super, RowCodes& out) {
       scale = (packed_scales[sub + 4] & 15) | ((packed_scales[sub - 4] >> 6) << 4);
       minimum = (packed_scales[sub + 4] >> 4) | ((packed_scales[sub] >> 6) << 4);
     }
-    int8_t* codes = out.codes + 256 * super + 32 * sub;
+    uint8_t* codes = out.codes + 256 * super + 32 * sub;
     const uint8_t* bytes = packed + 32 * (sub / 2);
     for (int i = 0; i < 32; ++i) codes[i] = (sub % 2 ? bytes[i] >> 4 : bytes[i] & 15);
     set_scale(out, 8 * super + sub, d * scale);
@@ -77,12 +77,12 @@ void decode_q6_k(const uint8_t* block, int super, RowCodes& out) {
   const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
   const float d = half_at(block + 208);
   for (int half = 0; half < 2; ++half, low += 64, high += 32) {
-    int8_t* codes = out.codes + 256 * super + 128 * half;
+    uint8_t* codes = out.codes + 256 * super + 128 * half;
     for (int i = 0; i < 32; ++i) {
-      codes[i] = static_cast<int8_t>(((low[i] & 15) | ((high[i] & 3) << 4)) - 32);
-      codes[i + 32] = static_cast<int8_t>(((low[i + 32] & 15) | (((high[i] >> 2) & 3) << 4)) - 32);
-      codes[i + 64] = static_cast<int8_t>(((low[i] >> 4) | (((high[i] >> 4) & 3) << 4)) - 32);
-      codes[i + 96] = static_cast<int8_t>(((low[i + 32] >> 4) | ((high[i] >> 6) << 4)) - 32);
+      codes[i] = static_cast<uint8_t>(((low[i] & 15) | ((high[i] & 3) << 4)) + 96);
+      codes[i + 32] = static_cast<uint8_t>(((low[i + 32] & 15) | (((high[i] >> 2) & 3) << 4)) + 96);
+      codes[i + 64] = static_cast<uint8_t>(((low[i] >> 4) | (((high[i] >> 4) & 3) << 4)) + 96);
+      codes[i + 96] = static_cast<uint8_t>(((low[i + 32] >> 4) | ((high[i] >> 6) << 4)) + 96);
     }
   }
   for (int i = 0; i < 16; ++i) out.scales[16 * super + i] = d * scales[i];

@@ -4,44 +4,32 @@ namespace evospec {
 
 namespace {
 
-// Position of (k inside the block, column inside the group) in a pair row.
-inline int pair_row(int kk) { return kk / 2; }
-inline int position(int kk, int column) { return column * 2 + kk % 2; }
-
 inline uint16_t to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT); }
 inline float half_to_float(uint16_t value) { return _cvtsh_ss(value); }
 
-// Rows a 16-bit lane holds, and the bits of a code, in the lane formats.
-inline int rows_per_lane(int format) { return format == kQ4 ? 4 : 3; }
-inline int code_bits(int format) { return format == kQ4 ? 4 : 5; }
-
-inline __m512 lower_columns(__m512 per_column) {  // columns 0..7, each twice
-  return _mm512_permutexvar_ps(_mm512_set_epi32(7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0), per_column);
-}
-inline __m512 upper_columns(__m512 per_column) {  // columns 8..15, each twice
-  return _mm512_permutexvar_ps(
-      _mm512_set_epi32(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8), per_column);
+// Values of columns 0..15 at k = 2r and at 2r + 1 -> pair row r.
+inline void store_pair_row(bf16* out, __m512 even, __m512 odd) {
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleaved, both));
 }
 
-inline void store_pair_row(bf16* out, __m512 lower, __m512 upper) {
-  _mm512_storeu_si512(out, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(upper, lower)));
-}
-
+// The permutation looks at the lowest four bits only, so that a shift is all it takes to get at a nibble.
 void expand_q4(const uint8_t* block, bf16* out) {
   const __m512 table = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kQ4));
   const __m512 s = load_half16(scales), m = load_half16(scales + kGroup);
-  const __m512 s0 = lower_columns(s), s1 = upper_columns(s), m0 = lower_columns(m), m1 = upper_columns(m);
-  for (int j = 0; j < 4; ++j) {
-    const __m256i* lanes = reinterpret_cast<const __m256i*>(block + 64 * j);
-    __m512i lower = _mm512_cvtepu16_epi32(_mm256_loadu_si256(lanes));
-    __m512i upper = _mm512_cvtepu16_epi32(_mm256_loadu_si256(lanes + 1));
-    for (int i = 0; i < 4; ++i) {  // the permutation looks at the lowest four bits only
-      __m512 w0 = _mm512_fmadd_ps(_mm512_permutexvar_ps(lower, table), s0, m0);
-      __m512 w1 = _mm512_fmadd_ps(_mm512_permutexvar_ps(upper, table), s1, m1);
-      store_pair_row(out + 32 * (4 * j + i), w0, w1);
-      lower = _mm512_srli_epi32(lower, 4);
-      upper = _mm512_srli_epi32(upper, 4);
+  for (int j = 0; j < kQuads / 2; ++j) {
+    const __m512i codes = _mm512_loadu_si512(block + 64 * j);
+    auto value = [&](int nibble) {
+      const __m512i shifted = _mm512_srli_epi32(codes, 4 * nibble);
+      return _mm512_fmadd_ps(_mm512_permutexvar_ps(shifted, table), s, m);
+    };
+    for (int odd = 0; odd < 2; ++odd) {
+      bf16* rows = out + 64 * (2 * j + odd);
+      store_pair_row(rows, value(odd), value(2 + odd));
+      store_pair_row(rows + 32, value(4 + odd), value(6 + odd));
     }
   }
 }
@@ -50,52 +38,55 @@ void expand_q5(const uint8_t* block, bf16* out) {
   const __m512 low = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11, -12, -13, -14, -15, -16);
   const __m512 high = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 s = load_half16(reinterpret_cast<const uint16_t*>(block + code_bytes(kQ5)));
-  const __m512 s0 = lower_columns(s), s1 = upper_columns(s);
-  for (int r = 0; r < kPairs; ++r) {
-    const __m256i* lanes = reinterpret_cast<const __m256i*>(block + 64 * (r / 3));
-    const unsigned shift = 5 * (r % 3);
-    __m512i lower = _mm512_srli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(lanes)), shift);
-    __m512i upper = _mm512_srli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(lanes + 1)), shift);
-    __m512 w0 = _mm512_mul_ps(_mm512_permutex2var_ps(low, lower, high), s0);
-    __m512 w1 = _mm512_mul_ps(_mm512_permutex2var_ps(low, upper, high), s1);
-    store_pair_row(out + 32 * r, w0, w1);
+  for (int j = 0; j < kQuads / 2; ++j) {
+    __m512i codes[2];
+    unpack_nibbles(block, j, codes[0], codes[1]);
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i quad = add_fifth_bits(block, 2 * j + odd, codes[odd]);
+      auto value = [&](int byte) {  // as above: the lowest five bits
+        return _mm512_mul_ps(_mm512_permutex2var_ps(low, _mm512_srli_epi32(quad, 8 * byte), high), s);
+      };
+      bf16* rows = out + 64 * (2 * j + odd);
+      store_pair_row(rows, value(0), value(1));
+      store_pair_row(rows + 32, value(2), value(3));
+    }
   }
 }
 
 void expand_q8(const uint8_t* block, bool two_scales, bf16* out) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kQ8));
-  __m512 s = load_half16(scales);
-  __m512 s0 = lower_columns(s), s1 = upper_columns(s);
-  for (int r = 0; r < kPairs; ++r) {
-    if (two_scales && r == kPairs / 2) {
-      s = load_half16(scales + kGroup);
-      s0 = lower_columns(s), s1 = upper_columns(s);
-    }
-    const __m128i* codes = reinterpret_cast<const __m128i*>(block + 32 * r);
-    __m512 q0 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes)));
-    __m512 q1 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(codes + 1)));
-    store_pair_row(out + 32 * r, _mm512_mul_ps(q0, s0), _mm512_mul_ps(q1, s1));
+  const __m512i mask = _mm512_set1_epi32(255);
+  for (int quad = 0; quad < kQuads; ++quad) {
+    const __m512 s = load_half16(scales + (two_scales && quad >= kQuads / 2 ? kGroup : 0));
+    const __m512 minimum = _mm512_mul_ps(s, _mm512_set1_ps(-128.0f));
+    const __m512i codes = _mm512_loadu_si512(block + 64 * quad);
+    auto value = [&](int byte) {
+      const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 8 * byte), mask);
+      return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), s, minimum);
+    };
+    store_pair_row(out + 64 * quad, value(0), value(1));
+    store_pair_row(out + 64 * quad + 32, value(2), value(3));
   }
 }
 
-void set_code(uint8_t* block, int format, int kk, int column, int8_t code) {
-  const int r = pair_row(kk), p = position(kk, column);
+void set_code(uint8_t* block, int format, int kk, int column, uint8_t code) {
+  const int quad = kk / 4, p = column * 4 + kk % 4;
   if (format == kQ8 || format == kQ8x2) {
-    block[32 * r + p] = static_cast<uint8_t>(code);
+    block[64 * quad + p] = code;
     return;
   }
-  const int rows = rows_per_lane(format), bits = code_bits(format);
-  uint16_t* lane = reinterpret_cast<uint16_t*>(block) + 32 * (r / rows) + p;
-  *lane = static_cast<uint16_t>(*lane | (static_cast<uint16_t>(code) << (bits * (r % rows))));
+  block[64 * (quad / 2) + p] |= static_cast<uint8_t>((code & 15) << (4 * (quad % 2)));
+  if (format == kQ5) reinterpret_cast<uint32_t*>(block + 256)[column] |= static_cast<uint32_t>(code >> 4) << kk;
 }
 
+// The code as a number: without the offset of its format.
 int get_code(const uint8_t* block, int format, int kk, int column) {
-  const int r = pair_row(kk), p = position(kk, column);
-  if (format == kQ8 || format == kQ8x2) return static_cast<int8_t>(block[32 * r + p]);
-  const int rows = rows_per_lane(format), bits = code_bits(format);
-  const uint16_t lane = reinterpret_cast<const uint16_t*>(block)[32 * (r / rows) + p];
-  const int code = (lane >> (bits * (r % rows))) & ((1 << bits) - 1);
-  return format == kQ5 ? code - 16 : code;
+  const int quad = kk / 4, p = column * 4 + kk % 4;
+  if (format == kQ8 || format == kQ8x2) return block[64 * quad + p] - 128;
+  const int nibble = (block[64 * (quad / 2) + p] >> (4 * (quad % 2))) & 15;
+  if (format == kQ4) return nibble;
+  const uint32_t word = reinterpret_cast<const uint32_t*>(block + 256)[column];
+  return nibble + static_cast<int>(16 * ((word >> kk) & 1)) - 16;
 }
 
 }  // namespace
@@ -117,7 +108,7 @@ void pack_floats(uint8_t* data, int k, int row, const float* values) {
   for (int i = 0; i < k; ++i) {
     const int kk = i % kBlock;
     bf16* block = group + static_cast<size_t>(i / kBlock) * kBlock * kGroup;
-    block[32 * pair_row(kk) + position(kk, row % kGroup)] = to_bf16(values[i]);
+    block[32 * (kk / 2) + 2 * (row % kGroup) + kk % 2] = to_bf16(values[i]);
   }
 }
 
@@ -129,7 +120,7 @@ void unpack_row(const Matrix& matrix, int row, float* out) {
     for (int kk = 0; kk < kBlock; ++kk) {
       float& value = out[b * kBlock + kk];
       if (format == kBf16) {
-        value = to_float(reinterpret_cast<const bf16*>(block)[32 * pair_row(kk) + position(kk, column)]);
+        value = to_float(reinterpret_cast<const bf16*>(block)[32 * (kk / 2) + 2 * column + kk % 2]);
         continue;
       }
       const int scale_index = column + (format == kQ8x2 && kk >= kBlock / 2 ? kGroup : 0);
@@ -139,10 +130,10 @@ void unpack_row(const Matrix& matrix, int row, float* out) {
   }
 }
 
-void expand_group(const Matrix& matrix, int group, bf16* out) {
-  const uint8_t* block = matrix.group(group);
+void expand_blocks(const Matrix& matrix, int group, int first, int count, bf16* out) {
   const size_t bytes = block_bytes(matrix.format);
-  for (int b = 0; b < matrix.num_blocks(); ++b, block += bytes, out += kBlock * kGroup) {
+  const uint8_t* block = matrix.group(group) + first * bytes;
+  for (int b = 0; b < count; ++b, block += bytes, out += kBlock * kGroup) {
     prefetch_ahead(block, matrix.format);
     if (matrix.format == kQ4) {
       expand_q4(block, out);

@@ -1,0 +1,45 @@
+// Products of few rows with quantised weights: the codes are multiplied as integers, without being expanded first.
+//
+// x is written as scale * (128 high + low) for each block of 32 k, with high and low in 8 bits: 15 bits below the
+// block's largest value, where bf16 has 8. Sums of a block are then exact integers (vpdpbusd), and float32 only adds
+// up blocks, always in the same order: a row's result does not depend on how many rows are multiplied with it.
+#pragma once
+
+#include <vector>
+
+#include "matrix.h"
+
+namespace evospec {
+
+constexpr int kMaxDirectRows = 8;
+
+// A few rows of activations as the integers of a product. Every thread makes its own: it is small, and a shared one
+// would need another barrier.
+class DirectRows {
+ public:
+  // x: bf16 [rows][k]
+  void assign(const bf16* x, int rows, int k);
+
+  // y[m * stride + column] = the product with the 16 columns of a group, for every row m.
+  void multiply(const Matrix& weight, int group, float* y, int stride) const;
+
+ private:
+  template <int M>
+  void multiply_rows(const Matrix& weight, int group, float* y, int stride) const;
+  template <int M, int kFormat>
+  void multiply_format(const Matrix& weight, const uint8_t* block, __m512* acc) const;
+
+  struct Block {  // 32 k of one row
+    int8_t high[32], low[32];
+    float scale;
+    float sum;            // of the values
+    int32_t code_sum[2];  // of 128 high + low, k < 16 and the rest
+    int32_t padding[12];
+  };
+  static_assert(sizeof(Block) == 128);
+
+  int rows_ = 0, blocks_ = 0;
+  std::vector<Block> data_;  // [rows][blocks]
+};
+
+}  // namespace evospec
