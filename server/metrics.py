@@ -43,6 +43,7 @@ class TenantMetrics:
         self.ttft = metrics.ttft.labels(*labels)
         self.inter_token_latency = metrics.inter_token_latency.labels(*labels)
         self.e2e_latency = metrics.e2e_latency.labels(*labels)
+        metrics.disconnects.labels(*labels)  # shown as 0 from the start
         self._metrics = metrics
         self._domain_labels = (*labels, NO_DOMAIN)
         self._num_drafts = metrics.num_drafts.labels(*self._domain_labels)
