@@ -206,6 +206,14 @@ def cpu_description() -> str:
     return f"{name[1] if name else 'unknown CPU'}, {os.cpu_count()} cores, {' '.join(present)}"
 
 
+def git_commit() -> str:
+    """The commit that is measured, with ``+`` behind it if tracked files differ from it."""
+    git = ["git", "-C", str(REPOSITORY)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0
+    return f"{commit}+" if changed else commit
+
+
 app = typer.Typer(help="The servers that are compared.")
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from benchmarks.client import stream
 from benchmarks.load import LoadOptions, LoadReport, run_load
-from benchmarks.peers import REPOSITORY, SIDES, Side, VllmCpu, cpu_description
+from benchmarks.peers import REPOSITORY, SIDES, Side, VllmCpu, cpu_description, git_commit
 from benchmarks.process import NoiseMeter, free_port, running, wait_for_quiet
 from benchmarks.prompts.build import Prompt, read_eval
 from benchmarks.report import plot, summary_tables
@@ -152,6 +152,7 @@ def environment(plan: Plan) -> dict[str, Any]:
     servers = [SIDES[name] for name in plan.sides if name in SIDES]
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
         "cpu": cpu_description(),
         "load_average_at_start": os.getloadavg()[0],
         "versions": {side.name: side.version() for side in servers},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -58,7 +59,7 @@ def draw(dashboard: dict[str, Any], data: dict[int, list[Series]], path: Path) -
         if panel["type"] == "row":
             figure.text(left + 0.01, bottom + height / 3, panel["title"], color=_TEXT, fontsize=10)
             continue
-        axes = figure.add_axes((left + 0.032, bottom + 0.3 * height, width - 0.042, 0.55 * height), facecolor=_PANEL)
+        axes = figure.add_axes((left + 0.032, bottom + 0.24 * height, width - 0.042, 0.6 * height), facecolor=_PANEL)
         axes.set_title(panel["title"], loc="left", color=_TEXT, fontsize=8)
         (_draw_stat if panel["type"] == "stat" else _draw_lines)(axes, panel, data[panel["id"]])
     figure.savefig(path, dpi=100, facecolor=_BACKGROUND)
@@ -72,8 +73,8 @@ def _draw_stat(axes: Axes, panel: dict[str, Any], series: list[Series]) -> None:
     unit = panel["fieldConfig"]["defaults"]["unit"]
     by_name = panel["options"]["textMode"] == "name"
     words = [each.legend if by_name else format_value(each.values[-1], unit) for each in series] or ["no data"]
-    text = "\n".join(words)
-    axes.text(0.5, 0.4, text, color=_LINES[0], fontsize=8 if by_name else 18, ha="center", va="center", wrap=True)
+    text = "\n".join(textwrap.fill(word, 28) for word in words)
+    axes.text(0.5, 0.45, text, color=_LINES[0], fontsize=8 if by_name else 18, ha="center", va="center")
 
 
 def _draw_lines(axes: Axes, panel: dict[str, Any], series: list[Series]) -> None:
