@@ -18,12 +18,14 @@ in the rounding to float32.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-# Logits this far below the largest are scored only if their hash is large enough.
-_HEAD_WIDTH = 8.0
-# Hashes computed at a time: 1 MiB of int32.
-_CHUNK = 1 << 18
+from kernels import native_sampling
+
+if TYPE_CHECKING:
+    from kernels.native import Team
 
 
 def _signed(value: int, bits: int) -> int:
@@ -50,12 +52,17 @@ def _mix64(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mix32_(x: torch.Tensor, scratch: torch.Tensor) -> None:
-    """lowbias32 (C. Wellons, hash-prospector) on int32, in place: this is most of the cost of sampling."""
+    """lowbias32 (C. Wellons, hash-prospector) on int32, in place."""
     for bits, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         torch.bitwise_right_shift(x, bits, out=scratch)
         x ^= scratch.bitwise_and_((1 << (32 - bits)) - 1)
         if multiplier != 1:
             x *= _signed(multiplier, 32)
+
+
+def row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The 64-bit keys of rows: all [N] int64."""
+    return _mix64(_mix64(seeds) + positions * _signed(0x9E3779B97F4A7C15, 64))
 
 
 def hash_tokens(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -69,7 +76,7 @@ def hash_tokens(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.T
     Returns:
         [N, K] int32, uniform over all values.
     """
-    key = _mix64(_mix64(seeds) + positions * _signed(0x9E3779B97F4A7C15, 64)).unsqueeze(1)
+    key = row_keys(seeds, positions).unsqueeze(1)
     x = token_ids.int() * _signed(0x9E3779B1, 32) + key.int()
     scratch = torch.empty_like(x)
     _mix32_(x, scratch)
@@ -89,10 +96,25 @@ def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.
 
 
 def gumbel_argmax_reference(
-    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    token_ids: torch.Tensor | None = None,
+    *,
+    temperatures: torch.Tensor | None = None,
+    least: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The specification of ``gumbel_argmax``, with ``token_ids`` [N, K] or [1, K] given."""
-    scores = logits + gumbel_noise(seeds, positions, token_ids)
+    """The specification of ``gumbel_argmax``; ``token_ids`` may be [1, K] too."""
+    if token_ids is None:
+        token_ids = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0)
+    if least is not None:
+        logits = logits.masked_fill(logits < least.unsqueeze(1), -torch.inf)
+    noise = gumbel_noise(seeds, positions, token_ids)
+    if temperatures is not None:
+        greedy = (temperatures == 0).unsqueeze(1)
+        logits = logits / temperatures.unsqueeze(1).masked_fill(greedy, 1.0)
+        noise = noise.masked_fill(greedy, 0.0)
+    scores = logits + noise
     best = scores.amax(dim=1, keepdim=True)
     return torch.where(scores == best, token_ids, torch.iinfo(torch.int64).max).amin(dim=1)
 
@@ -102,45 +124,34 @@ def gumbel_argmax(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     token_ids: torch.Tensor | None = None,
+    *,
+    temperatures: torch.Tensor | None = None,
+    least: torch.Tensor | None = None,
+    team: Team | None = None,
 ) -> torch.Tensor:
-    """One sample per row from softmax(logits): argmax(logits + noise), ties to the lowest token id.
+    """One sample per row from softmax(logits / temperature): argmax(logits / temperature + noise).
+
+    Equal scores go to the lowest token id.
 
     Args:
         logits: [N, V] float32, or [N, K] for a subset of tokens; -inf excludes a token.
         seeds: [N] int64.
         positions: [N] int64, index of the chosen token in its sequence.
-        token_ids: [N, K] int64, the tokens the columns of ``logits`` stand for (None: 0 .. V - 1).
+        token_ids: [N, K] integers, the tokens the columns of ``logits`` stand for (None: 0 .. V - 1).
+        temperatures: [N] float32, 0 for the largest logit without noise (None: all 1).
+        least: [N] float32, excludes logits below it (``kernels.kept_thresholds``).
+        team: threads of the compiled kernels (None: the calling one).
 
     Returns:
         [N] int64 token ids.
     """
-    if token_ids is not None:
-        return gumbel_argmax_reference(logits, seeds, positions, token_ids)
-    # A few rows at a time, so that the hash stays in the processor's cache.
-    rows = max(1, _CHUNK // logits.shape[1])
-    columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device).unsqueeze(0)
-    chunks = [slice(start, start + rows) for start in range(0, len(logits), rows)]
-    return torch.cat([_argmax_over_vocabulary(logits[c], seeds[c], positions[c], columns) for c in chunks])
+    if logits.device.type == "cuda":
+        from kernels.triton.gumbel_argmax import gumbel_argmax_triton
 
-
-def _argmax_over_vocabulary(
-    logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, all_token_ids: torch.Tensor
-) -> torch.Tensor:
-    """As the reference over all tokens, but takes logarithms only where they can matter.
-
-    The most likely token's score is a lower bound of the best. A token more than ``_HEAD_WIDTH``
-    below it in logits can only win with noise that exceeds the bound's by as much, and that is
-    seen from its hash.
-    """
-    num_rows, vocab_size = logits.shape
-    hashes = hash_tokens(seeds, positions, all_token_ids)
-    highest, best = logits.max(dim=1, keepdim=True)
-    room_for_rounding = 1e-3 + highest.double().abs() * 2.0**-20
-    needed = _to_gumbel(hashes.gather(1, best)).double() + _HEAD_WIDTH - room_for_rounding
-    least_hash = ((-(-needed).exp()).exp() * 2.0**32 - 2.0**31 - 1).clamp(min=-(2.0**31)).int()
-    rows, columns = ((logits >= highest - _HEAD_WIDTH) | (hashes >= least_hash)).nonzero(as_tuple=True)
-
-    scores = logits[rows, columns] + _to_gumbel(hashes[rows, columns])
-    top = scores.new_full((num_rows,), -torch.inf).scatter_reduce(0, rows, scores, "amax")
-    wins = scores == top[rows]
-    return rows.new_full((num_rows,), vocab_size).scatter_reduce(0, rows[wins], columns[wins], "amin")
+        keys = row_keys(seeds, positions)
+        return gumbel_argmax_triton(logits, keys, token_ids, temperatures=temperatures, least=least)
+    if native_sampling.can_take(logits):
+        ids = None if token_ids is None else token_ids.int().contiguous()
+        warmth = torch.ones(len(logits)) if temperatures is None else temperatures
+        return native_sampling.gumbel_argmax(logits, seeds, positions, ids, warmth, least, team)
+    return gumbel_argmax_reference(logits, seeds, positions, token_ids, temperatures=temperatures, least=least)

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
 from engine.messages import TokenLogprob
+from kernels.logsumexp import logsumexp_rows
+from kernels.topk import topk_rows
+
+if TYPE_CHECKING:
+    from kernels.native import Team
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
-    """Log-probability of each row's token and of the ``num_top`` most likely ones.
+def token_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], num_top: Sequence[int], team: Team | None = None
+) -> list[TokenLogprob]:
+    """Log-probability of each row's token and of the most likely ones.
 
     Serves sampled tokens, and prompts too: there row i's token is the prompt's token i + 1.
 
     Args:
         logits: [R, V] float32, the model's own.
         token_ids: R tokens, one a row.
-        num_top: alternatives to report; 0 for none.
+        num_top: R numbers of alternatives to report; 0 for none.
+        team: threads of the compiled kernels (None: the calling one).
     """
-    logprobs = logits.log_softmax(dim=1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
-    values, ids = logprobs.topk(num_top, dim=1)
-    tops = [list(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-    return [TokenLogprob(*entry) for entry in zip(token_ids, chosen, tops, strict=True)]
+    totals = logsumexp_rows(logits, team).unsqueeze(1)
+    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)) - totals
+    tops: list[list[tuple[int, float]]] = [[] for _ in token_ids]
+    if most := max(num_top, default=0):
+        values, ids = topk_rows(logits, most, team=team)
+        pairs = zip(ids.tolist(), (values - totals).tolist(), num_top, strict=True)
+        tops = [list(zip(row_ids[:n], row_values[:n], strict=True)) for row_ids, row_values, n in pairs]
+    return [TokenLogprob(*entry) for entry in zip(token_ids, chosen.flatten().tolist(), tops, strict=True)]

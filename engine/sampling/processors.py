@@ -6,6 +6,8 @@ whole batch, which touch only the tokens concerned.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from engine.request import Request
 
 FloatArray = npt.NDArray[np.float32]
+_Index = tuple[torch.Tensor, ...]
 
 
 class _SparseEdits:
@@ -40,15 +43,32 @@ class _SparseEdits:
         self._token_ids.append(token_ids)
         self._values.append(values)
 
-    def tensors(self, device: torch.device) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def tensors(self, device: torch.device) -> tuple[_Index, torch.Tensor]:
         """The index (rows, token ids) and the values."""
         rows, token_ids, values = (np.concatenate(part) for part in (self._rows, self._token_ids, self._values))
         index = torch.from_numpy(rows).to(device), torch.from_numpy(token_ids).to(device)
         return index, torch.from_numpy(values).to(device)
 
 
+class _Writes:
+    """Changes to a tensor that can be taken back."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self._undo: list[tuple[_Index, torch.Tensor]] = []
+
+    def put(self, index: _Index, values: torch.Tensor) -> None:
+        self._undo.append((index, self._tensor[index]))
+        self._tensor[index] = values
+
+    def take_back(self) -> None:
+        while self._undo:
+            index, values = self._undo.pop()
+            self._tensor[index] = values
+
+
 class LogitsEdits:
-    """The edits of one step. ``add_sequence`` for each sequence, then ``apply`` once."""
+    """The edits of one step. ``add_sequence`` for each sequence, then ``applied`` once."""
 
     def __init__(self, eos_token_ids: frozenset[int], vocab_size: int) -> None:
         self._eos_token_ids = eos_token_ids
@@ -108,24 +128,33 @@ class LogitsEdits:
         factors = np.full(len(token_ids), params.repetition_penalty)
         self._penalties.add(row, token_ids, np.stack([factors, additive], axis=1).astype(np.float32))
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """Edited copy of ``logits`` [L, V] float32, or ``logits`` itself if there is nothing to do."""
-        if not (self._bans or self._grammar_rows or self._biases or self._penalties):
-            return logits
-        logits = logits.clone()
+    @contextmanager
+    def applied(self, logits: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The edited ``logits`` [L, V] float32, within the block.
+
+        Edited in place and put back: megabytes are not copied for the sake of some tokens.
+        """
+        logits = logits.contiguous()  # rows of an expanded tensor are one
+        writes = _Writes(logits)
+        try:
+            self._write(logits, writes)
+            yield logits
+        finally:
+            writes.take_back()
+
+    def _write(self, logits: torch.Tensor, writes: _Writes) -> None:
         if self._bans:
-            index, values = self._bans.tensors(logits.device)
-            logits[index] = values
+            writes.put(*self._bans.tensors(logits.device))
         if self._grammar_rows:
             bitmask = torch.cat(self._bitmasks).to(logits.device)
-            masked = logits[self._grammar_rows]
+            rows = torch.tensor(self._grammar_rows, device=logits.device)
+            masked = logits[rows]
             xgrammar.apply_token_bitmask_inplace(masked, bitmask)
-            logits[self._grammar_rows] = masked
+            writes.put((rows,), masked)
         if self._biases:
             index, values = self._biases.tensors(logits.device)
-            logits[index] += values
+            writes.put(index, logits[index] + values)
         if self._penalties:
             index, values = self._penalties.tensors(logits.device)
             scores, factors = logits[index], values[:, 0]
-            logits[index] = torch.where(scores > 0, scores / factors, scores * factors) - values[:, 1]
-        return logits
+            writes.put(index, torch.where(scores > 0, scores / factors, scores * factors) - values[:, 1])

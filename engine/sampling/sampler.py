@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,12 +19,12 @@ from engine.sampling.grammar import GrammarCompiler
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.processors import LogitsEdits
 from engine.sampling.state import SamplingState
-from engine.sampling.truncated import is_truncated, truncated_argmax
-from kernels.argmax import argmax_rows
 from kernels.gumbel_argmax import gumbel_argmax, seeds_tensor
+from kernels.kept_thresholds import Limits, kept_thresholds
 
 if TYPE_CHECKING:
     from engine.request import Request
+    from kernels.native import Team
 
 
 # Dividing logits by less could overflow float32; the distribution is a single token long before.
@@ -56,17 +57,17 @@ class _Row:
     params: SamplingParams
     position: int
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.params.temperature < _MIN_TEMPERATURE
-
 
 class Sampler:
-    """Chooses tokens for whole batches and keeps each request's sampling state until ``forget``."""
+    """Chooses tokens for whole batches and keeps each request's sampling state until ``forget``.
 
-    def __init__(self, eos_token_ids: Iterable[int], grammars: GrammarCompiler) -> None:
+    ``team``: threads of the compiled kernels (None: the calling one).
+    """
+
+    def __init__(self, eos_token_ids: Iterable[int], grammars: GrammarCompiler, team: Team | None = None) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
+        self._team = team
         self._states: dict[str, SamplingState] = {}
 
     def add(self, request: Request) -> None:
@@ -86,36 +87,48 @@ class Sampler:
         """Drop a finished or aborted request's state."""
         self._states.pop(request_id, None)
 
+    @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: list[SamplingRows]) -> list[SampledSequence]:
         """Choose a token at every row and accept drafts up to the first that is not the choice.
 
         Args:
-            logits: [L, V] float32, the rows of all sequences in order; not changed.
+            logits: [L, V] float32, the rows of all sequences in order; the same afterwards.
             rows: one entry per sequence; every request was given to ``add``.
         """
-        processed = self._process(logits, rows)
-        choices = _choose(processed, _flatten(rows))
-        sampled = []
-        start = 0
-        for sequence in rows:
-            end = start + 1 + len(sequence.draft_token_ids)
-            token_ids = _accept(sequence.draft_token_ids, choices[start:end])
-            logprobs = None
-            if (num_top := sequence.request.sampling.logprobs) is not None:
-                logprobs = token_logprobs(logits[start : start + len(token_ids)], token_ids, num_top)
-            sampled.append(SampledSequence(token_ids, logprobs))
-            start = end
-        return sampled
+        starts = list(accumulate((1 + len(sequence.draft_token_ids) for sequence in rows), initial=0))
+        with self._edits(starts, rows, logits.shape[1]).applied(logits) as edited:
+            choices = _choose(edited, _flatten(rows), self._team)
+        accepted = [
+            _accept(sequence.draft_token_ids, choices[start:end])
+            for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
+        ]
+        logprobs = self._logprobs(logits, starts, rows, accepted)
+        return list(map(SampledSequence, accepted, logprobs))
 
-    def _process(self, logits: torch.Tensor, rows: list[SamplingRows]) -> torch.Tensor:
-        """Logits after min_tokens, grammar, bias and penalties; the same tensor where none applies."""
-        edits = LogitsEdits(self._eos_token_ids, vocab_size=logits.shape[1])
-        start = 0
-        for sequence in rows:
+    def _edits(self, starts: list[int], rows: list[SamplingRows], vocab_size: int) -> LogitsEdits:
+        """What min_tokens, grammar, bias and penalties change."""
+        edits = LogitsEdits(self._eos_token_ids, vocab_size)
+        for start, sequence in zip(starts, rows, strict=False):
             state = self._states[sequence.request.request_id]
             edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
-            start += 1 + len(sequence.draft_token_ids)
-        return edits.apply(logits)
+        return edits
+
+    def _logprobs(
+        self, logits: torch.Tensor, starts: list[int], rows: list[SamplingRows], accepted: list[list[int]]
+    ) -> list[list[TokenLogprob] | None]:
+        """Log-probabilities of the accepted tokens of the requests that ask for them, computed together."""
+        wanted = [i for i, sequence in enumerate(rows) if sequence.request.sampling.logprobs is not None]
+        logprobs: list[list[TokenLogprob] | None] = [None] * len(rows)
+        if not wanted:
+            return logprobs
+        indices = [starts[i] + r for i in wanted for r in range(len(accepted[i]))]
+        num_top = [rows[i].request.sampling.logprobs or 0 for i in wanted for _ in accepted[i]]
+        token_ids = [token_id for i in wanted for token_id in accepted[i]]
+        chosen = logits if len(indices) == len(logits) else logits[indices]
+        entries = iter(token_logprobs(chosen, token_ids, num_top, self._team))
+        for i in wanted:
+            logprobs[i] = list(islice(entries, len(accepted[i])))
+        return logprobs
 
 
 def _accept(draft_token_ids: tuple[int, ...], choices: list[int]) -> list[int]:
@@ -135,27 +148,25 @@ def _flatten(rows: list[SamplingRows]) -> list[_Row]:
     return flat
 
 
-def _choose(logits: torch.Tensor, rows: list[_Row]) -> list[int]:
-    """Greedy rows by one argmax; the others by Gumbel argmax, of the surviving tokens only where truncated."""
-    plain = [i for i, row in enumerate(rows) if not row.is_greedy and not is_truncated(row.params)]
-    truncated = [i for i, row in enumerate(rows) if not row.is_greedy and is_truncated(row.params)]
-    num_greedy = len(rows) - len(plain) - len(truncated)
-    choices = argmax_rows(logits) if num_greedy else [0] * len(rows)
-    for indices in (plain, truncated):
-        if indices:
-            group = logits if len(indices) == len(rows) else logits[indices]
-            for i, token_id in zip(indices, _choose_at_random(group, [rows[i] for i in indices]), strict=True):
-                choices[i] = token_id
-    return choices
+def _choose(logits: torch.Tensor, rows: list[_Row], team: Team | None) -> list[int]:
+    """The token of every row: the largest logit where greedy, else a Gumbel argmax over what is not cut off."""
+    params, device = [row.params for row in rows], logits.device
+    warmth = [0.0 if p.temperature < _MIN_TEMPERATURE else p.temperature for p in params]
+    temperatures = torch.tensor(warmth, dtype=torch.float32, device=device)
+    seeds = seeds_tensor([p.seed for p in params], device)
+    positions = torch.tensor([row.position for row in rows], dtype=torch.int64, device=device)
+    least = None
+    if any(map(_is_truncated, params)):
+        limits = Limits(
+            torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
+            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
+            torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device),
+        )
+        least = kept_thresholds(logits, temperatures, limits, team)
+    choices = gumbel_argmax(logits, seeds, positions, temperatures=temperatures, least=least, team=team)
+    return choices.tolist()
 
 
-def _choose_at_random(logits: torch.Tensor, rows: list[_Row]) -> list[int]:
-    """Rows with a temperature, either all truncated or none."""
-    params = [row.params for row in rows]
-    temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float32, device=logits.device)
-    scaled = logits / temperatures.unsqueeze(1)
-    seeds = seeds_tensor([p.seed for p in params], logits.device)
-    positions = torch.tensor([row.position for row in rows], dtype=torch.int64, device=logits.device)
-    if is_truncated(params[0]):
-        return truncated_argmax(scaled, seeds, positions, params).tolist()
-    return gumbel_argmax(scaled, seeds, positions).tolist()
+def _is_truncated(params: SamplingParams) -> bool:
+    """Whether any token may be cut off."""
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0

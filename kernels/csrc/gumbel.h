@@ -1,0 +1,20 @@
+// Sampling as argmax(logit / temperature + Gumbel noise); the noise is the hash that kernels/gumbel_argmax.py defines.
+#pragma once
+
+#include "rows.h"
+
+namespace evospec {
+
+// How each row chooses; arrays of one entry a row.
+struct GumbelRows {
+  const int64_t* seeds;
+  const int64_t* positions;
+  const float* temperatures;  // 0: the largest logit, without noise
+  const float* least;         // logits below are not chosen; or null
+  const int32_t* token_ids;   // [rows][columns]: the tokens that the columns stand for; null: 0 .. columns - 1
+};
+
+// out [rows]: the choices; equal scores go to the lowest token id. NaN is never chosen.
+void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, int64_t* out);
+
+}  // namespace evospec

@@ -1,0 +1,62 @@
+// Work and sums over rows of float32 logits, for everything that chooses tokens.
+#pragma once
+
+#include "simd.h"
+#include "threads.h"
+
+namespace evospec {
+
+// Rows of logits; `stride` floats from one to the next.
+struct LogitRows {
+  const float* data;
+  size_t stride;
+  int rows;
+  int columns;
+
+  const float* row(int i) const { return data + i * stride; }
+};
+
+// Smaller jobs are done by the caller alone: to wake the others takes as long.
+constexpr size_t kElementsWorthThreads = 1 << 15;
+
+// item(i) for i in 0 .. count - 1, by the team where `elements` are worth it; `team` may be null.
+template <typename Item>
+void for_each_item(Team* team, int count, size_t elements, Item item) {
+  if (team == nullptr || count == 1 || elements < kElementsWorthThreads) {
+    for (int i = 0; i < count; ++i) item(i);
+    return;
+  }
+  team->run([&](int) { team->work(count, item); });
+}
+
+// Lanes of the 16 columns from `column` on that exist.
+inline __mmask16 lanes_from(int column, int columns) {
+  const int left = columns - column;
+  return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
+}
+
+// Sixteen float32 sums' worth of values, added up in float64: no rounding that would depend on how many there are.
+class DoubleSum {
+ public:
+  void add(__m512 values) {
+    low_ = _mm512_add_pd(low_, _mm512_cvtps_pd(_mm512_castps512_ps256(values)));
+    high_ = _mm512_add_pd(high_, _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
+  }
+  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low_, high_)); }
+
+ private:
+  __m512d low_ = _mm512_setzero_pd(), high_ = _mm512_setzero_pd();
+};
+
+// Weight of a logit: exp((x - highest) / temperature), relative error below 3e-7; `scale` = log2(e) / temperature.
+inline __m512 softmax_weight(__m512 x, __m512 highest, __m512 scale) {
+  return exp2_nonpositive(_mm512_mul_ps(_mm512_sub_ps(x, highest), scale));
+}
+
+// The largest of n values; -inf for none.
+float row_max(const float* x, int n);
+
+// Sum of softmax_weight over n values, none above `highest`.
+double weight_sum(const float* x, int n, float highest, float temperature);
+
+}  // namespace evospec

@@ -1,0 +1,90 @@
+#include "topk.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+namespace evospec {
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kFewest = 256;
+
+struct Entry {
+  float value;
+  int32_t column;
+
+  bool operator<(const Entry& other) const {  // comes first
+    return value > other.value || (value == other.value && column < other.column);
+  }
+};
+
+// Some columns of one row, among them the k best of those offered so far.
+class Candidates {
+ public:
+  explicit Candidates(int k) : k_(k), values_(std::max(4 * k, kFewest) + 16), columns_(values_.size()) {}
+
+  // Takes 16 columns, those of `lanes`, to be called in ascending order.
+  void offer(__mmask16 lanes, __m512 values, int first_column) {
+    const __mmask16 taken = _mm512_mask_cmp_ps_mask(lanes, values, _mm512_set1_ps(least_), _CMP_GE_OQ);
+    if (taken == 0) return;
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i columns = _mm512_add_epi32(lane, _mm512_set1_epi32(first_column));
+    _mm512_storeu_ps(&values_[count_], _mm512_maskz_compress_ps(taken, values));
+    _mm512_storeu_si512(&columns_[count_], _mm512_maskz_compress_epi32(taken, columns));
+    count_ += static_cast<size_t>(__builtin_popcount(taken));
+    if (count_ + 16 > values_.size()) keep_best();
+  }
+
+  // The k best in order, where so many were offered.
+  const std::vector<Entry>& best() {
+    keep_best();
+    std::sort(entries_.begin(), entries_.end());
+    return entries_;
+  }
+
+ private:
+  void keep_best() {
+    entries_.clear();
+    for (size_t i = 0; i < count_; ++i) entries_.push_back({values_[i], columns_[i]});
+    if (count_ <= k_) return;
+    std::nth_element(entries_.begin(), entries_.begin() + (k_ - 1), entries_.end());
+    entries_.resize(k_);
+    for (count_ = 0; count_ < k_; ++count_) {
+      values_[count_] = entries_[count_].value;
+      columns_[count_] = entries_[count_].column;
+    }
+    // Columns yet to come must be more than equal: of equals the first wins.
+    least_ = std::nextafter(entries_.back().value, kInfinity);
+  }
+
+  const size_t k_;
+  size_t count_ = 0;
+  float least_ = -kInfinity;
+  std::vector<float> values_;
+  std::vector<int32_t> columns_;
+  std::vector<Entry> entries_;
+};
+
+}  // namespace
+
+void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices) {
+  for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns, [&](int row) {
+    const float* x = logits.row(row);
+    Candidates candidates(k);
+    for (int i = 0; i < logits.columns; i += 16) {
+      const __mmask16 lanes = lanes_from(i, logits.columns);
+      // NaN as the first operand gives the second.
+      candidates.offer(lanes, _mm512_max_ps(_mm512_maskz_loadu_ps(lanes, x + i), _mm512_set1_ps(-kInfinity)), i);
+    }
+    const std::vector<Entry>& best = candidates.best();
+    for (int i = 0; i < k; ++i) {
+      values[row * static_cast<size_t>(k) + i] = best[i].value;
+      indices[row * static_cast<size_t>(k) + i] = ids == nullptr ? best[i].column : ids[best[i].column];
+    }
+  });
+}
+
+}  // namespace evospec

@@ -1,0 +1,102 @@
+"""ctypes bindings of the compiled sampling kernels (kernels/csrc/sampling_api.cpp).
+
+Logits are float32 [N, V] on the CPU, their rows contiguous; the other tensors are contiguous. ``team`` None runs on
+the calling thread alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from kernels.native import Team, address, load_library, unsupported_reason
+
+
+class _LogitRows(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_size_t),
+        ("rows", ctypes.c_int),
+        ("columns", ctypes.c_int),
+    )
+
+
+class _GumbelRows(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("seeds", "positions", "temperatures", "least", "token_ids"))
+
+
+class _TruncationRows(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("temperatures", "top_k", "top_p", "min_p"))
+
+
+@functools.cache
+def _is_built() -> bool:
+    return unsupported_reason() is None
+
+
+def can_take(logits: torch.Tensor) -> bool:
+    """Whether these kernels serve such logits here."""
+    return (
+        logits.device.type == "cpu"
+        and logits.dtype == torch.float32
+        and logits.stride(-1) == 1
+        and logits.numel() > 0
+        and _is_built()
+    )
+
+
+def _rows(logits: torch.Tensor) -> ctypes._CArgObject:
+    return ctypes.byref(_LogitRows(logits.data_ptr(), logits.stride(0), *logits.shape))
+
+
+def _handle(team: Team | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None) if team is None else team.handle
+
+
+def gumbel_argmax(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    token_ids: torch.Tensor | None,
+    temperatures: torch.Tensor,
+    least: torch.Tensor | None,
+    team: Team | None,
+) -> torch.Tensor:
+    """As ``kernels.gumbel_argmax``; token_ids are int32 here."""
+    out = torch.empty(len(logits), dtype=torch.int64)
+    how = _GumbelRows(*(address(tensor) for tensor in (seeds, positions, temperatures, least, token_ids)))
+    load_library().evo_gumbel_argmax(_handle(team), _rows(logits), ctypes.byref(how), address(out))
+    return out
+
+
+def kept_thresholds(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    team: Team | None,
+) -> torch.Tensor:
+    """As ``kernels.kept_thresholds``."""
+    out = torch.empty(len(logits))
+    limits = _TruncationRows(*(address(tensor) for tensor in (temperatures, top_k, top_p, min_p)))
+    load_library().evo_kept_thresholds(_handle(team), _rows(logits), ctypes.byref(limits), address(out))
+    return out
+
+
+def topk_rows(
+    logits: torch.Tensor, k: int, ids: torch.Tensor | None, team: Team | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``kernels.topk``, k at most the number of columns; ids are int32 here."""
+    values, indices = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int64)
+    load_library().evo_top_k(_handle(team), _rows(logits), k, address(ids), address(values), address(indices))
+    return values, indices
+
+
+def logsumexp_rows(logits: torch.Tensor, team: Team | None) -> torch.Tensor:
+    """[N] float64: log of the sum of exp(logit)."""
+    out = torch.empty(len(logits), dtype=torch.float64)
+    load_library().evo_logsumexp(_handle(team), _rows(logits), address(out))
+    return out
