@@ -14,7 +14,8 @@ import yaml
 
 from deploy.grafana import acceptance, serving
 from deploy.grafana.build import DIRECTORY, GRID_COLUMNS
-from deploy.grafana.queries import query_panels
+from deploy.grafana.queries import Series, query_panels
+from deploy.grafana.render import draw, format_value
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in DIRECTORY.glob("*.json")}
@@ -68,6 +69,32 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap(name: str) -> None:
     assert len({panel["id"] for panel in panels}) == len(panels)
     assert len(cells) == len(set(cells))
     assert max(x for x, _ in cells) < GRID_COLUMNS
+
+
+def test_a_dashboard_is_drawn_with_and_without_data(tmp_path: Path) -> None:
+    dashboard = DASHBOARDS["evospec-acceptance"]
+    series = [Series("acme", [0.0, 60.0], [1.0, 2.5]), Series("late", [60.0], [float("nan")])]
+    draw(dashboard, {panel["id"]: series for panel in query_panels(dashboard)}, tmp_path / "full.png")
+    draw(dashboard, {panel["id"]: [] for panel in query_panels(dashboard)}, tmp_path / "empty.png")
+    full, empty = (tmp_path / name for name in ("full.png", "empty.png"))
+    assert full.read_bytes().startswith(b"\x89PNG")
+    assert full.read_bytes() != empty.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.256, "percentunit", "25.6 %"),
+        (0.0421, "s", "42.1 ms"),
+        (2.5, "s", "2.5 s"),
+        (1.5 * 2**30, "bytes", "1,536 MiB"),
+        (2.345, "none", "2.35"),
+        (12345.6, "short", "12,346"),
+        (float("nan"), "none", "–"),
+    ],
+)
+def test_numbers_are_written_in_their_unit(value: float, unit: str, text: str) -> None:
+    assert format_value(value, unit) == text
 
 
 def test_recorded_series_that_panels_show_are_recorded() -> None:
