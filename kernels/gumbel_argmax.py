@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels import native_sampling
+from kernels.bits import unpack_bits
 
 if TYPE_CHECKING:
     from kernels.native import Team
@@ -103,12 +104,15 @@ def gumbel_argmax_reference(
     *,
     temperatures: torch.Tensor | None = None,
     least: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The specification of ``gumbel_argmax``; ``token_ids`` may be [1, K] too."""
     if token_ids is None:
         token_ids = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0)
     if least is not None:
         logits = logits.masked_fill(logits < least.unsqueeze(1), -torch.inf)
+    if allowed is not None:
+        logits = logits.masked_fill(~unpack_bits(allowed, logits.shape[1]), -torch.inf)
     noise = gumbel_noise(seeds, positions, token_ids)
     if temperatures is not None:
         greedy = (temperatures == 0).unsqueeze(1)
@@ -127,6 +131,7 @@ def gumbel_argmax(
     *,
     temperatures: torch.Tensor | None = None,
     least: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
     team: Team | None = None,
 ) -> torch.Tensor:
     """One sample per row from softmax(logits / temperature): argmax(logits / temperature + noise).
@@ -140,6 +145,7 @@ def gumbel_argmax(
         token_ids: [N, K] integers, the tokens the columns of ``logits`` stand for (None: 0 .. V - 1).
         temperatures: [N] float32, 0 for the largest logit without noise (None: all 1).
         least: [N] float32, excludes logits below it (``kernels.kept_thresholds``).
+        allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all).
         team: threads of the compiled kernels (None: the calling one).
 
     Returns:
@@ -149,9 +155,11 @@ def gumbel_argmax(
         from kernels.triton.gumbel_argmax import gumbel_argmax_triton
 
         keys = row_keys(seeds, positions)
-        return gumbel_argmax_triton(logits, keys, token_ids, temperatures=temperatures, least=least)
+        return gumbel_argmax_triton(logits, keys, token_ids, temperatures=temperatures, least=least, allowed=allowed)
     if native_sampling.can_take(logits):
         ids = None if token_ids is None else token_ids.int().contiguous()
         warmth = torch.ones(len(logits)) if temperatures is None else temperatures
-        return native_sampling.gumbel_argmax(logits, seeds, positions, ids, warmth, least, team)
-    return gumbel_argmax_reference(logits, seeds, positions, token_ids, temperatures=temperatures, least=least)
+        return native_sampling.gumbel_argmax(logits, seeds, positions, ids, warmth, least, allowed, team)
+    return gumbel_argmax_reference(
+        logits, seeds, positions, token_ids, temperatures=temperatures, least=least, allowed=allowed
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels import native_sampling
+from kernels.bits import unpack_bits
 
 if TYPE_CHECKING:
     from kernels.native import Team
@@ -33,11 +34,15 @@ class Limits:
         return Limits(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
-def kept_thresholds_reference(logits: torch.Tensor, temperatures: torch.Tensor, limits: Limits) -> torch.Tensor:
+def kept_thresholds_reference(
+    logits: torch.Tensor, temperatures: torch.Tensor, limits: Limits, allowed: torch.Tensor | None = None
+) -> torch.Tensor:
     """As ``kept_thresholds``.
 
     Looks at some hundred candidates first, and at more only in rows where those do not hold every kept token.
     """
+    if allowed is not None:
+        logits = logits.masked_fill(~unpack_bits(allowed, logits.shape[1]), -torch.inf)
     vocab_size = logits.shape[1]
     no_noise = temperatures == 0
     temperatures = temperatures.masked_fill(no_noise, 1.0)
@@ -85,7 +90,11 @@ def _threshold(
 
 
 def kept_thresholds(
-    logits: torch.Tensor, temperatures: torch.Tensor, limits: Limits, team: Team | None = None
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    limits: Limits,
+    allowed: torch.Tensor | None = None,
+    team: Team | None = None,
 ) -> torch.Tensor:
     """The smallest logit of each row that its limits keep.
 
@@ -93,11 +102,14 @@ def kept_thresholds(
         logits: [N, V] float32, not divided by the temperature.
         temperatures: [N] float32; 0 is greedy, where nothing is cut off.
         limits: the rows' limits.
+        allowed: [N, ceil(V / 32)] int32, bits of the columns that count (None: all).
         team: threads of the compiled kernels (None: the calling one).
 
     Returns:
         [N] float32, -inf where nothing is cut off.
     """
     if native_sampling.can_take(logits):
-        return native_sampling.kept_thresholds(logits, temperatures, limits.top_k, limits.top_p, limits.min_p, team)
-    return kept_thresholds_reference(logits, temperatures, limits)
+        return native_sampling.kept_thresholds(
+            logits, temperatures, limits.top_k, limits.top_p, limits.min_p, allowed, team
+        )
+    return kept_thresholds_reference(logits, temperatures, limits, allowed)

@@ -20,6 +20,7 @@ class _LogitRows(ctypes.Structure):
         ("stride", ctypes.c_size_t),
         ("rows", ctypes.c_int),
         ("columns", ctypes.c_int),
+        ("allowed", ctypes.c_void_p),
     )
 
 
@@ -47,8 +48,8 @@ def can_take(logits: torch.Tensor) -> bool:
     )
 
 
-def _rows(logits: torch.Tensor) -> ctypes._CArgObject:
-    return ctypes.byref(_LogitRows(logits.data_ptr(), logits.stride(0), *logits.shape))
+def _rows(logits: torch.Tensor, allowed: torch.Tensor | None = None) -> ctypes._CArgObject:
+    return ctypes.byref(_LogitRows(logits.data_ptr(), logits.stride(0), *logits.shape, address(allowed)))
 
 
 def _handle(team: Team | None) -> ctypes.c_void_p:
@@ -62,12 +63,13 @@ def gumbel_argmax(
     token_ids: torch.Tensor | None,
     temperatures: torch.Tensor,
     least: torch.Tensor | None,
+    allowed: torch.Tensor | None,
     team: Team | None,
 ) -> torch.Tensor:
     """As ``kernels.gumbel_argmax``; token_ids are int32 here."""
     out = torch.empty(len(logits), dtype=torch.int64)
     how = _GumbelRows(*(address(tensor) for tensor in (seeds, positions, temperatures, least, token_ids)))
-    load_library().evo_gumbel_argmax(_handle(team), _rows(logits), ctypes.byref(how), address(out))
+    load_library().evo_gumbel_argmax(_handle(team), _rows(logits, allowed), ctypes.byref(how), address(out))
     return out
 
 
@@ -77,12 +79,13 @@ def kept_thresholds(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
+    allowed: torch.Tensor | None,
     team: Team | None,
 ) -> torch.Tensor:
     """As ``kernels.kept_thresholds``."""
     out = torch.empty(len(logits))
     limits = _TruncationRows(*(address(tensor) for tensor in (temperatures, top_k, top_p, min_p)))
-    load_library().evo_kept_thresholds(_handle(team), _rows(logits), ctypes.byref(limits), address(out))
+    load_library().evo_kept_thresholds(_handle(team), _rows(logits, allowed), ctypes.byref(limits), address(out))
     return out
 
 

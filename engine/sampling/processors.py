@@ -1,7 +1,7 @@
-"""Changes to logits before temperature: min_tokens, grammar, logit_bias, penalties; in that order.
+"""Changes to logits before temperature: min_tokens, logit_bias, penalties, in that order; and grammars.
 
 The edits of all rows of a step are gathered first and applied together: a few indexed writes for the
-whole batch, which touch only the tokens concerned.
+whole batch, which touch only the tokens concerned. What a grammar forbids is never written: it is a bit mask.
 """
 
 from __future__ import annotations
@@ -68,16 +68,19 @@ class _Writes:
 
 
 class LogitsEdits:
-    """The edits of one step. ``add_sequence`` for each sequence, then ``applied`` once."""
+    """The edits of one step. ``add_sequence`` for each sequence, then ``applied`` once.
 
-    def __init__(self, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+    ``allowed``: bits of the tokens that grammars allow, [num_rows, ceil(V / 32)] int32 on the CPU; None: no grammar.
+    """
+
+    def __init__(self, eos_token_ids: frozenset[int], num_rows: int, vocab_size: int) -> None:
+        self.allowed: torch.Tensor | None = None
         self._eos_token_ids = eos_token_ids
+        self._num_rows = num_rows
         self._vocab_size = vocab_size
         self._bans = _SparseEdits()
         self._biases = _SparseEdits()
         self._penalties = _SparseEdits()
-        self._grammar_rows: list[int] = []
-        self._bitmasks: list[torch.Tensor] = []
 
     def add_sequence(
         self, start: int, request: Request, draft_token_ids: tuple[int, ...], state: SamplingState
@@ -116,10 +119,10 @@ class LogitsEdits:
 
     def _add_grammar(self, row: int, matcher: GrammarMatcher) -> bool:
         """Returns whether only end tokens are allowed; then the grammar outranks min_tokens."""
-        bitmask = xgrammar.allocate_token_bitmask(1, self._vocab_size)
+        if self.allowed is None:
+            self.allowed = xgrammar.allocate_token_bitmask(self._num_rows, self._vocab_size)  # all ones
+        bitmask = self.allowed[row : row + 1]
         matcher.fill_bitmask(bitmask)
-        self._grammar_rows.append(row)
-        self._bitmasks.append(bitmask)
         return matcher.only_end_tokens(bitmask)
 
     def _add_penalties(self, row: int, params: SamplingParams, counts: TokenCounts) -> None:
@@ -145,12 +148,6 @@ class LogitsEdits:
     def _write(self, logits: torch.Tensor, writes: _Writes) -> None:
         if self._bans:
             writes.put(*self._bans.tensors(logits.device))
-        if self._grammar_rows:
-            bitmask = torch.cat(self._bitmasks).to(logits.device)
-            rows = torch.tensor(self._grammar_rows, device=logits.device)
-            masked = logits[rows]
-            xgrammar.apply_token_bitmask_inplace(masked, bitmask)
-            writes.put((rows,), masked)
         if self._biases:
             index, values = self._biases.tensors(logits.device)
             writes.put(index, logits[index] + values)

@@ -96,8 +96,9 @@ class Sampler:
             rows: one entry per sequence; every request was given to ``add``.
         """
         starts = list(accumulate((1 + len(sequence.draft_token_ids) for sequence in rows), initial=0))
-        with self._edits(starts, rows, logits.shape[1]).applied(logits) as edited:
-            choices = _choose(edited, _flatten(rows), self._team)
+        edits = self._edits(starts, rows, logits.shape[1])
+        with edits.applied(logits) as edited:
+            choices = _choose(edited, edits.allowed, _flatten(rows), self._team)
         accepted = [
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
@@ -107,7 +108,7 @@ class Sampler:
 
     def _edits(self, starts: list[int], rows: list[SamplingRows], vocab_size: int) -> LogitsEdits:
         """What min_tokens, grammar, bias and penalties change."""
-        edits = LogitsEdits(self._eos_token_ids, vocab_size)
+        edits = LogitsEdits(self._eos_token_ids, starts[-1], vocab_size)
         for start, sequence in zip(starts, rows, strict=False):
             state = self._states[sequence.request.request_id]
             edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
@@ -148,13 +149,15 @@ def _flatten(rows: list[SamplingRows]) -> list[_Row]:
     return flat
 
 
-def _choose(logits: torch.Tensor, rows: list[_Row], team: Team | None) -> list[int]:
+def _choose(logits: torch.Tensor, allowed: torch.Tensor | None, rows: list[_Row], team: Team | None) -> list[int]:
     """The token of every row: the largest logit where greedy, else a Gumbel argmax over what is not cut off."""
     params, device = [row.params for row in rows], logits.device
     warmth = [0.0 if p.temperature < _MIN_TEMPERATURE else p.temperature for p in params]
     temperatures = torch.tensor(warmth, dtype=torch.float32, device=device)
     seeds = seeds_tensor([p.seed for p in params], device)
     positions = torch.tensor([row.position for row in rows], dtype=torch.int64, device=device)
+    if allowed is not None:
+        allowed = allowed.to(device)
     least = None
     if any(map(_is_truncated, params)):
         limits = Limits(
@@ -162,8 +165,10 @@ def _choose(logits: torch.Tensor, rows: list[_Row], team: Team | None) -> list[i
             torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
             torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device),
         )
-        least = kept_thresholds(logits, temperatures, limits, team)
-    choices = gumbel_argmax(logits, seeds, positions, temperatures=temperatures, least=least, team=team)
+        least = kept_thresholds(logits, temperatures, limits, allowed, team)
+    choices = gumbel_argmax(
+        logits, seeds, positions, temperatures=temperatures, least=least, allowed=allowed, team=team
+    )
     return choices.tolist()
 
 

@@ -66,8 +66,15 @@ struct Choice {
 struct Piece {  // of one row
   const float* logits;
   const int32_t* token_ids;  // or null: first_column + i
+  const uint32_t* allowed;  // of the whole row, or null
   int first_column;
   int size;
+
+  // Tokens that may be chosen, of 16 from i on whose logits are x.
+  __mmask16 alive(int i, __m512 x, float least) const {
+    const __mmask16 lanes = lanes_from(i, size) & allowed_lanes(allowed, first_column + i);
+    return _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(least), _CMP_GE_OQ);
+  }
 
   __m512i ids(int i) const {
     if (token_ids != nullptr) return _mm512_maskz_loadu_epi32(lanes_from(i, size), token_ids + i);
@@ -81,8 +88,7 @@ Choice choose_greedily(const Piece& piece, float least) {
   __m512i best_ids = _mm512_set1_epi32(std::numeric_limits<int32_t>::max());
   for (int i = 0; i < piece.size; i += 16) {
     const __m512 x = _mm512_maskz_loadu_ps(lanes_from(i, piece.size), piece.logits + i);
-    const __mmask16 alive = _mm512_mask_cmp_ps_mask(lanes_from(i, piece.size), x, _mm512_set1_ps(least), _CMP_GE_OQ);
-    const __mmask16 not_less = _mm512_mask_cmp_ps_mask(alive, x, best, _CMP_GE_OQ);
+    const __mmask16 not_less = _mm512_mask_cmp_ps_mask(piece.alive(i, x, least), x, best, _CMP_GE_OQ);
     if (not_less == 0) continue;
     const __m512i ids = piece.ids(i);
     const __mmask16 more = _mm512_mask_cmp_ps_mask(not_less, x, best, _CMP_GT_OQ);
@@ -102,9 +108,8 @@ Choice choose_at_random(const Piece& piece, float temperature, float least, uint
   const __m512 room = _mm512_set1_ps(0x1p-21f / temperature);
   Choice best;
   for (int i = 0; i < piece.size; i += 16) {
-    const __mmask16 lanes = lanes_from(i, piece.size);
-    const __m512 x = _mm512_maskz_loadu_ps(lanes, piece.logits + i);
-    const __mmask16 alive = _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(least), _CMP_GE_OQ);
+    const __m512 x = _mm512_maskz_loadu_ps(lanes_from(i, piece.size), piece.logits + i);
+    const __mmask16 alive = piece.alive(i, x, least);
     if (alive == 0) continue;
     const __m512i ids = piece.ids(i), hashes = hash_tokens(ids, key);
     const __m512 bound = _mm512_fmadd_ps(_mm512_abs_ps(x), room, _mm512_fmadd_ps(x, inverse, noise_bound(hashes)));
@@ -143,7 +148,8 @@ void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, i
   for_each_item(team, logits.rows * pieces, elements, [&](int item) {
     const int row = item / pieces, begin = item % pieces * size;
     const int32_t* ids = ids_of(row) == nullptr ? nullptr : ids_of(row) + begin;
-    const Piece piece{logits.row(row) + begin, ids, begin, std::min(size, logits.columns - begin)};
+    const Piece piece{logits.row(row) + begin, ids, logits.allowed_in(row), begin,
+                      std::min(size, logits.columns - begin)};
     const float lowest = -std::numeric_limits<float>::max();  // excludes -inf
     const float least = how.least == nullptr ? lowest : std::max(lowest, how.least[row]);
     const float temperature = how.temperatures[row];

@@ -10,7 +10,7 @@ struct GumbelRows {
   const int64_t* seeds;
   const int64_t* positions;
   const float* temperatures;  // 0: the largest logit, without noise
-  const float* least;         // logits below are not chosen; or null
+  const float* least;         // logits below are not chosen; null: all may be
   const int32_t* token_ids;   // [rows][columns]: the tokens that the columns stand for; null: 0 .. columns - 1
 };
 

@@ -12,8 +12,13 @@ struct LogitRows {
   size_t stride;
   int rows;
   int columns;
+  const uint32_t* allowed;  // [rows][words()]: bits of the columns that may be chosen; null: all
 
   const float* row(int i) const { return data + i * stride; }
+  int words() const { return (columns + 31) / 32; }
+  const uint32_t* allowed_in(int i) const {
+    return allowed == nullptr ? nullptr : allowed + static_cast<size_t>(i) * words();
+  }
 };
 
 // Smaller jobs are done by the caller alone: to wake the others takes as long.
@@ -33,6 +38,11 @@ void for_each_item(Team* team, int count, size_t elements, Item item) {
 inline __mmask16 lanes_from(int column, int columns) {
   const int left = columns - column;
   return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
+}
+
+// The bits of the 16 columns from `column` on, a multiple of 16; all where `allowed` is null.
+inline __mmask16 allowed_lanes(const uint32_t* allowed, int column) {
+  return allowed == nullptr ? 0xFFFF : static_cast<__mmask16>(allowed[column / 32] >> (column % 32));
 }
 
 // Sixteen float32 sums' worth of values, added up in float64: no rounding that would depend on how many there are.

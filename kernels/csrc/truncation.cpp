@@ -86,16 +86,35 @@ int collect(const float* row, int n, float highest, const Limits& limits, double
   }
 }
 
-float kept_threshold(const float* row, int n, Limits limits) {
-  const float highest = row_max(row, n), temperature = limits.temperature;
-  if (temperature == 0.0f || highest == -kInfinity) return -kInfinity;
+// The allowed ones of n values.
+int copy_allowed(const float* x, int n, const uint32_t* allowed, float* out) {
+  int count = 0;
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 taken = lanes_from(i, n) & allowed_lanes(allowed, i);
+    if (taken == 0) continue;
+    _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(taken, _mm512_maskz_loadu_ps(taken, x + i)));
+    count += __builtin_popcount(taken);
+  }
+  return count;
+}
+
+float kept_threshold(const float* row, int n, const uint32_t* allowed, Limits limits) {
+  const float temperature = limits.temperature;
+  if (temperature == 0.0f) return -kInfinity;
+  static thread_local std::vector<float> memory;
+  const int room = n + 16;
+  memory.resize(3 * static_cast<size_t>(room));
+  float *values = memory.data(), *spare = values + room, *copy = spare + room;
+  if (allowed != nullptr) {
+    n = copy_allowed(row, n, allowed, copy);
+    row = copy;
+  }
+  const float highest = row_max(row, n);
+  if (highest == -kInfinity) return -kInfinity;
   float least = limits.min_p > 0.0 ? highest + temperature * static_cast<float>(std::log(limits.min_p)) : -kInfinity;
   if (limits.top_k >= n) limits.top_k = 0;
   if (limits.top_k == 0 && limits.top_p >= 1.0) return least;
 
-  static thread_local std::vector<float> memory;
-  memory.resize(2 * static_cast<size_t>(n + 16));
-  float *values = memory.data(), *spare = values + n + 16;
   const auto weight = [&](const float* x, int count) { return weight_sum(x, count, highest, temperature); };
   double needed = limits.top_k > 0 ? 0.0 : limits.top_p * weight(row, n);
   int count = collect(row, n, highest, limits, needed, values);
@@ -114,7 +133,7 @@ float kept_threshold(const float* row, int n, Limits limits) {
 void kept_thresholds(Team* team, const LogitRows& logits, const TruncationRows& limits, float* out) {
   for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns, [&](int i) {
     const Limits row{limits.temperatures[i], limits.top_k[i], limits.top_p[i], limits.min_p[i]};
-    out[i] = kept_threshold(logits.row(i), logits.columns, row);
+    out[i] = kept_threshold(logits.row(i), logits.columns, logits.allowed_in(i), row);
   });
 }
 

@@ -12,7 +12,8 @@ struct TruncationRows {  // arrays of one entry a row
   const double* min_p;        // 0: off
 };
 
-// out [rows]: the smallest logit that is kept; -inf where nothing is cut off. Tokens that tie with it are kept too.
+// out [rows]: the smallest logit that is kept; -inf where nothing is cut off. Tokens that tie with it are kept too,
+// and those that are not allowed count as -inf.
 void kept_thresholds(Team* team, const LogitRows& logits, const TruncationRows& limits, float* out);
 
 }  // namespace evospec

@@ -36,11 +36,13 @@ def _gumbel_argmax_kernel(
     keys,
     temperatures,
     least,
+    allowed,
     best_scores,
     best_ids,
     columns,
     HAS_IDS: tl.constexpr,
     HAS_LEAST: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
@@ -62,6 +64,9 @@ def _gumbel_argmax_kernel(
             ids = tl.load(token_ids + row * columns + column, mask=inside, other=0)
         if HAS_LEAST:
             x = tl.where(x < tl.load(least + row), float("-inf"), x)
+        if HAS_ALLOWED:
+            word = tl.load(allowed + row * tl.cdiv(columns, 32) + column // 32, mask=inside, other=0)
+            x = tl.where(((word >> (column % 32)) & 1) == 1, x, float("-inf"))
         scores = tl.div_rn(x, tl.zeros_like(x) + divisor)
         scores = tl.where(is_greedy, scores, scores + _noise(ids, key))
         score = tl.max(scores, axis=0)
@@ -81,6 +86,7 @@ def gumbel_argmax_triton(
     *,
     temperatures: torch.Tensor | None = None,
     least: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ``kernels.gumbel_argmax.gumbel_argmax``; ``keys`` are its ``row_keys``."""
     rows, columns = logits.shape
@@ -98,11 +104,13 @@ def gumbel_argmax_triton(
         keys,
         temperatures,
         logits if least is None else least,
+        logits if allowed is None else allowed,
         scores,
         ids,
         columns,
         HAS_IDS=token_ids is not None,
         HAS_LEAST=least is not None,
+        HAS_ALLOWED=allowed is not None,
         BLOCK=_BLOCK,
         NUM_BLOCKS=_BLOCKS_PER_PROGRAM,
     )
