@@ -44,6 +44,7 @@ class _Layer(ctypes.Structure):
         ("down", _Matrix),
         ("input_norm", ctypes.c_void_p),
         ("post_norm", ctypes.c_void_p),
+        ("embedding_norm", ctypes.c_void_p),
     )
 
 
@@ -252,7 +253,9 @@ def paged_attention(
 class LayerWeights:
     """One decoder layer. ``qkv``: one matrix for each run of equal storage formats among q, k and v, in order.
 
-    ``gate_up`` has its rows in alternating groups of 16 (gate, up); norms are float32 [hidden].
+    ``gate_up`` has its rows in alternating groups of 16 (gate, up); norms are float32 [hidden]. With an
+    ``embedding_norm`` (EAGLE-3) the input of ``qkv`` is [2 * hidden]: the token's normalised embedding, then the
+    normalised residual stream.
     """
 
     qkv: Sequence[PackedMatrix]
@@ -261,6 +264,7 @@ class LayerWeights:
     down: PackedMatrix
     input_norm: torch.Tensor
     post_norm: torch.Tensor
+    embedding_norm: torch.Tensor | None = None
 
 
 class Decoder:
@@ -292,7 +296,7 @@ class Decoder:
             qkv = (_Matrix * 3)(*(matrix.struct for matrix in layer.qkv))
             struct = _Layer(
                 *(qkv, len(layer.qkv), layer.output.struct, layer.gate_up.struct, layer.down.struct),
-                *(address(layer.input_norm), address(layer.post_norm)),
+                *(address(layer.input_norm), address(layer.post_norm), address(layer.embedding_norm)),
             )
             library.evo_decoder_add_layer(self._handle, ctypes.byref(struct))
 
@@ -308,10 +312,21 @@ class Decoder:
         )
         return residual
 
-    def forward(self, batch: BatchView, cache: KvCache, residual: torch.Tensor, begin: int, end: int) -> None:
-        """Run layers begin .. end - 1 on the residual stream, in place."""
+    def forward(
+        self,
+        batch: BatchView,
+        cache: KvCache,
+        residual: torch.Tensor,
+        begin: int,
+        end: int,
+        embeddings: torch.Tensor | None = None,
+    ) -> None:
+        """Run layers begin .. end - 1 on the residual stream, in place; embeddings like it, for a draft layer."""
         load_library().evo_decoder_forward(
-            self._handle, ctypes.byref(batch.struct), ctypes.byref(cache.struct), begin, end, address(residual)
+            self._handle,
+            ctypes.byref(batch.struct),
+            ctypes.byref(cache.struct),
+            *(begin, end, address(embeddings), address(residual)),
         )
 
     def final_norm(self, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

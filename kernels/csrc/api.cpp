@@ -26,6 +26,7 @@ struct EvoLayer {
   EvoMatrix output, gate_up, down;
   const float* input_norm;
   const float* post_norm;
+  const float* embedding_norm;
 };
 
 struct EvoKv {
@@ -108,15 +109,16 @@ void evo_decoder_add_layer(Decoder* decoder, const EvoLayer* layer) {
   std::vector<Matrix> qkv;
   for (int i = 0; i < layer->num_qkv; ++i) qkv.push_back(to_matrix(layer->qkv[i]));
   decoder->add_layer({qkv, to_matrix(layer->output), to_matrix(layer->gate_up), to_matrix(layer->down),
-                      layer->input_norm, layer->post_norm});
+                      layer->input_norm, layer->post_norm, layer->embedding_norm});
 }
 
 void evo_decoder_embed(Decoder* decoder, const EvoMatrix* table, const int32_t* ids, int count, float* residual) {
   decoder->embed(to_matrix(*table), ids, count, residual);
 }
 
-void evo_decoder_forward(Decoder* decoder, const Batch* batch, const EvoKv* kv, int begin, int end, float* residual) {
-  decoder->forward(*batch, kv->keys, kv->values, kv->block_size, kv->layer_stride, begin, end, residual);
+void evo_decoder_forward(Decoder* decoder, const Batch* batch, const EvoKv* kv, int begin, int end,
+                         const float* embeddings, float* residual) {
+  decoder->forward(*batch, kv->keys, kv->values, kv->block_size, kv->layer_stride, begin, end, embeddings, residual);
 }
 
 void evo_decoder_final_norm(Decoder* decoder, const float* weight, const float* residual, int count, bf16* out) {

@@ -32,7 +32,7 @@ void Decoder::reserve(int tokens) {
   auto grow = [](auto& buffer, size_t size) {
     if (buffer.size() < size) buffer.resize(size);
   };
-  grow(normed_, rows * shape_.hidden);
+  grow(normed_, rows * 2 * shape_.hidden);  // a draft layer's input is twice as wide
   grow(q_, rows * heads);
   grow(attended_, rows * heads);
   grow(qkv_, rows * qkv);
@@ -47,11 +47,23 @@ void Decoder::embed(const Matrix& embedding, const int32_t* token_ids, int count
   });
 }
 
-void Decoder::normalize(const float* weight, const float* residual, int count, bf16* out) {
+// Rows of `hidden` values in, rows `stride` apart out.
+void Decoder::normalize(const float* weight, const float* rows, int count, bf16* out, int stride) {
   team_.work(count, [&](int i) {
-    const size_t at = static_cast<size_t>(i) * shape_.hidden;
-    rms_norm(residual + at, weight, shape_.norm_eps, shape_.hidden, out + at);
+    const float* row = rows + static_cast<size_t>(i) * shape_.hidden;
+    rms_norm(row, weight, shape_.norm_eps, shape_.hidden, out + static_cast<size_t>(i) * stride);
   });
+}
+
+void Decoder::normalize_input(const Layer& layer, const float* embeddings, const float* residual, int tokens) {
+  const int hidden = shape_.hidden;
+  if (layer.embedding_norm == nullptr) {
+    normalize(layer.input_norm, residual, tokens, normed_.data(), hidden);
+  } else {
+    normalize(layer.embedding_norm, embeddings, tokens, normed_.data(), 2 * hidden);
+    team_.barrier();  // the next phase of work
+    normalize(layer.input_norm, residual, tokens, normed_.data() + hidden, 2 * hidden);
+  }
 }
 
 // Half-split rotary embedding of one head.
@@ -102,7 +114,7 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer) 
 }
 
 void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin,
-                      int end, float* residual) {
+                      int end, const float* embeddings, float* residual) {
   const int tokens = batch.num_tokens, hidden = shape_.hidden;
   reserve(tokens);
   team_.run([&](int) {
@@ -111,13 +123,13 @@ void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_si
       const KvCache cache{keys + l * layer_stride, values + l * layer_stride, block_size, shape_.kv_heads,
                           shape_.head_dim};
 
-      normalize(layer.input_norm, residual, tokens, normed_.data());
+      normalize_input(layer, embeddings, residual, tokens);
       team_.barrier();
       attend(batch, cache, layer);
       linear(team_, {&layer.output, attended_.data(), tokens, Epilogue::kAdd, residual, hidden});
       team_.barrier();
 
-      normalize(layer.post_norm, residual, tokens, normed_.data());
+      normalize(layer.post_norm, residual, tokens, normed_.data(), hidden);
       team_.barrier();
       linear(team_, {&layer.gate_up, normed_.data(), tokens, Epilogue::kSiluMul, gated_.data(),
                      shape_.intermediate});
@@ -129,7 +141,7 @@ void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_si
 }
 
 void Decoder::final_norm(const float* weight, const float* residual, int count, bf16* out) {
-  team_.run([&](int) { normalize(weight, residual, count, out); });
+  team_.run([&](int) { normalize(weight, residual, count, out, shape_.hidden); });
 }
 
 }  // namespace evospec

@@ -13,6 +13,9 @@ struct Layer {
   Matrix output, gate_up, down;
   const float* input_norm;
   const float* post_norm;
+  // Of a draft layer (EAGLE-3): its q, k and v take the token's embedding, normalised by this, beside the normalised
+  // residual stream, 2 * hidden wide. Null otherwise.
+  const float* embedding_norm;
 };
 
 struct DecoderShape {
@@ -31,16 +34,17 @@ class Decoder {
   void embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual);
 
   // Runs layers begin .. end - 1 on the residual stream, in place. `keys` and `values` are layer 0's; each layer's
-  // cache lies `layer_stride` elements after the one before.
+  // cache lies `layer_stride` elements after the one before. embeddings [tokens][hidden]: for a draft layer, else null.
   void forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin, int end,
-               float* residual);
+               const float* embeddings, float* residual);
 
   // out [count][hidden] = RMS norm of the residual stream: the model's last operation before its head.
   void final_norm(const float* weight, const float* residual, int count, bf16* out);
 
  private:
   void reserve(int tokens);
-  void normalize(const float* weight, const float* residual, int count, bf16* out);
+  void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
+  void normalize_input(const Layer& layer, const float* embeddings, const float* residual, int tokens);
   void attend(const Batch& batch, const KvCache& kv, const Layer& layer);
   void rotate_and_write(const Batch& batch, const KvCache& kv, int token);
   void rotate(const float* x, int position, float* out) const;

@@ -1,0 +1,169 @@
+"""The EAGLE-3 draft: one decoder layer over fused features of the target (arXiv 2503.01840).
+
+The entry of token t is computed from token t and the target's features of position t - 1:
+
+    g = fc(concat(low, mid, high features of position t - 1))
+    x = concat(RMSNorm(embedding of token t), RMSNorm(g))               [2 * hidden]
+    y = g + o_proj(attention(q, k, v of x, rotary at position t))
+    a = y + mlp(RMSNorm(y))
+    logits of token t + 1 = target's head(RMSNorm(a))
+
+The next unrolled step takes a where the first took g. The target's embedding and head are its own, shared and frozen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from engine.models.config import ModelError, ModelSpec
+from engine.models.llama import rms_norm
+
+WEIGHTS_FILE = "draft.safetensors"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Shape of a draft. Head shapes and the rotary base are the target's; ``target`` names it."""
+
+    target: str
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    capture_layers: tuple[int, ...]
+    rms_norm_eps: float
+    vocab_size: int
+    num_target_layers: int
+
+    @classmethod
+    def for_target(
+        cls, spec: ModelSpec, target: str, capture_layers: tuple[int, ...], intermediate_size: int
+    ) -> Eagle3Config:
+        return cls(
+            target=target,
+            hidden_size=spec.hidden_size,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            intermediate_size=intermediate_size,
+            capture_layers=capture_layers,
+            rms_norm_eps=spec.rms_norm_eps,
+            vocab_size=spec.vocab_size,
+            num_target_layers=spec.num_layers,
+        )
+
+    def check_target(self, spec: ModelSpec, directory: Path) -> None:
+        """Raises ModelError unless the draft was made for a model of this shape."""
+        wanted = Eagle3Config.for_target(spec, self.target, self.capture_layers, self.intermediate_size)
+        if self != wanted:
+            raise ModelError(f"{directory}: the draft is for {self.target}, whose shape differs from the model's")
+
+
+class Eagle3(nn.Module):
+    """The draft's weights and the parts of its forward pass; attention is the caller's."""
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.config = config
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        self.fc = nn.Linear(len(config.capture_layers) * hidden, hidden, bias=False)
+        self.embedding_norm = nn.Parameter(torch.ones(hidden))
+        self.hidden_norm = nn.Parameter(torch.ones(hidden))
+        self.qkv_proj = nn.Linear(2 * hidden, (heads + 2 * kv_heads) * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=False)
+        self.post_attention_norm = nn.Parameter(torch.ones(hidden))
+        self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self.output_norm = nn.Parameter(torch.ones(hidden))
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """[..., 3 * hidden] → g [..., hidden]."""
+        fused: torch.Tensor = self.fc(features)
+        return fused
+
+    def qkv(self, embedding: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query [..., heads, head_dim], key and value [..., kv_heads, head_dim], before rotary embedding."""
+        config, eps = self.config, self.config.rms_norm_eps
+        x = torch.cat((rms_norm(embedding, self.embedding_norm, eps), rms_norm(g, self.hidden_norm, eps)), dim=-1)
+        heads = self.qkv_proj(x).unflatten(-1, (-1, config.head_dim))
+        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
+        return q, k, v
+
+    def output(self, g: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """g [..., hidden] and attention's output [..., heads, head_dim] → a [..., hidden]."""
+        y = g + self.o_proj(attended.flatten(-2))
+        gate, up = self.gate_up_proj(rms_norm(y, self.post_attention_norm, self.config.rms_norm_eps)).chunk(2, dim=-1)
+        a: torch.Tensor = y + self.down_proj(F.silu(gate) * up)
+        return a
+
+    def head_input(self, a: torch.Tensor) -> torch.Tensor:
+        """What the target's head projects: RMSNorm(a)."""
+        return rms_norm(a, self.output_norm, self.config.rms_norm_eps)
+
+
+def save_draft(draft: Eagle3, directory: Path) -> None:
+    """Write weights (bf16) and config."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().bfloat16().contiguous() for name, tensor in draft.state_dict().items()}
+    save_file(weights, directory / WEIGHTS_FILE)
+    (directory / CONFIG_FILE).write_text(json.dumps(asdict(draft.config), indent=2) + "\n")
+
+
+def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eagle3:
+    """The draft of a directory, ready to serve.
+
+    Raises:
+        ModelError: a file is missing or does not fit the others.
+    """
+    try:
+        values = json.loads((directory / CONFIG_FILE).read_text())
+        config = Eagle3Config(**(values | {"capture_layers": tuple(values["capture_layers"])}))
+        weights = load_file(directory / WEIGHTS_FILE)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{directory}: not an EAGLE-3 draft: {error}") from error
+    with torch.device("meta"):
+        draft = Eagle3(config)
+    try:
+        draft.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ModelError(f"{directory}: {error}") from error
+    return draft.to(device=device, dtype=dtype).requires_grad_(False)
+
+
+def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor]) -> None:
+    """Start from the target's last layer: it sees g = the high feature, and nothing of the token's embedding.
+
+    Args:
+        draft: with an MLP at least as wide as the target's (more units start without effect), or narrower (the first).
+        load_weight: the target's weight of a Hugging Face name, float32.
+    """
+    config = draft.config
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    prefix = f"model.layers.{config.num_target_layers - 1}."
+    with torch.no_grad():
+        draft.fc.weight.mul_(0.1)
+        draft.fc.weight[:, -hidden:] = torch.eye(hidden)
+        qkv = torch.cat([load_weight(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"])
+        draft.qkv_proj.weight[:, :hidden].mul_(0.3)
+        draft.qkv_proj.weight[:, hidden:] = qkv
+        draft.hidden_norm.copy_(load_weight(prefix + "input_layernorm.weight"))
+        draft.o_proj.weight.copy_(load_weight(prefix + "self_attn.o_proj.weight"))
+        draft.post_attention_norm.copy_(load_weight(prefix + "post_attention_layernorm.weight"))
+        gate, up, down = (load_weight(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
+        width = min(intermediate, len(gate))
+        draft.gate_up_proj.weight[:width] = gate[:width]
+        draft.gate_up_proj.weight[intermediate : intermediate + width] = up[:width]
+        draft.down_proj.weight[:, width:] = 0
+        draft.down_proj.weight[:, :width] = down[:, :width]
+        draft.output_norm.copy_(load_weight("model.norm.weight"))
