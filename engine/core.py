@@ -21,9 +21,11 @@ from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.json_schema import GrammarError
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.scheduler import QueueFull, RequestTooLong, ScheduledSequence, Scheduler, SchedulerOutput
+from engine.spec.controller import AdaptiveLength
+from engine.spec.costs import CostMeter
 from engine.spec.load import load_draft
 from engine.spec.proposer import Draft
-from engine.spec.speculator import FixedLength, Speculator
+from engine.spec.speculator import FixedLength, LengthPolicy, Speculator
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
 
@@ -56,16 +58,19 @@ class EngineCore:
         self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
         self._grammars = GrammarCompiler(self._tokenizer)
-        self._sampler = Sampler(self._eos_token_ids, self._grammars)
+        self._sampler = Sampler(self._eos_token_ids, self._grammars, loaded.team)
         self._prompt_logprobs = PromptLogprobs()
         self._stop_checkers: dict[str, StopChecker] = {}
         self._compiling: dict[str, tuple[Request, Future[CompiledGrammar]]] = {}
         self._refused: Outputs = defaultdict(list)
 
     def _make_speculator(self, config: EngineConfig, draft: Draft) -> Speculator:
-        return Speculator(
-            draft.make_proposer(self.num_blocks), FixedLength(), config.speculation.num_speculative_tokens
-        )
+        proposer = draft.make_proposer(self.num_blocks)
+        policy: LengthPolicy = FixedLength()
+        if config.speculation.adaptive:
+            max_tokens = config.scheduler.max_batched_tokens
+            policy = AdaptiveLength(CostMeter(self._runner, proposer, config.cache.block_size, max_tokens).measure())
+        return Speculator(proposer, policy, config.speculation.num_speculative_tokens)
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.loader import CausalLM, LoadedModel, load
+from engine.loader import LoadedModel, load
 from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
 from engine.spec.draft_head import DraftHead, read_token_counts, static_vocabulary
@@ -32,13 +32,13 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
     return None
 
 
-def make_head(config: EngineConfig, model: CausalLM, directory: Path, tokenizer: Tokenizer) -> DraftHead:
-    """The head of ``model`` over the configured vocabulary, whose token counts are in ``directory``."""
+def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer) -> DraftHead:
+    """The head of a model over the configured vocabulary, whose token counts are in ``directory``."""
     kind, _, size = config.speculation.vocabulary.partition(":")
     if kind == "full":
-        return DraftHead(model)
+        return DraftHead(loaded)
     counts = read_token_counts(directory, tokenizer.vocab_size)
-    return DraftHead(model, static_vocabulary(counts, int(size), always_drafted(tokenizer)))
+    return DraftHead(loaded, static_vocabulary(counts, int(size), always_drafted(tokenizer)))
 
 
 def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
@@ -57,7 +57,7 @@ def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFil
     spec = validate_model_files(draft_files)
     _check_same_tokens(name, Tokenizer.from_files(draft_files), tokenizer)
     loaded = load(config.model_copy(update={"model": model}), draft_files, spec, target.team)
-    head = make_head(config, loaded.model, DRAFTS / files.name, tokenizer)
+    head = make_head(config, loaded, DRAFTS / files.name, tokenizer)
     return DraftModel(loaded, name, config.cache, head)
 
 

@@ -1,0 +1,134 @@
+"""What a step costs on this machine, measured once at start-up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from engine.messages import SamplingParams
+from engine.model_runner import ModelRunner
+from engine.request import Request
+from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.spec.controller import Curve, StepCosts
+from engine.spec.proposer import Proposer
+from kernels.argmax import argmax_rows
+
+_Result = TypeVar("_Result")
+
+_REPEATS = 3
+_PROMPT_TOKENS = 8
+_MANY_DRAFTS = 3
+_VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_MAX_SECONDS = 2.0
+"""For each of the two tables; sizes that are left then lie on the line through the last two."""
+
+
+class CostMeter:
+    """Runs made-up sequences through target and draft. Call before any request: it writes to all KV blocks' slots.
+
+    Args:
+        runner: the target.
+        proposer: the draft.
+        block_size: tokens per block.
+        max_tokens: most tokens in a step.
+    """
+
+    def __init__(self, runner: ModelRunner, proposer: Proposer, block_size: int, max_tokens: int) -> None:
+        self._runner, self._proposer = runner, proposer
+        longest = _PROMPT_TOKENS + 1 + 2 * (1 + _REPEATS) + _MANY_DRAFTS
+        self._blocks_each = -(-longest // block_size)
+        self._max_batch = runner.num_blocks // self._blocks_each
+        self._max_tokens = max_tokens
+
+    def measure(self) -> StepCosts:
+        """The fastest of some runs at each size."""
+        drafts = _table(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
+        return StepCosts(
+            verify=Curve(_table(_VERIFY_SIZES, min(self._max_tokens, 4 * self._max_batch), self._verify_seconds)),
+            first_draft=Curve([(size, one) for size, (one, _) in drafts]),
+            next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
+        )
+
+    def _max_drafting(self) -> int:
+        return min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
+
+    def _verify_seconds(self, num_tokens: int) -> float:
+        """Sequences of up to four tokens, and the most likely token of each row."""
+        sequences = self._sequences(-(-num_tokens // 4))
+        steps = []
+        left = num_tokens
+        for request, blocks in sequences:
+            count = min(left, 4)
+            left -= count
+            steps.append(ScheduledSequence(request, 0, [1] * count, count - 1, 0, count, blocks))
+
+        def run() -> None:
+            logits, _ = self._runner.execute(steps, self._proposer.capture_layers)
+            argmax_rows(logits)
+
+        return min(_seconds(run) for _ in range(_REPEATS))
+
+    def _draft_seconds(self, batch_size: int) -> tuple[float, float]:
+        """One draft token for each sequence, and ``_MANY_DRAFTS``; with the observation of the verified step."""
+        sequences = self._sequences(batch_size)
+        prompts = [
+            ScheduledSequence(request, 0, request.prompt_token_ids, 0, 0, 1, blocks) for request, blocks in sequences
+        ]
+        self._step(prompts)
+        best = []
+        for length in (1, _MANY_DRAFTS):
+            self._cycle(sequences, length)  # catches up, touches memory
+            best.append(min(self._cycle(sequences, length) for _ in range(_REPEATS)))
+        for request, _ in sequences:
+            self._proposer.forget(request.request_id)
+        return best[0], best[1]
+
+    def _cycle(self, sequences: Sequence[tuple[Request, list[int]]], length: int) -> float:
+        slots = [DraftSlot(request, length, blocks) for request, blocks in sequences]
+        seconds = _seconds(lambda: self._proposer.propose(slots))
+        steps = []
+        for request, blocks in sequences:
+            drafts = request.draft_token_ids
+            tokens = [request.all_token_ids[-1], *drafts]
+            steps.append(
+                ScheduledSequence(request, request.num_computed_tokens, tokens, len(drafts), 0, len(tokens), blocks)
+            )
+        return seconds + self._step(steps)
+
+    def _step(self, steps: Sequence[ScheduledSequence]) -> float:
+        """Compute and commit one new token for each; returns the seconds that the draft took to observe it."""
+        _, features = self._runner.execute(steps, self._proposer.capture_layers)
+        seconds = _seconds(lambda: self._proposer.observe(steps, [1] * len(steps), features))
+        for step in steps:
+            request = step.request
+            request.num_computed_tokens = request.num_tokens
+            request.all_token_ids.append(1)
+            request.output_token_ids.append(1)
+            request.draft_token_ids = []
+        return seconds
+
+    def _sequences(self, count: int) -> list[tuple[Request, list[int]]]:
+        sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+        each = self._blocks_each
+        return [
+            (
+                Request(f"cost meter {index}", b"", "", sampling, [1] * _PROMPT_TOKENS),
+                list(range(index * each, (index + 1) * each)),
+            )
+            for index in range(count)
+        ]
+
+
+def _table(sizes: Sequence[int], largest: int, measure: Callable[[int], _Result]) -> list[tuple[int, _Result]]:
+    """Results by size, as many as ``_MAX_SECONDS`` allow, at least one."""
+    started = time.perf_counter()
+    fitting = (size for size in sizes if size <= largest)
+    return [(size, measure(size)) for size in fitting if size == 1 or time.perf_counter() - started < _MAX_SECONDS]
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,150 @@
+"""Draft lengths from a scripted cost table: no clock, so every run decides the same."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.spec.controller import AdaptiveLength, Curve, StepCosts, best_lengths
+
+ONE_EACH = Curve([(1, 1.0), (2, 2.0)])
+CHEAP = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=ONE_EACH, next_draft=ONE_EACH)
+"""A verified token costs 1 % of a step, a drafted one 10 %."""
+DEAR = StepCosts(verify=Curve([(1, 10.0), (2, 20.0)]), first_draft=ONE_EACH, next_draft=ONE_EACH)
+"""A verified token costs as much as a step."""
+FLAT_TO_8 = StepCosts(
+    verify=Curve([(1, 10.0), (8, 10.0), (9, 20.0), (16, 27.0)]),
+    first_draft=Curve([(1, 0.1)]),
+    next_draft=Curve([(1, 0.1)]),
+)
+"""Eight tokens cost what one does; a ninth doubles it."""
+
+
+def rate(costs: StepCosts, chances: list[list[float]], lengths: list[int]) -> float:
+    """Expected tokens a second, straight from the definition."""
+    expected = sum(1 + sum(row[:length]) for row, length in zip(chances, lengths, strict=True))
+    seconds = costs.verify(len(lengths) + sum(lengths))
+    for place in range(max(lengths)):
+        drafting = sum(length > place for length in lengths)
+        seconds += (costs.next_draft if place else costs.first_draft)(drafting)
+    return expected / seconds
+
+
+def geometric(chance: float, limit: int) -> list[float]:
+    return [chance**place for place in range(1, limit + 1)]
+
+
+def simulate(policy: AdaptiveLength, acceptance: float, steps: int, limit: int = 6, batch: int = 1) -> list[list[int]]:
+    """Run decode steps in which each draft is accepted with the given chance; returns all lengths."""
+    chance = random.Random(0)
+    ids = [str(index) for index in range(batch)]
+    history = []
+    for _ in range(steps):
+        lengths = policy.lengths(ids, [limit] * batch)
+        for request_id, length in zip(ids, lengths, strict=True):
+            accepted = 0
+            while accepted < length and chance.random() < acceptance:
+                accepted += 1
+            if length:
+                policy.observe(request_id, length, accepted)
+        history.append(lengths)
+    return history
+
+
+def mean_length(history: list[list[int]]) -> float:
+    lengths = [length for lengths in history for length in lengths]
+    return sum(lengths) / len(lengths)
+
+
+def test_curves_are_linear_between_points_and_past_the_last() -> None:
+    curve = Curve([(1, 10.0), (3, 14.0), (5, 14.0), (7, 20.0)])
+    assert [curve(size) for size in (1, 2, 3, 4, 6, 8, 107)] == pytest.approx([10, 12, 14, 14, 17, 23, 320])
+
+
+def test_a_curve_never_falls_past_its_last_point() -> None:
+    assert Curve([(1, 10.0), (2, 8.0)])(100) == 8.0
+
+
+@pytest.mark.parametrize(("chance", "length"), [(0.05, 0), (0.3, 1), (0.5, 2), (0.95, 6)])
+def test_more_is_drafted_where_more_is_accepted(chance: float, length: int) -> None:
+    assert best_lengths(CHEAP, [geometric(chance, 6)]) == [length]
+
+
+def test_nothing_is_drafted_where_verifying_costs_too_much() -> None:
+    assert best_lengths(DEAR, [geometric(0.9, 6)] * 4) == [0] * 4
+
+
+def test_likely_sequences_get_the_tokens_that_are_nearly_free() -> None:
+    """Four sequences leave four free tokens."""
+    chances = [geometric(0.9, 6), geometric(0.2, 6), geometric(0.2, 6), geometric(0.8, 6)]
+    assert best_lengths(FLAT_TO_8, chances) == [3, 0, 0, 1]
+
+
+def test_larger_batches_draft_less() -> None:
+    totals = [sum(best_lengths(FLAT_TO_8, [geometric(0.7, 6)] * batch)) for batch in (1, 2, 4, 8)]
+    assert totals == [6, 6, 4, 0]
+
+
+@given(
+    chances=st.lists(st.floats(0.01, 0.98), min_size=1, max_size=3),
+    limits=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    verify=st.lists(st.floats(0.0, 3.0), min_size=12, max_size=12),
+    draft=st.floats(0.01, 2.0),
+)
+def test_no_lengths_promise_more(chances: list[float], limits: list[int], verify: list[float], draft: float) -> None:
+    """Where a draft costs the same in any batch, exhaustive search finds nothing better; gains below 3 % are left."""
+    seconds = [5.0 + sum(verify[:index]) for index in range(12)]
+    costs = StepCosts(
+        Curve(list(enumerate(seconds, start=1))),
+        first_draft=Curve([(1, draft), (2, 2 * draft)]),
+        next_draft=Curve([(1, draft), (2, 2 * draft)]),
+    )
+    rows = [geometric(chance, limit) for chance, limit in zip(chances, limits, strict=False)]
+    lengths = best_lengths(costs, rows)
+    assert all(length <= len(row) for length, row in zip(lengths, rows, strict=True))
+    without = rate(costs, rows, [0] * len(rows))
+    options: list[list[int]] = [[]]
+    for row in rows:
+        options = [[*option, length] for option in options for length in range(len(row) + 1)]
+    best = max(rate(costs, rows, option) for option in options)
+    assert rate(costs, rows, lengths) == pytest.approx(best if best > 1.03 * without else without)
+
+
+def test_lengths_follow_the_acceptance_that_is_seen() -> None:
+    policy = AdaptiveLength(CHEAP)
+    bad = simulate(policy, 0.1, 300)
+    assert bad[0] != [0]  # new drafts are tried
+    assert mean_length(bad[-100:]) < 0.3
+    good = simulate(policy, 0.9, 2000)
+    assert mean_length(good[-100:]) > 4.5
+
+
+def test_limits_hold() -> None:
+    policy = AdaptiveLength(CHEAP)
+    assert policy.lengths(["a", "b", "c"], [0, 1, 6])[:2] == [0, 1]
+
+
+def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
+    policy = AdaptiveLength(CHEAP)
+    for _ in range(30):
+        good, bad = policy.lengths(["good", "bad"], [4, 4])
+        policy.observe("good", good, good)
+        if bad:
+            policy.observe("bad", bad, 0)
+    assert policy.lengths(["good", "bad"], [4, 4]) == [4, 0]
+
+
+def test_speculation_that_cannot_pay_is_never_probed() -> None:
+    assert not any(map(any, simulate(AdaptiveLength(DEAR), 0.9, 2000, batch=4)))
+
+
+def test_speculation_that_might_pay_is_probed_seldom() -> None:
+    history = simulate(AdaptiveLength(CHEAP), 0.0, 3000)[-2000:]
+    assert 0 < sum(map(any, history)) < 100
+
+
+def test_decisions_are_reproducible() -> None:
+    assert simulate(AdaptiveLength(CHEAP), 0.6, 200, batch=3) == simulate(AdaptiveLength(CHEAP), 0.6, 200, batch=3)
