@@ -11,7 +11,9 @@ namespace {
 
 constexpr int kLanes = 16;     // keys scored at a time
 constexpr int kMaxRows = 16;   // query rows (query x head of one group) that share a read of the keys
-constexpr int kVectorRows = 8; // up to so many by vector instructions, more by AMX tiles
+constexpr int kVectorRows = 7; // up to so many by vector instructions, more by AMX tiles
+constexpr int kFewQueries = 8; // of a sequence: decoding, with or without drafts, always goes by vector instructions,
+                               // whose result for a row does not depend on the other rows; prefill goes by tiles
 constexpr int kSegment = 512;  // keys between two rescalings of the running softmax
 
 // Up to kMaxRows query rows of one sequence and one KV head.
@@ -37,7 +39,7 @@ Scratch& scratch() {
 // Scores of 16 keys for R rows; keys: [head_dim / 2][stride][2], already at the first of the 16.
 template <int R>
 void score_keys(const Rows& rows, const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
-  constexpr int kChains = R <= 4 ? 4 : 2;  // independent sums: one product takes many cycles, but starts every cycle
+  constexpr int kChains = 4;  // independent sums: one product takes many cycles, but starts every cycle
   __m512 acc[R][kChains];
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < kChains; ++c) acc[r][c] = _mm512_setzero_ps();
@@ -58,7 +60,7 @@ void score_keys(const Rows& rows, const bf16* keys, int stride, int head_dim, in
 
 using ScoreKeys = void (*)(const Rows&, const bf16*, int, int, int, Scratch&);
 constexpr ScoreKeys kScoreKeys[] = {nullptr,       score_keys<1>, score_keys<2>, score_keys<3>, score_keys<4>,
-                                    score_keys<5>, score_keys<6>, score_keys<7>, score_keys<8>};
+                                    score_keys<5>, score_keys<6>, score_keys<7>};
 
 // One head's values of a segment's blocks, from dimension `first` on.
 struct Values {
@@ -97,7 +99,7 @@ using AddValues = void (*)(const bf16*, const Values&, int, float*);
 constexpr AddValues kAdd64[] = {nullptr, add_values<1, 4>, add_values<2, 4>, add_values<3, 4>, add_values<4, 4>};
 constexpr AddValues kAdd32[] = {nullptr, add_values<1, 2>, add_values<2, 2>, add_values<3, 2>, add_values<4, 2>};
 
-// ---- 9 to 16 rows: AMX ----
+// ---- 8 to 16 rows: AMX ----
 
 // Tiles 0..3: sums (rows x 16), 4: queries (rows x 32 dimensions), 5: keys (32 dimensions x 16), 6: weights (rows x 16
 // tokens), 7: values (16 tokens x 16 dimensions). A cache block is laid out as tiles 5 and 7 already.
@@ -277,9 +279,12 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
 void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, const bf16* q, bf16* out) {
   const int group = heads / cache.kv_heads, dim = cache.head_dim;
   // Work items are laid out as: sequence, then slice of its rows, then KV head.
+  auto slice_rows = [&](int b) {
+    return batch.query_start[b + 1] - batch.query_start[b] <= kFewQueries ? kVectorRows : kMaxRows;
+  };
   auto slices = [&](int b) {
     const int rows = (batch.query_start[b + 1] - batch.query_start[b]) * group;
-    return (rows + kMaxRows - 1) / kMaxRows;
+    return (rows + slice_rows(b) - 1) / slice_rows(b);
   };
   configure_attention_tiles();
   thread_local std::vector<int> first;  // first work item of each sequence
@@ -289,10 +294,10 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
   team.work(first.back(), [&](int item) {
     const int b = static_cast<int>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
     const int head = (item - first[b]) % cache.kv_heads;
-    const int begin = (item - first[b]) / cache.kv_heads * kMaxRows;
+    const int begin = (item - first[b]) / cache.kv_heads * slice_rows(b);
     const int query_len = batch.query_start[b + 1] - batch.query_start[b];
     Rows rows;
-    rows.count = std::min(kMaxRows, query_len * group - begin);
+    rows.count = std::min(slice_rows(b), query_len * group - begin);
     for (int r = 0; r < rows.count; ++r) {
       const int query = (begin + r) / group, h = head * group + (begin + r) % group;
       const size_t at = (static_cast<size_t>(batch.query_start[b] + query) * heads + h) * dim;

@@ -207,6 +207,29 @@ def test_attention(team: Team, steps: str, heads: tuple[int, int], head_dim: int
         assert largest_row_error(output, expected) < ATTENTION_TOLERANCE
 
 
+@pytest.mark.parametrize("heads", [(9, 3), (14, 2), (8, 1)])
+def test_verifying_attends_as_decoding_does(two_threads: Team, heads: tuple[int, int]) -> None:
+    """Bit for bit: five tokens at once, and one by one."""
+    outputs = []
+    for steps in ([[70, 3], [5, 5]], [[70, 3]] + [[1, 1]] * 5):
+        sequences = RaggedSequences(2, 80, 16)
+        backend = NativeAttention(attention_spec(heads, 64, sequences, torch.bfloat16, CPU), two_threads)
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(2, 80, count, 64, generator=generator) for count in (heads[0], heads[1], heads[1]))
+        done, rows = [0, 0], []
+        for counts in steps:
+            backend.plan(sequences.step(counts))
+            parts = [[(i, p) for p in range(done[i], done[i] + counts[i])] for i in range(2)]
+            i, p = (torch.tensor(column) for column in zip(*(pair for part in parts for pair in part), strict=True))
+            rows.append(
+                torch.cat((i[:, None], p[:, None], backend.forward(0, q[i, p], k[i, p], v[i, p]).flatten(1)), 1)
+            )
+            done = [done[i] + counts[i] for i in range(2)]
+        decoded = torch.cat(rows[1:])
+        outputs.append(decoded[(decoded[:, 0] * 100 + decoded[:, 1]).argsort()])
+    assert torch.equal(*outputs)
+
+
 def check_model(files: ModelFiles, token_ids: list[int], team: Team, *, keep_quantized: bool = True) -> None:
     """Logits are not further from float32 than plain bf16 torch is; prefill, then tokens one by one and in pieces."""
     spec, source = validate_model_files(files), open_weights(files)
