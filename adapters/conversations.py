@@ -1,4 +1,4 @@
-"""Conversations on disk: shards of token ids, appended and read back. No pickle, nothing but integers."""
+"""Conversations on disk: shards of token ids and the target's features. No pickle, nothing but numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.numpy import load_file, save_file
 
 
@@ -20,27 +21,39 @@ class Conversation:
     token_ids: npt.NDArray[np.int32]
 
 
-def write_shard(directory: Path, conversations: Sequence[Conversation]) -> Path:
-    """Append one shard, whole or not at all; shards are numbered in the order of writing."""
+def write_shard(directory: Path, conversations: Sequence[Conversation], features: Sequence[torch.Tensor]) -> Path:
+    """Append one shard, whole or not at all; shards are numbered in the order of writing.
+
+    Args:
+        directory: of one target's shards.
+        conversations: some.
+        features: of each, [tokens, width] bf16.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"shard-{len(shard_paths(directory)):05}.safetensors"
-    lengths = [len(conversation.token_ids) for conversation in conversations]
+    with feature_path(path).open("wb") as file:
+        for rows in features:
+            file.write(rows.view(torch.int16).numpy().tobytes())
     partial = path.with_suffix(".partial")
     save_file(
         {
-            "token_ids": np.concatenate([conversation.token_ids for conversation in conversations]),
-            "lengths": np.array(lengths, dtype=np.int32),
+            "token_ids": np.concatenate([c.token_ids for c in conversations]),
+            "lengths": np.array([len(c.token_ids) for c in conversations], dtype=np.int32),
             "prompt_lengths": np.array([c.prompt_length for c in conversations], dtype=np.int32),
             "keys": np.array([c.key for c in conversations], dtype=np.int64),
         },
         partial,
     )
-    partial.rename(path)
+    partial.rename(path)  # last: a shard that can be seen has its features
     return path
 
 
 def shard_paths(directory: Path) -> list[Path]:
     return sorted(directory.glob("shard-*.safetensors"))
+
+
+def feature_path(shard: Path) -> Path:
+    return shard.with_suffix(".features")
 
 
 def read_shard(path: Path) -> Iterator[Conversation]:
@@ -49,6 +62,12 @@ def read_shard(path: Path) -> Iterator[Conversation]:
     rows = zip(tensors["keys"], tensors["prompt_lengths"], tensors["lengths"], ends, strict=True)
     for key, prompt_length, length, end in rows:
         yield Conversation(int(key), int(prompt_length), tensors["token_ids"][end - length : end])
+
+
+def open_features(shard: Path, width: int) -> torch.Tensor:
+    """The features of a shard, memory-mapped: [tokens, width] bf16."""
+    array = np.memmap(feature_path(shard), dtype=np.int16, mode="c").reshape(-1, width)
+    return torch.from_numpy(array).view(torch.bfloat16)
 
 
 def written_keys(directory: Path) -> set[int]:

@@ -1,4 +1,4 @@
-"""The target answers training prompts through our own engine: ``python -m adapters.generate MODEL``."""
+"""The target answers training prompts through our own engine, which records its features."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import structlog
+import torch
 import typer
 
 from adapters.conversations import Conversation, write_shard, written_keys
-from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
+from adapters.recorder import FeatureRecorder
+from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
+from engine.core import EngineCore, engine_request_id
 from engine.messages import EngineOutput, EngineRequest, SamplingParams
+from engine.models.config import ModelSpec
 from engine.models.registry import resolve_model, validate_model_files
 from engine.text.tokenizer import Tokenizer
 
@@ -50,9 +53,7 @@ class Job:
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         greedy = self.round == 0 and _hash("greedy", self.prompt_id) / 2**64 < GREEDY_SHARE
-        return SamplingParams(
-            max_tokens=max_tokens, seed=self.key % 2**31, temperature=0.0 if greedy else TEMPERATURE
-        )
+        return SamplingParams(max_tokens=max_tokens, seed=self.key % 2**31, temperature=0.0 if greedy else TEMPERATURE)
 
 
 def _hash(*parts: str) -> int:
@@ -93,15 +94,32 @@ def loop_start(token_ids: Sequence[int]) -> int | None:
     return None
 
 
-class Generator:
-    """Keeps ``batch`` answers going in one engine, and yields each as it ends."""
+def recorded_layers(spec: ModelSpec) -> tuple[int, ...]:
+    """Low, middle and high layer, whose outputs a draft sees, and the last one, whose output is what it should say.
 
-    def __init__(self, core: EngineCore, tokenizer: Tokenizer, batch: int, max_tokens: int, max_prompt: int) -> None:
-        self._core, self._tokenizer, self._batch = core, tokenizer, batch
+    The high one is the input of the last layer, from which a draft's layer starts.
+    """
+    return (2, spec.num_layers // 2 - 1, spec.num_layers - 2, spec.num_layers - 1)
+
+
+class Generator:
+    """Keeps ``batch`` answers going in one engine, and yields each with its features as it ends."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        recorder: FeatureRecorder,
+        tokenizer: Tokenizer,
+        batch: int,
+        max_tokens: int,
+        max_prompt: int,
+    ) -> None:
+        self._core, self._recorder, self._tokenizer, self._batch = core, recorder, tokenizer, batch
         self._max_tokens, self._max_prompt = max_tokens, max_prompt
         self._running: dict[str, tuple[Job, list[int], list[int]]] = {}
 
-    def run(self, jobs: Iterator[Job]) -> Iterator[Conversation]:
+    def run(self, jobs: Iterator[Job]) -> Iterator[tuple[Conversation, torch.Tensor]]:
+        """Conversations up to the last token that the engine computed, and their features [tokens, width]."""
         while True:
             while len(self._running) < self._batch and (job := next(jobs, None)) is not None:
                 self._start(job)
@@ -111,7 +129,9 @@ class Generator:
             for output in outputs[_CLIENT]:
                 conversation = self._take(output)
                 if conversation is not None:
-                    yield conversation
+                    features = self._recorder.take(engine_request_id(_CLIENT, output.request_id))
+                    tokens = conversation.token_ids[: len(features)]
+                    yield replace(conversation, token_ids=tokens), features[: len(tokens)]
 
     def _start(self, job: Job) -> None:
         messages = [{"role": "user", "content": job.text}]
@@ -156,6 +176,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 320,
     max_prompt: Annotated[int, typer.Option(help="Longer prompts are left out.")] = 700,
     rounds: Annotated[int, typer.Option(help="Answers to each prompt: the first mostly greedy.")] = 8,
+    threads: Annotated[int, typer.Option(help="Compute threads; 0: one a core.")] = 0,
     seconds: Annotated[float, typer.Option(help="Stop after so long.")] = float("inf"),
 ) -> None:
     """Writes shards of conversations; an interrupted run goes on where it was."""
@@ -163,27 +184,35 @@ def main(
         model=ModelConfig(name=model, max_model_len=2048),
         cache=CacheConfig(prefix_caching=False),
         scheduler=SchedulerConfig(max_num_seqs=batch, max_batched_tokens=max(512, 4 * batch)),
-        speculation=SpeculationConfig(method="none"),
+        speculation=SpeculationConfig(num_speculative_tokens=0, adaptive=False),
+        runtime=RuntimeConfig(threads=threads),
     )
     files = resolve_model(config.model)
     directory = data_directory(files.name)
-    core = EngineCore(config, files, validate_model_files(files))
-    generator = Generator(core, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
+    spec = validate_model_files(files)
+    recorder = FeatureRecorder(recorded_layers(spec))
+    core = EngineCore(config, files, spec, draft=recorder)
+    generator = Generator(core, recorder, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
     done = written_keys(directory)
     jobs = (job for job in jobs_of(read_prompts(prompts), rounds) if job.key not in done)
-    started, made, pending = time.monotonic(), 0, list[Conversation]()
-    for conversation in generator.run(jobs):
-        pending.append(conversation)
+    started, made = time.monotonic(), 0
+    pending: list[tuple[Conversation, torch.Tensor]] = []
+    for conversation, features in generator.run(jobs):
+        pending.append((conversation, features))
         made += len(conversation.token_ids) - conversation.prompt_length
         if len(pending) == SHARD_CONVERSATIONS:
-            path = write_shard(directory, pending)
+            path = _write(directory, pending)
             rate = made / (time.monotonic() - started)
             log.info("shard", path=path.name, answer_tokens=made, tokens_per_second=round(rate))
             pending = []
             if made >= tokens or time.monotonic() - started > seconds:
                 return
     if pending:
-        write_shard(directory, pending)
+        _write(directory, pending)
+
+
+def _write(directory: Path, pending: Sequence[tuple[Conversation, torch.Tensor]]) -> Path:
+    return write_shard(directory, [c for c, _ in pending], [rows for _, rows in pending])
 
 
 if __name__ == "__main__":

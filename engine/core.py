@@ -39,9 +39,16 @@ Outputs = defaultdict[bytes, list[EngineOutput]]
 
 
 class EngineCore:
-    """A model, its KV cache and its requests. One thread calls ``add``, ``abort`` and ``step``."""
+    """A model, its KV cache and its requests. One thread calls ``add``, ``abort`` and ``step``.
 
-    def __init__(self, config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> None:
+    Args:
+        config: all options.
+        files: the target.
+        spec: its shape.
+        draft: what drafts, in place of what the configuration asks for.
+    """
+
+    def __init__(self, config: EngineConfig, files: ModelFiles, spec: ModelSpec, draft: Draft | None = None) -> None:
         loaded = load(config, files, spec)
         self.spec = spec
         self.max_model_len = loaded.max_model_len
@@ -49,7 +56,7 @@ class EngineCore:
         self.attention_backend = loaded.backend
         self._tokenizer = Tokenizer.from_files(files)
         self._eos_token_ids = frozenset(self._tokenizer.eos_token_ids)
-        draft = load_draft(config, loaded, files, self._tokenizer)
+        draft = draft or load_draft(config, loaded, files, self._tokenizer)
         self._runner = ModelRunner(loaded, config.cache, draft.costs.bytes_per_block if draft else 0)
         self.num_blocks = self._runner.num_blocks
         self.draft = draft.description if draft else None
@@ -75,7 +82,7 @@ class EngineCore:
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
         request = Request(
-            request_id=_engine_id(client_id, message.request_id),
+            request_id=engine_request_id(client_id, message.request_id),
             client_id=client_id,
             tenant=message.tenant,
             prompt_token_ids=message.prompt_token_ids,
@@ -88,14 +95,14 @@ class EngineCore:
 
     def abort_client(self, client_id: bytes) -> None:
         """End all requests of a client that has gone away."""
-        prefix = _engine_id(client_id, "")
+        prefix = engine_request_id(client_id, "")
         requests = [*self._stop_checkers, *self._compiling]
         self.abort(client_id, [r.removeprefix(prefix) for r in requests if r.startswith(prefix)])
 
     def abort(self, client_id: bytes, request_ids: Iterable[str]) -> None:
         """End requests without output; unknown ones have ended already."""
         for request_id in request_ids:
-            engine_id = _engine_id(client_id, request_id)
+            engine_id = engine_request_id(client_id, request_id)
             self._compiling.pop(engine_id, None)
             self._scheduler.abort(engine_id)
             self._forget(engine_id)
@@ -237,8 +244,8 @@ class EngineCore:
             self._speculator.forget(engine_id)
 
 
-def _engine_id(client_id: bytes, request_id: str) -> str:
-    """Ids of different clients may be equal; the engine's are not."""
+def engine_request_id(client_id: bytes, request_id: str) -> str:
+    """The engine's name of a client's request: ids of different clients may be equal, these are not."""
     return f"{client_id.hex()}/{request_id}"
 
 

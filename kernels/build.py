@@ -16,7 +16,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = Path(__file__).parent / "_native.so"
-# Always the same target: whether a machine can run it is decided when it is loaded (kernels/native.py).
+# Always the same target: whether a machine can run it is decided when it is loaded (kernels/native.py), and AMX is
+# used only where it is found (csrc/tiles.cpp).
 TARGET = "avx512f avx512bw avx512dq avx512vl avx512vbmi avx512bf16 avx512vnni amx-tile amx-bf16 f16c fma"
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-ignored-attributes"]
 

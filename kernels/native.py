@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.build import LIBRARY, TARGET
+from kernels.build import LIBRARY
 
+REQUIRED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16", "avx512_vnni", "f16c", "fma")
+"""CPU features as Linux names them. AMX is used where it is there."""
 BF16_FORMAT = 0
 """Number of the packed format that holds floating-point weights."""
 _GROUP_PAIR = 32
@@ -76,19 +78,15 @@ def unsupported_reason() -> str | None:
     if not LIBRARY.exists():
         return f"{LIBRARY.name} is not built (python -m kernels.build)"
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    names = [feature.replace("avx512bf16", "avx512_bf16").replace("avx512vnni", "avx512_vnni").replace("-", "_") for feature in TARGET.split()]
-    missing = [name for name in names if name not in flags]
-    if missing:
-        return f"the CPU lacks {', '.join(missing)}"
-    if load_library().evo_request_amx() != 0:
-        return "the operating system refuses the AMX tile registers"
-    return None
+    missing = [feature for feature in REQUIRED if feature not in flags]
+    return f"the CPU lacks {', '.join(missing)}" if missing else None
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """The compiled library; check ``unsupported_reason`` first."""
     library = ctypes.CDLL(str(LIBRARY))
+    library.evo_find_amx()
     library.evo_block_bytes.restype = ctypes.c_size_t
     for name in ("evo_team_new", "evo_decoder_new"):
         getattr(library, name).restype = ctypes.c_void_p

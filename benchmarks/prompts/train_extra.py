@@ -47,9 +47,7 @@ CODE_WORDINGS = (
     "Write a Python function `{title}` and show how to use it.",
     "Write a Python class that uses this function, with an example.\n\n```python\n{text}\n```",
 )
-PACKAGES = (
-    "sympy click fastapi httpx jinja2 networkx pydantic requests rich starlette structlog typer uvicorn "
-)
+PACKAGES = "sympy click fastapi httpx jinja2 networkx pydantic requests rich starlette structlog typer uvicorn "
 MAX_FUNCTION_WORDS = 160
 
 

@@ -69,7 +69,7 @@ class NativeEagle3:
     def forward(
         self, batch: ForwardBatch, attention: AttentionBackend, embeddings: torch.Tensor, g: torch.Tensor
     ) -> torch.Tensor:
-        """Write the keys and values of the batch's tokens; their embeddings and g [T, hidden] → a [T, hidden] float32."""
+        """Write the keys and values of the batch's tokens; embeddings and g [T, hidden] → a [T, hidden] float32."""
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
         a = g.float().clone()
@@ -85,4 +85,4 @@ def _packed(weight: torch.Tensor, row_map: npt.NDArray[np.int64] | None = None) 
     values = weight.detach().float().numpy()
     blocks = gguf.quants.quantize(values, GGMLQuantizationType.Q8_0)
     rows = np.arange(len(values)) if row_map is None else row_map
-    return PackedMatrix(*values.shape, [MatrixPart(rows, int(GGMLQuantizationType.Q8_0), blocks=blocks)])
+    return PackedMatrix(len(values), values.shape[1], [MatrixPart(rows, int(GGMLQuantizationType.Q8_0), blocks=blocks)])

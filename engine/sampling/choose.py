@@ -45,7 +45,7 @@ def choose_tokens(
             torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
             torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device),
         )
-        least = kept_thresholds(logits, temperatures, limits, team)
+        least = kept_thresholds(logits, temperatures, limits, team=team)
     places = torch.tensor(positions, dtype=torch.int64, device=device)
     columns = None if token_ids is None else token_ids.expand(len(logits), -1)
     choices = gumbel_argmax(logits, seeds, places, columns, temperatures=temperatures, least=least, team=team)

@@ -4,11 +4,9 @@
 #include <atomic>
 #include <vector>
 
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include "decoder.h"
 #include "gguf_rows.h"
+#include "tiles.h"
 
 using namespace evospec;
 
@@ -36,10 +34,10 @@ struct EvoKv {
   size_t layer_stride;  // elements between one layer's cache and the next
 };
 
-// Asks the kernel for the AMX tile registers; 0 when this process may use them.
-int evo_request_amx() {
-  constexpr int kArchReqXcompPerm = 0x1023, kXtileData = 18;
-  return static_cast<int>(syscall(SYS_arch_prctl, kArchReqXcompPerm, kXtileData));
+// Once, before anything else; returns whether products of many rows go by AMX.
+int evo_find_amx() {
+  find_amx();
+  return has_amx();
 }
 
 int evo_packed_format(int ggml_type) { return packed_format(ggml_type); }

@@ -5,13 +5,15 @@
 #include <limits>
 #include <vector>
 
+#include "tiles.h"
+
 namespace evospec {
 
 namespace {
 
 constexpr int kLanes = 16;     // keys scored at a time
 constexpr int kMaxRows = 16;   // query rows (query x head of one group) that share a read of the keys
-constexpr int kVectorRows = 7; // up to so many by vector instructions, more by AMX tiles
+constexpr int kVectorRows = 7; // up to so many by vector instructions, more by AMX tiles if there are any
 constexpr int kFewQueries = 8; // of a sequence: decoding, with or without drafts, always goes by vector instructions,
                                // whose result for a row does not depend on the other rows; prefill goes by tiles
 constexpr int kSegment = 512;  // keys between two rescalings of the running softmax
@@ -99,7 +101,7 @@ using AddValues = void (*)(const bf16*, const Values&, int, float*);
 constexpr AddValues kAdd64[] = {nullptr, add_values<1, 4>, add_values<2, 4>, add_values<3, 4>, add_values<4, 4>};
 constexpr AddValues kAdd32[] = {nullptr, add_values<1, 2>, add_values<2, 2>, add_values<3, 2>, add_values<4, 2>};
 
-// ---- 8 to 16 rows: AMX ----
+// ---- 8 to 16 rows: AMX, where the processor has it ----
 
 // Tiles 0..3: sums (rows x 16), 4: queries (rows x 32 dimensions), 5: keys (32 dimensions x 16), 6: weights (rows x 16
 // tokens), 7: values (16 tokens x 16 dimensions). A cache block is laid out as tiles 5 and 7 already.
@@ -280,13 +282,14 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
   const int group = heads / cache.kv_heads, dim = cache.head_dim;
   // Work items are laid out as: sequence, then slice of its rows, then KV head.
   auto slice_rows = [&](int b) {
-    return batch.query_start[b + 1] - batch.query_start[b] <= kFewQueries ? kVectorRows : kMaxRows;
+    const bool few = batch.query_start[b + 1] - batch.query_start[b] <= kFewQueries;
+    return few || !has_amx() ? kVectorRows : kMaxRows;
   };
   auto slices = [&](int b) {
     const int rows = (batch.query_start[b + 1] - batch.query_start[b]) * group;
     return (rows + slice_rows(b) - 1) / slice_rows(b);
   };
-  configure_attention_tiles();
+  if (has_amx()) configure_attention_tiles();
   thread_local std::vector<int> first;  // first work item of each sequence
   first.assign(1, 0);
   for (int b = 0; b < batch.num_sequences; ++b) first.push_back(first.back() + slices(b) * cache.kv_heads);
@@ -307,7 +310,7 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
     }
     attend(cache, batch.block_tables + static_cast<size_t>(b) * batch.max_blocks, head, rows);
   });
-  _tile_release();
+  release_tiles();
 }
 
 }  // namespace evospec

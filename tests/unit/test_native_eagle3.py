@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(native.unsupported_reason() is not None, reason=
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-2
-"""Root mean square of the error against that of the output: 8-bit weights (4e-3 each), bf16 activations and attention."""
+"""Root mean square of the error against that of the output: 8-bit weights (4e-3 each), bf16 activations."""
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,0 +1,51 @@
+"""Keeps the target's features of every token that the engine computes: training data made while answers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.spec.proposer import DraftCosts, Proposer
+
+
+class FeatureRecorder:
+    """A draft that drafts nothing and remembers what it observes. Needs an engine without prefix cache.
+
+    Args:
+        capture_layers: whose outputs are kept, side by side.
+    """
+
+    description = "feature recorder"
+    costs = DraftCosts(weight_bytes=0, bytes_per_block=0)
+
+    def __init__(self, capture_layers: tuple[int, ...]) -> None:
+        self.capture_layers = capture_layers
+        self._pieces: dict[str, list[torch.Tensor]] = {}
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        """Itself."""
+        return self
+
+    def propose(self, slots: Sequence[DraftSlot]) -> None:
+        """Nothing."""
+
+    def observe(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+    ) -> None:
+        """Append each sequence's rows, as bf16."""
+        assert features is not None
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        rows = torch.split_with_sizes(features.to(torch.bfloat16, copy=True), lengths)
+        for sequence, piece in zip(sequences, rows, strict=True):
+            if sequence.start == 0:  # also a preempted sequence, which is computed again
+                self._pieces[sequence.request.request_id] = []
+            self._pieces[sequence.request.request_id].append(piece)
+
+    def forget(self, request_id: str) -> None:
+        """Nothing: the rows of an ended request wait for ``take``."""
+
+    def take(self, request_id: str) -> torch.Tensor:
+        """The rows of a request so far: [tokens computed, len(capture_layers) * hidden] bf16. They are dropped here."""
+        return torch.cat(self._pieces.pop(request_id))

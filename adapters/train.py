@@ -1,0 +1,208 @@
+"""Offline training of an EAGLE-3 draft on conversations whose features are on disk.
+
+A cheap one-step phase first, then a phase of several unrolled steps (training-time test). The target's own
+distribution is the label, over some thousand rows of its head: frequent tokens, those of the batch, random ones.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
+from adapters.conversations import shard_paths
+from adapters.dataset import Batch, Dataset
+from adapters.unroll import TargetParts, Unroller
+from adapters.validation import Accuracy, validate
+from engine.models.config import ModelSpec
+from engine.models.eagle3 import Eagle3, Eagle3Config, init_from_target, save_draft
+from engine.models.llama import RotaryEmbedding
+from engine.models.weights import WeightSource
+
+VALIDATION_STEPS = 4
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a run: ``anchors`` positions with so many unrolled steps, learning rate falling by a cosine."""
+
+    anchors: int
+    step_weights: tuple[float, ...]
+    learning_rate: float
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's result, the data aside."""
+
+    capture_layers: tuple[int, ...]
+    intermediate_size: int
+    phases: tuple[Phase, ...]
+    seed: int = 0
+    core_rows: int = 2048
+    """Most frequent tokens, rows of every loss."""
+    random_rows: int = 2048
+    """Rows drawn anew for each batch."""
+    warmup_steps: int = 40
+    final_share: float = 0.02
+    """The learning rate at the end of a phase, as a share of its peak."""
+    clip: float = 1.0
+    weight_decay: float = 0.01
+    validation_tokens: int = 12_000
+    validation_seconds: float = 240.0
+
+
+class Trainer:
+    """One run, from its last checkpoint on.
+
+    Args:
+        config: what to train.
+        spec: the target's shape.
+        source: its weights.
+        target_name: for the draft's config.
+        data: directories of shards with features.
+        held_out: keys of the validation conversations.
+        checkpoints: directory of this run.
+        report: called with progress, training loss by step, and the accuracy where it was just measured.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        spec: ModelSpec,
+        source: WeightSource,
+        target_name: str,
+        data: Sequence[Path],
+        held_out: Collection[int],
+        checkpoints: Path,
+        report: Callable[[Progress, Sequence[float], Accuracy | None], None],
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self._config, self._spec, self._data, self._held_out = config, spec, data, held_out
+        self._checkpoints, self._report = checkpoints, report
+        self._width = (len(config.capture_layers) + 1) * spec.hidden_size
+        self._dataset = self._read_dataset()
+        embedding = source.dequantized("model.embed_tokens.weight").bfloat16()
+        head = embedding if spec.tie_word_embeddings else source.dequantized("lm_head.weight").bfloat16()
+        norm = source.dequantized("model.norm.weight").bfloat16()
+        target = TargetParts(embedding, head, norm, spec.rms_norm_eps, RotaryEmbedding(spec, 4096, torch.device("cpu")))
+        shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
+        draft = Eagle3(shape)
+        init_from_target(draft, source.dequantized)
+        self._validation = self._validation_batches()
+        self._unroller = Unroller(draft, target, self._feature_scale())
+        self._optimizers = _optimizers(draft, config)
+        self.progress = load_checkpoint(checkpoints, draft, self._optimizers) or Progress()
+
+    def run(self) -> None:
+        """Train to the end of the last phase."""
+        begin = 0
+        for phase in self._config.phases:
+            while self.progress.anchors < begin + phase.anchors:
+                self._epoch(phase, begin)
+            begin += phase.anchors
+        self._validate([])
+
+    def export(self, directory: Path) -> None:
+        """Write the draft as it is now."""
+        draft = Eagle3(self._unroller.draft.config)
+        draft.load_state_dict(self._unroller.draft.state_dict() | {"fc.weight": self._unroller.folded_fc()})
+        save_draft(draft, directory)
+
+    def token_counts(self) -> torch.Tensor:
+        """[vocab] int64, over the training data."""
+        return self._dataset.token_counts(self._spec.vocab_size)
+
+    def _epoch(self, phase: Phase, begin: int) -> None:
+        """One pass over the data that is there now, or the rest of the phase."""
+        config, progress = self._config, self.progress
+        self._dataset = self._read_dataset()
+        counts = self.token_counts()
+        core = counts.argsort(descending=True)[: config.core_rows]
+        generator = np.random.default_rng((config.seed, progress.epoch))
+        validated = time.monotonic()
+        for batch in self._dataset.batches(phase.batch_tokens, len(phase.step_weights), generator):
+            started = time.monotonic()
+            self._set_learning_rate(phase, progress.anchors - begin)
+            means = self._step(batch, phase, core)
+            progress.step += 1
+            progress.anchors += int(batch.anchors(0).sum())
+            progress.seconds += time.monotonic() - started
+            if time.monotonic() - validated > config.validation_seconds:
+                self._validate(means)
+                validated = time.monotonic()
+            else:
+                self._report(progress, means, None)
+            if progress.anchors >= begin + phase.anchors:
+                break
+        progress.epoch += 1
+
+    def _step(self, batch: Batch, phase: Phase, core: torch.Tensor) -> list[float]:
+        draft = self._unroller.draft
+        drawn = torch.randint(0, self._spec.vocab_size, (self._config.random_rows,))
+        chosen = torch.unique(torch.cat((batch.token_ids.flatten(), core, drawn)))
+        rows = self._unroller.target.head[chosen[: len(chosen) // 32 * 32]]  # whole tiles
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, means = self._unroller.loss(batch, rows, phase.step_weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(draft.parameters(), self._config.clip)
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return means
+
+    def _set_learning_rate(self, phase: Phase, anchors: int) -> None:
+        """Warm-up at the run's start, then a cosine over the phase."""
+        share = min(1.0, anchors / phase.anchors)
+        cosine = self._config.final_share + (1 - self._config.final_share) * (1 + math.cos(math.pi * share)) / 2
+        warmup = min(1.0, (self.progress.step + 1) / self._config.warmup_steps)
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = phase.learning_rate * cosine * warmup
+
+    def _validate(self, means: Sequence[float]) -> None:
+        accuracy = validate(self._unroller, self._validation, VALIDATION_STEPS)
+        self.progress.history.append(
+            {
+                "anchors": self.progress.anchors,
+                "distinct": self._dataset.num_anchors,
+                "seconds": round(self.progress.seconds),
+                "loss": [round(mean, 4) for mean in means],
+                "accuracy": [round(step, 4) for step in accuracy.steps],
+                "acceptance_length": round(accuracy.acceptance_length, 4),
+            }
+        )
+        save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizers, self.progress)
+        self._report(self.progress, means, accuracy)
+
+    def _read_dataset(self, validation: bool = False) -> Dataset:
+        shards = [path for directory in self._data for path in shard_paths(directory)]
+        return Dataset(shards, self._width, self._spec.hidden_size, self._held_out, validation)
+
+    def _validation_batches(self) -> list[Batch]:
+        """A fixed sample of the held-out conversations."""
+        dataset, batches, tokens = self._read_dataset(validation=True), list[Batch](), 0
+        for batch in dataset.batches(2048, VALIDATION_STEPS, np.random.default_rng(0)):
+            if tokens > self._config.validation_tokens:
+                break
+            batches.append(batch)
+            tokens += int(batch.anchors(0).sum())
+        return batches
+
+    def _feature_scale(self) -> torch.Tensor:
+        """[n * hidden]: one over each feature's root mean square."""
+        rows = torch.cat([batch.features[batch.anchors(0)] for batch in self._validation]).float()
+        return 1 / rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
+
+
+def _optimizers(draft: Eagle3, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    return [
+        torch.optim.AdamW(draft.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
+    ]

@@ -1,0 +1,94 @@
+"""The draft's forward pass in training: every position unrolled over several steps at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from adapters.dataset import Batch
+from adapters.head_loss import head_loss
+from adapters.ttt_attention import chain_attention
+from engine.models.eagle3 import Eagle3
+from engine.models.llama import RotaryEmbedding, rms_norm
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """What a draft shares with its target: frozen, in the dtype that products are computed in."""
+
+    embedding: torch.Tensor
+    """[vocab, hidden]"""
+    head: torch.Tensor
+    """[vocab, hidden]"""
+    norm: torch.Tensor
+    """[hidden], of the final RMSNorm"""
+    norm_eps: float
+    rotary: RotaryEmbedding
+
+    def head_input(self, last_layer: torch.Tensor) -> torch.Tensor:
+        """What the head projects, from the output of the last layer."""
+        return rms_norm(last_layer, self.norm, self.norm_eps)
+
+
+class Unroller:
+    """Runs a draft over a batch.
+
+    Args:
+        draft: float32 master weights.
+        target: its frozen parts.
+        feature_scale: [n * hidden], multiplies the features; ``fc`` is trained behind it and must be folded with it
+            afterwards (``folded``). The target's features differ in size by orders of magnitude from one dimension to
+            the next, which Adam's equal steps cannot cope with.
+    """
+
+    def __init__(self, draft: Eagle3, target: TargetParts, feature_scale: torch.Tensor) -> None:
+        self.draft, self.target, self._scale = draft, target, feature_scale
+        with torch.no_grad():
+            draft.fc.weight.div_(feature_scale)
+
+    def folded_fc(self) -> torch.Tensor:
+        """``fc``'s weight for features as they are."""
+        return self.draft.fc.weight.detach() * self._scale
+
+    def steps(self, batch: Batch, num_steps: int) -> Iterator[torch.Tensor]:
+        """The head's input [B, T, hidden] of every unrolled step in turn."""
+        length = batch.positions.shape[1]
+        g = self.draft.fuse(batch.features * self._scale.to(batch.features.dtype))
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for step in range(num_steps):
+            embedding = F.embedding(batch.token_ids[:, step : step + length], self.target.embedding)
+            q, k, v = self.draft.qkv(embedding, g)
+            positions = batch.positions + step
+            queries, key = self._heads(self._rotate(q, positions)), self._heads(self._rotate(k, positions))
+            keys.append(key)
+            values.append(self._heads(v))
+            attended = chain_attention(queries, keys[0], values[0], keys[1:], values[1:])
+            g = self.draft.output(g, attended.transpose(1, 2))
+            yield self.draft.head_input(g)
+
+    def loss(
+        self, batch: Batch, rows: torch.Tensor, step_weights: tuple[float, ...]
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Mean loss an anchor, weighted over the steps; and each step's own mean."""
+        total = torch.zeros(())
+        means = []
+        length = batch.positions.shape[1]
+        for step, hidden in enumerate(self.steps(batch, len(step_weights))):
+            anchors = batch.anchors(step)
+            label = self.target.head_input(batch.labels[:, step : step + length][anchors])
+            loss = head_loss(hidden[anchors].to(rows.dtype), label, rows) / max(1, len(label))
+            total = total + step_weights[step] / sum(step_weights) * loss
+            means.append(float(loss.detach()))
+        return total, means
+
+    def _rotate(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.target.rotary(heads.flatten(0, 1), positions.flatten()).view_as(heads)
+
+    def _heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[B, T, heads, dim] → [B, all query heads, T, dim]."""
+        repeats = self.draft.config.num_heads // tensor.shape[2]
+        return tensor.repeat_interleave(repeats, dim=2).transpose(1, 2).contiguous()

@@ -1,0 +1,34 @@
+// Products of up to 32 bf16 rows with pairs of expanded groups: by AMX tiles where the processor has them, by
+// vdpbf16ps where it has not.
+#pragma once
+
+#include "matrix.h"
+
+namespace evospec {
+
+constexpr int kTile = 16;                  // rows of an AMX tile
+constexpr int kMaxTileRows = 2 * kTile;    // rows of one product
+constexpr int kPairColumns = 2 * kGroup;
+
+// Asks the operating system for the tile registers. Called once, before any thread multiplies.
+void find_amx();
+bool has_amx();
+
+// Before and after the products of one thread that have up to `rows` rows each.
+void configure_tiles(int rows);
+void release_tiles();
+
+// One product after the other: y[rows][32] = 0, then += x * blocks for some blocks at a time, then complete.
+// With AMX the sums live in the tile registers until `complete_product` writes them to y.
+struct TileProduct {
+  int rows;
+  int k;     // elements from one row of x to the next
+  float* y;  // [32][32]
+
+  void begin() const;
+  // x: [rows padded to 16][k], at the first of `count` blocks; b0, b1: those blocks of two groups, 16 x 32 each.
+  void add(const bf16* x, const bf16* b0, const bf16* b1, int count) const;
+  void complete() const;
+};
+
+}  // namespace evospec
