@@ -57,16 +57,29 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     """First message of a client; answered by ``EngineReady`` once the model is loaded."""
 
 
+class SessionState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """What the request's session brings along.
+
+    ``snapshot`` is the engine's own encoding, which the server keeps; empty for a session that has none yet.
+    ``domain`` is the client's name for the session's subject, "" if it gave none.
+    """
+
+    snapshot: bytes = b""
+    domain: str = ""
+
+
 class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
     """One sequence to generate. ``request_id`` is unique per client connection.
 
-    ``tenant`` salts the prefix cache and is the unit of fair admission.
+    ``tenant`` salts the prefix cache and is the unit of fair admission. Without a ``session`` nothing of the
+    request is kept for later ones of its client.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
     tenant: str
+    session: SessionState | None = None
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
@@ -122,6 +135,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     ``prompt_logprobs`` has one entry per prompt token after the first, in one piece, on the
     sequence's first output.
     ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
+    ``session_snapshot`` comes with the last output of a sequence that has a session: what to keep of it.
     ``error`` explains ``finish_reason`` "error" in words fit for the client; ``error_kind`` says
     whose fault it is: the request's ("invalid", 400), a full queue ("overloaded", 503, try later)
     or the engine's own ("internal", 500).
@@ -137,6 +151,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     num_cached_tokens: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    session_snapshot: bytes | None = None
     error: str | None = None
     error_kind: Literal["invalid", "overloaded", "internal"] = "internal"
 
