@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +67,9 @@ class Trainer:
         spec: the target's shape.
         source: its weights.
         target_name: for the draft's config.
-        data: directories of shards with features.
-        held_out: keys of the validation conversations.
+        data: directory of shards.
         checkpoints: directory of this run.
+        output: where the draft goes, anew with every validation.
         report: called with progress, training loss by step, and the accuracy where it was just measured.
     """
 
@@ -79,14 +79,14 @@ class Trainer:
         spec: ModelSpec,
         source: WeightSource,
         target_name: str,
-        data: Sequence[Path],
-        held_out: Collection[int],
+        data: Path,
         checkpoints: Path,
+        output: Path,
         report: Callable[[Progress, Sequence[float], Accuracy | None], None],
     ) -> None:
         torch.manual_seed(config.seed)
-        self._config, self._spec, self._data, self._held_out = config, spec, data, held_out
-        self._checkpoints, self._report = checkpoints, report
+        self._config, self._spec, self._data = config, spec, data
+        self._checkpoints, self._output, self._report = checkpoints, output, report
         self._width = (len(config.capture_layers) + 1) * spec.hidden_size
         self._dataset = self._read_dataset()
         embedding = source.dequantized("model.embed_tokens.weight").bfloat16()
@@ -110,21 +110,17 @@ class Trainer:
             begin += phase.anchors
         self._validate([])
 
-    def export(self, directory: Path) -> None:
+    def _export(self) -> None:
         """Write the draft as it is now."""
         draft = Eagle3(self._unroller.draft.config)
         draft.load_state_dict(self._unroller.draft.state_dict() | {"fc.weight": self._unroller.folded_fc()})
-        save_draft(draft, directory)
-
-    def token_counts(self) -> torch.Tensor:
-        """[vocab] int64, over the training data."""
-        return self._dataset.token_counts(self._spec.vocab_size)
+        save_draft(draft, self._output)
 
     def _epoch(self, phase: Phase, begin: int) -> None:
         """One pass over the data that is there now, or the rest of the phase."""
         config, progress = self._config, self.progress
         self._dataset = self._read_dataset()
-        counts = self.token_counts()
+        counts = self._dataset.token_counts(self._spec.vocab_size)
         core = counts.argsort(descending=True)[: config.core_rows]
         generator = np.random.default_rng((config.seed, progress.epoch))
         validated = time.monotonic()
@@ -180,11 +176,11 @@ class Trainer:
             }
         )
         save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizers, self.progress)
+        self._export()
         self._report(self.progress, means, accuracy)
 
     def _read_dataset(self, validation: bool = False) -> Dataset:
-        shards = [path for directory in self._data for path in shard_paths(directory)]
-        return Dataset(shards, self._width, self._spec.hidden_size, self._held_out, validation)
+        return Dataset(shard_paths(self._data), self._width, self._spec.hidden_size, validation)
 
     def _validation_batches(self) -> list[Batch]:
         """A fixed sample of the held-out conversations."""

@@ -1,0 +1,96 @@
+"""Trains the draft of a model on what ``adapters.generate`` has written: ``evospec train-draft MODEL``."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from adapters import checkpoint
+from adapters.generate import data_directory, recorded_layers
+from adapters.train import Phase, TrainConfig, Trainer
+from adapters.validation import Accuracy
+from engine.config import ModelConfig
+from engine.models.registry import resolve_model, validate_model_files
+from engine.models.weights import open_weights
+
+UNROLLED_WEIGHTS = tuple(0.9**step for step in range(5))
+"""Of the losses of the unrolled steps, as in EAGLE-3's code."""
+
+
+class Display:
+    """One progress bar, and a line for every validation."""
+
+    def __init__(self, total_anchors: int) -> None:
+        self._console = Console()
+        self._bar = Progress(
+            TextColumn("{task.percentage:3.0f} %"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} positions, loss {task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("train", total=total_anchors, loss="")
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def report(self, progress: checkpoint.Progress, losses: Sequence[float], accuracy: Accuracy | None) -> None:
+        """Called by the trainer after every step."""
+        self._bar.update(self._task, completed=progress.anchors, loss=" ".join(f"{loss:.3f}" for loss in losses))
+        if accuracy is not None:
+            self._console.print(
+                f"{progress.seconds / 60:5.1f} min  {progress.anchors:>10,} positions of "
+                f"{progress.history[-1]['distinct']:,} distinct  acceptance length, accuracy by step: {accuracy}",
+                soft_wrap=True,
+            )
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
+    output: Annotated[Path, typer.Option(help="Directory that the draft is written to.")],
+    one_step: Annotated[int, typer.Option(help="Positions of the one-step phase.")] = 6_000_000,
+    unrolled: Annotated[int, typer.Option(help="Positions of the phase with five unrolled steps.")] = 3_000_000,
+    intermediate_size: Annotated[int, typer.Option(help="Width of the MLP; 0: the target's.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the first phase.")] = 1e-3,
+    unrolled_learning_rate: Annotated[float, typer.Option(help="Peak of the second phase.")] = 5e-4,
+    batch_tokens: Annotated[int, typer.Option(help="Padded positions in a batch.")] = 4096,
+    seed: Annotated[int, typer.Option()] = 0,
+    threads: Annotated[int, typer.Option(help="Compute threads; 0: one a core.")] = 0,
+    run: Annotated[str, typer.Option(help="Name of the run: of its checkpoints.")] = "default",
+) -> None:
+    """Trains from the last checkpoint of the run on, and writes the draft at the end of each validation."""
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    files = resolve_model(ModelConfig(name=model))
+    spec = validate_model_files(files)
+    config = TrainConfig(
+        capture_layers=recorded_layers(spec)[:-1],
+        intermediate_size=intermediate_size or spec.intermediate_size,
+        phases=(
+            Phase(one_step, (1.0,), learning_rate, batch_tokens),
+            Phase(unrolled, UNROLLED_WEIGHTS, unrolled_learning_rate, batch_tokens),
+        ),
+        seed=seed,
+    )
+    directory = data_directory(files.name)
+    with Display(one_step + unrolled) as display:
+        trainer = Trainer(
+            config, spec, open_weights(files), files.name, directory, directory / "runs" / run, output, display.report
+        )
+        trainer.run()
+    (output / "training.json").write_text(json.dumps(trainer.progress.history, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
