@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.batch import ForwardBatch
-from engine.models.config import ModelSpec
+from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
 from kernels.native import Decoder, LayerWeights, MatrixPart, PackedMatrix, Team, linear
@@ -30,10 +30,15 @@ class NativeEagle3:
         spec: of the target.
         team: runs the kernels.
         max_model_len: longest sequence in tokens.
+
+    Raises:
+        ModelError: the kernels cannot run a draft of this width.
     """
 
     def __init__(self, draft: Eagle3, spec: ModelSpec, team: Team, max_model_len: int) -> None:
         config = draft.config
+        if config.intermediate_size % 32:
+            raise ModelError(f"draft: intermediate_size {config.intermediate_size} is not a multiple of 32")
         self._team = team
         self._fc = _packed(draft.fc.weight)
         self._output_norm = draft.output_norm.detach().float()
@@ -69,15 +74,18 @@ class NativeEagle3:
     def forward(
         self, batch: ForwardBatch, attention: AttentionBackend, embeddings: torch.Tensor, g: torch.Tensor
     ) -> torch.Tensor:
-        """Write the keys and values of the batch's tokens; embeddings and g [T, hidden] → a [T, hidden] float32."""
+        """Write the keys and values of the batch's tokens.
+
+        Embeddings and g [T, hidden] → a [L, hidden] float32 of the rows ``batch.logits_indices``.
+        """
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
-        a = g.float().clone()
+        a = g.to(torch.float32, copy=True)
         self._layer.forward(attention.batch, attention.cache, a, 0, 1, embeddings.float().contiguous())
-        return a
+        return a[batch.logits_indices]
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
-        """[N, hidden] → RMSNorm(a) bf16, what the target's head projects."""
+        """[L, hidden] → RMSNorm(a) bf16, what the target's head projects."""
         return self._layer.final_norm(self._output_norm, a.contiguous())
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+import structlog
+
 from engine.config import EngineConfig
 from engine.loader import LoadedModel, load
+from engine.models import eagle3
 from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
 from engine.spec.draft_head import DraftHead, read_token_counts, static_vocabulary
 from engine.spec.draft_model import DraftModel
+from engine.spec.eagle import EagleDraft
 from engine.spec.proposer import Draft
 from engine.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
 
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
@@ -25,11 +31,20 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
         ModelError: the draft cannot be had, or does not fit the target.
     """
     speculation = config.speculation
-    if speculation.num_speculative_tokens == 0:
+    shipped = DRAFTS / files.name
+    if speculation.num_speculative_tokens == 0 or speculation.method == "none":
         return None
     if speculation.method == "draft_model":
         return _load_draft_model(config, target, files, tokenizer)
-    return None
+    if speculation.method == "eagle3":
+        directory = shipped if speculation.draft is None else Path(speculation.draft).expanduser()
+        return _load_eagle(config, target, directory, tokenizer)
+    if speculation.draft is not None:
+        raise ModelError("speculation.draft is set: say what it is by speculation.method, eagle3 or draft_model")
+    if not (shipped / eagle3.WEIGHTS_FILE).is_file():
+        log.info("no speculation: no draft is shipped for this model", model=files.name)
+        return None
+    return _load_eagle(config, target, shipped, tokenizer)
 
 
 def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer) -> DraftHead:
@@ -44,6 +59,12 @@ def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokeni
 def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
     """Tokens that end an answer or structure a conversation."""
     return {*tokenizer.eos_token_ids, *tokenizer.special_token_ids}
+
+
+def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, tokenizer: Tokenizer) -> EagleDraft:
+    draft = eagle3.load_draft(directory, target.dtype, target.device)
+    draft.config.check_target(target.spec, directory)
+    return EagleDraft(draft, directory.name, target, config.cache, make_head(config, target, directory, tokenizer))
 
 
 def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:

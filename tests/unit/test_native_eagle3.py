@@ -1,7 +1,8 @@
-"""The EAGLE-3 layer on the compiled kernels against the torch module with torch's paged attention."""
+"""The EAGLE-3 network on the compiled kernels against the one of torch operations."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
+from engine.models.config import ModelError
 from engine.models.eagle3 import Eagle3, Eagle3Config
 from engine.models.llama import RotaryEmbedding
 from engine.models.native_eagle3 import NativeEagle3
 from engine.models.registry import validate_model_files
+from engine.spec.eagle_network import TorchEagleNetwork
 from kernels import native
 from tests.ragged_batches import RaggedSequences, attention_spec
+from tests.tiny_drafts import random_draft
 from tests.tiny_models import make_directory
 
 pytestmark = pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
@@ -25,34 +29,40 @@ TOLERANCE = 2e-2
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    expected = expected.float()
     return float((output.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("steps", [[[20, 1, 40]], [[20, 1, 40], [1, 1, 1], [3, 0, 1]]])
-def test_same_as_the_torch_module(steps: list[list[int]], tmp_path: Path) -> None:
-    spec = validate_model_files(make_directory(tmp_path / "model", hidden_size=128, head_dim=32))
-    torch.manual_seed(0)
-    draft = Eagle3(Eagle3Config.for_target(spec, "tiny", (0, 1, 2), intermediate_size=192)).requires_grad_(False)
-    for norm in (draft.embedding_norm, draft.hidden_norm, draft.post_attention_norm, draft.output_norm):
-        norm.uniform_(0.5, 1.5)
+def test_same_as_the_torch_network(steps: list[list[int]], dtype: torch.dtype, tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
+    spec, draft = validate_model_files(files), random_draft(files)
     sequences = RaggedSequences(3, 64, 16)
     heads = (spec.num_heads, spec.num_kv_heads)
     team = native.Team(2)
     ours = NativeEagle3(draft, spec, team, 64)
     assert ours.weight_bytes < 2 * sum(weight.numel() for weight in draft.parameters())
-    attention = NativeAttention(attention_spec(heads, spec.head_dim, sequences, torch.bfloat16, CPU), team)
-    reference = TorchPagedAttention(attention_spec(heads, spec.head_dim, sequences, torch.float32, CPU))
-    rotary = RotaryEmbedding(spec, 64, CPU)
+    reference = TorchEagleNetwork(draft.to(dtype), RotaryEmbedding(spec, 64, CPU))
+    native_kv = NativeAttention(attention_spec(heads, spec.head_dim, sequences, torch.bfloat16, CPU, 1), team)
+    torch_kv = TorchPagedAttention(attention_spec(heads, spec.head_dim, sequences, dtype, CPU, 1))
     for counts in steps:
         batch = sequences.step(counts)
+        wanted = batch.query_start_loc[1:].long() - 1
+        batch = replace(batch, logits_indices=wanted)
         tokens = len(batch.positions)
-        embeddings, features = torch.randn(tokens, 128), torch.randn(tokens, 3 * 128)
-        g = draft.fuse(features)
-        q, k, v = draft.qkv(embeddings, g)
-        reference.plan(batch)
-        q, k = rotary(q, batch.positions), rotary(k, batch.positions)
-        expected = draft.output(g, reference.forward(0, q, k, v))
+        embeddings, features = torch.randn(tokens, 128).to(dtype), torch.randn(tokens, 3 * 128)
+        g = reference.fuse(features)
         assert relative_error(ours.fuse(features), g) < TOLERANCE
-        output = ours.forward(batch, attention, embeddings, g)
-        assert relative_error(output - g, expected - g) < TOLERANCE
-        assert relative_error(ours.head_input(output), draft.head_input(expected)) < TOLERANCE
+        expected = reference.forward(batch, torch_kv, embeddings, g)
+        output = ours.forward(batch, native_kv, embeddings, g)
+        assert relative_error(output - g[wanted], expected - g[wanted]) < TOLERANCE
+        assert relative_error(ours.head_input(output), reference.head_input(expected)) < TOLERANCE
+
+
+def test_a_width_that_the_kernels_cannot_run_is_refused(tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
+    spec = validate_model_files(files)
+    draft = Eagle3(Eagle3Config.for_target(spec, "tiny", (0, 1, 2), intermediate_size=100)).requires_grad_(False)
+    with pytest.raises(ModelError, match="multiple of 32"):
+        NativeEagle3(draft, spec, native.Team(1), 64)

@@ -1,0 +1,80 @@
+"""The arithmetic of an EAGLE-3 draft, in plain PyTorch or on the compiled CPU kernels."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from engine.attention.base import AttentionBackend
+from engine.batch import ForwardBatch
+from engine.loader import LoadedModel
+from engine.models.eagle3 import Eagle3
+from engine.models.llama import RotaryEmbedding
+from engine.models.native_eagle3 import NativeEagle3
+
+
+class EagleNetwork(Protocol):
+    """One decoder layer over fused features. ``attention`` is the backend of the target's kind, with one layer."""
+
+    weight_bytes: int
+    """Memory of its weights."""
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """The target's features [T, n * hidden] → g [T, hidden]."""
+        ...
+
+    def forward(
+        self, batch: ForwardBatch, attention: AttentionBackend, embeddings: torch.Tensor, g: torch.Tensor
+    ) -> torch.Tensor:
+        """Write the entries of a ragged batch's tokens.
+
+        Args:
+            batch: their positions and slots.
+            attention: owns the entries.
+            embeddings: [T, hidden], the tokens' rows of the target's embedding.
+            g: [T, hidden], of the position before each token: fused features, or the last step's result.
+
+        Returns:
+            a [L, hidden] of the rows ``batch.logits_indices``: g of the next token.
+        """
+        ...
+
+    def head_input(self, a: torch.Tensor) -> torch.Tensor:
+        """[L, hidden] → what the target's head projects, [L, hidden]."""
+        ...
+
+
+class TorchEagleNetwork:
+    """``EagleNetwork`` of torch operations: any device, any dtype."""
+
+    def __init__(self, draft: Eagle3, rotary: RotaryEmbedding) -> None:
+        self._draft, self._rotary = draft, rotary
+        self._dtype = draft.fc.weight.dtype
+        self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in draft.parameters())
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        return self._draft.fuse(features.to(self._dtype))
+
+    def forward(
+        self, batch: ForwardBatch, attention: AttentionBackend, embeddings: torch.Tensor, g: torch.Tensor
+    ) -> torch.Tensor:
+        attention.plan(batch)
+        q, k, v = self._draft.qkv(embeddings, g)
+        attended = attention.forward(0, self._rotary(q, batch.positions), self._rotary(k, batch.positions), v)
+        wanted = batch.logits_indices
+        return self._draft.output(g[wanted], attended[wanted])
+
+    def head_input(self, a: torch.Tensor) -> torch.Tensor:
+        return self._draft.head_input(a)
+
+
+def make_network(draft: Eagle3, target: LoadedModel) -> EagleNetwork:
+    """The fastest network that goes with the target's attention backend.
+
+    Raises:
+        ModelError: the compiled kernels cannot run a draft of this shape.
+    """
+    if target.team is not None:
+        return NativeEagle3(draft, target.spec, target.team, target.max_model_len)
+    return TorchEagleNetwork(draft, RotaryEmbedding(target.spec, target.max_model_len, target.device))

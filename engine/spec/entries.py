@@ -1,0 +1,112 @@
+"""Which tokens have an entry in a draft's KV cache, and which are to be computed next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.scheduler import DraftSlot, ScheduledSequence
+
+MAX_CATCH_UP_TOKENS = 512
+"""Most unseen tokens that one call of ``catch_up`` lets a draft compute; the rest waits a step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of one sequence that a draft computes; a ``BatchSequence``."""
+
+    start: int
+    token_ids: list[int]
+    num_logits: int
+    block_ids: Sequence[int]
+
+
+def last_draft(slot: DraftSlot) -> Piece:
+    """The newest draft token, from which the next one is drafted."""
+    drafts = slot.request.draft_token_ids
+    return Piece(slot.request.num_tokens + len(drafts) - 1, drafts[-1:], 1, slot.block_ids)
+
+
+class EntryLedger:
+    """Keeps account of a draft's entries in the target's blocks.
+
+    Nothing is computed before a sequence is drafted for, not even its prompt: while speculation does not pay, the draft
+    costs next to nothing. A sequence with more than ``MAX_CATCH_UP_TOKENS`` unseen tokens gets its first draft some
+    steps later. Full blocks remember whether their entries were computed, so that no shared prefix is computed again.
+
+    Args:
+        num_blocks: blocks of the KV cache.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._complete = bytearray(num_blocks)
+        """For each block: whether all its entries were computed since the target last wrote to it."""
+        self._num_computed: dict[str, int] = {}
+        """For each request: how many of its first tokens have an entry."""
+
+    def catch_up(self, slots: Sequence[DraftSlot]) -> tuple[list[Piece], list[DraftSlot]]:
+        """The unseen tokens to compute now; they count as computed from here on.
+
+        One of the pieces may need entries that another computes: a layer must write all before it attends.
+
+        Args:
+            slots: the sequences to draft for; every one has been observed.
+
+        Returns:
+            The pieces, and the slots that they bring up to date, in the same order: those whose piece wants logits.
+        """
+        budget = MAX_CATCH_UP_TOKENS
+        pieces: list[Piece] = []
+        ready: list[DraftSlot] = []
+        for slot in sorted(slots, key=self._num_unseen):
+            token_ids = slot.request.all_token_ids
+            start = self._skip_complete(slot)
+            end = min(len(token_ids), start + budget)
+            if end == start:
+                break
+            budget -= end - start
+            is_ready = end == len(token_ids)
+            pieces.append(Piece(start, token_ids[start:end], int(is_ready), slot.block_ids))
+            self._set_computed(slot.request.request_id, slot.block_ids, start, end)
+            if is_ready:
+                ready.append(slot)
+        return pieces, ready
+
+    def observe(self, sequence: ScheduledSequence, num_drafted: int) -> None:
+        """A step's tokens were computed by the target.
+
+        Args:
+            sequence: as scheduled.
+            num_drafted: how many of its accepted drafts have an entry as good as one computed by ``catch_up``.
+        """
+        request_id, start, end = sequence.request.request_id, sequence.start, sequence.start + len(sequence.token_ids)
+        for block_id in sequence.block_ids[start // self._block_size : -(-end // self._block_size)]:
+            self._complete[block_id] = False
+        num_computed = self._num_computed.get(request_id, 0) + num_drafted
+        self._set_computed(request_id, sequence.block_ids, start, num_computed)
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is known of a request; of its blocks the knowledge stays."""
+        self._num_computed.pop(request_id, None)
+
+    def _num_unseen(self, slot: DraftSlot) -> int:
+        return slot.request.num_tokens - self._num_computed[slot.request.request_id]
+
+    def _skip_complete(self, slot: DraftSlot) -> int:
+        """Tokens with an entry, those included that another sequence has computed in a shared block.
+
+        Only blocks that the target has filled count: the others' flags may be left over from an earlier use.
+        """
+        num_computed = self._num_computed[slot.request.request_id]
+        block, num_full = num_computed // self._block_size, slot.request.num_computed_tokens // self._block_size
+        while block < num_full and self._complete[slot.block_ids[block]]:
+            block += 1
+        return max(num_computed, block * self._block_size)
+
+    def _set_computed(self, request_id: str, block_ids: Sequence[int], start: int, num_computed: int) -> None:
+        """All tokens before ``num_computed`` have entries now; before ``start`` nothing has changed."""
+        self._num_computed[request_id] = num_computed
+        for block_id in block_ids[start // self._block_size : num_computed // self._block_size]:
+            self._complete[block_id] = True

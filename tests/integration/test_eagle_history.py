@@ -1,0 +1,215 @@
+"""What the EAGLE-3 draft computes is what it would compute from scratch, whatever a sequence has been through.
+
+Errors in its bookkeeping would cost acceptance only, so outputs cannot show them. Here an engine serves made-up traffic
+with a draft that is right now and then, and every hidden state from which a draft token was chosen is compared with
+that of a plain computation over the whole sequence, without cache, in float32.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from engine.attention.base import AttentionSpec
+from engine.attention.torch_paged import TorchPagedAttention
+from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
+from engine.loader import LoadedModel, load
+from engine.messages import SamplingParams
+from engine.model_runner import build_batch
+from engine.models.config import ModelFiles
+from engine.models.eagle3 import Eagle3
+from engine.models.llama import RotaryEmbedding
+from engine.models.registry import validate_model_files
+from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.spec import entries
+from engine.spec.draft_head import DraftHead
+from engine.spec.eagle import EagleDraft
+from engine.spec.entries import Piece
+from engine.spec.proposer import Proposer
+from tests.tiny_drafts import Engine, Setting, random_draft
+from tests.tiny_models import make_directory
+
+TOLERANCE = 1e-4
+"""Largest difference against the largest value; float32 sums in another order differ by about 1e-6."""
+NUM_TOKENS = 40
+MAX_DRAFTS = 6
+SETTING = Setting(prefix_caching=True, max_num_seqs=5, max_batched_tokens=30, num_blocks=14)
+
+
+class OracleHead(DraftHead):
+    """Chooses the token that the target will choose, most of the time, and keeps the hidden states it is shown."""
+
+    def __init__(self, loaded: LoadedModel, truth: dict[int, list[int]], chance: random.Random) -> None:
+        super().__init__(loaded)
+        self._truth, self._chance = truth, chance
+        self.hidden: dict[tuple[int, int], torch.Tensor] = {}
+        """By the request's seed and the position of the token chosen."""
+
+    def choose(self, hidden: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+        choices = []
+        for row, (request, position) in enumerate(zip(params, positions, strict=True)):
+            self.hidden[request.seed, position] = hidden[row].clone()
+            truth = self._truth[request.seed]
+            is_right = position < len(truth) and self._chance.random() < 0.8
+            choices.append(truth[position] if is_right else self._chance.randrange(512))
+        return choices
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A draft token was chosen from ``hidden``, after known tokens and other drafts."""
+
+    token_ids: list[int]
+    drafts: list[int]
+    hidden: torch.Tensor
+
+
+class Watcher:
+    """Varies draft lengths, with long pauses, and takes down what every draft token was chosen from."""
+
+    def __init__(self, draft: EagleDraft, head: OracleHead, chance: random.Random) -> None:
+        self._draft, self._head, self._chance = draft, head, chance
+        self.description, self.costs = draft.description, draft.costs
+        self.observations: list[Observation] = []
+        self._paused = 0
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        self._proposer = self._draft.make_proposer(num_blocks)
+        self.capture_layers = self._proposer.capture_layers
+        return self
+
+    def propose(self, slots: Sequence[DraftSlot]) -> None:
+        if self._paused == 0 and self._chance.random() < 0.05:
+            self._paused = self._chance.randrange(30)
+        self._paused = max(self._paused - 1, 0)
+        longest = 0 if self._paused else MAX_DRAFTS
+        slots = [replace(s, num_tokens=min(s.num_tokens, self._chance.randint(0, longest))) for s in slots]
+        self._head.hidden.clear()
+        self._proposer.propose(slots)
+        for slot in slots:
+            tokens, drafts = slot.request.all_token_ids, slot.request.draft_token_ids
+            assert len(drafts) <= slot.num_tokens
+            for index in range(len(drafts)):
+                hidden = self._head.hidden[slot.request.sampling.seed, len(tokens) + index]
+                self.observations.append(Observation(tokens.copy(), drafts[:index], hidden))
+
+    def observe(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+    ) -> None:
+        self._proposer.observe(sequences, num_kept, features)
+
+    def forget(self, request_id: str) -> None:
+        self._proposer.forget(request_id)
+
+
+class FromScratch:
+    """The same hidden states by dense attention over a whole sequence."""
+
+    def __init__(self, loaded: LoadedModel, draft: Eagle3) -> None:
+        self._loaded, self._draft = loaded, draft
+        self._rotary = RotaryEmbedding(loaded.spec, loaded.max_model_len, loaded.device)
+
+    @torch.inference_mode()
+    def hidden(self, token_ids: list[int], drafts: list[int]) -> torch.Tensor:
+        """[hidden]: what the head sees after the tokens and drafts."""
+        fused = self._draft.fuse(self._features(token_ids))
+        g = torch.cat((torch.zeros_like(fused[:1]), fused[:-1]))
+        a = self._last(token_ids, g)
+        for index in range(len(drafts)):
+            g = torch.cat((g, a))
+            a = self._last(token_ids + drafts[: index + 1], g)
+        return self._draft.head_input(a)[0]
+
+    def _features(self, token_ids: list[int]) -> torch.Tensor:
+        spec = self._loaded.spec
+        blocks = list(range(-(-len(token_ids) // 16)))
+        shape = (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, len(blocks), 16)
+        attention = TorchPagedAttention(AttentionSpec(*shape, torch.float32, self._loaded.device))
+        batch = build_batch([Piece(0, token_ids, 0, blocks)], 16, self._loaded.device)
+        features = self._loaded.model.forward(batch, attention, self._draft.config.capture_layers).features
+        assert features is not None
+        return features
+
+    def _last(self, token_ids: list[int], g: torch.Tensor) -> torch.Tensor:
+        """a [1, hidden] of the last token."""
+        q, k, v = self._draft.qkv(self._loaded.model.embed(torch.tensor(token_ids)), g)
+        positions = torch.arange(len(g))
+        q, k = self._rotary(q, positions), self._rotary(k, positions)
+        heads = [tensor.transpose(0, 1) for tensor in (q[-1:], k, v)]
+        attended = F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(0, 1)
+        return self._draft.output(g[-1:], attended)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_directory(tmp_path_factory.mktemp("target") / "target")
+
+
+@pytest.fixture(scope="module")
+def loaded(files: ModelFiles) -> LoadedModel:
+    runtime = RuntimeConfig(device="cpu", attention_backend="torch", threads=1)
+    config = EngineConfig(model=ModelConfig(dtype="float32"), runtime=runtime)
+    return load(config, files, validate_model_files(files))
+
+
+def greedy(seed: int) -> SamplingParams:
+    return SamplingParams(max_tokens=NUM_TOKENS, seed=seed, temperature=0.0, ignore_eos=True)
+
+
+def make_traffic(files: ModelFiles, chance: random.Random) -> list[list[int]]:
+    """Prompts and outputs: some start alike, some are the same, some continue another's output."""
+    plain = Engine(files, Setting())
+    beginnings = [[chance.randrange(3, 400) for _ in range(length)] for length in (70, 33)]
+    conversations: list[list[int]] = []
+    for _ in range(24):
+        kind = chance.randrange(4)
+        prompt = [chance.randrange(3, 400) for _ in range(chance.randint(1, 40))]
+        if kind == 1:
+            prompt = chance.choice(beginnings)[: chance.randint(16, 70)] + prompt
+        elif kind == 2 and conversations:
+            prompt = (chance.choice(conversations) + prompt)[:140]
+        elif kind == 3 and conversations:
+            prompt = chance.choice(conversations)[:-NUM_TOKENS]
+        conversations.append(prompt + plain.generate([prompt], [greedy(0)])[0])
+    return conversations
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hidden_states_after_any_history(
+    files: ModelFiles, loaded: LoadedModel, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "MAX_CATCH_UP_TOKENS", 50)  # so that prompts are caught up with in pieces
+    chance = random.Random(seed)
+    conversations = make_traffic(files, chance)
+    network = random_draft(files, seed)
+    head = OracleHead(loaded, dict(enumerate(conversations)), chance)
+    watcher = Watcher(EagleDraft(network, "random", loaded, CacheConfig(), head), head, chance)
+    speculation = SpeculationConfig(num_speculative_tokens=MAX_DRAFTS, adaptive=False)
+    engine = Engine(files, SETTING, speculation, draft=watcher)
+    waiting = list(enumerate(conversations))
+    served: dict[str, int] = {}
+    while waiting or engine.is_busy:
+        if waiting and chance.random() < 0.7:
+            index, conversation = waiting.pop(0)
+            served[engine.add(conversation[:-NUM_TOKENS], greedy(index))] = index
+        if chance.random() < 0.01 and served:
+            request_id = chance.choice(list(served))
+            engine.abort(request_id)
+            del served[request_id]
+        engine.step()
+
+    for request_id, index in served.items():
+        assert engine.output(request_id) == conversations[index][-NUM_TOKENS:]
+    assert engine.core.stats().preemptions > 0
+    assert engine.num_cached_tokens > 0
+    assert 0.2 < engine.num_accepted / engine.num_drafted < 0.9
+    reference = FromScratch(loaded, network)
+    assert len(watcher.observations) > 200
+    for observation in watcher.observations:
+        expected = reference.hidden(observation.token_ids, observation.drafts)
+        assert (observation.hidden - expected).abs().max() < TOLERANCE * expected.abs().max()

@@ -1,0 +1,198 @@
+"""A draft never changes an output: float32 engines with and without one, token for token, on a tiny random model.
+
+Drafts: an EAGLE-3 layer and a model of random weights, which are hardly ever right, and the target itself, which is
+nearly always. Vocabularies: all 512 tokens, 64, and 4. Settings: one request at a time, a batch, prompts cut into
+chunks, too few blocks (preemption), and a second time with all prefixes cached.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from engine.config import SpeculationConfig
+from engine.messages import Grammar, SamplingParams
+from engine.models.config import ModelFiles
+from engine.spec import load
+from engine.spec.draft_head import COUNTS_FILE
+from kernels import native
+from tests.tiny_drafts import Engine, Setting, make_draft_directory
+from tests.tiny_models import make_directory
+
+NUM_TOKENS = 40
+SETTINGS = {
+    "alone": Setting(max_num_seqs=1),
+    "batch": Setting(),
+    "chunks": Setting(max_batched_tokens=20),
+    "preemption": Setting(num_blocks=16),
+    "cached": Setting(prefix_caching=True),
+}
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
+_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
+SAMPLED = {
+    "plain": {},
+    "truncated": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "penalties": {"presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+    "bias and min_p": {"logit_bias": {5: 4.0, 9: -100.0}, "min_p": 0.05, "temperature": 1.4},
+    "grammar": {"grammar": Grammar("json_schema", json.dumps(_SCHEMA)), "frequency_penalty": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_directory(tmp_path_factory.mktemp("target") / "target")
+
+
+@pytest.fixture(scope="module")
+def drafts(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[str, SpeculationConfig]:
+    """What to draft with, by name."""
+    eagle = make_draft_directory(tmp_path_factory.mktemp("draft") / "eagle", files)
+    other = make_directory(tmp_path_factory.mktemp("draft") / "other", seed=1, num_hidden_layers=1)
+    return {
+        "eagle3": SpeculationConfig(method="eagle3", draft=str(eagle), adaptive=False),
+        "other model": SpeculationConfig(method="draft_model", draft=str(other.path), adaptive=False),
+        "target itself": SpeculationConfig(method="draft_model", draft=str(files.path), adaptive=False),
+    }
+
+
+@pytest.fixture
+def shipped(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of shipped drafts that holds nothing but token counts, which draft models need too."""
+    monkeypatch.setattr(load, "DRAFTS", tmp_path)
+    (tmp_path / files.name).mkdir()
+    save_file({"counts": torch.arange(512)}, tmp_path / files.name / COUNTS_FILE)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """1 to 90 random tokens; some share a prefix of two blocks, two are the same."""
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(3, 400, (90,), generator=generator).tolist()
+    others = [torch.randint(3, 400, (length,), generator=generator).tolist() for length in (1, 7, 15, 16, 17)]
+    return [text, text, text[:40], text[:33] + others[1], *others]
+
+
+@pytest.fixture(scope="module")
+def greedy(files: ModelFiles, prompts: list[list[int]]) -> list[list[int]]:
+    outputs = Engine(files, SETTINGS["alone"]).generate_alone(prompts, [GREEDY] * len(prompts))
+    assert len({tuple(output) for output in outputs}) == len(prompts) - 1
+    return outputs
+
+
+@pytest.fixture(scope="module")
+def sampling(prompts: list[list[int]]) -> list[SamplingParams]:
+    """Every set of parameters, and a seed for each prompt."""
+    sets = list(SAMPLED.values())
+    return [
+        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": index} | sets[index % len(sets)]))
+        for index in range(len(prompts))
+    ]
+
+
+@pytest.fixture(scope="module")
+def sampled(files: ModelFiles, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[list[int]]:
+    return Engine(files, SETTINGS["alone"]).generate_alone(prompts, sampling)
+
+
+def make_engine(
+    files: ModelFiles, speculation: SpeculationConfig, setting: str, length: int, vocabulary: str
+) -> Engine:
+    update = {"num_speculative_tokens": length, "vocabulary": vocabulary}
+    return Engine(files, SETTINGS[setting], speculation.model_copy(update=update))
+
+
+def check(
+    engine: Engine, setting: str, prompts: list[list[int]], sampling: list[SamplingParams], expected: list[list[int]]
+) -> None:
+    """The outputs are those expected, and the setting did what it is for."""
+    assert engine.generate(prompts, sampling) == expected
+    if setting == "cached":
+        assert engine.generate(prompts, sampling) == expected
+        assert engine.num_cached_tokens > len(prompts) * 16
+    assert (engine.core.stats().preemptions > 0) == (setting == "preemption")
+    assert (engine.largest_batch > 1) == (setting != "alone")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("vocabulary", ["full", "static:64", "static:4"])
+@pytest.mark.parametrize("length", range(7))
+@pytest.mark.usefixtures("shipped")
+def test_greedy(
+    files: ModelFiles,
+    drafts: dict[str, SpeculationConfig],
+    prompts: list[list[int]],
+    greedy: list[list[int]],
+    setting: str,
+    length: int,
+    vocabulary: str,
+) -> None:
+    engine = make_engine(files, drafts["eagle3"], setting, length, vocabulary)
+    check(engine, setting, prompts, [GREEDY] * len(prompts), greedy)
+    assert (engine.num_drafted > 0) == (length > 0)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("length", "vocabulary"), [(1, "full"), (4, "static:64"), (6, "full")])
+@pytest.mark.parametrize("draft", ["other model", "target itself"])
+@pytest.mark.usefixtures("shipped")
+def test_greedy_with_a_draft_model(
+    files: ModelFiles,
+    drafts: dict[str, SpeculationConfig],
+    prompts: list[list[int]],
+    greedy: list[list[int]],
+    draft: str,
+    setting: str,
+    length: int,
+    vocabulary: str,
+) -> None:
+    engine = make_engine(files, drafts[draft], setting, length, vocabulary)
+    check(engine, setting, prompts, [GREEDY] * len(prompts), greedy)
+    if draft == "target itself" and vocabulary == "full":
+        assert engine.num_accepted == engine.num_drafted
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(("length", "vocabulary"), [(1, "full"), (4, "static:4"), (6, "full")])
+@pytest.mark.parametrize("draft", ["eagle3", "target itself"])
+@pytest.mark.usefixtures("shipped")
+def test_sampled(
+    files: ModelFiles,
+    drafts: dict[str, SpeculationConfig],
+    prompts: list[list[int]],
+    sampling: list[SamplingParams],
+    sampled: list[list[int]],
+    draft: str,
+    setting: str,
+    length: int,
+    vocabulary: str,
+) -> None:
+    engine = make_engine(files, drafts[draft], setting, length, vocabulary)
+    check(engine, setting, prompts, sampling, sampled)
+    if draft == "target itself" and vocabulary == "full":
+        assert engine.num_accepted > engine.num_drafted / 2
+
+
+def test_adaptive_lengths(
+    files: ModelFiles, drafts: dict[str, SpeculationConfig], prompts: list[list[int]], greedy: list[list[int]]
+) -> None:
+    """Costs are measured with made-up sequences, which leave nothing behind that matters."""
+    engine = Engine(files, SETTINGS["cached"], drafts["eagle3"].model_copy(update={"adaptive": True}))
+    check(engine, "cached", prompts, [GREEDY] * len(prompts), greedy)
+
+
+@pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
+def test_compiled_kernels_alone(tmp_path: Path, prompts: list[list[int]]) -> None:
+    """In bf16 too, to the bit: steps of up to 8 tokens multiply each row as if it were alone."""
+    files = make_directory(tmp_path / "target", hidden_size=128, head_dim=32)
+    draft = str(make_draft_directory(tmp_path / "draft", files))
+    speculation = SpeculationConfig(method="eagle3", draft=draft, adaptive=False, num_speculative_tokens=6)
+    engine = Engine(files, SETTINGS["alone"], speculation, dtype="auto")
+    plain = Engine(files, SETTINGS["alone"], dtype="auto")
+    params = [GREEDY] * len(prompts)
+    assert engine.generate_alone(prompts, params) == plain.generate_alone(prompts, params)
+    assert engine.num_drafted > 0

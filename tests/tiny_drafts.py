@@ -1,0 +1,127 @@
+"""Tiny random EAGLE-3 drafts for tests, and an engine in this process that speculates with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+
+from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
+from engine.core import EngineCore
+from engine.messages import EngineRequest, SamplingParams
+from engine.models.config import ModelFiles
+from engine.models.eagle3 import Eagle3, Eagle3Config, save_draft
+from engine.models.registry import validate_model_files
+from engine.spec.draft_head import COUNTS_FILE
+from engine.spec.proposer import Draft
+
+CLIENT = b"test"
+
+
+def random_draft(files: ModelFiles, seed: int = 0) -> Eagle3:
+    """Of the shape that fits a tiny model, norms included."""
+    spec = validate_model_files(files)
+    torch.manual_seed(seed)
+    draft = Eagle3(Eagle3Config.for_target(spec, files.name, (0, 1, 2), intermediate_size=192)).requires_grad_(False)
+    for norm in (draft.embedding_norm, draft.hidden_norm, draft.post_attention_norm, draft.output_norm):
+        norm.uniform_(0.5, 1.5)
+    return draft
+
+
+def make_draft_directory(directory: Path, files: ModelFiles) -> Path:
+    """A random draft with random token counts."""
+    save_draft(random_draft(files), directory)
+    counts = torch.randint(0, 1000, (validate_model_files(files).vocab_size,))
+    save_file({"counts": counts}, directory / COUNTS_FILE)
+    return directory
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an engine schedules, and what its prompts must go through."""
+
+    prefix_caching: bool = False
+    max_num_seqs: int = 8
+    max_batched_tokens: int = 512
+    num_blocks: int = 128
+
+
+class Engine:
+    """An ``EngineCore``, stepped until its requests are done. ``speculation`` None: none."""
+
+    def __init__(
+        self,
+        files: ModelFiles,
+        setting: Setting,
+        speculation: SpeculationConfig | None = None,
+        draft: Draft | None = None,
+        dtype: Literal["float32", "auto"] = "float32",
+    ) -> None:
+        config = EngineConfig(
+            model=ModelConfig(dtype=dtype),
+            cache=CacheConfig(prefix_caching=setting.prefix_caching, num_blocks=setting.num_blocks),
+            scheduler=SchedulerConfig(max_num_seqs=setting.max_num_seqs, max_batched_tokens=setting.max_batched_tokens),
+            speculation=speculation or SpeculationConfig(method="none"),
+            runtime=RuntimeConfig(
+                device="cpu", attention_backend="torch" if dtype == "float32" else "native", threads=1
+            ),
+        )
+        self.core = EngineCore(config, files, validate_model_files(files), draft)
+        self._ids = count()
+        self._outputs: dict[str, list[int]] = {}
+        self._unfinished: set[str] = set()
+        self.num_drafted = 0
+        self.num_accepted = 0
+        self.num_cached_tokens = 0
+        self.largest_batch = 0
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._unfinished)
+
+    def add(self, prompt: Sequence[int], sampling: SamplingParams) -> str:
+        request_id = str(next(self._ids))
+        self._unfinished.add(request_id)
+        self._outputs[request_id] = []
+        self.core.add(
+            CLIENT,
+            EngineRequest(request_id=request_id, prompt_token_ids=list(prompt), sampling=sampling, tenant="tests"),
+        )
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        self._unfinished.discard(request_id)
+        self.core.abort(CLIENT, [request_id])
+
+    def step(self) -> None:
+        outputs, timings = self.core.step()
+        if timings is not None:
+            self.largest_batch = max(self.largest_batch, timings.num_sequences)
+        for output in outputs[CLIENT]:
+            assert output.error is None, output.error
+            self._outputs[output.request_id] += output.token_ids
+            self.num_drafted += output.num_draft_tokens
+            self.num_accepted += output.num_accepted_tokens
+            if output.finish_reason is not None:
+                self.num_cached_tokens += output.num_cached_tokens
+                self._unfinished.discard(output.request_id)
+
+    def output(self, request_id: str) -> list[int]:
+        return self._outputs[request_id]
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[list[int]]:
+        """Output token ids of all prompts, given to the engine at once."""
+        ids = [self.add(prompt, params) for prompt, params in zip(prompts, sampling, strict=True)]
+        while self.is_busy:
+            self.step()
+        assert self.core.stats().blocks_used == 0
+        return [self.output(request_id) for request_id in ids]
+
+    def generate_alone(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[list[int]]:
+        """The same, one request after the other."""
+        return [self.generate([prompt], [params])[0] for prompt, params in zip(prompts, sampling, strict=True)]

@@ -1,0 +1,80 @@
+"""What the ledger lets a draft compute; that it is right after any history shows in integration/test_eagle_history."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.messages import SamplingParams
+from engine.request import Request
+from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.spec import entries
+from engine.spec.entries import EntryLedger
+
+BLOCK = 16
+
+
+def make_request(num_tokens: int) -> Request:
+    return Request(f"request {num_tokens}", b"", "", SamplingParams(max_tokens=99, seed=0), list(range(num_tokens)))
+
+
+def compute(ledger: EntryLedger, request: Request, blocks: list[int], start: int, end: int, num_kept: int = 0) -> None:
+    """The target computes tokens start .. end - 1; those after the known ones are drafts, ``num_kept`` - 1 accepted."""
+    num_drafts = max(end - request.num_tokens, 0)
+    step = ScheduledSequence(request, start, [7] * (end - start), num_drafts, 0, 1 + num_drafts, blocks)
+    ledger.observe(step, 0)
+    request.all_token_ids += [7] * num_kept
+    request.num_computed_tokens = end - num_drafts + max(num_kept - 1, 0)
+
+
+def caught_up(ledger: EntryLedger, *slots: DraftSlot) -> list[tuple[int, int]]:
+    """Start and number of tokens of each piece."""
+    return [(piece.start, len(piece.token_ids)) for piece in ledger.catch_up(slots)[0]]
+
+
+def test_only_new_tokens_are_computed() -> None:
+    ledger, request, blocks = EntryLedger(8, BLOCK), make_request(40), [3, 1, 4]
+    compute(ledger, request, blocks, 0, 30)
+    compute(ledger, request, blocks, 30, 40, num_kept=1)
+    slot = DraftSlot(request, 4, blocks)
+    assert caught_up(ledger, slot) == [(0, 41)]
+    compute(ledger, request, blocks, 40, 45, num_kept=3)
+    assert caught_up(ledger, slot) == [(41, 3)]
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    ledger = EntryLedger(8, BLOCK)
+    first, second, third = make_request(40), make_request(41), make_request(42)
+    compute(ledger, first, [0, 1, 2], 0, 40, num_kept=1)
+    compute(ledger, second, [0, 1, 3], 32, 41, num_kept=1)
+    slots = [DraftSlot(first, 4, [0, 1, 2]), DraftSlot(second, 4, [0, 1, 3])]
+    assert caught_up(ledger, *slots) == [(0, 41), (32, 10)]
+    ledger.forget(first.request_id)
+    compute(ledger, third, [0, 1, 4], 32, 42, num_kept=1)
+    assert caught_up(ledger, DraftSlot(third, 4, [0, 1, 4])) == [(32, 11)]
+
+
+def test_blocks_used_again_are_computed_again() -> None:
+    """Also one that the target has not written to yet: it holds the newest token alone."""
+    ledger, old, new = EntryLedger(8, BLOCK), make_request(47), make_request(31)
+    compute(ledger, old, [0, 1, 2], 0, 47, num_kept=1)
+    caught_up(ledger, DraftSlot(old, 1, [0, 1, 2]))
+    ledger.forget(old.request_id)
+    compute(ledger, new, [1, 0], 0, 32, num_kept=2)
+    assert new.num_computed_tokens == 32
+    assert caught_up(ledger, DraftSlot(new, 4, [1, 0, 2])) == [(0, 33)]
+    assert caught_up(ledger, DraftSlot(new, 4, [1, 0, 2])) == []
+
+
+def test_short_pieces_come_first_and_long_ones_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "MAX_CATCH_UP_TOKENS", 50)
+    ledger, long, short = EntryLedger(16, BLOCK), make_request(99), make_request(20)
+    slots = [DraftSlot(long, 4, list(range(7))), DraftSlot(short, 4, [8, 9])]
+    compute(ledger, long, list(range(7)), 0, 99, num_kept=1)
+    compute(ledger, short, [8, 9], 0, 20, num_kept=1)
+    pieces, ready = ledger.catch_up(slots)
+    assert [(piece.start, len(piece.token_ids), piece.num_logits) for piece in pieces] == [(0, 21, 1), (0, 29, 0)]
+    assert ready == slots[1:]
+    assert ledger.catch_up(slots[:1])[1] == []
+    pieces, ready = ledger.catch_up(slots[:1])
+    assert [(piece.start, len(piece.token_ids)) for piece in pieces] == [(79, 21)]
+    assert ready == slots[:1]
