@@ -47,8 +47,12 @@ class CausalLM(Protocol):
         """[L, hidden] → [L, vocab] float32, maybe valid until the next call only."""
         ...
 
-    def head_slab(self, token_ids: torch.Tensor) -> HeadSlab:
-        """``compute_logits`` for these tokens [K] int64 only."""
+    def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
+        """``compute_logits`` for these tokens [K] int64 only; None for all of them, with nothing copied."""
+        ...
+
+    def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the output projection: [n] int32 → [n, hidden] floating-point."""
         ...
 
 

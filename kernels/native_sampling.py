@@ -32,6 +32,19 @@ class _TruncationRows(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("temperatures", "top_k", "top_p", "min_p"))
 
 
+class _TailSlabs(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
+        ("slots", ctypes.c_int),
+        ("hidden", ctypes.c_int),
+    )
+
+
+class _TailQueries(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("hidden", "slabs"))
+
+
 @functools.cache
 def _is_built() -> bool:
     return unsupported_reason() is None
@@ -96,6 +109,38 @@ def topk_rows(
     values, indices = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int64)
     load_library().evo_top_k(_handle(team), _rows(logits), k, address(ids), address(values), address(indices))
     return values, indices
+
+
+def can_take_tails(rows: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether these kernels multiply such slabs [num_slabs, slots, hidden] with such hidden states [N, hidden]."""
+    return (
+        rows.device.type == "cpu"
+        and rows.dtype == hidden.dtype == torch.bfloat16
+        and hidden.shape[1] % 32 == 0
+        and _is_built()
+    )
+
+
+def draft_top_k(
+    logits: torch.Tensor,
+    k: int,
+    token_ids: torch.Tensor | None,
+    hidden: torch.Tensor,
+    tail_rows: torch.Tensor,
+    tail_token_ids: torch.Tensor,
+    slabs: torch.Tensor,
+    team: Team | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``kernels.draft_head`` with tails, from the core's logits; k at most the number of candidates."""
+    hidden = hidden.contiguous()  # named: a copy must outlive the call
+    values, chosen = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int32)
+    tails = _TailSlabs(tail_rows.data_ptr(), tail_token_ids.data_ptr(), *tail_rows.shape[1:])
+    queries = _TailQueries(hidden.data_ptr(), slabs.data_ptr())
+    load_library().evo_draft_top_k(
+        *(_handle(team), _rows(logits), address(token_ids), ctypes.byref(tails), ctypes.byref(queries)),
+        *(k, address(values), address(chosen)),
+    )
+    return values, chosen
 
 
 def logsumexp_rows(logits: torch.Tensor, team: Team | None) -> torch.Tensor:

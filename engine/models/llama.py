@@ -44,11 +44,14 @@ class RotaryEmbedding:
 
 @dataclass(frozen=True)
 class HeadSlab:
-    """Some rows of an output projection, copied together."""
+    """An output projection, or some rows of one, copied together."""
 
     project: Callable[[torch.Tensor], torch.Tensor]
     """[L, hidden] → [L, rows] float32, maybe valid until the next call only"""
     num_bytes: int
+    """Memory of its own"""
+    rows: torch.Tensor | None = None
+    """[rows, hidden], where they are floating-point numbers as they are"""
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,16 @@ class LlamaForCausalLM:
         """[L, hidden] → [L, vocab] float32."""
         return F.linear(hidden, self.lm_head).float()
 
-    def head_slab(self, token_ids: torch.Tensor) -> HeadSlab:
-        """``compute_logits`` for these tokens only: a contiguous copy of their rows of the head."""
-        rows = self.lm_head[token_ids.to(self.lm_head.device)]
-        return HeadSlab(lambda hidden: F.linear(hidden, rows).float(), rows.numel() * rows.element_size())
+    def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
+        """``compute_logits`` for these tokens only: a contiguous copy of their rows of the head; None for all."""
+        if token_ids is None:
+            return HeadSlab(self.compute_logits, 0, self.lm_head)
+        rows = self.head_rows(token_ids)
+        return HeadSlab(lambda hidden: F.linear(hidden, rows).float(), rows.numel() * rows.element_size(), rows)
+
+    def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the output projection: [n] integers → [n, hidden]."""
+        return self.lm_head[token_ids.to(self.lm_head.device)]
 
 
 def load_model(

@@ -98,11 +98,17 @@ class NativeLlama:
             self._logits = torch.empty(len(hidden), self.spec.vocab_size)
         return linear(self._team, self._head, hidden, self._logits[: len(hidden)])
 
-    def head_slab(self, token_ids: torch.Tensor) -> HeadSlab:
-        """``compute_logits`` for these tokens only: their rows of the head, packed together."""
+    def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
+        """``compute_logits`` for these tokens only: their rows of the head, packed together; None for all."""
+        if token_ids is None:
+            return HeadSlab(self.compute_logits, 0)
         name = "model.embed_tokens.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
         rows = self._pack.selected(name, token_ids.numpy())
         return HeadSlab(lambda hidden: linear(self._team, rows, hidden), rows.num_bytes)
+
+    def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the output projection: [n] int32 → [n, hidden] float32."""
+        return self._decoder.embed(self._head, token_ids)
 
 
 class _Packer:

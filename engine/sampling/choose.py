@@ -31,7 +31,7 @@ def choose_tokens(
         logits: [N, V] float32, or [N, K] for a subset of tokens.
         params: whose temperature, seed, top_k, top_p and min_p count, one a row.
         positions: index of the chosen token in its sequence, one a row.
-        token_ids: [K] int32, the tokens that the columns stand for (None: 0 .. V - 1).
+        token_ids: [K] or [N, K] int32, the tokens that the columns stand for (None: 0 .. V - 1).
         team: threads of the compiled kernels (None: the calling one).
     """
     device = logits.device

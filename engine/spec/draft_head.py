@@ -1,8 +1,8 @@
-"""From a draft's hidden states to draft tokens, over the whole head or a static part of the vocabulary."""
+"""From a draft's hidden states to draft tokens, over the whole head, or a core of it and the tails of sessions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -12,47 +12,65 @@ from engine.loader import LoadedModel
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
 from engine.sampling.choose import choose_tokens
+from kernels.draft_head import Core, TailSlabs, draft_head_topk
 
 COUNTS_FILE = "token_counts.safetensors"
 """Next to a draft: one tensor ``counts`` [vocab] int64, how often the target generated each token."""
+CANDIDATES = 64
+"""Tokens of each row that are chosen among: those with the largest logits."""
 
 
 class DraftHead:
-    """A model's output projection over all tokens or, as one contiguous slab, over some of them.
+    """A model's output projection over all tokens or over a static core, and the tails of sessions.
 
     Args:
         loaded: whose head it is; the full head is shared, never copied.
-        token_ids: [K] int64 on the CPU, ascending: the tokens that can be drafted; None for all.
+        token_ids: [K] int64 on the CPU, ascending: the tokens that every row can draft; None for all.
+        tails: further tokens, session by session (None: no tails); not with the full head.
     """
 
-    def __init__(self, loaded: LoadedModel, token_ids: torch.Tensor | None = None) -> None:
-        self._team = loaded.team
-        self._token_ids: torch.Tensor | None = None
-        self.num_bytes = 0
+    def __init__(
+        self, loaded: LoadedModel, token_ids: torch.Tensor | None = None, tails: TailSlabs | None = None
+    ) -> None:
+        slab = loaded.model.head_slab(token_ids)
+        ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
+        self._core, self._tails, self._team = Core(slab.project, ids, slab.rows), tails, loaded.team
+        self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
         """Memory of its own."""
-        self._project: Callable[[torch.Tensor], torch.Tensor] = loaded.model.compute_logits
-        if token_ids is not None:
-            slab = loaded.model.head_slab(token_ids)
-            self._token_ids = token_ids.to(loaded.device, torch.int32)
-            self._project, self.num_bytes = slab.project, slab.num_bytes
 
     @property
     def description(self) -> str:
         """The vocabulary as it is configured."""
-        return "full" if self._token_ids is None else f"static:{len(self._token_ids)}"
+        core = "full" if self._core.token_ids is None else f"static:{len(self._core.token_ids)}"
+        return core if self._tails is None else f"{core} + {self._tails.slots}"
 
-    def choose(self, hidden: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    def choose(
+        self,
+        hidden: torch.Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        slabs: Sequence[int] | None = None,
+    ) -> list[int]:
         """One draft token for each row, by the target's rule and with the target's own noise at that position.
 
         With that noise, draft and target agree as often as two distributions can without knowing of each other
-        (Daliri, Musco, Suresh, arXiv 2408.07978). Penalties, bias and grammar are the target's business.
+        (Daliri, Musco, Suresh, arXiv 2408.07978). Penalties, bias and grammar are the target's business. A token that
+        is not among the ``CANDIDATES`` of its row is not chosen.
 
         Args:
             hidden: [N, hidden], as the model's ``compute_logits`` takes it.
             params: one a row.
             positions: index of the chosen token in its sequence, one a row.
+            slabs: the tail of each row, where there are tails.
         """
-        return choose_tokens(self._project(hidden), params, positions, self._token_ids, self._team)
+        of_rows = None if slabs is None else torch.tensor(slabs, dtype=torch.int32, device=hidden.device)
+        logits, token_ids = draft_head_topk(hidden, self._core, CANDIDATES, self._tails, of_rows, self._team)
+        return choose_tokens(logits, params, positions, token_ids, self._team)
+
+
+def make_tails(loaded: LoadedModel, num_slabs: int, slots: int) -> TailSlabs:
+    """Memory for ``num_slabs`` tails of ``slots`` tokens each, whose rows come from the model's head."""
+    return TailSlabs(loaded.model.head_rows, num_slabs, slots, loaded.spec.hidden_size, loaded.dtype, loaded.device)
 
 
 def static_vocabulary(counts: torch.Tensor, size: int, always: Collection[int]) -> torch.Tensor:

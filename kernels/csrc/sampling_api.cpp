@@ -4,6 +4,7 @@
 
 #include "gumbel.h"
 #include "rows.h"
+#include "tails.h"
 #include "topk.h"
 #include "truncation.h"
 
@@ -21,6 +22,11 @@ void evo_kept_thresholds(Team* team, const LogitRows* logits, const TruncationRo
 
 void evo_top_k(Team* team, const LogitRows* logits, int k, const int32_t* ids, float* values, int64_t* indices) {
   top_k(team, *logits, k, ids, values, indices);
+}
+
+void evo_draft_top_k(Team* team, const LogitRows* core, const int32_t* core_ids, const TailSlabs* tails,
+                     const TailQueries* queries, int k, float* values, int32_t* token_ids) {
+  draft_top_k(team, *core, core_ids, *tails, *queries, k, values, token_ids);
 }
 
 // out [rows] = log of the sum of exp(logit); -inf for a row of -inf.

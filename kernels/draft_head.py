@@ -1,0 +1,163 @@
+"""A draft's candidates: the largest logits of every row over a shared core of the head and each session's own tail.
+
+The *core* is one contiguous slab of head rows. A *tail* is a slab of a fixed number of slots, each empty or the head
+row of one token; a batch's rows name their tail by number. Head rows are copied when a tail changes, never when it is
+used, and no shape ever changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from kernels import native_sampling
+from kernels.topk import topk_rows, topk_rows_reference
+
+if TYPE_CHECKING:
+    from kernels.native import Team
+
+EMPTY = -1
+"""Token id of an empty slot."""
+
+
+@dataclass(frozen=True)
+class Core:
+    """The head rows that all sessions share."""
+
+    project: Callable[[torch.Tensor], torch.Tensor]
+    """[N, hidden] → [N, K] float32, maybe valid until the next call only; in whatever form the rows are stored"""
+    token_ids: torch.Tensor | None = None
+    """[K] int32, the tokens of the rows (None: 0 .. K - 1)"""
+    rows: torch.Tensor | None = None
+    """[K, hidden], where they are floating-point numbers as they are: for the Triton kernel"""
+
+
+class TailSlabs:
+    """Memory of the tails, all of them empty at first.
+
+    Args:
+        head_rows: [n] int32 token ids → [n, hidden] their rows of the head, floating-point.
+        num_slabs: how many tails.
+        slots: tokens in each.
+        hidden: width of a row.
+        dtype: of the rows; bfloat16 for the compiled kernels.
+        device: where the hidden states will be.
+    """
+
+    def __init__(
+        self,
+        head_rows: Callable[[torch.Tensor], torch.Tensor],
+        num_slabs: int,
+        slots: int,
+        hidden: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._head_rows = head_rows
+        self.rows = torch.zeros(num_slabs, slots, hidden, dtype=dtype, device=device)
+        """[num_slabs, slots, hidden]; an empty slot may hold anything finite"""
+        self.token_ids = torch.full((num_slabs, slots), EMPTY, dtype=torch.int32, device=device)
+        """[num_slabs, slots]"""
+
+    @property
+    def slots(self) -> int:
+        """Tokens in each slab."""
+        return self.rows.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all slabs."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.rows, self.token_ids))
+
+    def write(self, slab: int, slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Put tokens into some slots of a slab, in place of what was there.
+
+        No token may be in a slab twice, nor in a slab and the core.
+        """
+        ids = torch.tensor(token_ids, dtype=torch.int32, device=self.rows.device)
+        places = torch.tensor(slots, dtype=torch.int64, device=self.rows.device)
+        self.rows[slab, places] = self._head_rows(ids).to(self.rows.dtype)
+        self.token_ids[slab, places] = ids
+
+    def clear(self, slab: int) -> None:
+        """Empty all slots of a slab."""
+        self.token_ids[slab] = EMPTY
+
+
+def draft_head_topk_reference(
+    hidden: torch.Tensor,
+    core: Core,
+    k: int,
+    tails: TailSlabs | None = None,
+    slabs: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The specification of ``draft_head_topk``."""
+    logits = core.project(hidden)
+    num_rows, num_columns = logits.shape
+    ids = torch.arange(num_columns, device=hidden.device) if core.token_ids is None else core.token_ids
+    ids = ids.expand(num_rows, -1)
+    if tails is not None:
+        assert slabs is not None
+        logits = torch.cat((logits, _tail_logits(hidden, tails, slabs)), dim=1)
+        ids = torch.cat((ids, tails.token_ids[slabs]), dim=1)
+    values, columns = topk_rows_reference(logits, k)
+    return values, ids.gather(1, columns).int()
+
+
+def _tail_logits(hidden: torch.Tensor, tails: TailSlabs, slabs: torch.Tensor) -> torch.Tensor:
+    """[N, slots] float32, -inf for empty slots; a slab at a time, so that none is copied."""
+    logits = torch.empty(len(hidden), tails.slots, device=hidden.device)
+    for row, slab in enumerate(slabs.tolist()):
+        products = F.linear(hidden[row], tails.rows[slab]).float()
+        logits[row] = products.masked_fill(tails.token_ids[slab] == EMPTY, -torch.inf)
+    return logits
+
+
+def draft_head_topk(
+    hidden: torch.Tensor,
+    core: Core,
+    k: int,
+    tails: TailSlabs | None = None,
+    slabs: torch.Tensor | None = None,
+    team: Team | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``k`` largest logits of each row over the core and the row's tail, in descending order.
+
+    Equal logits keep their order: the core's columns, then the tail's slots.
+
+    Args:
+        hidden: [N, hidden], of the dtype that ``core.project`` takes.
+        core: K rows of the head.
+        k: at least 1; where it exceeds K plus the slots of a tail, all of them are returned.
+        tails: S slots for each session (None: no tails).
+        slabs: [N] int32, each row's tail; with ``tails``.
+        team: threads of the compiled kernels (None: the calling one).
+
+    Returns:
+        Logits [N, min(k, K + S)] float32 and token ids, int32. A row with fewer tokens ends in logits of -inf and
+        ids of ``EMPTY``.
+
+    Raises:
+        ValueError: not every row has a tail, though there are tails.
+    """
+    if tails is not None and (slabs is None or len(slabs) != len(hidden)):
+        raise ValueError("every row needs the number of its tail")
+    if hidden.device.type == "cuda" and core.rows is not None:
+        from kernels.triton.draft_head import draft_head_topk_triton
+
+        return draft_head_topk_triton(hidden, core.rows, core.token_ids, k, tails, slabs)
+    if tails is None:
+        values, token_ids = topk_rows(core.project(hidden), k, core.token_ids, team)
+        return values, token_ids.int()
+    if not native_sampling.can_take_tails(tails.rows, hidden):
+        return draft_head_topk_reference(hidden, core, k, tails, slabs)
+    assert slabs is not None
+    logits = core.project(hidden)
+    k = min(k, logits.shape[1] + tails.slots)
+    return native_sampling.draft_top_k(
+        logits, k, core.token_ids, hidden, tails.rows, tails.token_ids, slabs.contiguous(), team
+    )
