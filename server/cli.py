@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
 app.add_typer(keys_app, name="keys")
+vocab_app = typer.Typer(no_args_is_help=True, help="Draft vocabularies.")
+app.add_typer(vocab_app, name="vocab")
 
 # The options of these commands are the settings tree's, so typer passes all arguments on (--help too).
 _SETTINGS_COMMAND = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -78,6 +80,16 @@ def keys_new(tenant: Annotated[str, typer.Argument(help="Name of the tenant, as 
     name, key = check_tenant_name(tenant), new_key()
     print(f"key (give it to the tenant; it is stored nowhere):\n{key}\n")
     print(f'lines for the keys file:\n[tenants.{name}]\nkeys = ["{hash_key(key)}"]')
+
+
+@vocab_app.command("build")
+def vocab_build(
+    model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
+    output: Annotated[Path | None, typer.Option(help="Directory; default: drafts/<model>.")] = None,
+) -> None:
+    """Count the tokens of a model's generated answers, for speculation.vocabulary static:K."""
+    options = [] if output is None else ["--output", str(output)]
+    os.execv(sys.executable, [sys.executable, "-m", "adapters.vocab", *options, "--", model])
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -130,7 +131,7 @@ def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eag
         values = json.loads((directory / CONFIG_FILE).read_text())
         config = Eagle3Config(**(values | {"capture_layers": tuple(values["capture_layers"])}))
         weights = load_file(directory / WEIGHTS_FILE)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"{directory}: not an EAGLE-3 draft: {error}") from error
     with torch.device("meta"):
         draft = Eagle3(config)

@@ -1,0 +1,78 @@
+"""Token frequencies of the target's own answers, from which static draft vocabularies are made."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from safetensors.torch import save_file
+
+from adapters.conversations import read_shard, shard_paths
+from adapters.generate import data_directory
+from engine.config import ModelConfig
+from engine.models.config import ModelError
+from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.draft_head import COUNTS_FILE
+from engine.spec.load import DRAFTS
+
+_SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def count_answers(shards: Iterable[Path], vocab_size: int) -> torch.Tensor:
+    """How often each token was generated: [vocab_size] int64. Prompts are not the target's words, so not counted."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for path in shards:
+        answers = [c.token_ids[c.prompt_length :] for c in read_shard(path)]
+        counts += np.bincount(np.concatenate(answers), minlength=vocab_size)
+    return torch.from_numpy(counts)
+
+
+def coverage(counts: torch.Tensor, sizes: Sequence[int]) -> list[float]:
+    """Share of the counted tokens that are among the so many most frequent ones, for each size."""
+    shares = counts.sort(descending=True).values.cumsum(0) / counts.sum()
+    return [float(shares[size - 1]) for size in sizes]
+
+
+def build(model: str, directory: Path | None = None) -> Path:
+    """Count all conversations of a model and write the counts next to its shipped draft, or to ``directory``.
+
+    Raises:
+        ModelError: no such model, or no conversations.
+    """
+    files = resolve_model(ModelConfig(name=model))
+    data = data_directory(files.name)
+    shards = shard_paths(data)
+    if not shards:
+        raise ModelError(f"{data}: no conversations; python -m adapters.generate makes them")
+    counts = count_answers(shards, validate_model_files(files).vocab_size)
+    path = (directory or DRAFTS / files.name) / COUNTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"counts": counts}, partial)
+    partial.rename(path)
+    print(f"{path}: {int(counts.sum()):,} tokens, {int((counts > 0).sum()):,} distinct ones")
+    sizes = [size for size in _SIZES if size < len(counts)]
+    for size, share in zip(sizes, coverage(counts, sizes), strict=True):
+        print(f"  static:{size:<6} {share:7.2%}")
+    return path
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
+    output: Annotated[Path | None, typer.Option(help="Directory; default: drafts/<model>.")] = None,
+) -> None:
+    """Count the tokens of a model's generated answers, for speculation.vocabulary static:K."""
+    try:
+        build(model, output)
+    except ModelError as error:
+        print(f"evospec: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,117 @@
+"""Which draft is loaded for a configuration, and what it says where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
+from engine.core import EngineCore
+from engine.loader import LoadedModel, load
+from engine.models.config import ModelError, ModelFiles
+from engine.models.registry import validate_model_files
+from engine.spec import load as spec_load
+from engine.spec.draft_head import COUNTS_FILE
+from engine.spec.proposer import Draft
+from engine.text.tokenizer import Tokenizer
+from tests.tiny_drafts import make_draft_directory, random_draft
+from tests.tiny_models import make_directory
+
+RUNTIME = RuntimeConfig(device="cpu", attention_backend="torch", threads=1)
+FLOAT32 = ModelConfig(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_directory(tmp_path_factory.mktemp("target") / "target")
+
+
+@pytest.fixture(scope="module")
+def target(files: ModelFiles) -> LoadedModel:
+    return load(EngineConfig(model=FLOAT32, runtime=RUNTIME), files, validate_model_files(files))
+
+
+@pytest.fixture
+def shipped(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of the draft that is shipped for the target."""
+    monkeypatch.setattr(spec_load, "DRAFTS", tmp_path)
+    return make_draft_directory(tmp_path / files.name, files)
+
+
+def load_draft(target: LoadedModel, files: ModelFiles, **speculation: object) -> Draft | None:
+    config = EngineConfig(model=FLOAT32, runtime=RUNTIME, speculation=SpeculationConfig(**speculation))
+    return spec_load.load_draft(config, target, files, Tokenizer.from_files(files))
+
+
+@pytest.mark.parametrize("method", ["auto", "eagle3"])
+def test_the_shipped_draft(method: str, target: LoadedModel, files: ModelFiles, shipped: Path) -> None:
+    draft = load_draft(target, files, method=method, vocabulary="static:64")
+    assert draft is not None
+    assert draft.description == "eagle3 target, vocabulary static:64"
+
+
+def test_a_draft_from_elsewhere(target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path) -> None:
+    shutil.move(shipped, tmp_path / "mine")
+    draft = load_draft(target, files, method="eagle3", draft=str(tmp_path / "mine"))
+    assert draft is not None
+    assert draft.description == "eagle3 mine, vocabulary full"
+
+
+@pytest.mark.parametrize("speculation", [{"method": "none"}, {"num_speculative_tokens": 0}])
+def test_no_speculation(speculation: dict[str, object], target: LoadedModel, files: ModelFiles, shipped: Path) -> None:
+    assert load_draft(target, files, **speculation) is None
+
+
+@pytest.mark.parametrize("left", [[], [COUNTS_FILE]])
+def test_auto_without_a_shipped_draft_says_so_once(
+    left: list[str], target: LoadedModel, files: ModelFiles, shipped: Path
+) -> None:
+    for path in shipped.iterdir():
+        if path.name not in left:
+            path.unlink()
+    with capture_logs() as logs:
+        assert load_draft(target, files) is None
+    assert [entry["event"] for entry in logs] == ["no speculation: no draft is shipped for this model"]
+
+
+def test_what_is_no_draft_is_refused(target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nowhere: not an EAGLE-3 draft"):
+        load_draft(target, files, method="eagle3", draft=str(tmp_path / "nowhere"), vocabulary="static:64")
+    with pytest.raises(ModelError, match="eagle3 or draft_model"):
+        load_draft(target, files, draft=str(shipped))
+    (shipped / "draft.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="target: not an EAGLE-3 draft"):
+        load_draft(target, files)
+
+
+@pytest.mark.parametrize("method", ["auto", "eagle3"])
+def test_a_draft_for_another_shape_is_refused(
+    method: str, target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path
+) -> None:
+    make_draft_directory(shipped, make_directory(tmp_path / "other", num_hidden_layers=4))
+    with pytest.raises(ModelError, match="is for other, whose shape differs"):
+        load_draft(target, files, method=method)
+
+
+def test_weights_that_do_not_fit_the_config_are_refused(target: LoadedModel, files: ModelFiles, shipped: Path) -> None:
+    config = json.loads((shipped / "config.json").read_text())
+    (shipped / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    with pytest.raises(ModelError, match="size mismatch"):
+        load_draft(target, files)
+
+
+def test_memory_is_counted(files: ModelFiles, shipped: Path) -> None:
+    """Weights and slab; for each slot one layer of keys and values and a hidden state."""
+    config = EngineConfig(
+        model=FLOAT32,
+        cache=CacheConfig(num_blocks=8, block_size=16),
+        speculation=SpeculationConfig(adaptive=False, vocabulary="static:64"),
+        runtime=RUNTIME,
+    )
+    core = EngineCore(config, files, validate_model_files(files))
+    weights = sum(weight.numel() for weight in random_draft(files).parameters())
+    assert core.draft_bytes == 4 * (weights + 64 * 64 + 8 * 16 * (2 * 2 * 16 + 64))

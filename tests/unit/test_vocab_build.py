@@ -1,0 +1,56 @@
+"""``evospec vocab build``: what the target has generated becomes what a draft can propose."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from adapters import vocab
+from adapters.conversations import Conversation, write_shard
+from adapters.generate import data_directory
+from engine.models.config import ModelError
+from engine.spec.draft_head import read_token_counts, static_vocabulary
+from tests.running_server import EVOSPEC
+from tests.tiny_models import VOCAB_SIZE, make_directory
+
+
+def write_conversations(directory: Path, *conversations: tuple[list[int], list[int]]) -> None:
+    made = [
+        Conversation(key, len(prompt), np.array(prompt + answer, dtype=np.int32))
+        for key, (prompt, answer) in enumerate(conversations)
+    ]
+    write_shard(directory, made, [torch.zeros(len(c.token_ids), 4, dtype=torch.bfloat16) for c in made])
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The path of a tiny model whose training data would lie in ``tmp_path``."""
+    monkeypatch.setattr("adapters.generate.CACHE", tmp_path)
+    return str(make_directory(tmp_path / "tiny").path)
+
+
+def test_only_answers_are_counted_over_all_shards(model: str, tmp_path: Path) -> None:
+    write_conversations(data_directory("tiny"), ([7, 7, 7], [5, 9, 5]), ([8], [9]))
+    write_conversations(data_directory("tiny"), ([7, 8], [511, 5]))
+    vocab.build(model, tmp_path / "drafts")
+    counts = read_token_counts(tmp_path / "drafts", VOCAB_SIZE)
+    assert {token: int(counts[token]) for token in counts.nonzero().flatten().tolist()} == {5: 3, 9: 2, 511: 1}
+    assert static_vocabulary(counts, 3, always={0}).tolist() == [0, 5, 9]
+    assert vocab.coverage(counts, [1, 2, 4]) == pytest.approx([3 / 6, 5 / 6, 1.0])
+
+
+def test_without_conversations(model: str) -> None:
+    with pytest.raises(ModelError, match="no conversations"):
+        vocab.build(model)
+
+
+def test_command_says_what_is_wrong_in_one_line() -> None:
+    result = subprocess.run([EVOSPEC, "vocab", "build", "no-such-model"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "'no-such-model' is neither" in result.stderr
