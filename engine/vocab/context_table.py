@@ -1,0 +1,129 @@
+"""A bounded table of what followed each context, in arrays that a kernel can read as they are."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+WAYS = 8
+"""Rows in which a context can live."""
+_HASH = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class Entries(NamedTuple):
+    """Contexts, what followed them, and how often: three arrays [n]."""
+
+    keys: NDArray[np.int64]
+    token_ids: NDArray[np.int32]
+    counts: NDArray[np.float32]
+
+
+class ContextTable:
+    """Counts of (context, next token), in rows of one context each; the weakest are overwritten.
+
+    A context is a number from 0 to 2^63 - 1. It lives in one of the ``WAYS`` rows from ``home(key)`` on; if others have
+    them all, the row with the smallest sum of counts is overwritten. In a full row, the smallest count is. So a read
+    looks at ``WAYS`` keys and one row of tokens, and memory is fixed. What a count of 1 is worth is up to the caller,
+    who can let it grow instead of having all older counts decay.
+
+    Single reads and writes go through flat memoryviews: a few times faster in Python than indexing numpy arrays.
+
+    Args:
+        num_rows: contexts; a power of 2, at least ``WAYS``.
+        width: continuations of a context.
+    """
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        if num_rows < WAYS or num_rows & (num_rows - 1):
+            raise ValueError(f"a context table has a power of 2 of rows, at least {WAYS}, not {num_rows}")
+        self.keys: NDArray[np.int64] = np.full(num_rows, -1, np.int64)
+        """[num_rows]: the context of each row, -1 for none."""
+        self.token_ids: NDArray[np.int32] = np.full((num_rows, width), -1, np.int32)
+        """[num_rows, width]: what followed it, -1 for none."""
+        self.counts: NDArray[np.float32] = np.zeros((num_rows, width), np.float32)
+        """[num_rows, width]: how often."""
+        self.width = width
+        self._shift = 64 - ((num_rows // WAYS).bit_length() - 1)
+        self._keys_view = self.keys.data
+        self._tokens_view = self.token_ids.reshape(-1).data
+        self._counts_view = cast("memoryview[float]", self.counts.reshape(-1).data)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the arrays."""
+        return self.keys.nbytes + self.token_ids.nbytes + self.counts.nbytes
+
+    def home(self, key: int) -> int:
+        """The first of the rows in which a context can live."""
+        return (((key * _HASH) & _MASK) >> self._shift) * WAYS
+
+    def find(self, key: int) -> int:
+        """The row of a context, -1 if it has none."""
+        home = self.home(key)
+        keys = self._keys_view[home : home + WAYS].tolist()
+        return home + keys.index(key) if key in keys else -1
+
+    def add(self, key: int, token_id: int, amount: float) -> None:
+        """Count one more continuation, worth ``amount``."""
+        home = self.home(key)
+        keys = self._keys_view[home : home + WAYS].tolist()
+        if key in keys:
+            row = home + keys.index(key)
+        else:
+            row = home + keys.index(-1) if -1 in keys else self._overwrite_weakest(home)
+            self._keys_view[row] = key
+        start = row * self.width
+        tokens = self._tokens_view[start : start + self.width].tolist()
+        if token_id in tokens:
+            self._counts_view[start + tokens.index(token_id)] += amount
+            return
+        if -1 in tokens:
+            place = start + tokens.index(-1)
+        else:
+            counts = self._counts_view[start : start + self.width].tolist()
+            place = start + counts.index(min(counts))
+        self._tokens_view[place] = token_id
+        self._counts_view[place] = amount
+
+    def scale(self, factor: float) -> None:
+        """Multiply all counts."""
+        self.counts *= np.float32(factor)
+
+    def entries(self, limit: int, least: float) -> Entries:
+        """The ``limit`` largest counts that are ``least`` or more, in no order."""
+        counts = self.counts.reshape(-1)
+        places = np.flatnonzero(counts >= least)
+        if len(places) > limit:
+            places = places[np.argpartition(-counts[places], limit)[:limit]]
+        return Entries(self.keys[places // self.width], self.token_ids.reshape(-1)[places], counts[places])
+
+    def fill(self, entries: Entries) -> None:
+        """Take counts into a table that is still empty, the strongest of those that do not all fit."""
+        order = np.lexsort((-entries.counts, entries.keys))
+        keys, token_ids, counts = (array[order] for array in entries)
+        contexts, starts, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        homes = (contexts.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(self._shift)).astype(np.int64)
+        weights = np.bincount(inverse, counts, len(contexts))
+        by_home = np.lexsort((-weights, homes))
+        ways = np.empty(len(contexts), np.int64)
+        ways[by_home] = _ranks(homes[by_home])
+        places = np.arange(len(keys)) - starts[inverse]
+        kept = (ways[inverse] < WAYS) & (places < self.width)
+        rows = (homes * WAYS + ways)[inverse[kept]]
+        self.keys[rows] = keys[kept]
+        self.token_ids[rows, places[kept]] = token_ids[kept]
+        self.counts[rows, places[kept]] = counts[kept]
+
+    def _overwrite_weakest(self, home: int) -> int:
+        row = home + int(self.counts[home : home + WAYS].sum(axis=1).argmin())
+        self.token_ids[row] = -1
+        self.counts[row] = 0.0
+        return row
+
+
+def _ranks(ascending: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[n] sorted values → how many equal ones stand before each."""
+    return np.arange(len(ascending)) - np.searchsorted(ascending, ascending)

@@ -1,0 +1,144 @@
+"""A prior on draft logits from what a session has said, with weights learned while it is served (design §7; ours).
+
+A light draft misses what a session repeats; a strong one copies it by itself. So each candidate gets a bonus
+``features @ weights``, and each verified position moves the weights by one step of gradient ascent on
+log softmax(logits + bonus)[the target's token]. Where the draft needs no help they fade to zero.
+
+Everything here is arrays over a batch of rows: one row is one position of one session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.vocab.continuations import Continuations
+
+FEATURES = ("in_session", "bigram", "trigram", "graph")
+"""Names, for metrics: in the session (0 or 1), log(1 + count) after the last token and after the last two, and
+log-probability after the last token in general text, scaled to 0 .. 1."""
+NUM_FEATURES = len(FEATURES)
+MAX_WEIGHT = 10.0
+LEARNING_RATE = 0.05
+
+FloatArray = NDArray[np.float32] | NDArray[np.float64]
+LogitsOf = Callable[[NDArray[np.int32]], NDArray[np.float32]]
+"""[B, E] token ids (-1: none) → [B, E] their draft logits, each by its row's hidden state; -inf where not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The tokens that B rows choose among.
+
+    ``token_ids`` [B, C] int32, -1 for none; ``logits`` [B, C], the draft's own, -inf for none or unknown;
+    ``features`` [B, C, NUM_FEATURES], none negative.
+    """
+
+    token_ids: NDArray[np.int32]
+    logits: FloatArray
+    features: FloatArray
+
+    def scores(self, weights: FloatArray) -> FloatArray:
+        """Logits with the prior: [B, C].
+
+        Args:
+            weights: [B, NUM_FEATURES].
+        """
+        scores: FloatArray = self.logits + np.matmul(self.features, weights[:, :, None])[:, :, 0]
+        return scores
+
+    def rows(self, rows: Sequence[int]) -> Candidates:
+        """Some of the rows, such as those that verification reached."""
+        index = np.asarray(rows, np.intp)
+        return Candidates(self.token_ids[index], self.logits[index], self.features[index])
+
+    def find(self, token_ids: NDArray[np.int32]) -> NDArray[np.intp]:
+        """[B]: the place of one token a row among the candidates that have a logit, -1 if it is not."""
+        same = (self.token_ids == token_ids[:, None]) & np.isfinite(self.logits)
+        return np.where(same.any(axis=1), same.argmax(axis=1), -1)
+
+
+def add_continuations(
+    token_ids: NDArray[np.int32], logits: NDArray[np.float32], sources: Sequence[Continuations], logits_of: LogitsOf
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The draft's candidates and behind them the session's continuations that are not among them.
+
+    Args:
+        token_ids: [B, C], the draft's best tokens, each once; -1 for none.
+        logits: [B, C], -inf for none.
+        sources: the continuations of each row's context.
+        logits_of: the draft's logits of further tokens; called once.
+
+    Returns:
+        Token ids and logits, [B, C + the sources' widths].
+    """
+    known, added = token_ids, []
+    for source in sources:
+        is_known = (source.token_ids[:, :, None] == known[:, None, :]).any(axis=2)
+        added.append(np.where(is_known, np.int32(-1), source.token_ids))
+        known = np.concatenate([known, added[-1]], axis=1)
+    extra = np.concatenate(added, axis=1)
+    extra_logits = np.where(extra >= 0, logits_of(extra), np.float32(-np.inf))
+    return known, np.concatenate([logits, extra_logits], axis=1)
+
+
+def bonus_features(
+    token_ids: NDArray[np.int32],
+    in_session: NDArray[np.float32],
+    bigrams: Continuations,
+    trigrams: Continuations,
+    graph: Continuations | None,
+) -> NDArray[np.float32]:
+    """What speaks for each candidate, [B, C, NUM_FEATURES], in the order of ``FEATURES``.
+
+    Args:
+        token_ids: [B, C], -1 for none.
+        in_session: [B, C], 1 or 0.
+        bigrams: what followed each row's last token in its session.
+        trigrams: what followed its last two.
+        graph: what follows the last token in general text; None without such a graph.
+    """
+    features = np.zeros((*token_ids.shape, NUM_FEATURES), np.float32)
+    features[:, :, 0] = in_session
+    features[:, :, 1] = bigrams.at(token_ids)
+    features[:, :, 2] = trigrams.at(token_ids)
+    if graph is not None:
+        features[:, :, 3] = graph.at(token_ids)
+    return features
+
+
+def log_likelihood(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
+    """[B]: log softmax(scores) of the target's token, 0 where it is not among the candidates.
+
+    Args:
+        candidates: B rows.
+        weights: [B, NUM_FEATURES].
+        targets: [B], the token that the target chose.
+    """
+    places = candidates.find(targets)
+    shifted = _shifted(candidates.scores(weights))
+    chosen = shifted[np.arange(len(places)), places] - np.log(np.exp(shifted).sum(axis=1))
+    return np.where(places >= 0, chosen, 0.0)
+
+
+def gradient(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
+    """d ``log_likelihood`` / d weights, [B, NUM_FEATURES]: the target's features less those expected.
+
+    Arguments as for ``log_likelihood``.
+    """
+    places = candidates.find(targets)
+    probabilities = np.exp(_shifted(candidates.scores(weights)))
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    expected = np.matmul(probabilities[:, None, :], candidates.features)[:, 0]
+    gradients: FloatArray = candidates.features[np.arange(len(places)), places] - expected
+    return np.where((places >= 0)[:, None], gradients, 0.0)
+
+
+def _shifted(scores: FloatArray) -> FloatArray:
+    """Scores less each row's largest, which is what keeps exp finite; rows without a candidate stay harmless."""
+    largest = scores.max(axis=1, keepdims=True)
+    shifted: FloatArray = np.where(np.isfinite(largest), scores - np.where(np.isfinite(largest), largest, 0.0), 0.0)
+    return shifted

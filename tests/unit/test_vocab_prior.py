@@ -1,0 +1,199 @@
+"""The prior: its arithmetic against the definition, its weights on sessions that need them and on ones that do not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from engine.vocab.continuations import Continuations
+from engine.vocab.ngrams import SessionNgrams, lookup, presence
+from engine.vocab.prior import (
+    MAX_WEIGHT,
+    NUM_FEATURES,
+    Candidates,
+    LogitsOf,
+    add_continuations,
+    bonus_features,
+    gradient,
+    log_likelihood,
+)
+from engine.vocab.prior_weights import PriorWeights, learn
+
+VOCAB = 500
+
+
+def continuations(*rows: dict[int, float]) -> Continuations:
+    width = max(map(len, rows))
+    ids = [[*row, *[-1] * (width - len(row))] for row in rows]
+    values = [[*row.values(), *[0.0] * (width - len(row))] for row in rows]
+    return Continuations(np.array(ids, np.int32), np.array(values, np.float32))
+
+
+def test_missing_continuations_join_with_the_drafts_logit() -> None:
+    logits = np.log(np.arange(1, VOCAB + 1, dtype=np.float32))
+    logits[77] = -np.inf  # not in the draft's vocabulary
+
+    def logits_of(token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        return logits[token_ids]
+
+    own = np.array([[3, 5], [3, -1]], np.int32)
+    sources = [continuations({5: 1.0, 9: 1.0}, {77: 1.0}), continuations({9: 1.0}, {8: 2.0, 3: 1.0})]
+    token_ids, scores = add_continuations(own, np.array([[2.0, 1.0], [2.0, -np.inf]], np.float32), sources, logits_of)
+    assert token_ids.tolist() == [[3, 5, -1, 9, -1, -1], [3, -1, 77, -1, 8, -1]]
+    assert scores[0].tolist() == [2.0, 1.0, -np.inf, logits[9], -np.inf, -np.inf]
+    assert scores[1].tolist() == [2.0, -np.inf, -np.inf, -np.inf, logits[8], -np.inf]
+
+
+def test_features_say_what_each_statistic_knows() -> None:
+    token_ids = np.array([[4, 5, -1], [4, 6, 7]], np.int32)
+    in_session = np.array([[1, 0, 0], [0, 1, 1]], np.float32)
+    features = bonus_features(
+        token_ids, in_session, continuations({5: 0.5}, {}), continuations({}, {7: 2.0}), continuations({4: 0.1}, {4: 1})
+    )
+    assert features.shape == (2, 3, NUM_FEATURES)
+    assert features[0] == pytest.approx(np.array([[1, 0, 0, 0.1], [0, 0.5, 0, 0], [0, 0, 0, 0]]))
+    assert features[1] == pytest.approx(np.array([[0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 2.0, 0]]))
+    without_graph = bonus_features(token_ids, in_session, continuations({}, {}), continuations({}, {}), None)
+    assert not without_graph[:, :, 1:].any()
+
+
+def random_candidates(rng: np.random.Generator, batch: int, width: int) -> tuple[Candidates, NDArray[np.int32]]:
+    token_ids = np.stack([rng.permutation(VOCAB)[:width] for _ in range(batch)]).astype(np.int32)
+    logits = rng.normal(size=(batch, width))
+    logits[:, 1:][rng.random((batch, width - 1)) < 0.3] = -np.inf
+    targets = token_ids[np.arange(batch), rng.integers(0, width, batch)]
+    return Candidates(token_ids, logits, rng.random((batch, width, NUM_FEATURES)) * 3), targets
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 4), width=st.integers(2, 9))
+def test_gradient_is_that_of_the_likelihood(seed: int, batch: int, width: int) -> None:
+    rng = np.random.default_rng(seed)
+    candidates, targets = random_candidates(rng, batch, width)
+    weights = rng.random((batch, NUM_FEATURES)) * 2
+    analytic = gradient(candidates, weights, targets)
+    for feature in range(NUM_FEATURES):
+        moved = np.zeros(NUM_FEATURES)
+        moved[feature] = 1e-5
+        above, below = (log_likelihood(candidates, weights + sign * moved, targets) for sign in (1, -1))
+        assert analytic[:, feature] == pytest.approx((above - below) / 2e-5, abs=1e-6)
+
+
+def test_a_target_that_could_not_be_drafted_teaches_nothing() -> None:
+    candidates, _ = random_candidates(np.random.default_rng(0), 2, 5)
+    candidates.logits[0, 2] = -np.inf
+    candidates.logits[1] = -np.inf
+    weights = np.ones((2, NUM_FEATURES))
+    for targets in ([candidates.token_ids[0, 2], candidates.token_ids[1, 0]], [VOCAB + 1, VOCAB + 1]):
+        assert gradient(candidates, weights, np.array(targets, np.int32)).tolist() == [[0.0] * NUM_FEATURES] * 2
+    assert np.isfinite(log_likelihood(candidates, weights, candidates.token_ids[:, 0])).all()
+
+
+def test_one_step_is_the_rate_times_the_gradient_for_each_position() -> None:
+    candidates, targets = random_candidates(np.random.default_rng(3), 3, 6)
+    own, other = PriorWeights([1.0, 1.0, 1.0, 1.0]), PriorWeights()
+    ascents = gradient(candidates, np.array([[1.0] * 4, [0.0] * 4, [1.0] * 4]), targets)
+    learn([own, other, own], candidates, targets)
+    assert own.learned == pytest.approx(1.0 + 0.05 * (ascents[0] + ascents[2]), rel=1e-5)
+    assert other.learned == pytest.approx(np.maximum(0.05 * ascents[1], 0.0), rel=1e-5)
+
+
+class Session:
+    """A synthetic session: text that repeats itself or not, and a draft that is right or not."""
+
+    def __init__(self, repeats: float, draft_accuracy: float, sharpness: float, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.repeats, self.draft_accuracy, self.sharpness = repeats, draft_accuracy, sharpness
+        self.text = self.rng.integers(0, VOCAB, 200).tolist()
+        self.ngrams = SessionNgrams(VOCAB)
+        self.ngrams.observe(self.text)
+        self.copied_from = 0
+
+    def next_token(self) -> int:
+        """Most often what followed last time, else anything; then copying goes on elsewhere."""
+        self.copied_from += 1
+        if self.rng.random() >= self.repeats or self.copied_from >= len(self.text):
+            self.copied_from = int(self.rng.integers(0, len(self.text)))
+            return int(self.rng.integers(0, VOCAB))
+        return int(self.text[self.copied_from])
+
+    def draft(self, target: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        others = self.rng.permutation(VOCAB)[:20]
+        token_ids = np.array([target, *others[others != target]], np.int32)
+        logits = self.rng.normal(size=len(token_ids)).astype(np.float32)
+        if self.rng.random() < self.draft_accuracy:
+            logits[0] = logits.max() + 1.0
+        return token_ids[None], logits[None] * np.float32(self.sharpness)
+
+    def run(self, weights: PriorWeights, steps: int) -> tuple[float, float]:
+        """Agreement of the draft's first choice with the target, with and without the prior."""
+        with_prior, without = 0, 0
+        for _ in range(steps):
+            target = self.next_token()
+            own, logits = self.draft(target)
+            bigrams, trigrams = lookup([self.ngrams], [(self.text[-2], self.text[-1])])
+            token_ids, scores = add_continuations(own, logits, [bigrams, trigrams], mean_of(logits))
+            features = bonus_features(token_ids, presence([self.ngrams], token_ids), bigrams, trigrams, None)
+            candidates = Candidates(token_ids, scores, features)
+            with_prior += token_ids[0, candidates.scores(weights.bonus[None])[0].argmax()] == target
+            without += token_ids[0, scores[0].argmax()] == target
+            learn([weights], candidates, np.array([target], np.int32))
+            self.ngrams.observe([target], self.text[-2:])
+            self.text.append(target)
+        return with_prior / steps, without / steps
+
+
+def mean_of(logits: NDArray[np.float32]) -> LogitsOf:
+    """Every other token has a middling logit."""
+    return lambda token_ids: np.full(token_ids.shape, logits.mean(), np.float32)
+
+
+def test_weights_grow_where_the_session_repeats_itself() -> None:
+    weights = PriorWeights()
+    with_prior, without = Session(repeats=0.9, draft_accuracy=0.4, sharpness=1.0).run(weights, 800)
+    assert weights.learned[1:3].min() > 0.5
+    assert with_prior > without + 0.15
+
+
+def test_weights_fade_where_the_draft_is_right_and_ngrams_mislead() -> None:
+    weights = PriorWeights([1.0, 1.0, 3.0, 0.0])
+    session = Session(repeats=0.0, draft_accuracy=0.97, sharpness=1.0)
+    session.text = (session.text[:20] * 20)[:200]  # its pairs and triples look sure, and nothing comes of them
+    session.ngrams.observe(session.text)
+
+    def misled() -> int:
+        session.text[-2:] = session.text[:2]
+        return int(session.rng.integers(0, VOCAB))
+
+    session.next_token = misled  # type: ignore[method-assign]
+    session.run(weights, 600)
+    assert weights.learned.max() < 0.1
+    with_prior, without = session.run(weights, 300)
+    assert with_prior >= without - 0.01
+
+
+@pytest.mark.parametrize("sharpness", [0.2, 1.0, 3.0])
+def test_the_prior_gets_out_of_the_way_of_a_draft_that_is_right_but_unsure(sharpness: float) -> None:
+    """At sharpness 0.2, without counting hits, it would cost a third of them."""
+    with_prior, without = Session(repeats=0.64, draft_accuracy=0.9, sharpness=sharpness).run(PriorWeights(), 800)
+    assert with_prior >= without - 0.01
+
+
+def test_weights_are_kept_within_their_range() -> None:
+    weights = PriorWeights([-1.0, 5.0, 1e9, 0.0])
+    assert weights.learned.tolist() == [0.0, 5.0, MAX_WEIGHT, 0.0]
+    for _ in range(100):
+        weights.step(np.array([100.0, -100.0, 0.0, 1.0]), 0)
+    assert weights.learned == pytest.approx([MAX_WEIGHT, 0.0, MAX_WEIGHT, 5.0], rel=1e-4)
+
+
+def test_the_prior_is_left_out_while_it_costs_hits() -> None:
+    weights = PriorWeights([1.0, 1.0, 1.0, 1.0])
+    weights.step(np.zeros(4), -1)
+    assert weights.bonus.tolist() == [0.0] * 4
+    assert weights.learned.tolist() == [1.0] * 4
+    weights.step(np.zeros(4), 1)
+    assert weights.bonus.tolist() == [1.0] * 4
