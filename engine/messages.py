@@ -71,8 +71,8 @@ class SessionState(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
 class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
     """One sequence to generate. ``request_id`` is unique per client connection.
 
-    ``tenant`` salts the prefix cache and is the unit of fair admission. Without a ``session`` nothing of the
-    request is kept for later ones of its client.
+    ``tenant`` salts the prefix cache and is the unit of fair admission. ``session`` None: one that ends with the
+    request, so that no snapshot of it is wanted.
     """
 
     request_id: str
@@ -96,6 +96,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
 
     ``kv_bytes`` is the size of the target's KV cache. ``draft`` names what proposes tokens (None: no speculation), at
     most ``num_speculative_tokens`` for a sequence and step; ``draft_bytes`` are its weights and KV cache.
+    ``vocabulary`` is the fingerprint of the model's tokens that snapshots of sessions carry.
     """
 
     epoch: str
@@ -111,6 +112,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     draft: str | None = None
     num_speculative_tokens: int = 0
     draft_bytes: int = 0
+    vocabulary: str = ""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -19,8 +19,9 @@ from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
-from server.routes import chat, completions, detokenize, health, metrics, models, tokenize
+from server.routes import chat, completions, detokenize, health, metrics, models, sessions, tokenize
 from server.serving import Serving
+from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
 from server.tenants import TenantRegistry
 
@@ -47,7 +48,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     app.state.max_body_bytes = settings.http.max_body_bytes
-    for module in (completions, chat, models, tokenize, detokenize, health, metrics):
+    for module in (completions, chat, sessions, models, tokenize, detokenize, health, metrics):
         app.include_router(module.router)
     install_error_handlers(app)
     install_openapi(app, model, app.state.tenants.has_keys)
@@ -67,6 +68,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         tokenizer=state.tokenizer,
         engine=engine,
         rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
+        sessions=SessionStore(gate, settings.sessions, state.metrics),
         metrics=state.metrics,
     )
     connection = asyncio.create_task(engine.run())
@@ -77,6 +79,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         connection.cancel()
         with suppress(asyncio.CancelledError):
             await connection
+        await state.serving.sessions.close()
         await gate.close()
 
 

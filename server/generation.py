@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from msgspec import UNSET, UnsetType
 
-from engine.messages import EngineOutput, EngineRequest, SamplingParams, TokenLogprob
+from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, TokenLogprob
 from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
 from engine.text.tokenizer import Tokenizer
 from server.acceptance import AcceptanceCounts
@@ -81,7 +81,8 @@ class Generation:
             async for pieces in steps: ...
         generation.usage(), generation.metrics()
 
-    ``keep_output`` False (``max_tokens`` 0) drops the one token that the engine always makes.
+    ``keep_output`` False (``max_tokens`` 0) drops the one token that the engine always makes. All choices start from
+    the state of the session that ``session_id`` names, and what each ends with is merged into it.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Generation:
         sampling: SamplingParams,
         n: int,
         keep_output: bool = True,
+        session_id: str | None = None,
     ) -> None:
         self._serving = serving
         self._tenant = tenant
@@ -99,6 +101,9 @@ class Generation:
         self._sampling = sampling
         self._n = n
         self._keep_output = keep_output
+        self._session_id = session_id
+        self._session_state: SessionState | None = None
+        self._session_snapshots: list[bytes] = []
         self._failed = False
         self._arrival = time.monotonic()
         self._metrics = serving.metrics.for_tenant(tenant.name)
@@ -119,23 +124,40 @@ class Generation:
     async def run(self) -> AsyncGenerator[list[Piece], None]:
         """Pieces of all choices as they come. Closing the iterator aborts what has not finished.
 
-        Raises ``ApiError``: rate limit, full queue, dead engine, or a request the engine refused.
+        Raises ``ApiError``: rate limit, deleted session, full queue, dead engine, or a request the engine refused.
         """
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
         most_tokens = prompt_tokens + len(self._choices) * self._sampling.max_tokens
         charge = await self._serving.rate_limiter.admit(self._tenant, most_tokens)
         try:
-            async with aclosing(self._serving.engine.generate(self._requests())) as steps:
-                self._metrics.prompt_tokens.inc(prompt_tokens)
-                async for outputs in steps:
-                    now = time.monotonic()
-                    yield [self._to_piece(output, now) for output in outputs]
-            self._metrics.e2e_latency.observe(time.monotonic() - self._arrival)
+            async with aclosing(self._run_in_session()) as steps:
+                async for pieces in steps:
+                    yield pieces
         except ApiError:
             self._failed = True  # not the tenant's fault: all that was charged goes back
             raise
         finally:
             await self._serving.rate_limiter.settle(charge, 0 if self._failed else self.usage().total_tokens)
+
+    async def _run_in_session(self) -> AsyncGenerator[list[Piece], None]:
+        """Load the session if there is one, run the choices, and save it, even if some choice did not finish."""
+        session = None
+        if self._session_id is not None:
+            info = self._serving.engine_info
+            session = await self._serving.sessions.load(self._tenant.name, self._session_id, info)
+        if session is not None:
+            self._session_state = session.state
+            self._metrics = self._serving.metrics.for_tenant(self._tenant.name, session.state.domain)
+        try:
+            async with aclosing(self._serving.engine.generate(self._requests())) as steps:
+                self._metrics.prompt_tokens.inc(self.usage().prompt_tokens)
+                async for outputs in steps:
+                    now = time.monotonic()
+                    yield [self._to_piece(output, now) for output in outputs]
+            self._metrics.e2e_latency.observe(time.monotonic() - self._arrival)
+        finally:
+            if session is not None:
+                await self._serving.sessions.save(session, self._session_snapshots)
 
     def usage(self) -> Usage:
         """Token counts so far."""
@@ -170,6 +192,7 @@ class Generation:
                     self._sampling, seed=_wrap_int64(self._sampling.seed + choice.index % self._n)
                 ),
                 tenant=self._tenant.name,
+                session=self._session_state,
             )
             for request_id, choice in self._choices.items()
         ]
@@ -179,6 +202,8 @@ class Generation:
             raise _engine_error(output)
         if not self._keep_output:
             output = msgspec.structs.replace(output, token_ids=[], logprobs=None, finish_reason="length")
+        if output.session_snapshot is not None:
+            self._session_snapshots.append(output.session_snapshot)
         choice = self._choices[output.request_id]
         is_first = choice.last_output is None
         self._observe(choice, len(output.token_ids), now)

@@ -9,35 +9,39 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histo
 from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings
 
 MAX_TENANT_LABELS = 100
-OTHER_TENANT = "other"
-# Domains of sessions; until there are sessions, everything is in one without a name.
-NO_DOMAIN = ""
+MAX_DOMAIN_LABELS = 10  # for each tenant, so that none can use up the others'
+OTHER = "other"
+NO_DOMAIN = ""  # of requests without a session, and of sessions without a domain
 _COUNTERS = ("prefix_query_tokens", "prefix_hit_tokens", "preemptions")
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_SESSION_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _STEP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
-class TenantLabels:
-    """Bounds the number of tenants that have time series of their own; the rest share ``other``."""
+class BoundedLabels:
+    """Bounds the number of tenants, or of a tenant's domains, that have time series of their own."""
 
-    def __init__(self, limit: int = MAX_TENANT_LABELS) -> None:
+    def __init__(self, limit: int) -> None:
         self._limit = limit
         self._known: set[str] = set()
 
-    def label(self, tenant: str) -> str:
-        """``tenant`` for the first ``limit`` tenants seen, ``other`` for later ones."""
-        if tenant not in self._known:
+    def label(self, value: str) -> str:
+        """``value`` for the first ``limit`` values seen, ``other`` for later ones."""
+        if value not in self._known:
             if len(self._known) >= self._limit:
-                return OTHER_TENANT
-            self._known.add(tenant)
-        return tenant
+                return OTHER
+            self._known.add(value)
+        return value
 
 
 class TenantMetrics:
-    """Children of the labelled metrics for one tenant, looked up once a request instead of once a token."""
+    """Children of the labelled metrics for one tenant and domain, looked up once a request instead of once a token.
 
-    def __init__(self, metrics: Metrics, tenant: str) -> None:
-        labels = (metrics.model, metrics.tenants.label(tenant))
+    ``tenant`` and ``domain`` are label values.
+    """
+
+    def __init__(self, metrics: Metrics, tenant: str, domain: str) -> None:
+        labels = (metrics.model, tenant)
         self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
         self.generation_tokens = metrics.generation_tokens.labels(*labels)
         self.ttft = metrics.ttft.labels(*labels)
@@ -45,7 +49,7 @@ class TenantMetrics:
         self.e2e_latency = metrics.e2e_latency.labels(*labels)
         metrics.disconnects.labels(*labels)  # shown as 0 from the start
         self._metrics = metrics
-        self._domain_labels = (*labels, NO_DOMAIN)
+        self._domain_labels = (*labels, domain)
         self._num_drafts = metrics.num_drafts.labels(*self._domain_labels)
         self._num_draft_tokens = metrics.num_draft_tokens.labels(*self._domain_labels)
         self._num_accepted_tokens = metrics.num_accepted_tokens.labels(*self._domain_labels)
@@ -71,13 +75,15 @@ class Metrics:
 
     def __init__(self, model: str) -> None:
         self.model = model
-        self.tenants = TenantLabels()
+        self.tenants = BoundedLabels(MAX_TENANT_LABELS)
         self.registry = CollectorRegistry()
-        self._per_tenant: dict[str, TenantMetrics] = {}
+        self._domains: dict[str, BoundedLabels] = {}
+        self._per_domain: dict[tuple[str, str], TenantMetrics] = {}
         self._epoch: str | None = None
         self._last = dict.fromkeys(_COUNTERS, 0)
         self._define_request_metrics(["model", "tenant"])
         self._define_speculation_metrics(["model", "tenant", "domain"])
+        self._define_session_metrics(["model", "tenant", "domain"])
         self._define_engine_metrics()
 
     def _define_request_metrics(self, labels: list[str]) -> None:
@@ -132,6 +138,27 @@ class Metrics:
             "evospec:spec_decode_num_accepted_tokens_per_pos", "Accepted ones by position.", labels, registry=registry
         )
 
+    def _define_session_metrics(self, labels: list[str]) -> None:
+        self.session_seconds = Histogram(
+            "evospec:session_seconds",
+            "Time to load or save a session, or of another operation on it.",
+            ["operation", *labels],
+            buckets=_SESSION_SECONDS,
+            registry=self.registry,
+        )
+        self.session_operations = Counter(
+            "evospec:session_operations",
+            "Operations on sessions by what came of them; unavailable: Redis was down or slow.",
+            ["operation", "outcome", *labels],
+            registry=self.registry,
+        )
+        self.session_snapshots_dropped = Counter(
+            "evospec:session_snapshots_dropped",
+            "Snapshots thrown away, on the way in from Redis (load) or on the way there (save).",
+            ["operation", "reason", *labels],
+            registry=self.registry,
+        )
+
     def _define_engine_metrics(self) -> None:
         registry = self.registry
         self.engine_up = Gauge("evospec:engine_up", "1 if the engine is ready.", registry=registry)
@@ -176,12 +203,29 @@ class Metrics:
             registry=registry,
         )
 
-    def for_tenant(self, tenant: str) -> TenantMetrics:
-        """The per-token metrics of ``tenant``."""
-        label = self.tenants.label(tenant)
-        if label not in self._per_tenant:
-            self._per_tenant[label] = TenantMetrics(self, label)
-        return self._per_tenant[label]
+    def labels(self, tenant: str, domain: str) -> tuple[str, str]:
+        """The values of the labels ``tenant`` and ``domain``."""
+        tenant = self.tenants.label(tenant)
+        if domain != NO_DOMAIN:
+            domain = self._domains.setdefault(tenant, BoundedLabels(MAX_DOMAIN_LABELS)).label(domain)
+        return tenant, domain
+
+    def for_tenant(self, tenant: str, domain: str = NO_DOMAIN) -> TenantMetrics:
+        """The per-token metrics of ``tenant``'s sessions in ``domain``."""
+        labels = self.labels(tenant, domain)
+        if labels not in self._per_domain:
+            self._per_domain[labels] = TenantMetrics(self, *labels)
+        return self._per_domain[labels]
+
+    def observe_session(self, operation: str, outcome: str, seconds: float, tenant: str, domain: str) -> None:
+        """Count an operation on a session and its time."""
+        labels = (self.model, *self.labels(tenant, domain))
+        self.session_operations.labels(operation, outcome, *labels).inc()
+        self.session_seconds.labels(operation, *labels).observe(seconds)
+
+    def observe_dropped_snapshot(self, operation: str, reason: str, tenant: str, domain: str) -> None:
+        """Count a snapshot that was thrown away."""
+        self.session_snapshots_dropped.labels(operation, reason, self.model, *self.labels(tenant, domain)).inc()
 
     def observe_ready(self, info: EngineReady) -> None:
         """Show what the engine runs on."""

@@ -12,14 +12,25 @@ from server.errors import ErrorResponse
 from server.schemas.chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from server.schemas.completions import Completion, CompletionRequest
 from server.schemas.models import ModelCard, ModelList
+from server.schemas.sessions import DeletedSession, Session
 from server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
-RESPONSES = (Completion, ChatCompletion, ChatChunk, ModelList, ModelCard, TokenizeResponse, DetokenizeResponse)
+RESPONSES = (
+    Completion,
+    ChatCompletion,
+    ChatChunk,
+    Session,
+    DeletedSession,
+    ModelList,
+    ModelCard,
+    TokenizeResponse,
+    DetokenizeResponse,
+)
 
 _DESCRIPTIONS = {
     400: "A field is invalid or not supported; `param` names it.",
     401: "No API key, or an unknown one.",
-    404: "No such model.",
+    404: "No such model or session.",
     413: "The body is too large.",
     429: "The tenant's rate limit is reached; see Retry-After.",
     503: "The server is overloaded or the engine is not ready; see Retry-After.",

@@ -14,6 +14,8 @@ from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
 from server.schemas.chat import Message
 from server.schemas.fields import SamplingFields, stop_strings, to_grammar
+from server.session_ids import belongs_to, user_session_id
+from server.session_store import no_such_session
 
 # Longer texts are tokenised in a thread, so that other requests go on.
 _LONG_TEXT = 4096
@@ -25,6 +27,25 @@ class TokenizedPrompt:
 
     token_ids: list[int]
     text: str | None = None
+
+
+def check_session_id(session_id: str, tenant: str) -> None:
+    """404 unless the id was made for ``tenant``; whether there is still such a session, Redis knows."""
+    if not belongs_to(session_id, tenant):
+        raise no_such_session(session_id)
+
+
+def resolve_session_id(body: SamplingFields, header: str | None, tenant: str, from_user: bool) -> str | None:
+    """The session that a request is part of, by ``session_id``, by its header or (``from_user``) by its ``user``.
+
+    400 for two different ids, 404 for one that is not ``tenant``'s.
+    """
+    if header and body.session_id and header != body.session_id:
+        raise bad_request("session_id differs from the header X-Session-Id; send one of them.", "session_id")
+    if session_id := body.session_id or header:
+        check_session_id(session_id, tenant)
+        return session_id
+    return user_session_id(tenant, body.user) if from_user and body.user else None
 
 
 def check_model(requested: str, served: str) -> None:

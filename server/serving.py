@@ -11,6 +11,7 @@ from engine.text.tokenizer import Tokenizer
 from server.engine_client import EngineClient, EngineDead
 from server.metrics import Metrics
 from server.rate_limit import RateLimiter
+from server.session_store import SessionStore
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Serving:
     tokenizer: Tokenizer
     engine: EngineClient
     rate_limiter: RateLimiter
+    sessions: SessionStore
     metrics: Metrics
 
     @property

@@ -71,7 +71,7 @@ class LogConfig(_Section):
 
 
 class RedisConfig(_Section):
-    """Redis or Valkey; holds the rate limits."""
+    """Redis or Valkey; holds the rate limits and the sessions."""
 
     url: str | None = Field(
         default=None, description="redis://, rediss:// or unix:// URL; default: an embedded Valkey, in memory only."
@@ -108,6 +108,20 @@ class LimitsConfig(_Section):
     )
     when_redis_is_down: Literal["open", "closed"] = Field(
         default="open", description="open: serve without limits; closed: refuse limited tenants with 503."
+    )
+
+
+class SessionsConfig(_Section):
+    """What is kept between the requests of a session; see docs/sessions.md."""
+
+    ttl_seconds: int = Field(
+        default=24 * 3600,
+        ge=1,
+        description="Seconds a session lives after its last use, unless it was made with others.",
+    )
+    max_ttl_seconds: int = Field(default=30 * 24 * 3600, ge=1, description="Most seconds a client may ask for.")
+    from_user: bool = Field(
+        default=False, description="Requests without a session id have one for each value of OpenAI's `user`."
     )
 
 
@@ -148,6 +162,7 @@ class Settings(BaseSettings):
     auth: AuthConfig = Field(default_factory=AuthConfig)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     redis: RedisConfig = Field(default_factory=RedisConfig)
+    sessions: SessionsConfig = Field(default_factory=SessionsConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
 
     @classmethod

@@ -20,10 +20,11 @@ from server.params import (
     check_model,
     check_prompts,
     resolve_max_tokens,
+    resolve_session_id,
     to_sampling_params,
     tokenize_messages,
 )
-from server.routes.tenant_route import CurrentTenant, TenantRoute
+from server.routes.tenant_route import CurrentTenant, SessionHeader, TenantRoute
 from server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -54,10 +55,12 @@ async def create_chat_completion(
     body: ChatCompletionRequest,
     tenant: CurrentTenant,
     serving: Annotated[Serving, Depends(get_serving)],
+    x_session_id: SessionHeader = None,
 ) -> Response:
     """Answer a conversation, whole or as a stream of events."""
     check_model(body.model, serving.model)
-    generation = await _prepare(body, tenant, serving)
+    session_id = resolve_session_id(body, x_session_id, tenant.name, serving.sessions.config.from_user)
+    generation = await _prepare(body, tenant, serving, session_id)
     answer = _Answer(body, generation, serving)
     if body.stream:
         return EventStream(answer.events())
@@ -65,7 +68,7 @@ async def create_chat_completion(
     return Response(msgspec.json.encode(completion), media_type="application/json")
 
 
-async def _prepare(body: ChatCompletionRequest, tenant: Tenant, serving: Serving) -> Generation:
+async def _prepare(body: ChatCompletionRequest, tenant: Tenant, serving: Serving, session_id: str | None) -> Generation:
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
@@ -79,7 +82,7 @@ async def _prepare(body: ChatCompletionRequest, tenant: Tenant, serving: Serving
         vocab_size=info.vocab_size,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    return Generation(serving, tenant, prompts, sampling, body.n or 1)
+    return Generation(serving, tenant, prompts, sampling, body.n or 1, session_id=session_id)
 
 
 class _Answer:

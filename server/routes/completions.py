@@ -15,8 +15,15 @@ from server.errors import bad_request
 from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
-from server.params import check_model, check_prompts, resolve_max_tokens, to_sampling_params, tokenize_prompts
-from server.routes.tenant_route import CurrentTenant, TenantRoute
+from server.params import (
+    check_model,
+    check_prompts,
+    resolve_max_tokens,
+    resolve_session_id,
+    to_sampling_params,
+    tokenize_prompts,
+)
+from server.routes.tenant_route import CurrentTenant, SessionHeader, TenantRoute
 from server.schemas.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -44,10 +51,12 @@ async def create_completion(
     body: CompletionRequest,
     tenant: CurrentTenant,
     serving: Annotated[Serving, Depends(get_serving)],
+    x_session_id: SessionHeader = None,
 ) -> Response:
     """Continue one or several prompts, whole or as a stream of events."""
     check_model(body.model, serving.model)
-    generation = await _prepare(body, tenant, serving)
+    session_id = resolve_session_id(body, x_session_id, tenant.name, serving.sessions.config.from_user)
+    generation = await _prepare(body, tenant, serving, session_id)
     answer = _Answer(body, generation, serving)
     if body.stream:
         return EventStream(answer.events())
@@ -55,7 +64,7 @@ async def create_completion(
     return Response(msgspec.json.encode(completion), media_type="application/json")
 
 
-async def _prepare(body: CompletionRequest, tenant: Tenant, serving: Serving) -> Generation:
+async def _prepare(body: CompletionRequest, tenant: Tenant, serving: Serving, session_id: str | None) -> Generation:
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
@@ -70,7 +79,9 @@ async def _prepare(body: CompletionRequest, tenant: Tenant, serving: Serving) ->
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    return Generation(serving, tenant, prompts, sampling, body.n or 1, keep_output=max_tokens > 0)
+    return Generation(
+        serving, tenant, prompts, sampling, body.n or 1, keep_output=max_tokens > 0, session_id=session_id
+    )
 
 
 class _Answer:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Header, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.requests import ClientDisconnect
@@ -55,6 +55,10 @@ async def current_tenant(request: Request, _: Annotated[Any, Depends(_bearer)]) 
 
 
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
+SessionHeader = Annotated[
+    str | None,
+    Header(alias="X-Session-Id", description="The same as session_id in the body, for clients that add headers."),
+]
 
 
 async def _read_json(request: Request) -> Request:
@@ -69,6 +73,8 @@ async def _read_json(request: Request) -> Request:
         raise ClientDisconnected from error
     json_request = _JsonRequest(request.scope, request.receive)
     json_request._body = bytes(body)
+    if not body:
+        return json_request  # FastAPI does not ask for the JSON of an empty body
     try:
         json_request.parsed = msgspec.json.decode(json_request._body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:

@@ -57,6 +57,7 @@ class ScriptedEngine:
             draft=draft,
             num_speculative_tokens=4,
             draft_bytes=512 if draft else 0,
+            vocabulary="tiny",
         )
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)

@@ -1,0 +1,221 @@
+"""Sessions: what the engine wants kept between the requests of one conversation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
+
+import structlog
+
+from engine.messages import EngineReady, SessionState
+from engine.vocab.snapshot import MAX_BYTES
+from server.errors import ApiError
+from server.metrics import NO_DOMAIN, Metrics
+from server.redis_gate import RedisGate, RedisUnavailable
+from server.schemas.sessions import Session
+from server.session_hashes import Conflict, OpenedHash, SessionHashes
+from server.session_ids import is_user_session, session_key
+from server.session_snapshots import Fault, SnapshotReader
+from server.settings import SessionsConfig
+
+log = structlog.get_logger(__name__)
+
+# The saves of one server take turns, so others only come between where several servers keep writing one session.
+MAX_ATTEMPTS = 32
+# A request can have 2,048 choices, and merging takes up to 30 ms each; the last to finish are merged.
+MAX_MERGED = 16
+
+
+@dataclass(frozen=True)
+class LoadedSession:
+    """A session as a request found it. ``state`` goes to the engine, all of it back to ``SessionStore.save``."""
+
+    state: SessionState
+    tenant: str
+    key: str
+    incarnation: bytes
+    version: bytes
+    ttl_seconds: int
+    reader: SnapshotReader
+
+
+@dataclass
+class _Observation:
+    """What an operation's metrics will say."""
+
+    outcome: str = "unavailable"
+    domain: str = NO_DOMAIN
+
+
+class SessionStore:
+    """Loads a session when a request is admitted and saves it at the end, with one round trip to Redis each.
+
+        session = await store.load(tenant, session_id, engine_info)  # None: Redis is down, go on without
+        ...
+        await store.save(session, snapshots)
+
+    Two requests of one session may run at once: the later save finds another version than the request had loaded, and
+    stores what was there and its own, merged. A request that runs while its session is deleted does not bring it
+    back: the incarnation it knows is gone, even if there is a new session of the same name.
+    """
+
+    def __init__(self, gate: RedisGate, config: SessionsConfig, metrics: Metrics) -> None:
+        self.config = config
+        self._metrics = metrics
+        self._hashes = SessionHashes(gate, MAX_BYTES)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._saves: set[asyncio.Task[None]] = set()
+
+    async def create(self, tenant: str, session_id: str, domain: str | None, ttl_seconds: int | None) -> Session:
+        """Start a session; one that exists, as a ``user``'s may, stays as it is. Raises ``ApiError``: 404, 503."""
+        with self._observe("create", tenant) as seen, _needs_redis():
+            opened = await self._open(tenant, session_id, seen, domain or NO_DOMAIN, ttl_seconds)
+        return _to_session(session_id, opened.domain, opened.created, opened.ttl_seconds)
+
+    async def read(self, tenant: str, session_id: str) -> Session:
+        """What is known of a session. Raises ``ApiError``: 404, or 503 if Redis is down."""
+        with self._observe("read", tenant) as seen, _needs_redis():
+            found = await self._hashes.read(self._key(tenant, session_id))
+            seen.outcome = "missing" if found is None else "found"
+        if found is None:
+            raise no_such_session(session_id)
+        return _to_session(session_id, *found)
+
+    async def delete(self, tenant: str, session_id: str) -> None:
+        """Forget a session at once. Raises ``ApiError``: 404, or 503 if Redis is down.
+
+        Requests that name a deleted id are refused, but a ``user`` who goes on has a new session.
+        """
+        leave_mark = not is_user_session(session_id)
+        with self._observe("delete", tenant) as seen, _needs_redis():
+            existed = await self._hashes.delete(self._key(tenant, session_id), leave_mark)
+            seen.outcome = "deleted" if existed else "missing"
+        if not existed:
+            raise no_such_session(session_id)
+
+    async def load(self, tenant: str, session_id: str, info: EngineReady) -> LoadedSession | None:
+        """The session for one request; None if Redis is down or slow. Raises ``ApiError``: 404 if it was deleted.
+
+        A session that has expired, or that Redis has lost, starts again without a domain.
+        """
+        with self._observe("load", tenant) as seen, suppress(RedisUnavailable):
+            opened = await self._open(tenant, session_id, seen)
+            snapshot, reader = opened.snapshot, SnapshotReader(info.vocabulary, info.vocab_size)
+            fault = reader.find_fault(snapshot) if snapshot else None
+            if fault is not None:
+                self._drop("load", fault, tenant, opened.domain)
+                snapshot = b""
+            return LoadedSession(
+                state=SessionState(snapshot=snapshot, domain=opened.domain),
+                tenant=tenant,
+                key=self._key(tenant, session_id),
+                incarnation=opened.incarnation,
+                version=opened.version,
+                ttl_seconds=opened.ttl_seconds,
+                reader=reader,
+            )
+        return None
+
+    async def save(self, session: LoadedSession, snapshots: Sequence[bytes]) -> None:
+        """Keep what the request's sequences ended with, if Redis is there; goes on if the caller is cancelled."""
+        if snapshots:
+            task = asyncio.create_task(self._save(session, snapshots))
+            self._saves.add(task)
+            task.add_done_callback(self._saves.discard)
+            await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Wait for saves whose callers were cancelled."""
+        await asyncio.gather(*self._saves, return_exceptions=True)
+
+    async def _open(
+        self,
+        tenant: str,
+        session_id: str,
+        seen: _Observation,
+        domain: str = NO_DOMAIN,
+        ttl_seconds: int | None = None,
+    ) -> OpenedHash:
+        key = self._key(tenant, session_id)
+        opened = await self._hashes.open(key, domain, ttl_seconds or self.config.ttl_seconds)
+        if opened is None:
+            seen.outcome = "deleted"
+            raise no_such_session(session_id)
+        seen.domain = opened.domain
+        seen.outcome = "found" if opened.status in ("found", "oversized") else "created"
+        if opened.status in ("oversized", "corrupt"):
+            self._drop("load", opened.status, tenant, opened.domain)
+        return opened
+
+    async def _save(self, session: LoadedSession, snapshots: Sequence[bytes]) -> None:
+        async with self._turns.setdefault(session.key, asyncio.Lock()):
+            with self._observe("save", session.tenant, session.state.domain) as seen, suppress(RedisUnavailable):
+                seen.outcome = await self._write(session, snapshots)
+
+    async def _write(self, session: LoadedSession, snapshots: Sequence[bytes]) -> str:
+        """Store all snapshots, and what other requests have stored meanwhile, as one. Returns the outcome."""
+        mine = await asyncio.to_thread(self._merge, session, snapshots[-MAX_MERGED:])
+        if mine is None:
+            return "refused"
+        version, merged = session.version, mine
+        for attempt in range(MAX_ATTEMPTS):
+            result = await self._hashes.write(session.key, session.incarnation, version, merged, session.ttl_seconds)
+            if not isinstance(result, Conflict):
+                return "merged" if attempt and result == "saved" else result
+            # NOTE: merged with ``mine``, not with ``merged``, which may have the other requests' news in it already.
+            version, both = result.version, [result.snapshot, mine] if result.snapshot else [mine]
+            together = await asyncio.to_thread(self._merge, session, both)
+            merged = together or mine
+        log.warning("session not saved: other servers kept writing it")
+        return "conflict"
+
+    def _merge(self, session: LoadedSession, snapshots: Sequence[bytes]) -> bytes | None:
+        tenant, state = session.tenant, session.state
+        return session.reader.merge(
+            state.snapshot, snapshots, lambda fault: self._drop("save", fault, tenant, state.domain)
+        )
+
+    def _drop(self, operation: str, fault: Fault, tenant: str, domain: str) -> None:
+        """Count and log a snapshot thrown away; what was in it is nobody's business."""
+        self._metrics.observe_dropped_snapshot(operation, fault, tenant, domain)
+        log.warning("session snapshot dropped", operation=operation, reason=fault)
+
+    def _key(self, tenant: str, session_id: str) -> str:
+        return session_key(tenant, self._metrics.model, session_id)
+
+    @contextmanager
+    def _observe(self, operation: str, tenant: str, domain: str = NO_DOMAIN) -> Iterator[_Observation]:
+        seen, started = _Observation(domain=domain), time.monotonic()
+        try:
+            yield seen
+        finally:
+            seconds = time.monotonic() - started
+            self._metrics.observe_session(operation, seen.outcome, seconds, tenant, seen.domain)
+
+
+def no_such_session(session_id: str) -> ApiError:
+    """The 404 for an id that is unknown, deleted or another tenant's: the client cannot tell which."""
+    return ApiError(
+        404,
+        f"There is no session {session_id[:100]!r}. POST /v1/sessions makes one.",
+        param="session_id",
+        code="session_not_found",
+    )
+
+
+@contextmanager
+def _needs_redis() -> Iterator[None]:
+    """Turns an outage into a 503."""
+    try:
+        yield
+    except RedisUnavailable:
+        message = "Sessions cannot be reached at the moment."
+        raise ApiError(503, message, code="sessions_unavailable", retry_after=1) from None
+
+
+def _to_session(session_id: str, domain: str, created: int, ttl_seconds: int) -> Session:
+    return Session(id=session_id, domain=domain or None, created=created, expires_at=int(time.time()) + ttl_seconds)
