@@ -122,6 +122,7 @@ def plot_speed(record: Record, path: Path) -> None:
             for domain in plan["domains"]
         }
         _bars(right, lengths, [mode for mode in plan["modes"] if mode != NONE], plan["domains"])
+        right.set_title(f"{model}, concurrency {plan['levels'][0]}")
     _save(figure, record, path)
 
 
@@ -150,8 +151,9 @@ def _bars(
         colour = COLOURS[(index + 1) % len(COLOURS)]
         panel.bar_label(panel.bar(places, heights, width, label=mode, color=colour), fmt="%.2f", fontsize=7)
     panel.set_xticks(range(len(domains)), domains)
+    panel.margins(y=0.25)  # room for the legend
     panel.set(ylabel="acceptance length", ylim=(1, None))
-    panel.legend(frameon=False)
+    panel.legend(frameon=False, loc="upper center", ncols=max(1, len(modes)), fontsize=8)
 
 
 def _save(figure: Any, record: Record, path: Path) -> None:
@@ -171,12 +173,15 @@ def report(record: Record, path: Path, console: Console) -> None:
         return
     for table in speed_tables(record):
         console.print(table)
-    least = worst(record)
-    if least is not None:
-        console.print(
-            f"Least ratio to none: {least['ratio']:.2f} ({least['model']}, {least['mode']}, {least['domain']}, "
-            f"concurrency {least['concurrency']}); the bound is {LEAST_RATIO}"
-        )
+    for name, least in (
+        ("all domains", worst(record, {ALL})),
+        ("one domain", worst(record, record["plan"]["domains"])),
+    ):
+        if least is not None:
+            console.print(
+                f"Least ratio to none, {name}: {least['ratio']:.2f} ({least['model']}, {least['mode']}, "
+                f"{least['domain']}, concurrency {least['concurrency']}); the bound is {LEAST_RATIO}"
+            )
     plot_speed(record, path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -110,8 +110,7 @@ def summaries(record: Record) -> list[Record]:
     return [cell for cell in found if cell is not None]
 
 
-def worst(record: Record) -> Record | None:
-    """The cell in which a mode that drafts fares worst against none."""
-    return min(
-        (cell for cell in summaries(record) if cell["mode"] != NONE), key=lambda c: float(c["ratio"]), default=None
-    )
+def worst(record: Record, domains: Collection[str]) -> Record | None:
+    """The cell of these domains in which a mode that drafts fares worst against none."""
+    cells = [cell for cell in summaries(record) if cell["mode"] != NONE and cell["domain"] in domains]
+    return min(cells, key=lambda cell: float(cell["ratio"]), default=None)
