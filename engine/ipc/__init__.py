@@ -1,0 +1,1 @@
+"""What the engine and the adapters worker share: draft weights, draft input features, and the token log."""
