@@ -1,0 +1,204 @@
+"""Rows through a ring that is overwritten while it is read: what counts as valid is what was written."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from ctypes import c_int64
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from interleaving import at_line, before_each_line, count_lines
+
+from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
+from engine.ipc.shared_file import SharedMemoryError
+
+CODE = "/engine/ipc/"
+WIDTH = 6
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["engine.ipc.feature_ring", "pytest", "hypothesis"])
+
+
+def block(number: int, count: int, width: int = WIDTH) -> torch.Tensor:
+    """Rows [count, width] that tell which block they belong to, and which of its rows they are."""
+    rows = torch.full((count, width), number % 256, dtype=torch.bfloat16)
+    rows[:, 0] = torch.arange(count) % 256
+    return rows
+
+
+def references(slot: int, generation: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(slot, slot + count), torch.full((count,), generation)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "features"
+
+
+@settings(max_examples=100, deadline=None)
+@given(capacity=st.integers(1, 12), counts=st.lists(st.integers(0, 12), max_size=25))
+def test_any_row_ever_written_is_right_until_its_slot_is_used_again(capacity: int, counts: list[int]) -> None:
+    with TemporaryDirectory() as directory:
+        ring = FeatureRing(Path(directory) / "ring", capacity, WIDTH)
+        reader = FeatureRingReader(Path(directory) / "ring")
+        written: dict[tuple[int, int], torch.Tensor] = {}
+        newest: dict[int, int] = {}
+        for number, count in enumerate(counts):
+            if count > capacity:
+                with pytest.raises(ValueError, match="do not fit"):
+                    ring.write(block(number, count))
+                continue
+            rows = block(number, count)
+            slot, generation = ring.write(rows)
+            for i, row in enumerate(rows):
+                assert (slot + i, generation) not in written
+                written[slot + i, generation] = row
+                newest[slot + i] = generation
+            if written:
+                slots, generations = (torch.tensor(numbers) for numbers in zip(*written, strict=True))
+                found, valid = reader.read(slots, generations)
+                assert valid.tolist() == [newest[slot] == generation for slot, generation in written]
+                assert torch.equal(found[valid], torch.stack(list(written.values()))[valid])
+        lost = reader.num_overwritten
+        assert 0 <= lost <= reader.num_read
+        reader.read(torch.tensor([0, -1, capacity, 2**40]), torch.zeros(4, dtype=torch.int64))
+        assert reader.num_overwritten == lost + 4  # of another ring, perhaps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_are_stored_in_bfloat16(path: Path, dtype: torch.dtype) -> None:
+    ring = FeatureRing(path, 4, WIDTH)
+    rows = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found, valid = FeatureRingReader(path).read(*references(*ring.write(rows), 3))
+    assert valid.all()
+    assert torch.equal(found, rows.to(torch.bfloat16))
+
+
+def test_reader_overtaken_at_any_line_notices(path: Path) -> None:
+    ring = FeatureRing(path, 4, WIDTH)
+    reader = FeatureRingReader(path)
+    ring.write(block(0, 4))
+    noticed = 0
+    for line in range(count_lines(CODE, lambda: reader.read(*references(0, 0, 4)))):
+        slot, generation = ring.write(block(line, 4))
+        rows = references(slot, generation, 4)
+        overtake = at_line(line, lambda: ring.write(block(200, 2)))
+        found, valid = before_each_line(CODE, overtake, lambda rows=rows: reader.read(*rows))
+        assert torch.equal(found[valid], block(line, 4)[valid])
+        assert valid[2:].all()
+        noticed += int((~valid).sum())
+    assert noticed > 0
+    assert reader.num_overwritten == 4 + noticed  # four of the first call, which counted lines
+
+
+def test_rows_asked_for_before_they_are_written_are_right_or_invalid(path: Path) -> None:
+    ring = FeatureRing(path, 4, WIDTH)
+    reader = FeatureRingReader(path)
+    slot, generation = ring.write(block(0, 4))
+    for line in range(count_lines(CODE, lambda: reader.read(*references(0, 0, 4)))):
+        write = at_line(line, lambda number=line + 1: ring.write(block(number, 4)))
+        coming = references(slot, generation + line + 1, 4)
+        found, valid = before_each_line(CODE, write, lambda rows=coming: reader.read(*rows))
+        assert torch.equal(found[valid], block(line + 1, 4)[valid])
+
+
+def test_writer_read_at_any_line_shows_no_torn_row(path: Path) -> None:
+    ring = FeatureRing(path, 4, WIDTH)
+    reader = FeatureRingReader(path)
+    slot, generation = ring.write(block(1, 4))
+    seen = []
+
+    def look() -> None:
+        for number in (1, 2):
+            found, valid = reader.read(*references(slot, generation + number - 1, 4))
+            assert torch.equal(found[valid], block(number, 4)[valid])
+            seen.append((number, int(valid.sum())))
+
+    before_each_line(CODE, look, lambda: ring.write(block(2, 4)))
+    look()
+    assert set(seen) == {(1, 4), (1, 0), (2, 0), (2, 4)}
+
+
+def test_new_ring_invalidates_the_old_one_and_readers_follow(path: Path) -> None:
+    old = FeatureRing(path, 4, WIDTH)
+    reader = FeatureRingReader(path)
+    lost = references(*old.write(block(1, 4)), 4)
+    new = FeatureRing(path, 8, 2 * WIDTH)
+    assert reader.read(*lost)[1].all()  # nobody overwrote it yet, as far as this reader knows
+    kept = references(*new.write(block(2, 8, 2 * WIDTH)), 8)
+    found, valid = reader.read(*kept)
+    assert valid.all()
+    assert torch.equal(found, block(2, 8, 2 * WIDTH))
+    assert reader.width == 2 * WIDTH
+    assert not reader.read(*lost)[1].any()
+    assert reader.num_overwritten == 4
+
+
+@pytest.mark.parametrize("byte", [0, 8, 12, 16])
+def test_damaged_or_missing_ring_is_refused(path: Path, byte: int) -> None:
+    with pytest.raises(SharedMemoryError, match="No such file"):
+        FeatureRingReader(path)
+    FeatureRing(path, 4, WIDTH)
+    image = bytearray(path.read_bytes())
+    path.write_bytes(image[:-1])
+    with pytest.raises(SharedMemoryError, match="no feature ring"):
+        FeatureRingReader(path)
+    image[byte] ^= 1
+    path.write_bytes(image)
+    with pytest.raises(SharedMemoryError, match="damaged"):
+        FeatureRingReader(path)
+
+
+BUSY_CAPACITY, BUSY_WIDTH, BUSY_BLOCK = 64, 4096, 8
+
+
+def write_until_killed(path: Path, latest: c_int64) -> None:
+    """Keep ``latest`` at the last block's first row, counted in rows: generation * capacity + slot."""
+    torch.set_num_threads(1)
+    ring = FeatureRing(path, BUSY_CAPACITY, BUSY_WIDTH)
+    slot, generation = ring.write(torch.empty(0, BUSY_WIDTH))
+    while True:
+        start = generation * BUSY_CAPACITY + slot
+        assert ring.write(block(start // BUSY_BLOCK, BUSY_BLOCK, BUSY_WIDTH)) == (slot, generation)
+        latest.value = start
+        slot = (slot + BUSY_BLOCK) % BUSY_CAPACITY
+        generation += slot == 0
+
+
+def read_for(path: Path, seconds: float, latest: c_int64, whole: c_int64, lost: c_int64) -> None:
+    """Read rows from just written to just being overwritten; each valid one must be whole and of its block."""
+    torch.set_num_threads(1)
+    reader = FeatureRingReader(path)
+    chance = random.Random(0)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        start = latest.value - chance.randrange(0, BUSY_CAPACITY, BUSY_BLOCK)
+        slots, generations = references(start % BUSY_CAPACITY, start // BUSY_CAPACITY, BUSY_BLOCK)
+        found, valid = reader.read(slots, generations)
+        assert torch.equal(found[valid], block(start // BUSY_BLOCK, BUSY_BLOCK, BUSY_WIDTH)[valid])
+    whole.value = reader.num_read - reader.num_overwritten
+    lost.value = reader.num_overwritten
+
+
+def test_readers_of_a_busy_writer_that_is_killed_and_started_again(path: Path) -> None:
+    # Without locks, which a killed process would take with it.
+    latest, *counts = (processes.Value(c_int64, 0, lock=False) for _ in range(5))
+    FeatureRing(path, BUSY_CAPACITY, BUSY_WIDTH)
+    readers = [processes.Process(target=read_for, args=(path, 3.0, latest, *counts[i : i + 2])) for i in (0, 2)]
+    for reader in readers:
+        reader.start()
+    while any(reader.is_alive() for reader in readers):
+        writer = processes.Process(target=write_until_killed, args=(path, latest))
+        writer.start()
+        writer.join(0.7)
+        assert writer.exitcode is None
+        writer.kill()
+        writer.join()
+    assert [reader.exitcode for reader in readers] == [0, 0]
+    assert all(count.value > 0 for count in counts)
