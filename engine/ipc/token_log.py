@@ -1,0 +1,248 @@
+"""The token log: verify steps on their way from the engine to the worker, through a Redis stream.
+
+The engine never waits for it: a record that finds the queue full, or Redis down, is dropped and counted. The worker
+gets each record at least once (``TokenLogReader``). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import structlog
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+from redis.retry import Retry
+
+from engine.ipc.verify_record import RecordError, VerifyRecord, decode_record, encode_record
+
+log = structlog.get_logger(__name__)
+
+_FIELD = b"record"
+_WRITE_TIMEOUT = 1.0
+_READ_TIMEOUT = 2.0
+_FLUSH_INTERVAL = 0.02
+_RETRY_INTERVAL = 0.5
+_BATCH_SIZE = 64  # packing one holds the GIL for about half a millisecond
+
+_Entry = tuple[bytes, dict[bytes, bytes] | None]  # None, or no fields: it was trimmed
+
+
+@dataclass(frozen=True)
+class TokenLogStats:
+    """Records since the start, each in one of the first three, in the queue, or just being sent.
+
+    Those dropped by Redis may have been written where it failed before it could answer.
+    """
+
+    num_written: int
+    num_dropped_by_queue: int
+    num_dropped_by_redis: int
+    num_queued: int
+
+
+class TokenLog:
+    """The engine's end.
+
+        token_log = TokenLog("redis://localhost", "evospec:token-log")
+        token_log.log(record)
+
+    Args:
+        url: of Redis or Valkey.
+        stream: key of the stream.
+        queue_size: records that may wait for the writer thread.
+        max_records: about how many records the stream keeps, the newest; at half to one KB each they must fit into
+            Redis's memory, since a stream is never evicted.
+    """
+
+    def __init__(self, url: str, stream: str, queue_size: int = 4096, max_records: int = 50_000) -> None:
+        self._redis = _connect(url, _WRITE_TIMEOUT)
+        self._stream = stream
+        self._queue_size, self._max_records = queue_size, max_records
+        self._queue: deque[bytes] = deque()
+        # Each counter is written by one thread only.
+        self._dropped_by_queue = self._dropped_by_redis = self._written = 0
+        self._is_down = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="token-log", daemon=True)
+        self._thread.start()
+
+    def log(self, record: VerifyRecord) -> None:
+        """Queue a record, or drop it. Takes microseconds: no lock, no system call."""
+        if len(self._queue) >= self._queue_size:
+            self._dropped_by_queue += 1
+        else:
+            self._queue.append(encode_record(record))
+
+    def stats(self) -> TokenLogStats:
+        """Counters, readable from any thread."""
+        return TokenLogStats(self._written, self._dropped_by_queue, self._dropped_by_redis, len(self._queue))
+
+    def close(self) -> None:
+        """Write what is queued, if Redis answers, and end the thread: seconds at most."""
+        self._closing.set()
+        self._thread.join()
+        self._redis.close()
+
+    def _run(self) -> None:
+        # It looks at the queue by the clock, since being woken would cost the engine a lock for each record.
+        while not self._closing.wait(_FLUSH_INTERVAL):
+            self._flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH_SIZE))]
+            error = self._write(batch)
+            self._note(error)
+            if error is not None:
+                self._closing.wait(_RETRY_INTERVAL)
+                return
+
+    def _write(self, batch: list[bytes]) -> Exception | None:
+        """Send a batch once; the first error of it. Sending again could write records twice."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for data in batch:
+            pipeline.xadd(self._stream, {_FIELD: data}, maxlen=self._max_records, approximate=True)
+        try:
+            results: list[Any] = pipeline.execute(raise_on_error=False)
+        except (RedisError, OSError) as error:
+            self._dropped_by_redis += len(batch)
+            return error
+        errors = [result for result in results if isinstance(result, Exception)]
+        self._dropped_by_redis += len(errors)
+        self._written += len(batch) - len(errors)
+        return errors[0] if errors else None
+
+    def _note(self, error: Exception | None) -> None:
+        """One line in the log for each outage."""
+        if error is not None and not self._is_down:
+            log.warning("token log cannot be written", error=str(error) or type(error).__name__)
+        elif error is None and self._is_down:
+            log.info("token log is written again")
+        self._is_down = error is not None
+
+
+class TokenLogUnavailable(Exception):
+    """Redis did not answer. Later calls go on where this one failed."""
+
+
+class LoggedRecord(NamedTuple):
+    """A record and its id in the stream."""
+
+    entry_id: bytes
+    record: VerifyRecord
+
+
+class TokenLogReader:
+    """The worker's end: a consumer of a group, which remembers what was read and not yet acknowledged.
+
+    A reader of the same name first gets what the one before it got and did not acknowledge.
+
+    Args:
+        url, stream: as in ``TokenLog``.
+        group: readers of different groups each get everything.
+        consumer: name of this reader; one process at a time may have it.
+    """
+
+    def __init__(self, url: str, stream: str, group: str = "adapters", consumer: str = "worker") -> None:
+        self._redis = _connect(url, _READ_TIMEOUT)
+        self._stream, self._group, self._consumer = stream, group, consumer
+        self._last_id = b"0-0"
+        self._has_pending = True
+        self._to_acknowledge: list[bytes] = []
+        self.num_trimmed = 0
+        """Records that left the stream after they were delivered and before they were read again."""
+        self.num_rejected = 0
+        """Records of another format."""
+
+    def read(self, max_records: int, wait: float = 0.0) -> list[LoggedRecord]:
+        """The next records, oldest first.
+
+        Args:
+            max_records: at most so many.
+            wait: seconds to wait for the first one, at most 1.
+
+        Raises:
+            TokenLogUnavailable: Redis did not answer. What it delivered without our knowledge comes first next time.
+        """
+        try:
+            if self._has_pending:
+                entries = self._read_group(self._last_id, max_records, 0)
+                if entries:
+                    return self._decode(entries)
+                self._has_pending = False
+            return self._decode(self._read_group(b">", max_records, wait))
+        except (RedisError, OSError) as error:
+            self._has_pending = True
+            raise TokenLogUnavailable(str(error)) from error
+
+    def acknowledge(self, records: Sequence[LoggedRecord]) -> None:
+        """These are done with and will not be read again.
+
+        Raises:
+            TokenLogUnavailable: Redis did not answer; the next call does it.
+        """
+        self._to_acknowledge += [entry_id for entry_id, _ in records]
+        if not self._to_acknowledge:
+            return
+        try:
+            self._redis.xack(self._stream, self._group, *self._to_acknowledge)
+        except (RedisError, OSError) as error:
+            raise TokenLogUnavailable(str(error)) from error
+        self._to_acknowledge.clear()
+
+    def backlog(self) -> int:
+        """Records in the stream that this group has not read yet; raises ``TokenLogUnavailable``."""
+        try:
+            groups = self._redis.xinfo_groups(self._stream)
+        except ResponseError:  # no stream yet
+            return 0
+        except (RedisError, OSError) as error:
+            raise TokenLogUnavailable(str(error)) from error
+        return sum(group["lag"] or 0 for group in groups if group["name"] == self._group.encode())
+
+    def close(self) -> None:
+        """Close the connection; what is not acknowledged stays for the next reader."""
+        self._redis.close()
+
+    def _read_group(self, start: bytes, count: int, wait: float) -> list[_Entry]:
+        block = max(round(wait * 1000), 1) if wait > 0 else None  # 0 would mean "for ever"
+        try:
+            reply: Any = self._redis.xreadgroup(
+                self._group, self._consumer, {self._stream: start}, count=count, block=block
+            )
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            # The first start, or Redis came back empty.
+            self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+            self._last_id = b"0-0"
+            return []
+        entries: list[_Entry] = reply[0][1] if reply else []
+        return entries
+
+    def _decode(self, entries: list[_Entry]) -> list[LoggedRecord]:
+        records = []
+        for entry_id, fields in entries:
+            self._last_id = entry_id
+            if not fields:
+                self.num_trimmed += 1
+                self._to_acknowledge.append(entry_id)
+                continue
+            try:
+                records.append(LoggedRecord(entry_id, decode_record(fields.get(_FIELD, b""))))
+            except RecordError:
+                self.num_rejected += 1
+                self._to_acknowledge.append(entry_id)
+        return records
+
+
+def _connect(url: str, timeout: float) -> Redis:
+    return Redis.from_url(
+        url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2
+    )

@@ -1,0 +1,77 @@
+"""What the token log says about one verify step of one sequence. The format is described in docs/token-log.md."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+FORMAT = 1
+"""Changes when an old reader would misread a new record. A field added at the end, with a default, does not."""
+
+
+class RecordError(Exception):
+    """These bytes are no record of this format."""
+
+
+class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One verify step: what was drafted, what the target chose, and its distribution there.
+
+    ``position`` is that of the first drafted token, ``last_token`` the one before it. The first ``num_accepted`` of
+    ``drafted`` were right and ``next_token`` follows them: the bonus token if all were right, else the recovered one.
+    ``top_ids`` (int32) and ``top_logits`` (float16) are arrays [steps, k], little endian, most likely first: row i is
+    the target's raw logits for position + i. Make them with ``pack_top_k``, read them with ``top_k_arrays``.
+    ``is_gated`` means that it was kept because it teaches (a rejection, or a KL over the threshold); otherwise it
+    belongs to the share that is kept of everything.
+    ``num_features`` rows of the feature ring, from ``feature_slot`` on and all of ``feature_generation``, are features:
+    row i is what the draft takes together with the token at position - 1 + i.
+    """
+
+    format: int = FORMAT
+    request_id: str
+    tenant: str
+    adapter_key: str | None
+    domain: str | None
+    position: int
+    last_token: int
+    drafted: tuple[int, ...]
+    num_accepted: int
+    next_token: int
+    draft_version: int
+    top_k: int
+    top_ids: bytes
+    top_logits: bytes
+    is_gated: bool
+    feature_slot: int
+    feature_generation: int
+    num_features: int
+
+    def top_k_arrays(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
+        """Token ids [steps, k] and their logits [steps, k]."""
+        ids = np.frombuffer(self.top_ids, dtype="<i4").reshape(-1, self.top_k)
+        return ids, np.frombuffer(self.top_logits, dtype="<f2").reshape(-1, self.top_k)
+
+
+def pack_top_k(ids: npt.NDArray[np.integer], logits: npt.NDArray[np.floating]) -> tuple[bytes, bytes]:
+    """``top_ids`` and ``top_logits`` of arrays [steps, k]."""
+    return ids.astype("<i4").tobytes(), logits.astype("<f2").tobytes()
+
+
+def encode_record(record: VerifyRecord) -> bytes:
+    """MessagePack, an array of the fields in their order."""
+    return msgspec.msgpack.encode(record)
+
+
+def decode_record(data: bytes) -> VerifyRecord:
+    """The record that ``encode_record`` was given; raises ``RecordError``."""
+    try:
+        record = _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RecordError(str(error)) from error
+    steps, rest = divmod(len(record.top_ids), 4 * record.top_k) if record.top_k > 0 else (0, 1)
+    if record.format != FORMAT or rest or len(record.top_logits) != 2 * record.top_k * steps:
+        raise RecordError(f"format {record.format}, {len(record.top_ids)} bytes of ids for k = {record.top_k}")
+    return record
+
+
+_decoder = msgspec.msgpack.Decoder(VerifyRecord)
