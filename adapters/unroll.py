@@ -55,15 +55,21 @@ class Unroller:
 
     def steps(self, batch: Batch, num_steps: int) -> Iterator[torch.Tensor]:
         """The head's input [B, T, hidden] of every unrolled step in turn."""
-        length = batch.positions.shape[1]
         g = self.draft.fuse(batch.features * self._scale.to(batch.features.dtype))
+        return self.unroll(g, batch.token_ids, batch.positions, num_steps)
+
+    def unroll(
+        self, g: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor, num_steps: int
+    ) -> Iterator[torch.Tensor]:
+        """The same from fused features g [B, T, hidden]; the other arguments are those of a ``Batch``."""
+        length = positions.shape[1]
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
         for step in range(num_steps):
-            embedding = F.embedding(batch.token_ids[:, step : step + length], self.target.embedding)
+            embedding = F.embedding(token_ids[:, step : step + length], self.target.embedding)
             q, k, v = self.draft.qkv(embedding, g)
-            positions = batch.positions + step
-            queries, key = self._heads(self._rotate(q, positions)), self._heads(self._rotate(k, positions))
+            here = positions + step
+            queries, key = self._heads(self._rotate(q, here)), self._heads(self._rotate(k, here))
             keys.append(key)
             values.append(self._heads(v))
             attended = chain_attention(queries, keys[0], values[0], keys[1:], values[1:])

@@ -1,0 +1,117 @@
+"""Segments as a batch of chains, and what a draft of given weights says at each step of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from adapters.records import Segment, has_target
+from adapters.unroll import TargetParts, Unroller
+from engine.models.eagle3 import Eagle3
+
+_PREFIX = "draft."
+
+
+@dataclass(frozen=True)
+class ChainBatch:
+    """B segments, padded on the right to T positions, and the N chains in them that are scored, S steps long.
+
+    Step s of the chain that starts at position t takes the token at t + s and is to give the one after it.
+    """
+
+    token_ids: torch.Tensor
+    """[B, T + S] int64"""
+    positions: torch.Tensor
+    """[B, T] int64"""
+    inputs: torch.Tensor
+    """[B, T, width] bf16"""
+    starts: torch.Tensor
+    """[N] int64, index into B * T"""
+    mask: torch.Tensor
+    """[N, S] bool, steps for which the target's distribution is known; the first always"""
+    top_ids: torch.Tensor
+    """[N, S, k] int64"""
+    top_logits: torch.Tensor
+    """[N, S, k] float32"""
+    refused: torch.Tensor
+    """Some token ids, int64: drafted and refused"""
+
+    @cached_property
+    def wanted_ids(self) -> torch.Tensor:
+        """Ascending ids of all tokens that the target or the draft preferred somewhere, int64."""
+        ids: torch.Tensor = torch.unique(torch.cat((self.top_ids.flatten(), self.refused)))
+        return ids
+
+
+def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
+    """All chains of some segments, at least one."""
+    length, k = max(len(s.positions) for s in segments), segments[0].top_ids.shape[1]
+    size = (len(segments), length + horizon)
+    token_ids = torch.zeros(size, dtype=torch.int64)
+    positions = torch.full(size, -1)  # a position that follows no other
+    inputs = torch.zeros(len(segments), length, segments[0].inputs.shape[1], dtype=torch.bfloat16)
+    top_ids = torch.zeros(*size, k, dtype=torch.int64)
+    top_logits = torch.full((*size, k), -torch.inf)
+    anchors = torch.zeros(len(segments), length, dtype=torch.bool)
+    for row, segment in enumerate(segments):
+        n = len(segment.positions)
+        token_ids[row, :n], positions[row, :n], inputs[row, :n] = segment.token_ids, segment.positions, segment.inputs
+        top_ids[row, :n], top_logits[row, :n], anchors[row, :n] = segment.top_ids, segment.top_logits, segment.anchors
+    rows, columns = anchors.nonzero(as_tuple=True)
+    steps = torch.arange(horizon)
+    places = rows[:, None], columns[:, None] + steps
+    follows = positions[places] == positions[rows, columns][:, None] + steps
+    refused = torch.cat([segment.refused for segment in segments]).long()
+    return ChainBatch(
+        token_ids=token_ids,
+        positions=positions[:, :length].clamp(min=0),
+        inputs=inputs,
+        starts=rows * length + columns,
+        mask=follows & has_target(top_logits.flatten(0, 1)).view(size)[places],
+        top_ids=top_ids[places],
+        top_logits=top_logits[places].nan_to_num(nan=-torch.inf, posinf=-torch.inf),
+        refused=refused[refused >= 0],
+    )
+
+
+class Chains(nn.Module):
+    """Runs one draft, under changing weights, over batches of chains.
+
+    Args:
+        draft: float32, on the CPU.
+        target: what it shares with its target.
+    """
+
+    def __init__(self, draft: Eagle3, target: TargetParts) -> None:
+        super().__init__()
+        self.draft, self.target = draft, target
+        self._unroller = Unroller(draft, target, torch.ones(draft.fc.in_features))
+
+    def forward(self, batch: ChainBatch) -> torch.Tensor:
+        """The head's input [N, S, hidden] at every step of every chain."""
+        g = batch.inputs.float()
+        if g.shape[-1] == self.draft.fc.in_features:
+            g = self.draft.fuse(g)
+        steps = self._unroller.unroll(g, batch.token_ids, batch.positions, batch.mask.shape[1])
+        return torch.stack([hidden.flatten(0, 1)[batch.starts] for hidden in steps], dim=1)
+
+    def logits(
+        self, batch: ChainBatch, weights: Mapping[str, torch.Tensor], token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The draft's logits for some tokens.
+
+        Args:
+            weights: by name, in place of the draft's own.
+            token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
+
+        Returns:
+            logits [N, S, R] float32, differentiable in ``weights``; and [N, S, k], the columns of ``batch.top_ids``.
+        """
+        replaced = {_PREFIX + name: weight for name, weight in weights.items()}
+        hidden: torch.Tensor = torch.func.functional_call(self, replaced, (batch,))
+        rows = self.target.head[token_ids].float()
+        return hidden @ rows.T, torch.searchsorted(token_ids, batch.top_ids)

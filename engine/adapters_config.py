@@ -1,0 +1,153 @@
+"""Typed options of online alignment. Imports no torch.
+
+Engine, worker and server read the same section: what is logged and where, the layout of the weight channel, how the
+worker trains. It is here, not in ``adapters``, because the server's settings hold it and may not import ``adapters``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine.ipc.adapter_control import KeyScope
+
+LoraTarget = Literal["q", "k", "v", "o", "fc", "gate_up", "down"]
+"""Projections that can be adapted; q, k and v are rows of one matrix, gate and up are adapted together."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+def _shared_directory() -> Path:
+    """A directory of this user's own, on tmpfs where there is one."""
+    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path.home() / ".cache"
+    return base / f"evospec-{os.getuid()}"
+
+
+class LogConfig(_Section):
+    """What the engine logs of its verify steps."""
+
+    stream: str = Field(default="evospec:token-log", description="Redis key of the token log.")
+    top_k: int = Field(default=16, ge=2, le=64, description="Tokens of the target's distribution at a position.")
+    kl_threshold: float = Field(
+        default=1.0, ge=0, description="A step without rejection teaches if its KL divergence is above (nats)."
+    )
+    fair_share: float = Field(
+        default=0.1, gt=0, le=1, description="Share of steps logged whatever happens in them; the guard counts these."
+    )
+    control_share: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of requests that the base draft drafts for, to compare with."
+    )
+    max_records: int = Field(default=50_000, ge=100, description="Records that the stream keeps.")
+    ring_rows: int = Field(default=8192, ge=64, description="Feature rows in shared memory.")
+
+
+class TrainingConfig(_Section):
+    """How the worker trains."""
+
+    method: Literal["curriculum", "plain", "osd"] = Field(
+        default="curriculum",
+        description="curriculum: LoRA with the paper's loss; plain: LoRA, all steps weigh the same; osd: all weights "
+        "by Adam. The last two are baselines for benchmarks.",
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, description="Of AdamW (osd: a hundredth of it).")
+    beta: float = Field(default=0.3, ge=0, description="How fast later steps lose weight while the first is wrong.")
+    temperature: float = Field(default=1.0, gt=0, description="Softens both distributions of the loss.")
+    horizon: int = Field(default=6, ge=1, le=8, description="Draft steps that are trained.")
+    batch_positions: int = Field(default=64, ge=1, description="Positions of an update, at least.")
+    random_rows: int = Field(
+        default=1024, ge=0, description="Random rows of the head that an update counts as wrong answers."
+    )
+    history_share: float = Field(default=0.5, ge=0, lt=1, description="Share of an update that is older positions.")
+    updates_per_version: int = Field(default=8, ge=1, description="Updates before a version is scored and published.")
+
+
+class ReplayConfig(_Section):
+    """What the worker keeps of each key's traffic, in memory only."""
+
+    policy: Literal["replay", "clear"] = Field(
+        default="replay", description="clear: forget everything at each update, as the paper does."
+    )
+    recent_segments: int = Field(default=32, ge=1, description="Segments kept in their order.")
+    history_segments: int = Field(default=64, ge=0, description="Segments of a fair sample of everything before.")
+    held_out_segments: int = Field(default=16, ge=1, description="Most recent segments that versions are scored on.")
+    held_out_share: float = Field(default=0.125, gt=0, lt=1, description="Share of requests never trained on.")
+    segment_positions: int = Field(default=64, ge=8, description="Positions of a segment, its context included.")
+    context_positions: int = Field(default=24, ge=0, description="Of these, taken over from the segment before.")
+    sampled_share: float = Field(
+        default=0.5, ge=0, le=1, description="Share of the logged steps without rejection or surprise that is learned."
+    )
+
+
+class GuardConfig(_Section):
+    """When a version is refused, and when it is taken back."""
+
+    min_held_out: int = Field(default=48, ge=1, description="Fewest held-out positions to score a version on.")
+    agreement_margin: float = Field(
+        default=0.01, ge=0, description="Tokens by which a version's agreement may be below the base's and the current's for sure."
+    )
+    watched_records: int = Field(default=512, ge=64, description="Fair records after which a version counts as good.")
+    min_watched: int = Field(default=64, ge=16, description="Fair records before another version may follow.")
+    control_margin: float = Field(
+        default=0.03,
+        ge=0,
+        description="Acceptance of first drafts below the base's, at the same time, that is no matter.",
+    )
+    history_margin: float = Field(
+        default=0.15, ge=0, description="The same against the version before, whose traffic may have been easier."
+    )
+    sigmas: float = Field(default=3.0, gt=0, description="Standard errors beyond the margin that take a version back.")
+
+
+class PaceConfig(_Section):
+    """How much of the machine the worker may take."""
+
+    threads: int = Field(default=1, ge=1, description="Compute threads.")
+    niceness: int = Field(default=19, ge=0, le=19, description="Of the process.")
+    spare_cores: float = Field(default=0.5, ge=0, description="Cores that must be idle for training at any time.")
+    busy_share: float = Field(
+        default=0.03, ge=0, le=1, description="Share of the time it trains when fewer are idle; 0: never."
+    )
+    step_seconds: float = Field(
+        default=0.02, gt=0, description="What one verify step saved is worth, in seconds of the worker's time."
+    )
+    outlook_seconds: float = Field(default=600.0, gt=0, description="How long what is learned will be of use.")
+
+
+class AdaptersConfig(_Section):
+    """Online alignment: a worker trains adapters of the draft from live traffic."""
+
+    enabled: bool = Field(default=False, description="Log verify steps, train, and draft with what was learned.")
+    key_scope: KeyScope = Field(
+        default="tenant", description="Who shares an adapter: each tenant, each tenant and domain, or everybody."
+    )
+    num_slots: int = Field(default=8, ge=1, le=64, description="Adapters in the engine at a time.")
+    rank: int = Field(default=32, ge=1, le=256, description="Rank of an adapter.")
+    alpha: float = Field(default=32.0, gt=0, description="Scale of an adapter: alpha / rank.")
+    targets: tuple[LoraTarget, ...] = Field(default=("q", "v"), min_length=1, description="Projections it adapts.")
+    redis_url: str | None = Field(default=None, description="Redis or Valkey of the token log; default: the server's.")
+    shared_directory: Path = Field(
+        default_factory=_shared_directory, description="Where shared memory files are, best on tmpfs."
+    )
+    state_directory: Path = Field(
+        default=Path.home() / ".cache" / "evospec" / "adapters", description="Where versions are kept."
+    )
+    log: LogConfig = Field(default_factory=LogConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    replay: ReplayConfig = Field(default_factory=ReplayConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)
+    pace: PaceConfig = Field(default_factory=PaceConfig)
+
+    @property
+    def ring_path(self) -> Path:
+        """Of the feature ring."""
+        return self.shared_directory / "features"
+
+    @property
+    def channel_path(self) -> Path:
+        """Of the weight channel."""
+        return self.shared_directory / "weights"

@@ -1,0 +1,127 @@
+"""What operators may ask of the adapters worker, and what it tells about itself, both through Redis. No torch.
+
+    evospec:adapters:commands   list of commands, RPUSH by the server, LPOP by the worker, oldest first
+    evospec:adapters:status     hash: field "" is the worker's state, every other field an adapter key's
+
+Both hold MessagePack. A command waits as long as no worker runs; it is carried out at most once. The worker writes the
+hash anew each second, in one transaction; it counts as gone when ``WorkerStatus.updated_at`` is some seconds old.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Literal
+from urllib.parse import quote
+
+import msgspec
+
+COMMANDS_KEY = "evospec:adapters:commands"
+STATUS_KEY = "evospec:adapters:status"
+WORKER_FIELD = b""
+
+KeyScope = Literal["tenant", "tenant+domain", "global"]
+GLOBAL_KEY = "*"
+_MAX_KEY_BYTES = 128  # of a weight channel's slot
+
+
+def adapter_key(scope: KeyScope, tenant: str, domain: str | None) -> str:
+    """The key of the adapter that drafts for, and learns from, a tenant's requests: equal for no two tenants.
+
+    ``tenant``, ``tenant/domain`` or ``*``; other characters than letters, digits and ``_.-~`` are percent-encoded, and
+    what would be too long ends in a hash.
+    """
+    if scope == "global":
+        return GLOBAL_KEY
+    key = quote(tenant, safe="")
+    if scope == "tenant+domain" and domain:
+        key += "/" + quote(domain, safe="")
+    if len(key) <= _MAX_KEY_BYTES:
+        return key
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return f"{key[: _MAX_KEY_BYTES - 33]}~{digest}"
+
+
+class AdapterCommand(msgspec.Struct, frozen=True):
+    """``rollback``: back to the good version before, or the base draft. ``freeze``: learn no more, ``unfreeze``: learn
+    again. ``reset``: forget everything of the key and draft with the base."""
+
+    action: Literal["rollback", "freeze", "unfreeze", "reset"]
+    key: str
+
+
+class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter key. ``revision`` 0 is the base draft; revisions only grow.
+
+    ``slot`` and ``channel_version`` say where the engine finds the revision; None and 0 while it is not published.
+    Acceptance is of first draft tokens, over fair records since the revision was published; None without records.
+    """
+
+    revision: int = 0
+    good_revision: int = 0
+    slot: int | None = None
+    channel_version: int = 0
+    is_frozen: bool = False
+    num_records: int = 0
+    num_trained_positions: int = 0
+    num_updates: int = 0
+    num_published: int = 0
+    num_refused: int = 0
+    num_rolled_back: int = 0
+    gate_rate: float = 0.0
+    """Share of records that teach."""
+    loss: float | None = None
+    """Of the last update, on positions before they are learned from."""
+    update_seconds: float | None = None
+    acceptance: float | None = None
+    control_acceptance: float | None = None
+    previous_acceptance: float | None = None
+    last_refusal: str = ""
+
+
+class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The worker. Numbers of records and rows are since its start; ``lag``: records not read yet, None: unknown."""
+
+    updated_at: float
+    """Seconds since the epoch."""
+    started_at: float
+    pid: int
+    lag: int | None
+    num_records: int
+    num_lapsed: int
+    """Records whose features were overwritten before they were read."""
+    num_unusable: int
+    """Records that contradict themselves or are of another model."""
+    num_trimmed: int
+    is_attached: bool
+    """Whether there is a weight channel to publish in."""
+    is_paused: bool
+    """Whether there was work and the machine was too busy for it."""
+    resident_bytes: int
+
+
+def encode_command(command: AdapterCommand) -> bytes:
+    """For ``RPUSH COMMANDS_KEY``."""
+    return msgspec.msgpack.encode(command)
+
+
+def decode_command(data: bytes) -> AdapterCommand:
+    """Raises ``msgspec.MsgspecError``."""
+    return msgspec.msgpack.decode(data, type=AdapterCommand)
+
+
+def encode_status(worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> dict[bytes, bytes]:
+    """For ``HSET STATUS_KEY``."""
+    fields = {key.encode(): msgspec.msgpack.encode(status) for key, status in adapters.items()}
+    return {WORKER_FIELD: msgspec.msgpack.encode(worker)} | fields
+
+
+def decode_status(fields: Mapping[bytes, bytes]) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
+    """What ``HGETALL STATUS_KEY`` gave, the worker None where none ever ran; raises ``msgspec.MsgspecError``."""
+    worker = msgspec.msgpack.decode(fields[WORKER_FIELD], type=WorkerStatus) if WORKER_FIELD in fields else None
+    adapters = {
+        key.decode(): msgspec.msgpack.decode(data, type=AdapterStatus)
+        for key, data in fields.items()
+        if key != WORKER_FIELD
+    }
+    return worker, adapters

@@ -1,0 +1,67 @@
+"""Low-rank adapters of an EAGLE-3 draft (LoRA, arXiv 2106.09685): what is adapted, and the tensors of a version.
+
+A version has two tensors for each target: ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank]. The
+adapted layer gives ``x @ W.T + (x @ a.T) @ b.T``; the factor alpha / rank is in ``b`` already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.adapters_config import LoraTarget
+from engine.ipc.weight_layout import TensorSpec, WeightLayout
+from engine.models.eagle3 import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config
+
+
+@dataclass(frozen=True)
+class AdaptedRows:
+    """Rows ``start`` .. ``end`` - 1 of the weight ``name`` [outputs, ``num_inputs``]."""
+
+    name: str
+    start: int
+    end: int
+    num_inputs: int
+
+
+def adapted_rows(config: Eagle3Config, target: LoraTarget) -> AdaptedRows:
+    """Where a target lies in the draft's weights."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q": AdaptedRows("qkv_proj.weight", 0, queries, 2 * hidden),
+        "k": AdaptedRows("qkv_proj.weight", queries, queries + keys, 2 * hidden),
+        "v": AdaptedRows("qkv_proj.weight", queries + keys, queries + 2 * keys, 2 * hidden),
+        "o": AdaptedRows("o_proj.weight", 0, hidden, queries),
+        "fc": AdaptedRows("fc.weight", 0, hidden, len(config.capture_layers) * hidden),
+        "gate_up": AdaptedRows("gate_up_proj.weight", 0, 2 * intermediate, hidden),
+        "down": AdaptedRows("down_proj.weight", 0, hidden, intermediate),
+    }[target]
+
+
+def lora_layout(
+    config: Eagle3Config,
+    rank: int,
+    targets: Collection[LoraTarget],
+    base: str,
+    dtype: torch.dtype = torch.bfloat16,
+) -> WeightLayout:
+    """Layout of a weight channel for adapters of one draft, whose ``draft_fingerprint`` is ``base``."""
+    shapes = {}
+    for target in targets:
+        rows = adapted_rows(config, target)
+        shapes[f"{target}.a"] = (rank, rows.num_inputs)
+        shapes[f"{target}.b"] = (rows.end - rows.start, rank)
+    return WeightLayout(tuple(TensorSpec(name, shape, dtype) for name, shape in sorted(shapes.items())), base)
+
+
+def draft_fingerprint(directory: Path) -> str:
+    """SHA-256 of a draft's files, 64 hexadecimal digits; raises ``OSError``."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        digest.update(hashlib.sha256((directory / name).read_bytes()).digest())
+    return digest.hexdigest()
