@@ -8,6 +8,7 @@ import torch
 
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.proposer import DraftCosts, Proposer
+from engine.vocab.draft_vocab import DraftVocab
 
 
 class FeatureRecorder:
@@ -19,6 +20,7 @@ class FeatureRecorder:
 
     description = "feature recorder"
     costs = DraftCosts(weight_bytes=0, bytes_per_block=0)
+    vocab: DraftVocab | None = None
 
     def __init__(self, capture_layers: tuple[int, ...]) -> None:
         self.capture_layers = capture_layers

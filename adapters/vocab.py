@@ -1,15 +1,16 @@
-"""Token frequencies of the target's own answers, from which static draft vocabularies are made."""
+"""Statistics of the target's own answers, of which draft vocabularies are made: token counts and a bigram graph."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
 import typer
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from adapters.conversations import read_shard, shard_paths
@@ -19,6 +20,8 @@ from engine.models.config import ModelError
 from engine.models.registry import resolve_model, validate_model_files
 from engine.spec.draft_head import COUNTS_FILE
 from engine.spec.load import DRAFTS
+from engine.spec.session_head import GRAPH_FILE
+from engine.vocab.bigram_graph import build_bigram_graph
 
 _SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 
@@ -32,6 +35,13 @@ def count_answers(shards: Iterable[Path], vocab_size: int) -> torch.Tensor:
     return torch.from_numpy(counts)
 
 
+def answers(shards: Iterable[Path]) -> Iterator[NDArray[np.int32]]:
+    """Token ids of each answer, with the prompt's last one before them."""
+    for path in shards:
+        for conversation in read_shard(path):
+            yield conversation.token_ids[max(conversation.prompt_length - 1, 0) :]
+
+
 def coverage(counts: torch.Tensor, sizes: Sequence[int]) -> list[float]:
     """Share of the counted tokens that are among the so many most frequent ones, for each size."""
     shares = counts.sort(descending=True).values.cumsum(0) / counts.sum()
@@ -39,7 +49,10 @@ def coverage(counts: torch.Tensor, sizes: Sequence[int]) -> list[float]:
 
 
 def build(model: str, directory: Path | None = None) -> Path:
-    """Count all conversations of a model and write the counts next to its shipped draft, or to ``directory``.
+    """Count all conversations of a model; write counts and graph next to its shipped draft, or to ``directory``.
+
+    Returns:
+        Where the counts are.
 
     Raises:
         ModelError: no such model, or no conversations.
@@ -56,6 +69,9 @@ def build(model: str, directory: Path | None = None) -> Path:
     save_file({"counts": counts}, partial)
     partial.rename(path)
     print(f"{path}: {int(counts.sum()):,} tokens, {int((counts > 0).sum()):,} distinct ones")
+    graph = build_bigram_graph(answers(shards), len(counts))
+    graph.save(path.with_name(GRAPH_FILE))
+    print(f"{path.with_name(GRAPH_FILE)}: {len(graph.token_ids):,} bigrams")
     sizes = [size for size in _SIZES if size < len(counts)]
     for size, share in zip(sizes, coverage(counts, sizes), strict=True):
         print(f"  static:{size:<6} {share:7.2%}")
@@ -66,7 +82,7 @@ def main(
     model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
     output: Annotated[Path | None, typer.Option(help="Directory; default: drafts/<model>.")] = None,
 ) -> None:
-    """Count the tokens of a model's generated answers, for speculation.vocabulary static:K."""
+    """Count tokens and bigrams of a model's generated answers, for speculation.vocabulary static:K and dynamic:K+S."""
     try:
         build(model, output)
     except ModelError as error:

@@ -16,6 +16,8 @@ CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 
 MAX_SPECULATIVE_TOKENS = 8
 """Most draft tokens that a step may verify for a sequence."""
+MAX_TAIL_TOKENS = 2048
+"""Most tokens of a session's own in its draft vocabulary."""
 
 
 class _Section(BaseModel):
@@ -74,6 +76,41 @@ class SchedulerConfig(_Section):
         return self
 
 
+class DynamicConfig(_Section):
+    """What fills the tails of vocabulary dynamic:K+S, and the prior on its tokens. Each switch can be ablated."""
+
+    max_sessions: int = Field(
+        default=64,
+        ge=1,
+        description="Most running sequences with a vocabulary of their own; others draft from the core.",
+    )
+    in_context: bool = Field(default=True, description="The prompt's and the answer's own tokens enter the tail.")
+    target_signal: Literal["off", "events", "every"] = Field(
+        default="every",
+        description="The target's most likely tokens enter the tail: at verified positions whose token could not be "
+        "drafted (events), or at every one.",
+    )
+    target_top_k: int = Field(default=10, ge=1, le=64, description="How many of the target's tokens at a position.")
+    prefill_target_signal: int = Field(
+        default=16, ge=0, le=512, description="At so many of a prompt's last positions, too; 0: only at the very last."
+    )
+    semantic: bool = Field(
+        default=False, description="At events, tokens whose head rows are nearest to the draft's hidden state enter."
+    )
+    graph: bool = Field(
+        default=True, description="At events, tokens that often follow enter; in the prior, they are preferred."
+    )
+    tenant_memory: bool = Field(
+        default=True, description="Start from the tokens and the prior that the tenant's last sessions ended with."
+    )
+    prior: Literal["off", "fixed", "learned"] = Field(
+        default="learned",
+        description="Prefer what followed before in the session, by fixed weights or by weights learned while serving.",
+    )
+    prior_order: Literal[1, 2, 3] = Field(default=3, description="Most tokens in a row that the prior looks at.")
+    replacement: Literal["arc", "lru", "decayed"] = Field(default="arc", description="What leaves a full tail.")
+
+
 class SpeculationConfig(_Section):
     """Speculative decoding. It never changes an output, only how fast it comes."""
 
@@ -88,15 +125,23 @@ class SpeculationConfig(_Section):
     )
     vocabulary: str = Field(
         default="full",
-        pattern=r"^(full|static:[1-9][0-9]*)$",
-        description="Tokens a draft can propose: full, or static:K for the K most frequent.",
+        pattern=r"^(full|static:[1-9][0-9]*|dynamic:(full\+0|[1-9][0-9]*\+[0-9]+))$",
+        description="Tokens a draft can propose: full; static:K, the K most frequent; dynamic:K+S, these and up to S "
+        "of each session's own, with a prior. dynamic:full+0: the prior alone.",
     )
+    dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
     num_speculative_tokens: int = Field(
         default=4, ge=0, le=MAX_SPECULATIVE_TOKENS, description="Most tokens drafted for a sequence a step."
     )
     adaptive: bool = Field(
         default=True, description="Draft fewer tokens, down to none, where measured costs and acceptance say so."
     )
+
+    @model_validator(mode="after")
+    def _tail_within_bounds(self) -> SpeculationConfig:
+        if self.vocabulary.startswith("dynamic:") and int(self.vocabulary.partition("+")[2]) > MAX_TAIL_TOKENS:
+            raise ValueError(f"vocabulary {self.vocabulary}: a tail has at most {MAX_TAIL_TOKENS} tokens")
+        return self
 
 
 class RuntimeConfig(_Section):

@@ -6,7 +6,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
+import msgspec
 import structlog
 import torch
 
@@ -27,7 +29,11 @@ from engine.spec.load import load_draft
 from engine.spec.proposer import Draft
 from engine.spec.speculator import FixedLength, LengthPolicy, Speculator
 from engine.text.tokenizer import Tokenizer
-from engine.truncation import StopChecker
+from engine.truncation import StopChecker, Truncation
+from engine.vocab.fingerprint import vocabulary_fingerprint
+
+if TYPE_CHECKING:
+    from kernels.native import Team
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +67,10 @@ class EngineCore:
         self.num_blocks = self._runner.num_blocks
         self.draft = draft.description if draft else None
         self.draft_bytes = draft.costs.total(self.num_blocks) if draft else 0
-        self._speculator = None if draft is None else self._make_speculator(config, draft)
+        self._speculator = None if draft is None else self._make_speculator(config, draft, loaded.team)
+        self._vocab = draft.vocab if draft else None
+        self.vocabulary = vocabulary_fingerprint(self._tokenizer)
+        """Fingerprint of the model's tokens."""
         self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
         self._grammars = GrammarCompiler(self._tokenizer)
@@ -71,13 +80,14 @@ class EngineCore:
         self._compiling: dict[str, tuple[Request, Future[CompiledGrammar]]] = {}
         self._refused: Outputs = defaultdict(list)
 
-    def _make_speculator(self, config: EngineConfig, draft: Draft) -> Speculator:
+    def _make_speculator(self, config: EngineConfig, draft: Draft, team: Team | None) -> Speculator:
         proposer = draft.make_proposer(self.num_blocks)
         policy: LengthPolicy = FixedLength()
         if config.speculation.adaptive:
             max_tokens = config.scheduler.max_batched_tokens
             policy = AdaptiveLength(CostMeter(self._runner, proposer, config.cache.block_size, max_tokens).measure())
-        return Speculator(proposer, policy, config.speculation.num_speculative_tokens)
+        top_k = config.speculation.dynamic.target_top_k
+        return Speculator(proposer, policy, config.speculation.num_speculative_tokens, draft.vocab, top_k, team)
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
@@ -88,6 +98,8 @@ class EngineCore:
             prompt_token_ids=message.prompt_token_ids,
             sampling=message.sampling,
         )
+        if self._speculator is not None:
+            self._speculator.begin(request.request_id, message.session)
         if message.sampling.grammar is not None:
             self._compiling[request.request_id] = request, self._grammars.compile(message.sampling.grammar)
         else:
@@ -114,7 +126,18 @@ class EngineCore:
         return _COMPILING_PATIENCE if self._compiling else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
-        return self._scheduler.stats()
+        stats = self._scheduler.stats()
+        if self._vocab is None:
+            return stats
+        queries, seconds = self._vocab.semantic_work
+        return msgspec.structs.replace(
+            stats,
+            vocabularies_used=self._vocab.num_used,
+            vocabularies_total=self._vocab.num_total,
+            snapshots_refused=self._vocab.num_refused_snapshots,
+            semantic_queries=queries,
+            semantic_seconds=seconds,
+        )
 
     def step(self) -> tuple[Outputs, StepTimings | None]:
         """One step for all requests that fit in it; no timings where there was nothing to compute."""
@@ -130,9 +153,11 @@ class EngineCore:
         forward_done = time.perf_counter()
         sampled = self._sample(logits, scheduled.sequences)
         sampling_done = time.perf_counter()
+        ends = self._truncate(scheduled.sequences, sampled)
         self._observe(scheduled, sampled, features)
-        observing_done, observing = time.perf_counter(), self._draft_seconds()
-        self._commit(scheduled.sequences, sampled, outputs)
+        learning = self._learn(scheduled.sequences, sampled, ends, logits)
+        observing_done, observing = time.perf_counter(), self._draft_seconds() + learning
+        self._commit(scheduled.sequences, sampled, ends, outputs)
         timings = StepTimings(
             schedule=scheduling_done - started - proposing,
             forward=forward_done - scheduling_done,
@@ -141,6 +166,7 @@ class EngineCore:
             num_tokens=scheduled.num_tokens,
             num_sequences=len(scheduled.sequences),
             draft=proposing + observing,
+            vocabulary=learning,
         )
         return outputs, timings
 
@@ -205,21 +231,52 @@ class EngineCore:
     def _draft_seconds(self) -> float:
         return self._speculator.take_seconds() if self._speculator else 0.0
 
+    def _truncate(
+        self, sequences: list[ScheduledSequence], sampled: list[SampledSequence | None]
+    ) -> list[Truncation | None]:
+        """What is kept of the choices of each sequence."""
+        return [
+            None if choice is None else self._stop_checkers[sequence.request.request_id].push(choice.token_ids)
+            for sequence, choice in zip(sequences, sampled, strict=True)
+        ]
+
+    def _learn(
+        self,
+        sequences: list[ScheduledSequence],
+        sampled: list[SampledSequence | None],
+        ends: list[Truncation | None],
+        logits: torch.Tensor,
+    ) -> float:
+        """Let the draft vocabularies follow; returns the seconds it took."""
+        if self._speculator is None:
+            return 0.0
+        kept = [
+            [] if choice is None or end is None else choice.token_ids[: end.num_kept]
+            for choice, end in zip(sampled, ends, strict=True)
+        ]
+        return self._speculator.learn(sequences, kept, logits)
+
     def _commit(
-        self, sequences: list[ScheduledSequence], sampled: list[SampledSequence | None], outputs: Outputs
+        self,
+        sequences: list[ScheduledSequence],
+        sampled: list[SampledSequence | None],
+        ends: list[Truncation | None],
+        outputs: Outputs,
     ) -> None:
-        for sequence, choice in zip(sequences, sampled, strict=True):
-            if choice is None:
+        for sequence, choice, end in zip(sequences, sampled, ends, strict=True):
+            if choice is None or end is None:
                 self._scheduler.commit(sequence, [], finished=False)
             else:
-                outputs[sequence.request.client_id].append(self._commit_sequence(sequence, choice))
+                outputs[sequence.request.client_id].append(self._commit_sequence(sequence, choice, end))
 
-    def _commit_sequence(self, sequence: ScheduledSequence, choice: SampledSequence) -> EngineOutput:
+    def _commit_sequence(
+        self, sequence: ScheduledSequence, choice: SampledSequence, truncation: Truncation
+    ) -> EngineOutput:
         request = sequence.request
-        truncation = self._stop_checkers[request.request_id].push(choice.token_ids)
         kept = choice.token_ids[: truncation.num_kept]
         finished = truncation.finish_reason is not None
         self._scheduler.commit(sequence, kept, finished)
+        snapshot, counts = self._speculator.finish(request) if finished and self._speculator else (None, None)
         output = EngineOutput(
             request_id=_client_request_id(request),
             token_ids=kept,
@@ -231,6 +288,8 @@ class EngineCore:
             num_cached_tokens=request.num_cached_tokens,
             num_draft_tokens=sequence.num_draft_tokens,
             num_accepted_tokens=min(len(choice.token_ids) - 1, truncation.num_kept),
+            session_snapshot=snapshot,
+            vocabulary=counts,
         )
         if finished:
             self._forget(request.request_id)

@@ -127,6 +127,22 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: list[tuple[int, float]]
 
 
+class VocabularyCounts(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
+    """How a sequence's draft vocabulary fared.
+
+    ``tail_tokens``: in its tail at the end. Of ``verified_tokens``, ``covered_tokens`` could have been drafted.
+    ``events``: steps with one that could not. ``insertions``: tokens put into the tail, by the source that named them;
+    ``hits``: accepted drafts that were in the tail, by the source that had put them there.
+    """
+
+    tail_tokens: int = 0
+    verified_tokens: int = 0
+    covered_tokens: int = 0
+    events: int = 0
+    insertions: dict[str, int] = {}
+    hits: dict[str, int] = {}
+
+
 class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
     """What one step added to one sequence.
 
@@ -138,6 +154,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     sequence's first output.
     ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
     ``session_snapshot`` comes with the last output of a sequence that has a session: what to keep of it.
+    ``vocabulary`` comes with the last output of a sequence that had a draft vocabulary of its own.
     ``error`` explains ``finish_reason`` "error" in words fit for the client; ``error_kind`` says
     whose fault it is: the request's ("invalid", 400), a full queue ("overloaded", 503, try later)
     or the engine's own ("internal", 500).
@@ -154,6 +171,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     session_snapshot: bytes | None = None
+    vocabulary: VocabularyCounts | None = None
     error: str | None = None
     error_kind: Literal["invalid", "overloaded", "internal"] = "internal"
 
@@ -162,6 +180,7 @@ class StepTimings(msgspec.Struct, frozen=True, array_like=True):
     """Seconds spent in each part of one engine step, and its size in tokens and sequences.
 
     ``draft`` is the time spent proposing tokens and keeping the draft's own state; the other parts leave it out.
+    ``vocabulary`` is the part of it in which the sessions' vocabularies and priors learned from what was verified.
     """
 
     schedule: float
@@ -171,10 +190,16 @@ class StepTimings(msgspec.Struct, frozen=True, array_like=True):
     num_tokens: int
     num_sequences: int
     draft: float = 0.0
+    vocabulary: float = 0.0
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Gauges now, and counters since the engine started."""
+    """Gauges now, and counters since the engine started.
+
+    ``vocabularies_used`` of ``vocabularies_total`` sequences have a draft vocabulary of their own.
+    ``snapshots_refused``: of sessions, because they were damaged. ``semantic_queries``: searches in the semantic index,
+    which took ``semantic_seconds`` beside the step loop.
+    """
 
     num_waiting: int
     num_running: int
@@ -184,6 +209,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_hit_tokens: int
     preemptions: int
     waiting_by_tenant: dict[str, int] = {}
+    vocabularies_used: int = 0
+    vocabularies_total: int = 0
+    snapshots_refused: int = 0
+    semantic_queries: int = 0
+    semantic_seconds: float = 0.0
 
 
 class EngineOutputs(msgspec.Struct, frozen=True, tag="outputs", kw_only=True, omit_defaults=True):

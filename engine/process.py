@@ -56,6 +56,7 @@ class EngineProcess:
             draft=core.draft,
             num_speculative_tokens=config.speculation.num_speculative_tokens,
             draft_bytes=core.draft_bytes,
+            vocabulary=core.vocabulary,
         )
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)

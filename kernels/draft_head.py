@@ -73,15 +73,15 @@ class TailSlabs:
         """Memory of all slabs."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self.rows, self.token_ids))
 
-    def write(self, slab: int, slots: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Put tokens into some slots of a slab, in place of what was there.
+    def write(self, slab: int | Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Put tokens into some slots, in place of what was there.
 
-        No token may be in a slab twice, nor in a slab and the core.
+        No token may be in a slab twice, nor in a slab and the core. ``slab``: of all of them, or one for each.
         """
         ids = torch.tensor(token_ids, dtype=torch.int32, device=self.rows.device)
-        places = torch.tensor(slots, dtype=torch.int64, device=self.rows.device)
-        self.rows[slab, places] = self._head_rows(ids).to(self.rows.dtype)
-        self.token_ids[slab, places] = ids
+        of, places = (torch.tensor(index, dtype=torch.int64, device=self.rows.device) for index in (slab, slots))
+        self.rows[of, places] = self._head_rows(ids).to(self.rows.dtype)
+        self.token_ids[of, places] = ids
 
     def clear(self, slab: int) -> None:
         """Empty all slots of a slab."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
-from engine.messages import EngineRequest, SamplingParams
+from engine.messages import EngineRequest, SamplingParams, SessionState, VocabularyCounts
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import Eagle3, Eagle3Config, save_draft
 from engine.models.registry import validate_model_files
@@ -61,9 +61,10 @@ class Engine:
         speculation: SpeculationConfig | None = None,
         draft: Draft | None = None,
         dtype: Literal["float32", "auto"] = "float32",
+        cache_dir: Path | None = None,
     ) -> None:
         config = EngineConfig(
-            model=ModelConfig(dtype=dtype),
+            model=ModelConfig(dtype=dtype) if cache_dir is None else ModelConfig(dtype=dtype, cache_dir=cache_dir),
             cache=CacheConfig(prefix_caching=setting.prefix_caching, num_blocks=setting.num_blocks),
             scheduler=SchedulerConfig(max_num_seqs=setting.max_num_seqs, max_batched_tokens=setting.max_batched_tokens),
             speculation=speculation or SpeculationConfig(method="none"),
@@ -75,6 +76,9 @@ class Engine:
         self._ids = count()
         self._outputs: dict[str, list[int]] = {}
         self._unfinished: set[str] = set()
+        self.snapshots: dict[str, bytes] = {}
+        """Of the sessions of the last ``generate``, by request."""
+        self.counts: dict[str, VocabularyCounts] = {}
         self.num_drafted = 0
         self.num_accepted = 0
         self.num_cached_tokens = 0
@@ -84,13 +88,25 @@ class Engine:
     def is_busy(self) -> bool:
         return bool(self._unfinished)
 
-    def add(self, prompt: Sequence[int], sampling: SamplingParams) -> str:
+    def add(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        tenant: str = "tests",
+        session: SessionState | None = None,
+    ) -> str:
         request_id = str(next(self._ids))
         self._unfinished.add(request_id)
         self._outputs[request_id] = []
         self.core.add(
             CLIENT,
-            EngineRequest(request_id=request_id, prompt_token_ids=list(prompt), sampling=sampling, tenant="tests"),
+            EngineRequest(
+                request_id=request_id,
+                prompt_token_ids=list(prompt),
+                sampling=sampling,
+                tenant=tenant,
+                session=session,
+            ),
         )
         return request_id
 
@@ -110,13 +126,29 @@ class Engine:
             if output.finish_reason is not None:
                 self.num_cached_tokens += output.num_cached_tokens
                 self._unfinished.discard(output.request_id)
+                if output.session_snapshot is not None:
+                    self.snapshots[output.request_id] = output.session_snapshot
+                if output.vocabulary is not None:
+                    self.counts[output.request_id] = output.vocabulary
 
     def output(self, request_id: str) -> list[int]:
         return self._outputs[request_id]
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sequence[SamplingParams]) -> list[list[int]]:
-        """Output token ids of all prompts, given to the engine at once."""
-        ids = [self.add(prompt, params) for prompt, params in zip(prompts, sampling, strict=True)]
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sequence[SamplingParams],
+        tenants: Sequence[str] | None = None,
+        sessions: Sequence[SessionState] | None = None,
+    ) -> list[list[int]]:
+        """Output token ids of all prompts, given to the engine at once. ``sessions`` None: requests without one."""
+        self.snapshots.clear()
+        ids = [
+            self.add(prompt, params, tenant, session)
+            for prompt, params, tenant, session in zip(
+                prompts, sampling, tenants or repeat("tests"), sessions or repeat(None), strict=False
+            )
+        ]
         while self.is_busy:
             self.step()
         assert self.core.stats().blocks_used == 0

@@ -11,7 +11,9 @@ from safetensors import safe_open
 from engine.loader import LoadedModel
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
+from engine.request import Request
 from engine.sampling.choose import choose_tokens
+from engine.vocab.draft_vocab import DraftVocab
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
 
 COUNTS_FILE = "token_counts.safetensors"
@@ -34,15 +36,29 @@ class DraftHead:
     ) -> None:
         slab = loaded.model.head_slab(token_ids)
         ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
-        self._core, self._tails, self._team = Core(slab.project, ids, slab.rows), tails, loaded.team
+        self._core, self._tails, self.team = Core(slab.project, ids, slab.rows), tails, loaded.team
         self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
         """Memory of its own."""
+        core = "full" if ids is None else f"static:{len(ids)}"
+        self.description = core if tails is None else f"{core} + {tails.slots}"
+        """The vocabulary as it is configured."""
+        self.vocab: DraftVocab | None = None
+        """What the tails and priors of running sequences are; None for a vocabulary that is the same for all."""
 
     @property
-    def description(self) -> str:
-        """The vocabulary as it is configured."""
-        core = "full" if self._core.token_ids is None else f"static:{len(self._core.token_ids)}"
-        return core if self._tails is None else f"{core} + {self._tails.slots}"
+    def has_tails(self) -> bool:
+        """Whether every row needs the number of its tail."""
+        return self._tails is not None
+
+    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        """The next draft token of each request, whose drafts before it are in its ``draft_token_ids``.
+
+        Args:
+            hidden: [N, hidden], as the model's ``compute_logits`` takes it.
+            requests: one a row.
+        """
+        positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
+        return self.choose(hidden, [request.sampling for request in requests], positions)
 
     def choose(
         self,
@@ -63,9 +79,16 @@ class DraftHead:
             positions: index of the chosen token in its sequence, one a row.
             slabs: the tail of each row, where there are tails.
         """
+        logits, token_ids = self.candidates(hidden, slabs)
+        return choose_tokens(logits, params, positions, token_ids, self.team)
+
+    def candidates(self, hidden: torch.Tensor, slabs: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``CANDIDATES`` largest logits [N, C] float32 of each row and their token ids [N, C] int32.
+
+        In descending order; a row with fewer tokens ends in -inf and -1. Arguments as for ``choose``.
+        """
         of_rows = None if slabs is None else torch.tensor(slabs, dtype=torch.int32, device=hidden.device)
-        logits, token_ids = draft_head_topk(hidden, self._core, CANDIDATES, self._tails, of_rows, self._team)
-        return choose_tokens(logits, params, positions, token_ids, self._team)
+        return draft_head_topk(hidden, self._core, CANDIDATES, self._tails, of_rows, self.team)
 
 
 def make_tails(loaded: LoadedModel, num_slabs: int, slots: int) -> TailSlabs:

@@ -24,6 +24,7 @@ class DraftModel:
     def __init__(self, loaded: LoadedModel, name: str, cache: CacheConfig, head: DraftHead) -> None:
         self._loaded, self._cache, self._head = loaded, cache, head
         self.description = f"draft model {name}, vocabulary {head.description}"
+        self.vocab = head.vocab
         self.costs = DraftCosts(loaded.model.weight_bytes + head.num_bytes, self._attention_spec(1).bytes_per_block)
 
     def make_proposer(self, num_blocks: int) -> Proposer:
@@ -56,9 +57,8 @@ class DraftModelProposer:
             if step > 0:
                 ready = [slot for slot in ready if slot.num_tokens > step]
                 hidden = self._forward([last_draft(slot) for slot in ready])
-            params = [slot.request.sampling for slot in ready]
-            positions = [slot.request.num_tokens + step for slot in ready]
-            for slot, token_id in zip(ready, self._head.choose(hidden, params, positions), strict=True):
+            choices = self._head.choose_for(hidden, [slot.request for slot in ready])
+            for slot, token_id in zip(ready, choices, strict=True):
                 slot.request.draft_token_ids.append(token_id)
 
     def observe(

@@ -40,6 +40,7 @@ class EagleDraft:
         self.description = f"eagle3 {name}, vocabulary {head.description}"
         one = self._attention_spec(1)
         fused_bytes = cache.block_size * target.spec.hidden_size * target.dtype.itemsize
+        self.vocab = head.vocab
         self.costs = DraftCosts(self._network.weight_bytes + head.num_bytes, one.bytes_per_block + fused_bytes)
 
     def make_proposer(self, num_blocks: int) -> Proposer:
@@ -106,9 +107,7 @@ class EagleProposer:
                 longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
                 ready = [ready[row] for row in longer]
                 a = self._forward([last_draft(slot) for slot in ready], a[longer])
-            params = [slot.request.sampling for slot in ready]
-            positions = [slot.request.num_tokens + step for slot in ready]
-            choices = self._head.choose(self._network.head_input(a), params, positions)
+            choices = self._head.choose_for(self._network.head_input(a), [slot.request for slot in ready])
             for slot, token_id in zip(ready, choices, strict=True):
                 slot.request.draft_token_ids.append(token_id)
 

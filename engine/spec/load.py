@@ -16,6 +16,7 @@ from engine.spec.draft_head import DraftHead, read_token_counts, static_vocabula
 from engine.spec.draft_model import DraftModel
 from engine.spec.eagle import EagleDraft
 from engine.spec.proposer import Draft
+from engine.spec.session_head import make_session_head
 from engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
@@ -50,10 +51,14 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
 def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer) -> DraftHead:
     """The head of a model over the configured vocabulary, whose token counts are in ``directory``."""
     kind, _, size = config.speculation.vocabulary.partition(":")
-    if kind == "full":
-        return DraftHead(loaded)
-    counts = read_token_counts(directory, tokenizer.vocab_size)
-    return DraftHead(loaded, static_vocabulary(counts, int(size), always_drafted(tokenizer)))
+    core, _, slots = size.partition("+")
+    token_ids = None
+    if kind != "full" and core != "full":
+        counts = read_token_counts(directory, tokenizer.vocab_size)
+        token_ids = static_vocabulary(counts, int(core), always_drafted(tokenizer))
+    if kind != "dynamic":
+        return DraftHead(loaded, token_ids)
+    return make_session_head(config, loaded, directory, tokenizer, token_ids, int(slots))
 
 
 def always_drafted(tokenizer: Tokenizer) -> Collection[int]:

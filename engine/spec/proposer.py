@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.vocab.draft_vocab import DraftVocab
 
 
 class Proposer(Protocol):
@@ -71,6 +72,8 @@ class Draft(Protocol):
     description: str
     """For people: what drafts, over which vocabulary."""
     costs: DraftCosts
+    vocab: DraftVocab | None
+    """The vocabularies of running sequences, where they have their own."""
 
     def make_proposer(self, num_blocks: int) -> Proposer:
         """Allocate KV for blocks 0 .. num_blocks - 1."""

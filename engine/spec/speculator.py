@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from engine.messages import SessionState, VocabularyCounts
 from engine.request import Request
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.proposer import Proposer
+from engine.vocab.draft_vocab import DraftVocab, VerifiedSequence
+from kernels.topk import topk_rows
+
+if TYPE_CHECKING:
+    from kernels.native import Team
 
 
 class LengthPolicy(Protocol):
@@ -43,22 +51,39 @@ class FixedLength:
 
 
 class Speculator:
-    """A ``Drafter`` for the scheduler, made of a proposer and a policy of lengths.
+    """A ``Drafter`` for the scheduler, made of a proposer, a policy of lengths and the sequences' vocabularies.
 
     Args:
         proposer: drafts.
         policy: decides lengths.
         max_tokens: most draft tokens of a sequence and step.
+        vocab: the vocabularies of running sequences; None where all draft from the same.
+        target_top_k: how many of the target's most likely tokens they are told of.
+        team: threads of the compiled kernels (None: the calling one).
     """
 
-    def __init__(self, proposer: Proposer, policy: LengthPolicy, max_tokens: int) -> None:
+    def __init__(
+        self,
+        proposer: Proposer,
+        policy: LengthPolicy,
+        max_tokens: int,
+        vocab: DraftVocab | None = None,
+        target_top_k: int = 0,
+        team: Team | None = None,
+    ) -> None:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
+        self._vocab, self._target_top_k, self._team = vocab, target_top_k, team
         self._seconds = 0.0
 
     @property
     def capture_layers(self) -> tuple[int, ...]:
         """The target's layers whose output ``observe`` wants."""
         return self._proposer.capture_layers
+
+    def begin(self, request_id: str, state: SessionState | None) -> None:
+        """A request arrives; ``state``: what its session brings along."""
+        if self._vocab is not None:
+            self._vocab.begin(request_id, state)
 
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
         """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
@@ -87,6 +112,36 @@ class Speculator:
                 self._policy.observe(sequence.request.request_id, sequence.num_draft_tokens, kept - 1)
         self._seconds += time.perf_counter() - started
 
+    def learn(
+        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
+    ) -> float:
+        """Let the sequences' vocabularies follow a verified step, before the commit; returns the seconds it took.
+
+        Args:
+            sequences: as scheduled.
+            kept: the tokens that each one's output gets; none while its prefill is unfinished.
+            logits: [L, vocab] float32, as the target has computed them.
+        """
+        if self._vocab is None:
+            return 0.0
+        started = time.perf_counter()
+        verified, row = [], 0
+        for sequence, token_ids in zip(sequences, kept, strict=True):
+            row += sequence.num_logits
+            if token_ids:
+                first = row - sequence.num_sampled
+                verified.append(VerifiedSequence(sequence.request, token_ids, sequence.num_draft_tokens, first))
+
+        def top_k(start: int, end: int) -> NDArray[np.int32]:
+            return topk_rows(logits[start:end], self._target_top_k, team=self._team)[1].int().cpu().numpy()
+
+        self._vocab.observe(verified, top_k)
+        return time.perf_counter() - started
+
+    def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
+        """A request has ended, its last tokens are committed: the snapshot of its session, and how its drafts fared."""
+        return (None, None) if self._vocab is None else self._vocab.finish(request)
+
     def preempted(self, request_id: str) -> None:
         """A request has lost its blocks; it comes back."""
         self._proposer.forget(request_id)
@@ -95,6 +150,8 @@ class Speculator:
         """A request has ended."""
         self._proposer.forget(request_id)
         self._policy.forget(request_id)
+        if self._vocab is not None:
+            self._vocab.forget(request_id)
 
     def take_seconds(self) -> float:
         """Time spent drafting and observing since the last call."""

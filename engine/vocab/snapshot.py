@@ -12,12 +12,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.config import MAX_TAIL_TOKENS
 from engine.vocab.ngrams import NgramCounts
 from engine.vocab.prior import MAX_WEIGHT, NUM_FEATURES
 
 FORMAT = 1
 MAX_BYTES = 64 * 1024
-MAX_TAIL = 2048
+MAX_TAIL = MAX_TAIL_TOKENS
 MAX_NGRAMS = (1024, 2048, 2048)
 """Of orders 1, 2, 3. With a full tail these come to 62 KiB."""
 MAX_FINGERPRINT = 64

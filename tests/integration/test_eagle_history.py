@@ -74,7 +74,7 @@ class Watcher:
 
     def __init__(self, draft: EagleDraft, head: OracleHead, chance: random.Random) -> None:
         self._draft, self._head, self._chance = draft, head, chance
-        self.description, self.costs = draft.description, draft.costs
+        self.description, self.costs, self.vocab = draft.description, draft.costs, draft.vocab
         self.observations: list[Observation] = []
         self._paused = 0
 

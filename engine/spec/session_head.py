@@ -1,0 +1,124 @@
+"""A draft head whose vocabulary and prior follow each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from engine.config import DynamicConfig, EngineConfig
+from engine.loader import LoadedModel
+from engine.models.config import ModelError
+from engine.request import Request
+from engine.sampling.choose import choose_tokens
+from engine.spec.draft_head import DraftHead, make_tails
+from engine.text.tokenizer import Tokenizer
+from engine.vocab.bigram_graph import BigramGraph, BigramGraphError
+from engine.vocab.core_set import CoreSet
+from engine.vocab.draft_vocab import DraftVocab, Resources
+from engine.vocab.fingerprint import vocabulary_fingerprint
+from engine.vocab.semantic import SemanticIndex, open_semantic_index
+from kernels.draft_head import TailSlabs
+
+log = structlog.get_logger(__name__)
+
+GRAPH_FILE = "bigrams.safetensors"
+"""Next to a draft: what follows what in text that the target generated."""
+
+
+class SessionHead(DraftHead):
+    """A core, each running sequence's tail, and its prior.
+
+    Args:
+        loaded: whose head it is.
+        token_ids: [K] int64 on the CPU, ascending: the core; None for all tokens.
+        tails: of the sequences; None where they have none.
+        vocab: what is in them.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, token_ids: torch.Tensor | None, tails: TailSlabs | None, vocab: DraftVocab
+    ) -> None:
+        super().__init__(loaded, token_ids, tails)
+        self.vocab, self._vocab = vocab, vocab
+        self.num_bytes += vocab.num_bytes
+        core = "full" if token_ids is None else str(len(token_ids))
+        self.description = f"dynamic:{core}+{0 if tails is None else tails.slots}"
+
+    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        """The next draft token of each request, by its own vocabulary and prior."""
+        slabs = self._vocab.slabs(requests)
+        if self._vocab.wants_hidden:
+            self._vocab.remember(requests, hidden.float().cpu().numpy())
+        logits, token_ids = self.candidates(hidden, slabs if self.has_tails else None)
+        scores = self._vocab.with_prior(requests, token_ids.cpu().numpy(), logits.cpu().numpy())
+        params = [request.sampling for request in requests]
+        positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
+        return choose_tokens(torch.from_numpy(scores).to(hidden.device), params, positions, token_ids, self.team)
+
+
+def make_session_head(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    directory: Path,
+    tokenizer: Tokenizer,
+    token_ids: torch.Tensor | None,
+    slots: int,
+) -> SessionHead:
+    """The head of vocabulary dynamic:K+S.
+
+    Args:
+        config: all options.
+        loaded: whose head it is.
+        directory: where the draft's graph is.
+        tokenizer: the model's.
+        token_ids: [K] the core; None for all tokens.
+        slots: S, of each tail.
+
+    Raises:
+        ModelError: the graph or the semantic index cannot be used.
+    """
+    options = config.speculation.dynamic
+    options = options.model_copy(update={"max_sessions": min(options.max_sessions, config.scheduler.max_num_seqs)})
+    tails = make_tails(loaded, options.max_sessions + 1, slots) if slots else None
+    core = None if token_ids is None else token_ids.numpy()
+    fingerprint = vocabulary_fingerprint(tokenizer)
+    resources = Resources(
+        core=CoreSet(tokenizer.vocab_size, core),
+        fingerprint=fingerprint,
+        tails=tails,
+        slots=slots,
+        graph=_load_graph(options, directory, tokenizer.vocab_size),
+        semantic=_open_index(config, loaded, core) if options.semantic and slots else None,
+    )
+    return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources))
+
+
+def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> BigramGraph | None:
+    path = directory / GRAPH_FILE
+    if not options.graph:
+        return None
+    if not path.is_file():
+        log.info("no general bigram graph, only the tenants' own (evospec vocab build makes one)", path=str(path))
+        return None
+    try:
+        return BigramGraph.load(path, vocab_size)
+    except BigramGraphError as error:
+        raise ModelError(str(error)) from error
+
+
+def _open_index(config: EngineConfig, loaded: LoadedModel, core: NDArray[np.int64] | None) -> SemanticIndex:
+    """Over the head rows outside the core: those inside need no retrieval."""
+    outside = np.setdiff1d(np.arange(loaded.spec.vocab_size), () if core is None else core)
+    rows = loaded.model.head_rows(torch.from_numpy(outside.astype(np.int32))).float().cpu().numpy()
+    fingerprint = blake2b(rows.tobytes() + outside.tobytes(), digest_size=16).hexdigest()
+    directory = config.model.cache_dir.expanduser() / "semantic"
+    try:
+        return open_semantic_index(directory, fingerprint, lambda: (outside, rows), torch.get_num_threads())
+    except OSError as error:
+        raise ModelError(f"{directory}: the semantic index cannot be kept: {error}") from error

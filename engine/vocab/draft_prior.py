@@ -1,0 +1,91 @@
+"""The prior at work: a bonus on the candidates of a batch of draft steps, and what verification teaches of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.vocab.bigram_graph import BigramGraph
+from engine.vocab.ngrams import lookup, presence
+from engine.vocab.prior import NUM_FEATURES, Candidates, bonus_features
+from engine.vocab.prior_weights import learn
+from engine.vocab.session_vocab import SessionVocab
+
+FIXED_WEIGHTS = np.array([0.5, 1.0, 2.0, 0.2], np.float32)
+"""[NUM_FEATURES]: the fixed bonuses of design §7."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """One draft token's candidates: a row of a batch's."""
+
+    candidates: Candidates
+    row: int
+
+
+class DraftPrior:
+    """Adds bonuses to draft logits by what followed before, and learns their weights session by session.
+
+    Args:
+        learned: weights that follow verification; False: ``FIXED_WEIGHTS``.
+        order: longest n-grams that count, 1 to 3.
+        graph: what follows what in general text; None without.
+    """
+
+    def __init__(self, learned: bool, order: int, graph: BigramGraph | None) -> None:
+        self._learned, self._graph = learned, graph
+        self._used = np.array([True, order >= 2, order >= 3, graph is not None], np.float32)
+        assert len(self._used) == NUM_FEATURES
+
+    def score(
+        self,
+        sessions: Sequence[SessionVocab],
+        contexts: Sequence[tuple[int, int]],
+        token_ids: NDArray[np.int32],
+        logits: NDArray[np.float32],
+    ) -> tuple[NDArray[np.float32], Candidates]:
+        """Logits with the prior.
+
+        Args:
+            sessions: one a row; the same one may come more than once.
+            contexts: the last two tokens of each row, the older first; -1 for one that does not exist.
+            token_ids: [B, C], -1 for none.
+            logits: [B, C] the draft's own, -inf for none.
+
+        Returns:
+            [B, C] float32, and the candidates as ``learn`` wants them.
+        """
+        ngrams = [session.ngrams for session in sessions]
+        bigrams, trigrams = lookup(ngrams, contexts)
+        last = np.array([context[1] for context in contexts], np.int32)
+        graph = None if self._graph is None else self._graph.continuations(last)
+        features = bonus_features(token_ids, presence(ngrams, token_ids), bigrams, trigrams, graph)
+        features *= self._used
+        candidates = Candidates(token_ids, logits, features)
+        return candidates.scores(self._weights(sessions)).astype(np.float32, copy=False), candidates
+
+    def learn(self, sessions: Sequence[SessionVocab], drafted: Sequence[Drafted], targets: Sequence[int]) -> None:
+        """Learn from verified positions; nothing where the weights are fixed.
+
+        Args:
+            sessions: whose position each is.
+            drafted: the candidates there.
+            targets: the token that the target chose.
+        """
+        if not self._learned or not drafted:
+            return
+        parts = [(one.candidates, one.row) for one in drafted]
+        candidates = Candidates(
+            np.stack([part.token_ids[row] for part, row in parts]),
+            np.stack([part.logits[row] for part, row in parts]),
+            np.stack([part.features[row] for part, row in parts]),
+        )
+        learn([session.weights for session in sessions], candidates, np.array(targets, np.int32))
+
+    def _weights(self, sessions: Sequence[SessionVocab]) -> NDArray[np.float32]:
+        if not self._learned:
+            return np.tile(FIXED_WEIGHTS, (len(sessions), 1))
+        return np.stack([session.weights.bonus for session in sessions])

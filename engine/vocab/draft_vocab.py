@@ -1,0 +1,317 @@
+"""The draft vocabularies of all running sequences: who has one, and what happens to it when.
+
+Nothing here can change an output: a vocabulary decides what is drafted, and the target decides what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from engine.config import DynamicConfig
+from engine.messages import SessionState, VocabularyCounts
+from engine.request import Request
+from engine.vocab.bigram_graph import BigramGraph
+from engine.vocab.core_set import CoreSet
+from engine.vocab.draft_prior import Drafted, DraftPrior
+from engine.vocab.ngrams import SessionNgrams
+from engine.vocab.prior_weights import PriorWeights
+from engine.vocab.replacement import ArcReplacement, DecayedReplacement, LruReplacement, Replacement
+from engine.vocab.retrieval import Retrieval, TopK
+from engine.vocab.semantic import SemanticIndex
+from engine.vocab.semantic_search import SemanticSearch
+from engine.vocab.session_vocab import Owner, SessionVocab
+from engine.vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
+from engine.vocab.tail_writer import TailMemory, TailWriter
+from engine.vocab.tenant_graphs import TenantGraphs
+from engine.vocab.tenant_memory import TenantMemory
+
+log = structlog.get_logger(__name__)
+
+_REPLACEMENTS: dict[str, Callable[[int], Replacement]] = {
+    "arc": ArcReplacement,
+    "lru": LruReplacement,
+    "decayed": DecayedReplacement,
+}
+
+RowsTopK = Callable[[int, int], NDArray[np.int32]]
+"""The target's most likely tokens at rows start .. end - 1 of a step's logits: [end - start, k], best first."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the vocabularies of a model are made of.
+
+    ``fingerprint`` of its tokens. ``tails``: memory for ``slots`` tokens of each of ``DynamicConfig.max_sessions``
+    sequences, and one slab more, always empty, for the others; None where tails have no slots. ``graph`` and
+    ``semantic``: the indices, if there are any.
+    """
+
+    core: CoreSet
+    fingerprint: str
+    tails: TailMemory | None = None
+    slots: int = 0
+    graph: BigramGraph | None = None
+    semantic: SemanticIndex | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedSequence:
+    """A sequence's part of a step, before the commit.
+
+    ``token_ids``, kept of the target's choices, come from the rows of the logits from ``first_row`` on;
+    ``num_drafts`` tokens had been drafted.
+    """
+
+    request: Request
+    token_ids: Sequence[int]
+    num_drafts: int
+    first_row: int
+
+    @property
+    def num_accepted(self) -> int:
+        """How many of the kept tokens were drafted."""
+        pairs = list(zip(self.request.draft_token_ids[: self.num_drafts], self.token_ids, strict=False))
+        return next((place for place, (draft, token_id) in enumerate(pairs) if draft != token_id), len(pairs))
+
+
+@dataclass(slots=True)
+class _Drafts:
+    """Of one sequence: what the draft tokens that are being verified were chosen from, in order."""
+
+    candidates: list[Drafted] = field(default_factory=list)
+    hidden: list[NDArray[np.float32]] = field(default_factory=list)
+
+
+class DraftVocab:
+    """Gives running sequences a vocabulary each, as long as there is room, and keeps it in step with their text.
+
+    One thread calls all methods. A sequence without a vocabulary drafts from the core, without a prior.
+
+    Args:
+        options: which parts are on.
+        resources: what there is.
+    """
+
+    def __init__(self, options: DynamicConfig, resources: Resources) -> None:
+        self._options, self._resources = options, resources
+        self._free = list(range(options.max_sessions))[::-1]
+        self._states: dict[str, SessionState | None] = {}
+        """Of all requests that have arrived, with a vocabulary or not."""
+        self._sessions: dict[str, SessionVocab] = {}
+        self._drafts: dict[str, _Drafts] = {}
+        self._memory = TenantMemory() if options.tenant_memory else None
+        self._search = None if resources.semantic is None else SemanticSearch(resources.semantic)
+        self._writer = TailWriter(resources.tails)
+        graph = resources.graph if options.graph else None
+        graphs = TenantGraphs(graph) if options.graph and resources.slots else None
+        self._retrieval = Retrieval(options, resources.core, self._writer, self._memory, graphs, self._search)
+        self._prior = None
+        if options.prior != "off":
+            self._prior = DraftPrior(options.prior == "learned", options.prior_order, graph)
+        self.num_refused_snapshots = 0
+
+    @property
+    def wants_hidden(self) -> bool:
+        """Whether ``remember`` has a use for hidden states."""
+        return self._search is not None
+
+    @property
+    def num_used(self) -> int:
+        """Sequences with a vocabulary."""
+        return len(self._sessions)
+
+    @property
+    def num_total(self) -> int:
+        """Sequences that can have one at the same time."""
+        return self._options.max_sessions
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the statistics of as many sequences as can have a vocabulary."""
+        return self.num_total * SessionNgrams(self._resources.core.vocab_size).num_bytes
+
+    @property
+    def semantic_work(self) -> tuple[int, float]:
+        """Searches in the semantic index so far, and the seconds they took."""
+        return (0, 0.0) if self._search is None else (self._search.num_searches, self._search.seconds)
+
+    def begin(self, request_id: str, state: SessionState | None) -> None:
+        """A request arrives; ``state`` is what its session brings along."""
+        self._states[request_id] = state
+
+    def slabs(self, requests: Sequence[Request]) -> list[int]:
+        """The tail of each row to draft for; those of a step's first draft are brought up to date before."""
+        for request in requests:
+            vocab = self._sessions.get(request.request_id)
+            if vocab is not None and not request.draft_token_ids:
+                self._drafts[request.request_id] = _Drafts()
+                self._catch_up(vocab, request)
+        self._writer.flush()
+        sessions = (self._sessions.get(request.request_id) for request in requests)
+        return [self._options.max_sessions if vocab is None else vocab.slab for vocab in sessions]
+
+    def with_prior(
+        self, requests: Sequence[Request], token_ids: NDArray[np.int32], logits: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """The candidates' logits with each session's prior; they are remembered until they are verified.
+
+        Args:
+            requests: one a row; drafts before this one are in their ``draft_token_ids``. ``slabs`` came before.
+            token_ids: [B, C], -1 for none.
+            logits: [B, C], -inf for none.
+        """
+        rows = [row for row, request in enumerate(requests) if request.request_id in self._sessions]
+        if self._prior is None or not rows:
+            return logits
+        ids = [requests[row].request_id for row in rows]
+        of_sessions = (token_ids, logits) if len(rows) == len(requests) else (token_ids[rows], logits[rows])
+        contexts = [_last_two(requests[row]) for row in rows]
+        scores, candidates = self._prior.score([self._sessions[one] for one in ids], contexts, *of_sessions)
+        for place, request_id in enumerate(ids):
+            self._drafts[request_id].candidates.append(Drafted(candidates, place))
+        if len(rows) == len(requests):
+            return scores
+        result = logits.copy()
+        result[rows] = scores
+        return result
+
+    def remember(self, requests: Sequence[Request], hidden: NDArray[np.float32]) -> None:
+        """Keep the states [B, d] from which the next draft token of each row is chosen; for the semantic index."""
+        for request, row in zip(requests, hidden, strict=True):
+            if request.request_id in self._sessions:
+                self._drafts[request.request_id].hidden.append(row)
+
+    def observe(self, sequences: Sequence[VerifiedSequence], top_k: RowsTopK) -> None:
+        """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
+
+        Args:
+            sequences: those that got tokens.
+            top_k: called for rows where the target's own choices are wanted.
+        """
+        self._learn_priors(sequences)
+        for sequence in sequences:
+            request_id = sequence.request.request_id
+            if request_id not in self._sessions:
+                self._start(sequence.request)
+            elif not sequence.num_drafts:
+                continue
+            if request_id in self._sessions:
+                self._follow(request_id, sequence, top_k)
+        self._retrieval.take_neighbours(self._sessions)
+        self._writer.flush()
+
+    def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
+        """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts."""
+        vocab = self._sessions.get(request.request_id)
+        if vocab is None:
+            return None, None
+        self._catch_up(vocab, request)
+        if self._memory is not None:
+            weights = vocab.weights.learned.tolist()
+            self._memory.end_session(vocab.owner.tenant, vocab.owner.domain, weights)
+        snapshot = None if self._states[request.request_id] is None else encode(self._snapshot(vocab))
+        return snapshot, vocab.counts()
+
+    def forget(self, request_id: str) -> None:
+        """A request is over."""
+        self._states.pop(request_id, None)
+        self._drafts.pop(request_id, None)
+        vocab = self._sessions.pop(request_id, None)
+        if vocab is not None:
+            self._writer.clear(vocab.slab)
+            self._free.append(vocab.slab)
+
+    def _start(self, request: Request) -> None:
+        """Make the vocabulary of a sequence whose prompt is computed, if there is room."""
+        if not self._free or request.request_id not in self._states:
+            return
+        state = self._states[request.request_id]
+        snapshot = self._read(state)
+        owner = Owner(request.tenant, state.domain or None if state else None)
+        slots = self._resources.slots
+        tail = _REPLACEMENTS[self._options.replacement](slots) if slots else None
+        ngrams, num_verified, past, weights = SessionNgrams(self._resources.core.vocab_size), 0, list[int](), None
+        if snapshot is not None:
+            ngrams.restore(snapshot.ngram_counts(), snapshot.num_observed_tokens)
+            num_verified, past, weights = snapshot.num_verified_tokens, snapshot.tail_token_ids(), snapshot.weights
+        elif self._memory is not None:
+            weights = self._memory.weights(owner.tenant, owner.domain)
+        core = self._resources.core
+        vocab = SessionVocab(owner, self._free.pop(), core, tail, ngrams, PriorWeights(weights), num_verified)
+        self._sessions[request.request_id] = vocab
+        self._drafts[request.request_id] = _Drafts()
+        vocab.observe_prompt(request.all_token_ids)
+        self._retrieval.start(vocab, request.all_token_ids, past)
+
+    def _read(self, state: SessionState | None) -> SessionSnapshot | None:
+        """The session's past, None if it has none that can be used."""
+        if state is None or not state.snapshot:
+            return None
+        try:
+            return decode(state.snapshot, self._resources.fingerprint, self._resources.core.vocab_size)
+        except SnapshotError as error:
+            self.num_refused_snapshots += 1
+            log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
+            return None
+
+    def _snapshot(self, vocab: SessionVocab) -> SessionSnapshot:
+        return make_snapshot(
+            self._resources.fingerprint,
+            vocab.num_verified,
+            vocab.ngrams.num_tokens,
+            vocab.weights.learned.tolist(),
+            [] if vocab.tail is None else vocab.tail.contents(),
+            vocab.ngrams.strongest(MAX_NGRAMS),
+        )
+
+    def _learn_priors(self, sequences: Sequence[VerifiedSequence]) -> None:
+        """From all positions that were drafted and reached."""
+        if self._prior is None:
+            return
+        sessions, drafted, targets = [], [], []
+        for sequence in sequences:
+            if sequence.num_drafts and (drafts := self._drafts.get(sequence.request.request_id)):
+                reached = sequence.token_ids[: sequence.num_drafts]
+                for one, token_id in zip(drafts.candidates, reached, strict=False):
+                    sessions.append(self._sessions[sequence.request.request_id])
+                    drafted.append(one)
+                    targets.append(token_id)
+        self._prior.learn(sessions, drafted, targets)
+
+    def _follow(self, request_id: str, sequence: VerifiedSequence, top_k: RowsTopK) -> None:
+        """Take a sequence's tokens, and put into its tail what is likely to come."""
+        vocab, request = self._sessions[request_id], sequence.request
+        self._catch_up(vocab, request)
+        first, end = sequence.first_row, sequence.first_row + len(sequence.token_ids)
+        before = request.all_token_ids[-2:]
+        missed = self._take(vocab, sequence.token_ids, sequence.num_accepted, before, lambda: top_k(first, end))
+        hidden = self._drafts[request_id].hidden
+        place = sequence.token_ids.index(missed[0]) if missed else len(hidden)
+        if place < len(hidden):
+            self._retrieval.ask_neighbours(request_id, hidden[place])
+
+    def _catch_up(self, vocab: SessionVocab, request: Request) -> None:
+        """Take committed tokens that were left for later."""
+        seen = vocab.num_seen
+        if seen < request.num_tokens:
+            self._take(vocab, request.all_token_ids[seen:], 0, request.all_token_ids[max(seen - 2, 0) : seen], None)
+
+    def _take(
+        self, vocab: SessionVocab, tokens: Sequence[int], num_accepted: int, before: Sequence[int], top_k: TopK | None
+    ) -> list[int]:
+        """Let everything learn from verified tokens; returns those that could not have been drafted."""
+        missed = vocab.observe(tokens, num_accepted, before)
+        self._retrieval.learn(vocab, tokens, before)
+        self._retrieval.follow(vocab, tokens, missed, top_k)
+        return missed
+
+
+def _last_two(request: Request) -> tuple[int, int]:
+    """The tokens before the next draft token, the older first; -1 for one that does not exist."""
+    two_ago, one_ago = [-1, -1, *request.all_token_ids[-2:], *request.draft_token_ids[-2:]][-2:]
+    return two_ago, one_ago
