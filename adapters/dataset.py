@@ -12,8 +12,10 @@ import torch
 from adapters.conversations import Conversation, open_features, read_shard
 
 MAX_WINDOW = 448
-PROMPT_CONTEXT = 160
-"""Prompt tokens before the answer that the draft can see; more would cost more than they teach."""
+CONTEXT = 80
+"""Positions before the first with a loss that a later window of a conversation begins with."""
+TEMPLATE_TOKENS = 32
+"""What the chat template puts before every prompt teaches nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def is_held_out(conversation: Conversation) -> bool:
 
 
 class Dataset:
-    """All windows of some shards.
+    """All windows of some shards. Prompts are learned from too: they are more text, which is what a draft lacks.
 
     Args:
         shards: paths.
@@ -83,18 +85,19 @@ class Dataset:
             length = len(conversation.token_ids)
             ids.append(conversation.token_ids)
             if is_held_out(conversation) == validation and length - conversation.prompt_length >= 4:
-                self._cut(row, length, conversation.prompt_length)
+                self._cut(row, length, conversation.prompt_length if validation else TEMPLATE_TOKENS)
             row += length
         self._token_ids.append(torch.from_numpy(np.concatenate(ids)))
         self._features.append(open_features(path, self._width))
 
-    def _cut(self, row: int, length: int, prompt_length: int) -> None:
+    def _cut(self, row: int, length: int, anchor: int) -> None:
+        """Windows with a loss from position ``anchor`` on."""
         shard = len(self._token_ids)
-        begin, anchor = max(0, prompt_length - PROMPT_CONTEXT), prompt_length
+        begin = max(0, anchor - 2 * CONTEXT)
         while anchor < length - 4:
             end = min(length, begin + MAX_WINDOW)
             self.windows.append(Window(shard, row, begin, end, anchor - begin))
-            begin, anchor = end - PROMPT_CONTEXT // 2, end
+            begin, anchor = end - CONTEXT, end
 
     @property
     def num_anchors(self) -> int:

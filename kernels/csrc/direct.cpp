@@ -49,7 +49,7 @@ inline __attribute__((always_inline)) void dot(const __m512i* quads, Row row, co
   }
 #pragma GCC unroll 8
   for (int quad = kBegin; quad < kEnd; ++quad) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       sums[m] = _mm512_dpbusd_epi32(sums[m], quads[quad], four_bytes(row(m).high + 4 * quad));
       if constexpr (M <= kMaxSplitRows) {
@@ -65,7 +65,7 @@ inline __attribute__((always_inline)) void dot(const __m512i* quads, Row row, co
   if constexpr (M > kMaxSplitRows) {
 #pragma GCC unroll 8
     for (int quad = kBegin; quad < kEnd; ++quad) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         sums[m] = _mm512_dpbusd_epi32(sums[m], quads[quad], four_bytes(row(m).low + 4 * quad));
       }
@@ -76,7 +76,6 @@ inline __attribute__((always_inline)) void dot(const __m512i* quads, Row row, co
 }  // namespace
 
 void DirectRows::assign(const bf16* x, int rows, int k) {
-  rows_ = rows;
   blocks_ = k / kBlock;
   if (data_.size() < static_cast<size_t>(rows) * blocks_) data_.resize(static_cast<size_t>(rows) * blocks_);
   for (size_t i = 0; i < static_cast<size_t>(rows) * blocks_; ++i) {
@@ -101,16 +100,16 @@ void DirectRows::assign(const bf16* x, int rows, int k) {
 }
 
 template <int M, int kFormat>
-void DirectRows::multiply_format(const Matrix& weight, const uint8_t* block, __m512* acc) const {
+void DirectRows::multiply_format(const uint8_t* block, const Block* rows, __m512* acc) const {
   for (int b = 0; b < blocks_; ++b, block += block_bytes(kFormat)) {
     prefetch_ahead(block, kFormat);
     __m512i quads[kQuads];
     load_codes<kFormat>(block, quads);
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kFormat));
     const __m512 s = load_half16(scales);
-    auto row = [&](int m) -> const Block& { return data_[static_cast<size_t>(m) * blocks_ + b]; };
+    auto row = [&](int m) -> const Block& { return rows[static_cast<size_t>(m) * blocks_ + b]; };
     auto add_scaled = [&](const __m512i* sums, __m512 s) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
         const __m512 scale = _mm512_mul_ps(s, _mm512_set1_ps(row(m).scale));
         acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[m]), scale, acc[m]);
@@ -132,36 +131,41 @@ void DirectRows::multiply_format(const Matrix& weight, const uint8_t* block, __m
     }
     if constexpr (kFormat == kQ4) {
       const __m512 minima = load_half16(scales + kGroup);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int m = 0; m < M; ++m) acc[m] = _mm512_fmadd_ps(minima, _mm512_set1_ps(row(m).sum), acc[m]);
     }
   }
 }
 
 template <int M>
-void DirectRows::multiply_rows(const Matrix& weight, int group, float* y, int stride) const {
+void DirectRows::multiply_rows(const Matrix& weight, int group, const Block* rows, float* y, int stride) const {
   __m512 acc[M];
   for (int m = 0; m < M; ++m) acc[m] = _mm512_setzero_ps();
   const uint8_t* data = weight.group(group);
   switch (weight.format) {
-    case kQ8: multiply_format<M, kQ8>(weight, data, acc); break;
-    case kQ8x2: multiply_format<M, kQ8x2>(weight, data, acc); break;
-    case kQ5: multiply_format<M, kQ5>(weight, data, acc); break;
-    default: multiply_format<M, kQ4>(weight, data, acc); break;
+    case kQ8: multiply_format<M, kQ8>(data, rows, acc); break;
+    case kQ8x2: multiply_format<M, kQ8x2>(data, rows, acc); break;
+    case kQ5: multiply_format<M, kQ5>(data, rows, acc); break;
+    default: multiply_format<M, kQ4>(data, rows, acc); break;
   }
   for (int m = 0; m < M; ++m) _mm512_storeu_ps(y + static_cast<size_t>(m) * stride, acc[m]);
 }
 
-void DirectRows::multiply(const Matrix& weight, int group, float* y, int stride) const {
-  switch (rows_) {
-    case 1: multiply_rows<1>(weight, group, y, stride); break;
-    case 2: multiply_rows<2>(weight, group, y, stride); break;
-    case 3: multiply_rows<3>(weight, group, y, stride); break;
-    case 4: multiply_rows<4>(weight, group, y, stride); break;
-    case 5: multiply_rows<5>(weight, group, y, stride); break;
-    case 6: multiply_rows<6>(weight, group, y, stride); break;
-    case 7: multiply_rows<7>(weight, group, y, stride); break;
-    default: multiply_rows<8>(weight, group, y, stride); break;
+void DirectRows::multiply(const Matrix& weight, int group, int first, int count, float* y, int stride) const {
+  const Block* rows = data_.data() + static_cast<size_t>(first) * blocks_;
+  switch (count) {
+    case 1: multiply_rows<1>(weight, group, rows, y, stride); break;
+    case 2: multiply_rows<2>(weight, group, rows, y, stride); break;
+    case 3: multiply_rows<3>(weight, group, rows, y, stride); break;
+    case 4: multiply_rows<4>(weight, group, rows, y, stride); break;
+    case 5: multiply_rows<5>(weight, group, rows, y, stride); break;
+    case 6: multiply_rows<6>(weight, group, rows, y, stride); break;
+    case 7: multiply_rows<7>(weight, group, rows, y, stride); break;
+    case 8: multiply_rows<8>(weight, group, rows, y, stride); break;
+    case 9: multiply_rows<9>(weight, group, rows, y, stride); break;
+    case 10: multiply_rows<10>(weight, group, rows, y, stride); break;
+    case 11: multiply_rows<11>(weight, group, rows, y, stride); break;
+    default: multiply_rows<12>(weight, group, rows, y, stride); break;
   }
 }
 

@@ -11,24 +11,19 @@
 
 namespace evospec {
 
-constexpr int kMaxDirectRows = 8;
+constexpr int kDirectRows = 12;  // of one product: their sums fill the registers
 
-// A few rows of activations as the integers of a product. Every thread makes its own: it is small, and a shared one
+// Rows of activations as the integers of a product. Every thread makes its own: that takes little, and shared ones
 // would need another barrier.
 class DirectRows {
  public:
   // x: bf16 [rows][k]
   void assign(const bf16* x, int rows, int k);
 
-  // y[m * stride + column] = the product with the 16 columns of a group, for every row m.
-  void multiply(const Matrix& weight, int group, float* y, int stride) const;
+  // y[m * stride + column] = the product of row first + m with the 16 columns of a group, for count <= kDirectRows rows.
+  void multiply(const Matrix& weight, int group, int first, int count, float* y, int stride) const;
 
  private:
-  template <int M>
-  void multiply_rows(const Matrix& weight, int group, float* y, int stride) const;
-  template <int M, int kFormat>
-  void multiply_format(const Matrix& weight, const uint8_t* block, __m512* acc) const;
-
   struct Block {  // 32 k of one row
     int8_t high[32], low[32];
     float scale;
@@ -38,7 +33,12 @@ class DirectRows {
   };
   static_assert(sizeof(Block) == 128);
 
-  int rows_ = 0, blocks_ = 0;
+  template <int M>
+  void multiply_rows(const Matrix& weight, int group, const Block* rows, float* y, int stride) const;
+  template <int M, int kFormat>
+  void multiply_format(const uint8_t* block, const Block* rows, __m512* acc) const;
+
+  int blocks_ = 0;
   std::vector<Block> data_;  // [rows][blocks]
 };
 
