@@ -17,6 +17,7 @@ COPY kernels kernels
 COPY engine engine
 COPY server server
 COPY adapters adapters
+COPY drafts drafts
 RUN python -m kernels.build && pip install --no-cache-dir ".$EXTRAS"
 
 FROM python:3.11-slim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -15,11 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from adapters import checkpoint
 from adapters.generate import data_directory, recorded_layers
+from adapters.model_card import write_card
 from adapters.train import Phase, TrainConfig, Trainer
 from adapters.validation import Accuracy
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
+from engine.spec.load import DRAFTS
 
 UNROLLED_WEIGHTS = tuple(0.9**step for step in range(5))
 """Of the losses of the unrolled steps, as in EAGLE-3's code."""
@@ -59,18 +62,18 @@ class Display:
 
 def main(
     model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
-    output: Annotated[Path, typer.Option(help="Directory that the draft is written to.")],
+    output: Annotated[Path | None, typer.Option(help="Directory of the draft; default: drafts/<model>.")] = None,
     one_step: Annotated[int, typer.Option(help="Positions of the one-step phase.")] = 6_000_000,
     unrolled: Annotated[int, typer.Option(help="Positions of the phase with five unrolled steps.")] = 3_000_000,
     intermediate_size: Annotated[int, typer.Option(help="Width of the MLP; 0: the target's.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the first phase.")] = 1e-3,
-    unrolled_learning_rate: Annotated[float, typer.Option(help="Peak of the second phase.")] = 5e-4,
-    batch_tokens: Annotated[int, typer.Option(help="Padded positions in a batch.")] = 4096,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the first phase.")] = 2e-3,
+    unrolled_learning_rate: Annotated[float, typer.Option(help="Peak of the second phase.")] = 1e-3,
+    batch_tokens: Annotated[int, typer.Option(help="Padded positions in a batch.")] = 1024,
     seed: Annotated[int, typer.Option()] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads; 0: one a core.")] = 0,
     run: Annotated[str, typer.Option(help="Name of the run: of its checkpoints.")] = "default",
 ) -> None:
-    """Trains from the last checkpoint of the run on, and writes the draft at the end of each validation."""
+    """Trains from the last checkpoint of the run on; every validation writes the draft."""
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     files = resolve_model(ModelConfig(name=model))
     spec = validate_model_files(files)
@@ -83,13 +86,16 @@ def main(
         ),
         seed=seed,
     )
-    directory = data_directory(files.name)
+    directory, output = data_directory(files.name), output or DRAFTS / files.name
     with Display(one_step + unrolled) as display:
         trainer = Trainer(
             config, spec, open_weights(files), files.name, directory, directory / "runs" / run, output, display.report
         )
         trainer.run()
-    (output / "training.json").write_text(json.dumps(trainer.progress.history, indent=1) + "\n")
+    history = trainer.progress.history
+    (output / "training.json").write_text(json.dumps(history, indent=1) + "\n")
+    phases = f"{one_step:,} with one step, {unrolled:,} with {len(UNROLLED_WEIGHTS)} unrolled steps"
+    write_card(output, files.name, ["evospec train-draft", *sys.argv[1:]], seed, phases, history)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,13 @@ def vocab_build(
     os.execv(sys.executable, [sys.executable, "-m", "adapters.vocab", *options, "--", model])
 
 
+# The options are those of the program that does the work, which loads torch.
+@app.command("train-draft", context_settings=_SETTINGS_COMMAND, add_help_option=False)
+def train_draft(context: typer.Context) -> None:
+    """Train an EAGLE-3 draft on what the model has answered (python -m adapters.generate MODEL makes that)."""
+    os.execv(sys.executable, [sys.executable, "-m", "adapters.train_draft", *context.args])
+
+
 def main() -> None:
     """Entry point. Errors of configuration are one line, without a traceback, and exit status 2."""
     try:

@@ -1,0 +1,1 @@
+"""Drafts that are shipped: one directory a model, found by ``engine.spec.load``."""
