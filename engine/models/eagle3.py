@@ -14,8 +14,9 @@ The next unrolled step takes a where the first took g. The target's embedding an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,7 +67,10 @@ class Eagle3Config:
     def check_target(self, spec: ModelSpec, directory: Path) -> None:
         """Raises ModelError unless the draft was made for a model of this shape."""
         wanted = Eagle3Config.for_target(spec, self.target, self.capture_layers, self.intermediate_size)
-        if self != wanted:
+        # A GGUF holds the norm's epsilon in float32, a config.json in decimal digits.
+        same_eps = math.isclose(self.rms_norm_eps, wanted.rms_norm_eps, rel_tol=1e-6)
+        fits = replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps
+        if not fits or not all(0 <= layer < spec.num_layers for layer in self.capture_layers):
             raise ModelError(f"{directory}: the draft is for {self.target}, whose shape differs from the model's")
 
 
