@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
@@ -95,6 +96,22 @@ def test_a_draft_for_another_shape_is_refused(
     make_draft_directory(shipped, make_directory(tmp_path / "other", num_hidden_layers=4))
     with pytest.raises(ModelError, match="is for other, whose shape differs"):
         load_draft(target, files, method=method)
+
+
+def edit_config(directory: Path, **values: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_an_epsilon_rounded_to_float32_fits(target: LoadedModel, files: ModelFiles, shipped: Path) -> None:
+    edit_config(shipped, rms_norm_eps=float(np.float32(target.spec.rms_norm_eps)))
+    assert load_draft(target, files) is not None
+
+
+def test_a_layer_that_the_target_lacks_is_refused(target: LoadedModel, files: ModelFiles, shipped: Path) -> None:
+    edit_config(shipped, capture_layers=[0, 1, target.spec.num_layers])
+    with pytest.raises(ModelError, match="shape differs"):
+        load_draft(target, files)
 
 
 def test_weights_that_do_not_fit_the_config_are_refused(target: LoadedModel, files: ModelFiles, shipped: Path) -> None:
