@@ -11,7 +11,7 @@ from benchmarks.acceptance import Acceptance
 from benchmarks.prompts.build import Prompt
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore, Outputs
-from engine.messages import EngineOutput, EngineRequest, SamplingParams, StepTimings
+from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, StepTimings, VocabularyCounts
 from engine.models.registry import resolve_model, validate_model_files
 from engine.text.tokenizer import Tokenizer
 
@@ -39,6 +39,15 @@ def encode_chat(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     return tokenizer.encode(tokenizer.apply_chat_template(prompt.messages), add_special_tokens=False)
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A request: its prompt's tokens, whose it is, and what its session brings along (None: it has none)."""
+
+    prompt: list[int]
+    tenant: str = "benchmark"
+    session: SessionState | None = None
+
+
 @dataclass
 class Generation:
     """Answers to some prompts, in order, and what making them took.
@@ -47,6 +56,11 @@ class Generation:
     """
 
     answers: list[list[int]]
+    snapshots: list[bytes | None] = field(default_factory=list)
+    """Of each answer's session, as the engine wants it back with the next request; None without a session."""
+    vocabularies: list[VocabularyCounts | None] = field(default_factory=list)
+    """How each answer's own draft vocabulary fared; None if it had none."""
+    decode_steps: list[StepTimings] = field(default_factory=list)
     seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
@@ -75,6 +89,7 @@ class Generation:
         if timings.num_tokens == sum(1 + output.num_draft_tokens for output in outputs):
             self.decode_tokens += sum(len(output.token_ids) for output in outputs)
             self.decode_seconds += seconds
+            self.decode_steps.append(timings)
 
 
 class Engine:
@@ -94,18 +109,25 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, concurrency: int) -> Generation:
         """Answer all prompts, ``concurrency`` at a time."""
-        result = Generation([[] for _ in prompts])
-        waiting = list(enumerate(encode_chat(self.tokenizer, prompt) for prompt in prompts))[::-1]
+        return self.answer([Turn(encode_chat(self.tokenizer, prompt)) for prompt in prompts], sampling, concurrency)
+
+    def answer(self, turns: Sequence[Turn], sampling: SamplingParams, concurrency: int) -> Generation:
+        """The same for requests of tenants and sessions."""
+        nothing = [None] * len(turns)
+        result = Generation([[] for _ in turns], [*nothing], [*nothing])
+        waiting = list(enumerate(turns))[::-1]
         running: dict[str, int] = {}
         started = now = time.perf_counter()
         while waiting or running:
             while waiting and len(running) < concurrency:
-                place, prompt = waiting.pop()
-                running[self._start(prompt, sampling)] = place
+                place, turn = waiting.pop()
+                running[self._start(turn, sampling)] = place
             outputs, timings = self.core.step()
             for output in _checked(outputs):
-                result.answers[running[output.request_id]] += output.token_ids
+                place = running[output.request_id]
+                result.answers[place] += output.token_ids
                 if output.finish_reason is not None:
+                    result.snapshots[place], result.vocabularies[place] = output.session_snapshot, output.vocabulary
                     del running[output.request_id]
             before, now = now, time.perf_counter()
             if timings is not None:
@@ -113,9 +135,15 @@ class Engine:
         result.seconds = now - started
         return result
 
-    def _start(self, prompt: list[int], sampling: SamplingParams) -> str:
+    def _start(self, turn: Turn, sampling: SamplingParams) -> str:
         request_id = str(next(self._ids))
-        request = EngineRequest(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, tenant="benchmark")
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=turn.prompt,
+            sampling=sampling,
+            tenant=turn.tenant,
+            session=turn.session,
+        )
         self.core.add(_CLIENT, request)
         return request_id
 

@@ -1,0 +1,118 @@
+"""Draft vocabularies that follow their sessions, against those that do not: ``make bench-vocab``.
+
+Every mode has an engine of its own, all in this process at once. Each request is answered by all modes in turn, every
+other one in reverse order, before the next request; a session's snapshot goes from one request to its next, as the
+server would pass it. So modes are compared on the same prompts, in the same minutes. Answers end where they end.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.prompts.build import Prompt
+from benchmarks.speculation import DOMAINS, RESULTS, bounded, environment, short_prompts
+from benchmarks.speculation_sides import NONE, Drafting
+from benchmarks.vocabulary_modes import FULL, Sizes, make_mode, sizes_of
+from benchmarks.vocabulary_parts import PARTS, SWITCH_DOMAINS, Plan
+from benchmarks.vocabulary_report import report
+from benchmarks.vocabulary_sessions import Ask, SessionSide, Unit
+from benchmarks.vocabulary_summary import summaries
+
+MINUTES = {"modes": 4.0, "sources": 2.5, "switch": 1.5, "tenant": 1.5, "load": 1.5, "bytes": 1.0}
+"""Of each part; together 12."""
+QUICK_SECONDS = 60.0
+PROMPTS = {"modes": 10, "sources": 8, "switch": 10, "tenant": 6, "load": 0, "bytes": 32}
+"""Of each domain; turns, in part ``bytes``."""
+TOKENS = {"modes": 96, "sources": 96, "switch": 64, "tenant": 64, "load": 64, "bytes": 64}
+WARMUP_TOKENS = 16
+
+
+def default_modes(part: str, sizes: Sizes) -> list[str]:
+    """What is compared where no modes are given."""
+    cold = f"{sizes.ours}/prior=off,cold"
+    return {
+        "modes": sizes.modes(),
+        "sources": sizes.ablations(),
+        "switch": [*sizes.few(), f"paper:{sizes.fr_spec}", f"{sizes.ours}/prior=off"],
+        "tenant": [FULL, sizes.ours, f"{sizes.ours}/prior=off"],
+        "load": [NONE, *sizes.few()],
+        "bytes": [*sizes.few(), f"{sizes.ours}/semantic=true", cold],
+    }[part]
+
+
+def measure(plan: Plan, num_special: int, name: str, console: Console) -> None:
+    """Carry a plan out; the JSON file is written after every request, table and plot at the end."""
+    started = time.monotonic()
+    record: dict[str, Any] = {"plan": asdict(plan), "environment": environment(), "runs": []}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    prompts = short_prompts(plan.model, sorted({*plan.domains, *SWITCH_DOMAINS}))
+    sides = [_warm_side(plan, mode, num_special, prompts[plan.domains[0]][-1]) for mode in plan.modes]
+    left = plan.seconds - (time.monotonic() - started)
+    console.print(f"[dim]{plan.part}: {len(sides)} engines ready, {left:.0f} s to measure[/dim]")
+    for number, unit in enumerate(bounded(PARTS[plan.part](plan, prompts), left)):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            record["runs"].append({"model": plan.model} | side.measure(unit))
+        path.write_text(json.dumps(record))
+    record["summary"] = summaries(record)
+    path.write_text(json.dumps(record))
+    report(record, path.with_suffix(".png"), console)
+    console.print(f"{path}, {path.with_suffix('.png')}")
+
+
+def _warm_side(plan: Plan, mode: str, num_special: int, prompt: Prompt) -> SessionSide:
+    side = SessionSide(make_mode(mode, plan.model, plan.drafting, num_special))
+    side.measure(Unit({}, [Ask(prompt, "warm-up", "warm-up")], WARMUP_TOKENS))
+    return side
+
+
+def main(
+    part: Annotated[list[str] | None, typer.Option(help=f"Repeatable; default: {', '.join(PARTS)}.")] = None,
+    model: Annotated[str, typer.Option(help="The target.")] = "smollm2-135m",
+    mode: Annotated[
+        list[str] | None, typer.Option(help="Repeatable, see benchmarks/vocabulary_modes.py; default: by part.")
+    ] = None,
+    domain: Annotated[list[str] | None, typer.Option(help=f"Default: {', '.join(DOMAINS)}.")] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Of each domain (bytes: turns); default: by part.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="Of an answer; default: by part.")] = None,
+    sessions: Annotated[int, typer.Option(min=1, help="Of part switch.")] = 3,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Of part load; default: 1, 4, 8, 16.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Most rounds of part load.")] = 5,
+    minutes: Annotated[float | None, typer.Option(help="Of each part; it ends by then with what it has.")] = None,
+    fixed: Annotated[bool, typer.Option(help="Part load: always draft --length tokens, as in the others.")] = False,
+    length: Annotated[int, typer.Option(min=1, max=8, help="Draft tokens of a step.")] = 4,
+    method: Annotated[str, typer.Option(help="eagle3 or draft_model.")] = "eagle3",
+    draft: Annotated[str | None, typer.Option(help="Draft directory or draft model; default: the one shipped.")] = None,
+    quick: Annotated[bool, typer.Option(help="Two prompts a domain, 24 tokens: whether it works.")] = False,
+    name: Annotated[str, typer.Option(help="First part of the files' names in benchmarks/results.")] = "vocabulary",
+) -> None:
+    """Acceptance and speed by draft vocabulary: by domain, source, topic switch, tenant, load; and what state costs."""
+    parts = part or list(PARTS)
+    if unknown := set(parts) - PARTS.keys():
+        raise typer.BadParameter(f"no such part: {', '.join(sorted(unknown))}", param_hint="--part")
+    sizes, console = sizes_of(model), Console(width=200)
+    for each in parts:
+        plan = Plan(
+            part=each,
+            model=model,
+            modes=mode or default_modes(each, sizes),
+            domains=domain or DOMAINS,
+            prompts=(4 if each == "bytes" else 2) if quick else prompts or PROMPTS[each],
+            max_tokens=24 if quick else max_tokens or TOKENS[each],
+            seconds=QUICK_SECONDS if quick else 60 * (minutes or MINUTES[each]),
+            drafting=Drafting(method, draft, length, adaptive=each == "load" and not fixed),
+            sessions=1 if quick else sessions,
+            levels=sorted(concurrency or ([1, 4] if quick else [1, 4, 8, 16])),
+            rounds=1 if quick else rounds,
+        )
+        measure(plan, sizes.num_special, f"{name}-{each}", console)
+
+
+if __name__ == "__main__":
+    typer.run(main)
