@@ -7,6 +7,7 @@ server would pass it. So modes are compared on the same prompts, in the same min
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from dataclasses import asdict
@@ -112,6 +113,7 @@ def main(
             rounds=1 if quick else rounds,
         )
         measure(plan, sizes.num_special, f"{name}-{each}", console)
+        gc.collect()  # a part's engines are gigabytes, and hold on to themselves in circles
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from benchmarks.speculation_sides import NONE
 from benchmarks.speculation_summary import ALL, Record, runs_of
-from benchmarks.vocabulary_summary import SETTLED_SHARE, summaries, switch_lengths
+from benchmarks.vocabulary_modes import FULL
+from benchmarks.vocabulary_summary import SETTLED_SHARE, references, summaries, switch_lengths
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -64,8 +65,8 @@ _Lines = tuple[list[str], list[list[str]]]
 
 
 def _mode_lines(record: Record) -> _Lines:
-    domains = record["plan"]["domains"]
-    headers = ["mode", *domains, "% of full (c, l, m)", "coverage", "tok/s", "/ full", "/ none", "learning ms a step"]
+    domains, others = record["plan"]["domains"], references(record["plan"]["modes"])
+    headers = ["mode", *domains, "% of full (c, l, m)", "coverage", "tok/s", *(f"/ {other}" for other in others)]
     lines = [
         [
             row["mode"],
@@ -73,14 +74,14 @@ def _mode_lines(record: Record) -> _Lines:
             _number(row["share_of_full"], ".1%"),
             _number(row["coverage"], ".1%"),
             _number(row["tokens_per_second"], ".1f"),
-            _spread(row["to_full"]),
-            _spread(row["to_none"]),
+            *(_spread(row["to"][other]) for other in others),
+            _number(median(row["decode_to"][FULL]) if row["decode_to"].get(FULL) else None),
             _number(row["retrieval_ms"], ".3f"),
             _number(row["noise"], ".0f"),
         ]
         for row in record["summary"]
     ]
-    return [*headers, "other load %"], lines
+    return [*headers, "decode only / full", "learning ms a step", "other load %"], lines
 
 
 def _switch_lines(record: Record) -> _Lines:
@@ -170,7 +171,7 @@ def _plot_modes(record: Record, left: Axes, right: Axes) -> None:
     rows = [row for row in record["summary"] if row["mode"] != NONE]
     _bars(left, domains, {row["mode"]: [row["lengths"][domain] for domain in domains] for row in rows})
     left.set(ylabel="acceptance length", ylim=(1, None))
-    speeds = [(row["mode"], row["to_full"]) for row in record["summary"] if row["to_full"]]
+    speeds = [(row["mode"], row["to"][FULL]) for row in record["summary"] if row["to"].get(FULL)]
     for place, (mode, values) in enumerate(speeds):
         middle = median(values)
         error = [[middle - min(values)], [max(values) - middle]]
@@ -189,7 +190,7 @@ def _bars(panel: Axes, ticks: Sequence[str], values: dict[str, list[Any]]) -> No
 
 
 def _plot_switch(record: Record, left: Axes, right: Axes) -> None:
-    full = switch_lengths(record, "full")
+    full = switch_lengths(record, FULL)
     for index, mode in enumerate(record["plan"]["modes"]):
         lengths = switch_lengths(record, mode)
         colour = COLOURS[index % len(COLOURS)]
@@ -226,7 +227,7 @@ def _plot_load(record: Record, left: Axes, right: Axes) -> None:
         colour = COLOURS[index % len(COLOURS)]
         ticks = [levels.index(row["concurrency"]) for row in rows]
         left.plot(ticks, [row["tokens_per_second"] for row in rows], label=mode, color=colour, marker="o")
-        ratios = [row["to"].get("full", [1.0]) or [1.0] for row in rows]
+        ratios = [row["to"].get(FULL, [1.0]) or [1.0] for row in rows]
         right.plot(ticks, [median(values) for values in ratios], label=mode, color=colour, marker="o")
     for panel, label in ((left, "tok/s"), (right, "tok/s / full head")):
         panel.set_xticks(range(len(levels)), [str(level) for level in levels])

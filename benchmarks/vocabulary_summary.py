@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.speculation_sides import NONE
 from benchmarks.speculation_summary import ALL, Record, acceptance, ratios, runs_of, speeds
-from benchmarks.vocabulary_modes import FULL
+from benchmarks.vocabulary_modes import FULL, NANOSPEC
 from benchmarks.vocabulary_parts import LEARNING
 
 TARGET_DOMAINS = ("code", "law", "medicine")
@@ -29,8 +29,30 @@ def share_of(ours: float | None, theirs: float | None) -> float | None:
     return ours / theirs if ours and theirs else None
 
 
+def round_speeds(record: Record, mode: str, decode_only: bool = False) -> dict[int, float]:
+    """Tokens a second by round, of ``TARGET_DOMAINS`` (of all domains where the plan has none of them).
+
+    Args:
+        record: of part ``modes`` or ``sources``.
+        mode: whose.
+        decode_only: leave out steps that computed a prompt.
+    """
+    plan = record["plan"]
+    domains = [domain for domain in plan["domains"] if domain in TARGET_DOMAINS] or plan["domains"]
+    runs = [run for run in runs_of(record, plan["model"], mode, ALL) if run["domain"] in domains]
+    if decode_only:
+        runs = [run | {"tokens": run["decode_tokens"], "seconds": run["decode_seconds"]} for run in runs]
+    return speeds([run for run in runs if run["tokens"]], domains)
+
+
+def references(modes: Sequence[str]) -> list[str]:
+    """The modes that others are compared with: none, full, FR-Spec's setting (the first static one), NanoSpec's."""
+    static = next((mode for mode in modes if mode.startswith("static:")), None)
+    return [mode for mode in (NONE, FULL, static, NANOSPEC) if mode in modes]
+
+
 def mode_summary(record: Record, mode: str) -> Record:
-    """A mode of part ``modes`` or ``sources``; ratios of speed are medians over rounds that have all domains."""
+    """A mode of part ``modes`` or ``sources``; ratios of speed by round, to each of the references."""
     plan = record["plan"]
 
     def runs(of: str, domain: str = ALL) -> list[Record]:
@@ -40,16 +62,18 @@ def mode_summary(record: Record, mode: str) -> Record:
     shares = {domain: share_of(lengths[domain], length(runs(FULL, domain))) for domain in plan["domains"]}
     known = [share for domain in TARGET_DOMAINS if (share := shares.get(domain)) is not None]
     steps = sum(run["decode_steps"] for run in runs(mode))
-    speed = speeds(runs(mode), plan["domains"])
+    speed, decode_speed = (round_speeds(record, mode, decode_only) for decode_only in (False, True))
+    others = references(plan["modes"])
     return {
         "mode": mode,
         "lengths": lengths,
         "shares_of_full": shares,
         "share_of_full": fmean(known) if known else None,
         "coverage": coverage(runs(mode)),
+        "rounds": len(speed),
         "tokens_per_second": median(speed.values()) if speed else None,
-        "to_full": ratios(speed, speeds(runs(FULL), plan["domains"])),
-        "to_none": ratios(speed, speeds(runs(NONE), plan["domains"])),
+        "to": {other: ratios(speed, round_speeds(record, other)) for other in others},
+        "decode_to": {other: ratios(decode_speed, round_speeds(record, other, decode_only=True)) for other in others},
         "retrieval_ms": 1e3 * sum(run["retrieval_seconds"] for run in runs(mode)) / steps if steps else None,
         "noise": max((run["noise"] for run in runs(mode)), default=None),
     }

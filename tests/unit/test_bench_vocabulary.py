@@ -29,6 +29,8 @@ from benchmarks.vocabulary_parts import (
 from benchmarks.vocabulary_sessions import summarise
 from benchmarks.vocabulary_summary import (
     coverage,
+    references,
+    round_speeds,
     settled_after,
     shares_at,
     summaries,
@@ -164,6 +166,8 @@ def run(mode: str, accepted: int, seconds: float = 1.0, **labels: Any) -> dict[s
             "verified": 100 if mode == OURS else 0,
             "covered": 90 if mode == OURS else 0,
             "hits": {"target": 3},
+            "decode_tokens": 50,
+            "decode_seconds": seconds**2,
             "decode_steps": 50,
             "retrieval_seconds": 0.05,
             "snapshot_bytes": [1000] if mode == OURS else [],
@@ -194,10 +198,32 @@ def test_a_mode_is_compared_within_rounds_and_by_domain() -> None:
     assert ours["lengths"] == pytest.approx({"code": 1.8, "law": 1.8})
     assert ours["shares_of_full"] == pytest.approx({"code": 1.2, "law": 1.5})
     assert ours["share_of_full"] == pytest.approx(1.35)
-    assert (ours["to_full"], ours["to_none"], full["to_none"]) == ([2.0, 2.0], [4.0, 4.0], [2.0, 2.0])
+    assert ours["to"] == {NONE: [4.0, 4.0], FULL: [2.0, 2.0]}
+    assert full["to"][NONE] == [2.0, 2.0]
+    assert ours["decode_to"][FULL] == [4.0, 4.0]
     assert (ours["coverage"], full["coverage"]) == (0.9, None)
     assert ours["retrieval_ms"] == pytest.approx(1.0)
     json.dumps([full, ours], allow_nan=False)
+
+
+def test_speed_is_of_the_domains_that_count() -> None:
+    runs = [
+        run(OURS, 50, seconds, domain=domain, round=number)
+        for number, seconds in enumerate((1.0, 2.0))
+        for domain in ("code", "law")
+    ]
+    of_code_and_law = record("modes", runs)
+    assert round_speeds(of_code_and_law, OURS) == {0: 100.0, 1: 50.0}
+    runs.append(run(OURS, 50, 100.0, domain="general", round=0))
+    of_code_and_law["plan"]["domains"] = ["code", "law", "general"]
+    assert round_speeds(of_code_and_law, OURS) == {0: 100.0, 1: 50.0}
+    runs.pop(0)
+    assert round_speeds(of_code_and_law, OURS) == {1: 50.0}
+
+
+def test_all_are_compared_with_fr_specs_setting_and_nanospecs() -> None:
+    assert references([FULL, "static:300", "static:100", NANOSPEC, OURS]) == [FULL, "static:300", NANOSPEC]
+    assert references([OURS]) == []
 
 
 def test_every_part_can_be_summed_up_even_when_cut_before_its_first_run() -> None:
