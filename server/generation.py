@@ -210,6 +210,8 @@ class Generation:
         if output.num_draft_tokens:
             choice.acceptance.add(output.num_draft_tokens, output.num_accepted_tokens)
             self._metrics.observe_draft(output.num_draft_tokens, output.num_accepted_tokens)
+        if output.vocabulary is not None:
+            self._metrics.observe_vocabulary(output.vocabulary)
         choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)
         return Piece(
             index=choice.index,

@@ -6,13 +6,17 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings
+from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings, VocabularyCounts
+from server.vocabulary_metrics import VocabularyMetrics
 
 MAX_TENANT_LABELS = 100
 MAX_DOMAIN_LABELS = 10  # for each tenant, so that none can use up the others'
 OTHER = "other"
 NO_DOMAIN = ""  # of requests without a session, and of sessions without a domain
-_COUNTERS = ("prefix_query_tokens", "prefix_hit_tokens", "preemptions")
+_COUNTERS = (
+    "prefix_query_tokens", "prefix_hit_tokens", "preemptions",
+    "snapshots_refused", "semantic_queries", "semantic_seconds",
+)  # fmt: skip
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SESSION_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _STEP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
@@ -69,6 +73,10 @@ class TenantMetrics:
             if position < num_accepted_tokens:
                 accepted.inc()
 
+    def observe_vocabulary(self, counts: VocabularyCounts) -> None:
+        """Count the draft vocabulary of a sequence that has ended."""
+        self._metrics.vocabulary.observe(counts, self._domain_labels)
+
 
 class Metrics:
     """All metrics of one app, in a registry of its own. ``model`` is a label of the per-tenant ones."""
@@ -80,10 +88,11 @@ class Metrics:
         self._domains: dict[str, BoundedLabels] = {}
         self._per_domain: dict[tuple[str, str], TenantMetrics] = {}
         self._epoch: str | None = None
-        self._last = dict.fromkeys(_COUNTERS, 0)
+        self._last: dict[str, float] = dict.fromkeys(_COUNTERS, 0)
         self._define_request_metrics(["model", "tenant"])
         self._define_speculation_metrics(["model", "tenant", "domain"])
         self._define_session_metrics(["model", "tenant", "domain"])
+        self.vocabulary = VocabularyMetrics(self.registry, ["model", "tenant", "domain"])
         self._define_engine_metrics()
 
     def _define_request_metrics(self, labels: list[str]) -> None:
@@ -179,6 +188,7 @@ class Metrics:
         self.blocks_used = Gauge("evospec:kv_blocks_used", "KV cache blocks in use.", registry=registry)
         self.blocks_total = Gauge("evospec:kv_blocks_total", "KV cache blocks.", registry=registry)
         self.engine_counters = {
+            **self.vocabulary.engine_counters,
             "prefix_query_tokens": Counter(
                 "evospec:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", registry=registry
             ),
@@ -248,6 +258,8 @@ class Metrics:
         self.waiting.set(stats.num_waiting)
         self.blocks_used.set(stats.blocks_used)
         self.blocks_total.set(stats.blocks_total)
+        self.vocabulary.used.set(stats.vocabularies_used)
+        self.vocabulary.total.set(stats.vocabularies_total)
         for name in _COUNTERS:
             value = getattr(stats, name)
             self.engine_counters[name].inc(max(0, value - self._last[name]))
@@ -262,6 +274,8 @@ class Metrics:
             for part, value in zip(self._step_parts, seconds, strict=True):
                 part.observe(value)
             self._step_total.observe(sum(seconds))
+            if step.vocabulary:
+                self.vocabulary.step_seconds.observe(step.vocabulary)
             self.step_tokens.observe(step.num_tokens)
 
     def render(self) -> Iterator[bytes]:
