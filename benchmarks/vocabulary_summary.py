@@ -47,8 +47,8 @@ def round_speeds(record: Record, mode: str, decode_only: bool = False) -> dict[i
 
 def references(modes: Sequence[str]) -> list[str]:
     """The modes that others are compared with: none, full, FR-Spec's setting (the first static one), NanoSpec's."""
-    static = next((mode for mode in modes if mode.startswith("static:")), None)
-    return [mode for mode in (NONE, FULL, static, NANOSPEC) if mode in modes]
+    static = [mode for mode in modes if mode.startswith("static:")]
+    return [mode for mode in (NONE, FULL, *static[:1], NANOSPEC) if mode in modes]
 
 
 def mode_summary(record: Record, mode: str) -> Record:
