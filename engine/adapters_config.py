@@ -88,7 +88,9 @@ class GuardConfig(_Section):
 
     min_held_out: int = Field(default=48, ge=1, description="Fewest held-out positions to score a version on.")
     agreement_margin: float = Field(
-        default=0.01, ge=0, description="Tokens by which a version's agreement may be below the base's and the current's for sure."
+        default=0.01,
+        ge=0,
+        description="Tokens by which a version's agreement may be below the base's and the current's for sure.",
     )
     watched_records: int = Field(default=512, ge=64, description="Fair records after which a version counts as good.")
     min_watched: int = Field(default=64, ge=16, description="Fair records before another version may follow.")

@@ -1,0 +1,227 @@
+"""One adapter key: what it has seen, what it has learned, and which of its versions is in force."""
+
+from __future__ import annotations
+
+import structlog
+import torch
+
+from adapters.chains import Chains
+from adapters.guard import Guard, Verdict, judge
+from adapters.records import Segment
+from adapters.replay import ReplayBuffer
+from adapters.scoring import score
+from adapters.store import AdapterStore
+from adapters.trainer import Trainer
+from adapters.trigger import UpdateTrigger
+from engine.adapters_config import AdaptersConfig
+from engine.ipc.adapter_control import AdapterCommand, AdapterStatus
+from engine.ipc.verify_record import VerifyRecord
+
+log = structlog.get_logger(__name__)
+
+
+class KeyAligner:
+    """Takes a key's traffic, and decides what should be in force for it.
+
+    The owner publishes ``tensors`` whenever ``is_unpublished``, and tells by ``published``. A new aligner goes on from
+    the last good revision on disk.
+
+    Args:
+        key: of the adapter.
+        chains: of the base draft.
+        trainer: of this key alone.
+        store: of all keys.
+        config: everything else.
+    """
+
+    def __init__(self, key: str, chains: Chains, trainer: Trainer, store: AdapterStore, config: AdaptersConfig) -> None:
+        self._chains, self._trainer, self._store, self._config = chains, trainer, store, config
+        self.state = store.load_state(key)
+        self.replay = ReplayBuffer(config.replay)
+        self._new_watch()
+        self.revision = 0
+        """In force, or to be; 0: the base draft."""
+        self.tensors: dict[str, torch.Tensor] | None = None
+        """Its weights as they are published."""
+        self.channel_version = 0
+        self._num_unjudged = 0
+        """Updates since weights were scored."""
+        self._is_unpublished = self._is_new = True
+        self._last_loss: float | None = None
+        self._last_refusal = ""
+        self._num_records = self._num_teaching = self._untold_steps = 0
+        self._go_to(self.state.good_revision)
+
+    def observe(self, record: VerifyRecord, teaches: bool) -> None:
+        """Count a record, and take the version in force back if it turns out to be bad."""
+        self._num_records += 1
+        self._untold_steps += 1
+        self._num_teaching += teaches
+        if self._guard.observe(record) and self.revision:
+            log.warning(
+                "adapter taken back",
+                key=self.state.key,
+                revision=self.revision,
+                acceptance=self._guard.acceptance.rate,
+                control=self._guard.control.rate,
+                previous=self._guard.previous.rate,
+            )
+            self.roll_back()
+            self.replay.clear()  # it made a bad version
+
+    def add(self, segment: Segment) -> None:
+        """Take in what may be learned from."""
+        self.replay.add(segment)
+
+    def tick(self) -> None:
+        """To be called about once a second."""
+        self._trigger.observe_steps(self._untold_steps)
+        self._untold_steps = 0
+        if self._guard.is_good and self.state.good_revision != self.revision:
+            self.state.good_revision = self.revision
+            self._store.save_state(self.state)
+        self._trigger.observe_acceptance(
+            self._guard.acceptance.rate if self._guard.num_watched >= self._config.guard.min_watched else None
+        )
+
+    @property
+    def wants_work(self) -> bool:
+        """Whether ``work`` has something worthwhile to do."""
+        if self.state.is_frozen:
+            return False
+        if self._is_due:
+            return self._guard.may_be_followed and (
+                self.replay.num_held_out_positions >= self._config.guard.min_held_out
+            )
+        return self._trigger.wants_update(self.replay.num_new_positions)
+
+    def work(self) -> None:
+        """One update, or the scoring of what the last ones gave."""
+        if self._is_due:
+            self._judge()
+        else:
+            self._update()
+
+    @property
+    def is_unpublished(self) -> bool:
+        """Whether another version should be in force than the one that was published last."""
+        return self._is_unpublished
+
+    def must_publish(self) -> None:
+        """The engine has lost what was published."""
+        self._is_unpublished = True
+
+    def published(self, version: int) -> None:
+        """``tensors`` are in force as ``version`` of the channel, 0: no slot is needed."""
+        if self._is_new:
+            self._guard.watch(version)
+        else:
+            self._guard.rename(version)
+        self._is_unpublished = self._is_new = False
+        self.channel_version = version
+
+    def obey(self, command: AdapterCommand) -> None:
+        """Do what an operator asks."""
+        log.info("adapter command", key=self.state.key, action=command.action)
+        if command.action == "rollback":
+            self.roll_back()
+        elif command.action == "reset":
+            self._store.forget(self.state.key)
+            self.state = self._store.load_state(self.state.key)
+            self.replay.clear()
+            self._new_watch()
+            self._go_to(0)
+        else:
+            self.state.is_frozen = command.action == "freeze"
+        self._store.save_state(self.state)
+
+    def roll_back(self) -> None:
+        """Return to the good revision before the one in force, or to the base draft."""
+        if self.revision == 0:
+            return
+        bad = self.revision
+        self._store.quarantine(self.state.key, bad)
+        if bad == self.state.good_revision:
+            self.state.good_revision = 0
+        self.state.num_rolled_back += 1
+        self._go_to(self.state.good_revision)
+        self._store.save_state(self.state)
+
+    def status(self, slot: int | None) -> AdapterStatus:
+        """For people."""
+        state, guard = self.state, self._guard
+        return AdapterStatus(
+            revision=self.revision,
+            good_revision=state.good_revision,
+            slot=slot,
+            channel_version=self.channel_version,
+            is_frozen=state.is_frozen,
+            num_records=self._num_records,
+            num_trained_positions=state.num_trained_positions,
+            num_updates=state.num_updates,
+            num_published=state.num_published,
+            num_refused=state.num_refused,
+            num_rolled_back=state.num_rolled_back,
+            gate_rate=self._num_teaching / max(1, self._num_records),
+            loss=self._last_loss,
+            update_seconds=self._trigger.seconds,
+            acceptance=guard.acceptance.rate,
+            control_acceptance=guard.control.rate,
+            previous_acceptance=guard.previous.rate,
+            last_refusal=self._last_refusal,
+        )
+
+    @property
+    def _is_due(self) -> bool:
+        return self._num_unjudged >= self._config.training.updates_per_version
+
+    def _update(self) -> None:
+        training = self._config.training
+        segments = self.replay.take(training.batch_positions, training.history_share)
+        update = self._trainer.update(segments)
+        self._num_unjudged += 1
+        self.state.num_updates += 1
+        self.state.num_trained_positions += update.num_positions
+        self._last_loss = update.loss
+        self._trigger.observe_update(update.seconds)
+
+    def _judge(self) -> None:
+        """Score what was trained on held-out positions; put it in force, or go back to what is."""
+        config = self._config
+        candidate = self._trainer.published()
+        weights = [self._trainer.weights(candidate), {}]
+        if self.tensors is not None:
+            weights.append(self._trainer.weights(self.tensors))
+        scores = score(self._chains, list(self.replay.held_out), weights, config.training.horizon)
+        new, base, current = scores[0], scores[1], scores[-1]
+        self._trigger.observe_score(current.loss - new.loss, self._num_unjudged)
+        verdict, reason = judge(new, current, base, config.guard)
+        log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
+        if verdict is Verdict.PUBLISH:
+            self._put_in_force(candidate)
+        elif verdict is Verdict.REFUSE:
+            self.state.num_refused += 1
+            self._last_refusal = reason
+            self._trainer.load(self.tensors)
+        self._num_unjudged = 0
+        self._store.save_state(self.state)
+
+    def _put_in_force(self, candidate: dict[str, torch.Tensor]) -> None:
+        self.state.good_revision = self.revision  # nothing was wrong with it as long as it was watched
+        self.revision = self._store.save(self.state, candidate)
+        self.tensors = candidate
+        self.state.num_published += 1
+        self._is_unpublished = self._is_new = True
+        self._store.keep_only(self.state.key, {self.state.good_revision, self.revision})
+
+    def _go_to(self, revision: int) -> None:
+        """Put an earlier revision in force and learn on from it."""
+        self.tensors = self._store.load(self.state.key, revision) if revision else None
+        self.revision = revision if self.tensors is not None else 0
+        self._trainer.load(self.tensors)
+        self._num_unjudged = 0
+        self._is_unpublished = self._is_new = True
+
+    def _new_watch(self) -> None:
+        self._guard = Guard(self._config.guard)
+        self._trigger = UpdateTrigger(self._config.pace, self._config.training.batch_positions)

@@ -1,0 +1,69 @@
+"""The worker's end of ``engine.ipc.adapter_control``: commands in, state out. Redis may be down at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import structlog
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from engine.ipc.adapter_control import (
+    COMMANDS_KEY,
+    STATUS_KEY,
+    AdapterCommand,
+    AdapterStatus,
+    WorkerStatus,
+    decode_command,
+    encode_status,
+)
+
+log = structlog.get_logger(__name__)
+
+_TIMEOUT = 2.0
+_MAX_COMMANDS = 64
+
+
+class ControlChannel:
+    """Commands of operators, and what they are shown.
+
+    Args:
+        url: of Redis or Valkey.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._redis = Redis.from_url(
+            url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT, retry=Retry(NoBackoff(), 0), protocol=2
+        )
+
+    def take(self) -> list[AdapterCommand]:
+        """Commands given since the last call; none while Redis is down. They are not given again."""
+        try:
+            found = self._redis.lpop(COMMANDS_KEY, _MAX_COMMANDS)
+        except (RedisError, OSError):
+            return []
+        commands = []
+        for data in found or []:
+            try:
+                commands.append(decode_command(data))  # type: ignore[arg-type]
+            except msgspec.MsgspecError as error:
+                log.warning("a command could not be read", error=str(error))
+        return commands
+
+    def report(self, worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> bool:
+        """Replace what is shown; False while Redis is down."""
+        try:
+            with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.delete(STATUS_KEY)
+                pipeline.hset(STATUS_KEY, mapping=encode_status(worker, adapters))  # type: ignore[arg-type]
+                pipeline.execute()
+        except (RedisError, OSError):
+            return False
+        return True
+
+    def close(self) -> None:
+        """Close the connection; what is shown stays, and grows old."""
+        self._redis.close()

@@ -1,0 +1,160 @@
+"""Keeps bad versions from being published, and takes back those that are bad all the same."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+from adapters.scoring import Score
+from engine.adapters_config import GuardConfig
+from engine.ipc.verify_record import VerifyRecord
+
+_OFFLINE_SIGMAS = 2.0
+_CHECK_EVERY = 32
+_MIN_COMPARED = 32
+
+
+class Verdict(Enum):
+    """What becomes of a version that was scored."""
+
+    PUBLISH = "publish"
+    TRAIN_ON = "train on"
+    """Not worse, but not surely better either: keep it, and ask again later."""
+    REFUSE = "refuse"
+    """Worse: back to the version in force."""
+
+
+def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) -> tuple[Verdict, str]:
+    """Compare versions on the same held-out positions; the verdict and its reason.
+
+    It is refused if its loss is not below that of the version in force, or its agreement below that of the version in
+    force or of the base by more than the margin and two standard errors of the difference. It is published if its
+    agreement is above that of the version in force by two standard errors: a smaller loss alone can come from a
+    distribution that is only flatter, such as noise teaches.
+    """
+    if not candidate.loss < current.loss:
+        return Verdict.REFUSE, f"held-out loss {candidate.loss:.4f} is not below {current.loss:.4f}"
+    for name, other in (("current", current), ("base", base)):
+        gain, error = _difference(candidate, other)
+        if gain < -config.agreement_margin - _OFFLINE_SIGMAS * error:
+            return Verdict.REFUSE, f"held-out agreement {candidate.agreement:.3f}, {name} {other.agreement:.3f}"
+    gain, error = _difference(candidate, current)
+    if gain <= _OFFLINE_SIGMAS * error:
+        return Verdict.TRAIN_ON, f"held-out agreement gained only {gain:.3f} ± {error:.3f}"
+    return Verdict.PUBLISH, f"held-out agreement gained {gain:.3f} ± {error:.3f}"
+
+
+def _difference(score: Score, other: Score) -> tuple[float, float]:
+    """Mean and standard error of how many more tokens are accepted in a chain."""
+    more = score.accepted - other.accepted
+    return float(more.mean()), float(more.std(correction=0)) / math.sqrt(len(more))
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How often the first draft token of a step was accepted."""
+
+    num_accepted: int = 0
+    num_steps: int = 0
+
+    @classmethod
+    def of(cls, outcomes: Iterable[bool]) -> Acceptance:
+        listed = list(outcomes)
+        return cls(sum(listed), len(listed))
+
+    @property
+    def rate(self) -> float | None:
+        """None without steps."""
+        return self.num_accepted / self.num_steps if self.num_steps else None
+
+    def is_below(self, other: Acceptance, margin: float, sigmas: float) -> bool:
+        """Whether this rate is below the other's minus ``margin`` by so many standard errors (two proportions)."""
+        if min(self.num_steps, other.num_steps) < _MIN_COMPARED:
+            return False
+        mine, others = self.num_accepted / self.num_steps, other.num_accepted / other.num_steps
+        # Two more of each outcome: no variance of zero where all or none were accepted.
+        variance = sum(
+            (n + 2) * (side.num_steps - n + 2) / (side.num_steps + 4) ** 3
+            for side, n in ((self, self.num_accepted), (other, other.num_accepted))
+        )
+        return (others - margin - mine) / math.sqrt(variance) > sigmas
+
+
+class Guard:
+    """Watches the version of one key that is in force.
+
+    It counts fair records only: those logged whatever happened in them (``is_gated`` false), since among the others
+    rejections are over-represented. Of each it takes whether the first draft token was accepted, which does not depend
+    on how many were drafted. The version is bad if it is below
+
+    - the base draft in the same time by more than ``control_margin``: the engine drafts a small share of requests
+      without adapter; or
+    - the version before it, in the records before it came, by more than ``history_margin``: traffic may have changed,
+      so only a great loss counts, but it is seen at once.
+
+    Each by ``sigmas`` standard errors, looked at every 32 records and over the last ``watched_records`` at most.
+    tests/unit/test_guard.py has the false alarms.
+    """
+
+    def __init__(self, config: GuardConfig) -> None:
+        self._config = config
+        self._version = 0
+        self._fresh: deque[bool] = deque(maxlen=config.watched_records)
+        self._control: deque[bool] = deque(maxlen=config.watched_records)
+        self.previous = Acceptance()
+        """Of the version before."""
+        self.num_watched = 0
+        """Fair records of the version in force."""
+
+    @property
+    def acceptance(self) -> Acceptance:
+        """Of the version in force, recently."""
+        return Acceptance.of(self._fresh)
+
+    @property
+    def control(self) -> Acceptance:
+        """Of the base draft since the version came."""
+        return Acceptance.of(self._control)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the version was watched long enough to be one to return to."""
+        return self._version == 0 or self.num_watched >= self._config.watched_records
+
+    @property
+    def may_be_followed(self) -> bool:
+        """Whether enough is known of the version in force for another one."""
+        return self._version == 0 or self.num_watched >= self._config.min_watched
+
+    def watch(self, version: int) -> None:
+        """``version`` of the channel is in force from now on; 0: the base draft."""
+        self.previous = self.control if self._version == 0 else self.acceptance
+        self._version, self.num_watched = version, 0
+        self._fresh.clear()
+        self._control.clear()
+
+    def rename(self, version: int) -> None:
+        """The same weights were published again, as ``version``."""
+        self._version = version
+
+    def observe(self, record: VerifyRecord) -> bool:
+        """Take note of a record; True: the version in force is bad, and should be taken back."""
+        if record.is_gated or not record.drafted:
+            return False
+        if record.draft_version == 0:
+            self._control.append(record.num_accepted > 0)
+            return False
+        if record.draft_version != self._version:
+            return False  # of a version before, on its way while this one came
+        self._fresh.append(record.num_accepted > 0)
+        self.num_watched += 1
+        return self.num_watched % _CHECK_EVERY == 0 and self._is_bad()
+
+    def _is_bad(self) -> bool:
+        config, mine = self._config, self.acceptance
+        return mine.is_below(self.control, config.control_margin, config.sigmas) or mine.is_below(
+            self.previous, config.history_margin, config.sigmas
+        )

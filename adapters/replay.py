@@ -1,0 +1,129 @@
+"""What the worker remembers of one key's traffic: recent segments, a fair sample of those before, and held-out ones."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+
+import numpy as np
+
+from adapters.records import Segment
+from engine.adapters_config import ReplayConfig
+from engine.ipc.verify_record import VerifyRecord
+
+_HASH_RANGE = 2**32
+
+
+def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> bool:
+    """Whether a verify step is worth learning from.
+
+    It is where a draft was refused, where the target thought little of an accepted one (the KL divergence of the
+    target from a draft sure of its token, in nats, is over the threshold), or by lot, the same for the same record.
+    """
+    if record.num_accepted < len(record.drafted):
+        return True
+    ids, logits = record.top_k_arrays()
+    for token, row_ids, row_logits in zip(record.drafted, ids, logits.astype(np.float64), strict=False):
+        logs = row_logits - np.logaddexp.reduce(row_logits)
+        surprisal = -logs[row_ids == token].max(initial=-np.inf)
+        if not surprisal <= kl_threshold:
+            return True
+    return _hash(f"{record.request_id}:{record.position}") < sampled_share
+
+
+def is_held_out(request_id: str, share: float) -> bool:
+    """Whether a request is for scoring, never for training; always the same for the same request."""
+    return _hash(request_id) < share
+
+
+class ReplayBuffer:
+    """Bounded; one for each adapter key.
+
+    Segments leave ``recent`` in their order, and of all that left an equal chance has each to be in ``history``
+    (reservoir sampling). With policy "clear" an update takes everything and leaves nothing, as in the paper.
+    """
+
+    def __init__(self, config: ReplayConfig, seed: int = 0) -> None:
+        self._config = config
+        self._random = random.Random(seed)
+        self._recent: deque[Segment] = deque()
+        self._new: deque[Segment] = deque()
+        self._history: list[Segment] = []
+        self._num_left = 0
+        self.held_out: deque[Segment] = deque(maxlen=config.held_out_segments)
+        """The most recent of the held-out requests' segments."""
+
+    @property
+    def num_new_positions(self) -> int:
+        """Positions that no update has taken yet."""
+        return sum(segment.num_anchors for segment in self._new)
+
+    @property
+    def num_segments(self) -> int:
+        """In memory, held-out ones included."""
+        return len(self._recent) + len(self._history) + len(self.held_out)
+
+    @property
+    def num_held_out_positions(self) -> int:
+        return sum(segment.num_anchors for segment in self.held_out)
+
+    def add(self, segment: Segment) -> None:
+        """Remember a segment, and forget another when there are too many."""
+        if is_held_out(segment.request_id, self._config.held_out_share):
+            self.held_out.append(segment)
+            return
+        self._recent.append(segment)
+        self._new.append(segment)
+        if len(self._recent) > self._config.recent_segments:
+            oldest = self._recent.popleft()
+            if self._new[0] is oldest:
+                self._new.popleft()
+            self._to_history(oldest)
+
+    def take(self, num_positions: int, history_share: float) -> list[Segment]:
+        """Segments for an update, of about ``num_positions`` chains; empty without anything new.
+
+        New ones first, in their order; ``history_share`` of the positions are of older segments.
+        """
+        if not self._new:
+            return []
+        if self._config.policy == "clear":
+            everything = list(self._recent)
+            self._recent.clear()
+            self._new.clear()
+            return everything
+        older = [*self._history, *(s for s in self._recent if all(s is not new for new in self._new))]
+        num_older = round(num_positions * history_share) if older else 0
+        batch = self._take_new(num_positions - num_older)
+        while num_older > 0 and older:
+            segment = older.pop(self._random.randrange(len(older)))
+            batch.append(segment)
+            num_older -= segment.num_anchors
+        return batch
+
+    def clear(self) -> None:
+        """Forget all."""
+        for kept in (self._recent, self._new, self._history, self.held_out):
+            kept.clear()
+        self._num_left = 0
+
+    def _take_new(self, num_positions: int) -> list[Segment]:
+        batch = []
+        while self._new and num_positions > 0:
+            batch.append(self._new.popleft())
+            num_positions -= batch[-1].num_anchors
+        return batch
+
+    def _to_history(self, segment: Segment) -> None:
+        size = self._config.history_segments
+        self._num_left += 1
+        if len(self._history) < size:
+            self._history.append(segment)
+        elif (place := self._random.randrange(self._num_left)) < size:
+            self._history[place] = segment
+
+
+def _hash(text: str) -> float:
+    """In [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / _HASH_RANGE

@@ -1,0 +1,174 @@
+"""Updates of a draft's weights from segments of traffic: the paper's way, and two baselines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from adapters.chains import ChainBatch, Chains, collate
+from adapters.curriculum_loss import CurriculumLoss
+from adapters.lora import Lora, merged
+from adapters.records import Segment
+from engine.adapters_config import AdaptersConfig
+from engine.ipc.weight_layout import WeightLayout
+
+_CLIP = 1.0
+_OSD_RATE = 0.01
+"""All weights at once need smaller steps than two thin matrices, one of them zero at first."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did. ``loss`` is that of the positions before they were learned from."""
+
+    loss: float
+    num_positions: int
+    seconds: float
+
+
+class Trainer(Protocol):
+    """Owns the weights of one key."""
+
+    layout: WeightLayout
+    """Of ``published``"""
+
+    def update(self, segments: Sequence[Segment]) -> Update:
+        """One step of the optimiser on all chains of some segments, at least one."""
+        ...
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """A copy of what the engine is given."""
+        ...
+
+    def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
+        """Go on from these weights, None: the base draft's, with a fresh optimiser."""
+        ...
+
+    def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """The draft's weights that differ from the base's, by name; of ``published``, default: as they are now."""
+        ...
+
+
+class LoraTrainer:
+    """AdamW on a low-rank adapter; the draft is frozen. The paper's way, with ``method`` curriculum.
+
+    Args:
+        chains: of the base draft.
+        config: rank, targets, loss and learning rate.
+        key: seeds the adapter.
+        base: the draft's fingerprint.
+    """
+
+    def __init__(self, chains: Chains, config: AdaptersConfig, key: str, base: str) -> None:
+        self._chains, self._config, self._key = chains, config, key
+        training = config.training
+        self._loss = CurriculumLoss(0.0 if training.method == "plain" else training.beta, training.temperature)
+        self._generator = torch.Generator().manual_seed(0)
+        self._fresh()
+        self.layout = self._lora.layout(base)
+
+    def update(self, segments: Sequence[Segment]) -> Update:
+        started = time.perf_counter()
+        batch = collate(segments, self._config.training.horizon)
+        logits, columns = self._chains.logits(batch, self.weights(), self._rows(batch))
+        loss = self._loss(logits, columns, batch.top_logits, batch.mask)
+        self._optimizer.zero_grad()
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        _step(self._optimizer, self._lora.tensors.values())
+        return Update(float(loss.total.detach()), len(batch.starts), time.perf_counter() - started)
+
+    def published(self) -> dict[str, torch.Tensor]:
+        return self._lora.published()
+
+    def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
+        self._fresh()
+        if published is not None:
+            self._lora.load(published)
+
+    def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        if published is None:
+            return merged(self._chains.draft, self._lora)
+        other = Lora.fresh(self._lora.config, self._lora.targets, self._lora.rank, self._lora.alpha)
+        other.load(published)
+        return merged(self._chains.draft, other)
+
+    def _fresh(self) -> None:
+        config = self._config
+        self._lora = Lora.fresh(self._chains.draft.config, config.targets, config.rank, config.alpha, self._key)
+        for tensor in self._lora.tensors.values():
+            tensor.requires_grad_()
+        self._optimizer = torch.optim.AdamW(
+            self._lora.tensors.values(), lr=config.training.learning_rate, weight_decay=0.0
+        )
+
+    def _rows(self, batch: ChainBatch) -> torch.Tensor:
+        """The batch's own tokens and random others, which are all wrong answers."""
+        count, vocab = self._config.training.random_rows, len(self._chains.target.head)
+        drawn = torch.randint(0, vocab, (count,), generator=self._generator)
+        rows: torch.Tensor = torch.unique(torch.cat((batch.wanted_ids, drawn)))
+        return rows
+
+
+class OsdTrainer:
+    """Adam on all of a copy of the draft, every step of a chain the same weight, over the whole head.
+
+    Full-parameter online distillation (Online Speculative Decoding, arXiv 2310.07177), the paper's baseline.
+    Arguments as for ``LoraTrainer``.
+    """
+
+    def __init__(self, chains: Chains, config: AdaptersConfig, key: str, base: str) -> None:
+        self._chains, self._config = chains, config
+        self._loss = CurriculumLoss(0.0, config.training.temperature)
+        self._fresh()
+        self.layout = WeightLayout.of(self.published(), base)
+
+    def update(self, segments: Sequence[Segment]) -> Update:
+        started = time.perf_counter()
+        batch = collate(segments, self._config.training.horizon)
+        everything = torch.arange(len(self._chains.target.head))
+        logits, columns = self._chains.logits(batch, self._weights, everything)
+        loss = self._loss(logits, columns, batch.top_logits, batch.mask)
+        self._optimizer.zero_grad()
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        _step(self._optimizer, self._weights.values())
+        return Update(float(loss.total.detach()), len(batch.starts), time.perf_counter() - started)
+
+    def published(self) -> dict[str, torch.Tensor]:
+        return {name: weight.detach().bfloat16() for name, weight in self._weights.items()}
+
+    def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
+        self._fresh()
+        if published is not None:
+            with torch.no_grad():
+                for name, weight in self._weights.items():
+                    weight.copy_(published[name])
+
+    def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        if published is None:
+            return self._weights
+        return {name: weight.float() for name, weight in published.items()}
+
+    def _fresh(self) -> None:
+        self._weights = {
+            name: weight.detach().clone().requires_grad_() for name, weight in self._chains.draft.named_parameters()
+        }
+        rate = self._config.training.learning_rate * _OSD_RATE
+        self._optimizer = torch.optim.Adam(self._weights.values(), lr=rate)
+
+
+def make_trainer(chains: Chains, config: AdaptersConfig, key: str, base: str) -> Trainer:
+    """The trainer that ``config.training.method`` asks for."""
+    kind = OsdTrainer if config.training.method == "osd" else LoraTrainer
+    return kind(chains, config, key, base)
+
+
+def _step(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Move by the gradients, cut to a norm of 1; gradients that are no numbers move nothing."""
+    tensors = [tensor for tensor in parameters if tensor.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(tensors, _CLIP)
+    if norm.isfinite():
+        optimizer.step()

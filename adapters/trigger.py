@@ -1,0 +1,74 @@
+"""When an update is worth its compute (the lesson of SpecBlock: train where it pays, not at every chance)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from engine.adapters_config import PaceConfig
+
+_OPTIMISM = 0.05
+"""Loss that an update of a key nobody knows yet is taken to save, in nats."""
+_SMOOTHING = 0.3
+_DRIFT = 0.05
+"""Fall of live acceptance that makes a key worth a try again."""
+_MAX_PATIENCE = 64
+_RATE_SECONDS = 60.0
+
+
+class UpdateTrigger:
+    """Weighs, for one key, the seconds that an update costs against those that it is likely to save.
+
+    An update is likely to save the loss that the last ones did on held-out positions, measured when a version is
+    scored. A nat of loss is taken as a factor of e on the chance that a draft is accepted, so saving d of it saves
+    about a share d of the verify steps to come: ``outlook_seconds`` of the present rate, ``step_seconds`` each.
+
+    A key that learns nothing more is tried again with ever more new positions (twice, four, ... 64 times a batch), or
+    at once when its live acceptance falls.
+    """
+
+    def __init__(self, config: PaceConfig, batch_positions: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config, self._batch, self._clock = config, batch_positions, clock
+        self._steps_per_second = 0.0
+        self._counted_at = clock()
+        self._patience = 1
+        self._best_acceptance: float | None = None
+        self.gain = _OPTIMISM
+        """Held-out loss that an update saves, in nats."""
+        self.seconds: float | None = None
+        """What an update takes."""
+
+    def observe_steps(self, count: int) -> None:
+        """So many verify steps of the key were logged since the last call."""
+        now = self._clock()
+        elapsed = max(now - self._counted_at, 1e-3)
+        weight = min(1.0, elapsed / _RATE_SECONDS)
+        self._steps_per_second += weight * (count / elapsed - self._steps_per_second)
+        self._counted_at = now
+
+    def observe_acceptance(self, rate: float | None) -> None:
+        """The live acceptance of late; a fall means that there is something to learn again."""
+        if rate is None:
+            return
+        if self._best_acceptance is not None and rate < self._best_acceptance - _DRIFT:
+            self.gain, self._patience, self._best_acceptance = _OPTIMISM, 1, rate
+        self._best_acceptance = max(rate, self._best_acceptance or 0.0)
+
+    def observe_update(self, seconds: float) -> None:
+        """An update took so long."""
+        self.seconds = seconds if self.seconds is None else self.seconds + _SMOOTHING * (seconds - self.seconds)
+
+    def observe_score(self, saved: float, num_updates: int) -> None:
+        """So many updates saved so much held-out loss together (negative: they cost)."""
+        self.gain += _SMOOTHING * (max(0.0, saved) / num_updates - self.gain)
+        self._patience = 1 if self.pays else min(2 * self._patience, _MAX_PATIENCE)
+
+    @property
+    def pays(self) -> bool:
+        """Whether an update saves more than it costs."""
+        saved = self.gain * self._steps_per_second * self._config.outlook_seconds * self._config.step_seconds
+        return self.seconds is None or saved >= self.seconds
+
+    def wants_update(self, num_new_positions: int) -> bool:
+        """Whether so many new positions are worth an update now."""
+        return num_new_positions >= self._batch * (1 if self.pays else max(2, self._patience))

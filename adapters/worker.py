@@ -1,0 +1,268 @@
+"""The adapters worker: ``python -m adapters.worker``. Learns from the token log, publishes to the weight channel."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+import torch
+
+from adapters.aligner import KeyAligner
+from adapters.bank import AdapterBank
+from adapters.chains import Chains
+from adapters.config import CONFIG_VARIABLE, WorkerConfig
+from adapters.control import ControlChannel
+from adapters.pace import Pacer
+from adapters.records import Assembler
+from adapters.replay import teaches
+from adapters.store import AdapterStore
+from adapters.target_parts import load_target_parts
+from adapters.trainer import make_trainer
+from engine.adapters_config import AdaptersConfig
+from engine.ipc.adapter_control import AdapterCommand, WorkerStatus, adapter_key
+from engine.ipc.feature_ring import FeatureRingReader
+from engine.ipc.shared_file import SharedMemoryError
+from engine.ipc.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
+from engine.log import configure_logging_from_environment
+from engine.models.config import ModelError
+from engine.models.eagle3 import load_draft
+from engine.models.lora import draft_fingerprint
+from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.load import DRAFTS
+
+log = structlog.get_logger(__name__)
+
+_BATCH = 256
+_WAIT = 0.2
+_TICK = 1.0
+
+
+class AdapterWorker:
+    """One draft, many keys. Nobody waits for it, and it may be killed at any time.
+
+    What it holds in memory only (records read and not yet learned, the optimiser's state) is lost then; the text of
+    tenants is not worth the disk.
+
+    Args:
+        config: of the adapters; ``redis_url`` is set.
+        chains: the draft and its target's parts.
+        base: the draft's fingerprint.
+        pacer: default: by ``config.pace``.
+    """
+
+    def __init__(self, config: AdaptersConfig, chains: Chains, base: str, pacer: Pacer | None = None) -> None:
+        assert config.redis_url is not None
+        self._config, self._chains, self._base = config, chains, base
+        layout = make_trainer(chains, config, "", base).layout
+        self._store = AdapterStore(config.state_directory / base[:16], layout)
+        self._bank = AdapterBank(config.channel_path, layout, self._store)
+        self._reader = TokenLogReader(config.redis_url, config.log.stream)
+        self._control = ControlChannel(config.redis_url)
+        self._pacer = pacer or Pacer(config.pace)
+        self._ring: FeatureRingReader | None = None
+        self._assembler = Assembler(
+            self._prepare,
+            config.log.top_k,
+            len(chains.target.head),
+            config.replay.segment_positions,
+            config.replay.context_positions,
+        )
+        self._aligners: OrderedDict[str, KeyAligner] = OrderedDict()  # least recently used first
+        self._started_at = time.time()
+        self._num_records = 0
+        self._lag: int | None = None
+        self._is_paused = False
+        self._ticked_at = -_TICK
+
+    def run(self, is_stopped: Callable[[], bool]) -> None:
+        """Work until told to stop; one round takes as long as an update."""
+        while not is_stopped():
+            self.step()
+        self._report()
+
+    def step(self) -> None:
+        """One round: read, learn, publish, report."""
+        has_worked = self._work()
+        self._read(0.0 if has_worked else _WAIT)
+        if time.monotonic() - self._ticked_at >= _TICK:
+            self._ticked_at = time.monotonic()
+            self._tick()
+        self._publish()
+
+    def close(self) -> None:
+        """Give back what others may want; all versions are on disk already."""
+        self._bank.close()
+        self._reader.close()
+        self._control.close()
+
+    def _tick(self) -> None:
+        if self._bank.attach():
+            for key in self._bank.keys_in_force():
+                self._aligner(key)
+            for aligner in self._aligners.values():
+                aligner.must_publish()
+        for command in self._control.take():
+            self._obey(command)
+        for aligner in self._aligners.values():
+            aligner.tick()
+        self._report()
+
+    def _read(self, wait: float) -> None:
+        """Take in what the engine logged; while Redis or the ring is away, wait."""
+        try:
+            ring = self._open_ring()
+            entries = self._reader.read(_BATCH, wait)
+            self._take_in(entries, ring)
+            self._reader.acknowledge(entries)
+        except (TokenLogUnavailable, SharedMemoryError):
+            self._ring = None
+            time.sleep(_WAIT)
+
+    def _take_in(self, entries: list[LoggedRecord], ring: FeatureRingReader) -> None:
+        config = self._config
+        records = []
+        for _, record in entries:
+            key = adapter_key(config.key_scope, record.tenant, record.domain)
+            is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
+            records.append((key, record, is_useful))
+        # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
+        segments = self._assembler.add(records, ring)
+        for key, record, is_useful in records:
+            self._aligner(key).observe(record, is_useful)
+        self._num_records += len(records)
+        for key, segment in segments:
+            if key in self._aligners:
+                self._aligners[key].add(segment)
+
+    def _open_ring(self) -> FeatureRingReader:
+        if self._ring is None:
+            self._ring = FeatureRingReader(self._config.ring_path)
+            hidden, features = self._chains.draft.config.hidden_size, self._chains.draft.fc.in_features
+            if self._ring.width not in (hidden, features) or (self._needs_features and self._ring.width != features):
+                width, self._ring = self._ring.width, None
+                raise SharedMemoryError(f"{self._config.ring_path}: rows of {width} values are not this draft's input")
+        return self._ring
+
+    @property
+    def _needs_features(self) -> bool:
+        return self._config.training.method == "osd" or "fc" in self._config.targets
+
+    def _prepare(self, rows: torch.Tensor) -> torch.Tensor:
+        """Fuse features at once where ``fc`` stays as it is: a third of the memory, and of no use later."""
+        if self._needs_features or rows.shape[1] != self._chains.draft.fc.in_features:
+            return rows.clone()
+        with torch.no_grad():
+            return self._chains.draft.fuse(rows.float()).bfloat16()
+
+    def _aligner(self, key: str) -> KeyAligner:
+        """Of a key, as the one used last; the one not used longest makes room."""
+        if key not in self._aligners:
+            if len(self._aligners) >= self._config.num_slots:
+                self._evict()
+            trainer = make_trainer(self._chains, self._config, key, self._base)
+            self._aligners[key] = KeyAligner(key, self._chains, trainer, self._store, self._config)
+        self._aligners.move_to_end(key)
+        return self._aligners[key]
+
+    def _evict(self) -> None:
+        """Its last good version stays on disk, for when it is wanted again."""
+        key, aligner = self._aligners.popitem(last=False)
+        self._store.save_state(aligner.state)
+        self._assembler.forget(key)
+        self._bank.publish(key, None)
+
+    def _work(self) -> bool:
+        """An update or a scoring of the key used last that wants one, if the machine allows."""
+        wanting = next((aligner for aligner in reversed(self._aligners.values()) if aligner.wants_work), None)
+        self._is_paused = wanting is not None and not self._pacer.may_run()
+        if wanting is None or self._is_paused:
+            return False
+        started = time.process_time()
+        wanting.work()
+        self._pacer.ran(time.process_time() - started)
+        return True
+
+    def _publish(self) -> None:
+        for key, aligner in self._aligners.items():
+            if aligner.is_unpublished:
+                version = self._bank.publish(key, aligner.tensors)
+                if version is not None:
+                    aligner.published(version)
+
+    def _obey(self, command: AdapterCommand) -> None:
+        self._aligner(command.key).obey(command)
+        if command.action == "reset":
+            self._assembler.forget(command.key)
+
+    def _report(self) -> None:
+        try:
+            self._lag = self._reader.backlog()
+        except TokenLogUnavailable:
+            self._lag = None
+        worker = WorkerStatus(
+            updated_at=time.time(),
+            started_at=self._started_at,
+            pid=os.getpid(),
+            lag=self._lag,
+            num_records=self._num_records,
+            num_lapsed=self._assembler.num_lapsed,
+            num_unusable=self._assembler.num_unusable + self._reader.num_rejected,
+            num_trimmed=self._reader.num_trimmed,
+            is_attached=self._bank.is_attached,
+            is_paused=self._is_paused,
+            resident_bytes=_resident_bytes(),
+        )
+        self._control.report(worker, {key: a.status(self._bank.slot(key)) for key, a in self._aligners.items()})
+
+
+def load_worker(config: WorkerConfig) -> AdapterWorker:
+    """Load the draft that the engine drafts with, and what it shares with the target.
+
+    Raises:
+        ModelError: there is none, or a file cannot be read.
+    """
+    files = resolve_model(config.model, progress=False)
+    spec = validate_model_files(files)
+    draft = config.speculation.draft
+    directory = DRAFTS / files.name if draft is None else Path(draft).expanduser()
+    eagle = load_draft(directory, torch.float32, torch.device("cpu"))
+    eagle.config.check_target(spec, directory)
+    target = load_target_parts(files, spec, config.model.max_model_len)
+    return AdapterWorker(config.alignment, Chains(eagle, target), draft_fingerprint(directory))
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def main() -> None:
+    """Serve until SIGTERM, which ends it within an update's time."""
+    stopped: list[int] = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    configure_logging_from_environment()
+    config = WorkerConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
+    os.nice(config.alignment.pace.niceness)
+    torch.set_num_threads(config.alignment.pace.threads)
+    try:
+        worker = load_worker(config)
+    except ModelError as error:
+        log.error("the worker cannot start", reason=str(error))
+        sys.exit(1)
+    log.info("adapters worker ready", draft=config.speculation.draft, method=config.alignment.training.method)
+    worker.run(lambda: bool(stopped))
+    worker.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""Live traffic, made up, of a tiny random draft.
+
+The target's taste lies a low-rank change ("teacher") away from the draft, which therefore can learn it; the features
+that the target's layers would give are what the teacher's layer gives, and noise. ``MadeUpEngine`` shares with a worker
+what the real one does: a token log, a feature ring and a weight channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapters.chains import Chains, collate
+from adapters.lora import Lora, merge_published, merged
+from adapters.records import Segment
+from adapters.target_parts import load_target_parts
+from engine.adapters_config import AdaptersConfig
+from engine.ipc.feature_ring import FeatureRing
+from engine.ipc.token_log import TokenLog
+from engine.ipc.verify_record import VerifyRecord, pack_top_k
+from engine.ipc.weight_channel import WeightChannel
+from engine.models.eagle3 import load_draft
+from engine.models.lora import draft_fingerprint, lora_layout
+from engine.models.registry import validate_model_files
+from tests.tiny_drafts import make_draft_directory
+from tests.tiny_models import make_directory
+
+TOP_K = 8
+LENGTH = 48
+NUM_DRAFTS = 4
+_RENEWAL = 6
+Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``LENGTH`` positions of a sequence, and the token after them."""
+
+    token_ids: torch.Tensor
+    inputs: torch.Tensor
+    top_ids: torch.Tensor
+    top_logits: torch.Tensor
+
+    def segment(self, request_id: str = "r") -> Segment:
+        return Segment(
+            request_id,
+            torch.arange(1, LENGTH + 1),
+            self.token_ids[:LENGTH],
+            self.inputs,
+            self.top_ids,
+            self.top_logits,
+            torch.full((LENGTH,), -1, dtype=torch.int32),
+            torch.ones(LENGTH, dtype=torch.bool),
+        )
+
+
+class DriftingTraffic:
+    """Answers of a target.
+
+    Args:
+        chains: the base draft.
+        drift: size of the teacher's change; 0: the target is the draft.
+        seed: of the teacher and all answers.
+    """
+
+    def __init__(self, chains: Chains, drift: float = 2.0, seed: int = 0) -> None:
+        self._chains = chains
+        self._generator = torch.Generator().manual_seed(seed)
+        teacher = Lora.fresh(chains.draft.config, ("q", "v"), 4, 4.0, f"teacher {seed}")
+        for name, tensor in teacher.tensors.items():
+            if name.endswith(".b"):
+                tensor.normal_(0, drift, generator=self._generator)
+        self.teacher = merged(chains.draft, teacher)
+
+    @torch.no_grad()
+    def answers(self, number: int) -> list[Answer]:
+        """Some more, each an own sequence."""
+        hidden, vocab = self._chains.draft.config.hidden_size, len(self._chains.target.head)
+        tokens = torch.randint(0, vocab, (number, LENGTH + 1), generator=self._generator)
+        noise = torch.randn(number, LENGTH, hidden, generator=self._generator)
+        inputs = noise.bfloat16()
+        logits = torch.zeros(number, LENGTH, vocab)
+        for position in range(LENGTH):
+            empty = torch.zeros(LENGTH, TOP_K)
+            so_far = [Answer(tokens[row], inputs[row], empty.int(), empty.half()).segment() for row in range(number)]
+            state = self._head_inputs(so_far).view(number, LENGTH, hidden)[:, position]
+            logits[:, position] = state @ self._chains.target.head.float().T
+            tokens[:, position + 1] = logits[:, position].argmax(-1)
+            if position % _RENEWAL == _RENEWAL - 1:  # or all answers would end in the same few loops
+                tokens[:, position + 1] = torch.randint(0, vocab, (number,), generator=self._generator)
+            if position + 1 < LENGTH:
+                inputs[:, position + 1] = (state + 0.3 * noise[:, position + 1]).bfloat16()
+        top = logits.topk(TOP_K)
+        return [
+            Answer(tokens[row], inputs[row], top.indices[row].int(), top.values[row].half()) for row in range(number)
+        ]
+
+    def _head_inputs(self, segments: list[Segment]) -> torch.Tensor:
+        """What the teacher gives the head at every position, [N, hidden]."""
+        replaced = {f"draft.{name}": weight for name, weight in self.teacher.items()}
+        hidden: torch.Tensor = torch.func.functional_call(self._chains, replaced, (collate(segments, 1),))
+        return hidden[:, 0]
+
+
+@dataclass(frozen=True)
+class TinyDraft:
+    """A tiny target and a random draft for it, on disk and loaded."""
+
+    model: Path
+    directory: Path
+    chains: Chains
+    base: str
+
+    @classmethod
+    def make(cls, directory: Path) -> TinyDraft:
+        """The head's weights are large, so that distributions are as sharp as a real model's."""
+        files = make_directory(directory / "model")
+        weights = load_file(files.path / "model.safetensors")
+        weights["lm_head.weight"] *= 3
+        save_file(weights, files.path / "model.safetensors", metadata={"format": "pt"})
+        make_draft_directory(directory / "draft", files)
+        eagle = load_draft(directory / "draft", torch.float32, torch.device("cpu"))
+        chains = Chains(eagle, load_target_parts(files, validate_model_files(files)))
+        return cls(files.path, directory / "draft", chains, draft_fingerprint(directory / "draft"))
+
+
+class MadeUpEngine:
+    """Drafts answers with what the channel holds, verifies them, and logs each step.
+
+    Args:
+        config: where everything is; the ring's rows are fused features.
+        chains: the base draft.
+        base: its fingerprint.
+    """
+
+    def __init__(self, config: AdaptersConfig, chains: Chains, base: str) -> None:
+        assert config.redis_url is not None
+        self._config, self._chains, self._base = config, chains, base
+        config.shared_directory.mkdir(parents=True, exist_ok=True)
+        self.log = TokenLog(config.redis_url, config.log.stream)
+        self.ring = FeatureRing(config.ring_path, config.log.ring_rows, chains.draft.config.hidden_size)
+        layout = lora_layout(chains.draft.config, config.rank, config.targets, base)
+        self.channel = WeightChannel.create(config.channel_path, layout, config.num_slots)
+        self._adapter = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in layout.tensors}
+        self._requests = count()
+
+    def version(self, tenant: str) -> int:
+        """Of the tenant's adapter; 0: it has none."""
+        return next((slot.version for slot in self.channel.slots() if slot.key == tenant), 0)
+
+    def serve(self, answers: Sequence[Answer], tenant: str = "t", is_control: bool = False) -> int:
+        """Draft and verify these answers, and log each step; how many there were."""
+        version, weights = (0, {}) if is_control else self._weights(tenant)
+        num_steps = 0
+        for answer in answers:
+            request_id = f"{tenant}-{next(self._requests)}"
+            for start, drafted, accepted in self._steps(answer, weights):
+                num_steps += 1
+                self.log.log(self._record(answer, start, drafted, accepted, request_id, tenant, version))
+        return num_steps
+
+    def acceptance(self, answers: Sequence[Answer], tenant: str = "t") -> float:
+        """Mean accepted tokens a step for these answers, which are not logged."""
+        _, weights = self._weights(tenant)
+        accepted = [step[2] for answer in answers for step in self._steps(answer, weights)]
+        return sum(accepted) / len(accepted)
+
+    def close(self) -> None:
+        """Stop, as an engine does that is restarted."""
+        self.log.close()
+        self.ring.close()
+        self.channel.close()
+
+    def _weights(self, tenant: str) -> tuple[int, Weights]:
+        for index, slot in enumerate(self.channel.slots()):
+            if slot.key == tenant:
+                state = self.channel.read_into(index, self._adapter)
+                return state.version, merge_published(self._chains.draft, self._adapter)
+        return 0, {}
+
+    @torch.no_grad()
+    def _steps(self, answer: Answer, weights: Weights) -> Iterator[tuple[int, tuple[int, ...], int]]:
+        """Row of the last token, drafted tokens, and how many of them are right, of each verify step."""
+        batch = collate([answer.segment()], NUM_DRAFTS)
+        drafts = self._chains.logits(batch, weights, torch.arange(len(self._chains.target.head)))[0].argmax(-1)
+        start = 0
+        while start + NUM_DRAFTS < LENGTH:
+            drafted = tuple(drafts[start].tolist())
+            right = answer.token_ids[start + 1 : start + 1 + NUM_DRAFTS].tolist()
+            accepted = next((i for i in range(NUM_DRAFTS) if drafted[i] != right[i]), NUM_DRAFTS)
+            yield start, drafted, accepted
+            start += accepted + 1
+
+    def _record(
+        self,
+        answer: Answer,
+        start: int,
+        drafted: tuple[int, ...],
+        accepted: int,
+        request_id: str,
+        tenant: str,
+        version: int,
+    ) -> VerifyRecord:
+        rows = slice(start, start + accepted + 1)
+        slot, generation = self.ring.write(answer.inputs[rows])
+        top_ids, top_logits = pack_top_k(answer.top_ids[rows].numpy(), answer.top_logits[rows].numpy())
+        return VerifyRecord(
+            request_id=request_id,
+            tenant=tenant,
+            adapter_key=tenant if version else None,
+            domain=None,
+            position=start + 2,
+            last_token=int(answer.token_ids[start]),
+            drafted=drafted,
+            num_accepted=accepted,
+            next_token=int(answer.token_ids[start + accepted + 1]),
+            draft_version=version,
+            top_k=TOP_K,
+            top_ids=top_ids,
+            top_logits=top_logits,
+            is_gated=False,
+            feature_slot=slot,
+            feature_generation=generation,
+            num_features=accepted + 1,
+        )

@@ -1,0 +1,307 @@
+"""The adapters worker with a real Valkey, shared memory and processes; the draft is tiny, the engine made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from redis import Redis
+
+from adapters.config import CONFIG_VARIABLE, WorkerConfig
+from adapters.pace import Pacer
+from adapters.store import AdapterStore
+from adapters.worker import AdapterWorker
+from engine.adapters_config import AdaptersConfig, GuardConfig, LogConfig, PaceConfig, ReplayConfig, TrainingConfig
+from engine.config import ModelConfig, SpeculationConfig
+from engine.ipc.adapter_control import (
+    COMMANDS_KEY,
+    STATUS_KEY,
+    AdapterCommand,
+    AdapterStatus,
+    WorkerStatus,
+    decode_status,
+    encode_command,
+)
+from engine.models.lora import lora_layout
+from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
+from tests.integration.test_token_log import Valkey
+
+KILLS = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> TinyDraft:
+    return TinyDraft.make(tmp_path_factory.mktemp("alignment"))
+
+
+@pytest.fixture(scope="module")
+def answers(draft: TinyDraft) -> list[Answer]:
+    """Of one target. The last 32 are never served, only measured."""
+    return DriftingTraffic(draft.chains).answers(192)
+
+
+@pytest.fixture
+def config(tmp_path: Path, valkey_url: str) -> Iterator[AdaptersConfig]:
+    config = make_config(tmp_path, valkey_url)
+    yield config
+    Redis.from_url(valkey_url).delete(config.log.stream, STATUS_KEY, COMMANDS_KEY)
+
+
+def make_config(directory: Path, url: str) -> AdaptersConfig:
+    """A worker that is quick to learn and to judge."""
+    return AdaptersConfig(
+        enabled=True,
+        redis_url=url,
+        rank=8,
+        alpha=8,
+        num_slots=2,
+        shared_directory=directory / "shm",
+        state_directory=directory / "state",
+        log=LogConfig(stream=f"log:{directory.name}", top_k=8, ring_rows=16384),
+        training=TrainingConfig(learning_rate=3e-3),
+        replay=ReplayConfig(segment_positions=40, context_positions=8),
+        guard=GuardConfig(min_watched=32, watched_records=256),
+        pace=PaceConfig(step_seconds=10.0),
+    )
+
+
+def eager_worker(config: AdaptersConfig, draft: TinyDraft) -> AdapterWorker:
+    """One that takes the machine, whoever else wants it."""
+    return AdapterWorker(config, draft.chains, draft.base, Pacer(config.pace, spare_cores=lambda: 99.0))
+
+
+def step_until(worker: AdapterWorker, condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        worker.step()
+
+
+def status(config: AdaptersConfig, key: str = "t") -> AdapterStatus:
+    return statuses(config)[1].get(key, AdapterStatus())
+
+
+def statuses(config: AdaptersConfig) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
+    assert config.redis_url is not None
+    return decode_status(Redis.from_url(config.redis_url).hgetall(STATUS_KEY))
+
+
+def command(config: AdaptersConfig, action: str, key: str = "t") -> None:
+    assert config.redis_url is not None
+    message = AdapterCommand(action=action, key=key)  # type: ignore[arg-type]
+    Redis.from_url(config.redis_url).rpush(COMMANDS_KEY, encode_command(message))
+
+
+def serve_until_published(engine: MadeUpEngine, worker: AdapterWorker, answers: list[Answer], count: int) -> None:
+    """Serve, a few requests of each lot without adapter, until the tenant's adapter was published so often."""
+    seen = {engine.version("t")}
+    for start in range(0, 160, 16):
+        if len(seen) > count:
+            return
+        engine.serve(answers[start : start + 14])
+        engine.serve(answers[start + 14 : start + 16], is_control=True)
+        for _ in range(14):
+            worker.step()
+            seen.add(engine.version("t"))
+    assert len(seen) > count, f"versions {seen}"
+
+
+def test_draft_follows_the_target(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
+    """Acceptance on answers never served rises with the versions published; none is taken back."""
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    before = engine.acceptance(answers[160:])
+    serve_until_published(engine, worker, answers, 3)
+    after = engine.acceptance(answers[160:])
+    assert after > 1.3 * before
+    assert status(config).num_rolled_back == 0
+    found, _ = statuses(config)
+    assert found is not None
+    assert (found.num_lapsed, found.num_unusable, found.is_attached) == (0, 0, True)
+    worker.close()
+
+
+def test_restarts_go_on_from_the_last_good_version(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
+) -> None:
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    serve_until_published(engine, worker, answers, 3)
+    good, version = status(config).good_revision, engine.version("t")
+    assert good > 0
+    worker.close()
+    worker = eager_worker(config, draft)
+    step_until(worker, lambda: engine.version("t") > version)
+    assert status(config).revision == good
+    aligned, version = engine.acceptance(answers[160:]), engine.version("t")
+    # An engine that lost its memory, and one that took it over.
+    config.channel_path.unlink()
+    engine = MadeUpEngine(config, draft.chains, draft.base)
+    assert engine.version("t") == 0
+    step_until(worker, lambda: engine.version("t") > version)
+    assert engine.acceptance(answers[160:]) == aligned
+    engine = MadeUpEngine(config, draft.chains, draft.base)
+    assert engine.acceptance(answers[160:]) == aligned
+    serve_until_published(engine, worker, answers, 1)
+    worker.close()
+
+
+def test_noise_is_never_published(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
+    """2,500 records whose distributions belong to other tokens: what is learned from them never serves."""
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    noise = [
+        dataclasses.replace(
+            answer, top_ids=(answer.top_ids[order] * 7 + 13 * index) % 512, token_ids=answer.token_ids.flip(0)
+        )
+        for index, answer in enumerate(answers[:112])
+    ]
+    for start in range(0, 112, 14):
+        engine.serve(noise[start : start + 14])
+        for _ in range(14):
+            worker.step()
+    step_until(worker, lambda: status(config).num_records > 2500)
+    assert status(config).num_updates >= 32
+    assert (status(config).num_published, engine.version("t")) == (0, 0)
+    worker.close()
+
+
+def test_poisoned_version_is_taken_back(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
+    """Random weights past the offline check are gone after at most 300 records of theirs, and stay in quarantine."""
+    layout = lora_layout(draft.chains.draft.config, config.rank, config.targets, draft.base)
+    store = AdapterStore(config.state_directory / draft.base[:16], layout)
+    state = store.load_state("t")
+    state.good_revision = store.save(state, {t.name: torch.randn(t.shape).to(t.dtype) for t in layout.tensors})
+    store.save_state(state)
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    normal = engine.acceptance(answers[160:])
+    engine.serve(answers[:1])
+    step_until(worker, lambda: engine.version("t") > 0)
+    assert engine.acceptance(answers[160:]) < 0.5 * normal
+    num_records = 0
+    while engine.version("t") and num_records <= 300:
+        num_records += engine.serve([answers[num_records % 160]])
+        engine.serve([answers[(num_records + 1) % 160]], is_control=True)
+        for _ in range(2):
+            worker.step()
+    assert num_records <= 300
+    assert engine.acceptance(answers[160:]) == normal
+    step_until(worker, lambda: status(config).num_rolled_back == 1)
+    assert (status(config).revision, status(config).good_revision) == (0, 0)
+    assert [path.name for path in store_files(config, "quarantine/*")] == ["revision-1.safetensors"]
+    worker.close()
+
+
+def store_files(config: AdaptersConfig, pattern: str) -> list[Path]:
+    return list(config.state_directory.glob(f"*/*/{pattern}"))
+
+
+def test_operators_are_obeyed(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    serve_until_published(engine, worker, answers, 2)
+    command(config, "freeze")
+    step_until(worker, lambda: status(config).is_frozen)
+    frozen = status(config)
+    engine.serve(answers[:32])
+    for _ in range(20):
+        worker.step()
+    assert status(config).num_updates == frozen.num_updates
+    command(config, "rollback")
+    step_until(worker, lambda: status(config).revision < frozen.revision)
+    command(config, "reset")
+    step_until(worker, lambda: status(config).num_updates == 0 and engine.version("t") == 0)
+    assert not status(config).is_frozen
+    assert store_files(config, "*.safetensors") == []
+    worker.close()
+
+
+def test_keys_without_a_slot_give_way_and_return(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
+) -> None:
+    """Three tenants, two slots: the one not heard of longest is swapped to disk, and comes back as it was."""
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    serve_until_published(engine, worker, answers, 3)
+    good = status(config).good_revision
+    for tenant in ("second", "third"):
+        engine.serve(answers[:2], tenant)
+        step_until(worker, lambda tenant=tenant: tenant in statuses(config)[1])  # type: ignore[misc]
+    step_until(worker, lambda: "t" not in statuses(config)[1])
+    assert engine.version("t") == 0
+    engine.serve(answers[:2])
+    step_until(worker, lambda: engine.version("t") > 0)
+    step_until(worker, lambda: status(config).revision == good)
+    assert engine.version("second") == engine.version("third") == 0
+    worker.close()
+
+
+def test_redis_may_go_and_return(tmp_path: Path, draft: TinyDraft, answers: list[Answer]) -> None:
+    """It comes back empty; the worker goes on with the new stream."""
+    valkey = Valkey(tmp_path)
+    valkey.start()
+    config = make_config(tmp_path, valkey.url)
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    serve_until_published(engine, worker, answers, 1)
+    valkey.kill()
+    for _ in range(5):
+        worker.step()
+    valkey.start()
+    serve_until_published(engine, worker, answers[64:160] + answers[:64], 2)
+    step_until(worker, lambda: status(config).revision > 0)
+    worker.close()
+    valkey.kill()
+
+
+def test_killed_workers_leave_whole_versions(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
+    """Workers are killed while they publish. What the engine reads is whole, versions grow, the next one goes on."""
+    engine = MadeUpEngine(config, draft.chains, draft.base)
+    versions, chance, start = [0], random.Random(0), 0
+    for _ in range(KILLS):
+        process = launch(config, draft)
+        deadline = time.monotonic() + 60
+        while engine.channel.poll() == versions[-1] or chance.random() < 0.5:
+            assert time.monotonic() < deadline
+            engine.serve(answers[start : start + 6])  # with what is in the channel; raises if that is not whole
+            start = (start + 6) % 160
+            time.sleep(0.1 * chance.random())
+        process.kill()
+        process.wait()
+        versions.append(engine.channel.poll())
+    assert versions == sorted(set(versions))
+    assert len([path for path in store_files(config, "revision-*") if path.suffix == ".safetensors"]) <= 3
+    process = launch(config, draft)
+    wait_for(lambda: engine.channel.poll() > versions[-1])
+    wait_for(lambda: statuses(config)[0].pid == process.pid)  # type: ignore[union-attr]
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+def launch(config: AdaptersConfig, draft: TinyDraft) -> subprocess.Popen[bytes]:
+    pace = PaceConfig(niceness=0, spare_cores=0.0, step_seconds=10.0)
+    whole = WorkerConfig(
+        model=ModelConfig(name=str(draft.model)),
+        speculation=SpeculationConfig(method="eagle3", draft=str(draft.directory)),
+        alignment=config.model_copy(update={"pace": pace}),
+    )
+    environment = os.environ | {CONFIG_VARIABLE: whole.model_dump_json(), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "adapters.worker"], env=environment)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)

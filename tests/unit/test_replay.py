@@ -1,0 +1,229 @@
+"""What the worker keeps of the traffic, what it learns from, and how records become segments."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adapters.chains import collate
+from adapters.records import Assembler, Segment
+from adapters.replay import ReplayBuffer, is_held_out, teaches
+from engine.adapters_config import ReplayConfig
+from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
+from engine.ipc.verify_record import VerifyRecord, pack_top_k
+
+WIDTH, K, VOCAB = 4, 3, 100
+NEVER_HELD_OUT = 1e-9
+
+
+def segment(name: str, n: int = 5) -> Segment:
+    return Segment(
+        name,
+        torch.arange(n),
+        torch.arange(n),
+        torch.zeros(n, WIDTH, dtype=torch.bfloat16),
+        torch.zeros(n, K, dtype=torch.int32),
+        torch.zeros(n, K, dtype=torch.float16),
+        torch.full((n,), -1, dtype=torch.int32),
+        torch.ones(n, dtype=torch.bool),
+    )
+
+
+def buffer(**options: object) -> ReplayBuffer:
+    settings = {"held_out_share": NEVER_HELD_OUT, "recent_segments": 4, "history_segments": 6} | options
+    return ReplayBuffer(ReplayConfig.model_validate(settings))
+
+
+def names(segments: list[Segment]) -> list[str]:
+    return [s.request_id for s in segments]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 100), st.integers(1, 8), st.integers(0, 8))
+def test_memory_is_bounded(count: int, recent: int, history: int) -> None:
+    replay = buffer(recent_segments=recent, history_segments=history, held_out_segments=3, held_out_share=0.3)
+    for number in range(count):
+        replay.add(segment(str(number)))
+        if number % 7 == 0:
+            replay.take(5, 0.5)
+    assert replay.num_segments <= recent + history + 3
+
+
+def test_held_out_requests_are_never_trained_on_and_always_the_same() -> None:
+    replay = buffer(held_out_share=0.25, held_out_segments=1000)
+    taken = set()
+    for number in range(1000):
+        replay.add(segment(f"request-{number}"))
+        taken |= set(names(replay.take(50, 0.5)))
+    held_out = {s.request_id for s in replay.held_out}
+    assert held_out == {f"request-{n}" for n in range(1000) if is_held_out(f"request-{n}", 0.25)}
+    assert not held_out & taken
+    assert 200 < len(held_out) < 300
+
+
+def test_history_is_a_fair_sample_of_all_that_left() -> None:
+    """Each of 60 segments is in a history of 12 in one of five runs, whenever it came (the recent 4 cannot be)."""
+    counts = np.zeros(56)
+    for seed in range(400):
+        replay = ReplayBuffer(ReplayConfig(held_out_share=NEVER_HELD_OUT, recent_segments=4, history_segments=12), seed)
+        for number in range(60):
+            replay.add(segment(str(number), 1))
+        while replay.take(100, 0.0):
+            pass
+        replay.add(segment("new", 1))
+        older = {int(name) for name in names(replay.take(18, 0.9)) if name != "new"} - set(range(57, 60))
+        for number in older - {56}:
+            counts[number] += 1
+    expected = counts.mean()
+    assert ((counts - expected) ** 2 / expected).sum() < 95  # chi-square of 55 degrees, 99.9 %
+
+
+def test_updates_take_new_segments_once_and_old_ones_beside_them() -> None:
+    replay = buffer()
+    for number in range(3):
+        replay.add(segment(str(number)))
+    assert replay.num_new_positions == 15
+    assert names(replay.take(10, 0.0)) == ["0", "1"]
+    assert replay.num_new_positions == 5
+    batch = names(replay.take(10, 0.5))
+    assert batch[0] == "2"
+    assert set(batch[1:]) <= {"0", "1"}
+    assert replay.take(10, 0.5) == []
+
+
+def test_papers_policy_forgets_at_each_update() -> None:
+    replay = buffer(policy="clear", recent_segments=8)
+    for number in range(5):
+        replay.add(segment(str(number)))
+    assert names(replay.take(10, 0.5)) == ["0", "1", "2", "3", "4"]
+    assert replay.num_segments == 0
+
+
+def record(position: int, tokens: list[int], accepted: int, slot: int = 0, generation: int = 0) -> VerifyRecord:
+    """Tokens: the last one before, the accepted ones, a refused one if fewer than two were accepted; then the next."""
+    drafted = tokens[1 : 1 + accepted] + ([99] if accepted < 2 else [])
+    rows = accepted + 1
+    ids = np.array([[tokens[i + 1], 50, 51] for i in range(rows)])
+    top_ids, top_logits = pack_top_k(ids, np.tile([5.0, 1.0, 0.0], (rows, 1)))
+    return VerifyRecord(
+        request_id="r",
+        tenant="t",
+        adapter_key=None,
+        domain=None,
+        position=position,
+        last_token=tokens[0],
+        drafted=tuple(drafted),
+        num_accepted=accepted,
+        next_token=tokens[accepted + 1],
+        draft_version=0,
+        top_k=K,
+        top_ids=top_ids,
+        top_logits=top_logits,
+        is_gated=True,
+        feature_slot=slot,
+        feature_generation=generation,
+        num_features=rows,
+    )
+
+
+def test_gate_keeps_what_teaches() -> None:
+    whole = record(1, [1, 2, 3, 4], 2)
+    assert teaches(record(1, [1, 2, 3], 1), 1.0, 0.0)
+    assert not teaches(whole, 1.0, 0.0)
+    assert teaches(whole, 0.001, 0.0)
+    assert teaches(whole, 1.0, 1.0)
+    by_lot = [teaches(msgspec.structs.replace(whole, position=p), 1.0, 0.2) for p in range(1000)]
+    assert 150 < sum(by_lot) < 250
+
+
+class Log:
+    """Records of one sequence, token i being i % VOCAB and its features being i everywhere."""
+
+    def __init__(self, path: Path, capacity: int = 64) -> None:
+        self.ring = FeatureRing(path, capacity, WIDTH)
+        self.reader = FeatureRingReader(path)
+        self.assembler = Assembler(torch.clone, K, VOCAB, segment_positions=10, context_positions=3, idle_seconds=9e9)
+        self.position = 1
+
+    def step(self, accepted: int) -> VerifyRecord:
+        rows = torch.arange(self.position - 1, self.position + accepted, dtype=torch.float32)[:, None]
+        slot, generation = self.ring.write(rows.expand(-1, WIDTH))
+        tokens = [(self.position - 1 + i) % VOCAB for i in range(accepted + 2)]
+        made = record(self.position, tokens, accepted, slot, generation)
+        self.position += accepted + 1
+        return made
+
+    def add(self, *records: VerifyRecord, is_teaching: bool = True) -> list[Segment]:
+        return [s for _, s in self.assembler.add([("key", r, is_teaching) for r in records], self.reader)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 2), min_size=12, max_size=40), st.integers(0, 2**31))
+def test_segments_say_of_each_position_what_was_logged(
+    tmp_path_factory: pytest.TempPathFactory, accepted: list[int], seed: int
+) -> None:
+    """Whatever is lost of the log: tokens, features and targets of all positions belong together."""
+    log = Log(tmp_path_factory.mktemp("ring") / "ring", 256)
+    lost = random.Random(seed)
+    segments: list[Segment] = []
+    kept = []
+    for count in accepted:
+        made = log.step(count)
+        if lost.random() < 0.8:
+            segments += log.add(made, made)  # delivered twice
+            kept += range(made.position - 1, made.position + count)
+    segments += [s for _, s in log.assembler.flush()]
+    for s in segments:
+        assert s.positions.tolist() == sorted(set(s.positions.tolist()))
+        assert torch.equal(s.token_ids, s.positions % VOCAB)
+        assert torch.equal(s.inputs[:, 0].float(), s.positions.float())
+        assert torch.equal(s.top_ids[:, 0].long(), (s.positions + 1) % VOCAB)
+    anchors = [p for s in segments for p in s.positions[s.anchors].tolist()]
+    assert anchors == kept  # each once, context not
+
+
+def test_lost_rows_and_useless_records_are_counted(tmp_path: Path) -> None:
+    log = Log(tmp_path / "ring", capacity=16)
+    old = log.step(2)
+    for _ in range(6):
+        last = log.step(2)
+    log.add(old, last)
+    assert (log.assembler.num_lapsed, log.assembler.num_unusable) == (1, 0)
+    good = log.step(1)
+    broken = [
+        msgspec.structs.replace(good, num_accepted=3),
+        msgspec.structs.replace(good, num_features=0),
+        msgspec.structs.replace(good, next_token=VOCAB),
+        msgspec.structs.replace(good, top_ids=b"\xff" * len(good.top_ids)),
+        msgspec.structs.replace(good, position=0),
+    ]
+    log.add(*broken)
+    assert (log.assembler.num_lapsed, log.assembler.num_unusable) == (1, 5)
+
+
+def test_what_does_not_teach_is_context_only(tmp_path: Path) -> None:
+    log = Log(tmp_path / "ring")
+    log.add(log.step(2), is_teaching=False)
+    log.add(log.step(2))
+    [(key, s)] = log.assembler.flush()
+    assert key == "key"
+    assert s.anchors.tolist() == [False] * 3 + [True] * 3
+
+
+def test_chains_stop_at_gaps_and_at_unknown_targets() -> None:
+    one = segment("a", 5)
+    gap = torch.tensor([0, 1, 2, 7, 8])
+    logits = torch.zeros(5, K, dtype=torch.float16)
+    logits[4] = -torch.inf
+    batch = collate(
+        [Segment("a", gap, one.token_ids, one.inputs, one.top_ids, logits, one.refused, one.anchors & (gap < 8))], 4
+    )
+    assert batch.mask.sum(1).tolist() == [3, 2, 1, 1]
+    assert batch.starts.tolist() == [0, 1, 2, 3]
