@@ -32,6 +32,7 @@ class ModelRunner:
         spec = attention_spec(loaded, cache, self.num_blocks)
         self.kv_bytes = self.num_blocks * spec.bytes_per_block
         self._attention: AttentionBackend = loaded.make_attention(spec)
+        self._hidden = torch.empty(0)
 
     @torch.inference_mode()
     def execute(
@@ -45,7 +46,13 @@ class ModelRunner:
         """
         batch = build_batch(sequences, self._block_size, self._device)
         output = self._model.forward(batch, self._attention, capture)
+        self._hidden = output.hidden
         return self._model.compute_logits(output.hidden[batch.logits_indices]), output.features
+
+    @torch.inference_mode()
+    def compute_logits(self, rows: Sequence[int]) -> torch.Tensor:
+        """[len(rows), vocab] float32: logits of any rows of the last step. Those that ``execute`` gave may be lost."""
+        return self._model.compute_logits(self._hidden[rows])
 
 
 class BatchSequence(Protocol):

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-import numpy as np
+import msgspec
 import torch
-from numpy.typing import NDArray
 
-from engine.messages import SessionState, VocabularyCounts
+from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.proposer import Proposer
-from engine.vocab.draft_vocab import DraftVocab, VerifiedSequence
-from kernels.topk import topk_rows
-
-if TYPE_CHECKING:
-    from kernels.native import Team
+from engine.spec.verify_log import VerifyLog
+from engine.spec.vocab_follower import ComputeLogits, VocabFollower
 
 
 class LengthPolicy(Protocol):
@@ -57,9 +53,8 @@ class Speculator:
         proposer: drafts.
         policy: decides lengths.
         max_tokens: most draft tokens of a sequence and step.
-        vocab: the vocabularies of running sequences; None where all draft from the same.
-        target_top_k: how many of the target's most likely tokens they are told of.
-        team: threads of the compiled kernels (None: the calling one).
+        follower: keeps the vocabularies of running sequences; None where all draft from the same.
+        verify_log: where verified drafts are written down; None: nowhere.
     """
 
     def __init__(
@@ -67,12 +62,12 @@ class Speculator:
         proposer: Proposer,
         policy: LengthPolicy,
         max_tokens: int,
-        vocab: DraftVocab | None = None,
-        target_top_k: int = 0,
-        team: Team | None = None,
+        follower: VocabFollower | None = None,
+        verify_log: VerifyLog | None = None,
     ) -> None:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
-        self._vocab, self._target_top_k, self._team = vocab, target_top_k, team
+        self._follower, self._verify_log = follower, verify_log
+        self._vocab = None if follower is None else follower.vocab
         self._seconds = 0.0
 
     @property
@@ -113,30 +108,47 @@ class Speculator:
         self._seconds += time.perf_counter() - started
 
     def learn(
-        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
+        self,
+        sequences: Sequence[ScheduledSequence],
+        kept: Sequence[Sequence[int]],
+        logits: torch.Tensor,
+        compute_logits: ComputeLogits,
     ) -> float:
-        """Let the sequences' vocabularies follow a verified step, before the commit; returns the seconds it took.
-
-        Args:
-            sequences: as scheduled.
-            kept: the tokens that each one's output gets; none while its prefill is unfinished.
-            logits: [L, vocab] float32, as the target has computed them.
-        """
-        if self._vocab is None:
+        """Let the sequences' vocabularies follow a step; arguments as ``VocabFollower.follow``. Returns seconds."""
+        self._write_log(sequences, kept, logits)
+        if self._follower is None:
             return 0.0
         started = time.perf_counter()
-        verified, row = [], 0
-        for sequence, token_ids in zip(sequences, kept, strict=True):
-            row += sequence.num_logits
-            if token_ids:
-                first = row - sequence.num_sampled
-                verified.append(VerifiedSequence(sequence.request, token_ids, sequence.num_draft_tokens, first))
-
-        def top_k(start: int, end: int) -> NDArray[np.int32]:
-            return topk_rows(logits[start:end], self._target_top_k, team=self._team)[1].int().cpu().numpy()
-
-        self._vocab.observe(verified, top_k)
+        self._follower.follow(sequences, kept, logits, compute_logits)
         return time.perf_counter() - started
+
+    def _write_log(
+        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
+    ) -> None:
+        if self._verify_log is not None:
+            started = time.perf_counter()
+            self._verify_log.write(sequences, kept, logits)
+            self._seconds += time.perf_counter() - started
+
+    def draft_version(self, request_id: str) -> int:
+        """Version of the adapter that drafted last for a request, 0: the base draft."""
+        return self._verify_log.draft_version(request_id) if self._verify_log else 0
+
+    def add_stats(self, stats: EngineStats) -> EngineStats:
+        """The engine's statistics with those of speculation."""
+        if self._verify_log is not None:
+            stats = msgspec.structs.replace(stats, alignment=self._verify_log.stats())
+        if self._vocab is None:
+            return stats
+        queries, seconds = self._vocab.semantic_work
+        return msgspec.structs.replace(
+            stats,
+            vocabularies_used=self._vocab.num_used,
+            vocabularies_total=self._vocab.num_total,
+            snapshots_refused=self._vocab.num_refused_snapshots,
+            semantic_queries=queries,
+            semantic_seconds=seconds,
+        )
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, its last tokens are committed: the snapshot of its session, and how its drafts fared."""

@@ -66,6 +66,11 @@ class ContextTable:
         keys = self._keys_view[home : home + WAYS].tolist()
         return home + keys.index(key) if key in keys else -1
 
+    def has(self, key: int, token_id: int) -> bool:
+        """Whether a token has followed a context."""
+        row = self.find(key)
+        return row >= 0 and token_id in self._tokens_view[row * self.width : (row + 1) * self.width].tolist()
+
     def add(self, key: int, token_id: int, amount: float) -> None:
         """Count one more continuation, worth ``amount``."""
         home = self.home(key)

@@ -116,6 +116,11 @@ class DraftVocab:
         self.num_refused_snapshots = 0
 
     @property
+    def has_tails(self) -> bool:
+        """Whether sequences can have tokens of their own."""
+        return self._resources.slots > 0
+
+    @property
     def wants_hidden(self) -> bool:
         """Whether ``remember`` has a use for hidden states."""
         return self._search is not None
@@ -204,6 +209,17 @@ class DraftVocab:
                 self._follow(request_id, sequence, top_k)
         self._retrieval.take_neighbours(self._sessions)
         self._writer.flush()
+
+    def bootstrap(self, request_id: str, likely: Sequence[NDArray[np.int32]]) -> None:
+        """Fill free slots of a new tail with what the target thought likely at the prompt's last positions.
+
+        Args:
+            request_id: after its first ``observe``.
+            likely: [k] of each position, best first; the last position last.
+        """
+        if likely and request_id in self._sessions:
+            self._retrieval.bootstrap(self._sessions[request_id], np.stack(likely[::-1]))
+            self._writer.flush()
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts."""

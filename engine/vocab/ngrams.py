@@ -102,6 +102,10 @@ class SessionNgrams:
             return 0.0
         return float(table.counts[row] @ (table.token_ids[row] == token_id)) / self.unit
 
+    def knows(self, two_ago: int, one_ago: int, token_id: int) -> bool:
+        """Whether the session has had three tokens in a row."""
+        return self.trigrams.has(_pair(two_ago, one_ago), token_id)
+
     def strongest(self, limits: Sequence[int]) -> list[NgramCounts]:
         """The largest counts of each order, for a snapshot: at most ``limits[order - 1]``, in no order."""
         least = PRESENCE_FLOOR * self.unit

@@ -66,6 +66,10 @@ class Retrieval:
         for source, token_ids in reversed(chosen):  # what comes last is kept longest
             self._put(vocab, vocab.insert(token_ids, source, vocab.room))
 
+    def bootstrap(self, vocab: SessionVocab, likely: NDArray[np.int32]) -> None:
+        """Fill free slots with the target's most likely tokens [n, k], the best of all positions first."""
+        self._put(vocab, vocab.insert(self._core.outside_array(likely.T), "target", vocab.room))
+
     def follow(self, vocab: SessionVocab, verified: Sequence[int], missed: Sequence[int], top_k: TopK | None) -> None:
         """Insert what a verified step speaks for: at most ``MAX_INSERTIONS`` tokens that are new to the tail.
 

@@ -117,10 +117,9 @@ class SessionVocab:
         if not self.ngrams.num_tokens:
             self.ngrams.observe(recent)
             return
-        for place, token_id in enumerate(recent):
-            before = recent[max(place - 2, 0) : place]
-            if self.ngrams.count([*before, token_id]) == 0.0:
-                self.ngrams.observe([token_id], before)
+        for two_ago, one_ago, token_id in zip(recent, recent[1:], recent[2:], strict=False):
+            if not self.ngrams.knows(two_ago, one_ago, token_id):
+                self.ngrams.observe((token_id,), (two_ago, one_ago))
 
     def observe(self, token_ids: Sequence[int], num_accepted: int, before: Sequence[int]) -> list[int]:
         """Take verified tokens; before anything is inserted because of them.

@@ -1,0 +1,74 @@
+"""Tells the vocabularies of running sequences what the target has chosen, and what else it thought likely."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.config import DynamicConfig
+from engine.scheduler import ScheduledSequence
+from engine.vocab.draft_vocab import DraftVocab, VerifiedSequence
+from kernels.topk import topk_rows
+
+if TYPE_CHECKING:
+    from kernels.native import Team
+
+ComputeLogits = Callable[[Sequence[int]], torch.Tensor]
+"""The target's logits [n, vocab] at some of a step's tokens, counted through all sequences."""
+
+
+class VocabFollower:
+    """Feeds ``DraftVocab`` from steps. The target's top-k costs little: verification has computed the logits.
+
+    Args:
+        vocab: the vocabularies.
+        options: how much of the target's distribution they see.
+        team: threads of the compiled kernels (None: the calling one).
+    """
+
+    def __init__(self, vocab: DraftVocab, options: DynamicConfig, team: Team | None = None) -> None:
+        self.vocab = vocab
+        self._top_k, self._team = options.target_top_k, team
+        self._num_prompt_positions = options.prefill_target_signal if vocab.has_tails else 0
+
+    def follow(
+        self,
+        sequences: Sequence[ScheduledSequence],
+        kept: Sequence[Sequence[int]],
+        logits: torch.Tensor,
+        compute_logits: ComputeLogits,
+    ) -> None:
+        """A step was verified, and is not committed yet.
+
+        Args:
+            sequences: as scheduled.
+            kept: the tokens that each one's output gets; none while its prefill is unfinished.
+            logits: [L, vocab] float32, as the target has computed them; may be lost in this call.
+            compute_logits: for prompt positions, whose logits nobody else wants.
+        """
+        verified = []
+        prompts: dict[str, range] = {}
+        row, token = 0, 0
+        for sequence, token_ids in zip(sequences, kept, strict=True):
+            row += sequence.num_logits
+            token += len(sequence.token_ids)
+            request = sequence.request
+            if token_ids:
+                first = row - sequence.num_sampled
+                verified.append(VerifiedSequence(request, token_ids, sequence.num_draft_tokens, first))
+                if not request.output_token_ids:
+                    before_last = min(self._num_prompt_positions, len(sequence.token_ids) - 1)
+                    prompts[request.request_id] = range(token - 1 - before_last, token - 1)
+        self.vocab.observe(verified, lambda start, end: self._most_likely(logits[start:end]))
+        rows = [row for of_prompt in prompts.values() for row in of_prompt]
+        if rows:
+            likely = iter(self._most_likely(compute_logits(rows)))
+            for request_id, of_prompt in prompts.items():
+                self.vocab.bootstrap(request_id, [next(likely) for _ in of_prompt])
+
+    def _most_likely(self, logits: torch.Tensor) -> NDArray[np.int32]:
+        return topk_rows(logits, self._top_k, team=self._team)[1].int().cpu().numpy()
