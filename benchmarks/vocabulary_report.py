@@ -159,7 +159,8 @@ def plot(record: Record, path: Path) -> None:
     draw.get(record["plan"]["part"], _plot_modes)(record, *panels)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=7)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=7)
     figure.suptitle(f"{record['plan']['model']}, {record['environment']['cpu']}", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
