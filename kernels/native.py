@@ -12,12 +12,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from kernels.build import LIBRARY
+
+if TYPE_CHECKING:
+    from kernels.native_lora import NativeLora
 
 REQUIRED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16", "avx512_vnni", "f16c", "fma")
 """CPU features as Linux names them. AMX is used where it is there."""
@@ -318,13 +322,17 @@ class Decoder:
         begin: int,
         end: int,
         embeddings: torch.Tensor | None = None,
+        lora: NativeLora | None = None,
     ) -> None:
-        """Run layers begin .. end - 1 on the residual stream, in place; embeddings like it, for a draft layer."""
+        """Run layers begin .. end - 1 on the residual stream, in place.
+
+        For a draft layer: embeddings like it, and what its queries, keys and values gain.
+        """
         load_library().evo_decoder_forward(
             self._handle,
             ctypes.byref(batch.struct),
             ctypes.byref(cache.struct),
-            *(begin, end, address(embeddings), address(residual)),
+            *(begin, end, address(embeddings), None if lora is None else lora.pointer, address(residual)),
         )
 
     def final_norm(self, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -99,10 +99,18 @@ class Eagle3(nn.Module):
 
     def qkv(self, embedding: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [..., heads, head_dim], key and value [..., kv_heads, head_dim], before rotary embedding."""
-        config, eps = self.config, self.config.rms_norm_eps
-        x = torch.cat((rms_norm(embedding, self.embedding_norm, eps), rms_norm(g, self.hidden_norm, eps)), dim=-1)
-        heads = self.qkv_proj(x).unflatten(-1, (-1, config.head_dim))
-        q, k, v = heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
+        return self.split_heads(self.qkv_proj(self.qkv_input(embedding, g)))
+
+    def qkv_input(self, embedding: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        """What ``qkv_proj`` projects, [..., 2 * hidden]."""
+        eps = self.config.rms_norm_eps
+        return torch.cat((rms_norm(embedding, self.embedding_norm, eps), rms_norm(g, self.hidden_norm, eps)), dim=-1)
+
+    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The product of ``qkv_proj`` as query, key and value."""
+        config = self.config
+        heads = qkv.view(*qkv.shape[:-1], -1, config.head_dim)
+        q, k, v = heads.split_with_sizes([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
         return q, k, v
 
     def output(self, g: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:

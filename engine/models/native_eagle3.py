@@ -16,7 +16,9 @@ from engine.batch import ForwardBatch
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
+from kernels.batched_lora import LoraRows
 from kernels.native import Decoder, LayerWeights, MatrixPart, PackedMatrix, Team, linear
+from kernels.native_lora import NativeLora
 
 
 class NativeEagle3:
@@ -72,7 +74,12 @@ class NativeEagle3:
         return linear(self._team, self._fc, features.bfloat16())
 
     def forward(
-        self, batch: ForwardBatch, attention: AttentionBackend, embeddings: torch.Tensor, g: torch.Tensor
+        self,
+        batch: ForwardBatch,
+        attention: AttentionBackend,
+        embeddings: torch.Tensor,
+        g: torch.Tensor,
+        lora: LoraRows | None = None,
     ) -> torch.Tensor:
         """Write the keys and values of the batch's tokens.
 
@@ -81,7 +88,8 @@ class NativeEagle3:
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
         a = g.to(torch.float32, copy=True)
-        self._layer.forward(attention.batch, attention.cache, a, 0, 1, embeddings.float().contiguous())
+        adapted = None if lora is None else NativeLora(lora)
+        self._layer.forward(attention.batch, attention.cache, a, 0, 1, embeddings.float().contiguous(), adapted)
         return a[batch.logits_indices]
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from engine.loader import LoadedModel
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
 from engine.models.native_eagle3 import NativeEagle3
+from kernels.batched_lora import LoraRows
 
 
 class EagleNetwork(Protocol):
@@ -25,7 +26,12 @@ class EagleNetwork(Protocol):
         ...
 
     def forward(
-        self, batch: ForwardBatch, attention: AttentionBackend, embeddings: torch.Tensor, g: torch.Tensor
+        self,
+        batch: ForwardBatch,
+        attention: AttentionBackend,
+        embeddings: torch.Tensor,
+        g: torch.Tensor,
+        lora: LoraRows | None = None,
     ) -> torch.Tensor:
         """Write the entries of a ragged batch's tokens.
 
@@ -34,6 +40,7 @@ class EagleNetwork(Protocol):
             attention: owns the entries.
             embeddings: [T, hidden], the tokens' rows of the target's embedding.
             g: [T, hidden], of the position before each token: fused features, or the last step's result.
+            lora: what the tokens' queries, keys and values gain; None: nothing.
 
         Returns:
             a [L, hidden] of the rows ``batch.logits_indices``: g of the next token.
@@ -57,10 +64,19 @@ class TorchEagleNetwork:
         return self._draft.fuse(features.to(self._dtype))
 
     def forward(
-        self, batch: ForwardBatch, attention: AttentionBackend, embeddings: torch.Tensor, g: torch.Tensor
+        self,
+        batch: ForwardBatch,
+        attention: AttentionBackend,
+        embeddings: torch.Tensor,
+        g: torch.Tensor,
+        lora: LoraRows | None = None,
     ) -> torch.Tensor:
         attention.plan(batch)
-        q, k, v = self._draft.qkv(embeddings, g)
+        x = self._draft.qkv_input(embeddings, g)
+        qkv = self._draft.qkv_proj(x)
+        if lora is not None:
+            lora.add_to(qkv, x)
+        q, k, v = self._draft.split_heads(qkv)
         attended = attention.forward(0, self._rotary(q, batch.positions), self._rotary(k, batch.positions), v)
         wanted = batch.logits_indices
         return self._draft.output(g[wanted], attended[wanted])

@@ -78,6 +78,15 @@ void evo_linear(Team* team, const EvoMatrix* weight, const bf16* x, int rows, fl
   team->run([&](int) { linear(*team, {&matrix, x, rows, Epilogue::kStore, out, matrix.n}); });
 }
 
+// out [rows][stride] gains what the rows' adapters make of x [rows][inputs].
+void evo_lora(Team* team, const LoraRows* lora, const bf16* x, int rows, int stride, float* out) {
+  team->run([&](int) {
+    team->work(rows, [&](int row) {
+      add_lora(*lora, row, x + static_cast<size_t>(row) * lora->inputs, out + static_cast<size_t>(row) * stride);
+    });
+  });
+}
+
 // One layer's attention on its own: q [tokens][heads][dim], k and v [tokens][kv_heads][dim], out like q.
 void evo_attention(Team* team, const Batch* batch, const EvoKv* kv, int layer, int heads, int kv_heads, int head_dim,
                    const float* q, const float* k, const float* v, float* out) {
@@ -115,8 +124,9 @@ void evo_decoder_embed(Decoder* decoder, const EvoMatrix* table, const int32_t* 
 }
 
 void evo_decoder_forward(Decoder* decoder, const Batch* batch, const EvoKv* kv, int begin, int end,
-                         const float* embeddings, float* residual) {
-  decoder->forward(*batch, kv->keys, kv->values, kv->block_size, kv->layer_stride, begin, end, embeddings, residual);
+                         const float* embeddings, const LoraRows* lora, float* residual) {
+  decoder->forward(*batch, kv->keys, kv->values, kv->block_size, kv->layer_stride, begin, end, embeddings, lora,
+                   residual);
 }
 
 void evo_decoder_final_norm(Decoder* decoder, const float* weight, const float* residual, int count, bf16* out) {

@@ -99,7 +99,7 @@ void Decoder::rotate_and_write(const Batch& batch, const KvCache& kv, int token)
   write_kv(kv, batch.slots[token], k, k + kv_size);
 }
 
-void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer) {
+void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora) {
   const int tokens = batch.num_tokens, columns = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
   float* out = qkv_.data();
   for (const Matrix& part : layer.qkv) {
@@ -107,14 +107,20 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer) 
     team_.barrier();
     out += part.n;
   }
-  team_.work(tokens, [&](int token) { rotate_and_write(batch, kv, token); });
+  team_.work(tokens, [&](int token) {
+    if (lora != nullptr) {
+      const bf16* x = normed_.data() + static_cast<size_t>(token) * lora->inputs;
+      add_lora(*lora, token, x, qkv_.data() + static_cast<size_t>(token) * columns);
+    }
+    rotate_and_write(batch, kv, token);
+  });
   team_.barrier();
   attention(team_, batch, kv, shape_.heads, q_.data(), attended_.data());
   team_.barrier();
 }
 
 void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin,
-                      int end, const float* embeddings, float* residual) {
+                      int end, const float* embeddings, const LoraRows* lora, float* residual) {
   const int tokens = batch.num_tokens, hidden = shape_.hidden;
   reserve(tokens);
   team_.run([&](int) {
@@ -125,7 +131,7 @@ void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_si
 
       normalize_input(layer, embeddings, residual, tokens);
       team_.barrier();
-      attend(batch, cache, layer);
+      attend(batch, cache, layer, lora);
       linear(team_, {&layer.output, attended_.data(), tokens, Epilogue::kAdd, residual, hidden});
       team_.barrier();
 

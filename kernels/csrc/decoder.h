@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "linear.h"
+#include "lora.h"
 
 namespace evospec {
 
@@ -35,8 +36,9 @@ class Decoder {
 
   // Runs layers begin .. end - 1 on the residual stream, in place. `keys` and `values` are layer 0's; each layer's
   // cache lies `layer_stride` elements after the one before. embeddings [tokens][hidden]: for a draft layer, else null.
+  // lora: what its q, k and v gain, or null.
   void forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin, int end,
-               const float* embeddings, float* residual);
+               const float* embeddings, const LoraRows* lora, float* residual);
 
   // out [count][hidden] = RMS norm of the residual stream: the model's last operation before its head.
   void final_norm(const float* weight, const float* residual, int count, bf16* out);
@@ -45,7 +47,7 @@ class Decoder {
   void reserve(int tokens);
   void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
   void normalize_input(const Layer& layer, const float* embeddings, const float* residual, int tokens);
-  void attend(const Batch& batch, const KvCache& kv, const Layer& layer);
+  void attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora);
   void rotate_and_write(const Batch& batch, const KvCache& kv, int token);
   void rotate(const float* x, int position, float* out) const;
 

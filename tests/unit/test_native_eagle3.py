@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.models.config import ModelError
 from engine.models.eagle3 import Eagle3, Eagle3Config
 from engine.models.llama import RotaryEmbedding
+from engine.models.lora import adapted_rows
 from engine.models.native_eagle3 import NativeEagle3
 from engine.models.registry import validate_model_files
-from engine.spec.eagle_network import TorchEagleNetwork
+from engine.spec.eagle_network import EagleNetwork, TorchEagleNetwork
 from kernels import native
+from kernels.batched_lora import LoraPart, LoraRows
 from tests.ragged_batches import RaggedSequences, attention_spec
 from tests.tiny_drafts import random_draft
 from tests.tiny_models import make_directory
@@ -58,6 +62,56 @@ def test_same_as_the_torch_network(steps: list[list[int]], dtype: torch.dtype, t
         output = ours.forward(batch, native_kv, embeddings, g)
         assert relative_error(output - g[wanted], expected - g[wanted]) < TOLERANCE
         assert relative_error(ours.head_input(output), reference.head_input(expected)) < TOLERANCE
+
+
+def random_adapters(draft: Eagle3, num_slots: int) -> list[LoraPart]:
+    """Of q and v, of rank 8, about as large as the weights."""
+    parts = []
+    for target in ("q", "v"):
+        rows = adapted_rows(draft.config, target)  # type: ignore[arg-type]
+        a = torch.randn(num_slots, 8, rows.num_inputs) / rows.num_inputs**0.5
+        b = torch.randn(num_slots, rows.end - rows.start, 8) / 8**0.5
+        parts.append(LoraPart(rows.start, rows.end, a.bfloat16(), b.bfloat16()))
+    return parts
+
+
+def with_merged_weights(draft: Eagle3, parts: list[LoraPart], slot: int) -> Eagle3:
+    merged = deepcopy(draft)
+    for part in parts:
+        merged.qkv_proj.weight[part.start : part.end] += part.b[slot].float() @ part.a[slot].float()
+    return merged
+
+
+@pytest.mark.parametrize("kind", ["torch", "compiled"])
+def test_each_sequence_has_its_own_adapter(kind: str, tmp_path: Path) -> None:
+    """Four sequences in a batch, three of them with adapters: each is as if alone with merged weights."""
+    files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
+    spec, draft = validate_model_files(files), random_draft(files)
+    rotary = RotaryEmbedding(spec, 64, CPU)
+    parts, of_sequence = random_adapters(draft, 3), [1, -1, 2, 0]
+    sequences, heads = RaggedSequences(4, 64, 16), (spec.num_heads, spec.num_kv_heads)
+
+    def torch_attention() -> TorchPagedAttention:
+        return TorchPagedAttention(attention_spec(heads, spec.head_dim, sequences, torch.float32, CPU, 1))
+
+    team = native.Team(2)
+    drafts = [draft if slot < 0 else with_merged_weights(draft, parts, slot) for slot in of_sequence]
+    expecting = [(TorchEagleNetwork(one, rotary), torch_attention()) for one in drafts]
+    network: EagleNetwork = TorchEagleNetwork(draft, rotary)
+    attention: AttentionBackend = torch_attention()
+    if kind == "compiled":
+        network = NativeEagle3(draft, spec, team, 64)
+        attention = NativeAttention(attention_spec(heads, spec.head_dim, sequences, torch.bfloat16, CPU, 1), team)
+    for counts in ([20, 3, 1, 40], [1, 1, 1, 1]):
+        batch = sequences.step(counts)
+        batch = replace(batch, logits_indices=batch.query_start_loc[1:].long() - 1)
+        embeddings, g = torch.randn(sum(counts), 128), torch.randn(sum(counts), 128)
+        slots = torch.tensor(of_sequence, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+        output = network.forward(batch, attention, embeddings, g, LoraRows(slots, parts))
+        for row, (alone, its_attention) in enumerate(expecting):
+            expected = alone.forward(batch, its_attention, embeddings, g)[row]
+            error = relative_error(output[row] - g[batch.logits_indices[row]], expected - g[batch.logits_indices[row]])
+            assert error < (1e-4 if kind == "torch" else TOLERANCE)
 
 
 def test_a_width_that_the_kernels_cannot_run_is_refused(tmp_path: Path) -> None:

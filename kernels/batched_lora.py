@@ -1,0 +1,70 @@
+"""Low-rank adapters, each row of a batch its own (LoRA, arXiv 2106.09685; in one batch: Punica, arXiv 2310.18547).
+
+All adapters of one matrix lie in two tensors, ``a`` [slots, rank, inputs] and ``b`` [slots, outputs, rank]. A row with
+slot s gains (x a_s^T) b_s^T; the scale alpha / rank is in ``b`` already. A row with slot -1 gains nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LoraPart:
+    """The adapters of columns ``start`` .. ``end`` - 1 of a product.
+
+    ``a`` [slots, rank, inputs] and ``b`` [slots, end - start, rank], contiguous; they may be overwritten between calls.
+    """
+
+    start: int
+    end: int
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LoraRows:
+    """What the rows of a batch gain: ``slots`` [N] int32, each row's adapter or -1, and the parts that are adapted."""
+
+    slots: torch.Tensor
+    parts: Sequence[LoraPart]
+
+    def add_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
+        """Add to the product ``out`` [N, outputs] of ``x`` [N, inputs], in place."""
+        for part in self.parts:
+            batched_lora(out[:, part.start : part.end], x, part.a, part.b, self.slots)
+
+
+def batched_lora_reference(
+    out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor
+) -> None:
+    """The specification of ``batched_lora``: a row at a time, in float32."""
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            gain = b[slot].float() @ (a[slot].float() @ x[row].float())
+            out[row] = (out[row].float() + gain).to(out.dtype)
+
+
+def batched_lora(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor) -> None:
+    """Add to each row of ``out`` what its adapter makes of the row of ``x``, in place.
+
+    The compiled decoder does the same inside its layer (kernels/csrc/lora.cpp).
+
+    Args:
+        out: [N, outputs]; rows may lie apart.
+        x: [N, inputs], of the dtype of ``out``.
+        a: [slots, rank, inputs], of any floating-point dtype.
+        b: [slots, outputs, rank], of the same.
+        slots: [N] int32, -1: none.
+    """
+    if out.device.type == "cuda":
+        from kernels.triton.batched_lora import batched_lora_triton
+
+        batched_lora_triton(out, x, a, b, slots)
+        return
+    for slot in set(slots.tolist()) - {-1}:
+        rows = (slots == slot).nonzero().squeeze(1)
+        out[rows] += (x[rows] @ a[slot].to(x.dtype).T) @ b[slot].to(x.dtype).T

@@ -1,0 +1,38 @@
+#include "lora.h"
+
+namespace evospec {
+
+namespace {
+
+float dot(const bf16* a, const bf16* b, int size) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int i = 0; i < size; i += 32) sum = _mm512_dpbf16_ps(sum, load_pairs(a + i), load_pairs(b + i));
+  return _mm512_reduce_add_ps(sum);
+}
+
+// A bf16 row with floats, of any size.
+float dot(const bf16* a, const float* b, int size) {
+  __m512 sum = _mm512_setzero_ps();
+  int i = 0;
+  for (; i + 16 <= size; i += 16) sum = _mm512_fmadd_ps(load_bf16x16(a + i), _mm512_loadu_ps(b + i), sum);
+  float rest = 0;
+  for (; i < size; ++i) rest += to_float(a[i]) * b[i];
+  return _mm512_reduce_add_ps(sum) + rest;
+}
+
+}  // namespace
+
+void add_lora(const LoraRows& rows, int row, const bf16* x, float* out) {
+  const int slot = rows.slots[row], rank = rows.rank;
+  if (slot < 0) return;
+  float inner[kMaxLoraRank];
+  for (int p = 0; p < rows.num_parts; ++p) {
+    const LoraPart& part = rows.parts[p];
+    const bf16* a = part.a + static_cast<size_t>(slot) * rank * rows.inputs;
+    const bf16* b = part.b + static_cast<size_t>(slot) * part.outputs * rank;
+    for (int r = 0; r < rank; ++r) inner[r] = dot(a + static_cast<size_t>(r) * rows.inputs, x, rows.inputs);
+    for (int n = 0; n < part.outputs; ++n) out[part.start + n] += dot(b + static_cast<size_t>(n) * rank, inner, rank);
+  }
+}
+
+}  // namespace evospec
