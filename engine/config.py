@@ -11,6 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from engine.adapters_config import AdaptersConfig
+
 CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 """Environment variable in which the engine process finds its ``EngineConfig``, as JSON."""
 
@@ -172,3 +174,4 @@ class EngineConfig(_Section):
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+    alignment: AdaptersConfig = Field(default_factory=AdaptersConfig)

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-import msgspec
 import structlog
 import torch
 
@@ -25,6 +24,7 @@ from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.scheduler import QueueFull, RequestTooLong, ScheduledSequence, Scheduler, SchedulerOutput
 from engine.spec.controller import AdaptiveLength
 from engine.spec.costs import CostMeter
+from engine.spec.eagle import EagleProposer
 from engine.spec.load import load_draft
 from engine.spec.proposer import Draft
 from engine.spec.speculator import FixedLength, LengthPolicy, Speculator
@@ -69,7 +69,6 @@ class EngineCore:
         self.draft = draft.description if draft else None
         self.draft_bytes = draft.costs.total(self.num_blocks) if draft else 0
         self._speculator = None if draft is None else self._make_speculator(config, draft, loaded.team)
-        self._vocab = draft.vocab if draft else None
         self.vocabulary = vocabulary_fingerprint(self._tokenizer)
         """Fingerprint of the model's tokens."""
         self.kv_bytes = self._runner.kv_bytes
@@ -88,7 +87,8 @@ class EngineCore:
             max_tokens = config.scheduler.max_batched_tokens
             policy = AdaptiveLength(CostMeter(self._runner, proposer, config.cache.block_size, max_tokens).measure())
         follower = None if draft.vocab is None else VocabFollower(draft.vocab, config.speculation.dynamic, team)
-        return Speculator(proposer, policy, config.speculation.num_speculative_tokens, follower)
+        verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
+        return Speculator(proposer, policy, config.speculation.num_speculative_tokens, follower, verify_log)
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
@@ -98,6 +98,7 @@ class EngineCore:
             tenant=message.tenant,
             prompt_token_ids=message.prompt_token_ids,
             sampling=message.sampling,
+            domain=message.session.domain or None if message.session else None,
         )
         if self._speculator is not None:
             self._speculator.begin(request.request_id, message.session)
@@ -128,17 +129,7 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats()
-        if self._vocab is None:
-            return stats
-        queries, seconds = self._vocab.semantic_work
-        return msgspec.structs.replace(
-            stats,
-            vocabularies_used=self._vocab.num_used,
-            vocabularies_total=self._vocab.num_total,
-            snapshots_refused=self._vocab.num_refused_snapshots,
-            semantic_queries=queries,
-            semantic_seconds=seconds,
-        )
+        return self._speculator.add_stats(stats) if self._speculator else stats
 
     def step(self) -> tuple[Outputs, StepTimings | None]:
         """One step for all requests that fit in it; no timings where there was nothing to compute."""
@@ -155,8 +146,7 @@ class EngineCore:
         sampled = self._sample(logits, scheduled.sequences)
         sampling_done = time.perf_counter()
         ends = self._truncate(scheduled.sequences, sampled)
-        self._observe(scheduled, sampled, features)
-        learning = self._learn(scheduled.sequences, sampled, ends, logits)
+        learning = self._learn(scheduled, sampled, ends, logits, features)
         observing_done, observing = time.perf_counter(), self._draft_seconds() + learning
         self._commit(scheduled.sequences, sampled, ends, outputs)
         timings = StepTimings(
@@ -218,17 +208,6 @@ class EngineCore:
         sampled = iter(self._sampler.sample(logits, rows))
         return [next(sampled) if sequence.num_sampled else None for sequence in sequences]
 
-    def _observe(
-        self, scheduled: SchedulerOutput, sampled: list[SampledSequence | None], features: torch.Tensor | None
-    ) -> None:
-        """Let the draft learn what was computed and chosen."""
-        if self._speculator is None:
-            return
-        for request in scheduled.preempted:
-            self._speculator.preempted(request.request_id)
-        num_kept = [0 if choice is None else len(choice.token_ids) for choice in sampled]
-        self._speculator.observe(scheduled.sequences, num_kept, features)
-
     def _draft_seconds(self) -> float:
         return self._speculator.take_seconds() if self._speculator else 0.0
 
@@ -243,19 +222,24 @@ class EngineCore:
 
     def _learn(
         self,
-        sequences: list[ScheduledSequence],
+        scheduled: SchedulerOutput,
         sampled: list[SampledSequence | None],
         ends: list[Truncation | None],
         logits: torch.Tensor,
+        features: torch.Tensor | None,
     ) -> float:
-        """Let the draft vocabularies follow; returns the seconds it took."""
+        """Let the draft learn what was computed, chosen and kept; returns the seconds its vocabularies took."""
         if self._speculator is None:
             return 0.0
+        for request in scheduled.preempted:
+            self._speculator.preempted(request.request_id)
+        num_chosen = [0 if choice is None else len(choice.token_ids) for choice in sampled]
+        self._speculator.observe(scheduled.sequences, num_chosen, features)
         kept = [
             [] if choice is None or end is None else choice.token_ids[: end.num_kept]
             for choice, end in zip(sampled, ends, strict=True)
         ]
-        return self._speculator.learn(sequences, kept, logits, self._runner.compute_logits)
+        return self._speculator.learn(scheduled.sequences, kept, logits, self._runner.compute_logits)
 
     def _commit(
         self,
@@ -289,6 +273,7 @@ class EngineCore:
             num_cached_tokens=request.num_cached_tokens,
             num_draft_tokens=sequence.num_draft_tokens,
             num_accepted_tokens=min(len(choice.token_ids) - 1, truncation.num_kept),
+            draft_version=self._speculator.draft_version(request.request_id) if self._speculator else 0,
             session_snapshot=snapshot,
             vocabulary=counts,
         )

@@ -153,6 +153,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     ``prompt_logprobs`` has one entry per prompt token after the first, in one piece, on the
     sequence's first output.
     ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
+    ``draft_version`` is that of the adapter that drafted them, 0: the base draft.
     ``session_snapshot`` comes with the last output of a sequence that has a session: what to keep of it.
     ``vocabulary`` comes with the last output of a sequence that had a draft vocabulary of its own.
     ``error`` explains ``finish_reason`` "error" in words fit for the client; ``error_kind`` says
@@ -170,6 +171,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     num_cached_tokens: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    draft_version: int = 0
     session_snapshot: bytes | None = None
     vocabulary: VocabularyCounts | None = None
     error: str | None = None
@@ -193,12 +195,33 @@ class StepTimings(msgspec.Struct, frozen=True, array_like=True):
     vocabulary: float = 0.0
 
 
+class AlignmentStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Online alignment as the engine sees it: gauges now, and counters since it started.
+
+    ``versions``: of the adapters in force, by key; ``channel_version`` grows with each publication. ``loads`` of
+    adapters, and ``failed_loads`` of damaged ones. Of ``steps``, verify steps of a drafted sequence,
+    ``records_gated`` were logged because they teach, ``records_fair`` whatever happened in them. Of these records
+    ``records_written`` reached Redis; the others were dropped because the queue was full or Redis failed, or wait.
+    """
+
+    channel_version: int
+    versions: dict[str, int]
+    loads: int
+    failed_loads: int
+    steps: int
+    records_gated: int
+    records_fair: int
+    records_written: int
+    records_dropped_by_queue: int
+    records_dropped_by_redis: int
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges now, and counters since the engine started.
 
     ``vocabularies_used`` of ``vocabularies_total`` sequences have a draft vocabulary of their own.
     ``snapshots_refused``: of sessions, because they were damaged. ``semantic_queries``: searches in the semantic index,
-    which took ``semantic_seconds`` beside the step loop.
+    which took ``semantic_seconds`` beside the step loop. ``alignment``: None where it is off.
     """
 
     num_waiting: int
@@ -214,6 +237,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     snapshots_refused: int = 0
     semantic_queries: int = 0
     semantic_seconds: float = 0.0
+    alignment: AlignmentStats | None = None
 
 
 class EngineOutputs(msgspec.Struct, frozen=True, tag="outputs", kw_only=True, omit_defaults=True):

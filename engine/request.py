@@ -27,6 +27,8 @@ class Request:
     prompt_token_ids: list[int]
     arrival_time: float = field(default_factory=time.monotonic)
     """Seconds, ``time.monotonic``."""
+    domain: str | None = None
+    """The client's name for its subject."""
 
     output_token_ids: list[int] = field(default_factory=list)
     """Committed."""

@@ -29,6 +29,7 @@ ENV_PREFIX = "EVOSPEC_"
 SHORTCUTS = {
     "engine.model.name": "model",
     "engine.cache.max_bytes": "kv-max-bytes",
+    "engine.alignment.enabled": "alignment.enabled",
     "http.host": "host",
     "http.port": "port",
     "auth.keys_file": "keys-file",

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
+from engine.adapters_config import AdaptersConfig
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.messages import EngineRequest, SamplingParams, SessionState, VocabularyCounts
@@ -62,6 +63,7 @@ class Engine:
         draft: Draft | None = None,
         dtype: Literal["float32", "auto"] = "float32",
         cache_dir: Path | None = None,
+        alignment: AdaptersConfig | None = None,
     ) -> None:
         config = EngineConfig(
             model=ModelConfig(dtype=dtype) if cache_dir is None else ModelConfig(dtype=dtype, cache_dir=cache_dir),
@@ -71,6 +73,7 @@ class Engine:
             runtime=RuntimeConfig(
                 device="cpu", attention_backend="torch" if dtype == "float32" else "native", threads=1
             ),
+            alignment=alignment or AdaptersConfig(),
         )
         self.core = EngineCore(config, files, validate_model_files(files), draft)
         self._ids = count()

@@ -14,9 +14,11 @@ from engine.model_runner import build_batch
 from engine.models.eagle3 import Eagle3
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.draft_head import DraftHead
+from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.eagle_network import EagleNetwork, make_network
 from engine.spec.entries import EntryLedger, Piece, last_draft
 from engine.spec.proposer import DraftCosts, Proposer
+from engine.spec.verify_log import VerifyLog
 
 
 class EagleDraft:
@@ -28,25 +30,36 @@ class EagleDraft:
         target: the model it drafts for.
         cache: block size of the KV cache.
         head: the target's head, or the part of it that tokens are drafted from.
+        adapters: of the draft, trained while it serves (None: there are none).
 
     Raises:
         ModelError: the compiled kernels cannot run a draft of this shape.
     """
 
-    def __init__(self, draft: Eagle3, name: str, target: LoadedModel, cache: CacheConfig, head: DraftHead) -> None:
-        self._target, self._cache, self._head = target, cache, head
+    def __init__(
+        self,
+        draft: Eagle3,
+        name: str,
+        target: LoadedModel,
+        cache: CacheConfig,
+        head: DraftHead,
+        adapters: EagleAdapters | None = None,
+    ) -> None:
+        self._target, self._cache, self._head, self._adapters = target, cache, head, adapters
         self._network = make_network(draft, target)
         self._capture_layers = draft.config.capture_layers
         self.description = f"eagle3 {name}, vocabulary {head.description}"
         one = self._attention_spec(1)
         fused_bytes = cache.block_size * target.spec.hidden_size * target.dtype.itemsize
         self.vocab = head.vocab
-        self.costs = DraftCosts(self._network.weight_bytes + head.num_bytes, one.bytes_per_block + fused_bytes)
+        weight_bytes = self._network.weight_bytes + head.num_bytes + (adapters.num_bytes if adapters else 0)
+        self.costs = DraftCosts(weight_bytes, one.bytes_per_block + fused_bytes)
 
     def make_proposer(self, num_blocks: int) -> Proposer:
         """Allocate KV and fused features for blocks 0 .. num_blocks - 1."""
         attention = self._target.make_attention(self._attention_spec(num_blocks))
-        return EagleProposer(self._network, self._target, attention, self._head, self._capture_layers)
+        capture = self._capture_layers
+        return EagleProposer(self._network, self._target, attention, self._head, capture, self._adapters)
 
     def _attention_spec(self, num_blocks: int) -> AttentionSpec:
         spec = self._target.spec
@@ -76,6 +89,7 @@ class EagleProposer:
         attention: the draft's KV cache, in the target's block ids.
         head: from hidden states to tokens.
         capture_layers: the target's layers that are the features.
+        adapters: of the draft; with them, verified drafts are logged (None: there are none).
     """
 
     def __init__(
@@ -85,6 +99,7 @@ class EagleProposer:
         attention: AttentionBackend,
         head: DraftHead,
         capture_layers: tuple[int, ...],
+        adapters: EagleAdapters | None = None,
     ) -> None:
         self.capture_layers = capture_layers
         self._network, self._model, self._attention, self._head = network, target.model, attention, head
@@ -94,6 +109,11 @@ class EagleProposer:
         """The row after all slots: g before a sequence's first token, always 0."""
         shape = self._before_first + 1, target.spec.hidden_size
         self._g = torch.zeros(shape, dtype=target.dtype, device=target.device)
+        self._adapters = adapters
+        self.verify_log = None
+        """Where verified drafts are to be written down."""
+        if adapters is not None:
+            self.verify_log = VerifyLog(adapters, target.spec.hidden_size, self.g_before, target.team)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot]) -> None:
@@ -101,7 +121,10 @@ class EagleProposer:
         pieces, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not pieces:
             return
-        a = self._forward(pieces, self._g_before(pieces))
+        if self._adapters is not None:
+            self._adapters.refresh()
+            self._adapters.assign([slot.request for slot in slots])
+        a = self._forward(pieces, self.g_before(pieces))
         for step in range(max((slot.num_tokens for slot in ready), default=0)):
             if step > 0:
                 longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
@@ -125,13 +148,16 @@ class EagleProposer:
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request."""
         self._entries.forget(request_id)
+        if self._adapters is not None:
+            self._adapters.forget(request_id)
 
     def _forward(self, pieces: Sequence[Piece], g: torch.Tensor) -> torch.Tensor:
         """a [n, hidden] of the last token of each piece that wants logits."""
         batch = build_batch(pieces, self._block_size, self._device)
-        return self._network.forward(batch, self._attention, self._model.embed(batch.token_ids), g)
+        lora = self._adapters.rows(pieces) if self._adapters else None
+        return self._network.forward(batch, self._attention, self._model.embed(batch.token_ids), g, lora)
 
-    def _g_before(self, pieces: Sequence[Piece]) -> torch.Tensor:
+    def g_before(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """[T, hidden]: g of the position before each token."""
         slots: list[list[int]] = []
         for piece in pieces:

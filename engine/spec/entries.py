@@ -19,12 +19,13 @@ class Piece:
     token_ids: list[int]
     num_logits: int
     block_ids: Sequence[int]
+    request_id: str
 
 
 def last_draft(slot: DraftSlot) -> Piece:
     """The newest draft token, from which the next one is drafted."""
     drafts = slot.request.draft_token_ids
-    return Piece(slot.request.num_tokens + len(drafts) - 1, drafts[-1:], 1, slot.block_ids)
+    return Piece(slot.request.num_tokens + len(drafts) - 1, drafts[-1:], 1, slot.block_ids, slot.request.request_id)
 
 
 class EntryLedger:
@@ -68,8 +69,9 @@ class EntryLedger:
                 break
             budget -= end - start
             is_ready = end == len(token_ids)
-            pieces.append(Piece(start, token_ids[start:end], int(is_ready), slot.block_ids))
-            self._set_computed(slot.request.request_id, slot.block_ids, start, end)
+            request_id = slot.request.request_id
+            pieces.append(Piece(start, token_ids[start:end], int(is_ready), slot.block_ids, request_id))
+            self._set_computed(request_id, slot.block_ids, start, end)
             if is_ready:
                 ready.append(slot)
         return pieces, ready

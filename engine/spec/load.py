@@ -11,10 +11,12 @@ from engine.config import EngineConfig
 from engine.loader import LoadedModel, load
 from engine.models import eagle3
 from engine.models.config import ModelError, ModelFiles
+from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
 from engine.spec.draft_head import DraftHead, read_token_counts, static_vocabulary
 from engine.spec.draft_model import DraftModel
 from engine.spec.eagle import EagleDraft
+from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.proposer import Draft
 from engine.spec.session_head import make_session_head
 from engine.text.tokenizer import Tokenizer
@@ -69,7 +71,12 @@ def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
 def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, tokenizer: Tokenizer) -> EagleDraft:
     draft = eagle3.load_draft(directory, target.dtype, target.device)
     draft.config.check_target(target.spec, directory)
-    return EagleDraft(draft, directory.name, target, config.cache, make_head(config, target, directory, tokenizer))
+    head = make_head(config, target, directory, tokenizer)
+    adapters = None
+    if config.alignment.enabled:
+        fingerprint = draft_fingerprint(directory)
+        adapters = EagleAdapters(config.alignment, draft.config, fingerprint, target.device)
+    return EagleDraft(draft, directory.name, target, config.cache, head, adapters)
 
 
 def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:

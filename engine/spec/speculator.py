@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
 import torch
 
-from engine.messages import SessionState, VocabularyCounts
+from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.proposer import Proposer
+from engine.spec.verify_log import VerifyLog
 from engine.spec.vocab_follower import ComputeLogits, VocabFollower
 
 
@@ -52,6 +54,7 @@ class Speculator:
         policy: decides lengths.
         max_tokens: most draft tokens of a sequence and step.
         follower: keeps the vocabularies of running sequences; None where all draft from the same.
+        verify_log: where verified drafts are written down; None: nowhere.
     """
 
     def __init__(
@@ -60,9 +63,10 @@ class Speculator:
         policy: LengthPolicy,
         max_tokens: int,
         follower: VocabFollower | None = None,
+        verify_log: VerifyLog | None = None,
     ) -> None:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
-        self._follower = follower
+        self._follower, self._verify_log = follower, verify_log
         self._vocab = None if follower is None else follower.vocab
         self._seconds = 0.0
 
@@ -111,11 +115,40 @@ class Speculator:
         compute_logits: ComputeLogits,
     ) -> float:
         """Let the sequences' vocabularies follow a step; arguments as ``VocabFollower.follow``. Returns seconds."""
+        self._write_log(sequences, kept, logits)
         if self._follower is None:
             return 0.0
         started = time.perf_counter()
         self._follower.follow(sequences, kept, logits, compute_logits)
         return time.perf_counter() - started
+
+    def _write_log(
+        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
+    ) -> None:
+        if self._verify_log is not None:
+            started = time.perf_counter()
+            self._verify_log.write(sequences, kept, logits)
+            self._seconds += time.perf_counter() - started
+
+    def draft_version(self, request_id: str) -> int:
+        """Version of the adapter that drafted last for a request, 0: the base draft."""
+        return self._verify_log.draft_version(request_id) if self._verify_log else 0
+
+    def add_stats(self, stats: EngineStats) -> EngineStats:
+        """The engine's statistics with those of speculation."""
+        if self._verify_log is not None:
+            stats = msgspec.structs.replace(stats, alignment=self._verify_log.stats())
+        if self._vocab is None:
+            return stats
+        queries, seconds = self._vocab.semantic_work
+        return msgspec.structs.replace(
+            stats,
+            vocabularies_used=self._vocab.num_used,
+            vocabularies_total=self._vocab.num_total,
+            snapshots_refused=self._vocab.num_refused_snapshots,
+            semantic_queries=queries,
+            semantic_seconds=seconds,
+        )
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, its last tokens are committed: the snapshot of its session, and how its drafts fared."""

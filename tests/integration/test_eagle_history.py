@@ -130,7 +130,7 @@ class FromScratch:
         blocks = list(range(-(-len(token_ids) // 16)))
         shape = (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, len(blocks), 16)
         attention = TorchPagedAttention(AttentionSpec(*shape, torch.float32, self._loaded.device))
-        batch = build_batch([Piece(0, token_ids, 0, blocks)], 16, self._loaded.device)
+        batch = build_batch([Piece(0, token_ids, 0, blocks, "")], 16, self._loaded.device)
         features = self._loaded.model.forward(batch, attention, self._draft.config.capture_layers).features
         assert features is not None
         return features

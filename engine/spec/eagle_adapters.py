@@ -1,0 +1,169 @@
+"""The adapters of an EAGLE-3 draft in the engine: taken from the weight channel, given to the requests they are for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import structlog
+import torch
+
+from engine.adapters_config import AdaptersConfig, LoraTarget
+from engine.ipc.adapter_control import adapter_key
+from engine.ipc.shared_file import SharedMemoryError
+from engine.ipc.weight_channel import WeightChannel
+from engine.ipc.weight_directory import Slot
+from engine.models.config import ModelError
+from engine.models.eagle3 import Eagle3Config
+from engine.models.lora import adapted_rows, lora_layout
+from engine.request import Request
+from engine.spec.entries import Piece
+from kernels.batched_lora import LoraPart, LoraRows
+
+log = structlog.get_logger(__name__)
+
+_RETRY_SECONDS = 1.0
+_QKV: tuple[LoraTarget, ...] = ("q", "k", "v")
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Who drafts for a request: the adapter in a slot, at a version; slot -1: the base draft, without key."""
+
+    slot: int
+    key: str | None
+    version: int
+
+
+BASE = Assignment(-1, None, 0)
+
+
+class EagleAdapters:
+    """Slots of adapters that a worker fills, and which of them drafts for whom.
+
+    ``refresh`` and ``assign`` come once a step, before anything is drafted. Between them and the next step no weight
+    changes, so the version of an assignment is the one that drafted.
+
+    Args:
+        config: number of slots, shape of an adapter, who shares one.
+        draft: shape of the base draft.
+        base: its fingerprint.
+        device: of the draft.
+
+    Raises:
+        ModelError: the channel cannot be made, or other projections than q, k and v are to be adapted.
+    """
+
+    def __init__(self, config: AdaptersConfig, draft: Eagle3Config, base: str, device: torch.device) -> None:
+        if not set(config.targets) <= set(_QKV) or config.training.method == "osd":
+            raise ModelError("alignment: the engine can adapt the draft's q, k and v only")
+        self.config, self._device = config, device
+        layout = lora_layout(draft, config.rank, config.targets, base)
+        stacks = {
+            spec.name: torch.zeros(config.num_slots, *spec.shape, dtype=spec.dtype, device=device)
+            for spec in layout.tensors
+        }
+        self._parts = []
+        for target in config.targets:
+            rows = adapted_rows(draft, target)
+            self._parts.append(LoraPart(rows.start, rows.end, stacks[f"{target}.a"], stacks[f"{target}.b"]))
+        self._tensors = [{name: stack[slot] for name, stack in stacks.items()} for slot in range(config.num_slots)]
+        self.num_bytes = sum(stack.numel() * stack.element_size() for stack in stacks.values())
+        try:
+            config.shared_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._channel = WeightChannel.create(config.channel_path, layout, config.num_slots, device)
+        except (SharedMemoryError, OSError) as error:
+            raise ModelError(f"alignment: no weight channel: {error}") from error
+        self._in_force = [BASE] * config.num_slots
+        self._versions = [0] * config.num_slots
+        """Of what each slot held when it was read."""
+        self._by_key: dict[str, Assignment] = {}
+        self._keys: dict[str, str | None] = {}
+        """Of each request; None for those that keep the base draft, to compare with."""
+        self._assigned: dict[str, Assignment] = {}
+        self._seen, self._retry_at = -1, 0.0
+        self.num_loads = 0
+        self.num_failed_loads = 0
+
+    @property
+    def version(self) -> int:
+        """Of the channel."""
+        return self._channel.poll()
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Of the adapters in force, by key."""
+        return {key: assignment.version for key, assignment in self._by_key.items()}
+
+    def refresh(self) -> None:
+        """Take over what was published since the last call. What cannot be read is tried again a second later."""
+        version = self._channel.poll()
+        if version == self._seen or time.monotonic() < self._retry_at:
+            return
+        try:
+            slots = self._channel.slots()
+        except SharedMemoryError as error:
+            self._note_failure(error)
+            return
+        changed = [index for index, slot in enumerate(slots) if slot.version != self._versions[index]]
+        are_loaded = [self._load(index, slots[index]) for index in changed]
+        if all(are_loaded):
+            self._seen = version
+        self._by_key = {one.key: one for one in self._in_force if one.key is not None}
+
+    def assign(self, requests: Sequence[Request]) -> None:
+        """Decide who drafts for these requests in this step."""
+        for request in requests:
+            key = self._key(request)
+            self._assigned[request.request_id] = BASE if key is None else self._by_key.get(key, BASE)
+
+    def assigned(self, request_id: str) -> Assignment:
+        """Who drafted last for a request."""
+        return self._assigned.get(request_id, BASE)
+
+    def rows(self, pieces: Sequence[Piece]) -> LoraRows | None:
+        """What the tokens of a batch are adapted by; None: nothing."""
+        if not self._by_key:
+            return None
+        slots = [self.assigned(piece.request_id).slot for piece in pieces for _ in piece.token_ids]
+        if max(slots) < 0:
+            return None
+        return LoraRows(torch.tensor(slots, dtype=torch.int32, device=self._device), self._parts)
+
+    def is_control(self, request: Request) -> bool:
+        """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""
+        digest = blake2b(request.request_id.encode(), digest_size=4, person=b"control").digest()
+        return int.from_bytes(digest) < self.config.log.control_share * 2**32
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._keys.pop(request_id, None)
+        self._assigned.pop(request_id, None)
+
+    def _key(self, request: Request) -> str | None:
+        request_id = request.request_id
+        if request_id not in self._keys:
+            key = adapter_key(self.config.key_scope, request.tenant, request.domain)
+            self._keys[request_id] = None if self.is_control(request) else key
+        return self._keys[request_id]
+
+    def _load(self, index: int, slot: Slot) -> bool:
+        """Copy a slot's weights in place; if they cannot be read, its key goes on with what it had."""
+        if slot.key != self._in_force[index].key:
+            self._in_force[index] = BASE
+        try:
+            state = self._channel.read_into(index, self._tensors[index])
+        except SharedMemoryError as error:
+            self._note_failure(error)
+            return False
+        self._versions[index] = state.version
+        self._in_force[index] = BASE if state.key is None else Assignment(index, state.key, state.version)
+        self.num_loads += 1
+        return True
+
+    def _note_failure(self, error: SharedMemoryError) -> None:
+        self.num_failed_loads += 1
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        log.warning("adapters cannot be read", reason=str(error))

@@ -1,0 +1,203 @@
+"""What the engine writes down of its verify steps for the adapters worker: docs/token-log.md."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.ipc.feature_ring import FeatureRing
+from engine.ipc.shared_file import SharedMemoryError
+from engine.ipc.token_log import TokenLog
+from engine.ipc.verify_record import VerifyRecord, pack_top_k
+from engine.messages import AlignmentStats
+from engine.models.config import ModelError
+from engine.request import Request
+from engine.scheduler import ScheduledSequence
+from engine.spec.eagle_adapters import EagleAdapters
+from engine.spec.entries import Piece
+from kernels.topk import topk_rows
+
+if TYPE_CHECKING:
+    from kernels.native import Team
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A verified draft: ``kept`` is what the output gets, ``logits`` [len(kept), vocab] the target's for these."""
+
+    sequence: ScheduledSequence
+    kept: Sequence[int]
+    logits: torch.Tensor
+
+    @property
+    def num_known(self) -> int:
+        """Tokens of the sequence's part of the step before its drafts."""
+        return len(self.sequence.token_ids) - self.sequence.num_draft_tokens
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.kept) - 1
+
+    @property
+    def drafted(self) -> list[int]:
+        """The draft tokens; where the output stops at a right one, those before it: the rest was not looked at."""
+        drafted = self.sequence.token_ids[self.num_known :]
+        stops_early = drafted[self.num_accepted : len(self.kept)] == [self.kept[-1]]
+        return drafted[: self.num_accepted] if stops_early else drafted
+
+    @property
+    def piece(self) -> Piece:
+        """The last known token and the accepted drafts."""
+        sequence, first = self.sequence, self.num_known - 1
+        token_ids = sequence.token_ids[first : first + len(self.kept)]
+        return Piece(sequence.start + first, token_ids, 0, sequence.block_ids, sequence.request.request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A step to log, and the target's top k [len(kept), k] there."""
+
+    step: _Step
+    is_gated: bool
+    values: NDArray[np.float32]
+    ids: NDArray[np.int64]
+
+
+class VerifyLog:
+    """Logs verified drafts and their features. It never waits: what cannot be taken is dropped and counted.
+
+    A step is logged whatever happened in it with the probability ``log.fair_share``; all steps of control requests
+    are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
+    accepted.
+
+    Args:
+        adapters: who drafted.
+        width: of a feature.
+        features: [T, width] of the positions before the tokens of some pieces.
+        team: threads of the compiled kernels (None: the calling one).
+
+    Raises:
+        ModelError: there is no Redis to write to, or the ring cannot be made.
+    """
+
+    def __init__(
+        self,
+        adapters: EagleAdapters,
+        width: int,
+        features: Callable[[Sequence[Piece]], torch.Tensor],
+        team: Team | None = None,
+    ) -> None:
+        config = adapters.config
+        if config.redis_url is None:
+            raise ModelError("alignment.redis_url is needed: only `evospec serve` has a Redis of its own")
+        self._adapters, self._features, self._team, self._options = adapters, features, team, config.log
+        try:
+            self._ring = FeatureRing(config.ring_path, config.log.ring_rows, width)
+        except SharedMemoryError as error:
+            raise ModelError(f"alignment: no feature ring: {error}") from error
+        self._log = TokenLog(config.redis_url, config.log.stream, max_records=config.log.max_records)
+        self._random = random.Random()
+        self._num_steps = self._num_gated = self._num_fair = 0
+
+    @torch.inference_mode()
+    def write(
+        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
+    ) -> None:
+        """Log of a step what is worth it, once its features are stored and before it is committed.
+
+        Args:
+            sequences: as scheduled.
+            kept: the tokens that each one's output gets; none while its prefill is unfinished.
+            logits: [L, vocab] float32, as the target has computed them.
+        """
+        chosen: list[_Chosen] = []
+        for step in _drafted_steps(sequences, kept, logits):
+            self._num_steps += 1
+            is_fair = self._is_fair(step.sequence.request)
+            values, ids = (rows.cpu().numpy() for rows in topk_rows(step.logits, self._options.top_k, team=self._team))
+            if is_fair or self._teaches(step, values, ids):
+                chosen.append(_Chosen(step, not is_fair, values, ids))
+        if not chosen:
+            return
+        features = self._features([one.step.piece for one in chosen])
+        for one, rows in zip(chosen, features.split_with_sizes([len(one.step.kept) for one in chosen]), strict=True):
+            self._num_gated += one.is_gated
+            self._num_fair += not one.is_gated
+            self._log.log(self._record(one, *self._ring.write(rows)))
+
+    def draft_version(self, request_id: str) -> int:
+        """Of the adapter that drafted last for a request."""
+        return self._adapters.assigned(request_id).version
+
+    def stats(self) -> AlignmentStats:
+        """For metrics."""
+        written = self._log.stats()
+        return AlignmentStats(
+            channel_version=self._adapters.version,
+            versions=self._adapters.versions,
+            loads=self._adapters.num_loads,
+            failed_loads=self._adapters.num_failed_loads,
+            steps=self._num_steps,
+            records_gated=self._num_gated,
+            records_fair=self._num_fair,
+            records_written=written.num_written,
+            records_dropped_by_queue=written.num_dropped_by_queue,
+            records_dropped_by_redis=written.num_dropped_by_redis,
+        )
+
+    def _is_fair(self, request: Request) -> bool:
+        # The guard compares adapters with control requests, of which there are few: it gets all of their steps.
+        return self._adapters.is_control(request) or self._random.random() < self._options.fair_share
+
+    def _teaches(self, step: _Step, values: NDArray[np.float32], ids: NDArray[np.int64]) -> bool:
+        count = step.num_accepted
+        if count < len(step.drafted):
+            return True
+        is_drafted = ids[:count] == np.array(step.drafted)[:, None]
+        drafted = np.where(is_drafted, values[:count], -np.inf).max(axis=1)
+        surprisals = np.logaddexp.reduce(values[:count], axis=1) - drafted
+        return bool((surprisals > self._options.kl_threshold).any())
+
+    def _record(self, chosen: _Chosen, slot: int, generation: int) -> VerifyRecord:
+        step, request = chosen.step, chosen.step.sequence.request
+        assignment = self._adapters.assigned(request.request_id)
+        top_ids, top_logits = pack_top_k(chosen.ids, chosen.values)
+        return VerifyRecord(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            adapter_key=assignment.key,
+            domain=request.domain,
+            position=step.piece.start + 1,
+            last_token=step.piece.token_ids[0],
+            drafted=tuple(step.drafted),
+            num_accepted=step.num_accepted,
+            next_token=step.kept[-1],
+            draft_version=assignment.version,
+            top_k=chosen.ids.shape[1],
+            top_ids=top_ids,
+            top_logits=top_logits,
+            is_gated=chosen.is_gated,
+            feature_slot=slot,
+            feature_generation=generation,
+            num_features=len(step.kept),
+        )
+
+
+def _drafted_steps(
+    sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
+) -> Iterator[_Step]:
+    """Of the sequences whose output says something about their drafts."""
+    end = 0
+    for sequence, tokens in zip(sequences, kept, strict=True):
+        end += sequence.num_logits
+        if tokens and sequence.num_draft_tokens:
+            first = end - sequence.num_sampled
+            step = _Step(sequence, tokens, logits[first : first + len(tokens)])
+            if step.drafted:
+                yield step

@@ -1,0 +1,224 @@
+"""Adapters that come and go in mid-generation never change an output, and what the engine logs of it is true.
+
+float32 engines on a tiny random model; adapters are random, large, and change every few steps.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.adapters_config import AdaptersConfig, LogConfig
+from engine.ipc.feature_ring import FeatureRingReader
+from engine.ipc.token_log import TokenLogReader
+from engine.ipc.verify_record import VerifyRecord
+from engine.ipc.weight_writer import WeightWriter
+from engine.messages import SamplingParams, SessionState
+from engine.models.config import ModelFiles
+from engine.models.eagle3 import load_draft
+from engine.models.lora import draft_fingerprint, lora_layout
+from engine.request import Request
+from engine.scheduler import ScheduledSequence
+from tests.integration.test_speculation_exactness import SAMPLED, SETTINGS
+from tests.tiny_drafts import Engine, SpeculationConfig, make_draft_directory
+from tests.tiny_models import make_directory
+
+TENANTS = ["law", "clinic", "code"]
+NUM_TOKENS = 40
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_directory(tmp_path_factory.mktemp("target") / "target")
+
+
+@pytest.fixture(scope="module")
+def draft(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_draft_directory(tmp_path_factory.mktemp("draft") / "eagle", files)
+
+
+@pytest.fixture
+def alignment(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
+    return AdaptersConfig(
+        enabled=True,
+        shared_directory=tmp_path,
+        redis_url=valkey_url,
+        rank=4,
+        num_slots=4,
+        log=LogConfig(stream=f"log-{uuid.uuid4()}", fair_share=1.0, control_share=0.2, top_k=8),
+    )
+
+
+class Publisher:
+    """A worker that publishes noise."""
+
+    def __init__(self, config: AdaptersConfig, draft: Path, seed: int) -> None:
+        eagle = load_draft(draft, torch.float32, CPU)
+        self._layout = lora_layout(eagle.config, config.rank, config.targets, draft_fingerprint(draft))
+        self._writer = WeightWriter(config.channel_path, self._layout)
+        self._chance = random.Random(seed)
+        self.published: dict[int, str] = {}
+        """Key of each version."""
+
+    def act(self) -> None:
+        slot = self._chance.randrange(4)
+        held = {state.key for index, state in enumerate(self._writer.slots) if index != slot}
+        free = [tenant for tenant in TENANTS if tenant not in held]
+        if self._chance.random() < 0.2 or not free:
+            self._writer.clear(slot)
+            return
+        key = self._chance.choice(free)
+        tensors = {spec.name: torch.randn(spec.shape).to(spec.dtype) for spec in self._layout.tensors}
+        self.published[self._writer.publish(slot, key, tensors)] = key
+
+
+def make_engine(files: ModelFiles, draft: Path, setting: str, alignment: AdaptersConfig | None) -> Engine:
+    speculation = SpeculationConfig(
+        method="eagle3", draft=str(draft), adaptive=False, num_speculative_tokens=4, vocabulary="dynamic:full+0"
+    )
+    return Engine(files, SETTINGS[setting], speculation if alignment else None, alignment=alignment)
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (90, 1, 7, 15, 16, 17, 60, 33, 5)]
+
+
+def make_sampling(kind: str, count: int) -> list[SamplingParams]:
+    sets: list[dict[str, object]] = [{"temperature": 0.0}] if kind == "greedy" else list(SAMPLED.values())
+    return [
+        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": i} | sets[i % len(sets)]))  # type: ignore[arg-type]
+        for i in range(count)
+    ]
+
+
+def read_records(config: AdaptersConfig, count: int) -> list[VerifyRecord]:
+    assert config.redis_url is not None
+    reader = TokenLogReader(config.redis_url, config.log.stream)
+    records: list[VerifyRecord] = []
+    for _ in range(50):
+        records += [entry.record for entry in reader.read(1000, wait=0.2)]
+        if len(records) >= count:
+            break
+    reader.close()
+    assert len(records) == count
+    return records
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_outputs_do_not_depend_on_adapters(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig, setting: str, kind: str
+) -> None:
+    prompts = make_prompts()
+    sampling = make_sampling(kind, len(prompts))
+    expected = make_engine(files, draft, "alone", None).generate_alone(prompts, sampling)
+    engine = make_engine(files, draft, setting, alignment)
+    publisher = Publisher(alignment, draft, seed=len(setting))
+    tenants = [TENANTS[index % 3] for index in range(len(prompts))]
+    ids = [engine.add(*one) for one in zip(prompts, sampling, tenants, strict=True)]
+    steps = 0
+    while engine.is_busy:
+        engine.step()
+        steps += 1
+        if steps % 3 == 0:
+            publisher.act()
+    assert [engine.output(request_id) for request_id in ids] == expected
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    assert stats.steps == stats.records_fair > 0
+    records = read_records(alignment, stats.steps)
+    for record in records:
+        assert record.adapter_key == publisher.published.get(record.draft_version)
+        assert record.adapter_key in (None, record.tenant)
+    assert len({record.draft_version for record in records}) > 5
+    assert stats.loads >= 5
+    assert stats.failed_loads == 0
+
+
+def test_records_say_what_happened(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
+    prompts = make_prompts()
+    stop = make_engine(files, draft, "alone", None).generate_alone(prompts[:1], make_sampling("greedy", 1))[0][20]
+    engine = make_engine(files, draft, "batch", alignment)
+    sampling = make_sampling("greedy", len(prompts))
+    sampling[0] = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, stop_token_ids=[stop])
+    sessions = [SessionState(domain="contracts") for _ in prompts]
+    outputs = engine.generate(prompts, sampling, ["law"] * len(prompts), sessions)
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    by_request = defaultdict(list)
+    for record in read_records(alignment, stats.steps):
+        by_request[record.request_id.partition("/")[2]].append(record)
+    ring = FeatureRingReader(alignment.ring_path)
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    for request_id, records in by_request.items():
+        tokens = prompts[int(request_id)] + outputs[int(request_id)]
+        for record in records:
+            begin = record.position
+            accepted = list(record.drafted[: record.num_accepted])
+            assert [record.last_token, *accepted, record.next_token] == tokens[begin - 1 : begin + len(accepted) + 1]
+            if record.num_accepted < len(record.drafted):
+                assert record.drafted[record.num_accepted] != record.next_token
+            ids, logits = record.top_k_arrays()
+            assert ids[:, 0].tolist() == tokens[begin : begin + len(ids)]  # greedy: the most likely ones
+            assert (np.diff(logits) <= 0).all()
+            assert (record.tenant, record.domain, record.is_gated) == ("law", "contracts", False)
+            assert len(ids) == record.num_features == record.num_accepted + 1
+            slots = torch.arange(record.num_features) + record.feature_slot
+            rows, valid = ring.read(slots, torch.full_like(slots, record.feature_generation))
+            assert valid.all()
+            for place, row in enumerate(rows):
+                seen[request_id, begin - 1 + place] = row
+    assert sum(len(records) for records in by_request.values()) == stats.steps
+    check_features(engine, draft, prompts[0] + outputs[0], {p: row for (r, p), row in seen.items() if r == "0"})
+    check_features(engine, draft, prompts[1] + outputs[1], {p: row for (r, p), row in seen.items() if r == "1"})
+
+
+def check_features(engine: Engine, draft: Path, tokens: list[int], rows: dict[int, torch.Tensor]) -> None:
+    """Rows by the position of the token that the draft takes them with."""
+    eagle = load_draft(draft, torch.float32, CPU)
+    features = target_features(engine, tokens, eagle.config.capture_layers)
+    fused = torch.cat((torch.zeros(1, eagle.config.hidden_size), eagle.fuse(features)))
+    assert len(rows) > 4
+    for position, row in rows.items():
+        torch.testing.assert_close(row.float(), fused[position], rtol=1e-2, atol=1e-3)
+
+
+def target_features(engine: Engine, tokens: list[int], layers: tuple[int, ...]) -> torch.Tensor:
+    """Of the model alone, over all tokens at once."""
+    request = Request("alone", b"", "", make_sampling("greedy", 1)[0], tokens)
+    blocks = list(range(-(-len(tokens) // 16)))
+    _, features = engine.core._runner.execute([ScheduledSequence(request, 0, tokens, 0, 0, 1, blocks)], layers)
+    assert features is not None
+    return features.clone()
+
+
+def test_the_gate_keeps_what_teaches(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
+    log = alignment.log.model_copy(update={"fair_share": 1e-9, "control_share": 0.0, "kl_threshold": 1e9})
+    alignment = alignment.model_copy(update={"log": log})
+    engine = make_engine(files, draft, "batch", alignment)
+    prompts = make_prompts()
+    engine.generate(prompts, make_sampling("greedy", len(prompts)))
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    assert stats.records_fair == 0
+    records = read_records(alignment, stats.records_gated)
+    assert all(record.num_accepted < len(record.drafted) and record.is_gated for record in records)
+
+
+def test_nothing_waits_for_a_redis_that_is_not_there(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
+    url = f"unix://{alignment.shared_directory / 'nobody.sock'}"
+    engine = make_engine(files, draft, "batch", alignment.model_copy(update={"redis_url": url}))
+    prompts = make_prompts()
+    expected = make_engine(files, draft, "batch", None).generate(prompts, make_sampling("greedy", len(prompts)))
+    assert engine.generate(prompts, make_sampling("greedy", len(prompts))) == expected
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    assert stats.records_written == 0
