@@ -54,7 +54,7 @@ class TrainingConfig(_Section):
         description="curriculum: LoRA with the paper's loss; plain: LoRA, all steps weigh the same; osd: all weights "
         "by Adam. The last two are baselines for benchmarks.",
     )
-    learning_rate: float = Field(default=1e-3, gt=0, description="Of AdamW (osd: a hundredth of it).")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Of AdamW (osd: a hundredth of it).")
     beta: float = Field(default=0.3, ge=0, description="How fast later steps lose weight while the first is wrong.")
     temperature: float = Field(default=1.0, gt=0, description="Softens both distributions of the loss.")
     horizon: int = Field(default=6, ge=1, le=8, description="Draft steps that are trained.")
