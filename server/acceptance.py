@@ -11,9 +11,11 @@ class AcceptanceCounts:
     def __init__(self, num_spec_tokens: int) -> None:
         self._num_draft_tokens = 0
         self._histogram = [0] * (num_spec_tokens + 1)
+        self._draft_version = 0
 
-    def add(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
-        """Count a step that verified drafts."""
+    def add(self, num_draft_tokens: int, num_accepted_tokens: int, draft_version: int = 0) -> None:
+        """Count a step that verified drafts of a version."""
+        self._draft_version = draft_version
         self._num_draft_tokens += num_draft_tokens
         self._histogram[num_accepted_tokens] += 1
 
@@ -29,4 +31,5 @@ class AcceptanceCounts:
             num_accepted_draft_tokens=accepted,
             num_draft_tokens=self._num_draft_tokens,
             num_spec_tokens=len(self._histogram) - 1,
+            draft_version=self._draft_version,
         )

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
+from server.adapter_control import AdapterControl
 from server.engine_client import EngineClient
 from server.errors import install_error_handlers
 from server.metrics import Metrics
@@ -19,7 +20,7 @@ from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
-from server.routes import chat, completions, detokenize, health, metrics, models, sessions, tokenize
+from server.routes import adapters, chat, completions, detokenize, health, metrics, models, sessions, tokenize
 from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
@@ -48,7 +49,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     app.state.max_body_bytes = settings.http.max_body_bytes
-    for module in (completions, chat, sessions, models, tokenize, detokenize, health, metrics):
+    for module in (completions, chat, sessions, adapters, models, tokenize, detokenize, health, metrics):
         app.include_router(module.router)
     install_error_handlers(app)
     install_openapi(app, model, app.state.tenants.has_keys)
@@ -60,6 +61,7 @@ def create_app(settings: Settings) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state, settings = app.state, app.state.settings
     gate = RedisGate(settings.redis.url, settings.redis)
+    log_gate = RedisGate(settings.engine.alignment.redis_url or settings.redis.url, settings.redis)
     engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics)
     state.metrics.engine_up.set_function(lambda: float(engine.ready))
     state.serving = Serving(
@@ -70,6 +72,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
         sessions=SessionStore(gate, settings.sessions, state.metrics),
         metrics=state.metrics,
+        adapters=AdapterControl(log_gate),
     )
     connection = asyncio.create_task(engine.run())
     connection.add_done_callback(_log_failure)
@@ -81,6 +84,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             await connection
         await state.serving.sessions.close()
         await gate.close()
+        await log_gate.close()
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

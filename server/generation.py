@@ -208,7 +208,7 @@ class Generation:
         is_first = choice.last_output is None
         self._observe(choice, len(output.token_ids), now)
         if output.num_draft_tokens:
-            choice.acceptance.add(output.num_draft_tokens, output.num_accepted_tokens)
+            choice.acceptance.add(output.num_draft_tokens, output.num_accepted_tokens, output.draft_version)
             self._metrics.observe_draft(output.num_draft_tokens, output.num_accepted_tokens)
         if output.vocabulary is not None:
             self._metrics.observe_vocabulary(output.vocabulary)

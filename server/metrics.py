@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings, VocabularyCounts
+from server.alignment_metrics import AlignmentMetrics
 from server.vocabulary_metrics import VocabularyMetrics
 
 MAX_TENANT_LABELS = 100
@@ -93,6 +94,7 @@ class Metrics:
         self._define_speculation_metrics(["model", "tenant", "domain"])
         self._define_session_metrics(["model", "tenant", "domain"])
         self.vocabulary = VocabularyMetrics(self.registry, ["model", "tenant", "domain"])
+        self.alignment = AlignmentMetrics(self.registry)
         self._define_engine_metrics()
 
     def _define_request_metrics(self, labels: list[str]) -> None:
@@ -249,6 +251,7 @@ class Metrics:
         if message.epoch != self._epoch:
             self._epoch = message.epoch
             self._last = dict.fromkeys(_COUNTERS, 0)
+            self.alignment.engine_restarted()
         if message.stats is not None:
             self._observe_stats(message.stats)
         self._observe_steps(message.steps)
@@ -264,6 +267,8 @@ class Metrics:
             value = getattr(stats, name)
             self.engine_counters[name].inc(max(0, value - self._last[name]))
             self._last[name] = value
+        if stats.alignment is not None:
+            self.alignment.observe_engine(stats.alignment)
         self.waiting_by_tenant.clear()
         for tenant, count in stats.waiting_by_tenant.items():
             self.waiting_by_tenant.labels(self.tenants.label(tenant)).inc(count)

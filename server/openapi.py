@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from server.errors import ErrorResponse
+from server.schemas.adapters import AcceptedCommand, AdapterList
 from server.schemas.chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from server.schemas.completions import Completion, CompletionRequest
 from server.schemas.models import ModelCard, ModelList
@@ -25,11 +26,14 @@ RESPONSES = (
     ModelCard,
     TokenizeResponse,
     DetokenizeResponse,
+    AdapterList,
+    AcceptedCommand,
 )
 
 _DESCRIPTIONS = {
     400: "A field is invalid or not supported; `param` names it.",
     401: "No API key, or an unknown one.",
+    403: "No admin key is configured.",
     404: "No such model or session.",
     413: "The body is too large.",
     429: "The tenant's rate limit is reached; see Retry-After.",

@@ -8,6 +8,7 @@ from fastapi import Request
 
 from engine.messages import EngineReady
 from engine.text.tokenizer import Tokenizer
+from server.adapter_control import AdapterControl
 from server.engine_client import EngineClient, EngineDead
 from server.metrics import Metrics
 from server.rate_limit import RateLimiter
@@ -25,6 +26,7 @@ class Serving:
     rate_limiter: RateLimiter
     sessions: SessionStore
     metrics: Metrics
+    adapters: AdapterControl
 
     @property
     def engine_info(self) -> EngineReady:

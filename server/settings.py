@@ -97,6 +97,11 @@ class AuthConfig(_Section):
     keys: str | None = Field(
         default=None, description="Further keys as TENANT=HASH, separated by commas (for containers)."
     )
+    admin_key: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="Hash of the key for /v1/adapters, as `evospec keys new` prints it; default: nobody may.",
+    )
     insecure: bool = Field(default=False, description="Serve without keys on an address that is not loopback.")
 
 

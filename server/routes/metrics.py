@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
+from server.errors import ApiError
 from server.openapi import errors
 from server.routes.tenant_route import CurrentTenant, TenantRoute
 from server.serving import Serving, get_serving
@@ -20,6 +23,9 @@ router = APIRouter(route_class=TenantRoute)
     responses={200: {"description": "Prometheus text format", "content": {"text/plain": {}}}, **errors(401)},
     response_model=None,
 )
-async def metrics(_: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]) -> Response:
-    """Metrics of this server and its engine."""
+async def metrics(_: CurrentTenant, request: Request, serving: Annotated[Serving, Depends(get_serving)]) -> Response:
+    """Metrics of this server, its engine and its adapters worker."""
+    if request.app.state.settings.engine.alignment.enabled:
+        with suppress(ApiError):  # Redis is down, which other metrics say
+            serving.metrics.alignment.observe_worker(*await serving.adapters.status(), time.time())
     return Response(b"".join(serving.metrics.render()), media_type=CONTENT_TYPE_LATEST)

@@ -12,6 +12,7 @@ class SpeculativeDecoding(msgspec.Struct, frozen=True, kw_only=True):
     ``draft_acceptance_rate``: accepted over drafted tokens; 0 if none was drafted.
     ``acceptance_histogram``: entry ``j`` counts the steps that accepted exactly ``j`` draft tokens.
     ``num_spec_steps``: steps that verified drafts. ``num_spec_tokens``: most draft tokens a step.
+    ``draft_version``: of the adapter that drafted last; 0: the base draft.
     """
 
     mean_acceptance_length: float
@@ -21,6 +22,7 @@ class SpeculativeDecoding(msgspec.Struct, frozen=True, kw_only=True):
     num_accepted_draft_tokens: int
     num_draft_tokens: int
     num_spec_tokens: int
+    draft_version: int = 0
 
 
 class ResponseMetrics(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,6 +20,7 @@ EXPECTED = {
     "num_accepted_draft_tokens": 4,
     "num_draft_tokens": 8,
     "num_spec_tokens": 4,
+    "draft_version": 7,
 }
 
 
@@ -30,6 +31,7 @@ def speculating(request: EngineRequest) -> Iterable[EngineOutput]:
             token_ids=[100] * (1 + accepted),
             num_draft_tokens=drafted,
             num_accepted_tokens=accepted,
+            draft_version=7,
             finish_reason="length" if number == len(STEPS) - 1 else None,
         )
 

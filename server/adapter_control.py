@@ -1,0 +1,50 @@
+"""The server's end of ``engine.ipc.adapter_control``: what the adapters worker reports, and commands for it."""
+
+from __future__ import annotations
+
+import msgspec
+import structlog
+
+from engine.ipc.adapter_control import (
+    COMMANDS_KEY,
+    STATUS_KEY,
+    AdapterCommand,
+    AdapterStatus,
+    WorkerStatus,
+    decode_status,
+    encode_command,
+)
+from server.errors import ApiError
+from server.redis_gate import RedisGate, RedisUnavailable
+
+log = structlog.get_logger(__name__)
+
+
+class AdapterControl:
+    """Reaches the worker through the Redis of the token log. ``gate``: of that Redis."""
+
+    def __init__(self, gate: RedisGate) -> None:
+        self._gate = gate
+
+    async def status(self) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
+        """What the worker reported last, None if none ever ran; raises 503 as ``ApiError`` while Redis is down."""
+        try:
+            fields = await self._gate.run(self._gate.redis.hgetall(STATUS_KEY))
+            return decode_status(fields)  # type: ignore[arg-type]  # bytes
+        except RedisUnavailable as error:
+            raise _unavailable() from error
+        except msgspec.MsgspecError as error:  # a worker of another version
+            log.warning("the worker's status could not be read", error=str(error))
+            return None, {}
+
+    async def send(self, command: AdapterCommand) -> None:
+        """Leave a command for the worker; raises 503 as ``ApiError`` while Redis is down."""
+        try:
+            await self._gate.run(self._gate.redis.rpush(COMMANDS_KEY, encode_command(command)))
+        except RedisUnavailable as error:
+            raise _unavailable() from error
+        log.info("adapter command", action=command.action, key=command.key)
+
+
+def _unavailable() -> ApiError:
+    return ApiError(503, "Redis, through which the worker is reached, does not answer.", retry_after=1)

@@ -1,0 +1,101 @@
+"""Metrics of online alignment: what the engine logs and drafts with, and what the adapters worker reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from engine.ipc.adapter_control import AdapterStatus, WorkerStatus
+from engine.messages import AlignmentStats
+
+_COUNTERS = {
+    "steps": "Verify steps of drafted sequences.",
+    "records_gated": "Of these, logged because they teach.",
+    "records_fair": "Of these, logged whatever happened in them.",
+    "records_written": "Records that reached Redis.",
+    "records_dropped_by_queue": "Records dropped because the queue was full.",
+    "records_dropped_by_redis": "Records dropped because Redis failed.",
+    "loads": "Adapters that the engine took over.",
+    "failed_loads": "Adapters that were damaged, or changed too fast to be read.",
+}
+_WORKER_GAUGES = {
+    "num_records": "Records read since the worker started.",
+    "num_lapsed": "Records whose features were overwritten before they were read.",
+    "num_unusable": "Records that could not be used.",
+    "num_trimmed": "Records that left the stream before they were read.",
+    "resident_bytes": "Memory of the worker.",
+}
+_KEY_GAUGES = {
+    "revision": "Revision in force or to be, 0: the base draft.",
+    "is_frozen": "1 if it learns no more.",
+    "num_trained_positions": "Positions trained on.",
+    "num_updates": "Steps of the optimiser.",
+    "num_published": "Revisions published.",
+    "num_refused": "Revisions that their scores kept from being published.",
+    "num_rolled_back": "Revisions taken back.",
+    "gate_rate": "Share of its records that teach.",
+    "loss": "Of the last update, on positions before they are learned from.",
+    "update_seconds": "Time of an update.",
+    "acceptance": "Of first draft tokens with the revision in force.",
+    "control_acceptance": "The same of requests that keep the base draft.",
+    "previous_acceptance": "The same with the revision before.",
+}
+_GONE_AFTER = 10.0
+
+
+class AlignmentMetrics:
+    """All series of alignment. Those of the worker are as of its last report, and leave with it.
+
+    ``registry``: where they are.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def gauge(name: str, about: str, *labels: str) -> Gauge:
+            return Gauge(f"evospec:alignment_{name}", about, labels, registry=registry)
+
+        self._counters = {
+            name: Counter(f"evospec:alignment_{name}", about, registry=registry) for name, about in _COUNTERS.items()
+        }
+        self._last = dict.fromkeys(_COUNTERS, 0)
+        self._channel_version = gauge("channel_version", "Of the weight channel: grows with each publication.")
+        self._draft_version = gauge("draft_version", "Of the adapters that the engine drafts with.", "key")
+        self._worker_up = gauge("worker_up", "1 if the adapters worker reports.")
+        self._worker_paused = gauge("worker_paused", "1 if it has work and the machine is too busy for it.")
+        self._worker_lag = gauge("worker_lag_records", "Records that it has not read yet.")
+        self._worker = {name: gauge(f"worker_{name}", about) for name, about in _WORKER_GAUGES.items()}
+        self._of_key = {name: gauge(f"adapter_{name}", about, "key") for name, about in _KEY_GAUGES.items()}
+
+    def engine_restarted(self) -> None:
+        """The engine's counters begin at 0 again."""
+        self._last = dict.fromkeys(_COUNTERS, 0)
+
+    def observe_engine(self, stats: AlignmentStats) -> None:
+        """Take over what the engine reports."""
+        for name, counter in self._counters.items():
+            value = getattr(stats, name)
+            counter.inc(max(0, value - self._last[name]))
+            self._last[name] = value
+        self._channel_version.set(stats.channel_version)
+        self._draft_version.clear()
+        for key, version in stats.versions.items():
+            self._draft_version.labels(key).set(version)
+
+    def observe_worker(self, worker: WorkerStatus | None, adapters: Mapping[str, AdapterStatus], now: float) -> None:
+        """Take over what the worker wrote last (None: nothing); ``now``: seconds since the epoch."""
+        is_up = worker is not None and now - worker.updated_at < _GONE_AFTER
+        self._worker_up.set(is_up)
+        for gauge in self._of_key.values():
+            gauge.clear()
+        if worker is None or not is_up:
+            return
+        self._worker_paused.set(worker.is_paused)
+        if worker.lag is not None:
+            self._worker_lag.set(worker.lag)
+        for name, gauge in self._worker.items():
+            gauge.set(getattr(worker, name))
+        for key, status in adapters.items():
+            for name, gauge in self._of_key.items():
+                value = getattr(status, name)
+                if value is not None:
+                    gauge.labels(key).set(value)
