@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.scheduler import ScheduledSequence
-from engine.vocab.draft_vocab import DraftVocab, VerifiedSequence
+from engine.vocab.draft_vocab import DraftVocab
+from engine.vocab.verified import VerifiedSequence
 from kernels.topk import topk_rows
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ Nothing here can change an output: a vocabulary decides what is drafted, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,27 +19,19 @@ from engine.vocab.bigram_graph import BigramGraph
 from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_prior import Drafted, DraftPrior
 from engine.vocab.ngrams import SessionNgrams
-from engine.vocab.prior_weights import PriorWeights
-from engine.vocab.replacement import ArcReplacement, DecayedReplacement, LruReplacement, Replacement
+from engine.vocab.replacement import make_replacement
 from engine.vocab.retrieval import Retrieval, TopK
 from engine.vocab.semantic import SemanticIndex
 from engine.vocab.semantic_search import SemanticSearch
+from engine.vocab.session_past import make_session, pack_session
 from engine.vocab.session_vocab import Owner, SessionVocab
-from engine.vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
+from engine.vocab.snapshot import SessionSnapshot, SnapshotError, decode
 from engine.vocab.tail_writer import TailMemory, TailWriter
 from engine.vocab.tenant_graphs import TenantGraphs
 from engine.vocab.tenant_memory import TenantMemory
+from engine.vocab.verified import RowsTopK, VerifiedSequence
 
 log = structlog.get_logger(__name__)
-
-_REPLACEMENTS: dict[str, Callable[[int], Replacement]] = {
-    "arc": ArcReplacement,
-    "lru": LruReplacement,
-    "decayed": DecayedReplacement,
-}
-
-RowsTopK = Callable[[int, int], NDArray[np.int32]]
-"""The target's most likely tokens at rows start .. end - 1 of a step's logits: [end - start, k], best first."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +49,6 @@ class Resources:
     slots: int = 0
     graph: BigramGraph | None = None
     semantic: SemanticIndex | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class VerifiedSequence:
-    """A sequence's part of a step, before the commit.
-
-    ``token_ids``, kept of the target's choices, come from the rows of the logits from ``first_row`` on;
-    ``num_drafts`` tokens had been drafted.
-    """
-
-    request: Request
-    token_ids: Sequence[int]
-    num_drafts: int
-    first_row: int
-
-    @property
-    def num_accepted(self) -> int:
-        """How many of the kept tokens were drafted."""
-        pairs = list(zip(self.request.draft_token_ids[: self.num_drafts], self.token_ids, strict=False))
-        return next((place for place, (draft, token_id) in enumerate(pairs) if draft != token_id), len(pairs))
 
 
 @dataclass(slots=True)
@@ -230,7 +202,9 @@ class DraftVocab:
         if self._memory is not None:
             weights = vocab.weights.learned.tolist()
             self._memory.end_session(vocab.owner.tenant, vocab.owner.domain, weights)
-        snapshot = None if self._states[request.request_id] is None else encode(self._snapshot(vocab))
+        snapshot = (
+            None if self._states[request.request_id] is None else pack_session(vocab, self._resources.fingerprint)
+        )
         return snapshot, vocab.counts()
 
     def forget(self, request_id: str) -> None:
@@ -249,19 +223,14 @@ class DraftVocab:
         state = self._states[request.request_id]
         snapshot = self._read(state)
         owner = Owner(request.tenant, state.domain or None if state else None)
+        weights = None if self._memory is None else self._memory.weights(owner.tenant, owner.domain)
         slots = self._resources.slots
-        tail = _REPLACEMENTS[self._options.replacement](slots) if slots else None
-        ngrams, num_verified, past, weights = SessionNgrams(self._resources.core.vocab_size), 0, list[int](), None
-        if snapshot is not None:
-            ngrams.restore(snapshot.ngram_counts(), snapshot.num_observed_tokens)
-            num_verified, past, weights = snapshot.num_verified_tokens, snapshot.tail_token_ids(), snapshot.weights
-        elif self._memory is not None:
-            weights = self._memory.weights(owner.tenant, owner.domain)
-        core = self._resources.core
-        vocab = SessionVocab(owner, self._free.pop(), core, tail, ngrams, PriorWeights(weights), num_verified)
+        tail = make_replacement(self._options.replacement, slots) if slots else None
+        vocab = make_session(owner, self._free.pop(), self._resources.core, tail, snapshot, weights)
         self._sessions[request.request_id] = vocab
         self._drafts[request.request_id] = _Drafts()
         vocab.observe_prompt(request.all_token_ids)
+        past = snapshot.tail_token_ids() if snapshot else []
         self._retrieval.start(vocab, request.all_token_ids, past)
 
     def _read(self, state: SessionState | None) -> SessionSnapshot | None:
@@ -274,16 +243,6 @@ class DraftVocab:
             self.num_refused_snapshots += 1
             log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
             return None
-
-    def _snapshot(self, vocab: SessionVocab) -> SessionSnapshot:
-        return make_snapshot(
-            self._resources.fingerprint,
-            vocab.num_verified,
-            vocab.ngrams.num_tokens,
-            vocab.weights.learned.tolist(),
-            [] if vocab.tail is None else vocab.tail.contents(),
-            vocab.ngrams.strongest(MAX_NGRAMS),
-        )
 
     def _learn_priors(self, sequences: Sequence[VerifiedSequence]) -> None:
         """From all positions that were drafted and reached."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -278,3 +278,10 @@ class DecayedReplacement(_Tail):
 
     def _used(self, token_id: int) -> None:
         self._scores[self._slot_of[token_id]] += self._unit
+
+
+def make_replacement(name: Literal["arc", "lru", "decayed"], capacity: int) -> Replacement:
+    """An empty tail under the policy of that name."""
+    policies = {"arc": ArcReplacement, "lru": LruReplacement, "decayed": DecayedReplacement}
+    policy: Callable[[int], Replacement] = policies[name]
+    return policy(capacity)

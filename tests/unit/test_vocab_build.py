@@ -14,6 +14,8 @@ from adapters.conversations import Conversation, write_shard
 from adapters.generate import data_directory
 from engine.models.config import ModelError
 from engine.spec.draft_head import read_token_counts, static_vocabulary
+from engine.spec.session_head import GRAPH_FILE
+from engine.vocab.bigram_graph import BigramGraph
 from tests.running_server import EVOSPEC
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
@@ -41,6 +43,15 @@ def test_only_answers_are_counted_over_all_shards(model: str, tmp_path: Path) ->
     assert {token: int(counts[token]) for token in counts.nonzero().flatten().tolist()} == {5: 3, 9: 2, 511: 1}
     assert static_vocabulary(counts, 3, always={0}).tolist() == [0, 5, 9]
     assert vocab.coverage(counts, [1, 2, 4]) == pytest.approx([3 / 6, 5 / 6, 1.0])
+
+
+def test_bigrams_of_answers_become_a_graph(model: str, tmp_path: Path) -> None:
+    """From the prompt's last token on, and none across two conversations."""
+    write_conversations(data_directory("tiny"), *[([7, 8], [5, 9])] * 5, *[([3], [4])] * 4)
+    vocab.build(model, tmp_path / "drafts")
+    graph = BigramGraph.load(tmp_path / "drafts" / GRAPH_FILE, VOCAB_SIZE)
+    followers = {token: graph.neighbours(token).tolist() for token in range(VOCAB_SIZE)}
+    assert {token: following for token, following in followers.items() if following} == {8: [5], 5: [9]}
 
 
 def test_without_conversations(model: str) -> None:

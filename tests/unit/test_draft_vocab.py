@@ -1,0 +1,227 @@
+"""The vocabularies of running sequences: what enters them, who shares them, what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from engine.config import DynamicConfig
+from engine.messages import SamplingParams, SessionState
+from engine.request import Request
+from engine.vocab.bigram_graph import build_bigram_graph
+from engine.vocab.core_set import CoreSet
+from engine.vocab.draft_vocab import DraftVocab, Resources
+from engine.vocab.prior import NUM_FEATURES
+from engine.vocab.snapshot import decode
+from engine.vocab.verified import VerifiedSequence
+
+VOCAB, CORE, SLOTS, FINGERPRINT = 1000, 100, 64, "tokens"
+EMPTY = -1
+
+
+class Slabs:
+    """The tails' memory, as the draft head would read it."""
+
+    def __init__(self, num_slabs: int) -> None:
+        self.token_ids = np.full((num_slabs, SLOTS), EMPTY)
+
+    def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        self.token_ids[list(slab), list(slots)] = token_ids
+        for row in self.token_ids:
+            used = row[row != EMPTY]
+            assert len(set(used.tolist())) == len(used), "a token is in a slab twice"
+            assert (used >= CORE).all(), "a token of the core is in a slab"
+
+    def clear(self, slab: int) -> None:
+        self.token_ids[slab] = EMPTY
+
+
+class Harness:
+    """Vocabularies, and sequences whose steps a test plays by hand."""
+
+    def __init__(self, **options: object) -> None:
+        self.options = DynamicConfig(**({"max_sessions": 3} | options))
+        self.slabs = Slabs(self.options.max_sessions + 1)
+        text = np.tile(np.arange(200, 300, dtype=np.int32), 9)
+        graph = build_bigram_graph([text], VOCAB)
+        core = CoreSet(VOCAB, np.arange(CORE))
+        self.vocab = DraftVocab(self.options, Resources(core, FINGERPRINT, self.slabs, SLOTS, graph))
+        self.top: NDArray[np.int32] = np.arange(10, dtype=np.int32)
+        """What the target thinks likely at every position."""
+
+    def start(
+        self, name: str, prompt: Sequence[int], tenant: str = "t", state: SessionState | None = None, first: int = 1
+    ) -> Request:
+        """A request whose prompt has been computed, and its first token."""
+        request = Request(name, b"", tenant, SamplingParams(max_tokens=99, seed=0, temperature=0.0), list(prompt))
+        self.vocab.begin(name, state)
+        self.verify(request, [first])
+        return request
+
+    def verify(self, request: Request, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
+        """A step that keeps ``tokens``."""
+        request.draft_token_ids = list(drafts)
+        verified = [VerifiedSequence(request, tokens, len(drafts), 0)]
+        self.vocab.observe(verified, lambda start, end: np.tile(self.top, (end - start, 1)))
+        request.output_token_ids += tokens
+        request.all_token_ids += tokens
+        request.draft_token_ids = []
+
+    def tail(self, request: Request) -> set[int]:
+        """What is in the request's slab when it drafts."""
+        (slab,) = self.vocab.slabs([request])
+        return set(self.slabs.token_ids[slab].tolist()) - {EMPTY}
+
+    def end(self, request: Request) -> bytes | None:
+        snapshot, _ = self.vocab.finish(request)
+        self.vocab.forget(request.request_id)
+        return snapshot
+
+
+def test_prompt_answer_and_the_targets_choices_enter_the_tail() -> None:
+    harness = Harness(graph=False)
+    request = harness.start("a", [5, 700, 6, 701])
+    assert harness.tail(request) == {700, 701}
+    harness.top = np.array([7, 800, 801], np.int32)
+    harness.verify(request, [702, 8], drafts=[3])
+    assert harness.tail(request) == {700, 701, 702, 800, 801}
+
+
+def test_events_bring_what_follows_by_the_graph() -> None:
+    harness = Harness(target_signal="events")
+    request = harness.start("a", [5])
+    harness.verify(request, [9], drafts=[9])
+    assert harness.tail(request) == set()
+    harness.verify(request, [250, 9], drafts=[3])
+    assert {250, 251} <= harness.tail(request)
+    counts = harness.vocab.finish(request)[1]
+    assert counts is not None
+    assert (counts.events, counts.verified_tokens, counts.covered_tokens) == (1, 4, 3)
+    assert counts.insertions["context"] == counts.insertions["graph"] == 1
+
+
+def test_hits_go_to_the_source_that_named_the_token_first() -> None:
+    harness = Harness(graph=False)
+    harness.top = np.array([800, 801], np.int32)
+    request = harness.start("a", [700])
+    harness.verify(request, [700, 800, 3], drafts=[700, 800, 4])
+    harness.verify(request, [801], drafts=[5])
+    counts = harness.vocab.finish(request)[1]
+    assert counts is not None
+    assert counts.hits == {"context": 1, "target": 1}
+
+
+def test_sequences_without_drafts_catch_up_when_they_draft_or_end() -> None:
+    harness = Harness(graph=False)
+    request = harness.start("a", [5], state=SessionState())
+    for token in (700, 701, 702):
+        harness.verify(request, [token])
+    assert not (harness.slabs.token_ids == 700).any()
+    assert {700, 701, 702} <= harness.tail(request)
+    harness.verify(request, [703])
+    snapshot = harness.end(request)
+    assert snapshot is not None
+    past = decode(snapshot, FINGERPRINT, VOCAB)
+    assert {700, 701, 702, 703} == set(past.tail_token_ids())
+    assert past.num_verified_tokens == 5
+
+
+def test_no_more_vocabularies_than_configured() -> None:
+    harness = Harness(max_sessions=2)
+    requests = [harness.start(name, [600 + index]) for index, name in enumerate("abc")]
+    assert harness.vocab.slabs(requests) == [0, 1, 2]
+    assert harness.tail(requests[2]) == set()
+    assert harness.vocab.finish(requests[2]) == (None, None)
+    harness.end(requests[0])
+    assert (harness.slabs.token_ids[0] == EMPTY).all()
+    harness.verify(requests[2], [9], drafts=[1])  # the room that is free now is taken in mid-sequence
+    assert harness.tail(requests[2]) == {602}
+
+
+def test_a_session_goes_on_where_it_ended() -> None:
+    harness = Harness(tenant_memory=False)
+    prompt = [5, 700, 6, 701, 7, 8]
+    first = harness.start("a", prompt, state=SessionState())
+    harness.verify(first, [702], drafts=[3])
+    snapshot = harness.end(first)
+    assert snapshot is not None
+    again = [*first.all_token_ids, 9, 703]
+    second = harness.start("b", again, state=SessionState(snapshot=snapshot))
+    assert {700, 701, 702, 703} <= harness.tail(second)
+    later = harness.end(second)
+    assert later is not None
+    before, after = (decode(data, FINGERPRINT, VOCAB) for data in (snapshot, later))
+    # Earlier turns that are sent again are not counted again: two new tokens, and one generated.
+    assert after.num_observed_tokens == before.num_observed_tokens + 3
+    assert after.num_verified_tokens == before.num_verified_tokens + 1
+
+
+@pytest.mark.parametrize("data", [b"x", b"\x98" + b"\x00" * 90])
+def test_a_damaged_snapshot_is_counted_and_the_session_starts_cold(data: bytes) -> None:
+    harness = Harness()
+    request = harness.start("a", [700], state=SessionState(snapshot=data))
+    assert harness.tail(request) == {700}
+    assert harness.vocab.num_refused_snapshots == 1
+
+
+def teach(harness: Harness, tenant: str, token: int, domain: str = "") -> None:
+    """A request that generates one token often, and finds that the prior pays."""
+    request = harness.start(f"{tenant} {token}", [3, 4, 3, 4], tenant, SessionState(domain=domain))
+    ids, logits = np.array([[9, token]], np.int32), np.array([[1.0, 0.0]], np.float32)
+    for _ in range(40):
+        harness.vocab.slabs([request])
+        harness.vocab.with_prior([request], ids, logits)
+        harness.verify(request, [token], drafts=[9])
+    harness.end(request)
+
+
+def test_a_new_session_starts_from_its_tenants_last_ones() -> None:
+    harness = Harness()
+    teach(harness, "one", 700)
+    request = harness.start("new", [5], "one")
+    assert 700 in harness.tail(request)
+    ids, logits = np.array([[9, 700]], np.int32), np.array([[1.0, 0.0]], np.float32)
+    harness.verify(request, [700], drafts=[9])
+    assert harness.vocab.slabs([request]) == [0]
+    with_prior = harness.vocab.with_prior([request], ids, logits)
+    assert with_prior[0, 1] > logits[0, 1]
+
+
+def test_tenants_share_nothing() -> None:
+    """Not a token, not a weight, not a bigram: what one has taught does not change what another starts with."""
+    taught, untaught = Harness(), Harness()
+    for token in (700, 701):
+        teach(taught, "one", token)
+    requests = [harness.start("new", [5, 6], "two", SessionState()) for harness in (taught, untaught)]
+    for harness, request in zip((taught, untaught), requests, strict=True):
+        harness.verify(request, [701, 5], drafts=[9])
+    assert taught.tail(requests[0]) == untaught.tail(requests[1])
+    ends = [harness.end(request) for harness, request in zip((taught, untaught), requests, strict=True)]
+    assert ends[0] == ends[1]
+    assert ends[0] is not None
+    assert decode(ends[0], FINGERPRINT, VOCAB).weights == [0.0] * NUM_FEATURES
+
+
+def test_prior_learns_what_followed_and_leaves_other_rows_alone() -> None:
+    harness = Harness(max_sessions=1)
+    known, other = harness.start("a", [7, 8, 9]), harness.start("b", [7, 8, 9])
+    ids, logits = np.array([[50, 60], [50, 60]], np.int32), np.array([[0.5, 0.0], [0.5, 0.0]], np.float32)
+    for _ in range(30):
+        harness.vocab.slabs([known, other])
+        scores = harness.vocab.with_prior([known, other], ids, logits)
+        assert scores[1].tolist() == logits[1].tolist()
+        harness.verify(known, [60], drafts=[int(ids[0, scores[0].argmax()])])
+    assert scores[0, 1] > scores[0, 0]
+
+
+def test_switches_switch_off() -> None:
+    harness = Harness(in_context=False, target_signal="off", graph=False, tenant_memory=False, prior="off")
+    request = harness.start("a", [700])
+    harness.top = np.array([800], np.int32)
+    harness.verify(request, [701], drafts=[3])
+    assert harness.tail(request) == set()
+    logits = np.zeros((1, 2), np.float32)
+    assert harness.vocab.with_prior([request], np.zeros((1, 2), np.int32), logits) is logits
