@@ -13,7 +13,7 @@ import typer
 from engine.config import ModelConfig
 from engine.log import configure_logging
 from engine.models.config import ModelError
-from server.launcher import ENGINE_COMMAND, engine_environment, serve, validated_model
+from server.launcher import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, serve, validated_model
 from server.settings import ConfigurationError, Settings, load_settings
 from server.settings_doc import settings_doc
 from server.tenants import check_tenant_name, hash_key, new_key
@@ -50,6 +50,16 @@ def engine_command(context: typer.Context) -> None:
     if settings.engine.address.startswith("ipc://"):
         Path(settings.engine.address.removeprefix("ipc://")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.execve(ENGINE_COMMAND[0], ENGINE_COMMAND, engine_environment(settings))
+
+
+@app.command("worker", context_settings=_SETTINGS_COMMAND, add_help_option=False)
+def worker_command(context: typer.Context) -> None:
+    """Start the adapters worker alone, for an engine on this machine."""
+    settings = _load(context)
+    if settings.engine.alignment.redis_url is None and settings.redis.url is None:
+        raise ConfigurationError("redis.url is needed: the worker reads the engine's token log from there")
+    validated_model(settings.engine.model)
+    os.execve(WORKER_COMMAND[0], WORKER_COMMAND, engine_environment(settings))
 
 
 @app.command()

@@ -35,6 +35,7 @@ from server.valkey import embedded_valkey, valkey_url
 log = structlog.get_logger(__name__)
 
 ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
+WORKER_COMMAND = [sys.executable, "-m", "adapters.worker"]
 
 _STOP_GRACE = 5.0
 _POLL_INTERVAL = 0.05
@@ -62,6 +63,8 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
         app = create_app(settings)
         if with_engine:
             children.append(_engine(settings, url, app))
+            if settings.engine.alignment.enabled:
+                children.append(_worker(settings))
 
         def greet() -> None:
             print(banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True)
@@ -79,10 +82,13 @@ def validated_model(config: ModelConfig) -> ModelFiles:
 
 
 def engine_environment(settings: Settings) -> dict[str, str]:
-    """Environment in which ``engine.process`` finds its configuration."""
+    """Environment in which ``engine.process`` and ``adapters.worker`` find their configuration."""
+    alignment = settings.engine.alignment
+    if alignment.redis_url is None:
+        alignment = alignment.model_copy(update={"redis_url": settings.redis.url})
     return {
         **os.environ,
-        CONFIG_VARIABLE: settings.engine.model_dump_json(),
+        CONFIG_VARIABLE: settings.engine.model_copy(update={"alignment": alignment}).model_dump_json(),
         LEVEL_VARIABLE: settings.log.level,
         FORMAT_VARIABLE: settings.log.format,
     }
@@ -202,6 +208,15 @@ def _engine(settings: Settings, url: str, app: FastAPI) -> SupervisedProcess:
         wait_ready=lambda: _wait_until_healthy(url),
         watchdog=Watchdog(lambda: app.state.serving.engine.last_message, settings.http.engine_hang_timeout),
     )
+
+
+def _worker(settings: Settings) -> SupervisedProcess:
+    """The adapters worker. Nobody waits for it: if it cannot start, it is tried again, and requests are served."""
+
+    async def at_once() -> None:
+        pass
+
+    return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), wait_ready=at_once)
 
 
 @contextlib.contextmanager

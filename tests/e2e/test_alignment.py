@@ -1,0 +1,91 @@
+"""``evospec serve --alignment.enabled``: a worker learns beside the engine, and its death disturbs nobody."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.tenants import hash_key
+from tests.running_server import RunningServer
+
+KEY = "evs-admin"
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    directories = {name: str(tmp_path / name) for name in ("shared", "state")}
+    return [
+        "--alignment.enabled",
+        *("--engine.alignment.shared_directory", directories["shared"]),
+        *("--engine.alignment.state_directory", directories["state"]),
+        *("--auth.admin_key", hash_key(KEY)),
+    ]
+
+
+def complete(server: RunningServer) -> str:
+    body = {"model": "smollm2-135m", "prompt": "The licence says", "max_tokens": 60, "temperature": 0}
+    response = httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def worker_pid(server: RunningServer, besides: int = 0) -> int | None:
+    started = [e for e in server.events() if e["event"] == "process started" and e["process"] == "worker"]
+    pids = [int(str(event["pid"])) for event in started]
+    return pids[-1] if pids and pids[-1] != besides else None
+
+
+def metric(server: RunningServer, name: str, **labels: str) -> float:
+    text = httpx.get(f"{server.base_url}/metrics", timeout=30).text
+    return next(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and sample.labels.items() >= labels.items()
+    )
+
+
+def wait_for_worker(server: RunningServer, pid: int) -> None:
+    """Until it reports that it has read records."""
+
+    def reads() -> bool | None:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        worker = httpx.get(f"{server.base_url}/v1/adapters", headers=headers, timeout=30).json()["worker"]
+        return (worker is not None and worker["pid"] == pid and worker["is_attached"]) or None
+
+    server.wait_for(reads, "worker")
+
+
+def test_the_worker_dies_and_comes_back(launch_server: Callable[..., RunningServer], options: list[str]) -> None:
+    server = launch_server(*options)
+    first = server.wait_for(lambda: worker_pid(server), "worker process")
+    text = complete(server)
+    wait_for_worker(server, first)
+    server.wait_for(lambda: metric(server, "evospec:alignment_worker_num_records") or None, "records read")
+    assert metric(server, "evospec:alignment_records_written_total") > 0
+    assert os.getpriority(os.PRIO_PROCESS, first) == 19
+    os.kill(first, signal.SIGKILL)
+    assert complete(server) == text
+    second = server.wait_for(lambda: worker_pid(server, besides=first), "new worker process")
+    assert complete(server) == text
+    wait_for_worker(server, second)
+    assert metric(server, "evospec:process_restarts_total", process="worker") == 1
+    assert metric(server, "evospec:process_restarts_total", process="engine") == 0
+
+
+def test_a_worker_that_cannot_start_disturbs_nobody(
+    launch_server: Callable[..., RunningServer], options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "state").write_text("not a directory")
+    server = launch_server(*options)
+    complete(server)
+    restarts = ("evospec:process_restarts_total",)
+    server.wait_for(lambda: metric(server, *restarts, process="worker") >= 1 or None, "restart of the worker")
+    assert complete(server)
+    assert metric(server, "evospec:alignment_worker_up") == 0
