@@ -134,8 +134,7 @@ class EagleAdapters:
 
     def is_control(self, request: Request) -> bool:
         """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""
-        digest = blake2b(request.request_id.encode(), digest_size=4, person=b"control").digest()
-        return int.from_bytes(digest) < self.config.log.control_share * 2**32
+        return self._key(request) is None
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
@@ -146,7 +145,9 @@ class EagleAdapters:
         request_id = request.request_id
         if request_id not in self._keys:
             key = adapter_key(self.config.key_scope, request.tenant, request.domain)
-            self._keys[request_id] = None if self.is_control(request) else key
+            digest = blake2b(request_id.encode(), digest_size=4, person=b"control").digest()
+            is_control = int.from_bytes(digest) < self.config.log.control_share * 2**32
+            self._keys[request_id] = None if is_control else key
         return self._keys[request_id]
 
     def _load(self, index: int, slot: Slot) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,11 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A verified draft: ``kept`` is what the output gets, ``logits`` [len(kept), vocab] the target's for these."""
+    """A verified draft: ``kept`` is what the output gets, chosen from the rows of the logits from ``first_row`` on."""
 
     sequence: ScheduledSequence
     kept: Sequence[int]
-    logits: torch.Tensor
+    first_row: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + len(self.kept))
 
     @property
     def num_known(self) -> int:
@@ -116,13 +120,17 @@ class VerifyLog:
             kept: the tokens that each one's output gets; none while its prefill is unfinished.
             logits: [L, vocab] float32, as the target has computed them.
         """
+        steps = _drafted_steps(sequences, kept)
+        if not steps:
+            return
+        self._num_steps += len(steps)
+        # All rows at once: nearly all are wanted, and the call takes longer than a row.
+        values, ids = (top.cpu().numpy() for top in topk_rows(logits, self._options.top_k, team=self._team))
         chosen: list[_Chosen] = []
-        for step in _drafted_steps(sequences, kept, logits):
-            self._num_steps += 1
+        for step in steps:
             is_fair = self._is_fair(step.sequence.request)
-            values, ids = (rows.cpu().numpy() for rows in topk_rows(step.logits, self._options.top_k, team=self._team))
-            if is_fair or self._teaches(step, values, ids):
-                chosen.append(_Chosen(step, not is_fair, values, ids))
+            if is_fair or self._teaches(step, values[step.rows], ids[step.rows]):
+                chosen.append(_Chosen(step, not is_fair, values[step.rows], ids[step.rows]))
         if not chosen:
             return
         features = self._features([one.step.piece for one in chosen])
@@ -189,15 +197,11 @@ class VerifyLog:
         )
 
 
-def _drafted_steps(
-    sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
-) -> Iterator[_Step]:
+def _drafted_steps(sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> list[_Step]:
     """Of the sequences whose output says something about their drafts."""
-    end = 0
+    steps, end = [], 0
     for sequence, tokens in zip(sequences, kept, strict=True):
         end += sequence.num_logits
         if tokens and sequence.num_draft_tokens:
-            first = end - sequence.num_sampled
-            step = _Step(sequence, tokens, logits[first : first + len(tokens)])
-            if step.drafted:
-                yield step
+            steps.append(_Step(sequence, tokens, end - sequence.num_sampled))
+    return [step for step in steps if step.drafted]
