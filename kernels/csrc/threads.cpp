@@ -32,7 +32,7 @@ Team::~Team() {
 }
 
 void Team::start_workers() {
-  generation_.fetch_add(1, std::memory_order_release);
+  generation_.fetch_add(1, std::memory_order_seq_cst);  // as in barrier()
   generation_.notify_all();
 }
 
@@ -61,7 +61,9 @@ void Team::barrier() {
   arrived_.store(0, std::memory_order_relaxed);
   // The counter two phases ahead: no thread can be using it, since all of them are at this barrier.
   next_[(phase + 2) % kCounters].store(0, std::memory_order_relaxed);
-  phase_.store(phase + 1, std::memory_order_release);
+  // Sequentially consistent, not just a release: notify_all skips the system call where it sees no sleeper, and with a
+  // weaker store it could look before the store is visible to a thread that is just falling asleep, for ever.
+  phase_.store(phase + 1, std::memory_order_seq_cst);
   phase_.notify_all();
 }
 
