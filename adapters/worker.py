@@ -17,7 +17,6 @@ import torch
 from adapters.aligner import KeyAligner
 from adapters.bank import AdapterBank
 from adapters.chains import Chains
-from adapters.config import CONFIG_VARIABLE, WorkerConfig
 from adapters.control import ControlChannel
 from adapters.pace import Pacer
 from adapters.records import Assembler
@@ -26,6 +25,7 @@ from adapters.store import AdapterStore
 from adapters.target_parts import load_target_parts
 from adapters.trainer import make_trainer
 from engine.adapters_config import AdaptersConfig
+from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.ipc.adapter_control import AdapterCommand, WorkerStatus, adapter_key
 from engine.ipc.feature_ring import FeatureRingReader
 from engine.ipc.shared_file import SharedMemoryError
@@ -222,7 +222,7 @@ class AdapterWorker:
         self._control.report(worker, {key: a.status(self._bank.slot(key)) for key, a in self._aligners.items()})
 
 
-def load_worker(config: WorkerConfig) -> AdapterWorker:
+def load_worker(config: EngineConfig) -> AdapterWorker:
     """Load the draft that the engine drafts with, and what it shares with the target.
 
     Raises:
@@ -251,7 +251,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     configure_logging_from_environment()
-    config = WorkerConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
+    config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     os.nice(config.alignment.pace.niceness)
     torch.set_num_threads(config.alignment.pace.threads)
     try:

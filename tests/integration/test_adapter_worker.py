@@ -15,12 +15,11 @@ import pytest
 import torch
 from redis import Redis
 
-from adapters.config import CONFIG_VARIABLE, WorkerConfig
 from adapters.pace import Pacer
 from adapters.store import AdapterStore
 from adapters.worker import AdapterWorker
 from engine.adapters_config import AdaptersConfig, GuardConfig, LogConfig, PaceConfig, ReplayConfig, TrainingConfig
-from engine.config import ModelConfig, SpeculationConfig
+from engine.config import CONFIG_VARIABLE, EngineConfig, ModelConfig, SpeculationConfig
 from engine.ipc.adapter_control import (
     COMMANDS_KEY,
     STATUS_KEY,
@@ -291,7 +290,7 @@ def test_killed_workers_leave_whole_versions(config: AdaptersConfig, draft: Tiny
 
 def launch(config: AdaptersConfig, draft: TinyDraft) -> subprocess.Popen[bytes]:
     pace = PaceConfig(niceness=0, spare_cores=0.0, step_seconds=10.0)
-    whole = WorkerConfig(
+    whole = EngineConfig(
         model=ModelConfig(name=str(draft.model)),
         speculation=SpeculationConfig(method="eagle3", draft=str(draft.directory)),
         alignment=config.model_copy(update={"pace": pace}),
