@@ -109,7 +109,10 @@ class DynamicConfig(_Section):
         default="learned",
         description="Prefer what followed before in the session, by fixed weights or by weights learned while serving.",
     )
-    prior_order: Literal[1, 2, 3] = Field(default=3, description="Most tokens in a row that the prior looks at.")
+    prior_order: Literal[1, 2, 3] = Field(default=3, description="Most tokens in a row that the prior counts.")
+    prior_matches: bool = Field(
+        default=True, description="It looks for the longest repeat in a sequence's own text, too."
+    )
     replacement: Literal["arc", "lru", "decayed"] = Field(default="arc", description="What leaves a full tail.")
 
 
@@ -126,9 +129,10 @@ class SpeculationConfig(_Section):
         "one shipped for the model.",
     )
     vocabulary: str = Field(
-        default="full",
-        pattern=r"^(full|static:[1-9][0-9]*|dynamic:(full\+0|[1-9][0-9]*\+[0-9]+))$",
-        description="Tokens a draft can propose: full; static:K, the K most frequent; dynamic:K+S, these and up to S "
+        default="auto",
+        pattern=r"^(auto|full|static:[1-9][0-9]*|dynamic:(full\+0|[1-9][0-9]*\+[0-9]+))$",
+        description="Tokens a draft can propose: auto, the 4096 most frequent where a draft comes with counts of them, "
+        "else full; full; static:K, the K most frequent; dynamic:K+S, these and up to S "
         "of each session's own, with a prior. dynamic:full+0: the prior alone.",
     )
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)

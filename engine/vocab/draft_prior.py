@@ -13,9 +13,10 @@ from engine.vocab.ngrams import lookup, presence
 from engine.vocab.prior import NUM_FEATURES, Candidates, bonus_features
 from engine.vocab.prior_weights import learn
 from engine.vocab.session_vocab import SessionVocab
+from engine.vocab.text_matches import match_continuations
 
-FIXED_WEIGHTS = np.array([0.5, 1.0, 2.0, 0.2], np.float32)
-"""[NUM_FEATURES]: the fixed bonuses of design §7."""
+FIXED_WEIGHTS = np.array([0.5, 0.5, 1.0, 0.2, 1.5], np.float32)
+"""[NUM_FEATURES]: about where the learned ones end with a light draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +34,19 @@ class DraftPrior:
         learned: weights that follow verification; False: ``FIXED_WEIGHTS``.
         order: longest n-grams that count, 1 to 3.
         graph: what follows what in general text; None without.
+        matches: whether repeats of any length in the sequence's own text count.
     """
 
-    def __init__(self, learned: bool, order: int, graph: BigramGraph | None) -> None:
-        self._learned, self._graph = learned, graph
-        self._used = np.array([True, order >= 2, order >= 3, graph is not None], np.float32)
+    def __init__(self, learned: bool, order: int, graph: BigramGraph | None, matches: bool) -> None:
+        self._learned, self._graph, self._matches = learned, graph, matches
+        self._used = np.array([True, order >= 2, order >= 3, graph is not None, matches], np.float32)
         assert len(self._used) == NUM_FEATURES
 
     def score(
         self,
         sessions: Sequence[SessionVocab],
         contexts: Sequence[tuple[int, int]],
+        drafts: Sequence[Sequence[int]],
         token_ids: NDArray[np.int32],
         logits: NDArray[np.float32],
     ) -> tuple[NDArray[np.float32], Candidates]:
@@ -52,6 +55,7 @@ class DraftPrior:
         Args:
             sessions: one a row; the same one may come more than once.
             contexts: the last two tokens of each row, the older first; -1 for one that does not exist.
+            drafts: those of the step before this one, of each row.
             token_ids: [B, C], -1 for none.
             logits: [B, C] the draft's own, -inf for none.
 
@@ -62,7 +66,8 @@ class DraftPrior:
         bigrams, trigrams = lookup(ngrams, contexts)
         last = np.array([context[1] for context in contexts], np.int32)
         graph = None if self._graph is None else self._graph.continuations(last)
-        features = bonus_features(token_ids, presence(ngrams, token_ids), bigrams, trigrams, graph)
+        matches = match_continuations([session.text for session in sessions], drafts) if self._matches else None
+        features = bonus_features(token_ids, presence(ngrams, token_ids), bigrams, trigrams, graph, matches)
         features *= self._used
         candidates = Candidates(token_ids, logits, features)
         return candidates.scores(self._weights(sessions)).astype(np.float32, copy=False), candidates

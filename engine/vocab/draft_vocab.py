@@ -84,7 +84,8 @@ class DraftVocab:
         self._retrieval = Retrieval(options, resources.core, self._writer, self._memory, graphs, self._search)
         self._prior = None
         if options.prior != "off":
-            self._prior = DraftPrior(options.prior == "learned", options.prior_order, graph)
+            learned = options.prior == "learned"
+            self._prior = DraftPrior(learned, options.prior_order, graph, options.prior_matches)
         self.num_refused_snapshots = 0
 
     @property
@@ -147,8 +148,10 @@ class DraftVocab:
             return logits
         ids = [requests[row].request_id for row in rows]
         of_sessions = (token_ids, logits) if len(rows) == len(requests) else (token_ids[rows], logits[rows])
-        contexts = [_last_two(requests[row]) for row in rows]
-        scores, candidates = self._prior.score([self._sessions[one] for one in ids], contexts, *of_sessions)
+        contexts, drafts = zip(
+            *((_last_two(requests[row]), requests[row].draft_token_ids) for row in rows), strict=True
+        )
+        scores, candidates = self._prior.score([self._sessions[one] for one in ids], contexts, drafts, *of_sessions)
         for place, request_id in enumerate(ids):
             self._drafts[request_id].candidates.append(Drafted(candidates, place))
         if len(rows) == len(requests):

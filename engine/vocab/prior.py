@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from engine.vocab.continuations import Continuations
 
-FEATURES = ("in_session", "bigram", "trigram", "graph")
+FEATURES = ("in_session", "bigram", "trigram", "graph", "match")
 """Names, for metrics: in the session (0 or 1), log(1 + count) after the last token and after the last two, and
-log-probability after the last token in general text, scaled to 0 .. 1."""
+log-probability after the last token in general text, scaled to 0 .. 1; log(length) of the longest repeat that it
+would continue in the sequence's own text."""
 NUM_FEATURES = len(FEATURES)
 MAX_WEIGHT = 10.0
 LEARNING_RATE = 0.05
@@ -91,6 +92,7 @@ def bonus_features(
     bigrams: Continuations,
     trigrams: Continuations,
     graph: Continuations | None,
+    matches: Continuations | None,
 ) -> NDArray[np.float32]:
     """What speaks for each candidate, [B, C, NUM_FEATURES], in the order of ``FEATURES``.
 
@@ -100,6 +102,7 @@ def bonus_features(
         bigrams: what followed each row's last token in its session.
         trigrams: what followed its last two.
         graph: what follows the last token in general text; None without such a graph.
+        matches: what followed the longest repeats of the sequence's last tokens in its own text; None: not looked at.
     """
     features = np.zeros((*token_ids.shape, NUM_FEATURES), np.float32)
     features[:, :, 0] = in_session
@@ -107,6 +110,8 @@ def bonus_features(
     features[:, :, 2] = trigrams.at(token_ids)
     if graph is not None:
         features[:, :, 3] = graph.at(token_ids)
+    if matches is not None:
+        features[:, :, 4] = matches.at(token_ids)
     return features
 
 

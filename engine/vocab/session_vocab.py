@@ -12,6 +12,7 @@ from engine.vocab.core_set import CoreSet
 from engine.vocab.ngrams import SessionNgrams
 from engine.vocab.prior_weights import PriorWeights
 from engine.vocab.replacement import Replacement, SlotWrite
+from engine.vocab.text_matches import TextMatches
 
 Source = Literal["snapshot", "tenant", "context", "target", "graph", "semantic"]
 """What named a token: the session's or the tenant's past, its own text, the target's top-k, an index."""
@@ -65,6 +66,8 @@ class SessionVocab:
         self.tail, self.ngrams, self.weights, self.num_verified = tail, ngrams, weights, num_verified
         self.num_seen = 0
         """How many of the sequence's tokens were observed."""
+        self.text = TextMatches()
+        """All of them."""
         self._core, self._counts = core, _Counts()
         self._sources: dict[int, Source] = {}
 
@@ -114,6 +117,7 @@ class SessionVocab:
         """
         recent = token_ids[-MAX_PROMPT_TOKENS:]
         self.num_seen = len(token_ids)
+        self.text.extend(token_ids)
         if not self.ngrams.num_tokens:
             self.ngrams.observe(recent)
             return
@@ -133,6 +137,7 @@ class SessionVocab:
             Those that could not have been drafted.
         """
         self.num_seen += len(token_ids)
+        self.text.extend(token_ids)
         self.ngrams.observe(token_ids, before)
         self.num_verified += len(token_ids)
         outside = self._core.outside(token_ids)

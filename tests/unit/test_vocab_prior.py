@@ -50,13 +50,14 @@ def test_missing_continuations_join_with_the_drafts_logit() -> None:
 def test_features_say_what_each_statistic_knows() -> None:
     token_ids = np.array([[4, 5, -1], [4, 6, 7]], np.int32)
     in_session = np.array([[1, 0, 0], [0, 1, 1]], np.float32)
+    counts = continuations({5: 0.5}, {}), continuations({}, {7: 2.0})
     features = bonus_features(
-        token_ids, in_session, continuations({5: 0.5}, {}), continuations({}, {7: 2.0}), continuations({4: 0.1}, {4: 1})
+        token_ids, in_session, *counts, continuations({4: 0.1}, {4: 1}), continuations({}, {6: 3.0})
     )
     assert features.shape == (2, 3, NUM_FEATURES)
-    assert features[0] == pytest.approx(np.array([[1, 0, 0, 0.1], [0, 0.5, 0, 0], [0, 0, 0, 0]]))
-    assert features[1] == pytest.approx(np.array([[0, 0, 0, 1], [1, 0, 0, 0], [1, 0, 2.0, 0]]))
-    without_graph = bonus_features(token_ids, in_session, continuations({}, {}), continuations({}, {}), None)
+    assert features[0] == pytest.approx(np.array([[1, 0, 0, 0.1, 0], [0, 0.5, 0, 0, 0], [0] * 5]))
+    assert features[1] == pytest.approx(np.array([[0, 0, 0, 1, 0], [1, 0, 0, 0, 3.0], [1, 0, 2.0, 0, 0]]))
+    without_graph = bonus_features(token_ids, in_session, continuations({}, {}), continuations({}, {}), None, None)
     assert not without_graph[:, :, 1:].any()
 
 
@@ -94,8 +95,10 @@ def test_a_target_that_could_not_be_drafted_teaches_nothing() -> None:
 
 def test_one_step_is_the_rate_times_the_gradient_for_each_position() -> None:
     candidates, targets = random_candidates(np.random.default_rng(3), 3, 6)
-    own, other = PriorWeights([1.0, 1.0, 1.0, 1.0]), PriorWeights()
-    ascents = gradient(candidates, np.array([[1.0] * 4, [0.0] * 4, [1.0] * 4]), targets)
+    own, other = PriorWeights([1.0] * NUM_FEATURES), PriorWeights()
+    ascents = gradient(
+        candidates, np.array([[1.0] * NUM_FEATURES, [0.0] * NUM_FEATURES, [1.0] * NUM_FEATURES]), targets
+    )
     learn([own, other, own], candidates, targets)
     assert own.learned == pytest.approx(1.0 + 0.05 * (ascents[0] + ascents[2]), rel=1e-5)
     assert other.learned == pytest.approx(np.maximum(0.05 * ascents[1], 0.0), rel=1e-5)
@@ -136,7 +139,7 @@ class Session:
             own, logits = self.draft(target)
             bigrams, trigrams = lookup([self.ngrams], [(self.text[-2], self.text[-1])])
             token_ids, scores = add_continuations(own, logits, [bigrams, trigrams], mean_of(logits))
-            features = bonus_features(token_ids, presence([self.ngrams], token_ids), bigrams, trigrams, None)
+            features = bonus_features(token_ids, presence([self.ngrams], token_ids), bigrams, trigrams, None, None)
             candidates = Candidates(token_ids, scores, features)
             with_prior += token_ids[0, candidates.scores(weights.bonus[None])[0].argmax()] == target
             without += token_ids[0, scores[0].argmax()] == target
@@ -159,7 +162,7 @@ def test_weights_grow_where_the_session_repeats_itself() -> None:
 
 
 def test_weights_fade_where_the_draft_is_right_and_ngrams_mislead() -> None:
-    weights = PriorWeights([1.0, 1.0, 3.0, 0.0])
+    weights = PriorWeights([1.0, 1.0, 3.0, 0.0, 0.0])
     session = Session(repeats=0.0, draft_accuracy=0.97, sharpness=1.0)
     session.text = (session.text[:20] * 20)[:200]  # its pairs and triples look sure, and nothing comes of them
     session.ngrams.observe(session.text)
@@ -183,17 +186,17 @@ def test_the_prior_gets_out_of_the_way_of_a_draft_that_is_right_but_unsure(sharp
 
 
 def test_weights_are_kept_within_their_range() -> None:
-    weights = PriorWeights([-1.0, 5.0, 1e9, 0.0])
-    assert weights.learned.tolist() == [0.0, 5.0, MAX_WEIGHT, 0.0]
+    weights = PriorWeights([-1.0, 5.0, 1e9, 0.0, 0.0])
+    assert weights.learned.tolist() == [0.0, 5.0, MAX_WEIGHT, 0.0, 0.0]
     for _ in range(100):
-        weights.step(np.array([100.0, -100.0, 0.0, 1.0]), 0)
-    assert weights.learned == pytest.approx([MAX_WEIGHT, 0.0, MAX_WEIGHT, 5.0], rel=1e-4)
+        weights.step(np.array([100.0, -100.0, 0.0, 1.0, 0.0]), 0)
+    assert weights.learned == pytest.approx([MAX_WEIGHT, 0.0, MAX_WEIGHT, 5.0, 0.0], rel=1e-4)
 
 
 def test_the_prior_is_left_out_while_it_costs_hits() -> None:
-    weights = PriorWeights([1.0, 1.0, 1.0, 1.0])
-    weights.step(np.zeros(4), -1)
-    assert weights.bonus.tolist() == [0.0] * 4
-    assert weights.learned.tolist() == [1.0] * 4
-    weights.step(np.zeros(4), 1)
-    assert weights.bonus.tolist() == [1.0] * 4
+    weights = PriorWeights([1.0] * NUM_FEATURES)
+    weights.step(np.zeros(NUM_FEATURES), -1)
+    assert weights.bonus.tolist() == [0.0] * NUM_FEATURES
+    assert weights.learned.tolist() == [1.0] * NUM_FEATURES
+    weights.step(np.zeros(NUM_FEATURES), 1)
+    assert weights.bonus.tolist() == [1.0] * NUM_FEATURES

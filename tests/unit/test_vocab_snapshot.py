@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine.vocab.merge import merge
 from engine.vocab.ngrams import NgramCounts, SessionNgrams
+from engine.vocab.prior import NUM_FEATURES
 from engine.vocab.snapshot import (
     MAX_BYTES,
     MAX_FINGERPRINT,
@@ -36,12 +37,14 @@ def snapshot_of(
         ngrams.restore(before.ngram_counts(), before.num_observed_tokens)
     ngrams.observe(text)
     verified = len(text) + (before.num_verified_tokens if before else 0)
-    return make_snapshot(PRINT, verified, ngrams.num_tokens, weights or [0.0] * 4, tail, ngrams.strongest(MAX_NGRAMS))
+    return make_snapshot(
+        PRINT, verified, ngrams.num_tokens, weights or [0.0] * NUM_FEATURES, tail, ngrams.strongest(MAX_NGRAMS)
+    )
 
 
 texts = st.lists(st.integers(0, VOCAB - 1), max_size=40)
 tails = st.lists(st.integers(0, VOCAB - 1), unique=True, max_size=20)
-weight_lists = st.lists(st.floats(0, 10), min_size=4, max_size=4)
+weight_lists = st.lists(st.floats(0, 10), min_size=NUM_FEATURES, max_size=NUM_FEATURES)
 snapshots = st.builds(snapshot_of, texts, tails, weight_lists)
 
 
@@ -82,7 +85,7 @@ def test_the_largest_snapshot_fits() -> None:
 
     ngrams = [many(order, limit) for order, limit in enumerate(MAX_NGRAMS, start=1)]
     tail = [vocab_size - 1 - i for i in range(2 * MAX_TAIL)]
-    snapshot = make_snapshot("f" * MAX_FINGERPRINT, 2**53, 2**53, [1 / 3] * 4, tail, ngrams)
+    snapshot = make_snapshot("f" * MAX_FINGERPRINT, 2**53, 2**53, [1 / 3] * NUM_FEATURES, tail, ngrams)
     data = encode(snapshot)
     assert len(data) <= MAX_BYTES
     restored = decode(data, "f" * MAX_FINGERPRINT, vocab_size)
@@ -102,7 +105,7 @@ def test_any_bytes_are_a_snapshot_or_an_error(data: bytes) -> None:
 @settings(deadline=None, max_examples=500)
 @given(place=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans())
 def test_a_damaged_snapshot_is_an_error_or_within_bounds(place: int, value: int, cut: bool) -> None:
-    data = bytearray(encode(snapshot_of([1, 2, 3, 1, 2, 4] * 3, [5, 6, 7], [0.5] * 4)))
+    data = bytearray(encode(snapshot_of([1, 2, 3, 1, 2, 4] * 3, [5, 6, 7], [0.5] * NUM_FEATURES)))
     place %= len(data)
     data[place] = value
     try:
@@ -141,9 +144,9 @@ def packed(order: int, token_ids: list[int], counts: list[float]) -> list[Packed
         ({"num_verified_tokens": -1}, "verified"),
         ({"num_observed_tokens": 2**60}, "observed"),
         ({"weights": [0.0] * 3}, "number of weights"),
-        ({"weights": [0.0, 0.0, 0.0, NAN]}, "bad weights"),
-        ({"weights": [0.0, 0.0, 0.0, float("inf")]}, "bad weights"),
-        ({"weights": [0.0, 0.0, 0.0, -1.0]}, "bad weights"),
+        ({"weights": [0.0, 0.0, 0.0, 0.0, NAN]}, "bad weights"),
+        ({"weights": [0.0, 0.0, 0.0, 0.0, float("inf")]}, "bad weights"),
+        ({"weights": [0.0, 0.0, 0.0, 0.0, -1.0]}, "bad weights"),
         ({"tail": b"\x01"}, "size of tail"),
         ({"tail": np.array([VOCAB], UINT).tobytes()}, "token id in tail"),
         ({"tail": np.array([3, 4, 3], UINT).tobytes()}, "repeated tail"),
@@ -168,7 +171,7 @@ def test_each_kind_of_damage_is_refused(changes: dict[str, object], message: str
 def test_merging_is_commutative_and_stays_a_snapshot(
     base: SessionSnapshot | None, a: list[int], b: list[int], tails: tuple[list[int], list[int]], weights: list[float]
 ) -> None:
-    left, right = snapshot_of(a, tails[0], weights, base), snapshot_of(b, tails[1], [1.0] * 4, base)
+    left, right = snapshot_of(a, tails[0], weights, base), snapshot_of(b, tails[1], [1.0] * NUM_FEATURES, base)
     merged = merge(left, right, base)
     assert merged == merge(right, left, base)
     assert decode(encode(merged), PRINT, VOCAB) == merged
@@ -190,7 +193,7 @@ def test_merged_counts_are_the_bases_and_what_each_added(
 @settings(deadline=None)
 @given(base=snapshots, text=texts, tail=tails)
 def test_a_request_without_news_changes_little(base: SessionSnapshot, text: list[int], tail: list[int]) -> None:
-    newer = snapshot_of(text, tail, [2.0] * 4, before=base)
+    newer = snapshot_of(text, tail, [2.0] * NUM_FEATURES, before=base)
     merged = merge(newer, base, base)
     assert merged.num_observed_tokens == newer.num_observed_tokens
     assert counts_of(merged) == pytest.approx(counts_of(newer), rel=0.01)
@@ -199,8 +202,8 @@ def test_a_request_without_news_changes_little(base: SessionSnapshot, text: list
 
 
 def test_the_longer_request_has_more_say_in_the_weights() -> None:
-    merged = merge(snapshot_of([1] * 30, [], [1.0] * 4), snapshot_of([2] * 10, [], [3.0] * 4))
-    assert merged.weights == pytest.approx([1.5] * 4)
+    merged = merge(snapshot_of([1] * 30, [], [1.0] * NUM_FEATURES), snapshot_of([2] * 10, [], [3.0] * NUM_FEATURES))
+    assert merged.weights == pytest.approx([1.5] * NUM_FEATURES)
 
 
 def test_tails_are_merged_by_rank() -> None:

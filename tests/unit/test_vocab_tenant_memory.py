@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.vocab.prior import NUM_FEATURES
 from engine.vocab.tenant_memory import DecayedCounts, TenantMemory
 
 
@@ -57,14 +58,14 @@ def test_a_domain_comes_before_the_rest_of_its_tenant() -> None:
 
 def test_weights_average_over_sessions() -> None:
     memory = TenantMemory()
-    assert memory.weights("clinic", "oncology") == [0.0] * 4
-    memory.end_session("clinic", "oncology", [1.0, 2.0, 0.0, 0.0])
-    assert memory.weights("clinic", "oncology") == pytest.approx([1.0, 2.0, 0.0, 0.0])
+    assert memory.weights("clinic", "oncology") == [0.0] * NUM_FEATURES
+    memory.end_session("clinic", "oncology", [1.0, 2.0, 0.0, 0.0, 0.0])
+    assert memory.weights("clinic", "oncology") == pytest.approx([1.0, 2.0, 0.0, 0.0, 0.0])
     for _ in range(30):
-        memory.end_session("clinic", "oncology", [0.0, 3.0, 99.0, 0.0])
-    assert memory.weights("clinic", "oncology") == pytest.approx([0.0, 3.0, 10.0, 0.0], abs=0.02)
-    assert memory.weights("clinic", "surgery") == memory.weights("clinic", None) != [0.0] * 4
-    assert memory.weights("firm", "oncology") == [0.0] * 4
+        memory.end_session("clinic", "oncology", [0.0, 3.0, 99.0, 0.0, 0.0])
+    assert memory.weights("clinic", "oncology") == pytest.approx([0.0, 3.0, 10.0, 0.0, 0.0], abs=0.02)
+    assert memory.weights("clinic", "surgery") == memory.weights("clinic", None) != [0.0] * NUM_FEATURES
+    assert memory.weights("firm", "oncology") == [0.0] * NUM_FEATURES
 
 
 def test_the_least_recent_tenants_and_domains_are_forgotten() -> None:
@@ -76,8 +77,8 @@ def test_the_least_recent_tenants_and_domains_are_forgotten() -> None:
     assert [memory.top(tenant, None, 1) for tenant in "abc"] == [[1], [], [3]]
     for domain in ("x", "y", "z"):
         memory.add("a", domain, [5])
-        memory.end_session("a", domain, [1.0, 0.0, 0.0, 0.0])
-    memory.end_session("a", None, [5.0, 0.0, 0.0, 0.0])
+        memory.end_session("a", domain, [1.0, 0.0, 0.0, 0.0, 0.0])
+    memory.end_session("a", None, [5.0, 0.0, 0.0, 0.0, 0.0])
     whole = memory.weights("a", None)
     assert [memory.weights("a", domain) == whole for domain in ("x", "y", "z")] == [True, False, False]
 
@@ -97,4 +98,4 @@ def test_forgetting_a_tenant_leaves_nothing() -> None:
     memory.forget("clinic")
     memory.forget("stranger")
     assert memory.top("clinic", "oncology", 5) == []
-    assert memory.weights("clinic", "oncology") == [0.0] * 4
+    assert memory.weights("clinic", "oncology") == [0.0] * NUM_FEATURES

@@ -1,0 +1,83 @@
+"""What followed the longest repeats of a sequence's last tokens, in its own prompt and answer.
+
+Counts of triples forget how long a repeat is. A text that is being copied agrees with its source over many tokens, and
+the longer it has, the surer it goes on. As prompt lookup does, but as one more voice in the prior, not in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.vocab.continuations import Continuations
+
+MIN_LENGTH, MAX_LENGTH = 2, 16
+"""Tokens that must agree before a place counts, and from how many on it makes no difference."""
+MAX_PLACES = 16
+"""Earlier places that are looked at, the latest first."""
+_ID_BITS = 31
+
+
+class TextMatches:
+    """An index of one sequence's text by pairs of tokens: chains of the places where each pair ends."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._latest: dict[int, int] = {}
+        """Pair → the last place right after it."""
+        self._previous: list[int] = []
+        """For each place, the one before it in its chain; -1 for none."""
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        """Append to the text."""
+        for token_id in token_ids:
+            place, key = len(self._tokens), self._key(self._tokens[-2:])
+            self._previous.append(self._latest.get(key, -1))
+            if key >= 0:
+                self._latest[key] = place
+            self._tokens.append(token_id)
+
+    def find(self, after: Sequence[int] = ()) -> dict[int, int]:
+        """Tokens that followed a repeat of the text's end, with the length of the longest such repeat.
+
+        Args:
+            after: tokens that the text is taken to go on with, such as drafts.
+        """
+        end = [*self._tokens[-MAX_LENGTH:], *after][-MAX_LENGTH:]
+        tokens, found = self._tokens, dict[int, int]()
+        place = self._latest.get(self._key(end[-2:]), -1)
+        for _ in range(MAX_PLACES):
+            if place < 0:
+                break
+            length, most = MIN_LENGTH, min(len(end), place)
+            while length < most and tokens[place - length - 1] == end[-length - 1]:
+                length += 1
+            token_id = tokens[place]
+            found[token_id] = max(found.get(token_id, 0), length)
+            place = self._previous[place]
+        return found
+
+    def _key(self, pair: Sequence[int]) -> int:
+        """-1 where there are no two tokens."""
+        return pair[0] << _ID_BITS | pair[1] if len(pair) == MIN_LENGTH else -1
+
+
+def match_continuations(texts: Sequence[TextMatches], drafts: Sequence[Sequence[int]]) -> Continuations:
+    """What ``find`` gives for each of B rows; values are log(length of the repeat).
+
+    Args:
+        texts: one a row.
+        drafts: what each is taken to go on with.
+    """
+    token_ids: NDArray[np.int32] = np.full((len(texts), MAX_PLACES), -1, np.int32)
+    lengths: NDArray[np.float32] = np.ones((len(texts), MAX_PLACES), np.float32)
+    for row, (text, after) in enumerate(zip(texts, drafts, strict=True)):
+        found = text.find(after)
+        token_ids[row, : len(found)] = list(found)
+        lengths[row, : len(found)] = list(found.values())
+    return Continuations(token_ids, np.log(lengths))

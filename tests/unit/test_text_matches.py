@@ -1,0 +1,43 @@
+"""The longest repeats in a text, against a search of the whole text."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.vocab.text_matches import MAX_LENGTH, MAX_PLACES, MIN_LENGTH, TextMatches, match_continuations
+
+tokens = st.lists(st.integers(0, 3), max_size=60)
+
+
+def longest_repeats(text: list[int], after: list[int]) -> dict[int, int]:
+    """By definition: of every earlier place, how many tokens before it are the last ones of text and ``after``."""
+    whole, found = text + after, dict[int, int]()
+    places = [place for place in range(2, len(text)) if text[place - 2 : place] == whole[-2:]]
+    for place in places[-MAX_PLACES:]:
+        length = max(n for n in range(MIN_LENGTH, min(place, MAX_LENGTH) + 1) if text[place - n : place] == whole[-n:])
+        found[text[place]] = max(found.get(text[place], 0), length)
+    return found
+
+
+@given(pieces=st.lists(tokens, max_size=4), after=st.lists(st.integers(0, 3), max_size=5))
+def test_finds_the_longest_repeats(pieces: list[list[int]], after: list[int]) -> None:
+    text = TextMatches()
+    for piece in pieces:
+        text.extend(piece)
+    assert len(text) == sum(map(len, pieces))
+    assert text.find(after) == longest_repeats([*chain.from_iterable(pieces)], after)
+
+
+def test_values_grow_with_the_length_of_the_repeat() -> None:
+    text, empty = TextMatches(), TextMatches()
+    text.extend([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3])
+    continuations = match_continuations([text, empty, text], [[], [5], [7, 9]])
+    values = continuations.at(continuations.token_ids)
+    rows = [dict(zip(*row, strict=True)) for row in zip(continuations.token_ids.tolist(), values.tolist(), strict=True)]
+    assert rows[0][7] > rows[0][8] > 0
+    assert rows[2][2] > rows[0][7]
+    assert set(rows[1]) == {-1}
+    assert not values[1].any()
