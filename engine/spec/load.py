@@ -13,7 +13,7 @@ from engine.models import eagle3
 from engine.models.config import ModelError, ModelFiles
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.draft_head import DraftHead, read_token_counts, static_vocabulary
+from engine.spec.draft_head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
 from engine.spec.draft_model import DraftModel
 from engine.spec.eagle import EagleDraft
 from engine.spec.eagle_adapters import EagleAdapters
@@ -23,6 +23,8 @@ from engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
+_DEFAULT_VOCABULARY = "static:4096"
+"""The fastest of those measured for SmolLM2 at concurrency 1 (docs/decisions/010-vocabulary-by-default.md)."""
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
 
@@ -52,7 +54,10 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
 
 def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer) -> DraftHead:
     """The head of a model over the configured vocabulary, whose token counts are in ``directory``."""
-    kind, _, size = config.speculation.vocabulary.partition(":")
+    vocabulary = config.speculation.vocabulary
+    if vocabulary == "auto":
+        vocabulary = _DEFAULT_VOCABULARY if (directory / COUNTS_FILE).is_file() else "full"
+    kind, _, size = vocabulary.partition(":")
     core, _, slots = size.partition("+")
     token_ids = None
     if kind != "full" and core != "full":
