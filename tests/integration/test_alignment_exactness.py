@@ -25,6 +25,7 @@ from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
 from engine.request import Request
 from engine.scheduler import ScheduledSequence
+from kernels import native
 from tests.integration.test_speculation_exactness import SAMPLED, SETTINGS
 from tests.tiny_drafts import Engine, SpeculationConfig, make_draft_directory
 from tests.tiny_models import make_directory
@@ -141,6 +142,31 @@ def test_outputs_do_not_depend_on_adapters(
     assert len({record.draft_version for record in records}) > 5
     assert stats.loads >= 5
     assert stats.failed_loads == 0
+
+
+@pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
+def test_compiled_kernels_alone(tmp_path: Path, alignment: AdaptersConfig) -> None:
+    """In bf16 too, to the bit, one request at a time; and the adapters do change what is drafted."""
+    files = make_directory(tmp_path / "target", hidden_size=128, head_dim=32)
+    draft = make_draft_directory(tmp_path / "draft", files)
+    prompts = make_prompts()
+    sampling = make_sampling("greedy", len(prompts))
+    plain = Engine(files, SETTINGS["alone"], dtype="auto").generate_alone(prompts, sampling)
+    drafted = []
+    for publishes in (False, True):
+        log = alignment.log.model_copy(update={"stream": f"log-{uuid.uuid4()}", "control_share": 0.0})
+        config = alignment.model_copy(update={"shared_directory": tmp_path / str(publishes), "log": log})
+        speculation = SpeculationConfig(method="eagle3", draft=str(draft), adaptive=False)
+        engine = Engine(files, SETTINGS["alone"], speculation, dtype="auto", alignment=config)
+        publisher = Publisher(config, draft, seed=1)
+        for prompt, params, expected in zip(prompts, sampling, plain, strict=True):
+            if publishes:
+                publisher.act()
+            assert engine.generate([prompt], [params], [TENANTS[len(prompt) % 3]]) == [expected]
+        stats = engine.core.stats().alignment
+        assert stats is not None
+        drafted.append([record.drafted for record in read_records(config, stats.steps)])
+    assert drafted[0] != drafted[1]
 
 
 def test_records_say_what_happened(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
