@@ -82,11 +82,11 @@ class EngineCore:
 
     def _make_speculator(self, config: EngineConfig, draft: Draft, team: Team | None) -> Speculator:
         proposer = draft.make_proposer(self.num_blocks)
+        follower = None if draft.vocab is None else VocabFollower(draft.vocab, config.speculation.dynamic, team)
         policy: LengthPolicy = FixedLength()
         if config.speculation.adaptive:
-            max_tokens = config.scheduler.max_batched_tokens
-            policy = AdaptiveLength(CostMeter(self._runner, proposer, config.cache.block_size, max_tokens).measure())
-        follower = None if draft.vocab is None else VocabFollower(draft.vocab, config.speculation.dynamic, team)
+            size, most = config.cache.block_size, config.scheduler.max_batched_tokens
+            policy = AdaptiveLength(CostMeter(self._runner, proposer, size, most, follower).measure())
         verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
         return Speculator(proposer, policy, config.speculation.num_speculative_tokens, follower, verify_log)
 

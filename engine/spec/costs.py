@@ -12,6 +12,7 @@ from engine.request import Request
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.controller import Curve, StepCosts
 from engine.spec.proposer import Proposer
+from engine.spec.vocab_follower import VocabFollower
 from kernels.argmax import argmax_rows
 
 _Result = TypeVar("_Result")
@@ -33,10 +34,18 @@ class CostMeter:
         proposer: the draft.
         block_size: tokens per block.
         max_tokens: most tokens in a step.
+        follower: of the sequences' draft vocabularies, whose tails are full here; None where all draft from the same.
     """
 
-    def __init__(self, runner: ModelRunner, proposer: Proposer, block_size: int, max_tokens: int) -> None:
-        self._runner, self._proposer = runner, proposer
+    def __init__(
+        self,
+        runner: ModelRunner,
+        proposer: Proposer,
+        block_size: int,
+        max_tokens: int,
+        follower: VocabFollower | None = None,
+    ) -> None:
+        self._runner, self._proposer, self._follower = runner, proposer, follower
         longest = _PROMPT_TOKENS + 1 + 2 * (1 + _REPEATS) + _MANY_DRAFTS
         self._blocks_each = -(-longest // block_size)
         self._max_batch = runner.num_blocks // self._blocks_each
@@ -76,6 +85,8 @@ class CostMeter:
         prompts = [
             ScheduledSequence(request, 0, request.prompt_token_ids, 0, 0, 1, blocks) for request, blocks in sequences
         ]
+        if self._follower is not None:
+            self._follower.vocab.rehearse([request for request, _ in sequences])
         self._step(prompts)
         best = []
         for length in (1, _MANY_DRAFTS):
@@ -83,6 +94,8 @@ class CostMeter:
             best.append(min(self._cycle(sequences, length) for _ in range(_REPEATS)))
         for request, _ in sequences:
             self._proposer.forget(request.request_id)
+            if self._follower is not None:
+                self._follower.vocab.forget(request.request_id)
         return best[0], best[1]
 
     def _cycle(self, sequences: Sequence[tuple[Request, list[int]]], length: int) -> float:
@@ -99,8 +112,11 @@ class CostMeter:
 
     def _step(self, steps: Sequence[ScheduledSequence]) -> float:
         """Compute and commit one new token for each; returns the seconds that the draft took to observe it."""
-        _, features = self._runner.execute(steps, self._proposer.capture_layers)
+        logits, features = self._runner.execute(steps, self._proposer.capture_layers)
         seconds = _seconds(lambda: self._proposer.observe(steps, [1] * len(steps), features))
+        if self._follower is not None:
+            follow, kept = self._follower.follow, [[1]] * len(steps)
+            seconds += _seconds(lambda: follow(steps, kept, logits, self._runner.compute_logits))
         for step in steps:
             request = step.request
             request.num_computed_tokens = request.num_tokens

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.request import Request
 from engine.vocab.bigram_graph import BigramGraph
 from engine.vocab.ngrams import lookup, presence
 from engine.vocab.prior import NUM_FEATURES, Candidates, bonus_features
@@ -94,3 +95,9 @@ class DraftPrior:
         if not self._learned:
             return np.tile(FIXED_WEIGHTS, (len(sessions), 1))
         return np.stack([session.weights.bonus for session in sessions])
+
+
+def last_two(request: Request) -> tuple[int, int]:
+    """The tokens before the next draft token, the older first; -1 for one that does not exist."""
+    two_ago, one_ago = [-1, -1, *request.all_token_ids[-2:], *request.draft_token_ids[-2:]][-2:]
+    return two_ago, one_ago

@@ -17,7 +17,7 @@ from engine.messages import SessionState, VocabularyCounts
 from engine.request import Request
 from engine.vocab.bigram_graph import BigramGraph
 from engine.vocab.core_set import CoreSet
-from engine.vocab.draft_prior import Drafted, DraftPrior
+from engine.vocab.draft_prior import Drafted, DraftPrior, last_two
 from engine.vocab.ngrams import SessionNgrams
 from engine.vocab.replacement import make_replacement
 from engine.vocab.retrieval import Retrieval, TopK
@@ -122,6 +122,14 @@ class DraftVocab:
         """A request arrives; ``state`` is what its session brings along."""
         self._states[request_id] = state
 
+    def rehearse(self, requests: Sequence[Request]) -> None:
+        """Made-up requests get vocabularies with full tails, to measure what those cost."""
+        for request in requests:
+            self.begin(request.request_id, None)
+            self._start(request)
+            if request.request_id in self._sessions:
+                self._retrieval.fill(self._sessions[request.request_id])
+
     def slabs(self, requests: Sequence[Request]) -> list[int]:
         """The tail of each row to draft for; those of a step's first draft are brought up to date before."""
         for request in requests:
@@ -148,9 +156,7 @@ class DraftVocab:
             return logits
         ids = [requests[row].request_id for row in rows]
         of_sessions = (token_ids, logits) if len(rows) == len(requests) else (token_ids[rows], logits[rows])
-        contexts, drafts = zip(
-            *((_last_two(requests[row]), requests[row].draft_token_ids) for row in rows), strict=True
-        )
+        contexts, drafts = zip(*((last_two(requests[row]), requests[row].draft_token_ids) for row in rows), strict=True)
         scores, candidates = self._prior.score([self._sessions[one] for one in ids], contexts, drafts, *of_sessions)
         for place, request_id in enumerate(ids):
             self._drafts[request_id].candidates.append(Drafted(candidates, place))
@@ -287,9 +293,3 @@ class DraftVocab:
         self._retrieval.learn(vocab, tokens, before)
         self._retrieval.follow(vocab, tokens, missed, top_k)
         return missed
-
-
-def _last_two(request: Request) -> tuple[int, int]:
-    """The tokens before the next draft token, the older first; -1 for one that does not exist."""
-    two_ago, one_ago = [-1, -1, *request.all_token_ids[-2:], *request.draft_token_ids[-2:]][-2:]
-    return two_ago, one_ago

@@ -70,6 +70,11 @@ class Retrieval:
         """Fill free slots with the target's most likely tokens [n, k], the best of all positions first."""
         self._put(vocab, vocab.insert(self._core.outside_array(likely.T), "target", vocab.room))
 
+    def fill(self, vocab: SessionVocab) -> None:
+        """Fill free slots with any tokens."""
+        enough = range(min(self._core.size + vocab.room, self._core.vocab_size))
+        self._put(vocab, vocab.insert(enough, "tenant", vocab.room))
+
     def follow(self, vocab: SessionVocab, verified: Sequence[int], missed: Sequence[int], top_k: TopK | None) -> None:
         """Insert what a verified step speaks for: at most ``MAX_INSERTIONS`` tokens that are new to the tail.
 
