@@ -1,0 +1,158 @@
+"""The parts of offline draft training against plain formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
+from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
+from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
+from adapters.generate import loop_start
+from adapters.head_loss import head_loss
+from adapters.ttt_attention import chain_attention
+
+HIDDEN, WIDTH = 4, 16
+
+
+def dense_attention(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, later: list[tuple[torch.Tensor, torch.Tensor]]
+) -> torch.Tensor:
+    """Row t sees the first step's keys up to t, and its own keys of the later steps."""
+    length, scale = q.shape[2], q.shape[3] ** -0.5
+    scores = (q @ keys.transpose(2, 3) * scale).masked_fill(~torch.ones(length, length).tril().bool(), -torch.inf)
+    own = [(q * key).sum(-1, keepdim=True) * scale for key, _ in later]
+    weights = torch.cat([scores, *own], dim=-1).softmax(-1)
+    result = weights[..., :length] @ values
+    for step, (_, value) in enumerate(later):
+        result = result + weights[..., length + step, None] * value
+    return result
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_chain_attention_and_its_gradients(steps: int) -> None:
+    generator = torch.Generator().manual_seed(steps)
+    shape = (2, 3, 20, 8)
+    tensors = [torch.randn(shape, generator=generator, requires_grad=True) for _ in range(1 + 2 * steps)]
+    q, keys, values, *rest = tensors
+    later = list(zip(rest[: steps - 1], rest[steps - 1 :], strict=True))
+    out_gradient = torch.randn(shape, generator=generator)
+
+    result = chain_attention(q, keys, values, [key for key, _ in later], [value for _, value in later])
+    expected = dense_attention(q, keys, values, later)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(result, tensors, out_gradient)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, tensors, out_gradient), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_head_loss_is_the_cross_entropy_of_distributions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 8, generator=generator, requires_grad=True)  # more than one piece
+    target, rows = torch.randn(600, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    loss = head_loss(hidden, target, rows)
+    expected = F.cross_entropy(hidden @ rows.T, (target @ rows.T).softmax(-1), reduction="sum")
+    torch.testing.assert_close(loss, expected)
+    (gradient,), (wanted,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def conversation(key: int, length: int, prompt_length: int) -> Conversation:
+    return Conversation(key, prompt_length, np.arange(length, dtype=np.int32) + 1000 * key)
+
+
+def features_of(conversation: Conversation) -> torch.Tensor:
+    """[tokens, WIDTH] bf16: every value of a row is its position."""
+    return torch.arange(len(conversation.token_ids)).to(torch.bfloat16)[:, None].expand(-1, WIDTH).contiguous()
+
+
+def write(directory: Path, conversations: list[Conversation]) -> Path:
+    return write_shard(directory, conversations, [features_of(c) for c in conversations])
+
+
+def test_shards_hold_what_was_written(tmp_path: Path) -> None:
+    first, second = conversation(1, 70, 40), conversation(2, 90, 50)
+    write(tmp_path, [first, second])
+    write(tmp_path, [conversation(3, 60, 30)])
+    assert len(shard_paths(tmp_path)) == 2
+    assert written_keys(tmp_path) == {1, 2, 3}
+    read = list(read_shard(shard_paths(tmp_path)[0]))
+    assert [(c.key, c.prompt_length, c.token_ids.tolist()) for c in read] == [
+        (c.key, c.prompt_length, c.token_ids.tolist()) for c in (first, second)
+    ]
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_every_position_is_learned_from_once(tmp_path: Path, validation: bool) -> None:
+    conversations = [conversation(key, length, 100) for key, length in ((1, 1200), (2, 300), (50, 1000), (100, 101))]
+    write(tmp_path, conversations)
+    dataset = Dataset(shard_paths(tmp_path), WIDTH, HIDDEN, validation)
+    starts = np.cumsum([0, *(len(c.token_ids) for c in conversations)])
+    covered = [w.row + position for w in dataset.windows for position in range(w.begin + w.first_anchor, w.end)]
+    assert len(covered) == len(set(covered)) == dataset.num_anchors
+    for c, start in zip(conversations, starts[:-1], strict=True):
+        if is_held_out(c) == validation and len(c.token_ids) - c.prompt_length >= 4:
+            first = start + (c.prompt_length if validation else TEMPLATE_TOKENS)
+            end = start + len(c.token_ids)
+            assert set(range(first, end - 4)) <= set(covered)
+            assert not set(covered) & set(range(start, first))
+        else:
+            assert not set(covered) & set(range(start, start + len(c.token_ids)))
+    assert all(w.end - w.begin <= MAX_WINDOW for w in dataset.windows)
+    assert all(w.first_anchor >= CONTEXT for w in dataset.windows if w.begin > 0)
+
+
+def test_a_batch_lines_features_up_with_tokens_and_labels(tmp_path: Path) -> None:
+    write(tmp_path, [conversation(1, 200, 60), conversation(3, 500, 60)])
+    dataset = Dataset(shard_paths(tmp_path), WIDTH, HIDDEN)
+    (batch,) = dataset.batches(10_000, steps=3, generator=np.random.default_rng(0))
+    for row in range(len(batch.lengths)):
+        size = int(batch.lengths[row])
+        positions = batch.positions[row, :size]
+        before = (positions - 1).clamp(min=0).to(torch.bfloat16)  # zero before the first token
+        assert torch.equal(batch.features[row, :size, 0], before)
+        assert torch.equal(batch.labels[row, :size, 0], positions.to(torch.bfloat16))
+        assert torch.equal(batch.token_ids[row, :size] % 1000, positions)
+    for step in range(3):
+        last = [int(chains.nonzero().max()) for chains in batch.anchors(step)]
+        assert last == [int(length) - 1 - step for length in batch.lengths]
+
+
+def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    def made() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        model(torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = made()
+    assert load_checkpoint(tmp_path, model, [optimizer]) is None
+    step(model, optimizer, 1)
+    save_checkpoint(tmp_path, model, [optimizer], Progress(step=1, anchors=8))
+    step(model, optimizer, 2)
+
+    resumed, other = made()
+    progress = load_checkpoint(tmp_path, resumed, [other])
+    assert progress == Progress(step=1, anchors=8)
+    step(resumed, other, 2)
+    for parameter, wanted in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter, wanted)
+
+
+@pytest.mark.parametrize("period", [1, 3, 17, 64])
+def test_loops_are_found(period: int) -> None:
+    text = list(range(1000, 1050))
+    loop = list(range(period)) * (5 if period > 4 else 20)
+    start = loop_start(text + loop)
+    assert start is not None
+    assert start >= len(text)
+    assert loop_start(text + loop[: 2 * period]) is None
+    assert loop_start(text) is None
