@@ -23,8 +23,8 @@ from engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
-_DEFAULT_VOCABULARY = "static:4096"
-"""The fastest of those measured for SmolLM2 at concurrency 1 (docs/decisions/010-vocabulary-by-default.md)."""
+_DEFAULT_CORE = 4096
+"""Size of the static vocabulary that was the fastest of those measured for SmolLM2 at concurrency 1 (docs/decisions/010-vocabulary-by-default.md)."""
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
 
@@ -56,7 +56,8 @@ def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokeni
     """The head of a model over the configured vocabulary, whose token counts are in ``directory``."""
     vocabulary = config.speculation.vocabulary
     if vocabulary == "auto":
-        vocabulary = _DEFAULT_VOCABULARY if (directory / COUNTS_FILE).is_file() else "full"
+        has_counts = (directory / COUNTS_FILE).is_file() and tokenizer.vocab_size > _DEFAULT_CORE
+        vocabulary = f"static:{_DEFAULT_CORE}" if has_counts else "full"
     kind, _, size = vocabulary.partition(":")
     core, _, slots = size.partition("+")
     token_ids = None

@@ -69,7 +69,7 @@ def test_the_worker_dies_and_comes_back(launch_server: Callable[..., RunningServ
     wait_for_worker(server, first)
     server.wait_for(lambda: metric(server, "evospec:alignment_worker_num_records") or None, "records read")
     assert metric(server, "evospec:alignment_records_written_total") > 0
-    assert os.getpriority(os.PRIO_PROCESS, first) == 19
+    assert os.getpriority(os.PRIO_PROCESS, first) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 19)
     os.kill(first, signal.SIGKILL)
     assert complete(server) == text
     second = server.wait_for(lambda: worker_pid(server, besides=first), "new worker process")

@@ -172,12 +172,20 @@ def write_until_killed(path: Path, latest: c_int64) -> None:
 
 
 def read_for(path: Path, seconds: float, latest: c_int64, whole: c_int64, lost: c_int64) -> None:
-    """Read rows from just written to just being overwritten; each valid one must be whole and of its block."""
+    """Read rows from just written to just being overwritten; each valid one must be whole and of its block.
+
+    For so long, and on a busy machine until some were whole and some lost, up to a limit that means failure.
+    """
     torch.set_num_threads(1)
     reader = FeatureRingReader(path)
     chance = random.Random(0)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    end, limit = time.monotonic() + seconds, time.monotonic() + 120.0
+
+    def goes_on() -> bool:
+        seen_both = 0 < reader.num_overwritten < reader.num_read
+        return time.monotonic() < (end if seen_both else limit)
+
+    while goes_on():
         start = latest.value - chance.randrange(0, BUSY_CAPACITY, BUSY_BLOCK)
         slots, generations = references(start % BUSY_CAPACITY, start // BUSY_CAPACITY, BUSY_BLOCK)
         found, valid = reader.read(slots, generations)
