@@ -24,7 +24,7 @@ from engine.text.tokenizer import Tokenizer
 log = structlog.get_logger(__name__)
 
 _DEFAULT_CORE = 4096
-"""Size of the static vocabulary that was the fastest of those measured for SmolLM2 at concurrency 1 (docs/decisions/010-vocabulary-by-default.md)."""
+"""Rows of the static vocabulary that was fastest for SmolLM2 (docs/decisions/010-vocabulary-by-default.md)."""
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
 
