@@ -6,7 +6,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -32,9 +31,6 @@ from engine.spec.vocab_follower import VocabFollower
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker, Truncation
 from engine.vocab.fingerprint import vocabulary_fingerprint
-
-if TYPE_CHECKING:
-    from kernels.native import Team
 
 log = structlog.get_logger(__name__)
 
@@ -68,7 +64,7 @@ class EngineCore:
         self.num_blocks = self._runner.num_blocks
         self.draft = draft.description if draft else None
         self.draft_bytes = draft.costs.total(self.num_blocks) if draft else 0
-        self._speculator = None if draft is None else self._make_speculator(config, draft, loaded.team)
+        self._speculator = None if draft is None else self._make_speculator(config, draft)
         self.vocabulary = vocabulary_fingerprint(self._tokenizer)
         """Fingerprint of the model's tokens."""
         self.kv_bytes = self._runner.kv_bytes
@@ -80,9 +76,9 @@ class EngineCore:
         self._compiling: dict[str, tuple[Request, Future[CompiledGrammar]]] = {}
         self._refused: Outputs = defaultdict(list)
 
-    def _make_speculator(self, config: EngineConfig, draft: Draft, team: Team | None) -> Speculator:
+    def _make_speculator(self, config: EngineConfig, draft: Draft) -> Speculator:
         proposer = draft.make_proposer(self.num_blocks)
-        follower = None if draft.vocab is None else VocabFollower(draft.vocab, config.speculation.dynamic, team)
+        follower = None if draft.vocab is None else VocabFollower(draft.vocab, config.speculation.dynamic)
         policy: LengthPolicy = FixedLength()
         if config.speculation.adaptive:
             size, most = config.cache.block_size, config.scheduler.max_batched_tokens

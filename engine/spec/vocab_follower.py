@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +14,6 @@ from engine.vocab.draft_vocab import DraftVocab
 from engine.vocab.verified import VerifiedSequence
 from kernels.topk import topk_rows
 
-if TYPE_CHECKING:
-    from kernels.native import Team
-
 ComputeLogits = Callable[[Sequence[int]], torch.Tensor]
 """The target's logits [n, vocab] at some of a step's tokens, counted through all sequences."""
 
@@ -28,12 +24,11 @@ class VocabFollower:
     Args:
         vocab: the vocabularies.
         options: how much of the target's distribution they see.
-        team: threads of the compiled kernels (None: the calling one).
     """
 
-    def __init__(self, vocab: DraftVocab, options: DynamicConfig, team: Team | None = None) -> None:
+    def __init__(self, vocab: DraftVocab, options: DynamicConfig) -> None:
         self.vocab = vocab
-        self._top_k, self._team = options.target_top_k, team
+        self._top_k = options.target_top_k
         self._num_prompt_positions = options.prefill_target_signal if vocab.has_tails else 0
 
     def follow(
@@ -72,4 +67,5 @@ class VocabFollower:
                 self.vocab.bootstrap(request_id, [next(likely) for _ in of_prompt])
 
     def _most_likely(self, logits: torch.Tensor) -> NDArray[np.int32]:
-        return topk_rows(logits, self._top_k, team=self._team)[1].int().cpu().numpy()
+        # By this thread alone: a sequence's few rows take it less time than to wake the team.
+        return topk_rows(logits, self._top_k)[1].int().cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,10 @@ from engine.vocab.continuations import Continuations
 
 MAX_OUT_DEGREE, MIN_COUNT, MIN_PROBABILITY = 64, 5, 1e-4
 """The paper's bounds on an edge u → v: its rank among u's, how often it was seen, p(v | u)."""
+CONTINUATIONS = 16
+"""How many followers of a token the prior looks at."""
+LOG_PROB_SCALE = -1.0 / math.log(MIN_PROBABILITY)
+"""The prior's value of a follower is 1 + log p times this."""
 NEIGHBOURS_PER_SEED = 8
 """How many tokens each seed of an event brings (the paper's)."""
 _GENERAL_WEIGHT = 8.0
@@ -51,7 +56,7 @@ class BigramGraph:
         start, end = self.offsets[token_id], self.offsets[token_id + 1]
         return self.token_ids[start : min(end, start + limit)]
 
-    def continuations(self, token_ids: NDArray[np.int32], width: int = 16) -> Continuations:
+    def continuations(self, token_ids: NDArray[np.int32], width: int = CONTINUATIONS) -> Continuations:
         """What follows each token, for the prior: 1 + log p / log(1 / ``MIN_PROBABILITY``), so 0 .. 1.
 
         Args:
@@ -64,7 +69,7 @@ class BigramGraph:
         places[~valid] = 0
         if not len(self.token_ids):
             return Continuations(np.full(places.shape, -1, np.int32), np.zeros(places.shape, np.float32))
-        values = 1.0 + self.log_probs[places] / np.float32(-np.log(MIN_PROBABILITY))
+        values = 1.0 + self.log_probs[places] * np.float32(LOG_PROB_SCALE)
         return Continuations(
             np.where(valid, self.token_ids[places], np.int32(-1)), np.where(valid, values, np.float32(0.0))
         )

@@ -46,7 +46,8 @@ class ContextTable:
         self.counts: NDArray[np.float32] = np.zeros((num_rows, width), np.float32)
         """[num_rows, width]: how often."""
         self.width = width
-        self._shift = 64 - ((num_rows // WAYS).bit_length() - 1)
+        self.shift = 64 - ((num_rows // WAYS).bit_length() - 1)
+        """Of a context's hash, to the number of its first row / ``WAYS``."""
         self._keys_view = self.keys.data
         self._tokens_view = self.token_ids.reshape(-1).data
         self._counts_view = cast("memoryview[float]", self.counts.reshape(-1).data)
@@ -58,7 +59,7 @@ class ContextTable:
 
     def home(self, key: int) -> int:
         """The first of the rows in which a context can live."""
-        return (((key * _HASH) & _MASK) >> self._shift) * WAYS
+        return (((key * _HASH) & _MASK) >> self.shift) * WAYS
 
     def find(self, key: int) -> int:
         """The row of a context, -1 if it has none."""
@@ -110,7 +111,7 @@ class ContextTable:
         order = np.lexsort((-entries.counts, entries.keys))
         keys, token_ids, counts = (array[order] for array in entries)
         contexts, starts, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        homes = (contexts.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(self._shift)).astype(np.int64)
+        homes = (contexts.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(self.shift)).astype(np.int64)
         weights = np.bincount(inverse, counts, len(contexts))
         by_home = np.lexsort((-weights, homes))
         ways = np.empty(len(contexts), np.int64)

@@ -9,12 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.request import Request
-from engine.vocab.bigram_graph import BigramGraph
-from engine.vocab.ngrams import lookup, presence
-from engine.vocab.prior import NUM_FEATURES, Candidates, bonus_features
+from engine.vocab.bigram_graph import CONTINUATIONS, LOG_PROB_SCALE, BigramGraph
+from engine.vocab.context_table import WAYS
+from engine.vocab.continuations import Continuations
+from engine.vocab.ngrams import PRESENCE_FLOOR, lookup, presence
+from engine.vocab.prior import LEARNING_RATE, MAX_WEIGHT, NUM_FEATURES, Candidates, bonus_features
 from engine.vocab.prior_weights import learn
 from engine.vocab.session_vocab import SessionVocab
 from engine.vocab.text_matches import match_continuations
+from kernels import native_prior
 
 FIXED_WEIGHTS = np.array([0.5, 0.5, 1.0, 0.2, 1.5], np.float32)
 """[NUM_FEATURES]: about where the learned ones end with a light draft."""
@@ -22,10 +25,11 @@ FIXED_WEIGHTS = np.array([0.5, 0.5, 1.0, 0.2, 1.5], np.float32)
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """One draft token's candidates: a row of a batch's."""
+    """One draft token's candidates: a row of a batch's, and where its token ids, logits and features are."""
 
     candidates: Candidates
     row: int
+    addresses: tuple[int, int, int]
 
 
 class DraftPrior:
@@ -41,7 +45,9 @@ class DraftPrior:
     def __init__(self, learned: bool, order: int, graph: BigramGraph | None, matches: bool) -> None:
         self._learned, self._graph, self._matches = learned, graph, matches
         self._used = np.array([True, order >= 2, order >= 3, graph is not None, matches], np.float32)
-        assert len(self._used) == NUM_FEATURES
+        assert len(self._used) == NUM_FEATURES == native_prior.NUM_FEATURES
+        self._kernel = make_kernel(self._used, graph) if native_prior.is_available() else None
+        """The compiled path; None: numpy."""
 
     def score(
         self,
@@ -50,7 +56,7 @@ class DraftPrior:
         drafts: Sequence[Sequence[int]],
         token_ids: NDArray[np.int32],
         logits: NDArray[np.float32],
-    ) -> tuple[NDArray[np.float32], Candidates]:
+    ) -> tuple[NDArray[np.float32], list[Drafted]]:
         """Logits with the prior.
 
         Args:
@@ -61,17 +67,23 @@ class DraftPrior:
             logits: [B, C] the draft's own, -inf for none.
 
         Returns:
-            [B, C] float32, and the candidates as ``learn`` wants them.
+            [B, C] float32, and the candidates of each row as ``learn`` wants them.
         """
-        ngrams = [session.ngrams for session in sessions]
+        matches = match_continuations([session.text for session in sessions], drafts) if self._matches else None
+        ngrams, weights = [session.ngrams for session in sessions], self._weights(sessions)
+        if self._kernel is not None:
+            units, views = [one.unit for one in ngrams], [one.view.address for one in ngrams]
+            known = _no_matches(len(ngrams)) if matches is None else matches
+            pair = known.token_ids, known.values
+            features, scores = self._kernel.scores(views, units, contexts, weights, pair, token_ids, logits)
+            return scores, _rows(Candidates(token_ids, logits, features))
         bigrams, trigrams = lookup(ngrams, contexts)
         last = np.array([context[1] for context in contexts], np.int32)
         graph = None if self._graph is None else self._graph.continuations(last)
-        matches = match_continuations([session.text for session in sessions], drafts) if self._matches else None
         features = bonus_features(token_ids, presence(ngrams, token_ids), bigrams, trigrams, graph, matches)
         features *= self._used
         candidates = Candidates(token_ids, logits, features)
-        return candidates.scores(self._weights(sessions)).astype(np.float32, copy=False), candidates
+        return candidates.scores(weights).astype(np.float32, copy=False), _rows(candidates)
 
     def learn(self, sessions: Sequence[SessionVocab], drafted: Sequence[Drafted], targets: Sequence[int]) -> None:
         """Learn from verified positions; nothing where the weights are fixed.
@@ -82,6 +94,19 @@ class DraftPrior:
             targets: the token that the target chose.
         """
         if not self._learned or not drafted:
+            return
+        if self._kernel is not None:
+            owners = [session.weights for session in sessions]
+            advantages = self._kernel.learn(
+                [one.addresses for one in drafted],
+                drafted[0].candidates.token_ids.shape[1],
+                [owner.address for owner in owners],
+                targets,
+                LEARNING_RATE,
+                MAX_WEIGHT,
+            )
+            for owner, advantage in zip(owners, advantages, strict=True):
+                owner.count(advantage)
             return
         parts = [(one.candidates, one.row) for one in drafted]
         candidates = Candidates(
@@ -95,6 +120,27 @@ class DraftPrior:
         if not self._learned:
             return np.tile(FIXED_WEIGHTS, (len(sessions), 1))
         return np.stack([session.weights.bonus for session in sessions])
+
+
+def make_kernel(used: NDArray[np.float32], graph: BigramGraph | None) -> native_prior.PriorKernel:
+    """The compiled prior, of the features that are ``used``."""
+    arrays = None if graph is None else (graph.offsets, graph.token_ids, graph.log_probs)
+    return native_prior.PriorKernel(arrays, CONTINUATIONS, LOG_PROB_SCALE, used, WAYS, PRESENCE_FLOOR)
+
+
+def _rows(candidates: Candidates) -> list[Drafted]:
+    arrays = candidates.token_ids, candidates.logits, candidates.features
+    begins = [int(array.ctypes.data) for array in arrays]
+    strides = [array.strides[0] for array in arrays]
+    (ids, logits, features), (id_stride, logit_stride, feature_stride) = begins, strides
+    return [
+        Drafted(candidates, row, (ids + row * id_stride, logits + row * logit_stride, features + row * feature_stride))
+        for row in range(len(candidates.token_ids))
+    ]
+
+
+def _no_matches(num_rows: int) -> Continuations:
+    return Continuations(np.empty((num_rows, 0), np.int32), np.empty((num_rows, 0), np.float32))
 
 
 def last_two(request: Request) -> tuple[int, int]:

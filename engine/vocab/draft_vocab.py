@@ -157,9 +157,9 @@ class DraftVocab:
         ids = [requests[row].request_id for row in rows]
         of_sessions = (token_ids, logits) if len(rows) == len(requests) else (token_ids[rows], logits[rows])
         contexts, drafts = zip(*((last_two(requests[row]), requests[row].draft_token_ids) for row in rows), strict=True)
-        scores, candidates = self._prior.score([self._sessions[one] for one in ids], contexts, drafts, *of_sessions)
-        for place, request_id in enumerate(ids):
-            self._drafts[request_id].candidates.append(Drafted(candidates, place))
+        scores, drafted = self._prior.score([self._sessions[one] for one in ids], contexts, drafts, *of_sessions)
+        for request_id, one in zip(ids, drafted, strict=True):
+            self._drafts[request_id].candidates.append(one)
         if len(rows) == len(requests):
             return scores
         result = logits.copy()

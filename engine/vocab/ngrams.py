@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.vocab.context_table import ContextTable, Entries
 from engine.vocab.continuations import Continuations
+from kernels.native_prior import SessionView, TableView
 
 HALF_LIFE = 4096.0
 """Tokens after which a count is worth half."""
@@ -65,6 +67,14 @@ class SessionNgrams:
         """What one occurrence adds now: it grows, where the counts would have to shrink."""
         self._growth = 2.0 ** (1.0 / half_life)
         self._unigrams_view = cast("memoryview[float]", self.unigrams.data)
+
+    @cached_property
+    def view(self) -> SessionView:
+        """Where it all is, for the compiled prior."""
+        bigrams, trigrams = (
+            TableView(table.keys, table.token_ids, table.counts, table.shift) for table in (self.bigrams, self.trigrams)
+        )
+        return SessionView(self.unigrams, bigrams, trigrams)
 
     @property
     def num_bytes(self) -> int:

@@ -27,6 +27,8 @@ class PriorWeights:
     def __init__(self, start: Sequence[float] | None = None) -> None:
         self.learned: NDArray[np.float32] = np.zeros(NUM_FEATURES, np.float32)
         """[NUM_FEATURES]: to be kept for the session's next request."""
+        self.address = int(self.learned.ctypes.data)
+        """Of ``learned``, for the compiled prior; so the array is never replaced."""
         if start is not None:
             self.learned[:] = np.clip(start, 0.0, MAX_WEIGHT)
         self.gain = 0.0
@@ -46,6 +48,10 @@ class PriorWeights:
             advantage: 1 if only the prior's first choice was right, -1 if only the draft's own was, else 0.
         """
         np.clip(self.learned + LEARNING_RATE * ascent, 0.0, MAX_WEIGHT, out=self.learned)
+        self.count(advantage)
+
+    def count(self, advantage: int) -> None:
+        """Take note of who was right at a position; see ``step``, which does that too."""
         self.gain = self.gain * _GAIN_MEMORY + advantage
 
 

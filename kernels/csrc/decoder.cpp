@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "rows.h"
+
 namespace evospec {
 
 namespace {
@@ -40,10 +42,9 @@ void Decoder::reserve(int tokens) {
 }
 
 void Decoder::embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual) {
-  team_.run([&](int) {
-    team_.work(count, [&](int i) {
-      unpack_row(embedding, token_ids[i], residual + static_cast<size_t>(i) * shape_.hidden);
-    });
+  // A few rows are unpacked in less time than it takes to wake the others.
+  for_each_item(&team_, count, static_cast<size_t>(count) * shape_.hidden, [&](int i) {
+    unpack_row(embedding, token_ids[i], residual + static_cast<size_t>(i) * shape_.hidden);
   });
 }
 
