@@ -94,7 +94,7 @@ class DynamicConfig(_Section):
     )
     target_top_k: int = Field(default=10, ge=1, le=64, description="How many of the target's tokens at a position.")
     prefill_target_signal: int = Field(
-        default=16, ge=0, le=512, description="At so many of a prompt's last positions, too; 0: only at the very last."
+        default=0, ge=0, le=512, description="At so many of a prompt's last positions, too; 0: only at the very last."
     )
     semantic: bool = Field(
         default=False, description="At events, tokens whose head rows are nearest to the draft's hidden state enter."
