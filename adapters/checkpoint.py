@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,34 +24,29 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save_checkpoint(
-    directory: Path, draft: nn.Module, optimizers: Sequence[torch.optim.Optimizer], progress: Progress
-) -> None:
+def save_checkpoint(directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
     """Replace the checkpoint of a directory."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"draft.{name}": tensor for name, tensor in draft.state_dict().items()}
-    for index, optimizer in enumerate(optimizers):
-        for number, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
     partial = directory / "checkpoint.partial"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     partial.rename(directory / "checkpoint.safetensors")
     (directory / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
 
 
-def load_checkpoint(directory: Path, draft: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Progress | None:
+def load_checkpoint(directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
     """Restore everything in place; None where there is no checkpoint."""
     path = directory / "checkpoint.safetensors"
     if not path.exists():
         return None
     tensors = load_file(path)
     draft.load_state_dict({k.removeprefix("draft."): v for k, v in tensors.items() if k.startswith("draft.")})
-    for index, optimizer in enumerate(optimizers):
-        whole = optimizer.state_dict()
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith(f"optimizer.{index}."):
-                number, key = name.split(".")[2:]
-                state.setdefault(int(number), {})[key] = tensor
-        optimizer.load_state_dict(whole | {"state": state})
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            number, key = name.split(".")[1:]
+            state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return Progress(**json.loads((directory / "progress.json").read_text()))

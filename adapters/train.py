@@ -98,8 +98,10 @@ class Trainer:
         init_from_target(draft, source.dequantized)
         self._validation = self._validation_batches()
         self._unroller = Unroller(draft, target, self._feature_scale())
-        self._optimizers = _optimizers(draft, config)
-        self.progress = load_checkpoint(checkpoints, draft, self._optimizers) or Progress()
+        self._optimizer = torch.optim.AdamW(
+            draft.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
+        )
+        self.progress = load_checkpoint(checkpoints, draft, self._optimizer) or Progress()
 
     def run(self) -> None:
         """Train to the end of the last phase."""
@@ -149,9 +151,8 @@ class Trainer:
             loss, means = self._unroller.loss(batch, rows, phase.step_weights)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(draft.parameters(), self._config.clip)
-        for optimizer in self._optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
         return means
 
     def _set_learning_rate(self, phase: Phase, anchors: int) -> None:
@@ -159,9 +160,8 @@ class Trainer:
         share = min(1.0, anchors / phase.anchors)
         cosine = self._config.final_share + (1 - self._config.final_share) * (1 + math.cos(math.pi * share)) / 2
         warmup = min(1.0, (self.progress.step + 1) / self._config.warmup_steps)
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = phase.learning_rate * cosine * warmup
+        for group in self._optimizer.param_groups:
+            group["lr"] = phase.learning_rate * cosine * warmup
 
     def _validate(self, means: Sequence[float]) -> None:
         accuracy = validate(self._unroller, self._validation, VALIDATION_STEPS)
@@ -175,7 +175,7 @@ class Trainer:
                 "acceptance_length": round(accuracy.acceptance_length, 4),
             }
         )
-        save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizers, self.progress)
+        save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress)
         self._export()
         self._report(self.progress, means, accuracy)
 
@@ -196,9 +196,3 @@ class Trainer:
         """[n * hidden]: one over each feature's root mean square."""
         rows = torch.cat([batch.features[batch.anchors(0)] for batch in self._validation]).float()
         return 1 / rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
-
-
-def _optimizers(draft: Eagle3, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    return [
-        torch.optim.AdamW(draft.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True)
-    ]

@@ -34,11 +34,8 @@ struct EvoKv {
   size_t layer_stride;  // elements between one layer's cache and the next
 };
 
-// Once, before anything else; returns whether products of many rows go by AMX.
-int evo_find_amx() {
-  find_amx();
-  return has_amx();
-}
+// Once, before anything else.
+void evo_find_amx() { find_amx(); }
 
 int evo_packed_format(int ggml_type) { return packed_format(ggml_type); }
 size_t evo_block_bytes(int format) { return block_bytes(format); }

@@ -124,14 +124,11 @@ bool goes_direct(const Linear& op) {
 
 void direct_pair(const Linear& op, int pair) {
   float* y = scratch().y;
-  // In equal parts: 16 rows as 8 and 8 instead of 12 and 4.
-  for (int row = 0, parts = (op.rows + kDirectRows - 1) / kDirectRows; parts > 0; --parts) {
-    const int count = (op.rows - row + parts - 1) / parts;
-    scratch().direct.multiply(*op.weight, 2 * pair, row, count, y, kPairColumns);
-    scratch().direct.multiply(*op.weight, 2 * pair + 1, row, count, y + kGroup, kPairColumns);
-    for (int m = 0; m < count; ++m) finish_row(op, row + m, pair * kPairColumns, y + m * kPairColumns);
-    row += count;
-  }
+  in_equal_parts(op.rows, kDirectRows, [&](int first, int count) {
+    scratch().direct.multiply(*op.weight, 2 * pair, first, count, y, kPairColumns);
+    scratch().direct.multiply(*op.weight, 2 * pair + 1, first, count, y + kGroup, kPairColumns);
+    for (int m = 0; m < count; ++m) finish_row(op, first + m, pair * kPairColumns, y + m * kPairColumns);
+  });
 }
 
 }  // namespace

@@ -101,12 +101,9 @@ void TileProduct::add(const bf16* x, const bf16* b0, const bf16* b1, int count) 
     add_amx(x, k, rows > kTile, b0, b1, count);
     return;
   }
-  // In equal parts: 32 rows as 11, 11, 10 instead of 12, 12, 8.
-  for (int row = 0, parts = (rows + kVectorRows - 1) / kVectorRows; parts > 0; --parts) {
-    const int size = (rows - row + parts - 1) / parts;
-    kAddVectors[size](x + static_cast<size_t>(row) * k, k, b0, b1, count, y + row * kPairColumns);
-    row += size;
-  }
+  in_equal_parts(rows, kVectorRows, [&](int first, int size) {
+    kAddVectors[size](x + static_cast<size_t>(first) * k, k, b0, b1, count, y + first * kPairColumns);
+  });
 }
 
 void TileProduct::complete() const {

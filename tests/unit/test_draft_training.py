@@ -134,13 +134,13 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
         optimizer.zero_grad()
 
     model, optimizer = made()
-    assert load_checkpoint(tmp_path, model, [optimizer]) is None
+    assert load_checkpoint(tmp_path, model, optimizer) is None
     step(model, optimizer, 1)
-    save_checkpoint(tmp_path, model, [optimizer], Progress(step=1, anchors=8))
+    save_checkpoint(tmp_path, model, optimizer, Progress(step=1, anchors=8))
     step(model, optimizer, 2)
 
     resumed, other = made()
-    progress = load_checkpoint(tmp_path, resumed, [other])
+    progress = load_checkpoint(tmp_path, resumed, other)
     assert progress == Progress(step=1, anchors=8)
     step(resumed, other, 2)
     for parameter, wanted in zip(resumed.parameters(), model.parameters(), strict=True):
