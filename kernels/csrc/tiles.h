@@ -11,8 +11,9 @@ constexpr int kMaxTileRows = 2 * kTile;    // rows of one product
 constexpr int kPairColumns = 2 * kGroup;
 
 // part(first, count) for all rows, in equal parts of at most `most`: 32 rows as 11, 11, 10 instead of 12, 12, 8.
+// Always inlined: as a call it made a step some 3 % slower.
 template <typename Part>
-inline void in_equal_parts(int rows, int most, Part part) {
+inline __attribute__((always_inline)) void in_equal_parts(int rows, int most, Part part) {
   for (int row = 0, parts = (rows + most - 1) / most; parts > 0; --parts) {
     const int count = (rows - row + parts - 1) / parts;
     part(row, count);
