@@ -6,6 +6,7 @@ import multiprocessing
 import random
 import time
 from ctypes import c_int64
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -171,42 +172,46 @@ def write_until_killed(path: Path, latest: c_int64) -> None:
         generation += slot == 0
 
 
-def read_for(path: Path, seconds: float, latest: c_int64, whole: c_int64, lost: c_int64) -> None:
-    """Read rows from just written to just being overwritten; each valid one must be whole and of its block.
-
-    For so long, and on a busy machine until some were whole and some lost, up to a limit that means failure.
-    """
+def read_until(path: Path, stop: Event, latest: c_int64, whole: c_int64, lost: c_int64) -> None:
+    """Read rows from just written to just overwritten; each valid one must be whole and of its block."""
     torch.set_num_threads(1)
     reader = FeatureRingReader(path)
     chance = random.Random(0)
-    end, limit = time.monotonic() + seconds, time.monotonic() + 120.0
-
-    def goes_on() -> bool:
-        seen_both = 0 < reader.num_overwritten < reader.num_read
-        return time.monotonic() < (end if seen_both else limit)
-
-    while goes_on():
-        start = latest.value - chance.randrange(0, BUSY_CAPACITY, BUSY_BLOCK)
+    while not stop.is_set():
+        start = latest.value - chance.randrange(0, BUSY_CAPACITY + BUSY_BLOCK, BUSY_BLOCK)
         slots, generations = references(start % BUSY_CAPACITY, start // BUSY_CAPACITY, BUSY_BLOCK)
         found, valid = reader.read(slots, generations)
         assert torch.equal(found[valid], block(start // BUSY_BLOCK, BUSY_BLOCK, BUSY_WIDTH)[valid])
-    whole.value = reader.num_read - reader.num_overwritten
-    lost.value = reader.num_overwritten
+        whole.value = reader.num_read - reader.num_overwritten
+        lost.value = reader.num_overwritten
+
+
+def wait_until_past(counts: list[c_int64], marks: list[int]) -> None:
+    """Wait until each count is over its mark; fails after a time that no machine should need."""
+    limit = time.monotonic() + 120.0
+    while any(count.value <= mark for count, mark in zip(counts, marks, strict=True)):
+        assert time.monotonic() < limit, ([count.value for count in counts], marks)
+        time.sleep(0.01)
 
 
 def test_readers_of_a_busy_writer_that_is_killed_and_started_again(path: Path) -> None:
+    stop = processes.Event()
     # Without locks, which a killed process would take with it.
     latest, *counts = (processes.Value(c_int64, 0, lock=False) for _ in range(5))
     FeatureRing(path, BUSY_CAPACITY, BUSY_WIDTH)
-    readers = [processes.Process(target=read_for, args=(path, 3.0, latest, *counts[i : i + 2])) for i in (0, 2)]
+    readers = [processes.Process(target=read_until, args=(path, stop, latest, *counts[i : i + 2])) for i in (0, 2)]
     for reader in readers:
         reader.start()
-    while any(reader.is_alive() for reader in readers):
+    for _ in range(5):
+        latest.value = 0
         writer = processes.Process(target=write_until_killed, args=(path, latest))
         writer.start()
-        writer.join(0.7)
-        assert writer.exitcode is None
+        wait_until_past([latest], [100 * BUSY_CAPACITY])
         writer.kill()
         writer.join()
+        # Of a ring at rest some rows are whole and some overwritten, whoever had the cores before.
+        wait_until_past(counts, [count.value for count in counts])
+    stop.set()
+    for reader in readers:
+        reader.join()
     assert [reader.exitcode for reader in readers] == [0, 0]
-    assert all(count.value > 0 for count in counts)
