@@ -73,7 +73,10 @@ bench-spec: $(VENV)/.kernels $(VENV)/.bench  ## Speculation against none in the 
 bench-vocab: $(VENV)/.kernels $(VENV)/.bench  ## Draft vocabularies that follow their sessions, against those that do not (under 12 minutes).
 	$(BIN)/python -m benchmarks.vocabulary $(ARGS)
 
+bench-adapt: $(VENV)/.kernels $(VENV)/.bench  ## Drafts that learn while they serve, against those that do not (under an hour).
+	$(BIN)/python -m benchmarks.adapt $(ARGS)
+
 bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mixed load (at most 20 minutes).
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
-.PHONY: bench-serve bench-spec bench-vocab bench-soak
+.PHONY: bench-serve bench-spec bench-vocab bench-adapt bench-soak

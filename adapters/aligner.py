@@ -70,8 +70,9 @@ class KeyAligner:
             self.replay.clear()  # it made a bad version
 
     def add(self, segment: Segment) -> None:
-        """Take in what may be learned from."""
-        self.replay.add(segment)
+        """Take in what may be learned from; a frozen key will not learn from what came meanwhile, later either."""
+        if not self.state.is_frozen:
+            self.replay.add(segment)
 
     def tick(self) -> None:
         """To be called about once a second."""

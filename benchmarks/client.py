@@ -34,9 +34,22 @@ class _Usage(msgspec.Struct):
     completion_tokens: int = 0
 
 
+class Speculation(msgspec.Struct):
+    """What EvoSpec tells of a request's drafts, as in ``server.schemas.metrics.SpeculativeDecoding``."""
+
+    num_spec_steps: int = 0
+    num_accepted_draft_tokens: int = 0
+    draft_version: int = 0
+
+
+class _Metrics(msgspec.Struct):
+    speculative_decoding: Speculation | None = None
+
+
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
+    metrics: _Metrics | None = None
     error: Any = None
 
 
@@ -56,6 +69,7 @@ class StreamResult:
     completion_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
+    speculation: Speculation | None = None
 
     @property
     def text(self) -> str:
@@ -119,6 +133,8 @@ class _StreamProtocol(asyncio.Protocol):
         if event.usage is not None:
             self.result.prompt_tokens = event.usage.prompt_tokens
             self.result.completion_tokens = event.usage.completion_tokens
+        if event.metrics is not None:
+            self.result.speculation = event.metrics.speculative_decoding
         for choice in event.choices:
             text = choice.text if choice.delta is None else choice.delta.content or choice.delta.reasoning_content
             if text:

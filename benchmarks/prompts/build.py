@@ -1,9 +1,10 @@
 """Builds the fixed prompt sets: ``python -m benchmarks.prompts.build`` writes ``eval.jsonl`` beside this file.
 
-Two splits that never overlap:
+Splits; evaluation never overlaps with the others:
 - *eval*: items whose hash falls in the first quarter, and all items of sources that are public tests. Committed.
 - *train*: the other items, less those that share much text with a prompt of the committed eval set (licences
   quote each other). Built at need into the cache: ``--train``.
+- *stream*: of *train*, law, medicine and code to learn from while serving (``benchmarks.adapt_prompts``).
 
 The same packages always give the same files: every choice is a hash of the item's source and key.
 """
@@ -31,7 +32,7 @@ EXCERPT_WORDS = (40, 80, 160, 320, 640)
 SHINGLE_WORDS = 8
 NEAR_DUPLICATE_SHARE = 0.3
 
-Split = Literal["eval", "train"]
+Split = Literal["eval", "train", "stream"]
 
 
 @dataclass(frozen=True)
