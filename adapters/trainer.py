@@ -15,6 +15,7 @@ from adapters.lora import Lora, merged
 from adapters.records import Segment
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.weight_layout import WeightLayout
+from engine.models.lora import whole_layout
 
 _CLIP = 1.0
 _OSD_RATE = 0.01
@@ -124,7 +125,7 @@ class OsdTrainer:
         self._chains, self._config = chains, config
         self._loss = CurriculumLoss(0.0, config.training.temperature)
         self._fresh()
-        self.layout = WeightLayout.of(self.published(), base)
+        self.layout = whole_layout(chains.draft.config, base)
 
     def update(self, segments: Sequence[Segment]) -> Update:
         started = time.perf_counter()

@@ -145,18 +145,15 @@ class AdapterWorker:
         if self._ring is None:
             self._ring = FeatureRingReader(self._config.ring_path)
             hidden, features = self._chains.draft.config.hidden_size, self._chains.draft.fc.in_features
-            if self._ring.width not in (hidden, features) or (self._needs_features and self._ring.width != features):
+            wanted = (features,) if self._config.trains_fusion else (hidden, features)
+            if self._ring.width not in wanted:
                 width, self._ring = self._ring.width, None
                 raise SharedMemoryError(f"{self._config.ring_path}: rows of {width} values are not this draft's input")
         return self._ring
 
-    @property
-    def _needs_features(self) -> bool:
-        return self._config.training.method == "osd" or "fc" in self._config.targets
-
     def _prepare(self, rows: torch.Tensor) -> torch.Tensor:
         """Fuse features at once where ``fc`` stays as it is: a third of the memory, and of no use later."""
-        if self._needs_features or rows.shape[1] != self._chains.draft.fc.in_features:
+        if self._config.trains_fusion or rows.shape[1] != self._chains.draft.fc.in_features:
             return rows.clone()
         with torch.no_grad():
             return self._chains.draft.fuse(rows.float()).bfloat16()

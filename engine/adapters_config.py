@@ -10,12 +10,13 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engine.ipc.adapter_control import KeyScope
 
 LoraTarget = Literal["q", "k", "v", "o", "fc", "gate_up", "down"]
-"""Projections that can be adapted; q, k and v are rows of one matrix, gate and up are adapted together."""
+"""Projections that can be trained; q, k and v are rows of one matrix, gate and up are adapted together."""
+_SERVED_TARGETS: tuple[LoraTarget, ...] = ("q", "k", "v")
 
 
 class _Section(BaseModel):
@@ -52,7 +53,7 @@ class TrainingConfig(_Section):
     method: Literal["curriculum", "plain", "osd"] = Field(
         default="curriculum",
         description="curriculum: LoRA with the paper's loss; plain: LoRA, all steps weigh the same; osd: all weights "
-        "by Adam. The last two are baselines for benchmarks.",
+        "by Adam, for everybody at once (key_scope global, log.control_share 0). The last two are baselines.",
     )
     learning_rate: float = Field(default=3e-4, gt=0, description="Of AdamW (osd: a hundredth of it).")
     beta: float = Field(default=0.3, ge=0, description="How fast later steps lose weight while the first is wrong.")
@@ -130,7 +131,9 @@ class AdaptersConfig(_Section):
     num_slots: int = Field(default=8, ge=1, le=64, description="Adapters in the engine at a time.")
     rank: int = Field(default=32, ge=1, le=256, description="Rank of an adapter.")
     alpha: float = Field(default=32.0, gt=0, description="Scale of an adapter: alpha / rank.")
-    targets: tuple[LoraTarget, ...] = Field(default=("q", "v"), min_length=1, description="Projections it adapts.")
+    targets: tuple[LoraTarget, ...] = Field(
+        default=("q", "v"), min_length=1, description="Projections it adapts; the engine can serve q, k and v."
+    )
     redis_url: str | None = Field(default=None, description="Redis or Valkey of the token log; default: the server's.")
     shared_directory: Path = Field(
         default_factory=_shared_directory, description="Where shared memory files are, best on tmpfs."
@@ -143,6 +146,26 @@ class AdaptersConfig(_Section):
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
     pace: PaceConfig = Field(default_factory=PaceConfig)
+
+    @model_validator(mode="after")
+    def _can_be_served(self) -> AdaptersConfig:
+        if not self.enabled:
+            return self
+        if not set(self.targets) <= set(_SERVED_TARGETS):
+            raise ValueError(
+                f"targets: the engine can adapt the draft's q, k and v only, not {', '.join(self.targets)}"
+            )
+        if self.training.method == "osd" and (self.key_scope != "global" or self.log.control_share):
+            raise ValueError(
+                "training.method osd changes the draft of all requests at once: it needs key_scope global, and "
+                "log.control_share 0, since no request can keep the base draft"
+            )
+        return self
+
+    @property
+    def trains_fusion(self) -> bool:
+        """Whether training changes how the draft fuses the target's features, and so wants them as they were."""
+        return self.training.method == "osd" or "fc" in self.targets
 
     @property
     def ring_path(self) -> Path:

@@ -158,11 +158,21 @@ class PackedMatrix:
         self.num_bytes = padded // 16 * (k // 32) * load_library().evo_block_bytes(self.format)
         self._memory = _huge_zeros(self.num_bytes)
         self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, padded - n))
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(self._pack, [piece for part in parts for piece in _pieces(part)]))
+        self._pack(parts)
         self.struct = _Matrix(self.format, n, k, self._memory.data_ptr(), address(self._bias))
 
-    def _pack(self, part: MatrixPart) -> None:
+    def repack(self, parts: Sequence[MatrixPart]) -> None:
+        """Put another weight of the same shape and format in place; ``parts`` as at first."""
+        if {part.format for part in parts} != {self.format}:
+            raise ValueError(f"not of format {self.format}")
+        self._memory.zero_()  # codes of less than eight bits are added to what is there
+        self._pack(parts)
+
+    def _pack(self, parts: Sequence[MatrixPart]) -> None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(self._pack_piece, [piece for part in parts for piece in _pieces(part)]))
+
+    def _pack_piece(self, part: MatrixPart) -> None:
         row_map = np.ascontiguousarray(part.row_map, dtype=np.int32)
         target, rows = address(self._memory), row_map.ctypes.data_as(ctypes.c_void_p)
         if part.blocks is not None:

@@ -1,6 +1,6 @@
-"""Low-rank adapters of an EAGLE-3 draft (LoRA, arXiv 2106.09685): what is adapted, and the tensors of a version.
+"""What a version of an EAGLE-3 draft consists of: a low-rank adapter (LoRA, arXiv 2106.09685), or all its weights.
 
-A version has two tensors for each target: ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank]. The
+An adapter has two tensors for each target: ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank]. The
 adapted layer gives ``x @ W.T + (x @ a.T) @ b.T``; the factor alpha / rank is in ``b`` already.
 """
 
@@ -15,7 +15,7 @@ import torch
 
 from engine.adapters_config import LoraTarget
 from engine.ipc.weight_layout import TensorSpec, WeightLayout
-from engine.models.eagle3 import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config
+from engine.models.eagle3 import CONFIG_FILE, WEIGHTS_FILE, Eagle3, Eagle3Config
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ def lora_layout(
         shapes[f"{target}.a"] = (rank, rows.num_inputs)
         shapes[f"{target}.b"] = (rows.end - rows.start, rank)
     return WeightLayout(tuple(TensorSpec(name, shape, dtype) for name, shape in sorted(shapes.items())), base)
+
+
+def whole_layout(config: Eagle3Config, base: str, dtype: torch.dtype = torch.bfloat16) -> WeightLayout:
+    """Layout of a weight channel for all weights of a draft, by their names in ``Eagle3``."""
+    with torch.device("meta"):
+        weights = dict(Eagle3(config).named_parameters())
+    return WeightLayout.of({name: weight.to(dtype) for name, weight in weights.items()}, base)
 
 
 def draft_fingerprint(directory: Path) -> str:

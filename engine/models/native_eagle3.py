@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import gguf.quants
 import numpy as np
@@ -42,17 +42,19 @@ class NativeEagle3:
         if config.intermediate_size % 32:
             raise ModelError(f"draft: intermediate_size {config.intermediate_size} is not a multiple of 32")
         self._team = team
-        self._fc = _packed(draft.fc.weight)
-        self._output_norm = draft.output_norm.detach().float()
-        gate_rows = np.arange(config.intermediate_size) // 16 * 32 + np.arange(config.intermediate_size) % 16
+        weights = {name: weight.detach() for name, weight in draft.named_parameters()}
+        self._matrices = {
+            name: _packed(weight, _row_map(name, weight)) for name, weight in weights.items() if weight.dim() == 2
+        }
+        self._norms = {name: weight.float().clone() for name, weight in weights.items() if weight.dim() == 1}
         layer = LayerWeights(
-            qkv=[_packed(draft.qkv_proj.weight)],
-            output=_packed(draft.o_proj.weight),
-            gate_up=_packed(draft.gate_up_proj.weight, np.concatenate((gate_rows, gate_rows + 16))),
-            down=_packed(draft.down_proj.weight),
-            input_norm=draft.hidden_norm.detach().float(),
-            post_norm=draft.post_attention_norm.detach().float(),
-            embedding_norm=draft.embedding_norm.detach().float(),
+            qkv=[self._matrices["qkv_proj.weight"]],
+            output=self._matrices["o_proj.weight"],
+            gate_up=self._matrices["gate_up_proj.weight"],
+            down=self._matrices["down_proj.weight"],
+            input_norm=self._norms["hidden_norm"],
+            post_norm=self._norms["post_attention_norm"],
+            embedding_norm=self._norms["embedding_norm"],
         )
         rotary = RotaryEmbedding(spec, max_model_len, torch.device("cpu"))
         self._layer = Decoder(
@@ -66,12 +68,18 @@ class NativeEagle3:
             cos_sin=torch.cat((rotary.cos, rotary.sin), dim=1),
             layers=[layer],
         )
-        matrices: Sequence[PackedMatrix] = (self._fc, *layer.qkv, layer.output, layer.gate_up, layer.down)
-        self.weight_bytes = sum(matrix.num_bytes for matrix in matrices)
+        self.weight_bytes = sum(matrix.num_bytes for matrix in self._matrices.values())
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put other weights in place of all that there are, rounded in the same way."""
+        for name, matrix in self._matrices.items():
+            matrix.repack([_part(weights[name], _row_map(name, weights[name]))])
+        for name, norm in self._norms.items():
+            norm.copy_(weights[name])
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """[T, 3 * hidden] → g [T, hidden] float32."""
-        return linear(self._team, self._fc, features.bfloat16())
+        return linear(self._team, self._matrices["fc.weight"], features.bfloat16())
 
     def forward(
         self,
@@ -94,11 +102,23 @@ class NativeEagle3:
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
         """[L, hidden] → RMSNorm(a) bf16, what the target's head projects."""
-        return self._layer.final_norm(self._output_norm, a.contiguous())
+        return self._layer.final_norm(self._norms["output_norm"], a.contiguous())
 
 
-def _packed(weight: torch.Tensor, row_map: npt.NDArray[np.int64] | None = None) -> PackedMatrix:
-    values = weight.detach().float().numpy()
-    blocks = gguf.quants.quantize(values, GGMLQuantizationType.Q8_0)
-    rows = np.arange(len(values)) if row_map is None else row_map
-    return PackedMatrix(len(values), values.shape[1], [MatrixPart(rows, int(GGMLQuantizationType.Q8_0), blocks=blocks)])
+def _packed(weight: torch.Tensor, row_map: npt.NDArray[np.int64]) -> PackedMatrix:
+    n, k = weight.shape
+    return PackedMatrix(n, k, [_part(weight, row_map)])
+
+
+def _part(weight: torch.Tensor, row_map: npt.NDArray[np.int64]) -> MatrixPart:
+    blocks = gguf.quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
+    return MatrixPart(row_map, int(GGMLQuantizationType.Q8_0), blocks=blocks)
+
+
+def _row_map(name: str, weight: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Where each row goes: gate and up alternate in groups of 16."""
+    rows = np.arange(len(weight))
+    if name != "gate_up_proj.weight":
+        return rows
+    row, is_up = rows % (len(rows) // 2), rows // (len(rows) // 2)
+    return row // 16 * 32 + row % 16 + 16 * is_up

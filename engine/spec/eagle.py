@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -30,10 +30,10 @@ class EagleDraft:
         target: the model it drafts for.
         cache: block size of the KV cache.
         head: the target's head, or the part of it that tokens are drafted from.
-        adapters: of the draft, trained while it serves (None: there are none).
+        make_adapters: of the draft, trained while it serves, given its network (None: there are none).
 
     Raises:
-        ModelError: the compiled kernels cannot run a draft of this shape.
+        ModelError: the compiled kernels cannot run a draft of this shape, or the adapters cannot be made.
     """
 
     def __init__(
@@ -43,20 +43,23 @@ class EagleDraft:
         target: LoadedModel,
         cache: CacheConfig,
         head: DraftHead,
-        adapters: EagleAdapters | None = None,
+        make_adapters: Callable[[EagleNetwork], EagleAdapters] | None = None,
     ) -> None:
-        self._target, self._cache, self._head, self._adapters = target, cache, head, adapters
+        self._target, self._cache, self._head = target, cache, head
         self._network = make_network(draft, target)
+        self._adapters = None if make_adapters is None else make_adapters(self._network)
         self._capture_layers = draft.config.capture_layers
         self.description = f"eagle3 {name}, vocabulary {head.description}"
         one = self._attention_spec(1)
-        fused_bytes = cache.block_size * target.spec.hidden_size * target.dtype.itemsize
+        width = target.spec.hidden_size * (1 if _stores_fused(self._adapters) else len(self._capture_layers))
+        stored_bytes = cache.block_size * width * target.dtype.itemsize
         self.vocab = head.vocab
-        weight_bytes = self._network.weight_bytes + head.num_bytes + (adapters.num_bytes if adapters else 0)
-        self.costs = DraftCosts(weight_bytes, one.bytes_per_block + fused_bytes)
+        adapter_bytes = self._adapters.num_bytes if self._adapters else 0
+        weight_bytes = self._network.weight_bytes + head.num_bytes + adapter_bytes
+        self.costs = DraftCosts(weight_bytes, one.bytes_per_block + stored_bytes)
 
     def make_proposer(self, num_blocks: int) -> Proposer:
-        """Allocate KV and fused features for blocks 0 .. num_blocks - 1."""
+        """Allocate KV and features for blocks 0 .. num_blocks - 1."""
         attention = self._target.make_attention(self._attention_spec(num_blocks))
         capture = self._capture_layers
         return EagleProposer(self._network, self._target, attention, self._head, capture, self._adapters)
@@ -76,12 +79,13 @@ class EagleDraft:
 
 
 class EagleProposer:
-    """Keeps fused features in step with the target's KV, and computes entries from them when they are wanted.
+    """Keeps features in step with the target's KV, and computes entries from them when they are wanted.
 
-    ``observe`` stores g of each computed token in the token's slot, so g is there for exactly the tokens whose KV the
-    target has: after a chunk, a preemption, a cached prefix, a long time without drafts. What ``propose`` has not seen
-    of a sequence it computes from there. Entries of drafted tokens are made from the draft's own guesses of g, and are
-    written again before they count.
+    ``observe`` stores the features of each computed token in the token's slot, so they are there for exactly the tokens
+    whose KV the target has: after a chunk, a preemption, a cached prefix, a long time without drafts. They are stored
+    fused, as g, unless training changes how they are fused. What ``propose`` has not seen of a sequence it computes
+    from there. Entries of drafted tokens are made from the draft's own guesses of g, and are written again before they
+    count.
 
     Args:
         network: the draft's arithmetic.
@@ -106,14 +110,15 @@ class EagleProposer:
         self._block_size, self._device = attention.spec.block_size, target.device
         self._entries = EntryLedger(attention.spec.num_blocks, self._block_size)
         self._before_first = attention.spec.num_blocks * self._block_size
-        """The row after all slots: g before a sequence's first token, always 0."""
-        shape = self._before_first + 1, target.spec.hidden_size
-        self._g = torch.zeros(shape, dtype=target.dtype, device=target.device)
+        """The row after all slots: features before a sequence's first token, always 0."""
+        self._stores_fused = _stores_fused(adapters)
+        width = target.spec.hidden_size * (1 if self._stores_fused else len(capture_layers))
+        self._stored = torch.zeros(self._before_first + 1, width, dtype=target.dtype, device=target.device)
         self._adapters = adapters
         self.verify_log = None
         """Where verified drafts are to be written down."""
         if adapters is not None:
-            self.verify_log = VerifyLog(adapters, target.spec.hidden_size, self.g_before, target.team)
+            self.verify_log = VerifyLog(adapters, width, self._stored_before, target.team)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot]) -> None:
@@ -124,7 +129,7 @@ class EagleProposer:
         if self._adapters is not None:
             self._adapters.refresh()
             self._adapters.assign([slot.request for slot in slots])
-        a = self._forward(pieces, self.g_before(pieces))
+        a = self._forward(pieces, self._g_before(pieces))
         for step in range(max((slot.num_tokens for slot in ready), default=0)):
             if step > 0:
                 longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
@@ -138,12 +143,13 @@ class EagleProposer:
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
     ) -> None:
-        """Store the fused features of all tokens; those of refused drafts are overwritten when their slots are."""
+        """Store the features of all tokens; those of refused drafts are overwritten when their slots are."""
         assert features is not None
         for sequence in sequences:
             self._entries.observe(sequence, 0)
         slots = [self._slots(s.block_ids, s.start, s.start + len(s.token_ids)) for s in sequences]
-        self._g[self._rows(slots)] = self._network.fuse(features).to(self._g.dtype)
+        stored = self._network.fuse(features) if self._stores_fused else features
+        self._stored[self._rows(slots)] = stored.to(self._stored.dtype)
 
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request."""
@@ -157,14 +163,19 @@ class EagleProposer:
         lora = self._adapters.rows(pieces) if self._adapters else None
         return self._network.forward(batch, self._attention, self._model.embed(batch.token_ids), g, lora)
 
-    def g_before(self, pieces: Sequence[Piece]) -> torch.Tensor:
+    def _g_before(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """[T, hidden]: g of the position before each token."""
+        stored = self._stored_before(pieces)
+        return stored if self._stores_fused else self._network.fuse(stored)
+
+    def _stored_before(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """What is stored of the position before each token, a row each."""
         slots: list[list[int]] = []
         for piece in pieces:
             end = piece.start + len(piece.token_ids)
             slots.append([self._before_first] if piece.start == 0 else [])
             slots.append(self._slots(piece.block_ids, max(piece.start - 1, 0), end - 1))
-        return self._g[self._rows(slots)]
+        return self._stored[self._rows(slots)]
 
     def _slots(self, block_ids: Sequence[int], begin: int, end: int) -> list[int]:
         """Of a sequence's positions begin .. end - 1."""
@@ -173,3 +184,8 @@ class EagleProposer:
 
     def _rows(self, slots: Sequence[list[int]]) -> torch.Tensor:
         return torch.tensor(list(chain.from_iterable(slots)), device=self._device)
+
+
+def _stores_fused(adapters: EagleAdapters | None) -> bool:
+    """Whether g is stored: one fusion for each token, and a third of the memory."""
+    return adapters is None or not adapters.config.trains_fusion

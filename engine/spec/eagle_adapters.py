@@ -8,24 +8,23 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import structlog
-import torch
 
-from engine.adapters_config import AdaptersConfig, LoraTarget
+from engine.adapters_config import AdaptersConfig
 from engine.ipc.adapter_control import adapter_key
 from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.weight_channel import WeightChannel
 from engine.ipc.weight_directory import Slot
 from engine.models.config import ModelError
-from engine.models.eagle3 import Eagle3Config
-from engine.models.lora import adapted_rows, lora_layout
+from engine.models.eagle3 import Eagle3
 from engine.request import Request
+from engine.spec.adapter_slots import make_slots
+from engine.spec.eagle_network import EagleNetwork
 from engine.spec.entries import Piece
-from kernels.batched_lora import LoraPart, LoraRows
+from kernels.batched_lora import LoraRows
 
 log = structlog.get_logger(__name__)
 
 _RETRY_SECONDS = 1.0
-_QKV: tuple[LoraTarget, ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,37 +46,27 @@ class EagleAdapters:
     changes, so the version of an assignment is the one that drafted.
 
     Args:
-        config: number of slots, shape of an adapter, who shares one.
-        draft: shape of the base draft.
+        config: what a slot holds, how many there are, who shares one.
+        draft: the base draft.
         base: its fingerprint.
-        device: of the draft.
+        network: computes with the draft's weights.
 
     Raises:
-        ModelError: the channel cannot be made, or other projections than q, k and v are to be adapted.
+        ModelError: the channel cannot be made.
     """
 
-    def __init__(self, config: AdaptersConfig, draft: Eagle3Config, base: str, device: torch.device) -> None:
-        if not set(config.targets) <= set(_QKV) or config.training.method == "osd":
-            raise ModelError("alignment: the engine can adapt the draft's q, k and v only")
-        self.config, self._device = config, device
-        layout = lora_layout(draft, config.rank, config.targets, base)
-        stacks = {
-            spec.name: torch.zeros(config.num_slots, *spec.shape, dtype=spec.dtype, device=device)
-            for spec in layout.tensors
-        }
-        self._parts = []
-        for target in config.targets:
-            rows = adapted_rows(draft, target)
-            self._parts.append(LoraPart(rows.start, rows.end, stacks[f"{target}.a"], stacks[f"{target}.b"]))
-        self._tensors = [{name: stack[slot] for name, stack in stacks.items()} for slot in range(config.num_slots)]
-        self.num_bytes = sum(stack.numel() * stack.element_size() for stack in stacks.values())
+    def __init__(self, config: AdaptersConfig, draft: Eagle3, base: str, network: EagleNetwork) -> None:
+        self.config = config
+        self._slots = make_slots(config, draft, base, network)
+        self.num_bytes = self._slots.num_bytes
+        num_slots, device = len(self._slots.tensors), draft.fc.weight.device
         try:
             config.shared_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._channel = WeightChannel.create(config.channel_path, layout, config.num_slots, device)
+            self._channel = WeightChannel.create(config.channel_path, self._slots.layout, num_slots, device)
         except (SharedMemoryError, OSError) as error:
             raise ModelError(f"alignment: no weight channel: {error}") from error
-        self._in_force = [BASE] * config.num_slots
-        self._versions = [0] * config.num_slots
+        self._in_force = [BASE] * num_slots
+        self._versions = [0] * num_slots
         """Of what each slot held when it was read."""
         self._by_key: dict[str, Assignment] = {}
         self._keys: dict[str, str | None] = {}
@@ -127,10 +116,7 @@ class EagleAdapters:
         """What the tokens of a batch are adapted by; None: nothing."""
         if not self._by_key:
             return None
-        slots = [self.assigned(piece.request_id).slot for piece in pieces for _ in piece.token_ids]
-        if max(slots) < 0:
-            return None
-        return LoraRows(torch.tensor(slots, dtype=torch.int32, device=self._device), self._parts)
+        return self._slots.rows([self.assigned(piece.request_id).slot for piece in pieces for _ in piece.token_ids])
 
     def is_control(self, request: Request) -> bool:
         """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""
@@ -153,16 +139,24 @@ class EagleAdapters:
     def _load(self, index: int, slot: Slot) -> bool:
         """Copy a slot's weights in place; if they cannot be read, its key goes on with what it had."""
         if slot.key != self._in_force[index].key:
-            self._in_force[index] = BASE
+            self._withdraw(index)
         try:
-            state = self._channel.read_into(index, self._tensors[index])
+            state = self._channel.read_into(index, self._slots.tensors[index])
         except SharedMemoryError as error:
             self._note_failure(error)
             return False
         self._versions[index] = state.version
-        self._in_force[index] = BASE if state.key is None else Assignment(index, state.key, state.version)
+        if state.key is None:
+            self._withdraw(index)
+        else:
+            self._slots.put_in_force(index)
+            self._in_force[index] = Assignment(index, state.key, state.version)
         self.num_loads += 1
         return True
+
+    def _withdraw(self, index: int) -> None:
+        self._slots.withdraw(index)
+        self._in_force[index] = BASE
 
     def _note_failure(self, error: SharedMemoryError) -> None:
         self.num_failed_loads += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -20,6 +21,10 @@ class EagleNetwork(Protocol):
 
     weight_bytes: int
     """Memory of its weights."""
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put other weights, by their names in ``Eagle3``, in place of all that there are. Between forward passes."""
+        ...
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """The target's features [T, n * hidden] → g [T, hidden]."""
@@ -59,6 +64,10 @@ class TorchEagleNetwork:
         self._draft, self._rotary = draft, rotary
         self._dtype = draft.fc.weight.dtype
         self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in draft.parameters())
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, weight in self._draft.named_parameters():
+            weight.copy_(weights[name])
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         return self._draft.fuse(features.to(self._dtype))

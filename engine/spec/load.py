@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -78,11 +79,10 @@ def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, toke
     draft = eagle3.load_draft(directory, target.dtype, target.device)
     draft.config.check_target(target.spec, directory)
     head = make_head(config, target, directory, tokenizer)
-    adapters = None
+    make_adapters = None
     if config.alignment.enabled:
-        fingerprint = draft_fingerprint(directory)
-        adapters = EagleAdapters(config.alignment, draft.config, fingerprint, target.device)
-    return EagleDraft(draft, directory.name, target, config.cache, head, adapters)
+        make_adapters = partial(EagleAdapters, config.alignment, draft, draft_fingerprint(directory))
+    return EagleDraft(draft, directory.name, target, config.cache, head, make_adapters)
 
 
 def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:

@@ -1,6 +1,7 @@
-"""Adapters that come and go in mid-generation never change an output, and what the engine logs of it is true.
+"""Weights that come and go in mid-generation never change an output, and what the engine logs of it is true.
 
-float32 engines on a tiny random model; adapters are random, large, and change every few steps.
+float32 engines on a tiny random model; adapters (or whole drafts, method osd) are random, large, and change every few
+steps.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from engine.adapters_config import AdaptersConfig, LogConfig
+from engine.adapters_config import AdaptersConfig, LogConfig, TrainingConfig
+from engine.ipc.adapter_control import adapter_key
 from engine.ipc.feature_ring import FeatureRingReader
 from engine.ipc.token_log import TokenLogReader
 from engine.ipc.verify_record import VerifyRecord
@@ -22,7 +24,7 @@ from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint, lora_layout
+from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
 from engine.request import Request
 from engine.scheduler import ScheduledSequence
 from kernels import native
@@ -45,16 +47,31 @@ def draft(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_draft_directory(tmp_path_factory.mktemp("draft") / "eagle", files)
 
 
-@pytest.fixture
-def alignment(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
+def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
+    is_whole = method == "osd"
+    stream, control = f"log-{uuid.uuid4()}", 0.0 if is_whole else 0.2
     return AdaptersConfig(
         enabled=True,
-        shared_directory=tmp_path,
-        redis_url=valkey_url,
+        shared_directory=directory,
+        redis_url=url,
         rank=4,
         num_slots=4,
-        log=LogConfig(stream=f"log-{uuid.uuid4()}", fair_share=1.0, control_share=0.2, top_k=8),
+        key_scope="global" if is_whole else "tenant",
+        training=TrainingConfig(method=method),  # type: ignore[arg-type]
+        log=LogConfig(stream=stream, fair_share=1.0, control_share=control, top_k=8),
     )
+
+
+@pytest.fixture
+def alignment(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
+    """Of adapters."""
+    return make_alignment(tmp_path, valkey_url, "curriculum")
+
+
+@pytest.fixture(params=["curriculum", "osd"])
+def either(tmp_path: Path, valkey_url: str, request: pytest.FixtureRequest) -> AdaptersConfig:
+    """Of adapters, or of whole drafts."""
+    return make_alignment(tmp_path, valkey_url, request.param)
 
 
 class Publisher:
@@ -62,16 +79,20 @@ class Publisher:
 
     def __init__(self, config: AdaptersConfig, draft: Path, seed: int) -> None:
         eagle = load_draft(draft, torch.float32, CPU)
-        self._layout = lora_layout(eagle.config, config.rank, config.targets, draft_fingerprint(draft))
+        base = draft_fingerprint(draft)
+        self._layout = lora_layout(eagle.config, config.rank, config.targets, base)
+        if config.training.method == "osd":
+            self._layout = whole_layout(eagle.config, base)
+        self._keys = {adapter_key(config.key_scope, tenant, None) for tenant in TENANTS}
         self._writer = WeightWriter(config.channel_path, self._layout)
         self._chance = random.Random(seed)
         self.published: dict[int, str] = {}
         """Key of each version."""
 
     def act(self) -> None:
-        slot = self._chance.randrange(4)
+        slot = self._chance.randrange(len(self._writer.slots))
         held = {state.key for index, state in enumerate(self._writer.slots) if index != slot}
-        free = [tenant for tenant in TENANTS if tenant not in held]
+        free = sorted(self._keys - held)
         if self._chance.random() < 0.2 or not free:
             self._writer.clear(slot)
             return
@@ -115,14 +136,14 @@ def read_records(config: AdaptersConfig, count: int) -> list[VerifyRecord]:
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_outputs_do_not_depend_on_adapters(
-    files: ModelFiles, draft: Path, alignment: AdaptersConfig, setting: str, kind: str
+def test_outputs_do_not_depend_on_weights(
+    files: ModelFiles, draft: Path, either: AdaptersConfig, setting: str, kind: str
 ) -> None:
     prompts = make_prompts()
     sampling = make_sampling(kind, len(prompts))
     expected = make_engine(files, draft, "alone", None).generate_alone(prompts, sampling)
-    engine = make_engine(files, draft, setting, alignment)
-    publisher = Publisher(alignment, draft, seed=len(setting))
+    engine = make_engine(files, draft, setting, either)
+    publisher = Publisher(either, draft, seed=len(setting))
     tenants = [TENANTS[index % 3] for index in range(len(prompts))]
     ids = [engine.add(*one) for one in zip(prompts, sampling, tenants, strict=True)]
     steps = 0
@@ -135,18 +156,18 @@ def test_outputs_do_not_depend_on_adapters(
     stats = engine.core.stats().alignment
     assert stats is not None
     assert stats.steps == stats.records_fair > 0
-    records = read_records(alignment, stats.steps)
+    records = read_records(either, stats.steps)
     for record in records:
         assert record.adapter_key == publisher.published.get(record.draft_version)
-        assert record.adapter_key in (None, record.tenant)
+        assert record.adapter_key in (None, adapter_key(either.key_scope, record.tenant, None))
     assert len({record.draft_version for record in records}) > 5
     assert stats.loads >= 5
     assert stats.failed_loads == 0
 
 
 @pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
-def test_compiled_kernels_alone(tmp_path: Path, alignment: AdaptersConfig) -> None:
-    """In bf16 too, to the bit, one request at a time; and the adapters do change what is drafted."""
+def test_compiled_kernels_alone(tmp_path: Path, either: AdaptersConfig) -> None:
+    """In bf16 too, to the bit, one request at a time; and the weights do change what is drafted."""
     files = make_directory(tmp_path / "target", hidden_size=128, head_dim=32)
     draft = make_draft_directory(tmp_path / "draft", files)
     prompts = make_prompts()
@@ -154,8 +175,8 @@ def test_compiled_kernels_alone(tmp_path: Path, alignment: AdaptersConfig) -> No
     plain = Engine(files, SETTINGS["alone"], dtype="auto").generate_alone(prompts, sampling)
     drafted = []
     for publishes in (False, True):
-        log = alignment.log.model_copy(update={"stream": f"log-{uuid.uuid4()}", "control_share": 0.0})
-        config = alignment.model_copy(update={"shared_directory": tmp_path / str(publishes), "log": log})
+        log = either.log.model_copy(update={"stream": f"log-{uuid.uuid4()}", "control_share": 0.0})
+        config = either.model_copy(update={"shared_directory": tmp_path / str(publishes), "log": log})
         speculation = SpeculationConfig(method="eagle3", draft=str(draft), adaptive=False)
         engine = Engine(files, SETTINGS["alone"], speculation, dtype="auto", alignment=config)
         publisher = Publisher(config, draft, seed=1)
@@ -169,10 +190,10 @@ def test_compiled_kernels_alone(tmp_path: Path, alignment: AdaptersConfig) -> No
     assert drafted[0] != drafted[1]
 
 
-def test_records_say_what_happened(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
+def test_records_say_what_happened(files: ModelFiles, draft: Path, either: AdaptersConfig) -> None:
     prompts = make_prompts()
     stop = make_engine(files, draft, "alone", None).generate_alone(prompts[:1], make_sampling("greedy", 1))[0][20]
-    engine = make_engine(files, draft, "batch", alignment)
+    engine = make_engine(files, draft, "batch", either)
     sampling = make_sampling("greedy", len(prompts))
     sampling[0] = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, stop_token_ids=[stop])
     sessions = [SessionState(domain="contracts") for _ in prompts]
@@ -180,9 +201,9 @@ def test_records_say_what_happened(files: ModelFiles, draft: Path, alignment: Ad
     stats = engine.core.stats().alignment
     assert stats is not None
     by_request = defaultdict(list)
-    for record in read_records(alignment, stats.steps):
+    for record in read_records(either, stats.steps):
         by_request[record.request_id.partition("/")[2]].append(record)
-    ring = FeatureRingReader(alignment.ring_path)
+    ring = FeatureRingReader(either.ring_path)
     seen: dict[tuple[str, int], torch.Tensor] = {}
     for request_id, records in by_request.items():
         tokens = prompts[int(request_id)] + outputs[int(request_id)]
@@ -211,10 +232,12 @@ def check_features(engine: Engine, draft: Path, tokens: list[int], rows: dict[in
     """Rows by the position of the token that the draft takes them with."""
     eagle = load_draft(draft, torch.float32, CPU)
     features = target_features(engine, tokens, eagle.config.capture_layers)
-    fused = torch.cat((torch.zeros(1, eagle.config.hidden_size), eagle.fuse(features)))
+    expected = torch.cat((torch.zeros(1, features.shape[1]), features))
+    if len(next(iter(rows.values()))) == eagle.config.hidden_size:
+        expected = eagle.fuse(expected)
     assert len(rows) > 4
     for position, row in rows.items():
-        torch.testing.assert_close(row.float(), fused[position], rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(row.float(), expected[position], rtol=1e-2, atol=1e-3)
 
 
 def target_features(engine: Engine, tokens: list[int], layers: tuple[int, ...]) -> torch.Tensor:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from engine.adapters_config import AdaptersConfig, LogConfig, TrainingConfig
-from engine.ipc.weight_layout import WeightLayout
 from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams
-from engine.models.config import ModelError
-from engine.models.eagle3 import Eagle3Config
-from engine.models.lora import lora_layout
+from engine.models.eagle3 import Eagle3, Eagle3Config
+from engine.models.llama import RotaryEmbedding
+from engine.models.lora import lora_layout, whole_layout
 from engine.request import Request
 from engine.spec import eagle_adapters
 from engine.spec.eagle_adapters import BASE, Assignment, EagleAdapters
+from engine.spec.eagle_network import TorchEagleNetwork
 from engine.spec.entries import Piece
 
 DRAFT = Eagle3Config("tiny", 32, 2, 1, 16, 64, (0, 1, 2), 1e-5, 100, 4)
-CPU = torch.device("cpu")
+WHOLE: dict[str, object] = {"training": TrainingConfig(method="osd"), "key_scope": "global"}
 
 
 class Bank:
@@ -29,9 +31,16 @@ class Bank:
     def __init__(self, directory: Path, **options: object) -> None:
         options.setdefault("log", LogConfig(control_share=0.0))
         self.config = AdaptersConfig(enabled=True, shared_directory=directory, rank=4, num_slots=3, **options)  # type: ignore[arg-type]
-        self.engine = EagleAdapters(self.config, DRAFT, "base", CPU)
-        self.layout: WeightLayout = lora_layout(DRAFT, 4, self.config.targets, "base")
+        self.draft = Eagle3(DRAFT).requires_grad_(False)
+        self.start()
+        is_whole = self.config.training.method == "osd"
+        self.layout = whole_layout(DRAFT, "base") if is_whole else lora_layout(DRAFT, 4, self.config.targets, "base")
         self.writer = WeightWriter(self.config.channel_path, self.layout)
+
+    def start(self) -> None:
+        """An engine, or another one."""
+        network = TorchEagleNetwork(self.draft, cast(RotaryEmbedding, None))  # nothing is computed with it here
+        self.engine = EagleAdapters(self.config, self.draft, "base", network)
 
     def publish(self, slot: int, key: str, value: float) -> int:
         return self.writer.publish(
@@ -127,11 +136,58 @@ def test_damaged_weights_change_nothing_and_are_tried_again(tmp_path: Path, monk
 def test_an_engine_that_comes_back_finds_its_adapters(tmp_path: Path) -> None:
     bank = Bank(tmp_path)
     version = bank.publish(1, "law", 1.0)
-    bank.engine = EagleAdapters(bank.config, DRAFT, "base", CPU)
+    bank.start()
     assert bank.assign(request("1", "law")) == [Assignment(1, "law", version)]
 
 
-@pytest.mark.parametrize("options", [{"targets": ("q", "o")}, {"training": TrainingConfig(method="osd")}])
-def test_what_the_engine_cannot_apply_is_refused(tmp_path: Path, options: dict[str, object]) -> None:
-    with pytest.raises(ModelError, match="q, k and v only"):
-        Bank(tmp_path, **options)
+def weights(bank: Bank) -> dict[str, torch.Tensor]:
+    """What the draft computes with."""
+    return {name: weight.clone() for name, weight in bank.draft.named_parameters()}
+
+
+def are(found: dict[str, torch.Tensor], value: float) -> bool:
+    return all(bool((weight == value).all()) for weight in found.values())
+
+
+def test_whole_drafts_take_the_place_of_the_base_and_give_it_back(tmp_path: Path) -> None:
+    bank = Bank(tmp_path, **WHOLE)
+    base, anybody = weights(bank), request("1", "law")
+    assert bank.assign(anybody) == [BASE]
+    for value in (1.0, 2.0):
+        version = bank.publish(0, "*", value)
+        assert bank.assign(anybody, request("2", "clinic")) == [Assignment(0, "*", version)] * 2
+        assert are(weights(bank), value)
+        assert bank.engine.rows([Piece(0, [1], 0, [], "1")]) is None
+    bank.writer.clear(0)
+    assert bank.assign(anybody) == [BASE]
+    found = weights(bank)
+    assert all(torch.equal(found[name], weight) for name, weight in base.items())
+
+
+def test_a_damaged_draft_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eagle_adapters, "_RETRY_SECONDS", 0.0)
+    bank = Bank(tmp_path, **WHOLE)
+    anybody = request("1", "law")
+    good = bank.publish(0, "*", 1.0)
+    bank.assign(anybody)
+    bank.publish(0, "*", 2.0)
+    memory, damaged = bank.engine._channel.buffers._memory, bank.writer.slots[0].buffer
+    memory[damaged, 0] ^= 1
+    assert bank.assign(anybody) == [Assignment(0, "*", good)]
+    assert are(weights(bank), 1.0)
+    memory[damaged, 0] ^= 1
+    assert bank.assign(anybody)[0].version > good
+    assert are(weights(bank), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"targets": ("q", "o")}, "q, k and v only"),
+        ({"training": TrainingConfig(method="osd"), "log": LogConfig(control_share=0.0)}, "key_scope global"),
+        ({**WHOLE, "log": LogConfig(control_share=0.1)}, "control_share 0"),
+    ],
+)
+def test_what_the_engine_cannot_apply_is_refused(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        AdaptersConfig(enabled=True, **options)  # type: ignore[arg-type]

@@ -114,6 +114,39 @@ def test_each_sequence_has_its_own_adapter(kind: str, tmp_path: Path) -> None:
             assert error < (1e-4 if kind == "torch" else TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["torch", "compiled"])
+def test_other_weights_in_place_are_as_those_of_another_network(kind: str, tmp_path: Path) -> None:
+    """Loaded, and the first ones loaded again: to the bit what a network made of them computes."""
+    files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
+    spec, drafts = validate_model_files(files), [random_draft(files, seed) for seed in (0, 1)]
+    weights = [{name: w.detach().clone() for name, w in draft.named_parameters()} for draft in drafts]
+    heads, team = (spec.num_heads, spec.num_kv_heads), native.Team(2)
+    sequences = RaggedSequences(3, 64, 16)
+    batch = sequences.step([20, 1, 40])
+    batch = replace(batch, logits_indices=batch.query_start_loc[1:].long() - 1)
+    embeddings, features = torch.randn(61, 128), torch.randn(61, 3 * 128)
+
+    def make(draft: Eagle3) -> EagleNetwork:
+        if kind == "compiled":
+            return NativeEagle3(draft, spec, team, 64)
+        return TorchEagleNetwork(draft, RotaryEmbedding(spec, 64, CPU))
+
+    def compute(network: EagleNetwork) -> torch.Tensor:
+        attention: AttentionBackend
+        if kind == "compiled":
+            attention = NativeAttention(attention_spec(heads, spec.head_dim, sequences, torch.bfloat16, CPU, 1), team)
+        else:
+            attention = TorchPagedAttention(attention_spec(heads, spec.head_dim, sequences, torch.float32, CPU, 1))
+        return network.head_input(network.forward(batch, attention, embeddings, network.fuse(features)))
+
+    expected = [compute(make(draft)) for draft in drafts]
+    assert not torch.equal(*expected)
+    network = make(drafts[0])
+    for which in (1, 0):
+        network.load(weights[which])
+        assert torch.equal(compute(network), expected[which])
+
+
 def test_a_width_that_the_kernels_cannot_run_is_refused(tmp_path: Path) -> None:
     files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
     spec = validate_model_files(files)

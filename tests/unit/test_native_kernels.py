@@ -179,6 +179,22 @@ def test_k_of_an_odd_number_of_blocks(two_threads: Team, name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_a_matrix_packed_again_is_as_a_new_one(two_threads: Team, name: str) -> None:
+    n, k = 80, 256
+    rows, x = np.arange(n), random_input(5, k)
+    blocks = random_blocks(name, n, k)
+    first, second = (block_part(name, values, rows) for values in (blocks, np.ascontiguousarray(blocks[::-1])))
+    weight = PackedMatrix(n, k, [first])
+    before = linear(two_threads, weight, x)
+    weight.repack([second])
+    assert torch.equal(linear(two_threads, weight, x), linear(two_threads, PackedMatrix(n, k, [second]), x))
+    weight.repack([first])
+    assert torch.equal(linear(two_threads, weight, x), before)
+    with pytest.raises(ValueError, match="format"):
+        weight.repack([MatrixPart(rows, values=torch.zeros(n, k))])
+
+
 def test_parts_of_different_formats_are_refused() -> None:
     parts = [block_part(name, random_blocks(name, 16, 256), np.arange(16)) for name in ("Q4_0", "Q8_0")]
     with pytest.raises(ValueError, match="cannot pack"):

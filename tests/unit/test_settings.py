@@ -53,6 +53,7 @@ def test_short_flags() -> None:
         (["--port", "70000"], "http.port"),
         (["--engine.cache.block_size", "17"], "engine.cache.block_size"),
         (["--nonsense", "1"], "--nonsense"),
+        (["--alignment.enabled", "--engine.alignment.training.method", "osd"], "needs key_scope global"),
         (["--http.port"], "--http.port"),
         (["--config", "/nowhere/evospec.toml"], "/nowhere/evospec.toml"),
     ],

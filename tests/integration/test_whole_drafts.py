@@ -1,0 +1,131 @@
+"""Drafts exchanged as a whole while they serve (alignment by method osd), and adapters beside them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.pace import Pacer
+from adapters.worker import AdapterWorker
+from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
+from engine.config import ModelConfig, SpeculationConfig
+from engine.ipc.weight_writer import WeightWriter
+from engine.messages import SamplingParams
+from engine.models.config import ModelFiles
+from engine.models.eagle3 import load_draft
+from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
+from engine.models.registry import resolve_model
+from engine.spec.load import DRAFTS
+from engine.text.tokenizer import Tokenizer
+from kernels import native
+from tests.drifting_traffic import TinyDraft
+from tests.integration.test_alignment_exactness import make_alignment
+from tests.tiny_drafts import Engine, Setting
+
+TEXTS = [
+    "The licensee shall not, without the prior written consent of the licensor,",
+    "def mean(values):\n    ",
+    "The most common causes of chest pain are",
+    "The capital of France is Paris. The capital of Spain is Madrid. The capital of Italy is",
+]
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Served:
+    """Outputs of some prompts, and the share of draft tokens that were accepted."""
+
+    outputs: list[list[int]]
+    acceptance: float
+
+
+def serve(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> Served:
+    drafted, accepted = engine.num_drafted, engine.num_accepted
+    outputs = engine.generate_alone(prompts, [sampling] * len(prompts))
+    return Served(outputs, (engine.num_accepted - accepted) / (engine.num_drafted - drafted))
+
+
+@pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
+@pytest.mark.parametrize("method", ["osd", "curriculum"])
+def test_swap(tmp_path: Path, valkey_url: str, smollm2_path: Path, method: str) -> None:
+    """SmolLM2 and its draft: bad weights cost acceptance and no output; the base's give all of it back."""
+    files = resolve_model(ModelConfig())
+    config = make_alignment(tmp_path, valkey_url, method)
+    config = config.model_copy(update={"log": config.log.model_copy(update={"control_share": 0.0})})
+    speculation = SpeculationConfig(method="eagle3", adaptive=False)
+    engine = Engine(files, Setting(max_num_seqs=1), speculation, dtype="auto", alignment=config)
+    directory = DRAFTS / files.name
+    draft = load_draft(directory, torch.bfloat16, CPU)
+    base = draft_fingerprint(directory)
+    if method == "osd":
+        key, layout = "*", whole_layout(draft.config, base)
+        same = {name: weight.clone() for name, weight in draft.named_parameters()}
+        bad = {name: torch.zeros_like(weight) for name, weight in same.items()}
+    else:
+        key, layout = "tests", lora_layout(draft.config, config.rank, config.targets, base)
+        same = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in layout.tensors}
+        bad = {name: torch.randn(weight.shape).to(weight.dtype) for name, weight in same.items()}
+    writer = WeightWriter(config.channel_path, layout)
+    tokenizer = Tokenizer.from_files(files)
+    prompts = [tokenizer.encode(text) for text in TEXTS]
+    greedy = SamplingParams(max_tokens=48, seed=0, temperature=0.0, ignore_eos=True)
+
+    normal = serve(engine, prompts, greedy)
+    writer.publish(0, key, bad)
+    broken = serve(engine, prompts, greedy)
+    writer.publish(0, key, same)
+    restored = serve(engine, prompts, greedy)
+    writer.publish(0, key, bad)
+    assert serve(engine, prompts, greedy).acceptance == broken.acceptance
+    writer.clear(0)
+    returned = serve(engine, prompts, greedy)
+
+    assert broken.outputs == restored.outputs == returned.outputs == normal.outputs
+    assert normal.acceptance > 0.15
+    assert broken.acceptance < 0.5 * normal.acceptance
+    assert abs(restored.acceptance - normal.acceptance) < 0.02
+    assert returned.acceptance == normal.acceptance
+
+
+def eager_config(directory: Path, url: str) -> AdaptersConfig:
+    """A worker that is quick to learn and to judge."""
+    return make_alignment(directory / "shared", url, "osd").model_copy(
+        update={
+            "state_directory": directory / "state",
+            "training": TrainingConfig(method="osd", learning_rate=0.3, horizon=4),
+            "replay": ReplayConfig(segment_positions=32, context_positions=8),
+            "guard": GuardConfig(min_held_out=24, min_watched=32, watched_records=128),
+            "pace": PaceConfig(step_seconds=10.0),
+        }
+    )
+
+
+def test_a_worker_distils_the_whole_draft_of_a_serving_engine(tmp_path: Path, valkey_url: str) -> None:
+    """From the engine's log and its unfused features; outputs stay, acceptance rises, and a reset takes it back."""
+    tiny = TinyDraft.make(tmp_path)
+    config = eager_config(tmp_path, valkey_url)
+    files = ModelFiles(tiny.model.name, tiny.model, "safetensors")
+    speculation = SpeculationConfig(method="eagle3", draft=str(tiny.directory), adaptive=False)
+    engine = Engine(files, Setting(max_num_seqs=8), speculation, alignment=config)
+    worker = AdapterWorker(config, tiny.chains, tiny.base, Pacer(config.pace, spare_cores=lambda: 99.0))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 400, (12,), generator=generator).tolist() for _ in range(8)]
+    sampling = SamplingParams(max_tokens=48, seed=0, temperature=0.0, ignore_eos=True)
+    before = serve(engine, prompts, sampling)
+    deadline = time.monotonic() + 90
+    served = before
+    while served.acceptance < before.acceptance + 0.2:
+        assert time.monotonic() < deadline, f"acceptance {served.acceptance}, at first {before.acceptance}"
+        served = serve(engine, prompts, sampling)
+        assert served.outputs == before.outputs
+        for _ in range(8):
+            worker.step()
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    assert stats.versions.keys() == {"*"}
+    assert stats.failed_loads == 0
+    worker.close()
