@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
@@ -115,20 +117,24 @@ class Speculator:
         compute_logits: ComputeLogits,
     ) -> float:
         """Let the sequences' vocabularies follow a step; arguments as ``VocabFollower.follow``. Returns seconds."""
-        self._write_log(sequences, kept, logits)
+        likely = self._write_log(sequences, kept, logits)
         if self._follower is None:
             return 0.0
         started = time.perf_counter()
-        self._follower.follow(sequences, kept, logits, compute_logits)
+        self._follower.follow(sequences, kept, logits, compute_logits, likely)
         return time.perf_counter() - started
 
     def _write_log(
         self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
-    ) -> None:
-        if self._verify_log is not None:
-            started = time.perf_counter()
-            self._verify_log.write(sequences, kept, logits)
-            self._seconds += time.perf_counter() - started
+    ) -> NDArray[np.int64] | None:
+        """The target's most likely tokens, which the log wants as well as the vocabularies; None: not computed."""
+        if self._verify_log is None:
+            return None
+        started = time.perf_counter()
+        num_likely = 0 if self._follower is None else self._follower.top_k
+        likely = self._verify_log.write(sequences, kept, logits, num_likely)
+        self._seconds += time.perf_counter() - started
+        return likely
 
     def draft_version(self, request_id: str) -> int:
         """Version of the adapter that drafted last for a request, 0: the base draft."""

@@ -111,21 +111,35 @@ class VerifyLog:
 
     @torch.inference_mode()
     def write(
-        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
-    ) -> None:
+        self,
+        sequences: Sequence[ScheduledSequence],
+        kept: Sequence[Sequence[int]],
+        logits: torch.Tensor,
+        num_likely: int = 0,
+    ) -> NDArray[np.int64] | None:
         """Log of a step what is worth it, once its features are stored and before it is committed.
 
         Args:
             sequences: as scheduled.
             kept: the tokens that each one's output gets; none while its prefill is unfinished.
             logits: [L, vocab] float32, as the target has computed them.
+            num_likely: how many of the target's most likely tokens somebody else wants of each row.
+
+        Returns:
+            these tokens' ids [L, num_likely], best first; None for a step without drafts, for which there is no log.
         """
         steps = _drafted_steps(sequences, kept)
         if not steps:
-            return
+            return None
         self._num_steps += len(steps)
+        k = self._options.top_k
         # All rows at once: nearly all are wanted, and the call takes longer than a row.
-        values, ids = (top.cpu().numpy() for top in topk_rows(logits, self._options.top_k, team=self._team))
+        values, ids = (top.cpu().numpy() for top in topk_rows(logits, max(k, num_likely), team=self._team))
+        self._log_steps(steps, values[:, :k], ids[:, :k])
+        return ids[:, :num_likely]
+
+    def _log_steps(self, steps: Sequence[_Step], values: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
+        """Those worth it, of which ``values`` and ``ids`` [L, k] are the target's largest logits."""
         chosen: list[_Chosen] = []
         for step in steps:
             is_fair = self._is_fair(step.sequence.request)

@@ -28,7 +28,8 @@ class VocabFollower:
 
     def __init__(self, vocab: DraftVocab, options: DynamicConfig) -> None:
         self.vocab = vocab
-        self._top_k = options.target_top_k
+        self.top_k = options.target_top_k
+        """How many of the target's most likely tokens are looked at."""
         self._num_prompt_positions = options.prefill_target_signal if vocab.has_tails else 0
 
     def follow(
@@ -37,6 +38,7 @@ class VocabFollower:
         kept: Sequence[Sequence[int]],
         logits: torch.Tensor,
         compute_logits: ComputeLogits,
+        likely: NDArray[np.int64] | None = None,
     ) -> None:
         """A step was verified, and is not committed yet.
 
@@ -45,7 +47,12 @@ class VocabFollower:
             kept: the tokens that each one's output gets; none while its prefill is unfinished.
             logits: [L, vocab] float32, as the target has computed them; may be lost in this call.
             compute_logits: for prompt positions, whose logits nobody else wants.
+            likely: ids [L, top_k] of the largest logits, best first, where they are known already.
         """
+
+        def top_k(start: int, end: int) -> NDArray[np.int32]:
+            return self._most_likely(logits[start:end]) if likely is None else likely[start:end].astype(np.int32)
+
         verified = []
         prompts: dict[str, range] = {}
         row, token = 0, 0
@@ -59,13 +66,13 @@ class VocabFollower:
                 if not request.output_token_ids:
                     before_last = min(self._num_prompt_positions, len(sequence.token_ids) - 1)
                     prompts[request.request_id] = range(token - 1 - before_last, token - 1)
-        self.vocab.observe(verified, lambda start, end: self._most_likely(logits[start:end]))
+        self.vocab.observe(verified, top_k)
         rows = [row for of_prompt in prompts.values() for row in of_prompt]
         if rows:
-            likely = iter(self._most_likely(compute_logits(rows)))
+            of_rows = iter(self._most_likely(compute_logits(rows)))
             for request_id, of_prompt in prompts.items():
-                self.vocab.bootstrap(request_id, [next(likely) for _ in of_prompt])
+                self.vocab.bootstrap(request_id, [next(of_rows) for _ in of_prompt])
 
     def _most_likely(self, logits: torch.Tensor) -> NDArray[np.int32]:
         # By this thread alone: a sequence's few rows take it less time than to wake the team.
-        return topk_rows(logits, self._top_k)[1].int().cpu().numpy()
+        return topk_rows(logits, self.top_k)[1].int().cpu().numpy()

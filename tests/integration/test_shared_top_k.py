@@ -1,0 +1,51 @@
+"""Vocabularies and token log want the target's most likely tokens of the same positions: they are computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import SpeculationConfig
+from engine.messages import SamplingParams, SessionState, VocabularyCounts
+from engine.spec import vocab_follower
+from kernels.topk import topk_rows
+from tests.integration.test_alignment_exactness import make_alignment, make_prompts, read_records
+from tests.tiny_drafts import Engine, Setting, make_draft_directory
+from tests.tiny_models import make_directory
+
+
+@pytest.mark.parametrize("log_top_k", [4, 16], ids=["fewer", "more"])
+def test_the_log_computes_for_both(
+    tmp_path: Path, valkey_url: str, monkeypatch: pytest.MonkeyPatch, log_top_k: int
+) -> None:
+    """Vocabularies, which look at ten, are the same with and without a log, and compute nothing where drafts were."""
+    files = make_directory(tmp_path / "target")
+    draft = make_draft_directory(tmp_path / "draft", files)
+    speculation = SpeculationConfig(method="eagle3", draft=str(draft), adaptive=False, vocabulary="dynamic:64+32")
+    alignment = make_alignment(tmp_path / "shared", valkey_url, "curriculum")
+    alignment = alignment.model_copy(update={"log": alignment.log.model_copy(update={"top_k": log_top_k})})
+    prompts = make_prompts()
+    sampling = [SamplingParams(max_tokens=24, seed=n, ignore_eos=True) for n in range(len(prompts))]
+    rows: list[int] = []
+
+    def counting(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        rows.append(len(logits))
+        return topk_rows(logits, k)
+
+    monkeypatch.setattr(vocab_follower, "topk_rows", counting)
+
+    def serve(engine: Engine) -> tuple[list[list[int]], dict[str, bytes], dict[str, VocabularyCounts]]:
+        rows.clear()
+        outputs = engine.generate(prompts, sampling, sessions=[SessionState()] * len(prompts))
+        return outputs, engine.snapshots, engine.counts
+
+    expected = serve(Engine(files, Setting(), speculation))
+    assert sum(rows) > 100
+    engine = Engine(files, Setting(), speculation, alignment=alignment)
+    assert serve(engine) == expected
+    assert sum(rows) <= len(prompts)  # the last position of each prompt
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    assert {record.top_k for record in read_records(alignment, stats.steps)} == {log_top_k}
