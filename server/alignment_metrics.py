@@ -28,6 +28,7 @@ _WORKER_GAUGES = {
 }
 _KEY_GAUGES = {
     "revision": "Revision in force or to be, 0: the base draft.",
+    "good_revision": "The one to return to.",
     "is_frozen": "1 if it learns no more.",
     "num_trained_positions": "Positions trained on.",
     "num_updates": "Steps of the optimiser.",
@@ -60,6 +61,7 @@ class AlignmentMetrics:
         self._last = dict.fromkeys(_COUNTERS, 0)
         self._channel_version = gauge("channel_version", "Of the weight channel: grows with each publication.")
         self._draft_version = gauge("draft_version", "Of the adapters that the engine drafts with.", "key")
+        self._enabled = gauge("enabled", "1 if adapters are trained and served.")
         self._worker_up = gauge("worker_up", "1 if the adapters worker reports.")
         self._worker_paused = gauge("worker_paused", "1 if it has work and the machine is too busy for it.")
         self._worker_lag = gauge("worker_lag_records", "Records that it has not read yet.")
@@ -82,7 +84,11 @@ class AlignmentMetrics:
             self._draft_version.labels(key).set(version)
 
     def observe_worker(self, worker: WorkerStatus | None, adapters: Mapping[str, AdapterStatus], now: float) -> None:
-        """Take over what the worker wrote last (None: nothing); ``now``: seconds since the epoch."""
+        """Take over what the worker wrote last (None: nothing); ``now``: seconds since the epoch.
+
+        Called only where alignment is enabled.
+        """
+        self._enabled.set(1)
         is_up = worker is not None and now - worker.updated_at < _GONE_AFTER
         self._worker_up.set(is_up)
         for gauge in self._of_key.values():

@@ -20,13 +20,20 @@ Query = tuple[str, str]
 
 
 def timeseries(
-    title: str, unit: str, *queries: Query, about: str, stacked: bool = False, most: float | None = None
+    title: str,
+    unit: str,
+    *queries: Query,
+    about: str,
+    stacked: bool = False,
+    signed: bool = False,
+    most: float | None = None,
 ) -> Panel:
-    """Lines over time, three in a row; ``most`` fixes the top of the axis."""
+    """Lines over time, three in a row; ``most`` fixes the top of the axis, whose bottom is 0 unless ``signed``."""
     custom = {"drawStyle": "line", "lineWidth": 1, "fillOpacity": 60 if stacked else 8, "showPoints": "never"}
     if stacked:
         custom["stacking"] = {"mode": "normal", "group": "A"}
-    defaults = {"unit": unit, "min": 0, "custom": custom}
+    bottom = {} if signed else {"min": 0}
+    defaults = {"unit": unit, **bottom, "custom": custom}
     if most is not None:
         defaults["max"] = most
     options = {
@@ -79,9 +86,14 @@ def _panel(
 
 
 def dashboard(
-    uid: str, title: str, about: str, variables: Sequence[str], rows: dict[str, list[Panel]]
+    uid: str,
+    title: str,
+    about: str,
+    variables: Sequence[str],
+    rows: dict[str, list[Panel]],
+    variables_of: str = "evospec:spec_decode_num_drafts_total",
 ) -> dict[str, Any]:
-    """A dashboard of titled rows; ``variables`` are labels to filter by."""
+    """A dashboard of titled rows; ``variables`` are labels to filter by, ``variables_of`` a metric that has them."""
     return {
         "uid": uid,
         "title": title,
@@ -93,7 +105,9 @@ def dashboard(
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "browser",
-        "templating": {"list": [_datasource_variable(), *map(_label_variable, variables)]},
+        "templating": {
+            "list": [_datasource_variable(), *(_label_variable(label, variables_of) for label in variables)]
+        },
         "panels": _laid_out(rows),
     }
 
@@ -102,8 +116,8 @@ def _datasource_variable() -> dict[str, Any]:
     return {"name": "datasource", "label": "data source", "type": "datasource", "query": "prometheus"}
 
 
-def _label_variable(label: str) -> dict[str, Any]:
-    query = f"label_values(evospec:spec_decode_num_drafts_total, {label})"
+def _label_variable(label: str, metric: str) -> dict[str, Any]:
+    query = f"label_values({metric}, {label})"
     return {
         "name": label,
         "type": "query",

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-_VARIABLE = re.compile(r"\$(model|tenant|domain)\b")
+_VARIABLE = re.compile(r"\$(model|tenant|domain|key)\b")
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def _draw_lines(axes: Axes, panel: dict[str, Any], series: list[Series]) -> None
     else:
         for each in series:
             axes.plot(_moments(each.times), each.values, linewidth=1, label=each.legend)
-    axes.set_ylim(bottom=0, top=defaults.get("max"))
+    axes.set_ylim(bottom=defaults.get("min"), top=defaults.get("max"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_value(value, defaults["unit"])))
     axes.xaxis_date()
     locator = AutoDateLocator(maxticks=6)

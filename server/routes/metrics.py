@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
@@ -26,6 +25,9 @@ router = APIRouter(route_class=TenantRoute)
 async def metrics(_: CurrentTenant, request: Request, serving: Annotated[Serving, Depends(get_serving)]) -> Response:
     """Metrics of this server, its engine and its adapters worker."""
     if request.app.state.settings.engine.alignment.enabled:
-        with suppress(ApiError):  # Redis is down, which other metrics say
-            serving.metrics.alignment.observe_worker(*await serving.adapters.status(), time.time())
+        try:
+            worker, adapters = await serving.adapters.status()
+        except ApiError:  # Redis is down: nobody knows
+            worker, adapters = None, {}
+        serving.metrics.alignment.observe_worker(worker, adapters, time.time())
     return Response(b"".join(serving.metrics.render()), media_type=CONTENT_TYPE_LATEST)

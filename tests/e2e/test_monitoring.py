@@ -14,10 +14,16 @@ from threading import Event
 
 import httpx
 import pytest
+import torch
 from redis import Redis
 
+from adapters.store import AdapterStore
 from deploy.grafana.build import DIRECTORY
 from deploy.grafana.queries import Prometheus, query_panels
+from engine.adapters_config import AdaptersConfig
+from engine.models.eagle3 import load_draft
+from engine.models.lora import draft_fingerprint, lora_layout
+from engine.spec.load import DRAFTS
 from server.session_ids import session_key
 from server.tenants import hash_key
 from tests.running_prometheus import BINARY, running_prometheus
@@ -66,6 +72,38 @@ def load(base_url: str, redis: Redis) -> Iterator[None]:
             future.result()
 
 
+def alignment_options(directory: Path) -> dict[str, str]:
+    """A worker that takes what it needs to learn within seconds, and takes nothing back."""
+    return {
+        f"engine.alignment.{option}": value
+        for option, value in {
+            "shared_directory": str(directory / "shared"),
+            "state_directory": str(directory / "state"),
+            "log.stream": f"log:{directory.name}",
+            "log.fair_share": "1.0",
+            "log.control_share": "0.4",
+            "training.batch_positions": "16",
+            "guard.sigmas": "20",
+            "pace.niceness": "0",
+            "pace.spare_cores": "0",
+            "pace.step_seconds": "10",
+        }.items()
+    }
+
+
+def seed_adapters(directory: Path) -> None:
+    """A good version of each tenant's adapter, without effect: something is in force from the first records on."""
+    config, base = AdaptersConfig(), draft_fingerprint(DRAFTS / MODEL)
+    draft = load_draft(DRAFTS / MODEL, torch.float32, torch.device("cpu"))
+    layout = lora_layout(draft.config, config.rank, config.targets, base)
+    store = AdapterStore(directory / "state" / base[:16], layout)
+    for tenant in TENANTS:
+        state = store.load_state(tenant)
+        tensors = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in layout.tensors}
+        state.good_revision = store.save(state, tensors)
+        store.save_state(state)
+
+
 def empty_queries(prometheus: Prometheus) -> list[str]:
     """Queries of all dashboards without a number in their newest seconds."""
     now = time.time()
@@ -93,9 +131,11 @@ def test_no_panel_is_empty_under_load(
         "engine.scheduler.max_num_seqs": "2",
         "engine.speculation.method": "auto",
         "engine.speculation.vocabulary": "dynamic:4096+1024",
+        **alignment_options(tmp_path),
     }
+    seed_adapters(tmp_path)
     arguments = [word for option, value in options.items() for word in (f"--{option}", value)]
-    server = launch_server(*arguments, "--no-engine.speculation.adaptive")
+    server = launch_server(*arguments, "--no-engine.speculation.adaptive", "--alignment.enabled")
     with (
         Redis.from_url(valkey_url) as redis,
         running_prometheus(server.base_url, TENANTS["acme"], free_port, tmp_path) as prometheus,

@@ -126,6 +126,7 @@ async def test_nobody_else_may(serve: Any, redis: Redis) -> None:
         assert (await api.client.post(f"/v1/adapters/{'a' * 129}/reset", headers=ADMIN)).status_code == 400
     async with serve(idle) as api:
         assert (await api.client.get("/v1/adapters", headers=ADMIN)).status_code == 403
+        assert samples((await api.client.get("/metrics")).text)["evospec:alignment_enabled", ""] == 0
     assert redis.llen(COMMANDS_KEY) == 0
 
 
@@ -134,7 +135,8 @@ async def test_redis_that_is_down_is_a_503(serve: Any) -> None:
         response = await api.client.get("/v1/adapters", headers=ADMIN)
         assert response.status_code == 503
         assert "Retry-After" in response.headers
-        assert (await api.client.get("/metrics")).status_code == 200
+        found = samples((await api.client.get("/metrics")).text)
+        assert (found["evospec:alignment_enabled", ""], found["evospec:alignment_worker_up", ""]) == (1, 0)
 
 
 async def test_metrics(serve: Any, redis: Redis) -> None:

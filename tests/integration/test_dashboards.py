@@ -12,14 +12,14 @@ import jsonschema
 import pytest
 import yaml
 
-from deploy.grafana import acceptance, serving, vocabulary
+from deploy.grafana import acceptance, alignment, serving, vocabulary
 from deploy.grafana.build import DIRECTORY, GRID_COLUMNS
 from deploy.grafana.queries import Series, query_panels
 from deploy.grafana.render import draw, format_value
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in DIRECTORY.glob("*.json")}
-MADE = [serving.DASHBOARD, acceptance.DASHBOARD, vocabulary.DASHBOARD]
+MADE = [serving.DASHBOARD, acceptance.DASHBOARD, vocabulary.DASHBOARD, alignment.DASHBOARD]
 
 
 @pytest.fixture(scope="module")
