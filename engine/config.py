@@ -119,9 +119,11 @@ class DynamicConfig(_Section):
 class SpeculationConfig(_Section):
     """Speculative decoding. It never changes an output, only how fast it comes."""
 
-    method: Literal["auto", "none", "eagle3", "draft_model"] = Field(
+    method: Literal["auto", "none", "eagle3", "draft_model", "ngram", "ngram_eagle3"] = Field(
         default="auto",
-        description="What proposes tokens; auto: the draft shipped for the model, none if there is none.",
+        description="What proposes tokens; auto: the draft shipped for the model, none if there is none; ngram: what "
+        "followed the same tokens earlier in the sequence, for any model; ngram_eagle3: ngram where tokens repeat, "
+        "else eagle3 (not with alignment).",
     )
     draft: str | None = Field(
         default=None,
@@ -147,6 +149,12 @@ class SpeculationConfig(_Section):
     def _tail_within_bounds(self) -> SpeculationConfig:
         if self.vocabulary.startswith("dynamic:") and int(self.vocabulary.partition("+")[2]) > MAX_TAIL_TOKENS:
             raise ValueError(f"vocabulary {self.vocabulary}: a tail has at most {MAX_TAIL_TOKENS} tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _ngrams_need_no_draft(self) -> SpeculationConfig:
+        if self.method == "ngram" and self.draft is not None:
+            raise ValueError("draft: method ngram has none")
         return self
 
 
@@ -179,3 +187,9 @@ class EngineConfig(_Section):
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     alignment: AdaptersConfig = Field(default_factory=AdaptersConfig)
+
+    @model_validator(mode="after")
+    def _alignment_sees_all_drafts(self) -> EngineConfig:
+        if self.alignment.enabled and self.speculation.method == "ngram_eagle3":
+            raise ValueError("alignment: with speculation.method eagle3 only, not ngram_eagle3")
+        return self

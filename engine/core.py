@@ -25,6 +25,7 @@ from engine.spec.controller import AdaptiveLength
 from engine.spec.costs import CostMeter
 from engine.spec.eagle import EagleProposer
 from engine.spec.load import load_draft
+from engine.spec.ngram import SwitchingProposer
 from engine.spec.proposer import Draft
 from engine.spec.speculator import FixedLength, LengthPolicy, Speculator
 from engine.spec.vocab_follower import VocabFollower
@@ -82,7 +83,9 @@ class EngineCore:
         policy: LengthPolicy = FixedLength()
         if config.speculation.adaptive:
             size, most = config.cache.block_size, config.scheduler.max_batched_tokens
-            policy = AdaptiveLength(CostMeter(self._runner, proposer, size, most, follower).measure())
+            # Where n-grams always match, as in made-up text, they cost nothing.
+            dearest = proposer.otherwise if isinstance(proposer, SwitchingProposer) else proposer
+            policy = AdaptiveLength(CostMeter(self._runner, dearest, size, most, follower).measure())
         verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
         return Speculator(proposer, policy, config.speculation.num_speculative_tokens, follower, verify_log)
 

@@ -17,7 +17,7 @@ from engine.spec.draft_head import DraftHead
 from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.eagle_network import EagleNetwork, make_network
 from engine.spec.entries import EntryLedger, Piece, last_draft
-from engine.spec.proposer import DraftCosts, Proposer
+from engine.spec.proposer import DraftCosts
 from engine.spec.verify_log import VerifyLog
 
 
@@ -58,7 +58,7 @@ class EagleDraft:
         weight_bytes = self._network.weight_bytes + head.num_bytes + adapter_bytes
         self.costs = DraftCosts(weight_bytes, one.bytes_per_block + stored_bytes)
 
-    def make_proposer(self, num_blocks: int) -> Proposer:
+    def make_proposer(self, num_blocks: int) -> EagleProposer:
         """Allocate KV and features for blocks 0 .. num_blocks - 1."""
         attention = self._target.make_attention(self._attention_spec(num_blocks))
         capture = self._capture_layers

@@ -18,6 +18,7 @@ from engine.spec.draft_head import COUNTS_FILE, DraftHead, read_token_counts, st
 from engine.spec.draft_model import DraftModel
 from engine.spec.eagle import EagleDraft
 from engine.spec.eagle_adapters import EagleAdapters
+from engine.spec.ngram import NgramDraft, SwitchingDraft
 from engine.spec.proposer import Draft
 from engine.spec.session_head import make_session_head
 from engine.text.tokenizer import Tokenizer
@@ -40,11 +41,14 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
     shipped = DRAFTS / files.name
     if speculation.num_speculative_tokens == 0 or speculation.method == "none":
         return None
+    if speculation.method == "ngram":
+        return NgramDraft()
     if speculation.method == "draft_model":
         return _load_draft_model(config, target, files, tokenizer)
-    if speculation.method == "eagle3":
+    if speculation.method in ("eagle3", "ngram_eagle3"):
         directory = shipped if speculation.draft is None else Path(speculation.draft).expanduser()
-        return _load_eagle(config, target, directory, tokenizer)
+        eagle = _load_eagle(config, target, directory, tokenizer)
+        return eagle if speculation.method == "eagle3" else SwitchingDraft(eagle)
     if speculation.draft is not None:
         raise ModelError("speculation.draft is set: say what it is by speculation.method, eagle3 or draft_model")
     if not (shipped / eagle3.WEIGHTS_FILE).is_file():

@@ -275,6 +275,7 @@ class DraftVocab:
         before = request.all_token_ids[-2:]
         missed = self._take(vocab, sequence.token_ids, sequence.num_accepted, before, lambda: top_k(first, end))
         hidden = self._drafts[request_id].hidden
+        self._drafts[request_id] = _Drafts()  # the next ones may not come from here
         place = sequence.token_ids.index(missed[0]) if missed else len(hidden)
         if place < len(hidden):
             self._retrieval.ask_neighbours(request_id, hidden[place])

@@ -6,7 +6,9 @@ the longer it has, the surer it goes on. As prompt lookup does, but as one more 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import cycle, islice
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,19 +50,36 @@ class TextMatches:
         Args:
             after: tokens that the text is taken to go on with, such as drafts.
         """
-        end = [*self._tokens[-MAX_LENGTH:], *after][-MAX_LENGTH:]
-        tokens, found = self._tokens, dict[int, int]()
+        found = dict[int, int]()
+        for place, length in self._repeats([*self._tokens[-MAX_LENGTH:], *after][-MAX_LENGTH:]):
+            token_id = self._tokens[place]
+            found[token_id] = max(found.get(token_id, 0), length)
+        return found
+
+    def longest(self) -> tuple[int, int]:
+        """The place right after the longest repeat of the text's end, of equals the latest, and its length.
+
+        (-1, 0) where nothing repeats.
+        """
+        return max(self._repeats(self._tokens[-MAX_LENGTH:]), key=itemgetter(1), default=(-1, 0))
+
+    def copy(self, place: int, count: int) -> list[int]:
+        """``count`` tokens from a place on; where the text ends, it goes on with what was copied."""
+        copied = self._tokens[place : place + count]
+        return list(islice(cycle(copied), count))
+
+    def _repeats(self, end: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """The places after which ``end`` may go on as before, the latest first, and how many tokens agree there."""
+        tokens = self._tokens
         place = self._latest.get(self._key(end[-2:]), -1)
         for _ in range(MAX_PLACES):
             if place < 0:
-                break
+                return
             length, most = MIN_LENGTH, min(len(end), place)
             while length < most and tokens[place - length - 1] == end[-length - 1]:
                 length += 1
-            token_id = tokens[place]
-            found[token_id] = max(found.get(token_id, 0), length)
+            yield place, length
             place = self._previous[place]
-        return found
 
     def _key(self, pair: Sequence[int]) -> int:
         """-1 where there are no two tokens."""

@@ -56,6 +56,8 @@ def drafts(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "eagle3": SpeculationConfig(method="eagle3", draft=str(eagle), adaptive=False),
         "other model": SpeculationConfig(method="draft_model", draft=str(other.path), adaptive=False),
         "target itself": SpeculationConfig(method="draft_model", draft=str(files.path), adaptive=False),
+        "ngram": SpeculationConfig(method="ngram", adaptive=False),
+        "ngram, else eagle3": SpeculationConfig(method="ngram_eagle3", draft=str(eagle), adaptive=False),
     }
 
 
@@ -75,6 +77,29 @@ def prompts() -> list[list[int]]:
     text = torch.randint(3, 400, (90,), generator=generator).tolist()
     others = [torch.randint(3, 400, (length,), generator=generator).tolist() for length in (1, 7, 15, 16, 17)]
     return [text, text, text[:40], text[:33] + others[1], *others]
+
+
+@pytest.fixture(scope="module")
+def repeating(prompts: list[list[int]]) -> list[list[int]]:
+    """Texts that repeat themselves, and some that do not."""
+    return [
+        prompts[0][:7] * 10,
+        prompts[0][:7] * 10,
+        prompts[0],
+        prompts[0][:40] * 2,
+        prompts[0][:5] * 3,
+        *prompts[4:8],
+    ]
+
+
+@pytest.fixture(scope="module")
+def repeating_greedy(files: ModelFiles, repeating: list[list[int]]) -> list[list[int]]:
+    return Engine(files, SETTINGS["alone"]).generate_alone(repeating, [GREEDY] * len(repeating))
+
+
+@pytest.fixture(scope="module")
+def repeating_sampled(files: ModelFiles, repeating: list[list[int]], sampling: list[SamplingParams]) -> list[list[int]]:
+    return Engine(files, SETTINGS["alone"]).generate_alone(repeating, sampling[: len(repeating)])
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +200,29 @@ def test_sampled(
     check(engine, setting, prompts, sampling, sampled)
     if draft == "target itself" and vocabulary == "full":
         assert engine.num_accepted > engine.num_drafted / 10  # drafts leave out unlikely tokens
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("length", [1, 4, 6])
+@pytest.mark.parametrize("draft", ["ngram", "ngram, else eagle3"])
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_repeats_of_the_text(
+    request: pytest.FixtureRequest,
+    files: ModelFiles,
+    drafts: dict[str, SpeculationConfig],
+    repeating: list[list[int]],
+    sampling: list[SamplingParams],
+    kind: str,
+    draft: str,
+    length: int,
+    setting: str,
+) -> None:
+    """Drafts of n-grams, with and without an EAGLE-3 layer for the sequences without a match."""
+    params = [GREEDY] * len(repeating) if kind == "greedy" else sampling[: len(repeating)]
+    expected = request.getfixturevalue(f"repeating_{kind}")
+    engine = make_engine(files, drafts[draft], setting, length, "full")
+    check(engine, setting, repeating, params, expected)
+    assert engine.num_drafted > 0
 
 
 def test_adaptive_lengths(

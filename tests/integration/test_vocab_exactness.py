@@ -55,6 +55,7 @@ def drafts(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {
         "eagle3": SpeculationConfig(method="eagle3", draft=str(directory), adaptive=False),
         "target itself": SpeculationConfig(method="draft_model", draft=str(files.path), adaptive=False),
+        "ngram, else eagle3": SpeculationConfig(method="ngram_eagle3", draft=str(directory), adaptive=False),
     }
 
 
@@ -183,6 +184,25 @@ def test_with_every_part_on_or_off(
     engine = make_engine(files, drafts[draft], "batch", "dynamic:16+40", tmp_path, OPTIONS[options], length=6)
     for _ in range(2):
         assert run(engine, prompts, sampling[kind])[0] == expected[kind]
+
+
+@pytest.mark.parametrize("setting", ["batch", "preemption"])
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+def test_drafts_that_come_from_elsewhere(
+    files: ModelFiles,
+    drafts: dict[str, SpeculationConfig],
+    prompts: list[list[int]],
+    sampling: dict[str, list[SamplingParams]],
+    expected: dict[str, list[list[int]]],
+    kind: str,
+    setting: str,
+    tmp_path: Path,
+) -> None:
+    """N-grams draft in some steps of a sequence, its vocabulary in others."""
+    engine = make_engine(files, drafts["ngram, else eagle3"], setting, "dynamic:64+32", tmp_path)
+    outputs, snapshots = run(engine, prompts, sampling[kind])
+    assert outputs == expected[kind]
+    assert run(engine, prompts, sampling[kind], snapshots)[0] == expected[kind]
 
 
 def test_damaged_snapshots_start_cold(

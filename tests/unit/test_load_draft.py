@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from structlog.testing import capture_logs
 
+from engine.adapters_config import AdaptersConfig
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.loader import LoadedModel, load
@@ -60,6 +62,27 @@ def test_a_draft_from_elsewhere(target: LoadedModel, files: ModelFiles, shipped:
     draft = load_draft(target, files, method="eagle3", draft=str(tmp_path / "mine"))
     assert draft is not None
     assert draft.description == "eagle3 mine, vocabulary full"
+
+
+def test_ngrams_need_no_draft_and_the_switch_the_shipped_one(
+    target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path
+) -> None:
+    switching = load_draft(target, files, method="ngram_eagle3", vocabulary="static:64")
+    assert switching is not None
+    assert switching.description == "ngram, else eagle3 target, vocabulary static:64"
+    shutil.rmtree(shipped)
+    ngram = load_draft(target, files, method="ngram")
+    assert ngram is not None
+    assert (ngram.description, ngram.costs.total(100)) == ("ngram", 0)
+    with pytest.raises(ValidationError, match="ngram has none"):
+        load_draft(target, files, method="ngram", draft=str(tmp_path))
+    with pytest.raises(ModelError, match="not an EAGLE-3 draft"):
+        load_draft(target, files, method="ngram_eagle3")
+
+
+def test_alignment_wants_all_drafts_from_the_draft() -> None:
+    with pytest.raises(ValidationError, match="ngram_eagle3"):
+        EngineConfig(speculation=SpeculationConfig(method="ngram_eagle3"), alignment=AdaptersConfig(enabled=True))
 
 
 @pytest.mark.parametrize("speculation", [{"method": "none"}, {"num_speculative_tokens": 0}])

@@ -1,0 +1,105 @@
+"""Drafting without a draft: what followed the text's end when it last came (prompt lookup decoding, Saxena 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.spec.eagle import EagleDraft, EagleProposer
+from engine.spec.proposer import DraftCosts, Proposer
+from engine.vocab.draft_vocab import DraftVocab
+from engine.vocab.text_matches import TextMatches
+
+MIN_MATCH = 3
+"""Fewest tokens at the text's end that must have come before."""
+
+
+class NgramProposer:
+    """Copies from a sequence's own prompt and answer, after the longest repeat of its last tokens.
+
+    A sequence whose end is new gets no draft. A text that repeats itself is drafted on beyond its end.
+    """
+
+    capture_layers: tuple[int, ...] = ()
+
+    def __init__(self) -> None:
+        self._texts: dict[str, TextMatches] = {}
+
+    def propose(self, slots: Sequence[DraftSlot]) -> None:
+        """Draft where something repeats; text that was not looked at yet is indexed first."""
+        for slot in slots:
+            if slot.num_tokens > 0:
+                request = slot.request
+                text = self._texts.setdefault(request.request_id, TextMatches())
+                text.extend(request.all_token_ids[len(text) :])
+                place, length = text.longest()
+                if length >= MIN_MATCH:
+                    request.draft_token_ids += text.copy(place, slot.num_tokens)
+
+    def observe(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+    ) -> None:
+        """Nothing: the committed tokens are in the requests."""
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request's index."""
+        self._texts.pop(request_id, None)
+
+
+class NgramDraft:
+    """Method ``ngram``: nothing to load, for any model."""
+
+    description = "ngram"
+    costs = DraftCosts(0, 0)
+    vocab: DraftVocab | None = None
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        """Needs no memory of the device."""
+        return NgramProposer()
+
+
+class SwitchingProposer:
+    """Per sequence and step either n-grams or the EAGLE-3 draft, as vLLM's pull request 24344 does.
+
+    Args:
+        otherwise: drafts for the sequences in which nothing repeats; it sees all steps.
+    """
+
+    def __init__(self, otherwise: EagleProposer) -> None:
+        self.otherwise, self._ngrams = otherwise, NgramProposer()
+        self.capture_layers = otherwise.capture_layers
+
+    def propose(self, slots: Sequence[DraftSlot]) -> None:
+        """N-grams where there is a match, the EAGLE-3 draft for the rest."""
+        self._ngrams.propose(slots)
+        self.otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids])
+
+    def observe(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+    ) -> None:
+        """Arguments as ``Proposer.observe``."""
+        self.otherwise.observe(sequences, num_kept, features)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended or was preempted."""
+        self._ngrams.forget(request_id)
+        self.otherwise.forget(request_id)
+
+
+class SwitchingDraft:
+    """Method ``ngram_eagle3``.
+
+    Args:
+        eagle: what drafts where nothing repeats.
+    """
+
+    def __init__(self, eagle: EagleDraft) -> None:
+        self._eagle = eagle
+        self.description = f"ngram, else {eagle.description}"
+        self.costs, self.vocab = eagle.costs, eagle.vocab
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        """Allocate what the EAGLE-3 draft needs for blocks 0 .. num_blocks - 1."""
+        return SwitchingProposer(self._eagle.make_proposer(num_blocks))

@@ -1,0 +1,68 @@
+"""Drafts copied from a sequence's own text, against a search of the whole text."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.messages import SamplingParams
+from engine.request import Request
+from engine.scheduler import DraftSlot
+from engine.spec.ngram import MIN_MATCH, NgramProposer
+from engine.vocab.text_matches import MAX_LENGTH, MAX_PLACES
+
+SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
+texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)
+
+
+def expected_draft(text: list[int], count: int) -> list[int]:
+    """By definition: of the latest places where the last two tokens came before, the one where most tokens agree."""
+    places = [place for place in range(2, len(text)) if text[place - 2 : place] == text[-2:]][-MAX_PLACES:]
+
+    def length(place: int) -> int:
+        return max(n for n in range(min(place, MAX_LENGTH) + 1) if text[place - n : place] == text[len(text) - n :])
+
+    best = max(reversed(places), key=length, default=-1)
+    if best < 0 or length(best) < MIN_MATCH:
+        return []
+    whole = list(text)
+    for place in range(best, best + count):
+        whole.append(whole[place])
+    return whole[len(text) :]
+
+
+def propose(proposer: NgramProposer, request: Request, count: int) -> list[int]:
+    request.draft_token_ids = []
+    proposer.propose([DraftSlot(request, count, [])])
+    return request.draft_token_ids
+
+
+@given(pieces=st.lists(texts, min_size=1, max_size=4), count=st.integers(1, 6))
+def test_drafts_follow_the_longest_repeat(pieces: list[list[int]], count: int) -> None:
+    """However the text grows between two drafts; another sequence's text does not count."""
+    proposer = NgramProposer()
+    request, other = (Request(name, b"", "t", SAMPLING, pieces[0][:]) for name in ("one", "other"))
+    for piece in [[], *pieces[1:]]:
+        request.all_token_ids += piece
+        assert propose(proposer, request, count) == expected_draft(request.all_token_ids, count)
+        assert propose(proposer, other, count) == expected_draft(pieces[0], count)
+
+
+def test_a_text_that_repeats_itself_is_drafted_beyond_its_end() -> None:
+    request = Request("r", b"", "t", SAMPLING, [9, 1, 2, 1, 2, 1, 2])
+    assert propose(NgramProposer(), request, 5) == [1, 2, 1, 2, 1]
+
+
+def test_no_draft_where_none_is_wanted_or_nothing_repeats() -> None:
+    proposer, repeating = NgramProposer(), Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3])
+    assert propose(proposer, repeating, 0) == []
+    assert propose(proposer, repeating, 2) == [4, 1]
+    assert propose(proposer, Request("s", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2]), 2) == []
+
+
+def test_what_is_forgotten_is_read_anew() -> None:
+    """A preempted request comes back under its name; so may another one."""
+    proposer = NgramProposer()
+    assert propose(proposer, Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3]), 1) == [4]
+    proposer.forget("r")
+    assert propose(proposer, Request("r", b"", "t", SAMPLING, [1, 2, 3, 5, 1, 2, 3]), 1) == [5]
