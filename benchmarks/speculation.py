@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -90,14 +91,25 @@ def chosen_prompts(prompts: Sequence[Prompt], level: int, number: int) -> list[P
     return [prompts[(number * count + i) % len(prompts)] for i in range(count)]
 
 
-def short_prompts(model: str, domains: Sequence[str]) -> dict[str, list[Prompt]]:
-    """The eval prompts of at most ``MAX_PROMPT_TOKENS`` by domain."""
-    tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
+def short_prompts(
+    model: str, domains: Sequence[str], prompts: Sequence[Prompt] | None = None, limit: int | None = None
+) -> dict[str, list[Prompt]]:
+    """The prompts of at most ``MAX_PROMPT_TOKENS`` by domain.
 
-    return {
-        domain: [p for p in read_eval([domain]) if len(encode_chat(tokenizer, p)) <= MAX_PROMPT_TOKENS]
-        for domain in domains
-    }
+    Args:
+        model: whose tokens count.
+        domains: wanted.
+        prompts: to choose from; None: the eval prompts.
+        limit: most of a domain, the first ones.
+    """
+    tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
+    known = [p for domain in domains for p in read_eval([domain])] if prompts is None else prompts
+
+    def short(domain: str) -> Iterator[Prompt]:
+        of_domain = (prompt for prompt in known if prompt.domain == domain)
+        return (prompt for prompt in of_domain if len(encode_chat(tokenizer, prompt)) <= MAX_PROMPT_TOKENS)
+
+    return {domain: list(islice(short(domain), limit)) for domain in domains}
 
 
 def speed_runs(plan: Plan, model: str, seconds: float, console: Console) -> Iterator[dict[str, Any]]:

@@ -11,15 +11,17 @@ import gc
 import json
 import time
 from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from benchmarks.prompts.build import Prompt
+from benchmarks.prompts.build import Prompt, read
 from benchmarks.speculation import DOMAINS, RESULTS, bounded, environment, short_prompts
 from benchmarks.speculation_sides import NONE, Drafting
-from benchmarks.vocabulary_modes import FULL, Sizes, make_mode, sizes_of
+from benchmarks.vocabulary_modes import FULL, HARD_SWITCH, Sizes, make_mode, sizes_of
 from benchmarks.vocabulary_parts import PARTS, SWITCH_DOMAINS, Plan
 from benchmarks.vocabulary_report import report
 from benchmarks.vocabulary_sessions import Ask, SessionSide, Unit
@@ -34,11 +36,13 @@ PROMPTS = {"modes": 10, "sources": 10, "switch": 8, "tenant": 4, "load": 0, "byt
 """Of each domain; turns, in part ``bytes``."""
 TOKENS = {"modes": 64, "sources": 64, "switch": 64, "tenant": 64, "load": 64, "bytes": 48}
 WARMUP_TOKENS = 16
+MAX_PROMPTS = 600
+"""Of a domain of another file than the eval prompts."""
 
 
-def default_modes(part: str, sizes: Sizes) -> list[str]:
-    """What is compared where no modes are given."""
-    return {
+def default_modes(part: str, sizes: Sizes, method: str) -> list[str]:
+    """What is compared where no modes are given; ``method`` of the draft."""
+    modes = {
         "modes": sizes.modes(),
         "sources": sizes.ablations(),
         "switch": [*sizes.few(), f"paper:{sizes.fr_spec}"],
@@ -46,6 +50,16 @@ def default_modes(part: str, sizes: Sizes) -> list[str]:
         "load": [NONE, *sizes.few()],
         "bytes": [FULL, sizes.ours, f"{sizes.ours}/semantic=true"],
     }[part]
+    return [mode for mode in modes if mode != HARD_SWITCH or method == "eagle3"]
+
+
+def prompts_of(plan: Plan) -> dict[str, list[Prompt]]:
+    """By domain: the eval prompts, or those of the plan's file in an order that has nothing to do with sources."""
+    domains = sorted({*plan.domains, *(SWITCH_DOMAINS if plan.part == "switch" else ())})
+    if plan.prompt_file is None:
+        return short_prompts(plan.model, domains)
+    prompts = sorted(read(Path(plan.prompt_file)), key=lambda prompt: blake2b(prompt.id.encode()).digest())
+    return short_prompts(plan.model, domains, prompts, MAX_PROMPTS)
 
 
 def measure(plan: Plan, num_special: int, name: str, console: Console) -> None:
@@ -54,7 +68,7 @@ def measure(plan: Plan, num_special: int, name: str, console: Console) -> None:
     record: dict[str, Any] = {"plan": asdict(plan), "environment": environment(), "runs": []}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    prompts = short_prompts(plan.model, sorted({*plan.domains, *SWITCH_DOMAINS}))
+    prompts = prompts_of(plan)
     sides = [_warm_side(plan, mode, num_special, prompts[plan.domains[0]][-1]) for mode in plan.modes]
     left = plan.seconds - (time.monotonic() - started)
     console.print(f"[dim]{plan.part}: {len(sides)} engines ready, {left:.0f} s to measure[/dim]")
@@ -84,6 +98,9 @@ def main(
     ] = None,
     domain: Annotated[list[str] | None, typer.Option(help=f"Default: {', '.join(DOMAINS)}.")] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Of each domain (bytes: turns); default: by part.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Prompts to use, such as train.jsonl for choices; default: the eval prompts.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="Of an answer; default: by part.")] = None,
     sessions: Annotated[int, typer.Option(min=1, help="Of part switch.")] = 2,
     concurrency: Annotated[list[int] | None, typer.Option(help="Of part load; default: 1, 4, 8, 16.")] = None,
@@ -105,7 +122,7 @@ def main(
         plan = Plan(
             part=each,
             model=model,
-            modes=mode or default_modes(each, sizes),
+            modes=mode or default_modes(each, sizes, method),
             domains=domain or DOMAINS,
             prompts=(4 if each == "bytes" else 2) if quick else prompts or PROMPTS[each],
             max_tokens=24 if quick else max_tokens or TOKENS[each],
@@ -114,6 +131,7 @@ def main(
             sessions=1 if quick else sessions,
             levels=sorted(concurrency or ([1, 4] if quick else [1, 4, 8, 16])),
             rounds=1 if quick else rounds,
+            prompt_file=None if prompt_file is None else str(prompt_file),
         )
         measure(plan, sizes.num_special, f"{name}-{each}", console)
         gc.collect()  # a part's engines are gigabytes, and hold on to themselves in circles

@@ -1,8 +1,8 @@
 """The draft vocabularies that ``benchmarks.vocabulary`` compares, each named by one string.
 
 ``none``, ``full``, ``static:K``, ``dynamic:K+S`` as in ``SpeculationConfig.vocabulary``; after a slash, switches of
-``DynamicConfig`` and ``cold``: ``dynamic:2048+1024/prior=off,cold``. Two names stand for others' methods: ``paper:K``
-and ``nanospec``.
+``DynamicConfig`` and ``cold``: ``dynamic:2048+1024/prior=off,cold``. Three names stand for others' methods:
+``paper:K``, ``nanospec`` and ``hard-switch``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from engine.text.tokenizer import Tokenizer
 
 FULL = "full"
 NANOSPEC = "nanospec"
+HARD_SWITCH = "hard-switch"
+"""N-grams of the context where they match, else EAGLE-3 over the full head (vLLM's pull request 24344)."""
 _NANOSPEC = "graph=false,semantic=false,tenant_memory=false,prior=off,replacement=lru,cold"
 _PAPER, _PAPER_TAIL = "semantic=true,target_signal=events,tenant_memory=false,prior=off", 256
 _LARGE = 100_000
@@ -55,6 +57,8 @@ def make_mode(name: str, model: str, drafting: Drafting, num_special: int) -> Mo
     dynamic = {key: _value(value) for key, _, value in (word.partition("=") for word in words if word != "cold")}
     speculation = drafting.config(model, vocabulary).speculation.model_dump()
     speculation["dynamic"] |= {"max_sessions": _MAX_SESSIONS} | dynamic
+    if name == HARD_SWITCH:
+        speculation["method"] = "ngram_eagle3"
     config = engine_config(model, SpeculationConfig.model_validate(speculation))
     cache = CacheConfig(prefix_caching=False, max_bytes=_KV_BYTES)
     return Mode(name, config.model_copy(update={"cache": cache}), "cold" in words)
@@ -63,6 +67,8 @@ def make_mode(name: str, model: str, drafting: Drafting, num_special: int) -> Mo
 def _written_out(name: str, num_special: int) -> str:
     if name == NANOSPEC:
         return f"dynamic:{num_special}+{MAX_TAIL_TOKENS}/{_NANOSPEC}"
+    if name == HARD_SWITCH:
+        return FULL
     if name.startswith("paper:"):
         return f"dynamic:{name.removeprefix('paper:')}+{_PAPER_TAIL}/{_PAPER}"
     return name
@@ -92,7 +98,8 @@ class Sizes:
         """For part ``modes``."""
         static = [f"static:{size}" for size in (self.fr_spec, *self.statics)]
         priors = [f"{self.ours}/prior=off", f"{self.ours}/prior=fixed"]
-        return [NONE, FULL, *static, NANOSPEC, f"paper:{self.fr_spec}", self.ours, *priors, *self.others]
+        others = [NANOSPEC, HARD_SWITCH, f"paper:{self.fr_spec}"]
+        return [NONE, FULL, *static, *others, self.ours, *priors, *self.others]
 
     def ablations(self) -> list[str]:
         """For part ``sources``: ours, less or more of one thing."""
@@ -104,8 +111,8 @@ class Sizes:
         return [FULL, self.ours, *(f"{self.ours}/{switch}" for switch in switches)]
 
     def few(self) -> list[str]:
-        """Full, FR-Spec's and ours."""
-        return [FULL, f"static:{self.fr_spec}", self.ours]
+        """Full, FR-Spec's, the hard switch and ours."""
+        return [FULL, f"static:{self.fr_spec}", HARD_SWITCH, self.ours]
 
 
 def sizes_of(model: str) -> Sizes:

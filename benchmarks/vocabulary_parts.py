@@ -24,7 +24,7 @@ class Plan:
     """What one part measures. ``seconds`` is its bound, loading included.
 
     ``prompts``: of each domain (part ``bytes``: turns). ``sessions`` of part ``switch``, ``levels`` and ``rounds`` of
-    part ``load``.
+    part ``load``. ``prompt_file``: where the prompts are from; None: the eval prompts.
     """
 
     part: str
@@ -38,6 +38,7 @@ class Plan:
     sessions: int
     levels: list[int]
     rounds: int
+    prompt_file: str | None = None
 
 
 def of_domains(plan: Plan, prompts: PromptsByDomain) -> Iterator[Unit]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections import Counter
 from dataclasses import replace
 from itertools import chain
@@ -16,7 +18,8 @@ from pydantic import ValidationError
 from benchmarks.in_process import Generation
 from benchmarks.prompts.build import Prompt
 from benchmarks.speculation_sides import NONE, Drafting
-from benchmarks.vocabulary_modes import FULL, NANOSPEC, Sizes, make_mode
+from benchmarks.vocabulary_modes import FULL, HARD_SWITCH, NANOSPEC, Sizes, make_mode
+from benchmarks.vocabulary_pairs import compare, counts_of, mean
 from benchmarks.vocabulary_parts import (
     LEARNING,
     NEW_TENANT,
@@ -79,6 +82,8 @@ def test_others_methods_are_made_of_the_switches() -> None:
     assert (paper.dynamic.target_signal, paper.dynamic.replacement, paper.dynamic.prior) == ("events", "arc", "off")
     assert paper.dynamic.semantic
     assert paper.dynamic.graph
+    switch = make_mode(HARD_SWITCH, "smollm2-135m", DRAFTING, 17).config.speculation
+    assert (switch.method, switch.vocabulary, switch.num_speculative_tokens) == ("ngram_eagle3", FULL, 4)
 
 
 def test_all_default_modes_can_be_made() -> None:
@@ -275,6 +280,33 @@ def test_kinds_of_tenants_load_and_bytes() -> None:
     (row,) = summaries(record("bytes", turns, [OURS]))
     assert (row["first_bytes"], row["last_bytes"], row["turns"]) == (1000, 3000, 2)
     assert (row["early_length"], row["late_length"]) == pytest.approx((1.2, 1.8))
+
+
+def test_the_standard_error_is_what_the_ratio_varies_by() -> None:
+    """Of requests drawn again and again: the jackknife from one drawing tells how the ratios of all are spread."""
+    rng = random.Random(0)
+
+    def draw() -> tuple[dict[int, tuple[int, int]], dict[int, tuple[int, int]]]:
+        drafts = [rng.randint(10, 40) for _ in range(60)]
+        theirs = {number: (n, sum(rng.random() < 0.5 for _ in range(n))) for number, n in enumerate(drafts)}
+        ours = {number: (n, accepted + rng.randint(0, 4)) for number, (n, accepted) in theirs.items()}
+        return ours, theirs
+
+    ratios = [ratio for ratio in (compare(*draw()) for _ in range(200)) if ratio is not None]
+    middle = sum(ratio.value for ratio in ratios) / len(ratios)
+    spread = math.sqrt(sum((ratio.value - middle) ** 2 for ratio in ratios) / len(ratios))
+    assert ratios[0].error == pytest.approx(spread, rel=0.3)
+    assert mean(ratios).error == pytest.approx(spread / math.sqrt(200), rel=0.1)
+
+
+def test_only_requests_that_both_modes_answered_are_compared() -> None:
+    ours, theirs = {0: (10, 10), 1: (10, 10), 2: (10, 0)}, {0: (10, 5), 1: (10, 5), 3: (10, 9)}
+    ratio = compare(ours, theirs)
+    assert ratio is not None
+    assert (ratio.value, ratio.error) == pytest.approx((2.0 / 1.5, 0.0))
+    assert compare(ours, {0: (10, 5)}) is None
+    runs = [run(OURS, 30, round=7), run(FULL, 50, round=7), run(OURS, 40, round=8, domain="law")]
+    assert counts_of(runs, OURS, "code") == {7: (100, 30)}
 
 
 def test_shares_are_nearest_ranks() -> None:
