@@ -11,7 +11,7 @@ from benchmarks.in_process import Engine, Generation, Turn
 from benchmarks.process import NoiseMeter
 from benchmarks.prompts.build import Prompt
 from benchmarks.vocabulary_modes import Mode
-from engine.messages import SamplingParams, SessionState
+from engine.messages import EngineReady, SamplingParams, SessionState
 
 CONVERSATION_TOKENS = 600
 """A conversation's prompt leaves its oldest turns out beyond."""
@@ -59,6 +59,27 @@ class SessionSide:
         self._engine = Engine(mode.config)
         self._sessions: dict[str, _Session] = {}
         self._strangers = count()
+
+    @property
+    def introduction(self) -> EngineReady:
+        """The engine's, as a server would get it."""
+        core, config = self._engine.core, self.mode.config
+        return EngineReady(
+            epoch="",
+            model=config.model.name,
+            max_model_len=core.max_model_len,
+            vocab_size=self._engine.tokenizer.vocab_size,
+            num_blocks=core.num_blocks,
+            block_size=config.cache.block_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            dtype=core.dtype,
+            attention_backend=core.attention_backend,
+            vocabulary=core.vocabulary,
+        )
+
+    def snapshot(self, session: str) -> bytes:
+        """What a session's last request has left; empty if it kept nothing."""
+        return self._sessions[session].snapshot
 
     def measure(self, unit: Unit) -> dict[str, Any]:
         """Answer greedily; what came of it, for the record. A session may come once in a unit."""
