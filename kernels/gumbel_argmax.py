@@ -120,7 +120,7 @@ def gumbel_argmax_reference(
         noise = noise.masked_fill(greedy, 0.0)
     scores = logits + noise
     best = scores.amax(dim=1, keepdim=True)
-    return torch.where(scores == best, token_ids, torch.iinfo(torch.int64).max).amin(dim=1)
+    return torch.where(scores == best, token_ids.long(), torch.iinfo(torch.int64).max).amin(dim=1)
 
 
 def gumbel_argmax(

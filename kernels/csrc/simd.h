@@ -38,7 +38,7 @@ inline __m512 load_half16(const uint16_t* in) {
 }
 
 // Asks for cache lines before they are read. kLevel: _MM_HINT_T0 (next), _MM_HINT_T1 (soon: second level only).
-template <_mm_hint kLevel = _MM_HINT_T0>
+template <auto kLevel = _MM_HINT_T0>  // g++ has an enum of hints, clang++ has macros of integers
 inline void prefetch(const void* data, size_t bytes) {
   const char* line = static_cast<const char*>(data);
   for (size_t at = 0; at < bytes; at += 64) _mm_prefetch(line + at, kLevel);
