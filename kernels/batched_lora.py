@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+LoraMatrix = Literal["qkv", "output", "down"]
+"""A layer's matrices that can be adapted; q, k and v are one."""
 
 
 @dataclass(frozen=True)
 class LoraPart:
-    """The adapters of columns ``start`` .. ``end`` - 1 of a product.
+    """The adapters of columns ``start`` .. ``end`` - 1 of a matrix's product.
 
     ``a`` [slots, rank, inputs] and ``b`` [slots, end - start, rank], contiguous; they may be overwritten between calls.
     """
@@ -23,6 +27,7 @@ class LoraPart:
     end: int
     a: torch.Tensor
     b: torch.Tensor
+    matrix: LoraMatrix = "qkv"
 
 
 @dataclass(frozen=True)
@@ -32,10 +37,15 @@ class LoraRows:
     slots: torch.Tensor
     parts: Sequence[LoraPart]
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Add to the product ``out`` [N, outputs] of ``x`` [N, inputs], in place."""
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix = "qkv") -> None:
+        """Add to the matrix's product ``out`` [N, outputs] of ``x`` [N, inputs], in place."""
         for part in self.parts:
-            batched_lora(out[:, part.start : part.end], x, part.a, part.b, self.slots)
+            if part.matrix == matrix:
+                batched_lora(out[:, part.start : part.end], x, part.a, part.b, self.slots)
+
+    def of(self, wanted: torch.Tensor) -> LoraRows:
+        """The same for some of the rows."""
+        return LoraRows(self.slots[wanted], self.parts)
 
 
 def batched_lora_reference(

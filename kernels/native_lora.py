@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
+from kernels.batched_lora import LoraMatrix, LoraPart, LoraRows
 from kernels.native import Team, address, load_library
-
-if TYPE_CHECKING:
-    from kernels.batched_lora import LoraRows
 
 MAX_RANK = 256
 _MAX_PARTS = 3
@@ -25,12 +24,20 @@ class _Part(ctypes.Structure):
     )
 
 
-class _Rows(ctypes.Structure):
+class _Matrix(ctypes.Structure):
     _fields_ = (
-        ("rank", ctypes.c_int),
         ("inputs", ctypes.c_int),
         ("num_parts", ctypes.c_int),
         ("parts", _Part * _MAX_PARTS),
+    )
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        ("rank", ctypes.c_int),
+        ("qkv", _Matrix),
+        ("output", _Matrix),
+        ("down", _Matrix),
         ("slots", ctypes.c_void_p),
     )
 
@@ -39,22 +46,35 @@ class NativeLora:
     """A batch's adapters as the kernels read them; keeps the tensors alive.
 
     Args:
-        rows: up to three parts of equal rank, at most ``MAX_RANK``, and inputs, a multiple of 32, in bf16.
+        rows: parts of equal rank, at most ``MAX_RANK``, in bf16; up to three of a matrix, of equal inputs, a multiple
+            of 32.
     """
 
     def __init__(self, rows: LoraRows) -> None:
         self._rows = rows
-        shapes = {(part.a.shape[1], part.a.shape[2]) for part in rows.parts}
+        ranks = {part.a.shape[1] for part in rows.parts}
         weights = [weight for part in rows.parts for weight in (part.a, part.b)]
         if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in weights):
             raise ValueError("adapters must be contiguous bf16")
-        (rank, inputs), *others = shapes
-        if others or rank > MAX_RANK or inputs % 32:
-            raise ValueError(f"the kernels take adapters of one shape, not {sorted(shapes)}")
-        parts = (_Part(part.start, part.end - part.start, part.a.data_ptr(), part.b.data_ptr()) for part in rows.parts)
-        self._struct = _Rows(rank, inputs, len(rows.parts), (_Part * _MAX_PARTS)(*parts), rows.slots.data_ptr())
+        rank, *others = ranks
+        if others or rank > MAX_RANK:
+            raise ValueError(f"the kernels take adapters of one rank of at most {MAX_RANK}, not {sorted(ranks)}")
+        matrices = (_matrix([part for part in rows.parts if part.matrix == name]) for name in get_args(LoraMatrix))
+        self._struct = _Rows(rank, *matrices, rows.slots.data_ptr())
         self.pointer = ctypes.pointer(self._struct)
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor, team: Team) -> None:
-        """Add to the product ``out`` [N, outputs] float32 of ``x`` [N, inputs] bf16, both contiguous, in place."""
+        """Add to the product ``out`` [N, outputs] float32 of q, k and v of ``x`` [N, inputs] bf16, contiguous."""
         load_library().evo_lora(team.handle, self.pointer, address(x), len(x), out.shape[1], address(out))
+
+
+def _matrix(parts: Sequence[LoraPart]) -> _Matrix:
+    """The adapters of one matrix."""
+    inputs = {part.a.shape[2] for part in parts}
+    if len(inputs) > 1 or any(size % 32 for size in inputs) or len(parts) > _MAX_PARTS:
+        raise ValueError(
+            f"the kernels take up to {_MAX_PARTS} adapters of a matrix, their inputs the same multiple of 32, "
+            f"not {len(parts)} of {sorted(inputs)}"
+        )
+    structs = (_Part(part.start, part.end - part.start, part.a.data_ptr(), part.b.data_ptr()) for part in parts)
+    return _Matrix(next(iter(inputs), 0), len(parts), (_Part * _MAX_PARTS)(*structs))

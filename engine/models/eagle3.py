@@ -27,6 +27,7 @@ from torch import nn
 
 from engine.models.config import ModelError, ModelSpec
 from engine.models.llama import rms_norm
+from kernels.batched_lora import LoraRows
 
 WEIGHTS_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"
@@ -113,11 +114,20 @@ class Eagle3(nn.Module):
         q, k, v = heads.split_with_sizes([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
         return q, k, v
 
-    def output(self, g: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        """g [..., hidden] and attention's output [..., heads, head_dim] → a [..., hidden]."""
-        y = g + self.o_proj(attended.flatten(-2))
+    def output(self, g: torch.Tensor, attended: torch.Tensor, lora: LoraRows | None = None) -> torch.Tensor:
+        """g [..., hidden] and attention's output [..., heads, head_dim] → a [..., hidden].
+
+        ``lora``: what the products gain, of inputs with one dimension before the last.
+        """
+        heads = attended.flatten(-2)
+        y = g + self.o_proj(heads)
+        if lora is not None:
+            lora.add_to(y, heads, "output")
         gate, up = self.gate_up_proj(rms_norm(y, self.post_attention_norm, self.config.rms_norm_eps)).chunk(2, dim=-1)
-        a: torch.Tensor = y + self.down_proj(F.silu(gate) * up)
+        product = F.silu(gate) * up
+        a: torch.Tensor = y + self.down_proj(product)
+        if lora is not None:
+            lora.add_to(a, product, "down")
         return a
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:

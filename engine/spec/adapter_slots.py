@@ -12,7 +12,10 @@ from engine.ipc.weight_layout import WeightLayout
 from engine.models.eagle3 import Eagle3
 from engine.models.lora import adapted_rows, lora_layout, whole_layout
 from engine.spec.eagle_network import EagleNetwork
-from kernels.batched_lora import LoraPart, LoraRows
+from kernels.batched_lora import LoraMatrix, LoraPart, LoraRows
+
+MATRICES: dict[str, LoraMatrix] = {"qkv_proj.weight": "qkv", "o_proj.weight": "output", "down_proj.weight": "down"}
+"""Those of a draft's weights that an adapter can change."""
 
 
 class AdapterSlots(Protocol):
@@ -57,7 +60,8 @@ class LoraSlots:
         self._parts = []
         for target in config.targets:
             rows = adapted_rows(draft.config, target)
-            self._parts.append(LoraPart(rows.start, rows.end, stacks[f"{target}.a"], stacks[f"{target}.b"]))
+            a, b = stacks[f"{target}.a"], stacks[f"{target}.b"]
+            self._parts.append(LoraPart(rows.start, rows.end, a, b, MATRICES[rows.name]))
         self.tensors: Sequence[Mapping[str, torch.Tensor]] = [
             {name: stack[slot] for name, stack in stacks.items()} for slot in range(config.num_slots)
         ]

@@ -45,7 +45,7 @@ class EagleNetwork(Protocol):
             attention: owns the entries.
             embeddings: [T, hidden], the tokens' rows of the target's embedding.
             g: [T, hidden], of the position before each token: fused features, or the last step's result.
-            lora: what the tokens' queries, keys and values gain; None: nothing.
+            lora: what the tokens' products with the layer's matrices gain; None: nothing.
 
         Returns:
             a [L, hidden] of the rows ``batch.logits_indices``: g of the next token.
@@ -88,7 +88,7 @@ class TorchEagleNetwork:
         q, k, v = self._draft.split_heads(qkv)
         attended = attention.forward(0, self._rotary(q, batch.positions), self._rotary(k, batch.positions), v)
         wanted = batch.logits_indices
-        return self._draft.output(g[wanted], attended[wanted])
+        return self._draft.output(g[wanted], attended[wanted], None if lora is None else lora.of(wanted))
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
         return self._draft.head_input(a)

@@ -75,11 +75,12 @@ void evo_linear(Team* team, const EvoMatrix* weight, const bf16* x, int rows, fl
   team->run([&](int) { linear(*team, {&matrix, x, rows, Epilogue::kStore, out, matrix.n}); });
 }
 
-// out [rows][stride] gains what the rows' adapters make of x [rows][inputs].
+// out [rows][stride] gains what the rows' adapters of q, k and v make of x [rows][inputs].
 void evo_lora(Team* team, const LoraRows* lora, const bf16* x, int rows, int stride, float* out) {
   team->run([&](int) {
     team->work(rows, [&](int row) {
-      add_lora(*lora, row, x + static_cast<size_t>(row) * lora->inputs, out + static_cast<size_t>(row) * stride);
+      const LoraMatrix& qkv = lora->qkv;
+      add_lora(*lora, qkv, row, x + static_cast<size_t>(row) * qkv.inputs, out + static_cast<size_t>(row) * stride);
     });
   });
 }

@@ -110,13 +110,23 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
   }
   team_.work(tokens, [&](int token) {
     if (lora != nullptr) {
-      const bf16* x = normed_.data() + static_cast<size_t>(token) * lora->inputs;
-      add_lora(*lora, token, x, qkv_.data() + static_cast<size_t>(token) * columns);
+      const bf16* x = normed_.data() + static_cast<size_t>(token) * lora->qkv.inputs;
+      add_lora(*lora, lora->qkv, token, x, qkv_.data() + static_cast<size_t>(token) * columns);
     }
     rotate_and_write(batch, kv, token);
   });
   team_.barrier();
   attention(team_, batch, kv, shape_.heads, q_.data(), attended_.data());
+  team_.barrier();
+}
+
+// The residual stream gains what the adapters of a matrix make of its input x, rows of `matrix.inputs`.
+void Decoder::adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* x, int tokens, float* residual) {
+  if (matrix.num_parts == 0) return;
+  team_.work(tokens, [&](int token) {
+    add_lora(lora, matrix, token, x + static_cast<size_t>(token) * matrix.inputs,
+             residual + static_cast<size_t>(token) * shape_.hidden);
+  });
   team_.barrier();
 }
 
@@ -135,6 +145,7 @@ void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_si
       attend(batch, cache, layer, lora);
       linear(team_, {&layer.output, attended_.data(), tokens, Epilogue::kAdd, residual, hidden});
       team_.barrier();
+      if (lora != nullptr) adapt(*lora, lora->output, attended_.data(), tokens, residual);
 
       normalize(layer.post_norm, residual, tokens, normed_.data(), hidden);
       team_.barrier();
@@ -143,6 +154,7 @@ void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_si
       team_.barrier();
       linear(team_, {&layer.down, gated_.data(), tokens, Epilogue::kAdd, residual, hidden});
       team_.barrier();
+      if (lora != nullptr) adapt(*lora, lora->down, gated_.data(), tokens, residual);
     }
   });
 }

@@ -36,7 +36,7 @@ class Decoder {
 
   // Runs layers begin .. end - 1 on the residual stream, in place. `keys` and `values` are layer 0's; each layer's
   // cache lies `layer_stride` elements after the one before. embeddings [tokens][hidden]: for a draft layer, else null.
-  // lora: what its q, k and v gain, or null.
+  // lora: what its matrices' products gain, or null.
   void forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin, int end,
                const float* embeddings, const LoraRows* lora, float* residual);
 
@@ -48,6 +48,7 @@ class Decoder {
   void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
   void normalize_input(const Layer& layer, const float* embeddings, const float* residual, int tokens);
   void attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora);
+  void adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* x, int tokens, float* residual);
   void rotate_and_write(const Batch& batch, const KvCache& kv, int token);
   void rotate(const float* x, int position, float* out) const;
 

@@ -22,15 +22,15 @@ float dot(const bf16* a, const float* b, int size) {
 
 }  // namespace
 
-void add_lora(const LoraRows& rows, int row, const bf16* x, float* out) {
-  const int slot = rows.slots[row], rank = rows.rank;
+void add_lora(const LoraRows& rows, const LoraMatrix& matrix, int row, const bf16* x, float* out) {
+  const int slot = rows.slots[row], rank = rows.rank, inputs = matrix.inputs;
   if (slot < 0) return;
   float inner[kMaxLoraRank];
-  for (int p = 0; p < rows.num_parts; ++p) {
-    const LoraPart& part = rows.parts[p];
-    const bf16* a = part.a + static_cast<size_t>(slot) * rank * rows.inputs;
+  for (int p = 0; p < matrix.num_parts; ++p) {
+    const LoraPart& part = matrix.parts[p];
+    const bf16* a = part.a + static_cast<size_t>(slot) * rank * inputs;
     const bf16* b = part.b + static_cast<size_t>(slot) * part.outputs * rank;
-    for (int r = 0; r < rank; ++r) inner[r] = dot(a + static_cast<size_t>(r) * rows.inputs, x, rows.inputs);
+    for (int r = 0; r < rank; ++r) inner[r] = dot(a + static_cast<size_t>(r) * inputs, x, inputs);
     for (int n = 0; n < part.outputs; ++n) out[part.start + n] += dot(b + static_cast<size_t>(n) * rank, inner, rank);
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.adapters_config import LoraTarget
 from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
@@ -18,6 +20,7 @@ from engine.models.llama import RotaryEmbedding
 from engine.models.lora import adapted_rows
 from engine.models.native_eagle3 import NativeEagle3
 from engine.models.registry import validate_model_files
+from engine.spec.adapter_slots import MATRICES
 from engine.spec.eagle_network import EagleNetwork, TorchEagleNetwork
 from kernels import native
 from kernels.batched_lora import LoraPart, LoraRows
@@ -64,31 +67,33 @@ def test_same_as_the_torch_network(steps: list[list[int]], dtype: torch.dtype, t
         assert relative_error(ours.head_input(output), reference.head_input(expected)) < TOLERANCE
 
 
-def random_adapters(draft: Eagle3, num_slots: int) -> list[LoraPart]:
-    """Of q and v, of rank 8, about as large as the weights."""
+def random_adapters(draft: Eagle3, num_slots: int, targets: Sequence[LoraTarget]) -> list[LoraPart]:
+    """Of rank 8, about as large as the weights."""
     parts = []
-    for target in ("q", "v"):
-        rows = adapted_rows(draft.config, target)  # type: ignore[arg-type]
+    for target in targets:
+        rows = adapted_rows(draft.config, target)
         a = torch.randn(num_slots, 8, rows.num_inputs) / rows.num_inputs**0.5
         b = torch.randn(num_slots, rows.end - rows.start, 8) / 8**0.5
-        parts.append(LoraPart(rows.start, rows.end, a.bfloat16(), b.bfloat16()))
+        parts.append(LoraPart(rows.start, rows.end, a.bfloat16(), b.bfloat16(), MATRICES[rows.name]))
     return parts
 
 
 def with_merged_weights(draft: Eagle3, parts: list[LoraPart], slot: int) -> Eagle3:
     merged = deepcopy(draft)
+    names = {matrix: name for name, matrix in MATRICES.items()}
     for part in parts:
-        merged.qkv_proj.weight[part.start : part.end] += part.b[slot].float() @ part.a[slot].float()
+        merged.get_parameter(names[part.matrix])[part.start : part.end] += part.b[slot].float() @ part.a[slot].float()
     return merged
 
 
+@pytest.mark.parametrize("targets", [("q", "v", "o", "down"), ("q", "k", "v"), ("o",), ("k", "down")])
 @pytest.mark.parametrize("kind", ["torch", "compiled"])
-def test_each_sequence_has_its_own_adapter(kind: str, tmp_path: Path) -> None:
+def test_each_sequence_has_its_own_adapter(kind: str, targets: Sequence[LoraTarget], tmp_path: Path) -> None:
     """Four sequences in a batch, three of them with adapters: each is as if alone with merged weights."""
     files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
     spec, draft = validate_model_files(files), random_draft(files)
     rotary = RotaryEmbedding(spec, 64, CPU)
-    parts, of_sequence = random_adapters(draft, 3), [1, -1, 2, 0]
+    parts, of_sequence = random_adapters(draft, 3, targets), [1, -1, 2, 0]
     sequences, heads = RaggedSequences(4, 64, 16), (spec.num_heads, spec.num_kv_heads)
 
     def torch_attention() -> TorchPagedAttention:
