@@ -18,6 +18,8 @@ from engine.ipc.weight_layout import WeightLayout
 from engine.models.lora import whole_layout
 
 _CLIP = 1.0
+_WARMUP_UPDATES = 32
+"""Adam's first steps are as long as later ones, whatever the gradient: at full length they unlearn first."""
 _OSD_RATE = 0.01
 """All weights at once need smaller steps than two thin matrices, one of them zero at first."""
 
@@ -79,6 +81,10 @@ class LoraTrainer:
         loss = self._loss(logits, columns, batch.top_logits, batch.mask)
         self._optimizer.zero_grad()
         loss.total.backward()  # type: ignore[no-untyped-call]
+        self._num_updates += 1
+        rate = self._config.training.learning_rate * min(1.0, self._num_updates / _WARMUP_UPDATES)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
         _step(self._optimizer, self._lora.tensors.values())
         return Update(float(loss.total.detach()), len(batch.starts), time.perf_counter() - started)
 
@@ -100,6 +106,7 @@ class LoraTrainer:
     def _fresh(self) -> None:
         config = self._config
         self._lora = Lora.fresh(self._chains.draft.config, config.targets, config.rank, config.alpha, self._key)
+        self._num_updates = 0
         for tensor in self._lora.tensors.values():
             tensor.requires_grad_()
         self._optimizer = torch.optim.AdamW(

@@ -16,7 +16,7 @@ from engine.ipc.adapter_control import KeyScope
 
 LoraTarget = Literal["q", "k", "v", "o", "fc", "gate_up", "down"]
 """Projections that can be trained; q, k and v are rows of one matrix, gate and up are adapted together."""
-_SERVED_TARGETS: tuple[LoraTarget, ...] = ("q", "k", "v")
+_SERVED_TARGETS: tuple[LoraTarget, ...] = ("q", "k", "v", "o", "down")
 
 
 class _Section(BaseModel):
@@ -55,7 +55,7 @@ class TrainingConfig(_Section):
         description="curriculum: LoRA with the paper's loss; plain: LoRA, all steps weigh the same; osd: all weights "
         "by Adam, for everybody at once (key_scope global, log.control_share 0). The last two are baselines.",
     )
-    learning_rate: float = Field(default=3e-4, gt=0, description="Of AdamW (osd: a hundredth of it).")
+    learning_rate: float = Field(default=2e-3, gt=0, description="Of AdamW (osd: a hundredth of it).")
     beta: float = Field(default=0.3, ge=0, description="How fast later steps lose weight while the first is wrong.")
     temperature: float = Field(default=1.0, gt=0, description="Softens both distributions of the loss.")
     horizon: int = Field(default=6, ge=1, le=8, description="Draft steps that are trained.")
@@ -75,7 +75,7 @@ class ReplayConfig(_Section):
     )
     recent_segments: int = Field(default=32, ge=1, description="Segments kept in their order.")
     history_segments: int = Field(default=64, ge=0, description="Segments of a fair sample of everything before.")
-    held_out_segments: int = Field(default=16, ge=1, description="Most recent segments that versions are scored on.")
+    held_out_segments: int = Field(default=32, ge=1, description="Most recent segments that versions are scored on.")
     held_out_share: float = Field(default=0.125, gt=0, lt=1, description="Share of requests never trained on.")
     segment_positions: int = Field(default=64, ge=8, description="Positions of a segment, its context included.")
     context_positions: int = Field(default=24, ge=0, description="Of these, taken over from the segment before.")
@@ -132,7 +132,9 @@ class AdaptersConfig(_Section):
     rank: int = Field(default=32, ge=1, le=256, description="Rank of an adapter.")
     alpha: float = Field(default=32.0, gt=0, description="Scale of an adapter: alpha / rank.")
     targets: tuple[LoraTarget, ...] = Field(
-        default=("q", "v"), min_length=1, description="Projections it adapts; the engine can serve q, k and v."
+        default=("q", "v", "o", "down"),
+        min_length=1,
+        description="Projections it adapts; the engine can serve q, k, v, o and down.",
     )
     redis_url: str | None = Field(default=None, description="Redis or Valkey of the token log; default: the server's.")
     shared_directory: Path = Field(
@@ -152,9 +154,7 @@ class AdaptersConfig(_Section):
         if not self.enabled:
             return self
         if not set(self.targets) <= set(_SERVED_TARGETS):
-            raise ValueError(
-                f"targets: the engine can adapt the draft's q, k and v only, not {', '.join(self.targets)}"
-            )
+            raise ValueError(f"targets: the engine can adapt only {', '.join(_SERVED_TARGETS)} of the draft")
         if self.training.method == "osd" and (self.key_scope != "global" or self.log.control_share):
             raise ValueError(
                 "training.method osd changes the draft of all requests at once: it needs key_scope global, and "

@@ -183,7 +183,7 @@ def test_a_damaged_draft_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"targets": ("q", "o")}, "q, k and v only"),
+        ({"targets": ("q", "fc")}, "only q, k, v, o, down"),
         ({"training": TrainingConfig(method="osd"), "log": LogConfig(control_share=0.0)}, "key_scope global"),
         ({**WHOLE, "log": LogConfig(control_share=0.1)}, "control_share 0"),
     ],
