@@ -153,3 +153,13 @@ def test_ties_go_to_the_lowest_token_id() -> None:
     logits, one = torch.full((1, 4), 1e9), torch.tensor([1])
     assert gumbel_argmax(logits, one, one, torch.tensor([[30, 12, 99, 40]])).tolist() == [12]
     assert gumbel_argmax(logits, one, one).tolist() == [0]
+
+
+def test_the_reference_takes_token_ids_of_any_integer_type() -> None:
+    """As slabs have them: int32."""
+    logits, seeds, positions = torch.randn(2, 4), torch.tensor([1, 2]), torch.tensor([3, 4])
+    ids = torch.tensor([[30, 12, 99, 40]])
+    wide = gumbel_argmax_reference(logits, seeds, positions, ids)
+    narrow = gumbel_argmax_reference(logits, seeds, positions, ids.int())
+    assert narrow.dtype == torch.int64
+    assert narrow.tolist() == wide.tolist()
