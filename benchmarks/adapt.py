@@ -109,6 +109,9 @@ def main(
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of engine.alignment, for all sides.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Of each part; default: by part.")] = None,
     pause: Annotated[float, typer.Option(min=0, help="A stream's client waits so many times an answer's time.")] = 1.0,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of each stream, within its time; default: all of it.")
+    ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of each domain.")] = 40,
     trial: Annotated[bool, typer.Option(help="Measure with trial prompts, to choose options by.")] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 128,
@@ -130,6 +133,7 @@ def main(
         "options": option or [],
         "domains": domain,
         "pause": pause,
+        "tokens": tokens,
         "prompts": min(prompts, 4) if quick else prompts,
         "trial": trial,
         "max_tokens": min(max_tokens, 64) if quick else max_tokens,

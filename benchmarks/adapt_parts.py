@@ -130,12 +130,13 @@ async def _stream(
     server: Server, tenant: str, prompts: Sequence[Prompt], seconds: float, plan: Plan, record: Record
 ) -> None:
     """One client that asks, reads, pauses, and asks again."""
-    started, told = time.monotonic(), 0.0
+    started, told, tokens = time.monotonic(), 0.0, 0
     for prompt in cycle(prompts):
         at = time.monotonic() - started
-        if at >= seconds:
+        if at >= seconds or (plan.tokens is not None and tokens >= plan.tokens):
             break
         answer = await server.ask(prompt, tenant, plan.max_tokens)
+        tokens += answer.tokens
         record.answer(server, STREAM, replace(answer, at=at))
         if server.side.aligns and at - told >= _STATE_SECONDS:
             told = at
