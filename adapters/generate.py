@@ -40,11 +40,12 @@ _CLIENT = b"generate"
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to make; ``round`` numbers the passes over all prompts."""
+    """One answer to make; ``round`` numbers the passes over all prompts. A ``given`` answer is read instead."""
 
     prompt_id: str
     text: str
     round: int
+    given: str | None = None
 
     @property
     def key(self) -> int:
@@ -60,21 +61,21 @@ def _hash(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
 
 
-def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """(id, user message) of the training prompts in the domains that may be trained on."""
+def read_prompts(path: Path) -> list[Job]:
+    """The training prompts in the domains that may be trained on, as jobs of round 0."""
     rows = map(json.loads, path.read_text().splitlines())
     return [
-        (row["id"], row["messages"][0]["content"])
+        Job(row["id"], row["messages"][0]["content"], 0, *(message["content"] for message in row["messages"][1:]))
         for row in rows
         if row["split"] == "train" and row["domain"] in TRAINING_DOMAINS
     ]
 
 
-def jobs_of(prompts: Sequence[tuple[str, str]], rounds: int) -> Iterator[Job]:
+def jobs_of(prompts: Sequence[Job], rounds: int) -> Iterator[Job]:
     """Each round over all prompts in an order of its own."""
     for number in range(rounds):
-        for prompt_id, text in sorted(prompts, key=lambda prompt: _hash("order", str(number), prompt[0])):
-            yield Job(prompt_id, text, number)
+        for job in sorted(prompts, key=lambda job: _hash("order", str(number), job.prompt_id)):
+            yield replace(job, round=number)
 
 
 def loop_start(token_ids: Sequence[int]) -> int | None:
@@ -138,10 +139,13 @@ class Generator:
         prompt = self._tokenizer.encode(self._tokenizer.apply_chat_template(messages), add_special_tokens=False)
         if len(prompt) > self._max_prompt:
             return
+        # A given answer goes in with the prompt. The one token made after it has no features, so it is cut off again.
+        given = [] if job.given is None else self._tokenizer.encode(job.given, add_special_tokens=False)
+        sampling = job.sampling(1 if given else self._max_tokens)
         request_id = str(job.key)
-        self._running[request_id] = job, prompt, []
+        self._running[request_id] = job, prompt, given
         request = EngineRequest(
-            request_id=request_id, prompt_token_ids=prompt, sampling=job.sampling(self._max_tokens), tenant="train"
+            request_id=request_id, prompt_token_ids=[*prompt, *given], sampling=sampling, tenant="train"
         )
         self._core.add(_CLIENT, request)
 
@@ -165,13 +169,20 @@ class Generator:
 
 
 def data_directory(model_name: str) -> Path:
+    """Of the shards of a target's own answers."""
     return CACHE / "train" / model_name
+
+
+def text_directory(model_name: str) -> Path:
+    """Of the shards of given text, which is neither validated on nor counted for vocabularies."""
+    return data_directory(model_name) / "text"
 
 
 def main(
     model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
     tokens: Annotated[int, typer.Option(help="Stop at so many answer tokens, all runs together.")] = 5_000_000,
     prompts: Annotated[Path, typer.Option(help="Prompts of benchmarks.prompts.build.")] = CACHE / "prompts/train.jsonl",
+    text: Annotated[Path | None, typer.Option(help="Read passages of benchmarks.prompts.text, answer nothing.")] = None,
     batch: Annotated[int, typer.Option(help="Answers at a time.")] = 96,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 320,
     max_prompt: Annotated[int, typer.Option(help="Longer prompts are left out.")] = 700,
@@ -188,13 +199,13 @@ def main(
         runtime=RuntimeConfig(threads=threads),
     )
     files = resolve_model(config.model)
-    directory = data_directory(files.name)
+    directory = data_directory(files.name) if text is None else text_directory(files.name)
     spec = validate_model_files(files)
     recorder = FeatureRecorder(recorded_layers(spec))
     core = EngineCore(config, files, spec, draft=recorder)
     generator = Generator(core, recorder, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
     done = written_keys(directory)
-    jobs = (job for job in jobs_of(read_prompts(prompts), rounds) if job.key not in done)
+    jobs = (job for job in jobs_of(read_prompts(text or prompts), rounds if text is None else 1) if job.key not in done)
     started, made = time.monotonic(), 0
     pending: list[tuple[Conversation, torch.Tensor]] = []
     for conversation, features in generator.run(jobs):

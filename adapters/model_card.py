@@ -33,6 +33,10 @@ _DATA = (
     "the target's own answers to the training prompts of `benchmarks.prompts.build --train` (general questions and "
     "code), and those prompts, made by `python -m adapters.generate {target}`; labels are the target's distributions"
 )
+_TEXT = (
+    "; in the one-step phase also passages of manuals and code (`benchmarks.prompts.text`), read by "
+    "`python -m adapters.generate {target} --text`"
+)
 
 
 def machine() -> str:
@@ -42,13 +46,20 @@ def machine() -> str:
 
 
 def write_card(
-    directory: Path, target: str, command: Sequence[str], seed: int, phases: str, history: Sequence[dict[str, Any]]
+    directory: Path,
+    target: str,
+    with_text: bool,
+    command: Sequence[str],
+    seed: int,
+    phases: str,
+    history: Sequence[dict[str, Any]],
 ) -> None:
     """Write README.md and training.png.
 
     Args:
         directory: of the draft.
         target: name of the model it drafts for.
+        with_text: whether given text was learned from too.
         command: that trained it.
         seed: of the run.
         phases: in words.
@@ -60,7 +71,7 @@ def write_card(
         target=target,
         megabytes=(directory / "draft.safetensors").stat().st_size / 1e6,
         command=" ".join(command),
-        data=_DATA.format(target=target),
+        data=(_DATA + _TEXT if with_text else _DATA).format(target=target),
         seed=seed,
         anchors=last["anchors"],
         distinct=last["distinct"],

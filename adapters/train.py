@@ -36,6 +36,8 @@ class Phase:
     step_weights: tuple[float, ...]
     learning_rate: float
     batch_tokens: int
+    with_text: bool = False
+    """Learn from given text too, not from the target's own answers alone."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Trainer:
         spec: the target's shape.
         source: its weights.
         target_name: for the draft's config.
-        data: directory of shards.
+        data: directory of shards of answers.
+        text: directory of shards of given text; empty where there are none.
         checkpoints: directory of this run.
         output: where the draft goes, anew with every validation.
         report: called with progress, training loss by step, and the accuracy where it was just measured.
@@ -80,12 +83,13 @@ class Trainer:
         source: WeightSource,
         target_name: str,
         data: Path,
+        text: Path,
         checkpoints: Path,
         output: Path,
         report: Callable[[Progress, Sequence[float], Accuracy | None], None],
     ) -> None:
         torch.manual_seed(config.seed)
-        self._config, self._spec, self._data = config, spec, data
+        self._config, self._spec, self._data, self._text = config, spec, data, text
         self._checkpoints, self._output, self._report = checkpoints, output, report
         self._width = (len(config.capture_layers) + 1) * spec.hidden_size
         self._dataset = self._read_dataset()
@@ -121,7 +125,7 @@ class Trainer:
     def _epoch(self, phase: Phase, begin: int) -> None:
         """One pass over the data that is there now, or the rest of the phase."""
         config, progress = self._config, self.progress
-        self._dataset = self._read_dataset()
+        self._dataset = self._read_dataset(phase.with_text)
         counts = self._dataset.token_counts(self._spec.vocab_size)
         core = counts.argsort(descending=True)[: config.core_rows]
         generator = np.random.default_rng((config.seed, progress.epoch))
@@ -179,8 +183,9 @@ class Trainer:
         self._export()
         self._report(self.progress, means, accuracy)
 
-    def _read_dataset(self, validation: bool = False) -> Dataset:
-        return Dataset(shard_paths(self._data), self._width, self._spec.hidden_size, validation)
+    def _read_dataset(self, with_text: bool = False, validation: bool = False) -> Dataset:
+        shards = [*shard_paths(self._data), *(shard_paths(self._text) if with_text else ())]
+        return Dataset(shards, self._width, self._spec.hidden_size, validation)
 
     def _validation_batches(self) -> list[Batch]:
         """A fixed sample of the held-out conversations."""

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from adapters import checkpoint
-from adapters.generate import data_directory, recorded_layers
+from adapters.conversations import shard_paths
+from adapters.generate import data_directory, recorded_layers, text_directory
 from adapters.model_card import write_card
 from adapters.train import Phase, TrainConfig, Trainer
 from adapters.validation import Accuracy
@@ -24,8 +25,8 @@ from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.spec.load import DRAFTS
 
-UNROLLED_WEIGHTS = tuple(0.9**step for step in range(5))
-"""Of the losses of the unrolled steps, as in EAGLE-3's code."""
+STEP_DISCOUNT = 0.9
+"""Weight of an unrolled step's loss against that of the step before, as in EAGLE-3's code."""
 
 
 class Display:
@@ -64,7 +65,8 @@ def main(
     model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
     output: Annotated[Path | None, typer.Option(help="Directory of the draft; default: drafts/<model>.")] = None,
     one_step: Annotated[int, typer.Option(help="Positions of the one-step phase.")] = 6_000_000,
-    unrolled: Annotated[int, typer.Option(help="Positions of the phase with five unrolled steps.")] = 3_000_000,
+    unrolled: Annotated[int, typer.Option(help="Positions of the unrolled phase.")] = 3_000_000,
+    steps: Annotated[int, typer.Option(help="Unrolled steps.")] = 5,
     intermediate_size: Annotated[int, typer.Option(help="Width of the MLP; 0: the target's.")] = 0,
     learning_rate: Annotated[float, typer.Option(help="Peak of the first phase.")] = 2e-3,
     unrolled_learning_rate: Annotated[float, typer.Option(help="Peak of the second phase.")] = 1e-3,
@@ -81,21 +83,21 @@ def main(
         capture_layers=recorded_layers(spec)[:-1],
         intermediate_size=intermediate_size or spec.intermediate_size,
         phases=(
-            Phase(one_step, (1.0,), learning_rate, batch_tokens),
-            Phase(unrolled, UNROLLED_WEIGHTS, unrolled_learning_rate, batch_tokens),
+            Phase(one_step, (1.0,), learning_rate, batch_tokens, with_text=True),
+            Phase(unrolled, tuple(STEP_DISCOUNT**n for n in range(steps)), unrolled_learning_rate, batch_tokens),
         ),
         seed=seed,
     )
-    directory, output = data_directory(files.name), output or DRAFTS / files.name
+    directory, text, output = data_directory(files.name), text_directory(files.name), output or DRAFTS / files.name
+    weights, checkpoints = open_weights(files), directory / "runs" / run
     with Display(one_step + unrolled) as display:
-        trainer = Trainer(
-            config, spec, open_weights(files), files.name, directory, directory / "runs" / run, output, display.report
-        )
+        trainer = Trainer(config, spec, weights, files.name, directory, text, checkpoints, output, display.report)
         trainer.run()
     history = trainer.progress.history
     (output / "training.json").write_text(json.dumps(history, indent=1) + "\n")
-    phases = f"{one_step:,} with one step, {unrolled:,} with {len(UNROLLED_WEIGHTS)} unrolled steps"
-    write_card(output, files.name, ["evospec train-draft", *sys.argv[1:]], seed, phases, history)
+    phases = f"{one_step:,} with one step, {unrolled:,} with {steps} unrolled steps"
+    command = ["evospec train-draft", *sys.argv[1:]]
+    write_card(output, files.name, bool(shard_paths(text)), command, seed, phases, history)
 
 
 if __name__ == "__main__":

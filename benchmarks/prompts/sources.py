@@ -111,7 +111,7 @@ def _mt_bench(path: Path) -> Iterator[Item]:
 
 def _wordnet(path: Path) -> Iterator[Item]:
     """Single-word nouns that occur in WordNet's sense-tagged text at least five times, with their first gloss."""
-    with tarfile.open(fileobj=io.BytesIO(_debian_data(path))) as archive:
+    with tarfile.open(fileobj=io.BytesIO(debian_data(path))) as archive:
         glosses = archive.extractfile("./usr/share/wordnet/data.noun")
         counts = archive.extractfile("./usr/share/wordnet/cntlist.rev")
         assert glosses is not None
@@ -128,7 +128,7 @@ def _wordnet(path: Path) -> Iterator[Item]:
                 yield Item(word, word, f"{word}: {line.partition('| ')[2].strip()}")
 
 
-def _debian_data(path: Path) -> bytes:
+def debian_data(path: Path) -> bytes:
     """The uncompressed data tar of a .deb."""
     return subprocess.run(["dpkg-deb", "--fsys-tarfile", str(path)], capture_output=True, check=True).stdout
 

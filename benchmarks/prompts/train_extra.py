@@ -74,7 +74,7 @@ def code_prompts() -> Iterator[tuple[Item, str]]:
 
 
 def _functions() -> Iterator[Item]:
-    for path, name in _python_files():
+    for path, name in python_files():
         try:
             source = path.read_text()
             nodes = ast.parse(source).body
@@ -89,7 +89,7 @@ def _functions() -> Iterator[Item]:
                     yield Item(f"{name}:{node.name}:{node.lineno}", node.name, text)
 
 
-def _python_files() -> Iterator[tuple[Path, str]]:
+def python_files() -> Iterator[tuple[Path, str]]:
     library, site = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     roots = [library, *(site / name for name in PACKAGES.split())]
     for root in roots:
