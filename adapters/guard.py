@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 from adapters.scoring import Score
 from engine.adapters_config import GuardConfig
 from engine.ipc.verify_record import VerifyRecord
@@ -48,9 +50,19 @@ def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) ->
 
 
 def _difference(score: Score, other: Score) -> tuple[float, float]:
-    """Mean and standard error of how many more tokens are accepted in a chain."""
+    """Mean and standard error of how many more tokens are accepted in a chain.
+
+    The error is that over requests (clusters): neighbouring chains share tokens and differ alike, so taken for
+    independent they would look surer than they are. Infinite of one request.
+    """
     more = score.accepted - other.accepted
-    return float(more.mean()), float(more.std(correction=0)) / math.sqrt(len(more))
+    mean = more.mean()
+    count = int(score.requests.max()) + 1
+    if count < 2:
+        return float(mean), math.inf
+    of_request = torch.zeros(count).index_add_(0, score.requests, more - mean)
+    error = math.sqrt(count / (count - 1) * float(of_request.square().sum())) / len(more)
+    return float(mean), error
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.chains import Chains, collate
+from adapters.chains import ChainBatch, Chains, collate
 from adapters.curriculum_loss import CurriculumLoss
 from adapters.records import Segment
 
@@ -29,6 +29,8 @@ class Score:
     loss: float
     accepted: torch.Tensor
     """[chains] float32, of which ``agreement`` is the mean"""
+    requests: torch.Tensor
+    """[chains] int64, which request each chain is of; chains of one request are alike."""
 
 
 @torch.no_grad()
@@ -47,11 +49,19 @@ def score(
     vocab = len(chains.target.head)
     sample = torch.randint(0, vocab, (_RANDOM_ROWS,), generator=torch.Generator().manual_seed(_SEED))
     token_ids = torch.unique(torch.cat((batch.wanted_ids, sample)))
+    requests = _requests(segments, batch)
     scores, loss = [], CurriculumLoss(beta=0.0)
     for each in weights:
         logits, columns = chains.logits(batch, each, token_ids)
         hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
         accepted = hits.float().cumprod(-1).sum(-1)
         total = loss(logits, columns, batch.top_logits, batch.mask).total
-        scores.append(Score(float(accepted.mean()), float(total), accepted))
+        scores.append(Score(float(accepted.mean()), float(total), accepted, requests))
     return scores
+
+
+def _requests(segments: Sequence[Segment], batch: ChainBatch) -> torch.Tensor:
+    """Of each chain of a batch, a number of the request that it is of."""
+    numbers: dict[str, int] = {}
+    of_segment = [numbers.setdefault(segment.request_id, len(numbers)) for segment in segments]
+    return torch.tensor(of_segment)[batch.starts // batch.inputs.shape[1]]

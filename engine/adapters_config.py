@@ -64,7 +64,7 @@ class TrainingConfig(_Section):
         default=1024, ge=0, description="Random rows of the head that an update counts as wrong answers."
     )
     history_share: float = Field(default=0.5, ge=0, lt=1, description="Share of an update that is older positions.")
-    updates_per_version: int = Field(default=8, ge=1, description="Updates before a version is scored and published.")
+    updates_per_version: int = Field(default=32, ge=1, description="Updates before a version is scored and published.")
 
 
 class ReplayConfig(_Section):
@@ -87,7 +87,7 @@ class ReplayConfig(_Section):
 class GuardConfig(_Section):
     """When a version is refused, and when it is taken back."""
 
-    min_held_out: int = Field(default=48, ge=1, description="Fewest held-out positions to score a version on.")
+    min_held_out: int = Field(default=256, ge=1, description="Fewest held-out positions to score a version on.")
     agreement_margin: float = Field(
         default=0.01,
         ge=0,

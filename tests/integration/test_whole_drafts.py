@@ -96,7 +96,7 @@ def eager_config(directory: Path, url: str) -> AdaptersConfig:
     return make_alignment(directory / "shared", url, "osd").model_copy(
         update={
             "state_directory": directory / "state",
-            "training": TrainingConfig(method="osd", learning_rate=0.3, horizon=4),
+            "training": TrainingConfig(method="osd", learning_rate=0.3, horizon=4, updates_per_version=8),
             "replay": ReplayConfig(segment_positions=32, context_positions=8),
             "guard": GuardConfig(min_held_out=24, min_watched=32, watched_records=128),
             "pace": PaceConfig(step_seconds=10.0),

@@ -83,9 +83,11 @@ def test_few_records_prove_nothing(right: int, wrong: int) -> None:
     assert not many.is_below(many, 0.0, 3.0)
 
 
-def scored(loss: float, *accepted: float) -> Score:
+def scored(loss: float, *accepted: float, num_requests: int = 50) -> Score:
+    """Chains of these numbers of tokens, 50 times, the neighbours among them of one request."""
     tokens = torch.tensor(accepted, dtype=torch.float32).repeat(50)
-    return Score(float(tokens.mean()), loss, tokens)
+    requests = torch.arange(len(tokens)) * num_requests // len(tokens)
+    return Score(float(tokens.mean()), loss, tokens, requests)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,15 @@ def scored(loss: float, *accepted: float) -> Score:
 def test_versions_are_judged_by_what_would_be_accepted(candidate: Score, verdict: Verdict) -> None:
     now = scored(2.0, 1, 1, 1, 1)
     assert judge(candidate, now, now, CONFIG)[0] is verdict
+
+
+def test_chains_of_few_requests_are_no_proof() -> None:
+    """200 chains each: of 50 requests half of which gain a token, of 2 one of which does, of 1."""
+    for num_requests, verdict in ((50, Verdict.PUBLISH), (2, Verdict.TRAIN_ON), (1, Verdict.TRAIN_ON)):
+        now = scored(2.0, 1, 1, 1, 1, num_requests=num_requests)
+        gained = (now.requests % 2 == 0).float()
+        candidate = Score(float((now.accepted + gained).mean()), 1.0, now.accepted + gained, now.requests)
+        assert judge(candidate, now, now, CONFIG)[0] is verdict, num_requests
 
 
 def test_version_better_than_a_bad_one_must_not_be_worse_than_the_base() -> None:
