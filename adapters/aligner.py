@@ -90,15 +90,11 @@ class KeyAligner:
         """Whether ``work`` has something worthwhile to do."""
         if self.state.is_frozen:
             return False
-        if self._is_due:
-            return self._guard.may_be_followed and (
-                self.replay.num_held_out_positions >= self._config.guard.min_held_out
-            )
-        return self._trigger.wants_update(self.replay.num_new_positions)
+        return self._may_judge or self._trigger.wants_update(self.replay.num_new_positions)
 
     def work(self) -> None:
         """One update, or the scoring of what the last ones gave."""
-        if self._is_due:
+        if self._may_judge:
             self._judge()
         else:
             self._update()
@@ -173,8 +169,13 @@ class KeyAligner:
         )
 
     @property
-    def _is_due(self) -> bool:
-        return self._num_unjudged >= self._config.training.updates_per_version
+    def _may_judge(self) -> bool:
+        """Whether weights are due for scoring, and enough is known to score them and to let them follow."""
+        return (
+            self._num_unjudged >= self._config.training.updates_per_version
+            and self._guard.may_be_followed
+            and self.replay.num_held_out_positions >= self._config.guard.min_held_out
+        )
 
     def _update(self) -> None:
         training = self._config.training

@@ -15,6 +15,7 @@ from engine.adapters_config import GuardConfig
 from engine.ipc.verify_record import VerifyRecord
 
 _OFFLINE_SIGMAS = 2.0
+_MIN_REQUESTS = 4
 _CHECK_EVERY = 32
 _MIN_COMPARED = 32
 
@@ -53,12 +54,12 @@ def _difference(score: Score, other: Score) -> tuple[float, float]:
     """Mean and standard error of how many more tokens are accepted in a chain.
 
     The error is that over requests (clusters): neighbouring chains share tokens and differ alike, so taken for
-    independent they would look surer than they are. Infinite of one request.
+    independent they would look surer than they are. Infinite of very few requests.
     """
     more = score.accepted - other.accepted
     mean = more.mean()
     count = int(score.requests.max()) + 1
-    if count < 2:
+    if count < _MIN_REQUESTS:
         return float(mean), math.inf
     of_request = torch.zeros(count).index_add_(0, score.requests, more - mean)
     error = math.sqrt(count / (count - 1) * float(of_request.square().sum())) / len(more)

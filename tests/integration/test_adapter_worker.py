@@ -29,6 +29,7 @@ from engine.ipc.adapter_control import (
     decode_status,
     encode_command,
 )
+from engine.ipc.weight_layout import WeightLayout
 from engine.models.lora import lora_layout
 from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
 from tests.integration.test_token_log import Valkey
@@ -181,10 +182,10 @@ def test_noise_is_never_published(config: AdaptersConfig, draft: TinyDraft, answ
 
 def test_poisoned_version_is_taken_back(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
     """Random weights past the offline check are gone after at most 300 records of theirs, and stay in quarantine."""
-    layout = lora_layout(draft.chains.draft.config, config.rank, config.targets, draft.base)
-    store = AdapterStore(config.state_directory / draft.base[:16], layout)
+    store = make_store(config, draft)
     state = store.load_state("t")
-    state.good_revision = store.save(state, {t.name: torch.randn(t.shape).to(t.dtype) for t in layout.tensors})
+    weights = {t.name: torch.randn(t.shape).to(t.dtype) for t in adapter_layout(config, draft).tensors}
+    state.good_revision = store.save(state, weights)
     store.save_state(state)
     engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
     normal = engine.acceptance(answers[160:])
@@ -203,6 +204,14 @@ def test_poisoned_version_is_taken_back(config: AdaptersConfig, draft: TinyDraft
     assert (status(config).revision, status(config).good_revision) == (0, 0)
     assert [path.name for path in store_files(config, "quarantine/*")] == ["revision-1.safetensors"]
     worker.close()
+
+
+def adapter_layout(config: AdaptersConfig, draft: TinyDraft) -> WeightLayout:
+    return lora_layout(draft.chains.draft.config, config.rank, config.targets, draft.base)
+
+
+def make_store(config: AdaptersConfig, draft: TinyDraft) -> AdapterStore:
+    return AdapterStore(config.state_directory / draft.base[:16], adapter_layout(config, draft))
 
 
 def store_files(config: AdaptersConfig, pattern: str) -> list[Path]:
@@ -234,12 +243,13 @@ def test_keys_without_a_slot_give_way_and_return(
     """Three tenants, two slots: the one not heard of longest is swapped to disk, and comes back as it was."""
     engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
     serve_until_published(engine, worker, answers, 3)
-    good = status(config).good_revision
     for tenant in ("second", "third"):
         engine.serve(answers[:2], tenant)
         step_until(worker, lambda tenant=tenant: tenant in statuses(config)[1])  # type: ignore[misc]
     step_until(worker, lambda: "t" not in statuses(config)[1])
     assert engine.version("t") == 0
+    good = make_store(config, draft).load_state("t").good_revision
+    assert good > 0
     engine.serve(answers[:2])
     step_until(worker, lambda: engine.version("t") > 0)
     step_until(worker, lambda: status(config).revision == good)

@@ -106,10 +106,11 @@ def test_versions_are_judged_by_what_would_be_accepted(candidate: Score, verdict
 
 
 def test_chains_of_few_requests_are_no_proof() -> None:
-    """200 chains each: of 50 requests half of which gain a token, of 2 one of which does, of 1."""
-    for num_requests, verdict in ((50, Verdict.PUBLISH), (2, Verdict.TRAIN_ON), (1, Verdict.TRAIN_ON)):
+    """200 chains each: of 50 requests half of which gain a token, of 5 one of which does, of 3 and 1 that all do."""
+    few, all_gain = Verdict.TRAIN_ON, 1
+    for num_requests, every, verdict in ((50, 2, Verdict.PUBLISH), (5, 5, few), (3, all_gain, few), (1, all_gain, few)):
         now = scored(2.0, 1, 1, 1, 1, num_requests=num_requests)
-        gained = (now.requests % 2 == 0).float()
+        gained = (now.requests % every == 0).float()
         candidate = Score(float((now.accepted + gained).mean()), 1.0, now.accepted + gained, now.requests)
         assert judge(candidate, now, now, CONFIG)[0] is verdict, num_requests
 
