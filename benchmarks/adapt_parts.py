@@ -129,19 +129,22 @@ async def _load_run(server: Server, prompts: Sequence[Prompt], number: int, plan
 async def _stream(
     server: Server, tenant: str, prompts: Sequence[Prompt], seconds: float, plan: Plan, record: Record
 ) -> None:
-    """One client that asks, reads, pauses, and asks again."""
+    """Clients that ask, read, pause, and ask again, each the next prompt."""
     started, told, tokens = time.monotonic(), 0.0, 0
-    for prompt in cycle(prompts):
-        at = time.monotonic() - started
-        if at >= seconds or (plan.tokens is not None and tokens >= plan.tokens):
-            break
-        answer = await server.ask(prompt, tenant, plan.max_tokens)
-        tokens += answer.tokens
-        record.answer(server, STREAM, replace(answer, at=at))
-        if server.side.aligns and at - told >= _STATE_SECONDS:
-            told = at
-            record.state(server, tenant, at)
-        await asyncio.sleep(plan.pause * answer.seconds)
+    waiting = cycle(prompts)
+
+    async def client() -> None:
+        nonlocal told, tokens
+        while (at := time.monotonic() - started) < seconds and (plan.tokens is None or tokens < plan.tokens):
+            answer = await server.ask(next(waiting), tenant, plan.max_tokens)
+            tokens += answer.tokens
+            record.answer(server, STREAM, replace(answer, at=at))
+            if server.side.aligns and at - told >= _STATE_SECONDS:
+                told = at
+                record.state(server, tenant, at)
+            await asyncio.sleep(plan.pause * answer.seconds)
+
+    await asyncio.gather(*(client() for _ in range(plan.clients)))
     if server.side.aligns:
         record.state(server, tenant, time.monotonic() - started)
     record.save()
