@@ -20,7 +20,7 @@ FULL = "full"
 NANOSPEC = "nanospec"
 HARD_SWITCH = "hard-switch"
 """N-grams of the context where they match, else EAGLE-3 over the full head (vLLM's pull request 24344)."""
-_NANOSPEC = "graph=false,semantic=false,tenant_memory=false,prior=off,replacement=lru,cold"
+_NANOSPEC = "target_signal=every,graph=false,semantic=false,tenant_memory=false,prior=off,replacement=lru,cold"
 _PAPER, _PAPER_TAIL = "semantic=true,target_signal=events,tenant_memory=false,prior=off", 256
 _LARGE = 100_000
 _MAX_SESSIONS = 16
@@ -104,7 +104,7 @@ class Sizes:
     def ablations(self) -> list[str]:
         """For part ``sources``: ours, less or more of one thing."""
         switches = [
-            *("in_context=false", "target_signal=off", "target_signal=events", "graph=false", "semantic=true"),
+            *("in_context=false", "target_signal=off", "target_signal=every", "graph=false", "semantic=true"),
             *("tenant_memory=false", "prior=off", "prior=fixed", "prior_order=1", "prior_order=2"),
             *("replacement=lru", "replacement=decayed", "cold"),
         ]
@@ -122,5 +122,5 @@ def sizes_of(model: str) -> Sizes:
     if tokenizer.vocab_size >= _LARGE:
         others = ("dynamic:2048+1024", "dynamic:32768+1024", "dynamic:full+0")
         return Sizes(num_special, 32768, (8192, 2048), "dynamic:8192+1024", others)
-    others = ("dynamic:1024+512", "dynamic:4096+1024", "dynamic:full+0")
-    return Sizes(num_special, tokenizer.vocab_size // 4, (4096, 1024), "dynamic:2048+1024", others)
+    others = ("dynamic:2048+1024", "dynamic:full+0")
+    return Sizes(num_special, tokenizer.vocab_size // 4, (4096, 3072, 1024), "dynamic:512+512", others)

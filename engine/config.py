@@ -88,7 +88,7 @@ class DynamicConfig(_Section):
     )
     in_context: bool = Field(default=True, description="The prompt's and the answer's own tokens enter the tail.")
     target_signal: Literal["off", "events", "every"] = Field(
-        default="every",
+        default="events",
         description="The target's most likely tokens enter the tail: at verified positions whose token could not be "
         "drafted (events), or at every one.",
     )

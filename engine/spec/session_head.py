@@ -22,6 +22,7 @@ from engine.vocab.bigram_graph import BigramGraph, BigramGraphError
 from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_vocab import DraftVocab, Resources
 from engine.vocab.fingerprint import vocabulary_fingerprint
+from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS
 from engine.vocab.semantic import SemanticIndex, open_semantic_index
 from kernels.draft_head import TailSlabs
 
@@ -95,6 +96,8 @@ def make_session_head(
         slots=slots,
         graph=_load_graph(options, directory, tokenizer.vocab_size),
         semantic=_open_index(config, loaded, core) if options.semantic and slots else None,
+        # A draft model copies from the text by itself, so its prior has to show that it helps.
+        start_weights=None if config.speculation.method == "draft_model" else LIGHT_DRAFT_WEIGHTS,
     )
     return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources))
 

@@ -13,14 +13,18 @@ from engine.vocab.bigram_graph import CONTINUATIONS, LOG_PROB_SCALE, BigramGraph
 from engine.vocab.context_table import WAYS
 from engine.vocab.continuations import Continuations
 from engine.vocab.ngrams import PRESENCE_FLOOR, lookup, presence
-from engine.vocab.prior import LEARNING_RATE, MAX_WEIGHT, NUM_FEATURES, Candidates, bonus_features
+from engine.vocab.prior import (
+    LEARNING_RATE,
+    LIGHT_DRAFT_WEIGHTS,
+    MAX_WEIGHT,
+    NUM_FEATURES,
+    Candidates,
+    bonus_features,
+)
 from engine.vocab.prior_weights import learn
 from engine.vocab.session_vocab import SessionVocab
 from engine.vocab.text_matches import match_continuations
 from kernels import native_prior
-
-FIXED_WEIGHTS = np.array([0.5, 0.5, 1.0, 0.2, 1.5], np.float32)
-"""[NUM_FEATURES]: about where the learned ones end with a light draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class DraftPrior:
     """Adds bonuses to draft logits by what followed before, and learns their weights session by session.
 
     Args:
-        learned: weights that follow verification; False: ``FIXED_WEIGHTS``.
+        learned: weights that follow verification; False: ``LIGHT_DRAFT_WEIGHTS``.
         order: longest n-grams that count, 1 to 3.
         graph: what follows what in general text; None without.
         matches: whether repeats of any length in the sequence's own text count.
@@ -118,7 +122,7 @@ class DraftPrior:
 
     def _weights(self, sessions: Sequence[SessionVocab]) -> NDArray[np.float32]:
         if not self._learned:
-            return np.tile(FIXED_WEIGHTS, (len(sessions), 1))
+            return np.tile(np.array(LIGHT_DRAFT_WEIGHTS, np.float32), (len(sessions), 1))
         return np.stack([session.weights.bonus for session in sessions])
 
 

@@ -40,7 +40,8 @@ class Resources:
 
     ``fingerprint`` of its tokens. ``tails``: memory for ``slots`` tokens of each of ``DynamicConfig.max_sessions``
     sequences, and one slab more, always empty, for the others; None where tails have no slots. ``graph`` and
-    ``semantic``: the indices, if there are any.
+    ``semantic``: the indices, if there are any. ``start_weights`` [NUM_FEATURES]: where the prior of a tenant's first
+    session starts; None: at zeros.
     """
 
     core: CoreSet
@@ -49,6 +50,7 @@ class Resources:
     slots: int = 0
     graph: BigramGraph | None = None
     semantic: SemanticIndex | None = None
+    start_weights: Sequence[float] | None = None
 
 
 @dataclass(slots=True)
@@ -232,7 +234,8 @@ class DraftVocab:
         state = self._states[request.request_id]
         snapshot = self._read(state)
         owner = Owner(request.tenant, state.domain or None if state else None)
-        weights = None if self._memory is None else self._memory.weights(owner.tenant, owner.domain)
+        known = None if self._memory is None else self._memory.weights(owner.tenant, owner.domain)
+        weights = known or self._resources.start_weights
         slots = self._resources.slots
         tail = make_replacement(self._options.replacement, slots) if slots else None
         vocab = make_session(owner, self._free.pop(), self._resources.core, tail, snapshot, weights)

@@ -24,6 +24,8 @@ would continue in the sequence's own text."""
 NUM_FEATURES = len(FEATURES)
 MAX_WEIGHT = 10.0
 LEARNING_RATE = 0.05
+LIGHT_DRAFT_WEIGHTS = (0.5, 0.5, 1.0, 0.2, 1.5)
+"""[NUM_FEATURES]: of ``prior`` fixed, and where the first session of a tenant begins with a light draft."""
 
 FloatArray = NDArray[np.float32] | NDArray[np.float64]
 LogitsOf = Callable[[NDArray[np.int32]], NDArray[np.float32]]

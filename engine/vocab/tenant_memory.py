@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.prior import MAX_WEIGHT, NUM_FEATURES
+from engine.vocab.prior import MAX_WEIGHT
 
 MAX_TENANTS, MAX_DOMAINS, MAX_TOKENS = 256, 16, 4096
 HALF_LIFE = 8192.0
@@ -96,11 +96,11 @@ class TenantMemory:
             token_ids |= dict.fromkeys(memory.counts.top(limit))
         return list(token_ids)[:limit]
 
-    def weights(self, tenant: str, domain: str | None) -> list[float]:
-        """Where a new session's prior starts: [NUM_FEATURES], zeros for a tenant not seen before."""
+    def weights(self, tenant: str, domain: str | None) -> list[float] | None:
+        """Where a new session's prior starts: [NUM_FEATURES]; None for a tenant not seen before."""
         known = (memory.weights for memory in self._known(tenant, domain) if memory.weights is not None)
-        weights: list[float] = next(known, np.zeros(NUM_FEATURES)).tolist()
-        return weights
+        found = next(known, None)
+        return None if found is None else found.tolist()
 
     def forget(self, tenant: str) -> None:
         """Drop all that is known of a tenant."""

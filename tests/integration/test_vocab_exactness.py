@@ -33,7 +33,7 @@ SETTINGS = {
     "cached": Setting(prefix_caching=True),
 }
 OPTIONS = {
-    "all": {"prefill_target_signal": 16},
+    "all": {"prefill_target_signal": 16, "target_signal": "every"},
     "semantic": {"semantic": True, "target_signal": "events"},
     "fixed": {"prior": "fixed", "replacement": "lru", "graph": False},
     "no prior": {"prior": "off", "replacement": "decayed", "tenant_memory": False},

@@ -42,13 +42,14 @@ class Slabs:
 class Harness:
     """Vocabularies, and sequences whose steps a test plays by hand."""
 
-    def __init__(self, **options: object) -> None:
+    def __init__(self, start_weights: Sequence[float] | None = None, **options: object) -> None:
         self.options = DynamicConfig(**({"max_sessions": 3} | options))
         self.slabs = Slabs(self.options.max_sessions + 1)
         text = np.tile(np.arange(200, 300, dtype=np.int32), 9)
         graph = build_bigram_graph([text], VOCAB)
         core = CoreSet(VOCAB, np.arange(CORE))
-        self.vocab = DraftVocab(self.options, Resources(core, FINGERPRINT, self.slabs, SLOTS, graph))
+        resources = Resources(core, FINGERPRINT, self.slabs, SLOTS, graph, start_weights=start_weights)
+        self.vocab = DraftVocab(self.options, resources)
         self.top: NDArray[np.int32] = np.arange(10, dtype=np.int32)
         """What the target thinks likely at every position."""
 
@@ -104,7 +105,7 @@ def test_events_bring_what_follows_by_the_graph() -> None:
 
 
 def test_hits_go_to_the_source_that_named_the_token_first() -> None:
-    harness = Harness(graph=False)
+    harness = Harness(graph=False, target_signal="every")
     harness.top = np.array([800, 801], np.int32)
     request = harness.start("a", [700])
     harness.verify(request, [700, 800, 3], drafts=[700, 800, 4])
@@ -188,6 +189,15 @@ def test_a_new_session_starts_from_its_tenants_last_ones() -> None:
     assert harness.vocab.slabs([request]) == [0]
     with_prior = harness.vocab.with_prior([request], ids, logits)
     assert with_prior[0, 1] > logits[0, 1]
+
+
+@pytest.mark.parametrize("tenant_memory", [True, False])
+def test_a_tenants_first_session_starts_with_the_weights_that_suit_the_draft(tenant_memory: bool) -> None:
+    start = [0.5, 0.25, 1.0, 0.0, 2.0]
+    harness = Harness(start, tenant_memory=tenant_memory)
+    snapshot = harness.end(harness.start("first", [5, 6], state=SessionState()))
+    assert snapshot is not None
+    assert decode(snapshot, FINGERPRINT, VOCAB).weights == start
 
 
 def test_tenants_share_nothing() -> None:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.vocab.prior import NUM_FEATURES
 from engine.vocab.tenant_memory import DecayedCounts, TenantMemory
 
 
@@ -58,14 +57,14 @@ def test_a_domain_comes_before_the_rest_of_its_tenant() -> None:
 
 def test_weights_average_over_sessions() -> None:
     memory = TenantMemory()
-    assert memory.weights("clinic", "oncology") == [0.0] * NUM_FEATURES
+    assert memory.weights("clinic", "oncology") is None
     memory.end_session("clinic", "oncology", [1.0, 2.0, 0.0, 0.0, 0.0])
     assert memory.weights("clinic", "oncology") == pytest.approx([1.0, 2.0, 0.0, 0.0, 0.0])
     for _ in range(30):
         memory.end_session("clinic", "oncology", [0.0, 3.0, 99.0, 0.0, 0.0])
     assert memory.weights("clinic", "oncology") == pytest.approx([0.0, 3.0, 10.0, 0.0, 0.0], abs=0.02)
-    assert memory.weights("clinic", "surgery") == memory.weights("clinic", None) != [0.0] * NUM_FEATURES
-    assert memory.weights("firm", "oncology") == [0.0] * NUM_FEATURES
+    assert memory.weights("clinic", "surgery") == memory.weights("clinic", None) is not None
+    assert memory.weights("firm", "oncology") is None
 
 
 def test_the_least_recent_tenants_and_domains_are_forgotten() -> None:
@@ -98,4 +97,4 @@ def test_forgetting_a_tenant_leaves_nothing() -> None:
     memory.forget("clinic")
     memory.forget("stranger")
     assert memory.top("clinic", "oncology", 5) == []
-    assert memory.weights("clinic", "oncology") == [0.0] * NUM_FEATURES
+    assert memory.weights("clinic", "oncology") is None
