@@ -12,6 +12,8 @@ from adapters.curriculum_loss import CurriculumLoss
 from adapters.records import Segment
 
 _RANDOM_ROWS = 2048
+_BATCH = 16
+"""Segments at a time, which bounds the memory of their logits."""
 _SEED = 20_260_527
 
 
@@ -45,23 +47,34 @@ def score(
     The draft chooses among all tokens that target or draft ever preferred in these segments and a fixed sample of the
     others, not the whole vocabulary: a head of 150,000 rows would cost as much as an update.
     """
-    batch = collate(segments, horizon)
+    batches = [collate(segments[at : at + _BATCH], horizon) for at in range(0, len(segments), _BATCH)]
     vocab = len(chains.target.head)
     sample = torch.randint(0, vocab, (_RANDOM_ROWS,), generator=torch.Generator().manual_seed(_SEED))
-    token_ids = torch.unique(torch.cat((batch.wanted_ids, sample)))
-    requests = _requests(segments, batch)
-    scores, loss = [], CurriculumLoss(beta=0.0)
-    for each in weights:
-        logits, columns = chains.logits(batch, each, token_ids)
+    token_ids = torch.unique(torch.cat([*(batch.wanted_ids for batch in batches), sample]))
+    requests = _requests(segments)
+    return [_score(chains, batches, each, token_ids, requests) for each in weights]
+
+
+def _score(
+    chains: Chains,
+    batches: Sequence[ChainBatch],
+    weights: Mapping[str, torch.Tensor],
+    token_ids: torch.Tensor,
+    requests: torch.Tensor,
+) -> Score:
+    accepted, total, loss = [], 0.0, CurriculumLoss(beta=0.0)
+    for batch in batches:
+        logits, columns = chains.logits(batch, weights, token_ids)
         hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
-        accepted = hits.float().cumprod(-1).sum(-1)
-        total = loss(logits, columns, batch.top_logits, batch.mask).total
-        scores.append(Score(float(accepted.mean()), float(total), accepted, requests))
-    return scores
+        accepted.append(hits.float().cumprod(-1).sum(-1))
+        total += float(loss(logits, columns, batch.top_logits, batch.mask).total) * len(batch.starts)
+    of_all = torch.cat(accepted)
+    return Score(float(of_all.mean()), total / len(of_all), of_all, requests)
 
 
-def _requests(segments: Sequence[Segment], batch: ChainBatch) -> torch.Tensor:
-    """Of each chain of a batch, a number of the request that it is of."""
+def _requests(segments: Sequence[Segment]) -> torch.Tensor:
+    """Of each chain, in the order of ``collate``, a number of the request that it is of."""
     numbers: dict[str, int] = {}
     of_segment = [numbers.setdefault(segment.request_id, len(numbers)) for segment in segments]
-    return torch.tensor(of_segment)[batch.starts // batch.inputs.shape[1]]
+    counts = [segment.num_anchors for segment in segments]
+    return torch.tensor(of_segment).repeat_interleave(torch.tensor(counts))

@@ -75,8 +75,8 @@ class ReplayConfig(_Section):
     )
     recent_segments: int = Field(default=32, ge=1, description="Segments kept in their order.")
     history_segments: int = Field(default=64, ge=0, description="Segments of a fair sample of everything before.")
-    held_out_segments: int = Field(default=32, ge=1, description="Most recent segments that versions are scored on.")
-    held_out_share: float = Field(default=0.125, gt=0, lt=1, description="Share of requests never trained on.")
+    held_out_segments: int = Field(default=128, ge=1, description="Most recent segments that versions are scored on.")
+    held_out_share: float = Field(default=0.2, gt=0, lt=1, description="Share of requests never trained on.")
     segment_positions: int = Field(default=64, ge=8, description="Positions of a segment, its context included.")
     context_positions: int = Field(default=24, ge=0, description="Of these, taken over from the segment before.")
     sampled_share: float = Field(
