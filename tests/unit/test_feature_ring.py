@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from ctypes import c_int64
@@ -18,12 +17,10 @@ from interleaving import at_line, before_each_line, count_lines
 
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
 from engine.ipc.shared_file import SharedMemoryError
+from tests.killable_processes import processes
 
 CODE = "/engine/ipc/"
 WIDTH = 6
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["engine.ipc.feature_ring", "pytest", "hypothesis"])
 
 
 def block(number: int, count: int, width: int = WIDTH) -> torch.Tensor:

@@ -23,14 +23,12 @@ from engine.ipc.weight_channel import WeightChannel
 from engine.ipc.weight_directory import MAX_KEY_BYTES, Slot
 from engine.ipc.weight_layout import TensorSpec, WeightLayout
 from engine.ipc.weight_writer import ChannelReplaced, WeightWriter
+from tests.killable_processes import processes
 
 SMALL = WeightLayout((TensorSpec("a", (5,), torch.float32), TensorSpec("b", (2, 3), torch.bfloat16)), "draft")
 LARGE = WeightLayout((TensorSpec("a", (512, 512), torch.float32), TensorSpec("b", (257,), torch.int64)))
 CODE = "/engine/ipc/"
 KILLS = 60
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["engine.ipc.weight_writer", "pytest"])
 
 
 def empty(layout: WeightLayout) -> dict[str, torch.Tensor]:
