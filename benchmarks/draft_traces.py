@@ -1,0 +1,147 @@
+"""What an EAGLE-3 draft thinks at every place of greedy answers: recorded once, replayed under any vocabulary.
+
+A draft token counts only where all before it were right, so where they are the answer's own tokens. The draft's logits
+at each position and depth, the answer's tokens given, are therefore all that acceptance of greedy drafts depends on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from adapters.dataset import Batch
+from adapters.generate import recorded_layers
+from adapters.recorder import FeatureRecorder
+from adapters.target_parts import load_target_parts
+from adapters.unroll import Unroller
+from benchmarks.in_process import encode_chat, engine_config
+from benchmarks.prompts.build import Prompt
+from engine.config import SpeculationConfig
+from engine.core import EngineCore, engine_request_id
+from engine.messages import EngineRequest, SamplingParams
+from engine.models import eagle3
+from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.load import DRAFTS
+from engine.text.tokenizer import Tokenizer
+
+DEPTH, WIDTH, TARGET_TOP_K = 4, 512, 10
+"""Draft tokens of a chain, and how many of the draft's and of the target's most likely tokens are kept."""
+_AT_ONCE = 16
+_CLIENT = b"traces"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One answer of A tokens.
+
+    ``draft_ids`` [A', DEPTH, WIDTH] int32 and ``draft_logits`` (float16), the largest first: of the token after the
+    first ``row + 1`` of the answer and ``depth`` more. ``likely`` [A'', TARGET_TOP_K] int32: the target's most likely
+    tokens at each place of the answer.
+    """
+
+    domain: str
+    prompt: list[int]
+    answer: list[int]
+    draft_ids: NDArray[np.int32]
+    draft_logits: NDArray[np.float16]
+    likely: NDArray[np.int32]
+
+
+def save(traces: Sequence[Trace], path: Path) -> None:
+    """One safetensors file."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for number, trace in enumerate(traces):
+        arrays[f"{number}.prompt"] = np.array(trace.prompt, np.int32)
+        arrays[f"{number}.answer"] = np.array(trace.answer, np.int32)
+        for name in ("draft_ids", "draft_logits", "likely"):
+            arrays[f"{number}.{name}"] = np.ascontiguousarray(getattr(trace, name))
+    save_file(arrays, path, {"domains": json.dumps([trace.domain for trace in traces])})
+
+
+def load(path: Path) -> list[Trace]:
+    """What ``save`` wrote."""
+    with safe_open(path, framework="np") as file:
+        domains = json.loads(file.metadata()["domains"])
+
+        def trace(number: int, domain: str) -> Trace:
+            prompt, answer, *arrays = (
+                file.get_tensor(f"{number}.{name}")
+                for name in ("prompt", "answer", "draft_ids", "draft_logits", "likely")
+            )
+            return Trace(domain, prompt.tolist(), answer.tolist(), *arrays)
+
+        return [trace(number, domain) for number, domain in enumerate(domains)]
+
+
+def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
+    """Answer greedily, then run the shipped draft over the answers.
+
+    Args:
+        model: the target.
+        prompts: of any domains.
+        max_tokens: of an answer.
+    """
+    config = engine_config(model, SpeculationConfig(num_speculative_tokens=0, adaptive=False))
+    files = resolve_model(config.model)
+    spec = validate_model_files(files)
+    recorder = FeatureRecorder(recorded_layers(spec))
+    core = EngineCore(config, files, spec, draft=recorder)
+    tokenizer = Tokenizer.from_files(files)
+    texts = [encode_chat(tokenizer, prompt) for prompt in prompts]
+    answers = _answer(core, texts, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0))
+    target = load_target_parts(files, spec, config.model.max_model_len)
+    draft = eagle3.load_draft(DRAFTS / files.name, torch.float32, torch.device("cpu"))
+    unroller = Unroller(draft, target, torch.ones(draft.fc.in_features))
+    for number, (prompt, text, answer) in enumerate(zip(prompts, texts, answers, strict=True)):
+        features = recorder.take(engine_request_id(_CLIENT, str(number)))
+        yield _trace(unroller, prompt.domain, text, answer, features[: len(text) + len(answer) - 1].float())
+
+
+def _answer(core: EngineCore, texts: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in texts]
+    waiting, num_running = list(range(len(texts)))[::-1], 0
+    while waiting or num_running:
+        while waiting and num_running < _AT_ONCE:
+            number, num_running = waiting.pop(), num_running + 1
+            core.add(_CLIENT, EngineRequest(str(number), texts[number], sampling=sampling, tenant="traces"))
+        for output in core.step()[0][_CLIENT]:
+            answers[int(output.request_id)] += output.token_ids
+            num_running -= output.finish_reason is not None
+    return answers
+
+
+@torch.inference_mode()
+def _trace(unroller: Unroller, domain: str, prompt: list[int], answer: list[int], features: torch.Tensor) -> Trace:
+    """``features`` [T - 1, n * hidden]: of all tokens but the last, the last layer's output behind the draft's own."""
+    hidden, length = unroller.target.head.shape[1], len(features) + 1
+    head = unroller.target.head.float()
+    inputs = torch.zeros(1, length, features.shape[1] - hidden)
+    inputs[0, 1:] = features[:, :-hidden]
+    token_ids = torch.zeros(1, length + DEPTH, dtype=torch.int64)
+    token_ids[0, :length] = torch.tensor([*prompt, *answer])[:length]
+    batch = Batch(
+        token_ids=token_ids,
+        positions=torch.arange(length)[None],
+        features=inputs,
+        labels=torch.zeros(0),
+        lengths=torch.tensor([length]),
+        first_anchors=torch.tensor([0]),
+    )
+    steps = [(state[0, len(prompt) :] @ head.T).topk(WIDTH) for state in unroller.steps(batch, DEPTH)]
+    of_target = unroller.target.head_input(features[len(prompt) - 1 :, -hidden:].to(torch.bfloat16)).float() @ head.T
+    return Trace(
+        domain,
+        prompt,
+        answer,
+        np.stack([indices.int().numpy() for _, indices in steps], axis=1),
+        np.stack([values.half().numpy() for values, _ in steps], axis=1),
+        of_target.topk(TARGET_TOP_K).indices.int().numpy(),
+    )
