@@ -58,10 +58,11 @@ def ratio_error(pairs: Sequence[tuple[Row, Row]]) -> float | None:
 def smoothed(answers: Sequence[Row], window: int = SMOOTHING) -> list[tuple[float, float]]:
     """(seconds since the stream began, acceptance length) of each answer with those before it, at most ``window``."""
     points = []
-    for place in range(len(answers)):
-        value = length(answers[max(0, place + 1 - window) : place + 1])
+    in_turn = sorted(answers, key=lambda answer: float(answer["at"]))  # several clients' come as they end
+    for place, answer in enumerate(in_turn):
+        value = length(in_turn[max(0, place + 1 - window) : place + 1])
         if value is not None:
-            points.append((answers[place]["at"], value))
+            points.append((answer["at"], value))
     return points
 
 
