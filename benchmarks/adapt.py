@@ -105,7 +105,7 @@ def main(
     model: Annotated[str, typer.Option(help="The target.")] = "smollm2-135m",
     draft: Annotated[str | None, typer.Option(help="Directory of its draft; default: the one shipped.")] = None,
     static_vocabulary: Annotated[str, typer.Option(help="Of static, alignment and osd.")] = "static:4096",
-    dynamic_vocabulary: Annotated[str, typer.Option(help="Of vocabulary and both.")] = "dynamic:2048+1024",
+    dynamic_vocabulary: Annotated[str, typer.Option(help="Of vocabulary and both.")] = "dynamic:512+512",
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of engine.alignment, for all sides.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Of each part; default: by part.")] = None,
     pause: Annotated[float, typer.Option(min=0, help="A stream's client waits so many times an answer's time.")] = 1.0,
