@@ -8,6 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.adapt_record import HELD_OUT, RETURN, STREAM
+from benchmarks.jackknife import jackknife_error
 
 Row = dict[str, Any]
 SMOOTHING = 12
@@ -49,10 +50,7 @@ def ratio_error(pairs: Sequence[tuple[Row, Row]]) -> float | None:
     """Standard error of ``ratio`` over prompts (jackknife); None of fewer than two."""
     parts = [ratio([*pairs[:place], *pairs[place + 1 :]]) for place in range(len(pairs))]
     known = [part for part in parts if part is not None]
-    if len(known) < 2:
-        return None
-    mean = fmean(known)
-    return math.sqrt((len(known) - 1) / len(known) * sum((part - mean) ** 2 for part in known))
+    return jackknife_error(known) if len(known) > 1 else None
 
 
 def smoothed(answers: Sequence[Row], window: int = SMOOTHING) -> list[tuple[float, float]]:

@@ -11,14 +11,13 @@ import gc
 import json
 import time
 from dataclasses import asdict
-from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from benchmarks.prompts.build import Prompt, read
+from benchmarks.prompts.build import Prompt, read, shuffled
 from benchmarks.speculation import DOMAINS, RESULTS, bounded, environment, short_prompts
 from benchmarks.speculation_sides import NONE, Drafting
 from benchmarks.vocabulary_modes import FULL, HARD_SWITCH, Sizes, make_mode, sizes_of
@@ -58,8 +57,7 @@ def prompts_of(plan: Plan) -> dict[str, list[Prompt]]:
     domains = sorted({*plan.domains, *(SWITCH_DOMAINS if plan.part == "switch" else ())})
     if plan.prompt_file is None:
         return short_prompts(plan.model, domains)
-    prompts = sorted(read(Path(plan.prompt_file)), key=lambda prompt: blake2b(prompt.id.encode()).digest())
-    return short_prompts(plan.model, domains, prompts, MAX_PROMPTS)
+    return short_prompts(plan.model, domains, shuffled(read(Path(plan.prompt_file))), MAX_PROMPTS)
 
 
 def measure(plan: Plan, num_special: int, name: str, console: Console) -> None:

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.jackknife import jackknife_error
 from benchmarks.speculation_summary import Record
 
 Counts = Mapping[int, tuple[int, int]]
@@ -45,9 +46,7 @@ def compare(ours: Counts, theirs: Counts) -> Ratio | None:
     if len(shared) < 2:
         return None
     ratios = [_ratio(ours, theirs, [other for other in shared if other != number]) for number in shared]
-    middle, count = fmean(ratios), len(ratios)
-    variance = (count - 1) / count * sum((ratio - middle) ** 2 for ratio in ratios)
-    return Ratio(_ratio(ours, theirs, shared), math.sqrt(variance))
+    return Ratio(_ratio(ours, theirs, shared), jackknife_error(ratios))
 
 
 def _ratio(ours: Counts, theirs: Counts, numbers: Sequence[int]) -> float:

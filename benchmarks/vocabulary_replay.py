@@ -9,7 +9,6 @@ never evaluation prompts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from benchmarks.adapt_prompts import STREAM_DOMAINS, read_stream, short, stream_and_trial
 from benchmarks.draft_traces import DEPTH, Trace, load, record, save
-from benchmarks.prompts.build import Prompt
+from benchmarks.prompts.build import Prompt, shuffled
 from benchmarks.prompts.sources import CACHE
 from benchmarks.speculation_sides import Drafting
 from benchmarks.vocabulary_modes import FULL, Mode, make_mode, sizes_of
@@ -154,8 +153,7 @@ def trial_prompts(model: str, count: int) -> list[Prompt]:
     chosen = []
     for domain in STREAM_DOMAINS:
         _, trial = stream_and_trial([prompt for prompt in prompts if prompt.domain == domain])
-        ranked = sorted(short(trial, domain, tokenizer), key=lambda prompt: blake2b(prompt.id.encode()).digest())
-        chosen += ranked[:count]
+        chosen += shuffled(short(trial, domain, tokenizer))[:count]
     return chosen
 
 

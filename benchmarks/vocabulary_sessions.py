@@ -12,6 +12,7 @@ from benchmarks.process import NoiseMeter
 from benchmarks.prompts.build import Prompt
 from benchmarks.vocabulary_modes import Mode
 from engine.messages import EngineReady, SamplingParams, SessionState
+from engine.process import introduction
 
 CONVERSATION_TOKENS = 600
 """A conversation's prompt leaves its oldest turns out beyond."""
@@ -63,19 +64,7 @@ class SessionSide:
     @property
     def introduction(self) -> EngineReady:
         """The engine's, as a server would get it."""
-        core, config = self._engine.core, self.mode.config
-        return EngineReady(
-            epoch="",
-            model=config.model.name,
-            max_model_len=core.max_model_len,
-            vocab_size=self._engine.tokenizer.vocab_size,
-            num_blocks=core.num_blocks,
-            block_size=config.cache.block_size,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            dtype=core.dtype,
-            attention_backend=core.attention_backend,
-            vocabulary=core.vocabulary,
-        )
+        return introduction(self.mode.config, self._engine.core, self.mode.config.model.name, epoch="")
 
     def snapshot(self, session: str) -> bytes:
         """What a session's last request has left; empty if it kept nothing."""

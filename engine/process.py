@@ -33,6 +33,26 @@ log = structlog.get_logger(__name__)
 _REPORT_SECONDS = 0.25
 
 
+def introduction(config: EngineConfig, core: EngineCore, model_name: str, epoch: str) -> EngineReady:
+    """What a server has to know of an engine; ``epoch``: of this process, no other has the same."""
+    return EngineReady(
+        epoch=epoch,
+        model=model_name,
+        max_model_len=core.max_model_len,
+        vocab_size=core.spec.vocab_size,
+        num_blocks=core.num_blocks,
+        block_size=config.cache.block_size,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        dtype=core.dtype,
+        attention_backend=core.attention_backend,
+        kv_bytes=core.kv_bytes,
+        draft=core.draft,
+        num_speculative_tokens=config.speculation.num_speculative_tokens,
+        draft_bytes=core.draft_bytes,
+        vocabulary=core.vocabulary,
+    )
+
+
 class EngineProcess:
     """Receives requests, steps while there is work, and sends each client its outputs.
 
@@ -42,22 +62,7 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, core: EngineCore, model_name: str) -> None:
         self._core = core
         self._epoch = uuid.uuid4().hex
-        self._ready = EngineReady(
-            epoch=self._epoch,
-            model=model_name,
-            max_model_len=core.max_model_len,
-            vocab_size=core.spec.vocab_size,
-            num_blocks=core.num_blocks,
-            block_size=config.cache.block_size,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            dtype=core.dtype,
-            attention_backend=core.attention_backend,
-            kv_bytes=core.kv_bytes,
-            draft=core.draft,
-            num_speculative_tokens=config.speculation.num_speculative_tokens,
-            draft_bytes=core.draft_bytes,
-            vocabulary=core.vocabulary,
-        )
+        self._ready = introduction(config, core, model_name, self._epoch)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # a slow client's outputs wait in memory, never the step loop

@@ -52,6 +52,11 @@ def stable_hash(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big")
 
 
+def shuffled(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """In an order that has nothing to do with their sources, always the same."""
+    return sorted(prompts, key=lambda prompt: hashlib.blake2b(prompt.id.encode()).digest())
+
+
 def split_of(source: Source, item: Item) -> Split:
     """Which split an item belongs to, from its source and key alone."""
     share = stable_hash("split", source.name, item.key) / 2**64

@@ -51,7 +51,7 @@ class EagleDraft:
         self._capture_layers = draft.config.capture_layers
         self.description = f"eagle3 {name}, vocabulary {head.description}"
         one = self._attention_spec(1)
-        width = target.spec.hidden_size * (1 if _stores_fused(self._adapters) else len(self._capture_layers))
+        width = _stored_width(target, self._capture_layers, self._adapters)
         stored_bytes = cache.block_size * width * target.dtype.itemsize
         self.vocab = head.vocab
         adapter_bytes = self._adapters.num_bytes if self._adapters else 0
@@ -112,7 +112,7 @@ class EagleProposer:
         self._before_first = attention.spec.num_blocks * self._block_size
         """The row after all slots: features before a sequence's first token, always 0."""
         self._stores_fused = _stores_fused(adapters)
-        width = target.spec.hidden_size * (1 if self._stores_fused else len(capture_layers))
+        width = _stored_width(target, capture_layers, adapters)
         self._stored = torch.zeros(self._before_first + 1, width, dtype=target.dtype, device=target.device)
         self._adapters = adapters
         self.verify_log = None
@@ -189,3 +189,8 @@ class EagleProposer:
 def _stores_fused(adapters: EagleAdapters | None) -> bool:
     """Whether g is stored: one fusion for each token, and a third of the memory."""
     return adapters is None or not adapters.config.trains_fusion
+
+
+def _stored_width(target: LoadedModel, capture_layers: Sequence[int], adapters: EagleAdapters | None) -> int:
+    """Values that are stored of each token."""
+    return target.spec.hidden_size * (1 if _stores_fused(adapters) else len(capture_layers))

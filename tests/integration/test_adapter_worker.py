@@ -269,7 +269,7 @@ def test_redis_may_go_and_return(tmp_path: Path, draft: TinyDraft, answers: list
     for _ in range(5):
         worker.step()
     valkey.start()
-    serve_until_published(engine, worker, answers[64:160] + answers[:64], 1)
+    serve_until_published(engine, worker, answers[64:160] + answers[:64], 2)
     step_until(worker, lambda: status(config).revision > 0)
     worker.close()
     valkey.kill()
