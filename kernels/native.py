@@ -18,13 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.build import LIBRARY
+from kernels.build import TARGETS, Target
 
 if TYPE_CHECKING:
     from kernels.native_lora import NativeLora
 
-REQUIRED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16", "avx512_vnni", "f16c", "fma")
-"""CPU features as Linux names them. AMX is used where it is there."""
 BF16_FORMAT = 0
 """Number of the packed format that holds floating-point weights."""
 _GROUP_PAIR = 32
@@ -77,19 +75,32 @@ class _Batch(ctypes.Structure):
     )
 
 
+@functools.cache
+def _missing_features(target: Target) -> list[str]:
+    """What this processor lacks for a library."""
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+    return [feature for feature in target.required if feature not in flags]
+
+
+def best_target() -> Target | None:
+    """The best library that this processor runs; None where it runs none."""
+    return next((target for target in TARGETS if not _missing_features(target)), None)
+
+
 def unsupported_reason() -> str | None:
     """Why the compiled kernels cannot be used in this process; None where they can."""
-    if not LIBRARY.exists():
-        return f"{LIBRARY.name} is not built (python -m kernels.build)"
-    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    missing = [feature for feature in REQUIRED if feature not in flags]
-    return f"the CPU lacks {', '.join(missing)}" if missing else None
+    target = best_target()
+    if target is None:
+        return f"the CPU lacks {', '.join(_missing_features(TARGETS[-1]))}"
+    return None if target.library.exists() else f"{target.library.name} is not built (python -m kernels.build)"
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
     """The compiled library; check ``unsupported_reason`` first."""
-    library = ctypes.CDLL(str(LIBRARY))
+    target = best_target()
+    assert target is not None, unsupported_reason()
+    library = ctypes.CDLL(str(target.library))
     library.evo_find_amx()
     library.evo_block_bytes.restype = ctypes.c_size_t
     for name in ("evo_team_new", "evo_decoder_new"):

@@ -10,16 +10,13 @@ namespace evospec {
 namespace {
 
 void rms_norm(const float* x, const float* weight, float eps, int size, bf16* out) {
-  __m512 squares = _mm512_setzero_ps();
+  Floats squares = all(0.0f);
   for (int i = 0; i < size; i += 16) {
-    const __m512 v = _mm512_loadu_ps(x + i);
-    squares = _mm512_fmadd_ps(v, v, squares);
+    const Floats v = load(x + i);
+    squares = multiply_add(v, v, squares);
   }
-  const float factor = 1.0f / std::sqrt(_mm512_reduce_add_ps(squares) / static_cast<float>(size) + eps);
-  for (int i = 0; i < size; i += 16) {
-    const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(factor));
-    store_bf16x16(out + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
-  }
+  const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
+  for (int i = 0; i < size; i += 16) store_bf16(out + i, load(x + i) * all(factor) * load(weight + i));
 }
 
 }  // namespace
@@ -73,10 +70,9 @@ void Decoder::rotate(const float* x, int position, float* out) const {
   const float* cos = cos_sin_ + static_cast<size_t>(position) * shape_.head_dim;
   const float* sin = cos + half;
   for (int d = 0; d < half; d += 16) {
-    const __m512 a = _mm512_loadu_ps(x + d), b = _mm512_loadu_ps(x + d + half);
-    const __m512 c = _mm512_loadu_ps(cos + d), s = _mm512_loadu_ps(sin + d);
-    _mm512_storeu_ps(out + d, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
-    _mm512_storeu_ps(out + d + half, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    const Floats a = load(x + d), b = load(x + d + half), c = load(cos + d), s = load(sin + d);
+    store(out + d, multiply_subtract(a, c, b * s));
+    store(out + d + half, multiply_add(b, c, a * s));
   }
 }
 
@@ -86,12 +82,12 @@ void Decoder::rotate_and_write(const Batch& batch, const KvCache& kv, int token)
   float* k = q + q_size;
   const int position = batch.positions[token];
   // Scores are taken to base 2, and scaled here once rather than once a key.
-  const __m512 scale = _mm512_set1_ps(score_scale(dim));
+  const Floats scale = all(score_scale(dim));
   alignas(64) float rotated[512];
   for (int h = 0; h < shape_.heads; ++h) {
     rotate(q + h * dim, position, rotated);
     bf16* out = q_.data() + static_cast<size_t>(token) * q_size + h * dim;
-    for (int d = 0; d < dim; d += 16) store_bf16x16(out + d, _mm512_mul_ps(_mm512_load_ps(rotated + d), scale));
+    for (int d = 0; d < dim; d += 16) store_bf16(out + d, load(rotated + d) * scale);
   }
   for (int h = 0; h < shape_.kv_heads; ++h) {
     rotate(k + h * dim, position, rotated);

@@ -1,17 +1,21 @@
 // Products of few rows with quantised weights: the codes are multiplied as integers, without being expanded first.
 //
 // x is written as scale * (128 high + low) for each block of 32 k, with high and low in 8 bits: 15 bits below the
-// block's largest value, where bf16 has 8. Sums of a block are then exact integers (vpdpbusd), and float32 only adds
-// up blocks, always in the same order: a row's result does not depend on how many rows are multiplied with it.
+// block's largest value, where bf16 has 8. Sums of a block are then exact integers, and float32 only adds up blocks,
+// always in the same order: a row's result does not depend on how many rows are multiplied with it.
 #pragma once
 
 #include <vector>
 
 #include "matrix.h"
 
-namespace evospec {
+#ifdef __AVX512F__
+#include "dot_avx512.h"
+#else
+#include "dot_avx2.h"
+#endif
 
-constexpr int kDirectRows = 12;  // of one product: their sums fill the registers
+namespace evospec {
 
 // Rows of activations as the integers of a product. Every thread makes its own: that takes little, and shared ones
 // would need another barrier.
@@ -25,7 +29,7 @@ class DirectRows {
 
  private:
   struct Block {  // 32 k of one row
-    int8_t high[32], low[32];
+    Digits digits;
     float scale;
     float sum;            // of the values
     int32_t code_sum[2];  // of 128 high + low, k < 16 and the rest
@@ -36,7 +40,7 @@ class DirectRows {
   template <int M>
   void multiply_rows(const Matrix& weight, int group, const Block* rows, float* y, int stride) const;
   template <int M, int kFormat>
-  void multiply_format(const uint8_t* block, const Block* rows, __m512* acc) const;
+  void multiply_format(const uint8_t* block, const Block* rows, Floats* acc) const;
 
   int blocks_ = 0;
   std::vector<Block> data_;  // [rows][blocks]

@@ -22,19 +22,21 @@ uint64_t row_key(int64_t seed, int64_t position) {
   return mix64(mix64(static_cast<uint64_t>(seed)) + static_cast<uint64_t>(position) * 0x9E3779B97F4A7C15ull);
 }
 
-__m512i mix32(__m512i x) {
-  x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
-  x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kFirstFactor)));
-  x = _mm512_xor_si512(x, _mm512_srli_epi32(x, 15));
-  x = _mm512_mullo_epi32(x, _mm512_set1_epi32(static_cast<int>(kSecondFactor)));
-  return _mm512_xor_si512(x, _mm512_srli_epi32(x, 16));
+Ints all_of_bits(uint32_t bits) { return all(static_cast<int32_t>(bits)); }
+
+Ints mix32(Ints x) {
+  x = exclusive_or(x, shift_right<16>(x));
+  x = times(x, all_of_bits(kFirstFactor));
+  x = exclusive_or(x, shift_right<15>(x));
+  x = times(x, all_of_bits(kSecondFactor));
+  return exclusive_or(x, shift_right<16>(x));
 }
 
 // x = int32 whose uniform u the noise comes from.
-__m512i hash_tokens(__m512i token_ids, uint64_t key) {
-  __m512i x = _mm512_mullo_epi32(token_ids, _mm512_set1_epi32(static_cast<int>(kTokenStep)));
-  x = mix32(_mm512_add_epi32(x, _mm512_set1_epi32(static_cast<int>(key))));
-  return mix32(_mm512_xor_si512(x, _mm512_set1_epi32(static_cast<int>(key >> 32))));
+Ints hash_tokens(Ints token_ids, uint64_t key) {
+  Ints x = times(token_ids, all_of_bits(kTokenStep));
+  x = mix32(plus(x, all_of_bits(static_cast<uint32_t>(key))));
+  return mix32(exclusive_or(x, all_of_bits(static_cast<uint32_t>(key >> 32))));
 }
 
 float noise(int32_t hash) {
@@ -44,12 +46,11 @@ float noise(int32_t hash) {
 
 // At least noise(hash), and less than 0.6 above it where noise is positive: -log(-log u) <= -log v for v = 1 - u, and
 // the bits of a float read as an integer are its logarithm to base 2, too low by up to 0.09.
-__m512 noise_bound(__m512i hash) {
+Floats noise_bound(Ints hash) {
   constexpr float kLn2 = 0.69314718f, kRoom = 1e-4f;  // for rounding
   // 2^32 v - 0.5 as an unsigned integer.
-  const __m512 v = _mm512_cvtepu32_ps(_mm512_xor_si512(hash, _mm512_set1_epi32(0x7FFFFFFF)));
-  const __m512 bits = _mm512_cvtepi32_ps(_mm512_castps_si512(v));
-  return _mm512_fnmadd_ps(bits, _mm512_set1_ps(kLn2 * 0x1p-23f), _mm512_set1_ps(kLn2 * (127 + 32) + kRoom));
+  const Floats v = unsigned_to_floats(exclusive_or(hash, all(0x7FFFFFFF)));
+  return subtract_product(all(kLn2 * (127 + 32) + kRoom), to_floats(bits_of(v)), all(kLn2 * 0x1p-23f));
 }
 
 struct Choice {
@@ -71,54 +72,49 @@ struct Piece {  // of one row
   int size;
 
   // Tokens that may be chosen, of 16 from i on whose logits are x.
-  __mmask16 alive(int i, __m512 x, float least) const {
-    const __mmask16 lanes = lanes_from(i, size) & allowed_lanes(allowed, first_column + i);
-    return _mm512_mask_cmp_ps_mask(lanes, x, _mm512_set1_ps(least), _CMP_GE_OQ);
+  Mask alive(int i, Floats x, float least) const {
+    return lanes_from(i, size) & allowed_lanes(allowed, first_column + i) & at_least(x, all(least));
   }
 
-  __m512i ids(int i) const {
-    if (token_ids != nullptr) return _mm512_maskz_loadu_epi32(lanes_from(i, size), token_ids + i);
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return _mm512_add_epi32(lane, _mm512_set1_epi32(first_column + i));
+  Ints ids(int i) const {
+    return token_ids == nullptr ? numbered_from(first_column + i) : load_lanes(lanes_from(i, size), token_ids + i);
   }
 };
 
 Choice choose_greedily(const Piece& piece, float least) {
-  __m512 best = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512i best_ids = _mm512_set1_epi32(std::numeric_limits<int32_t>::max());
+  Floats best = all(-std::numeric_limits<float>::infinity());
+  Ints best_ids = all(std::numeric_limits<int32_t>::max());
   for (int i = 0; i < piece.size; i += 16) {
-    const __m512 x = _mm512_maskz_loadu_ps(lanes_from(i, piece.size), piece.logits + i);
-    const __mmask16 not_less = _mm512_mask_cmp_ps_mask(piece.alive(i, x, least), x, best, _CMP_GE_OQ);
-    if (not_less == 0) continue;
-    const __m512i ids = piece.ids(i);
-    const __mmask16 more = _mm512_mask_cmp_ps_mask(not_less, x, best, _CMP_GT_OQ);
-    const __mmask16 wins = more | _mm512_mask_cmplt_epi32_mask(not_less, ids, best_ids);
-    best = _mm512_mask_mov_ps(best, wins, x);
-    best_ids = _mm512_mask_mov_epi32(best_ids, wins, ids);
+    const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
+    const Mask candidates = piece.alive(i, x, least) & at_least(x, best);
+    if (candidates == 0) continue;
+    const Ints ids = piece.ids(i);
+    const Mask wins = candidates & (more(x, best) | less(ids, best_ids));
+    best = choose(wins, x, best);
+    best_ids = choose(wins, ids, best_ids);
   }
-  const float score = _mm512_reduce_max_ps(best);
-  const __mmask16 equal = _mm512_cmp_ps_mask(best, _mm512_set1_ps(score), _CMP_EQ_OQ);
-  return {score, _mm512_mask_reduce_min_epi32(equal, best_ids)};
+  const float score = largest(best);
+  return {score, smallest(equal(best, all(score)), best_ids)};
 }
 
 // Logarithms are taken only for tokens whose bound reaches the best score so far.
 Choice choose_at_random(const Piece& piece, float temperature, float least, uint64_t key) {
-  const __m512 inverse = _mm512_set1_ps(1.0f / temperature);
+  const Floats inverse = all(1.0f / temperature);
   // The bound multiplies where the score divides, and both round: a part of |x| that covers this many times over.
-  const __m512 room = _mm512_set1_ps(0x1p-21f / temperature);
+  const Floats room = all(0x1p-21f / temperature);
   Choice best;
   for (int i = 0; i < piece.size; i += 16) {
-    const __m512 x = _mm512_maskz_loadu_ps(lanes_from(i, piece.size), piece.logits + i);
-    const __mmask16 alive = piece.alive(i, x, least);
+    const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
+    const Mask alive = piece.alive(i, x, least);
     if (alive == 0) continue;
-    const __m512i ids = piece.ids(i), hashes = hash_tokens(ids, key);
-    const __m512 bound = _mm512_fmadd_ps(_mm512_abs_ps(x), room, _mm512_fmadd_ps(x, inverse, noise_bound(hashes)));
+    const Ints ids = piece.ids(i), hashes = hash_tokens(ids, key);
+    const Floats bound = multiply_add(absolute(x), room, multiply_add(x, inverse, noise_bound(hashes)));
     // "Not less": a bound that overflowed to NaN is a candidate.
-    unsigned candidates = _mm512_mask_cmp_ps_mask(alive, bound, _mm512_set1_ps(best.score), _CMP_NLT_UQ);
+    unsigned candidates = alive & not_less(bound, all(best.score));
     if (candidates == 0) continue;
     alignas(64) int32_t hash[16], token_id[16];
-    _mm512_store_si512(hash, hashes);
-    _mm512_store_si512(token_id, ids);
+    store(hash, hashes);
+    store(token_id, ids);
     for (; candidates != 0; candidates &= candidates - 1) {
       const int lane = __builtin_ctz(candidates);
       best.offer(piece.logits[i + lane] / temperature + noise(hash[lane]), token_id[lane]);

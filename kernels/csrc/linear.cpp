@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "direct.h"
+#include "rows.h"
 #include "tiles.h"
 
 namespace evospec {
@@ -24,27 +25,24 @@ Scratch& scratch() {
 // ---- what happens to 32 columns of one row ----
 
 void finish_row(const Linear& op, int row, int column, const float* y) {
-  __m512 y0 = _mm512_loadu_ps(y), y1 = _mm512_loadu_ps(y + kGroup);
+  Floats y0 = load(y), y1 = load(y + kGroup);
   if (op.epilogue == Epilogue::kSiluMul) {
     bf16* out = static_cast<bf16*>(op.out) + static_cast<size_t>(row) * op.stride + column / 2;
-    store_bf16x16(out, _mm512_mul_ps(silu(y0), y1));
+    store_bf16(out, silu(y0) * y1);
     return;
   }
   if (op.weight->bias != nullptr) {
-    y0 = _mm512_add_ps(y0, _mm512_loadu_ps(op.weight->bias + column));
-    y1 = _mm512_add_ps(y1, _mm512_loadu_ps(op.weight->bias + column + kGroup));
+    y0 = y0 + load(op.weight->bias + column);
+    y1 = y1 + load(op.weight->bias + column + kGroup);
   }
   float* out = static_cast<float*>(op.out) + static_cast<size_t>(row) * op.stride + column;
-  const int left = op.weight->n - column;
-  const __mmask16 mask0 = left >= kGroup ? 0xFFFF : static_cast<__mmask16>((1u << std::max(left, 0)) - 1);
-  const __mmask16 mask1 =
-      left >= kPairColumns ? 0xFFFF : static_cast<__mmask16>((1u << std::max(left - kGroup, 0)) - 1);
+  const Mask lanes0 = lanes_from(column, op.weight->n), lanes1 = lanes_from(column + kGroup, op.weight->n);
   if (op.epilogue == Epilogue::kAdd) {
-    y0 = _mm512_add_ps(y0, _mm512_maskz_loadu_ps(mask0, out));
-    y1 = _mm512_add_ps(y1, _mm512_maskz_loadu_ps(mask1, out + kGroup));
+    y0 = y0 + load_lanes(lanes0, out);
+    y1 = y1 + load_lanes(lanes1, out + kGroup);
   }
-  _mm512_mask_storeu_ps(out, mask0, y0);
-  _mm512_mask_storeu_ps(out + kGroup, mask1, y1);
+  store_lanes(out, lanes0, y0);
+  store_lanes(out + kGroup, lanes1, y1);
 }
 
 // ---- any number of rows ----
@@ -64,7 +62,7 @@ void tile_pair(const Linear& op, int pair) {
   if (weight.format == kBf16) {
     const bf16* b0 = reinterpret_cast<const bf16*>(weight.group(2 * pair));
     product.add(op.x, b0, reinterpret_cast<const bf16*>(weight.group(2 * pair + 1)), blocks);
-  } else {
+  } else if constexpr (kExpandsCodes) {
     constexpr int kAtOnce = 4, kSize = kAtOnce * kBlock * kGroup;
     alignas(64) bf16 tiles[2 * kSize];
     for (int b = 0; b < blocks; b += kAtOnce) {
@@ -79,14 +77,18 @@ void tile_pair(const Linear& op, int pair) {
 
 // The tiles of `count` groups from `first` on; those of kBf16 lie in memory as they are.
 const bf16* group_tiles(const Matrix& weight, int first, int count) {
-  if (weight.format == kBf16) return reinterpret_cast<const bf16*>(weight.group(first));
-  std::vector<bf16>& tiles = scratch().tiles;
-  const size_t group_size = static_cast<size_t>(weight.k) * kGroup;
-  if (tiles.size() < count * group_size) tiles.resize(count * group_size);
-  for (int g = 0; g < count; ++g) {
-    expand_blocks(weight, first + g, 0, weight.num_blocks(), tiles.data() + g * group_size);
+  if constexpr (kExpandsCodes) {
+    if (weight.format != kBf16) {
+      std::vector<bf16>& tiles = scratch().tiles;
+      const size_t group_size = static_cast<size_t>(weight.k) * kGroup;
+      if (tiles.size() < count * group_size) tiles.resize(count * group_size);
+      for (int g = 0; g < count; ++g) {
+        expand_blocks(weight, first + g, 0, weight.num_blocks(), tiles.data() + g * group_size);
+      }
+      return tiles.data();
+    }
   }
-  return tiles.data();
+  return reinterpret_cast<const bf16*>(weight.group(first));
 }
 
 // Many rows. For each 32 of them all pairs begin .. end - 1 in turn: the rows then come from the first-level cache, and
@@ -115,11 +117,13 @@ int pairs_at_once(const Linear& op) {
 
 // ---- codes as they are ----
 
-// More rows are faster by tiles: from 9 on with AMX, from 25 on with vdpbf16ps.
+// More rows are faster by tiles: from 9 on with AMX, from 25 on with vdpbf16ps. With AVX2 never: 16-bit integers are
+// multiplied twice as fast as float32.
 constexpr int kMaxDirectRowsBesideAmx = 8, kMaxDirectRows = 24;
 
 bool goes_direct(const Linear& op) {
-  return op.weight->format != kBf16 && op.rows <= (has_amx() ? kMaxDirectRowsBesideAmx : kMaxDirectRows);
+  if (op.weight->format == kBf16) return false;
+  return !kExpandsCodes || op.rows <= (has_amx() ? kMaxDirectRowsBesideAmx : kMaxDirectRows);
 }
 
 void direct_pair(const Linear& op, int pair) {

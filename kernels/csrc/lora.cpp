@@ -5,19 +5,19 @@ namespace evospec {
 namespace {
 
 float dot(const bf16* a, const bf16* b, int size) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int i = 0; i < size; i += 32) sum = _mm512_dpbf16_ps(sum, load_pairs(a + i), load_pairs(b + i));
-  return _mm512_reduce_add_ps(sum);
+  Floats sums = all(0.0f);
+  for (int i = 0; i < size; i += 32) sums = add_products(sums, load_pairs(a + i), load_pairs(b + i));
+  return sum(sums);
 }
 
 // A bf16 row with floats, of any size.
 float dot(const bf16* a, const float* b, int size) {
-  __m512 sum = _mm512_setzero_ps();
+  Floats sums = all(0.0f);
   int i = 0;
-  for (; i + 16 <= size; i += 16) sum = _mm512_fmadd_ps(load_bf16x16(a + i), _mm512_loadu_ps(b + i), sum);
+  for (; i + 16 <= size; i += 16) sums = multiply_add(load_bf16(a + i), load(b + i), sums);
   float rest = 0;
   for (; i < size; ++i) rest += to_float(a[i]) * b[i];
-  return _mm512_reduce_add_ps(sum) + rest;
+  return sum(sums) + rest;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Weight matrices packed for AVX-512 and AMX, in the precision they have in the file.
+// Weight matrices packed for vectors and AMX tiles, in the precision they have in the file.
 //
 // y[n] = sum_k w[n][k] x[k]. Columns of the packed form are rows n of the weight, in groups of 16. For each group
 // the blocks of 32 k follow each other, so that a product reads memory strictly forward.
@@ -11,7 +11,7 @@
 //   kBf16    32 bf16 per pair row                                   none                           1024
 //   kQ8      64 bytes per quad row                                  16                             544  w = s (q - 128)
 //   kQ8x2    the same                                               16 for k < 16, 16 for the rest 576  w = s (q - 128)
-//   kQ5      nibbles as kQ4; then 16 words, bit k the fifth of k    16                             352  w = s (q - 16)
+//   kQ5      nibbles as kQ4; then a word a column of fifth bits      16                             352  w = s (q - 16)
 //   kQ4      64 bytes per two quad rows: 2j low, 2j + 1 high nibble 16, then 16 minima             320  w = s q + m
 #pragma once
 
@@ -67,6 +67,16 @@ inline void prefetch_ahead(const uint8_t* block, int format) {
   prefetch(block + kPrefetchBytes, block_bytes(format));
 }
 
+// Which bit of a column's word is the fifth of k = kk. With AVX2 the two codes of a quad row that make a pair of 16-bit
+// operands (codes 0 and 2, codes 1 and 3) have theirs 16 bits apart: one shift moves both into place.
+inline int fifth_bit([[maybe_unused]] int kk) {
+#ifdef __AVX512F__
+  return kk;
+#else
+  return kk / 4 * 2 + kk % 2 + kk % 4 / 2 * 16;
+#endif
+}
+
 // Writes row `row` into the packed matrix at `data`.
 void pack_codes(uint8_t* data, int k, int row, const RowCodes& codes);
 void pack_floats(uint8_t* data, int k, int row, const float* values);
@@ -74,24 +84,14 @@ void pack_floats(uint8_t* data, int k, int row, const float* values);
 // Row `row` of the weight as floats: an embedding lookup.
 void unpack_row(const Matrix& matrix, int row, float* out);
 
+// Whether codes are ever expanded to be multiplied; if not, there is no expand_blocks.
+#ifdef __AVX512F__
+constexpr bool kExpandsCodes = true;
+#else
+constexpr bool kExpandsCodes = false;
+#endif
+
 // Expands blocks first .. first + count - 1 of a group to bf16 tiles: out[count][16][32].
 void expand_blocks(const Matrix& matrix, int group, int first, int count, bf16* out);
-
-// Quad rows 2j and 2j + 1 of a block of kQ4, or the lower four bits of one of kQ5.
-inline void unpack_nibbles(const uint8_t* block, int j, __m512i& even, __m512i& odd) {
-  const __m512i mask = _mm512_set1_epi8(15), both = _mm512_loadu_si512(block + 64 * j);
-  even = _mm512_and_si512(both, mask);
-  odd = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
-}
-
-// The fifth bits of quad row `quad` of a kQ5 block, added to its nibbles.
-inline __m512i add_fifth_bits(const uint8_t* block, int quad, __m512i nibbles) {
-  // Byte j of a column's word takes the eight bits that begin four below bit k = 4 quad + j, so that it becomes bit 4.
-  const int64_t base = 0x0302010003020100, upper_word = 0x2020202000000000;
-  const __m512i first_bit = _mm512_set1_epi64(base + upper_word + 0x0101010101010101 * ((4 * quad + 60) % 64));
-  const __m512i words = _mm512_loadu_si512(block + 256);
-  const __m512i bits = _mm512_multishift_epi64_epi8(first_bit, words);
-  return _mm512_ternarylogic_epi32(nibbles, bits, _mm512_set1_epi8(16), 0xF8);  // nibbles | (bits & 16)
-}
 
 }  // namespace evospec

@@ -5,23 +5,26 @@
 namespace evospec {
 
 float row_max(const float* x, int n) {
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 a = lowest, b = lowest;
+  const Floats lowest = all(-std::numeric_limits<float>::infinity());
+  Floats a = lowest, b = lowest;
   int i = 0;
   for (; i + 32 <= n; i += 32) {
-    a = _mm512_max_ps(_mm512_loadu_ps(x + i), a);
-    b = _mm512_max_ps(_mm512_loadu_ps(x + i + 16), b);
+    a = maximum(load(x + i), a);
+    b = maximum(load(x + i + 16), b);
   }
-  for (; i < n; i += 16) a = _mm512_max_ps(_mm512_mask_loadu_ps(lowest, lanes_from(i, n), x + i), a);
-  return _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+  for (; i < n; i += 16) {
+    const Mask lanes = lanes_from(i, n);
+    a = maximum(choose(lanes, load_lanes(lanes, x + i), lowest), a);
+  }
+  return largest(maximum(a, b));
 }
 
 double weight_sum(const float* x, int n, float highest, float temperature) {
-  const __m512 top = _mm512_set1_ps(highest), scale = _mm512_set1_ps(1.44269504f / temperature);
+  const Floats top = all(highest), scale = all(1.44269504f / temperature);
   DoubleSum sum;
   for (int i = 0; i < n; i += 16) {
-    const __mmask16 lanes = lanes_from(i, n);
-    sum.add(_mm512_maskz_mov_ps(lanes, softmax_weight(_mm512_maskz_loadu_ps(lanes, x + i), top, scale)));
+    const Mask lanes = lanes_from(i, n);
+    sum.add(choose(lanes, softmax_weight(load_lanes(lanes, x + i), top, scale), all(0.0f)));
   }
   return sum.total();
 }

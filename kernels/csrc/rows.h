@@ -1,6 +1,8 @@
 // Work and sums over rows of float32 logits, for everything that chooses tokens.
 #pragma once
 
+#include <algorithm>
+
 #include "simd.h"
 #include "threads.h"
 
@@ -35,32 +37,19 @@ void for_each_item(Team* team, int count, size_t elements, Item item) {
 }
 
 // Lanes of the 16 columns from `column` on that exist.
-inline __mmask16 lanes_from(int column, int columns) {
+inline Mask lanes_from(int column, int columns) {
   const int left = columns - column;
-  return left >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << left) - 1);
+  return left >= 16 ? kAllLanes : static_cast<Mask>((1u << std::max(left, 0)) - 1);
 }
 
 // The bits of the 16 columns from `column` on, a multiple of 16; all where `allowed` is null.
-inline __mmask16 allowed_lanes(const uint32_t* allowed, int column) {
-  return allowed == nullptr ? 0xFFFF : static_cast<__mmask16>(allowed[column / 32] >> (column % 32));
+inline Mask allowed_lanes(const uint32_t* allowed, int column) {
+  return allowed == nullptr ? kAllLanes : static_cast<Mask>(allowed[column / 32] >> (column % 32));
 }
 
-// Sixteen float32 sums' worth of values, added up in float64: no rounding that would depend on how many there are.
-class DoubleSum {
- public:
-  void add(__m512 values) {
-    low_ = _mm512_add_pd(low_, _mm512_cvtps_pd(_mm512_castps512_ps256(values)));
-    high_ = _mm512_add_pd(high_, _mm512_cvtps_pd(_mm512_extractf32x8_ps(values, 1)));
-  }
-  double total() const { return _mm512_reduce_add_pd(_mm512_add_pd(low_, high_)); }
-
- private:
-  __m512d low_ = _mm512_setzero_pd(), high_ = _mm512_setzero_pd();
-};
-
 // Weight of a logit: exp((x - highest) / temperature), relative error below 3e-7; `scale` = log2(e) / temperature.
-inline __m512 softmax_weight(__m512 x, __m512 highest, __m512 scale) {
-  return exp2_nonpositive(_mm512_mul_ps(_mm512_sub_ps(x, highest), scale));
+inline Floats softmax_weight(Floats x, Floats highest, Floats scale) {
+  return exp2_nonpositive((x - highest) * scale);
 }
 
 // The largest of n values; -inf for none.

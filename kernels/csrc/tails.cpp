@@ -11,37 +11,36 @@ namespace evospec {
 namespace {
 
 constexpr int kSlotsAtOnce = 16;  // one vector of logits
-constexpr int kRowsAtOnce = 8;    // independent sums: one vdpbf16ps takes many cycles but starts every cycle
+constexpr int kRowsAtOnce = 8;    // independent sums: one product takes many cycles but starts every cycle
 constexpr int kProductsPerElement = 8;  // that cost what a logit costs elsewhere, to tell whether threads are worth it
 
 // Products of neighbouring rows with x; rows beyond the last are computed as the last.
 void multiply_rows(const bf16* rows, int last, const bf16* x, int hidden, float* out) {
   const bf16* row[kRowsAtOnce];
-  __m512 sums[kRowsAtOnce];
+  Floats sums[kRowsAtOnce];
   for (int i = 0; i < kRowsAtOnce; ++i) {
     row[i] = rows + static_cast<size_t>(std::min(i, last)) * hidden;
-    sums[i] = _mm512_setzero_ps();
+    sums[i] = all(0.0f);
   }
   for (int k = 0; k < hidden; k += 32) {
-    const __m512bh value = load_pairs(x + k);
+    const Pairs value = load_pairs(x + k);
 #pragma GCC unroll 8
-    for (int i = 0; i < kRowsAtOnce; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], load_pairs(row[i] + k), value);
+    for (int i = 0; i < kRowsAtOnce; ++i) sums[i] = add_products(sums[i], load_pairs(row[i] + k), value);
   }
-  for (int i = 0; i < kRowsAtOnce; ++i) out[i] = _mm512_reduce_add_ps(sums[i]);
+  for (int i = 0; i < kRowsAtOnce; ++i) out[i] = sum(sums[i]);
 }
 
 // Logits of up to 16 slots from `slot` on; -inf where they are empty.
 void multiply_slots(const TailSlabs& tails, int slab, int slot, const bf16* x, float* out) {
-  const __mmask16 lanes = lanes_from(slot, tails.slots);
-  const __m512i ids = _mm512_maskz_loadu_epi32(lanes, tails.ids(slab) + slot);
-  const __mmask16 used = _mm512_mask_cmpge_epi32_mask(lanes, ids, _mm512_setzero_si512());
+  const Mask lanes = lanes_from(slot, tails.slots);
+  const Ints ids = load_lanes(lanes, tails.ids(slab) + slot);
+  const Mask used = static_cast<Mask>(lanes & ~less(ids, all(0)));
   alignas(64) float products[kSlotsAtOnce] = {};
   for (int i = 0; i < kSlotsAtOnce; i += kRowsAtOnce) {
     if ((used >> i & ((1 << kRowsAtOnce) - 1)) == 0) continue;
     multiply_rows(tails.row(slab, slot + i), tails.slots - slot - i - 1, x, tails.hidden, products + i);
   }
-  const __m512 lowest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  _mm512_mask_storeu_ps(out, lanes, _mm512_mask_mov_ps(lowest, used, _mm512_load_ps(products)));
+  store_lanes(out, lanes, choose(used, load(products), all(-std::numeric_limits<float>::infinity())));
 }
 
 // out[i * stride + slot] = the logits of each row's tail.

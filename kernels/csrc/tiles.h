@@ -1,5 +1,5 @@
-// Products of up to 32 bf16 rows with pairs of expanded groups: by AMX tiles where the processor has them, by
-// vdpbf16ps where it has not.
+// Products of up to 32 bf16 rows with pairs of expanded groups: by AMX tiles where the processor has them, by vectors
+// where it has not.
 #pragma once
 
 #include "matrix.h"
@@ -20,6 +20,25 @@ inline __attribute__((always_inline)) void in_equal_parts(int rows, int most, Pa
     row += count;
   }
 }
+
+// Operand of _tile_loadconfig: the shape of the eight AMX tile registers.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+
+  void set(int tile, int num_rows, int num_bytes) {
+    rows[tile] = static_cast<uint8_t>(num_rows);
+    bytes_per_row[tile] = static_cast<uint16_t>(num_bytes);
+  }
+};
+
+// Whether this library was compiled to use AMX where it finds it.
+#ifdef __AMX_BF16__
+constexpr bool kMayHaveAmx = true;
+#else
+constexpr bool kMayHaveAmx = false;
+#endif
 
 // Asks the operating system for the tile registers. Called once, before any thread multiplies.
 void find_amx();

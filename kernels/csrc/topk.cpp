@@ -27,13 +27,11 @@ class Candidates {
   explicit Candidates(int k) : k_(k), values_(std::max(4 * k, kFewest) + 16), columns_(values_.size()) {}
 
   // Takes 16 columns, those of `lanes`, to be called in ascending order.
-  void offer(__mmask16 lanes, __m512 values, int first_column) {
-    const __mmask16 taken = _mm512_mask_cmp_ps_mask(lanes, values, _mm512_set1_ps(least_), _CMP_GE_OQ);
+  void offer(Mask lanes, Floats values, int first_column) {
+    const Mask taken = lanes & at_least(values, all(least_));
     if (taken == 0) return;
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i columns = _mm512_add_epi32(lane, _mm512_set1_epi32(first_column));
-    _mm512_storeu_ps(&values_[count_], _mm512_maskz_compress_ps(taken, values));
-    _mm512_storeu_si512(&columns_[count_], _mm512_maskz_compress_epi32(taken, columns));
+    store_packed(&values_[count_], taken, values);
+    store_packed(&columns_[count_], taken, numbered_from(first_column));
     count_ += static_cast<size_t>(__builtin_popcount(taken));
     if (count_ + 16 > values_.size()) keep_best();
   }
@@ -75,9 +73,8 @@ void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float
     const float* x = logits.row(row);
     Candidates candidates(k);
     for (int i = 0; i < logits.columns; i += 16) {
-      const __mmask16 lanes = lanes_from(i, logits.columns);
-      // NaN as the first operand gives the second.
-      candidates.offer(lanes, _mm512_max_ps(_mm512_maskz_loadu_ps(lanes, x + i), _mm512_set1_ps(-kInfinity)), i);
+      const Mask lanes = lanes_from(i, logits.columns);
+      candidates.offer(lanes, maximum(load_lanes(lanes, x + i), all(-kInfinity)), i);
     }
     const std::vector<Entry>& best = candidates.best();
     for (int i = 0; i < k; ++i) {

@@ -20,14 +20,14 @@ constexpr int kSortAt = 64;
 // n + 16 and may be `x` itself. Returns how many.
 template <bool kBelow = false>
 int copy_if(const float* x, int n, float least, float* out) {
-  const __m512 bound = _mm512_set1_ps(least);
+  const Floats bound = all(least);
   int count = 0;
   for (int i = 0; i < n; i += 16) {
-    const __mmask16 lanes = lanes_from(i, n);
-    const __m512 values = _mm512_maskz_loadu_ps(lanes, x + i);
-    const __mmask16 taken = _mm512_mask_cmp_ps_mask(lanes, values, bound, kBelow ? _CMP_LT_OQ : _CMP_GE_OQ);
+    const Mask lanes = lanes_from(i, n);
+    const Floats values = load_lanes(lanes, x + i);
+    const Mask taken = lanes & (kBelow ? less(values, bound) : at_least(values, bound));
     if (taken == 0) continue;
-    _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(taken, values));
+    store_packed(out + count, taken, values);
     count += __builtin_popcount(taken);
   }
   return count;
@@ -90,9 +90,9 @@ int collect(const float* row, int n, float highest, const Limits& limits, double
 int copy_allowed(const float* x, int n, const uint32_t* allowed, float* out) {
   int count = 0;
   for (int i = 0; i < n; i += 16) {
-    const __mmask16 taken = lanes_from(i, n) & allowed_lanes(allowed, i);
+    const Mask taken = lanes_from(i, n) & allowed_lanes(allowed, i);
     if (taken == 0) continue;
-    _mm512_storeu_ps(out + count, _mm512_maskz_compress_ps(taken, _mm512_maskz_loadu_ps(taken, x + i)));
+    store_packed(out + count, taken, load_lanes(taken, x + i));
     count += __builtin_popcount(taken);
   }
   return count;

@@ -1,0 +1,91 @@
+// Blocks of codes as bf16 tiles; with AVX2 codes are always multiplied as they are (direct.h).
+#ifdef __AVX512F__
+
+#include "codes_avx512.h"
+
+namespace evospec {
+
+namespace {
+
+// Values of columns 0..15 at k = 2r and at 2r + 1 -> pair row r.
+inline void store_pair_row(bf16* out, __m512 even, __m512 odd) {
+  const __m512i interleaved = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                               21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(interleaved, both));
+}
+
+// The permutation looks at the lowest four bits only, so that a shift is all it takes to get at a nibble.
+void expand_q4(const uint8_t* block, bf16* out) {
+  const __m512 table = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kQ4));
+  const __m512 s = load_half(scales), m = load_half(scales + kGroup);
+  for (int j = 0; j < kQuads / 2; ++j) {
+    const __m512i codes = _mm512_loadu_si512(block + 64 * j);
+    auto value = [&](int nibble) {
+      const __m512i shifted = _mm512_srli_epi32(codes, 4 * nibble);
+      return _mm512_fmadd_ps(_mm512_permutexvar_ps(shifted, table), s, m);
+    };
+    for (int odd = 0; odd < 2; ++odd) {
+      bf16* rows = out + 64 * (2 * j + odd);
+      store_pair_row(rows, value(odd), value(2 + odd));
+      store_pair_row(rows + 32, value(4 + odd), value(6 + odd));
+    }
+  }
+}
+
+void expand_q5(const uint8_t* block, bf16* out) {
+  const __m512 low = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11, -12, -13, -14, -15, -16);
+  const __m512 high = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512 s = load_half(reinterpret_cast<const uint16_t*>(block + code_bytes(kQ5)));
+  for (int j = 0; j < kQuads / 2; ++j) {
+    __m512i codes[2];
+    unpack_nibbles(block, j, codes[0], codes[1]);
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i quad = add_fifth_bits(block, 2 * j + odd, codes[odd]);
+      auto value = [&](int byte) {  // as above: the lowest five bits
+        return _mm512_mul_ps(_mm512_permutex2var_ps(low, _mm512_srli_epi32(quad, 8 * byte), high), s);
+      };
+      bf16* rows = out + 64 * (2 * j + odd);
+      store_pair_row(rows, value(0), value(1));
+      store_pair_row(rows + 32, value(2), value(3));
+    }
+  }
+}
+
+void expand_q8(const uint8_t* block, bool two_scales, bf16* out) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kQ8));
+  const __m512i mask = _mm512_set1_epi32(255);
+  for (int quad = 0; quad < kQuads; ++quad) {
+    const __m512 s = load_half(scales + (two_scales && quad >= kQuads / 2 ? kGroup : 0));
+    const __m512 minimum = _mm512_mul_ps(s, _mm512_set1_ps(-128.0f));
+    const __m512i codes = _mm512_loadu_si512(block + 64 * quad);
+    auto value = [&](int byte) {
+      const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 8 * byte), mask);
+      return _mm512_fmadd_ps(_mm512_cvtepi32_ps(code), s, minimum);
+    };
+    store_pair_row(out + 64 * quad, value(0), value(1));
+    store_pair_row(out + 64 * quad + 32, value(2), value(3));
+  }
+}
+
+}  // namespace
+
+void expand_blocks(const Matrix& matrix, int group, int first, int count, bf16* out) {
+  const size_t bytes = block_bytes(matrix.format);
+  const uint8_t* block = matrix.group(group) + first * bytes;
+  for (int b = 0; b < count; ++b, block += bytes, out += kBlock * kGroup) {
+    prefetch_ahead(block, matrix.format);
+    if (matrix.format == kQ4) {
+      expand_q4(block, out);
+    } else if (matrix.format == kQ5) {
+      expand_q5(block, out);
+    } else {
+      expand_q8(block, matrix.format == kQ8x2, out);
+    }
+  }
+}
+
+}  // namespace evospec
+
+#endif
