@@ -64,11 +64,16 @@ class WeightChannel:
         """
         device = device or torch.device("cpu")
         old = _open_if_sound(path)
-        version = old.version if old is not None else 0
+        wanted = ("host", layout.fingerprint, num_slots)
+        if device.type == "cpu" and old is not None and (old.kind, old.fingerprint, old.num_slots) == wanted:
+            return cls(old, layout, _host_memory(old))
+        return cls._make(path, layout, num_slots, device, old.version if old is not None else 0)
+
+    @classmethod
+    def _make(
+        cls, path: Path, layout: WeightLayout, num_slots: int, device: torch.device, version: int
+    ) -> WeightChannel:
         if device.type == "cpu":
-            wanted = ("host", layout.fingerprint, num_slots)
-            if old is not None and (old.kind, old.fingerprint, old.num_slots) == wanted:
-                return cls(old, layout, _host_memory(old))
             directory = WeightDirectory.create(path, layout, num_slots, "host", version)
             return cls(directory, layout, _host_memory(directory))
         memory = torch.zeros(2 * num_slots, layout.nbytes, dtype=torch.uint8, device=device)
@@ -94,6 +99,19 @@ class WeightChannel:
         if len(memory) != 2 * directory.num_slots * layout.nbytes:
             raise SharedMemoryError(f"{path}: the device memory is another channel's")
         return cls(directory, layout, memory.view(2 * directory.num_slots, layout.nbytes))
+
+    def replace(self, version: int) -> WeightChannel:
+        """A channel of empty slots in place of this one, which is damaged; for the engine alone.
+
+        The worker finds out as it does with a new engine's, and publishes again. ``version``: the new one's at first.
+
+        Raises:
+            SharedMemoryError: it cannot be made; this one stays.
+        """
+        path, device = self.directory.file.path, self.buffers.device
+        channel = self._make(path, self.layout, self.num_slots, device, version)
+        self.close()
+        return channel
 
     def poll(self) -> int:
         """The channel's version; another than last time means that some slot changed. Tens of nanoseconds."""

@@ -82,6 +82,7 @@ class WeightBuffers:
     """
 
     def __init__(self, layout: WeightLayout, memory: torch.Tensor) -> None:
+        self.device = memory.device
         self._memory = memory
         self._views = [layout.views(row) for row in memory]
         self._staging = torch.zeros_like(memory[0])

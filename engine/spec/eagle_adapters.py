@@ -24,7 +24,7 @@ from kernels.batched_lora import LoraRows
 
 log = structlog.get_logger(__name__)
 
-_RETRY_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,9 @@ class EagleAdapters:
         self._keys: dict[str, str | None] = {}
         """Of each request; None for those that keep the base draft, to compare with."""
         self._assigned: dict[str, Assignment] = {}
-        self._seen, self._retry_at = -1, 0.0
+        self._seen, self._look_at = -1, 0.0
+        self._is_damaged = False
+        """Whether something could not be read at the last look."""
         self.num_loads = 0
         self.num_failed_loads = 0
 
@@ -87,20 +89,20 @@ class EagleAdapters:
         return {key: assignment.version for key, assignment in self._by_key.items()}
 
     def refresh(self) -> None:
-        """Take over what was published since the last call. What cannot be read is tried again a second later."""
-        version = self._channel.poll()
-        if version == self._seen or time.monotonic() < self._retry_at:
+        """Take over what was published since the last call, and see once a second that the channel is sound.
+
+        What cannot be read is tried again a second later. If it is still damaged then, nobody else will mend it before
+        the next publication, or ever: another channel takes its place.
+        """
+        version, now = self._channel.poll(), time.monotonic()
+        if now < self._look_at and (version == self._seen or self._is_damaged):
             return
-        try:
-            slots = self._channel.slots()
-        except SharedMemoryError as error:
-            self._note_failure(error)
-            return
-        changed = [index for index, slot in enumerate(slots) if slot.version != self._versions[index]]
-        are_loaded = [self._load(index, slots[index]) for index in changed]
-        if all(are_loaded):
+        self._look_at = now + _LOOK_SECONDS
+        was_damaged, self._is_damaged = self._is_damaged, not self._take_over()
+        if not self._is_damaged:
             self._seen = version
-        self._by_key = {one.key: one for one in self._in_force if one.key is not None}
+        elif was_damaged:
+            self._replace()
 
     def assign(self, requests: Sequence[Request]) -> None:
         """Decide who drafts for these requests in this step."""
@@ -136,6 +138,33 @@ class EagleAdapters:
             self._keys[request_id] = None if is_control else key
         return self._keys[request_id]
 
+    def _take_over(self) -> bool:
+        """Load the slots that changed; whether all could be read."""
+        try:
+            slots = self._channel.slots()
+        except SharedMemoryError as error:
+            self._note_failure(error)
+            return False
+        changed = [index for index, slot in enumerate(slots) if slot.version != self._versions[index]]
+        are_loaded = [self._load(index, slots[index]) for index in changed]
+        self._by_key = {one.key: one for one in self._in_force if one.key is not None}
+        return all(are_loaded)
+
+    def _replace(self) -> None:
+        """Make an empty channel: the worker finds it within a second, and publishes again what should be in force."""
+        try:
+            self._channel = self._channel.replace(max(self._versions))
+        except SharedMemoryError as error:
+            log.warning("no other weight channel", reason=str(error))
+            return
+        log.warning("damaged weight channel replaced", version=self.version)
+        # A key may come back in another slot: until then it has the base draft.
+        for index in range(len(self._in_force)):
+            self._withdraw(index)
+        self._versions = [0] * len(self._in_force)
+        self._by_key = {}
+        self._is_damaged = False
+
     def _load(self, index: int, slot: Slot) -> bool:
         """Copy a slot's weights in place; if they cannot be read, its key goes on with what it had."""
         if slot.key != self._in_force[index].key:
@@ -160,5 +189,4 @@ class EagleAdapters:
 
     def _note_failure(self, error: SharedMemoryError) -> None:
         self.num_failed_loads += 1
-        self._retry_at = time.monotonic() + _RETRY_SECONDS
         log.warning("adapters cannot be read", reason=str(error))

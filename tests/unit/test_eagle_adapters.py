@@ -111,7 +111,7 @@ def test_control_requests_keep_the_base_draft(tmp_path: Path) -> None:
 
 
 def test_damaged_weights_change_nothing_and_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eagle_adapters, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(eagle_adapters, "_LOOK_SECONDS", 0.0)
     bank = Bank(tmp_path)
     law, clinic, other = request("1", "law"), request("2", "clinic"), request("3", "other")
     good = bank.publish(0, "law", 1.0)
@@ -131,6 +131,41 @@ def test_damaged_weights_change_nothing_and_are_tried_again(tmp_path: Path, monk
     assert bank.assign(law)[0].version > good
     assert bank.value(law) == 2.0
     assert bank.assign(other)[0].key == "other"
+
+
+# In the channel's file.
+FINGERPRINT, WORD, DIRECTORIES, BUFFERS = 24, 64, 128, 4096
+
+
+@pytest.mark.parametrize("start", [FINGERPRINT, WORD, DIRECTORIES, BUFFERS])
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_a_damaged_channel_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, is_seen: bool
+) -> None:
+    """``is_seen``: the weights were taken over before the damage."""
+    monkeypatch.setattr(eagle_adapters, "_LOOK_SECONDS", 0.0)
+    bank = Bank(tmp_path)
+    law = request("1", "law")
+    before = bank.publish(0, "law", 1.0)
+    if is_seen:
+        bank.assign(law)
+    with bank.config.channel_path.open("r+b") as file:
+        file.seek(start)
+        file.write(b"\x5a" * {DIRECTORIES: 1000, BUFFERS: 2 * bank.layout.nbytes}.get(start, 8))
+    bank.assign(law)
+    assert not bank.writer.is_replaced()  # it may be that a publication was on its way
+    bank.assign(law)
+    is_harmless = is_seen and start == BUFFERS
+    assert bank.writer.is_replaced() != is_harmless
+    if is_harmless:
+        assert bank.value(law) == 1.0
+        return
+    assert bank.assign(law) == [BASE]
+    bank.writer = WeightWriter(bank.config.channel_path, bank.layout, version=bank.writer.version)
+    version = bank.publish(2, "law", 2.0)
+    assert version > before
+    assert bank.assign(law) == [Assignment(2, "law", version)]
+    assert bank.value(law) == 2.0
 
 
 def test_an_engine_that_comes_back_finds_its_adapters(tmp_path: Path) -> None:
@@ -165,7 +200,7 @@ def test_whole_drafts_take_the_place_of_the_base_and_give_it_back(tmp_path: Path
 
 
 def test_a_damaged_draft_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eagle_adapters, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(eagle_adapters, "_LOOK_SECONDS", 0.0)
     bank = Bank(tmp_path, **WHOLE)
     anybody = request("1", "law")
     good = bank.publish(0, "*", 1.0)
