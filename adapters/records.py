@@ -109,7 +109,8 @@ class Assembler:
         self.num_lapsed = 0
         """Records skipped because a feature row of theirs was overwritten."""
         self.num_unusable = 0
-        """Records skipped because they have no features, contradict themselves, or name tokens that are not there."""
+        """Records skipped because they have no features or damaged ones, contradict themselves, or name tokens that are
+        not there."""
 
     def add(
         self, records: Sequence[tuple[str, VerifyRecord, bool]], ring: FeatureRingReader
@@ -132,6 +133,9 @@ class Assembler:
         ):
             if not is_valid.all():
                 self.num_lapsed += 1
+                continue
+            if not inputs.float().square().sum().isfinite():  # one such segment held out would fail every version
+                self.num_unusable += 1
                 continue
             complete += self._append(key, record.request_id, self._rows_of(record, inputs, teaches))
         return complete + self._close_silent()

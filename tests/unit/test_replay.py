@@ -208,6 +208,17 @@ def test_lost_rows_and_useless_records_are_counted(tmp_path: Path) -> None:
     assert (log.assembler.num_lapsed, log.assembler.num_unusable) == (1, 5)
 
 
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 3e38])
+def test_features_that_are_no_numbers_are_left_out(tmp_path: Path, value: float) -> None:
+    log = Log(tmp_path / "ring")
+    damaged = log.step(2)
+    log.reader._ring.rows[damaged.feature_slot + 1, 2] = value
+    log.add(damaged, log.step(1))
+    [(_, s)] = log.assembler.flush()
+    assert s.positions.tolist() == [3, 4]
+    assert (log.assembler.num_lapsed, log.assembler.num_unusable) == (0, 1)
+
+
 def test_what_does_not_teach_is_context_only(tmp_path: Path) -> None:
     log = Log(tmp_path / "ring")
     log.add(log.step(2), is_teaching=False)
