@@ -8,7 +8,7 @@
 
 namespace evospec {
 
-constexpr int kDirectRows = 6;  // of one product: their sums fill the registers
+constexpr int kDirectRows = 5;  // of one product: their sums fill the registers
 
 // 32 integers in the order of code pairs: of each four, 0 and 2, then 1 and 3.
 struct Digits {
@@ -44,6 +44,13 @@ inline __attribute__((always_inline)) __m256i code_pairs(const uint8_t* block, i
   return _mm256_or_si256(nibbles, _mm256_and_si256(fifths, _mm256_set1_epi16(16)));
 }
 
+// The compiler must not see through it: it would make all products first, since integers may be added in any order, and
+// lack registers to keep them in (three to four times slower).
+inline __attribute__((always_inline)) void add(__m256i& sum, __m256i product) {
+  sum = _mm256_add_epi32(sum, product);
+  asm("" : "+x"(sum));
+}
+
 // sums[m] = the integer sums over quad rows kBegin .. kEnd - 1 of row m, in every column, less shifts[m].
 template <int M, int kFormat, int kBegin, int kEnd, typename Row>
 inline __attribute__((always_inline)) void dot(const uint8_t* block, Row row, const int* shifts, Ints* sums) {
@@ -58,8 +65,8 @@ inline __attribute__((always_inline)) void dot(const uint8_t* block, Row row, co
         int32_t pair;
         std::memcpy(&pair, row(m).digits.pairs + 4 * quad + 2 * odd, 4);
         const __m256i x = _mm256_set1_epi32(pair);
-        sums[m].low = _mm256_add_epi32(sums[m].low, _mm256_madd_epi16(low, x));
-        sums[m].high = _mm256_add_epi32(sums[m].high, _mm256_madd_epi16(high, x));
+        add(sums[m].low, _mm256_madd_epi16(low, x));
+        add(sums[m].high, _mm256_madd_epi16(high, x));
       }
     }
   }

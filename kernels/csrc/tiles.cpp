@@ -18,10 +18,12 @@ bool amx_found = false;
 
 // ---- vectors ----
 
+// kVectorRows: how many rows' sums fill the registers, beside weights and x. kRowsOfTwoGroups: up to how many rows the
+// registers hold the sums of two groups; independent sums do not wait for each other.
 #ifdef __AVX512F__
-constexpr int kVectorRows = 12;  // 2 * 12 sums, two vectors of weights and one of x fill the 32 registers
+constexpr int kVectorRows = 12, kRowsOfTwoGroups = 12;
 #else
-constexpr int kVectorRows = 4;  // of one group at a time, see add_vectors
+constexpr int kVectorRows = 4, kRowsOfTwoGroups = 2;
 #endif
 
 // y[M][groups of 16] += x * the blocks of G groups.
@@ -50,12 +52,12 @@ void add_groups(const bf16* x, int k, const bf16* const* groups, int count, floa
 template <int M>
 void add_vectors(const bf16* x, int k, const bf16* b0, const bf16* b1, int count, float* y) {
   const bf16* groups[] = {b0, b1};
-#ifdef __AVX512F__
-  add_groups<M, 2>(x, k, groups, count, y);
-#else
-  add_groups<M, 1>(x, k, groups, count, y);
-  add_groups<M, 1>(x, k, groups + 1, count, y + kGroup);
-#endif
+  if constexpr (M <= kRowsOfTwoGroups) {
+    add_groups<M, 2>(x, k, groups, count, y);
+  } else {
+    add_groups<M, 1>(x, k, groups, count, y);
+    add_groups<M, 1>(x, k, groups + 1, count, y + kGroup);
+  }
 }
 
 using AddVectors = void (*)(const bf16*, int, const bf16*, const bf16*, int, float*);
