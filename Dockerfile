@@ -18,7 +18,7 @@ COPY engine engine
 COPY server server
 COPY adapters adapters
 COPY drafts drafts
-RUN python -m kernels.build && pip install --no-cache-dir ".$EXTRAS"
+RUN python -m kernels.build --all && pip install --no-cache-dir ".$EXTRAS"
 
 FROM python:3.11-slim
 RUN useradd --system --uid 10001 --home-dir /var/lib/evospec --create-home evospec

@@ -1,4 +1,4 @@
-"""Compiles kernels/csrc into kernels/_native_*.so, one for each target: ``python -m kernels.build``.
+"""Compiles kernels/csrc into kernels/_native_<target>.so: ``python -m kernels.build``.
 
 Plain shared libraries with a C interface, so neither torch's headers nor its compiler settings matter, and the
 build takes seconds. Without a C++ compiler the torch fallback serves, slower: the command says so and succeeds.
@@ -6,49 +6,20 @@ build takes seconds. Without a C++ compiler the torch fallback serves, slower: t
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
+from kernels import targets
+from kernels.targets import TARGETS, Target, best_target
+
 SOURCES = Path(__file__).parent / "csrc"
-FOLDER = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Target:
-    """One library: what its processor must have.
-
-    Attributes:
-        name: of the library.
-        features: as compilers name them.
-        required: CPU features as Linux names them.
-    """
-
-    name: str
-    features: str
-    required: tuple[str, ...]
-
-    @property
-    def library(self) -> Path:
-        return FOLDER / f"_native_{self.name}.so"
-
-
-# The best first. All are always built: which of them a machine runs is decided when it is loaded (kernels/native.py),
-# and AMX is used only where it is found (csrc/tiles.cpp).
-TARGETS = (
-    Target(
-        "avx512",
-        "avx512f avx512bw avx512dq avx512vl avx512vbmi avx512bf16 avx512vnni amx-tile amx-bf16 f16c fma",
-        ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16", "avx512_vnni", "f16c", "fma"),
-    ),
-    Target("avx2", "avx2 f16c fma", ("avx2", "f16c", "fma")),
-)
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-ignored-attributes"]
 
 
@@ -61,11 +32,10 @@ def find_compiler() -> list[str] | None:
     return [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
 
 
-def is_current() -> bool:
-    """Whether all libraries are newer than every source file."""
-    newest = max(path.stat().st_mtime for path in [*SOURCES.iterdir(), Path(__file__)])
-    libraries = [target.library for target in TARGETS]
-    return all(library.exists() and library.stat().st_mtime >= newest for library in libraries)
+def is_current(target: Target) -> bool:
+    """Whether a library is newer than every source file."""
+    newest = max(path.stat().st_mtime for path in [*SOURCES.iterdir(), Path(__file__), Path(targets.__file__)])
+    return target.library.exists() and target.library.stat().st_mtime >= newest
 
 
 def build(compiler: list[str], target: Target) -> None:
@@ -74,30 +44,34 @@ def build(compiler: list[str], target: Target) -> None:
     Raises:
         subprocess.CalledProcessError: the compiler failed; its output is on stderr.
     """
-    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+    with tempfile.TemporaryDirectory(dir=target.library.parent) as folder:
         output = Path(folder) / target.library.name
-        features = [f"-m{feature}" for feature in target.features.split()]
+        features = [f"-m{feature}" for feature in target.features]
         sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
         subprocess.run([*compiler, *FLAGS, *features, *sources, "-o", str(output)], check=True)
         output.replace(target.library)
 
 
-def main() -> None:
-    """Builds if needed; exits 0 without a library where there is no compiler or it fails."""
-    if is_current():
+def main(wanted: Sequence[Target]) -> None:
+    """Builds what is needed; exits 0 without a library where there is no compiler or it fails."""
+    wanted = [target for target in wanted if not is_current(target)]
+    if not wanted:
         return
     compiler = find_compiler()
     if compiler is None:
         print("kernels: no C++ compiler (pip install ziglang is one); using the slower torch fallback", file=sys.stderr)
         return
-    try:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda target: build(compiler, target), TARGETS))
-    except subprocess.CalledProcessError:
-        print(f"kernels: {compiler[0]} failed; the slower torch fallback will be used", file=sys.stderr)
-        return
-    print(f"kernels: built {', '.join(target.library.name for target in TARGETS)}")
+    for target in wanted:
+        try:
+            build(compiler, target)
+        except subprocess.CalledProcessError:
+            print(f"kernels: {compiler[0]} failed; the slower torch fallback will be used", file=sys.stderr)
+            return
+        print(f"kernels: built {target.library}")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="Compile the CPU kernels for this machine.")
+    parser.add_argument("--all", action="store_true", help="for every machine, as in an image")
+    here = best_target()
+    main(TARGETS if parser.parse_args().all else [here] if here else [])

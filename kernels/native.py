@@ -11,14 +11,13 @@ import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.build import TARGETS, Target
+from kernels.targets import TARGETS, best_target
 
 if TYPE_CHECKING:
     from kernels.native_lora import NativeLora
@@ -75,23 +74,11 @@ class _Batch(ctypes.Structure):
     )
 
 
-@functools.cache
-def _missing_features(target: Target) -> list[str]:
-    """What this processor lacks for a library."""
-    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
-    return [feature for feature in target.required if feature not in flags]
-
-
-def best_target() -> Target | None:
-    """The best library that this processor runs; None where it runs none."""
-    return next((target for target in TARGETS if not _missing_features(target)), None)
-
-
 def unsupported_reason() -> str | None:
     """Why the compiled kernels cannot be used in this process; None where they can."""
     target = best_target()
     if target is None:
-        return f"the CPU lacks {', '.join(_missing_features(TARGETS[-1]))}"
+        return f"the CPU lacks {', '.join(TARGETS[-1].missing)}"
     return None if target.library.exists() else f"{target.library.name} is not built (python -m kernels.build)"
 
 

@@ -1,0 +1,50 @@
+"""The processors that the CPU kernels are compiled for, and which of them this one is."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Target:
+    """One library.
+
+    Attributes:
+        name: of the library.
+        features: what the compiler may use, as compilers name it.
+        required: what the CPU must have, as Linux names it.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    required: tuple[str, ...]
+
+    @property
+    def library(self) -> Path:
+        return Path(__file__).parent / f"_native_{self.name}.so"
+
+    @functools.cached_property
+    def missing(self) -> list[str]:
+        """What this machine's CPU lacks."""
+        flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[-1].split("\n", 1)[0].split()
+        return [feature for feature in self.required if feature not in flags]
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi")
+TARGETS = (
+    # AMX is used only where it is found (csrc/tiles.cpp).
+    Target(
+        "avx512",
+        (*_AVX512, "avx512bf16", "avx512vnni", "amx-tile", "amx-bf16", "f16c", "fma"),
+        (*_AVX512, "avx512_bf16", "avx512_vnni", "f16c", "fma"),
+    ),
+    Target("avx2", ("avx2", "f16c", "fma"), ("avx2", "f16c", "fma")),
+)
+"""The best first."""
+
+
+def best_target() -> Target | None:
+    """The best that this machine runs; None where it runs none."""
+    return next((target for target in TARGETS if not target.missing), None)

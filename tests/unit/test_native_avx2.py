@@ -1,0 +1,35 @@
+"""Where the CPU has AVX-512: the tests of the kernels again, with the library for AVX2, which is not used otherwise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from kernels.build import build, find_compiler, is_current
+from kernels.targets import TARGETS, best_target
+
+AVX2 = TARGETS[-1]
+FILES = ("native_kernels", "native_prior", "native_eagle3", "draft_head", "batched_lora", "gumbel", "truncation")
+# Before anything imports the list: a process loads one library.
+RUN = """
+import sys
+from kernels import targets
+targets.TARGETS = targets.TARGETS[-1:]
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(best_target() in (None, AVX2), reason="the other tests run this library, or nothing can")
+def test_kernels_for_avx2() -> None:
+    compiler = find_compiler()
+    if not is_current(AVX2):
+        assert compiler is not None
+        build(compiler, AVX2)
+    files = [f"tests/unit/test_{name}.py" for name in FILES]
+    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", *files]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    assert " skipped" not in finished.stdout.splitlines()[-1], finished.stdout
