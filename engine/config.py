@@ -163,7 +163,7 @@ class RuntimeConfig(_Section):
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the model runs.")
     attention_backend: Literal["auto", "torch", "native", "flashinfer"] = Field(
-        "auto", description="auto: flashinfer on CUDA, native on a CPU with AVX-512 bf16, torch otherwise."
+        "auto", description="auto: flashinfer on CUDA, native on a CPU with AVX2, torch otherwise."
     )
     threads: int = Field(default=0, ge=0, description="Compute threads; 0: one for each core this process may use.")
 
