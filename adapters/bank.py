@@ -74,11 +74,12 @@ class AdapterBank:
             slot = next((index for index, found in enumerate(self._keys()) if found is None), None)
         if slot is None:
             return None
+        # First, so that a worker killed behind it never gives a version twice, even if the channel is lost with it.
+        self._store.save_channel_version(self._writer.version + 1)
         try:
             version = self._writer.clear(slot) if tensors is None else self._writer.publish(slot, key, tensors)
         except ChannelReplaced:
             return None  # `attach` sees to it
-        self._store.save_channel_version(version)
         return 0 if tensors is None else version
 
     def close(self) -> None:
