@@ -15,10 +15,10 @@ namespace evospec {
 namespace {
 
 // kVectorRows: up to so many rows by vector instructions, more by AMX tiles if there are any.
-// kChains: independent sums of a score: one product takes many cycles, but starts every cycle.
+// kChains: independent sums of a score, always as many: a row's bits must not depend on how many rows there are.
 // kValueVectors: of 16 dimensions, whose weighted sums are kept in registers.
 #ifdef __AVX512F__
-constexpr int kVectorRows = 7, kChains = 4, kValueVectors = 4;
+constexpr int kVectorRows = 7, kChains = 4, kValueVectors = 4;  // a product takes many cycles, but starts every cycle
 #else
 constexpr int kVectorRows = 4, kChains = 1, kValueVectors = 1;
 #endif

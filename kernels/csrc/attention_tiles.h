@@ -21,8 +21,8 @@ struct Values {
 // Before and after: `release_tiles` gives them back.
 void configure_attention_tiles();
 
-// scores [kMaxRows][kSegment], the first 16 of each row: of 16 keys for all rows of q [kMaxRows][head_dim]; keys: [head_dim / 2]
-// [stride][2], already at the first of the 16.
+// scores [kMaxRows][kSegment], the first 16 of each row: of 16 keys for all rows of q [kMaxRows][head_dim].
+// keys: [head_dim / 2][stride][2], already at the first of the 16.
 void score_key_tiles(const bf16* q, const bf16* keys, int stride, int head_dim, float* scores);
 
 // sums [kMaxRows][head_dim], from values.first on, += weights [kMaxRows][kSegment] . values, for 64 dimensions where

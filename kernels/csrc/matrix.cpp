@@ -14,7 +14,9 @@ void set_code(uint8_t* block, int format, int kk, int column, uint8_t code) {
     return;
   }
   block[64 * (quad / 2) + p] |= static_cast<uint8_t>((code & 15) << (4 * (quad % 2)));
-  if (format == kQ5) reinterpret_cast<uint32_t*>(block + 256)[column] |= static_cast<uint32_t>(code >> 4) << fifth_bit(kk);
+  if (format == kQ5) {
+    reinterpret_cast<uint32_t*>(block + 256)[column] |= static_cast<uint32_t>(code >> 4) << fifth_bit(kk);
+  }
 }
 
 // The code as a number: without the offset of its format.

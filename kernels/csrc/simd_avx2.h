@@ -53,7 +53,9 @@ inline Mask to_mask(__m256 low, __m256 high) {
 
 inline const __m256i* vector_at(const void* in) { return static_cast<const __m256i*>(in); }
 inline Floats load(const float* in) { return {_mm256_loadu_ps(in), _mm256_loadu_ps(in + 8)}; }
-inline Ints load(const int32_t* in) { return {_mm256_loadu_si256(vector_at(in)), _mm256_loadu_si256(vector_at(in + 8))}; }
+inline Ints load(const int32_t* in) {
+  return {_mm256_loadu_si256(vector_at(in)), _mm256_loadu_si256(vector_at(in + 8))};
+}
 inline Floats load_lanes(Mask lanes, const float* in) {
   if (lanes == 0xFFFF) return load(in);
   const Ints wanted = to_lanes(lanes);
@@ -84,7 +86,8 @@ inline __m256 load_bf16x8(const bf16* in) {
 }
 inline Floats load_bf16(const bf16* in) { return {load_bf16x8(in), load_bf16x8(in + 8)}; }
 inline __m256i upper_halves(__m256 x) {  // rounded to nearest even; a NaN stays one
-  const __m256i bits = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i up = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   return _mm256_blendv_epi8(up, _mm256_set1_epi32(0x7FC0), nan);

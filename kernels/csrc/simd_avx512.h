@@ -87,7 +87,9 @@ inline Mask equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_
 inline Mask less(Ints a, Ints b) { return _mm512_cmplt_epi32_mask(a, b); }
 inline Floats choose(Mask lanes, Floats yes, Floats no) { return _mm512_mask_mov_ps(no, lanes, yes); }
 inline Ints choose(Mask lanes, Ints yes, Ints no) { return _mm512_mask_mov_epi32(no, lanes, yes); }
-inline void store_packed(float* out, Mask lanes, Floats x) { _mm512_storeu_ps(out, _mm512_maskz_compress_ps(lanes, x)); }
+inline void store_packed(float* out, Mask lanes, Floats x) {
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(lanes, x));
+}
 inline void store_packed(int32_t* out, Mask lanes, Ints x) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(lanes, x));
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ TEXTS = [
     "The capital of France is Paris. The capital of Spain is Madrid. The capital of Italy is",
 ]
 CPU = torch.device("cpu")
+MAX_ROUNDS = 300
 
 
 @dataclass
@@ -116,10 +117,11 @@ def test_a_worker_distils_the_whole_draft_of_a_serving_engine(tmp_path: Path, va
     prompts = [torch.randint(3, 400, (12,), generator=generator).tolist() for _ in range(8)]
     sampling = SamplingParams(max_tokens=48, seed=0, temperature=0.0, ignore_eos=True)
     before = serve(engine, prompts, sampling)
-    deadline = time.monotonic() + 90
     served = before
-    while served.acceptance < before.acceptance + 0.2:
-        assert time.monotonic() < deadline, f"acceptance {served.acceptance}, at first {before.acceptance}"
+    for rounds in itertools.count():  # not by the clock: a busy machine is slow
+        if served.acceptance >= before.acceptance + 0.2:
+            break
+        assert rounds < MAX_ROUNDS, f"acceptance {served.acceptance}, at first {before.acceptance}"
         served = serve(engine, prompts, sampling)
         assert served.outputs == before.outputs
         for _ in range(8):
