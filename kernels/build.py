@@ -73,5 +73,7 @@ def main(wanted: Sequence[Target]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compile the CPU kernels for this machine.")
     parser.add_argument("--all", action="store_true", help="for every machine, as in an image")
-    here = best_target()
-    main(TARGETS if parser.parse_args().all else [here] if here else [])
+    wanted = TARGETS if parser.parse_args().all else [target for target in [best_target()] if target is not None]
+    if not wanted:
+        print("kernels: none for this CPU, which has no AVX2; using the slower torch fallback", file=sys.stderr)
+    main(wanted)
