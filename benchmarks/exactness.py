@@ -1,6 +1,6 @@
 """That no draft changes an answer, on real models and prompts in float32: ``python -m benchmarks.exactness``.
 
-Every way to serve answers the same prompts as a plain engine that answers them one by one: batched, preempted, with
+Every way to serve answers the same prompts as a plain engine that answers them one by one: batched, with few blocks, with
 drafts of 0 to 6 tokens, of a draft with random weights, from a vocabulary so small that most tokens are outside.
 Greedy, and sampled from one seed with five sets of parameters. Anything but all equal is a bug.
 """
@@ -34,7 +34,7 @@ from engine.spec.draft_head import COUNTS_FILE
 
 BATCH = 8
 FEW_BLOCKS = 64
-"""Of 16 tokens: less than a batch of the longest prompts needs."""
+"""Of 16 tokens: less than a batch of the longest prompts needs, so that requests wait; preemptions are counted."""
 _SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 GREEDY = {"greedy": SamplingParams(max_tokens=0, seed=0, temperature=0.0)}
 SAMPLED = {
@@ -90,7 +90,7 @@ def ways(method: str, draft: str | None, random_draft: str) -> Iterator[Way]:
     yield Way("plain, batch")
     for length in range(1, 7):  # 0 is plain
         yield Way(f"drafts of {length}, batch", method, draft, length=length)
-    yield Way("drafts of 4, preempted", method, draft, num_blocks=FEW_BLOCKS)
+    yield Way("drafts of 4, few blocks", method, draft, num_blocks=FEW_BLOCKS)
     yield Way("random draft, batch", "eagle3", random_draft)
     yield Way("random draft, 64 tokens, batch", "eagle3", random_draft, "static:64")
     if method == "eagle3":
