@@ -1,7 +1,7 @@
 """That no draft changes an answer, on real models and prompts in float32: ``python -m benchmarks.exactness``.
 
-Every way to serve answers the same prompts as a plain engine that answers them one by one: batched, with few blocks, with
-drafts of 0 to 6 tokens, of a draft with random weights, from a vocabulary so small that most tokens are outside.
+Every way to serve answers the same prompts as a plain engine that answers them one by one: batched, with few blocks,
+with drafts of 0 to 6 tokens, of a draft with random weights, from a vocabulary so small that most tokens are outside.
 Greedy, and sampled from one seed with five sets of parameters. Anything but all equal is a bug.
 """
 
