@@ -111,7 +111,12 @@ def _answer(core: EngineCore, texts: Sequence[list[int]], sampling: SamplingPara
     while waiting or num_running:
         while waiting and num_running < _AT_ONCE:
             number, num_running = waiting.pop(), num_running + 1
-            core.add(_CLIENT, EngineRequest(str(number), texts[number], sampling=sampling, tenant="traces"))
+            core.add(
+                _CLIENT,
+                EngineRequest(
+                    request_id=str(number), prompt_token_ids=texts[number], sampling=sampling, tenant="traces"
+                ),
+            )
         for output in core.step()[0][_CLIENT]:
             answers[int(output.request_id)] += output.token_ids
             num_running -= output.finish_reason is not None

@@ -120,7 +120,17 @@ def sizes_of(model: str) -> Sizes:
     tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
     num_special = len(always_drafted(tokenizer))
     if tokenizer.vocab_size >= _LARGE:
-        others = ("dynamic:2048+1024", "dynamic:32768+1024", "dynamic:full+0")
-        return Sizes(num_special, 32768, (8192, 2048), "dynamic:8192+1024", others)
-    others = ("dynamic:2048+1024", "dynamic:full+0")
-    return Sizes(num_special, tokenizer.vocab_size // 4, (4096, 3072, 1024), "dynamic:512+512", others)
+        return Sizes(
+            num_special,
+            32768,
+            (8192, 2048),
+            "dynamic:8192+1024",
+            ("dynamic:2048+1024", "dynamic:32768+1024", "dynamic:full+0"),
+        )
+    return Sizes(
+        num_special,
+        tokenizer.vocab_size // 4,
+        (4096, 3072, 1024),
+        "dynamic:512+512",
+        ("dynamic:2048+1024", "dynamic:full+0"),
+    )

@@ -173,8 +173,8 @@ def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[di
     replay = Replay(speculation, mode.cold, core, graph, tokenizer.vocab_size)
     for number, trace in enumerate(traces):
         drafts, accepted = replay.run(trace)
-        counts = {"drafted": [drafts] if drafts else [], "accepted": [accepted]}
-        yield {"mode": mode.name, "domain": trace.domain, "round": number, "acceptance": counts}
+        acceptance = {"drafted": [drafts] if drafts else [], "accepted": [accepted]}
+        yield {"mode": mode.name, "domain": trace.domain, "round": number, "acceptance": acceptance}
 
 
 def main(
