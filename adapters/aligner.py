@@ -46,6 +46,8 @@ class KeyAligner:
         self.channel_version = 0
         self._num_unjudged = 0
         """Updates since weights were scored."""
+        self._num_ahead = 0
+        """Updates since those in force."""
         self._is_unpublished = self._is_new = True
         self._last_loss: float | None = None
         self._last_refusal = ""
@@ -182,6 +184,7 @@ class KeyAligner:
         segments = self.replay.take(training.batch_positions, training.history_share)
         update = self._trainer.update(segments)
         self._num_unjudged += 1
+        self._num_ahead += 1
         self.state.num_updates += 1
         self.state.num_trained_positions += update.num_positions
         self._last_loss = update.loss
@@ -196,7 +199,7 @@ class KeyAligner:
             weights.append(self._trainer.weights(self.tensors))
         scores = score(self._chains, list(self.replay.held_out), weights, config.training.horizon)
         new, base, current = scores[0], scores[1], scores[-1]
-        self._trigger.observe_score(current.loss - new.loss, self._num_unjudged)
+        self._trigger.observe_score(current.loss - new.loss, self._num_ahead)
         verdict, reason = judge(new, current, base, config.guard)
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
         if verdict is Verdict.PUBLISH:
@@ -205,6 +208,7 @@ class KeyAligner:
             self.state.num_refused += 1
             self._last_refusal = reason
             self._trainer.load(self.tensors)
+            self._num_ahead = 0
         self._num_unjudged = 0
         self._store.save_state(self.state)
 
@@ -212,6 +216,7 @@ class KeyAligner:
         self.state.good_revision = self.revision  # nothing was wrong with it as long as it was watched
         self.revision = self._store.save(self.state, candidate)
         self.tensors = candidate
+        self._num_ahead = 0
         self.state.num_published += 1
         self._is_unpublished = self._is_new = True
         self._store.keep_only(self.state.key, {self.state.good_revision, self.revision})
@@ -221,7 +226,7 @@ class KeyAligner:
         self.tensors = self._store.load(self.state.key, revision) if revision else None
         self.revision = revision if self.tensors is not None else 0
         self._trainer.load(self.tensors)
-        self._num_unjudged = 0
+        self._num_unjudged = self._num_ahead = 0
         self._is_unpublished = self._is_new = True
 
     def _new_watch(self) -> None:

@@ -35,8 +35,10 @@ def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) ->
 
     It is refused if its loss is not below that of the version in force, or its agreement below that of the version in
     force or of the base by more than the margin and two standard errors of the difference. It is published if its
-    agreement is above that of the version in force by two standard errors: a smaller loss alone can come from a
-    distribution that is only flatter, such as noise teaches.
+    agreement is above that of the base by two standard errors: a smaller loss alone can come from a distribution that
+    is only flatter, such as noise teaches. Above the version in force it need only be at all, with the smaller loss:
+    steps from one good version to the next are too small to be sure of, and what an operator fears is to be worse off
+    than without.
     """
     if not candidate.loss < current.loss:
         return Verdict.REFUSE, f"held-out loss {candidate.loss:.4f} is not below {current.loss:.4f}"
@@ -44,10 +46,12 @@ def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) ->
         gain, error = _difference(candidate, other)
         if gain < -config.agreement_margin - _OFFLINE_SIGMAS * error:
             return Verdict.REFUSE, f"held-out agreement {candidate.agreement:.3f}, {name} {other.agreement:.3f}"
-    gain, error = _difference(candidate, current)
-    if gain <= _OFFLINE_SIGMAS * error:
-        return Verdict.TRAIN_ON, f"held-out agreement gained only {gain:.3f} ± {error:.3f}"
-    return Verdict.PUBLISH, f"held-out agreement gained {gain:.3f} ± {error:.3f}"
+    gain, error = _difference(candidate, base)
+    of_current = candidate.agreement - current.agreement
+    reason = f"{gain:.3f} ± {error:.3f} on the base's {base.agreement:.3f}, {of_current:.3f} on the current"
+    if gain <= _OFFLINE_SIGMAS * error or of_current <= 0:
+        return Verdict.TRAIN_ON, f"held-out agreement gained only {reason}"
+    return Verdict.PUBLISH, f"held-out agreement gained {reason}"
 
 
 def _difference(score: Score, other: Score) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """That no draft changes an answer, on real models and prompts in float32: ``python -m benchmarks.exactness``.
 
-Every way to serve answers the same prompts as a plain engine that answers them one by one: batched, with few blocks,
-with drafts of 0 to 6 tokens, of a draft with random weights, from a vocabulary so small that most tokens are outside.
+Every way to serve answers the same prompts as a plain engine that answers them one by one: batched, preempted, with
+drafts of 0 to 6 tokens, of a draft with random weights, from a vocabulary so small that most tokens are outside.
 Greedy, and sampled from one seed with five sets of parameters. Anything but all equal is a bug.
 """
 
@@ -33,8 +33,10 @@ from engine.models.registry import resolve_model, validate_model_files
 from engine.spec.draft_head import COUNTS_FILE
 
 BATCH = 8
-FEW_BLOCKS = 64
-"""Of 16 tokens: less than a batch of the longest prompts needs, so that requests wait; preemptions are counted."""
+FEW_BLOCKS = 48
+"""Of 16 tokens: a batch that was admitted does not stay, if its answers grow by several blocks."""
+GROWTH = 4
+"""How many times as long those answers are."""
 _SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 GREEDY = {"greedy": SamplingParams(max_tokens=0, seed=0, temperature=0.0)}
 SAMPLED = {
@@ -46,6 +48,7 @@ SAMPLED = {
     "bias, min-p": SamplingParams(max_tokens=0, seed=4, temperature=1.3, min_p=0.05, logit_bias={5: 2.0, 9: -100.0}),
     "JSON grammar": SamplingParams(max_tokens=0, seed=5, grammar=Grammar("json_schema", json.dumps(_SCHEMA))),
 }
+LONG = {f"{name}, long": (GREEDY | SAMPLED)[name] for name in ("greedy", "penalties")}
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,40 @@ class Result:
     preemptions: int
 
 
+@dataclass(frozen=True)
+class Group:
+    """Prompts that some ways answer, with some sets of parameters."""
+
+    prompts: Sequence[Prompt]
+    sets: dict[str, SamplingParams]
+    ways: Sequence[Way]
+    max_tokens: int
+
+    @property
+    def params(self) -> dict[str, SamplingParams]:
+        return {key: msgspec.structs.replace(value, max_tokens=self.max_tokens) for key, value in self.sets.items()}
+
+
 def ways(method: str, draft: str | None, random_draft: str) -> Iterator[Way]:
     """All that are compared with ``Way("plain")``; ``random_draft``: a directory with token counts."""
     yield Way("plain, batch")
     for length in range(1, 7):  # 0 is plain
         yield Way(f"drafts of {length}, batch", method, draft, length=length)
-    yield Way("drafts of 4, few blocks", method, draft, num_blocks=FEW_BLOCKS)
     yield Way("random draft, batch", "eagle3", random_draft)
     yield Way("random draft, 64 tokens, batch", "eagle3", random_draft, "static:64")
     if method == "eagle3":
         yield Way("drafts of 4, 64 tokens, batch", method, draft, "static:64")
         yield Way("drafts of 4, own words, batch", method, draft, "dynamic:64+64")
     yield Way("drafts of 4, alone", method, draft, batch=1)
+
+
+def few_blocks(method: str, draft: str | None) -> list[Way]:
+    """Ways in which sequences lose their blocks and are computed again."""
+    name = "few blocks, batch"
+    return [
+        Way(f"plain, {name}", num_blocks=FEW_BLOCKS),
+        Way(f"drafts of 4, {name}", method, draft, num_blocks=FEW_BLOCKS),
+    ]
 
 
 def make_random_draft(model: str, directory: Path) -> str:
@@ -149,16 +174,20 @@ def main(
     """Prints a table, writes a JSON file; exits 1 where an answer differs."""
     console = Console(width=150)
     chosen = mixed_prompts(model, prompts)
-    groups = [(chosen, GREEDY), (chosen[: max(1, prompts // 2)], SAMPLED)]
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         random_draft = make_random_draft(model, Path(folder) / "random")
-        for some, sets in groups:
-            params = {key: msgspec.structs.replace(value, max_tokens=max_tokens) for key, value in sets.items()}
+        everything = list(ways(method, draft, random_draft))
+        groups = [
+            Group(chosen, GREEDY, everything, max_tokens),
+            Group(chosen[: max(1, prompts // 2)], SAMPLED, everything, max_tokens),
+            Group(chosen[: max(BATCH, prompts // 4)], LONG, few_blocks(method, draft), GROWTH * max_tokens),
+        ]
+        for group in groups:
             expected: dict[str, list[Any]] = {}
-            todo = [Way("plain, alone", batch=1), *ways(method, draft, random_draft)]
-            for way in track(todo, console=console, description=", ".join(sets)):
-                results += compare(model, way, some, params, expected)
+            todo = [Way("plain, alone", batch=1), *group.ways]
+            for way in track(todo, console=console, description=", ".join(group.sets)):
+                results += compare(model, way, group.prompts, group.params, expected)
     console.print(table_of(model, results, max_tokens))
     settings = {"model": model, "method": method, "draft": draft, "prompts": prompts, "max_tokens": max_tokens}
     record = {"environment": environment(), "settings": settings, "results": [asdict(result) for result in results]}

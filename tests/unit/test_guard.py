@@ -115,6 +115,19 @@ def test_chains_of_few_requests_are_no_proof() -> None:
         assert judge(candidate, now, now, CONFIG)[0] is verdict, num_requests
 
 
+@pytest.mark.parametrize(
+    ("candidate", "verdict"),
+    [
+        (scored(1.0, 2, 2, 1, 2), Verdict.PUBLISH),  # surely more than the base, and somewhat more than now
+        (scored(1.0, 1, 2, 2, 1), Verdict.TRAIN_ON),  # no more than now
+        (scored(2.0, 2, 2, 2, 2), Verdict.REFUSE),
+    ],
+)
+def test_small_steps_from_one_good_version_to_the_next_are_taken(candidate: Score, verdict: Verdict) -> None:
+    base, now = scored(3.0, 1, 1, 1, 1), scored(2.0, 1, 2, 1, 2)
+    assert judge(candidate, now, base, CONFIG)[0] is verdict
+
+
 def test_version_better_than_a_bad_one_must_not_be_worse_than_the_base() -> None:
     found, reason = judge(scored(1.0, 1, 1, 1, 0), scored(2.0, 0, 0, 0, 0), scored(2.0, 1, 1, 1, 1), CONFIG)
     assert found is Verdict.REFUSE
