@@ -19,6 +19,8 @@ from engine.ipc.feature_ring import FeatureRingReader
 from engine.ipc.verify_record import VerifyRecord
 
 _NO_TOKEN = -1
+_TopIds = np.ndarray[tuple[int, int], np.dtype[np.int32]]
+_TopLogits = np.ndarray[tuple[int, int], np.dtype[np.float16]]
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ class _Rows:
     start: int
     token_ids: list[int]
     inputs: torch.Tensor
-    top_ids: np.ndarray[tuple[int, int], np.dtype[np.int32]]
-    top_logits: np.ndarray[tuple[int, int], np.dtype[np.float16]]
+    top_ids: _TopIds
+    top_logits: _TopLogits
     refused: list[int]
     is_anchor: bool
 
@@ -67,6 +69,8 @@ class _Open:
     """A request whose segment is growing."""
 
     key: str
+    context: _Rows | None
+    """What was before the first record; every segment of the request begins with it."""
     rows: list[_Rows] = field(default_factory=list)
     num_context: int = 0
     """How many of ``rows`` were in the segment before."""
@@ -84,7 +88,7 @@ class Assembler:
         prepare: from rows of the ring [n, width] to what segments keep, e.g. the draft's fusion of features.
         top_k: tokens of the target's distribution to keep.
         vocab_size: token ids from here on are of another model.
-        segment_positions: a segment ends when it has so many.
+        segment_positions: a segment ends when it has so many, its request's context not counted.
         context_positions: at least so many of these, if there are, are the context of the next one.
         idle_seconds: a request that was silent so long is over.
         max_open: requests joined at a time; the one silent longest goes first.
@@ -125,7 +129,7 @@ class Assembler:
         """
         usable = [entry for entry in records if self._is_usable(entry[1])]
         self.num_unusable += len(records) - len(usable)
-        counts = [_num_rows(record) for _, record, _ in usable]
+        counts = [record.num_context + _num_rows(record) for _, record, _ in usable]
         rows, valid = _read_rows([record for _, record, _ in usable], counts, ring)
         complete = []
         for (key, record, teaches), inputs, is_valid in zip(
@@ -137,7 +141,9 @@ class Assembler:
             if not inputs.float().square().sum().isfinite():  # one such segment held out would fail every version
                 self.num_unusable += 1
                 continue
-            complete += self._append(key, record.request_id, self._rows_of(record, inputs, teaches))
+            context, own = self._prepare(inputs).split_with_sizes([record.num_context, _num_rows(record)])
+            unfinished = self._unfinished(key, record, context)
+            complete += self._append(record.request_id, unfinished, self._rows_of(record, own, teaches))
         return complete + self._close_silent()
 
     def flush(self) -> list[tuple[str, Segment]]:
@@ -152,32 +158,41 @@ class Assembler:
     def _is_usable(self, record: VerifyRecord) -> bool:
         if record.position < 1 or not 0 <= record.num_accepted <= len(record.drafted) or _num_rows(record) < 1:
             return False
-        ids = record.top_k_arrays()[0]
+        if record.num_context > min(record.position - 1, record.feature_slot):
+            return False
         tokens = (record.last_token, record.next_token, *record.drafted)
         in_vocabulary = all(0 <= token < self._vocab_size for token in tokens)
+        ids = np.concatenate((record.top_k_arrays()[0].ravel(), record.context_ids()))
         return in_vocabulary and bool(((ids >= 0) & (ids < self._vocab_size)).all())
 
     def _rows_of(self, record: VerifyRecord, inputs: torch.Tensor, teaches: bool) -> _Rows:
         count = len(inputs)
         ids, logits = record.top_k_arrays()
-        top_ids = np.zeros((count, self._top_k), np.int32)
-        top_logits = np.full((count, self._top_k), -np.inf, np.float16)
+        top_ids, top_logits = self._no_target(count)
         steps, k = min(count, len(ids)), min(self._top_k, record.top_k)
         top_ids[:steps, :k], top_logits[:steps, :k] = ids[:steps, :k], logits[:steps, :k]
         refused = [_NO_TOKEN] * count
         if record.num_accepted < min(len(record.drafted), count):
             refused[record.num_accepted] = record.drafted[record.num_accepted]
         token_ids = [record.last_token, *record.drafted[: record.num_accepted]][:count]
-        prepared = self._prepare(inputs)
-        return _Rows(record.position - 1, token_ids, prepared, top_ids, top_logits, refused, teaches)
+        return _Rows(record.position - 1, token_ids, inputs, top_ids, top_logits, refused, teaches)
 
-    def _append(self, key: str, request_id: str, rows: _Rows) -> list[tuple[str, Segment]]:
-        unfinished = self._open.get(request_id)
-        if unfinished is not None and unfinished.key != key:
-            del self._open[request_id]
-            unfinished = None
-        if unfinished is None:
-            unfinished = self._open[request_id] = _Open(key)
+    def _no_target(self, count: int) -> tuple[_TopIds, _TopLogits]:
+        """Of positions at which the target's distribution is not known."""
+        return np.zeros((count, self._top_k), np.int32), np.full((count, self._top_k), -np.inf, np.float16)
+
+    def _unfinished(self, key: str, record: VerifyRecord, context: torch.Tensor) -> _Open:
+        """The segment that a record belongs to; ``context``: prepared inputs of what comes with the record."""
+        unfinished = self._open.get(record.request_id)
+        if unfinished is None or unfinished.key != key:
+            before, count = None, record.num_context
+            if count:
+                start, no_tokens = record.position - 1 - count, [_NO_TOKEN] * count
+                before = _Rows(start, record.context_ids().tolist(), context, *self._no_target(count), no_tokens, False)
+            unfinished = self._open[record.request_id] = _Open(key, before)
+        return unfinished
+
+    def _append(self, request_id: str, unfinished: _Open, rows: _Rows) -> list[tuple[str, Segment]]:
         if unfinished.rows and rows.start < unfinished.rows[-1].start + len(unfinished.rows[-1].token_ids):
             return []  # it was delivered twice
         unfinished.rows.append(rows)
@@ -213,7 +228,8 @@ class Assembler:
 
     def _segment(self, request_id: str, unfinished: _Open) -> list[tuple[str, Segment]]:
         """What has grown, unless nothing in it teaches."""
-        rows, new = unfinished.rows, unfinished.num_context
+        before = [unfinished.context] if unfinished.context else []
+        rows, new = before + unfinished.rows, len(before) + unfinished.num_context
         if not any(part.is_anchor for part in rows[new:]):
             return []
         top_logits = torch.from_numpy(np.concatenate([part.top_logits for part in rows]))
@@ -244,7 +260,11 @@ def _num_rows(record: VerifyRecord) -> int:
 def _read_rows(
     records: Sequence[VerifyRecord], counts: Sequence[int], ring: FeatureRingReader
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    slots = [record.feature_slot + row for record, count in zip(records, counts, strict=True) for row in range(count)]
+    slots = [
+        record.feature_slot - record.num_context + row
+        for record, count in zip(records, counts, strict=True)
+        for row in range(count)
+    ]
     generations = [
         record.feature_generation for record, count in zip(records, counts, strict=True) for _ in range(count)
     ]

@@ -38,13 +38,22 @@ class LogConfig(_Section):
         default=1.0, ge=0, description="A step without rejection teaches if its KL divergence is above (nats)."
     )
     fair_share: float = Field(
-        default=0.1, gt=0, le=1, description="Share of steps logged whatever happens in them; the guard counts these."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Share of steps logged whatever happens in them; the guard counts these. Less than 1 saves records "
+        "of a draft that is mostly right, and leaves holes in what the worker takes for context.",
     )
     control_share: float = Field(
         default=0.05, ge=0, lt=1, description="Share of requests that the base draft drafts for, to compare with."
     )
     max_records: int = Field(default=50_000, ge=100, description="Records that the stream keeps.")
-    ring_rows: int = Field(default=8192, ge=64, description="Feature rows in shared memory.")
+    context_tokens: int = Field(
+        default=256,
+        ge=0,
+        description="Tokens before a request's first draft that are logged with it: the draft attends to them.",
+    )
+    ring_rows: int = Field(default=16384, ge=64, description="Feature rows in shared memory.")
 
 
 class TrainingConfig(_Section):
@@ -64,7 +73,7 @@ class TrainingConfig(_Section):
         default=1024, ge=0, description="Random rows of the head that an update counts as wrong answers."
     )
     history_share: float = Field(default=0.5, ge=0, lt=1, description="Share of an update that is older positions.")
-    updates_per_version: int = Field(default=32, ge=1, description="Updates before a version is scored and published.")
+    updates_per_version: int = Field(default=16, ge=1, description="Updates before a version is scored and published.")
 
 
 class ReplayConfig(_Section):
@@ -73,12 +82,14 @@ class ReplayConfig(_Section):
     policy: Literal["replay", "clear"] = Field(
         default="replay", description="clear: forget everything at each update, as the paper does."
     )
-    recent_segments: int = Field(default=32, ge=1, description="Segments kept in their order.")
-    history_segments: int = Field(default=64, ge=0, description="Segments of a fair sample of everything before.")
-    held_out_segments: int = Field(default=128, ge=1, description="Most recent segments that versions are scored on.")
+    recent_segments: int = Field(default=16, ge=1, description="Segments kept in their order.")
+    history_segments: int = Field(default=48, ge=0, description="Segments of a fair sample of everything before.")
+    held_out_segments: int = Field(default=64, ge=1, description="Most recent segments that versions are scored on.")
     held_out_share: float = Field(default=0.2, gt=0, lt=1, description="Share of requests never trained on.")
-    segment_positions: int = Field(default=64, ge=8, description="Positions of a segment, its context included.")
-    context_positions: int = Field(default=24, ge=0, description="Of these, taken over from the segment before.")
+    segment_positions: int = Field(
+        default=256, ge=8, description="Positions of a segment, its context included; an answer, if it is no longer."
+    )
+    context_positions: int = Field(default=64, ge=0, description="Of these, taken over from the segment before.")
     sampled_share: float = Field(
         default=0.5, ge=0, le=1, description="Share of the logged steps without rejection or surprise that is learned."
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +26,9 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     ``is_gated`` means that it was kept because it teaches (a rejection, or a KL over the threshold); otherwise it
     belongs to the share that is kept of everything.
     ``num_features`` rows of the feature ring, from ``feature_slot`` on and all of ``feature_generation``, are features:
-    row i is what the draft takes together with the token at position - 1 + i.
+    row i is what the draft takes together with the token at position - 1 + i. ``context``, in the first record of a
+    request only, is int32 token ids, little endian: those before ``last_token``, to which the draft attends. Their
+    features are the rows right before ``feature_slot``.
     """
 
     format: int = FORMAT
@@ -45,6 +49,16 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     feature_slot: int
     feature_generation: int
     num_features: int
+    context: bytes = b""
+
+    @property
+    def num_context(self) -> int:
+        """Tokens in ``context``."""
+        return len(self.context) // 4
+
+    def context_ids(self) -> npt.NDArray[np.int32]:
+        """Token ids [num_context]."""
+        return np.frombuffer(self.context, dtype="<i4")
 
     def top_k_arrays(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
         """Token ids [steps, k] and their logits [steps, k]."""
@@ -55,6 +69,11 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 def pack_top_k(ids: npt.NDArray[np.integer], logits: npt.NDArray[np.floating]) -> tuple[bytes, bytes]:
     """``top_ids`` and ``top_logits`` of arrays [steps, k]."""
     return ids.astype("<i4").tobytes(), logits.astype("<f2").tobytes()
+
+
+def pack_ids(ids: Sequence[int]) -> bytes:
+    """``context`` of token ids."""
+    return np.array(ids, dtype="<i4").tobytes()
 
 
 def encode_record(record: VerifyRecord) -> bytes:
@@ -71,6 +90,8 @@ def decode_record(data: bytes) -> VerifyRecord:
     steps, rest = divmod(len(record.top_ids), 4 * record.top_k) if record.top_k > 0 else (0, 1)
     if record.format != FORMAT or rest or len(record.top_logits) != 2 * record.top_k * steps:
         raise RecordError(f"format {record.format}, {len(record.top_ids)} bytes of ids for k = {record.top_k}")
+    if len(record.context) % 4:
+        raise RecordError(f"{len(record.context)} bytes of context")
     return record
 
 

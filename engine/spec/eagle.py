@@ -156,6 +156,8 @@ class EagleProposer:
         self._entries.forget(request_id)
         if self._adapters is not None:
             self._adapters.forget(request_id)
+        if self.verify_log is not None:
+            self.verify_log.forget(request_id)
 
     def _forward(self, pieces: Sequence[Piece], g: torch.Tensor) -> torch.Tensor:
         """a [n, hidden] of the last token of each piece that wants logits."""

