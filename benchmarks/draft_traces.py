@@ -21,13 +21,14 @@ from adapters.dataset import Batch
 from adapters.generate import recorded_layers
 from adapters.recorder import FeatureRecorder
 from adapters.target_parts import load_target_parts
-from adapters.unroll import Unroller
+from adapters.unroll import TargetParts, Unroller
 from benchmarks.in_process import encode_chat, engine_config
 from benchmarks.prompts.build import Prompt
 from engine.config import SpeculationConfig
 from engine.core import EngineCore, engine_request_id
 from engine.messages import EngineRequest, SamplingParams
 from engine.models import eagle3
+from engine.models.eagle3 import Eagle3
 from engine.models.registry import resolve_model, validate_model_files
 from engine.spec.load import DRAFTS
 from engine.text.tokenizer import Tokenizer
@@ -81,14 +82,29 @@ def load(path: Path) -> list[Trace]:
         return [trace(number, domain) for number, domain in enumerate(domains)]
 
 
-def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
-    """Answer greedily, then run the shipped draft over the answers.
+@dataclass(frozen=True)
+class Answered:
+    """A prompt's tokens, the greedy answer, and the features [T - 1, n * hidden] float32 of all T tokens but the last.
 
-    Args:
-        model: the target.
-        prompts: of any domains.
-        max_tokens: of an answer.
+    Those of the draft's layers come first, then the output of the target's last layer.
     """
+
+    prompt: Prompt
+    text: list[int]
+    answer: list[int]
+    features: torch.Tensor
+
+
+def load_parts(model: str) -> tuple[Eagle3, TargetParts]:
+    """The shipped draft of a model in float32, and what it shares with its target."""
+    config = engine_config(model, SpeculationConfig())
+    files = resolve_model(config.model)
+    target = load_target_parts(files, validate_model_files(files), config.model.max_model_len)
+    return eagle3.load_draft(DRAFTS / files.name, torch.float32, torch.device("cpu")), target
+
+
+def answers(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Answered]:
+    """Answer prompts greedily, with up to ``max_tokens`` each."""
     config = engine_config(model, SpeculationConfig(num_speculative_tokens=0, adaptive=False))
     files = resolve_model(config.model)
     spec = validate_model_files(files)
@@ -96,13 +112,18 @@ def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[T
     core = EngineCore(config, files, spec, draft=recorder)
     tokenizer = Tokenizer.from_files(files)
     texts = [encode_chat(tokenizer, prompt) for prompt in prompts]
-    answers = _answer(core, texts, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0))
-    target = load_target_parts(files, spec, config.model.max_model_len)
-    draft = eagle3.load_draft(DRAFTS / files.name, torch.float32, torch.device("cpu"))
-    unroller = Unroller(draft, target, torch.ones(draft.fc.in_features))
-    for number, (prompt, text, answer) in enumerate(zip(prompts, texts, answers, strict=True)):
+    made = _answer(core, texts, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0))
+    for number, (prompt, text, answer) in enumerate(zip(prompts, texts, made, strict=True)):
         features = recorder.take(engine_request_id(_CLIENT, str(number)))
-        yield _trace(unroller, prompt.domain, text, answer, features[: len(text) + len(answer) - 1].float())
+        yield Answered(prompt, text, answer, features[: len(text) + len(answer) - 1].float())
+
+
+def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
+    """Answer, then run the shipped draft over the answers; arguments as for ``answers``."""
+    draft, target = load_parts(model)
+    unroller = Unroller(draft, target, torch.ones(draft.fc.in_features))
+    for one in answers(model, prompts, max_tokens):
+        yield _trace(unroller, one)
 
 
 def _answer(core: EngineCore, texts: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:
@@ -124,8 +145,8 @@ def _answer(core: EngineCore, texts: Sequence[list[int]], sampling: SamplingPara
 
 
 @torch.inference_mode()
-def _trace(unroller: Unroller, domain: str, prompt: list[int], answer: list[int], features: torch.Tensor) -> Trace:
-    """``features`` [T - 1, n * hidden]: of all tokens but the last, the last layer's output behind the draft's own."""
+def _trace(unroller: Unroller, answered: Answered) -> Trace:
+    prompt, answer, features = answered.text, answered.answer, answered.features
     hidden, length = unroller.target.head.shape[1], len(features) + 1
     head = unroller.target.head.float()
     inputs = torch.zeros(1, length, features.shape[1] - hidden)
@@ -143,7 +164,7 @@ def _trace(unroller: Unroller, domain: str, prompt: list[int], answer: list[int]
     steps = [(state[0, len(prompt) :] @ head.T).topk(WIDTH) for state in unroller.steps(batch, DEPTH)]
     of_target = unroller.target.head_input(features[len(prompt) - 1 :, -hidden:].to(torch.bfloat16)).float() @ head.T
     return Trace(
-        domain,
+        answered.prompt.domain,
         prompt,
         answer,
         np.stack([indices.int().numpy() for _, indices in steps], axis=1),
