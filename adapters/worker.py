@@ -90,7 +90,9 @@ class AdapterWorker:
     def step(self) -> None:
         """One round: read, learn, publish, report."""
         has_worked = self._work()
-        self._read(0.0 if has_worked else _WAIT)
+        if not self._read() and not has_worked:
+            # Not woken by the next record: on a busy machine every waking takes a core from the engine.
+            time.sleep(_WAIT)
         if time.monotonic() - self._ticked_at >= _TICK:
             self._ticked_at = time.monotonic()
             self._tick()
@@ -114,16 +116,17 @@ class AdapterWorker:
             aligner.tick()
         self._report()
 
-    def _read(self, wait: float) -> None:
-        """Take in what the engine logged; while Redis or the ring is away, wait."""
+    def _read(self) -> bool:
+        """Take in what the engine logged; false if there was nothing, or Redis or the ring is away."""
         try:
             ring = self._open_ring()
-            entries = self._reader.read(_BATCH, wait)
+            entries = self._reader.read(_BATCH)
             self._take_in(entries, ring)
             self._reader.acknowledge(entries)
         except (TokenLogUnavailable, SharedMemoryError):
             self._ring = None
-            time.sleep(_WAIT)
+            return False
+        return bool(entries)
 
     def _take_in(self, entries: list[LoggedRecord], ring: FeatureRingReader) -> None:
         config = self._config

@@ -160,23 +160,19 @@ class TokenLogReader:
         self.num_rejected = 0
         """Records of another format."""
 
-    def read(self, max_records: int, wait: float = 0.0) -> list[LoggedRecord]:
-        """The next records, oldest first.
-
-        Args:
-            max_records: at most so many.
-            wait: seconds to wait for the first one, at most 1.
+    def read(self, max_records: int) -> list[LoggedRecord]:
+        """The next records, oldest first, at most so many; none if there are none yet.
 
         Raises:
             TokenLogUnavailable: Redis did not answer. What it delivered without our knowledge comes first next time.
         """
         try:
             if self._has_pending:
-                entries = self._read_group(self._last_id, max_records, 0)
+                entries = self._read_group(self._last_id, max_records)
                 if entries:
                     return self._decode(entries)
                 self._has_pending = False
-            return self._decode(self._read_group(b">", max_records, wait))
+            return self._decode(self._read_group(b">", max_records))
         except (RedisError, OSError) as error:
             self._has_pending = True
             raise TokenLogUnavailable(str(error)) from error
@@ -210,12 +206,9 @@ class TokenLogReader:
         """Close the connection; what is not acknowledged stays for the next reader."""
         self._redis.close()
 
-    def _read_group(self, start: bytes, count: int, wait: float) -> list[_Entry]:
-        block = max(round(wait * 1000), 1) if wait > 0 else None  # 0 would mean "for ever"
+    def _read_group(self, start: bytes, count: int) -> list[_Entry]:
         try:
-            reply: Any = self._redis.xreadgroup(
-                self._group, self._consumer, {self._stream: start}, count=count, block=block
-            )
+            reply: Any = self._redis.xreadgroup(self._group, self._consumer, {self._stream: start}, count=count)
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise

@@ -7,6 +7,7 @@ steps.
 from __future__ import annotations
 
 import random
+import time
 import uuid
 from collections import defaultdict
 from pathlib import Path
@@ -126,9 +127,10 @@ def read_records(config: AdaptersConfig, count: int) -> list[VerifyRecord]:
     reader = TokenLogReader(config.redis_url, config.log.stream)
     records: list[VerifyRecord] = []
     for _ in range(50):
-        records += [entry.record for entry in reader.read(1000, wait=0.2)]
+        records += [entry.record for entry in reader.read(1000)]
         if len(records) >= count:
             break
+        time.sleep(0.2)
     reader.close()
     assert len(records) == count
     return records
