@@ -208,6 +208,7 @@ class KeyAligner:
             self.state.num_refused += 1
             self._last_refusal = reason
             self._trainer.load(self.tensors)
+        if verdict is not Verdict.TRAIN_ON:
             self._num_ahead = 0
         self._num_unjudged = 0
         self._store.save_state(self.state)
@@ -216,7 +217,6 @@ class KeyAligner:
         self.state.good_revision = self.revision  # nothing was wrong with it as long as it was watched
         self.revision = self._store.save(self.state, candidate)
         self.tensors = candidate
-        self._num_ahead = 0
         self.state.num_published += 1
         self._is_unpublished = self._is_new = True
         self._store.keep_only(self.state.key, {self.state.good_revision, self.revision})

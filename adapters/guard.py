@@ -42,14 +42,13 @@ def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) ->
     """
     if not candidate.loss < current.loss:
         return Verdict.REFUSE, f"held-out loss {candidate.loss:.4f} is not below {current.loss:.4f}"
-    for name, other in (("current", current), ("base", base)):
-        gain, error = _difference(candidate, other)
+    of_current, of_base = _difference(candidate, current), _difference(candidate, base)
+    for name, other, (gain, error) in (("current", current, of_current), ("base", base, of_base)):
         if gain < -config.agreement_margin - _OFFLINE_SIGMAS * error:
             return Verdict.REFUSE, f"held-out agreement {candidate.agreement:.3f}, {name} {other.agreement:.3f}"
-    gain, error = _difference(candidate, base)
-    of_current = candidate.agreement - current.agreement
-    reason = f"{gain:.3f} ± {error:.3f} on the base's {base.agreement:.3f}, {of_current:.3f} on the current"
-    if gain <= _OFFLINE_SIGMAS * error or of_current <= 0:
+    gain, error = of_base
+    reason = f"{gain:.3f} ± {error:.3f} on the base's {base.agreement:.3f}, {of_current[0]:.3f} on the current"
+    if gain <= _OFFLINE_SIGMAS * error or of_current[0] <= 0:
         return Verdict.TRAIN_ON, f"held-out agreement gained only {reason}"
     return Verdict.PUBLISH, f"held-out agreement gained {reason}"
 

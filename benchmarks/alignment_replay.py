@@ -131,19 +131,13 @@ def acceptance_length(chains: Chains, recordings: Sequence[Recording], weights: 
     return num_tokens / num_steps
 
 
-def recordings_of(
-    model: str, domain: str, count: int, trial: int, max_tokens: int
-) -> tuple[list[Recording], list[Recording]]:
-    """Of stream and of trial prompts of a domain; from disk if they were made before."""
-    path = CACHE / "alignment" / f"{model}-{domain}-{count}+{trial}x{max_tokens}.safetensors"
+def recorded(model: str, prompts: Sequence[Prompt], max_tokens: int, name: str) -> list[Recording]:
+    """Answers to some prompts; from disk if they were made before under this name."""
+    path = CACHE / "alignment" / f"{model}-{name}-{len(prompts)}x{max_tokens}.safetensors"
     if not path.is_file():
-        tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
-        stream, trials = stream_and_trial(short(read_stream(), domain, tokenizer))
-        prompts: list[Prompt] = [*stream[:count], *trials[:trial]]
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(list(track(record(model, prompts, max_tokens), description=domain, total=len(prompts))), path)
-    everything = load(path)
-    return everything[:-trial], everything[-trial:]
+        save(list(track(record(model, prompts, max_tokens), description=name, total=len(prompts))), path)
+    return load(path)
 
 
 def main(
@@ -158,11 +152,13 @@ def main(
     config = configured(option or [])
     chains = Chains(*load_parts(model))
     title = f"{model}, the whole head, acceptance length on {trial} trial prompts; {' '.join(option or ['defaults'])}"
-    table = Table("domain", title=title)
+    table, tokenizer = Table("domain", title=title), Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
     for header in ("stream tokens", "updates", "versions", "base", "in force", "ratio", "latest", "ratio"):
         table.add_column(header, justify="right")
     for name in domain or STREAM_DOMAINS:
-        learned, measured = recordings_of(model, name, stream, trial, max_tokens)
+        of_stream, of_trial = stream_and_trial(short(read_stream(), name, tokenizer))
+        learned = recorded(model, of_stream[:stream], max_tokens, f"{name}-stream")
+        measured = recorded(model, of_trial[:trial], max_tokens, f"{name}-trial")
         with tempfile.TemporaryDirectory() as directory:
             replay = Replay(chains, config, Path(directory))
             for number, recording in enumerate(track(learned, description=f"learn {name}")):

@@ -87,7 +87,7 @@ class ReplayConfig(_Section):
     held_out_segments: int = Field(default=64, ge=1, description="Most recent segments that versions are scored on.")
     held_out_share: float = Field(default=0.2, gt=0, lt=1, description="Share of requests never trained on.")
     segment_positions: int = Field(
-        default=256, ge=8, description="Positions of a segment, its context included; an answer, if it is no longer."
+        default=256, ge=8, description="Positions of a segment, its prompt not counted; an answer, if it is no longer."
     )
     context_positions: int = Field(default=64, ge=0, description="Of these, taken over from the segment before.")
     sampled_share: float = Field(
