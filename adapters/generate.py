@@ -31,7 +31,7 @@ TRAINING_DOMAINS = ("code", "general")
 """Law and medicine are left out on purpose: they are the shift that online alignment must close."""
 GREEDY_SHARE = 0.6
 TEMPERATURE = 0.8
-SHARD_CONVERSATIONS = 256
+SHARD_CONVERSATIONS = 64
 LOOP_CHECK_TOKENS = 32
 LOOP_PERIODS = 4
 MAX_LOOP_PERIOD = 64

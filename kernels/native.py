@@ -88,7 +88,7 @@ def load_library() -> ctypes.CDLL:
     target = best_target()
     assert target is not None, unsupported_reason()
     library = ctypes.CDLL(str(target.library))
-    library.evo_find_amx()
+    library.evo_find_processor()
     library.evo_block_bytes.restype = ctypes.c_size_t
     for name in ("evo_team_new", "evo_decoder_new"):
         getattr(library, name).restype = ctypes.c_void_p
@@ -199,6 +199,11 @@ def _huge_zeros(num_bytes: int) -> torch.Tensor:
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def max_exact_rows() -> int:
+    """Up to so many rows of a step, a row's products with quantised weights do not depend on the other rows."""
+    return int(load_library().evo_max_direct_rows())
 
 
 def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -35,7 +35,7 @@ struct EvoKv {
 };
 
 // Once, before anything else.
-void evo_find_amx() { find_amx(); }
+void evo_find_processor() { find_processor(); }
 
 int evo_packed_format(int ggml_type) { return packed_format(ggml_type); }
 size_t evo_block_bytes(int format) { return block_bytes(format); }
@@ -68,6 +68,8 @@ static Matrix to_matrix(const EvoMatrix& m) {
 
 Team* evo_team_new(int num_threads) { return new Team(num_threads); }
 void evo_team_free(Team* team) { delete team; }
+
+int evo_max_direct_rows() { return max_direct_rows(); }
 
 // out [rows][n] = x W^T + bias; x is bf16 [rows rounded up to a multiple of 16][k].
 void evo_linear(Team* team, const EvoMatrix* weight, const bf16* x, int rows, float* out) {

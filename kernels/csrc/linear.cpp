@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "direct.h"
@@ -117,14 +118,7 @@ int pairs_at_once(const Linear& op) {
 
 // ---- codes as they are ----
 
-// More rows are faster by tiles: from 9 on with AMX, from 25 on with vdpbf16ps. With AVX2 never: 16-bit integers are
-// multiplied twice as fast as float32.
-constexpr int kMaxDirectRowsBesideAmx = 8, kMaxDirectRows = 24;
-
-bool goes_direct(const Linear& op) {
-  if (op.weight->format == kBf16) return false;
-  return !kExpandsCodes || op.rows <= (has_amx() ? kMaxDirectRowsBesideAmx : kMaxDirectRows);
-}
+bool goes_direct(const Linear& op) { return op.weight->format != kBf16 && op.rows <= max_direct_rows(); }
 
 void direct_pair(const Linear& op, int pair) {
   float* y = scratch().y;
@@ -136,6 +130,12 @@ void direct_pair(const Linear& op, int pair) {
 }
 
 }  // namespace
+
+int max_direct_rows() {
+  constexpr int kBesideAmx = 8, kBesideVectors = 24;
+  if (!kExpandsCodes || !has_fast_bf16()) return std::numeric_limits<int>::max();
+  return has_amx() ? kBesideAmx : kBesideVectors;
+}
 
 void linear(Team& team, const Linear& op) {
   const bool direct = goes_direct(op);

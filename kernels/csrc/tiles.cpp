@@ -4,8 +4,9 @@
 #include <array>
 #include <utility>
 
-#ifdef __AMX_BF16__
 #include <cpuid.h>
+
+#ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -14,7 +15,7 @@ namespace evospec {
 
 namespace {
 
-bool amx_found = false;
+bool amx_found = false, intel_found = false;
 
 // ---- vectors ----
 
@@ -129,9 +130,15 @@ void store_tiles(float*, bool) {}
 
 }  // namespace
 
-void find_amx() { amx_found = find_tiles(); }
+void find_processor() {
+  amx_found = find_tiles();
+  unsigned eax, ebx, ecx, edx;
+  intel_found = __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == signature_INTEL_ebx;
+}
 
 bool has_amx() { return amx_found; }
+
+bool has_fast_bf16() { return amx_found || !intel_found; }
 
 void configure_tiles(int rows) {
   if (!amx_found) return;

@@ -40,9 +40,12 @@ constexpr bool kMayHaveAmx = true;
 constexpr bool kMayHaveAmx = false;
 #endif
 
-// Asks the operating system for the tile registers. Called once, before any thread multiplies.
-void find_amx();
+// Asks the processor what it is and the operating system for the tile registers. Called once, before any thread
+// multiplies.
+void find_processor();
 bool has_amx();
+// Whether bf16 products are about as fast as those of 15-bit integers. Intel's vdpbf16ps is half as fast; AMD's is not.
+bool has_fast_bf16();
 
 // Before and after the products of one thread that have up to `rows` rows each.
 void configure_tiles(int rows);
