@@ -20,8 +20,8 @@ from adapters.conversations import shard_paths
 from adapters.dataset import Batch, Dataset
 from adapters.unroll import TargetParts, Unroller
 from adapters.validation import Accuracy, validate
-from engine.models.config import ModelSpec
-from engine.models.eagle3 import Eagle3, Eagle3Config, init_from_target, save_draft
+from engine.models.config import ModelError, ModelSpec
+from engine.models.eagle3 import Eagle3, Eagle3Config, init_from_target, load_draft, save_draft
 from engine.models.llama import RotaryEmbedding
 from engine.models.weights import WeightSource
 
@@ -47,6 +47,8 @@ class TrainConfig:
     capture_layers: tuple[int, ...]
     intermediate_size: int
     phases: tuple[Phase, ...]
+    start_from: Path | None = None
+    """Directory of a draft of the same shape to go on from; None: the target's last layer."""
     seed: int = 0
     core_rows: int = 2048
     """Most frequent tokens, rows of every loss."""
@@ -74,6 +76,9 @@ class Trainer:
         checkpoints: directory of this run.
         output: where the draft goes, anew with every validation.
         report: called with progress, training loss by step, and the accuracy where it was just measured.
+
+    Raises:
+        ModelError: ``config.start_from`` is no draft, or one of another shape.
     """
 
     def __init__(
@@ -98,8 +103,7 @@ class Trainer:
         norm = source.dequantized("model.norm.weight").bfloat16()
         target = TargetParts(embedding, head, norm, spec.rms_norm_eps, RotaryEmbedding(spec, 4096, torch.device("cpu")))
         shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
-        draft = Eagle3(shape)
-        init_from_target(draft, source.dequantized)
+        draft = _initial_draft(shape, config.start_from, source)
         self._validation = self._validation_batches()
         self._unroller = Unroller(draft, target, self._feature_scale())
         self._optimizer = torch.optim.AdamW(
@@ -201,3 +205,14 @@ class Trainer:
         """[n * hidden]: one over each feature's root mean square."""
         rows = torch.cat([batch.features[batch.anchors(0)] for batch in self._validation]).float()
         return 1 / rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
+
+
+def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightSource) -> Eagle3:
+    if start_from is None:
+        draft = Eagle3(shape)
+        init_from_target(draft, source.dequantized)
+        return draft
+    draft = load_draft(start_from, torch.float32, torch.device("cpu"))
+    if draft.config != shape:
+        raise ModelError(f"{start_from}: a draft of another shape than {shape}")
+    return draft.requires_grad_()

@@ -68,6 +68,7 @@ def main(
     unrolled: Annotated[int, typer.Option(help="Positions of the unrolled phase.")] = 3_000_000,
     steps: Annotated[int, typer.Option(help="Unrolled steps.")] = 5,
     intermediate_size: Annotated[int, typer.Option(help="Width of the MLP; 0: the target's.")] = 0,
+    start_from: Annotated[Path | None, typer.Option(help="Directory of a draft to train further.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak of the first phase.")] = 2e-3,
     unrolled_learning_rate: Annotated[float, typer.Option(help="Peak of the second phase.")] = 1e-3,
     batch_tokens: Annotated[int, typer.Option(help="Padded positions in a batch.")] = 1024,
@@ -86,6 +87,7 @@ def main(
             Phase(one_step, (1.0,), learning_rate, batch_tokens, with_text=True),
             Phase(unrolled, tuple(STEP_DISCOUNT**n for n in range(steps)), unrolled_learning_rate, batch_tokens),
         ),
+        start_from=start_from,
         seed=seed,
     )
     directory, text, output = data_directory(files.name), text_directory(files.name), output or DRAFTS / files.name

@@ -8,13 +8,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
 from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
 from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
 from adapters.generate import loop_start
 from adapters.head_loss import head_loss
+from adapters.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer
 from adapters.ttt_attention import chain_attention
+from engine.models.config import ModelError, ModelFiles
+from engine.models.eagle3 import WEIGHTS_FILE
+from engine.models.registry import validate_model_files
+from engine.models.weights import open_weights
+from tests.tiny_drafts import make_draft_directory
+from tests.tiny_models import make_directory
 
 HIDDEN, WIDTH = 4, 16
 
@@ -156,3 +164,43 @@ def test_loops_are_found(period: int) -> None:
     assert start >= len(text)
     assert loop_start(text + loop[: 2 * period]) is None
     assert loop_start(text) is None
+
+
+def run_trainer(files: ModelFiles, directory: Path, start_from: Path | None, anchors: int, width: int = 192) -> Trainer:
+    """Train on random conversations of a tiny model; the draft goes to ``directory / "draft"``."""
+    spec, data = validate_model_files(files), directory / "data"
+    if not data.exists():
+        torch.manual_seed(0)
+        conversations = [
+            Conversation(key, 40, np.random.default_rng(key).integers(spec.vocab_size, size=90, dtype=np.int32))
+            for key in range(100)  # two of them are held out
+        ]
+        write_shard(data, conversations, [torch.randn(90, 4 * spec.hidden_size).bfloat16() for _ in conversations])
+    config = TrainConfig((0, 1, 2), width, (Phase(anchors, (1.0, 0.9), 1e-3, 512),), start_from)
+    text, checkpoints, output = directory / "text", directory / f"from-{start_from is not None}", directory / "draft"
+    weights = open_weights(files)
+    trainer = Trainer(config, spec, weights, files.name, data, text, checkpoints, output, lambda *_: None)
+    trainer.run()
+    return trainer
+
+
+def test_training_goes_on_from_a_draft(tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "model")
+    start = make_draft_directory(tmp_path / "start", files)
+    run_trainer(files, tmp_path, start, anchors=0)
+    begun, written = (load_file(directory / WEIGHTS_FILE) for directory in (start, tmp_path / "draft"))
+    for name, weight in begun.items():
+        torch.testing.assert_close(written[name], weight, rtol=2**-7, atol=0)
+
+    trainer = run_trainer(files, tmp_path, None, anchors=500)
+    assert trainer.progress.anchors >= 500
+    assert len(trainer.progress.history[-1]["accuracy"]) == VALIDATION_STEPS
+    written = load_file(tmp_path / "draft" / WEIGHTS_FILE)
+    assert not any(torch.allclose(written[name], weight, rtol=2**-7) for name, weight in begun.items())
+
+
+def test_a_draft_of_another_shape_is_no_start(tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "model")
+    start = make_draft_directory(tmp_path / "start", files)
+    with pytest.raises(ModelError, match="shape"):
+        run_trainer(files, tmp_path, start, anchors=0, width=256)
