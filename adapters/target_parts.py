@@ -7,7 +7,7 @@ import torch
 from adapters.unroll import TargetParts
 from engine.models.config import ModelFiles, ModelSpec
 from engine.models.llama import RotaryEmbedding
-from engine.models.weights import open_weights
+from engine.models.weights import WeightSource, open_weights
 
 _DEFAULT_MAX_MODEL_LEN = 8192
 
@@ -18,10 +18,14 @@ def load_target_parts(files: ModelFiles, spec: ModelSpec, max_model_len: int | N
     Raises:
         ModelError: a tensor is missing or damaged.
     """
-    source = open_weights(files)
-    embedding = source.dequantized("model.embed_tokens.weight").bfloat16()
-    head = embedding if spec.tie_word_embeddings else source.dequantized("lm_head.weight").bfloat16()
-    norm = source.dequantized("model.norm.weight").bfloat16()
     positions = max_model_len or min(spec.max_position_embeddings, _DEFAULT_MAX_MODEL_LEN)
-    rotary = RotaryEmbedding(spec, positions, torch.device("cpu"))
+    return target_parts(open_weights(files), spec, positions, torch.bfloat16)
+
+
+def target_parts(source: WeightSource, spec: ModelSpec, max_positions: int, dtype: torch.dtype) -> TargetParts:
+    """Dequantised on the CPU; a rotary table for so many positions."""
+    embedding = source.dequantized("model.embed_tokens.weight").to(dtype)
+    head = embedding if spec.tie_word_embeddings else source.dequantized("lm_head.weight").to(dtype)
+    norm = source.dequantized("model.norm.weight").to(dtype)
+    rotary = RotaryEmbedding(spec, max_positions, torch.device("cpu"))
     return TargetParts(embedding, head, norm, spec.rms_norm_eps, rotary)

@@ -18,14 +18,16 @@ import torch
 from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
 from adapters.conversations import shard_paths
 from adapters.dataset import Batch, Dataset
-from adapters.unroll import TargetParts, Unroller
+from adapters.target_parts import target_parts
+from adapters.unroll import Unroller
 from adapters.validation import Accuracy, validate
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3, Eagle3Config, init_from_target, load_draft, save_draft
-from engine.models.llama import RotaryEmbedding
 from engine.models.weights import WeightSource
+from kernels.native import has_fast_bf16
 
 VALIDATION_STEPS = 4
+MAX_POSITIONS = 4096
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,8 @@ class Trainer:
         self._checkpoints, self._output, self._report = checkpoints, output, report
         self._width = (len(config.capture_layers) + 1) * spec.hidden_size
         self._dataset = self._read_dataset()
-        embedding = source.dequantized("model.embed_tokens.weight").bfloat16()
-        head = embedding if spec.tie_word_embeddings else source.dequantized("lm_head.weight").bfloat16()
-        norm = source.dequantized("model.norm.weight").bfloat16()
-        target = TargetParts(embedding, head, norm, spec.rms_norm_eps, RotaryEmbedding(spec, 4096, torch.device("cpu")))
+        dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+        target = target_parts(source, spec, MAX_POSITIONS, dtype)
         shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
         draft = _initial_draft(shape, config.start_from, source)
         self._validation = self._validation_batches()
@@ -155,7 +155,7 @@ class Trainer:
         drawn = torch.randint(0, self._spec.vocab_size, (self._config.random_rows,))
         chosen = torch.unique(torch.cat((batch.token_ids.flatten(), core, drawn)))
         rows = self._unroller.target.head[chosen[: len(chosen) // 32 * 32]]  # whole tiles
-        with torch.autocast("cpu", torch.bfloat16):
+        with self._unroller.precision():
             loss, means = self._unroller.loss(batch, rows, phase.step_weights)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(draft.parameters(), self._config.clip)

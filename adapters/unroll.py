@@ -49,13 +49,18 @@ class Unroller:
         with torch.no_grad():
             draft.fc.weight.div_(feature_scale)
 
+    def precision(self) -> torch.autocast:
+        """Products are made in the dtype of the target's head."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.target.head.dtype == torch.bfloat16)
+
     def folded_fc(self) -> torch.Tensor:
         """``fc``'s weight for features as they are."""
         return self.draft.fc.weight.detach() * self._scale
 
     def steps(self, batch: Batch, num_steps: int) -> Iterator[torch.Tensor]:
         """The head's input [B, T, hidden] of every unrolled step in turn."""
-        g = self.draft.fuse(batch.features * self._scale.to(batch.features.dtype))
+        dtype = self.target.head.dtype
+        g = self.draft.fuse(batch.features.to(dtype) * self._scale.to(dtype))
         return self.unroll(g, batch.token_ids, batch.positions, num_steps)
 
     def unroll(
@@ -85,7 +90,7 @@ class Unroller:
         length = batch.positions.shape[1]
         for step, hidden in enumerate(self.steps(batch, len(step_weights))):
             anchors = batch.anchors(step)
-            label = self.target.head_input(batch.labels[:, step : step + length][anchors])
+            label = self.target.head_input(batch.labels[:, step : step + length][anchors].to(rows.dtype))
             loss = head_loss(hidden[anchors].to(rows.dtype), label, rows) / max(1, len(label))
             total = total + step_weights[step] / sum(step_weights) * loss
             means.append(float(loss.detach()))

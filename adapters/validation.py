@@ -34,13 +34,12 @@ def validate(unroller: Unroller, batches: Sequence[Batch], num_steps: int = 4) -
     hits = [0] * num_steps
     counts = [0] * num_steps
     accepted, chains = 0, 0
-    with torch.autocast("cpu", torch.bfloat16):
+    with unroller.precision():
         for batch in batches:
             length = batch.positions.shape[1]
             whole = batch.anchors(num_steps - 1)
-            right = _most_likely(unroller.target.head_input(batch.labels.flatten(0, 1)), unroller).view(
-                batch.labels.shape[:2]
-            )
+            labels = batch.labels.flatten(0, 1).to(unroller.target.head.dtype)
+            right = _most_likely(unroller.target.head_input(labels), unroller).view(batch.labels.shape[:2])
             alive = whole.clone()
             for step, hidden in enumerate(unroller.steps(batch, num_steps)):
                 anchors = batch.anchors(step)

@@ -201,6 +201,11 @@ def _huge_zeros(num_bytes: int) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices faster than float32 ones, as far as the compiled kernels know it."""
+    return unsupported_reason() is None and bool(load_library().evo_has_fast_bf16())
+
+
 def max_exact_rows() -> int:
     """Up to so many rows of a step, a row's products with quantised weights do not depend on the other rows."""
     return int(load_library().evo_max_direct_rows())

@@ -69,6 +69,8 @@ static Matrix to_matrix(const EvoMatrix& m) {
 Team* evo_team_new(int num_threads) { return new Team(num_threads); }
 void evo_team_free(Team* team) { delete team; }
 
+int evo_has_fast_bf16() { return has_fast_bf16(); }
+
 int evo_max_direct_rows() { return max_direct_rows(); }
 
 // out [rows][n] = x W^T + bias; x is bf16 [rows rounded up to a multiple of 16][k].

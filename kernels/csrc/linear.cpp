@@ -133,7 +133,7 @@ void direct_pair(const Linear& op, int pair) {
 
 int max_direct_rows() {
   constexpr int kBesideAmx = 8, kBesideVectors = 24;
-  if (!kExpandsCodes || !has_fast_bf16()) return std::numeric_limits<int>::max();
+  if (!has_fast_bf16()) return std::numeric_limits<int>::max();
   return has_amx() ? kBesideAmx : kBesideVectors;
 }
 

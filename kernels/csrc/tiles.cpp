@@ -138,7 +138,13 @@ void find_processor() {
 
 bool has_amx() { return amx_found; }
 
-bool has_fast_bf16() { return amx_found || !intel_found; }
+bool has_fast_bf16() {
+#ifdef __AVX512BF16__
+  return amx_found || !intel_found;
+#else
+  return false;
+#endif
+}
 
 void configure_tiles(int rows) {
   if (!amx_found) return;

@@ -44,7 +44,7 @@ constexpr bool kMayHaveAmx = false;
 // multiplies.
 void find_processor();
 bool has_amx();
-// Whether bf16 products are about as fast as those of 15-bit integers. Intel's vdpbf16ps is half as fast; AMD's is not.
+// Whether bf16 products are faster than those of float32. By Intel's vdpbf16ps they are not, by AMD's they are.
 bool has_fast_bf16();
 
 // Before and after the products of one thread that have up to `rows` rows each.
