@@ -23,9 +23,10 @@ install: $(VENV)/.kernels  ## Virtual environment with everything `evospec serve
 serve: $(VENV)/.kernels  ## Install what is missing, fetch the model, start the server.
 	@$(BIN)/evospec serve $(ARGS)
 
-# A file's tests share servers and models, so they stay in one process. No more than two: each needs up to 3 GiB.
+# A file's tests share servers and models, so they stay in one process. No more than two: each needs up to 3 GiB. In
+# the order of their names the short unit tests come last, and neither process waits long for the other.
 test: $(VENV)/.kernels $(VENV)/.dev  ## All tests, in two processes.
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev  ## Lint, format, types, import direction.
 	$(BIN)/ruff check .
