@@ -6,7 +6,9 @@
 namespace evospec {
 
 constexpr int kDirectRows = 12;   // of one product: their sums fill the registers
-constexpr int kMaxSplitRows = 3;  // up to here high and low have sums of their own, more than that the registers lack
+// Up to here high and low have sums of their own: with fewer sums an instruction waits for the one before it. More rows
+// than that the registers lack.
+constexpr int kMaxSplitRows = 8;
 
 // 32 integers as 128 high + low.
 struct Digits {
