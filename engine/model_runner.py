@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
@@ -68,6 +69,21 @@ class BatchSequence(Protocol):
     def block_ids(self) -> Sequence[int]: ...
 
 
+class HasBlocks(Protocol):
+    """A sequence in the KV cache."""
+
+    @property
+    def block_ids(self) -> Sequence[int]: ...
+
+
+def padded_block_tables(sequences: Sequence[HasBlocks]) -> npt.NDArray[np.int32]:
+    """[B, most blocks of any] int32, unused entries 0."""
+    tables = np.zeros((len(sequences), max(len(sequence.block_ids) for sequence in sequences)), dtype=np.int32)
+    for row, sequence in enumerate(sequences):
+        tables[row, : len(sequence.block_ids)] = sequence.block_ids
+    return tables
+
+
 def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: torch.device) -> ForwardBatch:
     """Lay the sequences' tokens end to end; see ``ForwardBatch`` for the fields."""
     lengths = np.array([len(sequence.token_ids) for sequence in sequences], dtype=np.int32)
@@ -75,9 +91,7 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
     num_logits = np.array([sequence.num_logits for sequence in sequences], dtype=np.int32)
     token_ids = np.fromiter(chain.from_iterable(s.token_ids for s in sequences), np.int32, int(lengths.sum()))
     query_start_loc = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
-    block_tables = np.zeros((len(sequences), max(len(s.block_ids) for s in sequences)), dtype=np.int32)
-    for row, sequence in enumerate(sequences):
-        block_tables[row, : len(sequence.block_ids)] = sequence.block_ids
+    block_tables = padded_block_tables(sequences)
 
     row_of_token = np.repeat(np.arange(len(sequences)), lengths)
     offsets = np.arange(len(token_ids), dtype=np.int32) - query_start_loc[row_of_token]

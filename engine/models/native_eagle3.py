@@ -98,7 +98,8 @@ class NativeEagle3:
         a = g.to(torch.float32, copy=True)
         adapted = None if lora is None else NativeLora(lora)
         self._layer.forward(attention.batch, attention.cache, a, 0, 1, embeddings.float().contiguous(), adapted)
-        return a[batch.logits_indices]
+        wanted = batch.logits_indices
+        return a if len(wanted) == len(a) else a[wanted]
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
         """[L, hidden] → RMSNorm(a) bf16, what the target's head projects."""

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 _MIN_TEMPERATURE = 1e-5
 
 
+def all_greedy(params: Sequence[SamplingParams]) -> bool:
+    """Whether every row takes its largest logit."""
+    return all(p.temperature < _MIN_TEMPERATURE for p in params)
+
+
 def choose_tokens(
     logits: torch.Tensor,
     params: Sequence[SamplingParams],

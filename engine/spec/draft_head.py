@@ -12,7 +12,7 @@ from engine.loader import LoadedModel
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
 from engine.request import Request
-from engine.sampling.choose import choose_tokens
+from engine.sampling.choose import all_greedy, choose_tokens
 from engine.vocab.draft_vocab import DraftVocab
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
 
@@ -79,16 +79,20 @@ class DraftHead:
             positions: index of the chosen token in its sequence, one a row.
             slabs: the tail of each row, where there are tails.
         """
+        if all_greedy(params):
+            return self.candidates(hidden, slabs, 1)[1][:, 0].tolist()
         logits, token_ids = self.candidates(hidden, slabs)
         return choose_tokens(logits, params, positions, token_ids, self.team)
 
-    def candidates(self, hidden: torch.Tensor, slabs: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``CANDIDATES`` largest logits [N, C] float32 of each row and their token ids [N, C] int32.
+    def candidates(
+        self, hidden: torch.Tensor, slabs: Sequence[int] | None = None, count: int = CANDIDATES
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``count`` largest logits [N, C] float32 of each row and their token ids [N, C] int32.
 
         In descending order; a row with fewer tokens ends in -inf and -1. Arguments as for ``choose``.
         """
         of_rows = None if slabs is None else torch.tensor(slabs, dtype=torch.int32, device=hidden.device)
-        return draft_head_topk(hidden, self._core, CANDIDATES, self._tails, of_rows, self.team)
+        return draft_head_topk(hidden, self._core, count, self._tails, of_rows, self.team)
 
 
 def make_tails(loaded: LoadedModel, num_slabs: int, slots: int) -> TailSlabs:

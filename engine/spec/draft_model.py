@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.batch import ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec, build_batch
 from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.spec.chain_batches import ChainBatches
 from engine.spec.draft_head import DraftHead
-from engine.spec.entries import EntryLedger, Piece, last_draft
+from engine.spec.entries import EntryLedger
 from engine.spec.proposer import DraftCosts, Proposer
 
 
@@ -52,11 +54,13 @@ class DraftModelProposer:
         pieces, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not pieces:
             return
-        hidden = self._forward(pieces)
+        hidden = self._forward(build_batch(pieces, self._block_size, self._loaded.device))
+        batches = ChainBatches(ready, self._block_size, self._loaded.device)
         for step in range(max((slot.num_tokens for slot in ready), default=0)):
             if step > 0:
-                ready = [slot for slot in ready if slot.num_tokens > step]
-                hidden = self._forward([last_draft(slot) for slot in ready])
+                longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
+                ready = [ready[row] for row in longer]
+                hidden = self._forward(batches.next([slot.request.draft_token_ids[-1] for slot in ready], longer))
             choices = self._head.choose_for(hidden, [slot.request for slot in ready])
             for slot, token_id in zip(ready, choices, strict=True):
                 slot.request.draft_token_ids.append(token_id)
@@ -73,7 +77,6 @@ class DraftModelProposer:
         """Drop what is known of a request."""
         self._entries.forget(request_id)
 
-    def _forward(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Hidden states [n, hidden] of the last token of each piece that wants logits."""
-        batch = build_batch(pieces, self._block_size, self._loaded.device)
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [L, hidden] of the rows whose logits are wanted."""
         return self._loaded.model.forward(batch, self._attention).hidden[batch.logits_indices]

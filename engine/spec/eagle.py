@@ -8,11 +8,13 @@ from itertools import chain
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.batch import ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import build_batch
 from engine.models.eagle3 import Eagle3
 from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.spec.chain_batches import ChainBatches
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.eagle_network import EagleNetwork, make_network
@@ -129,12 +131,16 @@ class EagleProposer:
         if self._adapters is not None:
             self._adapters.refresh()
             self._adapters.assign([slot.request for slot in slots])
-        a = self._forward(pieces, self._g_before(pieces))
+        batch = build_batch(pieces, self._block_size, self._device)
+        a = self._forward(batch, pieces, self._g_before(pieces))
+        batches = ChainBatches(ready, self._block_size, self._device)
         for step in range(max((slot.num_tokens for slot in ready), default=0)):
             if step > 0:
                 longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
                 ready = [ready[row] for row in longer]
-                a = self._forward([last_draft(slot) for slot in ready], a[longer])
+                pieces = [last_draft(slot) for slot in ready]
+                batch = batches.next([slot.request.draft_token_ids[-1] for slot in ready], longer)
+                a = self._forward(batch, pieces, a if len(longer) == len(a) else a[longer])
             choices = self._head.choose_for(self._network.head_input(a), [slot.request for slot in ready])
             for slot, token_id in zip(ready, choices, strict=True):
                 slot.request.draft_token_ids.append(token_id)
@@ -159,9 +165,8 @@ class EagleProposer:
         if self.verify_log is not None:
             self.verify_log.forget(request_id)
 
-    def _forward(self, pieces: Sequence[Piece], g: torch.Tensor) -> torch.Tensor:
-        """a [n, hidden] of the last token of each piece that wants logits."""
-        batch = build_batch(pieces, self._block_size, self._device)
+    def _forward(self, batch: ForwardBatch, pieces: Sequence[Piece], g: torch.Tensor) -> torch.Tensor:
+        """a [n, hidden] of the last token of each piece that wants logits. ``batch`` is of the pieces' tokens."""
         lora = self._adapters.rows(pieces) if self._adapters else None
         return self._network.forward(batch, self._attention, self._model.embed(batch.token_ids), g, lora)
 

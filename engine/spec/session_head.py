@@ -15,7 +15,7 @@ from engine.config import DynamicConfig, EngineConfig
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request
-from engine.sampling.choose import choose_tokens
+from engine.sampling.choose import all_greedy, choose_tokens
 from engine.spec.draft_head import DraftHead, make_tails
 from engine.text.tokenizer import Tokenizer
 from engine.vocab.bigram_graph import BigramGraph, BigramGraphError
@@ -59,6 +59,9 @@ class SessionHead(DraftHead):
         logits, token_ids = self.candidates(hidden, slabs if self.has_tails else None)
         scores = self._vocab.with_prior(requests, token_ids.cpu().numpy(), logits.cpu().numpy())
         params = [request.sampling for request in requests]
+        if all_greedy(params):
+            best = scores.argmax(axis=1)
+            return [int(token_ids[row, column]) for row, column in enumerate(best)]
         positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
         return choose_tokens(torch.from_numpy(scores).to(hidden.device), params, positions, token_ids, self.team)
 

@@ -9,10 +9,12 @@ namespace {
 // A pause is about 50 ns. Threads of a step arrive within some ten microseconds of each other, and waking a sleeping
 // one takes as long again. Beyond that another process has one's core: then the others must sleep, so that the kernel
 // can move the late one to a core that does nothing.
-constexpr int kSpinsBeforeSleep = 2000;
+constexpr int kSpinsAtBarrier = 2000;
+// Between two products of a step there is Python, some hundred microseconds of it; a step that follows comes as soon.
+constexpr int kSpinsWithoutWork = 8000;
 
-void wait_while_equal(const std::atomic<unsigned>& value, unsigned old) {
-  for (int spin = 0; spin < kSpinsBeforeSleep; ++spin) {
+void wait_while_equal(const std::atomic<unsigned>& value, unsigned old, int most_spins) {
+  for (int spin = 0; spin < most_spins; ++spin) {
     if (value.load(std::memory_order_acquire) != old) return;
     _mm_pause();
   }
@@ -45,7 +47,7 @@ void Team::run(const std::function<void(int)>& body) {
 
 void Team::worker(int index) {
   for (unsigned seen = 0;; ++seen) {
-    wait_while_equal(generation_, seen);
+    wait_while_equal(generation_, seen, kSpinsWithoutWork);
     if (stopping_) return;
     (*body_)(index);
     barrier();
@@ -55,7 +57,7 @@ void Team::worker(int index) {
 void Team::barrier() {
   const unsigned phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) < num_threads_ - 1) {
-    wait_while_equal(phase_, phase);
+    wait_while_equal(phase_, phase, kSpinsAtBarrier);
     return;
   }
   arrived_.store(0, std::memory_order_relaxed);
