@@ -61,7 +61,7 @@ struct RowCodes {
 
 // Weights are asked for this many bytes before they are read: the hardware's own prefetcher does not run far enough
 // ahead of a stream that is also computed on, and half of the time was waiting (docs/decisions/001-cpu-kernels.md).
-constexpr size_t kPrefetchBytes = 2048;
+constexpr size_t kPrefetchBytes = 4096;
 
 inline void prefetch_ahead(const uint8_t* block, int format) {
   prefetch(block + kPrefetchBytes, block_bytes(format));
