@@ -19,7 +19,6 @@ class Progress:
     step: int = 0
     anchors: int = 0
     """Positions trained on, every pass counted."""
-    epoch: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 

@@ -132,7 +132,7 @@ class Trainer:
         self._dataset = self._read_dataset(phase.with_text)
         counts = self._dataset.token_counts(self._spec.vocab_size)
         core = counts.argsort(descending=True)[: config.core_rows]
-        generator = np.random.default_rng((config.seed, progress.epoch))
+        generator = np.random.default_rng((config.seed, progress.step))  # also after a restart in the middle of a pass
         validated = time.monotonic()
         for batch in self._dataset.batches(phase.batch_tokens, len(phase.step_weights), generator):
             started = time.monotonic()
@@ -148,7 +148,6 @@ class Trainer:
                 self._report(progress, means, None)
             if progress.anchors >= begin + phase.anchors:
                 break
-        progress.epoch += 1
 
     def _step(self, batch: Batch, phase: Phase, core: torch.Tensor) -> list[float]:
         draft = self._unroller.draft
