@@ -57,11 +57,11 @@ class SessionHead(DraftHead):
         if self._vocab.wants_hidden:
             self._vocab.remember(requests, hidden.float().cpu().numpy())
         logits, token_ids = self.candidates(hidden, slabs if self.has_tails else None)
-        scores = self._vocab.with_prior(requests, token_ids.cpu().numpy(), logits.cpu().numpy())
+        ids = token_ids.cpu().numpy()
+        scores = self._vocab.with_prior(requests, ids, logits.cpu().numpy())
         params = [request.sampling for request in requests]
         if all_greedy(params):
-            best = scores.argmax(axis=1)
-            return [int(token_ids[row, column]) for row, column in enumerate(best)]
+            return [int(ids[row, column]) for row, column in enumerate(scores.argmax(axis=1))]
         positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
         return choose_tokens(torch.from_numpy(scores).to(hidden.device), params, positions, token_ids, self.team)
 
