@@ -30,11 +30,14 @@ _PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
 
 
 class Curve:
-    """Seconds by a number of tokens or sequences: linear between measured points and past the last."""
+    """Seconds by a number of tokens or sequences: linear between measured points and past the last.
+
+    Fewer never cost more: where it was measured so, something else had the processor then.
+    """
 
     def __init__(self, points: Sequence[tuple[int, float]]) -> None:
         self._sizes = [float(size) for size, _ in points]
-        self._seconds = [seconds for _, seconds in points]
+        self._seconds = np.minimum.accumulate([seconds for _, seconds in points][::-1])[::-1].tolist()
         self._table: list[float] = []
 
     def __call__(self, size: int) -> float:

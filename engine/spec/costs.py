@@ -22,6 +22,7 @@ _PROMPT_TOKENS = 8
 _MANY_DRAFTS = 3
 _VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_WARM_UP_SECONDS = 0.3
 _MAX_SECONDS = 2.0
 """For each of the two tables; sizes that are left then lie on the line through the last two."""
 
@@ -52,7 +53,10 @@ class CostMeter:
         self._max_tokens = max_tokens
 
     def measure(self) -> StepCosts:
-        """The fastest of some runs at each size."""
+        """The fastest of some runs at each size, after some that count for nothing: a process begins slowly."""
+        started = time.perf_counter()
+        while time.perf_counter() - started < _WARM_UP_SECONDS:
+            self._verify_seconds(1)
         drafts = _table(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
         return StepCosts(
             verify=Curve(_table(_VERIFY_SIZES, min(self._max_tokens, 4 * self._max_batch), self._verify_seconds)),

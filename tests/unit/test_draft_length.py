@@ -148,3 +148,9 @@ def test_speculation_that_might_pay_is_probed_seldom() -> None:
 
 def test_decisions_are_reproducible() -> None:
     assert simulate(AdaptiveLength(CHEAP), 0.6, 200, batch=3) == simulate(AdaptiveLength(CHEAP), 0.6, 200, batch=3)
+
+
+def test_fewer_tokens_never_cost_more() -> None:
+    """A first size that was measured while something else had the processor."""
+    curve = Curve([(1, 5.0), (2, 3.0), (4, 4.0), (8, 7.0)])
+    assert [curve(size) for size in (1, 2, 3, 4, 8, 10)] == [3.0, 3.0, 3.5, 4.0, 7.0, 8.5]
