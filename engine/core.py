@@ -85,7 +85,9 @@ class EngineCore:
             size, most = config.cache.block_size, config.scheduler.max_batched_tokens
             # Where n-grams always match, as in made-up text, they cost nothing.
             dearest = proposer.otherwise if isinstance(proposer, SwitchingProposer) else proposer
-            policy = AdaptiveLength(CostMeter(self._runner, dearest, size, most, follower).measure())
+            policy = AdaptiveLength(
+                CostMeter(self._runner, dearest, size, most, self.max_model_len, follower).measure()
+            )
         verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
         return Speculator(proposer, policy, config.speculation.num_speculative_tokens, follower, verify_log)
 

@@ -19,10 +19,15 @@ _Result = TypeVar("_Result")
 
 _REPEATS = 3
 _PROMPT_TOKENS = 8
+_CONTEXT_TOKENS = 256
+"""Before the tokens that are verified: attention is a good part of what each further one costs."""
 _MANY_DRAFTS = 3
+_VERIFIED_EACH = 4
+"""Most tokens of a sequence that are verified."""
+_GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 _VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-_WARM_UP_SECONDS = 0.3
+_WARM_UP_SECONDS = 0.5
 _MAX_SECONDS = 2.0
 """For each of the two tables; sizes that are left then lie on the line through the last two."""
 
@@ -35,6 +40,7 @@ class CostMeter:
         proposer: the draft.
         block_size: tokens per block.
         max_tokens: most tokens in a step.
+        max_model_len: longest sequence in tokens.
         follower: of the sequences' draft vocabularies, whose tails are full here; None where all draft from the same.
     """
 
@@ -44,6 +50,7 @@ class CostMeter:
         proposer: Proposer,
         block_size: int,
         max_tokens: int,
+        max_model_len: int,
         follower: VocabFollower | None = None,
     ) -> None:
         self._runner, self._proposer, self._follower = runner, proposer, follower
@@ -51,31 +58,43 @@ class CostMeter:
         self._blocks_each = -(-longest // block_size)
         self._max_batch = runner.num_blocks // self._blocks_each
         self._max_tokens = max_tokens
+        room = min(max_model_len, runner.num_blocks * block_size) - _VERIFIED_EACH
+        self._context = max(min(_CONTEXT_TOKENS, room), 0)
+        self._blocks_verified = -(-(self._context + _VERIFIED_EACH) // block_size)
 
     def measure(self) -> StepCosts:
-        """The fastest of some runs at each size, after some that count for nothing: a process begins slowly."""
-        started = time.perf_counter()
-        while time.perf_counter() - started < _WARM_UP_SECONDS:
-            self._verify_seconds(1)
+        """The fastest of some runs at each size."""
         drafts = _table(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
+        self._warm_up()
         return StepCosts(
-            verify=Curve(_table(_VERIFY_SIZES, min(self._max_tokens, 4 * self._max_batch), self._verify_seconds)),
+            verify=Curve(_table(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)),
             first_draft=Curve([(size, one) for size, (one, _) in drafts]),
             next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
         )
+
+    def _warm_up(self) -> None:
+        """One step after the other, as in serving: the first dozens take up to twice as long as those that follow."""
+        started = time.perf_counter()
+        while time.perf_counter() - started < _WARM_UP_SECONDS:
+            self._verify_seconds(1)
+
+    def _max_verified(self) -> int:
+        return min(self._max_tokens, _VERIFIED_EACH * self._max_batch)
 
     def _max_drafting(self) -> int:
         return min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
 
     def _verify_seconds(self, num_tokens: int) -> float:
         """Sequences of up to four tokens, and the most likely token of each row."""
-        sequences = self._sequences(-(-num_tokens // 4))
         steps = []
-        left = num_tokens
-        for request, blocks in sequences:
-            count = min(left, 4)
-            left -= count
-            steps.append(ScheduledSequence(request, 0, [1] * count, count - 1, 0, count, blocks))
+        for index in range(-(-num_tokens // _VERIFIED_EACH)):
+            count = min(num_tokens - _VERIFIED_EACH * index, _VERIFIED_EACH)
+            request = Request(f"cost meter {index}", b"", "", _GREEDY, [1])
+            first = (
+                index * self._blocks_verified
+            )  # where blocks are few, sequences share some: what is in them is made up
+            blocks = [block % self._runner.num_blocks for block in range(first, first + self._blocks_verified)]
+            steps.append(ScheduledSequence(request, self._context, [1] * count, count - 1, 0, count, blocks))
 
         def run() -> None:
             logits, _ = self._runner.execute(steps, self._proposer.capture_layers)
@@ -130,11 +149,10 @@ class CostMeter:
         return seconds
 
     def _sequences(self, count: int) -> list[tuple[Request, list[int]]]:
-        sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
         each = self._blocks_each
         return [
             (
-                Request(f"cost meter {index}", b"", "", sampling, [1] * _PROMPT_TOKENS),
+                Request(f"cost meter {index}", b"", "", _GREEDY, [1] * _PROMPT_TOKENS),
                 list(range(index * each, (index + 1) * each)),
             )
             for index in range(count)
