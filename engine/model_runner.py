@@ -78,9 +78,7 @@ class HasBlocks(Protocol):
 
 def padded_block_tables(sequences: Sequence[HasBlocks]) -> npt.NDArray[np.int32]:
     """[B, most blocks of any] int32, unused entries 0."""
-    tables = np.zeros(
-        (len(sequences), max((len(sequence.block_ids) for sequence in sequences), default=0)), dtype=np.int32
-    )
+    tables = np.zeros((len(sequences), max(len(sequence.block_ids) for sequence in sequences)), dtype=np.int32)
     for row, sequence in enumerate(sequences):
         tables[row, : len(sequence.block_ids)] = sequence.block_ids
     return tables

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,42 +12,52 @@ from engine.model_runner import padded_block_tables
 from engine.scheduler import DraftSlot
 
 
-class ChainBatches:
-    """Makes each batch from the one before, for a quarter of what it takes to build one.
+def chain_batches(
+    slots: Sequence[DraftSlot], block_size: int, device: torch.device
+) -> Iterator[tuple[list[int], list[DraftSlot], ForwardBatch]]:
+    """Batches of the newest draft tokens, until no sequence has room for another.
+
+    Each is made from the one before, for a quarter of what it takes to build one. It is made when it is asked for: by
+    then every sequence of the batch before must have got one more draft token.
 
     Args:
-        slots: the sequences whose first draft tokens are the rows of the first batch.
+        slots: sequences that have one draft token each by the time of the first batch.
         block_size: tokens per block of the KV cache.
         device: where the model is.
+
+    Yields:
+        The rows that the sequences had in the batch before (at first: among ``slots``), the sequences, and their batch;
+        logits are wanted of all.
     """
+    ready = list(slots)
+    rows = _rows_with_room(ready)
+    if not rows:
+        return
+    tables = padded_block_tables(ready)
+    positions = np.array([slot.request.num_tokens - 1 for slot in ready], dtype=np.int32)
 
-    def __init__(self, slots: Sequence[DraftSlot], block_size: int, device: torch.device) -> None:
-        self._block_size, self._device = block_size, device
-        self._tables = padded_block_tables(slots)
-        self._positions = np.array([slot.request.num_tokens - 1 for slot in slots], dtype=np.int32)
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
 
-    def next(self, token_ids: Sequence[int], rows: Sequence[int]) -> ForwardBatch:
-        """One more token for some sequences; logits are wanted of all.
-
-        Args:
-            token_ids: one a sequence.
-            rows: the rows that these sequences had in the batch before, ascending.
-        """
-        if len(rows) < len(self._positions):
-            self._tables, self._positions = self._tables[rows], self._positions[rows]
-        # New arrays every time: the batch before may still be in use.
-        self._positions = positions = self._positions + 1
+    while rows:
+        if len(rows) < len(ready):
+            ready, tables, positions = [ready[row] for row in rows], tables[rows], positions[rows]
+        positions = positions + 1  # a new array every time: the batch before may still be in use
         order = np.arange(len(rows) + 1, dtype=np.int32)
-        blocks = self._tables[order[:-1], positions // self._block_size]
-        return ForwardBatch(
-            token_ids=self._tensor(np.array(token_ids, dtype=np.int32)),
-            positions=self._tensor(positions),
-            query_start_loc=self._tensor(order),
-            seq_lens=self._tensor(positions + 1),
-            block_tables=self._tensor(self._tables),
-            slot_mapping=self._tensor(blocks * self._block_size + positions % self._block_size),
-            logits_indices=self._tensor(order[:-1].astype(np.int64)),
+        blocks = tables[order[:-1], positions // block_size]
+        batch = ForwardBatch(
+            token_ids=tensor(np.array([slot.request.draft_token_ids[-1] for slot in ready], dtype=np.int32)),
+            positions=tensor(positions),
+            query_start_loc=tensor(order),
+            seq_lens=tensor(positions + 1),
+            block_tables=tensor(tables),
+            slot_mapping=tensor(blocks * block_size + positions % block_size),
+            logits_indices=tensor(order[:-1].astype(np.int64)),
         )
+        yield rows, ready, batch
+        rows = _rows_with_room(ready)
 
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device)
+
+def _rows_with_room(slots: Sequence[DraftSlot]) -> list[int]:
+    """Of those sequences that may have another draft token."""
+    return [row for row, slot in enumerate(slots) if slot.num_tokens > len(slot.request.draft_token_ids)]

@@ -90,9 +90,8 @@ class CostMeter:
         for index in range(-(-num_tokens // _VERIFIED_EACH)):
             count = min(num_tokens - _VERIFIED_EACH * index, _VERIFIED_EACH)
             request = Request(f"cost meter {index}", b"", "", _GREEDY, [1])
-            first = (
-                index * self._blocks_verified
-            )  # where blocks are few, sequences share some: what is in them is made up
+            # Where blocks are few, sequences share some: what is in them is made up.
+            first = index * self._blocks_verified
             blocks = [block % self._runner.num_blocks for block in range(first, first + self._blocks_verified)]
             steps.append(ScheduledSequence(request, self._context, [1] * count, count - 1, 0, count, blocks))
 

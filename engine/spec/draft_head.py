@@ -13,6 +13,7 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelError
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
+from engine.scheduler import DraftSlot
 from engine.vocab.draft_vocab import DraftVocab
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
 
@@ -49,6 +50,12 @@ class DraftHead:
     def has_tails(self) -> bool:
         """Whether every row needs the number of its tail."""
         return self._tails is not None
+
+    def draft(self, hidden: torch.Tensor, slots: Sequence[DraftSlot]) -> None:
+        """Append the next draft token of each sequence to its ``draft_token_ids``; ``hidden`` as for ``choose_for``."""
+        choices = self.choose_for(hidden, [slot.request for slot in slots])
+        for slot, token_id in zip(slots, choices, strict=True):
+            slot.request.draft_token_ids.append(token_id)
 
     def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """The next draft token of each request, whose drafts before it are in its ``draft_token_ids``.

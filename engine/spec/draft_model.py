@@ -12,7 +12,7 @@ from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec, build_batch
 from engine.scheduler import DraftSlot, ScheduledSequence
-from engine.spec.chain_batches import ChainBatches
+from engine.spec.chain_batches import chain_batches
 from engine.spec.draft_head import DraftHead
 from engine.spec.entries import EntryLedger
 from engine.spec.proposer import DraftCosts, Proposer
@@ -55,15 +55,11 @@ class DraftModelProposer:
         if not pieces:
             return
         hidden = self._forward(build_batch(pieces, self._block_size, self._loaded.device))
-        batches = ChainBatches(ready, self._block_size, self._loaded.device)
-        for step in range(max((slot.num_tokens for slot in ready), default=0)):
-            if step > 0:
-                longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
-                ready = [ready[row] for row in longer]
-                hidden = self._forward(batches.next([slot.request.draft_token_ids[-1] for slot in ready], longer))
-            choices = self._head.choose_for(hidden, [slot.request for slot in ready])
-            for slot, token_id in zip(ready, choices, strict=True):
-                slot.request.draft_token_ids.append(token_id)
+        if not ready:
+            return
+        self._head.draft(hidden, ready)
+        for _, longer, batch in chain_batches(ready, self._block_size, self._loaded.device):
+            self._head.draft(self._forward(batch), longer)
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None

@@ -14,7 +14,7 @@ from engine.loader import LoadedModel
 from engine.model_runner import build_batch
 from engine.models.eagle3 import Eagle3
 from engine.scheduler import DraftSlot, ScheduledSequence
-from engine.spec.chain_batches import ChainBatches
+from engine.spec.chain_batches import chain_batches
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.eagle_network import EagleNetwork, make_network
@@ -133,17 +133,12 @@ class EagleProposer:
             self._adapters.assign([slot.request for slot in slots])
         batch = build_batch(pieces, self._block_size, self._device)
         a = self._forward(batch, pieces, self._g_before(pieces))
-        batches = ChainBatches(ready, self._block_size, self._device)
-        for step in range(max((slot.num_tokens for slot in ready), default=0)):
-            if step > 0:
-                longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
-                ready = [ready[row] for row in longer]
-                pieces = [last_draft(slot) for slot in ready]
-                batch = batches.next([slot.request.draft_token_ids[-1] for slot in ready], longer)
-                a = self._forward(batch, pieces, a if len(longer) == len(a) else a[longer])
-            choices = self._head.choose_for(self._network.head_input(a), [slot.request for slot in ready])
-            for slot, token_id in zip(ready, choices, strict=True):
-                slot.request.draft_token_ids.append(token_id)
+        if not ready:
+            return
+        self._head.draft(self._network.head_input(a), ready)
+        for rows, longer, batch in chain_batches(ready, self._block_size, self._device):
+            a = self._forward(batch, [last_draft(slot) for slot in longer], a if len(rows) == len(a) else a[rows])
+            self._head.draft(self._network.head_input(a), longer)
 
     @torch.inference_mode()
     def observe(

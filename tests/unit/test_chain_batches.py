@@ -10,7 +10,7 @@ from engine.messages import SamplingParams
 from engine.model_runner import build_batch
 from engine.request import Request
 from engine.scheduler import DraftSlot
-from engine.spec.chain_batches import ChainBatches
+from engine.spec.chain_batches import chain_batches
 from engine.spec.entries import last_draft
 
 CPU = torch.device("cpu")
@@ -35,13 +35,14 @@ def some_slots(draw: st.DrawFn) -> tuple[list[DraftSlot], int]:
 @given(some_slots())
 def test_each_batch_is_as_one_built_from_scratch(case: tuple[list[DraftSlot], int]) -> None:
     ready, block_size = case
-    batches = ChainBatches(ready, block_size, CPU)
+    batches = chain_batches(ready, block_size, CPU)
     for step in range(1, max(slot.num_tokens for slot in ready)):
         for slot in ready:
             slot.request.draft_token_ids.append(1000 * step + int(slot.request.request_id))
         longer = [row for row, slot in enumerate(ready) if slot.num_tokens > step]
         ready = [ready[row] for row in longer]
-        batch = batches.next([slot.request.draft_token_ids[-1] for slot in ready], longer)
+        rows, slots, batch = next(batches)
+        assert (rows, slots) == (longer, ready)
         expected = build_batch([last_draft(slot) for slot in ready], block_size, CPU)
         for field in FIELDS:
             ours, theirs = getattr(batch, field), getattr(expected, field)
@@ -49,3 +50,6 @@ def test_each_batch_is_as_one_built_from_scratch(case: tuple[list[DraftSlot], in
                 ours = ours[:, : theirs.shape[1]]
             assert ours.dtype == theirs.dtype, field
             assert torch.equal(ours, theirs), field
+    for slot in ready:
+        slot.request.draft_token_ids.append(0)
+    assert next(batches, None) is None
