@@ -40,4 +40,4 @@ class ForwardOutput:
     hidden: torch.Tensor
     """[T, hidden] after the final norm, in the model's dtype"""
     features: torch.Tensor | None = None
-    """[T, n * hidden]: outputs of the n captured layers side by side, in the dtype of the residual stream"""
+    """[T, n * hidden]: outputs of the n captured layers side by side, in floating point"""

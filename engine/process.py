@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -144,6 +145,7 @@ def main() -> None:
     try:
         files = resolve_model(config.model, progress=False)
         core = EngineCore(config, files, validate_model_files(files))
+        gc.freeze()  # what there is now stays: collections need not look at it, least of all between two tokens
     except ModelError as error:
         log.error("the model cannot be served", reason=str(error))
         sys.exit(1)

@@ -67,6 +67,14 @@ class _Kv(ctypes.Structure):
     )
 
 
+class _PassOutputs(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("norm_weight", "hidden", "captured")),
+        ("num_captured", ctypes.c_int),
+        ("features", ctypes.c_void_p),
+    )
+
+
 class _Batch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("num_tokens", "num_sequences", "max_blocks")),
@@ -206,6 +214,7 @@ def has_fast_bf16() -> bool:
     return unsupported_reason() is None and bool(load_library().evo_has_fast_bf16())
 
 
+@functools.cache
 def max_exact_rows() -> int:
     """Up to so many rows of a step, a row's products with quantised weights do not depend on the other rows."""
     return int(load_library().evo_max_direct_rows())
@@ -215,8 +224,10 @@ def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor 
     """x W^T + bias: x [rows, k] bf16 → [rows, n] float32, in ``out`` if given."""
     rows = len(x)
     out = torch.empty(rows, weight.n) if out is None else out
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 16)).contiguous()  # the kernel reads whole tiles
-    load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(padded), rows, address(out))
+    if weight.format == BF16_FORMAT or rows > max_exact_rows():
+        x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 16))  # tiles are read whole
+    x = x.contiguous()  # named: a copy must outlive the call
+    load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(x), rows, address(out))
     return out
 
 
@@ -287,6 +298,26 @@ class LayerWeights:
     embedding_norm: torch.Tensor | None = None
 
 
+class PassOutputs:
+    """What a pass over T tokens leaves behind besides the residual stream, all bf16.
+
+    Args:
+        num_tokens: T.
+        norm: weight of the final norm, float32 [hidden].
+        captured: [C] int32, ascending: layers whose output is wanted.
+    """
+
+    def __init__(self, num_tokens: int, norm: torch.Tensor, captured: torch.Tensor) -> None:
+        self.hidden = torch.empty(num_tokens, len(norm), dtype=torch.bfloat16)
+        """[T, hidden] after the final norm"""
+        self.features = torch.empty(num_tokens, len(captured) * len(norm), dtype=torch.bfloat16)
+        """[T, C * hidden]: outputs of the captured layers side by side"""
+        self._inputs = norm, captured  # alive as long as their addresses are used
+        self.struct = _PassOutputs(
+            address(norm), address(self.hidden), address(captured), len(captured), address(self.features)
+        )
+
+
 class Decoder:
     """The decoder stack: embedding lookup, layers, final norm. The residual stream is float32 [T, hidden].
 
@@ -337,12 +368,11 @@ class Decoder:
         batch: BatchView,
         cache: KvCache,
         residual: torch.Tensor,
-        begin: int,
-        end: int,
         embeddings: torch.Tensor | None = None,
         lora: NativeLora | None = None,
+        outputs: PassOutputs | None = None,
     ) -> None:
-        """Run layers begin .. end - 1 on the residual stream, in place.
+        """Run all layers on the residual stream, in place.
 
         For a draft layer: embeddings like it, and what its queries, keys and values gain.
         """
@@ -350,7 +380,8 @@ class Decoder:
             self._handle,
             ctypes.byref(batch.struct),
             ctypes.byref(cache.struct),
-            *(begin, end, address(embeddings), None if lora is None else lora.pointer, address(residual)),
+            *(address(embeddings), None if lora is None else lora.pointer, address(residual)),
+            ctypes.byref(_PassOutputs() if outputs is None else outputs.struct),
         )
 
     def final_norm(self, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -97,7 +97,7 @@ class NativeEagle3:
         attention.plan(batch)
         a = g.to(torch.float32, copy=True)
         adapted = None if lora is None else NativeLora(lora)
-        self._layer.forward(attention.batch, attention.cache, a, 0, 1, embeddings.float().contiguous(), adapted)
+        self._layer.forward(attention.batch, attention.cache, a, embeddings.float().contiguous(), adapted)
         wanted = batch.logits_indices
         return a if len(wanted) == len(a) else a[wanted]
 

@@ -21,6 +21,7 @@ from kernels.native import (
     LayerWeights,
     MatrixPart,
     PackedMatrix,
+    PassOutputs,
     Team,
     linear,
     packed_format,
@@ -71,19 +72,13 @@ class NativeLlama:
         self.weight_bytes = sum(m.num_bytes for m in (*matrices, self._head, *(() if tied else (self._embedding,))))
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
-        """As ``LlamaForCausalLM``; hidden states are bf16, features float32."""
+        """As ``LlamaForCausalLM``; hidden states and features are bf16."""
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
         residual = self.embed(batch.token_ids)
-        features = torch.empty(len(residual), len(capture), self.spec.hidden_size)
-        begin = 0
-        for index, layer in enumerate(capture):
-            self._decoder.forward(attention.batch, attention.cache, residual, begin, layer + 1)
-            features[:, index] = residual
-            begin = layer + 1
-        self._decoder.forward(attention.batch, attention.cache, residual, begin, self.spec.num_layers)
-        hidden = self._decoder.final_norm(self._norm, residual)
-        return ForwardOutput(hidden, features.flatten(1) if capture else None)
+        outputs = PassOutputs(len(residual), self._norm, torch.tensor(capture, dtype=torch.int32))
+        self._decoder.forward(attention.batch, attention.cache, residual, outputs=outputs)
+        return ForwardOutput(outputs.hidden, outputs.features if capture else None)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding: [T] int32 → [T, hidden] float32."""

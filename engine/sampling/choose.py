@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.messages import SamplingParams
+from kernels.argmax import argmax_rows
 from kernels.gumbel_argmax import gumbel_argmax, seeds_tensor
 from kernels.kept_thresholds import Limits, kept_thresholds
 
@@ -29,6 +30,7 @@ def choose_tokens(
     positions: Sequence[int],
     token_ids: torch.Tensor | None = None,
     team: Team | None = None,
+    allowed: torch.Tensor | None = None,
 ) -> list[int]:
     """The token of every row: the largest logit where greedy, else a Gumbel argmax over what is not cut off.
 
@@ -38,8 +40,12 @@ def choose_tokens(
         positions: index of the chosen token in its sequence, one a row.
         token_ids: [K] or [N, K] int32, the tokens that the columns stand for (None: 0 .. V - 1).
         team: threads of the compiled kernels (None: the calling one).
+        allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all).
     """
+    if token_ids is None and allowed is None and all_greedy(params):
+        return argmax_rows(logits)
     device = logits.device
+    allowed = None if allowed is None else allowed.to(device)
     warmth = [0.0 if p.temperature < _MIN_TEMPERATURE else p.temperature for p in params]
     temperatures = torch.tensor(warmth, dtype=torch.float32, device=device)
     seeds = seeds_tensor([p.seed for p in params], device)
@@ -50,10 +56,12 @@ def choose_tokens(
             torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
             torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device),
         )
-        least = kept_thresholds(logits, temperatures, limits, team=team)
+        least = kept_thresholds(logits, temperatures, limits, allowed, team)
     places = torch.tensor(positions, dtype=torch.int64, device=device)
     columns = None if token_ids is None else token_ids.expand(len(logits), -1)
-    choices = gumbel_argmax(logits, seeds, places, columns, temperatures=temperatures, least=least, team=team)
+    choices = gumbel_argmax(
+        logits, seeds, places, columns, temperatures=temperatures, least=least, allowed=allowed, team=team
+    )
     return choices.tolist()
 
 

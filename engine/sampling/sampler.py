@@ -15,20 +15,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.messages import SamplingParams, TokenLogprob
+from engine.sampling.choose import choose_tokens
 from engine.sampling.grammar import GrammarCompiler
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.processors import LogitsEdits
 from engine.sampling.state import SamplingState
-from kernels.gumbel_argmax import gumbel_argmax, seeds_tensor
-from kernels.kept_thresholds import Limits, kept_thresholds
 
 if TYPE_CHECKING:
     from engine.request import Request
     from kernels.native import Team
-
-
-# Dividing logits by less could overflow float32; the distribution is a single token long before.
-_MIN_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -48,14 +43,6 @@ class SampledSequence:
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of logits: whose it is and the position of the token it chooses."""
-
-    params: SamplingParams
-    position: int
 
 
 class Sampler:
@@ -98,7 +85,7 @@ class Sampler:
         starts = list(accumulate((1 + len(sequence.draft_token_ids) for sequence in rows), initial=0))
         edits = self._edits(starts, rows, logits.shape[1])
         with edits.applied(logits) as edited:
-            choices = _choose(edited, edits.allowed, _flatten(rows), self._team)
+            choices = choose_tokens(edited, *_params_and_positions(rows), team=self._team, allowed=edits.allowed)
         accepted = [
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
@@ -140,38 +127,13 @@ def _accept(draft_token_ids: tuple[int, ...], choices: list[int]) -> list[int]:
     return choices
 
 
-def _flatten(rows: list[SamplingRows]) -> list[_Row]:
-    flat = []
+def _params_and_positions(rows: list[SamplingRows]) -> tuple[list[SamplingParams], list[int]]:
+    """Of each row of logits: its request's parameters, and the position of the token that it chooses."""
+    params: list[SamplingParams] = []
+    positions: list[int] = []
     for sequence in rows:
-        request = sequence.request
+        request, count = sequence.request, 1 + len(sequence.draft_token_ids)
         first = len(request.prompt_token_ids) + len(request.output_token_ids)
-        flat += [_Row(request.sampling, first + r) for r in range(1 + len(sequence.draft_token_ids))]
-    return flat
-
-
-def _choose(logits: torch.Tensor, allowed: torch.Tensor | None, rows: list[_Row], team: Team | None) -> list[int]:
-    """The token of every row: the largest logit where greedy, else a Gumbel argmax over what is not cut off."""
-    params, device = [row.params for row in rows], logits.device
-    warmth = [0.0 if p.temperature < _MIN_TEMPERATURE else p.temperature for p in params]
-    temperatures = torch.tensor(warmth, dtype=torch.float32, device=device)
-    seeds = seeds_tensor([p.seed for p in params], device)
-    positions = torch.tensor([row.position for row in rows], dtype=torch.int64, device=device)
-    if allowed is not None:
-        allowed = allowed.to(device)
-    least = None
-    if any(map(_is_truncated, params)):
-        limits = Limits(
-            torch.tensor([p.top_k for p in params], dtype=torch.int32, device=device),
-            torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device),
-            torch.tensor([p.min_p for p in params], dtype=torch.float64, device=device),
-        )
-        least = kept_thresholds(logits, temperatures, limits, allowed, team)
-    choices = gumbel_argmax(
-        logits, seeds, positions, temperatures=temperatures, least=least, allowed=allowed, team=team
-    )
-    return choices.tolist()
-
-
-def _is_truncated(params: SamplingParams) -> bool:
-    """Whether any token may be cut off."""
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        params += [request.sampling] * count
+        positions += range(first, first + count)
+    return params, positions

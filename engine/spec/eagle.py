@@ -11,7 +11,7 @@ from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.batch import ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
-from engine.model_runner import build_batch
+from engine.model_runner import build_batch, slots_of
 from engine.models.eagle3 import Eagle3
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.chain_batches import chain_batches
@@ -148,9 +148,9 @@ class EagleProposer:
         assert features is not None
         for sequence in sequences:
             self._entries.observe(sequence, 0)
-        slots = [self._slots(s.block_ids, s.start, s.start + len(s.token_ids)) for s in sequences]
+        slots = [slots_of(s.block_ids, s.start, s.start + len(s.token_ids), self._block_size) for s in sequences]
         stored = self._network.fuse(features) if self._stores_fused else features
-        self._stored[self._rows(slots)] = stored.to(self._stored.dtype)
+        self._stored.index_copy_(0, self._rows(slots), stored.to(self._stored.dtype))
 
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request."""
@@ -176,13 +176,8 @@ class EagleProposer:
         for piece in pieces:
             end = piece.start + len(piece.token_ids)
             slots.append([self._before_first] if piece.start == 0 else [])
-            slots.append(self._slots(piece.block_ids, max(piece.start - 1, 0), end - 1))
-        return self._stored[self._rows(slots)]
-
-    def _slots(self, block_ids: Sequence[int], begin: int, end: int) -> list[int]:
-        """Of a sequence's positions begin .. end - 1."""
-        size = self._block_size
-        return [block_ids[position // size] * size + position % size for position in range(begin, end)]
+            slots.append(slots_of(piece.block_ids, max(piece.start - 1, 0), end - 1, self._block_size))
+        return self._stored.index_select(0, self._rows(slots))
 
     def _rows(self, slots: Sequence[list[int]]) -> torch.Tensor:
         return torch.tensor(list(chain.from_iterable(slots)), device=self._device)

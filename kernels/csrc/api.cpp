@@ -125,10 +125,10 @@ void evo_decoder_embed(Decoder* decoder, const EvoMatrix* table, const int32_t* 
   decoder->embed(to_matrix(*table), ids, count, residual);
 }
 
-void evo_decoder_forward(Decoder* decoder, const Batch* batch, const EvoKv* kv, int begin, int end,
-                         const float* embeddings, const LoraRows* lora, float* residual) {
-  decoder->forward(*batch, kv->keys, kv->values, kv->block_size, kv->layer_stride, begin, end, embeddings, lora,
-                   residual);
+void evo_decoder_forward(Decoder* decoder, const Batch* batch, const EvoKv* kv, const float* embeddings,
+                         const LoraRows* lora, float* residual, const PassOutputs* outputs) {
+  decoder->forward(*batch, kv->keys, kv->values, kv->block_size, kv->layer_stride, embeddings, lora, residual,
+                   *outputs);
 }
 
 void evo_decoder_final_norm(Decoder* decoder, const float* weight, const float* residual, int count, bf16* out) {

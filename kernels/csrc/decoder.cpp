@@ -126,32 +126,45 @@ void Decoder::adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* 
   team_.barrier();
 }
 
-void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin,
-                      int end, const float* embeddings, const LoraRows* lora, float* residual) {
+void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
+                        const LoraRows* lora, float* residual) {
   const int tokens = batch.num_tokens, hidden = shape_.hidden;
+  normalize_input(layer, embeddings, residual, tokens);
+  team_.barrier();
+  attend(batch, kv, layer, lora);
+  linear(team_, {&layer.output, attended_.data(), tokens, Epilogue::kAdd, residual, hidden});
+  team_.barrier();
+  if (lora != nullptr) adapt(*lora, lora->output, attended_.data(), tokens, residual);
+
+  normalize(layer.post_norm, residual, tokens, normed_.data(), hidden);
+  team_.barrier();
+  linear(team_, {&layer.gate_up, normed_.data(), tokens, Epilogue::kSiluMul, gated_.data(), shape_.intermediate});
+  team_.barrier();
+  linear(team_, {&layer.down, gated_.data(), tokens, Epilogue::kAdd, residual, hidden});
+  team_.barrier();
+  if (lora != nullptr) adapt(*lora, lora->down, gated_.data(), tokens, residual);
+}
+
+void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride,
+                      const float* embeddings, const LoraRows* lora, float* residual, const PassOutputs& outputs) {
+  const int tokens = batch.num_tokens, hidden = shape_.hidden, num_layers = static_cast<int>(layers_.size());
   reserve(tokens);
   team_.run([&](int) {
-    for (int l = begin; l < end; ++l) {
-      const Layer& layer = layers_[l];
+    int next = 0;  // of outputs.captured
+    for (int l = 0; l < num_layers; ++l) {
       const KvCache cache{keys + l * layer_stride, values + l * layer_stride, block_size, shape_.kv_heads,
                           shape_.head_dim};
-
-      normalize_input(layer, embeddings, residual, tokens);
+      run_layer(batch, cache, layers_[l], embeddings, lora, residual);
+      if (next == outputs.num_captured || outputs.captured[next] != l) continue;
+      team_.work(tokens, [&](int token) {
+        const float* row = residual + static_cast<size_t>(token) * hidden;
+        bf16* out = outputs.features + (static_cast<size_t>(token) * outputs.num_captured + next) * hidden;
+        for (int i = 0; i < hidden; i += 16) store_bf16(out + i, load(row + i));
+      });
       team_.barrier();
-      attend(batch, cache, layer, lora);
-      linear(team_, {&layer.output, attended_.data(), tokens, Epilogue::kAdd, residual, hidden});
-      team_.barrier();
-      if (lora != nullptr) adapt(*lora, lora->output, attended_.data(), tokens, residual);
-
-      normalize(layer.post_norm, residual, tokens, normed_.data(), hidden);
-      team_.barrier();
-      linear(team_, {&layer.gate_up, normed_.data(), tokens, Epilogue::kSiluMul, gated_.data(),
-                     shape_.intermediate});
-      team_.barrier();
-      linear(team_, {&layer.down, gated_.data(), tokens, Epilogue::kAdd, residual, hidden});
-      team_.barrier();
-      if (lora != nullptr) adapt(*lora, lora->down, gated_.data(), tokens, residual);
+      ++next;
     }
+    if (outputs.hidden != nullptr) normalize(outputs.norm_weight, residual, tokens, outputs.hidden, hidden);
   });
 }
 

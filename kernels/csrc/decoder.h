@@ -24,6 +24,15 @@ struct DecoderShape {
   float norm_eps;
 };
 
+// What a pass leaves behind besides the residual stream.
+struct PassOutputs {
+  const float* norm_weight;
+  bf16* hidden;            // [tokens][hidden]: RMS norm of the residual stream after the last layer; null: not wanted
+  const int32_t* captured; // layers whose output is wanted, ascending
+  int num_captured;
+  bf16* features;          // [tokens][num_captured][hidden]: those outputs
+};
+
 class Decoder {
  public:
   // cos_sin: [max_positions][head_dim]: head_dim / 2 cosines, then as many sines.
@@ -34,11 +43,11 @@ class Decoder {
   // residual [tokens][hidden] = rows of the embedding.
   void embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual);
 
-  // Runs layers begin .. end - 1 on the residual stream, in place. `keys` and `values` are layer 0's; each layer's
-  // cache lies `layer_stride` elements after the one before. embeddings [tokens][hidden]: for a draft layer, else null.
+  // Runs all layers on the residual stream, in place. `keys` and `values` are layer 0's; each layer's cache lies
+  // `layer_stride` elements after the one before. embeddings [tokens][hidden]: for a draft layer, else null.
   // lora: what its matrices' products gain, or null.
-  void forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride, int begin, int end,
-               const float* embeddings, const LoraRows* lora, float* residual);
+  void forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride,
+               const float* embeddings, const LoraRows* lora, float* residual, const PassOutputs& outputs);
 
   // out [count][hidden] = RMS norm of the residual stream: the model's last operation before its head.
   void final_norm(const float* weight, const float* residual, int count, bf16* out);
@@ -47,6 +56,8 @@ class Decoder {
   void reserve(int tokens);
   void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
   void normalize_input(const Layer& layer, const float* embeddings, const float* residual, int tokens);
+  void run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
+                 const LoraRows* lora, float* residual);
   void attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora);
   void adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* x, int tokens, float* residual);
   void rotate_and_write(const Batch& batch, const KvCache& kv, int token);
