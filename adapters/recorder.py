@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.batch import Features
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.proposer import DraftCosts, Proposer
 from engine.vocab.draft_vocab import DraftVocab
@@ -34,12 +35,12 @@ class FeatureRecorder:
         """Nothing."""
 
     def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Append each sequence's rows, as bf16."""
         assert features is not None
         lengths = [len(sequence.token_ids) for sequence in sequences]
-        rows = torch.split_with_sizes(features.to(torch.bfloat16, copy=True), lengths)
+        rows = torch.split_with_sizes(features.values.to(torch.bfloat16, copy=True), lengths)
         for sequence, piece in zip(sequences, rows, strict=True):
             if sequence.start == 0:  # also a preempted sequence, which is computed again
                 self._pieces[sequence.request.request_id] = []

@@ -34,6 +34,16 @@ class ForwardBatch:
 
 
 @dataclass(frozen=True)
+class Features:
+    """What a draft sees of a step's T tokens."""
+
+    values: torch.Tensor
+    """[T, n * hidden] floating-point: outputs of the n captured layers side by side"""
+    slots: torch.Tensor
+    """[T] int32, where each token's key and value are"""
+
+
+@dataclass(frozen=True)
 class ForwardOutput:
     """What a model computes for a batch of T tokens."""
 

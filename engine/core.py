@@ -10,6 +10,7 @@ from concurrent.futures import Future
 import structlog
 import torch
 
+from engine.batch import Features
 from engine.config import EngineConfig
 from engine.loader import load
 from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings
@@ -227,7 +228,7 @@ class EngineCore:
         sampled: list[SampledSequence | None],
         ends: list[Truncation | None],
         logits: torch.Tensor,
-        features: torch.Tensor | None,
+        features: Features | None,
     ) -> float:
         """Let the draft learn what was computed, chosen and kept; returns the seconds its vocabularies took."""
         if self._speculator is None:

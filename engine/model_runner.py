@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import ForwardBatch
+from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
@@ -37,18 +37,19 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(
         self, sequences: Sequence[ScheduledSequence], capture: Sequence[int] = ()
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, Features | None]:
         """Compute the scheduled tokens and write their KV.
 
         Returns:
             Logits [L, vocab] float32: for each sequence in order, the last ``num_logits`` of its rows. And the
-            features [T, len(capture) * hidden] of all tokens, if layers are captured.
+            features of all tokens, if layers are captured.
         """
         batch = build_batch(sequences, self._block_size, self._device)
         output = self._model.forward(batch, self._attention, capture)
         self._hidden, wanted = output.hidden, batch.logits_indices
         rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
-        return self._model.compute_logits(rows), output.features
+        features = None if output.features is None else Features(output.features, batch.slot_mapping)
+        return self._model.compute_logits(rows), features
 
     @torch.inference_mode()
     def compute_logits(self, rows: Sequence[int]) -> torch.Tensor:

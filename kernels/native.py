@@ -222,13 +222,24 @@ def max_exact_rows() -> int:
 
 def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + bias: x [rows, k] bf16 → [rows, n] float32, in ``out`` if given."""
-    rows = len(x)
-    out = torch.empty(rows, weight.n) if out is None else out
-    if weight.format == BF16_FORMAT or rows > max_exact_rows():
-        x = torch.nn.functional.pad(x, (0, 0, 0, -rows % 16))  # tiles are read whole
-    x = x.contiguous()  # named: a copy must outlive the call
-    load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(x), rows, address(out))
+    out = torch.empty(len(x), weight.n) if out is None else out
+    padded = _padded(weight, x)  # named: a copy must outlive the call
+    load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(padded), len(x), address(out))
     return out
+
+
+def linear_to_rows(team: Team, weight: PackedMatrix, x: torch.Tensor, rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Write ``linear`` of x [T, k] bf16 to ``rows`` [T] int32 of out [any, n] bf16."""
+    padded = _padded(weight, x)
+    arguments = address(padded), len(x), address(rows), address(out)
+    load_library().evo_linear_to_rows(team.handle, ctypes.byref(weight.struct), *arguments)
+
+
+def _padded(weight: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and as many rows as the kernel reads: whole tiles, where there are tiles."""
+    if weight.format == BF16_FORMAT or len(x) > max_exact_rows():
+        x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16))
+    return x.contiguous()
 
 
 class KvCache:

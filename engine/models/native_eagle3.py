@@ -12,12 +12,12 @@ from gguf import GGMLQuantizationType
 
 from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
-from engine.batch import ForwardBatch
+from engine.batch import Features, ForwardBatch
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
 from kernels.batched_lora import LoraRows
-from kernels.native import Decoder, LayerWeights, MatrixPart, PackedMatrix, Team, linear
+from kernels.native import Decoder, LayerWeights, MatrixPart, PackedMatrix, Team, linear, linear_to_rows
 from kernels.native_lora import NativeLora
 
 
@@ -80,6 +80,10 @@ class NativeEagle3:
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """[T, 3 * hidden] → g [T, hidden] float32."""
         return linear(self._team, self._matrices["fc.weight"], features.bfloat16())
+
+    def fuse_into(self, store: torch.Tensor, features: Features) -> None:
+        """Write g of each token to its slot's row of ``store`` [slots, hidden] bf16."""
+        linear_to_rows(self._team, self._matrices["fc.weight"], features.values.bfloat16(), features.slots, store)
 
     def forward(
         self,

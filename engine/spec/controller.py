@@ -59,9 +59,9 @@ class StepCosts:
     """Seconds of the parts of a step."""
 
     verify: Curve
-    """By tokens: the target's forward pass and its choices."""
+    """By tokens: the target's forward pass, its choices, and what is kept of it for later drafts."""
     first_draft: Curve
-    """By sequences: the first draft token of each, and learning what became of it."""
+    """By sequences: the first draft token of each, and what its vocabulary learns of what became of it."""
     next_draft: Curve
     """By sequences: each further draft token."""
 

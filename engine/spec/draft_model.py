@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import ForwardBatch
+from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec, build_batch
@@ -62,7 +62,7 @@ class DraftModelProposer:
             self._head.draft(self._forward(batch), longer)
 
     def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Count the entries of accepted drafts as computed; new tokens are computed by a later ``propose``."""
         for sequence, kept in zip(sequences, num_kept, strict=True):

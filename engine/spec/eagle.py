@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import ForwardBatch
+from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import build_batch, slots_of
@@ -142,15 +142,16 @@ class EagleProposer:
 
     @torch.inference_mode()
     def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Store the features of all tokens; those of refused drafts are overwritten when their slots are."""
         assert features is not None
         for sequence in sequences:
             self._entries.observe(sequence, 0)
-        slots = [slots_of(s.block_ids, s.start, s.start + len(s.token_ids), self._block_size) for s in sequences]
-        stored = self._network.fuse(features) if self._stores_fused else features
-        self._stored.index_copy_(0, self._rows(slots), stored.to(self._stored.dtype))
+        if self._stores_fused:
+            self._network.fuse_into(self._stored, features)
+        else:
+            self._stored.index_copy_(0, features.slots.long(), features.values.to(self._stored.dtype))
 
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request."""

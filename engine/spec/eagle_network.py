@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from engine.attention.base import AttentionBackend
-from engine.batch import ForwardBatch
+from engine.batch import Features, ForwardBatch
 from engine.loader import LoadedModel
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
@@ -28,6 +28,10 @@ class EagleNetwork(Protocol):
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """The target's features [T, n * hidden] → g [T, hidden]."""
+        ...
+
+    def fuse_into(self, store: torch.Tensor, features: Features) -> None:
+        """Write g of each token to its slot's row of ``store`` [slots, hidden], which is of the target's dtype."""
         ...
 
     def forward(
@@ -71,6 +75,9 @@ class TorchEagleNetwork:
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         return self._draft.fuse(features.to(self._dtype))
+
+    def fuse_into(self, store: torch.Tensor, features: Features) -> None:
+        store.index_copy_(0, features.slots.long(), self.fuse(features.values).to(store.dtype))
 
     def forward(
         self,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from engine.batch import Features
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.eagle import EagleDraft, EagleProposer
 from engine.spec.proposer import DraftCosts, Proposer
@@ -39,7 +38,7 @@ class NgramProposer:
                     request.draft_token_ids += text.copy(place, slot.num_tokens)
 
     def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Nothing: the committed tokens are in the requests."""
 
@@ -77,7 +76,7 @@ class SwitchingProposer:
         self.otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids])
 
     def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Arguments as ``Proposer.observe``."""
         self.otherwise.observe(sequences, num_kept, features)

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
+from engine.batch import Features
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 
@@ -35,15 +34,14 @@ class Proposer(Protocol):
         ...
 
     def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Learn what a step has computed, after verification and before the commit.
 
         Args:
             sequences: as scheduled; drafted ones and prefill chunks.
             num_kept: new tokens of each sequence, accepted drafts included; 0 while its prefill is unfinished.
-            features: [T, len(capture_layers) * hidden], one row for each scheduled token; None without capture.
-                Valid during the call only.
+            features: of all scheduled tokens; None without capture. Valid during the call only.
         """
         ...
 

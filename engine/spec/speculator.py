@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.batch import Features
 from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
 from engine.scheduler import DraftSlot, ScheduledSequence
@@ -99,7 +100,7 @@ class Speculator:
         self._seconds += time.perf_counter() - started
 
     def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Learn from a verified step; arguments as ``Proposer.observe``."""
         started = time.perf_counter()

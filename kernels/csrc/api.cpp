@@ -79,6 +79,22 @@ void evo_linear(Team* team, const EvoMatrix* weight, const bf16* x, int rows, fl
   team->run([&](int) { linear(*team, {&matrix, x, rows, Epilogue::kStore, out, matrix.n}); });
 }
 
+// The same in bf16, row r to row rows_out[r] of out [any][n].
+void evo_linear_to_rows(Team* team, const EvoMatrix* weight, const bf16* x, int rows, const int32_t* rows_out,
+                        bf16* out) {
+  const Matrix matrix = to_matrix(*weight);
+  std::vector<float> y(static_cast<size_t>(rows) * matrix.n);
+  team->run([&](int) {
+    linear(*team, {&matrix, x, rows, Epilogue::kStore, y.data(), matrix.n});
+    team->barrier();
+    team->work(rows, [&](int row) {
+      const float* from = y.data() + static_cast<size_t>(row) * matrix.n;
+      bf16* to = out + static_cast<size_t>(rows_out[row]) * matrix.n;
+      for (int i = 0; i < matrix.n; ++i) to[i] = to_bf16(from[i]);
+    });
+  });
+}
+
 // out [rows][stride] gains what the rows' adapters of q, k and v make of x [rows][inputs].
 void evo_lora(Team* team, const LoraRows* lora, const bf16* x, int rows, int stride, float* out) {
   team->run([&](int) {

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from engine.attention.base import AttentionSpec
 from engine.attention.torch_paged import TorchPagedAttention
+from engine.batch import Features
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
 from engine.loader import LoadedModel, load
 from engine.messages import SamplingParams
@@ -99,7 +100,7 @@ class Watcher:
                 self.observations.append(Observation(tokens.copy(), drafts[:index], hidden))
 
     def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: torch.Tensor | None
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         self._proposer.observe(sequences, num_kept, features)
 

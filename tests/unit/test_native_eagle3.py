@@ -14,6 +14,7 @@ from engine.adapters_config import LoraTarget
 from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
+from engine.batch import Features
 from engine.models.config import ModelError
 from engine.models.eagle3 import Eagle3, Eagle3Config
 from engine.models.llama import RotaryEmbedding
@@ -61,6 +62,10 @@ def test_same_as_the_torch_network(steps: list[list[int]], dtype: torch.dtype, t
         embeddings, features = torch.randn(tokens, 128).to(dtype), torch.randn(tokens, 3 * 128)
         g = reference.fuse(features)
         assert relative_error(ours.fuse(features), g) < TOLERANCE
+        stores = torch.zeros(2, 16 * sequences.num_blocks, 128, dtype=torch.bfloat16)
+        for network, store in zip((ours, reference), stores, strict=True):
+            network.fuse_into(store, Features(features, batch.slot_mapping))
+        assert relative_error(stores[0], stores[1].float()) < TOLERANCE
         expected = reference.forward(batch, torch_kv, embeddings, g)
         output = ours.forward(batch, native_kv, embeddings, g)
         assert relative_error(output - g[wanted], expected - g[wanted]) < TOLERANCE

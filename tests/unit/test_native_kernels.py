@@ -21,7 +21,7 @@ from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from engine.text.tokenizer import Tokenizer
 from kernels import native
-from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
+from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, linear_to_rows, packed_format
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
 
@@ -140,6 +140,17 @@ def test_a_row_does_not_depend_on_its_neighbours(two_threads: Team, name: str) -
     alone = torch.cat([linear(two_threads, weight, row) for row in x.split(1)])
     for rows in range(2, FEW_ROWS + 1):
         assert torch.equal(linear(two_threads, weight, x[:rows]), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_products_go_to_the_rows_named(two_threads: Team, rows: int) -> None:
+    n, k = 96, 64
+    weight = PackedMatrix(n, k, [block_part("Q8_0", random_blocks("Q8_0", n, k), np.arange(n))])
+    x, targets = random_input(rows, k), torch.randperm(50)[:rows].int()
+    out = torch.full((50, n), 7.0, dtype=torch.bfloat16)
+    expected = out.index_copy(0, targets.long(), linear(two_threads, weight, x).bfloat16())
+    linear_to_rows(two_threads, weight, x, targets, out)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-20, 1e30])
