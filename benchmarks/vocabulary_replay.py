@@ -126,7 +126,7 @@ class Replay:
             token_ids, logits = np.full((1, CANDIDATES), -1, np.int32), np.full((1, CANDIDATES), -np.inf, np.float32)
             token_ids[0, : len(places)] = known[places]
             logits[0, : len(places)] = trace.draft_logits[row, depth, places]
-            scores = logits if self._vocab is None else self._vocab.with_prior([request], token_ids, logits)
+            scores = logits if self._vocab is None else self._vocab.drafted.with_prior([request], token_ids, logits)
             request.draft_token_ids.append(int(token_ids[0, scores[0].argmax()]))
             if request.draft_token_ids[-1] != wanted:
                 return depth

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kernels.native import Team
 
 
-def _signed(value: int, bits: int) -> int:
+def signed(value: int, bits: int) -> int:
     """The two's-complement reading of an integer: the same modulo 2**bits."""
     value &= (1 << bits) - 1
     return value - (1 << bits) if value >> (bits - 1) else value
@@ -37,7 +37,7 @@ def _signed(value: int, bits: int) -> int:
 
 def seeds_tensor(seeds: list[int], device: torch.device | None = None) -> torch.Tensor:
     """[N] int64 from seeds of any size; their lowest 64 bits count."""
-    return torch.tensor([_signed(seed, 64) for seed in seeds], dtype=torch.int64, device=device)
+    return torch.tensor([signed(seed, 64) for seed in seeds], dtype=torch.int64, device=device)
 
 
 def _shift64(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -47,8 +47,8 @@ def _shift64(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:
     """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on int64."""
-    x = (x ^ _shift64(x, 30)) * _signed(0xBF58476D1CE4E5B9, 64)
-    x = (x ^ _shift64(x, 27)) * _signed(0x94D049BB133111EB, 64)
+    x = (x ^ _shift64(x, 30)) * signed(0xBF58476D1CE4E5B9, 64)
+    x = (x ^ _shift64(x, 27)) * signed(0x94D049BB133111EB, 64)
     return x ^ _shift64(x, 31)
 
 
@@ -58,12 +58,12 @@ def _mix32_(x: torch.Tensor, scratch: torch.Tensor) -> None:
         torch.bitwise_right_shift(x, bits, out=scratch)
         x ^= scratch.bitwise_and_((1 << (32 - bits)) - 1)
         if multiplier != 1:
-            x *= _signed(multiplier, 32)
+            x *= signed(multiplier, 32)
 
 
 def row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The 64-bit keys of rows: all [N] int64."""
-    return _mix64(_mix64(seeds) + positions * _signed(0x9E3779B97F4A7C15, 64))
+    return _mix64(_mix64(seeds) + positions * signed(0x9E3779B97F4A7C15, 64))
 
 
 def hash_tokens(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def hash_tokens(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.T
         [N, K] int32, uniform over all values.
     """
     key = row_keys(seeds, positions).unsqueeze(1)
-    x = token_ids.int() * _signed(0x9E3779B1, 32) + key.int()
+    x = token_ids.int() * signed(0x9E3779B1, 32) + key.int()
     scratch = torch.empty_like(x)
     _mix32_(x, scratch)
     x ^= (key >> 32).int()

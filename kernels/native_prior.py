@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,22 @@ class SessionView:
         """For ``PriorKernel.scores``."""
 
 
+@dataclass(frozen=True)
+class ChainPrior:
+    """The prior of B chains, one entry a row. Addresses are of what is here and in ``kernels.native_text``."""
+
+    sessions: Sequence[int]
+    """Of ``SessionView``; 0: no prior for this row"""
+    units: Sequence[float]
+    """What one occurrence is worth in each session"""
+    weights: Sequence[int]
+    """Of [NUM_FEATURES] float32"""
+    contexts: Sequence[tuple[int, int]]
+    """The last two tokens, -1 for none"""
+    texts: Sequence[int] | None
+    """Of ``NativeTextIndex``; None: repeats do not count"""
+
+
 class PriorKernel:
     """The prior over one graph.
 
@@ -113,13 +130,18 @@ class PriorKernel:
         ways: int,
         presence_floor: float,
     ) -> None:
-        self._arrays, self._used = graph, used
+        self._arrays = graph
         addresses = (None, None, None) if graph is None else [array.ctypes.data for array in graph]
-        self._graph = _Graph(*addresses, width, scale)
-        self._ways, self._presence_floor = ways, presence_floor
+        self.graph = _Graph(*addresses, width, scale)
+        self.used, self.ways, self.presence_floor = used, ways, presence_floor
         from kernels.native import load_library
 
         self._library: Any = load_library()
+
+    @property
+    def addresses(self) -> tuple[int, int, int, float]:
+        """Graph, used features, ways and presence floor, for ``kernels.native_chain``."""
+        return ctypes.addressof(self.graph), int(self.used.ctypes.data), self.ways, self.presence_floor
 
     def scores(
         self,
@@ -145,14 +167,14 @@ class PriorKernel:
         rows, columns = token_ids.shape
         arrays = (
             *(np.array(sessions, np.uint64), np.array(units), np.array(contexts, np.int64), weights),
-            *(*matches, token_ids, logits, self._used),
+            *(*matches, token_ids, logits, self.used),
         )
         how = _Rows(
-            *(a.ctypes.data for a in arrays), rows, columns, matches[0].shape[1], self._ways, self._presence_floor
+            *(a.ctypes.data for a in arrays), rows, columns, matches[0].shape[1], self.ways, self.presence_floor
         )
         features, scores = np.empty((rows, columns, NUM_FEATURES), np.float32), np.empty((rows, columns), np.float32)
         self._library.evo_prior_scores(
-            *(ctypes.byref(how), ctypes.byref(self._graph)),
+            *(ctypes.byref(how), ctypes.byref(self.graph)),
             *(ctypes.c_void_p(out.ctypes.data) for out in (features, scores)),
         )
         return features, scores

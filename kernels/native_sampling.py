@@ -32,7 +32,7 @@ class _TruncationRows(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("temperatures", "top_k", "top_p", "min_p"))
 
 
-class _TailSlabs(ctypes.Structure):
+class TailSlabsStruct(ctypes.Structure):
     _fields_ = (
         ("rows", ctypes.c_void_p),
         ("token_ids", ctypes.c_void_p),
@@ -134,7 +134,7 @@ def draft_top_k(
     """As ``kernels.draft_head`` with tails, from the core's logits; k at most the number of candidates."""
     hidden = hidden.contiguous()  # named: a copy must outlive the call
     values, chosen = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int32)
-    tails = _TailSlabs(tail_rows.data_ptr(), tail_token_ids.data_ptr(), *tail_rows.shape[1:])
+    tails = TailSlabsStruct(tail_rows.data_ptr(), tail_token_ids.data_ptr(), *tail_rows.shape[1:])
     queries = _TailQueries(hidden.data_ptr(), slabs.data_ptr())
     load_library().evo_draft_top_k(
         *(_handle(team), _rows(logits), address(token_ids), ctypes.byref(tails), ctypes.byref(queries)),

@@ -6,22 +6,23 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.batch import ForwardBatch
-from kernels import native
+from kernels.native import Team
+from kernels.native_decoder import BatchView, KvCache, paged_attention
 
 
 class NativeAttention(AttentionBackend):
     """Owns the KV cache of the compiled kernels; ``engine.models.native_llama`` attends over it inside its layers."""
 
-    def __init__(self, spec: AttentionSpec, team: native.Team) -> None:
+    def __init__(self, spec: AttentionSpec, team: Team) -> None:
         super().__init__(spec)
         self.team = team
-        self.cache = native.KvCache(spec.num_layers, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
+        self.cache = KvCache(spec.num_layers, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
 
     def plan(self, batch: ForwardBatch) -> None:
-        self.batch = native.BatchView(
+        self.batch = BatchView(
             batch.positions, batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slot_mapping
         )
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = native.paged_attention(self.team, self.batch, self.cache, layer, q.float(), k.float(), v.float())
+        out = paged_attention(self.team, self.batch, self.cache, layer, q.float(), k.float(), v.float())
         return out.to(q.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,9 @@ from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import ModelSpec
 from engine.models.weights import WeightSource
+
+if TYPE_CHECKING:
+    from kernels.native import PackedMatrix
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -52,6 +56,8 @@ class HeadSlab:
     """Memory of its own"""
     rows: torch.Tensor | None = None
     """[rows, hidden], where they are floating-point numbers as they are"""
+    packed: PackedMatrix | None = None
+    """The same as the compiled kernels have it"""
 
 
 @dataclass(frozen=True)

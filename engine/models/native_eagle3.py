@@ -17,8 +17,12 @@ from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
 from kernels.batched_lora import LoraRows
-from kernels.native import Decoder, LayerWeights, MatrixPart, PackedMatrix, Team, linear, linear_to_rows
+from kernels.draft_head import TailSlabs
+from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows
+from kernels.native_chain import NativeChain
+from kernels.native_decoder import Decoder, LayerWeights
 from kernels.native_lora import NativeLora
+from kernels.native_prior import PriorKernel
 
 
 class NativeEagle3:
@@ -104,6 +108,19 @@ class NativeEagle3:
         self._layer.forward(attention.batch, attention.cache, a, embeddings.float().contiguous(), adapted)
         wanted = batch.logits_indices
         return a if len(wanted) == len(a) else a[wanted]
+
+    def chain(
+        self,
+        embedding: PackedMatrix,
+        core: PackedMatrix,
+        core_ids: torch.Tensor | None,
+        tails: TailSlabs | None,
+        prior: PriorKernel | None,
+        candidates: int,
+    ) -> NativeChain:
+        """Chains of drafts in one call; arguments as for ``NativeChain``."""
+        norm = self._norms["output_norm"]
+        return NativeChain(self._team, self._layer, norm, embedding, core, core_ids, tails, prior, candidates)
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
         """[L, hidden] → RMSNorm(a) bf16, what the target's head projects."""

@@ -15,17 +15,8 @@ from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import ModelSpec
 from engine.models.llama import HeadSlab, RotaryEmbedding
 from engine.models.weights import WeightSource
-from kernels.native import (
-    BF16_FORMAT,
-    Decoder,
-    LayerWeights,
-    MatrixPart,
-    PackedMatrix,
-    PassOutputs,
-    Team,
-    linear,
-    packed_format,
-)
+from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
+from kernels.native_decoder import Decoder, LayerWeights, PassOutputs
 
 
 def unsupported_shape(spec: ModelSpec) -> str | None:
@@ -50,8 +41,8 @@ class NativeLlama:
     ) -> None:
         self.spec, self._team = spec, team
         self._pack = pack = _Packer(source, spec, keep_quantized)
-        self._embedding = pack.matrix("model.embed_tokens.weight")
-        self._head = self._embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
+        self.embedding = pack.matrix("model.embed_tokens.weight")
+        self._head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
         self._logits = torch.empty(0, spec.vocab_size)
         self._norm = source.dequantized("model.norm.weight")
         rotary = RotaryEmbedding(spec, max_model_len, torch.device("cpu"))
@@ -68,8 +59,8 @@ class NativeLlama:
             layers=layers,
         )
         matrices = [m for layer in layers for m in (*layer.qkv, layer.output, layer.gate_up, layer.down)]
-        tied = self._head is self._embedding
-        self.weight_bytes = sum(m.num_bytes for m in (*matrices, self._head, *(() if tied else (self._embedding,))))
+        tied = self._head is self.embedding
+        self.weight_bytes = sum(m.num_bytes for m in (*matrices, self._head, *(() if tied else (self.embedding,))))
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """As ``LlamaForCausalLM``; hidden states and features are bf16."""
@@ -82,7 +73,7 @@ class NativeLlama:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding: [T] int32 → [T, hidden] float32."""
-        return self._decoder.embed(self._embedding, token_ids)
+        return self._decoder.embed(self.embedding, token_ids)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[L, hidden] bf16 → [L, vocab] float32, valid until the next call.
@@ -96,10 +87,10 @@ class NativeLlama:
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         """``compute_logits`` for these tokens only: their rows of the head, packed together; None for all."""
         if token_ids is None:
-            return HeadSlab(self.compute_logits, 0)
+            return HeadSlab(self.compute_logits, 0, packed=self._head)
         name = "model.embed_tokens.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
         rows = self._pack.selected(name, token_ids.numpy())
-        return HeadSlab(lambda hidden: linear(self._team, rows, hidden), rows.num_bytes)
+        return HeadSlab(lambda hidden: linear(self._team, rows, hidden), rows.num_bytes, packed=rows)
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the output projection: [n] int32 → [n, hidden] float32."""

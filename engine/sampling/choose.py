@@ -9,8 +9,9 @@ import torch
 
 from engine.messages import SamplingParams
 from kernels.argmax import argmax_rows
-from kernels.gumbel_argmax import gumbel_argmax, seeds_tensor
+from kernels.gumbel_argmax import gumbel_argmax, seeds_tensor, signed
 from kernels.kept_thresholds import Limits, kept_thresholds
+from kernels.native_chain import ChainSampling
 
 if TYPE_CHECKING:
     from kernels.native import Team
@@ -21,7 +22,25 @@ _MIN_TEMPERATURE = 1e-5
 
 def all_greedy(params: Sequence[SamplingParams]) -> bool:
     """Whether every row takes its largest logit."""
-    return all(p.temperature < _MIN_TEMPERATURE for p in params)
+    return not any(map(warmth, params))
+
+
+def warmth(params: SamplingParams) -> float:
+    """Temperature, 0 where it makes no difference."""
+    return 0.0 if params.temperature < _MIN_TEMPERATURE else params.temperature
+
+
+def chain_sampling(params: Sequence[SamplingParams]) -> ChainSampling | None:
+    """The same for compiled chains of drafts; None: all greedy."""
+    if all_greedy(params):
+        return None
+    return ChainSampling(
+        temperatures=[warmth(p) for p in params],
+        seeds=[signed(p.seed, 64) for p in params],
+        top_k=[p.top_k for p in params],
+        top_p=[p.top_p for p in params],
+        min_p=[p.min_p for p in params],
+    )
 
 
 def choose_tokens(
@@ -46,8 +65,7 @@ def choose_tokens(
         return argmax_rows(logits)
     device = logits.device
     allowed = None if allowed is None else allowed.to(device)
-    warmth = [0.0 if p.temperature < _MIN_TEMPERATURE else p.temperature for p in params]
-    temperatures = torch.tensor(warmth, dtype=torch.float32, device=device)
+    temperatures = torch.tensor([warmth(p) for p in params], dtype=torch.float32, device=device)
     seeds = seeds_tensor([p.seed for p in params], device)
     least = None
     if any(map(_is_truncated, params)):

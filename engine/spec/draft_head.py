@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 
 from engine.loader import LoadedModel
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
+from engine.models.native_eagle3 import NativeEagle3
 from engine.request import Request
-from engine.sampling.choose import all_greedy, choose_tokens
+from engine.sampling.choose import all_greedy, chain_sampling, choose_tokens
 from engine.scheduler import DraftSlot
 from engine.vocab.draft_vocab import DraftVocab
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
+from kernels.native import PackedMatrix
+from kernels.native_chain import ChainBatch, ChainResult, NativeChain
+from kernels.native_decoder import KvCache
+from kernels.native_lora import NativeLora
+from kernels.native_prior import ChainPrior
 
 COUNTS_FILE = "token_counts.safetensors"
 """Next to a draft: one tensor ``counts`` [vocab] int64, how often the target generated each token."""
@@ -37,7 +45,8 @@ class DraftHead:
     ) -> None:
         slab = loaded.model.head_slab(token_ids)
         ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
-        self._core, self._tails, self.team = Core(slab.project, ids, slab.rows), tails, loaded.team
+        self._core, self._packed = Core(slab.project, ids, slab.rows), slab.packed
+        self._tails, self.team = tails, loaded.team
         self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
         """Memory of its own."""
         core = "full" if ids is None else f"static:{len(ids)}"
@@ -90,6 +99,48 @@ class DraftHead:
             return self.candidates(hidden, slabs, 1)[1][:, 0].tolist()
         logits, token_ids = self.candidates(hidden, slabs)
         return choose_tokens(logits, params, positions, token_ids, self.team)
+
+    def make_chain(self, network: NativeEagle3, embedding: PackedMatrix) -> NativeChain | None:
+        """Chains of a draft in one call; None: this head is not of the compiled kernels."""
+        if self._packed is None:
+            return None
+        prior = None if self.vocab is None else self.vocab.drafted.prior_kernel
+        return network.chain(embedding, self._packed, self._core.token_ids, self._tails, prior, CANDIDATES)
+
+    def draft_chains(
+        self,
+        chain: NativeChain,
+        a: torch.Tensor,
+        slots: Sequence[DraftSlot],
+        tables: NDArray[np.int32],
+        cache: KvCache,
+        lora: NativeLora | None,
+    ) -> None:
+        """As ``draft``, for as many tokens as each sequence wants, the longest chain first.
+
+        Args:
+            chain: of this head.
+            a: [B, hidden] float32, the draft's state after each one's last known token; overwritten.
+            slots: one a row.
+            tables: [B, max_blocks], their blocks.
+            cache: of the draft.
+            lora: what the draft's tokens are adapted by, one a row.
+        """
+        requests, lengths = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
+        slabs, prior = self._of_chains(requests)
+        positions = [request.num_tokens - 1 for request in requests]
+        sampling = chain_sampling([request.sampling for request in requests])
+        result = chain.run(ChainBatch(lengths, positions, tables, slabs, sampling, prior, lora), a, cache)
+        for request, length, tokens in zip(requests, lengths, result.tokens.T.tolist(), strict=True):
+            request.draft_token_ids += tokens[:length]
+        self._take_chains(requests, lengths, result)
+
+    def _of_chains(self, requests: Sequence[Request]) -> tuple[list[int] | None, ChainPrior | None]:
+        """The tail and the prior of each."""
+        return None, None
+
+    def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
+        """What the chains were chosen from may be kept."""
 
     def candidates(
         self, hidden: torch.Tensor, slabs: Sequence[int] | None = None, count: int = CANDIDATES

@@ -8,11 +8,14 @@ from itertools import chain
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.attention.native_cpu import NativeAttention
 from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
-from engine.model_runner import build_batch, slots_of
+from engine.model_runner import build_batch, padded_block_tables, slots_of
 from engine.models.eagle3 import Eagle3
+from engine.models.native_eagle3 import NativeEagle3
+from engine.models.native_llama import NativeLlama
 from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.chain_batches import chain_batches
 from engine.spec.draft_head import DraftHead
@@ -21,6 +24,8 @@ from engine.spec.eagle_network import EagleNetwork, make_network
 from engine.spec.entries import EntryLedger, Piece, last_draft
 from engine.spec.proposer import DraftCosts
 from engine.spec.verify_log import VerifyLog
+from kernels.native_chain import NativeChain
+from kernels.native_lora import NativeLora
 
 
 class EagleDraft:
@@ -110,6 +115,10 @@ class EagleProposer:
         self.capture_layers = capture_layers
         self._network, self._model, self._attention, self._head = network, target.model, attention, head
         self._block_size, self._device = attention.spec.block_size, target.device
+        self._chain: NativeChain | None = None
+        """Drafts all tokens of a step in one call, where the compiled kernels can; None: token by token."""
+        if isinstance(network, NativeEagle3) and isinstance(target.model, NativeLlama):
+            self._chain = head.make_chain(network, target.model.embedding)
         self._entries = EntryLedger(attention.spec.num_blocks, self._block_size)
         self._before_first = attention.spec.num_blocks * self._block_size
         """The row after all slots: features before a sequence's first token, always 0."""
@@ -135,10 +144,22 @@ class EagleProposer:
         a = self._forward(batch, pieces, self._g_before(pieces))
         if not ready:
             return
+        if self._chain is not None:
+            self._draft_chains(self._chain, a, ready)
+            return
         self._head.draft(self._network.head_input(a), ready)
         for rows, longer, batch in chain_batches(ready, self._block_size, self._device):
             a = self._forward(batch, [last_draft(slot) for slot in longer], a if len(rows) == len(a) else a[rows])
             self._head.draft(self._network.head_input(a), longer)
+
+    def _draft_chains(self, chain: NativeChain, a: torch.Tensor, ready: Sequence[DraftSlot]) -> None:
+        """All drafts of the slots in one call; ``a`` [B, hidden]: the draft's state after their last known tokens."""
+        order = sorted(range(len(ready)), key=lambda row: -ready[row].num_tokens)
+        slots = [ready[row] for row in order]
+        lora = self._adapters.rows([slot.request.request_id for slot in slots]) if self._adapters else None
+        adapted = None if lora is None else NativeLora(lora)
+        assert isinstance(self._attention, NativeAttention)
+        self._head.draft_chains(chain, a[order], slots, padded_block_tables(slots), self._attention.cache, adapted)
 
     @torch.inference_mode()
     def observe(
@@ -163,7 +184,8 @@ class EagleProposer:
 
     def _forward(self, batch: ForwardBatch, pieces: Sequence[Piece], g: torch.Tensor) -> torch.Tensor:
         """a [n, hidden] of the last token of each piece that wants logits. ``batch`` is of the pieces' tokens."""
-        lora = self._adapters.rows(pieces) if self._adapters else None
+        of_tokens = [piece.request_id for piece in pieces for _ in piece.token_ids]
+        lora = self._adapters.rows(of_tokens) if self._adapters else None
         return self._network.forward(batch, self._attention, self._model.embed(batch.token_ids), g, lora)
 
     def _g_before(self, pieces: Sequence[Piece]) -> torch.Tensor:

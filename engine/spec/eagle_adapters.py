@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -19,7 +19,6 @@ from engine.models.eagle3 import Eagle3
 from engine.request import Request
 from engine.spec.adapter_slots import make_slots
 from engine.spec.eagle_network import EagleNetwork
-from engine.spec.entries import Piece
 from kernels.batched_lora import LoraRows
 
 log = structlog.get_logger(__name__)
@@ -114,11 +113,11 @@ class EagleAdapters:
         """Who drafted last for a request."""
         return self._assigned.get(request_id, BASE)
 
-    def rows(self, pieces: Sequence[Piece]) -> LoraRows | None:
-        """What the tokens of a batch are adapted by; None: nothing."""
+    def rows(self, request_ids: Iterable[str]) -> LoraRows | None:
+        """What the tokens of a batch are adapted by, given whose each is; None: nothing."""
         if not self._by_key:
             return None
-        return self._slots.rows([self.assigned(piece.request_id).slot for piece in pieces for _ in piece.token_ids])
+        return self._slots.rows([self.assigned(request_id).slot for request_id in request_ids])
 
     def is_control(self, request: Request) -> bool:
         """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""

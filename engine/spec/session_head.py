@@ -22,9 +22,11 @@ from engine.vocab.bigram_graph import BigramGraph, BigramGraphError
 from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_vocab import DraftVocab, Resources
 from engine.vocab.fingerprint import vocabulary_fingerprint
-from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS
+from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS, Candidates
 from engine.vocab.semantic import SemanticIndex, open_semantic_index
 from kernels.draft_head import TailSlabs
+from kernels.native_chain import ChainResult
+from kernels.native_prior import ChainPrior
 
 log = structlog.get_logger(__name__)
 
@@ -54,16 +56,27 @@ class SessionHead(DraftHead):
     def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """The next draft token of each request, by its own vocabulary and prior."""
         slabs = self._vocab.slabs(requests)
-        if self._vocab.wants_hidden:
-            self._vocab.remember(requests, hidden.float().cpu().numpy())
+        if self._vocab.drafted.wants_hidden:
+            self._vocab.drafted.remember(requests, hidden.float().cpu().numpy())
         logits, token_ids = self.candidates(hidden, slabs if self.has_tails else None)
         ids = token_ids.cpu().numpy()
-        scores = self._vocab.with_prior(requests, ids, logits.cpu().numpy())
+        scores = self._vocab.drafted.with_prior(requests, ids, logits.cpu().numpy())
         params = [request.sampling for request in requests]
         if all_greedy(params):
             return [int(ids[row, column]) for row, column in enumerate(scores.argmax(axis=1))]
         positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
         return choose_tokens(torch.from_numpy(scores).to(hidden.device), params, positions, token_ids, self.team)
+
+    def _of_chains(self, requests: Sequence[Request]) -> tuple[list[int] | None, ChainPrior | None]:
+        slabs = self._vocab.slabs(requests)
+        return slabs if self.has_tails else None, self._vocab.drafted.of_chains(requests)
+
+    def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
+        steps: list[Candidates] = []
+        if result.features is not None:
+            steps = list(map(Candidates, result.token_ids, result.logits, result.features))
+        hidden = result.hidden.float().numpy() if self._vocab.drafted.wants_hidden else None
+        self._vocab.drafted.take_chains(requests, lengths, steps, hidden)
 
 
 def make_session_head(

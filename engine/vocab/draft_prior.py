@@ -52,6 +52,7 @@ class DraftPrior:
         assert len(self._used) == NUM_FEATURES == native_prior.NUM_FEATURES
         self._kernel = make_kernel(self._used, graph) if native_prior.is_available() else None
         """The compiled path; None: numpy."""
+        self._fixed = np.array(LIGHT_DRAFT_WEIGHTS, np.float32)
 
     def score(
         self,
@@ -80,14 +81,26 @@ class DraftPrior:
             known = _no_matches(len(ngrams)) if matches is None else matches
             pair = known.token_ids, known.values
             features, scores = self._kernel.scores(views, units, contexts, weights, pair, token_ids, logits)
-            return scores, _rows(Candidates(token_ids, logits, features))
+            return scores, drafted_rows(Candidates(token_ids, logits, features))
         bigrams, trigrams = lookup(ngrams, contexts)
         last = np.array([context[1] for context in contexts], np.int32)
         graph = None if self._graph is None else self._graph.continuations(last)
         features = bonus_features(token_ids, presence(ngrams, token_ids), bigrams, trigrams, graph, matches)
         features *= self._used
         candidates = Candidates(token_ids, logits, features)
-        return candidates.scores(weights).astype(np.float32, copy=False), _rows(candidates)
+        return candidates.scores(weights).astype(np.float32, copy=False), drafted_rows(candidates)
+
+    @property
+    def kernel(self) -> native_prior.PriorKernel | None:
+        """The compiled prior, if there is one."""
+        return self._kernel
+
+    def of_chains(
+        self, sessions: Sequence[SessionVocab | None], contexts: Sequence[tuple[int, int]]
+    ) -> native_prior.ChainPrior:
+        """What compiled chains of drafts need to add the prior themselves; None: a row without one."""
+        views, units, weights, texts = zip(*map(self._addresses, sessions), strict=True)
+        return native_prior.ChainPrior(views, units, weights, contexts, texts if self._matches else None)
 
     def learn(self, sessions: Sequence[SessionVocab], drafted: Sequence[Drafted], targets: Sequence[int]) -> None:
         """Learn from verified positions; nothing where the weights are fixed.
@@ -120,9 +133,17 @@ class DraftPrior:
         )
         learn([session.weights for session in sessions], candidates, np.array(targets, np.int32))
 
+    def _addresses(self, session: SessionVocab | None) -> tuple[int, float, int, int]:
+        """Of counts, what one occurrence is worth in them, of weights and text."""
+        fixed = int(self._fixed.ctypes.data)
+        if session is None:
+            return 0, 1.0, fixed, 0
+        weights = session.weights.bonus_address if self._learned else fixed
+        return session.ngrams.view.address, session.ngrams.unit, weights, session.text.address
+
     def _weights(self, sessions: Sequence[SessionVocab]) -> NDArray[np.float32]:
         if not self._learned:
-            return np.tile(np.array(LIGHT_DRAFT_WEIGHTS, np.float32), (len(sessions), 1))
+            return np.tile(self._fixed, (len(sessions), 1))
         return np.stack([session.weights.bonus for session in sessions])
 
 
@@ -132,7 +153,8 @@ def make_kernel(used: NDArray[np.float32], graph: BigramGraph | None) -> native_
     return native_prior.PriorKernel(arrays, CONTINUATIONS, LOG_PROB_SCALE, used, WAYS, PRESENCE_FLOOR)
 
 
-def _rows(candidates: Candidates) -> list[Drafted]:
+def drafted_rows(candidates: Candidates) -> list[Drafted]:
+    """The rows of a batch one by one, as ``DraftPrior.learn`` wants them."""
     arrays = candidates.token_ids, candidates.logits, candidates.features
     begins = [int(array.ctypes.data) for array in arrays]
     strides = [array.strides[0] for array in arrays]

@@ -6,7 +6,7 @@ Nothing here can change an output: a vocabulary decides what is drafted, and the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import structlog
@@ -17,7 +17,8 @@ from engine.messages import SessionState, VocabularyCounts
 from engine.request import Request
 from engine.vocab.bigram_graph import BigramGraph
 from engine.vocab.core_set import CoreSet
-from engine.vocab.draft_prior import Drafted, DraftPrior, last_two
+from engine.vocab.draft_prior import DraftPrior
+from engine.vocab.drafted import DraftedTokens
 from engine.vocab.ngrams import SessionNgrams
 from engine.vocab.replacement import make_replacement
 from engine.vocab.retrieval import Retrieval, TopK
@@ -53,14 +54,6 @@ class Resources:
     start_weights: Sequence[float] | None = None
 
 
-@dataclass(slots=True)
-class _Drafts:
-    """Of one sequence: what the draft tokens that are being verified were chosen from, in order."""
-
-    candidates: list[Drafted] = field(default_factory=list)
-    hidden: list[NDArray[np.float32]] = field(default_factory=list)
-
-
 class DraftVocab:
     """Gives running sequences a vocabulary each, as long as there is room, and keeps it in step with their text.
 
@@ -77,28 +70,23 @@ class DraftVocab:
         self._states: dict[str, SessionState | None] = {}
         """Of all requests that have arrived, with a vocabulary or not."""
         self._sessions: dict[str, SessionVocab] = {}
-        self._drafts: dict[str, _Drafts] = {}
         self._memory = TenantMemory() if options.tenant_memory else None
         self._search = None if resources.semantic is None else SemanticSearch(resources.semantic)
         self._writer = TailWriter(resources.tails)
         graph = resources.graph if options.graph else None
         graphs = TenantGraphs(graph) if options.graph and resources.slots else None
         self._retrieval = Retrieval(options, resources.core, self._writer, self._memory, graphs, self._search)
-        self._prior = None
+        prior = None
         if options.prior != "off":
-            learned = options.prior == "learned"
-            self._prior = DraftPrior(learned, options.prior_order, graph, options.prior_matches)
+            prior = DraftPrior(options.prior == "learned", options.prior_order, graph, options.prior_matches)
+        self.drafted = DraftedTokens(prior, self._sessions, wants_hidden=self._search is not None)
+        """What the tokens that are being verified were chosen from, and the prior."""
         self.num_refused_snapshots = 0
 
     @property
     def has_tails(self) -> bool:
         """Whether sequences can have tokens of their own."""
         return self._resources.slots > 0
-
-    @property
-    def wants_hidden(self) -> bool:
-        """Whether ``remember`` has a use for hidden states."""
-        return self._search is not None
 
     @property
     def num_used(self) -> int:
@@ -137,42 +125,11 @@ class DraftVocab:
         for request in requests:
             vocab = self._sessions.get(request.request_id)
             if vocab is not None and not request.draft_token_ids:
-                self._drafts[request.request_id] = _Drafts()
+                self.drafted.begin(request.request_id)
                 self._catch_up(vocab, request)
         self._writer.flush()
         sessions = (self._sessions.get(request.request_id) for request in requests)
         return [self._options.max_sessions if vocab is None else vocab.slab for vocab in sessions]
-
-    def with_prior(
-        self, requests: Sequence[Request], token_ids: NDArray[np.int32], logits: NDArray[np.float32]
-    ) -> NDArray[np.float32]:
-        """The candidates' logits with each session's prior; they are remembered until they are verified.
-
-        Args:
-            requests: one a row; drafts before this one are in their ``draft_token_ids``. ``slabs`` came before.
-            token_ids: [B, C], -1 for none.
-            logits: [B, C], -inf for none.
-        """
-        rows = [row for row, request in enumerate(requests) if request.request_id in self._sessions]
-        if self._prior is None or not rows:
-            return logits
-        ids = [requests[row].request_id for row in rows]
-        of_sessions = (token_ids, logits) if len(rows) == len(requests) else (token_ids[rows], logits[rows])
-        contexts, drafts = zip(*((last_two(requests[row]), requests[row].draft_token_ids) for row in rows), strict=True)
-        scores, drafted = self._prior.score([self._sessions[one] for one in ids], contexts, drafts, *of_sessions)
-        for request_id, one in zip(ids, drafted, strict=True):
-            self._drafts[request_id].candidates.append(one)
-        if len(rows) == len(requests):
-            return scores
-        result = logits.copy()
-        result[rows] = scores
-        return result
-
-    def remember(self, requests: Sequence[Request], hidden: NDArray[np.float32]) -> None:
-        """Keep the states [B, d] from which the next draft token of each row is chosen; for the semantic index."""
-        for request, row in zip(requests, hidden, strict=True):
-            if request.request_id in self._sessions:
-                self._drafts[request.request_id].hidden.append(row)
 
     def observe(self, sequences: Sequence[VerifiedSequence], top_k: RowsTopK) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
@@ -181,7 +138,7 @@ class DraftVocab:
             sequences: those that got tokens.
             top_k: called for rows where the target's own choices are wanted.
         """
-        self._learn_priors(sequences)
+        self.drafted.learn(sequences)
         for sequence in sequences:
             request_id = sequence.request.request_id
             if request_id not in self._sessions:
@@ -221,7 +178,7 @@ class DraftVocab:
     def forget(self, request_id: str) -> None:
         """A request is over."""
         self._states.pop(request_id, None)
-        self._drafts.pop(request_id, None)
+        self.drafted.forget(request_id)
         vocab = self._sessions.pop(request_id, None)
         if vocab is not None:
             self._writer.clear(vocab.slab)
@@ -240,7 +197,7 @@ class DraftVocab:
         tail = make_replacement(self._options.replacement, slots) if slots else None
         vocab = make_session(owner, self._free.pop(), self._resources.core, tail, snapshot, weights)
         self._sessions[request.request_id] = vocab
-        self._drafts[request.request_id] = _Drafts()
+        self.drafted.begin(request.request_id)
         vocab.observe_prompt(request.all_token_ids)
         past = snapshot.tail_token_ids() if snapshot else []
         self._retrieval.start(vocab, request.all_token_ids, past)
@@ -256,20 +213,6 @@ class DraftVocab:
             log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
             return None
 
-    def _learn_priors(self, sequences: Sequence[VerifiedSequence]) -> None:
-        """From all positions that were drafted and reached."""
-        if self._prior is None:
-            return
-        sessions, drafted, targets = [], [], []
-        for sequence in sequences:
-            if sequence.num_drafts and (drafts := self._drafts.get(sequence.request.request_id)):
-                reached = sequence.token_ids[: sequence.num_drafts]
-                for one, token_id in zip(drafts.candidates, reached, strict=False):
-                    sessions.append(self._sessions[sequence.request.request_id])
-                    drafted.append(one)
-                    targets.append(token_id)
-        self._prior.learn(sessions, drafted, targets)
-
     def _follow(self, request_id: str, sequence: VerifiedSequence, top_k: RowsTopK) -> None:
         """Take a sequence's tokens, and put into its tail what is likely to come."""
         vocab, request = self._sessions[request_id], sequence.request
@@ -277,8 +220,8 @@ class DraftVocab:
         first, end = sequence.first_row, sequence.first_row + len(sequence.token_ids)
         before = request.all_token_ids[-2:]
         missed = self._take(vocab, sequence.token_ids, sequence.num_accepted, before, lambda: top_k(first, end))
-        hidden = self._drafts[request_id].hidden
-        self._drafts[request_id] = _Drafts()  # the next ones may not come from here
+        hidden = self.drafted.hidden(request_id)
+        self.drafted.begin(request_id)  # the next ones may not come from here
         place = sequence.token_ids.index(missed[0]) if missed else len(hidden)
         if place < len(hidden):
             self._retrieval.ask_neighbours(request_id, hidden[place])

@@ -12,6 +12,9 @@ from engine.vocab.prior import LEARNING_RATE, MAX_WEIGHT, NUM_FEATURES, Candidat
 _GAIN_MEMORY = 0.99
 """Weight of the past in ``gain``, for each verified position."""
 
+_NO_BONUS: NDArray[np.float32] = np.zeros(NUM_FEATURES, np.float32)
+_NO_BONUS_ADDRESS = int(_NO_BONUS.ctypes.data)
+
 
 class PriorWeights:
     """Non-negative weights of one session, and whether they have helped lately.
@@ -38,7 +41,12 @@ class PriorWeights:
     @property
     def bonus(self) -> NDArray[np.float32]:
         """[NUM_FEATURES]: what to weigh the features with now; zeros while the prior costs agreement."""
-        return self.learned if self.gain >= 0.0 else np.zeros_like(self.learned)
+        return self.learned if self.gain >= 0.0 else _NO_BONUS
+
+    @property
+    def bonus_address(self) -> int:
+        """Where ``bonus`` is, for the compiled prior."""
+        return self.address if self.gain >= 0.0 else _NO_BONUS_ADDRESS
 
     def step(self, ascent: FloatArray, advantage: int) -> None:
         """Learn from one verified position.

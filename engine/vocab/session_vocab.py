@@ -12,7 +12,7 @@ from engine.vocab.core_set import CoreSet
 from engine.vocab.ngrams import SessionNgrams
 from engine.vocab.prior_weights import PriorWeights
 from engine.vocab.replacement import Replacement, SlotWrite
-from engine.vocab.text_matches import TextMatches
+from engine.vocab.text_matches import make_text_index
 
 Source = Literal["snapshot", "tenant", "context", "target", "graph", "semantic"]
 """What named a token: the session's or the tenant's past, its own text, the target's top-k, an index."""
@@ -66,7 +66,7 @@ class SessionVocab:
         self.tail, self.ngrams, self.weights, self.num_verified = tail, ngrams, weights, num_verified
         self.num_seen = 0
         """How many of the sequence's tokens were observed."""
-        self.text = TextMatches()
+        self.text = make_text_index()
         """All of them."""
         self._core, self._counts = core, _Counts()
         self._sources: dict[int, Source] = {}

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from operator import itemgetter
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.vocab.continuations import Continuations
+from kernels import native_prior
+from kernels.native_text import NativeTextIndex
 
 MIN_LENGTH, MAX_LENGTH = 2, 16
 """Tokens that must agree before a place counts, and from how many on it makes no difference."""
@@ -24,6 +27,8 @@ _ID_BITS = 31
 
 class TextMatches:
     """An index of one sequence's text by pairs of tokens: chains of the places where each pair ends."""
+
+    address = 0
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -86,7 +91,23 @@ class TextMatches:
         return pair[0] << _ID_BITS | pair[1] if len(pair) == MIN_LENGTH else -1
 
 
-def match_continuations(texts: Sequence[TextMatches], drafts: Sequence[Sequence[int]]) -> Continuations:
+class TextIndex(Protocol):
+    """What the prior needs of ``TextMatches``."""
+
+    address: int
+    """Of the compiled index; 0 for one that is not compiled"""
+
+    def __len__(self) -> int: ...
+    def extend(self, token_ids: Iterable[int]) -> None: ...
+    def find(self, after: Sequence[int] = ()) -> dict[int, int]: ...
+
+
+def make_text_index() -> TextIndex:
+    """An empty one, compiled where the kernels are."""
+    return NativeTextIndex() if native_prior.is_available() else TextMatches()
+
+
+def match_continuations(texts: Sequence[TextIndex], drafts: Sequence[Sequence[int]]) -> Continuations:
     """What ``find`` gives for each of B rows; values are log(length of the repeat).
 
     Args:

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "draft_chain.h"
 #include "gguf_rows.h"
 #include "tiles.h"
 
@@ -32,6 +33,20 @@ struct EvoKv {
   bf16* values;
   int block_size;
   size_t layer_stride;  // elements between one layer's cache and the next
+};
+
+struct EvoChainModel {
+  Decoder* layer;
+  const float* norm;
+  int hidden;
+  EvoMatrix embedding, core;
+  const int32_t* core_ids;
+  const TailSlabs* tails;
+  const PriorGraph* graph;
+  const float* used;
+  int ways;
+  double presence_floor;
+  const EvoKv* kv;
 };
 
 // Once, before anything else.
@@ -149,6 +164,16 @@ void evo_decoder_forward(Decoder* decoder, const Batch* batch, const EvoKv* kv, 
 
 void evo_decoder_final_norm(Decoder* decoder, const float* weight, const float* residual, int count, bf16* out) {
   decoder->final_norm(weight, residual, count, out);
+}
+
+void evo_draft_chain(Team* team, const EvoChainModel* model, const ChainRows* rows, float* a,
+                     const ChainOutputs* out) {
+  const EvoKv& kv = *model->kv;
+  const ChainModel chain{model->layer,    model->norm,  model->hidden, to_matrix(model->embedding),
+                         to_matrix(model->core), model->core_ids, model->tails, model->graph,
+                         model->used,     model->ways,  model->presence_floor, kv.keys,
+                         kv.values,       kv.block_size};
+  draft_chain(*team, chain, *rows, a, *out);
 }
 
 }  // extern "C"

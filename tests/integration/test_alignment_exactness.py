@@ -253,7 +253,7 @@ def target_features(engine: Engine, tokens: list[int], layers: tuple[int, ...]) 
     blocks = list(range(-(-len(tokens) // 16)))
     _, features = engine.core._runner.execute([ScheduledSequence(request, 0, tokens, 0, 0, 1, blocks)], layers)
     assert features is not None
-    return features.clone()
+    return features.values.clone()
 
 
 def test_the_gate_keeps_what_teaches(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:

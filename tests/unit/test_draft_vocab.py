@@ -174,7 +174,7 @@ def teach(harness: Harness, tenant: str, token: int, domain: str = "") -> None:
     ids, logits = np.array([[9, token]], np.int32), np.array([[1.0, 0.0]], np.float32)
     for _ in range(40):
         harness.vocab.slabs([request])
-        harness.vocab.with_prior([request], ids, logits)
+        harness.vocab.drafted.with_prior([request], ids, logits)
         harness.verify(request, [token], drafts=[9])
     harness.end(request)
 
@@ -187,7 +187,7 @@ def test_a_new_session_starts_from_its_tenants_last_ones() -> None:
     ids, logits = np.array([[9, 700]], np.int32), np.array([[1.0, 0.0]], np.float32)
     harness.verify(request, [700], drafts=[9])
     assert harness.vocab.slabs([request]) == [0]
-    with_prior = harness.vocab.with_prior([request], ids, logits)
+    with_prior = harness.vocab.drafted.with_prior([request], ids, logits)
     assert with_prior[0, 1] > logits[0, 1]
 
 
@@ -221,7 +221,7 @@ def test_prior_learns_what_followed_and_leaves_other_rows_alone() -> None:
     ids, logits = np.array([[50, 60], [50, 60]], np.int32), np.array([[0.5, 0.0], [0.5, 0.0]], np.float32)
     for _ in range(30):
         harness.vocab.slabs([known, other])
-        scores = harness.vocab.with_prior([known, other], ids, logits)
+        scores = harness.vocab.drafted.with_prior([known, other], ids, logits)
         assert scores[1].tolist() == logits[1].tolist()
         harness.verify(known, [60], drafts=[int(ids[0, scores[0].argmax()])])
     assert scores[0, 1] > scores[0, 0]
@@ -234,4 +234,4 @@ def test_switches_switch_off() -> None:
     harness.verify(request, [701], drafts=[3])
     assert harness.tail(request) == set()
     logits = np.zeros((1, 2), np.float32)
-    assert harness.vocab.with_prior([request], np.zeros((1, 2), np.int32), logits) is logits
+    assert harness.vocab.drafted.with_prior([request], np.zeros((1, 2), np.int32), logits) is logits

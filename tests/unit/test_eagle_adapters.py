@@ -19,7 +19,6 @@ from engine.request import Request
 from engine.spec import eagle_adapters
 from engine.spec.eagle_adapters import BASE, Assignment, EagleAdapters
 from engine.spec.eagle_network import TorchEagleNetwork
-from engine.spec.entries import Piece
 
 DRAFT = Eagle3Config("tiny", 32, 2, 1, 16, 64, (0, 1, 2), 1e-5, 100, 4)
 WHOLE: dict[str, object] = {"training": TrainingConfig(method="osd"), "key_scope": "global"}
@@ -54,7 +53,7 @@ class Bank:
 
     def value(self, request: Request) -> float:
         """The number that all weights of a request's adapter are."""
-        rows = self.engine.rows([Piece(0, [1], 0, [], request.request_id)])
+        rows = self.engine.rows([request.request_id])
         assert rows is not None
         numbers = {float(v) for part in rows.parts for w in (part.a, part.b) for v in w[int(rows.slots[0])].flatten()}
         assert len(numbers) == 1
@@ -69,11 +68,11 @@ def test_each_request_drafts_with_the_adapter_of_its_key(tmp_path: Path) -> None
     bank = Bank(tmp_path)
     law, clinic, other = request("1", "law"), request("2", "clinic"), request("3", "other")
     assert bank.assign(law, clinic, other) == [BASE] * 3
-    assert bank.engine.rows([Piece(0, [1, 2], 0, [], "1")]) is None
+    assert bank.engine.rows(["1", "1"]) is None
     first, second = bank.publish(2, "law", 1.0), bank.publish(0, "clinic", 2.0)
     assert bank.assign(law, clinic, other) == [Assignment(2, "law", first), Assignment(0, "clinic", second), BASE]
     assert (bank.value(law), bank.value(clinic)) == (1.0, 2.0)
-    rows = bank.engine.rows([Piece(0, [1, 2], 0, [], "3"), Piece(0, [1], 0, [], "2"), Piece(4, [1, 2], 0, [], "1")])
+    rows = bank.engine.rows(["3", "3", "2", "1", "1"])
     assert rows is not None
     assert rows.slots.tolist() == [-1, -1, 0, 2, 2]
     assert bank.engine.versions == {"law": first, "clinic": second}
@@ -192,7 +191,7 @@ def test_whole_drafts_take_the_place_of_the_base_and_give_it_back(tmp_path: Path
         version = bank.publish(0, "*", value)
         assert bank.assign(anybody, request("2", "clinic")) == [Assignment(0, "*", version)] * 2
         assert are(weights(bank), value)
-        assert bank.engine.rows([Piece(0, [1], 0, [], "1")]) is None
+        assert bank.engine.rows(["1"]) is None
     bank.writer.clear(0)
     assert bank.assign(anybody) == [BASE]
     found = weights(bank)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.vocab.text_matches import MAX_LENGTH, MAX_PLACES, MIN_LENGTH, TextMatches, match_continuations
+from engine.vocab.text_matches import (
+    MAX_LENGTH,
+    MAX_PLACES,
+    MIN_LENGTH,
+    TextIndex,
+    TextMatches,
+    make_text_index,
+    match_continuations,
+)
 
 tokens = st.lists(st.integers(0, 3), max_size=60)
 
@@ -22,9 +32,11 @@ def longest_repeats(text: list[int], after: list[int]) -> dict[int, int]:
     return found
 
 
-@given(pieces=st.lists(tokens, max_size=4), after=st.lists(st.integers(0, 3), max_size=5))
-def test_finds_the_longest_repeats(pieces: list[list[int]], after: list[int]) -> None:
-    text = TextMatches()
+@pytest.mark.parametrize("make", [TextMatches, make_text_index])
+@settings(deadline=None)  # the first example loads the compiled library
+@given(pieces=st.lists(tokens, max_size=4), after=st.lists(st.integers(0, 3), max_size=20))
+def test_finds_the_longest_repeats(make: Callable[[], TextIndex], pieces: list[list[int]], after: list[int]) -> None:
+    text = make()
     for piece in pieces:
         text.extend(piece)
     assert len(text) == sum(map(len, pieces))

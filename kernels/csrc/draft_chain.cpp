@@ -1,0 +1,149 @@
+#include "draft_chain.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "gumbel.h"
+#include "topk.h"
+#include "truncation.h"
+
+namespace evospec {
+
+namespace {
+
+class Chain {
+ public:
+  Chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out)
+      : team_(team), model_(model), rows_(rows), a_(a), out_(out) {
+    const size_t most = rows.rows, padded = (most + 31) / 32 * 32;  // products may read whole tiles
+    hidden_.resize(padded * model.hidden);
+    embeddings_.resize(most * model.hidden);
+    logits_.resize(most * model.core.n);
+    scores_.resize(most * rows.candidates);
+    indices_.resize(most * rows.candidates);
+  }
+
+  void run() {
+    int count = rows_.rows;
+    model_.layer->final_norm(model_.norm, a_, count, hidden_.data());
+    for (int step = 0;; ++step) {
+      std::copy_n(hidden_.data(), static_cast<size_t>(count) * model_.hidden, out_.hidden + at(step) * model_.hidden);
+      find_candidates(step, count);
+      add_prior(step, count);
+      choose(step, count);
+      while (count > 0 && rows_.lengths[count - 1] <= step + 1) --count;  // the longest are the first
+      if (count == 0) return;
+      advance(step, count);
+    }
+  }
+
+ private:
+  size_t at(int step) const { return static_cast<size_t>(step) * rows_.rows; }
+  size_t of_row(int step, int row) const { return (at(step) + row) * rows_.candidates; }
+
+  void find_candidates(int step, int count) {
+    const int k = rows_.candidates, columns = model_.core.n;
+    team_.run([&](int) {
+      linear(team_, {&model_.core, hidden_.data(), count, Epilogue::kStore, logits_.data(), columns});
+    });
+    const LogitRows core{logits_.data(), static_cast<size_t>(columns), count, columns, nullptr};
+    float* values = out_.logits + of_row(step, 0);
+    int32_t* token_ids = out_.token_ids + of_row(step, 0);
+    if (model_.tails != nullptr) {
+      draft_top_k(&team_, core, model_.core_ids, *model_.tails, {hidden_.data(), rows_.slabs}, k, values, token_ids);
+      return;
+    }
+    top_k(&team_, core, k, model_.core_ids, values, indices_.data());
+    std::copy_n(indices_.data(), static_cast<size_t>(count) * k, token_ids);
+  }
+
+  void add_prior(int step, int count) {
+    const size_t k = rows_.candidates;
+    std::copy_n(out_.logits + of_row(step, 0), count * k, scores_.data());
+    for (int row = 0; rows_.sessions != nullptr && row < count; ++row) {
+      if (rows_.sessions[row] != nullptr) add_prior_to(step, row);
+    }
+  }
+
+  void add_prior_to(int step, int row) {
+    int64_t context[2];
+    for (int i = 0; i < 2; ++i) {
+      const int draft = step - 2 + i;  // of the chain; before it there are known tokens
+      context[i] = draft >= 0 ? out_.tokens[at(draft) + row] : rows_.contexts[2 * row + 2 + draft];
+    }
+    int32_t matched[TextIndex::kMaxPlaces], lengths[TextIndex::kMaxPlaces];
+    float strengths[TextIndex::kMaxPlaces];
+    int num_matches = 0;
+    if (rows_.texts != nullptr && rows_.texts[row] != nullptr) {
+      drafts_.resize(step);
+      for (int i = 0; i < step; ++i) drafts_[i] = out_.tokens[at(i) + row];
+      num_matches = rows_.texts[row]->find(drafts_.data(), step, matched, lengths);
+      for (int i = 0; i < num_matches; ++i) strengths[i] = std::log(static_cast<float>(lengths[i]));
+    }
+    const size_t begin = of_row(step, row);
+    const PriorRows one{rows_.sessions + row,       rows_.units + row,     context,         rows_.weights[row],
+                        matched,                    strengths,             out_.token_ids + begin,
+                        out_.logits + begin,        model_.used,           1,               rows_.candidates,
+                        num_matches,                model_.ways,           model_.presence_floor};
+    prior_scores(one, *model_.graph, out_.features + begin * kPriorFeatures,
+                 scores_.data() + static_cast<size_t>(row) * rows_.candidates);
+  }
+
+  void choose(int step, int count) {
+    const int k = rows_.candidates;
+    const int32_t* token_ids = out_.token_ids + of_row(step, 0);
+    int32_t* tokens = out_.tokens + at(step);
+    if (rows_.temperatures == nullptr) {
+      for (int row = 0; row < count; ++row) {
+        const float* scores = scores_.data() + static_cast<size_t>(row) * k;
+        tokens[row] = token_ids[static_cast<size_t>(row) * k + (std::max_element(scores, scores + k) - scores)];
+      }
+      return;
+    }
+    const LogitRows scores{scores_.data(), static_cast<size_t>(k), count, k, nullptr};
+    std::vector<float> least(count);
+    kept_thresholds(nullptr, scores, {rows_.temperatures, rows_.top_k, rows_.top_p, rows_.min_p}, least.data());
+    std::vector<int64_t> positions(count), chosen(count);
+    for (int row = 0; row < count; ++row) positions[row] = rows_.positions[row] + step + 1;
+    gumbel_argmax(nullptr, scores, {rows_.seeds, positions.data(), rows_.temperatures, least.data(), token_ids},
+                  chosen.data());
+    std::copy_n(chosen.data(), count, tokens);
+  }
+
+  // The draft layer over the tokens just chosen.
+  void advance(int step, int count) {
+    positions_.resize(count), seq_lens_.resize(count), slots_.resize(count), query_start_.resize(count + 1);
+    for (int row = 0; row < count; ++row) {
+      const int position = rows_.positions[row] + step + 1;
+      const int32_t* blocks = rows_.block_tables + static_cast<size_t>(row) * rows_.max_blocks;
+      positions_[row] = position;
+      seq_lens_[row] = position + 1;
+      slots_[row] = blocks[position / model_.block_size] * model_.block_size + position % model_.block_size;
+      query_start_[row + 1] = row + 1;
+    }
+    const Batch batch{count, count, rows_.max_blocks, positions_.data(), query_start_.data(), seq_lens_.data(),
+                      rows_.block_tables, slots_.data()};
+    model_.layer->embed(model_.embedding, out_.tokens + at(step), count, embeddings_.data());
+    model_.layer->forward(batch, model_.keys, model_.values, model_.block_size, 0, embeddings_.data(), rows_.lora, a_,
+                          {model_.norm, hidden_.data(), nullptr, 0, nullptr});
+  }
+
+  Team& team_;
+  const ChainModel& model_;
+  const ChainRows& rows_;
+  float* a_;
+  const ChainOutputs& out_;
+  std::vector<bf16> hidden_;
+  std::vector<float> embeddings_, logits_, scores_;
+  std::vector<int64_t> indices_;
+  std::vector<int32_t> drafts_, positions_, query_start_, seq_lens_, slots_;
+};
+
+}  // namespace
+
+void draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out) {
+  Chain(team, model, rows, a, out).run();
+}
+
+}  // namespace evospec

@@ -1,0 +1,61 @@
+// Chains of draft tokens: head, prior, choice and draft layer in turn, without Python between two tokens.
+#pragma once
+
+#include "decoder.h"
+#include "prior.h"
+#include "tails.h"
+#include "text_index.h"
+
+namespace evospec {
+
+// A draft (EAGLE-3) and what its tokens are chosen from.
+struct ChainModel {
+  Decoder* layer;           // the draft's one layer
+  const float* norm;        // its output norm, [hidden]
+  int hidden;
+  Matrix embedding, core;   // the target's embedding; rows of its head that all sequences share
+  const int32_t* core_ids;  // [core.n]: their tokens; null: 0 .. core.n - 1
+  const TailSlabs* tails;   // null: none
+  const PriorGraph* graph;
+  const float* used;        // [kPriorFeatures]: 1 or 0
+  int ways;                 // rows in which a context of a session can live
+  double presence_floor;
+  bf16* keys;               // of the layer
+  bf16* values;
+  int block_size;
+};
+
+// B sequences, the longest chain first; arrays of one entry a row.
+struct ChainRows {
+  int rows, max_length, max_blocks, candidates;  // candidates of each token that are looked at
+  const int32_t* lengths;       // of the chains, 1 .. max_length
+  const int32_t* positions;     // of the last known token; drafts follow
+  const int32_t* block_tables;  // [B][max_blocks]
+  const int32_t* slabs;         // the tail of each; null without tails
+  const LoraRows* lora;         // null: none
+  // How tokens are chosen; temperatures null: the best candidate, everywhere.
+  const float* temperatures;
+  const int64_t* seeds;
+  const int32_t* top_k;
+  const double *top_p, *min_p;
+  // The prior; sessions null: none. A row's session may be null too.
+  const PriorSession* const* sessions;
+  const double* units;
+  const float* const* weights;  // [kPriorFeatures] each
+  const int64_t* contexts;      // [B][2]: the last two tokens
+  const TextIndex* const* texts;  // null: repeats do not count
+};
+
+// What comes of it, step by step: [max_length][B] of each.
+struct ChainOutputs {
+  int32_t* tokens;
+  bf16* hidden;        // [hidden] from which the token was chosen
+  int32_t* token_ids;  // [candidates]; -1: none
+  float* logits;       // [candidates]; -inf: none
+  float* features;     // [candidates][kPriorFeatures]; null without a prior
+};
+
+// a [B][hidden]: the draft's state after each sequence's last known token; overwritten.
+void draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out);
+
+}  // namespace evospec

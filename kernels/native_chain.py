@@ -1,0 +1,199 @@
+"""ctypes binding of the compiled chains of draft tokens (kernels/csrc/draft_chain.cpp)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kernels.draft_head import TailSlabs
+from kernels.native import MatrixStruct, PackedMatrix, Team, address, load_library
+from kernels.native_decoder import Decoder, KvCache
+from kernels.native_lora import NativeLora
+from kernels.native_prior import NUM_FEATURES, ChainPrior, PriorKernel
+from kernels.native_sampling import TailSlabsStruct
+
+
+class _Model(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("layer", "norm")),
+        ("hidden", ctypes.c_int),
+        *((name, MatrixStruct) for name in ("embedding", "core")),
+        *((name, ctypes.c_void_p) for name in ("core_ids", "tails", "graph", "used")),
+        ("ways", ctypes.c_int),
+        ("presence_floor", ctypes.c_double),
+        ("kv", ctypes.c_void_p),
+    )
+
+
+_ROW_POINTERS = (
+    *("lengths", "positions", "block_tables", "slabs", "lora"),
+    *("temperatures", "seeds", "top_k", "top_p", "min_p"),
+    *("sessions", "units", "weights", "contexts", "texts"),
+)
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("rows", "max_length", "max_blocks", "candidates")),
+        *((name, ctypes.c_void_p) for name in _ROW_POINTERS),
+    )
+
+
+class _Outputs(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("tokens", "hidden", "token_ids", "logits", "features"))
+
+
+@dataclass(frozen=True)
+class ChainSampling:
+    """How the tokens of B chains are chosen, one entry a row; as in ``engine.messages.SamplingParams``."""
+
+    temperatures: Sequence[float]
+    """0: greedy"""
+    seeds: Sequence[int]
+    """as signed 64 bits"""
+    top_k: Sequence[int]
+    top_p: Sequence[float]
+    min_p: Sequence[float]
+
+
+@dataclass(frozen=True)
+class ChainBatch:
+    """B sequences, the longest chain first."""
+
+    lengths: Sequence[int]
+    """Draft tokens of each; at least 1"""
+    positions: Sequence[int]
+    """Of the last known token"""
+    block_tables: NDArray[np.int32]
+    """[B, max_blocks]"""
+    slabs: Sequence[int] | None = None
+    """The tail of each, where there are tails"""
+    sampling: ChainSampling | None = None
+    """None: all greedy"""
+    prior: ChainPrior | None = None
+    lora: NativeLora | None = None
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """Steps S and rows B; what is beyond the end of a chain is undefined."""
+
+    tokens: NDArray[np.int32]
+    """[S, B]"""
+    hidden: torch.Tensor
+    """[S, B, hidden] bf16, from which each token was chosen"""
+    token_ids: NDArray[np.int32]
+    """[S, B, C] candidates, -1 for none"""
+    logits: NDArray[np.float32]
+    """[S, B, C] the draft's own, -inf for none"""
+    features: NDArray[np.float32] | None
+    """[S, B, C, NUM_FEATURES], with a prior"""
+
+
+@dataclass
+class NativeChain:
+    """A draft whose chains run in one call.
+
+    Args:
+        team: its threads.
+        layer: the draft's layer.
+        norm: its output norm, float32 [hidden].
+        embedding: the target's.
+        core: rows of the target's head.
+        core_ids: [K] int32, the tokens of these rows; None: all.
+        tails: of the sequences; None: none.
+        prior: None: none.
+        candidates: of each token that are looked at, where not only the best one counts.
+    """
+
+    team: Team
+    layer: Decoder
+    norm: torch.Tensor
+    embedding: PackedMatrix
+    core: PackedMatrix
+    core_ids: torch.Tensor | None
+    tails: TailSlabs | None
+    prior: PriorKernel | None
+    candidates: int
+    _tails: TailSlabsStruct | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        tails, columns, self._tails = self.tails, self.core.n, None
+        if tails is not None:
+            columns += tails.slots
+            self._tails = TailSlabsStruct(tails.rows.data_ptr(), tails.token_ids.data_ptr(), *tails.rows.shape[1:])
+        self._candidates = min(self.candidates, columns)
+
+    def run(self, batch: ChainBatch, a: torch.Tensor, cache: KvCache) -> ChainResult:
+        """Draft.
+
+        Args:
+            batch: the sequences.
+            a: [B, hidden] float32, the draft's state after each one's last known token; overwritten.
+            cache: the draft's keys and values; the last token of each chain gets none.
+        """
+        num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], a.shape[1]
+        count = 1 if batch.sampling is None and batch.prior is None else self._candidates
+        shape = steps, num_rows
+        result = ChainResult(
+            np.empty(shape, np.int32),
+            torch.empty(*shape, hidden, dtype=torch.bfloat16),
+            np.empty((*shape, count), np.int32),
+            np.empty((*shape, count), np.float32),
+            None if batch.prior is None else np.empty((*shape, count, NUM_FEATURES), np.float32),
+        )
+        arrays = _arrays(batch)
+        rows = _Rows(num_rows, steps, batch.block_tables.shape[1], count)
+        for name, array in arrays.items():
+            setattr(rows, name, array.ctypes.data)
+        if batch.lora is not None:
+            rows.lora = ctypes.cast(batch.lora.pointer, ctypes.c_void_p)
+        outputs = _Outputs(
+            result.tokens.ctypes.data,
+            result.hidden.data_ptr(),
+            result.token_ids.ctypes.data,
+            result.logits.ctypes.data,
+            None if result.features is None else result.features.ctypes.data,
+        )
+        model = self._model(hidden, cache)
+        load_library().evo_draft_chain(
+            self.team.handle, ctypes.byref(model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
+        )
+        return result
+
+    def _model(self, hidden: int, cache: KvCache) -> _Model:
+        prior = self.prior
+        return _Model(
+            *(self.layer.handle, address(self.norm), hidden, self.embedding.struct, self.core.struct),
+            address(self.core_ids),
+            None if self._tails is None else ctypes.addressof(self._tails),
+            *((None, None, 0, 0.0) if prior is None else prior.addresses),
+            ctypes.addressof(cache.struct),
+        )
+
+
+def _arrays(batch: ChainBatch) -> dict[str, np.ndarray]:
+    """The rows' arrays by name; they must outlive the call."""
+    arrays: dict[str, np.ndarray] = {
+        "lengths": np.array(batch.lengths, np.int32),
+        "positions": np.array(batch.positions, np.int32),
+        "block_tables": np.ascontiguousarray(batch.block_tables, np.int32),
+    }
+    if batch.slabs is not None:
+        arrays["slabs"] = np.array(batch.slabs, np.int32)
+    if (sampling := batch.sampling) is not None:
+        arrays["temperatures"] = np.array(sampling.temperatures, np.float32)
+        arrays["seeds"] = np.array(sampling.seeds, np.int64)
+        arrays["top_k"] = np.array(sampling.top_k, np.int32)
+        arrays["top_p"], arrays["min_p"] = np.array(sampling.top_p, np.float64), np.array(sampling.min_p, np.float64)
+    if (prior := batch.prior) is not None:
+        arrays["sessions"], arrays["weights"] = np.array(prior.sessions, np.uint64), np.array(prior.weights, np.uint64)
+        arrays["units"], arrays["contexts"] = np.array(prior.units, np.float64), np.array(prior.contexts, np.int64)
+        if prior.texts is not None:
+            arrays["texts"] = np.array(prior.texts, np.uint64)
+    return arrays

@@ -1,0 +1,219 @@
+"""ctypes bindings of the compiled decoder stack and its paged attention (kernels/csrc/decoder.h, attention.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from kernels.native import MatrixStruct, PackedMatrix, Team, address, huge_zeros, load_library
+
+if TYPE_CHECKING:
+    from kernels.native_lora import NativeLora
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", MatrixStruct * 3),
+        ("num_qkv", ctypes.c_int),
+        ("output", MatrixStruct),
+        ("gate_up", MatrixStruct),
+        ("down", MatrixStruct),
+        ("input_norm", ctypes.c_void_p),
+        ("post_norm", ctypes.c_void_p),
+        ("embedding_norm", ctypes.c_void_p),
+    )
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim")),
+        ("norm_eps", ctypes.c_float),
+    )
+
+
+class _Kv(ctypes.Structure):
+    _fields_ = (
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("block_size", ctypes.c_int),
+        ("layer_stride", ctypes.c_size_t),
+    )
+
+
+class _PassOutputs(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("norm_weight", "hidden", "captured")),
+        ("num_captured", ctypes.c_int),
+        ("features", ctypes.c_void_p),
+    )
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("num_tokens", "num_sequences", "max_blocks")),
+        *((name, ctypes.c_void_p) for name in ("positions", "query_start", "seq_lens", "block_tables", "slots")),
+    )
+
+
+class KvCache:
+    """Paged bf16 keys and values of all layers, in the layout of kernels/csrc/attention.h."""
+
+    def __init__(self, num_layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> None:
+        self.layer_elements = num_blocks * kv_heads * block_size * head_dim
+        self._memory = huge_zeros(2 * num_layers * self.layer_elements * 2).view(torch.bfloat16)
+        keys, values = (
+            self._memory[: num_layers * self.layer_elements],
+            self._memory[num_layers * self.layer_elements :],
+        )
+        self.struct = _Kv(address(keys), address(values), block_size, self.layer_elements)
+
+
+class BatchView:
+    """A step's ragged batch (fields of engine/batch.py, int32) as the kernels read it; keeps the tensors alive."""
+
+    def __init__(
+        self,
+        positions: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        block_tables: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        self._tensors = (positions, query_start_loc, seq_lens, block_tables, slot_mapping)
+        if any(t.dtype != torch.int32 or not t.is_contiguous() for t in self._tensors):
+            raise ValueError("batch tensors must be contiguous int32")
+        self.struct = _Batch(
+            len(positions), len(seq_lens), block_tables.shape[1], *(address(tensor) for tensor in self._tensors)
+        )
+
+
+def paged_attention(
+    team: Team, batch: BatchView, cache: KvCache, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Write k, v [T, kv_heads, dim] into the cache, then attend with q [T, heads, dim]; float32 in and out."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # named: the copies must outlive the call
+    out = torch.empty_like(q)
+    load_library().evo_attention(
+        team.handle,
+        ctypes.byref(batch.struct),
+        ctypes.byref(cache.struct),
+        layer,
+        *(q.shape[1], k.shape[1], q.shape[2]),
+        *(address(tensor) for tensor in (q, k, v, out)),
+    )
+    return out
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. ``qkv``: one matrix for each run of equal storage formats among q, k and v, in order.
+
+    ``gate_up`` has its rows in alternating groups of 16 (gate, up); norms are float32 [hidden]. With an
+    ``embedding_norm`` (EAGLE-3) the input of ``qkv`` is [2 * hidden]: the token's normalised embedding, then the
+    normalised residual stream.
+    """
+
+    qkv: Sequence[PackedMatrix]
+    output: PackedMatrix
+    gate_up: PackedMatrix
+    down: PackedMatrix
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    embedding_norm: torch.Tensor | None = None
+
+
+class PassOutputs:
+    """What a pass over T tokens leaves behind besides the residual stream, all bf16.
+
+    Args:
+        num_tokens: T.
+        norm: weight of the final norm, float32 [hidden].
+        captured: [C] int32, ascending: layers whose output is wanted.
+    """
+
+    def __init__(self, num_tokens: int, norm: torch.Tensor, captured: torch.Tensor) -> None:
+        self.hidden = torch.empty(num_tokens, len(norm), dtype=torch.bfloat16)
+        """[T, hidden] after the final norm"""
+        self.features = torch.empty(num_tokens, len(captured) * len(norm), dtype=torch.bfloat16)
+        """[T, C * hidden]: outputs of the captured layers side by side"""
+        self._inputs = norm, captured  # alive as long as their addresses are used
+        self.struct = _PassOutputs(
+            address(norm), address(self.hidden), address(captured), len(captured), address(self.features)
+        )
+
+
+class Decoder:
+    """The decoder stack: embedding lookup, layers, final norm. The residual stream is float32 [T, hidden].
+
+    ``cos_sin`` is float32 [max_positions, head_dim]: cosines of the rotary angles, then sines.
+    """
+
+    def __init__(
+        self,
+        team: Team,
+        *,
+        hidden: int,
+        intermediate: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        norm_eps: float,
+        cos_sin: torch.Tensor,
+        layers: Sequence[LayerWeights],
+    ) -> None:
+        self._hidden, self._team, self._cos_sin, self._layers = hidden, team, cos_sin.contiguous(), layers
+        shape = _Shape(hidden, intermediate, heads, kv_heads, head_dim, norm_eps)
+        library = load_library()
+        self.handle = ctypes.c_void_p(library.evo_decoder_new(team.handle, ctypes.byref(shape), address(self._cos_sin)))
+        for layer in layers:
+            qkv = (MatrixStruct * 3)(*(matrix.struct for matrix in layer.qkv))
+            struct = _Layer(
+                *(qkv, len(layer.qkv), layer.output.struct, layer.gate_up.struct, layer.down.struct),
+                *(address(layer.input_norm), address(layer.post_norm), address(layer.embedding_norm)),
+            )
+            library.evo_decoder_add_layer(self.handle, ctypes.byref(struct))
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            load_library().evo_decoder_free(self.handle)
+
+    def embed(self, table: PackedMatrix, token_ids: torch.Tensor) -> torch.Tensor:
+        """Rows of the embedding: token_ids [T] int32 → [T, hidden] float32."""
+        residual = torch.empty(len(token_ids), self._hidden)
+        load_library().evo_decoder_embed(
+            self.handle, ctypes.byref(table.struct), address(token_ids), len(token_ids), address(residual)
+        )
+        return residual
+
+    def forward(
+        self,
+        batch: BatchView,
+        cache: KvCache,
+        residual: torch.Tensor,
+        embeddings: torch.Tensor | None = None,
+        lora: NativeLora | None = None,
+        outputs: PassOutputs | None = None,
+    ) -> None:
+        """Run all layers on the residual stream, in place.
+
+        For a draft layer: embeddings like it, and what its queries, keys and values gain.
+        """
+        load_library().evo_decoder_forward(
+            self.handle,
+            ctypes.byref(batch.struct),
+            ctypes.byref(cache.struct),
+            *(address(embeddings), None if lora is None else lora.pointer, address(residual)),
+            ctypes.byref(_PassOutputs() if outputs is None else outputs.struct),
+        )
+
+    def final_norm(self, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """RMS norm: [T, hidden] float32 → bf16."""
+        out = torch.empty(residual.shape, dtype=torch.bfloat16)
+        load_library().evo_decoder_final_norm(
+            self.handle, address(weight), address(residual), len(residual), address(out)
+        )
+        return out
