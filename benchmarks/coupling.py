@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -49,6 +49,9 @@ class RecordingHead(DraftHead):
         self.greedy = False
         self._loaded, self._candidates = loaded, candidates
         self._logits: dict[int, list[torch.Tensor]] = {}
+
+    def make_chain(self, *_: Any) -> None:
+        """Token by token, so that every choice is seen."""
 
     def choose(
         self,

@@ -2,7 +2,7 @@
 
 The engine's own draft networks and heads, on real prompts; vocabularies take turns, a few steps each. ``head`` is the
 projection with the choice of a token, ``layer`` the rest of ``propose`` (network, batch layout), both for each draft
-token; ``observe`` is what a verified step costs the draft.
+token, which are drafted one by one here; ``observe`` is what a verified step costs the draft.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class TimedHead(DraftHead):
     def __init__(self, loaded: LoadedModel, rows: int) -> None:
         super().__init__(loaded, torch.arange(rows) if rows else None)
         self.seconds = 0.0
+
+    def make_chain(self, *_: Any) -> None:
+        """Token by token: a chain in one call has no parts to time."""
 
     def choose(self, *arguments: Any, **keywords: Any) -> list[int]:
         """As ``DraftHead``."""
