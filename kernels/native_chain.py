@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -95,7 +95,6 @@ class ChainResult:
     """[S, B, C, NUM_FEATURES], with a prior"""
 
 
-@dataclass
 class NativeChain:
     """A draft whose chains run in one call.
 
@@ -111,23 +110,26 @@ class NativeChain:
         candidates: of each token that are looked at, where not only the best one counts.
     """
 
-    team: Team
-    layer: Decoder
-    norm: torch.Tensor
-    embedding: PackedMatrix
-    core: PackedMatrix
-    core_ids: torch.Tensor | None
-    tails: TailSlabs | None
-    prior: PriorKernel | None
-    candidates: int
-    _tails: TailSlabsStruct | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        tails, columns, self._tails = self.tails, self.core.n, None
+    def __init__(
+        self,
+        team: Team,
+        layer: Decoder,
+        norm: torch.Tensor,
+        embedding: PackedMatrix,
+        core: PackedMatrix,
+        core_ids: torch.Tensor | None,
+        tails: TailSlabs | None,
+        prior: PriorKernel | None,
+        candidates: int,
+    ) -> None:
+        self._team, self._layer, self._norm, self._embedding = team, layer, norm, embedding
+        self._core, self._core_ids, self._tails, self._prior = core, core_ids, tails, prior
+        self._candidates = min(candidates, core.n + (0 if tails is None else tails.slots))
+        self._tails_struct: TailSlabsStruct | None = None
         if tails is not None:
-            columns += tails.slots
-            self._tails = TailSlabsStruct(tails.rows.data_ptr(), tails.token_ids.data_ptr(), *tails.rows.shape[1:])
-        self._candidates = min(self.candidates, columns)
+            self._tails_struct = TailSlabsStruct(
+                tails.rows.data_ptr(), tails.token_ids.data_ptr(), *tails.rows.shape[1:]
+            )
 
     def run(self, batch: ChainBatch, a: torch.Tensor, cache: KvCache) -> ChainResult:
         """Draft.
@@ -162,16 +164,16 @@ class NativeChain:
         )
         model = self._model(hidden, cache)
         load_library().evo_draft_chain(
-            self.team.handle, ctypes.byref(model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
+            self._team.handle, ctypes.byref(model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
         )
         return result
 
     def _model(self, hidden: int, cache: KvCache) -> _Model:
-        prior = self.prior
+        prior, tails = self._prior, self._tails_struct
         return _Model(
-            *(self.layer.handle, address(self.norm), hidden, self.embedding.struct, self.core.struct),
-            address(self.core_ids),
-            None if self._tails is None else ctypes.addressof(self._tails),
+            *(self._layer.handle, address(self._norm), hidden, self._embedding.struct, self._core.struct),
+            address(self._core_ids),
+            None if tails is None else ctypes.addressof(tails),
             *((None, None, 0, 0.0) if prior is None else prior.addresses),
             ctypes.addressof(cache.struct),
         )

@@ -11,7 +11,8 @@ from kernels.build import build, find_compiler, is_current
 from kernels.targets import TARGETS, best_target
 
 AVX2 = TARGETS[-1]
-FILES = ("native_kernels", "native_prior", "native_eagle3", "draft_head", "batched_lora", "gumbel", "truncation")
+UNITS = ("native_kernels", "native_prior", "native_eagle3", "draft_head", "batched_lora", "gumbel", "truncation")
+FILES = [*(f"tests/unit/test_{name}.py" for name in UNITS), "tests/integration/test_draft_chains.py"]
 # Before anything imports the list: a process loads one library.
 RUN = """
 import sys
@@ -30,7 +31,6 @@ def test_kernels_for_avx2() -> None:
     if not is_current(AVX2):
         assert compiler is not None
         build(compiler, AVX2)
-    files = [f"tests/unit/test_{name}.py" for name in FILES]
-    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-c", RUN, "-q", "-p", "no:cacheprovider", *FILES]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
