@@ -22,7 +22,7 @@ from engine.vocab.bigram_graph import BigramGraph, BigramGraphError
 from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_vocab import DraftVocab, Resources
 from engine.vocab.fingerprint import vocabulary_fingerprint
-from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS, Candidates
+from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES, Candidates
 from engine.vocab.semantic import SemanticIndex, open_semantic_index
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
@@ -72,11 +72,16 @@ class SessionHead(DraftHead):
         return slabs if self.has_tails else None, self._vocab.drafted.of_chains(requests)
 
     def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
-        steps: list[Candidates] = []
+        candidates = None
         if result.features is not None:
-            steps = list(map(Candidates, result.token_ids, result.logits, result.features))
+            size = result.token_ids.shape[2]
+            candidates = Candidates(
+                result.token_ids.reshape(-1, size),
+                result.logits.reshape(-1, size),
+                result.features.reshape(-1, size, NUM_FEATURES),
+            )
         hidden = result.hidden.float().numpy() if self._vocab.drafted.wants_hidden else None
-        self._vocab.drafted.take_chains(requests, lengths, steps, hidden)
+        self._vocab.drafted.take_chains(requests, lengths, candidates, hidden)
 
 
 def make_session_head(

@@ -96,7 +96,7 @@ class DraftedTokens:
         self,
         requests: Sequence[Request],
         lengths: Sequence[int],
-        steps: Sequence[Candidates],
+        candidates: Candidates | None,
         hidden: NDArray[np.float32] | None,
     ) -> None:
         """Keep what such chains were chosen from, as ``with_prior`` and ``remember`` do.
@@ -104,14 +104,14 @@ class DraftedTokens:
         Args:
             requests: one a row.
             lengths: of the chains.
-            steps: the candidates of each step; none without a prior.
+            candidates: of step s and request b in row s * B + b; None without a prior.
             hidden: [S, B, d], where ``wants_hidden``.
         """
-        by_step = [drafted_rows(candidates) for candidates in steps]
+        rows, size = [] if candidates is None else drafted_rows(candidates), len(requests)
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             if request.request_id in self._sessions:
                 drafts = self._drafts[request.request_id]
-                drafts.candidates += [rows[row] for rows in by_step[:length]]
+                drafts.candidates += rows[row : row + length * size : size]
                 drafts.hidden += [] if hidden is None else list(hidden[:length, row])
 
     def learn(self, sequences: Sequence[VerifiedSequence]) -> None:
