@@ -25,7 +25,7 @@ class _Model(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("layer", "norm")),
         ("hidden", ctypes.c_int),
-        *((name, MatrixStruct) for name in ("embedding", "core")),
+        *((name, MatrixStruct) for name in ("embedding", "head", "core")),
         *((name, ctypes.c_void_p) for name in ("core_ids", "tails", "graph", "used")),
         ("ways", ctypes.c_int),
         ("presence_floor", ctypes.c_double),
@@ -106,7 +106,8 @@ class NativeChain:
         layer: the draft's layer.
         norm: its output norm, float32 [hidden].
         embedding: the target's.
-        core: rows of the target's head.
+        head: the target's.
+        core: rows of the head that all sequences share.
         core_ids: [K] int32, the tokens of these rows; None: all.
         tails: of the sequences; None: none.
         prior: None: none.
@@ -119,13 +120,15 @@ class NativeChain:
         layer: Decoder,
         norm: torch.Tensor,
         embedding: PackedMatrix,
+        head: PackedMatrix,
         core: PackedMatrix,
         core_ids: torch.Tensor | None,
         tails: TailSlabs | None,
         prior: PriorKernel | None,
         candidates: int,
     ) -> None:
-        self._team, self._layer, self._norm, self._embedding = team, layer, norm, embedding
+        self._team, self._layer, self._norm = team, layer, norm
+        self._embedding, self._head = embedding, head
         self._core, self._core_ids, self._tails, self._prior = core, core_ids, tails, prior
         self._candidates = min(candidates, core.n + (0 if tails is None else tails.slots))
         self._tails_struct: TailSlabsStruct | None = None
@@ -175,7 +178,8 @@ class NativeChain:
     def _model(self, hidden: int, cache: KvCache) -> _Model:
         prior, tails = self._prior, self._tails_struct
         return _Model(
-            *(self._layer.handle, address(self._norm), hidden, self._embedding.struct, self._core.struct),
+            *(self._layer.handle, address(self._norm), hidden),
+            *(matrix.struct for matrix in (self._embedding, self._head, self._core)),
             address(self._core_ids),
             None if tails is None else ctypes.addressof(tails),
             *((None, None, 0, 0.0) if prior is None else prior.addresses),

@@ -112,6 +112,7 @@ class NativeEagle3:
     def chain(
         self,
         embedding: PackedMatrix,
+        head: PackedMatrix,
         core: PackedMatrix,
         core_ids: torch.Tensor | None,
         tails: TailSlabs | None,
@@ -120,7 +121,7 @@ class NativeEagle3:
     ) -> NativeChain:
         """Chains of drafts in one call; arguments as for ``NativeChain``."""
         norm = self._norms["output_norm"]
-        return NativeChain(self._team, self._layer, norm, embedding, core, core_ids, tails, prior, candidates)
+        return NativeChain(self._team, self._layer, norm, embedding, head, core, core_ids, tails, prior, candidates)
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
         """[L, hidden] → RMSNorm(a) bf16, what the target's head projects."""

@@ -42,7 +42,7 @@ class NativeLlama:
         self.spec, self._team = spec, team
         self._pack = pack = _Packer(source, spec, keep_quantized)
         self.embedding = pack.matrix("model.embed_tokens.weight")
-        self._head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
+        self.head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
         self._logits = torch.empty(0, spec.vocab_size)
         self._norm = source.dequantized("model.norm.weight")
         rotary = RotaryEmbedding(spec, max_model_len, torch.device("cpu"))
@@ -59,8 +59,8 @@ class NativeLlama:
             layers=layers,
         )
         matrices = [m for layer in layers for m in (*layer.qkv, layer.output, layer.gate_up, layer.down)]
-        tied = self._head is self.embedding
-        self.weight_bytes = sum(m.num_bytes for m in (*matrices, self._head, *(() if tied else (self.embedding,))))
+        tied = self.head is self.embedding
+        self.weight_bytes = sum(m.num_bytes for m in (*matrices, self.head, *(() if tied else (self.embedding,))))
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """As ``LlamaForCausalLM``; hidden states and features are bf16."""
@@ -82,19 +82,19 @@ class NativeLlama:
         """
         if len(hidden) > len(self._logits):
             self._logits = torch.empty(len(hidden), self.spec.vocab_size)
-        return linear(self._team, self._head, hidden, self._logits[: len(hidden)])
+        return linear(self._team, self.head, hidden, self._logits[: len(hidden)])
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         """``compute_logits`` for these tokens only: their rows of the head, packed together; None for all."""
         if token_ids is None:
-            return HeadSlab(self.compute_logits, 0, packed=self._head)
+            return HeadSlab(self.compute_logits, 0, packed=self.head)
         name = "model.embed_tokens.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
         rows = self._pack.selected(name, token_ids.numpy())
         return HeadSlab(lambda hidden: linear(self._team, rows, hidden), rows.num_bytes, packed=rows)
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the output projection: [n] int32 → [n, hidden] float32."""
-        return self._decoder.embed(self._head, token_ids)
+        return self._decoder.embed(self.head, token_ids)
 
 
 class _Packer:

@@ -14,12 +14,12 @@ from engine.loader import LoadedModel
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
 from engine.models.native_eagle3 import NativeEagle3
+from engine.models.native_llama import NativeLlama
 from engine.request import Request
 from engine.sampling.choose import all_greedy, chain_sampling, choose_tokens
 from engine.scheduler import DraftSlot
 from engine.vocab.draft_vocab import DraftVocab
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
-from kernels.native import PackedMatrix
 from kernels.native_chain import ChainBatch, ChainResult, NativeChain
 from kernels.native_decoder import KvCache
 from kernels.native_lora import NativeLora
@@ -100,12 +100,13 @@ class DraftHead:
         logits, token_ids = self.candidates(hidden, slabs)
         return choose_tokens(logits, params, positions, token_ids, self.team)
 
-    def make_chain(self, network: NativeEagle3, embedding: PackedMatrix) -> NativeChain | None:
+    def make_chain(self, network: NativeEagle3, target: NativeLlama) -> NativeChain | None:
         """Chains of a draft in one call; None: this head is not of the compiled kernels."""
         if self._packed is None:
             return None
         prior = None if self.vocab is None else self.vocab.drafted.prior_kernel
-        return network.chain(embedding, self._packed, self._core.token_ids, self._tails, prior, CANDIDATES)
+        matrices = target.embedding, target.head, self._packed
+        return network.chain(*matrices, self._core.token_ids, self._tails, prior, CANDIDATES)
 
     def draft_chains(
         self,

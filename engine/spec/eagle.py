@@ -118,7 +118,7 @@ class EagleProposer:
         self._chain: NativeChain | None = None
         """Drafts all tokens of a step in one call, where the compiled kernels can; None: token by token."""
         if isinstance(network, NativeEagle3) and isinstance(target.model, NativeLlama):
-            self._chain = head.make_chain(network, target.model.embedding)
+            self._chain = head.make_chain(network, target.model)
         self._entries = EntryLedger(attention.spec.num_blocks, self._block_size)
         self._before_first = attention.spec.num_blocks * self._block_size
         """The row after all slots: features before a sequence's first token, always 0."""

@@ -48,7 +48,7 @@ class SessionHead(DraftHead):
         self, loaded: LoadedModel, token_ids: torch.Tensor | None, tails: TailSlabs | None, vocab: DraftVocab
     ) -> None:
         super().__init__(loaded, token_ids, tails)
-        self.vocab, self._vocab = vocab, vocab
+        self.vocab, self._vocab, self._head_rows = vocab, vocab, loaded.model.head_rows
         self.num_bytes += vocab.num_bytes
         core = "full" if token_ids is None else str(len(token_ids))
         self.description = f"dynamic:{core}+{0 if tails is None else tails.slots}"
@@ -59,13 +59,27 @@ class SessionHead(DraftHead):
         if self._vocab.drafted.wants_hidden:
             self._vocab.drafted.remember(requests, hidden.float().cpu().numpy())
         logits, token_ids = self.candidates(hidden, slabs if self.has_tails else None)
-        ids = token_ids.cpu().numpy()
-        scores = self._vocab.drafted.with_prior(requests, ids, logits.cpu().numpy())
+        ids, values = token_ids.cpu().numpy(), logits.cpu().numpy()
+        self._vocab.drafted.include_matches(
+            requests, ids, values, lambda row, tokens: self._logits(hidden[row], tokens)
+        )
+        scores = self._vocab.drafted.with_prior(requests, ids, values)
         params = [request.sampling for request in requests]
         if all_greedy(params):
             return [int(ids[row, column]) for row, column in enumerate(scores.argmax(axis=1))]
         positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
-        return choose_tokens(torch.from_numpy(scores).to(hidden.device), params, positions, token_ids, self.team)
+        on_device = (
+            torch.from_numpy(scores).to(hidden.device),
+            params,
+            positions,
+            torch.from_numpy(ids).to(hidden.device),
+        )
+        return choose_tokens(*on_device, self.team)
+
+    def _logits(self, hidden: torch.Tensor, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """[n] of any tokens."""
+        rows = self._head_rows(torch.tensor(token_ids, dtype=torch.int32, device=hidden.device))
+        return (rows.float() @ hidden.float()).cpu().numpy()
 
     def _of_chains(self, requests: Sequence[Request]) -> tuple[list[int] | None, ChainPrior | None]:
         slabs = self._vocab.slabs(requests)

@@ -91,6 +91,11 @@ class DraftPrior:
         return candidates.scores(weights).astype(np.float32, copy=False), drafted_rows(candidates)
 
     @property
+    def uses_matches(self) -> bool:
+        """Whether repeats of the sequence's own text count."""
+        return self._matches
+
+    @property
     def kernel(self) -> native_prior.PriorKernel | None:
         """The compiled prior, if there is one."""
         return self._kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +53,36 @@ class DraftedTokens:
     def prior_kernel(self) -> PriorKernel | None:
         """The compiled prior, if there is one."""
         return None if self._prior is None else self._prior.kernel
+
+    def include_matches(
+        self,
+        requests: Sequence[Request],
+        token_ids: NDArray[np.int32],
+        logits: NDArray[np.float32],
+        logits_of: Callable[[int, Sequence[int]], NDArray[np.float32]],
+    ) -> None:
+        """Make tokens that followed a repeat of the text's end candidates, whatever the draft thinks of them.
+
+        Args:
+            requests: one a row.
+            token_ids: [B, C]; the weakest make room, in place.
+            logits: [B, C], likewise.
+            logits_of: of any tokens of a row.
+        """
+        if self._prior is None or not self._prior.uses_matches:
+            return
+        for row, request in enumerate(requests):
+            vocab = self._sessions.get(request.request_id)
+            if vocab is None:
+                continue
+            candidates: list[int] = token_ids[row].tolist()
+            end = len(candidates)
+            for token_id in vocab.text.find(request.draft_token_ids):
+                if end and token_id not in candidates[:end]:
+                    end -= 1
+                    candidates[end] = token_id
+            if included := candidates[end:]:
+                token_ids[row, end:], logits[row, end:] = included, logits_of(row, included)
 
     def with_prior(
         self, requests: Sequence[Request], token_ids: NDArray[np.int32], logits: NDArray[np.float32]

@@ -39,7 +39,7 @@ struct EvoChainModel {
   Decoder* layer;
   const float* norm;
   int hidden;
-  EvoMatrix embedding, core;
+  EvoMatrix embedding, head, core;
   const int32_t* core_ids;
   const TailSlabs* tails;
   const PriorGraph* graph;
@@ -170,7 +170,7 @@ void evo_draft_chain(Team* team, const EvoChainModel* model, const ChainRows* ro
                      const ChainOutputs* out) {
   const EvoKv& kv = *model->kv;
   const ChainModel chain{model->layer,    model->norm,  model->hidden, to_matrix(model->embedding),
-                         to_matrix(model->core), model->core_ids, model->tails, model->graph,
+                         to_matrix(model->head), to_matrix(model->core), model->core_ids, model->tails, model->graph,
                          model->used,     model->ways,  model->presence_floor, kv.keys,
                          kv.values,       kv.block_size};
   draft_chain(*team, chain, *rows, a, *out);

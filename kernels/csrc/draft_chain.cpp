@@ -82,12 +82,33 @@ class Chain {
       for (int i = 0; i < num_matches; ++i) strengths[i] = std::log(static_cast<float>(lengths[i]));
     }
     const size_t begin = of_row(step, row);
+    include(row, matched, num_matches, out_.token_ids + begin, out_.logits + begin);
     const PriorRows one{rows_.sessions + row,       rows_.units + row,     context,         rows_.weights[row],
                         matched,                    strengths,             out_.token_ids + begin,
                         out_.logits + begin,        model_.used,           1,               rows_.candidates,
                         num_matches,                model_.ways,           model_.presence_floor};
     prior_scores(one, *model_.graph, out_.features + begin * kPriorFeatures,
                  scores_.data() + static_cast<size_t>(row) * rows_.candidates);
+  }
+
+  // Tokens that followed a repeat are candidates whatever the draft thinks of them: the weakest make room.
+  void include(int row, const int32_t* tokens, int count, int32_t* token_ids, float* logits) {
+    int32_t* last = token_ids + rows_.candidates;
+    for (int i = 0; i < count && last > token_ids; ++i) {
+      if (std::find(token_ids, last, tokens[i]) != last) continue;
+      --last;
+      *last = tokens[i];
+      logits[last - token_ids] = head_logit(row, tokens[i]);
+    }
+  }
+
+  float head_logit(int row, int32_t token) {
+    head_row_.resize(model_.hidden);
+    unpack_row(model_.head, token, head_row_.data());
+    const bf16* x = hidden_.data() + static_cast<size_t>(row) * model_.hidden;
+    float logit = 0.0f;
+    for (int i = 0; i < model_.hidden; ++i) logit += head_row_[i] * to_float(x[i]);
+    return logit;
   }
 
   void choose(int step, int count) {
@@ -135,7 +156,7 @@ class Chain {
   float* a_;
   const ChainOutputs& out_;
   std::vector<bf16> hidden_;
-  std::vector<float> embeddings_, logits_, scores_;
+  std::vector<float> embeddings_, logits_, scores_, head_row_;
   std::vector<int64_t> indices_;
   std::vector<int32_t> drafts_, positions_, query_start_, seq_lens_, slots_;
 };

@@ -13,7 +13,8 @@ struct ChainModel {
   Decoder* layer;           // the draft's one layer
   const float* norm;        // its output norm, [hidden]
   int hidden;
-  Matrix embedding, core;   // the target's embedding; rows of its head that all sequences share
+  Matrix embedding, head;   // the target's
+  Matrix core;              // rows of the head that all sequences share
   const int32_t* core_ids;  // [core.n]: their tokens; null: 0 .. core.n - 1
   const TailSlabs* tails;   // null: none
   const PriorGraph* graph;
