@@ -92,6 +92,36 @@ class SessionView:
         self._session = _Session(unigrams.ctypes.data, bigrams.table, trigrams.table)
         self.address = ctypes.addressof(self._session)
         """For ``PriorKernel.scores``."""
+        self._vocab_size = len(unigrams)
+
+    def observe(
+        self, token_ids: Sequence[int], two_ago: int, one_ago: int, growth: float, unit: float, ways: int
+    ) -> float:
+        """Count a run of tokens; returns what the last one was worth.
+
+        Args:
+            token_ids: in order.
+            two_ago, one_ago: the tokens before them, -1 for none.
+            growth: each is worth so many times the one before it.
+            unit: what the one before was worth.
+            ways: rows in which a context can live.
+
+        Raises:
+            IndexError: a token is not of the vocabulary.
+        """
+        from kernels.native import load_library
+
+        tokens = array("i", token_ids)
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+            raise IndexError(f"not all of {token_ids} are below {self._vocab_size}")
+        library: Any = load_library()
+        before = ctypes.c_int64(two_ago), ctypes.c_int64(one_ago)
+        worth = ctypes.c_double(growth), ctypes.c_double(unit)
+        begin = ctypes.c_void_p(tokens.buffer_info()[0])
+        result: float = library.evo_observe_ngrams(
+            ctypes.c_void_p(self.address), begin, len(tokens), *before, *worth, ways
+        )
+        return result
 
 
 @dataclass(frozen=True)

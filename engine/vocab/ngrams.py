@@ -13,8 +13,9 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.context_table import ContextTable, Entries
+from engine.vocab.context_table import WAYS, ContextTable, Entries
 from engine.vocab.continuations import Continuations
+from kernels import native_prior
 from kernels.native_prior import SessionView, TableView
 
 HALF_LIFE = 4096.0
@@ -89,6 +90,15 @@ class SessionNgrams:
             before: the tokens right before them, of which the last two are context.
         """
         two_ago, one_ago = [-1, -1, *before[-2:]][-2:]
+        if native_prior.is_available():
+            self.unit = self.view.observe(token_ids, two_ago, one_ago, self._growth, self.unit, WAYS)
+        else:
+            self._observe(token_ids, two_ago, one_ago)
+        self.num_tokens += len(token_ids)
+        if self.unit > _MAX_UNIT:
+            self._rescale()
+
+    def _observe(self, token_ids: Sequence[int], two_ago: int, one_ago: int) -> None:
         for token_id in token_ids:
             self.unit *= self._growth
             self._unigrams_view[token_id] += self.unit
@@ -97,9 +107,6 @@ class SessionNgrams:
                 if two_ago >= 0:
                     self.trigrams.add(_pair(two_ago, one_ago), token_id, self.unit)
             two_ago, one_ago = one_ago, token_id
-        self.num_tokens += len(token_ids)
-        if self.unit > _MAX_UNIT:
-            self._rescale()
 
     def count(self, ngram: Sequence[int]) -> float:
         """The decayed count of one, two or three tokens in a row; 0 if unknown."""

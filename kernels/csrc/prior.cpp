@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 namespace evospec {
@@ -10,14 +11,51 @@ namespace {
 
 constexpr int kIdBits = 31;
 
+// The first of the rows in which a context can live.
+int64_t home_of(const ContextTable& table, int64_t key, int ways) {
+  const uint64_t hash = static_cast<uint64_t>(key) * 0x9E3779B97F4A7C15u;
+  return static_cast<int64_t>(table.shift < 64 ? hash >> table.shift : 0) * ways;
+}
+
 // The row of a context, -1 if it has none.
 int64_t find(const ContextTable& table, int64_t key, int ways) {
-  const uint64_t hash = static_cast<uint64_t>(key) * 0x9E3779B97F4A7C15u;
-  const int64_t home = static_cast<int64_t>(table.shift < 64 ? hash >> table.shift : 0) * ways;
+  const int64_t home = home_of(table, key, ways);
   for (int64_t row = home; row < home + ways; ++row) {
     if (table.keys[row] == key) return row;
   }
   return -1;
+}
+
+void increase(float& count, double amount) { count = static_cast<float>(count + amount); }
+
+// A row for a context that has none: a free one, else that of the smallest sum of counts.
+int64_t take_row(const ContextTable& table, int64_t key, int ways) {
+  const int64_t home = home_of(table, key, ways);
+  int64_t row = std::find(table.keys + home, table.keys + home + ways, -1) - table.keys;
+  if (row == home + ways) {
+    float least = 0.0f;
+    for (int64_t r = home; r < home + ways; ++r) {
+      const float sum = std::accumulate(table.counts + r * table.width, table.counts + (r + 1) * table.width, 0.0f);
+      if (r == home || sum < least) row = r, least = sum;
+    }
+    std::fill_n(table.token_ids + row * table.width, table.width, -1);
+    std::fill_n(table.counts + row * table.width, table.width, 0.0f);
+  }
+  table.keys[row] = key;
+  return row;
+}
+
+// One more continuation of a context; in a full row it takes the place of the smallest count.
+void add_count(const ContextTable& table, int64_t key, int32_t token, double amount, int ways) {
+  const int64_t known = find(table, key, ways), row = known < 0 ? take_row(table, key, ways) : known;
+  int32_t* token_ids = table.token_ids + row * table.width;
+  float* counts = table.counts + row * table.width;
+  const int64_t at = std::find(token_ids, token_ids + table.width, token) - token_ids;
+  if (at < table.width) return increase(counts[at], amount);
+  int64_t place = std::find(token_ids, token_ids + table.width, -1) - token_ids;
+  if (place == table.width) place = std::min_element(counts, counts + table.width) - counts;
+  token_ids[place] = token;
+  counts[place] = static_cast<float>(amount);
 }
 
 // features[column] = value for every column that holds the token.
@@ -111,6 +149,22 @@ void prior_scores(const PriorRows& rows, const PriorGraph& graph, float* feature
   }
 }
 
+double observe_ngrams(const PriorSession& session, const int32_t* token_ids, int count, int64_t two_ago, int64_t one_ago,
+                      double growth, double unit, int ways) {
+  for (int i = 0; i < count; ++i) {
+    const int32_t token = token_ids[i];
+    unit *= growth;
+    increase(session.unigrams[token], unit);
+    if (one_ago >= 0) {
+      add_count(session.bigrams, one_ago, token, unit, ways);
+      if (two_ago >= 0) add_count(session.trigrams, two_ago << kIdBits | one_ago, token, unit, ways);
+    }
+    two_ago = one_ago;
+    one_ago = token;
+  }
+  return unit;
+}
+
 void prior_learn(const PriorLessons& lessons, int32_t* advantages) {
   std::vector<float> ascents(static_cast<size_t>(lessons.count) * kPriorFeatures), scores(lessons.columns);
   for (int n = 0; n < lessons.count; ++n) {
@@ -130,6 +184,11 @@ extern "C" {
 
 void evo_prior_scores(const evospec::PriorRows* rows, const evospec::PriorGraph* graph, float* features, float* scores) {
   evospec::prior_scores(*rows, *graph, features, scores);
+}
+
+double evo_observe_ngrams(const evospec::PriorSession* session, const int32_t* token_ids, int count, int64_t two_ago,
+                          int64_t one_ago, double growth, double unit, int ways) {
+  return evospec::observe_ngrams(*session, token_ids, count, two_ago, one_ago, growth, unit, ways);
 }
 
 void evo_prior_learn(const evospec::PriorLessons* lessons, int32_t* advantages) {

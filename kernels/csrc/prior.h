@@ -9,16 +9,16 @@ constexpr int kPriorFeatures = 5;  // in session, bigram, trigram, graph, match
 
 // A bounded hash table of contexts and what followed them (engine/vocab/context_table.py).
 struct ContextTable {
-  const int64_t* keys;       // [rows]; -1: none
-  const int32_t* token_ids;  // [rows][width]; -1: none
-  const float* counts;       // [rows][width]
+  int64_t* keys;       // [rows]; -1: none
+  int32_t* token_ids;  // [rows][width]; -1: none
+  float* counts;       // [rows][width]
   int32_t shift;             // of the hash: 64 less the bits of rows / ways
   int32_t width;
 };
 
 // What a session has said.
 struct PriorSession {
-  const float* unigrams;  // [vocab]
+  float* unigrams;  // [vocab]
   ContextTable bigrams;
   ContextTable trigrams;
 };
@@ -45,6 +45,11 @@ struct PriorRows {
   int32_t rows, columns, matches, ways;
   double presence_floor;  // counts below this many occurrences are no presence
 };
+
+// Counts a run of tokens of a session (engine/vocab/ngrams.py): each is worth `growth` times the one before it, the first
+// growth * unit. two_ago and one_ago: the tokens before them, -1: none. Returns what the last one was worth.
+double observe_ngrams(const PriorSession& session, const int32_t* token_ids, int count, int64_t two_ago, int64_t one_ago,
+                      double growth, double unit, int ways);
 
 // features [rows][columns][kPriorFeatures] and scores [rows][columns] = logits + features . weights.
 void prior_scores(const PriorRows& rows, const PriorGraph& graph, float* features, float* scores);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.vocab.context_table import WAYS, ContextTable, Entries
 from engine.vocab.ngrams import NgramSizes, SessionNgrams, lookup, presence
+from kernels import native_prior
 
 VOCAB = 64
 SMALL = NgramSizes(bigram_rows=16, bigram_width=2, trigram_rows=16, trigram_width=2)
@@ -21,6 +23,31 @@ NO_DECAY = 1e12
 LIMITS = (1000, 1000, 1000)
 
 texts = st.lists(st.integers(0, VOCAB - 1), max_size=60)
+
+
+@pytest.fixture(scope="module", autouse=True, params=["compiled", "python"])
+def counting(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All tests count with the compiled kernels, where there are any, and without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "python":
+            patch.setattr(native_prior, "is_available", lambda: False)
+        yield
+
+
+@settings(deadline=None)
+@given(text=st.lists(st.integers(0, 20), max_size=200), cut=st.integers(0, 200))
+def test_both_ways_to_count_leave_the_same_tables(text: list[int], cut: int) -> None:
+    sessions = SessionNgrams(VOCAB, SMALL, half_life=NO_DECAY), SessionNgrams(VOCAB, SMALL, half_life=NO_DECAY)
+    sessions[0].observe(text[:cut])
+    sessions[0].observe(text[cut:], before=text[:cut])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_prior, "is_available", lambda: False)
+        sessions[1].observe(text)
+    for name in ("bigrams", "trigrams"):
+        tables = [getattr(session, name) for session in sessions]
+        for array in ("keys", "token_ids", "counts"):
+            assert np.array_equal(*(getattr(table, array) for table in tables)), (name, array)
+    assert np.array_equal(sessions[0].unigrams, sessions[1].unigrams)
 
 
 def contents(table: ContextTable) -> dict[tuple[int, int], float]:
