@@ -106,6 +106,11 @@ class AdaptiveLength:
         self._ratios: dict[str, _Ratio] = {}
         self._idle_steps = 0
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing has been drafted for some steps."""
+        return self._idle_steps >= _PROBE_STEPS
+
     def lengths(self, request_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
         """The best lengths by what is known; while that is none at all, a short probe now and then."""
         ratios = [self._ratios.setdefault(request_id, _Ratio()) for request_id in request_ids]

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 _DEFAULT_CORE = 4096
 """Rows of the static vocabulary that was fastest for SmolLM2 (docs/decisions/010-vocabulary-by-default.md)."""
+_DEFAULT_SESSIONS = "dynamic:512+512"
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
 
@@ -61,8 +62,7 @@ def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokeni
     """The head of a model over the configured vocabulary, whose token counts are in ``directory``."""
     vocabulary = config.speculation.vocabulary
     if vocabulary == "auto":
-        has_counts = (directory / COUNTS_FILE).is_file() and tokenizer.vocab_size > _DEFAULT_CORE
-        vocabulary = f"static:{_DEFAULT_CORE}" if has_counts else "full"
+        vocabulary = _default_vocabulary(config, directory, tokenizer)
     kind, _, size = vocabulary.partition(":")
     core, _, slots = size.partition("+")
     token_ids = None
@@ -72,6 +72,13 @@ def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokeni
     if kind != "dynamic":
         return DraftHead(loaded, token_ids)
     return make_session_head(config, loaded, directory, tokenizer, token_ids, int(slots))
+
+
+def _default_vocabulary(config: EngineConfig, directory: Path, tokenizer: Tokenizer) -> str:
+    """What was fastest with the drafts at hand (docs/decisions/017-vocabulary-measured-again.md)."""
+    if not (directory / COUNTS_FILE).is_file() or tokenizer.vocab_size <= _DEFAULT_CORE:
+        return "full"
+    return _DEFAULT_SESSIONS if config.speculation.method in ("auto", "eagle3") else f"static:{_DEFAULT_CORE}"
 
 
 def always_drafted(tokenizer: Tokenizer) -> Collection[int]:

@@ -23,6 +23,11 @@ from engine.spec.vocab_follower import ComputeLogits, VocabFollower
 class LengthPolicy(Protocol):
     """Decides how many tokens to draft."""
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing has been drafted lately, so that what a draft needs had better be made when it is needed."""
+        ...
+
     def lengths(self, request_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
         """For the decoding sequences of a step; at most ``limits``."""
         ...
@@ -38,6 +43,8 @@ class LengthPolicy(Protocol):
 
 class FixedLength:
     """Always as many tokens as allowed."""
+
+    is_idle = False
 
     def lengths(self, request_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
         return list(limits)
@@ -122,7 +129,7 @@ class Speculator:
         if self._follower is None:
             return 0.0
         started = time.perf_counter()
-        self._follower.follow(sequences, kept, logits, compute_logits, likely)
+        self._follower.follow(sequences, kept, logits, compute_logits, likely, begin=not self._policy.is_idle)
         return time.perf_counter() - started
 
     def _write_log(

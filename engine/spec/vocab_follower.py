@@ -39,6 +39,7 @@ class VocabFollower:
         logits: torch.Tensor,
         compute_logits: ComputeLogits,
         likely: NDArray[np.int64] | None = None,
+        begin: bool = True,
     ) -> None:
         """A step was verified, and is not committed yet.
 
@@ -48,6 +49,7 @@ class VocabFollower:
             logits: [L, vocab] float32, as the target has computed them; may be lost in this call.
             compute_logits: for prompt positions, whose logits nobody else wants.
             likely: ids [L, top_k] of the largest logits, best first, where they are known already.
+            begin: whether new sequences get a vocabulary now, or when they are first drafted for.
         """
 
         def top_k(start: int, end: int) -> NDArray[np.int32]:
@@ -66,7 +68,7 @@ class VocabFollower:
                 if not request.output_token_ids:
                     before_last = min(self._num_prompt_positions, len(sequence.token_ids) - 1)
                     prompts[request.request_id] = range(token - 1 - before_last, token - 1)
-        self.vocab.observe(verified, top_k)
+        self.vocab.observe(verified, top_k, begin)
         rows = [row for of_prompt in prompts.values() for row in of_prompt]
         if rows:
             of_rows = iter(self._most_likely(compute_logits(rows)))

@@ -123,6 +123,8 @@ class DraftVocab:
     def slabs(self, requests: Sequence[Request]) -> list[int]:
         """The tail of each row to draft for; those of a step's first draft are brought up to date before."""
         for request in requests:
+            if request.request_id not in self._sessions:
+                self._start(request)
             vocab = self._sessions.get(request.request_id)
             if vocab is not None and not request.draft_token_ids:
                 self.drafted.begin(request.request_id)
@@ -131,18 +133,20 @@ class DraftVocab:
         sessions = (self._sessions.get(request.request_id) for request in requests)
         return [self._options.max_sessions if vocab is None else vocab.slab for vocab in sessions]
 
-    def observe(self, sequences: Sequence[VerifiedSequence], top_k: RowsTopK) -> None:
+    def observe(self, sequences: Sequence[VerifiedSequence], top_k: RowsTopK, begin: bool = True) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
 
         Args:
             sequences: those that got tokens.
             top_k: called for rows where the target's own choices are wanted.
+            begin: whether sequences that got their first token get a vocabulary; otherwise when they are drafted for.
         """
         self.drafted.learn(sequences)
         for sequence in sequences:
             request_id = sequence.request.request_id
             if request_id not in self._sessions:
-                self._start(sequence.request)
+                if begin and not sequence.request.output_token_ids:
+                    self._start(sequence.request)
             elif not sequence.num_drafts:
                 continue
             if request_id in self._sessions:
@@ -163,6 +167,8 @@ class DraftVocab:
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts."""
+        if request.request_id not in self._sessions and self._states.get(request.request_id) is not None:
+            self._start(request)  # nothing was drafted for it, but its session is to know of it
         vocab = self._sessions.get(request.request_id)
         if vocab is None:
             return None, None

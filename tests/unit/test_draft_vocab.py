@@ -52,6 +52,8 @@ class Harness:
         self.vocab = DraftVocab(self.options, resources)
         self.top: NDArray[np.int32] = np.arange(10, dtype=np.int32)
         """What the target thinks likely at every position."""
+        self.begin = True
+        """Whether new sequences get a vocabulary at once."""
 
     def start(
         self, name: str, prompt: Sequence[int], tenant: str = "t", state: SessionState | None = None, first: int = 1
@@ -66,7 +68,7 @@ class Harness:
         """A step that keeps ``tokens``."""
         request.draft_token_ids = list(drafts)
         verified = [VerifiedSequence(request, tokens, len(drafts), 0)]
-        self.vocab.observe(verified, lambda start, end: np.tile(self.top, (end - start, 1)))
+        self.vocab.observe(verified, lambda start, end: np.tile(self.top, (end - start, 1)), self.begin)
         request.output_token_ids += tokens
         request.all_token_ids += tokens
         request.draft_token_ids = []
@@ -128,6 +130,23 @@ def test_sequences_without_drafts_catch_up_when_they_draft_or_end() -> None:
     past = decode(snapshot, FINGERPRINT, VOCAB)
     assert {700, 701, 702, 703} == set(past.tail_token_ids())
     assert past.num_verified_tokens == 5
+
+
+def test_where_nothing_is_drafted_a_vocabulary_is_made_when_it_is_wanted() -> None:
+    harness = Harness(graph=False)
+    harness.begin = False
+    drafted = harness.start("a", [5, 700, 6])
+    silent = harness.start("b", [5, 800], state=SessionState())
+    ephemeral = harness.start("c", [5, 900])
+    harness.verify(drafted, [701])
+    assert harness.vocab.num_used == 0
+    assert harness.tail(drafted) == {700, 701}
+    assert harness.vocab.num_used == 1
+    assert harness.end(ephemeral) is None
+    snapshot = harness.end(silent)
+    assert snapshot is not None
+    harness.begin = True
+    assert 800 in harness.tail(harness.start("d", [5], state=SessionState(snapshot=snapshot)))
 
 
 def test_no_more_vocabularies_than_configured() -> None:
