@@ -57,7 +57,8 @@ def test_swap(tmp_path: Path, valkey_url: str, smollm2_path: Path, method: str) 
     files = resolve_model(ModelConfig())
     config = make_alignment(tmp_path, valkey_url, method)
     config = config.model_copy(update={"log": config.log.model_copy(update={"control_share": 0.0})})
-    speculation = SpeculationConfig(method="eagle3", adaptive=False)
+    # A vocabulary that does not learn from one answer to the next.
+    speculation = SpeculationConfig(method="eagle3", vocabulary="static:4096", adaptive=False)
     engine = Engine(files, Setting(max_num_seqs=1), speculation, dtype="auto", alignment=config)
     directory = DRAFTS / files.name
     draft = load_draft(directory, torch.bfloat16, CPU)
