@@ -17,12 +17,9 @@ from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
 from kernels.batched_lora import LoraRows
-from kernels.draft_head import TailSlabs
 from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows
-from kernels.native_chain import NativeChain
 from kernels.native_decoder import Decoder, LayerWeights
 from kernels.native_lora import NativeLora
-from kernels.native_prior import PriorKernel
 
 
 class NativeEagle3:
@@ -45,7 +42,7 @@ class NativeEagle3:
         config = draft.config
         if config.intermediate_size % 32:
             raise ModelError(f"draft: intermediate_size {config.intermediate_size} is not a multiple of 32")
-        self._team = team
+        self.team = team
         weights = {name: weight.detach() for name, weight in draft.named_parameters()}
         self._matrices = {
             name: _packed(weight, _row_map(name, weight)) for name, weight in weights.items() if weight.dim() == 2
@@ -61,7 +58,7 @@ class NativeEagle3:
             embedding_norm=self._norms["embedding_norm"],
         )
         rotary = RotaryEmbedding(spec, max_model_len, torch.device("cpu"))
-        self._layer = Decoder(
+        self.layer = Decoder(
             team,
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
@@ -83,11 +80,11 @@ class NativeEagle3:
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """[T, 3 * hidden] → g [T, hidden] float32."""
-        return linear(self._team, self._matrices["fc.weight"], features.bfloat16())
+        return linear(self.team, self._matrices["fc.weight"], features.bfloat16())
 
     def fuse_into(self, store: torch.Tensor, features: Features) -> None:
         """Write g of each token to its slot's row of ``store`` [slots, hidden] bf16."""
-        linear_to_rows(self._team, self._matrices["fc.weight"], features.values.bfloat16(), features.slots, store)
+        linear_to_rows(self.team, self._matrices["fc.weight"], features.values.bfloat16(), features.slots, store)
 
     def forward(
         self,
@@ -105,27 +102,18 @@ class NativeEagle3:
         attention.plan(batch)
         a = g.to(torch.float32, copy=True)
         adapted = None if lora is None else NativeLora(lora)
-        self._layer.forward(attention.batch, attention.cache, a, embeddings.float().contiguous(), adapted)
+        self.layer.forward(attention.batch, attention.cache, a, embeddings.float().contiguous(), adapted)
         wanted = batch.logits_indices
         return a if len(wanted) == len(a) else a[wanted]
 
-    def chain(
-        self,
-        embedding: PackedMatrix,
-        head: PackedMatrix,
-        core: PackedMatrix,
-        core_ids: torch.Tensor | None,
-        tails: TailSlabs | None,
-        prior: PriorKernel | None,
-        candidates: int,
-    ) -> NativeChain:
-        """Chains of drafts in one call; arguments as for ``NativeChain``."""
-        norm = self._norms["output_norm"]
-        return NativeChain(self._team, self._layer, norm, embedding, head, core, core_ids, tails, prior, candidates)
+    @property
+    def output_norm(self) -> torch.Tensor:
+        """[hidden] float32, of ``head_input``."""
+        return self._norms["output_norm"]
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
         """[L, hidden] → RMSNorm(a) bf16, what the target's head projects."""
-        return self._layer.final_norm(self._norms["output_norm"], a.contiguous())
+        return self.layer.final_norm(self.output_norm, a.contiguous())
 
 
 def _packed(weight: torch.Tensor, row_map: npt.NDArray[np.int64]) -> PackedMatrix:

@@ -105,8 +105,9 @@ class DraftHead:
         if self._packed is None:
             return None
         prior = None if self.vocab is None else self.vocab.drafted.prior_kernel
+        draft = network.team, network.layer, network.output_norm
         matrices = target.embedding, target.head, self._packed
-        return network.chain(*matrices, self._core.token_ids, self._tails, prior, CANDIDATES)
+        return NativeChain(*draft, *matrices, self._core.token_ids, self._tails, prior, CANDIDATES)
 
     def draft_chains(
         self,
