@@ -100,12 +100,14 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
     slots: list[int] = []
     wanted: list[int] = []
     ends = [0]
+    seq_lens: list[int] = []
     for sequence in sequences:
         end = sequence.start + len(sequence.token_ids)
         token_ids += sequence.token_ids
         positions += range(sequence.start, end)
         slots += slots_of(sequence.block_ids, sequence.start, end, block_size)
         ends.append(len(token_ids))
+        seq_lens.append(end)
         wanted += range(len(token_ids) - sequence.num_logits, len(token_ids))
 
     def tensor(values: list[int] | npt.NDArray[np.int32], dtype: npt.DTypeLike = np.int32) -> torch.Tensor:
@@ -115,7 +117,7 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
         token_ids=tensor(token_ids),
         positions=tensor(positions),
         query_start_loc=tensor(ends),
-        seq_lens=tensor([sequence.start + len(sequence.token_ids) for sequence in sequences]),
+        seq_lens=tensor(seq_lens),
         block_tables=tensor(padded_block_tables(sequences)),
         slot_mapping=tensor(slots),
         logits_indices=tensor(wanted, np.int64),

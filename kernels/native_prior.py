@@ -161,10 +161,10 @@ class PriorKernel:
         ways: int,
         presence_floor: float,
     ) -> None:
-        self._arrays = graph
+        self._arrays, self._used = graph, used
         addresses = (None, None, None) if graph is None else [array.ctypes.data for array in graph]
-        self.graph = _Graph(*addresses, width, scale)
-        self.used, self.ways, self.presence_floor = used, ways, presence_floor
+        self._graph = _Graph(*addresses, width, scale)
+        self._ways, self._presence_floor = ways, presence_floor
         from kernels.native import load_library
 
         self._library: Any = load_library()
@@ -172,7 +172,7 @@ class PriorKernel:
     @property
     def addresses(self) -> tuple[int, int, int, float]:
         """Graph, used features, ways and presence floor, for ``kernels.native_chain``."""
-        return ctypes.addressof(self.graph), int(self.used.ctypes.data), self.ways, self.presence_floor
+        return ctypes.addressof(self._graph), int(self._used.ctypes.data), self._ways, self._presence_floor
 
     def scores(
         self,
@@ -198,14 +198,14 @@ class PriorKernel:
         rows, columns = token_ids.shape
         arrays = (
             *(np.array(sessions, np.uint64), np.array(units), np.array(contexts, np.int64), weights),
-            *(*matches, token_ids, logits, self.used),
+            *(*matches, token_ids, logits, self._used),
         )
         how = _Rows(
-            *(a.ctypes.data for a in arrays), rows, columns, matches[0].shape[1], self.ways, self.presence_floor
+            *(a.ctypes.data for a in arrays), rows, columns, matches[0].shape[1], self._ways, self._presence_floor
         )
         features, scores = np.empty((rows, columns, NUM_FEATURES), np.float32), np.empty((rows, columns), np.float32)
         self._library.evo_prior_scores(
-            *(ctypes.byref(how), ctypes.byref(self.graph)),
+            *(ctypes.byref(how), ctypes.byref(self._graph)),
             *(ctypes.c_void_p(out.ctypes.data) for out in (features, scores)),
         )
         return features, scores

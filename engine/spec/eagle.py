@@ -184,7 +184,7 @@ class EagleProposer:
 
     def _forward(self, batch: ForwardBatch, pieces: Sequence[Piece], g: torch.Tensor) -> torch.Tensor:
         """a [n, hidden] of the last token of each piece that wants logits. ``batch`` is of the pieces' tokens."""
-        of_tokens = [piece.request_id for piece in pieces for _ in piece.token_ids]
+        of_tokens = (piece.request_id for piece in pieces for _ in piece.token_ids)
         lora = self._adapters.rows(of_tokens) if self._adapters else None
         return self._network.forward(batch, self._attention, self._model.embed(batch.token_ids), g, lora)
 

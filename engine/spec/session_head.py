@@ -59,22 +59,15 @@ class SessionHead(DraftHead):
         if self._vocab.drafted.wants_hidden:
             self._vocab.drafted.remember(requests, hidden.float().cpu().numpy())
         logits, token_ids = self.candidates(hidden, slabs if self.has_tails else None)
-        ids, values = token_ids.cpu().numpy(), logits.cpu().numpy()
-        self._vocab.drafted.include_matches(
-            requests, ids, values, lambda row, tokens: self._logits(hidden[row], tokens)
-        )
-        scores = self._vocab.drafted.with_prior(requests, ids, values)
+        ids, own = token_ids.cpu().numpy(), logits.cpu().numpy()
+        self._vocab.drafted.include_matches(requests, ids, own, lambda row, tokens: self._logits(hidden[row], tokens))
+        scores = self._vocab.drafted.with_prior(requests, ids, own)
         params = [request.sampling for request in requests]
         if all_greedy(params):
             return [int(ids[row, column]) for row, column in enumerate(scores.argmax(axis=1))]
         positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
-        on_device = (
-            torch.from_numpy(scores).to(hidden.device),
-            params,
-            positions,
-            torch.from_numpy(ids).to(hidden.device),
-        )
-        return choose_tokens(*on_device, self.team)
+        logits, token_ids = (torch.from_numpy(array).to(hidden.device) for array in (scores, ids))
+        return choose_tokens(logits, params, positions, token_ids, self.team)
 
     def _logits(self, hidden: torch.Tensor, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """[n] of any tokens."""

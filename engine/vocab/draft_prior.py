@@ -47,11 +47,13 @@ class DraftPrior:
     """
 
     def __init__(self, learned: bool, order: int, graph: BigramGraph | None, matches: bool) -> None:
-        self._learned, self._graph, self._matches = learned, graph, matches
+        self._learned, self._graph = learned, graph
+        self.uses_matches = matches
+        """Whether repeats of the sequence's own text count."""
         self._used = np.array([True, order >= 2, order >= 3, graph is not None, matches], np.float32)
         assert len(self._used) == NUM_FEATURES == native_prior.NUM_FEATURES
-        self._kernel = make_kernel(self._used, graph) if native_prior.is_available() else None
-        """The compiled path; None: numpy."""
+        self.kernel = make_kernel(self._used, graph) if native_prior.is_available() else None
+        """The compiled prior; None: numpy."""
         self._fixed = np.array(LIGHT_DRAFT_WEIGHTS, np.float32)
 
     def score(
@@ -74,13 +76,13 @@ class DraftPrior:
         Returns:
             [B, C] float32, and the candidates of each row as ``learn`` wants them.
         """
-        matches = match_continuations([session.text for session in sessions], drafts) if self._matches else None
+        matches = match_continuations([session.text for session in sessions], drafts) if self.uses_matches else None
         ngrams, weights = [session.ngrams for session in sessions], self._weights(sessions)
-        if self._kernel is not None:
+        if self.kernel is not None:
             units, views = [one.unit for one in ngrams], [one.view.address for one in ngrams]
             known = _no_matches(len(ngrams)) if matches is None else matches
             pair = known.token_ids, known.values
-            features, scores = self._kernel.scores(views, units, contexts, weights, pair, token_ids, logits)
+            features, scores = self.kernel.scores(views, units, contexts, weights, pair, token_ids, logits)
             return scores, drafted_rows(Candidates(token_ids, logits, features))
         bigrams, trigrams = lookup(ngrams, contexts)
         last = np.array([context[1] for context in contexts], np.int32)
@@ -90,22 +92,12 @@ class DraftPrior:
         candidates = Candidates(token_ids, logits, features)
         return candidates.scores(weights).astype(np.float32, copy=False), drafted_rows(candidates)
 
-    @property
-    def uses_matches(self) -> bool:
-        """Whether repeats of the sequence's own text count."""
-        return self._matches
-
-    @property
-    def kernel(self) -> native_prior.PriorKernel | None:
-        """The compiled prior, if there is one."""
-        return self._kernel
-
     def of_chains(
         self, sessions: Sequence[SessionVocab | None], contexts: Sequence[tuple[int, int]]
     ) -> native_prior.ChainPrior:
         """What compiled chains of drafts need to add the prior themselves; None: a row without one."""
         views, units, weights, texts = zip(*map(self._addresses, sessions), strict=True)
-        return native_prior.ChainPrior(views, units, weights, contexts, texts if self._matches else None)
+        return native_prior.ChainPrior(views, units, weights, contexts, texts if self.uses_matches else None)
 
     def learn(self, sessions: Sequence[SessionVocab], drafted: Sequence[Drafted], targets: Sequence[int]) -> None:
         """Learn from verified positions; nothing where the weights are fixed.
@@ -117,9 +109,9 @@ class DraftPrior:
         """
         if not self._learned or not drafted:
             return
-        if self._kernel is not None:
+        if self.kernel is not None:
             owners = [session.weights for session in sessions]
-            advantages = self._kernel.learn(
+            advantages = self.kernel.learn(
                 [one.addresses for one in drafted],
                 drafted[0].candidates.token_ids.shape[1],
                 [owner.address for owner in owners],
