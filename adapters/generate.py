@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -187,6 +188,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 320,
     max_prompt: Annotated[int, typer.Option(help="Longer prompts are left out.")] = 700,
     rounds: Annotated[int, typer.Option(help="Answers to each prompt: the first mostly greedy.")] = 8,
+    skip: Annotated[int, typer.Option(help="Leave out so many of the first prompts: answered elsewhere.")] = 0,
     threads: Annotated[int, typer.Option(help="Compute threads; 0: one a core.")] = 0,
     seconds: Annotated[float, typer.Option(help="Stop after so long.")] = float("inf"),
 ) -> None:
@@ -205,7 +207,8 @@ def main(
     core = EngineCore(config, files, spec, draft=recorder)
     generator = Generator(core, recorder, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
     done = written_keys(directory)
-    jobs = (job for job in jobs_of(read_prompts(text or prompts), rounds if text is None else 1) if job.key not in done)
+    all_jobs = jobs_of(read_prompts(text or prompts), rounds if text is None else 1)
+    jobs = (job for job in itertools.islice(all_jobs, skip, None) if job.key not in done)
     started, made = time.monotonic(), 0
     pending: list[tuple[Conversation, torch.Tensor]] = []
     for conversation, features in generator.run(jobs):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from engine.batch import Features
-from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.proposer import DraftCosts, Proposer
+from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 
 

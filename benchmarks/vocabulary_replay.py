@@ -157,6 +157,15 @@ def trial_prompts(model: str, count: int) -> list[Prompt]:
     return chosen
 
 
+def recorded(model: str, prompts: int, max_tokens: int) -> list[Trace]:
+    """Traces of so many trial prompts of each domain: recorded when first asked for, then kept."""
+    path = CACHE / "traces" / f"{model}-{prompts}x{max_tokens}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(list(record(model, trial_prompts(model, prompts), max_tokens)), path)
+    return load(path)
+
+
 def _tokenizer(model: str) -> Tokenizer:
     return Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
 
@@ -185,11 +194,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=8, help="Of an answer.")] = 128,
 ) -> None:
     """Prints acceptance lengths as ratios to the reference's, by trial prompts."""
-    path = CACHE / "traces" / f"{model}-{prompts}x{max_tokens}.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(list(record(model, trial_prompts(model, prompts), max_tokens)), path)
-    traces, sizes = load(path), sizes_of(model)
+    traces, sizes = recorded(model, prompts, max_tokens), sizes_of(model)
     names = list(dict.fromkeys([reference, *(mode or [f"static:{sizes.fr_spec}", sizes.ours])]))
     drafting = Drafting("eagle3", None, DEPTH, adaptive=False)
     modes = [make_mode(name, model, drafting, sizes.num_special) for name in names]

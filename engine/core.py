@@ -21,8 +21,8 @@ from engine.request import Request
 from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.json_schema import GrammarError
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
-from engine.scheduler import QueueFull, RequestTooLong, ScheduledSequence, Scheduler, SchedulerOutput
-from engine.spec.controller import AdaptiveLength
+from engine.scheduler import QueueFull, RequestTooLong, Scheduler
+from engine.spec.controller import AdaptiveLength, StepCosts
 from engine.spec.costs import CostMeter
 from engine.spec.eagle import EagleProposer
 from engine.spec.load import load_draft
@@ -30,6 +30,7 @@ from engine.spec.ngram import SwitchingProposer
 from engine.spec.proposer import Draft
 from engine.spec.speculator import FixedLength, LengthPolicy, Speculator
 from engine.spec.vocab_follower import VocabFollower
+from engine.step_plan import ScheduledSequence, SchedulerOutput
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker, Truncation
 from engine.vocab.fingerprint import vocabulary_fingerprint
@@ -66,6 +67,8 @@ class EngineCore:
         self.num_blocks = self._runner.num_blocks
         self.draft = draft.description if draft else None
         self.draft_bytes = draft.costs.total(self.num_blocks) if draft else 0
+        self.step_costs: StepCosts | None = None
+        """None without drafts, or where their lengths are fixed."""
         self._speculator = None if draft is None else self._make_speculator(config, draft)
         self.vocabulary = vocabulary_fingerprint(self._tokenizer)
         """Fingerprint of the model's tokens."""
@@ -86,9 +89,8 @@ class EngineCore:
             size, most = config.cache.block_size, config.scheduler.max_batched_tokens
             # Where n-grams always match, as in made-up text, they cost nothing.
             dearest = proposer.otherwise if isinstance(proposer, SwitchingProposer) else proposer
-            policy = AdaptiveLength(
-                CostMeter(self._runner, dearest, size, most, self.max_model_len, follower).measure()
-            )
+            self.step_costs = CostMeter(self._runner, dearest, size, most, self.max_model_len, follower).measure()
+            policy = AdaptiveLength(self.step_costs)
         verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
         return Speculator(proposer, policy, config.speculation.num_speculative_tokens, follower, verify_log)
 

@@ -15,7 +15,7 @@ from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
-from engine.scheduler import ScheduledSequence
+from engine.step_plan import ScheduledSequence
 
 
 class ModelRunner:

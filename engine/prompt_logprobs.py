@@ -7,7 +7,7 @@ import torch
 from engine.messages import TokenLogprob
 from engine.request import Request
 from engine.sampling.logprobs import token_logprobs
-from engine.scheduler import ScheduledSequence
+from engine.step_plan import ScheduledSequence
 
 
 class PromptLogprobs:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
-
 from engine.config import CacheConfig, SchedulerConfig
 from engine.fair_queue import FairQueue
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import EngineStats
 from engine.request import Request
+from engine.step_plan import Drafter, DraftSlot, ScheduledSequence, SchedulerOutput
 
 # Service of one token as fairness counts it; an output token costs about twice a prompt token (VTC, section 5.1).
 PROMPT_TOKEN_SERVICE = 1
@@ -23,65 +20,6 @@ class QueueFull(Exception):
 
 class RequestTooLong(ValueError):
     """The request can never be served: prompt and output exceed the model's length or the whole KV cache."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """One sequence's share of a step: ``token_ids`` at positions ``start``, ``start + 1``, ...
-
-    The last ``num_logits`` of these rows have their logits computed: first ``num_prompt_logits`` rows
-    for ``sampling.prompt_logprobs``, then ``num_sampled`` rows: once the sequence is computed to its
-    end, that of its last known token and one for each draft token. Prompt rows begin at ``start``, the
-    row at position p scores prompt token p + 1; a prompt preempted before its first output token is
-    computed again from position 0, and its rows are given again.
-    """
-
-    request: Request
-    start: int
-    token_ids: list[int]
-    num_draft_tokens: int
-    """How many of ``token_ids`` are drafts; they come last."""
-    num_prompt_logits: int
-    num_logits: int
-    block_ids: list[int]
-    """All blocks of the sequence, in order of position, including those for this step."""
-
-    @property
-    def num_sampled(self) -> int:
-        """Rows from which tokens are chosen, after the prompt's: 0 while prefill is unfinished."""
-        return self.num_logits - self.num_prompt_logits
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSlot:
-    """A decoding sequence's room for draft tokens in the step being planned."""
-
-    request: Request
-    num_tokens: int
-    """Most tokens to draft; may be 0."""
-    block_ids: Sequence[int]
-    """All blocks of the sequence, in order of position; they hold its known tokens and ``num_tokens`` more."""
-
-
-class Drafter(Protocol):
-    """Who drafts while a step is planned."""
-
-    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
-        """How many tokens to draft for each decoding sequence, at most its limit."""
-        ...
-
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
-        """Write ``request.draft_token_ids``, at most ``num_tokens`` for each."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerOutput:
-    """One step. ``preempted`` lost their blocks in this call and wait again."""
-
-    sequences: list[ScheduledSequence]
-    num_tokens: int
-    preempted: list[Request]
 
 
 class Scheduler:

@@ -9,7 +9,7 @@ import torch
 
 from engine.batch import ForwardBatch
 from engine.model_runner import padded_block_tables
-from engine.scheduler import DraftSlot
+from engine.step_plan import DraftSlot
 
 
 def chain_batches(

@@ -65,6 +65,11 @@ class StepCosts:
     next_draft: Curve
     """By sequences: each further draft token."""
 
+    def milliseconds(self, sizes: Sequence[int]) -> dict[str, dict[int, float]]:
+        """All three at some sizes, to be read."""
+        curves = {"verify": self.verify, "first_draft": self.first_draft, "next_draft": self.next_draft}
+        return {name: {size: round(1e3 * curve(size), 3) for size in sizes} for name, curve in curves.items()}
+
 
 @dataclass(slots=True)
 class _Ratio:

@@ -6,14 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import structlog
+
 from engine.messages import SamplingParams
 from engine.model_runner import ModelRunner
 from engine.request import Request
-from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.controller import Curve, StepCosts
 from engine.spec.proposer import Proposer
 from engine.spec.vocab_follower import VocabFollower
+from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.argmax import argmax_rows
+
+log = structlog.get_logger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -27,6 +31,7 @@ _VERIFIED_EACH = 4
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 _VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 16, 32)
 _WARM_UP_SECONDS = 0.5
 _MAX_SECONDS = 2.0
 """For each of the two tables; sizes that are left then lie on the line through the last two."""
@@ -63,14 +68,16 @@ class CostMeter:
         self._blocks_verified = -(-(self._context + _VERIFIED_EACH) // block_size)
 
     def measure(self) -> StepCosts:
-        """The fastest of some runs at each size."""
+        """The fastest of some runs at each size; logged, for they say whether drafts can pay on this machine."""
         drafts = _table(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
         self._warm_up()
-        return StepCosts(
+        costs = StepCosts(
             verify=Curve(_table(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)),
             first_draft=Curve([(size, one) for size, (one, _) in drafts]),
             next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
         )
+        log.info("step costs in ms by tokens or sequences", **costs.milliseconds(_LOGGED_SIZES))
+        return costs
 
     def _warm_up(self) -> None:
         """One step after the other, as in serving: the first dozens take up to twice as long as those that follow."""

@@ -17,7 +17,7 @@ from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
 from engine.request import Request
 from engine.sampling.choose import all_greedy, chain_sampling, choose_tokens
-from engine.scheduler import DraftSlot
+from engine.step_plan import DraftSlot
 from engine.vocab.draft_vocab import DraftVocab
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
 from kernels.native_chain import ChainBatch, ChainResult, NativeChain

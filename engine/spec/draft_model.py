@@ -11,11 +11,11 @@ from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec, build_batch
-from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.chain_batches import chain_batches
 from engine.spec.draft_head import DraftHead
 from engine.spec.entries import EntryLedger
 from engine.spec.proposer import DraftCosts, Proposer
+from engine.step_plan import DraftSlot, ScheduledSequence
 
 
 class DraftModel:

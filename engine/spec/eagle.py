@@ -16,7 +16,6 @@ from engine.model_runner import build_batch, padded_block_tables, slots_of
 from engine.models.eagle3 import Eagle3
 from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
-from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.chain_batches import chain_batches
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle_adapters import EagleAdapters
@@ -24,6 +23,7 @@ from engine.spec.eagle_network import EagleNetwork, make_network
 from engine.spec.entries import EntryLedger, Piece, last_draft
 from engine.spec.proposer import DraftCosts
 from engine.spec.verify_log import VerifyLog
+from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import NativeChain
 from kernels.native_lora import NativeLora
 

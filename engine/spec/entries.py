@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.step_plan import DraftSlot, ScheduledSequence
 
 MAX_CATCH_UP_TOKENS = 512
 """Most unseen tokens that one call of ``catch_up`` lets a draft compute; the rest waits a step."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.batch import Features
-from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.eagle import EagleDraft, EagleProposer
 from engine.spec.proposer import DraftCosts, Proposer
+from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 from engine.vocab.text_matches import TextMatches
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.batch import Features
-from engine.scheduler import DraftSlot, ScheduledSequence
+from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 
 

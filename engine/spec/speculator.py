@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from engine.batch import Features
 from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
-from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec.proposer import Proposer
 from engine.spec.verify_log import VerifyLog
 from engine.spec.vocab_follower import ComputeLogits, VocabFollower
+from engine.step_plan import DraftSlot, ScheduledSequence
 
 
 class LengthPolicy(Protocol):

@@ -18,9 +18,9 @@ from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k
 from engine.messages import AlignmentStats
 from engine.models.config import ModelError
 from engine.request import Request
-from engine.scheduler import ScheduledSequence
 from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.entries import Piece
+from engine.step_plan import ScheduledSequence
 from kernels.topk import topk_rows
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
-from engine.scheduler import ScheduledSequence
+from engine.step_plan import ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 from engine.vocab.verified import VerifiedSequence
 from kernels.topk import topk_rows

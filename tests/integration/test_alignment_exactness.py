@@ -27,7 +27,7 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
 from engine.request import Request
-from engine.scheduler import ScheduledSequence
+from engine.step_plan import ScheduledSequence
 from kernels import native
 from tests.integration.test_speculation_exactness import SAMPLED, SETTINGS
 from tests.tiny_drafts import Engine, SpeculationConfig, make_draft_directory

@@ -11,9 +11,9 @@ import pytest
 from engine.config import DynamicConfig, SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
-from engine.scheduler import DraftSlot
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle import EagleProposer
+from engine.step_plan import DraftSlot
 from kernels import native
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory

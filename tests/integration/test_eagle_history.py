@@ -26,12 +26,12 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
 from engine.models.registry import validate_model_files
-from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec import entries
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle import EagleDraft
 from engine.spec.entries import Piece
 from engine.spec.proposer import Proposer
+from engine.step_plan import DraftSlot, ScheduledSequence
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import make_directory
 

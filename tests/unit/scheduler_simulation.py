@@ -11,7 +11,8 @@ from simulated_kv import SimulatedKV
 from engine.config import CacheConfig, SchedulerConfig
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.scheduler import DraftSlot, ScheduledSequence, Scheduler, SchedulerOutput
+from engine.scheduler import Scheduler
+from engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
 
 BLOCK_SIZE = 16
 

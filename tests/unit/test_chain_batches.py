@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from engine.messages import SamplingParams
 from engine.model_runner import build_batch
 from engine.request import Request
-from engine.scheduler import DraftSlot
 from engine.spec.chain_batches import chain_batches
 from engine.spec.entries import last_draft
+from engine.step_plan import DraftSlot
 
 CPU = torch.device("cpu")
 FIELDS = ("token_ids", "positions", "query_start_loc", "seq_lens", "block_tables", "slot_mapping", "logits_indices")

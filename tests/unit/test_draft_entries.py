@@ -6,9 +6,9 @@ import pytest
 
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.scheduler import DraftSlot, ScheduledSequence
 from engine.spec import entries
 from engine.spec.entries import EntryLedger
+from engine.step_plan import DraftSlot, ScheduledSequence
 
 BLOCK = 16
 

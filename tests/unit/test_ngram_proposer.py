@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.scheduler import DraftSlot
 from engine.spec.ngram import MIN_MATCH, NgramProposer
+from engine.step_plan import DraftSlot
 from engine.vocab.text_matches import MAX_LENGTH, MAX_PLACES
 
 SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
