@@ -165,6 +165,10 @@ class RuntimeConfig(_Section):
     attention_backend: Literal["auto", "torch", "native", "flashinfer"] = Field(
         "auto", description="auto: flashinfer on CUDA, native on a CPU with AVX2, torch otherwise."
     )
+    cuda_graphs: bool = Field(
+        default=True,
+        description="With flashinfer: steps of up to 256 tokens are CUDA graphs, recorded when first needed.",
+    )
     threads: int = Field(default=0, ge=0, description="Compute threads; 0: one for each core this process may use.")
 
 

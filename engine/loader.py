@@ -69,6 +69,8 @@ class LoadedModel:
     make_attention: Callable[[AttentionSpec], AttentionBackend]
     team: native.Team | None = None
     """The threads of the native kernels, where those are used."""
+    cuda_graphs: bool = False
+    """Whether small steps are to be CUDA graphs."""
 
 
 def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.Team | None = None) -> LoadedModel:
@@ -99,7 +101,8 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
         from engine.attention.flashinfer import FlashInferAttention
 
         make_attention = FlashInferAttention
-    return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention)
+    cuda_graphs = backend == "flashinfer" and config.runtime.cuda_graphs
+    return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, cuda_graphs=cuda_graphs)
 
 
 def _load_native(

@@ -11,10 +11,11 @@ import numpy.typing as npt
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import Features, ForwardBatch
+from engine.batch import Features, ForwardBatch, ForwardOutput
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
+from engine.step_graphs import StepGraphs
 from engine.step_plan import ScheduledSequence
 
 
@@ -29,9 +30,13 @@ class ModelRunner:
         self._device = loaded.device
         self._block_size = cache.block_size
         self.num_blocks = num_kv_blocks(loaded, cache, draft_bytes_per_block)
-        spec = attention_spec(loaded, cache, self.num_blocks)
-        self.kv_bytes = self.num_blocks * spec.bytes_per_block
+        spare_blocks = int(loaded.cuda_graphs)
+        spec = attention_spec(loaded, cache, self.num_blocks + spare_blocks)
+        self.kv_bytes = spec.num_blocks * spec.bytes_per_block
         self._attention: AttentionBackend = loaded.make_attention(spec)
+        self._graphs: StepGraphs | None = None
+        if loaded.cuda_graphs:
+            self._graphs = StepGraphs(loaded.model, self._attention, -(-loaded.max_model_len // cache.block_size))
         self._hidden = torch.empty(0)
 
     @torch.inference_mode()
@@ -45,11 +50,16 @@ class ModelRunner:
             features of all tokens, if layers are captured.
         """
         batch = build_batch(sequences, self._block_size, self._device)
-        output = self._model.forward(batch, self._attention, capture)
+        output = self._forward(batch, capture)
         self._hidden, wanted = output.hidden, batch.logits_indices
         rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
         features = None if output.features is None else Features(output.features, batch.slot_mapping)
         return self._model.compute_logits(rows), features
+
+    def _forward(self, batch: ForwardBatch, capture: Sequence[int]) -> ForwardOutput:
+        if self._graphs is not None:
+            return self._graphs.forward(batch, capture)
+        return self._model.forward(batch, self._attention, capture)
 
     @torch.inference_mode()
     def compute_logits(self, rows: Sequence[int]) -> torch.Tensor:

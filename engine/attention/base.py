@@ -58,3 +58,14 @@ class AttentionBackend(ABC):
         Returns:
             [T, num_heads, head_dim], dtype of q.
         """
+
+    def fixed(self, num_tokens: int, max_blocks: int) -> AttentionBackend:
+        """The same cache, for steps of exactly so many tokens and as many sequences, of up to ``max_blocks`` each.
+
+        It reads its plan from memory that stays where it is, so that a CUDA graph of its ``forward`` can be replayed
+        after each ``plan``.
+
+        Raises:
+            NotImplementedError: by default: this backend has no such form.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be part of a CUDA graph")

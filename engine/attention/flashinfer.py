@@ -68,38 +68,97 @@ class FlashInferAttention(AttentionBackend):
         reason = unsupported_reason(spec)
         if reason is not None:
             raise ModelError(f"runtime.attention_backend flashinfer cannot be used: {reason}")
-        try:
-            import flashinfer
-        except ImportError as error:
-            raise ModelError(f"flashinfer cannot be imported ({error}): install evospec[gpu]") from error
+        flashinfer = _import_flashinfer()
         shape = (spec.num_layers, 2, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         self._cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
         # Zeros: the decode wrapper wants them. Shared: only one of the two runs in a step.
-        workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=spec.device)
-        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, _LAYOUT)
-        self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, _LAYOUT, use_tensor_cores=True)
+        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=spec.device)
+        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, _LAYOUT)
+        self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, _LAYOUT, use_tensor_cores=True)
         self._wrapper: Any = self._decode
         self._slot_mapping = torch.empty(0)
 
     def plan(self, batch: ForwardBatch) -> None:
         self._slot_mapping = batch.slot_mapping.long()
-        table, spec = page_table(batch, self.spec.block_size), self.spec
-        pages = (table.indptr, table.indices, table.last_page_len)
-        shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
-        dtypes = {"q_data_type": spec.dtype, "kv_data_type": spec.dtype}
         if len(batch.token_ids) == len(batch.seq_lens):
             self._wrapper = self._decode
-            self._decode.plan(*pages, *shape, **dtypes)
+            self._decode.plan(*_shape(batch, self.spec), **_dtypes(self.spec))
         else:
             self._wrapper = self._prefill
-            self._prefill.plan(batch.query_start_loc.cpu(), *pages, *shape, causal=True, **dtypes)
+            self._prefill.plan(
+                batch.query_start_loc.cpu(), *_shape(batch, self.spec), causal=True, **_dtypes(self.spec)
+            )
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys, values = self._cache[layer]
-        keys.flatten(0, 1)[self._slot_mapping] = k
-        values.flatten(0, 1)[self._slot_mapping] = v
-        output: torch.Tensor = self._wrapper.run(q.contiguous(), (keys, values))
-        return output
+        return _attend(self._wrapper, self._cache[layer], self._slot_mapping, q, k, v)
+
+    def fixed(self, num_tokens: int, max_blocks: int) -> AttentionBackend:
+        return _FixedFlashInfer(self.spec, self._cache, self._workspace, num_tokens, max_blocks)
+
+
+class _FixedFlashInfer(AttentionBackend):
+    """The prefill wrapper with buffers of its own, which a CUDA graph reads; see ``AttentionBackend.fixed``.
+
+    The first plan tells the wrapper how many query rows there can be, so every plan must have as many.
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, cache: torch.Tensor, workspace: torch.Tensor, num_tokens: int, max_blocks: int
+    ) -> None:
+        super().__init__(spec)
+        self._cache = cache
+
+        def buffer(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=spec.device)
+
+        self._slot_mapping = buffer(num_tokens, torch.int64)
+        self._wrapper = _import_flashinfer().BatchPrefillWithPagedKVCacheWrapper(
+            workspace,
+            _LAYOUT,
+            use_cuda_graph=True,
+            qo_indptr_buf=buffer(num_tokens + 1),
+            paged_kv_indptr_buf=buffer(num_tokens + 1),
+            paged_kv_indices_buf=buffer(num_tokens * max_blocks),  # sequences may share blocks
+            paged_kv_last_page_len_buf=buffer(num_tokens),
+            backend="fa2",  # the kernel that was read for what it does with sequences of no query
+        )
+
+    def plan(self, batch: ForwardBatch) -> None:
+        self._slot_mapping.copy_(batch.slot_mapping)
+        self._wrapper.plan(batch.query_start_loc.cpu(), *_shape(batch, self.spec), causal=True, **_dtypes(self.spec))
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _attend(self._wrapper, self._cache[layer], self._slot_mapping, q, k, v)
+
+
+def _import_flashinfer() -> Any:
+    try:
+        import flashinfer
+    except ImportError as error:
+        raise ModelError(f"flashinfer cannot be imported ({error}): install evospec[gpu]") from error
+    return flashinfer
+
+
+def _shape(batch: ForwardBatch, spec: AttentionSpec) -> tuple[Any, ...]:
+    """What all wrappers' plans want first: the page table, then heads, their width, and tokens in a page."""
+    table = page_table(batch, spec.block_size)
+    heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    return table.indptr, table.indices, table.last_page_len, *heads, spec.block_size
+
+
+def _dtypes(spec: AttentionSpec) -> dict[str, torch.dtype]:
+    return {"q_data_type": spec.dtype, "kv_data_type": spec.dtype}
+
+
+def _attend(
+    wrapper: Any, cache: torch.Tensor, slots: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Write keys and values, then run what was planned. ``cache``: of one layer; ``slots`` [T] int64."""
+    keys, values = cache
+    keys.flatten(0, 1)[slots] = k
+    values.flatten(0, 1)[slots] = v
+    output: torch.Tensor = wrapper.run(q.contiguous(), (keys, values))
+    return output
 
 
 def unsupported_reason(spec: AttentionSpec) -> str | None:

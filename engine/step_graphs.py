@@ -1,0 +1,138 @@
+"""Steps of few tokens as CUDA graphs: one launch instead of several hundred, which is most of such a step's time.
+
+A graph computes a fixed number of tokens. A step is padded to the next size: each token that is too many is a sequence
+of its own, in a block that belongs to nobody. So one graph serves decodes and verifications of any mixture.
+
+NOT RUN on a GPU so far (docs/decisions/018-cuda-graphs.md): what is padded, and what comes out, is tested on a CPU with
+steps that are computed anew where a graph would be replayed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from engine.attention.base import AttentionBackend
+from engine.batch import ForwardBatch, ForwardOutput
+from engine.loader import CausalLM
+
+SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+"""Tokens of a graph. Larger steps keep a GPU busy without one."""
+_WARM_UPS = 2
+"""Runs before a capture: libraries allocate in their first."""
+
+Replay = Callable[[], None]
+Recorder = Callable[[Callable[[], ForwardOutput]], tuple[Replay, ForwardOutput]]
+"""Runs a function, and gives what computes its output anew in place, and that output."""
+
+
+class CudaGraphRecorder:
+    """Captures what a function launches. Graphs share their memory: only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], ForwardOutput]) -> tuple[Replay, ForwardOutput]:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = run()
+        return graph.replay, output
+
+
+def padded(batch: ForwardBatch, size: int, spare_block: int, block_size: int) -> ForwardBatch:
+    """The batch with ``size`` tokens and ``size`` sequences, the batch's own first.
+
+    Further tokens are sequences of one token in ``spare_block``; sequences further than those have no token. A batch
+    has no more sequences than tokens, so there is one for each.
+    """
+    num_tokens, num_sequences = len(batch.token_ids), len(batch.seq_lens)
+    more_tokens, more_sequences = size - num_tokens, size - num_sequences
+    ends = torch.arange(num_tokens + 1, num_tokens + 1 + more_sequences, dtype=torch.int32).clamp_(max=size)
+    return replace(
+        batch,
+        token_ids=F.pad(batch.token_ids, (0, more_tokens)),
+        positions=F.pad(batch.positions, (0, more_tokens)),
+        query_start_loc=torch.cat((batch.query_start_loc, ends.to(batch.query_start_loc.device))),
+        seq_lens=F.pad(batch.seq_lens, (0, more_sequences), value=1),
+        block_tables=F.pad(batch.block_tables, (0, 0, 0, more_sequences), value=spare_block),
+        slot_mapping=F.pad(batch.slot_mapping, (0, more_tokens), value=spare_block * block_size),
+    )
+
+
+class _Planned(AttentionBackend):
+    """A backend that was planned before: a graph holds what a model launches, and a plan is made on the CPU."""
+
+    def __init__(self, backend: AttentionBackend) -> None:
+        super().__init__(backend.spec)
+        self._backend = backend
+
+    def plan(self, batch: ForwardBatch) -> None:
+        """Nothing."""
+
+    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self._backend.forward(layer, q, k, v)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A recorded step and the memory that it reads."""
+
+    attention: AttentionBackend
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    replay: Replay
+    output: ForwardOutput
+
+
+class StepGraphs:
+    """Runs a model's steps, by graphs where they are small. A graph is recorded when a step of its size first comes.
+
+    Args:
+        model: computes on the backend's device.
+        attention: owns the cache, whose last block no sequence uses; it must have a ``fixed`` form.
+        max_blocks: of a sequence.
+        record: in place of a ``CudaGraphRecorder``, where there is no GPU.
+    """
+
+    def __init__(
+        self, model: CausalLM, attention: AttentionBackend, max_blocks: int, record: Recorder | None = None
+    ) -> None:
+        self._model, self._attention, self._max_blocks = model, attention, max_blocks
+        self._record = record or CudaGraphRecorder()
+        self._spare_block = attention.spec.num_blocks - 1
+        self._graphs: dict[tuple[int, tuple[int, ...]], _Graph] = {}
+
+    def forward(self, batch: ForwardBatch, capture: Sequence[int] = ()) -> ForwardOutput:
+        """As the model's ``forward``; the output is valid until the next step."""
+        num_tokens = len(batch.token_ids)
+        if num_tokens > SIZES[-1]:
+            return self._model.forward(batch, self._attention, capture)
+        size = SIZES[bisect_left(SIZES, num_tokens)]
+        batch = padded(batch, size, self._spare_block, self._attention.spec.block_size)
+        graph = self._graphs.get((size, tuple(capture)))
+        if graph is None:
+            graph = self._graphs[size, tuple(capture)] = self._make(batch, capture)
+        else:
+            graph.attention.plan(batch)
+            graph.token_ids.copy_(batch.token_ids)
+            graph.positions.copy_(batch.positions)
+        graph.replay()  # after recording too: a capture computes nothing
+        features = graph.output.features
+        return ForwardOutput(graph.output.hidden[:num_tokens], None if features is None else features[:num_tokens])
+
+    def _make(self, batch: ForwardBatch, capture: Sequence[int]) -> _Graph:
+        attention = self._attention.fixed(len(batch.token_ids), self._max_blocks)
+        attention.plan(batch)
+        own = replace(batch, token_ids=batch.token_ids.clone(), positions=batch.positions.clone())
+        replay, output = self._record(lambda: self._model.forward(own, _Planned(attention), capture))
+        return _Graph(attention, own.token_ids, own.positions, replay, output)
