@@ -59,7 +59,8 @@ def rank_shares(traces: Sequence[Trace]) -> NDArray[np.float64]:
             reached[depth] += alive.sum()
             hits[depth] += right[alive].sum(0)
             alive &= right[:, 0]
-    return hits / reached.clip(1)[:, None]
+    shares: NDArray[np.float64] = hits / reached.clip(1)[:, None]
+    return shares
 
 
 def best_trees(shares: NDArray[np.float64]) -> list[Shape]:
