@@ -161,7 +161,9 @@ def _trace(unroller: Unroller, answered: Answered) -> Trace:
         lengths=torch.tensor([length]),
         first_anchors=torch.tensor([0]),
     )
-    steps = [(state[0, len(prompt) :] @ head.T).topk(WIDTH) for state in unroller.steps(batch, DEPTH)]
+    with unroller.precision():
+        states = [state[0, len(prompt) :].float() for state in unroller.steps(batch, DEPTH)]
+    steps = [(state @ head.T).topk(WIDTH) for state in states]
     of_target = unroller.target.head_input(features[len(prompt) - 1 :, -hidden:].to(torch.bfloat16)).float() @ head.T
     return Trace(
         answered.prompt.domain,
