@@ -165,6 +165,11 @@ class RuntimeConfig(_Section):
     attention_backend: Literal["auto", "torch", "native", "flashinfer"] = Field(
         "auto", description="auto: flashinfer on CUDA, native on a CPU with AVX2, torch otherwise."
     )
+    activation_bits: Literal["auto", "8", "15"] = Field(
+        default="auto",
+        description="On a CPU, of activations that are multiplied with weights of 4 to 8 bits; auto: 8 with AVX-512 "
+        "without AMX, where products then take half of the instructions, 15 otherwise.",
+    )
     cuda_graphs: bool = Field(
         default=True,
         description="With flashinfer: steps of up to 256 tokens are CUDA graphs, recorded when first needed.",

@@ -69,6 +69,8 @@ class LoadedModel:
     make_attention: Callable[[AttentionSpec], AttentionBackend]
     team: native.Team | None = None
     """The threads of the native kernels, where those are used."""
+    digits: int = 2
+    """Of 8 bits each, of activations in the native kernels."""
     cuda_graphs: bool = False
     """Whether small steps are to be CUDA graphs."""
 
@@ -108,8 +110,8 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
 def _load_native(
     config: EngineConfig, source: WeightSource, spec: ModelSpec, max_model_len: int, team: native.Team
 ) -> LoadedModel:
-    keep_quantized = config.model.quantization == "auto"
-    model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized)
+    keep_quantized, digits = config.model.quantization == "auto", _digits(config)
+    model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized, digits=digits)
 
     def make_attention(attention: AttentionSpec) -> AttentionBackend:
         from engine.attention.native_cpu import NativeAttention
@@ -117,7 +119,14 @@ def _load_native(
         return NativeAttention(attention, team)
 
     device = torch.device("cpu")
-    return LoadedModel(model, spec, max_model_len, torch.bfloat16, device, "native", make_attention, team)
+    return LoadedModel(model, spec, max_model_len, torch.bfloat16, device, "native", make_attention, team, digits)
+
+
+def _digits(config: EngineConfig) -> int:
+    bits = config.runtime.activation_bits
+    if bits == "8" and not native.has_one_digit():
+        raise ModelError("runtime.activation_bits 8 needs a CPU with AVX-512")
+    return native.fastest_digits() if bits == "auto" else {"8": 1, "15": 2}[bits]
 
 
 def _device(name: str) -> torch.device:

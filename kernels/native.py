@@ -29,6 +29,7 @@ class MatrixStruct(ctypes.Structure):
         ("format", ctypes.c_int),
         ("n", ctypes.c_int),
         ("k", ctypes.c_int),
+        ("digits", ctypes.c_int),
         ("data", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
     )
@@ -106,9 +107,12 @@ class PackedMatrix:
         n, k: shape; k a multiple of 32.
         parts: together all n rows, all of one packed format.
         bias: float32 [n], or None.
+        digits: of 8 bits each, that activations have where they are multiplied with quantised weights: 1 or 2.
     """
 
-    def __init__(self, n: int, k: int, parts: Sequence[MatrixPart], bias: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, n: int, k: int, parts: Sequence[MatrixPart], bias: torch.Tensor | None = None, digits: int = 2
+    ) -> None:
         formats = {part.format for part in parts}
         if len(formats) != 1 or k % 32:
             raise ValueError(f"cannot pack: formats {formats}, k = {k}")
@@ -118,7 +122,7 @@ class PackedMatrix:
         self._memory = huge_zeros(self.num_bytes)
         self._bias = None if bias is None else torch.nn.functional.pad(bias.float(), (0, padded - n))
         self._pack(parts)
-        self.struct = MatrixStruct(self.format, n, k, self._memory.data_ptr(), address(self._bias))
+        self.struct = MatrixStruct(self.format, n, k, digits, self._memory.data_ptr(), address(self._bias))
 
     def repack(self, parts: Sequence[MatrixPart]) -> None:
         """Put another weight of the same shape and format in place; ``parts`` as at first."""
@@ -167,9 +171,22 @@ def has_fast_bf16() -> bool:
     return unsupported_reason() is None and bool(load_library().evo_has_fast_bf16())
 
 
+def has_one_digit() -> bool:
+    """Whether activations can be multiplied in 8 bits."""
+    return unsupported_reason() is None and bool(load_library().evo_has_one_digit())
+
+
+def fastest_digits() -> int:
+    """Digits of activations, of 8 bits each, with which products are fastest on this CPU."""
+    return int(load_library().evo_fastest_digits())
+
+
 @functools.cache
 def max_exact_rows() -> int:
-    """Up to so many rows of a step, a row's products with quantised weights do not depend on the other rows."""
+    """Up to so many rows, a row's products of two digits with quantised weights do not depend on the other rows.
+
+    Those of one digit never do.
+    """
     return int(load_library().evo_max_direct_rows())
 
 

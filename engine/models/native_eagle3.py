@@ -33,19 +33,22 @@ class NativeEagle3:
         spec: of the target.
         team: runs the kernels.
         max_model_len: longest sequence in tokens.
+        digits: of activations, as ``PackedMatrix`` has them.
 
     Raises:
         ModelError: the kernels cannot run a draft of this width.
     """
 
-    def __init__(self, draft: Eagle3, spec: ModelSpec, team: Team, max_model_len: int) -> None:
+    def __init__(self, draft: Eagle3, spec: ModelSpec, team: Team, max_model_len: int, digits: int = 2) -> None:
         config = draft.config
         if config.intermediate_size % 32:
             raise ModelError(f"draft: intermediate_size {config.intermediate_size} is not a multiple of 32")
         self.team = team
         weights = {name: weight.detach() for name, weight in draft.named_parameters()}
         self._matrices = {
-            name: _packed(weight, _row_map(name, weight)) for name, weight in weights.items() if weight.dim() == 2
+            name: _packed(weight, _row_map(name, weight), digits)
+            for name, weight in weights.items()
+            if weight.dim() == 2
         }
         self._norms = {name: weight.float().clone() for name, weight in weights.items() if weight.dim() == 1}
         layer = LayerWeights(
@@ -116,9 +119,9 @@ class NativeEagle3:
         return self.layer.final_norm(self.output_norm, a.contiguous())
 
 
-def _packed(weight: torch.Tensor, row_map: npt.NDArray[np.int64]) -> PackedMatrix:
+def _packed(weight: torch.Tensor, row_map: npt.NDArray[np.int64], digits: int) -> PackedMatrix:
     n, k = weight.shape
-    return PackedMatrix(n, k, [_part(weight, row_map)])
+    return PackedMatrix(n, k, [_part(weight, row_map)], digits=digits)
 
 
 def _part(weight: torch.Tensor, row_map: npt.NDArray[np.int64]) -> MatrixPart:

@@ -37,10 +37,17 @@ class NativeLlama:
     """
 
     def __init__(
-        self, source: WeightSource, spec: ModelSpec, team: Team, max_model_len: int, *, keep_quantized: bool
+        self,
+        source: WeightSource,
+        spec: ModelSpec,
+        team: Team,
+        max_model_len: int,
+        *,
+        keep_quantized: bool,
+        digits: int = 2,
     ) -> None:
         self.spec, self._team = spec, team
-        self._pack = pack = _Packer(source, spec, keep_quantized)
+        self._pack = pack = _Packer(source, spec, keep_quantized, digits)
         self.embedding = pack.matrix("model.embed_tokens.weight")
         self.head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
         self._logits = torch.empty(0, spec.vocab_size)
@@ -100,8 +107,9 @@ class NativeLlama:
 class _Packer:
     """Packs a model's matrices in the precision they have in the file, or as bf16."""
 
-    def __init__(self, source: WeightSource, spec: ModelSpec, keep_quantized: bool) -> None:
+    def __init__(self, source: WeightSource, spec: ModelSpec, keep_quantized: bool, digits: int) -> None:
         self._source, self._spec, self._keep_quantized = source, spec, keep_quantized
+        self._digits = digits
         self._shapes = spec.tensor_shapes()
 
     def matrix(self, *names: str) -> PackedMatrix:
@@ -120,7 +128,7 @@ class _Packer:
             part = MatrixPart(target, int(tensor.type), blocks=tensor.blocks[row_ids])
         else:
             part = MatrixPart(target, values=self._source.dequantized(name)[torch.from_numpy(row_ids)])
-        return PackedMatrix(len(row_ids), self._shapes[name][1], [part], None)
+        return PackedMatrix(len(row_ids), self._shapes[name][1], [part], None, self._digits)
 
     def layer(self, index: int) -> LayerWeights:
         prefix = f"model.layers.{index}."
@@ -145,7 +153,7 @@ class _Packer:
     ) -> PackedMatrix:
         keep = len({self._format(name) for name in names}) == 1
         parts = [self._part(name, row_map, keep) for name, row_map in zip(names, rows, strict=True)]
-        return PackedMatrix(sum(map(len, rows)), self._shapes[names[0]][1], parts, bias)
+        return PackedMatrix(sum(map(len, rows)), self._shapes[names[0]][1], parts, bias, self._digits)
 
     def _part(self, name: str, row_map: npt.NDArray[np.int64], keep: bool) -> MatrixPart:
         tensor = self._source.quantized(name)

@@ -108,5 +108,5 @@ def make_network(draft: Eagle3, target: LoadedModel) -> EagleNetwork:
         ModelError: the compiled kernels cannot run a draft of this shape.
     """
     if target.team is not None:
-        return NativeEagle3(draft, target.spec, target.team, target.max_model_len)
+        return NativeEagle3(draft, target.spec, target.team, target.max_model_len, target.digits)
     return TorchEagleNetwork(draft, RotaryEmbedding(target.spec, target.max_model_len, target.device))

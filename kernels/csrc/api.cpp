@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "direct.h"
 #include "draft_chain.h"
 #include "gguf_rows.h"
 #include "tiles.h"
@@ -14,7 +15,7 @@ using namespace evospec;
 extern "C" {
 
 struct EvoMatrix {
-  int format, n, k;
+  int format, n, k, digits;
   const uint8_t* data;
   const float* bias;
 };
@@ -76,6 +77,7 @@ static Matrix to_matrix(const EvoMatrix& m) {
   out.format = m.format;
   out.n = m.n;
   out.k = m.k;
+  out.digits = kHasOneDigit ? m.digits : 2;
   out.data = m.data;
   out.bias = m.bias;
   return out;
@@ -87,6 +89,10 @@ void evo_team_free(Team* team) { delete team; }
 int evo_has_fast_bf16() { return has_fast_bf16(); }
 
 int evo_max_direct_rows() { return max_direct_rows(); }
+
+int evo_has_one_digit() { return kHasOneDigit; }
+
+int evo_fastest_digits() { return fastest_digits(); }
 
 // out [rows][n] = x W^T + bias; x is bf16 [rows rounded up to a multiple of 16][k].
 void evo_linear(Team* team, const EvoMatrix* weight, const bf16* x, int rows, float* out) {

@@ -1,8 +1,9 @@
-// Products of few rows with quantised weights: the codes are multiplied as integers, without being expanded first.
+// Products of quantised weights whose codes are multiplied as integers, without being expanded first.
 //
 // x is written as scale * (128 high + low) for each block of 32 k, with high and low in 8 bits: 15 bits below the
-// block's largest value, where bf16 has 8. Sums of a block are then exact integers, and float32 only adds up blocks,
-// always in the same order: a row's result does not depend on how many rows are multiplied with it.
+// block's largest value, where bf16 has 8. Or as scale * high, for half of the instructions. Sums of a block are then
+// exact integers, and float32 only adds up blocks, always in the same order: a row's result does not depend on how many
+// rows are multiplied with it.
 #pragma once
 
 #include <vector>
@@ -19,6 +20,7 @@ namespace evospec {
 
 // Rows of activations as the integers of a product. Every thread makes its own: that takes little, and shared ones
 // would need another barrier.
+template <int kDigits>
 class DirectRows {
  public:
   // x: bf16 [rows][k]
@@ -29,13 +31,13 @@ class DirectRows {
 
  private:
   struct Block {  // 32 k of one row
-    Digits digits;
+    Digits<kDigits> digits;
     float scale;
     float sum;            // of the values
-    int32_t code_sum[2];  // of 128 high + low, k < 16 and the rest
-    int32_t padding[12];
+    int32_t code_sum[2];  // of the integers, k < 16 and the rest
+    int32_t padding[kDigits == 2 ? 12 : 4];
   };
-  static_assert(sizeof(Block) == 128);
+  static_assert(sizeof(Block) == (kDigits == 2 ? 128 : 64));
 
   template <int M>
   void multiply_rows(const Matrix& weight, int group, const Block* rows, float* y, int stride) const;

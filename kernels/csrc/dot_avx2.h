@@ -8,11 +8,18 @@
 
 namespace evospec {
 
-constexpr int kDirectRows = 5;  // of one product: their sums fill the registers
+constexpr int kDirectRows = 5;        // of one product: their sums fill the registers
+constexpr bool kHasOneDigit = false;  // products of 16 bits are as fast as those of 8 would be
+
+template <int kDigits>
+struct Digits;
 
 // 32 integers in the order of code pairs: of each four, 0 and 2, then 1 and 3.
-struct Digits {
+template <>
+struct Digits<2> {
   int16_t pairs[32];
+
+  static constexpr int kLargest = 128 * 127 + 63;  // as with AVX-512
 
   void set(Ints first, Ints second) {  // each in -16319 .. 16319
     store_pairs(pairs, first);
@@ -52,7 +59,7 @@ inline __attribute__((always_inline)) void add(__m256i& sum, __m256i product) {
 }
 
 // sums[m] = the integer sums over quad rows kBegin .. kEnd - 1 of row m, in every column, less shifts[m].
-template <int M, int kFormat, int kBegin, int kEnd, typename Row>
+template <int kDigits, int M, int kFormat, int kBegin, int kEnd, typename Row>
 inline __attribute__((always_inline)) void dot(const uint8_t* block, Row row, const int* shifts, Ints* sums) {
   for (int m = 0; m < M; ++m) sums[m] = all(-shifts[m]);
 #pragma GCC unroll 8

@@ -14,7 +14,8 @@ namespace {
 
 struct Scratch {  // per thread, grows to the largest use
   std::vector<bf16> tiles;  // expanded groups
-  DirectRows direct;
+  DirectRows<2> direct;
+  DirectRows<kHasOneDigit ? 1 : 2> direct_one_digit;
   alignas(64) float y[kMaxTileRows * kPairColumns];
 };
 
@@ -109,24 +110,39 @@ void tile_pairs(const Linear& op, int begin, int end) {
   }
 }
 
-// As many pairs as fit in the second-level cache beside the rows themselves, up to 8.
-int pairs_at_once(const Linear& op) {
+// As many pairs as fit in the second-level cache beside the rows themselves, up to 8: as codes, or expanded.
+int pairs_at_once(const Linear& op, bool direct) {
   constexpr size_t kCacheBytes = 1280 * 1024, kMost = 8;
-  const size_t pair_bytes = 2 * static_cast<size_t>(op.weight->k) * kGroup * sizeof(bf16);
+  const size_t expanded = static_cast<size_t>(op.weight->k) * kGroup * sizeof(bf16);
+  const size_t pair_bytes = 2 * (direct ? op.weight->group_bytes() : expanded);
   return static_cast<int>(std::clamp<size_t>(kCacheBytes / pair_bytes, 1, kMost));
 }
 
 // ---- codes as they are ----
 
-bool goes_direct(const Linear& op) { return op.weight->format != kBf16 && op.rows <= max_direct_rows(); }
+constexpr int kRowsAtOnce = 48;  // their integers stay in the caches while some pairs are multiplied with them
 
-void direct_pair(const Linear& op, int pair) {
+bool goes_direct(const Linear& op) {
+  return op.weight->format != kBf16 && (op.weight->digits == 1 || op.rows <= max_direct_rows());
+}
+
+template <typename Rows>
+void direct_pair(const Linear& op, const Rows& rows, int pair, int begin, int end) {
   float* y = scratch().y;
-  in_equal_parts(op.rows, kDirectRows, [&](int first, int count) {
-    scratch().direct.multiply(*op.weight, 2 * pair, first, count, y, kPairColumns);
-    scratch().direct.multiply(*op.weight, 2 * pair + 1, first, count, y + kGroup, kPairColumns);
-    for (int m = 0; m < count; ++m) finish_row(op, first + m, pair * kPairColumns, y + m * kPairColumns);
+  in_equal_parts(end - begin, kDirectRows, [&](int first, int count) {
+    rows.multiply(*op.weight, 2 * pair, begin + first, count, y, kPairColumns);
+    rows.multiply(*op.weight, 2 * pair + 1, begin + first, count, y + kGroup, kPairColumns);
+    for (int m = 0; m < count; ++m) finish_row(op, begin + first + m, pair * kPairColumns, y + m * kPairColumns);
   });
+}
+
+template <typename Rows>
+void direct_pairs(const Linear& op, const Rows& rows, int begin, int end) {
+  for (int row = 0; row < op.rows; row += kRowsAtOnce) {
+    for (int pair = begin; pair < end; ++pair) {
+      direct_pair(op, rows, pair, row, std::min(row + kRowsAtOnce, op.rows));
+    }
+  }
 }
 
 }  // namespace
@@ -137,23 +153,30 @@ int max_direct_rows() {
   return has_amx() ? kBesideAmx : kBesideVectors;
 }
 
+int fastest_digits() { return kHasOneDigit && !has_amx() ? 1 : 2; }
+
 void linear(Team& team, const Linear& op) {
-  const bool direct = goes_direct(op);
-  const bool many = !direct && op.rows > kMaxTileRows;
-  if (direct) {
-    scratch().direct.assign(op.x, op.rows, op.weight->k);
-  } else {
+  const bool direct = goes_direct(op), one_digit = op.weight->digits == 1;
+  const bool many = op.rows > (direct ? kRowsAtOnce : kMaxTileRows);
+  if (!direct) {
     configure_tiles(op.rows);
+  } else if (one_digit) {
+    scratch().direct_one_digit.assign(op.x, op.rows, op.weight->k);
+  } else {
+    scratch().direct.assign(op.x, op.rows, op.weight->k);
   }
   const int pairs = (op.weight->n + kPairColumns - 1) / kPairColumns;
-  const int step = many ? pairs_at_once(op) : 1;
+  const int step = many ? pairs_at_once(op, direct) : 1;
   team.work_ranges(pairs, [&](int begin, int end) {
     prefetch(op.weight->group(2 * begin), kPrefetchBytes);
     for (int pair = begin; pair < end; pair += step) {
-      if (direct) {
-        direct_pair(op, pair);
+      const int last = std::min(pair + step, end);
+      if (direct && one_digit) {
+        direct_pairs(op, scratch().direct_one_digit, pair, last);
+      } else if (direct) {
+        direct_pairs(op, scratch().direct, pair, last);
       } else if (many) {
-        tile_pairs(op, pair, std::min(pair + step, end));
+        tile_pairs(op, pair, last);
       } else {
         tile_pair(op, pair);
       }

@@ -43,6 +43,7 @@ struct Matrix {
   int format = kBf16;
   int n = 0;  // rows of the weight; storage is padded to whole pairs of groups
   int k = 0;  // a multiple of 32
+  int digits = 2;  // of activations that are multiplied with codes as they are: 8 bits each (direct.h)
   const uint8_t* data = nullptr;
   const float* bias = nullptr;  // [n padded to 32] or null
 
@@ -63,8 +64,10 @@ struct RowCodes {
 // ahead of a stream that is also computed on, and half of the time was waiting (docs/decisions/001-cpu-kernels.md).
 constexpr size_t kPrefetchBytes = 4096;
 
+// To the second level: on their way to the first they would take the few places in which a core keeps track of what it
+// waits for, and products of several rows would wait behind them (docs/decisions/019-activations-of-8-bits.md).
 inline void prefetch_ahead(const uint8_t* block, int format) {
-  prefetch(block + kPrefetchBytes, block_bytes(format));
+  prefetch<_MM_HINT_T1>(block + kPrefetchBytes, block_bytes(format));
 }
 
 // Which bit of a column's word is the fifth of k = kk. With AVX2 the two codes of a quad row that make a pair of 16-bit

@@ -41,6 +41,8 @@ FEW_ROWS = 8 if native.unsupported_reason() else min(MAX_ROWS, native.max_exact_
 FEW_ROWS_TOLERANCE = 2**-10
 """Measured: 3e-4 for Q4_K and Q6_K (half-precision scales), 4e-5
 for the others (15-bit activations)."""
+ONE_DIGIT_TOLERANCE = 2**-6
+"""Measured: 5.6e-3 (8-bit activations), of a few numbers up to 1e-2."""
 BF16_TOLERANCE = 1e-5
 """With bf16 weights nothing is rounded but float32 sums."""
 ATTENTION_TOLERANCE = 1.5e-2
@@ -131,14 +133,30 @@ def test_product_does_not_depend_on_the_number_of_threads(name: str, rows: int) 
     assert torch.equal(one, three)
 
 
+@pytest.mark.skipif(not native.has_one_digit(), reason="this CPU has no products of 8-bit activations")
+@pytest.mark.parametrize("n", [7, 50, 129])
 @pytest.mark.parametrize("name", BLOCK_TYPES)
-def test_a_row_does_not_depend_on_its_neighbours(two_threads: Team, name: str) -> None:
+def test_product_of_one_digit(team: Team, name: str, n: int) -> None:
+    k = 512
+    blocks = random_blocks(name, n, k)
+    weight = PackedMatrix(n, k, [block_part(name, blocks, np.arange(n))], digits=1)
+    for rows in range(1, MAX_ROWS + 1):
+        x = random_input(rows, k)
+        expected = torch.nn.functional.linear(x.float(), dequantized(name, blocks))
+        assert relative_error(linear(team, weight, x), expected) < ONE_DIGIT_TOLERANCE, rows
+
+
+@pytest.mark.parametrize(
+    "digits", [2, pytest.param(1, marks=pytest.mark.skipif(not native.has_one_digit(), reason=""))]
+)
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_a_row_does_not_depend_on_its_neighbours(two_threads: Team, name: str, digits: int) -> None:
     """So verifying drafts gives the same bits as decoding one by one."""
-    n, k = 129, 512
-    weight = PackedMatrix(n, k, [block_part(name, random_blocks(name, n, k), np.arange(n))])
-    x = random_input(FEW_ROWS, k)
+    n, k, most = 129, 512, FEW_ROWS if digits == 2 else 130
+    weight = PackedMatrix(n, k, [block_part(name, random_blocks(name, n, k), np.arange(n))], digits=digits)
+    x = random_input(most, k)
     alone = torch.cat([linear(two_threads, weight, row) for row in x.split(1)])
-    for rows in range(2, FEW_ROWS + 1):
+    for rows in {*range(2, min(most, MAX_ROWS) + 1), most}:
         assert torch.equal(linear(two_threads, weight, x[:rows]), alone[:rows]), rows
 
 
