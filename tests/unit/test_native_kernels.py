@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import gguf.quants
 import numpy as np
@@ -14,7 +15,9 @@ from gguf import GGMLQuantizationType
 from engine.attention.base import AttentionSpec
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
-from engine.models.config import ModelFiles
+from engine.config import EngineConfig, RuntimeConfig
+from engine.loader import load
+from engine.models.config import ModelError, ModelFiles
 from engine.models.llama import load_model
 from engine.models.native_llama import NativeLlama
 from engine.models.registry import validate_model_files
@@ -332,3 +335,42 @@ def test_smollm2(two_threads: Team, smollm2_path: Path) -> None:
     files = ModelFiles("smollm2-135m", smollm2_path, "gguf")
     text = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n"
     check_model(files, Tokenizer.from_files(files).encode(text), two_threads)
+
+
+def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]]) -> torch.Tensor:
+    """Of two sequences in these steps, in order of sequence and position; activations of 8 bits."""
+    spec, source = validate_model_files(files), open_weights(files)
+    sequences, tokens = RaggedSequences(2, 64, 16), torch.tensor([random_tokens(64), random_tokens(64)[::-1]])
+    model = NativeLlama(source, spec, team, 64, keep_quantized=True, digits=1)
+    shape = attention_spec((spec.num_heads, spec.num_kv_heads), spec.head_dim, sequences, torch.bfloat16, CPU, 3)
+    attention, rows = NativeAttention(shape, team), {}
+    for counts in steps:
+        batch = sequences.step(counts)
+        owners = torch.repeat_interleave(torch.tensor([i for i in (0, 1) if counts[i]]), batch.query_start_loc.diff())
+        batch.token_ids.copy_(tokens[owners, batch.positions])
+        hidden = model.forward(batch, attention).hidden
+        places = zip(owners.tolist(), batch.positions.tolist(), strict=True)
+        rows.update({place: hidden[row].clone() for row, place in enumerate(places)})
+    return torch.stack([rows[place] for place in sorted(rows)])
+
+
+@pytest.mark.skipif(native.fastest_digits() == 2, reason="with AMX attention goes by tiles; AVX2 has no such products")
+def test_a_token_is_the_same_in_any_step(two_threads: Team, tmp_path: Path) -> None:
+    """Bit for bit: prompts at once, in pieces, and token by token; so no batch and no draft changes a rounding."""
+    directory = make_directory(tmp_path / "model", "llama", **SHAPE)
+    files = make_gguf(tmp_path / "model.gguf", directory.path, GGMLQuantizationType.Q4_1)
+    at_once = hidden_by_position(files, two_threads, [[60, 45]])
+    assert torch.equal(hidden_by_position(files, two_threads, [[31, 0], [29, 40], [0, 5]]), at_once)
+    assert torch.equal(hidden_by_position(files, two_threads, [[1, 1]] * 45 + [[1, 0]] * 15), at_once)
+
+
+@pytest.mark.parametrize("bits", ["auto", "8", "15"])
+def test_activations_have_the_bits_that_are_asked_for(bits: Literal["auto", "8", "15"], tmp_path: Path) -> None:
+    files = make_gguf(tmp_path / "model.gguf", make_directory(tmp_path / "model", **SHAPE).path)
+    config = EngineConfig(runtime=RuntimeConfig(device="cpu", activation_bits=bits, threads=1))
+    if bits == "8" and not native.has_one_digit():
+        with pytest.raises(ModelError, match="AVX-512"):
+            load(config, files, validate_model_files(files))
+        return
+    digits = load(config, files, validate_model_files(files)).digits
+    assert digits == {"8": 1, "15": 2, "auto": native.fastest_digits()}[bits]
