@@ -32,6 +32,7 @@ from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig
 from engine.messages import SamplingParams
 from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
+from kernels import native
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 MODES = [NONE, "full", "static:32768", "static:8192", "static:2048"]
@@ -166,6 +167,7 @@ def environment() -> dict[str, Any]:
         "load_average_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "activation_bits": {1: 8, 2: 15}[native.fastest_digits()] if native.unsupported_reason() is None else None,
     }
 
 

@@ -15,6 +15,7 @@ import zmq
 
 from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.core import EngineCore, Outputs
+from engine.ipc.shared_file import SharedMemoryError, claim_directory
 from engine.log import configure_logging_from_environment
 from engine.messages import (
     AbortRequests,
@@ -143,10 +144,12 @@ def main() -> None:
     configure_logging_from_environment()
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     try:
+        if config.alignment.enabled:
+            claim_directory(config.alignment.shared_directory)
         files = resolve_model(config.model, progress=False)
         core = EngineCore(config, files, validate_model_files(files))
         gc.freeze()  # what there is now stays: collections need not look at it, least of all between two tokens
-    except ModelError as error:
+    except (ModelError, SharedMemoryError) as error:
         log.error("the model cannot be served", reason=str(error))
         sys.exit(1)
     EngineProcess(config, core, config.model.served_name or files.name).run()

@@ -104,6 +104,10 @@ class FeatureRing:
         self._next = end
         return slot, self._generation
 
+    def is_lost(self) -> bool:
+        """Whether readers cannot find it any more: its file was deleted, or another is in its place."""
+        return self._ring.file.is_replaced()
+
     def close(self) -> None:
         """Stop writing. Readers keep what is there."""
         self._ring.file.close()

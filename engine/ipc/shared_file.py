@@ -89,6 +89,28 @@ class SharedFile:
         self._close()
 
 
+def claim_directory(directory: Path) -> int:
+    """Make this process the only engine that uses a directory, which is made if need be.
+
+    Returns:
+        the descriptor that holds the claim, until it is closed or the process ends.
+
+    Raises:
+        SharedMemoryError: another process has it, or it cannot be made.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SharedMemoryError(f"cannot use {directory}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise SharedMemoryError(f"another engine uses {directory}: each needs one of its own") from error
+    return descriptor
+
+
 def _release(descriptor: int) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: the mapping has a duplicate
     os.close(descriptor)

@@ -113,6 +113,10 @@ class WeightChannel:
         self.close()
         return channel
 
+    def is_lost(self) -> bool:
+        """Whether nobody can find it any more: its file was deleted, or another is in its place."""
+        return self.directory.file.is_replaced()
+
     def poll(self) -> int:
         """The channel's version; another than last time means that some slot changed. Tens of nanoseconds."""
         return self.directory.version

@@ -138,8 +138,10 @@ class EagleAdapters:
         return self._keys[request_id]
 
     def _take_over(self) -> bool:
-        """Load the slots that changed; whether all could be read."""
+        """Load the slots that changed; whether all could be read, and the channel is where a worker looks for it."""
         try:
+            if self._channel.is_lost():
+                raise SharedMemoryError(f"{self.config.channel_path} is gone, or another's")
             slots = self._channel.slots()
         except SharedMemoryError as error:
             self._note_failure(error)
@@ -152,11 +154,12 @@ class EagleAdapters:
     def _replace(self) -> None:
         """Make an empty channel: the worker finds it within a second, and publishes again what should be in force."""
         try:
+            self.config.shared_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._channel = self._channel.replace(max(self._versions))
-        except SharedMemoryError as error:
+        except (SharedMemoryError, OSError) as error:
             log.warning("no other weight channel", reason=str(error))
             return
-        log.warning("damaged weight channel replaced", version=self.version)
+        log.warning("damaged or lost weight channel replaced", version=self.version)
         # A key may come back in another slot: until then it has the base draft.
         for index in range(len(self._in_force)):
             self._withdraw(index)

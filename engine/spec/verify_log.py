@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
 
@@ -25,6 +28,10 @@ from kernels.topk import topk_rows
 
 if TYPE_CHECKING:
     from kernels.native import Team
+
+log = structlog.get_logger(__name__)
+
+_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +108,12 @@ class VerifyLog:
         if config.redis_url is None:
             raise ModelError("alignment.redis_url is needed: only `evospec serve` has a Redis of its own")
         self._adapters, self._features, self._team, self._options = adapters, features, team, config.log
+        self._make_ring = partial(FeatureRing, config.ring_path, config.log.ring_rows, width)
         try:
-            self._ring = FeatureRing(config.ring_path, config.log.ring_rows, width)
+            self._ring = self._make_ring()
         except SharedMemoryError as error:
             raise ModelError(f"alignment: no feature ring: {error}") from error
+        self._look_at = 0.0
         self._log = TokenLog(config.redis_url, config.log.stream, max_records=config.log.max_records)
         self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
         self._introduced: set[str] = set()
@@ -150,12 +159,28 @@ class VerifyLog:
                 chosen.append(_Chosen(step, not is_fair, values[step.rows], ids[step.rows]))
         if not chosen:
             return
+        self._keep_ring()
         pieces = [self._with_context(one.step) for one in chosen]
         of_pieces = self._features(pieces).split_with_sizes([len(piece.token_ids) for piece in pieces])
         for one, piece, rows in zip(chosen, pieces, of_pieces, strict=True):
             self._num_gated += one.is_gated
             self._num_fair += not one.is_gated
             self._log.log(self._record(one, piece.token_ids[: -len(one.step.kept)], *self._ring.write(rows)))
+
+    def _keep_ring(self) -> None:
+        """See once a second that a worker finds the ring; if not, another takes its place."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_SECONDS
+        if not self._ring.is_lost():
+            return
+        try:
+            self._ring = self._make_ring()
+        except SharedMemoryError as error:
+            log.warning("no other feature ring", reason=str(error))
+        else:
+            log.warning("lost feature ring replaced")
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""

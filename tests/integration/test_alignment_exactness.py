@@ -7,6 +7,7 @@ steps.
 from __future__ import annotations
 
 import random
+import shutil
 import time
 import uuid
 from collections import defaultdict
@@ -27,6 +28,7 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
 from engine.request import Request
+from engine.spec import eagle_adapters, verify_log
 from engine.step_plan import ScheduledSequence
 from kernels import native
 from tests.integration.test_speculation_exactness import SAMPLED, SETTINGS
@@ -278,3 +280,24 @@ def test_nothing_waits_for_a_redis_that_is_not_there(files: ModelFiles, draft: P
     stats = engine.core.stats().alignment
     assert stats is not None
     assert stats.records_written == 0
+
+
+def test_shared_memory_that_was_deleted_comes_back(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that starts afterwards finds channel and ring, and in the ring what is logged from then on."""
+    monkeypatch.setattr(verify_log, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(eagle_adapters, "_LOOK_SECONDS", 0.0)
+    alignment = alignment.model_copy(update={"shared_directory": alignment.shared_directory / "shared"})
+    engine, prompts = make_engine(files, draft, "batch", alignment), make_prompts()
+    engine.generate(prompts, make_sampling("greedy", len(prompts)))
+    shutil.rmtree(alignment.shared_directory)
+    engine.generate(prompts, make_sampling("greedy", len(prompts)))
+    Publisher(alignment, draft, seed=0).act()
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    last = read_records(alignment, stats.records_fair + stats.records_gated)[-1]
+    reader = FeatureRingReader(alignment.ring_path)
+    slots = torch.arange(last.feature_slot, last.feature_slot + last.num_features)
+    _, valid = reader.read(slots, torch.full_like(slots, last.feature_generation))
+    assert valid.all()
