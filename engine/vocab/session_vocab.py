@@ -121,9 +121,18 @@ class SessionVocab:
         if not self.ngrams.num_tokens:
             self.ngrams.observe(recent)
             return
-        for two_ago, one_ago, token_id in zip(recent, recent[1:], recent[2:], strict=False):
-            if not self.ngrams.knows(two_ago, one_ago, token_id):
-                self.ngrams.observe((token_id,), (two_ago, one_ago))
+        new: set[tuple[int, int, int]] = set()
+        begin = end = 2  # a run of tokens whose triples are new: counted together, since a call costs more than a token
+        for triple in zip(recent, recent[1:], recent[2:], strict=False):
+            if triple in new or self.ngrams.knows(*triple):
+                if begin < end:
+                    self.ngrams.observe(recent[begin:end], recent[begin - 2 : begin])
+                begin = end + 1
+            else:
+                new.add(triple)
+            end += 1
+        if begin < end:
+            self.ngrams.observe(recent[begin:end], recent[begin - 2 : begin])
 
     def observe(self, token_ids: Sequence[int], num_accepted: int, before: Sequence[int]) -> list[int]:
         """Take verified tokens; before anything is inserted because of them.
