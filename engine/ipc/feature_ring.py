@@ -104,7 +104,7 @@ class FeatureRing:
         self._next = end
         return slot, self._generation
 
-    def is_lost(self) -> bool:
+    def is_replaced(self) -> bool:
         """Whether readers cannot find it any more: its file was deleted, or another is in its place."""
         return self._ring.file.is_replaced()
 

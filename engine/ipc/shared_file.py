@@ -89,6 +89,14 @@ class SharedFile:
         self._close()
 
 
+def make_private_directory(directory: Path) -> None:
+    """One that only this user may enter, unless it is there; raises ``SharedMemoryError``."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise SharedMemoryError(f"cannot use {directory}: {error.strerror}") from error
+
+
 def claim_directory(directory: Path) -> int:
     """Make this process the only engine that uses a directory, which is made if need be.
 
@@ -98,8 +106,8 @@ def claim_directory(directory: Path) -> int:
     Raises:
         SharedMemoryError: another process has it, or it cannot be made.
     """
+    make_private_directory(directory)
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise SharedMemoryError(f"cannot use {directory}: {error.strerror}") from error

@@ -113,7 +113,7 @@ class WeightChannel:
         self.close()
         return channel
 
-    def is_lost(self) -> bool:
+    def is_replaced(self) -> bool:
         """Whether nobody can find it any more: its file was deleted, or another is in its place."""
         return self.directory.file.is_replaced()
 

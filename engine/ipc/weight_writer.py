@@ -67,7 +67,7 @@ class WeightWriter:
 
     def is_replaced(self) -> bool:
         """Whether the engine made another channel, so that nobody reads this one: for the worker's loop to look at."""
-        return self._channel.directory.file.is_replaced()
+        return self._channel.is_replaced()
 
     def close(self) -> None:
         """Let another process write."""

@@ -11,7 +11,7 @@ import structlog
 
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.adapter_control import adapter_key
-from engine.ipc.shared_file import SharedMemoryError
+from engine.ipc.shared_file import SharedMemoryError, make_private_directory
 from engine.ipc.weight_channel import WeightChannel
 from engine.ipc.weight_directory import Slot
 from engine.models.config import ModelError
@@ -60,7 +60,7 @@ class EagleAdapters:
         self.num_bytes = self._slots.num_bytes
         num_slots, device = len(self._slots.tensors), draft.fc.weight.device
         try:
-            config.shared_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_directory(config.shared_directory)
             self._channel = WeightChannel.create(config.channel_path, self._slots.layout, num_slots, device)
         except (SharedMemoryError, OSError) as error:
             raise ModelError(f"alignment: no weight channel: {error}") from error
@@ -140,7 +140,7 @@ class EagleAdapters:
     def _take_over(self) -> bool:
         """Load the slots that changed; whether all could be read, and the channel is where a worker looks for it."""
         try:
-            if self._channel.is_lost():
+            if self._channel.is_replaced():
                 raise SharedMemoryError(f"{self.config.channel_path} is gone, or another's")
             slots = self._channel.slots()
         except SharedMemoryError as error:
@@ -154,7 +154,7 @@ class EagleAdapters:
     def _replace(self) -> None:
         """Make an empty channel: the worker finds it within a second, and publishes again what should be in force."""
         try:
-            self.config.shared_directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_directory(self.config.shared_directory)
             self._channel = self._channel.replace(max(self._versions))
         except (SharedMemoryError, OSError) as error:
             log.warning("no other weight channel", reason=str(error))

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.ipc.feature_ring import FeatureRing
-from engine.ipc.shared_file import SharedMemoryError
+from engine.ipc.shared_file import SharedMemoryError, make_private_directory
 from engine.ipc.token_log import TokenLog
 from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k
 from engine.messages import AlignmentStats
@@ -173,9 +173,10 @@ class VerifyLog:
         if now < self._look_at:
             return
         self._look_at = now + _LOOK_SECONDS
-        if not self._ring.is_lost():
+        if not self._ring.is_replaced():
             return
         try:
+            make_private_directory(self._adapters.config.shared_directory)
             self._ring = self._make_ring()
         except SharedMemoryError as error:
             log.warning("no other feature ring", reason=str(error))
