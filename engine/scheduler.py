@@ -184,6 +184,10 @@ class Scheduler:
         may_admit = len(self._waiting) > 0 and len(self._running) < self._max_running
         return budget // 2 if prefilling or may_admit else budget
 
+    def _num_joining(self, num_decoding: int) -> int:
+        """Sequences whose prompts are computed in this step or next: they will decode beside those that do."""
+        return min(len(self._running) + len(self._waiting), self._max_running) - num_decoding
+
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills, whose blocks they got at admission; returns the tokens planned."""
         left = budget
@@ -199,7 +203,7 @@ class Scheduler:
         """Let ``drafter`` propose for the decodes, in equal parts, where blocks are free; returns the tokens taken."""
         requests = list(plan)
         limits = [self._max_kv_tokens(request) - request.num_tokens for request in requests]
-        lengths = drafter.draft_lengths(requests, limits)
+        lengths = drafter.draft_lengths(requests, limits, self._num_joining(len(requests)))
         num_drafting = sum(length > 0 for length in lengths)
         slots: list[DraftSlot] = []
         for request, length in zip(requests, lengths, strict=True):

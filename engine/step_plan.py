@@ -50,8 +50,8 @@ class DraftSlot:
 class Drafter(Protocol):
     """Who drafts while a step is planned."""
 
-    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
-        """How many tokens to draft for each decoding sequence, at most its limit."""
+    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
+        """How many tokens to draft for each decoding sequence, at most its limit; ``num_joining`` more soon decode."""
         ...
 
     def propose(self, slots: Sequence[DraftSlot]) -> None:

@@ -116,11 +116,15 @@ class AdaptiveLength:
         """Whether nothing has been drafted for some steps."""
         return self._idle_steps >= _PROBE_STEPS
 
-    def lengths(self, request_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
-        """The best lengths by what is known; while that is none at all, a short probe now and then."""
+    def lengths(self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int) -> list[int]:
+        """The best lengths by what is known; while that is none at all, a short probe now and then.
+
+        Best for the batch as it will be with those that join: before its first draft a sequence's whole text has to be
+        read, which does not pay where it would be drafted for only until the others' prompts are computed.
+        """
         ratios = [self._ratios.setdefault(request_id, _Ratio()) for request_id in request_ids]
         chances = [self._chances(ratio.value, limit) for ratio, limit in zip(ratios, limits, strict=True)]
-        lengths = best_lengths(self._costs, chances)
+        lengths = best_lengths(self._costs, chances + [[]] * num_joining)[: len(chances)]
         if any(lengths):
             self._idle_steps = 0
         else:

@@ -28,8 +28,8 @@ class LengthPolicy(Protocol):
         """Whether nothing has been drafted lately, so that what a draft needs had better be made when it is needed."""
         ...
 
-    def lengths(self, request_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
-        """For the decoding sequences of a step; at most ``limits``."""
+    def lengths(self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int) -> list[int]:
+        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``."""
         ...
 
     def observe(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
@@ -46,7 +46,7 @@ class FixedLength:
 
     is_idle = False
 
-    def lengths(self, request_ids: Sequence[str], limits: Sequence[int]) -> list[int]:
+    def lengths(self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int) -> list[int]:
         return list(limits)
 
     def observe(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
@@ -90,14 +90,14 @@ class Speculator:
         if self._vocab is not None:
             self._vocab.begin(request_id, state)
 
-    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
+    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
         caps = [request.sampling.num_speculative_tokens for request in requests]
         allowed = [
             min(limit, self._max_tokens if cap is None else min(cap, self._max_tokens))
             for limit, cap in zip(limits, caps, strict=True)
         ]
-        return self._policy.lengths([request.request_id for request in requests], allowed)
+        return self._policy.lengths([request.request_id for request in requests], allowed, num_joining)
 
     def propose(self, slots: Sequence[DraftSlot]) -> None:
         """Fill the slots."""

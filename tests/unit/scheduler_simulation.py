@@ -121,7 +121,9 @@ class Simulation:
         if finished and not aborted:
             self.finished.append(request)
 
-    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int]) -> list[int]:
+    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
+        stats = self.scheduler.stats()
+        assert 0 <= num_joining - (stats.num_running - len(requests)) <= stats.num_waiting
         assert all(request.num_tokens - request.num_computed_tokens == 1 for request in requests)
         assert not any(request.draft_token_ids for request in requests)
         return [min(limit, self._num_drafts) for limit in limits]

@@ -43,7 +43,7 @@ def simulate(policy: AdaptiveLength, acceptance: float, steps: int, limit: int =
     ids = [str(index) for index in range(batch)]
     history = []
     for _ in range(steps):
-        lengths = policy.lengths(ids, [limit] * batch)
+        lengths = policy.lengths(ids, [limit] * batch, 0)
         for request_id, length in zip(ids, lengths, strict=True):
             accepted = 0
             while accepted < length and chance.random() < acceptance:
@@ -124,17 +124,24 @@ def test_lengths_follow_the_acceptance_that_is_seen() -> None:
 
 def test_limits_hold() -> None:
     policy = AdaptiveLength(CHEAP)
-    assert policy.lengths(["a", "b", "c"], [0, 1, 6])[:2] == [0, 1]
+    assert policy.lengths(["a", "b", "c"], [0, 1, 6], 0)[:2] == [0, 1]
+
+
+def test_drafting_for_a_few_waits_for_those_that_join() -> None:
+    """Not drafted for eight, so not for one of them either while the others' prompts are computed."""
+    policy = AdaptiveLength(FLAT_TO_8)
+    assert policy.lengths(["a"], [6], num_joining=7) == [0]
+    assert policy.lengths(["a"], [6], num_joining=1)[0] > 0
 
 
 def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
     policy = AdaptiveLength(CHEAP)
     for _ in range(30):
-        good, bad = policy.lengths(["good", "bad"], [4, 4])
+        good, bad = policy.lengths(["good", "bad"], [4, 4], 0)
         policy.observe("good", good, good)
         if bad:
             policy.observe("bad", bad, 0)
-    assert policy.lengths(["good", "bad"], [4, 4]) == [4, 0]
+    assert policy.lengths(["good", "bad"], [4, 4], 0) == [4, 0]
 
 
 def test_speculation_that_cannot_pay_is_never_probed() -> None:
