@@ -25,6 +25,8 @@ _SEQUENCE_MEMORY = 0.9
 _IDLE_MEMORY = 0.98
 """The same for each step without a draft: an old failure is forgotten, and the sequence tried again."""
 _SEQUENCE_PRIOR = 2.0
+_IDLE_INTERVAL = 16
+"""Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
 _PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
 """Where nothing is drafted, every so many steps one sequence is for some steps, to see whether that is still right."""
 
@@ -110,6 +112,8 @@ class AdaptiveLength:
         self._acceptance = _Acceptance()
         self._ratios: dict[str, _Ratio] = {}
         self._idle_steps = 0
+        self._idle_batch: tuple[list[str], int] | None = None
+        """The sequences, and how many join them, for whom no draft was found to pay; nothing was observed since."""
 
     @property
     def is_idle(self) -> bool:
@@ -123,8 +127,13 @@ class AdaptiveLength:
         read, which does not pay where it would be drafted for only until the others' prompts are computed.
         """
         ratios = [self._ratios.setdefault(request_id, _Ratio()) for request_id in request_ids]
-        chances = [self._chances(ratio.value, limit) for ratio, limit in zip(ratios, limits, strict=True)]
-        lengths = best_lengths(self._costs, chances + [[]] * num_joining)[: len(chances)]
+        batch = (list(request_ids), num_joining)
+        if self.is_idle and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
+            lengths = [0] * len(ratios)
+        else:
+            chances = [self._chances(ratio.value, limit) for ratio, limit in zip(ratios, limits, strict=True)]
+            lengths = best_lengths(self._costs, chances + [[]] * num_joining)[: len(chances)]
+            self._idle_batch = None if any(lengths) else batch
         if any(lengths):
             self._idle_steps = 0
         else:
@@ -137,6 +146,7 @@ class AdaptiveLength:
 
     def observe(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
         """Each draft token up to the first that was refused is one trial at its place."""
+        self._idle_batch = None
         ratio = self._ratios.setdefault(request_id, _Ratio())
         ratio.fade(_SEQUENCE_MEMORY)
         for place in range(min(num_accepted + 1, num_drafted)):

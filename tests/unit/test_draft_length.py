@@ -134,6 +134,14 @@ def test_drafting_for_a_few_waits_for_those_that_join() -> None:
     assert policy.lengths(["a"], [6], num_joining=1)[0] > 0
 
 
+def test_a_smaller_batch_is_drafted_for_at_once() -> None:
+    policy = AdaptiveLength(FLAT_TO_8)
+    ids = [str(index) for index in range(8)]
+    for _ in range(100):
+        assert policy.lengths(ids, [6] * 8, 0) == [0] * 8
+    assert policy.lengths(ids[:1], [6], 0)[0] > 0
+
+
 def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
     policy = AdaptiveLength(CHEAP)
     for _ in range(30):
