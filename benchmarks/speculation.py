@@ -167,7 +167,7 @@ def environment() -> dict[str, Any]:
         "load_average_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "activation_bits": {1: 8, 2: 15}[native.fastest_digits()] if native.unsupported_reason() is None else None,
+        "activation_bits": native.fastest_bits() if native.unsupported_reason() is None else None,
     }
 
 

@@ -126,7 +126,7 @@ def _digits(config: EngineConfig) -> int:
     bits = config.runtime.activation_bits
     if bits == "8" and not native.has_one_digit():
         raise ModelError("runtime.activation_bits 8 needs a CPU with AVX-512")
-    return native.fastest_digits() if bits == "auto" else {"8": 1, "15": 2}[bits]
+    return native.fastest_digits() if bits == "auto" else native.DIGITS_OF_BITS[int(bits)]
 
 
 def _device(name: str) -> torch.device:

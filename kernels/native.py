@@ -20,6 +20,8 @@ from kernels.targets import TARGETS, best_target
 
 BF16_FORMAT = 0
 """Number of the packed format that holds floating-point weights."""
+DIGITS_OF_BITS = {8: 1, 15: 2}
+"""Digits that hold so many bits of an activation."""
 _GROUP_PAIR = 32
 """Weight rows are stored in pairs of 16-column groups."""
 
@@ -179,6 +181,11 @@ def has_one_digit() -> bool:
 def fastest_digits() -> int:
     """Digits of activations, of 8 bits each, with which products are fastest on this CPU."""
     return int(load_library().evo_fastest_digits())
+
+
+def fastest_bits() -> int:
+    """The same as significant bits."""
+    return {digits: bits for bits, digits in DIGITS_OF_BITS.items()}[fastest_digits()]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 MAX_PLACES = 16
+"""Earlier places that are looked at, the latest first; as in ``text_index.h``."""
 _Found = ctypes.c_int32 * MAX_PLACES
 
 

@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from engine.vocab.continuations import Continuations
 from kernels import native_prior
-from kernels.native_text import NativeTextIndex
+from kernels.native_text import MAX_PLACES, NativeTextIndex
 
 MIN_LENGTH, MAX_LENGTH = 2, 16
 """Tokens that must agree before a place counts, and from how many on it makes no difference."""
-MAX_PLACES = 16
-"""Earlier places that are looked at, the latest first."""
 _ID_BITS = 31
 
 

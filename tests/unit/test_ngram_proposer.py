@@ -9,7 +9,8 @@ from engine.messages import SamplingParams
 from engine.request import Request
 from engine.spec.ngram import MIN_MATCH, NgramProposer
 from engine.step_plan import DraftSlot
-from engine.vocab.text_matches import MAX_LENGTH, MAX_PLACES
+from engine.vocab.text_matches import MAX_LENGTH
+from kernels.native_text import MAX_PLACES
 
 SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from engine.vocab.text_matches import (
     MAX_LENGTH,
-    MAX_PLACES,
     MIN_LENGTH,
     TextIndex,
     TextMatches,
     make_text_index,
     match_continuations,
 )
+from kernels.native_text import MAX_PLACES
 
 tokens = st.lists(st.integers(0, 3), max_size=60)
 
