@@ -52,6 +52,10 @@ class _PassOutputs(ctypes.Structure):
     )
 
 
+class _WantedRows(ctypes.Structure):
+    _fields_ = (("rows", ctypes.c_void_p), ("count", ctypes.c_int))
+
+
 class _Batch(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("num_tokens", "num_sequences", "max_blocks")),
@@ -196,17 +200,22 @@ class Decoder:
         residual: torch.Tensor,
         embeddings: torch.Tensor | None = None,
         lora: NativeLora | None = None,
+        wanted: torch.Tensor | None = None,
         outputs: PassOutputs | None = None,
     ) -> None:
         """Run all layers on the residual stream, in place.
 
-        For a draft layer: embeddings like it, and what its queries, keys and values gain.
+        For a draft layer: embeddings like it, what its products gain, and the rows whose result is wanted, int32,
+        ascending, of each sequence its last; their results are then the first rows of the stream, and of the other rows
+        there are keys and values alone. None: all rows.
         """
         load_library().evo_decoder_forward(
             self.handle,
             ctypes.byref(batch.struct),
             ctypes.byref(cache.struct),
-            *(address(embeddings), None if lora is None else lora.pointer, address(residual)),
+            *(address(embeddings), None if lora is None else lora.pointer),
+            None if wanted is None else ctypes.byref(_WantedRows(address(wanted), len(wanted))),
+            address(residual),
             ctypes.byref(_PassOutputs() if outputs is None else outputs.struct),
         )
 

@@ -105,9 +105,10 @@ class NativeEagle3:
         attention.plan(batch)
         a = g.to(torch.float32, copy=True)
         adapted = None if lora is None else NativeLora(lora)
-        self.layer.forward(attention.batch, attention.cache, a, embeddings.float().contiguous(), adapted)
-        wanted = batch.logits_indices
-        return a if len(wanted) == len(a) else a[wanted]
+        # A context that is only read, as that of a sequence's first draft, needs no attention and no MLP.
+        wanted = None if len(batch.logits_indices) == len(a) else batch.logits_indices.int()
+        self.layer.forward(attention.batch, attention.cache, a, embeddings.float().contiguous(), adapted, wanted)
+        return a if wanted is None else a[: len(wanted)]
 
     @property
     def output_norm(self) -> torch.Tensor:

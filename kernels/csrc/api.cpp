@@ -163,8 +163,8 @@ void evo_decoder_embed(Decoder* decoder, const EvoMatrix* table, const int32_t* 
 }
 
 void evo_decoder_forward(Decoder* decoder, const Batch* batch, const EvoKv* kv, const float* embeddings,
-                         const LoraRows* lora, float* residual, const PassOutputs* outputs) {
-  decoder->forward(*batch, kv->keys, kv->values, kv->block_size, kv->layer_stride, embeddings, lora, residual,
+                         const LoraRows* lora, const WantedRows* wanted, float* residual, const PassOutputs* outputs) {
+  decoder->forward(*batch, kv->keys, kv->values, kv->block_size, kv->layer_stride, embeddings, lora, wanted, residual,
                    *outputs);
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 
 #include "rows.h"
 
@@ -76,7 +77,8 @@ void Decoder::rotate(const float* x, int position, float* out) const {
   }
 }
 
-void Decoder::rotate_and_write(const Batch& batch, const KvCache& kv, int token) {
+// row: of the queries, where the token's go; -1: nowhere.
+void Decoder::rotate_and_write(const Batch& batch, const KvCache& kv, int token, int row) {
   const int dim = shape_.head_dim, q_size = shape_.heads * dim, kv_size = shape_.kv_heads * dim;
   float* q = qkv_.data() + static_cast<size_t>(token) * (q_size + 2 * kv_size);
   float* k = q + q_size;
@@ -84,9 +86,9 @@ void Decoder::rotate_and_write(const Batch& batch, const KvCache& kv, int token)
   // Scores are taken to base 2, and scaled here once rather than once a key.
   const Floats scale = all(score_scale(dim));
   alignas(64) float rotated[512];
-  for (int h = 0; h < shape_.heads; ++h) {
+  for (int h = 0; h < shape_.heads && row >= 0; ++h) {
     rotate(q + h * dim, position, rotated);
-    bf16* out = q_.data() + static_cast<size_t>(token) * q_size + h * dim;
+    bf16* out = q_.data() + static_cast<size_t>(row) * q_size + h * dim;
     for (int d = 0; d < dim; d += 16) store_bf16(out + d, load(rotated + d) * scale);
   }
   for (int h = 0; h < shape_.kv_heads; ++h) {
@@ -96,7 +98,32 @@ void Decoder::rotate_and_write(const Batch& batch, const KvCache& kv, int token)
   write_kv(kv, batch.slots[token], k, k + kv_size);
 }
 
-void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora) {
+Decoder::Kept::Kept(const Batch& all, const LoraRows* all_lora, const WantedRows& wanted)
+    : wanted(wanted), row_of(all.num_tokens, -1), query_start(1, 0), batch(all) {
+  for (int row = 0; row < wanted.count; ++row) row_of[wanted.rows[row]] = row;
+  for (int b = 0; b < all.num_sequences; ++b) {
+    const auto begin = row_of.begin() + all.query_start[b], end = row_of.begin() + all.query_start[b + 1];
+    query_start.push_back(query_start.back() +
+                          static_cast<int>(std::count_if(begin, end, [](int row) { return row >= 0; })));
+  }
+  batch.num_tokens = wanted.count;
+  batch.query_start = query_start.data();
+  if (all_lora == nullptr) return;
+  lora = *all_lora;
+  for (int row = 0; row < wanted.count; ++row) slots.push_back(all_lora->slots[wanted.rows[row]]);
+  lora.slots = slots.data();
+}
+
+// The wanted rows of the residual stream move to its front: in their order, since a row's place may be another's source.
+void Decoder::keep(const WantedRows& wanted, float* residual) const {
+  const size_t hidden = shape_.hidden;
+  for (int row = 0; row < wanted.count; ++row) {
+    std::copy_n(residual + wanted.rows[row] * hidden, hidden, residual + row * hidden);
+  }
+}
+
+void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora, const Kept* kept,
+                     float* residual) {
   const int tokens = batch.num_tokens, columns = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
   float* out = qkv_.data();
   for (const Matrix& part : layer.qkv) {
@@ -104,15 +131,16 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
     team_.barrier();
     out += part.n;
   }
-  team_.work(tokens, [&](int token) {
+  team_.work(kept == nullptr ? tokens : tokens + 1, [&](int token) {
+    if (token == tokens) return keep(kept->wanted, residual);  // nobody reads the stream meanwhile
     if (lora != nullptr) {
       const bf16* x = normed_.data() + static_cast<size_t>(token) * lora->qkv.inputs;
       add_lora(*lora, lora->qkv, token, x, qkv_.data() + static_cast<size_t>(token) * columns);
     }
-    rotate_and_write(batch, kv, token);
+    rotate_and_write(batch, kv, token, kept == nullptr ? token : kept->row_of[token]);
   });
   team_.barrier();
-  attention(team_, batch, kv, shape_.heads, q_.data(), attended_.data());
+  attention(team_, kept == nullptr ? batch : kept->batch, kv, shape_.heads, q_.data(), attended_.data());
   team_.barrier();
 }
 
@@ -127,11 +155,13 @@ void Decoder::adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* 
 }
 
 void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
-                        const LoraRows* lora, float* residual) {
-  const int tokens = batch.num_tokens, hidden = shape_.hidden;
-  normalize_input(layer, embeddings, residual, tokens);
+                        const LoraRows* lora, const Kept* kept, float* residual) {
+  normalize_input(layer, embeddings, residual, batch.num_tokens);
   team_.barrier();
-  attend(batch, kv, layer, lora);
+  attend(batch, kv, layer, lora, kept, residual);
+  const int tokens = kept == nullptr ? batch.num_tokens : kept->batch.num_tokens, hidden = shape_.hidden;
+  if (tokens == 0) return;
+  if (lora != nullptr && kept != nullptr) lora = &kept->lora;
   linear(team_, {&layer.output, attended_.data(), tokens, Epilogue::kAdd, residual, hidden});
   team_.barrier();
   if (lora != nullptr) adapt(*lora, lora->output, attended_.data(), tokens, residual);
@@ -146,15 +176,18 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
 }
 
 void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride,
-                      const float* embeddings, const LoraRows* lora, float* residual, const PassOutputs& outputs) {
+                      const float* embeddings, const LoraRows* lora, const WantedRows* wanted, float* residual,
+                      const PassOutputs& outputs) {
   const int tokens = batch.num_tokens, hidden = shape_.hidden, num_layers = static_cast<int>(layers_.size());
   reserve(tokens);
+  std::optional<Kept> kept;
+  if (wanted != nullptr) kept.emplace(batch, lora, *wanted);
   team_.run([&](int) {
     int next = 0;  // of outputs.captured
     for (int l = 0; l < num_layers; ++l) {
       const KvCache cache{keys + l * layer_stride, values + l * layer_stride, block_size, shape_.kv_heads,
                           shape_.head_dim};
-      run_layer(batch, cache, layers_[l], embeddings, lora, residual);
+      run_layer(batch, cache, layers_[l], embeddings, lora, kept ? &*kept : nullptr, residual);
       if (next == outputs.num_captured || outputs.captured[next] != l) continue;
       team_.work(tokens, [&](int token) {
         const float* row = residual + static_cast<size_t>(token) * hidden;

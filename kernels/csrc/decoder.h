@@ -33,6 +33,13 @@ struct PassOutputs {
   bf16* features;          // [tokens][num_captured][hidden]: those outputs
 };
 
+// Rows that the last layer's output is wanted of: of the others it only writes keys and values. Of each sequence they are
+// its last.
+struct WantedRows {
+  const int32_t* rows;  // ascending
+  int count;
+};
+
 class Decoder {
  public:
   // cos_sin: [max_positions][head_dim]: head_dim / 2 cosines, then as many sines.
@@ -45,22 +52,37 @@ class Decoder {
 
   // Runs all layers on the residual stream, in place. `keys` and `values` are layer 0's; each layer's cache lies
   // `layer_stride` elements after the one before. embeddings [tokens][hidden]: for a draft layer, else null.
-  // lora: what its matrices' products gain, or null.
+  // lora: what its matrices' products gain, or null. wanted: of a draft layer, whose result moves to the front of the
+  // residual stream; null: of all rows.
   void forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride,
-               const float* embeddings, const LoraRows* lora, float* residual, const PassOutputs& outputs);
+               const float* embeddings, const LoraRows* lora, const WantedRows* wanted, float* residual,
+               const PassOutputs& outputs);
 
   // out [count][hidden] = RMS norm of the residual stream: the model's last operation before its head.
   void final_norm(const float* weight, const float* residual, int count, bf16* out);
 
  private:
+  // The wanted rows of a batch, as a batch that attends without writing.
+  struct Kept {
+    Kept(const Batch& batch, const LoraRows* lora, const WantedRows& wanted);
+
+    const WantedRows wanted;
+    std::vector<int32_t> row_of;  // of each token: its row among the wanted, or -1
+    std::vector<int32_t> query_start, slots;
+    Batch batch;
+    LoraRows lora;
+  };
+
   void reserve(int tokens);
   void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
   void normalize_input(const Layer& layer, const float* embeddings, const float* residual, int tokens);
   void run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
-                 const LoraRows* lora, float* residual);
-  void attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora);
+                 const LoraRows* lora, const Kept* kept, float* residual);
+  void attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora, const Kept* kept,
+              float* residual);
+  void keep(const WantedRows& wanted, float* residual) const;
   void adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* x, int tokens, float* residual);
-  void rotate_and_write(const Batch& batch, const KvCache& kv, int token);
+  void rotate_and_write(const Batch& batch, const KvCache& kv, int token, int row);
   void rotate(const float* x, int position, float* out) const;
 
   const DecoderShape shape_;
