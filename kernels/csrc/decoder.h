@@ -33,8 +33,7 @@ struct PassOutputs {
   bf16* features;          // [tokens][num_captured][hidden]: those outputs
 };
 
-// Rows that the last layer's output is wanted of: of the others it only writes keys and values. Of each sequence they are
-// its last.
+// Rows that a draft layer's output is wanted of, the last of each sequence: of the others it only writes keys and values.
 struct WantedRows {
   const int32_t* rows;  // ascending
   int count;

@@ -146,8 +146,8 @@ class Chain {
     const Batch batch{count, count, rows_.max_blocks, positions_.data(), query_start_.data(), seq_lens_.data(),
                       rows_.block_tables, slots_.data()};
     model_.layer->embed(model_.embedding, out_.tokens + at(step), count, embeddings_.data());
-    model_.layer->forward(batch, model_.keys, model_.values, model_.block_size, 0, embeddings_.data(), rows_.lora, nullptr, a_,
-                          {model_.norm, hidden_.data(), nullptr, 0, nullptr});
+    model_.layer->forward(batch, model_.keys, model_.values, model_.block_size, 0, embeddings_.data(), rows_.lora,
+                          nullptr, a_, {model_.norm, hidden_.data(), nullptr, 0, nullptr});
   }
 
   Team& team_;
