@@ -85,7 +85,7 @@ class Scheduler:
         prefilling = len(plan) < len(self._running)
         budget = self._config.max_batched_tokens - len(plan)
         if drafter is not None and plan:
-            budget -= self._plan_drafts(plan, drafter, self._draft_budget(prefilling, budget))
+            budget -= self._plan_drafts(plan, drafter, budget)
         if prefilling and not preempted:
             budget -= self._admit(plan, budget // 2, whole=True)
         budget -= self._plan_prefills(plan, budget)
@@ -179,11 +179,6 @@ class Scheduler:
                 plan[request] = 1
         return preempted
 
-    def _draft_budget(self, prefilling: bool, budget: int) -> int:
-        """Most draft tokens of this step, out of the tokens that the decodes leave."""
-        may_admit = len(self._waiting) > 0 and len(self._running) < self._max_running
-        return budget // 2 if prefilling or may_admit else budget
-
     def _num_joining(self, num_decoding: int) -> int:
         """Sequences whose prompts are computed in this step or next: they will decode beside those that do."""
         return min(len(self._running) + len(self._waiting), self._max_running) - num_decoding
@@ -200,10 +195,16 @@ class Scheduler:
         return budget - left
 
     def _plan_drafts(self, plan: dict[Request, int], drafter: Drafter, budget: int) -> int:
-        """Let ``drafter`` propose for the decodes, in equal parts, where blocks are free; returns the tokens taken."""
+        """Let ``drafter`` propose for the decodes, in equal parts, where blocks are free; returns the tokens taken.
+
+        At most ``budget``, the tokens that the decodes leave, or half of it where there is prefill work.
+        """
         requests = list(plan)
+        num_joining = self._num_joining(len(requests))
+        if num_joining:
+            budget //= 2
         limits = [self._max_kv_tokens(request) - request.num_tokens for request in requests]
-        lengths = drafter.draft_lengths(requests, limits, self._num_joining(len(requests)))
+        lengths = drafter.draft_lengths(requests, limits, num_joining)
         num_drafting = sum(length > 0 for length in lengths)
         slots: list[DraftSlot] = []
         for request, length in zip(requests, lengths, strict=True):

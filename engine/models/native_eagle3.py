@@ -99,7 +99,7 @@ class NativeEagle3:
     ) -> torch.Tensor:
         """Write the keys and values of the batch's tokens.
 
-        Embeddings and g [T, hidden] → a [L, hidden] float32 of the rows ``batch.logits_indices``.
+        Embeddings and g [T, hidden] → a [L, hidden] float32 of rows ``batch.logits_indices``, the last of sequences.
         """
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)

@@ -122,17 +122,16 @@ class SessionVocab:
             self.ngrams.observe(recent)
             return
         new: set[tuple[int, int, int]] = set()
-        begin = end = 2  # a run of tokens whose triples are new: counted together, since a call costs more than a token
-        for triple in zip(recent, recent[1:], recent[2:], strict=False):
+        begin = 2  # of a run of tokens whose triples are new: counted together, since a call costs more than a token
+        for end, triple in enumerate(zip(recent, recent[1:], recent[2:], strict=False), start=2):
             if triple in new or self.ngrams.knows(*triple):
                 if begin < end:
                     self.ngrams.observe(recent[begin:end], recent[begin - 2 : begin])
                 begin = end + 1
             else:
                 new.add(triple)
-            end += 1
-        if begin < end:
-            self.ngrams.observe(recent[begin:end], recent[begin - 2 : begin])
+        if begin < len(recent):
+            self.ngrams.observe(recent[begin:], recent[begin - 2 : begin])
 
     def observe(self, token_ids: Sequence[int], num_accepted: int, before: Sequence[int]) -> list[int]:
         """Take verified tokens; before anything is inserted because of them.
