@@ -22,4 +22,19 @@ inline __m512i add_fifth_bits(const uint8_t* block, int quad, __m512i nibbles) {
   return _mm512_ternarylogic_epi32(nibbles, bits, _mm512_set1_epi8(16), 0xF8);  // nibbles | (bits & 16)
 }
 
+// Quad rows 2j and 2j + 1 of a block of codes as unsigned bytes.
+template <int kFormat>
+inline __attribute__((always_inline)) void load_two_quads(const uint8_t* block, int j, __m512i* quads) {
+  if constexpr (kFormat == kQ8 || kFormat == kQ8x2) {
+    quads[0] = _mm512_loadu_si512(block + 128 * j);
+    quads[1] = _mm512_loadu_si512(block + 128 * j + 64);
+  } else {
+    unpack_nibbles(block, j, quads[0], quads[1]);
+  }
+  if constexpr (kFormat == kQ5) {
+    quads[0] = add_fifth_bits(block, 2 * j, quads[0]);
+    quads[1] = add_fifth_bits(block, 2 * j + 1, quads[1]);
+  }
+}
+
 }  // namespace evospec

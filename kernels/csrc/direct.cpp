@@ -1,5 +1,6 @@
 #include "direct.h"
 
+#include <algorithm>
 #include <array>
 #include <utility>
 
@@ -34,62 +35,80 @@ void DirectRows<kDigits>::assign(const bf16* x, int rows, int k) {
   }
 }
 
+// `blocks`: the first ones of kGroupsAtOnce groups, side by side.
 template <int kDigits>
 template <int M, int kFormat>
-void DirectRows<kDigits>::multiply_format(const uint8_t* block, const Block* rows, Floats* acc) const {
-  for (int b = 0; b < blocks_; ++b, block += block_bytes(kFormat)) {
-    prefetch_ahead(block, kFormat);
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kFormat));
-    const Floats s = load_half(scales);
+void DirectRows<kDigits>::multiply_format(const uint8_t* blocks, const Block* rows, float* y) const {
+  Floats acc[kGroupsAtOnce][M];
+  for (auto& group : acc) std::fill(group, group + M, all(0.0f));
+  for (int b = 0; b < blocks_; ++b, blocks += 2 * block_bytes(kFormat)) {
+    prefetch_ahead(blocks, kFormat);
     auto row = [&](int m) -> const Block& { return rows[static_cast<size_t>(m) * blocks_ + b]; };
-    auto add_scaled = [&](const Ints* sums, Floats s) {
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) acc[m] = multiply_add(to_floats(sums[m]), s * all(row(m).scale), acc[m]);
+    auto scales = [&](int g, int part) {
+      const uint8_t* at = blocks + g * block_bytes(kFormat) + code_bytes(kFormat);
+      return load_half(reinterpret_cast<const uint16_t*>(at) + part * kGroup);
     };
-    Ints sums[M];
-    int shifts[M];
+    // Adds the products of quad rows kBegin .. kEnd - 1, which have the scales `part`.
+    auto add_part = [&]<int kBegin, int kEnd>(int part, std::integer_sequence<int, kBegin, kEnd>) {
+      int shifts[M];
+      for (int m = 0; m < M; ++m) {
+        const int sum = kEnd - kBegin < kQuads ? row(m).code_sum[part] : row(m).code_sum[0] + row(m).code_sum[1];
+        shifts[m] = offset(kFormat) * sum;
+      }
+      Ints sums[kGroupsAtOnce][M];
+      dot<kDigits, M, kFormat, kBegin, kEnd>(blocks, row, shifts, sums);
+      Floats s[kGroupsAtOnce];
+      for (int g = 0; g < kGroupsAtOnce; ++g) s[g] = scales(g, part);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        const Floats scale = all(row(m).scale);
+        for (int g = 0; g < kGroupsAtOnce; ++g) {
+          acc[g][m] = multiply_add(to_floats(sums[g][m]), s[g] * scale, acc[g][m]);
+        }
+      }
+    };
     if constexpr (kFormat == kQ8x2) {
-      for (int m = 0; m < M; ++m) shifts[m] = 128 * row(m).code_sum[0];
-      dot<kDigits, M, kFormat, 0, 4>(block, row, shifts, sums);
-      add_scaled(sums, s);
-      for (int m = 0; m < M; ++m) shifts[m] = 128 * row(m).code_sum[1];
-      dot<kDigits, M, kFormat, 4, 8>(block, row, shifts, sums);
-      add_scaled(sums, load_half(scales + kGroup));
+      add_part(0, std::integer_sequence<int, 0, 4>());
+      add_part(1, std::integer_sequence<int, 4, 8>());
     } else {
-      for (int m = 0; m < M; ++m) shifts[m] = offset(kFormat) * (row(m).code_sum[0] + row(m).code_sum[1]);
-      dot<kDigits, M, kFormat, 0, 8>(block, row, shifts, sums);
-      add_scaled(sums, s);
+      add_part(0, std::integer_sequence<int, 0, 8>());
     }
     if constexpr (kFormat == kQ4) {
-      const Floats minima = load_half(scales + kGroup);
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) acc[m] = multiply_add(minima, all(row(m).sum), acc[m]);
+      Floats minima[kGroupsAtOnce];
+      for (int g = 0; g < kGroupsAtOnce; ++g) minima[g] = scales(g, 1);
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        const Floats sum = all(row(m).sum);
+        for (int g = 0; g < kGroupsAtOnce; ++g) acc[g][m] = multiply_add(minima[g], sum, acc[g][m]);
+      }
     }
+  }
+  for (int g = 0; g < kGroupsAtOnce; ++g) {
+    for (int m = 0; m < M; ++m) store(y + m * kPairColumns + g * kGroup, acc[g][m]);
   }
 }
 
 template <int kDigits>
 template <int M>
-void DirectRows<kDigits>::multiply_rows(const Matrix& weight, int group, const Block* rows, float* y, int stride) const {
-  Floats acc[M];
-  for (int m = 0; m < M; ++m) acc[m] = all(0.0f);
-  const uint8_t* data = weight.group(group);
-  switch (weight.format) {
-    case kQ8: multiply_format<M, kQ8>(data, rows, acc); break;
-    case kQ8x2: multiply_format<M, kQ8x2>(data, rows, acc); break;
-    case kQ5: multiply_format<M, kQ5>(data, rows, acc); break;
-    default: multiply_format<M, kQ4>(data, rows, acc); break;
+void DirectRows<kDigits>::multiply_rows(const Matrix& weight, int pair, const Block* rows, float* y) const {
+  const uint8_t* blocks = weight.pair(pair);
+  for (int g = 0; g < 2; g += kGroupsAtOnce, y += kGroup, blocks += block_bytes(weight.format)) {
+    switch (weight.format) {
+      case kQ8: multiply_format<M, kQ8>(blocks, rows, y); break;
+      case kQ8x2: multiply_format<M, kQ8x2>(blocks, rows, y); break;
+      case kQ5: multiply_format<M, kQ5>(blocks, rows, y); break;
+      default: multiply_format<M, kQ4>(blocks, rows, y); break;
+    }
   }
-  for (int m = 0; m < M; ++m) store(y + static_cast<size_t>(m) * stride, acc[m]);
 }
 
 template <int kDigits>
-void DirectRows<kDigits>::multiply(const Matrix& weight, int group, int first, int count, float* y, int stride) const {
-  using Multiply = void (DirectRows::*)(const Matrix&, int, const Block*, float*, int) const;
+void DirectRows<kDigits>::multiply(const Matrix& weight, int pair, int first, int count, float* y) const {
+  using Multiply = void (DirectRows::*)(const Matrix&, int, const Block*, float*) const;
   static constexpr auto kByRows = []<int... M>(std::integer_sequence<int, M...>) {
     return std::array<Multiply, sizeof...(M)>{&DirectRows::multiply_rows<M + 1>...};
-  }(std::make_integer_sequence<int, kDirectRows>());
-  (this->*kByRows[count - 1])(weight, group, data_.data() + static_cast<size_t>(first) * blocks_, y, stride);
+  }(std::make_integer_sequence<int, kMost>());
+  (this->*kByRows[count - 1])(weight, pair, data_.data() + static_cast<size_t>(first) * blocks_, y);
 }
 
 template class DirectRows<2>;

@@ -26,8 +26,10 @@ class DirectRows {
   // x: bf16 [rows][k]
   void assign(const bf16* x, int rows, int k);
 
-  // y[m * stride + column] = the product of row first + m with the 16 columns of a group, for count <= kDirectRows rows.
-  void multiply(const Matrix& weight, int group, int first, int count, float* y, int stride) const;
+  static constexpr int kMost = max_rows(kDigits);
+
+  // y[m][column] = the product of row first + m with the 32 columns of a pair of groups, for count <= kMost rows.
+  void multiply(const Matrix& weight, int pair, int first, int count, float* y) const;
 
  private:
   struct Block {  // 32 k of one row
@@ -40,9 +42,9 @@ class DirectRows {
   static_assert(sizeof(Block) == (kDigits == 2 ? 128 : 64));
 
   template <int M>
-  void multiply_rows(const Matrix& weight, int group, const Block* rows, float* y, int stride) const;
+  void multiply_rows(const Matrix& weight, int pair, const Block* rows, float* y) const;
   template <int M, int kFormat>
-  void multiply_format(const uint8_t* block, const Block* rows, Floats* acc) const;
+  void multiply_format(const uint8_t* blocks, const Block* rows, float* y) const;
 
   int blocks_ = 0;
   std::vector<Block> data_;  // [rows][blocks]

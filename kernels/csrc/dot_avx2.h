@@ -8,8 +8,11 @@
 
 namespace evospec {
 
-constexpr int kDirectRows = 5;        // of one product: their sums fill the registers
+constexpr int kGroupsAtOnce = 1;      // of columns: there are half as many registers
 constexpr bool kHasOneDigit = false;  // products of 16 bits are as fast as those of 8 would be
+
+// Rows of one product: their sums fill the registers.
+constexpr int max_rows(int) { return 5; }
 
 template <int kDigits>
 struct Digits;
@@ -58,10 +61,10 @@ inline __attribute__((always_inline)) void add(__m256i& sum, __m256i product) {
   asm("" : "+x"(sum));
 }
 
-// sums[m] = the integer sums over quad rows kBegin .. kEnd - 1 of row m, in every column, less shifts[m].
+// sums[0][m] = the integer sums over quad rows kBegin .. kEnd - 1 of row m, in every column, less shifts[m].
 template <int kDigits, int M, int kFormat, int kBegin, int kEnd, typename Row>
-inline __attribute__((always_inline)) void dot(const uint8_t* block, Row row, const int* shifts, Ints* sums) {
-  for (int m = 0; m < M; ++m) sums[m] = all(-shifts[m]);
+inline __attribute__((always_inline)) void dot(const uint8_t* block, Row row, const int* shifts, Ints (*sums)[M]) {
+  for (int m = 0; m < M; ++m) sums[0][m] = all(-shifts[m]);
 #pragma GCC unroll 8
   for (int quad = kBegin; quad < kEnd; ++quad) {
 #pragma GCC unroll 2
@@ -72,8 +75,8 @@ inline __attribute__((always_inline)) void dot(const uint8_t* block, Row row, co
         int32_t pair;
         std::memcpy(&pair, row(m).digits.pairs + 4 * quad + 2 * odd, 4);
         const __m256i x = _mm256_set1_epi32(pair);
-        add(sums[m].low, _mm256_madd_epi16(low, x));
-        add(sums[m].high, _mm256_madd_epi16(high, x));
+        add(sums[0][m].low, _mm256_madd_epi16(low, x));
+        add(sums[0][m].high, _mm256_madd_epi16(high, x));
       }
     }
   }

@@ -5,12 +5,11 @@
 
 namespace evospec {
 
-constexpr int kDirectRows = 12;      // of one product: their sums fill the registers
+constexpr int kGroupsAtOnce = 2;     // of columns: an activation is then broadcast for both
 constexpr bool kHasOneDigit = true;  // whether 8 bits of activations make a product of their own
 
-// Up to so many rows have two sums each, of high and low, or of every other quad row: with fewer sums an instruction
-// waits for the one before it. More rows than that the registers lack.
-constexpr int max_split_rows(int digits) { return digits == 2 ? 8 : 4; }
+// Rows of one product: their sums fill the registers, beside codes.
+constexpr int max_rows(int digits) { return digits == 2 ? 4 : 6; }
 
 template <int kDigits>
 struct Digits;
@@ -48,64 +47,48 @@ struct Digits<2> {
   }
 };
 
-// Quad rows kBegin .. kEnd - 1 of a block as unsigned bytes.
-template <int kFormat, int kBegin, int kEnd>
-inline __attribute__((always_inline)) void load_codes(const uint8_t* block, __m512i* quads) {
-  if constexpr (kFormat == kQ4 || kFormat == kQ5) {
-#pragma GCC unroll 4
-    for (int j = kBegin / 2; j < kEnd / 2; ++j) unpack_nibbles(block, j, quads[2 * j], quads[2 * j + 1]);
-  }
-#pragma GCC unroll 8
-  for (int quad = kBegin; quad < kEnd; ++quad) {
-    if constexpr (kFormat == kQ5) quads[quad] = add_fifth_bits(block, quad, quads[quad]);
-    if constexpr (kFormat == kQ8 || kFormat == kQ8x2) quads[quad] = _mm512_loadu_si512(block + 64 * quad);
-  }
-}
-
 inline __m512i four_bytes(const int8_t* in) {
   int32_t word;
   std::memcpy(&word, in, 4);
   return _mm512_set1_epi32(word);
 }
 
-// sums[m] = the integer sums over quad rows kBegin .. kEnd - 1 of row m, in every column, less shifts[m]. Rows take
-// turns, so that instructions that follow each other do not wait for each other.
+// sums[g][m] = the integer sums over quad rows kBegin .. kEnd - 1 of row m, in every column of group g, less shifts[m].
+// Rows take turns, so that instructions that follow each other do not wait for each other.
 template <int kDigits, int M, int kFormat, int kBegin, int kEnd, typename Row>
-inline __attribute__((always_inline)) void dot(const uint8_t* block, Row row, const int* shifts, Ints* sums) {
-  constexpr bool kSplit = M <= max_split_rows(kDigits), kTwo = kDigits == 2;
-  __m512i quads[kQuads], others[M];
-  load_codes<kFormat, kBegin, kEnd>(block, quads);
-  for (int m = 0; m < M; ++m) {
-    sums[m] = kTwo ? _mm512_setzero_si512() : _mm512_set1_epi32(-shifts[m]);
-    if constexpr (kSplit) others[m] = kTwo ? _mm512_set1_epi32(-shifts[m]) : _mm512_setzero_si512();
-  }
-#pragma GCC unroll 8
-  for (int quad = kBegin; quad < kEnd; ++quad) {
-#pragma GCC unroll 12
+inline __attribute__((always_inline)) void dot(const uint8_t* blocks, Row row, const int* shifts, Ints (*sums)[M]) {
+  constexpr bool kTwo = kDigits == 2;
+  Ints high[kGroupsAtOnce][M];  // of two digits; the sums are of the low ones then
+  for (int g = 0; g < kGroupsAtOnce; ++g) {
     for (int m = 0; m < M; ++m) {
-      __m512i& sum = kSplit && !kTwo && quad % 2 ? others[m] : sums[m];
-      sum = _mm512_dpbusd_epi32(sum, quads[quad], four_bytes(row(m).digits.high + 4 * quad));
-      if constexpr (kTwo && kSplit) {
-        others[m] = _mm512_dpbusd_epi32(others[m], quads[quad], four_bytes(row(m).digits.low + 4 * quad));
+      sums[g][m] = all(-shifts[m]);
+      if constexpr (kTwo) high[g][m] = all(0);
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = kBegin / 2; j < kEnd / 2; ++j) {
+    __m512i quads[kGroupsAtOnce][2];
+    for (int g = 0; g < kGroupsAtOnce; ++g) load_two_quads<kFormat>(blocks + g * block_bytes(kFormat), j, quads[g]);
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; ++odd) {
+#pragma GCC unroll 6
+      for (int m = 0; m < M; ++m) {
+        const int at = 4 * (2 * j + odd);
+        const __m512i x = four_bytes(row(m).digits.high + at);
+        for (int g = 0; g < kGroupsAtOnce; ++g) {
+          Ints& sum = kTwo ? high[g][m] : sums[g][m];
+          sum = _mm512_dpbusd_epi32(sum, quads[g][odd], x);
+        }
+        if constexpr (kTwo) {
+          const __m512i low = four_bytes(row(m).digits.low + at);
+          for (int g = 0; g < kGroupsAtOnce; ++g) sums[g][m] = _mm512_dpbusd_epi32(sums[g][m], quads[g][odd], low);
+        }
       }
     }
   }
   if constexpr (kTwo) {
-    for (int m = 0; m < M; ++m) {
-      sums[m] = _mm512_slli_epi32(sums[m], Digits<2>::kLowBits);
-      if constexpr (!kSplit) sums[m] = _mm512_sub_epi32(sums[m], _mm512_set1_epi32(shifts[m]));
-    }
-  }
-  if constexpr (kSplit) {
-    for (int m = 0; m < M; ++m) sums[m] = _mm512_add_epi32(sums[m], others[m]);
-  }
-  if constexpr (kTwo && !kSplit) {
-#pragma GCC unroll 8
-    for (int quad = kBegin; quad < kEnd; ++quad) {
-#pragma GCC unroll 12
-      for (int m = 0; m < M; ++m) {
-        sums[m] = _mm512_dpbusd_epi32(sums[m], quads[quad], four_bytes(row(m).digits.low + 4 * quad));
-      }
+    for (int g = 0; g < kGroupsAtOnce; ++g) {
+      for (int m = 0; m < M; ++m) sums[g][m] = plus(sums[g][m], shift_left<Digits<2>::kLowBits>(high[g][m]));
     }
   }
 }

@@ -71,11 +71,11 @@ void expand_q8(const uint8_t* block, bool two_scales, bf16* out) {
 
 }  // namespace
 
-void expand_blocks(const Matrix& matrix, int group, int first, int count, bf16* out) {
+void expand_blocks(const Matrix& matrix, int pair, int first, int count, bf16* out) {
   const size_t bytes = block_bytes(matrix.format);
-  const uint8_t* block = matrix.group(group) + first * bytes;
-  for (int b = 0; b < count; ++b, block += bytes, out += kBlock * kGroup) {
-    prefetch_ahead(block, matrix.format);
+  const uint8_t* block = matrix.pair(pair) + 2 * first * bytes;
+  for (int b = 0; b < 2 * count; ++b, block += bytes, out += kBlock * kGroup) {
+    if (b % 2 == 0) prefetch_ahead(block, matrix.format);
     if (matrix.format == kQ4) {
       expand_q4(block, out);
     } else if (matrix.format == kQ5) {

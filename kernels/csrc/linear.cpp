@@ -62,49 +62,46 @@ void tile_pair(const Linear& op, int pair) {
   const TileProduct product{op.rows, weight.k, scratch().y};
   product.begin();
   if (weight.format == kBf16) {
-    const bf16* b0 = reinterpret_cast<const bf16*>(weight.group(2 * pair));
-    product.add(op.x, b0, reinterpret_cast<const bf16*>(weight.group(2 * pair + 1)), blocks);
+    product.add(op.x, reinterpret_cast<const bf16*>(weight.pair(pair)), blocks);
   } else if constexpr (kExpandsCodes) {
-    constexpr int kAtOnce = 4, kSize = kAtOnce * kBlock * kGroup;
-    alignas(64) bf16 tiles[2 * kSize];
+    constexpr int kAtOnce = 4;
+    alignas(64) bf16 tiles[kAtOnce * kBlock * kPairColumns];
     for (int b = 0; b < blocks; b += kAtOnce) {
       const int count = std::min(kAtOnce, blocks - b);
-      expand_blocks(weight, 2 * pair, b, count, tiles);
-      expand_blocks(weight, 2 * pair + 1, b, count, tiles + kSize);
-      product.add(op.x + b * kBlock, tiles, tiles + kSize, count);
+      expand_blocks(weight, pair, b, count, tiles);
+      product.add(op.x + b * kBlock, tiles, count);
     }
   }
   finish_rows(op, product, 0, pair);
 }
 
-// The tiles of `count` groups from `first` on; those of kBf16 lie in memory as they are.
-const bf16* group_tiles(const Matrix& weight, int first, int count) {
+// The tiles of the pairs begin .. end - 1; those of kBf16 lie in memory as they are.
+const bf16* tiles_of_pairs(const Matrix& weight, int begin, int end) {
   if constexpr (kExpandsCodes) {
     if (weight.format != kBf16) {
       std::vector<bf16>& tiles = scratch().tiles;
-      const size_t group_size = static_cast<size_t>(weight.k) * kGroup;
-      if (tiles.size() < count * group_size) tiles.resize(count * group_size);
-      for (int g = 0; g < count; ++g) {
-        expand_blocks(weight, first + g, 0, weight.num_blocks(), tiles.data() + g * group_size);
+      const size_t pair_size = static_cast<size_t>(weight.k) * kPairColumns;
+      if (tiles.size() < (end - begin) * pair_size) tiles.resize((end - begin) * pair_size);
+      for (int pair = begin; pair < end; ++pair) {
+        expand_blocks(weight, pair, 0, weight.num_blocks(), tiles.data() + (pair - begin) * pair_size);
       }
       return tiles.data();
     }
   }
-  return reinterpret_cast<const bf16*>(weight.group(first));
+  return reinterpret_cast<const bf16*>(weight.pair(begin));
 }
 
 // Many rows. For each 32 of them all pairs begin .. end - 1 in turn: the rows then come from the first-level cache, and
 // the weights, which lie in a row, from the second. The other way round, rows are read from afar for every pair.
 void tile_pairs(const Linear& op, int begin, int end) {
   const Matrix& weight = *op.weight;
-  const size_t group_size = static_cast<size_t>(weight.k) * kGroup;
-  const bf16* tiles = group_tiles(weight, 2 * begin, 2 * (end - begin));
+  const bf16* tiles = tiles_of_pairs(weight, begin, end);
   for (int row = 0; row < op.rows; row += kMaxTileRows) {
     const TileProduct product{std::min(op.rows - row, kMaxTileRows), weight.k, scratch().y};
-    const bf16* b = tiles;
-    for (int pair = begin; pair < end; ++pair, b += 2 * group_size) {
+    const bf16* blocks = tiles;
+    for (int pair = begin; pair < end; ++pair, blocks += static_cast<size_t>(weight.k) * kPairColumns) {
       product.begin();
-      product.add(op.x + static_cast<size_t>(row) * weight.k, b, b + group_size, weight.num_blocks());
+      product.add(op.x + static_cast<size_t>(row) * weight.k, blocks, weight.num_blocks());
       finish_rows(op, product, row, pair);
     }
   }
@@ -113,8 +110,8 @@ void tile_pairs(const Linear& op, int begin, int end) {
 // As many pairs as fit in the second-level cache beside the rows themselves, up to 8: as codes, or expanded.
 int pairs_at_once(const Linear& op, bool direct) {
   constexpr size_t kCacheBytes = 1280 * 1024, kMost = 8;
-  const size_t expanded = static_cast<size_t>(op.weight->k) * kGroup * sizeof(bf16);
-  const size_t pair_bytes = 2 * (direct ? op.weight->group_bytes() : expanded);
+  const size_t expanded = static_cast<size_t>(op.weight->k) * kPairColumns * sizeof(bf16);
+  const size_t pair_bytes = direct ? op.weight->pair_bytes() : expanded;
   return static_cast<int>(std::clamp<size_t>(kCacheBytes / pair_bytes, 1, kMost));
 }
 
@@ -129,9 +126,8 @@ bool goes_direct(const Linear& op) {
 template <typename Rows>
 void direct_pair(const Linear& op, const Rows& rows, int pair, int begin, int end) {
   float* y = scratch().y;
-  in_equal_parts(end - begin, kDirectRows, [&](int first, int count) {
-    rows.multiply(*op.weight, 2 * pair, begin + first, count, y, kPairColumns);
-    rows.multiply(*op.weight, 2 * pair + 1, begin + first, count, y + kGroup, kPairColumns);
+  in_equal_parts(end - begin, Rows::kMost, [&](int first, int count) {
+    rows.multiply(*op.weight, pair, begin + first, count, y);
     for (int m = 0; m < count; ++m) finish_row(op, begin + first + m, pair * kPairColumns, y + m * kPairColumns);
   });
 }
@@ -168,7 +164,7 @@ void linear(Team& team, const Linear& op) {
   const int pairs = (op.weight->n + kPairColumns - 1) / kPairColumns;
   const int step = many ? pairs_at_once(op, direct) : 1;
   team.work_ranges(pairs, [&](int begin, int end) {
-    prefetch(op.weight->group(2 * begin), kPrefetchBytes);
+    prefetch(op.weight->pair(begin), kPrefetchBytes);
     for (int pair = begin; pair < end; pair += step) {
       const int last = std::min(pair + step, end);
       if (direct && one_digit) {

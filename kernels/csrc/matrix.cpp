@@ -29,12 +29,18 @@ int get_code(const uint8_t* block, int format, int kk, int column) {
   return nibble + static_cast<int>(16 * ((word >> fifth_bit(kk)) & 1)) - 16;
 }
 
+// Where the blocks of a row begin; from one to the next are two blocks.
+size_t first_block(int format, int k, int row) {
+  const size_t blocks_before = static_cast<size_t>(row / kPairColumns) * 2 * (k / kBlock) + row / kGroup % 2;
+  return blocks_before * block_bytes(format);
+}
+
 }  // namespace
 
 void pack_codes(uint8_t* data, int k, int row, const RowCodes& codes) {
-  const int column = row % kGroup, blocks = k / kBlock;
-  uint8_t* block = data + static_cast<size_t>(row / kGroup) * blocks * block_bytes(codes.format);
-  for (int b = 0; b < blocks; ++b, block += block_bytes(codes.format)) {
+  const int column = row % kGroup;
+  uint8_t* block = data + first_block(codes.format, k, row);
+  for (int b = 0; b < k / kBlock; ++b, block += 2 * block_bytes(codes.format)) {
     for (int kk = 0; kk < kBlock; ++kk) set_code(block, codes.format, kk, column, codes.codes[b * kBlock + kk]);
     uint16_t* scales = reinterpret_cast<uint16_t*>(block + code_bytes(codes.format));
     scales[column] = to_half(codes.scales[2 * b]);
@@ -44,18 +50,18 @@ void pack_codes(uint8_t* data, int k, int row, const RowCodes& codes) {
 }
 
 void pack_floats(uint8_t* data, int k, int row, const float* values) {
-  bf16* group = reinterpret_cast<bf16*>(data) + static_cast<size_t>(row / kGroup) * k * kGroup;
+  uint8_t* first = data + first_block(kBf16, k, row);
   for (int i = 0; i < k; ++i) {
     const int kk = i % kBlock;
-    bf16* block = group + static_cast<size_t>(i / kBlock) * kBlock * kGroup;
+    bf16* block = reinterpret_cast<bf16*>(first + i / kBlock * 2 * block_bytes(kBf16));
     block[32 * (kk / 2) + 2 * (row % kGroup) + kk % 2] = to_bf16(values[i]);
   }
 }
 
 void unpack_row(const Matrix& matrix, int row, float* out) {
-  const uint8_t* block = matrix.group(row / kGroup);
   const int column = row % kGroup, format = matrix.format;
-  for (int b = 0; b < matrix.num_blocks(); ++b, block += block_bytes(format)) {
+  const uint8_t* block = matrix.data + first_block(format, matrix.k, row);
+  for (int b = 0; b < matrix.num_blocks(); ++b, block += 2 * block_bytes(format)) {
     const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(format));
     for (int kk = 0; kk < kBlock; ++kk) {
       float& value = out[b * kBlock + kk];

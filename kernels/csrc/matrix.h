@@ -1,7 +1,8 @@
 // Weight matrices packed for vectors and AMX tiles, in the precision they have in the file.
 //
-// y[n] = sum_k w[n][k] x[k]. Columns of the packed form are rows n of the weight, in groups of 16. For each group
-// the blocks of 32 k follow each other, so that a product reads memory strictly forward.
+// y[n] = sum_k w[n][k] x[k]. Columns of the packed form are rows n of the weight, in groups of 16. A block is 32 k of
+// one group. For each pair of groups the blocks of both follow each other in turn, so that a product with a pair reads
+// memory strictly forward.
 //
 // A block of codes is eight "quad rows" R of 64 codes: position p is the code of column p / 4 at k = 4R + p % 4, so a
 // 32-bit lane belongs to one column: the operand of vpdpbusd. Codes are unsigned. kBf16 has 16 "pair rows" of 32
@@ -22,10 +23,11 @@
 
 namespace evospec {
 
-constexpr int kGroup = 16;   // columns
-constexpr int kBlock = 32;   // k
-constexpr int kQuads = 8;    // quad rows of a block of codes
-constexpr int kPairs = 16;   // pair rows of a bf16 block
+constexpr int kGroup = 16;                // columns
+constexpr int kPairColumns = 2 * kGroup;  // of a pair of groups
+constexpr int kBlock = 32;                // k
+constexpr int kQuads = 8;                 // quad rows of a block of codes
+constexpr int kPairs = 16;                // pair rows of a bf16 block
 
 enum Format : int { kBf16 = 0, kQ8 = 1, kQ8x2 = 2, kQ5 = 3, kQ4 = 4 };
 
@@ -48,8 +50,8 @@ struct Matrix {
   const float* bias = nullptr;  // [n padded to 32] or null
 
   int num_blocks() const { return k / kBlock; }
-  size_t group_bytes() const { return num_blocks() * block_bytes(format); }
-  const uint8_t* group(int g) const { return data + g * group_bytes(); }
+  size_t pair_bytes() const { return 2 * num_blocks() * block_bytes(format); }
+  const uint8_t* pair(int p) const { return data + p * pair_bytes(); }
 };
 
 // One weight row (k values) as codes; w = scale * code + minimum. `scales` has one entry per 16 k.
@@ -66,8 +68,8 @@ constexpr size_t kPrefetchBytes = 4096;
 
 // To the second level: on their way to the first they would take the few places in which a core keeps track of what it
 // waits for, and products of several rows would wait behind them (docs/decisions/019-activations-of-8-bits.md).
-inline void prefetch_ahead(const uint8_t* block, int format) {
-  prefetch<_MM_HINT_T1>(block + kPrefetchBytes, block_bytes(format));
+inline void prefetch_ahead(const uint8_t* pair_of_blocks, int format) {
+  prefetch<_MM_HINT_T1>(pair_of_blocks + kPrefetchBytes, 2 * block_bytes(format));
 }
 
 // Which bit of a column's word is the fifth of k = kk. With AVX2 the two codes of a quad row that make a pair of 16-bit
@@ -94,7 +96,7 @@ constexpr bool kExpandsCodes = true;
 constexpr bool kExpandsCodes = false;
 #endif
 
-// Expands blocks first .. first + count - 1 of a group to bf16 tiles: out[count][16][32].
-void expand_blocks(const Matrix& matrix, int group, int first, int count, bf16* out);
+// Expands blocks first .. first + count - 1 of both groups of a pair to bf16 tiles: out[count][2][16][32].
+void expand_blocks(const Matrix& matrix, int pair, int first, int count, bf16* out);
 
 }  // namespace evospec

@@ -27,21 +27,23 @@ constexpr int kVectorRows = 12, kRowsOfTwoGroups = 12;
 constexpr int kVectorRows = 4, kRowsOfTwoGroups = 2;
 #endif
 
-// y[M][groups of 16] += x * the blocks of G groups.
+// y[M][G][16] += x * the blocks of G groups of a pair.
 template <int M, int G>
-void add_groups(const bf16* x, int k, const bf16* const* groups, int count, float* y) {
+void add_groups(const bf16* x, int k, const bf16* tiles, int count, float* y) {
   Floats acc[M][G];
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
     for (int g = 0; g < G; ++g) acc[m][g] = load(y + m * kPairColumns + g * kGroup);
   }
-  for (int pair = 0; pair < count * kPairs; ++pair) {
-    Pairs weights[G];
-    for (int g = 0; g < G; ++g) weights[g] = load_pairs(groups[g] + 2 * kGroup * pair);
+  for (int b = 0; b < count; ++b, tiles += kBlock * kPairColumns, x += kBlock) {
+    for (int pair = 0; pair < kPairs; ++pair) {
+      Pairs weights[G];
+      for (int g = 0; g < G; ++g) weights[g] = load_pairs(tiles + g * kBlock * kGroup + 2 * kGroup * pair);
 #pragma GCC unroll 12
-    for (int m = 0; m < M; ++m) {
-      const OnePair value = broadcast_pair(x + static_cast<size_t>(m) * k + 2 * pair);
-      for (int g = 0; g < G; ++g) acc[m][g] = add_products(acc[m][g], weights[g], value);
+      for (int m = 0; m < M; ++m) {
+        const OnePair value = broadcast_pair(x + static_cast<size_t>(m) * k + 2 * pair);
+        for (int g = 0; g < G; ++g) acc[m][g] = add_products(acc[m][g], weights[g], value);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -51,17 +53,16 @@ void add_groups(const bf16* x, int k, const bf16* const* groups, int count, floa
 }
 
 template <int M>
-void add_vectors(const bf16* x, int k, const bf16* b0, const bf16* b1, int count, float* y) {
-  const bf16* groups[] = {b0, b1};
+void add_vectors(const bf16* x, int k, const bf16* tiles, int count, float* y) {
   if constexpr (M <= kRowsOfTwoGroups) {
-    add_groups<M, 2>(x, k, groups, count, y);
+    add_groups<M, 2>(x, k, tiles, count, y);
   } else {
-    add_groups<M, 1>(x, k, groups, count, y);
-    add_groups<M, 1>(x, k, groups + 1, count, y + kGroup);
+    add_groups<M, 1>(x, k, tiles, count, y);
+    add_groups<M, 1>(x, k, tiles + kBlock * kGroup, count, y + kGroup);
   }
 }
 
-using AddVectors = void (*)(const bf16*, int, const bf16*, const bf16*, int, float*);
+using AddVectors = void (*)(const bf16*, int, const bf16*, int, float*);
 constexpr auto kAddVectors = []<int... M>(std::integer_sequence<int, M...>) {
   return std::array<AddVectors, sizeof...(M)>{add_vectors<M + 1>...};
 }(std::make_integer_sequence<int, kVectorRows>());
@@ -71,12 +72,12 @@ constexpr auto kAddVectors = []<int... M>(std::integer_sequence<int, M...>) {
 #ifdef __AMX_BF16__
 
 // Tiles 0..3: C (rows x columns), 4..5: A (rows), 6..7: B (columns).
-void add_tiles(const bf16* x, int k, bool two, const bf16* b0, const bf16* b1, int count) {
+void add_tiles(const bf16* x, int k, bool two, const bf16* tiles, int count) {
   const int stride = k * static_cast<int>(sizeof(bf16));
   const bf16* x1 = x + static_cast<size_t>(kTile) * k;
-  for (int b = 0; b < count; ++b) {
-    _tile_loadd(6, b0 + b * kBlock * kGroup, 64);
-    _tile_loadd(7, b1 + b * kBlock * kGroup, 64);
+  for (int b = 0; b < count; ++b, tiles += kBlock * kPairColumns) {
+    _tile_loadd(6, tiles, 64);
+    _tile_loadd(7, tiles + kBlock * kGroup, 64);
     _tile_loadd(4, x + b * kBlock, stride);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -123,7 +124,7 @@ bool find_tiles() { return false; }
 void load_config(const TileConfig&) {}
 void release() {}
 void clear_tiles() {}
-void add_tiles(const bf16*, int, bool, const bf16*, const bf16*, int) {}
+void add_tiles(const bf16*, int, bool, const bf16*, int) {}
 void store_tiles(float*, bool) {}
 
 #endif
@@ -165,13 +166,13 @@ void TileProduct::begin() const {
   }
 }
 
-void TileProduct::add(const bf16* x, const bf16* b0, const bf16* b1, int count) const {
+void TileProduct::add(const bf16* x, const bf16* tiles, int count) const {
   if (amx_found) {
-    add_tiles(x, k, rows > kTile, b0, b1, count);
+    add_tiles(x, k, rows > kTile, tiles, count);
     return;
   }
   in_equal_parts(rows, kVectorRows, [&](int first, int size) {
-    kAddVectors[size - 1](x + static_cast<size_t>(first) * k, k, b0, b1, count, y + first * kPairColumns);
+    kAddVectors[size - 1](x + static_cast<size_t>(first) * k, k, tiles, count, y + first * kPairColumns);
   });
 }
 

@@ -6,9 +6,8 @@
 
 namespace evospec {
 
-constexpr int kTile = 16;                  // rows of an AMX tile
-constexpr int kMaxTileRows = 2 * kTile;    // rows of one product
-constexpr int kPairColumns = 2 * kGroup;
+constexpr int kTile = 16;                // rows of an AMX tile
+constexpr int kMaxTileRows = 2 * kTile;  // rows of one product
 
 // part(first, count) for all rows, in equal parts of at most `most`: 32 rows as 11, 11, 10 instead of 12, 12, 8.
 // Always inlined: as a call it made a step some 3 % slower.
@@ -59,8 +58,8 @@ struct TileProduct {
   float* y;  // [32][32]
 
   void begin() const;
-  // x: [rows padded to 16][k], at the first of `count` blocks; b0, b1: those blocks of two groups, 16 x 32 each.
-  void add(const bf16* x, const bf16* b0, const bf16* b1, int count) const;
+  // x: [rows padded to 16][k], at the first of `count` blocks; tiles: those blocks of a pair, [count][2][16][32].
+  void add(const bf16* x, const bf16* tiles, int count) const;
   void complete() const;
 };
 
