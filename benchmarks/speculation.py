@@ -52,7 +52,8 @@ _Item = TypeVar("_Item")
 class Plan:
     """What one run measures. ``seconds`` is its bound, divided equally among the models.
 
-    ``levels``, ``rounds`` and ``http`` are for kind ``speed``, ``prompts`` (of each domain) for ``acceptance``.
+    ``levels``, ``rounds``, ``http`` and ``ignore_eos`` are for kind ``speed``, ``prompts`` (of each domain) for
+    ``acceptance``, whose answers always end by themselves.
     """
 
     kind: Literal["speed", "acceptance"]
@@ -63,6 +64,7 @@ class Plan:
     rounds: int
     prompts: int
     max_tokens: int
+    ignore_eos: bool
     seconds: float
     drafting: Drafting
     http: bool
@@ -122,14 +124,14 @@ def speed_runs(plan: Plan, model: str, seconds: float, console: Console) -> Iter
         for mode in plan.modes:
             config = plan.drafting.config(model, mode)
             sides[mode] = stack.enter_context(http_side(config, mode)) if plan.http else InProcessSide(config)
-            sides[mode].measure(prompts[plan.domains[0]][-WARMUP_REQUESTS:], WARMUP_REQUESTS, WARMUP_TOKENS)
+            sides[mode].measure(prompts[plan.domains[0]][-WARMUP_REQUESTS:], WARMUP_REQUESTS, WARMUP_TOKENS, True)
         left = seconds - (time.monotonic() - started)
         console.print(f"[dim]{model}: {len(sides)} engines ready, {left:.0f} s to measure[/dim]")
         for number, level, domain in bounded(plan.cells(), left):
             wave = chosen_prompts(prompts[domain], level, number)
             for mode in plan.modes if number % 2 == 0 else reversed(plan.modes):
-                run = sides[mode].measure(wave, level, plan.max_tokens)
-                if run.tokens != len(wave) * plan.max_tokens:
+                run = sides[mode].measure(wave, level, plan.max_tokens, plan.ignore_eos)
+                if plan.ignore_eos and run.tokens != len(wave) * plan.max_tokens:
                     raise RuntimeError(f"{mode} generated {run.tokens} tokens, not {len(wave) * plan.max_tokens}")
                 cell = {"model": model, "mode": mode, "domain": domain, "concurrency": level, "round": number}
                 yield cell | {"tokens_per_second": run.tokens_per_second} | asdict(run)
@@ -199,6 +201,7 @@ def main(
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Tokens a request; default: 64, acceptance 128.")
     ] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers of --max-tokens, whatever the model says.")] = True,
     minutes: Annotated[float, typer.Option(help="The whole run ends by then, with what it has.")] = 13.0,
     fixed: Annotated[bool, typer.Option(help="Always draft --length tokens; default: the controller decides.")] = False,
     length: Annotated[int, typer.Option(min=1, max=MAX_SPECULATIVE_TOKENS, help="Most draft tokens.")] = 4,
@@ -208,7 +211,9 @@ def main(
     acceptance: Annotated[bool, typer.Option(help="Acceptance instead of speed: drafts of a fixed length.")] = False,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each domain, for --acceptance.")] = 40,
     quick: Annotated[bool, typer.Option(help="Under two minutes: few modes, levels and tokens, one round.")] = False,
-    name: Annotated[str | None, typer.Option(help="Name of the files in benchmarks/results.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the files in benchmarks/results; default: the kind, and a sole model.")
+    ] = None,
 ) -> None:
     """Speed with and without speculation, or acceptance of draft tokens, by model, vocabulary, domain and load."""
     speed_modes = mode or (QUICK_MODES if quick else MODES)
@@ -221,11 +226,14 @@ def main(
         rounds=1 if quick else rounds,
         prompts=min(prompts, 10) if quick else prompts,
         max_tokens=max_tokens or (24 if quick else 128 if acceptance else 64),
+        ignore_eos=ignore_eos,
         seconds=100.0 if quick else 60 * minutes,
         drafting=Drafting(method, draft, length, adaptive=not (fixed or acceptance)),
         http=http,
     )
-    measure(plan, name or ("acceptance" if acceptance else "speculation"), Console(width=170))
+    what = "acceptance" if acceptance else "speculation"
+    default_name = f"{what}-{plan.models[0]}" if len(plan.models) == 1 else what
+    measure(plan, name or default_name, Console(width=170))
 
 
 if __name__ == "__main__":

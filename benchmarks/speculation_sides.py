@@ -77,8 +77,15 @@ class Measured:
 class Side(Protocol):
     """One mode's engine, ready."""
 
-    def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int) -> Measured:
-        """Greedy answers of exactly ``max_tokens`` tokens, ``concurrency`` at a time."""
+    def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool) -> Measured:
+        """Greedy answers, ``concurrency`` at a time.
+
+        Args:
+            prompts: to answer.
+            concurrency: answers at a time.
+            max_tokens: of an answer.
+            ignore_eos: whether answers go on to ``max_tokens`` where the model would end them.
+        """
         ...
 
 
@@ -88,8 +95,8 @@ class InProcessSide:
     def __init__(self, config: EngineConfig) -> None:
         self._engine = Engine(config)
 
-    def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int) -> Measured:
-        sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True)
+    def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool) -> Measured:
+        sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=ignore_eos)
         noise = NoiseMeter()
         run = self._engine.generate(prompts, sampling, concurrency)
         decode = run.decode_tokens / run.decode_seconds if run.decode_tokens else None
@@ -102,8 +109,8 @@ class HttpSide:
     def __init__(self, model: str, url: str, server: psutil.Process) -> None:
         self._model, self._url, self._server = model, url, server
 
-    def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int) -> Measured:
-        options = LoadOptions(self._url, self._model, concurrency, len(prompts), max_tokens)
+    def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool) -> Measured:
+        options = LoadOptions(self._url, self._model, concurrency, len(prompts), max_tokens, ignore_eos=ignore_eos)
         before, noise = self._scrape(), NoiseMeter(self._server)
         report, _ = uvloop.run(run_load(options, prompts))
         if report.errors:

@@ -61,7 +61,7 @@ def test_nothing_begins_that_would_end_late(durations: list[float], seconds: flo
 
 
 def test_rounds_follow_each_other_and_go_on_in_the_prompts() -> None:
-    plan = Plan("speed", ["m"], ["none"], ["code", "law"], [1, 4], 2, 0, 8, 60, DRAFTING, http=False)
+    plan = Plan("speed", ["m"], ["none"], ["code", "law"], [1, 4], 2, 0, 8, True, 60, DRAFTING, http=False)
     cells = list(plan.cells())
     assert cells[:4] == [(0, 1, "code"), (0, 1, "law"), (0, 4, "code"), (0, 4, "law")]
     assert [number for number, _, _ in cells] == [0] * 4 + [1] * 4
