@@ -103,6 +103,9 @@ def main(
     sessions: Annotated[int, typer.Option(min=1, help="Of part switch.")] = 2,
     concurrency: Annotated[list[int] | None, typer.Option(help="Of part load; default: 1, 4, 8, 16.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds of part load.")] = 5,
+    ignore_eos: Annotated[
+        bool, typer.Option(help="Part load: answers of --max-tokens, whatever the model says.")
+    ] = True,
     minutes: Annotated[float | None, typer.Option(help="Of each part; it ends by then with what it has.")] = None,
     fixed: Annotated[bool, typer.Option(help="Part load: always draft --length tokens, as in the others.")] = False,
     length: Annotated[int, typer.Option(min=1, max=8, help="Draft tokens of a step.")] = 4,
@@ -129,6 +132,7 @@ def main(
             sessions=1 if quick else sessions,
             levels=sorted(concurrency or ([1, 4] if quick else [1, 4, 8, 16])),
             rounds=1 if quick else rounds,
+            ignore_eos=ignore_eos,
             prompt_file=None if prompt_file is None else str(prompt_file),
         )
         measure(plan, sizes.num_special, f"{name}-{each}", console)

@@ -23,8 +23,9 @@ PromptsByDomain = Mapping[str, Sequence[Prompt]]
 class Plan:
     """What one part measures. ``seconds`` is its bound, loading included.
 
-    ``prompts``: of each domain (part ``bytes``: turns). ``sessions`` of part ``switch``, ``levels`` and ``rounds`` of
-    part ``load``. ``prompt_file``: where the prompts are from; None: the eval prompts.
+    ``prompts``: of each domain (part ``bytes``: turns). ``sessions`` of part ``switch``; ``levels``, ``rounds`` and
+    ``ignore_eos`` of part ``load``: the others' answers end by themselves. ``prompt_file``: where the prompts are from;
+    None: the eval prompts.
     """
 
     part: str
@@ -38,6 +39,7 @@ class Plan:
     sessions: int
     levels: list[int]
     rounds: int
+    ignore_eos: bool = True
     prompt_file: str | None = None
 
 
@@ -93,7 +95,7 @@ def of_loads(plan: Plan, prompts: PromptsByDomain) -> Iterator[Unit]:
                 for slot, domain in enumerate(islice(cycle(plan.domains), max(level, len(plan.domains))))
             ]
             labels = {"domain": MIXED, "round": number, "concurrency": level}
-            yield Unit(labels, asks, plan.max_tokens, concurrency=level, whole=True)
+            yield Unit(labels, asks, plan.max_tokens, concurrency=level, whole=plan.ignore_eos)
 
 
 def of_conversation(plan: Plan, prompts: PromptsByDomain) -> Iterator[Unit]:

@@ -31,7 +31,10 @@ COLOURS = [
 def table(record: Record) -> Table:
     """A line for each mode (and topic, kind of tenant, or concurrency)."""
     plan = record["plan"]
-    title = f"{plan['part']}: {plan['model']}, greedy, {plan['max_tokens']} tokens a request"
+    tokens = f"{plan['max_tokens']} tokens a request"
+    if plan["part"] == "load" and not plan.get("ignore_eos", True):
+        tokens = f"up to {tokens}"
+    title = f"{plan['part']}: {plan['model']}, greedy, {tokens}"
     match plan["part"]:
         case "switch":
             headers, lines = _switch_lines(record)
