@@ -357,7 +357,8 @@ async def test_an_epoch_that_changes_unseen_ends_requests(serve: Any) -> None:
 
 
 async def test_a_silent_engine_counts_as_dead_until_it_speaks(serve: Any) -> None:
-    async with serve(silent, "--http.engine_timeout", "0.3") as api:
+    # Long enough that a machine busy with other tests answers in time: a lost engine gets no requests.
+    async with serve(silent, "--http.engine_timeout", "2") as api:
         request = asyncio.create_task(api.post("/v1/completions"))
         await api.until(lambda: api.engine.requests)
         api.engine.silent = True
