@@ -124,7 +124,8 @@ def speed_runs(plan: Plan, model: str, seconds: float, console: Console) -> Iter
         for mode in plan.modes:
             config = plan.drafting.config(model, mode)
             sides[mode] = stack.enter_context(http_side(config, mode)) if plan.http else InProcessSide(config)
-            sides[mode].measure(prompts[plan.domains[0]][-WARMUP_REQUESTS:], WARMUP_REQUESTS, WARMUP_TOKENS, True)
+            warmup = prompts[plan.domains[0]][-WARMUP_REQUESTS:]
+            sides[mode].measure(warmup, WARMUP_REQUESTS, WARMUP_TOKENS, ignore_eos=True)
         left = seconds - (time.monotonic() - started)
         console.print(f"[dim]{model}: {len(sides)} engines ready, {left:.0f} s to measure[/dim]")
         for number, level, domain in bounded(plan.cells(), left):

@@ -39,6 +39,7 @@ void DirectRows<kDigits>::assign(const bf16* x, int rows, int k) {
 template <int kDigits>
 template <int M, int kFormat>
 void DirectRows<kDigits>::multiply_format(const uint8_t* blocks, const Block* rows, float* y) const {
+  constexpr int kParts = kFormat == kQ8x2 ? 2 : 1;  // of a block, with scales of their own
   Floats acc[kGroupsAtOnce][M];
   for (auto& group : acc) std::fill(group, group + M, all(0.0f));
   for (int b = 0; b < blocks_; ++b, blocks += 2 * block_bytes(kFormat)) {
@@ -48,15 +49,15 @@ void DirectRows<kDigits>::multiply_format(const uint8_t* blocks, const Block* ro
       const uint8_t* at = blocks + g * block_bytes(kFormat) + code_bytes(kFormat);
       return load_half(reinterpret_cast<const uint16_t*>(at) + part * kGroup);
     };
-    // Adds the products of quad rows kBegin .. kEnd - 1, which have the scales `part`.
-    auto add_part = [&]<int kBegin, int kEnd>(int part, std::integer_sequence<int, kBegin, kEnd>) {
+    auto add_part = [&](auto part) {  // an integral_constant: quad rows have to be known to the compiler
+      constexpr int kSize = kQuads / kParts, kBegin = part * kSize;
       int shifts[M];
       for (int m = 0; m < M; ++m) {
-        const int sum = kEnd - kBegin < kQuads ? row(m).code_sum[part] : row(m).code_sum[0] + row(m).code_sum[1];
+        const int sum = kParts == 2 ? row(m).code_sum[part] : row(m).code_sum[0] + row(m).code_sum[1];
         shifts[m] = offset(kFormat) * sum;
       }
       Ints sums[kGroupsAtOnce][M];
-      dot<kDigits, M, kFormat, kBegin, kEnd>(blocks, row, shifts, sums);
+      dot<kDigits, M, kFormat, kBegin, kBegin + kSize>(blocks, row, shifts, sums);
       Floats s[kGroupsAtOnce];
       for (int g = 0; g < kGroupsAtOnce; ++g) s[g] = scales(g, part);
 #pragma GCC unroll 6
@@ -67,12 +68,8 @@ void DirectRows<kDigits>::multiply_format(const uint8_t* blocks, const Block* ro
         }
       }
     };
-    if constexpr (kFormat == kQ8x2) {
-      add_part(0, std::integer_sequence<int, 0, 4>());
-      add_part(1, std::integer_sequence<int, 4, 8>());
-    } else {
-      add_part(0, std::integer_sequence<int, 0, 8>());
-    }
+    add_part(std::integral_constant<int, 0>());
+    if constexpr (kParts == 2) add_part(std::integral_constant<int, 1>());
     if constexpr (kFormat == kQ4) {
       Floats minima[kGroupsAtOnce];
       for (int g = 0; g < kGroupsAtOnce; ++g) minima[g] = scales(g, 1);

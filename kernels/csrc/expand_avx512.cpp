@@ -39,12 +39,11 @@ void expand_q5(const uint8_t* block, bf16* out) {
   const __m512 high = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 s = load_half(reinterpret_cast<const uint16_t*>(block + code_bytes(kQ5)));
   for (int j = 0; j < kQuads / 2; ++j) {
-    __m512i codes[2];
-    unpack_nibbles(block, j, codes[0], codes[1]);
+    __m512i quads[2];
+    load_two_quads<kQ5>(block, j, quads);
     for (int odd = 0; odd < 2; ++odd) {
-      const __m512i quad = add_fifth_bits(block, 2 * j + odd, codes[odd]);
       auto value = [&](int byte) {  // as above: the lowest five bits
-        return _mm512_mul_ps(_mm512_permutex2var_ps(low, _mm512_srli_epi32(quad, 8 * byte), high), s);
+        return _mm512_mul_ps(_mm512_permutex2var_ps(low, _mm512_srli_epi32(quads[odd], 8 * byte), high), s);
       };
       bf16* rows = out + 64 * (2 * j + odd);
       store_pair_row(rows, value(0), value(1));

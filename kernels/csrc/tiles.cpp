@@ -36,12 +36,12 @@ void add_groups(const bf16* x, int k, const bf16* tiles, int count, float* y) {
     for (int g = 0; g < G; ++g) acc[m][g] = load(y + m * kPairColumns + g * kGroup);
   }
   for (int b = 0; b < count; ++b, tiles += kBlock * kPairColumns, x += kBlock) {
-    for (int pair = 0; pair < kPairs; ++pair) {
+    for (int pair_row = 0; pair_row < kPairs; ++pair_row) {
       Pairs weights[G];
-      for (int g = 0; g < G; ++g) weights[g] = load_pairs(tiles + g * kBlock * kGroup + 2 * kGroup * pair);
+      for (int g = 0; g < G; ++g) weights[g] = load_pairs(tiles + g * kBlock * kGroup + 2 * kGroup * pair_row);
 #pragma GCC unroll 12
       for (int m = 0; m < M; ++m) {
-        const OnePair value = broadcast_pair(x + static_cast<size_t>(m) * k + 2 * pair);
+        const OnePair value = broadcast_pair(x + static_cast<size_t>(m) * k + 2 * pair_row);
         for (int g = 0; g < G; ++g) acc[m][g] = add_products(acc[m][g], weights[g], value);
       }
     }
