@@ -47,6 +47,7 @@ class Job:
     text: str
     round: int
     given: str | None = None
+    domain: str = ""
 
     @property
     def key(self) -> int:
@@ -66,7 +67,13 @@ def read_prompts(path: Path) -> list[Job]:
     """The training prompts in the domains that may be trained on, as jobs of round 0."""
     rows = map(json.loads, path.read_text().splitlines())
     return [
-        Job(row["id"], row["messages"][0]["content"], 0, *(message["content"] for message in row["messages"][1:]))
+        Job(
+            row["id"],
+            row["messages"][0]["content"],
+            round=0,
+            given=next((message["content"] for message in row["messages"][1:]), None),
+            domain=row["domain"],
+        )
         for row in rows
         if row["split"] == "train" and row["domain"] in TRAINING_DOMAINS
     ]
@@ -189,6 +196,7 @@ def main(
     max_prompt: Annotated[int, typer.Option(help="Longer prompts are left out.")] = 700,
     rounds: Annotated[int, typer.Option(help="Answers to each prompt: the first mostly greedy.")] = 8,
     skip: Annotated[int, typer.Option(help="Leave out so many of the first prompts: answered elsewhere.")] = 0,
+    domain: Annotated[list[str] | None, typer.Option(help="Only these; default: all that may be trained on.")] = None,
     threads: Annotated[int, typer.Option(help="Compute threads; 0: one a core.")] = 0,
     seconds: Annotated[float, typer.Option(help="Stop after so long.")] = float("inf"),
 ) -> None:
@@ -208,7 +216,8 @@ def main(
     generator = Generator(core, recorder, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
     done = written_keys(directory)
     all_jobs = jobs_of(read_prompts(text or prompts), rounds if text is None else 1)
-    jobs = (job for job in itertools.islice(all_jobs, skip, None) if job.key not in done)
+    wanted = set(domain or TRAINING_DOMAINS)
+    jobs = (job for job in itertools.islice(all_jobs, skip, None) if job.domain in wanted and job.key not in done)
     started, made = time.monotonic(), 0
     pending: list[tuple[Conversation, torch.Tensor]] = []
     for conversation, features in generator.run(jobs):

@@ -8,6 +8,7 @@ import torch
 
 from engine.batch import Features
 from engine.spec.proposer import DraftCosts, Proposer
+from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 
@@ -22,6 +23,7 @@ class FeatureRecorder:
     description = "feature recorder"
     costs = DraftCosts(weight_bytes=0, bytes_per_block=0)
     vocab: DraftVocab | None = None
+    stops_early = False
 
     def __init__(self, capture_layers: tuple[int, ...]) -> None:
         self.capture_layers = capture_layers
@@ -31,8 +33,9 @@ class FeatureRecorder:
         """Itself."""
         return self
 
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """Nothing."""
+        return {}
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None

@@ -24,7 +24,7 @@ from benchmarks.adapt_sides import ALIGNMENT, BOTH, KINDS, OSD, STATIC, VOCABULA
 from benchmarks.adapt_summary import summary
 from benchmarks.prompts.build import read_eval
 from benchmarks.speculation import RESULTS, environment
-from benchmarks.speculation_sides import Drafting
+from benchmarks.speculation_sides import Drafting, DraftLength
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
@@ -116,7 +116,7 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of each domain.")] = 40,
     trial: Annotated[bool, typer.Option(help="Measure with trial prompts, to choose options by.")] = False,
     max_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 128,
-    length: Annotated[int, typer.Option(min=1, max=8, help="Draft tokens of a step.")] = 4,
+    length: DraftLength = None,
     adaptive: Annotated[bool, typer.Option(help="Let the controller choose lengths (part load always does).")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds of part load.")] = 6,
     concurrency: Annotated[int, typer.Option(min=1, help="Of part load.")] = 8,
@@ -143,7 +143,7 @@ def main(
         "concurrency": concurrency,
     }
     for each in parts:
-        drafting = Drafting("eagle3", draft, length, adaptive or each == "load")
+        drafting = Drafting.of("eagle3", draft, length, adaptive=adaptive or each == "load")
         (plan,) = _plans([each], quick, minutes, drafting=drafting, **options)
         measure(plan, f"{name}-{each}", Console(width=180))
         gc.collect()

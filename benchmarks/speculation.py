@@ -26,9 +26,9 @@ from benchmarks.in_process import Engine, encode_chat
 from benchmarks.peers import REPOSITORY, cpu_description, git_commit
 from benchmarks.prompts.build import Prompt, read_eval
 from benchmarks.speculation_report import report
-from benchmarks.speculation_sides import NONE, Drafting, InProcessSide, Side, http_side
+from benchmarks.speculation_sides import NONE, Drafting, DraftLength, InProcessSide, Side, http_side
 from benchmarks.speculation_summary import summaries
-from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig
+from engine.config import ModelConfig
 from engine.messages import SamplingParams
 from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
@@ -205,7 +205,7 @@ def main(
     ignore_eos: Annotated[bool, typer.Option(help="Answers of --max-tokens, whatever the model says.")] = True,
     minutes: Annotated[float, typer.Option(help="The whole run ends by then, with what it has.")] = 13.0,
     fixed: Annotated[bool, typer.Option(help="Always draft --length tokens; default: the controller decides.")] = False,
-    length: Annotated[int, typer.Option(min=1, max=MAX_SPECULATIVE_TOKENS, help="Most draft tokens.")] = 4,
+    length: DraftLength = None,
     method: Annotated[str, typer.Option(help="eagle3 or draft_model.")] = "eagle3",
     draft: Annotated[str | None, typer.Option(help="Draft directory or draft model; default: the one shipped.")] = None,
     http: Annotated[bool, typer.Option(help="Through servers and HTTP instead of in this process.")] = False,
@@ -229,7 +229,7 @@ def main(
         max_tokens=max_tokens or (24 if quick else 128 if acceptance else 64),
         ignore_eos=ignore_eos,
         seconds=100.0 if quick else 60 * minutes,
-        drafting=Drafting(method, draft, length, adaptive=not (fixed or acceptance)),
+        drafting=Drafting.of(method, draft, length, adaptive=not (fixed or acceptance)),
         http=http,
     )
     what = "acceptance" if acceptance else "speculation"

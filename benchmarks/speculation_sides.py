@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import psutil
+import typer
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -20,11 +21,22 @@ from benchmarks.load import LoadOptions, run_load
 from benchmarks.peers import Launch
 from benchmarks.process import NoiseMeter, free_port, running
 from benchmarks.prompts.build import Prompt
-from engine.config import EngineConfig, SpeculationConfig
+from engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SpeculationConfig
 from engine.messages import SamplingParams
 
 LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
 NONE = "none"
+FIXED_LENGTH = 4
+"""Draft tokens of a step where all have the same length: acceptance is comparable then."""
+DraftLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_SPECULATIVE_TOKENS,
+        help=f"Draft tokens of a step; default: {FIXED_LENGTH} where all have the same length, else the engine's most.",
+    ),
+]
+"""Option ``--length`` of the benchmarks."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,16 @@ class Drafting:
     draft: str | None
     num_tokens: int
     adaptive: bool
+
+    @classmethod
+    def of(cls, method: str, draft: str | None, length: int | None, *, adaptive: bool) -> Drafting:
+        """``length`` None: the engine's own most where lengths adapt, else ``FIXED_LENGTH``."""
+        return cls(
+            method,
+            draft,
+            length or (SpeculationConfig().num_speculative_tokens if adaptive else FIXED_LENGTH),
+            adaptive,
+        )
 
     def config(self, model: str, mode: str) -> EngineConfig:
         """The engine of a mode: ``none``, or the draft's vocabulary."""

@@ -27,7 +27,7 @@ from benchmarks.vocabulary_replay import recorded
 from engine.config import SpeculationConfig
 from engine.core import EngineCore
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.controller import StepCosts
+from engine.spec.step_costs import StepCosts
 
 RANKS = 4
 """Choices of a place that a tree may hold."""

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from benchmarks.prompts.build import Prompt, read, shuffled
 from benchmarks.speculation import DOMAINS, RESULTS, bounded, environment, short_prompts
-from benchmarks.speculation_sides import NONE, Drafting
+from benchmarks.speculation_sides import NONE, Drafting, DraftLength
 from benchmarks.vocabulary_modes import FULL, HARD_SWITCH, Sizes, make_mode, sizes_of
 from benchmarks.vocabulary_parts import PARTS, SWITCH_DOMAINS, Plan
 from benchmarks.vocabulary_report import report
@@ -108,7 +108,7 @@ def main(
     ] = True,
     minutes: Annotated[float | None, typer.Option(help="Of each part; it ends by then with what it has.")] = None,
     fixed: Annotated[bool, typer.Option(help="Part load: always draft --length tokens, as in the others.")] = False,
-    length: Annotated[int, typer.Option(min=1, max=8, help="Draft tokens of a step.")] = 4,
+    length: DraftLength = None,
     method: Annotated[str, typer.Option(help="eagle3 or draft_model.")] = "eagle3",
     draft: Annotated[str | None, typer.Option(help="Draft directory or draft model; default: the one shipped.")] = None,
     quick: Annotated[bool, typer.Option(help="Two prompts a domain, 24 tokens: whether it works.")] = False,
@@ -128,7 +128,7 @@ def main(
             prompts=(4 if each == "bytes" else 2) if quick else prompts or PROMPTS[each],
             max_tokens=24 if quick else max_tokens or TOKENS[each],
             seconds=QUICK_SECONDS if quick else 60 * (minutes or MINUTES[each]),
-            drafting=Drafting(method, draft, length, adaptive=each == "load" and not fixed),
+            drafting=Drafting.of(method, draft, length, adaptive=each == "load" and not fixed),
             sessions=1 if quick else sessions,
             levels=sorted(concurrency or ([1, 4] if quick else [1, 4, 8, 16])),
             rounds=1 if quick else rounds,

@@ -139,7 +139,10 @@ class SpeculationConfig(_Section):
     )
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
     num_speculative_tokens: int = Field(
-        default=4, ge=0, le=MAX_SPECULATIVE_TOKENS, description="Most tokens drafted for a sequence a step."
+        default=MAX_SPECULATIVE_TOKENS,
+        ge=0,
+        le=MAX_SPECULATIVE_TOKENS,
+        description="Most tokens drafted for a sequence a step.",
     )
     adaptive: bool = Field(
         default=True, description="Draft fewer tokens, down to none, where measured costs and acceptance say so."

@@ -22,13 +22,14 @@ from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.json_schema import GrammarError
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
-from engine.spec.controller import AdaptiveLength, StepCosts
+from engine.spec.controller import AdaptiveLength
 from engine.spec.costs import CostMeter
 from engine.spec.eagle import EagleProposer
 from engine.spec.load import load_draft
 from engine.spec.ngram import SwitchingProposer
 from engine.spec.proposer import Draft
 from engine.spec.speculator import FixedLength, LengthPolicy, Speculator
+from engine.spec.step_costs import StepCosts
 from engine.spec.vocab_follower import VocabFollower
 from engine.step_plan import ScheduledSequence, SchedulerOutput
 from engine.text.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ class EngineCore:
             # Where n-grams always match, as in made-up text, they cost nothing.
             dearest = proposer.otherwise if isinstance(proposer, SwitchingProposer) else proposer
             self.step_costs = CostMeter(self._runner, dearest, size, most, self.max_model_len, follower).measure()
-            policy = AdaptiveLength(self.step_costs)
+            policy = AdaptiveLength(self.step_costs, stops_early=proposer.stops_early)
         verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
         return Speculator(proposer, policy, config.speculation.num_speculative_tokens, follower, verify_log)
 

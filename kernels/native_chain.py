@@ -20,6 +20,9 @@ from kernels.native_lora import NativeLora
 from kernels.native_prior import NUM_FEATURES, ChainPrior, PriorKernel
 from kernels.native_sampling import TailSlabsStruct
 
+SURENESS_LEVELS = 16
+"""Of how sure a draft is of a token: level n is a probability of n/16 to (n + 1)/16 among the candidates."""
+
 
 class _Model(ctypes.Structure):
     _fields_ = (
@@ -37,6 +40,7 @@ _ROW_POINTERS = (
     *("lengths", "positions", "block_tables", "slabs", "lora"),
     *("temperatures", "seeds", "top_k", "top_p", "min_p"),
     *("sessions", "units", "weights", "contexts", "texts"),
+    *("chances", "acceptance", "verify_costs"),
 )
 
 
@@ -44,11 +48,14 @@ class _Rows(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int) for name in ("rows", "max_length", "max_blocks", "candidates")),
         *((name, ctypes.c_void_p) for name in _ROW_POINTERS),
+        ("draft_cost", ctypes.c_float),
     )
 
 
 class _Outputs(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("tokens", "hidden", "token_ids", "logits", "features"))
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("tokens", "hidden", "token_ids", "logits", "features", "sureness")
+    )
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,23 @@ class ChainSampling:
     top_k: Sequence[int]
     top_p: Sequence[float]
     min_p: Sequence[float]
+
+
+@dataclass(frozen=True)
+class ChainStop:
+    """When B chains end early: all at once, where another token of each promises less than it costs.
+
+    A chain's next token promises the chance that it and all before it are accepted. Costs are in tokens.
+    """
+
+    chances: NDArray[np.float32]
+    """[2, SURENESS_LEVELS]: that a greedy and a sampled token is accepted, by how sure of it the draft is"""
+    acceptance: Sequence[Sequence[float]]
+    """[B][the longest chain], by place, before it is drafted, if those before it are accepted"""
+    verify_costs: Sequence[float]
+    """By place: of verifying one more token"""
+    draft_cost: float
+    """Of another token for each sequence"""
 
 
 @dataclass(frozen=True)
@@ -80,11 +104,13 @@ class ChainBatch:
     """None: all greedy"""
     prior: ChainPrior | None = None
     lora: NativeLora | None = None
+    stop: ChainStop | None = None
+    """None: every chain gets its length"""
 
 
 @dataclass(frozen=True)
 class ChainResult:
-    """Steps S and rows B; what is beyond the end of a chain is undefined."""
+    """Steps S, as many as were made, and rows B; what is beyond the end of a chain is undefined."""
 
     tokens: NDArray[np.int32]
     """[S, B]"""
@@ -96,6 +122,19 @@ class ChainResult:
     """[S, B, C] the draft's own, -inf for none"""
     features: NDArray[np.float32] | None
     """[S, B, C, NUM_FEATURES], with a prior"""
+    sureness: NDArray[np.int32] | None
+    """[S, B] levels of the tokens, where chains may end early"""
+
+    def first(self, steps: int) -> ChainResult:
+        """Without what was not made."""
+        return ChainResult(
+            self.tokens[:steps],
+            self.hidden[:steps],
+            self.token_ids[:steps],
+            self.logits[:steps],
+            None if self.features is None else self.features[:steps],
+            None if self.sureness is None else self.sureness[:steps],
+        )
 
 
 class NativeChain:
@@ -146,7 +185,8 @@ class NativeChain:
             cache: the draft's keys and values; the last token of each chain gets none.
         """
         num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], a.shape[1]
-        count = 1 if batch.sampling is None and batch.prior is None else self._candidates
+        only_best = batch.sampling is None and batch.prior is None and batch.stop is None
+        count = 1 if only_best else self._candidates
         shape = steps, num_rows
         result = ChainResult(
             np.empty(shape, np.int32),
@@ -154,12 +194,15 @@ class NativeChain:
             np.empty((*shape, count), np.int32),
             np.empty((*shape, count), np.float32),
             None if batch.prior is None else np.empty((*shape, count, NUM_FEATURES), np.float32),
+            None if batch.stop is None else np.empty(shape, np.int32),
         )
         arrays = _arrays(batch)
         tables = np.ascontiguousarray(batch.block_tables, np.int32)
         rows = _Rows(num_rows, steps, tables.shape[1], count, block_tables=tables.ctypes.data)
         for name, values in arrays.items():
             setattr(rows, name, values.buffer_info()[0])
+        if batch.stop is not None:
+            rows.chances, rows.draft_cost = batch.stop.chances.ctypes.data, batch.stop.draft_cost
         if batch.lora is not None:
             rows.lora = ctypes.cast(batch.lora.pointer, ctypes.c_void_p)
         outputs = _Outputs(
@@ -167,13 +210,13 @@ class NativeChain:
             result.hidden.data_ptr(),
             result.token_ids.ctypes.data,
             result.logits.ctypes.data,
-            None if result.features is None else result.features.ctypes.data,
+            *(None if one is None else one.ctypes.data for one in (result.features, result.sureness)),
         )
         model = self._model(hidden, cache)
-        load_library().evo_draft_chain(
+        made = load_library().evo_draft_chain(
             self._team.handle, ctypes.byref(model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
         )
-        return result
+        return result.first(made)
 
     def _model(self, hidden: int, cache: KvCache) -> _Model:
         prior, tails = self._prior, self._tails_struct
@@ -201,4 +244,7 @@ def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:
         arrays["units"], arrays["contexts"] = array("d", prior.units), array("q", chain.from_iterable(prior.contexts))
         if prior.texts is not None:
             arrays["texts"] = array("Q", prior.texts)
+    if (stop := batch.stop) is not None:
+        arrays["acceptance"] = array("f", chain.from_iterable(stop.acceptance))
+        arrays["verify_costs"] = array("f", stop.verify_costs)
     return arrays

@@ -1,119 +1,57 @@
 """How many tokens to draft for each sequence of a step: as many as make tokens come fastest, down to none.
 
 The rate of a step is (1 + expected accepted drafts, summed over sequences) / (verify time + draft time). The times come
-from a table measured at start-up, the chance that a draft is accepted from what verification has shown so far.
+from a table measured at start-up, the chance that a draft is accepted from what verification has shown so far. That is
+asked three times: before drafting, whether it pays at all; after each token of the chains, whether another does
+(``StopRule``); and when they are drafted, how many of them are worth verifying. The last two know how sure of its
+tokens the draft is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from operator import mul
 
-import numpy as np
-
-from engine.config import MAX_SPECULATIVE_TOKENS
+from engine.spec.acceptance import MAX_ACCEPTANCE, Acceptance
+from engine.spec.step_costs import Curve, StepCosts
+from engine.spec.stop_rule import StopRule
 
 _MIN_GAIN = 1.03
 """Drafting must promise this many times the rate without it: costs are estimates."""
-_MAX_ACCEPTANCE = 0.98
-_PRIOR_ACCEPTANCE, _PRIOR_TRIALS = 0.7, 10.0
-"""Optimistic, so that a new draft is tried."""
-_ENGINE_MEMORY = 0.995
-"""Weight of the past in the engine's acceptance, for each trial."""
-_SEQUENCE_MEMORY = 0.9
-"""The same in a sequence's own, for each verified step."""
-_IDLE_MEMORY = 0.98
-"""The same for each step without a draft: an old failure is forgotten, and the sequence tried again."""
-_SEQUENCE_PRIOR = 2.0
 _IDLE_INTERVAL = 16
 """Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
 _PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
 """Where nothing is drafted, every so many steps one sequence is for some steps, to see whether that is still right."""
 
 
-class Curve:
-    """Seconds by a number of tokens or sequences: linear between measured points and past the last.
-
-    Fewer never cost more: where it was measured so, something else had the processor then.
-    """
-
-    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
-        self._sizes = [float(size) for size, _ in points]
-        self._seconds = np.minimum.accumulate([seconds for _, seconds in points][::-1])[::-1].tolist()
-        self._table: list[float] = []
-
-    def __call__(self, size: int) -> float:
-        if size >= len(self._table):
-            self._extend(2 * size + 1)
-        return self._table[size]
-
-    def _extend(self, length: int) -> None:
-        sizes = np.arange(length)
-        table = np.interp(sizes, self._sizes, self._seconds)
-        if len(self._sizes) > 1:
-            slope = (self._seconds[-1] - self._seconds[-2]) / (self._sizes[-1] - self._sizes[-2])
-            table += np.maximum(sizes - self._sizes[-1], 0) * max(slope, 0.0)
-        self._table = table.tolist()
-
-
 @dataclass(frozen=True)
-class StepCosts:
-    """Seconds of the parts of a step."""
+class Plan:
+    """Draft lengths, one a sequence, and the tokens a second that they promise."""
 
-    verify: Curve
-    """By tokens: the target's forward pass, its choices, and what is kept of it for later drafts."""
-    first_draft: Curve
-    """By sequences: the first draft token of each, and what its vocabulary learns of what became of it."""
-    next_draft: Curve
-    """By sequences: each further draft token."""
-
-    def milliseconds(self, sizes: Sequence[int]) -> dict[str, dict[int, float]]:
-        """All three at some sizes, to be read."""
-        curves = {"verify": self.verify, "first_draft": self.first_draft, "next_draft": self.next_draft}
-        return {name: {size: round(1e3 * curve(size), 3) for size in sizes} for name, curve in curves.items()}
-
-
-@dataclass(slots=True)
-class _Ratio:
-    """How a sequence's drafts fare against the engine's average: accepted / expected, with fading memory."""
-
-    accepted: float = 0.0
-    expected: float = 0.0
-
-    @property
-    def value(self) -> float:
-        return (self.accepted + _SEQUENCE_PRIOR) / (self.expected + _SEQUENCE_PRIOR)
-
-    def fade(self, memory: float) -> None:
-        self.accepted *= memory
-        self.expected *= memory
-
-
-@dataclass(slots=True)
-class _Acceptance:
-    """Chance that the draft at each place is accepted, given that those before it were; over all sequences."""
-
-    accepted: list[float] = field(default_factory=lambda: [_PRIOR_ACCEPTANCE * _PRIOR_TRIALS] * MAX_SPECULATIVE_TOKENS)
-    trials: list[float] = field(default_factory=lambda: [_PRIOR_TRIALS] * MAX_SPECULATIVE_TOKENS)
-
-    def __getitem__(self, place: int) -> float:
-        return self.accepted[place] / self.trials[place]
-
-    def observe(self, place: int, accepted: bool) -> None:
-        self.accepted[place] = self.accepted[place] * _ENGINE_MEMORY + accepted
-        self.trials[place] = self.trials[place] * _ENGINE_MEMORY + 1.0
+    lengths: list[int]
+    rate: float
 
 
 class AdaptiveLength:
-    """A ``LengthPolicy`` that maximises the expected rate of tokens. Deterministic: it reads no clock."""
+    """A ``LengthPolicy`` that maximises the expected rate of tokens. Deterministic: it reads no clock.
 
-    def __init__(self, costs: StepCosts) -> None:
-        self._costs = costs
-        self._acceptance = _Acceptance()
-        self._ratios: dict[str, _Ratio] = {}
+    Args:
+        costs: of a step's parts.
+        stops_early: whether chains can end before their limit; otherwise they are as long as is best on average.
+    """
+
+    def __init__(self, costs: StepCosts, *, stops_early: bool) -> None:
+        self._costs, self._stops_early = costs, stops_early
+        self._acceptance = Acceptance()
         self._idle_steps = 0
         self._idle_batch: tuple[list[str], int] | None = None
         """The sequences, and how many join them, for whom no draft was found to pay; nothing was observed since."""
+        self._plan = Plan([], 0.0)
+        """The last one, those that join included."""
+        self._planned: dict[str, int] = {}
+        """Its lengths by sequence."""
 
     @property
     def is_idle(self) -> bool:
@@ -126,56 +64,85 @@ class AdaptiveLength:
         Best for the batch as it will be with those that join: before its first draft a sequence's whole text has to be
         read, which does not pay where it would be drafted for only until the others' prompts are computed.
         """
-        ratios = [self._ratios.setdefault(request_id, _Ratio()) for request_id in request_ids]
         batch = (list(request_ids), num_joining)
         if self.is_idle and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
-            lengths = [0] * len(ratios)
+            lengths = [0] * len(limits)
         else:
-            chances = [self._chances(ratio.value, limit) for ratio, limit in zip(ratios, limits, strict=True)]
-            lengths = best_lengths(self._costs, chances + [[]] * num_joining)[: len(chances)]
+            chances = [
+                _all_before(self._acceptance.of_places(request_id, limit))
+                for request_id, limit in zip(request_ids, limits, strict=True)
+            ]
+            self._plan = best_plan(self._costs, chances + [[]] * num_joining)
+            lengths = self._plan.lengths[: len(chances)]
             self._idle_batch = None if any(lengths) else batch
         if any(lengths):
             self._idle_steps = 0
         else:
             self._idle_steps += 1
             self._probe(lengths, limits)
-        for ratio, length in zip(ratios, lengths, strict=True):
+        for request_id, length in zip(request_ids, lengths, strict=True):
             if length == 0:
-                ratio.fade(_IDLE_MEMORY)
-        return lengths
+                self._acceptance.idle(request_id)
+        if not self._stops_early:
+            return lengths
+        self._planned = dict(zip(request_ids, lengths, strict=True))
+        return [limit if length else 0 for length, limit in zip(lengths, limits, strict=True)]
 
-    def observe(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
-        """Each draft token up to the first that was refused is one trial at its place."""
+    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
+        """When the chains of the sequences that are drafted for now, with the lengths they have room for, end early."""
+        if not self._stops_early:
+            return None
+        count, rate = len(lengths), self._plan.rate
+        sizes = [len(self._plan.lengths) + count * place for place in range(max(lengths.values()) + 1)]
+        verify_costs = [
+            rate * (self._costs.verify(after) - self._costs.verify(before)) / count for before, after in pairwise(sizes)
+        ]
+        return StopRule(
+            chances=self._acceptance.of_levels(),
+            acceptance={name: self._acceptance.of_places(name, length) for name, length in lengths.items()},
+            verify_costs=verify_costs,
+            draft_cost=rate * self._costs.next_draft(count),
+            planned={name: self._planned[name] for name in lengths},
+        )
+
+    def worth_verifying(self, drafted: Mapping[str, Sequence[int]], greedy: Mapping[str, bool]) -> dict[str, int]:
+        """How many of each chain's tokens to verify.
+
+        Args:
+            drafted: how sure the draft is of each token of a sequence's chain.
+            greedy: whether the sequence's tokens are the most likely ones.
+        """
+        chances = [
+            _all_before(self._acceptance.of_drafts(sureness, greedy[request_id]))
+            for request_id, sureness in drafted.items()
+        ]
+        chances += [[]] * (len(self._plan.lengths) - len(chances))
+        lengths = best_verified(self._costs.verify, chances, self._draft_seconds(drafted))
+        return dict(zip(drafted, lengths, strict=False))
+
+    def observe(self, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool) -> None:
+        """Arguments as for ``Acceptance.observe``."""
         self._idle_batch = None
-        ratio = self._ratios.setdefault(request_id, _Ratio())
-        ratio.fade(_SEQUENCE_MEMORY)
-        for place in range(min(num_accepted + 1, num_drafted)):
-            ratio.expected += self._acceptance[place]
-            ratio.accepted += place < num_accepted
-            self._acceptance.observe(place, place < num_accepted)
+        self._acceptance.observe(request_id, outcomes, sureness, greedy)
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
-        self._ratios.pop(request_id, None)
+        self._acceptance.forget(request_id)
 
-    def _chances(self, ratio: float, limit: int) -> list[float]:
-        """Chance that the sequence's first, second, ... draft is accepted together with all before it."""
-        chance, chances = 1.0, []
-        for place in range(limit):
-            chance *= min(self._acceptance[place] * ratio, _MAX_ACCEPTANCE)
-            chances.append(chance)
-        return chances
+    def _draft_seconds(self, drafted: Mapping[str, Sequence[int]]) -> float:
+        further = max(map(len, drafted.values())) - 1
+        return self._costs.first_draft(len(drafted)) + further * self._costs.next_draft(len(drafted))
 
     def _probe(self, lengths: list[int], limits: Sequence[int]) -> None:
         if self._idle_steps % _PROBE_INTERVAL >= _PROBE_STEPS or self._idle_steps < _PROBE_INTERVAL:
             return
-        best_case = [[_MAX_ACCEPTANCE ** (place + 1) for place in range(limit)] for limit in limits]
-        if any(best_lengths(self._costs, best_case)):
+        best_case = [[MAX_ACCEPTANCE ** (place + 1) for place in range(limit)] for limit in limits]
+        if any(best_plan(self._costs, best_case).lengths):
             chosen = max(range(len(limits)), key=lambda index: limits[index])
             lengths[chosen] = min(limits[chosen], _PROBE_TOKENS)
 
 
-def best_lengths(costs: StepCosts, chances: Sequence[Sequence[float]]) -> list[int]:
+def best_plan(costs: StepCosts, chances: Sequence[Sequence[float]]) -> Plan:
     """Draft lengths that maximise expected tokens / seconds of one step.
 
     Args:
@@ -183,17 +150,14 @@ def best_lengths(costs: StepCosts, chances: Sequence[Sequence[float]]) -> list[i
         chances: for each sequence, by place: the chance that drafts up to there are all accepted; falling.
 
     Returns:
-        One length a sequence; all 0 unless drafting gains at least ``_MIN_GAIN``.
+        All lengths 0 unless drafting gains at least ``_MIN_GAIN``.
     """
-    num_sequences = len(chances)
-    by_chance = sorted(
-        ((chance, place, index) for index, row in enumerate(chances) for place, chance in enumerate(row)),
-        key=lambda candidate: (-candidate[0], candidate[1]),
-    )
+    num_sequences, ranked = len(chances), _ranked(chances)
     drafting = [0] * max((len(row) for row in chances), default=0)  # sequences that draft at each place
     expected, draft_seconds = float(num_sequences), 0.0
-    best_rate, best_count = _MIN_GAIN * expected / costs.verify(num_sequences), 0
-    for count, (chance, place, _) in enumerate(by_chance, start=1):
+    without = expected / costs.verify(num_sequences)
+    best_rate, best_count = _MIN_GAIN * without, 0
+    for count, (chance, place, _) in enumerate(ranked, start=1):
         curve = costs.next_draft if place else costs.first_draft
         before = curve(drafting[place]) if drafting[place] else 0.0
         drafting[place] += 1
@@ -202,7 +166,41 @@ def best_lengths(costs: StepCosts, chances: Sequence[Sequence[float]]) -> list[i
         rate = expected / (costs.verify(num_sequences + count) + draft_seconds)
         if rate > best_rate:
             best_rate, best_count = rate, count
+    return Plan(_lengths(ranked[:best_count], num_sequences), best_rate if best_count else without)
+
+
+def best_verified(verify: Curve, chances: Sequence[Sequence[float]], draft_seconds: float) -> list[int]:
+    """How many drafts of each sequence to verify for the most tokens a second, drafting having taken its time.
+
+    Args:
+        verify: seconds by tokens.
+        chances: as for ``best_plan``.
+        draft_seconds: what drafting took.
+    """
+    num_sequences, ranked = len(chances), _ranked(chances)
+    expected = float(num_sequences)
+    best_rate, best_count = expected / (verify(num_sequences) + draft_seconds), 0
+    for count, (chance, _, _) in enumerate(ranked, start=1):
+        expected += chance
+        rate = expected / (verify(num_sequences + count) + draft_seconds)
+        if rate > best_rate:
+            best_rate, best_count = rate, count
+    return _lengths(ranked[:best_count], num_sequences)
+
+
+def _all_before(acceptance: Sequence[float]) -> list[float]:
+    """Chance that the first, second, ... draft is accepted together with all before it."""
+    return list(accumulate(acceptance, mul))
+
+
+def _ranked(chances: Sequence[Sequence[float]]) -> list[tuple[float, int, int]]:
+    """Chance, place and sequence of each draft token, the likeliest first, and none before one it depends on."""
+    drafts = ((chance, place, index) for index, row in enumerate(chances) for place, chance in enumerate(row))
+    return sorted(drafts, key=lambda draft: (-draft[0], draft[1]))
+
+
+def _lengths(drafts: Sequence[tuple[float, int, int]], num_sequences: int) -> list[int]:
     lengths = [0] * num_sequences
-    for _, place, index in by_chance[:best_count]:
+    for _, place, index in drafts:
         lengths[index] = max(lengths[index], place + 1)
     return lengths

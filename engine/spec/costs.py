@@ -11,8 +11,8 @@ import structlog
 from engine.messages import SamplingParams
 from engine.model_runner import ModelRunner
 from engine.request import Request
-from engine.spec.controller import Curve, StepCosts
 from engine.spec.proposer import Proposer
+from engine.spec.step_costs import Curve, StepCosts
 from engine.spec.vocab_follower import VocabFollower
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.argmax import argmax_rows

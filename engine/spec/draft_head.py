@@ -17,10 +17,11 @@ from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
 from engine.request import Request
 from engine.sampling.choose import all_greedy, chain_sampling, choose_tokens
+from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot
 from engine.vocab.draft_vocab import DraftVocab
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
-from kernels.native_chain import ChainBatch, ChainResult, NativeChain
+from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain
 from kernels.native_decoder import KvCache
 from kernels.native_lora import NativeLora
 from kernels.native_prior import ChainPrior
@@ -117,8 +118,9 @@ class DraftHead:
         tables: NDArray[np.int32],
         cache: KvCache,
         lora: NativeLora | None,
-    ) -> None:
-        """As ``draft``, for as many tokens as each sequence wants, the longest chain first.
+        stop: StopRule | None,
+    ) -> Sureness:
+        """As ``draft``, for as many tokens as each sequence wants or ``stop`` allows, the longest chain first.
 
         Args:
             chain: of this head.
@@ -127,15 +129,22 @@ class DraftHead:
             tables: [B, max_blocks], their blocks.
             cache: of the draft.
             lora: what the draft's tokens are adapted by, one a row.
+            stop: None: all chains get their length, and nothing is known of how sure the draft is.
         """
         requests, lengths = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
         slabs, prior = self._of_chains(requests)
         positions = [request.num_tokens - 1 for request in requests]
         sampling = chain_sampling([request.sampling for request in requests])
-        result = chain.run(ChainBatch(lengths, positions, tables, slabs, sampling, prior, lora), a, cache)
+        rule = None if stop is None else _chain_stop(stop, requests, lengths[0])
+        result = chain.run(ChainBatch(lengths, positions, tables, slabs, sampling, prior, lora, rule), a, cache)
+        lengths = [min(length, len(result.tokens)) for length in lengths]
         for request, length, tokens in zip(requests, lengths, result.tokens.T.tolist(), strict=True):
             request.draft_token_ids += tokens[:length]
         self._take_chains(requests, lengths, result)
+        if result.sureness is None:
+            return {}
+        levels = zip(requests, lengths, result.sureness.T.tolist(), strict=True)
+        return {request.request_id: row[:length] for request, length, row in levels}
 
     def _of_chains(self, requests: Sequence[Request]) -> tuple[list[int] | None, ChainPrior | None]:
         """The tail and the prior of each."""
@@ -153,6 +162,13 @@ class DraftHead:
         """
         of_rows = None if slabs is None else torch.tensor(slabs, dtype=torch.int32, device=hidden.device)
         return draft_head_topk(hidden, self._core, count, self._tails, of_rows, self.team)
+
+
+def _chain_stop(rule: StopRule, requests: Sequence[Request], most: int) -> ChainStop:
+    """The rule for chains of up to ``most`` tokens, one a row; shorter ones are filled up."""
+    rows = [rule.acceptance[request.request_id] for request in requests]
+    padded = [[*row, *[0.0] * (most - len(row))] for row in rows]
+    return ChainStop(rule.chances, padded, rule.verify_costs, rule.draft_cost)
 
 
 def make_tails(loaded: LoadedModel, num_slabs: int, slots: int) -> TailSlabs:

@@ -15,6 +15,7 @@ from engine.spec.chain_batches import chain_batches
 from engine.spec.draft_head import DraftHead
 from engine.spec.entries import EntryLedger
 from engine.spec.proposer import DraftCosts, Proposer
+from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 
@@ -42,6 +43,7 @@ class DraftModelProposer:
     """Runs the draft model on what it has not seen of a sequence, then token by token."""
 
     capture_layers: tuple[int, ...] = ()
+    stops_early = False
 
     def __init__(self, loaded: LoadedModel, attention: AttentionBackend, head: DraftHead) -> None:
         self._loaded, self._attention, self._head = loaded, attention, head
@@ -49,17 +51,18 @@ class DraftModelProposer:
         self._entries = EntryLedger(attention.spec.num_blocks, self._block_size)
 
     @torch.inference_mode()
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """Draft for the slots that want tokens and whose entries are, or can be brought, up to date."""
         pieces, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not pieces:
-            return
+            return {}
         hidden = self._forward(build_batch(pieces, self._block_size, self._loaded.device))
         if not ready:
-            return
+            return {}
         self._head.draft(hidden, ready)
         for _, longer, batch in chain_batches(ready, self._block_size, self._loaded.device):
             self._head.draft(self._forward(batch), longer)
+        return {}
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None

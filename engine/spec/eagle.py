@@ -22,6 +22,7 @@ from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.eagle_network import EagleNetwork, make_network
 from engine.spec.entries import EntryLedger, Piece, last_draft
 from engine.spec.proposer import DraftCosts
+from engine.spec.stop_rule import StopRule, Sureness
 from engine.spec.verify_log import VerifyLog
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import NativeChain
@@ -119,6 +120,7 @@ class EagleProposer:
         """Drafts all tokens of a step in one call, where the compiled kernels can; None: token by token."""
         if isinstance(network, NativeEagle3) and isinstance(target.model, NativeLlama):
             self._chain = head.make_chain(network, target.model)
+        self.stops_early = self._chain is not None
         self._entries = EntryLedger(attention.spec.num_blocks, self._block_size)
         self._before_first = attention.spec.num_blocks * self._block_size
         """The row after all slots: features before a sequence's first token, always 0."""
@@ -132,34 +134,37 @@ class EagleProposer:
             self.verify_log = VerifyLog(adapters, width, self._stored_before, target.team)
 
     @torch.inference_mode()
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """Draft for the slots that want tokens and whose entries are, or can be brought, up to date."""
         pieces, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not pieces:
-            return
+            return {}
         if self._adapters is not None:
             self._adapters.refresh()
             self._adapters.assign([slot.request for slot in slots])
         batch = build_batch(pieces, self._block_size, self._device)
         a = self._forward(batch, pieces, self._g_before(pieces))
         if not ready:
-            return
+            return {}
         if self._chain is not None:
-            self._draft_chains(self._chain, a, ready)
-            return
+            return self._draft_chains(self._chain, a, ready, stop)
         self._head.draft(self._network.head_input(a), ready)
         for rows, longer, batch in chain_batches(ready, self._block_size, self._device):
             a = self._forward(batch, [last_draft(slot) for slot in longer], a if len(rows) == len(a) else a[rows])
             self._head.draft(self._network.head_input(a), longer)
+        return {}
 
-    def _draft_chains(self, chain: NativeChain, a: torch.Tensor, ready: Sequence[DraftSlot]) -> None:
+    def _draft_chains(
+        self, chain: NativeChain, a: torch.Tensor, ready: Sequence[DraftSlot], stop: StopRule | None
+    ) -> Sureness:
         """All drafts of the slots in one call; ``a`` [B, hidden]: the draft's state after their last known tokens."""
         order = sorted(range(len(ready)), key=lambda row: -ready[row].num_tokens)
         slots = [ready[row] for row in order]
         lora = self._adapters.rows([slot.request.request_id for slot in slots]) if self._adapters else None
         adapted = None if lora is None else NativeLora(lora)
         assert isinstance(self._attention, NativeAttention)
-        self._head.draft_chains(chain, a[order], slots, padded_block_tables(slots), self._attention.cache, adapted)
+        tables, cache = padded_block_tables(slots), self._attention.cache
+        return self._head.draft_chains(chain, a[order], slots, tables, cache, adapted, stop)
 
     @torch.inference_mode()
     def observe(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from engine.batch import Features
 from engine.spec.eagle import EagleDraft, EagleProposer
 from engine.spec.proposer import DraftCosts, Proposer
+from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 from engine.vocab.text_matches import TextMatches
@@ -22,20 +23,26 @@ class NgramProposer:
     """
 
     capture_layers: tuple[int, ...] = ()
+    stops_early = False
 
     def __init__(self) -> None:
         self._texts: dict[str, TextMatches] = {}
 
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
-        """Draft where something repeats; text that was not looked at yet is indexed first."""
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
+        """Draft where something repeats; text that was not looked at yet is indexed first.
+
+        With ``stop``, as many tokens as are best on average: nobody knows how sure a copy is.
+        """
         for slot in slots:
             if slot.num_tokens > 0:
                 request = slot.request
+                most = slot.num_tokens if stop is None else min(stop.planned[request.request_id], slot.num_tokens)
                 text = self._texts.setdefault(request.request_id, TextMatches())
                 text.extend(request.all_token_ids[len(text) :])
                 place, length = text.longest()
                 if length >= MIN_MATCH:
-                    request.draft_token_ids += text.copy(place, slot.num_tokens)
+                    request.draft_token_ids += text.copy(place, most)
+        return {}
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
@@ -68,12 +75,12 @@ class SwitchingProposer:
 
     def __init__(self, otherwise: EagleProposer) -> None:
         self.otherwise, self._ngrams = otherwise, NgramProposer()
-        self.capture_layers = otherwise.capture_layers
+        self.capture_layers, self.stops_early = otherwise.capture_layers, otherwise.stops_early
 
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """N-grams where there is a match, the EAGLE-3 draft for the rest."""
-        self._ngrams.propose(slots)
-        self.otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids])
+        self._ngrams.propose(slots, stop)
+        return self.otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids], stop)
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None

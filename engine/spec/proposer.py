@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.batch import Features
+from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 
@@ -24,9 +25,11 @@ class Proposer(Protocol):
 
     capture_layers: tuple[int, ...]
     """The decoder layers whose output ``observe`` wants, in ascending order."""
+    stops_early: bool
+    """Whether ``propose`` follows a ``StopRule``; otherwise it is given none."""
 
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
-        """Write ``request.draft_token_ids``, at most ``slot.num_tokens`` each.
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
+        """Write ``request.draft_token_ids``, at most ``slot.num_tokens`` each, fewer where ``stop`` says so.
 
         ``slot.block_ids`` reach all known and all drafted tokens, so drafted entries have their own slots; they are
         written again before they count as a committed token's.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -15,6 +16,7 @@ from engine.batch import Features
 from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
 from engine.spec.proposer import Proposer
+from engine.spec.stop_rule import StopRule
 from engine.spec.verify_log import VerifyLog
 from engine.spec.vocab_follower import ComputeLogits, VocabFollower
 from engine.step_plan import DraftSlot, ScheduledSequence
@@ -32,8 +34,19 @@ class LengthPolicy(Protocol):
         """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``."""
         ...
 
-    def observe(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
-        """What verification made of a sequence's drafts."""
+    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
+        """When the chains of the sequences drafted for, which have room for so many tokens, end before; None: never."""
+        ...
+
+    def worth_verifying(self, drafted: Mapping[str, Sequence[int]], greedy: Mapping[str, bool]) -> Mapping[str, int]:
+        """How many tokens of each chain to verify, by how sure the draft is of each."""
+        ...
+
+    def observe(self, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool) -> None:
+        """What became of a sequence's drafts, place by place up to the first that the target did not choose.
+
+        ``sureness`` is empty where it is not known; ``greedy``: whether its tokens are the most likely ones.
+        """
         ...
 
     def forget(self, request_id: str) -> None:
@@ -49,11 +62,25 @@ class FixedLength:
     def lengths(self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int) -> list[int]:
         return list(limits)
 
-    def observe(self, request_id: str, num_drafted: int, num_accepted: int) -> None:
+    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
+        return None
+
+    def worth_verifying(self, drafted: Mapping[str, Sequence[int]], greedy: Mapping[str, bool]) -> Mapping[str, int]:
+        return {request_id: len(sureness) for request_id, sureness in drafted.items()}
+
+    def observe(self, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool) -> None:
         pass
 
     def forget(self, request_id: str) -> None:
         pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """Tokens drafted for a sequence, those not verified too, and how sure the draft is of each, where known."""
+
+    token_ids: list[int]
+    sureness: Sequence[int]
 
 
 class Speculator:
@@ -78,6 +105,8 @@ class Speculator:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
         self._follower, self._verify_log = follower, verify_log
         self._vocab = None if follower is None else follower.vocab
+        self._chains: dict[str, _Chain] = {}
+        """Of the step that is planned or being computed."""
         self._seconds = 0.0
 
     @property
@@ -100,11 +129,28 @@ class Speculator:
         return self._policy.lengths([request.request_id for request in requests], allowed, num_joining)
 
     def propose(self, slots: Sequence[DraftSlot]) -> None:
-        """Fill the slots."""
+        """Fill the slots, as far as the policy finds it worth while."""
         started = time.perf_counter()
-        if any(slot.num_tokens for slot in slots):
-            self._proposer.propose(slots)
+        self._chains.clear()
+        drafting = [slot for slot in slots if slot.num_tokens]
+        if drafting:
+            rule = self._policy.stop_rule({slot.request.request_id: slot.num_tokens for slot in drafting})
+            sureness = self._proposer.propose(slots, rule)
+            requests = [slot.request for slot in drafting if slot.request.draft_token_ids]
+            for request in requests:
+                known = sureness.get(request.request_id, ())
+                self._chains[request.request_id] = _Chain(request.draft_token_ids, known)
+            if sureness:
+                self._cut(requests, sureness)
         self._seconds += time.perf_counter() - started
+
+    def _cut(self, requests: Sequence[Request], sureness: Mapping[str, Sequence[int]]) -> None:
+        """Drop drafts that are not worth verifying."""
+        greedy = {request.request_id: request.sampling.temperature == 0.0 for request in requests}
+        lengths = self._policy.worth_verifying(sureness, greedy)
+        for request in requests:
+            if request.request_id in lengths:
+                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
@@ -112,9 +158,6 @@ class Speculator:
         """Learn from a verified step; arguments as ``Proposer.observe``."""
         started = time.perf_counter()
         self._proposer.observe(sequences, num_kept, features)
-        for sequence, kept in zip(sequences, num_kept, strict=True):
-            if sequence.num_draft_tokens:
-                self._policy.observe(sequence.request.request_id, sequence.num_draft_tokens, kept - 1)
         self._seconds += time.perf_counter() - started
 
     def learn(
@@ -124,13 +167,32 @@ class Speculator:
         logits: torch.Tensor,
         compute_logits: ComputeLogits,
     ) -> float:
-        """Let the sequences' vocabularies follow a step; arguments as ``VocabFollower.follow``. Returns seconds."""
+        """Learn from the target's choices; arguments as ``VocabFollower.follow``. Returns its seconds."""
+        self._judge(sequences, kept)
         likely = self._write_log(sequences, kept, logits)
         if self._follower is None:
             return 0.0
         started = time.perf_counter()
         self._follower.follow(sequences, kept, logits, compute_logits, likely, begin=not self._policy.is_idle)
         return time.perf_counter() - started
+
+    def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> None:
+        """Tell the policy what became of the drafts.
+
+        The target's last choice judges the first draft that was not verified too, so that it costs nothing to leave one
+        out and still learn whether that was right.
+        """
+        for sequence, token_ids in zip(sequences, kept, strict=True):
+            request = sequence.request
+            chain = self._chains.pop(request.request_id, None)
+            if chain is None or not token_ids:
+                continue
+            outcomes = []
+            for draft, token_id in zip(chain.token_ids, token_ids, strict=False):
+                outcomes.append(draft == token_id)
+                if draft != token_id:
+                    break
+            self._policy.observe(request.request_id, outcomes, chain.sureness, request.sampling.temperature == 0.0)
 
     def _write_log(
         self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor

@@ -172,14 +172,14 @@ void evo_decoder_final_norm(Decoder* decoder, const float* weight, const float* 
   decoder->final_norm(weight, residual, count, out);
 }
 
-void evo_draft_chain(Team* team, const EvoChainModel* model, const ChainRows* rows, float* a,
-                     const ChainOutputs* out) {
+int evo_draft_chain(Team* team, const EvoChainModel* model, const ChainRows* rows, float* a,
+                    const ChainOutputs* out) {
   const EvoKv& kv = *model->kv;
   const ChainModel chain{model->layer,    model->norm,  model->hidden, to_matrix(model->embedding),
                          to_matrix(model->head), to_matrix(model->core), model->core_ids, model->tails, model->graph,
                          model->used,     model->ways,  model->presence_floor, kv.keys,
                          kv.values,       kv.block_size};
-  draft_chain(*team, chain, *rows, a, *out);
+  return draft_chain(*team, chain, *rows, a, *out);
 }
 
 }  // extern "C"

@@ -22,9 +22,10 @@ class Chain {
     logits_.resize(most * model.core.n);
     scores_.resize(most * rows.candidates);
     indices_.resize(most * rows.candidates);
+    promises_.assign(most, 1.0f);
   }
 
-  void run() {
+  int run() {
     int count = rows_.rows;
     model_.layer->final_norm(model_.norm, a_, count, hidden_.data());
     for (int step = 0;; ++step) {
@@ -32,8 +33,9 @@ class Chain {
       find_candidates(step, count);
       add_prior(step, count);
       choose(step, count);
+      if (rows_.chances != nullptr) judge(step, count);
       while (count > 0 && rows_.lengths[count - 1] <= step + 1) --count;  // the longest are the first
-      if (count == 0) return;
+      if (count == 0 || !another_pays(step + 1, count)) return step + 1;
       advance(step, count);
     }
   }
@@ -132,6 +134,34 @@ class Chain {
     std::copy_n(chosen.data(), count, tokens);
   }
 
+  // How sure the draft is of the tokens just chosen, and with it the chance that all of a chain is accepted.
+  void judge(int step, int count) {
+    for (int row = 0; row < count; ++row) {
+      const size_t k = rows_.candidates;
+      const float* scores = scores_.data() + row * k;
+      const int32_t* token_ids = out_.token_ids + of_row(step, row);
+      const float temperature = rows_.temperatures == nullptr ? 0.0f : rows_.temperatures[row];
+      const float sharpness = temperature > 0.0f ? 1.0f / temperature : 1.0f;
+      const float chosen = scores[std::find(token_ids, token_ids + k, out_.tokens[at(step) + row]) - token_ids];
+      float all = 0.0f;
+      for (size_t i = 0; i < k; ++i) all += std::exp((scores[i] - chosen) * sharpness);
+      const int level = std::min(static_cast<int>(kSurenessLevels / all), kSurenessLevels - 1);
+      out_.sureness[at(step) + row] = level;
+      promises_[row] *= rows_.chances[(temperature > 0.0f ? kSurenessLevels : 0) + level];
+    }
+  }
+
+  // Whether the chains' tokens at a place are worth drafting.
+  bool another_pays(int place, int count) const {
+    if (rows_.chances == nullptr) return true;
+    float gain = 0.0f;
+    for (int row = 0; row < count; ++row) {
+      const float acceptance = rows_.acceptance[static_cast<size_t>(row) * rows_.max_length + place];
+      gain += std::max(promises_[row] * acceptance - rows_.verify_costs[place], 0.0f);
+    }
+    return gain > rows_.draft_cost;
+  }
+
   // The draft layer over the tokens just chosen.
   void advance(int step, int count) {
     positions_.resize(count), seq_lens_.resize(count), slots_.resize(count), query_start_.resize(count + 1);
@@ -156,15 +186,15 @@ class Chain {
   float* a_;
   const ChainOutputs& out_;
   std::vector<bf16> hidden_;
-  std::vector<float> embeddings_, logits_, scores_, head_row_;
+  std::vector<float> embeddings_, logits_, scores_, head_row_, promises_;
   std::vector<int64_t> indices_;
   std::vector<int32_t> drafts_, positions_, query_start_, seq_lens_, slots_;
 };
 
 }  // namespace
 
-void draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out) {
-  Chain(team, model, rows, a, out).run();
+int draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out) {
+  return Chain(team, model, rows, a, out).run();
 }
 
 }  // namespace evospec

@@ -8,6 +8,8 @@
 
 namespace evospec {
 
+constexpr int kSurenessLevels = 16;  // level n: a probability of n/16 to (n + 1)/16 among the candidates
+
 // A draft (EAGLE-3) and what its tokens are chosen from.
 struct ChainModel {
   Decoder* layer;           // the draft's one layer
@@ -45,6 +47,11 @@ struct ChainRows {
   const float* const* weights;  // [kPriorFeatures] each
   const int64_t* contexts;      // [B][2]: the last two tokens
   const TextIndex* const* texts;  // null: repeats do not count
+  // When all chains end early; chances null: never. Everything is counted in tokens.
+  const float* chances;       // [2][kSurenessLevels]: that a greedy and a sampled token is accepted
+  const float* acceptance;    // [B][max_length]: of each place, before it is drafted, if those before it are accepted
+  const float* verify_costs;  // [max_length]: of verifying one more token
+  float draft_cost;           // of another token for each sequence
 };
 
 // What comes of it, step by step: [max_length][B] of each.
@@ -54,9 +61,10 @@ struct ChainOutputs {
   int32_t* token_ids;  // [candidates]; -1: none
   float* logits;       // [candidates]; -inf: none
   float* features;     // [candidates][kPriorFeatures]; null without a prior
+  int32_t* sureness;   // level of the token; null where chains never end early
 };
 
-// a [B][hidden]: the draft's state after each sequence's last known token; overwritten.
-void draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out);
+// a [B][hidden]: the draft's state after each sequence's last known token; overwritten. Returns the number of steps.
+int draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out);
 
 }  // namespace evospec

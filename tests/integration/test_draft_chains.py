@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from engine.config import DynamicConfig, SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle import EagleProposer
+from engine.spec.speculator import FixedLength
+from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot
 from kernels import native
+from kernels.native_chain import SURENESS_LEVELS, ChainBatch, ChainResult, NativeChain
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -54,10 +59,11 @@ class DraftsTaken:
         self._greedy = greedy
         propose = EagleProposer.propose
 
-        def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot]) -> None:
-            propose(proposer, slots)
+        def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
+            sureness = propose(proposer, slots, stop)
             for slot in slots:
                 self.drafts[slot.request.request_id, slot.request.num_tokens] = slot.request.draft_token_ids.copy()
+            return sureness
 
         monkeypatch.setattr(EagleProposer, "propose", recorded)
 
@@ -91,3 +97,123 @@ def test_same_drafts(
     assert chains.drafts == one_by_one.drafts
     assert max(map(len, chains.drafts.values())) == 5
     assert len({tuple(drafts) for drafts in chains.drafts.values()}) > NUM_TOKENS
+
+
+Call = tuple[ChainBatch, ChainResult]
+
+
+class Stopping:
+    """An engine whose chains end by made-up rules, and are cut at random before they are verified.
+
+    Keeps what every call of the kernel was given, and gave, and what the policy was told of each chain: how many of its
+    tokens were verified, how many there were, and what became of them.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Call] = []
+        self.judged: list[tuple[int, int, Sequence[bool]]] = []
+        cut: dict[str, int] = {}
+        run, chance = NativeChain.run, np.random.default_rng(2)
+
+        def recorded(chain: NativeChain, batch: ChainBatch, *arguments: Any) -> ChainResult:
+            result = run(chain, batch, *arguments)
+            self.calls.append((batch, result))
+            return result
+
+        def rule(policy: FixedLength, lengths: Mapping[str, int]) -> StopRule:
+            most = max(lengths.values())
+            return StopRule(
+                chances=chance.uniform(0.5, 1.0, (2, SURENESS_LEVELS)).astype(np.float32),
+                acceptance={name: chance.uniform(0.3, 1.0, length).tolist() for name, length in lengths.items()},
+                verify_costs=chance.uniform(0.0, 0.2, most).tolist(),
+                draft_cost=float(chance.uniform(0.0, 1.2)),
+                planned=lengths,
+            )
+
+        def worth(policy: FixedLength, drafted: Sureness, greedy: Mapping[str, bool]) -> Mapping[str, int]:
+            cut.update((name, int(chance.integers(0, len(levels) + 1))) for name, levels in drafted.items())
+            return {name: cut[name] for name in drafted}
+
+        def observe(
+            policy: FixedLength, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool
+        ) -> None:
+            self.judged.append((cut[request_id], len(sureness), outcomes))
+
+        monkeypatch.setattr(NativeChain, "run", recorded)
+        monkeypatch.setattr(FixedLength, "stop_rule", rule)
+        monkeypatch.setattr(FixedLength, "worth_verifying", worth)
+        monkeypatch.setattr(FixedLength, "observe", observe)
+
+
+def steps_by_the_rule(batch: ChainBatch, levels: NDArray[np.int32]) -> int:
+    """How many steps the chains of a call should have had; levels [S, B] of those they had."""
+    stop, sampling = batch.stop, batch.sampling
+    assert stop is not None
+    sampled = [False] * len(batch.lengths) if sampling is None else [t > 0 for t in sampling.temperatures]
+    promises = np.ones(len(batch.lengths))
+    for step, of_step in enumerate(levels):
+        going = [row for row, length in enumerate(batch.lengths) if length > step + 1]
+        for row, length in enumerate(batch.lengths):
+            if length > step:
+                promises[row] *= stop.chances[int(sampled[row]), of_step[row]]
+        if not going:
+            return step + 1
+        gains = (promises[row] * stop.acceptance[row][step + 1] - stop.verify_costs[step + 1] for row in going)
+        if sum(max(gain, 0.0) for gain in gains) <= stop.draft_cost:
+            return step + 1
+    raise AssertionError("a call made fewer steps than the rule allows")
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_chains_end_where_the_rule_says(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str, greedy: bool
+) -> None:
+    """And change no output."""
+    speculation = SpeculationConfig(
+        method="eagle3",
+        draft=str(make_draft_directory(tmp_path, files)),
+        vocabulary=vocabulary,
+        num_speculative_tokens=5,
+        adaptive=False,
+    )
+    with monkeypatch.context() as patch:
+        whole = DraftsTaken(patch, greedy).run(files, speculation)
+    stopping = Stopping(monkeypatch)
+    assert DraftsTaken(monkeypatch, greedy).run(files, speculation) == whole
+    steps = []
+    for batch, result in stopping.calls:
+        assert result.sureness is not None
+        steps.append(len(result.sureness))
+        assert steps[-1] == steps_by_the_rule(batch, result.sureness)
+    assert len(set(steps)) > 2
+    for verified, drafted, outcomes in stopping.judged:
+        # Of what was not verified, the first is judged by the target's last choice, where all before it were right.
+        assert 1 <= len(outcomes) <= min(verified + 1, drafted)
+        assert all(outcomes[:-1])
+    assert any(verified == 0 for verified, _, _ in stopping.judged)
+
+
+@pytest.mark.parametrize("vocabulary", ["full", "static:96"])
+def test_how_sure_a_draft_is(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str
+) -> None:
+    """The chosen token's probability among the candidates, at the sequence's temperature; 1 for greedy ones."""
+    draft = str(make_draft_directory(tmp_path, files))
+    speculation = SpeculationConfig(
+        method="eagle3", draft=draft, vocabulary=vocabulary, num_speculative_tokens=5, adaptive=False
+    )
+    stopping = Stopping(monkeypatch)
+    DraftsTaken(monkeypatch, greedy=False).run(files, speculation)
+    seen = set()
+    for batch, result in stopping.calls:
+        assert result.sureness is not None
+        temperatures = [0.0] * len(batch.lengths) if batch.sampling is None else batch.sampling.temperatures
+        for step, row in np.ndindex(result.sureness.shape):
+            if step < batch.lengths[row]:
+                logits = result.logits[step, row].astype(np.float64) / (temperatures[row] or 1.0)
+                shares = np.exp(logits - logits.max())
+                share = (shares / shares.sum())[result.token_ids[step, row] == result.tokens[step, row]].item()
+                assert abs(share * SURENESS_LEVELS - (result.sureness[step, row] + 0.5)) < 0.501
+                seen.add(int(result.sureness[step, row]))
+    assert len(seen) > 3

@@ -31,6 +31,7 @@ from engine.spec.draft_head import DraftHead
 from engine.spec.eagle import EagleDraft
 from engine.spec.entries import Piece
 from engine.spec.proposer import Proposer
+from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import make_directory
@@ -81,10 +82,10 @@ class Watcher:
 
     def make_proposer(self, num_blocks: int) -> Proposer:
         self._proposer = self._draft.make_proposer(num_blocks)
-        self.capture_layers = self._proposer.capture_layers
+        self.capture_layers, self.stops_early = self._proposer.capture_layers, False
         return self
 
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         if self._paused == 0 and self._chance.random() < 0.05:
             self._paused = self._chance.randrange(30)
         self._paused = max(self._paused - 1, 0)
@@ -98,6 +99,7 @@ class Watcher:
             for index in range(len(drafts)):
                 hidden = self._head.hidden[slot.request.sampling.seed, len(tokens) + index]
                 self.observations.append(Observation(tokens.copy(), drafts[:index], hidden))
+        return {}
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.draft_traces import DEPTH, Trace
 from benchmarks.trees import best_trees, chains, fastest, rank_shares
-from engine.spec.controller import Curve, StepCosts
+from engine.spec.step_costs import Curve, StepCosts
 
 
 def trace(answer: list[int], choices: list[list[list[int]]]) -> Trace:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.spec.controller import AdaptiveLength, Curve, StepCosts, best_lengths
+from engine.spec.controller import AdaptiveLength, best_plan, best_verified
+from engine.spec.step_costs import Curve, StepCosts
+from kernels.native_chain import SURENESS_LEVELS
 
 ONE_EACH = Curve([(1, 1.0), (2, 2.0)])
 CHEAP = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=ONE_EACH, next_draft=ONE_EACH)
@@ -33,8 +36,16 @@ def rate(costs: StepCosts, chances: list[list[float]], lengths: list[int]) -> fl
     return expected / seconds
 
 
+def lengths_of(costs: StepCosts, chances: list[list[float]]) -> list[int]:
+    return best_plan(costs, chances).lengths
+
+
 def geometric(chance: float, limit: int) -> list[float]:
     return [chance**place for place in range(1, limit + 1)]
+
+
+def adaptive(costs: StepCosts, *, stops_early: bool = False) -> AdaptiveLength:
+    return AdaptiveLength(costs, stops_early=stops_early)
 
 
 def simulate(policy: AdaptiveLength, acceptance: float, steps: int, limit: int = 6, batch: int = 1) -> list[list[int]]:
@@ -45,11 +56,11 @@ def simulate(policy: AdaptiveLength, acceptance: float, steps: int, limit: int =
     for _ in range(steps):
         lengths = policy.lengths(ids, [limit] * batch, 0)
         for request_id, length in zip(ids, lengths, strict=True):
-            accepted = 0
-            while accepted < length and chance.random() < acceptance:
-                accepted += 1
+            outcomes: list[bool] = []
+            while len(outcomes) < length and all(outcomes):
+                outcomes.append(chance.random() < acceptance)
             if length:
-                policy.observe(request_id, length, accepted)
+                policy.observe(request_id, outcomes, [], True)
         history.append(lengths)
     return history
 
@@ -70,21 +81,21 @@ def test_a_curve_never_falls_past_its_last_point() -> None:
 
 @pytest.mark.parametrize(("chance", "length"), [(0.05, 0), (0.3, 1), (0.5, 2), (0.95, 6)])
 def test_more_is_drafted_where_more_is_accepted(chance: float, length: int) -> None:
-    assert best_lengths(CHEAP, [geometric(chance, 6)]) == [length]
+    assert lengths_of(CHEAP, [geometric(chance, 6)]) == [length]
 
 
 def test_nothing_is_drafted_where_verifying_costs_too_much() -> None:
-    assert best_lengths(DEAR, [geometric(0.9, 6)] * 4) == [0] * 4
+    assert lengths_of(DEAR, [geometric(0.9, 6)] * 4) == [0] * 4
 
 
 def test_likely_sequences_get_the_tokens_that_are_nearly_free() -> None:
     """Four sequences leave four free tokens."""
     chances = [geometric(0.9, 6), geometric(0.2, 6), geometric(0.2, 6), geometric(0.8, 6)]
-    assert best_lengths(FLAT_TO_8, chances) == [3, 0, 0, 1]
+    assert lengths_of(FLAT_TO_8, chances) == [3, 0, 0, 1]
 
 
 def test_larger_batches_draft_less() -> None:
-    totals = [sum(best_lengths(FLAT_TO_8, [geometric(0.7, 6)] * batch)) for batch in (1, 2, 4, 8)]
+    totals = [sum(lengths_of(FLAT_TO_8, [geometric(0.7, 6)] * batch)) for batch in (1, 2, 4, 8)]
     assert totals == [6, 6, 4, 0]
 
 
@@ -103,7 +114,7 @@ def test_no_lengths_promise_more(chances: list[float], limits: list[int], verify
         next_draft=Curve([(1, draft), (2, 2 * draft)]),
     )
     rows = [geometric(chance, limit) for chance, limit in zip(chances, limits, strict=False)]
-    lengths = best_lengths(costs, rows)
+    lengths = lengths_of(costs, rows)
     assert all(length <= len(row) for length, row in zip(lengths, rows, strict=True))
     without = rate(costs, rows, [0] * len(rows))
     options: list[list[int]] = [[]]
@@ -111,10 +122,31 @@ def test_no_lengths_promise_more(chances: list[float], limits: list[int], verify
         options = [[*option, length] for option in options for length in range(len(row) + 1)]
     best = max(rate(costs, rows, option) for option in options)
     assert rate(costs, rows, lengths) == pytest.approx(best if best > 1.03 * without else without)
+    assert best_plan(costs, rows).rate == pytest.approx(rate(costs, rows, lengths))
+
+
+@given(
+    chances=st.lists(st.floats(0.01, 0.98), min_size=1, max_size=3),
+    limits=st.lists(st.integers(0, 3), min_size=3, max_size=3),
+    verify=st.lists(st.floats(0.0, 3.0), min_size=12, max_size=12),
+    drafting=st.floats(0.0, 5.0),
+)
+def test_no_other_choice_of_drafts_to_verify_promises_more(
+    chances: list[float], limits: list[int], verify: list[float], drafting: float
+) -> None:
+    curve = Curve([(index + 1, 5.0 + sum(verify[:index])) for index in range(12)])
+    rows = [geometric(chance, limit) for chance, limit in zip(chances, limits, strict=False)]
+
+    def promised(lengths: tuple[int, ...]) -> float:
+        expected = sum(1 + sum(row[:length]) for row, length in zip(rows, lengths, strict=True))
+        return expected / (curve(len(rows) + sum(lengths)) + drafting)
+
+    best = max(map(promised, product(*(range(len(row) + 1) for row in rows))))
+    assert promised(tuple(best_verified(curve, rows, drafting))) == pytest.approx(best)
 
 
 def test_lengths_follow_the_acceptance_that_is_seen() -> None:
-    policy = AdaptiveLength(CHEAP)
+    policy = adaptive(CHEAP)
     bad = simulate(policy, 0.1, 300)
     assert bad[0] != [0]  # new drafts are tried
     assert mean_length(bad[-100:]) < 0.3
@@ -123,19 +155,19 @@ def test_lengths_follow_the_acceptance_that_is_seen() -> None:
 
 
 def test_limits_hold() -> None:
-    policy = AdaptiveLength(CHEAP)
+    policy = adaptive(CHEAP)
     assert policy.lengths(["a", "b", "c"], [0, 1, 6], 0)[:2] == [0, 1]
 
 
 def test_drafting_for_a_few_waits_for_those_that_join() -> None:
     """Not drafted for eight, so not for one of them either while the others' prompts are computed."""
-    policy = AdaptiveLength(FLAT_TO_8)
+    policy = adaptive(FLAT_TO_8)
     assert policy.lengths(["a"], [6], num_joining=7) == [0]
     assert policy.lengths(["a"], [6], num_joining=1)[0] > 0
 
 
 def test_a_smaller_batch_is_drafted_for_at_once() -> None:
-    policy = AdaptiveLength(FLAT_TO_8)
+    policy = adaptive(FLAT_TO_8)
     ids = [str(index) for index in range(8)]
     for _ in range(100):
         assert policy.lengths(ids, [6] * 8, 0) == [0] * 8
@@ -143,29 +175,88 @@ def test_a_smaller_batch_is_drafted_for_at_once() -> None:
 
 
 def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
-    policy = AdaptiveLength(CHEAP)
+    policy = adaptive(CHEAP)
     for _ in range(30):
         good, bad = policy.lengths(["good", "bad"], [4, 4], 0)
-        policy.observe("good", good, good)
+        policy.observe("good", [True] * good, [], True)
         if bad:
-            policy.observe("bad", bad, 0)
+            policy.observe("bad", [False], [], True)
     assert policy.lengths(["good", "bad"], [4, 4], 0) == [4, 0]
 
 
 def test_speculation_that_cannot_pay_is_never_probed() -> None:
-    assert not any(map(any, simulate(AdaptiveLength(DEAR), 0.9, 2000, batch=4)))
+    assert not any(map(any, simulate(adaptive(DEAR), 0.9, 2000, batch=4)))
 
 
 def test_speculation_that_might_pay_is_probed_seldom() -> None:
-    history = simulate(AdaptiveLength(CHEAP), 0.0, 3000)[-2000:]
+    history = simulate(adaptive(CHEAP), 0.0, 3000)[-2000:]
     assert 0 < sum(map(any, history)) < 100
 
 
 def test_decisions_are_reproducible() -> None:
-    assert simulate(AdaptiveLength(CHEAP), 0.6, 200, batch=3) == simulate(AdaptiveLength(CHEAP), 0.6, 200, batch=3)
+    assert simulate(adaptive(CHEAP), 0.6, 200, batch=3) == simulate(adaptive(CHEAP), 0.6, 200, batch=3)
 
 
 def test_fewer_tokens_never_cost_more() -> None:
     """A first size that was measured while something else had the processor."""
     curve = Curve([(1, 5.0), (2, 3.0), (4, 4.0), (8, 7.0)])
     assert [curve(size) for size in (1, 2, 3, 4, 8, 10)] == [3.0, 3.0, 3.5, 4.0, 7.0, 8.5]
+
+
+SURE, UNSURE = SURENESS_LEVELS - 1, 0
+
+
+def test_chains_that_can_end_early_have_room_to_the_limit() -> None:
+    assert adaptive(CHEAP).lengths(["a"], [6], 0) == [4]
+    assert adaptive(CHEAP, stops_early=True).lengths(["a"], [6], 0) == [6]
+    assert adaptive(DEAR, stops_early=True).lengths(["a"], [6], 0) == [0]
+
+
+def test_the_stop_rule_counts_in_tokens() -> None:
+    """Ten tokens a second; the second of two chains' tokens costs 0.05 s to verify and 0.2 s to draft."""
+    costs = StepCosts(
+        Curve([(1, 0.1), (2, 0.2), (6, 0.4)]), first_draft=Curve([(1, 0.0)]), next_draft=Curve([(1, 0.2)])
+    )
+    policy = adaptive(costs, stops_early=True)
+    for _ in range(200):
+        policy.observe("a", [False], [], True)
+        policy.observe("b", [False], [], True)
+    assert policy.lengths(["a", "b"], [2, 2], 0) == [0, 0]  # so the rate is that without drafts
+    rule = policy.stop_rule({"a": 2, "b": 2})
+    assert rule is not None
+    assert rule.verify_costs == pytest.approx([0.5, 0.5])
+    assert rule.draft_cost == pytest.approx(2.0)
+    assert [len(rule.acceptance[name]) for name in "ab"] == [2, 2]
+
+
+def test_what_the_draft_is_sure_of_is_verified_and_the_rest_is_not() -> None:
+    """A ninth token doubles the time of eight, so that one of two has to be dropped."""
+    policy = adaptive(FLAT_TO_8, stops_early=True)
+    ids = [str(number) for number in range(6)]
+    policy.lengths(ids, [1] * 6, 0)
+    drafted = {"0": [UNSURE], "1": [SURE], "2": [UNSURE], "3": [SURE], "4": [UNSURE], "5": [UNSURE]}
+    kept = policy.worth_verifying(drafted, dict.fromkeys(ids, True))
+    assert kept == {"0": 0, "1": 1, "2": 0, "3": 1, "4": 0, "5": 0}
+
+
+def test_how_much_sureness_is_worth_is_learned_from_what_was_accepted() -> None:
+    """A draft that is sure of nothing, and always right; greedy and sampled tokens are judged apart."""
+    policy = adaptive(CHEAP, stops_early=True)
+    policy.lengths(["a"], [1], 0)
+    rules = [policy.stop_rule({"a": 1})]
+    for _ in range(500):
+        policy.observe("a", [True], [UNSURE], True)
+    rules.append(policy.stop_rule({"a": 1}))
+    before, after = (rule.chances for rule in rules if rule is not None)
+    assert before[0, UNSURE] < 0.3
+    assert after[0, UNSURE] > 0.9
+    assert after[1, UNSURE] == before[1, UNSURE]
+
+
+def test_a_draft_that_was_dropped_is_judged_by_the_token_that_came() -> None:
+    """Where nothing is verified, the chance of the first place is still learned: trials need no verification."""
+    policy = adaptive(FLAT_TO_8, stops_early=True)
+    assert policy.lengths(["a"], [6], 0) == [6]
+    for _ in range(300):
+        policy.observe("a", [False], [UNSURE], True)
+    assert policy.lengths(["a"], [6], 0) == [0]

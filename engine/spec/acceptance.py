@@ -1,0 +1,111 @@
+"""How likely a draft token is to be accepted: by its place, by its sequence, and by how sure of it the draft is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import MAX_SPECULATIVE_TOKENS
+from kernels.native_chain import SURENESS_LEVELS
+
+MAX_ACCEPTANCE = 0.98
+_PRIOR_ACCEPTANCE, _PRIOR_TRIALS = 0.7, 10.0
+"""Optimistic, so that a new draft is tried."""
+_MEMORY = 0.995
+"""Weight of the past in the engine's averages, for each trial."""
+_SEQUENCE_MEMORY = 0.9
+"""The same in a sequence's own, for each verified step."""
+_IDLE_MEMORY = 0.98
+"""The same for each step without a draft: an old failure is forgotten, and the sequence tried again."""
+_SEQUENCE_PRIOR = 2.0
+
+
+@dataclass(slots=True)
+class _Ratio:
+    """How a sequence's drafts fare against the engine's average: accepted / expected, with fading memory."""
+
+    accepted: float = 0.0
+    expected: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return (self.accepted + _SEQUENCE_PRIOR) / (self.expected + _SEQUENCE_PRIOR)
+
+    def fade(self, memory: float) -> None:
+        self.accepted *= memory
+        self.expected *= memory
+
+
+@dataclass(slots=True)
+class _Shares:
+    """Fading averages of trials, one for each of some kinds."""
+
+    accepted: list[float]
+    trials: list[float]
+
+    @classmethod
+    def expecting(cls, shares: Sequence[float]) -> _Shares:
+        return cls([_PRIOR_TRIALS * share for share in shares], [_PRIOR_TRIALS] * len(shares))
+
+    def __getitem__(self, kind: int) -> float:
+        return self.accepted[kind] / self.trials[kind]
+
+    def observe(self, kind: int, accepted: bool) -> None:
+        self.accepted[kind] = self.accepted[kind] * _MEMORY + accepted
+        self.trials[kind] = self.trials[kind] * _MEMORY + 1.0
+
+
+def _expected_chances() -> _Shares:
+    """A draft is right more often than it thinks: it is trained on few tokens, and less sharp than its target."""
+    return _Shares.expecting([((level + 0.5) / SURENESS_LEVELS) ** 0.5 for level in range(SURENESS_LEVELS)])
+
+
+@dataclass(slots=True)
+class Acceptance:
+    """What verification has shown so far.
+
+    A trial is a draft token whose target's choice is known, all drafts before it having been right.
+    """
+
+    _places: _Shares = field(default_factory=lambda: _Shares.expecting([_PRIOR_ACCEPTANCE] * MAX_SPECULATIVE_TOKENS))
+    _levels: tuple[_Shares, _Shares] = field(default_factory=lambda: (_expected_chances(), _expected_chances()))
+    """By sureness, of greedy and of sampled tokens."""
+    _ratios: dict[str, _Ratio] = field(default_factory=dict)
+
+    def of_places(self, request_id: str, limit: int) -> list[float]:
+        """[limit] chance of a sequence's first, second, .. draft, given that those before it are accepted."""
+        ratio = self._ratios.setdefault(request_id, _Ratio()).value
+        return [min(self._places[place] * ratio, MAX_ACCEPTANCE) for place in range(limit)]
+
+    def of_levels(self) -> NDArray[np.float32]:
+        """[2, SURENESS_LEVELS] chance of a greedy and of a sampled token, by how sure of it the draft is."""
+        return np.array(
+            [[shares[level] for level in range(SURENESS_LEVELS)] for shares in self._levels], dtype=np.float32
+        )
+
+    def of_drafts(self, sureness: Sequence[int], greedy: bool) -> list[float]:
+        """Chance of each draft of a chain, given that those before it are accepted."""
+        shares = self._levels[not greedy]
+        return [min(shares[level], MAX_ACCEPTANCE) for level in sureness]
+
+    def observe(self, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool) -> None:
+        """Trials of one sequence's chain, place by place; ``sureness`` is empty where it is not known."""
+        ratio = self._ratios.setdefault(request_id, _Ratio())
+        ratio.fade(_SEQUENCE_MEMORY)
+        for place, accepted in enumerate(outcomes):
+            ratio.expected += self._places[place]
+            ratio.accepted += accepted
+            self._places.observe(place, accepted)
+        for level, accepted in zip(sureness, outcomes, strict=False):
+            self._levels[not greedy].observe(level, accepted)
+
+    def idle(self, request_id: str) -> None:
+        """A sequence was not drafted for."""
+        self._ratios[request_id].fade(_IDLE_MEMORY)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._ratios.pop(request_id, None)

@@ -1,0 +1,50 @@
+"""What the parts of a step cost, by their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class Curve:
+    """Seconds by a number of tokens or sequences: linear between measured points and past the last.
+
+    Fewer never cost more: where it was measured so, something else had the processor then.
+    """
+
+    def __init__(self, points: Sequence[tuple[int, float]]) -> None:
+        self._sizes = [float(size) for size, _ in points]
+        self._seconds = np.minimum.accumulate([seconds for _, seconds in points][::-1])[::-1].tolist()
+        self._table: list[float] = []
+
+    def __call__(self, size: int) -> float:
+        if size >= len(self._table):
+            self._extend(2 * size + 1)
+        return self._table[size]
+
+    def _extend(self, length: int) -> None:
+        sizes = np.arange(length)
+        table = np.interp(sizes, self._sizes, self._seconds)
+        if len(self._sizes) > 1:
+            slope = (self._seconds[-1] - self._seconds[-2]) / (self._sizes[-1] - self._sizes[-2])
+            table += np.maximum(sizes - self._sizes[-1], 0) * max(slope, 0.0)
+        self._table = table.tolist()
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of the parts of a step."""
+
+    verify: Curve
+    """By tokens: the target's forward pass, its choices, and what is kept of it for later drafts."""
+    first_draft: Curve
+    """By sequences: the first draft token of each, and what its vocabulary learns of what became of it."""
+    next_draft: Curve
+    """By sequences: each further draft token."""
+
+    def milliseconds(self, sizes: Sequence[int]) -> dict[str, dict[int, float]]:
+        """All three at some sizes, to be read."""
+        curves = {"verify": self.verify, "first_draft": self.first_draft, "next_draft": self.next_draft}
+        return {name: {size: round(1e3 * curve(size), 3) for size in sizes} for name, curve in curves.items()}
