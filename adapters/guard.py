@@ -158,7 +158,7 @@ class Guard:
 
     def observe(self, record: VerifyRecord) -> bool:
         """Take note of a record; True: the version in force is bad, and should be taken back."""
-        if record.is_gated or not record.drafted:
+        if record.is_gated or record.copied or not record.drafted:
             return False
         if record.draft_version == 0:
             self._control.append(record.num_accepted > 0)

@@ -113,6 +113,11 @@ class DynamicConfig(_Section):
     prior_matches: bool = Field(
         default=True, description="It looks for the longest repeat in a sequence's own text, too."
     )
+    copies: bool = Field(
+        default=True,
+        description="Copy what followed the longest repeat where that promises more tokens a second than the draft "
+        "(with adaptive lengths).",
+    )
     replacement: Literal["arc", "lru", "decayed"] = Field(default="arc", description="What leaves a full tail.")
 
 

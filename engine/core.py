@@ -23,12 +23,14 @@ from engine.sampling.json_schema import GrammarError
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
 from engine.spec.controller import AdaptiveLength
+from engine.spec.copies import Copier
 from engine.spec.costs import CostMeter
 from engine.spec.eagle import EagleProposer
+from engine.spec.length_policy import FixedLength, LengthPolicy
 from engine.spec.load import load_draft
 from engine.spec.ngram import SwitchingProposer
 from engine.spec.proposer import Draft
-from engine.spec.speculator import FixedLength, LengthPolicy, Speculator
+from engine.spec.speculator import Speculator
 from engine.spec.step_costs import StepCosts
 from engine.spec.vocab_follower import VocabFollower
 from engine.step_plan import ScheduledSequence, SchedulerOutput
@@ -93,7 +95,10 @@ class EngineCore:
             self.step_costs = CostMeter(self._runner, dearest, size, most, self.max_model_len, follower).measure()
             policy = AdaptiveLength(self.step_costs, stops_early=proposer.stops_early)
         verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
-        return Speculator(proposer, policy, config.speculation.num_speculative_tokens, follower, verify_log)
+        copies = config.speculation.dynamic.copies and config.speculation.adaptive and follower is not None
+        copier = Copier() if copies else None
+        most = config.speculation.num_speculative_tokens
+        return Speculator(proposer, policy, most, copier, follower, verify_log)
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""

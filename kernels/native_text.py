@@ -23,7 +23,7 @@ class NativeTextIndex:
 
         self._library: Any = load_library()
         self._handle = ctypes.c_void_p(self._library.evo_text_new())
-        self._size = 0
+        self._size, self._length = 0, ctypes.c_int32()
         self.address = int(self._handle.value or 0)
         """For ``kernels.native_chain``."""
 
@@ -46,3 +46,8 @@ class NativeTextIndex:
         begin = ctypes.c_void_p(tokens.buffer_info()[0])
         count = self._library.evo_text_find(self._handle, begin, len(tokens), found, lengths)
         return dict(zip(found[:count], lengths[:count], strict=True))
+
+    def longest(self) -> tuple[int, int]:
+        """The place right after the longest repeat of the text's end, and its length; (-1, 0) for none."""
+        place: int = self._library.evo_text_longest(self._handle, ctypes.byref(self._length))
+        return place, self._length.value

@@ -50,6 +50,8 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     feature_generation: int
     num_features: int
     context: bytes = b""
+    copied: bool = False
+    """Whether ``drafted`` was copied from the text, so that it says nothing of the draft."""
 
     @property
     def num_context(self) -> int:

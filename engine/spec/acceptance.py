@@ -63,21 +63,30 @@ def _expected_chances() -> _Shares:
     return _Shares.expecting([((level + 0.5) / SURENESS_LEVELS) ** 0.5 for level in range(SURENESS_LEVELS)])
 
 
+def _kinds() -> tuple[_Shares, _Shares]:
+    return _expected_chances(), _expected_chances()
+
+
 @dataclass(slots=True)
 class Acceptance:
     """What verification has shown so far.
 
-    A trial is a draft token whose target's choice is known, all drafts before it having been right.
+    A trial is a draft token whose target's choice is known, all drafts before it having been right. Where a sequence's
+    end repeats, its draft, which follows repeats too, fares better: by the level of the repeat (None: there is none).
     """
 
     _places: _Shares = field(default_factory=lambda: _Shares.expecting([_PRIOR_ACCEPTANCE] * MAX_SPECULATIVE_TOKENS))
-    _levels: tuple[_Shares, _Shares] = field(default_factory=lambda: (_expected_chances(), _expected_chances()))
+    _levels: tuple[_Shares, _Shares] = field(default_factory=_kinds)
     """By sureness, of greedy and of sampled tokens."""
+    _copies: tuple[_Shares, _Shares] = field(default_factory=_kinds)
+    """The same of copies, by the level of the repeat."""
     _ratios: dict[str, _Ratio] = field(default_factory=dict)
+    _repeats: list[_Ratio] = field(default_factory=lambda: [_Ratio() for _ in range(SURENESS_LEVELS + 1)])
+    """How drafts fare where the end does not repeat, and where it does, by level."""
 
-    def of_places(self, request_id: str, limit: int) -> list[float]:
+    def of_places(self, request_id: str, limit: int, repeat: int | None = None) -> list[float]:
         """[limit] chance of a sequence's first, second, .. draft, given that those before it are accepted."""
-        ratio = self._ratios.setdefault(request_id, _Ratio()).value
+        ratio = self._ratios.setdefault(request_id, _Ratio()).value * self._of_repeat(repeat).value
         return [min(self._places[place] * ratio, MAX_ACCEPTANCE) for place in range(limit)]
 
     def of_levels(self) -> NDArray[np.float32]:
@@ -86,21 +95,38 @@ class Acceptance:
             [[shares[level] for level in range(SURENESS_LEVELS)] for shares in self._levels], dtype=np.float32
         )
 
-    def of_drafts(self, sureness: Sequence[int], greedy: bool) -> list[float]:
+    def of_drafts(self, sureness: Sequence[int], *, greedy: bool, copied: bool = False) -> list[float]:
         """Chance of each draft of a chain, given that those before it are accepted."""
-        shares = self._levels[not greedy]
+        shares = (self._copies if copied else self._levels)[not greedy]
         return [min(shares[level], MAX_ACCEPTANCE) for level in sureness]
 
-    def observe(self, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool) -> None:
+    def observe(
+        self,
+        request_id: str,
+        outcomes: Sequence[bool],
+        sureness: Sequence[int],
+        greedy: bool,
+        repeat: int | None = None,
+    ) -> None:
         """Trials of one sequence's chain, place by place; ``sureness`` is empty where it is not known."""
-        ratio = self._ratios.setdefault(request_id, _Ratio())
+        ratio, of_repeat = self._ratios.setdefault(request_id, _Ratio()), self._of_repeat(repeat)
         ratio.fade(_SEQUENCE_MEMORY)
+        of_repeat.fade(_MEMORY)
         for place, accepted in enumerate(outcomes):
-            ratio.expected += self._places[place]
+            expected = self._places[place]
+            # Each is to explain what the other does not.
+            ratio.expected += min(expected * of_repeat.value, MAX_ACCEPTANCE)
+            of_repeat.expected += min(expected * ratio.value, MAX_ACCEPTANCE)
             ratio.accepted += accepted
+            of_repeat.accepted += accepted
             self._places.observe(place, accepted)
         for level, accepted in zip(sureness, outcomes, strict=False):
             self._levels[not greedy].observe(level, accepted)
+
+    def observe_copy(self, outcomes: Sequence[bool], levels: Sequence[int], greedy: bool) -> None:
+        """Trials of what could have been copied, whether it was or not."""
+        for level, accepted in zip(levels, outcomes, strict=False):
+            self._copies[not greedy].observe(level, accepted)
 
     def idle(self, request_id: str) -> None:
         """A sequence was not drafted for."""
@@ -109,3 +135,6 @@ class Acceptance:
     def forget(self, request_id: str) -> None:
         """A request has ended."""
         self._ratios.pop(request_id, None)
+
+    def _of_repeat(self, level: int | None) -> _Ratio:
+        return self._repeats[0 if level is None else level + 1]

@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 from operator import mul
 
 from engine.spec.acceptance import MAX_ACCEPTANCE, Acceptance
+from engine.spec.length_policy import Chain, DraftLengths, Repeat, Repeats
 from engine.spec.step_costs import Curve, StepCosts
 from engine.spec.stop_rule import StopRule
 
@@ -52,24 +53,27 @@ class AdaptiveLength:
         """The last one, those that join included."""
         self._planned: dict[str, int] = {}
         """Its lengths by sequence."""
+        self._repeats: Repeats = {}
 
     @property
     def is_idle(self) -> bool:
         """Whether nothing has been drafted for some steps."""
         return self._idle_steps >= _PROBE_STEPS
 
-    def lengths(self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int) -> list[int]:
+    def lengths(
+        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
+    ) -> DraftLengths:
         """The best lengths by what is known; while that is none at all, a short probe now and then.
 
         Best for the batch as it will be with those that join: before its first draft a sequence's whole text has to be
         read, which does not pay where it would be drafted for only until the others' prompts are computed.
         """
-        batch = (list(request_ids), num_joining)
+        self._repeats, batch = repeats, (list(request_ids), num_joining)
         if self.is_idle and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
             lengths = [0] * len(limits)
         else:
             chances = [
-                _all_before(self._acceptance.of_places(request_id, limit))
+                _all_before(self._of_places(request_id, limit))
                 for request_id, limit in zip(request_ids, limits, strict=True)
             ]
             self._plan = best_plan(self._costs, chances + [[]] * num_joining)
@@ -83,10 +87,13 @@ class AdaptiveLength:
         for request_id, length in zip(request_ids, lengths, strict=True):
             if length == 0:
                 self._acceptance.idle(request_id)
-        if not self._stops_early:
-            return lengths
         self._planned = dict(zip(request_ids, lengths, strict=True))
-        return [limit if length else 0 for length, limit in zip(lengths, limits, strict=True)]
+        copied = self._worth_copying()
+        most = [
+            copied.get(request_id, limit if length and self._stops_early else length)
+            for request_id, length, limit in zip(request_ids, lengths, limits, strict=True)
+        ]
+        return DraftLengths(most, frozenset(copied))
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
         """When the chains of the sequences that are drafted for now, with the lengths they have room for, end early."""
@@ -99,39 +106,76 @@ class AdaptiveLength:
         ]
         return StopRule(
             chances=self._acceptance.of_levels(),
-            acceptance={name: self._acceptance.of_places(name, length) for name, length in lengths.items()},
+            acceptance={name: self._of_places(name, length) for name, length in lengths.items()},
             verify_costs=verify_costs,
             draft_cost=rate * self._costs.next_draft(count),
             planned={name: self._planned[name] for name in lengths},
         )
 
-    def worth_verifying(self, drafted: Mapping[str, Sequence[int]], greedy: Mapping[str, bool]) -> dict[str, int]:
-        """How many of each chain's tokens to verify.
-
-        Args:
-            drafted: how sure the draft is of each token of a sequence's chain.
-            greedy: whether the sequence's tokens are the most likely ones.
-        """
+    def worth_verifying(self, chains: Mapping[str, Chain]) -> dict[str, int]:
+        """How many of each chain's tokens to verify; those without sureness are left as they are."""
+        left = {request_id: len(chain.token_ids) for request_id, chain in chains.items() if not chain.sureness}
+        chains = {request_id: chain for request_id, chain in chains.items() if chain.sureness}
         chances = [
-            _all_before(self._acceptance.of_drafts(sureness, greedy[request_id]))
-            for request_id, sureness in drafted.items()
+            _all_before(self._acceptance.of_drafts(chain.sureness, greedy=chain.greedy, copied=chain.copied))
+            for chain in chains.values()
         ]
         chances += [[]] * (len(self._plan.lengths) - len(chances))
+        drafted = [len(chain.sureness) for chain in chains.values() if not chain.copied]
         lengths = best_verified(self._costs.verify, chances, self._draft_seconds(drafted))
-        return dict(zip(drafted, lengths, strict=False))
+        return left | dict(zip(chains, lengths, strict=False))
 
-    def observe(self, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool) -> None:
-        """Arguments as for ``Acceptance.observe``."""
-        self._idle_batch = None
-        self._acceptance.observe(request_id, outcomes, sureness, greedy)
+    def observe(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+        """What became of a chain, place by place up to the first that the target did not choose."""
+        if not chain.copied:
+            self._idle_batch = None
+            self._acceptance.observe(request_id, outcomes, chain.sureness, chain.greedy, _level(repeat))
+
+    def observe_repeat(self, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+        """What became, or would have become, of a copy."""
+        self._acceptance.observe_copy(outcomes, repeat.levels, repeat.greedy)
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
         self._acceptance.forget(request_id)
 
-    def _draft_seconds(self, drafted: Mapping[str, Sequence[int]]) -> float:
-        further = max(map(len, drafted.values())) - 1
-        return self._costs.first_draft(len(drafted)) + further * self._costs.next_draft(len(drafted))
+    def _of_places(self, request_id: str, limit: int) -> list[float]:
+        return self._acceptance.of_places(request_id, limit, _level(self._repeats.get(request_id)))
+
+    def _worth_copying(self) -> dict[str, int]:
+        """How much to copy for each sequence for which that promises more than its drafts do.
+
+        One sequence at a time, what is planned for the others being as it is.
+        """
+        worth = {}
+        for request_id, repeat in self._repeats.items():
+            planned = self._planned[request_id]
+            others = len(self._plan.lengths) + sum(self._planned.values()) - planned
+            chances = _all_before(self._acceptance.of_drafts(repeat.levels, greedy=repeat.greedy, copied=True))
+            gains = list(accumulate(chances, initial=0.0))
+            worths = [gain - self._in_tokens(others, number) for number, gain in enumerate(gains)]
+            length = max(range(len(worths)), key=worths.__getitem__)
+            if length and worths[length] > self._worth_of_drafts(request_id, others):
+                worth[request_id] = length
+        return worth
+
+    def _worth_of_drafts(self, request_id: str, others: int) -> float:
+        planned, number = self._planned[request_id], sum(map(bool, self._planned.values()))
+        if planned == 0:
+            return 0.0
+        expected = sum(_all_before(self._of_places(request_id, planned)))
+        seconds = self._draft_seconds([planned] * number) - self._draft_seconds([planned] * (number - 1))
+        return expected - self._in_tokens(others, planned) - self._plan.rate * seconds
+
+    def _in_tokens(self, others: int, number: int) -> float:
+        """What verifying so many more tokens costs."""
+        return self._plan.rate * (self._costs.verify(others + number) - self._costs.verify(others))
+
+    def _draft_seconds(self, lengths: Sequence[int]) -> float:
+        """Of chains that go on or end together."""
+        if not lengths:
+            return 0.0
+        return self._costs.first_draft(len(lengths)) + (max(lengths) - 1) * self._costs.next_draft(len(lengths))
 
     def _probe(self, lengths: list[int], limits: Sequence[int]) -> None:
         if self._idle_steps % _PROBE_INTERVAL >= _PROBE_STEPS or self._idle_steps < _PROBE_INTERVAL:
@@ -186,6 +230,10 @@ def best_verified(verify: Curve, chances: Sequence[Sequence[float]], draft_secon
         if rate > best_rate:
             best_rate, best_count = rate, count
     return _lengths(ranked[:best_count], num_sequences)
+
+
+def _level(repeat: Repeat | None) -> int | None:
+    return None if repeat is None else repeat.levels[0]
 
 
 def _all_before(acceptance: Sequence[float]) -> list[float]:

@@ -10,7 +10,7 @@ from engine.spec.proposer import DraftCosts, Proposer
 from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
-from engine.vocab.text_matches import TextMatches
+from engine.vocab.text_matches import TextIndex, copied, make_text_index
 
 MIN_MATCH = 3
 """Fewest tokens at the text's end that must have come before."""
@@ -26,7 +26,7 @@ class NgramProposer:
     stops_early = False
 
     def __init__(self) -> None:
-        self._texts: dict[str, TextMatches] = {}
+        self._texts: dict[str, TextIndex] = {}
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """Draft where something repeats; text that was not looked at yet is indexed first.
@@ -37,11 +37,11 @@ class NgramProposer:
             if slot.num_tokens > 0:
                 request = slot.request
                 most = slot.num_tokens if stop is None else min(stop.planned[request.request_id], slot.num_tokens)
-                text = self._texts.setdefault(request.request_id, TextMatches())
+                text = self._text(request.request_id)
                 text.extend(request.all_token_ids[len(text) :])
                 place, length = text.longest()
                 if length >= MIN_MATCH:
-                    request.draft_token_ids += text.copy(place, most)
+                    request.draft_token_ids += copied(request.all_token_ids, place, most)
         return {}
 
     def observe(
@@ -52,6 +52,11 @@ class NgramProposer:
     def forget(self, request_id: str) -> None:
         """Drop a request's index."""
         self._texts.pop(request_id, None)
+
+    def _text(self, request_id: str) -> TextIndex:
+        if request_id not in self._texts:
+            self._texts[request_id] = make_text_index()
+        return self._texts[request_id]
 
 
 class NgramDraft:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -15,72 +13,13 @@ from numpy.typing import NDArray
 from engine.batch import Features
 from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
+from engine.spec.copies import Copier, Copy
+from engine.spec.length_policy import Chain, LengthPolicy, Repeat
 from engine.spec.proposer import Proposer
-from engine.spec.stop_rule import StopRule
+from engine.spec.stop_rule import Sureness
 from engine.spec.verify_log import VerifyLog
 from engine.spec.vocab_follower import ComputeLogits, VocabFollower
 from engine.step_plan import DraftSlot, ScheduledSequence
-
-
-class LengthPolicy(Protocol):
-    """Decides how many tokens to draft."""
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether nothing has been drafted lately, so that what a draft needs had better be made when it is needed."""
-        ...
-
-    def lengths(self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int) -> list[int]:
-        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``."""
-        ...
-
-    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
-        """When the chains of the sequences drafted for, which have room for so many tokens, end before; None: never."""
-        ...
-
-    def worth_verifying(self, drafted: Mapping[str, Sequence[int]], greedy: Mapping[str, bool]) -> Mapping[str, int]:
-        """How many tokens of each chain to verify, by how sure the draft is of each."""
-        ...
-
-    def observe(self, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool) -> None:
-        """What became of a sequence's drafts, place by place up to the first that the target did not choose.
-
-        ``sureness`` is empty where it is not known; ``greedy``: whether its tokens are the most likely ones.
-        """
-        ...
-
-    def forget(self, request_id: str) -> None:
-        """A request has ended."""
-        ...
-
-
-class FixedLength:
-    """Always as many tokens as allowed."""
-
-    is_idle = False
-
-    def lengths(self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int) -> list[int]:
-        return list(limits)
-
-    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
-        return None
-
-    def worth_verifying(self, drafted: Mapping[str, Sequence[int]], greedy: Mapping[str, bool]) -> Mapping[str, int]:
-        return {request_id: len(sureness) for request_id, sureness in drafted.items()}
-
-    def observe(self, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool) -> None:
-        pass
-
-    def forget(self, request_id: str) -> None:
-        pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    """Tokens drafted for a sequence, those not verified too, and how sure the draft is of each, where known."""
-
-    token_ids: list[int]
-    sureness: Sequence[int]
 
 
 class Speculator:
@@ -90,6 +29,7 @@ class Speculator:
         proposer: drafts.
         policy: decides lengths.
         max_tokens: most draft tokens of a sequence and step.
+        copier: finds what may be copied instead of drafted; None: nothing is.
         follower: keeps the vocabularies of running sequences; None where all draft from the same.
         verify_log: where verified drafts are written down; None: nowhere.
     """
@@ -99,14 +39,17 @@ class Speculator:
         proposer: Proposer,
         policy: LengthPolicy,
         max_tokens: int,
+        copier: Copier | None = None,
         follower: VocabFollower | None = None,
         verify_log: VerifyLog | None = None,
     ) -> None:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
-        self._follower, self._verify_log = follower, verify_log
+        self._copier, self._follower, self._verify_log = copier, follower, verify_log
         self._vocab = None if follower is None else follower.vocab
-        self._chains: dict[str, _Chain] = {}
-        """Of the step that is planned or being computed."""
+        # Of the step that is planned or being computed:
+        self._copies: dict[str, Copy] = {}
+        self._copied: frozenset[str] = frozenset()
+        self._chains: dict[str, Chain] = {}
         self._seconds = 0.0
 
     @property
@@ -126,31 +69,42 @@ class Speculator:
             min(limit, self._max_tokens if cap is None else min(cap, self._max_tokens))
             for limit, cap in zip(limits, caps, strict=True)
         ]
-        return self._policy.lengths([request.request_id for request in requests], allowed, num_joining)
+        self._copies = {} if self._copier is None else self._copier.look(requests, allowed)
+        repeats = {
+            request.request_id: Repeat(self._copies[request.request_id].levels, _is_greedy(request))
+            for request in requests
+            if request.request_id in self._copies
+        }
+        lengths = self._policy.lengths([request.request_id for request in requests], allowed, num_joining, repeats)
+        self._copied = lengths.copied
+        return lengths.most
 
     def propose(self, slots: Sequence[DraftSlot]) -> None:
         """Fill the slots, as far as the policy finds it worth while."""
         started = time.perf_counter()
-        self._chains.clear()
-        drafting = [slot for slot in slots if slot.num_tokens]
+        wanted = [slot for slot in slots if slot.num_tokens]
+        sureness = {**self._copy([slot for slot in wanted if slot.request.request_id in self._copied])}
+        drafting = [slot for slot in wanted if slot.request.request_id not in self._copied]
         if drafting:
             rule = self._policy.stop_rule({slot.request.request_id: slot.num_tokens for slot in drafting})
-            sureness = self._proposer.propose(slots, rule)
-            requests = [slot.request for slot in drafting if slot.request.draft_token_ids]
-            for request in requests:
-                known = sureness.get(request.request_id, ())
-                self._chains[request.request_id] = _Chain(request.draft_token_ids, known)
-            if sureness:
-                self._cut(requests, sureness)
+            sureness |= self._proposer.propose(drafting, rule)
+        requests = [slot.request for slot in wanted if slot.request.draft_token_ids]
+        self._chains = {
+            name: Chain(request.draft_token_ids, sureness.get(name, ()), _is_greedy(request), name in self._copied)
+            for name, request in ((request.request_id, request) for request in requests)
+        }
+        if self._chains:
+            lengths = self._policy.worth_verifying(self._chains)
+            for request in requests:  # the chains keep the whole lists
+                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
         self._seconds += time.perf_counter() - started
 
-    def _cut(self, requests: Sequence[Request], sureness: Mapping[str, Sequence[int]]) -> None:
-        """Drop drafts that are not worth verifying."""
-        greedy = {request.request_id: request.sampling.temperature == 0.0 for request in requests}
-        lengths = self._policy.worth_verifying(sureness, greedy)
-        for request in requests:
-            if request.request_id in lengths:
-                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
+    def _copy(self, slots: Sequence[DraftSlot]) -> Sureness:
+        """Fill some slots with copies."""
+        for slot in slots:
+            slot.request.draft_token_ids += self._copies[slot.request.request_id].token_ids[: slot.num_tokens]
+        names = (slot.request.request_id for slot in slots)
+        return {name: self._copies[name].levels[: slot.num_tokens] for name, slot in zip(names, slots, strict=True)}
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
@@ -173,7 +127,8 @@ class Speculator:
         if self._follower is None:
             return 0.0
         started = time.perf_counter()
-        self._follower.follow(sequences, kept, logits, compute_logits, likely, begin=not self._policy.is_idle)
+        begin = not self._policy.is_idle
+        self._follower.follow(sequences, kept, logits, compute_logits, likely, begin, self._copied)
         return time.perf_counter() - started
 
     def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> None:
@@ -184,15 +139,15 @@ class Speculator:
         """
         for sequence, token_ids in zip(sequences, kept, strict=True):
             request = sequence.request
-            chain = self._chains.pop(request.request_id, None)
-            if chain is None or not token_ids:
+            chain, copy = self._chains.pop(request.request_id, None), self._copies.pop(request.request_id, None)
+            if not token_ids:
                 continue
-            outcomes = []
-            for draft, token_id in zip(chain.token_ids, token_ids, strict=False):
-                outcomes.append(draft == token_id)
-                if draft != token_id:
-                    break
-            self._policy.observe(request.request_id, outcomes, chain.sureness, request.sampling.temperature == 0.0)
+            repeat = None if copy is None else Repeat(copy.levels, _is_greedy(request))
+            if copy is not None and repeat is not None:
+                self._policy.observe_repeat(repeat, _outcomes(copy.token_ids, token_ids))
+            if chain is not None:
+                outcomes = _outcomes(chain.token_ids, token_ids)
+                self._policy.observe(request.request_id, chain, outcomes, repeat)
 
     def _write_log(
         self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
@@ -202,7 +157,7 @@ class Speculator:
             return None
         started = time.perf_counter()
         num_likely = 0 if self._follower is None else self._follower.top_k
-        likely = self._verify_log.write(sequences, kept, logits, num_likely)
+        likely = self._verify_log.write(sequences, kept, logits, num_likely, self._copied)
         self._seconds += time.perf_counter() - started
         return likely
 
@@ -238,6 +193,8 @@ class Speculator:
         """A request has ended."""
         self._proposer.forget(request_id)
         self._policy.forget(request_id)
+        if self._copier is not None:
+            self._copier.forget(request_id)
         if self._vocab is not None:
             self._vocab.forget(request_id)
 
@@ -245,3 +202,17 @@ class Speculator:
         """Time spent drafting and observing since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+def _is_greedy(request: Request) -> bool:
+    return request.sampling.temperature == 0.0
+
+
+def _outcomes(drafts: Sequence[int], chosen: Sequence[int]) -> list[bool]:
+    """Whether each draft is what the target chose, up to the first that is not."""
+    outcomes = []
+    for draft, token_id in zip(drafts, chosen, strict=False):
+        outcomes.append(draft == token_id)
+        if draft != token_id:
+            break
+    return outcomes

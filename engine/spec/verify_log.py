@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -41,6 +41,7 @@ class _Step:
     sequence: ScheduledSequence
     kept: Sequence[int]
     first_row: int
+    copied: bool
 
     @property
     def rows(self) -> slice:
@@ -128,6 +129,7 @@ class VerifyLog:
         kept: Sequence[Sequence[int]],
         logits: torch.Tensor,
         num_likely: int = 0,
+        copied: Collection[str] = (),
     ) -> NDArray[np.int64] | None:
         """Log of a step what is worth it, once its features are stored and before it is committed.
 
@@ -136,11 +138,12 @@ class VerifyLog:
             kept: the tokens that each one's output gets; none while its prefill is unfinished.
             logits: [L, vocab] float32, as the target has computed them.
             num_likely: how many of the target's most likely tokens somebody else wants of each row.
+            copied: requests whose drafts are not the draft's.
 
         Returns:
             these tokens' ids [L, num_likely], best first; None for a step without drafts, for which there is no log.
         """
-        steps = _drafted_steps(sequences, kept)
+        steps = _drafted_steps(sequences, kept, copied)
         if not steps:
             return None
         self._num_steps += len(steps)
@@ -254,14 +257,18 @@ class VerifyLog:
             feature_generation=generation,
             num_features=len(step.kept),
             context=pack_ids(context),
+            copied=step.copied,
         )
 
 
-def _drafted_steps(sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> list[_Step]:
+def _drafted_steps(
+    sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], copied: Collection[str]
+) -> list[_Step]:
     """Of the sequences whose output says something about their drafts."""
     steps, end = [], 0
     for sequence, tokens in zip(sequences, kept, strict=True):
         end += sequence.num_logits
         if tokens and sequence.num_draft_tokens:
-            steps.append(_Step(sequence, tokens, end - sequence.num_sampled))
+            first_row, was_copied = end - sequence.num_sampled, sequence.request.request_id in copied
+            steps.append(_Step(sequence, tokens, first_row, was_copied))
     return [step for step in steps if step.drafted]

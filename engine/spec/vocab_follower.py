@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class VocabFollower:
         compute_logits: ComputeLogits,
         likely: NDArray[np.int64] | None = None,
         begin: bool = True,
+        copied: Collection[str] = (),
     ) -> None:
         """A step was verified, and is not committed yet.
 
@@ -50,6 +51,7 @@ class VocabFollower:
             compute_logits: for prompt positions, whose logits nobody else wants.
             likely: ids [L, top_k] of the largest logits, best first, where they are known already.
             begin: whether new sequences get a vocabulary now, or when they are first drafted for.
+            copied: requests whose drafts did not come from their vocabularies.
         """
 
         def top_k(start: int, end: int) -> NDArray[np.int32]:
@@ -64,7 +66,8 @@ class VocabFollower:
             request = sequence.request
             if token_ids:
                 first = row - sequence.num_sampled
-                verified.append(VerifiedSequence(request, token_ids, sequence.num_draft_tokens, first))
+                num_drafts = 0 if request.request_id in copied else sequence.num_draft_tokens
+                verified.append(VerifiedSequence(request, token_ids, num_drafts, first))
                 if not request.output_token_ids:
                     before_last = min(self._num_prompt_positions, len(sequence.token_ids) - 1)
                     prompts[request.request_id] = range(token - 1 - before_last, token - 1)

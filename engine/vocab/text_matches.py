@@ -66,11 +66,6 @@ class TextMatches:
         """
         return max(self._repeats(self._tokens[-MAX_LENGTH:]), key=itemgetter(1), default=(-1, 0))
 
-    def copy(self, place: int, count: int) -> list[int]:
-        """``count`` tokens from a place on; where the text ends, it goes on with what was copied."""
-        copied = self._tokens[place : place + count]
-        return list(islice(cycle(copied), count))
-
     def _repeats(self, end: Sequence[int]) -> Iterator[tuple[int, int]]:
         """The places after which ``end`` may go on as before, the latest first, and how many tokens agree there."""
         tokens = self._tokens
@@ -90,7 +85,7 @@ class TextMatches:
 
 
 class TextIndex(Protocol):
-    """What the prior needs of ``TextMatches``."""
+    """``TextMatches``, or the same compiled."""
 
     address: int
     """Of the compiled index; 0 for one that is not compiled"""
@@ -98,11 +93,17 @@ class TextIndex(Protocol):
     def __len__(self) -> int: ...
     def extend(self, token_ids: Iterable[int]) -> None: ...
     def find(self, after: Sequence[int] = ()) -> dict[int, int]: ...
+    def longest(self) -> tuple[int, int]: ...
 
 
 def make_text_index() -> TextIndex:
     """An empty one, compiled where the kernels are."""
     return NativeTextIndex() if native_prior.is_available() else TextMatches()
+
+
+def copied(token_ids: Sequence[int], place: int, count: int) -> list[int]:
+    """``count`` tokens from a place on; where the text ends, it goes on with what was copied."""
+    return list(islice(cycle(token_ids[place : place + count]), count))
 
 
 def match_continuations(texts: Sequence[TextIndex], drafts: Sequence[Sequence[int]]) -> Continuations:

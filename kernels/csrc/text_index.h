@@ -18,7 +18,14 @@ class TextIndex {
   // longest such repeat. The text is taken to go on with `after`. Returns how many.
   int find(const int32_t* after, int count, int32_t* token_ids, int32_t* lengths) const;
 
+  // The place right after the longest repeat of the text's end, of equals the latest; -1 (and length 0): none.
+  int longest(int32_t* length) const;
+
  private:
+  // visit(place, length): the places after which the `size` tokens of `end`, at least two, may go on as before.
+  template <typename Visit>
+  void for_each_repeat(const int32_t* end, int size, Visit visit) const;
+
   static int64_t key(int64_t first, int64_t second) { return first << 31 | second; }
 
   std::vector<int32_t> tokens_;

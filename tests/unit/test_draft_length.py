@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.spec.controller import AdaptiveLength, best_plan, best_verified
+from engine.spec.length_policy import Chain, Repeat
 from engine.spec.step_costs import Curve, StepCosts
 from kernels.native_chain import SURENESS_LEVELS
 
@@ -48,20 +49,28 @@ def adaptive(costs: StepCosts, *, stops_early: bool = False) -> AdaptiveLength:
     return AdaptiveLength(costs, stops_early=stops_early)
 
 
+def chain_of(sureness: list[int] | None = None, length: int = 1, *, copied: bool = False) -> Chain:
+    return Chain([7] * (length if sureness is None else len(sureness)), sureness or [], greedy=True, copied=copied)
+
+
+def lengths(policy: AdaptiveLength, request_ids: list[str], limits: list[int], num_joining: int = 0) -> list[int]:
+    return policy.lengths(request_ids, limits, num_joining, {}).most
+
+
 def simulate(policy: AdaptiveLength, acceptance: float, steps: int, limit: int = 6, batch: int = 1) -> list[list[int]]:
     """Run decode steps in which each draft is accepted with the given chance; returns all lengths."""
     chance = random.Random(0)
     ids = [str(index) for index in range(batch)]
     history = []
     for _ in range(steps):
-        lengths = policy.lengths(ids, [limit] * batch, 0)
-        for request_id, length in zip(ids, lengths, strict=True):
+        chosen = lengths(policy, ids, [limit] * batch)
+        for request_id, length in zip(ids, chosen, strict=True):
             outcomes: list[bool] = []
             while len(outcomes) < length and all(outcomes):
                 outcomes.append(chance.random() < acceptance)
             if length:
-                policy.observe(request_id, outcomes, [], True)
-        history.append(lengths)
+                policy.observe(request_id, chain_of(length=length), outcomes, None)
+        history.append(chosen)
     return history
 
 
@@ -156,32 +165,32 @@ def test_lengths_follow_the_acceptance_that_is_seen() -> None:
 
 def test_limits_hold() -> None:
     policy = adaptive(CHEAP)
-    assert policy.lengths(["a", "b", "c"], [0, 1, 6], 0)[:2] == [0, 1]
+    assert lengths(policy, ["a", "b", "c"], [0, 1, 6], 0)[:2] == [0, 1]
 
 
 def test_drafting_for_a_few_waits_for_those_that_join() -> None:
     """Not drafted for eight, so not for one of them either while the others' prompts are computed."""
     policy = adaptive(FLAT_TO_8)
-    assert policy.lengths(["a"], [6], num_joining=7) == [0]
-    assert policy.lengths(["a"], [6], num_joining=1)[0] > 0
+    assert lengths(policy, ["a"], [6], num_joining=7) == [0]
+    assert lengths(policy, ["a"], [6], num_joining=1)[0] > 0
 
 
 def test_a_smaller_batch_is_drafted_for_at_once() -> None:
     policy = adaptive(FLAT_TO_8)
     ids = [str(index) for index in range(8)]
     for _ in range(100):
-        assert policy.lengths(ids, [6] * 8, 0) == [0] * 8
-    assert policy.lengths(ids[:1], [6], 0)[0] > 0
+        assert lengths(policy, ids, [6] * 8, 0) == [0] * 8
+    assert lengths(policy, ids[:1], [6], 0)[0] > 0
 
 
 def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
     policy = adaptive(CHEAP)
     for _ in range(30):
-        good, bad = policy.lengths(["good", "bad"], [4, 4], 0)
-        policy.observe("good", [True] * good, [], True)
+        good, bad = lengths(policy, ["good", "bad"], [4, 4], 0)
+        policy.observe("good", chain_of(), [True] * good, None)
         if bad:
-            policy.observe("bad", [False], [], True)
-    assert policy.lengths(["good", "bad"], [4, 4], 0) == [4, 0]
+            policy.observe("bad", chain_of(), [False], None)
+    assert lengths(policy, ["good", "bad"], [4, 4], 0) == [4, 0]
 
 
 def test_speculation_that_cannot_pay_is_never_probed() -> None:
@@ -207,9 +216,9 @@ SURE, UNSURE = SURENESS_LEVELS - 1, 0
 
 
 def test_chains_that_can_end_early_have_room_to_the_limit() -> None:
-    assert adaptive(CHEAP).lengths(["a"], [6], 0) == [4]
-    assert adaptive(CHEAP, stops_early=True).lengths(["a"], [6], 0) == [6]
-    assert adaptive(DEAR, stops_early=True).lengths(["a"], [6], 0) == [0]
+    assert lengths(adaptive(CHEAP), ["a"], [6], 0) == [4]
+    assert lengths(adaptive(CHEAP, stops_early=True), ["a"], [6], 0) == [6]
+    assert lengths(adaptive(DEAR, stops_early=True), ["a"], [6], 0) == [0]
 
 
 def test_the_stop_rule_counts_in_tokens() -> None:
@@ -219,9 +228,9 @@ def test_the_stop_rule_counts_in_tokens() -> None:
     )
     policy = adaptive(costs, stops_early=True)
     for _ in range(200):
-        policy.observe("a", [False], [], True)
-        policy.observe("b", [False], [], True)
-    assert policy.lengths(["a", "b"], [2, 2], 0) == [0, 0]  # so the rate is that without drafts
+        policy.observe("a", chain_of(), [False], None)
+        policy.observe("b", chain_of(), [False], None)
+    assert lengths(policy, ["a", "b"], [2, 2], 0) == [0, 0]  # so the rate is that without drafts
     rule = policy.stop_rule({"a": 2, "b": 2})
     assert rule is not None
     assert rule.verify_costs == pytest.approx([0.5, 0.5])
@@ -233,19 +242,19 @@ def test_what_the_draft_is_sure_of_is_verified_and_the_rest_is_not() -> None:
     """A ninth token doubles the time of eight, so that one of two has to be dropped."""
     policy = adaptive(FLAT_TO_8, stops_early=True)
     ids = [str(number) for number in range(6)]
-    policy.lengths(ids, [1] * 6, 0)
-    drafted = {"0": [UNSURE], "1": [SURE], "2": [UNSURE], "3": [SURE], "4": [UNSURE], "5": [UNSURE]}
-    kept = policy.worth_verifying(drafted, dict.fromkeys(ids, True))
+    lengths(policy, ids, [1] * 6, 0)
+    sureness = [UNSURE, SURE, UNSURE, SURE, UNSURE, UNSURE]
+    kept = policy.worth_verifying({name: chain_of([level]) for name, level in zip(ids, sureness, strict=True)})
     assert kept == {"0": 0, "1": 1, "2": 0, "3": 1, "4": 0, "5": 0}
 
 
 def test_how_much_sureness_is_worth_is_learned_from_what_was_accepted() -> None:
     """A draft that is sure of nothing, and always right; greedy and sampled tokens are judged apart."""
     policy = adaptive(CHEAP, stops_early=True)
-    policy.lengths(["a"], [1], 0)
+    lengths(policy, ["a"], [1], 0)
     rules = [policy.stop_rule({"a": 1})]
     for _ in range(500):
-        policy.observe("a", [True], [UNSURE], True)
+        policy.observe("a", chain_of([UNSURE]), [True], None)
     rules.append(policy.stop_rule({"a": 1}))
     before, after = (rule.chances for rule in rules if rule is not None)
     assert before[0, UNSURE] < 0.3
@@ -256,7 +265,42 @@ def test_how_much_sureness_is_worth_is_learned_from_what_was_accepted() -> None:
 def test_a_draft_that_was_dropped_is_judged_by_the_token_that_came() -> None:
     """Where nothing is verified, the chance of the first place is still learned: trials need no verification."""
     policy = adaptive(FLAT_TO_8, stops_early=True)
-    assert policy.lengths(["a"], [6], 0) == [6]
+    assert lengths(policy, ["a"], [6], 0) == [6]
     for _ in range(300):
-        policy.observe("a", [False], [UNSURE], True)
-    assert policy.lengths(["a"], [6], 0) == [0]
+        policy.observe("a", chain_of([UNSURE]), [False], None)
+    assert lengths(policy, ["a"], [6], 0) == [0]
+
+
+LONG, SHORT = [SURENESS_LEVELS - 1] * 6, [1, 2, 3, 4, 5, 6]
+
+
+def test_a_long_repeat_is_copied_where_drafts_cost_too_much() -> None:
+    """As many tokens as are verified for nothing; a short repeat is not sure enough for the rest."""
+    policy = adaptive(FLAT_TO_8)
+    ids = [str(number) for number in range(8)]
+    for _ in range(300):
+        policy.observe("0", chain_of(), [False], None)
+    assert policy.lengths(ids[:6], [6] * 6, 0, {"1": Repeat(LONG, True)}).most == [0, 2, 0, 0, 0, 0]
+    assert policy.lengths(ids, [6] * 8, 0, {"1": Repeat(SHORT, True)}).copied == frozenset()
+
+
+def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() -> None:
+    policy = adaptive(CHEAP)
+    for greedy in (True, False) * 300:
+        policy.observe_repeat(Repeat(LONG, greedy), [False])
+    assert policy.lengths(["a"], [6], 0, {"a": Repeat(LONG, True)}).copied == frozenset()
+    for _ in range(300):
+        policy.observe_repeat(Repeat(LONG, True), [True] * 6)
+    chosen = policy.lengths(["a"], [6], 0, {"a": Repeat(LONG, True)})
+    assert (chosen.most, chosen.copied) == ([6], {"a"})
+    assert not policy.lengths(["a"], [6], 0, {"a": Repeat(LONG, False)}).copied  # sampled ones are judged apart
+
+
+def test_drafts_that_are_better_where_a_text_repeats_are_drafted_there() -> None:
+    policy = adaptive(CHEAP)
+    repeat = Repeat(SHORT, True)
+    for _ in range(300):
+        policy.observe_repeat(repeat, [False])
+        policy.observe("a", chain_of(), [True] * 4, repeat)
+        policy.observe("a", chain_of(), [False], None)
+    assert lengths(policy, ["b"], [6]) < policy.lengths(["b"], [6], 0, {"b": repeat}).most

@@ -69,6 +69,7 @@ def test_only_fair_records_of_the_version_in_force_count() -> None:
     guard.observe(FAIR[1, False])
     guard.observe(msgspec.structs.replace(FAIR[2, False], is_gated=True))
     guard.observe(msgspec.structs.replace(FAIR[2, True], drafted=(), num_accepted=0))
+    guard.observe(msgspec.structs.replace(FAIR[2, True], copied=True))
     assert (guard.num_watched, guard.acceptance, guard.control) == (0, Acceptance(), Acceptance())
     guard.observe(FAIR[2, True])
     guard.observe(FAIR[0, False])

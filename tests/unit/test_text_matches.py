@@ -43,6 +43,22 @@ def test_finds_the_longest_repeats(make: Callable[[], TextIndex], pieces: list[l
     assert text.find(after) == longest_repeats([*chain.from_iterable(pieces)], after)
 
 
+@pytest.mark.parametrize("make", [TextMatches, make_text_index])
+@settings(deadline=None)
+@given(tokens=st.lists(st.integers(0, 2), max_size=80))
+def test_the_longest_repeat_is_the_latest_of_those(make: Callable[[], TextIndex], tokens: list[int]) -> None:
+    text = make()
+    text.extend(tokens)
+    place, length = text.longest()
+    found = longest_repeats(tokens, [])
+    if not found:
+        assert (place, length) == (-1, 0)
+        return
+    assert length == max(found.values()) == found[tokens[place]]
+    agree = [p for p in range(length, len(tokens)) if tokens[p - length : p] == tokens[len(tokens) - length :]]
+    assert place == agree[-1]
+
+
 def test_values_grow_with_the_length_of_the_repeat() -> None:
     text, empty = TextMatches(), TextMatches()
     text.extend([1, 2, 3, 7, 9, 2, 3, 8, 1, 2, 3])

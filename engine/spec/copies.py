@@ -1,0 +1,55 @@
+"""Drafts that cost nothing: what followed the longest repeat of a sequence's end in its own prompt and answer.
+
+Prompt lookup decoding (Saxena 2023), for the sequences and steps in which it promises more than the draft does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.request import Request
+from engine.vocab.text_matches import TextIndex, copied, make_text_index
+from kernels.native_chain import SURENESS_LEVELS
+
+_WINDOW = 4096
+"""The last tokens of a prompt, which are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Tokens that may come next, and how many agreed before each: the more did, the surer it is, a level each."""
+
+    token_ids: list[int]
+    levels: list[int]
+
+
+class Copier:
+    """Keeps an index of each running sequence's text."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, tuple[TextIndex, int]] = {}
+        """With the place of the index's first token in the sequence."""
+
+    def look(self, requests: Sequence[Request], limits: Sequence[int]) -> dict[str, Copy]:
+        """For the sequences whose end is not new: what followed its longest repeat, up to a limit each."""
+        copies = {}
+        for request, limit in zip(requests, limits, strict=True):
+            if limit > 0:
+                text, first = self._text(request)
+                place, length = text.longest()
+                if place >= 0:
+                    levels = [min(length + number, SURENESS_LEVELS) - 1 for number in range(limit)]
+                    copies[request.request_id] = Copy(copied(request.all_token_ids, first + place, limit), levels)
+        return copies
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._texts.pop(request_id, None)
+
+    def _text(self, request: Request) -> tuple[TextIndex, int]:
+        if request.request_id not in self._texts:
+            self._texts[request.request_id] = make_text_index(), max(request.num_tokens - _WINDOW, 0)
+        text, first = self._texts[request.request_id]
+        text.extend(request.all_token_ids[first + len(text) :])
+        return text, first

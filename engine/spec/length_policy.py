@@ -1,0 +1,103 @@
+"""What decides how many tokens are drafted for each sequence of a step, and how many of them are verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.spec.stop_rule import StopRule
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A sequence whose end came before: how sure each token is that may be copied from there, a level each."""
+
+    levels: Sequence[int]
+    greedy: bool
+    """Whether the sequence's tokens are the most likely ones."""
+
+
+Repeats = Mapping[str, Repeat]
+"""Of the sequences that have one, by request id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Tokens drafted for a sequence, those too that are not verified."""
+
+    token_ids: Sequence[int]
+    sureness: Sequence[int]
+    """Of each token, a level; empty where it is not known."""
+    greedy: bool
+    """Whether the sequence's tokens are the most likely ones."""
+    copied: bool = False
+
+
+@dataclass(frozen=True)
+class DraftLengths:
+    """Most draft tokens of each sequence, and the sequences for which they are copied."""
+
+    most: list[int]
+    copied: frozenset[str] = frozenset()
+
+
+class LengthPolicy(Protocol):
+    """Decides how many tokens to draft."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing has been drafted lately, so that what a draft needs had better be made when it is needed."""
+        ...
+
+    def lengths(
+        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
+    ) -> DraftLengths:
+        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``."""
+        ...
+
+    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
+        """When the chains of the sequences drafted for, which have room for so many tokens, end before; None: never."""
+        ...
+
+    def worth_verifying(self, chains: Mapping[str, Chain]) -> Mapping[str, int]:
+        """How many tokens of each chain to verify; those without sureness are left as they are."""
+        ...
+
+    def observe(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+        """What became of a chain, place by place up to the first that the target did not choose."""
+        ...
+
+    def observe_repeat(self, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+        """What became, or would have become, of a copy."""
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        ...
+
+
+class FixedLength:
+    """Always as many tokens as allowed."""
+
+    is_idle = False
+
+    def lengths(
+        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
+    ) -> DraftLengths:
+        return DraftLengths(list(limits))
+
+    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
+        return None
+
+    def worth_verifying(self, chains: Mapping[str, Chain]) -> Mapping[str, int]:
+        return {request_id: len(chain.token_ids) for request_id, chain in chains.items()}
+
+    def observe(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+        pass
+
+    def observe_repeat(self, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+        pass
+
+    def forget(self, request_id: str) -> None:
+        pass

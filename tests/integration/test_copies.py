@@ -1,0 +1,105 @@
+"""Copied drafts: taken where they promise more than the draft does, and never seen in an output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.config import DynamicConfig, SpeculationConfig
+from engine.messages import SamplingParams
+from engine.models.config import ModelFiles
+from engine.request import Request
+from engine.spec.copies import Copier
+from engine.spec.costs import CostMeter
+from engine.spec.eagle import EagleProposer
+from engine.spec.step_costs import Curve, StepCosts
+from tests.tiny_drafts import Engine, Setting, make_draft_directory
+from tests.tiny_models import make_directory
+
+NUM_TOKENS = 48
+FREE_VERIFICATION = Curve([(1, 1.0)])
+DRAFTS_NEVER_PAY = StepCosts(FREE_VERIFICATION, first_draft=Curve([(1, 100.0)]), next_draft=Curve([(1, 100.0)]))
+DRAFTS_COST_LITTLE = StepCosts(FREE_VERIFICATION, first_draft=Curve([(1, 0.05)]), next_draft=Curve([(1, 0.01)]))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_directory(tmp_path_factory.mktemp("model"))
+
+
+def requests() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Texts that repeat themselves; every way of choosing tokens, some with a loop that a copy follows."""
+    rng = np.random.default_rng(3)
+    prompts = [[*piece, *piece, *piece[:4]] for piece in rng.integers(4, 500, (8, 12)).tolist()]
+    ways = [
+        SamplingParams(max_tokens=NUM_TOKENS, seed=1, temperature=0.0),
+        SamplingParams(max_tokens=NUM_TOKENS, seed=2, temperature=0.3),
+        SamplingParams(max_tokens=NUM_TOKENS, seed=3, temperature=0.8, top_k=3, frequency_penalty=0.4),
+        SamplingParams(max_tokens=NUM_TOKENS, seed=4, temperature=0.0, num_speculative_tokens=2),
+    ]
+    return prompts, [ways[number % len(ways)] for number in range(len(prompts))]
+
+
+def engine(files: ModelFiles, directory: Path, costs: StepCosts, patch: pytest.MonkeyPatch, copies: bool) -> Engine:
+    patch.setattr(CostMeter, "measure", lambda _: costs)
+    speculation = SpeculationConfig(
+        method="eagle3",
+        draft=str(make_draft_directory(directory, files)),
+        vocabulary="dynamic:96+32",
+        dynamic=DynamicConfig(copies=copies),
+    )
+    return Engine(files, Setting(max_num_seqs=4), speculation)
+
+
+@pytest.mark.parametrize("costs", [DRAFTS_NEVER_PAY, DRAFTS_COST_LITTLE])
+def test_outputs_are_those_without_speculation(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, costs: StepCosts
+) -> None:
+    plain = Engine(files, Setting(max_num_seqs=4)).generate(*requests())
+    copying = engine(files, tmp_path, costs, monkeypatch, copies=True)
+    assert copying.generate(*requests()) == plain
+    assert copying.generate_alone(*requests()) == plain
+    assert copying.num_accepted > 0
+
+
+def test_where_drafts_never_pay_there_are_copies_alone(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def propose(*_: object) -> None:
+        raise AssertionError("the draft was asked")
+
+    monkeypatch.setattr(EagleProposer, "propose", propose)
+    copying = engine(files, tmp_path, DRAFTS_NEVER_PAY, monkeypatch, copies=True)
+    copying.generate(*requests())
+    assert copying.num_drafted > 0
+    without = engine(files, tmp_path, DRAFTS_NEVER_PAY, monkeypatch, copies=False)
+    without.generate(*requests())
+    assert without.num_drafted == 0
+
+
+def request_of(token_ids: list[int]) -> Request:
+    return Request("a", b"", "tests", SamplingParams(max_tokens=99, seed=0, temperature=0.0), token_ids)
+
+
+def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
+    copier = Copier()
+    request = request_of([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3])
+    copy = copier.look([request], [5])["a"]
+    assert copy.token_ids == [4, 9, 2, 3, 5]
+    assert copy.levels == [2, 3, 4, 5, 6]  # three tokens agreed before the first, four before the second
+    request.all_token_ids += [4, 9]
+    assert copier.look([request], [9])["a"].token_ids == [2, 3, 5, 1, 2, 3, 4, 9, 2]  # beyond its end the text repeats
+    request.all_token_ids += [7, 8]
+    assert copier.look([request], [5]) == {}
+    assert copier.look([request_of([1, 2, 1, 2])], [0]) == {}
+
+
+def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:
+    copier = Copier()
+    far = request_of([1, 2, 3, *range(10, 5010), 1, 2])
+    assert copier.look([far], [4]) == {}
+    copier.forget("a")
+    near = request_of([*range(10, 5010), 1, 2, 3, 1, 2])
+    assert copier.look([near], [2])["a"].token_ids == [3, 1]
