@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from operator import mul
 
 from engine.spec.acceptance import MAX_ACCEPTANCE, Acceptance
@@ -21,6 +21,8 @@ from engine.spec.stop_rule import StopRule
 
 _MIN_GAIN = 1.03
 """Drafting must promise this many times the rate without it: costs are estimates."""
+_HOPELESS = 0.05
+"""A draft less likely than this to be accepted is worth no thought."""
 _IDLE_INTERVAL = 16
 """Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
 _PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
@@ -237,8 +239,8 @@ def _level(repeat: Repeat | None) -> int | None:
 
 
 def _all_before(acceptance: Sequence[float]) -> list[float]:
-    """Chance that the first, second, ... draft is accepted together with all before it."""
-    return list(accumulate(acceptance, mul))
+    """Chance that the first, second, ... draft is accepted together with all before it, as far as that is likely."""
+    return list(takewhile(lambda chance: chance > _HOPELESS, accumulate(acceptance, mul)))
 
 
 def _ranked(chances: Sequence[Sequence[float]]) -> list[tuple[float, int, int]]:

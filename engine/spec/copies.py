@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.request import Request
+from engine.spec.ngram import MIN_MATCH
 from engine.vocab.text_matches import TextIndex, copied, make_text_index
 from kernels.native_chain import SURENESS_LEVELS
 
@@ -32,13 +33,13 @@ class Copier:
         """With the place of the index's first token in the sequence."""
 
     def look(self, requests: Sequence[Request], limits: Sequence[int]) -> dict[str, Copy]:
-        """For the sequences whose end is not new: what followed its longest repeat, up to a limit each."""
+        """For the sequences whose last ``MIN_MATCH`` tokens came before: what followed the longest repeat."""
         copies = {}
         for request, limit in zip(requests, limits, strict=True):
             if limit > 0:
                 text, first = self._text(request)
                 place, length = text.longest()
-                if place >= 0:
+                if length >= MIN_MATCH:
                     levels = [min(length + number, SURENESS_LEVELS) - 1 for number in range(limit)]
                     copies[request.request_id] = Copy(copied(request.all_token_ids, first + place, limit), levels)
         return copies

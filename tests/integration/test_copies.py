@@ -30,14 +30,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:
-    """Texts that repeat themselves; every way of choosing tokens, some with a loop that a copy follows."""
+    """Texts that repeat themselves; every way of choosing tokens, of few, so that answers repeat themselves too."""
     rng = np.random.default_rng(3)
     prompts = [[*piece, *piece, *piece[:4]] for piece in rng.integers(4, 500, (8, 12)).tolist()]
+    few = {10: 50.0, 11: 50.0, 12: 50.0}
     ways = [
-        SamplingParams(max_tokens=NUM_TOKENS, seed=1, temperature=0.0),
-        SamplingParams(max_tokens=NUM_TOKENS, seed=2, temperature=0.3),
-        SamplingParams(max_tokens=NUM_TOKENS, seed=3, temperature=0.8, top_k=3, frequency_penalty=0.4),
-        SamplingParams(max_tokens=NUM_TOKENS, seed=4, temperature=0.0, num_speculative_tokens=2),
+        SamplingParams(max_tokens=NUM_TOKENS, seed=1, temperature=0.0, logit_bias=few),
+        SamplingParams(max_tokens=NUM_TOKENS, seed=2, temperature=0.3, logit_bias=few),
+        SamplingParams(max_tokens=NUM_TOKENS, seed=3, temperature=0.8, frequency_penalty=0.4, logit_bias=few),
+        SamplingParams(max_tokens=NUM_TOKENS, seed=4, temperature=0.0, num_speculative_tokens=2, logit_bias=few),
     ]
     return prompts, [ways[number % len(ways)] for number in range(len(prompts))]
 
@@ -93,13 +94,13 @@ def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
     assert copier.look([request], [9])["a"].token_ids == [2, 3, 5, 1, 2, 3, 4, 9, 2]  # beyond its end the text repeats
     request.all_token_ids += [7, 8]
     assert copier.look([request], [5]) == {}
-    assert copier.look([request_of([1, 2, 1, 2])], [0]) == {}
+    assert copier.look([request_of([1, 2, 3, 1, 2, 3])], [0]) == {}
 
 
 def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:
     copier = Copier()
-    far = request_of([1, 2, 3, *range(10, 5010), 1, 2])
+    far = request_of([1, 2, 3, *range(10, 5010), 1, 2, 3])
     assert copier.look([far], [4]) == {}
     copier.forget("a")
-    near = request_of([*range(10, 5010), 1, 2, 3, 1, 2])
-    assert copier.look([near], [2])["a"].token_ids == [3, 1]
+    near = request_of([*range(10, 5010), 1, 2, 3, 4, 1, 2, 3])
+    assert copier.look([near], [2])["a"].token_ids == [4, 1]
