@@ -284,6 +284,7 @@ class EngineCore:
             num_draft_tokens=sequence.num_draft_tokens,
             num_accepted_tokens=min(len(choice.token_ids) - 1, truncation.num_kept),
             draft_version=self._speculator.draft_version(request.request_id) if self._speculator else 0,
+            copied=self._speculator is not None and self._speculator.was_copied(sequence),
             session_snapshot=snapshot,
             vocabulary=counts,
         )

@@ -154,6 +154,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     sequence's first output.
     ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
     ``draft_version`` is that of the adapter that drafted them, 0: the base draft.
+    ``copied``: they were copied from the sequence's own text instead.
     ``session_snapshot`` comes with the last output of a sequence that has a session: what to keep of it.
     ``vocabulary`` comes with the last output of a sequence that had a draft vocabulary of its own.
     ``error`` explains ``finish_reason`` "error" in words fit for the client; ``error_kind`` says
@@ -172,6 +173,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     draft_version: int = 0
+    copied: bool = False
     session_snapshot: bytes | None = None
     vocabulary: VocabularyCounts | None = None
     error: str | None = None

@@ -209,7 +209,7 @@ class Generation:
         self._observe(choice, len(output.token_ids), now)
         if output.num_draft_tokens:
             choice.acceptance.add(output.num_draft_tokens, output.num_accepted_tokens, output.draft_version)
-            self._metrics.observe_draft(output.num_draft_tokens, output.num_accepted_tokens)
+            self._metrics.observe_draft(output.num_draft_tokens, output.num_accepted_tokens, output.copied)
         if output.vocabulary is not None:
             self._metrics.observe_vocabulary(output.vocabulary)
         choice.num_cached_tokens = max(choice.num_cached_tokens, output.num_cached_tokens)

@@ -58,13 +58,18 @@ class TenantMetrics:
         self._num_drafts = metrics.num_drafts.labels(*self._domain_labels)
         self._num_draft_tokens = metrics.num_draft_tokens.labels(*self._domain_labels)
         self._num_accepted_tokens = metrics.num_accepted_tokens.labels(*self._domain_labels)
+        self._num_copied_tokens = metrics.num_copied_tokens.labels(*self._domain_labels)
+        self._num_accepted_copied_tokens = metrics.num_accepted_copied_tokens.labels(*self._domain_labels)
         self._by_position: list[tuple[Counter, Counter]] = []
 
-    def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int) -> None:
-        """Count a step of a sequence that verified drafts."""
+    def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int, copied: bool) -> None:
+        """Count a step of a sequence that verified drafts, ``copied`` from its text or the draft's own."""
         self._num_drafts.inc()
         self._num_draft_tokens.inc(num_draft_tokens)
         self._num_accepted_tokens.inc(num_accepted_tokens)
+        if copied:
+            self._num_copied_tokens.inc(num_draft_tokens)
+            self._num_accepted_copied_tokens.inc(num_accepted_tokens)
         for position in range(len(self._by_position), num_draft_tokens):  # positions never drafted have no series
             labels = (*self._domain_labels, str(position))
             drafted = self._metrics.num_draft_tokens_per_pos.labels(*labels)
@@ -140,6 +145,15 @@ class Metrics:
         )
         self.num_accepted_tokens = Counter(
             "evospec:spec_decode_num_accepted_tokens", "Draft tokens accepted.", labels, registry=registry
+        )
+        self.num_copied_tokens = Counter(
+            "evospec:spec_decode_num_copied_tokens",
+            "Draft tokens verified that were copied from the text, not drafted.",
+            labels,
+            registry=registry,
+        )
+        self.num_accepted_copied_tokens = Counter(
+            "evospec:spec_decode_num_accepted_copied_tokens", "Copied ones accepted.", labels, registry=registry
         )
         labels = [*labels, "position"]
         self.num_draft_tokens_per_pos = Counter(

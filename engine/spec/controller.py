@@ -21,6 +21,8 @@ from engine.spec.stop_rule import StopRule
 
 _MIN_GAIN = 1.03
 """Drafting must promise this many times the rate without it: costs are estimates."""
+_MIN_WORTH = 0.1
+"""Tokens that copying for a sequence must promise, all costs taken off: a tenth of what its step makes anyhow."""
 _HOPELESS = 0.05
 """A draft less likely than this to be accepted is worth no thought."""
 _IDLE_INTERVAL = 16
@@ -157,7 +159,7 @@ class AdaptiveLength:
             gains = list(accumulate(chances, initial=0.0))
             worths = [gain - self._in_tokens(others, number) for number, gain in enumerate(gains)]
             length = max(range(len(worths)), key=worths.__getitem__)
-            if length and worths[length] > self._worth_of_drafts(request_id, others):
+            if worths[length] > max(self._worth_of_drafts(request_id, others), _MIN_WORTH):
                 worth[request_id] = length
         return worth
 

@@ -165,6 +165,10 @@ class Speculator:
         """Version of the adapter that drafted last for a request, 0: the base draft."""
         return self._verify_log.draft_version(request_id) if self._verify_log else 0
 
+    def was_copied(self, sequence: ScheduledSequence) -> bool:
+        """Whether the drafts of a sequence's part of the step were copied."""
+        return sequence.num_draft_tokens > 0 and sequence.request.request_id in self._copied
+
     def add_stats(self, stats: EngineStats) -> EngineStats:
         """The engine's statistics with those of speculation."""
         if self._verify_log is not None:

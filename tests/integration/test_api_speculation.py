@@ -32,6 +32,7 @@ def speculating(request: EngineRequest) -> Iterable[EngineOutput]:
             num_draft_tokens=drafted,
             num_accepted_tokens=accepted,
             draft_version=7,
+            copied=number == 0,
             finish_reason="length" if number == len(STEPS) - 1 else None,
         )
 
@@ -85,6 +86,8 @@ async def test_counters_are_vllms_with_tenant_and_domain(serve: Any) -> None:
         ("drafts_total", None): 6,
         ("draft_tokens_total", None): 16,
         ("accepted_tokens_total", None): 8,
+        ("copied_tokens_total", None): 2 * STEPS[0][0],
+        ("accepted_copied_tokens_total", None): 2 * STEPS[0][1],
         **{("draft_tokens_per_pos_total", position): value for position, value in [("0", 6), ("1", 6), ("2", 4)]},
         **{("accepted_tokens_per_pos_total", position): value for position, value in [("0", 4), ("1", 4), ("2", 0)]},
     }
