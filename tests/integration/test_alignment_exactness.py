@@ -29,6 +29,8 @@ from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
 from engine.request import Request
 from engine.spec import eagle_adapters, verify_log
+from engine.spec.costs import CostMeter
+from engine.spec.step_costs import Curve, StepCosts
 from engine.step_plan import ScheduledSequence
 from kernels import native
 from tests.integration.test_speculation_exactness import SAMPLED, SETTINGS
@@ -256,6 +258,24 @@ def target_features(engine: Engine, tokens: list[int], layers: tuple[int, ...]) 
     _, features = engine.core._runner.execute([ScheduledSequence(request, 0, tokens, 0, 0, 1, blocks)], layers)
     assert features is not None
     return features.values.clone()
+
+
+def test_records_of_copies_are_marked(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a draft costs too much and a copy nothing, all drafts are copies."""
+    dear = Curve([(1, 100.0)])
+    monkeypatch.setattr(CostMeter, "measure", lambda _: StepCosts(Curve([(1, 1.0)]), first_draft=dear, next_draft=dear))
+    speculation = SpeculationConfig(method="eagle3", draft=str(draft), vocabulary="dynamic:full+0")
+    engine = Engine(files, SETTINGS["batch"], speculation, alignment=alignment)
+    few = dict.fromkeys((10, 11, 12), 50.0)
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True, logit_bias=few)
+    engine.generate(make_prompts(), [sampling] * len(make_prompts()))
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    records = read_records(alignment, stats.steps)
+    assert records
+    assert all(record.copied and record.drafted for record in records)
 
 
 def test_the_gate_keeps_what_teaches(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
