@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.request import Request
+from engine.spec.length_policy import Repeat
 from engine.spec.ngram import MIN_MATCH
 from engine.vocab.text_matches import TextIndex, copied, make_text_index
 from kernels.native_chain import SURENESS_LEVELS
@@ -19,10 +20,10 @@ _WINDOW = 4096
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Tokens that may come next, and how many agreed before each: the more did, the surer it is, a level each."""
+    """Tokens that may come next. The more agreed before one, the surer it is."""
 
     token_ids: list[int]
-    levels: list[int]
+    repeat: Repeat
 
 
 class Copier:
@@ -41,7 +42,8 @@ class Copier:
                 place, length = text.longest()
                 if length >= MIN_MATCH:
                     levels = [min(length + number, SURENESS_LEVELS) - 1 for number in range(limit)]
-                    copies[request.request_id] = Copy(copied(request.all_token_ids, first + place, limit), levels)
+                    repeat = Repeat(levels, request.sampling.temperature == 0.0)
+                    copies[request.request_id] = Copy(copied(request.all_token_ids, first + place, limit), repeat)
         return copies
 
     def forget(self, request_id: str) -> None:

@@ -14,7 +14,7 @@ from engine.batch import Features
 from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
 from engine.spec.copies import Copier, Copy
-from engine.spec.length_policy import Chain, LengthPolicy, Repeat
+from engine.spec.length_policy import Chain, LengthPolicy
 from engine.spec.proposer import Proposer
 from engine.spec.stop_rule import Sureness
 from engine.spec.verify_log import VerifyLog
@@ -70,11 +70,7 @@ class Speculator:
             for limit, cap in zip(limits, caps, strict=True)
         ]
         self._copies = {} if self._copier is None else self._copier.look(requests, allowed)
-        repeats = {
-            request.request_id: Repeat(self._copies[request.request_id].levels, _is_greedy(request))
-            for request in requests
-            if request.request_id in self._copies
-        }
+        repeats = {request_id: copy.repeat for request_id, copy in self._copies.items()}
         lengths = self._policy.lengths([request.request_id for request in requests], allowed, num_joining, repeats)
         self._copied = lengths.copied
         return lengths.most
@@ -83,28 +79,33 @@ class Speculator:
         """Fill the slots, as far as the policy finds it worth while."""
         started = time.perf_counter()
         wanted = [slot for slot in slots if slot.num_tokens]
-        sureness = {**self._copy([slot for slot in wanted if slot.request.request_id in self._copied])}
+        sureness = self._copy([slot for slot in wanted if slot.request.request_id in self._copied])
         drafting = [slot for slot in wanted if slot.request.request_id not in self._copied]
         if drafting:
             rule = self._policy.stop_rule({slot.request.request_id: slot.num_tokens for slot in drafting})
             sureness |= self._proposer.propose(drafting, rule)
-        requests = [slot.request for slot in wanted if slot.request.draft_token_ids]
-        self._chains = {
-            name: Chain(request.draft_token_ids, sureness.get(name, ()), _is_greedy(request), name in self._copied)
-            for name, request in ((request.request_id, request) for request in requests)
-        }
-        if self._chains:
-            lengths = self._policy.worth_verifying(self._chains)
-            for request in requests:  # the chains keep the whole lists
-                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
+        self._cut([slot.request for slot in wanted if slot.request.draft_token_ids], sureness)
         self._seconds += time.perf_counter() - started
 
-    def _copy(self, slots: Sequence[DraftSlot]) -> Sureness:
-        """Fill some slots with copies."""
+    def _copy(self, slots: Sequence[DraftSlot]) -> dict[str, Sequence[int]]:
+        """Fill some slots with copies; returns their levels."""
+        levels = {}
         for slot in slots:
-            slot.request.draft_token_ids += self._copies[slot.request.request_id].token_ids[: slot.num_tokens]
-        names = (slot.request.request_id for slot in slots)
-        return {name: self._copies[name].levels[: slot.num_tokens] for name, slot in zip(names, slots, strict=True)}
+            request, copy = slot.request, self._copies[slot.request.request_id]
+            request.draft_token_ids += copy.token_ids[: slot.num_tokens]
+            levels[request.request_id] = copy.repeat.levels[: slot.num_tokens]
+        return levels
+
+    def _cut(self, requests: Sequence[Request], sureness: Sureness) -> None:
+        """Keep the whole chains, and of each request's drafts what is worth verifying."""
+        self._chains.clear()
+        for request in requests:
+            name, greedy = request.request_id, request.sampling.temperature == 0.0
+            self._chains[name] = Chain(request.draft_token_ids, sureness.get(name, ()), greedy, name in self._copied)
+        if requests:
+            lengths = self._policy.worth_verifying(self._chains)
+            for request in requests:  # another list: the chain keeps this one
+                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
@@ -142,11 +143,10 @@ class Speculator:
             chain, copy = self._chains.pop(request.request_id, None), self._copies.pop(request.request_id, None)
             if not token_ids:
                 continue
-            repeat = None if copy is None else Repeat(copy.levels, _is_greedy(request))
-            if copy is not None and repeat is not None:
-                self._policy.observe_repeat(repeat, _outcomes(copy.token_ids, token_ids))
+            if copy is not None:
+                self._policy.observe_repeat(copy.repeat, _outcomes(copy.token_ids, token_ids))
             if chain is not None:
-                outcomes = _outcomes(chain.token_ids, token_ids)
+                outcomes, repeat = _outcomes(chain.token_ids, token_ids), copy.repeat if copy else None
                 self._policy.observe(request.request_id, chain, outcomes, repeat)
 
     def _write_log(
@@ -206,10 +206,6 @@ class Speculator:
         """Time spent drafting and observing since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
-
-
-def _is_greedy(request: Request) -> bool:
-    return request.sampling.temperature == 0.0
 
 
 def _outcomes(drafts: Sequence[int], chosen: Sequence[int]) -> list[bool]:

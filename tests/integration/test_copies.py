@@ -107,7 +107,7 @@ def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
     request = request_of([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3])
     copy = copier.look([request], [5])["a"]
     assert copy.token_ids == [4, 9, 2, 3, 5]
-    assert copy.levels == [2, 3, 4, 5, 6]  # three tokens agreed before the first, four before the second
+    assert copy.repeat.levels == [2, 3, 4, 5, 6]  # three tokens agreed before the first, four before the second
     request.all_token_ids += [4, 9]
     assert copier.look([request], [9])["a"].token_ids == [2, 3, 5, 1, 2, 3, 4, 9, 2]  # beyond its end the text repeats
     request.all_token_ids += [7, 8]

@@ -15,7 +15,7 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle import EagleProposer
-from engine.spec.speculator import FixedLength
+from engine.spec.length_policy import Chain, FixedLength, Repeat
 from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot
 from kernels import native
@@ -51,6 +51,18 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     ]
 
 
+def speculation_of(files: ModelFiles, directory: Path, vocabulary: str) -> SpeculationConfig:
+    """Up to five tokens of a random draft in every step."""
+    return SpeculationConfig(
+        method="eagle3",
+        draft=str(make_draft_directory(directory, files)),
+        vocabulary=vocabulary,
+        dynamic=DynamicConfig(max_sessions=3),  # one sequence has none
+        num_speculative_tokens=5,
+        adaptive=False,
+    )
+
+
 class DraftsTaken:
     """All drafts of an engine: by request and the number of tokens before them."""
 
@@ -79,14 +91,7 @@ class DraftsTaken:
 def test_same_drafts(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str, greedy: bool
 ) -> None:
-    speculation = SpeculationConfig(
-        method="eagle3",
-        draft=str(make_draft_directory(tmp_path, files)),
-        vocabulary=vocabulary,
-        dynamic=DynamicConfig(max_sessions=3),  # one sequence has none
-        num_speculative_tokens=5,
-        adaptive=False,
-    )
+    speculation = speculation_of(files, tmp_path, vocabulary)
     with monkeypatch.context() as patch:
         chains = DraftsTaken(patch, greedy)
         outputs = chains.run(files, speculation)
@@ -130,14 +135,14 @@ class Stopping:
                 planned=lengths,
             )
 
-        def worth(policy: FixedLength, drafted: Sureness, greedy: Mapping[str, bool]) -> Mapping[str, int]:
-            cut.update((name, int(chance.integers(0, len(levels) + 1))) for name, levels in drafted.items())
-            return {name: cut[name] for name in drafted}
+        def worth(policy: FixedLength, chains: Mapping[str, Chain]) -> Mapping[str, int]:
+            cut.update((name, int(chance.integers(0, len(of_one.sureness) + 1))) for name, of_one in chains.items())
+            return {name: cut[name] for name in chains}
 
         def observe(
-            policy: FixedLength, request_id: str, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool
+            policy: FixedLength, request_id: str, of_one: Chain, outcomes: Sequence[bool], repeat: Repeat | None
         ) -> None:
-            self.judged.append((cut[request_id], len(sureness), outcomes))
+            self.judged.append((cut[request_id], len(of_one.sureness), outcomes))
 
         monkeypatch.setattr(NativeChain, "run", recorded)
         monkeypatch.setattr(FixedLength, "stop_rule", rule)
@@ -170,13 +175,7 @@ def test_chains_end_where_the_rule_says(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str, greedy: bool
 ) -> None:
     """And change no output."""
-    speculation = SpeculationConfig(
-        method="eagle3",
-        draft=str(make_draft_directory(tmp_path, files)),
-        vocabulary=vocabulary,
-        num_speculative_tokens=5,
-        adaptive=False,
-    )
+    speculation = speculation_of(files, tmp_path, vocabulary)
     with monkeypatch.context() as patch:
         whole = DraftsTaken(patch, greedy).run(files, speculation)
     stopping = Stopping(monkeypatch)
@@ -199,12 +198,8 @@ def test_how_sure_a_draft_is(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str
 ) -> None:
     """The chosen token's probability among the candidates, at the sequence's temperature; 1 for greedy ones."""
-    draft = str(make_draft_directory(tmp_path, files))
-    speculation = SpeculationConfig(
-        method="eagle3", draft=draft, vocabulary=vocabulary, num_speculative_tokens=5, adaptive=False
-    )
     stopping = Stopping(monkeypatch)
-    DraftsTaken(monkeypatch, greedy=False).run(files, speculation)
+    DraftsTaken(monkeypatch, greedy=False).run(files, speculation_of(files, tmp_path, vocabulary))
     seen = set()
     for batch, result in stopping.calls:
         assert result.sureness is not None
