@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -84,6 +84,11 @@ def jobs_of(prompts: Sequence[Job], rounds: int) -> Iterator[Job]:
     for number in range(rounds):
         for job in sorted(prompts, key=lambda job: _hash("order", str(number), job.prompt_id)):
             yield replace(job, round=number)
+
+
+def left_of(jobs: Iterable[Job], skip: int, domains: Collection[str], done: Collection[int]) -> Iterator[Job]:
+    """Without the first ``skip``, whatever their domain, those of other domains, and those whose key is ``done``."""
+    return (job for job in itertools.islice(jobs, skip, None) if job.domain in domains and job.key not in done)
 
 
 def loop_start(token_ids: Sequence[int]) -> int | None:
@@ -216,8 +221,7 @@ def main(
     generator = Generator(core, recorder, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
     done = written_keys(directory)
     all_jobs = jobs_of(read_prompts(text or prompts), rounds if text is None else 1)
-    wanted = set(domain or TRAINING_DOMAINS)
-    jobs = (job for job in itertools.islice(all_jobs, skip, None) if job.domain in wanted and job.key not in done)
+    jobs = left_of(all_jobs, skip, domain or TRAINING_DOMAINS, done)
     started, made = time.monotonic(), 0
     pending: list[tuple[Conversation, torch.Tensor]] = []
     for conversation, features in generator.run(jobs):

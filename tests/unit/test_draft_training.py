@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
 from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
 from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
-from adapters.generate import loop_start
+from adapters.generate import jobs_of, left_of, loop_start, read_prompts
 from adapters.head_loss import head_loss
 from adapters.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer
 from adapters.ttt_attention import chain_attention
@@ -204,3 +205,22 @@ def test_a_draft_of_another_shape_is_no_start(tmp_path: Path) -> None:
     start = make_draft_directory(tmp_path / "start", files)
     with pytest.raises(ModelError, match="shape"):
         run_trainer(files, tmp_path, start, anchors=0, width=256)
+
+
+def test_only_prompts_of_wanted_domains_that_were_not_answered_are_left(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    domains = ["code", "general", "law", "medicine"] * 5
+    path.write_text(
+        "\n".join(
+            json.dumps(
+                {"id": str(n), "domain": domain, "split": "train", "messages": [{"role": "user", "content": f"{n}?"}]}
+            )
+            for n, domain in enumerate(domains)
+        )
+    )
+    jobs = list(jobs_of(read_prompts(path), rounds=2))
+    assert len(jobs) == 20  # two rounds, without law and medicine
+    answered = next(job for job in jobs[4:] if job.domain == "general")
+    left = list(left_of(jobs, 4, ["general"], {answered.key}))
+    assert left == [job for job in jobs[4:] if job.domain == "general" and job != answered]
+    assert left
