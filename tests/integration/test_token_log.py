@@ -336,6 +336,7 @@ def test_any_record_comes_back_as_it_was(data: st.DataObject) -> None:
         top_ids=top_ids,
         top_logits=top_logits,
         is_gated=data.draw(st.booleans()),
+        copied=data.draw(st.booleans()),
         feature_slot=data.draw(integers),
         feature_generation=data.draw(st.integers(0, 2**62)),
         num_features=data.draw(integers),
@@ -359,7 +360,7 @@ def test_other_bytes_are_no_record(noise: bytes, cut: int) -> None:
 
 
 def test_sizes_are_what_the_documentation_says() -> None:
-    assert len(encode_record(record(5))) == 389
+    assert len(encode_record(record(5))) == 390
     top_ids, top_logits = pack_top_k(np.zeros((9, 16)), np.zeros((9, 16)))
     longest = msgspec.structs.replace(record(8191), drafted=(2**17,) * 8, top_ids=top_ids, top_logits=top_logits)
     assert len(encode_record(longest)) < 1024
