@@ -20,8 +20,10 @@ FULL = "full"
 NANOSPEC = "nanospec"
 HARD_SWITCH = "hard-switch"
 """N-grams of the context where they match, else EAGLE-3 over the full head (vLLM's pull request 24344)."""
-_NANOSPEC = "target_signal=every,graph=false,semantic=false,tenant_memory=false,prior=off,replacement=lru,cold"
-_PAPER, _PAPER_TAIL = "semantic=true,target_signal=events,tenant_memory=false,prior=off", 256
+_NANOSPEC = (
+    "target_signal=every,graph=false,semantic=false,tenant_memory=false,prior=off,copies=false,replacement=lru,cold"
+)
+_PAPER, _PAPER_TAIL = "semantic=true,target_signal=events,tenant_memory=false,prior=off,copies=false", 256
 _LARGE = 100_000
 _MAX_SESSIONS = 16
 _KV_BYTES = 256 * 2**20
