@@ -71,6 +71,7 @@ def test_a_name_that_means_nothing_is_refused(name: str) -> None:
 def test_others_methods_are_made_of_the_switches() -> None:
     nanospec = make_mode(NANOSPEC, "smollm2-135m", DRAFTING, 17)
     dynamic = nanospec.config.speculation.dynamic
+    assert not dynamic.copies
     assert nanospec.config.speculation.vocabulary == f"dynamic:17+{MAX_TAIL_TOKENS}"
     assert 17 + MAX_TAIL_TOKENS < 3000
     assert (dynamic.in_context, dynamic.target_signal, dynamic.prior) == (True, "every", "off")
