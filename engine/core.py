@@ -40,6 +40,8 @@ from engine.vocab.fingerprint import vocabulary_fingerprint
 
 log = structlog.get_logger(__name__)
 
+_COPIED_WINDOW = 4096
+"""The last tokens of a prompt, in which repeats are looked for."""
 _IDLE_PATIENCE = 0.5
 _COMPILING_PATIENCE = 0.005
 
@@ -96,9 +98,8 @@ class EngineCore:
             policy = AdaptiveLength(self.step_costs, stops_early=proposer.stops_early)
         verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
         copies = config.speculation.dynamic.copies and config.speculation.adaptive and follower is not None
-        copier = Copier() if copies else None
-        most = config.speculation.num_speculative_tokens
-        return Speculator(proposer, policy, most, copier, follower, verify_log)
+        copier = Copier(_COPIED_WINDOW) if copies else None
+        return Speculator(proposer, policy, config.speculation.num_speculative_tokens, copier, follower, verify_log)
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""

@@ -9,9 +9,9 @@ tokens the draft is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, takewhile
+from itertools import accumulate, pairwise, repeat, takewhile
 from operator import mul
 
 from engine.spec.acceptance import MAX_ACCEPTANCE, Acceptance
@@ -29,6 +29,9 @@ _IDLE_INTERVAL = 16
 """Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
 _PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
 """Where nothing is drafted, every so many steps one sequence is for some steps, to see whether that is still right."""
+
+_Draft = tuple[float, int, int]
+"""Of a token that may be drafted: the chance that it is accepted, its place, and its sequence."""
 
 
 @dataclass(frozen=True)
@@ -152,23 +155,24 @@ class AdaptiveLength:
         One sequence at a time, what is planned for the others being as it is.
         """
         worth = {}
-        for request_id, repeat in self._repeats.items():
-            planned = self._planned[request_id]
-            others = len(self._plan.lengths) + sum(self._planned.values()) - planned
-            chances = _all_before(self._acceptance.of_drafts(repeat.levels, greedy=repeat.greedy, copied=True))
+        num_tokens = len(self._plan.lengths) + sum(self._planned.values())
+        num_drafting = sum(map(bool, self._planned.values()))
+        for request_id, one in self._repeats.items():
+            others = num_tokens - self._planned[request_id]
+            chances = _all_before(self._acceptance.of_drafts(one.levels, greedy=one.greedy, copied=True))
             gains = list(accumulate(chances, initial=0.0))
             worths = [gain - self._in_tokens(others, number) for number, gain in enumerate(gains)]
             length = max(range(len(worths)), key=worths.__getitem__)
-            if worths[length] > max(self._worth_of_drafts(request_id, others), _MIN_WORTH):
+            if worths[length] > max(self._worth_of_drafts(request_id, others, num_drafting), _MIN_WORTH):
                 worth[request_id] = length
         return worth
 
-    def _worth_of_drafts(self, request_id: str, others: int) -> float:
-        planned, number = self._planned[request_id], sum(map(bool, self._planned.values()))
+    def _worth_of_drafts(self, request_id: str, others: int, num_drafting: int) -> float:
+        planned = self._planned[request_id]
         if planned == 0:
             return 0.0
         expected = sum(_all_before(self._of_places(request_id, planned)))
-        seconds = self._draft_seconds([planned] * number) - self._draft_seconds([planned] * (number - 1))
+        seconds = self._draft_seconds([planned] * num_drafting) - self._draft_seconds([planned] * (num_drafting - 1))
         return expected - self._in_tokens(others, planned) - self._plan.rate * seconds
 
     def _in_tokens(self, others: int, number: int) -> float:
@@ -200,21 +204,10 @@ def best_plan(costs: StepCosts, chances: Sequence[Sequence[float]]) -> Plan:
     Returns:
         All lengths 0 unless drafting gains at least ``_MIN_GAIN``.
     """
-    num_sequences, ranked = len(chances), _ranked(chances)
-    drafting = [0] * max((len(row) for row in chances), default=0)  # sequences that draft at each place
-    expected, draft_seconds = float(num_sequences), 0.0
-    without = expected / costs.verify(num_sequences)
-    best_rate, best_count = _MIN_GAIN * without, 0
-    for count, (chance, place, _) in enumerate(ranked, start=1):
-        curve = costs.next_draft if place else costs.first_draft
-        before = curve(drafting[place]) if drafting[place] else 0.0
-        drafting[place] += 1
-        draft_seconds += curve(drafting[place]) - before
-        expected += chance
-        rate = expected / (costs.verify(num_sequences + count) + draft_seconds)
-        if rate > best_rate:
-            best_rate, best_count = rate, count
-    return Plan(_lengths(ranked[:best_count], num_sequences), best_rate if best_count else without)
+    ranked, without = _ranked(chances), len(chances) / costs.verify(len(chances))
+    seconds = _cumulative_seconds(costs, [place for _, place, _ in ranked])
+    count, rate = _best_count(costs.verify, len(chances), ranked, seconds, _MIN_GAIN * without)
+    return Plan(_lengths(ranked[:count], len(chances)), rate if count else without)
 
 
 def best_verified(verify: Curve, chances: Sequence[Sequence[float]], draft_seconds: float) -> list[int]:
@@ -225,15 +218,36 @@ def best_verified(verify: Curve, chances: Sequence[Sequence[float]], draft_secon
         chances: as for ``best_plan``.
         draft_seconds: what drafting took.
     """
-    num_sequences, ranked = len(chances), _ranked(chances)
-    expected = float(num_sequences)
-    best_rate, best_count = expected / (verify(num_sequences) + draft_seconds), 0
-    for count, (chance, _, _) in enumerate(ranked, start=1):
+    ranked, without = _ranked(chances), len(chances) / (verify(len(chances)) + draft_seconds)
+    count, _ = _best_count(verify, len(chances), ranked, repeat(draft_seconds), without)
+    return _lengths(ranked[:count], len(chances))
+
+
+def _best_count(
+    verify: Curve, num_sequences: int, ranked: Sequence[_Draft], draft_seconds: Iterable[float], least_rate: float
+) -> tuple[int, float]:
+    """How many of the ranked drafts give the best rate, and that rate; 0 where none is above ``least_rate``.
+
+    ``draft_seconds``: with the first of them, the first two, ...
+    """
+    expected, best = float(num_sequences), (0, least_rate)
+    for count, ((chance, _, _), seconds) in enumerate(zip(ranked, draft_seconds, strict=False), start=1):
         expected += chance
-        rate = expected / (verify(num_sequences + count) + draft_seconds)
-        if rate > best_rate:
-            best_rate, best_count = rate, count
-    return _lengths(ranked[:best_count], num_sequences)
+        rate = expected / (verify(num_sequences + count) + seconds)
+        if rate > best[1]:
+            best = count, rate
+    return best
+
+
+def _cumulative_seconds(costs: StepCosts, places: Sequence[int]) -> Iterator[float]:
+    """What drafting the first, the first two, ... of some tokens takes, given the place of each."""
+    drafting, seconds = [0] * (max(places, default=0) + 1), 0.0  # sequences that draft at each place
+    for place in places:
+        curve = costs.next_draft if place else costs.first_draft
+        before = curve(drafting[place]) if drafting[place] else 0.0
+        drafting[place] += 1
+        seconds += curve(drafting[place]) - before
+        yield seconds
 
 
 def _level(repeat: Repeat | None) -> int | None:
@@ -245,13 +259,13 @@ def _all_before(acceptance: Sequence[float]) -> list[float]:
     return list(takewhile(lambda chance: chance > _HOPELESS, accumulate(acceptance, mul)))
 
 
-def _ranked(chances: Sequence[Sequence[float]]) -> list[tuple[float, int, int]]:
+def _ranked(chances: Sequence[Sequence[float]]) -> list[_Draft]:
     """Chance, place and sequence of each draft token, the likeliest first, and none before one it depends on."""
     drafts = ((chance, place, index) for index, row in enumerate(chances) for place, chance in enumerate(row))
     return sorted(drafts, key=lambda draft: (-draft[0], draft[1]))
 
 
-def _lengths(drafts: Sequence[tuple[float, int, int]], num_sequences: int) -> list[int]:
+def _lengths(drafts: Sequence[_Draft], num_sequences: int) -> list[int]:
     lengths = [0] * num_sequences
     for _, place, index in drafts:
         lengths[index] = max(lengths[index], place + 1)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from engine.request import Request
 from engine.spec.length_policy import Repeat
-from engine.spec.ngram import MIN_MATCH
 from engine.vocab.text_matches import TextIndex, copied, make_text_index
 from kernels.native_chain import SURENESS_LEVELS
 
-_WINDOW = 4096
-"""The last tokens of a prompt, which are looked at."""
+MIN_MATCH = 3
+"""Fewest tokens at the text's end that must have come before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +26,14 @@ class Copy:
 
 
 class Copier:
-    """Keeps an index of each running sequence's text."""
+    """Keeps an index of each running sequence's text.
 
-    def __init__(self) -> None:
+    Args:
+        window: how many of a prompt's last tokens are looked at; None: all.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self._window = window
         self._texts: dict[str, tuple[TextIndex, int]] = {}
         """With the place of the index's first token in the sequence."""
 
@@ -52,7 +56,8 @@ class Copier:
 
     def _text(self, request: Request) -> tuple[TextIndex, int]:
         if request.request_id not in self._texts:
-            self._texts[request.request_id] = make_text_index(), max(request.num_tokens - _WINDOW, 0)
+            first = 0 if self._window is None else max(request.num_tokens - self._window, 0)
+            self._texts[request.request_id] = make_text_index(), first
         text, first = self._texts[request.request_id]
         text.extend(request.all_token_ids[first + len(text) :])
         return text, first

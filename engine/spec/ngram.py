@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.batch import Features
+from engine.spec.copies import Copier
 from engine.spec.eagle import EagleDraft, EagleProposer
 from engine.spec.proposer import DraftCosts, Proposer
 from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
-from engine.vocab.text_matches import TextIndex, copied, make_text_index
-
-MIN_MATCH = 3
-"""Fewest tokens at the text's end that must have come before."""
 
 
 class NgramProposer:
@@ -26,22 +23,20 @@ class NgramProposer:
     stops_early = False
 
     def __init__(self) -> None:
-        self._texts: dict[str, TextIndex] = {}
+        self._copier = Copier()
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """Draft where something repeats; text that was not looked at yet is indexed first.
 
         With ``stop``, as many tokens as are best on average: nobody knows how sure a copy is.
         """
-        for slot in slots:
-            if slot.num_tokens > 0:
-                request = slot.request
-                most = slot.num_tokens if stop is None else min(stop.planned[request.request_id], slot.num_tokens)
-                text = self._text(request.request_id)
-                text.extend(request.all_token_ids[len(text) :])
-                place, length = text.longest()
-                if length >= MIN_MATCH:
-                    request.draft_token_ids += copied(request.all_token_ids, place, most)
+        requests, limits = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
+        if stop is not None:
+            limits = [min(stop.planned[one.request_id], most) for one, most in zip(requests, limits, strict=True)]
+        copies = self._copier.look(requests, limits)
+        for request in requests:
+            if request.request_id in copies:
+                request.draft_token_ids += copies[request.request_id].token_ids
         return {}
 
     def observe(
@@ -51,12 +46,7 @@ class NgramProposer:
 
     def forget(self, request_id: str) -> None:
         """Drop a request's index."""
-        self._texts.pop(request_id, None)
-
-    def _text(self, request_id: str) -> TextIndex:
-        if request_id not in self._texts:
-            self._texts[request_id] = make_text_index()
-        return self._texts[request_id]
+        self._copier.forget(request_id)
 
 
 class NgramDraft:

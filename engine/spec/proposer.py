@@ -31,6 +31,8 @@ class Proposer(Protocol):
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """Write ``request.draft_token_ids``, at most ``slot.num_tokens`` each, fewer where ``stop`` says so.
 
+        Returns how sure the draft is of them, where it knows.
+
         ``slot.block_ids`` reach all known and all drafted tokens, so drafted entries have their own slots; they are
         written again before they count as a committed token's.
         """

@@ -116,7 +116,7 @@ def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
 
 
 def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:
-    copier = Copier()
+    copier = Copier(window=4096)
     far = request_of([1, 2, 3, *range(10, 5010), 1, 2, 3])
     assert copier.look([far], [4]) == {}
     copier.forget("a")

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.spec.ngram import MIN_MATCH, NgramProposer
+from engine.spec.copies import MIN_MATCH
+from engine.spec.ngram import NgramProposer
 from engine.step_plan import DraftSlot
 from engine.vocab.text_matches import MAX_LENGTH
 from kernels.native_text import MAX_PLACES
