@@ -16,7 +16,7 @@ import structlog
 import torch
 import typer
 
-from adapters.conversations import Conversation, write_shard, written_keys
+from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
 from adapters.recorder import FeatureRecorder
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore, engine_request_id
@@ -84,6 +84,17 @@ def jobs_of(prompts: Sequence[Job], rounds: int) -> Iterator[Job]:
     for number in range(rounds):
         for job in sorted(prompts, key=lambda job: _hash("order", str(number), job.prompt_id)):
             yield replace(job, round=number)
+
+
+def answered_by(other: str, jobs: Iterable[Job]) -> Iterator[Job]:
+    """The jobs that model ``other`` has done, its answers to be read: words by the faster one, labels by the target."""
+    files = resolve_model(ModelConfig(name=other))
+    tokenizer = Tokenizer.from_files(files)
+    shards = map(read_shard, shard_paths(data_directory(files.name)))
+    answers = {c.key: c.token_ids[c.prompt_length :] for shard in shards for c in shard}
+    return (
+        replace(job, given=tokenizer.decode(answers[job.key].tolist())) for job in jobs if len(answers.get(job.key, ()))
+    )
 
 
 def left_of(jobs: Iterable[Job], skip: int, domains: Collection[str], done: Collection[int]) -> Iterator[Job]:
@@ -196,6 +207,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="Stop at so many answer tokens, all runs together.")] = 5_000_000,
     prompts: Annotated[Path, typer.Option(help="Prompts of benchmarks.prompts.build.")] = CACHE / "prompts/train.jsonl",
     text: Annotated[Path | None, typer.Option(help="Read passages of benchmarks.prompts.text, answer nothing.")] = None,
+    answers_of: Annotated[str | None, typer.Option(help="Read the answers that this model made.")] = None,
     batch: Annotated[int, typer.Option(help="Answers at a time.")] = 96,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 320,
     max_prompt: Annotated[int, typer.Option(help="Longer prompts are left out.")] = 700,
@@ -214,7 +226,8 @@ def main(
         runtime=RuntimeConfig(threads=threads),
     )
     files = resolve_model(config.model)
-    directory = data_directory(files.name) if text is None else text_directory(files.name)
+    is_reading = text is not None or answers_of is not None
+    directory = text_directory(files.name) if is_reading else data_directory(files.name)
     spec = validate_model_files(files)
     recorder = FeatureRecorder(recorded_layers(spec))
     core = EngineCore(config, files, spec, draft=recorder)
@@ -222,6 +235,8 @@ def main(
     done = written_keys(directory)
     all_jobs = jobs_of(read_prompts(text or prompts), rounds if text is None else 1)
     jobs = left_of(all_jobs, skip, domain or TRAINING_DOMAINS, done)
+    if answers_of is not None:
+        jobs = answered_by(answers_of, jobs)
     started, made = time.monotonic(), 0
     pending: list[tuple[Conversation, torch.Tensor]] = []
     for conversation, features in generator.run(jobs):

@@ -19,7 +19,8 @@ from engine.models.lora import whole_layout
 
 _CLIP = 1.0
 _WARMUP_UPDATES = 32
-"""Adam's first steps are as long as later ones, whatever the gradient: at full length they unlearn first."""
+"""Adam's first steps are as long as later ones, whatever the gradient: at full length they unlearn first, and a key
+that went back to the version in force once would be refused for good."""
 _OSD_RATE = 0.01
 """All weights at once need smaller steps than two thin matrices, one of them zero at first."""
 
@@ -82,10 +83,7 @@ class LoraTrainer:
         self._optimizer.zero_grad()
         loss.total.backward()  # type: ignore[no-untyped-call]
         self._num_updates += 1
-        rate = self._config.training.learning_rate * min(1.0, self._num_updates / _WARMUP_UPDATES)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        _step(self._optimizer, self._lora.tensors.values())
+        _step(self._optimizer, self._lora.tensors.values(), self._config.training.learning_rate, self._num_updates)
         return Update(float(loss.total.detach()), len(batch.starts), time.perf_counter() - started)
 
     def published(self) -> dict[str, torch.Tensor]:
@@ -109,9 +107,7 @@ class LoraTrainer:
         self._num_updates = 0
         for tensor in self._lora.tensors.values():
             tensor.requires_grad_()
-        self._optimizer = torch.optim.AdamW(
-            self._lora.tensors.values(), lr=config.training.learning_rate, weight_decay=0.0
-        )
+        self._optimizer = torch.optim.AdamW(self._lora.tensors.values(), weight_decay=0.0)
 
     def _rows(self, batch: ChainBatch) -> torch.Tensor:
         """The batch's own tokens and random others, which are all wrong answers."""
@@ -142,7 +138,9 @@ class OsdTrainer:
         loss = self._loss(logits, columns, batch.top_logits, batch.mask)
         self._optimizer.zero_grad()
         loss.total.backward()  # type: ignore[no-untyped-call]
-        _step(self._optimizer, self._weights.values())
+        self._num_updates += 1
+        rate = self._config.training.learning_rate * _OSD_RATE
+        _step(self._optimizer, self._weights.values(), rate, self._num_updates)
         return Update(float(loss.total.detach()), len(batch.starts), time.perf_counter() - started)
 
     def published(self) -> dict[str, torch.Tensor]:
@@ -164,8 +162,8 @@ class OsdTrainer:
         self._weights = {
             name: weight.detach().clone().requires_grad_() for name, weight in self._chains.draft.named_parameters()
         }
-        rate = self._config.training.learning_rate * _OSD_RATE
-        self._optimizer = torch.optim.Adam(self._weights.values(), lr=rate)
+        self._num_updates = 0
+        self._optimizer = torch.optim.Adam(self._weights.values())
 
 
 def make_trainer(chains: Chains, config: AdaptersConfig, key: str, base: str) -> Trainer:
@@ -174,8 +172,15 @@ def make_trainer(chains: Chains, config: AdaptersConfig, key: str, base: str) ->
     return kind(chains, config, key, base)
 
 
-def _step(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
-    """Move by the gradients, cut to a norm of 1; gradients that are no numbers move nothing."""
+def _step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], learning_rate: float, num_updates: int
+) -> None:
+    """Move by the gradients, cut to a norm of 1; gradients that are no numbers move nothing.
+
+    ``num_updates`` of this optimiser, this one included: the first ones are smaller.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * min(1.0, num_updates / _WARMUP_UPDATES)
     tensors = [tensor for tensor in parameters if tensor.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(tensors, _CLIP)
     if norm.isfinite():

@@ -26,6 +26,7 @@ from engine.messages import SamplingParams
 
 LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
 NONE = "none"
+_WITHOUT_COPIES = "/copies=false"
 FIXED_LENGTH = 4
 """Draft tokens of a step where all have the same length: acceptance is comparable then."""
 DraftLength = Annotated[
@@ -59,18 +60,20 @@ class Drafting:
         )
 
     def config(self, model: str, mode: str) -> EngineConfig:
-        """The engine of a mode: ``none``, or the draft's vocabulary."""
+        """The engine of a mode: ``none``, or the draft's vocabulary, and after it perhaps ``/copies=false``."""
         if mode == NONE:
             return engine_config(model, SpeculationConfig(method="none"))
+        vocabulary = mode.removesuffix(_WITHOUT_COPIES)
         return engine_config(
             model,
             SpeculationConfig.model_validate(
                 {
                     "method": self.method,
                     "draft": self.draft,
-                    "vocabulary": mode,
+                    "vocabulary": vocabulary,
                     "num_speculative_tokens": self.num_tokens,
                     "adaptive": self.adaptive,
+                    "copies": mode == vocabulary,
                 }
             ),
         )
@@ -192,6 +195,7 @@ def launch(config: EngineConfig, port: int) -> Launch:
         "engine.speculation.vocabulary": speculation.vocabulary,
         "engine.speculation.num_speculative_tokens": speculation.num_speculative_tokens,
         "engine.speculation.adaptive": speculation.adaptive,
+        "engine.speculation.copies": speculation.copies,
     }
     arguments: list[str] = []
     for name, value in options.items():
@@ -206,5 +210,5 @@ def launch(config: EngineConfig, port: int) -> Launch:
 def http_side(config: EngineConfig, mode: str) -> Iterator[HttpSide]:
     """Runs a server until the block ends."""
     port, model = free_port(), config.model.name
-    with running(launch(config, port), port, LOGS / f"speculation-{model}-{mode}.log") as server:
+    with running(launch(config, port), port, LOGS / f"speculation-{model}-{mode.replace('/', '-')}.log") as server:
         yield HttpSide(model, f"http://127.0.0.1:{port}", server)

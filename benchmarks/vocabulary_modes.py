@@ -1,8 +1,8 @@
 """The draft vocabularies that ``benchmarks.vocabulary`` compares, each named by one string.
 
 ``none``, ``full``, ``static:K``, ``dynamic:K+S`` as in ``SpeculationConfig.vocabulary``; after a slash, switches of
-``DynamicConfig`` and ``cold``: ``dynamic:2048+1024/prior=off,cold``. Three names stand for others' methods:
-``paper:K``, ``nanospec`` and ``hard-switch``.
+``DynamicConfig``, ``copies`` and ``cold``: ``dynamic:2048+1024/prior=off,cold``. Four names stand for others' methods:
+``fr-spec:K``, ``paper:K``, ``nanospec`` and ``hard-switch``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from engine.spec.load import always_drafted
 from engine.text.tokenizer import Tokenizer
 
 FULL = "full"
+FR_SPEC = "fr-spec:"
+"""Before the number of most frequent tokens (arXiv 2502.14856)."""
 NANOSPEC = "nanospec"
 HARD_SWITCH = "hard-switch"
 """N-grams of the context where they match, else EAGLE-3 over the full head (vLLM's pull request 24344)."""
@@ -58,6 +60,7 @@ def make_mode(name: str, model: str, drafting: Drafting, num_special: int) -> Mo
     words = [word for word in switches.split(",") if word]
     dynamic = {key: _value(value) for key, _, value in (word.partition("=") for word in words if word != "cold")}
     speculation = drafting.config(model, vocabulary).speculation.model_dump()
+    speculation["copies"] = dynamic.pop("copies", True)
     speculation["dynamic"] |= {"max_sessions": _MAX_SESSIONS} | dynamic
     if name == HARD_SWITCH:
         speculation["method"] = "ngram_eagle3"
@@ -71,6 +74,8 @@ def _written_out(name: str, num_special: int) -> str:
         return f"dynamic:{num_special}+{MAX_TAIL_TOKENS}/{_NANOSPEC}"
     if name == HARD_SWITCH:
         return FULL
+    if name.startswith(FR_SPEC):
+        return f"static:{name.removeprefix(FR_SPEC)}/copies=false"
     if name.startswith("paper:"):
         return f"dynamic:{name.removeprefix('paper:')}+{_PAPER_TAIL}/{_PAPER}"
     return name
@@ -98,7 +103,7 @@ class Sizes:
 
     def modes(self) -> list[str]:
         """For part ``modes``."""
-        static = [f"static:{size}" for size in (self.fr_spec, *self.statics)]
+        static = [f"{FR_SPEC}{self.fr_spec}", *(f"static:{size}" for size in self.statics)]
         priors = [f"{self.ours}/prior=off", f"{self.ours}/prior=fixed"]
         others = [NANOSPEC, HARD_SWITCH, f"paper:{self.fr_spec}"]
         return [NONE, FULL, *static, *others, self.ours, *priors, *self.others]
@@ -114,7 +119,7 @@ class Sizes:
 
     def few(self) -> list[str]:
         """Full, FR-Spec's, the hard switch and ours."""
-        return [FULL, f"static:{self.fr_spec}", HARD_SWITCH, self.ours]
+        return [FULL, f"{FR_SPEC}{self.fr_spec}", HARD_SWITCH, self.ours]
 
 
 def sizes_of(model: str) -> Sizes:

@@ -21,7 +21,7 @@ from benchmarks.draft_traces import DEPTH, Trace, load, record, save
 from benchmarks.prompts.build import Prompt, shuffled
 from benchmarks.prompts.sources import CACHE
 from benchmarks.speculation_sides import Drafting
-from benchmarks.vocabulary_modes import FULL, Mode, make_mode, sizes_of
+from benchmarks.vocabulary_modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
 from benchmarks.vocabulary_pairs import table
 from engine.config import ModelConfig, SpeculationConfig
 from engine.messages import SamplingParams, SessionState
@@ -195,7 +195,7 @@ def main(
 ) -> None:
     """Prints acceptance lengths as ratios to the reference's, by trial prompts."""
     traces, sizes = recorded(model, prompts, max_tokens), sizes_of(model)
-    names = list(dict.fromkeys([reference, *(mode or [f"static:{sizes.fr_spec}", sizes.ours])]))
+    names = list(dict.fromkeys([reference, *(mode or [f"{FR_SPEC}{sizes.fr_spec}", sizes.ours])]))
     drafting = Drafting("eagle3", None, DEPTH, adaptive=False)
     modes = [make_mode(name, model, drafting, sizes.num_special) for name in names]
     runs = [run for each in modes for run in runs_of_mode(each, model, traces)]

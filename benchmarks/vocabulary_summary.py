@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.speculation_sides import NONE
 from benchmarks.speculation_summary import ALL, Record, acceptance, ratios, runs_of, speeds
-from benchmarks.vocabulary_modes import FULL, HARD_SWITCH, NANOSPEC
+from benchmarks.vocabulary_modes import FR_SPEC, FULL, HARD_SWITCH, NANOSPEC
 from benchmarks.vocabulary_parts import LEARNING
 
 TARGET_DOMAINS = ("code", "law", "medicine")
@@ -46,9 +46,9 @@ def round_speeds(record: Record, mode: str, decode_only: bool = False) -> dict[i
 
 
 def references(modes: Sequence[str]) -> list[str]:
-    """Modes that others are compared with: none, full, FR-Spec's setting (the first static one), others' methods."""
-    static = [mode for mode in modes if mode.startswith("static:")]
-    return [mode for mode in (NONE, FULL, *static[:1], NANOSPEC, HARD_SWITCH) if mode in modes]
+    """Modes that others are compared with: none, full, FR-Spec's setting, others' methods."""
+    fr_spec = [mode for mode in modes if mode.startswith(FR_SPEC)]
+    return [mode for mode in (NONE, FULL, *fr_spec, NANOSPEC, HARD_SWITCH) if mode in modes]
 
 
 def mode_summary(record: Record, mode: str) -> Record:

@@ -113,11 +113,6 @@ class DynamicConfig(_Section):
     prior_matches: bool = Field(
         default=True, description="It looks for the longest repeat in a sequence's own text, too."
     )
-    copies: bool = Field(
-        default=True,
-        description="Copy what followed the longest repeat where that promises more tokens a second than the draft "
-        "(with adaptive lengths).",
-    )
     replacement: Literal["arc", "lru", "decayed"] = Field(default="arc", description="What leaves a full tail.")
 
 
@@ -151,6 +146,11 @@ class SpeculationConfig(_Section):
     )
     adaptive: bool = Field(
         default=True, description="Draft fewer tokens, down to none, where measured costs and acceptance say so."
+    )
+    copies: bool = Field(
+        default=True,
+        description="Where lengths adapt: copy what followed the longest repeat in a sequence's own text, where that "
+        "promises more tokens a second than the draft.",
     )
 
     @model_validator(mode="after")

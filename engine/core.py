@@ -28,7 +28,7 @@ from engine.spec.costs import CostMeter
 from engine.spec.eagle import EagleProposer
 from engine.spec.length_policy import FixedLength, LengthPolicy
 from engine.spec.load import load_draft
-from engine.spec.ngram import SwitchingProposer
+from engine.spec.ngram import NgramProposer, SwitchingProposer
 from engine.spec.proposer import Draft
 from engine.spec.speculator import Speculator
 from engine.spec.step_costs import StepCosts
@@ -97,7 +97,8 @@ class EngineCore:
             self.step_costs = CostMeter(self._runner, dearest, size, most, self.max_model_len, follower).measure()
             policy = AdaptiveLength(self.step_costs, stops_early=proposer.stops_early)
         verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
-        copies = config.speculation.dynamic.copies and config.speculation.adaptive and follower is not None
+        speculation, copies_itself = config.speculation, isinstance(proposer, NgramProposer | SwitchingProposer)
+        copies = speculation.copies and speculation.adaptive and not copies_itself
         copier = Copier(_COPIED_WINDOW) if copies else None
         return Speculator(proposer, policy, config.speculation.num_speculative_tokens, copier, follower, verify_log)
 

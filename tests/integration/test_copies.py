@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.config import DynamicConfig, SpeculationConfig
+from engine.config import SpeculationConfig
 from engine.core import Outputs
 from engine.messages import EngineOutput, SamplingParams, StepTimings
 from engine.models.config import ModelFiles
@@ -45,13 +45,20 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     return prompts, [ways[number % len(ways)] for number in range(len(prompts))]
 
 
-def engine(files: ModelFiles, directory: Path, costs: StepCosts, patch: pytest.MonkeyPatch, copies: bool) -> Engine:
+def engine(
+    files: ModelFiles,
+    directory: Path,
+    costs: StepCosts,
+    patch: pytest.MonkeyPatch,
+    copies: bool,
+    vocabulary: str = "dynamic:96+32",
+) -> Engine:
     patch.setattr(CostMeter, "measure", lambda _: costs)
     speculation = SpeculationConfig(
         method="eagle3",
         draft=str(make_draft_directory(directory, files)),
-        vocabulary="dynamic:96+32",
-        dynamic=DynamicConfig(copies=copies),
+        vocabulary=vocabulary,
+        copies=copies,
     )
     return Engine(files, Setting(max_num_seqs=4), speculation)
 
@@ -71,12 +78,13 @@ def outputs_of(copying: Engine) -> list[EngineOutput]:
     return outputs
 
 
+@pytest.mark.parametrize("vocabulary", ["dynamic:96+32", "static:96", "full"])
 @pytest.mark.parametrize("costs", [DRAFTS_NEVER_PAY, DRAFTS_COST_LITTLE])
 def test_outputs_are_those_without_speculation(
-    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, costs: StepCosts
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, costs: StepCosts, vocabulary: str
 ) -> None:
     plain = Engine(files, Setting(max_num_seqs=4)).generate(*requests())
-    copying = engine(files, tmp_path, costs, monkeypatch, copies=True)
+    copying = engine(files, tmp_path, costs, monkeypatch, copies=True, vocabulary=vocabulary)
     assert copying.generate(*requests()) == plain
     assert copying.generate_alone(*requests()) == plain
     assert copying.num_accepted > 0

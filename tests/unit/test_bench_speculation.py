@@ -175,11 +175,12 @@ def test_a_server_tells_of_its_drafts_by_position() -> None:
     assert acceptance_of(values) == Acceptance([8, 4], [6, 1])
 
 
-@pytest.mark.parametrize("mode", ["none", "full", "static:2048"])
+@pytest.mark.parametrize("mode", ["none", "full", "static:2048", "static:2048/copies=false"])
 @pytest.mark.parametrize("drafting", [DRAFTING, Drafting("draft_model", "small", 2, adaptive=False)])
 def test_a_server_gets_the_options_of_the_engine(drafting: Drafting, mode: str) -> None:
     config = drafting.config("m", mode)
     assert (config.speculation.method == "none") == (mode == "none")
+    assert config.speculation.copies == ("copies" not in mode)
     settings = load_settings(launch(config, 1234).command[2:])
     assert settings.http.port == 1234
     for section in ("model", "cache", "scheduler", "speculation"):

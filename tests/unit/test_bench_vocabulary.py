@@ -69,9 +69,11 @@ def test_a_name_that_means_nothing_is_refused(name: str) -> None:
 
 
 def test_others_methods_are_made_of_the_switches() -> None:
+    fr_spec = make_mode("fr-spec:12288", "smollm2-135m", DRAFTING, 17).config.speculation
+    assert (fr_spec.vocabulary, fr_spec.copies) == ("static:12288", False)
     nanospec = make_mode(NANOSPEC, "smollm2-135m", DRAFTING, 17)
     dynamic = nanospec.config.speculation.dynamic
-    assert not dynamic.copies
+    assert not nanospec.config.speculation.copies
     assert nanospec.config.speculation.vocabulary == f"dynamic:17+{MAX_TAIL_TOKENS}"
     assert 17 + MAX_TAIL_TOKENS < 3000
     assert (dynamic.in_context, dynamic.target_signal, dynamic.prior) == (True, "every", "off")
@@ -228,7 +230,7 @@ def test_speed_is_of_the_domains_that_count() -> None:
 
 
 def test_all_are_compared_with_fr_specs_setting_and_nanospecs() -> None:
-    assert references([FULL, "static:300", "static:100", NANOSPEC, OURS]) == [FULL, "static:300", NANOSPEC]
+    assert references([FULL, "fr-spec:300", "static:100", NANOSPEC, OURS]) == [FULL, "fr-spec:300", NANOSPEC]
     assert references([OURS]) == []
 
 

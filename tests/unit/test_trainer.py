@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.trainer import LoraTrainer
+from adapters.trainer import LoraTrainer, OsdTrainer
 from engine.adapters_config import AdaptersConfig, TrainingConfig
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 
@@ -30,3 +30,17 @@ def test_first_updates_are_short_and_so_again_after_another_version_was_loaded(t
         trainer.update(segments)
         assert longest() <= RATE * 3 / WARMUP * 1.01
         trainer.load(None)
+
+
+def test_first_updates_of_the_whole_draft_are_short_too(tmp_path: Path) -> None:
+    """Or a version that was refused once would be refused for good, its successors starting with a leap each time."""
+    tiny = TinyDraft.make(tmp_path)
+    config = AdaptersConfig(training=TrainingConfig(method="osd", learning_rate=RATE))
+    trainer = OsdTrainer(tiny.chains, config, "*", tiny.base)
+    segments = [answer.segment() for answer in DriftingTraffic(tiny.chains).answers(2)]
+    for _ in range(2):
+        before = {name: weight.detach().clone() for name, weight in trainer.weights().items()}
+        trainer.update(segments)
+        moved = max(float((weight.detach() - before[name]).abs().max()) for name, weight in trainer.weights().items())
+        assert moved == pytest.approx(RATE / 100 / WARMUP, rel=0.02)
+        trainer.load(trainer.published())
