@@ -27,6 +27,8 @@ _HOPELESS = 0.05
 """A draft less likely than this to be accepted is worth no thought."""
 _IDLE_INTERVAL = 16
 """Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
+_SHARE_RATE = 0.1
+"""Weight of a step in the share of sequences that are drafted for."""
 _PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
 """Where nothing is drafted, every so many steps one sequence is for some steps, to see whether that is still right."""
 
@@ -53,6 +55,8 @@ class AdaptiveLength:
     def __init__(self, costs: StepCosts, *, stops_early: bool) -> None:
         self._costs, self._stops_early = costs, stops_early
         self._acceptance = Acceptance()
+        self._drafted_share = 1.0
+        """Of the sequences, with fading memory."""
         self._idle_steps = 0
         self._idle_batch: tuple[list[str], int] | None = None
         """The sequences, and how many join them, for whom no draft was found to pay; nothing was observed since."""
@@ -63,9 +67,9 @@ class AdaptiveLength:
         self._repeats: Repeats = {}
 
     @property
-    def is_idle(self) -> bool:
-        """Whether nothing has been drafted for some steps."""
-        return self._idle_steps >= _PROBE_STEPS
+    def drafts_for_most(self) -> bool:
+        """Whether of late most sequences were drafted for."""
+        return self._drafted_share >= 0.5
 
     def lengths(
         self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
@@ -76,7 +80,7 @@ class AdaptiveLength:
         read, which does not pay where it would be drafted for only until the others' prompts are computed.
         """
         self._repeats, batch = repeats, (list(request_ids), num_joining)
-        if self.is_idle and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
+        if self._idle_steps >= _PROBE_STEPS and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
             lengths = [0] * len(limits)
         else:
             chances = [
@@ -94,6 +98,8 @@ class AdaptiveLength:
         for request_id, length in zip(request_ids, lengths, strict=True):
             if length == 0:
                 self._acceptance.idle(request_id)
+        if lengths:
+            self._drafted_share += (sum(map(bool, lengths)) / len(lengths) - self._drafted_share) * _SHARE_RATE
         self._planned = dict(zip(request_ids, lengths, strict=True))
         copied = self._worth_copying()
         most = [

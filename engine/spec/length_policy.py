@@ -46,8 +46,8 @@ class LengthPolicy(Protocol):
     """Decides how many tokens to draft."""
 
     @property
-    def is_idle(self) -> bool:
-        """Whether nothing has been drafted lately, so that what a draft needs had better be made when it is needed."""
+    def drafts_for_most(self) -> bool:
+        """Whether of late most sequences were drafted for: else what a draft needs is better made when it is needed."""
         ...
 
     def lengths(
@@ -80,7 +80,7 @@ class LengthPolicy(Protocol):
 class FixedLength:
     """Always as many tokens as allowed."""
 
-    is_idle = False
+    drafts_for_most = True
 
     def lengths(
         self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats

@@ -128,8 +128,8 @@ class Speculator:
         if self._follower is None:
             return 0.0
         started = time.perf_counter()
-        begin = not self._policy.is_idle
-        self._follower.follow(sequences, kept, logits, compute_logits, likely, begin, self._copied)
+        begins = self._policy.drafts_for_most
+        self._follower.follow(sequences, kept, logits, compute_logits, likely, begins, self._copied)
         return time.perf_counter() - started
 
     def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> None:
