@@ -198,7 +198,7 @@ def data_directory(model_name: str) -> Path:
 
 
 def text_directory(model_name: str) -> Path:
-    """Of the shards of given text, which is neither validated on nor counted for vocabularies."""
+    """Of the shards of what others wrote, which is neither validated on nor counted for vocabularies."""
     return data_directory(model_name) / "text"
 
 

@@ -34,8 +34,8 @@ _DATA = (
     "code), and those prompts, made by `python -m adapters.generate {target}`; labels are the target's distributions"
 )
 _TEXT = (
-    "; in the one-step phase also passages of manuals and code (`benchmarks.prompts.text`), read by "
-    "`python -m adapters.generate {target} --text`"
+    "; also what others wrote, read by `python -m adapters.generate {target}` with `--text` (passages of manuals and "
+    "code, `benchmarks.prompts.text`) or `--answers-of` (another model's answers to those prompts)"
 )
 
 

@@ -38,8 +38,6 @@ class Phase:
     step_weights: tuple[float, ...]
     learning_rate: float
     batch_tokens: int
-    with_text: bool = False
-    """Learn from given text too, not from the target's own answers alone."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Trainer:
         source: its weights.
         target_name: for the draft's config.
         data: directory of shards of answers.
-        text: directory of shards of given text; empty where there are none.
+        text: directory of shards of what others wrote and the target read; empty where there are none.
         checkpoints: directory of this run.
         output: where the draft goes, anew with every validation.
         report: called with progress, training loss by step, and the accuracy where it was just measured.
@@ -129,7 +127,7 @@ class Trainer:
     def _epoch(self, phase: Phase, begin: int) -> None:
         """One pass over the data that is there now, or the rest of the phase."""
         config, progress = self._config, self.progress
-        self._dataset = self._read_dataset(phase.with_text)
+        self._dataset = self._read_dataset()
         counts = self._dataset.token_counts(self._spec.vocab_size)
         core = counts.argsort(descending=True)[: config.core_rows]
         generator = np.random.default_rng((config.seed, progress.step))  # also after a restart in the middle of a pass
@@ -186,8 +184,9 @@ class Trainer:
         self._export()
         self._report(self.progress, means, accuracy)
 
-    def _read_dataset(self, with_text: bool = False, validation: bool = False) -> Dataset:
-        shards = [*shard_paths(self._data), *(shard_paths(self._text) if with_text else ())]
+    def _read_dataset(self, validation: bool = False) -> Dataset:
+        """Of the target's own answers, and for training of what it has read."""
+        shards = [*shard_paths(self._data), *(() if validation else shard_paths(self._text))]
         return Dataset(shards, self._width, self._spec.hidden_size, validation)
 
     def _validation_batches(self) -> list[Batch]:

@@ -84,7 +84,7 @@ def main(
         capture_layers=recorded_layers(spec)[:-1],
         intermediate_size=intermediate_size or spec.intermediate_size,
         phases=(
-            Phase(one_step, (1.0,), learning_rate, batch_tokens, with_text=True),
+            Phase(one_step, (1.0,), learning_rate, batch_tokens),
             Phase(unrolled, tuple(STEP_DISCOUNT**n for n in range(steps)), unrolled_learning_rate, batch_tokens),
         ),
         start_from=start_from,
