@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated
 
@@ -86,20 +86,22 @@ def jobs_of(prompts: Sequence[Job], rounds: int) -> Iterator[Job]:
             yield replace(job, round=number)
 
 
-def answered_by(other: str, jobs: Iterable[Job]) -> Iterator[Job]:
-    """The jobs that model ``other`` has done, its answers to be read: words by the faster one, labels by the target."""
-    files = resolve_model(ModelConfig(name=other))
-    tokenizer = Tokenizer.from_files(files)
-    shards = map(read_shard, shard_paths(data_directory(files.name)))
-    answers = {c.key: c.token_ids[c.prompt_length :] for shard in shards for c in shard}
-    return (
-        replace(job, given=tokenizer.decode(answers[job.key].tolist())) for job in jobs if len(answers.get(job.key, ()))
-    )
+def answered_by(directory: Path, tokenizer: Tokenizer, jobs: Iterable[Job]) -> Iterator[Job]:
+    """The jobs that another model has done, its answers to be read: words by the faster one, labels by the target.
+
+    Args:
+        directory: of the other's shards.
+        tokenizer: the other's.
+        jobs: some, done or not.
+    """
+    conversations = chain.from_iterable(map(read_shard, shard_paths(directory)))
+    answers = {c.key: c.token_ids[c.prompt_length :].tolist() for c in conversations}
+    return (replace(job, given=tokenizer.decode(answers[job.key])) for job in jobs if answers.get(job.key))
 
 
 def left_of(jobs: Iterable[Job], skip: int, domains: Collection[str], done: Collection[int]) -> Iterator[Job]:
     """Without the first ``skip``, whatever their domain, those of other domains, and those whose key is ``done``."""
-    return (job for job in itertools.islice(jobs, skip, None) if job.domain in domains and job.key not in done)
+    return (job for job in islice(jobs, skip, None) if job.domain in domains and job.key not in done)
 
 
 def loop_start(token_ids: Sequence[int]) -> int | None:
@@ -236,7 +238,8 @@ def main(
     all_jobs = jobs_of(read_prompts(text or prompts), rounds if text is None else 1)
     jobs = left_of(all_jobs, skip, domain or TRAINING_DOMAINS, done)
     if answers_of is not None:
-        jobs = answered_by(answers_of, jobs)
+        other = resolve_model(ModelConfig(name=answers_of))
+        jobs = answered_by(data_directory(other.name), Tokenizer.from_files(other), jobs)
     started, made = time.monotonic(), 0
     pending: list[tuple[Conversation, torch.Tensor]] = []
     for conversation, features in generator.run(jobs):

@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
 from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
 from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
-from adapters.generate import jobs_of, left_of, loop_start, read_prompts
+from adapters.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
 from adapters.head_loss import head_loss
 from adapters.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer
 from adapters.ttt_attention import chain_attention
+from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3 import WEIGHTS_FILE
-from engine.models.registry import validate_model_files
+from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
+from engine.text.tokenizer import Tokenizer
 from tests.tiny_drafts import make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -207,8 +209,9 @@ def test_a_draft_of_another_shape_is_no_start(tmp_path: Path) -> None:
         run_trainer(files, tmp_path, start, anchors=0, width=256)
 
 
-def test_only_prompts_of_wanted_domains_that_were_not_answered_are_left(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
+def training_jobs(directory: Path) -> list[Job]:
+    """Two rounds of ten prompts."""
+    path = directory / "prompts.jsonl"
     domains = ["code", "general", "law", "medicine"] * 5
     path.write_text(
         "\n".join(
@@ -218,9 +221,26 @@ def test_only_prompts_of_wanted_domains_that_were_not_answered_are_left(tmp_path
             for n, domain in enumerate(domains)
         )
     )
-    jobs = list(jobs_of(read_prompts(path), rounds=2))
+    return list(jobs_of(read_prompts(path), rounds=2))
+
+
+def test_only_prompts_of_wanted_domains_that_were_not_answered_are_left(tmp_path: Path) -> None:
+    jobs = training_jobs(tmp_path)
     assert len(jobs) == 20  # two rounds, without law and medicine
     answered = next(job for job in jobs[4:] if job.domain == "general")
     left = list(left_of(jobs, 4, ["general"], {answered.key}))
     assert left == [job for job in jobs[4:] if job.domain == "general" and job != answered]
     assert left
+
+
+def test_what_another_model_answered_is_read(tmp_path: Path, smollm2_path: Path) -> None:
+    """Each prompt with its own answer; those that the other has not answered are left out."""
+    tokenizer, jobs = Tokenizer.from_files(resolve_model(ModelConfig())), training_jobs(tmp_path)
+    answers = {jobs[3].key: "Blood is red.", jobs[11].key: "def f(): ...", jobs[12].key: ""}
+    conversations = [
+        Conversation(key, 2, np.array([1, 2, *tokenizer.encode(text)], dtype=np.int32)) for key, text in answers.items()
+    ]
+    write_shard(tmp_path, conversations, [torch.zeros(len(c.token_ids), WIDTH).bfloat16() for c in conversations])
+    read = list(answered_by(tmp_path, tokenizer, jobs))
+    assert [job.given for job in read] == ["Blood is red.", "def f(): ..."]
+    assert [job.key for job in read] == [jobs[3].key, jobs[11].key]
