@@ -33,6 +33,7 @@ TEXTS = [
     "The capital of France is Paris. The capital of Spain is Madrid. The capital of Italy is",
 ]
 CPU = torch.device("cpu")
+FOUR_DRAFTS = SpeculationConfig(method="eagle3", num_speculative_tokens=4, adaptive=False)
 MAX_ROUNDS = 300
 
 
@@ -58,7 +59,7 @@ def test_swap(tmp_path: Path, valkey_url: str, smollm2_path: Path, method: str) 
     config = make_alignment(tmp_path, valkey_url, method)
     config = config.model_copy(update={"log": config.log.model_copy(update={"control_share": 0.0})})
     # A vocabulary that does not learn from one answer to the next.
-    speculation = SpeculationConfig(method="eagle3", vocabulary="static:4096", adaptive=False)
+    speculation = FOUR_DRAFTS.model_copy(update={"vocabulary": "static:4096"})
     engine = Engine(files, Setting(max_num_seqs=1), speculation, dtype="auto", alignment=config)
     directory = DRAFTS / files.name
     draft = load_draft(directory, torch.bfloat16, CPU)
@@ -111,7 +112,7 @@ def test_a_worker_distils_the_whole_draft_of_a_serving_engine(tmp_path: Path, va
     tiny = TinyDraft.make(tmp_path)
     config = eager_config(tmp_path, valkey_url)
     files = ModelFiles(tiny.model.name, tiny.model, "safetensors")
-    speculation = SpeculationConfig(method="eagle3", draft=str(tiny.directory), adaptive=False)
+    speculation = FOUR_DRAFTS.model_copy(update={"draft": str(tiny.directory)})
     engine = Engine(files, Setting(max_num_seqs=8), speculation, alignment=config)
     worker = AdapterWorker(config, tiny.chains, tiny.base, Pacer(config.pace, spare_cores=lambda: 99.0))
     generator = torch.Generator().manual_seed(0)
