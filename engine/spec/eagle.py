@@ -21,6 +21,7 @@ from engine.spec.draft_head import DraftHead
 from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.eagle_network import EagleNetwork, make_network
 from engine.spec.entries import EntryLedger, Piece, last_draft
+from engine.spec.feature_store import FeatureStore
 from engine.spec.proposer import DraftCosts
 from engine.spec.stop_rule import StopRule, Sureness
 from engine.spec.verify_log import VerifyLog
@@ -122,11 +123,10 @@ class EagleProposer:
             self._chain = head.make_chain(network, target.model)
         self.stops_early = self._chain is not None
         self._entries = EntryLedger(attention.spec.num_blocks, self._block_size)
-        self._before_first = attention.spec.num_blocks * self._block_size
-        """The row after all slots: features before a sequence's first token, always 0."""
         self._stores_fused = _stores_fused(adapters)
-        width = _stored_width(target, capture_layers, adapters)
-        self._stored = torch.zeros(self._before_first + 1, width, dtype=target.dtype, device=target.device)
+        width, num_slots = _stored_width(target, capture_layers, adapters), attention.spec.num_blocks * self._block_size
+        fusing = network if self._stores_fused else None
+        self._stored = FeatureStore(num_slots, width, fusing, target.dtype, target.device)
         self._adapters = adapters
         self.verify_log = None
         """Where verified drafts are to be written down."""
@@ -174,10 +174,7 @@ class EagleProposer:
         assert features is not None
         for sequence in sequences:
             self._entries.observe(sequence, 0)
-        if self._stores_fused:
-            self._network.fuse_into(self._stored, features)
-        else:
-            self._stored.index_copy_(0, features.slots.long(), features.values.to(self._stored.dtype))
+        self._stored.add(features)
 
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request."""
@@ -203,12 +200,9 @@ class EagleProposer:
         slots: list[list[int]] = []
         for piece in pieces:
             end = piece.start + len(piece.token_ids)
-            slots.append([self._before_first] if piece.start == 0 else [])
+            slots.append([self._stored.before_first] if piece.start == 0 else [])
             slots.append(slots_of(piece.block_ids, max(piece.start - 1, 0), end - 1, self._block_size))
-        return self._stored.index_select(0, self._rows(slots))
-
-    def _rows(self, slots: Sequence[list[int]]) -> torch.Tensor:
-        return torch.tensor(list(chain.from_iterable(slots)), device=self._device)
+        return self._stored.rows(torch.tensor(list(chain.from_iterable(slots)), device=self._device))
 
 
 def _stores_fused(adapters: EagleAdapters | None) -> bool:
