@@ -220,6 +220,8 @@ def main(
     seconds: Annotated[float, typer.Option(help="Stop after so long.")] = float("inf"),
 ) -> None:
     """Writes shards of conversations; an interrupted run goes on where it was."""
+    if text is not None and answers_of is not None:
+        raise typer.BadParameter("--text and --answers-of: one at a time")
     config = EngineConfig(
         model=ModelConfig(name=model, max_model_len=2048),
         cache=CacheConfig(prefix_caching=False),

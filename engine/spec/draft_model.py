@@ -49,6 +49,8 @@ class DraftModelProposer:
         self._loaded, self._attention, self._head = loaded, attention, head
         self._block_size = attention.spec.block_size
         self._entries = EntryLedger(attention.spec.num_blocks, self._block_size)
+        self._drafted: frozenset[str] = frozenset()
+        """The requests drafted for in this step. Others' drafts, which were copied, have no entries here."""
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
@@ -59,6 +61,7 @@ class DraftModelProposer:
         hidden = self._forward(build_batch(pieces, self._block_size, self._loaded.device))
         if not ready:
             return {}
+        self._drafted = frozenset(slot.request.request_id for slot in ready)
         self._head.draft(hidden, ready)
         for _, longer, batch in chain_batches(ready, self._block_size, self._loaded.device):
             self._head.draft(self._forward(batch), longer)
@@ -69,8 +72,10 @@ class DraftModelProposer:
     ) -> None:
         """Count the entries of accepted drafts as computed; new tokens are computed by a later ``propose``."""
         for sequence, kept in zip(sequences, num_kept, strict=True):
+            drafted = sequence.num_draft_tokens if sequence.request.request_id in self._drafted else 0
             # The last draft was never an input, so it has no entry.
-            self._entries.observe(sequence, max(min(kept, sequence.num_draft_tokens) - 1, 0))
+            self._entries.observe(sequence, max(min(kept, drafted) - 1, 0))
+        self._drafted = frozenset()
 
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request."""

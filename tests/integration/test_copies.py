@@ -63,7 +63,7 @@ def engine(
     return Engine(files, Setting(max_num_seqs=4), speculation)
 
 
-def outputs_of(copying: Engine) -> list[EngineOutput]:
+def outputs_of(copying: Engine, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[EngineOutput]:
     """Of all steps."""
     outputs: list[EngineOutput] = []
     step = copying.core.step
@@ -74,7 +74,7 @@ def outputs_of(copying: Engine) -> list[EngineOutput]:
         return of_step, timings
 
     copying.core.step = recorded  # type: ignore[method-assign]
-    copying.generate(*requests())
+    copying.generate(prompts, sampling)
     return outputs
 
 
@@ -98,12 +98,26 @@ def test_where_drafts_never_pay_there_are_copies_alone(
 
     monkeypatch.setattr(EagleProposer, "propose", propose)
     copying = engine(files, tmp_path, DRAFTS_NEVER_PAY, monkeypatch, copies=True)
-    outputs = [output for output in outputs_of(copying) if output.num_draft_tokens]
+    outputs = [output for output in outputs_of(copying, *requests()) if output.num_draft_tokens]
     assert outputs
     assert all(output.copied for output in outputs)
     without = engine(files, tmp_path, DRAFTS_NEVER_PAY, monkeypatch, copies=False)
     without.generate(*requests())
     assert without.num_drafted == 0
+
+
+def test_a_draft_model_knows_which_drafts_were_its_own(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has computed no entries of copied tokens. As good as its target, it is refused only if it thinks it has."""
+    dear = StepCosts(FREE_VERIFICATION, first_draft=Curve([(1, 0.8)]), next_draft=Curve([(1, 0.8)]))
+    monkeypatch.setattr(CostMeter, "measure", lambda _: dear)
+    speculation = SpeculationConfig(method="draft_model", draft=str(files.path), vocabulary="full")
+    prompts, _ = requests()
+    greedy = SamplingParams(max_tokens=4 * NUM_TOKENS, seed=1, temperature=0.0, ignore_eos=True)
+    outputs = outputs_of(Engine(files, Setting(max_num_seqs=4), speculation), prompts, [greedy] * len(prompts))
+    assert any(output.copied and output.num_accepted_tokens > 1 for output in outputs)
+    drafted = [output for output in outputs if output.num_draft_tokens and not output.copied]
+    assert drafted
+    assert sum(output.num_accepted_tokens for output in drafted) == sum(output.num_draft_tokens for output in drafted)
 
 
 def request_of(token_ids: list[int]) -> Request:
