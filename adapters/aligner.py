@@ -48,6 +48,8 @@ class KeyAligner:
         """Updates since weights were scored."""
         self._num_ahead = 0
         """Updates since those in force."""
+        self._num_more = 0
+        """Updates still to come for the last batch of new positions."""
         self._is_unpublished = self._is_new = True
         self._last_loss: float | None = None
         self._last_refusal = ""
@@ -92,7 +94,8 @@ class KeyAligner:
         """Whether ``work`` has something worthwhile to do."""
         if self.state.is_frozen:
             return False
-        return self._may_judge or self._trigger.wants_update(self.replay.num_new_positions)
+        wants_more = self._num_more > 0 and self._trigger.pays and self.replay.has_older
+        return self._may_judge or wants_more or self._trigger.wants_update(self.replay.num_new_positions)
 
     def work(self) -> None:
         """One update, or the scoring of what the last ones gave."""
@@ -181,7 +184,12 @@ class KeyAligner:
 
     def _update(self) -> None:
         training = self._config.training
-        segments = self.replay.take(training.batch_positions, training.history_share)
+        if self._trigger.wants_update(self.replay.num_new_positions):
+            segments = self.replay.take(training.batch_positions, training.history_share)
+            self._num_more = training.updates_per_batch - 1
+        else:
+            segments = self.replay.take_older(training.batch_positions)
+            self._num_more -= 1
         update = self._trainer.update(segments)
         self._num_unjudged += 1
         self._num_ahead += 1

@@ -93,20 +93,31 @@ class ReplayBuffer:
             self._recent.clear()
             self._new.clear()
             return everything
-        older = [*self._history, *(s for s in self._recent if all(s is not new for new in self._new))]
-        num_older = round(num_positions * history_share) if older else 0
-        batch = self._take_new(num_positions - num_older)
-        while num_older > 0 and older:
-            segment = older.pop(self._random.randrange(len(older)))
-            batch.append(segment)
-            num_older -= segment.num_anchors
+        num_older = round(num_positions * history_share)
+        older = self.take_older(num_older)
+        return [*self._take_new(num_positions - (num_older if older else 0)), *older]
+
+    def take_older(self, num_positions: int) -> list[Segment]:
+        """Segments of about ``num_positions`` chains, by lot, among those that an update has taken before."""
+        older, batch = self._older(), list[Segment]()
+        while num_positions > 0 and older:
+            batch.append(older.pop(self._random.randrange(len(older))))
+            num_positions -= batch[-1].num_anchors
         return batch
+
+    @property
+    def has_older(self) -> bool:
+        """Whether there is anything for ``take_older``."""
+        return bool(self._older())
 
     def clear(self) -> None:
         """Forget all."""
         for kept in (self._recent, self._new, self._history, self.held_out):
             kept.clear()
         self._num_left = 0
+
+    def _older(self) -> list[Segment]:
+        return [*self._history, *(s for s in self._recent if all(s is not new for new in self._new))]
 
     def _take_new(self, num_positions: int) -> list[Segment]:
         batch = []

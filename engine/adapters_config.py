@@ -73,6 +73,11 @@ class TrainingConfig(_Section):
         default=1024, ge=0, description="Random rows of the head that an update counts as wrong answers."
     )
     history_share: float = Field(default=0.5, ge=0, lt=1, description="Share of an update that is older positions.")
+    updates_per_batch: int = Field(
+        default=4,
+        ge=1,
+        description="Updates for each batch of new positions: the first learns from them, the others from older ones.",
+    )
     updates_per_version: int = Field(default=16, ge=1, description="Updates before a version is scored and published.")
 
 

@@ -98,6 +98,18 @@ def test_updates_take_new_segments_once_and_old_ones_beside_them() -> None:
     assert replay.take(10, 0.5) == []
 
 
+def test_older_segments_alone_can_be_taken_as_often_as_wanted() -> None:
+    replay = buffer()
+    replay.add(segment("new"))
+    assert not replay.has_older
+    assert replay.take_older(5) == []
+    assert names(replay.take(5, 0.5)) == ["new"]
+    assert replay.has_older
+    for _ in range(3):
+        assert names(replay.take_older(5)) == ["new"]
+    assert replay.num_new_positions == 0
+
+
 def test_papers_policy_forgets_at_each_update() -> None:
     replay = buffer(policy="clear", recent_segments=8)
     for number in range(5):

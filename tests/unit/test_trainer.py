@@ -1,4 +1,4 @@
-"""The optimiser's first steps."""
+"""The optimiser's first steps, and how many there are."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from adapters.aligner import KeyAligner
+from adapters.store import AdapterStore
 from adapters.trainer import LoraTrainer, OsdTrainer
-from engine.adapters_config import AdaptersConfig, TrainingConfig
+from adapters.trigger import UpdateTrigger
+from engine.adapters_config import AdaptersConfig, ReplayConfig, TrainingConfig
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 
 RATE = 0.01
@@ -44,3 +47,29 @@ def test_first_updates_of_the_whole_draft_are_short_too(tmp_path: Path) -> None:
         moved = max(float((weight.detach() - before[name]).abs().max()) for name, weight in trainer.weights().items())
         assert moved == pytest.approx(RATE / 100 / WARMUP, rel=0.02)
         trainer.load(trainer.published())
+
+
+def test_each_batch_of_new_positions_is_learned_from_several_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as that pays."""
+    tiny = TinyDraft.make(tmp_path)
+    training = TrainingConfig(batch_positions=64, updates_per_batch=3, updates_per_version=1000)
+    config = AdaptersConfig(training=training, replay=ReplayConfig(held_out_share=1e-9))
+    trainer = LoraTrainer(tiny.chains, config, "key", tiny.base)
+    aligner = KeyAligner("key", tiny.chains, trainer, AdapterStore(tmp_path / "store", trainer.layout), config)
+    traffic = DriftingTraffic(tiny.chains)
+
+    def updates_of_new_answers() -> int:
+        before = aligner.state.num_updates
+        for number, answer in enumerate(traffic.answers(2)):
+            aligner.add(answer.segment(str(number)))
+        while aligner.wants_work:
+            aligner.work()
+        return aligner.state.num_updates - before
+
+    monkeypatch.setattr(UpdateTrigger, "pays", True)
+    assert updates_of_new_answers() == 3
+    assert updates_of_new_answers() == 3
+    monkeypatch.setattr(UpdateTrigger, "pays", False)
+    assert updates_of_new_answers() == 1
