@@ -90,8 +90,8 @@ class ReplayBuffer:
             return []
         if self._config.policy == "clear":
             everything = list(self._recent)
-            self._recent.clear()
-            self._new.clear()
+            for kept in (self._recent, self._new, self._history):
+                kept.clear()
             return everything
         num_older = round(num_positions * history_share)
         older = self.take_older(num_older)

@@ -118,6 +118,16 @@ def test_papers_policy_forgets_at_each_update() -> None:
     assert replay.num_segments == 0
 
 
+def test_papers_policy_forgets_what_it_had_no_room_for_too() -> None:
+    """Or a later update would be of older segments."""
+    replay = buffer(policy="clear", recent_segments=2)
+    for number in range(5):
+        replay.add(segment(str(number)))
+    assert names(replay.take(10, 0.5)) == ["3", "4"]
+    assert not replay.has_older
+    assert replay.num_segments == 0
+
+
 def record(position: int, tokens: list[int], accepted: int, slot: int = 0, generation: int = 0) -> VerifyRecord:
     """Tokens: the last one before, the accepted ones, a refused one if fewer than two were accepted; then the next."""
     drafted = tokens[1 : 1 + accepted] + ([99] if accepted < 2 else [])
