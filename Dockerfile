@@ -18,7 +18,9 @@ COPY engine engine
 COPY server server
 COPY adapters adapters
 COPY drafts drafts
-RUN python -m kernels.build --all && pip install --no-cache-dir ".$EXTRAS"
+# Without a compiler the build of the kernels only warns, and the server would fall back to plain torch: not in an image.
+RUN python -m kernels.build --all && ls kernels/_native_avx2.so kernels/_native_avx512.so \
+    && pip install --no-cache-dir ".$EXTRAS"
 
 FROM python:3.11-slim
 RUN useradd --system --uid 10001 --home-dir /var/lib/evospec --create-home evospec

@@ -171,7 +171,7 @@ class Server:
         raise TimeoutError(problem)
 
     def _metrics(self) -> dict[str, list[tuple[dict[str, str], float]]]:
-        text = self._get("/metrics", next(iter(self.keys.values())))
+        text = self._get("/metrics", self.keys[TENANTS[0]])
         found: dict[str, list[tuple[dict[str, str], float]]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -217,6 +217,7 @@ def serving(model: FaultModel, name: str) -> Iterator[Server]:
         "engine.speculation.draft": model.draft,
         "engine.speculation.vocabulary": "full",
         "auth.keys": ",".join(f"{tenant}={hash_key(key)}" for tenant, key in keys.items()),
+        "auth.metrics_tenant": TENANTS[0],
         "auth.admin_key": hash_key(admin),
         "engine.alignment": model.options.model_dump_json(),
     }

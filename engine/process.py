@@ -141,6 +141,7 @@ class EngineProcess:
 def main() -> None:
     """Load the model named by the configuration, then serve it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as process 1 of a container it would ignore it
     configure_logging_from_environment()
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     try:

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from engine.config import ModelConfig
 from engine.log import configure_logging
 from engine.models.config import ModelError
 from server.launcher import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, serve, validated_model
@@ -65,11 +64,11 @@ def worker_command(context: typer.Context) -> None:
 @app.command()
 def pull(
     model: Annotated[str, typer.Argument(help="Name in the registry, or Hugging Face hub id.")],
-    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept; default: as configured.")] = None,
 ) -> None:
     """Fetch a model's files, check them, and print where they are."""
-    config = ModelConfig(name=model) if cache_dir is None else ModelConfig(name=model, cache_dir=cache_dir)
-    print(validated_model(config).path)
+    update = {"name": model} if cache_dir is None else {"name": model, "cache_dir": cache_dir}
+    print(validated_model(load_settings().engine.model.model_copy(update=update)).path)
 
 
 @app.command()

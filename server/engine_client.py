@@ -23,7 +23,7 @@ from engine.messages import (
     EngineRequest,
     Hello,
 )
-from server.errors import ApiError
+from server.errors import ApiError, bad_request
 from server.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -135,8 +135,15 @@ class EngineClient:
         """Outputs of all ``requests`` as they come, until each has finished.
 
         Yields what has arrived since the last time, so a slow consumer gets several steps at once. Closing
-        the iterator aborts what has not finished. Raises ``EngineDead`` and ``Overloaded``.
+        the iterator aborts what has not finished. Raises ``EngineDead`` and ``Overloaded``, and
+        ``ApiError`` for more than this server ever takes.
         """
+        if len(requests) > self._max_in_flight:
+            raise bad_request(
+                f"The request asks for {len(requests)} sequences, more than the {self._max_in_flight} that this server "
+                "takes at a time (prompts times n).",
+                "n",
+            )
         if not self.ready:
             raise EngineDead("The engine is starting or restarting. Try again soon.")
         if len(self._inboxes) + len(requests) > self._max_in_flight:

@@ -57,11 +57,15 @@ def check_model(requested: str, served: str) -> None:
         )  # fmt: skip
 
 
-async def tokenize_text(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of ``text``."""
-    if len(text) > _LONG_TEXT:
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
-    return tokenizer.encode(text, add_special_tokens)
+async def tokenize_texts(
+    tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Token ids of each text; what is long together is left to a thread, so that streams go on meanwhile."""
+
+    def encode() -> list[list[int]]:
+        return [tokenizer.encode(text, add_special_tokens) for text in texts]
+
+    return await asyncio.to_thread(encode) if sum(map(len, texts)) > _LONG_TEXT else encode()
 
 
 def render_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
@@ -76,7 +80,8 @@ async def tokenize_messages(tokenizer: Tokenizer, messages: Sequence[Message], i
     """The prompt of a conversation; 400 if it is too long to be worth tokenising."""
     text = render_messages(tokenizer, messages)
     check_length(text, "messages", tokenizer, info)
-    return TokenizedPrompt(await tokenize_text(tokenizer, text, add_special_tokens=False))
+    [token_ids] = await tokenize_texts(tokenizer, [text], add_special_tokens=False)
+    return TokenizedPrompt(token_ids)
 
 
 async def tokenize_prompts(
@@ -84,12 +89,12 @@ async def tokenize_prompts(
 ) -> list[TokenizedPrompt]:
     """All four forms of ``prompt`` as a list; 400 for a text that is too long to be worth tokenising."""
     prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    for item in prompts:
-        if isinstance(item, str):
-            check_length(item, "prompt", tokenizer, info)
+    texts = [item for item in prompts if isinstance(item, str)]
+    for text in texts:
+        check_length(text, "prompt", tokenizer, info)
+    encoded = iter(await tokenize_texts(tokenizer, texts))
     return [
-        TokenizedPrompt(await tokenize_text(tokenizer, item), item) if isinstance(item, str) else TokenizedPrompt(item)
-        for item in prompts
+        TokenizedPrompt(next(encoded), item) if isinstance(item, str) else TokenizedPrompt(item) for item in prompts
     ]
 
 

@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 REDIS_ERRORS = Counter("evospec:redis_errors", "Operations that Redis failed or did not answer in time.")
 REDIS_SKIPPED = Counter("evospec:redis_skipped", "Operations not tried because Redis is known to be down.")
+_STOOD_STILL = 1.5
+"""A time-out that is noticed after so many times its length."""
 
 
 class RedisUnavailable(Exception):
@@ -57,12 +59,13 @@ class RedisGate:
             REDIS_SKIPPED.inc()
             raise RedisUnavailable
         # During an outage a single operation tries; others must not wait for the same time-out.
-        self._retry_at = time.monotonic() + self._timeout
+        started = time.monotonic()
+        self._retry_at = started + self._timeout
         try:
             async with asyncio.timeout(self._timeout):
                 result = await operation
         except (RedisError, OSError, TimeoutError) as error:
-            self._note_failure(error)
+            self._note_failure(error, time.monotonic() - started)
             raise RedisUnavailable from error
         self._note_success()
         return result
@@ -71,8 +74,10 @@ class RedisGate:
         """Close all connections."""
         await self.redis.aclose()
 
-    def _note_failure(self, error: Exception) -> None:
+    def _note_failure(self, error: Exception, seconds: float) -> None:
         REDIS_ERRORS.inc()
+        if seconds > _STOOD_STILL * self._timeout:
+            return  # this process stood still: that says nothing about Redis, and must not open limits for all
         self._retry_at = time.monotonic() + self._retry_interval
         if not self._is_down:
             self._is_down = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from redis.connection import parse_url
 from engine.config import EngineConfig
 
 ENV_PREFIX = "EVOSPEC_"
+KEY_HASH = re.compile(r"[0-9a-f]{64}")
+"""Of an API key: its SHA-256."""
 SHORTCUTS = {
     "engine.model.name": "model",
     "engine.cache.max_bytes": "kv-max-bytes",
@@ -99,10 +102,20 @@ class AuthConfig(_Section):
     )
     admin_key: str | None = Field(
         default=None,
-        pattern=r"^[0-9a-f]{64}$",
         description="Hash of the key for /v1/adapters, as `evospec keys new` prints it; default: nobody may.",
     )
+    metrics_tenant: str = Field(
+        default="prometheus", description="Whose keys may read /metrics, which shows all tenants, where there are keys."
+    )
     insecure: bool = Field(default=False, description="Serve without keys on an address that is not loopback.")
+
+    @field_validator("admin_key")
+    @classmethod
+    def _is_a_hash(cls, admin_key: str | None) -> str | None:
+        if admin_key is not None and not KEY_HASH.fullmatch(admin_key):
+            # The value itself stays out of the message: it may be a key put here by mistake.
+            raise ValueError("must be the 64 hexadecimal digits that `evospec keys new` prints, not the key")
+        return admin_key
 
 
 class LimitsConfig(_Section):

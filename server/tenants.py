@@ -19,12 +19,11 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from server.errors import ApiError
-from server.settings import AuthConfig, ConfigurationError, LimitsConfig, is_loopback
+from server.settings import KEY_HASH, AuthConfig, ConfigurationError, LimitsConfig, is_loopback
 
 KEY_PREFIX = "evs-"
 DEFAULT_TENANT = "default"
 _TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
-_KEY_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 class Tenant(BaseModel):
@@ -49,7 +48,7 @@ class _TenantEntry(BaseModel):
     @field_validator("keys")
     @classmethod
     def _are_hashes(cls, keys: list[str]) -> list[str]:
-        if not all(_KEY_HASH.fullmatch(key) for key in keys):
+        if not all(KEY_HASH.fullmatch(key) for key in keys):
             # The value itself stays out of the message: it may be a key put here by mistake.
             raise ValueError("each must be the 64 hexadecimal digits that `evospec keys new` prints, not the key")
         return keys
@@ -161,7 +160,7 @@ def _parse_pairs(text: str) -> list[tuple[str, str]]:
     pairs = []
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, key_hash = item.partition("=")
-        if not _KEY_HASH.fullmatch(key_hash):
+        if not KEY_HASH.fullmatch(key_hash):
             raise ConfigurationError("auth.keys: expected TENANT=HASH, with the hash that `evospec keys new` prints")
         pairs.append((name, key_hash))
     return pairs

@@ -26,8 +26,9 @@ _NOW: list[Panel] = [
     stat("Waiting", "short", "sum(evospec:num_requests_waiting)", about="Sequences queued in the engine."),
     stat("KV blocks in use", "percentunit", "sum(evospec:kv_blocks_used) / sum(evospec:kv_blocks_total)",
          about="At 100 % sequences are preempted and computed again."),
-    stat("Restarts in a day", "short", "sum(increase(evospec:process_restarts_total[1d]))",
-         about="Engine and Valkey processes started again after they died."),
+    stat("Restarts in a day", "short",
+         'sum(increase({__name__=~"evospec:(engine|process)_restarts_total", process!="engine"}[1d]))',
+         about="Engine, worker and Valkey processes started again after they died."),
 ]  # fmt: skip
 
 _LOAD: list[Panel] = [
@@ -85,7 +86,9 @@ _HEALTH: list[Panel] = [
                ("process_resident_memory_bytes{job=\"evospec\"}", "API server"),
                about="Reserved by the engine, and resident in the API server."),
     timeseries("Restarts and hangs", "short",
-               ("sum by (process) (increase(evospec:process_restarts_total[$__rate_interval]))", "{{process}} new"),
+               ("sum(increase(evospec:engine_restarts_total[$__rate_interval]))", "engine new"),
+               ('sum by (process) (increase(evospec:process_restarts_total{process!="engine"}[$__rate_interval]))',
+                "{{process}} new"),
                ("sum by (process) (increase(evospec:process_hangs_total[$__rate_interval]))", "{{process}} hung"),
                about="Processes started again, and those killed because they gave no sign of life."),
     timeseries("CPU of the API server", "percentunit",

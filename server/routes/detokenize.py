@@ -19,14 +19,15 @@ router = APIRouter(route_class=TenantRoute)
 
 @router.post(
     "/detokenize",
-    responses={**success(DetokenizeResponse), **errors(400, 401, 404, 413)},
+    responses={**success(DetokenizeResponse), **errors(400, 401, 404, 413, 429, 503)},
     response_model=None,
 )
 async def detokenize(
-    body: DetokenizeRequest, _: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
+    body: DetokenizeRequest, tenant: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
 ) -> Response:
-    """Text of token ids, special tokens included."""
+    """Text of token ids, special tokens included; counts as a request."""
     check_model(body.model or serving.model, serving.model)
+    await serving.rate_limiter.admit(tenant, 0)
     check_token_ids(body.tokens, "tokens", serving.tokenizer.vocab_size)
     text = serving.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return Response(msgspec.json.encode(DetokenizeResponse(text)), media_type="application/json")

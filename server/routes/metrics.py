@@ -19,12 +19,17 @@ router = APIRouter(route_class=TenantRoute)
 
 @router.get(
     "/metrics",
-    responses={200: {"description": "Prometheus text format", "content": {"text/plain": {}}}, **errors(401)},
+    responses={200: {"description": "Prometheus text format", "content": {"text/plain": {}}}, **errors(401, 403)},
     response_model=None,
 )
-async def metrics(_: CurrentTenant, request: Request, serving: Annotated[Serving, Depends(get_serving)]) -> Response:
-    """Metrics of this server, its engine and its adapters worker."""
-    if request.app.state.settings.engine.alignment.enabled:
+async def metrics(
+    tenant: CurrentTenant, request: Request, serving: Annotated[Serving, Depends(get_serving)]
+) -> Response:
+    """Metrics of this server, its engine and its adapters worker, with the names and the traffic of all tenants."""
+    settings = request.app.state.settings
+    if request.app.state.tenants.has_keys and tenant.name != settings.auth.metrics_tenant:
+        raise ApiError(403, f"Metrics are for the tenant {settings.auth.metrics_tenant!r} (auth.metrics_tenant).")
+    if settings.engine.alignment.enabled:
         try:
             worker, adapters = await serving.adapters.status()
         except ApiError:  # Redis is down: nobody knows

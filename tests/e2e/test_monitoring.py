@@ -30,6 +30,7 @@ from tests.running_prometheus import BINARY, running_prometheus
 from tests.running_server import RunningServer
 
 TENANTS = {"acme": "secret-a", "beta": "secret-b"}
+KEYS = {**TENANTS, "prometheus": "secret-p"}
 MODEL = "smollm2-135m"
 # Of subjects whose words are not among the most frequent, so that they can only be drafted from a tail.
 PROMPTS = {
@@ -125,7 +126,7 @@ def test_no_panel_is_empty_under_load(
 ) -> None:
     # Drafts are made whether they pay or not. Two sequences at a time make the others queue.
     options = {
-        "auth.keys": ",".join(f"{tenant}={hash_key(key)}" for tenant, key in TENANTS.items()),
+        "auth.keys": ",".join(f"{tenant}={hash_key(key)}" for tenant, key in KEYS.items()),
         "redis.url": valkey_url,
         "engine.model.max_model_len": "1024",
         "engine.scheduler.max_num_seqs": "2",
@@ -138,7 +139,7 @@ def test_no_panel_is_empty_under_load(
     server = launch_server(*arguments, "--no-engine.speculation.adaptive", "--alignment.enabled")
     with (
         Redis.from_url(valkey_url) as redis,
-        running_prometheus(server.base_url, TENANTS["acme"], free_port, tmp_path) as prometheus,
+        running_prometheus(server.base_url, KEYS["prometheus"], free_port, tmp_path) as prometheus,
         load(server.base_url, redis),
     ):
         deadline = time.monotonic() + WAIT_SECONDS

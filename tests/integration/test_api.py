@@ -284,6 +284,23 @@ async def test_a_key_is_needed_where_there_are_keys(serve: Any) -> None:
     assert without.json()["error"]["type"] == "authentication_error"
 
 
+async def test_metrics_of_all_tenants_are_for_one_of_them(serve: Any) -> None:
+    keys = f"acme={hash_key('secret')},prometheus={hash_key('scrape')}"
+    async with serve(silent, "--auth.keys", keys) as api:
+        answers = [
+            await api.client.get("/metrics", headers={"Authorization": f"Bearer {key}"}) for key in ("secret", "scrape")
+        ]
+    assert [answer.status_code for answer in answers] == [403, 200]
+
+
+async def test_tokenizing_is_bounded_and_counts_as_a_request(serve: Any) -> None:
+    async with serve(silent, "--limits.requests_per_minute", "2") as api:
+        too_long = await api.post("/tokenize", prompt="a " * 1_000_000)
+        answers = [await api.post("/tokenize"), await api.client.post("/detokenize", json={"tokens": [1]})]
+    assert too_long.json()["error"]["code"] == "context_length_exceeded"
+    assert [answer.status_code for answer in answers] == [200, 429]
+
+
 @pytest.mark.parametrize(
     ("kind", "status", "retry"), [("overloaded", 503, True), ("invalid", 400, False), ("internal", 500, False)]
 )
@@ -307,6 +324,14 @@ async def test_more_than_the_engine_can_queue_is_refused_at_once(serve: Any) -> 
     assert refused.status_code == 503
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["code"] == "overloaded"
+
+
+async def test_more_than_the_engine_ever_takes_is_the_clients_mistake(serve: Any) -> None:
+    async with serve(silent, "--engine.scheduler.max_waiting", "1", "--engine.scheduler.max_num_seqs", "1") as api:
+        refused = await api.post("/v1/completions", n=3)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "n"
+    assert "retry-after" not in refused.headers
 
 
 @pytest.mark.parametrize("script", [silent, endless])

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -135,3 +136,17 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+async def test_a_loop_that_stood_still_is_no_outage(valkey_url: str) -> None:
+    gate = RedisGate(valkey_url, RedisConfig(timeout=0.05, retry_interval=60))
+    try:
+        await gate.run(gate.redis.ping())
+        operation = asyncio.create_task(gate.run(gate.redis.blpop(["never"], timeout=10)))
+        await asyncio.sleep(0)
+        time.sleep(0.2)  # noqa: ASYNC251
+        with pytest.raises(RedisUnavailable):
+            await operation
+        assert await gate.run(gate.redis.ping())
+    finally:
+        await gate.close()

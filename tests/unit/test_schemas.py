@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from pydantic import ValidationError
 
 from engine.messages import Grammar
 from server.errors import ApiError, validation_error
-from server.params import to_sampling_params
+from server.params import to_sampling_params, tokenize_prompts
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.fields import to_grammar
@@ -195,3 +197,19 @@ def test_null_means_the_default() -> None:
     )
     assert (given_null.temperature, given_null.top_p, given_null.top_k, given_null.stop) == (1, 1, 0, ())
     assert 0 <= given_null.seed < 2**63
+
+
+async def test_many_texts_that_are_long_together_do_not_stop_the_loop() -> None:
+    threads: set[int] = set()
+
+    class Spy:
+        max_token_length = 10
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            threads.add(threading.get_ident())
+            return [len(text)]
+
+    info = SimpleNamespace(max_model_len=1000)
+    prompts = await tokenize_prompts(Spy(), ["x" * 4000] * 8, info)  # type: ignore[arg-type]
+    assert [prompt.token_ids for prompt in prompts] == [[4000]] * 8
+    assert threading.get_ident() not in threads

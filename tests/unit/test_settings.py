@@ -3,7 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from engine.config import ModelConfig
+from engine.models.config import ModelFiles
+from server.cli import app
 from server.settings import ConfigurationError, is_loopback, load_settings
 from server.settings_doc import settings_doc
 
@@ -103,3 +107,23 @@ def test_configuration_page_is_current() -> None:
 
 def test_every_option_has_a_description() -> None:
     assert "None |" not in settings_doc()
+
+
+def test_a_key_in_the_place_of_its_hash_is_not_printed() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_settings(["--auth.admin_key", "evs-secret"])
+    assert "auth.admin_key" in str(caught.value)
+    assert "evs-secret" not in str(caught.value)
+
+
+def test_pull_puts_a_model_where_the_servers_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[ModelConfig] = []
+
+    def validated(config: ModelConfig) -> ModelFiles:
+        asked.append(config)
+        return ModelFiles(config.name, tmp_path, "gguf")
+
+    monkeypatch.setattr("server.cli.validated_model", validated)
+    monkeypatch.setenv("EVOSPEC_ENGINE__MODEL__CACHE_DIR", str(tmp_path))
+    assert CliRunner().invoke(app, ["pull", "smollm2-135m"]).exit_code == 0
+    assert [(config.name, config.cache_dir) for config in asked] == [("smollm2-135m", tmp_path)]
