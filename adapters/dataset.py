@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +54,10 @@ class Batch:
         """[B, T] bool: chains that are scored at unrolled step ``step``."""
         rows = torch.arange(self.positions.shape[1])
         return (rows >= self.first_anchors[:, None]) & (rows + step < self.lengths[:, None])
+
+    def of(self, windows: torch.Tensor) -> Batch:
+        """Some of the windows, by their numbers."""
+        return Batch(**{field.name: getattr(self, field.name)[windows] for field in fields(self)})
 
 
 def is_held_out(conversation: Conversation) -> bool:

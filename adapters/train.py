@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +28,13 @@ from kernels.native import has_fast_bf16
 
 VALIDATION_STEPS = 4
 MAX_POSITIONS = 4096
+_TILE = 32
+"""Rows of a product that the fastest kernels take at once."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a run: ``anchors`` positions with so many unrolled steps, learning rate falling by a cosine."""
+    """Part of a run: ``anchors`` positions with so many unrolled steps."""
 
     anchors: int
     step_weights: tuple[float, ...]
@@ -56,7 +58,7 @@ class TrainConfig:
     """Rows drawn anew for each batch."""
     warmup_steps: int = 40
     final_share: float = 0.02
-    """The learning rate at the end of a phase, as a share of its peak."""
+    """The learning rate at the end of the run, as a share of its last phase's."""
     clip: float = 1.0
     weight_decay: float = 0.01
     validation_tokens: int = 12_000
@@ -150,8 +152,7 @@ class Trainer:
     def _step(self, batch: Batch, phase: Phase, core: torch.Tensor) -> list[float]:
         draft = self._unroller.draft
         drawn = torch.randint(0, self._spec.vocab_size, (self._config.random_rows,))
-        chosen = torch.unique(torch.cat((batch.token_ids.flatten(), core, drawn)))
-        rows = self._unroller.target.head[chosen[: len(chosen) // 32 * 32]]  # whole tiles
+        rows = self._unroller.target.head[rows_of_loss(batch, core, drawn)]
         with self._unroller.precision():
             loss, means = self._unroller.loss(batch, rows, phase.step_weights)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -161,8 +162,8 @@ class Trainer:
         return means
 
     def _set_learning_rate(self, phase: Phase, anchors: int) -> None:
-        """Warm-up at the run's start, then a cosine over the phase."""
-        share = min(1.0, anchors / phase.anchors)
+        """Warm-up at the run's start; the last phase ends in a cosine. To fall before would be to climb again."""
+        share = min(1.0, anchors / phase.anchors) if phase is self._config.phases[-1] else 0.0
         cosine = self._config.final_share + (1 - self._config.final_share) * (1 + math.cos(math.pi * share)) / 2
         warmup = min(1.0, (self.progress.step + 1) / self._config.warmup_steps)
         for group in self._optimizer.param_groups:
@@ -205,12 +206,25 @@ class Trainer:
         return 1 / rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
 
 
+def rows_of_loss(batch: Batch, core: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Token ids whose rows of the head a loss is over: the batch's own, ``core``, so many of ``drawn`` as fill tiles.
+
+    Of the others none is left out: where a label's token has no row, the rest of the label is noise.
+    """
+    fixed = torch.unique(torch.cat((batch.token_ids.flatten(), core)))
+    others = torch.unique(drawn)
+    others = others[~torch.isin(others, fixed)]
+    others = others[torch.randperm(len(others))]
+    count = len(others) - (len(fixed) + len(others)) % _TILE
+    return torch.cat((fixed, others[: max(count, 0)]))
+
+
 def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightSource) -> Eagle3:
     if start_from is None:
         draft = Eagle3(shape)
         init_from_target(draft, source.dequantized)
         return draft
     draft = load_draft(start_from, torch.float32, torch.device("cpu"))
-    if draft.config != shape:
+    if draft.config != replace(shape, attention_bias=draft.config.attention_bias):
         raise ModelError(f"{start_from}: a draft of another shape than {shape}")
     return draft.requires_grad_()

@@ -80,13 +80,14 @@ def main(
     torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
     files = resolve_model(ModelConfig(name=model))
     spec = validate_model_files(files)
+    both = (
+        Phase(one_step, (1.0,), learning_rate, batch_tokens),
+        Phase(unrolled, tuple(STEP_DISCOUNT**n for n in range(steps)), unrolled_learning_rate, batch_tokens),
+    )
     config = TrainConfig(
         capture_layers=recorded_layers(spec)[:-1],
         intermediate_size=intermediate_size or spec.intermediate_size,
-        phases=(
-            Phase(one_step, (1.0,), learning_rate, batch_tokens),
-            Phase(unrolled, tuple(STEP_DISCOUNT**n for n in range(steps)), unrolled_learning_rate, batch_tokens),
-        ),
+        phases=tuple(phase for phase in both if phase.anchors),
         start_from=start_from,
         seed=seed,
     )

@@ -126,10 +126,12 @@ class PackedMatrix:
         self._pack(parts)
         self.struct = MatrixStruct(self.format, n, k, digits, self._memory.data_ptr(), address(self._bias))
 
-    def repack(self, parts: Sequence[MatrixPart]) -> None:
-        """Put another weight of the same shape and format in place; ``parts`` as at first."""
+    def repack(self, parts: Sequence[MatrixPart], bias: torch.Tensor | None = None) -> None:
+        """Put another weight of the same shape and format in place, and another bias; arguments as at first."""
         if {part.format for part in parts} != {self.format}:
             raise ValueError(f"not of format {self.format}")
+        if self._bias is not None and bias is not None:
+            self._bias[: self.n].copy_(bias)
         self._memory.zero_()  # codes of less than eight bits are added to what is there
         self._pack(parts)
 

@@ -47,6 +47,8 @@ class Eagle3Config:
     rms_norm_eps: float
     vocab_size: int
     num_target_layers: int
+    attention_bias: bool = False
+    """Whether queries, keys and values have a bias, as the target's own may"""
 
     @classmethod
     def for_target(
@@ -63,11 +65,13 @@ class Eagle3Config:
             rms_norm_eps=spec.rms_norm_eps,
             vocab_size=spec.vocab_size,
             num_target_layers=spec.num_layers,
+            attention_bias=spec.attention_bias,
         )
 
     def check_target(self, spec: ModelSpec, directory: Path) -> None:
         """Raises ModelError unless the draft was made for a model of this shape."""
         wanted = Eagle3Config.for_target(spec, self.target, self.capture_layers, self.intermediate_size)
+        wanted = replace(wanted, attention_bias=self.attention_bias)
         # A GGUF holds the norm's epsilon in float32, a config.json in decimal digits.
         same_eps = math.isclose(self.rms_norm_eps, wanted.rms_norm_eps, rel_tol=1e-6)
         fits = replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps
@@ -86,7 +90,7 @@ class Eagle3(nn.Module):
         self.fc = nn.Linear(len(config.capture_layers) * hidden, hidden, bias=False)
         self.embedding_norm = nn.Parameter(torch.ones(hidden))
         self.hidden_norm = nn.Parameter(torch.ones(hidden))
-        self.qkv_proj = nn.Linear(2 * hidden, (heads + 2 * kv_heads) * config.head_dim, bias=False)
+        self.qkv_proj = nn.Linear(2 * hidden, (heads + 2 * kv_heads) * config.head_dim, bias=config.attention_bias)
         self.o_proj = nn.Linear(heads * config.head_dim, hidden, bias=False)
         self.post_attention_norm = nn.Parameter(torch.ones(hidden))
         self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
@@ -180,6 +184,9 @@ def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor]) 
         qkv = torch.cat([load_weight(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"])
         draft.qkv_proj.weight[:, :hidden].mul_(0.3)
         draft.qkv_proj.weight[:, hidden:] = qkv
+        if config.attention_bias:
+            biases = [load_weight(f"{prefix}self_attn.{name}_proj.bias") for name in "qkv"]
+            draft.qkv_proj.bias.copy_(torch.cat(biases))
         draft.hidden_norm.copy_(load_weight(prefix + "input_layernorm.weight"))
         draft.o_proj.weight.copy_(load_weight(prefix + "self_attn.o_proj.weight"))
         draft.post_attention_norm.copy_(load_weight(prefix + "post_attention_layernorm.weight"))

@@ -46,11 +46,14 @@ class NativeEagle3:
         self.team = team
         weights = {name: weight.detach() for name, weight in draft.named_parameters()}
         self._matrices = {
-            name: _packed(weight, _row_map(name, weight), digits)
+            name: _packed(weight, _row_map(name, weight), weights.get(_bias_of(name)), digits)
             for name, weight in weights.items()
             if weight.dim() == 2
         }
-        self._norms = {name: weight.float().clone() for name, weight in weights.items() if weight.dim() == 1}
+        biases = {_bias_of(name) for name in self._matrices}
+        self._norms = {
+            name: weight.float().clone() for name, weight in weights.items() if weight.dim() == 1 and name not in biases
+        }
         layer = LayerWeights(
             qkv=[self._matrices["qkv_proj.weight"]],
             output=self._matrices["o_proj.weight"],
@@ -77,7 +80,7 @@ class NativeEagle3:
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put other weights in place of all that there are, rounded in the same way."""
         for name, matrix in self._matrices.items():
-            matrix.repack([_part(weights[name], _row_map(name, weights[name]))])
+            matrix.repack([_part(weights[name], _row_map(name, weights[name]))], weights.get(_bias_of(name)))
         for name, norm in self._norms.items():
             norm.copy_(weights[name])
 
@@ -120,9 +123,16 @@ class NativeEagle3:
         return self.layer.final_norm(self.output_norm, a.contiguous())
 
 
-def _packed(weight: torch.Tensor, row_map: npt.NDArray[np.int64], digits: int) -> PackedMatrix:
+def _bias_of(name: str) -> str:
+    """Where the bias that belongs to a weight would be; its rows stay in place, as those of ``qkv_proj`` do."""
+    return name.removesuffix("weight") + "bias"
+
+
+def _packed(
+    weight: torch.Tensor, row_map: npt.NDArray[np.int64], bias: torch.Tensor | None, digits: int
+) -> PackedMatrix:
     n, k = weight.shape
-    return PackedMatrix(n, k, [_part(weight, row_map)], digits=digits)
+    return PackedMatrix(n, k, [_part(weight, row_map)], bias, digits)
 
 
 def _part(weight: torch.Tensor, row_map: npt.NDArray[np.int64]) -> MatrixPart:

@@ -190,6 +190,8 @@ def test_engine_and_api_server_can_be_started_alone(
             server = launch_server("--engine.address", address, "--redis.url", valkey_url, command="api")
             assert complete(server.base_url).status_code == 200
             assert not [event for event in server.events() if event["event"] == "process started"]
+            engine.terminate()
+            assert engine.wait(30) == 0  # by a handler of its own: a container's process 1 has no default one
         finally:
             engine.kill()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,18 @@ from adapters.conversations import Conversation, read_shard, shard_paths, write_
 from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
 from adapters.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
 from adapters.head_loss import head_loss
-from adapters.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer
+from adapters.target_parts import target_parts
+from adapters.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer, rows_of_loss
 from adapters.ttt_attention import chain_attention
+from adapters.unroll import Unroller
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
-from engine.models.eagle3 import WEIGHTS_FILE
+from engine.models.eagle3 import WEIGHTS_FILE, Eagle3, Eagle3Config, init_from_target, save_draft
+from engine.models.llama import rms_norm
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.text.tokenizer import Tokenizer
-from tests.tiny_drafts import make_draft_directory
+from tests.tiny_drafts import make_draft_directory, random_draft
 from tests.tiny_models import make_directory
 
 HIDDEN, WIDTH = 4, 16
@@ -200,6 +204,65 @@ def test_training_goes_on_from_a_draft(tmp_path: Path) -> None:
     assert len(trainer.progress.history[-1]["accuracy"]) == VALIDATION_STEPS
     written = load_file(tmp_path / "draft" / WEIGHTS_FILE)
     assert not any(torch.allclose(written[name], weight, rtol=2**-7) for name, weight in begun.items())
+
+
+def test_training_starts_from_the_targets_last_layer(tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "model", "qwen2")  # with biases
+    spec, weights = validate_model_files(files), open_weights(files)
+    draft = Eagle3(Eagle3Config.for_target(spec, files.name, (0, 1, 2), spec.intermediate_size))
+    init_from_target(draft, weights.dequantized)
+    prefix = f"model.layers.{spec.num_layers - 1}."
+
+    def layer(name: str) -> torch.Tensor:
+        return weights.dequantized(prefix + name)
+
+    g = torch.randn(7, spec.hidden_size)
+    x = rms_norm(g, layer("input_layernorm.weight"), spec.rms_norm_eps)
+    for ours, name in zip(draft.qkv(torch.zeros_like(g), g), "qkv", strict=True):
+        expected = F.linear(x, layer(f"self_attn.{name}_proj.weight"), layer(f"self_attn.{name}_proj.bias"))
+        torch.testing.assert_close(ours.flatten(-2), expected)
+
+
+def test_a_draft_from_before_there_were_biases_is_a_start(tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "model", "qwen2")
+    draft = random_draft(files)
+    without = Eagle3(replace(draft.config, attention_bias=False))
+    without.load_state_dict({name: weight for name, weight in draft.state_dict().items() if not name.endswith("bias")})
+    save_draft(without, tmp_path / "start")
+    run_trainer(files, tmp_path, tmp_path / "start", anchors=200)
+    assert "qkv_proj.bias" not in load_file(tmp_path / "draft" / WEIGHTS_FILE)
+
+
+def test_rows_of_a_loss_fill_tiles_and_hold_all_tokens_of_the_batch(tmp_path: Path) -> None:
+    write(tmp_path, [conversation(1, 200, 60)])
+    (batch,) = Dataset(shard_paths(tmp_path), WIDTH, HIDDEN).batches(10_000, 3, np.random.default_rng(0))
+    core, drawn = torch.arange(100, 150), torch.arange(300, 5000, 7)
+    rows = rows_of_loss(batch, core, drawn)
+    assert len(rows) % 32 == 0
+    assert len(rows) == len(set(rows.tolist()))
+    own = {*batch.token_ids.flatten().tolist(), *core.tolist()}
+    assert own <= set(rows.tolist()) <= own | set(drawn.tolist())
+
+
+def test_windows_that_go_on_are_unrolled_as_if_alone(tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "model")
+    spec, weights = validate_model_files(files), open_weights(files)
+    torch.manual_seed(0)
+    conversations = [
+        Conversation(key, 40, np.random.default_rng(key).integers(spec.vocab_size, size=90, dtype=np.int32))
+        for key in (1, 2, 3)
+    ]
+    write_shard(tmp_path, conversations, [torch.randn(90, 4 * spec.hidden_size).bfloat16() for _ in conversations])
+    dataset = Dataset(shard_paths(tmp_path), 4 * spec.hidden_size, spec.hidden_size)
+    (batch,) = dataset.batches(1000, 3, np.random.default_rng(0))
+    target = target_parts(weights, spec, 256, torch.float32)
+    unroller = Unroller(random_draft(files), target, torch.ones(3 * spec.hidden_size))
+    further = torch.tensor([2, 0])
+    some, everything = (list(unroller.steps(batch, 3, which)) for which in (further, None))
+    assert len(some[0]) == 3
+    for step in (1, 2):
+        torch.testing.assert_close(some[step], everything[step][further])
+        assert torch.equal(batch.of(further).anchors(step), batch.anchors(step)[further])
 
 
 def test_a_draft_of_another_shape_is_no_start(tmp_path: Path) -> None:

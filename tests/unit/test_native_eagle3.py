@@ -42,14 +42,14 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("architecture", "dtype"), [("llama", torch.float32), ("qwen2", torch.bfloat16)])
 @pytest.mark.parametrize("steps", [[[20, 1, 40]], [[20, 1, 40], [1, 1, 1], [3, 0, 1]]])
 @pytest.mark.parametrize("num_wanted", [(1, 1, 1), (1, 0, 2), (0, 0, 0)])
 def test_same_as_the_torch_network(
-    num_wanted: tuple[int, ...], steps: list[list[int]], dtype: torch.dtype, tmp_path: Path
+    num_wanted: tuple[int, ...], steps: list[list[int]], architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """The last so many rows of each sequence are wanted, and then the last: keys and values of all must be there."""
-    files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
+    files = make_directory(tmp_path / "model", architecture, hidden_size=128, head_dim=32)
     spec, draft = validate_model_files(files), random_draft(files)
     sequences = RaggedSequences(3, 64, 16)
     heads = (spec.num_heads, spec.num_kv_heads)
@@ -138,7 +138,7 @@ def test_each_sequence_has_its_own_adapter(kind: str, targets: Sequence[LoraTarg
 @pytest.mark.parametrize("kind", ["torch", "compiled"])
 def test_other_weights_in_place_are_as_those_of_another_network(kind: str, tmp_path: Path) -> None:
     """Loaded, and the first ones loaded again: to the bit what a network made of them computes."""
-    files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
+    files = make_directory(tmp_path / "model", "qwen2", hidden_size=128, head_dim=32)
     spec, drafts = validate_model_files(files), [random_draft(files, seed) for seed in (0, 1)]
     weights = [{name: w.detach().clone() for name, w in draft.named_parameters()} for draft in drafts]
     heads, team = (spec.num_heads, spec.num_kv_heads), native.Team(2)
