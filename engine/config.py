@@ -46,7 +46,7 @@ class ModelConfig(_Section):
         description="auto: GGUF weights are multiplied as stored (4 to 8 bits); none: dequantised at load.",
     )
     max_model_len: int | None = Field(
-        None, ge=16, description="Longest prompt + output in tokens; default: the model's own limit, at most 8192."
+        None, ge=32, description="Longest prompt + output in tokens; default: the model's own limit, at most 8192."
     )
 
 
@@ -207,6 +207,7 @@ class EngineConfig(_Section):
 
     @model_validator(mode="after")
     def _alignment_sees_all_drafts(self) -> EngineConfig:
-        if self.alignment.enabled and self.speculation.method == "ngram_eagle3":
-            raise ValueError("alignment: with speculation.method eagle3 only, not ngram_eagle3")
+        method = self.speculation.method
+        if self.alignment.enabled and method not in ("auto", "eagle3"):
+            raise ValueError(f"alignment: with speculation.method eagle3 only, not {method}")
         return self

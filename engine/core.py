@@ -13,26 +13,21 @@ import torch
 from engine.batch import Features
 from engine.config import EngineConfig
 from engine.loader import load
-from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings
+from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
 from engine.prompt_logprobs import PromptLogprobs
 from engine.request import Request
+from engine.sampling.compiling import CompilingRequests
 from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.json_schema import GrammarError
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
-from engine.spec.controller import AdaptiveLength
-from engine.spec.copies import Copier
-from engine.spec.costs import CostMeter
-from engine.spec.eagle import EagleProposer
-from engine.spec.length_policy import FixedLength, LengthPolicy
 from engine.spec.load import load_draft
-from engine.spec.ngram import NgramProposer, SwitchingProposer
+from engine.spec.make_speculator import make_speculator
 from engine.spec.proposer import Draft
 from engine.spec.speculator import Speculator
 from engine.spec.step_costs import StepCosts
-from engine.spec.vocab_follower import VocabFollower
 from engine.step_plan import ScheduledSequence, SchedulerOutput
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker, Truncation
@@ -40,10 +35,9 @@ from engine.vocab.fingerprint import vocabulary_fingerprint
 
 log = structlog.get_logger(__name__)
 
-_COPIED_WINDOW = 4096
-"""The last tokens of a prompt, in which repeats are looked for."""
 _IDLE_PATIENCE = 0.5
 _COMPILING_PATIENCE = 0.005
+_DEAD_END = "The schema allows no further token: what it asks for cannot be written with the model's tokens."
 
 Outputs = defaultdict[bytes, list[EngineOutput]]
 """Outputs by client."""
@@ -72,35 +66,20 @@ class EngineCore:
         self.num_blocks = self._runner.num_blocks
         self.draft = draft.description if draft else None
         self.draft_bytes = draft.costs.total(self.num_blocks) if draft else 0
+        self._speculator: Speculator | None = None
         self.step_costs: StepCosts | None = None
         """None without drafts, or where their lengths are fixed."""
-        self._speculator = None if draft is None else self._make_speculator(config, draft)
+        if draft is not None:
+            self._speculator, self.step_costs = make_speculator(config, draft, self._runner, self.max_model_len)
         self.vocabulary = vocabulary_fingerprint(self._tokenizer)
         """Fingerprint of the model's tokens."""
         self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
-        self._grammars = GrammarCompiler(self._tokenizer)
-        self._sampler = Sampler(self._eos_token_ids, self._grammars, loaded.team)
+        self._compiling = CompilingRequests(GrammarCompiler(self._tokenizer))
+        self._sampler = Sampler(self._eos_token_ids, loaded.team)
         self._prompt_logprobs = PromptLogprobs()
         self._stop_checkers: dict[str, StopChecker] = {}
-        self._compiling: dict[str, tuple[Request, Future[CompiledGrammar]]] = {}
         self._refused: Outputs = defaultdict(list)
-
-    def _make_speculator(self, config: EngineConfig, draft: Draft) -> Speculator:
-        proposer = draft.make_proposer(self.num_blocks)
-        follower = None if draft.vocab is None else VocabFollower(draft.vocab, config.speculation.dynamic)
-        policy: LengthPolicy = FixedLength()
-        if config.speculation.adaptive:
-            size, most = config.cache.block_size, config.scheduler.max_batched_tokens
-            # Where n-grams always match, as in made-up text, they cost nothing.
-            dearest = proposer.otherwise if isinstance(proposer, SwitchingProposer) else proposer
-            self.step_costs = CostMeter(self._runner, dearest, size, most, self.max_model_len, follower).measure()
-            policy = AdaptiveLength(self.step_costs, stops_early=proposer.stops_early)
-        verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
-        speculation, copies_itself = config.speculation, isinstance(proposer, NgramProposer | SwitchingProposer)
-        copies = speculation.copies and speculation.adaptive and not copies_itself
-        copier = Copier(_COPIED_WINDOW) if copies else None
-        return Speculator(proposer, policy, config.speculation.num_speculative_tokens, copier, follower, verify_log)
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
@@ -115,7 +94,7 @@ class EngineCore:
         if self._speculator is not None:
             self._speculator.begin(request.request_id, message.session)
         if message.sampling.grammar is not None:
-            self._compiling[request.request_id] = request, self._grammars.compile(message.sampling.grammar)
+            self._compiling.add(request)
         else:
             self._enqueue(request)
 
@@ -129,7 +108,7 @@ class EngineCore:
         """End requests without output; unknown ones have ended already."""
         for request_id in request_ids:
             engine_id = engine_request_id(client_id, request_id)
-            self._compiling.pop(engine_id, None)
+            self._compiling.forget(engine_id)
             self._scheduler.abort(engine_id)
             self._forget(engine_id)
 
@@ -145,7 +124,8 @@ class EngineCore:
 
     def step(self) -> tuple[Outputs, StepTimings | None]:
         """One step for all requests that fit in it; no timings where there was nothing to compute."""
-        self._enqueue_compiled()
+        for request, grammar in self._compiling.take_ready():
+            self._enqueue(request, grammar)
         outputs, self._refused = self._refused, defaultdict(list)
         if not self._scheduler.has_work():
             return outputs, None
@@ -173,31 +153,30 @@ class EngineCore:
         )
         return outputs, timings
 
-    def _enqueue(self, request: Request) -> None:
+    def _enqueue(self, request: Request, grammar: Future[CompiledGrammar] | None = None) -> None:
+        """``grammar``: that of the request's parameters, done."""
         try:
-            self._sampler.add(request)
+            self._sampler.add(request, None if grammar is None else grammar.result())
             self._scheduler.add(request)
-        except (GrammarError, RequestTooLong, QueueFull) as error:
-            self._forget(request.request_id)
-            self._refused[request.client_id].append(
-                EngineOutput(
-                    request_id=_client_request_id(request),
-                    finish_reason="error",
-                    error=str(error),
-                    error_kind="overloaded" if isinstance(error, QueueFull) else "invalid",
-                )
-            )
+        except QueueFull as error:
+            self._refuse(request, "overloaded", str(error))
+            return
+        except (GrammarError, RequestTooLong) as error:
+            self._refuse(request, "invalid", str(error))
+            return
+        except Exception:  # of a library that compiles what clients send: nobody else's requests may end by it
+            log.exception("a request cannot be taken", request=request.request_id)
+            self._refuse(request, "internal", "The request cannot be taken.")
             return
         self._stop_checkers[request.request_id] = StopChecker(
             request.sampling, request.num_tokens, self.max_model_len, self._eos_token_ids, self._tokenizer
         )
 
-    def _enqueue_compiled(self) -> None:
-        """Requests whose grammar is ready; it is compiled beside the step loop, since that can take seconds."""
-        ready = [request for request, grammar in self._compiling.values() if grammar.done()]
-        for request in ready:
-            del self._compiling[request.request_id]
-            self._enqueue(request)
+    def _refuse(self, request: Request, kind: ErrorKind, reason: str) -> None:
+        self._forget(request.request_id)
+        self._refused[request.client_id].append(
+            EngineOutput(request_id=_client_request_id(request), finish_reason="error", error=reason, error_kind=kind)
+        )
 
     def _sample(self, logits: torch.Tensor, sequences: list[ScheduledSequence]) -> list[SampledSequence | None]:
         """The target's choices; None for sequences whose prompt is unfinished."""
@@ -271,7 +250,8 @@ class EngineCore:
     ) -> EngineOutput:
         request = sequence.request
         kept = choice.token_ids[: truncation.num_kept]
-        finished = truncation.finish_reason is not None
+        finish_reason = truncation.finish_reason or ("error" if choice.is_dead_end else None)
+        finished = finish_reason is not None
         self._scheduler.commit(sequence, kept, finished)
         snapshot, counts = self._speculator.finish(request) if finished and self._speculator else (None, None)
         output = EngineOutput(
@@ -279,12 +259,14 @@ class EngineCore:
             token_ids=kept,
             logprobs=None if choice.logprobs is None else choice.logprobs[: truncation.num_kept],
             prompt_logprobs=self._prompt_logprobs.take(request),
-            finish_reason=truncation.finish_reason,
+            finish_reason=finish_reason,
+            error=_DEAD_END if finish_reason == "error" else None,
+            error_kind="invalid",
             stop_reason=truncation.stop_reason,
             text_length=truncation.text_length,
             num_cached_tokens=request.num_cached_tokens,
             num_draft_tokens=sequence.num_draft_tokens,
-            num_accepted_tokens=min(len(choice.token_ids) - 1, truncation.num_kept),
+            num_accepted_tokens=min(len(choice.token_ids) - (not choice.is_dead_end), truncation.num_kept),
             draft_version=self._speculator.draft_version(request.request_id) if self._speculator else 0,
             copied=self._speculator is not None and self._speculator.was_copied(sequence),
             session_snapshot=snapshot,

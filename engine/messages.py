@@ -14,6 +14,7 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+ErrorKind = Literal["invalid", "overloaded", "internal"]
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -177,7 +178,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     session_snapshot: bytes | None = None
     vocabulary: VocabularyCounts | None = None
     error: str | None = None
-    error_kind: Literal["invalid", "overloaded", "internal"] = "internal"
+    error_kind: ErrorKind = "internal"
 
 
 class StepTimings(msgspec.Struct, frozen=True, array_like=True):

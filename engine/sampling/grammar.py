@@ -71,13 +71,6 @@ class GrammarMatcher:
         for token_id in self._grammar.end_token_ids:
             words[token_id // 32] |= np.uint32(1 << token_id % 32)
 
-    def only_end_tokens(self, bitmask: torch.Tensor) -> bool:
-        """Whether ``bitmask`` as filled allows end tokens and nothing else."""
-        words = bitmask.numpy().view(np.uint32)[0].copy()
-        for token_id in self._grammar.end_token_ids:
-            words[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-        return not words.any()
-
 
 def _without_control(text: bytes) -> bytes:
     """The token's bytes, or nothing (never allowed) if there is a control character among them.
@@ -114,6 +107,11 @@ class GrammarCompiler:
         self._cache.move_to_end(grammar)
         return self._cache[grammar]
 
+    def give_up(self, grammar: Grammar, compiled: Future[CompiledGrammar]) -> None:
+        """Nobody waits for what ``compile`` gave any more: others need not wait for it either, if it has not begun."""
+        if compiled.cancel() and self._cache.get(grammar) is compiled:
+            del self._cache[grammar]
+
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         is_object = grammar.kind == "json_object"
         schema = '{"type": "object"}' if is_object else grammar.schema or ""
@@ -122,6 +120,6 @@ class GrammarCompiler:
             # Strict: objects hold no properties beyond those the schema names, unless it says so.
             compiled = self._compiler.compile_json_schema(schema, strict_mode=not is_object)
         except (RuntimeError, ValueError) as error:
-            reason = _LOG_PREFIX.sub("", str(error).splitlines()[0])
-            raise GrammarError(f"the JSON schema cannot be used: {reason}") from error
+            first = (str(error).splitlines() or ["xgrammar does not say why"])[0]  # of a number that is too large
+            raise GrammarError(f"the JSON schema cannot be used: {_LOG_PREFIX.sub('', first)}") from error
         return CompiledGrammar(compiled, self._end_token_ids, self._excluded)

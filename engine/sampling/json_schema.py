@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from engine.sampling.patterns import MAX_PATTERN_SIZE, pattern_problem, pattern_size
+
 # Compile time grows with the cube of the depth: 50 levels take a twentieth of a second, 300 take ten.
 MAX_SCHEMA_CHARS = 65_536
 MAX_SCHEMA_DEPTH = 50
@@ -46,6 +48,7 @@ def check_json_schema(text: str) -> None:
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not valid JSON: {error}") from error
     pending: list[tuple[int, str, Any]] = [(0, "#", schema)]
+    size = 0
     while pending:
         depth, path, schema = pending.pop()
         if depth > MAX_SCHEMA_DEPTH:
@@ -55,7 +58,10 @@ def check_json_schema(text: str) -> None:
         if isinstance(schema, dict):
             if problem := _problem(schema):
                 raise GrammarError(f"the JSON schema at {path} is not supported: {problem}")
+            size += sum(map(pattern_size, _patterns(schema)))
             pending += ((depth + 1, *child) for child in _children(path, schema))
+    if size > MAX_PATTERN_SIZE:
+        raise GrammarError(f"the JSON schema's patterns match {size} characters, more than {MAX_PATTERN_SIZE}")
 
 
 def _problem(schema: dict[str, Any]) -> str | None:
@@ -75,7 +81,14 @@ def _problem(schema: dict[str, Any]) -> str | None:
         return "pattern beside minLength or maxLength"
     if "multipleOf" in keywords and schema.get("type") != "integer":
         return "multipleOf of a type other than integer"
-    return None
+    return next(filter(None, map(pattern_problem, _patterns(schema))), None)
+
+
+def _patterns(schema: dict[str, Any]) -> list[str]:
+    """The regular expressions of this schema, apart from its subschemas."""
+    named = schema.get("patternProperties")
+    patterns = [schema.get("pattern"), *(named if isinstance(named, dict) else ())]
+    return [pattern for pattern in patterns if isinstance(pattern, str)]
 
 
 def _children(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:

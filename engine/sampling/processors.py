@@ -71,10 +71,12 @@ class LogitsEdits:
     """The edits of one step. ``add_sequence`` for each sequence, then ``applied`` once.
 
     ``allowed``: bits of the tokens that grammars allow, [num_rows, ceil(V / 32)] int32 on the CPU; None: no grammar.
+    ``dead_ends``: rows in which a grammar allows nothing, so that no choice is right.
     """
 
     def __init__(self, eos_token_ids: frozenset[int], num_rows: int, vocab_size: int) -> None:
         self.allowed: torch.Tensor | None = None
+        self.dead_ends: set[int] = set()
         self._eos_token_ids = eos_token_ids
         self._num_rows = num_rows
         self._vocab_size = vocab_size
@@ -103,8 +105,9 @@ class LogitsEdits:
         state.rewind(draft_token_ids[:taken])
 
     def _add_row(self, row: int, params: SamplingParams, num_output: int, state: SamplingState) -> None:
-        only_end = state.matcher is not None and self._add_grammar(row, state.matcher)
-        if num_output < params.min_tokens and not only_end:
+        if state.matcher is not None:
+            self._add_grammar(row, state.matcher)
+        if num_output < params.min_tokens:
             self._add_bans(row, params)
         if params.logit_bias:
             token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
@@ -113,17 +116,18 @@ class LogitsEdits:
             self._add_penalties(row, params, state.counts)
 
     def _add_bans(self, row: int, params: SamplingParams) -> None:
+        """Of what ends the output; where a grammar allows nothing else, it outranks min_tokens."""
         end_token_ids = self._eos_token_ids.union(params.stop_token_ids)
         token_ids = np.array([i for i in end_token_ids if i < self._vocab_size], dtype=np.int64)
-        self._bans.add(row, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32))
+        if self.allowed is None or not _only(self.allowed[row], token_ids):
+            self._bans.add(row, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32))
 
-    def _add_grammar(self, row: int, matcher: GrammarMatcher) -> bool:
-        """Returns whether only end tokens are allowed; then the grammar outranks min_tokens."""
+    def _add_grammar(self, row: int, matcher: GrammarMatcher) -> None:
         if self.allowed is None:
             self.allowed = xgrammar.allocate_token_bitmask(self._num_rows, self._vocab_size)  # all ones
-        bitmask = self.allowed[row : row + 1]
-        matcher.fill_bitmask(bitmask)
-        return matcher.only_end_tokens(bitmask)
+        matcher.fill_bitmask(self.allowed[row : row + 1])
+        if not self.allowed[row].numpy().any():
+            self.dead_ends.add(row)
 
     def _add_penalties(self, row: int, params: SamplingParams, counts: TokenCounts) -> None:
         token_ids, occurrences = counts.arrays()
@@ -155,3 +159,10 @@ class LogitsEdits:
             index, values = self._penalties.tensors(logits.device)
             scores, factors = logits[index], values[:, 0]
             writes.put(index, torch.where(scores > 0, scores / factors, scores * factors) - values[:, 1])
+
+
+def _only(allowed: torch.Tensor, token_ids: IntArray) -> bool:
+    """Whether the bits [ceil(V / 32)] are of some of these tokens and of no others."""
+    words = allowed.numpy().view(np.uint32).copy()
+    np.bitwise_and.at(words, token_ids // 32, ~(np.uint32(1) << (token_ids % 32).astype(np.uint32)))
+    return not words.any()

@@ -16,7 +16,7 @@ import torch
 
 from engine.messages import SamplingParams, TokenLogprob
 from engine.sampling.choose import choose_tokens
-from engine.sampling.grammar import GrammarCompiler
+from engine.sampling.grammar import CompiledGrammar
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.processors import LogitsEdits
 from engine.sampling.state import SamplingState
@@ -39,10 +39,14 @@ class SamplingRows:
 
 @dataclass(frozen=True)
 class SampledSequence:
-    """Accepted drafts, then one recovered or bonus token; logprobs where the request asks for them."""
+    """Accepted drafts, then one recovered or bonus token; logprobs where the request asks for them.
+
+    ``is_dead_end``: the request's grammar allows no further token; the last one is missing.
+    """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
+    is_dead_end: bool = False
 
 
 class Sampler:
@@ -51,24 +55,15 @@ class Sampler:
     ``team``: threads of the compiled kernels (None: the calling one).
     """
 
-    def __init__(self, eos_token_ids: Iterable[int], grammars: GrammarCompiler, team: Team | None = None) -> None:
+    def __init__(self, eos_token_ids: Iterable[int], team: Team | None = None) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._grammars = grammars
         self._team = team
         self._states: dict[str, SamplingState] = {}
 
-    def add(self, request: Request) -> None:
-        """Prepare for a new request.
-
-        Waits until its grammar is compiled: begin that with ``GrammarCompiler.compile`` beforehand and add
-        the request when it is done.
-
-        Raises:
-            GrammarError: the grammar cannot be compiled.
-        """
-        params = request.sampling
-        matcher = self._grammars.compile(params.grammar).result().matcher() if params.grammar is not None else None
-        self._states[request.request_id] = SamplingState(params, request.prompt_token_ids, matcher)
+    def add(self, request: Request, grammar: CompiledGrammar | None = None) -> None:
+        """Prepare for a new request; ``grammar``: that of its parameters, compiled."""
+        matcher = None if grammar is None else grammar.matcher()
+        self._states[request.request_id] = SamplingState(request.sampling, request.prompt_token_ids, matcher)
 
     def forget(self, request_id: str) -> None:
         """Drop a finished or aborted request's state."""
@@ -90,8 +85,11 @@ class Sampler:
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
         ]
+        dead = [start + len(kept) - 1 in edits.dead_ends for start, kept in zip(starts, accepted, strict=False)]
+        for kept, is_dead_end in zip(accepted, dead, strict=True):
+            del kept[len(kept) - is_dead_end :]
         logprobs = self._logprobs(logits, starts, rows, accepted)
-        return list(map(SampledSequence, accepted, logprobs))
+        return list(map(SampledSequence, accepted, logprobs, dead))
 
     def _edits(self, starts: list[int], rows: list[SamplingRows], vocab_size: int) -> LogitsEdits:
         """What min_tokens, grammar, bias and penalties change."""

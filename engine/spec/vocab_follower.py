@@ -69,8 +69,12 @@ class VocabFollower:
                 num_drafts = 0 if request.request_id in copied else sequence.num_draft_tokens
                 verified.append(VerifiedSequence(request, token_ids, num_drafts, first))
                 if not request.output_token_ids:
-                    before_last = min(self._num_prompt_positions, len(sequence.token_ids) - 1)
-                    prompts[request.request_id] = range(token - 1 - before_last, token - 1)
+                    # The last token of a prompt may be alone in its step, and have drafts after it.
+                    end = token - sequence.num_draft_tokens - 1
+                    before_last = min(
+                        self._num_prompt_positions, len(sequence.token_ids) - sequence.num_draft_tokens - 1
+                    )
+                    prompts[request.request_id] = range(end - before_last, end)
         self.vocab.observe(verified, top_k, begin)
         rows = [row for of_prompt in prompts.values() for row in of_prompt]
         if rows:

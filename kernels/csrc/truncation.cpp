@@ -45,6 +45,7 @@ float select(float* x, int n, double target, float* spare, Mass mass) {
     float cut = pivot;
     int upper = copy_if(x, n, cut, spare);
     if (upper == n) {  // the pivot is the smallest: part its equals from the rest
+      if (pivot == kInfinity) return pivot;  // which is nothing
       cut = std::nextafter(pivot, kInfinity);
       upper = copy_if(x, n, cut, spare);
       if (upper == 0) return pivot;

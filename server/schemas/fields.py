@@ -105,7 +105,7 @@ class SamplingFields(Body):
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64, description="Choice i of a prompt uses seed + i.")
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     logit_bias: dict[str, Bias] | None = Field(
         default=None, max_length=MAX_LOGIT_BIAS, description="Token id (as a string) to bias."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
@@ -10,13 +11,17 @@ import pytest
 import tokenizers
 import torch
 
-from engine.messages import Grammar, SamplingParams
+from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
 from engine.request import Request
+from engine.sampling.compiling import CompilingRequests
 from engine.sampling.grammar import GrammarCompiler
 from engine.sampling.json_schema import GrammarError, check_json_schema
+from engine.sampling.patterns import pattern_size
 from engine.sampling.sampler import Sampler, SamplingRows
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
+from tests.tiny_drafts import Engine, Setting
+from tests.tiny_models import make_directory
 
 
 class Person(pydantic.BaseModel):
@@ -58,18 +63,18 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer)
 
 
-def make_request(sampling: SamplingParams) -> Request:
-    return Request(request_id="r", client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=[1])
+def make_request(sampling: SamplingParams, request_id: str = "r") -> Request:
+    return Request(request_id=request_id, client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=[1])
 
 
 def generate(
     tokenizer: Tokenizer, compiler: GrammarCompiler, seed: int, drafts: bool, **changes: Any
 ) -> tuple[str, str]:
     """Text and finish reason of random logits under a grammar; quotes and end are likely, so that it ends."""
-    sampler = Sampler(tokenizer.eos_token_ids, compiler)
+    sampler = Sampler(tokenizer.eos_token_ids)
     sampling = SamplingParams(max_tokens=400, seed=seed, **changes)
     request = make_request(sampling)
-    sampler.add(request)
+    sampler.add(request, compiler.compile(changes["grammar"]).result())
     checker = StopChecker(sampling, 1, 1000, tokenizer.eos_token_ids, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     closing = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b'"', b"}", b"]")]
@@ -118,8 +123,8 @@ def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, compiler
         max_tokens=9, seed=0, temperature=0.0, min_tokens=9, grammar=Grammar("json_schema", '{"const": 1}')
     )
     request = make_request(sampling)
-    sampler = Sampler(tokenizer.eos_token_ids, compiler)
-    sampler.add(request)
+    sampler = Sampler(tokenizer.eos_token_ids)
+    sampler.add(request, compiler.compile(Grammar("json_schema", '{"const": 1}')).result())
     [one] = tokenizer.encode("1")
     logits = torch.randn(5, tokenizer.vocab_size)
     [sampled] = sampler.sample(logits, [SamplingRows(request, (one, end, end, one))])
@@ -147,6 +152,12 @@ def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, compiler
         (json.dumps({"enum": ["x" * 70_000]}), "longer than"),
         ('{"items":' * 51 + "{}" + "}" * 51, "50 levels"),
         ('{"items":' * 5000 + "{}" + "}" * 5000, "valid JSON"),
+        ('{"const": ' + "9" * 400 + "}", "cannot be used"),
+        (json.dumps({"pattern": "x" * 1001}), "1000 characters"),
+        (json.dumps({"pattern": "(" * 60 + "x" + ")" * 60}), "50 levels"),
+        (json.dumps({"pattern": "a{0,9999}"}), "more than 2000"),
+        (json.dumps({"properties": {f"{i}": {"pattern": "(ab){1,30}"} for i in range(50)}}), "more than 2000"),
+        (json.dumps({"patternProperties": {"((a{9}){9}){99}": {}}}), "more than 2000"),
     ],
 )
 def test_schemas_that_cannot_be_enforced_are_refused(compiler: GrammarCompiler, schema: str, message: str) -> None:
@@ -166,3 +177,82 @@ def test_a_compiled_grammar_is_kept_and_the_oldest_dropped(tokenizer: Tokenizer)
     for grammar in grammars:
         compiler.compile(grammar).result()
     assert compiler.compile(grammars[0]) is not first
+
+
+@pytest.mark.parametrize(
+    ("pattern", "size"),
+    [
+        ("^[a-z(]{8}-x{2,4}$", 13),
+        (r"\{3\((ab|c){2}d", 10),
+        ("a*b+c?", 3),
+        ("((a{2}){3}b){4}", 28),
+        ("x{,5}y{7,}", 12),
+        ("a{2", 2),
+        (")(", 1),
+    ],
+)
+def test_size_of_a_pattern(pattern: str, size: int) -> None:
+    assert pattern_size(pattern) == size
+
+
+def test_more_schemas_than_are_kept_do_not_hold_up_the_loop(tokenizer: Tokenizer) -> None:
+    """Each is compiled once, and none is waited for."""
+    compiler = GrammarCompiler(tokenizer)
+    waiting = CompilingRequests(compiler)
+    requests = [
+        make_request(SamplingParams(max_tokens=1, seed=0, grammar=Grammar("json_schema", f'{{"const": {i}}}')), str(i))
+        for i in range(100)
+    ]
+    for request in requests:
+        waiting.add(request)
+    taken = []
+    while len(waiting):
+        taken += waiting.take_ready()
+    assert {request.request_id for request, _ in taken} == {str(i) for i in range(100)}
+    assert all(compiled.result().matcher() for _, compiled in taken)
+
+
+def test_a_grammar_that_nobody_waits_for_is_not_compiled(tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tokenizer)
+    waiting = CompilingRequests(compiler)
+    slow, wanted = (
+        Grammar("json_schema", '{"type": "string", "maxLength": 500}'),
+        Grammar("json_schema", '{"const": 1}'),
+    )
+    for name, grammar in (("slow", slow), ("first", wanted), ("second", wanted)):
+        waiting.add(make_request(SamplingParams(max_tokens=1, seed=0, grammar=grammar), name))
+    compiled = compiler.compile(wanted)
+    waiting.forget("first")
+    assert not compiled.cancelled()
+    waiting.forget("second")
+    assert compiled.cancelled() or compiled.done()
+    assert list(waiting) == ["slow"]
+    assert compiler.compile(wanted).result().matcher()
+
+
+def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
+    """A dead end, a schema that xgrammar chokes on, and penalties that overflow, beside a request like any other."""
+    engine = Engine(make_directory(tmp_path / "model"), Setting())
+    prompt = list(range(100))
+
+    def schema(value: object) -> Grammar:
+        return Grammar("json_schema", json.dumps(value))
+
+    requests = {
+        "dead end": SamplingParams(
+            max_tokens=20, seed=0, min_tokens=5, grammar=schema({"type": "string", "pattern": "^\\n$"})
+        ),
+        "choked": SamplingParams(max_tokens=20, seed=0, grammar=Grammar("json_schema", '{"const": ' + "9" * 400 + "}")),
+        "overflow": SamplingParams(max_tokens=20, seed=0, top_k=40, repetition_penalty=1e-39),
+        "plain": SamplingParams(max_tokens=20, seed=0, temperature=0.0),
+    }
+    ends: dict[str, EngineOutput] = {}
+    for name, sampling in requests.items():
+        message = EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, tenant="tests")
+        engine.core.add(b"client", message)
+    while len(ends) < len(requests):
+        outputs, _ = engine.core.step()
+        ends |= {output.request_id: output for output in outputs[b"client"] if output.finish_reason is not None}
+    reasons = {name: (output.finish_reason, output.error_kind) for name, output in ends.items() if output.error}
+    assert reasons == {"dead end": ("error", "invalid"), "choked": ("error", "invalid")}
+    assert ends["plain"].finish_reason == "length"

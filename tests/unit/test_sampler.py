@@ -6,14 +6,15 @@ Statistical tests use fixed seeds, so they never flicker; each would fail for a 
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from chi_square import chi_square_p
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ from engine.sampling.grammar import GrammarCompiler
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.sampler import Sampler, SamplingRows
 from kernels.gumbel_argmax import gumbel_noise
+from tests.unit.chi_square import chi_square_p
 
 FALSE_ALARM = 1e-4
 EOS = 256
@@ -39,14 +41,14 @@ class ByteTokenizer:
         return bytes([token_id]) if token_id < 256 else b""
 
 
-@pytest.fixture(scope="module")
+@cache
 def grammars() -> GrammarCompiler:
     return GrammarCompiler(ByteTokenizer())
 
 
 @pytest.fixture
-def sampler(grammars: GrammarCompiler) -> Sampler:
-    return Sampler([EOS], grammars)
+def sampler() -> Sampler:
+    return Sampler([EOS])
 
 
 def params(seed: int = 0, **changes: Any) -> SamplingParams:
@@ -57,7 +59,7 @@ def added(sampler: Sampler, sampling: SamplingParams, prompt: Sequence[int] = (1
     request = Request(
         request_id=name, client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=list(prompt)
     )
-    sampler.add(request)
+    sampler.add(request, None if sampling.grammar is None else grammars().compile(sampling.grammar).result())
     return request
 
 
@@ -332,10 +334,33 @@ def test_prompt_logprobs_use_the_same_function() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(-(2**63), 2**64 - 1), temperature=st.sampled_from([0.0, 1e-9, 1e-4, 1.0, 2.0]))
-def test_any_seed_and_temperature_choose_a_token(grammars: GrammarCompiler, seed: int, temperature: float) -> None:
-    sampler = Sampler([EOS], grammars)
+def test_any_seed_and_temperature_choose_a_token(seed: int, temperature: float) -> None:
+    sampler = Sampler([EOS])
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(1)) * 30
     [sampled] = sampler.sample(logits, [SamplingRows(added(sampler, params(seed, temperature=temperature)))])
     assert 0 <= sampled.token_ids[0] < VOCAB
     if temperature < 1e-3:
         assert sampled.token_ids == [logits.argmax().item()]
+
+
+def test_a_grammar_without_a_next_token_ends_the_output() -> None:
+    """No token of JSON is a line feed. Nobody else's choice changes."""
+    sampler = Sampler([EOS])
+    line_feed = Grammar("json_schema", json.dumps({"type": "string", "pattern": "^\\n$"}))
+    stuck = added(sampler, params(grammar=line_feed), name="stuck")
+    other = added(sampler, params(), name="other")
+    logits = torch.randn(3, VOCAB)
+    quote = ord('"')
+    [dead, alive] = sampler.sample(logits, [SamplingRows(stuck, (quote,)), SamplingRows(other)])
+    assert (dead.token_ids, dead.is_dead_end) == ([quote], True)
+    [alone] = sampler.sample(logits[2:], [SamplingRows(other)])
+    assert (alive.token_ids, alive.is_dead_end) == (alone.token_ids, False)
+
+
+def test_a_grammar_outranks_min_tokens_also_at_stop_tokens() -> None:
+    sampler, seven = Sampler([EOS]), ord("7")
+    request = added(
+        sampler, params(min_tokens=2, stop_token_ids=[seven], grammar=Grammar("json_schema", '{"const": 7}'))
+    )
+    [sampled] = sampler.sample(torch.randn(1, VOCAB), [SamplingRows(request)])
+    assert sampled.token_ids == [seven]
