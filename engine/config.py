@@ -69,7 +69,11 @@ class SchedulerConfig(_Section):
 
     max_num_seqs: int = Field(default=256, ge=1, description="Most sequences in one step.")
     max_batched_tokens: int = Field(default=512, ge=16, description="Most tokens in one step (prefill is cut to fit).")
-    max_waiting: int = Field(default=1024, ge=1, description="Most requests waiting; more are refused with 503.")
+    max_waiting: int = Field(
+        default=1024,
+        ge=1,
+        description="Most requests waiting; more are refused with 503, but for tenants with less than an equal share.",
+    )
 
     @model_validator(mode="after")
     def _one_token_for_each(self) -> SchedulerConfig:

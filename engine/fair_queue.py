@@ -34,6 +34,11 @@ class FairQueue:
         counts.update({tenant: len(queue) for tenant, queue in self._queues.items()})
         return dict(counts)
 
+    def has_share(self, tenant: str, size: int) -> bool:
+        """Whether a tenant waits with as much as an equal share of ``size``, among all that wait and itself."""
+        num_tenants = len(self._queues | {tenant: None})
+        return len(self._queues.get(tenant, ())) >= size // num_tenants
+
     def append(self, request: Request) -> None:
         """Put a new request at the end of its tenant's queue."""
         if request.tenant not in self._queues:

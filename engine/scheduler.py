@@ -56,13 +56,14 @@ class Scheduler:
 
         Raises:
             RequestTooLong: it could not be served even alone.
-            QueueFull: ``max_waiting`` requests wait already.
+            QueueFull: ``max_waiting`` requests wait already, and of its tenant an equal share of them.
             ValueError: a request with the same id is here.
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id!r} is here already")
         self._check_length(request)
-        if len(self._waiting) >= self._config.max_waiting:
+        most = self._config.max_waiting
+        if len(self._waiting) >= most and self._waiting.has_share(request.tenant, most):
             raise QueueFull(f"{len(self._waiting)} requests are waiting")
         self._requests[request.request_id] = request
         self._waiting.append(request)

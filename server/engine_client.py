@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 
 import msgspec
@@ -48,7 +49,8 @@ class Overloaded(ApiError):
 class _Inbox:
     """Outputs of the sequences of one HTTP request that nobody has taken yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
         self._outputs: list[EngineOutput] = []
         self._error: ApiError | None = None
         self._wakeup = asyncio.Event()
@@ -146,9 +148,10 @@ class EngineClient:
             )
         if not self.ready:
             raise EngineDead("The engine is starting or restarting. Try again soon.")
-        if len(self._inboxes) + len(requests) > self._max_in_flight:
+        tenant = requests[0].tenant
+        if self._is_full(tenant, len(requests)):
             raise Overloaded
-        inbox = _Inbox()
+        inbox = _Inbox(tenant)
         unfinished = {request.request_id for request in requests}
         self._inboxes.update(dict.fromkeys(unfinished, inbox))
         try:
@@ -160,6 +163,13 @@ class EngineClient:
                 yield outputs
         finally:
             self._abort([request_id for request_id in unfinished if self._inboxes.pop(request_id, None)])
+
+    def _is_full(self, tenant: str, count: int) -> bool:
+        """Whether ``count`` sequences more are too many; a tenant with less than an equal share may have them."""
+        if len(self._inboxes) + count <= self._max_in_flight:
+            return False
+        in_flight = Counter(inbox.tenant for inbox in self._inboxes.values())
+        return in_flight[tenant] + count > self._max_in_flight // len(in_flight | {tenant: 1})
 
     def _send(self, message: ClientMessage) -> None:
         """Send now; raises ``EngineDead`` if there is no connection."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+import httpx
 import pytest
 
 from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, TokenLogprob
@@ -324,6 +325,25 @@ async def test_more_than_the_engine_can_queue_is_refused_at_once(serve: Any) -> 
     assert refused.status_code == 503
     assert refused.headers["retry-after"] == "1"
     assert refused.json()["error"]["code"] == "overloaded"
+
+
+async def test_a_tenant_with_all_that_the_engine_takes_does_not_lock_out_others(serve: Any) -> None:
+    limits = ("--engine.scheduler.max_waiting", "2", "--engine.scheduler.max_num_seqs", "2")
+    keys = ",".join(f"{name}={hash_key(name)}" for name in ("acme", "beta"))
+    async with serve(silent, "--auth.keys", keys, *limits) as api:
+
+        def post(key: str, n: int) -> asyncio.Task[httpx.Response]:
+            headers = {"Authorization": f"Bearer {key}"}
+            return asyncio.create_task(api.client.post("/v1/completions", json={**TEXT, "n": n}, headers=headers))
+
+        first = post("acme", 4)
+        await api.until(lambda: len(api.engine.requests) == 4)
+        second = post("beta", 2)
+        await api.until(lambda: len(api.engine.requests) == 6)
+        refused = [(await post(key, 1)).status_code for key in ("acme", "beta")]
+        first.cancel()
+        second.cancel()
+    assert refused == [503, 503]
 
 
 async def test_more_than_the_engine_ever_takes_is_the_clients_mistake(serve: Any) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduler_simulation import Simulation, expected_output, make_request
 
 from engine.request import Request
 from engine.scheduler import QueueFull, RequestTooLong
+from tests.unit.scheduler_simulation import Simulation, expected_output, make_request
 
 
 @dataclass(frozen=True)
@@ -269,6 +269,17 @@ def test_the_queue_is_bounded() -> None:
         scheduler.add(make_request("3"))
     scheduler.abort("1")
     scheduler.add(make_request("3"))
+
+
+def test_a_tenant_that_fills_the_queue_does_not_lock_out_others() -> None:
+    scheduler = Simulation(max_waiting=4).scheduler
+    for name in "1234":
+        scheduler.add(make_request(name, tenant="a"))
+    for name in "56":
+        scheduler.add(make_request(name, tenant="b"))
+    for tenant in "ab":
+        with pytest.raises(QueueFull):
+            scheduler.add(make_request("7", tenant=tenant))
 
 
 def test_a_request_id_is_taken_once() -> None:
