@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 from engine.messages import SamplingParams
@@ -25,8 +24,6 @@ class Request:
     tenant: str
     sampling: SamplingParams
     prompt_token_ids: list[int]
-    arrival_time: float = field(default_factory=time.monotonic)
-    """Seconds, ``time.monotonic``."""
     domain: str | None = None
     """The client's name for its subject."""
 

@@ -22,8 +22,6 @@ from engine.step_plan import DraftSlot, ScheduledSequence
 class DraftModel:
     """A loaded draft model."""
 
-    capture_layers = ()
-
     def __init__(self, loaded: LoadedModel, name: str, cache: CacheConfig, head: DraftHead) -> None:
         self._loaded, self._cache, self._head = loaded, cache, head
         self.description = f"draft model {name}, vocabulary {head.description}"

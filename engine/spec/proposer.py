@@ -46,7 +46,8 @@ class Proposer(Protocol):
         Args:
             sequences: as scheduled; drafted ones and prefill chunks.
             num_kept: new tokens of each sequence, accepted drafts included; 0 while its prefill is unfinished.
-            features: of all scheduled tokens; None without capture. Valid during the call only.
+            features: of all scheduled tokens; None without capture. On CUDA valid during the call only; on a CPU
+                nobody writes to them later.
         """
         ...
 

@@ -9,7 +9,6 @@ Everything here is arrays over a batch of rows: one row is one position of one s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +27,6 @@ LIGHT_DRAFT_WEIGHTS = (0.5, 0.5, 1.0, 0.2, 1.5)
 """[NUM_FEATURES]: of ``prior`` fixed, and where the first session of a tenant begins with a light draft."""
 
 FloatArray = NDArray[np.float32] | NDArray[np.float64]
-LogitsOf = Callable[[NDArray[np.int32]], NDArray[np.float32]]
-"""[B, E] token ids (-1: none) → [B, E] their draft logits, each by its row's hidden state; -inf where not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,39 +50,10 @@ class Candidates:
         scores: FloatArray = self.logits + np.matmul(self.features, weights[:, :, None])[:, :, 0]
         return scores
 
-    def rows(self, rows: Sequence[int]) -> Candidates:
-        """Some of the rows, such as those that verification reached."""
-        index = np.asarray(rows, np.intp)
-        return Candidates(self.token_ids[index], self.logits[index], self.features[index])
-
     def find(self, token_ids: NDArray[np.int32]) -> NDArray[np.intp]:
         """[B]: the place of one token a row among the candidates that have a logit, -1 if it is not."""
         same = (self.token_ids == token_ids[:, None]) & np.isfinite(self.logits)
         return np.where(same.any(axis=1), same.argmax(axis=1), -1)
-
-
-def add_continuations(
-    token_ids: NDArray[np.int32], logits: NDArray[np.float32], sources: Sequence[Continuations], logits_of: LogitsOf
-) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """The draft's candidates and behind them the session's continuations that are not among them.
-
-    Args:
-        token_ids: [B, C], the draft's best tokens, each once; -1 for none.
-        logits: [B, C], -inf for none.
-        sources: the continuations of each row's context.
-        logits_of: the draft's logits of further tokens; called once.
-
-    Returns:
-        Token ids and logits, [B, C + the sources' widths].
-    """
-    known, added = token_ids, []
-    for source in sources:
-        is_known = (source.token_ids[:, :, None] == known[:, None, :]).any(axis=2)
-        added.append(np.where(is_known, np.int32(-1), source.token_ids))
-        known = np.concatenate([known, added[-1]], axis=1)
-    extra = np.concatenate(added, axis=1)
-    extra_logits = np.where(extra >= 0, logits_of(extra), np.float32(-np.inf))
-    return known, np.concatenate([logits, extra_logits], axis=1)
 
 
 def bonus_features(
@@ -117,24 +85,15 @@ def bonus_features(
     return features
 
 
-def log_likelihood(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
-    """[B]: log softmax(scores) of the target's token, 0 where it is not among the candidates.
+def gradient(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
+    """d log softmax(scores)[target] / d weights, [B, NUM_FEATURES]: the target's features less those expected.
+
+    0 where the target's token is not among the candidates.
 
     Args:
         candidates: B rows.
         weights: [B, NUM_FEATURES].
         targets: [B], the token that the target chose.
-    """
-    places = candidates.find(targets)
-    shifted = _shifted(candidates.scores(weights))
-    chosen = shifted[np.arange(len(places)), places] - np.log(np.exp(shifted).sum(axis=1))
-    return np.where(places >= 0, chosen, 0.0)
-
-
-def gradient(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
-    """d ``log_likelihood`` / d weights, [B, NUM_FEATURES]: the target's features less those expected.
-
-    Arguments as for ``log_likelihood``.
     """
     places = candidates.find(targets)
     probabilities = np.exp(_shifted(candidates.scores(weights)))

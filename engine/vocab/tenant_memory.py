@@ -102,10 +102,6 @@ class TenantMemory:
         found = next(known, None)
         return None if found is None else found.tolist()
 
-    def forget(self, tenant: str) -> None:
-        """Drop all that is known of a tenant."""
-        self._tenants.pop(tenant, None)
-
     def _known(self, tenant: str, domain: str | None) -> list[_Memory]:
         """The domain's memory and the tenant's, as far as there are any."""
         domains = self._tenants.get(tenant, OrderedDict())

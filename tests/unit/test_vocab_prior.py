@@ -10,16 +10,7 @@ from numpy.typing import NDArray
 
 from engine.vocab.continuations import Continuations
 from engine.vocab.ngrams import SessionNgrams, lookup, presence
-from engine.vocab.prior import (
-    MAX_WEIGHT,
-    NUM_FEATURES,
-    Candidates,
-    LogitsOf,
-    add_continuations,
-    bonus_features,
-    gradient,
-    log_likelihood,
-)
+from engine.vocab.prior import MAX_WEIGHT, NUM_FEATURES, Candidates, FloatArray, bonus_features, gradient
 from engine.vocab.prior_weights import PriorWeights, learn
 
 VOCAB = 500
@@ -32,19 +23,12 @@ def continuations(*rows: dict[int, float]) -> Continuations:
     return Continuations(np.array(ids, np.int32), np.array(values, np.float32))
 
 
-def test_missing_continuations_join_with_the_drafts_logit() -> None:
-    logits = np.log(np.arange(1, VOCAB + 1, dtype=np.float32))
-    logits[77] = -np.inf  # not in the draft's vocabulary
-
-    def logits_of(token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
-        return logits[token_ids]
-
-    own = np.array([[3, 5], [3, -1]], np.int32)
-    sources = [continuations({5: 1.0, 9: 1.0}, {77: 1.0}), continuations({9: 1.0}, {8: 2.0, 3: 1.0})]
-    token_ids, scores = add_continuations(own, np.array([[2.0, 1.0], [2.0, -np.inf]], np.float32), sources, logits_of)
-    assert token_ids.tolist() == [[3, 5, -1, 9, -1, -1], [3, -1, 77, -1, 8, -1]]
-    assert scores[0].tolist() == [2.0, 1.0, -np.inf, logits[9], -np.inf, -np.inf]
-    assert scores[1].tolist() == [2.0, -np.inf, -np.inf, -np.inf, logits[8], -np.inf]
+def log_likelihood(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
+    """[B]: log softmax(scores) of the target's token, 0 where it is not among the candidates."""
+    places, scores = candidates.find(targets), candidates.scores(weights)
+    with np.errstate(invalid="ignore"):  # rows without a candidate
+        chosen = scores[np.arange(len(places)), places] - np.logaddexp.reduce(scores, axis=1)
+    return np.where(places >= 0, chosen, 0.0)
 
 
 def test_features_say_what_each_statistic_knows() -> None:
@@ -138,7 +122,7 @@ class Session:
             target = self.next_token()
             own, logits = self.draft(target)
             bigrams, trigrams = lookup([self.ngrams], [(self.text[-2], self.text[-1])])
-            token_ids, scores = add_continuations(own, logits, [bigrams, trigrams], mean_of(logits))
+            token_ids, scores = with_continuations(own, logits, [bigrams, trigrams])
             features = bonus_features(token_ids, presence([self.ngrams], token_ids), bigrams, trigrams, None, None)
             candidates = Candidates(token_ids, scores, features)
             with_prior += token_ids[0, candidates.scores(weights.bonus[None])[0].argmax()] == target
@@ -149,9 +133,16 @@ class Session:
         return with_prior / steps, without / steps
 
 
-def mean_of(logits: NDArray[np.float32]) -> LogitsOf:
-    """Every other token has a middling logit."""
-    return lambda token_ids: np.full(token_ids.shape, logits.mean(), np.float32)
+def with_continuations(
+    token_ids: NDArray[np.int32], logits: NDArray[np.float32], sources: list[Continuations]
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """The draft's candidates, and those of the session that are not among them with a middling logit."""
+    known = token_ids
+    for source in sources:
+        is_known = (source.token_ids[:, :, None] == known[:, None, :]).any(axis=2)
+        known = np.concatenate([known, np.where(is_known, np.int32(-1), source.token_ids)], axis=1)
+    extra = np.where(known[:, token_ids.shape[1] :] >= 0, logits.mean(), np.float32(-np.inf))
+    return known, np.concatenate([logits, extra], axis=1)
 
 
 def test_weights_grow_where_the_session_repeats_itself() -> None:

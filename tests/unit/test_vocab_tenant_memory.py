@@ -88,13 +88,3 @@ def test_a_tenant_with_many_domains_costs_no_other_its_memory() -> None:
     for domain in range(100):
         memory.add("loud", str(domain), [2])
     assert memory.top("quiet", "law", 5) == [1]
-
-
-def test_forgetting_a_tenant_leaves_nothing() -> None:
-    memory = TenantMemory()
-    memory.add("clinic", "oncology", [1])
-    memory.end_session("clinic", "oncology", [1.0] * 4)
-    memory.forget("clinic")
-    memory.forget("stranger")
-    assert memory.top("clinic", "oncology", 5) == []
-    assert memory.weights("clinic", "oncology") is None
