@@ -222,6 +222,9 @@ def main(
     """Writes shards of conversations; an interrupted run goes on where it was."""
     if text is not None and answers_of is not None:
         raise typer.BadParameter("--text and --answers-of: one at a time")
+    if not (text or prompts).is_file():
+        maker = "benchmarks.prompts.build --train" if text is None else "benchmarks.prompts.text"
+        raise typer.BadParameter(f"{text or prompts} is not there: python -m {maker} makes it")
     config = EngineConfig(
         model=ModelConfig(name=model, max_model_len=2048),
         cache=CacheConfig(prefix_caching=False),

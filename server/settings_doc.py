@@ -27,7 +27,7 @@ Every option can be given in three ways; the first one found counts:
    port = 9000
    ```
 
-`evospec serve`, `evospec api` and `evospec engine` take the same options.
+`evospec serve`, `evospec api`, `evospec engine` and `evospec worker` take the same options.
 """
 
 

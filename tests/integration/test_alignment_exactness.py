@@ -6,22 +6,22 @@ steps.
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
-import time
 import uuid
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine.adapters_config import AdaptersConfig, LogConfig, TrainingConfig
+from engine.adapters_config import AdaptersConfig
 from engine.ipc.adapter_control import adapter_key
 from engine.ipc.feature_ring import FeatureRingReader
-from engine.ipc.token_log import TokenLogReader
-from engine.ipc.verify_record import VerifyRecord
 from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
@@ -30,10 +30,12 @@ from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
 from engine.request import Request
 from engine.spec import eagle_adapters, verify_log
 from engine.spec.costs import CostMeter
+from engine.spec.speculator import Speculator
 from engine.spec.step_costs import Curve, StepCosts
 from engine.step_plan import ScheduledSequence
 from kernels import native
-from tests.integration.test_speculation_exactness import SAMPLED, SETTINGS
+from tests.alignment import make_alignment, make_prompts, read_records
+from tests.exactness import SAMPLED, SETTINGS
 from tests.tiny_drafts import Engine, SpeculationConfig, make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -50,21 +52,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 @pytest.fixture(scope="module")
 def draft(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_draft_directory(tmp_path_factory.mktemp("draft") / "eagle", files)
-
-
-def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
-    is_whole = method == "osd"
-    stream, control = f"log-{uuid.uuid4()}", 0.0 if is_whole else 0.2
-    return AdaptersConfig(
-        enabled=True,
-        shared_directory=directory,
-        redis_url=url,
-        rank=4,
-        num_slots=4,
-        key_scope="global" if is_whole else "tenant",
-        training=TrainingConfig(method=method),  # type: ignore[arg-type]
-        log=LogConfig(stream=stream, fair_share=1.0, control_share=control, top_k=8),
-    )
 
 
 @pytest.fixture
@@ -113,31 +100,12 @@ def make_engine(files: ModelFiles, draft: Path, setting: str, alignment: Adapter
     return Engine(files, SETTINGS[setting], speculation if alignment else None, alignment=alignment)
 
 
-def make_prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (90, 1, 7, 15, 16, 17, 60, 33, 5)]
-
-
 def make_sampling(kind: str, count: int) -> list[SamplingParams]:
     sets: list[dict[str, object]] = [{"temperature": 0.0}] if kind == "greedy" else list(SAMPLED.values())
     return [
         SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": i} | sets[i % len(sets)]))  # type: ignore[arg-type]
         for i in range(count)
     ]
-
-
-def read_records(config: AdaptersConfig, count: int) -> list[VerifyRecord]:
-    assert config.redis_url is not None
-    reader = TokenLogReader(config.redis_url, config.log.stream)
-    records: list[VerifyRecord] = []
-    for _ in range(50):
-        records += [entry.record for entry in reader.read(1000)]
-        if len(records) >= count:
-            break
-        time.sleep(0.2)
-    reader.close()
-    assert len(records) == count
-    return records
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
@@ -274,8 +242,38 @@ def test_records_of_copies_are_marked(
     stats = engine.core.stats().alignment
     assert stats is not None
     records = read_records(alignment, stats.steps)
-    assert records
-    assert all(record.copied and record.drafted for record in records)
+    assert any(record.drafted for record in records)
+    assert all(record.copied == bool(record.drafted) for record in records)
+
+
+def test_steps_without_drafts_leave_no_holes(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each second step is not drafted; from a request's first draft on all of its tokens are logged all the same."""
+    turns = itertools.count()
+    lengths = Speculator.draft_lengths
+
+    def each_second(self: Speculator, requests: Sequence[Request], *arguments: Any) -> list[int]:
+        found = lengths(self, requests, *arguments)
+        return found if next(turns) % 2 else [0] * len(found)
+
+    monkeypatch.setattr(Speculator, "draft_lengths", each_second)
+    engine, prompts = make_engine(files, draft, "alone", alignment), make_prompts()
+    outputs = engine.generate(prompts, make_sampling("greedy", len(prompts)))
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    ends: dict[str, int] = {}
+    records = read_records(alignment, stats.steps)
+    for record in records:
+        end = ends.get(record.request_id, record.position)
+        assert record.position == end
+        ends[record.request_id] = end + record.num_accepted + 1
+        assert record.num_features == record.num_accepted + 1
+    assert {name.partition("/")[2]: end for name, end in ends.items()} == {
+        str(index): len(prompt) + len(output)
+        for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
+    }
+    assert sum(not record.drafted for record in records) > len(prompts)
 
 
 def test_the_gate_keeps_what_teaches(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
@@ -288,7 +286,8 @@ def test_the_gate_keeps_what_teaches(files: ModelFiles, draft: Path, alignment: 
     assert stats is not None
     assert stats.records_fair == 0
     records = read_records(alignment, stats.records_gated)
-    assert all(record.num_accepted < len(record.drafted) and record.is_gated for record in records)
+    assert all(record.num_accepted < len(record.drafted) or not record.drafted for record in records)
+    assert all(record.is_gated for record in records)
 
 
 def test_nothing_waits_for_a_redis_that_is_not_there(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:

@@ -22,7 +22,7 @@ from server.tenants import hash_key
 from server.valkey import valkey_url
 from tests.integration.running_api import CHAT, TEXT, running_api
 from tests.integration.snapshots import snapshot_of, tokens_of
-from tests.integration.test_valkey import running_valkey
+from tests.running_valkey import running_valkey
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 USERS = ("--sessions.from_user",)
@@ -308,15 +308,17 @@ async def test_what_a_finished_choice_learned_is_kept_when_the_client_leaves(ser
         running = asyncio.create_task(api.post("/v1/completions", n=2, session_id=session_id))
         await api.until(lambda: len(api.engine.requests) == 2)
         await api.engine.send(end_of(api.engine.requests[0], {3}))
-        await asyncio.sleep(0.05)
+        tokens = 'evospec:generation_tokens_total{model="tiny",tenant="default"} 3.0'
+        await api.until_get("/metrics", lambda response: tokens in response.text)  # so the server has read that end
         running.cancel()
         await api.until(lambda: api.engine.aborted)
         async with asyncio.timeout(20):
             while True:
+                count = len(api.engine.requests)
                 task = asyncio.create_task(api.post("/v1/completions", session_id=session_id))
-                await asyncio.sleep(0.02)
+                await api.until(lambda n=count: len(api.engine.requests) == n + 1)
                 request = api.engine.requests[-1]
-                await api.engine.send(end_of(request, {3}))
+                await api.engine.send(end_of(request, set()))
                 await task
                 if tokens_of(request.session.snapshot) == {3}:
                     break

@@ -11,7 +11,7 @@ from engine.config import SpeculationConfig
 from engine.messages import SamplingParams, SessionState, VocabularyCounts
 from engine.spec import vocab_follower
 from kernels.topk import topk_rows
-from tests.integration.test_alignment_exactness import make_alignment, make_prompts, read_records
+from tests.alignment import make_alignment, make_prompts, read_records
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 

@@ -7,7 +7,6 @@ chunks, too few blocks (preemption), and a second time with all prefixes cached.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,31 +14,17 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import SpeculationConfig
-from engine.messages import Grammar, SamplingParams
+from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.spec import load
 from engine.spec.draft_head import COUNTS_FILE
 from kernels import native
-from tests.tiny_drafts import Engine, Setting, make_draft_directory
+from tests.exactness import SAMPLED, SETTINGS
+from tests.tiny_drafts import Engine, make_draft_directory
 from tests.tiny_models import make_directory
 
 NUM_TOKENS = 40
-SETTINGS = {
-    "alone": Setting(max_num_seqs=1),
-    "batch": Setting(),
-    "chunks": Setting(max_batched_tokens=20),
-    "preemption": Setting(num_blocks=16),
-    "cached": Setting(prefix_caching=True),
-}
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
-_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
-SAMPLED = {
-    "plain": {},
-    "truncated": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
-    "penalties": {"presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
-    "bias and min_p": {"logit_bias": {5: 4.0, 9: -100.0}, "min_p": 0.05, "temperature": 1.4},
-    "grammar": {"grammar": Grammar("json_schema", json.dumps(_SCHEMA)), "frequency_penalty": 0.3},
-}
 
 
 @pytest.fixture(scope="module")

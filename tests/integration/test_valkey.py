@@ -9,8 +9,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,20 +19,7 @@ from server.redis_gate import RedisGate, RedisUnavailable
 from server.settings import RedisConfig
 from server.supervisor import ProcessFailed, SupervisedProcess
 from server.valkey import embedded_valkey, valkey_url
-
-
-@asynccontextmanager
-async def running_valkey(directory: Path) -> AsyncIterator[SupervisedProcess]:
-    valkey = embedded_valkey(directory)
-    await valkey.start()
-    keeper = asyncio.create_task(valkey.keep_alive())
-    try:
-        yield valkey
-    finally:
-        keeper.cancel()
-        with suppress(asyncio.CancelledError):
-            await keeper
-        await valkey.stop(grace=5)
+from tests.running_valkey import running_valkey
 
 
 async def until_answered(gate: RedisGate) -> None:

@@ -22,8 +22,8 @@ from engine.models.registry import resolve_model
 from engine.spec.load import DRAFTS
 from engine.text.tokenizer import Tokenizer
 from kernels import native
+from tests.alignment import make_alignment
 from tests.drifting_traffic import TinyDraft
-from tests.integration.test_alignment_exactness import make_alignment
 from tests.tiny_drafts import Engine, Setting
 
 TEXTS = [

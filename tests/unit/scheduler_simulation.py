@@ -6,13 +6,12 @@ import random
 import zlib
 from collections.abc import Sequence
 
-from simulated_kv import SimulatedKV
-
 from engine.config import CacheConfig, SchedulerConfig
 from engine.messages import SamplingParams
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
+from tests.unit.simulated_kv import SimulatedKV
 
 BLOCK_SIZE = 16
 

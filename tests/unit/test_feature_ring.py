@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interleaving import at_line, before_each_line, count_lines
 
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
 from engine.ipc.shared_file import SharedMemoryError
 from tests.killable_processes import processes
+from tests.unit.interleaving import at_line, before_each_line, count_lines
 
 CODE = "/engine/ipc/"
 WIDTH = 6

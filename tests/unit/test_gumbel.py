@@ -10,11 +10,11 @@ import math
 
 import pytest
 import torch
-from chi_square import chi_square_p
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.gumbel_argmax import gumbel_argmax, gumbel_argmax_reference, gumbel_noise, hash_tokens, seeds_tensor
+from tests.unit.chi_square import chi_square_p
 
 FALSE_ALARM = 1e-4
 M32, M64 = 2**32 - 1, 2**64 - 1

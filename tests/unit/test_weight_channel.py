@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from interleaving import at_line, before_each_line, count_lines
 
 from engine.ipc.cuda_memory import HandleServer, receive_memory
 from engine.ipc.shared_file import SharedMemoryError
@@ -24,6 +23,7 @@ from engine.ipc.weight_directory import MAX_KEY_BYTES, Slot
 from engine.ipc.weight_layout import TensorSpec, WeightLayout
 from engine.ipc.weight_writer import ChannelReplaced, WeightWriter
 from tests.killable_processes import processes
+from tests.unit.interleaving import at_line, before_each_line, count_lines
 
 SMALL = WeightLayout((TensorSpec("a", (5,), torch.float32), TensorSpec("b", (2, 3), torch.bfloat16)), "draft")
 LARGE = WeightLayout((TensorSpec("a", (512, 512), torch.float32), TensorSpec("b", (257,), torch.int64)))

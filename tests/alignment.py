@@ -1,0 +1,47 @@
+"""Engines that log for online alignment: their options, prompts for them, and what they logged."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+
+import torch
+
+from engine.adapters_config import AdaptersConfig, LogConfig, TrainingConfig
+from engine.ipc.token_log import TokenLogReader
+from engine.ipc.verify_record import VerifyRecord
+
+
+def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
+    is_whole = method == "osd"
+    stream, control = f"log-{uuid.uuid4()}", 0.0 if is_whole else 0.2
+    return AdaptersConfig(
+        enabled=True,
+        shared_directory=directory,
+        redis_url=url,
+        rank=4,
+        num_slots=4,
+        key_scope="global" if is_whole else "tenant",
+        training=TrainingConfig(method=method),  # type: ignore[arg-type]
+        log=LogConfig(stream=stream, fair_share=1.0, control_share=control, top_k=8),
+    )
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 400, (n,), generator=generator).tolist() for n in (90, 1, 7, 15, 16, 17, 60, 33, 5)]
+
+
+def read_records(config: AdaptersConfig, count: int) -> list[VerifyRecord]:
+    assert config.redis_url is not None
+    reader = TokenLogReader(config.redis_url, config.log.stream)
+    records: list[VerifyRecord] = []
+    for _ in range(50):
+        records += [entry.record for entry in reader.read(1000)]
+        if len(records) >= count:
+            break
+        time.sleep(0.2)
+    reader.close()
+    assert len(records) == count
+    return records

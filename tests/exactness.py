@@ -1,0 +1,24 @@
+"""The settings and kinds of sampling under which no draft may change an output."""
+
+from __future__ import annotations
+
+import json
+
+from engine.messages import Grammar
+from tests.tiny_drafts import Setting
+
+SETTINGS = {
+    "alone": Setting(max_num_seqs=1),
+    "batch": Setting(),
+    "chunks": Setting(max_batched_tokens=20),
+    "preemption": Setting(num_blocks=16),
+    "cached": Setting(prefix_caching=True),
+}
+_SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
+SAMPLED = {
+    "plain": {},
+    "truncated": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    "penalties": {"presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
+    "bias and min_p": {"logit_bias": {5: 4.0, 9: -100.0}, "min_p": 0.05, "temperature": 1.4},
+    "grammar": {"grammar": Grammar("json_schema", json.dumps(_SCHEMA)), "frequency_penalty": 0.3},
+}
