@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import structlog
 import torch
 
@@ -44,6 +46,8 @@ class KeyAligner:
         self.tensors: dict[str, torch.Tensor] | None = None
         """Its weights as they are published."""
         self.channel_version = 0
+        self.worked_at = 0.0
+        """When it did so last, by the monotonic clock."""
         self._num_unjudged = 0
         """Updates since weights were scored."""
         self._num_ahead = 0
@@ -57,11 +61,14 @@ class KeyAligner:
         self._go_to(self.state.good_revision)
 
     def observe(self, record: VerifyRecord, teaches: bool) -> None:
-        """Count a record, and take the version in force back if it turns out to be bad."""
+        """Count a record, and take the version in force back if it turns out to be bad.
+
+        What is not published yet is not blamed for what the one before it did.
+        """
         self._num_records += 1
         self._untold_steps += 1
         self._num_teaching += teaches
-        if self._guard.observe(record) and self.revision:
+        if self._guard.observe(record) and self.revision and not self._is_new:
             log.warning(
                 "adapter taken back",
                 key=self.state.key,
@@ -82,12 +89,10 @@ class KeyAligner:
         """To be called about once a second."""
         self._trigger.observe_steps(self._untold_steps)
         self._untold_steps = 0
-        if self._guard.is_good and self.state.good_revision != self.revision:
+        if self._guard.is_good and not self._is_new and self.state.good_revision != self.revision:
             self.state.good_revision = self.revision
             self._store.save_state(self.state)
-        self._trigger.observe_acceptance(
-            self._guard.acceptance.rate if self._guard.num_watched >= self._config.guard.min_watched else None
-        )
+        self._trigger.observe_acceptance(self._guard.rate_in_force)
 
     @property
     def wants_work(self) -> bool:
@@ -95,10 +100,11 @@ class KeyAligner:
         if self.state.is_frozen:
             return False
         wants_more = self._num_more > 0 and self._trigger.pays and self.replay.has_older
-        return self._may_judge or wants_more or self._trigger.wants_update(self.replay.num_new_positions)
+        return self._may_judge or wants_more or self._wants_update
 
     def work(self) -> None:
         """One update, or the scoring of what the last ones gave."""
+        self.worked_at = time.monotonic()
         if self._may_judge:
             self._judge()
         else:
@@ -178,13 +184,19 @@ class KeyAligner:
         """Whether weights are due for scoring, and enough is known to score them and to let them follow."""
         return (
             self._num_unjudged >= self._config.training.updates_per_version
+            and not self._is_new
             and self._guard.may_be_followed
             and self.replay.num_held_out_positions >= self._config.guard.min_held_out
         )
 
+    @property
+    def _wants_update(self) -> bool:
+        """Whether new positions are to be learned from now."""
+        return self._trigger.wants_update(self.replay.num_new_positions, self.replay.num_arrived_positions)
+
     def _update(self) -> None:
         training = self._config.training
-        if self._trigger.wants_update(self.replay.num_new_positions):
+        if self._wants_update:
             segments = self.replay.take(training.batch_positions, training.history_share)
             self._num_more = training.updates_per_batch - 1
         else:
@@ -227,6 +239,7 @@ class KeyAligner:
         self.tensors = candidate
         self.state.num_published += 1
         self._is_unpublished = self._is_new = True
+        self._store.save_state(self.state)  # first, or a worker killed here would look for what is deleted below
         self._store.keep_only(self.state.key, {self.state.good_revision, self.revision})
 
     def _go_to(self, revision: int) -> None:

@@ -14,6 +14,8 @@ from adapters.unroll import TargetParts, Unroller
 from engine.models.eagle3 import Eagle3
 
 _PREFIX = "draft."
+_NO_LOGIT = -1e30
+"""Of places without a token: a row of -inf alone has no softmax, and its gradient would be that of the whole batch."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
         starts=rows * length + columns,
         mask=follows & has_target(top_logits.flatten(0, 1)).view(size)[places],
         top_ids=top_ids[places],
-        top_logits=top_logits[places].nan_to_num(nan=-torch.inf, posinf=-torch.inf),
+        top_logits=top_logits[places].nan_to_num(nan=_NO_LOGIT, posinf=_NO_LOGIT, neginf=_NO_LOGIT),
         refused=refused[refused >= 0],
     )
 

@@ -3,20 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-
-
-class Loss(NamedTuple):
-    """What a batch of chains costs."""
-
-    total: torch.Tensor
-    """Mean over chains of the weighted sum over steps; scalar, differentiable"""
-    base: torch.Tensor
-    """[N] cross-entropy of each chain's first step, detached"""
-    steps: torch.Tensor
-    """[S] mean KL of each step over the chains that have it, detached, unweighted, without T²"""
 
 
 @dataclass(frozen=True)
@@ -37,8 +25,8 @@ class CurriculumLoss:
 
     def __call__(
         self, draft_logits: torch.Tensor, columns: torch.Tensor, target_logits: torch.Tensor, mask: torch.Tensor
-    ) -> Loss:
-        """The loss of N chains of S steps.
+    ) -> torch.Tensor:
+        """The loss of N chains of S steps: mean over chains of the weighted sum over steps, a differentiable scalar.
 
         Args:
             draft_logits: [N, S, R], over R tokens that include the target's top-k.
@@ -51,8 +39,7 @@ class CurriculumLoss:
         divergence = torch.where(mask, cross_entropy - entropy, 0.0)
         steps = torch.arange(mask.shape[1], device=mask.device)
         weights = torch.exp(-self.beta * base[:, None] * steps)
-        total = self.temperature**2 * (weights * divergence).sum() / max(1, len(mask))
-        return Loss(total, base, divergence.detach().sum(0) / mask.sum(0).clamp(min=1))
+        return self.temperature**2 * (weights * divergence).sum() / max(1, len(mask))
 
 
 def _cross_entropy(

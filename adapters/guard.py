@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 
@@ -73,30 +74,45 @@ def _difference(score: Score, other: Score) -> tuple[float, float]:
 class Acceptance:
     """How often the first draft token of a step was accepted."""
 
-    num_accepted: int = 0
-    num_steps: int = 0
+    requests: tuple[tuple[int, int], ...] = ()
+    """Of each request, how often, and in how many steps"""
 
     @classmethod
-    def of(cls, outcomes: Iterable[bool]) -> Acceptance:
-        listed = list(outcomes)
-        return cls(sum(listed), len(listed))
+    def of(cls, outcomes: Iterable[tuple[str, bool]]) -> Acceptance:
+        """Of steps: the request of each, and whether its first draft token was accepted."""
+        counts: dict[str, tuple[int, int]] = {}
+        for request_id, is_accepted in outcomes:
+            accepted, steps = counts.get(request_id, (0, 0))
+            counts[request_id] = accepted + is_accepted, steps + 1
+        return cls(tuple(counts.values()))
 
-    @property
+    @cached_property
+    def num_steps(self) -> int:
+        return sum(steps for _, steps in self.requests)
+
+    @cached_property
     def rate(self) -> float | None:
         """None without steps."""
-        return self.num_accepted / self.num_steps if self.num_steps else None
+        return sum(accepted for accepted, _ in self.requests) / self.num_steps if self.num_steps else None
 
     def is_below(self, other: Acceptance, margin: float, sigmas: float) -> bool:
-        """Whether this rate is below the other's minus ``margin`` by so many standard errors (two proportions)."""
-        if min(self.num_steps, other.num_steps) < _MIN_COMPARED:
+        """Whether this rate is below the other's minus ``margin`` by so many standard errors of the difference."""
+        if not (self._is_comparable and other._is_comparable) or self.rate is None or other.rate is None:
             return False
-        mine, others = self.num_accepted / self.num_steps, other.num_accepted / other.num_steps
+        return other.rate - margin - self.rate > sigmas * math.sqrt(self._variance + other._variance)
+
+    @property
+    def _is_comparable(self) -> bool:
+        return self.num_steps >= _MIN_COMPARED and len(self.requests) >= _MIN_REQUESTS
+
+    @property
+    def _variance(self) -> float:
+        """Of the rate: over requests (clusters), since the text of some is easier; at least that over single steps."""
+        count, steps, rate = len(self.requests), self.num_steps, self.rate or 0.0
         # Two more of each outcome: no variance of zero where all or none were accepted.
-        variance = sum(
-            (n + 2) * (side.num_steps - n + 2) / (side.num_steps + 4) ** 3
-            for side, n in ((self, self.num_accepted), (other, other.num_accepted))
-        )
-        return (others - margin - mine) / math.sqrt(variance) > sigmas
+        of_steps = (rate * steps + 2) * ((1 - rate) * steps + 2) / (steps + 4) ** 3
+        of_requests = sum((accepted - rate * each) ** 2 for accepted, each in self.requests) / steps**2
+        return max(of_steps, count / (count - 1) * of_requests)
 
 
 class Guard:
@@ -111,15 +127,15 @@ class Guard:
     - the version before it, in the records before it came, by more than ``history_margin``: traffic may have changed,
       so only a great loss counts, but it is seen at once.
 
-    Each by ``sigmas`` standard errors, looked at every 32 records and over the last ``watched_records`` at most.
-    tests/unit/test_guard.py has the false alarms.
+    Each by ``sigmas`` standard errors, of four requests on either side or more, looked at every 32 records and over the
+    last ``watched_records`` at most. tests/unit/test_guard.py has the false alarms.
     """
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
         self._version = 0
-        self._fresh: deque[bool] = deque(maxlen=config.watched_records)
-        self._control: deque[bool] = deque(maxlen=config.watched_records)
+        self._fresh: deque[tuple[str, bool]] = deque(maxlen=config.watched_records)
+        self._control: deque[tuple[str, bool]] = deque(maxlen=config.watched_records)
         self.previous = Acceptance()
         """Of the version before."""
         self.num_watched = 0
@@ -134,6 +150,12 @@ class Guard:
     def control(self) -> Acceptance:
         """Of the base draft since the version came."""
         return Acceptance.of(self._control)
+
+    @property
+    def rate_in_force(self) -> float | None:
+        """Recent acceptance of what is in force, version or base draft; None while little is known."""
+        in_force = self.acceptance if self._version else self.control
+        return in_force.rate if in_force.num_steps >= self._config.min_watched else None
 
     @property
     def is_good(self) -> bool:
@@ -161,11 +183,11 @@ class Guard:
         if record.is_gated or record.copied or not record.drafted:
             return False
         if record.draft_version == 0:
-            self._control.append(record.num_accepted > 0)
+            self._control.append((record.request_id, record.num_accepted > 0))
             return False
         if record.draft_version != self._version:
             return False  # of a version before, on its way while this one came
-        self._fresh.append(record.num_accepted > 0)
+        self._fresh.append((record.request_id, record.num_accepted > 0))
         self.num_watched += 1
         return self.num_watched % _CHECK_EVERY == 0 and self._is_bad()
 

@@ -128,9 +128,9 @@ class Assembler:
             SharedMemoryError: the ring is gone or damaged; nothing was taken in.
         """
         usable = [entry for entry in records if self._is_usable(entry[1])]
-        self.num_unusable += len(records) - len(usable)
         counts = [record.num_context + _num_rows(record) for _, record, _ in usable]
         rows, valid = _read_rows([record for _, record, _ in usable], counts, ring)
+        self.num_unusable += len(records) - len(usable)
         complete = []
         for (key, record, teaches), inputs, is_valid in zip(
             usable, torch.split_with_sizes(rows, counts), torch.split_with_sizes(valid, counts), strict=True

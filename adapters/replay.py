@@ -18,10 +18,11 @@ _HASH_RANGE = 2**32
 def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> bool:
     """Whether a verify step is worth learning from.
 
-    It is where a draft was refused, where the target thought little of an accepted one (the KL divergence of the
-    target from a draft sure of its token, in nats, is over the threshold), or by lot, the same for the same record.
+    It is where a draft was refused or none was made, where the target thought little of an accepted one (the KL
+    divergence of the target from a draft sure of its token, in nats, is over the threshold), or by lot, the same for
+    the same record.
     """
-    if record.num_accepted < len(record.drafted):
+    if record.num_accepted < len(record.drafted) or not record.drafted:
         return True
     ids, logits = record.top_k_arrays()
     for token, row_ids, row_logits in zip(record.drafted, ids, logits.astype(np.float64), strict=False):
@@ -30,6 +31,15 @@ def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> 
         if not surprisal <= kl_threshold:
             return True
     return _hash(f"{record.request_id}:{record.position}") < sampled_share
+
+
+def starts_chains(record: VerifyRecord, is_teaching: bool, held_out_share: float) -> bool:
+    """Whether a record's positions are starts of chains, to be learned from or to score by.
+
+    Those to learn from are what teaches. Scores are of everything that is logged whatever happens in it: what teaches
+    is mostly where the draft in force was wrong, and there any other looks better.
+    """
+    return not record.is_gated if is_held_out(record.request_id, held_out_share) else is_teaching
 
 
 def is_held_out(request_id: str, share: float) -> bool:
@@ -53,16 +63,13 @@ class ReplayBuffer:
         self._num_left = 0
         self.held_out: deque[Segment] = deque(maxlen=config.held_out_segments)
         """The most recent of the held-out requests' segments."""
+        self.num_arrived_positions = 0
+        """Positions that came since the last ``take``, whether they are still here or not; held-out ones not."""
 
     @property
     def num_new_positions(self) -> int:
         """Positions that no update has taken yet."""
         return sum(segment.num_anchors for segment in self._new)
-
-    @property
-    def num_segments(self) -> int:
-        """In memory, held-out ones included."""
-        return len(self._recent) + len(self._history) + len(self.held_out)
 
     @property
     def num_held_out_positions(self) -> int:
@@ -73,6 +80,7 @@ class ReplayBuffer:
         if is_held_out(segment.request_id, self._config.held_out_share):
             self.held_out.append(segment)
             return
+        self.num_arrived_positions += segment.num_anchors
         self._recent.append(segment)
         self._new.append(segment)
         if len(self._recent) > self._config.recent_segments:
@@ -88,6 +96,7 @@ class ReplayBuffer:
         """
         if not self._new:
             return []
+        self.num_arrived_positions = 0
         if self._config.policy == "clear":
             everything = list(self._recent)
             for kept in (self._recent, self._new, self._history):
@@ -114,7 +123,7 @@ class ReplayBuffer:
         """Forget all."""
         for kept in (self._recent, self._new, self._history, self.held_out):
             kept.clear()
-        self._num_left = 0
+        self._num_left = self.num_arrived_positions = 0
 
     def _older(self) -> list[Segment]:
         return [*self._history, *(s for s in self._recent if all(s is not new for new in self._new))]

@@ -67,7 +67,7 @@ def _score(
         logits, columns = chains.logits(batch, weights, token_ids)
         hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
         accepted.append(hits.float().cumprod(-1).sum(-1))
-        total += float(loss(logits, columns, batch.top_logits, batch.mask).total) * len(batch.starts)
+        total += float(loss(logits, columns, batch.top_logits, batch.mask)) * len(batch.starts)
     of_all = torch.cat(accepted)
     return Score(float(of_all.mean()), total / len(of_all), of_all, requests)
 

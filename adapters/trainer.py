@@ -11,7 +11,7 @@ import torch
 
 from adapters.chains import ChainBatch, Chains, collate
 from adapters.curriculum_loss import CurriculumLoss
-from adapters.lora import Lora, merged
+from adapters.lora import Lora, merge_published, merged
 from adapters.records import Segment
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.weight_layout import WeightLayout
@@ -32,6 +32,7 @@ class Update:
     loss: float
     num_positions: int
     seconds: float
+    """Of this process, all threads together: the clock's would count what others do meanwhile."""
 
 
 class Trainer(Protocol):
@@ -76,15 +77,15 @@ class LoraTrainer:
         self.layout = self._lora.layout(base)
 
     def update(self, segments: Sequence[Segment]) -> Update:
-        started = time.perf_counter()
+        started = time.process_time()
         batch = collate(segments, self._config.training.horizon)
         logits, columns = self._chains.logits(batch, self.weights(), self._rows(batch))
         loss = self._loss(logits, columns, batch.top_logits, batch.mask)
         self._optimizer.zero_grad()
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         self._num_updates += 1
         _step(self._optimizer, self._lora.tensors.values(), self._config.training.learning_rate, self._num_updates)
-        return Update(float(loss.total.detach()), len(batch.starts), time.perf_counter() - started)
+        return Update(float(loss.detach()), len(batch.starts), time.process_time() - started)
 
     def published(self) -> dict[str, torch.Tensor]:
         return self._lora.published()
@@ -97,9 +98,7 @@ class LoraTrainer:
     def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         if published is None:
             return merged(self._chains.draft, self._lora)
-        other = Lora.fresh(self._lora.config, self._lora.targets, self._lora.rank, self._lora.alpha)
-        other.load(published)
-        return merged(self._chains.draft, other)
+        return merge_published(self._chains.draft, published)
 
     def _fresh(self) -> None:
         config = self._config
@@ -131,17 +130,17 @@ class OsdTrainer:
         self.layout = whole_layout(chains.draft.config, base)
 
     def update(self, segments: Sequence[Segment]) -> Update:
-        started = time.perf_counter()
+        started = time.process_time()
         batch = collate(segments, self._config.training.horizon)
         everything = torch.arange(len(self._chains.target.head))
         logits, columns = self._chains.logits(batch, self._weights, everything)
         loss = self._loss(logits, columns, batch.top_logits, batch.mask)
         self._optimizer.zero_grad()
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         self._num_updates += 1
         rate = self._config.training.learning_rate * _OSD_RATE
         _step(self._optimizer, self._weights.values(), rate, self._num_updates)
-        return Update(float(loss.total.detach()), len(batch.starts), time.perf_counter() - started)
+        return Update(float(loss.detach()), len(batch.starts), time.process_time() - started)
 
     def published(self) -> dict[str, torch.Tensor]:
         return {name: weight.detach().bfloat16() for name, weight in self._weights.items()}

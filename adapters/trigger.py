@@ -23,8 +23,8 @@ class UpdateTrigger:
     scored. A nat of loss is taken as a factor of e on the chance that a draft is accepted, so saving d of it saves
     about a share d of the verify steps to come: ``outlook_seconds`` of the present rate, ``step_seconds`` each.
 
-    A key that learns nothing more is tried again with ever more new positions (twice, four, ... 64 times a batch), or
-    at once when its live acceptance falls.
+    A key that learns nothing more gets its next update after ever more new positions (twice, four, ... 64 times a
+    batch), or at once when its live acceptance falls.
     """
 
     def __init__(self, config: PaceConfig, batch_positions: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -69,6 +69,12 @@ class UpdateTrigger:
         saved = self.gain * self._steps_per_second * self._config.outlook_seconds * self._config.step_seconds
         return self.seconds is None or saved >= self.seconds
 
-    def wants_update(self, num_new_positions: int) -> bool:
-        """Whether so many new positions are worth an update now."""
-        return num_new_positions >= self._batch * (1 if self.pays else max(2, self._patience))
+    def wants_update(self, num_new_positions: int, num_arrived: int) -> bool:
+        """Whether so many new positions are worth an update now.
+
+        Args:
+            num_arrived: positions since the last ones were learned from, those included that nobody keeps any more.
+        """
+        if num_new_positions < self._batch:
+            return False
+        return self.pays or num_arrived >= self._batch * max(2, self._patience)

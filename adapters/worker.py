@@ -7,7 +7,6 @@ import resource
 import signal
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from adapters.chains import Chains
 from adapters.control import ControlChannel
 from adapters.pace import Pacer
 from adapters.records import Assembler
-from adapters.replay import teaches
+from adapters.replay import starts_chains, teaches
+from adapters.roster import Roster
 from adapters.store import AdapterStore
 from adapters.target_parts import load_target_parts
 from adapters.trainer import make_trainer
@@ -30,6 +30,7 @@ from engine.ipc.adapter_control import AdapterCommand, WorkerStatus, adapter_key
 from engine.ipc.feature_ring import FeatureRingReader
 from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
+from engine.ipc.verify_record import VerifyRecord
 from engine.log import configure_logging_from_environment
 from engine.models.config import ModelError
 from engine.models.eagle3 import load_draft
@@ -40,6 +41,7 @@ from engine.spec.load import DRAFTS
 log = structlog.get_logger(__name__)
 
 _BATCH = 256
+_MAX_BATCHES = 16
 _WAIT = 0.2
 _TICK = 1.0
 
@@ -55,9 +57,17 @@ class AdapterWorker:
         chains: the draft and its target's parts.
         base: the draft's fingerprint.
         pacer: default: by ``config.pace``.
+        clock: for tests.
     """
 
-    def __init__(self, config: AdaptersConfig, chains: Chains, base: str, pacer: Pacer | None = None) -> None:
+    def __init__(
+        self,
+        config: AdaptersConfig,
+        chains: Chains,
+        base: str,
+        pacer: Pacer | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         assert config.redis_url is not None
         self._config, self._chains, self._base = config, chains, base
         layout = make_trainer(chains, config, "", base).layout
@@ -74,7 +84,7 @@ class AdapterWorker:
             config.replay.segment_positions,
             config.replay.context_positions,
         )
-        self._aligners: OrderedDict[str, KeyAligner] = OrderedDict()  # least recently used first
+        self._roster = Roster(config.num_slots, self._make_aligner, self._let_go, clock)
         self._started_at = time.time()
         self._num_records = 0
         self._lag: int | None = None
@@ -90,7 +100,7 @@ class AdapterWorker:
     def step(self) -> None:
         """One round: read, learn, publish, report."""
         has_worked = self._work()
-        if not self._read() and not has_worked:
+        if not self._read_all() and not has_worked:
             # Not woken by the next record: on a busy machine every waking takes a core from the engine.
             time.sleep(_WAIT)
         if time.monotonic() - self._ticked_at >= _TICK:
@@ -107,42 +117,57 @@ class AdapterWorker:
     def _tick(self) -> None:
         if self._bank.attach():
             for key in self._bank.keys_in_force():
-                self._aligner(key)
-            for aligner in self._aligners.values():
+                if self._roster.hear(key) is None:
+                    self._bank.publish(key, None)  # nobody would watch it
+            for aligner in self._roster.aligners.values():
                 aligner.must_publish()
         for command in self._control.take():
             self._obey(command)
-        for aligner in self._aligners.values():
+        for aligner in self._roster.aligners.values():
             aligner.tick()
         self._report()
 
-    def _read(self) -> bool:
-        """Take in what the engine logged; false if there was nothing, or Redis or the ring is away."""
+    def _read_all(self) -> bool:
+        """Take in what the engine logged meanwhile, or much of it; whether there was anything."""
+        counts = [self._read()]
+        while counts[-1] == _BATCH and len(counts) < _MAX_BATCHES:
+            counts.append(self._read())
+        return any(counts)
+
+    def _read(self) -> int:
+        """Take in a batch of what the engine logged; none if Redis or the ring is away."""
         try:
             ring = self._open_ring()
             entries = self._reader.read(_BATCH)
             self._take_in(entries, ring)
             self._reader.acknowledge(entries)
-        except (TokenLogUnavailable, SharedMemoryError):
+        except TokenLogUnavailable:
             self._ring = None
-            return False
-        return bool(entries)
+            return 0
+        except SharedMemoryError:
+            self._ring = None
+            self._reader.rewind()
+            return 0
+        return len(entries)
 
     def _take_in(self, entries: list[LoggedRecord], ring: FeatureRingReader) -> None:
-        config = self._config
-        records = []
+        config, known = self._config, list[tuple[KeyAligner, VerifyRecord, bool]]()
         for _, record in entries:
-            key = adapter_key(config.key_scope, record.tenant, record.domain)
-            is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
-            records.append((key, record, is_useful))
+            aligner = self._roster.hear(adapter_key(config.key_scope, record.tenant, record.domain))
+            if aligner is not None:
+                is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
+                known.append((aligner, record, is_useful))
         # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
-        segments = self._assembler.add(records, ring)
-        for key, record, is_useful in records:
-            self._aligner(key).observe(record, is_useful)
-        self._num_records += len(records)
+        share = config.replay.held_out_share
+        segments = self._assembler.add(
+            [(one.state.key, record, starts_chains(record, is_useful, share)) for one, record, is_useful in known], ring
+        )
+        for aligner, record, is_useful in known:
+            aligner.observe(record, is_useful)
+        self._num_records += len(entries)
         for key, segment in segments:
-            if key in self._aligners:
-                self._aligners[key].add(segment)
+            if key in self._roster.aligners:
+                self._roster.aligners[key].add(segment)
 
     def _open_ring(self) -> FeatureRingReader:
         if self._ring is None:
@@ -161,26 +186,20 @@ class AdapterWorker:
         with torch.no_grad():
             return self._chains.draft.fuse(rows.float()).bfloat16()
 
-    def _aligner(self, key: str) -> KeyAligner:
-        """Of a key, as the one used last; the one not used longest makes room."""
-        if key not in self._aligners:
-            if len(self._aligners) >= self._config.num_slots:
-                self._evict()
-            trainer = make_trainer(self._chains, self._config, key, self._base)
-            self._aligners[key] = KeyAligner(key, self._chains, trainer, self._store, self._config)
-        self._aligners.move_to_end(key)
-        return self._aligners[key]
+    def _make_aligner(self, key: str) -> KeyAligner:
+        trainer = make_trainer(self._chains, self._config, key, self._base)
+        return KeyAligner(key, self._chains, trainer, self._store, self._config)
 
-    def _evict(self) -> None:
-        """Its last good version stays on disk, for when it is wanted again."""
-        key, aligner = self._aligners.popitem(last=False)
+    def _let_go(self, key: str, aligner: KeyAligner) -> None:
+        """Of a key that leaves; its last good version stays on disk, for when it is wanted again."""
         self._store.save_state(aligner.state)
         self._assembler.forget(key)
         self._bank.publish(key, None)
 
     def _work(self) -> bool:
-        """An update or a scoring of the key used last that wants one, if the machine allows."""
-        wanting = next((aligner for aligner in reversed(self._aligners.values()) if aligner.wants_work), None)
+        """An update or a scoring of a key that wants one, if the machine allows: of them in turn."""
+        all_wanting = (aligner for aligner in self._roster.aligners.values() if aligner.wants_work)
+        wanting = min(all_wanting, key=lambda aligner: aligner.worked_at, default=None)
         self._is_paused = wanting is not None and not self._pacer.may_run()
         if wanting is None or self._is_paused:
             return False
@@ -190,14 +209,15 @@ class AdapterWorker:
         return True
 
     def _publish(self) -> None:
-        for key, aligner in self._aligners.items():
+        for key, aligner in self._roster.aligners.items():
             if aligner.is_unpublished:
                 version = self._bank.publish(key, aligner.tensors)
                 if version is not None:
                     aligner.published(version)
 
     def _obey(self, command: AdapterCommand) -> None:
-        self._aligner(command.key).obey(command)
+        # What is on disk of a key without room obeys too.
+        (self._roster.hear(command.key) or self._make_aligner(command.key)).obey(command)
         if command.action == "reset":
             self._assembler.forget(command.key)
 
@@ -219,7 +239,7 @@ class AdapterWorker:
             is_paused=self._is_paused,
             resident_bytes=_resident_bytes(),
         )
-        self._control.report(worker, {key: a.status(self._bank.slot(key)) for key, a in self._aligners.items()})
+        self._control.report(worker, {key: a.status(self._bank.slot(key)) for key, a in self._roster.aligners.items()})
 
 
 def load_worker(config: EngineConfig) -> AdapterWorker:

@@ -3,7 +3,8 @@
 For choosing the worker's options: its own parts (assembler, replay, trainer, guard) learn from the records that an
 engine would have logged, without servers, and as fast as they can. The target answers stream prompts to learn from, and
 trial prompts to measure with (``benchmarks.adapt_prompts``), never evaluation prompts; the first run records them, in
-minutes. The whole head, greedy, four drafts a step; a draft's entries are made with the weights in force.
+minutes. The whole head, greedy, four drafts a step; a draft's entries are made with the weights in force. Every update
+counts as one that pays, unless ``pace.step_seconds`` is given.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.table import Table
 from adapters.aligner import KeyAligner
 from adapters.chains import Chains
 from adapters.records import Assembler
-from adapters.replay import teaches
+from adapters.replay import starts_chains, teaches
 from adapters.store import AdapterStore
 from adapters.trainer import make_trainer
 from benchmarks.adapt_prompts import STREAM_DOMAINS, read_stream, short, stream_and_trial
@@ -38,11 +39,13 @@ from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
 
 _KEY = "replay"
+_ALWAYS_PAYS = 1e30
 
 
 def configured(options: Sequence[str]) -> AdaptersConfig:
     """The defaults but for NAME=VALUE, e.g. ``log.context_tokens=0``."""
-    values: dict[str, object] = {}
+    # Every update pays: here steps come as fast as the machine is, so what pays would depend on what else it does.
+    values: dict[str, object] = {"pace": {"step_seconds": _ALWAYS_PAYS}}
     for option in options:
         name, _, value = option.partition("=")
         *sections, last = name.split(".")
@@ -70,11 +73,14 @@ class Replay:
     def serve(self, recording: Recording, name: str) -> None:
         """Log an answer's steps, and do what there is to do before the next one."""
         records = list(self._records(recording, name))
-        taught = [
-            (_KEY, r, teaches(r, self._config.log.kl_threshold, self._config.replay.sampled_share)) for r in records
-        ]
-        self._assembler.add(taught, self._reader)
-        for _, each, is_useful in taught:
+        replay = self._config.replay
+        are_teaching = [teaches(each, self._config.log.kl_threshold, replay.sampled_share) for each in records]
+        taught = list(zip(records, are_teaching, strict=True))
+        self._assembler.add(
+            [(_KEY, each, starts_chains(each, is_useful, replay.held_out_share)) for each, is_useful in taught],
+            self._reader,
+        )
+        for each, is_useful in taught:
             self.aligner.observe(each, is_useful)
         for _, segment in self._assembler.flush():
             self.aligner.add(segment)

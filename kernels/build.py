@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernels import targets
-from kernels.targets import TARGETS, Target, best_target
+from kernels.targets import SOURCES, TARGETS, Target, best_target, sources_hash
 
-SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-ignored-attributes"]
 
 
@@ -46,7 +45,7 @@ def build(compiler: list[str], target: Target) -> None:
     """
     with tempfile.TemporaryDirectory(dir=target.library.parent) as folder:
         output = Path(folder) / target.library.name
-        features = [f"-m{feature}" for feature in target.features]
+        features = [f"-m{feature}" for feature in target.features] + [f'-DEVO_SOURCES="{sources_hash()}"']
         sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
         subprocess.run([*compiler, *FLAGS, *features, *sources, "-o", str(output)], check=True)
         output.replace(target.library)

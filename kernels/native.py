@@ -11,12 +11,13 @@ import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.targets import TARGETS, best_target
+from kernels.targets import TARGETS, best_target, sources_hash
 
 BF16_FORMAT = 0
 """Number of the packed format that holds floating-point weights."""
@@ -42,7 +43,22 @@ def unsupported_reason() -> str | None:
     target = best_target()
     if target is None:
         return f"the CPU lacks {', '.join(TARGETS[-1].missing)}"
-    return None if target.library.exists() else f"{target.library.name} is not built (python -m kernels.build)"
+    if not target.library.exists():
+        return f"{target.library.name} is not built (python -m kernels.build)"
+    if _made_of(target.library) != sources_hash():  # whose structures may be others
+        return f"{target.library.name} is of other sources than these (python -m kernels.build)"
+    return None
+
+
+@functools.cache
+def _made_of(library: Path) -> str | None:
+    """Hash of a library's sources; None for one from before there was any."""
+    try:
+        name = ctypes.CDLL(str(library)).evo_sources
+    except AttributeError:
+        return None
+    name.restype = ctypes.c_char_p
+    return str(name().decode())
 
 
 @functools.cache

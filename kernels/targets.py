@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+
+SOURCES = Path(__file__).parent / "csrc"
 
 
 @dataclass(frozen=True)
@@ -48,3 +51,12 @@ TARGETS = (
 def best_target() -> Target | None:
     """The best that this machine runs; None where it runs none."""
     return next((target for target in TARGETS if not target.missing), None)
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Of the kernels' sources, as a library of them names it."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.iterdir()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -177,6 +177,10 @@ class TokenLogReader:
             self._has_pending = True
             raise TokenLogUnavailable(str(error)) from error
 
+    def rewind(self) -> None:
+        """Read again, from the next call on, whatever is not acknowledged."""
+        self._last_id, self._has_pending = b"0-0", True
+
     def acknowledge(self, records: Sequence[LoggedRecord]) -> None:
         """These are done with and will not be read again.
 
@@ -223,6 +227,8 @@ class TokenLogReader:
         records = []
         for entry_id, fields in entries:
             self._last_id = entry_id
+            if entry_id in self._to_acknowledge:
+                continue  # done with, as Redis could not be told yet
             if not fields:
                 self.num_trimmed += 1
                 self._to_acknowledge.append(entry_id)

@@ -36,7 +36,7 @@ _LOOK_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A verified draft: ``kept`` is what the output gets, chosen from the rows of the logits from ``first_row`` on."""
+    """A verified draft, or none: ``kept`` is what the output gets, chosen from the logits from ``first_row`` on."""
 
     sequence: ScheduledSequence
     kept: Sequence[int]
@@ -86,7 +86,8 @@ class VerifyLog:
 
     A step is logged whatever happened in it with the probability ``log.fair_share``; all steps of control requests
     are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
-    accepted. A request's first record brings along the tokens before it: its prompt, to which the draft attends.
+    accepted. A request's first record brings along the tokens before it: its prompt, to which the draft attends. From
+    then on steps without a draft teach too: it was not sure enough of one, which is where there is most to learn.
 
     Args:
         adapters: who drafted.
@@ -141,9 +142,9 @@ class VerifyLog:
             copied: requests whose drafts are not the draft's.
 
         Returns:
-            these tokens' ids [L, num_likely], best first; None for a step without drafts, for which there is no log.
+            these tokens' ids [L, num_likely], best first; None where there is nothing to log.
         """
-        steps = _drafted_steps(sequences, kept, copied)
+        steps = self._steps(sequences, kept, copied)
         if not steps:
             return None
         self._num_steps += len(steps)
@@ -210,6 +211,20 @@ class VerifyLog:
             records_dropped_by_redis=written.num_dropped_by_redis,
         )
 
+    def _steps(
+        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], copied: Collection[str]
+    ) -> list[_Step]:
+        """Of the sequences whose output says something about their drafts, or follows on what was logged."""
+        steps, end = [], 0
+        for sequence, tokens in zip(sequences, kept, strict=True):
+            end += sequence.num_logits
+            request_id, has_drafts = sequence.request.request_id, sequence.num_draft_tokens > 0
+            if tokens and (has_drafts or request_id in self._introduced):
+                step = _Step(sequence, tokens, end - sequence.num_sampled, has_drafts and request_id in copied)
+                if step.drafted or not has_drafts:
+                    steps.append(step)
+        return steps
+
     def _with_context(self, step: _Step) -> Piece:
         """The step's own tokens; the first time also those before."""
         piece, request = step.piece, step.sequence.request
@@ -226,7 +241,7 @@ class VerifyLog:
 
     def _teaches(self, step: _Step, values: NDArray[np.float32], ids: NDArray[np.int64]) -> bool:
         count = step.num_accepted
-        if count < len(step.drafted):
+        if count < len(step.drafted) or not step.drafted:
             return True
         is_drafted = ids[:count] == np.array(step.drafted)[:, None]
         drafted = np.where(is_drafted, values[:count], -np.inf).max(axis=1)
@@ -259,16 +274,3 @@ class VerifyLog:
             context=pack_ids(context),
             copied=step.copied,
         )
-
-
-def _drafted_steps(
-    sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], copied: Collection[str]
-) -> list[_Step]:
-    """Of the sequences whose output says something about their drafts."""
-    steps, end = [], 0
-    for sequence, tokens in zip(sequences, kept, strict=True):
-        end += sequence.num_logits
-        if tokens and sequence.num_draft_tokens:
-            first_row, was_copied = end - sequence.num_sampled, sequence.request.request_id in copied
-            steps.append(_Step(sequence, tokens, first_row, was_copied))
-    return [step for step in steps if step.drafted]

@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from redis import Redis
 
+from adapters.aligner import KeyAligner
 from adapters.pace import Pacer
+from adapters.records import Assembler
 from adapters.store import AdapterStore
 from adapters.worker import AdapterWorker
 from engine.adapters_config import AdaptersConfig, GuardConfig, LogConfig, PaceConfig, ReplayConfig, TrainingConfig
@@ -29,6 +32,7 @@ from engine.ipc.adapter_control import (
     decode_status,
     encode_command,
 )
+from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.weight_layout import WeightLayout
 from engine.models.lora import lora_layout
 from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
@@ -81,9 +85,11 @@ def make_config(directory: Path, url: str) -> AdaptersConfig:
     )
 
 
-def eager_worker(config: AdaptersConfig, draft: TinyDraft) -> AdapterWorker:
+def eager_worker(
+    config: AdaptersConfig, draft: TinyDraft, clock: Callable[[], float] = time.monotonic
+) -> AdapterWorker:
     """One that takes the machine, whoever else wants it."""
-    return AdapterWorker(config, draft.chains, draft.base, Pacer(config.pace, spare_cores=lambda: 99.0))
+    return AdapterWorker(config, draft.chains, draft.base, Pacer(config.pace, spare_cores=lambda: 99.0), clock)
 
 
 def step_until(worker: AdapterWorker, condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -241,20 +247,85 @@ def test_operators_are_obeyed(config: AdaptersConfig, draft: TinyDraft, answers:
 def test_keys_without_a_slot_give_way_and_return(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
 ) -> None:
-    """Three tenants, two slots: the one not heard of longest is swapped to disk, and comes back as it was."""
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    """Three tenants, two slots: one not heard of for long is swapped to disk, and comes back as it was."""
+    now = [0.0]
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft, lambda: now[0])
     serve_until_published(engine, worker, answers, 3)
     for tenant in ("second", "third"):
+        now[0] += 61.0
         engine.serve(answers[:2], tenant)
         step_until(worker, lambda tenant=tenant: tenant in statuses(config)[1])  # type: ignore[misc]
     step_until(worker, lambda: "t" not in statuses(config)[1])
     assert engine.version("t") == 0
     good = make_store(config, draft).load_state("t").good_revision
     assert good > 0
+    now[0] += 61.0
     engine.serve(answers[:2])
     step_until(worker, lambda: engine.version("t") > 0)
     step_until(worker, lambda: status(config).revision == good)
     assert engine.version("second") == engine.version("third") == 0
+    worker.close()
+
+
+def test_of_more_busy_keys_than_slots_some_keep_learning(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
+) -> None:
+    """Three tenants in turn, two slots: the first two have them, and nobody leaves."""
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    num_records = 0
+    for start in range(0, 60, 4):
+        for tenant in ("first", "second", "third"):
+            num_records += engine.serve(answers[start : start + 4], tenant)
+        for _ in range(4):
+            worker.step()
+        assert set(statuses(config)[1]) <= {"first", "second"}
+    assert num_records > 300
+    step_until(worker, lambda: statuses(config)[0].num_records == num_records)  # type: ignore[union-attr]
+    for tenant in ("first", "second"):
+        assert status(config, tenant).num_records > 100
+        assert status(config, tenant).num_updates > 0
+    command(config, "freeze", "third")
+    step_until(worker, lambda: make_store(config, draft).load_state("third").is_frozen)
+    worker.close()
+
+
+def test_log_is_read_to_its_end_however_much_there_is_to_learn(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    monkeypatch.setattr(KeyAligner, "wants_work", True)
+    monkeypatch.setattr(KeyAligner, "work", lambda _: None)
+    num_records = 0
+    while num_records < 2000:
+        num_records += engine.serve(answers[:8])
+    wait_for(lambda: engine.log.stats().num_written == num_records)
+    worker.step()
+    found = statuses(config)[0]
+    assert found is not None
+    assert (found.lag, found.num_records) == (0, num_records)
+    worker.close()
+
+
+def test_records_are_read_again_where_the_ring_failed(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    add, failures = Assembler.add, [SharedMemoryError("a test"), SharedMemoryError("a test")]
+
+    def add_or_fail(self: Assembler, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return add(self, *arguments)
+
+    monkeypatch.setattr(Assembler, "add", add_or_fail)
+    num_records = engine.serve(answers[:16])
+    assert num_records > 256
+    wait_for(lambda: engine.log.stats().num_written == num_records)
+    step_until(worker, lambda: status(config).num_records >= num_records, seconds=20)
+    for _ in range(3):
+        worker.step()
+    assert status(config).num_records == num_records
+    assert failures == []
     worker.close()
 
 
@@ -293,7 +364,8 @@ def test_killed_workers_leave_whole_versions(config: AdaptersConfig, draft: Tiny
     assert versions == sorted(set(versions))
     assert len([path for path in store_files(config, "revision-*") if path.suffix == ".safetensors"]) <= 3
     process = launch(config, draft)
-    wait_for(lambda: engine.channel.poll() > versions[-1])
+    # It may have to learn first: those killed before their version was watched have left none.
+    wait_for(lambda: engine.serve(answers[:6]) > 0 and engine.channel.poll() > versions[-1])
     wait_for(lambda: statuses(config)[0].pid == process.pid)  # type: ignore[union-attr]
     process.terminate()
     assert process.wait(20) == 0

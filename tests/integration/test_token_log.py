@@ -262,6 +262,21 @@ def test_acknowledgement_that_failed_is_made_up_for(
     assert valkey.redis.xpending(STREAM, "adapters")["pending"] == 0
 
 
+def test_what_is_not_acknowledged_is_read_again_where_the_reader_wants_that(
+    valkey: Valkey, token_log: TokenLog, reader: TokenLogReader
+) -> None:
+    """And not what was done with, whether Redis could be told so or not."""
+    write(token_log, 0, 12)
+    reader.acknowledge(reader.read(3))
+    second = reader.read(3)
+    with valkey.paused(), pytest.raises(TokenLogUnavailable):
+        reader.acknowledge(second)
+    assert numbers(reader.read(3)) == [6, 7, 8]
+    reader.rewind()
+    found = [number for _ in range(4) for number in numbers(reader.read(3))]
+    assert found == [6, 7, 8, 9, 10, 11]
+
+
 def test_useless_entries_are_counted_and_left_behind(
     valkey: Valkey, token_log: TokenLog, reader: TokenLogReader
 ) -> None:

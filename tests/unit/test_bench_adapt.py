@@ -17,6 +17,7 @@ from benchmarks.adapt_record import HELD_OUT, RETURN, STREAM
 from benchmarks.adapt_report import table
 from benchmarks.adapt_sides import Vocabularies, arguments, make_side
 from benchmarks.adapt_summary import length, lost_share, paired, ratio, ratio_error, smoothed, speed, summary
+from benchmarks.alignment_replay import configured
 from benchmarks.prompts.build import EVAL_PATH, Prompt, read
 from benchmarks.speculation_sides import Drafting
 from server.settings import load_settings
@@ -38,6 +39,12 @@ def answer(side: str = "a", steps: int = 10, accepted: int = 10, **labels: Any) 
 def record(part: str, sides: list[str], **content: Any) -> dict[str, Any]:
     plan = {"part": part, "sides": sides, "domains": ["law", "code"], "model": "m", "max_tokens": 8}
     return {"plan": plan, "answers": [], "states": [], "runs": []} | content
+
+
+def test_offline_updates_pay_unless_the_price_of_a_step_is_given() -> None:
+    assert configured([]).pace.step_seconds > 1e9
+    given = configured(["pace.step_seconds=0.02", "log.context_tokens=0"])
+    assert (given.pace.step_seconds, given.log.context_tokens) == (0.02, 0)
 
 
 def test_no_stream_prompt_is_or_quotes_an_evaluation_prompt() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import msgspec
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.random import Generator
 from test_replay import record
 
 from adapters.guard import Acceptance, Guard, Verdict, judge
@@ -15,72 +19,95 @@ from adapters.pace import Pacer
 from adapters.scoring import Score
 from adapters.trigger import UpdateTrigger
 from engine.adapters_config import GuardConfig, PaceConfig
+from engine.ipc.verify_record import VerifyRecord
 
 CONFIG = GuardConfig()
 ACCEPTED, REFUSED = record(1, [1, 2, 3, 4], 2), record(1, [1, 2], 0)
-FAIR = {
-    (version, is_right): msgspec.structs.replace(
-        ACCEPTED if is_right else REFUSED, draft_version=version, is_gated=False
-    )
-    for version in (0, 1, 2)
-    for is_right in (False, True)
-}
+SPREAD = 0.15
+"""Standard deviation of acceptance over requests: the text of some is easier."""
+CLIENTS = 4
 
 
-def watched(before: float, now: float, control: float, seed: int, steps: int = 4 * CONFIG.watched_records) -> int:
+def fair(version: int, is_right: bool, request_id: str = "r") -> VerifyRecord:
+    like = ACCEPTED if is_right else REFUSED
+    return msgspec.structs.replace(like, draft_version=version, is_gated=False, request_id=request_id)
+
+
+def traffic(version: int, rate: float, base: float, control_share: float, chance: Generator) -> Iterator[VerifyRecord]:
+    """Steps of some clients' requests, about 50 each, those of control requests by the base draft (version 0)."""
+    live: dict[int, tuple[str, int, float, int]] = {}
+    for number in itertools.count():
+        client = int(chance.integers(CLIENTS))
+        if client not in live:
+            is_control = chance.random() < control_share
+            ease = chance.normal(base if is_control else rate, SPREAD if min(base, rate) > SPREAD else 0.0)
+            live[client] = f"{version}-{number}", 0 if is_control else version, ease, 1 + int(chance.poisson(49))
+        request_id, drafted_by, ease, left = live.pop(client)
+        yield fair(drafted_by, chance.random() < ease, request_id)
+        if left > 1:
+            live[client] = request_id, drafted_by, ease, left - 1
+
+
+def watched(before: float, now: float, base: float, seed: int, steps: int = 2048, control_share: float = 0.05) -> int:
     """Records of the version in force until it is taken back; 0: it is not."""
     guard, chance = Guard(CONFIG), np.random.default_rng(seed)
     guard.watch(1)
-    for is_right in chance.random(CONFIG.watched_records) < before:
-        guard.observe(FAIR[1, bool(is_right)])
+    for one in itertools.islice(traffic(1, before, base, control_share, chance), CONFIG.watched_records):
+        guard.observe(one)
     guard.watch(2)
-    mine, theirs = chance.random(steps) < now, chance.random(steps) < control
-    for step in range(steps):
-        if step % 4 == 0:
-            guard.observe(FAIR[0, bool(theirs[step])])
-        if guard.observe(FAIR[2, bool(mine[step])]):
-            return step + 1
-    return 0
+    of_version = 0
+    for one in traffic(2, now, base, control_share, chance):
+        of_version += one.draft_version == 2
+        if guard.observe(one):
+            return of_version
+        if of_version == steps:
+            return 0
+    raise AssertionError("traffic has no end")
 
 
 def test_an_equal_version_is_hardly_ever_taken_back() -> None:
-    """Four times the watched records, 64 looks: less than one version in a hundred, a better one never."""
-    alarms = sum(watched(0.5, 0.5, 0.5, seed) > 0 for seed in range(300))
-    assert alarms <= 3
-    assert sum(watched(0.5, 0.6, 0.5, seed) > 0 for seed in range(100)) == 0
+    """Four times the watched records, 64 looks: in none of 300 runs, with five times the controls in 7.
+
+    Where steps were taken for independent, in 20 of 100. Eight times as many looks, in 8 of 100.
+    """
+    assert sum(watched(0.55, 0.55, 0.55, seed) > 0 for seed in range(100)) <= 2
+    assert sum(watched(0.55, 0.55, 0.55, seed, control_share=0.25) > 0 for seed in range(50)) <= 3
+    assert sum(watched(0.5, 0.6, 0.5, seed) > 0 for seed in range(50)) == 0
 
 
 def test_harder_traffic_is_no_fault_of_the_version() -> None:
     """Everything falls by a tenth, base and adapter alike."""
-    assert sum(watched(0.6, 0.5, 0.5, seed) > 0 for seed in range(100)) <= 1
+    assert sum(watched(0.6, 0.5, 0.5, seed) > 0 for seed in range(50)) <= 2
 
 
 def test_bad_versions_are_taken_back_soon() -> None:
-    broken = [watched(0.5, 0.02, 0.4, seed) for seed in range(50)]
-    assert all(0 < found <= 64 for found in broken)
-    worse_than_base = [watched(0.5, 0.3, 0.5, seed) for seed in range(50)]
-    assert all(worse_than_base)
-    assert np.median(worse_than_base) <= 512
+    broken = [watched(0.55, 0.05, 0.55, seed) for seed in range(50)]
+    assert all(0 < found <= 256 for found in broken)
+    worse_than_base = [watched(0.55, 0.3, 0.55, seed, steps=4096, control_share=0.25) for seed in range(50)]
+    assert sum(found > 0 for found in worse_than_base) >= 45
+    assert np.median(worse_than_base) <= 1500
 
 
 def test_only_fair_records_of_the_version_in_force_count() -> None:
     guard = Guard(CONFIG)
     guard.watch(2)
-    guard.observe(FAIR[1, False])
-    guard.observe(msgspec.structs.replace(FAIR[2, False], is_gated=True))
-    guard.observe(msgspec.structs.replace(FAIR[2, True], drafted=(), num_accepted=0))
-    guard.observe(msgspec.structs.replace(FAIR[2, True], copied=True))
+    guard.observe(fair(1, False))
+    guard.observe(msgspec.structs.replace(fair(2, False), is_gated=True))
+    guard.observe(msgspec.structs.replace(fair(2, True), drafted=(), num_accepted=0))
+    guard.observe(msgspec.structs.replace(fair(2, True), copied=True))
     assert (guard.num_watched, guard.acceptance, guard.control) == (0, Acceptance(), Acceptance())
-    guard.observe(FAIR[2, True])
-    guard.observe(FAIR[0, False])
-    assert (guard.acceptance, guard.control) == (Acceptance(1, 1), Acceptance(0, 1))
+    guard.observe(fair(2, True))
+    guard.observe(fair(0, False))
+    assert (guard.acceptance, guard.control) == (Acceptance(((1, 1),)), Acceptance(((0, 1),)))
     assert not guard.may_be_followed
 
 
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_few_records_prove_nothing(right: int, wrong: int) -> None:
-    few, many = Acceptance(0, 31), Acceptance(right, right + wrong)
-    assert not few.is_below(many, 0.0, 3.0)
+    many = Acceptance(((right, right + wrong),) * 8)
+    for few in (Acceptance(((0, 1),) * 31), Acceptance(((0, 1000),) * 3)):
+        assert not few.is_below(many, 0.0, 3.0)
+        assert not many.is_below(few, 0.0, 3.0)
     assert not many.is_below(many, 0.0, 3.0)
 
 
@@ -138,20 +165,21 @@ def test_version_better_than_a_bad_one_must_not_be_worse_than_the_base() -> None
 def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -> None:
     clock = [0.0]
     trigger = UpdateTrigger(PaceConfig(), batch_positions=64, clock=lambda: clock[0])
-    assert not trigger.wants_update(63)
-    assert trigger.wants_update(64)
+    assert not trigger.wants_update(63, 63)
+    assert trigger.wants_update(64, 64)
     for _ in range(120):  # ten steps a second
         clock[0] += 1
         trigger.observe_steps(10)
     trigger.observe_update(2.0)
     trigger.observe_acceptance(0.6)
-    assert trigger.wants_update(64)  # 0.05 · 10 · 600 · 0.02 = 6 s > 2 s
+    assert trigger.wants_update(64, 64)  # 0.05 · 10 · 600 · 0.02 = 6 s > 2 s
     for _ in range(20):
         trigger.observe_score(0.0, 8)
-    assert not trigger.wants_update(64 * 63)
-    assert trigger.wants_update(64 * 64)
+    assert not trigger.wants_update(64 * 63, 64 * 63)
+    assert trigger.wants_update(64, 64 * 64)
+    assert not trigger.wants_update(63, 64 * 64)
     trigger.observe_acceptance(0.5)
-    assert trigger.wants_update(64)
+    assert trigger.wants_update(64, 64)
 
 
 def test_training_takes_no_more_than_its_share_of_a_busy_machine() -> None:

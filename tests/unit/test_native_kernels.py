@@ -402,3 +402,11 @@ print(kept_thresholds(logits, torch.ones(1), limits).item())
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.strip() == "inf"
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after an update without a build: its structures may be laid out otherwise."""
+    monkeypatch.setattr(native, "sources_hash", lambda: "others")
+    assert "other sources" in str(native.unsupported_reason())
+    with pytest.raises(RuntimeError, match="other sources"):
+        Team(1)

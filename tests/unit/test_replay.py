@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.chains import collate
+from adapters.curriculum_loss import CurriculumLoss
 from adapters.records import Assembler, Segment
-from adapters.replay import ReplayBuffer, is_held_out, teaches
+from adapters.replay import ReplayBuffer, is_held_out, starts_chains, teaches
 from engine.adapters_config import ReplayConfig
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
 from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k
@@ -41,6 +43,10 @@ def buffer(**options: object) -> ReplayBuffer:
     return ReplayBuffer(ReplayConfig.model_validate(settings))
 
 
+def num_segments(replay: ReplayBuffer) -> int:
+    return len(replay._recent) + len(replay._history) + len(replay.held_out)
+
+
 def names(segments: list[Segment]) -> list[str]:
     return [s.request_id for s in segments]
 
@@ -53,7 +59,7 @@ def test_memory_is_bounded(count: int, recent: int, history: int) -> None:
         replay.add(segment(str(number)))
         if number % 7 == 0:
             replay.take(5, 0.5)
-    assert replay.num_segments <= recent + history + 3
+    assert num_segments(replay) <= recent + history + 3
 
 
 def test_held_out_requests_are_never_trained_on_and_always_the_same() -> None:
@@ -91,7 +97,7 @@ def test_updates_take_new_segments_once_and_old_ones_beside_them() -> None:
         replay.add(segment(str(number)))
     assert replay.num_new_positions == 15
     assert names(replay.take(10, 0.0)) == ["0", "1"]
-    assert replay.num_new_positions == 5
+    assert (replay.num_new_positions, replay.num_arrived_positions) == (5, 0)
     batch = names(replay.take(10, 0.5))
     assert batch[0] == "2"
     assert set(batch[1:]) <= {"0", "1"}
@@ -115,7 +121,7 @@ def test_papers_policy_forgets_at_each_update() -> None:
     for number in range(5):
         replay.add(segment(str(number)))
     assert names(replay.take(10, 0.5)) == ["0", "1", "2", "3", "4"]
-    assert replay.num_segments == 0
+    assert num_segments(replay) == 0
 
 
 def test_papers_policy_forgets_what_it_had_no_room_for_too() -> None:
@@ -125,7 +131,7 @@ def test_papers_policy_forgets_what_it_had_no_room_for_too() -> None:
         replay.add(segment(str(number)))
     assert names(replay.take(10, 0.5)) == ["3", "4"]
     assert not replay.has_older
-    assert replay.num_segments == 0
+    assert num_segments(replay) == 0
 
 
 def record(position: int, tokens: list[int], accepted: int, slot: int = 0, generation: int = 0) -> VerifyRecord:
@@ -158,11 +164,30 @@ def record(position: int, tokens: list[int], accepted: int, slot: int = 0, gener
 def test_gate_keeps_what_teaches() -> None:
     whole = record(1, [1, 2, 3, 4], 2)
     assert teaches(record(1, [1, 2, 3], 1), 1.0, 0.0)
+    assert teaches(msgspec.structs.replace(record(1, [1, 2], 0), drafted=()), 1.0, 0.0)
     assert not teaches(whole, 1.0, 0.0)
     assert teaches(whole, 0.001, 0.0)
     assert teaches(whole, 1.0, 1.0)
     by_lot = [teaches(msgspec.structs.replace(whole, position=p), 1.0, 0.2) for p in range(1000)]
     assert 150 < sum(by_lot) < 250
+
+
+def test_scores_are_of_all_that_is_logged_whatever_happens(tmp_path: Path) -> None:
+    """A held-out request's fully accepted steps count, though nothing is to be learned from them."""
+    share = 0.5
+    held_out, trained_on = (
+        next(name for name in map(str, range(99)) if is_held_out(name, share) is wanted) for wanted in (True, False)
+    )
+    log = Log(tmp_path / "ring")
+    for is_gated in (False, True):
+        for name in (held_out, trained_on):
+            made = msgspec.structs.replace(log.step(2), request_id=name, is_gated=is_gated)
+            is_start = starts_chains(made, teaches(made, kl_threshold=1.0, sampled_share=0.0), share)
+            log.add(made, is_teaching=is_start)
+    [(_, s)] = log.assembler.flush()
+    assert s.request_id == held_out
+    assert s.anchors.tolist() == [True] * 3 + [False] * 3
+    assert starts_chains(msgspec.structs.replace(made, request_id=trained_on), True, share)
 
 
 class Log:
@@ -251,6 +276,17 @@ def test_features_that_are_no_numbers_are_left_out(tmp_path: Path, value: float)
     assert (log.assembler.num_lapsed, log.assembler.num_unusable) == (0, 1)
 
 
+def test_step_without_a_draft_leaves_no_hole(tmp_path: Path) -> None:
+    log = Log(tmp_path / "ring")
+    steps = [log.step(2), msgspec.structs.replace(log.step(0), drafted=()), log.step(1)]
+    log.add(*steps)
+    [(_, s)] = log.assembler.flush()
+    assert s.positions.tolist() == list(range(6))
+    assert s.anchors.all()
+    assert s.refused[3] == -1
+    assert collate([s], 3).mask.sum(1).tolist() == [3, 3, 3, 3, 2, 1]
+
+
 def test_what_does_not_teach_is_context_only(tmp_path: Path) -> None:
     log = Log(tmp_path / "ring")
     log.add(log.step(2), is_teaching=False)
@@ -270,3 +306,17 @@ def test_chains_stop_at_gaps_and_at_unknown_targets() -> None:
     )
     assert batch.mask.sum(1).tolist() == [3, 2, 1, 1]
     assert batch.starts.tolist() == [0, 1, 2, 3]
+
+
+def test_damaged_targets_do_not_damage_the_gradient() -> None:
+    """A row of no numbers within a chain, one of infinities, and steps behind the segment's end."""
+    logits = torch.zeros(5, K, dtype=torch.float16)
+    logits[2], logits[4] = torch.nan, torch.inf
+    one = segment("a", 5)
+    batch = collate([dataclasses.replace(one, top_logits=logits, anchors=torch.arange(5) < 2)], 6)
+    draft = torch.randn(*batch.mask.shape, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for temperature in (0.5, 1.0, 2.0):
+        loss = CurriculumLoss(0.3, temperature)(draft, batch.top_ids, batch.top_logits, batch.mask)
+        (gradient,) = torch.autograd.grad(loss, draft)
+        assert gradient.isfinite().all()
+        assert gradient[batch.mask].any(-1).all()

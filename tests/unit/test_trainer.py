@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from adapters import trainer as trainer_module
 from adapters.aligner import KeyAligner
+from adapters.chains import ChainBatch, collate
 from adapters.store import AdapterStore
 from adapters.trainer import LoraTrainer, OsdTrainer
 from adapters.trigger import UpdateTrigger
@@ -49,9 +53,21 @@ def test_first_updates_of_the_whole_draft_are_short_too(tmp_path: Path) -> None:
         trainer.load(trainer.published())
 
 
-def test_each_batch_of_new_positions_is_learned_from_several_times(
+def test_update_costs_what_it_computes_however_busy_the_machine_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def collate_late(*arguments: Any) -> ChainBatch:
+        time.sleep(1.0)
+        return collate(*arguments)
+
+    monkeypatch.setattr(trainer_module, "collate", collate_late)
+    tiny = TinyDraft.make(tmp_path)
+    segments = [answer.segment() for answer in DriftingTraffic(tiny.chains).answers(2)]
+    for kind in (LoraTrainer, OsdTrainer):
+        assert 0 < kind(tiny.chains, AdaptersConfig(rank=4), "key", tiny.base).update(segments).seconds < 1.0
+
+
+def test_each_batch_of_new_positions_brings_several_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as that pays."""
     tiny = TinyDraft.make(tmp_path)
     training = TrainingConfig(batch_positions=64, updates_per_batch=3, updates_per_version=1000)
@@ -60,16 +76,17 @@ def test_each_batch_of_new_positions_is_learned_from_several_times(
     aligner = KeyAligner("key", tiny.chains, trainer, AdapterStore(tmp_path / "store", trainer.layout), config)
     traffic = DriftingTraffic(tiny.chains)
 
-    def updates_of_new_answers() -> int:
+    def updates_of_new_answers(count: int) -> int:
         before = aligner.state.num_updates
-        for number, answer in enumerate(traffic.answers(2)):
+        for number, answer in enumerate(traffic.answers(count)):
             aligner.add(answer.segment(str(number)))
         while aligner.wants_work:
             aligner.work()
         return aligner.state.num_updates - before
 
     monkeypatch.setattr(UpdateTrigger, "pays", True)
-    assert updates_of_new_answers() == 3
-    assert updates_of_new_answers() == 3
+    assert updates_of_new_answers(2) == 3
+    assert updates_of_new_answers(2) == 3
     monkeypatch.setattr(UpdateTrigger, "pays", False)
-    assert updates_of_new_answers() == 1
+    assert updates_of_new_answers(2) == 0
+    assert updates_of_new_answers(2) == 1

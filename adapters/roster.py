@@ -1,0 +1,66 @@
+"""Which adapter keys have an aligner: as many as the engine has slots."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+import structlog
+
+from adapters.aligner import KeyAligner
+
+log = structlog.get_logger(__name__)
+
+_IDLE_SECONDS = 60.0
+
+
+class Roster:
+    """The aligners by key. One leaves for a newcomer only when its key was silent for a minute.
+
+    If the one heard of least recently always made room, then of more busy keys than slots each would leave before it
+    had learned anything.
+
+    Args:
+        num_slots: most aligners at a time.
+        make: an aligner for a key.
+        leave: told which aligner has left.
+        clock: for tests.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        make: Callable[[str], KeyAligner],
+        leave: Callable[[str, KeyAligner], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._num_slots, self._make, self._leave, self._clock = num_slots, make, leave, clock
+        self.aligners: OrderedDict[str, KeyAligner] = OrderedDict()
+        """Least recently heard of first."""
+        self._heard_at: dict[str, float] = {}
+        self._turned_away: set[str] = set()
+
+    def hear(self, key: str) -> KeyAligner | None:
+        """The aligner of a key that is heard of now; None: there is no room for one."""
+        if key not in self.aligners:
+            if not self._has_room():
+                if key not in self._turned_away:
+                    log.warning("no slot for an adapter, its records are left out", key=key)
+                    self._turned_away.add(key)
+                return None
+            self._turned_away.discard(key)
+            self.aligners[key] = self._make(key)
+        self.aligners.move_to_end(key)
+        self._heard_at[key] = self._clock()
+        return self.aligners[key]
+
+    def _has_room(self) -> bool:
+        """Whether there is room for another key, made if that is possible."""
+        if len(self.aligners) < self._num_slots:
+            return True
+        key = next(iter(self.aligners))
+        if self._clock() - self._heard_at[key] < _IDLE_SECONDS:
+            return False
+        self._leave(key, self.aligners.pop(key))
+        return True

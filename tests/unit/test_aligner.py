@@ -1,0 +1,163 @@
+"""What a key's aligner decides while the engine still drafts with what was in force before, and when it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_guard import fair
+from test_replay import segment
+
+from adapters import aligner as aligner_module
+from adapters.aligner import KeyAligner
+from adapters.guard import Verdict
+from adapters.store import AdapterStore
+from adapters.trainer import LoraTrainer, Update
+from adapters.trigger import UpdateTrigger
+from engine.adapters_config import AdaptersConfig, GuardConfig, ReplayConfig, TrainingConfig
+from tests.drifting_traffic import DriftingTraffic, TinyDraft
+
+REQUESTS = 8
+NEVER = 1_000_000
+EAGER = AdaptersConfig(
+    rank=4,
+    training=TrainingConfig(updates_per_version=1),
+    guard=GuardConfig(min_held_out=1, min_watched=32, watched_records=256),
+    replay=ReplayConfig(held_out_share=0.5),
+)
+PATIENT = AdaptersConfig(
+    rank=4,
+    training=TrainingConfig(updates_per_version=NEVER),
+    replay=ReplayConfig(held_out_share=1e-9),
+)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> TinyDraft:
+    return TinyDraft.make(tmp_path_factory.mktemp("aligner"))
+
+
+class Key:
+    """An aligner, its store and its traffic."""
+
+    def __init__(self, draft: TinyDraft, directory: Path, config: AdaptersConfig) -> None:
+        self.trainer = LoraTrainer(draft.chains, config, "key", draft.base)
+        self.store = AdapterStore(directory, self.trainer.layout)
+        self.aligner = KeyAligner("key", draft.chains, self.trainer, self.store, config)
+        self.answers = DriftingTraffic(draft.chains).answers(8)
+        self.aligner.published(0)
+
+    def observe(self, version: int, is_right: bool, count: int) -> None:
+        for number in range(count):
+            self.aligner.observe(fair(version, is_right, f"{version}-{number % REQUESTS}"), True)
+
+    def decide(self) -> None:
+        """Learn from new answers, and put in force what comes of it."""
+        before = self.aligner.revision
+        for number, answer in enumerate(self.answers):
+            self.aligner.add(answer.segment(f"{number}"))
+        for _ in range(2):
+            assert self.aligner.wants_work
+            self.aligner.work()
+        assert self.aligner.revision > before
+        assert self.aligner.is_unpublished
+
+
+@pytest.fixture
+def key(draft: TinyDraft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Key:
+    """Of an aligner that publishes all that it scores."""
+    monkeypatch.setattr(aligner_module, "judge", lambda *_: (Verdict.PUBLISH, "a test"))
+    monkeypatch.setattr(UpdateTrigger, "pays", True)
+    return Key(draft, tmp_path, EAGER)
+
+
+def test_revision_is_not_good_before_it_was_published(key: Key) -> None:
+    key.decide()
+    key.aligner.tick()
+    assert key.aligner.state.good_revision == 0
+    key.aligner.published(1)
+    key.aligner.tick()
+    assert key.aligner.state.good_revision == 0
+    key.observe(1, True, 256)
+    key.aligner.tick()
+    assert key.aligner.state.good_revision == 1
+
+
+def test_revision_is_not_blamed_for_the_one_before_it(key: Key) -> None:
+    """Nor followed before anything is known of it."""
+    key.observe(0, True, 256)
+    key.decide()
+    key.aligner.published(1)
+    key.observe(1, True, 32)
+    key.decide()
+    key.observe(1, False, 256)
+    key.aligner.add(key.answers[0].segment("0"))
+    assert not key.aligner._may_judge
+    assert (key.aligner.revision, key.aligner.state.num_rolled_back) == (2, 0)
+    assert key.store.load("key", 2) is not None
+
+
+def test_bad_revision_is_taken_back_once(key: Key) -> None:
+    """Its records that are still on their way do not take the good one back as well."""
+    key.observe(0, True, 256)
+    key.decide()
+    key.aligner.published(1)
+    key.observe(1, True, 256)
+    key.decide()
+    key.aligner.published(2)
+    key.observe(2, False, 256)
+    assert (key.aligner.revision, key.aligner.state.good_revision, key.aligner.state.num_rolled_back) == (1, 1, 1)
+    assert key.store.load("key", 1) is not None
+    assert key.store.load("key", 2) is None
+
+
+def test_worker_killed_while_it_publishes_finds_a_good_revision(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in (1, 2):
+        key.decide()
+        key.aligner.published(version)
+        key.observe(version, True, 256)
+    key.aligner.tick()
+    assert key.store.load_state("key").good_revision == 2
+
+    def keep_only_and_die(store: AdapterStore, key: str, revisions: set[int]) -> None:
+        keep_only(store, key, revisions)
+        raise KeyboardInterrupt
+
+    keep_only = AdapterStore.keep_only
+    monkeypatch.setattr(AdapterStore, "keep_only", keep_only_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        key.decide()
+    state = key.store.load_state("key")
+    assert (state.good_revision, state.last_revision) == (2, 3)
+
+
+def test_key_that_learns_nothing_is_tried_now_and_then_however_little_is_kept(
+    draft: TinyDraft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """44,000 positions, of which the replay keeps 1,760 that are new."""
+    key = Key(draft, tmp_path, PATIENT)
+    monkeypatch.setattr(UpdateTrigger, "pays", False)
+    monkeypatch.setattr(key.trainer, "update", lambda _: Update(loss=1.0, num_positions=110, seconds=1.0))
+    key.aligner._trigger._patience = 64
+    for number in range(400):
+        key.aligner.add(segment(str(number), 110))
+        while key.aligner.wants_work:
+            key.aligner.work()
+    assert 1 <= key.aligner.state.num_updates <= 20
+
+
+def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft, tmp_path: Path) -> None:
+    key = Key(draft, tmp_path, PATIENT)
+    key.aligner._trigger._patience = 64
+
+    def serve(tenths: int) -> None:
+        for number in range(50):
+            for step in range(10):
+                key.aligner.observe(fair(0, step < tenths, str(number)), True)
+
+    serve(6)
+    key.aligner.tick()
+    assert key.aligner._trigger._patience == 64
+    serve(4)
+    key.aligner.tick()
+    assert key.aligner._trigger._patience == 1
