@@ -1,11 +1,10 @@
 # syntax=docker/dockerfile:1
 # Build: docker build -t evospec .          (CPU)
-#        docker build -t evospec --build-arg TORCH_INDEX_URL= --build-arg EXTRAS=[gpu] .   (CUDA build of torch)
+# For GPUs this image is no base: Triton and flashinfer compile at run time, with a C compiler and the CUDA toolkit.
 # Run:   docker run -p 8000:8000 -e EVOSPEC_AUTH__KEYS=TENANT=HASH -v evospec-models:/var/lib/evospec evospec
 
 FROM python:3.11-slim AS builder
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-ARG EXTRAS=
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/evospec
 ENV PATH=/opt/evospec/bin:$PATH
@@ -20,7 +19,7 @@ COPY adapters adapters
 COPY drafts drafts
 # Without a compiler the build of the kernels only warns, and the server would fall back to plain torch: not in an image.
 RUN python -m kernels.build --all && ls kernels/_native_avx2.so kernels/_native_avx512.so \
-    && pip install --no-cache-dir ".$EXTRAS"
+    && pip install --no-cache-dir .
 
 FROM python:3.11-slim
 RUN useradd --system --uid 10001 --home-dir /var/lib/evospec --create-home evospec

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -93,6 +94,8 @@ class AlignmentMetrics:
         self._worker_up.set(is_up)
         for gauge in self._of_key.values():
             gauge.clear()
+        for gauge in (self._worker_paused, self._worker_lag, *self._worker.values()):
+            gauge.set(math.nan)  # not its last value as if it were there
         if worker is None or not is_up:
             return
         self._worker_paused.set(worker.is_paused)

@@ -201,7 +201,9 @@ class Generation:
         if output.finish_reason in ("error", "abort"):
             raise _engine_error(output)
         if not self._keep_output:
-            output = msgspec.structs.replace(output, token_ids=[], logprobs=None, finish_reason="length")
+            output = msgspec.structs.replace(
+                output, token_ids=[], logprobs=None, finish_reason="length", stop_reason=None
+            )
         if output.session_snapshot is not None:
             self._session_snapshots.append(output.session_snapshot)
         choice = self._choices[output.request_id]

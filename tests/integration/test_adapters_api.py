@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -159,3 +160,4 @@ async def test_metrics(serve: Any, redis: Redis) -> None:
         found = samples((await api.client.get("/metrics")).text)
         assert found["evospec:alignment_worker_up", ""] == 0
         assert ("evospec:alignment_adapter_acceptance", "law") not in found
+        assert math.isnan(found["evospec:alignment_worker_lag_records", ""])
