@@ -39,17 +39,20 @@ class Roster:
         self.aligners: OrderedDict[str, KeyAligner] = OrderedDict()
         """Least recently heard of first."""
         self._heard_at: dict[str, float] = {}
-        self._turned_away: set[str] = set()
+        self.num_turned_away = 0
+        """Times that there was no room."""
+        self._has_warned = False
 
     def hear(self, key: str) -> KeyAligner | None:
         """The aligner of a key that is heard of now; None: there is no room for one."""
         if key not in self.aligners:
             if not self._has_room():
-                if key not in self._turned_away:
-                    log.warning("no slot for an adapter, its records are left out", key=key)
-                    self._turned_away.add(key)
+                self.num_turned_away += 1
+                if not self._has_warned:
+                    log.warning("more busy adapter keys than slots, records are left out", key=key)
+                    self._has_warned = True
                 return None
-            self._turned_away.discard(key)
+            self._has_warned = False
             self.aligners[key] = self._make(key)
         self.aligners.move_to_end(key)
         self._heard_at[key] = self._clock()

@@ -235,6 +235,7 @@ class AdapterWorker:
             num_lapsed=self._assembler.num_lapsed,
             num_unusable=self._assembler.num_unusable + self._reader.num_rejected,
             num_trimmed=self._reader.num_trimmed,
+            num_without_slot=self._roster.num_turned_away,
             is_attached=self._bank.is_attached,
             is_paused=self._is_paused,
             resident_bytes=_resident_bytes(),

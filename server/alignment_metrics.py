@@ -25,6 +25,7 @@ _WORKER_GAUGES = {
     "num_lapsed": "Records whose features were overwritten before they were read.",
     "num_unusable": "Records that could not be used.",
     "num_trimmed": "Records that left the stream before they were read.",
+    "num_without_slot": "Records of keys for which there was no slot.",
     "resident_bytes": "Memory of the worker.",
 }
 _KEY_GAUGES = {

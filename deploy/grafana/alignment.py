@@ -88,8 +88,8 @@ _LOG: list[Panel] = [
     timeseries("Records lost to the worker/s", "short",
                *((f"sum(rate({_WORKER}num_{name}[$__rate_interval]))", about) for name, about in
                  (("lapsed", "lapsed: features overwritten"), ("trimmed", "trimmed from the stream"),
-                  ("unusable", "unusable"))),
-               about="Lapsed: raise log.ring_rows; trimmed: raise log.max_records."),
+                  ("without_slot", "no slot for their key"), ("unusable", "unusable"))),
+               about="Lapsed: raise log.ring_rows; trimmed: raise log.max_records; no slot: raise num_slots."),
     timeseries("Worker memory", "bytes", (f"sum({_WORKER}resident_bytes)", "resident"),
                about="Model parts, replay of each key, optimiser."),
 ]  # fmt: skip

@@ -93,6 +93,8 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_unusable: int
     """Records that contradict themselves or are of another model."""
     num_trimmed: int
+    num_without_slot: int
+    """Records of keys for which there was no slot."""
     is_attached: bool
     """Whether there is a weight channel to publish in."""
     is_paused: bool

@@ -284,6 +284,7 @@ def test_of_more_busy_keys_than_slots_some_keep_learning(
     for tenant in ("first", "second"):
         assert status(config, tenant).num_records > 100
         assert status(config, tenant).num_updates > 0
+    assert statuses(config)[0].num_without_slot > 100  # type: ignore[union-attr]
     command(config, "freeze", "third")
     step_until(worker, lambda: make_store(config, draft).load_state("third").is_frozen)
     worker.close()

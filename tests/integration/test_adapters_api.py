@@ -47,6 +47,7 @@ def worker_status(updated_at: float) -> WorkerStatus:
         num_lapsed=0,
         num_unusable=0,
         num_trimmed=0,
+        num_without_slot=3,
         is_attached=True,
         is_paused=False,
         resident_bytes=1024,
@@ -154,6 +155,7 @@ async def test_metrics(serve: Any, redis: Redis) -> None:
         assert found["evospec:alignment_records_dropped_by_queue_total", ""] == 1
         assert found["evospec:alignment_worker_up", ""] == 1
         assert found["evospec:alignment_worker_lag_records", ""] == 12
+        assert found["evospec:alignment_worker_num_without_slot", ""] == 3
         assert found["evospec:alignment_adapter_acceptance", "law"] == 0.5
         assert ("evospec:alignment_adapter_loss", "law") not in found
         redis.hset(STATUS_KEY, mapping=encode_status(worker_status(time.time() - 60), adapters))  # type: ignore[arg-type]
