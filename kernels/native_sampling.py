@@ -143,13 +143,6 @@ def draft_top_k(
     return values, chosen
 
 
-def argmax_rows(logits: torch.Tensor, team: Team | None) -> torch.Tensor:
-    """As ``kernels.argmax``, [N] int64."""
-    out = torch.empty(len(logits), dtype=torch.int64)
-    load_library().evo_argmax(_handle(team), _rows(logits), address(out))
-    return out
-
-
 def logsumexp_rows(logits: torch.Tensor, team: Team | None) -> torch.Tensor:
     """[N] float64: log of the sum of exp(logit)."""
     out = torch.empty(len(logits), dtype=torch.float64)

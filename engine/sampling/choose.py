@@ -62,7 +62,7 @@ def choose_tokens(
         allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all).
     """
     if token_ids is None and allowed is None and all_greedy(params):
-        return argmax_rows(logits, team)
+        return argmax_rows(logits)
     device = logits.device
     allowed = None if allowed is None else allowed.to(device)
     temperatures = torch.tensor([warmth(p) for p in params], dtype=torch.float32, device=device)

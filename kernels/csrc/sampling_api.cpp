@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "argmax.h"
 #include "gumbel.h"
 #include "rows.h"
 #include "tails.h"
@@ -16,8 +15,6 @@ extern "C" {
 void evo_gumbel_argmax(Team* team, const LogitRows* logits, const GumbelRows* how, int64_t* out) {
   gumbel_argmax(team, *logits, *how, out);
 }
-
-void evo_argmax(Team* team, const LogitRows* logits, int64_t* out) { argmax(team, *logits, out); }
 
 void evo_kept_thresholds(Team* team, const LogitRows* logits, const TruncationRows* limits, float* out) {
   kept_thresholds(team, *logits, *limits, out);

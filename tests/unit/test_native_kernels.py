@@ -26,7 +26,6 @@ from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from engine.text.tokenizer import Tokenizer
 from kernels import native
-from kernels.argmax import argmax_rows
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, linear_to_rows, packed_format
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
@@ -377,17 +376,6 @@ def test_activations_have_the_bits_that_are_asked_for(bits: Literal["auto", "8",
         return
     digits = load(config, files, validate_model_files(files)).digits
     assert digits == {"8": 1, "15": 2, "auto": native.fastest_digits()}[bits]
-
-
-@pytest.mark.parametrize("rows", [1, 9])
-@pytest.mark.parametrize("columns", [1, 40, 16384, 16385, 60_000])
-def test_argmax_is_the_first_of_the_largest(rows: int, columns: int) -> None:
-    generator = torch.Generator().manual_seed(columns)
-    logits = torch.randint(-3, 4, (rows, columns), generator=generator).float()
-    logits[0] = -torch.inf
-    for team in (None, Team(2)):
-        assert argmax_rows(logits, team) == logits.numpy().argmax(axis=1).tolist()
-        assert argmax_rows(logits.T.contiguous().T[:, :1], team) == [0] * rows
 
 
 def test_equal_infinities_are_cut_too() -> None:
