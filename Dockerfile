@@ -19,7 +19,8 @@ COPY adapters adapters
 COPY drafts drafts
 # Without a compiler the build of the kernels only warns, and the server would fall back to plain torch: not in an image.
 RUN python -m kernels.build --all && ls kernels/_native_avx2.so kernels/_native_avx512.so \
-    && pip install --no-cache-dir .
+    && pip install --no-cache-dir . && cd / \
+    && python -c "from kernels.build import TARGETS, is_current; assert all(map(is_current, TARGETS))"
 
 FROM python:3.11-slim
 RUN useradd --system --uid 10001 --home-dir /var/lib/evospec --create-home evospec

@@ -92,7 +92,7 @@ class KeyAligner:
         if self._guard.is_good and not self._is_new and self.state.good_revision != self.revision:
             self.state.good_revision = self.revision
             self._store.save_state(self.state)
-        self._trigger.observe_acceptance(self._guard.rate_in_force)
+        self._trigger.observe_acceptance(self._guard.in_force)
 
     @property
     def wants_work(self) -> bool:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from engine.models.config import ModelError
+
 
 @dataclass
 class Progress:
@@ -36,12 +38,19 @@ def save_checkpoint(directory: Path, draft: nn.Module, optimizer: torch.optim.Op
 
 
 def load_checkpoint(directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Restore everything in place; None where there is no checkpoint."""
+    """Restore everything in place; None where there is no checkpoint.
+
+    Raises:
+        ModelError: it is of a draft of another shape.
+    """
     path = directory / "checkpoint.safetensors"
     if not path.exists():
         return None
     tensors = load_file(path)
-    draft.load_state_dict({k.removeprefix("draft."): v for k, v in tensors.items() if k.startswith("draft.")})
+    try:
+        draft.load_state_dict({k.removeprefix("draft."): v for k, v in tensors.items() if k.startswith("draft.")})
+    except RuntimeError as error:
+        raise ModelError(f"{path}: of a draft of another shape; give this run a name of its own (--run)") from error
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

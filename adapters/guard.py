@@ -152,10 +152,9 @@ class Guard:
         return Acceptance.of(self._control)
 
     @property
-    def rate_in_force(self) -> float | None:
-        """Recent acceptance of what is in force, version or base draft; None while little is known."""
-        in_force = self.acceptance if self._version else self.control
-        return in_force.rate if in_force.num_steps >= self._config.min_watched else None
+    def in_force(self) -> Acceptance:
+        """Recent, of what is in force: a version or the base draft."""
+        return self.acceptance if self._version else self.control
 
     @property
     def is_good(self) -> bool:

@@ -39,15 +39,12 @@ class Roster:
         self.aligners: OrderedDict[str, KeyAligner] = OrderedDict()
         """Least recently heard of first."""
         self._heard_at: dict[str, float] = {}
-        self.num_turned_away = 0
-        """Times that there was no room."""
         self._has_warned = False
 
     def hear(self, key: str) -> KeyAligner | None:
         """The aligner of a key that is heard of now; None: there is no room for one."""
         if key not in self.aligners:
             if not self._has_room():
-                self.num_turned_away += 1
                 if not self._has_warned:
                     log.warning("more busy adapter keys than slots, records are left out", key=key)
                     self._has_warned = True
@@ -65,5 +62,6 @@ class Roster:
         key = next(iter(self.aligners))
         if self._clock() - self._heard_at[key] < _IDLE_SECONDS:
             return False
+        del self._heard_at[key]
         self._leave(key, self.aligners.pop(key))
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from adapters.guard import Acceptance
 from engine.adapters_config import PaceConfig
 
 _OPTIMISM = 0.05
@@ -12,7 +13,10 @@ _OPTIMISM = 0.05
 _SMOOTHING = 0.3
 _DRIFT = 0.05
 """Fall of live acceptance that makes a key worth a try again."""
-_MAX_PATIENCE = 64
+_SIGMAS = 3.0
+"""Standard errors beyond it; tests/unit/test_guard.py has the false alarms."""
+_MAX_PATIENCE = 8
+"""So that a key which learned nothing, and whose traffic changes less than that shows, finds out all the same."""
 _RATE_SECONDS = 60.0
 
 
@@ -23,7 +27,7 @@ class UpdateTrigger:
     scored. A nat of loss is taken as a factor of e on the chance that a draft is accepted, so saving d of it saves
     about a share d of the verify steps to come: ``outlook_seconds`` of the present rate, ``step_seconds`` each.
 
-    A key that learns nothing more gets its next update after ever more new positions (twice, four, ... 64 times a
+    A key that learns nothing more gets its next update after ever more new positions (twice, four, eight times a
     batch), or at once when its live acceptance falls.
     """
 
@@ -32,7 +36,8 @@ class UpdateTrigger:
         self._steps_per_second = 0.0
         self._counted_at = clock()
         self._patience = 1
-        self._best_acceptance: float | None = None
+        self._latest = self._scored = Acceptance()
+        """Now, and when weights were scored."""
         self.gain = _OPTIMISM
         """Held-out loss that an update saves, in nats."""
         self.seconds: float | None = None
@@ -46,13 +51,11 @@ class UpdateTrigger:
         self._steps_per_second += weight * (count / elapsed - self._steps_per_second)
         self._counted_at = now
 
-    def observe_acceptance(self, rate: float | None) -> None:
-        """The live acceptance of late; a fall means that there is something to learn again."""
-        if rate is None:
-            return
-        if self._best_acceptance is not None and rate < self._best_acceptance - _DRIFT:
-            self.gain, self._patience, self._best_acceptance = _OPTIMISM, 1, rate
-        self._best_acceptance = max(rate, self._best_acceptance or 0.0)
+    def observe_acceptance(self, acceptance: Acceptance) -> None:
+        """The live acceptance of late; a fall since the last score means that there is something to learn again."""
+        if acceptance.is_below(self._scored, _DRIFT, _SIGMAS):
+            self.gain, self._patience, self._scored = _OPTIMISM, 1, acceptance
+        self._latest = acceptance
 
     def observe_update(self, seconds: float) -> None:
         """An update took so long."""
@@ -62,6 +65,7 @@ class UpdateTrigger:
         """So many updates saved so much held-out loss together (negative: they cost)."""
         self.gain += _SMOOTHING * (max(0.0, saved) / num_updates - self.gain)
         self._patience = 1 if self.pays else min(2 * self._patience, _MAX_PATIENCE)
+        self._scored = self._latest
 
     @property
     def pays(self) -> bool:

@@ -86,7 +86,7 @@ class AdapterWorker:
         )
         self._roster = Roster(config.num_slots, self._make_aligner, self._let_go, clock)
         self._started_at = time.time()
-        self._num_records = 0
+        self._num_records = self._num_without_slot = 0
         self._lag: int | None = None
         self._is_paused = False
         self._ticked_at = -_TICK
@@ -165,6 +165,7 @@ class AdapterWorker:
         for aligner, record, is_useful in known:
             aligner.observe(record, is_useful)
         self._num_records += len(entries)
+        self._num_without_slot += len(entries) - len(known)
         for key, segment in segments:
             if key in self._roster.aligners:
                 self._roster.aligners[key].add(segment)
@@ -235,7 +236,7 @@ class AdapterWorker:
             num_lapsed=self._assembler.num_lapsed,
             num_unusable=self._assembler.num_unusable + self._reader.num_rejected,
             num_trimmed=self._reader.num_trimmed,
-            num_without_slot=self._roster.num_turned_away,
+            num_without_slot=self._num_without_slot,
             is_attached=self._bank.is_attached,
             is_paused=self._is_paused,
             resident_bytes=_resident_bytes(),

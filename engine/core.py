@@ -156,8 +156,9 @@ class EngineCore:
     def _enqueue(self, request: Request, grammar: Future[CompiledGrammar] | None = None) -> None:
         """``grammar``: that of the request's parameters, done."""
         try:
-            self._sampler.add(request, None if grammar is None else grammar.result())
+            compiled = None if grammar is None else grammar.result()
             self._scheduler.add(request)
+            self._sampler.add(request, compiled)
         except QueueFull as error:
             self._refuse(request, "overloaded", str(error))
             return
@@ -261,7 +262,7 @@ class EngineCore:
             prompt_logprobs=self._prompt_logprobs.take(request),
             finish_reason=finish_reason,
             error=_DEAD_END if finish_reason == "error" else None,
-            error_kind="invalid",
+            error_kind="invalid" if finish_reason == "error" else "internal",
             stop_reason=truncation.stop_reason,
             text_length=truncation.text_length,
             num_cached_tokens=request.num_cached_tokens,

@@ -37,7 +37,7 @@ class FairQueue:
     def has_share(self, tenant: str, size: int) -> bool:
         """Whether a tenant waits with as much as an equal share of ``size``, among all that wait and itself."""
         num_tenants = len(self._queues | {tenant: None})
-        return len(self._queues.get(tenant, ())) >= size // num_tenants
+        return len(self._queues.get(tenant, ())) >= max(1, size // num_tenants)
 
     def append(self, request: Request) -> None:
         """Put a new request at the end of its tenant's queue."""

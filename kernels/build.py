@@ -32,9 +32,11 @@ def find_compiler() -> list[str] | None:
 
 
 def is_current(target: Target) -> bool:
-    """Whether a library is newer than every source file."""
-    newest = max(path.stat().st_mtime for path in [*SOURCES.iterdir(), Path(__file__), Path(targets.__file__)])
-    return target.library.exists() and target.library.stat().st_mtime >= newest
+    """Whether a library is of these sources, and was made by these rules."""
+    if not target.library.exists() or sources_hash().encode() not in target.library.read_bytes():
+        return False
+    rules = max(Path(path).stat().st_mtime for path in (__file__, targets.__file__))
+    return target.library.stat().st_mtime >= rules
 
 
 def build(compiler: list[str], target: Target) -> None:

@@ -5,6 +5,7 @@ All buffers are torch tensors owned by the Python objects here; the library only
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -182,7 +183,8 @@ def huge_zeros(num_bytes: int) -> torch.Tensor:
     """Zeros in huge pages where the system gives them: weights are read forward, and each 4 KiB page costs a walk."""
     # Private: by default Python's anonymous maps are shared, and Linux rarely gives those huge pages.
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # of a kernel that has none
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 

@@ -39,7 +39,7 @@ _KEY_GAUGES = {
     "num_rolled_back": "Revisions taken back.",
     "gate_rate": "Share of its records that teach.",
     "loss": "Of the last update, on positions before they are learned from.",
-    "update_seconds": "Time of an update.",
+    "update_seconds": "Processor time of an update.",
     "acceptance": "Of first draft tokens with the revision in force.",
     "control_acceptance": "The same of requests that keep the base draft.",
     "previous_acceptance": "The same with the revision before.",

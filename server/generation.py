@@ -133,8 +133,9 @@ class Generation:
             async with aclosing(self._run_in_session()) as steps:
                 async for pieces in steps:
                     yield pieces
-        except ApiError:
-            self._failed = True  # not the tenant's fault: all that was charged goes back
+        except ApiError as error:
+            # Where it is not the tenant's fault, or nothing was made, all that was charged goes back.
+            self._failed = error.status >= 500 or not any(choice.num_tokens for choice in self._choices.values())
             raise
         finally:
             await self._serving.rate_limiter.settle(charge, 0 if self._failed else self.usage().total_tokens)

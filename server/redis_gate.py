@@ -49,7 +49,7 @@ class RedisGate:
         )
         self._timeout = config.timeout
         self._retry_interval = config.retry_interval
-        self._is_down = False
+        self._is_down = self._stood_still = False
         self._retry_at = 0.0
 
     async def run(self, operation: Awaitable[T]) -> T:
@@ -76,14 +76,16 @@ class RedisGate:
 
     def _note_failure(self, error: Exception, seconds: float) -> None:
         REDIS_ERRORS.inc()
-        if seconds > _STOOD_STILL * self._timeout:
-            return  # this process stood still: that says nothing about Redis, and must not open limits for all
+        stood_still, self._stood_still = self._stood_still, seconds > _STOOD_STILL * self._timeout
+        if self._stood_still and not stood_still:
+            return  # this process stood still: once, that says nothing about Redis, and must not open limits for all
         self._retry_at = time.monotonic() + self._retry_interval
         if not self._is_down:
             self._is_down = True
             log.warning("redis is down", error=str(error) or type(error).__name__)
 
     def _note_success(self) -> None:
+        self._stood_still = False
         if self._is_down:
             self._is_down = False
             log.info("redis is back")

@@ -36,9 +36,10 @@ def pattern_size(pattern: str) -> int:
             bounds, _, _ = chars[at + 1 :].partition("}")
             most = max((int(bound) for bound in bounds.split(",") if bound.isdecimal()), default=1)
             sizes[-1] += last * (max(most, 1) - 1)
+            last *= max(most, 1)
             at += len(bounds) + 1
-        else:
-            last = int(char not in "*+?|^$")
+        elif char not in "*+?":
+            last = int(char not in "|^$")
             sizes[-1] += last
         at += 1
     return sum(sizes)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from engine.request import Request
     from kernels.native import Team
 
+_NO_TOKEN = -1
+
 
 @dataclass(frozen=True)
 class SamplingRows:
@@ -81,6 +83,8 @@ class Sampler:
         edits = self._edits(starts, rows, logits.shape[1])
         with edits.applied(logits) as edited:
             choices = choose_tokens(edited, *_params_and_positions(rows), team=self._team, allowed=edits.allowed)
+        for row in edits.dead_ends:
+            choices[row] = _NO_TOKEN  # which no draft is
         accepted = [
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 import numpy as np
@@ -123,8 +123,9 @@ class Speculator:
         compute_logits: ComputeLogits,
     ) -> float:
         """Learn from the target's choices; arguments as ``VocabFollower.follow``. Returns its seconds."""
+        asked = frozenset(self._chains)
         self._judge(sequences, kept)
-        likely = self._write_log(sequences, kept, logits)
+        likely = self._write_log(sequences, kept, logits, asked)
         if self._follower is None:
             return 0.0
         started = time.perf_counter()
@@ -150,14 +151,18 @@ class Speculator:
                 self._policy.observe(request.request_id, chain, outcomes, repeat)
 
     def _write_log(
-        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], logits: torch.Tensor
+        self,
+        sequences: Sequence[ScheduledSequence],
+        kept: Sequence[Sequence[int]],
+        logits: torch.Tensor,
+        asked: Collection[str],
     ) -> NDArray[np.int64] | None:
         """The target's most likely tokens, which the log wants as well as the vocabularies; None: not computed."""
         if self._verify_log is None:
             return None
         started = time.perf_counter()
         num_likely = 0 if self._follower is None else self._follower.top_k
-        likely = self._verify_log.write(sequences, kept, logits, num_likely, self._copied)
+        likely = self._verify_log.write(sequences, kept, logits, num_likely, self._copied, asked)
         self._seconds += time.perf_counter() - started
         return likely
 

@@ -87,7 +87,8 @@ class VerifyLog:
     A step is logged whatever happened in it with the probability ``log.fair_share``; all steps of control requests
     are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
     accepted. A request's first record brings along the tokens before it: its prompt, to which the draft attends. From
-    then on steps without a draft teach too: it was not sure enough of one, which is where there is most to learn.
+    then on steps teach too in which the draft was asked and nothing it said was verified: it was not sure enough, which
+    is where there is most to learn.
 
     Args:
         adapters: who drafted.
@@ -131,6 +132,7 @@ class VerifyLog:
         logits: torch.Tensor,
         num_likely: int = 0,
         copied: Collection[str] = (),
+        asked: Collection[str] = (),
     ) -> NDArray[np.int64] | None:
         """Log of a step what is worth it, once its features are stored and before it is committed.
 
@@ -140,11 +142,12 @@ class VerifyLog:
             logits: [L, vocab] float32, as the target has computed them.
             num_likely: how many of the target's most likely tokens somebody else wants of each row.
             copied: requests whose drafts are not the draft's.
+            asked: requests that were drafted for, whatever of that was verified.
 
         Returns:
             these tokens' ids [L, num_likely], best first; None where there is nothing to log.
         """
-        steps = self._steps(sequences, kept, copied)
+        steps = self._steps(sequences, kept, copied, asked)
         if not steps:
             return None
         self._num_steps += len(steps)
@@ -212,14 +215,18 @@ class VerifyLog:
         )
 
     def _steps(
-        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]], copied: Collection[str]
+        self,
+        sequences: Sequence[ScheduledSequence],
+        kept: Sequence[Sequence[int]],
+        copied: Collection[str],
+        asked: Collection[str],
     ) -> list[_Step]:
         """Of the sequences whose output says something about their drafts, or follows on what was logged."""
         steps, end = [], 0
         for sequence, tokens in zip(sequences, kept, strict=True):
             end += sequence.num_logits
             request_id, has_drafts = sequence.request.request_id, sequence.num_draft_tokens > 0
-            if tokens and (has_drafts or request_id in self._introduced):
+            if tokens and (has_drafts or (request_id in self._introduced and request_id in asked)):
                 step = _Step(sequence, tokens, end - sequence.num_sampled, has_drafts and request_id in copied)
                 if step.drafted or not has_drafts:
                     steps.append(step)

@@ -1,7 +1,6 @@
 // The C interface that kernels/native.py calls through ctypes. Plain pointers and ints; the caller keeps every
 // buffer alive and checks shapes.
 
-#include <atomic>
 #include <vector>
 
 #include "decoder.h"

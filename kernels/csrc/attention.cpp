@@ -23,8 +23,9 @@ constexpr int kVectorRows = 7, kChains = 4, kValueVectors = 4;  // a product tak
 constexpr int kVectorRows = 4, kChains = 1, kValueVectors = 1;
 #endif
 constexpr int kValueRows = 4;  // of as many rows
-constexpr int kFewQueries = 8; // of a sequence: decoding, with or without drafts, always goes by vector instructions,
-                               // whose result for a row does not depend on the other rows; prefill goes by tiles
+// Of a sequence, a token and MAX_SPECULATIVE_TOKENS drafts: decoding, with or without drafts, always goes by vector
+// instructions, whose result for a row does not depend on the other rows; prefill goes by tiles.
+constexpr int kFewQueries = 9;
 
 // Up to kMaxRows query rows of one sequence and one KV head.
 struct Rows {

@@ -131,7 +131,9 @@ class Chain {
     for (int row = 0; row < count; ++row) positions[row] = rows_.positions[row] + step + 1;
     gumbel_argmax(nullptr, scores, {rows_.seeds, positions.data(), rows_.temperatures, least.data(), token_ids},
                   chosen.data());
-    std::copy_n(chosen.data(), count, tokens);
+    for (int row = 0; row < count; ++row) {  // an empty place is what is left where no score is a number
+      tokens[row] = static_cast<int32_t>(chosen[row] >= 0 ? chosen[row] : token_ids[static_cast<size_t>(row) * k]);
+    }
   }
 
   // How sure the draft is of the tokens just chosen, and with it the chance that all of a chain is accepted.
@@ -145,7 +147,8 @@ class Chain {
       const float chosen = scores[std::find(token_ids, token_ids + k, out_.tokens[at(step) + row]) - token_ids];
       float all = 0.0f;
       for (size_t i = 0; i < k; ++i) all += std::exp((scores[i] - chosen) * sharpness);
-      const int level = std::min(static_cast<int>(kSurenessLevels / all), kSurenessLevels - 1);
+      const float share = kSurenessLevels / all;  // no number where no score is one
+      const int level = share >= 0.0f ? std::min(static_cast<int>(share), kSurenessLevels - 1) : 0;
       out_.sureness[at(step) + row] = level;
       promises_[row] *= rows_.chances[(temperature > 0.0f ? kSurenessLevels : 0) + level];
     }

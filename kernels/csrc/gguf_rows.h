@@ -9,7 +9,7 @@
 namespace evospec {
 
 // ggml type numbers, as in the file.
-enum GgmlType : int { kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14 };
+enum GgmlType : int { kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14 };
 
 // The packed format that holds a ggml type's codes exactly, or -1 where there is none.
 int packed_format(int ggml_type);

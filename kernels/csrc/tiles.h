@@ -51,7 +51,7 @@ void configure_tiles(int rows);
 void release_tiles();
 
 // One product after the other: y[rows][32] = 0, then += x * blocks for some blocks at a time, then complete.
-// With AMX the sums live in the tile registers until `complete_product` writes them to y.
+// With AMX the sums live in the tile registers until `complete` writes them to y.
 struct TileProduct {
   int rows;
   int k;     // elements from one row of x to the next

@@ -189,6 +189,10 @@ def test_a_compiled_grammar_is_kept_and_the_oldest_dropped(tokenizer: Tokenizer)
         ("((a{2}){3}b){4}", 28),
         ("x{,5}y{7,}", 12),
         ("a{2", 2),
+        (".*{1999}", 1999),
+        ("x+?{30}", 30),
+        (".{80}{80}", 6400),
+        ("(ab?{3}){2}", 8),
         (")(", 1),
     ],
 )

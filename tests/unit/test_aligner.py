@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_guard import fair
-from test_replay import segment
 
 from adapters import aligner as aligner_module
 from adapters.aligner import KeyAligner
@@ -16,6 +14,8 @@ from adapters.trainer import LoraTrainer, Update
 from adapters.trigger import UpdateTrigger
 from engine.adapters_config import AdaptersConfig, GuardConfig, ReplayConfig, TrainingConfig
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
+from tests.unit.test_guard import fair
+from tests.unit.test_replay import segment
 
 REQUESTS = 8
 NEVER = 1_000_000
@@ -138,17 +138,16 @@ def test_key_that_learns_nothing_is_tried_now_and_then_however_little_is_kept(
     key = Key(draft, tmp_path, PATIENT)
     monkeypatch.setattr(UpdateTrigger, "pays", False)
     monkeypatch.setattr(key.trainer, "update", lambda _: Update(loss=1.0, num_positions=110, seconds=1.0))
-    key.aligner._trigger._patience = 64
+    key.aligner._trigger._patience = 8
     for number in range(400):
         key.aligner.add(segment(str(number), 110))
         while key.aligner.wants_work:
             key.aligner.work()
-    assert 1 <= key.aligner.state.num_updates <= 20
+    assert 60 <= key.aligner.state.num_updates <= 100
 
 
 def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft, tmp_path: Path) -> None:
     key = Key(draft, tmp_path, PATIENT)
-    key.aligner._trigger._patience = 64
 
     def serve(tenths: int) -> None:
         for number in range(50):
@@ -157,7 +156,11 @@ def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft,
 
     serve(6)
     key.aligner.tick()
-    assert key.aligner._trigger._patience == 64
+    key.aligner._trigger.observe_update(2.0)
+    for _ in range(20):
+        key.aligner._trigger.observe_score(0.0, 8)
+    key.aligner.tick()
+    assert key.aligner._trigger._patience == 8
     serve(4)
     key.aligner.tick()
     assert key.aligner._trigger._patience == 1

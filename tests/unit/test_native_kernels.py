@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from gguf import GGMLQuantizationType
 from engine.attention.base import AttentionSpec
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
-from engine.config import EngineConfig, RuntimeConfig
+from engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig, RuntimeConfig
 from engine.loader import load
 from engine.models.config import ModelError, ModelFiles
 from engine.models.llama import load_model
@@ -260,9 +261,10 @@ def test_attention(team: Team, steps: str, heads: tuple[int, int], head_dim: int
 
 @pytest.mark.parametrize("heads", [(9, 3), (14, 2), (8, 1)])
 def test_verifying_attends_as_decoding_does(two_threads: Team, heads: tuple[int, int]) -> None:
-    """Bit for bit: five tokens at once, and one by one."""
+    """Bit for bit: a token and all the drafts there can be at once, and one by one."""
     outputs = []
-    for steps in ([[70, 3], [5, 5]], [[70, 3]] + [[1, 1]] * 5):
+    count = 1 + MAX_SPECULATIVE_TOKENS
+    for steps in ([[70, 3], [count, count]], [[70, 3]] + [[1, 1]] * count):
         sequences = RaggedSequences(2, 80, 16)
         backend = NativeAttention(attention_spec(heads, 64, sequences, torch.bfloat16, CPU), two_threads)
         generator = torch.Generator().manual_seed(0)
@@ -398,3 +400,58 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
     assert "other sources" in str(native.unsupported_reason())
     with pytest.raises(RuntimeError, match="other sources"):
         Team(1)
+
+
+def test_memory_is_found_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native.mmap, "MADV_HUGEPAGE", 999)  # as a kernel without them takes it
+    assert not native.huge_zeros(4096).any()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_that_is_no_number_drafts_something(value: str, temperature: float) -> None:
+    """In a process of its own: it read a table eight gigabytes before its beginning."""
+    result = subprocess.run(
+        [sys.executable, "-c", _CHAIN_OF_NO_NUMBERS, value, str(temperature)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    tokens, levels = json.loads(result.stdout)
+    assert all(token >= 0 for row in tokens for token in row)
+    assert all(0 <= level < 16 for row in levels for level in row)
+
+
+_CHAIN_OF_NO_NUMBERS = """
+import json, sys
+import numpy as np, torch
+from kernels.native import MatrixPart, PackedMatrix, Team
+from kernels.native_chain import ChainBatch, ChainSampling, ChainStop, NativeChain
+from kernels.native_decoder import Decoder, KvCache, LayerWeights
+
+H, V, D = 64, 128, 32
+team = Team(1)
+
+def matrix(n, k):
+    return PackedMatrix(n, k, [MatrixPart(np.arange(n), values=torch.randn(n, k) / 8)])
+
+layer = LayerWeights(
+    qkv=[matrix(4 * D, 2 * H)], output=matrix(H, 2 * D), gate_up=matrix(2 * H, H), down=matrix(H, H),
+    input_norm=torch.ones(H), post_norm=torch.ones(H), embedding_norm=torch.ones(H),
+)
+decoder = Decoder(
+    team, hidden=H, intermediate=H, heads=2, kv_heads=1, head_dim=D, norm_eps=1e-5, cos_sin=torch.rand(64, D),
+    layers=[layer],
+)
+embedding = matrix(V, H)
+chain = NativeChain(team, decoder, torch.ones(H), embedding, embedding, embedding, None, None, None, 16)
+a = torch.randn(1, H)
+a[0, 3] = float(sys.argv[1])
+temperature = float(sys.argv[2])
+sampling = ChainSampling([temperature], [1], [0], [1.0], [0.0]) if temperature else None
+stop = ChainStop(np.full((2, 16), 0.9, np.float32), [[0.9] * 4], [0.0] * 4, 0.01)
+batch = ChainBatch([4], [5], np.array([[1, 2]], np.int32), sampling=sampling, stop=stop)
+result = chain.run(batch, a, KvCache(1, 4, 16, 1, D))
+print(json.dumps([result.tokens.tolist(), result.sureness.tolist()]))
+"""

@@ -357,6 +357,17 @@ def test_a_grammar_without_a_next_token_ends_the_output() -> None:
     assert (alive.token_ids, alive.is_dead_end) == (alone.token_ids, False)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_no_draft_is_right_where_a_grammar_allows_nothing(temperature: float) -> None:
+    """What comes of choosing where nothing may be chosen must not pass for a choice."""
+    line_feed = Grammar("json_schema", json.dumps({"type": "string", "pattern": "^\\n$"}))
+    for draft in range(VOCAB):
+        sampler = Sampler([EOS])
+        request = added(sampler, params(grammar=line_feed, temperature=temperature))
+        [sampled] = sampler.sample(torch.randn(4, VOCAB), [SamplingRows(request, (ord('"'), draft, draft))])
+        assert (sampled.token_ids, sampled.is_dead_end) == ([ord('"')], True)
+
+
 def test_a_grammar_outranks_min_tokens_also_at_stop_tokens() -> None:
     sampler, seven = Sampler([EOS]), ord("7")
     request = added(
