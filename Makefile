@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX_URL ?=
 # Options for `evospec serve`: make serve ARGS="--port 9000"
 ARGS ?=
-KERNEL_SOURCES := $(wildcard kernels/csrc/* kernels/build.py kernels/targets.py)
+KERNEL_SOURCES := $(wildcard kernels/csrc kernels/csrc/* kernels/build.py kernels/targets.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve test check clean
