@@ -43,7 +43,7 @@ class FeatureRecorder:
         """Append each sequence's rows, as bf16."""
         assert features is not None
         lengths = [len(sequence.token_ids) for sequence in sequences]
-        rows = torch.split_with_sizes(features.values.to(torch.bfloat16, copy=True), lengths)
+        rows = torch.split_with_sizes(features.values.to("cpu", torch.bfloat16, copy=True), lengths)
         for sequence, piece in zip(sequences, rows, strict=True):
             if sequence.start == 0:  # also a preempted sequence, which is computed again
                 self._pieces[sequence.request.request_id] = []

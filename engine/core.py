@@ -134,6 +134,8 @@ class EngineCore:
         scheduling_done, proposing = time.perf_counter(), self._draft_seconds()
         capture = self._speculator.capture_layers if self._speculator else ()
         logits, features = self._runner.execute(scheduled.sequences, capture)
+        if logits.is_cuda:  # which goes on computing; to choose tokens is to wait for it anyway
+            torch.cuda.current_stream().synchronize()
         forward_done = time.perf_counter()
         sampled = self._sample(logits, scheduled.sequences)
         sampling_done = time.perf_counter()

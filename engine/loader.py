@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import structlog
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.attention.flashinfer import HEAD_DIMS
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
@@ -140,7 +142,9 @@ def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Bac
     asked = config.runtime.attention_backend
     reason = _why_not_native(config, spec, device)
     if asked == "auto" and device.type == "cuda":
-        return "flashinfer"
+        reason = _why_not_flashinfer(config, spec)
+        if reason is None:
+            return "flashinfer"
     if asked == "flashinfer" and device.type != "cuda":
         raise ModelError("runtime.attention_backend flashinfer needs a CUDA device")
     if asked == "native" and reason is not None:
@@ -151,6 +155,14 @@ def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Bac
         log.warning("using the slower torch backend", reason=reason)
         return "torch"
     return "native"
+
+
+def _why_not_flashinfer(config: EngineConfig, spec: ModelSpec) -> str | None:
+    if config.model.dtype == "float32":
+        return "model.dtype is float32"
+    if spec.head_dim not in HEAD_DIMS:
+        return f"flashinfer has no kernels for a head_dim of {spec.head_dim}"
+    return None if importlib.util.find_spec("flashinfer") else "flashinfer is not installed (evospec[gpu])"
 
 
 def _why_not_native(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:

@@ -62,8 +62,9 @@ class TorchPagedAttention(AttentionBackend):
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self._cache[layer]
-        keys.flatten(0, 1)[self._slot_mapping] = k
-        values.flatten(0, 1)[self._slot_mapping] = v
+        for cached, new in ((keys, k), (values, v)):
+            # A freed block keeps what it holds: what is no number would survive the mask of its next owner, too.
+            cached.flatten(0, 1)[self._slot_mapping] = new.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         output = torch.empty_like(q)
         for group in self._groups:
             attended = F.scaled_dot_product_attention(

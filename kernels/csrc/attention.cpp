@@ -205,6 +205,10 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
   }
 }
 
+// A weight of zero does not hide what is no number, and a freed block keeps its values until its next owner, perhaps
+// another tenant's sequence, has filled it. Keys may be anything: the scores of places that are not seen are not used.
+bf16 number_or_zero(bf16 x) { return (x & 0x7F80) == 0x7F80 ? bf16{0} : x; }
+
 }  // namespace
 
 void write_kv(const KvCache& cache, int slot, const float* key, const float* value) {
@@ -216,7 +220,7 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
       keys[1] = to_bf16(key[d + 1]);
     }
     bf16* values = cache.value_head(block, head) + static_cast<size_t>(offset / 2) * 2 * dim + offset % 2;
-    for (int d = 0; d < dim; ++d) values[2 * d] = to_bf16(value[d]);
+    for (int d = 0; d < dim; ++d) values[2 * d] = number_or_zero(to_bf16(value[d]));
   }
 }
 

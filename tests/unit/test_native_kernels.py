@@ -283,6 +283,24 @@ def test_verifying_attends_as_decoding_does(two_threads: Team, heads: tuple[int,
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("kind", ["native", "torch"])
+def test_what_is_no_number_stays_with_its_sequence(two_threads: Team, kind: str) -> None:
+    """Its blocks go to another one, whose tokens do not fill them yet."""
+    spec = attention_spec((4, 2), 32, RaggedSequences(1, 32, 16), torch.bfloat16, CPU)
+    backend = NativeAttention(spec, two_threads) if kind == "native" else TorchPagedAttention(spec)
+
+    def attended(count: int, bad: float | None) -> torch.Tensor:
+        backend.plan(RaggedSequences(1, 32, 16).step([count]))
+        q, k, v = (torch.randn(count, heads, 32).bfloat16() for heads in (4, 2, 2))
+        if bad is not None:
+            k[9], v[9] = bad, bad
+        return backend.forward(0, q, k, v)
+
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        attended(20, bad)
+        assert attended(3, None).isfinite().all()
+
+
 def check_model(files: ModelFiles, token_ids: list[int], team: Team, *, keep_quantized: bool = True) -> None:
     """Logits are not further from float32 than plain bf16 torch is; prefill, then tokens one by one and in pieces."""
     spec, source = validate_model_files(files), open_weights(files)

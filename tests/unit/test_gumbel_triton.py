@@ -1,0 +1,41 @@
+"""The Triton kernel that samples, in Triton's interpreter where there is no GPU, against the reference."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+pytest.importorskip("triton")
+
+from kernels.gumbel_argmax import gumbel_argmax_reference, row_keys
+from kernels.triton.gumbel_argmax import gumbel_argmax_triton
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("with_ids", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("columns", [5, 1000, 9000])
+def test_the_same_choices(columns: int, cut: bool, with_ids: bool) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    logits = torch.randn(4, columns, generator=generator).to(DEVICE) * 3
+    seeds, positions = (torch.tensor(values, device=DEVICE) for values in ([1, -2, 3, 2**62], [0, 7, 7, 100_000]))
+    temperatures = torch.tensor([0.0, 1.0, 0.7, 1.3], device=DEVICE)
+    ids = (torch.randperm(columns, generator=generator) + 17).expand(4, -1).to(DEVICE) if with_ids else None
+    least = logits.median(dim=1).values if cut else None
+    allowed = None
+    if cut:
+        words = -(-columns // 32)
+        allowed = torch.randint(-(2**31), 2**31, (4, words), generator=generator).int().to(DEVICE)
+        allowed[torch.arange(4), logits.argmax(dim=1) // 32] = -1  # something is left
+    ours = gumbel_argmax_triton(
+        logits, row_keys(seeds, positions), ids, temperatures=temperatures, least=least, allowed=allowed
+    )
+    expected = gumbel_argmax_reference(
+        logits, seeds, positions, ids, temperatures=temperatures, least=least, allowed=allowed
+    )
+    assert ours.tolist() == expected.tolist()
