@@ -1,0 +1,33 @@
+"""Which attention backend ``auto`` takes on a GPU; asked without one."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import EngineConfig, ModelConfig
+from engine.loader import _backend
+from engine.models.registry import validate_model_files
+from tests.tiny_models import make_directory
+
+
+@pytest.mark.parametrize(
+    ("is_installed", "head_dim", "dtype", "expected"),
+    [
+        (True, 64, "auto", "flashinfer"),
+        (False, 64, "auto", "torch"),
+        (True, 80, "auto", "torch"),
+        (True, 64, "float32", "torch"),
+    ],
+)
+def test_auto_takes_flashinfer_where_it_can(
+    is_installed: bool, head_dim: int, dtype: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if is_installed else None)
+    spec = replace(validate_model_files(make_directory(tmp_path)), head_dim=head_dim)
+    config = EngineConfig(model=ModelConfig.model_validate({"dtype": dtype}))
+    assert _backend(config, spec, torch.device("cuda")) == expected
