@@ -191,7 +191,7 @@ class EngineCore:
             if sequence.request.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs.collect(sequence, logits[start:end])
             if sequence.num_sampled:
-                drafts = sequence.token_ids[len(sequence.token_ids) - sequence.num_draft_tokens :]
+                drafts = sequence.token_ids[sequence.num_known :]
                 rows.append(SamplingRows(sequence.request, tuple(drafts)))
                 wanted.append(logits[end - sequence.num_sampled : end])
             start = end

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Collection
 
 from engine.request import Request
+
+
+def equal_share(size: int, tenants: Collection[str], newcomer: str) -> int:
+    """What each of some tenants may have of ``size`` places, ``newcomer`` included; at least one."""
+    return max(1, size // len({*tenants, newcomer}))
 
 
 class FairQueue:
@@ -36,8 +42,7 @@ class FairQueue:
 
     def has_share(self, tenant: str, size: int) -> bool:
         """Whether a tenant waits with as much as an equal share of ``size``, among all that wait and itself."""
-        num_tenants = len(self._queues | {tenant: None})
-        return len(self._queues.get(tenant, ())) >= max(1, size // num_tenants)
+        return len(self._queues.get(tenant, ())) >= equal_share(size, self._queues, tenant)
 
     def append(self, request: Request) -> None:
         """Put a new request at the end of its tenant's queue."""

@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 import structlog
 import torch
 
+from engine.attention import flashinfer
 from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.attention.flashinfer import HEAD_DIMS
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
@@ -102,9 +102,7 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
     model = load_model(source, spec, dtype, device, max_model_len)
     make_attention: Callable[[AttentionSpec], AttentionBackend] = TorchPagedAttention
     if backend == "flashinfer":
-        from engine.attention.flashinfer import FlashInferAttention
-
-        make_attention = FlashInferAttention
+        make_attention = flashinfer.FlashInferAttention
     cuda_graphs = backend == "flashinfer" and config.runtime.cuda_graphs
     return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, cuda_graphs=cuda_graphs)
 
@@ -142,7 +140,7 @@ def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Bac
     asked = config.runtime.attention_backend
     reason = _why_not_native(config, spec, device)
     if asked == "auto" and device.type == "cuda":
-        reason = _why_not_flashinfer(config, spec)
+        reason = _why_not_flashinfer(config, spec, device)
         if reason is None:
             return "flashinfer"
     if asked == "flashinfer" and device.type != "cuda":
@@ -157,12 +155,13 @@ def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Bac
     return "native"
 
 
-def _why_not_flashinfer(config: EngineConfig, spec: ModelSpec) -> str | None:
-    if config.model.dtype == "float32":
-        return "model.dtype is float32"
-    if spec.head_dim not in HEAD_DIMS:
-        return f"flashinfer has no kernels for a head_dim of {spec.head_dim}"
-    return None if importlib.util.find_spec("flashinfer") else "flashinfer is not installed (evospec[gpu])"
+def _why_not_flashinfer(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer is not installed (evospec[gpu])"
+    heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    smallest = AttentionSpec(1, *heads, 1, config.cache.block_size, _dtype(config, "flashinfer", device), device)
+    reason = flashinfer.unsupported_reason(smallest)
+    return None if reason is None else f"of flashinfer: {reason}"
 
 
 def _why_not_native(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:

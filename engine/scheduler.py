@@ -111,8 +111,7 @@ class Scheduler:
         if self._requests.get(request.request_id) is not request:
             return
         # All kept tokens but the last are accepted drafts, whose KV this step has written.
-        num_known = len(sequence.token_ids) - sequence.num_draft_tokens
-        num_computed = sequence.start + num_known + max(len(kept_token_ids) - 1, 0)
+        num_computed = sequence.start + sequence.num_known + max(len(kept_token_ids) - 1, 0)
         if not (kept_token_ids or finished or num_computed < request.num_tokens):
             raise ValueError(f"request {request.request_id!r} needs a new token")
         request.num_computed_tokens = num_computed

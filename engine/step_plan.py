@@ -35,6 +35,11 @@ class ScheduledSequence:
         """Rows from which tokens are chosen, after the prompt's: 0 while prefill is unfinished."""
         return self.num_logits - self.num_prompt_logits
 
+    @property
+    def num_known(self) -> int:
+        """Tokens before the drafts."""
+        return len(self.token_ids) - self.num_draft_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class DraftSlot:

@@ -28,10 +28,7 @@ def topk_rows_reference(
 def topk_rows_by_keys(
     logits: torch.Tensor, k: int, ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by a partial selection, where the reference sorts whole rows; equals are told apart by one integer.
-
-    A key is the logit's bits, put so that they grow with it, above its column counted backwards.
-    """
+    """The same by a partial selection, where the reference sorts whole rows; equals are told apart by one integer."""
     parts = [_largest_of_keys(part, min(k, logits.shape[1])) for part in torch.split(logits, _ROWS_AT_ONCE)]
     values, columns = (torch.cat(part) for part in zip(*parts, strict=True))
     return values, columns if ids is None else ids[columns].long()
@@ -40,9 +37,16 @@ def topk_rows_by_keys(
 def _largest_of_keys(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     bits = torch.where(logits == 0, 0.0, logits).view(torch.int32)  # -0 and 0 are equal
     ordered = (bits ^ ((bits >> 31) & _LOW_BITS)).long() << 32
-    keys = (ordered | (_LOW_BITS - torch.arange(logits.shape[1], device=logits.device))).topk(k, dim=1).values
-    top = (keys >> 32).int()
-    return (top ^ ((top >> 31) & _LOW_BITS)).view(torch.float32), _LOW_BITS - (keys & _LOW_BITS)
+    keys = ordered | (_LOW_BITS - torch.arange(logits.shape[1], device=logits.device))
+    return decode_sort_keys(keys.topk(k, dim=1).values)
+
+
+def decode_sort_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits float32 and columns int64 of keys, int64: a logit's bits, put so that they grow with it, above its column
+    counted backwards.
+    """
+    ordered = (keys >> 32).int()
+    return (ordered ^ ((ordered >> 31) & _LOW_BITS)).view(torch.float32), _LOW_BITS - (keys & _LOW_BITS)
 
 
 def topk_rows(

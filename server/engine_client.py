@@ -14,6 +14,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from engine.config import EngineConfig
+from engine.fair_queue import equal_share
 from engine.messages import (
     AbortRequests,
     ClientMessage,
@@ -169,7 +170,7 @@ class EngineClient:
         if len(self._inboxes) + count <= self._max_in_flight:
             return False
         in_flight = Counter(inbox.tenant for inbox in self._inboxes.values())
-        return in_flight[tenant] + count > self._max_in_flight // len(in_flight | {tenant: 1})
+        return in_flight[tenant] + count > equal_share(self._max_in_flight, in_flight, tenant)
 
     def _send(self, message: ClientMessage) -> None:
         """Send now; raises ``EngineDead`` if there is no connection."""

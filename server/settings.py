@@ -12,9 +12,9 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -29,6 +29,16 @@ from engine.config import EngineConfig
 ENV_PREFIX = "EVOSPEC_"
 KEY_HASH = re.compile(r"[0-9a-f]{64}")
 """Of an API key: its SHA-256."""
+
+
+def _check_hash(value: str) -> str:
+    if not KEY_HASH.fullmatch(value):
+        # The value itself stays out of the message: it may be a key put here by mistake.
+        raise ValueError("must be the 64 hexadecimal digits that `evospec keys new` prints, not the key")
+    return value
+
+
+KeyHash = Annotated[str, AfterValidator(_check_hash)]
 SHORTCUTS = {
     "engine.model.name": "model",
     "engine.cache.max_bytes": "kv-max-bytes",
@@ -100,7 +110,7 @@ class AuthConfig(_Section):
     keys: str | None = Field(
         default=None, description="Further keys as TENANT=HASH, separated by commas (for containers)."
     )
-    admin_key: str | None = Field(
+    admin_key: KeyHash | None = Field(
         default=None,
         description="Hash of the key for /v1/adapters, as `evospec keys new` prints it; default: nobody may.",
     )
@@ -108,14 +118,6 @@ class AuthConfig(_Section):
         default="prometheus", description="Whose keys may read /metrics, which shows all tenants, where there are keys."
     )
     insecure: bool = Field(default=False, description="Serve without keys on an address that is not loopback.")
-
-    @field_validator("admin_key")
-    @classmethod
-    def _is_a_hash(cls, admin_key: str | None) -> str | None:
-        if admin_key is not None and not KEY_HASH.fullmatch(admin_key):
-            # The value itself stays out of the message: it may be a key put here by mistake.
-            raise ValueError("must be the 64 hexadecimal digits that `evospec keys new` prints, not the key")
-        return admin_key
 
 
 class LimitsConfig(_Section):

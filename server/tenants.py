@@ -16,10 +16,10 @@ from pathlib import Path
 
 import structlog
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import ApiError
-from server.settings import KEY_HASH, AuthConfig, ConfigurationError, LimitsConfig, is_loopback
+from server.settings import KEY_HASH, AuthConfig, ConfigurationError, KeyHash, LimitsConfig, is_loopback
 
 KEY_PREFIX = "evs-"
 DEFAULT_TENANT = "default"
@@ -41,17 +41,9 @@ class _TenantEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    keys: list[str] = Field(min_length=1)
+    keys: list[KeyHash] = Field(min_length=1)
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
-
-    @field_validator("keys")
-    @classmethod
-    def _are_hashes(cls, keys: list[str]) -> list[str]:
-        if not all(KEY_HASH.fullmatch(key) for key in keys):
-            # The value itself stays out of the message: it may be a key put here by mistake.
-            raise ValueError("each must be the 64 hexadecimal digits that `evospec keys new` prints, not the key")
-        return keys
 
 
 class _KeysFile(BaseModel):

@@ -18,7 +18,7 @@ from engine.models.config import ModelError
 _LAYOUT = "NHD"
 _WORKSPACE_BYTES = 128 * 1024 * 1024
 """What flashinfer recommends for the partial results of long contexts that it splits."""
-HEAD_DIMS = (64, 128, 256)
+_HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -167,8 +167,8 @@ def unsupported_reason(spec: AttentionSpec) -> str | None:
         return f"it needs a CUDA device, not {spec.device.type}"
     if spec.dtype not in _DTYPES:
         return f"it computes in float16 and bfloat16, not {str(spec.dtype).removeprefix('torch.')}"
-    if spec.head_dim not in HEAD_DIMS:
-        return f"head_dim is {spec.head_dim}, and it has kernels for {', '.join(map(str, HEAD_DIMS))}"
+    if spec.head_dim not in _HEAD_DIMS:
+        return f"head_dim is {spec.head_dim}, and it has kernels for {', '.join(map(str, _HEAD_DIMS))}"
     if spec.num_heads % spec.num_kv_heads:
         return f"{spec.num_heads} query heads are not a multiple of {spec.num_kv_heads} KV heads"
     return None

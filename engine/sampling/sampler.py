@@ -89,11 +89,12 @@ class Sampler:
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
         ]
-        dead = [start + len(kept) - 1 in edits.dead_ends for start, kept in zip(starts, accepted, strict=False)]
-        for kept, is_dead_end in zip(accepted, dead, strict=True):
-            del kept[len(kept) - is_dead_end :]
+        are_dead_ends = [kept[-1] == _NO_TOKEN for kept in accepted]
+        accepted = [
+            kept[:-1] if is_dead_end else kept for kept, is_dead_end in zip(accepted, are_dead_ends, strict=True)
+        ]
         logprobs = self._logprobs(logits, starts, rows, accepted)
-        return list(map(SampledSequence, accepted, logprobs, dead))
+        return list(map(SampledSequence, accepted, logprobs, are_dead_ends))
 
     def _edits(self, starts: list[int], rows: list[SamplingRows], vocab_size: int) -> LogitsEdits:
         """What min_tokens, grammar, bias and penalties change."""

@@ -48,25 +48,20 @@ class _Step:
         return slice(self.first_row, self.first_row + len(self.kept))
 
     @property
-    def num_known(self) -> int:
-        """Tokens of the sequence's part of the step before its drafts."""
-        return len(self.sequence.token_ids) - self.sequence.num_draft_tokens
-
-    @property
     def num_accepted(self) -> int:
         return len(self.kept) - 1
 
     @property
     def drafted(self) -> list[int]:
         """The draft tokens; where the output stops at a right one, those before it: the rest was not looked at."""
-        drafted = self.sequence.token_ids[self.num_known :]
+        drafted = self.sequence.token_ids[self.sequence.num_known :]
         stops_early = drafted[self.num_accepted : len(self.kept)] == [self.kept[-1]]
         return drafted[: self.num_accepted] if stops_early else drafted
 
     @property
     def piece(self) -> Piece:
         """The last known token and the accepted drafts."""
-        sequence, first = self.sequence, self.num_known - 1
+        sequence, first = self.sequence, self.sequence.num_known - 1
         token_ids = sequence.token_ids[first : first + len(self.kept)]
         return Piece(sequence.start + first, token_ids, 0, sequence.block_ids, sequence.request.request_id)
 

@@ -71,9 +71,7 @@ class VocabFollower:
                 if not request.output_token_ids:
                     # The last token of a prompt may be alone in its step, and have drafts after it.
                     end = token - sequence.num_draft_tokens - 1
-                    before_last = min(
-                        self._num_prompt_positions, len(sequence.token_ids) - sequence.num_draft_tokens - 1
-                    )
+                    before_last = min(self._num_prompt_positions, sequence.num_known - 1)
                     prompts[request.request_id] = range(end - before_last, end)
         self.vocab.observe(verified, top_k, begin)
         rows = [row for of_prompt in prompts.values() for row in of_prompt]

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.topk import decode_sort_keys
+
 if TYPE_CHECKING:
     from kernels.draft_head import TailSlabs
 
@@ -126,16 +128,9 @@ def draft_head_topk_triton(
             SLOTS=block,
             **sizes,
         )
-    values, columns = _decode(keys.topk(k, dim=1).values)
+    values, columns = decode_sort_keys(keys.topk(k, dim=1).values)
     chosen = columns if token_ids is None else token_ids[columns.clamp(max=num_columns - 1)]
     if tails is not None and num_slots > 0:
         slots = (columns - num_columns).clamp(min=0)
         chosen = torch.where(columns < num_columns, chosen, tails.token_ids[slabs].gather(1, slots))
     return values, chosen.int()
-
-
-def _decode(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits and columns of ``_sort_keys``."""
-    ordered = (keys >> 32).int()
-    values = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
-    return values, 0x7FFFFFFF - (keys & 0x7FFFFFFF)

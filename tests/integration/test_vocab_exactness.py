@@ -21,17 +21,12 @@ from engine.spec.draft_head import COUNTS_FILE
 from engine.spec.session_head import GRAPH_FILE
 from engine.vocab.bigram_graph import build_bigram_graph
 from engine.vocab.snapshot import decode
+from tests import exactness
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
 NUM_TOKENS = 40
-SETTINGS = {
-    "alone": Setting(max_num_seqs=1),
-    "batch": Setting(),
-    "chunks": Setting(max_batched_tokens=20),
-    "preemption": Setting(num_blocks=12),
-    "cached": Setting(prefix_caching=True),
-}
+SETTINGS = {**exactness.SETTINGS, "preemption": Setting(num_blocks=12)}
 OPTIONS = {
     "all": {"prefill_target_signal": 16, "target_signal": "every"},
     "semantic": {"semantic": True, "target_signal": "events"},
