@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.request import Request
+from engine.fair_queue import equal_share
 from engine.scheduler import QueueFull, RequestTooLong
 from tests.unit.scheduler_simulation import Simulation, expected_output, make_request
 
@@ -280,6 +281,12 @@ def test_a_tenant_that_fills_the_queue_does_not_lock_out_others() -> None:
     for tenant in "ab":
         with pytest.raises(QueueFull):
             scheduler.add(make_request("7", tenant=tenant))
+
+
+def test_more_tenants_than_places_have_one_each() -> None:
+    assert equal_share(4, {"a": 9, "b": 1}, "b") == 2
+    assert equal_share(4, {"a": 9, "b": 1}, "c") == 1
+    assert equal_share(1, {"a": 9}, "b") == 1
 
 
 def test_a_request_id_is_taken_once() -> None:
