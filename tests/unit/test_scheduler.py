@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.request import Request
 from engine.fair_queue import equal_share
+from engine.request import Request
 from engine.scheduler import QueueFull, RequestTooLong
 from tests.unit.scheduler_simulation import Simulation, expected_output, make_request
 
