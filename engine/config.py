@@ -179,8 +179,9 @@ class RuntimeConfig(_Section):
     )
     activation_bits: Literal["auto", "8", "15"] = Field(
         default="auto",
-        description="On a CPU, of activations that are multiplied with weights of 4 to 8 bits; auto: 8 with AVX-512 "
-        "without AMX, where products then take half of the instructions, 15 otherwise.",
+        description="On a CPU, of activations that are multiplied with weights of 4 to 8 bits; auto: 15 with AMX, 8 "
+        "otherwise, where products then take half of the instructions (with AVX2 only those of weights of 4 and 5 bits "
+        "do; others keep 15).",
     )
     cuda_graphs: bool = Field(
         default=True,

@@ -124,8 +124,6 @@ def _load_native(
 
 def _digits(config: EngineConfig) -> int:
     bits = config.runtime.activation_bits
-    if bits == "8" and not native.has_one_digit():
-        raise ModelError("runtime.activation_bits 8 needs a CPU with AVX-512")
     return native.fastest_digits() if bits == "auto" else native.DIGITS_OF_BITS[int(bits)]
 
 

@@ -127,6 +127,7 @@ class PackedMatrix:
         parts: together all n rows, all of one packed format.
         bias: float32 [n], or None.
         digits: of 8 bits each, that activations have where they are multiplied with quantised weights: 1 or 2.
+            With AVX2 always 2 where weights have 8 bits.
     """
 
     def __init__(
@@ -191,11 +192,6 @@ def huge_zeros(num_bytes: int) -> torch.Tensor:
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices faster than float32 ones, as far as the compiled kernels know it."""
     return unsupported_reason() is None and bool(load_library().evo_has_fast_bf16())
-
-
-def has_one_digit() -> bool:
-    """Whether activations can be multiplied in 8 bits."""
-    return unsupported_reason() is None and bool(load_library().evo_has_one_digit())
 
 
 def fastest_digits() -> int:

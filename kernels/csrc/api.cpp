@@ -79,7 +79,7 @@ static Matrix to_matrix(const EvoMatrix& m) {
   out.format = m.format;
   out.n = m.n;
   out.k = m.k;
-  out.digits = kHasOneDigit ? m.digits : 2;
+  out.digits = takes_one_digit(m.format) ? m.digits : 2;
   out.data = m.data;
   out.bias = m.bias;
   return out;
@@ -91,8 +91,6 @@ void evo_team_free(Team* team) { delete team; }
 int evo_has_fast_bf16() { return has_fast_bf16(); }
 
 int evo_max_direct_rows() { return max_direct_rows(); }
-
-int evo_has_one_digit() { return kHasOneDigit; }
 
 int evo_fastest_digits() { return fastest_digits(); }
 

@@ -89,12 +89,15 @@ template <int kDigits>
 template <int M>
 void DirectRows<kDigits>::multiply_rows(const Matrix& weight, int pair, const Block* rows, float* y) const {
   const uint8_t* blocks = weight.pair(pair);
+  const auto multiply_as = [&](auto format) {
+    if constexpr (kDigits == 2 || takes_one_digit(format)) multiply_format<M, format>(blocks, rows, y);
+  };
   for (int g = 0; g < 2; g += kGroupsAtOnce, y += kGroup, blocks += block_bytes(weight.format)) {
     switch (weight.format) {
-      case kQ8: multiply_format<M, kQ8>(blocks, rows, y); break;
-      case kQ8x2: multiply_format<M, kQ8x2>(blocks, rows, y); break;
-      case kQ5: multiply_format<M, kQ5>(blocks, rows, y); break;
-      default: multiply_format<M, kQ4>(blocks, rows, y); break;
+      case kQ8: multiply_as(std::integral_constant<int, kQ8>()); break;
+      case kQ8x2: multiply_as(std::integral_constant<int, kQ8x2>()); break;
+      case kQ5: multiply_as(std::integral_constant<int, kQ5>()); break;
+      default: multiply_as(std::integral_constant<int, kQ4>()); break;
     }
   }
 }
@@ -108,9 +111,7 @@ void DirectRows<kDigits>::multiply(const Matrix& weight, int pair, int first, in
   (this->*kByRows[count - 1])(weight, pair, data_.data() + static_cast<size_t>(first) * blocks_, y);
 }
 
-template class DirectRows<2>;
-#ifdef __AVX512F__
 template class DirectRows<1>;
-#endif
+template class DirectRows<2>;
 
 }  // namespace evospec

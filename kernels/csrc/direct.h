@@ -1,9 +1,9 @@
 // Products of quantised weights whose codes are multiplied as integers, without being expanded first.
 //
 // x is written as scale * (128 high + low) for each block of 32 k, with high and low in 8 bits: 15 bits below the
-// block's largest value, where bf16 has 8. Or as scale * high, for half of the instructions. Sums of a block are then
-// exact integers, and float32 only adds up blocks, always in the same order: a row's result does not depend on how many
-// rows are multiplied with it.
+// block's largest value, where bf16 has 8. Or as scale * high, for half of the instructions, if the format takes_one_digit.
+// Sums of a block are then exact integers, and float32 only adds up blocks, always in the same order: a row's result does
+// not depend on how many rows are multiplied with it.
 #pragma once
 
 #include <vector>

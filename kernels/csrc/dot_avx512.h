@@ -5,8 +5,10 @@
 
 namespace evospec {
 
-constexpr int kGroupsAtOnce = 2;     // of columns: an activation is then broadcast for both
-constexpr bool kHasOneDigit = true;  // whether 8 bits of activations make a product of their own
+constexpr int kGroupsAtOnce = 2;  // of columns: an activation is then broadcast for both
+
+// Whether codes of a format are multiplied with activations of 8 bits, if wanted.
+constexpr bool takes_one_digit(int) { return true; }
 
 // Rows of one product: their sums fill the registers, beside codes.
 constexpr int max_rows(int digits) { return digits == 2 ? 4 : 6; }

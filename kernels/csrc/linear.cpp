@@ -15,7 +15,7 @@ namespace {
 struct Scratch {  // per thread, grows to the largest use
   std::vector<bf16> tiles;  // expanded groups
   DirectRows<2> direct;
-  DirectRows<kHasOneDigit ? 1 : 2> direct_one_digit;
+  DirectRows<1> direct_one_digit;
   alignas(64) float y[kMaxTileRows * kPairColumns];
 };
 
@@ -149,7 +149,7 @@ int max_direct_rows() {
   return has_amx() ? kBesideAmx : kBesideVectors;
 }
 
-int fastest_digits() { return kHasOneDigit && !has_amx() ? 1 : 2; }
+int fastest_digits() { return has_amx() ? 2 : 1; }
 
 void linear(Team& team, const Linear& op) {
   const bool direct = goes_direct(op), one_digit = op.weight->digits == 1;

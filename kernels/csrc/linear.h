@@ -22,8 +22,8 @@ struct Linear {
 };
 
 // Up to so many rows of two digits are multiplied with codes as they are (direct.h); more are faster by tiles: from 9 on
-// with AMX, from 25 on with AMD's vdpbf16ps. Never with Intel's, nor with AVX2: there 15-bit integers are twice as fast
-// as floats. Rows of one digit are never expanded.
+// with AMX, from 25 on with AMD's vdpbf16ps. Never with Intel's, nor with AVX2: there integers are twice as fast as
+// floats. Rows of one digit are never expanded.
 int max_direct_rows();
 
 // Digits of activations that are fastest here.

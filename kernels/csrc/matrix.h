@@ -72,13 +72,13 @@ inline void prefetch_ahead(const uint8_t* pair_of_blocks, int format) {
   prefetch<_MM_HINT_T1>(pair_of_blocks + kPrefetchBytes, 2 * block_bytes(format));
 }
 
-// Which bit of a column's word is the fifth of k = kk. With AVX2 the two codes of a quad row that make a pair of 16-bit
-// operands (codes 0 and 2, codes 1 and 3) have theirs 16 bits apart: one shift moves both into place.
+// Which bit of a column's word is the fifth of k = kk. With AVX2 the four codes of a quad row have theirs 8 bits apart:
+// one shift moves all into place, whether they are multiplied as bytes or as pairs of 16 bits (0 and 2, 1 and 3).
 inline int fifth_bit([[maybe_unused]] int kk) {
 #ifdef __AVX512F__
   return kk;
 #else
-  return kk / 4 * 2 + kk % 2 + kk % 4 / 2 * 16;
+  return kk % 4 * 8 + kk / 4;
 #endif
 }
 

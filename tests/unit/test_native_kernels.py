@@ -20,7 +20,7 @@ from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig, RuntimeConfig
 from engine.loader import load
-from engine.models.config import ModelError, ModelFiles
+from engine.models.config import ModelFiles
 from engine.models.llama import load_model
 from engine.models.native_llama import NativeLlama
 from engine.models.registry import validate_model_files
@@ -139,7 +139,6 @@ def test_product_does_not_depend_on_the_number_of_threads(name: str, rows: int) 
     assert torch.equal(one, three)
 
 
-@pytest.mark.skipif(not native.has_one_digit(), reason="this CPU has no products of 8-bit activations")
 @pytest.mark.parametrize("n", [7, 50, 129])
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_product_of_one_digit(team: Team, name: str, n: int) -> None:
@@ -152,9 +151,24 @@ def test_product_of_one_digit(team: Team, name: str, n: int) -> None:
         assert relative_error(linear(team, weight, x), expected) < ONE_DIGIT_TOLERANCE, rows
 
 
-@pytest.mark.parametrize(
-    "digits", [2, pytest.param(1, marks=pytest.mark.skipif(not native.has_one_digit(), reason=""))]
-)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize(("name", "header"), [("Q4_0", 2), ("Q4_1", 4), ("Q5_0", 2), ("Q8_0", 2)])
+def test_sums_of_the_largest_codes_do_not_overflow(
+    two_threads: Team, name: str, header: int, digits: int, sign: int
+) -> None:
+    """With AVX2 products of bytes are added in 16 bits. ``header``: a block's bytes before its codes."""
+    n, k = 32, 96
+    size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]][1]
+    blocks = random_blocks(name, n, k).reshape(-1, size)
+    blocks[:, header:] = 127 if name == "Q8_0" else 255
+    blocks = blocks.reshape(n, -1)
+    weight = PackedMatrix(n, k, [block_part(name, blocks, np.arange(n))], digits=digits)
+    x = torch.full((5, k), float(sign)).bfloat16()
+    assert relative_error(linear(two_threads, weight, x), x.float() @ dequantized(name, blocks).T) < 1e-3
+
+
+@pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_a_row_does_not_depend_on_its_neighbours(two_threads: Team, name: str, digits: int) -> None:
     """So verifying drafts gives the same bits as decoding one by one."""
@@ -376,7 +390,7 @@ def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]]) ->
     return torch.stack([rows[place] for place in sorted(rows)])
 
 
-@pytest.mark.skipif(native.fastest_digits() == 2, reason="with AMX attention goes by tiles; AVX2 has no such products")
+@pytest.mark.skipif(native.fastest_digits() == 2, reason="with AMX attention goes by tiles")
 def test_a_token_is_the_same_in_any_step(two_threads: Team, tmp_path: Path) -> None:
     """Bit for bit: prompts at once, in pieces, and token by token; so no batch and no draft changes a rounding."""
     directory = make_directory(tmp_path / "model", "llama", **SHAPE)
@@ -390,10 +404,6 @@ def test_a_token_is_the_same_in_any_step(two_threads: Team, tmp_path: Path) -> N
 def test_activations_have_the_bits_that_are_asked_for(bits: Literal["auto", "8", "15"], tmp_path: Path) -> None:
     files = make_gguf(tmp_path / "model.gguf", make_directory(tmp_path / "model", **SHAPE).path)
     config = EngineConfig(runtime=RuntimeConfig(device="cpu", activation_bits=bits, threads=1))
-    if bits == "8" and not native.has_one_digit():
-        with pytest.raises(ModelError, match="AVX-512"):
-            load(config, files, validate_model_files(files))
-        return
     digits = load(config, files, validate_model_files(files)).digits
     assert digits == {"8": 1, "15": 2, "auto": native.fastest_digits()}[bits]
 
