@@ -1,0 +1,91 @@
+"""Training prompts that a model makes up itself: ``python -m benchmarks.prompts.invented MODEL``.
+
+An instruction-tuned model that is given its chat template up to where the user speaks goes on as a user would (Magpie,
+arXiv 2406.08464). Such prompts vary more than the wordings of ``train_extra`` do, and any model's draft can be trained
+on them. Nothing that mentions law, licences or medicine stays, and nothing that shares eight words in a row with an
+evaluation prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
+
+import typer
+from rich.progress import track
+
+from benchmarks.prompts.build import Prompt, read_eval, shingles, write
+from benchmarks.prompts.sources import CACHE
+from benchmarks.prompts.text import LEFT_OUT
+from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from engine.core import EngineCore
+from engine.messages import EngineRequest, SamplingParams
+from engine.models.registry import resolve_model, validate_model_files
+from engine.text.tokenizer import Tokenizer
+
+LICENCE = "Apache-2.0"
+TEMPERATURE, TOP_P = 1.0, 0.9
+MAX_TOKENS = 160
+"""Longer ones are left out: most of them never come to an end."""
+MIN_WORDS = 4
+_CLIENT = b"invented"
+_MARK = "|user|"
+
+
+def user_turn(tokenizer: Tokenizer) -> list[int]:
+    """The chat template's tokens up to where the user's words begin."""
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}])
+    return tokenizer.encode(rendered[: rendered.index(_MARK)], add_special_tokens=False)
+
+
+def is_usable(text: str, known: set[tuple[str, ...]]) -> bool:
+    """Whether a made-up prompt may be trained on: of some length, in no domain left out, near nothing ``known``."""
+    return len(text.split()) >= MIN_WORDS and LEFT_OUT.search(text) is None and not shingles(text) & known
+
+
+def invent(core: EngineCore, tokenizer: Tokenizer, seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
+    """One text for each seed, with it, as they end; "" where it did not come to an end."""
+    prompt = user_turn(tokenizer)
+    texts: dict[str, list[int]] = {str(seed): [] for seed in seeds}
+    for seed in seeds:
+        sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=seed, temperature=TEMPERATURE, top_p=TOP_P)
+        request = EngineRequest(request_id=str(seed), prompt_token_ids=prompt, sampling=sampling, tenant="train")
+        core.add(_CLIENT, request)
+    while texts:
+        outputs, _ = core.step()
+        for output in outputs[_CLIENT]:
+            texts[output.request_id] += output.token_ids
+            if output.finish_reason is not None:
+                text = tokenizer.decode(texts.pop(output.request_id)).strip()
+                yield int(output.request_id), text if output.finish_reason == "stop" else ""
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Registry name, path or hub id of an instruction-tuned model.")],
+    domain: Annotated[Literal["general", "code"], typer.Option(help="What its prompts count as.")] = "general",
+    seeds: Annotated[int, typer.Option(help="How many to make; two thirds or so are usable.")] = 4000,
+    batch: Annotated[int, typer.Option(help="At a time.")] = 64,
+) -> None:
+    """Writes ``invented-MODEL.jsonl`` into the cache."""
+    config = EngineConfig(
+        model=ModelConfig(name=model, max_model_len=1024),
+        cache=CacheConfig(prefix_caching=False),
+        scheduler=SchedulerConfig(max_num_seqs=batch, max_waiting=seeds),
+        speculation=SpeculationConfig(method="none"),
+    )
+    files = resolve_model(config.model)
+    core = EngineCore(config, files, validate_model_files(files))
+    known = {shingle for prompt in read_eval() for shingle in shingles(prompt.passage)}
+    prompts: list[Prompt] = []
+    for seed, text in track(invent(core, Tokenizer.from_files(files), range(seeds)), total=seeds):
+        if is_usable(text, known):
+            message = {"role": "user", "content": text}
+            name = f"invented-{files.name}/{seed}"
+            prompts.append(Prompt(name, domain, "train", [message], text, files.name, LICENCE))
+    path = CACHE / f"invented-{files.name}.jsonl"
+    write(path, sorted(prompts, key=lambda prompt: prompt.id))
+    print(f"{len(prompts)} prompts in {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
