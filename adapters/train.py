@@ -227,4 +227,8 @@ def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightS
     draft = load_draft(start_from, torch.float32, torch.device("cpu"))
     if draft.config != replace(shape, attention_bias=draft.config.attention_bias):
         raise ModelError(f"{start_from}: a draft of another shape than {shape}")
+    if shape.attention_bias and not draft.config.attention_bias:  # made before drafts had any: they begin as zeros
+        weights = draft.state_dict()
+        draft = Eagle3(shape)
+        draft.load_state_dict(weights | {"qkv_proj.bias": torch.zeros_like(draft.qkv_proj.bias)})
     return draft.requires_grad_()

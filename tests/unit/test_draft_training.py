@@ -206,6 +206,19 @@ def test_training_goes_on_from_a_draft(tmp_path: Path) -> None:
     assert not any(torch.allclose(written[name], weight, rtol=2**-7) for name, weight in begun.items())
 
 
+def test_a_draft_from_before_there_were_biases_goes_on_with_zeros(tmp_path: Path) -> None:
+    files = make_directory(tmp_path / "model", "qwen2")
+    draft = random_draft(files)
+    without = Eagle3(replace(draft.config, attention_bias=False))
+    without.load_state_dict({name: weight for name, weight in draft.state_dict().items() if not name.endswith("bias")})
+    save_draft(without, tmp_path / "start")
+    run_trainer(files, tmp_path, tmp_path / "start", anchors=0)
+    begun, written = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("start", "draft"))
+    assert not written.pop("qkv_proj.bias").any()
+    assert begun.keys() == written.keys()
+    torch.testing.assert_close(written["qkv_proj.weight"], begun["qkv_proj.weight"])
+
+
 def test_training_starts_from_the_targets_last_layer(tmp_path: Path) -> None:
     files = make_directory(tmp_path / "model", "qwen2")  # with biases
     spec, weights = validate_model_files(files), open_weights(files)
@@ -221,16 +234,6 @@ def test_training_starts_from_the_targets_last_layer(tmp_path: Path) -> None:
     for ours, name in zip(draft.qkv(torch.zeros_like(g), g), "qkv", strict=True):
         expected = F.linear(x, layer(f"self_attn.{name}_proj.weight"), layer(f"self_attn.{name}_proj.bias"))
         torch.testing.assert_close(ours.flatten(-2), expected)
-
-
-def test_a_draft_from_before_there_were_biases_is_a_start(tmp_path: Path) -> None:
-    files = make_directory(tmp_path / "model", "qwen2")
-    draft = random_draft(files)
-    without = Eagle3(replace(draft.config, attention_bias=False))
-    without.load_state_dict({name: weight for name, weight in draft.state_dict().items() if not name.endswith("bias")})
-    save_draft(without, tmp_path / "start")
-    run_trainer(files, tmp_path, tmp_path / "start", anchors=200)
-    assert "qkv_proj.bias" not in load_file(tmp_path / "draft" / WEIGHTS_FILE)
 
 
 def test_rows_of_a_loss_fill_tiles_and_hold_all_tokens_of_the_batch(tmp_path: Path) -> None:
