@@ -180,7 +180,7 @@ class RuntimeConfig(_Section):
     activation_bits: Literal["auto", "8", "15"] = Field(
         default="auto",
         description="On a CPU, of activations that are multiplied with weights of 4 to 8 bits; auto: 15 with AMX, 8 "
-        "otherwise, where products then take half of the instructions (with AVX2 only those of weights of 4 and 5 bits "
+        "otherwise, where products then take half of the instructions (with AVX2 only those of weights of 4 to 6 bits "
         "do; others keep 15).",
     )
     cuda_graphs: bool = Field(

@@ -25,7 +25,7 @@ inline __m512i add_fifth_bits(const uint8_t* block, int quad, __m512i nibbles) {
 // Quad rows 2j and 2j + 1 of a block of codes as unsigned bytes.
 template <int kFormat>
 inline __attribute__((always_inline)) void load_two_quads(const uint8_t* block, int j, __m512i* quads) {
-  if constexpr (kFormat == kQ8 || kFormat == kQ8x2) {
+  if constexpr (has_whole_bytes(kFormat)) {
     quads[0] = _mm512_loadu_si512(block + 128 * j);
     quads[1] = _mm512_loadu_si512(block + 128 * j + 64);
   } else {

@@ -10,9 +10,6 @@ namespace {
 
 constexpr float kSmallest = 1e-30f;  // a block below it counts as zeros: its inverse could overflow
 
-// The offset of a format's codes.
-constexpr int offset(int format) { return format == kQ4 ? 0 : format == kQ5 ? 16 : 128; }
-
 }  // namespace
 
 template <int kDigits>
@@ -39,7 +36,7 @@ void DirectRows<kDigits>::assign(const bf16* x, int rows, int k) {
 template <int kDigits>
 template <int M, int kFormat>
 void DirectRows<kDigits>::multiply_format(const uint8_t* blocks, const Block* rows, float* y) const {
-  constexpr int kParts = kFormat == kQ8x2 ? 2 : 1;  // of a block, with scales of their own
+  constexpr int kParts = kFormat == kQ6 ? 2 : 1;  // of a block, with scales of their own
   Floats acc[kGroupsAtOnce][M];
   for (auto& group : acc) std::fill(group, group + M, all(0.0f));
   for (int b = 0; b < blocks_; ++b, blocks += 2 * block_bytes(kFormat)) {
@@ -54,7 +51,7 @@ void DirectRows<kDigits>::multiply_format(const uint8_t* blocks, const Block* ro
       int shifts[M];
       for (int m = 0; m < M; ++m) {
         const int sum = kParts == 2 ? row(m).code_sum[part] : row(m).code_sum[0] + row(m).code_sum[1];
-        shifts[m] = offset(kFormat) * sum;
+        shifts[m] = code_offset(kFormat) * sum;
       }
       Ints sums[kGroupsAtOnce][M];
       dot<kDigits, M, kFormat, kBegin, kBegin + kSize>(blocks, row, shifts, sums);
@@ -95,7 +92,7 @@ void DirectRows<kDigits>::multiply_rows(const Matrix& weight, int pair, const Bl
   for (int g = 0; g < 2; g += kGroupsAtOnce, y += kGroup, blocks += block_bytes(weight.format)) {
     switch (weight.format) {
       case kQ8: multiply_as(std::integral_constant<int, kQ8>()); break;
-      case kQ8x2: multiply_as(std::integral_constant<int, kQ8x2>()); break;
+      case kQ6: multiply_as(std::integral_constant<int, kQ6>()); break;
       case kQ5: multiply_as(std::integral_constant<int, kQ5>()); break;
       default: multiply_as(std::integral_constant<int, kQ4>()); break;
     }

@@ -1,5 +1,5 @@
 // Products of codes with a block's integers, with AVX2. Two digits: vpmaddwd multiplies pairs of 16 bits, exactly.
-// One: vpmaddubsw multiplies pairs of bytes into 16 bits, which codes of 4 and 5 bits do not overflow; those of 8 bits
+// One: vpmaddubsw multiplies pairs of bytes into 16 bits, which codes of up to six bits do not overflow; those of eight
 // would, and keep two digits.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace evospec {
 constexpr int kGroupsAtOnce = 1;  // of columns: there are half as many registers
 
 // Whether codes of a format are multiplied with activations of 8 bits, if wanted.
-constexpr bool takes_one_digit(int format) { return format == kQ4 || format == kQ5; }
+constexpr bool takes_one_digit(int format) { return format != kQ8; }
 
 // Rows of one product: their sums fill the registers.
 constexpr int max_rows(int) { return 5; }
@@ -64,7 +64,7 @@ inline __attribute__((always_inline)) __m256i fifth_bits(const uint8_t* block, i
 // pairs of 16 bits.
 template <int kFormat>
 inline __attribute__((always_inline)) __m256i code_pairs(const uint8_t* block, int quad, int odd, int half) {
-  if constexpr (kFormat == kQ8 || kFormat == kQ8x2) {
+  if constexpr (has_whole_bytes(kFormat)) {
     const __m256i bytes = _mm256_loadu_si256(vector_at(block + 64 * quad + 32 * half));
     return odd ? _mm256_srli_epi16(bytes, 8) : _mm256_and_si256(bytes, _mm256_set1_epi16(255));
   }
@@ -77,6 +77,7 @@ inline __attribute__((always_inline)) __m256i code_pairs(const uint8_t* block, i
 // Of quad row `quad`, for eight columns (half 0 or 1 of a group): the four codes of each, as bytes.
 template <int kFormat>
 inline __attribute__((always_inline)) __m256i code_fours(const uint8_t* block, int quad, int half) {
+  if constexpr (has_whole_bytes(kFormat)) return _mm256_loadu_si256(vector_at(block + 64 * quad + 32 * half));
   const __m256i bytes = _mm256_loadu_si256(vector_at(block + 64 * (quad / 2) + 32 * half));
   const __m256i nibbles = _mm256_and_si256(_mm256_srli_epi16(bytes, quad % 2 * 4), _mm256_set1_epi8(15));
   if constexpr (kFormat == kQ4) return nibbles;
@@ -90,11 +91,12 @@ inline __attribute__((always_inline)) void keep(__m256i& sum) { asm("" : "+x"(su
 // sums[0][m] = the integer sums over quad rows kBegin .. kEnd - 1 of row m, in every column, less shifts[m].
 template <int M, int kFormat, int kBegin, int kEnd, typename Row>
 inline __attribute__((always_inline)) void dot_one_digit(const uint8_t* block, Row row, const int* shifts, Ints (*sums)[M]) {
-  // Sums of 16 bits hold the products of so many quad rows: 8 * 2 * 15 * 127 and 4 * 2 * 31 * 127 are below 2^15.
-  constexpr int kAtOnce = kFormat == kQ4 ? 8 : 4;
+  // Sums of 16 bits hold the products of so many quad rows: 8 * 2 * 15 * 127 is below 2^15, as are 4 * 2 * 31 * 127 and
+  // 2 * 2 * 63 * 127.
+  constexpr int kAtOnce = kFormat == kQ4 ? 8 : kFormat == kQ5 ? 4 : 2;
   const __m256i ones = _mm256_set1_epi16(1);
   for (int m = 0; m < M; ++m) sums[0][m] = all(-shifts[m]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int begin = kBegin; begin < kEnd; begin += kAtOnce) {
     Ints words[M];
 #pragma GCC unroll 8

@@ -52,12 +52,12 @@ void expand_q5(const uint8_t* block, bf16* out) {
   }
 }
 
-void expand_q8(const uint8_t* block, bool two_scales, bf16* out) {
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kQ8));
+void expand_bytes(const uint8_t* block, int format, bf16* out) {
+  const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(format));
   const __m512i mask = _mm512_set1_epi32(255);
   for (int quad = 0; quad < kQuads; ++quad) {
-    const __m512 s = load_half(scales + (two_scales && quad >= kQuads / 2 ? kGroup : 0));
-    const __m512 minimum = _mm512_mul_ps(s, _mm512_set1_ps(-128.0f));
+    const __m512 s = load_half(scales + (format == kQ6 && quad >= kQuads / 2 ? kGroup : 0));
+    const __m512 minimum = _mm512_mul_ps(s, _mm512_set1_ps(static_cast<float>(-code_offset(format))));
     const __m512i codes = _mm512_loadu_si512(block + 64 * quad);
     auto value = [&](int byte) {
       const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 8 * byte), mask);
@@ -80,7 +80,7 @@ void expand_blocks(const Matrix& matrix, int pair, int first, int count, bf16* o
     } else if (matrix.format == kQ5) {
       expand_q5(block, out);
     } else {
-      expand_q8(block, matrix.format == kQ8x2, out);
+      expand_bytes(block, matrix.format, out);
     }
   }
 }

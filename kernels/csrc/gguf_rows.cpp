@@ -79,10 +79,10 @@ void decode_q6_k(const uint8_t* block, int super, RowCodes& out) {
   for (int half = 0; half < 2; ++half, low += 64, high += 32) {
     uint8_t* codes = out.codes + 256 * super + 128 * half;
     for (int i = 0; i < 32; ++i) {
-      codes[i] = static_cast<uint8_t>(((low[i] & 15) | ((high[i] & 3) << 4)) + 96);
-      codes[i + 32] = static_cast<uint8_t>(((low[i + 32] & 15) | (((high[i] >> 2) & 3) << 4)) + 96);
-      codes[i + 64] = static_cast<uint8_t>(((low[i] >> 4) | (((high[i] >> 4) & 3) << 4)) + 96);
-      codes[i + 96] = static_cast<uint8_t>(((low[i + 32] >> 4) | ((high[i] >> 6) << 4)) + 96);
+      codes[i] = static_cast<uint8_t>((low[i] & 15) | ((high[i] & 3) << 4));
+      codes[i + 32] = static_cast<uint8_t>((low[i + 32] & 15) | (((high[i] >> 2) & 3) << 4));
+      codes[i + 64] = static_cast<uint8_t>((low[i] >> 4) | (((high[i] >> 4) & 3) << 4));
+      codes[i + 96] = static_cast<uint8_t>((low[i + 32] >> 4) | ((high[i] >> 6) << 4));
     }
   }
   for (int i = 0; i < 16; ++i) out.scales[16 * super + i] = d * scales[i];
@@ -97,7 +97,7 @@ struct Layout {
 
 constexpr Layout kLayouts[] = {
     {kQ4_0, kQ4, 32, 18, decode_q4_0},    {kQ4_1, kQ4, 32, 20, decode_q4_1},    {kQ5_0, kQ5, 32, 22, decode_q5_0},
-    {kQ8_0, kQ8, 32, 34, decode_q8_0},    {kQ4_K, kQ4, 256, 144, decode_q4_k}, {kQ6_K, kQ8x2, 256, 210, decode_q6_k},
+    {kQ8_0, kQ8, 32, 34, decode_q8_0},    {kQ4_K, kQ4, 256, 144, decode_q4_k}, {kQ6_K, kQ6, 256, 210, decode_q6_k},
 };
 
 const Layout* find_layout(int ggml_type) {

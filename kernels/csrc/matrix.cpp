@@ -9,7 +9,7 @@ inline float half_to_float(uint16_t value) { return _cvtsh_ss(value); }
 
 void set_code(uint8_t* block, int format, int kk, int column, uint8_t code) {
   const int quad = kk / 4, p = column * 4 + kk % 4;
-  if (format == kQ8 || format == kQ8x2) {
+  if (has_whole_bytes(format)) {
     block[64 * quad + p] = code;
     return;
   }
@@ -19,14 +19,12 @@ void set_code(uint8_t* block, int format, int kk, int column, uint8_t code) {
   }
 }
 
-// The code as a number: without the offset of its format.
 int get_code(const uint8_t* block, int format, int kk, int column) {
   const int quad = kk / 4, p = column * 4 + kk % 4;
-  if (format == kQ8 || format == kQ8x2) return block[64 * quad + p] - 128;
+  if (has_whole_bytes(format)) return block[64 * quad + p];
   const int nibble = (block[64 * (quad / 2) + p] >> (4 * (quad % 2))) & 15;
   if (format == kQ4) return nibble;
-  const uint32_t word = reinterpret_cast<const uint32_t*>(block + 256)[column];
-  return nibble + static_cast<int>(16 * ((word >> fifth_bit(kk)) & 1)) - 16;
+  return nibble + static_cast<int>(16 * ((reinterpret_cast<const uint32_t*>(block + 256)[column] >> fifth_bit(kk)) & 1));
 }
 
 // Where the blocks of a row begin; from one to the next are two blocks.
@@ -44,7 +42,7 @@ void pack_codes(uint8_t* data, int k, int row, const RowCodes& codes) {
     for (int kk = 0; kk < kBlock; ++kk) set_code(block, codes.format, kk, column, codes.codes[b * kBlock + kk]);
     uint16_t* scales = reinterpret_cast<uint16_t*>(block + code_bytes(codes.format));
     scales[column] = to_half(codes.scales[2 * b]);
-    if (codes.format == kQ8x2) scales[kGroup + column] = to_half(codes.scales[2 * b + 1]);
+    if (codes.format == kQ6) scales[kGroup + column] = to_half(codes.scales[2 * b + 1]);
     if (codes.format == kQ4) scales[kGroup + column] = to_half(codes.minima[b]);
   }
 }
@@ -69,9 +67,10 @@ void unpack_row(const Matrix& matrix, int row, float* out) {
         value = to_float(reinterpret_cast<const bf16*>(block)[32 * (kk / 2) + 2 * column + kk % 2]);
         continue;
       }
-      const int scale_index = column + (format == kQ8x2 && kk >= kBlock / 2 ? kGroup : 0);
+      const int scale_index = column + (format == kQ6 && kk >= kBlock / 2 ? kGroup : 0);
       const float minimum = format == kQ4 ? half_to_float(scales[kGroup + column]) : 0.0f;
-      value = half_to_float(scales[scale_index]) * get_code(block, format, kk, column) + minimum;
+      const int code = get_code(block, format, kk, column) - code_offset(format);
+      value = half_to_float(scales[scale_index]) * code + minimum;
     }
   }
 }

@@ -11,7 +11,7 @@
 //   format   codes                                                  scales (half precision)        bytes / 512 weights
 //   kBf16    32 bf16 per pair row                                   none                           1024
 //   kQ8      64 bytes per quad row                                  16                             544  w = s (q - 128)
-//   kQ8x2    the same                                               16 for k < 16, 16 for the rest 576  w = s (q - 128)
+//   kQ6      64 bytes per quad row, six bits of each used           16 for k < 16, 16 for the rest 576  w = s (q - 32)
 //   kQ5      nibbles as kQ4; then a word a column of fifth bits      16                             352  w = s (q - 16)
 //   kQ4      64 bytes per two quad rows: 2j low, 2j + 1 high nibble 16, then 16 minima             320  w = s q + m
 #pragma once
@@ -29,7 +29,15 @@ constexpr int kBlock = 32;                // k
 constexpr int kQuads = 8;                 // quad rows of a block of codes
 constexpr int kPairs = 16;                // pair rows of a bf16 block
 
-enum Format : int { kBf16 = 0, kQ8 = 1, kQ8x2 = 2, kQ5 = 3, kQ4 = 4 };
+enum Format : int { kBf16 = 0, kQ8 = 1, kQ6 = 2, kQ5 = 3, kQ4 = 4 };
+
+constexpr bool has_whole_bytes(int format) { return format == kQ8 || format == kQ6; }
+
+// A code less this is the number that its scale multiplies.
+constexpr int code_offset(int format) {
+  constexpr int kOffsets[] = {0, 128, 32, 16, 0};
+  return kOffsets[format];
+}
 
 inline size_t code_bytes(int format) {
   constexpr size_t kBytes[] = {1024, 512, 512, 320, 256};
