@@ -63,7 +63,9 @@ def invent(core: EngineCore, tokenizer: Tokenizer, seeds: Sequence[int]) -> Iter
 def main(
     model: Annotated[str, typer.Argument(help="Registry name, path or hub id of an instruction-tuned model.")],
     domain: Annotated[Literal["general", "code"], typer.Option(help="What its prompts count as.")] = "general",
-    seeds: Annotated[int, typer.Option(help="How many to make; two thirds or so are usable.")] = 4000,
+    seeds: Annotated[
+        int, typer.Option(help="How many to make: of SmolLM2's nine in ten are usable, of Qwen2.5-Coder's one in four.")
+    ] = 4000,
     batch: Annotated[int, typer.Option(help="At a time.")] = 64,
 ) -> None:
     """Writes ``invented-MODEL.jsonl`` into the cache."""
