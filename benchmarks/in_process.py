@@ -10,7 +10,7 @@ from itertools import count
 from benchmarks.acceptance import Acceptance
 from benchmarks.prompts.build import Prompt
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore, Outputs
+from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, StepTimings, VocabularyCounts
 from engine.models.registry import resolve_model, validate_model_files
 from engine.text.tokenizer import Tokenizer
@@ -121,9 +121,9 @@ class Engine:
         while waiting or running:
             while waiting and len(running) < concurrency:
                 place, turn = waiting.pop()
-                running[self._start(turn, sampling)] = place
-            outputs, timings = self.core.step()
-            for output in _checked(outputs):
+                running[self.start(turn, sampling)] = place
+            outputs, timings = self.step()
+            for output in outputs:
                 place = running[output.request_id]
                 result.answers[place] += output.token_ids
                 if output.finish_reason is not None:
@@ -131,11 +131,12 @@ class Engine:
                     del running[output.request_id]
             before, now = now, time.perf_counter()
             if timings is not None:
-                result.add_step(now - before, outputs[_CLIENT], timings)
+                result.add_step(now - before, outputs, timings)
         result.seconds = now - started
         return result
 
-    def _start(self, turn: Turn, sampling: SamplingParams) -> str:
+    def start(self, turn: Turn, sampling: SamplingParams) -> str:
+        """Hand a request to the engine; its id."""
         request_id = str(next(self._ids))
         request = EngineRequest(
             request_id=request_id,
@@ -147,9 +148,14 @@ class Engine:
         self.core.add(_CLIENT, request)
         return request_id
 
+    def step(self) -> tuple[list[EngineOutput], StepTimings | None]:
+        """One of the engine's; what it gave each request, and what it took (None: there was nothing to do).
 
-def _checked(outputs: Outputs) -> list[EngineOutput]:
-    for output in outputs[_CLIENT]:
-        if output.error is not None:
-            raise RuntimeError(f"the engine refused a prompt: {output.error}")
-    return outputs[_CLIENT]
+        Raises:
+            RuntimeError: the engine refused a request.
+        """
+        outputs, timings = self.core.step()
+        for output in outputs[_CLIENT]:
+            if output.error is not None:
+                raise RuntimeError(f"the engine refused a prompt: {output.error}")
+        return outputs[_CLIENT], timings

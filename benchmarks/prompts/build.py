@@ -102,9 +102,14 @@ def shingles(text: str) -> frozenset[tuple[str, ...]]:
     return frozenset(tuple(words[i : i + SHINGLE_WORDS]) for i in range(len(words) - SHINGLE_WORDS + 1))
 
 
+def shingles_of(prompts: Iterable[Prompt]) -> set[tuple[str, ...]]:
+    """Those of all their passages."""
+    return {shingle for prompt in prompts for shingle in shingles(prompt.passage)}
+
+
 def without_near_duplicates(prompts: Iterable[Prompt], others: Iterable[Prompt] = ()) -> list[Prompt]:
     """Drops every prompt that shares too much of its passage with all ``others`` and earlier kept ones together."""
-    known = {shingle for prompt in others for shingle in shingles(prompt.passage)}
+    known = shingles_of(others)
     kept: list[Prompt] = []
     for prompt in prompts:
         if not _is_near(prompt, known):
@@ -165,7 +170,7 @@ def build_extra_train(evaluation: Sequence[Prompt]) -> list[Prompt]:
         )
         for item, content in train_extra.code_prompts()
     ]
-    known = {shingle for prompt in evaluation for shingle in shingles(prompt.passage)}
+    known = shingles_of(evaluation)
     return [prompt for prompt in prompts if not _is_near(prompt, known)]
 
 

@@ -14,13 +14,13 @@ from typing import Annotated, Literal
 import typer
 from rich.progress import track
 
-from benchmarks.prompts.build import Prompt, read_eval, shingles, write
+from benchmarks.in_process import Engine, Turn, engine_config
+from benchmarks.prompts.build import Prompt, read_eval, shingles, shingles_of, write
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.text import LEFT_OUT
-from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.messages import EngineRequest, SamplingParams
-from engine.models.registry import resolve_model, validate_model_files
+from engine.config import SchedulerConfig, SpeculationConfig
+from engine.messages import SamplingParams
+from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
 
 LICENCE = "Apache-2.0"
@@ -28,7 +28,6 @@ TEMPERATURE, TOP_P = 1.0, 0.9
 MAX_TOKENS = 160
 """Longer ones are left out: most of them never come to an end."""
 MIN_WORDS = 4
-_CLIENT = b"invented"
 _MARK = "|user|"
 
 
@@ -40,24 +39,24 @@ def user_turn(tokenizer: Tokenizer) -> list[int]:
 
 def is_usable(text: str, known: set[tuple[str, ...]]) -> bool:
     """Whether a made-up prompt may be trained on: of some length, in no domain left out, near nothing ``known``."""
-    return len(text.split()) >= MIN_WORDS and LEFT_OUT.search(text) is None and not shingles(text) & known
+    return len(text.split()) >= MIN_WORDS and LEFT_OUT.search(text) is None and known.isdisjoint(shingles(text))
 
 
-def invent(core: EngineCore, tokenizer: Tokenizer, seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
+def invent(engine: Engine, seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
     """One text for each seed, with it, as they end; "" where it did not come to an end."""
-    prompt = user_turn(tokenizer)
-    texts: dict[str, list[int]] = {str(seed): [] for seed in seeds}
+    turn = Turn(user_turn(engine.tokenizer), tenant="train")
+    running: dict[str, tuple[int, list[int]]] = {}
     for seed in seeds:
         sampling = SamplingParams(max_tokens=MAX_TOKENS, seed=seed, temperature=TEMPERATURE, top_p=TOP_P)
-        request = EngineRequest(request_id=str(seed), prompt_token_ids=prompt, sampling=sampling, tenant="train")
-        core.add(_CLIENT, request)
-    while texts:
-        outputs, _ = core.step()
-        for output in outputs[_CLIENT]:
-            texts[output.request_id] += output.token_ids
+        running[engine.start(turn, sampling)] = seed, []
+    while running:
+        outputs, _ = engine.step()
+        for output in outputs:
+            seed, tokens = running[output.request_id]
+            tokens += output.token_ids
             if output.finish_reason is not None:
-                text = tokenizer.decode(texts.pop(output.request_id)).strip()
-                yield int(output.request_id), text if output.finish_reason == "stop" else ""
+                del running[output.request_id]
+                yield seed, engine.tokenizer.decode(tokens).strip() if output.finish_reason == "stop" else ""
 
 
 def main(
@@ -69,17 +68,11 @@ def main(
     batch: Annotated[int, typer.Option(help="At a time.")] = 64,
 ) -> None:
     """Writes ``invented-MODEL.jsonl`` into the cache."""
-    config = EngineConfig(
-        model=ModelConfig(name=model, max_model_len=1024),
-        cache=CacheConfig(prefix_caching=False),
-        scheduler=SchedulerConfig(max_num_seqs=batch, max_waiting=seeds),
-        speculation=SpeculationConfig(method="none"),
-    )
-    files = resolve_model(config.model)
-    core = EngineCore(config, files, validate_model_files(files))
-    known = {shingle for prompt in read_eval() for shingle in shingles(prompt.passage)}
+    config = engine_config(model, SpeculationConfig(method="none"))
+    config.scheduler = SchedulerConfig(max_num_seqs=batch, max_waiting=seeds)
+    files, known = resolve_model(config.model), shingles_of(read_eval())
     prompts: list[Prompt] = []
-    for seed, text in track(invent(core, Tokenizer.from_files(files), range(seeds)), total=seeds):
+    for seed, text in track(invent(Engine(config), range(seeds)), total=seeds):
         if is_usable(text, known):
             message = {"role": "user", "content": text}
             name = f"invented-{files.name}/{seed}"

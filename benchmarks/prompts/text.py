@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import typer
 
-from benchmarks.prompts.build import Prompt, read_eval, shingles, stable_hash, write
+from benchmarks.prompts.build import Prompt, read_eval, shingles, shingles_of, stable_hash, write
 from benchmarks.prompts.sources import CACHE, Domain, Package, debian_data, fetch
 from benchmarks.prompts.train_extra import python_files
 
@@ -138,7 +138,7 @@ def _prompts(domain: Domain, name: str, blocks: Sequence[str], source: str, lice
 
 def sample(prompts: Iterable[Prompt], count: int, evaluation: Sequence[Prompt]) -> list[Prompt]:
     """The first ``count`` by their hashes that share no eight words in a row with an evaluation prompt."""
-    known = {shingle for prompt in evaluation for shingle in shingles(prompt.passage)}
+    known = shingles_of(evaluation)
     chosen: list[Prompt] = []
     for prompt in sorted(prompts, key=lambda prompt: stable_hash("text", prompt.id)):
         if len(chosen) < count and known.isdisjoint(shingles(prompt.passage)):

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.prompts.build import read_eval, shingles
+from benchmarks.in_process import Engine
+from benchmarks.prompts.build import read_eval, shingles_of
 from benchmarks.prompts.invented import invent, is_usable, user_turn
-from engine.config import EngineConfig, RuntimeConfig, SpeculationConfig
-from engine.core import EngineCore
-from engine.models.registry import validate_model_files
+from engine.config import EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig
 from engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory
 
@@ -24,13 +23,13 @@ def test_a_model_goes_on_where_the_user_speaks(tmp_path: Path) -> None:
 def test_every_seed_gives_one_text_the_same_each_time(tmp_path: Path) -> None:
     files = make_directory(tmp_path / "model", seed=3)
     config = EngineConfig(
+        model=ModelConfig(name=str(files.path)),
         runtime=RuntimeConfig(device="cpu", attention_backend="torch", threads=1),
         speculation=SpeculationConfig(method="none"),
     )
 
     def once() -> dict[int, str]:
-        core = EngineCore(config, files, validate_model_files(files))
-        texts = list(invent(core, Tokenizer.from_files(files), range(20, 32)))
+        texts = list(invent(Engine(config), range(20, 32)))
         assert sorted(seed for seed, _ in texts) == list(range(20, 32))
         return dict(texts)
 
@@ -56,7 +55,7 @@ def test_what_may_be_trained_on(text: str, usable: bool) -> None:
 
 
 def test_an_evaluation_prompt_may_not() -> None:
-    known = {shingle for prompt in read_eval() for shingle in shingles(prompt.passage)}
+    known = shingles_of(read_eval())
     question = next(
         p.passage for p in read_eval(["general"]) if len(p.passage.split()) > 12 and is_usable(p.passage, set())
     )
