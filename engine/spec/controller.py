@@ -27,6 +27,8 @@ _HOPELESS = 0.05
 """A draft less likely than this to be accepted is worth no thought."""
 _IDLE_INTERVAL = 16
 """Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
+_CROWD, _QUIET_STEPS, _LOOK_INTERVAL = 8, 16, 4
+"""Where so many sequences get no drafts for so many steps, what might be drafted is looked for so seldom."""
 _SHARE_RATE = 0.1
 """Weight of a step in the share of sequences that are drafted for."""
 _PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
@@ -60,6 +62,9 @@ class AdaptiveLength:
         self._idle_steps = 0
         self._idle_batch: tuple[list[str], int] | None = None
         """The sequences, and how many join them, for whom no draft was found to pay; nothing was observed since."""
+        self._quiet_batch: tuple[list[str], int] = [], 0
+        """The same of the last step, and for how many it has had neither drafts nor copies:"""
+        self._quiet_steps = 0
         self._plan = Plan([], 0.0)
         """The last one, those that join included."""
         self._planned: dict[str, int] = {}
@@ -70,6 +75,15 @@ class AdaptiveLength:
     def drafts_for_most(self) -> bool:
         """Whether of late most sequences were drafted for."""
         return self._drafted_share >= 0.5
+
+    def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
+        """Whether nothing has been worth drafting for so long that this step does without a look at it."""
+        batch = list(request_ids), num_joining
+        if batch != self._quiet_batch:
+            self._quiet_batch, self._quiet_steps = batch, 0
+        self._quiet_steps += 1
+        is_quiet = len(request_ids) >= _CROWD and self._quiet_steps > _QUIET_STEPS
+        return is_quiet and self._quiet_steps % _LOOK_INTERVAL != 0
 
     def lengths(
         self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
@@ -106,6 +120,8 @@ class AdaptiveLength:
             copied.get(request_id, limit if length and self._stops_early else length)
             for request_id, length, limit in zip(request_ids, lengths, limits, strict=True)
         ]
+        if any(most):
+            self._quiet_steps = 0
         return DraftLengths(most, frozenset(copied))
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:

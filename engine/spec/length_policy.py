@@ -50,6 +50,10 @@ class LengthPolicy(Protocol):
         """Whether of late most sequences were drafted for: else what a draft needs is better made when it is needed."""
         ...
 
+    def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
+        """Whether the decoding sequences of a step get no drafts, whatever repeats in them."""
+        ...
+
     def lengths(
         self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
     ) -> DraftLengths:
@@ -81,6 +85,9 @@ class FixedLength:
     """Always as many tokens as allowed."""
 
     drafts_for_most = True
+
+    def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
+        return False
 
     def lengths(
         self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats

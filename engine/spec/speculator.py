@@ -64,6 +64,10 @@ class Speculator:
 
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
+        request_ids = [request.request_id for request in requests]
+        if self._policy.rests(request_ids, num_joining):
+            self._copies, self._copied = {}, frozenset()
+            return [0] * len(requests)
         caps = [request.sampling.num_speculative_tokens for request in requests]
         allowed = [
             min(limit, self._max_tokens if cap is None else min(cap, self._max_tokens))
@@ -71,7 +75,7 @@ class Speculator:
         ]
         self._copies = {} if self._copier is None else self._copier.look(requests, allowed)
         repeats = {request_id: copy.repeat for request_id, copy in self._copies.items()}
-        lengths = self._policy.lengths([request.request_id for request in requests], allowed, num_joining, repeats)
+        lengths = self._policy.lengths(request_ids, allowed, num_joining, repeats)
         self._copied = lengths.copied
         return lengths.most
 

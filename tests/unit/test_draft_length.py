@@ -284,6 +284,23 @@ def test_a_long_repeat_is_copied_where_drafts_cost_too_much() -> None:
     assert policy.lengths(ids, [6] * 8, 0, {"1": Repeat(SHORT, True)}).copied == frozenset()
 
 
+def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_is_drafted_for() -> None:
+    free = Curve([(1, 1.0)])
+    policy = adaptive(StepCosts(verify=free, first_draft=Curve([(1, 100.0)]), next_draft=Curve([(1, 100.0)])))
+    ids = [str(number) for number in range(8)]
+    rested = []
+    for _ in range(56):
+        rested.append(policy.rests(ids, 0))
+        if not rested[-1]:
+            assert not any(policy.lengths(ids, [6] * 8, 0, {}).most)
+    assert not any(rested[:16])
+    assert sum(rested[16:]) == 30  # of 40
+    assert not policy.rests(ids[:7], 0)
+    assert [policy.rests(ids, 0) for _ in range(20)].count(False) == 17
+    assert policy.lengths(ids, [6] * 8, 0, {"1": Repeat(LONG, True)}).copied == {"1"}
+    assert not any(policy.rests(ids, 0) for _ in range(16))
+
+
 def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() -> None:
     policy = adaptive(CHEAP)
     for greedy in (True, False) * 300:
