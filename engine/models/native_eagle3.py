@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft on the compiled CPU kernels, its weights in 8 bits."""
+"""The EAGLE-3 draft on the compiled CPU kernels, its weights in 4 bits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_row
 from kernels.native_decoder import Decoder, LayerWeights
 from kernels.native_lora import NativeLora
 
+WEIGHT_TYPE = GGMLQuantizationType.Q4_1
+
 
 class NativeEagle3:
     """Same mathematics as ``engine.models.eagle3.Eagle3`` but for rounding.
 
-    Weights are rounded to Q8_0 (groups of 32, 8 bits): half the bytes of a draft step, for a change far below what
-    training leaves open. It can cost acceptance only. ``attention`` must be a ``NativeAttention`` of the same ``team``.
+    Weights are rounded to ``WEIGHT_TYPE`` (groups of 32): a third of the bytes of a draft step. It can cost acceptance
+    only, and costs none that could be measured (docs/decisions/031-a-draft-in-four-bits.md). ``attention`` must be a ``NativeAttention`` of the same ``team``.
 
     Args:
         draft: on the CPU; not kept.
@@ -136,8 +138,8 @@ def _packed(
 
 
 def _part(weight: torch.Tensor, row_map: npt.NDArray[np.int64]) -> MatrixPart:
-    blocks = gguf.quants.quantize(weight.float().numpy(), GGMLQuantizationType.Q8_0)
-    return MatrixPart(row_map, int(GGMLQuantizationType.Q8_0), blocks=blocks)
+    blocks = gguf.quants.quantize(weight.float().numpy(), WEIGHT_TYPE)
+    return MatrixPart(row_map, int(WEIGHT_TYPE), blocks=blocks)
 
 
 def _row_map(name: str, weight: torch.Tensor) -> npt.NDArray[np.int64]:
