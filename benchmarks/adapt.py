@@ -16,15 +16,16 @@ import uvloop
 from rich.console import Console
 
 from benchmarks.adapt_parts import LOAD_TENANT, PARTS, SWITCH_TENANT
-from benchmarks.adapt_prompts import STREAM_DOMAINS, read_stream, short, stream_and_trial
 from benchmarks.adapt_record import Plan, Prompts, Record
 from benchmarks.adapt_report import report
 from benchmarks.adapt_server import serving
-from benchmarks.adapt_sides import ALIGNMENT, BOTH, KINDS, OSD, STATIC, VOCABULARY, Vocabularies, make_side
+from benchmarks.adapt_sides import KINDS, SIDES, Vocabularies, make_side
 from benchmarks.adapt_summary import summary
+from benchmarks.drafting import Drafting, DraftLength
+from benchmarks.environment import environment
+from benchmarks.machine import RESULTS
 from benchmarks.prompts.build import read_eval
-from benchmarks.speculation import RESULTS, environment
-from benchmarks.speculation_sides import Drafting, DraftLength
+from benchmarks.prompts.streams import STREAM_DOMAINS, read_stream, short, stream_and_trial
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
@@ -32,15 +33,6 @@ from engine.text.tokenizer import Tokenizer
 MINUTES = {"gain": 25.0, "switch": 10.0, "tenants": 8.0, "memory": 4.0, "load": 5.0}
 """Of each part, loading not included."""
 QUICK_MINUTES = 1.0
-NEVER = "pace.busy_share=0,pace.spare_cores=99"
-SIDES = {
-    "gain": [STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD],
-    "switch": [STATIC, ALIGNMENT, f"{ALIGNMENT}/replay.policy=clear"],
-    "tenants": [STATIC, ALIGNMENT, f"{ALIGNMENT}/key_scope=global"],
-    "memory": [STATIC, ALIGNMENT, OSD],
-    "load": [STATIC, f"{ALIGNMENT}/{NEVER}", ALIGNMENT],
-}
-"""Of each part. The second of ``load`` logs, and its worker never learns."""
 DOMAINS = {"switch": ["law", "medicine"], "tenants": ["law", "code"], "memory": ["law"]}
 """Of each part, where not all of ``STREAM_DOMAINS``."""
 WARMUP_TOKENS = 16

@@ -16,7 +16,7 @@ from benchmarks.adapt_server import ENGINE, WORKER, Server, forget_peak, memory
 from benchmarks.load import run_load
 from benchmarks.process import NoiseMeter
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation import bounded
+from benchmarks.time_limit import bounded
 
 STREAM_SHARE = 0.75
 """Of a part's time, for all streams together."""

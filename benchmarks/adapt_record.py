@@ -9,8 +9,8 @@ from typing import Any
 
 from benchmarks.adapt_server import Answer, Server
 from benchmarks.adapt_sides import Vocabularies
+from benchmarks.drafting import Drafting
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation_sides import Drafting
 
 STREAM, HELD_OUT, RETURN = "stream", "held-out", "return"
 """Phases: learning; held-out prompts after it, and again after another topic."""

@@ -22,11 +22,10 @@ import psutil
 
 from benchmarks.adapt_sides import Side, arguments
 from benchmarks.client import Speculation, stream
+from benchmarks.drafting import Drafting
 from benchmarks.load import LoadOptions
-from benchmarks.peers import Launch
-from benchmarks.process import free_port, running, tree
+from benchmarks.process import LOGS, Launch, free_port, running, tree
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation_sides import LOGS, Drafting
 from engine.ipc.adapter_control import AdapterStatus, adapter_key
 from server.tenants import hash_key, new_key
 

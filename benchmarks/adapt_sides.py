@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from benchmarks.drafting import Drafting
 from benchmarks.in_process import KV_BYTES, MAX_MODEL_LEN, MAX_SEQUENCES
-from benchmarks.speculation_sides import Drafting
 from engine.ipc.adapter_control import KeyScope
 
 STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD = "static", "vocabulary", "alignment", "both", "osd"
 KINDS = (STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD)
+NEVER = "pace.busy_share=0,pace.spare_cores=99"
+SIDES = {
+    "gain": [STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD],
+    "switch": [STATIC, ALIGNMENT, f"{ALIGNMENT}/replay.policy=clear"],
+    "tenants": [STATIC, ALIGNMENT, f"{ALIGNMENT}/key_scope=global"],
+    "memory": [STATIC, ALIGNMENT, OSD],
+    "load": [STATIC, f"{ALIGNMENT}/{NEVER}", ALIGNMENT],
+}
+"""Compared in each part, where none are given. The second of ``load`` logs, and its worker never learns."""
 _SCOPE = "key_scope"
 _OSD = ("training.method=osd", f"{_SCOPE}=global", "log.control_share=0")
 """It changes the draft of everybody at once."""

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from adapters.chains import ChainBatch, Chains
 from benchmarks.draft_traces import answers, load_parts
 from benchmarks.prompts.build import Prompt
+from benchmarks.prompts.sources import CACHE
 
 DEPTH, TOP_K = 4, 16
 """Draft tokens of a chain, and tokens of the target's distribution that are kept."""
@@ -83,6 +85,15 @@ def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[R
         logits, ids = (last @ head.T).topk(TOP_K)
         drafted = _drafts(chains, one.text, one.answer, inputs, {})
         yield Recording(one.text, one.answer, inputs, ids.int(), logits.half(), drafted)
+
+
+def recorded(model: str, prompts: Sequence[Prompt], max_tokens: int, name: str) -> list[Recording]:
+    """Answers to some prompts; from disk if they were made before under this name."""
+    path = CACHE / "alignment" / f"{model}-{name}-{len(prompts)}x{max_tokens}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(list(track(record(model, prompts, max_tokens), description=name, total=len(prompts))), path)
+    return load(path)
 
 
 def _drafts(

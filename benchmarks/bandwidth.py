@@ -18,7 +18,8 @@ from gguf import GGUFReader
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import cpu_description, gguf_path
+from benchmarks.machine import cpu_description
+from benchmarks.peers import gguf_path
 from benchmarks.report import runs_of
 
 SIZES_MIB = (64, 256, 2048)

@@ -24,6 +24,8 @@ from adapters.target_parts import load_target_parts
 from adapters.unroll import TargetParts, Unroller
 from benchmarks.in_process import encode_chat, engine_config
 from benchmarks.prompts.build import Prompt
+from benchmarks.prompts.sources import CACHE
+from benchmarks.prompts.streams import trial_prompts
 from engine.config import SpeculationConfig
 from engine.core import EngineCore, engine_request_id
 from engine.messages import EngineRequest, SamplingParams
@@ -124,6 +126,15 @@ def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[T
     unroller = Unroller(draft, target, torch.ones(draft.fc.in_features))
     for one in answers(model, prompts, max_tokens):
         yield _trace(unroller, one)
+
+
+def recorded(model: str, prompts: int, max_tokens: int) -> list[Trace]:
+    """Traces of so many trial prompts of each domain: recorded when first asked for, then kept."""
+    path = CACHE / "traces" / f"{model}-{prompts}x{max_tokens}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(list(record(model, trial_prompts(model, prompts), max_tokens)), path)
+    return load(path)
 
 
 def _answer(core: EngineCore, texts: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:

@@ -20,9 +20,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.fault_model import FaultModel
-from benchmarks.peers import Launch
-from benchmarks.process import free_port, running, tree
-from benchmarks.speculation_sides import LOGS
+from benchmarks.process import LOGS, Launch, free_port, running, tree
 from engine.adapters_config import AdaptersConfig, GuardConfig, LogConfig, PaceConfig, ReplayConfig, TrainingConfig
 from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.weight_channel import WeightChannel

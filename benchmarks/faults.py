@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from benchmarks.environment import environment
 from benchmarks.fault_kinds import FAULTS, Fault, Missed
 from benchmarks.fault_model import FaultModel
 from benchmarks.fault_report import Seen, table
@@ -44,7 +45,7 @@ from benchmarks.fault_server import (
     worker_options,
 )
 from benchmarks.fault_watch import Versions, Watch
-from benchmarks.speculation import RESULTS, environment
+from benchmarks.machine import RESULTS
 
 LIVES = 4
 """Times that one process of a server is killed: the launcher waits half a second before it starts it again, then one

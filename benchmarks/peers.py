@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 import typer
 
+from benchmarks.machine import REPOSITORY
+from benchmarks.process import Launch
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
 
 PEERS = Path.home() / ".cache" / "evospec" / "peers"
-REPOSITORY = Path(__file__).parent.parent
+CONVERT = Path(__file__).with_name("convert.py")
 CONTEXT_TOKENS = 2048
 """Longest prompt and output of the benchmarks, given to every side as its limit."""
 
@@ -36,14 +36,6 @@ def run(command: list[str], cwd: Path | None = None) -> None:
     """Runs an installation step, its output shown; raises CalledProcessError."""
     print("$", " ".join(command), flush=True)
     subprocess.run(command, cwd=cwd, check=True)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How to start a server: what ``serve.py`` runs and what the results record."""
-
-    command: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 class Side(Protocol):
@@ -156,7 +148,7 @@ class VllmCpu:
         """The bf16 copy of ``model``, made at need."""
         path = PEERS / "models" / model
         if not (path / "model.safetensors").exists():
-            run([str(self.python), str(REPOSITORY / "benchmarks" / "convert.py"), str(gguf_path(model)), str(path)])
+            run([str(self.python), str(CONVERT), str(gguf_path(model)), str(path)])
         return path
 
     def install(self) -> None:
@@ -194,24 +186,6 @@ class VllmCpu:
 
 
 SIDES: dict[str, Side] = {side.name: side for side in (EvoSpec(), LlamaCpp(False), LlamaCpp(True), VllmCpu())}
-
-
-def cpu_description() -> str:
-    """Model name and the vector extensions that matter, from /proc/cpuinfo."""
-    text = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"model name\s*: (.*)", text)
-    flags = re.search(r"flags\s*: (.*)", text)
-    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-    present = [flag for flag in wanted if flags and flag in flags[1].split()]
-    return f"{name[1] if name else 'unknown CPU'}, {os.cpu_count()} cores, {' '.join(present)}"
-
-
-def git_commit() -> str:
-    """The commit that is measured, with ``+`` behind it if tracked files differ from it."""
-    git = ["git", "-C", str(REPOSITORY)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0
-    return f"{commit}+" if changed else commit
 
 
 app = typer.Typer(help="The servers that are compared.")

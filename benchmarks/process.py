@@ -12,15 +12,23 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
-from benchmarks.peers import Launch
-
+LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
 START_TIMEOUT = 420.0
 STOP_TIMEOUT = 20.0
 QUIET_PERCENT = 5.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a server: what is run, and what the results record."""
+
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 class ServerFailed(Exception):

@@ -22,13 +22,13 @@ from rich.console import Console
 
 from benchmarks.client import stream
 from benchmarks.load import LoadOptions, LoadReport, run_load
-from benchmarks.peers import REPOSITORY, SIDES, Side, VllmCpu, cpu_description, git_commit
-from benchmarks.process import NoiseMeter, free_port, running, wait_for_quiet
+from benchmarks.machine import RESULTS, cpu_description, git_commit
+from benchmarks.peers import SIDES, Side, VllmCpu
+from benchmarks.process import LOGS, NoiseMeter, free_port, running, wait_for_quiet
 from benchmarks.prompts.build import Prompt, read_eval
 from benchmarks.report import plot, summary_tables
 
-RESULTS = REPOSITORY / "benchmarks" / "results"
-LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
+TRANSFORMERS_LOOP = Path(__file__).with_name("transformers_loop.py")
 TRANSFORMERS = "transformers"
 WARMUP_TOKENS = 16
 SANITY_PROMPT, SANITY_ANSWER = "The capital of France is", "Paris"
@@ -117,10 +117,9 @@ def measure_transformers(model: str, level: int, number: int, plan: Plan) -> Run
     """One padded batch of ``level`` prompts after the other, no server."""
     peer = VllmCpu()
     prompts = [prompt.messages for prompt in plan.prompts(level)[: plan.requests(level)]]
-    script = REPOSITORY / "benchmarks" / "transformers_loop.py"
     arguments = [str(peer.model_directory(model)), str(level), str(plan.max_tokens), SANITY_PROMPT]
     done = subprocess.run(
-        [str(peer.python), str(script), *arguments],
+        [str(peer.python), str(TRANSFORMERS_LOOP), *arguments],
         input=json.dumps(prompts),
         capture_output=True,
         text=True,

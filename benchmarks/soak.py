@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated
 
 import psutil
@@ -30,11 +29,10 @@ from rich.table import Table
 from benchmarks.client import StreamResult, stream
 from benchmarks.load import LoadOptions, new_progress, request_body, run_load
 from benchmarks.peers import EvoSpec
-from benchmarks.process import free_port, running, tree
+from benchmarks.process import LOGS, free_port, running, tree
 from benchmarks.prompts.build import read_eval
 from benchmarks.soak_load import SEED, MixedLoad
 
-LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
 SETTLE_SECONDS = 20.0
 SAMPLE_SECONDS = 2.0
 MIXED_CONCURRENCY = 16

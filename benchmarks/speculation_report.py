@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.drafting import NONE
 from benchmarks.in_process import PARTS
-from benchmarks.speculation_sides import NONE
-from benchmarks.speculation_summary import ALL, Record, acceptance, runs_of, summaries, worst
+from benchmarks.runs import ALL, Record, acceptance, runs_of
+from benchmarks.speculation_summary import summaries, worst
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

@@ -8,75 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Protocol
 
 import psutil
-import typer
 import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.acceptance import Acceptance
-from benchmarks.in_process import KV_BYTES, MAX_MODEL_LEN, MAX_SEQUENCES, PARTS, Engine, engine_config
+from benchmarks.in_process import KV_BYTES, MAX_MODEL_LEN, MAX_SEQUENCES, PARTS, Engine
 from benchmarks.load import LoadOptions, run_load
-from benchmarks.peers import Launch
-from benchmarks.process import NoiseMeter, free_port, running
+from benchmarks.process import LOGS, Launch, NoiseMeter, free_port, running
 from benchmarks.prompts.build import Prompt
-from engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SpeculationConfig
+from engine.config import EngineConfig
 from engine.messages import SamplingParams
-
-LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
-NONE = "none"
-_WITHOUT_COPIES = "/copies=false"
-FIXED_LENGTH = 4
-"""Draft tokens of a step where all have the same length: acceptance is comparable then."""
-DraftLength = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        max=MAX_SPECULATIVE_TOKENS,
-        help=f"Draft tokens of a step; default: {FIXED_LENGTH} where all have the same length, else the engine's most.",
-    ),
-]
-"""Option ``--length`` of the benchmarks."""
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """What drafts in the modes that speculate; fields as in ``SpeculationConfig``."""
-
-    method: str
-    draft: str | None
-    num_tokens: int
-    adaptive: bool
-
-    @classmethod
-    def of(cls, method: str, draft: str | None, length: int | None, *, adaptive: bool) -> Drafting:
-        """``length`` None: the engine's own most where lengths adapt, else ``FIXED_LENGTH``."""
-        return cls(
-            method,
-            draft,
-            length or (SpeculationConfig().num_speculative_tokens if adaptive else FIXED_LENGTH),
-            adaptive,
-        )
-
-    def config(self, model: str, mode: str) -> EngineConfig:
-        """The engine of a mode: ``none``, or the draft's vocabulary, and after it perhaps ``/copies=false``."""
-        if mode == NONE:
-            return engine_config(model, SpeculationConfig(method="none"))
-        vocabulary = mode.removesuffix(_WITHOUT_COPIES)
-        return engine_config(
-            model,
-            SpeculationConfig.model_validate(
-                {
-                    "method": self.method,
-                    "draft": self.draft,
-                    "vocabulary": vocabulary,
-                    "num_speculative_tokens": self.num_tokens,
-                    "adaptive": self.adaptive,
-                    "copies": mode == vocabulary,
-                }
-            ),
-        )
 
 
 @dataclass(frozen=True)

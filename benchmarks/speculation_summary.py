@@ -2,46 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from statistics import median
-from typing import Any
 
-from benchmarks.acceptance import Acceptance, total
+from benchmarks.drafting import NONE
 from benchmarks.in_process import PARTS
-from benchmarks.speculation_sides import NONE
-
-Record = dict[str, Any]
-ALL = "all"
-"""Instead of a domain: all of them together."""
-
-
-def runs_of(record: Record, model: str, mode: str, domain: str, concurrency: int | None = None) -> list[Record]:
-    """The runs of a cell, or of all concurrencies; ``ALL``: of all domains."""
-    return [
-        run
-        for run in record["runs"]
-        if (run["model"], run["mode"]) == (model, mode)
-        and domain in (ALL, run["domain"])
-        and concurrency in (None, run.get("concurrency"))
-    ]
-
-
-def speeds(runs: Iterable[Record], domains: Sequence[str]) -> dict[int, float]:
-    """Tokens a second by round: all tokens over all seconds, in the rounds that have every domain."""
-    by_round: dict[int, list[Record]] = defaultdict(list)
-    for run in runs:
-        by_round[run["round"]].append(run)
-    return {
-        number: sum(run["tokens"] for run in group) / sum(run["seconds"] for run in group)
-        for number, group in sorted(by_round.items())
-        if {run["domain"] for run in group} == set(domains)
-    }
-
-
-def ratios(ours: dict[int, float], theirs: dict[int, float]) -> list[float]:
-    """Ours over theirs in each round that has both."""
-    return [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
+from benchmarks.runs import ALL, Record, acceptance, ratios, runs_of, speeds
 
 
 def shares(runs: Iterable[Record]) -> dict[str, float]:
@@ -52,11 +18,6 @@ def shares(runs: Iterable[Record]) -> dict[str, float]:
             seconds[part] += run["step_seconds"][part]
     whole = sum(seconds.values())
     return {part: value / whole if whole else 0.0 for part, value in seconds.items()}
-
-
-def acceptance(runs: Iterable[Record]) -> Acceptance:
-    """All counts together."""
-    return total(Acceptance(**run["acceptance"]) for run in runs)
 
 
 def summary(record: Record, model: str, mode: str, domain: str, level: int) -> Record | None:

@@ -20,9 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.drafted_batch import DraftedBatch, Target, load_draft, load_target
-from benchmarks.equality import mixed_prompts
+from benchmarks.environment import environment
 from benchmarks.in_process import encode_chat
-from benchmarks.speculation import RESULTS, bounded, environment
+from benchmarks.machine import RESULTS
+from benchmarks.prompts.short import mixed_prompts
+from benchmarks.time_limit import bounded
 from engine.loader import LoadedModel
 from engine.messages import SamplingParams
 from engine.spec.draft_head import DraftHead

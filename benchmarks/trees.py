@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.adapt_prompts import STREAM_DOMAINS
-from benchmarks.draft_traces import DEPTH, Trace
+from benchmarks.draft_traces import DEPTH, Trace, recorded
 from benchmarks.in_process import engine_config
-from benchmarks.vocabulary_replay import recorded
+from benchmarks.prompts.streams import STREAM_DOMAINS
 from engine.config import SpeculationConfig
 from engine.core import EngineCore
 from engine.models.registry import resolve_model, validate_model_files

@@ -17,9 +17,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from benchmarks.drafting import NONE, Drafting, DraftLength
+from benchmarks.environment import environment
+from benchmarks.machine import RESULTS
 from benchmarks.prompts.build import Prompt, read, shuffled
-from benchmarks.speculation import DOMAINS, RESULTS, bounded, environment, short_prompts
-from benchmarks.speculation_sides import NONE, Drafting, DraftLength
+from benchmarks.prompts.short import DOMAINS, short_prompts
+from benchmarks.time_limit import bounded
 from benchmarks.vocabulary_modes import FULL, HARD_SWITCH, Sizes, make_mode, sizes_of
 from benchmarks.vocabulary_parts import PARTS, SWITCH_DOMAINS, Plan
 from benchmarks.vocabulary_report import report

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.drafting import NONE, Drafting
 from benchmarks.in_process import engine_config
-from benchmarks.speculation_sides import NONE, Drafting
 from engine.config import MAX_TAIL_TOKENS, CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
 from engine.models.registry import resolve_model
 from engine.spec.load import always_drafted

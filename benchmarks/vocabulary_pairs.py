@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.jackknife import jackknife_error
-from benchmarks.speculation_summary import Record
+from benchmarks.runs import Record
 
 Counts = Mapping[int, tuple[int, int]]
 """By request: drafts verified, draft tokens accepted."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle, islice, product
 
+from benchmarks.drafting import Drafting
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation_sides import Drafting
 from benchmarks.vocabulary_sessions import Ask, Unit
 
 SWITCH_DOMAINS = ("law", "medicine", "code")

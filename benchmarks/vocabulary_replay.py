@@ -2,8 +2,8 @@
 
 For choosing options: seconds a mode instead of minutes, by the engine's own ``DraftVocab`` on the logits that
 ``benchmarks.draft_traces`` has recorded. The first run records the prompts' answers (a few minutes). Greedy; the
-draft's ``WIDTH`` best tokens of each place stand for all. Prompts are those of ``benchmarks.adapt_prompts`` for trials,
-never evaluation prompts.
+draft's ``WIDTH`` best tokens of each place stand for all. Prompts are the trial prompts of
+``benchmarks.prompts.streams``, never evaluation prompts.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
-from benchmarks.adapt_prompts import STREAM_DOMAINS, read_stream, short, stream_and_trial
-from benchmarks.draft_traces import DEPTH, Trace, load, record, save
-from benchmarks.prompts.build import Prompt, shuffled
-from benchmarks.prompts.sources import CACHE
-from benchmarks.speculation_sides import Drafting
+from benchmarks.draft_traces import DEPTH, Trace, recorded
+from benchmarks.drafting import Drafting
+from benchmarks.prompts.streams import STREAM_DOMAINS
 from benchmarks.vocabulary_modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
 from benchmarks.vocabulary_pairs import table
 from engine.config import ModelConfig, SpeculationConfig
@@ -147,32 +145,10 @@ class Replay:
             self._vocab.forget(request.request_id)
 
 
-def trial_prompts(model: str, count: int) -> list[Prompt]:
-    """``count`` of each domain, in an order that has nothing to do with their sources."""
-    tokenizer, prompts = _tokenizer(model), read_stream()
-    chosen = []
-    for domain in STREAM_DOMAINS:
-        _, trial = stream_and_trial([prompt for prompt in prompts if prompt.domain == domain])
-        chosen += shuffled(short(trial, domain, tokenizer))[:count]
-    return chosen
-
-
-def recorded(model: str, prompts: int, max_tokens: int) -> list[Trace]:
-    """Traces of so many trial prompts of each domain: recorded when first asked for, then kept."""
-    path = CACHE / "traces" / f"{model}-{prompts}x{max_tokens}.safetensors"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save(list(record(model, trial_prompts(model, prompts), max_tokens)), path)
-    return load(path)
-
-
-def _tokenizer(model: str) -> Tokenizer:
-    return Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
-
-
 def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
     """For ``benchmarks.vocabulary_pairs.table``."""
-    speculation, tokenizer, directory = mode.config.speculation, _tokenizer(model), DRAFTS / model
+    speculation, directory = mode.config.speculation, DRAFTS / model
+    tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
     rows = speculation.vocabulary.partition(":")[2].partition("+")[0]
     core = None
     if rows not in ("", FULL):

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.speculation_sides import NONE
-from benchmarks.speculation_summary import ALL, Record, runs_of
+from benchmarks.drafting import NONE
+from benchmarks.runs import ALL, Record, runs_of
 from benchmarks.vocabulary_modes import FULL
 from benchmarks.vocabulary_summary import SETTLED_SHARE, references, summaries, switch_lengths
 

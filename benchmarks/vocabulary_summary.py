@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.speculation_sides import NONE
-from benchmarks.speculation_summary import ALL, Record, acceptance, ratios, runs_of, speeds
+from benchmarks.drafting import NONE
+from benchmarks.runs import ALL, Record, acceptance, ratios, runs_of, speeds
 from benchmarks.vocabulary_modes import FR_SPEC, FULL, HARD_SWITCH, NANOSPEC
 from benchmarks.vocabulary_parts import LEARNING
 

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.acceptance import Acceptance, total
-from benchmarks.coupling import Sample, summarise
 from benchmarks.coupling_rules import (
     COUPLED,
     Chain,
@@ -23,11 +22,15 @@ from benchmarks.coupling_rules import (
     rejection_acceptance,
     sampled_chains,
 )
+from benchmarks.coupling_summary import Sample, summarise
+from benchmarks.drafting import Drafting
 from benchmarks.equality import compare
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation import REQUESTS_ALONE, Plan, bounded, chosen_prompts
-from benchmarks.speculation_sides import Drafting, acceptance_of, launch, samples
-from benchmarks.speculation_summary import ALL, summaries, summary, worst
+from benchmarks.runs import ALL
+from benchmarks.speculation_plan import REQUESTS_ALONE, Plan, chosen_prompts
+from benchmarks.speculation_sides import acceptance_of, launch, samples
+from benchmarks.speculation_summary import summaries, summary, worst
+from benchmarks.time_limit import bounded
 from engine.messages import SamplingParams
 from engine.sampling.choose import choose_tokens
 from server.settings import load_settings

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from benchmarks.drafting import NONE, Drafting
 from benchmarks.in_process import Generation
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation_sides import NONE, Drafting
 from benchmarks.vocabulary_modes import FULL, HARD_SWITCH, NANOSPEC, Sizes, make_mode
 from benchmarks.vocabulary_pairs import compare, counts_of, mean
 from benchmarks.vocabulary_parts import (

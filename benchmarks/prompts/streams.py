@@ -1,4 +1,4 @@
-"""The prompts of ``benchmarks.adapt``: streams that a draft may learn from, and trial prompts to choose options on.
+"""Streams of prompts that a draft may learn from while it serves, and trial prompts to choose options on.
 
 Both are of the items that evaluation does not use, and share no text with an evaluation prompt; no draft was trained on
 the law and medicine among them. Evaluation prompts are for final figures only.
@@ -12,9 +12,11 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from benchmarks.in_process import encode_chat
-from benchmarks.prompts.build import EVAL_PATH, Prompt, build_train, read, write
+from benchmarks.prompts.build import EVAL_PATH, Prompt, build_train, read, shuffled, write
+from benchmarks.prompts.short import MAX_PROMPT_TOKENS
 from benchmarks.prompts.sources import CACHE, SOURCES
-from benchmarks.speculation import MAX_PROMPT_TOKENS
+from engine.config import ModelConfig
+from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
 
 STREAM_PATH = CACHE / "stream.jsonl"
@@ -58,3 +60,13 @@ def short(prompts: Iterable[Prompt], domain: str, tokenizer: Tokenizer) -> list[
     """Those of a domain that have at most ``MAX_PROMPT_TOKENS``."""
     of_domain = (prompt for prompt in prompts if prompt.domain == domain)
     return [prompt for prompt in of_domain if len(encode_chat(tokenizer, prompt)) <= MAX_PROMPT_TOKENS]
+
+
+def trial_prompts(model: str, count: int) -> list[Prompt]:
+    """``count`` trial prompts of each domain, in an order that has nothing to do with their sources."""
+    tokenizer, prompts = Tokenizer.from_files(resolve_model(ModelConfig(name=model))), read_stream()
+    chosen = []
+    for domain in STREAM_DOMAINS:
+        _, trial = stream_and_trial([prompt for prompt in prompts if prompt.domain == domain])
+        chosen += shuffled(short(trial, domain, tokenizer))[:count]
+    return chosen
