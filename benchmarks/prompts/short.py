@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from benchmarks.in_process import encode_chat
+from benchmarks.common.in_process import encode_chat
 from benchmarks.prompts.build import Prompt, read_eval
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model

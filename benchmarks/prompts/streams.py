@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from benchmarks.in_process import encode_chat
+from benchmarks.common.in_process import encode_chat
 from benchmarks.prompts.build import EVAL_PATH, Prompt, build_train, read, shuffled, write
 from benchmarks.prompts.short import MAX_PROMPT_TOKENS
 from benchmarks.prompts.sources import CACHE, SOURCES
