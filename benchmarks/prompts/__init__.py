@@ -1,0 +1,1 @@
+"""The prompts of the benchmarks, and those that drafts learn from."""

@@ -4,7 +4,7 @@ Splits; evaluation never overlaps with the others:
 - *eval*: items whose hash falls in the first quarter, and all items of sources that are public tests. Committed.
 - *train*: the other items, less those that share much text with a prompt of the committed eval set (licences
   quote each other). Built at need into the cache: ``--train``.
-- *stream*: of *train*, law, medicine and code to learn from while serving (``benchmarks.adapt_prompts``).
+- *stream*: of *train*, law, medicine and code to learn from while serving (``benchmarks.prompts.streams``).
 
 The same packages always give the same files: every choice is a hash of the item's source and key.
 """

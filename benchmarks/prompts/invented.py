@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 from rich.progress import track
 
-from benchmarks.in_process import Engine, Turn, engine_config
+from benchmarks.common.in_process import Engine, Turn, engine_config
 from benchmarks.prompts.build import Prompt, read_eval, shingles, shingles_of, write
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.text import LEFT_OUT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.draft_traces import DEPTH, WIDTH, record
+from benchmarks.common.draft_traces import DEPTH, WIDTH, record
 from benchmarks.prompts.build import Prompt
 
 

@@ -10,16 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.adapt import SIDES
-from benchmarks.adapt_parts import PARTS
-from benchmarks.adapt_prompts import build_stream, in_turn, stream_and_trial
-from benchmarks.adapt_record import HELD_OUT, RETURN, STREAM
-from benchmarks.adapt_report import table
-from benchmarks.adapt_sides import Vocabularies, arguments, make_side
-from benchmarks.adapt_summary import length, lost_share, paired, ratio, ratio_error, smoothed, speed, summary
-from benchmarks.alignment_replay import configured
+from benchmarks.adapt.parts import PARTS
+from benchmarks.adapt.record import HELD_OUT, RETURN, STREAM
+from benchmarks.adapt.report import table
+from benchmarks.adapt.sides import SIDES, Vocabularies, arguments, make_side
+from benchmarks.adapt.summary import length, lost_share, paired, ratio, ratio_error, smoothed, speed, summary
+from benchmarks.alignment_replay.worker import configured
+from benchmarks.common.drafting import Drafting
 from benchmarks.prompts.build import EVAL_PATH, Prompt, read
-from benchmarks.speculation_sides import Drafting
+from benchmarks.prompts.streams import build_stream, in_turn, stream_and_trial
 from server.settings import load_settings
 
 VOCABULARIES = Vocabularies("static:4096", "dynamic:2048+1024")

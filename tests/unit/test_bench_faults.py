@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.fault_report import Seen
-from benchmarks.fault_requests import Answer, Finished, Outcome, judge
-from benchmarks.fault_watch import Versions
+from benchmarks.faults.report import Seen
+from benchmarks.faults.requests import Answer, Finished, Outcome, judge
+from benchmarks.faults.watch import Versions
 
 EXPECTED = Answer(("a", "b", "c"), "length", 0, None)
 GONE = {"code": "engine_unavailable", "message": "The engine stopped while it worked on the request."}

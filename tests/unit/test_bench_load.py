@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.client import StreamResult, stream
-from benchmarks.load import LoadOptions, percentiles, request_body, run_load, summarise
+from benchmarks.common.client import StreamResult, stream
+from benchmarks.common.load import LoadOptions, percentiles, request_body, run_load, summarise
 from benchmarks.prompts.build import Prompt
 
 Answer = Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]]

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.acceptance import Acceptance, total
-from benchmarks.coupling import Sample, summarise
-from benchmarks.coupling_rules import (
+from benchmarks.common.acceptance import Acceptance, total
+from benchmarks.common.drafting import Drafting
+from benchmarks.common.runs import ALL
+from benchmarks.common.time_limit import bounded
+from benchmarks.coupling.rules import (
     COUPLED,
     Chain,
     coupled_acceptance,
@@ -23,11 +25,12 @@ from benchmarks.coupling_rules import (
     rejection_acceptance,
     sampled_chains,
 )
+from benchmarks.coupling.summary import Sample, summarise
 from benchmarks.equality import compare
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation import REQUESTS_ALONE, Plan, bounded, chosen_prompts
-from benchmarks.speculation_sides import Drafting, acceptance_of, launch, samples
-from benchmarks.speculation_summary import ALL, summaries, summary, worst
+from benchmarks.speculation.plan import REQUESTS_ALONE, Plan, chosen_prompts
+from benchmarks.speculation.sides import acceptance_of, launch, samples
+from benchmarks.speculation.summary import summaries, summary, worst
 from engine.messages import SamplingParams
 from engine.sampling.choose import choose_tokens
 from server.settings import load_settings

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from benchmarks.draft_traces import DEPTH, Trace
+from benchmarks.common.draft_traces import DEPTH, Trace
 from benchmarks.trees import best_trees, chains, fastest, rank_shares
 from engine.spec.step_costs import Curve, StepCosts
 

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from benchmarks.in_process import Generation
+from benchmarks.common.drafting import NONE, Drafting
+from benchmarks.common.in_process import Generation
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation_sides import NONE, Drafting
-from benchmarks.vocabulary_modes import FULL, HARD_SWITCH, NANOSPEC, Sizes, make_mode
-from benchmarks.vocabulary_pairs import compare, counts_of, mean
-from benchmarks.vocabulary_parts import (
+from benchmarks.vocabulary.modes import FULL, HARD_SWITCH, NANOSPEC, Sizes, make_mode
+from benchmarks.vocabulary.pairs import compare, counts_of, mean
+from benchmarks.vocabulary.parts import (
     LEARNING,
     NEW_TENANT,
     PARTS,
@@ -29,8 +29,8 @@ from benchmarks.vocabulary_parts import (
     SWITCH_DOMAINS,
     Plan,
 )
-from benchmarks.vocabulary_sessions import summarise
-from benchmarks.vocabulary_summary import (
+from benchmarks.vocabulary.sessions import summarise
+from benchmarks.vocabulary.summary import (
     coverage,
     references,
     round_speeds,

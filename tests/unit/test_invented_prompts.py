@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.in_process import Engine
+from benchmarks.common.in_process import Engine
 from benchmarks.prompts.build import read_eval, shingles_of
 from benchmarks.prompts.invented import invent, is_usable, user_turn
 from engine.config import EngineConfig, ModelConfig, RuntimeConfig, SpeculationConfig

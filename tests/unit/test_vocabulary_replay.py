@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.draft_traces import DEPTH, TARGET_TOP_K, WIDTH, Trace, load, save
-from benchmarks.vocabulary_replay import Replay
+from benchmarks.common.draft_traces import DEPTH, TARGET_TOP_K, WIDTH, Trace, load, save
+from benchmarks.vocabulary.replay import Replay
 from engine.config import SpeculationConfig
 
 VOCAB = 1024

@@ -1,0 +1,1 @@
+"""Measures what drafts gain that learn while they serve: acceptance, speed and memory."""

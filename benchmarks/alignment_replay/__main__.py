@@ -1,0 +1,64 @@
+"""Online alignment replayed on recorded answers: ``python -m benchmarks.alignment_replay``.
+
+For choosing the worker's options: its own parts (assembler, replay, trainer, guard) learn from the records that an
+engine would have logged, without servers, and as fast as they can. The target answers stream prompts to learn from, and
+trial prompts to measure with (``benchmarks.prompts.streams``), never evaluation prompts; the first run records them, in
+minutes. The whole head, greedy, four drafts a step; a draft's entries are made with the weights in force. Every update
+counts as one that pays, unless ``pace.step_seconds`` is given.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from adapters.chains import Chains
+from benchmarks.alignment_replay.recordings import recorded
+from benchmarks.alignment_replay.worker import Replay, acceptance_length, configured
+from benchmarks.common.draft_traces import load_parts
+from benchmarks.prompts.streams import STREAM_DOMAINS, read_stream, short, stream_and_trial
+from engine.config import ModelConfig
+from engine.models.registry import resolve_model
+from engine.text.tokenizer import Tokenizer
+
+
+def main(
+    domain: Annotated[list[str] | None, typer.Option(help="Repeatable; default: all.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of engine.alignment, repeatable.")] = None,
+    model: Annotated[str, typer.Option(help="The target; an EAGLE-3 draft is shipped for it.")] = "smollm2-135m",
+    stream: Annotated[int, typer.Option(min=1, help="Prompts to learn from, of each domain.")] = 120,
+    trial: Annotated[int, typer.Option(min=1, help="Prompts to measure with, of each domain.")] = 40,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Of an answer.")] = 128,
+) -> None:
+    """Prints acceptance lengths of the base draft, of the version in force at the end, and of the weights behind it."""
+    config = configured(option or [])
+    chains = Chains(*load_parts(model))
+    title = f"{model}, the whole head, acceptance length on {trial} trial prompts; {' '.join(option or ['defaults'])}"
+    table, tokenizer = Table("domain", title=title), Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
+    for header in ("stream tokens", "updates", "versions", "base", "in force", "ratio", "latest", "ratio"):
+        table.add_column(header, justify="right")
+    for name in domain or STREAM_DOMAINS:
+        of_stream, of_trial = stream_and_trial(short(read_stream(), name, tokenizer))
+        learned = recorded(model, of_stream[:stream], max_tokens, f"{name}-stream")
+        measured = recorded(model, of_trial[:trial], max_tokens, f"{name}-trial")
+        with tempfile.TemporaryDirectory() as directory:
+            replay = Replay(chains, config, Path(directory))
+            for number, recording in enumerate(track(learned, description=f"learn {name}")):
+                replay.serve(recording, str(number))
+        aligner = replay.aligner
+        in_force = {} if aligner.tensors is None else replay.trainer.weights(aligner.tensors)
+        base, now, latest = (acceptance_length(chains, measured, w) for w in ({}, in_force, replay.trainer.weights()))
+        counts = sum(len(recording.answer) for recording in learned), aligner.state.num_updates
+        lengths = f"{base:.3f}", f"{now:.3f}", f"{now / base:.3f}", f"{latest:.3f}", f"{latest / base:.3f}"
+        table.add_row(name, *map(str, counts), str(aligner.state.num_published), *lengths)
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

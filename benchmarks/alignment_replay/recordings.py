@@ -1,0 +1,116 @@
+"""Greedy answers with what a draft and its trainer need to know of them: recorded once, learned from many times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+
+from adapters.chains import ChainBatch, Chains
+from benchmarks.common.draft_traces import answers, load_parts
+from benchmarks.prompts.build import Prompt
+from benchmarks.prompts.sources import CACHE
+
+DEPTH, TOP_K = 4, 16
+"""Draft tokens of a chain, and tokens of the target's distribution that are kept."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One sequence of T tokens, prompt and answer.
+
+    ``inputs`` [T - 1, hidden] bf16: the fused features that the draft takes with each token. ``top_ids`` int32 and
+    ``top_logits`` float16, both [T - 1, TOP_K]: the target's distribution of the token after it. ``drafted`` [A - 1,
+    DEPTH] int32: what the base draft drafts from each token of the answer of A tokens.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    inputs: torch.Tensor
+    top_ids: torch.Tensor
+    top_logits: torch.Tensor
+    drafted: torch.Tensor
+
+    def drafts(self, chains: Chains, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The same [A - 1, DEPTH] of the draft with other weights, by name; the answer's own tokens are given."""
+        return _drafts(chains, self.prompt, self.answer, self.inputs, weights)
+
+
+def drafted_right(drafted: Sequence[int], following: Sequence[int]) -> int:
+    """How many drafts are right before the first that is not."""
+    right = 0
+    for draft, token in zip(drafted, following, strict=False):
+        if draft != token:
+            break
+        right += 1
+    return right
+
+
+def save(recordings: Sequence[Recording], path: Path) -> None:
+    """One safetensors file."""
+    tensors = {}
+    for number, recording in enumerate(recordings):
+        tensors[f"{number}.prompt"] = torch.tensor(recording.prompt)
+        tensors[f"{number}.answer"] = torch.tensor(recording.answer)
+        for name in ("inputs", "top_ids", "top_logits", "drafted"):
+            tensors[f"{number}.{name}"] = getattr(recording, name).contiguous()
+    save_file(tensors, path)
+
+
+def load(path: Path) -> list[Recording]:
+    """What ``save`` wrote."""
+    tensors = load_file(path)
+
+    def recording(number: int) -> Recording:
+        rest = (tensors[f"{number}.{name}"] for name in ("inputs", "top_ids", "top_logits", "drafted"))
+        return Recording(tensors[f"{number}.prompt"].tolist(), tensors[f"{number}.answer"].tolist(), *rest)
+
+    return [recording(number) for number in range(len(tensors) // 6)]
+
+
+@torch.inference_mode()
+def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Recording]:
+    """Answer prompts greedily, and run the shipped draft over the answers."""
+    draft, target = load_parts(model)
+    chains, hidden = Chains(draft, target), target.head.shape[1]
+    head = target.head.float()
+    for one in answers(model, prompts, max_tokens):
+        inputs = torch.zeros(len(one.features), hidden, dtype=torch.bfloat16)
+        inputs[1:] = draft.fuse(one.features[:-1, :-hidden])
+        last = target.head_input(one.features[:, -hidden:].to(torch.bfloat16)).float()
+        logits, ids = (last @ head.T).topk(TOP_K)
+        drafted = _drafts(chains, one.text, one.answer, inputs, {})
+        yield Recording(one.text, one.answer, inputs, ids.int(), logits.half(), drafted)
+
+
+def recorded(model: str, prompts: Sequence[Prompt], max_tokens: int, name: str) -> list[Recording]:
+    """Answers to some prompts; from disk if they were made before under this name."""
+    path = CACHE / "alignment" / f"{model}-{name}-{len(prompts)}x{max_tokens}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(list(track(record(model, prompts, max_tokens), description=name, total=len(prompts))), path)
+    return load(path)
+
+
+def _drafts(
+    chains: Chains, prompt: list[int], answer: list[int], inputs: torch.Tensor, weights: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    length = len(inputs)
+    token_ids = torch.zeros(1, length + DEPTH, dtype=torch.int64)
+    token_ids[0, : length + 1] = torch.tensor([*prompt, *answer])
+    batch = ChainBatch(
+        token_ids=token_ids,
+        positions=torch.arange(length)[None],
+        inputs=inputs[None],
+        starts=torch.arange(len(prompt), length),
+        mask=torch.ones(length - len(prompt), DEPTH, dtype=torch.bool),
+        top_ids=torch.zeros(length - len(prompt), DEPTH, 1, dtype=torch.int64),
+        top_logits=torch.zeros(length - len(prompt), DEPTH, 1),
+        refused=torch.zeros(0, dtype=torch.int64),
+    )
+    logits, _ = chains.logits(batch, weights, torch.arange(len(chains.target.head)))
+    return logits.argmax(-1).int()

@@ -1,0 +1,186 @@
+"""What an EAGLE-3 draft thinks at every place of greedy answers: recorded once, replayed under any vocabulary.
+
+A draft token counts only where all before it were right, so where they are the answer's own tokens. The draft's logits
+at each position and depth, the answer's tokens given, are therefore all that acceptance of greedy drafts depends on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from adapters.dataset import Batch
+from adapters.generate import recorded_layers
+from adapters.recorder import FeatureRecorder
+from adapters.target_parts import load_target_parts
+from adapters.unroll import TargetParts, Unroller
+from benchmarks.common.in_process import encode_chat, engine_config
+from benchmarks.prompts.build import Prompt
+from benchmarks.prompts.sources import CACHE
+from benchmarks.prompts.streams import trial_prompts
+from engine.config import SpeculationConfig
+from engine.core import EngineCore, engine_request_id
+from engine.messages import EngineRequest, SamplingParams
+from engine.models import eagle3
+from engine.models.eagle3 import Eagle3
+from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.load import DRAFTS
+from engine.text.tokenizer import Tokenizer
+
+DEPTH, WIDTH, TARGET_TOP_K = 4, 512, 10
+"""Draft tokens of a chain, and how many of the draft's and of the target's most likely tokens are kept."""
+_AT_ONCE = 16
+_CLIENT = b"traces"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One answer of A tokens.
+
+    ``draft_ids`` [A', DEPTH, WIDTH] int32 and ``draft_logits`` (float16), the largest first: of the token after the
+    first ``row + 1`` of the answer and ``depth`` more. ``likely`` [A'', TARGET_TOP_K] int32: the target's most likely
+    tokens at each place of the answer.
+    """
+
+    domain: str
+    prompt: list[int]
+    answer: list[int]
+    draft_ids: NDArray[np.int32]
+    draft_logits: NDArray[np.float16]
+    likely: NDArray[np.int32]
+
+
+def save(traces: Sequence[Trace], path: Path) -> None:
+    """One safetensors file."""
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for number, trace in enumerate(traces):
+        arrays[f"{number}.prompt"] = np.array(trace.prompt, np.int32)
+        arrays[f"{number}.answer"] = np.array(trace.answer, np.int32)
+        for name in ("draft_ids", "draft_logits", "likely"):
+            arrays[f"{number}.{name}"] = np.ascontiguousarray(getattr(trace, name))
+    save_file(arrays, path, {"domains": json.dumps([trace.domain for trace in traces])})
+
+
+def load(path: Path) -> list[Trace]:
+    """What ``save`` wrote."""
+    with safe_open(path, framework="np") as file:
+        domains = json.loads(file.metadata()["domains"])
+
+        def trace(number: int, domain: str) -> Trace:
+            prompt, answer, *arrays = (
+                file.get_tensor(f"{number}.{name}")
+                for name in ("prompt", "answer", "draft_ids", "draft_logits", "likely")
+            )
+            return Trace(domain, prompt.tolist(), answer.tolist(), *arrays)
+
+        return [trace(number, domain) for number, domain in enumerate(domains)]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt's tokens, the greedy answer, and the features [T - 1, n * hidden] float32 of all T tokens but the last.
+
+    Those of the draft's layers come first, then the output of the target's last layer.
+    """
+
+    prompt: Prompt
+    text: list[int]
+    answer: list[int]
+    features: torch.Tensor
+
+
+def load_parts(model: str) -> tuple[Eagle3, TargetParts]:
+    """The shipped draft of a model in float32, and what it shares with its target."""
+    config = engine_config(model, SpeculationConfig())
+    files = resolve_model(config.model)
+    target = load_target_parts(files, validate_model_files(files), config.model.max_model_len)
+    return eagle3.load_draft(DRAFTS / files.name, torch.float32, torch.device("cpu")), target
+
+
+def answers(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Answered]:
+    """Answer prompts greedily, with up to ``max_tokens`` each."""
+    config = engine_config(model, SpeculationConfig(num_speculative_tokens=0, adaptive=False))
+    files = resolve_model(config.model)
+    spec = validate_model_files(files)
+    recorder = FeatureRecorder(recorded_layers(spec))
+    core = EngineCore(config, files, spec, draft=recorder)
+    tokenizer = Tokenizer.from_files(files)
+    texts = [encode_chat(tokenizer, prompt) for prompt in prompts]
+    made = _answer(core, texts, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0))
+    for number, (prompt, text, answer) in enumerate(zip(prompts, texts, made, strict=True)):
+        features = recorder.take(engine_request_id(_CLIENT, str(number)))
+        yield Answered(prompt, text, answer, features[: len(text) + len(answer) - 1].float())
+
+
+def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
+    """Answer, then run the shipped draft over the answers; arguments as for ``answers``."""
+    draft, target = load_parts(model)
+    unroller = Unroller(draft, target, torch.ones(draft.fc.in_features))
+    for one in answers(model, prompts, max_tokens):
+        yield _trace(unroller, one)
+
+
+def recorded(model: str, prompts: int, max_tokens: int) -> list[Trace]:
+    """Traces of so many trial prompts of each domain: recorded when first asked for, then kept."""
+    path = CACHE / "traces" / f"{model}-{prompts}x{max_tokens}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(list(record(model, trial_prompts(model, prompts), max_tokens)), path)
+    return load(path)
+
+
+def _answer(core: EngineCore, texts: Sequence[list[int]], sampling: SamplingParams) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in texts]
+    waiting, num_running = list(range(len(texts)))[::-1], 0
+    while waiting or num_running:
+        while waiting and num_running < _AT_ONCE:
+            number, num_running = waiting.pop(), num_running + 1
+            core.add(
+                _CLIENT,
+                EngineRequest(
+                    request_id=str(number), prompt_token_ids=texts[number], sampling=sampling, tenant="traces"
+                ),
+            )
+        for output in core.step()[0][_CLIENT]:
+            answers[int(output.request_id)] += output.token_ids
+            num_running -= output.finish_reason is not None
+    return answers
+
+
+@torch.inference_mode()
+def _trace(unroller: Unroller, answered: Answered) -> Trace:
+    prompt, answer, features = answered.text, answered.answer, answered.features
+    hidden, length = unroller.target.head.shape[1], len(features) + 1
+    head = unroller.target.head.float()
+    inputs = torch.zeros(1, length, features.shape[1] - hidden)
+    inputs[0, 1:] = features[:, :-hidden]
+    token_ids = torch.zeros(1, length + DEPTH, dtype=torch.int64)
+    token_ids[0, :length] = torch.tensor([*prompt, *answer])[:length]
+    batch = Batch(
+        token_ids=token_ids,
+        positions=torch.arange(length)[None],
+        features=inputs,
+        labels=torch.zeros(0),
+        lengths=torch.tensor([length]),
+        first_anchors=torch.tensor([0]),
+    )
+    with unroller.precision():
+        states = [state[0, len(prompt) :].float() for state in unroller.steps(batch, DEPTH)]
+    steps = [(state @ head.T).topk(WIDTH) for state in states]
+    of_target = unroller.target.head_input(features[len(prompt) - 1 :, -hidden:].to(torch.bfloat16)).float() @ head.T
+    return Trace(
+        answered.prompt.domain,
+        prompt,
+        answer,
+        np.stack([indices.int().numpy() for _, indices in steps], axis=1),
+        np.stack([values.half().numpy() for values, _ in steps], axis=1),
+        of_target.topk(TARGET_TOP_K).indices.int().numpy(),
+    )

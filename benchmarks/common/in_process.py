@@ -1,0 +1,161 @@
+"""The engine in this process, without server and HTTP, so that what is measured is the engine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from benchmarks.common.acceptance import Acceptance
+from benchmarks.prompts.build import Prompt
+from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from engine.core import EngineCore
+from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, StepTimings, VocabularyCounts
+from engine.models.registry import resolve_model, validate_model_files
+from engine.text.tokenizer import Tokenizer
+
+PARTS = ("draft", "verify", "sample", "overhead")
+"""Of a step, as in the metric ``evospec:engine_step_seconds``."""
+MAX_MODEL_LEN = 2048
+MAX_SEQUENCES = 64
+KV_BYTES = 512 * 2**20
+"""Of each engine: several are in memory at once."""
+_CLIENT = b"benchmark"
+
+
+def engine_config(model: str, speculation: SpeculationConfig) -> EngineConfig:
+    """An engine without prefix cache, so that a prompt costs the same in every round."""
+    return EngineConfig(
+        model=ModelConfig(name=model, max_model_len=MAX_MODEL_LEN),
+        cache=CacheConfig(prefix_caching=False, max_bytes=KV_BYTES),
+        scheduler=SchedulerConfig(max_num_seqs=MAX_SEQUENCES),
+        speculation=speculation,
+    )
+
+
+def encode_chat(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of the prompt as a chat."""
+    return tokenizer.encode(tokenizer.apply_chat_template(prompt.messages), add_special_tokens=False)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request: its prompt's tokens, whose it is, and what its session brings along (None: it has none)."""
+
+    prompt: list[int]
+    tenant: str = "benchmark"
+    session: SessionState | None = None
+
+
+@dataclass
+class Generation:
+    """Answers to some prompts, in order, and what making them took.
+
+    ``decode_tokens`` and ``decode_seconds`` are of the steps that computed no prompt.
+    """
+
+    answers: list[list[int]]
+    snapshots: list[bytes | None] = field(default_factory=list)
+    """Of each answer's session, as the engine wants it back with the next request; None without a session."""
+    vocabularies: list[VocabularyCounts | None] = field(default_factory=list)
+    """How each answer's own draft vocabulary fared; None if it had none."""
+    decode_steps: list[StepTimings] = field(default_factory=list)
+    seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    verified: list[tuple[int, int]] = field(default_factory=list)
+    """Draft tokens and how many of them were accepted, for each sequence and step that had any."""
+    step_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.answers))
+
+    def acceptance(self, length: int | None = None) -> Acceptance:
+        """Counts by place; ``length``: only of drafts that long, so not of those cut short at a sequence's end."""
+        result = Acceptance()
+        for drafted, accepted in self.verified:
+            if length is None or drafted == length:
+                result.add(drafted, accepted)
+        return result
+
+    def add_step(self, seconds: float, outputs: Sequence[EngineOutput], timings: StepTimings) -> None:
+        """Count what a step did and took, by the clock and by the engine's own account."""
+        parts = (timings.draft, timings.forward, timings.sample, timings.schedule + timings.commit)
+        for part, part_seconds in zip(PARTS, parts, strict=True):
+            self.step_seconds[part] += part_seconds
+        self.verified += [(o.num_draft_tokens, o.num_accepted_tokens) for o in outputs if o.num_draft_tokens]
+        if timings.num_tokens == sum(1 + output.num_draft_tokens for output in outputs):
+            self.decode_tokens += sum(len(output.token_ids) for output in outputs)
+            self.decode_seconds += seconds
+            self.decode_steps.append(timings)
+
+
+class Engine:
+    """An ``EngineCore`` and its tokenizer.
+
+    Raises:
+        ValueError: the configuration asks for speculation, but there is no draft for the model.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        files = resolve_model(config.model)
+        self.tokenizer = Tokenizer.from_files(files)
+        self.core = EngineCore(config, files, validate_model_files(files))
+        if self.core.draft is None and config.speculation.method != "none":
+            raise ValueError(f"there is no {config.speculation.method} draft for {config.model.name}")
+        self._ids = count()
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, concurrency: int) -> Generation:
+        """Answer all prompts, ``concurrency`` at a time."""
+        return self.answer([Turn(encode_chat(self.tokenizer, prompt)) for prompt in prompts], sampling, concurrency)
+
+    def answer(self, turns: Sequence[Turn], sampling: SamplingParams, concurrency: int) -> Generation:
+        """The same for requests of tenants and sessions."""
+        nothing = [None] * len(turns)
+        result = Generation([[] for _ in turns], [*nothing], [*nothing])
+        waiting = list(enumerate(turns))[::-1]
+        running: dict[str, int] = {}
+        started = now = time.perf_counter()
+        while waiting or running:
+            while waiting and len(running) < concurrency:
+                place, turn = waiting.pop()
+                running[self.start(turn, sampling)] = place
+            outputs, timings = self.step()
+            for output in outputs:
+                place = running[output.request_id]
+                result.answers[place] += output.token_ids
+                if output.finish_reason is not None:
+                    result.snapshots[place], result.vocabularies[place] = output.session_snapshot, output.vocabulary
+                    del running[output.request_id]
+            before, now = now, time.perf_counter()
+            if timings is not None:
+                result.add_step(now - before, outputs, timings)
+        result.seconds = now - started
+        return result
+
+    def start(self, turn: Turn, sampling: SamplingParams) -> str:
+        """Hand a request to the engine; its id."""
+        request_id = str(next(self._ids))
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=turn.prompt,
+            sampling=sampling,
+            tenant=turn.tenant,
+            session=turn.session,
+        )
+        self.core.add(_CLIENT, request)
+        return request_id
+
+    def step(self) -> tuple[list[EngineOutput], StepTimings | None]:
+        """One of the engine's; what it gave each request, and what it took (None: there was nothing to do).
+
+        Raises:
+            RuntimeError: the engine refused a request.
+        """
+        outputs, timings = self.core.step()
+        for output in outputs[_CLIENT]:
+            if output.error is not None:
+                raise RuntimeError(f"the engine refused a prompt: {output.error}")
+        return outputs[_CLIENT], timings

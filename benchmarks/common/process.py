@@ -1,0 +1,148 @@
+"""Starting, watching and stopping the servers under test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+LOGS = Path.home() / ".cache" / "evospec" / "bench-logs"
+START_TIMEOUT = 420.0
+STOP_TIMEOUT = 20.0
+QUIET_PERCENT = 5.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How to start a server: what is run, and what the results record."""
+
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class ServerFailed(Exception):
+    """A server did not start; the message ends with the last lines of its log."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def running(launch: Launch, port: int, log: Path) -> Iterator[psutil.Process]:
+    """Runs the server until the block ends; yields once ``/health`` answers 200.
+
+    The server gets a session of its own, so that all its processes are stopped with it.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    # By default SIGTERM ends this process without unwinding, and the server would go on alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            launch.command,
+            env=os.environ | launch.environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_healthy(process, port, log)
+        yield psutil.Process(process.pid)
+    finally:
+        _stop(process)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            pass
+        time.sleep(0.2)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise ServerFailed(f"{process.args!r} did not become healthy; end of {log}:\n{tail}")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the server, then SIGKILL to whatever is left of its session."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_TIMEOUT)
+    for group in _groups_of_session(process.pid):
+        os.killpg(group, signal.SIGKILL)
+    process.wait(STOP_TIMEOUT)
+
+
+def _groups_of_session(session: int) -> set[int]:
+    groups = set()
+    for pid in psutil.pids():
+        try:
+            if os.getsid(pid) == session:
+                groups.add(os.getpgid(pid))
+        except ProcessLookupError:
+            continue
+    return groups
+
+
+def tree(process: psutil.Process) -> list[psutil.Process]:
+    """The process and all its descendants."""
+    return [process, *process.children(recursive=True)]
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """CPU time of the process and its living descendants so far."""
+    total = 0.0
+    for member in tree(process):
+        try:
+            times = member.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def wait_for_quiet(seconds: float) -> None:
+    """Returns after two seconds with under 5 % of the machine in use, or after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    quiet = 0
+    while quiet < 2 and time.monotonic() < deadline:
+        quiet = quiet + 1 if psutil.cpu_percent(interval=1.0) < QUIET_PERCENT else 0
+
+
+class NoiseMeter:
+    """Share of the machine that processes other than this one and the servers used, in percent of all cores."""
+
+    def __init__(self, *servers: psutil.Process) -> None:
+        self._servers = servers
+        self._start = time.perf_counter()
+        self._busy = self._busy_seconds()
+        self._own = self._own_seconds()
+
+    def _busy_seconds(self) -> float:
+        times = psutil.cpu_times()
+        return float(times.user + times.nice + times.system + times.irq + times.softirq)
+
+    def _own_seconds(self) -> float:
+        return time.process_time() + sum(map(cpu_seconds, self._servers))
+
+    def read(self) -> float:
+        others = (self._busy_seconds() - self._busy) - (self._own_seconds() - self._own)
+        available = (time.perf_counter() - self._start) * (os.cpu_count() or 1)
+        return max(0.0, 100.0 * others / available)

@@ -1,0 +1,1 @@
+"""Measures EvoSpec's speed through HTTP against other servers'."""

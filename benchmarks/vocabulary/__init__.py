@@ -1,0 +1,1 @@
+"""Measures acceptance and speed by draft vocabulary."""

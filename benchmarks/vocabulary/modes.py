@@ -1,0 +1,143 @@
+"""The draft vocabularies that ``benchmarks.vocabulary`` compares, each named by one string.
+
+``none``, ``full``, ``static:K``, ``dynamic:K+S`` as in ``SpeculationConfig.vocabulary``; after a slash, switches of
+``DynamicConfig``, ``copies`` and ``cold``: ``dynamic:2048+1024/prior=off,cold``. Four names stand for others' methods:
+``fr-spec:K``, ``paper:K``, ``nanospec`` and ``hard-switch``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.common.drafting import NONE, Drafting
+from benchmarks.common.in_process import engine_config
+from engine.config import MAX_TAIL_TOKENS, CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
+from engine.models.registry import resolve_model
+from engine.spec.load import always_drafted
+from engine.text.tokenizer import Tokenizer
+
+FULL = "full"
+FR_SPEC = "fr-spec:"
+"""Before the number of most frequent tokens (arXiv 2502.14856)."""
+NANOSPEC = "nanospec"
+HARD_SWITCH = "hard-switch"
+"""N-grams of the context where they match, else EAGLE-3 over the full head (vLLM's pull request 24344)."""
+_NANOSPEC = (
+    "target_signal=every,graph=false,semantic=false,tenant_memory=false,prior=off,copies=false,replacement=lru,cold"
+)
+_PAPER, _PAPER_TAIL = "semantic=true,target_signal=events,tenant_memory=false,prior=off,copies=false", 256
+_LARGE = 100_000
+_MAX_SESSIONS = 16
+_KV_BYTES = 256 * 2**20
+"""Of each engine: a dozen are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One side of the comparison.
+
+    ``cold``: every request comes from a tenant never seen before and has no session.
+    """
+
+    name: str
+    config: EngineConfig
+    cold: bool
+
+
+def make_mode(name: str, model: str, drafting: Drafting, num_special: int) -> Mode:
+    """What a name means.
+
+    Args:
+        name: as the module describes.
+        model: the target.
+        drafting: what drafts.
+        num_special: tokens that end or structure a text, the core of ``nanospec``.
+
+    Raises:
+        ValueError: it means nothing.
+    """
+    vocabulary, _, switches = _written_out(name, num_special).partition("/")
+    words = [word for word in switches.split(",") if word]
+    dynamic = {key: _value(value) for key, _, value in (word.partition("=") for word in words if word != "cold")}
+    speculation = drafting.config(model, vocabulary).speculation.model_dump()
+    speculation["copies"] = dynamic.pop("copies", True)
+    speculation["dynamic"] |= {"max_sessions": _MAX_SESSIONS} | dynamic
+    if name == HARD_SWITCH:
+        speculation["method"] = "ngram_eagle3"
+    config = engine_config(model, SpeculationConfig.model_validate(speculation))
+    cache = CacheConfig(prefix_caching=False, max_bytes=_KV_BYTES)
+    return Mode(name, config.model_copy(update={"cache": cache}), "cold" in words)
+
+
+def _written_out(name: str, num_special: int) -> str:
+    if name == NANOSPEC:
+        return f"dynamic:{num_special}+{MAX_TAIL_TOKENS}/{_NANOSPEC}"
+    if name == HARD_SWITCH:
+        return FULL
+    if name.startswith(FR_SPEC):
+        return f"static:{name.removeprefix(FR_SPEC)}/copies=false"
+    if name.startswith("paper:"):
+        return f"dynamic:{name.removeprefix('paper:')}+{_PAPER_TAIL}/{_PAPER}"
+    return name
+
+
+def _value(text: str) -> bool | int | str:
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if text.isdigit() else text
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Vocabulary sizes that suit a model.
+
+    ``fr_spec``: FR-Spec's setting, 32,768 rows or a quarter of the vocabulary; ``ours``: core and tail, together at
+    most 1/16 of the vocabulary.
+    """
+
+    num_special: int
+    fr_spec: int
+    statics: tuple[int, ...]
+    ours: str
+    others: tuple[str, ...]
+
+    def modes(self) -> list[str]:
+        """For part ``modes``."""
+        static = [f"{FR_SPEC}{self.fr_spec}", *(f"static:{size}" for size in self.statics)]
+        priors = [f"{self.ours}/prior=off", f"{self.ours}/prior=fixed"]
+        others = [NANOSPEC, HARD_SWITCH, f"paper:{self.fr_spec}"]
+        return [NONE, FULL, *static, *others, self.ours, *priors, *self.others]
+
+    def ablations(self) -> list[str]:
+        """For part ``sources``: ours, less or more of one thing."""
+        switches = [
+            *("in_context=false", "target_signal=off", "target_signal=every", "graph=false", "semantic=true"),
+            *("tenant_memory=false", "prior=off", "prior=fixed", "prior_order=1", "prior_order=2"),
+            *("replacement=lru", "replacement=decayed", "cold"),
+        ]
+        return [FULL, self.ours, *(f"{self.ours}/{switch}" for switch in switches)]
+
+    def few(self) -> list[str]:
+        """Full, FR-Spec's, the hard switch and ours."""
+        return [FULL, f"{FR_SPEC}{self.fr_spec}", HARD_SWITCH, self.ours]
+
+
+def sizes_of(model: str) -> Sizes:
+    """By the size of the model's vocabulary."""
+    tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
+    num_special = len(always_drafted(tokenizer))
+    if tokenizer.vocab_size >= _LARGE:
+        return Sizes(
+            num_special,
+            32768,
+            (8192, 2048),
+            "dynamic:8192+1024",
+            ("dynamic:2048+1024", "dynamic:32768+1024", "dynamic:full+0"),
+        )
+    return Sizes(
+        num_special,
+        tokenizer.vocab_size // 4,
+        (4096, 3072, 1024),
+        "dynamic:512+512",
+        ("dynamic:2048+1024", "dynamic:full+0"),
+    )

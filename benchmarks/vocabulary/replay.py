@@ -1,0 +1,182 @@
+"""Draft vocabularies and priors compared on recorded answers: ``python -m benchmarks.vocabulary.replay``.
+
+For choosing options: seconds a mode instead of minutes, by the engine's own ``DraftVocab`` on the logits that
+``benchmarks.common.draft_traces`` has recorded. The first run records the prompts' answers (a few minutes). Greedy; the
+draft's ``WIDTH`` best tokens of each place stand for all. Prompts are the trial prompts of
+``benchmarks.prompts.streams``, never evaluation prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+
+from benchmarks.common.draft_traces import DEPTH, Trace, recorded
+from benchmarks.common.drafting import Drafting
+from benchmarks.prompts.streams import STREAM_DOMAINS
+from benchmarks.vocabulary.modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
+from benchmarks.vocabulary.pairs import table
+from engine.config import ModelConfig, SpeculationConfig
+from engine.messages import SamplingParams, SessionState
+from engine.models.registry import resolve_model
+from engine.request import Request
+from engine.spec.draft_head import CANDIDATES, read_token_counts, static_vocabulary
+from engine.spec.load import DRAFTS, always_drafted
+from engine.spec.session_head import GRAPH_FILE
+from engine.text.tokenizer import Tokenizer
+from engine.vocab.bigram_graph import BigramGraph
+from engine.vocab.core_set import CoreSet
+from engine.vocab.draft_vocab import DraftVocab, Resources
+from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS
+from engine.vocab.verified import VerifiedSequence
+
+_GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+
+
+class _Tail:
+    """Which tokens the one sequence has of its own; stands for the memory of head rows."""
+
+    def __init__(self, slots: int, vocab_size: int) -> None:
+        self._ids: NDArray[np.int64] = np.full(slots, -1)
+        self._vocab_size = vocab_size
+
+    def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        self._ids[list(slots)] = token_ids
+
+    def clear(self, slab: int) -> None:
+        self._ids[:] = -1
+
+    def mask(self) -> NDArray[np.bool_]:
+        found = np.zeros(self._vocab_size, bool)
+        found[self._ids[self._ids >= 0]] = True
+        return found
+
+
+class Replay:
+    """One mode on one trace after another; a domain's traces are a session.
+
+    Args:
+        speculation: the vocabulary, and the switches of dynamic ones.
+        cold: every trace is a new tenant's first.
+        core: [K] the tokens that can always be drafted; None for all.
+        graph: the draft's; None without.
+        vocab_size: token ids are below.
+    """
+
+    def __init__(
+        self,
+        speculation: SpeculationConfig,
+        cold: bool,
+        core: NDArray[np.int64] | None,
+        graph: BigramGraph | None,
+        vocab_size: int,
+    ) -> None:
+        core_set, slots = CoreSet(vocab_size, core), int(speculation.vocabulary.partition("+")[2] or 0)
+        self._core: NDArray[np.bool_] = np.full(vocab_size, core is None)
+        if core is not None:
+            self._core[core] = True
+        self._tail = _Tail(slots, vocab_size) if slots else None
+        self._vocab: DraftVocab | None = None
+        if speculation.vocabulary.startswith("dynamic:"):
+            options = speculation.dynamic.model_copy(update={"max_sessions": 1, "semantic": False})
+            resources = Resources(core_set, "", self._tail, slots, graph, start_weights=LIGHT_DRAFT_WEIGHTS)
+            self._vocab = DraftVocab(options, resources)
+        self._cold, self._count = cold, 0
+        self._snapshots: dict[str, bytes] = {}
+
+    def run(self, trace: Trace) -> tuple[int, int]:
+        """Drafts of ``DEPTH`` tokens verified, and draft tokens accepted."""
+        request, end = self._begin(trace), len(trace.prompt) + len(trace.answer)
+        drafts = accepted = 0
+        while request.num_tokens + DEPTH < end and (row := request.num_tokens - len(trace.prompt) - 1) < len(
+            trace.draft_ids
+        ):
+            number = self._draft(request, trace, row)
+            kept = trace.answer[row + 1 : row + 2 + number]
+            drafts, accepted = drafts + 1, accepted + number
+            self._observe(request, kept, DEPTH, trace.likely[row + 1 : row + 1 + len(kept)])
+        self._finish(request, trace)
+        return drafts, accepted
+
+    def _begin(self, trace: Trace) -> Request:
+        self._count += 1
+        tenant = str(self._count) if self._cold else trace.domain
+        request = Request(str(self._count), b"", tenant, _GREEDY, trace.prompt)
+        if self._vocab is not None:
+            snapshot = b"" if self._cold else self._snapshots.get(trace.domain, b"")
+            self._vocab.begin(request.request_id, SessionState(snapshot=snapshot, domain=trace.domain))
+        self._observe(request, trace.answer[:1], 0, trace.likely[:1])
+        return request
+
+    def _draft(self, request: Request, trace: Trace, row: int) -> int:
+        """How many draft tokens are right; those after the first wrong one are never looked at."""
+        if self._vocab is not None:
+            self._vocab.slabs([request])
+        mask = self._core if self._tail is None else self._core | self._tail.mask()
+        for depth, wanted in enumerate(trace.answer[row + 1 : row + 1 + DEPTH]):
+            known = trace.draft_ids[row, depth]
+            places = np.flatnonzero(mask[known])[:CANDIDATES]
+            token_ids, logits = np.full((1, CANDIDATES), -1, np.int32), np.full((1, CANDIDATES), -np.inf, np.float32)
+            token_ids[0, : len(places)] = known[places]
+            logits[0, : len(places)] = trace.draft_logits[row, depth, places]
+            scores = logits if self._vocab is None else self._vocab.drafted.with_prior([request], token_ids, logits)
+            request.draft_token_ids.append(int(token_ids[0, scores[0].argmax()]))
+            if request.draft_token_ids[-1] != wanted:
+                return depth
+        return DEPTH
+
+    def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
+        request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))
+        if self._vocab is not None:
+            self._vocab.observe([VerifiedSequence(request, kept, num_drafts, 0)], lambda start, end: likely)
+        request.output_token_ids += kept
+        request.all_token_ids += kept
+        request.draft_token_ids = []
+
+    def _finish(self, request: Request, trace: Trace) -> None:
+        if self._vocab is not None:
+            request.all_token_ids = [*trace.prompt, *trace.answer]
+            self._snapshots[trace.domain] = self._vocab.finish(request)[0] or b""
+            self._vocab.forget(request.request_id)
+
+
+def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
+    """For ``benchmarks.vocabulary.pairs.table``."""
+    speculation, directory = mode.config.speculation, DRAFTS / model
+    tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
+    rows = speculation.vocabulary.partition(":")[2].partition("+")[0]
+    core = None
+    if rows not in ("", FULL):
+        counts = read_token_counts(directory, tokenizer.vocab_size)
+        core = static_vocabulary(counts, int(rows), always_drafted(tokenizer)).numpy()
+    graph = BigramGraph.load(directory / GRAPH_FILE, tokenizer.vocab_size)
+    replay = Replay(speculation, mode.cold, core, graph, tokenizer.vocab_size)
+    for number, trace in enumerate(traces):
+        drafts, accepted = replay.run(trace)
+        acceptance = {"drafted": [drafts] if drafts else [], "accepted": [accepted]}
+        yield {"mode": mode.name, "domain": trace.domain, "round": number, "acceptance": acceptance}
+
+
+def main(
+    mode: Annotated[list[str] | None, typer.Option(help="Repeatable, see benchmarks/vocabulary/modes.py.")] = None,
+    reference: Annotated[str, typer.Option(help="Mode to compare with.")] = FULL,
+    model: Annotated[str, typer.Option(help="The target; an EAGLE-3 draft is shipped for it.")] = "smollm2-135m",
+    prompts: Annotated[int, typer.Option(min=1, help="Of each domain.")] = 40,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Of an answer.")] = 128,
+) -> None:
+    """Prints acceptance lengths as ratios to the reference's, by trial prompts."""
+    traces, sizes = recorded(model, prompts, max_tokens), sizes_of(model)
+    names = list(dict.fromkeys([reference, *(mode or [f"{FR_SPEC}{sizes.fr_spec}", sizes.ours])]))
+    drafting = Drafting("eagle3", None, DEPTH, adaptive=False)
+    modes = [make_mode(name, model, drafting, sizes.num_special) for name in names]
+    runs = [run for each in modes for run in runs_of_mode(each, model, traces)]
+    Console(width=160).print(table(runs, STREAM_DOMAINS, names, reference))
+
+
+if __name__ == "__main__":
+    typer.run(main)
