@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import structlog
 import torch
@@ -11,7 +12,7 @@ from adapters.chains import Chains
 from adapters.guard import Guard, Verdict, judge
 from adapters.records import Segment
 from adapters.replay import ReplayBuffer
-from adapters.scoring import score
+from adapters.scoring import Score, Scoring
 from adapters.store import AdapterStore
 from adapters.trainer import Trainer
 from adapters.trigger import UpdateTrigger
@@ -54,6 +55,10 @@ class KeyAligner:
         """Updates since those in force."""
         self._num_more = 0
         """Updates still to come for the last batch of new positions."""
+        self._scoring: Scoring | None = None
+        """Of weights that may be put in force, begun and not done."""
+        self._candidate: dict[str, torch.Tensor] = {}
+        """These weights."""
         self._is_unpublished = self._is_new = True
         self._last_loss: float | None = None
         self._last_refusal = ""
@@ -100,15 +105,20 @@ class KeyAligner:
         if self.state.is_frozen:
             return False
         wants_more = self._num_more > 0 and self._trigger.pays and self.replay.has_older
-        return self._may_judge or wants_more or self._wants_update
+        return self._scoring is not None or self._may_judge or wants_more or self._wants_update
 
     def work(self) -> None:
-        """One update, or the scoring of what the last ones gave."""
+        """One update, or a part of the scoring of what the last ones gave."""
         self.worked_at = time.monotonic()
-        if self._may_judge:
-            self._judge()
-        else:
+        if self._scoring is None and self._may_judge:
+            self._begin_scoring()
+        if self._scoring is None:
             self._update()
+            return
+        self._scoring.go_on()
+        if self._scoring.is_done:
+            scores, self._scoring = self._scoring.scores(), None
+            self._judge(scores)
 
     @property
     def is_unpublished(self) -> bool:
@@ -210,20 +220,22 @@ class KeyAligner:
         self._last_loss = update.loss
         self._trigger.observe_update(update.seconds)
 
-    def _judge(self) -> None:
-        """Score what was trained on held-out positions; put it in force, or go back to what is."""
-        config = self._config
-        candidate = self._trainer.published()
-        weights = [self._trainer.weights(candidate), {}]
+    def _begin_scoring(self) -> None:
+        """Of what was trained, the base draft and what is in force, on held-out positions."""
+        self._candidate = self._trainer.published()
+        weights = [self._trainer.weights(self._candidate), {}]
         if self.tensors is not None:
             weights.append(self._trainer.weights(self.tensors))
-        scores = score(self._chains, list(self.replay.held_out), weights, config.training.horizon)
+        self._scoring = Scoring(self._chains, list(self.replay.held_out), weights, self._config.training.horizon)
+
+    def _judge(self, scores: Sequence[Score]) -> None:
+        """Put what was trained in force, or go back to what is."""
         new, base, current = scores[0], scores[1], scores[-1]
         self._trigger.observe_score(current.loss - new.loss, self._num_ahead)
-        verdict, reason = judge(new, current, base, config.guard)
+        verdict, reason = judge(new, current, base, self._config.guard)
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
         if verdict is Verdict.PUBLISH:
-            self._put_in_force(candidate)
+            self._put_in_force(self._candidate)
         elif verdict is Verdict.REFUSE:
             self.state.num_refused += 1
             self._last_refusal = reason
@@ -246,6 +258,7 @@ class KeyAligner:
         """Put an earlier revision in force and learn on from it."""
         self.tensors = self._store.load(self.state.key, revision) if revision else None
         self.revision = revision if self.tensors is not None else 0
+        self._scoring = None  # of weights that came from others than these
         self._trainer.load(self.tensors)
         self._num_unjudged = self._num_ahead = 0
         self._is_unpublished = self._is_new = True

@@ -13,6 +13,8 @@ from engine.adapters_config import ReplayConfig
 from engine.ipc.verify_record import VerifyRecord
 
 _HASH_RANGE = 2**32
+_SHORT_SEGMENT = 8
+"""Positions; of segments as short as that there may be more."""
 
 
 def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> bool:
@@ -61,7 +63,7 @@ class ReplayBuffer:
         self._new: deque[Segment] = deque()
         self._history: list[Segment] = []
         self._num_left = 0
-        self.held_out: deque[Segment] = deque(maxlen=config.held_out_segments)
+        self.held_out: deque[Segment] = deque()
         """The most recent of the held-out requests' segments."""
         self.num_arrived_positions = 0
         """Positions that came since the last ``take``, whether they are still here or not; held-out ones not."""
@@ -79,6 +81,7 @@ class ReplayBuffer:
         """Remember a segment, and forget another when there are too many."""
         if is_held_out(segment.request_id, self._config.held_out_share):
             self.held_out.append(segment)
+            self._forget_held_out()
             return
         self.num_arrived_positions += segment.num_anchors
         self._recent.append(segment)
@@ -124,6 +127,12 @@ class ReplayBuffer:
         for kept in (self._recent, self._new, self._history, self.held_out):
             kept.clear()
         self._num_left = self.num_arrived_positions = 0
+
+    def _forget_held_out(self) -> None:
+        """More than there should be stay where they are short, or a key with short answers would never be scored."""
+        left, most = self.num_held_out_positions, self._config.held_out_segments
+        while len(self.held_out) > most and left - self.held_out[0].num_anchors >= _SHORT_SEGMENT * most:
+            left -= self.held_out.popleft().num_anchors
 
     def _older(self) -> list[Segment]:
         return [*self._history, *(s for s in self._recent if all(s is not new for new in self._new))]

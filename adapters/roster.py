@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -19,32 +18,33 @@ class Roster:
     """The aligners by key. One leaves for a newcomer only when its key was silent for a minute.
 
     If the one heard of least recently always made room, then of more busy keys than slots each would leave before it
-    had learned anything.
+    had learned anything. What counts is when records were logged, not when they are read: after a long scoring all keys
+    were silent to the worker.
 
     Args:
         num_slots: most aligners at a time.
         make: an aligner for a key.
         leave: told which aligner has left.
-        clock: for tests.
     """
 
     def __init__(
-        self,
-        num_slots: int,
-        make: Callable[[str], KeyAligner],
-        leave: Callable[[str, KeyAligner], None],
-        clock: Callable[[], float] = time.monotonic,
+        self, num_slots: int, make: Callable[[str], KeyAligner], leave: Callable[[str, KeyAligner], None]
     ) -> None:
-        self._num_slots, self._make, self._leave, self._clock = num_slots, make, leave, clock
+        self._num_slots, self._make, self._leave = num_slots, make, leave
         self.aligners: OrderedDict[str, KeyAligner] = OrderedDict()
         """Least recently heard of first."""
         self._heard_at: dict[str, float] = {}
         self._has_warned = False
 
-    def hear(self, key: str) -> KeyAligner | None:
-        """The aligner of a key that is heard of now; None: there is no room for one."""
+    def hear(self, key: str, at: float) -> KeyAligner | None:
+        """The aligner of a key; None: there is no room for one.
+
+        Args:
+            key: heard of.
+            at: when, in seconds of the epoch.
+        """
         if key not in self.aligners:
-            if not self._has_room():
+            if not self._has_room(at):
                 if not self._has_warned:
                     log.warning("more busy adapter keys than slots, records are left out", key=key)
                     self._has_warned = True
@@ -52,15 +52,15 @@ class Roster:
             self._has_warned = False
             self.aligners[key] = self._make(key)
         self.aligners.move_to_end(key)
-        self._heard_at[key] = self._clock()
+        self._heard_at[key] = at
         return self.aligners[key]
 
-    def _has_room(self) -> bool:
+    def _has_room(self, now: float) -> bool:
         """Whether there is room for another key, made if that is possible."""
         if len(self.aligners) < self._num_slots:
             return True
         key = next(iter(self.aligners))
-        if self._clock() - self._heard_at[key] < _IDLE_SECONDS:
+        if now - self._heard_at[key] < _IDLE_SECONDS:
             return False
         del self._heard_at[key]
         self._leave(key, self.aligners.pop(key))

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.chains import ChainBatch, Chains, collate
+from adapters.chains import Chains, collate
 from adapters.curriculum_loss import CurriculumLoss
 from adapters.records import Segment
 
 _RANDOM_ROWS = 2048
-_BATCH = 16
-"""Segments at a time, which bounds the memory of their logits."""
+_BATCH = 4
+"""Segments at a time, which bounds the memory of their logits, and how long the worker is away."""
 _SEED = 20_260_527
 
 
@@ -35,41 +35,59 @@ class Score:
     """[chains] int64, which request each chain is of; chains of one request are alike."""
 
 
-@torch.no_grad()
-def score(
-    chains: Chains,
-    segments: Sequence[Segment],
-    weights: Sequence[Mapping[str, torch.Tensor]],
-    horizon: int,
-) -> list[Score]:
-    """A score for each set of weights, on the same chains.
+class Scoring:
+    """A score for each set of weights, on the same chains, some segments at a time: it takes longer than many updates.
 
     The draft chooses among all tokens that target or draft ever preferred in these segments and a fixed sample of the
     others, not the whole vocabulary: a head of 150,000 rows would cost as much as an update.
+
+    Args:
+        chains: of the base draft.
+        segments: at least one.
+        weights: to be compared, by name, in place of the base draft's.
+        horizon: steps of a chain.
     """
-    batches = [collate(segments[at : at + _BATCH], horizon) for at in range(0, len(segments), _BATCH)]
-    vocab = len(chains.target.head)
-    sample = torch.randint(0, vocab, (_RANDOM_ROWS,), generator=torch.Generator().manual_seed(_SEED))
-    token_ids = torch.unique(torch.cat([*(batch.wanted_ids for batch in batches), sample]))
-    requests = _requests(segments)
-    return [_score(chains, batches, each, token_ids, requests) for each in weights]
 
+    def __init__(
+        self,
+        chains: Chains,
+        segments: Sequence[Segment],
+        weights: Sequence[Mapping[str, torch.Tensor]],
+        horizon: int,
+    ) -> None:
+        self._chains, self._weights = chains, weights
+        self._batches = [collate(segments[at : at + _BATCH], horizon) for at in range(0, len(segments), _BATCH)]
+        vocab = len(chains.target.head)
+        sample = torch.randint(0, vocab, (_RANDOM_ROWS,), generator=torch.Generator().manual_seed(_SEED))
+        self._token_ids = torch.unique(torch.cat([*(batch.wanted_ids for batch in self._batches), sample]))
+        self._requests = _requests(segments)
+        self._accepted: list[list[torch.Tensor]] = [[] for _ in weights]
+        self._loss = [0.0 for _ in weights]
+        self._num_done = 0
 
-def _score(
-    chains: Chains,
-    batches: Sequence[ChainBatch],
-    weights: Mapping[str, torch.Tensor],
-    token_ids: torch.Tensor,
-    requests: torch.Tensor,
-) -> Score:
-    accepted, total, loss = [], 0.0, CurriculumLoss(beta=0.0)
-    for batch in batches:
-        logits, columns = chains.logits(batch, weights, token_ids)
-        hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
-        accepted.append(hits.float().cumprod(-1).sum(-1))
-        total += float(loss(logits, columns, batch.top_logits, batch.mask)) * len(batch.starts)
-    of_all = torch.cat(accepted)
-    return Score(float(of_all.mean()), total / len(of_all), of_all, requests)
+    @property
+    def is_done(self) -> bool:
+        """Whether there are ``scores``."""
+        return self._num_done == len(self._batches)
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """Score the next few segments."""
+        batch, loss = self._batches[self._num_done], CurriculumLoss(beta=0.0)
+        self._num_done += 1
+        for number, weights in enumerate(self._weights):
+            logits, columns = self._chains.logits(batch, weights, self._token_ids)
+            hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
+            self._accepted[number].append(hits.float().cumprod(-1).sum(-1))
+            self._loss[number] += float(loss(logits, columns, batch.top_logits, batch.mask)) * len(batch.starts)
+
+    def scores(self) -> list[Score]:
+        """One for each set of weights."""
+        of_all = [torch.cat(accepted) for accepted in self._accepted]
+        return [
+            Score(float(accepted.mean()), loss / len(accepted), accepted, self._requests)
+            for accepted, loss in zip(of_all, self._loss, strict=True)
+        ]
 
 
 def _requests(segments: Sequence[Segment]) -> torch.Tensor:

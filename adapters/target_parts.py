@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from adapters.unroll import TargetParts
+from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.models.config import ModelFiles, ModelSpec
 from engine.models.llama import RotaryEmbedding
 from engine.models.weights import WeightSource, open_weights
@@ -19,6 +20,8 @@ def load_target_parts(files: ModelFiles, spec: ModelSpec, max_model_len: int | N
         ModelError: a tensor is missing or damaged.
     """
     positions = max_model_len or min(spec.max_position_embeddings, _DEFAULT_MAX_MODEL_LEN)
+    # A chain that starts at the last position of the context goes on beyond it: what it gives there counts for nothing.
+    positions += MAX_SPECULATIVE_TOKENS
     return target_parts(open_weights(files), spec, positions, torch.bfloat16)
 
 

@@ -79,6 +79,6 @@ class UpdateTrigger:
         Args:
             num_arrived: positions since the last ones were learned from, those included that nobody keeps any more.
         """
-        if num_new_positions < self._batch:
+        if max(num_new_positions, num_arrived) < self._batch:
             return False
         return self.pays or num_arrived >= self._batch * max(2, self._patience)

@@ -57,7 +57,6 @@ class AdapterWorker:
         chains: the draft and its target's parts.
         base: the draft's fingerprint.
         pacer: default: by ``config.pace``.
-        clock: for tests.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class AdapterWorker:
         chains: Chains,
         base: str,
         pacer: Pacer | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert config.redis_url is not None
         self._config, self._chains, self._base = config, chains, base
@@ -84,7 +82,7 @@ class AdapterWorker:
             config.replay.segment_positions,
             config.replay.context_positions,
         )
-        self._roster = Roster(config.num_slots, self._make_aligner, self._let_go, clock)
+        self._roster = Roster(config.num_slots, self._make_aligner, self._let_go)
         self._started_at = time.time()
         self._num_records = self._num_without_slot = 0
         self._lag: int | None = None
@@ -117,7 +115,7 @@ class AdapterWorker:
     def _tick(self) -> None:
         if self._bank.attach():
             for key in self._bank.keys_in_force():
-                if self._roster.hear(key) is None:
+                if self._roster.hear(key, time.time()) is None:
                     self._bank.publish(key, None)  # nobody would watch it
             for aligner in self._roster.aligners.values():
                 aligner.must_publish()
@@ -152,8 +150,14 @@ class AdapterWorker:
 
     def _take_in(self, entries: list[LoggedRecord], ring: FeatureRingReader) -> None:
         config, known = self._config, list[tuple[KeyAligner, VerifyRecord, bool]]()
-        for _, record in entries:
-            aligner = self._roster.hear(adapter_key(config.key_scope, record.tenant, record.domain))
+        keys = [adapter_key(config.key_scope, record.tenant, record.domain) for _, record in entries]
+        # Those that have a slot go first, or after a quiet minute a newcomer would put out one that is about to speak,
+        # that one the next, and so on.
+        for entry, key in zip(entries, keys, strict=True):
+            if key in self._roster.aligners:
+                self._roster.hear(key, entry.logged_at)
+        for entry, key in zip(entries, keys, strict=True):
+            record, aligner = entry.record, self._roster.hear(key, entry.logged_at)
             if aligner is not None:
                 is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
                 known.append((aligner, record, is_useful))
@@ -217,8 +221,8 @@ class AdapterWorker:
                     aligner.published(version)
 
     def _obey(self, command: AdapterCommand) -> None:
-        # What is on disk of a key without room obeys too.
-        (self._roster.hear(command.key) or self._make_aligner(command.key)).obey(command)
+        # What is on disk of a key without a slot obeys too; it gets none by that, since it may be misspelt.
+        (self._roster.aligners.get(command.key) or self._make_aligner(command.key)).obey(command)
         if command.action == "reset":
             self._assembler.forget(command.key)
 

@@ -137,6 +137,11 @@ class LoggedRecord(NamedTuple):
     entry_id: bytes
     record: VerifyRecord
 
+    @property
+    def logged_at(self) -> float:
+        """Seconds of the epoch, by the clock of Redis."""
+        return int(self.entry_id.split(b"-")[0]) / 1000
+
 
 class TokenLogReader:
     """The worker's end: a consumer of a group, which remembers what was read and not yet acknowledged.

@@ -33,6 +33,7 @@ from engine.ipc.adapter_control import (
     encode_command,
 )
 from engine.ipc.shared_file import SharedMemoryError
+from engine.ipc.token_log import LoggedRecord
 from engine.ipc.weight_layout import WeightLayout
 from engine.models.lora import lora_layout
 from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
@@ -85,11 +86,9 @@ def make_config(directory: Path, url: str) -> AdaptersConfig:
     )
 
 
-def eager_worker(
-    config: AdaptersConfig, draft: TinyDraft, clock: Callable[[], float] = time.monotonic
-) -> AdapterWorker:
+def eager_worker(config: AdaptersConfig, draft: TinyDraft) -> AdapterWorker:
     """One that takes the machine, whoever else wants it."""
-    return AdapterWorker(config, draft.chains, draft.base, Pacer(config.pace, spare_cores=lambda: 99.0), clock)
+    return AdapterWorker(config, draft.chains, draft.base, Pacer(config.pace, spare_cores=lambda: 99.0))
 
 
 def step_until(worker: AdapterWorker, condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -245,11 +244,12 @@ def test_operators_are_obeyed(config: AdaptersConfig, draft: TinyDraft, answers:
 
 
 def test_keys_without_a_slot_give_way_and_return(
-    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three tenants, two slots: one not heard of for long is swapped to disk, and comes back as it was."""
     now = [0.0]
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft, lambda: now[0])
+    monkeypatch.setattr(LoggedRecord, "logged_at", property(lambda _: now[0]))
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
     serve_until_published(engine, worker, answers, 3)
     for tenant in ("second", "third"):
         now[0] += 61.0
@@ -287,6 +287,40 @@ def test_of_more_busy_keys_than_slots_some_keep_learning(
     assert statuses(config)[0].num_without_slot > 100  # type: ignore[union-attr]
     command(config, "freeze", "third")
     step_until(worker, lambda: make_store(config, draft).load_state("third").is_frozen)
+    worker.close()
+
+
+def test_after_a_quiet_minute_keys_that_speak_again_keep_their_slots(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newcomer is the first to speak, the two that have slots right after it."""
+    now = [0.0]
+    monkeypatch.setattr(LoggedRecord, "logged_at", property(lambda _: now[0]))
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    for tenant in ("first", "second"):
+        engine.serve(answers[:2], tenant)
+        step_until(worker, lambda tenant=tenant: tenant in statuses(config)[1])  # type: ignore[misc]
+    now[0] += 61.0
+    num_written = sum(engine.serve(answers[:1], tenant) for tenant in ("third", "first", "second"))
+    assert num_written < 256, "they are read together"
+    wait_for(lambda: engine.log.stats().num_written >= num_written)
+    before = statuses(config)[0].num_records  # type: ignore[union-attr]
+    step_until(worker, lambda: statuses(config)[0].num_records >= before + num_written)  # type: ignore[union-attr]
+    assert set(statuses(config)[1]) == {"first", "second"}
+    worker.close()
+
+
+def test_commands_for_a_key_nobody_has_heard_of_take_no_slot(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
+) -> None:
+    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine.serve(answers[:2])
+    step_until(worker, lambda: "t" in statuses(config)[1])
+    command(config, "freeze", "misspelt")
+    step_until(worker, lambda: make_store(config, draft).load_state("misspelt").is_frozen)
+    for _ in range(3):
+        worker.step()
+    assert set(statuses(config)[1]) == {"t"}
     worker.close()
 
 

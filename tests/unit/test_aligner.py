@@ -56,9 +56,10 @@ class Key:
         before = self.aligner.revision
         for number, answer in enumerate(self.answers):
             self.aligner.add(answer.segment(f"{number}"))
-        for _ in range(2):
-            assert self.aligner.wants_work
-            self.aligner.work()
+        for _ in range(16):  # an update, and scoring in parts
+            if self.aligner.revision == before:
+                assert self.aligner.wants_work
+                self.aligner.work()
         assert self.aligner.revision > before
         assert self.aligner.is_unpublished
 
@@ -144,6 +145,48 @@ def test_key_that_learns_nothing_is_tried_now_and_then_however_little_is_kept(
         while key.aligner.wants_work:
             key.aligner.work()
     assert 60 <= key.aligner.state.num_updates <= 100
+
+
+def test_scoring_leaves_room_for_what_else_there_is_to_do(key: Key) -> None:
+    """A few segments at a time; where the key was reset meanwhile, nothing comes of it."""
+    for number, answer in enumerate(5 * key.answers):
+        key.aligner.add(answer.segment(f"{number}"))
+    num_held_out = len(key.aligner.replay.held_out)
+    assert num_held_out > 8
+
+    def parts() -> int:
+        count = 0
+        while key.aligner.revision == 0:
+            key.aligner.work()
+            count += 1
+        return count
+
+    key.aligner.work()
+    assert parts() == -(-num_held_out // 4)
+    key.aligner.published(1)
+    key.observe(1, True, 32)
+    key.aligner.work()
+    key.aligner.work()
+    key.aligner.roll_back()
+    key.aligner.published(0)
+    assert key.aligner.revision == 0
+    key.aligner.work()
+    assert key.aligner.revision == 0
+    assert parts() == -(-num_held_out // 4)
+
+
+def test_key_whose_answers_are_very_short_learns_too(
+    draft: TinyDraft, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three positions each: those that are kept and new are never as many as an update wants."""
+    key = Key(draft, tmp_path, PATIENT)
+    monkeypatch.setattr(UpdateTrigger, "pays", True)
+    monkeypatch.setattr(key.trainer, "update", lambda _: Update(loss=1.0, num_positions=48, seconds=1.0))
+    for number in range(400):
+        key.aligner.add(segment(str(number), 3))
+        while key.aligner.wants_work:
+            key.aligner.work()
+    assert key.aligner.state.num_updates >= 16
 
 
 def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft, tmp_path: Path) -> None:

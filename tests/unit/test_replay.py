@@ -59,7 +59,17 @@ def test_memory_is_bounded(count: int, recent: int, history: int) -> None:
         replay.add(segment(str(number)))
         if number % 7 == 0:
             replay.take(5, 0.5)
-    assert num_segments(replay) <= recent + history + 3
+    assert num_segments(replay) <= recent + history + 5  # short ones: 3 * 8 positions are kept in any case
+
+
+def test_more_segments_are_held_out_where_they_are_short() -> None:
+    replay = buffer(held_out_segments=64, held_out_share=1 - 1e-9)
+    for number in range(500):
+        replay.add(segment(str(number), 3))
+    assert 512 <= replay.num_held_out_positions < 520
+    for number in range(500):
+        replay.add(segment(str(number), 30))
+    assert len(replay.held_out) == 64
 
 
 def test_held_out_requests_are_never_trained_on_and_always_the_same() -> None:

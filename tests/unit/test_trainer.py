@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from adapters import trainer as trainer_module
 from adapters.aligner import KeyAligner
@@ -90,3 +93,14 @@ def test_each_batch_of_new_positions_brings_several_updates(tmp_path: Path, monk
     monkeypatch.setattr(UpdateTrigger, "pays", False)
     assert updates_of_new_answers(2) == 0
     assert updates_of_new_answers(2) == 1
+
+
+def test_an_answer_may_end_where_the_context_does(tmp_path: Path) -> None:
+    """Chains that begin at its last positions go on beyond it."""
+    tiny = TinyDraft.make(tmp_path)
+    segment = DriftingTraffic(tiny.chains).answers(1)[0].segment()
+    config = AutoConfig.from_pretrained(tiny.model)
+    last = config.max_position_embeddings - 1
+    at_the_end = replace(segment, positions=segment.positions + last - segment.positions[-1])
+    trainer = LoraTrainer(tiny.chains, AdaptersConfig(rank=4), "key", tiny.base)
+    assert math.isfinite(trainer.update([at_the_end]).loss)
