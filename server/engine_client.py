@@ -84,7 +84,7 @@ class EngineClient:
     introducing itself and is ``ready`` again once an engine answers. ``last_message``: when it last sent
     anything (``time.monotonic``).
 
-        client = EngineClient(config, timeout=10, metrics=metrics)
+        client = EngineClient(config, timeout=60, metrics=metrics)
         task = asyncio.create_task(client.run())
         async with aclosing(client.generate([request])) as steps:
             async for outputs in steps: ...
