@@ -16,9 +16,9 @@ from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
 from server.params import (
+    check_max_tokens,
     check_model,
     check_prompts,
-    resolve_max_tokens,
     resolve_session_id,
     to_sampling_params,
     tokenize_prompts,
@@ -71,8 +71,8 @@ async def _prepare(body: CompletionRequest, tenant: Tenant, serving: Serving, se
     await serving.rate_limiter.admit(tenant, 0)  # first: tokenising what is then refused is work as well
     prompts = await tokenize_prompts(serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)
-    requested = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    max_tokens = resolve_max_tokens(requested, "max_tokens", prompts, info)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    check_max_tokens(max_tokens, "max_tokens", prompts, info)
     sampling = to_sampling_params(
         body,
         max_tokens=max_tokens,
