@@ -150,7 +150,7 @@ class _Answer:
         parts = []
         if piece.is_first and self._body.echo:
             prompt = self._generation.prompt_of(piece.index)
-            parts.append(formatter.push_prompt(prompt.token_ids, piece.prompt_logprobs))
+            parts.append(formatter.push_prompt(prompt.token_ids, piece.prompt_logprobs, prompt.text))
         parts.append(formatter.push(piece.logprobs))
         return join_logprobs(parts)
 

@@ -137,14 +137,15 @@ async def test_a_stop_string_across_tokens_never_leaks(serve: Any, tokenizer: To
     assert choices[-1]["stop_reason"] == " STOP"
 
 
-async def test_completion_logprobs_and_echo(serve: Any, replies: Script) -> None:
+@pytest.mark.parametrize("prompt", [TEXT["prompt"], "<|im_start|>user\nHi é<|im_end|>\n<|im_start|>"])
+async def test_completion_logprobs_and_echo(serve: Any, replies: Script, prompt: str) -> None:
     async with serve(replies) as api:
-        choice = (await api.post("/v1/completions", logprobs=2, echo=True)).json()["choices"][0]
-        events = await api.events("/v1/completions", logprobs=2, echo=True)
-        prompt_ids = api.tokenizer.encode(TEXT["prompt"])
+        choice = (await api.post("/v1/completions", prompt=prompt, logprobs=2, echo=True)).json()["choices"][0]
+        events = await api.events("/v1/completions", prompt=prompt, logprobs=2, echo=True)
+        prompt_ids = api.tokenizer.encode(prompt)
         assert [r.sampling.prompt_logprobs for r in api.engine.requests] == [2, 2]
     logprobs = choice["logprobs"]
-    assert choice["text"] == TEXT["prompt"] + REPLY
+    assert choice["text"] == prompt + REPLY
     assert logprobs["token_logprobs"][0] is None
     assert logprobs["top_logprobs"][0] is None
     assert logprobs["token_logprobs"][1:] == [-0.5] * (len(logprobs["tokens"]) - 1)
