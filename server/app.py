@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
+from engine.vocab.fingerprint import vocabulary_fingerprint
 from server.adapter_control import AdapterControl
 from server.engine_client import EngineClient
 from server.errors import install_error_handlers
@@ -62,7 +63,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state, settings = app.state, app.state.settings
     gate = RedisGate(settings.redis.url, settings.redis)
     log_gate = RedisGate(settings.engine.alignment.redis_url or settings.redis.url, settings.redis)
-    engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics)
+    vocabulary = vocabulary_fingerprint(state.tokenizer)
+    engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics, vocabulary)
     state.metrics.engine_up.set_function(lambda: float(engine.ready))
     state.serving = Serving(
         model=state.model,

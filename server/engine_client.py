@@ -81,22 +81,25 @@ class EngineClient:
 
     The engine counts as dead when its connection closes, when its epoch changes (a restart) or when it is
     silent for ``timeout`` seconds; then every request in flight ends with ``EngineDead``. The client goes on
-    introducing itself and is ``ready`` again once an engine answers. ``last_message``: when it last sent
-    anything (``time.monotonic``).
+    introducing itself and is ``ready`` again once an engine answers whose tokens have the fingerprint ``vocabulary``:
+    for any other, this server's token ids would be another text. ``last_message``: when it last sent anything
+    (``time.monotonic``).
 
-        client = EngineClient(config, timeout=10, metrics=metrics)
+        client = EngineClient(config, timeout=60, metrics=metrics, vocabulary=vocabulary_fingerprint(tokenizer))
         task = asyncio.create_task(client.run())
         async with aclosing(client.generate([request])) as steps:
             async for outputs in steps: ...
     """
 
-    def __init__(self, config: EngineConfig, timeout: float, metrics: Metrics) -> None:
+    def __init__(self, config: EngineConfig, timeout: float, metrics: Metrics, vocabulary: str) -> None:
         self.info: EngineReady | None = None
         self.ready = False
         self._address = config.address
         self._max_in_flight = config.scheduler.max_waiting + config.scheduler.max_num_seqs
         self._timeout = timeout
         self._metrics = metrics
+        self._vocabulary = vocabulary
+        self._refused_epoch: str | None = None
         self._inboxes: dict[str, _Inbox] = {}
         self.last_message = 0.0
         self._encoder = msgspec.msgpack.Encoder()
@@ -199,6 +202,9 @@ class EngineClient:
                 self._lose_engine("The engine was restarted while it worked on the request.")
 
     def _on_ready(self, info: EngineReady) -> None:
+        if info.vocabulary != self._vocabulary:
+            self._refuse(info)
+            return
         if self.info is not None and self.info.epoch != info.epoch:
             self._lose_engine("The engine was restarted while it worked on the request.")
             self._metrics.engine_restarts.inc()
@@ -207,6 +213,19 @@ class EngineClient:
         self.info = info
         self.ready = True
         self._metrics.observe_ready(info)
+
+    def _refuse(self, info: EngineReady) -> None:
+        """Not ready, and one line for the operator, though this engine answers every greeting."""
+        self._lose_engine("The engine was restarted while it worked on the request.")
+        if info.epoch != self._refused_epoch:
+            self._refused_epoch = info.epoch
+            log.error(
+                "engine has another model than this server",
+                epoch=info.epoch,
+                engine_model=info.model,
+                engine_vocabulary=info.vocabulary,
+                vocabulary=self._vocabulary,
+            )
 
     def _on_outputs(self, message: EngineOutputs) -> None:
         for output in message.outputs:

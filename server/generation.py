@@ -124,11 +124,12 @@ class Generation:
     async def run(self) -> AsyncGenerator[list[Piece], None]:
         """Pieces of all choices as they come. Closing the iterator aborts what has not finished.
 
+        The request itself was charged before its prompts were tokenised; this charges its tokens.
         Raises ``ApiError``: rate limit, deleted session, full queue, dead engine, or a request the engine refused.
         """
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
         most_tokens = prompt_tokens + len(self._choices) * self._sampling.max_tokens
-        charge = await self._serving.rate_limiter.admit(self._tenant, most_tokens)
+        charge = await self._serving.rate_limiter.admit(self._tenant, most_tokens, requests=0)
         try:
             async with aclosing(self._run_in_session()) as steps:
                 async for pieces in steps:

@@ -37,24 +37,38 @@ class CompletionLogprobsFormatter:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
 
-    def push_prompt(self, token_ids: Sequence[int], entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
-        """The echoed prompt: its first token follows nothing and has no probability."""
-        first = CompletionLogprobs([self._name(token_ids[0])], [None], [None], [self._advance(token_ids[0])])
-        return join_logprobs([first, self.push(entries)])
+    def push_prompt(
+        self, token_ids: Sequence[int], entries: Sequence[TokenLogprob], text: str | None
+    ) -> CompletionLogprobs:
+        """The echoed prompt: its first token follows nothing and has no probability.
+
+        ``text``: what the client sent and gets back, special tokens written out; None for a prompt of token ids.
+        """
+        offsets = [self._advance(token_id, text) for token_id in token_ids]
+        first = CompletionLogprobs([self._name(token_ids[0])], [None], [None], offsets[:1])
+        return join_logprobs([first, self._rows(entries, offsets[1:])])
 
     def push(self, entries: Sequence[TokenLogprob]) -> CompletionLogprobs:
         """Further tokens."""
+        return self._rows(entries, [self._advance(entry.token_id) for entry in entries])
+
+    def _rows(self, entries: Sequence[TokenLogprob], offsets: list[int]) -> CompletionLogprobs:
         return CompletionLogprobs(
             tokens=[self._name(entry.token_id) for entry in entries],
             token_logprobs=[_finite(entry.logprob) for entry in entries],
             top_logprobs=[self._top(entry) for entry in entries],
-            text_offset=[self._advance(entry.token_id) for entry in entries],
+            text_offset=offsets,
         )
 
-    def _advance(self, token_id: int) -> int:
-        """Where the token's text starts."""
+    def _advance(self, token_id: int, prompt: str | None = None) -> int:
+        """Where the token's text starts; a special token has one only where ``prompt`` has it written out."""
         offset = self._offset
-        self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        data = self._tokenizer.token_bytes(token_id)
+        self._offset += len(self._decoder.decode(data))
+        if prompt and not data:
+            name = _text(_visible_bytes(self._tokenizer, token_id))
+            # Not so the BOS that the tokenizer itself put in front.
+            self._offset += len(name) if prompt.startswith(name, offset) else 0
         return offset
 
     def _top(self, entry: TokenLogprob) -> dict[str, float]:

@@ -16,6 +16,7 @@ from server.schemas.chat import Message
 from server.schemas.fields import SamplingFields, stop_strings, to_grammar
 from server.session_ids import belongs_to, user_session_id
 from server.session_store import no_such_session
+from server.tenants import Tenant
 
 # Longer texts are tokenised in a thread, so that other requests go on.
 _LONG_TEXT = 4096
@@ -133,19 +134,33 @@ def check_token_ids(token_ids: Sequence[int], field: str, vocab_size: int) -> No
         raise bad_request(f"Token id {largest} is not in the vocabulary of {vocab_size} tokens.", field)
 
 
-def resolve_max_tokens(requested: int | None, field: str, prompts: Sequence[TokenizedPrompt], info: EngineReady) -> int:
-    """How long outputs may get: ``requested``, which must fit behind the longest prompt, or what fits (None)."""
+def default_max_tokens(prompts: Sequence[TokenizedPrompt], n: int, info: EngineReady, tenant: Tenant) -> int:
+    """How long outputs may get if the client does not say: as long as nothing refuses the request for it.
+
+    Bounded by the context, the KV cache, and the tenant's full bucket, which pays for the prompts and all outputs.
+    At least 1: where not even that fits, the message of what refuses it says why.
+    """
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    if requested is None:
-        return info.max_model_len - longest
-    if longest + requested > info.max_model_len:
+    rooms = [
+        info.max_model_len - longest,
+        info.num_blocks * info.block_size - longest + 1,  # the last token's keys and values are never needed
+    ]
+    if tenant.tokens_per_minute is not None:
+        prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        rooms.append((tenant.tokens_per_minute - prompt_tokens) // (len(prompts) * n))
+    return max(1, min(rooms))
+
+
+def check_max_tokens(max_tokens: int, field: str, prompts: Sequence[TokenizedPrompt], info: EngineReady) -> None:
+    """400 unless so much output fits behind the longest prompt."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    if longest + max_tokens > info.max_model_len:
         raise bad_request(
-            f"The prompt has {longest} tokens and {field} is {requested}, {longest + requested} in all. "
+            f"The prompt has {longest} tokens and {field} is {max_tokens}, {longest + max_tokens} in all. "
             f"The model's context is {info.max_model_len} tokens.",
             field,
             "context_length_exceeded",
         )
-    return requested
 
 
 def to_sampling_params(

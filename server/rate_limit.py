@@ -32,7 +32,9 @@ class RateLimiter:
 
     A bucket holds at most one minute's worth and refills steadily, so a tenant may burst up to its limit.
 
-        charge = await limiter.admit(tenant, prompt_tokens + max_tokens)
+        await limiter.admit(tenant, 0)
+        ...  # tokenise
+        charge = await limiter.admit(tenant, prompt_tokens + max_tokens, requests=0)
         ...
         await limiter.settle(charge, tokens_used)
     """
@@ -86,13 +88,18 @@ class RateLimiter:
         self._fails_open = when_redis_is_down == "open"
         self._take_script = gate.redis.register_script(self.LUA_TAKE_SCRIPT)
 
-    async def admit(self, tenant: Tenant, tokens: int) -> Charge:
-        """Take one request and ``tokens`` (prompt and most possible output) from ``tenant``'s buckets.
+    async def admit(self, tenant: Tenant, tokens: int, requests: int = 1) -> Charge:
+        """Take ``requests`` and ``tokens`` (prompt and most possible output) from ``tenant``'s buckets.
+
+        Counting the tokens is work too, so whoever does that takes the request first, and the tokens with
+        ``requests`` 0 once they are known.
 
         Raises ``ApiError``: 429 with the time to wait; 400 if ``tokens`` is more than a full bucket holds;
         503 if Redis is down and limits fail closed.
         """
-        if tenant.requests_per_minute is None and tenant.tokens_per_minute is None:
+        takes_requests = requests > 0 and tenant.requests_per_minute is not None
+        takes_tokens = tokens > 0 and tenant.tokens_per_minute is not None
+        if not takes_requests and not takes_tokens:
             return Charge(tenant, 0)
         if tenant.tokens_per_minute is not None and tokens > tenant.tokens_per_minute:
             raise bad_request(
@@ -101,7 +108,7 @@ class RateLimiter:
                 "max_tokens",
             )
         try:
-            lacking, wait_ms = await self._take(tenant, requests=1, tokens=tokens)
+            lacking, wait_ms = await self._take(tenant, requests, tokens)
         except RedisUnavailable:
             if self._fails_open:
                 return Charge(tenant, 0)

@@ -22,6 +22,8 @@ log = structlog.get_logger(__name__)
 
 REDIS_ERRORS = Counter("evospec:redis_errors", "Operations that Redis failed or did not answer in time.")
 REDIS_SKIPPED = Counter("evospec:redis_skipped", "Operations not tried because Redis is known to be down.")
+_MOST_AT_ONCE = 16
+"""Operations sent at a time. Redis does one after the other anyway, and redis-py's pool fails the 101st."""
 _STOOD_STILL = 1.5
 """A time-out that is noticed after so many times its length."""
 
@@ -49,15 +51,26 @@ class RedisGate:
         )
         self._timeout = config.timeout
         self._retry_interval = config.retry_interval
+        self._turns = asyncio.Semaphore(_MOST_AT_ONCE)
         self._is_down = self._stood_still = False
         self._retry_at = 0.0
 
     async def run(self, operation: Awaitable[T]) -> T:
-        """The result of ``operation``, or ``RedisUnavailable`` after at most ``timeout`` seconds."""
-        if self._is_down and time.monotonic() < self._retry_at:
+        """The result of ``operation``, or ``RedisUnavailable`` at most ``timeout`` seconds after its turn has come."""
+        try:
+            self._refuse_if_down()
+            async with self._turns:  # outside the time-out: that many wait here says nothing about Redis
+                self._refuse_if_down()
+                return await self._try(operation)
+        finally:
             _discard(operation)
+
+    def _refuse_if_down(self) -> None:
+        if self._is_down and time.monotonic() < self._retry_at:
             REDIS_SKIPPED.inc()
             raise RedisUnavailable
+
+    async def _try(self, operation: Awaitable[T]) -> T:
         # During an outage a single operation tries; others must not wait for the same time-out.
         started = time.monotonic()
         self._retry_at = started + self._timeout
@@ -92,5 +105,6 @@ class RedisGate:
 
 
 def _discard(operation: Awaitable[object]) -> None:
+    """Spare Python the warning about a coroutine that was never awaited; nothing happens to one that was."""
     if asyncio.iscoroutine(operation):
         operation.close()

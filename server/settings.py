@@ -68,12 +68,16 @@ class HttpConfig(_Section):
         default=30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM."
     )
     engine_timeout: float = Field(
-        default=10.0, gt=0, description="Seconds without a heartbeat after which the engine counts as dead."
-    )
-    engine_hang_timeout: float = Field(
         default=60.0,
         gt=0,
-        description="Seconds without a heartbeat after which `evospec serve` kills the engine and starts it again.",
+        description="Seconds without a heartbeat after which the engine counts as dead. It reports between steps, and "
+        "one step of a large model on a CPU takes tens of seconds. An engine that dies is noticed at once.",
+    )
+    engine_hang_timeout: float = Field(
+        default=300.0,
+        gt=0,
+        description="Seconds without a heartbeat after which `evospec serve` kills the engine and starts it again; "
+        "more than its longest step, or it is killed at work, again and again.",
     )
 
 

@@ -109,10 +109,24 @@ class SupervisedProcess:
             if time.monotonic() - self._started > _HEALTHY_AFTER:
                 delay = _FIRST_DELAY
             log.error("process died", process=self.name, ended=_describe(code), restart_in=delay)
+            delay = await self._start_again(delay)
+
+    async def _start_again(self, delay: float) -> float:
+        """Wait ``delay`` seconds and start it; the delay before the next time.
+
+        A machine without memory or process ids to spare, or a program that is being replaced, fails the start itself.
+        That is tried again too: the other processes serve meanwhile.
+        """
+        while True:
             await asyncio.sleep(delay)
             delay = min(2 * delay, _LONGEST_DELAY)
-            RESTARTS.labels(self.name).inc()
-            await self._spawn()
+            try:
+                await self._spawn()
+            except OSError as error:
+                log.error("process cannot be started", process=self.name, error=str(error), restart_in=delay)
+            else:
+                RESTARTS.labels(self.name).inc()
+                return delay
 
     async def _wait(self) -> int:
         """Its exit code once it has ended; kills it if it hangs."""

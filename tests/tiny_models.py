@@ -17,6 +17,8 @@ from tokenizers.trainers import BpeTrainer
 
 from engine.models.config import ModelFiles, spec_from_config
 from engine.models.gguf_spec import gguf_tensor_name
+from engine.text.tokenizer import Tokenizer as EngineTokenizer
+from engine.vocab.fingerprint import vocabulary_fingerprint
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 512
@@ -129,6 +131,10 @@ def tiny_tokenizer() -> Tokenizer:
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
     return tokenizer
+
+
+VOCABULARY = vocabulary_fingerprint(EngineTokenizer(tiny_tokenizer(), VOCAB_SIZE, None, (), None))
+"""Of all tiny models."""
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, vocab_size: int) -> None:

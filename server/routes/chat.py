@@ -17,9 +17,10 @@ from server.generation import Generation, Piece
 from server.logprobs import chat_logprobs
 from server.openapi import errors, success
 from server.params import (
+    check_max_tokens,
     check_model,
     check_prompts,
-    resolve_max_tokens,
+    default_max_tokens,
     resolve_session_id,
     to_sampling_params,
     tokenize_messages,
@@ -72,10 +73,14 @@ async def _prepare(body: ChatCompletionRequest, tenant: Tenant, serving: Serving
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
+    await serving.rate_limiter.admit(tenant, 0)  # first: tokenising what is then refused is work as well
     prompts = [await tokenize_messages(serving.tokenizer, body.messages, info)]
     check_prompts(prompts, "messages", info)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    max_tokens = resolve_max_tokens(getattr(body, field), field, prompts, info)
+    max_tokens = getattr(body, field)
+    if max_tokens is None:
+        max_tokens = default_max_tokens(prompts, body.n or 1, info, tenant)
+    check_max_tokens(max_tokens, field, prompts, info)
     sampling = to_sampling_params(
         body,
         max_tokens=max_tokens,

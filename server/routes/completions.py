@@ -16,9 +16,9 @@ from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
 from server.params import (
+    check_max_tokens,
     check_model,
     check_prompts,
-    resolve_max_tokens,
     resolve_session_id,
     to_sampling_params,
     tokenize_prompts,
@@ -68,10 +68,11 @@ async def _prepare(body: CompletionRequest, tenant: Tenant, serving: Serving, se
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
+    await serving.rate_limiter.admit(tenant, 0)  # first: tokenising what is then refused is work as well
     prompts = await tokenize_prompts(serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)
-    requested = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    max_tokens = resolve_max_tokens(requested, "max_tokens", prompts, info)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    check_max_tokens(max_tokens, "max_tokens", prompts, info)
     sampling = to_sampling_params(
         body,
         max_tokens=max_tokens,
@@ -149,7 +150,7 @@ class _Answer:
         parts = []
         if piece.is_first and self._body.echo:
             prompt = self._generation.prompt_of(piece.index)
-            parts.append(formatter.push_prompt(prompt.token_ids, piece.prompt_logprobs))
+            parts.append(formatter.push_prompt(prompt.token_ids, piece.prompt_logprobs, prompt.text))
         parts.append(formatter.push(piece.logprobs))
         return join_logprobs(parts)
 

@@ -48,7 +48,7 @@ class ChatCompletionRequest(SamplingFields):
     """Answer a conversation."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Default: what the context allows.")
+    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Default: all that fits.")
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs logprobs.")

@@ -24,6 +24,7 @@ from engine.messages import (
     Hello,
     StepTimings,
 )
+from tests.tiny_models import VOCABULARY
 
 Script = Callable[[EngineRequest], Iterable[EngineOutput]]
 
@@ -31,16 +32,23 @@ Script = Callable[[EngineRequest], Iterable[EngineOutput]]
 class ScriptedEngine:
     """Answers each request with the outputs of ``script(request)``, one message each.
 
-    ``requests`` and ``aborted`` record what arrived. A script may end without a finish reason: then the
-    request runs until someone ends it.
+    ``requests``, ``aborted`` and ``num_greetings`` record what arrived. A script may end without a finish reason: then
+    the request runs until someone ends it.
     """
 
     def __init__(
-        self, address: str, script: Script, vocab_size: int, max_model_len: int = 64, draft: str | None = None
+        self,
+        address: str,
+        script: Script,
+        vocab_size: int,
+        max_model_len: int = 64,
+        draft: str | None = None,
+        vocabulary: str = VOCABULARY,
     ) -> None:
         self.epoch = uuid.uuid4().hex
         self.requests: list[EngineRequest] = []
         self.aborted: list[str] = []
+        self.num_greetings = 0
         self.silent = False
         self._script = script
         self._info = EngineReady(
@@ -57,7 +65,7 @@ class ScriptedEngine:
             draft=draft,
             num_speculative_tokens=4,
             draft_bytes=512 if draft else 0,
-            vocabulary="tiny",
+            vocabulary=vocabulary,
         )
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._socket = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
@@ -86,6 +94,7 @@ class ScriptedEngine:
             if self.silent:
                 continue
             if isinstance(message, Hello):
+                self.num_greetings += 1
                 await self._socket.send_multipart([self._peer, msgspec.msgpack.encode(self._info)])
             elif isinstance(message, AbortRequests):
                 self.aborted += message.request_ids

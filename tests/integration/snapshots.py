@@ -9,9 +9,7 @@ import numpy as np
 from engine.vocab.ngrams import NgramCounts
 from engine.vocab.prior import NUM_FEATURES
 from engine.vocab.snapshot import decode, encode, make_snapshot
-from tests.tiny_models import VOCAB_SIZE
-
-VOCABULARY = "tiny"
+from tests.tiny_models import VOCAB_SIZE, VOCABULARY
 
 
 def snapshot_of(

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, TokenLogprob
 from engine.text.tokenizer import Tokenizer
@@ -136,14 +137,15 @@ async def test_a_stop_string_across_tokens_never_leaks(serve: Any, tokenizer: To
     assert choices[-1]["stop_reason"] == " STOP"
 
 
-async def test_completion_logprobs_and_echo(serve: Any, replies: Script) -> None:
+@pytest.mark.parametrize("prompt", [TEXT["prompt"], "<|im_start|>user\nHi é<|im_end|>\n<|im_start|>"])
+async def test_completion_logprobs_and_echo(serve: Any, replies: Script, prompt: str) -> None:
     async with serve(replies) as api:
-        choice = (await api.post("/v1/completions", logprobs=2, echo=True)).json()["choices"][0]
-        events = await api.events("/v1/completions", logprobs=2, echo=True)
-        prompt_ids = api.tokenizer.encode(TEXT["prompt"])
+        choice = (await api.post("/v1/completions", prompt=prompt, logprobs=2, echo=True)).json()["choices"][0]
+        events = await api.events("/v1/completions", prompt=prompt, logprobs=2, echo=True)
+        prompt_ids = api.tokenizer.encode(prompt)
         assert [r.sampling.prompt_logprobs for r in api.engine.requests] == [2, 2]
     logprobs = choice["logprobs"]
-    assert choice["text"] == TEXT["prompt"] + REPLY
+    assert choice["text"] == prompt + REPLY
     assert logprobs["token_logprobs"][0] is None
     assert logprobs["top_logprobs"][0] is None
     assert logprobs["token_logprobs"][1:] == [-0.5] * (len(logprobs["tokens"]) - 1)
@@ -388,6 +390,24 @@ async def test_a_dead_engine_ends_requests_and_a_new_one_serves_again(serve: Any
         await api.until_health(200)
         assert (await api.post("/v1/completions")).json()["choices"][0]["text"] == REPLY
         assert "evospec:engine_restarts_total 1.0" in (await api.client.get("/metrics")).text
+
+
+async def test_an_engine_with_other_tokens_gets_no_requests(serve: Any, replies: Script) -> None:
+    async with serve(replies) as api:
+        await api.engine.die()
+        await api.until_health(503)
+        with capture_logs() as lines:
+            api.engine = ScriptedEngine(api.address, replies, VOCAB_SIZE, vocabulary="another")
+            await api.until(lambda: api.engine.num_greetings > 2)
+            refused = await api.post("/v1/completions")
+            health = await api.client.get("/health")
+        assert api.engine.requests == []
+        await api.engine.die()
+        api.engine = ScriptedEngine(api.address, replies, VOCAB_SIZE)
+        await api.until_health(200)
+    assert (refused.status_code, health.status_code) == (503, 503)
+    errors = [line for line in lines if line["log_level"] == "error"]
+    assert [line["engine_vocabulary"] for line in errors] == ["another"]
 
 
 async def test_an_epoch_that_changes_unseen_ends_requests(serve: Any) -> None:

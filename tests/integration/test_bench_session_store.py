@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from benchmarks.session_store import measure, table
 from engine.messages import EngineReady
-from tests.integration.snapshots import VOCABULARY, snapshot_of
-from tests.tiny_models import VOCAB_SIZE
+from tests.integration.snapshots import snapshot_of
+from tests.tiny_models import VOCAB_SIZE, VOCABULARY
 
 ENGINE = EngineReady(
     epoch="e", model="tiny", max_model_len=64, vocab_size=VOCAB_SIZE, num_blocks=8, block_size=16, max_num_seqs=4,

@@ -60,6 +60,14 @@ async def test_concurrent_requests_never_exceed_the_limit(valkey_url: str) -> No
     assert sum(not isinstance(result, Exception) for result in results) == 10
 
 
+async def test_more_requests_at_once_than_the_pool_has_connections_are_no_outage(valkey_url: str) -> None:
+    async with limiter_at(valkey_url, timeout=5) as limiter:
+        someone = tenant(requests=10)
+        results = await asyncio.gather(*(limiter.admit(someone, 1) for _ in range(300)), return_exceptions=True)
+    refused = [result.status for result in results if isinstance(result, ApiError)]
+    assert refused == [429] * 290
+
+
 async def test_refusal_by_one_bucket_takes_nothing_from_the_other(valkey_url: str) -> None:
     async with limiter_at(valkey_url) as limiter:
         someone = tenant(requests=2, tokens=100)

@@ -23,8 +23,8 @@ from server.session_hashes import Conflict
 from server.session_ids import belongs_to, new_session_id, session_key, user_session_id
 from server.session_store import LoadedSession, SessionStore
 from server.settings import RedisConfig, SessionsConfig
-from tests.integration.snapshots import VOCABULARY, counts_of, snapshot_of, tokens_of
-from tests.tiny_models import VOCAB_SIZE
+from tests.integration.snapshots import counts_of, snapshot_of, tokens_of
+from tests.tiny_models import VOCAB_SIZE, VOCABULARY
 
 TENANT = "acme"
 ENGINE = EngineReady(

@@ -75,6 +75,37 @@ async def test_stopped_valkey_holds_no_operation_longer_than_the_timeout(tmp_pat
         await gate.close()
 
 
+async def test_a_child_that_cannot_be_started_for_a_while_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.supervisor._FIRST_DELAY", 0.05)
+    program, away = tmp_path / "program", tmp_path / "away"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o700)
+    child = SupervisedProcess("program", [str(program)], os.environ, lambda: asyncio.sleep(0))
+    await child.start()
+    first_pid = child.pid
+    program.rename(away)
+    keeper = asyncio.create_task(child.keep_alive())
+    try:
+        with capture_logs() as lines:
+            os.kill(first_pid, signal.SIGKILL)
+            async with asyncio.timeout(30):
+                while sum(line["event"] == "process cannot be started" for line in lines) < 2:
+                    assert not keeper.done(), keeper.exception()
+                    await asyncio.sleep(0.01)
+                away.rename(program)
+                while child.pid == first_pid:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        assert is_running(child.pid)
+        delays = [line["restart_in"] for line in lines if "restart_in" in line]
+        assert delays[:3] == [0.05, 0.1, 0.2]
+    finally:
+        keeper.cancel()
+        await asyncio.gather(keeper, return_exceptions=True)
+        await child.stop(grace=5)
+
+
 async def test_child_that_dies_before_it_is_ready_is_a_failure(tmp_path: Path) -> None:
     child = SupervisedProcess(
         "broken", [sys.executable, "-c", "raise SystemExit(3)"], os.environ, lambda: asyncio.Event().wait()

@@ -1,0 +1,62 @@
+"""Rate limits and room for output, over HTTP: what is charged, and how long an answer may get that names no length."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from engine.messages import EngineOutput, EngineRequest
+from server.tenants import hash_key
+from tests.integration.running_api import Api
+
+PATHS = ["/v1/completions", "/v1/chat/completions"]
+ServeTenant = Callable[..., AbstractAsyncContextManager[Api]]
+
+
+def one_token(request: EngineRequest) -> Iterable[EngineOutput]:
+    yield EngineOutput(request_id=request.request_id, token_ids=[300], finish_reason="stop")
+
+
+@pytest.fixture
+def serve_tenant(serve: Any) -> ServeTenant:
+    """``serve`` for a tenant of its own, whose buckets are full."""
+
+    @asynccontextmanager
+    async def serve_one(*options: str) -> AsyncIterator[Api]:
+        async with serve(one_token, "--auth.keys", f"{uuid.uuid4().hex}={hash_key('secret')}", *options) as api:
+            api.client.headers["Authorization"] = "Bearer secret"
+            yield api
+
+    return serve_one
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_requests_refused_after_tokenizing_count_against_the_limit(serve_tenant: ServeTenant, path: str) -> None:
+    async with serve_tenant("--limits.requests_per_minute", "2") as api:
+        answers = [await api.post(path, max_tokens=1000) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [400, 400, 429]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_request_counts_once_and_its_tokens_beside_it(serve_tenant: ServeTenant, path: str) -> None:
+    limits = ("--limits.requests_per_minute", "2", "--limits.tokens_per_minute", "100000")
+    async with serve_tenant(*limits) as api:
+        answers = [await api.post(path, max_tokens=4) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert "2 requests a minute" in answers[-1].text
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_a_chat_without_max_tokens_is_never_more_than_a_full_bucket(serve_tenant: ServeTenant, n: int) -> None:
+    async with serve_tenant("--limits.tokens_per_minute", "60") as api:
+        answer = await api.post("/v1/chat/completions", n=n)
+        assert answer.status_code == 200, answer.text
+        outputs = {request.sampling.max_tokens for request in api.engine.requests}
+        prompt_tokens = answer.json()["usage"]["prompt_tokens"]
+        too_much = await api.post("/v1/chat/completions", n=n, max_tokens=60 // n)
+    assert outputs == {(60 - prompt_tokens) // n}
+    assert too_much.status_code == 400
