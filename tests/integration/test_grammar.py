@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +14,11 @@ import pytest
 import tokenizers
 import torch
 
+from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
 from engine.request import Request
 from engine.sampling.compiling import CompilingRequests
-from engine.sampling.grammar import GrammarCompiler
+from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.json_schema import GrammarError, check_json_schema
 from engine.sampling.patterns import pattern_size
 from engine.sampling.sampler import Sampler, SamplingRows
@@ -262,3 +265,26 @@ def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
     reasons = {name: (output.finish_reason, output.error_kind) for name, output in ends.items() if output.error}
     assert reasons == {"dead end": ("error", "invalid"), "choked": ("error", "invalid")}
     assert ends["plain"].finish_reason == "length"
+
+
+def _refuse(core: EngineCore, sampling: SamplingParams) -> EngineOutput:
+    core.add(b"client", EngineRequest(request_id="refused", prompt_token_ids=[1], sampling=sampling, tenant="tests"))
+    while True:
+        outputs, _ = core.step()
+        for output in outputs[b"client"]:
+            return output
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("kind", ["invalid", "internal"])
+def test_refused_requests_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The compiler keeps why it failed, which must not keep those who asked."""
+    failed: Future[CompiledGrammar] = Future()
+    failed.set_exception(GrammarError("no") if kind == "invalid" else RuntimeError("no"))
+    monkeypatch.setattr(GrammarCompiler, "compile", lambda *_: failed)
+    core = Engine(make_directory(tmp_path / "model"), Setting()).core
+    sampling = SamplingParams(max_tokens=1, seed=0, grammar=JSON_OBJECT)
+    assert [_refuse(core, sampling).error_kind for _ in range(3)] == [kind] * 3
+    gc.collect()
+    # Not isinstance, which asks each object's properties.
+    assert not [each for each in gc.get_objects() if type(each) is Request and each.request_id.endswith("/refused")]
