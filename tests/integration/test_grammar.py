@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -67,8 +68,8 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer)
 
 
-def make_request(sampling: SamplingParams, request_id: str = "r") -> Request:
-    return Request(request_id=request_id, client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=[1])
+def make_request(sampling: SamplingParams, request_id: str = "r", tenant: str = "tenant") -> Request:
+    return Request(request_id=request_id, client_id=b"client", tenant=tenant, sampling=sampling, prompt_token_ids=[1])
 
 
 def generate(
@@ -219,6 +220,30 @@ def test_more_schemas_than_are_kept_do_not_hold_up_the_loop(tokenizer: Tokenizer
         time.sleep(0.01)
     assert {request.request_id for request, _ in taken} == {str(i) for i in range(100)}
     assert all(compiled.result().matcher() for _, compiled in taken)
+
+
+def test_tenants_take_turns(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a schema that the other tenant asked for first."""
+    compiler = GrammarCompiler(tokenizer)
+    begin, compiled = threading.Event(), []
+
+    def compile_slowly(grammar: Grammar) -> None:
+        begin.wait()
+        compiled.append(grammar.schema)
+
+    monkeypatch.setattr(compiler, "_compile", compile_slowly)
+    waiting = CompilingRequests(compiler)
+    for tenant, schemas in (("many", range(20)), ("few", (100, 19))):
+        for schema in schemas:
+            sampling = SamplingParams(max_tokens=1, seed=0, grammar=Grammar("json_schema", str(schema)))
+            waiting.add(make_request(sampling, f"{tenant} {schema}", tenant))
+    begin.set()
+    while len(waiting):
+        waiting.take_ready()
+        time.sleep(0.001)
+    assert sorted(compiled) == sorted(map(str, (*range(20), 100)))  # each once
+    assert compiled.index("100") <= 2
+    assert compiled.index("19") <= 4
 
 
 def test_a_grammar_that_nobody_waits_for_is_not_compiled(tokenizer: Tokenizer) -> None:
