@@ -68,6 +68,11 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer)
 
 
+def strings(count: int, **keywords: object) -> dict[str, Any]:
+    """Schema of an object with strings of any length or, with ``keywords``, of some."""
+    return {"type": "object", "properties": {f"{i}": {"type": "string", **keywords} for i in range(count)}}
+
+
 def make_request(sampling: SamplingParams, request_id: str = "r", tenant: str = "tenant") -> Request:
     return Request(request_id=request_id, client_id=b"client", tenant=tenant, sampling=sampling, prompt_token_ids=[1])
 
@@ -163,6 +168,12 @@ def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, compiler
         (json.dumps({"pattern": "a{0,9999}"}), "more than 2000"),
         (json.dumps({"properties": {f"{i}": {"pattern": "(ab){1,30}"} for i in range(50)}}), "more than 2000"),
         (json.dumps({"patternProperties": {"((a{9}){9}){99}": {}}}), "more than 2000"),
+        (json.dumps({"properties": {f"{i}": {"maxLength": 300 + i} for i in range(5)}}), "too many different lengths"),
+        (json.dumps({"prefixItems": [{"minLength": i} for i in range(50)]}), "they are 1225, more than 600"),
+        (json.dumps(strings(501) | {"additionalProperties": True}), "501 properties beside additionalProperties"),
+        (json.dumps(strings(1001)), "too many optional properties"),
+        (json.dumps(strings(101) | {"minProperties": 1}), "too many optional properties"),
+        (json.dumps({"prefixItems": [strings(60) | {"maxProperties": 9}] * 3}), "too many optional properties"),
     ],
 )
 def test_schemas_that_cannot_be_enforced_are_refused(compiler: GrammarCompiler, schema: str, message: str) -> None:
@@ -172,6 +183,21 @@ def test_schemas_that_cannot_be_enforced_are_refused(compiler: GrammarCompiler, 
 
 def test_property_names_are_not_keywords() -> None:
     check_json_schema('{"type": "object", "properties": {"not": {"type": "string"}, "if": true}, "description": "x"}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        strings(1000, maxLength=5000),
+        {**strings(1500), "required": [f"{i}" for i in range(1500)]},
+        {**strings(60), "required": ["1"], "additionalProperties": True, "maxProperties": 100},
+        {"prefixItems": [{"maxLength": length} for length in (20, 100, 500, 2000, 10_000)]},
+        {"type": "array", "maxItems": 10_000, "items": {"maxLength": 100}},
+        {"properties": {"maxLength": True, "minLength": {}}, "required": 3, "minProperties": "x"},
+    ],
+)
+def test_large_schemas_that_compile_fast_are_not_refused(schema: dict[str, Any]) -> None:
+    check_json_schema(json.dumps(schema, separators=(",", ":")))
 
 
 def test_a_compiled_grammar_is_kept_and_the_oldest_dropped(tokenizer: Tokenizer) -> None:
