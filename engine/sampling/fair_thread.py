@@ -13,7 +13,7 @@ T = TypeVar("T")
 class FairThread(Generic[T]):
     """Computes what futures promise, one at a time, for each tenant in the order of its submissions.
 
-    A tenant that has submitted much thus keeps another's first one waiting for one or two of its own, not for all.
+    A tenant that has submitted much thus keeps another's first one waiting for one of its own, not for all.
     """
 
     def __init__(self, name: str) -> None:
@@ -21,6 +21,8 @@ class FairThread(Generic[T]):
         self._lock = threading.Lock()
         self._waiting: dict[str, dict[Future[T], Callable[[], T]]] = {}
         """By tenant; the first's turn is next."""
+        self._served = ""
+        """The tenant who had the latest turn."""
 
     def submit(self, tenant: str, future: Future[T], compute: Callable[[], T]) -> None:
         """Compute ``future``, unless it is cancelled first.
@@ -48,13 +50,15 @@ class FairThread(Generic[T]):
     def _take(self) -> tuple[Future[T], Callable[[], T]] | None:
         """The next that still has to be computed; None where another tenant's turn has seen to all."""
         with self._lock:
+            if self._served in self._waiting:  # now behind those who came meanwhile
+                self._waiting[self._served] = self._waiting.pop(self._served)
             while self._waiting:
-                tenant = next(iter(self._waiting))
-                queue = self._waiting.pop(tenant)
+                tenant, queue = next(iter(self._waiting.items()))
                 future = next(iter(queue))
                 compute = queue.pop(future)
-                if queue:
-                    self._waiting[tenant] = queue  # behind the others
+                if not queue:
+                    del self._waiting[tenant]
                 if not future.done():
+                    self._served = tenant
                     return future, compute
         return None
