@@ -158,24 +158,27 @@ class EngineCore:
     def _enqueue(self, request: Request, grammar: Future[CompiledGrammar] | None = None) -> None:
         """``grammar``: that of the request's parameters, done."""
         try:
-            compiled = None if grammar is None else grammar.result()
+            # Not raised: the compiler keeps it, and each raise would add frames to it, which hold this request.
+            failure = None if grammar is None else grammar.exception()
+            if failure is not None:
+                self._refuse(request, failure)
+                return
             self._scheduler.add(request)
-            self._sampler.add(request, compiled)
-        except QueueFull as error:
-            self._refuse(request, "overloaded", str(error))
-            return
-        except (GrammarError, RequestTooLong) as error:
-            self._refuse(request, "invalid", str(error))
-            return
-        except Exception:  # of a library that compiles what clients send: nobody else's requests may end by it
-            log.exception("a request cannot be taken", request=request.request_id)
-            self._refuse(request, "internal", "The request cannot be taken.")
+            self._sampler.add(request, None if grammar is None else grammar.result())
+        except Exception as error:
+            self._refuse(request, error)
             return
         self._stop_checkers[request.request_id] = StopChecker(
             request.sampling, request.num_tokens, self.max_model_len, self._eos_token_ids, self._tokenizer
         )
 
-    def _refuse(self, request: Request, kind: ErrorKind, reason: str) -> None:
+    def _refuse(self, request: Request, failure: BaseException) -> None:
+        kind: ErrorKind = "overloaded" if isinstance(failure, QueueFull) else "invalid"
+        reason = str(failure)
+        if not isinstance(failure, (QueueFull, GrammarError, RequestTooLong)):
+            # Of a library that compiles what clients send: nobody else's requests may end by it.
+            log.error("a request cannot be taken", request=request.request_id, exc_info=failure)
+            kind, reason = "internal", "The request cannot be taken."
         self._forget(request.request_id)
         self._refused[request.client_id].append(
             EngineOutput(request_id=_client_request_id(request), finish_reason="error", error=reason, error_kind=kind)

@@ -29,7 +29,8 @@ class CompilingRequests:
     def add(self, request: Request) -> None:
         """Have the request's grammar compiled, if it is not yet."""
         assert request.sampling.grammar is not None
-        self._waiting[request.request_id] = request, self._compiler.compile(request.sampling.grammar)
+        compiled = self._compiler.compile(request.sampling.grammar, request.tenant)
+        self._waiting[request.request_id] = request, compiled
 
     def take_ready(self) -> list[tuple[Request, Future[CompiledGrammar]]]:
         """Those that wait no longer. What they waited for, not what the compiler would give now: it forgets."""

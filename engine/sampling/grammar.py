@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import xgrammar
 
 from engine.messages import Grammar
+from engine.sampling.fair_thread import FairThread
 from engine.sampling.json_schema import GrammarError, check_json_schema
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def _without_control(text: bytes) -> bytes:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary in a thread of its own, and keeps the most recently used.
+    """Compiles grammars for one vocabulary in a thread of its own, where tenants take turns; keeps those last used.
 
     An unusual schema takes seconds to compile; xgrammar releases the interpreter lock meanwhile.
     """
@@ -95,17 +97,20 @@ class GrammarCompiler:
             vocabulary, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=sorted(self._end_token_ids)
         )
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._thread: FairThread[CompiledGrammar] = FairThread("grammar")
         self._cache: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
 
-    def compile(self, grammar: Grammar) -> Future[CompiledGrammar]:
+    def compile(self, grammar: Grammar, tenant: str = "") -> Future[CompiledGrammar]:
         """The compiled grammar, from the cache or when it is ready; its result may raise ``GrammarError``."""
         if grammar not in self._cache:
-            self._cache[grammar] = self._thread.submit(self._compile, grammar)
+            self._cache[grammar] = Future()
             if len(self._cache) > _MAX_CACHED_GRAMMARS:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(grammar)
-        return self._cache[grammar]
+        compiled = self._cache[grammar]
+        if not compiled.done():  # also if it waits: it need not wait for the turn of the tenant that asked first
+            self._thread.submit(tenant, compiled, partial(self._compile, grammar))
+        return compiled
 
     def give_up(self, grammar: Grammar, compiled: Future[CompiledGrammar]) -> None:
         """Nobody waits for what ``compile`` gave any more: others need not wait for it either, if it has not begun."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.sampling.patterns import MAX_PATTERN_SIZE, pattern_problem, pattern_size
+from engine.sampling.schema_size import SchemaSize
 
 # Compile time grows with the cube of the depth: 50 levels take a twentieth of a second, 300 take ten.
 MAX_SCHEMA_CHARS = 65_536
@@ -32,14 +33,14 @@ class GrammarError(ValueError):
 
 
 def check_json_schema(text: str) -> None:
-    """Refuse a schema that would be enforced in part only.
+    """Refuse a schema that would be enforced in part only, or take much longer than ten seconds to compile.
 
     What remains to be found when it is compiled: wrong types, unknown references, bad patterns.
     ``oneOf`` is enforced as ``anyOf``, ``format`` as far as known, and an object is closed unless its
     schema says otherwise.
 
     Raises:
-        GrammarError: the schema is not JSON, too long or too deep, or uses a keyword that is not supported.
+        GrammarError: the schema is not JSON, too long, too deep or too slow, or uses a keyword that is not supported.
     """
     if len(text) > MAX_SCHEMA_CHARS:
         raise GrammarError(f"the JSON schema is longer than {MAX_SCHEMA_CHARS} characters")
@@ -48,7 +49,7 @@ def check_json_schema(text: str) -> None:
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not valid JSON: {error}") from error
     pending: list[tuple[int, str, Any]] = [(0, "#", schema)]
-    size = 0
+    pattern_sizes, size = 0, SchemaSize()
     while pending:
         depth, path, schema = pending.pop()
         if depth > MAX_SCHEMA_DEPTH:
@@ -58,10 +59,13 @@ def check_json_schema(text: str) -> None:
         if isinstance(schema, dict):
             if problem := _problem(schema):
                 raise GrammarError(f"the JSON schema at {path} is not supported: {problem}")
-            size += sum(map(pattern_size, _patterns(schema)))
+            pattern_sizes += sum(map(pattern_size, _patterns(schema)))
+            size.add(schema)
             pending += ((depth + 1, *child) for child in _children(path, schema))
-    if size > MAX_PATTERN_SIZE:
-        raise GrammarError(f"the JSON schema's patterns match {size} characters, more than {MAX_PATTERN_SIZE}")
+    if pattern_sizes > MAX_PATTERN_SIZE:
+        raise GrammarError(f"the JSON schema's patterns match {pattern_sizes} characters, more than {MAX_PATTERN_SIZE}")
+    if problem := size.problem():
+        raise GrammarError(f"the JSON schema would take too long to compile: {problem}")
 
 
 def _problem(schema: dict[str, Any]) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +15,11 @@ import pytest
 import tokenizers
 import torch
 
+from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
 from engine.request import Request
 from engine.sampling.compiling import CompilingRequests
-from engine.sampling.grammar import GrammarCompiler
+from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.json_schema import GrammarError, check_json_schema
 from engine.sampling.patterns import pattern_size
 from engine.sampling.sampler import Sampler, SamplingRows
@@ -64,8 +68,13 @@ def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer)
 
 
-def make_request(sampling: SamplingParams, request_id: str = "r") -> Request:
-    return Request(request_id=request_id, client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=[1])
+def strings(count: int, **keywords: object) -> dict[str, Any]:
+    """Schema of an object with strings of any length or, with ``keywords``, of some."""
+    return {"type": "object", "properties": {f"{i}": {"type": "string", **keywords} for i in range(count)}}
+
+
+def make_request(sampling: SamplingParams, request_id: str = "r", tenant: str = "tenant") -> Request:
+    return Request(request_id=request_id, client_id=b"client", tenant=tenant, sampling=sampling, prompt_token_ids=[1])
 
 
 def generate(
@@ -159,6 +168,12 @@ def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, compiler
         (json.dumps({"pattern": "a{0,9999}"}), "more than 2000"),
         (json.dumps({"properties": {f"{i}": {"pattern": "(ab){1,30}"} for i in range(50)}}), "more than 2000"),
         (json.dumps({"patternProperties": {"((a{9}){9}){99}": {}}}), "more than 2000"),
+        (json.dumps({"properties": {f"{i}": {"maxLength": 300 + i} for i in range(5)}}), "too many different lengths"),
+        (json.dumps({"prefixItems": [{"minLength": i} for i in range(50)]}), "they are 1225, more than 600"),
+        (json.dumps(strings(501) | {"additionalProperties": True}), "501 properties beside additionalProperties"),
+        (json.dumps(strings(1001)), "too many optional properties"),
+        (json.dumps(strings(101) | {"minProperties": 1}), "too many optional properties"),
+        (json.dumps({"prefixItems": [strings(60) | {"maxProperties": 9}] * 3}), "too many optional properties"),
     ],
 )
 def test_schemas_that_cannot_be_enforced_are_refused(compiler: GrammarCompiler, schema: str, message: str) -> None:
@@ -168,6 +183,21 @@ def test_schemas_that_cannot_be_enforced_are_refused(compiler: GrammarCompiler, 
 
 def test_property_names_are_not_keywords() -> None:
     check_json_schema('{"type": "object", "properties": {"not": {"type": "string"}, "if": true}, "description": "x"}')
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        strings(1000, maxLength=5000),
+        {**strings(1500), "required": [f"{i}" for i in range(1500)]},
+        {**strings(60), "required": ["1"], "additionalProperties": True, "maxProperties": 100},
+        {"prefixItems": [{"maxLength": length} for length in (20, 100, 500, 2000, 10_000)]},
+        {"type": "array", "maxItems": 10_000, "items": {"maxLength": 100}},
+        {"properties": {"maxLength": True, "minLength": {}}, "required": 3, "minProperties": "x"},
+    ],
+)
+def test_large_schemas_that_compile_fast_are_not_refused(schema: dict[str, Any]) -> None:
+    check_json_schema(json.dumps(schema, separators=(",", ":")))
 
 
 def test_a_compiled_grammar_is_kept_and_the_oldest_dropped(tokenizer: Tokenizer) -> None:
@@ -218,6 +248,30 @@ def test_more_schemas_than_are_kept_do_not_hold_up_the_loop(tokenizer: Tokenizer
     assert all(compiled.result().matcher() for _, compiled in taken)
 
 
+def test_tenants_take_turns(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for a schema that the other tenant asked for first."""
+    compiler = GrammarCompiler(tokenizer)
+    begun, begin, compiled = threading.Event(), threading.Event(), []
+
+    def compile_slowly(grammar: Grammar) -> None:
+        begun.set()
+        begin.wait()
+        compiled.append(grammar.schema)
+
+    monkeypatch.setattr(compiler, "_compile", compile_slowly)
+    waiting = CompilingRequests(compiler)
+    for tenant, schemas in (("many", range(20)), ("few", (100, 19))):
+        for schema in schemas:
+            sampling = SamplingParams(max_tokens=1, seed=0, grammar=Grammar("json_schema", str(schema)))
+            waiting.add(make_request(sampling, f"{tenant} {schema}", tenant))
+        assert begun.wait(10)
+    begin.set()
+    while len(waiting):
+        waiting.take_ready()
+        time.sleep(0.001)
+    assert compiled == ["0", "100", "1", "19", *map(str, range(2, 19))]
+
+
 def test_a_grammar_that_nobody_waits_for_is_not_compiled(tokenizer: Tokenizer) -> None:
     compiler = GrammarCompiler(tokenizer)
     waiting = CompilingRequests(compiler)
@@ -262,3 +316,26 @@ def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
     reasons = {name: (output.finish_reason, output.error_kind) for name, output in ends.items() if output.error}
     assert reasons == {"dead end": ("error", "invalid"), "choked": ("error", "invalid")}
     assert ends["plain"].finish_reason == "length"
+
+
+def _refuse(core: EngineCore, sampling: SamplingParams) -> EngineOutput:
+    core.add(b"client", EngineRequest(request_id="refused", prompt_token_ids=[1], sampling=sampling, tenant="tests"))
+    while True:
+        outputs, _ = core.step()
+        for output in outputs[b"client"]:
+            return output
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("kind", ["invalid", "internal"])
+def test_refused_requests_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The compiler keeps why it failed, which must not keep those who asked."""
+    failed: Future[CompiledGrammar] = Future()
+    failed.set_exception(GrammarError("no") if kind == "invalid" else RuntimeError("no"))
+    monkeypatch.setattr(GrammarCompiler, "compile", lambda *_: failed)
+    core = Engine(make_directory(tmp_path / "model"), Setting()).core
+    sampling = SamplingParams(max_tokens=1, seed=0, grammar=JSON_OBJECT)
+    assert [_refuse(core, sampling).error_kind for _ in range(3)] == [kind] * 3
+    gc.collect()
+    # Not isinstance, which asks each object's properties.
+    assert not [each for each in gc.get_objects() if type(each) is Request and each.request_id.endswith("/refused")]
