@@ -89,7 +89,9 @@ class ReplayConfig(_Section):
     )
     recent_segments: int = Field(default=16, ge=1, description="Segments kept in their order.")
     history_segments: int = Field(default=48, ge=0, description="Segments of a fair sample of everything before.")
-    held_out_segments: int = Field(default=64, ge=1, description="Most recent segments that versions are scored on; more where they are short.")
+    held_out_segments: int = Field(
+        default=64, ge=1, description="Most recent segments that versions are scored on; more where they are short."
+    )
     held_out_share: float = Field(default=0.2, gt=0, lt=1, description="Share of requests never trained on.")
     segment_positions: int = Field(
         default=256, ge=8, description="Positions of a segment, its prompt not counted; an answer, if it is no longer."
