@@ -15,17 +15,22 @@ MAX_SCHEMA_DEPTH = 50
 
 _ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
 _DEFINITIONS = {"$defs", "definitions", "$schema", "$id"}
-_UNSUPPORTED = ("not", "if", "then", "else", "dependentRequired", "$dynamicRef")
-_ONE_SCHEMA = (
-    "items",
-    "additionalProperties",
-    "unevaluatedProperties",
-    "unevaluatedItems",
-    "contains",
-    "propertyNames",
+_UNSUPPORTED = (
+    *("not", "if", "then", "else", "$dynamicRef"),
+    *("dependentRequired", "dependentSchemas", "dependencies"),
+    *("contains", "minContains", "maxContains"),
 )
+_STRING_LENGTHS = {"minLength", "maxLength"}
+_GIVES_TYPE: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("minLength", "maxLength", "pattern", "format"), ()),
+    **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), ()),
+    **dict.fromkeys(("minItems", "maxItems"), ("items", "prefixItems")),
+    **dict.fromkeys(("minProperties", "maxProperties", "propertyNames", "patternProperties"), ("properties",)),
+}
+"""Keywords that xgrammar ignores where neither ``type`` nor one of these says what they are about."""
+_ONE_SCHEMA = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames")
 _SCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
-_SCHEMA_MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
 
 
 class GrammarError(ValueError):
@@ -76,16 +81,34 @@ def _problem(schema: dict[str, Any]) -> str | None:
             return keyword
     if "allOf" in keywords and (not isinstance(schema["allOf"], list) or len(schema["allOf"]) != 1):
         return "allOf of more than one schema"
-    for combiner in ("$ref", "anyOf", "oneOf", "allOf"):
+    if schema.get("uniqueItems"):
+        return "uniqueItems"
+    for combiner in ("$ref", "anyOf", "oneOf", "allOf", "enum", "const"):
         if combiner in keywords and keywords - {combiner, "type"}:
             return f"{combiner} beside {', '.join(sorted(keywords - {combiner, 'type'}))}"
     if "$ref" in keywords and not str(schema["$ref"]).startswith("#"):
         return "$ref to another document"
-    if "pattern" in keywords and keywords & {"minLength", "maxLength"}:
-        return "pattern beside minLength or maxLength"
+    for keyword in ("pattern", "format"):
+        if keyword in keywords and keywords & _STRING_LENGTHS:
+            return f"{keyword} beside minLength or maxLength"
+    for keyword, givers in _GIVES_TYPE.items():
+        if keyword in keywords and not keywords & {"type", *givers}:
+            return f"{keyword} without type"
+    if unnamed := _required(schema) - _named(schema):
+        return f"required of {', '.join(sorted(unnamed))}, which properties do not have"
     if "multipleOf" in keywords and schema.get("type") != "integer":
         return "multipleOf of a type other than integer"
     return next(filter(None, map(pattern_problem, _patterns(schema))), None)
+
+
+def _required(schema: dict[str, Any]) -> set[str]:
+    names = schema.get("required")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
+
+
+def _named(schema: dict[str, Any]) -> set[str]:
+    properties = schema.get("properties")
+    return set(properties) if isinstance(properties, dict) else set()
 
 
 def _patterns(schema: dict[str, Any]) -> list[str]:
