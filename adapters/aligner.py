@@ -56,9 +56,7 @@ class KeyAligner:
         self._num_more = 0
         """Updates still to come for the last batch of new positions."""
         self._scoring: Scoring | None = None
-        """Of weights that may be put in force, begun and not done."""
-        self._candidate: dict[str, torch.Tensor] = {}
-        """These weights."""
+        """Of the trainer's weights, begun and not done; they stay as they are meanwhile."""
         self._is_unpublished = self._is_new = True
         self._last_loss: float | None = None
         self._last_refusal = ""
@@ -222,8 +220,7 @@ class KeyAligner:
 
     def _begin_scoring(self) -> None:
         """Of what was trained, the base draft and what is in force, on held-out positions."""
-        self._candidate = self._trainer.published()
-        weights = [self._trainer.weights(self._candidate), {}]
+        weights = [self._trainer.weights(self._trainer.published()), {}]
         if self.tensors is not None:
             weights.append(self._trainer.weights(self.tensors))
         self._scoring = Scoring(self._chains, list(self.replay.held_out), weights, self._config.training.horizon)
@@ -235,7 +232,7 @@ class KeyAligner:
         verdict, reason = judge(new, current, base, self._config.guard)
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
         if verdict is Verdict.PUBLISH:
-            self._put_in_force(self._candidate)
+            self._put_in_force(self._trainer.published())
         elif verdict is Verdict.REFUSE:
             self.state.num_refused += 1
             self._last_refusal = reason

@@ -33,7 +33,7 @@ def find_compiler() -> list[str] | None:
 
 def is_current(target: Target) -> bool:
     """Whether a library is of these sources, and was made by these rules."""
-    if not target.library.exists() or sources_hash().encode() not in target.library.read_bytes():
+    if not target.is_of_these_sources:
         return False
     rules = max(Path(path).stat().st_mtime for path in (__file__, targets.__file__))
     return target.library.stat().st_mtime >= rules

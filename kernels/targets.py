@@ -28,6 +28,11 @@ class Target:
     def library(self) -> Path:
         return Path(__file__).parent / f"_native_{self.name}.so"
 
+    @property
+    def is_of_these_sources(self) -> bool:
+        """Whether the library is there, and says that it was made of the sources that are."""
+        return self.library.exists() and sources_hash().encode() in self.library.read_bytes()
+
     @functools.cached_property
     def missing(self) -> list[str]:
         """What this machine's CPU lacks."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from engine.sampling.patterns import MAX_PATTERN_SIZE, pattern_problem, pattern_size
-from engine.sampling.schema_size import SchemaSize
+from engine.sampling.schema_size import SchemaSize, required_names
 
 # Compile time grows with the cube of the depth: 50 levels take a twentieth of a second, 300 take ten.
 MAX_SCHEMA_CHARS = 65_536
@@ -94,16 +94,11 @@ def _problem(schema: dict[str, Any]) -> str | None:
     for keyword, givers in _GIVES_TYPE.items():
         if keyword in keywords and not keywords & {"type", *givers}:
             return f"{keyword} without type"
-    if unnamed := _required(schema) - _named(schema):
+    if unnamed := required_names(schema) - _named(schema):
         return f"required of {', '.join(sorted(unnamed))}, which properties do not have"
     if "multipleOf" in keywords and schema.get("type") != "integer":
         return "multipleOf of a type other than integer"
     return next(filter(None, map(pattern_problem, _patterns(schema))), None)
-
-
-def _required(schema: dict[str, Any]) -> set[str]:
-    names = schema.get("required")
-    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def _named(schema: dict[str, Any]) -> set[str]:

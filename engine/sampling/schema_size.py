@@ -31,14 +31,13 @@ class SchemaSize:
     def add(self, schema: dict[str, Any]) -> None:
         """Count one schema without its subschemas; of wrong types nothing."""
         self._bounds.add((_count(schema, "minLength"), _count(schema, "maxLength")))
-        properties, required = schema.get("properties"), schema.get("required")
+        properties = schema.get("properties")
         if not isinstance(properties, dict):
             return
         if schema.get("additionalProperties", schema.get("unevaluatedProperties", False)) is not False:
             self._open += len(properties)
-        names = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
         most = MAX_COUNTED_PROPERTIES if schema.keys() & {"minProperties", "maxProperties"} else MAX_OPTIONAL_PROPERTIES
-        self._optional += (len(properties.keys() - set(names)) / most) ** 2
+        self._optional += (len(properties.keys() - required_names(schema)) / most) ** 2
 
     def problem(self) -> str | None:
         """Why all this would take too long; None where it does not."""
@@ -56,6 +55,12 @@ class SchemaSize:
                 f"or {MAX_COUNTED_PROPERTIES} beside minProperties or maxProperties"
             )
         return None
+
+
+def required_names(schema: dict[str, Any]) -> set[str]:
+    """The properties that a schema requires, by its own list alone."""
+    names = schema.get("required")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def _count(schema: dict[str, Any], keyword: str) -> int:

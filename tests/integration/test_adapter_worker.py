@@ -243,23 +243,35 @@ def test_operators_are_obeyed(config: AdaptersConfig, draft: TinyDraft, answers:
     worker.close()
 
 
-def test_keys_without_a_slot_give_way_and_return(
-    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three tenants, two slots: one not heard of for long is swapped to disk, and comes back as it was."""
+@pytest.fixture
+def log_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Its only entry is the time at which records count as logged."""
     now = [0.0]
     monkeypatch.setattr(LoggedRecord, "logged_at", property(lambda _: now[0]))
+    return now
+
+
+def serve_until_known(
+    config: AdaptersConfig, engine: MadeUpEngine, worker: AdapterWorker, answers: list[Answer], tenant: str
+) -> None:
+    engine.serve(answers, tenant)
+    step_until(worker, lambda: tenant in statuses(config)[1])
+
+
+def test_keys_without_a_slot_give_way_and_return(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], log_clock: list[float]
+) -> None:
+    """Three tenants, two slots: one not heard of for long is swapped to disk, and comes back as it was."""
     engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
     serve_until_published(engine, worker, answers, 3)
     for tenant in ("second", "third"):
-        now[0] += 61.0
-        engine.serve(answers[:2], tenant)
-        step_until(worker, lambda tenant=tenant: tenant in statuses(config)[1])  # type: ignore[misc]
+        log_clock[0] += 61.0
+        serve_until_known(config, engine, worker, answers[:2], tenant)
     step_until(worker, lambda: "t" not in statuses(config)[1])
     assert engine.version("t") == 0
     good = make_store(config, draft).load_state("t").good_revision
     assert good > 0
-    now[0] += 61.0
+    log_clock[0] += 61.0
     engine.serve(answers[:2])
     step_until(worker, lambda: engine.version("t") > 0)
     step_until(worker, lambda: status(config).revision == good)
@@ -291,16 +303,13 @@ def test_of_more_busy_keys_than_slots_some_keep_learning(
 
 
 def test_after_a_quiet_minute_keys_that_speak_again_keep_their_slots(
-    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], log_clock: list[float]
 ) -> None:
     """A newcomer is the first to speak, the two that have slots right after it."""
-    now = [0.0]
-    monkeypatch.setattr(LoggedRecord, "logged_at", property(lambda _: now[0]))
     engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
     for tenant in ("first", "second"):
-        engine.serve(answers[:2], tenant)
-        step_until(worker, lambda tenant=tenant: tenant in statuses(config)[1])  # type: ignore[misc]
-    now[0] += 61.0
+        serve_until_known(config, engine, worker, answers[:2], tenant)
+    log_clock[0] += 61.0
     num_written = sum(engine.serve(answers[:1], tenant) for tenant in ("third", "first", "second"))
     assert num_written < 256, "they are read together"
     wait_for(lambda: engine.log.stats().num_written >= num_written)
@@ -314,8 +323,7 @@ def test_commands_for_a_key_nobody_has_heard_of_take_no_slot(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
 ) -> None:
     engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
-    engine.serve(answers[:2])
-    step_until(worker, lambda: "t" in statuses(config)[1])
+    serve_until_known(config, engine, worker, answers[:2], "t")
     command(config, "freeze", "misspelt")
     step_until(worker, lambda: make_store(config, draft).load_state("misspelt").is_frozen)
     for _ in range(3):

@@ -51,6 +51,13 @@ class Key:
         for number in range(count):
             self.aligner.observe(fair(version, is_right, f"{version}-{number % REQUESTS}"), True)
 
+    def serve_segments(self, count: int, num_positions: int) -> None:
+        """Take in answers of so many positions, and do after each what there is to do."""
+        for number in range(count):
+            self.aligner.add(segment(str(number), num_positions))
+            while self.aligner.wants_work:
+                self.aligner.work()
+
     def decide(self) -> None:
         """Learn from new answers, and put in force what comes of it."""
         before = self.aligner.revision
@@ -140,10 +147,7 @@ def test_key_that_learns_nothing_is_tried_now_and_then_however_little_is_kept(
     monkeypatch.setattr(UpdateTrigger, "pays", False)
     monkeypatch.setattr(key.trainer, "update", lambda _: Update(loss=1.0, num_positions=110, seconds=1.0))
     key.aligner._trigger._patience = 8
-    for number in range(400):
-        key.aligner.add(segment(str(number), 110))
-        while key.aligner.wants_work:
-            key.aligner.work()
+    key.serve_segments(400, 110)
     assert 60 <= key.aligner.state.num_updates <= 100
 
 
@@ -182,10 +186,7 @@ def test_key_whose_answers_are_very_short_learns_too(
     key = Key(draft, tmp_path, PATIENT)
     monkeypatch.setattr(UpdateTrigger, "pays", True)
     monkeypatch.setattr(key.trainer, "update", lambda _: Update(loss=1.0, num_positions=48, seconds=1.0))
-    for number in range(400):
-        key.aligner.add(segment(str(number), 3))
-        while key.aligner.wants_work:
-            key.aligner.work()
+    key.serve_segments(400, 3)
     assert key.aligner.state.num_updates >= 16
 
 
