@@ -19,6 +19,8 @@ _OFFLINE_SIGMAS = 2.0
 _MIN_REQUESTS = 4
 _CHECK_EVERY = 32
 _MIN_COMPARED = 32
+_SPAN = 16
+"""Times ``watched_records``, over which version and base draft are compared: of so few controls, there must be four."""
 
 
 class Verdict(Enum):
@@ -72,14 +74,14 @@ def _difference(score: Score, other: Score) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """How often the first draft token of a step was accepted."""
+    """How often the first draft token of a step was right."""
 
     requests: tuple[tuple[int, int], ...] = ()
     """Of each request, how often, and in how many steps"""
 
     @classmethod
     def of(cls, outcomes: Iterable[tuple[str, bool]]) -> Acceptance:
-        """Of steps: the request of each, and whether its first draft token was accepted."""
+        """Of steps: the request of each, and whether its first draft token was right."""
         counts: dict[str, tuple[int, int]] = {}
         for request_id, is_accepted in outcomes:
             accepted, steps = counts.get(request_id, (0, 0))
@@ -119,42 +121,44 @@ class Guard:
     """Watches the version of one key that is in force.
 
     It counts fair records only: those logged whatever happened in them (``is_gated`` false), since among the others
-    rejections are over-represented. Of each it takes whether the first draft token was accepted, which does not depend
-    on how many were drafted. The version is bad if it is below
+    rejections are over-represented. Of each it takes whether the draft's first token was right, verified or not: how
+    many are drafted and verified depends on how sure the draft is. The version is bad if it is below
 
-    - the base draft in the same time by more than ``control_margin``: the engine drafts a small share of requests
-      without adapter; or
+    - the base draft by more than ``control_margin``, both in the same stretch of traffic: the engine drafts a small
+      share of requests without adapter; or
     - the version before it, in the records before it came, by more than ``history_margin``: traffic may have changed,
       so only a great loss counts, but it is seen at once.
 
-    Each by ``sigmas`` standard errors, of four requests on either side or more, looked at every 32 records and over the
-    last ``watched_records`` at most. tests/unit/test_guard.py has the false alarms.
+    Each by ``sigmas`` standard errors, of four requests on either side or more, looked at every 32 records.
+    tests/unit/test_guard.py has the false alarms.
     """
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
         self._version = 0
-        self._fresh: deque[tuple[str, bool]] = deque(maxlen=config.watched_records)
-        self._control: deque[tuple[str, bool]] = deque(maxlen=config.watched_records)
+        self._recent: deque[tuple[str, bool]] = deque(maxlen=config.watched_records)
+        """Of what is in force: the request of each step, and whether its first draft token was right."""
+        self._both: deque[tuple[bool, str, bool]] = deque(maxlen=_SPAN * config.watched_records)
+        """The same of version and base draft since the version came; first, whether it is the base draft's."""
         self.previous = Acceptance()
         """Of the version before."""
         self.num_watched = 0
         """Fair records of the version in force."""
 
     @property
+    def in_force(self) -> Acceptance:
+        """Recent, of what is in force: a version or the base draft."""
+        return Acceptance.of(self._recent)
+
+    @property
     def acceptance(self) -> Acceptance:
         """Of the version in force, recently."""
-        return Acceptance.of(self._fresh)
+        return self.in_force if self._version else Acceptance()
 
     @property
     def control(self) -> Acceptance:
         """Of the base draft since the version came."""
-        return Acceptance.of(self._control)
-
-    @property
-    def in_force(self) -> Acceptance:
-        """Recent, of what is in force: a version or the base draft."""
-        return self.acceptance if self._version else self.control
+        return self._of_both(is_control=True)
 
     @property
     def is_good(self) -> bool:
@@ -168,10 +172,10 @@ class Guard:
 
     def watch(self, version: int) -> None:
         """``version`` of the channel is in force from now on; 0: the base draft."""
-        self.previous = self.control if self._version == 0 else self.acceptance
+        self.previous = self.in_force
         self._version, self.num_watched = version, 0
-        self._fresh.clear()
-        self._control.clear()
+        self._recent.clear()
+        self._both.clear()
 
     def rename(self, version: int) -> None:
         """The same weights were published again, as ``version``."""
@@ -179,19 +183,24 @@ class Guard:
 
     def observe(self, record: VerifyRecord) -> bool:
         """Take note of a record; True: the version in force is bad, and should be taken back."""
-        if record.is_gated or record.copied or not record.drafted:
+        if record.is_gated or record.first_right is None:
             return False
-        if record.draft_version == 0:
-            self._control.append((record.request_id, record.num_accepted > 0))
-            return False
-        if record.draft_version != self._version:
+        is_control, step = record.draft_version == 0, (record.request_id, record.first_right)
+        if record.draft_version not in (0, self._version):
             return False  # of a version before, on its way while this one came
-        self._fresh.append((record.request_id, record.num_accepted > 0))
+        self._both.append((is_control, *step))
+        if record.draft_version == self._version:
+            self._recent.append(step)
+        if is_control:
+            return False
         self.num_watched += 1
         return self.num_watched % _CHECK_EVERY == 0 and self._is_bad()
 
     def _is_bad(self) -> bool:
-        config, mine = self._config, self.acceptance
-        return mine.is_below(self.control, config.control_margin, config.sigmas) or mine.is_below(
+        config, beside_control = self._config, self._of_both(is_control=False)
+        return beside_control.is_below(self.control, config.control_margin, config.sigmas) or self.acceptance.is_below(
             self.previous, config.history_margin, config.sigmas
         )
+
+    def _of_both(self, is_control: bool) -> Acceptance:
+        return Acceptance.of((request_id, right) for control, request_id, right in self._both if control == is_control)

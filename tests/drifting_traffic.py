@@ -227,4 +227,5 @@ class MadeUpEngine:
             feature_slot=slot,
             feature_generation=generation,
             num_features=accepted + 1,
+            first_right=accepted > 0,
         )

@@ -100,6 +100,7 @@ class Replay:
                 feature_generation=generation,
                 num_features=right + 1,
                 context=pack_ids(tokens[context:at]),
+                first_right=right > 0,
             )
             at = context = end
 

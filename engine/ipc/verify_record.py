@@ -52,6 +52,8 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     context: bytes = b""
     copied: bool = False
     """Whether ``drafted`` was copied from the text, so that it says nothing of the draft."""
+    first_right: bool | None = None
+    """Whether the draft's first token was the target's choice, verified or not; None: it was not asked."""
 
     @property
     def num_context(self) -> int:

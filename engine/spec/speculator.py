@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
@@ -127,15 +127,23 @@ class Speculator:
         compute_logits: ComputeLogits,
     ) -> float:
         """Learn from the target's choices; arguments as ``VocabFollower.follow``. Returns its seconds."""
-        asked = frozenset(self._chains)
+        first_right = self._first_right(sequences, kept)
         self._judge(sequences, kept)
-        likely = self._write_log(sequences, kept, logits, asked)
+        likely = self._write_log(sequences, kept, logits, first_right)
         if self._follower is None:
             return 0.0
         started = time.perf_counter()
         begins = self._policy.drafts_for_most
         self._follower.follow(sequences, kept, logits, compute_logits, likely, begins, self._copied)
         return time.perf_counter() - started
+
+    def _first_right(
+        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]
+    ) -> dict[str, bool | None]:
+        """Of the requests with a chain, whether its first token is the target's choice; None: it was copied."""
+        of_requests = zip((sequence.request.request_id for sequence in sequences), kept, strict=True)
+        chains = [(name, self._chains[name], tokens) for name, tokens in of_requests if tokens and name in self._chains]
+        return {name: None if chain.copied else chain.token_ids[0] == tokens[0] for name, chain, tokens in chains}
 
     def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> None:
         """Tell the policy what became of the drafts.
@@ -159,14 +167,14 @@ class Speculator:
         sequences: Sequence[ScheduledSequence],
         kept: Sequence[Sequence[int]],
         logits: torch.Tensor,
-        asked: Collection[str],
+        first_right: Mapping[str, bool | None],
     ) -> NDArray[np.int64] | None:
         """The target's most likely tokens, which the log wants as well as the vocabularies; None: not computed."""
         if self._verify_log is None:
             return None
         started = time.perf_counter()
         num_likely = 0 if self._follower is None else self._follower.top_k
-        likely = self._verify_log.write(sequences, kept, logits, num_likely, self._copied, asked)
+        likely = self._verify_log.write(sequences, kept, logits, num_likely, self._copied, first_right)
         self._seconds += time.perf_counter() - started
         return likely
 

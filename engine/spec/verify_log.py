@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,7 @@ class _Step:
     kept: Sequence[int]
     first_row: int
     copied: bool
+    first_right: bool | None
 
     @property
     def rows(self) -> slice:
@@ -127,7 +129,7 @@ class VerifyLog:
         logits: torch.Tensor,
         num_likely: int = 0,
         copied: Collection[str] = (),
-        asked: Collection[str] = (),
+        first_right: Mapping[str, bool | None] = MappingProxyType({}),
     ) -> NDArray[np.int64] | None:
         """Log of a step what is worth it, once its features are stored and before it is committed.
 
@@ -137,12 +139,13 @@ class VerifyLog:
             logits: [L, vocab] float32, as the target has computed them.
             num_likely: how many of the target's most likely tokens somebody else wants of each row.
             copied: requests whose drafts are not the draft's.
-            asked: requests that were drafted for, whatever of that was verified.
+            first_right: of the requests that were drafted for, whatever of that was verified, whether the first token
+                is the target's choice (None: it was copied).
 
         Returns:
             these tokens' ids [L, num_likely], best first; None where there is nothing to log.
         """
-        steps = self._steps(sequences, kept, copied, asked)
+        steps = self._steps(sequences, kept, copied, first_right)
         if not steps:
             return None
         self._num_steps += len(steps)
@@ -214,15 +217,16 @@ class VerifyLog:
         sequences: Sequence[ScheduledSequence],
         kept: Sequence[Sequence[int]],
         copied: Collection[str],
-        asked: Collection[str],
+        first_right: Mapping[str, bool | None],
     ) -> list[_Step]:
         """Of the sequences whose output says something about their drafts, or follows on what was logged."""
         steps, end = [], 0
         for sequence, tokens in zip(sequences, kept, strict=True):
             end += sequence.num_logits
             request_id, has_drafts = sequence.request.request_id, sequence.num_draft_tokens > 0
-            if tokens and (has_drafts or (request_id in self._introduced and request_id in asked)):
-                step = _Step(sequence, tokens, end - sequence.num_sampled, has_drafts and request_id in copied)
+            if tokens and (has_drafts or (request_id in self._introduced and request_id in first_right)):
+                is_copied, is_right = has_drafts and request_id in copied, first_right.get(request_id)
+                step = _Step(sequence, tokens, end - sequence.num_sampled, is_copied, is_right)
                 if step.drafted or not has_drafts:
                     steps.append(step)
         return steps
@@ -275,4 +279,5 @@ class VerifyLog:
             num_features=len(step.kept),
             context=pack_ids(context),
             copied=step.copied,
+            first_right=step.first_right,
         )

@@ -244,6 +244,7 @@ def test_records_of_copies_are_marked(
     records = read_records(alignment, stats.steps)
     assert any(record.drafted for record in records)
     assert all(record.copied == bool(record.drafted) for record in records)
+    assert all(record.first_right is None for record in records)
 
 
 def test_steps_without_drafts_leave_no_holes(
@@ -252,11 +253,13 @@ def test_steps_without_drafts_leave_no_holes(
     """Of each second step no draft is worth verifying; from the first record on all tokens are logged all the same."""
     turns = itertools.count()
     cut = Speculator._cut
+    firsts: dict[tuple[str, int], int] = {}
 
     def cut_all_each_second(self: Speculator, requests: Sequence[Request], sureness: Sureness) -> None:
         cut(self, requests, sureness)
         if next(turns) % 2:
             for request in requests:
+                firsts[request.request_id, len(request.all_token_ids)] = request.draft_token_ids[0]
                 request.draft_token_ids = []  # another list: the chain keeps this one
 
     monkeypatch.setattr(Speculator, "_cut", cut_all_each_second)
@@ -275,7 +278,12 @@ def test_steps_without_drafts_leave_no_holes(
     for name, end in ends.items():
         left[int(name.partition("/")[2])] -= end
     assert set(left) <= {0, 1}  # for the last token alone no draft is asked
-    assert sum(not record.drafted for record in records) > len(prompts)
+    without = [record for record in records if not record.drafted]
+    assert len(without) > len(prompts)
+    for record in records:
+        first = record.drafted[0] if record.drafted else firsts[record.request_id, record.position]
+        chosen = record.drafted[0] if record.num_accepted else record.next_token
+        assert record.first_right == (first == chosen)
 
 
 def test_the_gate_keeps_what_teaches(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:

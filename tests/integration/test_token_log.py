@@ -375,7 +375,7 @@ def test_other_bytes_are_no_record(noise: bytes, cut: int) -> None:
 
 
 def test_sizes_are_what_the_documentation_says() -> None:
-    assert len(encode_record(record(5))) == 390
+    assert len(encode_record(record(5))) == 391
     top_ids, top_logits = pack_top_k(np.zeros((9, 16)), np.zeros((9, 16)))
     longest = msgspec.structs.replace(record(8191), drafted=(2**17,) * 8, top_ids=top_ids, top_logits=top_logits)
     assert len(encode_record(longest)) < 1024
