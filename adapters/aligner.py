@@ -115,8 +115,8 @@ class KeyAligner:
             return
         self._scoring.go_on()
         if self._scoring.is_done:
-            scores, self._scoring = self._scoring.scores(), None
-            self._judge(scores)
+            scores, seconds, self._scoring = self._scoring.scores(), self._scoring.seconds, None
+            self._judge(scores, seconds)
 
     @property
     def is_unpublished(self) -> bool:
@@ -225,10 +225,10 @@ class KeyAligner:
             weights.append(self._trainer.weights(self.tensors))
         self._scoring = Scoring(self._chains, list(self.replay.held_out), weights, self._config.training.horizon)
 
-    def _judge(self, scores: Sequence[Score]) -> None:
-        """Put what was trained in force, or go back to what is."""
+    def _judge(self, scores: Sequence[Score], seconds: float) -> None:
+        """Put what was trained in force, or go back to what is; ``seconds``: what it took to score."""
         new, base, current = scores[0], scores[1], scores[-1]
-        self._trigger.observe_score(current.loss - new.loss, self._num_ahead)
+        self._trigger.observe_score(current.loss - new.loss, self._num_ahead, seconds / self._num_unjudged)
         verdict, reason = judge(new, current, base, self._config.guard)
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
         if verdict is Verdict.PUBLISH:

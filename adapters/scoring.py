@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ class Scoring:
         self._accepted: list[list[torch.Tensor]] = [[] for _ in weights]
         self._loss = [0.0 for _ in weights]
         self._num_done = 0
+        self.seconds = 0.0
+        """What it took so far, of this process."""
 
     @property
     def is_done(self) -> bool:
@@ -73,6 +76,7 @@ class Scoring:
     @torch.no_grad()
     def go_on(self) -> None:
         """Score the next few segments."""
+        started = time.process_time()
         batch, loss = self._batches[self._num_done], CurriculumLoss(beta=0.0)
         self._num_done += 1
         for number, weights in enumerate(self._weights):
@@ -80,6 +84,7 @@ class Scoring:
             hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
             self._accepted[number].append(hits.float().cumprod(-1).sum(-1))
             self._loss[number] += float(loss(logits, columns, batch.top_logits, batch.mask)) * len(batch.starts)
+        self.seconds += time.process_time() - started
 
     def scores(self) -> list[Score]:
         """One for each set of weights."""

@@ -25,7 +25,8 @@ class UpdateTrigger:
 
     An update is likely to save the loss that the last ones did on held-out positions, measured when a version is
     scored. A nat of loss is taken as a factor of e on the chance that a draft is accepted, so saving d of it saves
-    about a share d of the verify steps to come: ``outlook_seconds`` of the present rate, ``step_seconds`` each.
+    about a share d of the verify steps to come: ``outlook_seconds`` of the present rate, ``step_seconds`` each. What an
+    update costs includes its share of the scoring that follows on several.
 
     A key that learns nothing more gets its next update after ever more new positions (twice, four, eight times a
     batch), or at once when its live acceptance falls.
@@ -42,6 +43,8 @@ class UpdateTrigger:
         """Held-out loss that an update saves, in nats."""
         self.seconds: float | None = None
         """What an update takes."""
+        self._scoring_seconds = 0.0
+        """The last scoring's, for each of the updates that it was for."""
 
     def observe_steps(self, count: int) -> None:
         """So many verify steps of the key were logged since the last call."""
@@ -61,9 +64,14 @@ class UpdateTrigger:
         """An update took so long."""
         self.seconds = seconds if self.seconds is None else self.seconds + _SMOOTHING * (seconds - self.seconds)
 
-    def observe_score(self, saved: float, num_updates: int) -> None:
-        """So many updates saved so much held-out loss together (negative: they cost)."""
+    def observe_score(self, saved: float, num_updates: int, scoring_seconds: float = 0.0) -> None:
+        """So many updates saved so much held-out loss together (negative: they cost).
+
+        Args:
+            scoring_seconds: for each update since the last score, what it took to find out.
+        """
         self.gain += _SMOOTHING * (max(0.0, saved) / num_updates - self.gain)
+        self._scoring_seconds = scoring_seconds
         self._patience = 1 if self.pays else min(2 * self._patience, _MAX_PATIENCE)
         self._scored = self._latest
 
@@ -71,7 +79,7 @@ class UpdateTrigger:
     def pays(self) -> bool:
         """Whether an update saves more than it costs."""
         saved = self.gain * self._steps_per_second * self._config.outlook_seconds * self._config.step_seconds
-        return self.seconds is None or saved >= self.seconds
+        return self.seconds is None or saved >= self.seconds + self._scoring_seconds
 
     def wants_update(self, num_new_positions: int, num_arrived: int) -> bool:
         """Whether so many new positions are worth an update now.

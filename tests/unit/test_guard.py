@@ -193,6 +193,10 @@ def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -
     trigger.observe_update(2.0)
     trigger.observe_acceptance(steady(0.6))
     assert trigger.wants_update(64, 64)  # 0.05 · 10 · 600 · 0.02 = 6 s > 2 s
+    trigger.observe_score(0.4, 8, scoring_seconds=5.0)
+    assert not trigger.wants_update(64, 64)  # 2 + 5 s for 0.05
+    trigger.observe_score(0.4, 8)
+    assert trigger.wants_update(64, 64)
     for _ in range(20):
         trigger.observe_score(0.0, 8)
     assert not trigger.wants_update(64 * 7, 64 * 7)
