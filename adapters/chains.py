@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from adapters.chain_unroll import unroll_chains
 from adapters.records import Segment, has_target
-from adapters.unroll import TargetParts, Unroller
+from adapters.unroll import TargetParts
 from engine.models.eagle3 import Eagle3
 
 _PREFIX = "draft."
@@ -32,7 +33,7 @@ class ChainBatch:
     inputs: torch.Tensor
     """[B, T, width] bf16"""
     starts: torch.Tensor
-    """[N] int64, index into B * T"""
+    """[N] int64 ascending, index into B * T"""
     mask: torch.Tensor
     """[N, S] bool, steps for which the target's distribution is known; the first always"""
     top_ids: torch.Tensor
@@ -91,15 +92,14 @@ class Chains(nn.Module):
     def __init__(self, draft: Eagle3, target: TargetParts) -> None:
         super().__init__()
         self.draft, self.target = draft, target
-        self._unroller = Unroller(draft, target, torch.ones(draft.fc.in_features))
 
     def forward(self, batch: ChainBatch) -> torch.Tensor:
         """The head's input [N, S, hidden] at every step of every chain."""
         g = batch.inputs.float()
         if g.shape[-1] == self.draft.fc.in_features:
             g = self.draft.fuse(g)
-        steps = self._unroller.unroll(g, batch.token_ids, batch.positions, batch.mask.shape[1])
-        return torch.stack([hidden.flatten(0, 1)[batch.starts] for hidden in steps], dim=1)
+        num_steps = batch.mask.shape[1]
+        return unroll_chains(self.draft, self.target, g, batch.token_ids, batch.positions, batch.starts, num_steps)
 
     def logits(
         self, batch: ChainBatch, weights: Mapping[str, torch.Tensor], token_ids: torch.Tensor

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from adapters.chain_unroll import unroll_chains
 from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
 from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
 from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
@@ -266,6 +267,29 @@ def test_windows_that_go_on_are_unrolled_as_if_alone(tmp_path: Path) -> None:
     for step in (1, 2):
         torch.testing.assert_close(some[step], everything[step][further])
         assert torch.equal(batch.of(further).anchors(step), batch.anchors(step)[further])
+
+
+def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
+    """States and gradients; a segment without chains among the others, and one that is shorter."""
+    files = make_directory(tmp_path / "model")
+    spec, weights = validate_model_files(files), open_weights(files)
+    torch.manual_seed(0)
+    draft, target = random_draft(files), target_parts(weights, spec, 256, torch.float32)
+    g = torch.randn(3, 50, spec.hidden_size, requires_grad=True)
+    token_ids, positions = torch.randint(spec.vocab_size, (3, 54)), torch.arange(7, 57).repeat(3, 1)
+    starts = torch.tensor([0, 3, 4, 49, 100, 131, 132])
+    learned = [g, draft.qkv_proj.weight.requires_grad_(), draft.down_proj.weight.requires_grad_()]
+    unroller = Unroller(draft, target, torch.ones(3 * spec.hidden_size))
+    from_all = torch.stack([step.flatten(0, 1)[starts] for step in unroller.unroll(g, token_ids, positions, 4)], dim=1)
+    from_some = unroll_chains(draft, target, g, token_ids, positions, starts, 4)
+    torch.testing.assert_close(from_some, from_all)
+    wanted = torch.randn_like(from_all)
+    for one, other in zip(
+        torch.autograd.grad((from_some * wanted).sum(), learned),
+        torch.autograd.grad((from_all * wanted).sum(), learned),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_draft_of_another_shape_is_no_start(tmp_path: Path) -> None:

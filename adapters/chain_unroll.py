@@ -1,0 +1,94 @@
+"""The draft along chains that start at some positions of a batch; other positions are only attended to.
+
+``adapters.unroll`` computes the same for a chain from every position, which is what training on whole windows wants.
+Here most positions are a prompt's or teach nothing: of those only keys and values are needed, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from adapters.unroll import TargetParts
+from engine.models.eagle3 import Eagle3
+
+
+def unroll_chains(
+    draft: Eagle3,
+    target: TargetParts,
+    g: torch.Tensor,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    num_steps: int,
+) -> torch.Tensor:
+    """The head's input [N, num_steps, hidden] of N chains, S = ``num_steps`` tokens long.
+
+    Step s of the chain that starts at t takes the token at t + s. It attends to the committed tokens up to t and to the
+    chain's own (EAGLE-3's training-time test, arXiv 2503.01840).
+
+    Args:
+        g: [B, T, hidden] fused features of the positions before.
+        token_ids: [B, T + S] int64
+        positions: [B, T] int64
+        starts: [N] int64 ascending, index into B * T
+    """
+    length, config = positions.shape[1], draft.config
+    rows, columns, first = starts // length, starts % length, positions.flatten()[starts]
+    q, k, v = draft.qkv(F.embedding(token_ids[:, :length], target.embedding), g)
+    context = _Context(target.rotary(k.flatten(0, 1), positions.flatten()).view_as(k), v, rows, columns)
+    q, g = target.rotary(q.flatten(0, 1)[starts], first), g.flatten(0, 1)[starts]
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    states = []
+    for step in range(num_steps):
+        if step > 0:
+            q, k, v = draft.qkv(F.embedding(token_ids[rows, columns + step], target.embedding), g)
+            q = target.rotary(q, first + step)
+            keys.append(target.rotary(k, first + step))
+            values.append(v)
+        groups = q.unflatten(1, (config.num_kv_heads, -1))
+        g = draft.output(g, context.attended(groups, keys, values).flatten(1, 2))
+        states.append(draft.head_input(g))
+    return torch.stack(states, dim=1)
+
+
+class _Context:
+    """The committed tokens' keys and values [B, T, kv_heads, head_dim], of which each chain sees those up to its start.
+
+    Args:
+        rows, columns: [N] int64, where in B and T the chains start, ascending.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        self._keys, self._values = keys, values
+        self._num_chains = torch.bincount(rows, minlength=len(keys)).tolist()
+        is_later = torch.arange(keys.shape[1]) > columns[:, None]
+        self._hidden = is_later.split(self._num_chains)
+
+    def attended(
+        self, q: torch.Tensor, later_keys: Sequence[torch.Tensor], later_values: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Queries [N, kv_heads, queries each, head_dim] over the context and their chain's own entries since.
+
+        ``later_keys`` and ``later_values``: of each step after the first, [N, kv_heads, head_dim].
+        """
+        q = q * q.shape[-1] ** -0.5
+        scores = [
+            torch.einsum("ngrd,tgd->ngrt", of_segment, keys).masked_fill(hidden[:, None, None], -torch.inf)
+            for of_segment, keys, hidden in zip(q.split(self._num_chains), self._keys, self._hidden, strict=True)
+        ]
+        own = [(q * key[:, :, None]).sum(-1, keepdim=True) for key in later_keys]
+        weights = torch.cat((torch.cat(scores), *own), dim=-1).softmax(-1)
+        shared, *of_own = weights.split([self._keys.shape[1]] + [1] * len(own), dim=-1)
+        attended = torch.cat(
+            [
+                torch.einsum("ngrt,tgd->ngrd", of_segment, values)
+                for of_segment, values in zip(shared.split(self._num_chains), self._values, strict=True)
+            ]
+        )
+        for weight, value in zip(of_own, later_values, strict=True):
+            attended = attended + weight * value[:, :, None]
+        return attended
