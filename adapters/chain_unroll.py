@@ -35,8 +35,8 @@ def unroll_chains(
         positions: [B, T] int64
         starts: [N] int64 ascending, index into B * T
     """
-    length, config = positions.shape[1], draft.config
-    rows, columns, first = starts // length, starts % length, positions.flatten()[starts]
+    length, first = positions.shape[1], positions.flatten()[starts]
+    rows, columns = starts // length, starts % length
     q, k, v = draft.qkv(F.embedding(token_ids[:, :length], target.embedding), g)
     context = _Context(target.rotary(k.flatten(0, 1), positions.flatten()).view_as(k), v, rows, columns)
     q, g = target.rotary(q.flatten(0, 1)[starts], first), g.flatten(0, 1)[starts]
@@ -49,7 +49,7 @@ def unroll_chains(
             q = target.rotary(q, first + step)
             keys.append(target.rotary(k, first + step))
             values.append(v)
-        groups = q.unflatten(1, (config.num_kv_heads, -1))
+        groups = q.view(len(q), draft.config.num_kv_heads, -1, draft.config.head_dim)
         g = draft.output(g, context.attended(groups, keys, values).flatten(1, 2))
         states.append(draft.head_input(g))
     return torch.stack(states, dim=1)
@@ -66,7 +66,7 @@ class _Context:
         self._keys, self._values = keys, values
         self._num_chains = torch.bincount(rows, minlength=len(keys)).tolist()
         is_later = torch.arange(keys.shape[1]) > columns[:, None]
-        self._hidden = is_later.split(self._num_chains)
+        self._hidden = self._of_segments(is_later)
 
     def attended(
         self, q: torch.Tensor, later_keys: Sequence[torch.Tensor], later_values: Sequence[torch.Tensor]
@@ -78,17 +78,21 @@ class _Context:
         q = q * q.shape[-1] ** -0.5
         scores = [
             torch.einsum("ngrd,tgd->ngrt", of_segment, keys).masked_fill(hidden[:, None, None], -torch.inf)
-            for of_segment, keys, hidden in zip(q.split(self._num_chains), self._keys, self._hidden, strict=True)
+            for of_segment, keys, hidden in zip(self._of_segments(q), self._keys, self._hidden, strict=True)
         ]
         own = [(q * key[:, :, None]).sum(-1, keepdim=True) for key in later_keys]
         weights = torch.cat((torch.cat(scores), *own), dim=-1).softmax(-1)
-        shared, *of_own = weights.split([self._keys.shape[1]] + [1] * len(own), dim=-1)
+        shared, *of_own = torch.split_with_sizes(weights, [self._keys.shape[1]] + [1] * len(own), dim=-1)
         attended = torch.cat(
             [
                 torch.einsum("ngrt,tgd->ngrd", of_segment, values)
-                for of_segment, values in zip(shared.split(self._num_chains), self._values, strict=True)
+                for of_segment, values in zip(self._of_segments(shared), self._values, strict=True)
             ]
         )
         for weight, value in zip(of_own, later_values, strict=True):
             attended = attended + weight * value[:, :, None]
         return attended
+
+    def _of_segments(self, chains: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[N, ...] in as many parts as there are segments."""
+        return torch.split_with_sizes(chains, self._num_chains)
