@@ -23,7 +23,7 @@ _TopIds = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 _TopLogits = np.ndarray[tuple[int, int], np.dtype[np.float16]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """n positions of one sequence in ascending order; some may be missing where records were lost or not kept.
 

@@ -13,8 +13,8 @@ from adapters.curriculum_loss import CurriculumLoss
 from adapters.records import Segment
 
 _RANDOM_ROWS = 2048
-_BATCH = 4
-"""Segments at a time, which bounds the memory of their logits, and how long the worker is away."""
+_AT_ONCE = 4
+"""Segments, which bounds how long the worker is away."""
 _SEED = 20_260_527
 
 
@@ -36,34 +36,43 @@ class Score:
     """[chains] int64, which request each chain is of; chains of one request are alike."""
 
 
-class Scoring:
-    """A score for each set of weights, on the same chains, some segments at a time: it takes longer than many updates.
+@dataclass(frozen=True)
+class _SegmentScore:
+    accepted: torch.Tensor
+    """[chains] float32"""
+    loss: float
+    """Sum over chains."""
 
-    The draft chooses among all tokens that target or draft ever preferred in these segments and a fixed sample of the
+
+Known = dict[Segment, _SegmentScore]
+"""Of one set of weights, what was found out before: held-out segments stay for many scorings."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Weights to be compared, by name, in place of the base draft's; ``known`` grows."""
+
+    weights: Mapping[str, torch.Tensor]
+    known: Known
+
+
+class Scoring:
+    """A score for each side, on the same chains, some segments at a time: it takes longer than many updates.
+
+    The draft chooses among all tokens that target or draft ever preferred in a segment and a fixed sample of the
     others, not the whole vocabulary: a head of 150,000 rows would cost as much as an update.
 
     Args:
         chains: of the base draft.
         segments: at least one.
-        weights: to be compared, by name, in place of the base draft's.
+        sides: what is known of other segments is dropped.
         horizon: steps of a chain.
     """
 
-    def __init__(
-        self,
-        chains: Chains,
-        segments: Sequence[Segment],
-        weights: Sequence[Mapping[str, torch.Tensor]],
-        horizon: int,
-    ) -> None:
-        self._chains, self._weights = chains, weights
-        self._batches = [collate(segments[at : at + _BATCH], horizon) for at in range(0, len(segments), _BATCH)]
-        vocab = len(chains.target.head)
-        sample = torch.randint(0, vocab, (_RANDOM_ROWS,), generator=torch.Generator().manual_seed(_SEED))
-        self._token_ids = torch.unique(torch.cat([*(batch.wanted_ids for batch in self._batches), sample]))
-        self._requests = _requests(segments)
-        self._accepted: list[list[torch.Tensor]] = [[] for _ in weights]
-        self._loss = [0.0 for _ in weights]
+    def __init__(self, chains: Chains, segments: Sequence[Segment], sides: Sequence[Side], horizon: int) -> None:
+        self._chains, self._segments, self._sides, self._horizon = chains, segments, sides, horizon
+        vocab, generator = len(chains.target.head), torch.Generator().manual_seed(_SEED)
+        self._sample = torch.randint(0, vocab, (_RANDOM_ROWS,), generator=generator)
         self._num_done = 0
         self.seconds = 0.0
         """What it took so far, of this process."""
@@ -71,28 +80,44 @@ class Scoring:
     @property
     def is_done(self) -> bool:
         """Whether there are ``scores``."""
-        return self._num_done == len(self._batches)
+        return self._num_done >= len(self._segments)
 
     @torch.no_grad()
     def go_on(self) -> None:
-        """Score the next few segments."""
-        started = time.process_time()
-        batch, loss = self._batches[self._num_done], CurriculumLoss(beta=0.0)
-        self._num_done += 1
-        for number, weights in enumerate(self._weights):
-            logits, columns = self._chains.logits(batch, weights, self._token_ids)
-            hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
-            self._accepted[number].append(hits.float().cumprod(-1).sum(-1))
-            self._loss[number] += float(loss(logits, columns, batch.top_logits, batch.mask)) * len(batch.starts)
+        """Score the next few segments that are not known yet."""
+        started, num_scored = time.process_time(), 0
+        while not self.is_done and num_scored < _AT_ONCE:
+            segment = self._segments[self._num_done]
+            num_scored += self._score(segment)
+            self._num_done += 1
         self.seconds += time.process_time() - started
 
     def scores(self) -> list[Score]:
-        """One for each set of weights."""
-        of_all = [torch.cat(accepted) for accepted in self._accepted]
-        return [
-            Score(float(accepted.mean()), loss / len(accepted), accepted, self._requests)
-            for accepted, loss in zip(of_all, self._loss, strict=True)
-        ]
+        """One for each side."""
+        requests = _requests(self._segments)
+        return [self._score_of(side.known, requests) for side in self._sides]
+
+    def _score(self, segment: Segment) -> bool:
+        """Whether there was anything to do."""
+        sides = [side for side in self._sides if segment not in side.known]
+        if not sides:
+            return False
+        batch, loss = collate([segment], self._horizon), CurriculumLoss(beta=0.0)
+        token_ids = torch.unique(torch.cat((batch.wanted_ids, self._sample)))
+        for side in sides:
+            logits, columns = self._chains.logits(batch, side.weights, token_ids)
+            hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
+            of_chains = float(loss(logits, columns, batch.top_logits, batch.mask)) * len(batch.starts)
+            side.known[segment] = _SegmentScore(hits.float().cumprod(-1).sum(-1), of_chains)
+        return True
+
+    def _score_of(self, known: Known, requests: torch.Tensor) -> Score:
+        kept = {segment: known[segment] for segment in self._segments}
+        known.clear()
+        known.update(kept)
+        accepted = torch.cat([score.accepted for score in kept.values()])
+        loss = sum(score.loss for score in kept.values()) / len(accepted)
+        return Score(float(accepted.mean()), loss, accepted, requests)
 
 
 def _requests(segments: Sequence[Segment]) -> torch.Tensor:

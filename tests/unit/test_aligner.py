@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapters import aligner as aligner_module
 from adapters.aligner import KeyAligner
 from adapters.guard import Verdict
+from adapters.records import Segment
+from adapters.scoring import Known, Score, Scoring, Side
 from adapters.store import AdapterStore
 from adapters.trainer import LoraTrainer, Update
 from adapters.trigger import UpdateTrigger
@@ -208,3 +211,25 @@ def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft,
     serve(4)
     key.aligner.tick()
     assert key.aligner._trigger._patience == 1
+
+
+def test_what_is_known_of_segments_is_not_scored_again(draft: TinyDraft) -> None:
+    """Scores are the same as without."""
+    segments = [answer.segment(f"{n}") for n, answer in enumerate(DriftingTraffic(draft.chains).answers(44))]
+    weights = {"down_proj.weight": torch.zeros_like(draft.chains.draft.down_proj.weight)}
+
+    def scored(of: list[Segment], known: Known) -> Score:
+        scoring = Scoring(draft.chains, of, [Side(weights, known)], horizon=3)
+        while not scoring.is_done:
+            scoring.go_on()
+        return scoring.scores()[0]
+
+    known: Known = {}
+    scored(segments[:40], known)
+    with_known, fresh = scored(segments[4:], known), scored(segments[4:], {})
+    assert (with_known.agreement, with_known.loss) == (fresh.agreement, fresh.loss)
+    assert torch.equal(with_known.accepted, fresh.accepted)
+    assert set(known) == set(segments[4:])
+    scoring = Scoring(draft.chains, segments[4:], [Side(weights, known)], horizon=3)
+    scoring.go_on()
+    assert scoring.is_done
