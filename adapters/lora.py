@@ -66,6 +66,16 @@ class Lora:
             for name, tensor in self.tensors.items():
                 tensor.copy_(published[name]).mul_(1 / self.scale if name.endswith(".b") else 1.0)
 
+    def copy(self) -> Lora:
+        """With tensors of its own, not to be trained."""
+        tensors = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
+        return Lora(self.config, self.targets, self.alpha, tensors)
+
+    def approach(self, other: Lora, share: float) -> None:
+        """Go a share of the way, in place, to another adapter of the same shape."""
+        for name, tensor in self.tensors.items():
+            tensor.lerp_(other.tensors[name].detach(), share)
+
 
 def merged(draft: Eagle3, lora: Lora) -> dict[str, torch.Tensor]:
     """The adapted weights by name, differentiable in the adapter's tensors; the draft stays as it is."""

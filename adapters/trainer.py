@@ -21,6 +21,8 @@ _CLIP = 1.0
 _WARMUP_UPDATES = 32
 """Adam's first steps are as long as later ones, whatever the gradient: at full length they unlearn first, and a key
 that went back to the version in force once would be refused for good."""
+_MEAN_SHARE, _MEAN_START = 0.03, 9
+"""What an update adds to the running mean that is published; a greater share among the first ones."""
 _OSD_RATE = 0.01
 """All weights at once need smaller steps than two thin matrices, one of them zero at first."""
 
@@ -54,12 +56,15 @@ class Trainer(Protocol):
         ...
 
     def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The draft's weights that differ from the base's, by name; of ``published``, default: as they are now."""
+        """The draft's weights that differ from the base's, by name; of ``published``, default: those in training."""
         ...
 
 
 class LoraTrainer:
     """AdamW on a low-rank adapter; the draft is frozen. The paper's way, with ``method`` curriculum.
+
+    What is published is a running mean of the adapter over the last updates (Polyak's): each is of two answers, and
+    moves it by what these have in common with the domain, and by what they have not.
 
     Args:
         chains: of the base draft.
@@ -85,15 +90,17 @@ class LoraTrainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self._num_updates += 1
         _step(self._optimizer, self._lora.tensors.values(), self._config.training.learning_rate, self._num_updates)
+        self._mean.approach(self._lora, max(_MEAN_SHARE, _MEAN_START / (_MEAN_START + self._num_updates)))
         return Update(float(loss.detach()), len(batch.starts), time.process_time() - started)
 
     def published(self) -> dict[str, torch.Tensor]:
-        return self._lora.published()
+        return self._mean.published()
 
     def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
         self._fresh()
         if published is not None:
             self._lora.load(published)
+            self._mean = self._lora.copy()
 
     def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         if published is None:
@@ -103,6 +110,7 @@ class LoraTrainer:
     def _fresh(self) -> None:
         config = self._config
         self._lora = Lora.fresh(self._chains.draft.config, config.targets, config.rank, config.alpha, self._key)
+        self._mean = self._lora.copy()
         self._num_updates = 0
         for tensor in self._lora.tensors.values():
             tensor.requires_grad_()

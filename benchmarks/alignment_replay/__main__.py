@@ -36,7 +36,7 @@ def main(
     trial: Annotated[int, typer.Option(min=1, help="Prompts to measure with, of each domain.")] = 40,
     max_tokens: Annotated[int, typer.Option(min=8, help="Of an answer.")] = 128,
 ) -> None:
-    """Prints acceptance lengths of the base draft, of the version in force at the end, and of the weights behind it."""
+    """Prints acceptance lengths of the base draft, of the version in force at the end, and of what comes after it."""
     config = configured(option or [])
     chains = Chains(*load_parts(model))
     title = f"{model}, the whole head, acceptance length on {trial} trial prompts; {' '.join(option or ['defaults'])}"
@@ -51,9 +51,10 @@ def main(
             replay = Replay(chains, config, Path(directory))
             for number, recording in enumerate(track(learned, description=f"learn {name}")):
                 replay.serve(recording, str(number))
-        aligner = replay.aligner
-        in_force = {} if aligner.tensors is None else replay.trainer.weights(aligner.tensors)
-        base, now, latest = (acceptance_length(chains, measured, w) for w in ({}, in_force, replay.trainer.weights()))
+        aligner, trainer = replay.aligner, replay.trainer
+        in_force = {} if aligner.tensors is None else trainer.weights(aligner.tensors)
+        after = trainer.weights(trainer.published())
+        base, now, latest = (acceptance_length(chains, measured, weights) for weights in ({}, in_force, after))
         counts = sum(len(recording.answer) for recording in learned), aligner.state.num_updates
         lengths = f"{base:.3f}", f"{now:.3f}", f"{now / base:.3f}", f"{latest:.3f}", f"{latest / base:.3f}"
         table.add_row(name, *map(str, counts), str(aligner.state.num_published), *lengths)
