@@ -160,8 +160,12 @@ class TokenLogReader:
         self._last_id = b"0-0"
         self._has_pending = True
         self._to_acknowledge: list[bytes] = []
+        self._newest: tuple[int, ...] | None = None
+        """Id of the newest record that was given to the group; None: not known yet."""
+        self._num_passed = 0
+        """Records that the group has passed; Redis counts those among them that were trimmed before it came to them."""
         self.num_trimmed = 0
-        """Records that left the stream after they were delivered and before they were read again."""
+        """Records that left the stream before they were read, or before they were read again."""
         self.num_rejected = 0
         """Records of another format."""
 
@@ -172,6 +176,8 @@ class TokenLogReader:
             TokenLogUnavailable: Redis did not answer. What it delivered without our knowledge comes first next time.
         """
         try:
+            if self._newest is None:
+                self._find_place()
             if self._has_pending:
                 entries = self._read_group(self._last_id, max_records)
                 if entries:
@@ -202,18 +208,39 @@ class TokenLogReader:
         self._to_acknowledge.clear()
 
     def backlog(self) -> int:
-        """Records in the stream that this group has not read yet; raises ``TokenLogUnavailable``."""
+        """Records in the stream that this group has not read yet; raises ``TokenLogUnavailable``.
+
+        Counts what was trimmed before it was read, too.
+        """
         try:
-            groups = self._redis.xinfo_groups(self._stream)
-        except ResponseError:  # no stream yet
-            return 0
+            group = self._state()
         except (RedisError, OSError) as error:
             raise TokenLogUnavailable(str(error)) from error
-        return sum(group["lag"] or 0 for group in groups if group["name"] == self._group.encode())
+        if group is None:
+            return 0
+        if self._newest is not None and not self._has_pending:  # else some were given to us that we have not seen
+            num_passed = group["entries-read"] or 0
+            self.num_trimmed += max(0, num_passed - self._num_passed)
+            self._num_passed = num_passed
+        return group["lag"] or 0
 
     def close(self) -> None:
         """Close the connection; what is not acknowledged stays for the next reader."""
         self._redis.close()
+
+    def _state(self) -> dict[str, Any] | None:
+        """Of the group, as Redis has it; None: there is none yet."""
+        try:
+            groups: list[dict[str, Any]] = self._redis.xinfo_groups(self._stream)
+        except ResponseError:  # no stream
+            return None
+        return next((group for group in groups if group["name"] == self._group.encode()), None)
+
+    def _find_place(self) -> None:
+        """Where the reader before this one was."""
+        group = self._state()
+        self._newest = (0, 0) if group is None else _order(group["last-delivered-id"])
+        self._num_passed = 0 if group is None else group["entries-read"] or 0
 
     def _read_group(self, start: bytes, count: int) -> list[_Entry]:
         try:
@@ -223,7 +250,9 @@ class TokenLogReader:
                 raise
             # The first start, or Redis came back empty.
             self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
-            self._last_id = b"0-0"
+            stream: Any = self._redis.xinfo_stream(self._stream)
+            self._last_id, self._newest = b"0-0", (0, 0)
+            self._num_passed = stream["entries-added"] - stream["length"]  # trimmed before there was a reader
             return []
         entries: list[_Entry] = reply[0][1] if reply else []
         return entries
@@ -232,6 +261,9 @@ class TokenLogReader:
         records = []
         for entry_id, fields in entries:
             self._last_id = entry_id
+            if self._newest is None or _order(entry_id) > self._newest:
+                self._newest = _order(entry_id)
+                self._num_passed += 1
             if entry_id in self._to_acknowledge:
                 continue  # done with, as Redis could not be told yet
             if not fields:
@@ -244,6 +276,11 @@ class TokenLogReader:
                 self.num_rejected += 1
                 self._to_acknowledge.append(entry_id)
         return records
+
+
+def _order(entry_id: bytes) -> tuple[int, ...]:
+    """Ids of a stream in the order of this are in its order."""
+    return tuple(map(int, entry_id.split(b"-")))
 
 
 def _connect(url: str, timeout: float) -> Redis:

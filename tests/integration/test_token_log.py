@@ -293,6 +293,25 @@ def test_useless_entries_are_counted_and_left_behind(
     assert valkey.redis.xpending(STREAM, "adapters")["pending"] == 0
 
 
+def test_what_a_slow_reader_misses_is_counted(valkey: Valkey, token_log: TokenLog, reader: TokenLogReader) -> None:
+    """Not what left before there was one, and nothing twice, by whatever reader."""
+    write(token_log, 0, 10)
+    valkey.redis.xtrim(STREAM, maxlen=6, approximate=False)
+    assert numbers(reader.read(2)) == [4, 5]
+    assert (reader.backlog(), reader.num_trimmed) == (4, 0)
+    write(token_log, 10, 30)
+    valkey.redis.xtrim(STREAM, maxlen=7, approximate=False)
+    assert numbers(reader.read(3)) == [23, 24, 25]
+    assert (reader.backlog(), reader.num_trimmed) == (4, 17)
+    write(token_log, 30, 40)
+    valkey.redis.xtrim(STREAM, maxlen=5, approximate=False)
+    successor = TokenLogReader(valkey.url, STREAM)
+    found = [number for _ in range(4) for number in numbers(successor.read(5))]
+    assert found == [35, 36, 37, 38, 39]
+    assert successor.backlog() == 0
+    assert successor.num_trimmed == 9 + 5  # 26 to 34 unread, and five that the other had not acknowledged
+
+
 def consume_until_killed(url: str, done: Connection) -> None:
     reader = TokenLogReader(url, STREAM)
     while True:
