@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from weakref import WeakKeyDictionary
 
 import structlog
 import torch
@@ -12,7 +12,7 @@ from adapters.chains import Chains
 from adapters.guard import Guard, Verdict, judge
 from adapters.records import Segment
 from adapters.replay import ReplayBuffer
-from adapters.scoring import Known, Score, Scoring, Side
+from adapters.scoring import Memory, Scoring, Side
 from adapters.store import AdapterStore
 from adapters.trainer import Trainer
 from adapters.trigger import UpdateTrigger
@@ -57,11 +57,7 @@ class KeyAligner:
         """Updates still to come for the last batch of new positions."""
         self._scoring: Scoring | None = None
         """Of the trainer's weights, begun and not done; they stay as they are meanwhile."""
-        self._of_base: Known = {}
-        self._of_current: Known = {}
-        """Scores of the adapter in force, if there is one."""
-        self._of_new: Known = {}
-        """Scores of what is being scored, or was last."""
+        self._memory = Memory()
         self._is_unpublished = self._is_new = True
         self._last_loss: float | None = None
         self._last_refusal = ""
@@ -83,10 +79,11 @@ class KeyAligner:
                 revision=self.revision,
                 acceptance=self._guard.acceptance.rate,
                 control=self._guard.control.rate,
+                recent=self._guard.in_force.rate,
                 previous=self._guard.previous.rate,
             )
             self.roll_back()
-            self._forget_traffic()  # it made a bad version
+            self.replay.clear()  # it made a bad version
 
     def add(self, segment: Segment) -> None:
         """Take in what may be learned from; a frozen key will not learn from what came meanwhile, later either."""
@@ -120,8 +117,8 @@ class KeyAligner:
             return
         self._scoring.go_on()
         if self._scoring.is_done:
-            scores, seconds, self._scoring = self._scoring.scores(), self._scoring.seconds, None
-            self._judge(scores, seconds)
+            scoring, self._scoring = self._scoring, None
+            self._judge(scoring)
 
     @property
     def is_unpublished(self) -> bool:
@@ -149,7 +146,8 @@ class KeyAligner:
         elif command.action == "reset":
             self._store.forget(self.state.key)
             self.state = self._store.load_state(self.state.key)
-            self._forget_traffic()
+            self.replay.clear()
+            self._memory = Memory()
             self._new_watch()
             self._go_to(0)
         else:
@@ -225,20 +223,23 @@ class KeyAligner:
 
     def _begin_scoring(self) -> None:
         """Of what was trained, the base draft and what is in force, on held-out positions."""
-        self._of_new = {}
-        sides = [Side(self._trainer.weights(self._trainer.published()), self._of_new), Side({}, self._of_base)]
+        segments, memory = list(self.replay.held_out), self._memory
+        memory.look_at(segments, len(self._chains.target.head))
+        sides = [Side(self._trainer.weights(self._trainer.published()), WeakKeyDictionary()), Side({}, memory.base)]
         if self.tensors is not None:
-            sides.append(Side(self._trainer.weights(self.tensors), self._of_current))
-        self._scoring = Scoring(self._chains, list(self.replay.held_out), sides, self._config.training.horizon)
+            sides.append(Side(self._trainer.weights(self.tensors), memory.current))
+        self._scoring = Scoring(self._chains, segments, sides, memory.tokens, self._config.training.horizon)
 
-    def _judge(self, scores: Sequence[Score], seconds: float) -> None:
-        """Put what was trained in force, or go back to what is; ``seconds``: what it took to score."""
+    def _judge(self, scoring: Scoring) -> None:
+        """Put what was trained in force, or go back to what is."""
+        scores = scoring.scores()
         new, base, current = scores[0], scores[1], scores[-1]
-        self._trigger.observe_score(current.loss - new.loss, self._num_ahead, seconds / self._num_unjudged)
+        self._trigger.observe_score(current.loss - new.loss, self._num_ahead, scoring.seconds / self._num_unjudged)
         verdict, reason = judge(new, current, base, self._config.guard)
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
         if verdict is Verdict.PUBLISH:
             self._put_in_force(self._trainer.published())
+            self._memory.current = scoring.sides[0].known
         elif verdict is Verdict.REFUSE:
             self.state.num_refused += 1
             self._last_refusal = reason
@@ -251,7 +252,7 @@ class KeyAligner:
     def _put_in_force(self, candidate: dict[str, torch.Tensor]) -> None:
         self.state.good_revision = self.revision  # nothing was wrong with it as long as it was watched
         self.revision = self._store.save(self.state, candidate)
-        self.tensors, self._of_current = candidate, self._of_new
+        self.tensors = candidate
         self.state.num_published += 1
         self._is_unpublished = self._is_new = True
         self._store.save_state(self.state)  # first, or a worker killed here would look for what is deleted below
@@ -262,15 +263,10 @@ class KeyAligner:
         self.tensors = self._store.load(self.state.key, revision) if revision else None
         self.revision = revision if self.tensors is not None else 0
         self._scoring = None  # of weights that came from others than these
-        self._of_current = {}
+        self._memory.current.clear()
         self._trainer.load(self.tensors)
         self._num_unjudged = self._num_ahead = 0
         self._is_unpublished = self._is_new = True
-
-    def _forget_traffic(self) -> None:
-        for known in (self._of_base, self._of_current, self._of_new):
-            known.clear()
-        self.replay.clear()
 
     def _new_watch(self) -> None:
         self._guard = Guard(self._config.guard)

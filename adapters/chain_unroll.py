@@ -35,7 +35,7 @@ def unroll_chains(
         positions: [B, T] int64
         starts: [N] int64 ascending, index into B * T
     """
-    length, first = positions.shape[1], positions.flatten()[starts]
+    config, length, first = draft.config, positions.shape[1], positions.flatten()[starts]
     rows, columns = starts // length, starts % length
     q, k, v = draft.qkv(F.embedding(token_ids[:, :length], target.embedding), g)
     context = _Context(target.rotary(k.flatten(0, 1), positions.flatten()).view_as(k), v, rows, columns)
@@ -49,7 +49,7 @@ def unroll_chains(
             q = target.rotary(q, first + step)
             keys.append(target.rotary(k, first + step))
             values.append(v)
-        groups = q.view(len(q), draft.config.num_kv_heads, -1, draft.config.head_dim)
+        groups = q.view(len(q), config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
         g = draft.output(g, context.attended(groups, keys, values).flatten(1, 2))
         states.append(draft.head_input(g))
     return torch.stack(states, dim=1)

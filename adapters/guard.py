@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -79,15 +78,6 @@ class Acceptance:
     requests: tuple[tuple[int, int], ...] = ()
     """Of each request, how often, and in how many steps"""
 
-    @classmethod
-    def of(cls, outcomes: Iterable[tuple[str, bool]]) -> Acceptance:
-        """Of steps: the request of each, and whether its first draft token was right."""
-        counts: dict[str, tuple[int, int]] = {}
-        for request_id, is_accepted in outcomes:
-            accepted, steps = counts.get(request_id, (0, 0))
-            counts[request_id] = accepted + is_accepted, steps + 1
-        return cls(tuple(counts.values()))
-
     @cached_property
     def num_steps(self) -> int:
         return sum(steps for _, steps in self.requests)
@@ -117,6 +107,32 @@ class Acceptance:
         return max(of_steps, count / (count - 1) * of_requests)
 
 
+class _Window:
+    """The last so many steps: whether the base draft drafted, for which request, and if the first token was right."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._steps: deque[tuple[bool, str, bool]] = deque()
+        self._counts: dict[bool, dict[str, tuple[int, int]]] = {True: {}, False: {}}
+        """By drafter and request: how many were right, of how many."""
+
+    def add(self, is_base: bool, request_id: str, is_right: bool) -> None:
+        self._steps.append((is_base, request_id, is_right))
+        self._count(is_base, request_id, is_right, 1)
+        if len(self._steps) > self._size:
+            self._count(*self._steps.popleft(), -1)
+
+    def of(self, is_base: bool) -> Acceptance:
+        return Acceptance(tuple(self._counts[is_base].values()))
+
+    def _count(self, is_base: bool, request_id: str, is_right: bool, change: int) -> None:
+        counts = self._counts[is_base]
+        right, steps = counts.get(request_id, (0, 0))
+        counts[request_id] = right + change * is_right, steps + change
+        if steps + change == 0:
+            del counts[request_id]
+
+
 class Guard:
     """Watches the version of one key that is in force.
 
@@ -136,29 +152,26 @@ class Guard:
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
         self._version = 0
-        self._recent: deque[tuple[str, bool]] = deque(maxlen=config.watched_records)
-        """Of what is in force: the request of each step, and whether its first draft token was right."""
-        self._both: deque[tuple[bool, str, bool]] = deque(maxlen=_SPAN * config.watched_records)
-        """The same of version and base draft since the version came; first, whether it is the base draft's."""
         self.previous = Acceptance()
         """Of the version before."""
         self.num_watched = 0
         """Fair records of the version in force."""
+        self._empty_windows()
 
     @property
     def in_force(self) -> Acceptance:
         """Recent, of what is in force: a version or the base draft."""
-        return Acceptance.of(self._recent)
+        return self._recent.of(is_base=self._version == 0)
 
     @property
     def acceptance(self) -> Acceptance:
-        """Of the version in force, recently."""
-        return self.in_force if self._version else Acceptance()
+        """Of the version in force, since it came."""
+        return self._both.of(is_base=False)
 
     @property
     def control(self) -> Acceptance:
-        """Of the base draft since the version came."""
-        return self._of_both(is_control=True)
+        """Of the base draft since then."""
+        return self._both.of(is_base=True)
 
     @property
     def is_good(self) -> bool:
@@ -174,8 +187,7 @@ class Guard:
         """``version`` of the channel is in force from now on; 0: the base draft."""
         self.previous = self.in_force
         self._version, self.num_watched = version, 0
-        self._recent.clear()
-        self._both.clear()
+        self._empty_windows()
 
     def rename(self, version: int) -> None:
         """The same weights were published again, as ``version``."""
@@ -183,24 +195,32 @@ class Guard:
 
     def observe(self, record: VerifyRecord) -> bool:
         """Take note of a record; True: the version in force is bad, and should be taken back."""
-        if record.is_gated or record.first_right is None:
+        version, is_right = record.draft_version, _first_right(record)
+        if record.is_gated or is_right is None or version not in (0, self._version):  # on its way while this one came
             return False
-        is_control, step = record.draft_version == 0, (record.request_id, record.first_right)
-        if record.draft_version not in (0, self._version):
-            return False  # of a version before, on its way while this one came
-        self._both.append((is_control, *step))
-        if record.draft_version == self._version:
-            self._recent.append(step)
-        if is_control:
+        is_base = version == 0
+        self._both.add(is_base, record.request_id, is_right)
+        if version == self._version:
+            self._recent.add(is_base, record.request_id, is_right)
+        if is_base:
             return False
         self.num_watched += 1
         return self.num_watched % _CHECK_EVERY == 0 and self._is_bad()
 
+    def _empty_windows(self) -> None:
+        self._recent = _Window(self._config.watched_records)
+        """Of what is in force."""
+        self._both = _Window(_SPAN * self._config.watched_records)
+        """Of version and base draft, since the version came."""
+
     def _is_bad(self) -> bool:
-        config, beside_control = self._config, self._of_both(is_control=False)
-        return beside_control.is_below(self.control, config.control_margin, config.sigmas) or self.acceptance.is_below(
+        config = self._config
+        return self.acceptance.is_below(self.control, config.control_margin, config.sigmas) or self.in_force.is_below(
             self.previous, config.history_margin, config.sigmas
         )
 
-    def _of_both(self, is_control: bool) -> Acceptance:
-        return Acceptance.of((request_id, right) for control, request_id, right in self._both if control == is_control)
+
+def _first_right(record: VerifyRecord) -> bool | None:
+    """Of an engine that does not say so yet, if the token was verified."""
+    is_known = record.first_right is not None or record.copied or not record.drafted
+    return record.first_right if is_known else record.num_accepted > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -13,6 +14,7 @@ from adapters.curriculum_loss import CurriculumLoss
 from adapters.records import Segment
 
 _RANDOM_ROWS = 2048
+_FEW_MORE = 0.1
 _AT_ONCE = 4
 """Segments, which bounds how long the worker is away."""
 _SEED = 20_260_527
@@ -44,8 +46,36 @@ class _SegmentScore:
     """Sum over chains."""
 
 
-Known = dict[Segment, _SegmentScore]
-"""Of one set of weights, what was found out before: held-out segments stay for many scorings."""
+Known = WeakKeyDictionary[Segment, _SegmentScore]
+"""Of one set of weights, what was found out before."""
+
+
+class Memory:
+    """Held-out segments stay for many scorings, and so do most weights: what is known of these is not computed again.
+
+    The draft chooses among the tokens that target or draft preferred in any of the segments and a fixed sample of the
+    others, not the whole vocabulary: a head of 150,000 rows would cost as much as an update. For all weights to be
+    asked the same, these stay while anything is known, until new segments have brought many more.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = torch.zeros(0, dtype=torch.int64)
+        """Ascending ids"""
+        self.base: Known = WeakKeyDictionary()
+        """Under the base draft's weights."""
+        self.current: Known = WeakKeyDictionary()
+        """Under those in force, if there are others."""
+
+    def look_at(self, segments: Sequence[Segment], vocab_size: int) -> None:
+        """Choose the tokens again if those for these segments have become many more."""
+        generator = torch.Generator().manual_seed(_SEED)
+        sample = torch.randint(0, vocab_size, (_RANDOM_ROWS,), generator=generator)
+        wanted = torch.unique(torch.cat([*(ids for segment in segments for ids in _named(segment)), sample]))
+        num_more = len(wanted) - int(torch.isin(wanted, self.tokens).sum())
+        if num_more > _FEW_MORE * len(self.tokens):
+            self.tokens = wanted
+            self.base.clear()
+            self.current.clear()
 
 
 @dataclass(frozen=True)
@@ -59,20 +89,24 @@ class Side:
 class Scoring:
     """A score for each side, on the same chains, some segments at a time: it takes longer than many updates.
 
-    The draft chooses among all tokens that target or draft ever preferred in a segment and a fixed sample of the
-    others, not the whole vocabulary: a head of 150,000 rows would cost as much as an update.
-
     Args:
         chains: of the base draft.
         segments: at least one.
-        sides: what is known of other segments is dropped.
+        sides: at least one.
+        tokens: what they choose among, ascending ids; in each segment its own, too.
         horizon: steps of a chain.
     """
 
-    def __init__(self, chains: Chains, segments: Sequence[Segment], sides: Sequence[Side], horizon: int) -> None:
-        self._chains, self._segments, self._sides, self._horizon = chains, segments, sides, horizon
-        vocab, generator = len(chains.target.head), torch.Generator().manual_seed(_SEED)
-        self._sample = torch.randint(0, vocab, (_RANDOM_ROWS,), generator=generator)
+    def __init__(
+        self,
+        chains: Chains,
+        segments: Sequence[Segment],
+        sides: Sequence[Side],
+        tokens: torch.Tensor,
+        horizon: int,
+    ) -> None:
+        self._chains, self._segments, self._horizon = chains, segments, horizon
+        self.sides, self._tokens = sides, tokens
         self._num_done = 0
         self.seconds = 0.0
         """What it took so far, of this process."""
@@ -87,37 +121,39 @@ class Scoring:
         """Score the next few segments that are not known yet."""
         started, num_scored = time.process_time(), 0
         while not self.is_done and num_scored < _AT_ONCE:
-            segment = self._segments[self._num_done]
-            num_scored += self._score(segment)
+            num_scored += self._score(self._segments[self._num_done])
             self._num_done += 1
         self.seconds += time.process_time() - started
 
     def scores(self) -> list[Score]:
         """One for each side."""
         requests = _requests(self._segments)
-        return [self._score_of(side.known, requests) for side in self._sides]
+        return [_mean([side.known[segment] for segment in self._segments], requests) for side in self.sides]
 
     def _score(self, segment: Segment) -> bool:
         """Whether there was anything to do."""
-        sides = [side for side in self._sides if segment not in side.known]
+        sides = [side for side in self.sides if segment not in side.known]
         if not sides:
             return False
         batch, loss = collate([segment], self._horizon), CurriculumLoss(beta=0.0)
-        token_ids = torch.unique(torch.cat((batch.wanted_ids, self._sample)))
+        tokens = torch.unique(torch.cat((batch.wanted_ids, self._tokens)))
         for side in sides:
-            logits, columns = self._chains.logits(batch, side.weights, token_ids)
+            logits, columns = self._chains.logits(batch, side.weights, tokens)
             hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
             of_chains = float(loss(logits, columns, batch.top_logits, batch.mask)) * len(batch.starts)
             side.known[segment] = _SegmentScore(hits.float().cumprod(-1).sum(-1), of_chains)
         return True
 
-    def _score_of(self, known: Known, requests: torch.Tensor) -> Score:
-        kept = {segment: known[segment] for segment in self._segments}
-        known.clear()
-        known.update(kept)
-        accepted = torch.cat([score.accepted for score in kept.values()])
-        loss = sum(score.loss for score in kept.values()) / len(accepted)
-        return Score(float(accepted.mean()), loss, accepted, requests)
+
+def _mean(of_segments: Sequence[_SegmentScore], requests: torch.Tensor) -> Score:
+    accepted = torch.cat([score.accepted for score in of_segments])
+    loss = sum(score.loss for score in of_segments) / len(accepted)
+    return Score(float(accepted.mean()), loss, accepted, requests)
+
+
+def _named(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids that the target thought likely or that were drafted and refused."""
+    return segment.top_ids.flatten().long(), segment.refused[segment.refused >= 0].long()
 
 
 def _requests(segments: Sequence[Segment]) -> torch.Tensor:

@@ -44,7 +44,7 @@ class UpdateTrigger:
         self.seconds: float | None = None
         """What an update takes."""
         self._scoring_seconds = 0.0
-        """The last scoring's, for each of the updates that it was for."""
+        """What scoring takes, for each of the updates that it is for."""
 
     def observe_steps(self, count: int) -> None:
         """So many verify steps of the key were logged since the last call."""
@@ -71,7 +71,7 @@ class UpdateTrigger:
             scoring_seconds: for each update since the last score, what it took to find out.
         """
         self.gain += _SMOOTHING * (max(0.0, saved) / num_updates - self.gain)
-        self._scoring_seconds = scoring_seconds
+        self._scoring_seconds += _SMOOTHING * (scoring_seconds - self._scoring_seconds)
         self._patience = 1 if self.pays else min(2 * self._patience, _MAX_PATIENCE)
         self._scored = self._latest
 

@@ -162,8 +162,9 @@ class TokenLogReader:
         self._to_acknowledge: list[bytes] = []
         self._newest: tuple[int, ...] | None = None
         """Id of the newest record that was given to the group; None: not known yet."""
-        self._num_passed = 0
-        """Records that the group has passed; Redis counts those among them that were trimmed before it came to them."""
+        self._num_passed: int | None = None
+        """Records that the group has passed, by our count; Redis counts those, too, that were trimmed before it came to
+        them. None: it did not say yet how many there were at first."""
         self.num_trimmed = 0
         """Records that left the stream before they were read, or before they were read again."""
         self.num_rejected = 0
@@ -219,8 +220,9 @@ class TokenLogReader:
         if group is None:
             return 0
         if self._newest is not None and not self._has_pending:  # else some were given to us that we have not seen
-            num_passed = group["entries-read"] or 0
-            self.num_trimmed += max(0, num_passed - self._num_passed)
+            num_passed: int | None = group.get("entries-read")
+            if num_passed is not None and self._num_passed is not None:
+                self.num_trimmed += max(0, num_passed - self._num_passed)
             self._num_passed = num_passed
         return group["lag"] or 0
 
@@ -240,7 +242,7 @@ class TokenLogReader:
         """Where the reader before this one was."""
         group = self._state()
         self._newest = (0, 0) if group is None else _order(group["last-delivered-id"])
-        self._num_passed = 0 if group is None else group["entries-read"] or 0
+        self._num_passed = None if group is None else group.get("entries-read")
 
     def _read_group(self, start: bytes, count: int) -> list[_Entry]:
         try:
@@ -250,9 +252,7 @@ class TokenLogReader:
                 raise
             # The first start, or Redis came back empty.
             self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
-            stream: Any = self._redis.xinfo_stream(self._stream)
-            self._last_id, self._newest = b"0-0", (0, 0)
-            self._num_passed = stream["entries-added"] - stream["length"]  # trimmed before there was a reader
+            self._last_id, self._newest, self._num_passed = b"0-0", (0, 0), None
             return []
         entries: list[_Entry] = reply[0][1] if reply else []
         return entries
@@ -263,7 +263,8 @@ class TokenLogReader:
             self._last_id = entry_id
             if self._newest is None or _order(entry_id) > self._newest:
                 self._newest = _order(entry_id)
-                self._num_passed += 1
+                if self._num_passed is not None:
+                    self._num_passed += 1
             if entry_id in self._to_acknowledge:
                 continue  # done with, as Redis could not be told yet
             if not fields:

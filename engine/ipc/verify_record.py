@@ -53,7 +53,7 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     copied: bool = False
     """Whether ``drafted`` was copied from the text, so that it says nothing of the draft."""
     first_right: bool | None = None
-    """Whether the draft's first token was the target's choice, verified or not; None: it was not asked."""
+    """Whether the draft's first token was the target's choice, verified or not; None: not asked, or not told."""
 
     @property
     def num_context(self) -> int:

@@ -127,8 +127,7 @@ class Speculator:
         compute_logits: ComputeLogits,
     ) -> float:
         """Learn from the target's choices; arguments as ``VocabFollower.follow``. Returns its seconds."""
-        first_right = self._first_right(sequences, kept)
-        self._judge(sequences, kept)
+        first_right = self._judge(sequences, kept)
         likely = self._write_log(sequences, kept, logits, first_right)
         if self._follower is None:
             return 0.0
@@ -137,20 +136,16 @@ class Speculator:
         self._follower.follow(sequences, kept, logits, compute_logits, likely, begins, self._copied)
         return time.perf_counter() - started
 
-    def _first_right(
-        self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]
-    ) -> dict[str, bool | None]:
-        """Of the requests with a chain, whether its first token is the target's choice; None: it was copied."""
-        of_requests = zip((sequence.request.request_id for sequence in sequences), kept, strict=True)
-        chains = [(name, self._chains[name], tokens) for name, tokens in of_requests if tokens and name in self._chains]
-        return {name: None if chain.copied else chain.token_ids[0] == tokens[0] for name, chain, tokens in chains}
-
-    def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> None:
+    def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> dict[str, bool | None]:
         """Tell the policy what became of the drafts.
 
         The target's last choice judges the first draft that was not verified too, so that it costs nothing to leave one
         out and still learn whether that was right.
+
+        Returns:
+            of the requests with a chain, whether its first token was right; None: it was copied.
         """
+        first_right: dict[str, bool | None] = {}
         for sequence, token_ids in zip(sequences, kept, strict=True):
             request = sequence.request
             chain, copy = self._chains.pop(request.request_id, None), self._copies.pop(request.request_id, None)
@@ -161,6 +156,8 @@ class Speculator:
             if chain is not None:
                 outcomes, repeat = _outcomes(chain.token_ids, token_ids), copy.repeat if copy else None
                 self._policy.observe(request.request_id, chain, outcomes, repeat)
+                first_right[request.request_id] = None if chain.copied else outcomes[0]
+        return first_right
 
     def _write_log(
         self,

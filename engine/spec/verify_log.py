@@ -83,9 +83,8 @@ class VerifyLog:
 
     A step is logged whatever happened in it with the probability ``log.fair_share``; all steps of control requests
     are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
-    accepted. A request's first record brings along the tokens before it: its prompt, to which the draft attends. From
-    then on steps teach too in which the draft was asked and nothing it said was verified: it was not sure enough, which
-    is where there is most to learn.
+    accepted, or the draft was asked and nothing it said was verified: it was not sure enough, which is where there is
+    most to learn. A request's first record brings along the tokens before it: its prompt, to which the draft attends.
 
     Args:
         adapters: who drafted.
@@ -219,15 +218,15 @@ class VerifyLog:
         copied: Collection[str],
         first_right: Mapping[str, bool | None],
     ) -> list[_Step]:
-        """Of the sequences whose output says something about their drafts, or follows on what was logged."""
+        """Of the sequences whose output says something about their drafts, verified or not."""
         steps, end = [], 0
         for sequence, tokens in zip(sequences, kept, strict=True):
             end += sequence.num_logits
             request_id, has_drafts = sequence.request.request_id, sequence.num_draft_tokens > 0
-            if tokens and (has_drafts or (request_id in self._introduced and request_id in first_right)):
+            if tokens and (has_drafts or request_id in first_right):
                 is_copied, is_right = has_drafts and request_id in copied, first_right.get(request_id)
                 step = _Step(sequence, tokens, end - sequence.num_sampled, is_copied, is_right)
-                if step.drafted or not has_drafts:
+                if step.drafted or not has_drafts or is_right is not None:
                     steps.append(step)
         return steps
 

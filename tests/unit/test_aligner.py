@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -215,21 +216,24 @@ def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft,
 
 def test_what_is_known_of_segments_is_not_scored_again(draft: TinyDraft) -> None:
     """Scores are the same as without."""
-    segments = [answer.segment(f"{n}") for n, answer in enumerate(DriftingTraffic(draft.chains).answers(44))]
+    answers = DriftingTraffic(draft.chains).answers(44)
+    segments = [answer.segment(f"{number}") for number, answer in enumerate(answers)]
     weights = {"down_proj.weight": torch.zeros_like(draft.chains.draft.down_proj.weight)}
 
     def scored(of: list[Segment], known: Known) -> Score:
-        scoring = Scoring(draft.chains, of, [Side(weights, known)], horizon=3)
+        scoring = Scoring(draft.chains, of, [Side(weights, known)], tokens, horizon=3)
         while not scoring.is_done:
             scoring.go_on()
         return scoring.scores()[0]
 
-    known: Known = {}
+    tokens = torch.arange(0, 500, 3)
+    known: Known = WeakKeyDictionary()
     scored(segments[:40], known)
-    with_known, fresh = scored(segments[4:], known), scored(segments[4:], {})
+    with_known, fresh = scored(segments[4:], known), scored(segments[4:], WeakKeyDictionary())
     assert (with_known.agreement, with_known.loss) == (fresh.agreement, fresh.loss)
     assert torch.equal(with_known.accepted, fresh.accepted)
-    assert set(known) == set(segments[4:])
-    scoring = Scoring(draft.chains, segments[4:], [Side(weights, known)], horizon=3)
+    scoring = Scoring(draft.chains, segments, [Side(weights, known)], tokens, horizon=3)
     scoring.go_on()
     assert scoring.is_done
+    del segments, scoring, answers
+    assert not known

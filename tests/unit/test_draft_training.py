@@ -275,8 +275,10 @@ def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
     spec, weights = validate_model_files(files), open_weights(files)
     torch.manual_seed(0)
     draft, target = random_draft(files), target_parts(weights, spec, 256, torch.float32)
-    g = torch.randn(3, 50, spec.hidden_size, requires_grad=True)
+    g = torch.randn(3, 50, spec.hidden_size)
     token_ids, positions = torch.randint(spec.vocab_size, (3, 54)), torch.arange(7, 57).repeat(3, 1)
+    g[2, 40:], token_ids[2, 40:], positions[2, 40:] = 0, 0, 0  # padding
+    g.requires_grad_()
     starts = torch.tensor([0, 3, 4, 49, 100, 131, 132])
     learned = [g, draft.qkv_proj.weight.requires_grad_(), draft.down_proj.weight.requires_grad_()]
     unroller = Unroller(draft, target, torch.ones(3 * spec.hidden_size))
