@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 _FIELD = b"record"
 _WRITE_TIMEOUT = 1.0
 _READ_TIMEOUT = 2.0
-_FLUSH_INTERVAL = 0.02
+_FLUSH_INTERVAL = 0.2  # of few records, the call costs more than the records
 _RETRY_INTERVAL = 0.5
 _BATCH_SIZE = 64  # packing one holds the GIL for about half a millisecond
 
