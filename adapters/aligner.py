@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from weakref import WeakKeyDictionary
 
 import structlog
 import torch
@@ -12,7 +11,7 @@ from adapters.chains import Chains
 from adapters.guard import Guard, Verdict, judge
 from adapters.records import Segment
 from adapters.replay import ReplayBuffer
-from adapters.scoring import Memory, Scoring, Side
+from adapters.scoring import Known, Memory, Scoring, Side
 from adapters.store import AdapterStore
 from adapters.trainer import Trainer
 from adapters.trigger import UpdateTrigger
@@ -225,7 +224,7 @@ class KeyAligner:
         """Of what was trained, the base draft and what is in force, on held-out positions."""
         segments, memory = list(self.replay.held_out), self._memory
         memory.look_at(segments, len(self._chains.target.head))
-        sides = [Side(self._trainer.weights(self._trainer.published()), WeakKeyDictionary()), Side({}, memory.base)]
+        sides = [Side(self._trainer.weights(self._trainer.published()), Known()), Side({}, memory.base)]
         if self.tensors is not None:
             sides.append(Side(self._trainer.weights(self.tensors), memory.current))
         self._scoring = Scoring(self._chains, segments, sides, memory.tokens, self._config.training.horizon)

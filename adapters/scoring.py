@@ -61,9 +61,9 @@ class Memory:
     def __init__(self) -> None:
         self.tokens = torch.zeros(0, dtype=torch.int64)
         """Ascending ids"""
-        self.base: Known = WeakKeyDictionary()
+        self.base = Known()
         """Under the base draft's weights."""
-        self.current: Known = WeakKeyDictionary()
+        self.current = Known()
         """Under those in force, if there are others."""
 
     def look_at(self, segments: Sequence[Segment], vocab_size: int) -> None:

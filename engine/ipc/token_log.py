@@ -140,7 +140,7 @@ class LoggedRecord(NamedTuple):
     @property
     def logged_at(self) -> float:
         """Seconds of the epoch, by the clock of Redis."""
-        return int(self.entry_id.split(b"-")[0]) / 1000
+        return _order(self.entry_id)[0] / 1000
 
 
 class TokenLogReader:
@@ -219,7 +219,7 @@ class TokenLogReader:
             raise TokenLogUnavailable(str(error)) from error
         if group is None:
             return 0
-        if self._newest is not None and not self._has_pending:  # else some were given to us that we have not seen
+        if not self._has_pending:  # else some were given to us that we have not seen
             num_passed: int | None = group.get("entries-read")
             if num_passed is not None and self._num_passed is not None:
                 self.num_trimmed += max(0, num_passed - self._num_passed)

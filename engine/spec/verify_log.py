@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,9 +125,9 @@ class VerifyLog:
         sequences: Sequence[ScheduledSequence],
         kept: Sequence[Sequence[int]],
         logits: torch.Tensor,
-        num_likely: int = 0,
-        copied: Collection[str] = (),
-        first_right: Mapping[str, bool | None] = MappingProxyType({}),
+        num_likely: int,
+        copied: Collection[str],
+        first_right: Mapping[str, bool | None],
     ) -> NDArray[np.int64] | None:
         """Log of a step what is worth it, once its features are stored and before it is committed.
 
@@ -226,7 +225,7 @@ class VerifyLog:
             if tokens and (has_drafts or request_id in first_right):
                 is_copied, is_right = has_drafts and request_id in copied, first_right.get(request_id)
                 step = _Step(sequence, tokens, end - sequence.num_sampled, is_copied, is_right)
-                if step.drafted or not has_drafts or is_right is not None:
+                if step.drafted or not is_copied:  # a copy that was not looked at says nothing
                     steps.append(step)
         return steps
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -227,9 +226,9 @@ def test_what_is_known_of_segments_is_not_scored_again(draft: TinyDraft) -> None
         return scoring.scores()[0]
 
     tokens = torch.arange(0, 500, 3)
-    known: Known = WeakKeyDictionary()
+    known = Known()
     scored(segments[:40], known)
-    with_known, fresh = scored(segments[4:], known), scored(segments[4:], WeakKeyDictionary())
+    with_known, fresh = scored(segments[4:], known), scored(segments[4:], Known())
     assert (with_known.agreement, with_known.loss) == (fresh.agreement, fresh.loss)
     assert torch.equal(with_known.accepted, fresh.accepted)
     scoring = Scoring(draft.chains, segments, [Side(weights, known)], tokens, horizon=3)
