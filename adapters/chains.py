@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adapters.chain_unroll import unroll_chains
+from adapters.lora import Lora
 from adapters.records import Segment, has_target
 from adapters.unroll import TargetParts
 from engine.models.eagle3 import Eagle3
@@ -81,6 +82,26 @@ def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
     )
 
 
+@dataclass(frozen=True)
+class ChainSteps:
+    """M steps of a batch's chains: all first ones, then the second ones of those chains that have one, and so on."""
+
+    logits: torch.Tensor
+    """[M, R] float32, the draft's for some tokens"""
+    columns: torch.Tensor
+    """[M, k] int64, where among them the target's most likely ones are"""
+    top_logits: torch.Tensor
+    """[M, k] float32, the target's"""
+    mask: torch.Tensor
+    """[M] bool, whether the target's distribution is known"""
+
+
+Weights = Mapping[str, torch.Tensor] | Lora
+"""Of a draft: those that differ from the base's, by name; or an adapter of it."""
+LengthsOf = Callable[[ChainSteps], torch.Tensor]
+"""From the first step of each chain to how many it has, [N] int64 from 1 to the batch's S."""
+
+
 class Chains(nn.Module):
     """Runs one draft, under changing weights, over batches of chains.
 
@@ -93,27 +114,44 @@ class Chains(nn.Module):
         super().__init__()
         self.draft, self.target = draft, target
 
-    def forward(self, batch: ChainBatch) -> torch.Tensor:
-        """The head's input [N, S, hidden] at every step of every chain."""
-        g = batch.inputs.float()
-        if g.shape[-1] == self.draft.fc.in_features:
-            g = self.draft.fuse(g)
-        num_steps = batch.mask.shape[1]
-        return unroll_chains(self.draft, self.target, g, batch.token_ids, batch.positions, batch.starts, num_steps)
-
-    def logits(
-        self, batch: ChainBatch, weights: Mapping[str, torch.Tensor], token_ids: torch.Tensor
+    def forward(
+        self, batch: ChainBatch, lora: Lora | None, lengths_of: Callable[[torch.Tensor], torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The draft's logits for some tokens.
+        """As ``unroll_chains``."""
+        inputs = g = batch.inputs.float()
+        if inputs.shape[-1] == self.draft.fc.in_features:
+            g = self.draft.fuse(inputs)
+            if lora is not None:
+                lora.add_to(g, inputs, "fc")
+        starts = batch.positions, batch.starts
+        return unroll_chains(self.draft, self.target, lora, g, batch.token_ids, *starts, lengths_of)
+
+    def steps(
+        self,
+        batch: ChainBatch,
+        weights: Weights,
+        token_ids: torch.Tensor,
+        lengths_of: LengthsOf | None = None,
+    ) -> ChainSteps:
+        """What the draft says at each step of the chains, differentiable in ``weights``.
 
         Args:
-            weights: by name, in place of the draft's own.
+            weights: in place of the draft's own, or beside them.
             token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
-
-        Returns:
-            logits [N, S, R] float32, differentiable in ``weights``; and [N, S, k], the columns of ``batch.top_ids``.
+            lengths_of: default: every chain has all steps.
         """
-        replaced = {_PREFIX + name: weight for name, weight in weights.items()}
-        hidden: torch.Tensor = torch.func.functional_call(self, replaced, (batch,))
-        rows = self.target.head[token_ids].float()
-        return hidden @ rows.T, torch.searchsorted(token_ids, batch.top_ids)
+        rows, most = self.target.head[token_ids].float(), batch.mask.shape[1]
+        columns = torch.searchsorted(token_ids, batch.top_ids)
+
+        def lengths(first: torch.Tensor) -> torch.Tensor:
+            if lengths_of is None:
+                return torch.full((len(first),), most)
+            said = first.detach() @ rows.T
+            return lengths_of(ChainSteps(said, columns[:, 0], batch.top_logits[:, 0], batch.mask[:, 0]))
+
+        lora, whole = (weights, {}) if isinstance(weights, Lora) else (None, weights)
+        replaced = {_PREFIX + name: weight for name, weight in whole.items()}
+        hidden, num_steps = torch.func.functional_call(self, replaced, (batch, lora, lengths))
+        step, chain = (num_steps > torch.arange(most)[:, None]).nonzero(as_tuple=True)
+        of_steps = (each[chain, step] for each in (columns, batch.top_logits, batch.mask))
+        return ChainSteps(hidden @ rows.T, *of_steps)

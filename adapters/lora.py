@@ -11,8 +11,12 @@ import torch
 
 from engine.adapters_config import LoraTarget
 from engine.ipc.weight_layout import WeightLayout
-from engine.models.eagle3 import Eagle3, Eagle3Config
+from engine.models.eagle3 import Eagle3Config
 from engine.models.lora import adapted_rows, lora_layout
+from engine.spec.adapter_slots import MATRICES
+
+_MATRICES = MATRICES | {"gate_up_proj.weight": "gate_up", "fc.weight": "fc"}
+"""Names of the adapted weights, of which the engine adapts only some."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ class Lora:
             tensors[f"{target}.a"] = torch.empty(rank, rows.num_inputs).uniform_(-bound, bound, generator=generator)
             tensors[f"{target}.b"] = torch.zeros(rows.end - rows.start, rank)
         return cls(config, targets, alpha, tensors)
+
+    @classmethod
+    def of_published(cls, config: Eagle3Config, published: Mapping[str, torch.Tensor]) -> Lora:
+        """From the tensors of a channel's slot, in float32."""
+        targets: list[LoraTarget] = [name.removesuffix(".a") for name in published if name.endswith(".a")]  # type: ignore[misc]
+        tensors = {name: tensor.float() for name, tensor in published.items()}
+        return cls(config, tuple(targets), len(tensors[f"{targets[0]}.a"]), tensors)
 
     @property
     def rank(self) -> int:
@@ -71,37 +82,19 @@ class Lora:
         tensors = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         return Lora(self.config, self.targets, self.alpha, tensors)
 
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: str) -> None:
+        """Beside the draft's products (``engine.models.eagle3.Additions``), differentiable in the adapter's tensors.
+
+        The adapted weights themselves are never made, so neither are their gradients, which would cost a third of a
+        backward pass.
+        """
+        for target in self.targets:
+            rows = adapted_rows(self.config, target)
+            if _MATRICES[rows.name] == matrix:
+                thin = x @ self.tensors[f"{target}.a"].T
+                out[..., rows.start : rows.end] += self.scale * (thin @ self.tensors[f"{target}.b"].T)
+
     def approach(self, other: Lora, share: float) -> None:
         """Go a share of the way, in place, to another adapter of the same shape."""
         for name, tensor in self.tensors.items():
             tensor.lerp_(other.tensors[name].detach(), share)
-
-
-def merged(draft: Eagle3, lora: Lora) -> dict[str, torch.Tensor]:
-    """The adapted weights by name, differentiable in the adapter's tensors; the draft stays as it is."""
-    deltas = {
-        target: lora.scale * (lora.tensors[f"{target}.b"] @ lora.tensors[f"{target}.a"]) for target in lora.targets
-    }
-    return _added(draft, lora.config, deltas)
-
-
-def merge_published(draft: Eagle3, published: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same from the tensors of a channel's slot."""
-    names: list[LoraTarget] = [name.removesuffix(".a") for name in published if name.endswith(".a")]  # type: ignore[misc]
-    deltas = {name: published[f"{name}.b"].float() @ published[f"{name}.a"].float() for name in names}
-    return _added(draft, draft.config, deltas)
-
-
-def _added(draft: Eagle3, config: Eagle3Config, deltas: Mapping[LoraTarget, torch.Tensor]) -> dict[str, torch.Tensor]:
-    pieces: dict[str, list[tuple[int, int, torch.Tensor]]] = {}
-    for target, delta in deltas.items():
-        rows = adapted_rows(config, target)
-        pieces.setdefault(rows.name, []).append((rows.start, rows.end, delta))
-    weights = {}
-    for name, of_rows in pieces.items():
-        base, parts, position = draft.get_parameter(name), [], 0
-        for start, end, delta in sorted(of_rows, key=lambda piece: piece[0]):
-            parts += [base[position:start], base[start:end] + delta]
-            position = end
-        weights[name] = torch.cat([*parts, base[position:]])
-    return weights

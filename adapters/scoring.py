@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
 
-from adapters.chains import Chains, collate
+from adapters.chains import Chains, Weights, collate
 from adapters.curriculum_loss import CurriculumLoss
 from adapters.records import Segment
 
@@ -17,6 +17,8 @@ _RANDOM_ROWS = 2048
 _FEW_MORE = 0.1
 _AT_ONCE = 4
 """Segments, which bounds how long the worker is away."""
+_EVERY = 3
+"""Chains of a segment, of which one is scored: neighbours share tokens and say much the same."""
 _SEED = 20_260_527
 
 
@@ -80,9 +82,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Side:
-    """Weights to be compared, by name, in place of the base draft's; ``known`` grows."""
+    """Weights to be compared; ``known`` grows."""
 
-    weights: Mapping[str, torch.Tensor]
+    weights: Weights
     known: Known
 
 
@@ -127,38 +129,39 @@ class Scoring:
 
     def scores(self) -> list[Score]:
         """One for each side."""
-        requests = _requests(self._segments)
-        return [_mean([side.known[segment] for segment in self._segments], requests) for side in self.sides]
+        return [_mean(self._segments, [side.known[segment] for segment in self._segments]) for side in self.sides]
 
     def _score(self, segment: Segment) -> bool:
         """Whether there was anything to do."""
         sides = [side for side in self.sides if segment not in side.known]
         if not sides:
             return False
-        batch, loss = collate([segment], self._horizon), CurriculumLoss(beta=0.0)
+        batch, loss = collate([_thinned(segment)], self._horizon), CurriculumLoss(beta=0.0)
         tokens = torch.unique(torch.cat((batch.wanted_ids, self._tokens)))
         for side in sides:
-            logits, columns = self._chains.logits(batch, side.weights, tokens)
-            hits = (logits.argmax(-1) == columns[..., 0]) & batch.mask
-            of_chains = float(loss(logits, columns, batch.top_logits, batch.mask)) * len(batch.starts)
-            side.known[segment] = _SegmentScore(hits.float().cumprod(-1).sum(-1), of_chains)
+            steps = self._chains.steps(batch, side.weights, tokens)
+            hits = (steps.logits.argmax(-1) == steps.columns[:, 0]) & steps.mask
+            accepted = hits.view(self._horizon, -1).float().cumprod(0).sum(0)
+            side.known[segment] = _SegmentScore(accepted, float(loss.of_steps(steps).sum()))
         return True
 
 
-def _mean(of_segments: Sequence[_SegmentScore], requests: torch.Tensor) -> Score:
+def _thinned(segment: Segment) -> Segment:
+    """With every ``_EVERY``-th of its chains."""
+    chosen = torch.zeros_like(segment.anchors)
+    chosen[segment.anchors.nonzero().flatten()[::_EVERY]] = True
+    return replace(segment, anchors=chosen)
+
+
+def _mean(segments: Sequence[Segment], of_segments: Sequence[_SegmentScore]) -> Score:
+    numbers: dict[str, int] = {}
+    requests = torch.tensor([numbers.setdefault(segment.request_id, len(numbers)) for segment in segments])
+    counts = torch.tensor([len(score.accepted) for score in of_segments])
     accepted = torch.cat([score.accepted for score in of_segments])
     loss = sum(score.loss for score in of_segments) / len(accepted)
-    return Score(float(accepted.mean()), loss, accepted, requests)
+    return Score(float(accepted.mean()), loss, accepted, requests.repeat_interleave(counts))
 
 
 def _named(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids that the target thought likely or that were drafted and refused."""
     return segment.top_ids.flatten().long(), segment.refused[segment.refused >= 0].long()
-
-
-def _requests(segments: Sequence[Segment]) -> torch.Tensor:
-    """Of each chain, in the order of ``collate``, a number of the request that it is of."""
-    numbers: dict[str, int] = {}
-    of_segment = [numbers.setdefault(segment.request_id, len(numbers)) for segment in segments]
-    counts = [segment.num_anchors for segment in segments]
-    return torch.tensor(of_segment).repeat_interleave(torch.tensor(counts))

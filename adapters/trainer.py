@@ -9,9 +9,9 @@ from typing import Protocol
 
 import torch
 
-from adapters.chains import ChainBatch, Chains, collate
+from adapters.chains import ChainBatch, Chains, ChainSteps, Weights, collate
 from adapters.curriculum_loss import CurriculumLoss
-from adapters.lora import Lora, merge_published, merged
+from adapters.lora import Lora
 from adapters.records import Segment
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.weight_layout import WeightLayout
@@ -55,8 +55,8 @@ class Trainer(Protocol):
         """Go on from these weights, None: the base draft's, with a fresh optimiser."""
         ...
 
-    def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """The draft's weights that differ from the base's, by name; of ``published``, default: those in training."""
+    def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> Weights:
+        """Of ``published``, default: those in training."""
         ...
 
 
@@ -84,8 +84,8 @@ class LoraTrainer:
     def update(self, segments: Sequence[Segment]) -> Update:
         started = time.process_time()
         batch = collate(segments, self._config.training.horizon)
-        logits, columns = self._chains.logits(batch, self.weights(), self._rows(batch))
-        loss = self._loss(logits, columns, batch.top_logits, batch.mask)
+        steps = self._chains.steps(batch, self._lora, self._rows(batch), self._lengths)
+        loss = self._loss(steps, len(batch.starts))
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._num_updates += 1
@@ -102,10 +102,8 @@ class LoraTrainer:
             self._lora.load(published)
             self._mean = self._lora.copy()
 
-    def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        if published is None:
-            return merged(self._chains.draft, self._lora)
-        return merge_published(self._chains.draft, published)
+    def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> Lora:
+        return self._lora if published is None else Lora.of_published(self._lora.config, published)
 
     def _fresh(self) -> None:
         config = self._config
@@ -115,6 +113,10 @@ class LoraTrainer:
         for tensor in self._lora.tensors.values():
             tensor.requires_grad_()
         self._optimizer = torch.optim.AdamW(self._lora.tensors.values(), weight_decay=0.0)
+
+    def _lengths(self, first: ChainSteps) -> torch.Tensor:
+        uniform = torch.rand(len(first.logits), generator=self._generator)
+        return self._loss.lengths(first, uniform, self._config.training.horizon)
 
     def _rows(self, batch: ChainBatch) -> torch.Tensor:
         """The batch's own tokens and random others, which are all wrong answers."""
@@ -141,8 +143,8 @@ class OsdTrainer:
         started = time.process_time()
         batch = collate(segments, self._config.training.horizon)
         everything = torch.arange(len(self._chains.target.head))
-        logits, columns = self._chains.logits(batch, self._weights, everything)
-        loss = self._loss(logits, columns, batch.top_logits, batch.mask)
+        steps = self._chains.steps(batch, self._weights, everything)
+        loss = self._loss(steps, len(batch.starts))
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._num_updates += 1

@@ -37,7 +37,7 @@ class LoraRows:
     slots: torch.Tensor
     parts: Sequence[LoraPart]
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix = "qkv") -> None:
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: str) -> None:
         """Add to the matrix's product ``out`` [N, outputs] of ``x`` [N, inputs], in place."""
         for part in self.parts:
             if part.matrix == matrix:

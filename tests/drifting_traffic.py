@@ -7,7 +7,7 @@ what the real one does: a token log, a feature ring and a weight channel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.chains import Chains, collate
-from adapters.lora import Lora, merge_published, merged
+from adapters.chains import Chains, Weights, collate
+from adapters.lora import Lora
 from adapters.records import Segment
 from adapters.target_parts import load_target_parts
 from engine.adapters_config import AdaptersConfig
@@ -34,7 +34,6 @@ TOP_K = 8
 LENGTH = 48
 NUM_DRAFTS = 4
 _RENEWAL = 6
-Weights = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,10 @@ class DriftingTraffic:
     def __init__(self, chains: Chains, drift: float = 2.0, seed: int = 0) -> None:
         self._chains = chains
         self._generator = torch.Generator().manual_seed(seed)
-        teacher = Lora.fresh(chains.draft.config, ("q", "v"), 4, 4.0, f"teacher {seed}")
-        for name, tensor in teacher.tensors.items():
+        self.teacher = Lora.fresh(chains.draft.config, ("q", "v"), 4, 4.0, f"teacher {seed}")
+        for name, tensor in self.teacher.tensors.items():
             if name.endswith(".b"):
                 tensor.normal_(0, drift, generator=self._generator)
-        self.teacher = merged(chains.draft, teacher)
 
     @torch.no_grad()
     def answers(self, number: int) -> list[Answer]:
@@ -102,9 +100,10 @@ class DriftingTraffic:
 
     def _head_inputs(self, segments: list[Segment]) -> torch.Tensor:
         """What the teacher gives the head at every position, [N, hidden]."""
-        replaced = {f"draft.{name}": weight for name, weight in self.teacher.items()}
-        hidden: torch.Tensor = torch.func.functional_call(self._chains, replaced, (collate(segments, 1),))
-        return hidden[:, 0]
+        hidden: torch.Tensor = self._chains(
+            collate(segments, 1), self.teacher, lambda first: torch.ones(len(first), dtype=torch.int64)
+        )[0]
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -180,14 +179,15 @@ class MadeUpEngine:
         for index, slot in enumerate(self.channel.slots()):
             if slot.key == tenant:
                 state = self.channel.read_into(index, self._adapter)
-                return state.version, merge_published(self._chains.draft, self._adapter)
+                return state.version, Lora.of_published(self._chains.draft.config, self._adapter)
         return 0, {}
 
     @torch.no_grad()
     def _steps(self, answer: Answer, weights: Weights) -> Iterator[tuple[int, tuple[int, ...], int]]:
         """Row of the last token, drafted tokens, and how many of them are right, of each verify step."""
         batch = collate([answer.segment()], NUM_DRAFTS)
-        drafts = self._chains.logits(batch, weights, torch.arange(len(self._chains.target.head)))[0].argmax(-1)
+        steps = self._chains.steps(batch, weights, torch.arange(len(self._chains.target.head)))
+        drafts = steps.logits.argmax(-1).view(NUM_DRAFTS, -1).T
         start = 0
         while start + NUM_DRAFTS < LENGTH:
             drafted = tuple(drafts[start].tolist())

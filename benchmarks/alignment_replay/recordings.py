@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
-from adapters.chains import ChainBatch, Chains
+from adapters.chains import ChainBatch, Chains, Weights
 from benchmarks.common.draft_traces import answers, load_parts
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE
@@ -35,7 +35,7 @@ class Recording:
     top_logits: torch.Tensor
     drafted: torch.Tensor
 
-    def drafts(self, chains: Chains, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def drafts(self, chains: Chains, weights: Weights) -> torch.Tensor:
         """The same [A - 1, DEPTH] of the draft with other weights, by name; the answer's own tokens are given."""
         return _drafts(chains, self.prompt, self.answer, self.inputs, weights)
 
@@ -97,7 +97,7 @@ def recorded(model: str, prompts: Sequence[Prompt], max_tokens: int, name: str) 
 
 
 def _drafts(
-    chains: Chains, prompt: list[int], answer: list[int], inputs: torch.Tensor, weights: Mapping[str, torch.Tensor]
+    chains: Chains, prompt: list[int], answer: list[int], inputs: torch.Tensor, weights: Weights
 ) -> torch.Tensor:
     length = len(inputs)
     token_ids = torch.zeros(1, length + DEPTH, dtype=torch.int64)
@@ -112,5 +112,5 @@ def _drafts(
         top_logits=torch.zeros(length - len(prompt), DEPTH, 1),
         refused=torch.zeros(0, dtype=torch.int64),
     )
-    logits, _ = chains.logits(batch, weights, torch.arange(len(chains.target.head)))
-    return logits.argmax(-1).int()
+    steps = chains.steps(batch, weights, torch.arange(len(chains.target.head)))
+    return steps.logits.argmax(-1).view(DEPTH, -1).T.int()

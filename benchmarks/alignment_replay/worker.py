@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from adapters.aligner import KeyAligner
-from adapters.chains import Chains
+from adapters.chains import Chains, Weights
 from adapters.records import Assembler
 from adapters.replay import starts_chains, teaches
 from adapters.store import AdapterStore
@@ -106,7 +106,7 @@ class Replay:
 
 
 @torch.inference_mode()
-def acceptance_length(chains: Chains, recordings: Sequence[Recording], weights: Mapping[str, torch.Tensor]) -> float:
+def acceptance_length(chains: Chains, recordings: Sequence[Recording], weights: Weights) -> float:
     """Tokens that a verification gives, drafts starting where the one before ended."""
     num_tokens = num_steps = 0
     for recording in recordings:

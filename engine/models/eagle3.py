@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,6 @@ from torch import nn
 
 from engine.models.config import ModelError, ModelSpec
 from engine.models.llama import rms_norm
-from kernels.batched_lora import LoraRows
 
 WEIGHTS_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"
@@ -79,6 +79,17 @@ class Eagle3Config:
             raise ModelError(f"{directory}: the draft is for {self.target}, whose shape differs from the model's")
 
 
+class Additions(Protocol):
+    """What an adapter adds to the draft's products."""
+
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: str) -> None:
+        """Add to the product ``out`` of ``x`` in place.
+
+        ``matrix`` names the weight: fc, qkv, output, gate_up or down.
+        """
+        ...
+
+
 class Eagle3(nn.Module):
     """The draft's weights and the parts of its forward pass; attention is the caller's."""
 
@@ -102,9 +113,15 @@ class Eagle3(nn.Module):
         fused: torch.Tensor = self.fc(features)
         return fused
 
-    def qkv(self, embedding: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def qkv(
+        self, embedding: torch.Tensor, g: torch.Tensor, lora: Additions | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [..., heads, head_dim], key and value [..., kv_heads, head_dim], before rotary embedding."""
-        return self.split_heads(self.qkv_proj(self.qkv_input(embedding, g)))
+        x = self.qkv_input(embedding, g)
+        product = self.qkv_proj(x)
+        if lora is not None:
+            lora.add_to(product, x, "qkv")
+        return self.split_heads(product)
 
     def qkv_input(self, embedding: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         """What ``qkv_proj`` projects, [..., 2 * hidden]."""
@@ -118,16 +135,20 @@ class Eagle3(nn.Module):
         q, k, v = heads.split_with_sizes([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
         return q, k, v
 
-    def output(self, g: torch.Tensor, attended: torch.Tensor, lora: LoraRows | None = None) -> torch.Tensor:
+    def output(self, g: torch.Tensor, attended: torch.Tensor, lora: Additions | None = None) -> torch.Tensor:
         """g [..., hidden] and attention's output [..., heads, head_dim] → a [..., hidden].
 
-        ``lora``: what the products gain, of inputs with one dimension before the last.
+        ``lora``: what the products gain.
         """
         heads = attended.flatten(-2)
         y = g + self.o_proj(heads)
         if lora is not None:
             lora.add_to(y, heads, "output")
-        gate, up = self.gate_up_proj(rms_norm(y, self.post_attention_norm, self.config.rms_norm_eps)).chunk(2, dim=-1)
+        normed = rms_norm(y, self.post_attention_norm, self.config.rms_norm_eps)
+        gate_up = self.gate_up_proj(normed)
+        if lora is not None:
+            lora.add_to(gate_up, normed, "gate_up")
+        gate, up = gate_up.chunk(2, dim=-1)
         product = F.silu(gate) * up
         a: torch.Tensor = y + self.down_proj(product)
         if lora is not None:

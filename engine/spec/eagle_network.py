@@ -88,11 +88,7 @@ class TorchEagleNetwork:
         lora: LoraRows | None = None,
     ) -> torch.Tensor:
         attention.plan(batch)
-        x = self._draft.qkv_input(embeddings, g)
-        qkv = self._draft.qkv_proj(x)
-        if lora is not None:
-            lora.add_to(qkv, x)
-        q, k, v = self._draft.split_heads(qkv)
+        q, k, v = self._draft.qkv(embeddings, g, lora)
         attended = attention.forward(0, self._rotary(q, batch.positions), self._rotary(k, batch.positions), v)
         wanted = batch.logits_indices
         return self._draft.output(g[wanted], attended[wanted], None if lora is None else lora.of(wanted))

@@ -270,7 +270,7 @@ def test_windows_that_go_on_are_unrolled_as_if_alone(tmp_path: Path) -> None:
 
 
 def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
-    """States and gradients; a segment without chains among the others, and one that is shorter."""
+    """States and gradients; chains of different lengths, a segment without chains, and one that is shorter."""
     files = make_directory(tmp_path / "model")
     spec, weights = validate_model_files(files), open_weights(files)
     torch.manual_seed(0)
@@ -282,16 +282,25 @@ def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
     starts = torch.tensor([0, 3, 4, 49, 100, 131, 132])
     learned = [g, draft.qkv_proj.weight.requires_grad_(), draft.down_proj.weight.requires_grad_()]
     unroller = Unroller(draft, target, torch.ones(3 * spec.hidden_size))
-    from_all = torch.stack([step.flatten(0, 1)[starts] for step in unroller.unroll(g, token_ids, positions, 4)], dim=1)
-    from_some = unroll_chains(draft, target, g, token_ids, positions, starts, 4)
-    torch.testing.assert_close(from_some, from_all)
-    wanted = torch.randn_like(from_all)
-    for one, other in zip(
-        torch.autograd.grad((from_some * wanted).sum(), learned),
-        torch.autograd.grad((from_all * wanted).sum(), learned),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    steps = [step.flatten(0, 1)[starts] for step in unroller.unroll(g, token_ids, positions, 4)]
+    for wanted in ([4] * 7, [1, 4, 3, 1, 2, 3, 1], [1] * 7):
+        lengths = torch.tensor(wanted)
+        from_all = torch.cat([step[lengths > number] for number, step in enumerate(steps)])
+
+        def lengths_of(first: torch.Tensor, lengths: torch.Tensor = lengths) -> torch.Tensor:
+            torch.testing.assert_close(first, steps[0])
+            return lengths
+
+        from_some, given = unroll_chains(draft, target, None, g, token_ids, positions, starts, lengths_of)
+        assert given is lengths
+        torch.testing.assert_close(from_some, from_all)
+        weights_of_all = torch.randn_like(from_all)
+        for one, other in zip(
+            torch.autograd.grad((from_some * weights_of_all).sum(), learned),
+            torch.autograd.grad((from_all * weights_of_all).sum(), learned, retain_graph=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_draft_of_another_shape_is_no_start(tmp_path: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from adapters.lora import Lora, merge_published, merged
+from adapters.lora import Lora
 from engine.adapters_config import LoraTarget
 from engine.models.eagle3 import Eagle3
 from engine.models.lora import adapted_rows, draft_fingerprint, lora_layout
@@ -30,10 +30,36 @@ def trained(draft: Eagle3, targets: tuple[LoraTarget, ...], rank: int = 4) -> Lo
     return lora
 
 
+HOOKS = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "output", "fc": "fc", "gate_up": "gate_up", "down": "down"}
+
+
+def added(lora: Lora, draft: Eagle3, target: LoraTarget, x: torch.Tensor) -> torch.Tensor:
+    """What the product of a target's weight gains."""
+    weight = draft.get_parameter(adapted_rows(draft.config, target).name)
+    out = torch.zeros(len(x), len(weight))
+    lora.add_to(out, x, HOOKS[target])
+    return out
+
+
+def inputs(draft: Eagle3, target: LoraTarget) -> torch.Tensor:
+    return torch.randn(3, adapted_rows(draft.config, target).num_inputs)
+
+
+def forward(draft: Eagle3, lora: Lora | None) -> torch.Tensor:
+    """All of the draft but attention."""
+    torch.manual_seed(0)
+    features = torch.randn(5, draft.fc.in_features)
+    g = draft.fuse(features)
+    if lora is not None:
+        lora.add_to(g, features, "fc")
+    q, k, v = draft.qkv(torch.randn(5, draft.config.hidden_size), g, lora)
+    mixed = q + (k + v).repeat_interleave(draft.config.num_heads // draft.config.num_kv_heads, dim=1)
+    return draft.output(g, mixed, lora)
+
+
 def test_fresh_adapter_changes_nothing_and_is_the_same_for_the_same_key(draft: Eagle3) -> None:
     lora = Lora.fresh(draft.config, ALL, 32, 32.0, "key")
-    for name, weight in merged(draft, lora).items():
-        assert torch.equal(weight, draft.get_parameter(name))
+    assert torch.equal(forward(draft, lora), forward(draft, None))
     again, other = (Lora.fresh(draft.config, ALL, 32, 32.0, key) for key in ("key", "other"))
     assert all(torch.equal(lora.tensors[name], again.tensors[name]) for name in lora.tensors)
     assert not torch.equal(lora.tensors["q.a"], other.tensors["q.a"])
@@ -41,38 +67,34 @@ def test_fresh_adapter_changes_nothing_and_is_the_same_for_the_same_key(draft: E
 
 @pytest.mark.parametrize("target", ALL)
 def test_only_the_rows_of_a_target_change_and_by_what_the_adapter_says(draft: Eagle3, target: LoraTarget) -> None:
-    lora = trained(draft, (target,))
-    rows = adapted_rows(draft.config, target)
-    [(name, weight)] = merged(draft, lora).items()
-    base = draft.get_parameter(name)
-    inside = torch.zeros(len(base), dtype=torch.bool)
+    lora, rows, x = trained(draft, (target,)), adapted_rows(draft.config, target), inputs(draft, target)
+    gain = added(lora, draft, target, x)
+    inside = torch.zeros(gain.shape[1], dtype=torch.bool)
     inside[rows.start : rows.end] = True
-    assert torch.equal(weight[~inside], base[~inside])
-    x = torch.randn(3, base.shape[1])
-    wanted = F.linear(x, base)[:, inside] + 2.0 * (x @ lora.tensors[f"{target}.a"].T) @ lora.tensors[f"{target}.b"].T
-    torch.testing.assert_close(F.linear(x, weight)[:, inside], wanted)
+    assert not gain[:, ~inside].any()
+    wanted = 2.0 * (x @ lora.tensors[f"{target}.a"].T) @ lora.tensors[f"{target}.b"].T
+    torch.testing.assert_close(gain[:, inside], wanted)
+
+
+@pytest.mark.parametrize("target", ALL)
+def test_forward_pass_is_that_of_merged_weights(draft: Eagle3, target: LoraTarget) -> None:
+    lora, rows, merged = trained(draft, (target,)), adapted_rows(draft.config, target), deepcopy(draft)
+    with torch.no_grad():
+        delta = lora.scale * lora.tensors[f"{target}.b"] @ lora.tensors[f"{target}.a"]
+        merged.get_parameter(rows.name)[rows.start : rows.end] += delta
+    torch.testing.assert_close(forward(draft, lora), forward(merged, None))
+    assert not torch.allclose(forward(draft, lora), forward(draft, None))
 
 
 def test_query_and_value_rows_are_where_the_draft_looks_for_them(draft: Eagle3) -> None:
     embedding, g = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
-    before = draft.qkv(embedding, g)
-    weights = merged(draft, trained(draft, ("q", "v")))
-    after = torch.func.functional_call(_Qkv(draft), {f"draft.{n}": w for n, w in weights.items()}, (embedding, g))
+    before, after = draft.qkv(embedding, g), draft.qkv(embedding, g, trained(draft, ("q", "v")))
     assert [torch.equal(old, new) for old, new in zip(before, after, strict=True)] == [False, True, False]
-
-
-class _Qkv(torch.nn.Module):
-    def __init__(self, draft: Eagle3) -> None:
-        super().__init__()
-        self.draft = draft
-
-    def forward(self, embedding: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.draft.qkv(embedding, g)
 
 
 def test_gradients_reach_the_adapter_and_not_the_draft(draft: Eagle3) -> None:
     lora = trained(draft, ALL)
-    sum(weight.square().sum() for weight in merged(draft, lora).values()).backward()  # type: ignore[union-attr]
+    forward(draft, lora).square().sum().backward()  # type: ignore[no-untyped-call]
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in lora.tensors.values())
     assert all(weight.grad is None for weight in draft.parameters())
 
@@ -82,10 +104,8 @@ def test_what_is_published_is_the_adapter_scale_included(draft: Eagle3) -> None:
     published = lora.published(torch.float32)
     lora_layout(draft.config, 4, ALL, "base", torch.float32).check(published)
     assert lora.layout("base", torch.float32) == lora_layout(draft.config, 4, ALL, "base", torch.float32)
-    mine, theirs = merged(draft, lora), merge_published(draft, published)
-    assert mine.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        torch.testing.assert_close(weight, mine[name])
+    theirs = Lora.of_published(draft.config, published)
+    torch.testing.assert_close(forward(draft, theirs), forward(draft, lora))
     other = Lora.fresh(draft.config, ALL, 4, 8.0)
     other.load(published)
     for name, tensor in other.tensors.items():

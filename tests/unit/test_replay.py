@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.chains import collate
+from adapters.chains import ChainSteps, collate
 from adapters.curriculum_loss import CurriculumLoss
 from adapters.records import Assembler, Segment
 from adapters.replay import ReplayBuffer, is_held_out, starts_chains, teaches
@@ -324,9 +324,14 @@ def test_damaged_targets_do_not_damage_the_gradient() -> None:
     logits[2], logits[4] = torch.nan, torch.inf
     one = segment("a", 5)
     batch = collate([dataclasses.replace(one, top_logits=logits, anchors=torch.arange(5) < 2)], 6)
-    draft = torch.randn(*batch.mask.shape, 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    columns, targets, mask = batch.top_ids.flatten(0, 1), batch.top_logits.flatten(0, 1), batch.mask.flatten()
+    draft = torch.randn(len(mask), 7, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    steps = ChainSteps(draft, columns, targets, mask)
     for temperature in (0.5, 1.0, 2.0):
-        loss = CurriculumLoss(0.3, temperature)(draft, batch.top_ids, batch.top_logits, batch.mask)
-        (gradient,) = torch.autograd.grad(loss, draft)
+        loss = CurriculumLoss(0.3, temperature)
+        (gradient,) = torch.autograd.grad(loss(steps, len(batch.starts)), draft)
         assert gradient.isfinite().all()
-        assert gradient[batch.mask].any(-1).all()
+        assert gradient[mask].any(-1).all()
+        lengths = loss.lengths(steps, torch.linspace(0, 0.99, len(mask)), 6)
+        assert (lengths >= 1).all()
+        assert (lengths <= 6).all()

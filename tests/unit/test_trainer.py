@@ -49,12 +49,13 @@ def test_what_is_published_does_not_follow_each_update(tmp_path: Path) -> None:
     config = AdaptersConfig(rank=4, alpha=4.0, training=TrainingConfig(learning_rate=RATE))
     trainer = LoraTrainer(tiny.chains, config, "key", tiny.base)
     segments = [answer.segment() for answer in DriftingTraffic(tiny.chains).answers(60)]
-    name = "o_proj.weight"
-    base = tiny.chains.draft.get_parameter(name)
 
     def weights() -> tuple[torch.Tensor, torch.Tensor]:
-        now, published = trainer.weights()[name], trainer.weights(trainer.published())[name]
-        return (now.detach() - base), (published - base)
+        now, published = (
+            lora.tensors["o.b"] @ lora.tensors["o.a"]
+            for lora in (trainer.weights(), trainer.weights(trainer.published()))
+        )
+        return now.detach(), published
 
     for segment in segments:
         trainer.update([segment])
