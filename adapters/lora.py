@@ -12,11 +12,10 @@ import torch
 from engine.adapters_config import LoraTarget
 from engine.ipc.weight_layout import WeightLayout
 from engine.models.eagle3 import Eagle3Config
-from engine.models.lora import adapted_rows, lora_layout
-from engine.spec.adapter_slots import MATRICES
+from engine.models.lora import MATRICES, adapted_rows, lora_layout
 
 _MATRICES = MATRICES | {"gate_up_proj.weight": "gate_up", "fc.weight": "fc"}
-"""Names of the adapted weights, of which the engine adapts only some."""
+"""Those that can be changed in training."""
 
 
 @dataclass(frozen=True)

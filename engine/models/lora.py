@@ -16,6 +16,10 @@ import torch
 from engine.adapters_config import LoraTarget
 from engine.ipc.weight_layout import TensorSpec, WeightLayout
 from engine.models.eagle3 import CONFIG_FILE, WEIGHTS_FILE, Eagle3, Eagle3Config
+from kernels.batched_lora import LoraMatrix
+
+MATRICES: dict[str, LoraMatrix] = {"qkv_proj.weight": "qkv", "o_proj.weight": "output", "down_proj.weight": "down"}
+"""Those of a draft's weights that an adapter can change while serving."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,9 @@ import torch
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.weight_layout import WeightLayout
 from engine.models.eagle3 import Eagle3
-from engine.models.lora import adapted_rows, lora_layout, whole_layout
+from engine.models.lora import MATRICES, adapted_rows, lora_layout, whole_layout
 from engine.spec.eagle_network import EagleNetwork
-from kernels.batched_lora import LoraMatrix, LoraPart, LoraRows
-
-MATRICES: dict[str, LoraMatrix] = {"qkv_proj.weight": "qkv", "o_proj.weight": "output", "down_proj.weight": "down"}
-"""Those of a draft's weights that an adapter can change."""
+from kernels.batched_lora import LoraPart, LoraRows
 
 
 class AdapterSlots(Protocol):

@@ -20,10 +20,9 @@ from engine.batch import Features
 from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3 import Eagle3, Eagle3Config
 from engine.models.llama import RotaryEmbedding
-from engine.models.lora import adapted_rows
+from engine.models.lora import MATRICES, adapted_rows
 from engine.models.native_eagle3 import WEIGHT_TYPE, NativeEagle3
 from engine.models.registry import validate_model_files
-from engine.spec.adapter_slots import MATRICES
 from engine.spec.eagle_network import EagleNetwork, TorchEagleNetwork
 from kernels import native
 from kernels.batched_lora import LoraPart, LoraRows
