@@ -6,7 +6,7 @@ Here most positions are a prompt's or teach nothing: of those only keys and valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,55 +15,72 @@ from adapters.unroll import TargetParts
 from engine.models.eagle3 import Additions, Eagle3
 
 
-def unroll_chains(
-    draft: Eagle3,
-    target: TargetParts,
-    lora: Additions | None,
-    g: torch.Tensor,
-    token_ids: torch.Tensor,
-    positions: torch.Tensor,
-    starts: torch.Tensor,
-    lengths_of: Callable[[torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's input [M, hidden] at the steps of N chains, and how many steps each has, [N].
+class ChainWalk:
+    """N chains, a step at a time: those that are followed on take their next token.
 
-    First come all first steps, in the order of ``starts``, then the second ones of those chains that have one, and so
-    on. Step s of the chain that starts at t takes the token at t + s. It attends to the committed tokens up to t and to
-    the chain's own (EAGLE-3's training-time test, arXiv 2503.01840).
+    Step s of the chain that starts at t takes the token at t + s. It attends to the committed tokens up to t and to the
+    chain's own (EAGLE-3's training-time test, arXiv 2503.01840).
 
     Args:
+        draft: float32.
+        target: its frozen parts.
         lora: an adapter of the draft.
         g: [B, T, hidden] fused features of the positions before.
         token_ids: [B, T + S] int64, for chains of up to S steps.
         positions: [B, T] int64
         starts: [N] int64 ascending, index into B * T
-        lengths_of: from the head's input [N, hidden] of the first step to how many steps each chain has, [N] int64
-            from 1 to S.
     """
-    config, length, first = draft.config, positions.shape[1], positions.flatten()[starts]
-    rows, columns = starts // length, starts % length
-    q, k, v = draft.qkv(F.embedding(token_ids[:, :length], target.embedding), g, lora)
-    context = _Context(target.rotary(k.flatten(0, 1), positions.flatten()).view_as(k), v, rows, columns)
-    q, g = target.rotary(q.flatten(0, 1)[starts], first), g.flatten(0, 1)[starts]
-    keys: list[torch.Tensor] = []
-    values: list[torch.Tensor] = []
-    states: list[torch.Tensor] = []
-    while True:
+
+    def __init__(
+        self,
+        draft: Eagle3,
+        target: TargetParts,
+        lora: Additions | None,
+        g: torch.Tensor,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        starts: torch.Tensor,
+    ) -> None:
+        self._draft, self._target, self._lora, self._token_ids = draft, target, lora, token_ids
+        self.chains = torch.arange(len(starts))
+        """[n] ascending numbers of those that are followed"""
+        self._step, length = 0, positions.shape[1]
+        self._rows, self._columns = starts // length, starts % length
+        self._first = positions.flatten()[starts]
+        q, k, v = draft.qkv(F.embedding(token_ids[:, :length], target.embedding), g, lora)
+        k = target.rotary(k.flatten(0, 1), positions.flatten()).view_as(k)
+        self._context = _Context(k, v, self._rows, self._columns)
+        self._keys: list[torch.Tensor] = []
+        self._values: list[torch.Tensor] = []
+        self._a = self._output(target.rotary(q.flatten(0, 1)[starts], self._first), g.flatten(0, 1)[starts])
+
+    @property
+    def head_input(self) -> torch.Tensor:
+        """[n, hidden] at this step."""
+        return self._draft.head_input(self._a)
+
+    def advance(self, stays: torch.Tensor) -> None:
+        """Take the next step with some of the chains, [n] bool."""
+        self._step += 1
+        if not stays.all():
+            self._follow(stays)
+        token_ids = self._token_ids[self._rows, self._columns + self._step]
+        q, k, v = self._draft.qkv(F.embedding(token_ids, self._target.embedding), self._a, self._lora)
+        positions = self._first + self._step
+        self._keys.append(self._target.rotary(k, positions))
+        self._values.append(v)
+        self._a = self._output(self._target.rotary(q, positions), self._a)
+
+    def _follow(self, stays: torch.Tensor) -> None:
+        self.chains, self._rows, self._columns = self.chains[stays], self._rows[stays], self._columns[stays]
+        self._first, self._a, self._context = self._first[stays], self._a[stays], self._context.of(stays)
+        self._keys, self._values = [k[stays] for k in self._keys], [v[stays] for v in self._values]
+
+    def _output(self, q: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        config = self._draft.config
         groups = q.view(len(q), config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
-        g = draft.output(g, context.attended(groups, keys, values).flatten(1, 2), lora)
-        states.append(draft.head_input(g))
-        step = len(states)
-        if step == 1:
-            lengths = all_lengths = lengths_of(states[0])
-        stays = (lengths > step).nonzero().flatten()
-        if not len(stays):
-            return torch.cat(states), all_lengths
-        g, lengths, rows, columns, first = (each[stays] for each in (g, lengths, rows, columns, first))
-        context = context.of(stays)
-        q, k, v = draft.qkv(F.embedding(token_ids[rows, columns + step], target.embedding), g, lora)
-        q = target.rotary(q, first + step)
-        keys = [*(each[stays] for each in keys), target.rotary(k, first + step)]
-        values = [*(each[stays] for each in values), v]
+        attended = self._context.attended(groups, self._keys, self._values)
+        return self._draft.output(g, attended.flatten(1, 2), self._lora)
 
 
 class _Context:
@@ -80,7 +97,7 @@ class _Context:
         self._hidden = self._of_segments(is_later)
 
     def of(self, chains: torch.Tensor) -> _Context:
-        """The same for some of the chains, by ascending numbers."""
+        """The same for some of the chains, [N] bool."""
         return _Context(self._keys, self._values, self._rows[chains], self._columns[chains])
 
     def attended(

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from adapters.chain_unroll import unroll_chains
+from adapters.chain_unroll import ChainWalk
 from adapters.lora import Lora
 from adapters.records import Segment, has_target
 from adapters.unroll import TargetParts
@@ -22,7 +22,7 @@ _NO_LOGIT = -1e30
 
 @dataclass(frozen=True)
 class ChainBatch:
-    """B segments, padded on the right to T positions, and the N chains in them that are scored, S steps long.
+    """B segments, padded on the right to T positions, and the N chains that start at their anchors, up to S steps long.
 
     Step s of the chain that starts at position t takes the token at t + s and is to give the one after it.
     """
@@ -83,23 +83,32 @@ def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
 
 
 @dataclass(frozen=True)
-class ChainSteps:
-    """M steps of a batch's chains: all first ones, then the second ones of those chains that have one, and so on."""
+class ChainStep:
+    """One step of those of a batch's chains that were followed so far, n of them."""
 
+    number: int
+    """Of the step, from 0."""
+    chains: torch.Tensor
+    """[n] int64 ascending"""
     logits: torch.Tensor
-    """[M, R] float32, the draft's for some tokens"""
+    """[n, R] float32, the draft's for some tokens"""
     columns: torch.Tensor
-    """[M, k] int64, where among them the target's most likely ones are"""
+    """[n, k] int64, where among them the target's most likely ones are"""
     top_logits: torch.Tensor
-    """[M, k] float32, the target's"""
+    """[n, k] float32, the target's"""
     mask: torch.Tensor
-    """[M] bool, whether the target's distribution is known"""
+    """[n] bool, whether the target's distribution is known"""
 
 
 Weights = Mapping[str, torch.Tensor] | Lora
 """Of a draft: those that differ from the base's, by name; or an adapter of it."""
-LengthsOf = Callable[[ChainSteps], torch.Tensor]
-"""From the first step of each chain to how many it has, [N] int64 from 1 to the batch's S."""
+GoesOn = Callable[[ChainStep], torch.Tensor]
+"""Which of the chains of a step are followed to the next, [n] bool."""
+
+
+def to_the_end(step: ChainStep) -> torch.Tensor:
+    """``GoesOn`` for all chains."""
+    return torch.ones_like(step.mask)
 
 
 class Chains(nn.Module):
@@ -115,43 +124,39 @@ class Chains(nn.Module):
         self.draft, self.target = draft, target
 
     def forward(
-        self, batch: ChainBatch, lora: Lora | None, lengths_of: Callable[[torch.Tensor], torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As ``unroll_chains``."""
-        inputs = g = batch.inputs.float()
-        if inputs.shape[-1] == self.draft.fc.in_features:
-            g = self.draft.fuse(inputs)
-            if lora is not None:
-                lora.add_to(g, inputs, "fc")
-        starts = batch.positions, batch.starts
-        return unroll_chains(self.draft, self.target, lora, g, batch.token_ids, *starts, lengths_of)
+        self, batch: ChainBatch, lora: Lora | None, token_ids: torch.Tensor, goes_on: GoesOn
+    ) -> list[ChainStep]:
+        """As ``steps``."""
+        walk = self.walk(batch, lora)
+        rows, columns = self.target.head[token_ids].float(), torch.searchsorted(token_ids, batch.top_ids)
+        steps: list[ChainStep] = []
+        while True:
+            chains, number = walk.chains, len(steps)
+            of_target = (each[chains, number] for each in (columns, batch.top_logits, batch.mask))
+            steps.append(ChainStep(number, chains, walk.head_input @ rows.T, *of_target))
+            if len(steps) == batch.mask.shape[1] or not (stays := goes_on(steps[-1])).any():
+                return steps
+            walk.advance(stays)
 
     def steps(
-        self,
-        batch: ChainBatch,
-        weights: Weights,
-        token_ids: torch.Tensor,
-        lengths_of: LengthsOf | None = None,
-    ) -> ChainSteps:
-        """What the draft says at each step of the chains, differentiable in ``weights``.
+        self, batch: ChainBatch, weights: Weights, token_ids: torch.Tensor, goes_on: GoesOn = to_the_end
+    ) -> list[ChainStep]:
+        """What the draft says at the steps of the chains, one after the other, differentiable in ``weights``.
 
         Args:
             weights: in place of the draft's own, or beside them.
             token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
-            lengths_of: default: every chain has all steps.
+            goes_on: which chains are followed, and how far.
         """
-        rows, most = self.target.head[token_ids].float(), batch.mask.shape[1]
-        columns = torch.searchsorted(token_ids, batch.top_ids)
+        if isinstance(weights, Lora):
+            return self.forward(batch, weights, token_ids, goes_on)
+        replaced = {_PREFIX + name: weight for name, weight in weights.items()}
+        steps: list[ChainStep] = torch.func.functional_call(self, replaced, (batch, None, token_ids, goes_on))
+        return steps
 
-        def lengths(first: torch.Tensor) -> torch.Tensor:
-            if lengths_of is None:
-                return torch.full((len(first),), most)
-            said = first.detach() @ rows.T
-            return lengths_of(ChainSteps(said, columns[:, 0], batch.top_logits[:, 0], batch.mask[:, 0]))
-
-        lora, whole = (weights, {}) if isinstance(weights, Lora) else (None, weights)
-        replaced = {_PREFIX + name: weight for name, weight in whole.items()}
-        hidden, num_steps = torch.func.functional_call(self, replaced, (batch, lora, lengths))
-        step, chain = (num_steps > torch.arange(most)[:, None]).nonzero(as_tuple=True)
-        of_steps = (each[chain, step] for each in (columns, batch.top_logits, batch.mask))
-        return ChainSteps(hidden @ rows.T, *of_steps)
+    def walk(self, batch: ChainBatch, lora: Lora | None) -> ChainWalk:
+        """The batch's chains, at their first step."""
+        g = batch.inputs.float()
+        if g.shape[-1] == self.draft.fc.in_features:
+            g = self.draft.fuse(g, lora)
+        return ChainWalk(self.draft, self.target, lora, g, batch.token_ids, batch.positions, batch.starts)

@@ -12,10 +12,8 @@ import torch
 from engine.adapters_config import LoraTarget
 from engine.ipc.weight_layout import WeightLayout
 from engine.models.eagle3 import Eagle3Config
-from engine.models.lora import MATRICES, adapted_rows, lora_layout
-
-_MATRICES = MATRICES | {"gate_up_proj.weight": "gate_up", "fc.weight": "fc"}
-"""Those that can be changed in training."""
+from engine.models.lora import adapted_rows, lora_layout
+from kernels.batched_lora import LoraMatrix
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Lora:
         tensors = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
         return Lora(self.config, self.targets, self.alpha, tensors)
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: str) -> None:
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix) -> None:
         """Beside the draft's products (``engine.models.eagle3.Additions``), differentiable in the adapter's tensors.
 
         The adapted weights themselves are never made, so neither are their gradients, which would cost a third of a
@@ -89,9 +87,9 @@ class Lora:
         """
         for target in self.targets:
             rows = adapted_rows(self.config, target)
-            if _MATRICES[rows.name] == matrix:
-                thin = x @ self.tensors[f"{target}.a"].T
-                out[..., rows.start : rows.end] += self.scale * (thin @ self.tensors[f"{target}.b"].T)
+            if rows.matrix == matrix:
+                gain = (x @ self.tensors[f"{target}.a"].T) @ self.tensors[f"{target}.b"].T
+                out[..., rows.start : rows.end].add_(gain, alpha=self.scale)
 
     def approach(self, other: Lora, share: float) -> None:
         """Go a share of the way, in place, to another adapter of the same shape."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 
-from adapters.chains import Chains, Weights, collate
-from adapters.curriculum_loss import CurriculumLoss
+from adapters.chains import Chains, ChainStep, Weights, collate
+from adapters.curriculum_loss import divergence
 from adapters.records import Segment
 
 _RANDOM_ROWS = 2048
 _FEW_MORE = 0.1
 _AT_ONCE = 4
 """Segments, which bounds how long the worker is away."""
-_EVERY = 3
-"""Chains of a segment, of which one is scored: neighbours share tokens and say much the same."""
 _SEED = 20_260_527
 
 
@@ -27,9 +25,8 @@ class Score:
     """Mean over chains.
 
     ``agreement``: tokens of a chain that name the target's most likely one before the first that does not, the text
-    before each given; what a verification would accept. ``loss``: KL of all steps, each the same weight. (With the
-    curriculum's weights a draft that gets worse at the first step would look better, since its later ones would count
-    less.)
+    before each given; what a verification would accept. ``loss``: KL of the first step. (Of all steps with the
+    curriculum's weights, a draft that gets worse at the first would look better: its later ones would count less.)
     """
 
     agreement: float
@@ -136,21 +133,21 @@ class Scoring:
         sides = [side for side in self.sides if segment not in side.known]
         if not sides:
             return False
-        batch, loss = collate([_thinned(segment)], self._horizon), CurriculumLoss(beta=0.0)
+        batch = collate([segment], self._horizon)
         tokens = torch.unique(torch.cat((batch.wanted_ids, self._tokens)))
         for side in sides:
-            steps = self._chains.steps(batch, side.weights, tokens)
-            hits = (steps.logits.argmax(-1) == steps.columns[:, 0]) & steps.mask
-            accepted = hits.view(self._horizon, -1).float().cumprod(0).sum(0)
-            side.known[segment] = _SegmentScore(accepted, float(loss.of_steps(steps).sum()))
+            steps = self._chains.steps(batch, side.weights, tokens, _is_right)
+            accepted = torch.zeros(len(batch.starts))
+            for step in steps:
+                accepted[step.chains] += _is_right(step)
+            loss = float(divergence(steps[:1])) * len(batch.starts)
+            side.known[segment] = _SegmentScore(accepted, loss)
         return True
 
 
-def _thinned(segment: Segment) -> Segment:
-    """With every ``_EVERY``-th of its chains."""
-    chosen = torch.zeros_like(segment.anchors)
-    chosen[segment.anchors.nonzero().flatten()[::_EVERY]] = True
-    return replace(segment, anchors=chosen)
+def _is_right(step: ChainStep) -> torch.Tensor:
+    """Where the draft names the target's most likely token; no chain needs to be followed beyond one where not."""
+    return (step.logits.argmax(-1) == step.columns[:, 0]) & step.mask
 
 
 def _mean(segments: Sequence[Segment], of_segments: Sequence[_SegmentScore]) -> Score:

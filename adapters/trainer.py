@@ -9,8 +9,8 @@ from typing import Protocol
 
 import torch
 
-from adapters.chains import ChainBatch, Chains, ChainSteps, Weights, collate
-from adapters.curriculum_loss import CurriculumLoss
+from adapters.chains import ChainBatch, Chains, Weights, collate
+from adapters.curriculum_loss import Curriculum, divergence
 from adapters.lora import Lora
 from adapters.records import Segment
 from engine.adapters_config import AdaptersConfig
@@ -56,7 +56,7 @@ class Trainer(Protocol):
         ...
 
     def weights(self, published: Mapping[str, torch.Tensor] | None = None) -> Weights:
-        """Of ``published``, default: those in training."""
+        """Of ``published``; default: those in training themselves, which the next update changes."""
         ...
 
 
@@ -76,7 +76,7 @@ class LoraTrainer:
     def __init__(self, chains: Chains, config: AdaptersConfig, key: str, base: str) -> None:
         self._chains, self._config, self._key = chains, config, key
         training = config.training
-        self._loss = CurriculumLoss(0.0 if training.method == "plain" else training.beta, training.temperature)
+        self._beta = 0.0 if training.method == "plain" else training.beta
         self._generator = torch.Generator().manual_seed(0)
         self._fresh()
         self.layout = self._lora.layout(base)
@@ -84,8 +84,9 @@ class LoraTrainer:
     def update(self, segments: Sequence[Segment]) -> Update:
         started = time.process_time()
         batch = collate(segments, self._config.training.horizon)
-        steps = self._chains.steps(batch, self._lora, self._rows(batch), self._lengths)
-        loss = self._loss(steps, len(batch.starts))
+        uniform = torch.rand(len(batch.starts), generator=self._generator)
+        steps = self._chains.steps(batch, self._lora, self._rows(batch), Curriculum(self._beta, uniform))
+        loss = divergence(steps, self._config.training.temperature)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._num_updates += 1
@@ -114,10 +115,6 @@ class LoraTrainer:
             tensor.requires_grad_()
         self._optimizer = torch.optim.AdamW(self._lora.tensors.values(), weight_decay=0.0)
 
-    def _lengths(self, first: ChainSteps) -> torch.Tensor:
-        uniform = torch.rand(len(first.logits), generator=self._generator)
-        return self._loss.lengths(first, uniform, self._config.training.horizon)
-
     def _rows(self, batch: ChainBatch) -> torch.Tensor:
         """The batch's own tokens and random others, which are all wrong answers."""
         count, vocab = self._config.training.random_rows, len(self._chains.target.head)
@@ -135,7 +132,6 @@ class OsdTrainer:
 
     def __init__(self, chains: Chains, config: AdaptersConfig, key: str, base: str) -> None:
         self._chains, self._config = chains, config
-        self._loss = CurriculumLoss(0.0, config.training.temperature)
         self._fresh()
         self.layout = whole_layout(chains.draft.config, base)
 
@@ -144,7 +140,7 @@ class OsdTrainer:
         batch = collate(segments, self._config.training.horizon)
         everything = torch.arange(len(self._chains.target.head))
         steps = self._chains.steps(batch, self._weights, everything)
-        loss = self._loss(steps, len(batch.starts))
+        loss = divergence(steps, self._config.training.temperature)
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self._num_updates += 1

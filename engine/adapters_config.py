@@ -65,9 +65,11 @@ class TrainingConfig(_Section):
         "by Adam, for everybody at once (key_scope global, log.control_share 0). The last two are baselines.",
     )
     learning_rate: float = Field(default=2e-3, gt=0, description="Of AdamW (osd: a hundredth of it).")
-    beta: float = Field(default=0.3, ge=0, description="How fast later steps lose weight while the first is wrong.")
+    beta: float = Field(
+        default=0.3, ge=0, description="How much more seldom later steps are trained the worse the first one is."
+    )
     temperature: float = Field(default=1.0, gt=0, description="Softens both distributions of the loss.")
-    horizon: int = Field(default=6, ge=1, le=8, description="Draft steps that are trained.")
+    horizon: int = Field(default=6, ge=1, le=8, description="Draft steps that are trained, at most.")
     batch_positions: int = Field(default=64, ge=1, description="Positions of an update, at least.")
     random_rows: int = Field(
         default=1024, ge=0, description="Random rows of the head that an update counts as wrong answers."
@@ -136,7 +138,7 @@ class PaceConfig(_Section):
     step_seconds: float = Field(
         default=0.02, gt=0, description="What one verify step saved is worth, in seconds of the worker's time."
     )
-    outlook_seconds: float = Field(default=600.0, gt=0, description="How long what is learned will be of use.")
+    outlook_seconds: float = Field(default=3600.0, gt=0, description="How long what is learned will be of use.")
 
 
 class AdaptersConfig(_Section):

@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-LoraMatrix = Literal["qkv", "output", "down"]
-"""A layer's matrices that can be adapted; q, k and v are one."""
+LoraMatrix = Literal["fc", "qkv", "output", "gate_up", "down"]
+"""A draft's matrices; q, k and v are one."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LoraRows:
     slots: torch.Tensor
     parts: Sequence[LoraPart]
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: str) -> None:
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix) -> None:
         """Add to the matrix's product ``out`` [N, outputs] of ``x`` [N, inputs], in place."""
         for part in self.parts:
             if part.matrix == matrix:

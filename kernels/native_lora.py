@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import get_args
 
 import torch
 
@@ -13,6 +12,7 @@ from kernels.native import Team, address, load_library
 
 MAX_RANK = 256
 _MAX_PARTS = 3
+_MATRICES: tuple[LoraMatrix, ...] = ("qkv", "output", "down")
 
 
 class _Part(ctypes.Structure):
@@ -56,10 +56,12 @@ class NativeLora:
         weights = [weight for part in rows.parts for weight in (part.a, part.b)]
         if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in weights):
             raise ValueError("adapters must be contiguous bf16")
+        if unknown := {part.matrix for part in rows.parts} - set(_MATRICES):
+            raise ValueError(f"the kernels adapt {', '.join(_MATRICES)}, not {', '.join(sorted(unknown))}")
         rank, *others = ranks
         if others or rank > MAX_RANK:
             raise ValueError(f"the kernels take adapters of one rank of at most {MAX_RANK}, not {sorted(ranks)}")
-        matrices = (_matrix([part for part in rows.parts if part.matrix == name]) for name in get_args(LoraMatrix))
+        matrices = (_matrix([part for part in rows.parts if part.matrix == name]) for name in _MATRICES)
         self._struct = _Rows(rank, *matrices, rows.slots.data_ptr())
         self.pointer = ctypes.pointer(self._struct)
 

@@ -86,7 +86,9 @@ class DriftingTraffic:
         for position in range(LENGTH):
             empty = torch.zeros(LENGTH, TOP_K)
             so_far = [Answer(tokens[row], inputs[row], empty.int(), empty.half()).segment() for row in range(number)]
-            state = self._head_inputs(so_far).view(number, LENGTH, hidden)[:, position]
+            state = self._chains.walk(collate(so_far, 1), self.teacher).head_input.view(number, LENGTH, hidden)[
+                :, position
+            ]
             logits[:, position] = state @ self._chains.target.head.float().T
             tokens[:, position + 1] = logits[:, position].argmax(-1)
             if position % _RENEWAL == _RENEWAL - 1:  # or all answers would end in the same few loops
@@ -97,13 +99,6 @@ class DriftingTraffic:
         return [
             Answer(tokens[row], inputs[row], top.indices[row].int(), top.values[row].half()) for row in range(number)
         ]
-
-    def _head_inputs(self, segments: list[Segment]) -> torch.Tensor:
-        """What the teacher gives the head at every position, [N, hidden]."""
-        hidden: torch.Tensor = self._chains(
-            collate(segments, 1), self.teacher, lambda first: torch.ones(len(first), dtype=torch.int64)
-        )[0]
-        return hidden
 
 
 @dataclass(frozen=True)
@@ -187,7 +182,7 @@ class MadeUpEngine:
         """Row of the last token, drafted tokens, and how many of them are right, of each verify step."""
         batch = collate([answer.segment()], NUM_DRAFTS)
         steps = self._chains.steps(batch, weights, torch.arange(len(self._chains.target.head)))
-        drafts = steps.logits.argmax(-1).view(NUM_DRAFTS, -1).T
+        drafts = torch.stack([step.logits.argmax(-1) for step in steps], dim=1)
         start = 0
         while start + NUM_DRAFTS < LENGTH:
             drafted = tuple(drafts[start].tolist())

@@ -36,7 +36,7 @@ class Recording:
     drafted: torch.Tensor
 
     def drafts(self, chains: Chains, weights: Weights) -> torch.Tensor:
-        """The same [A - 1, DEPTH] of the draft with other weights, by name; the answer's own tokens are given."""
+        """The same [A - 1, DEPTH] of the draft with other weights; the answer's own tokens are given."""
         return _drafts(chains, self.prompt, self.answer, self.inputs, weights)
 
 
@@ -113,4 +113,4 @@ def _drafts(
         refused=torch.zeros(0, dtype=torch.int64),
     )
     steps = chains.steps(batch, weights, torch.arange(len(chains.target.head)))
-    return steps.logits.argmax(-1).view(DEPTH, -1).T.int()
+    return torch.stack([step.logits.argmax(-1) for step in steps], dim=1).int()

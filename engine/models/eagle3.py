@@ -28,6 +28,7 @@ from torch import nn
 
 from engine.models.config import ModelError, ModelSpec
 from engine.models.llama import rms_norm
+from kernels.batched_lora import LoraMatrix
 
 WEIGHTS_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"
@@ -82,11 +83,8 @@ class Eagle3Config:
 class Additions(Protocol):
     """What an adapter adds to the draft's products."""
 
-    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: str) -> None:
-        """Add to the product ``out`` of ``x`` in place.
-
-        ``matrix`` names the weight: fc, qkv, output, gate_up or down.
-        """
+    def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix) -> None:
+        """Add to the product ``out`` of a matrix and ``x``, in place."""
         ...
 
 
@@ -108,38 +106,28 @@ class Eagle3(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.output_norm = nn.Parameter(torch.ones(hidden))
 
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        """[..., 3 * hidden] → g [..., hidden]."""
+    def fuse(self, features: torch.Tensor, lora: Additions | None = None) -> torch.Tensor:
+        """[..., 3 * hidden] → g [..., hidden]; ``lora``, here and below: what the products gain."""
         fused: torch.Tensor = self.fc(features)
+        if lora is not None:
+            lora.add_to(fused, features, "fc")
         return fused
 
     def qkv(
         self, embedding: torch.Tensor, g: torch.Tensor, lora: Additions | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [..., heads, head_dim], key and value [..., kv_heads, head_dim], before rotary embedding."""
-        x = self.qkv_input(embedding, g)
+        config, eps = self.config, self.config.rms_norm_eps
+        x = torch.cat((rms_norm(embedding, self.embedding_norm, eps), rms_norm(g, self.hidden_norm, eps)), dim=-1)
         product = self.qkv_proj(x)
         if lora is not None:
             lora.add_to(product, x, "qkv")
-        return self.split_heads(product)
-
-    def qkv_input(self, embedding: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-        """What ``qkv_proj`` projects, [..., 2 * hidden]."""
-        eps = self.config.rms_norm_eps
-        return torch.cat((rms_norm(embedding, self.embedding_norm, eps), rms_norm(g, self.hidden_norm, eps)), dim=-1)
-
-    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The product of ``qkv_proj`` as query, key and value."""
-        config = self.config
-        heads = qkv.view(*qkv.shape[:-1], -1, config.head_dim)
+        heads = product.view(*product.shape[:-1], -1, config.head_dim)
         q, k, v = heads.split_with_sizes([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
         return q, k, v
 
     def output(self, g: torch.Tensor, attended: torch.Tensor, lora: Additions | None = None) -> torch.Tensor:
-        """g [..., hidden] and attention's output [..., heads, head_dim] → a [..., hidden].
-
-        ``lora``: what the products gain.
-        """
+        """g [..., hidden] and attention's output [..., heads, head_dim] → a [..., hidden]."""
         heads = attended.flatten(-2)
         y = g + self.o_proj(heads)
         if lora is not None:

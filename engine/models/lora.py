@@ -18,15 +18,12 @@ from engine.ipc.weight_layout import TensorSpec, WeightLayout
 from engine.models.eagle3 import CONFIG_FILE, WEIGHTS_FILE, Eagle3, Eagle3Config
 from kernels.batched_lora import LoraMatrix
 
-MATRICES: dict[str, LoraMatrix] = {"qkv_proj.weight": "qkv", "o_proj.weight": "output", "down_proj.weight": "down"}
-"""Those of a draft's weights that an adapter can change while serving."""
-
 
 @dataclass(frozen=True)
 class AdaptedRows:
-    """Rows ``start`` .. ``end`` - 1 of the weight ``name`` [outputs, ``num_inputs``]."""
+    """Rows ``start`` .. ``end`` - 1 of a matrix [outputs, ``num_inputs``]."""
 
-    name: str
+    matrix: LoraMatrix
     start: int
     end: int
     num_inputs: int
@@ -37,13 +34,13 @@ def adapted_rows(config: Eagle3Config, target: LoraTarget) -> AdaptedRows:
     hidden, intermediate = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
-        "q": AdaptedRows("qkv_proj.weight", 0, queries, 2 * hidden),
-        "k": AdaptedRows("qkv_proj.weight", queries, queries + keys, 2 * hidden),
-        "v": AdaptedRows("qkv_proj.weight", queries + keys, queries + 2 * keys, 2 * hidden),
-        "o": AdaptedRows("o_proj.weight", 0, hidden, queries),
-        "fc": AdaptedRows("fc.weight", 0, hidden, len(config.capture_layers) * hidden),
-        "gate_up": AdaptedRows("gate_up_proj.weight", 0, 2 * intermediate, hidden),
-        "down": AdaptedRows("down_proj.weight", 0, hidden, intermediate),
+        "q": AdaptedRows("qkv", 0, queries, 2 * hidden),
+        "k": AdaptedRows("qkv", queries, queries + keys, 2 * hidden),
+        "v": AdaptedRows("qkv", queries + keys, queries + 2 * keys, 2 * hidden),
+        "o": AdaptedRows("output", 0, hidden, queries),
+        "fc": AdaptedRows("fc", 0, hidden, len(config.capture_layers) * hidden),
+        "gate_up": AdaptedRows("gate_up", 0, 2 * intermediate, hidden),
+        "down": AdaptedRows("down", 0, hidden, intermediate),
     }[target]
 
 

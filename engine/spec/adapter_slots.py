@@ -10,7 +10,7 @@ import torch
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.weight_layout import WeightLayout
 from engine.models.eagle3 import Eagle3
-from engine.models.lora import MATRICES, adapted_rows, lora_layout, whole_layout
+from engine.models.lora import adapted_rows, lora_layout, whole_layout
 from engine.spec.eagle_network import EagleNetwork
 from kernels.batched_lora import LoraPart, LoraRows
 
@@ -58,7 +58,7 @@ class LoraSlots:
         for target in config.targets:
             rows = adapted_rows(draft.config, target)
             a, b = stacks[f"{target}.a"], stacks[f"{target}.b"]
-            self._parts.append(LoraPart(rows.start, rows.end, a, b, MATRICES[rows.name]))
+            self._parts.append(LoraPart(rows.start, rows.end, a, b, rows.matrix))
         self.tensors: Sequence[Mapping[str, torch.Tensor]] = [
             {name: stack[slot] for name, stack in stacks.items()} for slot in range(config.num_slots)
         ]

@@ -9,6 +9,7 @@ import torch
 
 from adapters import aligner as aligner_module
 from adapters.aligner import KeyAligner
+from adapters.chains import collate
 from adapters.guard import Verdict
 from adapters.records import Segment
 from adapters.scoring import Known, Score, Scoring, Side
@@ -211,6 +212,35 @@ def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft,
     serve(4)
     key.aligner.tick()
     assert key.aligner._trigger._patience == 1
+
+
+def test_agreement_is_what_a_verification_would_accept(draft: TinyDraft) -> None:
+    """Counted from all steps of all chains; one segment is in the middle of its request, of which there are two."""
+    segments = [
+        answer.segment(name) for answer, name in zip(DriftingTraffic(draft.chains).answers(3), "aab", strict=True)
+    ]
+    tokens, known = torch.arange(len(draft.chains.target.head)), Known()
+    scoring = Scoring(draft.chains, segments, [Side({}, known)], tokens, horizon=3)
+    scoring.go_on()
+    [score] = scoring.scores()
+    expected, first_losses = [], []
+    for each in segments:
+        batch = collate([each], 3)
+        with torch.no_grad():
+            steps = draft.chains.steps(batch, {}, tokens)
+        for chain in range(len(batch.starts)):
+            named = [int(step.logits[chain].argmax()) for step in steps]
+            wanted = batch.top_ids[chain, :, 0].tolist()
+            is_right = [a == b and m for a, b, m in zip(named, wanted, batch.mask[chain].tolist(), strict=True)]
+            expected.append(next((number for number, right in enumerate(is_right) if not right), 3))
+            target = batch.top_logits[chain, 0].log_softmax(-1)
+            logs = steps[0].logits[chain].log_softmax(-1)[batch.top_ids[chain, 0]]
+            first_losses.append(float((target.exp() * (target - logs)).sum()))
+    assert 0 < sum(expected) < 3 * len(expected)
+    assert score.accepted.tolist() == expected
+    assert score.agreement == pytest.approx(sum(expected) / len(expected))
+    assert score.loss == pytest.approx(sum(first_losses) / len(first_losses), rel=1e-4)
+    assert score.requests.tolist() == [0] * 2 * 48 + [1] * 48
 
 
 def test_what_is_known_of_segments_is_not_scored_again(draft: TinyDraft) -> None:

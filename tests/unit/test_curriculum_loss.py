@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adapters.chains import ChainSteps
-from adapters.curriculum_loss import CurriculumLoss
+from adapters.chains import ChainStep, GoesOn
+from adapters.curriculum_loss import Curriculum, divergence
 
 N, S, R, K = 5, 4, 12, 3
 
@@ -48,62 +49,74 @@ def by_definition(beta: float, temperature: float, seed: int) -> float:
     return total / N
 
 
-def followed(
-    draft: torch.Tensor, columns: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor
-) -> ChainSteps:
-    """The steps of chains so long."""
-    step, chain = (lengths > torch.arange(S)[:, None]).nonzero(as_tuple=True)
-    return ChainSteps(*(each[chain, step] for each in (draft, columns, target, mask)))
+def all_steps(draft: torch.Tensor, columns: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> list[ChainStep]:
+    """Of chains of which none ends early."""
+    of_steps = zip(*(each.unbind(1) for each in (draft, columns, target, mask)), strict=True)
+    return [ChainStep(number, torch.arange(N), *each) for number, each in enumerate(of_steps)]
 
 
-ALL = torch.full((N,), S)
+def followed(steps: list[ChainStep], goes_on: GoesOn) -> list[ChainStep]:
+    """Of those chains that go on, the steps."""
+    found, chains = [], torch.arange(N)
+    for step in steps:
+        some = (each[chains] for each in (step.logits, step.columns, step.top_logits, step.mask))
+        found.append(ChainStep(step.number, chains, *some))
+        chains = chains[goes_on(found[-1])]
+    return found
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.floats(0, 1), st.floats(0.5, 4), st.integers(0, 1000))
 @example(0.0, 1.0, 1)  # all steps weigh the same
 def test_loss_is_what_the_paper_says(beta: float, temperature: float, seed: int) -> None:
-    """In expectation: over the uniform numbers of each chain, of which every thousandth stands for all."""
-    draft, columns, target, mask = batch(seed)
-    loss = CurriculumLoss(beta, temperature)
-    first = ChainSteps(*(each[:, 0] for each in (draft, columns, target, mask)))
-    of_steps = loss.of_steps(followed(draft, columns, target, mask, ALL)).view(S, N)
+    """In expectation: over the uniform number of each chain, of which every five-hundredth stands for all."""
+    steps, grid = all_steps(*batch(seed)), 500
     expected = 0.0
-    for uniform in (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000:
-        has_step = loss.lengths(first, uniform.expand(N), S) > torch.arange(S)[:, None]
-        expected += float((of_steps * has_step).sum()) / N / 1000
-    all_of_it = float(of_steps.sum()) / N
-    assert expected == pytest.approx(by_definition(beta, temperature, seed), abs=1e-3 * all_of_it)
+    for uniform in (torch.arange(grid, dtype=torch.float64) + 0.5) / grid:
+        expected += float(divergence(followed(steps, Curriculum(beta, uniform.expand(N))), temperature)) / grid
+    assert expected == pytest.approx(
+        by_definition(beta, temperature, seed), abs=2 / grid * by_definition(0, temperature, seed)
+    )
 
 
-def test_steps_that_a_chain_has_weigh_the_same() -> None:
-    draft, columns, target, mask = batch(2)
-    loss, lengths = CurriculumLoss(), torch.tensor([1, 4, 2, 3, 1])
-    of_all = loss.of_steps(followed(draft, columns, target, mask, ALL)).view(S, N)
-    expected = sum(float(of_all[:length, chain].sum()) for chain, length in enumerate(lengths.tolist())) / N
-    assert float(loss(followed(draft, columns, target, mask, lengths), N)) == pytest.approx(expected)
+def test_first_steps_are_all_learned_from_and_the_last_too_without_a_curriculum() -> None:
+    """Whatever the numbers drawn, and where the first step has no loss at all or one that is no number."""
+    draft, columns, target, mask = batch(6, torch.float32)
+    for extreme in (1e9, torch.nan):
+        draft[0, 0, :], draft[0, 0, columns[0, 0, 0]] = 0.0, extreme
+        target[0, 0, 1:] = -torch.inf
+        for uniform in (torch.zeros(N), torch.full((N,), 1 - 2**-24)):
+            steps = followed(all_steps(draft, columns, target, mask), Curriculum(0.3, uniform))
+            assert len(steps[0].chains) == N
+            assert all(set(b.chains.tolist()) <= set(a.chains.tolist()) for a, b in pairwise(steps))
+    draft[0, 0, columns[0, 0, 0]] = 1e9
+    steps = followed(all_steps(draft, columns, target, mask), Curriculum(0.0, torch.full((N,), 1 - 2**-24)))
+    assert len(steps[-1].chains) == N
 
 
 def test_chains_are_shorter_the_worse_the_first_step_is() -> None:
     draft, columns, target, mask = batch(2)
-    uniform = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
-    mean_lengths = []
+    num_steps = []
     for boost in (0.0, 3.0, 6.0):
-        good = draft[:, 0].scatter_add(-1, columns[:, 0], torch.full_like(target[:, 0], boost))
-        first = ChainSteps(good, columns[:, 0], target[:, 0], mask[:, 0])
-        lengths = [CurriculumLoss(beta=1.0).lengths(first, each.expand(N), S) for each in uniform]
-        mean_lengths.append(float(torch.stack(lengths).double().mean()))
-    assert mean_lengths == sorted(mean_lengths)
-    assert mean_lengths[0] < 0.8 * mean_lengths[2]
+        good = draft.clone()
+        good[:, 0].scatter_add_(-1, columns[:, 0], torch.full_like(target[:, 0], boost))
+        steps, numbers = all_steps(good, columns, target, mask), torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+        each = [followed(steps, Curriculum(1.0, uniform.expand(N))) for uniform in numbers]
+        num_steps.append(sum(len(step.chains) for found in each for step in found))
+    assert num_steps == sorted(num_steps)
+    assert num_steps[0] < 0.8 * num_steps[2]
 
 
 def test_gradient_agrees_with_finite_differences() -> None:
+    """And does not flow through the choice of chains."""
     draft, columns, target, mask = batch(3)
 
-    def of(logits: torch.Tensor) -> torch.Tensor:
-        return CurriculumLoss(temperature=2.0)(followed(logits, columns, target, mask, ALL), N)
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return divergence(all_steps(logits, columns, target, mask), 2.0)
 
-    assert torch.autograd.gradcheck(of, draft.requires_grad_())
+    assert torch.autograd.gradcheck(loss, draft.requires_grad_())
+    curriculum = Curriculum(0.3, torch.full((N,), 0.5, dtype=torch.float64))
+    assert not curriculum(all_steps(draft, columns, target, mask)[0]).requires_grad
 
 
 def test_places_without_a_token_and_masked_steps_are_nothing() -> None:
@@ -111,8 +124,8 @@ def test_places_without_a_token_and_masked_steps_are_nothing() -> None:
     padded_columns = torch.cat((columns, torch.zeros(N, S, 2, dtype=torch.int64)), -1)
     padded_target = torch.cat((target, torch.full((N, S, 2), -torch.inf, dtype=target.dtype)), -1)
     noisy = draft.clone().masked_fill_(~mask[..., None], 1e4).requires_grad_()
-    loss = CurriculumLoss()(followed(noisy, padded_columns, padded_target, mask, ALL), N)
-    assert loss.item() == pytest.approx(CurriculumLoss()(followed(draft, columns, target, mask, ALL), N).item())
+    loss = divergence(all_steps(noisy, padded_columns, padded_target, mask))
+    assert loss.item() == pytest.approx(divergence(all_steps(draft, columns, target, mask)).item())
     (gradient,) = torch.autograd.grad(loss, noisy)
     assert gradient.isfinite().all()
     assert not gradient[~mask].any()
@@ -124,7 +137,7 @@ def test_mass_outside_the_targets_tokens_counts_as_wrong() -> None:
     wrong = draft + torch.where(inside, 0.0, 2.0)
 
     def loss(logits: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        return CurriculumLoss()(followed(logits, columns, target, mask, ALL), N)
+        return divergence(all_steps(logits, columns, target, mask))
 
     assert loss(wrong, columns) > loss(draft, columns)
     own = torch.arange(K).expand(N, S, K)

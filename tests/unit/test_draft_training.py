@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from adapters.chain_unroll import unroll_chains
+from adapters.chain_unroll import ChainWalk
 from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
 from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
 from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
@@ -282,22 +282,22 @@ def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
     starts = torch.tensor([0, 3, 4, 49, 100, 131, 132])
     learned = [g, draft.qkv_proj.weight.requires_grad_(), draft.down_proj.weight.requires_grad_()]
     unroller = Unroller(draft, target, torch.ones(3 * spec.hidden_size))
-    steps = [step.flatten(0, 1)[starts] for step in unroller.unroll(g, token_ids, positions, 4)]
-    for wanted in ([4] * 7, [1, 4, 3, 1, 2, 3, 1], [1] * 7):
+    from_all = [step.flatten(0, 1)[starts] for step in unroller.unroll(g, token_ids, positions, 4)]
+    for wanted in ([4] * 7, [1, 4, 3, 1, 2, 3, 1], [1, 2, 1, 1, 1, 1, 1]):
         lengths = torch.tensor(wanted)
-        from_all = torch.cat([step[lengths > number] for number, step in enumerate(steps)])
-
-        def lengths_of(first: torch.Tensor, lengths: torch.Tensor = lengths) -> torch.Tensor:
-            torch.testing.assert_close(first, steps[0])
-            return lengths
-
-        from_some, given = unroll_chains(draft, target, None, g, token_ids, positions, starts, lengths_of)
-        assert given is lengths
-        torch.testing.assert_close(from_some, from_all)
-        weights_of_all = torch.randn_like(from_all)
+        walk = ChainWalk(draft, target, None, g, token_ids, positions, starts)
+        found, expected = [walk.head_input], [from_all[0]]
+        for number in range(1, max(wanted)):
+            walk.advance(lengths[walk.chains] > number)
+            assert torch.equal(walk.chains, (lengths > number).nonzero().flatten())
+            found.append(walk.head_input)
+            expected.append(from_all[number][walk.chains])
+        ours, theirs = torch.cat(found), torch.cat(expected)
+        torch.testing.assert_close(ours, theirs)
+        counts = torch.randn_like(ours)
         for one, other in zip(
-            torch.autograd.grad((from_some * weights_of_all).sum(), learned),
-            torch.autograd.grad((from_all * weights_of_all).sum(), learned, retain_graph=True),
+            torch.autograd.grad((ours * counts).sum(), learned),
+            torch.autograd.grad((theirs * counts).sum(), learned, retain_graph=True),
             strict=True,
         ):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -186,7 +186,7 @@ def test_version_better_than_a_bad_one_must_not_be_worse_than_the_base() -> None
 
 def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -> None:
     clock = [0.0]
-    trigger = UpdateTrigger(PaceConfig(), batch_positions=64, clock=lambda: clock[0])
+    trigger = UpdateTrigger(PaceConfig(outlook_seconds=600), batch_positions=64, clock=lambda: clock[0])
     assert not trigger.wants_update(63, 63)
     assert trigger.wants_update(64, 64)
     for _ in range(120):  # ten steps a second

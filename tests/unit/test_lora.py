@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from adapters.chains import collate
 from adapters.lora import Lora
 from engine.adapters_config import LoraTarget
 from engine.models.eagle3 import Eagle3
 from engine.models.lora import adapted_rows, draft_fingerprint, lora_layout
-from tests.tiny_drafts import make_draft_directory, random_draft
+from tests.drifting_traffic import DriftingTraffic, TinyDraft
+from tests.tiny_drafts import WEIGHTS, make_draft_directory, random_draft
 from tests.tiny_models import make_directory
 
 ALL: tuple[LoraTarget, ...] = ("q", "k", "v", "o", "fc", "gate_up", "down")
@@ -30,14 +32,11 @@ def trained(draft: Eagle3, targets: tuple[LoraTarget, ...], rank: int = 4) -> Lo
     return lora
 
 
-HOOKS = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "output", "fc": "fc", "gate_up": "gate_up", "down": "down"}
-
-
 def added(lora: Lora, draft: Eagle3, target: LoraTarget, x: torch.Tensor) -> torch.Tensor:
-    """What the product of a target's weight gains."""
-    weight = draft.get_parameter(adapted_rows(draft.config, target).name)
-    out = torch.zeros(len(x), len(weight))
-    lora.add_to(out, x, HOOKS[target])
+    """What the product of a target's matrix gains."""
+    matrix = adapted_rows(draft.config, target).matrix
+    out = torch.zeros(len(x), len(draft.get_parameter(WEIGHTS[matrix])))
+    lora.add_to(out, x, matrix)
     return out
 
 
@@ -48,13 +47,20 @@ def inputs(draft: Eagle3, target: LoraTarget) -> torch.Tensor:
 def forward(draft: Eagle3, lora: Lora | None) -> torch.Tensor:
     """All of the draft but attention."""
     torch.manual_seed(0)
-    features = torch.randn(5, draft.fc.in_features)
-    g = draft.fuse(features)
-    if lora is not None:
-        lora.add_to(g, features, "fc")
+    g = draft.fuse(torch.randn(5, draft.fc.in_features), lora)
     q, k, v = draft.qkv(torch.randn(5, draft.config.hidden_size), g, lora)
     mixed = q + (k + v).repeat_interleave(draft.config.num_heads // draft.config.num_kv_heads, dim=1)
     return draft.output(g, mixed, lora)
+
+
+def merged(draft: Eagle3, lora: Lora) -> dict[str, torch.Tensor]:
+    """The adapted weights, differentiable in the adapter's tensors."""
+    weights = {name: weight.clone() for name, weight in draft.named_parameters()}
+    for target in lora.targets:
+        rows = adapted_rows(draft.config, target)
+        delta = lora.scale * lora.tensors[f"{target}.b"] @ lora.tensors[f"{target}.a"]
+        weights[WEIGHTS[rows.matrix]][rows.start : rows.end] += delta
+    return weights
 
 
 def test_fresh_adapter_changes_nothing_and_is_the_same_for_the_same_key(draft: Eagle3) -> None:
@@ -76,14 +82,26 @@ def test_only_the_rows_of_a_target_change_and_by_what_the_adapter_says(draft: Ea
     torch.testing.assert_close(gain[:, inside], wanted)
 
 
-@pytest.mark.parametrize("target", ALL)
-def test_forward_pass_is_that_of_merged_weights(draft: Eagle3, target: LoraTarget) -> None:
-    lora, rows, merged = trained(draft, (target,)), adapted_rows(draft.config, target), deepcopy(draft)
-    with torch.no_grad():
-        delta = lora.scale * lora.tensors[f"{target}.b"] @ lora.tensors[f"{target}.a"]
-        merged.get_parameter(rows.name)[rows.start : rows.end] += delta
-    torch.testing.assert_close(forward(draft, lora), forward(merged, None))
-    assert not torch.allclose(forward(draft, lora), forward(draft, None))
+def test_chains_and_gradients_are_those_of_merged_weights(tmp_path: Path) -> None:
+    tiny = TinyDraft.make(tmp_path)
+    draft = tiny.chains.draft
+    segments = [answer.segment() for answer in DriftingTraffic(tiny.chains).answers(2)]
+    features = torch.randn(len(segments), len(segments[0].positions), draft.fc.in_features).bfloat16()
+    batch = collate([replace(each, inputs=row) for each, row in zip(segments, features, strict=True)], 3)
+    tokens = torch.arange(len(tiny.chains.target.head))
+    for targets in (*((target,) for target in ALL), ALL):
+        lora = trained(draft, targets)
+        found = []
+        for weights in (lora, merged(draft, lora), {}):
+            steps = tiny.chains.steps(batch, weights, tokens)
+            found.append(torch.cat([step.logits for step in steps]))
+        ours, theirs, base = found
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+        assert (theirs - base).abs().mean() > 10 * (ours - theirs).abs().mean()
+        counts, tensors = torch.randn_like(ours), list(lora.tensors.values())
+        one, other = (torch.autograd.grad((each * counts).sum(), tensors) for each in (ours, theirs))
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * float(b.abs().max()))
 
 
 def test_query_and_value_rows_are_where_the_draft_looks_for_them(draft: Eagle3) -> None:

@@ -20,14 +20,14 @@ from engine.batch import Features
 from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3 import Eagle3, Eagle3Config
 from engine.models.llama import RotaryEmbedding
-from engine.models.lora import MATRICES, adapted_rows
+from engine.models.lora import adapted_rows
 from engine.models.native_eagle3 import WEIGHT_TYPE, NativeEagle3
 from engine.models.registry import validate_model_files
 from engine.spec.eagle_network import EagleNetwork, TorchEagleNetwork
 from kernels import native
 from kernels.batched_lora import LoraPart, LoraRows
 from tests.ragged_batches import RaggedSequences, attention_spec
-from tests.tiny_drafts import random_draft
+from tests.tiny_drafts import WEIGHTS, random_draft
 from tests.tiny_models import make_directory
 
 pytestmark = pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
@@ -99,15 +99,14 @@ def random_adapters(draft: Eagle3, num_slots: int, targets: Sequence[LoraTarget]
         rows = adapted_rows(draft.config, target)
         a = torch.randn(num_slots, 8, rows.num_inputs) / rows.num_inputs**0.5
         b = torch.randn(num_slots, rows.end - rows.start, 8) / 8**0.5
-        parts.append(LoraPart(rows.start, rows.end, a.bfloat16(), b.bfloat16(), MATRICES[rows.name]))
+        parts.append(LoraPart(rows.start, rows.end, a.bfloat16(), b.bfloat16(), rows.matrix))
     return parts
 
 
 def with_merged_weights(draft: Eagle3, parts: list[LoraPart], slot: int) -> Eagle3:
     merged = deepcopy(draft)
-    names = {matrix: name for name, matrix in MATRICES.items()}
     for part in parts:
-        merged.get_parameter(names[part.matrix])[part.start : part.end] += part.b[slot].float() @ part.a[slot].float()
+        merged.get_parameter(WEIGHTS[part.matrix])[part.start : part.end] += part.b[slot].float() @ part.a[slot].float()
     return merged
 
 
