@@ -99,7 +99,9 @@ def eager_config(directory: Path, url: str) -> AdaptersConfig:
     return make_alignment(directory / "shared", url, "osd").model_copy(
         update={
             "state_directory": directory / "state",
-            "training": TrainingConfig(method="osd", learning_rate=0.3, horizon=4, updates_per_version=8),
+            "training": TrainingConfig(
+                method="osd", learning_rate=0.3, horizon=4, updates_per_version=8, updates_per_batch=12
+            ),
             "replay": ReplayConfig(segment_positions=32, context_positions=8),
             "guard": GuardConfig(min_held_out=24, min_watched=32, watched_records=128),
             "pace": PaceConfig(step_seconds=10.0),
@@ -126,7 +128,7 @@ def test_a_worker_distils_the_whole_draft_of_a_serving_engine(tmp_path: Path, va
         assert rounds < MAX_ROUNDS, f"acceptance {served.acceptance}, at first {before.acceptance}"
         served = serve(engine, prompts, sampling)
         assert served.outputs == before.outputs
-        for _ in range(8):
+        for _ in range(24):
             worker.step()
     stats = engine.core.stats().alignment
     assert stats is not None
