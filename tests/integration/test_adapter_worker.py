@@ -195,13 +195,15 @@ def test_poisoned_version_is_taken_back(config: AdaptersConfig, draft: TinyDraft
     store.save_state(state)
     engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
     normal = engine.acceptance(answers[160:])
-    engine.serve(answers[:1])
+    num_logged = engine.serve(answers[:1])
     step_until(worker, lambda: engine.version("t") > 0)
     assert engine.acceptance(answers[160:]) < 0.5 * normal
     num_records = 0
     while engine.version("t") and num_records <= 300:
-        num_records += engine.serve([answers[num_records % 160]])
-        engine.serve([answers[(num_records + 1) % 160]], is_control=True)
+        served = engine.serve([answers[num_records % 160]])
+        num_records += served
+        num_logged += served + engine.serve([answers[(num_records + 1) % 160]], is_control=True)
+        wait_until_written(engine, num_logged)  # it is sent by the clock
         for _ in range(2):
             worker.step()
     assert num_records <= 300
@@ -423,6 +425,10 @@ def launch(config: AdaptersConfig, draft: TinyDraft) -> subprocess.Popen[bytes]:
     )
     environment = os.environ | {CONFIG_VARIABLE: whole.model_dump_json(), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-m", "adapters.worker"], env=environment)
+
+
+def wait_until_written(engine: MadeUpEngine, num_records: int) -> None:
+    wait_for(lambda: engine.log.stats().num_written >= num_records)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
