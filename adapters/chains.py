@@ -103,7 +103,7 @@ class ChainStep:
 Weights = Mapping[str, torch.Tensor] | Lora
 """Of a draft: those that differ from the base's, by name; or an adapter of it."""
 GoesOn = Callable[[ChainStep], torch.Tensor]
-"""Which of the chains of a step are followed to the next, [n] bool."""
+"""Which of the chains of a step are followed to the next, if there is one, [n] bool; called once for each step."""
 
 
 def to_the_end(step: ChainStep) -> torch.Tensor:
@@ -134,7 +134,8 @@ class Chains(nn.Module):
             chains, number = walk.chains, len(steps)
             of_target = (each[chains, number] for each in (columns, batch.top_logits, batch.mask))
             steps.append(ChainStep(number, chains, walk.head_input @ rows.T, *of_target))
-            if len(steps) == batch.mask.shape[1] or not (stays := goes_on(steps[-1])).any():
+            stays = goes_on(steps[-1])
+            if len(steps) == batch.mask.shape[1] or not stays.any():
                 return steps
             walk.advance(stays)
 

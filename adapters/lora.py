@@ -82,8 +82,7 @@ class Lora:
     def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix) -> None:
         """Beside the draft's products (``engine.models.eagle3.Additions``), differentiable in the adapter's tensors.
 
-        The adapted weights themselves are never made, so neither are their gradients, which would cost a third of a
-        backward pass.
+        The adapted weights themselves are never made, so neither are their gradients.
         """
         for target in self.targets:
             rows = adapted_rows(self.config, target)

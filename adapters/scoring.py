@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from adapters.chains import Chains, ChainStep, Weights, collate
+from adapters.chains import ChainBatch, Chains, ChainStep, Weights, collate
 from adapters.curriculum_loss import divergence
 from adapters.records import Segment
 
@@ -136,18 +136,21 @@ class Scoring:
         batch = collate([segment], self._horizon)
         tokens = torch.unique(torch.cat((batch.wanted_ids, self._tokens)))
         for side in sides:
-            steps = self._chains.steps(batch, side.weights, tokens, _is_right)
-            accepted = torch.zeros(len(batch.starts))
-            for step in steps:
-                accepted[step.chains] += _is_right(step)
-            loss = float(divergence(steps[:1])) * len(batch.starts)
-            side.known[segment] = _SegmentScore(accepted, loss)
+            side.known[segment] = _score(self._chains, batch, side.weights, tokens)
         return True
 
 
-def _is_right(step: ChainStep) -> torch.Tensor:
-    """Where the draft names the target's most likely token; no chain needs to be followed beyond one where not."""
-    return (step.logits.argmax(-1) == step.columns[:, 0]) & step.mask
+def _score(chains: Chains, batch: ChainBatch, weights: Weights, tokens: torch.Tensor) -> _SegmentScore:
+    accepted = torch.zeros(len(batch.starts))
+
+    def is_right(step: ChainStep) -> torch.Tensor:
+        """Where the draft names the target's most likely token; no chain needs to be followed beyond one where not."""
+        right = (step.logits.argmax(-1) == step.columns[:, 0]) & step.mask
+        accepted[step.chains] += right
+        return right
+
+    first = chains.steps(batch, weights, tokens, is_right)[0]
+    return _SegmentScore(accepted, float(divergence([first])) * len(batch.starts))
 
 
 def _mean(segments: Sequence[Segment], of_segments: Sequence[_SegmentScore]) -> Score:
