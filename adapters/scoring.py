@@ -136,11 +136,11 @@ class Scoring:
         batch = collate([segment], self._horizon)
         tokens = torch.unique(torch.cat((batch.wanted_ids, self._tokens)))
         for side in sides:
-            side.known[segment] = _score(self._chains, batch, side.weights, tokens)
+            side.known[segment] = _segment_score(self._chains, batch, side.weights, tokens)
         return True
 
 
-def _score(chains: Chains, batch: ChainBatch, weights: Weights, tokens: torch.Tensor) -> _SegmentScore:
+def _segment_score(chains: Chains, batch: ChainBatch, weights: Weights, tokens: torch.Tensor) -> _SegmentScore:
     accepted = torch.zeros(len(batch.starts))
 
     def is_right(step: ChainStep) -> torch.Tensor:
