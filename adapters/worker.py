@@ -42,7 +42,6 @@ log = structlog.get_logger(__name__)
 
 _BATCH = 256
 _MAX_BATCHES = 16
-_WAIT = 0.2
 _TICK = 1.0
 
 
@@ -100,7 +99,7 @@ class AdapterWorker:
         has_worked = self._work()
         if not self._read_all() and not has_worked:
             # Not woken by the next record: on a busy machine every waking takes a core from the engine.
-            time.sleep(_WAIT)
+            time.sleep(self._config.log.interval_seconds)
         if time.monotonic() - self._ticked_at >= _TICK:
             self._ticked_at = time.monotonic()
             self._tick()

@@ -54,6 +54,12 @@ class LogConfig(_Section):
         description="Tokens before a request's first draft that are logged with it: the draft attends to them.",
     )
     ring_rows: int = Field(default=16384, ge=64, description="Feature rows in shared memory.")
+    interval_seconds: float = Field(
+        default=1.0,
+        gt=0,
+        description="How long few records wait to be sent, and the worker before it looks for more: each time takes a "
+        "core from the engine for some milliseconds.",
+    )
 
 
 class TrainingConfig(_Section):

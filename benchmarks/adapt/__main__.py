@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,7 @@ from rich.console import Console
 from benchmarks.adapt.parts import LOAD_TENANT, PARTS, SWITCH_TENANT
 from benchmarks.adapt.record import Plan, Prompts, Record
 from benchmarks.adapt.report import report
-from benchmarks.adapt.server import serving
+from benchmarks.adapt.server import Server, serving
 from benchmarks.adapt.sides import KINDS, SIDES, Vocabularies, make_side
 from benchmarks.adapt.summary import summary
 from benchmarks.common.drafting import Drafting, DraftLength
@@ -56,21 +57,38 @@ def measure(plan: Plan, name: str, console: Console) -> None:
     prompts = chosen_prompts(plan)
     sides = [make_side(side, plan.vocabularies, plan.options) for side in plan.sides]
     record = Record(path, plan, environment())
-    names = [*plan.domains, SWITCH_TENANT, LOAD_TENANT]
-    with ExitStack() as stack:
-        servers = [stack.enter_context(serving(side, plan.model, plan.drafting, names)) for side in sides]
-        console.print(f"[dim]{plan.part}: {', '.join(plan.sides)} ready, {plan.seconds:.0f} s to measure[/dim]")
-
-        async def run() -> None:
-            for server in servers:
-                await server.ask(prompts.stream[plan.domains[0]][-1], names[0], WARMUP_TOKENS)
-            await PARTS[plan.part](plan, prompts, servers, record)
-
-        uvloop.run(run())
+    for stage in _stages(plan):
+        with ExitStack() as stack:
+            names = [*stage.domains, SWITCH_TENANT, LOAD_TENANT]
+            servers = [stack.enter_context(serving(side, plan.model, plan.drafting, names)) for side in sides]
+            console.print(
+                f"[dim]{plan.part}, {', '.join(stage.domains)}: {', '.join(plan.sides)} ready, "
+                f"{stage.seconds:.0f} s to measure[/dim]"
+            )
+            uvloop.run(_carry_out(stage, prompts, servers, record))
     record.content["summary"] = summary(record.content)
     record.save()
     report(record.content, path.with_suffix(".png"), console)
     console.print(f"{path}, {path.with_suffix('.png')}")
+
+
+def _stages(plan: Plan) -> list[Plan]:
+    """What is measured by the same servers.
+
+    Where their memory lies makes servers with the same settings differ by up to 4 % in speed
+    (docs/decisions/034-a-server-for-each-domain.md): part ``gain`` has others for each domain, so that its mean is over
+    several.
+    """
+    if plan.part != "gain":
+        return [plan]
+    return [replace(plan, domains=[domain], seconds=plan.seconds / len(plan.domains)) for domain in plan.domains]
+
+
+async def _carry_out(stage: Plan, prompts: Prompts, servers: Sequence[Server], record: Record) -> None:
+    domain = stage.domains[0]
+    for server in servers:
+        await server.ask(prompts.stream[domain][-1], domain, WARMUP_TOKENS)
+    await PARTS[stage.part](stage, prompts, servers, record)
 
 
 def _plans(parts: Sequence[str], quick: bool, minutes: float | None, **options: Any) -> list[Plan]:

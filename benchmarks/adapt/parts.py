@@ -28,16 +28,14 @@ _LEFT = 3600.0
 
 
 async def gain(plan: Plan, prompts: Prompts, servers: Sequence[Server], record: Record) -> None:
-    """For each domain, a tenant of its own: a stream, then held-out prompts by all sides in turn."""
-    each = STREAM_SHARE * plan.seconds / max(1, len(_learning(servers)) * len(plan.domains))
-    for domain in plan.domains:
-        for server in _learning(servers):
-            if server.side.key_scope == "global" and domain != plan.domains[0]:
-                await server.reset(domain)  # what it learned of the domain before would count
-            await _stream(server, domain, prompts.stream[domain], each, plan, record)
-            await _freeze([server], [domain])
-        left = (1 - STREAM_SHARE) * plan.seconds / len(plan.domains)
-        await _held_out(servers, {domain: domain}, HELD_OUT, prompts, plan, record, left)
+    """A stream of the plan's only domain, then held-out prompts by all sides in turn."""
+    (domain,) = plan.domains
+    each = STREAM_SHARE * plan.seconds / max(1, len(_learning(servers)))
+    for server in _learning(servers):
+        await _stream(server, domain, prompts.stream[domain], each, plan, record)
+        await _freeze([server], [domain])
+    left = (1 - STREAM_SHARE) * plan.seconds
+    await _held_out(servers, {domain: domain}, HELD_OUT, prompts, plan, record, left)
 
 
 async def switch(plan: Plan, prompts: Prompts, servers: Sequence[Server], record: Record) -> None:

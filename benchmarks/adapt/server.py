@@ -38,14 +38,15 @@ _SEGMENT_SECONDS = 6.0
 
 @dataclass(frozen=True)
 class Answer:
-    """One request. ``at``: its start, seconds of ``time.monotonic``; ``steps`` verified drafts, of which ``accepted``
-    tokens were right; ``version`` of the adapter, 0: the base draft."""
+    """One request. ``at``: its start, seconds of ``time.monotonic``; ``first``: seconds to its first token; ``steps``
+    verified drafts, of which ``accepted`` tokens were right; ``version`` of the adapter, 0: the base draft."""
 
     tenant: str
     domain: str
     prompt: str
     at: float
     seconds: float
+    first: float
     tokens: int
     steps: int
     accepted: int
@@ -92,6 +93,7 @@ class Server:
             prompt=prompt.id,
             at=at,
             seconds=result.end - result.start,
+            first=(result.token_times or [result.end])[0] - result.start,
             tokens=result.completion_tokens,
             steps=drafts.num_spec_steps,
             accepted=drafts.num_accepted_draft_tokens,
@@ -127,12 +129,6 @@ class Server:
         for tenant in tenants:
             self._command(tenant, "unfreeze")
         await self._wait(lambda: not any(self.adapter(tenant)["is_frozen"] for tenant in tenants))
-
-    async def reset(self, tenant: str) -> None:
-        """Let the worker forget a tenant's adapter and all it could learn from, and begin to learn."""
-        await self._wait(lambda: self.status()[0].get("lag") == 0)
-        self._command(tenant, "reset")
-        await self._wait(lambda: not self.adapter(tenant)["is_frozen"] and not self.adapter(tenant)["num_updates"])
 
     def child(self, module: str) -> psutil.Process | None:
         """The engine's process, or the worker's."""

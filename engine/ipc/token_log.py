@@ -7,6 +7,7 @@ gets each record at least once (``TokenLogReader``). Imports no torch.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ log = structlog.get_logger(__name__)
 _FIELD = b"record"
 _WRITE_TIMEOUT = 1.0
 _READ_TIMEOUT = 2.0
-_FLUSH_INTERVAL = 0.2  # of few records, the call costs more than the records
+_LOOK_INTERVAL = 0.1
 _RETRY_INTERVAL = 0.5
 _BATCH_SIZE = 64  # packing one holds the GIL for about half a millisecond
 
@@ -57,11 +58,14 @@ class TokenLog:
         queue_size: records that may wait for the writer thread.
         max_records: about how many records the stream keeps, the newest; at half to one KB each they must fit into
             Redis's memory, since a stream is never evicted.
+        interval: seconds that fewer records than a batch wait: of few, the call costs more than the records.
     """
 
-    def __init__(self, url: str, stream: str, queue_size: int = 4096, max_records: int = 50_000) -> None:
+    def __init__(
+        self, url: str, stream: str, queue_size: int = 4096, max_records: int = 50_000, interval: float = 0.2
+    ) -> None:
         self._redis = _connect(url, _WRITE_TIMEOUT)
-        self._stream = stream
+        self._stream, self._interval = stream, interval
         self._queue_size, self._max_records = queue_size, max_records
         self._queue: deque[bytes] = deque()
         # Each counter is written by one thread only.
@@ -90,8 +94,11 @@ class TokenLog:
 
     def _run(self) -> None:
         # It looks at the queue by the clock, since being woken would cost the engine a lock for each record.
-        while not self._closing.wait(_FLUSH_INTERVAL):
-            self._flush()
+        flushed_at = time.monotonic()
+        while not self._closing.wait(min(self._interval, _LOOK_INTERVAL)):
+            if len(self._queue) >= _BATCH_SIZE or time.monotonic() - flushed_at >= self._interval:
+                self._flush()
+                flushed_at = time.monotonic()
         self._flush()
 
     def _flush(self) -> None:

@@ -112,7 +112,10 @@ class VerifyLog:
         except SharedMemoryError as error:
             raise ModelError(f"alignment: no feature ring: {error}") from error
         self._look_at = 0.0
-        self._log = TokenLog(config.redis_url, config.log.stream, max_records=config.log.max_records)
+        options = config.log
+        self._log = TokenLog(
+            config.redis_url, options.stream, max_records=options.max_records, interval=options.interval_seconds
+        )
         self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
         self._introduced: set[str] = set()
         """Requests whose context was logged."""

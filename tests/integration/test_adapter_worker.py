@@ -78,7 +78,7 @@ def make_config(directory: Path, url: str) -> AdaptersConfig:
         num_slots=2,
         shared_directory=directory / "shm",
         state_directory=directory / "state",
-        log=LogConfig(stream=f"log:{directory.name}", top_k=8, ring_rows=16384),
+        log=LogConfig(stream=f"log:{directory.name}", top_k=8, ring_rows=16384, interval_seconds=0.05),
         training=TrainingConfig(learning_rate=3e-3, updates_per_version=8),
         replay=ReplayConfig(segment_positions=40, context_positions=8),
         guard=GuardConfig(min_held_out=48, min_watched=32, watched_records=256),
