@@ -45,11 +45,14 @@ def divergence(steps: Sequence[ChainStep], temperature: float = 1.0) -> torch.Te
     over all columns of its logits, so what it gives to tokens outside the target's top-k counts as wrong, as far as
     there are columns for them.
     """
-    total = steps[0].logits.new_zeros(())
-    for step in steps:
-        cross_entropy, entropy = _cross_entropy(step, temperature)
-        total = total + torch.where(step.mask, cross_entropy - entropy, 0.0).sum()
-    return temperature**2 * total / max(1, len(steps[0].chains))
+    total = torch.stack([step_divergence(step, temperature).sum() for step in steps]).sum()
+    return total / max(1, len(steps[0].chains))
+
+
+def step_divergence(step: ChainStep, temperature: float = 1.0) -> torch.Tensor:
+    """The same of each chain [n] in one step; 0 where it has none."""
+    cross_entropy, entropy = _cross_entropy(step, temperature)
+    return temperature**2 * torch.where(step.mask, cross_entropy - entropy, 0.0)
 
 
 def _cross_entropy(step: ChainStep, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

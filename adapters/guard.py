@@ -35,19 +35,24 @@ class Verdict(Enum):
 def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) -> tuple[Verdict, str]:
     """Compare versions on the same held-out positions; the verdict and its reason.
 
-    It is refused if its loss is not below that of the version in force, or its agreement below that of the version in
-    force or of the base by more than the margin and two standard errors of the difference. It is published if its
-    agreement is above that of the base by two standard errors: a smaller loss alone can come from a distribution that
-    is only flatter, such as noise teaches. Above the version in force it need only be at all, with the smaller loss:
-    steps from one good version to the next are too small to be sure of, and what an operator fears is to be worse off
-    than without.
+    It is refused if its loss is above that of the version in force by two standard errors of the difference, or its
+    agreement below that of the version in force or of the base by more than the margin and two standard errors. It is
+    published if its agreement is above that of the base by two standard errors: a smaller loss alone can come from a
+    distribution that is only flatter, such as noise teaches. Above the version in force it need only be at all, with a
+    smaller loss: steps from one good version to the next are too small to be sure of, and what an operator fears is to
+    be worse off than without.
     """
-    if not candidate.loss < current.loss:
-        return Verdict.REFUSE, f"held-out loss {candidate.loss:.4f} is not below {current.loss:.4f}"
-    of_current, of_base = _difference(candidate, current), _difference(candidate, base)
+    more_loss, error = _difference(candidate.losses, current.losses, candidate.requests)
+    if not more_loss <= _OFFLINE_SIGMAS * error:  # NaN too
+        return Verdict.REFUSE, f"held-out loss {candidate.loss:.4f} is surely above {current.loss:.4f}"
+    of_current, of_base = (
+        _difference(candidate.accepted, other.accepted, candidate.requests) for other in (current, base)
+    )
     for name, other, (gain, error) in (("current", current, of_current), ("base", base, of_base)):
         if gain < -config.agreement_margin - _OFFLINE_SIGMAS * error:
             return Verdict.REFUSE, f"held-out agreement {candidate.agreement:.3f}, {name} {other.agreement:.3f}"
+    if not candidate.loss < current.loss:
+        return Verdict.TRAIN_ON, f"held-out loss {candidate.loss:.4f} is not below {current.loss:.4f}"
     gain, error = of_base
     reason = f"{gain:.3f} ± {error:.3f} on the base's {base.agreement:.3f}, {of_current[0]:.3f} on the current"
     if gain <= _OFFLINE_SIGMAS * error or of_current[0] <= 0:
@@ -55,18 +60,18 @@ def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) ->
     return Verdict.PUBLISH, f"held-out agreement gained {reason}"
 
 
-def _difference(score: Score, other: Score) -> tuple[float, float]:
-    """Mean and standard error of how many more tokens are accepted in a chain.
+def _difference(ours: torch.Tensor, theirs: torch.Tensor, requests: torch.Tensor) -> tuple[float, float]:
+    """Mean and standard error of what chains [chains] have more, given whose each is.
 
     The error is that over requests (clusters): neighbouring chains share tokens and differ alike, so taken for
     independent they would look surer than they are. Infinite of very few requests.
     """
-    more = score.accepted - other.accepted
+    more = ours - theirs
     mean = more.mean()
-    count = int(score.requests.max()) + 1
+    count = int(requests.max()) + 1
     if count < _MIN_REQUESTS:
         return float(mean), math.inf
-    of_request = torch.zeros(count).index_add_(0, score.requests, more - mean)
+    of_request = torch.zeros(count).index_add_(0, requests, more - mean)
     error = math.sqrt(count / (count - 1) * float(of_request.square().sum())) / len(more)
     return float(mean), error
 

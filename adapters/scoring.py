@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from adapters.chains import ChainBatch, Chains, ChainStep, Weights, collate
-from adapters.curriculum_loss import divergence
+from adapters.curriculum_loss import step_divergence
 from adapters.records import Segment
 
 _RANDOM_ROWS = 2048
@@ -33,16 +33,18 @@ class Score:
     loss: float
     accepted: torch.Tensor
     """[chains] float32, of which ``agreement`` is the mean"""
+    losses: torch.Tensor
+    """[chains] float32, of which ``loss`` is the mean"""
     requests: torch.Tensor
     """[chains] int64, which request each chain is of; chains of one request are alike."""
 
 
 @dataclass(frozen=True)
 class _SegmentScore:
+    """[chains] float32 each."""
+
     accepted: torch.Tensor
-    """[chains] float32"""
-    loss: float
-    """Sum over chains."""
+    losses: torch.Tensor
 
 
 Known = WeakKeyDictionary[Segment, _SegmentScore]
@@ -150,7 +152,8 @@ def _segment_score(chains: Chains, batch: ChainBatch, weights: Weights, tokens: 
         return right
 
     first = chains.steps(batch, weights, tokens, is_right)[0]
-    return _SegmentScore(accepted, float(divergence([first])) * len(batch.starts))
+    losses = torch.zeros(len(batch.starts)).index_copy_(0, first.chains, step_divergence(first))
+    return _SegmentScore(accepted, losses)
 
 
 def _mean(segments: Sequence[Segment], of_segments: Sequence[_SegmentScore]) -> Score:
@@ -158,8 +161,8 @@ def _mean(segments: Sequence[Segment], of_segments: Sequence[_SegmentScore]) -> 
     requests = torch.tensor([numbers.setdefault(segment.request_id, len(numbers)) for segment in segments])
     counts = torch.tensor([len(score.accepted) for score in of_segments])
     accepted = torch.cat([score.accepted for score in of_segments])
-    loss = sum(score.loss for score in of_segments) / len(accepted)
-    return Score(float(accepted.mean()), loss, accepted, requests.repeat_interleave(counts))
+    losses = torch.cat([score.losses for score in of_segments])
+    return Score(float(accepted.mean()), float(losses.mean()), accepted, losses, requests.repeat_interleave(counts))
 
 
 def _named(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:

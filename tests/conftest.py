@@ -48,11 +48,15 @@ def server(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iter
 
 @pytest.fixture
 def launch_server(tmp_path: Path, smollm2_path: Path) -> Iterator[Callable[..., RunningServer]]:
-    """Start servers that a test may hurt: ``launch_server("--http.drain_timeout", "5")``."""
+    """Start servers that a test may hurt: ``launch_server("--http.drain_timeout", "5")``.
+
+    They do not measure the costs of drafting at their start, which takes both cores for seconds.
+    """
     started: list[RunningServer] = []
 
     def launch(*options: str, command: str = "serve") -> RunningServer:
-        running = RunningServer(tmp_path / f"log{len(started)}.jsonl", [*SMALL, *options], command)
+        all_options = [*SMALL, "--no-engine.speculation.adaptive", *options]
+        running = RunningServer(tmp_path / f"log{len(started)}.jsonl", all_options, command)
         started.append(running)
         running.wait_until_healthy()
         return running

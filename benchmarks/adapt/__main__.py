@@ -75,9 +75,8 @@ def measure(plan: Plan, name: str, console: Console) -> None:
 def _stages(plan: Plan) -> list[Plan]:
     """What is measured by the same servers.
 
-    Where their memory lies makes servers with the same settings differ by up to 4 % in speed
-    (docs/decisions/034-a-server-for-each-domain.md): part ``gain`` has others for each domain, so that its mean is over
-    several.
+    Servers with the same settings differ in speed by up to 4 % for as long as they live
+    (docs/decisions/034-a-server-for-each-domain.md): part ``gain`` has others for each domain, for a mean over several.
     """
     if plan.part != "gain":
         return [plan]

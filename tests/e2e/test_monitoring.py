@@ -136,7 +136,7 @@ def test_no_panel_is_empty_under_load(
     }
     seed_adapters(tmp_path)
     arguments = [word for option, value in options.items() for word in (f"--{option}", value)]
-    server = launch_server(*arguments, "--no-engine.speculation.adaptive", "--alignment.enabled")
+    server = launch_server(*arguments, "--alignment.enabled")
     with (
         Redis.from_url(valkey_url) as redis,
         running_prometheus(server.base_url, KEYS["prometheus"], free_port, tmp_path) as prometheus,

@@ -1,0 +1,87 @@
+"""Logits of a model through the paged cache, against those of ``transformers``, an independent implementation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine.attention.base import AttentionSpec
+from engine.attention.torch_paged import TorchPagedAttention
+from engine.batch import ForwardBatch
+from engine.models.config import ModelFiles
+from engine.models.llama import LlamaForCausalLM, load_model
+from engine.models.registry import validate_model_files
+from engine.models.weights import open_weights
+
+BLOCK_SIZE = 16
+CPU = torch.device("cpu")
+
+
+class PagedSequences:
+    """Computes sequences step by step through the paged cache, blocks handed out in scattered order."""
+
+    def __init__(self, model: LlamaForCausalLM, sequences: list[list[int]]) -> None:
+        spec = model.spec
+        self.model, self.sequences = model, sequences
+        self.num_computed = [0] * len(sequences)
+        counts = [-(-len(tokens) // BLOCK_SIZE) for tokens in sequences]
+        order = (torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)) + 1).tolist()
+        self.blocks = [[order.pop() for _ in range(count)] for count in counts]
+        self.attention = TorchPagedAttention(
+            AttentionSpec(
+                spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, sum(counts) + 1, BLOCK_SIZE,
+                model.norm.dtype, CPU,
+            )
+        )  # fmt: skip
+
+    def step(self, num_tokens: list[int]) -> list[torch.Tensor]:
+        """Compute the next ``num_tokens[b]`` tokens of every sequence b; returns logits [n, vocab] of each."""
+        token_ids, positions, slots, starts = [], [], [], [0]
+        for tokens, blocks, start, count in zip(
+            self.sequences, self.blocks, self.num_computed, num_tokens, strict=True
+        ):
+            for position in range(start, start + count):
+                token_ids.append(tokens[position])
+                positions.append(position)
+                slots.append(blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE)
+            starts.append(len(token_ids))
+        self.num_computed = [done + count for done, count in zip(self.num_computed, num_tokens, strict=True)]
+        width = max(map(len, self.blocks))
+        tables = [blocks + [0] * (width - len(blocks)) for blocks in self.blocks]
+        flat = [token_ids, positions, starts, self.num_computed, tables, slots]
+        tensors = [torch.tensor(values, dtype=torch.int32) for values in flat]
+        batch = ForwardBatch(*tensors, logits_indices=torch.arange(len(token_ids)))
+        logits = self.model.compute_logits(self.model.forward(batch, self.attention).hidden[batch.logits_indices])
+        return list(logits.split(num_tokens))
+
+
+def load(files: ModelFiles, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    return load_model(open_weights(files), validate_model_files(files), dtype, CPU)
+
+
+def logits_of(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
+    return PagedSequences(model, [token_ids]).step([len(token_ids)])[0]
+
+
+def transformers_model(files: ModelFiles) -> Any:
+    """The float32 model as ``transformers`` loads it; GGUF files are read by its own code."""
+    if files.format == "gguf":
+        return AutoModelForCausalLM.from_pretrained(files.path.parent, gguf_file=files.path.name, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
+
+
+def check_logits(files: ModelFiles, reference: Any, token_ids: list[int], atol: float) -> None:
+    """Compare with ``reference``, of ``transformers``, which is in bfloat16 afterwards: within ``atol`` in float32; in
+    bfloat16 not further from it than its own bfloat16 is, give or take a quarter."""
+    with torch.inference_mode():
+        exact = reference(torch.tensor([token_ids])).logits[0]
+        rounded = reference.to(torch.bfloat16)(torch.tensor([token_ids])).logits[0].float()
+    assert reference.dtype == torch.bfloat16
+    torch.testing.assert_close(logits_of(load(files), token_ids), exact, atol=atol, rtol=0)
+    narrow = logits_of(load(files, torch.bfloat16), token_ids)
+    theirs = (rounded - exact).abs().mean()
+    assert theirs > 0
+    assert (narrow - exact).abs().mean() < 1.25 * theirs
+    assert (narrow - rounded).abs().mean() < 1.5 * theirs
