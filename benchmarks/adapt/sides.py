@@ -96,7 +96,7 @@ def arguments(side: Side, model: str, drafting: Drafting, directory: Path, share
         options |= {f"engine.alignment.{key}": value for key, value in side.options.items()}
     flags = ["--no-engine.cache.prefix_caching"]
     flags += [] if drafting.adaptive else ["--no-engine.speculation.adaptive"]
-    # What does not follow sessions is drafted as others do it.
-    flags += ["--sessions.from_user"] if side.follows_sessions else ["--no-engine.speculation.copies"]
+    flags += ["--no-engine.speculation.copies"]  # it is vocabulary and weights that are compared
+    flags += ["--sessions.from_user"] if side.follows_sessions else []
     flags += ["--alignment.enabled"] if side.aligns else []
     return flags + [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]

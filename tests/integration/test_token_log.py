@@ -230,6 +230,17 @@ def test_what_is_queued_is_written_on_close(valkey: Valkey, reader: TokenLogRead
     assert read_all(reader) == list(range(500))
 
 
+def test_a_whole_batch_does_not_wait_for_the_interval_and_fewer_records_do(valkey: Valkey) -> None:
+    token_log = TokenLog(valkey.url, STREAM, interval=3600)
+    for number in range(65):
+        token_log.log(record(number))
+        if number == 9:
+            time.sleep(1)
+            assert token_log.stats().num_written == 0
+    wait_until(lambda: token_log.stats().num_written == 65)
+    token_log.close()
+
+
 def test_close_does_not_wait_for_a_stopped_redis(valkey: Valkey) -> None:
     token_log = TokenLog(valkey.url, STREAM)
     with valkey.paused():
