@@ -22,21 +22,26 @@ _SEED = 20_260_527
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over chains.
+    """What is known of each chain, [chains] each."""
 
-    ``agreement``: tokens of a chain that name the target's most likely one before the first that does not, the text
-    before each given; what a verification would accept. ``loss``: KL of the first step. (Of all steps with the
-    curriculum's weights, a draft that gets worse at the first would look better: its later ones would count less.)
-    """
-
-    agreement: float
-    loss: float
     accepted: torch.Tensor
-    """[chains] float32, of which ``agreement`` is the mean"""
+    """float32, tokens that name the target's most likely one before the first that does not, the text before each
+    given: what a verification would accept"""
     losses: torch.Tensor
-    """[chains] float32, of which ``loss`` is the mean"""
+    """float32, KL of the first step. (Of all steps with the curriculum's weights, a draft that gets worse at the first
+    would look better: its later ones would count less.)"""
     requests: torch.Tensor
-    """[chains] int64, which request each chain is of; chains of one request are alike."""
+    """int64, which request it is of; chains of one request are alike."""
+
+    @property
+    def agreement(self) -> float:
+        """Mean of ``accepted``."""
+        return float(self.accepted.mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean of ``losses``."""
+        return float(self.losses.mean())
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Scoring:
 
     def scores(self) -> list[Score]:
         """One for each side."""
-        return [_mean(self._segments, [side.known[segment] for segment in self._segments]) for side in self.sides]
+        return [_joined(self._segments, [side.known[segment] for segment in self._segments]) for side in self.sides]
 
     def _score(self, segment: Segment) -> bool:
         """Whether there was anything to do."""
@@ -156,13 +161,13 @@ def _segment_score(chains: Chains, batch: ChainBatch, weights: Weights, tokens: 
     return _SegmentScore(accepted, losses)
 
 
-def _mean(segments: Sequence[Segment], of_segments: Sequence[_SegmentScore]) -> Score:
+def _joined(segments: Sequence[Segment], of_segments: Sequence[_SegmentScore]) -> Score:
     numbers: dict[str, int] = {}
     requests = torch.tensor([numbers.setdefault(segment.request_id, len(numbers)) for segment in segments])
     counts = torch.tensor([len(score.accepted) for score in of_segments])
     accepted = torch.cat([score.accepted for score in of_segments])
     losses = torch.cat([score.losses for score in of_segments])
-    return Score(float(accepted.mean()), float(losses.mean()), accepted, losses, requests.repeat_interleave(counts))
+    return Score(accepted, losses, requests.repeat_interleave(counts))
 
 
 def _named(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,8 +57,9 @@ class LogConfig(_Section):
     interval_seconds: float = Field(
         default=1.0,
         gt=0,
+        le=1,
         description="How long few records wait to be sent, and the worker before it looks for more: each time takes a "
-        "core from the engine for some milliseconds.",
+        "core from the engine for some milliseconds. At most 1: so often the worker reports.",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -73,12 +74,13 @@ def transformers_model(files: ModelFiles) -> Any:
 
 
 def check_logits(files: ModelFiles, reference: Any, token_ids: list[int], atol: float) -> None:
-    """Compare with ``reference``, of ``transformers``, which is in bfloat16 afterwards: within ``atol`` in float32; in
-    bfloat16 not further from it than its own bfloat16 is, give or take a quarter."""
+    """Compare with ``reference``, of ``transformers``: within ``atol`` in float32; in bfloat16 not further from it than
+    its own bfloat16 is, give or take a quarter."""
+    in_bfloat16 = copy.deepcopy(reference).to(torch.bfloat16)
+    assert in_bfloat16.dtype == torch.bfloat16
     with torch.inference_mode():
         exact = reference(torch.tensor([token_ids])).logits[0]
-        rounded = reference.to(torch.bfloat16)(torch.tensor([token_ids])).logits[0].float()
-    assert reference.dtype == torch.bfloat16
+        rounded = in_bfloat16(torch.tensor([token_ids])).logits[0].float()
     torch.testing.assert_close(logits_of(load(files), token_ids), exact, atol=atol, rtol=0)
     narrow = logits_of(load(files, torch.bfloat16), token_ids)
     theirs = (rounded - exact).abs().mean()

@@ -94,9 +94,9 @@ def arguments(side: Side, model: str, drafting: Drafting, directory: Path, share
     if side.aligns:
         options |= {"engine.alignment.state_directory": directory, "engine.alignment.shared_directory": shared}
         options |= {f"engine.alignment.{key}": value for key, value in side.options.items()}
-    flags = ["--no-engine.cache.prefix_caching"]
+    # No copies: it is vocabulary and weights that are compared.
+    flags = ["--no-engine.cache.prefix_caching", "--no-engine.speculation.copies"]
     flags += [] if drafting.adaptive else ["--no-engine.speculation.adaptive"]
-    flags += ["--no-engine.speculation.copies"]  # it is vocabulary and weights that are compared
     flags += ["--sessions.from_user"] if side.follows_sessions else []
     flags += ["--alignment.enabled"] if side.aligns else []
     return flags + [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]

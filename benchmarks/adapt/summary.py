@@ -29,6 +29,19 @@ def speed(answers: Sequence[Row]) -> float | None:
     return sum(answer["tokens"] for answer in answers) / seconds if seconds else None
 
 
+def first_seconds(answers: Sequence[Row]) -> float | None:
+    """Mean time to the first token; None in a record of before it was kept."""
+    known = [answer["first"] for answer in answers if "first" in answer]
+    return fmean(known) if known else None
+
+
+def step_seconds(answers: Sequence[Row]) -> float | None:
+    """Of a verify step, without the time to the first token; None where that is not known."""
+    known = [answer for answer in answers if "first" in answer]
+    steps = sum(answer["steps"] for answer in known)
+    return sum(answer["seconds"] - answer["first"] for answer in known) / steps if steps else None
+
+
 def of(record: Row, **labels: Any) -> list[Row]:
     """The answers with these labels."""
     return [answer for answer in record["answers"] if all(answer[key] == value for key, value in labels.items())]
@@ -98,6 +111,8 @@ def _gain_row(record: Row, side: str, domain: str) -> Row:
         "to_base_error": ratio_error(pairs),
         "tokens_per_second": speed(ours),
         "speed_to_base": speeds[0] / speeds[1] if speeds[0] and speeds[1] else None,
+        "first_seconds": first_seconds(ours),
+        "step_seconds": step_seconds(ours),
         "stream_tokens": sum(answer["tokens"] for answer in stream),
         "stream_minutes": max((answer["at"] + answer["seconds"] for answer in stream), default=0.0) / 60,
         **_last_state(record, side, domain),
@@ -107,7 +122,7 @@ def _gain_row(record: Row, side: str, domain: str) -> Row:
 def _mean_row(rows: Sequence[Row]) -> Row:
     """Means over domains, of ratios too; counts are sums."""
     mean: Row = {"side": rows[0]["side"], "domain": "mean"}
-    for name in ("length", "to_base", "tokens_per_second", "speed_to_base"):
+    for name in ("length", "to_base", "tokens_per_second", "speed_to_base", "first_seconds", "step_seconds"):
         values = [row[name] for row in rows if row[name] is not None]
         mean[name] = fmean(values) if values else None
     errors = [row["to_base_error"] for row in rows if row["to_base_error"] is not None]

@@ -7,7 +7,6 @@ the same in all of them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -50,6 +49,7 @@ TEXTS = [
     "List three prime numbers greater than one hundred and explain why each of them is prime.",
     "Photosynthesis is the process by which green plants and some other organisms use sunlight to",
 ]
+CODE = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + "
 EXCERPTS = [(0, 40), (5, 100), (20, 160), (0, 178), (50, 66)]
 """Longer prompts: these tokens of all texts, two of them with a prefix in common."""
 
@@ -212,6 +212,6 @@ def test_sampled_output_depends_on_the_seed(plain: Engine, prompts: list[list[in
     assert first != second
 
 
-def test_logits(files: ModelFiles, reference: Any, prompts: list[list[int]]) -> None:
+def test_logits(files: ModelFiles, reference: Any) -> None:
     # Measured: 6e-5 apart in float32, where logits have a standard deviation of 6.7.
-    check_logits(files, copy.deepcopy(reference), prompts[-1], atol=5e-4)
+    check_logits(files, reference, Tokenizer.from_files(files).encode(CODE), atol=5e-4)

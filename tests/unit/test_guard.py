@@ -139,7 +139,7 @@ def scored(loss: float, *accepted: float, num_requests: int = 50, spread: float 
     tokens = torch.tensor(accepted, dtype=torch.float32).repeat(50)
     requests = torch.arange(len(tokens)) * num_requests // len(tokens)
     losses = loss + spread * (requests % 2 - 0.5)
-    return Score(float(tokens.mean()), loss, tokens, losses, requests)
+    return Score(tokens, losses, requests)
 
 
 @pytest.mark.parametrize(
@@ -165,8 +165,7 @@ def test_chains_of_few_requests_are_no_proof() -> None:
     for num_requests, every, verdict in ((50, 2, Verdict.PUBLISH), (5, 5, few), (3, all_gain, few), (1, all_gain, few)):
         now = scored(2.0, 1, 1, 1, 1, num_requests=num_requests)
         gained = (now.requests % every == 0).float()
-        accepted = now.accepted + gained
-        candidate = Score(float(accepted.mean()), 1.0, accepted, now.losses - 1.0, now.requests)
+        candidate = Score(now.accepted + gained, now.losses - 1.0, now.requests)
         assert judge(candidate, now, now, CONFIG)[0] is verdict, num_requests
 
 
