@@ -12,6 +12,7 @@ from torch import nn
 from adapters.chain_unroll import ChainWalk
 from adapters.lora import Lora
 from adapters.records import Segment, has_target
+from adapters.text_prior import TextPrior, make_text_prior
 from adapters.unroll import TargetParts
 from engine.models.eagle3 import Eagle3
 
@@ -43,12 +44,22 @@ class ChainBatch:
     """[N, S, k] float32"""
     refused: torch.Tensor
     """Some token ids, int64: drafted and refused"""
+    prior: TextPrior | None = None
+    """What is added to the draft's logits when it is served; None: nothing"""
 
     @cached_property
     def wanted_ids(self) -> torch.Tensor:
-        """Ascending ids of all tokens that the target or the draft preferred somewhere, int64."""
-        ids: torch.Tensor = torch.unique(torch.cat((self.top_ids.flatten(), self.refused)))
+        """Ascending ids of all tokens that the target, the draft or the prior preferred somewhere, int64."""
+        of_prior = [] if self.prior is None else [self.token_ids.flatten()]  # it prefers what the text has had
+        ids: torch.Tensor = torch.unique(torch.cat((self.top_ids.flatten(), self.refused, *of_prior)))
         return ids
+
+    def bonus(self, chains: torch.Tensor, step: int, token_ids: torch.Tensor) -> torch.Tensor | float:
+        """[n, R] of the prior, for some tokens [R] at a step of some chains [n]; 0 without one."""
+        if self.prior is None:
+            return 0.0
+        starts, length = self.starts[chains], self.positions.shape[1]
+        return self.prior.bonus(starts // length, starts % length, step, token_ids)
 
 
 def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
@@ -79,6 +90,7 @@ def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
         top_ids=top_ids[places],
         top_logits=top_logits[places].nan_to_num(nan=_NO_LOGIT, posinf=_NO_LOGIT, neginf=_NO_LOGIT),
         refused=refused[refused >= 0],
+        prior=make_text_prior(segments, size[1]),
     )
 
 
@@ -91,7 +103,7 @@ class ChainStep:
     chains: torch.Tensor
     """[n] int64 ascending"""
     logits: torch.Tensor
-    """[n, R] float32, the draft's for some tokens"""
+    """[n, R] float32, the draft's for some tokens, and the prior's bonus on them"""
     columns: torch.Tensor
     """[n, k] int64, where among them the target's most likely ones are"""
     top_logits: torch.Tensor
@@ -133,7 +145,8 @@ class Chains(nn.Module):
         while True:
             chains, number = walk.chains, len(steps)
             of_target = (each[chains, number] for each in (columns, batch.top_logits, batch.mask))
-            steps.append(ChainStep(number, chains, walk.head_input @ rows.T, *of_target))
+            logits = walk.head_input @ rows.T + batch.bonus(chains, number, token_ids)
+            steps.append(ChainStep(number, chains, logits, *of_target))
             stays = goes_on(steps[-1])
             if len(steps) == batch.mask.shape[1] or not stays.any():
                 return steps

@@ -17,10 +17,13 @@ import torch
 
 from engine.ipc.feature_ring import FeatureRingReader
 from engine.ipc.verify_record import VerifyRecord
+from engine.vocab.prior import NUM_FEATURES
 
 _NO_TOKEN = -1
+_NO_PRIOR = np.zeros(NUM_FEATURES, np.float16)
 _TopIds = np.ndarray[tuple[int, int], np.dtype[np.int32]]
 _TopLogits = np.ndarray[tuple[int, int], np.dtype[np.float16]]
+_Weights = np.ndarray[tuple[int], np.dtype[np.float16]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,8 @@ class Segment:
     """[n] int32, the token that was drafted next and refused, or -1"""
     anchors: torch.Tensor
     """[n] bool: chains that start here are learned; the others are context"""
+    prior: torch.Tensor
+    """[n, NUM_FEATURES] float16, weights of the prior that the engine drafted with after each position; 0: without"""
 
     @property
     def num_anchors(self) -> int:
@@ -62,6 +67,8 @@ class _Rows:
     top_logits: _TopLogits
     refused: list[int]
     is_anchor: bool
+    prior: _Weights
+    """[NUM_FEATURES], of all rows"""
 
 
 @dataclass
@@ -160,6 +167,9 @@ class Assembler:
             return False
         if record.num_context > min(record.position - 1, record.feature_slot):
             return False
+        prior = record.prior_weights()
+        if len(prior) not in (0, NUM_FEATURES) or not np.isfinite(prior).all():
+            return False
         tokens = (record.last_token, record.next_token, *record.drafted)
         in_vocabulary = all(0 <= token < self._vocab_size for token in tokens)
         ids = np.concatenate((record.top_k_arrays()[0].ravel(), record.context_ids()))
@@ -175,7 +185,8 @@ class Assembler:
         if record.num_accepted < min(len(record.drafted), count):
             refused[record.num_accepted] = record.drafted[record.num_accepted]
         token_ids = [record.last_token, *record.drafted[: record.num_accepted]][:count]
-        return _Rows(record.position - 1, token_ids, inputs, top_ids, top_logits, refused, teaches)
+        prior = record.prior_weights() if record.prior else _NO_PRIOR
+        return _Rows(record.position - 1, token_ids, inputs, top_ids, top_logits, refused, teaches, prior)
 
     def _no_target(self, count: int) -> tuple[_TopIds, _TopLogits]:
         """Of positions at which the target's distribution is not known."""
@@ -188,7 +199,8 @@ class Assembler:
             before, count = None, record.num_context
             if count:
                 start, no_tokens = record.position - 1 - count, [_NO_TOKEN] * count
-                before = _Rows(start, record.context_ids().tolist(), context, *self._no_target(count), no_tokens, False)
+                of_target = self._no_target(count)
+                before = _Rows(start, record.context_ids().tolist(), context, *of_target, no_tokens, False, _NO_PRIOR)
             unfinished = self._open[record.request_id] = _Open(key, before)
         return unfinished
 
@@ -243,6 +255,7 @@ class Assembler:
             top_logits=top_logits,
             refused=torch.tensor([token for part in rows for token in part.refused], dtype=torch.int32),
             anchors=torch.tensor(is_anchor) & has_target(top_logits),
+            prior=torch.from_numpy(np.stack([part.prior for part in rows for _ in part.token_ids])),
         )
         return [(unfinished.key, segment)] if segment.num_anchors else []
 

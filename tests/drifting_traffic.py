@@ -27,6 +27,7 @@ from engine.ipc.weight_channel import WeightChannel
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
 from engine.models.registry import validate_model_files
+from engine.vocab.prior import NUM_FEATURES
 from tests.tiny_drafts import make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -55,6 +56,7 @@ class Answer:
             self.top_logits,
             torch.full((LENGTH,), -1, dtype=torch.int32),
             torch.ones(LENGTH, dtype=torch.bool),
+            torch.zeros(LENGTH, NUM_FEATURES, dtype=torch.float16),
         )
 
 

@@ -54,6 +54,8 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Whether ``drafted`` was copied from the text, so that it says nothing of the draft."""
     first_right: bool | None = None
     """Whether the draft's first token was the target's choice, verified or not; None: not asked, or not told."""
+    prior: bytes = b""
+    """float16, little endian: the weights of the prior with which was drafted (``engine.vocab.prior.FEATURES``)."""
 
     @property
     def num_context(self) -> int:
@@ -63,6 +65,10 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     def context_ids(self) -> npt.NDArray[np.int32]:
         """Token ids [num_context]."""
         return np.frombuffer(self.context, dtype="<i4")
+
+    def prior_weights(self) -> npt.NDArray[np.float16]:
+        """Of each feature; none: without a prior."""
+        return np.frombuffer(self.prior, dtype="<f2")
 
     def top_k_arrays(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
         """Token ids [steps, k] and their logits [steps, k]."""
@@ -80,6 +86,11 @@ def pack_ids(ids: Sequence[int]) -> bytes:
     return np.array(ids, dtype="<i4").tobytes()
 
 
+def pack_weights(weights: npt.NDArray[np.floating]) -> bytes:
+    """``prior`` of weights."""
+    return weights.astype("<f2").tobytes()
+
+
 def encode_record(record: VerifyRecord) -> bytes:
     """MessagePack, an array of the fields in their order."""
     return msgspec.msgpack.encode(record)
@@ -94,8 +105,8 @@ def decode_record(data: bytes) -> VerifyRecord:
     steps, rest = divmod(len(record.top_ids), 4 * record.top_k) if record.top_k > 0 else (0, 1)
     if record.format != FORMAT or rest or len(record.top_logits) != 2 * record.top_k * steps:
         raise RecordError(f"format {record.format}, {len(record.top_ids)} bytes of ids for k = {record.top_k}")
-    if len(record.context) % 4:
-        raise RecordError(f"{len(record.context)} bytes of context")
+    if len(record.context) % 4 or len(record.prior) % 2:
+        raise RecordError(f"{len(record.context)} bytes of context, {len(record.prior)} of a prior's weights")
     return record
 
 

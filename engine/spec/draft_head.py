@@ -146,6 +146,10 @@ class DraftHead:
         levels = zip(requests, lengths, result.sureness.T.tolist(), strict=True)
         return {request.request_id: row[:length] for request, length, row in levels}
 
+    def prior_weights(self, request_id: str) -> NDArray[np.float32] | None:
+        """[NUM_FEATURES] of the prior with which a sequence is drafted for; None: without one."""
+        return None if self.vocab is None else self.vocab.drafted.prior_weights(request_id)
+
     def _of_chains(self, requests: Sequence[Request]) -> tuple[list[int] | None, ChainPrior | None]:
         """The tail and the prior of each."""
         return None, None

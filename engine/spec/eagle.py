@@ -131,7 +131,7 @@ class EagleProposer:
         self.verify_log = None
         """Where verified drafts are to be written down."""
         if adapters is not None:
-            self.verify_log = VerifyLog(adapters, width, self._stored_before, target.team)
+            self.verify_log = VerifyLog(adapters, width, self._stored_before, head.prior_weights, target.team)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:

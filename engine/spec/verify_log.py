@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from engine.ipc.feature_ring import FeatureRing
 from engine.ipc.shared_file import SharedMemoryError, make_private_directory
 from engine.ipc.token_log import TokenLog
-from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k
+from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights
 from engine.messages import AlignmentStats
 from engine.models.config import ModelError
 from engine.request import Request
@@ -89,6 +89,7 @@ class VerifyLog:
         adapters: who drafted.
         width: of a feature.
         features: [T, width] of the positions before the tokens of some pieces.
+        prior_weights: [NUM_FEATURES] of the prior with which a request is drafted for; None: without one.
         team: threads of the compiled kernels (None: the calling one).
 
     Raises:
@@ -100,12 +101,14 @@ class VerifyLog:
         adapters: EagleAdapters,
         width: int,
         features: Callable[[Sequence[Piece]], torch.Tensor],
+        prior_weights: Callable[[str], NDArray[np.float32] | None],
         team: Team | None = None,
     ) -> None:
         config = adapters.config
         if config.redis_url is None:
             raise ModelError("alignment.redis_url is needed: only `evospec serve` has a Redis of its own")
-        self._adapters, self._features, self._team, self._options = adapters, features, team, config.log
+        self._adapters, self._features, self._prior_weights = adapters, features, prior_weights
+        self._team, self._options = team, config.log
         self._make_ring = partial(FeatureRing, config.ring_path, config.log.ring_rows, width)
         try:
             self._ring = self._make_ring()
@@ -260,6 +263,7 @@ class VerifyLog:
         step, request = chosen.step, chosen.step.sequence.request
         assignment = self._adapters.assigned(request.request_id)
         top_ids, top_logits = pack_top_k(chosen.ids, chosen.values)
+        weights = self._prior_weights(request.request_id)
         return VerifyRecord(
             request_id=request.request_id,
             tenant=request.tenant,
@@ -281,4 +285,5 @@ class VerifyLog:
             context=pack_ids(context),
             copied=step.copied,
             first_right=step.first_right,
+            prior=b"" if weights is None or not weights.any() else pack_weights(weights),
         )

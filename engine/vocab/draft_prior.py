@@ -99,6 +99,11 @@ class DraftPrior:
         views, units, weights, texts = zip(*map(self._addresses, sessions), strict=True)
         return native_prior.ChainPrior(views, units, weights, contexts, texts if self.uses_matches else None)
 
+    def applied(self, session: SessionVocab) -> NDArray[np.float32]:
+        """[NUM_FEATURES]: what each feature weighs in a session's next drafts; 0 for those that do not count."""
+        applied: NDArray[np.float32] = self._weights([session])[0] * self._used
+        return applied
+
     def learn(self, sessions: Sequence[SessionVocab], drafted: Sequence[Drafted], targets: Sequence[int]) -> None:
         """Learn from verified positions; nothing where the weights are fixed.
 

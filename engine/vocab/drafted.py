@@ -54,6 +54,11 @@ class DraftedTokens:
         """The compiled prior, if there is one."""
         return None if self._prior is None else self._prior.kernel
 
+    def prior_weights(self, request_id: str) -> NDArray[np.float32] | None:
+        """[NUM_FEATURES] with which a sequence is drafted for; None: without a prior."""
+        vocab = self._sessions.get(request_id)
+        return None if vocab is None or self._prior is None else self._prior.applied(vocab)
+
     def include_matches(
         self,
         requests: Sequence[Request],

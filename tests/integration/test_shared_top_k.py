@@ -10,6 +10,7 @@ import torch
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams, SessionState, VocabularyCounts
 from engine.spec import vocab_follower
+from engine.vocab.prior import FEATURES
 from kernels.topk import topk_rows
 from tests.alignment import make_alignment, make_prompts, read_records
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
@@ -48,4 +49,6 @@ def test_the_log_computes_for_both(
     assert sum(rows) <= len(prompts)  # the last position of each prompt
     stats = engine.core.stats().alignment
     assert stats is not None
-    assert {record.top_k for record in read_records(alignment, stats.steps)} == {log_top_k}
+    records = read_records(alignment, stats.steps)
+    assert {record.top_k for record in records} == {log_top_k}
+    assert any(record.prior_weights()[FEATURES.index("bigram")] > 0 for record in records)

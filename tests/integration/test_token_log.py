@@ -30,6 +30,7 @@ from engine.ipc.verify_record import (
     encode_record,
     pack_ids,
     pack_top_k,
+    pack_weights,
 )
 from tests.killable_processes import processes
 
@@ -364,6 +365,7 @@ def test_any_record_comes_back_as_it_was(data: st.DataObject) -> None:
     steps, k = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 32))
     ids = np.array(data.draw(st.lists(integers, min_size=steps * k, max_size=steps * k))).reshape(steps, k)
     context = data.draw(st.lists(integers, max_size=8))
+    weights = data.draw(st.lists(st.floats(0, 10, width=16), max_size=6))
     logits = np.random.default_rng(0).normal(0, 10, (steps, k))
     top_ids, top_logits = pack_top_k(ids.astype(np.int64), logits)
     original = VerifyRecord(
@@ -386,10 +388,12 @@ def test_any_record_comes_back_as_it_was(data: st.DataObject) -> None:
         feature_generation=data.draw(st.integers(0, 2**62)),
         num_features=data.draw(integers),
         context=pack_ids(context),
+        prior=pack_weights(np.array(weights)),
     )
     decoded = decode_record(encode_record(original))
     assert decoded == original
     assert decoded.context_ids().tolist() == context
+    assert decoded.prior_weights().tolist() == weights
     found_ids, found_logits = decoded.top_k_arrays()
     assert np.array_equal(found_ids, ids)
     assert np.array_equal(found_logits, logits.astype(np.float16))
@@ -401,11 +405,11 @@ def test_other_bytes_are_no_record(noise: bytes, cut: int) -> None:
     for data in (noise, whole[:cut], whole[:cut] + noise):
         with suppress(RecordError):
             decoded = decode_record(data)
-            decoded.top_k_arrays(), decoded.context_ids()
+            decoded.top_k_arrays(), decoded.context_ids(), decoded.prior_weights()
 
 
 def test_sizes_are_what_the_documentation_says() -> None:
-    assert len(encode_record(record(5))) == 391
+    assert len(encode_record(record(5))) == 393
     top_ids, top_logits = pack_top_k(np.zeros((9, 16)), np.zeros((9, 16)))
     longest = msgspec.structs.replace(record(8191), drafted=(2**17,) * 8, top_ids=top_ids, top_logits=top_logits)
     assert len(encode_record(longest)) < 1024

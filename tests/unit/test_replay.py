@@ -19,7 +19,8 @@ from adapters.records import Assembler, Segment
 from adapters.replay import ReplayBuffer, is_held_out, starts_chains, teaches
 from engine.adapters_config import ReplayConfig
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
-from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k
+from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights
+from engine.vocab.prior import NUM_FEATURES
 
 WIDTH, K, VOCAB = 4, 3, 100
 NEVER_HELD_OUT = 1e-9
@@ -35,6 +36,7 @@ def segment(name: str, n: int = 5) -> Segment:
         torch.zeros(n, K, dtype=torch.float16),
         torch.full((n,), -1, dtype=torch.int32),
         torch.ones(n, dtype=torch.bool),
+        torch.zeros(n, NUM_FEATURES, dtype=torch.float16),
     )
 
 
@@ -297,6 +299,18 @@ def test_step_without_a_draft_leaves_no_hole(tmp_path: Path) -> None:
     assert collate([s], 3).mask.sum(1).tolist() == [3, 3, 3, 3, 2, 1]
 
 
+def test_segments_know_the_prior_that_was_drafted_with(tmp_path: Path) -> None:
+    log = Log(tmp_path / "ring")
+    weights = np.array([0.5, 0.25, 1.0, 0.0, 1.5])
+    log.add(log.step(2))
+    log.add(msgspec.structs.replace(log.step(1), prior=pack_weights(weights)))
+    log.add(msgspec.structs.replace(log.step(1), prior=pack_weights(weights[:3])))  # of another engine
+    log.add(msgspec.structs.replace(log.step(1), prior=pack_weights(weights * np.nan)))
+    [(_, s)] = log.assembler.flush()
+    assert s.prior.tolist() == [[0.0] * NUM_FEATURES] * 3 + [weights.tolist()] * 2
+    assert log.assembler.num_unusable == 2
+
+
 def test_what_does_not_teach_is_context_only(tmp_path: Path) -> None:
     log = Log(tmp_path / "ring")
     log.add(log.step(2), is_teaching=False)
@@ -311,9 +325,7 @@ def test_chains_stop_at_gaps_and_at_unknown_targets() -> None:
     gap = torch.tensor([0, 1, 2, 7, 8])
     logits = torch.zeros(5, K, dtype=torch.float16)
     logits[4] = -torch.inf
-    batch = collate(
-        [Segment("a", gap, one.token_ids, one.inputs, one.top_ids, logits, one.refused, one.anchors & (gap < 8))], 4
-    )
+    batch = collate([dataclasses.replace(one, positions=gap, top_logits=logits, anchors=one.anchors & (gap < 8))], 4)
     assert batch.mask.sum(1).tolist() == [3, 2, 1, 1]
     assert batch.starts.tolist() == [0, 1, 2, 3]
 
