@@ -53,7 +53,7 @@ class KeyAligner:
         self._num_ahead = 0
         """Updates since those in force."""
         self._num_more = 0
-        """Updates still to come for the last batch of new positions."""
+        """Updates on older positions that batches of new ones have brought and that were not done yet."""
         self._scoring: Scoring | None = None
         """Of the trainer's weights, begun and not done; they stay as they are meanwhile."""
         self._memory = Memory()
@@ -208,7 +208,9 @@ class KeyAligner:
         training = self._config.training
         if self._wants_update:
             segments = self.replay.take(training.batch_positions, training.history_share)
-            self._num_more = training.updates_per_batch - 1
+            # Traffic that comes faster than it is learned from is made up for when there is less of it.
+            more_each = training.updates_per_batch - 1
+            self._num_more = min(self._num_more + more_each, more_each * self.replay.num_segments)
         else:
             segments = self.replay.take_older(training.batch_positions)
             self._num_more -= 1

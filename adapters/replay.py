@@ -74,6 +74,11 @@ class ReplayBuffer:
         return sum(segment.num_anchors for segment in self._new)
 
     @property
+    def num_segments(self) -> int:
+        """Those that may be learned from."""
+        return len(self._recent) + len(self._history)
+
+    @property
     def num_held_out_positions(self) -> int:
         return sum(segment.num_anchors for segment in self.held_out)
 

@@ -85,7 +85,8 @@ class TrainingConfig(_Section):
     updates_per_batch: int = Field(
         default=4,
         ge=1,
-        description="Updates for each batch of new positions: the first learns from them, the others from older ones.",
+        description="Updates for each batch of new positions: the first learns from them, the others from older ones, "
+        "when there is time.",
     )
     updates_per_version: int = Field(default=16, ge=1, description="Updates before a version is scored and published.")
 

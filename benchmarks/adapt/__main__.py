@@ -118,6 +118,9 @@ def main(
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of engine.alignment, for all sides.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Of each part; default: by part.")] = None,
     pause: Annotated[float, typer.Option(min=0, help="A stream's client waits so many times an answer's time.")] = 1.0,
+    rest: Annotated[
+        float, typer.Option(min=0, help="Seconds after a stream of part gain in which a worker may go on learning.")
+    ] = 0.0,
     clients: Annotated[int, typer.Option(min=1, help="Of each stream, at once.")] = 1,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="Of each stream, within its time; default: all of it.")
@@ -143,6 +146,7 @@ def main(
         "options": option or [],
         "domains": domain,
         "pause": pause,
+        "rest": rest,
         "clients": clients,
         "tokens": tokens,
         "prompts": min(prompts, 4) if quick else prompts,

@@ -32,7 +32,11 @@ async def gain(plan: Plan, prompts: Prompts, servers: Sequence[Server], record: 
     (domain,) = plan.domains
     each = STREAM_SHARE * plan.seconds / max(1, len(_learning(servers)))
     for server in _learning(servers):
+        started = time.monotonic()
         await _stream(server, domain, prompts.stream[domain], each, plan, record)
+        if server.side.aligns and plan.rest:
+            await asyncio.sleep(plan.rest)
+            record.state(server, domain, time.monotonic() - started)
         await _freeze([server], [domain])
     left = (1 - STREAM_SHARE) * plan.seconds
     await _held_out(servers, {domain: domain}, HELD_OUT, prompts, plan, record, left)

@@ -21,8 +21,9 @@ class Plan:
     """What one part measures. ``seconds`` is its bound, loading included.
 
     ``options`` of ``engine.alignment`` for all sides; ``pause``: a client's after each answer of a stream, in times of
-    what that took; ``clients`` and ``tokens``: of a stream, at most; ``prompts``: held-out ones of each domain, trial
-    prompts if ``trial``; ``rounds`` and ``concurrency`` of part ``load``.
+    what that took; ``rest``: seconds after a stream of part ``gain`` in which workers may go on; ``clients`` and
+    ``tokens``: of a stream, at most; ``prompts``: held-out ones of each domain, trial prompts if ``trial``; ``rounds``
+    and ``concurrency`` of part ``load``.
     """
 
     part: str
@@ -33,6 +34,7 @@ class Plan:
     domains: list[str]
     seconds: float
     pause: float
+    rest: float
     clients: int
     tokens: int | None
     prompts: int

@@ -34,6 +34,7 @@ COLUMNS: dict[str, _Columns] = {
         ("±", "to_base_error", ".3f"),
         ("tok/s", "tokens_per_second", ".1f"),
         ("/ first", "speed_to_base", ".3f"),
+        ("decoding / first", "decode_to_base", ".3f"),
         ("first token ms", "first_seconds", "ms"),
         ("step ms", "step_seconds", "ms"),
         ("stream tokens", "stream_tokens", "d"),

@@ -11,6 +11,9 @@ from benchmarks.adapt.record import HELD_OUT, RETURN, STREAM
 from benchmarks.common.jackknife import jackknife_error
 
 Row = dict[str, Any]
+_MEANS = (
+    "length", "to_base", "tokens_per_second", "speed_to_base", "decode_to_base", "first_seconds", "step_seconds"
+)  # fmt: skip
 SMOOTHING = 12
 """Answers of a stream whose acceptance is taken together."""
 
@@ -27,6 +30,13 @@ def speed(answers: Sequence[Row]) -> float | None:
     """Tokens a second, one request after another, prompts included."""
     seconds = sum(answer["seconds"] for answer in answers)
     return sum(answer["tokens"] for answer in answers) / seconds if seconds else None
+
+
+def decode_speed(answers: Sequence[Row]) -> float | None:
+    """The same without prompts: tokens after the first, over the time after it; None where that is not known."""
+    known = [answer for answer in answers if "first" in answer]
+    seconds = sum(answer["seconds"] - answer["first"] for answer in known)
+    return sum(answer["tokens"] - 1 for answer in known) / seconds if seconds else None
 
 
 def first_seconds(answers: Sequence[Row]) -> float | None:
@@ -55,8 +65,7 @@ def paired(ours: Iterable[Row], theirs: Iterable[Row]) -> list[tuple[Row, Row]]:
 
 def ratio(pairs: Sequence[tuple[Row, Row]]) -> float | None:
     """Acceptance length of the first over that of the second."""
-    ours, theirs = length(a for a, _ in pairs), length(b for _, b in pairs)
-    return ours / theirs if ours and theirs else None
+    return _over(length(a for a, _ in pairs), length(b for _, b in pairs))
 
 
 def ratio_error(pairs: Sequence[tuple[Row, Row]]) -> float | None:
@@ -101,7 +110,7 @@ def _gain_row(record: Row, side: str, domain: str) -> Row:
     ours = of(record, side=side, domain=domain, phase=HELD_OUT)
     pairs = paired(ours, of(record, side=base, domain=domain, phase=HELD_OUT))
     stream = of(record, side=side, domain=domain, phase=STREAM)
-    speeds = speed([a for a, _ in pairs]), speed([b for _, b in pairs])
+    both = [a for a, _ in pairs], [b for _, b in pairs]
     return {
         "side": side,
         "domain": domain,
@@ -110,7 +119,8 @@ def _gain_row(record: Row, side: str, domain: str) -> Row:
         "to_base": ratio(pairs),
         "to_base_error": ratio_error(pairs),
         "tokens_per_second": speed(ours),
-        "speed_to_base": speeds[0] / speeds[1] if speeds[0] and speeds[1] else None,
+        "speed_to_base": _over(*map(speed, both)),
+        "decode_to_base": _over(*map(decode_speed, both)),
         "first_seconds": first_seconds(ours),
         "step_seconds": step_seconds(ours),
         "stream_tokens": sum(answer["tokens"] for answer in stream),
@@ -119,10 +129,14 @@ def _gain_row(record: Row, side: str, domain: str) -> Row:
     }
 
 
+def _over(ours: float | None, theirs: float | None) -> float | None:
+    return ours / theirs if ours and theirs else None
+
+
 def _mean_row(rows: Sequence[Row]) -> Row:
     """Means over domains, of ratios too; counts are sums."""
     mean: Row = {"side": rows[0]["side"], "domain": "mean"}
-    for name in ("length", "to_base", "tokens_per_second", "speed_to_base", "first_seconds", "step_seconds"):
+    for name in _MEANS:
         values = [row[name] for row in rows if row[name] is not None]
         mean[name] = fmean(values) if values else None
     errors = [row["to_base_error"] for row in rows if row["to_base_error"] is not None]
@@ -167,7 +181,8 @@ def _switch_rows(record: Row) -> list[Row]:
 
 def share(ours: float | None, theirs: float | None) -> float | None:
     """Ours over theirs, less one."""
-    return ours / theirs - 1 if ours and theirs else None
+    over = _over(ours, theirs)
+    return None if over is None else over - 1
 
 
 def lost_share(base: float | None, learned: float | None, returned: float | None) -> float | None:

@@ -154,6 +154,16 @@ def test_a_gain_is_over_the_first_side_on_the_same_prompts() -> None:
     json.dumps(list(rows.values()), allow_nan=False)
 
 
+def test_decoding_is_what_comes_after_the_first_token() -> None:
+    """Where a prompt takes half of the slower side's time, twice the speed after it is 4/3 of the whole."""
+    slow = [answer("a", prompt=str(n), seconds=2.0, first=1.0, tokens=21) for n in range(3)]
+    fast = [answer("b", prompt=str(n), seconds=1.5, first=1.0, tokens=21) for n in range(3)]
+    _, row = summary(record("gain", ["a", "b"], answers=slow + fast))
+    assert row["decode_to_base"] == pytest.approx(2.0)
+    assert row["speed_to_base"] == pytest.approx(4 / 3)
+    assert row["first_seconds"] == 1.0
+
+
 def test_what_is_lost_is_a_share_of_what_was_gained() -> None:
     assert lost_share(2.0, 2.4, 2.3) == pytest.approx(0.25)
     assert lost_share(2.0, 2.4, 2.5) == pytest.approx(-0.25)

@@ -117,6 +117,8 @@ def test_each_batch_of_new_positions_brings_several_updates(tmp_path: Path, monk
     monkeypatch.setattr(UpdateTrigger, "pays", True)
     assert updates_of_new_answers(2) == 3
     assert updates_of_new_answers(2) == 3
+    # Those of batches that came faster than they were learned from, too; half of a batch is older positions now.
+    assert updates_of_new_answers(8) == 8 * 3
     monkeypatch.setattr(UpdateTrigger, "pays", False)
     assert updates_of_new_answers(2) == 0
     assert updates_of_new_answers(2) == 1
