@@ -251,7 +251,8 @@ class KeyAligner:
         self._store.save_state(self.state)
 
     def _put_in_force(self, candidate: dict[str, torch.Tensor]) -> None:
-        self.state.good_revision = self.revision  # nothing was wrong with it as long as it was watched
+        if self.revision == 0 or self._guard.num_watched:  # nothing was wrong with it as long as it was watched
+            self.state.good_revision = self.revision
         self.revision = self._store.save(self.state, candidate)
         self.tensors = candidate
         self.state.num_published += 1
@@ -266,7 +267,7 @@ class KeyAligner:
         self._scoring = None  # of weights that came from others than these
         self._memory.current.clear()
         self._trainer.load(self.tensors)
-        self._num_unjudged = self._num_ahead = 0
+        self._num_unjudged = self._num_ahead = self._num_more = 0
         self._is_unpublished = self._is_new = True
 
     def _new_watch(self) -> None:

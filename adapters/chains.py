@@ -54,12 +54,14 @@ class ChainBatch:
         ids: torch.Tensor = torch.unique(torch.cat((self.top_ids.flatten(), self.refused, *of_prior)))
         return ids
 
-    def bonus(self, chains: torch.Tensor, step: int, token_ids: torch.Tensor) -> torch.Tensor | float:
-        """[n, R] of the prior, for some tokens [R] at a step of some chains [n]; 0 without one."""
+    def with_prior(
+        self, logits: torch.Tensor, chains: torch.Tensor, step: int, token_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """The draft's logits [n, R] for some tokens [R] at a step of some chains [n], and the prior's bonus."""
         if self.prior is None:
-            return 0.0
+            return logits
         starts, length = self.starts[chains], self.positions.shape[1]
-        return self.prior.bonus(starts // length, starts % length, step, token_ids)
+        return logits + self.prior.bonus(starts // length, starts % length, step, token_ids)
 
 
 def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
@@ -145,7 +147,7 @@ class Chains(nn.Module):
         while True:
             chains, number = walk.chains, len(steps)
             of_target = (each[chains, number] for each in (columns, batch.top_logits, batch.mask))
-            logits = walk.head_input @ rows.T + batch.bonus(chains, number, token_ids)
+            logits = batch.with_prior(walk.head_input @ rows.T, chains, number, token_ids)
             steps.append(ChainStep(number, chains, logits, *of_target))
             stays = goes_on(steps[-1])
             if len(steps) == batch.mask.shape[1] or not stays.any():

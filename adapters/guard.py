@@ -185,12 +185,13 @@ class Guard:
 
     @property
     def may_be_followed(self) -> bool:
-        """Whether enough is known of the version in force for another one."""
-        return self._version == 0 or self.num_watched >= self._config.min_watched
+        """Whether enough is known of the version in force for another one, or nobody has met it."""
+        return self._version == 0 or self.num_watched == 0 or self.num_watched >= self._config.min_watched
 
     def watch(self, version: int) -> None:
         """``version`` of the channel is in force from now on; 0: the base draft."""
-        self.previous = self.in_force
+        if self._version == 0 or self.num_watched:  # of one that nobody has met nothing is known
+            self.previous = self.in_force
         self._version, self.num_watched = version, 0
         self._empty_windows()
 

@@ -20,7 +20,6 @@ from engine.vocab.text_matches import make_text_index, match_continuations
 from kernels.native_text import MAX_PLACES
 
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))
-_NEVER = torch.iinfo(torch.int64).max
 _SIZES = NgramSizes()
 _FEATURE_OF = torch.tensor([_BIGRAM] * _SIZES.bigram_width + [_TRIGRAM] * _SIZES.trigram_width + [_MATCH] * MAX_PLACES)
 """[W]: of which feature each of a position's W values is."""
@@ -30,12 +29,14 @@ _FEATURE_OF = torch.tensor([_BIGRAM] * _SIZES.bigram_width + [_TRIGRAM] * _SIZES
 class TextPrior:
     """Of B segments, padded on the right to L positions.
 
-    ``text`` [B, L] int64. ``weights`` [B, L, NUM_FEATURES] float32: those that the engine drafted with after each
-    position. ``token_ids`` [B, L, W] int64 (-1: none) and ``values`` [B, L, W] float32: what followed where the text
-    had ended so before, and how strongly each feature speaks for it.
+    ``text`` [B, L] int64, and ``is_first`` [B, L] bool: where a token comes for the first time. ``weights`` [B, L,
+    NUM_FEATURES] float32: those that the engine drafted with after each position. ``token_ids`` [B, L, W] int64 (-1:
+    none) and ``values`` [B, L, W] float32: what followed where the text had ended so before, and how strongly each
+    feature speaks for it.
     """
 
     text: torch.Tensor
+    is_first: torch.Tensor
     weights: torch.Tensor
     token_ids: torch.Tensor
     values: torch.Tensor
@@ -49,17 +50,13 @@ class TextPrior:
             token_ids: [R] int64 ascending.
         """
         ends, weights = starts + step, self.weights[rows, starts]
-        is_in_text = self._first_places(token_ids)[rows] <= ends[:, None]
-        bonus = weights[:, _IN_SESSION, None] * is_in_text
-        columns, is_known = _find(token_ids, self.token_ids[rows, ends])
-        values = self.values[rows, ends] * weights[:, _FEATURE_OF]
-        return bonus.scatter_add_(1, columns, torch.where(is_known, values, 0.0))
-
-    def _first_places(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """[B, R]: where in the text each token comes first."""
+        bonus = torch.zeros(len(rows), len(token_ids))
         columns, is_known = _find(token_ids, self.text)
-        places = torch.where(is_known, torch.arange(self.text.shape[1]), _NEVER)
-        return torch.full((len(self.text), len(token_ids)), _NEVER).scatter_reduce_(1, columns, places, "amin")
+        has_come = torch.arange(self.text.shape[1]) <= ends[:, None]
+        in_session = weights[:, _IN_SESSION, None] * ((self.is_first & is_known)[rows] & has_come)
+        bonus.scatter_add_(1, columns[rows], in_session)
+        columns, is_known = _find(token_ids, self.token_ids[rows, ends])
+        return bonus.scatter_add_(1, columns, weights[:, _FEATURE_OF] * self.values[rows, ends] * is_known)
 
 
 def make_text_prior(segments: Sequence[Segment], length: int) -> TextPrior | None:
@@ -67,27 +64,33 @@ def make_text_prior(segments: Sequence[Segment], length: int) -> TextPrior | Non
     if not any(segment.prior.any() for segment in segments):
         return None
     size = len(segments), length
-    text = torch.full(size, -1)
+    text, is_first = torch.full(size, -1), torch.zeros(size, dtype=torch.bool)
     weights = torch.zeros(*size, len(FEATURES))
     token_ids, values = torch.full((*size, len(_FEATURE_OF)), -1), torch.zeros(*size, len(_FEATURE_OF))
     for row, segment in enumerate(segments):
         n, first = len(segment.positions), int(segment.anchors.nonzero()[0])
         text[row, :n], weights[row, :n] = segment.token_ids, segment.prior
-        token_ids[row, first:n], values[row, first:n] = _continuations(segment.token_ids.tolist(), first)
-    return TextPrior(text, weights, token_ids, values)
+        is_first[row, np.unique(segment.token_ids.numpy(), return_index=True)[1]] = True
+        token_ids[row, first:n], values[row, first:n] = _continuations(segment, first)
+    return TextPrior(text, is_first, weights, token_ids, values)
 
 
-def _continuations(text: Sequence[int], first: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _continuations(segment: Segment, first: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What may follow each position from ``first`` on, and how strongly each feature speaks for it: [n - first, W]."""
-    ngrams, index = SessionNgrams(max(text) + 1, _SIZES), make_text_index()
-    ngrams.observe(text[:first])
-    index.extend(text[:first])
-    found = []
-    for end in range(first, len(text)):
-        ngrams.observe(text[end : end + 1], text[max(end - 2, 0) : end])
-        index.extend(text[end : end + 1])
-        two_ago, one_ago = [-1, *text[: end + 1]][-2:]
-        found.append((*lookup([ngrams], [(two_ago, one_ago)]), match_continuations([index], [[]])))
+    positions, text = segment.positions.tolist(), segment.token_ids.tolist()
+    above = max(text) + 1  # no token of the text
+    ngrams, index = SessionNgrams(above, _SIZES), make_text_index()
+    found, before = [], list[int]()
+    for row, token_id in enumerate(text):
+        if row and positions[row] != positions[row - 1] + 1:  # some are missing: what was before is no neighbour
+            before = []
+            index.extend([above + row])
+        ngrams.observe([token_id], before)
+        index.extend([token_id])
+        before = [*before[-1:], token_id]
+        if row >= first:
+            two_ago, one_ago = [-1, *before][-2:]
+            found.append((*lookup([ngrams], [(two_ago, one_ago)]), match_continuations([index], [[]])))
     token_ids = np.stack([np.concatenate([each.token_ids[0] for each in position]) for position in found])
     values = np.stack([np.concatenate([each.values[0] for each in position]) for position in found])
     return torch.from_numpy(token_ids).long(), torch.from_numpy(values)

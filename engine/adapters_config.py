@@ -122,7 +122,9 @@ class GuardConfig(_Section):
         description="Tokens by which a version's agreement may be below the base's and the current's for sure.",
     )
     watched_records: int = Field(default=512, ge=64, description="Fair records after which a version counts as good.")
-    min_watched: int = Field(default=64, ge=16, description="Fair records before another version may follow.")
+    min_watched: int = Field(
+        default=64, ge=16, description="Fair records before another may follow a version that was met."
+    )
     control_margin: float = Field(
         default=0.03,
         ge=0,

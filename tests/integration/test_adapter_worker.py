@@ -309,14 +309,15 @@ def test_after_a_quiet_minute_keys_that_speak_again_keep_their_slots(
 ) -> None:
     """A newcomer is the first to speak, the two that have slots right after it."""
     engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
-    for tenant in ("first", "second"):
-        serve_until_known(config, engine, worker, answers[:2], tenant)
+    num_before = sum(engine.serve(answers[:2], tenant) for tenant in ("first", "second"))
+    wait_for(lambda: engine.log.stats().num_written == num_before)
+    step_until(worker, lambda: set(statuses(config)[1]) == {"first", "second"})
+    step_until(worker, lambda: statuses(config)[0].num_records == num_before)  # type: ignore[union-attr]
     log_clock[0] += 61.0
-    before = statuses(config)[0].num_records  # type: ignore[union-attr]
     num_records = sum(engine.serve(answers[:1], tenant) for tenant in ("third", "first", "second"))
     assert num_records < 256, "they are read together"
-    wait_for(lambda: engine.log.stats().num_written == before + num_records)
-    step_until(worker, lambda: statuses(config)[0].num_records == before + num_records)  # type: ignore[union-attr]
+    wait_for(lambda: engine.log.stats().num_written == num_before + num_records)
+    step_until(worker, lambda: statuses(config)[0].num_records == num_before + num_records)  # type: ignore[union-attr]
     assert set(statuses(config)[1]) == {"first", "second"}
     worker.close()
 

@@ -109,6 +109,26 @@ def test_revision_is_not_blamed_for_the_one_before_it(key: Key) -> None:
     assert key.store.load("key", 2) is not None
 
 
+def test_a_revision_that_nobody_has_met_may_be_followed(key: Key) -> None:
+    """But is none to return to; the next one is compared with what was met."""
+    key.decide()
+    key.aligner.published(1)
+    key.observe(1, True, 64)
+    key.decide()
+    met, acceptance = key.aligner.state.good_revision, key.aligner._guard.in_force
+    key.aligner.published(2)
+    key.decide()
+    assert (key.aligner.revision, key.aligner.state.good_revision) == (met + 2, met)
+    key.aligner.published(3)
+    assert key.aligner._guard.previous == acceptance
+    key.observe(3, True, 1)
+    for number, answer in enumerate(key.answers):
+        key.aligner.add(answer.segment(f"{number}"))
+    while key.aligner.wants_work and key.aligner._num_unjudged < 8:
+        key.aligner.work()
+    assert key.aligner.revision == met + 2, "somebody has met it"
+
+
 def test_bad_revision_is_taken_back_once(key: Key) -> None:
     """Its records that are still on their way do not take the good one back as well."""
     key.observe(0, True, 256)
