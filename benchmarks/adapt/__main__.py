@@ -119,7 +119,8 @@ def main(
     minutes: Annotated[float | None, typer.Option(help="Of each part; default: by part.")] = None,
     pause: Annotated[float, typer.Option(min=0, help="A stream's client waits so many times an answer's time.")] = 1.0,
     rest: Annotated[
-        float, typer.Option(min=0, help="Seconds after a stream of part gain in which a worker may go on learning.")
+        float,
+        typer.Option(min=0, help="Seconds after a stream of part gain in which a worker may go on; beyond --minutes."),
     ] = 0.0,
     clients: Annotated[int, typer.Option(min=1, help="Of each stream, at once.")] = 1,
     tokens: Annotated[

@@ -21,9 +21,9 @@ class Plan:
     """What one part measures. ``seconds`` is its bound, loading included.
 
     ``options`` of ``engine.alignment`` for all sides; ``pause``: a client's after each answer of a stream, in times of
-    what that took; ``rest``: seconds after a stream of part ``gain`` in which workers may go on; ``clients`` and
-    ``tokens``: of a stream, at most; ``prompts``: held-out ones of each domain, trial prompts if ``trial``; ``rounds``
-    and ``concurrency`` of part ``load``.
+    what that took; ``rest``: seconds after a stream of part ``gain`` in which workers may go on, not counted in
+    ``seconds``; ``clients`` and ``tokens``: of a stream, at most; ``prompts``: held-out ones of each domain, trial
+    prompts if ``trial``; ``rounds`` and ``concurrency`` of part ``load``.
     """
 
     part: str
