@@ -38,7 +38,7 @@ class Fixture:
 
     def __init__(self, url: str, **config: float) -> None:
         self.metrics = Metrics("tiny")
-        self.gate = RedisGate(url, RedisConfig(**config))
+        self.gate = RedisGate(url, RedisConfig(**{"timeout": 10.0} | config))
         self.store = SessionStore(self.gate, SessionsConfig(), self.metrics)
 
     async def load(self, session_id: str) -> LoadedSession:
