@@ -76,9 +76,9 @@ async def running_api(
     draft: str | None = None,
 ) -> AsyncIterator[Api]:
     address = f"ipc://{directory}/engine.sock"
-    settings = load_settings(
-        ["--model", str(model.path), "--engine.address", address, "--redis.url", valkey_url, *options]
-    )
+    # However busy the machine is, a Valkey that is there answers in ten seconds; of an option's values the last counts.
+    redis = ("--redis.url", valkey_url, "--redis.timeout", "10")
+    settings = load_settings(["--model", str(model.path), "--engine.address", address, *redis, *options])
     app = create_app(settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
     task = asyncio.create_task(server.serve())

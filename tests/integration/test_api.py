@@ -297,7 +297,7 @@ async def test_metrics_of_all_tenants_are_for_one_of_them(serve: Any) -> None:
 
 
 async def test_tokenizing_is_bounded_and_counts_as_a_request(serve: Any) -> None:
-    async with serve(silent, "--limits.requests_per_minute", "2", "--redis.timeout", "10") as api:
+    async with serve(silent, "--limits.requests_per_minute", "2") as api:
         too_long = await api.post("/tokenize", prompt="a " * 1_000_000)
         answers = [await api.post("/tokenize"), await api.client.post("/detokenize", json={"tokens": [1]})]
     assert too_long.json()["error"]["code"] == "context_length_exceeded"

@@ -23,12 +23,11 @@ def one_token(request: EngineRequest) -> Iterable[EngineOutput]:
 
 @pytest.fixture
 def serve_tenant(serve: Any) -> ServeTenant:
-    """``serve`` for a tenant of its own, whose buckets are full, with time enough to ask for them on a busy machine."""
+    """``serve`` for a tenant of its own, whose buckets are full."""
 
     @asynccontextmanager
     async def serve_one(*options: str) -> AsyncIterator[Api]:
-        key = ("--auth.keys", f"{uuid.uuid4().hex}={hash_key('secret')}")
-        async with serve(one_token, *key, "--redis.timeout", "10", *options) as api:
+        async with serve(one_token, "--auth.keys", f"{uuid.uuid4().hex}={hash_key('secret')}", *options) as api:
             api.client.headers["Authorization"] = "Bearer secret"
             yield api
 

@@ -63,7 +63,7 @@ async def server_at(url: str, **config: float) -> AsyncIterator[Fixture]:
 
 @pytest.fixture
 async def server(valkey_url: str) -> AsyncIterator[Fixture]:
-    async with server_at(valkey_url, timeout=5) as fixture:
+    async with server_at(valkey_url) as fixture:
         yield fixture
 
 
@@ -74,9 +74,9 @@ def session_id() -> str:
 
 async def test_saves_of_many_requests_on_several_servers_lose_nothing(valkey_url: str, session_id: str) -> None:
     async with (
-        server_at(valkey_url, timeout=10) as one,
-        server_at(valkey_url, timeout=10) as two,
-        server_at(valkey_url, timeout=10) as three,
+        server_at(valkey_url) as one,
+        server_at(valkey_url) as two,
+        server_at(valkey_url) as three,
     ):
         servers = [one, two, three] * 8
         sessions = [await server.load(session_id) for server in servers]
@@ -99,7 +99,7 @@ async def test_saves_of_many_requests_on_several_servers_lose_nothing(valkey_url
 async def test_what_others_wrote_is_counted_once_however_often_a_save_must_try(
     valkey_url: str, session_id: str, monkeypatch: Any
 ) -> None:
-    async with server_at(valkey_url, timeout=10) as one, server_at(valkey_url, timeout=10) as two:
+    async with server_at(valkey_url) as one, server_at(valkey_url) as two:
         sessions = [await one.load(session_id) for _ in range(4)]
         write, tries = one.store._hashes.write, 0
 

@@ -76,12 +76,6 @@ NOT_FOUND = (404, "session_not_found", "session_id")
 
 
 @pytest.fixture
-def serve(serve: Any) -> Any:
-    """On a busy machine Redis may be late; a request that goes on without its session is for the tests that want it."""
-    return lambda script, *options, draft=None: serve(script, "--redis.timeout", "10", *options, draft=draft)
-
-
-@pytest.fixture
 async def redis(valkey_url: str) -> AsyncIterator[Redis]:
     client = Redis.from_url(valkey_url)
     yield client
