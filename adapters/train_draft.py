@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from adapters.model_card import write_card
 from adapters.train import Phase, TrainConfig, Trainer
 from adapters.validation import Accuracy
 from engine.config import ModelConfig
+from engine.cores import available_cores
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.spec.load import DRAFTS
@@ -77,7 +77,7 @@ def main(
     run: Annotated[str, typer.Option(help="Name of the run: of its checkpoints.")] = "default",
 ) -> None:
     """Trains from the last checkpoint of the run on; every validation writes the draft."""
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or available_cores())
     files = resolve_model(ModelConfig(name=model))
     spec = validate_model_files(files)
     both = (

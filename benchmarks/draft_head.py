@@ -8,7 +8,6 @@ Every round goes through all cases, so that another process that takes the cores
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -145,7 +144,7 @@ def main(
 ) -> None:
     """Measures and prints a table for each model."""
     torch.set_num_threads(1)
-    results = measure(seconds, threads or len(os.sched_getaffinity(0)))
+    results = measure(seconds, threads or available_cores())
     console = Console(width=120)
     for head in HEADS:
         console.print(make_table(head, results))

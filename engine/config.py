@@ -187,7 +187,11 @@ class RuntimeConfig(_Section):
         default=True,
         description="With flashinfer: steps of up to 256 tokens are CUDA graphs, recorded when first needed.",
     )
-    threads: int = Field(default=0, ge=0, description="Compute threads; 0: one for each core this process may use.")
+    threads: int = Field(
+        default=0,
+        ge=0,
+        description="Compute threads; 0: one for each core this process may use, by affinity and by the quota of its container.",
+    )
 
 
 def _private_address() -> str:

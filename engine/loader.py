@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,6 +15,7 @@ from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
+from engine.cores import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.llama import HeadSlab, load_model
 from engine.models.native_llama import NativeLlama, unsupported_shape
@@ -90,7 +90,7 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
         ModelError: the file cannot be read, or the options ask for what model or machine cannot do.
     """
     device = _device(config.runtime.device)
-    threads = config.runtime.threads or len(os.sched_getaffinity(0))
+    threads = config.runtime.threads or available_cores()
     backend = _backend(config, spec, device)
     # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
     torch.set_num_threads(1 if backend == "native" else threads)

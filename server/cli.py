@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -110,6 +111,8 @@ def train_draft(context: typer.Context) -> None:
 
 def main() -> None:
     """Entry point. Errors of configuration are one line, without a traceback, and exit status 2."""
+    # As process 1 of a container it would ignore it, also while a model is fetched; what runs later has its own way.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except (ConfigurationError, ModelError) as error:

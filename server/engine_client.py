@@ -264,6 +264,7 @@ class EngineClient:
             report = log.error if self._inboxes else log.info
             report("engine lost", reason=reason, in_flight=len(self._inboxes))
         self.ready = False
+        self._metrics.engine_lost()
         inboxes, self._inboxes = self._inboxes, {}
         self._abort(list(inboxes))
         for inbox in set(inboxes.values()):

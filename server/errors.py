@@ -122,9 +122,9 @@ def validation_error(errors: Sequence[Any], body: Any) -> ApiError:
 
 def _path(error: Any, body: Any) -> list[str]:
     """Where in ``body`` the error is. Pydantic mixes names of union members into the path; they are left out."""
-    if "param" in error.get("ctx", {}):
-        return [error["ctx"]["param"]]
-    parts = [part for part in error["loc"] if part != "body"]
+    place, *parts = error["loc"]
+    if place in ("path", "query", "header"):
+        return [str(part) for part in parts]
     path = []
     for depth, part in enumerate(parts, 1):
         is_key = isinstance(body, dict) and part in body
@@ -134,7 +134,8 @@ def _path(error: Any, body: Any) -> list[str]:
         elif not (error["type"] == "missing" and depth == len(parts)):
             continue
         path.append(str(part))
-    return path
+    named: list[str] = [error["ctx"]["param"]] if "param" in error.get("ctx", {}) else []
+    return path + named
 
 
 async def _on_api_error(_: Request, error: Exception) -> Response:

@@ -152,7 +152,6 @@ class Generation:
             self._metrics = self._serving.metrics.for_tenant(self._tenant.name, session.state.domain)
         try:
             async with aclosing(self._serving.engine.generate(self._requests())) as steps:
-                self._metrics.prompt_tokens.inc(self.usage().prompt_tokens)
                 async for outputs in steps:
                     now = time.monotonic()
                     yield [self._to_piece(output, now) for output in outputs]
@@ -229,6 +228,8 @@ class Generation:
 
     def _observe(self, choice: Choice, num_tokens: int, now: float) -> None:
         if choice.last_output is None:
+            if choice.index % self._n == 0:  # the engine has taken the prompt: once for all of its choices
+                self._metrics.prompt_tokens.inc(len(self.prompt_of(choice.index).token_ids))
             self._metrics.ttft.observe(now - self._arrival)
         elif num_tokens:
             self._metrics.inter_token_latency.observe((now - choice.last_output) / num_tokens)

@@ -270,6 +270,12 @@ class Metrics:
             self._observe_stats(message.stats)
         self._observe_steps(message.steps)
 
+    def engine_lost(self) -> None:
+        """There is no engine that runs, queues or holds anything."""
+        for gauge in (self.running, self.waiting, self.blocks_used, self.vocabulary.used):
+            gauge.set(0)
+        self.waiting_by_tenant.clear()
+
     def _observe_stats(self, stats: EngineStats) -> None:
         self.running.set(stats.num_running)
         self.waiting.set(stats.num_waiting)

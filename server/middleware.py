@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import internal_error
 from server.metrics import Metrics
-from server.sse import ClientDisconnected
+from server.sse import ClientDisconnected, StreamFailed
 
 log = structlog.get_logger("server.access")
 
@@ -24,6 +24,7 @@ _QUIET = ("/health", "/metrics")
 class RequestMiddleware:
     """Outermost middleware, in plain ASGI so that a streamed token costs one more function call only.
 
+    A stream that ends with an error is recorded with the error's status, not with the 200 that it began with.
     ``X-Request-Id`` is taken from the client if it is 1 to 128 of ``A-Za-z0-9._:-``, else made, and sent back.
     """
 
@@ -52,6 +53,8 @@ class RequestMiddleware:
             await self._app(scope, receive, send_with_id)
         except ClientDisconnected:
             status = CLIENT_CLOSED_REQUEST
+        except StreamFailed as failure:
+            status = failure.status  # the client has seen 200 and then the error
         except Exception:
             log.exception("unexpected error")
             if not status:

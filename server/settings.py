@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -202,6 +202,27 @@ class Settings(BaseSettings):
         return init_settings, env_settings, _ConfigFileSource(settings_cls)
 
 
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The options inside a field of the tree; None: it is an option itself."""
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def option_names(model: type[BaseModel] = Settings, path: Sequence[str] = ()) -> Iterator[list[str]]:
+    """Every option of the tree, by the names on the way to it."""
+    for name, field in model.model_fields.items():
+        section = section_of(field)
+        if section is None:
+            yield [*path, name]
+        else:
+            yield from option_names(section, [*path, name])
+
+
+def environment_variable(names: Sequence[str]) -> str:
+    """Of an option."""
+    return ENV_PREFIX + "__".join(names).upper()
+
+
 def load_settings(arguments: Sequence[str] = ()) -> Settings:
     """Settings from flags, environment and configuration file.
 
@@ -223,11 +244,17 @@ def load_settings(arguments: Sequence[str] = ()) -> Settings:
 
 
 def _check_environment() -> None:
-    """A variable for a section that does not exist would be ignored silently: refuse it."""
+    """Variables that would be ignored silently are refused: of no section, or with one underscore between names.
+
+    Others may have our prefix for other reasons: Kubernetes names variables after services.
+    """
+    meant = {variable.replace("__", "_"): variable for variable in map(environment_variable, option_names())}
     for variable in os.environ:
         section, nested, _ = variable.removeprefix(ENV_PREFIX).partition("__")
         if variable.startswith(ENV_PREFIX) and nested and section.lower() not in Settings.model_fields:
             raise ConfigurationError(f"unknown option in the environment: {variable}")
+        if (option := meant.get(variable, variable)) != variable:
+            raise ConfigurationError(f"unknown option in the environment: {variable} (did you mean {option}?)")
 
 
 def is_loopback(host: str) -> bool:

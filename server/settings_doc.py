@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from server.settings import ENV_PREFIX, SHORTCUTS, Settings
+from server.settings import SHORTCUTS, Settings, environment_variable, section_of
 
 _HEADER = """\
 <!-- Made by `evospec settings-doc > docs/configuration.md`; do not edit. -->
@@ -40,18 +40,13 @@ def settings_doc() -> str:
 
 def _sections(model: type[BaseModel], path: list[str]) -> Iterator[tuple[list[str], type[BaseModel]]]:
     for name, field in model.model_fields.items():
-        if section := _section_type(field):
+        if section := section_of(field):
             yield [*path, name], section
             yield from _sections(section, [*path, name])
 
 
-def _section_type(field: FieldInfo) -> type[BaseModel] | None:
-    kind = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
 def _table(title: str, path: list[str], model: type[BaseModel]) -> str:
-    rows = [_row(path, name, field) for name, field in model.model_fields.items() if not _section_type(field)]
+    rows = [_row(path, name, field) for name, field in model.model_fields.items() if not section_of(field)]
     if not rows:
         return ""
     about = f"\n{(model.__doc__ or '').strip()}\n" if path else ""
@@ -62,7 +57,7 @@ def _table(title: str, path: list[str], model: type[BaseModel]) -> str:
 def _row(path: list[str], name: str, field: FieldInfo) -> str:
     option = ".".join([*path, name])
     flags = f"`--{option}`" + (f", `--{SHORTCUTS[option]}`" if option in SHORTCUTS else "")
-    variable = ENV_PREFIX + "__".join([*path, name]).upper()
+    variable = environment_variable([*path, name])
     choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str | int)]
     meaning = f"{field.description}" + (f" One of {', '.join(choices)}." if choices else "")
     return f"| {flags} | `{variable}` | {_default(field)} | {meaning} |\n"

@@ -26,6 +26,14 @@ class ClientDisconnected(Exception):
     """The client went away before the response was complete."""
 
 
+class StreamFailed(Exception):
+    """A stream ended with an error that would have been the answer's ``status``, had none been sent before."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
 def event(data: msgspec.Struct | dict[str, Any]) -> bytes:
     """One event with ``data`` as JSON."""
     return b"data: " + _encoder.encode(data) + b"\n\n"
@@ -58,7 +66,8 @@ class EventStream(Response):
     """Streams encoded events; each item of ``events`` is one write.
 
     Headers wait for the first item, so an error before it is an ordinary error response. An error after it
-    becomes a last event with an error body. A client that goes away closes ``events`` at once.
+    becomes a last event with an error body, and then ``StreamFailed``. A client that goes away closes ``events`` at
+    once.
     """
 
     media_type = "text/event-stream"
@@ -76,16 +85,21 @@ class EventStream(Response):
         async with aclosing(self._events) as events:
             first = await anext(events)
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            failure = None
             try:
                 await _write(send, first)
                 async for data in events:
                     await _write(send, data)
             except ApiError as error:
-                await _write(send, event(error.body()))
+                failure = error
             except Exception:
                 log.exception("stream failed")
-                await _write(send, event(internal_error().body()))
+                failure = internal_error()
+            if failure is not None:
+                await _write(send, event(failure.body()))
         await send({"type": "http.response.body", "body": b""})
+        if failure is not None:
+            raise StreamFailed(failure.status)
 
 
 async def _write(send: Send, data: bytes) -> None:

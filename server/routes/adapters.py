@@ -45,7 +45,7 @@ async def list_adapters(serving: Annotated[Serving, Depends(get_serving)]) -> Re
 @router.post(
     "/v1/adapters/{key:path}/{action}",
     status_code=202,
-    responses={202: success(AcceptedCommand)[200], **errors(401, 403, 503)},
+    responses={202: success(AcceptedCommand)[200], **errors(400, 401, 403, 503)},
     response_model=None,
 )
 async def command_adapter(

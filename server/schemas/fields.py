@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.messages import Grammar
+from engine.sampling.json_schema import GrammarError, check_json_schema
+from server.errors import bad_request
 
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
+MAX_METADATA = 16
 MAX_CHOICES = 16
 INT64 = 2**63
+_MAX_UNKNOWN_FIELDS = 16
+"""An error for each; of more, the first is named."""
 
 
 class NoOp:
@@ -43,9 +56,34 @@ class NoOp:
 
 
 class Body(BaseModel):
-    """A request body: unknown fields are errors, and types are not coerced ("1" is not 1)."""
+    """A request body: unknown fields are errors, and types are not coerced ("1" is not 1).
+
+    A body has room for a million wrong values, and an error for each would keep everybody waiting: lists end at their
+    first error (``fail_fast``), and so does a body at the first of many unknown fields.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_many_unknown_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > len(cls.model_fields):
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            unknown = [name for name in value if name not in known]
+            if len(unknown) > _MAX_UNKNOWN_FIELDS:
+                raise PydanticCustomError("extra_forbidden", "unknown", {"param": unknown[0]})
+        return value
+
+
+def at_most(limit: int) -> BeforeValidator:
+    """Refuses a longer list or object before anything in it is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise PydanticCustomError("too_long", "must have at most {limit} entries", {"limit": limit})
+        return value
+
+    return BeforeValidator(check)
 
 
 class StreamOptions(Body):
@@ -106,11 +144,11 @@ class SamplingFields(Body):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
-    logit_bias: dict[str, Bias] | None = Field(
+    logit_bias: Annotated[dict[str, Bias] | None, at_most(MAX_LOGIT_BIAS)] = Field(
         default=None, max_length=MAX_LOGIT_BIAS, description="Token id (as a string) to bias."
     )
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128)
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128, fail_fast=True)
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -132,7 +170,7 @@ class SamplingFields(Body):
         "the same.",
     )
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = Field(default=None, max_length=MAX_METADATA)
     safety_identifier: str | None = None
 
 
@@ -144,7 +182,15 @@ def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
 
 
 def to_grammar(response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> Grammar | None:
-    """The engine's form of ``response_format``."""
+    """The engine's form of ``response_format``; 400 for a schema that the engine would refuse.
+
+    It goes to the engine with every choice, so its size must be bounded here.
+    """
     if isinstance(response_format, JsonSchemaFormat):
-        return Grammar("json_schema", json.dumps(response_format.json_schema.schema_))
+        schema = json.dumps(response_format.json_schema.schema_)
+        try:
+            check_json_schema(schema)
+        except GrammarError as error:
+            raise bad_request(str(error), "response_format") from error
+        return Grammar("json_schema", schema)
     return Grammar("json_object") if isinstance(response_format, JsonObjectFormat) else None

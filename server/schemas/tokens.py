@@ -17,7 +17,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     add_special_tokens: bool | None = Field(
         default=None, description="Begin-of-sequence token and the like; default true for prompt. Not for messages."
     )
@@ -47,7 +47,7 @@ class DetokenizeRequest(Body):
     """Token ids to turn into text; special tokens are kept."""
 
     model: str | None = None
-    tokens: list[TokenId] = Field(max_length=2**17)
+    tokens: list[TokenId] = Field(max_length=2**17, fail_fast=True)
 
 
 class DetokenizeResponse(msgspec.Struct, frozen=True):

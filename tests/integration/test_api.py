@@ -385,6 +385,14 @@ async def test_a_dead_engine_ends_requests_and_a_new_one_serves_again(serve: Any
         assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_unavailable")
         await api.until_health(503)
         assert (await api.post("/v1/completions")).status_code == 503
+        metrics = (await api.client.get("/metrics")).text.splitlines()
+        # The stream that had begun with 200, the whole answer, and the one that came too late.
+        assert (
+            'evospec:requests_total{endpoint="/v1/completions",model="tiny",status="503",tenant="default"} 3.0'
+            in metrics
+        )
+        assert {"evospec:num_requests_running 0.0", "evospec:num_requests_waiting 0.0"} <= set(metrics)
+        assert not any(line.startswith("evospec:num_requests_waiting_by_tenant{") for line in metrics)
 
         api.engine = ScriptedEngine(api.address, replies, VOCAB_SIZE)
         await api.until_health(200)

@@ -18,6 +18,7 @@ from server.params import to_sampling_params, tokenize_prompts
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.fields import to_grammar
+from server.schemas.tokens import DetokenizeRequest
 
 TEXT = {"model": "m", "prompt": "x"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -26,7 +27,8 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
 def error_of(model: Any, body: dict[str, Any]) -> ApiError:
     with pytest.raises(ValidationError) as caught:
         model.model_validate(body)
-    return validation_error(caught.value.errors(), body)
+    in_body = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]  # as FastAPI has them
+    return validation_error(in_body, body)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,48 @@ def test_any_unknown_field_is_named_in_a_body_that_can_be_sent(name: str) -> Non
     error = error_of(ChatCompletionRequest, {**CHAT, f"x{name}": 1})
     assert error.code == "unsupported_parameter"
     assert len(error.response().body) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "param"),
+    [
+        (CompletionRequest, {**TEXT, "prompt": [-1] * 5000}, "prompt.0"),
+        (CompletionRequest, {**TEXT, "prompt": [[1, 2], *[[-1]] * 100]}, "prompt.1.0"),
+        (CompletionRequest, {**TEXT, "prompt": [[-1] * 5000]}, "prompt.0.0"),
+        (CompletionRequest, {**TEXT, "stop_token_ids": [-1] * 5000}, "stop_token_ids.0"),
+        (CompletionRequest, {**TEXT, "stop": [1] * 5000}, "stop.0"),
+        (CompletionRequest, {**TEXT, "logit_bias": {str(i): 1000 for i in range(5000)}}, "logit_bias"),
+        (CompletionRequest, {**TEXT, "metadata": {str(i): 1 for i in range(5000)}}, "metadata"),
+        (CompletionRequest, {**TEXT, **{f"x{i}": 1 for i in range(5000)}}, "x0"),
+        (ChatCompletionRequest, {**CHAT, "messages": [{}] * 2000}, "messages.0.role"),
+        (
+            ChatCompletionRequest,
+            {**CHAT, "messages": [{"role": "user", "content": [1] * 5000}]},
+            "messages.0.content.0",
+        ),
+        (ChatCompletionRequest, {**CHAT, "stream_options": {f"x{i}": 1 for i in range(5000)}}, "stream_options.x0"),
+        (DetokenizeRequest, {"tokens": [-1] * 5000}, "tokens.0"),
+    ],
+)
+def test_thousands_of_wrong_values_are_not_thousands_of_errors(model: Any, body: dict[str, Any], param: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        model.model_validate(body)
+    assert caught.value.error_count() < 10
+    assert error_of(model, body).param == param
+
+
+def test_a_schema_too_long_for_the_engine_gets_no_further() -> None:
+    schema = {"type": "integer", "description": "x" * 65_536}
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    body = ChatCompletionRequest.model_validate({**CHAT, "response_format": wanted})
+    with pytest.raises(ApiError, match="longer than") as caught:
+        to_grammar(body.response_format)
+    assert (caught.value.status, caught.value.param) == (400, "response_format")
+
+
+def test_a_parameter_of_the_path_is_named() -> None:
+    error = {"type": "literal_error", "loc": ("path", "action"), "msg": "Input should be 'reset'", "input": "x"}
+    assert validation_error([error], None).param == "action"
 
 
 def test_text_parts_are_joined_and_developer_means_system() -> None:

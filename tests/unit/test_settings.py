@@ -84,6 +84,27 @@ def test_misspelt_environment_variable_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("EVOSPEC_LIMITS_REQUESTS_PER_MINUTE", "EVOSPEC_LIMITS__REQUESTS_PER_MINUTE"),
+        ("EVOSPEC_ENGINE_CACHE_MAX_BYTES", "EVOSPEC_ENGINE__CACHE__MAX_BYTES"),
+    ],
+)
+def test_an_underscore_too_few_in_the_environment_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, variable: str, meant: str
+) -> None:
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ConfigurationError, match=f"{variable} .*{meant}"):
+        load_settings()
+
+
+def test_variables_that_kubernetes_names_after_a_service_are_none_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SERVICE_HOST", "PORT", "PORT_8000_TCP_ADDR", "REDIS_SERVICE_HOST", "REDIS_PORT"):
+        monkeypatch.setenv(f"EVOSPEC_{name}", "tcp://10.0.0.1:8000")
+    load_settings()
+
+
+@pytest.mark.parametrize(
     ("host", "expected"),
     [
         ("127.0.0.1", True),
