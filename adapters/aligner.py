@@ -117,7 +117,9 @@ class KeyAligner:
         self._scoring.go_on()
         if self._scoring.is_done:
             scoring, self._scoring = self._scoring, None
-            self._judge(scoring)
+            # Void where somebody has met the version in force meanwhile, of which too little is known then.
+            if self._guard.may_be_followed:
+                self._judge(scoring)
 
     @property
     def is_unpublished(self) -> bool:

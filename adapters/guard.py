@@ -94,12 +94,13 @@ class Acceptance:
 
     def is_below(self, other: Acceptance, margin: float, sigmas: float) -> bool:
         """Whether this rate is below the other's minus ``margin`` by so many standard errors of the difference."""
-        if not (self._is_comparable and other._is_comparable) or self.rate is None or other.rate is None:
+        if not (self.is_comparable and other.is_comparable) or self.rate is None or other.rate is None:
             return False
         return other.rate - margin - self.rate > sigmas * math.sqrt(self._variance + other._variance)
 
     @property
-    def _is_comparable(self) -> bool:
+    def is_comparable(self) -> bool:
+        """Whether enough steps of enough requests are known to compare rates."""
         return self.num_steps >= _MIN_COMPARED and len(self.requests) >= _MIN_REQUESTS
 
     @property
@@ -158,7 +159,7 @@ class Guard:
         self._config = config
         self._version = 0
         self.previous = Acceptance()
-        """Of the version before."""
+        """Of the version before, or the last before it that was met often enough to be compared with."""
         self.num_watched = 0
         """Fair records of the version in force."""
         self._empty_windows()
@@ -190,7 +191,7 @@ class Guard:
 
     def watch(self, version: int) -> None:
         """``version`` of the channel is in force from now on; 0: the base draft."""
-        if self._version == 0 or self.num_watched:  # of one that nobody has met nothing is known
+        if self.in_force.is_comparable:  # else too little is known of it: the one before it says more
             self.previous = self.in_force
         self._version, self.num_watched = version, 0
         self._empty_windows()

@@ -52,7 +52,7 @@ class Roster:
             self._has_warned = False
             self.aligners[key] = self._make(key)
         self.aligners.move_to_end(key)
-        self._heard_at[key] = at
+        self._heard_at[key] = max(at, self._heard_at.get(key, at))  # records of a batch may be told twice
         return self.aligners[key]
 
     def _has_room(self, now: float) -> bool:

@@ -38,7 +38,7 @@ class UpdateTrigger:
         self._counted_at = clock()
         self._patience = 1
         self._latest = self._scored = Acceptance()
-        """Now, and when weights were scored."""
+        """Now, and when weights were scored: the last that enough was known of."""
         self.gain = _OPTIMISM
         """Held-out loss that an update saves, in nats."""
         self.seconds: float | None = None
@@ -58,6 +58,8 @@ class UpdateTrigger:
         """The live acceptance of late; a fall since the last score means that there is something to learn again."""
         if acceptance.is_below(self._scored, _DRIFT, _SIGMAS):
             self.gain, self._patience, self._scored = _OPTIMISM, 1, acceptance
+        elif not self._scored.is_comparable:
+            self._scored = acceptance
         self._latest = acceptance
 
     def observe_update(self, seconds: float) -> None:
@@ -73,7 +75,8 @@ class UpdateTrigger:
         self.gain += _SMOOTHING * (max(0.0, saved) / num_updates - self.gain)
         self._scoring_seconds += _SMOOTHING * (scoring_seconds - self._scoring_seconds)
         self._patience = 1 if self.pays else min(2 * self._patience, _MAX_PATIENCE)
-        self._scored = self._latest
+        if self._latest.is_comparable:  # else, as after a new version, a fall would find nothing to be below
+            self._scored = self._latest
 
     @property
     def pays(self) -> bool:

@@ -222,7 +222,7 @@ class AdapterWorker:
     def _obey(self, command: AdapterCommand) -> None:
         # What is on disk of a key without a slot obeys too; it gets none by that, since it may be misspelt.
         (self._roster.aligners.get(command.key) or self._make_aligner(command.key)).obey(command)
-        if command.action == "reset":
+        if command.action in ("reset", "unfreeze"):  # what was logged before is not to be learned from
             self._assembler.forget(command.key)
 
     def _report(self) -> None:

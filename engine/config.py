@@ -190,7 +190,7 @@ class RuntimeConfig(_Section):
     threads: int = Field(
         default=0,
         ge=0,
-        description="Compute threads; 0: one for each core this process may use, by affinity and by the quota of its container.",
+        description="Compute threads; 0: one for each core this process may use, by affinity and quota.",
     )
 
 

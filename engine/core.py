@@ -91,6 +91,9 @@ class EngineCore:
             sampling=message.sampling,
             domain=message.session.domain or None if message.session else None,
         )
+        if request.request_id in self._stop_checkers or request.request_id in self._compiling:
+            log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
+            return
         if self._speculator is not None:
             self._speculator.begin(request.request_id, message.session)
         if message.sampling.grammar is not None:
@@ -166,6 +169,7 @@ class EngineCore:
             self._scheduler.add(request)
             self._sampler.add(request, None if grammar is None else grammar.result())
         except Exception as error:
+            self._scheduler.abort(request.request_id)  # it may be there already
             self._refuse(request, error)
             return
         self._stop_checkers[request.request_id] = StopChecker(

@@ -29,7 +29,8 @@ class FairQueue:
         self._queues: dict[str, deque[Request]] = {}
         self._preempted: deque[Request] = deque()
         self._service: dict[str, int] = {}
-        self._last_served = 0
+        self._last_tenant = ""
+        """Whose turn came last; nobody's at first."""
 
     def __len__(self) -> int:
         return len(self._preempted) + sum(map(len, self._queues.values()))
@@ -47,7 +48,9 @@ class FairQueue:
     def append(self, request: Request) -> None:
         """Put a new request at the end of its tenant's queue."""
         if request.tenant not in self._queues:
-            floor = min((self._service[tenant] for tenant in self._queues), default=self._last_served)
+            # What the last one was charged since then counts as well: its requests may still run.
+            of_last = self._service.get(self._last_tenant, 0)
+            floor = min((self._service[tenant] for tenant in self._queues), default=of_last)
             self._service[request.tenant] = max(self._service.get(request.tenant, 0), floor)
             self._queues[request.tenant] = deque()
         self._queues[request.tenant].append(request)
@@ -88,7 +91,7 @@ class FairQueue:
         if request is None:
             raise IndexError("nobody waits")
         if not self._preempted:
-            self._last_served = self._service[request.tenant]
+            self._last_tenant = request.tenant
         self.remove(request)
         return request
 

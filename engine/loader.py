@@ -94,6 +94,8 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
     backend = _backend(config, spec, device)
     # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
     torch.set_num_threads(1 if backend == "native" else threads)
+    # Partial sums in bfloat16 would differ with the number of rows, which decides how a product is split.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dtype = _dtype(config, backend, device)
     max_model_len = _max_model_len(config, spec)
     source = open_weights(files)
@@ -156,10 +158,19 @@ def _backend(config: EngineConfig, spec: ModelSpec, device: torch.device) -> Bac
 def _why_not_flashinfer(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:
     if importlib.util.find_spec("flashinfer") is None:
         return "flashinfer is not installed (evospec[gpu])"
+    if _cuda_toolkit() is None and importlib.util.find_spec("flashinfer_jit_cache") is None:
+        return "flashinfer compiles its kernels, and there is no nvcc (set CUDA_HOME)"
     heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
     smallest = AttentionSpec(1, *heads, 1, config.cache.block_size, _dtype(config, "flashinfer", device), device)
     reason = flashinfer.unsupported_reason(smallest)
     return None if reason is None else f"of flashinfer: {reason}"
+
+
+def _cuda_toolkit() -> str | None:
+    """Where nvcc is: by CUDA_HOME, on the path, or in /usr/local/cuda; None: nowhere."""
+    from torch.utils.cpp_extension import CUDA_HOME  # slow to import, and of no use on a CPU
+
+    return CUDA_HOME
 
 
 def _why_not_native(config: EngineConfig, spec: ModelSpec, device: torch.device) -> str | None:

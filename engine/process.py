@@ -99,7 +99,7 @@ class EngineProcess:
     def _handle(self, client: bytes, payload: bytes) -> None:
         try:
             message = self._decoder.decode(payload)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             log.error("undecodable message", client=client.hex(), error=str(error))
             return
         match message:

@@ -47,6 +47,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting = FairQueue()
         self._running: list[Request] = []  # by first admission
+        self._lacks_blocks = False
+        """Whether waiting requests cannot be admitted for lack of blocks, as of the last step."""
         self._num_preemptions = 0
         self._prefix_query_tokens = 0
         self._prefix_hit_tokens = 0
@@ -87,6 +89,7 @@ class Scheduler:
         budget = self._config.max_batched_tokens - len(plan)
         if drafter is not None and plan:
             budget -= self._plan_drafts(plan, drafter, budget)
+        self._lacks_blocks = bool(preempted)
         if prefilling and not preempted:
             budget -= self._admit(plan, budget // 2, whole=True)
         budget -= self._plan_prefills(plan, budget)
@@ -181,7 +184,8 @@ class Scheduler:
 
     def _num_joining(self, num_decoding: int) -> int:
         """Sequences whose prompts are computed in this step or next: they will decode beside those that do."""
-        return min(len(self._running) + len(self._waiting), self._max_running) - num_decoding
+        num_admissible = 0 if self._lacks_blocks else len(self._waiting)
+        return min(len(self._running) + num_admissible, self._max_running) - num_decoding
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills, whose blocks they got at admission; returns the tokens planned."""
@@ -237,6 +241,7 @@ class Scheduler:
                 break
             # A block to grow for each running sequence, or the newcomer would soon be preempted.
             if not self._kv.allocate(request, request.num_tokens, keep_free=len(self._running)):
+                self._lacks_blocks = True
                 break
             self._waiting.pop()
             request.num_computed_tokens = num_cached

@@ -1,8 +1,8 @@
 """What ``benchmarks.adapt`` compares: servers with and without alignment, each a real one with a directory of its own.
 
-A side is a string: ``static``, ``vocabulary`` (follows sessions, with the learned prior), ``alignment`` (the static
-vocabulary, and a worker that learns), ``both``, ``osd`` (alignment of all the draft's weights); after a slash, options
-of ``engine.alignment``: ``alignment/replay.policy=clear,key_scope=global``.
+A side is a string: ``static``, or with a vocabulary of its own ``static:K``; ``vocabulary`` (follows sessions, with the
+learned prior), ``alignment`` (the static vocabulary, and a worker that learns), ``both``, ``osd`` (alignment of all the
+draft's weights); after a slash, options of ``engine.alignment``: ``alignment/replay.policy=clear,key_scope=global``.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def make_side(name: str, vocabularies: Vocabularies, common: Sequence[str] = ())
     Raises:
         ValueError: it means nothing.
     """
-    kind, _, switches = name.partition("/")
-    if kind not in KINDS:
+    vocabulary, _, switches = name.partition("/")
+    kind, _, size = vocabulary.partition(":")
+    if kind not in KINDS or (size and not (kind == STATIC and size.isdigit())):
         raise ValueError(f"no such side: {kind}; there are {', '.join(KINDS)}")
     aligns = kind in (ALIGNMENT, BOTH, OSD)
     words = [*common, *(_OSD if kind == OSD else []), *filter(None, switches.split(","))]
@@ -76,7 +77,8 @@ def make_side(name: str, vocabularies: Vocabularies, common: Sequence[str] = ())
         raise ValueError(f"{name}: expected options of engine.alignment as NAME=VALUE behind an aligning side")
     options = {key: value for key, _, value in (word.partition("=") for word in words)} if aligns else {}
     follows = kind in (VOCABULARY, BOTH)
-    return Side(name, vocabularies.dynamic if follows else vocabularies.static, follows, aligns, options)
+    of_kind = vocabularies.dynamic if follows else vocabularies.static
+    return Side(name, vocabulary if size else of_kind, follows, aligns, options)
 
 
 def arguments(side: Side, model: str, drafting: Drafting, directory: Path, shared: Path) -> list[str]:

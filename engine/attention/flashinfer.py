@@ -73,7 +73,9 @@ class FlashInferAttention(AttentionBackend):
         self._cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
         # Zeros: the decode wrapper wants them. Shared: only one of the two runs in a step.
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=spec.device)
-        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, _LAYOUT)
+        # As in the graphs and for decodes; left to choose, it takes another kernel on an H100 (fa3), which shares no
+        # keys between the query heads of a group.
+        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, _LAYOUT, backend="fa2")
         self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, _LAYOUT, use_tensor_cores=True)
         self._wrapper: Any = self._decode
         self._slot_mapping = torch.empty(0)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 _MAX_CACHED_GRAMMARS = 64
+_MAX_CACHED_BYTES = 256 * 1024**2
+"""Of those together; one may take tens of megabytes (the bounds of its strings, times the vocabulary)."""
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 
@@ -28,6 +30,7 @@ class CompiledGrammar:
 
     def __init__(self, compiled: xgrammar.CompiledGrammar, end_token_ids: frozenset[int], excluded: frozenset[int]):
         self.compiled = compiled
+        self.num_bytes: int = compiled.memory_size_bytes
         self.end_token_ids = end_token_ids
         self.excluded_token_ids = excluded
 
@@ -104,9 +107,11 @@ class GrammarCompiler:
         """The compiled grammar, from the cache or when it is ready; its result may raise ``GrammarError``."""
         if grammar not in self._cache:
             self._cache[grammar] = Future()
-            if len(self._cache) > _MAX_CACHED_GRAMMARS:
-                self._cache.popitem(last=False)
         self._cache.move_to_end(grammar)
+        while len(self._cache) > _MAX_CACHED_GRAMMARS or (
+            len(self._cache) > 1 and self._num_bytes() > _MAX_CACHED_BYTES
+        ):
+            self._cache.popitem(last=False)
         compiled = self._cache[grammar]
         if not compiled.done():  # also if it waits: it need not wait for the turn of the tenant that asked first
             self._thread.submit(tenant, compiled, partial(self._compile, grammar))
@@ -116,6 +121,11 @@ class GrammarCompiler:
         """Nobody waits for what ``compile`` gave any more: others need not wait for it either, if it has not begun."""
         if compiled.cancel() and self._cache.get(grammar) is compiled:
             del self._cache[grammar]
+
+    def _num_bytes(self) -> int:
+        """Of the grammars that are kept and compiled."""
+        done = (one for one in self._cache.values() if one.done() and not one.cancelled() and one.exception() is None)
+        return sum(one.result().num_bytes for one in done)
 
     def _compile(self, grammar: Grammar) -> CompiledGrammar:
         is_object = grammar.kind == "json_object"

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 MAX_CATCH_UP_TOKENS = 512
-"""Most unseen tokens that one call of ``catch_up`` lets a draft compute; the rest waits a step."""
+"""Most unseen tokens that one call of ``catch_up`` lets a draft compute, of few sequences; the rest waits a step."""
+TOKENS_EACH = 8
+"""The same of many sequences, for each: more than they gain in a step, or some would never catch up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class EntryLedger:
     """Keeps account of a draft's entries in the target's blocks.
 
     Nothing is computed before a sequence is drafted for, not even its prompt: while speculation does not pay, the draft
-    costs next to nothing. A sequence with more than ``MAX_CATCH_UP_TOKENS`` unseen tokens gets its first draft some
+    costs next to nothing. A sequence with more than ``MAX_CATCH_UP_TOKENS`` unseen tokens may get its first draft some
     steps later. Full blocks remember whether their entries were computed, so that no shared prefix is computed again.
 
     Args:
@@ -58,7 +60,7 @@ class EntryLedger:
         Returns:
             The pieces, and the slots that they bring up to date, in the same order: those whose piece wants logits.
         """
-        budget = MAX_CATCH_UP_TOKENS
+        budget = max(MAX_CATCH_UP_TOKENS, TOKENS_EACH * len(slots))
         pieces: list[Piece] = []
         ready: list[DraftSlot] = []
         for slot in sorted(slots, key=self._num_unseen):

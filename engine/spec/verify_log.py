@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
+_CONTEXT_SECONDS = 3.0
+"""After so long without a record a request's context comes again: the worker gives a silent request up after five."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,8 @@ class VerifyLog:
     A step is logged whatever happened in it with the probability ``log.fair_share``; all steps of control requests
     are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
     accepted, or the draft was asked and nothing it said was verified: it was not sure enough, which is where there is
-    most to learn. A request's first record brings along the tokens before it: its prompt, to which the draft attends.
+    most to learn. A request's first record, and the first after a while, brings along the tokens before it: its prompt,
+    to which the draft attends.
 
     Args:
         adapters: who drafted.
@@ -120,8 +124,8 @@ class VerifyLog:
             config.redis_url, options.stream, max_records=options.max_records, interval=options.interval_seconds
         )
         self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
-        self._introduced: set[str] = set()
-        """Requests whose context was logged."""
+        self._told_at: dict[str, float] = {}
+        """When each request was logged last, with its context or after it."""
         self._random = random.Random()
         self._num_steps = self._num_gated = self._num_fair = 0
 
@@ -194,7 +198,7 @@ class VerifyLog:
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
-        self._introduced.discard(request_id)
+        self._told_at.pop(request_id, None)
 
     def draft_version(self, request_id: str) -> int:
         """Of the adapter that drafted last for a request."""
@@ -229,18 +233,19 @@ class VerifyLog:
             end += sequence.num_logits
             request_id, has_drafts = sequence.request.request_id, sequence.num_draft_tokens > 0
             if tokens and (has_drafts or request_id in first_right):
-                is_copied, is_right = has_drafts and request_id in copied, first_right.get(request_id)
+                is_copied, is_right = request_id in copied, first_right.get(request_id)
                 step = _Step(sequence, tokens, end - sequence.num_sampled, is_copied, is_right)
                 if step.drafted or not is_copied:  # a copy that was not looked at says nothing
                     steps.append(step)
         return steps
 
     def _with_context(self, step: _Step) -> Piece:
-        """The step's own tokens; the first time also those before."""
-        piece, request = step.piece, step.sequence.request
-        if request.request_id in self._introduced:
+        """The step's own tokens; the first time, and after a while without any, also those before."""
+        piece, request, now = step.piece, step.sequence.request, time.monotonic()
+        told_at = self._told_at.get(request.request_id, -math.inf)
+        self._told_at[request.request_id] = now
+        if now - told_at < _CONTEXT_SECONDS:
             return piece
-        self._introduced.add(request.request_id)
         start = max(0, piece.start - self._max_context)
         token_ids = request.all_token_ids[start : piece.start] + piece.token_ids
         return Piece(start, token_ids, 0, piece.block_ids, piece.request_id)

@@ -18,6 +18,7 @@ import torch
 from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
 from engine.request import Request
+from engine.sampling import grammar as grammar_module
 from engine.sampling.compiling import CompilingRequests
 from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.json_schema import GrammarError, check_json_schema
@@ -228,6 +229,15 @@ def test_a_compiled_grammar_is_kept_and_the_oldest_dropped(tokenizer: Tokenizer)
     for grammar in grammars:
         compiler.compile(grammar).result()
     assert compiler.compile(grammars[0]) is not first
+
+
+def test_compiled_grammars_are_dropped_by_what_they_take(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler(tokenizer)
+    small, large = (Grammar("json_schema", json.dumps({"type": "string", "maxLength": length})) for length in (1, 100))
+    first, other = compiler.compile(small), compiler.compile(large)
+    monkeypatch.setattr(grammar_module, "_MAX_CACHED_BYTES", other.result().num_bytes + first.result().num_bytes // 2)
+    assert compiler.compile(large) is other, "the one wanted stays"
+    assert compiler.compile(small) is not first
 
 
 @pytest.mark.parametrize(

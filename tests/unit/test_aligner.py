@@ -129,6 +129,25 @@ def test_a_revision_that_nobody_has_met_may_be_followed(key: Key) -> None:
     assert key.aligner.revision == met + 2, "somebody has met it"
 
 
+def test_a_score_is_void_where_somebody_met_the_revision_meanwhile(key: Key) -> None:
+    """Too little is known of it then: neither is it good, nor may another follow."""
+    key.decide()
+    key.aligner.published(1)
+    for number, answer in enumerate(5 * key.answers):
+        key.aligner.add(answer.segment(f"{number}"))
+    while key.aligner._scoring is None:
+        key.aligner.work()
+    key.observe(1, True, 5)
+    while key.aligner._scoring is not None:
+        key.aligner.work()
+    assert (key.aligner.revision, key.aligner.state.good_revision) == (1, 0)
+    key.observe(1, True, 64)
+    while key.aligner.revision == 1:
+        assert key.aligner.wants_work
+        key.aligner.work()
+    assert key.aligner.state.good_revision == 1
+
+
 def test_bad_revision_is_taken_back_once(key: Key) -> None:
     """Its records that are still on their way do not take the good one back as well."""
     key.observe(0, True, 256)

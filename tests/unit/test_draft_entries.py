@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from engine.messages import SamplingParams
@@ -63,6 +65,25 @@ def test_blocks_used_again_are_computed_again() -> None:
     assert new.num_computed_tokens == 32
     assert caught_up(ledger, DraftSlot(new, 4, [1, 0, 2])) == [(0, 33)]
     assert caught_up(ledger, DraftSlot(new, 4, [1, 0, 2])) == []
+
+
+def test_of_many_sequences_none_waits_for_ever() -> None:
+    """Each gains some tokens a step; those left out once have more to catch up with than the others."""
+    ledger = EntryLedger(4096, BLOCK)
+    requests = [make_request(20 + number % 3) for number in range(256)]
+    for number, request in enumerate(requests):
+        request.request_id = str(number)
+    slots = [DraftSlot(request, 4, list(range(16 * n, 16 * n + 16))) for n, request in enumerate(requests)]
+    for slot in slots:
+        compute(ledger, slot.request, list(slot.block_ids), 0, slot.request.num_tokens, num_kept=1)
+    served: Counter[str] = Counter()
+    for _ in range(30):
+        served.update(slot.request.request_id for slot in ledger.catch_up(slots)[1])
+        for slot in slots:
+            start = slot.request.num_tokens - 1
+            compute(ledger, slot.request, list(slot.block_ids), start, start + 5, num_kept=4)
+    assert len(served) == len(slots)
+    assert min(served.values()) > 20
 
 
 def test_short_pieces_come_first_and_long_ones_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,6 +109,19 @@ def test_bad_versions_are_taken_back_soon() -> None:
     assert np.median(worse_than_base) <= 1500
 
 
+def test_a_version_met_by_few_is_none_to_compare_with() -> None:
+    """Nor does it take the place of one that was met by many: a bad one after it is found by that."""
+    guard, chance = Guard(CONFIG), np.random.default_rng(0)
+    guard.watch(1)
+    for one in itertools.islice(traffic(1, 0.6, 0.6, 0.0, chance), CONFIG.watched_records):
+        guard.observe(one)
+    guard.watch(2)
+    for number in range(3):
+        guard.observe(fair(2, True, f"{number}"))
+    guard.watch(3)
+    assert any(guard.observe(one) for one in itertools.islice(traffic(3, 0.05, 0.6, 0.0, chance), 512))
+
+
 def test_only_fair_records_of_the_version_in_force_count() -> None:
     guard = Guard(CONFIG)
     guard.watch(2)
@@ -212,6 +225,22 @@ def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -
     assert not trigger.wants_update(64, 64)
     trigger.observe_acceptance(steady(0.4))
     assert trigger.wants_update(64, 64)
+
+
+def test_a_fall_is_seen_after_a_score_of_which_too_little_was_known() -> None:
+    """As right after a new version, when nobody has met it."""
+    for known in ([steady(0.7), Acceptance()], [Acceptance(), steady(0.7)]):
+        trigger = UpdateTrigger(PaceConfig(), batch_positions=64)
+        for acceptance in known:
+            trigger.observe_acceptance(acceptance)
+            trigger.observe_update(2.0)
+            trigger.observe_score(0.0, 8)
+        for _ in range(20):
+            trigger.observe_score(0.0, 8)
+        trigger.observe_acceptance(steady(0.7))
+        assert trigger._patience > 1
+        trigger.observe_acceptance(steady(0.3))
+        assert trigger._patience == 1
 
 
 def steady(rate: float) -> Acceptance:

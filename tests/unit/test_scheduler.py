@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -150,6 +151,41 @@ def test_idle_time_earns_no_credit() -> None:
         simulation.step()
     by_tenant = [request.tenant for request in simulation.finished]
     assert abs(by_tenant.count("busy") - by_tenant.count("idle")) <= 4
+
+
+def test_idle_time_earns_no_credit_where_nobody_waits() -> None:
+    """What another was given since its turn came counts, though its queue is empty; whoever asks first then."""
+    simulation = Simulation(max_num_seqs=2, max_model_len=200, num_blocks=60)
+    simulation.scheduler.add(make_request("idle", tenant="idle"))
+    simulation.run(max_steps=20)
+    for n in range(2):
+        simulation.scheduler.add(make_request(f"long{n}", max_tokens=150, tenant="busy"))
+    for _ in range(120):
+        simulation.step()
+    for tenant in ("idle", "busy"):
+        for n in range(20):
+            simulation.scheduler.add(make_request(f"{tenant}{n}", tenant=tenant))
+    simulation.finished.clear()
+    while len(simulation.finished) < 20:
+        simulation.step()
+    by_tenant = [request.tenant for request in simulation.finished]
+    assert by_tenant.count("busy") >= 6
+
+
+def test_requests_that_no_blocks_are_left_for_do_not_join_soon() -> None:
+    """So drafts need not make room for them."""
+    joining = []
+
+    class Watching(Simulation):
+        def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
+            joining.append(num_joining)
+            return super().draft_lengths(requests, limits, num_joining)
+
+    simulation = Watching(num_blocks=8, max_num_seqs=8, num_drafts=2)
+    for n in range(20):
+        simulation.scheduler.add(make_request(str(n), num_prompt=48, max_tokens=20))
+    simulation.run(max_steps=200)
+    assert joining.count(0) > 0.8 * len(joining)
 
 
 def test_decodes_go_on_during_a_long_prefill_and_the_prefill_gets_its_share() -> None:
