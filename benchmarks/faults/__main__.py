@@ -30,6 +30,7 @@ from benchmarks.faults.requests import (
     Answer,
     Finished,
     Load,
+    Outcome,
     Question,
     known_answers,
     make_questions,
@@ -74,9 +75,16 @@ def is_learned(state: State) -> str:
 
 
 def learn(bench: Bench) -> None:
-    """Let the worker learn a version for each tenant; raises TimeoutError."""
-    with serving(bench.model, "learning") as server, bench.load(server):
+    """Let the worker learn a version for each tenant.
+
+    Raises:
+        TimeoutError: it does not.
+        RuntimeError: an answer was wrong, though nothing was hurt.
+    """
+    with serving(bench.model, "learning") as server, bench.load(server) as load:
         server.wait(is_learned, LEARN_SECONDS)
+    if wrong := [one for one in load.finished if one.outcome is not Outcome.RIGHT]:
+        raise RuntimeError(f"{len(wrong)} of {len(load.finished)} answers before the first fault: {wrong[0].message}")
 
 
 def repeat(server: Server, fault: Fault, chance: random.Random, seen: Seen) -> bool:
@@ -144,16 +152,18 @@ class Tally:
 
 def hurt(bench: Bench, tally: Tally, deadline: float) -> None:
     """All faults in turn, until one process of the server was killed too often, or one did not recover."""
-    with serving(bench.model, "serving") as server, Watch(server, bench.versions), bench.load(server) as load:
-        server.wait(lambda state: state.disagreement, RECOVER_SECONDS)
-        num_taken, is_sound = 0, True
-        while is_sound and max(server.num_killed.values(), default=0) < LIVES and time.monotonic() < deadline:
-            if (name := tally.next()) is None:
-                break
-            is_sound = repeat(server, FAULTS[name], tally.chance[name], tally.seen[name])
-            finished = load.finished[num_taken:]
-            num_taken += len(finished)
-            tally.take(name, finished)
+    num_taken, is_sound, name = 0, True, tally.next()
+    with serving(bench.model, "serving") as server, Watch(server, bench.versions):
+        with bench.load(server) as load:
+            server.wait(lambda state: state.disagreement, RECOVER_SECONDS)
+            while name and is_sound and max(server.num_killed.values(), default=0) < LIVES:
+                last = name
+                is_sound = repeat(server, FAULTS[name], tally.chance[name], tally.seen[name])
+                finished = load.finished[num_taken:]
+                num_taken += len(finished)
+                tally.take(name, finished)
+                name = tally.next() if time.monotonic() < deadline else None
+        tally.take(last, load.finished[num_taken:])  # under way when the last fault was over
 
 
 def measure(names: Sequence[str], repeats: int, minutes: float, path: Path, console: Console) -> bool:

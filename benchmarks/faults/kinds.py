@@ -142,7 +142,7 @@ def _damage_ring(server: Server, chance: random.Random) -> None:
 
 
 def _wrong_fingerprint(server: Server, chance: random.Random) -> str:
-    """A writer of other adapters; then the live channel says it is of others, or an engine finds such a one."""
+    """A writer of other adapters; then the channel in use says that it is of others."""
     path, other = server.model.options.channel_path, server.model.layout(_OTHER_RANK)
     try:
         WeightWriter(path, other)
@@ -150,14 +150,18 @@ def _wrong_fingerprint(server: Server, chance: random.Random) -> str:
         pass
     else:
         raise RuntimeError("a writer of other weights was let in")
-    if chance.random() < 0.5:
-        memory = server.channel().directory.file.memory
-        header = memory[:_FINGERPRINT] + other.fingerprint
-        memory[: _HEADER_END + _CHECKSUM.size] = header + _CHECKSUM.pack(zlib.crc32(header))
-        return "in the header in use"
+    memory = server.channel().directory.file.memory
+    header = memory[:_FINGERPRINT] + other.fingerprint
+    memory[: _HEADER_END + _CHECKSUM.size] = header + _CHECKSUM.pack(zlib.crc32(header))
+    return ""
+
+
+def _wrong_fingerprint_at_start(server: Server, chance: random.Random) -> str:
+    """An engine finds a channel of other adapters."""
+    options = server.model.options
     server.kill(ENGINE)
-    WeightChannel.create(path, other, server.model.options.num_slots).close()
-    return "a channel found at start"
+    WeightChannel.create(options.channel_path, server.model.layout(_OTHER_RANK), options.num_slots).close()
+    return ""
 
 
 def _damage(channel: WeightChannel, start: int, size: int, chance: random.Random) -> None:
@@ -210,5 +214,6 @@ FAULTS = {
     "valkey": Fault("Valkey kill -9 and restart", _kill(VALKEY)),
     "ring": Fault("feature ring full, worker behind", _fill_ring, has_shown=_has_lapsed),
     "bytes": Fault("corrupted bytes of channel and ring", _damage_bytes, has_shown=_was_read),
-    "fingerprint": Fault("wrong fingerprint", _wrong_fingerprint, kills_engine=True),
+    "fingerprint": Fault("wrong fingerprint of writer and channel", _wrong_fingerprint),
+    "start": Fault("wrong fingerprint of the channel found at start", _wrong_fingerprint_at_start, kills_engine=True),
 }

@@ -55,9 +55,17 @@ class LengthPolicy(Protocol):
         ...
 
     def lengths(
-        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
+        self,
+        request_ids: Sequence[str],
+        limits: Sequence[int],
+        num_joining: int,
+        repeats: Repeats,
+        context: float = 0,
     ) -> DraftLengths:
-        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``."""
+        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``.
+
+        ``context``: how many tokens they have, on average.
+        """
         ...
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
@@ -90,7 +98,12 @@ class FixedLength:
         return False
 
     def lengths(
-        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
+        self,
+        request_ids: Sequence[str],
+        limits: Sequence[int],
+        num_joining: int,
+        repeats: Repeats,
+        context: float = 0,
     ) -> DraftLengths:
         return DraftLengths(list(limits))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 import msgspec
 import numpy as np
@@ -75,7 +76,8 @@ class Speculator:
         ]
         self._copies = {} if self._copier is None else self._copier.look(requests, allowed)
         repeats = {request_id: copy.repeat for request_id, copy in self._copies.items()}
-        lengths = self._policy.lengths(request_ids, allowed, num_joining, repeats)
+        context = fmean(request.num_tokens for request in requests)
+        lengths = self._policy.lengths(request_ids, allowed, num_joining, repeats, context)
         self._copied = lengths.copied
         return lengths.most
 
