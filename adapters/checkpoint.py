@@ -1,4 +1,4 @@
-"""Checkpoints of draft training: master weights, optimiser state and progress, in two files without pickle."""
+"""Checkpoints of draft training: master weights, optimiser state and progress, in one file without pickle."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from engine.models.config import ModelError
+
+_SCALE, _PROGRESS = "feature_scale", "progress"
 
 
 @dataclass
@@ -25,28 +28,40 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def save_checkpoint(directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
-    """Replace the checkpoint of a directory."""
+def save_checkpoint(
+    directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, feature_scale: torch.Tensor
+) -> None:
+    """Replace the checkpoint of a directory, as a whole.
+
+    ``feature_scale``: behind which the draft is trained; another would make another draft of the same weights.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"draft.{name}": tensor for name, tensor in draft.state_dict().items()}
+    tensors[_SCALE] = feature_scale
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
     partial = directory / "checkpoint.partial"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, partial, {_PROGRESS: json.dumps(asdict(progress))})
     partial.rename(directory / "checkpoint.safetensors")
-    (directory / "progress.json").write_text(json.dumps(asdict(progress), indent=1))
 
 
-def load_checkpoint(directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
-    """Restore everything in place; None where there is no checkpoint.
+def load_checkpoint(
+    directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, feature_scale: torch.Tensor
+) -> Progress | None:
+    """Restore everything in place, ``feature_scale`` too; None where there is no checkpoint.
 
     Raises:
-        ModelError: it is of a draft of another shape.
+        ModelError: it is of a draft of another shape, or of another version.
     """
     path = directory / "checkpoint.safetensors"
     if not path.exists():
         return None
-    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata: dict[str, str] = file.metadata() or {}
+    if _PROGRESS not in metadata:
+        raise ModelError(f"{path}: of an older version; give this run a name of its own (--run)")
     try:
         draft.load_state_dict({k.removeprefix("draft."): v for k, v in tensors.items() if k.startswith("draft.")})
     except RuntimeError as error:
@@ -57,4 +72,5 @@ def load_checkpoint(directory: Path, draft: nn.Module, optimizer: torch.optim.Op
             number, key = name.split(".")[1:]
             state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return Progress(**json.loads((directory / "progress.json").read_text()))
+    feature_scale.copy_(tensors[_SCALE])
+    return Progress(**json.loads(metadata[_PROGRESS]))

@@ -105,11 +105,13 @@ class Trainer:
         shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
         draft = _initial_draft(shape, config.start_from, source)
         self._validation = self._validation_batches()
-        self._unroller = Unroller(draft, target, self._feature_scale())
+        self._scale = self._feature_scale()
+        self._unroller = Unroller(draft, target, self._scale)
         self._optimizer = torch.optim.AdamW(
             draft.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
         )
-        self.progress = load_checkpoint(checkpoints, draft, self._optimizer) or Progress()
+        # The scale it was trained behind comes back too: data that came since would give another.
+        self.progress = load_checkpoint(checkpoints, draft, self._optimizer, self._scale) or Progress()
 
     def run(self) -> None:
         """Train to the end of the last phase."""
@@ -181,7 +183,7 @@ class Trainer:
                 "acceptance_length": round(accuracy.acceptance_length, 4),
             }
         )
-        save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress)
+        save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress, self._scale)
         self._export()
         self._report(self.progress, means, accuracy)
 

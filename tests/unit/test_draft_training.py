@@ -150,14 +150,16 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
         optimizer.zero_grad()
 
     model, optimizer = made()
-    assert load_checkpoint(tmp_path, model, optimizer) is None
+    scale = torch.rand(4)
+    assert load_checkpoint(tmp_path, model, optimizer, scale) is None
     step(model, optimizer, 1)
-    save_checkpoint(tmp_path, model, optimizer, Progress(step=1, anchors=8))
+    save_checkpoint(tmp_path, model, optimizer, Progress(step=1, anchors=8, history=[{"loss": [1.5]}]), scale)
     step(model, optimizer, 2)
 
-    resumed, other = made()
-    progress = load_checkpoint(tmp_path, resumed, other)
-    assert progress == Progress(step=1, anchors=8)
+    (resumed, other), resumed_scale = made(), torch.rand(4)
+    progress = load_checkpoint(tmp_path, resumed, other, resumed_scale)
+    assert progress == Progress(step=1, anchors=8, history=[{"loss": [1.5]}])
+    assert torch.equal(resumed_scale, scale)
     step(resumed, other, 2)
     for parameter, wanted in zip(resumed.parameters(), model.parameters(), strict=True):
         assert torch.equal(parameter, wanted)
