@@ -67,10 +67,14 @@ class ContextTable:
         keys = self._keys_view[home : home + WAYS].tolist()
         return home + keys.index(key) if key in keys else -1
 
-    def has(self, key: int, token_id: int) -> bool:
-        """Whether a token has followed a context."""
-        row = self.find(key)
-        return row >= 0 and token_id in self._tokens_view[row * self.width : (row + 1) * self.width].tolist()
+    def have(self, keys: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether each of some tokens [n] has followed its context."""
+        homes = ((keys.astype(np.uint64) * np.uint64(_HASH)) >> np.uint64(self.shift)).astype(np.int64) * WAYS
+        is_here = self.keys[homes[:, None] + np.arange(WAYS)] == keys[:, None]
+        rows = homes + is_here.argmax(axis=1)
+        followed: NDArray[np.bool_] = (self.token_ids[rows] == token_ids[:, None]).any(axis=1)
+        followed &= is_here.any(axis=1)
+        return followed
 
     def add(self, key: int, token_id: int, amount: float) -> None:
         """Count one more continuation, worth ``amount``."""

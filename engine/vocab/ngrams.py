@@ -119,9 +119,13 @@ class SessionNgrams:
             return 0.0
         return float(table.counts[row] @ (table.token_ids[row] == token_id)) / self.unit
 
-    def knows(self, two_ago: int, one_ago: int, token_id: int) -> bool:
-        """Whether the session has had three tokens in a row."""
-        return self.trigrams.has(_pair(two_ago, one_ago), token_id)
+    def knows(self, token_ids: Sequence[int]) -> list[bool]:
+        """Whether the session has had each three tokens in a row of some."""
+        ids = np.array(token_ids, np.int64)
+        if len(ids) < 3:
+            return []
+        known: list[bool] = self.trigrams.have(ids[:-2] << _ID_BITS | ids[1:-1], ids[2:]).tolist()
+        return known
 
     def strongest(self, limits: Sequence[int]) -> list[NgramCounts]:
         """The largest counts of each order, for a snapshot: at most ``limits[order - 1]``, in no order."""

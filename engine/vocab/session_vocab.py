@@ -123,8 +123,9 @@ class SessionVocab:
             return
         new: set[tuple[int, int, int]] = set()
         begin = 2  # of a run of tokens whose triples are new: counted together, since a call costs more than a token
-        for end, triple in enumerate(zip(recent, recent[1:], recent[2:], strict=False), start=2):
-            if triple in new or self.ngrams.knows(*triple):
+        triples = zip(recent, recent[1:], recent[2:], strict=False)
+        for end, (triple, is_known) in enumerate(zip(triples, self.ngrams.knows(recent), strict=True), start=2):
+            if is_known or triple in new:
                 if begin < end:
                     self.ngrams.observe(recent[begin:end], recent[begin - 2 : begin])
                 begin = end + 1

@@ -72,6 +72,15 @@ def test_counts_every_ngram_once_however_the_text_arrives(text: list[int], cut: 
         assert {tuple(row) for row in stored.token_ids.tolist()} == set(expected)
 
 
+@given(text=texts, other=texts)
+def test_triples_are_known_once_they_were_there(text: list[int], other: list[int]) -> None:
+    session = SessionNgrams(VOCAB, AMPLE, half_life=NO_DECAY)
+    session.observe(text)
+    seen = set(zip(text, text[1:], text[2:], strict=False))
+    for asked in (text, other):
+        assert session.knows(asked) == [triple in seen for triple in zip(asked, asked[1:], asked[2:], strict=False)]
+
+
 def test_a_count_halves_in_a_half_life() -> None:
     session = SessionNgrams(VOCAB, AMPLE, half_life=100.0)
     session.observe([1, 2, 3])
