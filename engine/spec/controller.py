@@ -16,7 +16,7 @@ from operator import mul
 
 from engine.spec.acceptance import MAX_ACCEPTANCE, Acceptance
 from engine.spec.length_policy import Chain, DraftLengths, Repeat, Repeats
-from engine.spec.step_costs import SecondsBySize, StepCosts
+from engine.spec.step_costs import Curve, StepCosts
 from engine.spec.stop_rule import StopRule
 
 _MIN_GAIN = 1.03
@@ -55,9 +55,7 @@ class AdaptiveLength:
     """
 
     def __init__(self, costs: StepCosts, *, stops_early: bool) -> None:
-        self._measured = self._costs = costs
-        """As measured; and of the sequences of the step, by how long they are."""
-        self._stops_early = stops_early
+        self._costs, self._stops_early = costs, stops_early
         self._acceptance = Acceptance()
         self._drafted_share = 1.0
         """Of the sequences, with fading memory."""
@@ -88,19 +86,13 @@ class AdaptiveLength:
         return is_quiet and self._quiet_steps % _LOOK_INTERVAL != 0
 
     def lengths(
-        self,
-        request_ids: Sequence[str],
-        limits: Sequence[int],
-        num_joining: int,
-        repeats: Repeats,
-        context: float = 0,
+        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
     ) -> DraftLengths:
         """The best lengths by what is known; while that is none at all, a short probe now and then.
 
         Best for the batch as it will be with those that join: before its first draft a sequence's whole text has to be
         read, which does not pay where it would be drafted for only until the others' prompts are computed.
         """
-        self._costs = self._measured.behind(context)
         self._repeats, batch = repeats, (list(request_ids), num_joining)
         if self._idle_steps >= _PROBE_STEPS and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
             lengths = [0] * len(limits)
@@ -240,7 +232,7 @@ def best_plan(costs: StepCosts, chances: Sequence[Sequence[float]]) -> Plan:
     return Plan(_lengths(ranked[:count], len(chances)), rate if count else without)
 
 
-def best_verified(verify: SecondsBySize, chances: Sequence[Sequence[float]], draft_seconds: float) -> list[int]:
+def best_verified(verify: Curve, chances: Sequence[Sequence[float]], draft_seconds: float) -> list[int]:
     """How many drafts of each sequence to verify for the most tokens a second, drafting having taken its time.
 
     Args:
@@ -254,11 +246,7 @@ def best_verified(verify: SecondsBySize, chances: Sequence[Sequence[float]], dra
 
 
 def _best_count(
-    verify: SecondsBySize,
-    num_sequences: int,
-    ranked: Sequence[_Draft],
-    draft_seconds: Iterable[float],
-    least_rate: float,
+    verify: Curve, num_sequences: int, ranked: Sequence[_Draft], draft_seconds: Iterable[float], least_rate: float
 ) -> tuple[int, float]:
     """How many of the ranked drafts give the best rate, and that rate; 0 where none is above ``least_rate``.
 

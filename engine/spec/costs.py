@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 
 _REPEATS = 3
 _PROMPT_TOKENS = 8
-_CONTEXT_TOKENS, _LONG_CONTEXT_TOKENS = 256, 4096
+_CONTEXT_TOKENS = 256
 """Before the tokens that are verified: attention is a good part of what each further one costs."""
 _MANY_DRAFTS = 3
 _VERIFIED_EACH = 4
@@ -64,9 +64,9 @@ class CostMeter:
         self._blocks_each = -(-longest // block_size)
         self._max_batch = runner.num_blocks // self._blocks_each
         self._max_tokens = max_tokens
-        self._block_size = block_size
-        room = max(0, min(max_model_len, runner.num_blocks * block_size) - _VERIFIED_EACH)
-        self._context, self._long_context = min(_CONTEXT_TOKENS, room), min(_LONG_CONTEXT_TOKENS, room)
+        room = min(max_model_len, runner.num_blocks * block_size) - _VERIFIED_EACH
+        self._context = max(min(_CONTEXT_TOKENS, room), 0)
+        self._blocks_verified = -(-(self._context + _VERIFIED_EACH) // block_size)
 
     def measure(self) -> StepCosts:
         """The fastest of some runs at each size; logged, for they say whether drafts can pay on this machine."""
@@ -74,17 +74,10 @@ class CostMeter:
         self._warm_up()
         costs = StepCosts(
             verify=Curve(_table(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)),
-            context=self._context,
-            attention=self._attention_seconds(),
             first_draft=Curve([(size, one) for size, (one, _) in drafts]),
             next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
         )
-        thousand = round(1e6 * costs.attention, 3)
-        log.info(
-            "step costs in ms by tokens or sequences",
-            **costs.milliseconds(_LOGGED_SIZES),
-            token_behind_1000_more=thousand,
-        )
+        log.info("step costs in ms by tokens or sequences", **costs.milliseconds(_LOGGED_SIZES))
         return costs
 
     def _warm_up(self) -> None:
@@ -99,35 +92,18 @@ class CostMeter:
     def _max_drafting(self) -> int:
         return min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
 
-    def _attention_seconds(self) -> float:
-        """Of a token behind one token more, by further tokens of one sequence behind a long and a short context."""
-        if self._long_context <= 2 * self._context:
-            return 0.0
-
-        def further(context: int) -> float:
-            return self._verify_seconds(_VERIFIED_EACH, context) - self._verify_seconds(1, context)
-
-        more = further(self._long_context) - further(self._context)
-        return max(0.0, more) / (_VERIFIED_EACH - 1) / (self._long_context - self._context)
-
-    def _verify_seconds(self, num_tokens: int, context: int | None = None) -> float:
+    def _verify_seconds(self, num_tokens: int) -> float:
         """Sequences of up to four tokens: the target's pass, the most likely token of each row, and what a draft that
         may be wanted later keeps of them. All of that is paid for without drafts too.
-
-        Args:
-            num_tokens: of all sequences together.
-            context: tokens before them; None: what ``verify`` is measured behind.
         """
         steps = []
-        context = self._context if context is None else context
-        blocks_each = -(-(context + _VERIFIED_EACH) // self._block_size)
         for index in range(-(-num_tokens // _VERIFIED_EACH)):
             count = min(num_tokens - _VERIFIED_EACH * index, _VERIFIED_EACH)
             request = Request(f"cost meter {index}", b"", "", _GREEDY, [1])
             # Where blocks are few, sequences share some: what is in them is made up.
-            first = index * blocks_each
-            blocks = [block % self._runner.num_blocks for block in range(first, first + blocks_each)]
-            steps.append(ScheduledSequence(request, context, [1] * count, count - 1, 0, count, blocks))
+            first = index * self._blocks_verified
+            blocks = [block % self._runner.num_blocks for block in range(first, first + self._blocks_verified)]
+            steps.append(ScheduledSequence(request, self._context, [1] * count, count - 1, 0, count, blocks))
 
         def run() -> None:
             logits, features = self._runner.execute(steps, self._proposer.capture_layers)

@@ -55,17 +55,9 @@ class LengthPolicy(Protocol):
         ...
 
     def lengths(
-        self,
-        request_ids: Sequence[str],
-        limits: Sequence[int],
-        num_joining: int,
-        repeats: Repeats,
-        context: float = 0,
+        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
     ) -> DraftLengths:
-        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``.
-
-        ``context``: how many tokens they have, on average.
-        """
+        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``."""
         ...
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
@@ -98,12 +90,7 @@ class FixedLength:
         return False
 
     def lengths(
-        self,
-        request_ids: Sequence[str],
-        limits: Sequence[int],
-        num_joining: int,
-        repeats: Repeats,
-        context: float = 0,
+        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
     ) -> DraftLengths:
         return DraftLengths(list(limits))
 

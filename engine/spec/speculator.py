@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from statistics import fmean
 
 import msgspec
 import numpy as np
@@ -76,8 +75,7 @@ class Speculator:
         ]
         self._copies = {} if self._copier is None else self._copier.look(requests, allowed)
         repeats = {request_id: copy.repeat for request_id, copy in self._copies.items()}
-        context = fmean(request.num_tokens for request in requests)
-        lengths = self._policy.lengths(request_ids, allowed, num_joining, repeats, context)
+        lengths = self._policy.lengths(request_ids, allowed, num_joining, repeats)
         self._copied = lengths.copied
         return lengths.most
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-
-SecondsBySize = Callable[[int], float]
-"""Of a number of tokens or sequences."""
 
 
 class Curve:
@@ -40,29 +37,14 @@ class Curve:
 class StepCosts:
     """Seconds of the parts of a step."""
 
-    verify: SecondsBySize
+    verify: Curve
     """By tokens: the target's forward pass, its choices, and what is kept of it for later drafts."""
     first_draft: Curve
     """By sequences: the first draft token of each, and what its vocabulary learns of what became of it."""
     next_draft: Curve
     """By sequences: each further draft token."""
-    context: int = 0
-    """Tokens before those that are verified."""
-    attention: float = 0.0
-    """What each token that is verified costs more for each token more before it."""
-
-    def behind(self, context: float) -> StepCosts:
-        """The same of sequences that have so many tokens, on average; fewer than were measured are taken for those."""
-        each = self.attention * max(0.0, context - self.context)
-        if not each:
-            return self
-        return replace(self, verify=lambda size: self.verify(size) + each * size)
 
     def milliseconds(self, sizes: Sequence[int]) -> dict[str, dict[int, float]]:
         """All three at some sizes, to be read."""
-        curves: dict[str, SecondsBySize] = {
-            "verify": self.verify,
-            "first_draft": self.first_draft,
-            "next_draft": self.next_draft,
-        }
+        curves = {"verify": self.verify, "first_draft": self.first_draft, "next_draft": self.next_draft}
         return {name: {size: round(1e3 * curve(size), 3) for size in sizes} for name, curve in curves.items()}

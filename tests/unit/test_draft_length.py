@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -102,19 +101,6 @@ def test_likely_sequences_get_the_tokens_that_are_nearly_free() -> None:
     """Four sequences leave four free tokens."""
     chances = [geometric(0.9, 6), geometric(0.2, 6), geometric(0.2, 6), geometric(0.8, 6)]
     assert lengths_of(FLAT_TO_8, chances) == [3, 0, 0, 1]
-
-
-def test_long_contexts_make_drafts_dearer() -> None:
-    """What attention costs grows with both; what was measured behind a short context holds for shorter ones too."""
-    costs = replace(CHEAP, context=256, attention=0.002)
-    assert costs.behind(100) == costs.behind(256) == costs
-    assert costs.behind(1256).verify(5) == pytest.approx(costs.verify(5) + 5 * 1000 * 0.002)
-    policy = adaptive(costs)
-    simulate(policy, 0.7, 50)
-    drafted = [policy.lengths(["0"], [6], 0, {}, context).most[0] for context in (256, 1000, 2000, 8000)]
-    assert drafted == sorted(drafted, reverse=True)
-    assert drafted[0] == 2
-    assert drafted[-1] == 0
 
 
 def test_larger_batches_draft_less() -> None:
