@@ -122,6 +122,11 @@ class Trainer:
             begin += phase.anchors
         self._validate([])
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do but to write the draft."""
+        return self.progress.anchors >= sum(phase.anchors for phase in self._config.phases)
+
     def _export(self) -> None:
         """Write the draft as it is now."""
         draft = Eagle3(self._unroller.draft.config)

@@ -46,14 +46,16 @@ def unsupported_reason() -> str | None:
         return f"the CPU lacks {', '.join(TARGETS[-1].missing)}"
     if not target.library.exists():
         return f"{target.library.name} is not built (python -m kernels.build)"
-    if _made_of(target.library) != sources_hash():  # whose structures may be others
-        return f"{target.library.name} is of other sources than these (python -m kernels.build)"
-    return None
+    try:
+        is_of_these = _made_of(target.library) == sources_hash()  # the structures of others may be others
+    except OSError as error:
+        return f"{target.library.name} cannot be loaded: {error}"
+    return None if is_of_these else f"{target.library.name} is of other sources than these (python -m kernels.build)"
 
 
 @functools.cache
 def _made_of(library: Path) -> str | None:
-    """Hash of a library's sources; None for one from before there was any."""
+    """Hash of a library's sources; None for one from before there was any. Raises OSError: it cannot be loaded."""
     try:
         name = ctypes.CDLL(str(library)).evo_sources
     except AttributeError:
@@ -216,6 +218,8 @@ def max_exact_rows() -> int:
 def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + bias: x [rows, k] bf16 → [rows, n] float32, in ``out`` if given."""
     out = torch.empty(len(x), weight.n) if out is None else out
+    if len(x) == 0:  # AMX would fault: it has no tiles of no rows
+        return out
     padded = _padded(weight, x)  # named: a copy must outlive the call
     load_library().evo_linear(team.handle, ctypes.byref(weight.struct), address(padded), len(x), address(out))
     return out

@@ -37,7 +37,7 @@ def create_app(settings: Settings) -> FastAPI:
     Raises ``ModelError`` (no such model) and ``ConfigurationError`` (keys file, no Redis) before anything is served.
     """
     if settings.redis.url is None:
-        raise ConfigurationError("redis.url is needed: only `evospec serve` has an embedded Valkey")
+        raise ConfigurationError("redis.url is needed where nobody starts an embedded Valkey")
     files = resolve_model(settings.engine.model, progress=False)
     tokenizer = Tokenizer.from_files(files)
     model = settings.engine.model.served_name or files.name

@@ -33,7 +33,7 @@ RESPONSES = (
 _DESCRIPTIONS = {
     400: "A field is invalid or not supported; `param` names it.",
     401: "No API key, or an unknown one.",
-    403: "No admin key is configured.",
+    403: "No admin key is configured, or the key is not of the tenant that may see all.",
     404: "No such model or session.",
     413: "The body is too large.",
     429: "The tenant's rate limit is reached; see Retry-After.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -69,4 +70,6 @@ def _default(field: FieldInfo) -> str:
         return ""
     if isinstance(value, Path) and value.is_relative_to(Path.home()):
         return f"`~/{value.relative_to(Path.home())}`"
+    if isinstance(value, tuple):
+        return f"`{json.dumps(value)}`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"

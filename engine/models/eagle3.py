@@ -76,7 +76,10 @@ class Eagle3Config:
         # A GGUF holds the norm's epsilon in float32, a config.json in decimal digits.
         same_eps = math.isclose(self.rms_norm_eps, wanted.rms_norm_eps, rel_tol=1e-6)
         fits = replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps
-        if not fits or not all(0 <= layer < spec.num_layers for layer in self.capture_layers):
+        layers = self.capture_layers
+        if layers != tuple(sorted(set(layers))):
+            raise ModelError(f"{directory}: the draft's capture_layers must ascend, not {layers}")
+        if not fits or not all(0 <= layer < spec.num_layers for layer in layers):
             raise ModelError(f"{directory}: the draft is for {self.target}, whose shape differs from the model's")
 
 

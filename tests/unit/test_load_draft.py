@@ -137,6 +137,16 @@ def test_a_layer_that_the_target_lacks_is_refused(target: LoadedModel, files: Mo
         load_draft(target, files)
 
 
+@pytest.mark.parametrize("layers", [[2, 0, 1], [0, 0, 1]])
+def test_layers_out_of_order_are_refused(
+    layers: list[int], target: LoadedModel, files: ModelFiles, shipped: Path
+) -> None:
+    """The target's pass notes them as it comes by."""
+    edit_config(shipped, capture_layers=layers)
+    with pytest.raises(ModelError, match="must ascend"):
+        load_draft(target, files)
+
+
 def test_weights_that_do_not_fit_the_config_are_refused(target: LoadedModel, files: ModelFiles, shipped: Path) -> None:
     config = json.loads((shipped / "config.json").read_text())
     (shipped / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))

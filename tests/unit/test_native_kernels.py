@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import gguf.quants
@@ -178,6 +179,23 @@ def test_a_row_does_not_depend_on_its_neighbours(two_threads: Team, name: str, d
     alone = torch.cat([linear(two_threads, weight, row) for row in x.split(1)])
     for rows in {*range(2, min(most, MAX_ROWS) + 1), most}:
         assert torch.equal(linear(two_threads, weight, x[:rows]), alone[:rows]), rows
+
+
+@pytest.mark.parametrize("name", ["Q8_0", None])
+def test_a_product_of_no_rows_is_empty(two_threads: Team, name: str | None) -> None:
+    """As where a step only computes a part of a prompt. (Where AMX is, it ended the process.)"""
+    n, k = 96, 64
+    of_blocks = [] if name is None else [block_part(name, random_blocks(name, n, k), np.arange(n))]
+    parts = of_blocks or [MatrixPart(np.arange(n), values=torch.randn(n, k))]
+    assert linear(two_threads, PackedMatrix(n, k, parts), random_input(0, k)).shape == (0, n)
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an error: plain torch serves then."""
+    library = tmp_path / "broken.so"
+    library.write_bytes(b"\x7fELF of another world")
+    monkeypatch.setattr(native, "best_target", lambda: SimpleNamespace(library=library))
+    assert "cannot be loaded" in (native.unsupported_reason() or "")
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])

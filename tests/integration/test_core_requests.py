@@ -1,0 +1,59 @@
+"""Requests that the engine cannot take, beside one that it can: nobody else notices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.messages import EngineRequest, SamplingParams
+from engine.sampling.sampler import Sampler
+from tests.tiny_drafts import CLIENT, Engine, Setting
+from tests.tiny_models import make_directory
+
+PROMPT = list(range(2, 40))
+GREEDY = SamplingParams(max_tokens=20, seed=0, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Engine:
+    return Engine(make_directory(tmp_path / "model"), Setting())
+
+
+def test_an_id_used_twice_leaves_the_first_request_alone(engine: Engine) -> None:
+    [expected] = engine.generate([PROMPT], [GREEDY])
+    request_id = engine.add(PROMPT, GREEDY)
+    for _ in range(5):
+        engine.step()
+    message = EngineRequest(request_id=request_id, prompt_token_ids=[3], sampling=GREEDY, tenant="tests")
+    engine.core.add(CLIENT, message)
+    while engine.is_busy:
+        engine.step()
+    assert engine.output(request_id) == expected
+    assert not engine.core.stats().blocks_used
+
+
+def test_a_request_that_the_sampler_cannot_take_is_refused_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = Sampler.add
+
+    def fail(sampler: Sampler, request: Any, grammar: Any) -> None:
+        if request.tenant == "unlucky":
+            raise RuntimeError("a library failed")
+        add(sampler, request, grammar)
+
+    monkeypatch.setattr(Sampler, "add", fail)
+    [expected] = engine.generate([PROMPT], [GREEDY])
+    request_id = engine.add(PROMPT, GREEDY)
+    message = EngineRequest(request_id="other", prompt_token_ids=PROMPT, sampling=GREEDY, tenant="unlucky")
+    engine.core.add(CLIENT, message)
+    outputs, _ = engine.core.step()
+    refused = [output for output in outputs[CLIENT] if output.request_id == "other"]
+    assert [(output.finish_reason, output.error_kind) for output in refused] == [("error", "internal")]
+    received = [token for output in outputs[CLIENT] if output.request_id == request_id for token in output.token_ids]
+    while engine.is_busy:
+        engine.step()
+    assert received + engine.output(request_id) == expected
+    assert (engine.core.stats().blocks_used, engine.core.stats().num_waiting) == (0, 0)
