@@ -96,7 +96,7 @@ def main(
     with Display(one_step + unrolled) as display:
         trainer = Trainer(config, spec, weights, files.name, directory, text, checkpoints, output, display.report)
         if start_from is not None and trainer.is_finished:
-            raise typer.BadParameter(f"{run} is finished: a draft is trained further in a run of its own", param_hint="--run")
+            raise typer.BadParameter(f"{run} is finished; training a draft further is another run", param_hint="--run")
         trainer.run()
     history = trainer.progress.history
     (output / "training.json").write_text(json.dumps(history, indent=1) + "\n")
