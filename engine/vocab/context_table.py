@@ -69,7 +69,7 @@ class ContextTable:
 
     def have(self, keys: NDArray[np.int64], token_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether each of some tokens [n] has followed its context."""
-        homes = ((keys.astype(np.uint64) * np.uint64(_HASH)) >> np.uint64(self.shift)).astype(np.int64) * WAYS
+        homes = self._homes(keys)
         is_here = self.keys[homes[:, None] + np.arange(WAYS)] == keys[:, None]
         rows = homes + is_here.argmax(axis=1)
         followed: NDArray[np.bool_] = (self.token_ids[rows] == token_ids[:, None]).any(axis=1)
@@ -115,17 +115,21 @@ class ContextTable:
         order = np.lexsort((-entries.counts, entries.keys))
         keys, token_ids, counts = (array[order] for array in entries)
         contexts, starts, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        homes = (contexts.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(self.shift)).astype(np.int64)
+        homes = self._homes(contexts)
         weights = np.bincount(inverse, counts, len(contexts))
         by_home = np.lexsort((-weights, homes))
         ways = np.empty(len(contexts), np.int64)
         ways[by_home] = _ranks(homes[by_home])
         places = np.arange(len(keys)) - starts[inverse]
         kept = (ways[inverse] < WAYS) & (places < self.width)
-        rows = (homes * WAYS + ways)[inverse[kept]]
+        rows = (homes + ways)[inverse[kept]]
         self.keys[rows] = keys[kept]
         self.token_ids[rows, places[kept]] = token_ids[kept]
         self.counts[rows, places[kept]] = counts[kept]
+
+    def _homes(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        """``home`` of many at once, [n]."""
+        return (keys.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(self.shift)).astype(np.int64) * WAYS
 
     def _overwrite_weakest(self, home: int) -> int:
         row = home + int(self.counts[home : home + WAYS].sum(axis=1).argmin())

@@ -113,9 +113,8 @@ def draft_head_topk_triton(
     num_rows, width = hidden.shape
     num_columns, num_slots = len(head), 0 if tails is None else tails.slots
     k = min(k, num_columns + num_slots)
-    best = min(
-        max(2, triton.next_power_of_2(k)), block
-    )  # before 3.9, `tl.topk` of one does not compile in one dimension
+    # Two at least: before Triton 3.9 `tl.topk` of one does not compile in one dimension.
+    best = min(max(2, triton.next_power_of_2(k)), block)
     pieces, tail_pieces = triton.cdiv(num_columns, block), triton.cdiv(num_slots, block)
     keys = torch.empty(num_rows, (pieces + tail_pieces) * best, dtype=torch.int64, device=hidden.device)
     sizes = {"BEST": best, "WIDTH": _WIDTH}
