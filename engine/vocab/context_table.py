@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,7 +127,7 @@ class ContextTable:
         self.token_ids[rows, places[kept]] = token_ids[kept]
         self.counts[rows, places[kept]] = counts[kept]
 
-    def _homes(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _homes(self, keys: NDArray[Any]) -> NDArray[np.int64]:
         """``home`` of many at once, [n]."""
         return (keys.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(self.shift)).astype(np.int64) * WAYS
 
