@@ -17,7 +17,8 @@ _SIGMAS = 3.0
 """Standard errors beyond it; tests/unit/test_guard.py has the false alarms."""
 _MAX_PATIENCE = 8
 """So that a key which learned nothing, and whose traffic changes less than that shows, finds out all the same."""
-_RATE_SECONDS = 60.0
+_RATE_SECONDS = 600.0
+"""Over which the rate of steps is a mean: a pause between two conversations does not mean that nobody comes again."""
 
 
 class UpdateTrigger:
@@ -35,7 +36,7 @@ class UpdateTrigger:
     def __init__(self, config: PaceConfig, batch_positions: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._batch, self._clock = config, batch_positions, clock
         self._steps_per_second = 0.0
-        self._counted_at = clock()
+        self._began_at = self._counted_at = clock()
         self._patience = 1
         self._latest = self._scored = Acceptance()
         """Now, and when weights were scored: the last that enough was known of."""
@@ -50,7 +51,7 @@ class UpdateTrigger:
         """So many verify steps of the key were logged since the last call."""
         now = self._clock()
         elapsed = max(now - self._counted_at, 1e-3)
-        weight = min(1.0, elapsed / _RATE_SECONDS)
+        weight = elapsed / max(elapsed, min(_RATE_SECONDS, now - self._began_at))  # young: the mean since it began
         self._steps_per_second += weight * (count / elapsed - self._steps_per_second)
         self._counted_at = now
 

@@ -227,6 +227,24 @@ def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -
     assert trigger.wants_update(64, 64)
 
 
+def test_a_pause_of_minutes_does_not_stop_the_updates_that_are_owed() -> None:
+    clock = [0.0]
+    trigger = UpdateTrigger(PaceConfig(outlook_seconds=3600), batch_positions=64, clock=lambda: clock[0])
+    trigger.observe_update(2.0)
+    for _ in range(300):  # ten steps a second
+        clock[0] += 1
+        trigger.observe_steps(10)
+    assert trigger.pays  # 0.05 · 10 · 3600 · 0.02 = 36 s > 2 s
+    for _ in range(300):
+        clock[0] += 1
+        trigger.observe_steps(0)
+    assert trigger.pays
+    for _ in range(3600):
+        clock[0] += 1
+        trigger.observe_steps(0)
+    assert not trigger.pays
+
+
 def test_a_fall_is_seen_after_a_score_of_which_too_little_was_known() -> None:
     """As right after a new version, when nobody has met it."""
     for known in ([steady(0.7), Acceptance()], [Acceptance(), steady(0.7)]):
