@@ -19,6 +19,8 @@ _MAX_PATIENCE = 8
 """So that a key which learned nothing, and whose traffic changes less than that shows, finds out all the same."""
 _RATE_SECONDS = 600.0
 """Over which the rate of steps is a mean: a pause between two conversations does not mean that nobody comes again."""
+_YOUNG_SECONDS = 60.0
+"""In which nothing is taken to have come before a key began: its first records may be what waited in the log."""
 
 
 class UpdateTrigger:
@@ -36,7 +38,8 @@ class UpdateTrigger:
     def __init__(self, config: PaceConfig, batch_positions: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._batch, self._clock = config, batch_positions, clock
         self._steps_per_second = 0.0
-        self._began_at = self._counted_at = clock()
+        self._counted_at = clock()
+        self._began_at = self._counted_at - _YOUNG_SECONDS
         self._patience = 1
         self._latest = self._scored = Acceptance()
         """Now, and when weights were scored: the last that enough was known of."""
@@ -51,7 +54,7 @@ class UpdateTrigger:
         """So many verify steps of the key were logged since the last call."""
         now = self._clock()
         elapsed = max(now - self._counted_at, 1e-3)
-        weight = elapsed / max(elapsed, min(_RATE_SECONDS, now - self._began_at))  # young: the mean since it began
+        weight = elapsed / max(elapsed, min(_RATE_SECONDS, now - self._began_at))
         self._steps_per_second += weight * (count / elapsed - self._steps_per_second)
         self._counted_at = now
 

@@ -206,7 +206,7 @@ def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -
     trigger = UpdateTrigger(PaceConfig(outlook_seconds=600), batch_positions=64, clock=lambda: clock[0])
     assert not trigger.wants_update(63, 63)
     assert trigger.wants_update(64, 64)
-    for _ in range(120):  # ten steps a second
+    for _ in range(1800):  # ten steps a second
         clock[0] += 1
         trigger.observe_steps(10)
     trigger.observe_update(2.0)
