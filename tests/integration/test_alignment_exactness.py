@@ -207,6 +207,29 @@ def test_records_say_what_happened(files: ModelFiles, draft: Path, either: Adapt
     check_features(engine, draft, prompts[1] + outputs[1], {p: row for (r, p), row in seen.items() if r == "1"})
 
 
+def test_context_comes_again_after_silence(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then the worker has given the request up."""
+    engine, prompt = make_engine(files, draft, "alone", alignment), make_prompts()[0]
+    engine.add(prompt, make_sampling("greedy", 1)[0])
+    for seconds, num_steps in ((3.0, 6), (0.0, 2), (3.0, NUM_TOKENS)):
+        monkeypatch.setattr(verify_log, "_CONTEXT_SECONDS", seconds)
+        for _ in range(num_steps):
+            engine.step()
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    records, tokens = read_records(alignment, stats.steps), prompt + engine.output("0")
+    first, *others = [record.num_context > 0 for record in records]
+    assert first
+    assert sum(others) == 2
+    assert not others[0]
+    assert not others[-1]
+    for record in records:
+        first_known = record.position - 1 - record.num_context
+        assert record.context_ids().tolist() == tokens[first_known : record.position - 1]
+
+
 def check_features(engine: Engine, draft: Path, tokens: list[int], rows: dict[int, torch.Tensor]) -> None:
     """Rows by the position of the token that the draft takes them with."""
     eagle = load_draft(draft, torch.float32, CPU)
@@ -231,10 +254,11 @@ def target_features(engine: Engine, tokens: list[int], layers: tuple[int, ...]) 
 def test_records_of_copies_are_marked(
     files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a draft costs too much and a copy nothing, all drafts are copies."""
+    """Where a draft costs too much and a copy nothing, all drafts are copies; those nobody looked at say nothing."""
     dear = Curve([(1, 100.0)])
     monkeypatch.setattr(CostMeter, "measure", lambda _: StepCosts(Curve([(1, 1.0)]), first_draft=dear, next_draft=dear))
     speculation = SpeculationConfig(method="eagle3", draft=str(draft), vocabulary="dynamic:full+0")
+    dropped = cut_all_each_second(monkeypatch)
     engine = Engine(files, SETTINGS["batch"], speculation, alignment=alignment)
     few = dict.fromkeys((10, 11, 12), 50.0)
     sampling = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True, logit_bias=few)
@@ -242,27 +266,35 @@ def test_records_of_copies_are_marked(
     stats = engine.core.stats().alignment
     assert stats is not None
     records = read_records(alignment, stats.steps)
+    assert dropped
     assert any(record.drafted for record in records)
     assert all(record.copied == bool(record.drafted) for record in records)
+    assert not {(record.request_id, record.position) for record in records} & dropped.keys()
     assert all(record.first_right is None for record in records)
 
 
-def test_steps_without_drafts_leave_no_holes(
-    files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of each second step no draft is worth verifying; from the first record on all tokens are logged all the same."""
+def cut_all_each_second(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int], int]:
+    """Nothing of each second step's drafts is verified; the first token of each such draft, by request and position."""
     turns = itertools.count()
     cut = Speculator._cut
     firsts: dict[tuple[str, int], int] = {}
 
-    def cut_all_each_second(self: Speculator, requests: Sequence[Request], sureness: Sureness) -> None:
+    def cut_or_drop(self: Speculator, requests: Sequence[Request], sureness: Sureness) -> None:
         cut(self, requests, sureness)
         if next(turns) % 2:
             for request in requests:
                 firsts[request.request_id, len(request.all_token_ids)] = request.draft_token_ids[0]
                 request.draft_token_ids = []  # another list: the chain keeps this one
 
-    monkeypatch.setattr(Speculator, "_cut", cut_all_each_second)
+    monkeypatch.setattr(Speculator, "_cut", cut_or_drop)
+    return firsts
+
+
+def test_steps_without_drafts_leave_no_holes(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each second step no draft is worth verifying; from the first record on all tokens are logged all the same."""
+    firsts = cut_all_each_second(monkeypatch)
     engine, prompts = make_engine(files, draft, "alone", alignment), make_prompts()
     outputs = engine.generate(prompts, make_sampling("greedy", len(prompts)))
     stats = engine.core.stats().alignment

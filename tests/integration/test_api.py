@@ -311,6 +311,8 @@ async def test_tokenizing_is_bounded_and_counts_as_a_request(serve: Any) -> None
 async def test_engine_errors_become_statuses(serve: Any, kind: str, status: int, retry: bool, stream: bool) -> None:
     async with serve(refusing(kind, "no such grammar")) as api:
         response = await api.post("/v1/completions", stream=stream)
+        metrics = await api.client.get("/metrics")
+    assert 'evospec:prompt_tokens_total{model="tiny",tenant="default"} 0.0' in metrics.text
     assert response.status_code == status
     assert ("retry-after" in response.headers) is retry
     assert ("no such grammar" in response.text) is (kind == "invalid")

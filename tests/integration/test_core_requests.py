@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import zmq
 
-from engine.messages import EngineRequest, SamplingParams
+from engine.config import EngineConfig
+from engine.messages import EngineMessage, EngineReady, EngineRequest, Hello, SamplingParams
+from engine.process import EngineProcess
 from engine.sampling.sampler import Sampler
 from tests.tiny_drafts import CLIENT, Engine, Setting
 from tests.tiny_models import make_directory
@@ -57,3 +62,22 @@ def test_a_request_that_the_sampler_cannot_take_is_refused_alone(
         engine.step()
     assert received + engine.output(request_id) == expected
     assert (engine.core.stats().blocks_used, engine.core.stats().num_waiting) == (0, 0)
+
+
+def test_bytes_that_are_no_message_are_left_out(engine: Engine, tmp_path: Path) -> None:
+    """The step loop goes on, and hears the next message of the same client."""
+    config = EngineConfig(address=f"ipc://{tmp_path}/engine.sock")
+    process = EngineProcess(config, engine.core, "tiny")
+    with zmq.Context.instance().socket(zmq.DEALER) as client:
+        client.connect(config.address)
+        for payload in (b"", b"\xc1", b"\x92\xa5hello", msgspec.msgpack.encode({"type": "unknown"})):
+            client.send(payload)
+        client.send(msgspec.msgpack.encode(Hello()))
+        deadline = time.monotonic() + 20
+        while not client.poll(0):
+            assert time.monotonic() < deadline
+            process._receive(0.01)
+        ready = msgspec.msgpack.decode(client.recv(), type=EngineMessage)
+    process._socket.close()
+    assert isinstance(ready, EngineReady)
+    assert ready.model == "tiny"

@@ -17,6 +17,7 @@ from adapters.store import AdapterStore
 from adapters.trainer import LoraTrainer, Update
 from adapters.trigger import UpdateTrigger
 from engine.adapters_config import AdaptersConfig, GuardConfig, ReplayConfig, TrainingConfig
+from engine.ipc.adapter_control import AdapterCommand
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_guard import fair
 from tests.unit.test_replay import segment
@@ -251,6 +252,16 @@ def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft,
     serve(4)
     key.aligner.tick()
     assert key.aligner._trigger._patience == 1
+
+
+def test_what_comes_while_a_key_is_frozen_is_not_learned_later(key: Key) -> None:
+    key.aligner.obey(AdapterCommand("freeze", "key"))
+    for number, answer in enumerate(key.answers):
+        key.aligner.add(answer.segment(f"{number}"))
+    assert not key.aligner.wants_work
+    key.aligner.obey(AdapterCommand("unfreeze", "key"))
+    assert not key.aligner.wants_work
+    key.decide()
 
 
 def test_agreement_is_what_a_verification_would_accept(draft: TinyDraft) -> None:

@@ -1,0 +1,33 @@
+"""Who leaves when there are more adapter keys than slots."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from adapters.aligner import KeyAligner
+from adapters.roster import Roster
+
+
+def make_roster(num_slots: int) -> tuple[Roster, list[str]]:
+    """A roster whose aligners do nothing, and who has left it."""
+    left: list[str] = []
+    return Roster(num_slots, lambda _: cast(KeyAligner, object()), lambda key, _: left.append(key)), left
+
+
+def test_only_a_key_that_was_silent_for_a_minute_leaves() -> None:
+    roster, left = make_roster(2)
+    roster.hear("first", 0.0)
+    roster.hear("second", 30.0)
+    assert roster.hear("third", 59.0) is None
+    assert roster.hear("third", 61.0) is not None
+    assert left == ["first"]
+    assert roster.hear("first", 62.0) is None
+
+
+def test_records_told_twice_do_not_make_a_key_silent() -> None:
+    """A batch that was not acknowledged is read again, after newer ones were."""
+    roster, left = make_roster(1)
+    for at in (0.0, 100.0, 1.0):
+        roster.hear("busy", at)
+    assert roster.hear("newcomer", 120.0) is None
+    assert left == []
