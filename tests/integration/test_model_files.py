@@ -64,14 +64,14 @@ def test_truncated_gguf_is_refused(gguf_bytes: bytes, tmp_path: Path) -> None:
     assert "truncated: tensor" in message
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_gguf_cut_anywhere_is_refused(data: st.DataObject, gguf_bytes: bytes, tmp_path: Path) -> None:
     length = data.draw(st.integers(0, len(gguf_bytes) - 1000))
     refusal(tmp_path / "cut.gguf", gguf_bytes[:length])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_corrupt_gguf_header_is_refused_or_harmless(data: st.DataObject, gguf_bytes: bytes, tmp_path: Path) -> None:
     """Whatever bytes of the header change: a ``ModelError`` or a model, never another exception or a hang."""

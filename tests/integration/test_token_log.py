@@ -359,7 +359,7 @@ texts = st.text(max_size=20)
 integers = st.integers(0, 2**31 - 1)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_any_record_comes_back_as_it_was(data: st.DataObject) -> None:
     steps, k = data.draw(st.integers(0, 9)), data.draw(st.integers(1, 32))

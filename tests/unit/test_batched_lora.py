@@ -68,7 +68,7 @@ class Case:
         return product
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(shapes(st.integers(1, 200)))
 def test_torch(shape: Shape) -> None:
     case = Case(shape, torch.float32, torch.device("cpu"))
@@ -77,7 +77,7 @@ def test_torch(shape: Shape) -> None:
     torch.testing.assert_close(product, case.expected(), rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(shapes(st.integers(1, 200)))
 def test_triton(shape: Shape) -> None:
     from kernels.triton.batched_lora import batched_lora_triton
@@ -89,7 +89,7 @@ def test_triton(shape: Shape) -> None:
 
 
 @pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(shapes(st.integers(1, 8).map(lambda n: 32 * n)))
 def test_compiled(shape: Shape) -> None:
     case = Case(shape, torch.bfloat16, torch.device("cpu"))

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.adapt.__main__ import stages
 from benchmarks.adapt.parts import PARTS
-from benchmarks.adapt.record import HELD_OUT, RETURN, STREAM
+from benchmarks.adapt.record import HELD_OUT, RETURN, STREAM, Plan
 from benchmarks.adapt.report import table
 from benchmarks.adapt.sides import SIDES, Vocabularies, arguments, make_side
 from benchmarks.adapt.summary import length, lost_share, paired, ratio, ratio_error, smoothed, speed, summary
@@ -190,6 +191,25 @@ def test_memory_and_load_are_compared_with_the_first_side() -> None:
     _, aligned = summary(record("load", ["static", "a"], runs=runs))
     assert aligned["tokens_per_second_to_base"] == pytest.approx([0.9, 0.9])
     assert aligned["itl_p99_to_base"] == pytest.approx([1.0, 1.0])
+
+
+@given(
+    rounds=st.integers(1, 20), domains=st.lists(st.sampled_from(["law", "code", "medicine"]), min_size=1, unique=True)
+)
+def test_all_is_measured_whoever_the_servers_are(rounds: int, domains: list[str]) -> None:
+    for part in PARTS:
+        whole = Plan(
+            part, "m", ["static"], VOCABULARIES, [], domains, 600.0, 0.0, 0.0, 1, None, 4, False, 8, DRAFTING, rounds, 8
+        )
+        found = stages(whole)
+        assert sum(stage.seconds for stage in found) == pytest.approx(whole.seconds)
+        if part == "gain":
+            assert [domain for stage in found for domain in stage.domains] == domains
+        else:
+            assert {tuple(stage.domains) for stage in found} == {tuple(domains)}
+        if part == "load":
+            numbers = [stage.first_round + number for stage in found for number in range(stage.rounds)]
+            assert numbers == list(range(rounds))
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -65,7 +65,7 @@ def followed(steps: list[ChainStep], goes_on: GoesOn) -> list[ChainStep]:
     return found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0, 1), st.floats(0.5, 4), st.integers(0, 1000))
 @example(0.0, 1.0, 1)  # all steps weigh the same
 def test_loss_is_what_the_paper_says(beta: float, temperature: float, seed: int) -> None:

@@ -123,7 +123,7 @@ def teams() -> dict[int, Team]:
     return {threads: Team(threads) for threads in (1, 2, 3)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes(st.integers(1, 80)))
 def test_reference_is_the_sorted_vocabulary(shape: Shape) -> None:
     """By definition: all logits of the allowed tokens in one list, sorted by logit, then place."""
@@ -140,7 +140,7 @@ def test_reference_is_the_sorted_vocabulary(shape: Shape) -> None:
 
 
 @NEEDS_NATIVE
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(shape=shapes(st.sampled_from([32, 64, 160, 576])), threads=st.sampled_from([1, 2, 3]), has_team=st.booleans())
 def test_compiled_kernel(teams: dict[int, Team], shape: Shape, threads: int, has_team: bool) -> None:
     case = Case(shape, torch.bfloat16, CPU)
@@ -150,7 +150,7 @@ def test_compiled_kernel(teams: dict[int, Team], shape: Shape, threads: int, has
     case.check(draft_head_topk(case.hidden, core, shape.k, case.tails, case.slabs, team))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(shapes(st.integers(1, 80), columns=70, slots=40))
 def test_triton_kernel(shape: Shape) -> None:
     """In small blocks: what the interpreter does is proportional to their size, and there are more of them."""

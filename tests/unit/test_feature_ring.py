@@ -39,7 +39,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "features"
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(capacity=st.integers(1, 12), counts=st.lists(st.integers(0, 12), max_size=25))
 def test_any_row_ever_written_is_right_until_its_slot_is_used_again(capacity: int, counts: list[int]) -> None:
     with TemporaryDirectory() as directory:

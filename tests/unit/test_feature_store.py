@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 steps = st.lists(st.lists(st.integers(0, NUM_SLOTS - 1), unique=True, max_size=30), max_size=20)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(steps, st.sets(st.integers(0, 19)))
 def test_the_last_features_of_a_slot_count(written: list[list[int]], read_after: set[int]) -> None:
     """A step's slots differ; refused drafts' slots come again in the next."""

@@ -47,7 +47,7 @@ def make_candidates(rng: np.random.Generator, rows: int, columns: int) -> tuple[
     return token_ids, logits
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 5),

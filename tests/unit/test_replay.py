@@ -53,7 +53,7 @@ def names(segments: list[Segment]) -> list[str]:
     return [s.request_id for s in segments]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 100), st.integers(1, 8), st.integers(0, 8))
 def test_memory_is_bounded(count: int, recent: int, history: int) -> None:
     replay = buffer(recent_segments=recent, history_segments=history, held_out_segments=3, held_out_share=0.3)
@@ -226,7 +226,7 @@ class Log:
         return [s for _, s in self.assembler.add([("key", r, is_teaching) for r in records], self.reader)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(0, 2), min_size=12, max_size=40), st.integers(0, 9), st.integers(0, 2**31))
 def test_segments_say_of_each_position_what_was_logged(
     tmp_path_factory: pytest.TempPathFactory, accepted: list[int], num_context: int, seed: int

@@ -332,7 +332,7 @@ def test_prompt_logprobs_use_the_same_function() -> None:
     assert [e.logprob for e in entries] == pytest.approx(chosen.tolist(), abs=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(-(2**63), 2**64 - 1), temperature=st.sampled_from([0.0, 1e-9, 1e-4, 1.0, 2.0]))
 def test_any_seed_and_temperature_choose_a_token(seed: int, temperature: float) -> None:
     sampler = Sampler([EOS])

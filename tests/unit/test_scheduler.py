@@ -50,7 +50,7 @@ simulations = st.builds(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(simulation=simulations, arrivals=st.lists(arrivals, min_size=1, max_size=20))
 def test_every_request_finishes_with_the_models_own_output(simulation: Simulation, arrivals: list[Arrival]) -> None:
     """Whatever arrives, is aborted, drafted or preempted; ``Simulation`` checks bounds and order at each step."""
@@ -75,7 +75,7 @@ def test_every_request_finishes_with_the_models_own_output(simulation: Simulatio
         assert request.output_token_ids == expected_output(request.prompt_token_ids, room)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(num_blocks=st.integers(8, 30), num_prompt=st.integers(1, 80), heavy_prompt=st.integers(1, 80))
 def test_a_request_is_not_starved_by_endless_arrivals(num_blocks: int, num_prompt: int, heavy_prompt: int) -> None:
     simulation = Simulation(num_blocks, max_num_seqs=4, max_model_len=128)
@@ -92,7 +92,7 @@ def test_a_request_is_not_starved_by_endless_arrivals(num_blocks: int, num_promp
     pytest.fail("starved")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     prompts=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     outputs=st.tuples(st.integers(1, 20), st.integers(1, 20)),

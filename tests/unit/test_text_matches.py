@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import chain
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.vocab.text_matches import (
@@ -33,7 +33,6 @@ def longest_repeats(text: list[int], after: list[int]) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("make", [TextMatches, make_text_index])
-@settings(deadline=None)  # the first example loads the compiled library
 @given(pieces=st.lists(tokens, max_size=4), after=st.lists(st.integers(0, 3), max_size=20))
 def test_finds_the_longest_repeats(make: Callable[[], TextIndex], pieces: list[list[int]], after: list[int]) -> None:
     text = make()
@@ -44,7 +43,6 @@ def test_finds_the_longest_repeats(make: Callable[[], TextIndex], pieces: list[l
 
 
 @pytest.mark.parametrize("make", [TextMatches, make_text_index])
-@settings(deadline=None)
 @given(tokens=st.lists(st.integers(0, 2), max_size=80))
 def test_the_longest_repeat_is_the_latest_of_those(make: Callable[[], TextIndex], tokens: list[int]) -> None:
     text = make()

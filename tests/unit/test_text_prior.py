@@ -59,7 +59,7 @@ def as_served(text: list[int], weights: list[float], drafts: list[int]) -> torch
     return torch.from_numpy(scores[0])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(texts, min_size=1, max_size=3))
 def test_a_chain_begins_with_the_prior_that_the_engine_applies(of_segments: list[list[int]]) -> None:
     batch = collate([with_prior(text) for text in of_segments], HORIZON)

@@ -95,7 +95,7 @@ def test_smollm2_ids_are_those_of_llama_cpp(smollm2: Tokenizer, text: str, token
     assert smollm2.decode(token_ids, skip_special_tokens=False) == text
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=NO_SHARED_STATE)
+@settings(max_examples=300, suppress_health_check=NO_SHARED_STATE)
 @given(text=TEXTS)
 def test_any_text_survives(smollm2: Tokenizer, tiny_tokenizer: Tokenizer, text: str) -> None:
     for tokenizer in (smollm2, tiny_tokenizer):
@@ -105,21 +105,21 @@ def test_any_text_survives(smollm2: Tokenizer, tiny_tokenizer: Tokenizer, text: 
         assert tokenizer.decode(token_ids) == known.decode(errors="replace")
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=NO_SHARED_STATE)
+@settings(max_examples=300, suppress_health_check=NO_SHARED_STATE)
 @given(token_ids=st.lists(st.integers(0, 511), max_size=12))
 def test_token_bytes_spell_what_decode_says(tiny_tokenizer: Tokenizer, token_ids: list[int]) -> None:
     joined = b"".join(map(tiny_tokenizer.token_bytes, token_ids))
     assert joined.decode(errors="replace") == tiny_tokenizer.decode(token_ids)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=NO_SHARED_STATE)
+@settings(max_examples=300, suppress_health_check=NO_SHARED_STATE)
 @given(text=TEXTS)
 def test_qwen2_pre_tokenizer_is_that_of_transformers(qwen2_pair: tuple[Backend, Qwen2Tokenizer], text: str) -> None:
     ours, theirs = qwen2_pair
     assert ours.encode(text).ids == theirs.encode(text)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=NO_SHARED_STATE)
+@settings(max_examples=300, suppress_health_check=NO_SHARED_STATE)
 @given(text=TEXTS)
 def test_llama3_pre_tokenizer_splits_as_transformers_does(llama3: Backend, text: str) -> None:
     """``transformers`` converts tiktoken files with Llama 3's pattern unless told otherwise."""

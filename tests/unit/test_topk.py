@@ -12,7 +12,7 @@ from kernels.topk import topk_rows, topk_rows_by_keys, topk_rows_reference
 _VALUES = [0.0, -0.0, 1.5, -1.5, 1e-40, -1e-40, 3e38, -3e38, float("inf"), float("-inf")]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(row=st.lists(st.sampled_from(_VALUES), min_size=1, max_size=12), k=st.integers(1, 5), with_ids=st.booleans())
 def test_equals_come_in_order_of_their_columns(row: list[float], k: int, with_ids: bool) -> None:
     logits = torch.tensor([row, row[::-1]])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -27,7 +27,6 @@ def edges_of(graph: BigramGraph) -> dict[tuple[int, int], float]:
     return dict(zip(zip(sources, graph.token_ids.tolist(), strict=True), graph.log_probs.tolist(), strict=True))
 
 
-@settings(deadline=None)
 @given(texts=st.lists(st.lists(st.integers(0, 3), max_size=80), max_size=4))
 def test_edges_are_the_pairs_seen_often_enough(texts: list[list[int]]) -> None:
     pairs = Counter(pair for text in texts for pair in pairwise(text))

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.vocab.context_table import WAYS, ContextTable, Entries
@@ -34,7 +34,6 @@ def counting(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@settings(deadline=None)
 @given(text=st.lists(st.integers(0, 20), max_size=200), cut=st.integers(0, 200))
 def test_both_ways_to_count_leave_the_same_tables(text: list[int], cut: int) -> None:
     sessions = SessionNgrams(VOCAB, SMALL, half_life=NO_DECAY), SessionNgrams(VOCAB, SMALL, half_life=NO_DECAY)
@@ -56,7 +55,6 @@ def contents(table: ContextTable) -> dict[tuple[int, int], float]:
     return dict(zip(pairs, entries.counts.tolist(), strict=True))
 
 
-@settings(deadline=None)
 @given(text=texts, cut=st.integers(0, 60))
 def test_counts_every_ngram_once_however_the_text_arrives(text: list[int], cut: int) -> None:
     session = SessionNgrams(VOCAB, AMPLE, half_life=NO_DECAY)
@@ -107,7 +105,6 @@ def test_tokens_left_behind_are_not_present() -> None:
     assert presence([session], np.array([[1, 2, 3, -1]], np.int32)).tolist() == [[0, 1, 0, 0]]
 
 
-@settings(deadline=None)
 @given(text=st.lists(st.integers(0, VOCAB - 1), max_size=400))
 def test_memory_is_fixed_and_counts_never_exceed_the_truth(text: list[int]) -> None:
     session = SessionNgrams(VOCAB, SMALL, half_life=NO_DECAY)
@@ -151,7 +148,6 @@ counts_of = st.dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(counts=counts_of, num_rows=st.sampled_from([8, 64]))
 def test_filling_keeps_the_strongest_where_reads_find_them(counts: dict[tuple[int, int], int], num_rows: int) -> None:
     table = ContextTable(num_rows, 4)
@@ -171,7 +167,6 @@ def test_filling_keeps_the_strongest_where_reads_find_them(counts: dict[tuple[in
             assert sum(total >= totals[key] for total in totals.values()) > WAYS
 
 
-@settings(deadline=None)
 @given(text=texts.filter(bool))
 def test_snapshot_counts_restore(text: list[int]) -> None:
     session = SessionNgrams(VOCAB, AMPLE, half_life=50.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -53,7 +53,6 @@ def random_candidates(rng: np.random.Generator, batch: int, width: int) -> tuple
     return Candidates(token_ids, logits, rng.random((batch, width, NUM_FEATURES)) * 3), targets
 
 
-@settings(deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), batch=st.integers(1, 4), width=st.integers(2, 9))
 def test_gradient_is_that_of_the_likelihood(seed: int, batch: int, width: int) -> None:
     rng = np.random.default_rng(seed)

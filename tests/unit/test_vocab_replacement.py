@@ -108,7 +108,7 @@ class ArcMachine(TailMachine):
 TestLru = LruMachine.TestCase
 TestDecayed = DecayedMachine.TestCase
 TestArc = ArcMachine.TestCase
-TestLru.settings = TestDecayed.settings = TestArc.settings = settings(deadline=None, max_examples=50)
+TestLru.settings = TestDecayed.settings = TestArc.settings = settings(max_examples=50)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

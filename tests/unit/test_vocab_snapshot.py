@@ -56,7 +56,6 @@ def counts_of(snapshot: SessionSnapshot) -> dict[tuple[int, ...], float]:
     }
 
 
-@settings(deadline=None)
 @given(text=texts, tail=tails, weights=weight_lists)
 def test_a_round_trip_changes_nothing(text: list[int], tail: list[int], weights: list[float]) -> None:
     snapshot = snapshot_of(text, tail, weights)
@@ -95,14 +94,14 @@ def test_the_largest_snapshot_fits() -> None:
     assert kept.min() >= np.sort(np.minimum(ngrams[1].counts, 60000))[MAX_NGRAMS[1]] * 0.999
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.binary(max_size=200))
 def test_any_bytes_are_a_snapshot_or_an_error(data: bytes) -> None:
     with pytest.raises(SnapshotError):
         decode(data, PRINT, VOCAB)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(place=st.integers(0, 10**6), value=st.integers(0, 255), cut=st.booleans())
 def test_a_damaged_snapshot_is_an_error_or_within_bounds(place: int, value: int, cut: bool) -> None:
     data = bytearray(encode(snapshot_of([1, 2, 3, 1, 2, 4] * 3, [5, 6, 7], [0.5] * NUM_FEATURES)))
@@ -166,7 +165,6 @@ def test_each_kind_of_damage_is_refused(changes: dict[str, object], message: str
         decode(encode(msgspec.structs.replace(GOOD, **changes)), PRINT, VOCAB)
 
 
-@settings(deadline=None)
 @given(base=st.none() | snapshots, a=texts, b=texts, tails=st.tuples(tails, tails), weights=weight_lists)
 def test_merging_is_commutative_and_stays_a_snapshot(
     base: SessionSnapshot | None, a: list[int], b: list[int], tails: tuple[list[int], list[int]], weights: list[float]
@@ -179,7 +177,6 @@ def test_merging_is_commutative_and_stays_a_snapshot(
     assert merged.num_verified_tokens == len(a) + len(b) + (base.num_verified_tokens if base else 0)
 
 
-@settings(deadline=None)
 @given(base=st.none() | snapshots, a=texts, b=texts)
 def test_merged_counts_are_the_bases_and_what_each_added(
     base: SessionSnapshot | None, a: list[int], b: list[int]
@@ -190,7 +187,6 @@ def test_merged_counts_are_the_bases_and_what_each_added(
         assert merged[ngram] == pytest.approx(sum(part.get(ngram, 0.0) for part in parts), rel=0.03)
 
 
-@settings(deadline=None)
 @given(base=snapshots, text=texts, tail=tails)
 def test_a_request_without_news_changes_little(base: SessionSnapshot, text: list[int], tail: list[int]) -> None:
     newer = snapshot_of(text, tail, [2.0] * NUM_FEATURES, before=base)

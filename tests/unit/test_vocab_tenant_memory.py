@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.vocab.tenant_memory import DecayedCounts, TenantMemory
@@ -19,7 +19,6 @@ def test_recent_tokens_outweigh_old_ones() -> None:
     assert counts.top(2) == [3, 2]
 
 
-@settings(deadline=None)
 @given(tokens=st.lists(st.integers(0, 200), max_size=400))
 def test_entries_are_bounded(tokens: list[int]) -> None:
     counts = DecayedCounts(max_tokens=10)
