@@ -38,8 +38,7 @@ class UpdateTrigger:
     def __init__(self, config: PaceConfig, batch_positions: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._config, self._batch, self._clock = config, batch_positions, clock
         self._steps_per_second = 0.0
-        self._counted_at = clock()
-        self._began_at = self._counted_at - _YOUNG_SECONDS
+        self._began_at = self._counted_at = clock()
         self._patience = 1
         self._latest = self._scored = Acceptance()
         """Now, and when weights were scored: the last that enough was known of."""
@@ -54,7 +53,7 @@ class UpdateTrigger:
         """So many verify steps of the key were logged since the last call."""
         now = self._clock()
         elapsed = max(now - self._counted_at, 1e-3)
-        weight = elapsed / max(elapsed, min(_RATE_SECONDS, now - self._began_at))
+        weight = min(1.0, elapsed / min(_RATE_SECONDS, _YOUNG_SECONDS + now - self._began_at))
         self._steps_per_second += weight * (count / elapsed - self._steps_per_second)
         self._counted_at = now
 

@@ -18,7 +18,7 @@ STREAM, HELD_OUT, RETURN = "stream", "held-out", "return"
 
 @dataclass(frozen=True)
 class Plan:
-    """What one part measures. ``seconds`` is its bound, loading included.
+    """What one part measures. ``seconds`` is its bound, loading not included.
 
     ``options`` of ``engine.alignment`` for all sides; ``pause``: a client's after each answer of a stream, in times of
     what that took; ``rest``: seconds after a stream of part ``gain`` in which workers may go on, not counted in

@@ -181,7 +181,7 @@ def test_noise_is_never_published(config: AdaptersConfig, draft: TinyDraft, answ
         for _ in range(14):
             worker.step()
     step_until(worker, lambda: status(config).num_records > 2500)
-    assert status(config).num_updates >= 24  # three versions scored
+    step_until(worker, lambda: status(config).num_updates >= 32)  # what it reports is up to a second old
     assert (status(config).num_published, engine.version("t")) == (0, 0)
     worker.close()
 

@@ -21,6 +21,7 @@ import torch
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.adapter_control import adapter_key
 from engine.ipc.feature_ring import FeatureRingReader
+from engine.ipc.verify_record import VerifyRecord
 from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
@@ -192,8 +193,7 @@ def test_records_say_what_happened(files: ModelFiles, draft: Path, either: Adapt
             assert (np.diff(logits) <= 0).all()
             assert (record.tenant, record.domain, record.is_gated) == ("law", "contracts", False)
             assert len(ids) == record.num_features == record.num_accepted + 1
-            first = begin - 1 - record.num_context
-            assert record.context_ids().tolist() == tokens[first : begin - 1]
+            first = check_context(record, tokens)
             slots = torch.arange(record.num_context + record.num_features) + record.feature_slot - record.num_context
             rows, valid = ring.read(slots, torch.full_like(slots, record.feature_generation))
             assert valid.all()
@@ -226,8 +226,15 @@ def test_context_comes_again_after_silence(
     assert not others[0]
     assert not others[-1]
     for record in records:
-        first_known = record.position - 1 - record.num_context
-        assert record.context_ids().tolist() == tokens[first_known : record.position - 1]
+        check_context(record, tokens)
+
+
+def check_context(record: VerifyRecord, tokens: list[int]) -> int:
+    """It is what stands before the record's own tokens; the place where it begins."""
+    last = record.position - 1
+    first = last - record.num_context
+    assert record.context_ids().tolist() == tokens[first:last]
+    return first
 
 
 def check_features(engine: Engine, draft: Path, tokens: list[int], rows: dict[int, torch.Tensor]) -> None:
