@@ -71,7 +71,7 @@ class LogitsEdits:
     """The edits of one step. ``add_sequence`` for each sequence, then ``applied`` once.
 
     ``allowed``: bits of the tokens that grammars allow, [num_rows, ceil(V / 32)] int32 on the CPU; None: no grammar.
-    ``dead_ends``: rows in which a grammar allows nothing, so that no choice is right.
+    ``dead_ends``: rows in which a grammar allows nothing, or contradicts itself, so that no choice is right.
     """
 
     def __init__(self, eos_token_ids: frozenset[int], num_rows: int, vocab_size: int) -> None:
@@ -93,7 +93,9 @@ class LogitsEdits:
         """
         if not state.edits_logits:
             return
-        state.commit(request.output_token_ids)
+        if not state.commit(request.output_token_ids):
+            self.dead_ends.add(start)  # ends this request, instead of the step for all
+            return
         num_output = len(request.output_token_ids)
         self._add_row(start, request.sampling, num_output, state)
         taken = 0

@@ -62,12 +62,16 @@ class SamplingState:
         self.edits_logits = bool(matcher or self.counts or params.logit_bias or params.min_tokens)
         self._num_committed = 0
 
-    def commit(self, output_token_ids: list[int]) -> None:
-        """Follow the output up to its end; it only ever grows, also across a preemption."""
+    def commit(self, output_token_ids: list[int]) -> bool:
+        """Follow the output up to its end; it only ever grows, also across a preemption.
+
+        False where the grammar forbids one of its tokens, which its own masks had allowed: the state is of no more use.
+        """
         for token_id in output_token_ids[self._num_committed :]:
             if not self.advance(token_id):
-                raise RuntimeError(f"the committed token {token_id} breaks the request's grammar")
+                return False
         self._num_committed = len(output_token_ids)
+        return True
 
     def advance(self, token_id: int) -> bool:
         """Add a token to the history; False, and no change, if the grammar forbids it."""

@@ -357,6 +357,19 @@ def test_a_grammar_without_a_next_token_ends_the_output() -> None:
     assert (alive.token_ids, alive.is_dead_end) == (alone.token_ids, False)
 
 
+def test_a_grammar_that_forbids_what_it_allowed_ends_its_own_output_only() -> None:
+    """No such grammar is known, so an output is changed under it."""
+    sampler = Sampler([EOS])
+    broken = added(sampler, params(grammar=Grammar("json_schema", '{"const": 7}')), name="broken")
+    other = added(sampler, params(), name="other")
+    broken.output_token_ids.append(ord("8"))
+    logits = torch.randn(3, VOCAB)
+    [dead, alive] = sampler.sample(logits, [SamplingRows(broken, (ord("7"),)), SamplingRows(other)])
+    assert (dead.token_ids, dead.is_dead_end) == ([], True)
+    [alone] = sampler.sample(logits[2:], [SamplingRows(other)])
+    assert (alive.token_ids, alive.is_dead_end) == (alone.token_ids, False)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_no_draft_is_right_where_a_grammar_allows_nothing(temperature: float) -> None:
     """What comes of choosing where nothing may be chosen must not pass for a choice."""
