@@ -1,4 +1,9 @@
-"""Cross-entropy against the target's own distribution, over some rows of its head, with the gradient made on the way.
+"""What training a draft makes smaller, over some rows of the target's head, with the gradient made on the way.
+
+A draft token is accepted with the overlap of draft's and target's distribution, sum min(q, p). A small draft cannot
+have all of the target's distribution, and the cross-entropy alone would spend it on tokens that are never chosen. So
+the loss is LK-lambda (arXiv 2602.23881): ``share`` of the cross-entropy and the rest of 1 - overlap, where the share is
+exp(-3 overlap): what is far from the target learns its distribution first, what is near learns to be accepted.
 
 Neither logits nor probabilities of a batch are ever held: a piece of the batch at a time stays in cache.
 """
@@ -11,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 _PIECE = 256
+_DECAY = 3.0
+"""Of the cross-entropy's share with a piece's mean overlap; the paper's."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -22,8 +29,15 @@ class _HeadLoss(torch.autograd.Function):
             piece = slice(start, start + _PIECE)
             wanted = F.linear(target[piece], rows).float().softmax(-1)
             logs = F.linear(hidden[piece], rows).float().log_softmax(-1)
-            loss -= torch.dot(wanted.flatten(), logs.flatten())
-            difference = logs.exp_().sub_(wanted)
+            cross_entropy = -torch.dot(wanted.flatten(), logs.flatten())
+            drafted = logs.exp_()
+            overlap = torch.minimum(drafted, wanted).sum(-1)
+            share = torch.exp(-_DECAY * overlap.mean())
+            loss += torch.lerp((1 - overlap).sum(), cross_entropy, share)
+            # Of 1 - overlap only tokens that the draft gives too little have a part that grows with their logit.
+            below = torch.where(drafted < wanted, drafted, 0.0)
+            missed = drafted * below.sum(-1, keepdim=True) - below
+            difference = torch.lerp(missed, drafted - wanted, share)
             torch.mm(difference.to(rows.dtype), rows, out=gradient[piece])
         ctx.save_for_backward(gradient)
         return loss
@@ -35,7 +49,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss(hidden: torch.Tensor, target: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies, float32 scalar.
+    """Sum of the positions' losses, float32 scalar. The share of each is taken as given, it has no gradient.
 
     Args:
         hidden: [N, d] draft's head input, dtype of ``rows``.

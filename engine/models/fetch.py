@@ -123,7 +123,11 @@ def _download_wheel(requirement: str, directory: Path, report: Callable[[int, in
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
         with process, process.stdout as lines:
-            _report_bytes(lines, report)
+            try:
+                _report_bytes(lines, report)
+            except BaseException:  # SIGTERM and Ctrl-C too: ``with`` waits for pip, which may wait for minutes itself
+                process.kill()
+                raise
         if process.returncode != 0:
             errors.seek(0)
             raise ModelError(f"pip could not download {requirement}: {errors.read().strip()}")

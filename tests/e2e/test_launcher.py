@@ -72,6 +72,29 @@ def is_running(pid: int) -> bool:
     return True
 
 
+def test_sigterm_ends_a_fetch_that_hears_nothing_from_its_index(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        index.settimeout(60)
+        url = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        process = subprocess.Popen(
+            [EVOSPEC, "serve", "--port", "0", "--engine.model.cache_dir", tmp_path],
+            env={**os.environ, "PIP_INDEX_URL": url, "PIP_DEFAULT_TIMEOUT": "600"},
+            stdin=subprocess.DEVNULL,
+        )
+        with process:
+            connection, _ = index.accept()
+            process.terminate()
+            try:
+                assert process.wait(timeout=60) == 128 + signal.SIGTERM
+            finally:
+                process.kill()
+        connection.settimeout(60)
+        with connection:
+            while connection.recv(4096):  # what pip asked for; then its end, as pip is gone too
+                pass
+    assert not list(tmp_path.rglob("fetch-*"))
+
+
 def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: LaunchServer) -> None:
     server = launch_server("--http.engine_timeout", "600", "--http.drain_timeout", "600")
     engine, valkey = server.pid_of("engine"), server.pid_of("valkey")

@@ -66,12 +66,21 @@ def test_chain_attention_and_its_gradients(steps: int) -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_head_loss_is_the_cross_entropy_of_distributions() -> None:
+def lk_loss(hidden: torch.Tensor, target: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """LK-lambda of one piece (arXiv 2602.23881): lambda * CE + (1 - lambda) * TV, lambda = exp(-3 overlap)."""
+    wanted, drafted = (target @ rows.T).softmax(-1), (hidden @ rows.T).softmax(-1)
+    distance = (wanted - drafted).abs().sum(-1) / 2
+    share = torch.exp(-3 * (1 - distance).mean()).detach()
+    return (share * -(wanted * drafted.log()).sum(-1) + (1 - share) * distance).sum()
+
+
+def test_head_loss_is_the_papers_with_its_gradient() -> None:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(600, 8, generator=generator, requires_grad=True)  # more than one piece
+    hidden = torch.randn(600, 8, generator=generator, requires_grad=True)  # more than two pieces
     target, rows = torch.randn(600, 8, generator=generator), torch.randn(50, 8, generator=generator)
     loss = head_loss(hidden, target, rows)
-    expected = F.cross_entropy(hidden @ rows.T, (target @ rows.T).softmax(-1), reduction="sum")
+    pieces = zip(hidden.split(256), target.split(256), strict=True)
+    expected = torch.stack([lk_loss(some, wanted, rows) for some, wanted in pieces]).sum()
     torch.testing.assert_close(loss, expected)
     (gradient,), (wanted,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
