@@ -63,6 +63,7 @@ class TrainConfig:
     weight_decay: float = 0.01
     validation_tokens: int = 12_000
     validation_seconds: float = 240.0
+    """From one to the next at least, and ten times what the last one took: over a large head that is minutes."""
 
 
 class Trainer:
@@ -106,6 +107,7 @@ class Trainer:
         draft = _initial_draft(shape, config.start_from, source)
         self._validation = self._validation_batches()
         self._scale = self._feature_scale()
+        self._validation_took = 0.0
         self._unroller = Unroller(draft, target, self._scale)
         self._optimizer = torch.optim.AdamW(
             draft.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
@@ -148,7 +150,7 @@ class Trainer:
             progress.step += 1
             progress.anchors += int(batch.anchors(0).sum())
             progress.seconds += time.monotonic() - started
-            if time.monotonic() - validated > config.validation_seconds:
+            if time.monotonic() - validated > max(config.validation_seconds, 10 * self._validation_took):
                 self._validate(means)
                 validated = time.monotonic()
             else:
@@ -177,7 +179,9 @@ class Trainer:
             group["lr"] = phase.learning_rate * cosine * warmup
 
     def _validate(self, means: Sequence[float]) -> None:
+        started = time.monotonic()
         accuracy = validate(self._unroller, self._validation, VALIDATION_STEPS)
+        self._validation_took = time.monotonic() - started
         self.progress.history.append(
             {
                 "anchors": self.progress.anchors,
