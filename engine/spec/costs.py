@@ -13,7 +13,7 @@ from engine.messages import SamplingParams
 from engine.model_runner import ModelRunner
 from engine.request import Request
 from engine.spec.proposer import Proposer
-from engine.spec.step_costs import Curve, StepCosts
+from engine.spec.step_costs import Curve, StepCosts, without_spikes
 from engine.spec.vocab_follower import VocabFollower
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.argmax import argmax_rows
@@ -32,7 +32,9 @@ _VERIFIED_EACH = 4
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 _VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
-_LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 16, 32)
+_MANY_TOKENS = 8
+"""From so many on a step is bound by arithmetic, where it is not flat."""
+_LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64)
 _WARM_UP_SECONDS = 0.5
 _MAX_SECONDS = 2.0
 """For each of the two tables; sizes that are left then lie on the line through the last two."""
@@ -72,8 +74,9 @@ class CostMeter:
         """The fastest of some runs at each size; logged, for they say whether drafts can pay on this machine."""
         drafts = _table(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
         self._warm_up()
+        verified = _table(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)
         costs = StepCosts(
-            verify=Curve(_table(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)),
+            verify=Curve(without_spikes(verified, _MANY_TOKENS)),
             first_draft=Curve([(size, one) for size, (one, _) in drafts]),
             next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
         )

@@ -8,6 +8,25 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def without_spikes(points: Sequence[tuple[int, float]], start: int) -> list[tuple[int, float]]:
+    """Sizes and seconds less those, from size ``start`` on, that took longer than the line between their neighbours.
+
+    A step of many tokens is bound by arithmetic, so each further token costs as much as the one before it, or more; but
+    whatever else has the processor makes single sizes look dear, and what lies behind them cheap.
+    """
+    kept = [point for point in points if point[0] < start]
+    hull: list[tuple[int, float]] = []
+    for point in points[len(kept) :]:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return kept + hull
+
+
+def _slope(first: tuple[int, float], second: tuple[int, float]) -> float:
+    return (second[1] - first[1]) / (second[0] - first[0])
+
+
 class Curve:
     """Seconds by a number of tokens or sequences: linear between measured points and past the last.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from itertools import product
+from itertools import accumulate, pairwise, product
 
 import pytest
 from hypothesis import given
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.spec.controller import AdaptiveLength, best_plan, best_verified
 from engine.spec.length_policy import Chain, Repeat
-from engine.spec.step_costs import Curve, StepCosts
+from engine.spec.step_costs import Curve, StepCosts, without_spikes
 from kernels.native_chain import SURENESS_LEVELS
 
 ONE_EACH = Curve([(1, 1.0), (2, 2.0)])
@@ -25,6 +25,31 @@ FLAT_TO_8 = StepCosts(
     next_draft=Curve([(1, 0.1)]),
 )
 """Eight tokens cost what one does; a ninth doubles it."""
+
+
+def test_a_size_that_looks_dear_does_not_make_more_tokens_look_cheap() -> None:
+    """What something else had the processor for at one size is no part of the costs."""
+    true = [(1, 10.0), (2, 12.0), (4, 12.0), (8, 16.0), (16, 32.0), (24, 48.0), (32, 64.0)]
+    disturbed = [(size, 60.0 if size == 24 else seconds) for size, seconds in true]
+    curve, undisturbed = Curve(without_spikes(disturbed, start=8)), Curve(true)
+    assert [curve(size) for size in range(40)] == pytest.approx([undisturbed(size) for size in range(40)])
+
+
+@given(
+    slopes=st.lists(st.floats(0.0, 5.0), min_size=1, max_size=8),
+    spikes=st.lists(st.floats(0.0, 50.0), min_size=9, max_size=9),
+)
+def test_costs_without_spikes_never_grow_less_with_more_tokens(slopes: list[float], spikes: list[float]) -> None:
+    sizes = [8 * (place + 1) for place in range(len(slopes) + 1)]
+    true = list(zip(sizes, accumulate((8 * slope for slope in sorted(slopes)), initial=10.0), strict=True))
+    measured = [(size, seconds + spike) for (size, seconds), spike in zip(true, spikes, strict=False)]
+    kept = without_spikes(measured, start=8)
+    steps = [(after[1] - before[1]) / (after[0] - before[0]) for before, after in pairwise(kept)]
+    assert steps == sorted(steps)
+    assert (kept[0], kept[-1]) == (measured[0], measured[-1])
+    curve = Curve(kept)
+    assert all(curve(size) <= seconds + 1e-9 for size, seconds in measured)
+    assert all(curve(size) >= seconds - 1e-9 for size, seconds in true)
 
 
 def rate(costs: StepCosts, chances: list[list[float]], lengths: list[int]) -> float:
