@@ -107,7 +107,6 @@ class Trainer:
         draft = _initial_draft(shape, config.start_from, source)
         self._validation = self._validation_batches()
         self._scale = self._feature_scale()
-        self._validation_took = 0.0
         self._unroller = Unroller(draft, target, self._scale)
         self._optimizer = torch.optim.AdamW(
             draft.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
@@ -142,7 +141,7 @@ class Trainer:
         counts = self._dataset.token_counts(self._spec.vocab_size)
         core = counts.argsort(descending=True)[: config.core_rows]
         generator = np.random.default_rng((config.seed, progress.step))  # also after a restart in the middle of a pass
-        validated = time.monotonic()
+        validated, pause = time.monotonic(), config.validation_seconds
         for batch in self._dataset.batches(phase.batch_tokens, len(phase.step_weights), generator):
             started = time.monotonic()
             self._set_learning_rate(phase, progress.anchors - begin)
@@ -150,9 +149,10 @@ class Trainer:
             progress.step += 1
             progress.anchors += int(batch.anchors(0).sum())
             progress.seconds += time.monotonic() - started
-            if time.monotonic() - validated > max(config.validation_seconds, 10 * self._validation_took):
+            if (now := time.monotonic()) - validated > pause:
                 self._validate(means)
                 validated = time.monotonic()
+                pause = max(config.validation_seconds, 10 * (validated - now))
             else:
                 self._report(progress, means, None)
             if progress.anchors >= begin + phase.anchors:
@@ -179,9 +179,7 @@ class Trainer:
             group["lr"] = phase.learning_rate * cosine * warmup
 
     def _validate(self, means: Sequence[float]) -> None:
-        started = time.monotonic()
         accuracy = validate(self._unroller, self._validation, VALIDATION_STEPS)
-        self._validation_took = time.monotonic() - started
         self.progress.history.append(
             {
                 "anchors": self.progress.anchors,
