@@ -12,7 +12,7 @@ import torch
 
 from engine.batch import Features
 from engine.config import EngineConfig
-from engine.loader import load
+from engine.loader import LoadedModel, load
 from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
@@ -51,10 +51,18 @@ class EngineCore:
         files: the target.
         spec: its shape.
         draft: what drafts, in place of what the configuration asks for.
+        target: loaded already, as the configuration asks for it; engines that share it take turns with their steps.
     """
 
-    def __init__(self, config: EngineConfig, files: ModelFiles, spec: ModelSpec, draft: Draft | None = None) -> None:
-        loaded = load(config, files, spec)
+    def __init__(
+        self,
+        config: EngineConfig,
+        files: ModelFiles,
+        spec: ModelSpec,
+        draft: Draft | None = None,
+        target: LoadedModel | None = None,
+    ) -> None:
+        loaded = target or load(config, files, spec)
         self.spec = spec
         self.max_model_len = loaded.max_model_len
         self.dtype = str(loaded.dtype).removeprefix("torch.")

@@ -27,6 +27,7 @@ class ModelRunner:
 
     def __init__(self, loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block: int = 0) -> None:
         self._model = loaded.model
+        self.vocab_size = loaded.spec.vocab_size
         self._device = loaded.device
         self._block_size = cache.block_size
         self.num_blocks = num_kv_blocks(loaded, cache, draft_bytes_per_block)

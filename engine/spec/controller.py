@@ -9,22 +9,17 @@ tokens the draft is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise, repeat, takewhile
-from operator import mul
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
 from engine.spec.acceptance import MAX_ACCEPTANCE, Acceptance
+from engine.spec.best_lengths import Plan, all_before, best_plan, best_verified, worth_reading
 from engine.spec.length_policy import Chain, DraftLengths, Repeat, Repeats
-from engine.spec.step_costs import Curve, StepCosts
+from engine.spec.step_costs import ServedCosts, StepCosts
 from engine.spec.stop_rule import StopRule
 
-_MIN_GAIN = 1.03
-"""Drafting must promise this many times the rate without it: costs are estimates."""
 _MIN_WORTH = 0.1
 """Tokens that copying for a sequence must promise, all costs taken off: a tenth of what its step makes anyhow."""
-_HOPELESS = 0.05
-"""A draft less likely than this to be accepted is worth no thought."""
 _IDLE_INTERVAL = 16
 """Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
 _CROWD, _QUIET_STEPS, _LOOK_INTERVAL = 8, 16, 4
@@ -34,28 +29,17 @@ _SHARE_RATE = 0.1
 _PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
 """Where nothing is drafted, every so many steps one sequence is for some steps, to see whether that is still right."""
 
-_Draft = tuple[float, int, int]
-"""Of a token that may be drafted: the chance that it is accepted, its place, and its sequence."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Draft lengths, one a sequence, and the tokens a second that they promise."""
-
-    lengths: list[int]
-    rate: float
-
 
 class AdaptiveLength:
-    """A ``LengthPolicy`` that maximises the expected rate of tokens. Deterministic: it reads no clock.
+    """A ``LengthPolicy`` that maximises the expected rate of tokens. It reads no clock: it is told what drafts took.
 
     Args:
-        costs: of a step's parts.
+        costs: of a step's parts, as measured at start.
         stops_early: whether chains can end before their limit; otherwise they are as long as is best on average.
     """
 
     def __init__(self, costs: StepCosts, *, stops_early: bool) -> None:
-        self._costs, self._stops_early = costs, stops_early
+        self._costs, self._stops_early = ServedCosts(costs), stops_early
         self._acceptance = Acceptance()
         self._drafted_share = 1.0
         """Of the sequences, with fading memory."""
@@ -70,6 +54,9 @@ class AdaptiveLength:
         self._planned: dict[str, int] = {}
         """Its lengths by sequence."""
         self._repeats: Repeats = {}
+        self._num_unread: dict[str, int] = {}
+        self._expected_seconds = 0.0
+        """That drafting takes in this step."""
 
     @property
     def drafts_for_most(self) -> bool:
@@ -86,7 +73,12 @@ class AdaptiveLength:
         return is_quiet and self._quiet_steps % _LOOK_INTERVAL != 0
 
     def lengths(
-        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
+        self,
+        request_ids: Sequence[str],
+        limits: Sequence[int],
+        num_joining: int,
+        repeats: Repeats,
+        num_unread: Sequence[int],
     ) -> DraftLengths:
         """The best lengths by what is known; while that is none at all, a short probe now and then.
 
@@ -94,12 +86,14 @@ class AdaptiveLength:
         read, which does not pay where it would be drafted for only until the others' prompts are computed.
         """
         self._repeats, batch = repeats, (list(request_ids), num_joining)
+        self._num_unread = dict(zip(request_ids, num_unread, strict=True))
         if self._idle_steps >= _PROBE_STEPS and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
             lengths = [0] * len(limits)
         else:
+            size = len(request_ids) + num_joining
             chances = [
-                _all_before(self._of_places(request_id, limit))
-                for request_id, limit in zip(request_ids, limits, strict=True)
+                self._chances(request_id, limit, unread, size)
+                for request_id, limit, unread in zip(request_ids, limits, num_unread, strict=True)
             ]
             self._plan = best_plan(self._costs, chances + [[]] * num_joining)
             lengths = self._plan.lengths[: len(chances)]
@@ -108,6 +102,7 @@ class AdaptiveLength:
             self._idle_steps = 0
         else:
             self._idle_steps += 1
+            self._costs.idle()
             self._probe(lengths, limits)
         for request_id, length in zip(request_ids, lengths, strict=True):
             if length == 0:
@@ -143,15 +138,17 @@ class AdaptiveLength:
 
     def worth_verifying(self, chains: Mapping[str, Chain]) -> dict[str, int]:
         """How many of each chain's tokens to verify; those without sureness are left as they are."""
+        drafted = {name: len(chain.token_ids) for name, chain in chains.items() if not chain.copied}
+        unread = sum(self._num_unread[name] for name in drafted)
+        self._expected_seconds = self._draft_seconds(list(drafted.values())) + unread * self._costs.read
         left = {request_id: len(chain.token_ids) for request_id, chain in chains.items() if not chain.sureness}
         chains = {request_id: chain for request_id, chain in chains.items() if chain.sureness}
         chances = [
-            _all_before(self._acceptance.of_drafts(chain.sureness, greedy=chain.greedy, copied=chain.copied))
+            all_before(self._acceptance.of_drafts(chain.sureness, greedy=chain.greedy, copied=chain.copied))
             for chain in chains.values()
         ]
         chances += [[]] * (len(self._plan.lengths) - len(chances))
-        drafted = [len(chain.sureness) for chain in chains.values() if not chain.copied]
-        lengths = best_verified(self._costs.verify, chances, self._draft_seconds(drafted))
+        lengths = best_verified(self._costs.verify, chances, self._expected_seconds)
         return left | dict(zip(chains, lengths, strict=False))
 
     def observe(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
@@ -164,9 +161,18 @@ class AdaptiveLength:
         """What became, or would have become, of a copy."""
         self._acceptance.observe_copy(outcomes, repeat.levels, repeat.greedy)
 
+    def observe_seconds(self, seconds: float) -> None:
+        """What the step's drafts took, and what vocabularies learned of them."""
+        self._costs.observe(self._expected_seconds, seconds)
+
     def forget(self, request_id: str) -> None:
         """A request has ended."""
         self._acceptance.forget(request_id)
+
+    def _chances(self, request_id: str, limit: int, num_unread: int, num_sequences: int) -> list[float]:
+        """For ``best_plan``; none where they are not worth reading the sequence's text."""
+        chances = all_before(self._of_places(request_id, limit))
+        return chances if worth_reading(self._costs, num_sequences, chances, num_unread) else []
 
     def _of_places(self, request_id: str, limit: int) -> list[float]:
         return self._acceptance.of_places(request_id, limit, _level(self._repeats.get(request_id)))
@@ -181,7 +187,7 @@ class AdaptiveLength:
         num_drafting = sum(map(bool, self._planned.values()))
         for request_id, one in self._repeats.items():
             others = num_tokens - self._planned[request_id]
-            chances = _all_before(self._acceptance.of_drafts(one.levels, greedy=one.greedy, copied=True))
+            chances = all_before(self._acceptance.of_drafts(one.levels, greedy=one.greedy, copied=True))
             gains = list(accumulate(chances, initial=0.0))
             worths = [gain - self._in_tokens(others, number) for number, gain in enumerate(gains)]
             length = max(range(len(worths)), key=worths.__getitem__)
@@ -193,7 +199,7 @@ class AdaptiveLength:
         planned = self._planned[request_id]
         if planned == 0:
             return 0.0
-        expected = sum(_all_before(self._of_places(request_id, planned)))
+        expected = sum(all_before(self._of_places(request_id, planned)))
         seconds = self._draft_seconds([planned] * num_drafting) - self._draft_seconds([planned] * (num_drafting - 1))
         return expected - self._in_tokens(others, planned) - self._plan.rate * seconds
 
@@ -216,79 +222,5 @@ class AdaptiveLength:
             lengths[chosen] = min(limits[chosen], _PROBE_TOKENS)
 
 
-def best_plan(costs: StepCosts, chances: Sequence[Sequence[float]]) -> Plan:
-    """Draft lengths that maximise expected tokens / seconds of one step.
-
-    Args:
-        costs: of the step's parts.
-        chances: for each sequence, by place: the chance that drafts up to there are all accepted; falling.
-
-    Returns:
-        All lengths 0 unless drafting gains at least ``_MIN_GAIN``.
-    """
-    ranked, without = _ranked(chances), len(chances) / costs.verify(len(chances))
-    seconds = _cumulative_seconds(costs, [place for _, place, _ in ranked])
-    count, rate = _best_count(costs.verify, len(chances), ranked, seconds, _MIN_GAIN * without)
-    return Plan(_lengths(ranked[:count], len(chances)), rate if count else without)
-
-
-def best_verified(verify: Curve, chances: Sequence[Sequence[float]], draft_seconds: float) -> list[int]:
-    """How many drafts of each sequence to verify for the most tokens a second, drafting having taken its time.
-
-    Args:
-        verify: seconds by tokens.
-        chances: as for ``best_plan``.
-        draft_seconds: what drafting took.
-    """
-    ranked, without = _ranked(chances), len(chances) / (verify(len(chances)) + draft_seconds)
-    count, _ = _best_count(verify, len(chances), ranked, repeat(draft_seconds), without)
-    return _lengths(ranked[:count], len(chances))
-
-
-def _best_count(
-    verify: Curve, num_sequences: int, ranked: Sequence[_Draft], draft_seconds: Iterable[float], least_rate: float
-) -> tuple[int, float]:
-    """How many of the ranked drafts give the best rate, and that rate; 0 where none is above ``least_rate``.
-
-    ``draft_seconds``: with the first of them, the first two, ...
-    """
-    expected, best = float(num_sequences), (0, least_rate)
-    for count, ((chance, _, _), seconds) in enumerate(zip(ranked, draft_seconds, strict=False), start=1):
-        expected += chance
-        rate = expected / (verify(num_sequences + count) + seconds)
-        if rate > best[1]:
-            best = count, rate
-    return best
-
-
-def _cumulative_seconds(costs: StepCosts, places: Sequence[int]) -> Iterator[float]:
-    """What drafting the first, the first two, ... of some tokens takes, given the place of each."""
-    drafting, seconds = [0] * (max(places, default=0) + 1), 0.0  # sequences that draft at each place
-    for place in places:
-        curve = costs.next_draft if place else costs.first_draft
-        before = curve(drafting[place]) if drafting[place] else 0.0
-        drafting[place] += 1
-        seconds += curve(drafting[place]) - before
-        yield seconds
-
-
 def _level(repeat: Repeat | None) -> int | None:
     return None if repeat is None else repeat.levels[0]
-
-
-def _all_before(acceptance: Sequence[float]) -> list[float]:
-    """Chance that the first, second, ... draft is accepted together with all before it, as far as that is likely."""
-    return list(takewhile(lambda chance: chance > _HOPELESS, accumulate(acceptance, mul)))
-
-
-def _ranked(chances: Sequence[Sequence[float]]) -> list[_Draft]:
-    """Chance, place and sequence of each draft token, the likeliest first, and none before one it depends on."""
-    drafts = ((chance, place, index) for index, row in enumerate(chances) for place, chance in enumerate(row))
-    return sorted(drafts, key=lambda draft: (-draft[0], draft[1]))
-
-
-def _lengths(drafts: Sequence[_Draft], num_sequences: int) -> list[int]:
-    lengths = [0] * num_sequences
-    for _, place, index in drafts:
-        lengths[index] = max(lengths[index], place + 1)
-    return lengths

@@ -24,6 +24,7 @@ _Result = TypeVar("_Result")
 
 _REPEATS = 3
 _PROMPT_TOKENS = 8
+_READ_TOKENS = 128
 _CONTEXT_TOKENS = 256
 """Before the tokens that are verified: attention is a good part of what each further one costs."""
 _MANY_DRAFTS = 3
@@ -79,8 +80,10 @@ class CostMeter:
             verify=Curve(without_spikes(verified, _MANY_TOKENS)),
             first_draft=Curve([(size, one) for size, (one, _) in drafts]),
             next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
+            read=self._read_seconds(drafts[0][1][0]),
         )
-        log.info("step costs in ms by tokens or sequences", **costs.milliseconds(_LOGGED_SIZES))
+        by_size = costs.milliseconds(_LOGGED_SIZES)
+        log.info("step costs in ms by tokens or sequences", **by_size, read=round(1e3 * costs.read, 3))
         return costs
 
     def _warm_up(self) -> None:
@@ -131,11 +134,23 @@ class CostMeter:
         for length in (1, _MANY_DRAFTS):
             self._cycle(sequences, length)  # catches up, touches memory
             best.append(min(self._cycle(sequences, length) for _ in range(_REPEATS)))
-        for request, _ in sequences:
-            self._proposer.forget(request.request_id)
-            if self._follower is not None:
-                self._follower.vocab.forget(request.request_id)
+        self._forget([request for request, _ in sequences])
         return best[0], best[1]
+
+    def _read_seconds(self, first_draft: float) -> float:
+        """Of each token that a new sequence has, given what its first draft takes when they are read."""
+        count = max(min(_READ_TOKENS, self._context), 1)
+        prompt = [place * self._runner.vocab_size // count for place in range(count)]  # so that vocabularies want them
+        blocks = list(range(self._blocks_verified))
+        seconds = []
+        for _ in range(_REPEATS):
+            request = Request("cost meter", b"", "", _GREEDY, prompt)
+            if self._follower is not None:
+                self._follower.vocab.begin(request.request_id, None)
+            learning = self._step([ScheduledSequence(request, 0, prompt, 0, 0, 1, blocks)])
+            seconds.append(learning + self._cycle([(request, blocks)], 1))
+            self._forget([request])
+        return max(min(seconds) - first_draft, 0.0) / count
 
     def _cycle(self, sequences: Sequence[tuple[Request, list[int]]], length: int) -> float:
         slots = [DraftSlot(request, length, blocks) for request, blocks in sequences]
@@ -148,6 +163,12 @@ class CostMeter:
                 ScheduledSequence(request, request.num_computed_tokens, tokens, len(drafts), 0, len(tokens), blocks)
             )
         return seconds + self._step(steps)
+
+    def _forget(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._proposer.forget(request.request_id)
+            if self._follower is not None:
+                self._follower.vocab.forget(request.request_id)
 
     def _step(self, steps: Sequence[ScheduledSequence]) -> float:
         """Compute and commit one new token for each; returns the seconds that their vocabularies took to follow."""

@@ -11,6 +11,7 @@ from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec, build_batch
+from engine.request import Request
 from engine.spec.chain_batches import chain_batches
 from engine.spec.draft_head import DraftHead
 from engine.spec.entries import EntryLedger
@@ -64,6 +65,10 @@ class DraftModelProposer:
         for _, longer, batch in chain_batches(ready, self._block_size, self._loaded.device):
             self._head.draft(self._forward(batch), longer)
         return {}
+
+    def num_unread(self, request: Request) -> int:
+        """Tokens of a request that have no entry yet."""
+        return self._entries.num_behind(request)
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None

@@ -16,6 +16,7 @@ from engine.model_runner import build_batch, padded_block_tables, slots_of
 from engine.models.eagle3 import Eagle3
 from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
+from engine.request import Request
 from engine.spec.chain_batches import chain_batches
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle_adapters import EagleAdapters
@@ -165,6 +166,10 @@ class EagleProposer:
         assert isinstance(self._attention, NativeAttention)
         tables, cache = padded_block_tables(slots), self._attention.cache
         return self._head.draft_chains(chain, a[order], slots, tables, cache, adapted, stop)
+
+    def num_unread(self, request: Request) -> int:
+        """Tokens of a request that have no entry yet."""
+        return self._entries.num_behind(request)
 
     @torch.inference_mode()
     def observe(

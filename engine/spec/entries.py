@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.request import Request
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 MAX_CATCH_UP_TOKENS = 512
@@ -63,7 +64,7 @@ class EntryLedger:
         budget = max(MAX_CATCH_UP_TOKENS, TOKENS_EACH * len(slots))
         pieces: list[Piece] = []
         ready: list[DraftSlot] = []
-        for slot in sorted(slots, key=self._num_unseen):
+        for slot in sorted(slots, key=lambda slot: self._num_unseen(slot.request)):
             token_ids = slot.request.all_token_ids
             start = self._skip_complete(slot)
             end = min(len(token_ids), start + budget)
@@ -91,12 +92,16 @@ class EntryLedger:
         num_computed = self._num_computed.get(request_id, 0) + num_drafted
         self._set_computed(request_id, sequence.block_ids, start, num_computed)
 
+    def num_behind(self, request: Request) -> int:
+        """Tokens without an entry, but for the few that are new with every draft; shared blocks are not looked at."""
+        return max(self._num_unseen(request) - TOKENS_EACH, 0)
+
     def forget(self, request_id: str) -> None:
         """Drop what is known of a request; of its blocks the knowledge stays."""
         self._num_computed.pop(request_id, None)
 
-    def _num_unseen(self, slot: DraftSlot) -> int:
-        return slot.request.num_tokens - self._num_computed[slot.request.request_id]
+    def _num_unseen(self, request: Request) -> int:
+        return request.num_tokens - self._num_computed.get(request.request_id, 0)
 
     def _skip_complete(self, slot: DraftSlot) -> int:
         """Tokens with an entry, those included that another sequence has computed in a shared block.

@@ -55,9 +55,17 @@ class LengthPolicy(Protocol):
         ...
 
     def lengths(
-        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
+        self,
+        request_ids: Sequence[str],
+        limits: Sequence[int],
+        num_joining: int,
+        repeats: Repeats,
+        num_unread: Sequence[int],
     ) -> DraftLengths:
-        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``."""
+        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``.
+
+        ``num_unread``: how many tokens of each its draft has to read before it can draft.
+        """
         ...
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
@@ -76,6 +84,10 @@ class LengthPolicy(Protocol):
         """What became, or would have become, of a copy."""
         ...
 
+    def observe_seconds(self, seconds: float) -> None:
+        """What a step's drafts took, and what vocabularies learned of them; of the chains last cut."""
+        ...
+
     def forget(self, request_id: str) -> None:
         """A request has ended."""
         ...
@@ -90,7 +102,12 @@ class FixedLength:
         return False
 
     def lengths(
-        self, request_ids: Sequence[str], limits: Sequence[int], num_joining: int, repeats: Repeats
+        self,
+        request_ids: Sequence[str],
+        limits: Sequence[int],
+        num_joining: int,
+        repeats: Repeats,
+        num_unread: Sequence[int],
     ) -> DraftLengths:
         return DraftLengths(list(limits))
 
@@ -104,6 +121,9 @@ class FixedLength:
         pass
 
     def observe_repeat(self, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+        pass
+
+    def observe_seconds(self, seconds: float) -> None:
         pass
 
     def forget(self, request_id: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.batch import Features
+from engine.request import Request
 from engine.spec.copies import Copier
 from engine.spec.eagle import EagleDraft, EagleProposer
 from engine.spec.proposer import DraftCosts, Proposer
@@ -38,6 +39,10 @@ class NgramProposer:
             if request.request_id in copies:
                 request.draft_token_ids += copies[request.request_id].token_ids
         return {}
+
+    def num_unread(self, request: Request) -> int:
+        """None: to look for a repeat costs next to nothing."""
+        return 0
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
@@ -76,6 +81,10 @@ class SwitchingProposer:
         """N-grams where there is a match, the EAGLE-3 draft for the rest."""
         self._ngrams.propose(slots, stop)
         return self.otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids], stop)
+
+    def num_unread(self, request: Request) -> int:
+        """Those of the EAGLE-3 draft."""
+        return self.otherwise.num_unread(request)
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None

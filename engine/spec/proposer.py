@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.batch import Features
+from engine.request import Request
 from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
@@ -36,6 +37,10 @@ class Proposer(Protocol):
         ``slot.block_ids`` reach all known and all drafted tokens, so drafted entries have their own slots; they are
         written again before they count as a committed token's.
         """
+        ...
+
+    def num_unread(self, request: Request) -> int:
+        """Tokens to read before a decoding request's next draft, but for the few that are new with every draft."""
         ...
 
     def observe(

@@ -51,6 +51,8 @@ class Speculator:
         self._copied: frozenset[str] = frozenset()
         self._chains: dict[str, Chain] = {}
         self._seconds = 0.0
+        self._drafting_seconds: float | None = None
+        """None: nothing is drafted in this step."""
 
     @property
     def capture_layers(self) -> tuple[int, ...]:
@@ -75,7 +77,8 @@ class Speculator:
         ]
         self._copies = {} if self._copier is None else self._copier.look(requests, allowed)
         repeats = {request_id: copy.repeat for request_id, copy in self._copies.items()}
-        lengths = self._policy.lengths(request_ids, allowed, num_joining, repeats)
+        num_unread = [self._proposer.num_unread(request) for request in requests]
+        lengths = self._policy.lengths(request_ids, allowed, num_joining, repeats, num_unread)
         self._copied = lengths.copied
         return lengths.most
 
@@ -89,7 +92,10 @@ class Speculator:
             rule = self._policy.stop_rule({slot.request.request_id: slot.num_tokens for slot in drafting})
             sureness |= self._proposer.propose(drafting, rule)
         self._cut([slot.request for slot in wanted if slot.request.draft_token_ids], sureness)
-        self._seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self._seconds += seconds
+        has_drafts = any(not chain.copied for chain in self._chains.values())
+        self._drafting_seconds = seconds if has_drafts else None
 
     def _copy(self, slots: Sequence[DraftSlot]) -> dict[str, Sequence[int]]:
         """Fill some slots with copies; returns their levels."""
@@ -129,12 +135,15 @@ class Speculator:
         """Learn from the target's choices; arguments as ``VocabFollower.follow``. Returns its seconds."""
         first_right = self._judge(sequences, kept)
         likely = self._write_log(sequences, kept, logits, first_right)
-        if self._follower is None:
-            return 0.0
-        started = time.perf_counter()
-        begins = self._policy.drafts_for_most
-        self._follower.follow(sequences, kept, logits, compute_logits, likely, begins, self._copied)
-        return time.perf_counter() - started
+        seconds = 0.0
+        if self._follower is not None:
+            started = time.perf_counter()
+            begins = self._policy.drafts_for_most
+            self._follower.follow(sequences, kept, logits, compute_logits, likely, begins, self._copied)
+            seconds = time.perf_counter() - started
+        if self._drafting_seconds is not None:
+            self._policy.observe_seconds(self._drafting_seconds + seconds)
+        return seconds
 
     def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> dict[str, bool | None]:
         """Tell the policy what became of the drafts.

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+_RATE, _IDLE_RATE = 0.03, 0.002
+"""Weight of a step in what drafts have taken, and how fast that is forgotten without drafts."""
+_DEAREST = 4.0
+"""A step's drafts count as so many times dearer than expected at most: something else had the processor."""
 
 
 def without_spikes(points: Sequence[tuple[int, float]], start: int) -> list[tuple[int, float]]:
@@ -52,6 +58,20 @@ class Curve:
         self._table = table.tolist()
 
 
+Seconds = Callable[[int], float]
+"""By a number of tokens or sequences."""
+
+
+class Costs(Protocol):
+    """What ``StepCosts`` says, whoever says it."""
+
+    @property
+    def read(self) -> float: ...
+    def verify(self, size: int, /) -> float: ...
+    def first_draft(self, size: int, /) -> float: ...
+    def next_draft(self, size: int, /) -> float: ...
+
+
 @dataclass(frozen=True)
 class StepCosts:
     """Seconds of the parts of a step."""
@@ -62,8 +82,50 @@ class StepCosts:
     """By sequences: the first draft token of each, and what its vocabulary learns of what became of it."""
     next_draft: Curve
     """By sequences: each further draft token."""
+    read: float = 0.0
+    """Of a token that a sequence has before its first draft: the draft computes it, and its vocabulary learns it."""
 
     def milliseconds(self, sizes: Sequence[int]) -> dict[str, dict[int, float]]:
         """All three at some sizes, to be read."""
         curves = {"verify": self.verify, "first_draft": self.first_draft, "next_draft": self.next_draft}
         return {name: {size: round(1e3 * curve(size), 3) for size in sizes} for name, curve in curves.items()}
+
+
+class ServedCosts:
+    """Costs as measured at start, but drafts are dearer where they have been while serving.
+
+    At start sequences are made up: they have few n-grams to be looked up, and their vocabularies little to learn.
+    Never cheaper: what was measured is the shortest of a few times.
+    """
+
+    def __init__(self, measured: StepCosts) -> None:
+        self._measured = measured
+        self._ratio = 1.0
+        """What drafts took / what they should, on average, the latest steps first."""
+        self.verify = measured.verify
+
+    @property
+    def read(self) -> float:
+        return self._factor * self._measured.read
+
+    def first_draft(self, size: int, /) -> float:
+        return self._factor * self._measured.first_draft(size)
+
+    def next_draft(self, size: int, /) -> float:
+        return self._factor * self._measured.next_draft(size)
+
+    def observe(self, expected: float, seconds: float) -> None:
+        """What a step's drafts were to take by these costs, and what they took."""
+        if expected > 0.0:
+            self._learn(min(self._factor * seconds / expected, _DEAREST), _RATE)
+
+    def idle(self) -> None:
+        """A step without drafts: what they took is forgotten, so that they are tried again."""
+        self._learn(1.0, _IDLE_RATE)
+
+    @property
+    def _factor(self) -> float:
+        return max(self._ratio, 1.0)
+
+    def _learn(self, ratio: float, rate: float) -> None:
+        self._ratio += (ratio - self._ratio) * rate

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.spec.controller import AdaptiveLength, best_plan, best_verified
-from engine.spec.length_policy import Chain, Repeat
-from engine.spec.step_costs import Curve, StepCosts, without_spikes
+from engine.spec.best_lengths import best_plan, best_verified
+from engine.spec.controller import AdaptiveLength
+from engine.spec.length_policy import Chain, DraftLengths, Repeat
+from engine.spec.step_costs import Curve, ServedCosts, StepCosts, without_spikes
 from kernels.native_chain import SURENESS_LEVELS
 
 ONE_EACH = Curve([(1, 1.0), (2, 2.0)])
@@ -78,8 +79,22 @@ def chain_of(sureness: list[int] | None = None, length: int = 1, *, copied: bool
     return Chain([7] * (length if sureness is None else len(sureness)), sureness or [], greedy=True, copied=copied)
 
 
-def lengths(policy: AdaptiveLength, request_ids: list[str], limits: list[int], num_joining: int = 0) -> list[int]:
-    return policy.lengths(request_ids, limits, num_joining, {}).most
+def decide(
+    policy: AdaptiveLength,
+    request_ids: list[str],
+    limits: list[int],
+    num_joining: int = 0,
+    repeats: dict[str, Repeat] | None = None,
+    num_unread: int = 0,
+) -> DraftLengths:
+    """Each sequence has so many tokens that its draft has not read."""
+    return policy.lengths(request_ids, limits, num_joining, repeats or {}, [num_unread] * len(request_ids))
+
+
+def lengths(
+    policy: AdaptiveLength, request_ids: list[str], limits: list[int], num_joining: int = 0, num_unread: int = 0
+) -> list[int]:
+    return decide(policy, request_ids, limits, num_joining, num_unread=num_unread).most
 
 
 def simulate(policy: AdaptiveLength, acceptance: float, steps: int, limit: int = 6, batch: int = 1) -> list[list[int]]:
@@ -305,8 +320,8 @@ def test_a_long_repeat_is_copied_where_drafts_cost_too_much() -> None:
     ids = [str(number) for number in range(8)]
     for _ in range(300):
         policy.observe("0", chain_of(), [False], None)
-    assert policy.lengths(ids[:6], [6] * 6, 0, {"1": Repeat(LONG, True)}).most == [0, 2, 0, 0, 0, 0]
-    assert policy.lengths(ids, [6] * 8, 0, {"1": Repeat(SHORT, True)}).copied == frozenset()
+    assert decide(policy, ids[:6], [6] * 6, repeats={"1": Repeat(LONG, True)}).most == [0, 2, 0, 0, 0, 0]
+    assert decide(policy, ids, [6] * 8, repeats={"1": Repeat(SHORT, True)}).copied == frozenset()
 
 
 def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_is_drafted_for() -> None:
@@ -317,12 +332,12 @@ def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_i
     for _ in range(56):
         rested.append(policy.rests(ids, 0))
         if not rested[-1]:
-            assert not any(policy.lengths(ids, [6] * 8, 0, {}).most)
+            assert not any(lengths(policy, ids, [6] * 8))
     assert not any(rested[:16])
     assert sum(rested[16:]) == 30  # of 40
     assert not policy.rests(ids[:7], 0)
     assert [policy.rests(ids, 0) for _ in range(20)].count(False) == 17
-    assert policy.lengths(ids, [6] * 8, 0, {"1": Repeat(LONG, True)}).copied == {"1"}
+    assert decide(policy, ids, [6] * 8, repeats={"1": Repeat(LONG, True)}).copied == {"1"}
     assert not any(policy.rests(ids, 0) for _ in range(16))
 
 
@@ -330,12 +345,12 @@ def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() ->
     policy = adaptive(CHEAP)
     for greedy in (True, False) * 300:
         policy.observe_repeat(Repeat(LONG, greedy), [False])
-    assert policy.lengths(["a"], [6], 0, {"a": Repeat(LONG, True)}).copied == frozenset()
+    assert decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)}).copied == frozenset()
     for _ in range(300):
         policy.observe_repeat(Repeat(LONG, True), [True] * 6)
-    chosen = policy.lengths(["a"], [6], 0, {"a": Repeat(LONG, True)})
+    chosen = decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)})
     assert (chosen.most, chosen.copied) == ([6], {"a"})
-    assert not policy.lengths(["a"], [6], 0, {"a": Repeat(LONG, False)}).copied  # sampled ones are judged apart
+    assert not decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, False)}).copied  # sampled ones are judged apart
 
 
 def test_drafts_that_are_better_where_a_text_repeats_are_drafted_there() -> None:
@@ -345,4 +360,55 @@ def test_drafts_that_are_better_where_a_text_repeats_are_drafted_there() -> None
         policy.observe_repeat(repeat, [False])
         policy.observe("a", chain_of(), [True] * 4, repeat)
         policy.observe("a", chain_of(), [False], None)
-    assert lengths(policy, ["b"], [6]) < policy.lengths(["b"], [6], 0, {"b": repeat}).most
+    assert lengths(policy, ["b"], [6]) < decide(policy, ["b"], [6], repeats={"b": repeat}).most
+
+
+def test_a_text_is_read_for_drafts_only_where_they_promise_more_than_that_takes() -> None:
+    """Eight sequences gain little by drafts; one gains much more than it takes to read its text."""
+    costs = StepCosts(Curve([(1, 10.0), (8, 15.0), (24, 31.0)]), Curve([(1, 0.5)]), Curve([(1, 0.5)]), read=0.05)
+    for batch, num_unread, drafts in ((8, 0, True), (8, 20, True), (8, 400, False), (1, 400, True), (1, 10_000, False)):
+        ids = [str(number) for number in range(batch)]
+        assert any(lengths(adaptive(costs), ids, [4] * batch, num_unread=num_unread)) == drafts, (batch, num_unread)
+
+
+def test_a_text_that_was_read_is_drafted_for_beside_those_that_are_not_worth_it() -> None:
+    costs = StepCosts(Curve([(1, 10.0), (8, 15.0), (24, 31.0)]), Curve([(1, 0.5)]), Curve([(1, 0.5)]), read=0.05)
+    ids = [str(number) for number in range(8)]
+    most = adaptive(costs).lengths(ids, [4] * 8, 0, {}, [3, 3, 3, 3, 400, 400, 400, 400]).most
+    assert all(most[:4])
+    assert not any(most[4:])
+
+
+def test_drafts_that_take_longer_than_expected_are_left_out_and_tried_again() -> None:
+    """A draft, right one time in three, pays if it takes what was measured, but not if it takes four times as long."""
+    policy = adaptive(CHEAP)
+    history = []
+    for step in range(1200):
+        history.append(lengths(policy, ["a"], [1])[0])
+        if history[-1]:
+            policy.worth_verifying({"a": chain_of()})
+            policy.observe("a", chain_of(), [step % 3 == 0], None)
+            policy.observe_seconds(4.0)
+    assert all(history[:5])
+    last = history[600:]
+    assert 0 < sum(map(bool, last)) < len(last) / 4
+
+
+def test_drafts_that_take_what_was_expected_or_less_change_nothing() -> None:
+    costs = ServedCosts(CHEAP)
+    for seconds in (2.0, 0.1) * 50:
+        costs.observe(2.0, seconds)
+    costs.observe(0.0, 5.0)  # nothing was drafted
+    assert [costs.first_draft(size) for size in (1, 2)] == [1.0, 2.0]
+
+
+def test_costs_follow_what_drafts_take_but_not_a_single_step() -> None:
+    costs = ServedCosts(CHEAP)
+    costs.observe(1.0, 1000.0)
+    assert costs.first_draft(1) < 1.2
+    for _ in range(300):
+        costs.observe(costs.first_draft(2) + costs.next_draft(2), 8.0)
+    assert [costs.first_draft(1), costs.next_draft(2)] == pytest.approx([2.0, 4.0], rel=0.02)
+    for _ in range(3000):
+        costs.idle()
+    assert costs.first_draft(1) == pytest.approx(1.0, rel=0.02)
