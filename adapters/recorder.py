@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.batch import Features
+from engine.request import Request
 from engine.spec.proposer import DraftCosts, Proposer
 from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
@@ -36,6 +37,10 @@ class FeatureRecorder:
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """Nothing."""
         return {}
+
+    def num_unread(self, request: Request) -> int:
+        """Nothing is read."""
+        return 0
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None

@@ -1,16 +1,23 @@
-"""The engine in this process, without server and HTTP, so that what is measured is the engine."""
+"""The engine in this process, without server and HTTP, so that what is measured is the engine.
+
+Engines that are compared share the target's weights (``load_target``) and take steps in turn (``take_turns``): where
+weights happen to lie in memory alone makes 5 % of a step, and a machine that others use changes within seconds.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+
+import msgspec
 
 from benchmarks.common.acceptance import Acceptance
 from benchmarks.prompts.build import Prompt
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
+from engine.loader import LoadedModel, load
 from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, StepTimings, VocabularyCounts
 from engine.models.registry import resolve_model, validate_model_files
 from engine.text.tokenizer import Tokenizer
@@ -41,11 +48,15 @@ def encode_chat(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 @dataclass(frozen=True)
 class Turn:
-    """A request: its prompt's tokens, whose it is, and what its session brings along (None: it has none)."""
+    """A request: its prompt's tokens, whose it is, and what its session brings along (None: it has none).
+
+    ``max_tokens``: of its answer, if not as many as of the others.
+    """
 
     prompt: list[int]
     tenant: str = "benchmark"
     session: SessionState | None = None
+    max_tokens: int | None = None
 
 
 @dataclass
@@ -92,17 +103,38 @@ class Generation:
             self.decode_steps.append(timings)
 
 
+def load_target(config: EngineConfig) -> LoadedModel:
+    """The target of several engines whose configurations differ in other things."""
+    files = resolve_model(config.model)
+    return load(config, files, validate_model_files(files))
+
+
+def take_turns(runs: Sequence[Iterator[Generation]]) -> list[Generation]:
+    """What each engine's ``answering`` gives at the end: the next step is always of the one that has had least time."""
+    results = [next(run) for run in runs]
+    unfinished = dict(enumerate(runs))
+    while unfinished:
+        place = min(unfinished, key=lambda place: results[place].seconds)
+        if next(unfinished[place], None) is None:
+            del unfinished[place]
+    return results
+
+
 class Engine:
     """An ``EngineCore`` and its tokenizer.
+
+    Args:
+        config: all options.
+        target: loaded already; None: this engine has its own.
 
     Raises:
         ValueError: the configuration asks for speculation, but there is no draft for the model.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, target: LoadedModel | None = None) -> None:
         files = resolve_model(config.model)
         self.tokenizer = Tokenizer.from_files(files)
-        self.core = EngineCore(config, files, validate_model_files(files))
+        self.core = EngineCore(config, files, validate_model_files(files), target=target)
         if self.core.draft is None and config.speculation.method != "none":
             raise ValueError(f"there is no {config.speculation.method} draft for {config.model.name}")
         self._ids = count()
@@ -113,12 +145,18 @@ class Engine:
 
     def answer(self, turns: Sequence[Turn], sampling: SamplingParams, concurrency: int) -> Generation:
         """The same for requests of tenants and sessions."""
+        [result] = take_turns([self.answering(turns, sampling, concurrency)])
+        return result
+
+    def answering(self, turns: Sequence[Turn], sampling: SamplingParams, concurrency: int) -> Iterator[Generation]:
+        """The same, step by step: what there is before the first and after each. Its time is that of the steps."""
         nothing = [None] * len(turns)
         result = Generation([[] for _ in turns], [*nothing], [*nothing])
         waiting = list(enumerate(turns))[::-1]
         running: dict[str, int] = {}
-        started = now = time.perf_counter()
+        yield result
         while waiting or running:
+            started = time.perf_counter()
             while waiting and len(running) < concurrency:
                 place, turn = waiting.pop()
                 running[self.start(turn, sampling)] = place
@@ -129,14 +167,16 @@ class Engine:
                 if output.finish_reason is not None:
                     result.snapshots[place], result.vocabularies[place] = output.session_snapshot, output.vocabulary
                     del running[output.request_id]
-            before, now = now, time.perf_counter()
+            seconds = time.perf_counter() - started
+            result.seconds += seconds
             if timings is not None:
-                result.add_step(now - before, outputs, timings)
-        result.seconds = now - started
-        return result
+                result.add_step(seconds, outputs, timings)
+            yield result
 
     def start(self, turn: Turn, sampling: SamplingParams) -> str:
         """Hand a request to the engine; its id."""
+        if turn.max_tokens is not None:
+            sampling = msgspec.structs.replace(sampling, max_tokens=turn.max_tokens)
         request_id = str(next(self._ids))
         request = EngineRequest(
             request_id=request_id,

@@ -1,7 +1,8 @@
 """Speculation against none in the same engine: ``make bench-spec``, or ``python -m benchmarks.speculation``.
 
-Every cell (domain, concurrency) is measured with all modes in turn, on the same prompts, before the next cell; rounds
-of all cells follow each other. What counts is the ratio of two modes in the same cell and round.
+Every cell (domain, concurrency) is measured with all modes, on the same prompts, before the next cell; rounds of all
+cells follow each other. What counts is the ratio of two modes in the same cell and round. In this process the modes'
+engines share the target's weights and take steps in turn; servers (``--http``) are loaded one after another.
 With ``--acceptance``: how many draft tokens are accepted, drafts all of the same length, answers to their natural end.
 """
 
@@ -28,9 +29,10 @@ def main(
     concurrency: Annotated[list[int] | None, typer.Option(help="Default: 1, 4, 8, 16, 32.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds; fewer where the time is up.")] = 3,
     max_tokens: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a request; default: 64, acceptance 128.")
+        int | None,
+        typer.Option(min=2, help="Tokens of an answer, in this process on average; default: 64, acceptance 128."),
     ] = None,
-    ignore_eos: Annotated[bool, typer.Option(help="Answers of --max-tokens, whatever the model says.")] = True,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers go on where the model would end them.")] = True,
     minutes: Annotated[float, typer.Option(help="The whole run ends by then, with what it has.")] = 13.0,
     fixed: Annotated[bool, typer.Option(help="Always draft --length tokens; default: the controller decides.")] = False,
     length: DraftLength = None,

@@ -18,7 +18,7 @@ from benchmarks.common.time_limit import bounded
 from benchmarks.prompts.short import short_prompts
 from benchmarks.speculation.plan import Plan, chosen_prompts
 from benchmarks.speculation.report import report
-from benchmarks.speculation.sides import InProcessSide, Side, http_side
+from benchmarks.speculation.sides import HttpSides, InProcessSides, Sides, http_side
 from benchmarks.speculation.summary import summaries
 from engine.messages import SamplingParams
 
@@ -32,20 +32,18 @@ def speed_runs(plan: Plan, model: str, seconds: float, console: Console) -> Iter
     started = time.monotonic()
     prompts = short_prompts(model, plan.domains)
     with ExitStack() as stack:
-        sides: dict[str, Side] = {}
-        for mode in plan.modes:
-            config = plan.drafting.config(model, mode)
-            sides[mode] = stack.enter_context(http_side(config, mode)) if plan.http else InProcessSide(config)
-            warmup = prompts[plan.domains[0]][-WARMUP_REQUESTS:]
-            sides[mode].measure(warmup, WARMUP_REQUESTS, WARMUP_TOKENS, ignore_eos=True)
+        configs = {mode: plan.drafting.config(model, mode) for mode in plan.modes}
+        sides: Sides
+        if plan.http:
+            sides = HttpSides({mode: stack.enter_context(http_side(each, mode)) for mode, each in configs.items()})
+        else:
+            sides = InProcessSides(configs)
+        sides.measure(prompts[plan.domains[0]][-WARMUP_REQUESTS:], WARMUP_REQUESTS, WARMUP_TOKENS, ignore_eos=True)
         left = seconds - (time.monotonic() - started)
-        console.print(f"[dim]{model}: {len(sides)} engines ready, {left:.0f} s to measure[/dim]")
+        console.print(f"[dim]{model}: {len(configs)} engines ready, {left:.0f} s to measure[/dim]")
         for number, level, domain in bounded(plan.cells(), left):
-            wave = chosen_prompts(prompts[domain], level, number)
-            for mode in plan.modes if number % 2 == 0 else reversed(plan.modes):
-                run = sides[mode].measure(wave, level, plan.max_tokens, plan.ignore_eos)
-                if plan.ignore_eos and run.tokens != len(wave) * plan.max_tokens:
-                    raise RuntimeError(f"{mode} generated {run.tokens} tokens, not {len(wave) * plan.max_tokens}")
+            chosen = chosen_prompts(prompts[domain], level, number)
+            for mode, run in sides.measure(chosen, level, plan.max_tokens, plan.ignore_eos).items():
                 cell = {"model": model, "mode": mode, "domain": domain, "concurrency": level, "round": number}
                 yield cell | {"tokens_per_second": run.tokens_per_second} | asdict(run)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -15,10 +16,22 @@ import uvloop
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.common.acceptance import Acceptance
-from benchmarks.common.in_process import KV_BYTES, MAX_MODEL_LEN, MAX_SEQUENCES, PARTS, Engine
+from benchmarks.common.in_process import (
+    KV_BYTES,
+    MAX_MODEL_LEN,
+    MAX_SEQUENCES,
+    PARTS,
+    Engine,
+    Generation,
+    Turn,
+    encode_chat,
+    load_target,
+    take_turns,
+)
 from benchmarks.common.load import LoadOptions, run_load
 from benchmarks.common.process import LOGS, Launch, NoiseMeter, free_port, running
 from benchmarks.prompts.build import Prompt
+from benchmarks.speculation.plan import answer_lengths
 from engine.config import EngineConfig
 from engine.messages import SamplingParams
 
@@ -43,33 +56,64 @@ class Measured:
         return self.tokens / self.seconds
 
 
-class Side(Protocol):
-    """One mode's engine, ready."""
+class Sides(Protocol):
+    """All modes, ready."""
 
-    def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool) -> Measured:
-        """Greedy answers, ``concurrency`` at a time.
+    def measure(
+        self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool
+    ) -> Mapping[str, Measured]:
+        """Every mode's greedy answers to the same prompts.
 
         Args:
             prompts: to answer.
             concurrency: answers at a time.
             max_tokens: of an answer.
-            ignore_eos: whether answers go on to ``max_tokens`` where the model would end them.
+            ignore_eos: whether answers go on where the model would end them.
         """
         ...
 
 
-class InProcessSide:
-    """Steps an engine of its own."""
+class InProcessSides:
+    """Steps an engine for each mode, all with the same target; with ``ignore_eos`` answers have ``answer_lengths``."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._engine = Engine(config)
+    def __init__(self, configs: Mapping[str, EngineConfig]) -> None:
+        target = load_target(next(iter(configs.values())))
+        self._engines = {mode: Engine(config, target) for mode, config in configs.items()}
 
-    def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool) -> Measured:
+    def measure(
+        self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool
+    ) -> Mapping[str, Measured]:
         sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=ignore_eos)
+        lengths = answer_lengths(len(prompts), max_tokens) if ignore_eos else [max_tokens] * len(prompts)
+        tokenizer = next(iter(self._engines.values())).tokenizer
+        turns = [
+            Turn(encode_chat(tokenizer, prompt), max_tokens=length)
+            for prompt, length in zip(prompts, lengths, strict=True)
+        ]
         noise = NoiseMeter()
-        run = self._engine.generate(prompts, sampling, concurrency)
-        decode = run.decode_tokens / run.decode_seconds if run.decode_tokens else None
-        return Measured(run.num_tokens, run.seconds, decode, run.acceptance(), run.step_seconds, noise.read())
+        runs = take_turns([engine.answering(turns, sampling, concurrency) for engine in self._engines.values()])
+        others = noise.read()
+        if ignore_eos and any(run.num_tokens != sum(lengths) for run in runs):
+            raise RuntimeError(f"not all answers have {sum(lengths)} tokens: {[run.num_tokens for run in runs]}")
+        return {mode: _measured(run, others) for mode, run in zip(self._engines, runs, strict=True)}
+
+
+def _measured(run: Generation, noise: float) -> Measured:
+    decode = run.decode_tokens / run.decode_seconds if run.decode_tokens else None
+    return Measured(run.num_tokens, run.seconds, decode, run.acceptance(), run.step_seconds, noise)
+
+
+class HttpSides:
+    """Loads a server for each mode, one after another, every other time in the opposite order."""
+
+    def __init__(self, servers: Mapping[str, HttpSide]) -> None:
+        self._servers, self._calls = servers, count()
+
+    def measure(
+        self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool
+    ) -> Mapping[str, Measured]:
+        modes = list(self._servers)[:: 1 if next(self._calls) % 2 == 0 else -1]
+        return {mode: self._servers[mode].measure(prompts, concurrency, max_tokens, ignore_eos) for mode in modes}
 
 
 class HttpSide:
@@ -84,6 +128,8 @@ class HttpSide:
         report, _ = uvloop.run(run_load(options, prompts))
         if report.errors:
             raise RuntimeError(f"{self._url}: {report.error_messages}")
+        if ignore_eos and report.output_tokens != len(prompts) * max_tokens:
+            raise RuntimeError(f"{self._url} generated {report.output_tokens} tokens, not {len(prompts) * max_tokens}")
         noise_percent, after = noise.read(), self._scrape()
         new = {sample: value - before.get(sample, 0.0) for sample, value in after.items()}
         return Measured(

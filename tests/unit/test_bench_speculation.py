@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.common.acceptance import Acceptance, total
 from benchmarks.common.drafting import Drafting
+from benchmarks.common.in_process import Generation, take_turns
 from benchmarks.common.runs import ALL
 from benchmarks.common.time_limit import bounded
 from benchmarks.coupling.rules import (
@@ -28,7 +29,7 @@ from benchmarks.coupling.rules import (
 from benchmarks.coupling.summary import Sample, summarise
 from benchmarks.equality import compare
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation.plan import REQUESTS_ALONE, Plan, chosen_prompts
+from benchmarks.speculation.plan import REQUESTS_ALONE, Plan, answer_lengths, chosen_prompts
 from benchmarks.speculation.sides import acceptance_of, launch, samples
 from benchmarks.speculation.summary import summaries, summary, worst
 from engine.messages import SamplingParams
@@ -69,8 +70,35 @@ def test_rounds_follow_each_other_and_go_on_in_the_prompts() -> None:
     assert cells[:4] == [(0, 1, "code"), (0, 1, "law"), (0, 4, "code"), (0, 4, "law")]
     assert [number for number, _, _ in cells] == [0] * 4 + [1] * 4
     assert len(chosen_prompts(PROMPTS, 1, 0)) == REQUESTS_ALONE
-    assert [p.id for p in chosen_prompts(PROMPTS, 4, 0)] == ["0", "1", "2", "3"]
-    assert [p.id for p in chosen_prompts(PROMPTS, 4, 1)] == ["4", "5", "6", "0"]
+    assert [p.id for p in chosen_prompts(PROMPTS, 2, 0)] == ["0", "1", "2", "3"]
+    assert [p.id for p in chosen_prompts(PROMPTS, 2, 1)] == ["4", "5", "6", "0"]
+
+
+@given(st.integers(1, 200), st.integers(2, 200))
+def test_answers_end_one_by_one(count: int, mean: int) -> None:
+    lengths = answer_lengths(count, mean)
+    assert len(lengths) == count
+    assert min(lengths) >= max(mean // 2, 1)
+    assert max(lengths) <= mean + (mean + 1) // 2
+    assert len(set(answer_lengths(64, 64))) == 64
+
+
+@given(st.lists(st.lists(st.floats(0.01, 10.0), max_size=20), min_size=1, max_size=4))
+def test_engines_take_turns_so_that_all_have_had_the_same_time(durations: list[list[float]]) -> None:
+    results = [Generation([]) for _ in durations]
+    left = [sum(steps) for steps in durations]
+
+    def steps(place: int) -> Iterator[Generation]:
+        yield results[place]
+        for seconds in durations[place]:
+            results[place].seconds += seconds
+            left[place] -= seconds
+            unfinished = [result.seconds for result, rest in zip(results, left, strict=True) if rest > 1e-6]
+            assert not unfinished or results[place].seconds - min(unfinished) <= 10.001
+            yield results[place]
+
+    assert take_turns([steps(place) for place in range(len(durations))]) == results
+    assert [result.seconds for result in results] == pytest.approx([sum(steps) for steps in durations])
 
 
 def test_acceptance_by_place() -> None:
