@@ -28,7 +28,7 @@ from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import NoiseMeter
 from benchmarks.prompts.short import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import make_mode, sizes_of
-from benchmarks.vocabulary.sessions import Ask, SessionSide, Unit
+from benchmarks.vocabulary.sessions import Ask, SessionSide, Unit, measure_unit
 from benchmarks.vocabulary.summary import shares_at
 from engine.messages import EngineReady
 from server.metrics import Metrics
@@ -68,7 +68,7 @@ def make_snapshots(model: str, turns: int) -> tuple[list[bytes], EngineReady]:
     for turn in range(turns):
         for domain in DOMAINS:
             ask = Ask(prompts[domain][turn % len(prompts[domain])], domain, TENANT, domain)
-            side.measure(Unit({}, [ask], MAX_TOKENS, conversation=True))
+            measure_unit([side], Unit({}, [ask], MAX_TOKENS, conversation=True))
             snapshots.append(side.snapshot(domain))
     return snapshots, side.introduction
 

@@ -28,6 +28,8 @@ MAX_MODEL_LEN = 2048
 MAX_SEQUENCES = 64
 KV_BYTES = 512 * 2**20
 """Of each engine: several are in memory at once."""
+REQUESTS_EACH = 2
+"""Requests of a cell for each that is answered at the same time."""
 _CLIENT = b"benchmark"
 
 
@@ -101,6 +103,15 @@ class Generation:
             self.decode_tokens += sum(len(output.token_ids) for output in outputs)
             self.decode_seconds += seconds
             self.decode_steps.append(timings)
+
+
+def answer_lengths(count: int, mean: int) -> list[int]:
+    """Tokens of each answer, from half of the mean to half as many more.
+
+    Answers of the same length would all end together without drafts, so that there the batch is always full, and one by
+    one with drafts, where fewer and fewer are left in the end: no server's users do that.
+    """
+    return [mean // 2 + 29 * index % (mean + 1) for index in range(count)]
 
 
 def load_target(config: EngineConfig) -> LoadedModel:

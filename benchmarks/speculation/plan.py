@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.common.drafting import Drafting
+from benchmarks.common.in_process import REQUESTS_EACH
 from benchmarks.prompts.build import Prompt
 
 REQUESTS_ALONE = 3
-REQUESTS_EACH = 2
-"""For each that is answered at the same time."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,3 @@ def chosen_prompts(prompts: Sequence[Prompt], level: int, number: int) -> list[P
     """Those of a cell in one round: every round goes on where the last one ended."""
     count = REQUESTS_ALONE if level == 1 else REQUESTS_EACH * level
     return [prompts[(number * count + i) % len(prompts)] for i in range(count)]
-
-
-def answer_lengths(count: int, mean: int) -> list[int]:
-    """Tokens of each answer, from half of the mean to half as many more.
-
-    Answers of the same length would all end together without drafts, so that there the batch is always full, and one by
-    one with drafts, where fewer and fewer are left in the end: no server's users do that.
-    """
-    return [mean // 2 + 29 * index % (mean + 1) for index in range(count)]

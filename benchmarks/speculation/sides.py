@@ -24,6 +24,7 @@ from benchmarks.common.in_process import (
     Engine,
     Generation,
     Turn,
+    answer_lengths,
     encode_chat,
     load_target,
     take_turns,
@@ -31,7 +32,6 @@ from benchmarks.common.in_process import (
 from benchmarks.common.load import LoadOptions, run_load
 from benchmarks.common.process import LOGS, Launch, NoiseMeter, free_port, running
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation.plan import answer_lengths
 from engine.config import EngineConfig
 from engine.messages import SamplingParams
 

@@ -1,8 +1,8 @@
 """Draft vocabularies that follow their sessions, against those that do not: ``make bench-vocab``.
 
-Every mode has an engine of its own, all in this process at once. Each request is answered by all modes in turn, every
-other one in reverse order, before the next request; a session's snapshot goes from one request to its next, as the
-server would pass it. So modes are compared on the same prompts, in the same minutes. Answers end where they end.
+Every mode has an engine of its own, all in this process at once; they share the target's weights. Each request is
+answered by all modes, which take steps in turn, before the next request; a session's snapshot goes from one request to
+its next, as the server would pass it. So modes are compared on the same prompts, in the same moments.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from benchmarks.common.drafting import NONE, Drafting, DraftLength
 from benchmarks.common.environment import environment
+from benchmarks.common.in_process import load_target
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.time_limit import bounded
 from benchmarks.prompts.build import Prompt, read, shuffled
@@ -26,7 +27,7 @@ from benchmarks.prompts.short import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import FULL, HARD_SWITCH, Sizes, make_mode, sizes_of
 from benchmarks.vocabulary.parts import PARTS, SWITCH_DOMAINS, Plan
 from benchmarks.vocabulary.report import report
-from benchmarks.vocabulary.sessions import Ask, SessionSide, Unit
+from benchmarks.vocabulary.sessions import Ask, SessionSide, Unit, measure_unit
 from benchmarks.vocabulary.summary import summaries
 
 MINUTES = {"modes": 4.0, "sources": 5.0, "switch": 1.75, "tenant": 1.25, "load": 3.0, "bytes": 1.5}
@@ -70,23 +71,19 @@ def measure(plan: Plan, num_special: int, name: str, console: Console) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     prompts = prompts_of(plan)
-    sides = [_warm_side(plan, mode, num_special, prompts[plan.domains[0]][-1]) for mode in plan.modes]
+    modes = [make_mode(mode, plan.model, plan.drafting, num_special) for mode in plan.modes]
+    target = load_target(modes[0].config)
+    sides = [SessionSide(mode, target) for mode in modes]
+    measure_unit(sides, Unit({}, [Ask(prompts[plan.domains[0]][-1], "warm-up", "warm-up")], WARMUP_TOKENS))
     left = plan.seconds - (time.monotonic() - started)
     console.print(f"[dim]{plan.part}: {len(sides)} engines ready, {left:.0f} s to measure[/dim]")
-    for number, unit in enumerate(bounded(PARTS[plan.part](plan, prompts), left)):
-        for side in sides if number % 2 == 0 else reversed(sides):
-            record["runs"].append({"model": plan.model} | side.measure(unit))
+    for unit in bounded(PARTS[plan.part](plan, prompts), left):
+        record["runs"] += [{"model": plan.model} | run for run in measure_unit(sides, unit)]
         path.write_text(json.dumps(record))
     record["summary"] = summaries(record)
     path.write_text(json.dumps(record))
     report(record, path.with_suffix(".png"), console)
     console.print(f"{path}, {path.with_suffix('.png')}")
-
-
-def _warm_side(plan: Plan, mode: str, num_special: int, prompt: Prompt) -> SessionSide:
-    side = SessionSide(make_mode(mode, plan.model, plan.drafting, num_special))
-    side.measure(Unit({}, [Ask(prompt, "warm-up", "warm-up")], WARMUP_TOKENS))
-    return side
 
 
 def main(
@@ -107,7 +104,7 @@ def main(
     concurrency: Annotated[list[int] | None, typer.Option(help="Of part load; default: 1, 4, 8, 16.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Most rounds of part load.")] = 5,
     ignore_eos: Annotated[
-        bool, typer.Option(help="Part load: answers of --max-tokens, whatever the model says.")
+        bool, typer.Option(help="Part load: answers of --max-tokens on average, whatever the model says.")
     ] = True,
     minutes: Annotated[float | None, typer.Option(help="Of each part; it ends by then with what it has.")] = None,
     fixed: Annotated[bool, typer.Option(help="Part load: always draft --length tokens, as in the others.")] = False,

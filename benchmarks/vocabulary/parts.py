@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count, cycle, islice, product
+from itertools import count, cycle, product
 
 from benchmarks.common.drafting import Drafting
+from benchmarks.common.in_process import REQUESTS_EACH, answer_lengths
 from benchmarks.prompts.build import Prompt
 from benchmarks.vocabulary.sessions import Ask, Unit
 
@@ -86,13 +87,18 @@ def of_tenants(plan: Plan, prompts: PromptsByDomain) -> Iterator[Unit]:
 
 
 def of_loads(plan: Plan, prompts: PromptsByDomain) -> Iterator[Unit]:
-    """At each concurrency, sessions of all domains in one batch; no prompt comes twice while there are others."""
+    """At each concurrency, sessions of all domains in one batch; no prompt comes twice while there are others.
+
+    With ``ignore_eos`` answers have ``answer_lengths``.
+    """
     supply = {domain: cycle(prompts[domain]) for domain in plan.domains}
     for number in range(plan.rounds):
         for level in plan.levels:
+            size = max(REQUESTS_EACH * level, len(plan.domains))
+            lengths = answer_lengths(size, plan.max_tokens) if plan.ignore_eos else [None] * size
             asks = [
-                Ask(next(supply[domain]), f"{level}-{slot}", f"tenant-{domain}", domain)
-                for slot, domain in enumerate(islice(cycle(plan.domains), max(level, len(plan.domains))))
+                Ask(next(supply[domain]), f"{level}-{slot}", f"tenant-{domain}", domain, length)
+                for slot, (domain, length) in enumerate(zip(cycle(plan.domains), lengths, strict=False))
             ]
             labels = {"domain": MIXED, "round": number, "concurrency": level}
             yield Unit(labels, asks, plan.max_tokens, concurrency=level, whole=plan.ignore_eos)

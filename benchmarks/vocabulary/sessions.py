@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any
 
-from benchmarks.common.in_process import Engine, Generation, Turn
+from benchmarks.common.in_process import Engine, Generation, Turn, take_turns
 from benchmarks.common.process import NoiseMeter
 from benchmarks.prompts.build import Prompt
 from benchmarks.vocabulary.modes import Mode
+from engine.loader import LoadedModel
 from engine.messages import EngineReady, SamplingParams, SessionState
 from engine.process import introduction
 
@@ -20,12 +21,16 @@ CONVERSATION_TOKENS = 600
 
 @dataclass(frozen=True)
 class Ask:
-    """One request; ``domain`` is the client's name for the session's subject, "" if it gives none."""
+    """One request; ``domain`` is the client's name for the session's subject, "" if it gives none.
+
+    ``max_tokens``: of its answer, if not as many as the unit's.
+    """
 
     prompt: Prompt
     session: str
     tenant: str
     domain: str = ""
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,11 @@ class _Session:
 
 
 class SessionSide:
-    """One mode's engine, ready."""
+    """One mode's engine, ready; ``target``: loaded already, None: it has its own."""
 
-    def __init__(self, mode: Mode) -> None:
+    def __init__(self, mode: Mode, target: LoadedModel | None = None) -> None:
         self.mode = mode
-        self._engine = Engine(mode.config)
+        self._engine = Engine(mode.config, target)
         self._sessions: dict[str, _Session] = {}
         self._strangers = count()
 
@@ -70,15 +75,17 @@ class SessionSide:
         """What a session's last request has left; empty if it kept nothing."""
         return self._sessions[session].snapshot
 
-    def measure(self, unit: Unit) -> dict[str, Any]:
-        """Answer greedily; what came of it, for the record. A session may come once in a unit."""
+    def answering(self, unit: Unit) -> Iterator[Generation]:
+        """Greedy answers, step by step. A session may come once in a unit."""
         turns = [self._turn(ask, unit.conversation) for ask in unit.asks]
         sampling = SamplingParams(max_tokens=unit.max_tokens, seed=0, temperature=0.0, ignore_eos=unit.whole)
-        noise = NoiseMeter()
-        run = self._engine.answer(turns, sampling, unit.concurrency)
+        return self._engine.answering(turns, sampling, unit.concurrency)
+
+    def keep(self, unit: Unit, run: Generation) -> dict[str, Any]:
+        """Take over what a unit's sessions have come to; what came of it, for the record."""
         speculation = self.mode.config.speculation
         length = None if speculation.adaptive else speculation.num_speculative_tokens
-        result = summarise(run, length, unit.with_steps) | {"noise": noise.read()}
+        result = summarise(run, length, unit.with_steps)
         for ask, answer, snapshot in zip(unit.asks, run.answers, run.snapshots, strict=True):
             self._keep(ask, answer, snapshot)
         return unit.labels | {"mode": self.mode.name} | result
@@ -92,8 +99,9 @@ class SessionSide:
             session.messages = session.messages[2:]
             prompt = self._encode(session.messages)
         if self.mode.cold:
-            return Turn(prompt, f"stranger-{next(self._strangers)}")
-        return Turn(prompt, ask.tenant, SessionState(snapshot=session.snapshot, domain=ask.domain))
+            return Turn(prompt, f"stranger-{next(self._strangers)}", max_tokens=ask.max_tokens)
+        state = SessionState(snapshot=session.snapshot, domain=ask.domain)
+        return Turn(prompt, ask.tenant, state, ask.max_tokens)
 
     def _encode(self, messages: list[dict[str, str]]) -> list[int]:
         tokenizer = self._engine.tokenizer
@@ -103,6 +111,14 @@ class SessionSide:
         session = self._sessions[ask.session]
         session.snapshot = snapshot or b""
         session.messages.append({"role": "assistant", "content": self._engine.tokenizer.decode(answer)})
+
+
+def measure_unit(sides: Sequence[SessionSide], unit: Unit) -> list[dict[str, Any]]:
+    """All modes answer, taking steps in turn; what came of it, for the record."""
+    noise = NoiseMeter()
+    runs = take_turns([side.answering(unit) for side in sides])
+    others = {"noise": noise.read()}
+    return [side.keep(unit, run) | others for side, run in zip(sides, runs, strict=True)]
 
 
 def summarise(run: Generation, draft_length: int | None, with_steps: bool) -> dict[str, Any]:

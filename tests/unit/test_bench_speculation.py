@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from benchmarks.common.acceptance import Acceptance, total
 from benchmarks.common.drafting import Drafting
-from benchmarks.common.in_process import Generation, take_turns
+from benchmarks.common.in_process import Generation, answer_lengths, take_turns
 from benchmarks.common.runs import ALL
 from benchmarks.common.time_limit import bounded
 from benchmarks.coupling.rules import (
@@ -29,7 +29,7 @@ from benchmarks.coupling.rules import (
 from benchmarks.coupling.summary import Sample, summarise
 from benchmarks.equality import compare
 from benchmarks.prompts.build import Prompt
-from benchmarks.speculation.plan import REQUESTS_ALONE, Plan, answer_lengths, chosen_prompts
+from benchmarks.speculation.plan import REQUESTS_ALONE, Plan, chosen_prompts
 from benchmarks.speculation.sides import acceptance_of, launch, samples
 from benchmarks.speculation.summary import summaries, summary, worst
 from engine.messages import SamplingParams

@@ -134,7 +134,8 @@ def test_load_mixes_domains_and_repeats_no_prompt() -> None:
     units = list(PARTS["load"](plan("load"), PROMPTS))
     assert [unit.concurrency for unit in units] == [1, 4, 8] * 2
     for unit in units:
-        assert len(unit.asks) == max(unit.concurrency, 4)
+        assert len(unit.asks) == max(2 * unit.concurrency, 4)
+        assert len({ask.max_tokens for ask in unit.asks}) > 1
         assert {ask.domain for ask in unit.asks} == set(DOMAINS)
         assert len({ask.session for ask in unit.asks}) == len(unit.asks)
         assert unit.whole
