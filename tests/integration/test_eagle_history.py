@@ -26,6 +26,7 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
 from engine.models.registry import validate_model_files
+from engine.request import Request
 from engine.spec import entries
 from engine.spec.draft_head import DraftHead
 from engine.spec.eagle import EagleDraft
@@ -84,6 +85,9 @@ class Watcher:
         self._proposer = self._draft.make_proposer(num_blocks)
         self.capture_layers, self.stops_early = self._proposer.capture_layers, False
         return self
+
+    def num_unread(self, request: Request) -> int:
+        return self._proposer.num_unread(request)
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         if self._paused == 0 and self._chance.random() < 0.05:
