@@ -32,7 +32,7 @@ def speed_tables(record: Record) -> Iterable[Table]:
     cells = {(c["model"], c["concurrency"], c["mode"], c["domain"]): c for c in summaries(record)}
     lengths = "adaptive" if plan["drafting"]["adaptive"] else "fixed"
     for model in plan["models"]:
-        tokens = f"{'' if plan.get('ignore_eos', True) else 'up to '}{plan['max_tokens']} tokens a request"
+        tokens = f"{'about' if plan.get('ignore_eos', True) else 'up to'} {plan['max_tokens']} tokens a request"
         what = f"{model}, greedy, {tokens}, {lengths} draft length"
         speed = _table(f"Speed: {what}", "tok/s", "/ none", "decode only", *plan["domains"], "other load %")
         drafts = _table(f"Drafts: {what}", *plan["domains"], "accepted by place", "drafts a step", *PARTS)

@@ -32,8 +32,8 @@ def table(record: Record) -> Table:
     """A line for each mode (and topic, kind of tenant, or concurrency)."""
     plan = record["plan"]
     tokens = f"{plan['max_tokens']} tokens a request"
-    if plan["part"] == "load" and not plan.get("ignore_eos", True):
-        tokens = f"up to {tokens}"
+    if plan["part"] == "load":
+        tokens = f"{'about' if plan.get('ignore_eos', True) else 'up to'} {tokens}"
     title = f"{plan['part']}: {plan['model']}, greedy, {tokens}"
     match plan["part"]:
         case "switch":

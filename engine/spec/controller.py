@@ -1,10 +1,10 @@
 """How many tokens to draft for each sequence of a step: as many as make tokens come fastest, down to none.
 
 The rate of a step is (1 + expected accepted drafts, summed over sequences) / (verify time + draft time). The times come
-from a table measured at start-up, the chance that a draft is accepted from what verification has shown so far. That is
-asked three times: before drafting, whether it pays at all; after each token of the chains, whether another does
-(``StopRule``); and when they are drafted, how many of them are worth verifying. The last two know how sure of its
-tokens the draft is.
+from a table measured at start-up, those of drafts made dearer by what they have taken since; the chance that a draft is
+accepted from what verification has shown so far. That is asked three times: before drafting, whether it pays at all;
+after each token of the chains, whether another does (``StopRule``); and when they are drafted, how many of them are
+worth verifying. The last two know how sure of its tokens the draft is.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class ServedCosts:
     def __init__(self, measured: StepCosts) -> None:
         self._measured = measured
         self._ratio = 1.0
-        """What drafts took / what they should, on average, the latest steps first."""
+        """What drafts took / what was measured, with fading memory."""
         self.verify = measured.verify
 
     @property
