@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.native import Team, address, load_library, unsupported_reason
+
+if TYPE_CHECKING:
+    from kernels.penalties import SeenTokens
 
 
 class _LogitRows(ctypes.Structure):
@@ -30,6 +34,13 @@ class _GumbelRows(ctypes.Structure):
 
 class _TruncationRows(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("temperatures", "top_k", "top_p", "min_p"))
+
+
+class _SeenTokens(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("rows", "ends", "num_prompt", "penalties", "token_ids", "counts")),
+        ("num_rows", ctypes.c_int),
+    )
 
 
 class TailSlabsStruct(ctypes.Structure):
@@ -103,11 +114,15 @@ def kept_thresholds(
 
 
 def topk_rows(
-    logits: torch.Tensor, k: int, ids: torch.Tensor | None, team: Team | None
+    logits: torch.Tensor, k: int, ids: torch.Tensor | None, team: Team | None, log_totals: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``kernels.topk``, k at most the number of columns; ids are int32 here."""
+    """As ``kernels.topk``, k at most the number of columns; ids are int32 here.
+
+    ``log_totals`` [N] float64 is filled with the log of the sum of exp(logit) of each row.
+    """
     values, indices = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int64)
-    load_library().evo_top_k(_handle(team), _rows(logits), k, address(ids), address(values), address(indices))
+    outputs = (address(values), address(indices), address(log_totals))
+    load_library().evo_top_k(_handle(team), _rows(logits), k, address(ids), *outputs)
     return values, indices
 
 
@@ -143,8 +158,18 @@ def draft_top_k(
     return values, chosen
 
 
-def logsumexp_rows(logits: torch.Tensor, team: Team | None) -> torch.Tensor:
-    """[N] float64: log of the sum of exp(logit)."""
-    out = torch.empty(len(logits), dtype=torch.float64)
-    load_library().evo_logsumexp(_handle(team), _rows(logits), address(out))
-    return out
+def penalize(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
+    """As ``kernels.penalties``."""
+    before = torch.empty(len(seen.token_ids))
+    load_library().evo_penalize(address(logits), logits.stride(0), _seen(seen), address(before))
+    return before
+
+
+def put_back(logits: torch.Tensor, seen: SeenTokens, before: torch.Tensor) -> None:
+    """As ``kernels.penalties``."""
+    load_library().evo_put_back(address(logits), logits.stride(0), _seen(seen), address(before))
+
+
+def _seen(seen: SeenTokens) -> ctypes._CArgObject:
+    arrays = (seen.rows, seen.ends, seen.num_prompt, seen.penalties, seen.token_ids, seen.counts)
+    return ctypes.byref(_SeenTokens(*(array.ctypes.data for array in arrays), len(seen.rows)))

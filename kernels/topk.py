@@ -70,3 +70,17 @@ def topk_rows(
     if ids is not None and ids.dtype != torch.int32:
         ids = ids.int()
     return native_sampling.topk_rows(logits, min(k, logits.shape[1]), ids, team)
+
+
+def topk_with_log_totals(
+    logits: torch.Tensor, k: int, team: Team | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``topk_rows``, and of each row the log of the sum of exp(logit): what turns logits into log-probabilities.
+
+    Returns:
+        Values [N, min(k, V)] float32, column numbers int64, and [N] float64.
+    """
+    if not native_sampling.can_take(logits):
+        return *topk_rows_by_keys(logits, k), logits.logsumexp(dim=1).double()
+    log_totals = torch.empty(len(logits), dtype=torch.float64)
+    return *native_sampling.topk_rows(logits, min(k, logits.shape[1]), None, team, log_totals), log_totals

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.messages import TokenLogprob
-from kernels.logsumexp import logsumexp_rows
-from kernels.topk import topk_rows
+from kernels.topk import topk_with_log_totals
 
 if TYPE_CHECKING:
     from kernels.native import Team
@@ -28,11 +27,9 @@ def token_logprobs(
         num_top: R numbers of alternatives to report; 0 for none.
         team: threads of the compiled kernels (None: the calling one).
     """
-    totals = logsumexp_rows(logits, team).unsqueeze(1)
-    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)) - totals
-    tops: list[list[tuple[int, float]]] = [[] for _ in token_ids]
-    if most := max(num_top, default=0):
-        values, ids = topk_rows(logits, most, team=team)
-        pairs = zip(ids.tolist(), (values - totals).tolist(), num_top, strict=True)
-        tops = [list(zip(row_ids[:n], row_values[:n], strict=True)) for row_ids, row_values, n in pairs]
+    values, ids, log_totals = topk_with_log_totals(logits, max([1, *num_top]), team)
+    log_totals = log_totals.unsqueeze(1)
+    chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)) - log_totals
+    rows = zip(ids.tolist(), (values - log_totals).tolist(), num_top, strict=True)
+    tops = [list(zip(row_ids[:n], row_values[:n], strict=True)) for row_ids, row_values, n in rows]
     return [TokenLogprob(*entry) for entry in zip(token_ids, chosen.flatten().tolist(), tops, strict=True)]

@@ -7,7 +7,8 @@ whole batch, which touch only the tokens concerned. What a grammar forbids is ne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,8 @@ import xgrammar
 
 from engine.messages import SamplingParams
 from engine.sampling.grammar import GrammarMatcher
-from engine.sampling.state import IntArray, SamplingState, TokenCounts
+from engine.sampling.state import SamplingState, TokenCounts
+from kernels.penalties import IntArray, SeenTokens, penalize, put_back
 
 if TYPE_CHECKING:
     from engine.request import Request
@@ -38,7 +40,7 @@ class _SparseEdits:
         return bool(self._rows)
 
     def add(self, row: int, token_ids: IntArray, values: FloatArray) -> None:
-        """``token_ids`` are distinct; ``values`` is [len(token_ids)] or [len(token_ids), n]."""
+        """``token_ids`` are distinct, ``values`` of the same length."""
         self._rows.append(np.full(len(token_ids), row, dtype=np.int64))
         self._token_ids.append(token_ids)
         self._values.append(values)
@@ -50,21 +52,30 @@ class _SparseEdits:
         return index, torch.from_numpy(values).to(device)
 
 
-class _Writes:
-    """Changes to a tensor that can be taken back."""
+class _Seen:
+    """The tokens before many rows that have penalties."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-        self._undo: list[tuple[_Index, torch.Tensor]] = []
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._num_prompt: list[int] = []
+        self._penalties: list[tuple[float, float, float]] = []
+        self._arrays: list[tuple[IntArray, IntArray]] = []
 
-    def put(self, index: _Index, values: torch.Tensor) -> None:
-        self._undo.append((index, self._tensor[index]))
-        self._tensor[index] = values
+    def __bool__(self) -> bool:
+        return bool(self._rows)
 
-    def take_back(self) -> None:
-        while self._undo:
-            index, values = self._undo.pop()
-            self._tensor[index] = values
+    def add(self, row: int, params: SamplingParams, counts: TokenCounts) -> None:
+        self._rows.append(row)
+        self._num_prompt.append(counts.num_prompt)
+        self._penalties.append((params.repetition_penalty, params.presence_penalty, params.frequency_penalty))
+        self._arrays.append(counts.arrays())
+
+    def tokens(self) -> SeenTokens:
+        token_ids, counts = map(np.concatenate, zip(*self._arrays, strict=True))
+        ends = list(accumulate(len(token_ids) for token_ids, _ in self._arrays))
+        rows, ends_array, num_prompt = np.array([self._rows, ends, self._num_prompt], dtype=np.int64)
+        penalties = np.array(self._penalties, dtype=np.float64)
+        return SeenTokens(rows, ends_array, num_prompt, penalties, token_ids, counts)
 
 
 class LogitsEdits:
@@ -82,7 +93,7 @@ class LogitsEdits:
         self._vocab_size = vocab_size
         self._bans = _SparseEdits()
         self._biases = _SparseEdits()
-        self._penalties = _SparseEdits()
+        self._seen = _Seen()
 
     def add_sequence(
         self, start: int, request: Request, draft_token_ids: tuple[int, ...], state: SamplingState
@@ -115,7 +126,7 @@ class LogitsEdits:
             token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
             self._biases.add(row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32))
         if state.counts is not None:
-            self._add_penalties(row, params, state.counts)
+            self._seen.add(row, params, state.counts)
 
     def _add_bans(self, row: int, params: SamplingParams) -> None:
         """Of what ends the output; where a grammar allows nothing else, it outranks min_tokens."""
@@ -131,12 +142,6 @@ class LogitsEdits:
         if not self.allowed[row].numpy().any():
             self.dead_ends.add(row)
 
-    def _add_penalties(self, row: int, params: SamplingParams, counts: TokenCounts) -> None:
-        token_ids, occurrences = counts.arrays()
-        additive = params.presence_penalty * (occurrences > 0) + params.frequency_penalty * occurrences
-        factors = np.full(len(token_ids), params.repetition_penalty)
-        self._penalties.add(row, token_ids, np.stack([factors, additive], axis=1).astype(np.float32))
-
     @contextmanager
     def applied(self, logits: torch.Tensor) -> Iterator[torch.Tensor]:
         """The edited ``logits`` [L, V] float32, within the block.
@@ -144,23 +149,25 @@ class LogitsEdits:
         Edited in place and put back: megabytes are not copied for the sake of some tokens.
         """
         logits = logits.contiguous()  # rows of an expanded tensor are one
-        writes = _Writes(logits)
-        try:
-            self._write(logits, writes)
+        with ExitStack() as undo:  # the last first
+            self._write(logits, undo)
             yield logits
-        finally:
-            writes.take_back()
 
-    def _write(self, logits: torch.Tensor, writes: _Writes) -> None:
+    def _write(self, logits: torch.Tensor, undo: ExitStack) -> None:
         if self._bans:
-            writes.put(*self._bans.tensors(logits.device))
+            _put(logits, *self._bans.tensors(logits.device), undo)
         if self._biases:
             index, values = self._biases.tensors(logits.device)
-            writes.put(index, logits[index] + values)
-        if self._penalties:
-            index, values = self._penalties.tensors(logits.device)
-            scores, factors = logits[index], values[:, 0]
-            writes.put(index, torch.where(scores > 0, scores / factors, scores * factors) - values[:, 1])
+            _put(logits, index, logits[index] + values, undo)
+        if self._seen:
+            seen = self._seen.tokens()
+            undo.callback(put_back, logits, seen, penalize(logits, seen))
+
+
+def _put(tensor: torch.Tensor, index: _Index, values: torch.Tensor, undo: ExitStack) -> None:
+    """Write, and have ``undo`` take it back."""
+    undo.callback(tensor.__setitem__, index, tensor[index])
+    tensor[index] = values
 
 
 def _only(allowed: torch.Tensor, token_ids: IntArray) -> bool:

@@ -23,7 +23,7 @@ class TokenCounts:
 
     def __init__(self, prompt_token_ids: list[int]) -> None:
         distinct = list(dict.fromkeys(prompt_token_ids))
-        self._num_prompt = len(distinct)
+        self.num_prompt = len(distinct)
         self._slots = {token_id: slot for slot, token_id in enumerate(distinct)}
         self._token_ids = np.array(distinct, dtype=np.int64)
         self._counts = np.zeros(len(distinct), dtype=np.int64)
@@ -39,11 +39,11 @@ class TokenCounts:
         self._counts[slot] += times
 
     def arrays(self) -> tuple[IntArray, IntArray]:
-        """Distinct tokens of prompt and output, and their counts in the output (0: prompt only)."""
+        """Distinct tokens, the prompt's first, and their counts in the output: 0 for some of the prompt, and for drafts
+        that were taken back. Later calls of ``add`` change neither array.
+        """
         size = len(self._slots)
-        present = self._counts[:size] > 0
-        present[: self._num_prompt] = True
-        return self._token_ids[:size][present], self._counts[:size][present]
+        return self._token_ids[:size], self._counts[:size].copy()
 
 
 def has_penalties(params: SamplingParams) -> bool:

@@ -9,8 +9,11 @@ namespace evospec {
 
 namespace {
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr uint32_t kTokenStep = 0x9E3779B1, kFirstFactor = 0x7FEB352D, kSecondFactor = 0x846CA68B;
 constexpr int kSmallestPiece = 8192;
+constexpr int kBlock = 512;  // columns that are sifted before any is hashed
+constexpr float kMostNoise = 22.9f;  // noise(INT32_MAX) is 22.87
 
 uint64_t mix64(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -54,7 +57,7 @@ Floats noise_bound(Ints hash) {
 }
 
 struct Choice {
-  float score = -std::numeric_limits<float>::infinity();
+  float score = -kInfinity;
   int32_t token_id = std::numeric_limits<int32_t>::max();
 
   void offer(float other_score, int32_t other_id) {
@@ -82,7 +85,7 @@ struct Piece {  // of one row
 };
 
 Choice choose_greedily(const Piece& piece, float least) {
-  Floats best = all(-std::numeric_limits<float>::infinity());
+  Floats best = all(-kInfinity);
   Ints best_ids = all(std::numeric_limits<int32_t>::max());
   for (int i = 0; i < piece.size; i += 16) {
     const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
@@ -97,30 +100,87 @@ Choice choose_greedily(const Piece& piece, float least) {
   return {score, smallest(equal(best, all(score)), best_ids)};
 }
 
-// Logarithms are taken only for tokens whose bound reaches the best score so far.
-Choice choose_at_random(const Piece& piece, float temperature, float least, uint64_t key) {
-  const Floats inverse = all(1.0f / temperature);
-  // The bound multiplies where the score divides, and both round: a part of |x| that covers this many times over.
-  const Floats room = all(0x1p-21f / temperature);
-  Choice best;
-  for (int i = 0; i < piece.size; i += 16) {
-    const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
-    const Mask alive = piece.alive(i, x, least);
-    if (alive == 0) continue;
-    const Ints ids = piece.ids(i), hashes = hash_tokens(ids, key);
-    const Floats bound = multiply_add(absolute(x), room, multiply_add(x, inverse, noise_bound(hashes)));
-    // "Not less": a bound that overflowed to NaN is a candidate.
-    unsigned candidates = alive & not_less(bound, all(best.score));
-    if (candidates == 0) continue;
+// The tokens of a block that may still win.
+struct Sifted {
+  alignas(64) float logits[kBlock + 16];
+  alignas(64) int32_t token_ids[kBlock + 16];
+  int size;
+};
+
+// The best of a row's tokens by logit / temperature + noise. Logarithms are taken only for tokens whose bound reaches
+// the best score so far.
+class RandomChoice {
+ public:
+  RandomChoice(float temperature, float least, uint64_t key) : temperature_(temperature), least_(least), key_(key) {}
+
+  Choice from_all(const Piece& piece) {
+    for (int i = 0; i < piece.size; i += 16) {
+      const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
+      const Mask alive = piece.alive(i, x, least_);
+      if (alive != 0) offer(alive, x, piece.ids(i));
+    }
+    return best_;
+  }
+
+  // The same. Hashes only tokens that the most noise there is could make the best so far: faster where those are few.
+  Choice from_sifted(const Piece& piece) {
+    Sifted block;
+    for (int begin = 0; begin < piece.size; begin += kBlock) {
+      sift(piece, begin, std::min(begin + kBlock, piece.size), block);
+      for (int i = 0; i < block.size; i += 16) {
+        offer(lanes_from(i, block.size), load(block.logits + i), load(block.token_ids + i));
+      }
+    }
+    return best_;
+  }
+
+ private:
+  // Whether x / temperature + noise may be the best so far. This multiplies where the score divides, and both round:
+  // `room` is a part of |x| that covers this many times over. "Not less": a bound that overflowed to NaN may.
+  Mask may_win(Floats x, Floats noise) const {
+    const Floats inverse = all(1.0f / temperature_), room = all(0x1p-21f / temperature_);
+    return not_less(multiply_add(absolute(x), room, multiply_add(x, inverse, noise)), all(best_.score));
+  }
+
+  void offer(Mask lanes, Floats x, Ints ids) {
+    const Ints hashes = hash_tokens(ids, key_);
+    unsigned candidates = lanes & may_win(x, noise_bound(hashes));
+    if (candidates == 0) return;
+    alignas(64) float logit[16];
     alignas(64) int32_t hash[16], token_id[16];
+    store(logit, x);
     store(hash, hashes);
     store(token_id, ids);
     for (; candidates != 0; candidates &= candidates - 1) {
       const int lane = __builtin_ctz(candidates);
-      best.offer(piece.logits[i + lane] / temperature + noise(hash[lane]), token_id[lane]);
+      best_.offer(logit[lane] / temperature_ + noise(hash[lane]), token_id[lane]);
     }
   }
-  return best;
+
+  void sift(const Piece& piece, int begin, int end, Sifted& out) const {
+    out.size = 0;
+    for (int i = begin; i < end; i += 16) {
+      const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
+      const Mask taken = piece.alive(i, x, least_) & may_win(x, all(kMostNoise));
+      if (taken == 0) continue;
+      store_packed(out.logits + out.size, taken, x);
+      store_packed(out.token_ids + out.size, taken, piece.ids(i));
+      out.size += __builtin_popcount(taken);
+    }
+  }
+
+  const float temperature_, least_;
+  const uint64_t key_;
+  Choice best_;
+};
+
+Choice choose_token(const Piece& piece, float temperature, float least, uint64_t key) {
+  const float lowest = -std::numeric_limits<float>::max();  // excludes -inf
+  if (temperature == 0.0f) return choose_greedily(piece, std::max(least, lowest));
+  RandomChoice choice(temperature, std::max(least, lowest), key);
+  // Where nothing is cut off from a flat distribution, most may win.
+  const bool may_many_win = least == -kInfinity && temperature >= 1.0f;
+  return may_many_win ? choice.from_all(piece) : choice.from_sifted(piece);
 }
 
 // What is left to choose where no token is alive.
@@ -146,12 +206,8 @@ void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, i
     const int32_t* ids = ids_of(row) == nullptr ? nullptr : ids_of(row) + begin;
     const Piece piece{logits.row(row) + begin, ids, logits.allowed_in(row), begin,
                       std::min(size, logits.columns - begin)};
-    const float lowest = -std::numeric_limits<float>::max();  // excludes -inf
-    const float least = how.least == nullptr ? lowest : std::max(lowest, how.least[row]);
-    const float temperature = how.temperatures[row];
-    best[item] = temperature == 0.0f
-                     ? choose_greedily(piece, least)
-                     : choose_at_random(piece, temperature, least, row_key(how.seeds[row], how.positions[row]));
+    const float least = how.least == nullptr ? -kInfinity : how.least[row];
+    best[item] = choose_token(piece, how.temperatures[row], least, row_key(how.seeds[row], how.positions[row]));
   });
   for (int row = 0; row < logits.rows; ++row) {
     Choice choice;

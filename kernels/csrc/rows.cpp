@@ -20,11 +20,11 @@ float row_max(const float* x, int n) {
 }
 
 double weight_sum(const float* x, int n, float highest, float temperature) {
-  const Floats top = all(highest), scale = all(1.44269504f / temperature);
+  const SoftmaxWeight weight(highest, temperature);
   DoubleSum sum;
   for (int i = 0; i < n; i += 16) {
     const Mask lanes = lanes_from(i, n);
-    sum.add(choose(lanes, softmax_weight(load_lanes(lanes, x + i), top, scale), all(0.0f)));
+    sum.add(choose(lanes, weight(load_lanes(lanes, x + i)), all(0.0f)));
   }
   return sum.total();
 }

@@ -47,15 +47,21 @@ inline Mask allowed_lanes(const uint32_t* allowed, int column) {
   return allowed == nullptr ? kAllLanes : static_cast<Mask>(allowed[column / 32] >> (column % 32));
 }
 
-// Weight of a logit: exp((x - highest) / temperature), relative error below 3e-7; `scale` = log2(e) / temperature.
-inline Floats softmax_weight(Floats x, Floats highest, Floats scale) {
-  return exp2_nonpositive((x - highest) * scale);
-}
+// Weight of a logit: exp((x - highest) / temperature), relative error below 3e-7.
+class SoftmaxWeight {
+ public:
+  SoftmaxWeight(float highest, float temperature) : highest_(all(highest)), scale_(all(1.44269504f / temperature)) {}
+
+  Floats operator()(Floats x) const { return exp2_nonpositive((x - highest_) * scale_); }
+
+ private:
+  const Floats highest_, scale_;
+};
 
 // The largest of n values; -inf for none.
 float row_max(const float* x, int n);
 
-// Sum of softmax_weight over n values, none above `highest`.
+// Sum of their weights over n values, none above `highest`.
 double weight_sum(const float* x, int n, float highest, float temperature);
 
 }  // namespace evospec

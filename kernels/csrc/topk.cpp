@@ -68,7 +68,8 @@ class Candidates {
 
 }  // namespace
 
-void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices) {
+void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices,
+           double* log_totals) {
   for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns, [&](int row) {
     const float* x = logits.row(row);
     Candidates candidates(k);
@@ -81,6 +82,9 @@ void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float
       values[row * static_cast<size_t>(k) + i] = best[i].value;
       indices[row * static_cast<size_t>(k) + i] = ids == nullptr ? best[i].column : ids[best[i].column];
     }
+    if (log_totals == nullptr) return;
+    const float highest = best[0].value;
+    log_totals[row] = std::isinf(highest) ? highest : highest + std::log(weight_sum(x, logits.columns, highest, 1.0f));
   });
 }
 

@@ -7,6 +7,8 @@ namespace evospec {
 
 // values, indices [rows][k], k <= columns: the k largest logits in descending order, equals by column. With `ids`
 // [columns], indices are ids[column]. NaN counts as -inf.
-void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices);
+// `log_totals` [rows], unless null: the log of the sum of exp(logit) over a row, -inf for a row of -inf.
+void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices,
+           double* log_totals = nullptr);
 
 }  // namespace evospec

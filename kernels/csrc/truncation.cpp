@@ -11,10 +11,12 @@ namespace evospec {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// How far below the highest logit to look at first, in units of the temperature or of 1, whichever is more; then how
-// many times farther while that does not suffice, and when to take all of them.
+// How far below the highest logit to look at first, in units of the temperature or of 1, whichever is more; for the
+// k largest then how many times farther while that does not suffice, and when to take all of them.
 constexpr float kFirstDepth = 8.0f, kDeeper = 2.0f, kDeepest = 32.0f;
 constexpr int kSortAt = 64;
+constexpr int kSampledOneIn = 64;
+constexpr float kMargin = 0.3f;  // of the end of a nucleus that a sample tells, times the temperature
 
 // Copies those of n values that are at least `least` (or, kBelow, those that are less) to `out`, which has room for
 // n + 16 and may be `x` itself. Returns how many.
@@ -73,18 +75,15 @@ struct Limits {  // of one row
   double top_p, min_p;
 };
 
-// The row's values from as far up as possible that include the top_k largest, or else the mass `needed`.
-int collect(const float* row, int n, float highest, const Limits& limits, double needed, float* values) {
-  for (float depth = kFirstDepth;; depth *= kDeeper) {
-    const bool all = depth >= kDeepest;
-    const float least = all ? -kInfinity : highest - depth * std::max(limits.temperature, 1.0f);
-    const int count = copy_if(row, n, least, values);
-    if (all) return count;
-    if (limits.top_k > 0 ? count >= limits.top_k
-                         : weight_sum(values, count, highest, limits.temperature) >= needed) {
-      return count;
-    }
+// The k-th largest of a row's n > k values; they and those that tie with it are in `values` afterwards, `count` of them.
+// `values` and `spare` have room for n + 16.
+float kth_largest(const float* row, int n, int k, float highest, float temperature, float* values, float* spare) {
+  int count = 0;
+  for (float depth = kFirstDepth; count < k; depth *= kDeeper) {
+    const float least = depth < kDeepest ? highest - depth * std::max(temperature, 1.0f) : -kInfinity;
+    count = copy_if(row, n, least, values);
   }
+  return select(values, count, k, spare, [](const float*, int size) { return size; });
 }
 
 // The allowed ones of n values.
@@ -98,6 +97,82 @@ int copy_allowed(const float* x, int n, const uint32_t* allowed, float* out) {
   }
   return count;
 }
+
+// Where the largest values of a row reach a part of its mass: mostly among some dozens near the highest. Where not, a
+// sample of the others tells about how far to look, so that one pass over the row leaves few to select from; what
+// `end` returns does not depend on that guess.
+class Nucleus {
+ public:
+  // `values` and `spare` have room for n + 16.
+  Nucleus(const float* row, int n, float highest, float temperature, float* values, float* spare)
+      : row_(row), n_(n), highest_(highest), temperature_(temperature), values_(values), spare_(spare) {}
+
+  float end(double top_p) const {
+    const float near = highest_ - kFirstDepth * std::max(temperature_, 1.0f);
+    const int count = copy_if(row_, n_, near, values_);
+    const double near_mass = mass(values_, count);
+    float* const sample = values_ + count;
+    const int sampled = sample_below(near, sample);
+    const double guess = top_p * (near_mass + kSampledOneIn * mass(sample, sampled));
+    if (near_mass < guess) return far_end(top_p, (guess - near_mass) / kSampledOneIn, sample, sampled);
+    const double needed = top_p * mass(row_, n_);
+    return near_mass < needed ? end_among_all(needed) : end_among(values_, count, needed);
+  }
+
+ private:
+  struct Split {
+    double total, above;
+    int between;
+  };
+
+  double mass(const float* x, int n) const { return weight_sum(x, n, highest_, temperature_); }
+
+  float end_among(float* x, int n, double needed) const {
+    return select(x, n, needed, spare_, [this](const float* some, int count) { return mass(some, count); });
+  }
+
+  float end_among_all(double needed) const { return end_among(values_, copy_if(row_, n_, -kInfinity, values_), needed); }
+
+  // One vector in kSampledOneIn: those of its values that are less than `bound`. Returns how many.
+  int sample_below(float bound, float* out) const {
+    int count = 0;
+    for (int i = 0; i < n_; i += 16 * kSampledOneIn) count += copy_if<true>(row_ + i, std::min(16, n_ - i), bound, out + count);
+    return count;
+  }
+
+  // The end, where `needed` of a sample's mass tells about where it is.
+  float far_end(double top_p, double needed, float* sample, int sampled) const {
+    const float about = end_among(sample, sampled, needed), margin = kMargin * temperature_;
+    const Split found = split(about - margin, about + margin);
+    const double missing = top_p * found.total - found.above;
+    const bool is_between = 0.0 < missing && missing <= mass(values_, found.between);
+    return is_between ? end_among(values_, found.between, missing) : end_among_all(top_p * found.total);
+  }
+
+  // The mass of the row and of its values from `upper` on, and how many are less but at least `lower`: those are in
+  // values_ then.
+  Split split(float lower, float upper) const {
+    const SoftmaxWeight weight(highest_, temperature_);
+    DoubleSum total, above;
+    int count = 0;
+    for (int i = 0; i < n_; i += 16) {
+      const Mask lanes = lanes_from(i, n_);
+      const Floats x = load_lanes(lanes, row_ + i), weights = choose(lanes, weight(x), all(0.0f));
+      const Mask is_above = at_least(x, all(upper)), is_between = lanes & ~is_above & at_least(x, all(lower));
+      total.add(weights);
+      above.add(choose(is_above, weights, all(0.0f)));
+      if (is_between == 0) continue;
+      store_packed(values_ + count, is_between, x);
+      count += __builtin_popcount(is_between);
+    }
+    return {total.total(), above.total(), count};
+  }
+
+  const float* const row_;
+  const int n_;
+  const float highest_, temperature_;
+  float *const values_, *const spare_;
+};
 
 float kept_threshold(const float* row, int n, const uint32_t* allowed, Limits limits) {
   const float temperature = limits.temperature;
@@ -113,20 +188,15 @@ float kept_threshold(const float* row, int n, const uint32_t* allowed, Limits li
   const float highest = row_max(row, n);
   if (highest == -kInfinity) return -kInfinity;
   float least = limits.min_p > 0.0 ? highest + temperature * static_cast<float>(std::log(limits.min_p)) : -kInfinity;
-  if (limits.top_k >= n) limits.top_k = 0;
-  if (limits.top_k == 0 && limits.top_p >= 1.0) return least;
-
-  const auto weight = [&](const float* x, int count) { return weight_sum(x, count, highest, temperature); };
-  double needed = limits.top_k > 0 ? 0.0 : limits.top_p * weight(row, n);
-  int count = collect(row, n, highest, limits, needed, values);
-  if (limits.top_k > 0) {
-    const float kth = select(values, count, limits.top_k, spare, [](const float*, int size) { return size; });
+  if (limits.top_k > 0 && limits.top_k < n) {
+    const float kth = kth_largest(row, n, limits.top_k, highest, temperature, values, spare);
     least = std::max(least, kth);
     if (limits.top_p >= 1.0) return least;
-    count = copy_if(row, n, kth, values);
-    needed = limits.top_p * weight(values, count);
+    n = copy_if(row, n, kth, copy);
+    row = copy;
   }
-  return std::max(least, select(values, count, needed, spare, weight));
+  if (limits.top_p >= 1.0) return least;
+  return std::max(least, Nucleus(row, n, highest, temperature, values, spare).end(limits.top_p));
 }
 
 }  // namespace

@@ -125,6 +125,20 @@ def test_whole_vocabulary_equals_reference(vocab_size: int, spread: float) -> No
     assert gumbel_argmax(logits, seeds, positions).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 1.5])
+@pytest.mark.parametrize("least", [None, -1.0, 2.0])
+def test_tokens_that_cannot_win_are_left_out_at_any_temperature(temperature: float, least: float | None) -> None:
+    """60 rows of 20,000 tokens: sharp ones, where few may win, and flat ones."""
+    logits = torch.randn(60, 20_000, generator=torch.Generator().manual_seed(8)) * torch.linspace(0.1, 9, 60)[:, None]
+    seeds, positions = torch.arange(60), torch.arange(60) * 7
+    how = {
+        "temperatures": torch.full((60,), temperature),
+        "least": None if least is None else torch.full((60,), least),
+    }
+    expected = gumbel_argmax_reference(logits, seeds, positions, **how)
+    assert gumbel_argmax(logits, seeds, positions, **how).tolist() == expected.tolist()
+
+
 def test_flat_rows_equal_reference_for_many_seeds() -> None:
     """Winners just outside the head of tokens that are always scored must be found too."""
     logits = torch.zeros(300, 5000)

@@ -11,8 +11,9 @@ from kernels.build import build, find_compiler, is_current
 from kernels.targets import TARGETS, best_target
 
 AVX2 = TARGETS[-1]
-UNITS = ("native_kernels", "native_prior", "native_eagle3", "draft_head", "batched_lora", "gumbel", "truncation")
-FILES = [*(f"tests/unit/test_{name}.py" for name in UNITS), "tests/integration/test_draft_chains.py"]
+KERNELS = ("native_kernels", "native_prior", "native_eagle3", "draft_head", "batched_lora")
+SAMPLING = ("gumbel", "kept_thresholds", "topk", "penalties")
+FILES = [*(f"tests/unit/test_{name}.py" for name in KERNELS + SAMPLING), "tests/integration/test_draft_chains.py"]
 # Before anything imports the list: a process loads one library.
 RUN = """
 import sys
