@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ from engine.spec.draft_head import COUNTS_FILE
 BATCH = 8
 FEW_BLOCKS = 48
 """Of 16 tokens: a batch that was admitted does not stay, if its answers grow by several blocks."""
-GROWTH = 4
+GROWTH = 2
 """How many times as long those answers are."""
 _SCHEMA = {"type": "object", "properties": {"answer": {"type": "string"}}, "required": ["answer"]}
 GREEDY = {"greedy": SamplingParams(max_tokens=0, seed=0, temperature=0.0)}
@@ -49,7 +50,14 @@ SAMPLED = {
     "bias, min-p": SamplingParams(max_tokens=0, seed=4, temperature=1.3, min_p=0.05, logit_bias={5: 2.0, 9: -100.0}),
     "JSON grammar": SamplingParams(max_tokens=0, seed=5, grammar=Grammar("json_schema", json.dumps(_SCHEMA))),
 }
-LONG = {f"{name}, long": (GREEDY | SAMPLED)[name] for name in ("greedy", "penalties")}
+
+
+class Part(StrEnum):
+    """What is compared; "sampled" takes longest."""
+
+    GREEDY = "greedy"
+    SAMPLED = "sampled"
+    PREEMPTED = "preempted"
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,24 @@ def few_blocks(method: str, draft: str | None) -> list[Way]:
     ]
 
 
+def groups_of(
+    parts: Sequence[Part], prompts: Sequence[Prompt], max_tokens: int, method: str, draft: str | None, random_draft: str
+) -> Iterator[Group]:
+    """The prompts are answered greedily, and half of them sampled."""
+    some, everything = prompts[: max(1, len(prompts) // 2)], list(ways(method, draft, random_draft))
+    if Part.GREEDY in parts:
+        yield Group(prompts, GREEDY, everything, max_tokens)
+    if Part.SAMPLED in parts:
+        yield Group(some, SAMPLED, everything, max_tokens)
+    if Part.PREEMPTED in parts:
+        yield Group(prompts, _long("greedy"), few_blocks(method, draft), GROWTH * max_tokens)
+        yield Group(some, _long("penalties"), few_blocks(method, draft), GROWTH * max_tokens)
+
+
+def _long(name: str) -> dict[str, SamplingParams]:
+    return {f"{name}, long": (GREEDY | SAMPLED)[name]}
+
+
 def make_random_draft(model: str, directory: Path) -> str:
     """An EAGLE-3 layer of random weights that fits the model, and random token counts."""
     files = resolve_model(ModelConfig(name=model))
@@ -170,28 +196,27 @@ def main(
         int, typer.Option(min=1, help="From all domains, answered greedily; half of them sampled.")
     ] = 40,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens a request.")] = 24,
+    part: Annotated[list[Part] | None, typer.Option(help="Repeatable; default: all.")] = None,
     name: Annotated[str, typer.Option(help="Name of the file in benchmarks/results.")] = "exactness",
 ) -> None:
     """Prints a table, writes a JSON file; exits 1 where an answer differs."""
-    console = Console(width=150)
+    console, parts = Console(width=150), part or list(Part)
     chosen = mixed_prompts(model, prompts)
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as folder:
         random_draft = make_random_draft(model, Path(folder) / "random")
-        everything = list(ways(method, draft, random_draft))
-        groups = [
-            Group(chosen, GREEDY, everything, max_tokens),
-            Group(chosen[: max(1, prompts // 2)], SAMPLED, everything, max_tokens),
-            Group(chosen[: max(BATCH, prompts // 4)], LONG, few_blocks(method, draft), GROWTH * max_tokens),
-        ]
-        for group in groups:
+        for group in groups_of(parts, chosen, max_tokens, method, draft, random_draft):
             expected: dict[str, list[Any]] = {}
             todo = [Way("plain, alone", batch=1), *group.ways]
             for way in track(todo, console=console, description=", ".join(group.sets)):
                 results += compare(model, way, group.prompts, group.params, expected)
     console.print(table_of(model, results, max_tokens))
     settings = {"model": model, "method": method, "draft": draft, "prompts": prompts, "max_tokens": max_tokens}
-    record = {"environment": environment(), "settings": settings, "results": [asdict(result) for result in results]}
+    record = {
+        "environment": environment(),
+        "settings": {**settings, "parts": parts},
+        "results": [asdict(result) for result in results],
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     if any(result.equal < result.prompts for result in results):

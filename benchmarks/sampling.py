@@ -1,14 +1,14 @@
 """What choosing tokens costs: ``python -m benchmarks.sampling`` for each set of parameters and number of rows.
 
-Real decode steps of a model through the engine, without speculation, so that rows are sequences. Printed: median
-milliseconds of sampling in a step, and the share of the whole step in brackets.
+Real decode steps of a model through the engine: without speculation, so that rows are sequences, or (``--drafts``) as
+it is served, where each sequence has as many rows more as it has drafts. Printed: median milliseconds of sampling in a
+step, and the share of the whole step in brackets.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
@@ -16,8 +16,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.environment import environment
+from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import read_eval
-from engine.config import EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from engine.config import (
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from engine.core import EngineCore
 from engine.messages import EngineRequest, Grammar, SamplingParams, StepTimings
 from engine.models.registry import resolve_model, validate_model_files
@@ -43,13 +50,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 
 class Engine:
-    """An engine of the model alone, and prompts for it."""
+    """An engine, of the model alone or with drafts, and prompts for it."""
 
-    def __init__(self, model: str, max_rows: int) -> None:
+    def __init__(self, model: str, max_sequences: int, drafts: bool) -> None:
         config = EngineConfig(
             model=ModelConfig(name=model, max_model_len=1024),
-            scheduler=SchedulerConfig(max_num_seqs=max_rows),
-            speculation=SpeculationConfig(method="none"),
+            scheduler=SchedulerConfig(max_num_seqs=max_sequences),
+            speculation=SpeculationConfig() if drafts else SpeculationConfig(method="none"),
         )
         files = resolve_model(config.model)
         self.core = EngineCore(config, files, validate_model_files(files))
@@ -57,54 +64,63 @@ class Engine:
         texts = [prompt.messages[-1]["content"] for prompt in read_eval()]
         self.prompts = [ids[:PROMPT_TOKENS] for text in texts if len(ids := tokenizer.encode(text)) >= PROMPT_TOKENS]
 
-    def decode_steps(self, parameters: dict[str, Any], rows: int, num_steps: int) -> list[StepTimings]:
-        """The timings of steps in which all ``rows`` sequences decode."""
+    def decode_steps(self, parameters: dict[str, Any], sequences: int, num_steps: int) -> list[StepTimings]:
+        """The timings of steps in which all ``sequences`` decode."""
         params = {"ignore_eos": True, "max_tokens": num_steps + 8, **parameters}
-        for i in range(rows):
+        for i in range(sequences):
             prompt = self.prompts[i % len(self.prompts)]
             sampling = SamplingParams(seed=i, **params)
             self.core.add(
                 CLIENT, EngineRequest(request_id=str(i), prompt_token_ids=prompt, sampling=sampling, tenant="benchmark")
             )
         steps: list[StepTimings] = []
-        unfinished = rows
-        while unfinished:
+        started: set[str] = set()
+        finished = 0
+        while finished < sequences:
+            all_decode = len(started) == sequences and not finished
             outputs, timings = self.core.step()
             if timings is None:
                 time.sleep(self.core.patience())
                 continue
-            if timings.num_tokens == timings.num_sequences == rows:
+            if all_decode:
                 steps.append(timings)
-            unfinished -= sum(output.finish_reason is not None for output in outputs[CLIENT])
+            started.update(output.request_id for output in outputs[CLIENT])
+            finished += sum(output.finish_reason is not None for output in outputs[CLIENT])
         return steps
 
 
 def main(
     model: Annotated[str, typer.Option(help="Registry name or path.")] = "qwen2.5-coder-0.5b",
-    rows: Annotated[str, typer.Option(help="Numbers of sequences, with commas.")] = "1,8,32",
+    sequences: Annotated[list[int] | None, typer.Option(help="Repeatable; default: 1, 4, 8 and 32.")] = None,
+    drafts: Annotated[bool, typer.Option(help="As served: with drafts where they pay.")] = False,
     steps: Annotated[int, typer.Option(help="Decode steps of each measurement.")] = 24,
     only: Annotated[str, typer.Option(help="Only parameter sets whose name contains this.")] = "",
-    record: Annotated[Path | None, typer.Option(help="Also write a JSON file.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the file in benchmarks/results.")] = "sampling",
 ) -> None:
-    """Measures and prints a table."""
-    counts = [int(count) for count in rows.split(",")]
-    engine = Engine(model, max(counts))
+    """Measures, prints a table and writes a JSON file."""
+    counts = sequences or [1, 4, 8, 32]
+    settings = {"model": model, "drafts": drafts, "steps": steps}
+    record: dict[str, Any] = {"environment": environment(), "settings": settings, "results": {}}
+    engine = Engine(model, max(counts), drafts)
     engine.decode_steps({}, max(counts), 4)  # warm up
-    table = Table("parameters", *(f"{count} rows" for count in counts), title=f"{model}: sampling, ms (share of step)")
-    results: dict[str, dict[int, dict[str, float]]] = {}
-    for name, parameters in PARAMETERS.items():
-        if only not in name:
+    console = Console(width=150)
+    title = f"{model}, {'drafts where they pay' if drafts else 'no drafts'}: sampling, ms (share of a step)"
+    table = Table("parameters", *(f"{count} at once" for count in counts), title=title)
+    for kind, parameters in PARAMETERS.items():
+        if only not in kind:
             continue
-        cells = results[name] = {}
+        cells: dict[int, dict[str, float]] = {}
         for count in counts:
             timings = engine.decode_steps(parameters, count, steps)
             sample = median(t.sample for t in timings)
             whole = median(t.schedule + t.draft + t.forward + t.sample + t.commit for t in timings)
-            cells[count] = {"sample_seconds": sample, "step_seconds": whole}
-        table.add_row(name, *(_cell(cells[count]) for count in counts))
-    Console().print(table)
-    if record is not None:
-        record.write_text(json.dumps({"model": model, "results": results}, indent=1) + "\n")
+            rows = sum(t.num_tokens for t in timings) / len(timings)
+            cells[count] = {"sample_seconds": sample, "step_seconds": whole, "rows": rows}
+        record["results"][kind] = cells
+        table.add_row(kind, *(_cell(cells[count]) for count in counts))
+    console.print(table)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _cell(result: dict[str, float]) -> str:

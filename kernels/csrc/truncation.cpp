@@ -75,8 +75,7 @@ struct Limits {  // of one row
   double top_p, min_p;
 };
 
-// The k-th largest of a row's n > k values; they and those that tie with it are in `values` afterwards, `count` of them.
-// `values` and `spare` have room for n + 16.
+// The k-th largest of a row's n > k values. `values` and `spare`, which have room for n + 16, are used up.
 float kth_largest(const float* row, int n, int k, float highest, float temperature, float* values, float* spare) {
   int count = 0;
   for (float depth = kFirstDepth; count < k; depth *= kDeeper) {
@@ -103,7 +102,7 @@ int copy_allowed(const float* x, int n, const uint32_t* allowed, float* out) {
 // `end` returns does not depend on that guess.
 class Nucleus {
  public:
-  // `values` and `spare` have room for n + 16.
+  // `values` and `spare`, which have room for n + 16, are used up.
   Nucleus(const float* row, int n, float highest, float temperature, float* values, float* spare)
       : row_(row), n_(n), highest_(highest), temperature_(temperature), values_(values), spare_(spare) {}
 
@@ -131,12 +130,17 @@ class Nucleus {
     return select(x, n, needed, spare_, [this](const float* some, int count) { return mass(some, count); });
   }
 
-  float end_among_all(double needed) const { return end_among(values_, copy_if(row_, n_, -kInfinity, values_), needed); }
+  float end_among_all(double needed) const {
+    const int count = copy_if(row_, n_, -kInfinity, values_);
+    return end_among(values_, count, needed);
+  }
 
   // One vector in kSampledOneIn: those of its values that are less than `bound`. Returns how many.
   int sample_below(float bound, float* out) const {
     int count = 0;
-    for (int i = 0; i < n_; i += 16 * kSampledOneIn) count += copy_if<true>(row_ + i, std::min(16, n_ - i), bound, out + count);
+    for (int i = 0; i < n_; i += 16 * kSampledOneIn) {
+      count += copy_if<true>(row_ + i, std::min(16, n_ - i), bound, out + count);
+    }
     return count;
   }
 
