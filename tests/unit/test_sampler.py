@@ -7,7 +7,6 @@ Statistical tests use fixed seeds, so they never flicker; each would fail for a 
 from __future__ import annotations
 
 import json
-import math
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -24,6 +23,7 @@ from engine.sampling.grammar import GrammarCompiler
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.sampler import Sampler, SamplingRows
 from kernels.gumbel_argmax import gumbel_noise
+from tests.exact_distribution import distribution, edited
 from tests.unit.chi_square import chi_square_p
 
 FALSE_ALARM = 1e-4
@@ -61,46 +61,6 @@ def added(sampler: Sampler, sampling: SamplingParams, prompt: Sequence[int] = (1
     )
     sampler.add(request, None if sampling.grammar is None else grammars().compile(sampling.grammar).result())
     return request
-
-
-# --- the oracle: plain Python, one token at a time ---
-
-
-def edited(logits: list[float], p: SamplingParams, prompt: list[int], output: list[int]) -> list[float]:
-    """Logits after min_tokens, logit_bias and penalties."""
-    out = list(logits)
-    for token in range(len(out)):
-        if len(output) < p.min_tokens and token in (EOS, *p.stop_token_ids):
-            out[token] = -math.inf
-        out[token] += p.logit_bias.get(token, 0.0)
-        if token in prompt or token in output:
-            out[token] = out[token] / p.repetition_penalty if out[token] > 0 else out[token] * p.repetition_penalty
-        out[token] -= p.presence_penalty * (token in output) + p.frequency_penalty * output.count(token)
-    return out
-
-
-def distribution(logits: list[float], p: SamplingParams) -> list[float]:
-    """Probabilities after temperature, top-k, top-p and min-p, ties kept."""
-    scaled = [x / p.temperature for x in logits]
-    highest = max(scaled)
-    weights = {i: math.exp(x - highest) for i, x in enumerate(scaled)}
-
-    def keep(least: float) -> None:
-        for token in [t for t, w in weights.items() if w < least]:
-            del weights[token]
-
-    if p.top_k:
-        keep(sorted(weights.values(), reverse=True)[: p.top_k][-1])
-    if p.top_p < 1:
-        total, mass = sum(weights.values()), 0.0
-        for weight in sorted(weights.values(), reverse=True):
-            mass += weight
-            if mass >= p.top_p * total:
-                break
-        keep(weight)
-    keep(p.min_p)
-    total = sum(weights.values())
-    return [weights.get(i, 0.0) / total for i in range(len(logits))]
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
