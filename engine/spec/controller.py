@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 
 from engine.spec.acceptance import MAX_ACCEPTANCE, Acceptance
 from engine.spec.best_lengths import Plan, all_before, best_plan, best_verified, worth_reading
-from engine.spec.length_policy import Chain, DraftLengths, Repeat, Repeats
+from engine.spec.length_policy import Chain, Draftable, DraftLengths, Repeat
 from engine.spec.step_costs import ServedCosts, StepCosts
 from engine.spec.stop_rule import StopRule
 
@@ -53,8 +53,8 @@ class AdaptiveLength:
         """The last one, those that join included."""
         self._planned: dict[str, int] = {}
         """Its lengths by sequence."""
-        self._repeats: Repeats = {}
-        self._num_unread: dict[str, int] = {}
+        self._sequences: dict[str, Draftable] = {}
+        """Those of the step, by request."""
         self._expected_seconds = 0.0
         """That drafting takes in this step."""
 
@@ -72,52 +72,44 @@ class AdaptiveLength:
         is_quiet = len(request_ids) >= _CROWD and self._quiet_steps > _QUIET_STEPS
         return is_quiet and self._quiet_steps % _LOOK_INTERVAL != 0
 
-    def lengths(
-        self,
-        request_ids: Sequence[str],
-        limits: Sequence[int],
-        num_joining: int,
-        repeats: Repeats,
-        num_unread: Sequence[int],
-    ) -> DraftLengths:
+    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> DraftLengths:
         """The best lengths by what is known; while that is none at all, a short probe now and then.
 
         Best for the batch as it will be with those that join: before its first draft a sequence's whole text has to be
         read, which does not pay where it would be drafted for only until the others' prompts are computed.
         """
-        self._repeats, batch = repeats, (list(request_ids), num_joining)
-        self._num_unread = dict(zip(request_ids, num_unread, strict=True))
-        if self._idle_steps >= _PROBE_STEPS and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
-            lengths = [0] * len(limits)
-        else:
-            size = len(request_ids) + num_joining
-            chances = [
-                self._chances(request_id, limit, unread, size)
-                for request_id, limit, unread in zip(request_ids, limits, num_unread, strict=True)
-            ]
-            self._plan = best_plan(self._costs, chances + [[]] * num_joining)
-            lengths = self._plan.lengths[: len(chances)]
-            self._idle_batch = None if any(lengths) else batch
+        self._sequences = {one.request_id: one for one in sequences}
+        lengths = self._plan_lengths(sequences, num_joining)
         if any(lengths):
             self._idle_steps = 0
         else:
             self._idle_steps += 1
             self._costs.idle()
-            self._probe(lengths, limits)
-        for request_id, length in zip(request_ids, lengths, strict=True):
+            self._probe(lengths, [one.limit for one in sequences])
+        self._planned = dict(zip(self._sequences, lengths, strict=True))
+        for request_id, length in self._planned.items():
             if length == 0:
                 self._acceptance.idle(request_id)
         if lengths:
             self._drafted_share += (sum(map(bool, lengths)) / len(lengths) - self._drafted_share) * _SHARE_RATE
-        self._planned = dict(zip(request_ids, lengths, strict=True))
         copied = self._worth_copying()
         most = [
-            copied.get(request_id, limit if length and self._stops_early else length)
-            for request_id, length, limit in zip(request_ids, lengths, limits, strict=True)
+            copied.get(one.request_id, one.limit if length and self._stops_early else length)
+            for one, length in zip(sequences, lengths, strict=True)
         ]
         if any(most):
             self._quiet_steps = 0
         return DraftLengths(most, frozenset(copied))
+
+    def _plan_lengths(self, sequences: Sequence[Draftable], num_joining: int) -> list[int]:
+        batch = (list(self._sequences), num_joining)
+        if self._idle_steps >= _PROBE_STEPS and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
+            return [0] * len(sequences)
+        chances = [self._chances(one, len(sequences) + num_joining) for one in sequences]
+        self._plan = best_plan(self._costs, chances + [[]] * num_joining)
+        lengths = self._plan.lengths[: len(chances)]
+        self._idle_batch = None if any(lengths) else batch
+        return lengths
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
         """When the chains of the sequences that are drafted for now, with the lengths they have room for, end early."""
@@ -139,7 +131,7 @@ class AdaptiveLength:
     def worth_verifying(self, chains: Mapping[str, Chain]) -> dict[str, int]:
         """How many of each chain's tokens to verify; those without sureness are left as they are."""
         drafted = {name: len(chain.token_ids) for name, chain in chains.items() if not chain.copied}
-        unread = sum(self._num_unread[name] for name in drafted)
+        unread = sum(self._sequences[name].num_unread for name in drafted)
         self._expected_seconds = self._draft_seconds(list(drafted.values())) + unread * self._costs.read
         left = {request_id: len(chain.token_ids) for request_id, chain in chains.items() if not chain.sureness}
         chains = {request_id: chain for request_id, chain in chains.items() if chain.sureness}
@@ -169,13 +161,13 @@ class AdaptiveLength:
         """A request has ended."""
         self._acceptance.forget(request_id)
 
-    def _chances(self, request_id: str, limit: int, num_unread: int, num_sequences: int) -> list[float]:
+    def _chances(self, sequence: Draftable, num_sequences: int) -> list[float]:
         """For ``best_plan``; none where they are not worth reading the sequence's text."""
-        chances = all_before(self._of_places(request_id, limit))
-        return chances if worth_reading(self._costs, num_sequences, chances, num_unread) else []
+        chances = all_before(self._of_places(sequence.request_id, sequence.limit))
+        return chances if worth_reading(self._costs, num_sequences, chances, sequence.num_unread) else []
 
     def _of_places(self, request_id: str, limit: int) -> list[float]:
-        return self._acceptance.of_places(request_id, limit, _level(self._repeats.get(request_id)))
+        return self._acceptance.of_places(request_id, limit, _level(self._sequences[request_id].repeat))
 
     def _worth_copying(self) -> dict[str, int]:
         """How much to copy for each sequence for which that promises more than its drafts do.
@@ -185,7 +177,9 @@ class AdaptiveLength:
         worth = {}
         num_tokens = len(self._plan.lengths) + sum(self._planned.values())
         num_drafting = sum(map(bool, self._planned.values()))
-        for request_id, one in self._repeats.items():
+        for request_id, sequence in self._sequences.items():
+            if (one := sequence.repeat) is None:
+                continue
             others = num_tokens - self._planned[request_id]
             chances = all_before(self._acceptance.of_drafts(one.levels, greedy=one.greedy, copied=True))
             gains = list(accumulate(chances, initial=0.0))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from engine.spec.stop_rule import StopRule
 
@@ -18,8 +18,16 @@ class Repeat:
     """Whether the sequence's tokens are the most likely ones."""
 
 
-Repeats = Mapping[str, Repeat]
-"""Of the sequences that have one, by request id."""
+class Draftable(NamedTuple):
+    """A decoding sequence of a step, for which at most ``limit`` tokens may be drafted.
+
+    ``num_unread``: how many of its tokens its draft has to read before it can draft; ``repeat``: what may be copied.
+    """
+
+    request_id: str
+    limit: int
+    num_unread: int = 0
+    repeat: Repeat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +62,8 @@ class LengthPolicy(Protocol):
         """Whether the decoding sequences of a step get no drafts, whatever repeats in them."""
         ...
 
-    def lengths(
-        self,
-        request_ids: Sequence[str],
-        limits: Sequence[int],
-        num_joining: int,
-        repeats: Repeats,
-        num_unread: Sequence[int],
-    ) -> DraftLengths:
-        """For the decoding sequences of a step, which ``num_joining`` more are about to join; at most ``limits``.
-
-        ``num_unread``: how many tokens of each its draft has to read before it can draft.
-        """
+    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> DraftLengths:
+        """For all decoding sequences of a step, which ``num_joining`` more are about to join."""
         ...
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
@@ -101,15 +99,8 @@ class FixedLength:
     def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
         return False
 
-    def lengths(
-        self,
-        request_ids: Sequence[str],
-        limits: Sequence[int],
-        num_joining: int,
-        repeats: Repeats,
-        num_unread: Sequence[int],
-    ) -> DraftLengths:
-        return DraftLengths(list(limits))
+    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> DraftLengths:
+        return DraftLengths([one.limit for one in sequences])
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
         return None

@@ -14,7 +14,7 @@ from engine.batch import Features
 from engine.messages import EngineStats, SessionState, VocabularyCounts
 from engine.request import Request
 from engine.spec.copies import Copier, Copy
-from engine.spec.length_policy import Chain, LengthPolicy
+from engine.spec.length_policy import Chain, Draftable, LengthPolicy
 from engine.spec.proposer import Proposer
 from engine.spec.stop_rule import Sureness
 from engine.spec.verify_log import VerifyLog
@@ -76,9 +76,13 @@ class Speculator:
             for limit, cap in zip(limits, caps, strict=True)
         ]
         self._copies = {} if self._copier is None else self._copier.look(requests, allowed)
-        repeats = {request_id: copy.repeat for request_id, copy in self._copies.items()}
-        num_unread = [self._proposer.num_unread(request) for request in requests]
-        lengths = self._policy.lengths(request_ids, allowed, num_joining, repeats, num_unread)
+        sequences = [
+            Draftable(name, limit, self._proposer.num_unread(request), copy.repeat if copy else None)
+            for name, limit, request, copy in zip(
+                request_ids, allowed, requests, map(self._copies.get, request_ids), strict=True
+            )
+        ]
+        lengths = self._policy.lengths(sequences, num_joining)
         self._copied = lengths.copied
         return lengths.most
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.spec.best_lengths import best_plan, best_verified
 from engine.spec.controller import AdaptiveLength
-from engine.spec.length_policy import Chain, DraftLengths, Repeat
+from engine.spec.length_policy import Chain, Draftable, DraftLengths, Repeat
 from engine.spec.step_costs import Curve, ServedCosts, StepCosts, without_spikes
 from kernels.native_chain import SURENESS_LEVELS
 
@@ -88,7 +88,11 @@ def decide(
     num_unread: int = 0,
 ) -> DraftLengths:
     """Each sequence has so many tokens that its draft has not read."""
-    return policy.lengths(request_ids, limits, num_joining, repeats or {}, [num_unread] * len(request_ids))
+    repeats = repeats or {}
+    sequences = [
+        Draftable(name, limit, num_unread, repeats.get(name)) for name, limit in zip(request_ids, limits, strict=True)
+    ]
+    return policy.lengths(sequences, num_joining)
 
 
 def lengths(
@@ -373,8 +377,8 @@ def test_a_text_is_read_for_drafts_only_where_they_promise_more_than_that_takes(
 
 def test_a_text_that_was_read_is_drafted_for_beside_those_that_are_not_worth_it() -> None:
     costs = StepCosts(Curve([(1, 10.0), (8, 15.0), (24, 31.0)]), Curve([(1, 0.5)]), Curve([(1, 0.5)]), read=0.05)
-    ids = [str(number) for number in range(8)]
-    most = adaptive(costs).lengths(ids, [4] * 8, 0, {}, [3, 3, 3, 3, 400, 400, 400, 400]).most
+    sequences = [Draftable(str(number), 4, 3 if number < 4 else 400) for number in range(8)]
+    most = adaptive(costs).lengths(sequences, 0).most
     assert all(most[:4])
     assert not any(most[4:])
 
