@@ -137,14 +137,15 @@ def groups_of(
     parts: Sequence[Part], prompts: Sequence[Prompt], max_tokens: int, method: str, draft: str | None, random_draft: str
 ) -> Iterator[Group]:
     """The prompts are answered greedily, and half of them sampled."""
-    some, everything = prompts[: max(1, len(prompts) // 2)], list(ways(method, draft, random_draft))
+    half, everything = max(1, len(prompts) // 2), list(ways(method, draft, random_draft))
     if Part.GREEDY in parts:
         yield Group(prompts, GREEDY, everything, max_tokens)
     if Part.SAMPLED in parts:
-        yield Group(some, SAMPLED, everything, max_tokens)
+        yield Group(prompts[:half], SAMPLED, everything, max_tokens)
     if Part.PREEMPTED in parts:
         yield Group(prompts, _long("greedy"), few_blocks(method, draft), GROWTH * max_tokens)
-        yield Group(some, _long("penalties"), few_blocks(method, draft), GROWTH * max_tokens)
+        few = prompts[: max(BATCH, half)]
+        yield Group(few, _long("penalties"), few_blocks(method, draft), GROWTH * max_tokens)
 
 
 def _long(name: str) -> dict[str, SamplingParams]:
@@ -211,12 +212,9 @@ def main(
             for way in track(todo, console=console, description=", ".join(group.sets)):
                 results += compare(model, way, group.prompts, group.params, expected)
     console.print(table_of(model, results, max_tokens))
-    settings = {"model": model, "method": method, "draft": draft, "prompts": prompts, "max_tokens": max_tokens}
-    record = {
-        "environment": environment(),
-        "settings": {**settings, "parts": parts},
-        "results": [asdict(result) for result in results],
-    }
+    settings: dict[str, Any] = {"model": model, "method": method, "draft": draft, "parts": parts}
+    settings |= {"prompts": prompts, "max_tokens": max_tokens}
+    record = {"environment": environment(), "settings": settings, "results": [asdict(result) for result in results]}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     if any(result.equal < result.prompts for result in results):

@@ -19,12 +19,7 @@ from rich.table import Table
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import read_eval
-from engine.config import (
-    EngineConfig,
-    ModelConfig,
-    SchedulerConfig,
-    SpeculationConfig,
-)
+from engine.config import EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.messages import EngineRequest, Grammar, SamplingParams, StepTimings
 from engine.models.registry import resolve_model, validate_model_files
@@ -93,9 +88,11 @@ def main(
     model: Annotated[str, typer.Option(help="Registry name or path.")] = "qwen2.5-coder-0.5b",
     sequences: Annotated[list[int] | None, typer.Option(help="Repeatable; default: 1, 4, 8 and 32.")] = None,
     drafts: Annotated[bool, typer.Option(help="As served: with drafts where they pay.")] = False,
-    steps: Annotated[int, typer.Option(help="Decode steps of each measurement.")] = 24,
+    steps: Annotated[int, typer.Option(help="Decode steps of each measurement; fewer with drafts.")] = 24,
     only: Annotated[str, typer.Option(help="Only parameter sets whose name contains this.")] = "",
-    name: Annotated[str, typer.Option(help="Name of the file in benchmarks/results.")] = "sampling",
+    name: Annotated[
+        str | None, typer.Option(help="Of the file in benchmarks/results; default: sampling(-drafts).")
+    ] = None,
 ) -> None:
     """Measures, prints a table and writes a JSON file."""
     counts = sequences or [1, 4, 8, 32]
@@ -115,11 +112,12 @@ def main(
             sample = median(t.sample for t in timings)
             whole = median(t.schedule + t.draft + t.forward + t.sample + t.commit for t in timings)
             rows = sum(t.num_tokens for t in timings) / len(timings)
-            cells[count] = {"sample_seconds": sample, "step_seconds": whole, "rows": rows}
+            cells[count] = {"sample_seconds": sample, "step_seconds": whole, "rows": rows, "steps": len(timings)}
         record["results"][kind] = cells
         table.add_row(kind, *(_cell(cells[count]) for count in counts))
     console.print(table)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    name = name or ("sampling-drafts" if drafts else "sampling")
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -22,7 +22,7 @@ class SeenTokens:
         ends: [R] where the tokens of each row end.
         num_prompt: [R] how many of them, the first, are the prompt's, which ``repetition`` is about too.
         penalties: [R, 3] float64: repetition, presence, frequency.
-        token_ids: [N] the tokens, row after row.
+        token_ids: [N] the tokens, row after row; all below V (not checked).
         counts: [N] how often each occurs in the output; 0 is not seen, unless it is one of the prompt's.
     """
 

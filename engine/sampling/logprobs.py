@@ -27,7 +27,7 @@ def token_logprobs(
         num_top: R numbers of alternatives to report; 0 for none.
         team: threads of the compiled kernels (None: the calling one).
     """
-    values, ids, log_totals = topk_with_log_totals(logits, max([1, *num_top]), team)
+    values, ids, log_totals = topk_with_log_totals(logits, max(num_top, default=0), team)
     log_totals = log_totals.unsqueeze(1)
     chosen = logits.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)) - log_totals
     rows = zip(ids.tolist(), (values - log_totals).tolist(), num_top, strict=True)

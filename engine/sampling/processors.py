@@ -1,7 +1,7 @@
 """Changes to logits before temperature: min_tokens, logit_bias, penalties, in that order; and grammars.
 
-The edits of all rows of a step are gathered first and applied together: a few indexed writes for the
-whole batch, which touch only the tokens concerned. What a grammar forbids is never written: it is a bit mask.
+The edits of all rows of a step are gathered first and applied together: a few writes for the whole batch, which touch
+only the tokens concerned. What a grammar forbids is never written: it is a bit mask.
 """
 
 from __future__ import annotations

@@ -7,12 +7,10 @@ The state follows the committed tokens (``commit``) and can be moved along a dra
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.messages import SamplingParams
 from engine.sampling.grammar import GrammarMatcher
-
-IntArray = npt.NDArray[np.int64]
+from kernels.penalties import IntArray
 
 
 class TokenCounts:

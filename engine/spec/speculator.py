@@ -76,15 +76,14 @@ class Speculator:
             for limit, cap in zip(limits, caps, strict=True)
         ]
         self._copies = {} if self._copier is None else self._copier.look(requests, allowed)
-        sequences = [
-            Draftable(name, limit, self._proposer.num_unread(request), copy.repeat if copy else None)
-            for name, limit, request, copy in zip(
-                request_ids, allowed, requests, map(self._copies.get, request_ids), strict=True
-            )
-        ]
+        sequences = [self._draftable(request, limit) for request, limit in zip(requests, allowed, strict=True)]
         lengths = self._policy.lengths(sequences, num_joining)
         self._copied = lengths.copied
         return lengths.most
+
+    def _draftable(self, request: Request, limit: int) -> Draftable:
+        copy = self._copies.get(request.request_id)
+        return Draftable(request.request_id, limit, self._proposer.num_unread(request), copy.repeat if copy else None)
 
     def propose(self, slots: Sequence[DraftSlot]) -> None:
         """Fill the slots, as far as the policy finds it worth while."""

@@ -135,11 +135,11 @@ class RandomChoice {
   }
 
  private:
-  // Whether x / temperature + noise may be the best so far. This multiplies where the score divides, and both round:
+  // Whether x / temperature and a noise of at most that may be the best so far. This multiplies where the score divides, and both round:
   // `room` is a part of |x| that covers this many times over. "Not less": a bound that overflowed to NaN may.
-  Mask may_win(Floats x, Floats noise) const {
+  Mask may_win(Floats x, Floats most_noise) const {
     const Floats inverse = all(1.0f / temperature_), room = all(0x1p-21f / temperature_);
-    return not_less(multiply_add(absolute(x), room, multiply_add(x, inverse, noise)), all(best_.score));
+    return not_less(multiply_add(absolute(x), room, multiply_add(x, inverse, most_noise)), all(best_.score));
   }
 
   void offer(Mask lanes, Floats x, Ints ids) {
@@ -175,9 +175,9 @@ class RandomChoice {
 };
 
 Choice choose_token(const Piece& piece, float temperature, float least, uint64_t key) {
-  const float lowest = -std::numeric_limits<float>::max();  // excludes -inf
-  if (temperature == 0.0f) return choose_greedily(piece, std::max(least, lowest));
-  RandomChoice choice(temperature, std::max(least, lowest), key);
+  const float lowest = std::max(-std::numeric_limits<float>::max(), least);  // excludes -inf; no limit where it is NaN
+  if (temperature == 0.0f) return choose_greedily(piece, lowest);
+  RandomChoice choice(temperature, lowest, key);
   // Where nothing is cut off from a flat distribution, most may win.
   const bool may_many_win = least == -kInfinity && temperature >= 1.0f;
   return may_many_win ? choice.from_all(piece) : choice.from_sifted(piece);

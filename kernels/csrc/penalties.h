@@ -12,7 +12,7 @@ struct SeenTokens {
   const int64_t* ends;        // of each row's tokens
   const int64_t* num_prompt;  // how many of each row's tokens are the prompt's
   const double* penalties;    // [num_rows][3]: repetition, presence, frequency
-  const int64_t* token_ids;
+  const int64_t* token_ids;   // columns that exist
   const int64_t* counts;      // occurrences in the output; 0: not seen, unless it is the prompt's
   int num_rows;
 };

@@ -16,7 +16,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kFirstDepth = 8.0f, kDeeper = 2.0f, kDeepest = 32.0f;
 constexpr int kSortAt = 64;
 constexpr int kSampledOneIn = 64;
-constexpr float kMargin = 0.3f;  // of the end of a nucleus that a sample tells, times the temperature
+constexpr float kMargin = 0.3f;  // how far, times the temperature, a nucleus may end from where a sample says it does
 
 // Copies those of n values that are at least `least` (or, kBelow, those that are less) to `out`, which has room for
 // n + 16 and may be `x` itself. Returns how many.
@@ -75,13 +75,14 @@ struct Limits {  // of one row
   double top_p, min_p;
 };
 
-// The k-th largest of a row's n > k values. `values` and `spare`, which have room for n + 16, are used up.
+// The k-th largest of a row's n > k values; the smallest number where fewer are numbers. `values` and `spare`, which
+// have room for n + 16, are used up.
 float kth_largest(const float* row, int n, int k, float highest, float temperature, float* values, float* spare) {
   int count = 0;
-  for (float depth = kFirstDepth; count < k; depth *= kDeeper) {
-    const float least = depth < kDeepest ? highest - depth * std::max(temperature, 1.0f) : -kInfinity;
-    count = copy_if(row, n, least, values);
+  for (float depth = kFirstDepth; count < k && depth < kDeepest; depth *= kDeeper) {
+    count = copy_if(row, n, highest - depth * std::max(temperature, 1.0f), values);
   }
+  if (count < k) count = copy_if(row, n, -kInfinity, values);
   return select(values, count, k, spare, [](const float*, int size) { return size; });
 }
 
@@ -98,8 +99,8 @@ int copy_allowed(const float* x, int n, const uint32_t* allowed, float* out) {
 }
 
 // Where the largest values of a row reach a part of its mass: mostly among some dozens near the highest. Where not, a
-// sample of the others tells about how far to look, so that one pass over the row leaves few to select from; what
-// `end` returns does not depend on that guess.
+// sample of the others tells about how far to look, so that one pass over the row leaves few to select from. A wrong
+// guess costs time: what is returned is found by sums of the row's own weights, and they by the row alone.
 class Nucleus {
  public:
   // `values` and `spare`, which have room for n + 16, are used up.

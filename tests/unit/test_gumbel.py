@@ -32,6 +32,14 @@ def mix32(x: int) -> int:
     return x ^ (x >> 16)
 
 
+def unmix32(x: int) -> int:
+    x ^= x >> 16
+    x = x * pow(0x846CA68B, -1, 2**32) & M32
+    x ^= (x >> 15) ^ (x >> 30)
+    x = x * pow(0x7FEB352D, -1, 2**32) & M32
+    return x ^ (x >> 16)
+
+
 def hash_by_definition(seed: int, position: int, token_id: int) -> int:
     """The module's docstring in unsigned Python integers; returns int32(x)."""
     key = mix64((mix64(seed & M64) + position * 0x9E3779B97F4A7C15) & M64)
@@ -137,6 +145,25 @@ def test_tokens_that_cannot_win_are_left_out_at_any_temperature(temperature: flo
     }
     expected = gumbel_argmax_reference(logits, seeds, positions, **how)
     assert gumbel_argmax(logits, seeds, positions, **how).tolist() == expected.tolist()
+
+
+def most_noisy_token(seed: int, position: int) -> int:
+    """The token with the largest hash: the documented steps backwards."""
+    key = mix64((mix64(seed) + position * 0x9E3779B97F4A7C15) & M64)
+    return (unmix32(unmix32(M32 >> 1) ^ (key >> 32)) - key) * pow(0x9E3779B1, -1, 2**32) & M32
+
+
+@pytest.mark.parametrize("score", [22.5, 22.86, 22.9])
+def test_the_most_noise_there_is_can_win(score: float) -> None:
+    """It is 22.87; another token, looked at long before, has ``score`` more than that one without noise."""
+    seed = next(seed for seed in range(100) if most_noisy_token(seed, 9) < 2**31)
+    token, at = most_noisy_token(seed, 9), (torch.tensor([seed]), torch.tensor([9]))
+    assert hashes([seed], [9], [token]).item() == 2**31 - 1
+    logits, ids = torch.full((1, 600), -90.0), torch.arange(600).unsqueeze(0)
+    logits[0, 0], logits[0, 599], ids[0, 599] = 0.5 * (score - gumbel_noise(*at, ids)[0, 0]), 0.0, token
+    how = {"temperatures": torch.tensor([0.5])}
+    assert gumbel_argmax_reference(logits, *at, ids, **how).tolist() == [token if score < 22.87 else 0]
+    assert gumbel_argmax(logits, *at, ids, **how).tolist() == [token if score < 22.87 else 0]
 
 
 def test_flat_rows_equal_reference_for_many_seeds() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kernels import native
+from kernels.bits import unpack_bits
 from kernels.kept_thresholds import Limits, kept_thresholds, kept_thresholds_reference
+from kernels.native import Team
 
 VOCAB_SIZE = 20_003
 ROUNDING = 3e-6
@@ -52,8 +55,10 @@ def test_a_nucleus_is_the_smallest_set_that_reaches_the_mass(temperature: float,
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_a_row_is_cut_as_it_is_alone(temperature: float) -> None:
+    two_threads = Team(2) if native.unsupported_reason() is None else None
     logits = rows_of_logits()
-    together = kept_thresholds(logits, torch.full((len(logits),), temperature), limits(len(logits), top_p=0.95))
+    wide, several = torch.full((len(logits),), temperature), limits(len(logits), top_p=0.95)
+    together = kept_thresholds(logits, wide, several, team=two_threads)
     for row, expected in zip(logits, together, strict=True):
         alone = kept_thresholds(row.unsqueeze(0), torch.full((1,), temperature), limits(1, top_p=0.95))
         assert alone.item() == expected.item()
@@ -66,3 +71,21 @@ def test_the_largest_are_kept_as_the_reference_keeps_them(top_k: int) -> None:
     both = limits(len(logits), top_k, min_p=1e-4)
     expected = kept_thresholds_reference(logits, temperatures, both)
     torch.testing.assert_close(kept_thresholds(logits, temperatures, both), expected)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.95), (50, 1.0), (3000, 0.9)])
+def test_what_is_not_allowed_does_not_count(top_k: int, top_p: float) -> None:
+    logits, temperatures = rows_of_logits(), torch.full((7,), 1.5)
+    bits = torch.randint(-(2**31), 2**31, (7, -(-VOCAB_SIZE // 32)), generator=torch.Generator().manual_seed(1)).int()
+    masked = logits.masked_fill(~unpack_bits(bits, VOCAB_SIZE), -torch.inf)
+    expected = kept_thresholds(masked, temperatures, limits(7, top_k, top_p))
+    assert kept_thresholds(logits, temperatures, limits(7, top_k, top_p), bits).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(40, 1.0), (40, 0.9), (0, 0.9)])
+def test_what_is_no_number_holds_nobody_up(top_k: int, top_p: float) -> None:
+    """As a broken sequence's logits are. With few numbers it went on for ever."""
+    logits = torch.full((2, 64), torch.nan)
+    logits[0, 3] = 1.0
+    least = kept_thresholds(logits, torch.ones(2), limits(2, top_k, top_p))
+    assert (least <= 1.0).all()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.penalties import SeenTokens, penalize, penalize_reference, put_back
+from kernels import native_sampling
+from kernels.penalties import SeenTokens, penalize, put_back
 
 VOCAB_SIZE = 12
 Row = tuple[list[int], list[int], tuple[float, float, float]]
@@ -58,9 +60,12 @@ def test_follows_the_definition_and_is_taken_back(rows: dict[int, Row], data: st
     logits[:, 0] = -torch.inf
     logits[:, 1] = 0.0
     expected, seen = expected_logits(logits, rows, counts), seen_of(rows, counts)
-    for apply in (penalize, penalize_reference):
-        changed = logits.clone()
-        before = apply(changed, seen)
-        torch.testing.assert_close(changed, expected)
-        put_back(changed, seen, before)
-        assert torch.equal(changed, logits)
+    for compiled in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not compiled:
+                patch.setattr(native_sampling, "can_take", lambda _: False)
+            changed = logits.clone()
+            before = penalize(changed, seen)
+            torch.testing.assert_close(changed, expected)
+            put_back(changed, seen, before)
+            assert torch.equal(changed, logits)
