@@ -111,7 +111,12 @@ struct Sifted {
 // the best score so far.
 class RandomChoice {
  public:
-  RandomChoice(float temperature, float least, uint64_t key) : temperature_(temperature), least_(least), key_(key) {}
+  RandomChoice(float temperature, float least, uint64_t key)
+      : temperature_(temperature),
+        least_(least),
+        inverse_(all(1.0f / temperature)),
+        room_(all(0x1p-21f / temperature)),
+        key_(key) {}
 
   Choice from_all(const Piece& piece) {
     for (int i = 0; i < piece.size; i += 16) {
@@ -136,10 +141,9 @@ class RandomChoice {
 
  private:
   // Whether x / temperature and a noise of at most that may be the best so far. This multiplies where the score divides, and both round:
-  // `room` is a part of |x| that covers this many times over. "Not less": a bound that overflowed to NaN may.
+  // room_ is a part of |x| that covers this many times over. "Not less": a bound that overflowed to NaN may.
   Mask may_win(Floats x, Floats most_noise) const {
-    const Floats inverse = all(1.0f / temperature_), room = all(0x1p-21f / temperature_);
-    return not_less(multiply_add(absolute(x), room, multiply_add(x, inverse, most_noise)), all(best_.score));
+    return not_less(multiply_add(absolute(x), room_, multiply_add(x, inverse_, most_noise)), all(best_.score));
   }
 
   void offer(Mask lanes, Floats x, Ints ids) {
@@ -161,7 +165,9 @@ class RandomChoice {
     out.size = 0;
     for (int i = begin; i < end; i += 16) {
       const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
-      const Mask taken = piece.alive(i, x, least_) & may_win(x, all(kMostNoise));
+      const Mask alive = piece.alive(i, x, least_);
+      if (alive == 0) continue;  // mostly, where much is cut off
+      const Mask taken = alive & may_win(x, all(kMostNoise));
       if (taken == 0) continue;
       store_packed(out.logits + out.size, taken, x);
       store_packed(out.token_ids + out.size, taken, piece.ids(i));
@@ -170,6 +176,7 @@ class RandomChoice {
   }
 
   const float temperature_, least_;
+  const Floats inverse_, room_;
   const uint64_t key_;
   Choice best_;
 };
