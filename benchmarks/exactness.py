@@ -180,7 +180,8 @@ def compare(
 
 def table_of(model: str, results: Sequence[Result], max_tokens: int) -> Table:
     """A line a way and a set of parameters."""
-    table = Table("answers", "parameters", title=f"{model}, float32: answers of up to {max_tokens} tokens")
+    title = f"{model}, float32: answers of up to {max_tokens} tokens ({GROWTH} times as many where blocks are few)"
+    table = Table("answers", "parameters", title=title)
     for header in ("prompts", "equal", "tokens", "accepted / drafted", "preemptions"):
         table.add_column(header, justify="right")
     for r in results:
