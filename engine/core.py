@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future
+from itertools import accumulate
 
 import structlog
 import torch
@@ -199,21 +200,18 @@ class EngineCore:
     def _sample(self, logits: torch.Tensor, sequences: list[ScheduledSequence]) -> list[SampledSequence | None]:
         """The target's choices; None for sequences whose prompt is unfinished."""
         rows = []
-        wanted: list[torch.Tensor] = []
-        start = 0
-        for sequence in sequences:
-            end = start + sequence.num_logits
+        ends = list(accumulate(sequence.num_logits for sequence in sequences))
+        for sequence, end in zip(sequences, ends, strict=True):
             if sequence.request.sampling.prompt_logprobs is not None:
-                self._prompt_logprobs.collect(sequence, logits[start:end])
+                self._prompt_logprobs.collect(sequence, logits[end - sequence.num_logits : end])
             if sequence.num_sampled:
                 drafts = sequence.token_ids[sequence.num_known :]
                 rows.append(SamplingRows(sequence.request, tuple(drafts)))
-                wanted.append(logits[end - sequence.num_sampled : end])
-            start = end
         if not rows:
             return [None] * len(sequences)
-        if sum(map(len, wanted)) < len(logits):
-            logits = torch.cat(wanted)  # prompt rows are not sampled
+        if sum(sequence.num_sampled for sequence in sequences) < len(logits):  # prompt rows are not sampled
+            parts = zip(sequences, ends, strict=True)
+            logits = torch.cat([logits[end - sequence.num_sampled : end] for sequence, end in parts])
         sampled = iter(self._sampler.sample(logits, rows))
         return [next(sampled) if sequence.num_sampled else None for sequence in sequences]
 

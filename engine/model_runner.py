@@ -29,6 +29,7 @@ class ModelRunner:
         self._model = loaded.model
         self.vocab_size = loaded.spec.vocab_size
         self._device = loaded.device
+        self.team = loaded.team
         self._block_size = cache.block_size
         self.num_blocks = num_kv_blocks(loaded, cache, draft_bytes_per_block)
         spare_blocks = int(loaded.cuda_graphs)

@@ -26,7 +26,8 @@ class PromptLogprobs:
         next_tokens = request.prompt_token_ids[start + 1 : start + 1 + len(logits)]
         num_top = request.sampling.prompt_logprobs or 0
         if next_tokens:
-            entries += token_logprobs(logits[: len(next_tokens)], next_tokens, [num_top] * len(next_tokens))
+            rows = range(len(next_tokens))
+            entries += token_logprobs(logits, rows, next_tokens, [num_top] * len(rows))
 
     def take(self, request: Request) -> list[TokenLogprob] | None:
         """All entries, once; None for requests that did not ask."""

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.choose_tokens import RowSampling
 from kernels.draft_head import TailSlabs
 from kernels.native import MatrixStruct, PackedMatrix, Team, address, load_library
 from kernels.native_decoder import Decoder, KvCache
@@ -59,19 +60,6 @@ class _Outputs(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class ChainSampling:
-    """How the tokens of B chains are chosen, one entry a row; as in ``engine.messages.SamplingParams``."""
-
-    temperatures: Sequence[float]
-    """0: greedy"""
-    seeds: Sequence[int]
-    """as signed 64 bits"""
-    top_k: Sequence[int]
-    top_p: Sequence[float]
-    min_p: Sequence[float]
-
-
-@dataclass(frozen=True)
 class ChainStop:
     """When B chains end early: all at once, where another token of each promises less than it costs.
 
@@ -100,7 +88,7 @@ class ChainBatch:
     """[B, max_blocks]"""
     slabs: Sequence[int] | None = None
     """The tail of each, where there are tails"""
-    sampling: ChainSampling | None = None
+    sampling: RowSampling | None = None
     """None: all greedy"""
     prior: ChainPrior | None = None
     lora: NativeLora | None = None
@@ -235,10 +223,8 @@ def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:
     arrays: dict[str, array[Any]] = {"lengths": array("i", batch.lengths), "positions": array("i", batch.positions)}
     if batch.slabs is not None:
         arrays["slabs"] = array("i", batch.slabs)
-    if (sampling := batch.sampling) is not None:
-        arrays["temperatures"], arrays["seeds"] = array("f", sampling.temperatures), array("q", sampling.seeds)
-        arrays["top_k"], arrays["top_p"] = array("i", sampling.top_k), array("d", sampling.top_p)
-        arrays["min_p"] = array("d", sampling.min_p)
+    if batch.sampling is not None:
+        arrays |= batch.sampling.arrays()
     if (prior := batch.prior) is not None:
         arrays["sessions"], arrays["weights"] = array("Q", prior.sessions), array("Q", prior.weights)
         arrays["units"], arrays["contexts"] = array("d", prior.units), array("q", chain.from_iterable(prior.contexts))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from array import array
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,7 @@ import torch
 from kernels.native import Team, address, load_library, unsupported_reason
 
 if TYPE_CHECKING:
+    from kernels.choose_tokens import RowSampling
     from kernels.penalties import SeenTokens
 
 
@@ -29,17 +32,29 @@ class _LogitRows(ctypes.Structure):
 
 
 class _GumbelRows(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("seeds", "positions", "temperatures", "least", "token_ids"))
+    _fields_ = tuple(
+        (name, ctypes.c_void_p) for name in ("seeds", "positions", "token_ids", "temperatures", "least", "limits")
+    )
+
+
+_LIMITS = ("temperatures", "top_k", "top_p", "min_p")
 
 
 class _TruncationRows(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("temperatures", "top_k", "top_p", "min_p"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _LIMITS)
 
 
 class _SeenTokens(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("rows", "ends", "num_prompt", "penalties", "token_ids", "counts")),
         ("num_rows", ctypes.c_int),
+    )
+
+
+class _LogProbabilities(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int) for name in ("rows", "k")),
+        *((name, ctypes.c_void_p) for name in ("row_ids", "token_ids", "chosen", "largest", "columns")),
     )
 
 
@@ -92,9 +107,34 @@ def gumbel_argmax(
 ) -> torch.Tensor:
     """As ``kernels.gumbel_argmax``; token_ids are int32 here."""
     out = torch.empty(len(logits), dtype=torch.int64)
-    how = _GumbelRows(*(address(tensor) for tensor in (seeds, positions, temperatures, least, token_ids)))
+    how = _GumbelRows(*(address(tensor) for tensor in (seeds, positions, token_ids, temperatures, least)))
     load_library().evo_gumbel_argmax(_handle(team), _rows(logits, allowed), ctypes.byref(how), address(out))
     return out
+
+
+def choose_tokens(
+    logits: torch.Tensor,
+    sampling: RowSampling | None,
+    positions: Sequence[int],
+    token_ids: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+    team: Team | None,
+) -> list[int]:
+    """As ``kernels.choose_tokens``; token_ids are int32 here."""
+    # Python's own arrays: where there are few rows, every call of a tensor library costs more than what it holds.
+    out = array("q", bytes(8 * len(logits)))
+    how = _GumbelRows(token_ids=address(token_ids))
+    if sampling is not None:
+        arrays = {"positions": array("q", positions), **sampling.arrays()}
+        pointers = {name: values.buffer_info()[0] for name, values in arrays.items()}
+        how.seeds, how.positions, how.temperatures = (pointers[name] for name in ("seeds", "positions", "temperatures"))
+        if sampling.is_truncated:
+            limits = _TruncationRows(*(pointers[name] for name in _LIMITS))
+            how.limits = ctypes.addressof(limits)
+    load_library().evo_gumbel_argmax(
+        _handle(team), _rows(logits, allowed), ctypes.byref(how), ctypes.c_void_p(out.buffer_info()[0])
+    )
+    return out.tolist()
 
 
 def kept_thresholds(
@@ -114,16 +154,28 @@ def kept_thresholds(
 
 
 def topk_rows(
-    logits: torch.Tensor, k: int, ids: torch.Tensor | None, team: Team | None, log_totals: torch.Tensor | None = None
+    logits: torch.Tensor, k: int, ids: torch.Tensor | None, team: Team | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``kernels.topk``, k at most the number of columns; ids are int32 here.
-
-    ``log_totals`` [N] float64 is filled with the log of the sum of exp(logit) of each row.
-    """
+    """As ``kernels.topk``, k at most the number of columns; ids are int32 here."""
     values, indices = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int64)
-    outputs = (address(values), address(indices), address(log_totals))
-    load_library().evo_top_k(_handle(team), _rows(logits), k, address(ids), *outputs)
+    load_library().evo_top_k(_handle(team), _rows(logits), k, address(ids), address(values), address(indices))
     return values, indices
+
+
+def log_probabilities(
+    logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[int], k: int, team: Team | None
+) -> tuple[list[float], list[list[int]], list[list[float]]]:
+    """As ``kernels.log_probabilities``, k at most the number of columns."""
+    count = len(rows)
+    inputs = array("i", rows), array("i", token_ids)
+    chosen, largest = array("d", bytes(8 * count)), array("d", bytes(8 * count * k))
+    columns = array("i", bytes(4 * count * k))
+    addresses = (one.buffer_info()[0] for one in (*inputs, chosen, largest, columns))
+    wanted = ctypes.byref(_LogProbabilities(count, k, *addresses))
+    load_library().evo_log_probabilities(_handle(team), _rows(logits), wanted)
+    starts = range(0, count * k, k) if k else [0] * count
+    top = [largest[start : start + k].tolist() for start in starts]
+    return chosen.tolist(), [columns[start : start + k].tolist() for start in starts], top
 
 
 def can_take_tails(rows: torch.Tensor, hidden: torch.Tensor) -> bool:
@@ -172,4 +224,4 @@ def put_back(logits: torch.Tensor, seen: SeenTokens, before: torch.Tensor) -> No
 
 def _seen(seen: SeenTokens) -> ctypes._CArgObject:
     arrays = (seen.rows, seen.ends, seen.num_prompt, seen.penalties, seen.token_ids, seen.counts)
-    return ctypes.byref(_SeenTokens(*(array.ctypes.data for array in arrays), len(seen.rows)))
+    return ctypes.byref(_SeenTokens(*(one.buffer_info()[0] for one in arrays), len(seen.rows)))

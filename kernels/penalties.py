@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from kernels import native_sampling
 
-IntArray = npt.NDArray[np.int64]
+IntArray: TypeAlias = "array[int]"
 
 
-@dataclass(frozen=True)
 class SeenTokens:
-    """The distinct tokens before each of R rows of logits, N in all.
+    """The distinct tokens before each of some rows of logits, in Python's arrays: which cost a fraction of NumPy's.
 
     Attributes:
         rows: [R] the rows.
         ends: [R] where the tokens of each row end.
-        num_prompt: [R] how many of them, the first, are the prompt's, which ``repetition`` is about too.
+        num_prompt: [R] how many of them, the first, are the prompt's, which the repetition penalty is about too.
         penalties: [R, 3] float64: repetition, presence, frequency.
         token_ids: [N] the tokens, row after row; all below V (not checked).
         counts: [N] how often each occurs in the output; 0 is not seen, unless it is one of the prompt's.
     """
 
-    rows: IntArray
-    ends: IntArray
-    num_prompt: IntArray
-    penalties: npt.NDArray[np.float64]
-    token_ids: IntArray
-    counts: IntArray
+    def __init__(self) -> None:
+        self.rows: IntArray = array("q")
+        self.ends: IntArray = array("q")
+        self.num_prompt: IntArray = array("q")
+        self.penalties = array("d")
+        self.token_ids: IntArray = array("q")
+        self.counts: IntArray = array("q")
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def add(
+        self,
+        row: int,
+        penalties: tuple[float, float, float],
+        num_prompt: int,
+        token_ids: IntArray,
+        counts: IntArray,
+    ) -> None:
+        """One row's, as they are now."""
+        self.rows.append(row)
+        self.num_prompt.append(num_prompt)
+        self.penalties.extend(penalties)
+        self.token_ids += token_ids
+        self.counts += counts
+        self.ends.append(len(self.token_ids))
 
 
 def penalize(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
@@ -62,11 +81,12 @@ def put_back(logits: torch.Tensor, seen: SeenTokens, before: torch.Tensor) -> No
 
 def penalize_reference(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
     """As ``penalize``."""
-    sizes = np.diff(seen.ends, prepend=0)
-    is_prompt = np.arange(len(seen.counts)) - np.repeat(seen.ends - sizes, sizes) < np.repeat(seen.num_prompt, sizes)
-    repetition, presence, frequency = np.repeat(seen.penalties, sizes, axis=0).T
-    factors = np.where(is_prompt | (seen.counts > 0), repetition, 1.0)
-    subtracted = presence * (seen.counts > 0) + frequency * seen.counts
+    ends, counts = np.array(seen.ends), np.array(seen.counts)
+    sizes = np.diff(ends, prepend=0)
+    is_prompt = np.arange(len(counts)) - np.repeat(ends - sizes, sizes) < np.repeat(seen.num_prompt, sizes)
+    repetition, presence, frequency = np.repeat(np.array(seen.penalties).reshape(-1, 3), sizes, axis=0).T
+    factors = np.where(is_prompt | (counts > 0), repetition, 1.0)
+    subtracted = presence * (counts > 0) + frequency * counts
     factor, less = (torch.from_numpy(a.astype(np.float32)).to(logits.device) for a in (factors, subtracted))
     index = _index(seen, logits.device)
     before = logits[index]
@@ -77,4 +97,4 @@ def penalize_reference(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
 def _index(seen: SeenTokens, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column of each token."""
     rows = np.repeat(seen.rows, np.diff(seen.ends, prepend=0))
-    return torch.from_numpy(rows).to(device), torch.from_numpy(seen.token_ids).to(device)
+    return torch.from_numpy(rows).to(device), torch.tensor(seen.token_ids, dtype=torch.int64, device=device)

@@ -70,21 +70,3 @@ def topk_rows(
     if ids is not None and ids.dtype != torch.int32:
         ids = ids.int()
     return native_sampling.topk_rows(logits, min(k, logits.shape[1]), ids, team)
-
-
-def topk_with_log_totals(
-    logits: torch.Tensor, k: int, team: Team | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``topk_rows``, and of each row the log of the sum of exp(logit): what turns logits into log-probabilities.
-
-    ``k`` may be 0.
-
-    Returns:
-        Values [N, min(k, V)] float32, column numbers int64, and [N] float64.
-    """
-    if not native_sampling.can_take(logits):
-        largest = topk_rows(logits, k) if k else (logits[:, :0], torch.empty_like(logits[:, :0], dtype=torch.int64))
-        return *largest, logits.logsumexp(dim=1).double()
-    log_totals = torch.empty(len(logits), dtype=torch.float64)
-    values, columns = native_sampling.topk_rows(logits, min(max(k, 1), logits.shape[1]), None, team, log_totals)
-    return values[:, :k], columns[:, :k], log_totals

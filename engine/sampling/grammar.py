@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 import xgrammar
+from numpy.typing import NDArray
 
 from engine.messages import Grammar
 from engine.sampling.fair_thread import FairThread
@@ -67,12 +67,13 @@ class GrammarMatcher:
         if num_tokens > after_end:
             self._matcher.rollback(num_tokens - after_end)
 
-    def fill_bitmask(self, bitmask: torch.Tensor) -> None:
-        """Write the allowed next tokens into ``bitmask`` ([1, ceil(V / 32)] int32, on the CPU)."""
+    def fill_bitmask(self, bitmask: NDArray[np.int32], row: int) -> None:
+        """Write the allowed next tokens into a row of ``bitmask`` [rows, ceil(V / 32)]."""
         if not self._matcher.is_terminated():
-            self._matcher.fill_next_token_bitmask(bitmask)
+            self._matcher.fill_next_token_bitmask(bitmask, row)
             return
-        words = bitmask.zero_().numpy().view(np.uint32)[0]
+        bitmask[row] = 0
+        words = bitmask[row].view(np.uint32)
         for token_id in self._grammar.end_token_ids:
             words[token_id // 32] |= np.uint32(1 << token_id % 32)
 

@@ -6,25 +6,24 @@ only the tokens concerned. What a grammar forbids is never written: it is a bit 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import accumulate
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import xgrammar
+from numpy.typing import NDArray
 
 from engine.messages import SamplingParams
 from engine.sampling.grammar import GrammarMatcher
-from engine.sampling.state import SamplingState, TokenCounts
-from kernels.penalties import IntArray, SeenTokens, penalize, put_back
+from engine.sampling.state import SamplingState
+from kernels.penalties import SeenTokens, penalize, put_back
 
 if TYPE_CHECKING:
     from engine.request import Request
 
-FloatArray = npt.NDArray[np.float32]
+FloatArray = NDArray[np.float32]
+IdArray = NDArray[np.int64]
 _Index = tuple[torch.Tensor, ...]
 
 
@@ -32,14 +31,14 @@ class _SparseEdits:
     """Values for (row, token) pairs of many rows."""
 
     def __init__(self) -> None:
-        self._rows: list[IntArray] = []
-        self._token_ids: list[IntArray] = []
+        self._rows: list[IdArray] = []
+        self._token_ids: list[IdArray] = []
         self._values: list[FloatArray] = []
 
     def __bool__(self) -> bool:
         return bool(self._rows)
 
-    def add(self, row: int, token_ids: IntArray, values: FloatArray) -> None:
+    def add(self, row: int, token_ids: IdArray, values: FloatArray) -> None:
         """``token_ids`` are distinct, ``values`` of the same length."""
         self._rows.append(np.full(len(token_ids), row, dtype=np.int64))
         self._token_ids.append(token_ids)
@@ -52,48 +51,23 @@ class _SparseEdits:
         return index, torch.from_numpy(values).to(device)
 
 
-class _Seen:
-    """The tokens before many rows that have penalties."""
-
-    def __init__(self) -> None:
-        self._rows: list[int] = []
-        self._num_prompt: list[int] = []
-        self._penalties: list[tuple[float, float, float]] = []
-        self._arrays: list[tuple[IntArray, IntArray]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._rows)
-
-    def add(self, row: int, params: SamplingParams, counts: TokenCounts) -> None:
-        self._rows.append(row)
-        self._num_prompt.append(counts.num_prompt)
-        self._penalties.append((params.repetition_penalty, params.presence_penalty, params.frequency_penalty))
-        self._arrays.append(counts.arrays())
-
-    def tokens(self) -> SeenTokens:
-        token_ids, counts = map(np.concatenate, zip(*self._arrays, strict=True))
-        ends = list(accumulate(len(token_ids) for token_ids, _ in self._arrays))
-        rows, ends_array, num_prompt = np.array([self._rows, ends, self._num_prompt], dtype=np.int64)
-        penalties = np.array(self._penalties, dtype=np.float64)
-        return SeenTokens(rows, ends_array, num_prompt, penalties, token_ids, counts)
-
-
 class LogitsEdits:
-    """The edits of one step. ``add_sequence`` for each sequence, then ``applied`` once.
+    """The edits of one step. ``add_sequence`` for each sequence, then ``apply`` once, and ``undo``.
 
-    ``allowed``: bits of the tokens that grammars allow, [num_rows, ceil(V / 32)] int32 on the CPU; None: no grammar.
+    ``allowed``: bits of the tokens that grammars allow, [num_rows, ceil(V / 32)]; None: no grammar.
     ``dead_ends``: rows in which a grammar allows nothing, or contradicts itself, so that no choice is right.
     """
 
     def __init__(self, eos_token_ids: frozenset[int], num_rows: int, vocab_size: int) -> None:
-        self.allowed: torch.Tensor | None = None
+        self.allowed: NDArray[np.int32] | None = None
         self.dead_ends: set[int] = set()
         self._eos_token_ids = eos_token_ids
         self._num_rows = num_rows
         self._vocab_size = vocab_size
         self._bans = _SparseEdits()
         self._biases = _SparseEdits()
-        self._seen = _Seen()
+        self._seen = SeenTokens()
+        self._undo: list[Callable[[], object]] = []
 
     def add_sequence(
         self, start: int, request: Request, draft_token_ids: tuple[int, ...], state: SamplingState
@@ -126,7 +100,9 @@ class LogitsEdits:
             token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
             self._biases.add(row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32))
         if state.counts is not None:
-            self._seen.add(row, params, state.counts)
+            penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+            seen = state.counts
+            self._seen.add(row, penalties, seen.num_prompt, seen.token_ids, seen.counts)
 
     def _add_bans(self, row: int, params: SamplingParams) -> None:
         """Of what ends the output; where a grammar allows nothing else, it outranks min_tokens."""
@@ -137,41 +113,38 @@ class LogitsEdits:
 
     def _add_grammar(self, row: int, matcher: GrammarMatcher) -> None:
         if self.allowed is None:
-            self.allowed = xgrammar.allocate_token_bitmask(self._num_rows, self._vocab_size)  # all ones
-        matcher.fill_bitmask(self.allowed[row : row + 1])
-        if not self.allowed[row].numpy().any():
+            self.allowed = np.full((self._num_rows, -(-self._vocab_size // 32)), -1, dtype=np.int32)  # all ones
+        matcher.fill_bitmask(self.allowed, row)
+        if not self.allowed[row].any():
             self.dead_ends.add(row)
 
-    @contextmanager
-    def applied(self, logits: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The edited ``logits`` [L, V] float32, within the block.
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """The edited ``logits`` [L, V] float32, until ``undo``.
 
         Edited in place and put back: megabytes are not copied for the sake of some tokens.
         """
         logits = logits.contiguous()  # rows of an expanded tensor are one
-        with ExitStack() as undo:  # the last first
-            self._write(logits, undo)
-            yield logits
-
-    def _write(self, logits: torch.Tensor, undo: ExitStack) -> None:
         if self._bans:
-            _put(logits, *self._bans.tensors(logits.device), undo)
+            self._put(logits, *self._bans.tensors(logits.device))
         if self._biases:
             index, values = self._biases.tensors(logits.device)
-            _put(logits, index, logits[index] + values, undo)
+            self._put(logits, index, logits[index] + values)
         if self._seen:
-            seen = self._seen.tokens()
-            undo.callback(put_back, logits, seen, penalize(logits, seen))
+            self._undo.append(partial(put_back, logits, self._seen, penalize(logits, self._seen)))
+        return logits
+
+    def undo(self) -> None:
+        """Take back what ``apply`` changed, also where it failed on the way."""
+        while self._undo:  # the last first
+            self._undo.pop()()
+
+    def _put(self, logits: torch.Tensor, index: _Index, values: torch.Tensor) -> None:
+        self._undo.append(partial(logits.__setitem__, index, logits[index]))
+        logits[index] = values
 
 
-def _put(tensor: torch.Tensor, index: _Index, values: torch.Tensor, undo: ExitStack) -> None:
-    """Write, and have ``undo`` take it back."""
-    undo.callback(tensor.__setitem__, index, tensor[index])
-    tensor[index] = values
-
-
-def _only(allowed: torch.Tensor, token_ids: IntArray) -> bool:
+def _only(allowed: NDArray[np.int32], token_ids: IdArray) -> bool:
     """Whether the bits [ceil(V / 32)] are of some of these tokens and of no others."""
-    words = allowed.numpy().view(np.uint32).copy()
+    words = allowed.view(np.uint32).copy()
     np.bitwise_and.at(words, token_ids // 32, ~(np.uint32(1) << (token_ids % 32).astype(np.uint32)))
     return not words.any()

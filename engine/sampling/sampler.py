@@ -81,8 +81,12 @@ class Sampler:
         """
         starts = list(accumulate((1 + len(sequence.draft_token_ids) for sequence in rows), initial=0))
         edits = self._edits(starts, rows, logits.shape[1])
-        with edits.applied(logits) as edited:
-            choices = choose_tokens(edited, *_params_and_positions(rows), team=self._team, allowed=edits.allowed)
+        try:
+            edited = edits.apply(logits)
+            allowed = None if edits.allowed is None else torch.from_numpy(edits.allowed)
+            choices = choose_tokens(edited, *_params_and_positions(rows), team=self._team, allowed=allowed)
+        finally:
+            edits.undo()
         for row in edits.dead_ends:
             choices[row] = _NO_TOKEN  # which no draft is
         accepted = [
@@ -115,8 +119,7 @@ class Sampler:
         indices = [starts[i] + r for i in wanted for r in range(len(accepted[i]))]
         num_top = [rows[i].request.sampling.logprobs or 0 for i in wanted for _ in accepted[i]]
         token_ids = [token_id for i in wanted for token_id in accepted[i]]
-        chosen = logits if len(indices) == len(logits) else logits[indices]
-        entries = iter(token_logprobs(chosen, token_ids, num_top, self._team))
+        entries = iter(token_logprobs(logits, indices, token_ids, num_top, self._team))
         for i in wanted:
             logprobs[i] = list(islice(entries, len(accepted[i])))
         return logprobs

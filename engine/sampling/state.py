@@ -6,7 +6,7 @@ The state follows the committed tokens (``commit``) and can be moved along a dra
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
 
 from engine.messages import SamplingParams
 from engine.sampling.grammar import GrammarMatcher
@@ -17,31 +17,26 @@ class TokenCounts:
     """How often each token occurs in the output, and which tokens the prompt holds.
 
     Kept as growing arrays of distinct tokens, so that penalties touch those and never the vocabulary.
+
+    Attributes:
+        num_prompt: how many of the tokens, the first, are the prompt's.
+        token_ids: distinct tokens.
+        counts: of each in the output: 0 for some of the prompt, and for drafts that were taken back.
     """
 
     def __init__(self, prompt_token_ids: list[int]) -> None:
-        distinct = list(dict.fromkeys(prompt_token_ids))
-        self.num_prompt = len(distinct)
-        self._slots = {token_id: slot for slot, token_id in enumerate(distinct)}
-        self._token_ids = np.array(distinct, dtype=np.int64)
-        self._counts = np.zeros(len(distinct), dtype=np.int64)
+        self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(prompt_token_ids))}
+        self.num_prompt = len(self._slots)
+        self.token_ids: IntArray = array("q", self._slots)
+        self.counts: IntArray = array("q", bytes(8 * self.num_prompt))
 
     def add(self, token_id: int, times: int = 1) -> None:
         """Count ``times`` more occurrences in the output (-1 takes one back)."""
         slot = self._slots.setdefault(token_id, len(self._slots))
-        if slot == len(self._token_ids):
-            room = np.zeros(max(64, slot), dtype=np.int64)
-            self._token_ids = np.concatenate([self._token_ids, room])
-            self._counts = np.concatenate([self._counts, room])
-        self._token_ids[slot] = token_id
-        self._counts[slot] += times
-
-    def arrays(self) -> tuple[IntArray, IntArray]:
-        """Distinct tokens, the prompt's first, and their counts in the output: 0 for some of the prompt, and for drafts
-        that were taken back. Later calls of ``add`` change neither array.
-        """
-        size = len(self._slots)
-        return self._token_ids[:size], self._counts[:size].copy()
+        if slot == len(self.token_ids):
+            self.token_ids.append(token_id)
+            self.counts.append(0)
+        self.counts[slot] += times
 
 
 def has_penalties(params: SamplingParams) -> bool:

@@ -16,7 +16,7 @@ from engine.spec.proposer import Proposer
 from engine.spec.step_costs import Curve, StepCosts, without_spikes
 from engine.spec.vocab_follower import VocabFollower
 from engine.step_plan import DraftSlot, ScheduledSequence
-from kernels.argmax import argmax_rows
+from kernels.choose_tokens import choose_tokens
 
 log = structlog.get_logger(__name__)
 
@@ -113,7 +113,7 @@ class CostMeter:
 
         def run() -> None:
             logits, features = self._runner.execute(steps, self._proposer.capture_layers)
-            argmax_rows(logits)
+            choose_tokens(logits, None, [0] * len(logits), team=self._runner.team)
             self._proposer.observe(steps, [1] * len(steps), features)
 
         best = min(_seconds(run) for _ in range(_REPEATS))

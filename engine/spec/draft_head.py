@@ -16,7 +16,7 @@ from engine.models.config import ModelError
 from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
 from engine.request import Request
-from engine.sampling.choose import all_greedy, chain_sampling, choose_tokens
+from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
 from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot
 from engine.vocab.draft_vocab import DraftVocab
@@ -134,7 +134,7 @@ class DraftHead:
         requests, lengths = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
         slabs, prior = self._of_chains(requests)
         positions = [request.num_tokens - 1 for request in requests]
-        sampling = chain_sampling([request.sampling for request in requests])
+        sampling = row_sampling([request.sampling for request in requests])
         rule = None if stop is None else _chain_stop(stop, requests, lengths[0])
         result = chain.run(ChainBatch(lengths, positions, tables, slabs, sampling, prior, lora, rule), a, cache)
         lengths = [min(length, len(result.tokens)) for length in lengths]

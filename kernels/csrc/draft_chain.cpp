@@ -6,7 +6,6 @@
 
 #include "gumbel.h"
 #include "topk.h"
-#include "truncation.h"
 
 namespace evospec {
 
@@ -125,11 +124,10 @@ class Chain {
       return;
     }
     const LogitRows scores{scores_.data(), static_cast<size_t>(k), count, k, nullptr};
-    std::vector<float> least(count);
-    kept_thresholds(nullptr, scores, {rows_.temperatures, rows_.top_k, rows_.top_p, rows_.min_p}, least.data());
+    const TruncationRows limits{rows_.temperatures, rows_.top_k, rows_.top_p, rows_.min_p};
     std::vector<int64_t> positions(count), chosen(count);
     for (int row = 0; row < count; ++row) positions[row] = rows_.positions[row] + step + 1;
-    gumbel_argmax(nullptr, scores, {rows_.seeds, positions.data(), rows_.temperatures, least.data(), token_ids},
+    gumbel_argmax(nullptr, scores, {rows_.seeds, positions.data(), token_ids, rows_.temperatures, nullptr, &limits},
                   chosen.data());
     for (int row = 0; row < count; ++row) {  // an empty place is what is left where no score is a number
       tokens[row] = static_cast<int32_t>(chosen[row] >= 0 ? chosen[row] : token_ids[static_cast<size_t>(row) * k]);

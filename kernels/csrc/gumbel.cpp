@@ -10,6 +10,7 @@ namespace evospec {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLowest = -std::numeric_limits<float>::max();  // excludes -inf
 constexpr uint32_t kTokenStep = 0x9E3779B1, kFirstFactor = 0x7FEB352D, kSecondFactor = 0x846CA68B;
 constexpr int kSmallestPiece = 8192;
 constexpr int kBlock = 512;  // columns that are sifted before any is hashed
@@ -74,9 +75,14 @@ struct Piece {  // of one row
   int first_column;
   int size;
 
-  // Tokens that may be chosen, of 16 from i on whose logits are x.
-  Mask alive(int i, Floats x, float least) const {
-    return lanes_from(i, size) & allowed_lanes(allowed, first_column + i) & at_least(x, all(least));
+  // visit(lanes, x, i) for every 16 from `begin` to `end`: the lanes of tokens that may be chosen, if any, their logits x
+  // and where they begin.
+  template <typename Visit>
+  void for_each_alive(int begin, int end, float least, Visit visit) const {
+    for_each_vector(logits, begin, end, [&](int i, Mask lanes, Floats x) {
+      const Mask alive = lanes & allowed_lanes(allowed, first_column + i) & at_least(x, all(least));
+      if (alive != 0) visit(alive, x, i);
+    });
   }
 
   Ints ids(int i) const {
@@ -87,15 +93,14 @@ struct Piece {  // of one row
 Choice choose_greedily(const Piece& piece, float least) {
   Floats best = all(-kInfinity);
   Ints best_ids = all(std::numeric_limits<int32_t>::max());
-  for (int i = 0; i < piece.size; i += 16) {
-    const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
-    const Mask candidates = piece.alive(i, x, least) & at_least(x, best);
-    if (candidates == 0) continue;
+  piece.for_each_alive(0, piece.size, least, [&](Mask alive, Floats x, int i) {
+    const Mask candidates = alive & at_least(x, best);
+    if (candidates == 0) return;
     const Ints ids = piece.ids(i);
     const Mask wins = candidates & (more(x, best) | less(ids, best_ids));
     best = choose(wins, x, best);
     best_ids = choose(wins, ids, best_ids);
-  }
+  });
   const float score = largest(best);
   return {score, smallest(equal(best, all(score)), best_ids)};
 }
@@ -119,11 +124,7 @@ class RandomChoice {
         key_(key) {}
 
   Choice from_all(const Piece& piece) {
-    for (int i = 0; i < piece.size; i += 16) {
-      const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
-      const Mask alive = piece.alive(i, x, least_);
-      if (alive != 0) offer(alive, x, piece.ids(i));
-    }
+    piece.for_each_alive(0, piece.size, least_, [&](Mask alive, Floats x, int i) { offer(alive, x, piece.ids(i)); });
     return best_;
   }
 
@@ -163,16 +164,13 @@ class RandomChoice {
 
   void sift(const Piece& piece, int begin, int end, Sifted& out) const {
     out.size = 0;
-    for (int i = begin; i < end; i += 16) {
-      const Floats x = load_lanes(lanes_from(i, piece.size), piece.logits + i);
-      const Mask alive = piece.alive(i, x, least_);
-      if (alive == 0) continue;  // mostly, where much is cut off
+    piece.for_each_alive(begin, end, least_, [&](Mask alive, Floats x, int i) {
       const Mask taken = alive & may_win(x, all(kMostNoise));
-      if (taken == 0) continue;
+      if (taken == 0) return;
       store_packed(out.logits + out.size, taken, x);
       store_packed(out.token_ids + out.size, taken, piece.ids(i));
       out.size += __builtin_popcount(taken);
-    }
+    });
   }
 
   const float temperature_, least_;
@@ -181,10 +179,8 @@ class RandomChoice {
   Choice best_;
 };
 
-Choice choose_token(const Piece& piece, float temperature, float least, uint64_t key) {
-  const float lowest = std::max(-std::numeric_limits<float>::max(), least);  // excludes -inf; no limit where it is NaN
-  if (temperature == 0.0f) return choose_greedily(piece, lowest);
-  RandomChoice choice(temperature, lowest, key);
+Choice choose_randomly(const Piece& piece, float temperature, float least, uint64_t key) {
+  RandomChoice choice(temperature, std::max(kLowest, least), key);  // no limit where it is NaN
   // Where nothing is cut off from a flat distribution, most may win.
   const bool may_many_win = least == -kInfinity && temperature >= 1.0f;
   return may_many_win ? choice.from_all(piece) : choice.from_sifted(piece);
@@ -203,18 +199,29 @@ void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, i
   const int wanted = threads == 1 ? 1 : (4 * threads + logits.rows - 1) / logits.rows;
   const int size = std::max(kSmallestPiece, (logits.columns / wanted + 15) / 16 * 16);
   const int pieces = std::max(1, (logits.columns + size - 1) / size);
-  std::vector<Choice> best(static_cast<size_t>(logits.rows) * pieces);
   const size_t elements = static_cast<size_t>(logits.rows) * logits.columns;
+  std::vector<float> thresholds;
+  if (how.limits != nullptr && pieces > 1) {
+    thresholds.resize(logits.rows);
+    kept_thresholds(team, logits, *how.limits, thresholds.data());
+  }
+  const auto least_in = [&](int row) {
+    if (how.limits == nullptr) return how.least == nullptr ? -kInfinity : how.least[row];
+    return pieces > 1 ? thresholds[row] : kept_threshold(logits, *how.limits, row);  // the row stays in the cache
+  };
   const auto ids_of = [&](int row) {
     return how.token_ids == nullptr ? nullptr : how.token_ids + static_cast<size_t>(row) * logits.columns;
   };
+  std::vector<Choice> best(static_cast<size_t>(logits.rows) * pieces);
   for_each_item(team, logits.rows * pieces, elements, [&](int item) {
     const int row = item / pieces, begin = item % pieces * size;
     const int32_t* ids = ids_of(row) == nullptr ? nullptr : ids_of(row) + begin;
     const Piece piece{logits.row(row) + begin, ids, logits.allowed_in(row), begin,
                       std::min(size, logits.columns - begin)};
-    const float least = how.least == nullptr ? -kInfinity : how.least[row];
-    best[item] = choose_token(piece, how.temperatures[row], least, row_key(how.seeds[row], how.positions[row]));
+    const bool is_greedy = how.temperatures == nullptr || how.temperatures[row] == 0.0f;
+    best[item] = is_greedy ? choose_greedily(piece, std::max(kLowest, least_in(row)))
+                           : choose_randomly(piece, how.temperatures[row], least_in(row),
+                                             row_key(how.seeds[row], how.positions[row]));
   });
   for (int row = 0; row < logits.rows; ++row) {
     Choice choice;

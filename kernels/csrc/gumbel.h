@@ -1,7 +1,7 @@
 // Sampling as argmax(logit / temperature + Gumbel noise); the noise is the hash that kernels/gumbel_argmax.py defines.
 #pragma once
 
-#include "rows.h"
+#include "truncation.h"
 
 namespace evospec {
 
@@ -9,9 +9,10 @@ namespace evospec {
 struct GumbelRows {
   const int64_t* seeds;
   const int64_t* positions;
-  const float* temperatures;  // 0: the largest logit, without noise
-  const float* least;         // logits below are not chosen; null: all may be
-  const int32_t* token_ids;   // [rows][columns]: the tokens that the columns stand for; null: 0 .. columns - 1
+  const int32_t* token_ids;      // [rows][columns]: the tokens that the columns stand for; null: 0 .. columns - 1
+  const float* temperatures;     // 0: the largest logit, without noise; null: everywhere
+  const float* least;            // logits below are not chosen; null: all may be
+  const TruncationRows* limits;  // instead of `least`, with the same temperatures; null: none
 };
 
 // out [rows]: the choices; equal scores go to the lowest token id. NaN is never chosen.

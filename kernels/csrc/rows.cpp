@@ -21,11 +21,10 @@ float row_max(const float* x, int n) {
 
 double weight_sum(const float* x, int n, float highest, float temperature) {
   const SoftmaxWeight weight(highest, temperature);
-  DoubleSum sum;
-  for (int i = 0; i < n; i += 16) {
-    const Mask lanes = lanes_from(i, n);
-    sum.add(choose(lanes, weight(load_lanes(lanes, x + i)), all(0.0f)));
-  }
+  WeightSum sum;
+  for_each_vector(x, 0, n, [&](int, Mask lanes, Floats values) {
+    sum.add(choose(lanes, weight(values), all(0.0f)));
+  });
   return sum.total();
 }
 

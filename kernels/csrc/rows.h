@@ -42,6 +42,20 @@ inline Mask lanes_from(int column, int columns) {
   return left >= 16 ? kAllLanes : static_cast<Mask>((1u << std::max(left, 0)) - 1);
 }
 
+// visit(i, lanes, values) for every 16 of x from `begin`, a multiple of 16, to `end`.
+//
+// Asks for lines long before they are read: what a processor fetches by itself ends with each page of memory, and where
+// visits branch as the values say, it looks too little ahead.
+template <typename Visit>
+void for_each_vector(const float* x, int begin, int end, Visit visit) {
+  constexpr int kAhead = 512;
+  for (int i = begin; i < end; i += 16) {
+    prefetch(x + i + kAhead, 64);
+    const Mask lanes = lanes_from(i, end);
+    visit(i, lanes, load_lanes(lanes, x + i));
+  }
+}
+
 // The bits of the 16 columns from `column` on, a multiple of 16; all where `allowed` is null.
 inline Mask allowed_lanes(const uint32_t* allowed, int column) {
   return allowed == nullptr ? kAllLanes : static_cast<Mask>(allowed[column / 32] >> (column % 32));
@@ -56,6 +70,32 @@ class SoftmaxWeight {
 
  private:
   const Floats highest_, scale_;
+};
+
+// Sum of weights: a few at a time in float32, which rounds no more than the weights themselves are wrong, and of these sums
+// in float64, so that how many there are does not matter.
+class WeightSum {
+ public:
+  void add(Floats weights) {
+    few_ = few_ + weights;
+    if (++count_ % kFew == 0) take_few();
+  }
+  double total() {
+    take_few();
+    return sum_.total();
+  }
+
+ private:
+  static constexpr unsigned kFew = 8;
+
+  void take_few() {
+    sum_.add(few_);
+    few_ = all(0.0f);
+  }
+
+  Floats few_ = all(0.0f);
+  unsigned count_ = 0;
+  DoubleSum sum_;
 };
 
 // The largest of n values; -inf for none.

@@ -19,9 +19,12 @@ void evo_kept_thresholds(Team* team, const LogitRows* logits, const TruncationRo
   kept_thresholds(team, *logits, *limits, out);
 }
 
-void evo_top_k(Team* team, const LogitRows* logits, int k, const int32_t* ids, float* values, int64_t* indices,
-               double* log_totals) {
-  top_k(team, *logits, k, ids, values, indices, log_totals);
+void evo_top_k(Team* team, const LogitRows* logits, int k, const int32_t* ids, float* values, int64_t* indices) {
+  top_k(team, *logits, k, ids, values, indices);
+}
+
+void evo_log_probabilities(Team* team, const LogitRows* logits, const LogProbabilities* wanted) {
+  log_probabilities(team, *logits, *wanted);
 }
 
 void evo_draft_top_k(Team* team, const LogitRows* core, const int32_t* core_ids, const TailSlabs* tails,

@@ -66,25 +66,40 @@ class Candidates {
   std::vector<Entry> entries_;
 };
 
+// The best of a row, in order.
+const std::vector<Entry>& best_of(const float* x, int columns, Candidates& candidates) {
+  for_each_vector(x, 0, columns, [&](int i, Mask lanes, Floats values) {
+    candidates.offer(lanes, maximum(values, all(-kInfinity)), i);
+  });
+  return candidates.best();
+}
+
 }  // namespace
 
-void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices,
-           double* log_totals) {
+void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices) {
   for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns, [&](int row) {
-    const float* x = logits.row(row);
     Candidates candidates(k);
-    for (int i = 0; i < logits.columns; i += 16) {
-      const Mask lanes = lanes_from(i, logits.columns);
-      candidates.offer(lanes, maximum(load_lanes(lanes, x + i), all(-kInfinity)), i);
-    }
-    const std::vector<Entry>& best = candidates.best();
+    const std::vector<Entry>& best = best_of(logits.row(row), logits.columns, candidates);
     for (int i = 0; i < k; ++i) {
       values[row * static_cast<size_t>(k) + i] = best[i].value;
       indices[row * static_cast<size_t>(k) + i] = ids == nullptr ? best[i].column : ids[best[i].column];
     }
-    if (log_totals == nullptr) return;
+  });
+}
+
+void log_probabilities(Team* team, const LogitRows& logits, const LogProbabilities& wanted) {
+  for_each_item(team, wanted.rows, static_cast<size_t>(wanted.rows) * logits.columns, [&](int i) {
+    const float* x = logits.row(wanted.row_ids[i]);
+    Candidates candidates(std::max(wanted.k, 1));
+    const std::vector<Entry>& best = best_of(x, logits.columns, candidates);
     const float highest = best[0].value;
-    log_totals[row] = std::isinf(highest) ? highest : highest + std::log(weight_sum(x, logits.columns, highest, 1.0f));
+    const double total = std::isinf(highest) ? 0.0 : std::log(weight_sum(x, logits.columns, highest, 1.0f));
+    const auto log_probability = [&](float logit) { return static_cast<double>(logit) - highest - total; };
+    wanted.chosen[i] = log_probability(x[wanted.token_ids[i]]);
+    for (int j = 0; j < wanted.k; ++j) {
+      wanted.largest[static_cast<size_t>(i) * wanted.k + j] = log_probability(best[j].value);
+      wanted.columns[static_cast<size_t>(i) * wanted.k + j] = best[j].column;
+    }
   });
 }
 

@@ -11,9 +11,7 @@ namespace evospec {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// How far below the highest logit to look at first, in units of the temperature or of 1, whichever is more; for the
-// k largest then how many times farther while that does not suffice, and when to take all of them.
-constexpr float kFirstDepth = 8.0f, kDeeper = 2.0f, kDeepest = 32.0f;
+constexpr float kDepth = 8.0f;  // how far below the highest logit a nucleus mostly ends
 constexpr int kSortAt = 64;
 constexpr int kSampledOneIn = 64;
 constexpr float kMargin = 0.3f;  // how far, times the temperature, a nucleus may end from where a sample says it does
@@ -24,14 +22,12 @@ template <bool kBelow = false>
 int copy_if(const float* x, int n, float least, float* out) {
   const Floats bound = all(least);
   int count = 0;
-  for (int i = 0; i < n; i += 16) {
-    const Mask lanes = lanes_from(i, n);
-    const Floats values = load_lanes(lanes, x + i);
+  for_each_vector(x, 0, n, [&](int, Mask lanes, Floats values) {
     const Mask taken = lanes & (kBelow ? less(values, bound) : at_least(values, bound));
-    if (taken == 0) continue;
+    if (taken == 0) return;
     store_packed(out + count, taken, values);
     count += __builtin_popcount(taken);
-  }
+  });
   return count;
 }
 
@@ -69,32 +65,50 @@ float select(float* x, int n, double target, float* spare, Mass mass) {
   return x[n - 1];
 }
 
+// Of one vector in kSampledOneIn, the values that are less than `bound`. Returns how many.
+int sample_below(const float* x, int n, float bound, float* out) {
+  int count = 0;
+  for (int i = 0; i < n; i += 16 * kSampledOneIn) count += copy_if<true>(x + i, std::min(16, n - i), bound, out + count);
+  return count;
+}
+
 struct Limits {  // of one row
   float temperature;
   int top_k;  // 0: off
   double top_p, min_p;
 };
 
-// The k-th largest of a row's n > k values; the smallest number where fewer are numbers. `values` and `spare`, which
-// have room for n + 16, are used up.
-float kth_largest(const float* row, int n, int k, float highest, float temperature, float* values, float* spare) {
+struct Largest {
+  int count;
+  float least;
+};
+
+// Copies the k < n largest of n values, and those that tie with the k-th, to `out`: all that are numbers where there are
+// fewer. `out`, `values` and `spare` have room for n + 16; the last two are used up.
+Largest copy_largest(const float* row, int n, int k, float* out, float* values, float* spare) {
+  const auto number = [](const float*, int size) { return size; };
+  // So many of a sample are hardly ever among the k largest: the smallest of them is a bound.
+  const float share = static_cast<float>(k) / kSampledOneIn;
+  const int enough = static_cast<int>(share + 2.0f * std::sqrt(share)) + 5;
+  const int sampled = sample_below(row, n, kInfinity, values);
   int count = 0;
-  for (float depth = kFirstDepth; count < k && depth < kDeepest; depth *= kDeeper) {
-    count = copy_if(row, n, highest - depth * std::max(temperature, 1.0f), values);
-  }
-  if (count < k) count = copy_if(row, n, -kInfinity, values);
-  return select(values, count, k, spare, [](const float*, int size) { return size; });
+  if (enough < sampled) count = copy_if(row, n, select(values, sampled, enough, spare, number), out);
+  if (count < k) count = copy_if(row, n, -kInfinity, out);
+  if (count == 0) return {0, -kInfinity};
+  std::copy_n(out, count, values);
+  const float least = select(values, count, k, spare, number);
+  return {copy_if(out, count, least, out), least};
 }
 
 // The allowed ones of n values.
 int copy_allowed(const float* x, int n, const uint32_t* allowed, float* out) {
   int count = 0;
-  for (int i = 0; i < n; i += 16) {
-    const Mask taken = lanes_from(i, n) & allowed_lanes(allowed, i);
-    if (taken == 0) continue;
-    store_packed(out + count, taken, load_lanes(taken, x + i));
+  for_each_vector(x, 0, n, [&](int i, Mask lanes, Floats values) {
+    const Mask taken = lanes & allowed_lanes(allowed, i);
+    if (taken == 0) return;
+    store_packed(out + count, taken, values);
     count += __builtin_popcount(taken);
-  }
+  });
   return count;
 }
 
@@ -108,15 +122,17 @@ class Nucleus {
       : row_(row), n_(n), highest_(highest), temperature_(temperature), values_(values), spare_(spare) {}
 
   float end(double top_p) const {
-    const float near = highest_ - kFirstDepth * std::max(temperature_, 1.0f);
-    const int count = copy_if(row_, n_, near, values_);
-    const double near_mass = mass(values_, count);
-    float* const sample = values_ + count;
-    const int sampled = sample_below(near, sample);
-    const double guess = top_p * (near_mass + kSampledOneIn * mass(sample, sampled));
-    if (near_mass < guess) return far_end(top_p, (guess - near_mass) / kSampledOneIn, sample, sampled);
+    const float near = highest_ - kDepth;
+    float* const sample = values_;
+    const int sampled = sample_below(row_, n_, near, sample);
+    const double below = kSampledOneIn * mass(sample, sampled);
+    if (top_p * (1.0 + below) <= 1.0) return near_end(top_p, near);  // the highest weight is 1
+    float* const larger = sample + sampled;
+    const int count = copy_if(row_, n_, near, larger);
+    const double near_mass = mass(larger, count), missing = top_p * (near_mass + below) - near_mass;
+    if (missing > 0.0) return far_end(top_p, missing / kSampledOneIn, sample, sampled);
     const double needed = top_p * mass(row_, n_);
-    return near_mass < needed ? end_among_all(needed) : end_among(values_, count, needed);
+    return near_mass < needed ? end_among_all(needed) : end_among(larger, count, needed);
   }
 
  private:
@@ -136,13 +152,11 @@ class Nucleus {
     return end_among(values_, count, needed);
   }
 
-  // One vector in kSampledOneIn: those of its values that are less than `bound`. Returns how many.
-  int sample_below(float bound, float* out) const {
-    int count = 0;
-    for (int i = 0; i < n_; i += 16 * kSampledOneIn) {
-      count += copy_if<true>(row_ + i, std::min(16, n_ - i), bound, out + count);
-    }
-    return count;
+  // The end, where it is hardly below `near`.
+  float near_end(double top_p, float near) const {
+    const Split found = split(near, kInfinity);
+    const double needed = top_p * found.total;
+    return mass(values_, found.between) < needed ? end_among_all(needed) : end_among(values_, found.between, needed);
   }
 
   // The end, where `needed` of a sample's mass tells about where it is.
@@ -158,18 +172,17 @@ class Nucleus {
   // values_ then.
   Split split(float lower, float upper) const {
     const SoftmaxWeight weight(highest_, temperature_);
-    DoubleSum total, above;
+    WeightSum total, above;
     int count = 0;
-    for (int i = 0; i < n_; i += 16) {
-      const Mask lanes = lanes_from(i, n_);
-      const Floats x = load_lanes(lanes, row_ + i), weights = choose(lanes, weight(x), all(0.0f));
+    for_each_vector(row_, 0, n_, [&](int, Mask lanes, Floats x) {
+      const Floats weights = choose(lanes, weight(x), all(0.0f));
       const Mask is_above = at_least(x, all(upper)), is_between = lanes & ~is_above & at_least(x, all(lower));
       total.add(weights);
       above.add(choose(is_above, weights, all(0.0f)));
-      if (is_between == 0) continue;
+      if (is_between == 0) return;
       store_packed(values_ + count, is_between, x);
       count += __builtin_popcount(is_between);
-    }
+    });
     return {total.total(), above.total(), count};
   }
 
@@ -181,36 +194,38 @@ class Nucleus {
 
 float kept_threshold(const float* row, int n, const uint32_t* allowed, Limits limits) {
   const float temperature = limits.temperature;
-  if (temperature == 0.0f) return -kInfinity;
+  const bool keeps_all = limits.top_k <= 0 && limits.top_p >= 1.0 && limits.min_p <= 0.0;
+  if (temperature == 0.0f || keeps_all) return -kInfinity;
   static thread_local std::vector<float> memory;
   const int room = n + 16;
-  memory.resize(3 * static_cast<size_t>(room));
-  float *values = memory.data(), *spare = values + room, *copy = spare + room;
+  memory.resize(4 * static_cast<size_t>(room));
+  float *values = memory.data(), *spare = values + room, *copy = spare + room, *only_allowed = copy + room;
   if (allowed != nullptr) {
-    n = copy_allowed(row, n, allowed, copy);
-    row = copy;
+    n = copy_allowed(row, n, allowed, only_allowed);
+    row = only_allowed;
+  }
+  float least = -kInfinity;
+  if (limits.top_k > 0 && limits.top_k < n) {
+    const Largest kept = copy_largest(row, n, limits.top_k, copy, values, spare);
+    n = kept.count, row = copy, least = kept.least;
   }
   const float highest = row_max(row, n);
   if (highest == -kInfinity) return -kInfinity;
-  float least = limits.min_p > 0.0 ? highest + temperature * static_cast<float>(std::log(limits.min_p)) : -kInfinity;
-  if (limits.top_k > 0 && limits.top_k < n) {
-    const float kth = kth_largest(row, n, limits.top_k, highest, temperature, values, spare);
-    least = std::max(least, kth);
-    if (limits.top_p >= 1.0) return least;
-    n = copy_if(row, n, kth, copy);
-    row = copy;
-  }
-  if (limits.top_p >= 1.0) return least;
-  return std::max(least, Nucleus(row, n, highest, temperature, values, spare).end(limits.top_p));
+  if (limits.min_p > 0.0) least = std::max(least, highest + temperature * static_cast<float>(std::log(limits.min_p)));
+  if (limits.top_p < 1.0) least = std::max(least, Nucleus(row, n, highest, temperature, values, spare).end(limits.top_p));
+  return least;
 }
 
 }  // namespace
 
+float kept_threshold(const LogitRows& logits, const TruncationRows& limits, int row) {
+  const Limits own{limits.temperatures[row], limits.top_k[row], limits.top_p[row], limits.min_p[row]};
+  return kept_threshold(logits.row(row), logits.columns, logits.allowed_in(row), own);
+}
+
 void kept_thresholds(Team* team, const LogitRows& logits, const TruncationRows& limits, float* out) {
-  for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns, [&](int i) {
-    const Limits row{limits.temperatures[i], limits.top_k[i], limits.top_p[i], limits.min_p[i]};
-    out[i] = kept_threshold(logits.row(i), logits.columns, logits.allowed_in(i), row);
-  });
+  for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns,
+                [&](int row) { out[row] = kept_threshold(logits, limits, row); });
 }
 
 }  // namespace evospec

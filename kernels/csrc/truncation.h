@@ -16,4 +16,7 @@ struct TruncationRows {  // arrays of one entry a row
 // and those that are not allowed count as -inf.
 void kept_thresholds(Team* team, const LogitRows& logits, const TruncationRows& limits, float* out);
 
+// The same of one row.
+float kept_threshold(const LogitRows& logits, const TruncationRows& limits, int row);
+
 }  // namespace evospec

@@ -473,7 +473,8 @@ _CHAIN_OF_NO_NUMBERS = """
 import json, sys
 import numpy as np, torch
 from kernels.native import MatrixPart, PackedMatrix, Team
-from kernels.native_chain import ChainBatch, ChainSampling, ChainStop, NativeChain
+from kernels.choose_tokens import RowSampling
+from kernels.native_chain import ChainBatch, ChainStop, NativeChain
 from kernels.native_decoder import Decoder, KvCache, LayerWeights
 
 H, V, D = 64, 128, 32
@@ -495,7 +496,7 @@ chain = NativeChain(team, decoder, torch.ones(H), embedding, embedding, embeddin
 a = torch.randn(1, H)
 a[0, 3] = float(sys.argv[1])
 temperature = float(sys.argv[2])
-sampling = ChainSampling([temperature], [1], [0], [1.0], [0.0]) if temperature else None
+sampling = RowSampling([temperature], [1], [0], [1.0], [0.0]) if temperature else None
 stop = ChainStop(np.full((2, 16), 0.9, np.float32), [[0.9] * 4], [0.0] * 4, 0.01)
 batch = ChainBatch([4], [5], np.array([[1, 2]], np.int32), sampling=sampling, stop=stop)
 result = chain.run(batch, a, KvCache(1, 4, 16, 1, D))

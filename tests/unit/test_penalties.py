@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,16 +18,11 @@ Row = tuple[list[int], list[int], tuple[float, float, float]]
 
 
 def seen_of(rows: dict[int, Row], counts: list[int]) -> SeenTokens:
-    token_ids = [token for prompt, others, _ in rows.values() for token in prompt + others]
-    sizes = [len(prompt) + len(others) for prompt, others, _ in rows.values()]
-    return SeenTokens(
-        rows=np.array(list(rows), dtype=np.int64),
-        ends=np.cumsum(sizes),
-        num_prompt=np.array([len(prompt) for prompt, _, _ in rows.values()], dtype=np.int64),
-        penalties=np.array([penalties for _, _, penalties in rows.values()], dtype=np.float64),
-        token_ids=np.array(token_ids, dtype=np.int64),
-        counts=np.array(counts, dtype=np.int64),
-    )
+    seen, left = SeenTokens(), iter(counts)
+    for row, (prompt, others, penalties) in rows.items():
+        token_ids = array("q", prompt + others)
+        seen.add(row, penalties, len(prompt), token_ids, array("q", [next(left) for _ in token_ids]))
+    return seen
 
 
 def expected_logits(logits: torch.Tensor, rows: dict[int, Row], counts: list[int]) -> torch.Tensor:

@@ -286,7 +286,7 @@ def test_logprobs_stop_where_the_tokens_stop(sampler: Sampler) -> None:
 
 def test_prompt_logprobs_use_the_same_function() -> None:
     logits = torch.randn(3, 50)
-    entries = token_logprobs(logits, [4, 5, 6], [0, 0, 0])
+    entries = token_logprobs(logits, range(3), [4, 5, 6], [0, 0, 0])
     assert [e.token_id for e in entries] == [4, 5, 6]
     chosen = logits.log_softmax(1)[torch.arange(3), torch.tensor([4, 5, 6])]
     assert [e.logprob for e in entries] == pytest.approx(chosen.tolist(), abs=1e-5)

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import native_sampling
-from kernels.topk import topk_rows, topk_rows_by_keys, topk_rows_reference, topk_with_log_totals
+from kernels.topk import topk_rows, topk_rows_by_keys, topk_rows_reference
 
 _VALUES = [0.0, -0.0, 1.5, -1.5, 1e-40, -1e-40, 3e38, -3e38, float("inf"), float("-inf")]
 
@@ -31,15 +30,3 @@ def test_wide_rows(rows: int) -> None:
     expected = topk_rows_reference(logits, 300)
     for compute in (topk_rows_by_keys, topk_rows):
         assert all(map(torch.equal, compute(logits, 300), expected))
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-@pytest.mark.parametrize("k", [0, 1, 5, 6000])
-def test_log_totals_come_with_the_largest(k: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not compiled:
-        monkeypatch.setattr(native_sampling, "can_take", lambda _: False)
-    logits = torch.randn(9, 5000, generator=torch.Generator().manual_seed(k)) * 4
-    logits[2, 1:] = logits[3] = -torch.inf
-    values, columns, log_totals = topk_with_log_totals(logits, k)
-    assert all(map(torch.equal, (values, columns), topk_rows_reference(logits, k)))
-    torch.testing.assert_close(log_totals, logits.double().logsumexp(dim=1), rtol=1e-6, atol=1e-6)
