@@ -40,7 +40,7 @@ class _Model(ctypes.Structure):
 _ROW_POINTERS = (
     *("lengths", "positions", "block_tables", "slabs", "lora"),
     *("temperatures", "seeds", "top_k", "top_p", "min_p"),
-    *("sessions", "units", "weights", "contexts", "texts"),
+    *("sessions", "units", "weights", "repeat_bonuses", "contexts", "texts"),
     *("chances", "acceptance", "verify_costs"),
 )
 
@@ -228,6 +228,7 @@ def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:
     if (prior := batch.prior) is not None:
         arrays["sessions"], arrays["weights"] = array("Q", prior.sessions), array("Q", prior.weights)
         arrays["units"], arrays["contexts"] = array("d", prior.units), array("q", chain.from_iterable(prior.contexts))
+        arrays["repeat_bonuses"] = array("f", prior.repeat_bonuses)
         if prior.texts is not None:
             arrays["texts"] = array("Q", prior.texts)
     if (stop := batch.stop) is not None:

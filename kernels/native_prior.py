@@ -56,7 +56,7 @@ class _Lessons(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("token_ids", "logits", "features", "weights", "targets")),
         *((name, ctypes.c_int32) for name in ("count", "columns")),
-        *((name, ctypes.c_float) for name in ("rate", "highest")),
+        *((name, ctypes.c_float) for name in ("rate", "highest", "repeat_bonus")),
     )
 
 
@@ -134,6 +134,8 @@ class ChainPrior:
     """What one occurrence is worth in each session"""
     weights: Sequence[int]
     """Of [NUM_FEATURES] float32"""
+    repeat_bonuses: Sequence[float]
+    """Of the candidate that continues the longest repeat, where that is long"""
     contexts: Sequence[tuple[int, int]]
     """The last two tokens, -1 for none"""
     texts: Sequence[int] | None
@@ -218,7 +220,8 @@ class PriorKernel:
         targets: Sequence[int],
         rate: float,
         highest: float,
-    ) -> list[int]:
+        repeat_bonus: float,
+    ) -> tuple[list[int], list[int]]:
         """Move weights by a step of gradient ascent for each of N positions, all gradients taken before.
 
         Args:
@@ -228,14 +231,17 @@ class PriorKernel:
             targets: [N].
             rate: of the step.
             highest: weights stay within 0 and this.
+            repeat_bonus: of the candidate that continues the longest repeat, where that is long.
 
         Returns:
-            For each position 1 where only the prior's first choice is the target, -1 where only the draft's, else 0.
+            For each position 1 where only the prior's first choice is the target, -1 where only the draft's, else 0;
+            and the same of the prior with and without that bonus.
         """
         # Python's own arrays: a small one costs a fraction of NumPy's.
         pointers = [array("Q", addresses) for addresses in (*zip(*candidates, strict=True), weights)]
-        wanted, advantages = array("i", targets), array("i", targets)
+        wanted, advantages, of_repeats = (array("i", targets) for _ in range(3))
         places = [values.buffer_info()[0] for values in (*pointers, wanted)]
-        how = _Lessons(*places, len(targets), columns, rate, highest)
-        self._library.evo_prior_learn(ctypes.byref(how), ctypes.c_void_p(advantages.buffer_info()[0]))
-        return advantages.tolist()
+        how = _Lessons(*places, len(targets), columns, rate, highest, repeat_bonus)
+        outputs = (ctypes.c_void_p(out.buffer_info()[0]) for out in (advantages, of_repeats))
+        self._library.evo_prior_learn(ctypes.byref(how), *outputs)
+        return advantages.tolist(), of_repeats.tolist()

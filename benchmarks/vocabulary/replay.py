@@ -119,16 +119,30 @@ class Replay:
             self._vocab.slabs([request])
         mask = self._core if self._tail is None else self._core | self._tail.mask()
         for depth, wanted in enumerate(trace.answer[row + 1 : row + 1 + DEPTH]):
-            known = trace.draft_ids[row, depth]
-            places = np.flatnonzero(mask[known])[:CANDIDATES]
-            token_ids, logits = np.full((1, CANDIDATES), -1, np.int32), np.full((1, CANDIDATES), -np.inf, np.float32)
-            token_ids[0, : len(places)] = known[places]
-            logits[0, : len(places)] = trace.draft_logits[row, depth, places]
-            scores = logits if self._vocab is None else self._vocab.drafted.with_prior([request], token_ids, logits)
-            request.draft_token_ids.append(int(token_ids[0, scores[0].argmax()]))
-            if request.draft_token_ids[-1] != wanted:
+            token_id = self._choose(request, mask, trace.draft_ids[row, depth], trace.draft_logits[row, depth])
+            request.draft_token_ids.append(token_id)
+            if token_id != wanted:
                 return depth
         return DEPTH
+
+    def _choose(
+        self, request: Request, mask: NDArray[np.bool_], known: NDArray[np.int32], own: NDArray[np.float16]
+    ) -> int:
+        """One draft token; a token that is not among the ``known`` ones has the logit of the last of them."""
+        places = np.flatnonzero(mask[known])[:CANDIDATES]
+        token_ids, logits = np.full((1, CANDIDATES), -1, np.int32), np.full((1, CANDIDATES), -np.inf, np.float32)
+        token_ids[0, : len(places)], logits[0, : len(places)] = known[places], own[places]
+        if self._vocab is None:
+            return int(token_ids[0, 0])
+
+        def logits_of(_row: int, wanted: Sequence[int]) -> NDArray[np.float32]:
+            found = np.array(wanted)[:, None] == known
+            logits: NDArray[np.float32] = np.where(found.any(axis=1), own[found.argmax(axis=1)], own[-1])
+            return logits.astype(np.float32)
+
+        self._vocab.drafted.include_matches([request], token_ids, logits, logits_of)
+        scores = self._vocab.drafted.with_prior([request], token_ids, logits)
+        return int(token_ids[0, scores[0].argmax()])
 
     def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
         request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))

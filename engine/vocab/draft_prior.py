@@ -18,7 +18,9 @@ from engine.vocab.prior import (
     LIGHT_DRAFT_WEIGHTS,
     MAX_WEIGHT,
     NUM_FEATURES,
+    REPEAT_BONUS,
     Candidates,
+    FloatArray,
     bonus_features,
 )
 from engine.vocab.prior_weights import learn
@@ -63,6 +65,7 @@ class DraftPrior:
         drafts: Sequence[Sequence[int]],
         token_ids: NDArray[np.int32],
         logits: NDArray[np.float32],
+        greedy: Sequence[bool],
     ) -> tuple[NDArray[np.float32], list[Drafted]]:
         """Logits with the prior.
 
@@ -72,6 +75,7 @@ class DraftPrior:
             drafts: those of the step before this one, of each row.
             token_ids: [B, C], -1 for none.
             logits: [B, C] the draft's own, -inf for none.
+            greedy: whether each row takes its best candidate: only there a long repeat decides.
 
         Returns:
             [B, C] float32, and the candidates of each row as ``learn`` wants them.
@@ -83,21 +87,36 @@ class DraftPrior:
             known = _no_matches(len(ngrams)) if matches is None else matches
             pair = known.token_ids, known.values
             features, scores = self.kernel.scores(views, units, contexts, weights, pair, token_ids, logits)
-            return scores, drafted_rows(Candidates(token_ids, logits, features))
+            return self._with_repeats(scores, Candidates(token_ids, logits, features), sessions, greedy)
         bigrams, trigrams = lookup(ngrams, contexts)
         last = np.array([context[1] for context in contexts], np.int32)
         graph = None if self._graph is None else self._graph.continuations(last)
         features = bonus_features(token_ids, presence(ngrams, token_ids), bigrams, trigrams, graph, matches)
         features *= self._used
         candidates = Candidates(token_ids, logits, features)
-        return candidates.scores(weights).astype(np.float32, copy=False), drafted_rows(candidates)
+        return self._with_repeats(candidates.scores(weights), candidates, sessions, greedy)
+
+    def _with_repeats(
+        self, scores: FloatArray, candidates: Candidates, sessions: Sequence[SessionVocab], greedy: Sequence[bool]
+    ) -> tuple[NDArray[np.float32], list[Drafted]]:
+        candidates.add_repeat_bonus(scores, np.array(list(map(self._repeat_bonus, sessions, greedy)), np.float32))
+        return scores.astype(np.float32, copy=False), drafted_rows(candidates)
+
+    def _repeat_bonus(self, session: SessionVocab | None, greedy: bool) -> float:
+        if session is None or not greedy:
+            return 0.0
+        return session.weights.repeat_bonus if self._learned else REPEAT_BONUS
 
     def of_chains(
-        self, sessions: Sequence[SessionVocab | None], contexts: Sequence[tuple[int, int]]
+        self,
+        sessions: Sequence[SessionVocab | None],
+        contexts: Sequence[tuple[int, int]],
+        greedy: Sequence[bool],
     ) -> native_prior.ChainPrior:
         """What compiled chains of drafts need to add the prior themselves; None: a row without one."""
         views, units, weights, texts = zip(*map(self._addresses, sessions), strict=True)
-        return native_prior.ChainPrior(views, units, weights, contexts, texts if self.uses_matches else None)
+        bonuses = list(map(self._repeat_bonus, sessions, greedy))
+        return native_prior.ChainPrior(views, units, weights, bonuses, contexts, texts if self.uses_matches else None)
 
     def applied(self, session: SessionVocab) -> NDArray[np.float32]:
         """[NUM_FEATURES]: what each feature weighs in a session's next drafts; 0 for those that do not count."""
@@ -116,16 +135,17 @@ class DraftPrior:
             return
         if self.kernel is not None:
             owners = [session.weights for session in sessions]
-            advantages = self.kernel.learn(
+            advantages, of_repeats = self.kernel.learn(
                 [one.addresses for one in drafted],
                 drafted[0].candidates.token_ids.shape[1],
                 [owner.address for owner in owners],
                 targets,
                 LEARNING_RATE,
                 MAX_WEIGHT,
+                REPEAT_BONUS,
             )
-            for owner, advantage in zip(owners, advantages, strict=True):
-                owner.count(advantage)
+            for owner, advantage, of_repeat in zip(owners, advantages, of_repeats, strict=True):
+                owner.count(advantage, of_repeat)
             return
         parts = [(one.candidates, one.row) for one in drafted]
         candidates = Candidates(

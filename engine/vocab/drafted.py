@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.request import Request
+from engine.sampling.choose import warmth
 from engine.vocab.draft_prior import Drafted, DraftPrior, drafted_rows, last_two
 from engine.vocab.prior import Candidates
 from engine.vocab.session_vocab import SessionVocab
@@ -105,7 +106,10 @@ class DraftedTokens:
         ids = [requests[row].request_id for row in rows]
         of_sessions = (token_ids, logits) if len(rows) == len(requests) else (token_ids[rows], logits[rows])
         contexts, drafts = zip(*((last_two(requests[row]), requests[row].draft_token_ids) for row in rows), strict=True)
-        scores, drafted = self._prior.score([self._sessions[one] for one in ids], contexts, drafts, *of_sessions)
+        greedy = [warmth(requests[row].sampling) == 0.0 for row in rows]
+        scores, drafted = self._prior.score(
+            [self._sessions[one] for one in ids], contexts, drafts, *of_sessions, greedy
+        )
         for request_id, one in zip(ids, drafted, strict=True):
             self._drafts[request_id].candidates.append(one)
         if len(rows) == len(requests):
@@ -125,7 +129,8 @@ class DraftedTokens:
         sessions = [self._sessions.get(request.request_id) for request in requests]
         if self._prior is None or not any(sessions):
             return None
-        return self._prior.of_chains(sessions, [last_two(request) for request in requests])
+        greedy = [warmth(request.sampling) == 0.0 for request in requests]
+        return self._prior.of_chains(sessions, [last_two(request) for request in requests], greedy)
 
     def take_chains(
         self,

@@ -26,6 +26,12 @@ LEARNING_RATE = 0.05
 LIGHT_DRAFT_WEIGHTS = (0.5, 0.5, 1.0, 0.2, 1.5)
 """[NUM_FEATURES]: of ``prior`` fixed, and where the first session of a tenant begins with a light draft."""
 
+REPEAT_BONUS = 4.0
+"""Of the candidate that continues the longest repeat of at least four tokens, beside what it weighs: weights make the
+target's tokens likely, this decides."""
+_LONG_REPEAT = 1.38
+"""Value of the feature ``match`` from which on a repeat is long: log 4."""
+
 FloatArray = NDArray[np.float32] | NDArray[np.float64]
 
 
@@ -49,6 +55,17 @@ class Candidates:
         """
         scores: FloatArray = self.logits + np.matmul(self.features, weights[:, :, None])[:, :, 0]
         return scores
+
+    def add_repeat_bonus(self, scores: FloatArray, bonuses: FloatArray) -> None:
+        """In place: of the candidate that continues the longest repeat, if it is long; of equals the first.
+
+        Args:
+            scores: [B, C].
+            bonuses: [B].
+        """
+        matches = self.features[:, :, FEATURES.index("match")]
+        longest, rows = matches.argmax(axis=1), np.arange(len(matches))
+        scores[rows, longest] += np.where(matches[rows, longest] >= _LONG_REPEAT, bonuses, 0.0)
 
     def find(self, token_ids: NDArray[np.int32]) -> NDArray[np.intp]:
         """[B]: the place of one token a row among the candidates that have a logit, -1 if it is not."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.prior import LEARNING_RATE, MAX_WEIGHT, NUM_FEATURES, Candidates, FloatArray, gradient
+from engine.vocab.prior import LEARNING_RATE, MAX_WEIGHT, NUM_FEATURES, REPEAT_BONUS, Candidates, FloatArray, gradient
 
 _GAIN_MEMORY = 0.99
 """Weight of the past in ``gain``, for each verified position."""
@@ -37,6 +37,8 @@ class PriorWeights:
         self.gain = 0.0
         """Positions where only the prior's first choice was the target's, less those where only the draft's own was;
         fading."""
+        self.repeat_gain = 0.0
+        """The same of the prior with and without its bonus for long repeats."""
 
     @property
     def bonus(self) -> NDArray[np.float32]:
@@ -48,19 +50,26 @@ class PriorWeights:
         """Where ``bonus`` is, for the compiled prior."""
         return self.address if self.gain >= 0.0 else _NO_BONUS_ADDRESS
 
-    def step(self, ascent: FloatArray, advantage: int) -> None:
+    @property
+    def repeat_bonus(self) -> float:
+        """What continuing a long repeat is worth now; 0 while it costs agreement."""
+        return REPEAT_BONUS if self.repeat_gain >= -1.0 else 0.0
+
+    def step(self, ascent: FloatArray, advantage: int, of_repeat: int) -> None:
         """Learn from one verified position.
 
         Args:
             ascent: [NUM_FEATURES], the gradient of the log-likelihood.
             advantage: 1 if only the prior's first choice was right, -1 if only the draft's own was, else 0.
+            of_repeat: the same of the prior with and without its bonus for long repeats.
         """
         np.clip(self.learned + LEARNING_RATE * ascent, 0.0, MAX_WEIGHT, out=self.learned)
-        self.count(advantage)
+        self.count(advantage, of_repeat)
 
-    def count(self, advantage: int) -> None:
+    def count(self, advantage: int, of_repeat: int) -> None:
         """Take note of who was right at a position; see ``step``, which does that too."""
         self.gain = self.gain * _GAIN_MEMORY + advantage
+        self.repeat_gain = self.repeat_gain * _GAIN_MEMORY + of_repeat
 
 
 def learn(owners: Sequence[PriorWeights], candidates: Candidates, targets: NDArray[np.int32]) -> None:
@@ -75,11 +84,14 @@ def learn(owners: Sequence[PriorWeights], candidates: Candidates, targets: NDArr
     """
     weights = np.stack([owner.learned for owner in owners])
     ascents = gradient(candidates, weights, targets)
-    with_prior = _first_choices(candidates, candidates.scores(weights)) == targets
-    without = _first_choices(candidates, candidates.logits) == targets
+    scores = candidates.scores(weights)
+    without, with_prior = (_first_choices(candidates, one) == targets for one in (candidates.logits, scores))
+    candidates.add_repeat_bonus(scores, np.full(len(scores), REPEAT_BONUS, np.float32))
+    with_bonus = _first_choices(candidates, scores) == targets
     advantages = (with_prior.astype(np.int64) - without).tolist()
-    for owner, ascent, advantage in zip(owners, ascents, advantages, strict=True):
-        owner.step(ascent, advantage)
+    of_repeats = (with_bonus.astype(np.int64) - with_prior).tolist()
+    for owner, ascent, advantage, of_repeat in zip(owners, ascents, advantages, of_repeats, strict=True):
+        owner.step(ascent, advantage, of_repeat)
 
 
 def _first_choices(candidates: Candidates, scores: FloatArray) -> NDArray[np.int32]:

@@ -88,8 +88,10 @@ class Chain {
                         matched,                    strengths,             out_.token_ids + begin,
                         out_.logits + begin,        model_.used,           1,               rows_.candidates,
                         num_matches,                model_.ways,           model_.presence_floor};
-    prior_scores(one, *model_.graph, out_.features + begin * kPriorFeatures,
-                 scores_.data() + static_cast<size_t>(row) * rows_.candidates);
+    float* const features = out_.features + begin * kPriorFeatures;
+    float* const scores = scores_.data() + static_cast<size_t>(row) * rows_.candidates;
+    prior_scores(one, *model_.graph, features, scores);
+    add_repeat_bonus(features, rows_.candidates, rows_.repeat_bonuses[row], scores);
   }
 
   // Tokens that followed a repeat are candidates whatever the draft thinks of them: the weakest make room.

@@ -45,6 +45,7 @@ struct ChainRows {
   const PriorSession* const* sessions;
   const double* units;
   const float* const* weights;  // [kPriorFeatures] each
+  const float* repeat_bonuses;  // [B]: of long repeats
   const int64_t* contexts;      // [B][2]: the last two tokens
   const TextIndex* const* texts;  // null: repeats do not count
   // When all chains end early; chances null: never. Everything is counted in tokens.

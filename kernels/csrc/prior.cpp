@@ -114,14 +114,18 @@ void add_bonus(const float* logits, const float* features, const float* weights,
   }
 }
 
-// ascent [kPriorFeatures] += the gradient of a lesson; returns its advantage.
-int gradient(const PriorLessons& lessons, int n, float* scores, float* ascent) {
+int first_choice(const float* scores, int columns) {
+  return static_cast<int>(std::max_element(scores, scores + columns) - scores);
+}
+
+// ascent [kPriorFeatures] += the gradient of a lesson. `scores` is used up.
+void learn_one(const PriorLessons& lessons, int n, float* scores, float* ascent, int32_t* advantage,
+               int32_t* of_repeat) {
   const int32_t *token_ids = lessons.token_ids[n], wanted = lessons.targets[n];
   const float *logits = lessons.logits[n], *features = lessons.features[n];
   const int columns = lessons.columns;
   add_bonus(logits, features, lessons.weights[n], columns, scores);
-  const int with = std::max_element(scores, scores + columns) - scores;
-  const int without = std::max_element(logits, logits + columns) - logits;
+  const int with = first_choice(scores, columns), without = first_choice(logits, columns);
   int target = 0;
   while (target < columns && !(token_ids[target] == wanted && std::isfinite(logits[target]))) ++target;
   if (target < columns) {
@@ -135,7 +139,10 @@ int gradient(const PriorLessons& lessons, int n, float* scores, float* ascent) {
       ascent[f] += features[target * kPriorFeatures + f] - static_cast<float>(expected[f] / sum);
     }
   }
-  return (token_ids[with] == wanted) - (token_ids[without] == wanted);
+  add_repeat_bonus(features, columns, lessons.repeat_bonus, scores);
+  const bool is_right = token_ids[with] == wanted;
+  *advantage = is_right - (token_ids[without] == wanted);
+  *of_repeat = (token_ids[first_choice(scores, columns)] == wanted) - is_right;
 }
 
 }  // namespace
@@ -147,6 +154,16 @@ void prior_scores(const PriorRows& rows, const PriorGraph& graph, float* feature
     add_bonus(rows.logits + begin, features + begin * kPriorFeatures, rows.weights + row * kPriorFeatures, rows.columns,
               scores + begin);
   }
+}
+
+void add_repeat_bonus(const float* features, int columns, float bonus, float* scores) {
+  int longest = -1;
+  float most = 0.0f;
+  for (int i = 0; i < columns; ++i) {
+    const float match = features[i * kPriorFeatures + kPriorFeatures - 1];
+    if (match > most) longest = i, most = match;
+  }
+  if (most >= kLongRepeat) scores[longest] += bonus;
 }
 
 double observe_ngrams(const PriorSession& session, const int32_t* token_ids, int count, int64_t two_ago, int64_t one_ago,
@@ -165,10 +182,10 @@ double observe_ngrams(const PriorSession& session, const int32_t* token_ids, int
   return unit;
 }
 
-void prior_learn(const PriorLessons& lessons, int32_t* advantages) {
+void prior_learn(const PriorLessons& lessons, int32_t* advantages, int32_t* of_repeats) {
   std::vector<float> ascents(static_cast<size_t>(lessons.count) * kPriorFeatures), scores(lessons.columns);
   for (int n = 0; n < lessons.count; ++n) {
-    advantages[n] = gradient(lessons, n, scores.data(), &ascents[n * kPriorFeatures]);
+    learn_one(lessons, n, scores.data(), &ascents[n * kPriorFeatures], advantages + n, of_repeats + n);
   }
   for (int n = 0; n < lessons.count; ++n) {
     for (int f = 0; f < kPriorFeatures; ++f) {
@@ -191,8 +208,8 @@ double evo_observe_ngrams(const evospec::PriorSession* session, const int32_t* t
   return evospec::observe_ngrams(*session, token_ids, count, two_ago, one_ago, growth, unit, ways);
 }
 
-void evo_prior_learn(const evospec::PriorLessons* lessons, int32_t* advantages) {
-  evospec::prior_learn(*lessons, advantages);
+void evo_prior_learn(const evospec::PriorLessons* lessons, int32_t* advantages, int32_t* of_repeats) {
+  evospec::prior_learn(*lessons, advantages, of_repeats);
 }
 
 }  // extern "C"

@@ -6,6 +6,7 @@
 namespace evospec {
 
 constexpr int kPriorFeatures = 5;  // in session, bigram, trigram, graph, match
+constexpr float kLongRepeat = 1.38f;  // match of a repeat of four tokens: log 4
 
 // A bounded hash table of contexts and what followed them (engine/vocab/context_table.py).
 struct ContextTable {
@@ -54,6 +55,9 @@ double observe_ngrams(const PriorSession& session, const int32_t* token_ids, int
 // features [rows][columns][kPriorFeatures] and scores [rows][columns] = logits + features . weights.
 void prior_scores(const PriorRows& rows, const PriorGraph& graph, float* features, float* scores);
 
+// The bonus of a row's longest repeat, if it is long, added to the candidate that continues it; of equals to the first.
+void add_repeat_bonus(const float* features, int columns, float bonus, float* scores);
+
 // Positions that verification reached; each points to its row of candidates.
 struct PriorLessons {
   const int32_t* const* token_ids;  // [count][columns]
@@ -62,12 +66,13 @@ struct PriorLessons {
   float* const* weights;            // [count][kPriorFeatures]; the same may come more than once
   const int32_t* targets;           // [count]
   int32_t count, columns;
-  float rate, highest;
+  float rate, highest, repeat_bonus;
 };
 
 // Moves all weights by `rate` times the gradient of log softmax(scores)[target] at the weights before, within 0 and
 // `highest`; not where the target is no candidate.
 // advantages [count]: 1 where only the prior's first choice is the target, -1 where only the draft's own is, else 0.
-void prior_learn(const PriorLessons& lessons, int32_t* advantages);
+// of_repeats [count]: the same of the prior with and without the bonus of long repeats.
+void prior_learn(const PriorLessons& lessons, int32_t* advantages, int32_t* of_repeats);
 
 }  // namespace evospec

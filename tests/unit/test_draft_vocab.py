@@ -14,7 +14,7 @@ from engine.request import Request
 from engine.vocab.bigram_graph import build_bigram_graph
 from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_vocab import DraftVocab, Resources
-from engine.vocab.prior import NUM_FEATURES
+from engine.vocab.prior import NUM_FEATURES, REPEAT_BONUS
 from engine.vocab.snapshot import decode
 from engine.vocab.verified import VerifiedSequence
 
@@ -56,10 +56,17 @@ class Harness:
         """Whether new sequences get a vocabulary at once."""
 
     def start(
-        self, name: str, prompt: Sequence[int], tenant: str = "t", state: SessionState | None = None, first: int = 1
+        self,
+        name: str,
+        prompt: Sequence[int],
+        tenant: str = "t",
+        state: SessionState | None = None,
+        first: int = 1,
+        temperature: float = 0.0,
     ) -> Request:
         """A request whose prompt has been computed, and its first token."""
-        request = Request(name, b"", tenant, SamplingParams(max_tokens=99, seed=0, temperature=0.0), list(prompt))
+        sampling = SamplingParams(max_tokens=99, seed=0, temperature=temperature)
+        request = Request(name, b"", tenant, sampling, list(prompt))
         self.vocab.begin(name, state)
         self.verify(request, [first])
         return request
@@ -244,6 +251,16 @@ def test_prior_learns_what_followed_and_leaves_other_rows_alone() -> None:
         assert scores[1].tolist() == logits[1].tolist()
         harness.verify(known, [60], drafts=[int(ids[0, scores[0].argmax()])])
     assert scores[0, 1] > scores[0, 0]
+
+
+@pytest.mark.parametrize(("temperature", "bonus"), [(0.0, REPEAT_BONUS), (0.7, 0.0)])
+def test_a_long_repeat_decides_for_greedy_requests(temperature: float, bonus: float) -> None:
+    """A sampled one is drafted for with the target's noise, which a decision would drown."""
+    harness = Harness()
+    request = harness.start("a", [11, 12, 13, 14, 50, 20, 11, 12, 13], first=14, temperature=temperature)
+    harness.vocab.slabs([request])
+    scores = harness.vocab.drafted.with_prior([request], np.array([[60, 50]], np.int32), np.zeros((1, 2), np.float32))
+    assert scores.tolist() == [[0.0, bonus]]
 
 
 def test_switches_switch_off() -> None:

@@ -34,7 +34,7 @@ def make_session(rng: np.random.Generator, sizes: NgramSizes) -> SessionVocab:
 def make_prior(compiled: bool, order: int, graph: BigramGraph | None, matches: bool) -> DraftPrior:
     prior = DraftPrior(True, order, graph, matches)
     if not compiled:
-        prior._kernel = None
+        prior.kernel = None
     return prior
 
 
@@ -67,19 +67,20 @@ def test_kernel_and_numpy_agree(
     contexts = [tuple(pair) for pair in rng.integers(-1, 12, (rows, 2)).tolist()]
     drafts = [rng.integers(0, 12, rng.integers(0, 4)).tolist() for _ in range(rows)]
     token_ids, logits = make_candidates(rng, rows, columns)
-    targets = rng.integers(0, 12, rows).tolist()
+    targets, greedy = rng.integers(0, 12, rows).tolist(), (rng.random(rows) < 0.7).tolist()
     learned, gains = [], []
     results = []
     for compiled in (True, False):
         prior = make_prior(compiled, order, graph, matches)
-        scores, drafted = prior.score(sessions, contexts, drafts, token_ids, logits)
+        scores, drafted = prior.score(sessions, contexts, drafts, token_ids, logits, greedy)
         results.append((scores, drafted[0].candidates.features))
-        before = [(session.weights.learned.copy(), session.weights.gain) for session in sessions]
+        before = [(one.weights.learned.copy(), one.weights.gain, one.weights.repeat_gain) for one in sessions]
         prior.learn(sessions, drafted, targets)
         learned.append([session.weights.learned.copy() for session in sessions])
-        gains.append([session.weights.gain for session in sessions])
-        for session, (weights, gain) in zip(sessions, before, strict=True):
-            session.weights.learned[:], session.weights.gain = weights, gain
+        gains.append([(session.weights.gain, session.weights.repeat_gain) for session in sessions])
+        for session, (weights, *gain) in zip(sessions, before, strict=True):
+            session.weights.learned[:] = weights
+            session.weights.gain, session.weights.repeat_gain = gain
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-4, abs=1e-5)
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-4)
     assert np.array(learned[0]) == pytest.approx(np.array(learned[1]), rel=1e-4, abs=1e-5)

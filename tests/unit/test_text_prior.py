@@ -55,7 +55,8 @@ def as_served(text: list[int], weights: list[float], drafts: list[int]) -> torch
     prior = DraftPrior(learned=True, order=3, graph=None, matches=True)
     two_ago, one_ago = [-1, *text, *drafts][-2:]
     every = EVERY.numpy().astype(np.int32)[None]
-    scores, _ = prior.score([session], [(two_ago, one_ago)], [drafts], every, np.zeros((1, VOCAB), np.float32))
+    nothing = np.zeros((1, VOCAB), np.float32)
+    scores, _ = prior.score([session], [(two_ago, one_ago)], [drafts], every, nothing, greedy=[False])
     return torch.from_numpy(scores[0])
 
 
