@@ -107,7 +107,10 @@ def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFil
     spec = validate_model_files(draft_files)
     _check_same_tokens(name, Tokenizer.from_files(draft_files), tokenizer)
     loaded = load(config.model_copy(update={"model": model}), draft_files, spec, target.team)
-    head = make_head(config, loaded, DRAFTS / files.name, tokenizer)
+    directory = DRAFTS / files.name
+    if config.speculation.vocabulary != "auto" and not (directory / COUNTS_FILE).is_file():
+        directory = DRAFTS / draft_files.name  # what the smaller model says often is close to it
+    head = make_head(config, loaded, directory, tokenizer)
     return DraftModel(loaded, name, config.cache, head)
 
 

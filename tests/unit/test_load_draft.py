@@ -80,6 +80,22 @@ def test_ngrams_need_no_draft_and_the_switch_the_shipped_one(
         load_draft(target, files, method="ngram_eagle3")
 
 
+def test_a_draft_model_takes_its_own_counts_where_the_target_has_none(
+    target: LoadedModel, files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a vocabulary is asked for; without, it keeps its full head."""
+    monkeypatch.setattr(spec_load, "DRAFTS", tmp_path)
+    smaller = make_directory(tmp_path / "models" / "smaller")
+    for vocabulary, expected in (("dynamic:64+8", "dynamic:64+8"), ("static:64", "static:64"), ("auto", "full")):
+        make_draft_directory(tmp_path / smaller.name, smaller)
+        draft = load_draft(target, files, method="draft_model", draft=str(smaller.path), vocabulary=vocabulary)
+        assert draft is not None
+        assert draft.description.endswith(f"vocabulary {expected}")
+    shutil.rmtree(tmp_path / smaller.name)
+    with pytest.raises(ModelError, match="token counts"):
+        load_draft(target, files, method="draft_model", draft=str(smaller.path), vocabulary="static:64")
+
+
 def test_alignment_wants_all_drafts_from_the_draft() -> None:
     with pytest.raises(ValidationError, match="ngram_eagle3"):
         EngineConfig(speculation=SpeculationConfig(method="ngram_eagle3"), alignment=AdaptersConfig(enabled=True))
