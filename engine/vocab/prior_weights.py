@@ -7,11 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.prior import LEARNING_RATE, MAX_WEIGHT, NUM_FEATURES, REPEAT_BONUS, Candidates, FloatArray, gradient
+from engine.vocab.prior import (
+    FEATURES,
+    LEARNING_RATE,
+    MAX_WEIGHT,
+    NUM_FEATURES,
+    REPEAT_BONUS,
+    Candidates,
+    FloatArray,
+    gradient,
+)
 
 _GAIN_MEMORY = 0.99
 """Weight of the past in ``gain``, for each verified position."""
 
+_MATCH, _LEAST_MATCH_WEIGHT = FEATURES.index("match"), 0.5
 _NO_BONUS: NDArray[np.float32] = np.zeros(NUM_FEATURES, np.float32)
 _NO_BONUS_ADDRESS = int(_NO_BONUS.ctypes.data)
 
@@ -52,8 +62,11 @@ class PriorWeights:
 
     @property
     def repeat_bonus(self) -> float:
-        """What continuing a long repeat is worth now; 0 while it costs agreement."""
-        return REPEAT_BONUS if self.repeat_gain >= -1.0 else 0.0
+        """What continuing a long repeat is worth now; 0 while it costs agreement, and where repeats weigh little: the
+        draft copies by itself.
+        """
+        pays = self.repeat_gain >= -1.0 and self.learned[_MATCH] >= _LEAST_MATCH_WEIGHT
+        return REPEAT_BONUS if pays else 0.0
 
     def step(self, ascent: FloatArray, advantage: int, of_repeat: int) -> None:
         """Learn from one verified position.

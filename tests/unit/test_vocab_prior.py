@@ -111,14 +111,18 @@ def test_long_repeats_that_mislead_decide_no_more() -> None:
     """Whether they pay is still looked at, and one that is right is not outdone by one long ago that was not."""
     features = np.zeros((1, 2, NUM_FEATURES), np.float32)
     features[0, 1, FEATURES.index("match")] = np.log(6.0)
-    candidates = Candidates(np.array([[8, 9]], np.int32), np.array([[1.0, 0.0]], np.float32), features)
+    candidates = Candidates(np.array([[8, 9]], np.int32), np.array([[4.0, 0.0]], np.float32), features)
     weights = PriorWeights()
     bonuses = []
     for target in (8, 8, 9, 9, 8, 3):
+        weights.learned[:] = 1.0
         learn([weights], candidates, np.array([target], np.int32))
-        weights.learned[:] = 0.0
         bonuses.append(weights.repeat_bonus)
     assert bonuses == [REPEAT_BONUS, 0.0, REPEAT_BONUS, REPEAT_BONUS, REPEAT_BONUS, REPEAT_BONUS]
+
+
+def test_long_repeats_decide_nothing_for_a_draft_that_copies_by_itself() -> None:
+    assert [PriorWeights([1.0] * 4 + [match]).repeat_bonus for match in (0.0, 0.4, 0.6)] == [0.0, 0.0, REPEAT_BONUS]
 
 
 class Session:
