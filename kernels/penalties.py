@@ -14,7 +14,7 @@ IntArray: TypeAlias = "array[int]"
 
 
 class SeenTokens:
-    """The distinct tokens before each of some rows of logits, in Python's arrays: which cost a fraction of NumPy's.
+    """The distinct tokens before each of some rows of logits. (Python's arrays: small ones cost less than NumPy's.)
 
     Attributes:
         rows: [R] the rows.

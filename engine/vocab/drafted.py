@@ -106,7 +106,7 @@ class DraftedTokens:
         ids = [requests[row].request_id for row in rows]
         of_sessions = (token_ids, logits) if len(rows) == len(requests) else (token_ids[rows], logits[rows])
         contexts, drafts = zip(*((last_two(requests[row]), requests[row].draft_token_ids) for row in rows), strict=True)
-        greedy = [warmth(requests[row].sampling) == 0.0 for row in rows]
+        greedy = _are_greedy([requests[row] for row in rows])
         scores, drafted = self._prior.score(
             [self._sessions[one] for one in ids], contexts, drafts, *of_sessions, greedy
         )
@@ -129,8 +129,8 @@ class DraftedTokens:
         sessions = [self._sessions.get(request.request_id) for request in requests]
         if self._prior is None or not any(sessions):
             return None
-        greedy = [warmth(request.sampling) == 0.0 for request in requests]
-        return self._prior.of_chains(sessions, [last_two(request) for request in requests], greedy)
+        contexts = [last_two(request) for request in requests]
+        return self._prior.of_chains(sessions, contexts, _are_greedy(requests))
 
     def take_chains(
         self,
@@ -167,3 +167,7 @@ class DraftedTokens:
                     drafted.append(one)
                     targets.append(token_id)
         self._prior.learn(sessions, drafted, targets)
+
+
+def _are_greedy(requests: Sequence[Request]) -> list[bool]:
+    return [warmth(request.sampling) == 0.0 for request in requests]

@@ -75,8 +75,8 @@ struct Piece {  // of one row
   int first_column;
   int size;
 
-  // visit(lanes, x, i) for every 16 from `begin` to `end`: the lanes of tokens that may be chosen, if any, their logits x
-  // and where they begin.
+  // visit(lanes, x, i) for every 16 from `begin` to `end`: the lanes of tokens that may be chosen, if there are any, their
+  // logits x and where they begin.
   template <typename Visit>
   void for_each_alive(int begin, int end, float least, Visit visit) const {
     for_each_vector(logits, begin, end, [&](int i, Mask lanes, Floats x) {

@@ -68,7 +68,9 @@ float select(float* x, int n, double target, float* spare, Mass mass) {
 // Of one vector in kSampledOneIn, the values that are less than `bound`. Returns how many.
 int sample_below(const float* x, int n, float bound, float* out) {
   int count = 0;
-  for (int i = 0; i < n; i += 16 * kSampledOneIn) count += copy_if<true>(x + i, std::min(16, n - i), bound, out + count);
+  for (int i = 0; i < n; i += 16 * kSampledOneIn) {
+    count += copy_if<true>(x + i, std::min(16, n - i), bound, out + count);
+  }
   return count;
 }
 
@@ -83,7 +85,7 @@ struct Largest {
   float least;
 };
 
-// Copies the k < n largest of n values, and those that tie with the k-th, to `out`: all that are numbers where there are
+// Copies the k < n largest of n values, and those that tie with the k-th, to `out`; all that are numbers where those are
 // fewer. `out`, `values` and `spare` have room for n + 16; the last two are used up.
 Largest copy_largest(const float* row, int n, int k, float* out, float* values, float* spare) {
   const auto number = [](const float*, int size) { return size; };
