@@ -1,4 +1,4 @@
-"""What an EAGLE-3 draft thinks at every place of greedy answers: recorded once, replayed under any vocabulary.
+"""What a draft thinks at every place of greedy answers: recorded once, replayed under any vocabulary.
 
 A draft token counts only where all before it were right, so where they are the answer's own tokens. The draft's logits
 at each position and depth, the answer's tokens given, are therefore all that acceptance of greedy drafts depends on.
@@ -26,7 +26,7 @@ from benchmarks.common.in_process import encode_chat, engine_config
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.streams import trial_prompts
-from engine.config import SpeculationConfig
+from engine.config import ModelConfig, SpeculationConfig
 from engine.core import EngineCore, engine_request_id
 from engine.messages import EngineRequest, SamplingParams
 from engine.models import eagle3
@@ -97,27 +97,36 @@ class Answered:
     features: torch.Tensor
 
 
-def load_parts(model: str) -> tuple[Eagle3, TargetParts]:
-    """The shipped draft of a model in float32, and what it shares with its target."""
+def load_target(model: str) -> TargetParts:
+    """What a model's draft would share with it."""
     config = engine_config(model, SpeculationConfig())
     files = resolve_model(config.model)
-    target = load_target_parts(files, validate_model_files(files), config.model.max_model_len)
-    return eagle3.load_draft(DRAFTS / files.name, torch.float32, torch.device("cpu")), target
+    return load_target_parts(files, validate_model_files(files), config.model.max_model_len)
+
+
+def load_parts(model: str) -> tuple[Eagle3, TargetParts]:
+    """The shipped draft of a model in float32, and what it shares with its target."""
+    return eagle3.load_draft(DRAFTS / model, torch.float32, torch.device("cpu")), load_target(model)
 
 
 def answers(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Answered]:
     """Answer prompts greedily, with up to ``max_tokens`` each."""
+    tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
+    texts = [encode_chat(tokenizer, prompt) for prompt in prompts]
+    for prompt, text, (answer, features) in zip(prompts, texts, _run(model, texts, max_tokens), strict=True):
+        yield Answered(prompt, text, answer, features[: len(text) + len(answer) - 1].float())
+
+
+def _run(model: str, texts: Sequence[list[int]], max_tokens: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Greedy answers to texts, and the features of all tokens that were computed."""
     config = engine_config(model, SpeculationConfig(num_speculative_tokens=0, adaptive=False))
     files = resolve_model(config.model)
     spec = validate_model_files(files)
     recorder = FeatureRecorder(recorded_layers(spec))
     core = EngineCore(config, files, spec, draft=recorder)
-    tokenizer = Tokenizer.from_files(files)
-    texts = [encode_chat(tokenizer, prompt) for prompt in prompts]
     made = _answer(core, texts, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0))
-    for number, (prompt, text, answer) in enumerate(zip(prompts, texts, made, strict=True)):
-        features = recorder.take(engine_request_id(_CLIENT, str(number)))
-        yield Answered(prompt, text, answer, features[: len(text) + len(answer) - 1].float())
+    for number, answer in enumerate(made):
+        yield answer, recorder.take(engine_request_id(_CLIENT, str(number)))
 
 
 def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
@@ -128,12 +137,33 @@ def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[T
         yield _trace(unroller, one)
 
 
-def recorded(model: str, prompts: int, max_tokens: int) -> list[Trace]:
-    """Traces of so many trial prompts of each domain: recorded when first asked for, then kept."""
-    path = CACHE / "traces" / f"{model}-{prompts}x{max_tokens}.safetensors"
+def record_draft_model(model: str, draft: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
+    """Answer, then let a smaller model read the answers; arguments as for ``answers``."""
+    answered = list(answers(model, prompts, max_tokens))
+    target, smaller = load_target(model), load_target(draft)
+    texts = [[*one.text, *one.answer] for one in answered]
+    for one, (_, features) in zip(answered, _run(draft, texts, max_tokens=1), strict=True):
+        yield _trace_of_model(target, smaller, one, features[len(one.text) : len(one.text) + len(one.answer)])
+
+
+def recorded(model: str, prompts: int, max_tokens: int, draft: str | None = None) -> list[Trace]:
+    """Traces of so many trial prompts of each domain: recorded when first asked for, then kept.
+
+    Args:
+        model: the target.
+        prompts: of each domain.
+        max_tokens: of an answer.
+        draft: the model that drafts; None: the EAGLE-3 draft shipped for the target.
+    """
+    drafted = "" if draft is None else f"-{draft}"
+    path = CACHE / "traces" / f"{model}{drafted}-{prompts}x{max_tokens}.safetensors"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(list(record(model, trial_prompts(model, prompts), max_tokens)), path)
+        chosen = trial_prompts(model, prompts)
+        made = (
+            record(model, chosen, max_tokens) if draft is None else record_draft_model(model, draft, chosen, max_tokens)
+        )
+        save(list(made), path)
     return load(path)
 
 
@@ -175,12 +205,40 @@ def _trace(unroller: Unroller, answered: Answered) -> Trace:
     with unroller.precision():
         states = [state[0, len(prompt) :].float() for state in unroller.steps(batch, DEPTH)]
     steps = [(state @ head.T).topk(WIDTH) for state in states]
-    of_target = unroller.target.head_input(features[len(prompt) - 1 :, -hidden:].to(torch.bfloat16)).float() @ head.T
     return Trace(
         answered.prompt.domain,
         prompt,
         answer,
         np.stack([indices.int().numpy() for _, indices in steps], axis=1),
         np.stack([values.half().numpy() for values, _ in steps], axis=1),
-        of_target.topk(TARGET_TOP_K).indices.int().numpy(),
+        _likely(unroller.target, answered),
     )
+
+
+@torch.inference_mode()
+def _trace_of_model(target: TargetParts, draft: TargetParts, answered: Answered, features: torch.Tensor) -> Trace:
+    """``features`` [A, n * hidden]: the draft model's, of the answer's tokens."""
+    best = _logits(draft, features).topk(WIDTH)
+    places = np.arange(len(features) - DEPTH + 1)[:, None] + np.arange(DEPTH)
+    return Trace(
+        answered.prompt.domain,
+        answered.text,
+        answered.answer,
+        best.indices.int().numpy()[places],
+        best.values.half().numpy()[places],
+        _likely(target, answered),
+    )
+
+
+def _likely(target: TargetParts, answered: Answered) -> NDArray[np.int32]:
+    """[A, TARGET_TOP_K]: the target's most likely tokens at each place of the answer."""
+    ids: NDArray[np.int32] = (
+        _logits(target, answered.features[len(answered.text) - 1 :]).topk(TARGET_TOP_K).indices.int().numpy()
+    )
+    return ids
+
+
+def _logits(model: TargetParts, features: torch.Tensor) -> torch.Tensor:
+    """[n, vocab] float32 of features [n, m * hidden], whose last part is the output of the model's last layer."""
+    hidden = model.head.shape[1]
+    return model.head_input(features[:, -hidden:].to(torch.bfloat16)).float() @ model.head.float().T

@@ -66,6 +66,7 @@ class Replay:
         core: [K] the tokens that can always be drafted; None for all.
         graph: the draft's; None without.
         vocab_size: token ids are below.
+        start_weights: of the prior of a tenant's first session; None: zeros.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Replay:
         core: NDArray[np.int64] | None,
         graph: BigramGraph | None,
         vocab_size: int,
+        start_weights: Sequence[float] | None,
     ) -> None:
         core_set, slots = CoreSet(vocab_size, core), int(speculation.vocabulary.partition("+")[2] or 0)
         self._core: NDArray[np.bool_] = np.full(vocab_size, core is None)
@@ -84,7 +86,7 @@ class Replay:
         self._vocab: DraftVocab | None = None
         if speculation.vocabulary.startswith("dynamic:"):
             options = speculation.dynamic.model_copy(update={"max_sessions": 1, "semantic": False})
-            resources = Resources(core_set, "", self._tail, slots, graph, start_weights=LIGHT_DRAFT_WEIGHTS)
+            resources = Resources(core_set, "", self._tail, slots, graph, start_weights=start_weights)
             self._vocab = DraftVocab(options, resources)
         self._cold, self._count = cold, 0
         self._snapshots: dict[str, bytes] = {}
@@ -161,7 +163,8 @@ class Replay:
 
 def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
     """For ``benchmarks.vocabulary.pairs.table``."""
-    speculation, directory = mode.config.speculation, DRAFTS / model
+    speculation = mode.config.speculation
+    directory = DRAFTS / (speculation.draft or model)
     tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
     rows = speculation.vocabulary.partition(":")[2].partition("+")[0]
     core = None
@@ -169,7 +172,8 @@ def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[di
         counts = read_token_counts(directory, tokenizer.vocab_size)
         core = static_vocabulary(counts, int(rows), always_drafted(tokenizer)).numpy()
     graph = BigramGraph.load(directory / GRAPH_FILE, tokenizer.vocab_size)
-    replay = Replay(speculation, mode.cold, core, graph, tokenizer.vocab_size)
+    start_weights = LIGHT_DRAFT_WEIGHTS if speculation.method == "eagle3" else None
+    replay = Replay(speculation, mode.cold, core, graph, tokenizer.vocab_size, start_weights)
     for number, trace in enumerate(traces):
         drafts, accepted = replay.run(trace)
         acceptance = {"drafted": [drafts] if drafts else [], "accepted": [accepted]}
@@ -179,14 +183,15 @@ def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[di
 def main(
     mode: Annotated[list[str] | None, typer.Option(help="Repeatable, see benchmarks/vocabulary/modes.py.")] = None,
     reference: Annotated[str, typer.Option(help="Mode to compare with.")] = FULL,
-    model: Annotated[str, typer.Option(help="The target; an EAGLE-3 draft is shipped for it.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help="The target.")] = "smollm2-135m",
+    draft: Annotated[str | None, typer.Option(help="A draft model; default: the shipped EAGLE-3 draft.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Of each domain.")] = 40,
     max_tokens: Annotated[int, typer.Option(min=8, help="Of an answer.")] = 128,
 ) -> None:
     """Prints acceptance lengths as ratios to the reference's, by trial prompts."""
-    traces, sizes = recorded(model, prompts, max_tokens), sizes_of(model)
+    traces, sizes = recorded(model, prompts, max_tokens, draft), sizes_of(model)
     names = list(dict.fromkeys([reference, *(mode or [f"{FR_SPEC}{sizes.fr_spec}", sizes.ours])]))
-    drafting = Drafting("eagle3", None, DEPTH, adaptive=False)
+    drafting = Drafting("eagle3" if draft is None else "draft_model", draft, DEPTH, adaptive=False)
     modes = [make_mode(name, model, drafting, sizes.num_special) for name in names]
     runs = [run for each in modes for run in runs_of_mode(each, model, traces)]
     Console(width=160).print(table(runs, STREAM_DOMAINS, names, reference))

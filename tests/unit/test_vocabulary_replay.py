@@ -10,6 +10,7 @@ import pytest
 from benchmarks.common.draft_traces import DEPTH, TARGET_TOP_K, WIDTH, Trace, load, save
 from benchmarks.vocabulary.replay import Replay
 from engine.config import SpeculationConfig
+from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS
 
 VOCAB = 1024
 PROMPT, ANSWER = [5, 6, 7], list(range(600, 640))
@@ -29,7 +30,7 @@ def make_trace(prompt: list[int], right: int) -> Trace:
 
 def replay(vocabulary: str, core: range | None = None) -> Replay:
     speculation = SpeculationConfig.model_validate({"vocabulary": vocabulary, "dynamic": {"graph": False}})
-    return Replay(speculation, False, None if core is None else np.array(core), None, VOCAB)
+    return Replay(speculation, False, None if core is None else np.array(core), None, VOCAB, LIGHT_DRAFT_WEIGHTS)
 
 
 @pytest.mark.parametrize("right", range(DEPTH + 1))
