@@ -138,9 +138,9 @@ class SpeculationConfig(_Section):
         default="auto",
         pattern=r"^(auto|full|static:[1-9][0-9]*|dynamic:(full\+0|[1-9][0-9]*\+[0-9]+))$",
         description="Tokens a draft can propose: auto, dynamic:512+512 where a draft comes with counts of tokens "
-        "(static:4096 by other methods than eagle3), else full; full; static:K, the K most frequent; dynamic:K+S, "
-        "these and up to S of each session's own, with a prior. dynamic:full+0: the prior alone. A draft model "
-        "uses its own counts where the target has none.",
+        "(static:4096 by ngram_eagle3; dynamic:32768+512 by a draft model with 100,000 tokens or more), else full; "
+        "full; static:K, the K most frequent; dynamic:K+S, these and up to S of each session's own, with a prior. "
+        "dynamic:full+0: the prior alone. A draft model uses its own counts where the target has none.",
     )
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
     num_speculative_tokens: int = Field(

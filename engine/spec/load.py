@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 _DEFAULT_CORE = 4096
 """Rows of the static vocabulary that was fastest for SmolLM2 (docs/decisions/010-vocabulary-by-default.md)."""
 _DEFAULT_SESSIONS = "dynamic:512+512"
+_DEFAULT_OF_MODELS, _LARGE_VOCABULARY = "dynamic:32768+512", 100_000
+"""Of draft models, which lose more by tokens that they cannot say (docs/decisions/044-a-model-drafts.md)."""
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
 
@@ -62,7 +64,8 @@ def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokeni
     """The head of a model over the configured vocabulary, whose token counts are in ``directory``."""
     vocabulary = config.speculation.vocabulary
     if vocabulary == "auto":
-        vocabulary = _default_vocabulary(config, directory, tokenizer)
+        has_counts = (directory / COUNTS_FILE).is_file()
+        vocabulary = default_vocabulary(config.speculation.method, has_counts, tokenizer.vocab_size)
     kind, _, size = vocabulary.partition(":")
     core, _, slots = size.partition("+")
     token_ids = None
@@ -74,11 +77,19 @@ def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokeni
     return make_session_head(config, loaded, directory, tokenizer, token_ids, int(slots))
 
 
-def _default_vocabulary(config: EngineConfig, directory: Path, tokenizer: Tokenizer) -> str:
-    """What was fastest with the drafts at hand (docs/decisions/017-vocabulary-measured-again.md)."""
-    if not (directory / COUNTS_FILE).is_file() or tokenizer.vocab_size <= _DEFAULT_CORE:
+def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
+    """What ``auto`` is: the fastest with the drafts at hand (docs/decisions/017-vocabulary-measured-again.md).
+
+    Args:
+        method: ``SpeculationConfig.method``.
+        has_counts: whether it is known what the target, or a draft model, says often.
+        vocab_size: of the target.
+    """
+    if not has_counts or vocab_size <= _DEFAULT_CORE:
         return "full"
-    return _DEFAULT_SESSIONS if config.speculation.method in ("auto", "eagle3") else f"static:{_DEFAULT_CORE}"
+    if method == "draft_model":
+        return _DEFAULT_OF_MODELS if vocab_size >= _LARGE_VOCABULARY else "full"
+    return _DEFAULT_SESSIONS if method in ("auto", "eagle3") else f"static:{_DEFAULT_CORE}"
 
 
 def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
@@ -108,7 +119,7 @@ def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFil
     _check_same_tokens(name, Tokenizer.from_files(draft_files), tokenizer)
     loaded = load(config.model_copy(update={"model": model}), draft_files, spec, target.team)
     directory = DRAFTS / files.name
-    if config.speculation.vocabulary != "auto" and not (directory / COUNTS_FILE).is_file():
+    if not (directory / COUNTS_FILE).is_file():
         directory = DRAFTS / draft_files.name  # what the smaller model says often is close to it
     head = make_head(config, loaded, directory, tokenizer)
     return DraftModel(loaded, name, config.cache, head)

@@ -83,7 +83,6 @@ def test_ngrams_need_no_draft_and_the_switch_the_shipped_one(
 def test_a_draft_model_takes_its_own_counts_where_the_target_has_none(
     target: LoadedModel, files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a vocabulary is asked for; without, it keeps its full head."""
     monkeypatch.setattr(spec_load, "DRAFTS", tmp_path)
     smaller = make_directory(tmp_path / "models" / "smaller")
     for vocabulary, expected in (("dynamic:64+8", "dynamic:64+8"), ("static:64", "static:64"), ("auto", "full")):
@@ -94,6 +93,22 @@ def test_a_draft_model_takes_its_own_counts_where_the_target_has_none(
     shutil.rmtree(tmp_path / smaller.name)
     with pytest.raises(ModelError, match="token counts"):
         load_draft(target, files, method="draft_model", draft=str(smaller.path), vocabulary="static:64")
+
+
+@pytest.mark.parametrize(
+    ("method", "vocab_size", "expected"),
+    [
+        ("auto", 49_152, "dynamic:512+512"),
+        ("eagle3", 151_936, "dynamic:512+512"),
+        ("ngram_eagle3", 49_152, "static:4096"),
+        ("draft_model", 49_152, "full"),
+        ("draft_model", 151_936, "dynamic:32768+512"),
+        ("auto", 1_000, "full"),
+    ],
+)
+def test_the_default_vocabulary(method: str, vocab_size: int, expected: str) -> None:
+    assert spec_load.default_vocabulary(method, True, vocab_size) == expected
+    assert spec_load.default_vocabulary(method, False, vocab_size) == "full"
 
 
 def test_alignment_wants_all_drafts_from_the_draft() -> None:
