@@ -1,4 +1,4 @@
-# Only Python 3.11 or newer and make are needed. Two commands: `make serve` and `make test`.
+# Only Python 3.11 or newer and make are needed. The two commands to know: `make serve` and `make test`.
 
 IS_RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from redis.connection import parse_url
 
 from engine.ipc.adapter_control import KeyScope
+
+
+def _check_redis_url(url: str) -> str:
+    parse_url(url)  # type: ignore[no-untyped-call]
+    return url
+
+
+RedisUrl = Annotated[str, AfterValidator(_check_redis_url)]
+"""redis://, rediss:// or unix://"""
 
 LoraTarget = Literal["q", "k", "v", "o", "fc", "gate_up", "down"]
 """Projections that can be trained; q, k and v are rows of one matrix, gate and up are adapted together."""
@@ -166,7 +176,9 @@ class AdaptersConfig(_Section):
         min_length=1,
         description="Projections it adapts; the engine can serve q, k, v, o and down.",
     )
-    redis_url: str | None = Field(default=None, description="Redis or Valkey of the token log; default: the server's.")
+    redis_url: RedisUrl | None = Field(
+        default=None, description="Redis or Valkey of the token log; default: the server's."
+    )
     shared_directory: Path = Field(
         default_factory=_shared_directory, description="Where shared memory files are, best on tmpfs."
     )

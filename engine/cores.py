@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+from engine.control_groups import GROUPS, OWN_GROUP, own_groups
 
 
 def available_cores() -> int:
@@ -18,7 +18,7 @@ def available_cores() -> int:
     return allowed if quota is None else max(1, min(allowed, math.floor(quota)))
 
 
-def cpu_quota(groups: Path = _GROUPS, own_group: Path = _OWN_GROUP) -> float | None:
+def cpu_quota(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> float | None:
     """Cores' worth of time that the process's control group, or one above it, may use; None: no limit is known.
 
     Args:
@@ -26,20 +26,10 @@ def cpu_quota(groups: Path = _GROUPS, own_group: Path = _OWN_GROUP) -> float | N
         own_group: the file that names the process's own.
     """
     quotas = []
-    directory = groups / _own_path(own_group)
-    while directory.is_relative_to(groups):  # in a container the own group may be mounted as the topmost
+    for directory in own_groups(groups, own_group):
         try:
             quota, period = (directory / "cpu.max").read_text().split()
             quotas.append(int(quota) / int(period))
         except (OSError, ValueError):  # no such file, or "max"
             pass
-        directory = directory.parent
     return min(quotas, default=None)
-
-
-def _own_path(own_group: Path) -> str:
-    try:
-        lines = own_group.read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.removeprefix("0::").lstrip("/") for line in lines if line.startswith("0::")), "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.batch import Features, ForwardBatch, ForwardOutput
 from engine.config import CacheConfig
+from engine.free_memory import free_memory
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.step_graphs import StepGraphs
@@ -173,7 +173,7 @@ def _free_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ModelError("/proc/meminfo has no MemAvailable line; set cache.num_blocks")
+    free = free_memory()
+    if free is None:
+        raise ModelError("the system does not say how much memory is free; set cache.num_blocks")
+    return free

@@ -21,7 +21,7 @@ from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
-from server.routes import adapters, chat, completions, detokenize, health, metrics, models, sessions, tokenize
+from server.routes import adapters, chat, completions, detokenize, health, metrics, models, openapi, sessions, tokenize
 from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
@@ -42,7 +42,13 @@ def create_app(settings: Settings) -> FastAPI:
     tokenizer = Tokenizer.from_files(files)
     model = settings.engine.model.served_name or files.name
     app_metrics = Metrics(model)
-    app = FastAPI(title="EvoSpec", version="0.1.0", lifespan=_lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="EvoSpec",
+        version="0.1.0",
+        lifespan=_lifespan,
+        openapi_url=None,  # a route of ours, which wants a key
+        redirect_slashes=False,
+    )
     app.state.settings = settings
     app.state.draining = False
     app.state.model = model
@@ -50,7 +56,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     app.state.max_body_bytes = settings.http.max_body_bytes
-    for module in (completions, chat, sessions, adapters, models, tokenize, detokenize, health, metrics):
+    for module in (completions, chat, sessions, adapters, models, tokenize, detokenize, health, metrics, openapi):
         app.include_router(module.router)
     install_error_handlers(app)
     install_openapi(app, model, app.state.tenants.has_keys)

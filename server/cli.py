@@ -97,7 +97,7 @@ def vocab_build(
     model: Annotated[str, typer.Argument(help="Registry name, path or hub id of the target.")],
     output: Annotated[Path | None, typer.Option(help="Directory; default: drafts/<model>.")] = None,
 ) -> None:
-    """Count the tokens of a model's generated answers, for speculation.vocabulary static:K."""
+    """Count tokens and bigrams of a model's generated answers: speculation.vocabulary static:K and dynamic:K+S."""
     options = [] if output is None else ["--output", str(output)]
     os.execv(sys.executable, [sys.executable, "-m", "adapters.vocab", *options, "--", model])
 

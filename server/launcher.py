@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
 from server.app import create_app
 from server.banner import banner
+from server.http_protocol import bounded_protocol
 from server.settings import ConfigurationError, HttpConfig, Settings
 from server.supervisor import ProcessFailed, SupervisedProcess, Watchdog
 from server.tenants import TenantRegistry, check_exposure
@@ -50,6 +52,7 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
     tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     check_exposure(settings.http.host, settings.auth, tenants)
     validated_model(settings.engine.model)
+    _allow_many_connections()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(_instance_directory())
         listener = stack.enter_context(_listen(settings.http.host, settings.http.port))
@@ -72,6 +75,12 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
         launcher = _Launcher(app, settings.http, listener, children, url, greet)
         with asyncio.Runner(loop_factory=launcher.loop_factory) as runner:
             return runner.run(launcher.run())
+
+
+def _allow_many_connections() -> None:
+    """Raise the limit of open files, each connection one, as far as the system lets us."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def validated_model(config: ModelConfig) -> ModelFiles:
@@ -131,7 +140,10 @@ class _Launcher:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=1,
+            timeout_keep_alive=http.keep_alive_timeout,
             backlog=2048,
+            http=bounded_protocol(http.max_header_bytes, http.header_timeout),
+            ws="none",
         )
         self._api = _ApiServer(config)
         self.loop_factory = config.get_loop_factory()

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -22,8 +22,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     SettingsError,
 )
-from redis.connection import parse_url
 
+from engine.adapters_config import RedisUrl
 from engine.config import EngineConfig
 
 ENV_PREFIX = "EVOSPEC_"
@@ -64,6 +64,17 @@ class HttpConfig(_Section):
     host: str = Field(default="127.0.0.1", description="Address to listen on; any but loopback needs API keys.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
     max_body_bytes: int = Field(default=4 * 1024**2, gt=0, description="Largest request body in bytes.")
+    max_header_bytes: int = Field(
+        default=64 * 1024, gt=0, description="Largest request line and headers in bytes; more gets a 431."
+    )
+    header_timeout: float = Field(
+        default=10.0, gt=0, description="Seconds that a connection has to send a request's headers."
+    )
+    keep_alive_timeout: int = Field(
+        default=75,
+        gt=0,
+        description="Seconds that an idle connection stays open; more than a load balancer in front keeps its own.",
+    )
     drain_timeout: float = Field(
         default=30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM."
     )
@@ -91,20 +102,13 @@ class LogConfig(_Section):
 class RedisConfig(_Section):
     """Redis or Valkey; holds the rate limits and the sessions."""
 
-    url: str | None = Field(
+    url: RedisUrl | None = Field(
         default=None, description="redis://, rediss:// or unix:// URL; default: an embedded Valkey, in memory only."
     )
     timeout: float = Field(default=0.25, gt=0, description="Longest wait for one operation in seconds.")
     retry_interval: float = Field(
         default=1.0, gt=0, description="Seconds between attempts while Redis is down; requests do not wait for them."
     )
-
-    @field_validator("url")
-    @classmethod
-    def _is_redis_url(cls, url: str | None) -> str | None:
-        if url is not None:
-            parse_url(url)  # type: ignore[no-untyped-call]
-        return url
 
 
 class AuthConfig(_Section):

@@ -78,6 +78,8 @@ class TenantRegistry:
         for name, key_hash in _parse_pairs(auth.keys or ""):
             tenant = known.get(name) or default.model_copy(update={"name": check_tenant_name(name)})
             _add(by_key_hash, key_hash, tenant)
+        if not by_key_hash and (auth.keys_file or auth.keys is not None) and not auth.insecure:
+            raise ConfigurationError("the keys given are none, so everyone would be served: add one, or --insecure")
         return cls(by_key_hash, default)
 
     @property

@@ -18,8 +18,9 @@ from benchmarks.prompts.short import DOMAINS
 from benchmarks.speculation.measure import measure
 from benchmarks.speculation.plan import Plan
 
-MODES = [NONE, "full", "static:32768", "static:8192", "static:2048"]
-QUICK_MODES = [NONE, "full"]
+MODES = [NONE, "auto", "full", "static:8192"]
+"""``auto`` is what is served by default."""
+QUICK_MODES = [NONE, "auto"]
 
 
 def main(

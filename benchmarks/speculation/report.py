@@ -22,7 +22,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 LEAST_RATIO = 0.97
-"""Speculation may never be slower than that."""
+"""Over all domains speculation may never be slower than that."""
 COLOURS = ["#6b7280", "#c2410c", "#1d4ed8", "#0f766e", "#a16207", "#7e22ce"]
 
 

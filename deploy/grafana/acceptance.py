@@ -7,6 +7,8 @@ from deploy.grafana.build import Panel, dashboard, stat, timeseries
 _DRAFTS = "evospec:spec_decode_num_drafts_total"
 _DRAFTED = "evospec:spec_decode_num_draft_tokens_total"
 _ACCEPTED = "evospec:spec_decode_num_accepted_tokens_total"
+_COPIED = "evospec:spec_decode_num_copied_tokens_total"
+_ACCEPTED_COPIED = "evospec:spec_decode_num_accepted_copied_tokens_total"
 _DRAFTED_AT = "evospec:spec_decode_num_draft_tokens_per_pos_total"
 _ACCEPTED_AT = "evospec:spec_decode_num_accepted_tokens_per_pos_total"
 _BY = '{model=~"$model", tenant=~"$tenant", domain=~"$domain"}'
@@ -24,6 +26,12 @@ def _length(by: str = "") -> str:
 
 def _share(of: str, among: str, by: str = "") -> str:
     return f"{_rate(of, by)} / ({_rate(among, by)} > 0)"
+
+
+def _share_of_own() -> str:
+    """Accepted among what the draft itself proposed."""
+    accepted = f"{_rate(_ACCEPTED)} - {_rate(_ACCEPTED_COPIED)}"
+    return f"({accepted}) / ({_rate(_DRAFTED)} - {_rate(_COPIED)} > 0)"
 
 
 _STEP_PART = 'sum(rate(evospec:engine_step_seconds_sum{part="%s"}[$__rate_interval]))'
@@ -62,6 +70,11 @@ _POSITIONS: list[Panel] = [
 _WORK: list[Panel] = [
     timeseries("Drafted and accepted tokens/s", "short", (_rate(_DRAFTED), "drafted"), (_rate(_ACCEPTED), "accepted"),
                about="The gap is work of the verification that was for nothing."),
+    timeseries("Copies and the draft's own", "percentunit",
+               (_share_of_own(), "of the draft's own, accepted"),
+               (_share(_ACCEPTED_COPIED, _COPIED), "of copies, accepted"),
+               (_share(_COPIED, _DRAFTED), "copied, of all"),
+               about="Where a text repeats itself, copies take the draft's place: they are counted above too.", most=1),
     timeseries("Draft length by tenant", "none", (_share(_DRAFTED, _DRAFTS, "tenant"), "{{tenant}}"),
                about="Tokens drafted a step and sequence, as the controller chose."),
     timeseries("Cost of drafting", "percentunit",

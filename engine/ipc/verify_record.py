@@ -26,9 +26,9 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     ``is_gated`` means that it was kept because it teaches (a rejection, or a KL over the threshold); otherwise it
     belongs to the share that is kept of everything.
     ``num_features`` rows of the feature ring, from ``feature_slot`` on and all of ``feature_generation``, are features:
-    row i is what the draft takes together with the token at position - 1 + i. ``context``, in the first record of a
-    request only, is int32 token ids, little endian: those before ``last_token``, to which the draft attends. Their
-    features are the rows right before ``feature_slot``.
+    row i is what the draft takes together with the token at position - 1 + i. ``context``, in a request's first
+    record and in one after some seconds of silence, is int32 token ids, little endian: those before ``last_token``, to
+    which the draft attends. Their features are the rows right before ``feature_slot``.
     """
 
     format: int = FORMAT

@@ -1,4 +1,4 @@
-"""What a session has said so far, as decayed counts of single tokens, pairs and triples (design §7, the prior).
+"""What a session has said so far, as decayed counts of single tokens, pairs and triples for the prior (ours).
 
 All of it sits in arrays of fixed size, so that a kernel can look it up without waiting for the host.
 """

@@ -1,4 +1,4 @@
-"""A prior on draft logits from what a session has said, with weights learned while it is served (design §7; ours).
+"""A prior on draft logits from what a session has said, with weights learned while it is served (ours).
 
 A light draft misses what a session repeats; a strong one copies it by itself. So each candidate gets a bonus
 ``features @ weights``, and each verified position moves the weights by one step of gradient ascent on

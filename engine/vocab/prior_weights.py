@@ -1,4 +1,4 @@
-"""The weights of a session's prior, and how they follow what verification shows (design §7; ours)."""
+"""The weights of a session's prior, and how they follow what verification shows (ours)."""
 
 from __future__ import annotations
 

@@ -73,7 +73,6 @@ async def _prepare(body: ChatCompletionRequest, tenant: Tenant, serving: Serving
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
-    await serving.rate_limiter.admit(tenant, 0)  # first: tokenising what is then refused is work as well
     prompts = [await tokenize_messages(serving.tokenizer, body.messages, info)]
     check_prompts(prompts, "messages", info)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"

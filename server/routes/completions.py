@@ -68,7 +68,6 @@ async def _prepare(body: CompletionRequest, tenant: Tenant, serving: Serving, se
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
-    await serving.rate_limiter.admit(tenant, 0)  # first: tokenising what is then refused is work as well
     prompts = await tokenize_prompts(serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens

@@ -23,11 +23,10 @@ router = APIRouter(route_class=TenantRoute)
     response_model=None,
 )
 async def detokenize(
-    body: DetokenizeRequest, tenant: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
+    body: DetokenizeRequest, _: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
 ) -> Response:
     """Text of token ids, special tokens included; counts as a request."""
     check_model(body.model or serving.model, serving.model)
-    await serving.rate_limiter.admit(tenant, 0)
     check_token_ids(body.tokens, "tokens", serving.tokenizer.vocab_size)
     text = serving.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return Response(msgspec.json.encode(DetokenizeResponse(text)), media_type="application/json")

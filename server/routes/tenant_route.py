@@ -29,7 +29,7 @@ class _JsonRequest(Request):
 
 
 class TenantRoute(APIRoute):
-    """Finds the tenant before it reads the body, and parses the body as strict JSON.
+    """Finds the tenant and counts its request before it reads the body, and parses the body as strict JSON.
 
     Strict: no NaN, no lone surrogates, bounded depth. Sizes are bounded by ``app.state.max_body_bytes``.
     """
@@ -42,6 +42,8 @@ class TenantRoute(APIRoute):
             if request.method == "POST":
                 if request.app.state.draining:
                     raise shutting_down()
+                # First: to read and check what is then refused is work as well.
+                await request.app.state.serving.rate_limiter.admit(request.state.tenant, 0)
                 request = await _read_json(request)
             return await handler(request)
 

@@ -23,11 +23,10 @@ router = APIRouter(route_class=TenantRoute)
     response_model=None,
 )
 async def tokenize(
-    body: TokenizeRequest, tenant: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
+    body: TokenizeRequest, _: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
 ) -> Response:
     """Token ids of a text or a conversation, as the completion endpoints would see them; counts as a request."""
     check_model(body.model or serving.model, serving.model)
-    await serving.rate_limiter.admit(tenant, 0)
     if body.messages is not None:
         field, text, with_special = "messages", render_messages(serving.tokenizer, body.messages), False
     else:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.schemas.fields import Body, NoOp, SamplingFields
@@ -14,6 +14,8 @@ from server.schemas.metrics import ResponseMetrics
 from server.schemas.usage import Usage
 
 MAX_MESSAGES = 2048
+MAX_PARTS = 2048
+"""Of all messages together."""
 
 
 class TextPart(Body):
@@ -26,12 +28,14 @@ class TextPart(Body):
 class Message(Body):
     """One message of the conversation. ``developer`` is the newer name of ``system``.
 
-    Parts are joined without a separator.
+    Parts are joined without a separator. ``parsed`` is the openai client's own copy of ``content``, which it sends back
+    with the answers that it has parsed; ``content`` is what counts.
     """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: Annotated[Any, NoOp()] = None
+    parsed: Any = None
     refusal: Annotated[Any, NoOp()] = None
     audio: Annotated[Any, NoOp()] = None
     annotations: Annotated[Any, NoOp([])] = None
@@ -44,10 +48,20 @@ class Message(Body):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
+def _few_parts(messages: Any) -> Any:
+    """Refuses too many parts before any is looked at: they are checked where nobody else is served meanwhile."""
+    contents = [one.get("content") for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    if sum(len(content) for content in contents if isinstance(content, list)) > MAX_PARTS:
+        raise PydanticCustomError("too_long", "must have at most {limit} parts in all", {"limit": MAX_PARTS})
+    return messages
+
+
 class ChatCompletionRequest(SamplingFields):
     """Answer a conversation."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    messages: Annotated[list[Message], BeforeValidator(_few_parts)] = Field(
+        min_length=1, max_length=MAX_MESSAGES, fail_fast=True
+    )
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Default: all that fits.")
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Newer name of max_tokens.")
     logprobs: bool | None = None

@@ -132,7 +132,8 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class SamplingFields(Body):
     """Parameters of generation. null means the default everywhere.
 
-    ``user``, ``metadata`` and ``safety_identifier`` label a request and never change its output. Nor does a session.
+    ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` label a request and never change its output.
+    Nor does a session.
     """
 
     model: str
@@ -172,6 +173,7 @@ class SamplingFields(Body):
     user: str | None = None
     metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = Field(default=None, max_length=MAX_METADATA)
     safety_identifier: str | None = None
+    prompt_cache_key: str | None = Field(default=None, description="Prefixes are shared within a tenant without it.")
 
 
 def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -187,9 +189,11 @@ def to_grammar(response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat
     It goes to the engine with every choice, so its size must be bounded here.
     """
     if isinstance(response_format, JsonSchemaFormat):
-        schema = json.dumps(response_format.json_schema.schema_)
         try:
+            schema = json.dumps(response_format.json_schema.schema_)
             check_json_schema(schema)
+        except RecursionError as error:
+            raise bad_request("The schema is nested too deeply.", "response_format") from error
         except GrammarError as error:
             raise bad_request(str(error), "response_format") from error
         return Grammar("json_schema", schema)

@@ -495,6 +495,14 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
     assert [line for line in expected if line not in lines] == []
 
 
+async def test_openapi_needs_a_key_where_there_are_keys(serve: Any) -> None:
+    async with serve(silent, "--auth.keys", f"acme={hash_key('secret')}") as api:
+        refused = await api.client.get("/openapi.json")
+        given = await api.client.get("/openapi.json", headers={"Authorization": "Bearer secret"})
+        other_path = await api.client.get("/v1/models/", headers={"Authorization": "Bearer secret"})
+    assert (refused.status_code, given.status_code, other_path.status_code) == (401, 200, 404)
+
+
 async def test_openapi_describes_bodies_and_every_reference_resolves(serve: Any) -> None:
     async with serve(silent) as api:
         schema = (await api.client.get("/openapi.json")).json()

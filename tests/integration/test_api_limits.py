@@ -41,6 +41,14 @@ async def test_requests_refused_after_tokenizing_count_against_the_limit(serve_t
     assert [answer.status_code for answer in answers] == [400, 400, 429]
 
 
+async def test_bodies_that_are_wrong_count_against_the_limit(serve_tenant: ServeTenant) -> None:
+    async with serve_tenant("--limits.requests_per_minute", "3") as api:
+        wrong = [await api.post(path, n="many") for path in PATHS]
+        no_json = await api.client.post("/tokenize", content=b"{")
+        right = await api.post(PATHS[0])
+    assert [answer.status_code for answer in [*wrong, no_json, right]] == [400, 400, 400, 429]
+
+
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_request_counts_once_and_its_tokens_beside_it(serve_tenant: ServeTenant, path: str) -> None:
     limits = ("--limits.requests_per_minute", "2", "--limits.tokens_per_minute", "100000")

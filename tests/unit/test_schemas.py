@@ -164,7 +164,7 @@ def test_any_unknown_field_is_named_in_a_body_that_can_be_sent(name: str) -> Non
         (ChatCompletionRequest, {**CHAT, "messages": [{}] * 2000}, "messages.0.role"),
         (
             ChatCompletionRequest,
-            {**CHAT, "messages": [{"role": "user", "content": [1] * 5000}]},
+            {**CHAT, "messages": [{"role": "user", "content": [1] * 2000}]},
             "messages.0.content.0",
         ),
         (ChatCompletionRequest, {**CHAT, "stream_options": {f"x{i}": 1 for i in range(5000)}}, "stream_options.x0"),
@@ -257,3 +257,29 @@ async def test_many_texts_that_are_long_together_do_not_stop_the_loop() -> None:
     prompts = await tokenize_prompts(Spy(), ["x" * 4000] * 8, info)  # type: ignore[arg-type]
     assert [prompt.token_ids for prompt in prompts] == [[4000]] * 8
     assert threading.get_ident() not in threads
+
+
+def test_parts_are_few_in_all_messages_together() -> None:
+    message = {"role": "user", "content": [{"type": "text", "text": "x"}] * 1024}
+    assert ChatCompletionRequest.model_validate({**CHAT, "messages": [message] * 2})
+    error = error_of(ChatCompletionRequest, {**CHAT, "messages": [message] * 3})
+    assert (error.status, error.param) == (400, "messages")
+
+
+def test_what_the_openai_client_sends_back_of_a_parsed_answer_is_accepted() -> None:
+    answer = {"role": "assistant", "content": '{"a": 1}', "parsed": {"a": 1}, "refusal": None}
+    body = ChatCompletionRequest.model_validate({**CHAT, "messages": [*CHAT["messages"], answer]})
+    assert body.messages[1].for_template() == {"role": "assistant", "content": '{"a": 1}'}
+
+
+@pytest.mark.parametrize("depth", [900, 960, 965])
+def test_a_schema_nested_too_deeply_is_the_clients_error(depth: int) -> None:
+    """Whatever gives up on it first."""
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    response_format = {"type": "json_schema", "json_schema": {"name": "deep", "schema": schema}}
+    body = CompletionRequest.model_validate({**TEXT, "response_format": response_format})
+    with pytest.raises(ApiError) as caught:
+        to_grammar(body.response_format)
+    assert (caught.value.status, caught.value.param) == (400, "response_format")

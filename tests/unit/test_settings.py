@@ -59,6 +59,7 @@ def test_short_flags() -> None:
         (["--nonsense", "1"], "--nonsense"),
         (["--alignment.enabled", "--engine.alignment.training.method", "osd"], "needs key_scope global"),
         (["--http.port"], "--http.port"),
+        (["--engine.alignment.redis_url", "localhost:6379"], "engine.alignment.redis_url"),
         (["--config", "/nowhere/evospec.toml"], "/nowhere/evospec.toml"),
     ],
 )

@@ -46,6 +46,17 @@ def test_keys_from_the_environment_join_those_of_the_file(keys_file: Path) -> No
     assert registry.find(third) == Tenant(name="new")
 
 
+@pytest.mark.parametrize("where", ["file", "setting"])
+def test_keys_that_are_none_are_refused(where: str, tmp_path: Path) -> None:
+    """Whoever names a place for keys wants some: to serve everyone would be a surprise."""
+    path = tmp_path / "keys.toml"
+    path.write_text("[tenants]\n")
+    auth = {"keys_file": path} if where == "file" else {"keys": ""}
+    with pytest.raises(ConfigurationError, match="insecure"):
+        TenantRegistry.from_settings(AuthConfig(**auth), NO_LIMITS)
+    assert not TenantRegistry.from_settings(AuthConfig(insecure=True, **auth), NO_LIMITS).has_keys
+
+
 def test_without_keys_everyone_is_the_default_tenant() -> None:
     registry = TenantRegistry.from_settings(AuthConfig(), LimitsConfig(tokens_per_minute=9))
     assert not registry.has_keys
