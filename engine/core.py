@@ -92,14 +92,14 @@ class EngineCore:
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
-        request = Request(
-            request_id=engine_request_id(client_id, message.request_id),
-            client_id=client_id,
-            tenant=message.tenant,
-            prompt_token_ids=message.prompt_token_ids,
-            sampling=message.sampling,
-            domain=message.session.domain or None if message.session else None,
-        )
+        try:
+            request = _make_request(client_id, message, self.spec.vocab_size)
+        except ValueError as error:
+            refusal = EngineOutput(
+                request_id=message.request_id, finish_reason="error", error=str(error), error_kind="invalid"
+            )
+            self._refused[client_id].append(refusal)
+            return
         if request.request_id in self._stop_checkers or request.request_id in self._compiling:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
             return
@@ -298,6 +298,21 @@ class EngineCore:
         self._stop_checkers.pop(engine_id, None)
         if self._speculator is not None:
             self._speculator.forget(engine_id)
+
+
+def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:
+    """Raises ``ValueError`` for a prompt that no model could read."""
+    prompt = message.prompt_token_ids
+    if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
+        raise ValueError(f"not all tokens of the prompt are below {vocab_size}")
+    return Request(
+        request_id=engine_request_id(client_id, message.request_id),
+        client_id=client_id,
+        tenant=message.tenant,
+        prompt_token_ids=prompt,
+        sampling=message.sampling,
+        domain=message.session.domain or None if message.session else None,
+    )
 
 
 def engine_request_id(client_id: bytes, request_id: str) -> str:

@@ -73,6 +73,10 @@ class KVCacheManager:
         """Tokens that the request's blocks can hold."""
         return len(self.block_ids(request)) * self.block_size
 
+    def can_grow(self, request: Request) -> bool:
+        """Whether the request has a whole block beyond those of its known tokens: drafts were given one."""
+        return len(self.block_ids(request)) > self.num_blocks_for(request.num_tokens)
+
     def find_cached_prefix(self, request: Request) -> int:
         """How many of the request's first tokens ``allocate`` would take from the prefix cache.
 

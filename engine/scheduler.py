@@ -240,7 +240,8 @@ class Scheduler:
             if whole and num_tokens > left:
                 break
             # A block to grow for each running sequence, or the newcomer would soon be preempted.
-            if not self._kv.allocate(request, request.num_tokens, keep_free=len(self._running)):
+            keep_free = sum(not self._kv.can_grow(other) for other in self._running)
+            if not self._kv.allocate(request, request.num_tokens, keep_free):
                 self._lacks_blocks = True
                 break
             self._waiting.pop()

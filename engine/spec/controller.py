@@ -160,6 +160,7 @@ class AdaptiveLength:
     def forget(self, request_id: str) -> None:
         """A request has ended."""
         self._acceptance.forget(request_id)
+        self._idle_batch = None  # a batch with another request of that name is another batch
 
     def _chances(self, sequence: Draftable, num_sequences: int) -> list[float]:
         """For ``best_plan``; none where they are not worth reading the sequence's text."""

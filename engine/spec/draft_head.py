@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +97,9 @@ class DraftHead:
             slabs: the tail of each row, where there are tails.
         """
         if all_greedy(params):
-            return self.candidates(hidden, slabs, 1)[1][:, 0].tolist()
+            return any_token(self.candidates(hidden, slabs, 1)[1][:, 0].tolist())
         logits, token_ids = self.candidates(hidden, slabs)
-        return choose_tokens(logits, params, positions, token_ids, self.team)
+        return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
     def make_chain(self, network: NativeEagle3, target: NativeLlama) -> NativeChain | None:
         """Chains of a draft in one call; None: this head is not of the compiled kernels."""
@@ -166,6 +166,11 @@ class DraftHead:
         """
         of_rows = None if slabs is None else torch.tensor(slabs, dtype=torch.int32, device=hidden.device)
         return draft_head_topk(hidden, self._core, count, self._tails, of_rows, self.team)
+
+
+def any_token(choices: Iterable[int]) -> list[int]:
+    """Choices without -1, an empty place, which is what is left where no score is a number: any token does there."""
+    return [max(token_id, 0) for token_id in choices]
 
 
 def _chain_stop(rule: StopRule, requests: Sequence[Request], most: int) -> ChainStop:

@@ -16,7 +16,7 @@ from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
-from engine.spec.draft_head import DraftHead, make_tails
+from engine.spec.draft_head import DraftHead, any_token, make_tails
 from engine.text.tokenizer import Tokenizer
 from engine.vocab.bigram_graph import BigramGraph, BigramGraphError
 from engine.vocab.core_set import CoreSet
@@ -64,10 +64,10 @@ class SessionHead(DraftHead):
         scores = self._vocab.drafted.with_prior(requests, ids, own)
         params = [request.sampling for request in requests]
         if all_greedy(params):
-            return [int(ids[row, column]) for row, column in enumerate(scores.argmax(axis=1))]
+            return any_token(ids[range(len(ids)), scores.argmax(axis=1)].tolist())
         positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
         logits, token_ids = (torch.from_numpy(array).to(hidden.device) for array in (scores, ids))
-        return choose_tokens(logits, params, positions, token_ids, self.team)
+        return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
     def _logits(self, hidden: torch.Tensor, token_ids: Sequence[int]) -> NDArray[np.float32]:
         """[n] of any tokens."""

@@ -146,6 +146,7 @@ class Speculator:
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
             self._policy.observe_seconds(self._drafting_seconds + seconds)
+            self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
         return seconds
 
     def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> dict[str, bool | None]:

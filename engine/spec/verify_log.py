@@ -126,6 +126,7 @@ class VerifyLog:
         self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
         self._told_at: dict[str, float] = {}
         """When each request was logged last, with its context or after it."""
+        self._num_lost = 0
         self._random = random.Random()
         self._num_steps = self._num_gated = self._num_fair = 0
 
@@ -172,7 +173,7 @@ class VerifyLog:
                 chosen.append(_Chosen(step, not is_fair, values[step.rows], ids[step.rows]))
         if not chosen:
             return
-        self._keep_ring()
+        self._look_around()
         pieces = [self._with_context(one.step) for one in chosen]
         of_pieces = self._features(pieces).split_with_sizes([len(piece.token_ids) for piece in pieces])
         for one, piece, rows in zip(chosen, pieces, of_pieces, strict=True):
@@ -180,12 +181,16 @@ class VerifyLog:
             self._num_fair += not one.is_gated
             self._log.log(self._record(one, piece.token_ids[: -len(one.step.kept)], *self._ring.write(rows)))
 
-    def _keep_ring(self) -> None:
-        """See once a second that a worker finds the ring; if not, another takes its place."""
+    def _look_around(self) -> None:
+        """See once a second whether records were lost, and that a worker finds the ring; if not, make another."""
         now = time.monotonic()
         if now < self._look_at:
             return
         self._look_at = now + _LOOK_SECONDS
+        written = self._log.stats()
+        if self._num_lost != (lost := written.num_dropped_by_queue + written.num_dropped_by_redis):
+            self._num_lost = lost
+            self._told_at.clear()  # contexts may be among what was lost
         if not self._ring.is_replaced():
             return
         try:

@@ -21,7 +21,7 @@ from engine.vocab.draft_prior import DraftPrior
 from engine.vocab.drafted import DraftedTokens
 from engine.vocab.ngrams import SessionNgrams
 from engine.vocab.replacement import make_replacement
-from engine.vocab.retrieval import Retrieval, TopK
+from engine.vocab.retrieval import Retrieval
 from engine.vocab.semantic import SemanticIndex
 from engine.vocab.semantic_search import SemanticSearch
 from engine.vocab.session_past import make_session, pack_session
@@ -173,7 +173,7 @@ class DraftVocab:
         if vocab is None:
             return None, None
         self._catch_up(vocab, request)
-        if self._memory is not None:
+        if self._memory is not None and vocab.weights.num_lessons:
             weights = vocab.weights.learned.tolist()
             self._memory.end_session(vocab.owner.tenant, vocab.owner.domain, weights)
         snapshot = (
@@ -225,7 +225,9 @@ class DraftVocab:
         self._catch_up(vocab, request)
         first, end = sequence.first_row, sequence.first_row + len(sequence.token_ids)
         before = request.all_token_ids[-2:]
-        missed = self._take(vocab, sequence.token_ids, sequence.num_accepted, before, lambda: top_k(first, end))
+        missed = vocab.observe(sequence.token_ids, sequence.num_accepted, before)
+        self._retrieval.learn(vocab, sequence.token_ids, before)
+        self._retrieval.follow(vocab, sequence.token_ids, missed, lambda: top_k(first, end))
         hidden = self.drafted.hidden(request_id)
         self.drafted.begin(request_id)  # the next ones may not come from here
         place = sequence.token_ids.index(missed[0]) if missed else len(hidden)
@@ -236,13 +238,7 @@ class DraftVocab:
         """Take committed tokens that were left for later."""
         seen = vocab.num_seen
         if seen < request.num_tokens:
-            self._take(vocab, request.all_token_ids[seen:], 0, request.all_token_ids[max(seen - 2, 0) : seen], None)
-
-    def _take(
-        self, vocab: SessionVocab, tokens: Sequence[int], num_accepted: int, before: Sequence[int], top_k: TopK | None
-    ) -> list[int]:
-        """Let everything learn from verified tokens; returns those that could not have been drafted."""
-        missed = vocab.observe(tokens, num_accepted, before)
-        self._retrieval.learn(vocab, tokens, before)
-        self._retrieval.follow(vocab, tokens, missed, top_k)
-        return missed
+            tokens, before = request.all_token_ids[seen:], request.all_token_ids[max(seen - 2, 0) : seen]
+            vocab.read(tokens, before)
+            self._retrieval.learn(vocab, tokens, before)
+            self._retrieval.catch_up(vocab, tokens)

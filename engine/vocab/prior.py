@@ -105,7 +105,7 @@ def bonus_features(
 def gradient(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
     """d log softmax(scores)[target] / d weights, [B, NUM_FEATURES]: the target's features less those expected.
 
-    0 where the target's token is not among the candidates.
+    0 where the target's token is not among the candidates, and where a logit is infinite.
 
     Args:
         candidates: B rows.
@@ -113,11 +113,13 @@ def gradient(candidates: Candidates, weights: FloatArray, targets: NDArray[np.in
         targets: [B], the token that the target chose.
     """
     places = candidates.find(targets)
-    probabilities = np.exp(_shifted(candidates.scores(weights)))
+    scores = candidates.scores(weights)
+    probabilities = np.exp(_shifted(scores))
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     expected = np.matmul(probabilities[:, None, :], candidates.features)[:, 0]
     gradients: FloatArray = candidates.features[np.arange(len(places)), places] - expected
-    return np.where((places >= 0)[:, None], gradients, 0.0)
+    teaches = (places >= 0) & np.isfinite(scores.max(axis=1))
+    return np.where(teaches[:, None], gradients, 0.0)
 
 
 def _shifted(scores: FloatArray) -> FloatArray:

@@ -49,6 +49,8 @@ class PriorWeights:
         fading."""
         self.repeat_gain = 0.0
         """The same of the prior with and without its bonus for long repeats."""
+        self.num_lessons = 0
+        """Positions learned from."""
 
     @property
     def bonus(self) -> NDArray[np.float32]:
@@ -81,6 +83,7 @@ class PriorWeights:
 
     def count(self, advantage: int, of_repeat: int) -> None:
         """Take note of who was right at a position; see ``step``, which does that too."""
+        self.num_lessons += 1
         self.gain = self.gain * _GAIN_MEMORY + advantage
         self.repeat_gain = self.repeat_gain * _GAIN_MEMORY + of_repeat
 

@@ -75,14 +75,20 @@ class Retrieval:
         enough = range(min(self._core.size + vocab.room, self._core.vocab_size))
         self._put(vocab, vocab.insert(enough, "tenant", vocab.room))
 
-    def follow(self, vocab: SessionVocab, verified: Sequence[int], missed: Sequence[int], top_k: TopK | None) -> None:
+    def catch_up(self, vocab: SessionVocab, tokens: Sequence[int]) -> None:
+        """Insert tokens of steps that nobody followed, the latest first, where there is room or by the usual few."""
+        if self._options.in_context:
+            limit = max(vocab.room, MAX_INSERTIONS)
+            self._put(vocab, vocab.insert(tokens[: -MAX_PROMPT_TOKENS - 1 : -1], "context", limit))
+
+    def follow(self, vocab: SessionVocab, verified: Sequence[int], missed: Sequence[int], top_k: TopK) -> None:
         """Insert what a verified step speaks for: at most ``MAX_INSERTIONS`` tokens that are new to the tail.
 
         Args:
             vocab: whose the tail is.
             verified: the step's tokens.
             missed: those that could not have been drafted.
-            top_k: the target's most likely tokens where ``verified`` were chosen; None where no longer known.
+            top_k: the target's most likely tokens where ``verified`` were chosen.
         """
         if vocab.tail is None:
             return
@@ -91,7 +97,7 @@ class Retrieval:
             left -= self._put(vocab, vocab.insert(verified, "context", left))
         seeds = list(missed)
         signal = self._options.target_signal
-        if top_k is not None and (signal == "every" or (missed and signal == "events")):
+        if signal == "every" or (missed and signal == "events"):
             top = top_k()
             # Column by column: the best of each position first.
             left -= self._put(vocab, vocab.insert(self._core.outside_array(top.T), "target", left))

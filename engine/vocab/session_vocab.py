@@ -135,7 +135,7 @@ class SessionVocab:
             self.ngrams.observe(recent[begin:], recent[begin - 2 : begin])
 
     def observe(self, token_ids: Sequence[int], num_accepted: int, before: Sequence[int]) -> list[int]:
-        """Take verified tokens; before anything is inserted because of them.
+        """Take the tokens of a step in which it was drafted; before anything is inserted because of them.
 
         Args:
             token_ids: in order.
@@ -145,20 +145,24 @@ class SessionVocab:
         Returns:
             Those that could not have been drafted.
         """
-        self.num_seen += len(token_ids)
-        self.text.extend(token_ids)
-        self.ngrams.observe(token_ids, before)
-        self.num_verified += len(token_ids)
         outside = self._core.outside(token_ids)
-        missed = outside
+        missed = outside if self.tail is None else [token_id for token_id in outside if token_id not in self.tail]
+        self.read(token_ids, before)
         if self.tail is not None:
-            missed = [token_id for token_id in outside if token_id not in self.tail]
-            self.tail.touch(outside)
             self._count_hits(self._core.outside(token_ids[:num_accepted]))
         self._counts.verified += len(token_ids)
         self._counts.covered += len(token_ids) - len(missed)
         self._counts.events += bool(missed)
         return missed
+
+    def read(self, token_ids: Sequence[int], before: Sequence[int]) -> None:
+        """Take verified tokens, drafted or not; before anything is inserted because of them."""
+        self.num_seen += len(token_ids)
+        self.text.extend(token_ids)
+        self.ngrams.observe(token_ids, before)
+        self.num_verified += len(token_ids)
+        if self.tail is not None:
+            self.tail.touch(self._core.outside(token_ids))
 
     def counts(self) -> VocabularyCounts:
         """How it fared so far."""

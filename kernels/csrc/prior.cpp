@@ -135,7 +135,8 @@ void learn_one(const PriorLessons& lessons, int n, float* scores, float* ascent,
       sum += weight;
       for (int f = 0; f < kPriorFeatures; ++f) expected[f] += weight * features[i * kPriorFeatures + f];
     }
-    for (int f = 0; f < kPriorFeatures; ++f) {
+    // A sum that is no number, of infinite logits, would make the weights none for good.
+    for (int f = 0; f < kPriorFeatures && std::isfinite(sum); ++f) {
       ascent[f] += features[target * kPriorFeatures + f] - static_cast<float>(expected[f] / sum);
     }
   }

@@ -21,6 +21,7 @@ import torch
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.adapter_control import adapter_key
 from engine.ipc.feature_ring import FeatureRingReader
+from engine.ipc.token_log import TokenLog
 from engine.ipc.verify_record import VerifyRecord
 from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams, SessionState
@@ -227,6 +228,33 @@ def test_context_comes_again_after_silence(
     assert not others[-1]
     for record in records:
         check_context(record, tokens)
+
+
+def test_context_comes_again_after_a_record_was_lost(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have been the one with the context."""
+    monkeypatch.setattr(verify_log, "_LOOK_SECONDS", 0.0)
+    engine, prompt = make_engine(files, draft, "alone", alignment), make_prompts()[0]
+    engine.add(prompt, make_sampling("greedy", 1)[0])
+    written = TokenLog.log
+    lost: list[VerifyRecord] = []
+
+    def lose_one(self: TokenLog, record: VerifyRecord) -> None:
+        if lost:
+            written(self, record)
+        else:
+            lost.append(record)
+            self._dropped_by_queue += 1
+
+    monkeypatch.setattr(TokenLog, "log", lose_one)
+    while engine.is_busy:
+        engine.step()
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    records = read_records(alignment, stats.steps - 1)
+    assert lost[0].num_context
+    assert [record.num_context > 0 for record in records] == [True] + [False] * (len(records) - 1)
 
 
 def check_context(record: VerifyRecord, tokens: list[int]) -> int:

@@ -64,6 +64,21 @@ def test_a_request_that_the_sampler_cannot_take_is_refused_alone(
     assert (engine.core.stats().blocks_used, engine.core.stats().num_waiting) == (0, 0)
 
 
+@pytest.mark.parametrize("prompt", [[], [-1, 3], [3, 10**9]])
+def test_a_prompt_that_no_model_could_read_is_refused_alone(engine: Engine, prompt: list[int]) -> None:
+    [expected] = engine.generate([PROMPT], [GREEDY])
+    request_id = engine.add(PROMPT, GREEDY)
+    message = EngineRequest(request_id="other", prompt_token_ids=prompt, sampling=GREEDY, tenant="tests")
+    engine.core.add(CLIENT, message)
+    outputs, _ = engine.core.step()
+    refused = [output for output in outputs[CLIENT] if output.request_id == "other"]
+    assert [(output.finish_reason, output.error_kind) for output in refused] == [("error", "invalid")]
+    received = [token for output in outputs[CLIENT] if output.request_id == request_id for token in output.token_ids]
+    while engine.is_busy:
+        engine.step()
+    assert received + engine.output(request_id) == expected
+
+
 def test_bytes_that_are_no_message_are_left_out(engine: Engine, tmp_path: Path) -> None:
     """The step loop goes on, and hears the next message of the same client."""
     config = EngineConfig(address=f"ipc://{tmp_path}/engine.sock")

@@ -416,3 +416,13 @@ def test_costs_follow_what_drafts_take_but_not_a_single_step() -> None:
     for _ in range(3000):
         costs.idle()
     assert costs.first_draft(1) == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_request_may_have_the_id_of_one_that_has_ended() -> None:
+    """Also after a long time in which nothing was worth drafting."""
+    policy = adaptive(DEAR)
+    for _ in range(40):
+        assert lengths(policy, ["a"], [6]) == [0]
+    policy.forget("a")
+    for _ in range(40):
+        assert lengths(policy, ["a"], [6]) == [0]

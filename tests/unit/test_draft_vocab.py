@@ -139,6 +139,31 @@ def test_sequences_without_drafts_catch_up_when_they_draft_or_end() -> None:
     assert past.num_verified_tokens == 5
 
 
+def test_a_sequence_that_catches_up_keeps_its_latest_tokens() -> None:
+    """All, while there is room; steps that nobody followed say nothing about what could have been drafted."""
+    harness = Harness(graph=False)
+    request = harness.start("a", [5])
+    for token in range(300, 300 + 3 * SLOTS):
+        harness.verify(request, [token])
+    assert harness.tail(request) == set(range(300 + 2 * SLOTS, 300 + 3 * SLOTS))
+    counts = harness.vocab.finish(request)[1]
+    assert counts is not None
+    assert (counts.verified_tokens, counts.events) == (1, 0)  # that of the prefill
+
+
+def test_a_session_that_learned_nothing_leaves_its_tenants_weights_alone() -> None:
+    """Such as one that brings old weights, and was never drafted for."""
+    harness = Harness()
+    old = harness.end(harness.start("old", [5], state=SessionState()))
+    teach(harness, "t", 700)
+    memory = harness.vocab._memory
+    assert memory is not None
+    learned = memory.weights("t", None)
+    harness.end(harness.start("again", [5], state=SessionState(snapshot=old or b"")))
+    assert learned is not None
+    assert memory.weights("t", None) == learned
+
+
 def test_where_nothing_is_drafted_a_vocabulary_is_made_when_it_is_wanted() -> None:
     harness = Harness(graph=False)
     harness.begin = False

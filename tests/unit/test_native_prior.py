@@ -85,3 +85,15 @@ def test_kernel_and_numpy_agree(
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-4)
     assert np.array(learned[0]) == pytest.approx(np.array(learned[1]), rel=1e-4, abs=1e-5)
     assert gains[0] == gains[1]
+
+
+def test_infinite_logits_teach_nothing() -> None:
+    """Of a draft that has gone wrong; otherwise the weights would be no numbers for good."""
+    rng = np.random.default_rng(0)
+    session = make_session(rng, NgramSizes(8, 3, 8, 2))
+    token_ids, logits = np.arange(4, dtype=np.int32)[None], np.array([[0.0, np.inf, 1.0, 0.5]], np.float32)
+    prior = make_prior(compiled=True, order=3, graph=None, matches=False)
+    _, drafted = prior.score([session], [(1, 2)], [[]], token_ids, logits, [True])
+    before = session.weights.learned.tolist()
+    prior.learn([session], drafted, [2])
+    assert session.weights.learned.tolist() == before

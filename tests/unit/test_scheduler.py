@@ -256,6 +256,18 @@ def test_a_request_is_not_admitted_into_the_blocks_that_others_need_next() -> No
     assert simulation.scheduler.stats().preemptions == 0
 
 
+@pytest.mark.parametrize("num_drafts", [0, 8])
+def test_drafts_delay_nobodys_admission(num_drafts: int) -> None:
+    """The block that a running sequence's drafts were given is the one that is kept free for it to grow."""
+    simulation = Simulation(num_blocks=30, max_num_seqs=32, max_batched_tokens=512, num_drafts=num_drafts, accuracy=0.0)
+    for n in range(8):
+        simulation.scheduler.add(make_request(str(n), token_ids=[n] * 15, max_tokens=80))
+    simulation.step()
+    late = make_request("late", token_ids=[9] * 176, max_tokens=4)
+    simulation.scheduler.add(late)
+    assert any(late in [s.request for s in simulation.step().sequences] for _ in range(3))
+
+
 def test_drafts_are_dropped_before_anyone_is_preempted() -> None:
     """Three blocks are just enough, if the first does not hold a second one for drafts that were rejected."""
     simulation = Simulation(num_blocks=3, num_drafts=16, accuracy=0.0, max_batched_tokens=64)

@@ -85,6 +85,15 @@ def test_a_target_that_could_not_be_drafted_teaches_nothing() -> None:
     assert np.isfinite(log_likelihood(candidates, weights, candidates.token_ids[:, 0])).all()
 
 
+def test_infinite_logits_teach_nothing() -> None:
+    """Of a draft that has gone wrong; otherwise the weights would be no numbers for good."""
+    candidates, targets = random_candidates(np.random.default_rng(3), 2, 6)
+    candidates.logits[:, 1] = np.inf
+    weights = PriorWeights([1.0] * NUM_FEATURES)
+    learn([weights, weights], candidates, targets)
+    assert weights.learned.tolist() == [1.0] * NUM_FEATURES
+
+
 def test_one_step_is_the_rate_times_the_gradient_for_each_position() -> None:
     candidates, targets = random_candidates(np.random.default_rng(3), 3, 6)
     own, other = PriorWeights([1.0] * NUM_FEATURES), PriorWeights()
