@@ -63,7 +63,7 @@ def test_answers_are_the_targets(
 def test_what_drafts_took_is_told_once_a_draft(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps that only compute prompts have no drafts: nothing is said of them."""
+    """Steps that only compute a prompt have no drafts, also right after a request that ended amid them."""
     told: list[float] = []
     monkeypatch.setattr(FixedLength, "observe_seconds", lambda _, seconds: told.append(seconds))
     draft = broken_draft(files, tmp_path / "draft", "no numbers")
@@ -73,9 +73,10 @@ def test_what_drafts_took_is_told_once_a_draft(
     engine = Engine(files, Setting(max_batched_tokens=16), speculation)
     steps_with_drafts = 0
     for prompt in PROMPTS:
-        engine.add(prompt, SamplingParams(max_tokens=6, seed=0, temperature=0.0, ignore_eos=True))
-        while engine.is_busy:
+        request_id = engine.add(prompt, SamplingParams(max_tokens=50, seed=0, temperature=0.0, ignore_eos=True))
+        for _ in range(8):
             before = engine.num_drafted
             engine.step()
             steps_with_drafts += engine.num_drafted > before
+        engine.abort(request_id)
     assert len(told) == steps_with_drafts > 0
