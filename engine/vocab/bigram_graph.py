@@ -159,16 +159,17 @@ class TenantBigrams:
 
     def neighbours(self, token_id: int, limit: int = NEIGHBOURS_PER_SEED) -> list[int]:
         """At most ``limit`` tokens, the most likely to follow first."""
+        row = self._table.find(token_id)
+        if row < 0:  # nearly all that an event asks for: in order already
+            return [] if self._general is None else self._general.neighbours(token_id, limit).tolist()
         worth: dict[int, float] = {}
         if self._general is not None:
             start, end = self._general.offsets[token_id : token_id + 2].tolist()
             likely = self._general.token_ids[start:end].tolist()
             shares = (np.exp(self._general.log_probs[start:end]) * _GENERAL_WEIGHT).tolist()
             worth = dict(zip(likely, shares, strict=True))
-        row = self._table.find(token_id)
-        if row >= 0:
-            own = zip(self._table.token_ids[row].tolist(), self._table.counts[row].tolist(), strict=True)
-            for following, count in own:
-                if following >= 0:
-                    worth[following] = worth.get(following, 0.0) + count
+        own = zip(self._table.token_ids[row].tolist(), self._table.counts[row].tolist(), strict=True)
+        for following, count in own:
+            if following >= 0:
+                worth[following] = worth.get(following, 0.0) + count
         return sorted(worth, key=lambda following: (-worth[following], following))[:limit]
