@@ -72,7 +72,6 @@ _WORK: list[Panel] = [
                about="The gap is work of the verification that was for nothing."),
     timeseries("Copies and the draft's own", "percentunit",
                (_share_of_own(), "of the draft's own, accepted"),
-               (_share(_ACCEPTED_COPIED, _COPIED), "of copies, accepted"),
                (_share(_COPIED, _DRAFTED), "copied, of all"),
                about="Where a text repeats itself, copies take the draft's place: they are counted above too.", most=1),
     timeseries("Draft length by tenant", "none", (_share(_DRAFTED, _DRAFTS, "tenant"), "{{tenant}}"),
