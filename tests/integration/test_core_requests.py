@@ -50,29 +50,24 @@ def test_a_request_that_the_sampler_cannot_take_is_refused_alone(
         add(sampler, request, grammar)
 
     monkeypatch.setattr(Sampler, "add", fail)
-    [expected] = engine.generate([PROMPT], [GREEDY])
-    request_id = engine.add(PROMPT, GREEDY)
-    message = EngineRequest(request_id="other", prompt_token_ids=PROMPT, sampling=GREEDY, tenant="unlucky")
-    engine.core.add(CLIENT, message)
-    outputs, _ = engine.core.step()
-    refused = [output for output in outputs[CLIENT] if output.request_id == "other"]
-    assert [(output.finish_reason, output.error_kind) for output in refused] == [("error", "internal")]
-    received = [token for output in outputs[CLIENT] if output.request_id == request_id for token in output.token_ids]
-    while engine.is_busy:
-        engine.step()
-    assert received + engine.output(request_id) == expected
+    check_refused_alone(engine, PROMPT, "unlucky", "internal")
     assert (engine.core.stats().blocks_used, engine.core.stats().num_waiting) == (0, 0)
 
 
 @pytest.mark.parametrize("prompt", [[], [-1, 3], [3, 10**9]])
 def test_a_prompt_that_no_model_could_read_is_refused_alone(engine: Engine, prompt: list[int]) -> None:
+    check_refused_alone(engine, prompt, "tests", "invalid")
+
+
+def check_refused_alone(engine: Engine, prompt: list[int], tenant: str, kind: str) -> None:
+    """Beside a request whose answer is what it is without."""
+    message = EngineRequest(request_id="other", prompt_token_ids=prompt, sampling=GREEDY, tenant=tenant)
     [expected] = engine.generate([PROMPT], [GREEDY])
     request_id = engine.add(PROMPT, GREEDY)
-    message = EngineRequest(request_id="other", prompt_token_ids=prompt, sampling=GREEDY, tenant="tests")
     engine.core.add(CLIENT, message)
     outputs, _ = engine.core.step()
-    refused = [output for output in outputs[CLIENT] if output.request_id == "other"]
-    assert [(output.finish_reason, output.error_kind) for output in refused] == [("error", "invalid")]
+    refused = [output for output in outputs[CLIENT] if output.request_id == message.request_id]
+    assert [(output.finish_reason, output.error_kind) for output in refused] == [("error", kind)]
     received = [token for output in outputs[CLIENT] if output.request_id == request_id for token in output.token_ids]
     while engine.is_busy:
         engine.step()
