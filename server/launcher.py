@@ -28,7 +28,7 @@ from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
 from server.app import create_app
 from server.banner import banner
-from server.http_protocol import bounded_protocol
+from server.http_protocol import bounded_http
 from server.settings import ConfigurationError, HttpConfig, Settings
 from server.supervisor import ProcessFailed, SupervisedProcess, Watchdog
 from server.tenants import TenantRegistry, check_exposure
@@ -142,7 +142,7 @@ class _Launcher:
             timeout_graceful_shutdown=1,
             timeout_keep_alive=http.keep_alive_timeout,
             backlog=2048,
-            http=bounded_protocol(http.max_header_bytes, http.header_timeout),
+            http=bounded_http(http.max_header_bytes, http.header_timeout),
             ws="none",
         )
         self._api = _ApiServer(config)

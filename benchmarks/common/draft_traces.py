@@ -106,7 +106,8 @@ def load_target(model: str) -> TargetParts:
 
 def load_parts(model: str) -> tuple[Eagle3, TargetParts]:
     """The shipped draft of a model in float32, and what it shares with its target."""
-    return eagle3.load_draft(DRAFTS / model, torch.float32, torch.device("cpu")), load_target(model)
+    directory = DRAFTS / resolve_model(ModelConfig(name=model)).name
+    return eagle3.load_draft(directory, torch.float32, torch.device("cpu")), load_target(model)
 
 
 def answers(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Answered]:
@@ -132,15 +133,15 @@ def _run(model: str, texts: Sequence[list[int]], max_tokens: int) -> Iterator[tu
 def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
     """Answer, then run the shipped draft over the answers; arguments as for ``answers``."""
     draft, target = load_parts(model)
-    unroller = Unroller(draft, target, torch.ones(draft.fc.in_features))
+    unroller, head = Unroller(draft, target, torch.ones(draft.fc.in_features)), _Head(target)
     for one in answers(model, prompts, max_tokens):
-        yield _trace(unroller, one)
+        yield _trace(unroller, head, one)
 
 
 def record_draft_model(model: str, draft: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
     """Answer, then let a smaller model read the answers; arguments as for ``answers``."""
     answered = list(answers(model, prompts, max_tokens))
-    target, smaller = load_target(model), load_target(draft)
+    target, smaller = _Head(load_target(model)), _Head(load_target(draft))
     texts = [[*one.text, *one.answer] for one in answered]
     for one, (_, features) in zip(answered, _run(draft, texts, max_tokens=1), strict=True):
         yield _trace_of_model(target, smaller, one, features[len(one.text) : len(one.text) + len(one.answer)])
@@ -185,11 +186,26 @@ def _answer(core: EngineCore, texts: Sequence[list[int]], sampling: SamplingPara
     return answers
 
 
+class _Head:
+    """A model's output projection, in float32: converted once."""
+
+    def __init__(self, model: TargetParts) -> None:
+        self._model, self._rows = model, model.head.float().T
+        self.hidden = len(self._rows)
+
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalised states [n, hidden] float32 → logits [n, vocab]."""
+        return states @ self._rows
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """[n, vocab] of features [n, m * hidden], whose last part is the output of the model's last layer."""
+        return self.project(self._model.head_input(features[:, -self.hidden :].to(torch.bfloat16)).float())
+
+
 @torch.inference_mode()
-def _trace(unroller: Unroller, answered: Answered) -> Trace:
+def _trace(unroller: Unroller, head: _Head, answered: Answered) -> Trace:
     prompt, answer, features = answered.text, answered.answer, answered.features
-    hidden, length = unroller.target.head.shape[1], len(features) + 1
-    head = unroller.target.head.float()
+    hidden, length = head.hidden, len(features) + 1
     inputs = torch.zeros(1, length, features.shape[1] - hidden)
     inputs[0, 1:] = features[:, :-hidden]
     token_ids = torch.zeros(1, length + DEPTH, dtype=torch.int64)
@@ -204,21 +220,21 @@ def _trace(unroller: Unroller, answered: Answered) -> Trace:
     )
     with unroller.precision():
         states = [state[0, len(prompt) :].float() for state in unroller.steps(batch, DEPTH)]
-    steps = [(state @ head.T).topk(WIDTH) for state in states]
+    steps = [head.project(state).topk(WIDTH) for state in states]
     return Trace(
         answered.prompt.domain,
         prompt,
         answer,
         np.stack([indices.int().numpy() for _, indices in steps], axis=1),
         np.stack([values.half().numpy() for values, _ in steps], axis=1),
-        _likely(unroller.target, answered),
+        _likely(head, answered),
     )
 
 
 @torch.inference_mode()
-def _trace_of_model(target: TargetParts, draft: TargetParts, answered: Answered, features: torch.Tensor) -> Trace:
+def _trace_of_model(target: _Head, draft: _Head, answered: Answered, features: torch.Tensor) -> Trace:
     """``features`` [A, n * hidden]: the draft model's, of the answer's tokens."""
-    best = _logits(draft, features).topk(WIDTH)
+    best = draft.logits(features).topk(WIDTH)
     places = np.arange(len(features) - DEPTH + 1)[:, None] + np.arange(DEPTH)
     return Trace(
         answered.prompt.domain,
@@ -230,15 +246,8 @@ def _trace_of_model(target: TargetParts, draft: TargetParts, answered: Answered,
     )
 
 
-def _likely(target: TargetParts, answered: Answered) -> NDArray[np.int32]:
+def _likely(target: _Head, answered: Answered) -> NDArray[np.int32]:
     """[A, TARGET_TOP_K]: the target's most likely tokens at each place of the answer."""
-    ids: NDArray[np.int32] = (
-        _logits(target, answered.features[len(answered.text) - 1 :]).topk(TARGET_TOP_K).indices.int().numpy()
-    )
+    logits = target.logits(answered.features[len(answered.text) - 1 :])
+    ids: NDArray[np.int32] = logits.topk(TARGET_TOP_K).indices.int().numpy()
     return ids
-
-
-def _logits(model: TargetParts, features: torch.Tensor) -> torch.Tensor:
-    """[n, vocab] float32 of features [n, m * hidden], whose last part is the output of the model's last layer."""
-    hidden = model.head.shape[1]
-    return model.head_input(features[:, -hidden:].to(torch.bfloat16)).float() @ model.head.float().T

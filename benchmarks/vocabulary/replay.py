@@ -26,7 +26,7 @@ from engine.messages import SamplingParams, SessionState
 from engine.models.registry import resolve_model
 from engine.request import Request
 from engine.spec.draft_head import CANDIDATES, read_token_counts, static_vocabulary
-from engine.spec.load import DRAFTS, always_drafted
+from engine.spec.load import always_drafted, counts_directory
 from engine.spec.session_head import GRAPH_FILE
 from engine.text.tokenizer import Tokenizer
 from engine.vocab.bigram_graph import BigramGraph
@@ -164,7 +164,7 @@ class Replay:
 def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
     """For ``benchmarks.vocabulary.pairs.table``."""
     speculation = mode.config.speculation
-    directory = DRAFTS / (speculation.draft or model)
+    directory = counts_directory(model, speculation.draft or model)
     tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
     rows = speculation.vocabulary.partition(":")[2].partition("+")[0]
     core = None

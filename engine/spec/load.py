@@ -92,6 +92,12 @@ def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
     return _DEFAULT_SESSIONS if method in ("auto", "eagle3") else f"static:{_DEFAULT_CORE}"
 
 
+def counts_directory(target: str, draft: str) -> Path:
+    """Where the counts for a draft model are: the target's, or its own, as what it says often is close to them."""
+    of_target = DRAFTS / target
+    return of_target if (of_target / COUNTS_FILE).is_file() else DRAFTS / draft
+
+
 def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
     """Tokens that end an answer or structure a conversation."""
     return {*tokenizer.eos_token_ids, *tokenizer.special_token_ids}
@@ -118,10 +124,7 @@ def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFil
     spec = validate_model_files(draft_files)
     _check_same_tokens(name, Tokenizer.from_files(draft_files), tokenizer)
     loaded = load(config.model_copy(update={"model": model}), draft_files, spec, target.team)
-    directory = DRAFTS / files.name
-    if not (directory / COUNTS_FILE).is_file():
-        directory = DRAFTS / draft_files.name  # what the smaller model says often is close to it
-    head = make_head(config, loaded, directory, tokenizer)
+    head = make_head(config, loaded, counts_directory(files.name, draft_files.name), tokenizer)
     return DraftModel(loaded, name, config.cache, head)
 
 

@@ -145,24 +145,29 @@ class SessionVocab:
         Returns:
             Those that could not have been drafted.
         """
-        outside = self._core.outside(token_ids)
-        missed = outside if self.tail is None else [token_id for token_id in outside if token_id not in self.tail]
-        self.read(token_ids, before)
+        missed = self.read(token_ids, before)
         if self.tail is not None:
+            missed = [token_id for token_id in missed if token_id not in self.tail]
             self._count_hits(self._core.outside(token_ids[:num_accepted]))
         self._counts.verified += len(token_ids)
         self._counts.covered += len(token_ids) - len(missed)
         self._counts.events += bool(missed)
         return missed
 
-    def read(self, token_ids: Sequence[int], before: Sequence[int]) -> None:
-        """Take verified tokens, drafted or not; before anything is inserted because of them."""
+    def read(self, token_ids: Sequence[int], before: Sequence[int]) -> list[int]:
+        """Take verified tokens, drafted or not; before anything is inserted because of them.
+
+        Returns:
+            Those that are not in the core.
+        """
         self.num_seen += len(token_ids)
         self.text.extend(token_ids)
         self.ngrams.observe(token_ids, before)
         self.num_verified += len(token_ids)
+        outside = self._core.outside(token_ids)
         if self.tail is not None:
-            self.tail.touch(self._core.outside(token_ids))
+            self.tail.touch(outside)
+        return outside
 
     def counts(self) -> VocabularyCounts:
         """How it fared so far."""

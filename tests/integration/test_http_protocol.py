@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from server.http_protocol import bounded_protocol
+from server.http_protocol import bounded_http
 
 LIMIT = 4096
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -30,8 +30,8 @@ async def answer_with_size(scope: Any, receive: Any, send: Any) -> None:
 
 @asynccontextmanager
 async def serving(head_timeout: float = 60.0) -> AsyncIterator[Connect]:
-    protocol = bounded_protocol(LIMIT, head_timeout)
-    config = uvicorn.Config(answer_with_size, port=0, log_config=None, lifespan="off", http=protocol)
+    http = bounded_http(LIMIT, head_timeout)
+    config = uvicorn.Config(answer_with_size, port=0, log_config=None, lifespan="off", http=http)
     server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve())
     writers = []
