@@ -223,7 +223,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges now, and counters since the engine started.
 
     ``vocabularies_used`` of ``vocabularies_total`` sequences have a draft vocabulary of their own.
-    ``snapshots_refused``: of sessions, because they were damaged. ``semantic_queries``: searches in the semantic index,
+    ``nonfinite_sequences`` ended because the model computed logits that are not finite. ``snapshots_refused``: of
+    sessions, because they were damaged. ``semantic_queries``: searches in the semantic index,
     which took ``semantic_seconds`` beside the step loop. ``alignment``: None where it is off.
     """
 
@@ -234,6 +235,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_query_tokens: int
     prefix_hit_tokens: int
     preemptions: int
+    nonfinite_sequences: int = 0
     waiting_by_tenant: dict[str, int] = {}
     vocabularies_used: int = 0
     vocabularies_total: int = 0

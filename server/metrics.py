@@ -15,7 +15,7 @@ MAX_DOMAIN_LABELS = 10  # for each tenant, so that none can use up the others'
 OTHER = "other"
 NO_DOMAIN = ""  # of requests without a session, and of sessions without a domain
 _COUNTERS = (
-    "prefix_query_tokens", "prefix_hit_tokens", "preemptions",
+    "prefix_query_tokens", "prefix_hit_tokens", "preemptions", "nonfinite_sequences",
     "snapshots_refused", "semantic_queries", "semantic_seconds",
 )  # fmt: skip
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -212,6 +212,9 @@ class Metrics:
                 "evospec:prefix_cache_hits", "Prompt tokens found in the prefix cache.", registry=registry
             ),
             "preemptions": Counter("evospec:preemptions", "Sequences preempted for lack of blocks.", registry=registry),
+            "nonfinite_sequences": Counter(
+                "evospec:nonfinite_sequences", "Sequences ended by logits that are not finite.", registry=registry
+            ),
         }
         self.step_seconds = Histogram(
             "evospec:engine_step_seconds",

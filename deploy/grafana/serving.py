@@ -47,8 +47,9 @@ _LOAD: list[Panel] = [
     timeseries("Refused and lost", "reqps",
                ("sum by (limit) (rate(evospec:rate_limited_total[$__rate_interval]))", "rate limit: {{limit}}"),
                (f"sum(rate(evospec:client_disconnects_total{_BY}[$__rate_interval]))", "client went away"),
+               ("sum(rate(evospec:nonfinite_sequences_total[$__rate_interval]))", "logits not finite"),
                ("sum(rate(evospec:redis_errors_total[$__rate_interval]))", "Redis errors"),
-               about="Requests over a rate limit, clients that went away, failed operations of Redis."),
+               about="Requests over a rate limit, clients that went away, damaged weights, errors of Redis."),
 ]  # fmt: skip
 
 _LATENCY: list[Panel] = [

@@ -464,7 +464,7 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
         await api.post("/v1/completions", model="other")
         stats = EngineStats(
             num_waiting=2, num_running=3, blocks_used=4, blocks_total=8, prefix_query_tokens=10, prefix_hit_tokens=6,
-            preemptions=1, waiting_by_tenant={"default": 2},
+            preemptions=1, nonfinite_sequences=3, waiting_by_tenant={"default": 2},
         )  # fmt: skip
         await api.engine.send(stats=stats)  # counters say how many since the start: sent twice, they count once
         await api.engine.send(stats=stats, steps=[StepTimings(0.125, 0.25, 0.5, 0.5, 5, 2, draft=1.0)])
@@ -481,6 +481,7 @@ async def test_metrics_show_requests_and_the_engine(serve: Any, replies: Script)
         "evospec:kv_blocks_used 4.0",
         "evospec:prefix_cache_hits_total 6.0",
         "evospec:preemptions_total 1.0",
+        "evospec:nonfinite_sequences_total 3.0",
         'evospec:engine_step_seconds_sum{part="draft"} 1.0',
         'evospec:engine_step_seconds_sum{part="verify"} 0.25',
         'evospec:engine_step_seconds_sum{part="sample"} 0.5',
