@@ -21,9 +21,9 @@ def cpu_description() -> str:
     return f"{name[1] if name else 'unknown CPU'}, {os.cpu_count()} cores, {' '.join(present)}"
 
 
-def git_commit() -> str:
+def git_commit(directory: Path = REPOSITORY) -> str:
     """The commit that is measured, with ``+`` behind it if tracked files differ from it."""
-    git = ["git", "-C", str(REPOSITORY)]
+    git = ["git", "-C", str(directory)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0
     return f"{commit}+" if changed else commit

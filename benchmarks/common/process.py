@@ -25,10 +25,11 @@ QUIET_PERCENT = 5.0
 
 @dataclass(frozen=True)
 class Launch:
-    """How to start a server: what is run, and what the results record."""
+    """How to start a server: what is run, where (default: here), and what the results record."""
 
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    directory: Path | None = None
 
 
 class ServerFailed(Exception):
@@ -55,6 +56,7 @@ def running(launch: Launch, port: int, log: Path) -> Iterator[psutil.Process]:
         process = subprocess.Popen(
             launch.command,
             env=os.environ | launch.environment,
+            cwd=launch.directory,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -1,0 +1,1 @@
+"""Measures what other tenants notice while one client, with a key or without, does its worst to a server."""

@@ -1,0 +1,55 @@
+"""All attacks by name: what each runs, and what its figures must be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.attack import (
+    acceptance,
+    compiling,
+    determinism,
+    drain,
+    forge_channel,
+    grammar_fuzz,
+    http_fuzz,
+    keyless,
+    masks,
+    starving,
+)
+from benchmarks.attack.bars import Bars
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long the fuzzers run, with which seed, and with which seeds ``determinism`` makes its requests."""
+
+    seconds: float
+    seed: int
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Attack:
+    """``run`` takes the checkout whose server is attacked and gives the figures that ``bars`` are about."""
+
+    run: Callable[[Path, Options], dict[str, float]]
+    bars: Bars
+
+
+ATTACKS = {
+    "masks": Attack(lambda source, options: masks.run(source), masks.BARS),
+    "compiling": Attack(lambda source, options: compiling.run(source), compiling.BARS),
+    "starve_kv": Attack(lambda source, options: starving.run_kv(source), starving.BARS),
+    "starve_slots": Attack(lambda source, options: starving.run_slots(source), starving.BARS),
+    "keyless": Attack(lambda source, options: keyless.run(source), keyless.BARS),
+    "drain": Attack(lambda source, options: drain.run(source), drain.BARS),
+    "acceptance": Attack(lambda source, options: acceptance.run(source), acceptance.BARS),
+    "forge_channel": Attack(lambda source, options: forge_channel.run(source), forge_channel.BARS),
+    "grammar_fuzz": Attack(
+        lambda source, options: grammar_fuzz.run(source, options.seconds, options.seed), grammar_fuzz.BARS
+    ),
+    "http_fuzz": Attack(lambda source, options: http_fuzz.run(source, options.seconds, options.seed), http_fuzz.BARS),
+    "determinism": Attack(lambda source, options: determinism.run(source, options.seeds), determinism.BARS),
+}
