@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Collection
 
 from engine.request import Request
@@ -21,25 +21,21 @@ class FairQueue:
     earns no credit. This is the virtual token counter (VTC) of Sheng et al., "Fairness in Serving
     Large Language Models", OSDI 2024.
 
-    Preempted requests come before all others: their turn has been before, and behind an endless row
-    of new tenants it might not come again.
+    A preempted request waits at the front of its tenant's queue. A stalled one is passed over as long as it is.
     """
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[Request]] = {}
-        self._preempted: deque[Request] = deque()
         self._service: dict[str, int] = {}
         self._last_tenant = ""
         """Whose turn came last; nobody's at first."""
 
     def __len__(self) -> int:
-        return len(self._preempted) + sum(map(len, self._queues.values()))
+        return sum(map(len, self._queues.values()))
 
     def waiting_by_tenant(self) -> dict[str, int]:
         """Requests waiting, for each tenant that has any."""
-        counts = Counter(request.tenant for request in self._preempted)
-        counts.update({tenant: len(queue) for tenant, queue in self._queues.items()})
-        return dict(counts)
+        return {tenant: len(queue) for tenant, queue in self._queues.items()}
 
     def has_share(self, tenant: str, size: int) -> bool:
         """Whether a tenant waits with as much as an equal share of ``size``, among all that wait and itself."""
@@ -47,54 +43,51 @@ class FairQueue:
 
     def append(self, request: Request) -> None:
         """Put a new request at the end of its tenant's queue."""
-        if request.tenant not in self._queues:
-            # What the last one was charged since then counts as well: its requests may still run.
-            of_last = self._service.get(self._last_tenant, 0)
-            floor = min((self._service[tenant] for tenant in self._queues), default=of_last)
-            self._service[request.tenant] = max(self._service.get(request.tenant, 0), floor)
-            self._queues[request.tenant] = deque()
-        self._queues[request.tenant].append(request)
+        self._queue(request.tenant).append(request)
 
     def append_preempted(self, request: Request) -> None:
-        """Put a preempted request before all others."""
-        self._preempted.appendleft(request)
+        """Put a preempted request before all others of its tenant."""
+        self._queue(request.tenant).appendleft(request)
 
-    def peek(self) -> Request | None:
-        """The request whose turn it is."""
-        if self._preempted:
-            return self._preempted[0]
-        if self._queues:
-            return self._queues[min(self._queues, key=self._service.__getitem__)][0]
-        return None
+    def peek(self, passed_over: Collection[str] = ()) -> Request | None:
+        """The request whose turn it is, leaving out the tenants ``passed_over``."""
+        ready = (
+            tenant
+            for tenant, queue in self._queues.items()
+            if tenant not in passed_over and not all(request.is_stalled for request in queue)
+        )
+        tenant = min(ready, key=self._service.__getitem__, default=None)
+        if tenant is None:
+            return None
+        return next(request for request in self._queues[tenant] if not request.is_stalled)
 
     def remove(self, request: Request) -> None:
         """Take out a waiting request.
 
         Raises:
-            KeyError: it does not wait.
+            KeyError: nothing of its tenant waits.
+            ValueError: it does not wait.
         """
-        if request in self._preempted:
-            self._preempted.remove(request)
-            return
         queue = self._queues[request.tenant]
         queue.remove(request)
         if not queue:
             del self._queues[request.tenant]
 
-    def pop(self) -> Request:
-        """Take out the request whose turn it is.
-
-        Raises:
-            IndexError: nobody waits.
-        """
-        request = self.peek()
-        if request is None:
-            raise IndexError("nobody waits")
-        if not self._preempted:
-            self._last_tenant = request.tenant
+    def take(self, request: Request) -> None:
+        """Take out a request because its turn has come; raises as ``remove``."""
         self.remove(request)
-        return request
+        self._last_tenant = request.tenant
 
     def charge(self, tenant: str, service: int) -> None:
         """Count service given to a tenant that has queued before."""
         self._service[tenant] += service
+
+    def _queue(self, tenant: str) -> deque[Request]:
+        """The tenant's queue; if it has none, an empty one, and no credit for the time without."""
+        if tenant not in self._queues:
+            # What the last one was charged since then counts as well: its requests may still run.
+            of_last = self._service.get(self._last_tenant, 0)
+            floor = min((self._service[other] for other in self._queues), default=of_last)
+            self._service[tenant] = max(self._service.get(tenant, 0), floor)
+            self._queues[tenant] = deque()
+        return self._queues[tenant]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.sampling.grammar_client import GrammarCursor
 
 
 @dataclass(eq=False, slots=True)
 class Request:
     """One sequence from arrival to its last token.
 
-    Only ``draft_token_ids`` is written from outside (by the proposer, while ``Scheduler.schedule`` plans a step); the
-    scheduler and the KV cache manager write the rest.
+    Two fields are written from outside: ``draft_token_ids`` by the proposer, while ``Scheduler.schedule`` plans a step,
+    and ``is_stalled`` by the engine, between steps. The scheduler and the KV cache manager write the rest.
 
     Raises:
         ValueError: the prompt is empty.
@@ -26,6 +30,8 @@ class Request:
     prompt_token_ids: list[int]
     domain: str | None = None
     """The client's name for its subject."""
+    grammar: GrammarCursor | None = None
+    """Where its output stands in the grammar of its parameters."""
 
     output_token_ids: list[int] = field(default_factory=list)
     """Committed."""
@@ -38,6 +44,8 @@ class Request:
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache at first admission."""
     num_preemptions: int = 0
+    is_stalled: bool = False
+    """Whether what its grammar allows next is not known yet: until it is, the sequence computes nothing."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Prefix hashes of the first full blocks of ``all_token_ids``, as far as they were needed."""
 

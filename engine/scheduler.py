@@ -85,7 +85,7 @@ class Scheduler:
         """Choose the next step's tokens and allocate their blocks; ``drafter`` proposes its draft tokens on the way."""
         plan: dict[Request, int] = {}  # number of tokens
         preempted = self._plan_decodes(plan)
-        prefilling = len(plan) < len(self._running)
+        prefilling = any(not request.is_stalled and request not in plan for request in self._running)
         budget = self._config.max_batched_tokens - len(plan)
         if drafter is not None and plan:
             budget -= self._plan_drafts(plan, drafter, budget)
@@ -111,7 +111,7 @@ class Scheduler:
             ValueError: an unfinished sequence was computed to its end but got no new token.
         """
         request = sequence.request
-        if self._requests.get(request.request_id) is not request:
+        if not self._is_here(request):
             return
         # All kept tokens but the last are accepted drafts, whose KV this step has written.
         num_computed = sequence.start + sequence.num_known + max(len(kept_token_ids) - 1, 0)
@@ -126,6 +126,17 @@ class Scheduler:
         self._kv.cache_full_blocks(request)
         if finished:
             self._finish(request)
+
+    def postpone(self, sequence: ScheduledSequence) -> None:
+        """Take the result of a step for a sequence computed to its end, from whose rows no token could be chosen.
+
+        Its drafts are dropped, and its last known token is computed again in a later step. Ignored if it was aborted.
+        """
+        request = sequence.request
+        if self._is_here(request):
+            request.num_computed_tokens = sequence.start + sequence.num_known - 1
+            request.draft_token_ids = []
+            self._kv.cache_full_blocks(request)
 
     def has_work(self) -> bool:
         """Whether a request is waiting or running."""
@@ -143,6 +154,9 @@ class Scheduler:
             preemptions=self._num_preemptions,
             waiting_by_tenant=self._waiting.waiting_by_tenant(),
         )
+
+    def _is_here(self, request: Request) -> bool:
+        return self._requests.get(request.request_id) is request
 
     def _check_length(self, request: Request) -> None:
         num_prompt = len(request.prompt_token_ids)
@@ -166,7 +180,7 @@ class Scheduler:
     def _plan_decodes(self, plan: dict[Request, int]) -> list[Request]:
         """One token for each running sequence that lacks just one; returns those preempted on the way."""
         preempted: list[Request] = []
-        decoding = [r for r in self._running if r.num_tokens - r.num_computed_tokens == 1]
+        decoding = [r for r in self._running if r.num_tokens - r.num_computed_tokens == 1 and not r.is_stalled]
         for request in decoding:
             if request in preempted:
                 continue
@@ -184,8 +198,9 @@ class Scheduler:
 
     def _num_joining(self, num_decoding: int) -> int:
         """Sequences whose prompts are computed in this step or next: they will decode beside those that do."""
+        num_stalled = sum(request.is_stalled for request in self._running)
         num_admissible = 0 if self._lacks_blocks else len(self._waiting)
-        return min(len(self._running) + num_admissible, self._max_running) - num_decoding
+        return min(len(self._running) + num_admissible, self._max_running) - num_stalled - num_decoding
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills, whose blocks they got at admission; returns the tokens planned."""
@@ -193,7 +208,7 @@ class Scheduler:
         for request in self._running:
             if left == 0:
                 break
-            if request not in plan:
+            if request not in plan and not request.is_stalled:
                 plan[request] = min(request.num_tokens - request.num_computed_tokens, left)
                 left -= plan[request]
         return budget - left
@@ -244,7 +259,7 @@ class Scheduler:
             if not self._kv.allocate(request, request.num_tokens, keep_free):
                 self._lacks_blocks = True
                 break
-            self._waiting.pop()
+            self._waiting.take(request)
             request.num_computed_tokens = num_cached
             self._running.append(request)
             if request.num_preemptions == 0:

@@ -34,7 +34,11 @@ def make_request(
 
 
 class Simulation:
-    """Runs steps; draft tokens are right with probability ``accuracy``."""
+    """Runs steps.
+
+    Draft tokens are right with probability ``accuracy``. With probability ``stalling`` no token can be chosen for a
+    sequence in a step, or it has to wait after one; it is then stalled for some steps.
+    """
 
     def __init__(
         self,
@@ -46,6 +50,7 @@ class Simulation:
         prefix_caching: bool = True,
         num_drafts: int = 0,
         accuracy: float = 0.5,
+        stalling: float = 0.0,
     ) -> None:
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens, max_waiting=max_waiting
@@ -57,12 +62,15 @@ class Simulation:
         self.finished: list[Request] = []
         self._num_drafts = num_drafts
         self._accuracy = accuracy
+        self._stalling = stalling
+        self._stalled: dict[Request, int] = {}  # steps left
         self._random = random.Random(0)
 
     def step(self, abort: str | None = None) -> SchedulerOutput:
         """One step; ``abort``: a request id that is aborted between schedule and commit."""
         output = self.scheduler.schedule(self if self._num_drafts else None)
         self._check(output)
+        self._end_stalls()
         sampled = [self._forward(sequence) for sequence in output.sequences]
         if abort is not None:
             self.scheduler.abort(abort)
@@ -81,7 +89,8 @@ class Simulation:
 
     def _check(self, output: SchedulerOutput) -> None:
         sequences = output.sequences
-        assert sequences, "a step must do something"
+        assert sequences or self._stalled, "a step must do something"
+        assert not any(s.request.is_stalled for s in sequences)
         assert len({s.request.request_id for s in sequences}) == len(sequences) <= self.config.max_num_seqs
         assert output.num_tokens == sum(len(s.token_ids) for s in sequences) <= self.config.max_batched_tokens
         assert not {s.request for s in sequences} & set(output.preempted)
@@ -113,6 +122,11 @@ class Simulation:
 
     def _commit(self, sequence: ScheduledSequence, sampled: list[int], aborted: bool) -> None:
         request = sequence.request
+        if sampled and self._random.random() < self._stalling:
+            self._stall(request)
+            if self._random.random() < 0.5:
+                self.scheduler.postpone(sequence)
+                return
         room = min(request.sampling.max_tokens, self.max_model_len - len(request.prompt_token_ids))
         kept = sampled[: room - len(request.output_token_ids)]
         finished = bool(kept) and len(request.output_token_ids) + len(kept) == room
@@ -120,9 +134,20 @@ class Simulation:
         if finished and not aborted:
             self.finished.append(request)
 
+    def _stall(self, request: Request) -> None:
+        request.is_stalled = True
+        self._stalled[request] = self._random.randint(1, 5)
+
+    def _end_stalls(self) -> None:
+        for request in list(self._stalled):
+            self._stalled[request] -= 1
+            if not self._stalled[request]:
+                request.is_stalled = False
+                del self._stalled[request]
+
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         stats = self.scheduler.stats()
-        assert 0 <= num_joining - (stats.num_running - len(requests)) <= stats.num_waiting
+        assert 0 <= num_joining <= stats.num_running - len(requests) + stats.num_waiting
         assert all(request.num_tokens - request.num_computed_tokens == 1 for request in requests)
         assert not any(request.draft_token_ids for request in requests)
         return [min(limit, self._num_drafts) for limit in limits]

@@ -47,6 +47,7 @@ simulations = st.builds(
     prefix_caching=st.booleans(),
     num_drafts=st.integers(0, 20),
     accuracy=st.sampled_from([0.0, 0.5, 1.0]),
+    stalling=st.sampled_from([0.0, 0.0, 0.3]),
 )
 
 
@@ -65,7 +66,7 @@ def test_every_request_finishes_with_the_models_own_output(simulation: Simulatio
                 simulation.scheduler.add(requests[str(n)])
         if simulation.scheduler.has_work():
             simulation.step(abort=aborts.get(step))
-    simulation.run(max_steps=sum(len(a.prompt) + a.max_tokens for a in arrivals))
+    simulation.run(max_steps=10 * sum(len(a.prompt) + a.max_tokens for a in arrivals))
 
     finished = set(simulation.finished)
     aborted = {requests[request_id] for request_id in aborts.values()}
@@ -85,7 +86,7 @@ def test_a_request_is_not_starved_by_endless_arrivals(num_blocks: int, num_promp
     simulation.scheduler.add(request)
     for n in range(400):
         simulation.scheduler.add(make_request(f"late{n}", heavy_prompt, max_tokens=30, tenant="heavy"))
-        simulation.scheduler.add(make_request(f"other{n}", heavy_prompt, max_tokens=30, tenant=f"new{n}"))
+        simulation.scheduler.add(make_request(f"other{n}", heavy_prompt, max_tokens=30, tenant=f"other{n % 7}"))
         if request in simulation.finished:
             return
         simulation.step()
@@ -355,6 +356,60 @@ def test_commit_after_abort_changes_nothing() -> None:
     assert request.output_token_ids == []
     assert not scheduler.has_work()
     assert scheduler.stats().blocks_used == 0
+
+
+def test_a_stalled_sequence_computes_nothing_and_keeps_its_blocks() -> None:
+    simulation = Simulation(num_drafts=2)
+    stalled, other = make_request("1", token_ids=[1] * 20), make_request("2", max_tokens=9)
+    simulation.scheduler.add(stalled)
+    simulation.scheduler.add(other)
+    simulation.step()
+    stalled.is_stalled = True
+    for _ in range(3):
+        assert [s.request for s in simulation.step().sequences] == [other]
+    assert simulation.scheduler.stats().num_running == 2
+    stalled.is_stalled = False
+    (sequence, _) = simulation.step().sequences
+    assert (sequence.request, sequence.start) == (stalled, 20)
+
+
+def test_where_all_are_stalled_a_step_is_empty() -> None:
+    scheduler = Simulation().scheduler
+    request = make_request("1")
+    scheduler.add(request)
+    request.is_stalled = True
+    assert scheduler.schedule().sequences == []
+    assert scheduler.has_work()
+
+
+def test_a_stalled_request_that_waits_holds_up_nobody() -> None:
+    simulation = Simulation(max_num_seqs=1)
+    stalled, same, other = make_request("1"), make_request("2"), make_request("3", tenant="b")
+    for request in (stalled, same, other):
+        simulation.scheduler.add(request)
+    stalled.is_stalled = True
+    while len(simulation.finished) < 2:
+        simulation.step()
+    assert set(simulation.finished) == {same, other}
+    stalled.is_stalled = False
+    simulation.run(max_steps=10)
+    assert simulation.finished[-1] is stalled
+
+
+def test_a_postponed_sequence_computes_its_last_token_again() -> None:
+    scheduler = Simulation(max_batched_tokens=32).scheduler
+    request = make_request("1", num_prompt=20)
+    scheduler.add(request)
+    (sequence,) = scheduler.schedule().sequences
+    scheduler.postpone(sequence)
+    assert request.num_computed_tokens == 19
+    (sequence,) = scheduler.schedule().sequences
+    assert (sequence.start, sequence.token_ids, sequence.num_sampled) == (19, [1], 1)
+    scheduler.commit(sequence, [3], finished=False)
+    (sequence,) = scheduler.schedule().sequences
+    scheduler.abort("1")
+    scheduler.postpone(sequence)
+    assert not scheduler.has_work()
 
 
 def test_commit_without_a_new_token_is_an_error() -> None:
