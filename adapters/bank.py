@@ -65,7 +65,7 @@ class AdapterBank:
         """Put weights in force for a key, None: the base draft.
 
         Returns:
-            the version of the channel (0: the base draft); None where there is no channel, or no free slot.
+            the version of the channel (0: the base draft); None where there is no sound channel, or no free slot.
         """
         slot = self.slot(key)
         if self._writer is None or (tensors is None and slot is None):
@@ -80,6 +80,9 @@ class AdapterBank:
             version = self._writer.clear(slot) if tensors is None else self._writer.publish(slot, key, tensors)
         except ChannelReplaced:
             return None  # `attach` sees to it
+        except SharedMemoryError as error:
+            log.warning("the weight channel cannot be written", reason=str(error))
+            return None  # the engine will see it as well, and make another
         return 0 if tensors is None else version
 
     def close(self) -> None:

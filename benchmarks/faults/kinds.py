@@ -83,7 +83,7 @@ def _kill_in_publication(server: Server, chance: random.Random) -> str:
         begun = [slot for slot, state in enumerate(slots) if state.key is None and any(_start(channel, slot))]
         if begun and ended >= to_pass:
             server.kill(WORKER)
-            return "behind the buffer" if any(_buffer(channel, begun[0], 1)[-_BEGINNING:]) else "within the buffer"
+            return "behind the buffer" if any(_end(channel, begun[0])) else "within the buffer"
         worker.resume()
         if ended == num_keys:
             raise Missed
@@ -116,8 +116,8 @@ def _damage_bytes(server: Server, chance: random.Random) -> str:
     num_keys = len(server.state().in_channel)
     _damage_ring(server, chance)
     channel = server.channel()
-    end = len(channel.directory.file.memory) - len(channel.directory.buffers)
-    places = {"header": (0, _HEADER_END), "word": (_WORD, 8), "directories": (_DIRECTORIES, end - _DIRECTORIES)}
+    size = channel.directory.data_offset - _DIRECTORIES
+    places = {"header": (0, _HEADER_END), "word": (_WORD, 8), "directories": (_DIRECTORIES, size)}
     name = chance.choice(list(places))
     _damage(channel, *places[name], chance)
     _until(channel.directory.file.is_replaced, "another channel")
@@ -126,8 +126,9 @@ def _damage_bytes(server: Server, chance: random.Random) -> str:
         _until(lambda: sum(slot.key is not None for slot in channel.slots()) == num_keys, "publications")
         for slot, state in enumerate(channel.slots()):
             if state.key is not None:
-                buffer = _buffer(channel, slot, state.buffer)
-                buffer[chance.randrange(len(buffer))] ^= 1 << chance.randrange(8)
+                start, file = _buffer_start(channel, slot, state.buffer), channel.directory.file
+                place = start + chance.randrange(channel.directory.stride)
+                file.write(place, bytes([file.read(place, 1)[0] ^ 1 << chance.randrange(8)]))
     return f"{name}, then a bit of each adapter"
 
 
@@ -135,10 +136,9 @@ def _damage_ring(server: Server, chance: random.Random) -> None:
     """A tenth of all feature rows, which are at the file's end."""
     path = server.model.options.ring_path
     size = 2 * FeatureRingReader(path).width
-    memory = SharedFile.open(path).memory
+    file = SharedFile.open(path)
     for row in chance.sample(range(RING_ROWS), RING_ROWS // 10):
-        start = len(memory) - (row + 1) * size
-        memory[start : start + size] = chance.randbytes(size)
+        file.write(file.size - (row + 1) * size, chance.randbytes(size))
 
 
 def _wrong_fingerprint(server: Server, chance: random.Random) -> str:
@@ -150,9 +150,9 @@ def _wrong_fingerprint(server: Server, chance: random.Random) -> str:
         pass
     else:
         raise RuntimeError("a writer of other weights was let in")
-    memory = server.channel().directory.file.memory
-    header = memory[:_FINGERPRINT] + other.fingerprint
-    memory[: _HEADER_END + _CHECKSUM.size] = header + _CHECKSUM.pack(zlib.crc32(header))
+    file = server.channel().directory.file
+    header = file.read(0, _FINGERPRINT) + other.fingerprint
+    file.write(0, header + _CHECKSUM.pack(zlib.crc32(header)))
     return ""
 
 
@@ -166,18 +166,23 @@ def _wrong_fingerprint_at_start(server: Server, chance: random.Random) -> str:
 
 def _damage(channel: WeightChannel, start: int, size: int, chance: random.Random) -> None:
     """Change every byte."""
-    memory = channel.directory.file.memory
-    memory[start : start + size] = bytes(byte ^ chance.randrange(1, 256) for byte in memory[start : start + size])
+    file = channel.directory.file
+    file.write(start, bytes(byte ^ chance.randrange(1, 256) for byte in file.read(start, size)))
 
 
-def _start(channel: WeightChannel, slot: int) -> memoryview:
-    """Of what a new channel's slot gets first."""
-    return _buffer(channel, slot, 1)[:_BEGINNING]
+def _start(channel: WeightChannel, slot: int) -> bytes:
+    """The first bytes of what a new channel's slot gets first."""
+    return channel.directory.file.read(_buffer_start(channel, slot, 1), _BEGINNING)
 
 
-def _buffer(channel: WeightChannel, slot: int, index: int) -> memoryview:
-    start = (2 * slot + index) * channel.directory.stride
-    return channel.directory.buffers[start : start + channel.directory.stride]
+def _end(channel: WeightChannel, slot: int) -> bytes:
+    """The last bytes of what a new channel's slot gets first."""
+    end = _buffer_start(channel, slot, 1) + channel.directory.stride
+    return channel.directory.file.read(end - _BEGINNING, _BEGINNING)
+
+
+def _buffer_start(channel: WeightChannel, slot: int, index: int) -> int:
+    return channel.directory.data_offset + (2 * slot + index) * channel.directory.stride
 
 
 @contextmanager

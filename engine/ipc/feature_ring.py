@@ -5,8 +5,10 @@
     ...  from the next page on, rows: bfloat16 [capacity, width]
 
 Nobody waits for anybody. A row is right if its generation was the wanted one before it was copied and still is after.
-That relies on stores being seen in their order, as on x86; elsewhere a torn row could pass, and harm one training
+That relies on writes being seen in their order, as on x86; elsewhere a torn row could pass, and harm one training
 sample.
+
+Whoever may write the file may write anything: a reader takes nothing for granted that it has not checked.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import mmap
 import struct
 import time
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -25,30 +28,51 @@ _MAGIC = b"EVOSPFR1"
 _HEADER = struct.Struct("<8sII")
 _CRC = struct.Struct("<I")
 _GENERATIONS_OFFSET = 64
+_ROWS_DTYPE = torch.bfloat16
 
 
 class _Ring:
-    """The arrays inside a ring's file."""
+    """The header of a ring's file, and where its arrays are."""
 
     def __init__(self, file: SharedFile) -> None:
         self.file = file
-        header = file.memory[: _HEADER.size + _CRC.size]
-        if len(header) < _HEADER.size + _CRC.size or _CRC.pack(zlib.crc32(header[: _HEADER.size])) != header[-4:]:
-            raise SharedMemoryError(f"{file.path}: the header is damaged")
-        magic, capacity, width = _HEADER.unpack_from(header)
+        self._header = self._read_header()
+        magic, capacity, width = _HEADER.unpack_from(self._header)
         self.capacity: int = capacity
         self.width: int = width
-        if magic != _MAGIC or len(file.memory) != _size(self.capacity, self.width):
+        if magic != _MAGIC or not capacity or not width or file.size != _size(capacity, width):
             raise SharedMemoryError(f"{file.path} is no feature ring of this format")
-        self.generations = torch.frombuffer(
-            file.memory, dtype=torch.int64, count=self.capacity, offset=_GENERATIONS_OFFSET
-        )
-        self.rows = torch.frombuffer(
-            file.memory,
-            dtype=torch.bfloat16,
-            count=self.capacity * self.width,
-            offset=_rows_offset(self.capacity),
-        ).view(self.capacity, self.width)
+
+    def is_sound(self) -> bool:
+        """Whether header and size are what they were at first."""
+        try:
+            return self._read_header() == self._header and self.file.size == _size(self.capacity, self.width)
+        except SharedMemoryError:
+            return False
+
+    def _read_header(self) -> bytes:
+        header = self.file.read(0, _HEADER.size + _CRC.size)
+        if _CRC.pack(zlib.crc32(header[: _HEADER.size])) != header[_HEADER.size :]:
+            raise SharedMemoryError(f"{self.file.path}: the header is damaged")
+        return header
+
+    def generations(self, slot: int, count: int) -> torch.Tensor:
+        """int64 [count] from ``slot`` on; raises ``SharedMemoryError``."""
+        generations = torch.empty(count, dtype=torch.int64)
+        self.file.read_into(_GENERATIONS_OFFSET + 8 * slot, _bytes(generations))
+        return generations
+
+    def set_generations(self, slot: int, count: int, value: int) -> None:
+        """Raises ``SharedMemoryError``."""
+        self.file.write(_GENERATIONS_OFFSET + 8 * slot, struct.pack("<q", value) * count)
+
+    def read_rows(self, slot: int, rows: torch.Tensor) -> None:
+        """Fill ``rows``, bfloat16 [n, width], from ``slot`` on; raises ``SharedMemoryError``."""
+        self.file.read_into(_rows_offset(self.capacity) + 2 * slot * self.width, _bytes(rows))
+
+    def write_rows(self, slot: int, rows: torch.Tensor) -> None:
+        """Raises ``SharedMemoryError``."""
+        self.file.write(_rows_offset(self.capacity) + 2 * slot * self.width, _bytes(rows))
 
 
 class FeatureRing:
@@ -69,9 +93,9 @@ class FeatureRing:
     def __init__(self, path: Path, capacity: int, width: int) -> None:
         file = SharedFile.create(path, _size(capacity, width))
         header = _HEADER.pack(_MAGIC, capacity, width)
-        file.memory[: len(header) + _CRC.size] = header + _CRC.pack(zlib.crc32(header))
+        file.write(0, header + _CRC.pack(zlib.crc32(header)))
         self._ring = _Ring(file)
-        self._ring.generations.fill_(-1)  # a generation that nobody can ask for
+        self._ring.set_generations(0, capacity, -1)  # a generation that nobody can ask for
         self._next = 0
         # Microseconds: no ring goes round once each, so a later one starts further on.
         self._generation = time.time_ns() // 1000
@@ -91,22 +115,25 @@ class FeatureRing:
         Returns:
             slot of the first row, and the generation of all; row i is in slot + i. A block never wraps: where it
             does not fit before the end, it begins at slot 0.
+
+        Raises:
+            SharedMemoryError: somebody truncated the file, and there is no room to write it again.
         """
         if len(rows) > self.capacity:
             raise ValueError(f"{len(rows)} rows do not fit into {self.capacity}")
         if self._next + len(rows) > self.capacity:
             self._next = 0
             self._generation += 1
-        slot, end = self._next, self._next + len(rows)
-        self._ring.generations[slot:end] = 2 * self._generation - 1
-        self._ring.rows[slot:end].copy_(rows)
-        self._ring.generations[slot:end] = 2 * self._generation
-        self._next = end
+        slot = self._next
+        self._ring.set_generations(slot, len(rows), 2 * self._generation - 1)
+        self._ring.write_rows(slot, rows.to("cpu", _ROWS_DTYPE).contiguous())
+        self._ring.set_generations(slot, len(rows), 2 * self._generation)
+        self._next += len(rows)
         return slot, self._generation
 
-    def is_replaced(self) -> bool:
-        """Whether readers cannot find it any more: its file was deleted, or another is in its place."""
-        return self._ring.file.is_replaced()
+    def is_lost(self) -> bool:
+        """Whether readers cannot use it any more: its file was deleted, replaced or damaged."""
+        return self._ring.file.is_replaced() or not self._ring.is_sound()
 
     def close(self) -> None:
         """Stop writing. Readers keep what is there."""
@@ -143,22 +170,46 @@ class FeatureRingReader:
             rows bfloat16 [n, width], and bool [n]: which of them are what was written. The others hold anything.
 
         Raises:
-            SharedMemoryError: the ring was removed, or replaced by one that is damaged.
+            SharedMemoryError: the ring was removed or truncated, or replaced by one that is damaged or of another
+                width.
         """
         rows, valid = self._copy(slots, generations)
         if not valid.all() and self._ring.file.is_replaced():
-            self._ring = _Ring(SharedFile.open(self._path))
+            ring = _Ring(SharedFile.open(self._path))
+            if ring.width != self.width:
+                raise SharedMemoryError(f"{self._path}: rows of {ring.width} values in place of {self.width}")
+            self._ring = ring
             rows, valid = self._copy(slots, generations)
         self.num_read += len(slots)
         self.num_overwritten += int((~valid).sum())
         return rows, valid
 
     def _copy(self, slots: torch.Tensor, generations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        known = slots.clamp(0, self._ring.capacity - 1)  # a reference may be to another ring
-        before = self._ring.generations[known]
-        rows = self._ring.rows[known]
-        after = self._ring.generations[known]
-        return rows, (known == slots) & (before == 2 * generations) & (after == 2 * generations)
+        rows = torch.zeros(len(slots), self.width, dtype=_ROWS_DTYPE)
+        valid = torch.zeros(len(slots), dtype=torch.bool)
+        known = torch.nonzero((slots >= 0) & (slots < self._ring.capacity)).view(-1)  # others are of another ring
+        for run in _runs(slots[known]):
+            places = known[run]
+            first, count = int(slots[places[0]]), len(places)
+            found = torch.empty(count, self.width, dtype=_ROWS_DTYPE)
+            before = self._ring.generations(first, count)
+            self._ring.read_rows(first, found)
+            after = self._ring.generations(first, count)
+            wanted = 2 * generations[places]
+            rows[places], valid[places] = found, (before == wanted) & (after == wanted)
+        return rows, valid
+
+
+def _runs(numbers: torch.Tensor) -> list[slice]:
+    """Where consecutive numbers are."""
+    breaks = (torch.nonzero(numbers.diff() != 1).view(-1) + 1).tolist()
+    bounds = [0, *breaks, len(numbers)] if len(numbers) else []
+    return [slice(start, end) for start, end in pairwise(bounds)]
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    """Those of a contiguous tensor on the CPU."""
+    return tensor.view(torch.uint8).numpy().reshape(-1).data
 
 
 def _rows_offset(capacity: int) -> int:

@@ -1,16 +1,23 @@
-"""Memory that processes share by mapping one file, best on a tmpfs such as /dev/shm.
+"""Memory that processes share by reading and writing one file, best on a tmpfs such as /dev/shm.
 
 A plain file is used instead of ``multiprocessing.shared_memory``, whose resource tracker unlinks a segment when any of
 its users ends. Here a file lives until another takes its place, whoever dies.
+
+The file is never mapped: a process that looks into a mapping whose file somebody has truncated dies of SIGBUS, whatever
+it checked before. A read of such a file is short, and an error.
 """
 
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
+import stat
 import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 class SharedMemoryError(Exception):
@@ -18,13 +25,12 @@ class SharedMemoryError(Exception):
 
 
 class SharedFile:
-    """A file of fixed size, mapped whole. Use ``create`` or ``open``."""
+    """A file of fixed size. Use ``create`` or ``open``."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self._descriptor = descriptor
-        self._close = weakref.finalize(self, _release, descriptor)
-        self.memory = mmap.mmap(descriptor, 0)
+        self._close = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
     def create(cls, path: Path, size: int) -> SharedFile:
@@ -38,8 +44,7 @@ class SharedFile:
             new.unlink(missing_ok=True)  # of a creator that was killed
             descriptor = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
-                # Pages that a full tmpfs cannot give later would kill the process that touches them.
-                os.posix_fallocate(descriptor, 0, size)
+                os.posix_fallocate(descriptor, 0, size)  # a full tmpfs says so here, not at some later write
             except OSError:
                 os.close(descriptor)
                 new.unlink()
@@ -55,22 +60,56 @@ class SharedFile:
             descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
             raise SharedMemoryError(f"cannot open {path}: {error.strerror}") from error
-        try:
-            return cls(path, descriptor)
-        except (OSError, ValueError) as error:
-            raise SharedMemoryError(f"cannot map {path}: {error}") from error
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise SharedMemoryError(f"{path} is no file")
+        return cls(path, descriptor)
 
     def install(self) -> None:
-        """Put it at its path, in place of what was there; who mapped the old file keeps that."""
-        os.rename(_unfinished(self.path), self.path)
+        """Put it at its path, in place of what was there; who opened the old file keeps that.
+
+        Raises:
+            SharedMemoryError: something is there that a file cannot replace, or the directory is gone.
+        """
+        try:
+            os.rename(_unfinished(self.path), self.path)
+        except OSError as error:
+            raise SharedMemoryError(f"cannot make {self.path}: {error.strerror}") from error
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file now; raises ``SharedMemoryError`` once it is closed."""
+        return self._try(os.fstat).st_size
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Up to 2 GB of the file; raises ``SharedMemoryError`` if they are not there."""
+        data = self._try(os.pread, size, offset)
+        if len(data) != size:
+            raise SharedMemoryError(f"{self.path} is truncated")
+        return data
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, of bytes; raises ``SharedMemoryError`` if the file does not hold as many."""
+        done = 0
+        while done < len(buffer):
+            count = self._try(os.preadv, [buffer[done:]], offset + done)
+            if count == 0:
+                raise SharedMemoryError(f"{self.path} is truncated")
+            done += count
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Put bytes into the file; raises ``SharedMemoryError`` if it was truncated and there is no room any more."""
+        rest = memoryview(data)
+        while rest:
+            count = self._try(os.pwrite, rest, offset)
+            offset, rest = offset + count, rest[count:]
 
     def is_replaced(self) -> bool:
-        """Whether another file, or none, is now at its path."""
+        """Whether another file, or none, is now at its path, or it is closed."""
         try:
-            there = os.stat(self.path)
+            there, mine = os.stat(self.path), os.fstat(self._descriptor)
         except OSError:
             return True
-        mine = os.fstat(self._descriptor)
         return (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino)
 
     def lock(self) -> None:
@@ -85,8 +124,15 @@ class SharedFile:
             raise SharedMemoryError(f"another process writes to {self.path}") from error
 
     def close(self) -> None:
-        """Give back the lock. The memory goes with the last object that looks into it."""
+        """Give back the lock; nothing can be read or written any more."""
         self._close()
+        self._descriptor = -1  # the number may be another file's soon
+
+    def _try(self, operation: Callable[..., _T], *arguments: object) -> _T:
+        try:
+            return operation(self._descriptor, *arguments)
+        except OSError as error:
+            raise SharedMemoryError(f"{self.path}: {error.strerror}") from error
 
 
 def make_private_directory(directory: Path) -> None:
@@ -117,11 +163,6 @@ def claim_directory(directory: Path) -> int:
         os.close(descriptor)
         raise SharedMemoryError(f"another engine uses {directory}: each needs one of its own") from error
     return descriptor
-
-
-def _release(descriptor: int) -> None:
-    fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough: the mapping has a duplicate
-    os.close(descriptor)
 
 
 def _unfinished(path: Path) -> Path:

@@ -20,23 +20,28 @@ import torch
 from engine.ipc.cuda_memory import HandleServer, receive_memory
 from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.weight_directory import Slot, WeightDirectory
-from engine.ipc.weight_layout import WeightBuffers, WeightLayout
+from engine.ipc.weight_layout import BufferMemory, DeviceMemory, FileMemory, WeightBuffers, WeightLayout
 
 _ATTEMPTS = 4
+
+
+class NonFiniteWeights(SharedMemoryError):
+    """What was published arrived whole and has numbers that are infinite or none. The channel itself is sound."""
 
 
 class WeightChannel:
     """Slots of equal layout, each with a key and a version, each doubly buffered.
 
     What a reader gets is a whole published version or an exception: each copy is checked against the checksum it was
-    published with, and against the slot having changed meanwhile. Use ``create`` or ``attach``.
+    published with, against the slot having changed meanwhile, and for numbers that are not finite. Use ``create`` or
+    ``attach``.
     """
 
     def __init__(
         self,
         directory: WeightDirectory,
         layout: WeightLayout,
-        memory: torch.Tensor,
+        memory: BufferMemory,
         handles: HandleServer | None = None,
     ) -> None:
         self.layout = layout
@@ -64,10 +69,11 @@ class WeightChannel:
         """
         device = device or torch.device("cpu")
         old = _open_if_sound(path)
-        wanted = ("host", layout.fingerprint, num_slots)
-        if device.type == "cpu" and old is not None and (old.kind, old.fingerprint, old.num_slots) == wanted:
-            return cls(old, layout, _host_memory(old))
-        return cls._make(path, layout, num_slots, device, old.version if old is not None else 0)
+        if old is None:
+            return cls._make(path, layout, num_slots, device, 0)
+        if (device.type, old.kind, old.num_slots) == ("cpu", "host", num_slots) and _is_of(old, layout):
+            return cls(old, layout, _file_memory(old))
+        return cls._make(path, layout, num_slots, device, old.sound_version)
 
     @classmethod
     def _make(
@@ -75,10 +81,11 @@ class WeightChannel:
     ) -> WeightChannel:
         if device.type == "cpu":
             directory = WeightDirectory.create(path, layout, num_slots, "host", version)
-            return cls(directory, layout, _host_memory(directory))
+            return cls(directory, layout, _file_memory(directory))
         memory = torch.zeros(2 * num_slots, layout.nbytes, dtype=torch.uint8, device=device)
         handles = HandleServer(memory, _socket_path(path))
-        return cls(WeightDirectory.create(path, layout, num_slots, "cuda", version), layout, memory, handles)
+        directory = WeightDirectory.create(path, layout, num_slots, "cuda", version)
+        return cls(directory, layout, DeviceMemory(memory), handles)
 
     @classmethod
     def attach(cls, path: Path, layout: WeightLayout) -> WeightChannel:
@@ -88,17 +95,17 @@ class WeightChannel:
             SharedMemoryError: no channel is there, it is damaged, or of another layout.
         """
         directory = WeightDirectory.open(path)
-        if directory.fingerprint != layout.fingerprint:
+        if not _is_of(directory, layout):
             raise SharedMemoryError(
                 f"{path} is for other weights: layout {directory.fingerprint.hex()[:16]}, "
                 f"not {layout.fingerprint.hex()[:16]}"
             )
         if directory.kind == "host":
-            return cls(directory, layout, _host_memory(directory))
+            return cls(directory, layout, _file_memory(directory))
         memory = receive_memory(_socket_path(path))
         if len(memory) != 2 * directory.num_slots * layout.nbytes:
             raise SharedMemoryError(f"{path}: the device memory is another channel's")
-        return cls(directory, layout, memory.view(2 * directory.num_slots, layout.nbytes))
+        return cls(directory, layout, DeviceMemory(memory.view(2 * directory.num_slots, layout.nbytes)))
 
     def replace(self, version: int) -> WeightChannel:
         """A channel of empty slots in place of this one, which is damaged; for the engine alone.
@@ -118,7 +125,11 @@ class WeightChannel:
         return self.directory.file.is_replaced()
 
     def poll(self) -> int:
-        """The channel's version; another than last time means that some slot changed. Tens of nanoseconds."""
+        """The channel's version; another than last time means that some slot changed. Takes under a microsecond.
+
+        Raises:
+            SharedMemoryError: there is none to read.
+        """
         return self.directory.version
 
     def slots(self) -> tuple[Slot, ...]:
@@ -135,6 +146,7 @@ class WeightChannel:
         Raises:
             SharedMemoryError: the channel or these weights are damaged, or changed faster than they could be read.
                 ``tensors`` are as they were; what is published next can be read again.
+            NonFiniteWeights: nobody should draft with these weights. ``tensors`` are as they were.
             ValueError: ``tensors`` are of another layout.
         """
         self.layout.check(tensors)
@@ -147,6 +159,8 @@ class WeightChannel:
                 continue
             if checksum != state.checksum:
                 raise SharedMemoryError(f"{self.directory.file.path}: slot {slot}: wrong checksum")
+            if not self.buffers.is_finite():
+                raise NonFiniteWeights(f"{self.directory.file.path}: slot {slot}: {state.key!r} has numbers not finite")
             self.buffers.unstage(tensors)
             return state
         raise SharedMemoryError(f"{self.directory.file.path}: slot {slot} changes faster than it can be read")
@@ -165,8 +179,12 @@ def _open_if_sound(path: Path) -> WeightDirectory | None:
         return None
 
 
-def _host_memory(directory: WeightDirectory) -> torch.Tensor:
-    return torch.frombuffer(directory.buffers, dtype=torch.uint8).view(2 * directory.num_slots, directory.stride)
+def _is_of(directory: WeightDirectory, layout: WeightLayout) -> bool:
+    return (directory.fingerprint, directory.stride) == (layout.fingerprint, layout.nbytes)
+
+
+def _file_memory(directory: WeightDirectory) -> FileMemory:
+    return FileMemory(directory.file, directory.data_offset)
 
 
 def _socket_path(path: Path) -> Path:

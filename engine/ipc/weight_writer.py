@@ -34,12 +34,12 @@ class WeightWriter:
         self._channel = WeightChannel.attach(path, layout)
         try:
             self._channel.directory.file.lock()
+            self.slots: list[Slot] = list(self._channel.slots())
+            """What the channel holds, by slot."""
         except SharedMemoryError:
             self._channel.close()
             raise
-        self.slots: list[Slot] = list(self._channel.slots())
-        """What the channel holds, by slot."""
-        self.version = max(version, self._channel.poll())
+        self.version = max(version, self._channel.directory.sound_version)
 
     @torch.inference_mode()
     def publish(self, slot: int, key: str, tensors: Mapping[str, torch.Tensor]) -> int:
@@ -50,6 +50,7 @@ class WeightWriter:
 
         Raises:
             ChannelReplaced: nobody would read them here.
+            SharedMemoryError: the channel is damaged so that they cannot be written; the engine will replace it.
             ValueError: ``tensors`` are of another layout, the key is longer than ``MAX_KEY_BYTES`` or in another slot.
         """
         self._channel.layout.check(tensors)
@@ -62,7 +63,7 @@ class WeightWriter:
         return self._commit(slot, Slot(key, self.version + 1, buffer, checksum))
 
     def clear(self, slot: int) -> int:
-        """Empty a slot; the version in which it is empty. Raises ``ChannelReplaced``."""
+        """Empty a slot; the version in which it is empty. Raises as ``publish`` does."""
         return self._commit(slot, Slot(None, self.version + 1, self.slots[slot].buffer))
 
     def is_replaced(self) -> bool:

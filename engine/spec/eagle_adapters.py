@@ -12,7 +12,7 @@ import structlog
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.adapter_control import adapter_key
 from engine.ipc.shared_file import SharedMemoryError, make_private_directory
-from engine.ipc.weight_channel import WeightChannel
+from engine.ipc.weight_channel import NonFiniteWeights, WeightChannel
 from engine.ipc.weight_directory import Slot
 from engine.models.config import ModelError
 from engine.models.eagle3 import Eagle3
@@ -62,7 +62,7 @@ class EagleAdapters:
         try:
             make_private_directory(config.shared_directory)
             self._channel = WeightChannel.create(config.channel_path, self._slots.layout, num_slots, device)
-        except (SharedMemoryError, OSError) as error:
+        except SharedMemoryError as error:
             raise ModelError(f"alignment: no weight channel: {error}") from error
         self._in_force = [BASE] * num_slots
         self._versions = [0] * num_slots
@@ -72,6 +72,7 @@ class EagleAdapters:
         """Of each request; None for those that keep the base draft, to compare with."""
         self._assigned: dict[str, Assignment] = {}
         self._seen, self._look_at = -1, 0.0
+        """Version of the channel at the last look that found it sound, and when to look again."""
         self._is_damaged = False
         """Whether something could not be read at the last look."""
         self.num_loads = 0
@@ -79,8 +80,8 @@ class EagleAdapters:
 
     @property
     def version(self) -> int:
-        """Of the channel."""
-        return self._channel.poll()
+        """Of the channel, as far as it was read."""
+        return max(self._seen, 0)
 
     @property
     def versions(self) -> dict[str, int]:
@@ -93,14 +94,12 @@ class EagleAdapters:
         What cannot be read is tried again a second later. If it is still damaged then, nobody else will mend it before
         the next publication, or ever: another channel takes its place.
         """
-        version, now = self._channel.poll(), time.monotonic()
-        if now < self._look_at and (version == self._seen or self._is_damaged):
+        now = time.monotonic()
+        if now < self._look_at and (self._is_damaged or not self._has_changed()):
             return
         self._look_at = now + _LOOK_SECONDS
         was_damaged, self._is_damaged = self._is_damaged, not self._take_over()
-        if not self._is_damaged:
-            self._seen = version
-        elif was_damaged:
+        if was_damaged and self._is_damaged:
             self._replace()
 
     def assign(self, requests: Sequence[Request]) -> None:
@@ -137,11 +136,19 @@ class EagleAdapters:
             self._keys[request_id] = None if is_control else key
         return self._keys[request_id]
 
+    def _has_changed(self) -> bool:
+        """Whether something was published since the last look, or nobody can tell."""
+        try:
+            return self._channel.poll() != self._seen
+        except SharedMemoryError:
+            return True
+
     def _take_over(self) -> bool:
         """Load the slots that changed; whether all could be read, and the channel is where a worker looks for it."""
         try:
             if self._channel.is_replaced():
                 raise SharedMemoryError(f"{self.config.channel_path} is gone, or another's")
+            version = self._channel.poll()
             slots = self._channel.slots()
         except SharedMemoryError as error:
             self._note_failure(error)
@@ -149,17 +156,20 @@ class EagleAdapters:
         changed = [index for index, slot in enumerate(slots) if slot.version != self._versions[index]]
         are_loaded = [self._load(index, slots[index]) for index in changed]
         self._by_key = {one.key: one for one in self._in_force if one.key is not None}
-        return all(are_loaded)
+        if not all(are_loaded):
+            return False
+        self._seen = version
+        return True
 
     def _replace(self) -> None:
         """Make an empty channel: the worker finds it within a second, and publishes again what should be in force."""
         try:
             make_private_directory(self.config.shared_directory)
             self._channel = self._channel.replace(max(self._versions))
-        except (SharedMemoryError, OSError) as error:
+        except SharedMemoryError as error:
             log.warning("no other weight channel", reason=str(error))
             return
-        log.warning("damaged or lost weight channel replaced", version=self.version)
+        log.warning("damaged or lost weight channel replaced", version=max(self._versions))
         # A key may come back in another slot: until then it has the base draft.
         for index in range(len(self._in_force)):
             self._withdraw(index)
@@ -168,11 +178,18 @@ class EagleAdapters:
         self._is_damaged = False
 
     def _load(self, index: int, slot: Slot) -> bool:
-        """Copy a slot's weights in place; if they cannot be read, its key goes on with what it had."""
+        """Copy a slot's weights in place; whether they could be read.
+
+        Its key goes on with what it had if they could not, or should not be drafted with.
+        """
         if slot.key != self._in_force[index].key:
             self._withdraw(index)
         try:
             state = self._channel.read_into(index, self._slots.tensors[index])
+        except NonFiniteWeights as error:
+            self._note_failure(error)
+            self._versions[index] = slot.version
+            return True
         except SharedMemoryError as error:
             self._note_failure(error)
             return False

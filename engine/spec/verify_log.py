@@ -177,9 +177,13 @@ class VerifyLog:
         pieces = [self._with_context(one.step) for one in chosen]
         of_pieces = self._features(pieces).split_with_sizes([len(piece.token_ids) for piece in pieces])
         for one, piece, rows in zip(chosen, pieces, of_pieces, strict=True):
+            try:
+                place = self._ring.write(rows)
+            except SharedMemoryError:  # somebody truncated it: the next look around makes another
+                continue
             self._num_gated += one.is_gated
             self._num_fair += not one.is_gated
-            self._log.log(self._record(one, piece.token_ids[: -len(one.step.kept)], *self._ring.write(rows)))
+            self._log.log(self._record(one, piece.token_ids[: -len(one.step.kept)], *place))
 
     def _look_around(self) -> None:
         """See once a second whether records were lost, and that a worker finds the ring; if not, make another."""
@@ -191,7 +195,7 @@ class VerifyLog:
         if self._num_lost != (lost := written.num_dropped_by_queue + written.num_dropped_by_redis):
             self._num_lost = lost
             self._told_at.clear()  # contexts may be among what was lost
-        if not self._ring.is_replaced():
+        if not self._ring.is_lost():
             return
         try:
             make_private_directory(self._adapters.config.shared_directory)

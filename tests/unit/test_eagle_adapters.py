@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from engine.adapters_config import AdaptersConfig, LogConfig, TrainingConfig
+from engine.ipc.shared_file import SharedFile
 from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams
 from engine.models.eagle3 import Eagle3, Eagle3Config
@@ -23,6 +24,10 @@ from engine.spec.eagle_network import TorchEagleNetwork
 
 DRAFT = Eagle3Config("tiny", 32, 2, 1, 16, 64, (0, 1, 2), 1e-5, 100, 4)
 WHOLE: dict[str, object] = {"training": TrainingConfig(method="osd"), "key_scope": "global"}
+
+
+# In the channel's file.
+FINGERPRINT, WORD, DIRECTORIES, BUFFERS = 24, 64, 128, 4096
 
 
 class Bank:
@@ -46,6 +51,13 @@ class Bank:
         return self.writer.publish(
             slot, key, {s.name: torch.full(s.shape, value, dtype=s.dtype) for s in self.layout.tensors}
         )
+
+    def flip_bits(self, *slots: int) -> None:
+        """Change a bit of what each slot's weights in force are."""
+        file = SharedFile.open(self.config.channel_path)
+        for slot in slots:
+            place = BUFFERS + (2 * slot + self.writer.slots[slot].buffer) * self.layout.nbytes
+            file.write(place, bytes([file.read(place, 1)[0] ^ 1]))
 
     def assign(self, *requests: Request) -> list[Assignment]:
         self.engine.refresh()
@@ -120,21 +132,15 @@ def test_damaged_weights_change_nothing_and_are_tried_again(tmp_path: Path, monk
     bank.publish(0, "law", 2.0)
     bank.publish(1, "other", 6.0)
     healthy = bank.publish(2, "healthy", 7.0)
-    buffers = bank.engine._channel.buffers._memory
-    damaged = [2 * slot + bank.writer.slots[slot].buffer for slot in (0, 1)]
-    buffers[damaged, 0] ^= 1
+    bank.flip_bits(0, 1)
     expected = [Assignment(0, "law", good), BASE, BASE, Assignment(2, "healthy", healthy)]
     assert bank.assign(law, clinic, other, request("4", "healthy")) == expected
     assert bank.value(law) == 1.0
     assert bank.engine.num_failed_loads == 2
-    buffers[damaged, 0] ^= 1
+    bank.flip_bits(0, 1)
     assert bank.assign(law)[0].version > good
     assert bank.value(law) == 2.0
     assert bank.assign(other)[0].key == "other"
-
-
-# In the channel's file.
-FINGERPRINT, WORD, DIRECTORIES, BUFFERS = 24, 64, 128, 4096
 
 
 @pytest.mark.parametrize("start", [FINGERPRINT, WORD, DIRECTORIES, BUFFERS])
@@ -220,11 +226,10 @@ def test_a_damaged_draft_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     good = bank.publish(0, "*", 1.0)
     bank.assign(anybody)
     bank.publish(0, "*", 2.0)
-    memory, damaged = bank.engine._channel.buffers._memory, bank.writer.slots[0].buffer
-    memory[damaged, 0] ^= 1
+    bank.flip_bits(0)
     assert bank.assign(anybody) == [Assignment(0, "*", good)]
     assert are(weights(bank), 1.0)
-    memory[damaged, 0] ^= 1
+    bank.flip_bits(0)
     assert bank.assign(anybody)[0].version > good
     assert are(weights(bank), 2.0)
 

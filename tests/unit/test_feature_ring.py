@@ -127,15 +127,24 @@ def test_new_ring_invalidates_the_old_one_and_readers_follow(path: Path) -> None
     old = FeatureRing(path, 4, WIDTH)
     reader = FeatureRingReader(path)
     lost = references(*old.write(block(1, 4)), 4)
-    new = FeatureRing(path, 8, 2 * WIDTH)
+    new = FeatureRing(path, 8, WIDTH)
     assert reader.read(*lost)[1].all()  # nobody overwrote it yet, as far as this reader knows
-    kept = references(*new.write(block(2, 8, 2 * WIDTH)), 8)
+    kept = references(*new.write(block(2, 8)), 8)
     found, valid = reader.read(*kept)
     assert valid.all()
-    assert torch.equal(found, block(2, 8, 2 * WIDTH))
-    assert reader.width == 2 * WIDTH
+    assert torch.equal(found, block(2, 8))
     assert not reader.read(*lost)[1].any()
     assert reader.num_overwritten == 4
+
+
+def test_a_ring_of_another_width_is_refused(path: Path) -> None:
+    old = FeatureRing(path, 4, WIDTH)
+    reader = FeatureRingReader(path)
+    old.write(block(1, 4))
+    rows = references(*FeatureRing(path, 4, 2 * WIDTH).write(block(2, 4, 2 * WIDTH)), 4)
+    with pytest.raises(SharedMemoryError, match=f"rows of {2 * WIDTH} values in place of {WIDTH}"):
+        reader.read(*rows)
+    assert FeatureRingReader(path).read(*rows)[1].all()
 
 
 @pytest.mark.parametrize("byte", [0, 8, 12, 16])

@@ -19,7 +19,7 @@ import torch
 from engine.ipc.cuda_memory import HandleServer, receive_memory
 from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.weight_channel import WeightChannel
-from engine.ipc.weight_directory import MAX_KEY_BYTES, Slot
+from engine.ipc.weight_directory import MAX_KEY_BYTES, MAX_VERSION, Slot
 from engine.ipc.weight_layout import TensorSpec, WeightLayout
 from engine.ipc.weight_writer import ChannelReplaced, WeightWriter
 from tests.killable_processes import processes
@@ -104,12 +104,14 @@ def test_a_look_costs_less_than_two_microseconds(channel: WeightChannel) -> None
 
 def test_directory_has_room_for_the_longest_keys_and_versions(tmp_path: Path) -> None:
     channel = WeightChannel.create(tmp_path / "weights", SMALL, num_slots=40)
-    writer = WeightWriter(tmp_path / "weights", SMALL, version=2**62)
+    writer = WeightWriter(tmp_path / "weights", SMALL, version=MAX_VERSION - 40)
     for slot in range(40):
         version = writer.publish(slot, f"{slot:02}" + "é" * (MAX_KEY_BYTES // 2 - 1), empty(SMALL))
-    assert channel.poll() == version == 2**62 + 40
+    assert channel.poll() == version == MAX_VERSION
     assert {len((slot.key or "").encode()) for slot in channel.slots()} == {MAX_KEY_BYTES}
     channel.read_into(39, empty(SMALL))
+    with pytest.raises(SharedMemoryError, match="no version after"):
+        writer.clear(0)
 
 
 def test_wrong_arguments_are_refused_and_change_nothing(channel: WeightChannel, writer: WeightWriter) -> None:
