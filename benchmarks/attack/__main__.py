@@ -18,20 +18,21 @@ from benchmarks.common.machine import REPOSITORY, RESULTS
 
 
 def main(
-    attack: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(ATTACKS)}; default: all.")] = None,
+    attack: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(ATTACKS)}; default: all but soak.")] = None,
     source: Annotated[
         Path | None, typer.Option(help="Checkout whose server is attacked instead of this one's, as the side before.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Of each fuzzer.")] = 60.0,
     seed: Annotated[int, typer.Option(help="Of the fuzzers.")] = 1,
     seeds: Annotated[str, typer.Option(help="Of the requests of determinism, separated by commas.")] = "1",
+    minutes: Annotated[float, typer.Option(help="Of soak.")] = 60.0,
     name: Annotated[str, typer.Option(help="Of the file in benchmarks/results.")] = "attack",
 ) -> None:
     """Measures what the victims of each attack notice; bars that do not hold exit with 1."""
-    names = attack or list(ATTACKS)
+    names = attack or [one for one in ATTACKS if one != "soak"]
     if unknown := set(names) - ATTACKS.keys():
         raise typer.BadParameter(f"no such attack: {', '.join(sorted(unknown))}", param_hint="ATTACK")
-    options = Options(seconds, seed, tuple(map(int, seeds.split(","))))
+    options = Options(seconds, seed, tuple(map(int, seeds.split(","))), minutes, RESULTS / f"{name}-soak.jsonl")
     console, record = Console(width=160), Record(RESULTS / f"{name}.json")
     side, directory = (AFTER, REPOSITORY) if source is None else (BEFORE, source.resolve())
     for one in names:

@@ -16,6 +16,7 @@ from benchmarks.attack import (
     http_fuzz,
     keyless,
     masks,
+    soak,
     starving,
 )
 from benchmarks.attack.bars import Bars
@@ -23,11 +24,17 @@ from benchmarks.attack.bars import Bars
 
 @dataclass(frozen=True)
 class Options:
-    """How long the fuzzers run, with which seed, and with which seeds ``determinism`` makes its requests."""
+    """How much is done.
+
+    ``seconds`` and ``seed`` are the fuzzers', ``seeds`` those of the requests of ``determinism``; ``soak`` takes
+    ``minutes`` and writes its checkpoints to a file.
+    """
 
     seconds: float
     seed: int
     seeds: tuple[int, ...]
+    minutes: float
+    checkpoints: Path
 
 
 @dataclass(frozen=True)
@@ -52,4 +59,7 @@ ATTACKS = {
     ),
     "http_fuzz": Attack(lambda source, options: http_fuzz.run(source, options.seconds, options.seed), http_fuzz.BARS),
     "determinism": Attack(lambda source, options: determinism.run(source, options.seeds), determinism.BARS),
+    "soak": Attack(
+        lambda source, options: soak.run(source, options.minutes, options.seed, options.checkpoints), soak.BARS
+    ),
 }

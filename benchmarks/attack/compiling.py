@@ -13,8 +13,8 @@ from benchmarks.attack.clients import CHAT, Answer, ask, with_schema
 from benchmarks.attack.server import ATTACKER, MODEL, VICTIM, Server, serving
 
 LIMIT_SECONDS = 60.0
-_BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
-_SLOW = (
+BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
+SLOW = (
     {"type": "string", "pattern": "^" + ".?" * 200 + "$"},
     {"type": "string", "pattern": "^" + "(a|b|[^c])?" * 80 + "$"},
     {"type": "object", "properties": {f"field{index}": {"type": "string", "pattern": ".?" * 40} for index in range(8)}},
@@ -42,15 +42,15 @@ def _slow_schemas(server: Server) -> dict[str, float]:
     answers: list[Answer] = []
 
     def attack(schema: object) -> None:
-        answers.append(ask(server, ATTACKER, with_schema(_BODY, schema), CHAT, LIMIT_SECONDS))
+        answers.append(ask(server, ATTACKER, with_schema(BODY, schema), CHAT, LIMIT_SECONDS))
 
-    threads = [threading.Thread(target=attack, args=(schema,), daemon=True) for schema in _SLOW]
+    threads = [threading.Thread(target=attack, args=(schema,), daemon=True) for schema in SLOW]
     for thread in threads:
         thread.start()
     time.sleep(1)
-    tiny = with_schema(_BODY, {"type": "object", "properties": {"x": {"type": "integer"}}})
+    tiny = with_schema(BODY, {"type": "object", "properties": {"x": {"type": "integer"}}})
     with_tiny = ask(server, VICTIM, tiny, CHAT, LIMIT_SECONDS)
-    without = ask(server, VICTIM, _BODY, CHAT, LIMIT_SECONDS)
+    without = ask(server, VICTIM, BODY, CHAT, LIMIT_SECONDS)
     for thread in threads:
         thread.join()
     return {
@@ -65,13 +65,13 @@ def _slow_schemas(server: Server) -> dict[str, float]:
 
 def _oracle(server: Server) -> dict[str, float]:
     """Seconds of schemas that nobody, another tenant and the tenant itself had compiled; medians."""
-    ask(server, VICTIM, with_schema(_BODY, _wide_schema("first")), CHAT)
+    ask(server, VICTIM, with_schema(BODY, _wide_schema("first")), CHAT)
     seconds: dict[str, list[float]] = {"attacker": [], "another": [], "own": [], "unknown": []}
     for index in range(_ORACLE_SCHEMAS):
         shared, alone = _wide_schema(f"shared{index}_"), _wide_schema(f"single{index}_")
         asked = (("attacker", ATTACKER, shared), ("another", VICTIM, shared), ("own", VICTIM, shared))
         for name, tenant, schema in (*asked, ("unknown", VICTIM, alone)):
-            seconds[name].append(ask(server, tenant, with_schema(_BODY, schema), CHAT).seconds)
+            seconds[name].append(ask(server, tenant, with_schema(BODY, schema), CHAT).seconds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "known_to_another_over_unknown": medians["another"] / medians["unknown"],

@@ -42,12 +42,13 @@ def run(source: Path, seeds: Sequence[int]) -> dict[str, float]:
     with serving(source, "determinism") as server:
         for seed in seeds:
             requests = varied_requests(seed, _PROMPTS)
-            for name, value in asyncio.run(_compare_all(server.url, server.keys[ATTACKER], requests)).items():
+            for name, value in asyncio.run(compare(server.url, server.keys[ATTACKER], requests)).items():
                 figures[name] += value
     return figures
 
 
-async def _compare_all(url: str, key: str, requests: Sequence[Request]) -> dict[str, int]:
+async def compare(url: str, key: str, requests: Sequence[Request]) -> dict[str, int]:
+    """All modes, each answer compared with that of the request alone and without drafts."""
     headers = {"Authorization": f"Bearer {key}"}
     limits = httpx.Limits(max_connections=2 * _AT_ONCE)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=600, limits=limits, trust_env=False) as http:
@@ -102,12 +103,16 @@ async def _ask(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> t
     response = await http.post(path, json=body)
     if response.status_code != 200:
         return response.status_code, ()
-    answer = response.json()
+    return 200, read_answer(response.json())
+
+
+def read_answer(body: Mapping[str, Any]) -> Answer:
+    """What of a whole answer must always be the same."""
     choices = [
         (_text(choice), choice["finish_reason"], choice["stop_reason"], tuple(_tokens(choice)))
-        for choice in answer["choices"]
+        for choice in body["choices"]
     ]
-    return 200, (*choices, answer["usage"]["completion_tokens"])
+    return (*choices, body["usage"]["completion_tokens"])
 
 
 async def _ask_streamed(http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> tuple[int, Answer]:

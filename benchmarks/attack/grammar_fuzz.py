@@ -20,7 +20,7 @@ from benchmarks.attack.server import ATTACKER, MODEL, Server, serving
 
 _CLIENTS = 4
 _TIMEOUT = 60.0
-_BODY = {"model": MODEL, "prompt": "zq", "max_tokens": 24, "temperature": 2}
+BODY = {"model": MODEL, "prompt": "zq", "max_tokens": 24, "temperature": 2}
 _LONG_STEP = "0.1"
 """Seconds, as the histogram of step times writes them."""
 _CONTROL_SHARE = 0.25
@@ -60,7 +60,7 @@ def _load(server: Server, seconds: float, next_schema: Callable[[], dict[str, An
         while time.monotonic() < end:
             with lock:
                 schema = next_schema()
-            body = _BODY if schema is None else with_schema(_BODY, schema)
+            body = BODY if schema is None else with_schema(BODY, schema)
             answer = ask(server, ATTACKER, body, timeout=_TIMEOUT)
             outcome = judge(answer)
             with lock:

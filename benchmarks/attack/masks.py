@@ -15,7 +15,7 @@ SCHEMAS = {
     "wide": {"anyOf": [{"type": "array", "items": {"type": "string"}}] * 1100},
 }
 LIMIT_SECONDS = 120.0
-_PROMPTS, _CHOICES = 10, 16
+BODY = {"model": MODEL, "prompt": ["zq"] * 10, "n": 16, "max_tokens": 40, "temperature": 2}
 _CALM_SECONDS = 2.0
 BARS = {
     f"{name}_{figure}": bar
@@ -28,13 +28,12 @@ def run(source: Path) -> dict[str, float]:
     """Each schema against a server of its own; the longest that the victim waits for an answer."""
     figures: dict[str, float] = {}
     for name, schema in SCHEMAS.items():
-        body = {"model": MODEL, "prompt": ["zq"] * _PROMPTS, "n": _CHOICES, "max_tokens": 40, "temperature": 2}
         with serving(source, f"masks-{name}") as server:
             ask(server, ATTACKER, FOUR_TOKENS)
             until = time.monotonic() + LIMIT_SECONDS
             with Victim(server, until) as victim:
                 time.sleep(_CALM_SECONDS)
-                answer = ask(server, ATTACKER, with_schema(body, schema), timeout=LIMIT_SECONDS - _CALM_SECONDS)
+                answer = ask(server, ATTACKER, with_schema(BODY, schema), timeout=LIMIT_SECONDS - _CALM_SECONDS)
                 time.sleep(_CALM_SECONDS)
             seen = victim.figures() | {"attacker_status": answer.status, "attacker_seconds": answer.seconds}
         figures |= {f"{name}_{figure}": value for figure, value in seen.items()}

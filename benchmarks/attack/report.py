@@ -24,10 +24,12 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.attacks: dict[str, Any] = json.loads(path.read_text())["attacks"] if path.exists() else {}
+        self.attacks: dict[str, Any] = {}
+        self._read()
 
     def add(self, name: str, side: str, source: Path, figures: dict[str, float]) -> None:
         """Figures of a side, of the server of ``source``, on this machine."""
+        self._read()  # another run may have added to it
         self.attacks.setdefault(name, {})[side] = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": git_commit(source),
@@ -37,6 +39,10 @@ class Record:
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps({"attacks": self.attacks}, indent=1))
+
+    def _read(self) -> None:
+        if self._path.exists():
+            self.attacks = json.loads(self._path.read_text())["attacks"]
 
     def figures(self, name: str, side: str) -> dict[str, float]:
         """Empty where that attack did not run."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 import tempfile
 import urllib.request
@@ -16,7 +15,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.common.process import LOGS, Launch, free_port, running, tree
-from server.tenants import hash_key
+from server.tenants import hash_key, new_key
 
 MODEL = "smollm2-135m"
 ATTACKER, VICTIM, OTHER, METRICS = "acme", "bravo", "charlie", "prometheus"
@@ -81,11 +80,10 @@ def role(process: psutil.Process) -> str:
 def serving(source: Path, name: str, *options: str) -> Iterator[Server]:
     """The server of the checkout ``source`` until the block ends; its log is called after ``name``."""
     port = free_port()
-    keys = {tenant: f"evs-{secrets.token_urlsafe(32)}" for tenant in (ATTACKER, VICTIM, OTHER, METRICS, *LIMITED)}
     log = LOGS / f"attack-{name}-{source.name}.log"
     with tempfile.TemporaryDirectory(prefix="evospec-attack-") as directory:
         keys_file = Path(directory) / "keys.toml"
-        keys_file.write_text(_keys_file(keys))
+        keys = write_keys(keys_file)
         common = ["--port", str(port), "--model", MODEL, "--keys-file", str(keys_file), "--log.format", "json"]
         # The console script would import the checkout that is installed.
         command = [sys.executable, "-c", "from server.cli import main; main()", "serve", *common, *options]
@@ -94,10 +92,13 @@ def serving(source: Path, name: str, *options: str) -> Iterator[Server]:
             yield Server(f"http://127.0.0.1:{port}", process, keys, log)
 
 
-def _keys_file(keys: dict[str, str]) -> str:
+def write_keys(path: Path) -> dict[str, str]:
+    """A keys file of all tenants; returns a key for each."""
+    keys = {tenant: new_key() for tenant in (ATTACKER, VICTIM, OTHER, METRICS, *LIMITED)}
     lines = []
     for tenant, key in keys.items():
         lines += [f"[tenants.{tenant}]", f'keys = ["{hash_key(key)}"]']
         if tenant in LIMITED:
             lines.append(f"requests_per_minute = {REQUESTS_PER_MINUTE}")
-    return "\n".join(lines)
+    path.write_text("\n".join(lines))
+    return keys

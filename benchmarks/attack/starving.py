@@ -19,7 +19,9 @@ KV_BYTES = 600_000_000
 _TOGETHER_SECONDS = 40.0
 LIMIT_SECONDS = 120.0
 _FIRST_TOKEN = {**FOUR_TOKENS, "prompt": "Hello", "max_tokens": 1}
-_LONG = {"model": MODEL, "ignore_eos": True, "temperature": 1, "stream": True}
+_STREAM = {"model": MODEL, "ignore_eos": True, "temperature": 1, "stream": True}
+LONG = {**_STREAM, "prompt": [f"Once upon a time {index}" for index in range(48)], "max_tokens": 8000}
+MANY = {**_STREAM, "prompt": [f"Once {index}" for index in range(17)], "n": 16, "max_tokens": 300}
 BARS = {
     "victim_longest_seconds": at_most(2),
     "victim_unserved": exactly(0),
@@ -29,16 +31,14 @@ BARS = {
 
 def run_kv(source: Path) -> dict[str, float]:
     """48 prompts of 8,000 tokens each, in room for some 26,000."""
-    prompts = [f"Once upon a time {index}" for index in range(48)]
     with serving(source, "kv", "--kv-max-bytes", str(KV_BYTES)) as server:
-        return _starve(server, {**_LONG, "prompt": prompts, "max_tokens": 8000}, alone_seconds=40)
+        return _starve(server, LONG, alone_seconds=40)
 
 
 def run_slots(source: Path) -> dict[str, float]:
     """17 prompts of 16 sequences of 300 tokens each, which is more than there are slots."""
-    prompts = [f"Once {index}" for index in range(17)]
     with serving(source, "slots") as server:
-        return _starve(server, {**_LONG, "prompt": prompts, "n": 16, "max_tokens": 300}, alone_seconds=24)
+        return _starve(server, MANY, alone_seconds=24)
 
 
 def _starve(server: Server, body: Mapping[str, Any], alone_seconds: float) -> dict[str, float]:

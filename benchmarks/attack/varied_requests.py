@@ -25,7 +25,8 @@ _CODE = (
 )  # fmt: skip
 _SCRIPTS = (
     "Привет, как дела?", "你好，请介绍一下北京。", "こんにちは、", "مرحبا كيف", "😀😃😄😁😆", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𝕥𝕖𝕤𝕥",
-    "Ça va très bien, où est", "Zażółć gęślą jaźń", "e\u0301e\u0301e\u0301", "\u200b\u200b zero width", "नमस्ते दुनिया", "ไทย ภาษา", "한국어 문장",
+    "Ça va très bien, où est", "Zażółć gęślą jaźń", "e\u0301e\u0301e\u0301", "\u200b\u200b zero width",
+    "नमस्ते दुनिया", "ไทย ภาษา", "한국어 문장",
 )  # fmt: skip
 _QUESTIONS = (
     "Why is the sky blue?", "Explain the doctrine of promissory estoppel in contract law.",

@@ -1,0 +1,191 @@
+"""All attacks mixed on one server, while two tenants send requests whose right answers are known."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.attack import compiling, grammar_fuzz, masks, starving
+from benchmarks.attack.bars import at_most, exactly
+from benchmarks.attack.clients import CHAT, ask, with_schema
+from benchmarks.attack.determinism import Answer, read_answer
+from benchmarks.attack.forge_channel import MODES, channel_options, forge
+from benchmarks.attack.http_fuzz import Exchange
+from benchmarks.attack.keyless import endless_bodies, slow_bodies
+from benchmarks.attack.random_schemas import RandomSchemas
+from benchmarks.attack.server import ATTACKER, OTHER, VICTIM, Server, serving
+from benchmarks.attack.varied_requests import Request, varied_requests
+
+_QUESTIONS = 32
+_ATTACKERS = 3
+_CHECKPOINT_SECONDS = 60.0
+_MOVE_SECONDS = (5.0, 20.0)
+_PAUSE_SECONDS = 1.0
+_TIMEOUT = 60.0
+BARS = {
+    "wrong": exactly(0),
+    "unserved": exactly(0),
+    "engine_restarts": exactly(0),
+    "api_mb_grown": at_most(100),
+    "engine_mb_grown": at_most(100),
+}
+
+Move = Callable[[Server, float, random.Random], None]
+"""Attacks a server for at most some seconds, in a way drawn at random."""
+
+
+def _masks(server: Server, seconds: float, chance: random.Random) -> None:
+    schema = chance.choice(list(masks.SCHEMAS.values()))
+    ask(server, ATTACKER, with_schema(masks.BODY, schema), timeout=seconds)
+
+
+def _compiling(server: Server, seconds: float, chance: random.Random) -> None:
+    ask(server, ATTACKER, with_schema(compiling.BODY, chance.choice(compiling.SLOW)), CHAT, seconds)
+
+
+def _starving(server: Server, seconds: float, chance: random.Random) -> None:
+    with starving.open_stream(server, ATTACKER, chance.choice((starving.LONG, starving.MANY))):
+        time.sleep(seconds)
+
+
+def _keyless(server: Server, seconds: float, chance: random.Random) -> None:
+    with endless_bodies(server, 1) if chance.random() < 0.5 else slow_bodies(server, 50):
+        time.sleep(seconds)
+
+
+def _grammars(server: Server, seconds: float, chance: random.Random) -> None:
+    schemas, end = RandomSchemas(chance.getrandbits(32)), time.monotonic() + seconds
+    while time.monotonic() < end:
+        ask(server, ATTACKER, with_schema(grammar_fuzz.BODY, schemas.next()), timeout=seconds)
+
+
+def _http(server: Server, seconds: float, chance: random.Random) -> None:
+    Exchange(server, chance.getrandbits(32)).run(seconds)
+
+
+MOVES: Mapping[str, Move] = {
+    "masks": _masks,
+    "compiling": _compiling,
+    "starving": _starving,
+    "keyless": _keyless,
+    "grammars": _grammars,
+    "http": _http,
+}
+
+
+class Counts:
+    """How requests and moves ended, counted by several threads."""
+
+    def __init__(self) -> None:
+        self.stopping = threading.Event()
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    def read(self) -> dict[str, int]:
+        with self._lock:
+            return dict(self._counts)
+
+
+def run(source: Path, minutes: float, seed: int, checkpoints: Path) -> dict[str, float]:
+    """A JSON line a minute goes to ``checkpoints``; the figures are those of all minutes together."""
+    with tempfile.TemporaryDirectory(prefix="evospec-attack-") as directory, ExitStack() as stack:
+        channel, options = channel_options(Path(directory))
+        server = stack.enter_context(serving(source, "soak", "--kv-max-bytes", str(starving.KV_BYTES), *options))
+        questions = varied_requests(seed, _QUESTIONS)
+        expected = [_answer(server, VICTIM, question) for question in questions]
+        if any(isinstance(answer, str) for answer in expected):
+            raise RuntimeError(f"not every request is served by a server that nobody attacks: {expected}")
+        moves = {**MOVES, "channel": lambda server, seconds, chance: forge(channel, chance.choice(list(MODES)))}
+        counts = Counts()
+        work = [
+            lambda tenant=tenant: _behave(server, tenant, questions, expected, counts) for tenant in (VICTIM, OTHER)
+        ]
+        work += [lambda n=n: _misbehave(server, moves, random.Random(seed + n), counts) for n in range(_ATTACKERS)]
+        threads = [threading.Thread(target=one, daemon=True) for one in work]
+        for thread in threads:
+            thread.start()
+        try:
+            lines = _watch(server, counts, minutes, checkpoints)
+        finally:
+            counts.stopping.set()
+            for thread in threads:
+                thread.join(2 * _TIMEOUT)
+    return _summary(lines, counts)
+
+
+def _behave(
+    server: Server, tenant: str, questions: Sequence[Request], expected: Sequence[Answer | str], counts: Counts
+) -> None:
+    """One question after the other, each answer compared with the known one."""
+    number = 0
+    while not counts.stopping.wait(_PAUSE_SECONDS):
+        answer = _answer(server, tenant, questions[number % len(questions)])
+        if isinstance(answer, str):
+            counts.add("unserved")
+            counts.add(f"unserved: {answer}")
+        else:
+            counts.add("served" if answer == expected[number % len(questions)] else "wrong")
+        number += 1
+
+
+def _misbehave(server: Server, moves: Mapping[str, Move], chance: random.Random, counts: Counts) -> None:
+    while not counts.stopping.wait(_PAUSE_SECONDS):
+        name = chance.choice(list(moves))
+        moves[name](server, chance.uniform(*_MOVE_SECONDS), chance)
+        counts.add(f"attacks: {name}")
+
+
+def _answer(server: Server, tenant: str, question: Request) -> Answer | str:
+    """What must always be the same, or why there is none."""
+    path, body = question
+    answer = ask(server, tenant, body, path, _TIMEOUT)
+    return read_answer(answer.body) if answer.is_served else f"{answer.status} {answer.body}"[:200]
+
+
+def _watch(server: Server, counts: Counts, minutes: float, checkpoints: Path) -> list[dict[str, float]]:
+    """Memory by role, descriptors and counts of each minute."""
+    lines = []
+    checkpoints.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    with checkpoints.open("w") as file:
+        while time.monotonic() - start < 60 * minutes:
+            time.sleep(min(_CHECKPOINT_SECONDS, 60 * minutes))
+            memory = {f"{role}_mb": round(size, 1) for role, size in server.resident_mb().items()}
+            line = {
+                "minute": round((time.monotonic() - start) / 60, 1),
+                "descriptors": server.num_descriptors(),
+                **memory,
+            }
+            line |= {"engine_restarts": server.metric("evospec:process_restarts_total", process="engine")}
+            lines.append(line)
+            file.write(json.dumps({**line, **counts.read()}) + "\n")
+            file.flush()
+    return lines
+
+
+def _summary(lines: Sequence[Mapping[str, float]], counts: Counts) -> dict[str, float]:
+    """Counts, and what each process grew from the second quarter's greatest size to the last's."""
+    known = counts.read()
+    quarter = max(1, len(lines) // 4)
+    figures: dict[str, float] = {name: known.get(name, 0) for name in ("served", "wrong", "unserved")}
+    for role in (name.removesuffix("_mb") for name in lines[-1] if name.endswith("_mb")):
+        early, late = (
+            max(line.get(f"{role}_mb", 0.0) for line in part)
+            for part in (lines[quarter - 1 : 2 * quarter], lines[-quarter:])
+        )
+        figures |= {
+            f"{role}_mb_grown": late - early,
+            f"{role}_mb_most": max(line.get(f"{role}_mb", 0.0) for line in lines),
+        }
+    return figures | {"engine_restarts": lines[-1]["engine_restarts"], "descriptors": lines[-1]["descriptors"]}
