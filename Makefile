@@ -81,4 +81,7 @@ bench-adapt: $(VENV)/.kernels $(VENV)/.bench  ## Drafts that learn while they se
 bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mixed load (at most 20 minutes).
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
-.PHONY: bench-serve bench-spec bench-vocab bench-adapt bench-soak
+attack: $(VENV)/.kernels $(VENV)/.bench  ## Attack servers started for it; what other tenants notice (under 40 minutes).
+	$(BIN)/python -m benchmarks.attack $(ARGS)
+
+.PHONY: bench-serve bench-spec bench-vocab bench-adapt bench-soak attack
