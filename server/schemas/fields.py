@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
+import msgspec
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -18,7 +19,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.messages import Grammar
-from engine.sampling.json_schema import GrammarError, check_json_schema
+from engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, check_json_schema
 from server.errors import bad_request
 
 MAX_STOP_STRINGS = 16
@@ -190,7 +191,7 @@ def to_grammar(response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat
     """
     if isinstance(response_format, JsonSchemaFormat):
         try:
-            schema = json.dumps(response_format.json_schema.schema_)
+            schema = _written_out(response_format.json_schema.schema_)
             check_json_schema(schema)
         except RecursionError as error:
             raise bad_request("The schema is nested too deeply.", "response_format") from error
@@ -198,3 +199,10 @@ def to_grammar(response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat
             raise bad_request(str(error), "response_format") from error
         return Grammar("json_schema", schema)
     return Grammar("json_object") if isinstance(response_format, JsonObjectFormat) else None
+
+
+def _written_out(schema: dict[str, Any]) -> str:
+    """The text of ``schema``; raises ``GrammarError`` for one that is too long, a hundred times sooner."""
+    if len(msgspec.json.encode(schema)) > MAX_SCHEMA_CHARS:  # never longer than what json.dumps makes
+        raise GrammarError(f"the JSON schema is longer than {MAX_SCHEMA_CHARS} characters")
+    return json.dumps(schema)
