@@ -11,6 +11,9 @@ import numpy.typing as npt
 FORMAT = 1
 """Changes when an old reader would misread a new record. A field added at the end, with a default, does not."""
 
+_MAX_NUMBER = 2**62
+"""Of positions and places in the ring, which must fit into 64-bit tensors."""
+
 
 class RecordError(Exception):
     """These bytes are no record of this format."""
@@ -105,6 +108,8 @@ def decode_record(data: bytes) -> VerifyRecord:
     steps, rest = divmod(len(record.top_ids), 4 * record.top_k) if record.top_k > 0 else (0, 1)
     if record.format != FORMAT or rest or len(record.top_logits) != 2 * record.top_k * steps:
         raise RecordError(f"format {record.format}, {len(record.top_ids)} bytes of ids for k = {record.top_k}")
+    if max(abs(record.position), abs(record.feature_slot), abs(record.feature_generation)) > _MAX_NUMBER:
+        raise RecordError("a position or a place in the ring that there cannot be")
     if len(record.context) % 4 or len(record.prior) % 2:
         raise RecordError(f"{len(record.context)} bytes of context, {len(record.prior)} of a prior's weights")
     return record

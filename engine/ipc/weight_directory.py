@@ -79,9 +79,10 @@ class _Directory(msgspec.Struct, frozen=True, array_like=True):
         )
 
     def follows(self, earlier: _Directory) -> bool:
-        """Whether no version has gone back."""
+        """Whether no version has gone back, and what has changed has a greater one."""
         slots = zip(self.slots, earlier.slots, strict=True)
-        return self.version >= earlier.version and all(slot.version >= before.version for slot, before in slots)
+        are_later = all(slot == before or slot.version > before.version for slot, before in slots)
+        return are_later and (self == earlier or self.version > earlier.version)
 
 
 class WeightDirectory:
@@ -99,7 +100,7 @@ class WeightDirectory:
             raise SharedMemoryError(f"{file.path} is no weight channel of this format")
         self.kind = _KINDS[kind]
         self._check()
-        self._last = _Directory(0, (Slot(),) * self.num_slots)
+        self._last = _Directory(-1, (Slot(),) * self.num_slots)
         """The directory that was read last."""
 
     @classmethod

@@ -408,6 +408,14 @@ def test_other_bytes_are_no_record(noise: bytes, cut: int) -> None:
             decoded.top_k_arrays(), decoded.context_ids(), decoded.prior_weights()
 
 
+@pytest.mark.parametrize("field", ["position", "feature_slot", "feature_generation"])
+@pytest.mark.parametrize("number", [2**62 + 1, 2**63, -(2**63)])
+def test_a_number_that_no_tensor_holds_is_refused(field: str, number: int) -> None:
+    forged = msgspec.structs.replace(record(0), **{field: number})
+    with pytest.raises(RecordError):
+        decode_record(encode_record(forged))
+
+
 def test_sizes_are_what_the_documentation_says() -> None:
     assert len(encode_record(record(5))) == 393
     top_ids, top_logits = pack_top_k(np.zeros((9, 16)), np.zeros((9, 16)))

@@ -1,0 +1,72 @@
+"""Both ends of a weight channel: an engine's adapters, and a writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from engine.adapters_config import AdaptersConfig, LogConfig
+from engine.ipc.shared_file import SharedFile
+from engine.ipc.weight_writer import WeightWriter
+from engine.messages import SamplingParams
+from engine.models.eagle3 import Eagle3, Eagle3Config
+from engine.models.llama import RotaryEmbedding
+from engine.models.lora import lora_layout, whole_layout
+from engine.request import Request
+from engine.spec.eagle_adapters import Assignment, EagleAdapters
+from engine.spec.eagle_network import TorchEagleNetwork
+
+DRAFT = Eagle3Config("tiny", 32, 2, 1, 16, 64, (0, 1, 2), 1e-5, 100, 4)
+
+
+# In the channel's file.
+FINGERPRINT, WORD, DIRECTORIES, BUFFERS = 24, 64, 128, 4096
+
+
+class Bank:
+    """The engine's end and the worker's."""
+
+    def __init__(self, directory: Path, **options: object) -> None:
+        options.setdefault("log", LogConfig(control_share=0.0))
+        self.config = AdaptersConfig(enabled=True, shared_directory=directory, rank=4, num_slots=3, **options)  # type: ignore[arg-type]
+        self.draft = Eagle3(DRAFT).requires_grad_(False)
+        self.start()
+        is_whole = self.config.training.method == "osd"
+        self.layout = whole_layout(DRAFT, "base") if is_whole else lora_layout(DRAFT, 4, self.config.targets, "base")
+        self.writer = WeightWriter(self.config.channel_path, self.layout)
+
+    def start(self) -> None:
+        """An engine, or another one."""
+        network = TorchEagleNetwork(self.draft, cast(RotaryEmbedding, None))  # nothing is computed with it here
+        self.engine = EagleAdapters(self.config, self.draft, "base", network)
+
+    def publish(self, slot: int, key: str, value: float) -> int:
+        return self.writer.publish(
+            slot, key, {s.name: torch.full(s.shape, value, dtype=s.dtype) for s in self.layout.tensors}
+        )
+
+    def flip_bits(self, *slots: int) -> None:
+        """Change a bit of what each slot's weights in force are."""
+        file = SharedFile.open(self.config.channel_path)
+        for slot in slots:
+            place = BUFFERS + (2 * slot + self.writer.slots[slot].buffer) * self.layout.nbytes
+            file.write(place, bytes([file.read(place, 1)[0] ^ 1]))
+
+    def assign(self, *requests: Request) -> list[Assignment]:
+        self.engine.refresh()
+        self.engine.assign(requests)
+        return [self.engine.assigned(request.request_id) for request in requests]
+
+    def value(self, request: Request) -> float:
+        """The number that all weights of a request's adapter are."""
+        rows = self.engine.rows([request.request_id])
+        assert rows is not None
+        numbers = {float(v) for part in rows.parts for w in (part.a, part.b) for v in w[int(rows.slots[0])].flatten()}
+        assert len(numbers) == 1
+        return numbers.pop()
+
+
+def request(name: str, tenant: str, domain: str | None = None) -> Request:
+    return Request(name, b"", tenant, SamplingParams(max_tokens=1, seed=0), [1], domain=domain)
