@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from concurrent.futures import Future
-from itertools import accumulate
 
+import msgspec
 import structlog
 import torch
 
@@ -19,9 +18,8 @@ from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
 from engine.prompt_logprobs import PromptLogprobs
 from engine.request import Request
-from engine.sampling.compiling import CompilingRequests
-from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
-from engine.sampling.json_schema import GrammarError
+from engine.sampling.grammar_client import GrammarCursor
+from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
 from engine.spec.load import load_draft
@@ -37,8 +35,10 @@ from engine.vocab.fingerprint import vocabulary_fingerprint
 log = structlog.get_logger(__name__)
 
 _IDLE_PATIENCE = 0.5
-_COMPILING_PATIENCE = 0.005
-_DEAD_END = "The schema allows no further token: what it asks for cannot be written with the model's tokens."
+_COMPILING_PATIENCE, _STALLED_PATIENCE = 0.005, 0.001
+_MASK_PATIENCE = 0.001
+"""Seconds that a step waits for the masks of grammars."""
+_NOT_FINITE = "The model has computed numbers that are not finite: its weights may be damaged."
 
 Outputs = defaultdict[bytes, list[EngineOutput]]
 """Outputs by client."""
@@ -84,11 +84,20 @@ class EngineCore:
         """Fingerprint of the model's tokens."""
         self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
-        self._compiling = CompilingRequests(GrammarCompiler(self._tokenizer))
+        self._grammars = GrammarPool(self._tokenizer, config.scheduler.max_num_seqs + config.scheduler.max_waiting)
+        self._constrained: dict[str, Request] = {}
+        """Requests with a grammar that wait for the scheduler or run."""
         self._sampler = Sampler(self._eos_token_ids, loaded.team)
         self._prompt_logprobs = PromptLogprobs()
         self._stop_checkers: dict[str, StopChecker] = {}
         self._refused: Outputs = defaultdict(list)
+        self._num_nonfinite = 0
+        self._is_stalled = False
+        """Whether nobody could compute anything in the last step."""
+
+    def start_grammars(self) -> None:
+        """Load what grammars need beside the engine, before the first request wants one."""
+        self._grammars.start()
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
@@ -100,55 +109,62 @@ class EngineCore:
             )
             self._refused[client_id].append(refusal)
             return
-        if request.request_id in self._stop_checkers or request.request_id in self._compiling:
+        if request.request_id in self._stop_checkers or request.request_id in self._grammars:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
             return
         if self._speculator is not None:
             self._speculator.begin(request.request_id, message.session)
         if message.sampling.grammar is not None:
-            self._compiling.add(request)
+            self._grammars.add(request)
         else:
             self._enqueue(request)
 
     def abort_client(self, client_id: bytes) -> None:
         """End all requests of a client that has gone away."""
         prefix = engine_request_id(client_id, "")
-        requests = [*self._stop_checkers, *self._compiling]
+        requests = [*self._stop_checkers, *self._grammars]
         self.abort(client_id, [r.removeprefix(prefix) for r in requests if r.startswith(prefix)])
 
     def abort(self, client_id: bytes, request_ids: Iterable[str]) -> None:
         """End requests without output; unknown ones have ended already."""
         for request_id in request_ids:
             engine_id = engine_request_id(client_id, request_id)
-            self._compiling.forget(engine_id)
+            self._grammars.forget(engine_id)
             self._scheduler.abort(engine_id)
             self._forget(engine_id)
 
     def patience(self) -> float:
         """Seconds that the loop may wait for messages before the next step."""
-        if self._scheduler.has_work() or self._refused:
+        if self._refused:
             return 0.0
-        return _COMPILING_PATIENCE if self._compiling else _IDLE_PATIENCE
+        if self._scheduler.has_work():
+            return _STALLED_PATIENCE if self._is_stalled else 0.0
+        return _COMPILING_PATIENCE if self._grammars else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
-        stats = self._scheduler.stats()
+        stats = msgspec.structs.replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)
         return self._speculator.add_stats(stats) if self._speculator else stats
 
     def step(self) -> tuple[Outputs, StepTimings | None]:
         """One step for all requests that fit in it; no timings where there was nothing to compute."""
-        for request, grammar in self._compiling.take_ready():
-            self._enqueue(request, grammar)
+        self._follow_grammars()
         outputs, self._refused = self._refused, defaultdict(list)
         if not self._scheduler.has_work():
             return outputs, None
         started = time.perf_counter()
         scheduled = self._scheduler.schedule(self._speculator)
+        self._is_stalled = not scheduled.sequences
+        if self._is_stalled:
+            self._forget_preempted(scheduled)
+            return outputs, None
+        self._look_ahead(scheduled.sequences)
         scheduling_done, proposing = time.perf_counter(), self._draft_seconds()
         capture = self._speculator.capture_layers if self._speculator else ()
         logits, features = self._runner.execute(scheduled.sequences, capture)
         if logits.is_cuda:  # which goes on computing; to choose tokens is to wait for it anyway
             torch.cuda.current_stream().synchronize()
         forward_done = time.perf_counter()
+        self._wait_for_masks(scheduled.sequences)
         sampled = self._sample(logits, scheduled.sequences)
         sampling_done = time.perf_counter()
         ends = self._truncate(scheduled.sequences, sampled)
@@ -167,53 +183,88 @@ class EngineCore:
         )
         return outputs, timings
 
-    def _enqueue(self, request: Request, grammar: Future[CompiledGrammar] | None = None) -> None:
-        """``grammar``: that of the request's parameters, done."""
+    def _enqueue(self, request: Request) -> None:
         try:
-            # Not raised: the compiler keeps it, and each raise would add frames to it, which hold this request.
-            failure = None if grammar is None else grammar.exception()
-            if failure is not None:
-                self._refuse(request, failure)
-                return
             self._scheduler.add(request)
-            self._sampler.add(request, None if grammar is None else grammar.result())
+            self._sampler.add(request)
         except Exception as error:
             self._scheduler.abort(request.request_id)  # it may be there already
             self._refuse(request, error)
             return
+        if request.grammar is not None:
+            self._constrained[request.request_id] = request
         self._stop_checkers[request.request_id] = StopChecker(
             request.sampling, request.num_tokens, self.max_model_len, self._eos_token_ids, self._tokenizer
         )
 
-    def _refuse(self, request: Request, failure: BaseException) -> None:
+    def _refuse(self, request: Request, failure: Exception) -> None:
         kind: ErrorKind = "overloaded" if isinstance(failure, QueueFull) else "invalid"
         reason = str(failure)
-        if not isinstance(failure, (QueueFull, GrammarError, RequestTooLong)):
-            # Of a library that compiles what clients send: nobody else's requests may end by it.
+        if not isinstance(failure, (QueueFull, RequestTooLong)):
             log.error("a request cannot be taken", request=request.request_id, exc_info=failure)
             kind, reason = "internal", "The request cannot be taken."
+        self._end(request, reason, kind)
+
+    def _end(self, request: Request, reason: str, kind: ErrorKind = "invalid") -> None:
+        """End a request with an error that its next output tells."""
+        self._scheduler.abort(request.request_id)
         self._forget(request.request_id)
         self._refused[request.client_id].append(
             EngineOutput(request_id=_client_request_id(request), finish_reason="error", error=reason, error_kind=kind)
         )
 
+    def _follow_grammars(self) -> None:
+        """Take what grammars have computed: requests begin that waited for theirs, and end whose grammar failed."""
+        for request, grammar in self._grammars.take_ready():
+            if isinstance(grammar, GrammarCursor):
+                request.grammar = grammar
+                self._enqueue(request)
+            else:
+                self._end(request, grammar)
+        now = time.monotonic()
+        for request in list(self._constrained.values()):
+            cursor = request.grammar
+            assert cursor is not None
+            cursor.give_up(now)
+            if cursor.failure is not None:
+                self._end(request, cursor.failure)
+            else:
+                request.is_stalled = not cursor.is_known and (request.is_stalled or cursor.is_slow)
+
+    def _look_ahead(self, sequences: list[ScheduledSequence]) -> None:
+        """Ask for the masks after the drafts, to be computed beside the model."""
+        for sequence in sequences:
+            cursor = sequence.request.grammar
+            if cursor is not None and sequence.num_draft_tokens and not cursor.is_slow:
+                cursor.look_ahead(sequence.token_ids[sequence.num_known :])
+        self._grammars.flush()
+
+    def _wait_for_masks(self, sequences: list[ScheduledSequence]) -> None:
+        cursors = [sequence.request.grammar for sequence in sequences if sequence.num_sampled]
+        wanted = [cursor for cursor in cursors if cursor is not None and not cursor.is_slow]
+        if wanted:
+            self._grammars.wait(wanted, _MASK_PATIENCE)
+
     def _sample(self, logits: torch.Tensor, sequences: list[ScheduledSequence]) -> list[SampledSequence | None]:
-        """The target's choices; None for sequences whose prompt is unfinished."""
-        rows = []
-        ends = list(accumulate(sequence.num_logits for sequence in sequences))
-        for sequence, end in zip(sequences, ends, strict=True):
+        """The target's choices; None for sequences whose prompt is unfinished, or whose grammar's mask is late."""
+        rows, parts = [], []
+        end = 0
+        numbers = list(map(_num_choosable, sequences))
+        for sequence, number in zip(sequences, numbers, strict=True):
+            start, end = end, end + sequence.num_logits
             if sequence.request.sampling.prompt_logprobs is not None:
-                self._prompt_logprobs.collect(sequence, logits[end - sequence.num_logits : end])
-            if sequence.num_sampled:
+                self._prompt_logprobs.collect(sequence, logits[start:end])
+            if number:
                 drafts = sequence.token_ids[sequence.num_known :]
-                rows.append(SamplingRows(sequence.request, tuple(drafts)))
+                rows.append(SamplingRows(sequence.request, tuple(drafts[: number - 1])))
+                first = end - sequence.num_sampled
+                parts.append(logits[first : first + number])
         if not rows:
             return [None] * len(sequences)
-        if sum(sequence.num_sampled for sequence in sequences) < len(logits):  # prompt rows are not sampled
-            parts = zip(sequences, ends, strict=True)
-            logits = torch.cat([logits[end - sequence.num_sampled : end] for sequence, end in parts])
+        if sum(numbers) < len(logits):
+            logits = torch.cat(parts)
         sampled = iter(self._sampler.sample(logits, rows))
-        return [next(sampled) if sequence.num_sampled else None for sequence in sequences]
+        return [next(sampled) if number else None for number in numbers]
 
     def _draft_seconds(self) -> float:
         return self._speculator.take_seconds() if self._speculator else 0.0
@@ -227,6 +278,11 @@ class EngineCore:
             for sequence, choice in zip(sequences, sampled, strict=True)
         ]
 
+    def _forget_preempted(self, scheduled: SchedulerOutput) -> None:
+        if self._speculator is not None:
+            for request in scheduled.preempted:
+                self._speculator.preempted(request.request_id)
+
     def _learn(
         self,
         scheduled: SchedulerOutput,
@@ -238,8 +294,7 @@ class EngineCore:
         """Let the draft learn what was computed, chosen and kept; returns the seconds its vocabularies took."""
         if self._speculator is None:
             return 0.0
-        for request in scheduled.preempted:
-            self._speculator.preempted(request.request_id)
+        self._forget_preempted(scheduled)
         num_chosen = [0 if choice is None else len(choice.token_ids) for choice in sampled]
         self._speculator.observe(scheduled.sequences, num_chosen, features)
         kept = [
@@ -256,19 +311,28 @@ class EngineCore:
         outputs: Outputs,
     ) -> None:
         for sequence, choice, end in zip(sequences, sampled, ends, strict=True):
-            if choice is None or end is None:
-                self._scheduler.commit(sequence, [], finished=False)
-            else:
+            if choice is not None and end is not None:
                 outputs[sequence.request.client_id].append(self._commit_sequence(sequence, choice, end))
+            elif sequence.num_sampled:
+                sequence.request.is_stalled = True
+                self._scheduler.postpone(sequence)
+            else:
+                self._scheduler.commit(sequence, [], finished=False)
+        self._grammars.flush()
 
     def _commit_sequence(
         self, sequence: ScheduledSequence, choice: SampledSequence, truncation: Truncation
     ) -> EngineOutput:
         request = sequence.request
         kept = choice.token_ids[: truncation.num_kept]
-        finish_reason = truncation.finish_reason or ("error" if choice.is_dead_end else None)
+        finish_reason = truncation.finish_reason or (None if choice.is_finite else "error")
         finished = finish_reason is not None
         self._scheduler.commit(sequence, kept, finished)
+        if finish_reason == "error":
+            self._num_nonfinite += 1
+            log.error("logits are not finite", request=request.request_id, num_tokens=request.num_tokens)
+        elif not finished and request.grammar is not None:
+            request.grammar.commit(kept)
         snapshot, counts = self._speculator.finish(request) if finished and self._speculator else (None, None)
         output = EngineOutput(
             request_id=_client_request_id(request),
@@ -276,13 +340,12 @@ class EngineCore:
             logprobs=None if choice.logprobs is None else choice.logprobs[: truncation.num_kept],
             prompt_logprobs=self._prompt_logprobs.take(request),
             finish_reason=finish_reason,
-            error=_DEAD_END if finish_reason == "error" else None,
-            error_kind="invalid" if finish_reason == "error" else "internal",
+            error=_NOT_FINITE if finish_reason == "error" else None,
             stop_reason=truncation.stop_reason,
             text_length=truncation.text_length,
             num_cached_tokens=request.num_cached_tokens,
             num_draft_tokens=sequence.num_draft_tokens,
-            num_accepted_tokens=min(len(choice.token_ids) - (not choice.is_dead_end), truncation.num_kept),
+            num_accepted_tokens=min(len(choice.token_ids) - choice.is_finite, truncation.num_kept),
             draft_version=self._speculator.draft_version(request.request_id) if self._speculator else 0,
             copied=self._speculator is not None and self._speculator.was_copied(sequence),
             session_snapshot=snapshot,
@@ -296,8 +359,19 @@ class EngineCore:
         self._sampler.forget(engine_id)
         self._prompt_logprobs.forget(engine_id)
         self._stop_checkers.pop(engine_id, None)
+        request = self._constrained.pop(engine_id, None)
+        if request is not None and request.grammar is not None:
+            request.grammar.end()
         if self._speculator is not None:
             self._speculator.forget(engine_id)
+
+
+def _num_choosable(sequence: ScheduledSequence) -> int:
+    """Rows from which tokens can be chosen: those whose masks are known, where the request has a grammar."""
+    cursor = sequence.request.grammar
+    if cursor is None:
+        return sequence.num_sampled
+    return 0 if cursor.failure is not None else min(sequence.num_sampled, cursor.num_masks)
 
 
 def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:

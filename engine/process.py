@@ -149,6 +149,7 @@ def main() -> None:
             claim_directory(config.alignment.shared_directory)
         files = resolve_model(config.model, progress=False)
         core = EngineCore(config, files, validate_model_files(files))
+        core.start_grammars()
         gc.freeze()  # what there is now stays: collections need not look at it, least of all between two tokens
     except (ModelError, SharedMemoryError) as error:
         log.error("the model cannot be served", reason=str(error))

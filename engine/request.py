@@ -43,6 +43,8 @@ class Request:
     """How many of ``all_token_ids`` have their KV in the cache."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache at first admission."""
+    num_output_at_admission: int = 0
+    """Output tokens when it was admitted last."""
     num_preemptions: int = 0
     is_stalled: bool = False
     """Whether what its grammar allows next is not known yet: until it is, the sequence computes nothing."""

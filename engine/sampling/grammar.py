@@ -1,27 +1,21 @@
-"""Constrained output (JSON, JSON Schema) through xgrammar: compiled grammars and per-request matchers."""
+"""Constrained output (JSON, JSON Schema) through xgrammar: compiled grammars, and matchers that follow an output.
+
+Used in the processes of ``engine.sampling.grammar_process``, never in the engine's own: what a client sends can make
+any call here take minutes.
+"""
 
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
-from concurrent.futures import Future
-from functools import partial
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xgrammar
 from numpy.typing import NDArray
 
 from engine.messages import Grammar
-from engine.sampling.fair_thread import FairThread
 from engine.sampling.json_schema import GrammarError, check_json_schema
 
-if TYPE_CHECKING:
-    from engine.text.tokenizer import Tokenizer
-
-_MAX_CACHED_GRAMMARS = 64
-_MAX_CACHED_BYTES = 256 * 1024**2
-"""Of those together; one may take tens of megabytes (the bounds of its strings, times the vocabulary)."""
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 
@@ -30,7 +24,6 @@ class CompiledGrammar:
 
     def __init__(self, compiled: xgrammar.CompiledGrammar, end_token_ids: frozenset[int], excluded: frozenset[int]):
         self.compiled = compiled
-        self.num_bytes: int = compiled.memory_size_bytes
         self.end_token_ids = end_token_ids
         self.excluded_token_ids = excluded
 
@@ -88,47 +81,24 @@ def _without_control(text: bytes) -> bytes:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary in a thread of its own, where tenants take turns; keeps those last used.
+    """Compiles grammars for one vocabulary.
 
-    An unusual schema takes seconds to compile; xgrammar releases the interpreter lock meanwhile.
+    Args:
+        token_bytes: the bytes of each token, by token id.
+        end_token_ids: the tokens that end an output.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        vocabulary = [_without_control(tokenizer.token_bytes(token_id)) for token_id in range(tokenizer.vocab_size)]
-        self._end_token_ids = frozenset(tokenizer.eos_token_ids)
+    def __init__(self, token_bytes: Sequence[bytes], end_token_ids: Iterable[int]) -> None:
+        vocabulary = [_without_control(token) for token in token_bytes]
+        self._end_token_ids = frozenset(end_token_ids)
         self._excluded = frozenset(i for i, text in enumerate(vocabulary) if not text) - self._end_token_ids
         info = xgrammar.TokenizerInfo(
             vocabulary, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=sorted(self._end_token_ids)
         )
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
-        self._thread: FairThread[CompiledGrammar] = FairThread("grammar")
-        self._cache: OrderedDict[Grammar, Future[CompiledGrammar]] = OrderedDict()
 
-    def compile(self, grammar: Grammar, tenant: str = "") -> Future[CompiledGrammar]:
-        """The compiled grammar, from the cache or when it is ready; its result may raise ``GrammarError``."""
-        if grammar not in self._cache:
-            self._cache[grammar] = Future()
-        self._cache.move_to_end(grammar)
-        while len(self._cache) > _MAX_CACHED_GRAMMARS or (
-            len(self._cache) > 1 and self._num_bytes() > _MAX_CACHED_BYTES
-        ):
-            self._cache.popitem(last=False)
-        compiled = self._cache[grammar]
-        if not compiled.done():  # also if it waits: it need not wait for the turn of the tenant that asked first
-            self._thread.submit(tenant, compiled, partial(self._compile, grammar))
-        return compiled
-
-    def give_up(self, grammar: Grammar, compiled: Future[CompiledGrammar]) -> None:
-        """Nobody waits for what ``compile`` gave any more: others need not wait for it either, if it has not begun."""
-        if compiled.cancel() and self._cache.get(grammar) is compiled:
-            del self._cache[grammar]
-
-    def _num_bytes(self) -> int:
-        """Of the grammars that are kept and compiled."""
-        done = (one for one in self._cache.values() if one.done() and not one.cancelled() and one.exception() is None)
-        return sum(one.result().num_bytes for one in done)
-
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+    def compile(self, grammar: Grammar) -> CompiledGrammar:
+        """The compiled grammar; raises ``GrammarError``. Nothing bounds the time and the memory that it takes."""
         is_object = grammar.kind == "json_object"
         schema = '{"type": "object"}' if is_object else grammar.schema or ""
         check_json_schema(schema)

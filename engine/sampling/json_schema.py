@@ -6,10 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from engine.sampling.patterns import MAX_PATTERN_SIZE, pattern_problem, pattern_size
-from engine.sampling.schema_size import SchemaSize, required_names
-
-# Compile time grows with the cube of the depth: 50 levels take a twentieth of a second, 300 take ten.
 MAX_SCHEMA_CHARS = 65_536
 MAX_SCHEMA_DEPTH = 50
 
@@ -38,14 +34,14 @@ class GrammarError(ValueError):
 
 
 def check_json_schema(text: str) -> None:
-    """Refuse a schema that would be enforced in part only, or take much longer than ten seconds to compile.
+    """Refuse a schema that would be enforced in part only.
 
-    What remains to be found when it is compiled: wrong types, unknown references, bad patterns.
+    What remains to be found when it is compiled: wrong types, unknown references, bad patterns, and what it costs.
     ``oneOf`` is enforced as ``anyOf``, ``format`` as far as known, and an object is closed unless its
     schema says otherwise.
 
     Raises:
-        GrammarError: the schema is not JSON, too long, too deep or too slow, or uses a keyword that is not supported.
+        GrammarError: the schema is not JSON, too long or too deep, or uses a keyword that is not supported.
     """
     if len(text) > MAX_SCHEMA_CHARS:
         raise GrammarError(f"the JSON schema is longer than {MAX_SCHEMA_CHARS} characters")
@@ -54,7 +50,6 @@ def check_json_schema(text: str) -> None:
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not valid JSON: {error}") from error
     pending: list[tuple[int, str, Any]] = [(0, "#", schema)]
-    pattern_sizes, size = 0, SchemaSize()
     while pending:
         depth, path, schema = pending.pop()
         if depth > MAX_SCHEMA_DEPTH:
@@ -64,13 +59,7 @@ def check_json_schema(text: str) -> None:
         if isinstance(schema, dict):
             if problem := _problem(schema):
                 raise GrammarError(f"the JSON schema at {path} is not supported: {problem}")
-            pattern_sizes += sum(map(pattern_size, _patterns(schema)))
-            size.add(schema)
             pending += ((depth + 1, *child) for child in _children(path, schema))
-    if pattern_sizes > MAX_PATTERN_SIZE:
-        raise GrammarError(f"the JSON schema's patterns match {pattern_sizes} characters, more than {MAX_PATTERN_SIZE}")
-    if problem := size.problem():
-        raise GrammarError(f"the JSON schema would take too long to compile: {problem}")
 
 
 def _problem(schema: dict[str, Any]) -> str | None:
@@ -94,11 +83,11 @@ def _problem(schema: dict[str, Any]) -> str | None:
     for keyword, givers in _GIVES_TYPE.items():
         if keyword in keywords and not keywords & {"type", *givers}:
             return f"{keyword} without type"
-    if unnamed := required_names(schema) - _named(schema):
+    if unnamed := _required(schema) - _named(schema):
         return f"required of {', '.join(sorted(unnamed))}, which properties do not have"
     if "multipleOf" in keywords and schema.get("type") != "integer":
         return "multipleOf of a type other than integer"
-    return next(filter(None, map(pattern_problem, _patterns(schema))), None)
+    return None
 
 
 def _named(schema: dict[str, Any]) -> set[str]:
@@ -106,11 +95,10 @@ def _named(schema: dict[str, Any]) -> set[str]:
     return set(properties) if isinstance(properties, dict) else set()
 
 
-def _patterns(schema: dict[str, Any]) -> list[str]:
-    """The regular expressions of this schema, apart from its subschemas."""
-    named = schema.get("patternProperties")
-    patterns = [schema.get("pattern"), *(named if isinstance(named, dict) else ())]
-    return [pattern for pattern in patterns if isinstance(pattern, str)]
+def _required(schema: dict[str, Any]) -> set[str]:
+    """The properties that the schema's own list requires."""
+    names = schema.get("required")
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def _children(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:

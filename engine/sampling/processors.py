@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from engine.messages import SamplingParams
-from engine.sampling.grammar import GrammarMatcher
 from engine.sampling.state import SamplingState
 from kernels.penalties import SeenTokens, penalize, put_back
 
@@ -55,12 +54,10 @@ class LogitsEdits:
     """The edits of one step. ``add_sequence`` for each sequence, then ``apply`` once, and ``undo``.
 
     ``allowed``: bits of the tokens that grammars allow, [num_rows, ceil(V / 32)]; None: no grammar.
-    ``dead_ends``: rows in which a grammar allows nothing, or contradicts itself, so that no choice is right.
     """
 
     def __init__(self, eos_token_ids: frozenset[int], num_rows: int, vocab_size: int) -> None:
         self.allowed: NDArray[np.int32] | None = None
-        self.dead_ends: set[int] = set()
         self._eos_token_ids = eos_token_ids
         self._num_rows = num_rows
         self._vocab_size = vocab_size
@@ -74,26 +71,21 @@ class LogitsEdits:
     ) -> None:
         """Gather the edits of one sequence's rows, the first of which is row ``start``.
 
-        Rows after a draft that the grammar forbids get none: that draft is not chosen, so they are not used.
+        If the request has a grammar, its masks for all these rows are known.
         """
         if not state.edits_logits:
             return
-        if not state.commit(request.output_token_ids):
-            self.dead_ends.add(start)  # ends this request, instead of the step for all
-            return
+        state.commit(request.output_token_ids)
         num_output = len(request.output_token_ids)
-        self._add_row(start, request.sampling, num_output, state)
-        taken = 0
-        for draft_token_id in draft_token_ids:
-            if not state.advance(draft_token_id):
-                break
-            taken += 1
-            self._add_row(start + taken, request.sampling, num_output + taken, state)
-        state.rewind(draft_token_ids[:taken])
+        for index in range(len(draft_token_ids) + 1):
+            if index:
+                state.advance(draft_token_ids[index - 1])
+            if request.grammar is not None:
+                self._add_mask(start + index, request.grammar.masks[index])
+            self._add_row(start + index, request.sampling, num_output + index, state)
+        state.rewind(draft_token_ids)
 
     def _add_row(self, row: int, params: SamplingParams, num_output: int, state: SamplingState) -> None:
-        if state.matcher is not None:
-            self._add_grammar(row, state.matcher)
         if num_output < params.min_tokens:
             self._add_bans(row, params)
         if params.logit_bias:
@@ -111,12 +103,10 @@ class LogitsEdits:
         if self.allowed is None or not _only(self.allowed[row], token_ids):
             self._bans.add(row, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32))
 
-    def _add_grammar(self, row: int, matcher: GrammarMatcher) -> None:
+    def _add_mask(self, row: int, mask: NDArray[np.int32]) -> None:
         if self.allowed is None:
             self.allowed = np.full((self._num_rows, -(-self._vocab_size // 32)), -1, dtype=np.int32)  # all ones
-        matcher.fill_bitmask(self.allowed, row)
-        if not self.allowed[row].any():
-            self.dead_ends.add(row)
+        self.allowed[row] = mask
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """The edited ``logits`` [L, V] float32, until ``undo``.

@@ -16,7 +16,6 @@ import torch
 
 from engine.messages import SamplingParams, TokenLogprob
 from engine.sampling.choose import choose_tokens
-from engine.sampling.grammar import CompiledGrammar
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.processors import LogitsEdits
 from engine.sampling.state import SamplingState
@@ -32,7 +31,8 @@ _NO_TOKEN = -1
 class SamplingRows:
     """One sequence's rows in the logits of this step.
 
-    There are 1 + len(draft_token_ids) rows; row r is conditioned on the first r drafts.
+    There are 1 + len(draft_token_ids) rows; row r is conditioned on the first r drafts. With a grammar, the request's
+    cursor knows the masks of all of them.
     """
 
     request: Request
@@ -43,12 +43,13 @@ class SamplingRows:
 class SampledSequence:
     """Accepted drafts, then one recovered or bonus token; logprobs where the request asks for them.
 
-    ``is_dead_end``: the request's grammar allows no further token; the last one is missing.
+    ``is_finite`` False: the logits of the next choice are not all finite, so nothing can be chosen; the last token is
+    missing.
     """
 
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None
-    is_dead_end: bool = False
+    is_finite: bool = True
 
 
 class Sampler:
@@ -62,10 +63,9 @@ class Sampler:
         self._team = team
         self._states: dict[str, SamplingState] = {}
 
-    def add(self, request: Request, grammar: CompiledGrammar | None = None) -> None:
-        """Prepare for a new request; ``grammar``: that of its parameters, compiled."""
-        matcher = None if grammar is None else grammar.matcher()
-        self._states[request.request_id] = SamplingState(request.sampling, request.prompt_token_ids, matcher)
+    def add(self, request: Request) -> None:
+        """Prepare for a new request."""
+        self._states[request.request_id] = SamplingState(request.sampling, request.prompt_token_ids)
 
     def forget(self, request_id: str) -> None:
         """Drop a finished or aborted request's state."""
@@ -87,18 +87,16 @@ class Sampler:
             choices = choose_tokens(edited, *_params_and_positions(rows), team=self._team, allowed=allowed)
         finally:
             edits.undo()
-        for row in edits.dead_ends:
+        for row in _not_finite(logits):
             choices[row] = _NO_TOKEN  # which no draft is
         accepted = [
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
         ]
-        are_dead_ends = [kept[-1] == _NO_TOKEN for kept in accepted]
-        accepted = [
-            kept[:-1] if is_dead_end else kept for kept, is_dead_end in zip(accepted, are_dead_ends, strict=True)
-        ]
+        are_finite = [kept[-1] != _NO_TOKEN for kept in accepted]
+        accepted = [kept if is_finite else kept[:-1] for kept, is_finite in zip(accepted, are_finite, strict=True)]
         logprobs = self._logprobs(logits, starts, rows, accepted)
-        return list(map(SampledSequence, accepted, logprobs, are_dead_ends))
+        return list(map(SampledSequence, accepted, logprobs, are_finite))
 
     def _edits(self, starts: list[int], rows: list[SamplingRows], vocab_size: int) -> LogitsEdits:
         """What min_tokens, grammar, bias and penalties change."""
@@ -123,6 +121,12 @@ class Sampler:
         for i in wanted:
             logprobs[i] = list(islice(entries, len(accepted[i])))
         return logprobs
+
+
+def _not_finite(logits: torch.Tensor) -> list[int]:
+    """The rows of ``logits`` [L, V] float32 that hold NaN or infinity: no sum hides either."""
+    finite = torch.isfinite(logits.sum(dim=1))
+    return [] if bool(finite.all()) else torch.nonzero(~finite).flatten().tolist()
 
 
 def _accept(draft_token_ids: tuple[int, ...], choices: list[int]) -> list[int]:

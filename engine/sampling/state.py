@@ -1,4 +1,4 @@
-"""What sampling remembers of one request: token counts for penalties, and the place in its grammar.
+"""What sampling remembers of one request: token counts for penalties.
 
 The state follows the committed tokens (``commit``) and can be moved along a draft and back
 (``advance``, ``rewind``), so that each row of a verification sees the history it would have had alone.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 
 from engine.messages import SamplingParams
-from engine.sampling.grammar import GrammarMatcher
 from kernels.penalties import IntArray
 
 
@@ -47,37 +46,26 @@ def has_penalties(params: SamplingParams) -> bool:
 class SamplingState:
     """The history of one request as far as its parameters make sampling depend on it."""
 
-    def __init__(self, params: SamplingParams, prompt_token_ids: list[int], matcher: GrammarMatcher | None) -> None:
-        self.matcher = matcher
+    def __init__(self, params: SamplingParams, prompt_token_ids: list[int]) -> None:
         self.counts: TokenCounts | None = None
         if has_penalties(params):
             self.counts = TokenCounts(prompt_token_ids if params.repetition_penalty != 1.0 else [])
-        self.edits_logits = bool(matcher or self.counts or params.logit_bias or params.min_tokens)
+        self.edits_logits = bool(params.grammar or self.counts or params.logit_bias or params.min_tokens)
         self._num_committed = 0
 
-    def commit(self, output_token_ids: list[int]) -> bool:
-        """Follow the output up to its end; it only ever grows, also across a preemption.
-
-        False where the grammar forbids one of its tokens, which its own masks had allowed: the state is of no more use.
-        """
+    def commit(self, output_token_ids: list[int]) -> None:
+        """Follow the output up to its end; it only ever grows, also across a preemption."""
         for token_id in output_token_ids[self._num_committed :]:
-            if not self.advance(token_id):
-                return False
+            self.advance(token_id)
         self._num_committed = len(output_token_ids)
-        return True
 
-    def advance(self, token_id: int) -> bool:
-        """Add a token to the history; False, and no change, if the grammar forbids it."""
-        if self.matcher is not None and not self.matcher.accept(token_id):
-            return False
+    def advance(self, token_id: int) -> None:
+        """Add a token to the history."""
         if self.counts is not None:
             self.counts.add(token_id)
-        return True
 
     def rewind(self, token_ids: tuple[int, ...]) -> None:
         """Take back the latest tokens that ``advance`` added."""
-        if self.matcher is not None and token_ids:
-            self.matcher.rollback(len(token_ids))
         if self.counts is not None:
             for token_id in token_ids:
                 self.counts.add(token_id, -1)

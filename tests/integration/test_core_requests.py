@@ -44,10 +44,10 @@ def test_a_request_that_the_sampler_cannot_take_is_refused_alone(
 ) -> None:
     add = Sampler.add
 
-    def fail(sampler: Sampler, request: Any, grammar: Any) -> None:
+    def fail(sampler: Sampler, request: Any) -> None:
         if request.tenant == "unlucky":
             raise RuntimeError("a library failed")
-        add(sampler, request, grammar)
+        add(sampler, request)
 
     monkeypatch.setattr(Sampler, "add", fail)
     check_refused_alone(engine, PROMPT, "unlucky", "internal")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-import threading
+import os
+import signal
 import time
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +15,20 @@ import pytest
 import tokenizers
 import torch
 
+from engine.config import ModelConfig
 from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
+from engine.models.registry import resolve_model
 from engine.request import Request
-from engine.sampling import grammar as grammar_module
-from engine.sampling.compiling import CompilingRequests
-from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
+from engine.sampling import grammar_pool
+from engine.sampling.grammar import GrammarCompiler
+from engine.sampling.grammar_client import GRAMMAR_CONTRADICTS, GrammarCursor
+from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.json_schema import GrammarError, check_json_schema
-from engine.sampling.patterns import pattern_size
 from engine.sampling.sampler import Sampler, SamplingRows
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
+from tests.grammars import begin, compiled, schema, settle, with_grammar
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import make_directory
 
@@ -66,7 +69,13 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer)
+    token_bytes = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+    return GrammarCompiler(token_bytes, tokenizer.eos_token_ids)
+
+
+@pytest.fixture(scope="module")
+def pool(tokenizer: Tokenizer) -> GrammarPool:
+    return GrammarPool(tokenizer, num_slots=64)
 
 
 def strings(count: int, **keywords: object) -> dict[str, Any]:
@@ -78,14 +87,13 @@ def make_request(sampling: SamplingParams, request_id: str = "r", tenant: str = 
     return Request(request_id=request_id, client_id=b"client", tenant=tenant, sampling=sampling, prompt_token_ids=[1])
 
 
-def generate(
-    tokenizer: Tokenizer, compiler: GrammarCompiler, seed: int, drafts: bool, **changes: Any
-) -> tuple[str, str]:
+def generate(tokenizer: Tokenizer, pool: GrammarPool, seed: int, drafts: bool, **changes: Any) -> tuple[str, str]:
     """Text and finish reason of random logits under a grammar; quotes and end are likely, so that it ends."""
     sampler = Sampler(tokenizer.eos_token_ids)
     sampling = SamplingParams(max_tokens=400, seed=seed, **changes)
     request = make_request(sampling)
-    sampler.add(request, compiler.compile(changes["grammar"]).result())
+    sampler.add(request)
+    cursor = begin(pool, request)
     checker = StopChecker(sampling, 1, 1000, tokenizer.eos_token_ids, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     closing = [i for i in range(tokenizer.vocab_size) if tokenizer.token_bytes(i) in (b'"', b"}", b"]")]
@@ -93,54 +101,64 @@ def generate(
         draft_token_ids = (
             tuple(torch.randint(tokenizer.vocab_size, (3,), generator=generator).tolist()) if drafts else ()
         )
+        cursor.look_ahead(list(draft_token_ids))
+        settle(pool, cursor)
         logits = torch.randn(1 + len(draft_token_ids), tokenizer.vocab_size, generator=generator)
         logits[:, closing] += 3
         logits[:, -5:] += 20  # padding
         logits[:, list(tokenizer.special_token_ids)] += 20
-        [sampled] = sampler.sample(logits, [SamplingRows(request, draft_token_ids)])
+        draft_token_ids = draft_token_ids[: cursor.num_masks - 1]
+        [sampled] = sampler.sample(logits[: cursor.num_masks], [SamplingRows(request, draft_token_ids)])
         truncation = checker.push(sampled.token_ids)
         request.output_token_ids += sampled.token_ids[: truncation.num_kept]
         if truncation.finish_reason is not None:
+            cursor.end()
             return tokenizer.decode(request.output_token_ids), truncation.finish_reason
+        cursor.commit(sampled.token_ids)
 
 
 @pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"temperature": 0.0}, {"top_p": 0.6, "presence_penalty": 1.0}])
 def test_output_satisfies_the_schema(
-    tokenizer: Tokenizer, compiler: GrammarCompiler, drafts: bool, changes: dict[str, Any]
+    tokenizer: Tokenizer, pool: GrammarPool, drafts: bool, changes: dict[str, Any]
 ) -> None:
     for seed in range(8):
-        text, finish_reason = generate(tokenizer, compiler, seed, drafts, grammar=PERSON, **changes)
+        text, finish_reason = generate(tokenizer, pool, seed, drafts, grammar=PERSON, **changes)
         if finish_reason == "stop":
             Person.model_validate_json(text)
         else:
             assert finish_reason == "length"
             assert text.lstrip()[:1] in ("", "{")
-    assert generate(tokenizer, compiler, 1, drafts, grammar=PERSON)[1] == "stop"
+    assert generate(tokenizer, pool, 1, drafts, grammar=PERSON)[1] == "stop"
 
 
-def test_json_object_is_an_object_with_anything_in_it(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
-    finished = [generate(tokenizer, compiler, seed, False, grammar=JSON_OBJECT) for seed in range(12)]
+def test_json_object_is_an_object_with_anything_in_it(tokenizer: Tokenizer, pool: GrammarPool) -> None:
+    finished = [generate(tokenizer, pool, seed, False, grammar=JSON_OBJECT) for seed in range(12)]
     objects = [json.loads(text) for text, finish_reason in finished if finish_reason == "stop"]
     assert len(objects) >= 6
     assert all(isinstance(value, dict) for value in objects)
     assert any(objects)
 
 
-def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
+def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, pool: GrammarPool) -> None:
     """Also with ``ignore_eos`` and ``min_tokens``, and with drafts past the end."""
     [end] = tokenizer.eos_token_ids
-    sampling = SamplingParams(
-        max_tokens=9, seed=0, temperature=0.0, min_tokens=9, grammar=Grammar("json_schema", '{"const": 1}')
-    )
-    request = make_request(sampling)
+    grammar = schema({"const": 1})
+    request = make_request(SamplingParams(max_tokens=9, seed=0, temperature=0.0, min_tokens=9, grammar=grammar))
     sampler = Sampler(tokenizer.eos_token_ids)
-    sampler.add(request, compiler.compile(Grammar("json_schema", '{"const": 1}')).result())
+    sampler.add(request)
+    cursor = begin(pool, request)
     [one] = tokenizer.encode("1")
-    logits = torch.randn(5, tokenizer.vocab_size)
-    [sampled] = sampler.sample(logits, [SamplingRows(request, (one, end, end, one))])
+    logits = torch.randn(4, tokenizer.vocab_size)
+    cursor.look_ahead([one, end, end, one])
+    settle(pool, cursor)
+    assert cursor.num_masks == 4, "after the end, another 1 is not allowed"
+    [sampled] = sampler.sample(logits, [SamplingRows(request, (one, end, end))])
     assert sampled.token_ids == [one, end, end, end]
     request.output_token_ids += sampled.token_ids
+    cursor.commit(sampled.token_ids)
+    cursor.look_ahead([end])
+    settle(pool, cursor)
     [sampled] = sampler.sample(logits[:2], [SamplingRows(request, (end,))])
     assert sampled.token_ids == [end, end]
 
@@ -175,158 +193,138 @@ def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, compiler
         ('{"items":' * 51 + "{}" + "}" * 51, "50 levels"),
         ('{"items":' * 5000 + "{}" + "}" * 5000, "valid JSON"),
         ('{"const": ' + "9" * 400 + "}", "cannot be used"),
-        (json.dumps({"type": "string", "pattern": "x" * 1001}), "1000 characters"),
-        (json.dumps({"type": "string", "pattern": "(" * 60 + "x" + ")" * 60}), "50 levels"),
-        (json.dumps({"type": "string", "pattern": "a{0,9999}"}), "more than 2000"),
-        (
-            json.dumps({"properties": {f"{i}": {"type": "string", "pattern": "(ab){1,30}"} for i in range(50)}}),
-            "more than 2000",
-        ),
-        (json.dumps({"type": "object", "patternProperties": {"((a{9}){9}){99}": {}}}), "more than 2000"),
-        (
-            json.dumps({"properties": {f"{i}": {"type": "string", "maxLength": 300 + i} for i in range(5)}}),
-            "too many different lengths",
-        ),
-        (
-            json.dumps({"prefixItems": [{"type": "string", "minLength": i} for i in range(50)]}),
-            "they are 1225, more than 600",
-        ),
-        (json.dumps(strings(501) | {"additionalProperties": True}), "501 properties beside additionalProperties"),
-        (json.dumps(strings(1001)), "too many optional properties"),
-        (json.dumps(strings(101) | {"minProperties": 1}), "too many optional properties"),
-        (json.dumps({"prefixItems": [strings(60) | {"maxProperties": 9}] * 3}), "too many optional properties"),
     ],
 )
 def test_schemas_that_cannot_be_enforced_are_refused(compiler: GrammarCompiler, schema: str, message: str) -> None:
     with pytest.raises(GrammarError, match=message.replace("$", r"\$")):
-        compiler.compile(Grammar(kind="json_schema", schema=schema)).result()
+        compiler.compile(Grammar(kind="json_schema", schema=schema))
 
 
 def test_property_names_are_not_keywords() -> None:
     check_json_schema('{"type": "object", "properties": {"not": {"type": "string"}, "if": true}, "description": "x"}')
 
 
-@pytest.mark.parametrize(
-    "schema",
-    [
-        strings(1000, maxLength=5000),
-        {**strings(1500), "required": [f"{i}" for i in range(1500)]},
-        {**strings(60), "required": ["1"], "additionalProperties": True, "maxProperties": 100},
-        {"prefixItems": [{"type": "string", "maxLength": length} for length in (20, 100, 500, 2000, 10_000)]},
-        {"type": "array", "maxItems": 10_000, "items": {"type": "string", "maxLength": 100}},
-        {"properties": {"maxLength": True, "minLength": {}}, "required": 3, "minProperties": "x"},
-    ],
-)
-def test_large_schemas_that_compile_fast_are_not_refused(schema: dict[str, Any]) -> None:
-    check_json_schema(json.dumps(schema, separators=(",", ":")))
+def test_a_grammar_is_compiled_once_for_a_tenant(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And anew for another, so that none can tell what another uses. What was used longest ago makes room."""
+    monkeypatch.setattr(grammar_pool, "_MAX_PROCESSES", 4)
+    began: list[tuple[str, object]] = []
+    begin_process = grammar_pool.GrammarProcess
+
+    def observed(control: Any, grammar: Grammar, *shape: int) -> Any:
+        began.append(grammar)
+        return begin_process(control, grammar, *shape)
+
+    monkeypatch.setattr(grammar_pool, "GrammarProcess", observed)
+    grammars = [schema({"const": [i]}) for i in range(5)]
+    for tenant in ("a", "a", "b"):
+        cursor = compiled(pool, with_grammar(grammars[0], tenant=tenant))["r"]
+        assert isinstance(cursor, GrammarCursor)
+        cursor.end()
+    assert began == [grammars[0]] * 2
+    for grammar in [*grammars[1:], grammars[0]]:
+        cursor = compiled(pool, with_grammar(grammar, tenant="a"))["r"]
+        assert isinstance(cursor, GrammarCursor)
+        cursor.end()
+    assert began == [grammars[0], *grammars, grammars[0]]
 
 
-def test_a_compiled_grammar_is_kept_and_the_oldest_dropped(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler(tokenizer)
-    grammars = [Grammar("json_schema", json.dumps({"const": i})) for i in range(100)]
-    first = compiler.compile(grammars[0])
-    assert compiler.compile(Grammar("json_schema", json.dumps({"const": 0}))) is first
-    for grammar in grammars:
-        compiler.compile(grammar).result()
-    assert compiler.compile(grammars[0]) is not first
-
-
-def test_compiled_grammars_are_dropped_by_what_they_take(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = GrammarCompiler(tokenizer)
-    small, large = (Grammar("json_schema", json.dumps({"type": "string", "maxLength": length})) for length in (1, 100))
-    first, other = compiler.compile(small), compiler.compile(large)
-    monkeypatch.setattr(grammar_module, "_MAX_CACHED_BYTES", other.result().num_bytes + first.result().num_bytes // 2)
-    assert compiler.compile(large) is other, "the one wanted stays"
-    assert compiler.compile(small) is not first
-
-
-@pytest.mark.parametrize(
-    ("pattern", "size"),
-    [
-        ("^[a-z(]{8}-x{2,4}$", 13),
-        (r"\{3\((ab|c){2}d", 10),
-        ("a*b+c?", 3),
-        ("((a{2}){3}b){4}", 28),
-        ("x{,5}y{7,}", 12),
-        ("a{2", 2),
-        (".*{1999}", 1999),
-        ("x+?{30}", 30),
-        (".{80}{80}", 6400),
-        ("(ab?{3}){2}", 8),
-        (")(", 1),
-    ],
-)
-def test_size_of_a_pattern(pattern: str, size: int) -> None:
-    assert pattern_size(pattern) == size
-
-
-def test_more_schemas_than_are_kept_do_not_hold_up_the_loop(tokenizer: Tokenizer) -> None:
-    """Each is compiled once, and none is waited for."""
-    compiler = GrammarCompiler(tokenizer)
-    waiting = CompilingRequests(compiler)
-    requests = [
-        make_request(SamplingParams(max_tokens=1, seed=0, grammar=Grammar("json_schema", f'{{"const": {i}}}')), str(i))
-        for i in range(100)
-    ]
-    for request in requests:
-        waiting.add(request)
-    taken = []
-    while len(waiting):
-        taken += waiting.take_ready()
-        time.sleep(0.01)
-    assert {request.request_id for request, _ in taken} == {str(i) for i in range(100)}
-    assert all(compiled.result().matcher() for _, compiled in taken)
-
-
-def test_tenants_take_turns(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also for a schema that the other tenant asked for first."""
-    compiler = GrammarCompiler(tokenizer)
-    begun, begin, compiled = threading.Event(), threading.Event(), []
-
-    def compile_slowly(grammar: Grammar) -> None:
-        begun.set()
-        begin.wait()
-        compiled.append(grammar.schema)
-
-    monkeypatch.setattr(compiler, "_compile", compile_slowly)
-    waiting = CompilingRequests(compiler)
-    for tenant, schemas in (("many", range(20)), ("few", (100, 19))):
-        for schema in schemas:
-            sampling = SamplingParams(max_tokens=1, seed=0, grammar=Grammar("json_schema", str(schema)))
-            waiting.add(make_request(sampling, f"{tenant} {schema}", tenant))
-        assert begun.wait(10)
-    begin.set()
-    while len(waiting):
-        waiting.take_ready()
+def test_more_grammars_than_processes_are_compiled_in_turn(pool: GrammarPool) -> None:
+    """A sequence keeps its process: with more of them at once than there are places, the others wait for an end."""
+    requests = {str(i): with_grammar(schema({"const": {"i": i}}), str(i)) for i in range(40)}
+    for request in requests.values():
+        pool.add(request)
+    done: set[str] = set()
+    while len(pool):
+        for request, cursor in pool.take_ready():
+            assert isinstance(cursor, GrammarCursor)
+            cursor.end()
+            done.add(request.request_id)
         time.sleep(0.001)
-    assert compiled == ["0", "100", "1", "19", *map(str, range(2, 19))]
+    assert done == set(requests)
 
 
-def test_a_grammar_that_nobody_waits_for_is_not_compiled(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler(tokenizer)
-    waiting = CompilingRequests(compiler)
-    slow, wanted = (
-        Grammar("json_schema", '{"type": "string", "maxLength": 500}'),
-        Grammar("json_schema", '{"const": 1}'),
-    )
-    for name, grammar in (("slow", slow), ("first", wanted), ("second", wanted)):
-        waiting.add(make_request(SamplingParams(max_tokens=1, seed=0, grammar=grammar), name))
-    compiled = compiler.compile(wanted)
-    waiting.forget("first")
-    assert not compiled.cancelled()
-    waiting.forget("second")
-    assert compiled.cancelled() or compiled.done()
-    assert list(waiting) == ["slow"]
-    assert compiler.compile(wanted).result().matcher()
+SLOW = schema({"type": "string", "pattern": "^" + ".?" * 200 + "$"})
+"""Takes minutes to compile."""
+
+
+def test_tenants_need_not_wait_for_what_another_compiles(pool: GrammarPool) -> None:
+    """Nor for all that one has asked for before; and what nobody waits for any more is given up."""
+    for i in range(3):
+        pool.add(with_grammar(schema({"type": "string", "pattern": "^" + ".?" * (200 + i) + "$"}), f"slow {i}", "many"))
+    pool.add(with_grammar(schema({"const": "quick"}), "quick", "few"))
+    ready: list[str] = []
+    while "quick" not in ready:
+        ready += [request.request_id for request, _ in pool.take_ready()]
+        time.sleep(0.001)
+    assert ready == ["quick"]
+    for i in range(3):
+        pool.forget(f"slow {i}")
+    assert len(pool) == 0
+    assert isinstance(compiled(pool, with_grammar(schema({"const": "next"}), tenant="many"))["r"], GrammarCursor)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        (SLOW, "more than 10 s"),
+        (schema({"type": "string", "pattern": "^(.?){500}$"}), "too ambiguous"),
+        (schema({"type": "string", "pattern": r"^((((([^a])+)*){1,}|😀[^a](?:\.)\s)|\d)$"}), "too ambiguous"),
+    ],
+)
+def test_a_grammar_is_refused_for_what_it_costs(smollm2_path: Path, grammar: Grammar, message: str) -> None:
+    """With a vocabulary of real size. Its process is gone, and others are compiled afterwards."""
+    pool = GrammarPool(Tokenizer.from_files(resolve_model(ModelConfig())), num_slots=4)
+    ready = compiled(pool, with_grammar(grammar, "bad", "acme"), with_grammar(schema({"const": 1}), "good", "bravo"))
+    assert message in str(ready["bad"])
+    assert isinstance(ready["good"], GrammarCursor)
+    assert isinstance(compiled(pool, with_grammar(schema({"const": 2}), tenant="acme"))["r"], GrammarCursor)
+
+
+def test_a_process_that_dies_takes_its_own_sequences_along(pool: GrammarPool) -> None:
+    requests = [with_grammar(schema({"type": kind}), kind) for kind in ("integer", "boolean")]
+    lost, kept = (begin(pool, request) for request in requests)
+    os.kill(lost._process._pid, signal.SIGKILL)
+    [digit] = [1]
+    lost.commit([digit])
+    settle(pool, lost)
+    assert lost.failure
+    kept.look_ahead([])
+    settle(pool, kept)
+    assert kept.failure is None
+    for cursor in (lost, kept):
+        cursor.end()
+    assert isinstance(compiled(pool, with_grammar(schema({"type": "number"})))["r"], GrammarCursor)
+
+
+LINE_FEED = schema({"type": "string", "pattern": "^\\n$"})
+"""JSON has no token for it."""
+
+
+@pytest.mark.parametrize(("grammar", "text"), [(schema({"type": "integer"}), "x"), (LINE_FEED, '"')])
+def test_an_output_that_cannot_go_on_ends(tokenizer: Tokenizer, pool: GrammarPool, grammar: Grammar, text: str) -> None:
+    """Because of a token that no mask has allowed, or because nothing is allowed any more."""
+    cursor = begin(pool, with_grammar(grammar))
+    assert cursor.failure is None
+    cursor.commit(tokenizer.encode(text))
+    settle(pool, cursor)
+    assert cursor.failure == GRAMMAR_CONTRADICTS
+    cursor.end()
+
+
+def test_no_draft_is_looked_at_where_a_grammar_allows_nothing(tokenizer: Tokenizer, pool: GrammarPool) -> None:
+    cursor = begin(pool, with_grammar(LINE_FEED))
+    [quote] = tokenizer.encode('"')
+    for draft in range(tokenizer.vocab_size):
+        cursor.look_ahead([quote, draft])
+        settle(pool, cursor)
+        assert (cursor.num_masks, cursor.failure) == (1, None)
+    cursor.end()
 
 
 def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
     """A dead end, a schema that xgrammar chokes on, and penalties that overflow, beside a request like any other."""
     engine = Engine(make_directory(tmp_path / "model"), Setting())
     prompt = list(range(100))
-
-    def schema(value: object) -> Grammar:
-        return Grammar("json_schema", json.dumps(value))
 
     requests = {
         "dead end": SamplingParams(
@@ -357,15 +355,11 @@ def _refuse(core: EngineCore, sampling: SamplingParams) -> EngineOutput:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("kind", ["invalid", "internal"])
-def test_refused_requests_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """The compiler keeps why it failed, which must not keep those who asked."""
-    failed: Future[CompiledGrammar] = Future()
-    failed.set_exception(GrammarError("no") if kind == "invalid" else RuntimeError("no"))
-    monkeypatch.setattr(GrammarCompiler, "compile", lambda *_: failed)
+def test_refused_requests_are_forgotten(tmp_path: Path) -> None:
+    """What is remembered of a grammar that cannot be used does not keep those who asked."""
     core = Engine(make_directory(tmp_path / "model"), Setting()).core
-    sampling = SamplingParams(max_tokens=1, seed=0, grammar=JSON_OBJECT)
-    assert [_refuse(core, sampling).error_kind for _ in range(3)] == [kind] * 3
+    sampling = SamplingParams(max_tokens=1, seed=0, grammar=schema({"not": {}}))
+    assert [_refuse(core, sampling).error_kind for _ in range(3)] == ["invalid"] * 3
     gc.collect()
     # Not isinstance, which asks each object's properties.
     assert not [each for each in gc.get_objects() if type(each) is Request and each.request_id.endswith("/refused")]

@@ -6,7 +6,7 @@ Statistical tests use fixed seeds, so they never flicker; each would fail for a 
 
 from __future__ import annotations
 
-import json
+import math
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from engine.messages import Grammar, SamplingParams
 from engine.request import Request
-from engine.sampling.grammar import GrammarCompiler
+from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.sampler import Sampler, SamplingRows
 from kernels.gumbel_argmax import gumbel_noise
 from tests.exact_distribution import distribution, edited
+from tests.grammars import begin, settle
 from tests.unit.chi_square import chi_square_p
 
 FALSE_ALARM = 1e-4
@@ -42,8 +43,8 @@ class ByteTokenizer:
 
 
 @cache
-def grammars() -> GrammarCompiler:
-    return GrammarCompiler(ByteTokenizer())
+def grammars() -> GrammarPool:
+    return GrammarPool(ByteTokenizer(), num_slots=64)
 
 
 @pytest.fixture
@@ -59,7 +60,9 @@ def added(sampler: Sampler, sampling: SamplingParams, prompt: Sequence[int] = (1
     request = Request(
         request_id=name, client_id=b"client", tenant="tenant", sampling=sampling, prompt_token_ids=list(prompt)
     )
-    sampler.add(request, None if sampling.grammar is None else grammars().compile(sampling.grammar).result())
+    sampler.add(request)
+    if sampling.grammar is not None:
+        begin(grammars(), request)
     return request
 
 
@@ -178,11 +181,17 @@ def generate(sampler: Sampler, requests: list[Request], rng: random.Random | Non
             drafts = tuple(right[: rng.randint(0, 4)]) if rng else ()
             if rng and rng.random() < 0.6:
                 drafts += tuple(rng.randrange(VOCAB) for _ in range(rng.randint(0, 3)))
+            if request.grammar is not None:
+                request.grammar.look_ahead(list(drafts))
+                settle(grammars(), request.grammar)
+                drafts = drafts[: request.grammar.num_masks - 1]
             rows.append(SamplingRows(request, drafts))
             logits.append(rows_for(request, drafts))
         for row, sampled in zip(rows, sampler.sample(torch.cat(logits), rows), strict=True):
             assert 1 <= len(sampled.token_ids) <= 1 + len(row.draft_token_ids)
             row.request.output_token_ids += sampled.token_ids
+            if row.request.grammar is not None:
+                row.request.grammar.commit(sampled.token_ids)
 
 
 def outputs(requests: list[Request]) -> list[list[int]]:
@@ -303,42 +312,21 @@ def test_any_seed_and_temperature_choose_a_token(seed: int, temperature: float) 
         assert sampled.token_ids == [logits.argmax().item()]
 
 
-def test_a_grammar_without_a_next_token_ends_the_output() -> None:
-    """No token of JSON is a line feed. Nobody else's choice changes."""
-    sampler = Sampler([EOS])
-    line_feed = Grammar("json_schema", json.dumps({"type": "string", "pattern": "^\\n$"}))
-    stuck = added(sampler, params(grammar=line_feed), name="stuck")
-    other = added(sampler, params(), name="other")
-    logits = torch.randn(3, VOCAB)
-    quote = ord('"')
-    [dead, alive] = sampler.sample(logits, [SamplingRows(stuck, (quote,)), SamplingRows(other)])
-    assert (dead.token_ids, dead.is_dead_end) == ([quote], True)
-    [alone] = sampler.sample(logits[2:], [SamplingRows(other)])
-    assert (alive.token_ids, alive.is_dead_end) == (alone.token_ids, False)
-
-
-def test_a_grammar_that_forbids_what_it_allowed_ends_its_own_output_only() -> None:
-    """No such grammar is known, so an output is changed under it."""
-    sampler = Sampler([EOS])
-    broken = added(sampler, params(grammar=Grammar("json_schema", '{"const": 7}')), name="broken")
-    other = added(sampler, params(), name="other")
-    broken.output_token_ids.append(ord("8"))
-    logits = torch.randn(3, VOCAB)
-    [dead, alive] = sampler.sample(logits, [SamplingRows(broken, (ord("7"),)), SamplingRows(other)])
-    assert (dead.token_ids, dead.is_dead_end) == ([], True)
-    [alone] = sampler.sample(logits[2:], [SamplingRows(other)])
-    assert (alive.token_ids, alive.is_dead_end) == (alone.token_ids, False)
-
-
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row", [0, 1, 2])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_no_draft_is_right_where_a_grammar_allows_nothing(temperature: float) -> None:
-    """What comes of choosing where nothing may be chosen must not pass for a choice."""
-    line_feed = Grammar("json_schema", json.dumps({"type": "string", "pattern": "^\\n$"}))
-    for draft in range(VOCAB):
-        sampler = Sampler([EOS])
-        request = added(sampler, params(grammar=line_feed, temperature=temperature))
-        [sampled] = sampler.sample(torch.randn(4, VOCAB), [SamplingRows(request, (ord('"'), draft, draft))])
-        assert (sampled.token_ids, sampled.is_dead_end) == ([ord('"')], True)
+def test_logits_that_are_not_finite_end_their_own_output_only(value: float, row: int, temperature: float) -> None:
+    """What comes of choosing from them must not pass for a choice, nor for a right draft."""
+    sampler = Sampler([EOS])
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(3))
+    logits[:2, 65], logits[row, 99] = 1e4, value
+    damaged = added(sampler, params(temperature=temperature), name="damaged")
+    other = added(sampler, params(temperature=temperature), name="other")
+    for draft in (0, 65, 99):
+        [failed, alive] = sampler.sample(logits, [SamplingRows(damaged, (65, 65)), SamplingRows(other, (draft,))])
+        assert (failed.token_ids, failed.is_finite) == ([65] * row, False)
+        [alone] = sampler.sample(logits[3:], [SamplingRows(other, (draft,))])
+        assert (alive.token_ids, alive.is_finite) == (alone.token_ids, True)
 
 
 def test_a_grammar_outranks_min_tokens_also_at_stop_tokens() -> None:

@@ -1,0 +1,265 @@
+"""A process that enforces a grammar, and the sequences in it, as the engine sees them. Nothing here waits."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import math
+import mmap
+import os
+import signal
+import socket
+import time
+
+import msgspec
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from engine.messages import Grammar
+from engine.sampling.grammar_messages import (
+    COMPILE_SECONDS,
+    MASKS_PER_SLOT,
+    MAX_MESSAGE_BYTES,
+    MEMORY_BYTES,
+    Answer,
+    Answers,
+    Ask,
+    Compiled,
+    Fork,
+    GrammarMessage,
+    Started,
+)
+
+log = structlog.get_logger(__name__)
+
+Masks = NDArray[np.int32]
+
+GRAMMAR_SPENT = "The schema takes too long to enforce: it is too ambiguous for the model's tokens."
+GRAMMAR_CONTRADICTS = "The schema allows no further token: what it asks for cannot be written with the model's tokens."
+_NOT_COMPILED = f"the JSON schema takes more than {COMPILE_SECONDS:.0f} s or {MEMORY_BYTES >> 20} MiB to compile"
+_LONGEST_WAIT = 30.0
+"""Seconds that a sequence waits for a mask."""
+_SLOW_SECONDS = 0.001
+_COMPILE_PATIENCE, _MASK_PATIENCE, _LOW_PRIORITY = 1.0, 0.1, 15
+"""A process that owes an answer for so many seconds is given this nice value."""
+
+
+class GrammarCursor:
+    """Where one sequence's output stands in its grammar.
+
+    ``commit`` asks for the mask that follows the output, ``look_ahead`` for those that follow drafts; the answers come
+    when ``GrammarProcess.receive`` finds them.
+    """
+
+    def __init__(self, process: GrammarProcess, slot: int, masks: Masks) -> None:
+        self.masks = masks
+        """[MASKS_PER_SLOT, words] int32, a bit a token: after the output, and after each draft."""
+        self.num_masks = 0
+        """How many of them are right."""
+        self.failure: str | None = None
+        """Why the sequence has to end, in words fit for the client."""
+        self.is_slow = False
+        """Whether its latest mask took so long that the next one is likely to come after the step that needs it."""
+        self._process, self._slot, self._num_unanswered = process, slot, 0
+        self._begin_round([], is_new=True)
+        self.first_round = self._round
+
+    def commit(self, token_ids: list[int]) -> None:
+        """The output has got these tokens."""
+        self.num_masks = 0
+        self._begin_round(token_ids)
+
+    def look_ahead(self, draft_token_ids: list[int]) -> None:
+        """These tokens may be added: what may follow each of them will be wanted in this step."""
+        self._ask(Ask(self._slot, self._round, [], draft_token_ids))
+
+    def end(self) -> None:
+        """The sequence is over; nothing of the cursor is to be used again."""
+        self._process.end(self._slot)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the mask that follows the output is there, or will never be."""
+        return self.num_masks > 0 or self.failure is not None
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether all masks are there that were asked for, or will never be."""
+        return self._num_unanswered == 0 or self.failure is not None
+
+    def take(self, answer: Answer) -> None:
+        """An answer of the process; it says nothing if the output has grown since it was asked for."""
+        self._num_unanswered -= 1
+        if answer.round != self._round:
+            return
+        self.num_masks = answer.num_masks
+        self.is_slow = answer.seconds > _SLOW_SECONDS
+        if answer.failure:
+            self.failure = GRAMMAR_SPENT if answer.failure == "spent" else GRAMMAR_CONTRADICTS
+        elif not self.masks[0].any():
+            self.failure = GRAMMAR_CONTRADICTS
+
+    def give_up(self, now: float) -> None:
+        """Fail if its mask is awaited for too long; ``now`` by ``time.monotonic``."""
+        if not self.is_known and now - self._asked_at > _LONGEST_WAIT:
+            self.failure = GRAMMAR_SPENT
+
+    def _begin_round(self, committed: list[int], is_new: bool = False) -> None:
+        self._round, self._asked_at = self._process.next_round(), time.monotonic()
+        self._ask(Ask(self._slot, self._round, committed, is_new=is_new))
+
+    def _ask(self, ask: Ask) -> None:
+        self._num_unanswered += 1
+        self._process.ask(ask)
+
+
+class GrammarProcess:
+    """One grammar, and the process that enforces it.
+
+    Args:
+        control: socket of the process that forks.
+        grammar: what is enforced.
+        num_slots: most sequences at a time.
+        num_words: of a mask, 32 tokens each.
+
+    Raises:
+        OSError: the process that forks is gone, or there is no memory or descriptor to spare.
+    """
+
+    def __init__(self, control: socket.socket, grammar: Grammar, num_slots: int, num_words: int) -> None:
+        self.is_compiled = self.is_refused = False
+        """Whether it has found its grammar to be usable, or not."""
+        self.error: str | None = None
+        """Why it is of no more use, in words fit for the client."""
+        self.cursors: dict[int, GrammarCursor] = {}
+        """Of its sequences, by slot."""
+        self._free_slots = list(range(num_slots))
+        self._unsent: list[Ask] = []
+        self._num_unanswered, self._last_round = 0, 0
+        self._pid: int | None = None
+        self._waits_since: float | None = None
+        """Since when it computes what is waited for; None: it does not, or has a low priority already."""
+        self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(GrammarMessage)
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.setblocking(False)
+        text, shape = msgspec.msgpack.encode(grammar), (num_slots, MASKS_PER_SLOT, num_words)
+        with theirs, os.fdopen(os.memfd_create("evospec-grammar"), "r+b", buffering=0) as memory:
+            num_mask_bytes = 4 * math.prod(shape)
+            os.ftruncate(memory.fileno(), num_mask_bytes + len(text))
+            os.pwrite(memory.fileno(), text, num_mask_bytes)
+            self._masks: Masks = np.frombuffer(mmap.mmap(memory.fileno(), num_mask_bytes), np.int32).reshape(shape)
+            fork = self._encoder.encode(Fork(num_slots, num_words, len(text)))
+            socket.send_fds(control, [fork], [theirs.fileno(), memory.fileno()])
+
+    def fileno(self) -> int:
+        """Of its socket, for ``select``."""
+        return self._channel.fileno()
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether its grammar may still turn out to be usable or not."""
+        return not self.is_compiled and self.error is None
+
+    @property
+    def owes_answers(self) -> bool:
+        """Whether something is to be received."""
+        return self.error is None and (self._num_unanswered > 0 or not self.is_compiled)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it could serve, and serves nobody."""
+        return self.is_compiled and self.error is None and not self.cursors
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another sequence can begin."""
+        return bool(self._free_slots)
+
+    def begin(self) -> GrammarCursor:
+        """A sequence at the grammar's start."""
+        slot = heapq.heappop(self._free_slots)
+        cursor = self.cursors[slot] = GrammarCursor(self, slot, self._masks[slot])
+        return cursor
+
+    def end(self, slot: int) -> None:
+        """A sequence is over."""
+        del self.cursors[slot]
+        heapq.heappush(self._free_slots, slot)
+        self.ask(Ask(slot, is_over=True))
+
+    def next_round(self) -> int:
+        """A number that no ask has had."""
+        self._last_round += 1
+        return self._last_round
+
+    def ask(self, ask: Ask) -> None:
+        """Send it with the next ``flush``."""
+        self._unsent.append(ask)
+
+    def flush(self) -> None:
+        """Send what was asked. What the socket has no room for waits for the next time."""
+        if not self._unsent or self.error is not None:
+            return
+        with contextlib.suppress(OSError):  # of a full socket, or of a process that is gone: ``receive`` finds that
+            self._channel.send(self._encoder.encode(self._unsent))
+            if self._num_unanswered == 0:
+                self._waits_since = time.monotonic()
+            self._num_unanswered += sum(not ask.is_over for ask in self._unsent)
+            self._unsent = []
+
+    def receive(self) -> None:
+        """Take all answers that have come, and see that it does not hold up the engine."""
+        while self.error is None:
+            try:
+                data = self._channel.recv(MAX_MESSAGE_BYTES)
+            except BlockingIOError:
+                self._put_behind()
+                return
+            except OSError:
+                data = b""
+            if data:
+                self._handle(self._decoder.decode(data))
+            else:
+                log.warning("a grammar's process has ended", pid=self._pid, compiled=self.is_compiled)
+                self._fail(GRAMMAR_SPENT if self.is_compiled else _NOT_COMPILED)
+
+    def kill(self) -> None:
+        """It is not needed any more, or must not go on."""
+        if self.error is None and self._pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+        self._fail(GRAMMAR_SPENT)
+
+    def _handle(self, message: GrammarMessage) -> None:
+        match message:
+            case Started():
+                self._pid, self._waits_since = message.pid, time.monotonic()
+            case Compiled():
+                self.is_compiled, self.is_refused = message.error is None, message.error is not None
+                self._waits_since = None
+                if message.error is not None:
+                    self._fail(message.error)
+            case Answers():
+                self._num_unanswered -= len(message.answers)
+                for answer in message.answers:
+                    cursor = self.cursors.get(answer.slot)
+                    if cursor is not None and answer.round >= cursor.first_round:  # else of the slot's last sequence
+                        cursor.take(answer)
+                if self._num_unanswered == 0:
+                    self._waits_since = None
+
+    def _put_behind(self) -> None:
+        """Let the engine have the processor first once this process computes for long."""
+        patience = _MASK_PATIENCE if self.is_compiled else _COMPILE_PATIENCE
+        if self._pid is None or self._waits_since is None or time.monotonic() - self._waits_since < patience:
+            return
+        self._waits_since = None
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, self._pid, _LOW_PRIORITY)
+
+    def _fail(self, reason: str) -> None:
+        self.error = self.error or reason
+        self._channel.close()
+        for cursor in self.cursors.values():
+            cursor.failure = cursor.failure or reason

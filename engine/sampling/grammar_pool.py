@@ -1,0 +1,207 @@
+"""Which grammars have a process, and the requests that wait for one to be compiled."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from engine.fair_queue import equal_share
+from engine.messages import Grammar
+from engine.sampling.grammar_client import GrammarCursor, GrammarProcess
+from engine.sampling.grammar_messages import Vocabulary
+
+if TYPE_CHECKING:
+    from engine.request import Request
+    from engine.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+_MAX_PROCESSES = 32
+"""In all; a tenant with less than an equal share may have more."""
+_MAX_REMEMBERED = 256
+"""Grammars that turned out to be unusable."""
+_MAX_COMPILING = 4
+
+_Key = tuple[str, Grammar]
+"""A tenant and its grammar: tenants share none, so that none can tell what another uses."""
+
+
+class GrammarPool:
+    """Gives each grammar of a tenant a process of its own, which is its cache as well.
+
+    A tenant compiles one grammar at a time, and tenants take turns. Where there are too many processes, one without
+    sequences ends: of the tenant that has most, the least recently used one.
+
+        pool.add(request)
+        for request, cursor in pool.take_ready(): ...  # a cursor, or the error that the request ends with
+        pool.wait([cursor], seconds)
+
+    Args:
+        tokenizer: of the model.
+        num_slots: most sequences of one grammar.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, num_slots: int) -> None:
+        self._tokenizer, self._num_slots = tokenizer, num_slots
+        self._num_words = -(-tokenizer.vocab_size // 32)
+        self._control: socket.socket | None = None
+        self._processes: dict[_Key, GrammarProcess] = {}
+        """Least recently used first."""
+        self._errors: OrderedDict[_Key, str] = OrderedDict()
+        """Of grammars that turned out to be unusable."""
+        self._deaths: dict[_Key, str] = {}
+        """Why processes have ended by themselves since ``take_ready``: another try may fare better."""
+        self._waiting: dict[str, Request] = {}
+        """Requests whose grammar is not compiled yet, by id, in order of arrival."""
+        self._num_turns = 0
+        self._turns: dict[str, int] = {}
+        """When each tenant's latest compilation began, counted in compilations."""
+
+    def __len__(self) -> int:
+        """Requests that wait for their grammar."""
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[str]:
+        """Their ids."""
+        return iter(self._waiting)
+
+    def start(self) -> None:
+        """Load what every grammar needs, beside whatever the engine does meanwhile."""
+        if self._control is None:
+            self._control = _start_forking(self._tokenizer)
+
+    def add(self, request: Request) -> None:
+        """Have the request's grammar compiled, if it is not yet."""
+        self._waiting[request.request_id] = request
+
+    def forget(self, request_id: str) -> None:
+        """A request that may wait is gone; what only it has waited for is not compiled."""
+        request = self._waiting.pop(request_id, None)
+        if request is None or _key(request) in self._wanted():
+            return
+        process = self._processes.get(_key(request))
+        if process is not None and process.is_compiling:
+            process.kill()
+            del self._processes[_key(request)]
+
+    def take_ready(self) -> list[tuple[Request, GrammarCursor | str]]:
+        """The requests that wait no longer, each with its cursor, or why its grammar cannot be enforced."""
+        self.poll()
+        ready: list[tuple[Request, GrammarCursor | str]] = []
+        for request in list(self._waiting.values()):
+            result = self._take(_key(request))
+            if result is not None:
+                del self._waiting[request.request_id]
+                ready.append((request, result))
+        self._deaths.clear()
+        if self._waiting:
+            self._compile_next()
+        return ready
+
+    def poll(self) -> None:
+        """Take what was answered, send what was asked."""
+        for key, process in list(self._processes.items()):
+            process.receive()
+            process.flush()
+            if process.error is None:
+                continue
+            del self._processes[key]
+            (self._errors if process.is_refused else self._deaths)[key] = process.error
+            if len(self._errors) > _MAX_REMEMBERED:
+                self._errors.popitem(last=False)
+
+    def flush(self) -> None:
+        """Send what was asked."""
+        for process in self._processes.values():
+            process.flush()
+
+    def wait(self, cursors: Iterable[GrammarCursor], seconds: float) -> None:
+        """Poll until all these sequences have the masks that they asked for, but no longer than so many seconds."""
+        late, deadline = list(cursors), time.monotonic() + seconds
+        while True:
+            self.poll()
+            late = [cursor for cursor in late if not cursor.is_answered]
+            if not late or time.monotonic() >= deadline:
+                return
+            poller = select.poll()
+            for process in self._processes.values():
+                if process.owes_answers:
+                    poller.register(process, select.POLLIN)
+            poller.poll(1000 * (deadline - time.monotonic()))
+
+    def _take(self, key: _Key) -> GrammarCursor | str | None:
+        """A sequence of a grammar, or its error; None while it is not known."""
+        if error := self._errors.get(key) or self._deaths.get(key):
+            return error
+        process = self._processes.get(key)
+        if process is None or process.is_compiling or not process.has_room:
+            return None
+        self._processes[key] = self._processes.pop(key)
+        return process.begin()
+
+    def _wanted(self) -> dict[_Key, None]:
+        return {_key(request): None for request in self._waiting.values()}
+
+    def _compile_next(self) -> None:
+        """Start compiling what is waited for, as far as it is the turn of its tenant."""
+        compiling = {tenant for (tenant, _), process in self._processes.items() if process.is_compiling}
+        wanted = [key for key in self._wanted() if key not in self._processes and key[0] not in compiling]
+        for key in sorted(wanted, key=lambda key: self._turns.get(key[0], 0)):
+            tenant, grammar = key
+            if len(compiling) == _MAX_COMPILING or tenant in compiling or not self._make_room(tenant):
+                continue
+            self.start()
+            assert self._control is not None
+            try:
+                self._processes[key] = GrammarProcess(self._control, grammar, self._num_slots, self._num_words)
+            except OSError as error:
+                log.warning("a grammar cannot be compiled at the moment", reason=str(error))
+                self._control = None
+                return
+            self._num_turns += 1
+            self._turns[tenant] = self._num_turns
+            compiling.add(tenant)
+
+    def _make_room(self, tenant: str) -> bool:
+        """End a process if there are too many; whether the tenant may have another."""
+        if len(self._processes) < _MAX_PROCESSES:
+            return True
+        held = Counter(owner for owner, _ in self._processes)
+        wanted = self._wanted()
+        idle = [key for key, process in self._processes.items() if process.is_idle and key not in wanted]
+        if idle:
+            key = max(idle, key=lambda key: held[key[0]])  # the first of those: the least recently used
+            self._processes.pop(key).kill()
+            return True
+        return held[tenant] < equal_share(_MAX_PROCESSES, held, tenant)
+
+
+def _key(request: Request) -> _Key:
+    assert request.sampling.grammar is not None
+    return request.tenant, request.sampling.grammar
+
+
+def _start_forking(tokenizer: Tokenizer) -> socket.socket:
+    """Start the process that forks; its control socket. It ends when that is closed."""
+    token_bytes = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, os.fdopen(os.memfd_create("evospec-vocabulary"), "r+b") as vocabulary:
+        vocabulary.write(msgspec.msgpack.encode(Vocabulary(token_bytes, list(tokenizer.eos_token_ids))))
+        vocabulary.seek(0)
+        descriptors = theirs.fileno(), vocabulary.fileno()
+        subprocess.Popen(
+            [sys.executable, "-m", "engine.sampling.grammar_process", *map(str, descriptors)],
+            pass_fds=descriptors,
+            stdin=subprocess.DEVNULL,
+        )
+    return ours
