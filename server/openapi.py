@@ -33,7 +33,7 @@ RESPONSES = (
 _DESCRIPTIONS = {
     400: "A field is invalid or not supported; `param` names it.",
     401: "No API key, or an unknown one.",
-    403: "No admin key is configured, or the key is not of the tenant that may see all.",
+    403: "The key is for something else, or no admin key is configured.",
     404: "No such model or session.",
     413: "The body is too large.",
     429: "The tenant's rate limit is reached; see Retry-After.",
@@ -44,8 +44,9 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def errors(*statuses: int) -> Responses:
-    """Documentation of error responses, for a route's ``responses``."""
-    return {status: {"model": ErrorResponse, "description": _DESCRIPTIONS[status]} for status in statuses}
+    """Documentation of error responses, for a route's ``responses``; wherever a key is needed, 403 is one."""
+    with_keys = sorted({*statuses, 403}) if 401 in statuses else statuses
+    return {status: {"model": ErrorResponse, "description": _DESCRIPTIONS[status]} for status in with_keys}
 
 
 def success(body: type[msgspec.Struct], stream_event: type[msgspec.Struct] | None = None) -> Responses:

@@ -23,6 +23,7 @@ from server.settings import KEY_HASH, AuthConfig, ConfigurationError, KeyHash, L
 
 KEY_PREFIX = "evs-"
 DEFAULT_TENANT = "default"
+METRICS_PATH = "/metrics"
 _TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
@@ -53,11 +54,15 @@ class _KeysFile(BaseModel):
 
 
 class TenantRegistry:
-    """Finds the tenant of an API key. Without keys everyone is the tenant ``default``."""
+    """Finds the tenant of an API key. Without keys everyone is the tenant ``default``.
 
-    def __init__(self, by_key_hash: Mapping[str, Tenant], default: Tenant) -> None:
+    Where there are keys, ``metrics_tenant`` may read /metrics and do nothing else, and nobody else may read it.
+    """
+
+    def __init__(self, by_key_hash: Mapping[str, Tenant], default: Tenant, metrics_tenant: str) -> None:
         self._by_key_hash = dict(by_key_hash)
         self._default = default
+        self._metrics_tenant = metrics_tenant
 
     @classmethod
     def from_settings(cls, auth: AuthConfig, limits: LimitsConfig) -> TenantRegistry:
@@ -80,7 +85,7 @@ class TenantRegistry:
             _add(by_key_hash, key_hash, tenant)
         if not by_key_hash and (auth.keys_file or auth.keys is not None) and not auth.insecure:
             raise ConfigurationError("the keys given are none, so everyone would be served: add one, or --insecure")
-        return cls(by_key_hash, default)
+        return cls(by_key_hash, default, auth.metrics_tenant)
 
     @property
     def has_keys(self) -> bool:
@@ -100,6 +105,15 @@ class TenantRegistry:
             if hmac.compare_digest(known_hash, key_hash):
                 found = tenant
         return found
+
+    def check_permission(self, tenant: Tenant, path: str) -> None:
+        """Raise 403 as ``ApiError`` if ``tenant`` may not use ``path``."""
+        is_metrics, is_scraper = path == METRICS_PATH, tenant.name == self._metrics_tenant
+        if not self.has_keys or is_metrics == is_scraper:
+            return
+        if is_metrics:
+            raise ApiError(403, f"Metrics are for the tenant {self._metrics_tenant!r} (auth.metrics_tenant).")
+        raise ApiError(403, f"The tenant {tenant.name!r} may read {METRICS_PATH} only (auth.metrics_tenant).")
 
 
 def new_key() -> str:
@@ -129,13 +143,18 @@ def check_exposure(host: str, auth: AuthConfig, tenants: TenantRegistry) -> None
 
 
 async def authenticate(request: Request) -> Tenant:
-    """FastAPI dependency: the tenant of the ``Authorization: Bearer`` key; raises 401 as ``ApiError``."""
+    """The tenant of the ``Authorization: Bearer`` key.
+
+    Raises:
+        ApiError: 401 without a key of ours, 403 for one that is for something else.
+    """
     registry: TenantRegistry = request.app.state.tenants
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     tenant = registry.find(key.strip() if scheme.lower() == "bearer" else None)
     if tenant is None:
         raise ApiError(401, "Missing or unknown API key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
     structlog.contextvars.bind_contextvars(tenant=tenant.name)
+    registry.check_permission(tenant, request.scope["path"])
     return tenant
 
 

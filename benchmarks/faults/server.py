@@ -28,6 +28,8 @@ from engine.ipc.weight_layout import WeightLayout
 from server.tenants import hash_key, new_key
 
 TENANTS = ("law", "clinic", "school", "shop")
+_SCRAPER = "prometheus"
+"""The tenant that may read metrics, and nothing else."""
 ENGINE, WORKER, VALKEY = "engine.process", "adapters.worker", "valkey-server"
 RING_ROWS = 256
 _PROCESSES = {ENGINE: "engine", WORKER: "worker", VALKEY: "valkey"}
@@ -90,6 +92,7 @@ class Server:
         layout: of its weight channel.
         keys: API key by tenant.
         admin: the admin key.
+        scraper: the key for metrics.
     """
 
     def __init__(
@@ -100,9 +103,10 @@ class Server:
         layout: WeightLayout,
         keys: Mapping[str, str],
         admin: str,
+        scraper: str,
     ) -> None:
         self.url, self.process, self.model, self.layout, self.keys = url, process, model, layout, keys
-        self._admin = admin
+        self._admin, self._scraper = admin, scraper
         self.num_killed: Counter[str] = Counter()
         """How often each process was killed."""
 
@@ -169,7 +173,7 @@ class Server:
         raise TimeoutError(problem)
 
     def _metrics(self) -> dict[str, list[tuple[dict[str, str], float]]]:
-        text = self._get("/metrics", self.keys[TENANTS[0]])
+        text = self._get("/metrics", self._scraper)
         found: dict[str, list[tuple[dict[str, str], float]]] = {}
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -209,19 +213,19 @@ def undisturbed(model: FaultModel) -> Iterator[str]:
 def serving(model: FaultModel, name: str) -> Iterator[Server]:
     """A server that aligns, until the block ends; it goes on with what one before it has learned."""
     port, admin = free_port(), secrets.token_urlsafe(16)
-    keys = {tenant: new_key() for tenant in TENANTS}
+    keys, scraper = {tenant: new_key() for tenant in TENANTS}, new_key()
     options = {
         "engine.speculation.method": "eagle3",
         "engine.speculation.draft": model.draft,
         "engine.speculation.vocabulary": "full",
-        "auth.keys": ",".join(f"{tenant}={hash_key(key)}" for tenant, key in keys.items()),
-        "auth.metrics_tenant": TENANTS[0],
+        "auth.keys": ",".join(f"{tenant}={hash_key(key)}" for tenant, key in (keys | {_SCRAPER: scraper}).items()),
+        "auth.metrics_tenant": _SCRAPER,
         "auth.admin_key": hash_key(admin),
         "engine.alignment": model.options.model_dump_json(),
     }
     launch = Launch(_command(model, port, options, ["--no-engine.speculation.adaptive"]))
     with running(launch, port, LOGS / f"faults-{name}.log") as process:
-        yield Server(f"http://127.0.0.1:{port}", process, model, model.layout(), keys, admin)
+        yield Server(f"http://127.0.0.1:{port}", process, model, model.layout(), keys, admin, scraper)
 
 
 def shared_directory() -> str | None:

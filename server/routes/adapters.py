@@ -34,7 +34,7 @@ async def require_admin(request: Request, _: Annotated[Any, Depends(_bearer)]) -
 router = APIRouter(dependencies=[Depends(require_admin)])
 
 
-@router.get("/v1/adapters", responses={**success(AdapterList), **errors(401, 403, 503)}, response_model=None)
+@router.get("/v1/adapters", responses={**success(AdapterList), **errors(401, 503)}, response_model=None)
 async def list_adapters(serving: Annotated[Serving, Depends(get_serving)]) -> Response:
     """What the adapters worker reported last."""
     worker, adapters = await serving.adapters.status()
@@ -45,7 +45,7 @@ async def list_adapters(serving: Annotated[Serving, Depends(get_serving)]) -> Re
 @router.post(
     "/v1/adapters/{key:path}/{action}",
     status_code=202,
-    responses={202: success(AcceptedCommand)[200], **errors(400, 401, 403, 503)},
+    responses={202: success(AcceptedCommand)[200], **errors(400, 401, 503)},
     response_model=None,
 )
 async def command_adapter(

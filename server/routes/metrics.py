@@ -11,24 +11,22 @@ from starlette.responses import Response
 
 from server.errors import ApiError
 from server.openapi import errors
-from server.routes.tenant_route import CurrentTenant, TenantRoute
+from server.routes.tenant_route import TenantRoute, current_tenant
 from server.serving import Serving, get_serving
+from server.tenants import METRICS_PATH
 
 router = APIRouter(route_class=TenantRoute)
 
 
 @router.get(
-    "/metrics",
-    responses={200: {"description": "Prometheus text format", "content": {"text/plain": {}}}, **errors(401, 403)},
+    METRICS_PATH,
+    responses={200: {"description": "Prometheus text format", "content": {"text/plain": {}}}, **errors(401)},
+    dependencies=[Depends(current_tenant)],
     response_model=None,
 )
-async def metrics(
-    tenant: CurrentTenant, request: Request, serving: Annotated[Serving, Depends(get_serving)]
-) -> Response:
+async def metrics(request: Request, serving: Annotated[Serving, Depends(get_serving)]) -> Response:
     """Metrics of this server, its engine and its adapters worker, with the names and the traffic of all tenants."""
     settings = request.app.state.settings
-    if request.app.state.tenants.has_keys and tenant.name != settings.auth.metrics_tenant:
-        raise ApiError(403, f"Metrics are for the tenant {settings.auth.metrics_tenant!r} (auth.metrics_tenant).")
     if settings.engine.alignment.enabled:
         try:
             worker, adapters = await serving.adapters.status()

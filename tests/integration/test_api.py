@@ -296,6 +296,28 @@ async def test_metrics_of_all_tenants_are_for_one_of_them(serve: Any) -> None:
     assert [answer.status_code for answer in answers] == [403, 200]
 
 
+async def test_the_key_for_metrics_is_for_nothing_else(serve: Any) -> None:
+    key = {"Authorization": "Bearer scrape"}
+    async with serve(silent, "--auth.keys", f"scraper={hash_key('scrape')}", "--auth.metrics_tenant", "scraper") as api:
+        refused = [
+            await api.client.request(method, path, headers=key)
+            for method, path in [
+                ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/sessions"),
+                ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/v1/models"), ("GET", "/v1/sessions/x"),
+                ("DELETE", "/v1/sessions/x"), ("GET", "/openapi.json"),
+            ]
+        ]  # fmt: skip
+        metrics = await api.client.get("/metrics", headers=key)
+    assert [answer.status_code for answer in refused] == [403] * len(refused)
+    assert refused[0].json()["error"] == {
+        "message": "The tenant 'scraper' may read /metrics only (auth.metrics_tenant).",
+        "type": "permission_error",
+        "param": None,
+        "code": None,
+    }
+    assert metrics.status_code == 200
+
+
 async def test_tokenizing_is_bounded_and_counts_as_a_request(serve: Any) -> None:
     async with serve(silent, "--limits.requests_per_minute", "2") as api:
         too_long = await api.post("/tokenize", prompt="a " * 1_000_000)
@@ -508,7 +530,7 @@ async def test_openapi_describes_bodies_and_every_reference_resolves(serve: Any)
     async with serve(silent) as api:
         schema = (await api.client.get("/openapi.json")).json()
     operation = schema["paths"]["/v1/chat/completions"]["post"]
-    assert set(operation["responses"]) == {"200", "400", "401", "404", "413", "429", "503"}
+    assert set(operation["responses"]) == {"200", "400", "401", "403", "404", "413", "429", "503"}
     assert operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("ChatCompletionRequest")
     references = {part.split('"')[0] for part in json.dumps(schema).split('"#/components/schemas/')[1:]}
     assert references <= set(schema["components"]["schemas"])
