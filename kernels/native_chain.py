@@ -41,7 +41,7 @@ _ROW_POINTERS = (
     *("lengths", "positions", "block_tables", "slabs", "lora"),
     *("temperatures", "seeds", "top_k", "top_p", "min_p"),
     *("sessions", "units", "weights", "repeat_bonuses", "contexts", "texts"),
-    *("chances", "acceptance", "verify_costs"),
+    *("chances", "tenants", "acceptance", "verify_costs"),
 )
 
 
@@ -67,7 +67,9 @@ class ChainStop:
     """
 
     chances: NDArray[np.float32]
-    """[2, SURENESS_LEVELS]: that a greedy and a sampled token is accepted, by how sure of it the draft is"""
+    """[T, 2, SURENESS_LEVELS]: that a tenant's greedy and sampled token is accepted, by how sure of it the draft is"""
+    tenants: Sequence[int]
+    """Of each of the B chains, its number among the T"""
     acceptance: Sequence[Sequence[float]]
     """[B][the longest chain], by place, before it is drafted, if those before it are accepted"""
     verify_costs: Sequence[float]
@@ -232,6 +234,7 @@ def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:
         if prior.texts is not None:
             arrays["texts"] = array("Q", prior.texts)
     if (stop := batch.stop) is not None:
+        arrays["tenants"] = array("i", stop.tenants)
         arrays["acceptance"] = array("f", chain.from_iterable(stop.acceptance))
         arrays["verify_costs"] = array("f", stop.verify_costs)
     return arrays

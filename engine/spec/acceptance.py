@@ -1,12 +1,13 @@
-"""How likely a draft token is to be accepted: by its place, by its sequence, and by how sure of it the draft is."""
+"""How likely a draft token is to be accepted: by its place, by its sequence, and by how sure of it the draft is.
+
+What verification shows is kept tenant by tenant. Draft lengths are in the responses, so an average over all tenants
+would tell each of them how well the others' texts can be drafted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import numpy as np
-from numpy.typing import NDArray
 
 from engine.config import MAX_SPECULATIVE_TOKENS
 from kernels.native_chain import SURENESS_LEVELS
@@ -15,7 +16,7 @@ MAX_ACCEPTANCE = 0.98
 _PRIOR_ACCEPTANCE, _PRIOR_TRIALS = 0.7, 10.0
 """Optimistic, so that a new draft is tried."""
 _MEMORY = 0.995
-"""Weight of the past in the engine's averages, for each trial."""
+"""Weight of the past in a tenant's averages, for each trial."""
 _SEQUENCE_MEMORY = 0.9
 """The same in a sequence's own, for each verified step."""
 _IDLE_MEMORY = 0.98
@@ -24,8 +25,8 @@ _SEQUENCE_PRIOR = 2.0
 
 
 @dataclass(slots=True)
-class _Ratio:
-    """How a sequence's drafts fare against the engine's average: accepted / expected, with fading memory."""
+class Ratio:
+    """How the drafts of some sequences fare against their tenant's average: accepted / expected, with fading memory."""
 
     accepted: float = 0.0
     expected: float = 0.0
@@ -37,6 +38,10 @@ class _Ratio:
     def fade(self, memory: float) -> None:
         self.accepted *= memory
         self.expected *= memory
+
+    def idle(self) -> None:
+        """The sequence was not drafted for in a step."""
+        self.fade(_IDLE_MEMORY)
 
 
 @dataclass(slots=True)
@@ -69,7 +74,7 @@ def _kinds() -> tuple[_Shares, _Shares]:
 
 @dataclass(slots=True)
 class Acceptance:
-    """What verification has shown so far.
+    """What verification has shown so far of one tenant's drafts.
 
     A trial is a draft token whose target's choice is known, all drafts before it having been right. Where a sequence's
     end repeats, its draft, which follows repeats too, fares better: by the level of the repeat (None: there is none).
@@ -80,20 +85,17 @@ class Acceptance:
     """By sureness, of greedy and of sampled tokens."""
     _copies: tuple[_Shares, _Shares] = field(default_factory=_kinds)
     """The same of copies, by the level of the repeat."""
-    _ratios: dict[str, _Ratio] = field(default_factory=dict)
-    _repeats: list[_Ratio] = field(default_factory=lambda: [_Ratio() for _ in range(SURENESS_LEVELS + 1)])
+    _repeats: list[Ratio] = field(default_factory=lambda: [Ratio() for _ in range(SURENESS_LEVELS + 1)])
     """How drafts fare where the end does not repeat, and where it does, by level."""
 
-    def of_places(self, request_id: str, limit: int, repeat: int | None = None) -> list[float]:
+    def of_places(self, sequence: Ratio, limit: int, repeat: int | None) -> list[float]:
         """[limit] chance of a sequence's first, second, .. draft, given that those before it are accepted."""
-        ratio = self._ratios.setdefault(request_id, _Ratio()).value * self._of_repeat(repeat).value
+        ratio = sequence.value * self._of_repeat(repeat).value
         return [min(self._places[place] * ratio, MAX_ACCEPTANCE) for place in range(limit)]
 
-    def of_levels(self) -> NDArray[np.float32]:
-        """[2, SURENESS_LEVELS] chance of a greedy and of a sampled token, by how sure of it the draft is."""
-        return np.array(
-            [[shares[level] for level in range(SURENESS_LEVELS)] for shares in self._levels], dtype=np.float32
-        )
+    def of_levels(self) -> list[list[float]]:
+        """[2][SURENESS_LEVELS] chance of a greedy and of a sampled token, by how sure of it the draft is."""
+        return [[shares[level] for level in range(SURENESS_LEVELS)] for shares in self._levels]
 
     def of_drafts(self, sureness: Sequence[int], *, greedy: bool, copied: bool = False) -> list[float]:
         """Chance of each draft of a chain, given that those before it are accepted."""
@@ -101,23 +103,18 @@ class Acceptance:
         return [min(shares[level], MAX_ACCEPTANCE) for level in sureness]
 
     def observe(
-        self,
-        request_id: str,
-        outcomes: Sequence[bool],
-        sureness: Sequence[int],
-        greedy: bool,
-        repeat: int | None = None,
+        self, sequence: Ratio, outcomes: Sequence[bool], sureness: Sequence[int], greedy: bool, repeat: int | None
     ) -> None:
         """Trials of one sequence's chain, place by place; ``sureness`` is empty where it is not known."""
-        ratio, of_repeat = self._ratios.setdefault(request_id, _Ratio()), self._of_repeat(repeat)
-        ratio.fade(_SEQUENCE_MEMORY)
+        of_repeat = self._of_repeat(repeat)
+        sequence.fade(_SEQUENCE_MEMORY)
         of_repeat.fade(_MEMORY)
         for place, accepted in enumerate(outcomes):
             expected = self._places[place]
             # Each is to explain what the other does not.
-            ratio.expected += min(expected * of_repeat.value, MAX_ACCEPTANCE)
-            of_repeat.expected += min(expected * ratio.value, MAX_ACCEPTANCE)
-            ratio.accepted += accepted
+            sequence.expected += min(expected * of_repeat.value, MAX_ACCEPTANCE)
+            of_repeat.expected += min(expected * sequence.value, MAX_ACCEPTANCE)
+            sequence.accepted += accepted
             of_repeat.accepted += accepted
             self._places.observe(place, accepted)
         for level, accepted in zip(sureness, outcomes, strict=False):
@@ -128,13 +125,5 @@ class Acceptance:
         for level, accepted in zip(levels, outcomes, strict=False):
             self._copies[not greedy].observe(level, accepted)
 
-    def idle(self, request_id: str) -> None:
-        """A sequence was not drafted for."""
-        self._ratios[request_id].fade(_IDLE_MEMORY)
-
-    def forget(self, request_id: str) -> None:
-        """A request has ended."""
-        self._ratios.pop(request_id, None)
-
-    def _of_repeat(self, level: int | None) -> _Ratio:
+    def _of_repeat(self, level: int | None) -> Ratio:
         return self._repeats[0 if level is None else level + 1]

@@ -4,30 +4,47 @@ The rate of a step is (1 + expected accepted drafts, summed over sequences) / (v
 from a table measured at start-up, those of drafts made dearer by what they have taken since; the chance that a draft is
 accepted from what verification has shown so far. That is asked three times: before drafting, whether it pays at all;
 after each token of the chains, whether another does (``StopRule``); and when they are drafted, how many of them are
-worth verifying. The last two know how sure of its tokens the draft is.
+worth verifying. The last two know how sure of its tokens the draft is. What verification has shown of a tenant's drafts
+decides for its sequences only; those of a step share what it has room for, the likeliest drafts first.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from engine.spec.acceptance import MAX_ACCEPTANCE, Acceptance
+import numpy as np
+
+from engine.spec.acceptance import MAX_ACCEPTANCE, Ratio
 from engine.spec.best_lengths import Plan, all_before, best_plan, best_verified, worth_reading
 from engine.spec.length_policy import Chain, Draftable, DraftLengths, Repeat
 from engine.spec.step_costs import ServedCosts, StepCosts
 from engine.spec.stop_rule import StopRule
+from engine.spec.tenants import Tenant, Tenants
 
 _MIN_WORTH = 0.1
 """Tokens that copying for a sequence must promise, all costs taken off: a tenth of what its step makes anyhow."""
-_IDLE_INTERVAL = 16
-"""Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
 _CROWD, _QUIET_STEPS, _LOOK_INTERVAL = 8, 16, 4
 """Where so many sequences get no drafts for so many steps, what might be drafted is looked for so seldom."""
-_SHARE_RATE = 0.1
-"""Weight of a step in the share of sequences that are drafted for."""
-_PROBE_INTERVAL, _PROBE_STEPS, _PROBE_TOKENS = 256, 8, 2
-"""Where nothing is drafted, every so many steps one sequence is for some steps, to see whether that is still right."""
+_PROBE_TOKENS = 2
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    """A running sequence."""
+
+    tenant: Tenant
+    draftable: Draftable
+    """As it is in the last step that was asked for."""
+    planned: int = 0
+    """How many tokens are best to draft in that step, on average."""
+    ratio: Ratio = field(default_factory=Ratio)
+
+    def of_places(self, limit: int) -> list[float]:
+        """See ``Acceptance.of_places``."""
+        return self.tenant.acceptance.of_places(self.ratio, limit, _level(self.draftable.repeat))
 
 
 class AdaptiveLength:
@@ -40,10 +57,11 @@ class AdaptiveLength:
 
     def __init__(self, costs: StepCosts, *, stops_early: bool) -> None:
         self._costs, self._stops_early = ServedCosts(costs), stops_early
-        self._acceptance = Acceptance()
-        self._drafted_share = 1.0
-        """Of the sequences, with fading memory."""
-        self._idle_steps = 0
+        self._tenants = Tenants()
+        self._sequences: dict[str, _Sequence] = {}
+        """By request."""
+        self._step: list[_Sequence] = []
+        """Those of the step."""
         self._idle_batch: tuple[list[str], int] | None = None
         """The sequences, and how many join them, for whom no draft was found to pay; nothing was observed since."""
         self._quiet_batch: tuple[list[str], int] = [], 0
@@ -51,17 +69,12 @@ class AdaptiveLength:
         self._quiet_steps = 0
         self._plan = Plan([], 0.0)
         """The last one, those that join included."""
-        self._planned: dict[str, int] = {}
-        """Its lengths by sequence."""
-        self._sequences: dict[str, Draftable] = {}
-        """Those of the step, by request."""
         self._expected_seconds = 0.0
         """That drafting takes in this step."""
 
-    @property
-    def drafts_for_most(self) -> bool:
-        """Whether of late most sequences were drafted for."""
-        return self._drafted_share >= 0.5
+    def drafts_for_most(self, tenant: str) -> bool:
+        """Whether of late most of a tenant's sequences were drafted for."""
+        return self._tenants.of(tenant).drafted_share >= 0.5
 
     def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
         """Whether nothing has been worth drafting for so long that this step does without a look at it."""
@@ -78,20 +91,22 @@ class AdaptiveLength:
         Best for the batch as it will be with those that join: before its first draft a sequence's whole text has to be
         read, which does not pay where it would be drafted for only until the others' prompts are computed.
         """
-        self._sequences = {one.request_id: one for one in sequences}
-        lengths = self._plan_lengths(sequences, num_joining)
-        if any(lengths):
-            self._idle_steps = 0
-        else:
-            self._idle_steps += 1
+        self._step = [self._sequence(one) for one in sequences]
+        rows_of: dict[Tenant, list[int]] = defaultdict(list)
+        for row, one in enumerate(self._step):
+            rows_of[one.tenant].append(row)
+        lengths = self._plan_lengths(list(rows_of), num_joining)
+        for tenant, rows in rows_of.items():
+            tenant.take_step(any(lengths[row] for row in rows))
+        if not any(lengths):
             self._costs.idle()
-            self._probe(lengths, [one.limit for one in sequences])
-        self._planned = dict(zip(self._sequences, lengths, strict=True))
-        for request_id, length in self._planned.items():
+        self._probe(lengths, rows_of)
+        for tenant, rows in rows_of.items():
+            tenant.take_drafted(sum(lengths[row] > 0 for row in rows) / len(rows))
+        for one, length in zip(self._step, lengths, strict=True):
+            one.planned = length
             if length == 0:
-                self._acceptance.idle(request_id)
-        if lengths:
-            self._drafted_share += (sum(map(bool, lengths)) / len(lengths) - self._drafted_share) * _SHARE_RATE
+                one.ratio.idle()
         copied = self._worth_copying()
         most = [
             copied.get(one.request_id, one.limit if length and self._stops_early else length)
@@ -101,11 +116,20 @@ class AdaptiveLength:
             self._quiet_steps = 0
         return DraftLengths(most, frozenset(copied))
 
-    def _plan_lengths(self, sequences: Sequence[Draftable], num_joining: int) -> list[int]:
-        batch = (list(self._sequences), num_joining)
-        if self._idle_steps >= _PROBE_STEPS and batch == self._idle_batch and self._idle_steps % _IDLE_INTERVAL:
-            return [0] * len(sequences)
-        chances = [self._chances(one, len(sequences) + num_joining) for one in sequences]
+    def _sequence(self, draftable: Draftable) -> _Sequence:
+        """The sequence as it is in this step."""
+        sequence = self._sequences.get(draftable.request_id)
+        if sequence is None:
+            sequence = _Sequence(self._tenants.of(draftable.tenant), draftable)
+            self._sequences[draftable.request_id] = sequence
+        sequence.draftable = draftable
+        return sequence
+
+    def _plan_lengths(self, tenants: Sequence[Tenant], num_joining: int) -> list[int]:
+        batch = [one.draftable.request_id for one in self._step], num_joining
+        if batch == self._idle_batch and all(tenant.rests for tenant in tenants):
+            return [0] * len(self._step)
+        chances = [self._chances(one, len(self._step) + num_joining) for one in self._step]
         self._plan = best_plan(self._costs, chances + [[]] * num_joining)
         lengths = self._plan.lengths[: len(chances)]
         self._idle_batch = None if any(lengths) else batch
@@ -120,25 +144,28 @@ class AdaptiveLength:
         verify_costs = [
             rate * (self._costs.verify(after) - self._costs.verify(before)) / count for before, after in pairwise(sizes)
         ]
+        tenants = {name: self._sequences[name].tenant for name in lengths}
+        rows = {tenant: row for row, tenant in enumerate(dict.fromkeys(tenants.values()))}
         return StopRule(
-            chances=self._acceptance.of_levels(),
-            acceptance={name: self._of_places(name, length) for name, length in lengths.items()},
+            chances=np.array([tenant.acceptance.of_levels() for tenant in rows], np.float32),
+            tenants={name: rows[tenant] for name, tenant in tenants.items()},
+            acceptance={name: self._sequences[name].of_places(length) for name, length in lengths.items()},
             verify_costs=verify_costs,
             draft_cost=rate * self._costs.next_draft(count),
-            planned={name: self._planned[name] for name in lengths},
+            planned={name: self._sequences[name].planned for name in lengths},
         )
 
     def worth_verifying(self, chains: Mapping[str, Chain]) -> dict[str, int]:
         """How many of each chain's tokens to verify; those without sureness are left as they are."""
         drafted = {name: len(chain.token_ids) for name, chain in chains.items() if not chain.copied}
-        unread = sum(self._sequences[name].num_unread for name in drafted)
+        unread = sum(self._sequences[name].draftable.num_unread for name in drafted)
         self._expected_seconds = self._draft_seconds(list(drafted.values())) + unread * self._costs.read
         left = {request_id: len(chain.token_ids) for request_id, chain in chains.items() if not chain.sureness}
         chains = {request_id: chain for request_id, chain in chains.items() if chain.sureness}
-        chances = [
-            all_before(self._acceptance.of_drafts(chain.sureness, greedy=chain.greedy, copied=chain.copied))
-            for chain in chains.values()
-        ]
+        chances = []
+        for request_id, chain in chains.items():
+            acceptance = self._sequences[request_id].tenant.acceptance
+            chances.append(all_before(acceptance.of_drafts(chain.sureness, greedy=chain.greedy, copied=chain.copied)))
         chances += [[]] * (len(self._plan.lengths) - len(chances))
         lengths = best_verified(self._costs.verify, chances, self._expected_seconds)
         return left | dict(zip(chains, lengths, strict=False))
@@ -147,11 +174,12 @@ class AdaptiveLength:
         """What became of a chain, place by place up to the first that the target did not choose."""
         if not chain.copied:
             self._idle_batch = None
-            self._acceptance.observe(request_id, outcomes, chain.sureness, chain.greedy, _level(repeat))
+            one = self._sequences[request_id]
+            one.tenant.acceptance.observe(one.ratio, outcomes, chain.sureness, chain.greedy, _level(repeat))
 
-    def observe_repeat(self, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+    def observe_repeat(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
         """What became, or would have become, of a copy."""
-        self._acceptance.observe_copy(outcomes, repeat.levels, repeat.greedy)
+        self._sequences[request_id].tenant.acceptance.observe_copy(outcomes, repeat.levels, repeat.greedy)
 
     def observe_seconds(self, seconds: float) -> None:
         """What the step's drafts took, and what vocabularies learned of them."""
@@ -159,16 +187,13 @@ class AdaptiveLength:
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
-        self._acceptance.forget(request_id)
+        self._sequences.pop(request_id, None)
         self._idle_batch = None  # a batch with another request of that name is another batch
 
-    def _chances(self, sequence: Draftable, num_sequences: int) -> list[float]:
+    def _chances(self, sequence: _Sequence, num_sequences: int) -> list[float]:
         """For ``best_plan``; none where they are not worth reading the sequence's text."""
-        chances = all_before(self._of_places(sequence.request_id, sequence.limit))
-        return chances if worth_reading(self._costs, num_sequences, chances, sequence.num_unread) else []
-
-    def _of_places(self, request_id: str, limit: int) -> list[float]:
-        return self._acceptance.of_places(request_id, limit, _level(self._sequences[request_id].repeat))
+        chances = all_before(sequence.of_places(sequence.draftable.limit))
+        return chances if worth_reading(self._costs, num_sequences, chances, sequence.draftable.num_unread) else []
 
     def _worth_copying(self) -> dict[str, int]:
         """How much to copy for each sequence for which that promises more than its drafts do.
@@ -176,25 +201,26 @@ class AdaptiveLength:
         One sequence at a time, what is planned for the others being as it is.
         """
         worth = {}
-        num_tokens = len(self._plan.lengths) + sum(self._planned.values())
-        num_drafting = sum(map(bool, self._planned.values()))
-        for request_id, sequence in self._sequences.items():
-            if (one := sequence.repeat) is None:
+        num_tokens = len(self._plan.lengths) + sum(one.planned for one in self._step)
+        num_drafting = sum(one.planned > 0 for one in self._step)
+        for one in self._step:
+            if (repeat := one.draftable.repeat) is None:
                 continue
-            others = num_tokens - self._planned[request_id]
-            chances = all_before(self._acceptance.of_drafts(one.levels, greedy=one.greedy, copied=True))
+            others = num_tokens - one.planned
+            acceptance = one.tenant.acceptance
+            chances = all_before(acceptance.of_drafts(repeat.levels, greedy=repeat.greedy, copied=True))
             gains = list(accumulate(chances, initial=0.0))
             worths = [gain - self._in_tokens(others, number) for number, gain in enumerate(gains)]
             length = max(range(len(worths)), key=worths.__getitem__)
-            if worths[length] > max(self._worth_of_drafts(request_id, others, num_drafting), _MIN_WORTH):
-                worth[request_id] = length
+            if worths[length] > max(self._worth_of_drafts(one, others, num_drafting), _MIN_WORTH):
+                worth[one.draftable.request_id] = length
         return worth
 
-    def _worth_of_drafts(self, request_id: str, others: int, num_drafting: int) -> float:
-        planned = self._planned[request_id]
+    def _worth_of_drafts(self, sequence: _Sequence, others: int, num_drafting: int) -> float:
+        planned = sequence.planned
         if planned == 0:
             return 0.0
-        expected = sum(all_before(self._of_places(request_id, planned)))
+        expected = sum(all_before(sequence.of_places(planned)))
         seconds = self._draft_seconds([planned] * num_drafting) - self._draft_seconds([planned] * (num_drafting - 1))
         return expected - self._in_tokens(others, planned) - self._plan.rate * seconds
 
@@ -208,13 +234,17 @@ class AdaptiveLength:
             return 0.0
         return self._costs.first_draft(len(lengths)) + (max(lengths) - 1) * self._costs.next_draft(len(lengths))
 
-    def _probe(self, lengths: list[int], limits: Sequence[int]) -> None:
-        if self._idle_steps % _PROBE_INTERVAL >= _PROBE_STEPS or self._idle_steps < _PROBE_INTERVAL:
+    def _probe(self, lengths: list[int], rows_of: Mapping[Tenant, Sequence[int]]) -> None:
+        """Draft for a sequence of each tenant whose turn it is, where drafts could pay if all were accepted."""
+        probed = [rows for tenant, rows in rows_of.items() if tenant.is_probed]
+        if not probed:
             return
+        limits = [one.draftable.limit for one in self._step]
         best_case = [[MAX_ACCEPTANCE ** (place + 1) for place in range(limit)] for limit in limits]
         if any(best_plan(self._costs, best_case).lengths):
-            chosen = max(range(len(limits)), key=lambda index: limits[index])
-            lengths[chosen] = min(limits[chosen], _PROBE_TOKENS)
+            for rows in probed:
+                chosen = max(rows, key=limits.__getitem__)
+                lengths[chosen] = min(limits[chosen], _PROBE_TOKENS)
 
 
 def _level(repeat: Repeat | None) -> int | None:

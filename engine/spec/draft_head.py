@@ -177,7 +177,8 @@ def _chain_stop(rule: StopRule, requests: Sequence[Request], most: int) -> Chain
     """The rule for chains of up to ``most`` tokens, one a row; shorter ones are filled up."""
     rows = [rule.acceptance[request.request_id] for request in requests]
     padded = [[*row, *[0.0] * (most - len(row))] for row in rows]
-    return ChainStop(rule.chances, padded, rule.verify_costs, rule.draft_cost)
+    tenants = [rule.tenants[request.request_id] for request in requests]
+    return ChainStop(rule.chances, tenants, padded, rule.verify_costs, rule.draft_cost)
 
 
 def make_tails(loaded: LoadedModel, num_slabs: int, slots: int) -> TailSlabs:

@@ -19,12 +19,13 @@ class Repeat:
 
 
 class Draftable(NamedTuple):
-    """A decoding sequence of a step, for which at most ``limit`` tokens may be drafted.
+    """A tenant's decoding sequence of a step, for which at most ``limit`` tokens may be drafted.
 
     ``num_unread``: how many of its tokens its draft has to read before it can draft; ``repeat``: what may be copied.
     """
 
     request_id: str
+    tenant: str
     limit: int
     num_unread: int = 0
     repeat: Repeat | None = None
@@ -53,9 +54,8 @@ class DraftLengths:
 class LengthPolicy(Protocol):
     """Decides how many tokens to draft."""
 
-    @property
-    def drafts_for_most(self) -> bool:
-        """Whether of late most sequences were drafted for: else what a draft needs is better made when it is needed."""
+    def drafts_for_most(self, tenant: str) -> bool:
+        """Whether of late most of a tenant's sequences were drafted for: else what drafts need is made at the first."""
         ...
 
     def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
@@ -78,7 +78,7 @@ class LengthPolicy(Protocol):
         """What became of a chain, place by place up to the first that the target did not choose."""
         ...
 
-    def observe_repeat(self, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+    def observe_repeat(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
         """What became, or would have become, of a copy."""
         ...
 
@@ -94,7 +94,8 @@ class LengthPolicy(Protocol):
 class FixedLength:
     """Always as many tokens as allowed."""
 
-    drafts_for_most = True
+    def drafts_for_most(self, tenant: str) -> bool:
+        return True
 
     def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
         return False
@@ -111,7 +112,7 @@ class FixedLength:
     def observe(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
         pass
 
-    def observe_repeat(self, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+    def observe_repeat(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
         pass
 
     def observe_seconds(self, seconds: float) -> None:

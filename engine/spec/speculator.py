@@ -83,7 +83,8 @@ class Speculator:
 
     def _draftable(self, request: Request, limit: int) -> Draftable:
         copy = self._copies.get(request.request_id)
-        return Draftable(request.request_id, limit, self._proposer.num_unread(request), copy.repeat if copy else None)
+        repeat, num_unread = copy.repeat if copy else None, self._proposer.num_unread(request)
+        return Draftable(request.request_id, request.tenant, limit, num_unread, repeat)
 
     def propose(self, slots: Sequence[DraftSlot]) -> None:
         """Fill the slots, as far as the policy finds it worth while."""
@@ -141,13 +142,18 @@ class Speculator:
         seconds = 0.0
         if self._follower is not None:
             started = time.perf_counter()
-            begins = self._policy.drafts_for_most
-            self._follower.follow(sequences, kept, logits, compute_logits, likely, begins, self._copied)
+            later = self._without_vocabulary(sequences)
+            self._follower.follow(sequences, kept, logits, compute_logits, likely, later, self._copied)
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
             self._policy.observe_seconds(self._drafting_seconds + seconds)
             self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
         return seconds
+
+    def _without_vocabulary(self, sequences: Sequence[ScheduledSequence]) -> list[str]:
+        """New requests that may well never be drafted for."""
+        new = (one.request for one in sequences if not one.request.output_token_ids)
+        return [request.request_id for request in new if not self._policy.drafts_for_most(request.tenant)]
 
     def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> dict[str, bool | None]:
         """Tell the policy what became of the drafts.
@@ -165,7 +171,7 @@ class Speculator:
             if not token_ids:
                 continue
             if copy is not None:
-                self._policy.observe_repeat(copy.repeat, _outcomes(copy.token_ids, token_ids))
+                self._policy.observe_repeat(request.request_id, copy.repeat, _outcomes(copy.token_ids, token_ids))
             if chain is not None:
                 outcomes, repeat = _outcomes(chain.token_ids, token_ids), copy.repeat if copy else None
                 self._policy.observe(request.request_id, chain, outcomes, repeat)

@@ -39,7 +39,7 @@ class VocabFollower:
         logits: torch.Tensor,
         compute_logits: ComputeLogits,
         likely: NDArray[np.int64] | None = None,
-        begin: bool = True,
+        later: Collection[str] = (),
         copied: Collection[str] = (),
     ) -> None:
         """A step was verified, and is not committed yet.
@@ -50,7 +50,7 @@ class VocabFollower:
             logits: [L, vocab] float32, as the target has computed them; may be lost in this call.
             compute_logits: for prompt positions, whose logits nobody else wants.
             likely: ids [L, top_k] of the largest logits, best first, where they are known already.
-            begin: whether new sequences get a vocabulary now, or when they are first drafted for.
+            later: new requests that get a vocabulary when they are first drafted for; the others get one now.
             copied: requests whose drafts did not come from their vocabularies.
         """
 
@@ -73,7 +73,7 @@ class VocabFollower:
                     end = token - sequence.num_draft_tokens - 1
                     before_last = min(self._num_prompt_positions, sequence.num_known - 1)
                     prompts[request.request_id] = range(end - before_last, end)
-        self.vocab.observe(verified, top_k, begin)
+        self.vocab.observe(verified, top_k, later)
         rows = [row for of_prompt in prompts.values() for row in of_prompt]
         if rows:
             of_rows = iter(self._most_likely(compute_logits(rows)))

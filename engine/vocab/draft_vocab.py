@@ -5,7 +5,7 @@ Nothing here can change an output: a vocabulary decides what is drafted, and the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,19 +133,19 @@ class DraftVocab:
         sessions = (self._sessions.get(request.request_id) for request in requests)
         return [self._options.max_sessions if vocab is None else vocab.slab for vocab in sessions]
 
-    def observe(self, sequences: Sequence[VerifiedSequence], top_k: RowsTopK, begin: bool = True) -> None:
+    def observe(self, sequences: Sequence[VerifiedSequence], top_k: RowsTopK, later: Collection[str] = ()) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
 
         Args:
             sequences: those that got tokens.
             top_k: called for rows where the target's own choices are wanted.
-            begin: whether sequences that got their first token get a vocabulary; otherwise when they are drafted for.
+            later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
         """
         self.drafted.learn(sequences)
         for sequence in sequences:
             request_id = sequence.request.request_id
             if request_id not in self._sessions:
-                if begin and not sequence.request.output_token_ids:
+                if request_id not in later and not sequence.request.output_token_ids:
                     self._start(sequence.request)
             elif not sequence.num_drafts:
                 continue

@@ -150,7 +150,8 @@ class Chain {
       const float share = kSurenessLevels / all;  // no number where no score is one
       const int level = share >= 0.0f ? std::min(static_cast<int>(share), kSurenessLevels - 1) : 0;
       out_.sureness[at(step) + row] = level;
-      promises_[row] *= rows_.chances[(temperature > 0.0f ? kSurenessLevels : 0) + level];
+      const int kind = 2 * rows_.tenants[row] + (temperature > 0.0f ? 1 : 0);
+      promises_[row] *= rows_.chances[kind * kSurenessLevels + level];
     }
   }
 

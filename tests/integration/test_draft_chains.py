@@ -26,7 +26,7 @@ from tests.tiny_models import make_directory
 pytestmark = pytest.mark.skipif(native.unsupported_reason() is not None, reason="no compiled kernels")
 
 VOCABULARIES = ["full", "static:96", "dynamic:96+32", "dynamic:full+0"]
-NUM_TOKENS = 24
+NUM_TOKENS, TENANTS = 24, 3
 SETTING = Setting(max_num_seqs=4, num_blocks=64)
 
 
@@ -128,7 +128,8 @@ class Stopping:
         def rule(policy: FixedLength, lengths: Mapping[str, int]) -> StopRule:
             most = max(lengths.values())
             return StopRule(
-                chances=chance.uniform(0.5, 1.0, (2, SURENESS_LEVELS)).astype(np.float32),
+                chances=chance.uniform(0.5, 1.0, (TENANTS, 2, SURENESS_LEVELS)).astype(np.float32),
+                tenants={name: int(chance.integers(TENANTS)) for name in lengths},
                 acceptance={name: chance.uniform(0.3, 1.0, length).tolist() for name, length in lengths.items()},
                 verify_costs=chance.uniform(0.0, 0.2, most).tolist(),
                 draft_cost=float(chance.uniform(0.0, 1.2)),
@@ -160,7 +161,7 @@ def steps_by_the_rule(batch: ChainBatch, levels: NDArray[np.int32]) -> int:
         going = [row for row, length in enumerate(batch.lengths) if length > step + 1]
         for row, length in enumerate(batch.lengths):
             if length > step:
-                promises[row] *= stop.chances[int(sampled[row]), of_step[row]]
+                promises[row] *= stop.chances[stop.tenants[row], int(sampled[row]), of_step[row]]
         if not going:
             return step + 1
         gains = (promises[row] * stop.acceptance[row][step + 1] - stop.verify_costs[step + 1] for row in going)

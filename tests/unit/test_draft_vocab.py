@@ -52,8 +52,8 @@ class Harness:
         self.vocab = DraftVocab(self.options, resources)
         self.top: NDArray[np.int32] = np.arange(10, dtype=np.int32)
         """What the target thinks likely at every position."""
-        self.begin = True
-        """Whether new sequences get a vocabulary at once."""
+        self.later: list[str] = []
+        """New sequences that get no vocabulary before they are drafted for."""
 
     def start(
         self,
@@ -75,7 +75,7 @@ class Harness:
         """A step that keeps ``tokens``."""
         request.draft_token_ids = list(drafts)
         verified = [VerifiedSequence(request, tokens, len(drafts), 0)]
-        self.vocab.observe(verified, lambda start, end: np.tile(self.top, (end - start, 1)), self.begin)
+        self.vocab.observe(verified, lambda start, end: np.tile(self.top, (end - start, 1)), self.later)
         request.output_token_ids += tokens
         request.all_token_ids += tokens
         request.draft_token_ids = []
@@ -166,7 +166,7 @@ def test_a_session_that_learned_nothing_leaves_its_tenants_weights_alone() -> No
 
 def test_where_nothing_is_drafted_a_vocabulary_is_made_when_it_is_wanted() -> None:
     harness = Harness(graph=False)
-    harness.begin = False
+    harness.later = ["a", "b", "c"]
     drafted = harness.start("a", [5, 700, 6])
     silent = harness.start("b", [5, 800], state=SessionState())
     ephemeral = harness.start("c", [5, 900])
@@ -177,7 +177,6 @@ def test_where_nothing_is_drafted_a_vocabulary_is_made_when_it_is_wanted() -> No
     assert harness.end(ephemeral) is None
     snapshot = harness.end(silent)
     assert snapshot is not None
-    harness.begin = True
     assert 800 in harness.tail(harness.start("d", [5], state=SessionState(snapshot=snapshot)))
 
 

@@ -497,7 +497,7 @@ a = torch.randn(1, H)
 a[0, 3] = float(sys.argv[1])
 temperature = float(sys.argv[2])
 sampling = RowSampling([temperature], [1], [0], [1.0], [0.0]) if temperature else None
-stop = ChainStop(np.full((2, 16), 0.9, np.float32), [[0.9] * 4], [0.0] * 4, 0.01)
+stop = ChainStop(np.full((1, 2, 16), 0.9, np.float32), [0], [[0.9] * 4], [0.0] * 4, 0.01)
 batch = ChainBatch([4], [5], np.array([[1, 2]], np.int32), sampling=sampling, stop=stop)
 result = chain.run(batch, a, KvCache(1, 4, 16, 1, D))
 print(json.dumps([result.tokens.tolist(), result.sureness.tolist()]))

@@ -1,0 +1,136 @@
+"""What a tenant's draft lengths depend on: costs, the step's sequences, and how its own drafts have fared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.spec.controller import AdaptiveLength
+from engine.spec.length_policy import Chain, Draftable, Repeat
+from engine.spec.step_costs import Curve, StepCosts
+from engine.spec.tenants import Tenants
+from kernels.native_chain import SURENESS_LEVELS
+
+COSTS = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=Curve([(1, 1.0)]), next_draft=Curve([(1, 1.0)]))
+LIMIT = 6
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Steps of one sequence."""
+
+    steps: int
+    num_right: int
+    """Drafts of each chain that are right; the next one is wrong."""
+    level: int
+    """How sure the draft is of each token, and the level of what repeats."""
+    greedy: bool
+    repeats: bool
+
+
+TRAFFIC = st.lists(
+    st.builds(
+        Traffic,
+        steps=st.sampled_from([1, 7, 40, 280]),
+        num_right=st.integers(0, LIMIT),
+        level=st.integers(0, SURENESS_LEVELS - 1),
+        greedy=st.booleans(),
+        repeats=st.booleans(),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+class Served:
+    """A policy, and requests served one after the other."""
+
+    def __init__(self) -> None:
+        self._policy = AdaptiveLength(COSTS, stops_early=True)
+        self._num_requests = 0
+
+    def serve(self, tenant: str, traffic: Sequence[Traffic]) -> list[object]:
+        """Everything that the policy decides, step by step."""
+        return [decision for one in traffic for decision in self._serve(tenant, one)]
+
+    def _serve(self, tenant: str, traffic: Traffic) -> list[object]:
+        self._num_requests += 1
+        name, policy, decisions = str(self._num_requests), self._policy, list[object]()
+        levels = [traffic.level] * LIMIT
+        repeat = Repeat(levels, traffic.greedy) if traffic.repeats else None
+        outcomes = [place < traffic.num_right for place in range(min(traffic.num_right + 1, LIMIT))]
+        decisions.append(policy.drafts_for_most(tenant))
+        for _ in range(traffic.steps):
+            lengths = policy.lengths([Draftable(name, tenant, LIMIT, 0, repeat)], 0)
+            (most,), is_copied = lengths.most, bool(lengths.copied)
+            decisions.append((most, is_copied))
+            if most and not is_copied and (rule := policy.stop_rule({name: most})) is not None:
+                decisions += [rule.chances[rule.tenants[name]].tolist(), rule.acceptance[name], rule.verify_costs]
+            if most:
+                chain = Chain([7] * most, levels[:most], traffic.greedy, is_copied)
+                decisions.append(policy.worth_verifying({name: chain})[name])
+                policy.observe(name, chain, outcomes[:most], repeat)
+            if repeat is not None:
+                policy.observe_repeat(name, repeat, outcomes)
+        policy.forget(name)
+        return decisions
+
+
+@settings(max_examples=30, deadline=None)
+@given(first=TRAFFIC, others=TRAFFIC, then=TRAFFIC)
+def test_what_others_were_served_changes_no_decision(
+    first: list[Traffic], others: list[Traffic], then: list[Traffic]
+) -> None:
+    alone, among_others = Served(), Served()
+    assert alone.serve("a", first) == among_others.serve("a", first)
+    among_others.serve("b", others)
+    assert alone.serve("a", then) == among_others.serve("a", then)
+
+
+WRONG = Traffic(steps=400, num_right=0, level=8, greedy=True, repeats=False)
+
+
+def test_what_a_tenant_was_served_itself_does() -> None:
+    served = Served()
+    before = served.serve("a", [WRONG])
+    assert served.serve("a", [WRONG]) != before
+
+
+def test_each_chain_of_a_step_ends_by_the_chances_of_its_tenant() -> None:
+    policy = AdaptiveLength(COSTS, stops_early=True)
+    sequences = [Draftable("0", "a", LIMIT), Draftable("1", "b", LIMIT), Draftable("2", "a", LIMIT)]
+    policy.lengths(sequences, 0)
+    for name, right in (("0", True), ("1", False)):
+        for _ in range(300):
+            policy.observe(name, Chain([7], [8], greedy=True), [right], None)
+    rule = policy.stop_rule(dict.fromkeys("012", LIMIT))
+    assert rule is not None
+    chances = [rule.chances[rule.tenants[name], 0, 8] for name in "012"]
+    assert chances[0] == chances[2] > 0.9
+    assert chances[1] < 0.3
+
+
+def test_a_tenant_whose_drafts_fail_beside_one_whose_drafts_are_right_is_tried_again() -> None:
+    """Its own steps without drafts count, not those of the engine."""
+    policy = AdaptiveLength(COSTS, stops_early=False)
+    history = []
+    for _ in range(1200):
+        most = policy.lengths([Draftable("0", "good", LIMIT), Draftable("1", "bad", LIMIT)], 0).most
+        for name, length, right in zip("01", most, (True, False), strict=True):
+            if length:
+                policy.observe(name, Chain([7] * length, [], greedy=True), [right] * (length if right else 1), None)
+        history.append(most)
+    assert all(good for good, _ in history)
+    assert 0 < sum(bad > 0 for _, bad in history[600:]) < 60
+
+
+def test_the_tenant_that_was_not_used_for_longest_is_forgotten_first() -> None:
+    tenants = Tenants(max_tenants=2)
+    a, b = tenants.of("a"), tenants.of("b")
+    assert tenants.of("a") is a
+    tenants.of("c")
+    assert tenants.of("a") is a
+    assert tenants.of("b") is not b
