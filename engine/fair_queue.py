@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from itertools import islice
 
 from engine.request import Request
 
@@ -18,8 +19,9 @@ class FairQueue:
 
     Service is counted in weighted tokens by ``charge``. A tenant whose queue was empty is lifted to
     the least service of those that wait, or of the last one served if none does, so that idle time
-    earns no credit. This is the virtual token counter (VTC) of Sheng et al., "Fairness in Serving
-    Large Language Models", OSDI 2024.
+    earns no credit. A tenant of which nothing ran either starts from there, and owes nothing from before.
+    This is the virtual token counter (VTC) of Sheng et al., "Fairness in Serving Large Language Models",
+    OSDI 2024, but for what is owed.
 
     A preempted request waits at the front of its tenant's queue. A stalled one is passed over as long as it is.
     """
@@ -33,6 +35,11 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
+    @property
+    def tenants(self) -> Collection[str]:
+        """Tenants of which a request waits."""
+        return self._queues.keys()
+
     def waiting_by_tenant(self) -> dict[str, int]:
         """Requests waiting, for each tenant that has any."""
         return {tenant: len(queue) for tenant, queue in self._queues.items()}
@@ -41,8 +48,15 @@ class FairQueue:
         """Whether a tenant waits with as much as an equal share of ``size``, among all that wait and itself."""
         return len(self._queues.get(tenant, ())) >= equal_share(size, self._queues, tenant)
 
-    def append(self, request: Request) -> None:
-        """Put a new request at the end of its tenant's queue."""
+    def append(self, request: Request, is_idle: bool) -> None:
+        """Put a new request at the end of its tenant's queue.
+
+        Args:
+            request: it waits nowhere yet.
+            is_idle: nothing of its tenant runs; if nothing waits either, it owes nothing from before.
+        """
+        if is_idle and request.tenant not in self._queues:
+            self._service.pop(request.tenant, None)
         self._queue(request.tenant).append(request)
 
     def append_preempted(self, request: Request) -> None:
@@ -51,15 +65,14 @@ class FairQueue:
 
     def peek(self, passed_over: Collection[str] = ()) -> Request | None:
         """The request whose turn it is, leaving out the tenants ``passed_over``."""
-        ready = (
-            tenant
-            for tenant, queue in self._queues.items()
-            if tenant not in passed_over and not all(request.is_stalled for request in queue)
-        )
-        tenant = min(ready, key=self._service.__getitem__, default=None)
-        if tenant is None:
-            return None
-        return next(request for request in self._queues[tenant] if not request.is_stalled)
+        ready = [request for request in self._ready() if request.tenant not in passed_over]
+        return min(ready, key=lambda request: self._service[request.tenant], default=None)
+
+    def next_in_line(self) -> list[Request]:
+        """The first request of each tenant that no other one is before."""
+        ready = self._ready()
+        least = min((self._service[request.tenant] for request in ready), default=0)
+        return [request for request in ready if self._service[request.tenant] == least]
 
     def remove(self, request: Request) -> None:
         """Take out a waiting request.
@@ -81,6 +94,13 @@ class FairQueue:
     def charge(self, tenant: str, service: int) -> None:
         """Count service given to a tenant that has queued before."""
         self._service[tenant] += service
+
+    def _ready(self) -> list[Request]:
+        """The first request of each tenant that is not stalled."""
+        first = (
+            next((request for request in queue if not request.is_stalled), None) for queue in self._queues.values()
+        )
+        return [request for request in first if request is not None]
 
     def _queue(self, tenant: str) -> deque[Request]:
         """The tenant's queue; if it has none, an empty one, and no credit for the time without."""

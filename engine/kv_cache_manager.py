@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -50,6 +51,7 @@ class KVCacheManager:
         self.prefix_caching = prefix_caching
         self._pool = BlockPool(num_blocks)
         self._allocations: dict[str, _Allocation] = {}
+        self._used_by: Counter[str] = Counter()
 
     @property
     def num_blocks(self) -> int:
@@ -60,6 +62,10 @@ class KVCacheManager:
     def num_used_blocks(self) -> int:
         """Blocks that requests hold."""
         return self._pool.num_blocks - self._pool.num_free
+
+    def num_blocks_used_by(self, tenant: str) -> int:
+        """Blocks that the tenant's requests hold; one that several of them share counts once."""
+        return self._used_by[tenant]
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold ``num_tokens`` tokens."""
@@ -84,6 +90,10 @@ class KVCacheManager:
         """
         return len(self._cached_blocks(request)) * self.block_size
 
+    def num_new_blocks(self, request: Request) -> int:
+        """Blocks that would come into use if ``allocate`` gave a request without any those for its known tokens."""
+        return self._num_new_blocks(self._cached_blocks(request), request.num_tokens)
+
     def allocate(self, request: Request, num_tokens_total: int, keep_free: int = 0) -> bool:
         """Give the request blocks for its first ``num_tokens_total`` tokens.
 
@@ -106,6 +116,7 @@ class KVCacheManager:
         if missing > self._pool.num_free - keep_free:
             return False
         allocation.block_ids += self._pool.allocate(missing)
+        self._used_by[request.tenant] += missing
         return True
 
     def cache_full_blocks(self, request: Request) -> None:
@@ -125,24 +136,34 @@ class KVCacheManager:
         """Take back blocks past the request's known tokens: they held rejected drafts."""
         block_ids = self.block_ids(request)
         needed = self.num_blocks_for(len(request.all_token_ids))
-        self._pool.free(reversed(block_ids[needed:]))
+        self._release(request.tenant, block_ids[needed:])
         del block_ids[needed:]
 
     def free(self, request: Request) -> None:
         """Take back all blocks of a request, if it has any. Its last block is the first to be reused."""
         allocation = self._allocations.pop(request.request_id, None)
         if allocation is not None:
-            self._pool.free(reversed(allocation.block_ids))
+            self._release(request.tenant, allocation.block_ids)
+
+    def _release(self, tenant: str, block_ids: Sequence[int]) -> None:
+        before = self._pool.num_free
+        self._pool.free(reversed(block_ids))
+        self._used_by[tenant] -= self._pool.num_free - before
 
     def _allocate_first(self, request: Request, num_tokens_total: int, keep_free: int) -> bool:
         cached = self._cached_blocks(request)
-        missing = max(self.num_blocks_for(num_tokens_total) - len(cached), 0)
-        num_cached_free = sum(self._pool.ref_count(block_id) == 0 for block_id in cached)
-        if missing > self._pool.num_free - num_cached_free - keep_free:
+        num_new = self._num_new_blocks(cached, num_tokens_total)
+        if num_new > self._pool.num_free - keep_free:
             return False
         self._pool.touch(cached)
+        missing = max(self.num_blocks_for(num_tokens_total) - len(cached), 0)
         self._allocations[request.request_id] = _Allocation(cached + self._pool.allocate(missing), len(cached))
+        self._used_by[request.tenant] += num_new
         return True
+
+    def _num_new_blocks(self, cached: Sequence[int], num_tokens_total: int) -> int:
+        missing = max(self.num_blocks_for(num_tokens_total) - len(cached), 0)
+        return missing + sum(self._pool.ref_count(block_id) == 0 for block_id in cached)
 
     def _cached_blocks(self, request: Request) -> list[int]:
         if not self.prefix_caching or request.wants_prompt_logits:

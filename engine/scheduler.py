@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from engine.admission import PROMPT_TOKEN_SERVICE, Admission
 from engine.config import CacheConfig, SchedulerConfig
-from engine.fair_queue import FairQueue
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import EngineStats
 from engine.request import Request
 from engine.step_plan import Drafter, DraftSlot, ScheduledSequence, SchedulerOutput
 
-# Service of one token as fairness counts it; an output token costs about twice a prompt token (VTC, section 5.1).
-PROMPT_TOKEN_SERVICE = 1
-OUTPUT_TOKEN_SERVICE = 2
+OUTPUT_TOKEN_SERVICE = 2 * PROMPT_TOKEN_SERVICE
 
 
 class QueueFull(Exception):
@@ -30,28 +28,23 @@ class Scheduler:
     last. While prefill work is there, drafts get at most half of what the decodes leave; while a
     prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
 
-    When blocks run out, blocks of rejected drafts are taken back, then the request admitted last is
-    preempted: its blocks are freed, and it is the next to be admitted again, with all its tokens,
-    output included, to compute. The request admitted first is thus never preempted, and it fits into
-    the whole cache, so every request that was admitted finishes.
+    Drafts take no block that somebody else needs: blocks of rejected ones are taken back before a sequence
+    is preempted. Who is admitted and who is preempted, and that every request finishes: see ``Admission``.
 
     One thread calls ``schedule``, then ``commit`` for each of the sequences; ``abort`` may come between.
     """
 
     def __init__(self, config: SchedulerConfig, cache: CacheConfig, num_blocks: int, max_model_len: int) -> None:
         self._config = config
-        # Decodes can never claim more than half of a step, so prefill always goes on.
-        self._max_running = min(config.max_num_seqs, config.max_batched_tokens // 2)
         self._max_model_len = max_model_len
         self._kv = KVCacheManager(num_blocks, cache.block_size, cache.prefix_caching)
         self._requests: dict[str, Request] = {}
-        self._waiting = FairQueue()
-        self._running: list[Request] = []  # by first admission
+        # Decodes can never claim more than half of a step, so prefill always goes on.
+        self._max_running = min(config.max_num_seqs, config.max_batched_tokens // 2)
+        self._admission = Admission(self._kv, self._max_running)
+        self._waiting, self._running = self._admission.waiting, self._admission.running
         self._lacks_blocks = False
         """Whether waiting requests cannot be admitted for lack of blocks, as of the last step."""
-        self._num_preemptions = 0
-        self._prefix_query_tokens = 0
-        self._prefix_hit_tokens = 0
 
     def add(self, request: Request) -> None:
         """Queue a new request.
@@ -68,7 +61,7 @@ class Scheduler:
         if len(self._waiting) >= most and self._waiting.has_share(request.tenant, most):
             raise QueueFull(f"{len(self._waiting)} requests are waiting")
         self._requests[request.request_id] = request
-        self._waiting.append(request)
+        self._waiting.append(request, is_idle=request.tenant not in self._running.tenants)
 
     def abort(self, request_id: str) -> Request | None:
         """Forget a request and free its blocks; None if it is not here (any more)."""
@@ -83,18 +76,21 @@ class Scheduler:
 
     def schedule(self, drafter: Drafter | None = None) -> SchedulerOutput:
         """Choose the next step's tokens and allocate their blocks; ``drafter`` proposes its draft tokens on the way."""
-        plan: dict[Request, int] = {}  # number of tokens
-        preempted = self._plan_decodes(plan)
-        prefilling = any(not request.is_stalled and request not in plan for request in self._running)
+        self._admission.begin_step()
+        plan = self._plan_decodes()  # number of tokens
+        self._admission.admit_next_in_line({request.tenant for request in self._prefilling(plan)})
+        preempted = self._admission.preempted
+        for request in preempted:
+            plan.pop(request, None)
+        has_prefills = bool(self._prefilling(plan))
         budget = self._config.max_batched_tokens - len(plan)
         if drafter is not None and plan:
             budget -= self._plan_drafts(plan, drafter, budget)
-        self._lacks_blocks = bool(preempted)
-        if prefilling and not preempted:
-            budget -= self._admit(plan, budget // 2, whole=True)
+        if has_prefills:
+            budget -= self._plan_newcomers(plan, budget // 2, whole=True)
         budget -= self._plan_prefills(plan, budget)
-        if not preempted:
-            self._admit(plan, budget, whole=False)
+        self._plan_newcomers(plan, budget, whole=False)
+        self._lacks_blocks = self._admission.lacks_blocks
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
         return SchedulerOutput(sequences, sum(plan.values()), preempted)
 
@@ -149,9 +145,9 @@ class Scheduler:
             num_running=len(self._running),
             blocks_used=self._kv.num_used_blocks,
             blocks_total=self._kv.num_blocks,
-            prefix_query_tokens=self._prefix_query_tokens,
-            prefix_hit_tokens=self._prefix_hit_tokens,
-            preemptions=self._num_preemptions,
+            prefix_query_tokens=self._admission.prefix_query_tokens,
+            prefix_hit_tokens=self._admission.prefix_hit_tokens,
+            preemptions=self._admission.num_preemptions,
             waiting_by_tenant=self._waiting.waiting_by_tenant(),
         )
 
@@ -177,24 +173,16 @@ class Scheduler:
         max_output = max(request.sampling.max_tokens, 1)
         return min(len(request.prompt_token_ids) + max_output, self._max_model_len) - 1
 
-    def _plan_decodes(self, plan: dict[Request, int]) -> list[Request]:
-        """One token for each running sequence that lacks just one; returns those preempted on the way."""
-        preempted: list[Request] = []
+    def _plan_decodes(self) -> dict[Request, int]:
+        """One token for each running sequence that lacks just one."""
         decoding = [r for r in self._running if r.num_tokens - r.num_computed_tokens == 1 and not r.is_stalled]
         for request in decoding:
-            if request in preempted:
-                continue
-            while not self._kv.allocate(request, request.num_tokens):
-                if self._reclaim_draft_blocks():
-                    continue
-                victim = self._preempt_last()
-                preempted.append(victim)
-                plan.pop(victim, None)
-                if victim is request:
-                    break
-            else:
-                plan[request] = 1
-        return preempted
+            self._admission.grow(request)
+        return dict.fromkeys(decoding, 1)
+
+    def _prefilling(self, plan: dict[Request, int]) -> list[Request]:
+        """Running sequences that lack more than one token."""
+        return [request for request in self._running if request not in plan and not request.is_stalled]
 
     def _num_joining(self, num_decoding: int) -> int:
         """Sequences whose prompts are computed in this step or next: they will decode beside those that do."""
@@ -203,14 +191,14 @@ class Scheduler:
         return min(len(self._running) + num_admissible, self._max_running) - num_stalled - num_decoding
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
-        """Next chunks of running prefills, whose blocks they got at admission; returns the tokens planned."""
+        """Next chunks of running prefills, in equal parts, as far as they need them; returns the tokens planned."""
+        lengths = {request: request.num_tokens - request.num_computed_tokens for request in self._prefilling(plan)}
         left = budget
-        for request in self._running:
+        for position, request in enumerate(sorted(lengths, key=lengths.__getitem__)):
             if left == 0:
                 break
-            if request not in plan and not request.is_stalled:
-                plan[request] = min(request.num_tokens - request.num_computed_tokens, left)
-                left -= plan[request]
+            plan[request] = min(lengths[request], -(-left // (len(lengths) - position)))
+            left -= plan[request]
         return budget - left
 
     def _plan_drafts(self, plan: dict[Request, int], drafter: Drafter, budget: int) -> int:
@@ -239,42 +227,11 @@ class Scheduler:
             plan[request] += len(request.draft_token_ids)
         return sum(len(request.draft_token_ids) for request in requests)
 
-    def _admit(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
-        """Start waiting requests in order of fairness; returns the tokens planned.
-
-        The first that does not fit ends it, lest it starve. ``whole``: only prompts that fit in one piece,
-        which may overtake a long prefill because they leave no second unfinished one behind.
-        """
-        left = budget
-        while left > 0 and len(self._running) < self._max_running:
-            request = self._waiting.peek()
-            if request is None:
-                break
-            num_cached = self._kv.find_cached_prefix(request)
-            num_tokens = request.num_tokens - num_cached
-            if whole and num_tokens > left:
-                break
-            # A block to grow for each running sequence, or the newcomer would soon be preempted.
-            keep_free = sum(not self._kv.can_grow(other) for other in self._running)
-            if not self._kv.allocate(request, request.num_tokens, keep_free):
-                self._lacks_blocks = True
-                break
-            self._waiting.take(request)
-            request.num_computed_tokens = num_cached
-            self._running.append(request)
-            if request.num_preemptions == 0:
-                self._count_first_admission(request, num_cached)
-            plan[request] = min(num_tokens, left)
-            left -= plan[request]
-        return budget - left
-
-    def _count_first_admission(self, request: Request, num_cached: int) -> None:
-        num_prompt = len(request.prompt_token_ids)
-        request.num_cached_tokens = num_cached
-        self._waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))
-        if self._kv.prefix_caching:
-            self._prefix_query_tokens += num_prompt
-            self._prefix_hit_tokens += num_cached
+    def _plan_newcomers(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
+        """Waiting requests that are admitted now; returns the tokens planned."""
+        admitted = self._admission.admit(budget, whole)
+        plan.update(admitted)
+        return sum(admitted.values())
 
     def _scheduled(self, request: Request, num_tokens: int) -> ScheduledSequence:
         start = request.num_computed_tokens
@@ -292,24 +249,6 @@ class Scheduler:
         return ScheduledSequence(
             request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_sampled, block_ids
         )
-
-    def _reclaim_draft_blocks(self) -> bool:
-        """Take back blocks that only rejected drafts used; whether there were any."""
-        before = self._kv.num_used_blocks
-        for request in self._running:
-            self._kv.trim(request)
-        return self._kv.num_used_blocks < before
-
-    def _preempt_last(self) -> Request:
-        # Nobody new is admitted before it is back, so ``_running`` stays in order of first admission.
-        request = self._running.pop()
-        self._kv.free(request)
-        request.num_computed_tokens = 0
-        request.draft_token_ids = []
-        request.num_preemptions += 1
-        self._num_preemptions += 1
-        self._waiting.append_preempted(request)
-        return request
 
     def _finish(self, request: Request) -> None:
         self._running.remove(request)

@@ -122,7 +122,7 @@ class Simulation:
 
     def _commit(self, sequence: ScheduledSequence, sampled: list[int], aborted: bool) -> None:
         request = sequence.request
-        if sampled and self._random.random() < self._stalling:
+        if sampled and self._stalling and self._random.random() < self._stalling:
             self._stall(request)
             if self._random.random() < 0.5:
                 self.scheduler.postpone(sequence)

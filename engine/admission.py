@@ -1,0 +1,160 @@
+"""Which requests wait and which run: who is admitted, and who gives way. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from engine.fair_queue import FairQueue
+from engine.kv_cache_manager import KVCacheManager
+from engine.request import Request
+from engine.running import RunningSequences
+
+PROMPT_TOKEN_SERVICE = 1
+"""Service of a prompt token as fairness counts it; an output token costs about twice as much (VTC, section 5.1)."""
+
+
+class Admission:
+    """Moves requests between the waiting and the running, by their tenants' service and shares.
+
+    Requests are admitted in the order of ``FairQueue`` while there is room for the whole prompt and a block
+    for each running sequence to grow into. Where there is not, sequences of other tenants give way to a
+    request that is next in line and entitled to room (``RunningSequences``), and nobody else is admitted
+    until it is. One that is not entitled waits for room to become free, and lets entitled ones pass, since
+    its tenant has others that run.
+
+    A preempted sequence loses its blocks and waits at the front of its tenant's queue, with all its tokens,
+    output included, to compute.
+
+    Bound: a request of a tenant of which no other runs or waits is next in line after those that had as
+    little service when it came. Each of these, and then itself, is admitted in at most the steps in which
+    all unfinished prefills end and another ``TURN_TOKENS`` steps, because by then every sequence that may
+    have to give way has had its turn. This holds for as many tenants as there are places and blocks.
+
+    Every request finishes, however many requests any number of tenants send: a tenant that gets no tokens
+    is charged nothing, so it becomes the next in line, where nobody passes it, and is admitted. Sequences
+    that have had their turns give way before it does, and so do its own newer ones and, where none has had
+    a turn, those admitted later; so its oldest sequence gets a token at least, and is back soon for more.
+    """
+
+    def __init__(self, kv: KVCacheManager, max_running: int) -> None:
+        self._kv = kv
+        self.waiting = FairQueue()
+        self.running = RunningSequences(kv, max_running)
+        self.preempted: list[Request] = []
+        """In this step; their tenants get nothing more in it."""
+        self.lacks_blocks = False
+        """Whether, in this step, blocks are too few for those that run or for those that wait."""
+        self._is_held_up = False
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+
+    def begin_step(self) -> None:
+        """Forget about the last step."""
+        self.preempted = []
+        self.lacks_blocks = self._is_held_up = False
+
+    def grow(self, request: Request) -> None:
+        """Give a running sequence blocks for all its tokens; others are preempted for that, or itself."""
+        while request not in self.preempted and not self._kv.allocate(request, request.num_tokens):
+            if not self._reclaim_draft_blocks():
+                self.lacks_blocks = True
+                self._preempt(self.running.to_let_others_grow())
+
+    def admit_next_in_line(self, unfinished: Collection[str]) -> None:
+        """Admit those next in line that are entitled to room, one for each tenant, also where others have to give way.
+
+        If one still lacks room, nobody is admitted after it in this step.
+
+        Args:
+            unfinished: tenants with a running prefill: they may have no second one.
+        """
+        if self._num_tenants() == 1:
+            return
+        seen = {*unfinished, *self._preempted_tenants()}
+        while requests := [request for request in self.waiting.next_in_line() if request.tenant not in seen]:
+            request = requests[0]
+            seen.add(request.tenant)
+            if not self._is_entitled(request):
+                continue
+            while not self._start(request):
+                if self._reclaim_draft_blocks():
+                    continue
+                victim = self.running.to_make_room_for(request, self._num_tenants())
+                if victim is None:
+                    self._is_held_up = self.lacks_blocks = True
+                    return
+                self._preempt(victim)
+                seen.add(victim.tenant)
+
+    def admit(self, num_tokens: int, whole: bool) -> dict[Request, int]:
+        """Admit requests in order of fairness while there is room; returns the tokens to compute for each.
+
+        Args:
+            num_tokens: most tokens to compute for them in this step.
+            whole: only prompts that fit in one piece, which may overtake a long prefill because they leave no
+                second unfinished one behind.
+        """
+        plan: dict[Request, int] = {}
+        seen, only_entitled = self._preempted_tenants(), False
+        while num_tokens > 0 and not self.running.is_full and not self._is_held_up:
+            request = self.waiting.peek(seen)
+            if request is None or (whole and request.num_tokens - self._kv.find_cached_prefix(request) > num_tokens):
+                break
+            if (not only_entitled or self._is_entitled(request)) and self._start(request):
+                plan[request] = min(request.num_tokens - request.num_computed_tokens, num_tokens)
+                num_tokens -= plan[request]
+                continue
+            self.lacks_blocks = only_entitled = True
+            seen.add(request.tenant)
+            if self._is_entitled(request):
+                break
+        return plan
+
+    def _is_entitled(self, request: Request) -> bool:
+        return self.running.is_entitled(request, self._num_tenants())
+
+    def _preempted_tenants(self) -> set[str]:
+        return {request.tenant for request in self.preempted}
+
+    def _num_tenants(self) -> int:
+        return len({*self.waiting.tenants, *self.running.tenants})
+
+    def _start(self, request: Request) -> bool:
+        """Make a waiting request run, if there are a place and blocks for it."""
+        if self.running.is_full:
+            return False
+        num_cached = self._kv.find_cached_prefix(request)
+        if not self._kv.allocate(request, request.num_tokens, keep_free=self.running.num_growing()):
+            return False
+        self.waiting.take(request)
+        request.num_computed_tokens = num_cached
+        self.running.append(request)
+        if request.num_preemptions == 0:
+            self._count_first_admission(request, num_cached)
+        return True
+
+    def _count_first_admission(self, request: Request, num_cached: int) -> None:
+        num_prompt = len(request.prompt_token_ids)
+        request.num_cached_tokens = num_cached
+        self.waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))
+        if self._kv.prefix_caching:
+            self.prefix_query_tokens += num_prompt
+            self.prefix_hit_tokens += num_cached
+
+    def _reclaim_draft_blocks(self) -> bool:
+        """Take back blocks that only rejected drafts used; whether there were any."""
+        before = self._kv.num_used_blocks
+        for request in self.running:
+            self._kv.trim(request)
+        return self._kv.num_used_blocks < before
+
+    def _preempt(self, request: Request) -> None:
+        self.running.remove(request)
+        self._kv.free(request)
+        request.num_computed_tokens = 0
+        request.draft_token_ids = []
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.append_preempted(request)
+        self.preempted.append(request)
