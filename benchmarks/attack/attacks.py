@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.attack import (
     acceptance,
+    channel_bytes,
     compiling,
     determinism,
     drain,
@@ -54,6 +55,9 @@ ATTACKS = {
     "drain": Attack(lambda source, options: drain.run(source), drain.BARS),
     "acceptance": Attack(lambda source, options: acceptance.run(source), acceptance.BARS),
     "forge_channel": Attack(lambda source, options: forge_channel.run(source), forge_channel.BARS),
+    "channel_bytes": Attack(
+        lambda source, options: channel_bytes.run(options.seconds, options.seed), channel_bytes.BARS
+    ),
     "grammar_fuzz": Attack(
         lambda source, options: grammar_fuzz.run(source, options.seconds, options.seed), grammar_fuzz.BARS
     ),

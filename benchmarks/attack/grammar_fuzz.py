@@ -76,7 +76,12 @@ def _load(server: Server, seconds: float, next_schema: Callable[[], dict[str, An
         for client in clients:
             client.join()
     long_steps = _long_steps(server) - before
-    checked = Counter(satisfies(text, schema) for schema, text in texts)
+    checked: Counter[bool | None] = Counter()
+    for schema, text in texts:
+        fits = satisfies(text, schema)
+        checked[fits] += 1
+        if fits is False:
+            print(json.dumps({"schema": schema, "does not allow": text}), flush=True)
     return {
         **victim.figures(),
         **{name: counts[name] for name in ("served", "cut_short", "refused", "failed")},

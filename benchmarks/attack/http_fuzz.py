@@ -19,7 +19,7 @@ from benchmarks.attack.clients import COMPLETIONS, FOUR_TOKENS, Victim, ask
 from benchmarks.attack.server import ATTACKER, Server, serving
 
 _CLIENTS = 4
-_READ_SECONDS = 1.0
+_READ_SECONDS = 0.3
 _SETTLE_SECONDS = 12.0
 """The server gives a request's headers ten seconds to arrive."""
 _STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
@@ -154,7 +154,7 @@ class Exchange:
 
 
 def _read(connection: socket.socket) -> bytes:
-    """All that comes until the server closes, or is silent for a second."""
+    """All that comes until the server closes, or is silent for some time."""
     parts = []
     with suppress(OSError):
         while part := connection.recv(1 << 16):
