@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,7 @@ def _load(server: Server, seconds: float, next_schema: Callable[[], dict[str, An
         for client in clients:
             client.join()
     long_steps = _long_steps(server) - before
-    checked: Counter[bool | None] = Counter()
-    for schema, text in texts:
-        fits = satisfies(text, schema)
-        checked[fits] += 1
-        if fits is False:
-            print(json.dumps({"schema": schema, "does not allow": text}), flush=True)
+    checked = _check(texts)
     return {
         **victim.figures(),
         **{name: counts[name] for name in ("served", "cut_short", "refused", "failed")},
@@ -89,6 +84,17 @@ def _load(server: Server, seconds: float, next_schema: Callable[[], dict[str, An
         "against_their_schema": checked[False],
         "long_steps": long_steps,
     }
+
+
+def _check(texts: Iterable[tuple[dict[str, Any], str]]) -> Counter[bool | None]:
+    """How many fit their schemas; those that do not are shown."""
+    checked: Counter[bool | None] = Counter()
+    for schema, text in texts:
+        fits = satisfies(text, schema)
+        checked[fits] += 1
+        if fits is False:
+            print(json.dumps({"schema": schema, "does not allow": text}), flush=True)
+    return checked
 
 
 def judge(answer: Answer) -> str:

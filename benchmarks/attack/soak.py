@@ -117,6 +117,8 @@ def run(source: Path, minutes: float, seed: int, checkpoints: Path) -> dict[str,
             thread.start()
         try:
             lines = _watch(server, counts, minutes, checkpoints)
+            if not all(thread.is_alive() for thread in threads):
+                raise RuntimeError("a client has crashed; its traceback is above")
         finally:
             counts.stopping.set()
             for thread in threads:
@@ -142,7 +144,10 @@ def _behave(
 def _misbehave(server: Server, moves: Mapping[str, Move], chance: random.Random, counts: Counts) -> None:
     while not counts.stopping.wait(_PAUSE_SECONDS):
         name = chance.choice(list(moves))
-        moves[name](server, chance.uniform(*_MOVE_SECONDS), chance)
+        try:
+            moves[name](server, chance.uniform(*_MOVE_SECONDS), chance)
+        except OSError as error:  # the server ended it, which is what it should do
+            counts.add(f"attacks ended: {name}, {type(error).__name__}")
         counts.add(f"attacks: {name}")
 
 
@@ -177,15 +182,10 @@ def _watch(server: Server, counts: Counts, minutes: float, checkpoints: Path) ->
 def _summary(lines: Sequence[Mapping[str, float]], counts: Counts) -> dict[str, float]:
     """Counts, and what each process grew from the second quarter's greatest size to the last's."""
     known = counts.read()
-    quarter = max(1, len(lines) // 4)
+    count = len(lines)
+    second, last = lines[count // 4 : max(1, count // 2)], lines[3 * count // 4 :]
     figures: dict[str, float] = {name: known.get(name, 0) for name in ("served", "wrong", "unserved")}
     for role in (name.removesuffix("_mb") for name in lines[-1] if name.endswith("_mb")):
-        early, late = (
-            max(line.get(f"{role}_mb", 0.0) for line in part)
-            for part in (lines[quarter - 1 : 2 * quarter], lines[-quarter:])
-        )
-        figures |= {
-            f"{role}_mb_grown": late - early,
-            f"{role}_mb_most": max(line.get(f"{role}_mb", 0.0) for line in lines),
-        }
+        early, late, most = (max(line.get(f"{role}_mb", 0.0) for line in part) for part in (second, last, lines))
+        figures |= {f"{role}_mb_grown": late - early, f"{role}_mb_most": most}
     return figures | {"engine_restarts": lines[-1]["engine_restarts"], "descriptors": lines[-1]["descriptors"]}
