@@ -1,63 +1,98 @@
-"""uvicorn's HTTP protocol, with bounds on what a client can send before anybody has asked for its key.
+"""uvicorn's HTTP protocol, with bounds on what a client can send, whether or not anybody has asked for its key.
 
-httptools bounds neither a URL nor headers, and nothing ends a connection that sends them slowly or not at all.
+httptools bounds neither a URL nor headers, and nothing ends a connection that sends slowly, not at all, or what nobody
+will read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+from collections import deque
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import structlog
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from server.errors import ApiError
+from server.connections import ConnectionLimit
+from server.errors import ApiError, shutting_down
+from server.settings import HttpConfig
 
 log = structlog.get_logger(__name__)
 
-_FRAMING = 8
-"""Bytes around each byte of a body, at most: chunks can be as small as that."""
+LINGER = 2.0
+"""Seconds that a connection stays for its client to read the answer, while what arrives is thrown away."""
+_PIECE = 16 * 1024
+"""Bytes parsed before anybody looks at what they were: a read of a quarter of a megabyte can be 50,000 chunks."""
+_MOST_PIPELINED = 16
+"""Requests that wait behind one in work."""
+_SLOWEST_BODY = 1024
+"""Bytes a second."""
+_BODY_GRACE = 10.0
+"""Seconds before a body can be too slow."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
     """One connection.
 
+    Requests are answered in their order. A connection ends after an answer that was given before its request was
+    complete, or if what follows the requests in work cannot be served; it ends gently: with ``connection: close``, and
+    closed for writing first, because a socket that is closed with unread bytes in it resets, which can cost the client
+    the answer.
+
     Args:
-        max_head_bytes: of a request's line and headers, and of trailers; as much again as one read brings is let by.
-        head_timeout: seconds from a connection, or from the first byte of a further request, to the end of the headers.
+        bounds: ``max_header_bytes`` holds for trailers and for what surrounds the bytes of a body in chunks, too.
+        connections: what all connections share.
         uvicorns: what uvicorn gives its protocol.
     """
 
-    def __init__(self, *, max_head_bytes: int, head_timeout: float, **uvicorns: Any) -> None:
+    def __init__(self, *, bounds: HttpConfig, connections: ConnectionLimit, **uvicorns: Any) -> None:
         super().__init__(**uvicorns)
-        self._max_head_bytes, self._head_timeout = max_head_bytes, head_timeout
+        self._bounds, self._connections = bounds, connections
+        self._is_counted = False
+        self._unanswered: deque[RequestResponseCycle] = deque()
+        self._keeps_alive = False  # after the request whose body arrives
         self._head_bytes, self._body_bytes = 0, 0
-        self._deadline: asyncio.TimerHandle | None = None
+        self._body_seconds = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._discards = False
+        self._left_to_discard = bounds.max_body_bytes
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_deadline()
+        self._is_counted = self._connections.open(self._address)
+        if self._is_counted:
+            self._start_timer(self._bounds.header_timeout, self._give_up)
+        else:
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_deadline()
+        self._stop_timer()
+        if self._is_counted:
+            self._connections.close(self._address)
+        while self._unanswered:
+            _disconnect(self._unanswered.pop())
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._head_bytes > self._max_head_bytes + _FRAMING * self._body_bytes and not self.transport.is_closing():
-            self._refuse()
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        if self._deadline is None:
-            self._start_deadline()
+        for start in range(0, len(data), _PIECE):
+            piece = data[start : start + _PIECE]
+            if self._discards:
+                self._discard(len(piece))
+            else:
+                self._parse(piece)
 
     def on_headers_complete(self) -> None:
-        self._end_deadline()
+        if len(self._unanswered) > _MOST_PIPELINED:
+            raise ValueError("too many requests before their answers")  # ends the parser's work
         super().on_headers_complete()
+        # Only a request that is complete can be followed by another.
+        self._keeps_alive, self.cycle.keep_alive = self.cycle.keep_alive, False
+        self.cycle.transport = cast(asyncio.Transport, _AnswerTransport(self, self.cycle))
+        self._unanswered.append(self.cycle)
+        self._body_bytes, self._body_seconds = 0, 0.0
+        self._start_timer(self._body_tick, self._look_at_body)
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes -= len(body)
@@ -65,35 +100,131 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._head_bytes, self._body_bytes = 0, 0
         super().on_message_complete()
+        self._stop_timer()
+        self._head_bytes, self._body_bytes = 0, 0
+        if not self.cycle.response_started:
+            self.cycle.keep_alive = self._keeps_alive
 
-    def _start_deadline(self) -> None:
-        self._deadline = self.loop.call_later(self._head_timeout, self._give_up)
+    def on_response_complete(self) -> None:
+        self._unanswered.popleft()
+        super().on_response_complete()
 
-    def _end_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, msg))
+
+    def shutdown(self) -> None:
+        """End the connection after the requests in work; one that has not arrived whole is refused."""
+        if self._discards:
+            return  # it ends anyway
+        if self._unanswered and self._unanswered[-1].more_body:
+            self._refuse(shutting_down())
+        else:
+            super().shutdown()
+
+    def close_after(self, cycle: RequestResponseCycle) -> None:
+        """End the connection after the answer of ``cycle``."""
+        if self.transport.is_closing():
+            return
+        if self._discards or cycle.more_body:
+            self._linger()
+        else:
+            self.transport.close()
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    @property
+    def _body_tick(self) -> float:
+        return min(1.0, self._bounds.body_timeout / 8)
+
+    def _parse(self, piece: bytes) -> None:
+        if not self._unanswered and self._timer is None:
+            self._start_timer(self._bounds.header_timeout, self._give_up)
+        self._head_bytes += len(piece)
+        super().data_received(piece)
+        if self._head_bytes > self._bounds.max_header_bytes + self._body_bytes and not self._discards:
+            what = "The framing of the body is" if self._body_bytes else "Request line and headers are"
+            self._refuse(ApiError(431, f"{what} larger than {self._bounds.max_header_bytes} bytes."))
+
+    def _look_at_body(self) -> None:
+        """Count the time that a body takes, but for that in which nobody here would take it."""
+        if not self.flow.read_paused:
+            self._body_seconds += self._body_tick
+        if self._body_seconds > longest_body_time(self._body_bytes, self._bounds.body_timeout):
+            self._refuse(ApiError(408, "The request body came too slowly.", type="invalid_request_error"))
+        else:
+            self._start_timer(self._body_tick, self._look_at_body)
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer the request that is arriving with ``error``, and end the connection after the answers in work."""
+        log.info("request refused", status=error.status, reason=error.message)
+        arriving = self._unanswered[-1] if self._unanswered else None
+        if arriving is not None and arriving.more_body and not arriving.response_started:
+            _disconnect(self._unanswered.pop())
+            if self._unanswered:
+                self.pipeline.popleft()
+        if self._unanswered:
+            self._unanswered[-1].keep_alive = False
+            self._discards = True
+            self._stop_timer()
+        else:
+            self.transport.write(_encoded(error))
+            self._linger()
+
+    def _linger(self) -> None:
+        self._discards = True
+        self.flow.resume_reading()
+        self.transport.write_eof()
+        self._start_timer(LINGER, self.transport.abort)
+
+    def _discard(self, num_bytes: int) -> None:
+        self._left_to_discard -= num_bytes
+        if self._left_to_discard < 0:
+            self.transport.abort()
 
     def _give_up(self) -> None:
         log.debug("connection closed", reason="no request in time")
         self.transport.close()
 
-    def _refuse(self) -> None:
-        log.warning("connection closed", reason="request line and headers too large")
-        if self.cycle is None or self.cycle.response_complete:  # else an answer is under way
-            error = ApiError(431, f"Request line and headers are larger than {self._max_head_bytes} bytes.")
-            self.transport.write(_response(431, "Request Header Fields Too Large", error))
-        self.transport.close()
+    def _start_timer(self, seconds: float, callback: Callable[[], None]) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, callback)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
-def bounded_http(max_head_bytes: int, head_timeout: float) -> Any:
-    """``uvicorn.Config.http`` with these bounds."""
-    return partial(BoundedHttpProtocol, max_head_bytes=max_head_bytes, head_timeout=head_timeout)
+class _AnswerTransport:
+    """What uvicorn needs of a transport to send the answer of ``cycle``."""
+
+    def __init__(self, protocol: BoundedHttpProtocol, cycle: RequestResponseCycle) -> None:
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+        self.close = partial(protocol.close_after, cycle)
 
 
-def _response(status: int, phrase: str, error: ApiError) -> bytes:
-    body = json.dumps(error.body()).encode()
-    head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    return head.encode() + b"connection: close\r\n\r\n" + body
+def bounded_http(bounds: HttpConfig, max_connections: int) -> Any:
+    """``uvicorn.Config.http`` with these bounds, for one server."""
+    connections = ConnectionLimit(max_connections, bounds.max_address_share)
+    return partial(BoundedHttpProtocol, bounds=bounds, connections=connections)
+
+
+def longest_body_time(num_bytes: int, timeout: float) -> float:
+    """Seconds that a body may have taken of which so many bytes are there."""
+    return min(timeout, _BODY_GRACE + num_bytes / _SLOWEST_BODY)
+
+
+def _disconnect(cycle: RequestResponseCycle) -> None:
+    """Let the application find that nobody waits for its answer."""
+    cycle.disconnected = True
+    cycle.message_event.set()
+
+
+def _encoded(error: ApiError) -> bytes:
+    response = error.response()
+    headers = b"".join(b"%b: %b\r\n" % header for header in response.raw_headers)
+    return STATUS_LINE[error.status] + headers + b"connection: close\r\n\r\n" + bytes(response.body)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import resource
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,9 +26,11 @@ from engine.config import CONFIG_VARIABLE, ModelConfig
 from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
 from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
+from engine.models.verify import DAMAGED_STATUS
 from server.app import create_app
 from server.banner import banner
-from server.http_protocol import bounded_http
+from server.http_protocol import LINGER, bounded_http
+from server.instance_directory import instance_directory
 from server.settings import ConfigurationError, HttpConfig, Settings
 from server.supervisor import ProcessFailed, SupervisedProcess, Watchdog
 from server.tenants import TenantRegistry, check_exposure
@@ -39,6 +41,11 @@ log = structlog.get_logger(__name__)
 ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
 WORKER_COMMAND = [sys.executable, "-m", "adapters.worker"]
 
+_BACKLOG = 2048
+_OTHER_FILES = 256
+"""Open files that are no connections of clients: sockets of the engine and of Redis, logs, the model's files."""
+_MOST_CONNECTIONS = 32_768
+"""Where the system sets no limit that counts: each takes about 10 KB of this process's memory."""
 _STOP_GRACE = 5.0
 _POLL_INTERVAL = 0.05
 
@@ -52,9 +59,9 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
     tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     check_exposure(settings.http.host, settings.auth, tenants)
     validated_model(settings.engine.model)
-    _allow_many_connections()
+    max_connections = _allow_many_connections()
     with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(_instance_directory())
+        directory = stack.enter_context(instance_directory())
         listener = stack.enter_context(_listen(settings.http.host, settings.http.port))
         children: list[SupervisedProcess] = []
         if settings.redis.url is None:
@@ -72,15 +79,20 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
         def greet() -> None:
             print(banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True)
 
-        launcher = _Launcher(app, settings.http, listener, children, url, greet)
+        launcher = _Launcher(app, settings.http, max_connections, listener, children, url, greet)
         with asyncio.Runner(loop_factory=launcher.loop_factory) as runner:
             return runner.run(launcher.run())
 
 
-def _allow_many_connections() -> None:
-    """Raise the limit of open files, each connection one, as far as the system lets us."""
+def _allow_many_connections() -> int:
+    """Raise the limit of open files, each connection one, as far as the system lets us.
+
+    Returns how many connections there may be, so that there are files for everything else, and for those that wait to
+    be accepted, which may all be accepted before one too many is closed.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return min(_MOST_CONNECTIONS, most - min(_BACKLOG + _OTHER_FILES, most // 2))
 
 
 def validated_model(config: ModelConfig) -> ModelFiles:
@@ -110,6 +122,11 @@ class _ApiServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    def end_connections(self) -> None:
+        """End each connection after the requests in work on it; what has not arrived whole is refused."""
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+
     @property
     def num_running_requests(self) -> int:
         return len(self.server_state.tasks)
@@ -122,6 +139,7 @@ class _Launcher:
         self,
         app: FastAPI,
         http: HttpConfig,
+        max_connections: int,
         listener: socket.socket,
         children: list[SupervisedProcess],
         url: str,
@@ -139,10 +157,10 @@ class _Launcher:
             log_level="warning",
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=1,
+            timeout_graceful_shutdown=math.ceil(LINGER) + 1,
             timeout_keep_alive=http.keep_alive_timeout,
-            backlog=2048,
-            http=bounded_http(http.max_header_bytes, http.header_timeout),
+            backlog=_BACKLOG,
+            http=bounded_http(http, max_connections),
             ws="none",
         )
         self._api = _ApiServer(config)
@@ -158,6 +176,7 @@ class _Launcher:
         api = asyncio.create_task(self._api.serve(sockets=[self._listener]))
         running = asyncio.create_task(self._run_children())
         first_signal = asyncio.create_task(self._first_signal.wait())
+        failure: ProcessFailed | None = None
         try:
             await asyncio.wait({api, running, first_signal}, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
@@ -167,12 +186,13 @@ class _Launcher:
                 raise ProcessFailed("the API server did not start")
             await self._drain()
         except ProcessFailed as error:
-            log.error("giving up", reason=str(error))
-            return 1
+            failure = error
         finally:
             first_signal.cancel()
             await self._stop(api, running)
-        return 1 if self._second_signal.is_set() else 0
+        if failure is not None:
+            log.error("giving up", reason=str(failure))
+        return 1 if failure is not None or self._second_signal.is_set() else 0
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._first_signal.is_set():
@@ -192,6 +212,7 @@ class _Launcher:
     async def _drain(self) -> None:
         """Take no new requests; wait for the running ones, at most ``drain_timeout`` or until a second signal."""
         self._app.state.draining = True
+        self._api.end_connections()
         log.info("draining", requests=self._api.num_running_requests, timeout=self._drain_timeout)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._drain_timeout):
@@ -219,6 +240,7 @@ def _engine(settings: Settings, url: str, app: FastAPI) -> SupervisedProcess:
         engine_environment(settings),
         wait_ready=lambda: _wait_until_healthy(url),
         watchdog=Watchdog(lambda: app.state.serving.engine.last_message, settings.http.engine_hang_timeout),
+        fatal={DAMAGED_STATUS: "the model's files are damaged; what is wrong is fetched anew at the next start"},
     )
 
 
@@ -231,19 +253,10 @@ def _worker(settings: Settings) -> SupervisedProcess:
     return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), wait_ready=at_once)
 
 
-@contextlib.contextmanager
-def _instance_directory() -> Iterator[Path]:
-    """A directory for this instance's sockets that nobody else can enter; removed at the end."""
-    parent = os.environ.get("XDG_RUNTIME_DIR")
-    usable = parent if parent and os.access(parent, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="evospec-", dir=usable) as directory:
-        yield Path(directory)
-
-
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # what follows names the address again
         raise ConfigurationError(f"cannot listen on {host}:{port}: {reason}") from error

@@ -1,4 +1,4 @@
-"""Rate limits of tenants: a token bucket for requests and one for tokens, in Redis."""
+"""Rate limits of tenants: a token bucket for requests and one for tokens, in Redis and in this process."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from prometheus_client import Counter
 from server.errors import ApiError, bad_request
 from server.redis_gate import RedisGate, RedisUnavailable
 from server.tenants import Tenant
+from server.token_buckets import Limit, TokenBuckets
 
 RATE_LIMITED = Counter("evospec:rate_limited", "Requests refused with 429.", ["limit"])
 for _limit in ("requests", "tokens"):
@@ -25,12 +26,15 @@ class Charge:
 
     tenant: Tenant
     tokens: int
+    is_in_redis: bool = False
 
 
 class RateLimiter:
-    """Admits requests while their tenant's buckets hold enough.
+    """Admits requests while their tenant's buckets hold enough, those of this process and those in Redis.
 
-    A bucket holds at most one minute's worth and refills steadily, so a tenant may burst up to its limit.
+    A bucket holds at most one minute's worth and refills steadily, so a tenant may burst up to its limit. The buckets
+    in Redis bound what all servers admit together. Those of this process cost nothing to ask, so they are asked first;
+    they decide alone while Redis is down or slow, unless limits fail closed.
 
         await limiter.admit(tenant, 0)
         ...  # tokenise
@@ -83,9 +87,12 @@ class RateLimiter:
         return {0, 0}
     """
 
-    def __init__(self, gate: RedisGate, when_redis_is_down: Literal["open", "closed"]) -> None:
+    def __init__(
+        self, gate: RedisGate, when_redis_is_down: Literal["local", "closed"], buckets: TokenBuckets | None = None
+    ) -> None:
         self._gate = gate
-        self._fails_open = when_redis_is_down == "open"
+        self._fails_closed = when_redis_is_down == "closed"
+        self._buckets = buckets or TokenBuckets()
         self._take_script = gate.redis.register_script(self.LUA_TAKE_SCRIPT)
 
     async def admit(self, tenant: Tenant, tokens: int, requests: int = 1) -> Charge:
@@ -107,33 +114,43 @@ class RateLimiter:
                 f"more than your limit of {tenant.tokens_per_minute} a minute.",
                 "max_tokens",
             )
+        lacking, wait = self._buckets.take(tenant, requests, tokens)
+        if lacking is not None:
+            raise _refusal(tenant, lacking, wait)
         try:
-            lacking, wait_ms = await self._take(tenant, requests, tokens)
+            lacking, wait = await self._take_in_redis(tenant, requests, tokens)
         except RedisUnavailable:
-            if self._fails_open:
-                return Charge(tenant, 0)
+            if not self._fails_closed:
+                return Charge(tenant, tokens)
+            self._buckets.take(tenant, -requests, -tokens)
             raise ApiError(503, "Rate limits cannot be checked at the moment.", retry_after=1) from None
-        if lacking:
-            raise _refusal(tenant, "requests" if lacking == 1 else "tokens", wait_ms / 1000)
-        return Charge(tenant, tokens)
+        if lacking is not None:
+            self._buckets.take(tenant, -requests, -tokens)
+            raise _refusal(tenant, lacking, wait)
+        return Charge(tenant, tokens, is_in_redis=True)
 
     async def settle(self, charge: Charge, tokens_used: int) -> None:
         """Give back what the request was charged beyond ``tokens_used``; never raises."""
         unused = charge.tokens - tokens_used
         if unused <= 0:
             return
+        self._buckets.take(charge.tenant, 0, -unused)
+        if not charge.is_in_redis:
+            return
         # An outage is counted and logged by the gate, and the bucket refills by itself.
         with contextlib.suppress(RedisUnavailable):
-            await self._take(charge.tenant, requests=0, tokens=-unused)
+            await self._take_in_redis(charge.tenant, requests=0, tokens=-unused)
 
-    async def _take(self, tenant: Tenant, requests: int, tokens: int) -> tuple[int, int]:
+    async def _take_in_redis(self, tenant: Tenant, requests: int, tokens: int) -> tuple[Limit | None, float]:
+        """The same as ``TokenBuckets.take``; raises ``RedisUnavailable``."""
         keys = [f"evospec:limit:{{{tenant.name}}}:{bucket}" for bucket in ("requests", "tokens")]
         arguments = [tenant.requests_per_minute or _NO_LIMIT, tenant.tokens_per_minute or _NO_LIMIT, requests, tokens]
         lacking, wait_ms = cast(list[Any], await self._gate.run(self._take_script(keys, arguments)))
-        return int(lacking), int(wait_ms)
+        limits: tuple[Limit | None, ...] = (None, "requests", "tokens")
+        return limits[int(lacking)], int(wait_ms) / 1000
 
 
-def _refusal(tenant: Tenant, limit: Literal["requests", "tokens"], wait: float) -> ApiError:
+def _refusal(tenant: Tenant, limit: Limit, wait: float) -> ApiError:
     RATE_LIMITED.labels(limit).inc()
     per_minute = tenant.requests_per_minute if limit == "requests" else tenant.tokens_per_minute
     return ApiError(

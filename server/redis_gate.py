@@ -91,7 +91,7 @@ class RedisGate:
         REDIS_ERRORS.inc()
         stood_still, self._stood_still = self._stood_still, seconds > _STOOD_STILL * self._timeout
         if self._stood_still and not stood_still:
-            return  # this process stood still: once, that says nothing about Redis, and must not open limits for all
+            return  # this process stood still: once, that says nothing about Redis
         self._retry_at = time.monotonic() + self._retry_interval
         if not self._is_down:
             self._is_down = True

@@ -70,10 +70,23 @@ class HttpConfig(_Section):
     header_timeout: float = Field(
         default=10.0, gt=0, description="Seconds that a connection has to send a request's headers."
     )
+    body_timeout: float = Field(
+        default=120.0,
+        gt=0,
+        description="Most seconds that a request's body may take to arrive, of those in which the server is ready for "
+        "it; less than 1 KB/s after the first ten is too slow in any case. A late one gets a 408.",
+    )
     keep_alive_timeout: int = Field(
         default=75,
         gt=0,
         description="Seconds that an idle connection stays open; more than a load balancer in front keeps its own.",
+    )
+    max_address_share: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Share of all connections that one client address (of IPv6 a /64 network) may hold; 1 where all "
+        "clients come through one proxy.",
     )
     drain_timeout: float = Field(
         default=30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM."
@@ -135,8 +148,9 @@ class LimitsConfig(_Section):
     tokens_per_minute: int | None = Field(
         default=None, ge=1, description="Prompt and output tokens a minute; default: no limit."
     )
-    when_redis_is_down: Literal["open", "closed"] = Field(
-        default="open", description="open: serve without limits; closed: refuse limited tenants with 503."
+    when_redis_is_down: Literal["local", "closed"] = Field(
+        default="local",
+        description="local: each API server limits what it serves itself; closed: refuse limited tenants with 503.",
     )
 
 

@@ -16,6 +16,7 @@ import uvicorn
 from engine.models.config import ModelFiles
 from engine.text.tokenizer import Tokenizer
 from server.app import create_app
+from server.http_protocol import bounded_http
 from server.settings import load_settings
 from tests.integration.scripted_engine import Script, ScriptedEngine
 from tests.tiny_models import VOCAB_SIZE
@@ -80,7 +81,8 @@ async def running_api(
     redis = ("--redis.url", valkey_url, "--redis.timeout", "10")
     settings = load_settings(["--model", str(model.path), "--engine.address", address, *redis, *options])
     app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on"))
+    http = bounded_http(settings.http, max_connections=1000)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", http=http))
     task = asyncio.create_task(server.serve())
     engine = ScriptedEngine(address, script, VOCAB_SIZE, draft=draft)
     try:
