@@ -18,7 +18,7 @@ from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
 from engine.prompt_logprobs import PromptLogprobs
 from engine.request import Request
-from engine.sampling.grammar_client import GrammarCursor
+from engine.sampling.constrained import ConstrainedRequests, num_choosable
 from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
@@ -36,8 +36,6 @@ log = structlog.get_logger(__name__)
 
 _IDLE_PATIENCE = 0.5
 _COMPILING_PATIENCE, _STALLED_PATIENCE = 0.005, 0.001
-_MASK_PATIENCE = 0.001
-"""Seconds that a step waits for the masks of grammars."""
 _NOT_FINITE = "The model has computed numbers that are not finite: its weights may be damaged."
 
 Outputs = defaultdict[bytes, list[EngineOutput]]
@@ -84,9 +82,8 @@ class EngineCore:
         """Fingerprint of the model's tokens."""
         self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
-        self._grammars = GrammarPool(self._tokenizer, config.scheduler.max_num_seqs + config.scheduler.max_waiting)
-        self._constrained: dict[str, Request] = {}
-        """Requests with a grammar that wait for the scheduler or run."""
+        most = config.scheduler.max_num_seqs + config.scheduler.max_waiting
+        self._constrained = ConstrainedRequests(GrammarPool(self._tokenizer, num_slots=most))
         self._sampler = Sampler(self._eos_token_ids, loaded.team)
         self._prompt_logprobs = PromptLogprobs()
         self._stop_checkers: dict[str, StopChecker] = {}
@@ -97,7 +94,7 @@ class EngineCore:
 
     def start_grammars(self) -> None:
         """Load what grammars need beside the engine, before the first request wants one."""
-        self._grammars.start()
+        self._constrained.start()
 
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
@@ -109,27 +106,26 @@ class EngineCore:
             )
             self._refused[client_id].append(refusal)
             return
-        if request.request_id in self._stop_checkers or request.request_id in self._grammars:
+        if request.request_id in self._stop_checkers or request.request_id in self._constrained:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
             return
         if self._speculator is not None:
             self._speculator.begin(request.request_id, message.session)
         if message.sampling.grammar is not None:
-            self._grammars.add(request)
+            self._constrained.add(request)
         else:
             self._enqueue(request)
 
     def abort_client(self, client_id: bytes) -> None:
         """End all requests of a client that has gone away."""
         prefix = engine_request_id(client_id, "")
-        requests = [*self._stop_checkers, *self._grammars]
+        requests = [*self._stop_checkers, *self._constrained.waiting]
         self.abort(client_id, [r.removeprefix(prefix) for r in requests if r.startswith(prefix)])
 
     def abort(self, client_id: bytes, request_ids: Iterable[str]) -> None:
         """End requests without output; unknown ones have ended already."""
         for request_id in request_ids:
             engine_id = engine_request_id(client_id, request_id)
-            self._grammars.forget(engine_id)
             self._scheduler.abort(engine_id)
             self._forget(engine_id)
 
@@ -139,7 +135,7 @@ class EngineCore:
             return 0.0
         if self._scheduler.has_work():
             return _STALLED_PATIENCE if self._is_stalled else 0.0
-        return _COMPILING_PATIENCE if self._grammars else _IDLE_PATIENCE
+        return _COMPILING_PATIENCE if next(self._constrained.waiting, None) else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
         stats = msgspec.structs.replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)
@@ -157,14 +153,14 @@ class EngineCore:
         if self._is_stalled:
             self._forget_preempted(scheduled)
             return outputs, None
-        self._look_ahead(scheduled.sequences)
+        self._constrained.look_ahead(scheduled.sequences)
         scheduling_done, proposing = time.perf_counter(), self._draft_seconds()
         capture = self._speculator.capture_layers if self._speculator else ()
         logits, features = self._runner.execute(scheduled.sequences, capture)
         if logits.is_cuda:  # which goes on computing; to choose tokens is to wait for it anyway
             torch.cuda.current_stream().synchronize()
         forward_done = time.perf_counter()
-        self._wait_for_masks(scheduled.sequences)
+        self._constrained.wait(scheduled.sequences)
         sampled = self._sample(logits, scheduled.sequences)
         sampling_done = time.perf_counter()
         ends = self._truncate(scheduled.sequences, sampled)
@@ -191,8 +187,6 @@ class EngineCore:
             self._scheduler.abort(request.request_id)  # it may be there already
             self._refuse(request, error)
             return
-        if request.grammar is not None:
-            self._constrained[request.request_id] = request
         self._stop_checkers[request.request_id] = StopChecker(
             request.sampling, request.num_tokens, self.max_model_len, self._eos_token_ids, self._tokenizer
         )
@@ -214,42 +208,20 @@ class EngineCore:
         )
 
     def _follow_grammars(self) -> None:
-        """Take what grammars have computed: requests begin that waited for theirs, and end whose grammar failed."""
-        for request, grammar in self._grammars.take_ready():
-            if isinstance(grammar, GrammarCursor):
-                request.grammar = grammar
+        """Requests begin that waited for their grammar, and end that cannot go on with it."""
+        for request, error in self._constrained.take_ready():
+            if error is None:
                 self._enqueue(request)
             else:
-                self._end(request, grammar)
-        now = time.monotonic()
-        for request in list(self._constrained.values()):
-            cursor = request.grammar
-            assert cursor is not None
-            cursor.give_up(now)
-            if cursor.failure is not None:
-                self._end(request, cursor.failure)
-            else:
-                request.is_stalled = not cursor.is_known and (request.is_stalled or cursor.is_slow)
-
-    def _look_ahead(self, sequences: list[ScheduledSequence]) -> None:
-        """Ask for the masks after the drafts, to be computed beside the model."""
-        for sequence in sequences:
-            cursor = sequence.request.grammar
-            if cursor is not None and sequence.num_draft_tokens and not cursor.is_slow:
-                cursor.look_ahead(sequence.token_ids[sequence.num_known :])
-        self._grammars.flush()
-
-    def _wait_for_masks(self, sequences: list[ScheduledSequence]) -> None:
-        cursors = [sequence.request.grammar for sequence in sequences if sequence.num_sampled]
-        wanted = [cursor for cursor in cursors if cursor is not None and not cursor.is_slow]
-        if wanted:
-            self._grammars.wait(wanted, _MASK_PATIENCE)
+                self._end(request, error)
+        for request, error in self._constrained.take_failed():
+            self._end(request, error)
 
     def _sample(self, logits: torch.Tensor, sequences: list[ScheduledSequence]) -> list[SampledSequence | None]:
         """The target's choices; None for sequences whose prompt is unfinished, or whose grammar's mask is late."""
         rows, parts = [], []
         end = 0
-        numbers = list(map(_num_choosable, sequences))
+        numbers = list(map(num_choosable, sequences))
         for sequence, number in zip(sequences, numbers, strict=True):
             start, end = end, end + sequence.num_logits
             if sequence.request.sampling.prompt_logprobs is not None:
@@ -318,7 +290,7 @@ class EngineCore:
                 self._scheduler.postpone(sequence)
             else:
                 self._scheduler.commit(sequence, [], finished=False)
-        self._grammars.flush()
+        self._constrained.flush()
 
     def _commit_sequence(
         self, sequence: ScheduledSequence, choice: SampledSequence, truncation: Truncation
@@ -331,8 +303,8 @@ class EngineCore:
         if finish_reason == "error":
             self._num_nonfinite += 1
             log.error("logits are not finite", request=request.request_id, num_tokens=request.num_tokens)
-        elif not finished and request.grammar is not None:
-            request.grammar.commit(kept)
+        elif not finished:
+            self._constrained.commit(request, kept)
         snapshot, counts = self._speculator.finish(request) if finished and self._speculator else (None, None)
         output = EngineOutput(
             request_id=_client_request_id(request),
@@ -359,19 +331,9 @@ class EngineCore:
         self._sampler.forget(engine_id)
         self._prompt_logprobs.forget(engine_id)
         self._stop_checkers.pop(engine_id, None)
-        request = self._constrained.pop(engine_id, None)
-        if request is not None and request.grammar is not None:
-            request.grammar.end()
+        self._constrained.forget(engine_id)
         if self._speculator is not None:
             self._speculator.forget(engine_id)
-
-
-def _num_choosable(sequence: ScheduledSequence) -> int:
-    """Rows from which tokens can be chosen: those whose masks are known, where the request has a grammar."""
-    cursor = sequence.request.grammar
-    if cursor is None:
-        return sequence.num_sampled
-    return 0 if cursor.failure is not None else min(sequence.num_sampled, cursor.num_masks)
 
 
 def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:

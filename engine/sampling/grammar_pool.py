@@ -71,6 +71,10 @@ class GrammarPool:
         """Requests that wait for their grammar."""
         return len(self._waiting)
 
+    def __contains__(self, request_id: str) -> bool:
+        """Whether a request is one of them."""
+        return request_id in self._waiting
+
     def __iter__(self) -> Iterator[str]:
         """Their ids."""
         return iter(self._waiting)
