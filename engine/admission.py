@@ -26,14 +26,15 @@ class Admission:
     output included, to compute.
 
     Bound: a request of a tenant of which no other runs or waits is next in line after those that had as
-    little service when it came. Each of these, and then itself, is admitted in at most the steps in which
-    all unfinished prefills end and another ``TURN_TOKENS`` steps, because by then every sequence that may
-    have to give way has had its turn. This holds for as many tenants as there are places and blocks.
+    little service when it came. Each of these, and then itself, is admitted at the latest when all running
+    prefills have ended and ``TURN_TOKENS`` more steps are done, because every sequence that may have to give
+    way has had its turn then. A step computes at least ``max_batched_tokens / 4`` tokens of prefills while
+    there are any. More tenants than places or blocks have to wait for sequences to end.
 
-    Every request finishes, however many requests any number of tenants send: a tenant that gets no tokens
-    is charged nothing, so it becomes the next in line, where nobody passes it, and is admitted. Sequences
-    that have had their turns give way before it does, and so do its own newer ones and, where none has had
-    a turn, those admitted later; so its oldest sequence gets a token at least, and is back soon for more.
+    Every request finishes, however many requests a fixed number of tenants sends: a tenant that gets no
+    tokens is charged nothing, so it becomes the next in line, where nobody passes it, and is admitted.
+    Before its oldest sequence has got a token, its own newer ones give way, those that have had their turns
+    and, where there are none, those admitted later.
     """
 
     def __init__(self, kv: KVCacheManager, max_running: int) -> None:
@@ -44,7 +45,6 @@ class Admission:
         """In this step; their tenants get nothing more in it."""
         self.lacks_blocks = False
         """Whether, in this step, blocks are too few for those that run or for those that wait."""
-        self._is_held_up = False
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -52,7 +52,7 @@ class Admission:
     def begin_step(self) -> None:
         """Forget about the last step."""
         self.preempted = []
-        self.lacks_blocks = self._is_held_up = False
+        self.lacks_blocks = False
 
     def grow(self, request: Request) -> None:
         """Give a running sequence blocks for all its tokens; others are preempted for that, or itself."""
@@ -63,8 +63,6 @@ class Admission:
 
     def admit_next_in_line(self, unfinished: Collection[str]) -> None:
         """Admit those next in line that are entitled to room, one for each tenant, also where others have to give way.
-
-        If one still lacks room, nobody is admitted after it in this step.
 
         Args:
             unfinished: tenants with a running prefill: they may have no second one.
@@ -82,7 +80,7 @@ class Admission:
                     continue
                 victim = self.running.to_make_room_for(request, self._num_tenants())
                 if victim is None:
-                    self._is_held_up = self.lacks_blocks = True
+                    self.lacks_blocks = True
                     return
                 self._preempt(victim)
                 seen.add(victim.tenant)
@@ -97,7 +95,7 @@ class Admission:
         """
         plan: dict[Request, int] = {}
         seen, only_entitled = self._preempted_tenants(), False
-        while num_tokens > 0 and not self.running.is_full and not self._is_held_up:
+        while num_tokens > 0 and not self.running.is_full:
             request = self.waiting.peek(seen)
             if request is None or (whole and request.num_tokens - self._kv.find_cached_prefix(request) > num_tokens):
                 break

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
-from itertools import islice
 
 from engine.request import Request
 
@@ -97,10 +96,9 @@ class FairQueue:
 
     def _ready(self) -> list[Request]:
         """The first request of each tenant that is not stalled."""
-        first = (
-            next((request for request in queue if not request.is_stalled), None) for queue in self._queues.values()
-        )
-        return [request for request in first if request is not None]
+        queues = self._queues.values()
+        firsts = (next((request for request in queue if not request.is_stalled), None) for queue in queues)
+        return [request for request in firsts if request is not None]
 
     def _queue(self, tenant: str) -> deque[Request]:
         """The tenant's queue; if it has none, an empty one, and no credit for the time without."""

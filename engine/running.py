@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator
 
 from engine.kv_cache_manager import KVCacheManager
@@ -29,7 +28,7 @@ class RunningSequences:
         self._kv = kv
         self._max_sequences = max_sequences
         self._sequences: list[Request] = []
-        self._counts: Counter[str] = Counter()
+        self._of_tenants: dict[str, list[Request]] = {}
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -45,13 +44,13 @@ class RunningSequences:
     @property
     def tenants(self) -> Collection[str]:
         """Tenants of which a sequence runs."""
-        return self._counts.keys()
+        return self._of_tenants.keys()
 
     def append(self, request: Request) -> None:
         """Add a sequence that has got its blocks."""
         request.num_output_at_admission = len(request.output_token_ids)
         self._sequences.append(request)
-        self._counts[request.tenant] += 1
+        self._of_tenants.setdefault(request.tenant, []).append(request)
 
     def remove(self, request: Request) -> None:
         """Take out a sequence; its blocks are not touched.
@@ -60,9 +59,10 @@ class RunningSequences:
             ValueError: it does not run.
         """
         self._sequences.remove(request)
-        self._counts[request.tenant] -= 1
-        if not self._counts[request.tenant]:
-            del self._counts[request.tenant]
+        of_tenant = self._of_tenants[request.tenant]
+        of_tenant.remove(request)
+        if not of_tenant:
+            del self._of_tenants[request.tenant]
 
     def num_growing(self) -> int:
         """Blocks to keep free for those that run, or they would soon be preempted: one for each that has no spare."""
@@ -70,13 +70,13 @@ class RunningSequences:
 
     def is_entitled(self, request: Request, num_tenants: int) -> bool:
         """Whether others have to give way to a waiting request: ``num_tenants`` run or wait, with its own."""
-        count = self._counts[request.tenant]
-        if num_tenants == 1 or count == 0:
+        num_sequences = self._num_sequences(request.tenant)
+        if num_tenants == 1 or num_sequences == 0:
             return True
-        if count >= self._max_sequences // num_tenants:
+        if num_sequences >= self._max_sequences // num_tenants:
             return False
         needed = self._kv.num_new_blocks(request)
-        return self._held_blocks()[request.tenant] + needed <= self._kv.num_blocks // num_tenants
+        return self._held_blocks(request.tenant) + needed <= self._kv.num_blocks // num_tenants
 
     def to_make_room_for(self, request: Request, num_tenants: int) -> Request | None:
         """The sequence that has to give way to an entitled request which lacks a place or blocks.
@@ -88,15 +88,16 @@ class RunningSequences:
             None while nobody has to: the sequences that could have not had their turns yet.
         """
         if self.is_full:
-            held, share, needed = self._counts, max(self._max_sequences // num_tenants, 1), 1
+            held, size, needed = self._num_sequences, self._max_sequences, 1
         else:
-            held, share = self._held_blocks(), max(self._kv.num_blocks // num_tenants, 1)
-            needed = self._kv.num_new_blocks(request)
-        is_large = held[request.tenant] + needed > share
-        for tenant, amount in held.most_common():
-            if tenant != request.tenant and (amount > share or is_large):
-                newest = self._newest(tenant)
-                if _has_had_turn(newest) or (amount > share and self._counts[tenant] > 1):
+            held, size, needed = self._held_blocks, self._kv.num_blocks, self._kv.num_new_blocks(request)
+        share = max(size // num_tenants, 1)
+        is_large = held(request.tenant) + needed > share
+        for tenant in sorted(self._of_tenants, key=held, reverse=True):
+            is_above = held(tenant) > share
+            if tenant != request.tenant and (is_above or is_large):
+                newest = self._of_tenants[tenant][-1]
+                if _has_had_turn(newest) or (is_above and self._num_sequences(tenant) > 1):
                     return newest
         return None
 
@@ -105,19 +106,18 @@ class RunningSequences:
 
         The one admitted last of all, where each tenant has one sequence and none has had its turn.
         """
-        for tenant in sorted(self._counts, key=self._kv.num_blocks_used_by, reverse=True):
-            newest = self._newest(tenant)
-            if self._counts[tenant] > 1 or _has_had_turn(newest):
+        for tenant in sorted(self._of_tenants, key=self._kv.num_blocks_used_by, reverse=True):
+            newest = self._of_tenants[tenant][-1]
+            if self._num_sequences(tenant) > 1 or _has_had_turn(newest):
                 return newest
         return self._sequences[-1]
 
-    def _held_blocks(self) -> Counter[str]:
-        held = Counter({tenant: self._kv.num_blocks_used_by(tenant) for tenant in self._counts})
-        held.update(request.tenant for request in self._sequences if not self._kv.can_grow(request))
-        return held
+    def _num_sequences(self, tenant: str) -> int:
+        return len(self._of_tenants.get(tenant, ()))
 
-    def _newest(self, tenant: str) -> Request:
-        return next(request for request in reversed(self._sequences) if request.tenant == tenant)
+    def _held_blocks(self, tenant: str) -> int:
+        num_growing = sum(not self._kv.can_grow(request) for request in self._of_tenants.get(tenant, ()))
+        return self._kv.num_blocks_used_by(tenant) + num_growing
 
 
 def _has_had_turn(request: Request) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from engine.config import CacheConfig, SchedulerConfig
 from engine.messages import SamplingParams
@@ -86,6 +86,16 @@ class Simulation:
             assert len(outputs) <= max_steps, "starved"
         assert self.scheduler.stats().blocks_used == 0
         return outputs
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """Step until something is so."""
+        while not is_done():
+            self.step()
+
+    def abort(self, request: Request) -> None:
+        """End a request between steps."""
+        self.scheduler.abort(request.request_id)
+        self._stalled.pop(request, None)
 
     def _check(self, output: SchedulerOutput) -> None:
         sequences = output.sequences

@@ -123,6 +123,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         is_new = request not in self.holders
         before = self.kv.num_used_blocks, [] if is_new else list(self.kv.block_ids(request))
         num_cached = self.kv.find_cached_prefix(request)
+        num_new = self.kv.num_new_blocks(request) if is_new else 0
         allowed = self.kv.allocate(request, request.num_tokens + num_ahead, keep_free)
         if not allowed:
             assert (self.kv.num_used_blocks, [] if is_new else self.kv.block_ids(request)) == before
@@ -131,6 +132,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         if self.kv.num_used_blocks > before[0]:
             assert NUM_BLOCKS - self.kv.num_used_blocks >= keep_free
         if is_new:
+            if num_ahead == 0:
+                assert self.kv.num_used_blocks == before[0] + num_new
             assert num_cached < request.num_tokens
             request.num_computed_tokens = num_cached
             self.holders.append(request)
@@ -185,6 +188,12 @@ class KVCacheMachine(RuleBasedStateMachine):
         for request in self.holders:
             blocks = self.kv.block_ids(request)
             assert len(set(blocks)) == len(blocks)
+
+    @invariant()
+    def a_tenants_blocks_are_counted_once(self) -> None:
+        for tenant in ("red", "blue"):
+            blocks = {block for r in self.holders if r.tenant == tenant for block in self.kv.block_ids(r)}
+            assert self.kv.num_blocks_used_by(tenant) == len(blocks)
 
     @invariant()
     def blocks_are_shared_only_for_equal_prefixes_of_one_tenant(self) -> None:
