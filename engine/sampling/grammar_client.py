@@ -134,6 +134,8 @@ class GrammarProcess:
         """Why it is of no more use, in words fit for the client."""
         self.cursors: dict[int, GrammarCursor] = {}
         """Of its sequences, by slot."""
+        self.num_bytes = 0
+        """Of memory that its grammar takes."""
         self._free_slots = list(range(num_slots))
         self._unsent: list[Ask] = []
         self._num_unanswered, self._last_round = 0, 0
@@ -237,7 +239,7 @@ class GrammarProcess:
                 self._pid, self._waits_since = message.pid, time.monotonic()
             case Compiled():
                 self.is_compiled, self.is_refused = message.error is None, message.error is not None
-                self._waits_since = None
+                self._waits_since, self.num_bytes = None, message.num_bytes
                 if message.error is not None:
                     self._fail(message.error)
             case Answers():

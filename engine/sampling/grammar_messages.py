@@ -18,8 +18,10 @@ MASK_SECONDS = 0.5
 """Of computing, for one mask; an ordinary one takes ten microseconds."""
 SPARE_SECONDS, SECONDS_PER_MASK = 0.5, 0.002
 """What a sequence may take in all: so much, and so much more for each of its masks."""
-MEMORY_BYTES = 512 * 1024**2
-"""What a process may take beside what it was forked with."""
+MEMORY_BYTES = 256 * 1024**2
+"""What a grammar may take while it is compiled."""
+MORE_MEMORY_BYTES = 64 * 1024**2
+"""What it may take in addition, once it is, for its sequences."""
 
 MASKS_PER_SLOT = MAX_SPECULATIVE_TOKENS + 1
 MAX_MESSAGE_BYTES = 1 << 18
@@ -79,8 +81,9 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
 
 
 class Compiled(msgspec.Struct, frozen=True, tag="compiled"):
-    """Its second one. ``error`` says, in words fit for the client, why the grammar cannot be enforced."""
+    """Its second one: the memory that the grammar takes, or, in words fit for the client, why it cannot be enforced."""
 
+    num_bytes: int = 0
     error: str | None = None
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -28,6 +28,8 @@ log = structlog.get_logger(__name__)
 
 _MAX_PROCESSES = 32
 """In all; a tenant with less than an equal share may have more."""
+_MAX_BYTES, _MAX_TENANT_BYTES = 1024**3, 512 * 1024**2
+"""The same of memory that grammars take, in all and of a tenant; they are checked before another is compiled."""
 _MAX_REMEMBERED = 256
 """Grammars that turned out to be unusable."""
 _MAX_COMPILING = 4
@@ -177,17 +179,28 @@ class GrammarPool:
             compiling.add(tenant)
 
     def _make_room(self, tenant: str) -> bool:
-        """End a process if there are too many; whether the tenant may have another."""
-        if len(self._processes) < _MAX_PROCESSES:
-            return True
-        held = Counter(owner for owner, _ in self._processes)
+        """End processes that do nothing if there is too much; whether the tenant may have another."""
+        while True:
+            count, size = Counter[str](), Counter[str]()
+            for (owner, _), process in self._processes.items():
+                count[owner] += 1
+                size[owner] += process.num_bytes
+            is_too_large = size[tenant] >= _MAX_TENANT_BYTES
+            if not is_too_large and count.total() < _MAX_PROCESSES and size.total() < _MAX_BYTES:
+                return True
+            owners = [tenant] if is_too_large else sorted(count, key=lambda owner: -count[owner])
+            if not self._end_idle(owners):
+                return not is_too_large and count[tenant] < equal_share(_MAX_PROCESSES, count, tenant)
+
+    def _end_idle(self, owners: Sequence[str]) -> bool:
+        """End the process that was used longest ago of the first of these tenants that has one without sequences."""
         wanted = self._wanted()
-        idle = [key for key, process in self._processes.items() if process.is_idle and key not in wanted]
-        if idle:
-            key = max(idle, key=lambda key: held[key[0]])  # the first of those: the least recently used
-            self._processes.pop(key).kill()
-            return True
-        return held[tenant] < equal_share(_MAX_PROCESSES, held, tenant)
+        for owner in owners:
+            for key, process in self._processes.items():
+                if key[0] == owner and process.is_idle and key not in wanted:
+                    self._processes.pop(key).kill()
+                    return True
+        return False
 
 
 def _key(request: Request) -> _Key:

@@ -29,6 +29,7 @@ from engine.sampling.grammar_messages import (
     MASKS_PER_SLOT,
     MAX_MESSAGE_BYTES,
     MEMORY_BYTES,
+    MORE_MEMORY_BYTES,
     SECONDS_PER_MASK,
     SPARE_SECONDS,
     Answer,
@@ -125,6 +126,8 @@ def try_out(grammar: CompiledGrammar, vocab_size: int) -> None:
 def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: GrammarCompiler, vocab_size: int) -> None:
     """One grammar's process, until the engine closes the channel."""
     encode = msgspec.msgpack.Encoder().encode
+    forked_bytes = _data_bytes()
+    _limit_memory(forked_bytes + MEMORY_BYTES)
     channel.send(encode(Started(os.getpid())))
     _bounded(COMPILE_SECONDS)
     masks_shape = fork.num_slots, MASKS_PER_SLOT, fork.num_words
@@ -134,12 +137,15 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
         compiled = compiler.compile(grammar)
         try_out(compiled, vocab_size)
     except GrammarError as error:
-        channel.send(encode(Compiled(str(error))))
+        channel.send(encode(Compiled(error=str(error))))
         return
     except MemoryError:
-        channel.send(encode(Compiled(f"the JSON schema takes more than {MEMORY_BYTES >> 20} MiB to compile")))
+        error = f"the JSON schema takes more than {MEMORY_BYTES >> 20} MiB to compile"
+        channel.send(encode(Compiled(error=error)))
         return
-    channel.send(encode(Compiled()))
+    compiled_bytes = _data_bytes()
+    _limit_memory(compiled_bytes + MORE_MEMORY_BYTES)
+    channel.send(encode(Compiled(compiled_bytes - forked_bytes)))
     sequences: dict[int, _Sequence] = {}
     decoder = msgspec.msgpack.Decoder(list[Ask])
     while asks := channel.recv(MAX_MESSAGE_BYTES):
@@ -160,11 +166,13 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
             channel.send(encode(Answers(answers)))
 
 
-def _limit_memory() -> None:
+def _data_bytes() -> int:
     with open("/proc/self/statm") as file:
-        data_pages = int(file.read().split()[5])
-    most = data_pages * mmap.PAGESIZE + MEMORY_BYTES
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+        return int(file.read().split()[5]) * mmap.PAGESIZE
+
+
+def _limit_memory(num_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
 
 
 def _silence_libraries() -> None:
@@ -190,7 +198,6 @@ def main() -> None:
         if os.fork() == 0:
             control.close()
             os.nice(_NICE)
-            _limit_memory()
             channel, memory = socket.socket(fileno=descriptors[0]), mmap.mmap(descriptors[1], 0)
             fork = msgspec.msgpack.decode(message, type=Fork)
             try:
