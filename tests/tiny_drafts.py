@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from engine.adapters_config import AdaptersConfig
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore
+from engine.core import EngineCore, Outputs
 from engine.messages import EngineRequest, SamplingParams, SessionState, VocabularyCounts
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import Eagle3, Eagle3Config, save_draft
@@ -129,6 +129,10 @@ class Engine:
         outputs, timings = self.core.step()
         if timings is not None:
             self.largest_batch = max(self.largest_batch, timings.num_sequences)
+        self.take(outputs)
+
+    def take(self, outputs: Outputs) -> None:
+        """Those of a step of the core."""
         for output in outputs[CLIENT]:
             assert output.error is None, output.error
             self._outputs[output.request_id] += output.token_ids

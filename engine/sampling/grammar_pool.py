@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -84,7 +85,9 @@ class GrammarPool:
     def start(self) -> None:
         """Load what every grammar needs, beside whatever the engine does meanwhile."""
         if self._control is None:
-            self._control = _start_forking(self._tokenizer)
+            token_bytes = [self._tokenizer.token_bytes(token_id) for token_id in range(self._tokenizer.vocab_size)]
+            vocabulary = Vocabulary(token_bytes, list(self._tokenizer.eos_token_ids))
+            self._control = _start_forking(msgspec.msgpack.encode(vocabulary))
 
     def add(self, request: Request) -> None:
         """Have the request's grammar compiled, if it is not yet."""
@@ -173,6 +176,7 @@ class GrammarPool:
             except OSError as error:
                 log.warning("a grammar cannot be compiled at the moment", reason=str(error))
                 self._control = None
+                _start_forking.cache_clear()
                 return
             self._num_turns += 1
             self._turns[tenant] = self._num_turns
@@ -208,14 +212,14 @@ def _key(request: Request) -> _Key:
     return request.tenant, request.sampling.grammar
 
 
-def _start_forking(tokenizer: Tokenizer) -> socket.socket:
-    """Start the process that forks; its control socket. It ends when that is closed."""
-    token_bytes = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+@lru_cache(maxsize=1)
+def _start_forking(vocabulary: bytes) -> socket.socket:
+    """Start the process that forks, for an encoded ``Vocabulary``; its control socket. It ends when that is closed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs, os.fdopen(os.memfd_create("evospec-vocabulary"), "r+b") as vocabulary:
-        vocabulary.write(msgspec.msgpack.encode(Vocabulary(token_bytes, list(tokenizer.eos_token_ids))))
-        vocabulary.seek(0)
-        descriptors = theirs.fileno(), vocabulary.fileno()
+    with theirs, os.fdopen(os.memfd_create("evospec-vocabulary"), "r+b") as file:
+        file.write(vocabulary)
+        file.seek(0)
+        descriptors = theirs.fileno(), file.fileno()
         subprocess.Popen(
             [sys.executable, "-m", "engine.sampling.grammar_process", *map(str, descriptors)],
             pass_fds=descriptors,

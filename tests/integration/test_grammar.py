@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import pydantic
 import pytest
 import tokenizers
 import torch
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
 from engine.models.registry import resolve_model
@@ -344,6 +345,61 @@ def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
     reasons = {name: (output.finish_reason, output.error_kind) for name, output in ends.items() if output.error}
     assert reasons == {"dead end": ("error", "invalid"), "choked": ("error", "invalid")}
     assert ends["plain"].finish_reason == "length"
+
+
+def grammar_processes() -> list[psutil.Process]:
+    """Those of this process that enforce a grammar, without those that fork them."""
+    ours = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
+    return [each for each in ours if "engine.sampling.grammar_process" in each.cmdline() and not each.children()]
+
+
+@pytest.mark.parametrize("setting", [Setting(), Setting(num_blocks=16, max_batched_tokens=20)])
+def test_a_late_mask_keeps_only_its_own_sequence_waiting(tmp_path: Path, setting: Setting) -> None:
+    """Its output is the same as ever, with drafts, and also where others take its blocks meanwhile."""
+    files = make_directory(tmp_path / "model")
+    engine = Engine(files, setting, SpeculationConfig(method="ngram"))
+    constrained = SamplingParams(max_tokens=60, seed=3, ignore_eos=True, grammar=schema({"type": "array"}))
+    plain = SamplingParams(max_tokens=80, seed=5)
+    prompts = [[7, 8, 9] * 8, list(range(40))]
+    expected = engine.generate_alone(prompts, [constrained, plain])
+    late, other = engine.add(prompts[0], constrained), engine.add(prompts[1], plain)
+    while len(engine.output(late)) < 5:
+        engine.step()
+    stopped = grammar_processes()
+    try:
+        for process in stopped:
+            process.suspend()
+        while len(engine.output(other)) < len(expected[1]):
+            engine.step()
+        assert len(engine.output(late)) < len(expected[0])
+    finally:
+        for process in stopped:
+            process.resume()
+    while engine.is_busy:
+        engine.step()
+    assert [engine.output(late), engine.output(other)] == expected
+    assert engine.core.stats().blocks_used == 0
+
+
+def test_a_request_whose_grammars_process_dies_ends_alone(tmp_path: Path) -> None:
+    engine = Engine(make_directory(tmp_path / "model"), Setting())
+    plain = SamplingParams(max_tokens=80, seed=5)
+    [expected] = engine.generate([list(range(40))], [plain])
+    sampling = SamplingParams(max_tokens=60, seed=3, ignore_eos=True, grammar=schema({"type": "array"}))
+    message = EngineRequest(request_id="lost", prompt_token_ids=[7, 8, 9], sampling=sampling, tenant="tests")
+    engine.core.add(b"client", message)
+    while not engine.core.step()[0][b"client"]:
+        time.sleep(0.001)
+    other = engine.add(list(range(40)), plain)
+    for process in grammar_processes():
+        process.kill()
+    errors: list[EngineOutput] = []
+    while engine.is_busy or not errors:
+        outputs, _ = engine.core.step()
+        errors += [output for output in outputs[b"client"] if output.finish_reason is not None]
+        engine.take(outputs)
+    assert [(error.finish_reason, error.error_kind) for error in errors] == [("error", "invalid")]
+    assert engine.output(other) == expected
 
 
 def _refuse(core: EngineCore, sampling: SamplingParams) -> EngineOutput:
