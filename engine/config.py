@@ -38,6 +38,11 @@ class ModelConfig(_Section):
     cache_dir: Path = Field(
         Path.home() / ".cache" / "evospec", description="Where downloads and derived files are kept."
     )
+    verify: bool = Field(
+        default=True,
+        description="After each start, hash the files that were downloaded, beside the engine at the lowest priority, "
+        "and end the server if one is damaged.",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Activations and KV cache; auto: bfloat16 where the device is fast at it."
     )

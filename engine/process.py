@@ -28,7 +28,8 @@ from engine.messages import (
     StepTimings,
 )
 from engine.models.config import ModelError
-from engine.models.registry import resolve_model, validate_model_files
+from engine.models.registry import known_sums, resolve_model, validate_model_files
+from engine.models.verify import DAMAGED_STATUS, Verification
 
 log = structlog.get_logger(__name__)
 
@@ -61,8 +62,8 @@ class EngineProcess:
     Every client gets the statistics too, at least every half second: silence means that the engine is gone.
     """
 
-    def __init__(self, config: EngineConfig, core: EngineCore, model_name: str) -> None:
-        self._core = core
+    def __init__(self, config: EngineConfig, core: EngineCore, model_name: str, verification: Verification) -> None:
+        self._core, self._verification = core, verification
         self._epoch = uuid.uuid4().hex
         self._ready = introduction(config, core, model_name, self._epoch)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -77,7 +78,7 @@ class EngineProcess:
         self._last_report = 0.0
 
     def run(self) -> None:
-        """Serve until the process is killed."""
+        """Serve until the process is killed, or ends itself because the model's files are damaged."""
         log.info("engine ready", **msgspec.to_builtins(self._ready))
         while True:
             self._receive(self._core.patience())
@@ -126,6 +127,8 @@ class EngineProcess:
         if report_due:
             self._last_report = now
             self._steps = []
+            if self._verification.has_failed():
+                sys.exit(DAMAGED_STATUS)
 
     def _send(self, client: bytes, message: EngineMessage) -> None:
         try:
@@ -154,7 +157,8 @@ def main() -> None:
     except (ModelError, SharedMemoryError) as error:
         log.error("the model cannot be served", reason=str(error))
         sys.exit(1)
-    EngineProcess(config, core, config.model.served_name or files.name).run()
+    verification = Verification(known_sums(config.model, files) if config.model.verify else {})
+    EngineProcess(config, core, config.model.served_name or files.name, verification).run()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class ProcessFailed(Exception):
-    """A child process died before it was ever ready; the message says what it was and how it ended."""
+    """A child process died before it was ever ready, or must not be started again; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Watchdog:
 class SupervisedProcess:
     """One child process. ``run`` starts it and starts it again, with growing delays, until cancelled.
 
+    ``fatal``: exit codes after which it is not started again, with the reason.
+
     The child has its own session, so Ctrl-C in a terminal reaches the parent only, which then decides.
     """
 
@@ -68,6 +70,7 @@ class SupervisedProcess:
         wait_ready: Callable[[], Awaitable[None]],
         log_path: Path | None = None,
         watchdog: Watchdog | None = None,
+        fatal: Mapping[int, str] | None = None,
     ) -> None:
         self.name = name
         self._arguments = arguments
@@ -75,6 +78,7 @@ class SupervisedProcess:
         self._wait_ready = wait_ready
         self._log_path = log_path
         self._watchdog = watchdog
+        self._fatal = fatal or {}
         self._started = 0.0
         self._process: asyncio.subprocess.Process | None = None
         RESTARTS.labels(name)  # shown as 0 from the start
@@ -102,10 +106,12 @@ class SupervisedProcess:
             ready.cancel()
 
     async def keep_alive(self) -> None:
-        """Start it again whenever it ends or hangs; returns only by cancellation."""
+        """Start it again whenever it ends or hangs, until cancelled; raises ``ProcessFailed`` for a fatal exit code."""
         delay = _FIRST_DELAY
         while True:
             code = await self._wait()
+            if code in self._fatal:
+                raise ProcessFailed(self._fatal[code])
             if time.monotonic() - self._started > _HEALTHY_AFTER:
                 delay = _FIRST_DELAY
             log.error("process died", process=self.name, ended=_describe(code), restart_in=delay)

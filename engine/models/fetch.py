@@ -59,6 +59,13 @@ def is_verified(path: Path, sha256: str) -> bool:
     return True
 
 
+def forget(path: Path) -> None:
+    """Have the next start hash a registry's file, and fetch it if it is wrong; delete a hub's, for the same effect."""
+    _marker_path(path).unlink(missing_ok=True)
+    if path.is_symlink():
+        path.resolve().unlink(missing_ok=True)
+
+
 def fetch(name: str, parts: Sequence[Part], sha256: str, num_bytes: int, path: Path, show_progress: bool) -> None:
     """Download and join ``parts`` into ``path``, which appears only when whole and right.
 

@@ -56,6 +56,7 @@ REGISTRY: dict[str, RegistryModel] = {
         description="Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, Apache-2.0 upstream",
     ),
 }
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights as safetensors only (a pickle can run code), at the top level only (subfolders hold other formats).
 _HUB_PATTERNS = ["model*.safetensors", "*.json", "*.jinja"]
@@ -88,6 +89,19 @@ def resolve_model(config: ModelConfig, progress: bool = True) -> ModelFiles:
     raise ModelError(
         f"model {name!r} is neither a known name ({', '.join(REGISTRY)}), a .gguf file, a directory, nor a hub id"
     )
+
+
+def known_sums(config: ModelConfig, files: ModelFiles) -> dict[Path, str]:
+    """The sha256 that files of a model must have, of those that ``resolve_model`` has fetched.
+
+    The hub's cache names weights by their sha256, and small files by a sum of another kind.
+    """
+    if config.name in REGISTRY:
+        return {files.path: REGISTRY[config.name].sha256}
+    if files.name != config.name or files.format == "gguf":  # somebody else's
+        return {}
+    blobs = {path: path.resolve().name for path in sorted(files.path.iterdir()) if path.is_symlink()}
+    return {path: name for path, name in blobs.items() if _SHA256.fullmatch(name)}
 
 
 def validate_model_files(files: ModelFiles) -> ModelSpec:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engine.models.registry import REGISTRY
 from tests.running_server import EVOSPEC, SMALL, RunningServer
 
 LaunchServer = Callable[..., RunningServer]
@@ -111,6 +114,30 @@ def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: Launc
     assert server.process.wait(timeout=30) == 0
     assert not is_running(engine)
     assert not is_running(valkey)
+
+
+def test_sigterm_waits_neither_for_bodies_that_do_not_come_nor_for_idle_connections(
+    launch_server: LaunchServer,
+) -> None:
+    server = launch_server("--http.drain_timeout", "600")
+    host, port = server.base_url.removeprefix("http://").split(":")
+    address = host, int(port)
+    with (
+        socket.create_connection(address, timeout=60) as arriving,
+        socket.create_connection(address, timeout=60) as idle,
+    ):
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        arriving.sendall(head + b"content-length: 100000\r\n\r\n{")
+        idle.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert idle.recv(4096).startswith(b"HTTP/1.1 200 ")
+        server.process.send_signal(signal.SIGTERM)
+        refusal = b"".join(iter(lambda: arriving.recv(4096), b""))
+        assert refusal.startswith(b"HTTP/1.1 503 ")
+        assert b'"code":"shutting_down"' in refusal.replace(b": ", b":")
+        assert idle.recv(4096) == b""
+        arriving.sendall(b" ")  # it is still read, for a while
+    assert server.process.wait(timeout=60) == 0
+    assert not [event for event in server.events() if event["level"] in ("warning", "error", "critical")]
 
 
 def test_drain_ends_at_its_time_limit_with_a_clear_error(launch_server: LaunchServer) -> None:
@@ -247,6 +274,31 @@ def test_truncated_model_is_refused(smollm2_path: Path, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "truncated" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_server_whose_model_is_damaged_ends(smollm2_path: Path, tmp_path: Path) -> None:
+    """Size and time of the file are what they were when its sum was right."""
+    directory = tmp_path / "models" / "smollm2-135m"
+    shutil.copytree(smollm2_path.parent, directory)
+    model, marker = directory / smollm2_path.name, directory / f"{smollm2_path.name}.verified.json"
+    before = model.stat()
+    with model.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(b"\xff" * 1000)
+    os.utime(model, ns=(before.st_atime_ns, before.st_mtime_ns))
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"mtime_ns": before.st_mtime_ns}))
+    options = ["--model", "smollm2-135m", "--engine.model.cache_dir", str(tmp_path), *SMALL]
+    server = RunningServer(tmp_path / "log.jsonl", [*options, "--engine.speculation.method", "none"])
+    assert server.process.wait(timeout=120) == 1
+    [found] = [event for event in server.events() if event["event"] == "a file of the model is damaged"]
+    assert (found["level"], found["path"], found["expected"]) == (
+        "critical", str(model), REGISTRY["smollm2-135m"].sha256,
+    )  # fmt: skip
+    assert found["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    last = server.events()[-1]
+    assert (last["event"], last["level"]) == ("giving up", "error")
+    assert "damaged" in str(last["reason"])
+    assert not marker.exists()
 
 
 def test_port_in_use_is_one_line(server: str) -> None:
