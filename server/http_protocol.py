@@ -175,6 +175,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _linger(self) -> None:
         self._discards = True
+        self.pipeline.clear()
         self.flow.resume_reading()
         self.transport.write_eof()
         self._start_timer(LINGER, self.transport.abort)

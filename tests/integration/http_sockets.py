@@ -35,10 +35,8 @@ async def serving(app: Any = answer_with_size, max_connections: int = 100, **bou
     """A server of ``app`` with ``bounds`` (of ``HttpConfig``); gives what connects to it."""
     config = HttpConfig(**{"header_timeout": 60.0} | bounds)
     http = bounded_http(config, max_connections)
-    keep_alive = config.keep_alive_timeout
-    server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_config=None, lifespan="off", http=http, timeout_keep_alive=keep_alive)
-    )
+    common: dict[str, Any] = {"log_config": None, "ws": "none", "timeout_keep_alive": config.keep_alive_timeout}
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", http=http, **common))
     task = asyncio.create_task(server.serve())
     writers = []
     async with asyncio.timeout(60):

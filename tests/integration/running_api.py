@@ -82,7 +82,7 @@ async def running_api(
     settings = load_settings(["--model", str(model.path), "--engine.address", address, *redis, *options])
     app = create_app(settings)
     http = bounded_http(settings.http, max_connections=1000)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", http=http))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", http=http, ws="none"))
     task = asyncio.create_task(server.serve())
     engine = ScriptedEngine(address, script, VOCAB_SIZE, draft=draft)
     try:

@@ -222,6 +222,21 @@ async def test_what_follows_a_request_in_work_never_ends_its_answer(streams: boo
         await read_to_end(reader)
 
 
+async def test_nothing_is_answered_behind_an_answer_that_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"0"), (b"connection", b"close")]
+        await asyncio.sleep(0)  # the server parses what follows
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with serving(app) as connect:
+        reader, writer = await connect()
+        writer.write(GET + GET + b"hello\r\n\r\n")
+        assert await read_response(reader) == (200, b"")
+        assert await is_closed(reader)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def read_to_end(reader: asyncio.StreamReader) -> None:
     """The connection ends, and what comes before that are answers of ``Gate``, each whole."""
     rest = b""
