@@ -149,8 +149,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(ApiError(431, f"{what} larger than {self._bounds.max_header_bytes} bytes."))
 
     def _look_at_body(self) -> None:
-        """Count the time that a body takes, but for that in which nobody here would take it."""
-        if not self.flow.read_paused:
+        """Count the time that a body takes, but for that in which nobody here would take it or has asked for it."""
+        if not self.flow.read_paused and not self.cycle.waiting_for_100_continue:
             self._body_seconds += self._body_tick
         if self._body_seconds > longest_body_time(self._body_bytes, self._bounds.body_timeout):
             self._refuse(ApiError(408, "The request body came too slowly.", type="invalid_request_error"))

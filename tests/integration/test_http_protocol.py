@@ -172,13 +172,12 @@ async def test_a_body_that_stops_gets_a_408_and_the_application_is_told() -> Non
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
 
 
-async def test_time_in_which_the_application_takes_nothing_is_not_the_clients() -> None:
+@pytest.mark.parametrize("expects", [b"", b"expect: 100-continue\r\n"])
+async def test_time_in_which_the_application_takes_nothing_is_not_the_clients(expects: bytes) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
+        if not expects:
+            await receive()
         await asyncio.sleep(1)  # five times as long as a body may take
-        await answer_with_rest(scope, receive, send)
-
-    async def answer_with_rest(scope: Any, receive: Any, send: Any) -> None:
         while (message := await receive()).get("more_body"):
             pass
         status = 200 if message["type"] == "http.request" else 500
@@ -187,7 +186,10 @@ async def test_time_in_which_the_application_takes_nothing_is_not_the_clients() 
 
     async with serving(app, body_timeout=0.2) as connect:
         reader, writer = await connect()
-        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n" + b"y" * 1_000_000)
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\n" + expects + b"content-length: 1000000\r\n\r\n")
+        if expects:
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+        writer.write(b"y" * 1_000_000)
         assert await read_response(reader) == (200, b"")
 
 
