@@ -36,6 +36,7 @@ from server.redis_gate import RedisGate
 from server.session_ids import new_session_id
 from server.session_store import SessionStore
 from server.settings import RedisConfig, SessionsConfig
+from server.work_shares import WorkShares
 
 TENANT = "benchmark"
 MAX_TOKENS = 64
@@ -100,7 +101,7 @@ async def measure(
 ) -> dict[str, Any]:
     """Fill a Valkey with ``count`` sessions, then ``requests`` loads and saves at each concurrency."""
     gate = RedisGate(url, RedisConfig())
-    store = SessionStore(gate, SessionsConfig(), Metrics(info.model))
+    store = SessionStore(gate, SessionsConfig(), Metrics(info.model), WorkShares())
     supply, ids, rng = cycle(snapshots), [new_session_id(TENANT) for _ in range(count)], random.Random(0)
     try:
         before, keys_before = (await gate.redis.info("memory"))["used_memory"], await gate.redis.dbsize()

@@ -14,6 +14,7 @@ from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer
 from engine.vocab.fingerprint import vocabulary_fingerprint
 from server.adapter_control import AdapterControl
+from server.body_room import BodyRoom
 from server.engine_client import EngineClient
 from server.errors import install_error_handlers
 from server.metrics import Metrics
@@ -26,8 +27,12 @@ from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
 from server.tenants import TenantRegistry
+from server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)
+
+_BODIES_PER_TENANT = 4
+"""Of the largest size, in the process at a time."""
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -72,15 +77,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     vocabulary = vocabulary_fingerprint(state.tokenizer)
     engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics, vocabulary)
     state.metrics.engine_up.set_function(lambda: float(engine.ready))
+    work = WorkShares()
     state.serving = Serving(
         model=state.model,
         created=int(time.time()),
         tokenizer=state.tokenizer,
         engine=engine,
         rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
-        sessions=SessionStore(gate, settings.sessions, state.metrics),
+        sessions=SessionStore(gate, settings.sessions, state.metrics, work),
         metrics=state.metrics,
         adapters=AdapterControl(log_gate),
+        work=work,
+        bodies=BodyRoom(_BODIES_PER_TENANT * settings.http.max_body_bytes),
     )
     connection = asyncio.create_task(engine.run())
     connection.add_done_callback(_log_failure)
@@ -91,6 +99,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         with suppress(asyncio.CancelledError):
             await connection
         await state.serving.sessions.close()
+        work.close()
         await gate.close()
         await log_gate.close()
 

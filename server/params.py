@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,7 @@ from server.schemas.fields import SamplingFields, stop_strings, to_grammar
 from server.session_ids import belongs_to, user_session_id
 from server.session_store import no_such_session
 from server.tenants import Tenant
-
-# Longer texts are tokenised in a thread, so that other requests go on.
-_LONG_TEXT = 4096
+from server.work_shares import RequestWork
 
 
 @dataclass(frozen=True)
@@ -58,15 +55,17 @@ def check_model(requested: str, served: str) -> None:
         )  # fmt: skip
 
 
-async def tokenize_texts(
-    tokenizer: Tokenizer, texts: Sequence[str], add_special_tokens: bool = True
-) -> list[list[int]]:
-    """Token ids of each text; what is long together is left to a thread, so that streams go on meanwhile."""
+def encode_text(
+    tokenizer: Tokenizer, text: str, field: str, info: EngineReady, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids of a text; 400 if it is too long to be worth tokenising."""
+    check_length(text, field, tokenizer, info)
+    return tokenizer.encode(text, add_special_tokens)
 
-    def encode() -> list[list[int]]:
-        return [tokenizer.encode(text, add_special_tokens) for text in texts]
 
-    return await asyncio.to_thread(encode) if sum(map(len, texts)) > _LONG_TEXT else encode()
+def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message], info: EngineReady) -> list[int]:
+    """Token ids of a conversation, ready for the assistant's answer; 400 as for ``encode_text``."""
+    return encode_text(tokenizer, render_messages(tokenizer, messages), "messages", info, add_special_tokens=False)
 
 
 def render_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
@@ -77,35 +76,31 @@ def render_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
         raise bad_request(str(error), "messages") from error
 
 
-async def tokenize_messages(tokenizer: Tokenizer, messages: Sequence[Message], info: EngineReady) -> TokenizedPrompt:
-    """The prompt of a conversation; 400 if it is too long to be worth tokenising."""
-    text = render_messages(tokenizer, messages)
-    check_length(text, "messages", tokenizer, info)
-    [token_ids] = await tokenize_texts(tokenizer, [text], add_special_tokens=False)
-    return TokenizedPrompt(token_ids)
-
-
 async def tokenize_prompts(
-    tokenizer: Tokenizer, prompt: str | list[int] | list[str] | list[list[int]], info: EngineReady
+    work: RequestWork, tokenizer: Tokenizer, prompt: str | list[int] | list[str] | list[list[int]], info: EngineReady
 ) -> list[TokenizedPrompt]:
     """All four forms of ``prompt`` as a list; 400 for a text that is too long to be worth tokenising."""
     prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    texts = [item for item in prompts if isinstance(item, str)]
-    for text in texts:
-        check_length(text, "prompt", tokenizer, info)
-    encoded = iter(await tokenize_texts(tokenizer, texts))
-    return [
-        TokenizedPrompt(next(encoded), item) if isinstance(item, str) else TokenizedPrompt(item) for item in prompts
-    ]
+
+    def tokenize() -> list[TokenizedPrompt]:
+        for item in prompts:
+            if isinstance(item, str):
+                check_length(item, "prompt", tokenizer, info)
+        return [
+            TokenizedPrompt(tokenizer.encode(item), item) if isinstance(item, str) else TokenizedPrompt(item)
+            for item in prompts
+        ]
+
+    return await work.run(sum(map(len, prompts)), tokenize)
 
 
 def check_length(text: str, field: str, tokenizer: Tokenizer, info: EngineReady) -> None:
-    """400 for a text that cannot fit, whatever its tokens are: counting them would take seconds for megabytes."""
-    most = info.max_model_len * tokenizer.max_token_length
-    if len(text) > most:
+    """400 for a text that cannot fit: to find all of its tokens would take seconds for megabytes."""
+    least = tokenizer.least_tokens(text)
+    if least > info.max_model_len:
         raise bad_request(
-            f"The prompt has {len(text)} characters. The model's context of {info.max_model_len} tokens holds "
-            f"{most} at the very most.",
+            f"The prompt has {len(text)} characters, so {least} tokens at the very least. The model's context is "
+            f"{info.max_model_len} tokens.",
             field,
             "context_length_exceeded",
         )

@@ -9,10 +9,12 @@ from fastapi import Request
 from engine.messages import EngineReady
 from engine.text.tokenizer import Tokenizer
 from server.adapter_control import AdapterControl
+from server.body_room import BodyRoom
 from server.engine_client import EngineClient, EngineDead
 from server.metrics import Metrics
 from server.rate_limit import RateLimiter
 from server.session_store import SessionStore
+from server.work_shares import WorkShares
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Serving:
     sessions: SessionStore
     metrics: Metrics
     adapters: AdapterControl
+    work: WorkShares
+    bodies: BodyRoom
 
     @property
     def engine_info(self) -> EngineReady:

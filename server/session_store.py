@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from weakref import WeakValueDictionary
 
 import structlog
@@ -21,6 +22,7 @@ from server.session_hashes import Conflict, OpenedHash, SessionHashes
 from server.session_ids import is_user_session, session_key
 from server.session_snapshots import Fault, SnapshotReader
 from server.settings import SessionsConfig
+from server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)
 
@@ -63,9 +65,10 @@ class SessionStore:
     back: the incarnation it knows is gone, even if there is a new session of the same name.
     """
 
-    def __init__(self, gate: RedisGate, config: SessionsConfig, metrics: Metrics) -> None:
+    def __init__(self, gate: RedisGate, config: SessionsConfig, metrics: Metrics, work: WorkShares) -> None:
         self.config = config
         self._metrics = metrics
+        self._work = work
         self._hashes = SessionHashes(gate, MAX_BYTES)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._saves: set[asyncio.Task[None]] = set()
@@ -105,7 +108,7 @@ class SessionStore:
         with self._observe("load", tenant) as seen, suppress(RedisUnavailable):
             opened = await self._open(tenant, session_id, seen)
             snapshot, reader = opened.snapshot, SnapshotReader(info.vocabulary, info.vocab_size)
-            fault = reader.find_fault(snapshot) if snapshot else None
+            fault = await self._work.run(tenant, len(snapshot), reader.find_fault, snapshot) if snapshot else None
             if fault is not None:
                 self._drop("load", fault, tenant, opened.domain)
                 snapshot = b""
@@ -158,7 +161,7 @@ class SessionStore:
 
     async def _write(self, session: LoadedSession, snapshots: Sequence[bytes]) -> str:
         """Store all snapshots, and what other requests have stored meanwhile, as one. Returns the outcome."""
-        mine = await asyncio.to_thread(self._merge, session, snapshots[-MAX_MERGED:])
+        mine = await self._merge(session, snapshots[-MAX_MERGED:])
         if mine is None:
             return "refused"
         version, merged = session.version, mine
@@ -168,16 +171,16 @@ class SessionStore:
                 return "merged" if attempt and result == "saved" else result
             # NOTE: merged with ``mine``, not with ``merged``, which may have the other requests' news in it already.
             version, both = result.version, [result.snapshot, mine] if result.snapshot else [mine]
-            together = await asyncio.to_thread(self._merge, session, both)
+            together = await self._merge(session, both)
             merged = together or mine
         log.warning("session not saved: other servers kept writing it")
         return "conflict"
 
-    def _merge(self, session: LoadedSession, snapshots: Sequence[bytes]) -> bytes | None:
+    async def _merge(self, session: LoadedSession, snapshots: Sequence[bytes]) -> bytes | None:
         tenant, state = session.tenant, session.state
-        return session.reader.merge(
-            state.snapshot, snapshots, lambda fault: self._drop("save", fault, tenant, state.domain)
-        )
+        on_fault = partial(self._drop, "save", tenant=tenant, domain=state.domain)
+        size = sum(map(len, snapshots))
+        return await self._work.run(tenant, size, session.reader.merge, state.snapshot, snapshots, on_fault)
 
     def _drop(self, operation: str, fault: Fault, tenant: str, domain: str) -> None:
         """Count and log a snapshot thrown away; what was in it is nobody's business."""

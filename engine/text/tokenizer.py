@@ -14,6 +14,7 @@ from engine.models.gguf_spec import spec_from_gguf
 from engine.models.safetensors_spec import read_json, read_spec
 from engine.text.chat_template import ChatTemplate, ChatTemplateError
 from engine.text.gguf_tokenizer import gguf_backend
+from engine.text.token_bounds import LeastTokens
 from engine.text.token_bytes import token_byte_table
 
 
@@ -26,7 +27,7 @@ class Tokenizer:
 
     ``vocab_size`` is the model's number of rows; it may exceed the number of tokens.
     ``eos_token_ids`` end a generation. ``special_token_ids`` have no text.
-    ``max_token_length``: no token stands for more characters of a text.
+    ``least_tokens(text)``: how many tokens a text has at least.
     """
 
     def __init__(
@@ -44,8 +45,7 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self._token_bytes = token_byte_table(backend, vocab_size)
-        names = [token.content for token in added.values()]
-        self.max_token_length = max(map(len, [*self._token_bytes, *names]))
+        self.least_tokens = LeastTokens(backend, self._token_bytes)
         self._chat_template = None if chat_template is None else ChatTemplate(chat_template, self._named_tokens())
 
     @classmethod

@@ -17,15 +17,16 @@ from server.generation import Generation, Piece
 from server.logprobs import chat_logprobs
 from server.openapi import errors, success
 from server.params import (
+    TokenizedPrompt,
     check_max_tokens,
     check_model,
     check_prompts,
     default_max_tokens,
+    encode_messages,
     resolve_session_id,
     to_sampling_params,
-    tokenize_messages,
 )
-from server.routes.tenant_route import CurrentTenant, SessionHeader, TenantRoute
+from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
 from server.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -42,6 +43,7 @@ from server.serving import Serving, get_serving
 from server.sse import EventStream, run_until_disconnect
 from server.stream_events import stream_events
 from server.tenants import Tenant
+from server.work_shares import RequestWork
 
 router = APIRouter(route_class=TenantRoute)
 
@@ -55,13 +57,14 @@ async def create_chat_completion(
     request: Request,
     body: ChatCompletionRequest,
     tenant: CurrentTenant,
+    work: CurrentWork,
     serving: Annotated[Serving, Depends(get_serving)],
     x_session_id: SessionHeader = None,
 ) -> Response:
     """Answer a conversation, whole or as a stream of events."""
     check_model(body.model, serving.model)
     session_id = resolve_session_id(body, x_session_id, tenant.name, serving.sessions.config.from_user)
-    generation = await _prepare(body, tenant, serving, session_id)
+    generation = await _prepare(body, tenant, work, serving, session_id)
     answer = _Answer(body, generation, serving)
     if body.stream:
         return EventStream(answer.events())
@@ -69,11 +72,14 @@ async def create_chat_completion(
     return Response(msgspec.json.encode(completion), media_type="application/json")
 
 
-async def _prepare(body: ChatCompletionRequest, tenant: Tenant, serving: Serving, session_id: str | None) -> Generation:
+async def _prepare(
+    body: ChatCompletionRequest, tenant: Tenant, work: RequestWork, serving: Serving, session_id: str | None
+) -> Generation:
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
-    prompts = [await tokenize_messages(serving.tokenizer, body.messages, info)]
+    size = sum(message.size for message in body.messages)
+    prompts = [TokenizedPrompt(await work.run(size, encode_messages, serving.tokenizer, body.messages, info))]
     check_prompts(prompts, "messages", info)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = getattr(body, field)

@@ -23,7 +23,7 @@ from server.params import (
     to_sampling_params,
     tokenize_prompts,
 )
-from server.routes.tenant_route import CurrentTenant, SessionHeader, TenantRoute
+from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
 from server.schemas.completions import (
     DEFAULT_MAX_TOKENS,
     Completion,
@@ -37,6 +37,7 @@ from server.serving import Serving, get_serving
 from server.sse import EventStream, run_until_disconnect
 from server.stream_events import stream_events
 from server.tenants import Tenant
+from server.work_shares import RequestWork
 
 router = APIRouter(route_class=TenantRoute)
 
@@ -50,13 +51,14 @@ async def create_completion(
     request: Request,
     body: CompletionRequest,
     tenant: CurrentTenant,
+    work: CurrentWork,
     serving: Annotated[Serving, Depends(get_serving)],
     x_session_id: SessionHeader = None,
 ) -> Response:
     """Continue one or several prompts, whole or as a stream of events."""
     check_model(body.model, serving.model)
     session_id = resolve_session_id(body, x_session_id, tenant.name, serving.sessions.config.from_user)
-    generation = await _prepare(body, tenant, serving, session_id)
+    generation = await _prepare(body, tenant, work, serving, session_id)
     answer = _Answer(body, generation, serving)
     if body.stream:
         return EventStream(answer.events())
@@ -64,11 +66,13 @@ async def create_completion(
     return Response(msgspec.json.encode(completion), media_type="application/json")
 
 
-async def _prepare(body: CompletionRequest, tenant: Tenant, serving: Serving, session_id: str | None) -> Generation:
+async def _prepare(
+    body: CompletionRequest, tenant: Tenant, work: RequestWork, serving: Serving, session_id: str | None
+) -> Generation:
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
-    prompts = await tokenize_prompts(serving.tokenizer, body.prompt, info)
+    prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     check_max_tokens(max_tokens, "max_tokens", prompts, info)

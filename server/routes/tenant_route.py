@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
-import msgspec
 from fastapi import Depends, Header, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError, bad_request, shutting_down
+from server.errors import ApiError, shutting_down, validation_error
+from server.json_bodies import decode_json
+from server.serving import Serving
 from server.sse import ClientDisconnected
 from server.tenants import Tenant, authenticate
+from server.work_shares import SMALL, RequestWork
 
 # Documents the header; ``authenticate`` is what checks it.
 _bearer = HTTPBearer(auto_error=False, description="API key")
 
 
 class _JsonRequest(Request):
-    """A request whose body was read and parsed before FastAPI asks for it."""
+    """A request whose body was read, parsed and validated before FastAPI asks for it."""
 
     parsed: Any
 
@@ -29,10 +33,16 @@ class _JsonRequest(Request):
 
 
 class TenantRoute(APIRoute):
-    """Finds the tenant and counts its request before it reads the body, and parses the body as strict JSON.
+    """Finds the tenant and counts its request before it reads the body, which it parses as strict JSON and validates.
 
-    Strict: no NaN, no lone surrogates, bounded depth. Sizes are bounded by ``app.state.max_body_bytes``.
+    A body is at most ``app.state.max_body_bytes`` long. One that is not small waits for its tenant's room
+    (``Serving.bodies``), which it keeps until the response is complete.
     """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with AsyncExitStack() as stack:
+            scope.setdefault("state", {})["until_answered"] = stack
+            await super().handle(scope, receive, send)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -44,10 +54,34 @@ class TenantRoute(APIRoute):
                     raise shutting_down()
                 # First: to read and check what is then refused is work as well.
                 await request.app.state.serving.rate_limiter.admit(request.state.tenant, 0)
-                request = await _read_json(request)
+                request = await self._read_json(request)
             return await handler(request)
 
         return authenticate_and_handle
+
+    async def _read_json(self, request: Request) -> Request:
+        serving: Serving = request.app.state.serving
+        tenant: Tenant = request.state.tenant
+        size = _declared_size(request)
+        if size > SMALL:
+            await request.state.until_answered.enter_async_context(serving.bodies.hold(tenant.name, size))
+        body = await _read_body(request)
+        request.state.work = RequestWork(serving.work, tenant.name, request.receive)
+        json_request = _JsonRequest(request.scope, request.receive)
+        json_request._body = body[:1]  # FastAPI only looks whether there is one
+        if body:
+            json_request.parsed = await request.state.work.run(len(body), self._parse, body)
+        return json_request
+
+    def _parse(self, body: bytes) -> Any:
+        """The body as the endpoint's model, which passes FastAPI's own validation as it is; 400 if it is none."""
+        value = decode_json(body)
+        if value is None or self.body_field is None:
+            return value
+        validated, errors = self.body_field.validate(value, loc=("body",))
+        if errors:
+            raise validation_error(errors, value)
+        return validated
 
 
 async def current_tenant(request: Request, _: Annotated[Any, Depends(_bearer)]) -> Tenant:
@@ -56,29 +90,41 @@ async def current_tenant(request: Request, _: Annotated[Any, Depends(_bearer)]) 
     return tenant
 
 
+async def current_work(request: Request) -> RequestWork:
+    """FastAPI dependency: where the work of a request with a body is done."""
+    work: RequestWork = request.state.work
+    return work
+
+
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
+CurrentWork = Annotated[RequestWork, Depends(current_work)]
 SessionHeader = Annotated[
     str | None,
     Header(alias="X-Session-Id", description="The same as session_id in the body, for clients that add headers."),
 ]
 
 
-async def _read_json(request: Request) -> Request:
+def _declared_size(request: Request) -> int:
+    """The body's bytes, as many as are allowed if the client does not say; 413 for more."""
+    limit: int = request.app.state.max_body_bytes
+    size = int(request.headers.get("content-length", limit if "transfer-encoding" in request.headers else 0))
+    if size > limit:
+        raise _too_large(limit)
+    return size
+
+
+async def _read_body(request: Request) -> bytes:
     limit: int = request.app.state.max_body_bytes
     body = bytearray()
     try:
         async for chunk in request.stream():
             body += chunk
             if len(body) > limit:
-                raise ApiError(413, f"The request body is larger than {limit} bytes.")
+                raise _too_large(limit)
     except ClientDisconnect as error:
         raise ClientDisconnected from error
-    json_request = _JsonRequest(request.scope, request.receive)
-    json_request._body = bytes(body)
-    if not body:
-        return json_request  # FastAPI does not ask for the JSON of an empty body
-    try:
-        json_request.parsed = msgspec.json.decode(json_request._body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise bad_request(f"The request body is not valid JSON: {error}") from error
-    return json_request
+    return bytes(body)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than {limit} bytes.")

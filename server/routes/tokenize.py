@@ -8,9 +8,11 @@ import msgspec
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from engine.messages import EngineReady
+from engine.text.tokenizer import Tokenizer
 from server.openapi import errors, success
-from server.params import check_length, check_model, render_messages, tokenize_texts
-from server.routes.tenant_route import CurrentTenant, TenantRoute
+from server.params import check_model, encode_messages, encode_text
+from server.routes.tenant_route import CurrentTenant, CurrentWork, TenantRoute
 from server.schemas.tokens import TokenizeRequest, TokenizeResponse
 from server.serving import Serving, get_serving
 
@@ -23,16 +25,18 @@ router = APIRouter(route_class=TenantRoute)
     response_model=None,
 )
 async def tokenize(
-    body: TokenizeRequest, _: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
+    body: TokenizeRequest, _: CurrentTenant, work: CurrentWork, serving: Annotated[Serving, Depends(get_serving)]
 ) -> Response:
     """Token ids of a text or a conversation, as the completion endpoints would see them; counts as a request."""
     check_model(body.model or serving.model, serving.model)
+    size = len(body.prompt or "") + sum(message.size for message in body.messages or ())
+    content = await work.run(size, _answer, body, serving.tokenizer, serving.engine_info)
+    return Response(content, media_type="application/json")
+
+
+def _answer(body: TokenizeRequest, tokenizer: Tokenizer, info: EngineReady) -> bytes:
     if body.messages is not None:
-        field, text, with_special = "messages", render_messages(serving.tokenizer, body.messages), False
+        tokens = encode_messages(tokenizer, body.messages, info)
     else:
-        field, text, with_special = "prompt", body.prompt or "", body.add_special_tokens is not False
-    info = serving.engine_info
-    check_length(text, field, serving.tokenizer, info)
-    [tokens] = await tokenize_texts(serving.tokenizer, [text], with_special)
-    response = TokenizeResponse(tokens, len(tokens), info.max_model_len)
-    return Response(msgspec.json.encode(response), media_type="application/json")
+        tokens = encode_text(tokenizer, body.prompt or "", "prompt", info, body.add_special_tokens is not False)
+    return msgspec.json.encode(TokenizeResponse(tokens, len(tokens), info.max_model_len))

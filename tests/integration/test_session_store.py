@@ -23,6 +23,7 @@ from server.session_hashes import Conflict
 from server.session_ids import belongs_to, new_session_id, session_key, user_session_id
 from server.session_store import LoadedSession, SessionStore
 from server.settings import RedisConfig, SessionsConfig
+from server.work_shares import WorkShares
 from tests.integration.snapshots import counts_of, snapshot_of, tokens_of
 from tests.tiny_models import VOCAB_SIZE, VOCABULARY
 
@@ -39,7 +40,7 @@ class Fixture:
     def __init__(self, url: str, **config: float) -> None:
         self.metrics = Metrics("tiny")
         self.gate = RedisGate(url, RedisConfig(**{"timeout": 10.0} | config))
-        self.store = SessionStore(self.gate, SessionsConfig(), self.metrics)
+        self.store = SessionStore(self.gate, SessionsConfig(), self.metrics, WorkShares())
 
     async def load(self, session_id: str) -> LoadedSession:
         session = await self.store.load(TENANT, session_id, ENGINE)

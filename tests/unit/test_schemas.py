@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.fields import to_grammar
 from server.schemas.tokens import DetokenizeRequest
+from server.work_shares import RequestWork, WorkShares
 
 TEXT = {"model": "m", "prompt": "x"}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
@@ -247,14 +249,16 @@ async def test_many_texts_that_are_long_together_do_not_stop_the_loop() -> None:
     threads: set[int] = set()
 
     class Spy:
-        max_token_length = 10
+        def least_tokens(self, text: str) -> int:
+            return 0
 
-        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        def encode(self, text: str) -> list[int]:
             threads.add(threading.get_ident())
             return [len(text)]
 
     info = SimpleNamespace(max_model_len=1000)
-    prompts = await tokenize_prompts(Spy(), ["x" * 4000] * 8, info)  # type: ignore[arg-type]
+    work = RequestWork(WorkShares(), "acme", asyncio.Event().wait)  # type: ignore[arg-type]  # a client that stays
+    prompts = await tokenize_prompts(work, Spy(), ["x" * 4000] * 8, info)  # type: ignore[arg-type]
     assert [prompt.token_ids for prompt in prompts] == [[4000]] * 8
     assert threading.get_ident() not in threads
 
