@@ -203,16 +203,21 @@ class GrammarProcess:
         """Send what was asked. What the socket has no room for waits for the next time."""
         if not self._unsent or self.error is not None:
             return
-        with contextlib.suppress(OSError):  # of a full socket, or of a process that is gone: ``receive`` finds that
+        try:
             self._channel.send(self._encoder.encode(self._unsent))
-            if self._num_unanswered == 0:
-                self._waits_since = time.monotonic()
-            self._num_unanswered += sum(not ask.is_over for ask in self._unsent)
-            self._unsent = []
+        except BlockingIOError:
+            return
+        except OSError:
+            self._end()
+            return
+        if self._num_unanswered == 0:
+            self._waits_since = time.monotonic()
+        self._num_unanswered += sum(not ask.is_over for ask in self._unsent)
+        self._unsent = []
 
     def receive(self) -> None:
         """Take all answers that have come, and see that it does not hold up the engine."""
-        while self.error is None:
+        while self.owes_answers:
             try:
                 data = self._channel.recv(MAX_MESSAGE_BYTES)
             except BlockingIOError:
@@ -223,8 +228,7 @@ class GrammarProcess:
             if data:
                 self._handle(self._decoder.decode(data))
             else:
-                log.warning("a grammar's process has ended", pid=self._pid, compiled=self.is_compiled)
-                self._fail(GRAMMAR_SPENT if self.is_compiled else _NOT_COMPILED)
+                self._end()
 
     def kill(self) -> None:
         """It is not needed any more, or must not go on."""
@@ -259,6 +263,11 @@ class GrammarProcess:
         self._waits_since = None
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._pid, _LOW_PRIORITY)
+
+    def _end(self) -> None:
+        """The process has ended."""
+        log.warning("a grammar's process has ended", pid=self._pid, compiled=self.is_compiled)
+        self._fail(GRAMMAR_SPENT if self.is_compiled else _NOT_COMPILED)
 
     def _fail(self, reason: str) -> None:
         self.error = self.error or reason

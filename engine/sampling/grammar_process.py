@@ -51,11 +51,30 @@ _NICE = 5
 """Beside the engine, which has to compute whatever a grammar allows."""
 
 
+class _Bound:
+    """Has the kernel end this process where it computes for longer than it may. All times are of its computing."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start(seconds)
+
+    def start(self, seconds: float) -> None:
+        """From now on, something may take so many seconds."""
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        self._seconds, self._started = seconds, time.process_time()
+
+    def go_on(self) -> float:
+        """Something else begins that may take as long, give or take a tenth. Returns the time."""
+        now = time.process_time()
+        if now - self._started > self._seconds / 10:
+            self.start(self._seconds)
+        return now
+
+
 class _Sequence:
     """One sequence's place in the grammar, and what it has cost so far, in seconds of computing."""
 
-    def __init__(self, matcher: GrammarMatcher, masks: NDArray[np.int32]) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: GrammarMatcher, masks: NDArray[np.int32], bound: _Bound) -> None:
+        self._matcher, self._bound = matcher, bound
         self._masks = masks
         """[MASKS_PER_SLOT, words]"""
         self._spent = 0.0
@@ -65,7 +84,7 @@ class _Sequence:
 
     def answer(self, ask: Ask) -> Answer:
         """Follow the output, and write the masks that the ask is about."""
-        started = _bounded(MASK_SECONDS)
+        started = self._bound.go_on()
         if ask.committed or not self._num_computed:
             if not all(map(self._matcher.accept, ask.committed)):
                 self._failure = "contradiction"
@@ -89,7 +108,7 @@ class _Sequence:
         """Write one mask, unless the sequence has failed. ``started``: when its time began; returns when it ended."""
         if not self._failure:
             self._matcher.fill_bitmask(self._masks, row)
-        ended = _bounded(MASK_SECONDS)
+        ended = self._bound.go_on()
         self._last_seconds = ended - started
         self._spent += self._last_seconds
         self._num_computed += 1
@@ -98,21 +117,16 @@ class _Sequence:
         return ended
 
 
-def _bounded(seconds: float) -> float:
-    """Have the kernel end this process unless it asks again before it has computed so long; its time so far."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    return time.process_time()
-
-
-def try_out(grammar: CompiledGrammar, vocab_size: int) -> None:
+def _try_out(grammar: CompiledGrammar, vocab_size: int, bound: _Bound) -> None:
     """Compute masks along a random text; raises ``GrammarError`` where they take too long to be used."""
+    bound.start(MASK_SECONDS)
     matcher, random = grammar.matcher(), np.random.default_rng(_TRIAL_SEED)
     mask = np.zeros((1, -(-vocab_size // 32)), dtype=np.int32)
     slow = 0
     for _ in range(_TRIAL_MASKS):
-        started = _bounded(MASK_SECONDS)
+        started = bound.go_on()
         matcher.fill_bitmask(mask, 0)
-        slow += time.process_time() - started > _TRIAL_SECONDS
+        slow += bound.go_on() - started > _TRIAL_SECONDS
         if slow > 1:  # once, that says little
             raise GrammarError(
                 "the JSON schema is too ambiguous: to find out which tokens may come next takes more than "
@@ -129,13 +143,13 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
     forked_bytes = _data_bytes()
     _limit_memory(forked_bytes + MEMORY_BYTES)
     channel.send(encode(Started(os.getpid())))
-    _bounded(COMPILE_SECONDS)
+    bound = _Bound(COMPILE_SECONDS)
     masks_shape = fork.num_slots, MASKS_PER_SLOT, fork.num_words
     masks = np.frombuffer(memory, dtype=np.int32, count=int(np.prod(masks_shape))).reshape(masks_shape)
     try:
         grammar = msgspec.msgpack.decode(memory[masks.nbytes : masks.nbytes + fork.num_grammar_bytes], type=Grammar)
         compiled = compiler.compile(grammar)
-        try_out(compiled, vocab_size)
+        _try_out(compiled, vocab_size, bound)
     except GrammarError as error:
         channel.send(encode(Compiled(error=str(error))))
         return
@@ -156,7 +170,7 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
                 sequences.pop(ask.slot, None)
                 continue
             if ask.is_new:
-                sequences[ask.slot] = _Sequence(compiled.matcher(), masks[ask.slot])
+                sequences[ask.slot] = _Sequence(compiled.matcher(), masks[ask.slot], bound)
             answers.append(sequences[ask.slot].answer(ask))
             if time.monotonic() > send_at:  # the others need not wait for one that takes long
                 channel.send(encode(Answers(answers)))
