@@ -142,6 +142,7 @@ class GrammarProcess:
         self._pid: int | None = None
         self._waits_since: float | None = None
         """Since when it computes what is waited for; None: it does not, or has a low priority already."""
+        self._buffer = memoryview(bytearray(MAX_MESSAGE_BYTES))
         self._encoder, self._decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(GrammarMessage)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._channel.setblocking(False)
@@ -219,14 +220,14 @@ class GrammarProcess:
         """Take all answers that have come, and see that it does not hold up the engine."""
         while self.owes_answers:
             try:
-                data = self._channel.recv(MAX_MESSAGE_BYTES)
+                num_bytes = self._channel.recv_into(self._buffer)
             except BlockingIOError:
                 self._put_behind()
                 return
             except OSError:
-                data = b""
-            if data:
-                self._handle(self._decoder.decode(data))
+                num_bytes = 0
+            if num_bytes:
+                self._handle(self._decoder.decode(self._buffer[:num_bytes]))
             else:
                 self._end()
 

@@ -162,10 +162,11 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
     channel.send(encode(Compiled(compiled_bytes - forked_bytes)))
     sequences: dict[int, _Sequence] = {}
     decoder = msgspec.msgpack.Decoder(list[Ask])
-    while asks := channel.recv(MAX_MESSAGE_BYTES):
+    buffer = memoryview(bytearray(MAX_MESSAGE_BYTES))
+    while num_bytes := channel.recv_into(buffer):
         answers: list[Answer] = []
         send_at = time.monotonic() + _SEND_EVERY
-        for ask in decoder.decode(asks):
+        for ask in decoder.decode(buffer[:num_bytes]):
             if ask.is_over:
                 sequences.pop(ask.slot, None)
                 continue
