@@ -16,9 +16,11 @@ from benchmarks.attack import (
     grammar_fuzz,
     http_fuzz,
     keyless,
+    large_bodies,
     masks,
     soak,
     starving,
+    tokenize_flood,
 )
 from benchmarks.attack.bars import Bars
 
@@ -52,6 +54,8 @@ ATTACKS = {
     "starve_kv": Attack(lambda source, options: starving.run_kv(source), starving.BARS),
     "starve_slots": Attack(lambda source, options: starving.run_slots(source), starving.BARS),
     "keyless": Attack(lambda source, options: keyless.run(source), keyless.BARS),
+    "tokenize_flood": Attack(lambda source, options: tokenize_flood.run(source), tokenize_flood.BARS),
+    "large_bodies": Attack(lambda source, options: large_bodies.run(source), large_bodies.BARS),
     "drain": Attack(lambda source, options: drain.run(source), drain.BARS),
     "acceptance": Attack(lambda source, options: acceptance.run(source), acceptance.BARS),
     "forge_channel": Attack(lambda source, options: forge_channel.run(source), forge_channel.BARS),

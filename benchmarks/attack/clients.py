@@ -63,6 +63,7 @@ class Victim:
     until: float
     tenant: str = VICTIM
     body: Mapping[str, Any] = field(default_factory=lambda: FOUR_TOKENS)
+    path: str = COMPLETIONS
     answers: list[Answer] = field(default_factory=list)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -78,7 +79,7 @@ class Victim:
     def _run(self) -> None:
         while not self._stopping.wait(_PAUSE):
             timeout = max(1.0, self.until - time.monotonic())
-            self.answers.append(ask(self.server, self.tenant, self.body, timeout=timeout))
+            self.answers.append(ask(self.server, self.tenant, self.body, self.path, timeout))
 
     def figures(self) -> dict[str, float]:
         """How many were asked and not served, and the longest answer in seconds, unserved ones included."""

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.attack.bars import at_most, exactly
 from benchmarks.attack.clients import FOUR_TOKENS, Victim, ask, with_schema
 from benchmarks.attack.server import ATTACKER, MODEL, serving
 
-SCHEMAS = {
-    "optional": {"type": "string", "pattern": "^(.?){500}$"},
-    "nested": {"type": "string", "pattern": r"^((((([^a])+)*){1,}|😀[^a](?:\.)\s)|\d)$"},
-    "wide": {"anyOf": [{"type": "array", "items": {"type": "string"}}] * 1100},
+
+def _pattern(expression: str) -> dict[str, Any]:
+    return {"type": "string", "pattern": expression}
+
+
+_ARRAY = {"type": "array", "items": {"type": "string"}}
+SCHEMAS: dict[str, list[dict[str, Any]]] = {
+    "optional": [_pattern(f"^(.?){{{count}}}$") for count in (500, 250, 120, 60, 30, 15)],
+    "nested": [
+        _pattern(r"^((((([^a])+)*){1,}|😀[^a](?:\.)\s)|\d)$"),
+        _pattern("^(([^a]+)*)*$"),
+        _pattern("^((a|b|.)*(c|.)*)*$"),
+        _pattern("^(.*a.*)*$"),
+    ],
+    "wide": [{"anyOf": [_ARRAY] * count} for count in (1100, 500, 200, 80, 30)],
 }
-LIMIT_SECONDS = 120.0
+"""Each family from the costliest on: what is refused by its cost is followed by what may be let in."""
 BODY = {"model": MODEL, "prompt": ["zq"] * 10, "n": 16, "max_tokens": 40, "temperature": 2}
+LIMIT_SECONDS = 120.0
 _CALM_SECONDS = 2.0
 BARS = {
     f"{name}_{figure}": bar
@@ -25,16 +38,19 @@ BARS = {
 
 
 def run(source: Path) -> dict[str, float]:
-    """Each schema against a server of its own; the longest that the victim waits for an answer."""
+    """Each family against a server of its own; the longest that the victim waits for an answer."""
     figures: dict[str, float] = {}
-    for name, schema in SCHEMAS.items():
+    for name, schemas in SCHEMAS.items():
         with serving(source, f"masks-{name}") as server:
             ask(server, ATTACKER, FOUR_TOKENS)
             until = time.monotonic() + LIMIT_SECONDS
+            statuses = []
             with Victim(server, until) as victim:
                 time.sleep(_CALM_SECONDS)
-                answer = ask(server, ATTACKER, with_schema(BODY, schema), timeout=LIMIT_SECONDS - _CALM_SECONDS)
+                for schema in schemas:
+                    if (left := until - time.monotonic()) > 1:
+                        statuses.append(ask(server, ATTACKER, with_schema(BODY, schema), timeout=left).status)
                 time.sleep(_CALM_SECONDS)
-            seen = victim.figures() | {"attacker_status": answer.status, "attacker_seconds": answer.seconds}
+        seen = victim.figures() | {"attacker_served": statuses.count(200), "attacker_refused": statuses.count(400)}
         figures |= {f"{name}_{figure}": value for figure, value in seen.items()}
     return figures

@@ -42,7 +42,7 @@ Move = Callable[[Server, float, random.Random], None]
 
 
 def _masks(server: Server, seconds: float, chance: random.Random) -> None:
-    schema = chance.choice(list(masks.SCHEMAS.values()))
+    schema = chance.choice(chance.choice(list(masks.SCHEMAS.values())))
     ask(server, ATTACKER, with_schema(masks.BODY, schema), timeout=seconds)
 
 
