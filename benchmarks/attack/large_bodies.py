@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import repeat
 from pathlib import Path
 
 from benchmarks.attack.bars import at_most, exactly
@@ -50,32 +51,30 @@ def bodies() -> dict[str, tuple[str, str]]:
     chat = '{{"model":"{}","messages":[{}]}}'.format
     schema = '"response_format":{{"type":"json_schema","json_schema":{{"name":"a","schema":{}}}}}'.format
     fields = _filled(f'"k{index}":1' for index in range(10**6))
+    numbers = ",".join(["12345"] * 8000)
     return {
-        "string": (COMPLETIONS, prompt(MODEL, f'"{"a" * _BYTES}"')),
-        "escapes": (COMPLETIONS, prompt(MODEL, f'"{"\\n" * (_BYTES // 2)}"')),
-        "ids": (COMPLETIONS, prompt(MODEL, f"[{_filled(_endless('12345'))}]")),
-        "id_lists": (COMPLETIONS, prompt(MODEL, f"[{_filled(_endless(f'[{",".join(["12345"] * 8000)}]'))}]")),
-        "strings": (COMPLETIONS, prompt(MODEL, f"[{_filled(_endless('"a"'))}]")),
-        "lists": (COMPLETIONS, prompt(MODEL, f"[{_filled(_endless('[]'))}]")),
-        "deep_lists": (COMPLETIONS, prompt(MODEL, f"[{_filled(_endless('[' * 400 + ']' * 400))}]")),
-        "broken_lists": (COMPLETIONS, prompt(MODEL, f"[{_filled(_endless('[]'))}")),
+        "string": (COMPLETIONS, prompt(MODEL, '"' + "a" * _BYTES + '"')),
+        "escapes": (COMPLETIONS, prompt(MODEL, '"' + r"\n" * (_BYTES // 2) + '"')),
+        "ids": (COMPLETIONS, prompt(MODEL, f"[{_repeated('12345')}]")),
+        "id_lists": (COMPLETIONS, prompt(MODEL, f"[{_repeated(f'[{numbers}]')}]")),
+        "strings": (COMPLETIONS, prompt(MODEL, "[" + _repeated('"a"') + "]")),
+        "lists": (COMPLETIONS, prompt(MODEL, f"[{_repeated('[]')}]")),
+        "deep_lists": (COMPLETIONS, prompt(MODEL, f"[{_repeated('[' * 400 + ']' * 400)}]")),
+        "broken_lists": (COMPLETIONS, prompt(MODEL, f"[{_repeated('[]')}")),
         "biases": (COMPLETIONS, option(MODEL, f'"logit_bias":{{{fields}}}')),
         "unknown_fields": (COMPLETIONS, option(MODEL, fields)),
         "schema": (COMPLETIONS, option(MODEL, schema(f"{{{fields}}}"))),
-        "schema_choices": (COMPLETIONS, option(MODEL, schema(f'{{"enum":[{_filled(_endless("1"))}]}}'))),
-        "messages": (CHAT, chat(MODEL, _filled(_endless('{"role":"user","content":"a"}')))),
-        "parts": (
-            CHAT,
-            chat(MODEL, f'{{"role":"user","content":[{_filled(_endless('{"type":"text","text":"a"}'))}]}}'),
-        ),
+        "schema_choices": (COMPLETIONS, option(MODEL, schema(f'{{"enum":[{_repeated("1")}]}}'))),
+        "messages": (CHAT, chat(MODEL, _repeated('{"role":"user","content":"a"}'))),
+        "parts": (CHAT, chat(MODEL, '{"role":"user","content":[' + _repeated('{"type":"text","text":"a"}') + "]}")),
         "parsed": (CHAT, chat(MODEL, f'{{"role":"user","content":"a","parsed":{{{fields}}}}}')),
-        "tokens": ("/detokenize", f'{{"tokens":[{",".join(["12345"] * 2**17)}]}}'),
+        "tokens": ("/detokenize", '{"tokens":[' + ",".join(["12345"] * 2**17) + "]}"),
     }
 
 
-def _endless(item: str) -> Iterator[str]:
-    while True:
-        yield item
+def _repeated(item: str) -> str:
+    """``item`` as often as a body has room for it, separated by commas."""
+    return _filled(repeat(item))
 
 
 def _filled(items: Iterable[str]) -> str:

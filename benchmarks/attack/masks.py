@@ -48,8 +48,8 @@ def run(source: Path) -> dict[str, float]:
             with Victim(server, until) as victim:
                 time.sleep(_CALM_SECONDS)
                 for schema in schemas:
-                    if (left := until - time.monotonic()) > 1:
-                        statuses.append(ask(server, ATTACKER, with_schema(BODY, schema), timeout=left).status)
+                    left = max(1.0, until - time.monotonic())
+                    statuses.append(ask(server, ATTACKER, with_schema(BODY, schema), timeout=left).status)
                 time.sleep(_CALM_SECONDS)
         seen = victim.figures() | {"attacker_served": statuses.count(200), "attacker_refused": statuses.count(400)}
         figures |= {f"{name}_{figure}": value for figure, value in seen.items()}
