@@ -30,12 +30,15 @@ BARS = {
 def run(source: Path) -> dict[str, float]:
     """Each kind from four connections for a second and a half; the longest answer of health to each kind."""
     figures: dict[str, float] = {}
-    with serving(source, "large-bodies") as server, most_memory(server) as most:
-        with Victim(server, time.monotonic() + _LIMIT_SECONDS, body=TWO_WORDS, path=TOKENIZE) as victim:
-            for kind, (path, body) in bodies().items():
-                with _health(server) as times:
-                    _send(server, path, body.encode())
-                figures[f"{kind}_health_seconds"] = max(times)
+    with (
+        serving(source, "large-bodies") as server,
+        most_memory(server) as most,
+        Victim(server, time.monotonic() + _LIMIT_SECONDS, body=TWO_WORDS, path=TOKENIZE) as victim,
+    ):
+        for kind, (path, body) in bodies().items():
+            with _health(server) as times:
+                _send(server, path, body.encode())
+            figures[f"{kind}_health_seconds"] = max(times)
     return {
         "health_longest_seconds": max(figures.values()),
         **figures,
