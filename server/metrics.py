@@ -211,7 +211,9 @@ class Metrics:
             "prefix_hit_tokens": Counter(
                 "evospec:prefix_cache_hits", "Prompt tokens found in the prefix cache.", registry=registry
             ),
-            "preemptions": Counter("evospec:preemptions", "Sequences preempted for lack of blocks.", registry=registry),
+            "preemptions": Counter(
+                "evospec:preemptions", "Sequences preempted for lack of blocks or places.", registry=registry
+            ),
             "nonfinite_sequences": Counter(
                 "evospec:nonfinite_sequences", "Sequences ended by logits that are not finite.", registry=registry
             ),
