@@ -26,7 +26,10 @@ _SEQUENCE_PRIOR = 2.0
 
 @dataclass(slots=True)
 class Ratio:
-    """How the drafts of some sequences fare against their tenant's average: accepted / expected, with fading memory."""
+    """How the drafts of a sequence, or at repeats of a level, fare against the average of the tenant's.
+
+    The ratio is accepted / expected, with fading memory.
+    """
 
     accepted: float = 0.0
     expected: float = 0.0

@@ -142,7 +142,7 @@ class Speculator:
         seconds = 0.0
         if self._follower is not None:
             started = time.perf_counter()
-            later = self._without_vocabulary(sequences)
+            later = self._begun_later(sequences)
             self._follower.follow(sequences, kept, logits, compute_logits, likely, later, self._copied)
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
@@ -150,8 +150,8 @@ class Speculator:
             self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
         return seconds
 
-    def _without_vocabulary(self, sequences: Sequence[ScheduledSequence]) -> list[str]:
-        """New requests that may well never be drafted for."""
+    def _begun_later(self, sequences: Sequence[ScheduledSequence]) -> list[str]:
+        """The new requests that get a vocabulary only when they are drafted for, because that may well never be."""
         new = (one.request for one in sequences if not one.request.output_token_ids)
         return [request.request_id for request in new if not self._policy.drafts_for_most(request.tenant)]
 

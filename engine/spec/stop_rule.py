@@ -23,7 +23,7 @@ class StopRule:
     chances: NDArray[np.float32]
     """[T, 2, SURENESS_LEVELS]: that a tenant's greedy and sampled token is accepted, by how sure of it the draft is."""
     tenants: Mapping[str, int]
-    """Number of each sequence's tenant among the T."""
+    """The number of each sequence's tenant among the T."""
     acceptance: Mapping[str, Sequence[float]]
     """Of each sequence by place, before it is drafted, given that those before it are accepted."""
     verify_costs: Sequence[float]

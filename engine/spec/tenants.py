@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from engine.spec.acceptance import Acceptance
 
 MAX_TENANTS = 1024
-"""With some 10 kB each."""
+"""So many tenants are remembered, each in some 10 kB."""
 _SHARE_RATE = 0.1
 """Weight of a step in the share of sequences that are drafted for."""
 _IDLE_INTERVAL = 16
-"""Where nothing has been drafted for some steps, lengths are worked out so seldom, until the batch changes."""
+"""Where a tenant got no drafts for some steps, lengths are worked out so seldom, until the batch changes."""
 _PROBE_INTERVAL, _PROBE_STEPS = 256, 8
-"""Where nothing is drafted, every so many steps one sequence is for some steps, to see whether that is still right."""
+"""A tenant without drafts gets some for one sequence every so many steps, for some steps, to see whether they pay."""
 
 
 @dataclass(slots=True, eq=False)
@@ -23,9 +23,9 @@ class Tenant:
 
     acceptance: Acceptance = field(default_factory=Acceptance)
     drafted_share: float = 1.0
-    """Of its sequences those that are drafted for, with fading memory."""
+    """How many of its sequences are drafted for, on average with fading memory."""
     _idle_steps: int = 0
-    """Since a sequence of it was worth drafting for."""
+    """Steps in a row in which none of its sequences was worth drafting for."""
 
     @property
     def rests(self) -> bool:
@@ -38,11 +38,11 @@ class Tenant:
         return self._idle_steps >= _PROBE_INTERVAL and self._idle_steps % _PROBE_INTERVAL < _PROBE_STEPS
 
     def take_step(self, is_worth_drafting: bool) -> None:
-        """In a step some sequence of the tenant's is, or none is."""
+        """A step begins, in which some sequence of the tenant is worth drafting for, or none is."""
         self._idle_steps = 0 if is_worth_drafting else self._idle_steps + 1
 
     def take_drafted(self, share: float) -> None:
-        """In a step so many of its sequences are drafted for, probed ones included."""
+        """A step drafts for this share of the tenant's sequences, a probed one included."""
         self.drafted_share += (share - self.drafted_share) * _SHARE_RATE
 
 

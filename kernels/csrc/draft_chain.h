@@ -50,7 +50,7 @@ struct ChainRows {
   const TextIndex* const* texts;  // null: repeats do not count
   // When all chains end early; chances null: never. Everything is counted in tokens.
   const float* chances;       // [T][2][kSurenessLevels]: that a tenant's greedy and sampled token is accepted
-  const int32_t* tenants;     // [B]: of each one's among the T
+  const int32_t* tenants;     // [B]: the number of each one's tenant among the T
   const float* acceptance;    // [B][max_length]: of each place, before it is drafted, if those before it are accepted
   const float* verify_costs;  // [max_length]: of verifying one more token
   float draft_cost;           // of another token for each sequence
