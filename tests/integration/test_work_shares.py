@@ -1,0 +1,240 @@
+"""Work of requests in shares of their tenants: what one tenant sends keeps no other waiting, and what waits is bounded.
+
+Nothing here is decided by time: threads wait for events that the tests set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from engine.messages import EngineOutput, EngineRequest
+from engine.text.tokenizer import Tokenizer
+from server import body_room
+from server.body_room import BodyRoom
+from server.engine_client import Overloaded
+from server.tenants import hash_key
+from server.work_shares import SMALL, WorkShares
+from tests.integration.running_api import Api
+
+BIG = 2 * SMALL
+LONG_TEXT = "a " * SMALL
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+class Gate:
+    """Work that begins, and goes on when it is let."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self._go_on = threading.Semaphore(0)
+
+    def pass_through(self, name: str = "") -> str:
+        self.begun.append(name)
+        assert self._go_on.acquire(timeout=20)
+        return name
+
+    def open(self, times: int = 1) -> None:
+        self._go_on.release(times)
+
+
+@pytest.fixture
+def shares() -> Any:
+    shares = WorkShares()
+    yield shares
+    shares.close()
+
+
+async def test_a_tenant_with_long_work_has_one_thread_and_another_goes_on_meanwhile(shares: WorkShares) -> None:
+    gate = Gate()
+    jobs = [asyncio.create_task(shares.run("acme", BIG, gate.pass_through, name)) for name in "xyz"]
+    await until(lambda: gate.begun)
+    assert await shares.run("bravo", BIG, lambda: "served") == "served"
+    assert gate.begun == ["x"]
+    gate.open(3)
+    assert await asyncio.gather(*jobs) == ["x", "y", "z"]
+
+
+async def test_a_small_job_waits_for_nobody(shares: WorkShares) -> None:
+    gate = Gate()
+    jobs = [asyncio.create_task(shares.run(name, BIG, gate.pass_through)) for name in ("acme", "charlie", "delta")]
+    await until(lambda: len(gate.begun) == 2)  # no thread is free
+    assert await shares.run("bravo", SMALL, threading.get_ident) == threading.get_ident()
+    gate.open(3)
+    await asyncio.gather(*jobs)
+
+
+async def test_a_cancelled_job_never_begins_and_one_that_runs_keeps_its_tenants_place(shares: WorkShares) -> None:
+    gate = Gate()
+    running, waiting, last = (
+        asyncio.create_task(shares.run("acme", BIG, gate.pass_through, name)) for name in ("running", "waiting", "last")
+    )
+    await until(lambda: gate.begun)
+    running.cancel()
+    waiting.cancel()
+    await asyncio.gather(running, waiting, return_exceptions=True)
+    assert await shares.run("bravo", BIG, lambda: "served") == "served"
+    assert gate.begun == ["running"]
+    gate.open(2)
+    assert await last == "last"
+    assert gate.begun == ["running", "last"]
+
+
+async def test_what_work_raises_reaches_its_caller_and_the_next_job_runs(shares: WorkShares) -> None:
+    with pytest.raises(ZeroDivisionError):
+        await shares.run("acme", BIG, lambda: 1 / 0)
+    assert await shares.run("acme", BIG, lambda: 1) == 1
+
+
+async def holding(room: BodyRoom, tenant: str, size: int, release: asyncio.Event, entered: list[int]) -> None:
+    async with room.hold(tenant, size):
+        entered.append(size)
+        await release.wait()
+
+
+async def test_bodies_come_in_in_their_order_as_room_allows_and_other_tenants_have_their_own() -> None:
+    room, release, entered = BodyRoom(10), asyncio.Event(), list[int]()
+    first = asyncio.create_task(holding(room, "acme", 6, release, entered))
+    rest = [asyncio.create_task(holding(room, "acme", size, asyncio.Event(), entered)) for size in (5, 1)]
+    await until(lambda: entered == [6])
+    async with room.hold("bravo", 10):
+        assert entered == [6]  # the last would fit, but it is not its turn
+    release.set()
+    await first
+    await until(lambda: entered == [6, 5, 1])
+    for task in rest:
+        task.cancel()
+
+
+async def test_who_gives_up_waiting_for_room_leaves_it_to_the_next() -> None:
+    room, entered = BodyRoom(10), list[int]()
+    release = asyncio.Event()
+    first = asyncio.create_task(holding(room, "acme", 10, release, entered))
+    await until(lambda: entered)
+    given_up, admitted, last = (
+        asyncio.create_task(holding(room, "acme", size, release, entered)) for size in (10, 9, 8)
+    )
+    await asyncio.sleep(0)
+    given_up.cancel()
+    release.set()
+    await first  # gives its room to the second
+    admitted.cancel()
+    await last
+    async with asyncio.timeout(20), room.hold("acme", 10):
+        pass
+
+
+async def test_too_many_that_wait_for_room_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body_room, "MAX_WAITING", 1)
+    room, release, entered = BodyRoom(10), asyncio.Event(), list[int]()
+    tasks = [asyncio.create_task(holding(room, "acme", 10, release, entered)) for _ in range(2)]
+    await until(lambda: entered)
+    with pytest.raises(Overloaded):
+        async with room.hold("acme", 1):
+            pass
+    release.set()
+    await asyncio.gather(*tasks)
+
+
+def one_token(request: EngineRequest) -> Any:
+    yield EngineOutput(request_id=request.request_id, token_ids=[300], finish_reason="stop")
+
+
+@pytest.fixture
+def serve_two(serve: Any) -> Callable[..., AbstractAsyncContextManager[Api]]:
+    """A server for the tenants acme and bravo, whose keys are their names; small bodies fill a tenant's room."""
+
+    @asynccontextmanager
+    async def serve_them(*options: str) -> AsyncIterator[Api]:
+        keys = ",".join(f"{name}={hash_key(name)}" for name in ("acme", "bravo"))
+        async with serve(one_token, "--auth.keys", keys, *options) as api:
+            yield api
+
+    return serve_them
+
+
+def tokenize(api: Api, tenant: str, prompt: str) -> asyncio.Task[httpx.Response]:
+    headers = {"Authorization": f"Bearer {tenant}"}
+    return asyncio.create_task(api.client.post("/tokenize", json={"prompt": prompt}, headers=headers))
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    """Texts of acme wait in the tokenizer: they are those with an a."""
+    gate, encode = Gate(), Tokenizer.encode
+
+    def encode_behind_gate(self: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+        if "a" in text:
+            gate.pass_through(text)
+        return encode(self, text, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode_behind_gate)
+    monkeypatch.setattr("server.params.check_length", lambda *_: None)
+    return gate
+
+
+async def test_while_one_tenants_texts_are_tokenised_another_is_served(serve_two: Any, gate: Gate) -> None:
+    async with serve_two() as api:
+        attacker = [tokenize(api, "acme", LONG_TEXT) for _ in range(8)]
+        await until(lambda: gate.begun)
+        short, long = await tokenize(api, "bravo", "b b"), await tokenize(api, "bravo", "b " * SMALL)
+        assert [answer.status_code for answer in (short, long)] == [200, 200]
+        assert len(gate.begun) == 1
+        gate.open(8)
+        assert {answer.status_code for answer in await asyncio.gather(*attacker)} == {200}
+
+
+async def test_bodies_beyond_a_tenants_room_are_not_read_until_others_are_answered(serve_two: Any, gate: Gate) -> None:
+    async with serve_two("--http.max_body_bytes", str(len(LONG_TEXT) + 100)) as api:  # four of them
+        attacker = [tokenize(api, "acme", LONG_TEXT) for _ in range(8)]
+        rooms = api.app.state.serving.bodies._rooms
+        await until(lambda: "acme" in rooms and len(rooms["acme"].waiting) == 4)
+        assert (await tokenize(api, "bravo", "b " * SMALL)).status_code == 200
+        gate.open(8)
+        assert {answer.status_code for answer in await asyncio.gather(*attacker)} == {200}
+        assert rooms["acme"].used == 0
+
+
+async def test_a_client_that_goes_away_leaves_the_queue(serve_two: Any, gate: Gate) -> None:
+    async with serve_two() as api:
+        first, second = tokenize(api, "acme", LONG_TEXT), tokenize(api, "acme", LONG_TEXT + "second")
+        await until(lambda: gate.begun)
+        waiting = api.app.state.serving.bodies._rooms["acme"]
+        await until(lambda: waiting.used > 2 * len(LONG_TEXT))
+        second.cancel()
+        await until(lambda: waiting.used < 2 * len(LONG_TEXT))
+        third = tokenize(api, "acme", LONG_TEXT + "third")
+        gate.open(2)
+        assert [answer.status_code for answer in await asyncio.gather(first, third)] == [200, 200]
+    assert gate.begun == [LONG_TEXT, LONG_TEXT + "third"]
+
+
+async def in_chunks() -> AsyncIterator[bytes]:
+    yield b'{"prompt":'
+    yield b'"b"}'
+
+
+async def test_a_large_body_names_its_wrong_field_as_a_small_one_does(serve_two: Any) -> None:
+    async with serve_two() as api:
+        headers = {"Authorization": "Bearer bravo"}
+        wrong = {"model": "tiny", "prompt": LONG_TEXT, "stop": ["x", 1], "n": 1}
+        answers = [
+            await api.client.post("/v1/completions", json={**wrong, **change}, headers=headers)
+            for change in ({}, {"prompt": "b"})
+        ]
+        too_many = await api.client.post("/v1/completions", json={**wrong, "stop": [[]] * 70_000}, headers=headers)
+        undeclared = await api.client.post("/tokenize", content=in_chunks(), headers=headers)
+    assert [answer.json()["error"]["param"] for answer in answers] == ["stop.1", "stop.1"]
+    assert (too_many.status_code, "lists and objects" in too_many.text) == (400, True)
+    assert undeclared.status_code == 400  # it is JSON, but does not say so
