@@ -25,7 +25,7 @@ BARS = {
     "tiny_schema_status": exactly(200),
     "no_schema_seconds": at_most(1),
     "no_schema_status": exactly(200),
-    "attacker_longest_seconds": at_most(15),
+    "attacker_longest_seconds": at_most(10 * len(SLOW) + 5),
     "known_to_another_over_unknown": Bar(least=0.5),
 }
 
