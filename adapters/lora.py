@@ -11,7 +11,7 @@ import torch
 
 from engine.adapters_config import LoraTarget
 from engine.ipc.weight_layout import WeightLayout
-from engine.models.eagle3 import Eagle3Config
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.lora import adapted_rows, lora_layout
 from kernels.batched_lora import LoraMatrix
 

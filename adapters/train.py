@@ -22,7 +22,8 @@ from adapters.target_parts import target_parts
 from adapters.unroll import Unroller
 from adapters.validation import Accuracy, validate
 from engine.models.config import ModelError, ModelSpec
-from engine.models.eagle3 import Eagle3, Eagle3Config, init_from_target, load_draft, save_draft
+from engine.models.eagle3 import Eagle3, init_from_target, load_draft, save_draft
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.weights import WeightSource
 from kernels.native import has_fast_bf16
 

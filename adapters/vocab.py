@@ -18,8 +18,8 @@ from adapters.generate import data_directory
 from engine.config import ModelConfig
 from engine.models.config import ModelError
 from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.draft_files import DRAFTS
 from engine.spec.draft_head import COUNTS_FILE
-from engine.spec.load import DRAFTS
 from engine.spec.session_head import GRAPH_FILE
 from engine.vocab.bigram_graph import build_bigram_graph
 

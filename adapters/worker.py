@@ -36,7 +36,7 @@ from engine.models.config import ModelError
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.load import DRAFTS
+from engine.spec.draft_files import DRAFTS
 
 log = structlog.get_logger(__name__)
 

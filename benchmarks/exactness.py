@@ -30,7 +30,8 @@ from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.short import mixed_prompts
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.messages import Grammar, SamplingParams
-from engine.models.eagle3 import Eagle3, Eagle3Config, save_draft
+from engine.models.eagle3 import Eagle3, save_draft
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.registry import resolve_model, validate_model_files
 from engine.spec.draft_head import COUNTS_FILE
 

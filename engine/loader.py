@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import structlog
 import torch
 
+from engine import limits
 from engine.attention import flashinfer
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.torch_paged import TorchPagedAttention
@@ -25,8 +26,6 @@ from kernels import native
 log = structlog.get_logger(__name__)
 
 BackendName = Literal["torch", "native", "flashinfer"]
-
-_DEFAULT_MAX_MODEL_LEN = 8192
 
 
 class CausalLM(Protocol):
@@ -97,7 +96,7 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
     # Partial sums in bfloat16 would differ with the number of rows, which decides how a product is split.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dtype = _dtype(config, backend, device)
-    max_model_len = _max_model_len(config, spec)
+    max_model_len = limits.max_model_len(config.model, spec)
     source = open_weights(files)
     if backend == "native":
         return _load_native(config, source, spec, max_model_len, team or native.Team(threads))
@@ -186,11 +185,3 @@ def _dtype(config: EngineConfig, backend: BackendName, device: torch.device) -> 
         return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
     fast_bf16 = device.type == "cuda" or backend == "native" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast_bf16 else torch.float32
-
-
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    limit = spec.max_position_embeddings
-    asked = config.model.max_model_len
-    if asked is not None and asked > limit:
-        raise ModelError(f"model.max_model_len is {asked}, but the model's limit is {limit}")
-    return asked or min(limit, _DEFAULT_MAX_MODEL_LEN)

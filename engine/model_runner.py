@@ -13,6 +13,7 @@ from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.batch import Features, ForwardBatch, ForwardOutput
 from engine.config import CacheConfig
 from engine.free_memory import free_memory
+from engine.limits import num_blocks_in
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.step_graphs import StepGraphs
@@ -159,14 +160,8 @@ def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block
     if cache.num_blocks is not None:
         return cache.num_blocks
     budget = min(cache.max_bytes, int(_free_memory(loaded.device) * cache.memory_fraction))
-    num_blocks = budget // (attention_spec(loaded, cache, 1).bytes_per_block + draft_bytes_per_block)
-    needed = -(-loaded.max_model_len // cache.block_size)
-    if num_blocks < needed:
-        raise ModelError(
-            f"{budget / 2**20:.0f} MiB for the KV cache hold {num_blocks * cache.block_size} tokens, but one sequence "
-            f"may have {loaded.max_model_len}: raise cache.max_bytes or lower model.max_model_len"
-        )
-    return num_blocks
+    per_block = attention_spec(loaded, cache, 1).bytes_per_block + draft_bytes_per_block
+    return num_blocks_in(budget, per_block, cache.block_size, loaded.max_model_len)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import uuid
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -27,9 +28,10 @@ from engine.messages import (
     Hello,
     StepTimings,
 )
-from engine.models.config import ModelError
+from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import known_sums, resolve_model, validate_model_files
 from engine.models.verify import DAMAGED_STATUS, Verification
+from engine.spec.draft_files import draft_model_config
 
 log = structlog.get_logger(__name__)
 
@@ -141,6 +143,15 @@ class EngineProcess:
             self._core.abort_client(client)
 
 
+def _sums(config: EngineConfig, files: ModelFiles, max_model_len: int) -> dict[Path, str]:
+    """Of what was fetched for the model, and for a draft model."""
+    sums, speculation = known_sums(config.model, files), config.speculation
+    if speculation.method == "draft_model" and speculation.num_speculative_tokens:
+        draft = draft_model_config(config, max_model_len)
+        sums |= known_sums(draft, resolve_model(draft, progress=False))
+    return sums
+
+
 def main() -> None:
     """Load the model named by the configuration, then serve it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
@@ -157,7 +168,7 @@ def main() -> None:
     except (ModelError, SharedMemoryError) as error:
         log.error("the model cannot be served", reason=str(error))
         sys.exit(1)
-    verification = Verification(known_sums(config.model, files) if config.model.verify else {})
+    verification = Verification(_sums(config, files, core.max_model_len) if config.model.verify else {})
     EngineProcess(config, core, config.model.served_name or files.name, verification).run()
 
 

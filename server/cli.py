@@ -13,6 +13,7 @@ import typer
 
 from engine.log import configure_logging
 from engine.models.config import ModelError
+from engine.validation import validated_files
 from server.launcher import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, serve, validated_model
 from server.settings import ConfigurationError, Settings, load_settings
 from server.settings_doc import settings_doc
@@ -46,7 +47,7 @@ def api_command(context: typer.Context) -> None:
 def engine_command(context: typer.Context) -> None:
     """Start the engine alone, at --engine.address."""
     settings = _load(context)
-    validated_model(settings.engine.model)
+    validated_files(settings.engine)
     if settings.engine.address.startswith("ipc://"):
         Path(settings.engine.address.removeprefix("ipc://")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.execve(ENGINE_COMMAND[0], ENGINE_COMMAND, engine_environment(settings))
@@ -58,7 +59,7 @@ def worker_command(context: typer.Context) -> None:
     settings = _load(context)
     if settings.engine.alignment.redis_url is None and settings.redis.url is None:
         raise ConfigurationError("redis.url is needed: the worker reads the engine's token log from there")
-    validated_model(settings.engine.model)
+    validated_files(settings.engine)
     os.execve(WORKER_COMMAND[0], WORKER_COMMAND, engine_environment(settings))
 
 

@@ -27,6 +27,7 @@ from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
 from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.verify import DAMAGED_STATUS
+from engine.validation import validated_files
 from server.app import create_app
 from server.banner import banner
 from server.http_protocol import LINGER, bounded_http
@@ -58,7 +59,10 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
     """
     tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     check_exposure(settings.http.host, settings.auth, tenants)
-    validated_model(settings.engine.model)
+    if with_engine:
+        validated_files(settings.engine)
+    else:
+        validated_model(settings.engine.model)
     max_connections = _allow_many_connections()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(instance_directory())

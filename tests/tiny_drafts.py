@@ -16,7 +16,8 @@ from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig,
 from engine.core import EngineCore, Outputs
 from engine.messages import EngineRequest, SamplingParams, SessionState, VocabularyCounts
 from engine.models.config import ModelFiles
-from engine.models.eagle3 import Eagle3, Eagle3Config, save_draft
+from engine.models.eagle3 import Eagle3, save_draft
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.registry import validate_model_files
 from engine.spec.draft_head import COUNTS_FILE
 from engine.spec.proposer import Draft

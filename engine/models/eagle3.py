@@ -14,9 +14,8 @@ The next unrolled step takes a where the first took g. The target's embedding an
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
@@ -26,61 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.models.config import ModelError, ModelSpec
+from engine.models.config import ModelError
+from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, read_draft
 from engine.models.llama import rms_norm
 from kernels.batched_lora import LoraMatrix
-
-WEIGHTS_FILE = "draft.safetensors"
-CONFIG_FILE = "config.json"
-
-
-@dataclass(frozen=True)
-class Eagle3Config:
-    """Shape of a draft. Head shapes and the rotary base are the target's; ``target`` names it."""
-
-    target: str
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    capture_layers: tuple[int, ...]
-    rms_norm_eps: float
-    vocab_size: int
-    num_target_layers: int
-    attention_bias: bool = False
-    """Whether queries, keys and values have a bias, as the target's own may"""
-
-    @classmethod
-    def for_target(
-        cls, spec: ModelSpec, target: str, capture_layers: tuple[int, ...], intermediate_size: int
-    ) -> Eagle3Config:
-        return cls(
-            target=target,
-            hidden_size=spec.hidden_size,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            intermediate_size=intermediate_size,
-            capture_layers=capture_layers,
-            rms_norm_eps=spec.rms_norm_eps,
-            vocab_size=spec.vocab_size,
-            num_target_layers=spec.num_layers,
-            attention_bias=spec.attention_bias,
-        )
-
-    def check_target(self, spec: ModelSpec, directory: Path) -> None:
-        """Raises ModelError unless the draft was made for a model of this shape."""
-        wanted = Eagle3Config.for_target(spec, self.target, self.capture_layers, self.intermediate_size)
-        wanted = replace(wanted, attention_bias=self.attention_bias)
-        # A GGUF holds the norm's epsilon in float32, a config.json in decimal digits.
-        same_eps = math.isclose(self.rms_norm_eps, wanted.rms_norm_eps, rel_tol=1e-6)
-        fits = replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps
-        layers = self.capture_layers
-        if layers != tuple(sorted(set(layers))):
-            raise ModelError(f"{directory}: the draft's capture_layers must ascend, not {layers}")
-        if not fits or not all(0 <= layer < spec.num_layers for layer in layers):
-            raise ModelError(f"{directory}: the draft is for {self.target}, whose shape differs from the model's")
 
 
 class Additions(Protocol):
@@ -163,19 +111,14 @@ def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eag
     """The draft of a directory, ready to serve.
 
     Raises:
-        ModelError: a file is missing or does not fit the others.
+        ModelError: a file is missing, damaged or absurd, or does not fit the others.
     """
-    try:
-        values = json.loads((directory / CONFIG_FILE).read_text())
-        config = Eagle3Config(**(values | {"capture_layers": tuple(values["capture_layers"])}))
-        weights = load_file(directory / WEIGHTS_FILE)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{directory}: not an EAGLE-3 draft: {error}") from error
+    config = read_draft(directory)
     with torch.device("meta"):
         draft = Eagle3(config)
     try:
-        draft.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+        draft.load_state_dict(load_file(directory / WEIGHTS_FILE), assign=True)
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"{directory}: {error}") from error
     return draft.to(device=device, dtype=dtype).requires_grad_(False)
 

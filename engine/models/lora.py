@@ -15,7 +15,8 @@ import torch
 
 from engine.adapters_config import LoraTarget
 from engine.ipc.weight_layout import TensorSpec, WeightLayout
-from engine.models.eagle3 import CONFIG_FILE, WEIGHTS_FILE, Eagle3, Eagle3Config
+from engine.models.eagle3 import Eagle3
+from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config
 from kernels.batched_lora import LoraMatrix
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from engine.loader import LoadedModel
 from engine.messages import SamplingParams
@@ -203,13 +203,18 @@ def read_token_counts(directory: Path, vocab_size: int) -> torch.Tensor:
     """The ``COUNTS_FILE`` of a directory: [vocab] int64.
 
     Raises:
-        ModelError: there is none, or it is for another vocabulary.
+        ModelError: there is none, it is damaged, or for another vocabulary.
     """
     path = directory / COUNTS_FILE
     if not path.is_file():
         raise ModelError(f"a static draft vocabulary needs token counts, but there is no {path} (evospec vocab build)")
-    with safe_open(path, framework="pt") as file:
-        counts: torch.Tensor = file.get_tensor("counts")
+    try:
+        with safe_open(path, framework="pt") as file:
+            counts: torch.Tensor = file.get_tensor("counts")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if counts.dtype != torch.int64:
+        raise ModelError(f"{path}: counts are {counts.dtype}, must be int64")
     if counts.shape != (vocab_size,):
         raise ModelError(f"{path}: counts of {counts.numel()} tokens, but the model has {vocab_size}")
     return counts

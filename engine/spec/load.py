@@ -11,9 +11,11 @@ import structlog
 from engine.config import EngineConfig
 from engine.loader import LoadedModel, load
 from engine.models import eagle3
-from engine.models.config import ModelError, ModelFiles
+from engine.models.config import ModelFiles
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
+from engine.spec import draft_files
+from engine.spec.draft_files import check_same_tokens, choose_method, draft_model_config
 from engine.spec.draft_head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
 from engine.spec.draft_model import DraftModel
 from engine.spec.eagle import EagleDraft
@@ -30,8 +32,6 @@ _DEFAULT_CORE = 4096
 _DEFAULT_SESSIONS = "dynamic:512+512"
 _DEFAULT_OF_MODELS, _LARGE_VOCABULARY = "dynamic:32768+512", 100_000
 """Of draft models, which lose more by tokens that they cannot say (docs/decisions/044-a-model-drafts.md)."""
-DRAFTS = Path(__file__).parents[2] / "drafts"
-"""What is shipped: for each model a directory of its name."""
 
 
 def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> Draft | None:
@@ -40,24 +40,17 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
     Raises:
         ModelError: the draft cannot be had, or does not fit the target.
     """
-    speculation = config.speculation
-    shipped = DRAFTS / files.name
-    if speculation.num_speculative_tokens == 0 or speculation.method == "none":
-        return None
-    if speculation.method == "ngram":
-        return NgramDraft()
-    if speculation.method == "draft_model":
-        return _load_draft_model(config, target, files, tokenizer)
-    if speculation.method in ("eagle3", "ngram_eagle3"):
-        directory = shipped if speculation.draft is None else Path(speculation.draft).expanduser()
-        eagle = _load_eagle(config, target, directory, tokenizer)
-        return eagle if speculation.method == "eagle3" else SwitchingDraft(eagle)
-    if speculation.draft is not None:
-        raise ModelError("speculation.draft is set: say what it is by speculation.method, eagle3 or draft_model")
-    if not (shipped / eagle3.WEIGHTS_FILE).is_file():
+    method, directory = choose_method(config.speculation, files.name)
+    if method == "none" and config.speculation.method == "auto" and config.speculation.num_speculative_tokens:
         log.info("no speculation: no draft is shipped for this model", model=files.name)
+    if method == "ngram":
+        return NgramDraft()
+    if method == "draft_model":
+        return _load_draft_model(config, target, files, tokenizer)
+    if directory is None:
         return None
-    return _load_eagle(config, target, shipped, tokenizer)
+    eagle = _load_eagle(config, target, directory, tokenizer)
+    return SwitchingDraft(eagle) if method == "ngram_eagle3" else eagle
 
 
 def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer) -> DraftHead:
@@ -94,8 +87,8 @@ def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
 
 def counts_directory(target: str, draft: str) -> Path:
     """Where the counts for a draft model are: the target's, or its own, as what it says often is close to them."""
-    of_target = DRAFTS / target
-    return of_target if (of_target / COUNTS_FILE).is_file() else DRAFTS / draft
+    of_target = draft_files.DRAFTS / target
+    return of_target if (of_target / COUNTS_FILE).is_file() else draft_files.DRAFTS / draft
 
 
 def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
@@ -114,23 +107,10 @@ def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, toke
 
 
 def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:
-    name = config.speculation.draft
-    if name is None:
-        raise ModelError("speculation.method draft_model needs a model: speculation.draft")
-    model = config.model.model_copy(
-        update={"name": name, "served_name": None, "revision": None, "max_model_len": target.max_model_len}
-    )
-    draft_files = resolve_model(model, progress=False)
-    spec = validate_model_files(draft_files)
-    _check_same_tokens(name, Tokenizer.from_files(draft_files), tokenizer)
-    loaded = load(config.model_copy(update={"model": model}), draft_files, spec, target.team)
-    head = make_head(config, loaded, counts_directory(files.name, draft_files.name), tokenizer)
-    return DraftModel(loaded, name, config.cache, head)
-
-
-def _check_same_tokens(name: str, draft: Tokenizer, target: Tokenizer) -> None:
-    same = draft.vocab_size == target.vocab_size and all(
-        draft.token_bytes(token_id) == target.token_bytes(token_id) for token_id in range(target.vocab_size)
-    )
-    if not same:
-        raise ModelError(f"draft model {name} has other tokens than the target")
+    model = draft_model_config(config, target.max_model_len)
+    own_files = resolve_model(model, progress=False)
+    spec = validate_model_files(own_files)
+    check_same_tokens(model.name, Tokenizer.from_files(own_files), tokenizer)
+    loaded = load(config.model_copy(update={"model": model}), own_files, spec, target.team)
+    head = make_head(config, loaded, counts_directory(files.name, own_files.name), tokenizer)
+    return DraftModel(loaded, model.name, config.cache, head)

@@ -18,10 +18,12 @@ import httpx
 import pytest
 
 from engine.models.registry import REGISTRY
+from engine.spec.draft_files import DRAFTS
 from tests.running_server import EVOSPEC, SMALL, RunningServer
 
 LaunchServer = Callable[..., RunningServer]
 LONG_TOKENS = 128
+OTHER_DRAFT = str(DRAFTS / "qwen2.5-coder-0.5b")
 
 
 def completion_body(max_tokens: int, stream: bool = False) -> dict[str, object]:
@@ -255,6 +257,12 @@ def test_engine_and_api_server_can_be_started_alone(
         (["--keys-file", "/nowhere/keys.toml"], "/nowhere/keys.toml"),
         (["--port", "x"], "http.port"),
         (["--redis.url", "ftp://host"], "redis.url"),
+        (["--kv-max-bytes", "1000"], "0 MiB for the KV cache hold 0 tokens"),
+        (["--engine.model.max_model_len", "100000"], "the model's limit is 8192"),
+        (["--engine.speculation.draft", "/nowhere"], "say what it is by speculation.method"),
+        (["--engine.speculation.method", "draft_model"], "needs a model"),
+        (["--engine.speculation.method", "eagle3", "--engine.speculation.draft", "/nowhere"], "not an EAGLE-3 draft"),
+        (["--engine.speculation.method", "eagle3", "--engine.speculation.draft", OTHER_DRAFT], "shape differs"),
     ],
 )
 def test_bad_configuration_is_one_line_before_any_port_opens(options: list[str], message: str, free_port: int) -> None:

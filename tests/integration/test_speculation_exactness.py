@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
-from engine.spec import load
+from engine.spec import draft_files
 from engine.spec.draft_head import COUNTS_FILE
 from kernels import native
 from tests.exactness import SAMPLED, SETTINGS
@@ -49,7 +49,7 @@ def drafts(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture
 def shipped(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory of shipped drafts that holds nothing but token counts, which draft models need too."""
-    monkeypatch.setattr(load, "DRAFTS", tmp_path)
+    monkeypatch.setattr(draft_files, "DRAFTS", tmp_path)
     (tmp_path / files.name).mkdir()
     save_file({"counts": torch.arange(512)}, tmp_path / files.name / COUNTS_FILE)
     return tmp_path

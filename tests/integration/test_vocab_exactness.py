@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from engine.config import DynamicConfig, SpeculationConfig
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
-from engine.spec import load
+from engine.spec import draft_files
 from engine.spec.draft_head import COUNTS_FILE
 from engine.spec.session_head import GRAPH_FILE
 from engine.vocab.bigram_graph import build_bigram_graph
@@ -57,7 +57,7 @@ def drafts(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture(autouse=True)
 def shipped(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Token counts and a graph where a draft model looks for them; semantic indices go where the test ends."""
-    monkeypatch.setattr(load, "DRAFTS", tmp_path)
+    monkeypatch.setattr(draft_files, "DRAFTS", tmp_path)
     (tmp_path / files.name).mkdir()
     save_file({"counts": torch.arange(VOCAB_SIZE)}, tmp_path / files.name / COUNTS_FILE)
     _write_graph(tmp_path / files.name)

@@ -19,7 +19,7 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
 from engine.models.registry import resolve_model
-from engine.spec.load import DRAFTS
+from engine.spec.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer
 from kernels import native
 from tests.alignment import make_alignment

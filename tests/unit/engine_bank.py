@@ -11,7 +11,8 @@ from engine.adapters_config import AdaptersConfig, LogConfig
 from engine.ipc.shared_file import SharedFile
 from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams
-from engine.models.eagle3 import Eagle3, Eagle3Config
+from engine.models.eagle3 import Eagle3
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import RotaryEmbedding
 from engine.models.lora import lora_layout, whole_layout
 from engine.request import Request

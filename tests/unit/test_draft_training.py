@@ -24,7 +24,8 @@ from adapters.ttt_attention import chain_attention
 from adapters.unroll import Unroller
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
-from engine.models.eagle3 import WEIGHTS_FILE, Eagle3, Eagle3Config, init_from_target, save_draft
+from engine.models.eagle3 import Eagle3, init_from_target, save_draft
+from engine.models.eagle3_config import WEIGHTS_FILE, Eagle3Config
 from engine.models.llama import rms_norm
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights

@@ -17,6 +17,7 @@ from engine.core import EngineCore
 from engine.loader import LoadedModel, load
 from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import validate_model_files
+from engine.spec import draft_files
 from engine.spec import load as spec_load
 from engine.spec.draft_head import COUNTS_FILE
 from engine.spec.proposer import Draft
@@ -41,7 +42,7 @@ def target(files: ModelFiles) -> LoadedModel:
 @pytest.fixture
 def shipped(files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of the draft that is shipped for the target."""
-    monkeypatch.setattr(spec_load, "DRAFTS", tmp_path)
+    monkeypatch.setattr(draft_files, "DRAFTS", tmp_path)
     return make_draft_directory(tmp_path / files.name, files)
 
 
@@ -83,7 +84,7 @@ def test_ngrams_need_no_draft_and_the_switch_the_shipped_one(
 def test_a_draft_model_takes_its_own_counts_where_the_target_has_none(
     target: LoadedModel, files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spec_load, "DRAFTS", tmp_path)
+    monkeypatch.setattr(draft_files, "DRAFTS", tmp_path)
     smaller = make_directory(tmp_path / "models" / "smaller")
     for vocabulary, expected in (("dynamic:64+8", "dynamic:64+8"), ("static:64", "static:64"), ("auto", "full")):
         make_draft_directory(tmp_path / smaller.name, smaller)
@@ -181,7 +182,7 @@ def test_layers_out_of_order_are_refused(
 def test_weights_that_do_not_fit_the_config_are_refused(target: LoadedModel, files: ModelFiles, shipped: Path) -> None:
     config = json.loads((shipped / "config.json").read_text())
     (shipped / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
-    with pytest.raises(ModelError, match="size mismatch"):
+    with pytest.raises(ModelError, match=r"down_proj.weight has the shape \(64, 192\), must be \(64, 256\)"):
         load_draft(target, files)
 
 

@@ -1,0 +1,116 @@
+"""What an EAGLE-3 draft is, read from its directory and checked against its target. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError, safe_open
+
+from engine.models.config import ModelError, ModelSpec
+
+WEIGHTS_FILE = "draft.safetensors"
+CONFIG_FILE = "config.json"
+_MAX_SIZE = 1 << 18
+_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Shape of a draft. Head shapes and the rotary base are the target's; ``target`` names it."""
+
+    target: str
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    capture_layers: tuple[int, ...]
+    rms_norm_eps: float
+    vocab_size: int
+    num_target_layers: int
+    attention_bias: bool = False
+    """Whether queries, keys and values have a bias, as the target's own may"""
+
+    @classmethod
+    def for_target(
+        cls, spec: ModelSpec, target: str, capture_layers: tuple[int, ...], intermediate_size: int
+    ) -> Eagle3Config:
+        return cls(
+            target=target,
+            hidden_size=spec.hidden_size,
+            num_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            intermediate_size=intermediate_size,
+            capture_layers=capture_layers,
+            rms_norm_eps=spec.rms_norm_eps,
+            vocab_size=spec.vocab_size,
+            num_target_layers=spec.num_layers,
+            attention_bias=spec.attention_bias,
+        )
+
+    def check_target(self, spec: ModelSpec, directory: Path) -> None:
+        """Raises ModelError unless the draft was made for a model of this shape."""
+        wanted = Eagle3Config.for_target(spec, self.target, self.capture_layers, self.intermediate_size)
+        wanted = replace(wanted, attention_bias=self.attention_bias)
+        # A GGUF holds the norm's epsilon in float32, a config.json in decimal digits.
+        same_eps = math.isclose(self.rms_norm_eps, wanted.rms_norm_eps, rel_tol=1e-6)
+        fits = replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps
+        layers = self.capture_layers
+        if layers != tuple(sorted(set(layers))):
+            raise ModelError(f"{directory}: the draft's capture_layers must ascend, not {layers}")
+        if not fits or not all(0 <= layer < spec.num_layers for layer in layers):
+            raise ModelError(f"{directory}: the draft is for {self.target}, whose shape differs from the model's")
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight of the draft, by its name in ``Eagle3``."""
+        hidden, intermediate, heads_size = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
+        qkv_size = heads_size + 2 * self.num_kv_heads * self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {
+            "fc.weight": (hidden, len(self.capture_layers) * hidden),
+            "qkv_proj.weight": (qkv_size, 2 * hidden),
+            "o_proj.weight": (hidden, heads_size),
+            "gate_up_proj.weight": (2 * intermediate, hidden),
+            "down_proj.weight": (hidden, intermediate),
+        }
+        norms = ("embedding_norm", "hidden_norm", "post_attention_norm", "output_norm")
+        shapes |= dict.fromkeys(norms, (hidden,))
+        return shapes | ({"qkv_proj.bias": (qkv_size,)} if self.attention_bias else {})
+
+
+def read_draft(directory: Path) -> Eagle3Config:
+    """The configuration of a draft, whose weights are there and of its shapes, as far as their header tells.
+
+    Raises:
+        ModelError: a file is missing, damaged, absurd, or does not fit the other.
+    """
+    try:
+        config = msgspec.json.decode((directory / CONFIG_FILE).read_bytes(), type=Eagle3Config)
+        _check_sizes(config)
+        with safe_open(directory / WEIGHTS_FILE, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            dtypes = {part.get_dtype() for part in slices.values()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{directory}: not an EAGLE-3 draft: {error}") from error
+    wanted = config.tensor_shapes()
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
+            raise ModelError(f"{directory}: {name} has the shape {shapes.get(name)}, must be {wanted.get(name)}")
+    if not dtypes <= set(_DTYPES):
+        raise ModelError(f"{directory}: weights are {sorted(dtypes)}, must be of {_DTYPES}")
+    return config
+
+
+def _check_sizes(config: Eagle3Config) -> None:
+    sizes = "hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size num_target_layers"
+    for name in sizes.split():
+        if not 0 < getattr(config, name) <= _MAX_SIZE:
+            raise ValueError(f"{name} is {getattr(config, name)}, must be 1 to {_MAX_SIZE}")
+    if not 0 < len(config.capture_layers) <= config.num_target_layers:
+        raise ValueError(f"{len(config.capture_layers)} capture_layers of {config.num_target_layers} layers")
+    if not 0 < config.rms_norm_eps < 1:
+        raise ValueError(f"rms_norm_eps is {config.rms_norm_eps}")

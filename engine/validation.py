@@ -1,0 +1,32 @@
+"""Whether an engine can serve what its configuration asks for, as far as files and options tell. Torch-free."""
+
+from __future__ import annotations
+
+from engine.config import EngineConfig
+from engine.limits import max_model_len, num_blocks_in
+from engine.models.config import ModelFiles, ModelSpec
+from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.draft_files import check_draft
+
+
+def validated_files(config: EngineConfig) -> ModelFiles:
+    """The model's files, fetched if need be; nothing is loaded.
+
+    Raises:
+        ModelError: the model cannot be had or served, the draft does not fit it, or KV memory is too small for one
+            sequence, whatever the machine has.
+    """
+    files = resolve_model(config.model)
+    spec = validate_model_files(files)
+    longest = max_model_len(config.model, spec)
+    _check_kv(config, spec, longest)
+    check_draft(config, files, spec, longest)
+    return files
+
+
+def _check_kv(config: EngineConfig, spec: ModelSpec, longest: int) -> None:
+    """By the smallest block that there may be: without a draft's part, and in two bytes a number where not in four."""
+    cache, num_bytes = config.cache, 4 if config.model.dtype == "float32" else 2
+    if cache.num_blocks is None:
+        per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * num_bytes
+        num_blocks_in(cache.max_bytes, per_token * cache.block_size, cache.block_size, longest)
