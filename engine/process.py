@@ -164,12 +164,12 @@ def main() -> None:
         files = resolve_model(config.model, progress=False)
         core = EngineCore(config, files, validate_model_files(files))
         core.start_grammars()
+        sums = _sums(config, files, core.max_model_len) if config.model.verify else {}
         gc.freeze()  # what there is now stays: collections need not look at it, least of all between two tokens
     except (ModelError, SharedMemoryError) as error:
         log.error("the model cannot be served", reason=str(error))
         sys.exit(1)
-    verification = Verification(_sums(config, files, core.max_model_len) if config.model.verify else {})
-    EngineProcess(config, core, config.model.served_name or files.name, verification).run()
+    EngineProcess(config, core, config.model.served_name or files.name, Verification(sums)).run()
 
 
 if __name__ == "__main__":
