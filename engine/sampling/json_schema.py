@@ -18,10 +18,10 @@ _UNSUPPORTED = (
 )
 _STRING_LENGTHS = {"minLength", "maxLength"}
 _GIVES_TYPE: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("minLength", "maxLength", "pattern", "format"), ()),
+    **dict.fromkeys(("minLength", "maxLength", "pattern", "format", "propertyNames"), ()),
     **dict.fromkeys(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"), ()),
     **dict.fromkeys(("minItems", "maxItems"), ("items", "prefixItems")),
-    **dict.fromkeys(("minProperties", "maxProperties", "propertyNames", "patternProperties"), ("properties",)),
+    **dict.fromkeys(("minProperties", "maxProperties", "patternProperties"), ("properties",)),
 }
 """Keywords that xgrammar ignores where neither ``type`` nor one of these says what they are about."""
 _ONE_SCHEMA = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames")
@@ -87,12 +87,23 @@ def _problem(schema: dict[str, Any]) -> str | None:
         return f"required of {', '.join(sorted(unnamed))}, which properties do not have"
     if "multipleOf" in keywords and schema.get("type") != "integer":
         return "multipleOf of a type other than integer"
+    if {"propertyNames", "properties"} <= keywords:
+        return "propertyNames beside properties"
+    if any('"' in pattern or "\\\\" in pattern for pattern in _patterns(schema)):
+        return "a pattern of a quotation mark or a backslash, which JSON writes otherwise"
     return None
 
 
 def _named(schema: dict[str, Any]) -> set[str]:
     properties = schema.get("properties")
     return set(properties) if isinstance(properties, dict) else set()
+
+
+def _patterns(schema: dict[str, Any]) -> list[str]:
+    """The regular expressions of this schema, apart from its subschemas."""
+    named = schema.get("patternProperties")
+    patterns = [schema.get("pattern"), *(named if isinstance(named, dict) else ())]
+    return [pattern for pattern in patterns if isinstance(pattern, str)]
 
 
 def _required(schema: dict[str, Any]) -> set[str]:
