@@ -5,15 +5,14 @@ from __future__ import annotations
 import http.client
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from itertools import repeat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.attack.bars import at_most, exactly
 from benchmarks.attack.clients import CHAT, COMPLETIONS, Victim
-from benchmarks.attack.server import ATTACKER, MODEL, Server, serving
-from benchmarks.attack.tokenize_flood import TOKENIZE, TWO_WORDS, most_memory
+from benchmarks.attack.server import MODEL, Server, serving
+from benchmarks.attack.tokenize_flood import TOKENIZE, TWO_WORDS, flood, most_memory
 
 _BYTES = 4 * 1024**2 - 1024
 _AT_ONCE = 4
@@ -29,7 +28,8 @@ BARS = {
 
 def run(source: Path) -> dict[str, float]:
     """Each kind from four connections for a second and a half; the longest answer of health to each kind."""
-    figures: dict[str, float] = {}
+    health: dict[str, float] = {}
+    answers: dict[str, float] = {}
     with (
         serving(source, "large-bodies") as server,
         most_memory(server) as most,
@@ -37,11 +37,13 @@ def run(source: Path) -> dict[str, float]:
     ):
         for kind, (path, body) in bodies().items():
             with _health(server) as times:
-                _send(server, path, body.encode())
-            figures[f"{kind}_health_seconds"] = max(times)
+                statuses = flood(server, path, body.encode(), _AT_ONCE, _SECONDS)
+            health[f"{kind}_health_seconds"] = max(times)
+            answers |= {f"{kind}_attacker_{status}": count for status, count in sorted(statuses.items())}
     return {
-        "health_longest_seconds": max(figures.values()),
-        **figures,
+        "health_longest_seconds": max(health.values()),
+        **health,
+        **answers,
         **victim.figures(),
         "api_mb_most": most[0],
     }
@@ -49,65 +51,46 @@ def run(source: Path) -> dict[str, float]:
 
 def bodies() -> dict[str, tuple[str, str]]:
     """Path and body of each kind."""
-    prompt = '{{"model":"{}","prompt":{}}}'.format
-    option = '{{"model":"{}","prompt":"a",{}}}'.format
-    chat = '{{"model":"{}","messages":[{}]}}'.format
-    schema = '"response_format":{{"type":"json_schema","json_schema":{{"name":"a","schema":{}}}}}'.format
-    fields = _filled(f'"k{index}":1' for index in range(10**6))
-    numbers = ",".join(["12345"] * 8000)
+    fields = _object_of_many()
+    schema = '"response_format":{"type":"json_schema","json_schema":{"name":"a","schema":'
+    prompts = {
+        "string": f'"{"a" * _BYTES}"',
+        "escapes": '"' + "\\n" * (_BYTES // 2) + '"',
+        "ids": _list_of("12345"),
+        "id_lists": _list_of(_list_of("12345", 8000 * 6)),
+        "strings": _list_of('"a"'),
+        "lists": _list_of("[]"),
+        "deep_lists": _list_of("[" * 400 + "]" * 400),
+        "broken_lists": _list_of("[]")[:-1],
+    }
+    options = {
+        "biases": f'"logit_bias":{fields}',
+        "unknown_fields": fields[1:-1],
+        "schema": schema + fields + "}}",
+        "schema_choices": schema + '{"enum":' + _list_of("1") + "}}}",
+    }
+    messages = {
+        "messages": _list_of('{"role":"user","content":"a"}'),
+        "parts": '[{"role":"user","content":' + _list_of('{"type":"text","text":"a"}') + "}]",
+        "parsed": '[{"role":"user","content":"a","parsed":' + fields + "}]",
+    }
+    model = f'"model":"{MODEL}"'
     return {
-        "string": (COMPLETIONS, prompt(MODEL, '"' + "a" * _BYTES + '"')),
-        "escapes": (COMPLETIONS, prompt(MODEL, '"' + r"\n" * (_BYTES // 2) + '"')),
-        "ids": (COMPLETIONS, prompt(MODEL, f"[{_repeated('12345')}]")),
-        "id_lists": (COMPLETIONS, prompt(MODEL, f"[{_repeated(f'[{numbers}]')}]")),
-        "strings": (COMPLETIONS, prompt(MODEL, "[" + _repeated('"a"') + "]")),
-        "lists": (COMPLETIONS, prompt(MODEL, f"[{_repeated('[]')}]")),
-        "deep_lists": (COMPLETIONS, prompt(MODEL, f"[{_repeated('[' * 400 + ']' * 400)}]")),
-        "broken_lists": (COMPLETIONS, prompt(MODEL, f"[{_repeated('[]')}")),
-        "biases": (COMPLETIONS, option(MODEL, f'"logit_bias":{{{fields}}}')),
-        "unknown_fields": (COMPLETIONS, option(MODEL, fields)),
-        "schema": (COMPLETIONS, option(MODEL, schema(f"{{{fields}}}"))),
-        "schema_choices": (COMPLETIONS, option(MODEL, schema(f'{{"enum":[{_repeated("1")}]}}'))),
-        "messages": (CHAT, chat(MODEL, _repeated('{"role":"user","content":"a"}'))),
-        "parts": (CHAT, chat(MODEL, '{"role":"user","content":[' + _repeated('{"type":"text","text":"a"}') + "]}")),
-        "parsed": (CHAT, chat(MODEL, f'{{"role":"user","content":"a","parsed":{{{fields}}}}}')),
-        "tokens": ("/detokenize", '{"tokens":[' + ",".join(["12345"] * 2**17) + "]}"),
+        **{kind: (COMPLETIONS, f'{{{model},"prompt":{prompt}}}') for kind, prompt in prompts.items()},
+        **{kind: (COMPLETIONS, f'{{{model},"prompt":"a",{option}}}') for kind, option in options.items()},
+        **{kind: (CHAT, f'{{{model},"messages":{items}}}') for kind, items in messages.items()},
+        "tokens": ("/detokenize", '{"tokens":' + _list_of("12345", 2**17 * 6) + "}"),
     }
 
 
-def _repeated(item: str) -> str:
-    """``item`` as often as a body has room for it, separated by commas."""
-    return _filled(repeat(item))
+def _list_of(item: str, size: int = _BYTES) -> str:
+    """A list of as many items as fit in about so many bytes."""
+    return "[" + ",".join([item] * (size // (len(item) + 1))) + "]"
 
 
-def _filled(items: Iterable[str]) -> str:
-    """As many of ``items`` as a body has room for, separated by commas."""
-    taken, size = [], 0
-    for item in items:
-        size += len(item) + 1
-        if size > _BYTES:
-            break
-        taken.append(item)
-    return ",".join(taken)
-
-
-def _send(server: Server, path: str, body: bytes) -> None:
-    end = time.monotonic() + _SECONDS
-    headers = {"Authorization": f"Bearer {server.keys[ATTACKER]}", "Content-Type": "application/json"}
-
-    def send() -> None:
-        while time.monotonic() < end:
-            connection = http.client.HTTPConnection(*server.address, timeout=_LIMIT_SECONDS)
-            with suppress(OSError, http.client.HTTPException):
-                connection.request("POST", path, body, headers)
-                connection.getresponse().read()
-            connection.close()
-
-    clients = [threading.Thread(target=send, daemon=True) for _ in range(_AT_ONCE)]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join()
+def _object_of_many() -> str:
+    """An object of as many fields as fit."""
+    return "{" + ",".join(f'"k{index:06}":1' for index in range(_BYTES // 12)) + "}"
 
 
 @contextmanager
