@@ -49,12 +49,12 @@ class Server:
             samples = [sample for family in families for sample in family.samples if sample.name == name]
         return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
-    def resident_mb(self) -> dict[str, float]:
-        """Resident megabytes of its processes by role."""
+    def memory_mb(self) -> dict[str, float]:
+        """Megabytes of its processes by role; what several processes share counts once (proportional set size)."""
         sizes: Counter[str] = Counter()
         for process in tree(self.process):
             with suppress(psutil.NoSuchProcess):
-                sizes[role(process)] += process.memory_info().rss
+                sizes[role(process)] += process.memory_full_info().pss
         return {name: size / 1e6 for name, size in sizes.items()}
 
     def api_mb(self) -> float:

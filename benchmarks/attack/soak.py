@@ -166,7 +166,7 @@ def _watch(server: Server, counts: Counts, minutes: float, checkpoints: Path) ->
     with checkpoints.open("w") as file:
         while time.monotonic() - start < 60 * minutes:
             time.sleep(min(_CHECKPOINT_SECONDS, 60 * minutes))
-            memory = {f"{role}_mb": round(size, 1) for role, size in server.resident_mb().items()}
+            memory = {f"{role}_mb": round(size, 1) for role, size in server.memory_mb().items()}
             line = {
                 "minute": round((time.monotonic() - start) / 60, 1),
                 "descriptors": server.num_descriptors(),
