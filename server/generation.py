@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 import structlog
@@ -25,6 +25,9 @@ from server.schemas.usage import PromptTokensDetails, Usage
 from server.serving import Serving
 from server.tenants import Tenant
 
+_LOGPROB_SIZE = 16
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -40,6 +43,12 @@ class Piece:
     prompt_logprobs: list[TokenLogprob]
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None
+
+    @property
+    def size(self) -> int:
+        """About the bytes of text whose parsing takes as long as it takes to write this out."""
+        entries = [*self.logprobs, *self.prompt_logprobs]
+        return len(self.text) + _LOGPROB_SIZE * sum(1 + len(entry.top) for entry in entries)
 
 
 class ChoiceText:
@@ -159,6 +168,11 @@ class Generation:
         finally:
             if session is not None:
                 await self._serving.sessions.save(session, self._session_snapshots)
+
+    async def in_share(self, pieces: Sequence[Piece], function: Callable[[Sequence[Piece]], T]) -> T:
+        """``function(pieces)``, in the tenant's share of work if they are long."""
+        size = sum(piece.size for piece in pieces)
+        return await self._serving.work.run(self._tenant.name, size, function, pieces)
 
     def usage(self) -> Usage:
         """Token counts so far."""

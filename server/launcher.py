@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import math
 import os
 import resource
@@ -84,6 +85,8 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
             print(banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True)
 
         launcher = _Launcher(app, settings.http, max_connections, listener, children, url, greet)
+        gc.collect()
+        gc.freeze()  # what is there now stays: to walk it in each full collection would stop all requests for 0.1 s
         with asyncio.Runner(loop_factory=launcher.loop_factory) as runner:
             return runner.run(launcher.run())
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated
 
-import msgspec
 from fastapi import APIRouter, Depends, Request
 from msgspec import UNSET, UnsetType
 from starlette.responses import Response
@@ -41,7 +39,7 @@ from server.schemas.metrics import ResponseMetrics
 from server.schemas.usage import Usage
 from server.serving import Serving, get_serving
 from server.sse import EventStream, run_until_disconnect
-from server.stream_events import stream_events
+from server.stream_events import stream_events, whole_answer
 from server.tenants import Tenant
 from server.work_shares import RequestWork
 
@@ -68,8 +66,7 @@ async def create_chat_completion(
     answer = _Answer(body, generation, serving)
     if body.stream:
         return EventStream(answer.events())
-    completion = await run_until_disconnect(request.receive, answer.collect())
-    return Response(msgspec.json.encode(completion), media_type="application/json")
+    return Response(await run_until_disconnect(request.receive, answer.collect()), media_type="application/json")
 
 
 async def _prepare(
@@ -107,20 +104,19 @@ class _Answer:
         """Encoded events; one item for all choices of an engine step."""
         return stream_events(self._generation, self._body.stream_options, self._chunk_choice, self._chunk)
 
-    async def collect(self) -> ChatCompletion:
-        """The whole answer."""
-        parts: dict[int, list[Piece]] = {}
-        async with aclosing(self._generation.run()) as steps:
-            async for pieces in steps:
-                for piece in pieces:
-                    parts.setdefault(piece.index, []).append(piece)
+    async def collect(self) -> bytes:
+        """The whole answer, encoded."""
+        return await whole_answer(self._generation, self._choice, self._completion)
+
+    def _completion(self, choices: list[ChatChoice]) -> ChatCompletion:
+        generation = self._generation
         return ChatCompletion(
-            id=f"chatcmpl-{self._generation.id}",
-            created=self._generation.created,
+            id=f"chatcmpl-{generation.id}",
+            created=generation.created,
             model=self._serving.model,
-            choices=[self._choice(parts[index]) for index in sorted(parts)],
-            usage=self._generation.usage(),
-            metrics=self._generation.metrics(),
+            choices=choices,
+            usage=generation.usage(),
+            metrics=generation.metrics(),
         )
 
     def _chunk(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Annotated
 
-import msgspec
 from fastapi import APIRouter, Depends, Request
 from msgspec import UnsetType
 from starlette.responses import Response
@@ -35,7 +33,7 @@ from server.schemas.metrics import ResponseMetrics
 from server.schemas.usage import Usage
 from server.serving import Serving, get_serving
 from server.sse import EventStream, run_until_disconnect
-from server.stream_events import stream_events
+from server.stream_events import stream_events, whole_answer
 from server.tenants import Tenant
 from server.work_shares import RequestWork
 
@@ -62,8 +60,7 @@ async def create_completion(
     answer = _Answer(body, generation, serving)
     if body.stream:
         return EventStream(answer.events())
-    completion = await run_until_disconnect(request.receive, answer.collect())
-    return Response(msgspec.json.encode(completion), media_type="application/json")
+    return Response(await run_until_disconnect(request.receive, answer.collect()), media_type="application/json")
 
 
 async def _prepare(
@@ -102,16 +99,15 @@ class _Answer:
         """Encoded events; one item for all choices of an engine step."""
         return stream_events(self._generation, self._body.stream_options, self._choice, self._completion)
 
-    async def collect(self) -> Completion:
-        """The whole answer."""
-        parts: dict[int, list[CompletionChoice]] = {}
-        async with aclosing(self._generation.run()) as steps:
-            async for pieces in steps:
-                for piece in pieces:
-                    if choice := self._choice(piece):
-                        parts.setdefault(piece.index, []).append(choice)
-        choices = [_join(parts[index]) for index in sorted(parts)]
+    async def collect(self) -> bytes:
+        """The whole answer, encoded."""
+        return await whole_answer(self._generation, self._whole_choice, self._whole_completion)
+
+    def _whole_completion(self, choices: list[CompletionChoice]) -> Completion:
         return self._completion(choices, self._generation.usage(), self._generation.metrics())
+
+    def _whole_choice(self, pieces: list[Piece]) -> CompletionChoice:
+        return _join([choice for piece in pieces if (choice := self._choice(piece))])
 
     def _completion(
         self, choices: list[CompletionChoice], usage: Usage | None, metrics: ResponseMetrics | UnsetType

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.messages import EngineOutput, EngineRequest
+from engine.messages import EngineOutput, EngineRequest, TokenLogprob
 from engine.text.tokenizer import Tokenizer
 from server import body_room
 from server.body_room import BodyRoom
@@ -238,3 +238,61 @@ async def test_a_large_body_names_its_wrong_field_as_a_small_one_does(serve_two:
     assert [answer.json()["error"]["param"] for answer in answers] == ["stop.1", "stop.1"]
     assert (too_many.status_code, "lists and objects" in too_many.text) == (400, True)
     assert undeclared.status_code == 400  # it is JSON, but does not say so
+
+
+def many_logprobs(request: EngineRequest) -> Any:
+    entries = [TokenLogprob(300, -0.5, [(300, -0.5), (301, -1.5)])] * 100
+    yield EngineOutput(request_id=request.request_id, token_ids=[300] * 100, logprobs=entries, finish_reason="length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "logprobs"), [("/v1/chat/completions", {"logprobs": True, "top_logprobs": 2}), ("/v1/completions", {})]
+)
+async def test_a_long_answer_is_written_out_beside_the_event_loop(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, path: str, logprobs: dict[str, Any], stream: bool
+) -> None:
+    threads: set[int] = set()
+
+    def finite(logprob: float) -> float:
+        threads.add(threading.get_ident())
+        return logprob
+
+    monkeypatch.setattr("server.logprobs._finite", finite)
+    async with serve(many_logprobs) as api:
+        answer = await api.post(path, max_tokens=20, stream=stream, **(logprobs or {"logprobs": 2}))
+    assert answer.status_code == 200
+    assert answer.text.count("-1.5") == 100
+    assert threads
+    assert threading.get_ident() not in threads
+
+
+def silent(request: EngineRequest) -> Any:
+    return ()
+
+
+SEQUENCES = {"prompt": ["x"] * 8, "n": 16, "max_tokens": 8}
+
+
+async def test_outputs_of_many_sequences_in_one_step_all_arrive(serve: Any) -> None:
+    async with serve(silent) as api:
+        asked = asyncio.create_task(api.post("/v1/completions", **SEQUENCES))
+        await until(lambda: len(api.engine.requests) == 128)
+        ids = [request.request_id for request in api.engine.requests]
+        await api.engine.send(*(EngineOutput(request_id=one, token_ids=[300]) for one in ids))
+        await api.engine.send(*(EngineOutput(request_id=one, token_ids=[301], finish_reason="stop") for one in ids))
+        answer = (await asked).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(128))
+    assert {choice["text"] for choice in answer["choices"]} == {api.tokenizer.decode([300, 301])}
+
+
+async def test_what_came_before_the_engine_died_is_sent_before_the_error(serve: Any) -> None:
+    async with serve(silent) as api:
+        asked = asyncio.create_task(api.events("/v1/completions", **SEQUENCES))
+        await until(lambda: len(api.engine.requests) == 128)
+        ids = [request.request_id for request in api.engine.requests]
+        await api.engine.send(*(EngineOutput(request_id=one, token_ids=[300]) for one in ids))
+        await api.engine.die()
+        events = await asked
+    assert [event["choices"][0]["index"] for event in events[:-1]] == list(range(128))
+    assert events[-1]["error"]["code"] == "engine_unavailable"
