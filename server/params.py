@@ -91,7 +91,7 @@ async def tokenize_prompts(
             for item in prompts
         ]
 
-    return await work.run(sum(map(len, prompts)), tokenize)
+    return await work.run(tokenize)
 
 
 def check_length(text: str, field: str, tokenizer: Tokenizer, info: EngineReady) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from starlette.types import Receive
 
@@ -16,6 +16,7 @@ from server.sse import run_until_disconnect
 from server.turns import Turns
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 SMALL = 4096
 """Bytes of work that is done at once: a thread would take longer to start with it."""
@@ -87,14 +88,16 @@ class WorkShares:
 
 @dataclass(frozen=True)
 class RequestWork:
-    """The work of one request whose body has been read."""
+    """The work of one request whose body, ``size`` bytes, has been read."""
 
     shares: WorkShares
     tenant: str
+    size: int
     receive: Receive
 
-    async def run(self, size: int, function: Callable[..., T], *arguments: Any) -> T:
-        """As ``WorkShares.run``; raises ``ClientDisconnected`` once the client has gone away."""
-        if size <= SMALL:
-            return function(*arguments)
-        return await run_until_disconnect(self.receive, self.shares.run(self.tenant, size, function, *arguments))
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of work on the body; raises ``ClientDisconnected`` once the client has gone away."""
+        if self.size <= SMALL:
+            return function(*args, **kwargs)
+        job = self.shares.run(self.tenant, self.size, partial(function, *args, **kwargs))
+        return await run_until_disconnect(self.receive, job)

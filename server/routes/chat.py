@@ -75,15 +75,15 @@ async def _prepare(
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true.", "stream_options")
     info = serving.engine_info
-    size = sum(message.size for message in body.messages)
-    prompts = [TokenizedPrompt(await work.run(size, encode_messages, serving.tokenizer, body.messages, info))]
+    prompts = [TokenizedPrompt(await work.run(encode_messages, serving.tokenizer, body.messages, info))]
     check_prompts(prompts, "messages", info)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = getattr(body, field)
     if max_tokens is None:
         max_tokens = default_max_tokens(prompts, body.n or 1, info, tenant)
     check_max_tokens(max_tokens, field, prompts, info)
-    sampling = to_sampling_params(
+    sampling = await work.run(
+        to_sampling_params,
         body,
         max_tokens=max_tokens,
         vocab_size=info.vocab_size,

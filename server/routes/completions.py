@@ -73,7 +73,8 @@ async def _prepare(
     check_prompts(prompts, "prompt", info)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     check_max_tokens(max_tokens, "max_tokens", prompts, info)
-    sampling = to_sampling_params(
+    sampling = await work.run(
+        to_sampling_params,
         body,
         max_tokens=max_tokens,
         vocab_size=info.vocab_size,

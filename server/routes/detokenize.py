@@ -28,7 +28,7 @@ async def detokenize(
 ) -> Response:
     """Text of token ids, special tokens included; counts as a request."""
     check_model(body.model or serving.model, serving.model)
-    content = await work.run(len(body.tokens), _answer, body.tokens, serving.tokenizer)
+    content = await work.run(_answer, body.tokens, serving.tokenizer)
     return Response(content, media_type="application/json")
 
 

@@ -66,11 +66,11 @@ class TenantRoute(APIRoute):
         if size > SMALL:
             await request.state.until_answered.enter_async_context(serving.bodies.hold(tenant.name, size))
         body = await _read_body(request)
-        request.state.work = RequestWork(serving.work, tenant.name, request.receive)
+        request.state.work = RequestWork(serving.work, tenant.name, len(body), request.receive)
         json_request = _JsonRequest(request.scope, request.receive)
         json_request._body = body[:1]  # FastAPI only looks whether there is one
         if body:
-            json_request.parsed = await request.state.work.run(len(body), self._parse, body)
+            json_request.parsed = await request.state.work.run(self._parse, body)
         return json_request
 
     def _parse(self, body: bytes) -> Any:

@@ -29,8 +29,7 @@ async def tokenize(
 ) -> Response:
     """Token ids of a text or a conversation, as the completion endpoints would see them; counts as a request."""
     check_model(body.model or serving.model, serving.model)
-    size = len(body.prompt or "") + sum(message.size for message in body.messages or ())
-    content = await work.run(size, _answer, body, serving.tokenizer, serving.engine_info)
+    content = await work.run(_answer, body, serving.tokenizer, serving.engine_info)
     return Response(content, media_type="application/json")
 
 

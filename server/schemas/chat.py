@@ -42,11 +42,6 @@ class Message(Body):
     function_call: Annotated[Any, NoOp()] = None
     tool_calls: Annotated[Any, NoOp([])] = None
 
-    @property
-    def size(self) -> int:
-        """Characters of its text, and at least what it takes to be rendered."""
-        return 32 + (len(self.content) if isinstance(self.content, str) else sum(len(p.text) for p in self.content))
-
     def for_template(self) -> dict[str, str]:
         """Role and plain text, as chat templates want them."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)

@@ -257,7 +257,7 @@ async def test_many_texts_that_are_long_together_do_not_stop_the_loop() -> None:
             return [len(text)]
 
     info = SimpleNamespace(max_model_len=1000)
-    work = RequestWork(WorkShares(), "acme", asyncio.Event().wait)  # type: ignore[arg-type]  # a client that stays
+    work = RequestWork(WorkShares(), "acme", 8 * 4000, asyncio.Event().wait)  # type: ignore[arg-type]  # a client that stays
     prompts = await tokenize_prompts(work, Spy(), ["x" * 4000] * 8, info)  # type: ignore[arg-type]
     assert [prompt.token_ids for prompt in prompts] == [[4000]] * 8
     assert threading.get_ident() not in threads
