@@ -333,7 +333,15 @@ async def test_openapi_has_sessions(serve: Any) -> None:
     async with serve(learning) as api:
         schema = (await api.client.get("/openapi.json")).json()
     assert set(schema["paths"]["/v1/sessions/{session_id}"]) == {"get", "delete"}
-    assert set(schema["paths"]["/v1/sessions"]["post"]["responses"]) == {"200", "400", "401", "413", "429", "503"}
+    assert set(schema["paths"]["/v1/sessions"]["post"]["responses"]) == {
+        "200",
+        "400",
+        "401",
+        "403",
+        "413",
+        "429",
+        "503",
+    }
     assert {"Session", "DeletedSession", "CreateSessionRequest"} <= set(schema["components"]["schemas"])
     for path in PATHS:
         assert "X-Session-Id" in [p["name"] for p in schema["paths"][path]["post"]["parameters"]]

@@ -281,7 +281,10 @@ def test_lost_rows_and_useless_records_are_counted(tmp_path: Path) -> None:
 def test_features_that_are_no_numbers_are_left_out(tmp_path: Path, value: float) -> None:
     log = Log(tmp_path / "ring")
     damaged = log.step(2)
-    log.reader._ring.rows[damaged.feature_slot + 1, 2] = value
+    row = torch.empty(1, log.reader.width, dtype=torch.bfloat16)
+    log.reader._ring.read_rows(damaged.feature_slot + 1, row)
+    row[0, 2] = value
+    log.ring._ring.write_rows(damaged.feature_slot + 1, row)
     log.add(damaged, log.step(1))
     [(_, s)] = log.assembler.flush()
     assert s.positions.tolist() == [3, 4]
