@@ -62,12 +62,18 @@ def choose_tokens(
         token_ids: [N, K] int32, the tokens that the columns stand for (None: 0 .. V - 1).
         allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all).
         team: threads of the compiled kernels (None: the calling one).
+
+    Returns:
+        the tokens, -1 for rows with a logit that is NaN or +inf: nothing is defined to be chosen there.
     """
     if native_sampling.can_take(logits):
         return native_sampling.choose_tokens(logits, sampling, positions, token_ids, allowed, team)
     if sampling is None and token_ids is None and allowed is None:
-        return logits.argmax(dim=1).tolist()
-    return _choose_by_tensors(logits, sampling, positions, token_ids, allowed)
+        chosen = logits.argmax(dim=1)
+    else:
+        chosen = _choose_by_tensors(logits, sampling, positions, token_ids, allowed)
+    is_defined = (logits < torch.inf).all(dim=1)
+    return torch.where(is_defined, chosen, -1).tolist()
 
 
 def _choose_by_tensors(
@@ -76,13 +82,13 @@ def _choose_by_tensors(
     positions: Sequence[int],
     token_ids: torch.Tensor | None,
     allowed: torch.Tensor | None,
-) -> list[int]:
+) -> torch.Tensor:
     device = logits.device
     allowed = None if allowed is None else allowed.to(device)
     places = torch.tensor(positions, dtype=torch.int64, device=device)
     if sampling is None:
         seeds, temperatures = torch.zeros_like(places), torch.zeros(len(logits), device=device)
-        return gumbel_argmax(logits, seeds, places, token_ids, temperatures=temperatures, allowed=allowed).tolist()
+        return gumbel_argmax(logits, seeds, places, token_ids, temperatures=temperatures, allowed=allowed)
     temperatures = torch.tensor(sampling.temperatures, dtype=torch.float32, device=device)
     least = None
     if sampling.is_truncated:
@@ -93,6 +99,4 @@ def _choose_by_tensors(
         )
         least = kept_thresholds(logits, temperatures, limits, allowed)
     seeds = seeds_tensor(list(sampling.seeds), device)
-    return gumbel_argmax(
-        logits, seeds, places, token_ids, temperatures=temperatures, least=least, allowed=allowed
-    ).tolist()
+    return gumbel_argmax(logits, seeds, places, token_ids, temperatures=temperatures, least=least, allowed=allowed)

@@ -33,7 +33,8 @@ class _LogitRows(ctypes.Structure):
 
 class _GumbelRows(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("seeds", "positions", "token_ids", "temperatures", "least", "limits")
+        (name, ctypes.c_void_p)
+        for name in ("seeds", "positions", "token_ids", "temperatures", "least", "limits", "undefined")
     )
 
 
@@ -122,8 +123,8 @@ def choose_tokens(
 ) -> list[int]:
     """As ``kernels.choose_tokens``; token_ids are int32 here."""
     # Python's own arrays: where there are few rows, every call of a tensor library costs more than what it holds.
-    out = array("q", bytes(8 * len(logits)))
-    how = _GumbelRows(token_ids=address(token_ids))
+    out, undefined = array("q", bytes(8 * len(logits))), array("B", bytes(len(logits)))
+    how = _GumbelRows(token_ids=address(token_ids), undefined=undefined.buffer_info()[0])
     if sampling is not None:
         arrays = {"positions": array("q", positions), **sampling.arrays()}
         pointers = {name: values.buffer_info()[0] for name, values in arrays.items()}
@@ -134,6 +135,8 @@ def choose_tokens(
     load_library().evo_gumbel_argmax(
         _handle(team), _rows(logits, allowed), ctypes.byref(how), ctypes.c_void_p(out.buffer_info()[0])
     )
+    if any(undefined):
+        return [-1 if is_undefined else token_id for token_id, is_undefined in zip(out, undefined, strict=True)]
     return out.tolist()
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kernels.native import Team
 
 _NO_TOKEN = -1
+"""What is chosen where logits are not finite; no draft is that."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class SamplingRows:
 class SampledSequence:
     """Accepted drafts, then one recovered or bonus token; logprobs where the request asks for them.
 
-    ``is_finite`` False: the logits of the next choice are not all finite, so nothing can be chosen; the last token is
-    missing.
+    ``is_finite`` False: one of the logits of the next choice is NaN or +inf, so nothing can be chosen; the last token
+    is missing.
     """
 
     token_ids: list[int]
@@ -87,8 +88,6 @@ class Sampler:
             choices = choose_tokens(edited, *_params_and_positions(rows), team=self._team, allowed=allowed)
         finally:
             edits.undo()
-        for row in _not_finite(logits):
-            choices[row] = _NO_TOKEN  # which no draft is
         accepted = [
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
@@ -121,12 +120,6 @@ class Sampler:
         for i in wanted:
             logprobs[i] = list(islice(entries, len(accepted[i])))
         return logprobs
-
-
-def _not_finite(logits: torch.Tensor) -> list[int]:
-    """The rows of ``logits`` [L, V] float32 that hold NaN or infinity: no sum hides either."""
-    finite = torch.isfinite(logits.sum(dim=1))
-    return [] if bool(finite.all()) else torch.nonzero(~finite).flatten().tolist()
 
 
 def _accept(draft_token_ids: tuple[int, ...], choices: list[int]) -> list[int]:

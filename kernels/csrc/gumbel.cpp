@@ -74,12 +74,14 @@ struct Piece {  // of one row
   const uint32_t* allowed;  // of the whole row, or null
   int first_column;
   int size;
+  mutable Mask undefined = 0;  // lanes in which `for_each_alive` has seen NaN or +inf
 
   // visit(lanes, x, i) for every 16 from `begin` to `end`: the lanes of tokens that may be chosen, if there are any, their
   // logits x and where they begin.
   template <typename Visit>
   void for_each_alive(int begin, int end, float least, Visit visit) const {
     for_each_vector(logits, begin, end, [&](int i, Mask lanes, Floats x) {
+      undefined |= lanes & not_less(x, all(kInfinity));
       const Mask alive = lanes & allowed_lanes(allowed, first_column + i) & at_least(x, all(least));
       if (alive != 0) visit(alive, x, i);
     });
@@ -213,6 +215,7 @@ void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, i
     return how.token_ids == nullptr ? nullptr : how.token_ids + static_cast<size_t>(row) * logits.columns;
   };
   std::vector<Choice> best(static_cast<size_t>(logits.rows) * pieces);
+  std::vector<uint8_t> undefined(best.size());
   for_each_item(team, logits.rows * pieces, elements, [&](int item) {
     const int row = item / pieces, begin = item % pieces * size;
     const int32_t* ids = ids_of(row) == nullptr ? nullptr : ids_of(row) + begin;
@@ -222,12 +225,16 @@ void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, i
     best[item] = is_greedy ? choose_greedily(piece, std::max(kLowest, least_in(row)))
                            : choose_randomly(piece, how.temperatures[row], least_in(row),
                                              row_key(how.seeds[row], how.positions[row]));
+    undefined[item] = piece.undefined != 0;
   });
   for (int row = 0; row < logits.rows; ++row) {
     Choice choice;
     for (int p = 0; p < pieces; ++p) choice.offer(best[row * pieces + p].score, best[row * pieces + p].token_id);
     const bool found = choice.token_id != std::numeric_limits<int32_t>::max();
     out[row] = found ? choice.token_id : lowest_id(ids_of(row), logits.columns);
+    if (how.undefined == nullptr) continue;
+    const uint8_t* of_row = undefined.data() + static_cast<size_t>(row) * pieces;
+    how.undefined[row] = std::any_of(of_row, of_row + pieces, [](uint8_t one) { return one != 0; });
   }
 }
 

@@ -13,6 +13,7 @@ struct GumbelRows {
   const float* temperatures;     // 0: the largest logit, without noise; null: everywhere
   const float* least;            // logits below are not chosen; null: all may be
   const TruncationRows* limits;  // instead of `least`, with the same temperatures; null: none
+  uint8_t* undefined;            // out: 1 where a logit is NaN or +inf, else 0; null: nobody asks
 };
 
 // out [rows]: the choices; equal scores go to the lowest token id. NaN is never chosen.

@@ -346,7 +346,8 @@ def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
         outputs, _ = engine.core.step()
         ends |= {output.request_id: output for output in outputs[b"client"] if output.finish_reason is not None}
     reasons = {name: (output.finish_reason, output.error_kind) for name, output in ends.items() if output.error}
-    assert reasons == {"dead end": ("error", "invalid"), "choked": ("error", "invalid")}
+    invalid, internal = ("error", "invalid"), ("error", "internal")
+    assert reasons == {"dead end": invalid, "choked": invalid, "overflow": internal}
     assert ends["plain"].finish_reason == "length"
 
 

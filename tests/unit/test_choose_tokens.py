@@ -76,3 +76,16 @@ def test_greedy_rows_keep_to_what_is_allowed(monkeypatch: pytest.MonkeyPatch) ->
     allowed[:, 1] = 1
     found = both_ways(lambda: choose_tokens(logits, None, [0] * 5, allowed=allowed), monkeypatch)
     assert found == ([32] * 5, [32] * 5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nothing_is_chosen_from_what_is_not_finite(
+    way: tuple[float, int, float, float], value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in its row it stands; the other rows' choices are what they are without."""
+    logits, sampling = logits_of(4), sampling_of([way] * 4)
+    expected = choose_tokens(logits, sampling, range(4))
+    logits[1, VOCAB_SIZE - 1] = logits[3, 7] = value
+    expected[1] = expected[3] = -1
+    assert both_ways(lambda: choose_tokens(logits, sampling, range(4)), monkeypatch) == (expected, expected)

@@ -312,7 +312,7 @@ def test_any_seed_and_temperature_choose_a_token(seed: int, temperature: float) 
         assert sampled.token_ids == [logits.argmax().item()]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("row", [0, 1, 2])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_end_their_own_output_only(value: float, row: int, temperature: float) -> None:
