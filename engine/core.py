@@ -150,10 +150,10 @@ class EngineCore:
         started = time.perf_counter()
         scheduled = self._scheduler.schedule(self._speculator)
         self._is_stalled = not scheduled.sequences
+        self._constrained.ask(scheduled.sequences)
         if self._is_stalled:
             self._forget_preempted(scheduled)
             return outputs, None
-        self._constrained.look_ahead(scheduled.sequences)
         scheduling_done, proposing = time.perf_counter(), self._draft_seconds()
         capture = self._speculator.capture_layers if self._speculator else ()
         logits, features = self._runner.execute(scheduled.sequences, capture)
@@ -290,7 +290,6 @@ class EngineCore:
                 self._scheduler.postpone(sequence)
             else:
                 self._scheduler.commit(sequence, [], finished=False)
-        self._constrained.flush()
 
     def _commit_sequence(
         self, sequence: ScheduledSequence, choice: SampledSequence, truncation: Truncation

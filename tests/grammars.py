@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 
 from engine.messages import Grammar, SamplingParams
 from engine.request import Request
@@ -42,7 +43,8 @@ def begin(pool: GrammarPool, request: Request) -> GrammarCursor:
     return cursor
 
 
-def settle(pool: GrammarPool, cursor: GrammarCursor) -> None:
-    """Wait for all that was asked."""
+def settle(pool: GrammarPool, cursor: GrammarCursor, drafts: Sequence[int] = ()) -> None:
+    """Ask for the masks after the output and after each draft, and wait for them."""
+    cursor.ask(list(drafts))
     while not cursor.is_answered:
         pool.wait([cursor], 1)

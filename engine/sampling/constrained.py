@@ -20,9 +20,9 @@ _PATIENCE = 0.001
 class ConstrainedRequests:
     """Follows their outputs through their grammars, beside the model.
 
-    Within a step: ``take_ready`` and ``take_failed``, then, once it is planned, ``look_ahead``, and when the logits are
-    there ``wait``; for each sequence that goes on ``commit``, and at the end ``flush``. Whose mask is late is stalled
-    until it has come: it computes nothing, and nobody else waits for it.
+    Within a step: ``take_ready`` and ``take_failed``, then, once it is planned, ``ask``, and when the logits are there
+    ``wait``; ``commit`` for each sequence that goes on. Whose mask is late is stalled until it has come: it computes
+    nothing, and nobody else waits for it.
     """
 
     def __init__(self, pool: GrammarPool) -> None:
@@ -75,15 +75,19 @@ class ConstrainedRequests:
                 request.is_stalled = not cursor.is_known and (request.is_stalled or cursor.is_slow)
         return failed
 
-    def look_ahead(self, sequences: Iterable[ScheduledSequence]) -> None:
-        """Ask for the masks after the drafts of a step."""
+    def ask(self, sequences: Iterable[ScheduledSequence]) -> None:
+        """Ask for the masks of a step, and for those of sequences that wait for theirs."""
         if not self._running:
             return
-        for sequence in sequences:
-            cursor = sequence.request.grammar
-            if cursor is not None and sequence.num_draft_tokens and not cursor.is_slow:
-                cursor.look_ahead(sequence.token_ids[sequence.num_known :])
-        self._pool.flush()
+        drafts = {
+            sequence.request.request_id: sequence.token_ids[sequence.num_known :]
+            for sequence in sequences
+            if sequence.num_draft_tokens and sequence.request.grammar is not None
+        }
+        for request_id, request in self._running.items():
+            cursor = _cursor(request)
+            cursor.ask([] if cursor.is_slow else drafts.get(request_id, []))
+        self._pool.poll()
 
     def wait(self, sequences: Iterable[ScheduledSequence]) -> None:
         """Give the masks of a step a moment to come, but those that are known to take long."""
@@ -96,10 +100,6 @@ class ConstrainedRequests:
         """The output of a request has got these tokens, and goes on; nothing happens without a grammar."""
         if request.grammar is not None:
             request.grammar.commit(token_ids)
-
-    def flush(self) -> None:
-        """Ask for the masks after what was committed."""
-        self._pool.flush()
 
 
 def num_choosable(sequence: ScheduledSequence) -> int:

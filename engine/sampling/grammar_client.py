@@ -48,8 +48,8 @@ _COMPILE_PATIENCE, _MASK_PATIENCE, _LOW_PRIORITY = 1.0, 0.1, 15
 class GrammarCursor:
     """Where one sequence's output stands in its grammar.
 
-    ``commit`` asks for the mask that follows the output, ``look_ahead`` for those that follow drafts; the answers come
-    when ``GrammarProcess.receive`` finds them.
+    ``commit`` says how the output has grown, ``ask`` asks for the masks that follow it and some drafts; the answer
+    comes when ``GrammarProcess.receive`` finds it.
     """
 
     def __init__(self, process: GrammarProcess, slot: int, masks: Masks) -> None:
@@ -62,17 +62,25 @@ class GrammarCursor:
         self.is_slow = False
         """Whether its latest mask took so long that the next one is likely to come after the step that needs it."""
         self._process, self._slot, self._num_unanswered = process, slot, 0
-        self._begin_round([], is_new=True)
+        self._committed: list[int] | None = []
+        """What is to be told with the next ask; None: nothing, that is done."""
+        self._is_new = True
+        self._begin_round()
         self.first_round = self._round
 
     def commit(self, token_ids: list[int]) -> None:
-        """The output has got these tokens."""
+        """The output has got these tokens, since it was last asked about."""
         self.num_masks = 0
-        self._begin_round(token_ids)
+        self._committed = token_ids
+        self._begin_round()
 
-    def look_ahead(self, draft_token_ids: list[int]) -> None:
-        """These tokens may be added: what may follow each of them will be wanted in this step."""
-        self._ask(Ask(self._slot, self._round, [], draft_token_ids))
+    def ask(self, draft_token_ids: list[int]) -> None:
+        """What may follow the output, if that is not known yet, and each of these tokens, one after the other?"""
+        if self._committed is None and not draft_token_ids:
+            return
+        self._num_unanswered += 1
+        self._process.ask(Ask(self._slot, self._round, self._committed or [], draft_token_ids, self._is_new))
+        self._committed, self._is_new = None, False
 
     def end(self) -> None:
         """The sequence is over; nothing of the cursor is to be used again."""
@@ -86,7 +94,7 @@ class GrammarCursor:
     @property
     def is_answered(self) -> bool:
         """Whether all masks are there that were asked for, or will never be."""
-        return self._num_unanswered == 0 or self.failure is not None
+        return (self._num_unanswered == 0 and self._committed is None) or self.failure is not None
 
     def take(self, answer: Answer) -> None:
         """An answer of the process; it says nothing if the output has grown since it was asked for."""
@@ -102,16 +110,11 @@ class GrammarCursor:
 
     def give_up(self, now: float) -> None:
         """Fail if its mask is awaited for too long; ``now`` by ``time.monotonic``."""
-        if not self.is_known and now - self._asked_at > _LONGEST_WAIT:
+        if not self.is_known and now - self._began_at > _LONGEST_WAIT:
             self.failure = GRAMMAR_SPENT
 
-    def _begin_round(self, committed: list[int], is_new: bool = False) -> None:
-        self._round, self._asked_at = self._process.next_round(), time.monotonic()
-        self._ask(Ask(self._slot, self._round, committed, is_new=is_new))
-
-    def _ask(self, ask: Ask) -> None:
-        self._num_unanswered += 1
-        self._process.ask(ask)
+    def _begin_round(self) -> None:
+        self._round, self._began_at = self._process.next_round(), time.monotonic()
 
 
 class GrammarProcess:

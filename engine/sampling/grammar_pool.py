@@ -118,21 +118,16 @@ class GrammarPool:
         return ready
 
     def poll(self) -> None:
-        """Take what was answered, send what was asked."""
+        """Send what was asked, take what was answered."""
         for key, process in list(self._processes.items()):
-            process.receive()
             process.flush()
+            process.receive()
             if process.error is None:
                 continue
             del self._processes[key]
             (self._errors if process.is_refused else self._deaths)[key] = process.error
             if len(self._errors) > _MAX_REMEMBERED:
                 self._errors.popitem(last=False)
-
-    def flush(self) -> None:
-        """Send what was asked."""
-        for process in self._processes.values():
-            process.flush()
 
     def wait(self, cursors: Iterable[GrammarCursor], seconds: float) -> None:
         """Poll until all these sequences have the masks that they asked for, but no longer than so many seconds."""

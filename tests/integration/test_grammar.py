@@ -102,8 +102,7 @@ def generate(tokenizer: Tokenizer, pool: GrammarPool, seed: int, drafts: bool, *
         draft_token_ids = (
             tuple(torch.randint(tokenizer.vocab_size, (3,), generator=generator).tolist()) if drafts else ()
         )
-        cursor.look_ahead(list(draft_token_ids))
-        settle(pool, cursor)
+        settle(pool, cursor, list(draft_token_ids))
         logits = torch.randn(1 + len(draft_token_ids), tokenizer.vocab_size, generator=generator)
         logits[:, closing] += 3
         logits[:, -5:] += 20  # padding
@@ -151,15 +150,13 @@ def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, pool: Gr
     cursor = begin(pool, request)
     [one] = tokenizer.encode("1")
     logits = torch.randn(4, tokenizer.vocab_size)
-    cursor.look_ahead([one, end, end, one])
-    settle(pool, cursor)
+    settle(pool, cursor, [one, end, end, one])
     assert cursor.num_masks == 4, "after the end, another 1 is not allowed"
     [sampled] = sampler.sample(logits, [SamplingRows(request, (one, end, end))])
     assert sampled.token_ids == [one, end, end, end]
     request.output_token_ids += sampled.token_ids
     cursor.commit(sampled.token_ids)
-    cursor.look_ahead([end])
-    settle(pool, cursor)
+    settle(pool, cursor, [end])
     [sampled] = sampler.sample(logits[:2], [SamplingRows(request, (end,))])
     assert sampled.token_ids == [end, end]
 
@@ -292,8 +289,7 @@ def test_a_process_that_dies_takes_its_own_sequences_along(pool: GrammarPool) ->
     lost.commit([digit])
     settle(pool, lost)
     assert lost.failure
-    kept.look_ahead([])
-    settle(pool, kept)
+    settle(pool, kept, [])
     assert kept.failure is None
     for cursor in (lost, kept):
         cursor.end()
@@ -319,8 +315,7 @@ def test_no_draft_is_looked_at_where_a_grammar_allows_nothing(tokenizer: Tokeniz
     cursor = begin(pool, with_grammar(LINE_FEED))
     [quote] = tokenizer.encode('"')
     for draft in range(tokenizer.vocab_size):
-        cursor.look_ahead([quote, draft])
-        settle(pool, cursor)
+        settle(pool, cursor, [quote, draft])
         assert (cursor.num_masks, cursor.failure) == (1, None)
     cursor.end()
 

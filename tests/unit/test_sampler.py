@@ -182,8 +182,7 @@ def generate(sampler: Sampler, requests: list[Request], rng: random.Random | Non
             if rng and rng.random() < 0.6:
                 drafts += tuple(rng.randrange(VOCAB) for _ in range(rng.randint(0, 3)))
             if request.grammar is not None:
-                request.grammar.look_ahead(list(drafts))
-                settle(grammars(), request.grammar)
+                settle(grammars(), request.grammar, list(drafts))
                 drafts = drafts[: request.grammar.num_masks - 1]
             rows.append(SamplingRows(request, drafts))
             logits.append(rows_for(request, drafts))
