@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.attack.bars import at_most, exactly
 from benchmarks.attack.clients import CHAT, COMPLETIONS, Victim
 from benchmarks.attack.server import MODEL, Server, serving
-from benchmarks.attack.tokenize_flood import TOKENIZE, TWO_WORDS, flood, most_memory
+from benchmarks.attack.tokenize_flood import PAGE, TOKENIZE, flood, most_memory
 
 _BYTES = 4 * 1024**2 - 1024
 _AT_ONCE = 4
@@ -33,7 +33,7 @@ def run(source: Path) -> dict[str, float]:
     with (
         serving(source, "large-bodies") as server,
         most_memory(server) as most,
-        Victim(server, time.monotonic() + _LIMIT_SECONDS, body=TWO_WORDS, path=TOKENIZE) as victim,
+        Victim(server, time.monotonic() + _LIMIT_SECONDS, body=PAGE, path=TOKENIZE) as victim,
     ):
         for kind, (path, body) in bodies().items():
             with _health(server) as times:
@@ -57,7 +57,7 @@ def bodies() -> dict[str, tuple[str, str]]:
         "string": f'"{"a" * _BYTES}"',
         "escapes": '"' + "\\n" * (_BYTES // 2) + '"',
         "ids": _list_of("12345"),
-        "id_lists": _list_of(_list_of("12345", 8000 * 6)),
+        "id_lists": _list_of(_list_of("12345", 8191 * 6), 63 * 8191 * 6),
         "strings": _list_of('"a"'),
         "lists": _list_of("[]"),
         "deep_lists": _list_of("[" * 400 + "]" * 400),

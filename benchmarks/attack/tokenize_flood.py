@@ -1,4 +1,4 @@
-"""One tenant has megabytes of text tokenised again and again, while another asks for the tokens of two words."""
+"""One tenant has megabytes of text tokenised again and again, while another asks for the tokens of a page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.attack.clients import Victim
 from benchmarks.attack.server import ATTACKER, MODEL, Server, serving
 
 TOKENIZE = "/tokenize"
-TWO_WORDS = {"model": MODEL, "prompt": "Hello there"}
+PAGE = {"model": MODEL, "prompt": "Hello there, " * 500}
 AT_ONCE = 24
 _CHARACTERS = 663_000
 """As many as the longest tokens of the model need to fill its context: what is refused by its length is longer."""
@@ -41,7 +41,7 @@ def run(source: Path) -> dict[str, float]:
     with serving(source, "tokenize-flood") as server, most_memory(server) as most:
         for kind, text in TEXTS.items():
             body = json.dumps({"model": MODEL, "prompt": text}, ensure_ascii=False).encode()
-            with Victim(server, time.monotonic() + _LIMIT_SECONDS, body=TWO_WORDS, path=TOKENIZE) as victim:
+            with Victim(server, time.monotonic() + _LIMIT_SECONDS, body=PAGE, path=TOKENIZE) as victim:
                 statuses = flood(server, TOKENIZE, body, AT_ONCE, _SECONDS)
             figures |= {f"{kind}_{name}": value for name, value in victim.figures().items()}
             figures |= {f"{kind}_attacker_{status}": count for status, count in sorted(statuses.items())}
