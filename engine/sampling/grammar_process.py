@@ -154,8 +154,7 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
         channel.send(encode(Compiled(error=str(error))))
         return
     except MemoryError:
-        error = f"the JSON schema takes more than {MEMORY_BYTES >> 20} MiB to compile"
-        channel.send(encode(Compiled(error=error)))
+        channel.send(encode(Compiled(error=f"the JSON schema takes more than {MEMORY_BYTES >> 20} MiB to compile")))
         return
     compiled_bytes = _data_bytes()
     _limit_memory(compiled_bytes + MORE_MEMORY_BYTES)
