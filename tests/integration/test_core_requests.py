@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import pytest
+import torch
 import zmq
+from safetensors.torch import load_file, save_file
 
-from engine.config import EngineConfig
-from engine.messages import EngineMessage, EngineReady, EngineRequest, Hello, SamplingParams
+from engine.config import EngineConfig, SpeculationConfig
+from engine.messages import EngineMessage, EngineOutput, EngineReady, EngineRequest, Hello, SamplingParams
 from engine.models.verify import Verification
 from engine.process import EngineProcess
 from engine.sampling.sampler import Sampler
@@ -58,6 +60,28 @@ def test_a_request_that_the_sampler_cannot_take_is_refused_alone(
 @pytest.mark.parametrize("prompt", [[], [-1, 3], [3, 10**9]])
 def test_a_prompt_that_no_model_could_read_is_refused_alone(engine: Engine, prompt: list[int]) -> None:
     check_refused_alone(engine, prompt, "tests", "invalid")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("method", ["none", "ngram"])
+def test_a_damaged_model_gives_no_answer(tmp_path: Path, name: str, method: Literal["none", "ngram"]) -> None:
+    """Some numbers of one tensor are lost: its requests end with an error, which is counted."""
+    files = make_directory(tmp_path / "model", tie_word_embeddings=False)
+    tensors = load_file(files.path / "model.safetensors")
+    tensors[name].view(torch.uint8).flatten()[:2000] = 0xFF
+    save_file(tensors, files.path / "model.safetensors", metadata={"format": "pt"})
+    engine = Engine(files, Setting(), SpeculationConfig(method=method))
+    for temperature in (0.0, 1.0):
+        sampling = SamplingParams(max_tokens=20, seed=0, temperature=temperature)
+        message = EngineRequest(request_id="r", prompt_token_ids=PROMPT, sampling=sampling, tenant="tests")
+        engine.core.add(CLIENT, message)
+        outputs: list[EngineOutput] = []
+        while not any(output.finish_reason for output in outputs):
+            outputs += engine.core.step()[0][CLIENT]
+        assert (outputs[-1].finish_reason, outputs[-1].error_kind) == ("error", "internal")
+        assert not [token for output in outputs for token in output.token_ids]
+    stats = engine.core.stats()
+    assert (stats.nonfinite_sequences, stats.blocks_used) == (2, 0)
 
 
 def check_refused_alone(engine: Engine, prompt: list[int], tenant: str, kind: str) -> None:
