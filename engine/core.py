@@ -184,7 +184,6 @@ class EngineCore:
             self._scheduler.add(request)
             self._sampler.add(request)
         except Exception as error:
-            self._scheduler.abort(request.request_id)  # it may be there already
             self._refuse(request, error)
             return
         self._stop_checkers[request.request_id] = StopChecker(
@@ -201,7 +200,7 @@ class EngineCore:
 
     def _end(self, request: Request, reason: str, kind: ErrorKind = "invalid") -> None:
         """End a request with an error that its next output tells."""
-        self._scheduler.abort(request.request_id)
+        self._scheduler.abort(request.request_id)  # where it may not be yet
         self._forget(request.request_id)
         self._refused[request.client_id].append(
             EngineOutput(request_id=_client_request_id(request), finish_reason="error", error=reason, error_kind=kind)

@@ -87,7 +87,7 @@ class ConstrainedRequests:
         for request_id, request in self._running.items():
             cursor = _cursor(request)
             cursor.ask([] if cursor.is_slow else drafts.get(request_id, []))
-        self._pool.poll()
+        self._pool.flush()
 
     def wait(self, sequences: Iterable[ScheduledSequence]) -> None:
         """Give the masks of a step a moment to come, but those that are known to take long."""

@@ -117,6 +117,11 @@ class GrammarPool:
             self._compile_next()
         return ready
 
+    def flush(self) -> None:
+        """Send what was asked."""
+        for process in self._processes.values():
+            process.flush()
+
     def poll(self) -> None:
         """Send what was asked, take what was answered."""
         for key, process in list(self._processes.items()):
