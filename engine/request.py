@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from engine.messages import SamplingParams
 
 if TYPE_CHECKING:
-    from engine.sampling.grammar_client import GrammarCursor
+    from engine.sampling.grammar_cursor import GrammarCursor
 
 
 @dataclass(eq=False, slots=True)

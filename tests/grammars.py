@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from engine.messages import Grammar, SamplingParams
 from engine.request import Request
-from engine.sampling.grammar_client import GrammarCursor
+from engine.sampling.grammar_cursor import GrammarCursor
 from engine.sampling.grammar_pool import GrammarPool
 
 

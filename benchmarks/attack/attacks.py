@@ -15,6 +15,7 @@ from benchmarks.attack import (
     forge_channel,
     grammar_fuzz,
     http_fuzz,
+    in_place,
     keyless,
     large_bodies,
     masks,
@@ -65,6 +66,7 @@ ATTACKS = {
     "grammar_fuzz": Attack(
         lambda source, options: grammar_fuzz.run(source, options.seconds, options.seed), grammar_fuzz.BARS
     ),
+    "in_place": Attack(lambda source, options: in_place.run(options.seconds, options.seed), in_place.BARS),
     "http_fuzz": Attack(lambda source, options: http_fuzz.run(source, options.seconds, options.seed), http_fuzz.BARS),
     "determinism": Attack(lambda source, options: determinism.run(source, options.seeds), determinism.BARS),
     "soak": Attack(

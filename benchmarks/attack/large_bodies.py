@@ -15,7 +15,7 @@ from benchmarks.attack.server import MODEL, Server, serving
 from benchmarks.attack.tokenize_flood import PAGE, TOKENIZE, flood, most_memory
 
 _BYTES = 4 * 1024**2 - 1024
-_AT_ONCE = 4
+AT_ONCE = 4
 _SECONDS = 1.5
 _LIMIT_SECONDS = 60.0
 BARS = {
@@ -37,7 +37,7 @@ def run(source: Path) -> dict[str, float]:
     ):
         for kind, (path, body) in bodies().items():
             with _health(server) as times:
-                statuses = flood(server, path, body.encode(), _AT_ONCE, _SECONDS)
+                statuses = flood(server, path, body.encode(), AT_ONCE, _SECONDS)
             health[f"{kind}_health_seconds"] = max(times)
             answers |= {f"{kind}_attacker_{status}": count for status, count in sorted(statuses.items())}
     return {

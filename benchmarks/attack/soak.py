@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from benchmarks.attack import compiling, grammar_fuzz, masks, starving
+from benchmarks.attack import compiling, grammar_fuzz, large_bodies, masks, starving, tokenize_flood
 from benchmarks.attack.bars import at_most, exactly
 from benchmarks.attack.clients import CHAT, ask, with_schema
 from benchmarks.attack.determinism import Answer, read_answer
@@ -20,7 +20,7 @@ from benchmarks.attack.forge_channel import MODES, channel_options, forge
 from benchmarks.attack.http_fuzz import Exchange
 from benchmarks.attack.keyless import endless_bodies, slow_bodies
 from benchmarks.attack.random_schemas import RandomSchemas
-from benchmarks.attack.server import ATTACKER, OTHER, VICTIM, Server, serving
+from benchmarks.attack.server import ATTACKER, MODEL, OTHER, VICTIM, Server, serving
 from benchmarks.attack.varied_requests import Request, varied_requests
 
 _QUESTIONS = 32
@@ -60,6 +60,17 @@ def _keyless(server: Server, seconds: float, chance: random.Random) -> None:
         time.sleep(seconds)
 
 
+def _tokenizing(server: Server, seconds: float, chance: random.Random) -> None:
+    body = {"model": MODEL, "prompt": chance.choice(list(tokenize_flood.TEXTS.values()))}
+    encoded = json.dumps(body, ensure_ascii=False).encode()
+    tokenize_flood.flood(server, tokenize_flood.TOKENIZE, encoded, tokenize_flood.AT_ONCE, seconds)
+
+
+def _large_bodies(server: Server, seconds: float, chance: random.Random) -> None:
+    path, body = chance.choice(list(large_bodies.bodies().values()))
+    tokenize_flood.flood(server, path, body.encode(), large_bodies.AT_ONCE, seconds)
+
+
 def _grammars(server: Server, seconds: float, chance: random.Random) -> None:
     schemas, end = RandomSchemas(chance.getrandbits(32)), time.monotonic() + seconds
     while time.monotonic() < end:
@@ -75,6 +86,8 @@ MOVES: Mapping[str, Move] = {
     "compiling": _compiling,
     "starving": _starving,
     "keyless": _keyless,
+    "tokenizing": _tokenizing,
+    "large_bodies": _large_bodies,
     "grammars": _grammars,
     "http": _http,
 }

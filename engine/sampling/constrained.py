@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from engine.sampling.grammar_client import GrammarCursor
+from engine.sampling.grammar_cursor import GrammarCursor
 from engine.sampling.grammar_pool import GrammarPool
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import time
 import msgspec
 import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from engine.messages import Grammar
+from engine.sampling.grammar_cursor import GRAMMAR_SPENT, GrammarCursor, Masks
 from engine.sampling.grammar_messages import (
     COMPILE_SECONDS,
     MASKS_PER_SLOT,
@@ -33,10 +33,6 @@ from engine.sampling.grammar_messages import (
 
 log = structlog.get_logger(__name__)
 
-Masks = NDArray[np.int32]
-
-GRAMMAR_SPENT = "The schema takes too long to enforce: it is too ambiguous for the model's tokens."
-GRAMMAR_CONTRADICTS = "The schema allows no further token: what it asks for cannot be written with the model's tokens."
 _NOT_COMPILED = f"the JSON schema takes more than {COMPILE_SECONDS:.0f} s or {MEMORY_BYTES >> 20} MiB to compile"
 _LONGEST_WAIT = 30.0
 """Seconds that a sequence waits for a mask."""
@@ -45,22 +41,11 @@ _COMPILE_PATIENCE, _MASK_PATIENCE, _LOW_PRIORITY = 1.0, 0.1, 15
 """A process that owes an answer for so many seconds is given this nice value."""
 
 
-class GrammarCursor:
-    """Where one sequence's output stands in its grammar.
-
-    ``commit`` says how the output has grown, ``ask`` asks for the masks that follow it and some drafts; the answer
-    comes when ``GrammarProcess.receive`` finds it.
-    """
+class ProcessCursor(GrammarCursor):
+    """A ``GrammarCursor`` whose masks another process computes; ``GrammarProcess.receive`` finds them."""
 
     def __init__(self, process: GrammarProcess, slot: int, masks: Masks) -> None:
-        self.masks = masks
-        """[MASKS_PER_SLOT, words] int32, a bit a token: after the output, and after each draft."""
-        self.num_masks = 0
-        """How many of them are right."""
-        self.failure: str | None = None
-        """Why the sequence has to end, in words fit for the client."""
-        self.is_slow = False
-        """Whether its latest mask took so long that the next one is likely to come after the step that needs it."""
+        super().__init__(masks)
         self._process, self._slot, self._num_unanswered = process, slot, 0
         self._committed: list[int] | None = []
         """What is to be told with the next ask; None: nothing, that is done."""
@@ -69,13 +54,11 @@ class GrammarCursor:
         self.first_round = self._round
 
     def commit(self, token_ids: list[int]) -> None:
-        """The output has got these tokens, since it was last asked about."""
         self.num_masks = 0
         self._committed = token_ids
         self._begin_round()
 
     def ask(self, draft_token_ids: list[int]) -> None:
-        """What may follow the output, if that is not known yet, and each of these tokens, one after the other?"""
         if self._committed is None and not draft_token_ids:
             return
         self._num_unanswered += 1
@@ -83,17 +66,10 @@ class GrammarCursor:
         self._committed, self._is_new = None, False
 
     def end(self) -> None:
-        """The sequence is over; nothing of the cursor is to be used again."""
         self._process.end(self._slot)
 
     @property
-    def is_known(self) -> bool:
-        """Whether the mask that follows the output is there, or will never be."""
-        return self.num_masks > 0 or self.failure is not None
-
-    @property
     def is_answered(self) -> bool:
-        """Whether all masks are there that were asked for, or will never be."""
         return (self._num_unanswered == 0 and self._committed is None) or self.failure is not None
 
     def take(self, answer: Answer) -> None:
@@ -101,15 +77,10 @@ class GrammarCursor:
         self._num_unanswered -= 1
         if answer.round != self._round:
             return
-        self.num_masks = answer.num_masks
         self.is_slow = answer.seconds > _SLOW_SECONDS
-        if answer.failure:
-            self.failure = GRAMMAR_SPENT if answer.failure == "spent" else GRAMMAR_CONTRADICTS
-        elif not self.masks[0].any():
-            self.failure = GRAMMAR_CONTRADICTS
+        self._settle(answer.num_masks, answer.failure)
 
     def give_up(self, now: float) -> None:
-        """Fail if its mask is awaited for too long; ``now`` by ``time.monotonic``."""
         if not self.is_known and now - self._began_at > _LONGEST_WAIT:
             self.failure = GRAMMAR_SPENT
 
@@ -133,9 +104,11 @@ class GrammarProcess:
     def __init__(self, control: socket.socket, grammar: Grammar, num_slots: int, num_words: int) -> None:
         self.is_compiled = self.is_refused = False
         """Whether it has found its grammar to be usable, or not."""
+        self.is_cheap = False
+        """Whether the engine can as well compute the masks itself."""
         self.error: str | None = None
         """Why it is of no more use, in words fit for the client."""
-        self.cursors: dict[int, GrammarCursor] = {}
+        self.cursors: dict[int, ProcessCursor] = {}
         """Of its sequences, by slot."""
         self.num_bytes = 0
         """Of memory that its grammar takes."""
@@ -182,10 +155,10 @@ class GrammarProcess:
         """Whether another sequence can begin."""
         return bool(self._free_slots)
 
-    def begin(self) -> GrammarCursor:
+    def begin(self) -> ProcessCursor:
         """A sequence at the grammar's start."""
         slot = heapq.heappop(self._free_slots)
-        cursor = self.cursors[slot] = GrammarCursor(self, slot, self._masks[slot])
+        cursor = self.cursors[slot] = ProcessCursor(self, slot, self._masks[slot])
         return cursor
 
     def end(self, slot: int) -> None:
@@ -247,7 +220,7 @@ class GrammarProcess:
                 self._pid, self._waits_since = message.pid, time.monotonic()
             case Compiled():
                 self.is_compiled, self.is_refused = message.error is None, message.error is not None
-                self._waits_since, self.num_bytes = None, message.num_bytes
+                self._waits_since, self.num_bytes, self.is_cheap = None, message.num_bytes, message.is_cheap
                 if message.error is not None:
                     self._fail(message.error)
             case Answers():

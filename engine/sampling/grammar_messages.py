@@ -81,9 +81,13 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
 
 
 class Compiled(msgspec.Struct, frozen=True, tag="compiled"):
-    """Its second one: the memory that the grammar takes, or, in words fit for the client, why it cannot be enforced."""
+    """Its second one: the memory that the grammar takes, or, in words fit for the client, why it cannot be enforced.
+
+    ``is_cheap``: its masks take so little, at any place, that the engine can compute them itself.
+    """
 
     num_bytes: int = 0
+    is_cheap: bool = False
     error: str | None = None
 
 

@@ -18,7 +18,9 @@ import structlog
 
 from engine.fair_queue import equal_share
 from engine.messages import Grammar
-from engine.sampling.grammar_client import GrammarCursor, GrammarProcess
+from engine.sampling.grammar_client import GrammarProcess
+from engine.sampling.grammar_cursor import GrammarCursor
+from engine.sampling.grammar_in_place import InPlaceCompiler, InPlaceGrammar
 from engine.sampling.grammar_messages import Vocabulary
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ class GrammarPool:
         self._tokenizer, self._num_slots = tokenizer, num_slots
         self._num_words = -(-tokenizer.vocab_size // 32)
         self._control: socket.socket | None = None
-        self._processes: dict[_Key, GrammarProcess] = {}
+        self._compiler: InPlaceCompiler | None = None
+        self._grammars: dict[_Key, GrammarProcess | InPlaceGrammar] = {}
         """Least recently used first."""
         self._errors: OrderedDict[_Key, str] = OrderedDict()
         """Of grammars that turned out to be unusable."""
@@ -88,6 +91,7 @@ class GrammarPool:
             token_bytes = [self._tokenizer.token_bytes(token_id) for token_id in range(self._tokenizer.vocab_size)]
             vocabulary = Vocabulary(token_bytes, list(self._tokenizer.eos_token_ids))
             self._control = _start_forking(msgspec.msgpack.encode(vocabulary))
+            self._compiler = self._compiler or InPlaceCompiler(vocabulary)
 
     def add(self, request: Request) -> None:
         """Have the request's grammar compiled, if it is not yet."""
@@ -98,10 +102,10 @@ class GrammarPool:
         request = self._waiting.pop(request_id, None)
         if request is None or _key(request) in self._wanted():
             return
-        process = self._processes.get(_key(request))
+        process = self._grammars.get(_key(request))
         if process is not None and process.is_compiling:
             process.kill()
-            del self._processes[_key(request)]
+            del self._grammars[_key(request)]
 
     def take_ready(self) -> list[tuple[Request, GrammarCursor | str]]:
         """The requests that wait no longer, each with its cursor, or why its grammar cannot be enforced."""
@@ -119,43 +123,49 @@ class GrammarPool:
 
     def flush(self) -> None:
         """Send what was asked."""
-        for process in self._processes.values():
-            process.flush()
+        for grammar in self._grammars.values():
+            if not isinstance(grammar, InPlaceGrammar):
+                grammar.flush()
 
     def poll(self) -> None:
         """Send what was asked, take what was answered."""
-        for key, process in list(self._processes.items()):
+        for key, process in list(self._grammars.items()):
+            if isinstance(process, InPlaceGrammar):
+                continue
             process.flush()
             process.receive()
-            if process.error is None:
-                continue
-            del self._processes[key]
-            (self._errors if process.is_refused else self._deaths)[key] = process.error
-            if len(self._errors) > _MAX_REMEMBERED:
-                self._errors.popitem(last=False)
+            if process.error is not None:
+                del self._grammars[key]
+                (self._errors if process.is_refused else self._deaths)[key] = process.error
+                if len(self._errors) > _MAX_REMEMBERED:
+                    self._errors.popitem(last=False)
+            elif process.is_cheap and self._compiler is not None:
+                self._grammars[key] = self._compiler.compile(key[1], process.num_bytes)
+                process.kill()
 
     def wait(self, cursors: Iterable[GrammarCursor], seconds: float) -> None:
         """Poll until all these sequences have the masks that they asked for, but no longer than so many seconds."""
-        late, deadline = list(cursors), time.monotonic() + seconds
-        while True:
+        late, deadline = _late(cursors), time.monotonic() + seconds
+        while late:
             self.poll()
-            late = [cursor for cursor in late if not cursor.is_answered]
-            if not late or time.monotonic() >= deadline:
+            late = _late(late)
+            seconds = deadline - time.monotonic()
+            if not late or seconds <= 0:
                 return
             poller = select.poll()
-            for process in self._processes.values():
-                if process.owes_answers:
-                    poller.register(process, select.POLLIN)
-            poller.poll(1000 * (deadline - time.monotonic()))
+            for grammar in self._grammars.values():
+                if not isinstance(grammar, InPlaceGrammar) and grammar.owes_answers:
+                    poller.register(grammar, select.POLLIN)
+            poller.poll(1000 * seconds)
 
     def _take(self, key: _Key) -> GrammarCursor | str | None:
         """A sequence of a grammar, or its error; None while it is not known."""
         if error := self._errors.get(key) or self._deaths.get(key):
             return error
-        process = self._processes.get(key)
+        process = self._grammars.get(key)
         if process is None or process.is_compiling or not process.has_room:
             return None
-        self._processes[key] = self._processes.pop(key)
+        self._grammars[key] = self._grammars.pop(key)
         return process.begin()
 
     def _wanted(self) -> dict[_Key, None]:
@@ -163,8 +173,8 @@ class GrammarPool:
 
     def _compile_next(self) -> None:
         """Start compiling what is waited for, as far as it is the turn of its tenant."""
-        compiling = {tenant for (tenant, _), process in self._processes.items() if process.is_compiling}
-        wanted = [key for key in self._wanted() if key not in self._processes and key[0] not in compiling]
+        compiling = {tenant for (tenant, _), process in self._grammars.items() if process.is_compiling}
+        wanted = [key for key in self._wanted() if key not in self._grammars and key[0] not in compiling]
         for key in sorted(wanted, key=lambda key: self._turns.get(key[0], 0)):
             tenant, grammar = key
             if len(compiling) == _MAX_COMPILING or tenant in compiling or not self._make_room(tenant):
@@ -172,7 +182,7 @@ class GrammarPool:
             self.start()
             assert self._control is not None
             try:
-                self._processes[key] = GrammarProcess(self._control, grammar, self._num_slots, self._num_words)
+                self._grammars[key] = GrammarProcess(self._control, grammar, self._num_slots, self._num_words)
             except OSError as error:
                 log.warning("a grammar cannot be compiled at the moment", reason=str(error))
                 self._control = None
@@ -186,7 +196,7 @@ class GrammarPool:
         """End processes that do nothing if there is too much; whether the tenant may have another."""
         while True:
             count, size = Counter[str](), Counter[str]()
-            for (owner, _), process in self._processes.items():
+            for (owner, _), process in self._grammars.items():
                 count[owner] += 1
                 size[owner] += process.num_bytes
             is_too_large = size[tenant] >= _MAX_TENANT_BYTES
@@ -200,11 +210,15 @@ class GrammarPool:
         """End the process that was used longest ago of the first of these tenants that has one without sequences."""
         wanted = self._wanted()
         for owner in owners:
-            for key, process in self._processes.items():
+            for key, process in self._grammars.items():
                 if key[0] == owner and process.is_idle and key not in wanted:
-                    self._processes.pop(key).kill()
+                    self._grammars.pop(key).kill()
                     return True
         return False
+
+
+def _late(cursors: Iterable[GrammarCursor]) -> list[GrammarCursor]:
+    return [cursor for cursor in cursors if not cursor.is_answered]
 
 
 def _key(request: Request) -> _Key:

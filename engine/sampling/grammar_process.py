@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.messages import Grammar
-from engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
+from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
 from engine.sampling.grammar_messages import (
     COMPILE_SECONDS,
     MASK_SECONDS,
@@ -30,22 +30,23 @@ from engine.sampling.grammar_messages import (
     MAX_MESSAGE_BYTES,
     MEMORY_BYTES,
     MORE_MEMORY_BYTES,
-    SECONDS_PER_MASK,
-    SPARE_SECONDS,
     Answer,
     Answers,
     Ask,
     Compiled,
-    Failure,
     Fork,
     Started,
     Vocabulary,
 )
+from engine.sampling.grammar_sequence import GrammarSequence
 from engine.sampling.json_schema import GrammarError
+from engine.sampling.ordinary_schema import is_ordinary
 
 _TRIAL_MASKS, _TRIAL_SEED = 24, 0
 _TRIAL_SECONDS = 0.02
 """A grammar whose masks take longer in a trial is refused before anybody waits for them."""
+_CHEAP_SECONDS_TO_COMPILE, _CHEAP_SECONDS, _CHEAP_BYTES = 0.1, 0.0002, 16 * 1024**2
+"""What the engine may take on itself: compilation beside its steps, masks in the same trial, memory."""
 _SEND_EVERY = 0.001
 _NICE = 5
 """Beside the engine, which has to compute whatever a grammar allows."""
@@ -70,71 +71,30 @@ class _Bound:
         return now
 
 
-class _Sequence:
-    """One sequence's place in the grammar, and what it has cost so far, in seconds of computing."""
+def _try_out(grammar: CompiledGrammar, vocab_size: int, bound: _Bound) -> float:
+    """Compute masks along a random text; returns the seconds that all but one of them stay below.
 
-    def __init__(self, matcher: GrammarMatcher, masks: NDArray[np.int32], bound: _Bound) -> None:
-        self._matcher, self._bound = matcher, bound
-        self._masks = masks
-        """[MASKS_PER_SLOT, words]"""
-        self._spent = 0.0
-        self._last_seconds = 0.0
-        self._num_computed = 0
-        self._failure: Failure = ""
-
-    def answer(self, ask: Ask) -> Answer:
-        """Follow the output, and write the masks that the ask is about."""
-        started = self._bound.go_on()
-        if ask.committed or not self._num_computed:
-            if not all(map(self._matcher.accept, ask.committed)):
-                self._failure = "contradiction"
-            started = self._fill(0, started)
-        seconds = self._last_seconds
-        num_masks = 0 if self._failure else 1 + self._look_ahead(ask.drafts, started)
-        return Answer(ask.slot, ask.round, num_masks, seconds, self._failure)
-
-    def _look_ahead(self, drafts: list[int], started: float) -> int:
-        """Masks after each draft, up to the first that is not allowed or has nothing after it; returns their number."""
-        taken = num_masks = 0
-        while taken == num_masks < len(drafts) and self._matcher.accept(drafts[taken]):
-            taken += 1
-            started = self._fill(taken, started)
-            num_masks += not self._failure and bool(self._masks[taken].any())
-        if taken:
-            self._matcher.rollback(taken)
-        return num_masks
-
-    def _fill(self, row: int, started: float) -> float:
-        """Write one mask, unless the sequence has failed. ``started``: when its time began; returns when it ended."""
-        if not self._failure:
-            self._matcher.fill_bitmask(self._masks, row)
-        ended = self._bound.go_on()
-        self._last_seconds = ended - started
-        self._spent += self._last_seconds
-        self._num_computed += 1
-        if not self._failure and self._spent > SPARE_SECONDS + SECONDS_PER_MASK * self._num_computed:
-            self._failure = "spent"
-        return ended
-
-
-def _try_out(grammar: CompiledGrammar, vocab_size: int, bound: _Bound) -> None:
-    """Compute masks along a random text; raises ``GrammarError`` where they take too long to be used."""
+    Raises:
+        GrammarError: they take too long to be used.
+    """
     bound.start(MASK_SECONDS)
     matcher, random = grammar.matcher(), np.random.default_rng(_TRIAL_SEED)
     mask = np.zeros((1, -(-vocab_size // 32)), dtype=np.int32)
-    slow = 0
+    longest = second = 0.0  # once, that says little
     for _ in range(_TRIAL_MASKS):
         started = bound.go_on()
         matcher.fill_bitmask(mask, 0)
-        slow += bound.go_on() - started > _TRIAL_SECONDS
-        if slow > 1:  # once, that says little
+        seconds = bound.go_on() - started
+        longest, second = max(longest, seconds), max(second, min(longest, seconds))
+        if second > _TRIAL_SECONDS:
             raise GrammarError(
                 "the JSON schema is too ambiguous: to find out which tokens may come next takes more than "
                 f"{1000 * _TRIAL_SECONDS:.0f} ms"
             )
         allowed = np.flatnonzero(np.unpackbits(mask[0].view(np.uint8), bitorder="little")[:vocab_size])
         if not len(allowed) or not matcher.accept(int(random.choice(allowed))):
-            return
+            break
+    return second
 
 
 def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: GrammarCompiler, vocab_size: int) -> None:
@@ -149,17 +109,26 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
     try:
         grammar = msgspec.msgpack.decode(memory[masks.nbytes : masks.nbytes + fork.num_grammar_bytes], type=Grammar)
         compiled = compiler.compile(grammar)
-        _try_out(compiled, vocab_size, bound)
+        compile_seconds = time.process_time()
+        mask_seconds = _try_out(compiled, vocab_size, bound)
     except GrammarError as error:
         channel.send(encode(Compiled(error=str(error))))
         return
     except MemoryError:
         channel.send(encode(Compiled(error=f"the JSON schema takes more than {MEMORY_BYTES >> 20} MiB to compile")))
         return
-    compiled_bytes = _data_bytes()
-    _limit_memory(compiled_bytes + MORE_MEMORY_BYTES)
-    channel.send(encode(Compiled(compiled_bytes - forked_bytes)))
-    sequences: dict[int, _Sequence] = {}
+    num_bytes = _data_bytes() - forked_bytes
+    is_cheap = compile_seconds < _CHEAP_SECONDS_TO_COMPILE and mask_seconds < _CHEAP_SECONDS
+    is_cheap = is_cheap and num_bytes < _CHEAP_BYTES and is_ordinary(grammar)
+    _limit_memory(_data_bytes() + MORE_MEMORY_BYTES)
+    channel.send(encode(Compiled(num_bytes, is_cheap)))
+    _follow(channel, compiled, masks, bound)
+
+
+def _follow(channel: socket.socket, compiled: CompiledGrammar, masks: NDArray[np.int32], bound: _Bound) -> None:
+    """Answer asks until the engine closes the channel. ``masks``: [slots, MASKS_PER_SLOT, words]."""
+    encode = msgspec.msgpack.Encoder().encode
+    sequences: dict[int, GrammarSequence] = {}
     decoder = msgspec.msgpack.Decoder(list[Ask])
     buffer = memoryview(bytearray(MAX_MESSAGE_BYTES))
     while num_bytes := channel.recv_into(buffer):
@@ -170,8 +139,10 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
                 sequences.pop(ask.slot, None)
                 continue
             if ask.is_new:
-                sequences[ask.slot] = _Sequence(compiled.matcher(), masks[ask.slot], bound)
-            answers.append(sequences[ask.slot].answer(ask))
+                sequences[ask.slot] = GrammarSequence(compiled.matcher(), masks[ask.slot], bound.go_on)
+            sequence = sequences[ask.slot]
+            num_masks = sequence.follow(ask.committed, ask.drafts)
+            answers.append(Answer(ask.slot, ask.round, num_masks, sequence.last_seconds, sequence.failure))
             if time.monotonic() > send_at:  # the others need not wait for one that takes long
                 channel.send(encode(Answers(answers)))
                 answers = []

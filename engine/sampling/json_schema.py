@@ -9,8 +9,8 @@ from typing import Any
 MAX_SCHEMA_CHARS = 65_536
 MAX_SCHEMA_DEPTH = 50
 
-_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
-_DEFINITIONS = {"$defs", "definitions", "$schema", "$id"}
+ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
+DEFINITIONS = {"$defs", "definitions", "$schema", "$id"}
 _UNSUPPORTED = (
     *("not", "if", "then", "else", "$dynamicRef"),
     *("dependentRequired", "dependentSchemas", "dependencies"),
@@ -64,7 +64,7 @@ def check_json_schema(text: str) -> None:
 
 def _problem(schema: dict[str, Any]) -> str | None:
     """What of this schema, apart from its subschemas, cannot be enforced."""
-    keywords = schema.keys() - _ANNOTATIONS - _DEFINITIONS
+    keywords = schema.keys() - ANNOTATIONS - DEFINITIONS
     for keyword in _UNSUPPORTED:
         if keyword in keywords:
             return keyword

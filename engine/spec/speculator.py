@@ -119,7 +119,8 @@ class Speculator:
         if requests:
             lengths = self._policy.worth_verifying(self._chains)
             for request in requests:  # another list: the chain keeps this one
-                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
+                drafts = request.draft_token_ids[: lengths[request.request_id]]
+                request.draft_token_ids = drafts if request.grammar is None else request.grammar.allowed(drafts)
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None

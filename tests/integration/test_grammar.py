@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import psutil
 import pydantic
 import pytest
@@ -23,7 +24,9 @@ from engine.models.registry import resolve_model
 from engine.request import Request
 from engine.sampling import grammar_pool
 from engine.sampling.grammar import GrammarCompiler
-from engine.sampling.grammar_client import GRAMMAR_CONTRADICTS, GrammarCursor
+from engine.sampling.grammar_client import ProcessCursor
+from engine.sampling.grammar_cursor import GRAMMAR_CONTRADICTS, GrammarCursor
+from engine.sampling.grammar_in_place import InPlaceCursor
 from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.json_schema import GrammarError, check_json_schema
 from engine.sampling.sampler import Sampler, SamplingRows
@@ -281,9 +284,15 @@ def test_a_grammar_is_refused_for_what_it_costs(smollm2_path: Path, grammar: Gra
     assert isinstance(compiled(pool, with_grammar(schema({"const": 2}), tenant="acme"))["r"], GrammarCursor)
 
 
+LOWER_CASE, UPPER_CASE = (
+    schema({"type": "array", "items": {"type": "string", "pattern": pattern}}) for pattern in ("^[a-z]*$", "^[A-Z]*$")
+)
+"""Not ordinary, so that processes enforce them."""
+
+
 def test_a_process_that_dies_takes_its_own_sequences_along(pool: GrammarPool) -> None:
-    requests = [with_grammar(schema({"type": kind}), kind) for kind in ("integer", "boolean")]
-    lost, kept = (begin(pool, request) for request in requests)
+    lost, kept = (begin(pool, with_grammar(grammar, "r")) for grammar in (LOWER_CASE, UPPER_CASE))
+    assert isinstance(lost, ProcessCursor)
     os.kill(lost._process._pid, signal.SIGKILL)
     [digit] = [1]
     lost.commit([digit])
@@ -346,6 +355,26 @@ def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
     assert ends["plain"].finish_reason == "length"
 
 
+def test_an_ordinary_grammar_is_enforced_without_a_process(tokenizer: Tokenizer) -> None:
+    """It says at once which drafts are allowed, and its masks are those that a process computes."""
+    pool = GrammarPool(tokenizer, num_slots=2)
+    items = {"enum": ["aa", "ab"]}
+    ordinary = {"type": "array", "items": items}
+    here, there = (begin(pool, with_grammar(schema(value))) for value in (ordinary, ordinary | {"prefixItems": []}))
+    assert isinstance(here, InPlaceCursor)
+    assert isinstance(there, ProcessCursor)
+    for text, drafts in (("[", '"ax"'), ('"a', 'b"]'), ('a",', '"ba"')):
+        token_ids, draft_ids = tokenizer.encode(text), tokenizer.encode(drafts)
+        for cursor in (here, there):
+            cursor.commit(token_ids)
+        allowed = here.allowed(draft_ids)
+        for cursor in (here, there):
+            settle(pool, cursor, draft_ids)
+            assert cursor.num_masks == 1 + len(allowed)
+        assert np.array_equal(here.masks[: here.num_masks], there.masks[: there.num_masks])
+    assert allowed == draft_ids[:1]
+
+
 def grammar_processes() -> list[psutil.Process]:
     """Those of this process that enforce a grammar, without those that fork them."""
     ours = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
@@ -357,7 +386,7 @@ def test_a_late_mask_keeps_only_its_own_sequence_waiting(tmp_path: Path, setting
     """Its output is the same as ever, with drafts, and also where others take its blocks meanwhile."""
     files = make_directory(tmp_path / "model")
     engine = Engine(files, setting, SpeculationConfig(method="ngram"))
-    constrained = SamplingParams(max_tokens=60, seed=3, ignore_eos=True, grammar=schema({"type": "array"}))
+    constrained = SamplingParams(max_tokens=60, seed=3, ignore_eos=True, grammar=LOWER_CASE)
     plain = SamplingParams(max_tokens=80, seed=5)
     prompts = [[7, 8, 9] * 8, list(range(40))]
     expected = engine.generate_alone(prompts, [constrained, plain])
@@ -384,7 +413,7 @@ def test_a_request_whose_grammars_process_dies_ends_alone(tmp_path: Path) -> Non
     engine = Engine(make_directory(tmp_path / "model"), Setting())
     plain = SamplingParams(max_tokens=80, seed=5)
     [expected] = engine.generate([list(range(40))], [plain])
-    sampling = SamplingParams(max_tokens=60, seed=3, ignore_eos=True, grammar=schema({"type": "array"}))
+    sampling = SamplingParams(max_tokens=60, seed=3, ignore_eos=True, grammar=LOWER_CASE)
     message = EngineRequest(request_id="lost", prompt_token_ids=[7, 8, 9], sampling=sampling, tenant="tests")
     engine.core.add(b"client", message)
     while not engine.core.step()[0][b"client"]:
