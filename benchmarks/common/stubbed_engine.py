@@ -1,0 +1,271 @@
+"""The engine with its arithmetic replaced, so that what is left of a step's time is the host's work.
+
+Replaced are the target's and the draft's networks, the head projections with the choice of the largest logits, and the
+choice of a token from the target's logits. All else is the product: scheduler, speculator, entries and slots of the
+draft, the sessions' vocabularies with what they learn, the sampler's bookkeeping, commit. It runs on the path of plain
+torch tensors, which is the one that a GPU's host takes: the compiled chains of drafts, which do the same work inside of
+one call, exist on a CPU only.
+
+What the networks say is made up, but follows real text. Every sequence has a text, which is made of the committed
+evaluation prompts and of quotes of itself, and the target says its next token whatever the sequence has read. The draft
+gives that token the largest logit at a fixed, random 60 of 100 places, and the fourth largest at the others. It can say
+a token only if that is in the sequence's vocabulary: in the core, or in the tail as the engine has filled it. So 50 to
+60 of 100 first drafts are accepted, and vocabularies meet as many new, repeated and missing tokens as in answers. The
+target's other likely tokens are what it says elsewhere, and the draft's other candidates are any tokens of the core.
+
+All stubs know the place in the texts from their input: it is the first value of a hidden state, and of a row of logits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from itertools import chain, cycle, islice
+from typing import ParamSpec, TypeVar
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from benchmarks.prompts.build import read_eval
+from engine.attention.torch_paged import TorchPagedAttention
+from engine.batch import Features, ForwardBatch, ForwardOutput
+from engine.config import CacheConfig, EngineConfig
+from engine.core import EngineCore
+from engine.loader import LoadedModel
+from engine.model_runner import attention_spec
+from engine.models.llama import HeadSlab
+from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.draft_files import DRAFTS
+from engine.spec.draft_head import DraftHead
+from engine.spec.eagle import EagleProposer
+from engine.spec.load import make_head
+from engine.spec.proposer import DraftCosts
+from engine.text.tokenizer import Tokenizer
+from kernels.draft_head import Core, TailSlabs
+
+DOMAINS = ["code", "general"]
+NEW_TOKENS, QUOTED_TOKENS = 24, 16
+"""A text is so many tokens of the prompts and so many that it has said before, in turn: with that, default vocabularies
+hold nine tokens of ten, as many as of served answers (``coverage`` in the records of ``benchmarks.vocabulary``)."""
+HIDDEN = 8
+"""Width of the hidden states, which nobody multiplies."""
+KNOWN = 0.6
+"""Share of the places at which the draft is right, if it may say the token."""
+_RANK_WHERE_WRONG = 3
+_STRIDE = 997
+"""Between places of which nobody can tell that they have to do with each other."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class StubTime:
+    """Processor time of this thread that went into stubs."""
+
+    seconds = 0.0
+
+
+def stub(function: Callable[P, R]) -> Callable[P, R]:
+    """Count a function's time in ``StubTime``."""
+
+    @wraps(function)
+    def run(*args: P.args, **keywords: P.kwargs) -> R:
+        started = time.thread_time()
+        result = function(*args, **keywords)
+        StubTime.seconds += time.thread_time() - started
+        return result
+
+    return run
+
+
+class Texts:
+    """What sequences say: ``count`` texts of ``length`` tokens, of which the first is the text's number.
+
+    A place is a text's number times ``length``, plus a position in it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, count: int, length: int) -> None:
+        contents = (prompt.messages[-1]["content"] for prompt in read_eval(DOMAINS))
+        tokens = list(chain.from_iterable(map(tokenizer.encode, contents)))
+        rng = np.random.default_rng(0)
+        texts = [[number, *_text(rng, tokens, number * len(tokens) // count, length - 1)] for number in range(count)]
+        self.length, self.tokens = length, torch.tensor(texts).flatten()
+        self.is_known = torch.from_numpy(rng.random(count * length) < KNOWN)
+        self._all_ids = torch.arange(tokenizer.vocab_size, dtype=torch.int32)
+
+    def prompts(self, length: int) -> list[list[int]]:
+        """The beginning of each text."""
+        beginnings: list[list[int]] = self.tokens.view(-1, self.length)[:, :length].tolist()
+        return beginnings
+
+    @contextmanager
+    def said(self) -> Iterator[None]:
+        """Put the stubs of the kernels in their place for as long as the context lasts."""
+        with (
+            patch("kernels.choose_tokens.choose_tokens", self._choose),
+            patch("engine.spec.draft_head.draft_head_topk", self._candidates),
+            patch("engine.spec.vocab_follower.topk_rows", self._likely),
+        ):
+            yield
+
+    def following(self, places: torch.Tensor) -> torch.Tensor:
+        """The token after each place."""
+        return self.tokens[(places + 1) % len(self.tokens)]
+
+    @stub
+    def _choose(self, logits: torch.Tensor, *_: object) -> list[int]:
+        """In place of ``kernels.choose_tokens``: what the target says after each row."""
+        choices: list[int] = self.following(logits[:, 0].long()).tolist()
+        return choices
+
+    @stub
+    def _likely(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """In place of ``topk_rows``: the target's most likely tokens [n, k], int64, the text's own first."""
+        places = logits[:, 0].long()
+        return logits[:, :k], self.following(places[:, None] + _STRIDE * torch.arange(k))
+
+    @stub
+    def _candidates(
+        self,
+        hidden: torch.Tensor,
+        core: Core,
+        k: int,
+        tails: TailSlabs | None = None,
+        slabs: torch.Tensor | None = None,
+        *_: object,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """In place of ``draft_head_topk``: the draft's candidates [N, k], from the vocabulary of each row."""
+        places = hidden[:, 0].long()
+        wanted, rows = self.following(places), torch.arange(len(places))
+        any_ids = self._all_ids if core.token_ids is None else core.token_ids
+        can_say = torch.isin(wanted, any_ids)
+        if tails is not None and slabs is not None:
+            can_say |= (tails.token_ids[slabs.long()] == wanted[:, None]).any(1)
+        ids = any_ids[(places[:, None] + torch.arange(max(k, _RANK_WHERE_WRONG + 1))) % len(any_ids)].int()
+        ranks = torch.where(self.is_known[places], 0, _RANK_WHERE_WRONG)
+        ids[rows[can_say], ranks[can_say]] = wanted[can_say].int()
+        return (8 - 2 * torch.arange(k).sqrt()).expand(len(ids), k).contiguous(), ids[:, :k].contiguous()
+
+
+def _text(rng: np.random.Generator, tokens: Sequence[int], start: int, length: int) -> list[int]:
+    """Tokens from ``start`` on, around the end, with quotes of what came before."""
+    text: list[int] = []
+    source = islice(cycle(tokens), start, None)
+    while len(text) < length:
+        text += islice(source, NEW_TOKENS)
+        place = rng.integers(len(text) - QUOTED_TOKENS)
+        text += text[place : place + QUOTED_TOKENS]
+    return text[:length]
+
+
+class _StubNetwork:
+    """A network whose hidden states are places in the texts.
+
+    It knows the text of a sequence by the sequence's first block, since it has read the first token.
+    """
+
+    weight_bytes = 0
+
+    def __init__(self, texts: Texts, num_blocks: int) -> None:
+        self._length = texts.length
+        self._text_of_block = torch.zeros(num_blocks, dtype=torch.int64)
+
+    def _hidden(self, batch: ForwardBatch) -> torch.Tensor:
+        lengths = batch.query_start_loc.diff().long()
+        first_block = batch.block_tables[:, 0].long().repeat_interleave(lengths)
+        is_first = batch.positions == 0
+        self._text_of_block[first_block[is_first]] = batch.token_ids[is_first].long()
+        hidden = torch.zeros(len(batch.positions), HIDDEN)
+        hidden[:, 0] = self._text_of_block[first_block] * self._length + batch.positions
+        return hidden
+
+
+class StubTarget(_StubNetwork):
+    """A ``CausalLM``."""
+
+    def __init__(self, texts: Texts, num_blocks: int, vocab_size: int) -> None:
+        super().__init__(texts, num_blocks)
+        self._logits = torch.empty(0, vocab_size)
+
+    @stub
+    def forward(self, batch: ForwardBatch, attention: object, capture: Sequence[int] = ()) -> ForwardOutput:
+        hidden = self._hidden(batch)
+        return ForwardOutput(hidden, hidden if capture else None)
+
+    @stub
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(token_ids), HIDDEN)
+
+    @stub
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Of the right shape, in memory that nobody touches but for the first column, and that is used again."""
+        if len(hidden) > len(self._logits):
+            self._logits = torch.empty(2 * len(hidden), self._logits.shape[1])
+        logits = self._logits[: len(hidden)]
+        logits[:, 0] = hidden[:, 0]
+        return logits
+
+    def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
+        return HeadSlab(lambda hidden: hidden, num_bytes=0)
+
+    @stub
+    def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(token_ids), HIDDEN)
+
+
+class StubEagle(_StubNetwork):
+    """An ``EagleNetwork``."""
+
+    def load(self, weights: object) -> None:
+        raise NotImplementedError
+
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def fuse_into(self, store: torch.Tensor, features: Features) -> None:
+        """Nobody reads what would be stored."""
+
+    @stub
+    def forward(self, batch: ForwardBatch, *_: object) -> torch.Tensor:
+        return self._hidden(batch)[batch.logits_indices]
+
+    def head_input(self, a: torch.Tensor) -> torch.Tensor:
+        return a
+
+
+@dataclass
+class StubDraft:
+    """A ``Draft`` whose proposer and head are the engine's."""
+
+    target: LoadedModel
+    head: DraftHead
+    network: StubEagle
+    cache: CacheConfig
+
+    def __post_init__(self) -> None:
+        self.description, self.vocab, self.costs = self.head.description, self.head.vocab, DraftCosts(0, 0)
+
+    def make_proposer(self, num_blocks: int) -> EagleProposer:
+        """Allocate the features."""
+        attention = TorchPagedAttention(attention_spec(self.target, self.cache, num_blocks))
+        return EagleProposer(self.network, self.target, attention, self.head, capture_layers=(0,))
+
+
+def make_engine(config: EngineConfig, texts: Texts) -> EngineCore:
+    """An engine without arithmetic, whose sequences say ``texts``; to be used within ``texts.said``."""
+    files = resolve_model(config.model)
+    spec, tokenizer = validate_model_files(files), Tokenizer.from_files(files)
+    spec = replace(spec, hidden_size=HIDDEN, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=HIDDEN)
+    num_blocks = config.cache.num_blocks
+    assert num_blocks is not None, "the number of blocks must be given"
+    model, device = StubTarget(texts, num_blocks, spec.vocab_size), torch.device("cpu")
+    target = LoadedModel(model, spec, texts.length, torch.float32, device, "torch", TorchPagedAttention)
+    draft = None
+    if config.speculation.method != "none":
+        head = make_head(config, target, DRAFTS / files.name, tokenizer)
+        draft = StubDraft(target, head, StubEagle(texts, num_blocks), config.cache)
+    return EngineCore(config, files, spec, draft, target)
