@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernels import targets
-from kernels.targets import SOURCES, TARGETS, Target, best_target, sources_hash
+from kernels.targets import PLAIN, SOURCES, TARGETS, Target, best_target, sources_hash
 
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-shared", "-pthread", "-Wall", "-Wno-ignored-attributes"]
 
@@ -48,7 +48,7 @@ def build(compiler: list[str], target: Target) -> None:
     with tempfile.TemporaryDirectory(dir=target.library.parent) as folder:
         output = Path(folder) / target.library.name
         features = [f"-m{feature}" for feature in target.features] + [f'-DEVO_SOURCES="{sources_hash()}"']
-        sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
+        sources = sorted(str(path) for path in SOURCES.glob(target.sources))
         subprocess.run([*compiler, *FLAGS, *features, *sources, "-o", str(output)], check=True)
         output.replace(target.library)
 
@@ -74,7 +74,7 @@ def main(wanted: Sequence[Target]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Compile the CPU kernels for this machine.")
     parser.add_argument("--all", action="store_true", help="for every machine, as in an image")
-    wanted = TARGETS if parser.parse_args().all else [target for target in [best_target()] if target is not None]
-    if not wanted:
-        print("kernels: none for this CPU, which has no AVX2; using the slower torch fallback", file=sys.stderr)
-    main(wanted)
+    best = best_target()
+    if best is None:
+        print("kernels: this CPU has no AVX2; the model runs on the slower torch fallback", file=sys.stderr)
+    main((*TARGETS, PLAIN) if parser.parse_args().all else [best or PLAIN])

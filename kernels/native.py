@@ -72,8 +72,7 @@ def load_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(target.library))
     library.evo_find_processor()
     library.evo_block_bytes.restype = ctypes.c_size_t
-    library.evo_observe_ngrams.restype = ctypes.c_double
-    for name in ("evo_team_new", "evo_decoder_new", "evo_text_new"):
+    for name in ("evo_team_new", "evo_decoder_new"):
         getattr(library, name).restype = ctypes.c_void_p
     return library
 

@@ -18,8 +18,8 @@ from kernels.draft_head import TailSlabs
 from kernels.native import MatrixStruct, PackedMatrix, Team, address, load_library
 from kernels.native_decoder import Decoder, KvCache
 from kernels.native_lora import NativeLora
-from kernels.native_prior import NUM_FEATURES, ChainPrior, PriorKernel
 from kernels.native_sampling import TailSlabsStruct
+from kernels.native_sessions import NUM_FEATURES, Sessions, Texts
 
 SURENESS_LEVELS = 16
 """Of how sure a draft is of a token: level n is a probability of n/16 to (n + 1)/16 among the candidates."""
@@ -30,17 +30,14 @@ class _Model(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("layer", "norm")),
         ("hidden", ctypes.c_int),
         *((name, MatrixStruct) for name in ("embedding", "head", "core")),
-        *((name, ctypes.c_void_p) for name in ("core_ids", "tails", "graph", "used")),
-        ("ways", ctypes.c_int),
-        ("presence_floor", ctypes.c_double),
-        ("kv", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("core_ids", "tails", "sessions", "texts", "kv")),
     )
 
 
 _ROW_POINTERS = (
     *("lengths", "positions", "block_tables", "slabs", "lora"),
     *("temperatures", "seeds", "top_k", "top_p", "min_p"),
-    *("sessions", "units", "weights", "repeat_bonuses", "contexts", "texts"),
+    *("sessions", "texts"),
     *("chances", "tenants", "acceptance", "verify_costs"),
 )
 
@@ -88,11 +85,14 @@ class ChainBatch:
     """Of the last known token"""
     block_tables: NDArray[np.int32]
     """[B, max_blocks]"""
-    slabs: Sequence[int] | None = None
-    """The tail of each, where there are tails"""
     sampling: RowSampling | None = None
     """None: all greedy"""
-    prior: ChainPrior | None = None
+    slabs: Sequence[int] | None = None
+    """The tail of each, where there are tails"""
+    sessions: Sequence[int] | None = None
+    """Whose prior each has, -1 for none; None: nobody has one"""
+    texts: Sequence[int] | None = None
+    """With ``sessions``: whose repeats count, -1 for none"""
     lora: NativeLora | None = None
     stop: ChainStop | None = None
     """None: every chain gets its length"""
@@ -139,7 +139,7 @@ class NativeChain:
         core: rows of the head that all sequences share.
         core_ids: [K] int32, the tokens of these rows; None: all.
         tails: of the sequences; None: none.
-        prior: None: none.
+        sessions: whose priors they have, and ``texts``, whose repeats count in these; None: nobody has one.
         candidates: of each token that are looked at, where not only the best one counts.
     """
 
@@ -153,12 +153,12 @@ class NativeChain:
         core: PackedMatrix,
         core_ids: torch.Tensor | None,
         tails: TailSlabs | None,
-        prior: PriorKernel | None,
+        sessions: tuple[Sessions, Texts] | None,
         candidates: int,
     ) -> None:
         self._team, self._layer, self._norm = team, layer, norm
         self._embedding, self._head = embedding, head
-        self._core, self._core_ids, self._tails, self._prior = core, core_ids, tails, prior
+        self._core, self._core_ids, self._tails, self._sessions = core, core_ids, tails, sessions
         self._candidates = min(candidates, core.n + (0 if tails is None else tails.slots))
         self._tails_struct: TailSlabsStruct | None = None
         if tails is not None:
@@ -175,7 +175,7 @@ class NativeChain:
             cache: the draft's keys and values; the last token of each chain gets none.
         """
         num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], a.shape[1]
-        only_best = batch.sampling is None and batch.prior is None and batch.stop is None
+        only_best = batch.sampling is None and batch.sessions is None and batch.stop is None
         count = 1 if only_best else self._candidates
         shape = steps, num_rows
         result = ChainResult(
@@ -183,7 +183,7 @@ class NativeChain:
             torch.empty(*shape, hidden, dtype=torch.bfloat16),
             np.empty((*shape, count), np.int32),
             np.empty((*shape, count), np.float32),
-            None if batch.prior is None else np.empty((*shape, count, NUM_FEATURES), np.float32),
+            None if batch.sessions is None else np.empty((*shape, count, NUM_FEATURES), np.float32),
             None if batch.stop is None else np.empty(shape, np.int32),
         )
         arrays = _arrays(batch)
@@ -209,13 +209,13 @@ class NativeChain:
         return result.first(made)
 
     def _model(self, hidden: int, cache: KvCache) -> _Model:
-        prior, tails = self._prior, self._tails_struct
+        tails = self._tails_struct
         return _Model(
             *(self._layer.handle, address(self._norm), hidden),
             *(matrix.struct for matrix in (self._embedding, self._head, self._core)),
             address(self._core_ids),
             None if tails is None else ctypes.addressof(tails),
-            *((None, None, 0, 0.0) if prior is None else prior.addresses),
+            *((None, None) if self._sessions is None else (one.handle for one in self._sessions)),
             ctypes.addressof(cache.struct),
         )
 
@@ -227,12 +227,8 @@ def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:
         arrays["slabs"] = array("i", batch.slabs)
     if batch.sampling is not None:
         arrays |= batch.sampling.arrays()
-    if (prior := batch.prior) is not None:
-        arrays["sessions"], arrays["weights"] = array("Q", prior.sessions), array("Q", prior.weights)
-        arrays["units"], arrays["contexts"] = array("d", prior.units), array("q", chain.from_iterable(prior.contexts))
-        arrays["repeat_bonuses"] = array("f", prior.repeat_bonuses)
-        if prior.texts is not None:
-            arrays["texts"] = array("Q", prior.texts)
+    if batch.sessions is not None and batch.texts is not None:
+        arrays |= {"sessions": array("i", batch.sessions), "texts": array("i", batch.texts)}
     if (stop := batch.stop) is not None:
         arrays["tenants"] = array("i", stop.tenants)
         arrays["acceptance"] = array("f", chain.from_iterable(stop.acceptance))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 from dataclasses import dataclass
@@ -18,11 +19,13 @@ class Target:
         name: of the library.
         features: what the compiler may use, as compilers name it.
         required: what the CPU must have, as Linux names it.
+        sources: what it is made of, below ``SOURCES``.
     """
 
     name: str
     features: tuple[str, ...]
     required: tuple[str, ...]
+    sources: str = "**/*.cpp"
 
     @property
     def library(self) -> Path:
@@ -51,6 +54,8 @@ TARGETS = (
     Target("avx2", ("avx2", "f16c", "fma"), ("avx2", "f16c", "fma")),
 )
 """The best first."""
+PLAIN = Target("plain", (), (), "sessions/*.cpp")
+"""What every machine runs: sessions' bookkeeping, which is in all the other libraries too."""
 
 
 def best_target() -> Target | None:
@@ -62,6 +67,17 @@ def best_target() -> Target | None:
 def sources_hash() -> str:
     """Of the kernels' sources, as a library of them names it."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h")):
+    for path in sorted(path for path in SOURCES.rglob("*") if path.suffix in (".cpp", ".h")):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def load_of_these_sources(target: Target) -> ctypes.CDLL | None:
+    """A target's library; None where there is none that was made of the sources that are here."""
+    if target.missing or not target.is_of_these_sources:
+        return None
+    try:
+        return ctypes.CDLL(str(target.library))
+    except OSError:
+        return None

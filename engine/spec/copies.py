@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from engine.request import Request
 from engine.spec.length_policy import Repeat
-from engine.vocab.text_matches import TextIndex, copied, make_text_index
+from engine.vocab.running_texts import RunningTexts
 from kernels.native_chain import SURENESS_LEVELS
 
 MIN_MATCH = 3
@@ -26,38 +26,32 @@ class Copy:
 
 
 class Copier:
-    """Keeps an index of each running sequence's text.
+    """Finds what the ends of running sequences repeat.
 
     Args:
-        window: how many of a prompt's last tokens are looked at; None: all.
+        texts: of the sequences.
     """
 
-    def __init__(self, window: int | None = None) -> None:
-        self._window = window
-        self._texts: dict[str, tuple[TextIndex, int]] = {}
-        """With the place of the index's first token in the sequence."""
+    def __init__(self, texts: RunningTexts) -> None:
+        self._texts = texts
 
     def look(self, requests: Sequence[Request], limits: Sequence[int]) -> dict[str, Copy]:
         """For the sequences whose last ``MIN_MATCH`` tokens came before: what followed the longest repeat."""
+        wanted = [(request, limit) for request, limit in zip(requests, limits, strict=True) if limit > 0]
+        self._texts.read(request for request, _ in wanted)
+        slots = self._texts.slots([request for request, _ in wanted])
+        rows = [(slot, *one) for slot, one in zip(slots, wanted, strict=True) if slot >= 0]
+        if not rows:
+            return {}
+        tokens, lengths = self._texts.texts.copy([slot for slot, *_ in rows], max(limits))
         copies = {}
-        for request, limit in zip(requests, limits, strict=True):
-            if limit > 0:
-                text, first = self._text(request)
-                place, length = text.longest()
-                if length >= MIN_MATCH:
-                    levels = [min(length + number, SURENESS_LEVELS) - 1 for number in range(limit)]
-                    repeat = Repeat(levels, request.sampling.temperature == 0.0)
-                    copies[request.request_id] = Copy(copied(request.all_token_ids, first + place, limit), repeat)
+        for (_, request, limit), copied, length in zip(rows, tokens, lengths, strict=True):
+            if length >= MIN_MATCH:
+                levels = [min(length + number, SURENESS_LEVELS) - 1 for number in range(limit)]
+                repeat = Repeat(levels, request.sampling.temperature == 0.0)
+                copies[request.request_id] = Copy(copied[:limit], repeat)
         return copies
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""
-        self._texts.pop(request_id, None)
-
-    def _text(self, request: Request) -> tuple[TextIndex, int]:
-        if request.request_id not in self._texts:
-            first = 0 if self._window is None else max(request.num_tokens - self._window, 0)
-            self._texts[request.request_id] = make_text_index(), first
-        text, first = self._texts[request.request_id]
-        text.extend(request.all_token_ids[first + len(text) :])
-        return text, first
+        self._texts.forget(request_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from kernels.draft_head import Core, TailSlabs, draft_head_topk
 from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain
 from kernels.native_decoder import KvCache
 from kernels.native_lora import NativeLora
-from kernels.native_prior import ChainPrior
 
 COUNTS_FILE = "token_counts.safetensors"
 """Next to a draft: one tensor ``counts`` [vocab] int64, how often the target generated each token."""
@@ -105,10 +105,11 @@ class DraftHead:
         """Chains of a draft in one call; None: this head is not of the compiled kernels."""
         if self._packed is None:
             return None
-        prior = None if self.vocab is None else self.vocab.drafted.prior_kernel
         draft = network.team, network.layer, network.output_norm
         matrices = target.embedding, target.head, self._packed
-        return NativeChain(*draft, *matrices, self._core.token_ids, self._tails, prior, CANDIDATES)
+        vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
+        sessions = None if vocab is None else (vocab.sessions, vocab.texts.texts)
+        return NativeChain(*draft, *matrices, self._core.token_ids, self._tails, sessions, CANDIDATES)
 
     def draft_chains(
         self,
@@ -132,11 +133,12 @@ class DraftHead:
             stop: None: all chains get their length, and nothing is known of how sure the draft is.
         """
         requests, lengths = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
-        slabs, prior = self._of_chains(requests)
+        vocabularies = self._of_chains(requests)
         positions = [request.num_tokens - 1 for request in requests]
         sampling = row_sampling([request.sampling for request in requests])
         rule = None if stop is None else _chain_stop(stop, requests, lengths[0])
-        result = chain.run(ChainBatch(lengths, positions, tables, slabs, sampling, prior, lora, rule), a, cache)
+        batch = ChainBatch(lengths, positions, tables, sampling, lora=lora, stop=rule, **vars(vocabularies))
+        result = chain.run(batch, a, cache)
         lengths = [min(length, len(result.tokens)) for length in lengths]
         for request, length, tokens in zip(requests, lengths, result.tokens.T.tolist(), strict=True):
             request.draft_token_ids += tokens[:length]
@@ -148,11 +150,11 @@ class DraftHead:
 
     def prior_weights(self, request_id: str) -> NDArray[np.float32] | None:
         """[NUM_FEATURES] of the prior with which a sequence is drafted for; None: without one."""
-        return None if self.vocab is None else self.vocab.drafted.prior_weights(request_id)
+        return None if self.vocab is None else self.vocab.prior_weights(request_id)
 
-    def _of_chains(self, requests: Sequence[Request]) -> tuple[list[int] | None, ChainPrior | None]:
-        """The tail and the prior of each."""
-        return None, None
+    def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
+        """The tail, the prior and the text of each."""
+        return ChainVocabularies()
 
     def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
         """What the chains were chosen from may be kept."""
@@ -166,6 +168,15 @@ class DraftHead:
         """
         of_rows = None if slabs is None else torch.tensor(slabs, dtype=torch.int32, device=hidden.device)
         return draft_head_topk(hidden, self._core, count, self._tails, of_rows, self.team)
+
+
+@dataclass(frozen=True)
+class ChainVocabularies:
+    """What rows of chains have of their own; see ``ChainBatch``."""
+
+    slabs: list[int] | None = None
+    sessions: list[int] | None = None
+    texts: list[int] | None = None
 
 
 def any_token(choices: Iterable[int]) -> list[int]:

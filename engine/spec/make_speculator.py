@@ -14,9 +14,7 @@ from engine.spec.proposer import Draft, Proposer
 from engine.spec.speculator import Speculator
 from engine.spec.step_costs import StepCosts
 from engine.spec.vocab_follower import VocabFollower
-
-_COPIED_WINDOW = 4096
-"""The last tokens of a prompt, in which repeats are looked for."""
+from engine.vocab.running_texts import RunningTexts
 
 
 def make_speculator(
@@ -35,7 +33,8 @@ def make_speculator(
     costs = _measured(config, proposer, runner, max_model_len, follower) if speculation.adaptive else None
     policy = FixedLength() if costs is None else AdaptiveLength(costs, stops_early=proposer.stops_early)
     copies_itself = isinstance(proposer, NgramProposer | SwitchingProposer)
-    copier = Copier(_COPIED_WINDOW) if speculation.copies and speculation.adaptive and not copies_itself else None
+    texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
+    copier = Copier(texts) if speculation.copies and speculation.adaptive and not copies_itself else None
     verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
     most = speculation.num_speculative_tokens
     return Speculator(proposer, policy, most, copier, follower, verify_log), costs

@@ -12,6 +12,10 @@ from engine.spec.proposer import DraftCosts, Proposer
 from engine.spec.stop_rule import StopRule, Sureness
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
+from engine.vocab.running_texts import RunningTexts
+
+_MAX_TEXTS = 512
+"""Sequences in which repeats are looked for at the same time."""
 
 
 class NgramProposer:
@@ -24,7 +28,7 @@ class NgramProposer:
     stops_early = False
 
     def __init__(self) -> None:
-        self._copier = Copier()
+        self._copier = Copier(RunningTexts(_MAX_TEXTS))
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
         """Draft where something repeats; text that was not looked at yet is indexed first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
@@ -16,17 +17,19 @@ from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
-from engine.spec.draft_head import DraftHead, any_token, make_tails
+from engine.spec.draft_head import ChainVocabularies, DraftHead, any_token, make_tails
 from engine.text.tokenizer import Tokenizer
 from engine.vocab.bigram_graph import BigramGraph, BigramGraphError
-from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_vocab import DraftVocab, Resources
 from engine.vocab.fingerprint import vocabulary_fingerprint
-from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES, Candidates
-from engine.vocab.semantic import SemanticIndex, open_semantic_index
+from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES
+from engine.vocab.running_texts import RunningTexts
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
-from kernels.native_prior import ChainPrior
+from kernels.native_sessions import Drafted
+
+if TYPE_CHECKING:
+    from engine.vocab.semantic import SemanticIndex
 
 log = structlog.get_logger(__name__)
 
@@ -49,46 +52,53 @@ class SessionHead(DraftHead):
     ) -> None:
         super().__init__(loaded, token_ids, tails)
         self.vocab, self._vocab, self._head_rows = vocab, vocab, loaded.model.head_rows
+        self._sessions: list[int] = []
+        """Of the requests that chains are drafted for."""
         self.num_bytes += vocab.num_bytes
         core = "full" if token_ids is None else str(len(token_ids))
         self.description = f"dynamic:{core}+{0 if tails is None else tails.slots}"
 
     def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """The next draft token of each request, by its own vocabulary and prior."""
-        slabs = self._vocab.slabs(requests)
+        is_first = not requests[0].draft_token_ids
+        sessions = self._vocab.before_drafts(requests) if is_first else self._vocab.sessions_of(requests)
         if self._vocab.drafted.wants_hidden:
             self._vocab.drafted.remember(requests, hidden.float().cpu().numpy())
-        logits, token_ids = self.candidates(hidden, slabs if self.has_tails else None)
-        ids, own = token_ids.cpu().numpy(), logits.cpu().numpy()
-        self._vocab.drafted.include_matches(requests, ids, own, lambda row, tokens: self._logits(hidden[row], tokens))
-        scores = self._vocab.drafted.with_prior(requests, ids, own)
+        logits, token_ids = self.candidates(hidden, self._vocab.slabs(sessions) if self.has_tails else None)
+        if self._vocab.uses_prior:
+            ids, own = token_ids.cpu().numpy(), logits.cpu().numpy()
+
+            def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+                places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
+                return (self._head_rows(wanted).float() * hidden[places].float()).sum(dim=1).cpu().numpy()
+
+            scores = self._vocab.drafted.with_prior(requests, sessions, ids, own, logits_of)
+            logits, token_ids = torch.from_numpy(scores).to(hidden.device), torch.from_numpy(ids).to(hidden.device)
         params = [request.sampling for request in requests]
         if all_greedy(params):
-            return any_token(ids[range(len(ids)), scores.argmax(axis=1)].tolist())
+            best = logits.argmax(dim=1, keepdim=True)
+            return any_token(token_ids.gather(1, best)[:, 0].tolist())
         positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
-        logits, token_ids = (torch.from_numpy(array).to(hidden.device) for array in (scores, ids))
         return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
-    def _logits(self, hidden: torch.Tensor, token_ids: Sequence[int]) -> NDArray[np.float32]:
-        """[n] of any tokens."""
-        rows = self._head_rows(torch.tensor(token_ids, dtype=torch.int32, device=hidden.device))
-        return (rows.float() @ hidden.float()).cpu().numpy()
-
-    def _of_chains(self, requests: Sequence[Request]) -> tuple[list[int] | None, ChainPrior | None]:
-        slabs = self._vocab.slabs(requests)
-        return slabs if self.has_tails else None, self._vocab.drafted.of_chains(requests)
+    def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
+        sessions = self._sessions = self._vocab.before_drafts(requests)
+        slabs = self._vocab.slabs(sessions) if self.has_tails else None
+        if not self._vocab.uses_prior:
+            return ChainVocabularies(slabs)
+        return ChainVocabularies(slabs, sessions, self._vocab.texts.slots(requests))
 
     def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
-        candidates = None
+        drafted = None
         if result.features is not None:
             size = result.token_ids.shape[2]
-            candidates = Candidates(
+            drafted = Drafted(
                 result.token_ids.reshape(-1, size),
                 result.logits.reshape(-1, size),
                 result.features.reshape(-1, size, NUM_FEATURES),
             )
         hidden = result.hidden.float().numpy() if self._vocab.drafted.wants_hidden else None
-        self._vocab.drafted.take_chains(requests, lengths, candidates, hidden)
+        self._vocab.drafted.take_chains(requests, self._sessions, lengths, drafted, hidden)
 
 
 def make_session_head(
@@ -118,7 +128,7 @@ def make_session_head(
     core = None if token_ids is None else token_ids.numpy()
     fingerprint = vocabulary_fingerprint(tokenizer)
     resources = Resources(
-        core=CoreSet(tokenizer.vocab_size, core),
+        core=np.isin(np.arange(tokenizer.vocab_size), core) if core is not None else np.full(tokenizer.vocab_size, True),
         fingerprint=fingerprint,
         tails=tails,
         slots=slots,
@@ -127,7 +137,8 @@ def make_session_head(
         # A draft model copies from the text by itself, so its prior has to show that it helps.
         start_weights=None if config.speculation.method == "draft_model" else LIGHT_DRAFT_WEIGHTS,
     )
-    return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources))
+    texts = RunningTexts(2 * config.scheduler.max_num_seqs)
+    return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources, texts))
 
 
 def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> BigramGraph | None:
@@ -145,6 +156,8 @@ def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> Big
 
 def _open_index(config: EngineConfig, loaded: LoadedModel, core: NDArray[np.int64] | None) -> SemanticIndex:
     """Over the head rows outside the core: those inside need no retrieval."""
+    from engine.vocab.semantic import open_semantic_index
+
     outside = np.setdiff1d(np.arange(loaded.spec.vocab_size), () if core is None else core)
     rows = loaded.model.head_rows(torch.from_numpy(outside.astype(np.int32))).float().cpu().numpy()
     fingerprint = blake2b(rows.tobytes() + outside.tobytes(), digest_size=16).hexdigest()

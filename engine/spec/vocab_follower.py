@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.step_plan import ScheduledSequence
-from engine.vocab.draft_vocab import DraftVocab
-from engine.vocab.verified import VerifiedSequence
+from engine.vocab.draft_vocab import DraftVocab, VerifiedSequence
 from kernels.topk import topk_rows
 
 ComputeLogits = Callable[[Sequence[int]], torch.Tensor]
@@ -54,8 +53,13 @@ class VocabFollower:
             copied: requests whose drafts did not come from their vocabularies.
         """
 
-        def top_k(start: int, end: int) -> NDArray[np.int32]:
-            return self._most_likely(logits[start:end]) if likely is None else likely[start:end].astype(np.int32)
+        def top_k(rows: Sequence[range]) -> NDArray[np.int32]:
+            parts = [slice(of_sequence.start, of_sequence.stop) for of_sequence in rows]
+            if likely is not None:
+                return np.concatenate([likely[part] for part in parts]).astype(np.int32)
+            if logits.is_cuda:
+                return self._most_likely(torch.cat([logits[part] for part in parts]))
+            return np.concatenate([self._most_likely(logits[part]) for part in parts])
 
         verified = []
         prompts: dict[str, range] = {}
@@ -76,9 +80,10 @@ class VocabFollower:
         self.vocab.observe(verified, top_k, later)
         rows = [row for of_prompt in prompts.values() for row in of_prompt]
         if rows:
-            of_rows = iter(self._most_likely(compute_logits(rows)))
+            of_rows, begin = self._most_likely(compute_logits(rows)), 0
             for request_id, of_prompt in prompts.items():
-                self.vocab.bootstrap(request_id, [next(of_rows) for _ in of_prompt])
+                self.vocab.bootstrap(request_id, of_rows[begin : begin + len(of_prompt)])
+                begin += len(of_prompt)
 
     def _most_likely(self, logits: torch.Tensor) -> NDArray[np.int32]:
         # By this thread alone: a sequence's few rows take it less time than to wake the team.

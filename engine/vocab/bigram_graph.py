@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from engine.vocab.context_table import ContextTable
-from engine.vocab.continuations import Continuations
+from kernels.native_sessions import GraphArrays
 
 MAX_OUT_DEGREE, MIN_COUNT, MIN_PROBABILITY = 64, 5, 1e-4
 """The paper's bounds on an edge u → v: its rank among u's, how often it was seen, p(v | u)."""
@@ -24,10 +22,6 @@ CONTINUATIONS = 16
 """How many followers of a token the prior looks at."""
 LOG_PROB_SCALE = -1.0 / math.log(MIN_PROBABILITY)
 """The prior's value of a follower is 1 + log p times this."""
-NEIGHBOURS_PER_SEED = 8
-"""How many tokens each seed of an event brings (the paper's)."""
-_GENERAL_WEIGHT = 8.0
-"""The general graph counts as much as this many of a tenant's tokens."""
 
 
 class BigramGraphError(ValueError):
@@ -51,28 +45,9 @@ class BigramGraph:
         """Token ids are below."""
         return len(self.offsets) - 1
 
-    def neighbours(self, token_id: int, limit: int = NEIGHBOURS_PER_SEED) -> NDArray[np.int32]:
-        """[n <= limit]: what most likely follows a token."""
-        start, end = self.offsets[token_id], self.offsets[token_id + 1]
-        return self.token_ids[start : min(end, start + limit)]
-
-    def continuations(self, token_ids: NDArray[np.int32], width: int = CONTINUATIONS) -> Continuations:
-        """What follows each token, for the prior: 1 + log p / log(1 / ``MIN_PROBABILITY``), so 0 .. 1.
-
-        Args:
-            token_ids: [B]; -1 has no continuations.
-            width: most of a token.
-        """
-        starts, ends = self.offsets[token_ids], self.offsets[token_ids + 1]
-        places = starts[:, None] + np.arange(width)
-        valid = (places < ends[:, None]) & (token_ids >= 0)[:, None]
-        places[~valid] = 0
-        if not len(self.token_ids):
-            return Continuations(np.full(places.shape, -1, np.int32), np.zeros(places.shape, np.float32))
-        values = 1.0 + self.log_probs[places] * np.float32(LOG_PROB_SCALE)
-        return Continuations(
-            np.where(valid, self.token_ids[places], np.int32(-1)), np.where(valid, values, np.float32(0.0))
-        )
+    def arrays(self) -> GraphArrays:
+        """As sessions take it."""
+        return GraphArrays(self.offsets, self.token_ids, self.log_probs, CONTINUATIONS, LOG_PROB_SCALE)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
@@ -136,40 +111,3 @@ def build_bigram_graph(sequences: Iterable[NDArray[np.int32]], vocab_size: int) 
     kept = ranks < MAX_OUT_DEGREE
     offsets = np.concatenate([[0], np.cumsum(np.bincount(sources[kept], minlength=vocab_size))])
     return BigramGraph(offsets, targets[kept].astype(np.int32), np.log(probabilities[kept]).astype(np.float32))
-
-
-class TenantBigrams:
-    """A tenant's own pairs, counted while it is served, over a general graph.
-
-    p(v | u) is the tenant's share, with the general graph as ``_GENERAL_WEIGHT`` tokens seen before.
-
-    Args:
-        general: for all tenants; None to have the tenant's own only.
-        num_rows: of the tenant's table, a power of 2.
-        width: continuations of a token in it.
-    """
-
-    def __init__(self, general: BigramGraph | None, num_rows: int = 4096, width: int = 16) -> None:
-        self._general, self._table = general, ContextTable(num_rows, width)
-
-    def observe(self, token_ids: Sequence[int], before: Sequence[int] = ()) -> None:
-        """Count a run of verified tokens; ``before`` are the tokens right before them, of which the last counts."""
-        for token_id, following in pairwise([*before[-1:], *token_ids]):
-            self._table.add(token_id, following, 1.0)
-
-    def neighbours(self, token_id: int, limit: int = NEIGHBOURS_PER_SEED) -> list[int]:
-        """At most ``limit`` tokens, the most likely to follow first."""
-        row = self._table.find(token_id)
-        if row < 0:  # nearly all that an event asks for: in order already
-            return [] if self._general is None else self._general.neighbours(token_id, limit).tolist()
-        worth: dict[int, float] = {}
-        if self._general is not None:
-            start, end = self._general.offsets[token_id : token_id + 2].tolist()
-            likely = self._general.token_ids[start:end].tolist()
-            shares = (np.exp(self._general.log_probs[start:end]) * _GENERAL_WEIGHT).tolist()
-            worth = dict(zip(likely, shares, strict=True))
-        own = zip(self._table.token_ids[row].tolist(), self._table.counts[row].tolist(), strict=True)
-        for following, count in own:
-            if following >= 0:
-                worth[following] = worth.get(following, 0.0) + count
-        return sorted(worth, key=lambda following: (-worth[following], following))[:limit]

@@ -1,12 +1,14 @@
 """The draft vocabularies of all running sequences: who has one, and what happens to it when.
 
-Nothing here can change an output: a vocabulary decides what is drafted, and the target decides what is kept.
+Nothing here can change an output: a vocabulary decides what is drafted, and the target decides what is kept. What they
+hold is in ``kernels.native_sessions``, which is called for whole batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import structlog
@@ -16,42 +18,100 @@ from engine.config import DynamicConfig
 from engine.messages import SessionState, VocabularyCounts
 from engine.request import Request
 from engine.vocab.bigram_graph import BigramGraph
-from engine.vocab.core_set import CoreSet
-from engine.vocab.draft_prior import DraftPrior
-from engine.vocab.drafted import DraftedTokens
-from engine.vocab.ngrams import SessionNgrams
-from engine.vocab.replacement import make_replacement
-from engine.vocab.retrieval import Retrieval
-from engine.vocab.semantic import SemanticIndex
-from engine.vocab.semantic_search import SemanticSearch
-from engine.vocab.session_past import make_session, pack_session
-from engine.vocab.session_vocab import Owner, SessionVocab
-from engine.vocab.snapshot import SessionSnapshot, SnapshotError, decode
-from engine.vocab.tail_writer import TailMemory, TailWriter
-from engine.vocab.tenant_graphs import TenantGraphs
+from engine.vocab.drafted_tokens import DraftedTokens
+from engine.vocab.ngram_counts import restore, strongest
+from engine.vocab.prior import HALF_LIFE, LIGHT_DRAFT_WEIGHTS, MAX_WEIGHT, NUM_FEATURES, PRESENCE
+from engine.vocab.running_texts import RunningTexts
+from engine.vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
 from engine.vocab.tenant_memory import TenantMemory
-from engine.vocab.verified import RowsTopK, VerifiedSequence
+from engine.vocab.tenant_tables import TenantTables
+from kernels.native_sessions import SessionOptions, Sessions, TailWrites
+
+if TYPE_CHECKING:
+    from engine.vocab.semantic import SemanticIndex
+    from engine.vocab.semantic_search import SemanticSearch
 
 log = structlog.get_logger(__name__)
+
+_MIN_TENANTS = 64
+"""With a table of half a MiB each."""
+_NEW_BY_SEARCH = 32
+"""Tokens that a search puts into a tail, at most."""
+TopK = Callable[[Sequence[range]], NDArray[np.int32]]
+"""The target's most likely tokens at some rows of a step's logits: [n, k], best first."""
+
+
+class TailMemory(Protocol):
+    """Where the head rows of tails are; see ``kernels.draft_head.TailSlabs``."""
+
+    def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Put tokens into slots, each of the slab named."""
+        ...
+
+    def clear(self, slab: int) -> None:
+        """Empty a slab."""
+        ...
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What the vocabularies of a model are made of.
+    """What the vocabularies of a model are made of."""
 
-    ``fingerprint`` of its tokens. ``tails``: memory for ``slots`` tokens of each of ``DynamicConfig.max_sessions``
-    sequences, and one slab more, always empty, for the others; None where tails have no slots. ``graph`` and
-    ``semantic``: the indices, if there are any. ``start_weights`` [NUM_FEATURES]: where the prior of a tenant's first
-    session starts; None: at zeros.
-    """
-
-    core: CoreSet
+    core: NDArray[np.bool_]
+    """[vocab]: the tokens that every sequence can draft."""
     fingerprint: str
+    """Of the model's tokens."""
     tails: TailMemory | None = None
+    """For ``slots`` tokens of each of ``DynamicConfig.max_sessions`` sequences, and one slab more, always empty, for the
+    others; None where tails have no slots."""
     slots: int = 0
     graph: BigramGraph | None = None
     semantic: SemanticIndex | None = None
     start_weights: Sequence[float] | None = None
+    """[NUM_FEATURES]: where the prior of a tenant's first session starts; None: at zeros."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedSequence:
+    """A sequence's part of a verified step, before the commit."""
+
+    request: Request
+    token_ids: Sequence[int]
+    """Kept of the target's choices."""
+    num_drafts: int
+    """How many tokens had been drafted by its vocabulary."""
+    first_row: int
+    """Row of the logits from which the first token was chosen."""
+
+    @property
+    def num_accepted(self) -> int:
+        """How many of the kept tokens were drafted."""
+        pairs = list(zip(self.request.draft_token_ids[: self.num_drafts], self.token_ids, strict=False))
+        return next((place for place, (draft, token_id) in enumerate(pairs) if draft != token_id), len(pairs))
+
+
+@dataclass(slots=True)
+class _Running:
+    """A sequence with a vocabulary."""
+
+    session: int
+    tenant: str
+    domain: str | None
+    num_seen: int = 0
+    """How many of its tokens its session has read."""
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Arguments of a call for several sequences."""
+
+    running: list[_Running] = field(default_factory=list)
+    tokens: list[Sequence[int]] = field(default_factory=list)
+
+    def add(self, running: _Running, tokens: Sequence[int]) -> None:
+        self.running.append(running)
+        self.tokens.append(tokens)
+        running.num_seen += len(tokens)
 
 
 class DraftVocab:
@@ -62,25 +122,27 @@ class DraftVocab:
     Args:
         options: which parts are on.
         resources: what there is.
+        texts: of the running sequences.
     """
 
-    def __init__(self, options: DynamicConfig, resources: Resources) -> None:
-        self._options, self._resources = options, resources
+    def __init__(self, options: DynamicConfig, resources: Resources, texts: RunningTexts) -> None:
+        self._options, self._resources, self.texts = options, resources, texts
+        num_tenants = max(_MIN_TENANTS, options.max_sessions) if options.graph and resources.slots else 0
+        graph = resources.graph if options.graph else None
+        self.sessions = Sessions(
+            _session_options(options, resources.slots, num_tenants),
+            resources.core,
+            None if graph is None else graph.arrays(),
+        )
+        self.drafted = DraftedTokens(self.sessions, texts, wants_hidden=resources.semantic is not None)
+        self._uses_prior = options.prior != "off"
         self._free = list(range(options.max_sessions))[::-1]
         self._states: dict[str, SessionState | None] = {}
         """Of all requests that have arrived, with a vocabulary or not."""
-        self._sessions: dict[str, SessionVocab] = {}
+        self._running: dict[str, _Running] = {}
+        self._tenants = TenantTables(self.sessions) if num_tenants else None
         self._memory = TenantMemory() if options.tenant_memory else None
-        self._search = None if resources.semantic is None else SemanticSearch(resources.semantic)
-        self._writer = TailWriter(resources.tails)
-        graph = resources.graph if options.graph else None
-        graphs = TenantGraphs(graph) if options.graph and resources.slots else None
-        self._retrieval = Retrieval(options, resources.core, self._writer, self._memory, graphs, self._search)
-        prior = None
-        if options.prior != "off":
-            prior = DraftPrior(options.prior == "learned", options.prior_order, graph, options.prior_matches)
-        self.drafted = DraftedTokens(prior, self._sessions, wants_hidden=self._search is not None)
-        """What the tokens that are being verified were chosen from, and the prior."""
+        self._search = _start_search(resources.semantic)
         self.num_refused_snapshots = 0
 
     @property
@@ -89,9 +151,14 @@ class DraftVocab:
         return self._resources.slots > 0
 
     @property
+    def uses_prior(self) -> bool:
+        """Whether sequences have a prior."""
+        return self._uses_prior
+
+    @property
     def num_used(self) -> int:
         """Sequences with a vocabulary."""
-        return len(self._sessions)
+        return len(self._running)
 
     @property
     def num_total(self) -> int:
@@ -100,8 +167,8 @@ class DraftVocab:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the statistics of as many sequences as can have a vocabulary."""
-        return self.num_total * SessionNgrams(self._resources.core.vocab_size).num_bytes
+        """Memory of what as many sequences know as can have a vocabulary."""
+        return self.num_total * (self.sessions.num_bytes + self.texts.texts.num_bytes)
 
     @property
     def semantic_work(self) -> tuple[int, float]:
@@ -117,23 +184,35 @@ class DraftVocab:
         for request in requests:
             self.begin(request.request_id, None)
             self._start(request)
-            if request.request_id in self._sessions:
-                self._retrieval.fill(self._sessions[request.request_id])
+            running = self._running.get(request.request_id)
+            if running is not None:
+                self._write(self.sessions.insert(running.session, range(self.sessions.vocab_size), "tenant"))
 
-    def slabs(self, requests: Sequence[Request]) -> list[int]:
-        """The tail of each row to draft for; those of a step's first draft are brought up to date before."""
+    def before_drafts(self, requests: Sequence[Request]) -> list[int]:
+        """Bring sequences up to date that are about to be drafted for; the session of each, -1 for none."""
+        self.drafted.begin()
+        behind = _Rows()
+        found = []
         for request in requests:
-            if request.request_id not in self._sessions:
-                self._start(request)
-            vocab = self._sessions.get(request.request_id)
-            if vocab is not None and not request.draft_token_ids:
-                self.drafted.begin(request.request_id)
-                self._catch_up(vocab, request)
-        self._writer.flush()
-        sessions = (self._sessions.get(request.request_id) for request in requests)
-        return [self._options.max_sessions if vocab is None else vocab.slab for vocab in sessions]
+            running = self._running.get(request.request_id) or self._start(request)
+            if running is not None and running.num_seen < request.num_tokens:
+                behind.add(running, request.all_token_ids[running.num_seen :])
+            found.append(-1 if running is None else running.session)
+        self._catch_up(behind)
+        if self._uses_prior and self._options.prior_matches:
+            self.texts.read(requests)
+        return found
 
-    def observe(self, sequences: Sequence[VerifiedSequence], top_k: RowsTopK, later: Collection[str] = ()) -> None:
+    def sessions_of(self, requests: Sequence[Request]) -> list[int]:
+        """The session of each sequence, -1 for none."""
+        found = (self._running.get(request.request_id) for request in requests)
+        return [-1 if running is None else running.session for running in found]
+
+    def slabs(self, sessions: Sequence[int]) -> list[int]:
+        """The tails of sessions; of those that are none (-1) one that is always empty."""
+        return [self._options.max_sessions if session < 0 else session for session in sessions]
+
+    def observe(self, sequences: Sequence[VerifiedSequence], top_k: TopK, later: Collection[str] = ()) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
 
         Args:
@@ -141,104 +220,198 @@ class DraftVocab:
             top_k: called for rows where the target's own choices are wanted.
             later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
         """
-        self.drafted.learn(sequences)
+        followed: list[VerifiedSequence] = []
+        rows = _Rows()
         for sequence in sequences:
-            request_id = sequence.request.request_id
-            if request_id not in self._sessions:
-                if request_id not in later and not sequence.request.output_token_ids:
-                    self._start(sequence.request)
-            elif not sequence.num_drafts:
+            request = sequence.request
+            running = self._running.get(request.request_id)
+            if running is None and request.request_id not in later and not request.output_token_ids:
+                running = self._start(request)
+            elif running is None or not sequence.num_drafts:
                 continue
-            if request_id in self._sessions:
-                self._follow(request_id, sequence, top_k)
-        self._retrieval.take_neighbours(self._sessions)
-        self._writer.flush()
+            if running is not None:
+                rows.add(running, sequence.token_ids)
+                followed.append(sequence)
+        if followed:
+            self._follow(followed, rows, top_k)
+        self.drafted.begin()  # the next ones may not come from here
+        for request_id, token_ids in self._search.take() if self._search is not None else ():
+            if request_id in self._running:
+                session = self._running[request_id].session
+                self._write(self.sessions.insert(session, token_ids, "semantic", _NEW_BY_SEARCH))
 
-    def bootstrap(self, request_id: str, likely: Sequence[NDArray[np.int32]]) -> None:
+    def _follow(self, sequences: Sequence[VerifiedSequence], rows: _Rows, top_k: TopK) -> None:
+        """Take tokens of sequences that are up to date, and put into their tails what is likely to come."""
+        sessions, tenants = [one.session for one in rows.running], self._tables(rows.running)
+        num_accepted = [sequence.num_accepted for sequence in sequences]
+        places = [self.drafted.places(one.request.request_id, len(one.token_ids)) for one in sequences]
+        writes, missed = self.sessions.verify(sessions, tenants, rows.tokens, num_accepted, places, self.drafted.arrays())
+        self._write(writes)
+        signal = self._options.target_signal
+        chosen = range(len(sequences)) if signal == "every" else [row for row, first in enumerate(missed) if first >= 0]
+        if not chosen or not self.has_tails:
+            return
+        likely = None
+        if signal != "off":
+            likely = top_k([range(one.first_row, one.first_row + len(one.token_ids)) for one in map(sequences.__getitem__, chosen)])
+        of_chosen = None if tenants is None else [tenants[row] for row in chosen]
+        tokens = [rows.tokens[row] for row in chosen]
+        self._write(self.sessions.retrieve([sessions[row] for row in chosen], of_chosen, tokens, likely))
+        if self._search is not None:
+            for row in chosen:
+                self._ask(sequences[row].request.request_id, missed[row])
+
+    def _ask(self, request_id: str, missed: int) -> None:
+        """Search for the tokens nearest to the state from which a token should have been drafted, but could not."""
+        hidden = self.drafted.hidden(request_id)
+        if self._search is not None and 0 <= missed < len(hidden):
+            self._search.ask(request_id, hidden[missed])
+
+    def bootstrap(self, request_id: str, likely: NDArray[np.int32]) -> None:
         """Fill free slots of a new tail with what the target thought likely at the prompt's last positions.
 
         Args:
             request_id: after its first ``observe``.
-            likely: [k] of each position, best first; the last position last.
+            likely: [n, k], best first; the last position last.
         """
-        if likely and request_id in self._sessions:
-            self._retrieval.bootstrap(self._sessions[request_id], np.stack(likely[::-1]))
-            self._writer.flush()
+        running = self._running.get(request_id)
+        if running is not None:
+            self._write(self.sessions.insert(running.session, likely[::-1].T.ravel().tolist(), "target"))
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts."""
-        if request.request_id not in self._sessions and self._states.get(request.request_id) is not None:
-            self._start(request)  # nothing was drafted for it, but its session is to know of it
-        vocab = self._sessions.get(request.request_id)
-        if vocab is None:
+        state = self._states.get(request.request_id)
+        running = self._running.get(request.request_id)
+        if running is None and state is not None:
+            running = self._start(request)  # nothing was drafted for it, but its session is to know of it
+        if running is None:
             return None, None
-        self._catch_up(vocab, request)
-        if self._memory is not None and vocab.weights.num_lessons:
-            weights = vocab.weights.learned.tolist()
-            self._memory.end_session(vocab.owner.tenant, vocab.owner.domain, weights)
-        snapshot = (
-            None if self._states[request.request_id] is None else pack_session(vocab, self._resources.fingerprint)
+        if running.num_seen < request.num_tokens:
+            behind = _Rows()
+            behind.add(running, request.all_token_ids[running.num_seen :])
+            self._catch_up(behind)
+        self._remember(running, request)
+        counts = self.sessions.counts(running.session)
+        fared = VocabularyCounts(
+            tail_tokens=len(self.sessions.tail(running.session)),
+            verified_tokens=counts.verified,
+            covered_tokens=counts.covered,
+            events=counts.events,
+            insertions=counts.insertions,
+            hits=counts.hits,
         )
-        return snapshot, vocab.counts()
+        return None if state is None else self._pack(running.session), fared
 
     def forget(self, request_id: str) -> None:
         """A request is over."""
         self._states.pop(request_id, None)
-        self.drafted.forget(request_id)
-        vocab = self._sessions.pop(request_id, None)
-        if vocab is not None:
-            self._writer.clear(vocab.slab)
-            self._free.append(vocab.slab)
+        self.texts.forget(request_id)
+        running = self._running.pop(request_id, None)
+        if running is not None:
+            if self._resources.tails is not None:
+                self._resources.tails.clear(running.session)
+            self._free.append(running.session)
 
-    def _start(self, request: Request) -> None:
+    def prior_weights(self, request_id: str) -> NDArray[np.float32] | None:
+        """[NUM_FEATURES] with which a sequence is drafted for; None: without a prior."""
+        running = self._running.get(request_id)
+        return None if running is None or not self._uses_prior else self.sessions.applied_weights(running.session)
+
+    def _start(self, request: Request) -> _Running | None:
         """Make the vocabulary of a sequence whose prompt is computed, if there is room."""
         if not self._free or request.request_id not in self._states:
-            return
+            return None
         state = self._states[request.request_id]
         snapshot = self._read(state)
-        owner = Owner(request.tenant, state.domain or None if state else None)
-        known = None if self._memory is None else self._memory.weights(owner.tenant, owner.domain)
-        weights = known or self._resources.start_weights
-        slots = self._resources.slots
-        tail = make_replacement(self._options.replacement, slots) if slots else None
-        vocab = make_session(owner, self._free.pop(), self._resources.core, tail, snapshot, weights)
-        self._sessions[request.request_id] = vocab
-        self.drafted.begin(request.request_id)
-        vocab.observe_prompt(request.all_token_ids)
+        running = _Running(self._free.pop(), request.tenant, (state.domain or None) if state else None)
+        self._running[request.request_id] = running
+        self.sessions.clear(running.session, self._weights(running, snapshot))
+        if snapshot is not None:
+            restore(self.sessions, running.session, snapshot.ngram_counts())
+            self.sessions.go_on(running.session, snapshot.num_verified_tokens, snapshot.num_observed_tokens)
         past = snapshot.tail_token_ids() if snapshot else []
-        self._retrieval.start(vocab, request.all_token_ids, past)
+        of_tenant: list[int] = []
+        if self._memory is not None and self.has_tails:
+            of_tenant = self._memory.top(running.tenant, running.domain, self._resources.slots + len(past))
+        tokens = request.all_token_ids
+        self._write(self.sessions.begin(running.session, tokens, past, of_tenant))
+        running.num_seen = len(tokens)
+        return running
+
+    def _weights(self, running: _Running, snapshot: SessionSnapshot | None) -> Sequence[float]:
+        if self._options.prior == "fixed":
+            return LIGHT_DRAFT_WEIGHTS
+        if snapshot is not None:
+            return snapshot.weights
+        known = None if self._memory is None else self._memory.weights(running.tenant, running.domain)
+        return known or self._resources.start_weights or [0.0] * NUM_FEATURES
 
     def _read(self, state: SessionState | None) -> SessionSnapshot | None:
         """The session's past, None if it has none that can be used."""
         if state is None or not state.snapshot:
             return None
         try:
-            return decode(state.snapshot, self._resources.fingerprint, self._resources.core.vocab_size)
+            return decode(state.snapshot, self._resources.fingerprint, self.sessions.vocab_size)
         except SnapshotError as error:
             self.num_refused_snapshots += 1
             log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
             return None
 
-    def _follow(self, request_id: str, sequence: VerifiedSequence, top_k: RowsTopK) -> None:
-        """Take a sequence's tokens, and put into its tail what is likely to come."""
-        vocab, request = self._sessions[request_id], sequence.request
-        self._catch_up(vocab, request)
-        first, end = sequence.first_row, sequence.first_row + len(sequence.token_ids)
-        before = request.all_token_ids[-2:]
-        missed = vocab.observe(sequence.token_ids, sequence.num_accepted, before)
-        self._retrieval.learn(vocab, sequence.token_ids, before)
-        self._retrieval.follow(vocab, sequence.token_ids, missed, lambda: top_k(first, end))
-        hidden = self.drafted.hidden(request_id)
-        self.drafted.begin(request_id)  # the next ones may not come from here
-        place = sequence.token_ids.index(missed[0]) if missed else len(hidden)
-        if place < len(hidden):
-            self._retrieval.ask_neighbours(request_id, hidden[place])
+    def _pack(self, session: int) -> bytes:
+        """What is kept of a session for its next request."""
+        counts = self.sessions.counts(session)
+        snapshot = make_snapshot(
+            vocabulary=self._resources.fingerprint,
+            num_verified_tokens=counts.num_read,
+            num_observed_tokens=counts.num_counted,
+            weights=self.sessions.weights(session).tolist(),
+            tail=self.sessions.tail(session),
+            ngrams=strongest(self.sessions, session, MAX_NGRAMS),
+        )
+        return encode(snapshot)
 
-    def _catch_up(self, vocab: SessionVocab, request: Request) -> None:
-        """Take committed tokens that were left for later."""
-        seen = vocab.num_seen
-        if seen < request.num_tokens:
-            tokens, before = request.all_token_ids[seen:], request.all_token_ids[max(seen - 2, 0) : seen]
-            vocab.read(tokens, before)
-            self._retrieval.learn(vocab, tokens, before)
-            self._retrieval.catch_up(vocab, tokens)
+    def _remember(self, running: _Running, request: Request) -> None:
+        """Let the tenant's next sessions start with what this one has said and learned."""
+        if self._memory is None:
+            return
+        core = self._resources.core
+        said = [token_id for token_id in request.output_token_ids if not core[token_id]]
+        self._memory.add(running.tenant, running.domain, said)
+        if self.sessions.counts(running.session).num_lessons:
+            self._memory.end_session(running.tenant, running.domain, self.sessions.weights(running.session).tolist())
+
+    def _catch_up(self, rows: _Rows) -> None:
+        if rows.running:
+            sessions = [one.session for one in rows.running]
+            self._write(self.sessions.catch_up(sessions, self._tables(rows.running), rows.tokens))
+
+    def _tables(self, running: Sequence[_Running]) -> list[int] | None:
+        return None if self._tenants is None else [self._tenants.of(one.tenant) for one in running]
+
+    def _write(self, writes: TailWrites) -> None:
+        if len(writes) and self._resources.tails is not None:
+            self._resources.tails.write(*writes.T.tolist())
+
+
+def _session_options(options: DynamicConfig, slots: int, num_tenants: int) -> SessionOptions:
+    order = options.prior_order
+    return SessionOptions(
+        num_sessions=options.max_sessions,
+        num_places=slots,
+        in_context=options.in_context,
+        top_k=options.target_top_k,
+        learns=options.prior == "learned",
+        uses=(True, order >= 2, order >= 3, True, options.prior_matches),
+        most_weight=MAX_WEIGHT,
+        half_life=HALF_LIFE,
+        presence=PRESENCE,
+        num_tenants=num_tenants,
+    )
+
+
+def _start_search(index: SemanticIndex | None) -> SemanticSearch | None:
+    if index is None:
+        return None
+    from engine.vocab.semantic_search import SemanticSearch
+
+    return SemanticSearch(index)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.ngrams import HALF_LIFE, NgramCounts
+from engine.vocab.ngram_counts import NgramCounts
+from engine.vocab.prior import HALF_LIFE
 from engine.vocab.snapshot import SessionSnapshot, make_snapshot
 
 

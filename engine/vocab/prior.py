@@ -1,129 +1,16 @@
-"""A prior on draft logits from what a session has said, with weights learned while it is served (ours).
-
-A light draft misses what a session repeats; a strong one copies it by itself. So each candidate gets a bonus
-``features @ weights``, and each verified position moves the weights by one step of gradient ascent on
-log softmax(logits + bonus)[the target's token]. Where the draft needs no help they fade to zero.
-
-Everything here is arrays over a batch of rows: one row is one position of one session.
-"""
+"""What the prior on draft logits is made of (ours); the arithmetic is in kernels/csrc/sessions/prior.cpp."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-
-from engine.vocab.continuations import Continuations
-
 FEATURES = ("in_session", "bigram", "trigram", "graph", "match")
-"""Names, for metrics: in the session (0 or 1), log(1 + count) after the last token and after the last two, and
-log-probability after the last token in general text, scaled to 0 .. 1; log(length) of the longest repeat that it
+"""What speaks for a candidate: in the session (0 or 1), log(1 + count) after the last token and after the last two,
+log-probability after the last token in general text, scaled to 0 .. 1, and log(length) of the longest repeat that it
 would continue in the sequence's own text."""
 NUM_FEATURES = len(FEATURES)
 MAX_WEIGHT = 10.0
-LEARNING_RATE = 0.05
 LIGHT_DRAFT_WEIGHTS = (0.5, 0.5, 1.0, 0.2, 1.5)
 """[NUM_FEATURES]: of ``prior`` fixed, and where the first session of a tenant begins with a light draft."""
-
-REPEAT_BONUS = 4.0
-"""Of the candidate that continues the longest repeat of at least four tokens, beside what it weighs: weights make the
-target's tokens likely, this decides."""
-_LONG_REPEAT = 1.38
-"""Value of the feature ``match`` from which on a repeat is long: log 4."""
-
-FloatArray = NDArray[np.float32] | NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """The tokens that B rows choose among.
-
-    ``token_ids`` [B, C] int32, -1 for none; ``logits`` [B, C], the draft's own, -inf for none or unknown;
-    ``features`` [B, C, NUM_FEATURES], none negative.
-    """
-
-    token_ids: NDArray[np.int32]
-    logits: FloatArray
-    features: FloatArray
-
-    def scores(self, weights: FloatArray) -> FloatArray:
-        """Logits with the prior: [B, C].
-
-        Args:
-            weights: [B, NUM_FEATURES].
-        """
-        scores: FloatArray = self.logits + np.matmul(self.features, weights[:, :, None])[:, :, 0]
-        return scores
-
-    def add_repeat_bonus(self, scores: FloatArray, bonuses: FloatArray) -> None:
-        """In place: of the candidate that continues the longest repeat, if it is long; of equals the first.
-
-        Args:
-            scores: [B, C].
-            bonuses: [B].
-        """
-        matches = self.features[:, :, FEATURES.index("match")]
-        longest, rows = matches.argmax(axis=1), np.arange(len(matches))
-        scores[rows, longest] += np.where(matches[rows, longest] >= _LONG_REPEAT, bonuses, 0.0)
-
-    def find(self, token_ids: NDArray[np.int32]) -> NDArray[np.intp]:
-        """[B]: the place of one token a row among the candidates that have a logit, -1 if it is not."""
-        same = (self.token_ids == token_ids[:, None]) & np.isfinite(self.logits)
-        return np.where(same.any(axis=1), same.argmax(axis=1), -1)
-
-
-def bonus_features(
-    token_ids: NDArray[np.int32],
-    in_session: NDArray[np.float32],
-    bigrams: Continuations,
-    trigrams: Continuations,
-    graph: Continuations | None,
-    matches: Continuations | None,
-) -> NDArray[np.float32]:
-    """What speaks for each candidate, [B, C, NUM_FEATURES], in the order of ``FEATURES``.
-
-    Args:
-        token_ids: [B, C], -1 for none.
-        in_session: [B, C], 1 or 0.
-        bigrams: what followed each row's last token in its session.
-        trigrams: what followed its last two.
-        graph: what follows the last token in general text; None without such a graph.
-        matches: what followed the longest repeats of the sequence's last tokens in its own text; None: not looked at.
-    """
-    features = np.zeros((*token_ids.shape, NUM_FEATURES), np.float32)
-    features[:, :, 0] = in_session
-    features[:, :, 1] = bigrams.at(token_ids)
-    features[:, :, 2] = trigrams.at(token_ids)
-    if graph is not None:
-        features[:, :, 3] = graph.at(token_ids)
-    if matches is not None:
-        features[:, :, 4] = matches.at(token_ids)
-    return features
-
-
-def gradient(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
-    """d log softmax(scores)[target] / d weights, [B, NUM_FEATURES]: the target's features less those expected.
-
-    0 where the target's token is not among the candidates, and where a logit is infinite.
-
-    Args:
-        candidates: B rows.
-        weights: [B, NUM_FEATURES].
-        targets: [B], the token that the target chose.
-    """
-    places = candidates.find(targets)
-    scores = candidates.scores(weights)
-    probabilities = np.exp(_shifted(scores))
-    probabilities /= probabilities.sum(axis=1, keepdims=True)
-    expected = np.matmul(probabilities[:, None, :], candidates.features)[:, 0]
-    gradients: FloatArray = candidates.features[np.arange(len(places)), places] - expected
-    teaches = (places >= 0) & np.isfinite(scores.max(axis=1))
-    return np.where(teaches[:, None], gradients, 0.0)
-
-
-def _shifted(scores: FloatArray) -> FloatArray:
-    """Scores less each row's largest, which is what keeps exp finite; rows without a candidate stay harmless."""
-    largest = scores.max(axis=1, keepdims=True)
-    shifted: FloatArray = np.where(np.isfinite(largest), scores - np.where(np.isfinite(largest), largest, 0.0), 0.0)
-    return shifted
+HALF_LIFE = 4096.0
+"""Tokens after which a count is worth half."""
+PRESENCE = 0.05
+"""A decayed count below this is a token that the session has left behind."""

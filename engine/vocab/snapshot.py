@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import MAX_TAIL_TOKENS
-from engine.vocab.ngrams import NgramCounts
+from engine.vocab.ngram_counts import NgramCounts
 from engine.vocab.prior import MAX_WEIGHT, NUM_FEATURES
 
 FORMAT = 1
@@ -62,7 +62,7 @@ class SessionSnapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unkno
         return token_ids
 
     def ngram_counts(self) -> list[NgramCounts]:
-        """For ``SessionNgrams.restore``."""
+        """For ``ngram_counts.restore``."""
         return [_unpack(packed, order) for order, packed in enumerate(self.ngrams, start=1)]
 
 

@@ -14,7 +14,6 @@ using namespace evospec;
 extern "C" {
 
 // Hash of the sources that this library was made of (kernels/targets.py).
-const char* evo_sources() { return EVO_SOURCES; }
 
 struct EvoMatrix {
   int format, n, k, digits;

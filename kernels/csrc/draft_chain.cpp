@@ -63,35 +63,26 @@ class Chain {
     const size_t k = rows_.candidates;
     std::copy_n(out_.logits + of_row(step, 0), count * k, scores_.data());
     for (int row = 0; rows_.sessions != nullptr && row < count; ++row) {
-      if (rows_.sessions[row] != nullptr) add_prior_to(step, row);
+      if (rows_.sessions[row] >= 0) add_prior_to(step, row);
     }
   }
 
   void add_prior_to(int step, int row) {
-    int64_t context[2];
-    for (int i = 0; i < 2; ++i) {
-      const int draft = step - 2 + i;  // of the chain; before it there are known tokens
-      context[i] = draft >= 0 ? out_.tokens[at(draft) + row] : rows_.contexts[2 * row + 2 + draft];
-    }
+    drafts_.resize(step);
+    for (int i = 0; i < step; ++i) drafts_[i] = out_.tokens[at(i) + row];
     int32_t matched[TextIndex::kMaxPlaces], lengths[TextIndex::kMaxPlaces];
-    float strengths[TextIndex::kMaxPlaces];
-    int num_matches = 0;
-    if (rows_.texts != nullptr && rows_.texts[row] != nullptr) {
-      drafts_.resize(step);
-      for (int i = 0; i < step; ++i) drafts_[i] = out_.tokens[at(i) + row];
-      num_matches = rows_.texts[row]->find(drafts_.data(), step, matched, lengths);
-      for (int i = 0; i < num_matches; ++i) strengths[i] = std::log(static_cast<float>(lengths[i]));
+    int num_matched = 0;
+    if (model_.sessions->uses_repeats() && rows_.texts[row] >= 0) {
+      num_matched = model_.texts->of(rows_.texts[row]).find(drafts_.data(), step, matched, lengths);
     }
     const size_t begin = of_row(step, row);
-    include(row, matched, num_matches, out_.token_ids + begin, out_.logits + begin);
-    const PriorRows one{rows_.sessions + row,       rows_.units + row,     context,         rows_.weights[row],
-                        matched,                    strengths,             out_.token_ids + begin,
-                        out_.logits + begin,        model_.used,           1,               rows_.candidates,
-                        num_matches,                model_.ways,           model_.presence_floor};
-    float* const features = out_.features + begin * kPriorFeatures;
-    float* const scores = scores_.data() + static_cast<size_t>(row) * rows_.candidates;
-    prior_scores(one, *model_.graph, features, scores);
-    add_repeat_bonus(features, rows_.candidates, rows_.repeat_bonuses[row], scores);
+    include(row, matched, num_matched, out_.token_ids + begin, out_.logits + begin);
+    const Candidates own{out_.token_ids + begin, out_.logits + begin, out_.features + begin * kFeatures,
+                         rows_.candidates};
+    int64_t context[2];
+    model_.sessions->context(rows_.sessions[row], drafts_.data(), step, context);
+    model_.sessions->features(rows_.sessions[row], context, matched, lengths, num_matched, own);
+    model_.sessions->score(rows_.sessions[row], own, scores_.data() + static_cast<size_t>(row) * rows_.candidates);
   }
 
   // Tokens that followed a repeat are candidates whatever the draft thinks of them: the weakest make room.

@@ -2,9 +2,8 @@
 #pragma once
 
 #include "decoder.h"
-#include "prior.h"
+#include "sessions/sessions.h"
 #include "tails.h"
-#include "text_index.h"
 
 namespace evospec {
 
@@ -19,10 +18,8 @@ struct ChainModel {
   Matrix core;              // rows of the head that all sequences share
   const int32_t* core_ids;  // [core.n]: their tokens; null: 0 .. core.n - 1
   const TailSlabs* tails;   // null: none
-  const PriorGraph* graph;
-  const float* used;        // [kPriorFeatures]: 1 or 0
-  int ways;                 // rows in which a context of a session can live
-  double presence_floor;
+  const Sessions* sessions;  // null: none
+  const TextIndexes* texts;  // null: repeats do not count
   bf16* keys;               // of the layer
   bf16* values;
   int block_size;
@@ -41,13 +38,8 @@ struct ChainRows {
   const int64_t* seeds;
   const int32_t* top_k;
   const double *top_p, *min_p;
-  // The prior; sessions null: none. A row's session may be null too.
-  const PriorSession* const* sessions;
-  const double* units;
-  const float* const* weights;  // [kPriorFeatures] each
-  const float* repeat_bonuses;  // [B]: of long repeats
-  const int64_t* contexts;      // [B][2]: the last two tokens
-  const TextIndex* const* texts;  // null: repeats do not count
+  const int32_t* sessions;  // whose prior each row has; -1: none. Null: no row has one
+  const int32_t* texts;     // whose repeats; -1: none
   // When all chains end early; chances null: never. Everything is counted in tokens.
   const float* chances;       // [T][2][kSurenessLevels]: that a tenant's greedy and sampled token is accepted
   const int32_t* tenants;     // [B]: the number of each one's tenant among the T
@@ -62,7 +54,7 @@ struct ChainOutputs {
   bf16* hidden;        // [hidden] from which the token was chosen
   int32_t* token_ids;  // [candidates]; -1: none
   float* logits;       // [candidates]; -inf: none
-  float* features;     // [candidates][kPriorFeatures]; null without a prior
+  float* features;     // [candidates][kFeatures]; null without a prior
   int32_t* sureness;   // level of the token; null where chains never end early
 };
 

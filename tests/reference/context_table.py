@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,14 +11,6 @@ WAYS = 8
 """Rows in which a context can live."""
 _HASH = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
-
-
-class Entries(NamedTuple):
-    """Contexts, what followed them, and how often: three arrays [n]."""
-
-    keys: NDArray[np.int64]
-    token_ids: NDArray[np.int32]
-    counts: NDArray[np.float32]
 
 
 class ContextTable:
@@ -102,31 +94,6 @@ class ContextTable:
         """Multiply all counts."""
         self.counts *= np.float32(factor)
 
-    def entries(self, limit: int, least: float) -> Entries:
-        """The ``limit`` largest counts that are ``least`` or more, in no order."""
-        counts = self.counts.reshape(-1)
-        places = np.flatnonzero(counts >= least)
-        if len(places) > limit:
-            places = places[np.argpartition(-counts[places], limit)[:limit]]
-        return Entries(self.keys[places // self.width], self.token_ids.reshape(-1)[places], counts[places])
-
-    def fill(self, entries: Entries) -> None:
-        """Take counts into a table that is still empty, the strongest of those that do not all fit."""
-        order = np.lexsort((-entries.counts, entries.keys))
-        keys, token_ids, counts = (array[order] for array in entries)
-        contexts, starts, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        homes = self._homes(contexts)
-        weights = np.bincount(inverse, counts, len(contexts))
-        by_home = np.lexsort((-weights, homes))
-        ways = np.empty(len(contexts), np.int64)
-        ways[by_home] = _ranks(homes[by_home])
-        places = np.arange(len(keys)) - starts[inverse]
-        kept = (ways[inverse] < WAYS) & (places < self.width)
-        rows = (homes + ways)[inverse[kept]]
-        self.keys[rows] = keys[kept]
-        self.token_ids[rows, places[kept]] = token_ids[kept]
-        self.counts[rows, places[kept]] = counts[kept]
-
     def _homes(self, keys: NDArray[Any]) -> NDArray[np.int64]:
         """``home`` of many at once, [n]."""
         return (keys.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(self.shift)).astype(np.int64) * WAYS
@@ -136,8 +103,3 @@ class ContextTable:
         self.token_ids[row] = -1
         self.counts[row] = 0.0
         return row
-
-
-def _ranks(ascending: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[n] sorted values → how many equal ones stand before each."""
-    return np.arange(len(ascending)) - np.searchsorted(ascending, ascending)

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.context_table import WAYS, ContextTable, Entries
-from engine.vocab.continuations import Continuations
-from kernels import native_prior
-from kernels.native_prior import SessionView, TableView
+from tests.reference.context_table import ContextTable
+from tests.reference.continuations import Continuations
 
 HALF_LIFE = 4096.0
 """Tokens after which a count is worth half."""
@@ -34,14 +31,6 @@ class NgramSizes:
     bigram_width: int = 16
     trigram_rows: int = 8192
     trigram_width: int = 4
-
-
-@dataclass(frozen=True)
-class NgramCounts:
-    """N-grams of one order: ``token_ids`` [n, order] int32, last what followed the others; ``counts`` [n] float32."""
-
-    token_ids: NDArray[np.int32]
-    counts: NDArray[np.float32]
 
 
 class SessionNgrams:
@@ -69,19 +58,6 @@ class SessionNgrams:
         self._growth = 2.0 ** (1.0 / half_life)
         self._unigrams_view = cast("memoryview[float]", self.unigrams.data)
 
-    @cached_property
-    def view(self) -> SessionView:
-        """Where it all is, for the compiled prior."""
-        bigrams, trigrams = (
-            TableView(table.keys, table.token_ids, table.counts, table.shift) for table in (self.bigrams, self.trigrams)
-        )
-        return SessionView(self.unigrams, bigrams, trigrams)
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the arrays."""
-        return self.unigrams.nbytes + self.bigrams.num_bytes + self.trigrams.num_bytes
-
     def observe(self, token_ids: Sequence[int], before: Sequence[int] = ()) -> None:
         """Count a run of tokens.
 
@@ -90,10 +66,7 @@ class SessionNgrams:
             before: the tokens right before them, of which the last two are context.
         """
         two_ago, one_ago = [-1, -1, *before[-2:]][-2:]
-        if native_prior.is_available():
-            self.unit = self.view.observe(token_ids, two_ago, one_ago, self._growth, self.unit, WAYS)
-        else:
-            self._observe(token_ids, two_ago, one_ago)
+        self._observe(token_ids, two_ago, one_ago)
         self.num_tokens += len(token_ids)
         if self.unit > _MAX_UNIT:
             self._rescale()
@@ -126,38 +99,6 @@ class SessionNgrams:
             return []
         known: list[bool] = self.trigrams.have(ids[:-2] << _ID_BITS | ids[1:-1], ids[2:]).tolist()
         return known
-
-    def strongest(self, limits: Sequence[int]) -> list[NgramCounts]:
-        """The largest counts of each order, for a snapshot: at most ``limits[order - 1]``, in no order."""
-        least = PRESENCE_FLOOR * self.unit
-        places = np.flatnonzero(self.unigrams >= least)
-        if len(places) > limits[0]:
-            places = places[np.argpartition(-self.unigrams[places], limits[0])[: limits[0]]]
-        bigrams, trigrams = self.bigrams.entries(limits[1], least), self.trigrams.entries(limits[2], least)
-        older, newer = trigrams.keys >> _ID_BITS, trigrams.keys & (1 << _ID_BITS) - 1
-        return [
-            self._counts(self.unigrams[places], places),
-            self._counts(bigrams.counts, bigrams.keys, bigrams.token_ids),
-            self._counts(trigrams.counts, older, newer, trigrams.token_ids),
-        ]
-
-    def restore(self, ngrams: Sequence[NgramCounts], num_tokens: int) -> None:
-        """Start from the counts of a snapshot. Only before anything is observed.
-
-        Args:
-            ngrams: of orders 1, 2, 3; ids below the vocabulary's size, no n-gram twice.
-            num_tokens: how many tokens they speak of.
-        """
-        unigrams, bigrams, trigrams = ngrams
-        self.unigrams[unigrams.token_ids[:, 0]] = unigrams.counts
-        pairs, triples = bigrams.token_ids.T, trigrams.token_ids.astype(np.int64).T
-        self.bigrams.fill(Entries(pairs[0].astype(np.int64), pairs[1], bigrams.counts))
-        keys = triples[0] << _ID_BITS | triples[1]
-        self.trigrams.fill(Entries(keys, trigrams.token_ids[:, 2], trigrams.counts))
-        self.num_tokens = num_tokens
-
-    def _counts(self, counts: NDArray[np.float32], *columns: NDArray[np.int64] | NDArray[np.int32]) -> NgramCounts:
-        return NgramCounts(np.stack(columns, axis=1).astype(np.int32), counts / np.float32(self.unit))
 
     def _rescale(self) -> None:
         self.unigrams /= np.float32(self.unit)

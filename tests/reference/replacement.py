@@ -137,33 +137,6 @@ class _Tail(ABC):
         """Verification produced a resident token."""
 
 
-class LruReplacement(_Tail):
-    """Evicts the token that was neither used nor retrieved for longest."""
-
-    def __init__(self, capacity: int, min_residency: int = MIN_RESIDENCY) -> None:
-        super().__init__(capacity, min_residency)
-        self._order: OrderedDict[int, None] = OrderedDict()
-
-    def contents(self) -> list[int]:
-        return list(reversed(self._order))
-
-    def _evict_for(self, token_id: int, named: Collection[int]) -> int | None:
-        victim = next((token for token in self._order if self._may_go(token, named)), None)
-        if victim is None:
-            return None
-        del self._order[victim]
-        return self._slot_of.pop(victim)
-
-    def _placed(self, token_id: int) -> None:
-        self._order[token_id] = None
-
-    def _retrieved(self, token_id: int) -> None:
-        self._order.move_to_end(token_id)
-
-    def _used(self, token_id: int) -> None:
-        self._order.move_to_end(token_id)
-
-
 class ArcReplacement(_Tail):
     """ARC as in the paper: tokens retrieved (T1) and tokens verified or missed (T2), each with a list of ghosts.
 
@@ -235,53 +208,3 @@ class ArcReplacement(_Tail):
         self._recent.pop(token_id, None)
         self._frequent[token_id] = None
         self._frequent.move_to_end(token_id)
-
-
-class DecayedReplacement(_Tail):
-    """Evicts the lowest score: uses (and, for less, retrievals), each halved every ``half_life`` verified steps."""
-
-    def __init__(self, capacity: int, min_residency: int = MIN_RESIDENCY, half_life: float = 256.0) -> None:
-        super().__init__(capacity, min_residency)
-        # Instead of all scores shrinking, what a new use adds grows.
-        self._scores: NDArray[np.float64] = np.zeros(capacity)
-        self._unit, self._growth = 1.0, 2.0 ** (1.0 / half_life)
-        self._worst_first: list[int] | None = None
-
-    def contents(self) -> list[int]:
-        slots = np.argsort(-self._scores[: len(self)], kind="stable")  # slots are filled in ascending order
-        return [int(token_id) for token_id in self.token_ids[slots]]
-
-    def touch(self, token_ids: Iterable[int]) -> None:
-        self._unit *= self._growth
-        if self._unit > _MAX_UNIT:
-            self._scores /= self._unit
-            self._unit = 1.0
-        super().touch(token_ids)
-
-    def _begin(self, named: Collection[int]) -> None:
-        self._worst_first = None
-
-    def _evict_for(self, token_id: int, named: Collection[int]) -> int | None:
-        if self._worst_first is None:
-            self._worst_first = self.token_ids[np.argsort(-self._scores, kind="stable")].tolist()
-        while self._worst_first:
-            victim = self._worst_first.pop()
-            if self._may_go(victim, named):
-                return self._slot_of.pop(victim)
-        return None
-
-    def _placed(self, token_id: int) -> None:
-        self._scores[self._slot_of[token_id]] = 0.0
-
-    def _retrieved(self, token_id: int) -> None:
-        self._scores[self._slot_of[token_id]] += _RETRIEVAL_WORTH * self._unit
-
-    def _used(self, token_id: int) -> None:
-        self._scores[self._slot_of[token_id]] += self._unit
-
-
-def make_replacement(name: Literal["arc", "lru", "decayed"], capacity: int) -> Replacement:
-    """An empty tail under the policy of that name."""
-    policies = {"arc": ArcReplacement, "lru": LruReplacement, "decayed": DecayedReplacement}
-    policy: Callable[[int], Replacement] = policies[name]
-    return policy(capacity)

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.prior import (
-    FEATURES,
+from tests.reference.prior import (
     LEARNING_RATE,
     MAX_WEIGHT,
     NUM_FEATURES,
-    REPEAT_BONUS,
     Candidates,
     FloatArray,
     gradient,
@@ -21,9 +19,7 @@ from engine.vocab.prior import (
 _GAIN_MEMORY = 0.99
 """Weight of the past in ``gain``, for each verified position."""
 
-_MATCH, _LEAST_MATCH_WEIGHT = FEATURES.index("match"), 0.5
 _NO_BONUS: NDArray[np.float32] = np.zeros(NUM_FEATURES, np.float32)
-_NO_BONUS_ADDRESS = int(_NO_BONUS.ctypes.data)
 
 
 class PriorWeights:
@@ -40,15 +36,11 @@ class PriorWeights:
     def __init__(self, start: Sequence[float] | None = None) -> None:
         self.learned: NDArray[np.float32] = np.zeros(NUM_FEATURES, np.float32)
         """[NUM_FEATURES]: to be kept for the session's next request."""
-        self.address = int(self.learned.ctypes.data)
-        """Of ``learned``, for the compiled prior; so the array is never replaced."""
         if start is not None:
             self.learned[:] = np.clip(start, 0.0, MAX_WEIGHT)
         self.gain = 0.0
         """Positions where only the prior's first choice was the target's, less those where only the draft's own was;
         fading."""
-        self.repeat_gain = 0.0
-        """The same of the prior with and without its bonus for long repeats."""
         self.num_lessons = 0
         """Positions learned from."""
 
@@ -57,35 +49,16 @@ class PriorWeights:
         """[NUM_FEATURES]: what to weigh the features with now; zeros while the prior costs agreement."""
         return self.learned if self.gain >= 0.0 else _NO_BONUS
 
-    @property
-    def bonus_address(self) -> int:
-        """Where ``bonus`` is, for the compiled prior."""
-        return self.address if self.gain >= 0.0 else _NO_BONUS_ADDRESS
-
-    @property
-    def repeat_bonus(self) -> float:
-        """What continuing a long repeat is worth now; 0 while it costs agreement, and where repeats weigh little: the
-        draft copies by itself.
-        """
-        pays = self.repeat_gain >= -1.0 and self.learned[_MATCH] >= _LEAST_MATCH_WEIGHT
-        return REPEAT_BONUS if pays else 0.0
-
-    def step(self, ascent: FloatArray, advantage: int, of_repeat: int) -> None:
+    def step(self, ascent: FloatArray, advantage: int) -> None:
         """Learn from one verified position.
 
         Args:
             ascent: [NUM_FEATURES], the gradient of the log-likelihood.
             advantage: 1 if only the prior's first choice was right, -1 if only the draft's own was, else 0.
-            of_repeat: the same of the prior with and without its bonus for long repeats.
         """
         np.clip(self.learned + LEARNING_RATE * ascent, 0.0, MAX_WEIGHT, out=self.learned)
-        self.count(advantage, of_repeat)
-
-    def count(self, advantage: int, of_repeat: int) -> None:
-        """Take note of who was right at a position; see ``step``, which does that too."""
         self.num_lessons += 1
         self.gain = self.gain * _GAIN_MEMORY + advantage
-        self.repeat_gain = self.repeat_gain * _GAIN_MEMORY + of_repeat
 
 
 def learn(owners: Sequence[PriorWeights], candidates: Candidates, targets: NDArray[np.int32]) -> None:
@@ -102,12 +75,9 @@ def learn(owners: Sequence[PriorWeights], candidates: Candidates, targets: NDArr
     ascents = gradient(candidates, weights, targets)
     scores = candidates.scores(weights)
     without, with_prior = (_first_choices(candidates, one) == targets for one in (candidates.logits, scores))
-    candidates.add_repeat_bonus(scores, np.full(len(scores), REPEAT_BONUS, np.float32))
-    with_bonus = _first_choices(candidates, scores) == targets
     advantages = (with_prior.astype(np.int64) - without).tolist()
-    of_repeats = (with_bonus.astype(np.int64) - with_prior).tolist()
-    for owner, ascent, advantage, of_repeat in zip(owners, ascents, advantages, of_repeats, strict=True):
-        owner.step(ascent, advantage, of_repeat)
+    for owner, ascent, advantage in zip(owners, ascents, advantages, strict=True):
+        owner.step(ascent, advantage)
 
 
 def _first_choices(candidates: Candidates, scores: FloatArray) -> NDArray[np.int32]:

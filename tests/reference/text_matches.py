@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle, islice
 from operator import itemgetter
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.continuations import Continuations
-from kernels import native_prior
-from kernels.native_text import MAX_PLACES, NativeTextIndex
+from tests.reference.continuations import Continuations
+from kernels.native_sessions import MAX_REPEATS as MAX_PLACES
 
 MIN_LENGTH, MAX_LENGTH = 2, 16
 """Tokens that must agree before a place counts, and from how many on it makes no difference."""
@@ -25,8 +23,6 @@ _ID_BITS = 31
 
 class TextMatches:
     """An index of one sequence's text by pairs of tokens: chains of the places where each pair ends."""
-
-    address = 0
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
@@ -84,29 +80,12 @@ class TextMatches:
         return pair[0] << _ID_BITS | pair[1] if len(pair) == MIN_LENGTH else -1
 
 
-class TextIndex(Protocol):
-    """``TextMatches``, or the same compiled."""
-
-    address: int
-    """Of the compiled index; 0 for one that is not compiled"""
-
-    def __len__(self) -> int: ...
-    def extend(self, token_ids: Iterable[int]) -> None: ...
-    def find(self, after: Sequence[int] = ()) -> dict[int, int]: ...
-    def longest(self) -> tuple[int, int]: ...
-
-
-def make_text_index() -> TextIndex:
-    """An empty one, compiled where the kernels are."""
-    return NativeTextIndex() if native_prior.is_available() else TextMatches()
-
-
 def copied(token_ids: Sequence[int], place: int, count: int) -> list[int]:
     """``count`` tokens from a place on; where the text ends, it goes on with what was copied."""
     return list(islice(cycle(token_ids[place : place + count]), count))
 
 
-def match_continuations(texts: Sequence[TextIndex], drafts: Sequence[Sequence[int]]) -> Continuations:
+def match_continuations(texts: Sequence[TextMatches], drafts: Sequence[Sequence[int]]) -> Continuations:
     """What ``find`` gives for each of B rows; values are log(length of the repeat).
 
     Args:

@@ -1,0 +1,166 @@
+// The C interface of sessions and texts, for kernels/native_sessions.py.
+#include <algorithm>
+
+#include "sessions.h"
+
+namespace evospec {
+namespace {
+
+// A step of a batch's drafts: what each row chooses among, and where what is found goes.
+struct DraftStep {
+  int32_t rows, columns, num_drafts;
+  const int32_t* sessions;  // [rows]; -1: none
+  const int32_t* texts;     // [rows]; -1: none
+  const int32_t* drafts;    // [rows][num_drafts]: those before this step
+  int32_t* tokens;          // [rows][columns]
+  float* logits;            // [rows][columns]
+  float* features;          // [rows][columns][kFeatures]
+  float* scores;            // [rows][columns]
+  int32_t* matched;         // [rows][kMaxPlaces]: what continues repeats
+  int32_t* lengths;         // [rows][kMaxPlaces]: of the repeats
+  int32_t* num_matched;     // [rows]
+};
+
+Candidates candidates_of(const DraftStep& step, int row) {
+  const size_t at = static_cast<size_t>(row) * step.columns;
+  return {step.tokens + at, step.logits + at, step.features + at * kFeatures, step.columns};
+}
+
+// Makes what continues repeats a candidate of each row, whatever the draft thinks of it: the weakest make room.
+// included [.][2]: rows and columns whose logits are to be computed. Returns how many.
+int include(const Sessions& sessions, const TextIndexes& texts, const DraftStep& step, int32_t* included) {
+  int count = 0;
+  for (int row = 0; row < step.rows; ++row) {
+    step.num_matched[row] = 0;
+    if (!sessions.uses_repeats() || step.sessions[row] < 0 || step.texts[row] < 0) continue;
+    int32_t* const matched = step.matched + row * TextIndex::kMaxPlaces;
+    const int32_t* const drafts = step.drafts + static_cast<size_t>(row) * step.num_drafts;
+    const int found = texts.of(step.texts[row])
+                          .find(drafts, step.num_drafts, matched, step.lengths + row * TextIndex::kMaxPlaces);
+    step.num_matched[row] = found;
+    const Candidates own = candidates_of(step, row);
+    int last = own.columns;
+    for (int i = 0; i < found && last > 0; ++i) {
+      if (std::find(own.tokens, own.tokens + last, matched[i]) != own.tokens + last) continue;
+      own.tokens[--last] = matched[i];
+      included[2 * count] = row;
+      included[2 * count++ + 1] = last;
+    }
+  }
+  return count;
+}
+
+void score(const Sessions& sessions, const DraftStep& step) {
+  for (int row = 0; row < step.rows; ++row) {
+    const Candidates own = candidates_of(step, row);
+    float* const scores = step.scores + static_cast<size_t>(row) * step.columns;
+    const int session = step.sessions[row];
+    if (session < 0) {
+      std::copy_n(own.logits, own.columns, scores);
+      continue;
+    }
+    int64_t context[2];
+    sessions.context(session, step.drafts + static_cast<size_t>(row) * step.num_drafts, step.num_drafts, context);
+    const size_t places = static_cast<size_t>(row) * TextIndex::kMaxPlaces;
+    sessions.features(session, context, step.matched + places, step.lengths + places, step.num_matched[row], own);
+    sessions.score(session, own, scores);
+  }
+}
+
+}  // namespace
+}  // namespace evospec
+
+extern "C" {
+
+using namespace evospec;
+
+// Hash of the sources that the library is made of.
+const char* evo_sources() { return EVO_SOURCES; }
+
+Sessions* evo_sessions_new(const SessionOptions* options) { return new Sessions(*options); }
+void evo_sessions_free(Sessions* sessions) { delete sessions; }
+int64_t evo_sessions_bytes(const Sessions* sessions) { return sessions->num_bytes(); }
+void evo_sessions_clear(Sessions* sessions, int session, const float* weights) { sessions->clear(session, weights); }
+void evo_sessions_clear_tenant(Sessions* sessions, int tenant) { sessions->clear_tenant(tenant); }
+
+// tokens: of the prompt, then of its past, then of its tenant; sizes [3].
+void evo_sessions_begin(Sessions* sessions, int session, const int32_t* tokens, const int32_t* sizes) {
+  std::vector<std::vector<int32_t>> sources;
+  for (int i = 0; i < 3; tokens += sizes[i++]) sources.emplace_back(tokens, tokens + sizes[i]);
+  sessions->begin(session, sources);
+}
+
+void evo_sessions_insert(Sessions* sessions, int session, const int32_t* tokens, int count, int source, int limit) {
+  const int most = limit >= 0 ? limit : sessions->options().places > 0 ? sessions->tail(session).room() : 0;
+  sessions->insert(session, tokens, count, static_cast<Source>(source), most);
+}
+
+void evo_sessions_catch_up(Sessions* sessions, const TokenRows* rows) { sessions->catch_up(*rows); }
+void evo_sessions_verify(Sessions* sessions, const TokenRows* rows, const DraftedRows* drafted, int32_t* missed) {
+  sessions->verify(*rows, *drafted, missed);
+}
+void evo_sessions_retrieve(Sessions* sessions, const TokenRows* rows, const int32_t* likely) {
+  sessions->retrieve(*rows, likely);
+}
+
+// The writes to tails since the last call: they are valid until the next call that makes some.
+const TailWrite* evo_sessions_take_writes(Sessions* sessions, int* count) {
+  thread_local std::vector<TailWrite> taken;
+  taken.clear();
+  taken.swap(sessions->writes());
+  *count = static_cast<int>(taken.size());
+  return taken.data();
+}
+
+// The tokens [places] of a tail, the most worth keeping first; returns how many.
+int evo_sessions_tail(const Sessions* sessions, int session, int32_t* tokens) {
+  const ArcTail tail = sessions->tail(session);
+  tail.contents(tokens);
+  return tail.size();
+}
+
+SessionCounts* evo_sessions_counts(const Sessions* sessions, int session) { return &sessions->counts(session); }
+SessionState* evo_sessions_state(const Sessions* sessions, int session) { return &sessions->state(session); }
+float* evo_sessions_weights(const Sessions* sessions, int session) { return sessions->weights(session); }
+float* evo_sessions_unigrams(const Sessions* sessions, int session) { return sessions->unigrams(session); }
+ContextTable evo_sessions_ngrams(const Sessions* sessions, int session, int order) {
+  return order == 2 ? sessions->bigrams(session) : sessions->trigrams(session);
+}
+
+// After the session's last two tokens; see Sessions::followers.
+void evo_sessions_followers(const Sessions* sessions, int session, int order, int32_t* tokens, float* values) {
+  const int64_t context[2] = {sessions->state(session).last[0], sessions->state(session).last[1]};
+  sessions->followers(session, order, context, tokens, values);
+}
+
+int evo_sessions_include(const Sessions* sessions, const TextIndexes* texts, const DraftStep* step, int32_t* included) {
+  return include(*sessions, *texts, *step, included);
+}
+void evo_sessions_score(const Sessions* sessions, const DraftStep* step) { score(*sessions, *step); }
+
+TextIndexes* evo_texts_new(int slots, int capacity) { return new TextIndexes(slots, capacity); }
+void evo_texts_free(TextIndexes* texts) { delete texts; }
+int64_t evo_texts_bytes(const TextIndexes* texts) { return texts->num_bytes(); }
+void evo_texts_clear(TextIndexes* texts, int slot) { texts->clear(slot); }
+
+// Appends tokens[begins[i]] .. tokens[begins[i + 1] - 1] to the text of slots[i].
+void evo_texts_extend(const TextIndexes* texts, int rows, const int32_t* slots, const int32_t* begins,
+                      const int32_t* tokens) {
+  for (int i = 0; i < rows; ++i) texts->of(slots[i]).extend(tokens + begins[i], begins[i + 1] - begins[i]);
+}
+
+// copies [rows][most], lengths [rows]: see TextIndex::copy_longest.
+void evo_texts_copy(const TextIndexes* texts, int rows, const int32_t* slots, int most, int32_t* copies,
+                    int32_t* lengths) {
+  for (int i = 0; i < rows; ++i) {
+    lengths[i] = texts->of(slots[i]).copy_longest(copies + static_cast<size_t>(i) * most, most);
+  }
+}
+
+// As TextIndex::find; for tests.
+int evo_texts_find(const TextIndexes* texts, int slot, const int32_t* after, int count, int32_t* tokens,
+                   int32_t* lengths) {
+  return texts->of(slot).find(after, count, tokens, lengths);
+}
+
+}  // extern "C"

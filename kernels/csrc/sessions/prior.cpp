@@ -1,0 +1,137 @@
+// The prior: a bonus on a candidate's logit for what followed before, with weights learned while it serves.
+//
+// A light draft misses what a session repeats; a strong one copies it by itself. So each candidate gets features . weights,
+// and each verified position moves the weights by one step of gradient ascent on log softmax(scores)[the target's token].
+// Where the draft needs no help they fade to zero. Likelihood and agreement are not the same: with a draft that is right
+// but unsure of itself, weights that make the target's tokens likelier can still cost agreement. So first choices are
+// counted with and without the prior, and it is left out while it costs more than it brings. It goes on learning meanwhile.
+#include <algorithm>
+#include <cmath>
+
+#include "sessions.h"
+
+namespace evospec {
+
+namespace {
+
+// features[column] = value for every column that holds the token.
+void mark(const Candidates& candidates, int feature, int32_t token, float value) {
+  for (int i = 0; i < candidates.columns; ++i) {
+    if (candidates.tokens[i] == token) candidates.features[i * kFeatures + feature] = value;
+  }
+}
+
+void mark_counts(const Candidates& candidates, int feature, const ContextTable& table, int64_t key, double unit) {
+  const int64_t row = table.find(key);
+  if (row < 0) return;
+  for (int64_t i = row * table.width; i < (row + 1) * table.width; ++i) {
+    if (table.tokens[i] < 0) continue;
+    mark(candidates, feature, table.tokens[i], std::log1p(table.counts[i] / static_cast<float>(unit)));
+  }
+}
+
+void mark_graph(const Candidates& candidates, int feature, const Graph& graph, int64_t token) {
+  const int64_t begin = graph.offsets[token], end = std::min(graph.offsets[token + 1], begin + graph.width);
+  for (int64_t i = begin; i < end; ++i) {
+    mark(candidates, feature, graph.tokens[i], 1.0f + graph.log_probs[i] * graph.scale);
+  }
+}
+
+void add_bonuses(const float* logits, const float* features, const float* weights, int columns, float* scores) {
+  for (int i = 0; i < columns; ++i) {
+    float bonus = 0.0f;
+    for (int f = 0; f < kFeatures; ++f) bonus += features[i * kFeatures + f] * weights[f];
+    scores[i] = logits[i] + bonus;
+  }
+}
+
+int first_choice(const float* scores, int columns) {
+  return static_cast<int>(std::max_element(scores, scores + columns) - scores);
+}
+
+}  // namespace
+
+void Sessions::context(int session, const int32_t* drafts, int count, int64_t out[2]) const {
+  const int32_t* const last = state(session).last;
+  out[0] = count >= 2 ? drafts[count - 2] : last[count];
+  out[1] = count >= 1 ? drafts[count - 1] : last[1];
+}
+
+void Sessions::features(int session, const int64_t context[2], const int32_t* matched, const int32_t* lengths,
+                        int num_matched, const Candidates& candidates) const {
+  const float* const uses = options_.uses;
+  const double unit = state(session).unit;
+  const float* const unigrams = unigrams_.of(session);
+  const float least = static_cast<float>(options_.presence * unit);
+  std::fill_n(candidates.features, candidates.columns * kFeatures, 0.0f);
+  for (int i = 0; i < candidates.columns; ++i) {
+    const int32_t token = candidates.tokens[i];
+    if (token >= 0 && unigrams[token] >= least) candidates.features[i * kFeatures] = 1.0f;
+  }
+  if (context[1] >= 0) {
+    if (uses[1] > 0) mark_counts(candidates, 1, bigrams_.of(session), context[1], unit);
+    if (uses[2] > 0 && context[0] >= 0) {
+      mark_counts(candidates, 2, trigrams_.of(session), context[0] << 31 | context[1], unit);
+    }
+    if (uses[3] > 0) mark_graph(candidates, 3, options_.graph, context[1]);
+  }
+  for (int i = 0; uses[4] > 0 && i < num_matched; ++i) {
+    mark(candidates, 4, matched[i], std::log(static_cast<float>(lengths[i])));
+  }
+}
+
+void Sessions::followers(int session, int order, const int64_t context[2], int32_t* tokens, float* values) const {
+  const ContextTable table = order == 2 ? bigrams_.of(session) : trigrams_.of(session);
+  const bool is_known = context[1] >= 0 && (order == 2 || context[0] >= 0);
+  const int64_t row = is_known ? table.find(order == 2 ? context[1] : context[0] << 31 | context[1]) : -1;
+  for (int i = 0; i < table.width; ++i) {
+    tokens[i] = row < 0 ? -1 : table.tokens[row * table.width + i];
+    const float count = row < 0 ? 0.0f : table.counts[row * table.width + i];
+    values[i] = std::log1p(count / static_cast<float>(state(session).unit));
+  }
+}
+
+void Sessions::score(int session, const Candidates& candidates, float* scores) const {
+  constexpr float kNone[kFeatures] = {};
+  const float* const weights = state(session).gain >= 0.0 ? weights_.of(session) : kNone;
+  add_bonuses(candidates.logits, candidates.features, weights, candidates.columns, scores);
+}
+
+// Learns from the positions that verification reached; all gradients are taken at the weights before.
+void Sessions::learn(int session, const int32_t* targets, int reached, const int32_t* places,
+                     const DraftedRows& drafted) {
+  if (!options_.learns || reached == 0) return;
+  const int columns = drafted.columns;
+  float* const weights = weights_.of(session);
+  std::vector<float> scores(columns), ascents(static_cast<size_t>(reached) * kFeatures);
+  for (int step = 0; step < reached; ++step) {
+    const size_t at = static_cast<size_t>(places[step]) * columns;
+    const int32_t* const tokens = drafted.tokens + at;
+    const float *const logits = drafted.logits + at, *const features = drafted.features + at * kFeatures;
+    add_bonuses(logits, features, weights, columns, scores.data());
+    const int with = first_choice(scores.data(), columns), without = first_choice(logits, columns);
+    const int32_t wanted = targets[step];
+    SessionState& known = state(session);
+    known.gain = known.gain * options_.gain_memory + (tokens[with] == wanted) - (tokens[without] == wanted);
+    ++counts(session).num_lessons;
+    int target = 0;
+    while (target < columns && !(tokens[target] == wanted && std::isfinite(logits[target]))) ++target;
+    if (target == columns) continue;
+    double sum = 0.0, expected[kFeatures] = {};
+    for (int i = 0; i < columns; ++i) {
+      const float weight = std::exp(scores[i] - scores[with]);
+      sum += weight;
+      for (int f = 0; f < kFeatures; ++f) expected[f] += weight * features[i * kFeatures + f];
+    }
+    // A sum that is no number, of infinite logits, would make the weights none for good.
+    for (int f = 0; f < kFeatures && std::isfinite(sum); ++f) {
+      ascents[step * kFeatures + f] = features[target * kFeatures + f] - static_cast<float>(expected[f] / sum);
+    }
+  }
+  for (int i = 0; i < reached * kFeatures; ++i) {
+    float& weight = weights[i % kFeatures];
+    weight = std::clamp(weight + options_.rate * ascents[i], 0.0f, options_.most_weight);
+  }
+}
+
+}  // namespace evospec

@@ -1,0 +1,261 @@
+#include "sessions.h"
+
+#include <algorithm>
+#include <cmath>
+#include <unordered_set>
+
+namespace evospec {
+
+namespace {
+
+constexpr double kMaxUnit = 1e30;
+
+int64_t pair_of(int64_t two_ago, int64_t one_ago) { return two_ago << 31 | one_ago; }
+
+struct TripleHash {
+  size_t operator()(const std::pair<int64_t, int32_t>& triple) const {
+    return static_cast<size_t>((triple.first * 0x9E3779B97F4A7C15u) ^ static_cast<uint64_t>(triple.second));
+  }
+};
+
+}  // namespace
+
+Sessions::Sessions(const SessionOptions& options)
+    : options_(options),
+      in_core_(options.in_core, options.in_core + options.vocab),
+      unigrams_(options.sessions, options.vocab),
+      weights_(options.sessions, kFeatures),
+      bigrams_(options.sessions, options.bigram_rows, options.bigram_width),
+      trigrams_(options.sessions, options.trigram_rows, options.trigram_width),
+      tenants_(options.tenants, options.tenant_rows, options.tenant_width),
+      states_(options.sessions, 1),
+      counts_(options.sessions, 1),
+      tails_(options.sessions, options.places),
+      sources_(options.sessions, options.places) {}
+
+size_t Sessions::num_bytes() const {
+  return unigrams_.num_bytes() + bigrams_.num_bytes() + trigrams_.num_bytes() + tails_.num_bytes();
+}
+
+void Sessions::clear(int session, const float* weights) {
+  unigrams_.fill(session, 0.0f);
+  bigrams_.clear(session);
+  trigrams_.clear(session);
+  tail(session).clear();
+  std::copy_n(weights, kFeatures, weights_.of(session));
+  state(session) = {1.0, 0.0, {-1, -1}, 0, 0};
+  counts(session) = {};
+}
+
+void Sessions::begin(int session, const std::vector<std::vector<int32_t>>& sources) {
+  const std::vector<int32_t>& prompt = sources[0];
+  count_prompt(session, prompt);
+  SessionState& known = state(session);
+  for (const int32_t token : prompt) known.last[0] = known.last[1], known.last[1] = token;
+  if (options_.places == 0) return;
+
+  std::vector<std::vector<int32_t>> chosen;
+  std::unordered_set<int32_t> taken;
+  size_t left = tail(session).room();
+  const auto choose = [&](auto first, auto last) {
+    std::vector<int32_t>& of_source = chosen.emplace_back();
+    for (; first != last && left > 0; ++first) {
+      if (!is_outside(*first) || !taken.insert(*first).second) continue;
+      of_source.push_back(*first);
+      --left;
+    }
+  };
+  const size_t recent = options_.in_context ? std::min<size_t>(prompt.size(), kMaxPromptTokens) : 0;
+  choose(prompt.rbegin(), prompt.rbegin() + recent);
+  for (size_t i = 1; i < sources.size(); ++i) choose(sources[i].begin(), sources[i].end());
+  constexpr Source kOrder[] = {kContext, kSnapshot, kTenant};
+  for (size_t i = chosen.size(); i-- > 0;) {  // what comes last is kept longest
+    insert(session, chosen[i].data(), chosen[i].size(), kOrder[i], tail(session).room());
+  }
+}
+
+int Sessions::insert(int session, const int32_t* tokens, size_t count, Source source, int limit) {
+  if (options_.places == 0 || limit <= 0) return 0;
+  ArcTail own = tail(session);
+  std::vector<int32_t> named;
+  std::unordered_set<int32_t> seen;
+  for (size_t i = 0; i < count; ++i) {
+    if (!is_outside(tokens[i]) || !seen.insert(tokens[i]).second) continue;
+    if (own.place_of(tokens[i]) < 0 && --limit < 0) break;
+    named.push_back(tokens[i]);
+  }
+  if (named.empty()) return 0;
+  const size_t before = writes_.size();
+  own.insert(named, writes_);
+  for (size_t i = before; i < writes_.size(); ++i) sources_.of(session)[writes_[i].place] = source;
+  const int inserted = static_cast<int>(writes_.size() - before);
+  counts(session).insertions[source] += inserted;
+  return inserted;
+}
+
+std::vector<int32_t> Sessions::outside(const int32_t* tokens, size_t count) const {
+  std::vector<int32_t> found;
+  std::copy_if(tokens, tokens + count, std::back_inserter(found), [&](int32_t token) { return is_outside(token); });
+  return found;
+}
+
+// Counts tokens, single and after the two before them.
+void Sessions::count(int session, const int32_t* tokens, size_t count, const int32_t before[2]) {
+  SessionState& known = state(session);
+  float* const unigrams = unigrams_.of(session);
+  const ContextTable bigrams = bigrams_.of(session), trigrams = trigrams_.of(session);
+  int64_t two_ago = before[0], one_ago = before[1];
+  for (size_t i = 0; i < count; ++i) {
+    known.unit *= options_.growth;
+    unigrams[tokens[i]] = static_cast<float>(unigrams[tokens[i]] + known.unit);
+    if (one_ago >= 0) bigrams.add(one_ago, tokens[i], known.unit);
+    if (one_ago >= 0 && two_ago >= 0) trigrams.add(pair_of(two_ago, one_ago), tokens[i], known.unit);
+    two_ago = one_ago;
+    one_ago = tokens[i];
+  }
+  counts(session).num_counted += count;
+  if (known.unit <= kMaxUnit) return;
+  const float factor = static_cast<float>(1.0 / known.unit);
+  for (int i = 0; i < options_.vocab; ++i) unigrams[i] *= factor;
+  bigrams_.scale(session, factor);
+  trigrams_.scale(session, factor);
+  known.unit = 1.0;
+}
+
+// Most of a conversation's prompt is its earlier turns, sent once more. So where the session has a past, triples that it
+// knows are not counted again.
+void Sessions::count_prompt(int session, const std::vector<int32_t>& prompt) {
+  constexpr int32_t kNone[2] = {-1, -1};
+  const size_t size = std::min<size_t>(prompt.size(), kMaxPromptTokens);
+  const int32_t* const recent = prompt.data() + prompt.size() - size;
+  if (counts(session).num_counted == 0) return count(session, recent, size, kNone);
+  // Known by the past, not by this prompt: all are looked up before any is counted.
+  std::vector<bool> is_known(size);
+  for (size_t i = 2; i < size; ++i) {
+    is_known[i] = trigrams_.of(session).has(pair_of(recent[i - 2], recent[i - 1]), recent[i]);
+  }
+  std::unordered_set<std::pair<int64_t, int32_t>, TripleHash> counted;
+  for (size_t i = 2; i < size; ++i) {
+    const auto triple = std::make_pair(pair_of(recent[i - 2], recent[i - 1]), recent[i]);
+    if (!is_known[i] && counted.insert(triple).second) count(session, recent + i, 1, recent + i - 2);
+  }
+}
+
+// Takes tokens that the session goes on with, before anything enters its tail because of them.
+void Sessions::read(int session, int tenant, const int32_t* tokens, size_t size) {
+  SessionState& known = state(session);
+  count(session, tokens, size, known.last);
+  counts(session).num_read += size;
+  if (tenant >= 0) {
+    const ContextTable pairs = tenants_.of(tenant);
+    int32_t before = known.last[1];
+    for (size_t i = 0; i < size; before = tokens[i++]) {
+      if (before >= 0) pairs.add(before, tokens[i], 1.0);
+    }
+  }
+  for (size_t i = 0; i < size; ++i) known.last[0] = known.last[1], known.last[1] = tokens[i];
+  if (options_.places > 0) tail(session).touch(outside(tokens, size));
+}
+
+void Sessions::catch_up(const TokenRows& rows) {
+  for (int row = 0; row < rows.rows; ++row) {
+    const int32_t* const tokens = rows.tokens + rows.begins[row];
+    const size_t size = rows.begins[row + 1] - rows.begins[row];
+    const int session = rows.sessions[row];
+    read(session, rows.tenants == nullptr ? -1 : rows.tenants[row], tokens, size);
+    if (options_.places == 0 || !options_.in_context) continue;
+    // The latest first, where there is room or by the usual few.
+    std::vector<int32_t> latest(tokens + size - std::min<size_t>(size, kMaxPromptTokens), tokens + size);
+    std::reverse(latest.begin(), latest.end());
+    insert(session, latest.data(), latest.size(), kContext, std::max(tail(session).room(), kMaxInsertions));
+  }
+}
+
+void Sessions::verify(const TokenRows& rows, const DraftedRows& drafted, int32_t* missed) {
+  const int32_t* places = drafted.places;
+  for (int row = 0; row < rows.rows; places += drafted.num_reached[row++]) {
+    learn(rows.sessions[row], rows.tokens + rows.begins[row], drafted.num_reached[row], places, drafted);
+  }
+  for (int row = 0; row < rows.rows; ++row) {
+    const int session = rows.sessions[row];
+    const int32_t* const tokens = rows.tokens + rows.begins[row];
+    const int size = rows.begins[row + 1] - rows.begins[row];
+    read(session, rows.tenants == nullptr ? -1 : rows.tenants[row], tokens, size);
+    SessionState& known = state(session);
+    SessionCounts& counted = counts(session);
+    known.missed = 0;
+    missed[row] = -1;
+    for (int i = 0; i < size; ++i) {
+      if (!is_outside(tokens[i])) continue;
+      const int place = options_.places > 0 ? tail(session).place_of(tokens[i]) : -1;
+      if (place >= 0) {
+        counted.hits[sources_.of(session)[place]] += i < drafted.num_accepted[row];
+      } else {
+        known.missed |= 1u << std::min(i, 31);
+        if (missed[row] < 0) missed[row] = i;
+      }
+    }
+    counted.verified += size;
+    counted.covered += size - __builtin_popcount(known.missed);
+    counted.events += known.missed != 0;
+    known.left = kMaxInsertions;
+    if (options_.in_context) known.left -= insert(session, tokens, size, kContext, kMaxInsertions);
+  }
+}
+
+void Sessions::retrieve(const TokenRows& rows, const int32_t* likely) {
+  const int k = options_.top_k;
+  std::vector<int32_t> wanted, seeds, near;
+  for (int row = 0; row < rows.rows; ++row) {
+    const int session = rows.sessions[row], begin = rows.begins[row], size = rows.begins[row + 1] - begin;
+    SessionState& known = state(session);
+    wanted.clear(), seeds.clear(), near.clear();
+    for (int i = 0; i < size; ++i) {
+      if (known.missed >> std::min(i, 31) & 1) seeds.push_back(rows.tokens[begin + i]);
+    }
+    for (int rank = 0; likely != nullptr && rank < k; ++rank) {  // the best of each position first
+      for (int i = 0; i < size; ++i) {
+        const int32_t token = likely[static_cast<size_t>(begin + i) * k + rank];
+        wanted.push_back(token);
+        if (known.missed >> std::min(i, 31) & 1) seeds.push_back(token);
+      }
+    }
+    known.left -= insert(session, wanted.data(), wanted.size(), kTarget, known.left);
+    if (known.missed == 0 || rows.tenants == nullptr) continue;
+    std::unordered_set<int32_t> asked;
+    for (const int32_t seed : seeds) {
+      if (asked.insert(seed).second) neighbours(rows.tenants[row], seed, near);
+    }
+    insert(session, near.data(), near.size(), kGraph, known.left);
+  }
+}
+
+// Appends what most likely follows a token: by the tenant's own texts, with the general graph as so many tokens of them.
+void Sessions::neighbours(int tenant, int32_t token, std::vector<int32_t>& out) const {
+  constexpr double kGeneralWeight = 8.0;
+  const Graph& graph = options_.graph;
+  const int64_t begin = graph.offsets == nullptr ? 0 : graph.offsets[token];
+  const int64_t end = graph.offsets == nullptr ? 0 : graph.offsets[token + 1];
+  const ContextTable own = tenants_.of(tenant);
+  const int64_t row = own.find(token);
+  if (row < 0) {  // nearly always: in order already
+    out.insert(out.end(), graph.tokens + begin, graph.tokens + std::min(end, begin + kNeighbours));
+    return;
+  }
+  std::vector<std::pair<double, int32_t>> worth;  // negative, so that the greatest comes first, of equals the least token
+  for (int64_t i = begin; i < end; ++i) worth.emplace_back(-kGeneralWeight * std::exp(graph.log_probs[i]), graph.tokens[i]);
+  for (int64_t i = row * own.width; i < (row + 1) * own.width; ++i) {
+    if (own.tokens[i] < 0) continue;
+    const auto at = std::find_if(worth.begin(), worth.end(), [&](const auto& one) { return one.second == own.tokens[i]; });
+    if (at == worth.end()) {
+      worth.emplace_back(-own.counts[i], own.tokens[i]);
+    } else {
+      at->first -= own.counts[i];
+    }
+  }
+  const size_t count = std::min<size_t>(worth.size(), kNeighbours);
+  std::partial_sort(worth.begin(), worth.begin() + count, worth.end());
+  for (size_t i = 0; i < count; ++i) out.push_back(worth[i].second);
+}
+
+}  // namespace evospec

@@ -1,0 +1,163 @@
+// What running sequences know of their own texts, and what their draft vocabularies and priors make of it.
+//
+// Each has a slot in arrays of fixed sizes: decayed counts of single tokens, pairs and triples; a tail, the tokens that it
+// can draft besides the core that all can; the weights of its prior, a bonus on the logits of what followed before. No
+// call depends on how many sequences a step has, and nothing in the arrays points anywhere.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "arc_tail.h"
+#include "context_table.h"
+#include "text_index.h"
+
+namespace evospec {
+
+constexpr int kFeatures = 5;  // of a candidate: in the session, after the last token, after the last two, graph, repeat
+constexpr int kMaxInsertions = 32;     // tokens that a verified step puts into a tail, at most (the paper's)
+constexpr int kMaxPromptTokens = 4096;  // the last tokens of a prompt, which are looked at
+constexpr int kNeighbours = 8;         // tokens that each seed brings from the graph (the paper's)
+
+// What named a token of a tail.
+enum Source : int32_t { kSnapshot, kTenant, kContext, kTarget, kGraph, kSemantic, kNumSources };
+
+// Where a session stands; all counts since it began.
+struct SessionCounts {
+  int64_t verified;  // tokens of steps in which it was drafted for
+  int64_t covered;   // of them, those that could have been drafted
+  int64_t events;    // steps with a token that could not
+  int64_t insertions[kNumSources];
+  int64_t hits[kNumSources];  // accepted tokens outside the core, by what had named them
+  int64_t num_read;           // tokens generated, drafted for or not
+  int64_t num_counted;        // tokens in the n-grams, those of a restored session included
+  int64_t num_lessons;        // positions from which the prior has learned
+};
+
+// What else is known of a session.
+struct SessionState {
+  double unit;      // what one occurrence of a token adds to its counts now
+  double gain;      // positions where only the prior's first choice was right, less those of only the draft's; fading
+  int32_t last[2];  // the last two tokens, the older first; -1: none
+  int32_t left;     // how many tokens the verified step may still put into the tail
+  uint32_t missed;  // the tokens of that step that could not have been drafted: bit i for token i
+};
+
+// Followers of each token in general text, the most likely first; offsets null: there is no graph.
+struct Graph {
+  const int64_t* offsets;  // [vocab + 1]
+  const int32_t* tokens;
+  const float* log_probs;
+  int32_t width;  // most followers of a token that the prior looks at
+  float scale;    // the prior's value of a follower is 1 + log_prob * scale
+};
+
+struct SessionOptions {
+  int32_t sessions, vocab, places;  // places: of a tail; 0: there are no tails
+  int32_t bigram_rows, bigram_width, trigram_rows, trigram_width;
+  int32_t tenants, tenant_rows, tenant_width;  // tables of what followed what in each tenant's texts; 0: none
+  int32_t in_context;    // whether the sequence's own tokens enter its tail
+  int32_t top_k;         // the target's most likely tokens of a position that enter the tail
+  int32_t learns;        // whether the weights of the prior follow verification
+  float uses[kFeatures];  // 1 for the features that count, else 0
+  float rate, most_weight, gain_memory;  // of learning
+  double growth;          // each token is worth so many times the one before it
+  double presence;        // of so many decayed occurrences on, a token is present
+  const uint8_t* in_core;  // [vocab]: 1 for the tokens that all can draft
+  Graph graph;
+};
+
+// The tokens that a row chooses among.
+struct Candidates {
+  int32_t* tokens;   // [columns]; -1: none
+  float* logits;     // [columns], the draft's own; -inf: none
+  float* features;   // [columns][kFeatures]
+  int32_t columns;
+};
+
+// Tokens of some sessions: those of row i are tokens[begins[i]] .. tokens[begins[i + 1] - 1].
+struct TokenRows {
+  int32_t rows;
+  const int32_t* sessions;
+  const int32_t* tenants;  // tables of their tenants; null: none
+  const int32_t* begins;   // [rows + 1]
+  const int32_t* tokens;
+};
+
+// What was drafted before `TokenRows` were verified, and from which candidates.
+struct DraftedRows {
+  const int32_t* num_accepted;  // [rows]
+  const int32_t* num_reached;   // [rows]: how many of its drafts were looked at, and have candidates
+  const int32_t* places;        // those of the first row's drafts, then of the next: rows of the arrays below
+  const int32_t* tokens;        // [.][columns]
+  const float* logits;          // [.][columns]
+  const float* features;        // [.][columns][kFeatures]
+  int32_t columns;
+};
+
+class Sessions {
+ public:
+  explicit Sessions(const SessionOptions& options);
+
+  // A session begins, its counts at zero and its tail empty. weights [kFeatures].
+  void clear(int session, const float* weights);
+  // A sequence begins in a session: its prompt is counted, and its tail filled from the prompt's own tokens, then from
+  // those of its past, then from its tenant's, while there is room.
+  void begin(int session, const std::vector<std::vector<int32_t>>& sources);
+  // Puts tokens into a tail, the most wanted first; at most `limit` that are new to it.
+  int insert(int session, const int32_t* tokens, size_t count, Source source, int limit);
+
+  // Tokens of steps in which a sequence was not drafted for.
+  void catch_up(const TokenRows& rows);
+  // A step was verified. missed [rows]: the first token that could not have been drafted, -1: all could.
+  void verify(const TokenRows& rows, const DraftedRows& drafted, int32_t* missed);
+  // What the target thought likely where the same rows were chosen enters their tails, and what follows that by the graph.
+  // likely [begins[rows]][top_k], the best first.
+  void retrieve(const TokenRows& rows, const int32_t* likely);
+
+  // The two tokens after which a draft goes on, the older first.
+  void context(int session, const int32_t* drafts, int count, int64_t out[2]) const;
+  // Features of a row's candidates; `matched` tokens continue repeats of these lengths.
+  void features(int session, const int64_t context[2], const int32_t* matched, const int32_t* lengths, int num_matched,
+                const Candidates& candidates) const;
+  // What followed one (order 2) or two tokens: `width` of that table's tokens, -1 for none, and log(1 + count) of each.
+  void followers(int session, int order, const int64_t context[2], int32_t* tokens, float* values) const;
+  // scores [columns] = logits + features . weights.
+  void score(int session, const Candidates& candidates, float* scores) const;
+
+  std::vector<TailWrite>& writes() { return writes_; }
+  const SessionOptions& options() const { return options_; }
+  bool uses_repeats() const { return options_.uses[kFeatures - 1] > 0.0f; }
+
+  float* unigrams(int session) const { return unigrams_.of(session); }
+  ContextTable bigrams(int session) const { return bigrams_.of(session); }
+  ContextTable trigrams(int session) const { return trigrams_.of(session); }
+  float* weights(int session) const { return weights_.of(session); }
+  SessionState& state(int session) const { return *states_.of(session); }
+  SessionCounts& counts(int session) const { return *counts_.of(session); }
+  ArcTail tail(int session) const { return tails_.of(session); }
+  const ContextTables& tenants() const { return tenants_; }
+  void clear_tenant(int tenant) { tenants_.clear(tenant); }
+  size_t num_bytes() const;  // of a session
+
+ private:
+  bool is_outside(int32_t token) const { return in_core_[token] == 0; }
+  std::vector<int32_t> outside(const int32_t* tokens, size_t count) const;
+  void count(int session, const int32_t* tokens, size_t count, const int32_t before[2]);
+  void read(int session, int tenant, const int32_t* tokens, size_t count);
+  void count_prompt(int session, const std::vector<int32_t>& prompt);
+  void learn(int session, const int32_t* targets, int reached, const int32_t* places, const DraftedRows& drafted);
+  void neighbours(int tenant, int32_t token, std::vector<int32_t>& out) const;
+
+  SessionOptions options_;
+  std::vector<uint8_t> in_core_;
+  SlotArray<float> unigrams_, weights_;
+  ContextTables bigrams_, trigrams_, tenants_;
+  SlotArray<SessionState> states_;
+  SlotArray<SessionCounts> counts_;
+  ArcTails tails_;
+  SlotArray<int32_t> sources_;  // of each place of a tail
+  std::vector<TailWrite> writes_;
+};
+
+}  // namespace evospec

@@ -1,0 +1,286 @@
+"""Sessions and texts, compiled, against the same in plain Python: counts, tails, priors, repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from numpy.typing import NDArray
+
+from engine.vocab.bigram_graph import BigramGraph, build_bigram_graph
+from engine.vocab.prior import NUM_FEATURES, PRESENCE
+from kernels.native_sessions import Drafted, DraftStep, Sessions, SessionOptions, TableSizes, Texts
+from tests.reference.bigram_graph import TenantBigrams, continuations
+from tests.reference.continuations import Continuations
+from tests.reference.ngrams import NgramSizes, SessionNgrams, lookup, presence
+from tests.reference.prior import Candidates, bonus_features
+from tests.reference.prior_weights import PriorWeights, learn
+from tests.reference.replacement import FIXED_TARGET_EVENTS, ArcReplacement
+from tests.reference.text_matches import TextMatches, copied, match_continuations
+
+VOCAB, CORE, NONE = 60, 10, [0.0] * NUM_FEATURES
+TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=40)
+SMALL = TableSizes(8, 3, 16, 2)
+
+
+def sessions(**options: object) -> Sessions:
+    """Two sessions; the first tokens are the core."""
+    made = Sessions(SessionOptions(**({"num_sessions": 2, "num_places": 8} | options)), np.arange(VOCAB) < CORE)  # type: ignore[arg-type]
+    for session in range(2):
+        made.clear(session, NONE)
+    return made
+
+
+@settings(max_examples=100)
+@given(runs=st.lists(TOKENS, max_size=8), sizes=st.sampled_from([SMALL, TableSizes()]))
+def test_counts_are_those_of_the_reference(runs: list[list[int]], sizes: TableSizes) -> None:
+    """In every row of the tables, whatever is overwritten; the other session knows nothing of it."""
+    made = sessions(sizes=sizes, half_life=20.0)
+    expected = SessionNgrams(VOCAB, NgramSizes(*vars(sizes).values()), half_life=20.0)
+    text: list[int] = []
+    for tokens in runs:
+        made.catch_up([1], None, [tokens])
+        expected.observe(tokens, text)
+        text += tokens
+    assert made.unit(1) == expected.unit
+    assert np.array_equal(made.unigrams(1), expected.unigrams)
+    for order, table in ((2, expected.bigrams), (3, expected.trigrams)):
+        own = made.table(1, order)
+        assert np.array_equal(own.keys, table.keys)
+        assert np.array_equal(own.token_ids, table.token_ids)
+        assert np.array_equal(own.counts, table.counts)
+    assert made.counts(1).num_read == made.counts(1).num_counted == len(text)
+    assert made.counts(0).num_read == 0
+    assert not made.unigrams(0).any()
+
+
+def test_counts_stay_finite_in_a_long_session() -> None:
+    made = sessions(half_life=0.1)  # rescaled every ten tokens
+    made.catch_up([0], None, [[20, 21] * 50])
+    assert 1.0 <= made.unit(0) < 1e31
+    assert np.isfinite(made.unigrams(0)).all()
+    assert made.unigrams(0)[21] > made.unigrams(0)[20] > 0
+
+
+def test_what_a_past_knows_of_a_prompt_is_not_counted_again() -> None:
+    made = sessions()
+    made.begin(0, [1, 2, 3, 4], [], [])
+    assert made.counts(0).num_counted == 4
+    made.go_on(0, 0, 4)
+    made.begin(0, [1, 2, 3, 4, 5, 5, 5, 5], [], [])
+    assert made.counts(0).num_counted == 4 + 3  # 345, 455, 555, and 555 again
+
+
+class TailMachine(RuleBasedStateMachine):
+    """A session's tail against ARC in Python: what is written where, and what is worth keeping."""
+
+    TOKENS = st.lists(st.integers(CORE, CORE + 14), max_size=8)
+
+    @initialize(capacity=st.integers(1, 6))
+    def create(self, capacity: int) -> None:
+        self.sessions = sessions(num_places=capacity, in_context=False)
+        self.tail = ArcReplacement(capacity)
+
+    @rule(token_ids=TOKENS)
+    def insert(self, token_ids: list[int]) -> None:
+        writes = self.sessions.insert(1, token_ids, "context", 100)
+        expected = self.tail.insert(list(dict.fromkeys(token_ids)))
+        assert writes.tolist() == [[1, *write] for write in expected]
+
+    @rule(token_ids=TOKENS)
+    def touch(self, token_ids: list[int]) -> None:
+        self.sessions.catch_up([1], None, [token_ids])
+        self.tail.touch(token_ids)
+
+    @rule()
+    def many_events(self) -> None:
+        """So that the target starts to move, and ghosts are forgotten."""
+        for event in range(FIXED_TARGET_EVENTS):
+            self.insert([CORE + event % 15, CORE + (event * 7) % 15])
+            self.touch([CORE + event % 4])
+
+    @invariant()
+    def agrees(self) -> None:
+        assert self.sessions.tail(1) == self.tail.contents()
+        assert self.sessions.tail(0) == []
+
+
+TestTail = TailMachine.TestCase
+TestTail.settings = settings(max_examples=60)
+
+
+def test_limits_count_what_is_new_and_the_core_never_enters() -> None:
+    made = sessions()
+    made.insert(0, [20, 21], "context", 100)
+    writes = made.insert(0, [3, 21, 22, 22, 23, 24], "target", 2)
+    assert writes[:, 2].tolist() == [22, 23]
+    assert made.counts(0).insertions == {"context": 2, "target": 2}
+
+
+def test_a_tail_starts_with_the_prompt_then_the_past_then_the_tenant() -> None:
+    made = sessions(num_places=4)
+    writes = made.begin(0, [1, 30, 31], [31, 40], [50, 51])
+    assert set(writes[:, 2].tolist()) == {30, 31, 40, 50}
+    assert made.tail(0) == [31, 30, 40, 50]
+
+
+@given(text=TOKENS, after=st.lists(st.integers(0, 3), max_size=20), few=st.booleans())
+def test_repeats_are_those_of_the_reference(text: list[int], after: list[int], few: bool) -> None:
+    text = [token_id % 4 for token_id in text] if few else text
+    texts, expected = Texts(2, 64), TextMatches()
+    for slot in range(2):
+        texts.clear(slot)
+    texts.extend([1], [text[:7]])
+    texts.extend([1], [text[7:]])
+    expected.extend(text)
+    assert texts.find(1, after) == expected.find(after)
+    place, length = expected.longest()
+    [copy], [agreed] = texts.copy([1], 5)
+    assert agreed == length
+    assert not length or copy == copied(text, place, 5)
+    assert texts.find(0, after) == TextMatches().find(after)
+
+
+@given(tokens=st.lists(st.integers(0, 5), min_size=1, max_size=200))
+def test_a_full_text_forgets_its_older_half(tokens: list[int]) -> None:
+    texts, kept = Texts(1, 16), list[int]()
+    texts.clear(0)
+    for token_id in tokens:
+        texts.extend([0], [[token_id]])
+        kept = [*(kept[8:] if len(kept) == 16 else kept), token_id]
+        expected = TextMatches()
+        expected.extend(kept)
+        assert texts.find(0) == expected.find()
+
+
+def graph_of(rng: np.random.Generator) -> BigramGraph:
+    return build_bigram_graph([rng.integers(0, 12, 400).astype(np.int32)], VOCAB)
+
+
+def candidates_of(rng: np.random.Generator, rows: int, columns: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    token_ids = np.stack([rng.permutation(VOCAB)[:columns] for _ in range(rows)]).astype(np.int32)
+    logits = -np.sort(-rng.normal(size=(rows, columns)).astype(np.float32) * 2, axis=1)
+    for row, missing in enumerate(rng.integers(0, columns, rows)):
+        token_ids[row, columns - missing :], logits[row, columns - missing :] = -1, -np.inf
+    return token_ids, logits
+
+
+class Reference:
+    """One session with its prior, in Python."""
+
+    def __init__(self, text: Sequence[int], weights: Sequence[float], uses: Sequence[bool], graph: BigramGraph | None):
+        self.ngrams, self.text = SessionNgrams(VOCAB, NgramSizes(*vars(SMALL).values()), half_life=20.0), TextMatches()
+        self.ngrams.observe(text)
+        self.text.extend(text)
+        self.weights, self.last = PriorWeights(weights), [-1, -1, *text][-2:]
+        self.uses, self.graph = np.array(uses, np.float32), graph
+
+    def candidates(self, drafts: list[int], token_ids: NDArray[np.int32], logits: NDArray[np.float32]) -> Candidates:
+        two_ago, one_ago = [*self.last, *drafts][-2:]
+        bigrams, trigrams = lookup([self.ngrams], [(two_ago, one_ago)])
+        of_graph: Continuations | None = None if self.graph is None else continuations(self.graph, np.array([one_ago]))
+        matches = match_continuations([self.text], [drafts])
+        present = presence([self.ngrams], token_ids)
+        features = bonus_features(token_ids, present, bigrams, trigrams, of_graph, matches) * self.uses
+        return Candidates(token_ids, logits, features)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    columns=st.integers(1, 40),
+    num_drafts=st.integers(0, 3),
+    order=st.integers(1, 3),
+    with_graph=st.booleans(),
+    matches=st.booleans(),
+)
+def test_priors_are_those_of_the_reference(
+    seed: int, columns: int, num_drafts: int, order: int, with_graph: bool, matches: bool
+) -> None:
+    """Features and scores of candidates, and what verification teaches; a row without a session stays as it is."""
+    rng = np.random.default_rng(seed)
+    graph, uses = graph_of(rng) if with_graph else None, (True, order >= 2, order >= 3, with_graph, matches)
+    options = SessionOptions(2, 0, uses=uses, half_life=20.0, presence=PRESENCE, sizes=SMALL)
+    made = Sessions(options, np.arange(VOCAB) < CORE, None if graph is None else graph.arrays())
+    texts, references = Texts(2, 512), []
+    for session in range(2):
+        text = rng.integers(0, 12, rng.integers(0, 200)).tolist()
+        references.append(Reference(text, weights := (rng.random(NUM_FEATURES) * 3).tolist(), uses, graph))
+        made.clear(session, weights)
+        made.begin(session, text, [], [])
+        texts.clear(session)
+        texts.extend([session], [text])
+    drafts = rng.integers(0, 12, (3, num_drafts)).tolist()
+    token_ids, logits = candidates_of(rng, 3, columns)
+    rows = [1, -1, 0]
+    step = DraftStep(rows, rows, drafts)
+    known = {(row, token): logit for row in range(3) for token, logit in zip(token_ids[row], logits[row], strict=True)}
+    for row, column in made.include_repeats(texts, step, token_ids):
+        logits[row, column] = known.get((row, token_ids[row, column]), 0.25)
+    drafted = Drafted(token_ids, logits, np.zeros((3, columns, NUM_FEATURES), np.float32))
+    scores = made.score(step, drafted)
+    assert np.array_equal(scores[1], logits[1])
+    targets = rng.integers(0, 12, 3).tolist()
+    for row, session in ((0, 1), (2, 0)):
+        reference = references[session]
+        if matches:
+            repeats = reference.text.find(drafts[row])
+            assert set(list(repeats)[:columns]) <= set(token_ids[row].tolist()) or len(repeats) > columns
+        expected = reference.candidates(drafts[row], token_ids[row : row + 1], logits[row : row + 1])
+        assert drafted.features[row] == pytest.approx(expected.features[0], abs=1e-5)
+        assert scores[row] == pytest.approx(expected.scores(reference.weights.bonus[None])[0], abs=1e-4)
+        learn([reference.weights], expected, np.array([targets[row]], np.int32))
+    made.verify([1, 0], None, [[targets[0]], [targets[2]]], [0, 0], [[0], [2]], drafted)
+    for session, reference in enumerate(references):
+        assert made.weights(session) == pytest.approx(reference.weights.learned, abs=1e-5)
+        shown = reference.weights.bonus * np.array(uses)
+        assert made.applied_weights(session) == pytest.approx(shown, abs=1e-5)
+        assert made.counts(session).num_lessons == 1
+
+
+def test_the_target_and_what_follows_by_the_graph_enter_where_a_token_could_not_be_drafted() -> None:
+    graph = build_bigram_graph([np.tile(np.arange(20, 40, dtype=np.int32), 9)], VOCAB)
+    options = SessionOptions(2, 16, top_k=2, num_tenants=1)
+    made = Sessions(options, np.arange(VOCAB) < CORE, graph.arrays())
+    made.clear(0, NONE)
+    made.clear_tenant(0)
+    tenant = TenantBigrams(graph)
+    writes, missed = made.verify([0], [0], [[3, 25]], [1], [[]], None)
+    tenant.observe([3, 25])
+    assert (writes[:, 2].tolist(), missed) == ([25], [1])
+    likely = np.array([[5, 50], [25, 51]], np.int32)
+    writes = made.retrieve([0], [0], [[3, 25]], likely)
+    near = [token_id for seed in (25, 51) for token_id in tenant.neighbours(seed)]
+    assert writes[:, 2].tolist() == [50, 51, *near]
+    assert near == [26]
+    counts = made.counts(0)
+    assert (counts.verified, counts.covered, counts.events) == (2, 1, 1)
+    assert counts.insertions == {"context": 1, "target": 2, "graph": 1}
+    _, missed = made.verify([0], [0], [[51, 26]], [1], [[]], None)
+    assert missed == [-1]
+    assert made.counts(0).hits == {"target": 1}
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_neighbours_are_those_of_the_reference(seed: int) -> None:
+    """A tenant's own pairs over the general graph."""
+    rng = np.random.default_rng(seed)
+    graph = graph_of(rng)
+    made = Sessions(SessionOptions(1, 40, num_tenants=1, in_context=False), np.arange(VOCAB) < 0, graph.arrays())
+    made.clear(0, NONE)
+    made.clear_tenant(0)
+    tenant, text = TenantBigrams(graph), list[int]()
+    for _ in range(5):
+        tokens = rng.integers(0, 12, 6).tolist()
+        made.catch_up([0], [0], [tokens])
+        tenant.observe(tokens, text)
+        text += tokens
+    seed_token = int(rng.integers(0, 12))
+    made.verify([0], [0], [[seed_token]], [0], [[]], None)
+    tenant.observe([seed_token], text)
+    writes = made.retrieve([0], [0], [[seed_token]], None)
+    assert writes[:, 2].tolist() == tenant.neighbours(seed_token)
