@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from adapters.records import Segment
 from engine.vocab.ngrams import NgramSizes, SessionNgrams, lookup
-from engine.vocab.prior import FEATURES
 from engine.vocab.text_matches import make_text_index, match_continuations
 from kernels.native_text import MAX_PLACES
+
+from adapters.records import Segment
+from engine.vocab.prior import FEATURES
 
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))
 _SIZES = NgramSizes()

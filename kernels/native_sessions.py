@@ -27,7 +27,13 @@ WAYS = 8
 MAX_REPEATS = 16
 """Places of a repeat that are looked at."""
 
-_POINTER, _INT, _INT64, _FLOAT, _DOUBLE = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_double
+_POINTER, _INT, _INT64, _FLOAT, _DOUBLE = (
+    ctypes.c_void_p,
+    ctypes.c_int32,
+    ctypes.c_int64,
+    ctypes.c_float,
+    ctypes.c_double,
+)
 
 
 class _Counts(ctypes.Structure):
@@ -93,7 +99,9 @@ def _library() -> Any:
     library: Any = None if target is None else load_of_these_sources(target)
     library = library or load_of_these_sources(PLAIN)
     if library is None:
-        raise RuntimeError("the compiled kernels are not built, or of other sources than these (python -m kernels.build)")
+        raise RuntimeError(
+            "the compiled kernels are not built, or of other sources than these (python -m kernels.build)"
+        )
     for name in ("evo_sessions_new", "evo_sessions_take_writes", "evo_sessions_unigrams", "evo_sessions_weights"):
         getattr(library, name).restype = _POINTER
     library.evo_texts_new.restype = _POINTER
@@ -383,9 +391,7 @@ class Sessions:
         """A tenant's table begins."""
         self._library.evo_sessions_clear_tenant(self.handle, tenant)
 
-    def include_repeats(
-        self, texts: Texts, step: DraftStep, token_ids: NDArray[np.int32]
-    ) -> NDArray[np.int32]:
+    def include_repeats(self, texts: Texts, step: DraftStep, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """Make what continues a repeat of a row's text one of its candidates; the weakest make room, in place.
 
         Args:

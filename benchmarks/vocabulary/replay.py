@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from engine.vocab.core_set import CoreSet
+from engine.vocab.verified import VerifiedSequence
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -30,10 +32,8 @@ from engine.spec.load import always_drafted, counts_directory
 from engine.spec.session_head import GRAPH_FILE
 from engine.text.tokenizer import Tokenizer
 from engine.vocab.bigram_graph import BigramGraph
-from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_vocab import DraftVocab, Resources
 from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS
-from engine.vocab.verified import VerifiedSequence
 
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 

@@ -128,7 +128,9 @@ def make_session_head(
     core = None if token_ids is None else token_ids.numpy()
     fingerprint = vocabulary_fingerprint(tokenizer)
     resources = Resources(
-        core=np.isin(np.arange(tokenizer.vocab_size), core) if core is not None else np.full(tokenizer.vocab_size, True),
+        core=np.isin(np.arange(tokenizer.vocab_size), core)
+        if core is not None
+        else np.full(tokenizer.vocab_size, True),
         fingerprint=fingerprint,
         tails=tails,
         slots=slots,

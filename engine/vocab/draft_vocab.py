@@ -245,7 +245,9 @@ class DraftVocab:
         sessions, tenants = [one.session for one in rows.running], self._tables(rows.running)
         num_accepted = [sequence.num_accepted for sequence in sequences]
         places = [self.drafted.places(one.request.request_id, len(one.token_ids)) for one in sequences]
-        writes, missed = self.sessions.verify(sessions, tenants, rows.tokens, num_accepted, places, self.drafted.arrays())
+        writes, missed = self.sessions.verify(
+            sessions, tenants, rows.tokens, num_accepted, places, self.drafted.arrays()
+        )
         self._write(writes)
         signal = self._options.target_signal
         chosen = range(len(sequences)) if signal == "every" else [row for row, first in enumerate(missed) if first >= 0]
@@ -253,7 +255,9 @@ class DraftVocab:
             return
         likely = None
         if signal != "off":
-            likely = top_k([range(one.first_row, one.first_row + len(one.token_ids)) for one in map(sequences.__getitem__, chosen)])
+            likely = top_k(
+                [range(one.first_row, one.first_row + len(one.token_ids)) for one in map(sequences.__getitem__, chosen)]
+            )
         of_chosen = None if tenants is None else [tenants[row] for row in chosen]
         tokens = [rows.tokens[row] for row in chosen]
         self._write(self.sessions.retrieve([sessions[row] for row in chosen], of_chosen, tokens, likely))

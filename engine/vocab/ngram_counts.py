@@ -62,9 +62,7 @@ def _largest(counts: NDArray[np.float32], limit: int, least: float) -> NDArray[n
     return places
 
 
-def _fill(
-    table: Table, contexts: NDArray[np.int64], token_ids: NDArray[np.int32], counts: NDArray[np.float32]
-) -> None:
+def _fill(table: Table, contexts: NDArray[np.int64], token_ids: NDArray[np.int32], counts: NDArray[np.float32]) -> None:
     """Put counts into an empty table, the strongest of those that do not all fit where the table would put them."""
     order = np.lexsort((-counts, contexts))
     contexts, token_ids, counts = contexts[order], token_ids[order], counts[order]

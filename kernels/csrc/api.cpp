@@ -44,10 +44,8 @@ struct EvoChainModel {
   EvoMatrix embedding, head, core;
   const int32_t* core_ids;
   const TailSlabs* tails;
-  const PriorGraph* graph;
-  const float* used;
-  int ways;
-  double presence_floor;
+  const Sessions* sessions;
+  const TextIndexes* texts;
   const EvoKv* kv;
 };
 
@@ -175,9 +173,8 @@ int evo_draft_chain(Team* team, const EvoChainModel* model, const ChainRows* row
                     const ChainOutputs* out) {
   const EvoKv& kv = *model->kv;
   const ChainModel chain{model->layer,    model->norm,  model->hidden, to_matrix(model->embedding),
-                         to_matrix(model->head), to_matrix(model->core), model->core_ids, model->tails, model->graph,
-                         model->used,     model->ways,  model->presence_floor, kv.keys,
-                         kv.values,       kv.block_size};
+                         to_matrix(model->head), to_matrix(model->core), model->core_ids, model->tails,
+                         model->sessions, model->texts, kv.keys, kv.values, kv.block_size};
   return draft_chain(*team, chain, *rows, a, *out);
 }
 

@@ -35,7 +35,6 @@ def continuations(graph: BigramGraph, token_ids: NDArray[np.int32], width: int =
     )
 
 
-
 def neighbours(graph: BigramGraph, token_id: int, limit: int = NEIGHBOURS_PER_SEED) -> NDArray[np.int32]:
     """[n <= limit]: what most likely follows a token."""
     start, end = graph.offsets[token_id], graph.offsets[token_id + 1]

@@ -13,8 +13,8 @@ from operator import itemgetter
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.reference.continuations import Continuations
 from kernels.native_sessions import MAX_REPEATS as MAX_PLACES
+from tests.reference.continuations import Continuations
 
 MIN_LENGTH, MAX_LENGTH = 2, 16
 """Tokens that must agree before a place counts, and from how many on it makes no difference."""

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from engine.vocab.core_set import CoreSet
+from engine.vocab.verified import VerifiedSequence
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.messages import SamplingParams, SessionState
 from engine.request import Request
 from engine.vocab.bigram_graph import build_bigram_graph
-from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_vocab import DraftVocab, Resources
 from engine.vocab.prior import NUM_FEATURES, REPEAT_BONUS
 from engine.vocab.snapshot import decode
-from engine.vocab.verified import VerifiedSequence
 
 VOCAB, CORE, SLOTS, FINGERPRINT = 1000, 100, 64, "tokens"
 EMPTY = -1

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from engine.vocab.core_set import CoreSet
+from engine.vocab.draft_prior import DraftPrior
+from engine.vocab.ngrams import NgramSizes, SessionNgrams
+from engine.vocab.prior_weights import PriorWeights
+from engine.vocab.session_vocab import Owner, SessionVocab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from engine.vocab.bigram_graph import BigramGraph, build_bigram_graph
-from engine.vocab.core_set import CoreSet
-from engine.vocab.draft_prior import DraftPrior
-from engine.vocab.ngrams import NgramSizes, SessionNgrams
 from engine.vocab.prior import NUM_FEATURES
-from engine.vocab.prior_weights import PriorWeights
-from engine.vocab.session_vocab import Owner, SessionVocab
 from kernels import native_prior
 
 VOCAB = 60

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engine.vocab.bigram_graph import BigramGraph, build_bigram_graph
 from engine.vocab.prior import NUM_FEATURES, PRESENCE
-from kernels.native_sessions import Drafted, DraftStep, Sessions, SessionOptions, TableSizes, Texts
+from kernels.native_sessions import Drafted, DraftStep, SessionOptions, Sessions, TableSizes, Texts
 from tests.reference.bigram_graph import TenantBigrams, continuations
 from tests.reference.continuations import Continuations
 from tests.reference.ngrams import NgramSizes, SessionNgrams, lookup, presence

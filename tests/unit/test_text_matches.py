@@ -6,9 +6,6 @@ from collections.abc import Callable
 from itertools import chain
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from engine.vocab.text_matches import (
     MAX_LENGTH,
     MIN_LENGTH,
@@ -17,6 +14,8 @@ from engine.vocab.text_matches import (
     make_text_index,
     match_continuations,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from kernels.native_text import MAX_PLACES
 
 tokens = st.lists(st.integers(0, 3), max_size=60)

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from engine.vocab.core_set import CoreSet
+from engine.vocab.draft_prior import DraftPrior
+from engine.vocab.ngrams import SessionNgrams
+from engine.vocab.prior_weights import PriorWeights
+from engine.vocab.session_vocab import Owner, SessionVocab
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.chains import ChainBatch, collate
 from adapters.records import Segment
-from engine.vocab.core_set import CoreSet
-from engine.vocab.draft_prior import DraftPrior
-from engine.vocab.ngrams import SessionNgrams
 from engine.vocab.prior import NUM_FEATURES
-from engine.vocab.prior_weights import PriorWeights
-from engine.vocab.session_vocab import Owner, SessionVocab
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_replay import segment
 

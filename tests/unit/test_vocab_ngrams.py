@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from engine.vocab.context_table import WAYS, ContextTable, Entries
+from engine.vocab.ngrams import NgramSizes, SessionNgrams, lookup, presence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.vocab.context_table import WAYS, ContextTable, Entries
-from engine.vocab.ngrams import NgramSizes, SessionNgrams, lookup, presence
 from kernels import native_prior
 
 VOCAB = 64

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from engine.vocab.continuations import Continuations
+from engine.vocab.ngrams import SessionNgrams, lookup, presence
+from engine.vocab.prior_weights import PriorWeights, learn
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine.vocab.continuations import Continuations
-from engine.vocab.ngrams import SessionNgrams, lookup, presence
 from engine.vocab.prior import (
     FEATURES,
     MAX_WEIGHT,
@@ -20,7 +21,6 @@ from engine.vocab.prior import (
     bonus_features,
     gradient,
 )
-from engine.vocab.prior_weights import PriorWeights, learn
 
 VOCAB = 500
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
 from engine.vocab.replacement import (
     FIXED_TARGET_EVENTS,
     ArcReplacement,
@@ -14,6 +10,9 @@ from engine.vocab.replacement import (
     LruReplacement,
     Replacement,
 )
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 TOKENS = st.lists(st.integers(0, 14), max_size=8)
 POLICIES = [ArcReplacement, LruReplacement, DecayedReplacement]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
+from engine.vocab.ngrams import NgramCounts, SessionNgrams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.vocab.merge import merge
-from engine.vocab.ngrams import NgramCounts, SessionNgrams
 from engine.vocab.prior import NUM_FEATURES
 from engine.vocab.snapshot import (
     MAX_BYTES,

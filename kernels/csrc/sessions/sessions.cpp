@@ -112,14 +112,18 @@ void Sessions::count(int session, const int32_t* tokens, size_t count, const int
     if (one_ago >= 0 && two_ago >= 0) trigrams.add(pair_of(two_ago, one_ago), tokens[i], known.unit);
     two_ago = one_ago;
     one_ago = tokens[i];
+    if (known.unit > kMaxUnit) rescale(session);
   }
   counts(session).num_counted += count;
-  if (known.unit <= kMaxUnit) return;
-  const float factor = static_cast<float>(1.0 / known.unit);
+}
+
+void Sessions::rescale(int session) {
+  const float factor = static_cast<float>(1.0 / state(session).unit);
+  float* const unigrams = unigrams_.of(session);
   for (int i = 0; i < options_.vocab; ++i) unigrams[i] *= factor;
   bigrams_.scale(session, factor);
   trigrams_.scale(session, factor);
-  known.unit = 1.0;
+  state(session).unit = 1.0;
 }
 
 // Most of a conversation's prompt is its earlier turns, sent once more. So where the session has a past, triples that it

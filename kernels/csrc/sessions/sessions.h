@@ -144,6 +144,7 @@ class Sessions {
   bool is_outside(int32_t token) const { return in_core_[token] == 0; }
   std::vector<int32_t> outside(const int32_t* tokens, size_t count) const;
   void count(int session, const int32_t* tokens, size_t count, const int32_t before[2]);
+  void rescale(int session);
   void read(int session, int tenant, const int32_t* tokens, size_t count);
   void count_prompt(int session, const std::vector<int32_t>& prompt);
   void learn(int session, const int32_t* targets, int reached, const int32_t* places, const DraftedRows& drafted);
