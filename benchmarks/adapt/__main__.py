@@ -77,7 +77,7 @@ def stages(plan: Plan) -> list[Plan]:
     """What is measured by the same servers.
 
     Servers with the same settings differ in speed for as long as they live, by up to 4 %
-    (docs/decisions/034-a-server-for-each-domain.md), with eight sequences by more: what they measured at their start
+    (docs/measuring.md), with eight sequences by more: what they measured at their start
     decides whether these draft. So there are others for each domain of part ``gain``, and for every two rounds of
     ``load``, for a mean or median over several.
     """
