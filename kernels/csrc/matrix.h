@@ -71,7 +71,7 @@ struct RowCodes {
 };
 
 // Weights are asked for this many bytes before they are read: the hardware's own prefetcher does not run far enough
-// ahead of a stream that is also computed on, and half of the time was waiting (docs/decisions/003-cpu-kernels.md).
+// ahead of a stream that is also computed on, and half of the time is waiting (docs/decisions/004-integer-products.md).
 constexpr size_t kPrefetchBytes = 4096;
 
 // To the second level: on their way to the first they would take the few places in which a core keeps track of what it
