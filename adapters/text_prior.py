@@ -12,16 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from engine.vocab.ngrams import NgramSizes, SessionNgrams, lookup
-from engine.vocab.text_matches import make_text_index, match_continuations
-from kernels.native_text import MAX_PLACES
+from numpy.typing import NDArray
 
 from adapters.records import Segment
 from engine.vocab.prior import FEATURES
+from kernels.native_sessions import MAX_REPEATS, SessionOptions, Sessions, TableSizes, Texts
 
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))
-_SIZES = NgramSizes()
-_FEATURE_OF = torch.tensor([_BIGRAM] * _SIZES.bigram_width + [_TRIGRAM] * _SIZES.trigram_width + [_MATCH] * MAX_PLACES)
+_SIZES = TableSizes()
+_FEATURE_OF = torch.tensor([_BIGRAM] * _SIZES.bigram_width + [_TRIGRAM] * _SIZES.trigram_width + [_MATCH] * MAX_REPEATS)
 """[W]: of which feature each of a position's W values is."""
 
 
@@ -79,21 +78,29 @@ def _continuations(segment: Segment, first: int) -> tuple[torch.Tensor, torch.Te
     """What may follow each position from ``first`` on, and how strongly each feature speaks for it: [n - first, W]."""
     positions, text = segment.positions.tolist(), segment.token_ids.tolist()
     above = max(text) + 1  # no token of the text
-    ngrams, index = SessionNgrams(above, _SIZES), make_text_index()
-    found, before = [], list[int]()
+    session, index = Sessions(SessionOptions(1, 0), np.full(above + len(text), True)), Texts(1, 2 * len(text))
+    session.clear(0, [0.0] * len(FEATURES))
+    index.clear(0)
+    found = []
     for row, token_id in enumerate(text):
-        if row and positions[row] != positions[row - 1] + 1:  # some are missing: what was before is no neighbour
-            before = []
-            index.extend([above + row])
-        ngrams.observe([token_id], before)
-        index.extend([token_id])
-        before = [*before[-1:], token_id]
+        # Where some are missing, what was before is no neighbour: a token that never comes again is between.
+        is_broken = row and positions[row] != positions[row - 1] + 1
+        tokens = [above + row, token_id] if is_broken else [token_id]
+        session.catch_up([0], None, [tokens])
+        index.extend([0], [tokens])
         if row >= first:
-            two_ago, one_ago = [-1, *before][-2:]
-            found.append((*lookup([ngrams], [(two_ago, one_ago)]), match_continuations([index], [[]])))
-    token_ids = np.stack([np.concatenate([each.token_ids[0] for each in position]) for position in found])
-    values = np.stack([np.concatenate([each.values[0] for each in position]) for position in found])
+            found.append((session.followers(0, 2), session.followers(0, 3), _matches(index)))
+    token_ids = np.stack([np.concatenate([ids for ids, _ in position]) for position in found])
+    values = np.stack([np.concatenate([strengths for _, strengths in position]) for position in found])
     return torch.from_numpy(token_ids).long(), torch.from_numpy(values)
+
+
+def _matches(index: Texts) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Tokens that continue repeats of a text's end, -1 for none, and log(length) of each: [MAX_REPEATS]."""
+    token_ids, lengths = np.full(MAX_REPEATS, -1, np.int32), np.ones(MAX_REPEATS, np.float32)
+    found = index.find(0)
+    token_ids[: len(found)], lengths[: len(found)] = list(found), list(found.values())
+    return token_ids, np.log(lengths)
 
 
 def _find(ascending: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

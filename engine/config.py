@@ -122,7 +122,7 @@ class DynamicConfig(_Section):
     prior_matches: bool = Field(
         default=True, description="It looks for the longest repeat in a sequence's own text, too."
     )
-    replacement: Literal["arc", "lru", "decayed"] = Field(default="arc", description="What leaves a full tail.")
+    replacement: Literal["arc", "lru"] = Field(default="arc", description="What leaves a full tail.")
 
 
 class SpeculationConfig(_Section):

@@ -61,7 +61,7 @@ class _Options(ctypes.Structure):
         *((name, _INT) for name in ("sessions", "vocab", "places")),
         *((name, _INT) for name in ("bigram_rows", "bigram_width", "trigram_rows", "trigram_width")),
         *((name, _INT) for name in ("tenants", "tenant_rows", "tenant_width")),
-        *((name, _INT) for name in ("in_context", "top_k", "learns")),
+        *((name, _INT) for name in ("only_recency", "in_context", "top_k", "learns")),
         ("uses", _FLOAT * NUM_FEATURES),
         *((name, _FLOAT) for name in ("rate", "most_weight", "gain_memory")),
         *((name, _DOUBLE) for name in ("growth", "presence")),
@@ -156,6 +156,8 @@ class SessionOptions:
     num_sessions: int
     num_places: int
     """Tokens of a tail; 0: there are no tails."""
+    only_recency: bool = False
+    """Whether a full tail forgets what was used longest ago (LRU), instead of by ARC."""
     in_context: bool = True
     """Whether a sequence's own tokens enter its tail."""
     top_k: int = 10
@@ -279,7 +281,7 @@ class Sessions:
             *(options.num_sessions, self.vocab_size, options.num_places),
             *(sizes.bigram_rows, sizes.bigram_width, sizes.trigram_rows, sizes.trigram_width),
             *(options.num_tenants, options.tenant_rows, options.tenant_width),
-            *(options.in_context, options.top_k, options.learns),
+            *(options.only_recency, options.in_context, options.top_k, options.learns),
             (_FLOAT * NUM_FEATURES)(*uses),
             *(options.learning_rate, options.most_weight, options.gain_memory),
             *(2.0 ** (1.0 / options.half_life), options.presence),
@@ -315,7 +317,7 @@ class Sessions:
         return self._writes()
 
     def insert(self, session: int, token_ids: Iterable[int], source: str, limit: int | None = None) -> TailWrites:
-        """Put tokens into a tail, the most wanted first; at most ``limit`` new ones (None: as many as there is room)."""
+        """Put tokens into a tail, the most wanted first; at most ``limit`` new ones (None: as there is room)."""
         tokens, most = array("i", token_ids), -1 if limit is None else limit
         number = SOURCES.index(source)
         self._library.evo_sessions_insert(self.handle, session, _at(tokens), len(tokens), number, most)
@@ -430,14 +432,19 @@ class Sessions:
     def counts(self, session: int) -> SessionCounts:
         """How a session has fared since it began."""
         counts = self._library.evo_sessions_counts(self.handle, session).contents
-        by_source = (
+        insertions, hits = (
             {name: count for name, count in zip(SOURCES, of_sources, strict=True) if count}
             for of_sources in (counts.insertions, counts.hits)
         )
         return SessionCounts(
-            *(counts.verified, counts.covered, counts.events),
-            *by_source,
-            *(counts.num_read, counts.num_counted, counts.num_lessons),
+            verified=counts.verified,
+            covered=counts.covered,
+            events=counts.events,
+            insertions=insertions,
+            hits=hits,
+            num_read=counts.num_read,
+            num_counted=counts.num_counted,
+            num_lessons=counts.num_lessons,
         )
 
     def weights(self, session: int) -> NDArray[np.float32]:
@@ -445,7 +452,7 @@ class Sessions:
         return _view(self._library.evo_sessions_weights(self.handle, session), np.float32, NUM_FEATURES)
 
     def applied_weights(self, session: int) -> NDArray[np.float32]:
-        """[NUM_FEATURES]: what each feature weighs in a session's next drafts; zeros while the prior costs agreement."""
+        """[NUM_FEATURES]: what each feature weighs in a session's next drafts; 0 while the prior costs agreement."""
         gain = self._library.evo_sessions_state(self.handle, session).contents.gain
         applied: NDArray[np.float32] = self.weights(session) * self._uses * np.float32(gain >= 0.0)
         return applied

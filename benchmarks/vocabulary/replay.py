@@ -13,8 +13,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from engine.vocab.core_set import CoreSet
-from engine.vocab.verified import VerifiedSequence
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -32,8 +30,9 @@ from engine.spec.load import always_drafted, counts_directory
 from engine.spec.session_head import GRAPH_FILE
 from engine.text.tokenizer import Tokenizer
 from engine.vocab.bigram_graph import BigramGraph
-from engine.vocab.draft_vocab import DraftVocab, Resources
+from engine.vocab.draft_vocab import DraftVocab, Resources, VerifiedSequence, core_mask
 from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS
+from engine.vocab.running_texts import RunningTexts
 
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 
@@ -78,16 +77,14 @@ class Replay:
         vocab_size: int,
         start_weights: Sequence[float] | None,
     ) -> None:
-        core_set, slots = CoreSet(vocab_size, core), int(speculation.vocabulary.partition("+")[2] or 0)
-        self._core: NDArray[np.bool_] = np.full(vocab_size, core is None)
-        if core is not None:
-            self._core[core] = True
+        slots = int(speculation.vocabulary.partition("+")[2] or 0)
+        self._core = core_mask(vocab_size, core)
         self._tail = _Tail(slots, vocab_size) if slots else None
         self._vocab: DraftVocab | None = None
         if speculation.vocabulary.startswith("dynamic:"):
             options = speculation.dynamic.model_copy(update={"max_sessions": 1, "semantic": False})
-            resources = Resources(core_set, "", self._tail, slots, graph, start_weights=start_weights)
-            self._vocab = DraftVocab(options, resources)
+            resources = Resources(self._core, "", self._tail, slots, graph, start_weights=start_weights)
+            self._vocab = DraftVocab(options, resources, RunningTexts(1))
         self._cold, self._count = cold, 0
         self._snapshots: dict[str, bytes] = {}
 
@@ -118,7 +115,7 @@ class Replay:
     def _draft(self, request: Request, trace: Trace, row: int) -> int:
         """How many draft tokens are right; those after the first wrong one are never looked at."""
         if self._vocab is not None:
-            self._vocab.slabs([request])
+            self._vocab.before_drafts([request])
         mask = self._core if self._tail is None else self._core | self._tail.mask()
         for depth, wanted in enumerate(trace.answer[row + 1 : row + 1 + DEPTH]):
             token_id = self._choose(request, mask, trace.draft_ids[row, depth], trace.draft_logits[row, depth])
@@ -137,19 +134,21 @@ class Replay:
         if self._vocab is None:
             return int(token_ids[0, 0])
 
-        def logits_of(_row: int, wanted: Sequence[int]) -> NDArray[np.float32]:
-            found = np.array(wanted)[:, None] == known
+        def logits_of(_rows: NDArray[np.int32], wanted: NDArray[np.int32]) -> NDArray[np.float32]:
+            found = wanted[:, None] == known
             logits: NDArray[np.float32] = np.where(found.any(axis=1), own[found.argmax(axis=1)], own[-1])
             return logits.astype(np.float32)
 
-        self._vocab.drafted.include_matches([request], token_ids, logits, logits_of)
-        scores = self._vocab.drafted.with_prior([request], token_ids, logits)
+        if not self._vocab.uses_prior:
+            return int(token_ids[0, 0])
+        sessions = self._vocab.sessions_of([request])
+        scores = self._vocab.drafted.with_prior([request], sessions, token_ids, logits, logits_of)
         return int(token_ids[0, scores[0].argmax()])
 
     def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
         request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))
         if self._vocab is not None:
-            self._vocab.observe([VerifiedSequence(request, kept, num_drafts, 0)], lambda start, end: likely)
+            self._vocab.observe([VerifiedSequence(request, kept, num_drafts, 0)], lambda _: likely)
         request.output_token_ids += kept
         request.all_token_ids += kept
         request.draft_token_ids = []

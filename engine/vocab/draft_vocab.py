@@ -53,6 +53,14 @@ class TailMemory(Protocol):
         ...
 
 
+def core_mask(vocab_size: int, token_ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+    """[vocab]: whether each token is in a core of ``token_ids``; None: all are."""
+    mask = np.full(vocab_size, token_ids is None)
+    if token_ids is not None:
+        mask[token_ids] = True
+    return mask
+
+
 @dataclass(frozen=True)
 class Resources:
     """What the vocabularies of a model are made of."""
@@ -62,8 +70,8 @@ class Resources:
     fingerprint: str
     """Of the model's tokens."""
     tails: TailMemory | None = None
-    """For ``slots`` tokens of each of ``DynamicConfig.max_sessions`` sequences, and one slab more, always empty, for the
-    others; None where tails have no slots."""
+    """For ``slots`` tokens of each of ``DynamicConfig.max_sessions`` sequences, and one slab more, always empty, for
+    the others; None where tails have no slots."""
     slots: int = 0
     graph: BigramGraph | None = None
     semantic: SemanticIndex | None = None
@@ -82,6 +90,11 @@ class VerifiedSequence:
     """How many tokens had been drafted by its vocabulary."""
     first_row: int
     """Row of the logits from which the first token was chosen."""
+
+    @property
+    def rows(self) -> range:
+        """Of the logits from which the tokens were chosen."""
+        return range(self.first_row, self.first_row + len(self.token_ids))
 
     @property
     def num_accepted(self) -> int:
@@ -402,6 +415,7 @@ def _session_options(options: DynamicConfig, slots: int, num_tenants: int) -> Se
     return SessionOptions(
         num_sessions=options.max_sessions,
         num_places=slots,
+        only_recency=options.replacement == "lru",
         in_context=options.in_context,
         top_k=options.target_top_k,
         learns=options.prior == "learned",

@@ -38,7 +38,7 @@ class DraftedTokens:
 
     def places(self, request_id: str, count: int) -> Sequence[int]:
         """Where a request's first ``count`` draft tokens of the step are in ``arrays``."""
-        return self._places[request_id][:count] if request_id in self._places else ()
+        return self._places.get(request_id, [])[:count]
 
     def arrays(self) -> Drafted | None:
         """What the step's draft tokens were chosen from; None where nothing was drafted with a prior."""
@@ -52,7 +52,7 @@ class DraftedTokens:
 
     def hidden(self, request_id: str) -> list[NDArray[np.float32]]:
         """The states [d] from which a request's draft tokens were chosen."""
-        return self._hidden[request_id] if request_id in self._hidden else []
+        return self._hidden.get(request_id, [])
 
     def with_prior(
         self,

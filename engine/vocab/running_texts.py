@@ -1,4 +1,4 @@
-"""The texts of running sequences, in which repeats are found: prompt lookup copies from them, the prior prefers them."""
+"""The texts of running sequences, in which repeats are found, for prompt lookup and for the prior."""
 
 from __future__ import annotations
 

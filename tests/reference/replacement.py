@@ -137,6 +137,33 @@ class _Tail(ABC):
         """Verification produced a resident token."""
 
 
+class LruReplacement(_Tail):
+    """Evicts the token that was neither used nor retrieved for longest."""
+
+    def __init__(self, capacity: int, min_residency: int = MIN_RESIDENCY) -> None:
+        super().__init__(capacity, min_residency)
+        self._order: OrderedDict[int, None] = OrderedDict()
+
+    def contents(self) -> list[int]:
+        return list(reversed(self._order))
+
+    def _evict_for(self, token_id: int, named: Collection[int]) -> int | None:
+        victim = next((token for token in self._order if self._may_go(token, named)), None)
+        if victim is None:
+            return None
+        del self._order[victim]
+        return self._slot_of.pop(victim)
+
+    def _placed(self, token_id: int) -> None:
+        self._order[token_id] = None
+
+    def _retrieved(self, token_id: int) -> None:
+        self._order.move_to_end(token_id)
+
+    def _used(self, token_id: int) -> None:
+        self._order.move_to_end(token_id)
+
+
 class ArcReplacement(_Tail):
     """ARC as in the paper: tokens retrieved (T1) and tokens verified or missed (T2), each with a list of ghosts.
 

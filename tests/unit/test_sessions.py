@@ -19,7 +19,7 @@ from tests.reference.continuations import Continuations
 from tests.reference.ngrams import NgramSizes, SessionNgrams, lookup, presence
 from tests.reference.prior import Candidates, bonus_features
 from tests.reference.prior_weights import PriorWeights, learn
-from tests.reference.replacement import FIXED_TARGET_EVENTS, ArcReplacement
+from tests.reference.replacement import FIXED_TARGET_EVENTS, ArcReplacement, LruReplacement
 from tests.reference.text_matches import TextMatches, copied, match_continuations
 
 VOCAB, CORE, NONE = 60, 10, [0.0] * NUM_FEATURES
@@ -76,14 +76,16 @@ def test_what_a_past_knows_of_a_prompt_is_not_counted_again() -> None:
 
 
 class TailMachine(RuleBasedStateMachine):
-    """A session's tail against ARC in Python: what is written where, and what is worth keeping."""
+    """A session's tail against a policy in Python: what is written where, and what is worth keeping."""
 
+    policy: type[ArcReplacement | LruReplacement]
     TOKENS = st.lists(st.integers(CORE, CORE + 14), max_size=8)
 
     @initialize(capacity=st.integers(1, 6))
     def create(self, capacity: int) -> None:
-        self.sessions = sessions(num_places=capacity, in_context=False)
-        self.tail = ArcReplacement(capacity)
+        only_recency = self.policy is LruReplacement
+        self.sessions = sessions(num_places=capacity, in_context=False, only_recency=only_recency)
+        self.tail = self.policy(capacity)
 
     @rule(token_ids=TOKENS)
     def insert(self, token_ids: list[int]) -> None:
@@ -109,8 +111,16 @@ class TailMachine(RuleBasedStateMachine):
         assert self.sessions.tail(0) == []
 
 
-TestTail = TailMachine.TestCase
-TestTail.settings = settings(max_examples=60)
+class ArcMachine(TailMachine):
+    policy = ArcReplacement
+
+
+class LruMachine(TailMachine):
+    policy = LruReplacement
+
+
+TestArc, TestLru = ArcMachine.TestCase, LruMachine.TestCase
+TestArc.settings = TestLru.settings = settings(max_examples=60)
 
 
 def test_limits_count_what_is_new_and_the_core_never_enters() -> None:

@@ -113,9 +113,10 @@ int32_t ArcTail::evict_for(int32_t ghost) {
     int32_t victim = oldest(list);
     while (victim != list && !may_go(victim)) victim = nodes_[victim].next;
     if (victim == list) continue;
+    const int32_t place = nodes_[victim].place;
     refresh(victim, ghosts);
-    if (state_->sizes[ghosts] > places_) remove_node(oldest(ghosts));
-    return nodes_[victim].place;
+    if (only_recency_ || state_->sizes[ghosts] > places_) remove_node(oldest(ghosts));
+    return place;
   }
   return -1;
 }
@@ -158,7 +159,7 @@ void ArcTail::touch(const std::vector<int32_t>& tokens) {
   ++state_->step;
   for (const int32_t token : tokens) {
     const int32_t node = find(token);
-    if (is_resident(node)) refresh(node, kFrequent);
+    if (is_resident(node)) refresh(node, only_recency_ ? kRecent : kFrequent);
   }
 }
 
@@ -168,9 +169,10 @@ void ArcTail::contents(int32_t* tokens) const {
   }
 }
 
-ArcTails::ArcTails(int sessions, int places)
+ArcTails::ArcTails(int sessions, int places, bool only_recency)
     : places_(places),
       buckets_(buckets_for(places)),
+      only_recency_(only_recency),
       tokens_(sessions, places),
       since_(sessions, places),
       nodes_(sessions, nodes_for(places)),
@@ -178,8 +180,8 @@ ArcTails::ArcTails(int sessions, int places)
       states_(sessions, 1) {}
 
 ArcTail ArcTails::of(int session) const {
-  return {session,           places_, buckets_, tokens_.of(session), since_.of(session), nodes_.of(session),
-          table_.of(session), states_.of(session)};
+  return {session,           places_,           buckets_,           only_recency_,      tokens_.of(session),
+          since_.of(session), nodes_.of(session), table_.of(session), states_.of(session)};
 }
 
 size_t ArcTails::num_bytes() const {

@@ -37,10 +37,11 @@ class ArcTail {
   static constexpr int kMinResidency = 8;   // verified steps for which a new token cannot be evicted (the paper's)
   static constexpr int kFixedEvents = 50;   // insertions during which the target stays at half of the places (the paper's)
 
-  ArcTail(int session, int places, int buckets, int32_t* tokens, int32_t* since, ArcNode* nodes, int32_t* table,
-          ArcState* state)
-      : session_(session), places_(places), buckets_(buckets), tokens_(tokens), since_(since), nodes_(nodes),
-        table_(table), state_(state) {}
+  // only_recency: LRU, with T1 alone and no ghosts, to be measured against.
+  ArcTail(int session, int places, int buckets, bool only_recency, int32_t* tokens, int32_t* since, ArcNode* nodes,
+          int32_t* table, ArcState* state)
+      : session_(session), places_(places), buckets_(buckets), only_recency_(only_recency), tokens_(tokens),
+        since_(since), nodes_(nodes), table_(table), state_(state) {}
 
   void clear();
   int size() const { return state_->sizes[0] + state_->sizes[1]; }
@@ -76,6 +77,7 @@ class ArcTail {
   int32_t oldest(int list) const { return nodes_[list].next; }
 
   const int session_, places_, buckets_;
+  const bool only_recency_;
   int32_t* const tokens_;  // [places]; -1: none
   int32_t* const since_;   // [places]: the step in which each token came
   ArcNode* const nodes_;   // the first kLists are the lists' ends
@@ -86,7 +88,7 @@ class ArcTail {
 // Tails for all sessions.
 class ArcTails {
  public:
-  ArcTails(int sessions, int places);
+  ArcTails(int sessions, int places, bool only_recency);
 
   int places() const { return places_; }
   int32_t* tokens(int session) const { return tokens_.of(session); }
@@ -95,6 +97,7 @@ class ArcTails {
 
  private:
   int places_, buckets_;
+  bool only_recency_;
   SlotArray<int32_t> tokens_, since_;
   SlotArray<ArcNode> nodes_;
   SlotArray<int32_t> table_;

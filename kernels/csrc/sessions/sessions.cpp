@@ -30,7 +30,7 @@ Sessions::Sessions(const SessionOptions& options)
       tenants_(options.tenants, options.tenant_rows, options.tenant_width),
       states_(options.sessions, 1),
       counts_(options.sessions, 1),
-      tails_(options.sessions, options.places),
+      tails_(options.sessions, options.places, options.only_recency != 0),
       sources_(options.sessions, options.places) {}
 
 size_t Sessions::num_bytes() const {

@@ -56,6 +56,7 @@ struct SessionOptions {
   int32_t sessions, vocab, places;  // places: of a tail; 0: there are no tails
   int32_t bigram_rows, bigram_width, trigram_rows, trigram_width;
   int32_t tenants, tenant_rows, tenant_width;  // tables of what followed what in each tenant's texts; 0: none
+  int32_t only_recency;  // whether tails forget what was used longest ago, instead of by ARC
   int32_t in_context;    // whether the sequence's own tokens enter its tail
   int32_t top_k;         // the target's most likely tokens of a position that enter the tail
   int32_t learns;        // whether the weights of the prior follow verification
