@@ -61,7 +61,7 @@ class _Options(ctypes.Structure):
         *((name, _INT) for name in ("sessions", "vocab", "places")),
         *((name, _INT) for name in ("bigram_rows", "bigram_width", "trigram_rows", "trigram_width")),
         *((name, _INT) for name in ("tenants", "tenant_rows", "tenant_width")),
-        *((name, _INT) for name in ("only_recency", "in_context", "top_k", "learns")),
+        *((name, _INT) for name in ("only_recency", "in_context", "learns")),
         ("uses", _FLOAT * NUM_FEATURES),
         *((name, _FLOAT) for name in ("rate", "most_weight", "gain_memory")),
         *((name, _DOUBLE) for name in ("growth", "presence")),
@@ -160,8 +160,6 @@ class SessionOptions:
     """Whether a full tail forgets what was used longest ago (LRU), instead of by ARC."""
     in_context: bool = True
     """Whether a sequence's own tokens enter its tail."""
-    top_k: int = 10
-    """How many of the target's most likely tokens of a position enter."""
     learns: bool = True
     """Whether the prior's weights follow verification."""
     uses: Sequence[bool] = (True,) * NUM_FEATURES
@@ -281,7 +279,7 @@ class Sessions:
             *(options.num_sessions, self.vocab_size, options.num_places),
             *(sizes.bigram_rows, sizes.bigram_width, sizes.trigram_rows, sizes.trigram_width),
             *(options.num_tenants, options.tenant_rows, options.tenant_width),
-            *(options.only_recency, options.in_context, options.top_k, options.learns),
+            *(options.only_recency, options.in_context, options.learns),
             (_FLOAT * NUM_FEATURES)(*uses),
             *(options.learning_rate, options.most_weight, options.gain_memory),
             *(2.0 ** (1.0 / options.half_life), options.presence),
@@ -381,11 +379,12 @@ class Sessions:
 
         Args:
             sessions, tenants, tokens: some of those that were verified.
-            likely: [n, top_k] the target's most likely tokens where all these ``tokens`` were chosen, best first.
+            likely: [n, k] the target's most likely tokens where all these ``tokens`` were chosen, best first.
         """
         arrays, rows = _token_rows(sessions, tenants, tokens)
-        place = None if likely is None else _POINTER(likely.ctypes.data)
-        self._library.evo_sessions_retrieve(self.handle, ctypes.byref(rows), place)
+        best = _NOTHING if likely is None else np.ascontiguousarray(likely, np.int32)
+        place = _POINTER(best.ctypes.data)
+        self._library.evo_sessions_retrieve(self.handle, ctypes.byref(rows), place, best.shape[1])
         del arrays
         return self._writes()
 
@@ -499,6 +498,7 @@ class Sessions:
 
 TailWrites = NDArray[np.int32]
 """[n, 3]: sessions, places of their tails, and the tokens that are there now."""
+_NOTHING: NDArray[np.int32] = np.empty((0, 0), np.int32)
 _NO_WRITES: TailWrites = np.empty((0, 3), np.int32)
 
 

@@ -417,7 +417,6 @@ def _session_options(options: DynamicConfig, slots: int, num_tenants: int) -> Se
         num_places=slots,
         only_recency=options.replacement == "lru",
         in_context=options.in_context,
-        top_k=options.target_top_k,
         learns=options.prior == "learned",
         uses=(True, order >= 2, order >= 3, True, options.prior_matches),
         most_weight=MAX_WEIGHT,

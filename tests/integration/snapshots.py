@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-from engine.vocab.ngrams import NgramCounts
 
+from engine.vocab.ngram_counts import NgramCounts
 from engine.vocab.prior import NUM_FEATURES
 from engine.vocab.snapshot import decode, encode, make_snapshot
 from tests.tiny_models import VOCAB_SIZE, VOCABULARY

@@ -14,17 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.vocab.prior import NUM_FEATURES
 from tests.reference.continuations import Continuations
-
-FEATURES = ("in_session", "bigram", "trigram", "graph", "match")
-"""Names, for metrics: in the session (0 or 1), log(1 + count) after the last token and after the last two, and
-log-probability after the last token in general text, scaled to 0 .. 1; log(length) of the longest repeat that it
-would continue in the sequence's own text."""
-NUM_FEATURES = len(FEATURES)
-MAX_WEIGHT = 10.0
-LEARNING_RATE = 0.05
-LIGHT_DRAFT_WEIGHTS = (0.5, 0.5, 1.0, 0.2, 1.5)
-"""[NUM_FEATURES]: of ``prior`` fixed, and where the first session of a tenant begins with a light draft."""
 
 FloatArray = NDArray[np.float32] | NDArray[np.float64]
 

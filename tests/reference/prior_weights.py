@@ -7,15 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.reference.prior import (
-    LEARNING_RATE,
-    MAX_WEIGHT,
-    NUM_FEATURES,
-    Candidates,
-    FloatArray,
-    gradient,
-)
+from engine.vocab.prior import MAX_WEIGHT, NUM_FEATURES
+from tests.reference.prior import Candidates, FloatArray, gradient
 
+LEARNING_RATE = 0.05
 _GAIN_MEMORY = 0.99
 """Weight of the past in ``gain``, for each verified position."""
 

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from engine.vocab.core_set import CoreSet
-from engine.vocab.verified import VerifiedSequence
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.messages import SamplingParams, SessionState
 from engine.request import Request
 from engine.vocab.bigram_graph import build_bigram_graph
-from engine.vocab.draft_vocab import DraftVocab, Resources
-from engine.vocab.prior import NUM_FEATURES, REPEAT_BONUS
+from engine.vocab.draft_vocab import DraftVocab, Resources, VerifiedSequence, core_mask
+from engine.vocab.prior import NUM_FEATURES
+from engine.vocab.running_texts import RunningTexts
 from engine.vocab.snapshot import decode
 
 VOCAB, CORE, SLOTS, FINGERPRINT = 1000, 100, 64, "tokens"
@@ -47,9 +46,9 @@ class Harness:
         self.slabs = Slabs(self.options.max_sessions + 1)
         text = np.tile(np.arange(200, 300, dtype=np.int32), 9)
         graph = build_bigram_graph([text], VOCAB)
-        core = CoreSet(VOCAB, np.arange(CORE))
+        core = core_mask(VOCAB, np.arange(CORE))
         resources = Resources(core, FINGERPRINT, self.slabs, SLOTS, graph, start_weights=start_weights)
-        self.vocab = DraftVocab(self.options, resources)
+        self.vocab = DraftVocab(self.options, resources, RunningTexts(8))
         self.top: NDArray[np.int32] = np.arange(10, dtype=np.int32)
         """What the target thinks likely at every position."""
         self.later: list[str] = []
@@ -75,15 +74,31 @@ class Harness:
         """A step that keeps ``tokens``."""
         request.draft_token_ids = list(drafts)
         verified = [VerifiedSequence(request, tokens, len(drafts), 0)]
-        self.vocab.observe(verified, lambda start, end: np.tile(self.top, (end - start, 1)), self.later)
+        self.vocab.observe(verified, lambda rows: np.tile(self.top, (sum(map(len, rows)), 1)), self.later)
         request.output_token_ids += tokens
         request.all_token_ids += tokens
         request.draft_token_ids = []
 
     def tail(self, request: Request) -> set[int]:
         """What is in the request's slab when it drafts."""
-        (slab,) = self.vocab.slabs([request])
+        (slab,) = self.slabs_of(request)
         return set(self.slabs.token_ids[slab].tolist()) - {EMPTY}
+
+    def slabs_of(self, *requests: Request) -> list[int]:
+        """The tails of requests that draft now."""
+        return self.vocab.slabs(self.vocab.before_drafts(requests))
+
+    def with_prior(
+        self, requests: Sequence[Request], ids: NDArray[np.int32], logits: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """The scores of candidates for the first drafts of requests; what repeats is no candidate."""
+        sessions = self.vocab.before_drafts(requests)
+        known = ids.copy(), logits.copy()
+
+        def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+            return np.full(len(rows), -9, np.float32)
+
+        return self.vocab.drafted.with_prior(requests, sessions, *known, logits_of)
 
     def end(self, request: Request) -> bytes | None:
         snapshot, _ = self.vocab.finish(request)
@@ -183,7 +198,7 @@ def test_where_nothing_is_drafted_a_vocabulary_is_made_when_it_is_wanted() -> No
 def test_no_more_vocabularies_than_configured() -> None:
     harness = Harness(max_sessions=2)
     requests = [harness.start(name, [600 + index]) for index, name in enumerate("abc")]
-    assert harness.vocab.slabs(requests) == [0, 1, 2]
+    assert harness.slabs_of(*requests) == [0, 1, 2]
     assert harness.tail(requests[2]) == set()
     assert harness.vocab.finish(requests[2]) == (None, None)
     harness.end(requests[0])
@@ -223,8 +238,7 @@ def teach(harness: Harness, tenant: str, token: int, domain: str = "") -> None:
     request = harness.start(f"{tenant} {token}", [3, 4, 3, 4], tenant, SessionState(domain=domain))
     ids, logits = np.array([[9, token]], np.int32), np.array([[1.0, 0.0]], np.float32)
     for _ in range(40):
-        harness.vocab.slabs([request])
-        harness.vocab.drafted.with_prior([request], ids, logits)
+        harness.with_prior([request], ids, logits)
         harness.verify(request, [token], drafts=[9])
     harness.end(request)
 
@@ -236,8 +250,8 @@ def test_a_new_session_starts_from_its_tenants_last_ones() -> None:
     assert 700 in harness.tail(request)
     ids, logits = np.array([[9, 700]], np.int32), np.array([[1.0, 0.0]], np.float32)
     harness.verify(request, [700], drafts=[9])
-    assert harness.vocab.slabs([request]) == [0]
-    with_prior = harness.vocab.drafted.with_prior([request], ids, logits)
+    assert harness.slabs_of(request) == [0]
+    with_prior = harness.with_prior([request], ids, logits)
     assert with_prior[0, 1] > logits[0, 1]
 
 
@@ -270,21 +284,10 @@ def test_prior_learns_what_followed_and_leaves_other_rows_alone() -> None:
     known, other = harness.start("a", [7, 8, 9]), harness.start("b", [7, 8, 9])
     ids, logits = np.array([[50, 60], [50, 60]], np.int32), np.array([[0.5, 0.0], [0.5, 0.0]], np.float32)
     for _ in range(30):
-        harness.vocab.slabs([known, other])
-        scores = harness.vocab.drafted.with_prior([known, other], ids, logits)
+        scores = harness.with_prior([known, other], ids, logits)
         assert scores[1].tolist() == logits[1].tolist()
         harness.verify(known, [60], drafts=[int(ids[0, scores[0].argmax()])])
     assert scores[0, 1] > scores[0, 0]
-
-
-@pytest.mark.parametrize(("temperature", "bonus"), [(0.0, REPEAT_BONUS), (0.7, 0.0)])
-def test_a_long_repeat_decides_for_greedy_requests(temperature: float, bonus: float) -> None:
-    """A sampled one is drafted for with the target's noise, which a decision would drown."""
-    harness = Harness([0.0, 0.0, 0.0, 0.0, 1.0])
-    request = harness.start("a", [11, 12, 13, 14, 50, 20, 11, 12, 13], first=14, temperature=temperature)
-    harness.vocab.slabs([request])
-    scores = harness.vocab.drafted.with_prior([request], np.array([[60, 50]], np.int32), np.zeros((1, 2), np.float32))
-    assert scores[0].tolist() == pytest.approx([0.0, np.log(4) + bonus])
 
 
 def test_switches_switch_off() -> None:
@@ -293,5 +296,5 @@ def test_switches_switch_off() -> None:
     harness.top = np.array([800], np.int32)
     harness.verify(request, [701], drafts=[3])
     assert harness.tail(request) == set()
-    logits = np.zeros((1, 2), np.float32)
-    assert harness.vocab.drafted.with_prior([request], np.zeros((1, 2), np.int32), logits) is logits
+    assert not harness.vocab.uses_prior
+    assert harness.vocab.prior_weights("a") is None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from engine.vocab.text_matches import MAX_LENGTH
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.native_text import MAX_PLACES
 
 from engine.messages import SamplingParams
 from engine.request import Request
 from engine.spec.copies import MIN_MATCH
 from engine.spec.ngram import NgramProposer
 from engine.step_plan import DraftSlot
+from tests.reference.text_matches import MAX_LENGTH, MAX_PLACES
 
 SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)

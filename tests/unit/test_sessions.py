@@ -254,7 +254,7 @@ def test_priors_are_those_of_the_reference(
 
 def test_the_target_and_what_follows_by_the_graph_enter_where_a_token_could_not_be_drafted() -> None:
     graph = build_bigram_graph([np.tile(np.arange(20, 40, dtype=np.int32), 9)], VOCAB)
-    options = SessionOptions(2, 16, top_k=2, num_tenants=1)
+    options = SessionOptions(2, 16, num_tenants=1)
     made = Sessions(options, np.arange(VOCAB) < CORE, graph.arrays())
     made.clear(0, NONE)
     made.clear_tenant(0)

@@ -1,22 +1,13 @@
-"""The longest repeats in a text, against a search of the whole text."""
+"""The reference for the longest repeats in a text, against a search of the whole text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import chain
 
-import pytest
-from engine.vocab.text_matches import (
-    MAX_LENGTH,
-    MIN_LENGTH,
-    TextIndex,
-    TextMatches,
-    make_text_index,
-    match_continuations,
-)
 from hypothesis import given
 from hypothesis import strategies as st
-from kernels.native_text import MAX_PLACES
+
+from tests.reference.text_matches import MAX_LENGTH, MAX_PLACES, MIN_LENGTH, TextMatches, match_continuations
 
 tokens = st.lists(st.integers(0, 3), max_size=60)
 
@@ -31,20 +22,18 @@ def longest_repeats(text: list[int], after: list[int]) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("make", [TextMatches, make_text_index])
 @given(pieces=st.lists(tokens, max_size=4), after=st.lists(st.integers(0, 3), max_size=20))
-def test_finds_the_longest_repeats(make: Callable[[], TextIndex], pieces: list[list[int]], after: list[int]) -> None:
-    text = make()
+def test_finds_the_longest_repeats(pieces: list[list[int]], after: list[int]) -> None:
+    text = TextMatches()
     for piece in pieces:
         text.extend(piece)
     assert len(text) == sum(map(len, pieces))
     assert text.find(after) == longest_repeats([*chain.from_iterable(pieces)], after)
 
 
-@pytest.mark.parametrize("make", [TextMatches, make_text_index])
 @given(tokens=st.lists(st.integers(0, 2), max_size=80))
-def test_the_longest_repeat_is_the_latest_of_those(make: Callable[[], TextIndex], tokens: list[int]) -> None:
-    text = make()
+def test_the_longest_repeat_is_the_latest_of_those(tokens: list[int]) -> None:
+    text = TextMatches()
     text.extend(tokens)
     place, length = text.longest()
     found = longest_repeats(tokens, [])

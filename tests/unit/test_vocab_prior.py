@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine.vocab.continuations import Continuations
-from engine.vocab.ngrams import SessionNgrams, lookup, presence
-from engine.vocab.prior_weights import PriorWeights, learn
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine.vocab.prior import (
-    FEATURES,
-    MAX_WEIGHT,
-    NUM_FEATURES,
-    REPEAT_BONUS,
-    Candidates,
-    FloatArray,
-    bonus_features,
-    gradient,
-)
+from engine.vocab.prior import MAX_WEIGHT, NUM_FEATURES
+from tests.reference.continuations import Continuations
+from tests.reference.ngrams import SessionNgrams, lookup, presence
+from tests.reference.prior import Candidates, FloatArray, bonus_features, gradient
+from tests.reference.prior_weights import PriorWeights, learn
 
 VOCAB = 500
 
@@ -103,35 +95,6 @@ def test_one_step_is_the_rate_times_the_gradient_for_each_position() -> None:
     learn([own, other, own], candidates, targets)
     assert own.learned == pytest.approx(1.0 + 0.05 * (ascents[0] + ascents[2]), rel=1e-5)
     assert other.learned == pytest.approx(np.maximum(0.05 * ascents[1], 0.0), rel=1e-5)
-
-
-def test_the_longest_repeat_decides_where_it_is_long() -> None:
-    """At least four tokens; of equals the first, which the draft likes best."""
-    lengths = np.array([[0, 4, 7, 7], [0, 3, 3, 2], [0, 4, 0, 0], [0, 9, 4, 0]])
-    features = np.zeros((4, 4, NUM_FEATURES), np.float32)
-    features[:, :, FEATURES.index("match")] = np.log(np.maximum(lengths, 1))
-    candidates = Candidates(np.tile(np.arange(4, dtype=np.int32), (4, 1)), np.zeros((4, 4), np.float32), features)
-    scores = np.zeros((4, 4), np.float32)
-    candidates.add_repeat_bonus(scores, np.array([4.0, 4.0, 0.0, 2.0]))
-    assert scores.tolist() == [[0, 0, 4, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 2, 0, 0]]
-
-
-def test_long_repeats_that_mislead_decide_no_more() -> None:
-    """Whether they pay is still looked at, and one that is right is not outdone by one long ago that was not."""
-    features = np.zeros((1, 2, NUM_FEATURES), np.float32)
-    features[0, 1, FEATURES.index("match")] = np.log(6.0)
-    candidates = Candidates(np.array([[8, 9]], np.int32), np.array([[4.0, 0.0]], np.float32), features)
-    weights = PriorWeights()
-    bonuses = []
-    for target in (8, 8, 9, 9, 8, 3):
-        weights.learned[:] = 1.0
-        learn([weights], candidates, np.array([target], np.int32))
-        bonuses.append(weights.repeat_bonus)
-    assert bonuses == [REPEAT_BONUS, 0.0, REPEAT_BONUS, REPEAT_BONUS, REPEAT_BONUS, REPEAT_BONUS]
-
-
-def test_long_repeats_decide_nothing_for_a_draft_that_copies_by_itself() -> None:
-    assert [PriorWeights([1.0] * 4 + [match]).repeat_bonus for match in (0.0, 0.4, 0.6)] == [0.0, 0.0, REPEAT_BONUS]
 
 
 class Session:
@@ -226,14 +189,14 @@ def test_weights_are_kept_within_their_range() -> None:
     weights = PriorWeights([-1.0, 5.0, 1e9, 0.0, 0.0])
     assert weights.learned.tolist() == [0.0, 5.0, MAX_WEIGHT, 0.0, 0.0]
     for _ in range(100):
-        weights.step(np.array([100.0, -100.0, 0.0, 1.0, 0.0]), 0, 0)
+        weights.step(np.array([100.0, -100.0, 0.0, 1.0, 0.0]), 0)
     assert weights.learned == pytest.approx([MAX_WEIGHT, 0.0, MAX_WEIGHT, 5.0, 0.0], rel=1e-4)
 
 
 def test_the_prior_is_left_out_while_it_costs_hits() -> None:
     weights = PriorWeights([1.0] * NUM_FEATURES)
-    weights.step(np.zeros(NUM_FEATURES), -1, 0)
+    weights.step(np.zeros(NUM_FEATURES), -1)
     assert weights.bonus.tolist() == [0.0] * NUM_FEATURES
     assert weights.learned.tolist() == [1.0] * NUM_FEATURES
-    weights.step(np.zeros(NUM_FEATURES), 1, 0)
+    weights.step(np.zeros(NUM_FEATURES), 1)
     assert weights.bonus.tolist() == [1.0] * NUM_FEATURES

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from engine.vocab.replacement import (
-    FIXED_TARGET_EVENTS,
-    ArcReplacement,
-    DecayedReplacement,
-    LruReplacement,
-    Replacement,
-)
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from tests.reference.replacement import FIXED_TARGET_EVENTS, ArcReplacement, LruReplacement, Replacement
+
 TOKENS = st.lists(st.integers(0, 14), max_size=8)
-POLICIES = [ArcReplacement, LruReplacement, DecayedReplacement]
+POLICIES = [ArcReplacement, LruReplacement]
 
 
 class TailMachine(RuleBasedStateMachine):
     """A policy against a model of its slots: which token is where, and since which verified step."""
 
-    policy: type[ArcReplacement | LruReplacement | DecayedReplacement]
+    policy: type[ArcReplacement | LruReplacement]
 
     @initialize(capacity=st.integers(1, 6), residency=st.integers(0, 3))
     def create(self, capacity: int, residency: int) -> None:
@@ -72,10 +67,6 @@ class LruMachine(TailMachine):
     policy = LruReplacement
 
 
-class DecayedMachine(TailMachine):
-    policy = DecayedReplacement
-
-
 class ArcMachine(TailMachine):
     policy = ArcReplacement
 
@@ -105,9 +96,8 @@ class ArcMachine(TailMachine):
 
 
 TestLru = LruMachine.TestCase
-TestDecayed = DecayedMachine.TestCase
 TestArc = ArcMachine.TestCase
-TestLru.settings = TestDecayed.settings = TestArc.settings = settings(max_examples=50)
+TestLru.settings = TestArc.settings = settings(max_examples=50)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -171,24 +161,3 @@ def test_arc_target_follows_the_ghosts_that_are_wanted_again() -> None:
     tail.insert([ghost])
     assert tail.target == 5
     assert tail.contents()[0] == ghost, "a ghost that is wanted again counts as used"
-
-
-def test_decayed_score_forgets_old_uses() -> None:
-    tail = DecayedReplacement(2, min_residency=0, half_life=4.0)
-    tail.insert([1, 2])
-    for _ in range(5):
-        tail.touch([1])
-    tail.touch([2])
-    assert tail.contents() == [1, 2]
-    for _ in range(100):
-        tail.touch([])
-    tail.touch([2])
-    assert tail.insert([3]) == [(0, 3)]
-
-
-def test_decayed_scores_stay_finite_in_a_long_session() -> None:
-    tail = DecayedReplacement(2, min_residency=0, half_life=0.01)  # the unit is renewed every 7 steps
-    tail.insert([1, 2])
-    for step in range(100):
-        tail.touch([1 + step % 2])
-    assert tail.contents() == [2, 1]

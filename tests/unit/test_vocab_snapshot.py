@@ -5,11 +5,11 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
-from engine.vocab.ngrams import NgramCounts, SessionNgrams
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.vocab.merge import merge
+from engine.vocab.ngram_counts import NgramCounts
 from engine.vocab.prior import NUM_FEATURES
 from engine.vocab.snapshot import (
     MAX_BYTES,
@@ -23,6 +23,7 @@ from engine.vocab.snapshot import (
     encode,
     make_snapshot,
 )
+from tests.counted_session import CountedSession
 
 VOCAB = 50
 PRINT = "qwen2-tokens"
@@ -32,7 +33,7 @@ def snapshot_of(
     text: list[int], tail: list[int], weights: list[float] | None = None, before: SessionSnapshot | None = None
 ) -> SessionSnapshot:
     """What a request that generated ``text`` leaves behind, after the session's earlier ones."""
-    ngrams = SessionNgrams(VOCAB)
+    ngrams = CountedSession(VOCAB)
     if before:
         ngrams.restore(before.ngram_counts(), before.num_observed_tokens)
     ngrams.observe(text)
@@ -62,7 +63,7 @@ def test_a_round_trip_changes_nothing(text: list[int], tail: list[int], weights:
     restored = decode(encode(snapshot), PRINT, VOCAB)
     assert restored == snapshot
     assert restored.tail_token_ids() == tail
-    ngrams = SessionNgrams(VOCAB)
+    ngrams = CountedSession(VOCAB)
     ngrams.restore(restored.ngram_counts(), restored.num_observed_tokens)
     for order in (1, 2, 3):
         for i in range(len(text) - order + 1):
@@ -113,9 +114,9 @@ def test_a_damaged_snapshot_is_an_error_or_within_bounds(place: int, value: int,
         return
     assert all(0 <= token_id < VOCAB for token_id in snapshot.tail_token_ids())
     assert np.isfinite(snapshot.weights).all()
-    ngrams = SessionNgrams(VOCAB)
+    ngrams = CountedSession(VOCAB)
     ngrams.restore(snapshot.ngram_counts(), snapshot.num_observed_tokens)
-    assert np.isfinite(ngrams.bigrams.counts).all()
+    assert np.isfinite(ngrams.sessions.table(0, 2).counts).all()
 
 
 @pytest.mark.parametrize("data", [b"", b"\x91" * 60_000, b"\x00" * (MAX_BYTES + 1), b"\x97\x01\xa2\xff\xfe"])

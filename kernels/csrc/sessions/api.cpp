@@ -99,8 +99,8 @@ void evo_sessions_catch_up(Sessions* sessions, const TokenRows* rows) { sessions
 void evo_sessions_verify(Sessions* sessions, const TokenRows* rows, const DraftedRows* drafted, int32_t* missed) {
   sessions->verify(*rows, *drafted, missed);
 }
-void evo_sessions_retrieve(Sessions* sessions, const TokenRows* rows, const int32_t* likely) {
-  sessions->retrieve(*rows, likely);
+void evo_sessions_retrieve(Sessions* sessions, const TokenRows* rows, const int32_t* likely, int k) {
+  sessions->retrieve(*rows, likely, k);
 }
 
 // The writes to tails since the last call: they are valid until the next call that makes some.

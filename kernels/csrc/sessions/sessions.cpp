@@ -207,8 +207,7 @@ void Sessions::verify(const TokenRows& rows, const DraftedRows& drafted, int32_t
   }
 }
 
-void Sessions::retrieve(const TokenRows& rows, const int32_t* likely) {
-  const int k = options_.top_k;
+void Sessions::retrieve(const TokenRows& rows, const int32_t* likely, int k) {
   std::vector<int32_t> wanted, seeds, near;
   for (int row = 0; row < rows.rows; ++row) {
     const int session = rows.sessions[row], begin = rows.begins[row], size = rows.begins[row + 1] - begin;
@@ -217,7 +216,7 @@ void Sessions::retrieve(const TokenRows& rows, const int32_t* likely) {
     for (int i = 0; i < size; ++i) {
       if (known.missed >> std::min(i, 31) & 1) seeds.push_back(rows.tokens[begin + i]);
     }
-    for (int rank = 0; likely != nullptr && rank < k; ++rank) {  // the best of each position first
+    for (int rank = 0; rank < k; ++rank) {  // the best of each position first
       for (int i = 0; i < size; ++i) {
         const int32_t token = likely[static_cast<size_t>(begin + i) * k + rank];
         wanted.push_back(token);

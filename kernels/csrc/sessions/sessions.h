@@ -58,7 +58,6 @@ struct SessionOptions {
   int32_t tenants, tenant_rows, tenant_width;  // tables of what followed what in each tenant's texts; 0: none
   int32_t only_recency;  // whether tails forget what was used longest ago, instead of by ARC
   int32_t in_context;    // whether the sequence's own tokens enter its tail
-  int32_t top_k;         // the target's most likely tokens of a position that enter the tail
   int32_t learns;        // whether the weights of the prior follow verification
   float uses[kFeatures];  // 1 for the features that count, else 0
   float rate, most_weight, gain_memory;  // of learning
@@ -113,8 +112,8 @@ class Sessions {
   // A step was verified. missed [rows]: the first token that could not have been drafted, -1: all could.
   void verify(const TokenRows& rows, const DraftedRows& drafted, int32_t* missed);
   // What the target thought likely where the same rows were chosen enters their tails, and what follows that by the graph.
-  // likely [begins[rows]][top_k], the best first.
-  void retrieve(const TokenRows& rows, const int32_t* likely);
+  // likely [begins[rows]][k], the best first.
+  void retrieve(const TokenRows& rows, const int32_t* likely, int k);
 
   // The two tokens after which a draft goes on, the older first.
   void context(int session, const int32_t* drafts, int count, int64_t out[2]) const;
