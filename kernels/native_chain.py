@@ -111,7 +111,7 @@ class ChainResult:
     logits: NDArray[np.float32]
     """[S, B, C] the draft's own, -inf for none"""
     features: NDArray[np.float32] | None
-    """[S, B, C, NUM_FEATURES], with a prior"""
+    """[S, B, NUM_FEATURES, C], with a prior"""
     sureness: NDArray[np.int32] | None
     """[S, B] levels of the tokens, where chains may end early"""
 
@@ -183,7 +183,7 @@ class NativeChain:
             torch.empty(*shape, hidden, dtype=torch.bfloat16),
             np.empty((*shape, count), np.int32),
             np.empty((*shape, count), np.float32),
-            None if batch.sessions is None else np.empty((*shape, count, NUM_FEATURES), np.float32),
+            None if batch.sessions is None else np.empty((*shape, NUM_FEATURES, count), np.float32),
             None if batch.stop is None else np.empty(shape, np.int32),
         )
         arrays = _arrays(batch)

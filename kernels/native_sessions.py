@@ -181,7 +181,7 @@ class SessionOptions:
 
 @dataclass(frozen=True)
 class Drafted:
-    """What draft tokens were chosen from: tokens and logits [.., C], features [.., C, NUM_FEATURES]."""
+    """What draft tokens were chosen from: tokens and logits [.., C], features [.., NUM_FEATURES, C]."""
 
     token_ids: NDArray[np.int32]
     logits: NDArray[np.float32]
@@ -255,7 +255,8 @@ class SessionCounts:
 class Sessions:
     """What running sequences know of their texts: n-grams, tails of their draft vocabularies, weights of their priors.
 
-    Every call that changes tails returns the places that changed.
+    Every call that changes tails returns the places that changed. Those that take tokens raise ``IndexError`` where one
+    is not of the vocabulary.
 
     Args:
         options: of all sessions.
@@ -311,12 +312,14 @@ class Sessions:
             of_tenant: what else its tenant's sessions had in theirs.
         """
         tokens, sizes = array("i", chain(prompt, past, of_tenant)), array("i", map(len, (prompt, past, of_tenant)))
+        self._check(tokens)
         self._library.evo_sessions_begin(self.handle, session, _at(tokens), _at(sizes))
         return self._writes()
 
     def insert(self, session: int, token_ids: Iterable[int], source: str, limit: int | None = None) -> TailWrites:
         """Put tokens into a tail, the most wanted first; at most ``limit`` new ones (None: as there is room)."""
         tokens, most = array("i", token_ids), -1 if limit is None else limit
+        self._check(tokens)
         number = SOURCES.index(source)
         self._library.evo_sessions_insert(self.handle, session, _at(tokens), len(tokens), number, most)
         return self._writes()
@@ -325,7 +328,7 @@ class Sessions:
         self, sessions: Sequence[int], tenants: Sequence[int] | None, tokens: Sequence[Sequence[int]]
     ) -> TailWrites:
         """Take tokens of steps in which sequences were not drafted for."""
-        arrays, rows = _token_rows(sessions, tenants, tokens)
+        arrays, rows = self._token_rows(sessions, tenants, tokens)
         self._library.evo_sessions_catch_up(self.handle, ctypes.byref(rows))
         del arrays
         return self._writes()
@@ -352,7 +355,7 @@ class Sessions:
         Returns:
             The writes, and the first token of each session that could not have been drafted, -1 for none.
         """
-        arrays, rows = _token_rows(sessions, tenants, tokens)
+        arrays, rows = self._token_rows(sessions, tenants, tokens)
         of_rows = (
             array("i", num_accepted),
             array("i", map(len, places)),
@@ -381,7 +384,7 @@ class Sessions:
             sessions, tenants, tokens: some of those that were verified.
             likely: [n, k] the target's most likely tokens where all these ``tokens`` were chosen, best first.
         """
-        arrays, rows = _token_rows(sessions, tenants, tokens)
+        arrays, rows = self._token_rows(sessions, tenants, tokens)
         best = _NOTHING if likely is None else np.ascontiguousarray(likely, np.int32)
         place = _POINTER(best.ctypes.data)
         self._library.evo_sessions_retrieve(self.handle, ctypes.byref(rows), place, best.shape[1])
@@ -415,7 +418,7 @@ class Sessions:
 
         Args:
             step: the rows; ``include_repeats`` was asked about them.
-            drafted: [B, C] of each array; the features are written here.
+            drafted: B rows; the features are written here.
         """
         scores = np.empty_like(drafted.logits)
         step.struct.tokens, step.struct.logits = drafted.token_ids.ctypes.data, drafted.logits.ctypes.data
@@ -490,6 +493,24 @@ class Sessions:
         counts = self._library.evo_sessions_counts(self.handle, session).contents
         counts.num_read, counts.num_counted = num_read, num_counted
 
+    def _check(self, tokens: array[int]) -> None:
+        if not self._library.evo_sessions_know(self.handle, _at(tokens), len(tokens)):
+            raise IndexError(f"not all tokens are below {self.vocab_size}")
+
+    def _token_rows(
+        self, sessions: Sequence[int], tenants: Sequence[int] | None, tokens: Sequence[Sequence[int]]
+    ) -> tuple[list[array[int]], _TokenRows]:
+        """The rows, and the arrays that must outlive them. (Python's own: a small one costs a fraction of NumPy's.)"""
+        begins, joined = _joined(tokens)
+        self._check(joined)
+        arrays = [array("i", sessions), begins, joined]
+        of_tenants = None
+        if tenants is not None:
+            arrays.append(array("i", tenants))
+            of_tenants = arrays[-1].buffer_info()[0]
+        own, begin, token = (values.buffer_info()[0] for values in arrays[:3])
+        return arrays, _TokenRows(len(sessions), own, of_tenants, begin, token)
+
     def _writes(self) -> TailWrites:
         count = ctypes.c_int()
         place = self._library.evo_sessions_take_writes(self.handle, ctypes.byref(count))
@@ -520,20 +541,6 @@ class DraftStep:
         found = zip(("matched", "lengths", "num_matched"), self._found, strict=True)
         for name, values in chain(fields, found):
             setattr(self.struct, name, values.buffer_info()[0])
-
-
-def _token_rows(
-    sessions: Sequence[int], tenants: Sequence[int] | None, tokens: Sequence[Sequence[int]]
-) -> tuple[list[array[int]], _TokenRows]:
-    """The rows, and the arrays that must outlive them. (Python's own: a small one costs a fraction of NumPy's.)"""
-    begins, joined = _joined(tokens)
-    arrays = [array("i", sessions), begins, joined]
-    of_tenants = None
-    if tenants is not None:
-        arrays.append(array("i", tenants))
-        of_tenants = arrays[-1].buffer_info()[0]
-    own, begin, token = (values.buffer_info()[0] for values in arrays[:3])
-    return arrays, _TokenRows(len(sessions), own, of_tenants, begin, token)
 
 
 def _joined(tokens: Sequence[Sequence[int]]) -> tuple[array[int], array[int]]:

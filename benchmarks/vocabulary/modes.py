@@ -113,7 +113,7 @@ class Sizes:
         switches = [
             *("in_context=false", "target_signal=off", "target_signal=every", "graph=false", "semantic=true"),
             *("tenant_memory=false", "prior=off", "prior=fixed", "prior_order=1", "prior_order=2"),
-            *("replacement=lru", "replacement=decayed", "cold"),
+            *("replacement=lru", "cold"),
         ]
         return [FULL, self.ours, *(f"{self.ours}/{switch}" for switch in switches)]
 

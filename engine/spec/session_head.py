@@ -95,7 +95,7 @@ class SessionHead(DraftHead):
             drafted = Drafted(
                 result.token_ids.reshape(-1, size),
                 result.logits.reshape(-1, size),
-                result.features.reshape(-1, size, NUM_FEATURES),
+                result.features.reshape(-1, NUM_FEATURES, size),
             )
         hidden = result.hidden.float().numpy() if self._vocab.drafted.wants_hidden else None
         self._vocab.drafted.take_chains(requests, self._sessions, lengths, drafted, hidden)

@@ -80,7 +80,7 @@ class DraftedTokens:
         if len(included):
             rows, columns = included.T
             logits[rows, columns] = logits_of(rows, token_ids[rows, columns])
-        drafted = Drafted(token_ids, logits, np.empty((*token_ids.shape, NUM_FEATURES), np.float32))
+        drafted = Drafted(token_ids, logits, np.empty((len(token_ids), NUM_FEATURES, token_ids.shape[1]), np.float32))
         scores = self._sessions.score(step, drafted)
         for row, (request, session) in enumerate(zip(requests, sessions, strict=True), start=self._num_rows):
             if session >= 0:

@@ -54,7 +54,7 @@ struct ChainOutputs {
   bf16* hidden;        // [hidden] from which the token was chosen
   int32_t* token_ids;  // [candidates]; -1: none
   float* logits;       // [candidates]; -inf: none
-  float* features;     // [candidates][kFeatures]; null without a prior
+  float* features;     // [kFeatures][candidates]; null without a prior
   int32_t* sureness;   // level of the token; null where chains never end early
 };
 

@@ -17,6 +17,7 @@ from engine.spec.copies import Copier
 from engine.spec.costs import CostMeter
 from engine.spec.eagle import EagleProposer
 from engine.spec.step_costs import Curve, StepCosts
+from engine.vocab.running_texts import RunningTexts
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -125,7 +126,7 @@ def request_of(token_ids: list[int]) -> Request:
 
 
 def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
-    copier = Copier()
+    copier = Copier(RunningTexts(8))
     request = request_of([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3])
     copy = copier.look([request], [5])["a"]
     assert copy.token_ids == [4, 9, 2, 3, 5]
@@ -138,7 +139,7 @@ def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
 
 
 def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:
-    copier = Copier(window=4096)
+    copier = Copier(RunningTexts(8))
     far = request_of([1, 2, 3, *range(10, 5010), 1, 2, 3])
     assert copier.look([far], [4]) == {}
     copier.forget("a")

@@ -31,7 +31,7 @@ OPTIONS = {
     "all": {"prefill_target_signal": 16, "target_signal": "every"},
     "semantic": {"semantic": True, "target_signal": "events"},
     "fixed": {"prior": "fixed", "replacement": "lru", "graph": False},
-    "no prior": {"prior": "off", "replacement": "decayed", "tenant_memory": False},
+    "no prior": {"prior": "off", "replacement": "lru", "tenant_memory": False},
     "few": {"max_sessions": 2, "target_signal": "off", "in_context": False},
 }
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)

@@ -1,7 +1,7 @@
 """Which tokens live in the tail of a draft vocabulary.
 
 EvoSpec (arXiv 2605.27390) keeps its dynamic buffer by ARC (Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead
-Replacement Cache", FAST 2003). Least recently used and a decayed score are here to be measured against it.
+Replacement Cache", FAST 2003). Least recently used is here to be measured against it.
 """
 
 from __future__ import annotations

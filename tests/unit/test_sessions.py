@@ -123,6 +123,19 @@ TestArc, TestLru = ArcMachine.TestCase, LruMachine.TestCase
 TestArc.settings = TestLru.settings = settings(max_examples=60)
 
 
+@pytest.mark.parametrize("token_id", [-1, VOCAB])
+def test_tokens_of_other_vocabularies_are_refused(token_id: int) -> None:
+    made = sessions()
+    for call in (
+        lambda: made.begin(0, [1, token_id], [], []),
+        lambda: made.insert(0, [token_id], "context"),
+        lambda: made.catch_up([0], None, [[token_id]]),
+        lambda: made.verify([0], None, [[token_id]], [0], [[]], None),
+    ):
+        with pytest.raises(IndexError):
+            call()
+
+
 def test_limits_count_what_is_new_and_the_core_never_enters() -> None:
     made = sessions()
     made.insert(0, [20, 21], "context", 100)
@@ -231,7 +244,7 @@ def test_priors_are_those_of_the_reference(
     known = {(row, token): logit for row in range(3) for token, logit in zip(token_ids[row], logits[row], strict=True)}
     for row, column in made.include_repeats(texts, step, token_ids):
         logits[row, column] = known.get((row, token_ids[row, column]), 0.25)
-    drafted = Drafted(token_ids, logits, np.zeros((3, columns, NUM_FEATURES), np.float32))
+    drafted = Drafted(token_ids, logits, np.zeros((3, NUM_FEATURES, columns), np.float32))
     scores = made.score(step, drafted)
     assert np.array_equal(scores[1], logits[1])
     targets = rng.integers(0, 12, 3).tolist()
@@ -241,7 +254,7 @@ def test_priors_are_those_of_the_reference(
             repeats = reference.text.find(drafts[row])
             assert set(list(repeats)[:columns]) <= set(token_ids[row].tolist()) or len(repeats) > columns
         expected = reference.candidates(drafts[row], token_ids[row : row + 1], logits[row : row + 1])
-        assert drafted.features[row] == pytest.approx(expected.features[0], abs=1e-5)
+        assert pytest.approx(expected.features[0], abs=1e-5) == drafted.features[row].T
         assert scores[row] == pytest.approx(expected.scores(reference.weights.bonus[None])[0], abs=1e-4)
         learn([reference.weights], expected, np.array([targets[row]], np.int32))
     made.verify([1, 0], None, [[targets[0]], [targets[2]]], [0, 0], [[0], [2]], drafted)

@@ -53,7 +53,7 @@ def as_served(text: list[int], weights: list[float], drafts: list[int]) -> torch
     index.extend([0], [text])
     step, every = DraftStep([0], [0], [drafts]), EVERY.numpy().astype(np.int32)[None]
     assert not len(session.include_repeats(index, step, every))
-    features = np.zeros((1, VOCAB, NUM_FEATURES), np.float32)
+    features = np.zeros((1, NUM_FEATURES, VOCAB), np.float32)
     scores = session.score(step, Drafted(every, np.zeros((1, VOCAB), np.float32), features))
     return torch.from_numpy(scores[0])
 

@@ -14,7 +14,7 @@ struct DraftStep {
   const int32_t* drafts;    // [rows][num_drafts]: those before this step
   int32_t* tokens;          // [rows][columns]
   float* logits;            // [rows][columns]
-  float* features;          // [rows][columns][kFeatures]
+  float* features;          // [rows][kFeatures][columns]
   float* scores;            // [rows][columns]
   int32_t* matched;         // [rows][kMaxPlaces]: what continues repeats
   int32_t* lengths;         // [rows][kMaxPlaces]: of the repeats
@@ -82,6 +82,13 @@ void evo_sessions_free(Sessions* sessions) { delete sessions; }
 int64_t evo_sessions_bytes(const Sessions* sessions) { return sessions->num_bytes(); }
 void evo_sessions_clear(Sessions* sessions, int session, const float* weights) { sessions->clear(session, weights); }
 void evo_sessions_clear_tenant(Sessions* sessions, int tenant) { sessions->clear_tenant(tenant); }
+
+// Whether all tokens are of the vocabulary.
+int evo_sessions_know(const Sessions* sessions, const int32_t* tokens, int count) {
+  return std::all_of(tokens, tokens + count, [&](int32_t token) {
+    return token >= 0 && token < sessions->options().vocab;
+  });
+}
 
 // tokens: of the prompt, then of its past, then of its tenant; sizes [3].
 void evo_sessions_begin(Sessions* sessions, int session, const int32_t* tokens, const int32_t* sizes) {

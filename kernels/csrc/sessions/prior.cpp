@@ -7,6 +7,8 @@
 // counted with and without the prior, and it is left out while it costs more than it brings. It goes on learning meanwhile.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <numeric>
 
 #include "sessions.h"
 
@@ -14,14 +16,14 @@ namespace evospec {
 
 namespace {
 
-// features[column] = value for every column that holds the token.
-void mark(const Candidates& candidates, int feature, int32_t token, float value) {
-  for (int i = 0; i < candidates.columns; ++i) {
-    if (candidates.tokens[i] == token) candidates.features[i * kFeatures + feature] = value;
-  }
+constexpr int kLanes = 16;  // sums that are kept apart, so that a compiler can use vectors
+
+// feature [columns] = value for every column that holds the token.
+void mark(const Candidates& candidates, float* feature, int32_t token, float value) {
+  for (int i = 0; i < candidates.columns; ++i) feature[i] = candidates.tokens[i] == token ? value : feature[i];
 }
 
-void mark_counts(const Candidates& candidates, int feature, const ContextTable& table, int64_t key, double unit) {
+void mark_counts(const Candidates& candidates, float* feature, const ContextTable& table, int64_t key, double unit) {
   const int64_t row = table.find(key);
   if (row < 0) return;
   for (int64_t i = row * table.width; i < (row + 1) * table.width; ++i) {
@@ -30,23 +32,45 @@ void mark_counts(const Candidates& candidates, int feature, const ContextTable& 
   }
 }
 
-void mark_graph(const Candidates& candidates, int feature, const Graph& graph, int64_t token) {
+void mark_graph(const Candidates& candidates, float* feature, const Graph& graph, int64_t token) {
   const int64_t begin = graph.offsets[token], end = std::min(graph.offsets[token + 1], begin + graph.width);
   for (int64_t i = begin; i < end; ++i) {
     mark(candidates, feature, graph.tokens[i], 1.0f + graph.log_probs[i] * graph.scale);
   }
 }
 
+// features [kFeatures][columns].
 void add_bonuses(const float* logits, const float* features, const float* weights, int columns, float* scores) {
-  for (int i = 0; i < columns; ++i) {
-    float bonus = 0.0f;
-    for (int f = 0; f < kFeatures; ++f) bonus += features[i * kFeatures + f] * weights[f];
-    scores[i] = logits[i] + bonus;
+  std::copy_n(logits, columns, scores);
+  for (int f = 0; f < kFeatures; ++f) {
+    const float weight = weights[f], *const feature = features + f * columns;
+    for (int i = 0; i < columns; ++i) scores[i] += feature[i] * weight;
   }
 }
 
 int first_choice(const float* scores, int columns) {
   return static_cast<int>(std::max_element(scores, scores + columns) - scores);
+}
+
+// e^x for x <= 0 to 7 digits, by a polynomial between powers of 2; 0 for very small ones and for no number.
+float exp_of(float x) {
+  const float y = std::max(x, -87.0f) * 1.44269504f, whole = std::nearbyint(y), z = y - whole;
+  const float fraction =
+      1.0f + z * (0.693147180f + z * (0.240226507f + z * (0.0555041087f + z * (0.00961812911f + z * 0.00133335581f))));
+  const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return x >= -87.0f ? fraction * power : 0.0f;
+}
+
+float sum_of_products(const float* a, const float* b, int count) {
+  float sums[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
+  }
+  for (; i < count; ++i) sums[0] += a[i] * b[i];
+  return std::accumulate(sums, sums + kLanes, 0.0f);
 }
 
 }  // namespace
@@ -64,19 +88,20 @@ void Sessions::features(int session, const int64_t context[2], const int32_t* ma
   const float* const unigrams = unigrams_.of(session);
   const float least = static_cast<float>(options_.presence * unit);
   std::fill_n(candidates.features, candidates.columns * kFeatures, 0.0f);
+  const auto feature = [&](int number) { return candidates.features + number * candidates.columns; };
   for (int i = 0; i < candidates.columns; ++i) {
     const int32_t token = candidates.tokens[i];
-    if (token >= 0 && unigrams[token] >= least) candidates.features[i * kFeatures] = 1.0f;
+    if (token >= 0 && unigrams[token] >= least) feature(0)[i] = 1.0f;
   }
   if (context[1] >= 0) {
-    if (uses[1] > 0) mark_counts(candidates, 1, bigrams_.of(session), context[1], unit);
+    if (uses[1] > 0) mark_counts(candidates, feature(1), bigrams_.of(session), context[1], unit);
     if (uses[2] > 0 && context[0] >= 0) {
-      mark_counts(candidates, 2, trigrams_.of(session), context[0] << 31 | context[1], unit);
+      mark_counts(candidates, feature(2), trigrams_.of(session), context[0] << 31 | context[1], unit);
     }
-    if (uses[3] > 0) mark_graph(candidates, 3, options_.graph, context[1]);
+    if (uses[3] > 0) mark_graph(candidates, feature(3), options_.graph, context[1]);
   }
   for (int i = 0; uses[4] > 0 && i < num_matched; ++i) {
-    mark(candidates, 4, matched[i], std::log(static_cast<float>(lengths[i])));
+    mark(candidates, feature(4), matched[i], std::log(static_cast<float>(lengths[i])));
   }
 }
 
@@ -103,7 +128,7 @@ void Sessions::learn(int session, const int32_t* targets, int reached, const int
   if (!options_.learns || reached == 0) return;
   const int columns = drafted.columns;
   float* const weights = weights_.of(session);
-  std::vector<float> scores(columns), ascents(static_cast<size_t>(reached) * kFeatures);
+  std::vector<float> scores(columns), ones(columns, 1.0f), ascents(static_cast<size_t>(reached) * kFeatures);
   for (int step = 0; step < reached; ++step) {
     const size_t at = static_cast<size_t>(places[step]) * columns;
     const int32_t* const tokens = drafted.tokens + at;
@@ -117,15 +142,13 @@ void Sessions::learn(int session, const int32_t* targets, int reached, const int
     int target = 0;
     while (target < columns && !(tokens[target] == wanted && std::isfinite(logits[target]))) ++target;
     if (target == columns) continue;
-    double sum = 0.0, expected[kFeatures] = {};
-    for (int i = 0; i < columns; ++i) {
-      const float weight = std::exp(scores[i] - scores[with]);
-      sum += weight;
-      for (int f = 0; f < kFeatures; ++f) expected[f] += weight * features[i * kFeatures + f];
-    }
+    const float most = scores[with];
+    for (int i = 0; i < columns; ++i) scores[i] = exp_of(scores[i] - most);
+    const float sum = sum_of_products(scores.data(), ones.data(), columns);
     // A sum that is no number, of infinite logits, would make the weights none for good.
-    for (int f = 0; f < kFeatures && std::isfinite(sum); ++f) {
-      ascents[step * kFeatures + f] = features[target * kFeatures + f] - static_cast<float>(expected[f] / sum);
+    for (int f = 0; f < kFeatures && std::isfinite(sum) && std::isfinite(most); ++f) {
+      const float* const feature = features + f * columns;
+      ascents[step * kFeatures + f] = feature[target] - sum_of_products(scores.data(), feature, columns) / sum;
     }
   }
   for (int i = 0; i < reached * kFeatures; ++i) {

@@ -9,6 +9,8 @@ namespace evospec {
 namespace {
 
 constexpr double kMaxUnit = 1e30;
+constexpr int kMaxEdges = 128;  // of a token, in the graph and in a tenant's texts
+constexpr float kGeneralWeight = 8.0f;  // the general graph counts as much as so many of a tenant's tokens
 
 int64_t pair_of(int64_t two_ago, int64_t one_ago) { return two_ago << 31 | one_ago; }
 
@@ -31,7 +33,12 @@ Sessions::Sessions(const SessionOptions& options)
       states_(options.sessions, 1),
       counts_(options.sessions, 1),
       tails_(options.sessions, options.places, options.only_recency != 0),
-      sources_(options.sessions, options.places) {}
+      sources_(options.sessions, options.places),
+      named_in_(options.vocab) {
+  if (options.graph.offsets == nullptr) return;
+  worths_.resize(options.graph.offsets[options.vocab]);
+  for (size_t i = 0; i < worths_.size(); ++i) worths_[i] = kGeneralWeight * std::exp(options.graph.log_probs[i]);
+}
 
 size_t Sessions::num_bytes() const {
   return unigrams_.num_bytes() + bigrams_.num_bytes() + trigrams_.num_bytes() + tails_.num_bytes();
@@ -55,12 +62,12 @@ void Sessions::begin(int session, const std::vector<std::vector<int32_t>>& sourc
   if (options_.places == 0) return;
 
   std::vector<std::vector<int32_t>> chosen;
-  std::unordered_set<int32_t> taken;
+  Names taken(*this);
   size_t left = tail(session).room();
   const auto choose = [&](auto first, auto last) {
     std::vector<int32_t>& of_source = chosen.emplace_back();
     for (; first != last && left > 0; ++first) {
-      if (!is_outside(*first) || !taken.insert(*first).second) continue;
+      if (!is_outside(*first) || !taken.is_new(*first)) continue;
       of_source.push_back(*first);
       --left;
     }
@@ -78,9 +85,9 @@ int Sessions::insert(int session, const int32_t* tokens, size_t count, Source so
   if (options_.places == 0 || limit <= 0) return 0;
   ArcTail own = tail(session);
   std::vector<int32_t> named;
-  std::unordered_set<int32_t> seen;
+  Names seen(*this);
   for (size_t i = 0; i < count; ++i) {
-    if (!is_outside(tokens[i]) || !seen.insert(tokens[i]).second) continue;
+    if (!is_outside(tokens[i]) || !seen.is_new(tokens[i])) continue;
     if (own.place_of(tokens[i]) < 0 && --limit < 0) break;
     named.push_back(tokens[i]);
   }
@@ -225,40 +232,42 @@ void Sessions::retrieve(const TokenRows& rows, const int32_t* likely, int k) {
     }
     known.left -= insert(session, wanted.data(), wanted.size(), kTarget, known.left);
     if (known.missed == 0 || rows.tenants == nullptr) continue;
-    std::unordered_set<int32_t> asked;
+    Names asked(*this);
     for (const int32_t seed : seeds) {
-      if (asked.insert(seed).second) neighbours(rows.tenants[row], seed, near);
+      if (asked.is_new(seed)) neighbours(rows.tenants[row], seed, near);
     }
     insert(session, near.data(), near.size(), kGraph, known.left);
   }
 }
 
 // Appends what most likely follows a token: by the tenant's own texts, with the general graph as so many tokens of them.
-void Sessions::neighbours(int tenant, int32_t token, std::vector<int32_t>& out) const {
-  constexpr double kGeneralWeight = 8.0;
+void Sessions::neighbours(int tenant, int32_t token, std::vector<int32_t>& out) {
   const Graph& graph = options_.graph;
   const int64_t begin = graph.offsets == nullptr ? 0 : graph.offsets[token];
   const int64_t end = graph.offsets == nullptr ? 0 : graph.offsets[token + 1];
   const ContextTable own = tenants_.of(tenant);
   const int64_t row = own.find(token);
-  if (row < 0) {  // nearly always: in order already
+  if (row < 0) {  // in order already
     out.insert(out.end(), graph.tokens + begin, graph.tokens + std::min(end, begin + kNeighbours));
     return;
   }
-  std::vector<std::pair<double, int32_t>> worth;  // negative, so that the greatest comes first, of equals the least token
-  for (int64_t i = begin; i < end; ++i) worth.emplace_back(-kGeneralWeight * std::exp(graph.log_probs[i]), graph.tokens[i]);
+  std::pair<float, int32_t> worth[kMaxEdges];  // negative, so that the greatest comes first, of equals the least token
+  int count = 0;
+  for (int64_t i = begin; i < end && count < kMaxEdges; ++i) worth[count++] = {-worths_[i], graph.tokens[i]};
+  const int of_graph = count;
   for (int64_t i = row * own.width; i < (row + 1) * own.width; ++i) {
     if (own.tokens[i] < 0) continue;
-    const auto at = std::find_if(worth.begin(), worth.end(), [&](const auto& one) { return one.second == own.tokens[i]; });
-    if (at == worth.end()) {
-      worth.emplace_back(-own.counts[i], own.tokens[i]);
-    } else {
-      at->first -= own.counts[i];
+    int at = 0;
+    while (at < of_graph && worth[at].second != own.tokens[i]) ++at;
+    if (at < of_graph) {
+      worth[at].first -= own.counts[i];
+    } else if (count < kMaxEdges) {
+      worth[count++] = {-own.counts[i], own.tokens[i]};
     }
   }
-  const size_t count = std::min<size_t>(worth.size(), kNeighbours);
-  std::partial_sort(worth.begin(), worth.begin() + count, worth.end());
-  for (size_t i = 0; i < count; ++i) out.push_back(worth[i].second);
+  const int wanted = std::min(count, kNeighbours);
+  std::partial_sort(worth, worth + wanted, worth + count);
+  for (int i = 0; i < wanted; ++i) out.push_back(worth[i].second);
 }
 
 }  // namespace evospec

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "arc_tail.h"
@@ -71,7 +72,7 @@ struct SessionOptions {
 struct Candidates {
   int32_t* tokens;   // [columns]; -1: none
   float* logits;     // [columns], the draft's own; -inf: none
-  float* features;   // [columns][kFeatures]
+  float* features;   // [kFeatures][columns]
   int32_t columns;
 };
 
@@ -91,7 +92,7 @@ struct DraftedRows {
   const int32_t* places;        // those of the first row's drafts, then of the next: rows of the arrays below
   const int32_t* tokens;        // [.][columns]
   const float* logits;          // [.][columns]
-  const float* features;        // [.][columns][kFeatures]
+  const float* features;        // [.][kFeatures][columns]
   int32_t columns;
 };
 
@@ -141,6 +142,8 @@ class Sessions {
   size_t num_bytes() const;  // of a session
 
  private:
+  class Names;
+
   bool is_outside(int32_t token) const { return in_core_[token] == 0; }
   std::vector<int32_t> outside(const int32_t* tokens, size_t count) const;
   void count(int session, const int32_t* tokens, size_t count, const int32_t before[2]);
@@ -148,7 +151,7 @@ class Sessions {
   void read(int session, int tenant, const int32_t* tokens, size_t count);
   void count_prompt(int session, const std::vector<int32_t>& prompt);
   void learn(int session, const int32_t* targets, int reached, const int32_t* places, const DraftedRows& drafted);
-  void neighbours(int tenant, int32_t token, std::vector<int32_t>& out) const;
+  void neighbours(int tenant, int32_t token, std::vector<int32_t>& out);
 
   SessionOptions options_;
   std::vector<uint8_t> in_core_;
@@ -158,7 +161,21 @@ class Sessions {
   SlotArray<SessionCounts> counts_;
   ArcTails tails_;
   SlotArray<int32_t> sources_;  // of each place of a tail
+  std::vector<float> worths_;   // of each edge of the graph: as many tokens of a tenant's
+  std::vector<uint32_t> named_in_;  // [vocab]: the last list that named each token
+  uint32_t num_lists_ = 0;
   std::vector<TailWrite> writes_;
+};
+
+// Names tokens of one list, to tell which come again.
+class Sessions::Names {
+ public:
+  explicit Names(Sessions& sessions) : named_in_(sessions.named_in_.data()), list_(++sessions.num_lists_) {}
+  bool is_new(int32_t token) { return std::exchange(named_in_[token], list_) != list_; }
+
+ private:
+  uint32_t* const named_in_;
+  const uint32_t list_;
 };
 
 }  // namespace evospec
