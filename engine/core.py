@@ -1,8 +1,7 @@
-"""The step loop of the engine: schedule → forward → sample → commit → emit."""
+"""The step loop of the engine: plan → draft → verify → learn → emit."""
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -27,9 +26,11 @@ from engine.spec.make_speculator import make_speculator
 from engine.spec.proposer import Draft
 from engine.spec.speculator import Speculator
 from engine.spec.step_costs import StepCosts
-from engine.step_plan import ScheduledSequence, SchedulerOutput
+from engine.step_clock import StepClock
+from engine.step_plan import Reservation, ScheduledSequence, SchedulerOutput
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker, Truncation
+from engine.verification import DraftSource, Verification
 from engine.vocab.fingerprint import vocabulary_fingerprint
 
 log = structlog.get_logger(__name__)
@@ -142,42 +143,54 @@ class EngineCore:
         return self._speculator.add_stats(stats) if self._speculator else stats
 
     def step(self) -> tuple[Outputs, StepTimings | None]:
-        """One step for all requests that fit in it; no timings where there was nothing to compute."""
+        """One step for all requests that fit in it; no timings where there was nothing to compute.
+
+        Plan: the scheduler chooses what is computed, and reserves room for drafts. Draft: tokens are proposed for the
+        sequences that decode. Verify: the target computes all of it and chooses its own tokens; a draft token is
+        accepted if it is the one that the target chooses. Learn: drafts follow what was computed and chosen. Emit: the
+        output grows by what was accepted, and by one token that was not drafted.
+        """
         self._follow_grammars()
         outputs, self._refused = self._refused, defaultdict(list)
         if not self._scheduler.has_work():
             return outputs, None
-        started = time.perf_counter()
-        scheduled = self._scheduler.schedule(self._speculator)
-        self._is_stalled = not scheduled.sequences
-        self._constrained.ask(scheduled.sequences)
+        clock = StepClock()
+        reservation = self._scheduler.reserve(self._speculator)
+        clock.lap("schedule")
+        if self._speculator is not None:
+            self._speculator.draft(reservation.slots)
+        clock.lap("draft")
+        plan = self._plan(reservation)
+        clock.lap("schedule")
         if self._is_stalled:
-            self._forget_preempted(scheduled)
             return outputs, None
-        scheduling_done, proposing = time.perf_counter(), self._draft_seconds()
+        logits, features = self._forward(plan)
+        clock.lap("forward")
+        verified = self._verify(plan, logits)
+        clock.lap("sample")
+        vocabulary = self._learn(verified, logits, features)
+        clock.lap("draft")
+        self._emit(verified, outputs)
+        clock.lap("commit")
+        return outputs, clock.timings(plan, vocabulary)
+
+    def _plan(self, reservation: Reservation) -> SchedulerOutput:
+        """The rest of the step; masks of grammars are asked for."""
+        plan = self._scheduler.schedule(reservation)
+        self._is_stalled = not plan.sequences
+        self._constrained.ask(plan.sequences)
+        if self._speculator is not None:
+            for request in plan.preempted:
+                self._speculator.preempted(request.request_id)
+        return plan
+
+    def _forward(self, plan: SchedulerOutput) -> tuple[torch.Tensor, Features | None]:
+        """The target's logits, and the features that drafts want."""
         capture = self._speculator.capture_layers if self._speculator else ()
-        logits, features = self._runner.execute(scheduled.sequences, capture)
+        logits, features = self._runner.execute(plan.sequences, capture)
         if logits.is_cuda:  # which goes on computing; to choose tokens is to wait for it anyway
             torch.cuda.current_stream().synchronize()
-        forward_done = time.perf_counter()
-        self._constrained.wait(scheduled.sequences)
-        sampled = self._sample(logits, scheduled.sequences)
-        sampling_done = time.perf_counter()
-        ends = self._truncate(scheduled.sequences, sampled)
-        learning = self._learn(scheduled, sampled, ends, logits, features)
-        observing_done, observing = time.perf_counter(), self._draft_seconds() + learning
-        self._commit(scheduled.sequences, sampled, ends, outputs)
-        timings = StepTimings(
-            schedule=scheduling_done - started - proposing,
-            forward=forward_done - scheduling_done,
-            sample=sampling_done - forward_done,
-            commit=time.perf_counter() - observing_done,
-            num_tokens=scheduled.num_tokens,
-            num_sequences=len(scheduled.sequences),
-            draft=proposing + observing,
-            vocabulary=learning,
-        )
-        return outputs, timings
+        return logits, features
 
     def _enqueue(self, request: Request) -> None:
         try:
@@ -216,7 +229,24 @@ class EngineCore:
         for request, error in self._constrained.take_failed():
             self._end(request, error)
 
-    def _sample(self, logits: torch.Tensor, sequences: list[ScheduledSequence]) -> list[SampledSequence | None]:
+    def _verify(self, plan: SchedulerOutput, logits: torch.Tensor) -> list[Verification]:
+        """The target's choices for each sequence, and what its output keeps of them."""
+        self._constrained.wait(plan.sequences)
+        choices, verified, end = self._choose(plan.sequences, logits), [], 0
+        for sequence, choice in zip(plan.sequences, choices, strict=True):
+            end += sequence.num_logits
+            first_row, source = end - sequence.num_sampled, self._source(sequence)
+            if choice is None:
+                verified.append(Verification(sequence, first_row, source=source))
+                continue
+            truncation = self._stop_checkers[sequence.request.request_id].push(choice.token_ids)
+            kept = choice.token_ids[: truncation.num_kept]
+            # The last choice is no draft, unless it is missing.
+            num_accepted = min(len(choice.token_ids) - choice.is_finite, len(kept))
+            verified.append(Verification(sequence, first_row, choice, truncation, kept, num_accepted, source))
+        return verified
+
+    def _choose(self, sequences: list[ScheduledSequence], logits: torch.Tensor) -> list[SampledSequence | None]:
         """The target's choices; None for sequences whose prompt is unfinished, or whose grammar's mask is late."""
         rows, parts = [], []
         end = 0
@@ -237,67 +267,33 @@ class EngineCore:
         sampled = iter(self._sampler.sample(logits, rows))
         return [next(sampled) if number else None for number in numbers]
 
-    def _draft_seconds(self) -> float:
-        return self._speculator.take_seconds() if self._speculator else 0.0
+    def _source(self, sequence: ScheduledSequence) -> DraftSource | None:
+        if not sequence.num_draft_tokens or self._speculator is None:
+            return None
+        return self._speculator.source(sequence.request.request_id)
 
-    def _truncate(
-        self, sequences: list[ScheduledSequence], sampled: list[SampledSequence | None]
-    ) -> list[Truncation | None]:
-        """What is kept of the choices of each sequence."""
-        return [
-            None if choice is None else self._stop_checkers[sequence.request.request_id].push(choice.token_ids)
-            for sequence, choice in zip(sequences, sampled, strict=True)
-        ]
-
-    def _forget_preempted(self, scheduled: SchedulerOutput) -> None:
-        if self._speculator is not None:
-            for request in scheduled.preempted:
-                self._speculator.preempted(request.request_id)
-
-    def _learn(
-        self,
-        scheduled: SchedulerOutput,
-        sampled: list[SampledSequence | None],
-        ends: list[Truncation | None],
-        logits: torch.Tensor,
-        features: Features | None,
-    ) -> float:
-        """Let the draft learn what was computed, chosen and kept; returns the seconds its vocabularies took."""
+    def _learn(self, verified: list[Verification], logits: torch.Tensor, features: Features | None) -> float:
+        """Let drafts follow the step; returns the seconds that vocabularies took."""
         if self._speculator is None:
             return 0.0
-        self._forget_preempted(scheduled)
-        num_chosen = [0 if choice is None else len(choice.token_ids) for choice in sampled]
-        self._speculator.observe(scheduled.sequences, num_chosen, features)
-        kept = [
-            [] if choice is None or end is None else choice.token_ids[: end.num_kept]
-            for choice, end in zip(sampled, ends, strict=True)
-        ]
-        return self._speculator.learn(scheduled.sequences, kept, logits, self._runner.compute_logits)
+        return self._speculator.learn(verified, logits, features, self._runner.compute_logits)
 
-    def _commit(
-        self,
-        sequences: list[ScheduledSequence],
-        sampled: list[SampledSequence | None],
-        ends: list[Truncation | None],
-        outputs: Outputs,
-    ) -> None:
-        for sequence, choice, end in zip(sequences, sampled, ends, strict=True):
-            if choice is not None and end is not None:
-                outputs[sequence.request.client_id].append(self._commit_sequence(sequence, choice, end))
-            elif sequence.num_sampled:
-                sequence.request.is_stalled = True
-                self._scheduler.postpone(sequence)
+    def _emit(self, verified: list[Verification], outputs: Outputs) -> None:
+        """Commit the step, and say what each output has got."""
+        for one in verified:
+            if one.choice is not None and one.truncation is not None:
+                outputs[one.request.client_id].append(self._commit(one, one.choice, one.truncation))
+            elif one.sequence.num_sampled:
+                one.request.is_stalled = True
+                self._scheduler.postpone(one.sequence)
             else:
-                self._scheduler.commit(sequence, [], finished=False)
+                self._scheduler.commit(one.sequence, [], finished=False)
 
-    def _commit_sequence(
-        self, sequence: ScheduledSequence, choice: SampledSequence, truncation: Truncation
-    ) -> EngineOutput:
-        request = sequence.request
-        kept = choice.token_ids[: truncation.num_kept]
+    def _commit(self, one: Verification, choice: SampledSequence, truncation: Truncation) -> EngineOutput:
+        request, kept = one.request, list(one.kept)
         finish_reason = truncation.finish_reason or (None if choice.is_finite else "error")
         finished = finish_reason is not None
-        self._scheduler.commit(sequence, kept, finished)
+        self._scheduler.commit(one.sequence, kept, finished)
         if finish_reason == "error":
             self._num_nonfinite += 1
             log.error("logits are not finite", request=request.request_id, num_tokens=request.num_tokens)
@@ -314,10 +310,10 @@ class EngineCore:
             stop_reason=truncation.stop_reason,
             text_length=truncation.text_length,
             num_cached_tokens=request.num_cached_tokens,
-            num_draft_tokens=sequence.num_draft_tokens,
-            num_accepted_tokens=min(len(choice.token_ids) - choice.is_finite, truncation.num_kept),
+            num_draft_tokens=one.sequence.num_draft_tokens,
+            num_accepted_tokens=one.num_accepted,
             draft_version=self._speculator.draft_version(request.request_id) if self._speculator else 0,
-            copied=self._speculator is not None and self._speculator.was_copied(sequence),
+            copied=one.source == "lookup",
             session_snapshot=snapshot,
             vocabulary=counts,
         )

@@ -7,7 +7,7 @@ from engine.config import CacheConfig, SchedulerConfig
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import EngineStats
 from engine.request import Request
-from engine.step_plan import Drafter, DraftSlot, ScheduledSequence, SchedulerOutput
+from engine.step_plan import DraftLengths, DraftSlot, Reservation, ScheduledSequence, SchedulerOutput
 
 OUTPUT_TOKEN_SERVICE = 2 * PROMPT_TOKEN_SERVICE
 
@@ -31,7 +31,8 @@ class Scheduler:
     Drafts take no block that somebody else needs: blocks of rejected ones are taken back before a sequence
     is preempted. Who is admitted and who is preempted, and that every request finishes: see ``Admission``.
 
-    One thread calls ``schedule``, then ``commit`` for each of the sequences; ``abort`` may come between.
+    One thread calls ``reserve``, ``schedule``, then ``commit`` for each of the sequences; ``abort`` may come between
+    the last two.
     """
 
     def __init__(self, config: SchedulerConfig, cache: CacheConfig, num_blocks: int, max_model_len: int) -> None:
@@ -74,25 +75,29 @@ class Scheduler:
                 del self._requests[request_id]
         return request
 
-    def schedule(self, drafter: Drafter | None = None) -> SchedulerOutput:
-        """Choose the next step's tokens and allocate their blocks; ``drafter`` proposes its draft tokens on the way."""
+    def reserve(self, lengths: DraftLengths | None = None) -> Reservation:
+        """Plan the next step's decodes, and blocks for as many drafts as ``lengths`` says (None: none)."""
         self._admission.begin_step()
-        plan = self._plan_decodes()  # number of tokens
+        plan = self._plan_decodes()
         self._admission.admit_next_in_line({request.tenant for request in self._prefilling(plan)})
-        preempted = self._admission.preempted
-        for request in preempted:
+        for request in self._admission.preempted:
             plan.pop(request, None)
+        return Reservation(plan, [] if lengths is None or not plan else self._reserve_drafts(list(plan), lengths))
+
+    def schedule(self, reservation: Reservation) -> SchedulerOutput:
+        """Choose the rest of the step's tokens, now that its drafts are made, and allocate their blocks."""
+        plan = reservation.plan
         has_prefills = bool(self._prefilling(plan))
-        budget = self._config.max_batched_tokens - len(plan)
-        if drafter is not None and plan:
-            budget -= self._plan_drafts(plan, drafter, budget)
+        for slot in reservation.slots:
+            plan[slot.request] += len(slot.request.draft_token_ids)
+        budget = self._config.max_batched_tokens - sum(plan.values())
         if has_prefills:
             budget -= self._plan_newcomers(plan, budget // 2, whole=True)
         budget -= self._plan_prefills(plan, budget)
         self._plan_newcomers(plan, budget, whole=False)
         self._lacks_blocks = self._admission.lacks_blocks
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
-        return SchedulerOutput(sequences, sum(plan.values()), preempted)
+        return SchedulerOutput(sequences, sum(plan.values()), self._admission.preempted)
 
     def commit(self, sequence: ScheduledSequence, kept_token_ids: list[int], finished: bool) -> None:
         """Take the result of a step for one sequence; ignored if it was aborted meanwhile.
@@ -201,12 +206,12 @@ class Scheduler:
             left -= plan[request]
         return budget - left
 
-    def _plan_drafts(self, plan: dict[Request, int], drafter: Drafter, budget: int) -> int:
-        """Let ``drafter`` propose for the decodes, in equal parts, where blocks are free; returns the tokens taken.
+    def _reserve_drafts(self, requests: list[Request], drafter: DraftLengths) -> list[DraftSlot]:
+        """Room for drafts of the decodes, in equal parts, where blocks are free.
 
-        At most ``budget``, the tokens that the decodes leave, or half of it where there is prefill work.
+        At most the tokens that the decodes leave, or half of them where there is prefill work.
         """
-        requests = list(plan)
+        budget = self._config.max_batched_tokens - len(requests)
         num_joining = self._num_joining(len(requests))
         if num_joining:
             budget //= 2
@@ -222,10 +227,7 @@ class Scheduler:
                 num_drafting -= 1
                 budget -= length
             slots.append(DraftSlot(request, length, self._kv.block_ids(request)))
-        drafter.propose(slots)
-        for request in requests:
-            plan[request] += len(request.draft_token_ids)
-        return sum(len(request.draft_token_ids) for request in requests)
+        return slots
 
     def _plan_newcomers(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
         """Waiting requests that are admitted now; returns the tokens planned."""

@@ -52,16 +52,22 @@ class DraftSlot:
     """All blocks of the sequence, in order of position; they hold its known tokens and ``num_tokens`` more."""
 
 
-class Drafter(Protocol):
-    """Who drafts while a step is planned."""
+class DraftLengths(Protocol):
+    """Who decides how many tokens are drafted."""
 
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         """How many tokens to draft for each decoding sequence, at most its limit; ``num_joining`` more soon decode."""
         ...
 
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
-        """Write ``request.draft_token_ids``, at most ``num_tokens`` for each."""
-        ...
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """A step whose decodes are planned; between this and ``Scheduler.schedule`` its drafts are made."""
+
+    plan: dict[Request, int]
+    """Tokens to compute, by request: one for each that decodes."""
+    slots: list[DraftSlot]
+    """Room for drafts, which go into ``request.draft_token_ids``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,11 @@ from engine.request import Request
 from engine.spec.draft_head import CANDIDATES, read_token_counts, static_vocabulary
 from engine.spec.load import always_drafted, counts_directory
 from engine.spec.session_head import GRAPH_FILE
+from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer
+from engine.verification import DraftSource, Verification
 from engine.vocab.bigram_graph import BigramGraph
-from engine.vocab.draft_vocab import DraftVocab, Resources, VerifiedSequence, core_mask
+from engine.vocab.draft_vocab import DraftVocab, Resources, core_mask
 from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS
 from engine.vocab.running_texts import RunningTexts
 
@@ -54,6 +56,16 @@ class _Tail:
         found = np.zeros(self._vocab_size, bool)
         found[self._ids[self._ids >= 0]] = True
         return found
+
+
+def verification(request: Request, kept: Sequence[int], num_drafts: int) -> Verification:
+    """A step that verified ``num_drafts`` of a request's drafts, and kept these tokens."""
+    tokens = [request.all_token_ids[-1], *request.draft_token_ids[:num_drafts]]
+    sequence = ScheduledSequence(request, request.num_tokens - 1, tokens, num_drafts, 0, len(tokens), [])
+    outcomes = zip(sequence.token_ids[1:], kept, strict=False)
+    num_accepted = next((place for place, (a, b) in enumerate(outcomes) if a != b), min(num_drafts, len(kept)))
+    source: DraftSource | None = "draft" if num_drafts else None
+    return Verification(sequence, 0, kept=kept, num_accepted=num_accepted, source=source)
 
 
 class Replay:
@@ -148,7 +160,7 @@ class Replay:
     def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
         request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))
         if self._vocab is not None:
-            self._vocab.observe([VerifiedSequence(request, kept, num_drafts, 0)], lambda _: likely)
+            self._vocab.observe([verification(request, kept, num_drafts)], lambda _: likely)
         request.output_token_ids += kept
         request.all_token_ids += kept
         request.draft_token_ids = []

@@ -16,6 +16,7 @@ from engine.spec.proposer import Proposer
 from engine.spec.step_costs import Curve, StepCosts, without_spikes
 from engine.spec.vocab_follower import VocabFollower
 from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.verification import DraftSource, Verification
 from kernels.choose_tokens import choose_tokens
 
 log = structlog.get_logger(__name__)
@@ -176,8 +177,12 @@ class CostMeter:
         self._proposer.observe(steps, [1] * len(steps), features)
         seconds = 0.0
         if self._follower is not None:
-            follow, kept = self._follower.follow, [[1]] * len(steps)
-            seconds = _seconds(lambda: follow(steps, kept, logits, self._runner.compute_logits))
+            follow, verified, row = self._follower.follow, [], 0
+            for step in steps:
+                source: DraftSource | None = "draft" if step.num_draft_tokens else None
+                verified.append(Verification(step, row, kept=[1], source=source))
+                row += step.num_logits
+            seconds = _seconds(lambda: follow(verified, logits, self._runner.compute_logits))
         for step in steps:
             request = step.request
             request.num_computed_tokens = request.num_tokens

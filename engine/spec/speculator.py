@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from engine.batch import Features
 from engine.messages import EngineStats, SessionState, VocabularyCounts
@@ -19,11 +17,12 @@ from engine.spec.proposer import Proposer
 from engine.spec.stop_rule import Sureness
 from engine.spec.verify_log import VerifyLog
 from engine.spec.vocab_follower import ComputeLogits, VocabFollower
-from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.step_plan import DraftSlot
+from engine.verification import DraftSource, Verification
 
 
 class Speculator:
-    """A ``Drafter`` for the scheduler, made of a proposer, a policy of lengths and the sequences' vocabularies.
+    """Drafts for the engine's steps, by a proposer, a policy of lengths and the sequences' vocabularies.
 
     Args:
         proposer: drafts.
@@ -50,7 +49,6 @@ class Speculator:
         self._copies: dict[str, Copy] = {}
         self._copied: frozenset[str] = frozenset()
         self._chains: dict[str, Chain] = {}
-        self._seconds = 0.0
         self._drafting_seconds: float | None = None
         """None: nothing is drafted in this step."""
 
@@ -86,8 +84,8 @@ class Speculator:
         repeat, num_unread = copy.repeat if copy else None, self._proposer.num_unread(request)
         return Draftable(request.request_id, request.tenant, limit, num_unread, repeat)
 
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
-        """Fill the slots, as far as the policy finds it worth while."""
+    def draft(self, slots: Sequence[DraftSlot]) -> None:
+        """Write ``request.draft_token_ids``, as far as the policy finds it worth while."""
         started = time.perf_counter()
         wanted = [slot for slot in slots if slot.num_tokens]
         sureness = self._copy([slot for slot in wanted if slot.request.request_id in self._copied])
@@ -96,10 +94,8 @@ class Speculator:
             rule = self._policy.stop_rule({slot.request.request_id: slot.num_tokens for slot in drafting})
             sureness |= self._proposer.propose(drafting, rule)
         self._cut([slot.request for slot in wanted if slot.request.draft_token_ids], sureness)
-        seconds = time.perf_counter() - started
-        self._seconds += seconds
         has_drafts = any(not chain.copied for chain in self._chains.values())
-        self._drafting_seconds = seconds if has_drafts else None
+        self._drafting_seconds = time.perf_counter() - started if has_drafts else None
         _drop_forbidden([slot.request for slot in wanted])
 
     def _copy(self, slots: Sequence[DraftSlot]) -> dict[str, Sequence[int]]:
@@ -122,41 +118,46 @@ class Speculator:
             for request in requests:  # another list: the chain keeps this one
                 request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
 
-    def observe(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
-    ) -> None:
-        """Learn from a verified step; arguments as ``Proposer.observe``."""
-        started = time.perf_counter()
-        self._proposer.observe(sequences, num_kept, features)
-        self._seconds += time.perf_counter() - started
-
     def learn(
         self,
-        sequences: Sequence[ScheduledSequence],
-        kept: Sequence[Sequence[int]],
+        verified: Sequence[Verification],
         logits: torch.Tensor,
+        features: Features | None,
         compute_logits: ComputeLogits,
     ) -> float:
-        """Learn from the target's choices; arguments as ``VocabFollower.follow``. Returns its seconds."""
-        first_right = self._judge(sequences, kept)
-        likely = self._write_log(sequences, kept, logits, first_right)
+        """Follow a verified step, before it is committed.
+
+        Args:
+            verified: all its sequences.
+            logits: [L, vocab] float32, as the target has computed them; may be lost in this call.
+            features: of all its tokens; None without capture.
+            compute_logits: for prompt positions, whose logits nobody else wants.
+
+        Returns:
+            The seconds that vocabularies took.
+        """
+        self._proposer.observe([one.sequence for one in verified], [one.num_chosen for one in verified], features)
+        first_right = self._judge(verified)
+        likely = None
+        if self._verify_log is not None:
+            num_likely = 0 if self._follower is None else self._follower.top_k
+            likely = self._verify_log.write(verified, logits, num_likely, first_right)
         seconds = 0.0
         if self._follower is not None:
             started = time.perf_counter()
-            later = self._begun_later(sequences)
-            self._follower.follow(sequences, kept, logits, compute_logits, likely, later, self._copied)
+            self._follower.follow(verified, logits, compute_logits, likely, self._begun_later(verified))
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
             self._policy.observe_seconds(self._drafting_seconds + seconds)
             self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
         return seconds
 
-    def _begun_later(self, sequences: Sequence[ScheduledSequence]) -> list[str]:
+    def _begun_later(self, verified: Sequence[Verification]) -> list[str]:
         """The new requests that get a vocabulary only when they are drafted for, because that may well never be."""
-        new = (one.request for one in sequences if not one.request.output_token_ids)
+        new = (one.request for one in verified if not one.request.output_token_ids)
         return [request.request_id for request in new if not self._policy.drafts_for_most(request.tenant)]
 
-    def _judge(self, sequences: Sequence[ScheduledSequence], kept: Sequence[Sequence[int]]) -> dict[str, bool | None]:
+    def _judge(self, verified: Sequence[Verification]) -> dict[str, bool | None]:
         """Tell the policy what became of the drafts.
 
         The target's last choice judges the first draft that was not verified too, so that it costs nothing to leave one
@@ -166,42 +167,26 @@ class Speculator:
             of the requests with a chain, whether its first token was right; None: it was copied.
         """
         first_right: dict[str, bool | None] = {}
-        for sequence, token_ids in zip(sequences, kept, strict=True):
-            request = sequence.request
-            chain, copy = self._chains.pop(request.request_id, None), self._copies.pop(request.request_id, None)
-            if not token_ids:
+        for one in verified:
+            request_id = one.request.request_id
+            chain, copy = self._chains.pop(request_id, None), self._copies.pop(request_id, None)
+            if not one.kept:
                 continue
             if copy is not None:
-                self._policy.observe_repeat(request.request_id, copy.repeat, _outcomes(copy.token_ids, token_ids))
+                self._policy.observe_repeat(request_id, copy.repeat, _outcomes(copy.token_ids, one.kept))
             if chain is not None:
-                outcomes, repeat = _outcomes(chain.token_ids, token_ids), copy.repeat if copy else None
-                self._policy.observe(request.request_id, chain, outcomes, repeat)
-                first_right[request.request_id] = None if chain.copied else outcomes[0]
+                outcomes, repeat = _outcomes(chain.token_ids, one.kept), copy.repeat if copy else None
+                self._policy.observe(request_id, chain, outcomes, repeat)
+                first_right[request_id] = None if chain.copied else outcomes[0]
         return first_right
 
-    def _write_log(
-        self,
-        sequences: Sequence[ScheduledSequence],
-        kept: Sequence[Sequence[int]],
-        logits: torch.Tensor,
-        first_right: Mapping[str, bool | None],
-    ) -> NDArray[np.int64] | None:
-        """The target's most likely tokens, which the log wants as well as the vocabularies; None: not computed."""
-        if self._verify_log is None:
-            return None
-        started = time.perf_counter()
-        num_likely = 0 if self._follower is None else self._follower.top_k
-        likely = self._verify_log.write(sequences, kept, logits, num_likely, self._copied, first_right)
-        self._seconds += time.perf_counter() - started
-        return likely
+    def source(self, request_id: str) -> DraftSource:
+        """Who drafted for a request in this step."""
+        return "lookup" if request_id in self._copied else "draft"
 
     def draft_version(self, request_id: str) -> int:
         """Version of the adapter that drafted last for a request, 0: the base draft."""
         return self._verify_log.draft_version(request_id) if self._verify_log else 0
-
-    def was_copied(self, sequence: ScheduledSequence) -> bool:
-        """Whether the drafts of a sequence's part of the step were copied."""
-        return sequence.num_draft_tokens > 0 and sequence.request.request_id in self._copied
 
     def add_stats(self, stats: EngineStats) -> EngineStats:
         """The engine's statistics with those of speculation."""
@@ -235,11 +220,6 @@ class Speculator:
             self._copier.forget(request_id)
         if self._vocab is not None:
             self._vocab.forget(request_id)
-
-    def take_seconds(self) -> float:
-        """Time spent drafting and observing since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
 
 
 def _drop_forbidden(requests: Sequence[Request]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from engine.models.config import ModelError
 from engine.request import Request
 from engine.spec.eagle_adapters import EagleAdapters
 from engine.spec.entries import Piece
-from engine.step_plan import ScheduledSequence
+from engine.verification import Verification
 from kernels.topk import topk_rows
 
 if TYPE_CHECKING:
@@ -39,17 +39,14 @@ _CONTEXT_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A verified draft, or none: ``kept`` is what the output gets, chosen from the logits from ``first_row`` on."""
+    """A verified draft, or none, and whether the first token that was drafted is right (None: it was copied)."""
 
-    sequence: ScheduledSequence
-    kept: Sequence[int]
-    first_row: int
-    copied: bool
+    verified: Verification
     first_right: bool | None
 
     @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + len(self.kept))
+    def kept(self) -> Sequence[int]:
+        return self.verified.kept
 
     @property
     def num_accepted(self) -> int:
@@ -58,14 +55,13 @@ class _Step:
     @property
     def drafted(self) -> list[int]:
         """The draft tokens; where the output stops at a right one, those before it: the rest was not looked at."""
-        drafted = self.sequence.token_ids[self.sequence.num_known :]
-        stops_early = drafted[self.num_accepted : len(self.kept)] == [self.kept[-1]]
-        return drafted[: self.num_accepted] if stops_early else drafted
+        drafted = self.verified.drafted
+        return drafted[: self.num_accepted] if self.verified.num_accepted > self.num_accepted else drafted
 
     @property
     def piece(self) -> Piece:
         """The last known token and the accepted drafts."""
-        sequence, first = self.sequence, self.sequence.num_known - 1
+        sequence, first = self.verified.sequence, self.verified.sequence.num_known - 1
         token_ids = sequence.token_ids[first : first + len(self.kept)]
         return Piece(sequence.start + first, token_ids, 0, sequence.block_ids, sequence.request.request_id)
 
@@ -133,28 +129,24 @@ class VerifyLog:
     @torch.inference_mode()
     def write(
         self,
-        sequences: Sequence[ScheduledSequence],
-        kept: Sequence[Sequence[int]],
+        verified: Sequence[Verification],
         logits: torch.Tensor,
         num_likely: int,
-        copied: Collection[str],
         first_right: Mapping[str, bool | None],
     ) -> NDArray[np.int64] | None:
         """Log of a step what is worth it, once its features are stored and before it is committed.
 
         Args:
-            sequences: as scheduled.
-            kept: the tokens that each one's output gets; none while its prefill is unfinished.
+            verified: all sequences of the step.
             logits: [L, vocab] float32, as the target has computed them.
             num_likely: how many of the target's most likely tokens somebody else wants of each row.
-            copied: requests whose drafts are not the draft's.
             first_right: of the requests that were drafted for, whatever of that was verified, whether the first token
                 is the target's choice (None: it was copied).
 
         Returns:
             these tokens' ids [L, num_likely], best first; None where there is nothing to log.
         """
-        steps = self._steps(sequences, kept, copied, first_right)
+        steps = _steps(verified, first_right)
         if not steps:
             return None
         self._num_steps += len(steps)
@@ -168,9 +160,10 @@ class VerifyLog:
         """Those worth it, of which ``values`` and ``ids`` [L, k] are the target's largest logits."""
         chosen: list[_Chosen] = []
         for step in steps:
-            is_fair = self._is_fair(step.sequence.request)
-            if is_fair or self._teaches(step, values[step.rows], ids[step.rows]):
-                chosen.append(_Chosen(step, not is_fair, values[step.rows], ids[step.rows]))
+            of_step = step.verified.rows
+            is_fair = self._is_fair(step.verified.request)
+            if is_fair or self._teaches(step, values[of_step], ids[of_step]):
+                chosen.append(_Chosen(step, not is_fair, values[of_step], ids[of_step]))
         if not chosen:
             return
         self._look_around()
@@ -229,28 +222,9 @@ class VerifyLog:
             records_dropped_by_redis=written.num_dropped_by_redis,
         )
 
-    def _steps(
-        self,
-        sequences: Sequence[ScheduledSequence],
-        kept: Sequence[Sequence[int]],
-        copied: Collection[str],
-        first_right: Mapping[str, bool | None],
-    ) -> list[_Step]:
-        """Of the sequences whose output says something about their drafts, verified or not."""
-        steps, end = [], 0
-        for sequence, tokens in zip(sequences, kept, strict=True):
-            end += sequence.num_logits
-            request_id, has_drafts = sequence.request.request_id, sequence.num_draft_tokens > 0
-            if tokens and (has_drafts or request_id in first_right):
-                is_copied, is_right = request_id in copied, first_right.get(request_id)
-                step = _Step(sequence, tokens, end - sequence.num_sampled, is_copied, is_right)
-                if step.drafted or not is_copied:  # a copy that was not looked at says nothing
-                    steps.append(step)
-        return steps
-
     def _with_context(self, step: _Step) -> Piece:
         """The step's own tokens; the first time, and after a while without any, also those before."""
-        piece, request, now = step.piece, step.sequence.request, time.monotonic()
+        piece, request, now = step.piece, step.verified.request, time.monotonic()
         told_at = self._told_at.get(request.request_id, -math.inf)
         self._told_at[request.request_id] = now
         if now - told_at < _CONTEXT_SECONDS:
@@ -274,7 +248,7 @@ class VerifyLog:
 
     def _record(self, chosen: _Chosen, context: Sequence[int], slot: int, generation: int) -> VerifyRecord:
         """``slot`` and ``generation``: of the rows of the context and the step's own behind them."""
-        step, request = chosen.step, chosen.step.sequence.request
+        step, request = chosen.step, chosen.step.verified.request
         assignment = self._adapters.assigned(request.request_id)
         top_ids, top_logits = pack_top_k(chosen.ids, chosen.values)
         weights = self._prior_weights(request.request_id)
@@ -297,7 +271,20 @@ class VerifyLog:
             feature_generation=generation,
             num_features=len(step.kept),
             context=pack_ids(context),
-            copied=step.copied,
+            copied=step.verified.source == "lookup",
             first_right=step.first_right,
             prior=b"" if weights is None or not weights.any() else pack_weights(weights),
         )
+
+
+def _steps(verified: Sequence[Verification], first_right: Mapping[str, bool | None]) -> list[_Step]:
+    """Those of the sequences whose output says something about their drafts, verified or not."""
+    steps = []
+    for one in verified:
+        was_drafted, is_right = one.request.request_id in first_right, first_right.get(one.request.request_id)
+        is_copied = one.source == "lookup" or (was_drafted and is_right is None)
+        if one.kept and (one.source is not None or was_drafted):
+            step = _Step(one, is_right)
+            if step.drafted or not is_copied:  # a copy that was not looked at says nothing
+                steps.append(step)
+    return steps

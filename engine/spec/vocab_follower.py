@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
-from engine.step_plan import ScheduledSequence
-from engine.vocab.draft_vocab import DraftVocab, VerifiedSequence
+from engine.verification import Verification
+from engine.vocab.draft_vocab import DraftVocab
 from kernels.topk import topk_rows
 
 ComputeLogits = Callable[[Sequence[int]], torch.Tensor]
@@ -33,57 +33,51 @@ class VocabFollower:
 
     def follow(
         self,
-        sequences: Sequence[ScheduledSequence],
-        kept: Sequence[Sequence[int]],
+        verified: Sequence[Verification],
         logits: torch.Tensor,
         compute_logits: ComputeLogits,
         likely: NDArray[np.int64] | None = None,
         later: Collection[str] = (),
-        copied: Collection[str] = (),
     ) -> None:
         """A step was verified, and is not committed yet.
 
         Args:
-            sequences: as scheduled.
-            kept: the tokens that each one's output gets; none while its prefill is unfinished.
+            verified: all its sequences.
             logits: [L, vocab] float32, as the target has computed them; may be lost in this call.
             compute_logits: for prompt positions, whose logits nobody else wants.
             likely: ids [L, top_k] of the largest logits, best first, where they are known already.
             later: new requests that get a vocabulary when they are first drafted for; the others get one now.
-            copied: requests whose drafts did not come from their vocabularies.
         """
 
-        def top_k(rows: Sequence[range]) -> NDArray[np.int32]:
-            parts = [slice(of_sequence.start, of_sequence.stop) for of_sequence in rows]
+        def top_k(rows: Sequence[slice]) -> NDArray[np.int32]:
             if likely is not None:
-                return np.concatenate([likely[part] for part in parts]).astype(np.int32)
+                return np.concatenate([likely[part] for part in rows]).astype(np.int32)
             if logits.is_cuda:
-                return self._most_likely(torch.cat([logits[part] for part in parts]))
-            return np.concatenate([self._most_likely(logits[part]) for part in parts])
+                return self._most_likely(torch.cat([logits[part] for part in rows]))
+            return np.concatenate([self._most_likely(logits[part]) for part in rows])
 
-        verified = []
+        self.vocab.observe([one for one in verified if one.kept], top_k, later)
+        if self._num_prompt_positions:
+            self._follow_prompts(verified, compute_logits)
+
+    def _follow_prompts(self, verified: Sequence[Verification], compute_logits: ComputeLogits) -> None:
+        """Show the vocabularies of new sequences what the target thought likely at the ends of their prompts."""
         prompts: dict[str, range] = {}
-        row, token = 0, 0
-        for sequence, token_ids in zip(sequences, kept, strict=True):
-            row += sequence.num_logits
-            token += len(sequence.token_ids)
-            request = sequence.request
-            if token_ids:
-                first = row - sequence.num_sampled
-                num_drafts = 0 if request.request_id in copied else sequence.num_draft_tokens
-                verified.append(VerifiedSequence(request, token_ids, num_drafts, first))
-                if not request.output_token_ids:
-                    # The last token of a prompt may be alone in its step, and have drafts after it.
-                    end = token - sequence.num_draft_tokens - 1
-                    before_last = min(self._num_prompt_positions, sequence.num_known - 1)
-                    prompts[request.request_id] = range(end - before_last, end)
-        self.vocab.observe(verified, top_k, later)
+        token = 0
+        for one in verified:
+            token += len(one.sequence.token_ids)
+            if one.kept and not one.request.output_token_ids:
+                # The last token of a prompt may be alone in its step, and have drafts after it.
+                end = token - one.sequence.num_draft_tokens - 1
+                before_last = min(self._num_prompt_positions, one.sequence.num_known - 1)
+                prompts[one.request.request_id] = range(end - before_last, end)
         rows = [row for of_prompt in prompts.values() for row in of_prompt]
-        if rows:
-            of_rows, begin = self._most_likely(compute_logits(rows)), 0
-            for request_id, of_prompt in prompts.items():
-                self.vocab.bootstrap(request_id, of_rows[begin : begin + len(of_prompt)])
-                begin += len(of_prompt)
+        if not rows:
+            return
+        of_rows, begin = self._most_likely(compute_logits(rows)), 0
+        for request_id, of_prompt in prompts.items():
+            self.vocab.bootstrap(request_id, of_rows[begin : begin + len(of_prompt)])
+            begin += len(of_prompt)
 
     def _most_likely(self, logits: torch.Tensor) -> NDArray[np.int32]:
         # By this thread alone: a sequence's few rows take it less time than to wake the team.

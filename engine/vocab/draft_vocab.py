@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from engine.config import DynamicConfig
 from engine.messages import SessionState, VocabularyCounts
 from engine.request import Request
+from engine.verification import Verification
 from engine.vocab.bigram_graph import BigramGraph
 from engine.vocab.drafted_tokens import DraftedTokens
 from engine.vocab.ngram_counts import restore, strongest
@@ -37,7 +38,7 @@ _MIN_TENANTS = 64
 """With a table of half a MiB each."""
 _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""
-TopK = Callable[[Sequence[range]], NDArray[np.int32]]
+TopK = Callable[[Sequence[slice]], NDArray[np.int32]]
 """The target's most likely tokens at some rows of a step's logits: [n, k], best first."""
 
 
@@ -77,30 +78,6 @@ class Resources:
     semantic: SemanticIndex | None = None
     start_weights: Sequence[float] | None = None
     """[NUM_FEATURES]: where the prior of a tenant's first session starts; None: at zeros."""
-
-
-@dataclass(frozen=True, slots=True)
-class VerifiedSequence:
-    """A sequence's part of a verified step, before the commit."""
-
-    request: Request
-    token_ids: Sequence[int]
-    """Kept of the target's choices."""
-    num_drafts: int
-    """How many tokens had been drafted by its vocabulary."""
-    first_row: int
-    """Row of the logits from which the first token was chosen."""
-
-    @property
-    def rows(self) -> range:
-        """Of the logits from which the tokens were chosen."""
-        return range(self.first_row, self.first_row + len(self.token_ids))
-
-    @property
-    def num_accepted(self) -> int:
-        """How many of the kept tokens were drafted."""
-        pairs = list(zip(self.request.draft_token_ids[: self.num_drafts], self.token_ids, strict=False))
-        return next((place for place, (draft, token_id) in enumerate(pairs) if draft != token_id), len(pairs))
 
 
 @dataclass(slots=True)
@@ -225,26 +202,26 @@ class DraftVocab:
         """The tails of sessions; of those that are none (-1) one that is always empty."""
         return [self._options.max_sessions if session < 0 else session for session in sessions]
 
-    def observe(self, sequences: Sequence[VerifiedSequence], top_k: TopK, later: Collection[str] = ()) -> None:
+    def observe(self, verified: Sequence[Verification], top_k: TopK, later: Collection[str] = ()) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
 
         Args:
-            sequences: those that got tokens.
+            verified: the sequences that got tokens.
             top_k: called for rows where the target's own choices are wanted.
             later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
         """
-        followed: list[VerifiedSequence] = []
+        followed: list[Verification] = []
         rows = _Rows()
-        for sequence in sequences:
-            request = sequence.request
+        for one in verified:
+            request = one.request
             running = self._running.get(request.request_id)
             if running is None and request.request_id not in later and not request.output_token_ids:
                 running = self._start(request)
-            elif running is None or not sequence.num_drafts:
+            elif running is None or one.source != "draft":
                 continue
             if running is not None:
-                rows.add(running, sequence.token_ids)
-                followed.append(sequence)
+                rows.add(running, one.kept)
+                followed.append(one)
         if followed:
             self._follow(followed, rows, top_k)
         self.drafted.begin()  # the next ones may not come from here
@@ -253,30 +230,31 @@ class DraftVocab:
                 session = self._running[request_id].session
                 self._write(self.sessions.insert(session, token_ids, "semantic", _NEW_BY_SEARCH))
 
-    def _follow(self, sequences: Sequence[VerifiedSequence], rows: _Rows, top_k: TopK) -> None:
+    def _follow(self, verified: Sequence[Verification], rows: _Rows, top_k: TopK) -> None:
         """Take tokens of sequences that are up to date, and put into their tails what is likely to come."""
         sessions, tenants = [one.session for one in rows.running], self._tables(rows.running)
-        num_accepted = [sequence.num_accepted for sequence in sequences]
-        places = [self.drafted.places(one.request.request_id, len(one.token_ids)) for one in sequences]
+        num_accepted = [one.num_accepted for one in verified]
+        places = [
+            self.drafted.places(one.request.request_id, min(len(one.kept), one.sequence.num_draft_tokens))
+            for one in verified
+        ]
         writes, missed = self.sessions.verify(
             sessions, tenants, rows.tokens, num_accepted, places, self.drafted.arrays()
         )
         self._write(writes)
         signal = self._options.target_signal
-        chosen = range(len(sequences)) if signal == "every" else [row for row, first in enumerate(missed) if first >= 0]
+        chosen = range(len(verified)) if signal == "every" else [row for row, first in enumerate(missed) if first >= 0]
         if not chosen or not self.has_tails:
             return
         likely = None
         if signal != "off":
-            likely = top_k(
-                [range(one.first_row, one.first_row + len(one.token_ids)) for one in map(sequences.__getitem__, chosen)]
-            )
+            likely = top_k([verified[row].rows for row in chosen])
         of_chosen = None if tenants is None else [tenants[row] for row in chosen]
         tokens = [rows.tokens[row] for row in chosen]
         self._write(self.sessions.retrieve([sessions[row] for row in chosen], of_chosen, tokens, likely))
         if self._search is not None:
             for row in chosen:
-                self._ask(sequences[row].request.request_id, missed[row])
+                self._ask(verified[row].request.request_id, missed[row])
 
     def _ask(self, request_id: str, missed: int) -> None:
         """Search for the tokens nearest to the state from which a token should have been drafted, but could not."""

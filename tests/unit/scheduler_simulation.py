@@ -68,7 +68,9 @@ class Simulation:
 
     def step(self, abort: str | None = None) -> SchedulerOutput:
         """One step; ``abort``: a request id that is aborted between schedule and commit."""
-        output = self.scheduler.schedule(self if self._num_drafts else None)
+        reservation = self.scheduler.reserve(self if self._num_drafts else None)
+        self._draft(reservation.slots)
+        output = self.scheduler.schedule(reservation)
         self._check(output)
         self._end_stalls()
         sampled = [self._forward(sequence) for sequence in output.sequences]
@@ -162,7 +164,7 @@ class Simulation:
         assert not any(request.draft_token_ids for request in requests)
         return [min(limit, self._num_drafts) for limit in limits]
 
-    def propose(self, slots: Sequence[DraftSlot]) -> None:
+    def _draft(self, slots: Sequence[DraftSlot]) -> None:
         for slot in slots:
             request, drafts = slot.request, slot.request.draft_token_ids
             assert request.num_tokens + slot.num_tokens <= len(slot.block_ids) * BLOCK_SIZE

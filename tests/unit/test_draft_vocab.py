@@ -8,17 +8,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from benchmarks.vocabulary.replay import verification
 from engine.config import DynamicConfig
 from engine.messages import SamplingParams, SessionState
 from engine.request import Request
 from engine.vocab.bigram_graph import build_bigram_graph
-from engine.vocab.draft_vocab import DraftVocab, Resources, VerifiedSequence, core_mask
+from engine.vocab.draft_vocab import DraftVocab, Resources, core_mask
 from engine.vocab.prior import NUM_FEATURES
 from engine.vocab.running_texts import RunningTexts
 from engine.vocab.snapshot import decode
 
 VOCAB, CORE, SLOTS, FINGERPRINT = 1000, 100, 64, "tokens"
 EMPTY = -1
+
+
+def _count(rows: Sequence[slice]) -> int:
+    return sum(of_sequence.stop - of_sequence.start for of_sequence in rows)
 
 
 class Slabs:
@@ -73,8 +78,10 @@ class Harness:
     def verify(self, request: Request, tokens: Sequence[int], drafts: Sequence[int] = ()) -> None:
         """A step that keeps ``tokens``."""
         request.draft_token_ids = list(drafts)
-        verified = [VerifiedSequence(request, tokens, len(drafts), 0)]
-        self.vocab.observe(verified, lambda rows: np.tile(self.top, (sum(map(len, rows)), 1)), self.later)
+        verified = [verification(request, tokens, len(drafts))]
+        self.vocab.observe(
+            verified, lambda rows: np.tile(self.top, (sum(r.stop - r.start for r in rows), 1)), self.later
+        )
         request.output_token_ids += tokens
         request.all_token_ids += tokens
         request.draft_token_ids = []

@@ -1,0 +1,56 @@
+"""What one step has decided about one sequence: built once, read by all that learns, logs, counts or emits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from engine.step_plan import ScheduledSequence
+
+if TYPE_CHECKING:
+    from engine.request import Request
+    from engine.sampling.sampler import SampledSequence
+    from engine.truncation import Truncation
+
+DraftSource = Literal["draft", "lookup"]
+"""Who drafted: the draft, or prompt lookup."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """A sequence's part of a verified step, before the commit."""
+
+    sequence: ScheduledSequence
+    first_row: int
+    """The first of the sequence's rows of logits that tokens are chosen from; the rows of its drafts follow."""
+    choice: SampledSequence | None = None
+    """The target's choices; None while the prompt is unfinished, or where a grammar's mask is late."""
+    truncation: Truncation | None = None
+    """Where the output ends among them; None without choices."""
+    kept: Sequence[int] = ()
+    """The tokens that the output gets: accepted drafts, then a recovered or bonus token, as far as it goes on."""
+    num_accepted: int = 0
+    """How many of them were drafted."""
+    source: DraftSource | None = None
+    """Who drafted the tokens that were verified; None: nothing was drafted."""
+
+    @property
+    def request(self) -> Request:
+        """Whose the sequence is."""
+        return self.sequence.request
+
+    @property
+    def drafted(self) -> list[int]:
+        """The draft tokens that were verified."""
+        return self.sequence.token_ids[self.sequence.num_known :]
+
+    @property
+    def rows(self) -> slice:
+        """The rows of logits from which the kept tokens were chosen."""
+        return slice(self.first_row, self.first_row + len(self.kept))
+
+    @property
+    def num_chosen(self) -> int:
+        """The target's choices, also those after the output's end."""
+        return 0 if self.choice is None else len(self.choice.token_ids)
