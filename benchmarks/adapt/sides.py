@@ -51,6 +51,11 @@ class Side:
     options: dict[str, str]
 
     @property
+    def trains_all_weights(self) -> bool:
+        """Whether the worker trains the whole draft, not an adapter."""
+        return self.options.get("training.method") == OSD
+
+    @property
     def key_scope(self) -> KeyScope:
         """Who shares an adapter."""
         return cast(KeyScope, self.options.get(_SCOPE, "tenant"))  # the server refuses others

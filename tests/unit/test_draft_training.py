@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from adapters.chain_unroll import ChainWalk
-from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
-from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
-from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
-from adapters.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
-from adapters.head_loss import head_loss
+from adapters.alignment.chain_walk import ChainWalk
 from adapters.target_parts import target_parts
-from adapters.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer, rows_of_loss
-from adapters.ttt_attention import chain_attention
-from adapters.unroll import Unroller
+from adapters.training.chain_attention import chain_attention
+from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from adapters.training.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
+from adapters.training.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
+from adapters.training.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
+from adapters.training.head_loss import head_loss
+from adapters.training.trainer import VALIDATION_STEPS, Phase, TrainConfig, Trainer, rows_of_loss
+from adapters.training.unroll import Unroller
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3 import Eagle3, init_from_target, save_draft
@@ -163,12 +163,12 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     scale = torch.rand(4)
     assert load_checkpoint(tmp_path, model, optimizer, scale) is None
     step(model, optimizer, 1)
-    save_checkpoint(tmp_path, model, optimizer, Progress(step=1, anchors=8, history=[{"loss": [1.5]}]), scale)
+    save_checkpoint(tmp_path, model, optimizer, TrainingProgress(step=1, anchors=8, history=[{"loss": [1.5]}]), scale)
     step(model, optimizer, 2)
 
     (resumed, other), resumed_scale = made(), torch.rand(4)
     progress = load_checkpoint(tmp_path, resumed, other, resumed_scale)
-    assert progress == Progress(step=1, anchors=8, history=[{"loss": [1.5]}])
+    assert progress == TrainingProgress(step=1, anchors=8, history=[{"loss": [1.5]}])
     assert torch.equal(resumed_scale, scale)
     step(resumed, other, 2)
     for parameter, wanted in zip(resumed.parameters(), model.parameters(), strict=True):

@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.chains import ChainStep, collate
-from adapters.curriculum_loss import divergence
-from adapters.records import Assembler, Segment
-from adapters.replay import ReplayBuffer, is_held_out, starts_chains, teaches
+from adapters.alignment.chains import ChainStep, collate
+from adapters.alignment.curriculum_loss import divergence
+from adapters.alignment.records import Assembler, Segment
+from adapters.alignment.replay import ReplayBuffer, is_held_out, starts_chains, teaches
 from engine.adapters_config import ReplayConfig
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
 from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights

@@ -1,4 +1,4 @@
-"""Trains the draft of a model on what ``adapters.generate`` has written: ``evospec train-draft MODEL``."""
+"""Trains the draft of a model on what ``adapters.training.generate`` has written: ``evospec train-draft MODEL``."""
 
 from __future__ import annotations
 
@@ -10,55 +10,29 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from adapters import checkpoint
-from adapters.conversations import shard_paths
-from adapters.generate import data_directory, recorded_layers, text_directory
-from adapters.model_card import write_card
-from adapters.train import Phase, TrainConfig, Trainer
-from adapters.validation import Accuracy
+from adapters.training.checkpoint import TrainingProgress
+from adapters.training.conversations import data_directory, shard_paths, text_directory
+from adapters.training.feature_recorder import recorded_layers
+from adapters.training.model_card import write_card
+from adapters.training.trainer import Phase, TrainConfig, Trainer
+from adapters.training.validation import Accuracy
 from engine.config import ModelConfig
 from engine.cores import available_cores
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.spec.draft_files import DRAFTS
 
-STEP_DISCOUNT = 0.9
+_STEP_DISCOUNT = 0.9
 """Weight of an unrolled step's loss against that of the step before, as in EAGLE-3's code."""
 
 
-class Display:
-    """One progress bar, and a line for every validation."""
-
-    def __init__(self, total_anchors: int) -> None:
-        self._console = Console()
-        self._bar = Progress(
-            TextColumn("{task.percentage:3.0f} %"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f} positions, loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
-        self._task = self._bar.add_task("train", total=total_anchors, loss="")
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def report(self, progress: checkpoint.Progress, losses: Sequence[float], accuracy: Accuracy | None) -> None:
-        """Called by the trainer after every step."""
-        self._bar.update(self._task, completed=progress.anchors, loss=" ".join(f"{loss:.3f}" for loss in losses))
-        if accuracy is not None:
-            self._console.print(
-                f"{progress.seconds / 60:5.1f} min  {progress.anchors:>10,} positions of "
-                f"{progress.history[-1]['distinct']:,} distinct  acceptance length, accuracy by step: {accuracy}",
-                soft_wrap=True,
-            )
+def _report(progress: TrainingProgress, losses: Sequence[float], accuracy: Accuracy) -> None:
+    print(
+        f"{progress.seconds / 60:5.1f} min  {progress.anchors:>10,} positions of {progress.history[-1]['distinct']:,} "
+        f"distinct  loss {' '.join(f'{loss:.3f}' for loss in losses)}  acceptance length, accuracy by step: {accuracy}",
+        flush=True,
+    )
 
 
 def main(
@@ -82,7 +56,7 @@ def main(
     spec = validate_model_files(files)
     both = (
         Phase(one_step, (1.0,), learning_rate, batch_tokens),
-        Phase(unrolled, tuple(STEP_DISCOUNT**n for n in range(steps)), unrolled_learning_rate, batch_tokens),
+        Phase(unrolled, tuple(_STEP_DISCOUNT**n for n in range(steps)), unrolled_learning_rate, batch_tokens),
     )
     config = TrainConfig(
         capture_layers=recorded_layers(spec)[:-1],
@@ -93,16 +67,13 @@ def main(
     )
     directory, text, output = data_directory(files.name), text_directory(files.name), output or DRAFTS / files.name
     weights, checkpoints = open_weights(files), directory / "runs" / run
-    with Display(one_step + unrolled) as display:
-        trainer = Trainer(config, spec, weights, files.name, directory, text, checkpoints, output, display.report)
-        if start_from is not None and trainer.is_finished:
-            raise typer.BadParameter(f"{run} is finished; training a draft further is another run", param_hint="--run")
-        trainer.run()
+    trainer = Trainer(config, spec, weights, files.name, directory, text, checkpoints, output, _report)
+    if start_from is not None and trainer.is_finished:
+        raise typer.BadParameter(f"{run} is finished; training a draft further is another run", param_hint="--run")
+    trainer.run()
     history = trainer.progress.history
     (output / "training.json").write_text(json.dumps(history, indent=1) + "\n")
-    phases = f"{one_step:,} with one step, {unrolled:,} with {steps} unrolled steps"
-    command = ["evospec train-draft", *sys.argv[1:]]
-    write_card(output, files.name, bool(shard_paths(text)), command, seed, phases, history)
+    write_card(output, files.name, bool(shard_paths(text)), ["evospec train-draft", *sys.argv[1:]], history)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ import time
 import structlog
 import torch
 
-from adapters.chains import Chains
-from adapters.guard import Guard, Verdict, judge
-from adapters.records import Segment
-from adapters.replay import ReplayBuffer
-from adapters.scoring import Known, Memory, Scoring, Side
-from adapters.store import AdapterStore
-from adapters.trainer import Trainer
-from adapters.trigger import UpdateTrigger
+from adapters.alignment.chains import ChainDrafter
+from adapters.alignment.guard import Guard, Verdict, judge
+from adapters.alignment.records import Segment
+from adapters.alignment.replay import ReplayBuffer
+from adapters.alignment.scoring import KnownScores, ScoreCache, Scoring
+from adapters.alignment.store import AdapterStore
+from adapters.alignment.trigger import UpdateTrigger
+from adapters.alignment.updates import Updater
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.adapter_control import AdapterCommand, AdapterStatus
 from engine.ipc.verify_record import VerifyRecord
@@ -29,25 +29,31 @@ class KeyAligner:
     the last good revision on disk.
 
     Args:
-        key: of the adapter.
-        chains: of the base draft.
-        trainer: of this key alone.
-        store: of all keys.
+        key: names the adapter.
+        base: the base draft.
+        updater: owns the weights of this key alone.
+        store: has the versions of all keys.
         config: everything else.
     """
 
-    def __init__(self, key: str, chains: Chains, trainer: Trainer, store: AdapterStore, config: AdaptersConfig) -> None:
-        self._chains, self._trainer, self._store, self._config = chains, trainer, store, config
+    def __init__(
+        self, key: str, base: ChainDrafter, updater: Updater, store: AdapterStore, config: AdaptersConfig
+    ) -> None:
+        self._base, self._updater, self._store, self._config = base, updater, store, config
         self.state = store.load_state(key)
         self.replay = ReplayBuffer(config.replay)
         self._new_watch()
         self.revision = 0
-        """In force, or to be; 0: the base draft."""
+        """The revision in force, or to be; 0: the base draft."""
         self.tensors: dict[str, torch.Tensor] | None = None
         """Its weights as they are published."""
+        self.is_unpublished = True
+        """Whether they are not in force: they never were, or the engine has lost them."""
+        self._is_new = True
+        """Whether they never were."""
         self.channel_version = 0
         self.worked_at = 0.0
-        """When it did so last, by the monotonic clock."""
+        """When it worked last, by the monotonic clock."""
         self._num_unjudged = 0
         """Updates since weights were scored."""
         self._num_ahead = 0
@@ -55,23 +61,22 @@ class KeyAligner:
         self._num_more = 0
         """Updates on older positions that batches of new ones have brought and that were not done yet."""
         self._scoring: Scoring | None = None
-        """Of the trainer's weights, begun and not done; they stay as they are meanwhile."""
-        self._memory = Memory()
-        self._is_unpublished = self._is_new = True
+        """A scoring of the updater's weights, begun and not done; they stay as they are meanwhile."""
+        self._scores = ScoreCache()
         self._last_loss: float | None = None
         self._last_refusal = ""
-        self._num_records = self._num_teaching = self._untold_steps = 0
+        self._num_records = self._num_teaching = self._num_steps = 0
         self._go_to(self.state.good_revision)
 
-    def observe(self, record: VerifyRecord, teaches: bool) -> None:
+    def count(self, record: VerifyRecord, teaches: bool) -> None:
         """Count a record, and take the version in force back if it turns out to be bad.
 
         What is not published yet is not blamed for what the one before it did.
         """
         self._num_records += 1
-        self._untold_steps += 1
+        self._num_steps += 1
         self._num_teaching += teaches
-        if self._guard.observe(record) and self.revision and not self._is_new:
+        if self._guard.is_bad_after(record) and self.revision and not self._is_new:
             log.warning(
                 "adapter taken back",
                 key=self.state.key,
@@ -90,13 +95,13 @@ class KeyAligner:
             self.replay.add(segment)
 
     def tick(self) -> None:
-        """To be called about once a second."""
-        self._trigger.observe_steps(self._untold_steps)
-        self._untold_steps = 0
+        """What there is to do about once a second."""
+        self._trigger.add_steps(self._num_steps)
+        self._num_steps = 0
         if self._guard.is_good and not self._is_new and self.state.good_revision != self.revision:
             self.state.good_revision = self.revision
             self._store.save_state(self.state)
-        self._trigger.observe_acceptance(self._guard.in_force)
+        self._trigger.compare_acceptance(self._guard.in_force)
 
     @property
     def wants_work(self) -> bool:
@@ -121,22 +126,13 @@ class KeyAligner:
             if self._guard.may_be_followed:
                 self._judge(scoring)
 
-    @property
-    def is_unpublished(self) -> bool:
-        """Whether another version should be in force than the one that was published last."""
-        return self._is_unpublished
-
-    def must_publish(self) -> None:
-        """The engine has lost what was published."""
-        self._is_unpublished = True
-
     def published(self, version: int) -> None:
         """``tensors`` are in force as ``version`` of the channel, 0: no slot is needed."""
         if self._is_new:
             self._guard.watch(version)
         else:
-            self._guard.rename(version)
-        self._is_unpublished = self._is_new = False
+            self._guard.version = version
+        self.is_unpublished = self._is_new = False
         self.channel_version = version
 
     def obey(self, command: AdapterCommand) -> None:
@@ -148,7 +144,7 @@ class KeyAligner:
             self._store.forget(self.state.key)
             self.state = self._store.load_state(self.state.key)
             self.replay.clear()
-            self._memory = Memory()
+            self._scores = ScoreCache()
             self._new_watch()
             self._go_to(0)
         else:
@@ -168,7 +164,7 @@ class KeyAligner:
         self._store.save_state(self.state)
 
     def status(self, slot: int | None) -> AdapterStatus:
-        """For people."""
+        """What people are shown."""
         state, guard = self.state, self._guard
         return AdapterStatus(
             revision=self.revision,
@@ -216,37 +212,38 @@ class KeyAligner:
         else:
             segments = self.replay.take_older(training.batch_positions)
             self._num_more -= 1
-        update = self._trainer.update(segments)
+        update = self._updater.update(segments)
         self._num_unjudged += 1
         self._num_ahead += 1
         self.state.num_updates += 1
         self.state.num_trained_positions += update.num_positions
         self._last_loss = update.loss
-        self._trigger.observe_update(update.seconds)
+        self._trigger.add_update(update.seconds)
 
     def _begin_scoring(self) -> None:
-        """Of what was trained, the base draft and what is in force, on held-out positions."""
-        segments, memory = list(self.replay.held_out), self._memory
-        memory.look_at(segments, len(self._chains.target.head))
-        sides = [Side(self._trainer.weights(self._trainer.published()), Known()), Side({}, memory.base)]
+        """Compare what was trained with the base draft and what is in force, on held-out positions."""
+        segments, scores = list(self.replay.held_out), self._scores
+        scores.choose_tokens(segments, len(self._base.target.head))
+        scores.candidate = KnownScores()
+        drafters = [(self._updater.drafter(self._updater.published()), scores.candidate), (self._base, scores.base)]
         if self.tensors is not None:
-            sides.append(Side(self._trainer.weights(self.tensors), memory.current))
-        self._scoring = Scoring(self._chains, segments, sides, memory.tokens, self._config.training.horizon)
+            drafters.append((self._updater.drafter(self.tensors), scores.current))
+        self._scoring = Scoring(segments, drafters, scores.tokens, self._config.training.horizon)
 
     def _judge(self, scoring: Scoring) -> None:
         """Put what was trained in force, or go back to what is."""
         scores = scoring.scores()
         new, base, current = scores[0], scores[1], scores[-1]
-        self._trigger.observe_score(current.loss - new.loss, self._num_ahead, scoring.seconds / self._num_unjudged)
+        self._trigger.add_score(current.loss - new.loss, self._num_ahead, scoring.seconds / self._num_unjudged)
         verdict, reason = judge(new, current, base, self._config.guard)
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
         if verdict is Verdict.PUBLISH:
-            self._put_in_force(self._trainer.published())
-            self._memory.current = scoring.sides[0].known
+            self._put_in_force(self._updater.published())
+            self._scores.current = self._scores.candidate
         elif verdict is Verdict.REFUSE:
             self.state.num_refused += 1
             self._last_refusal = reason
-            self._trainer.load(self.tensors)
+            self._updater.load(self.tensors)
         if verdict is not Verdict.TRAIN_ON:
             self._num_ahead = 0
         self._num_unjudged = 0
@@ -258,7 +255,7 @@ class KeyAligner:
         self.revision = self._store.save(self.state, candidate)
         self.tensors = candidate
         self.state.num_published += 1
-        self._is_unpublished = self._is_new = True
+        self.is_unpublished = self._is_new = True
         self._store.save_state(self.state)  # first, or a worker killed here would look for what is deleted below
         self._store.keep_only(self.state.key, {self.state.good_revision, self.revision})
 
@@ -267,10 +264,10 @@ class KeyAligner:
         self.tensors = self._store.load(self.state.key, revision) if revision else None
         self.revision = revision if self.tensors is not None else 0
         self._scoring = None  # of weights that came from others than these
-        self._memory.current.clear()
-        self._trainer.load(self.tensors)
+        self._scores.current.clear()
+        self._updater.load(self.tensors)
         self._num_unjudged = self._num_ahead = self._num_more = 0
-        self._is_unpublished = self._is_new = True
+        self.is_unpublished = self._is_new = True
 
     def _new_watch(self) -> None:
         self._guard = Guard(self._config.guard)

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 
 import torch
 
-from adapters.chains import ChainStep
+from adapters.alignment.chains import ChainStep
 
 
 class Curriculum:
-    """``adapters.chains.GoesOn`` for one batch: follows each chain to step k with probability w_k.
+    """``GoesOn`` for one batch: follows each chain to step k with probability w_k.
 
     Args:
-        beta: of the weights.
+        beta: how fast the weights fall.
         uniform: a number from [0, 1) for each chain.
     """
 
@@ -50,13 +50,13 @@ def divergence(steps: Sequence[ChainStep], temperature: float = 1.0) -> torch.Te
 
 
 def step_divergence(step: ChainStep, temperature: float = 1.0) -> torch.Tensor:
-    """The same of each chain [n] in one step; 0 where it has none."""
+    """T² KL(target / T ‖ draft / T) of each chain [n] in one step; 0 where it has none."""
     cross_entropy, entropy = _cross_entropy(step, temperature)
     return temperature**2 * torch.where(step.mask, cross_entropy - entropy, 0.0)
 
 
 def _cross_entropy(step: ChainStep, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of target and draft, and the target's own entropy: [n] each."""
+    """Cross-entropy of target and draft, and the target's own entropy: [n] each."""
     logs = (step.top_logits / temperature).log_softmax(-1)
     shares = logs.exp()
     draft_logs = (step.logits / temperature).log_softmax(-1).gather(-1, step.columns)

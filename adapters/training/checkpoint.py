@@ -18,7 +18,7 @@ _SCALE, _PROGRESS = "feature_scale", "progress"
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a run is. ``history`` has one entry for each validation."""
 
     step: int = 0
@@ -29,7 +29,11 @@ class Progress:
 
 
 def save_checkpoint(
-    directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, feature_scale: torch.Tensor
+    directory: Path,
+    draft: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: TrainingProgress,
+    feature_scale: torch.Tensor,
 ) -> None:
     """Replace the checkpoint of a directory, as a whole.
 
@@ -48,7 +52,7 @@ def save_checkpoint(
 
 def load_checkpoint(
     directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, feature_scale: torch.Tensor
-) -> Progress | None:
+) -> TrainingProgress | None:
     """Restore everything in place, ``feature_scale`` too; None where there is no checkpoint.
 
     Raises:
@@ -73,4 +77,4 @@ def load_checkpoint(
             state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     feature_scale.copy_(tensors[_SCALE])
-    return Progress(**json.loads(metadata[_PROGRESS]))
+    return TrainingProgress(**json.loads(metadata[_PROGRESS]))

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from safetensors.numpy import load_file, save_file
 
+CACHE = Path.home() / ".cache" / "evospec"
+
 
 @dataclass(frozen=True)
 class Conversation:
@@ -21,13 +23,23 @@ class Conversation:
     token_ids: npt.NDArray[np.int32]
 
 
+def data_directory(model_name: str) -> Path:
+    """Where the shards of a target's own answers are."""
+    return CACHE / "train" / model_name
+
+
+def text_directory(model_name: str) -> Path:
+    """Where the shards of what others wrote are, which is neither validated on nor counted for vocabularies."""
+    return data_directory(model_name) / "text"
+
+
 def write_shard(directory: Path, conversations: Sequence[Conversation], features: Sequence[torch.Tensor]) -> Path:
     """Append one shard, whole or not at all; shards are numbered in the order of writing.
 
     Args:
-        directory: of one target's shards.
+        directory: has one target's shards.
         conversations: some.
-        features: of each, [tokens, width] bf16.
+        features: those of each, [tokens, width] bf16.
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"shard-{len(shard_paths(directory)):05}.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adapters.conversations import Conversation, open_features, read_shard
+from adapters.training.conversations import Conversation, open_features, read_shard
 
 MAX_WINDOW = 448
 CONTEXT = 80
@@ -61,7 +61,7 @@ class Batch:
 
 
 def is_held_out(conversation: Conversation) -> bool:
-    """Whether a conversation is for validation. Keys are hashes, so this is a fair sample."""
+    """Whether a conversation is for validation. Keys are hashes, so this is an unbiased sample."""
     return conversation.key % 50 == 0
 
 

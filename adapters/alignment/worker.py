@@ -1,4 +1,4 @@
-"""The adapters worker: ``python -m adapters.worker``. Learns from the token log, publishes to the weight channel."""
+"""The worker, ``python -m adapters.alignment.worker``: learns from the token log, publishes in the weight channel."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
 import torch
 
-from adapters.aligner import KeyAligner
-from adapters.bank import AdapterBank
-from adapters.chains import Chains
-from adapters.control import ControlChannel
-from adapters.pace import Pacer
-from adapters.records import Assembler
-from adapters.replay import starts_chains, teaches
-from adapters.roster import Roster
-from adapters.store import AdapterStore
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.chains import ChainDrafter
+from adapters.alignment.control import ControlChannel
+from adapters.alignment.pace import Pacer
+from adapters.alignment.publisher import AdapterPublisher
+from adapters.alignment.records import Assembler
+from adapters.alignment.replay import starts_chains, teaches
+from adapters.alignment.roster import Roster
+from adapters.alignment.store import AdapterStore
+from adapters.alignment.updates import Updater
 from adapters.target_parts import load_target_parts
-from adapters.trainer import make_trainer
 from engine.adapters_config import AdaptersConfig
 from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.ipc.adapter_control import AdapterCommand, WorkerStatus, adapter_key
@@ -52,24 +53,26 @@ class AdapterWorker:
     tenants is not worth the disk.
 
     Args:
-        config: of the adapters; ``redis_url`` is set.
-        chains: the draft and its target's parts.
-        base: the draft's fingerprint.
-        pacer: default: by ``config.pace``.
+        config: its ``redis_url`` is set.
+        base: the base draft.
+        fingerprint: the base draft's.
+        updater: makes what owns the weights of a key.
+        pacer: None: one that follows ``config.pace``.
     """
 
     def __init__(
         self,
         config: AdaptersConfig,
-        chains: Chains,
-        base: str,
+        base: ChainDrafter,
+        fingerprint: str,
+        updater: type[Updater] = Updater,
         pacer: Pacer | None = None,
     ) -> None:
         assert config.redis_url is not None
-        self._config, self._chains, self._base = config, chains, base
-        layout = make_trainer(chains, config, "", base).layout
-        self._store = AdapterStore(config.state_directory / base[:16], layout)
-        self._bank = AdapterBank(config.channel_path, layout, self._store)
+        self._config, self._base, self._fingerprint, self._updater = config, base, fingerprint, updater
+        layout = updater(base, config, "", fingerprint).layout
+        self._store = AdapterStore(config.state_directory / fingerprint[:16], layout)
+        self._publisher = AdapterPublisher(config.channel_path, layout, self._store)
         self._reader = TokenLogReader(config.redis_url, config.log.stream)
         self._control = ControlChannel(config.redis_url)
         self._pacer = pacer or Pacer(config.pace)
@@ -77,14 +80,13 @@ class AdapterWorker:
         self._assembler = Assembler(
             self._prepare,
             config.log.top_k,
-            len(chains.target.head),
+            len(base.target.head),
             config.replay.segment_positions,
             config.replay.context_positions,
         )
         self._roster = Roster(config.num_slots, self._make_aligner, self._let_go)
         self._started_at = time.time()
         self._num_records = self._num_without_slot = 0
-        self._lag: int | None = None
         self._is_paused = False
         self._ticked_at = -_TICK
 
@@ -107,17 +109,17 @@ class AdapterWorker:
 
     def close(self) -> None:
         """Give back what others may want; all versions are on disk already."""
-        self._bank.close()
+        self._publisher.close()
         self._reader.close()
         self._control.close()
 
     def _tick(self) -> None:
-        if self._bank.attach():
-            for key in self._bank.keys_in_force():
+        if self._publisher.attach():
+            for key in self._publisher.slots:
                 if self._roster.hear(key, time.time()) is None:
-                    self._bank.publish(key, None)  # nobody would watch it
+                    self._publisher.publish(key, None)  # nobody would watch it
             for aligner in self._roster.aligners.values():
-                aligner.must_publish()
+                aligner.is_unpublished = True
         for command in self._control.take():
             self._obey(command)
         for aligner in self._roster.aligners.values():
@@ -166,7 +168,7 @@ class AdapterWorker:
             [(one.state.key, record, starts_chains(record, is_useful, share)) for one, record, is_useful in known], ring
         )
         for aligner, record, is_useful in known:
-            aligner.observe(record, is_useful)
+            aligner.count(record, is_useful)
         self._num_records += len(entries)
         self._num_without_slot += len(entries) - len(known)
         for key, segment in segments:
@@ -176,7 +178,7 @@ class AdapterWorker:
     def _open_ring(self) -> FeatureRingReader:
         if self._ring is None:
             self._ring = FeatureRingReader(self._config.ring_path)
-            hidden, features = self._chains.draft.config.hidden_size, self._chains.draft.fc.in_features
+            hidden, features = self._base.draft.config.hidden_size, self._base.draft.fc.in_features
             wanted = (features,) if self._config.trains_fusion else (hidden, features)
             if self._ring.width not in wanted:
                 width, self._ring = self._ring.width, None
@@ -184,24 +186,24 @@ class AdapterWorker:
         return self._ring
 
     def _prepare(self, rows: torch.Tensor) -> torch.Tensor:
-        """Fuse features at once where ``fc`` stays as it is: a third of the memory, and of no use later."""
-        if self._config.trains_fusion or rows.shape[1] != self._chains.draft.fc.in_features:
+        """Fuse features at once where their fusion stays as it is: that takes a third of the memory."""
+        if self._config.trains_fusion or rows.shape[1] != self._base.draft.fc.in_features:
             return rows.clone()
         with torch.no_grad():
-            return self._chains.draft.fuse(rows.float()).bfloat16()
+            return self._base.draft.fuse(rows.float()).bfloat16()
 
     def _make_aligner(self, key: str) -> KeyAligner:
-        trainer = make_trainer(self._chains, self._config, key, self._base)
-        return KeyAligner(key, self._chains, trainer, self._store, self._config)
+        updater = self._updater(self._base, self._config, key, self._fingerprint)
+        return KeyAligner(key, self._base, updater, self._store, self._config)
 
     def _let_go(self, key: str, aligner: KeyAligner) -> None:
-        """Of a key that leaves; its last good version stays on disk, for when it is wanted again."""
+        """Drop a key; its last good version stays on disk, for when it is wanted again."""
         self._store.save_state(aligner.state)
         self._assembler.forget(key)
-        self._bank.publish(key, None)
+        self._publisher.publish(key, None)
 
     def _work(self) -> bool:
-        """An update or a scoring of a key that wants one, if the machine allows: of them in turn."""
+        """Update or score a key that wants it, the keys in turn, if the machine allows; whether there was one."""
         all_wanting = (aligner for aligner in self._roster.aligners.values() if aligner.wants_work)
         wanting = min(all_wanting, key=lambda aligner: aligner.worked_at, default=None)
         self._is_paused = wanting is not None and not self._pacer.may_run()
@@ -215,7 +217,7 @@ class AdapterWorker:
     def _publish(self) -> None:
         for key, aligner in self._roster.aligners.items():
             if aligner.is_unpublished:
-                version = self._bank.publish(key, aligner.tensors)
+                version = self._publisher.publish(key, aligner.tensors)
                 if version is not None:
                     aligner.published(version)
 
@@ -226,33 +228,35 @@ class AdapterWorker:
             self._assembler.forget(command.key)
 
     def _report(self) -> None:
-        try:
-            self._lag = self._reader.backlog()
-        except TokenLogUnavailable:
-            self._lag = None
+        lag: int | None = None
+        with suppress(TokenLogUnavailable):
+            lag = self._reader.backlog()
         worker = WorkerStatus(
             updated_at=time.time(),
             started_at=self._started_at,
             pid=os.getpid(),
-            lag=self._lag,
+            lag=lag,
             num_records=self._num_records,
             num_lapsed=self._assembler.num_lapsed,
             num_unusable=self._assembler.num_unusable + self._reader.num_rejected,
             num_trimmed=self._reader.num_trimmed,
             num_without_slot=self._num_without_slot,
-            is_attached=self._bank.is_attached,
+            is_attached=self._publisher.is_attached,
             is_paused=self._is_paused,
             resident_bytes=_resident_bytes(),
         )
-        self._control.report(worker, {key: a.status(self._bank.slot(key)) for key, a in self._roster.aligners.items()})
+        slots = self._publisher.slots
+        self._control.report(worker, {key: a.status(slots.get(key)) for key, a in self._roster.aligners.items()})
 
 
-def load_worker(config: EngineConfig) -> AdapterWorker:
+def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
     """Load the draft that the engine drafts with, and what it shares with the target.
 
     Raises:
-        ModelError: there is none, or a file cannot be read.
+        ModelError: there is none, or a file cannot be read, or other weights are to be trained than ``updater`` does.
     """
+    if config.alignment.training.method == "osd" and updater is Updater:
+        raise ModelError("training.method osd is a baseline: python -m benchmarks.adapt.full_parameters has its worker")
     files = resolve_model(config.model, progress=False)
     spec = validate_model_files(files)
     draft = config.speculation.draft
@@ -260,7 +264,7 @@ def load_worker(config: EngineConfig) -> AdapterWorker:
     eagle = load_draft(directory, torch.float32, torch.device("cpu"))
     eagle.config.check_target(spec, directory)
     target = load_target_parts(files, spec, config.model.max_model_len)
-    return AdapterWorker(config.alignment, Chains(eagle, target), draft_fingerprint(directory))
+    return AdapterWorker(config.alignment, ChainDrafter(eagle, target), draft_fingerprint(directory), updater)
 
 
 def _resident_bytes() -> int:
@@ -270,8 +274,8 @@ def _resident_bytes() -> int:
         return 0
 
 
-def main() -> None:
-    """Serve until SIGTERM, which ends it within an update's time."""
+def main(updater: type[Updater] = Updater) -> None:
+    """Work until SIGTERM, which ends it within an update's time."""
     stopped: list[int] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
@@ -280,7 +284,7 @@ def main() -> None:
     os.nice(config.alignment.pace.niceness)
     torch.set_num_threads(config.alignment.pace.threads)
     try:
-        worker = load_worker(config)
+        worker = load_worker(config, updater)
     except ModelError as error:
         log.error("the worker cannot start", reason=str(error))
         sys.exit(1)

@@ -5,7 +5,7 @@ have all of the target's distribution, and the cross-entropy alone would spend i
 the loss is LK-lambda (arXiv 2602.23881): ``share`` of the cross-entropy and the rest of 1 - overlap, where the share is
 exp(-3 overlap): what is far from the target learns its distribution first, what is near learns to be accepted.
 
-Neither logits nor probabilities of a batch are ever held: a piece of the batch at a time stays in cache.
+Neither logits nor probabilities of a batch are ever held: a chunk of the batch at a time stays in cache.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_PIECE = 256
+_CHUNK = 256
 _DECAY = 3.0
-"""Of the cross-entropy's share with a piece's mean overlap; the paper's."""
+"""How fast the cross-entropy's share falls with a chunk's mean overlap; the paper's."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -25,10 +25,10 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, target: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         gradient = torch.empty_like(hidden)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), _PIECE):
-            piece = slice(start, start + _PIECE)
-            wanted = F.linear(target[piece], rows).float().softmax(-1)
-            logs = F.linear(hidden[piece], rows).float().log_softmax(-1)
+        for start in range(0, len(hidden), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            wanted = F.linear(target[chunk], rows).float().softmax(-1)
+            logs = F.linear(hidden[chunk], rows).float().log_softmax(-1)
             cross_entropy = -torch.dot(wanted.flatten(), logs.flatten())
             drafted = logs.exp_()
             overlap = torch.minimum(drafted, wanted).sum(-1)
@@ -38,7 +38,7 @@ class _HeadLoss(torch.autograd.Function):
             below = torch.where(drafted < wanted, drafted, 0.0)
             missed = drafted * below.sum(-1, keepdim=True) - below
             difference = torch.lerp(missed, drafted - wanted, share)
-            torch.mm(difference.to(rows.dtype), rows, out=gradient[piece])
+            torch.mm(difference.to(rows.dtype), rows, out=gradient[chunk])
         ctx.save_for_backward(gradient)
         return loss
 

@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from adapters.chains import ChainBatch, Chains, ChainStep, Weights, collate
-from adapters.curriculum_loss import step_divergence
-from adapters.records import Segment
+from adapters.alignment.chains import ChainBatch, ChainDrafter, ChainStep, collate
+from adapters.alignment.curriculum_loss import step_divergence
+from adapters.alignment.records import Segment
 
 _RANDOM_ROWS = 2048
 _FEW_MORE = 0.1
@@ -28,7 +28,7 @@ class Score:
     """float32, tokens that name the target's most likely one before the first that does not, the text before each
     given: what a verification would accept"""
     losses: torch.Tensor
-    """float32, KL of the first step. (Of all steps with the curriculum's weights, a draft that gets worse at the first
+    """float32, KL of the first step. (With all steps and the curriculum's weights, a draft that gets worse at the first
     would look better: its later ones would count less.)"""
     requests: torch.Tensor
     """int64, which request it is of; chains of one request are alike."""
@@ -44,20 +44,12 @@ class Score:
         return float(self.losses.mean())
 
 
-@dataclass(frozen=True)
-class _SegmentScore:
-    """[chains] float32 each."""
-
-    accepted: torch.Tensor
-    losses: torch.Tensor
+KnownScores = WeakKeyDictionary[Segment, tuple[torch.Tensor, torch.Tensor]]
+"""``accepted`` and ``losses`` of each segment that one set of weights was scored on."""
 
 
-Known = WeakKeyDictionary[Segment, _SegmentScore]
-"""Of one set of weights, what was found out before."""
-
-
-class Memory:
-    """Held-out segments stay for many scorings, and so do most weights: what is known of these is not computed again.
+class ScoreCache:
+    """What is known of held-out segments, most of which stay for many scorings, and of weights, most of which do too.
 
     The draft chooses among the tokens that target or draft preferred in any of the segments and a fixed sample of the
     others, not the whole vocabulary: a head of 150,000 rows would cost as much as an update. For all weights to be
@@ -66,17 +58,21 @@ class Memory:
 
     def __init__(self) -> None:
         self.tokens = torch.zeros(0, dtype=torch.int64)
-        """Ascending ids"""
-        self.base = Known()
-        """Under the base draft's weights."""
-        self.current = Known()
-        """Under those in force, if there are others."""
+        """Ascending ids that the draft chooses among."""
+        self.base = KnownScores()
+        """Scores of the base draft."""
+        self.current = KnownScores()
+        """Scores of the weights in force, if they are others."""
+        self.candidate = KnownScores()
+        """Scores of the weights that are scored now."""
 
-    def look_at(self, segments: Sequence[Segment], vocab_size: int) -> None:
+    def choose_tokens(self, segments: Sequence[Segment], vocab_size: int) -> None:
         """Choose the tokens again if those for these segments have become many more."""
         generator = torch.Generator().manual_seed(_SEED)
         sample = torch.randint(0, vocab_size, (_RANDOM_ROWS,), generator=generator)
-        wanted = torch.unique(torch.cat([*(ids for segment in segments for ids in _named(segment)), sample]))
+        named = [segment.top_ids.flatten().long() for segment in segments]
+        named += [segment.refused[segment.refused >= 0].long() for segment in segments]
+        wanted = torch.unique(torch.cat([*named, sample]))
         num_more = len(wanted) - int(torch.isin(wanted, self.tokens).sum())
         if num_more > _FEW_MORE * len(self.tokens):
             self.tokens = wanted
@@ -84,38 +80,27 @@ class Memory:
             self.current.clear()
 
 
-@dataclass(frozen=True)
-class Side:
-    """Weights to be compared; ``known`` grows."""
-
-    weights: Weights
-    known: Known
-
-
 class Scoring:
-    """A score for each side, on the same chains, some segments at a time: it takes longer than many updates.
+    """A score for each of some drafters, on the same chains, a few segments at a time: it takes longer than an update.
 
     Args:
-        chains: of the base draft.
         segments: at least one.
-        sides: at least one.
+        drafters: those to compare, each with what is known of it, which grows.
         tokens: what they choose among, ascending ids; in each segment its own, too.
         horizon: steps of a chain.
     """
 
     def __init__(
         self,
-        chains: Chains,
         segments: Sequence[Segment],
-        sides: Sequence[Side],
+        drafters: Sequence[tuple[ChainDrafter, KnownScores]],
         tokens: torch.Tensor,
         horizon: int,
     ) -> None:
-        self._chains, self._segments, self._horizon = chains, segments, horizon
-        self.sides, self._tokens = sides, tokens
+        self._segments, self._drafters, self._tokens, self._horizon = segments, drafters, tokens, horizon
         self._num_done = 0
         self.seconds = 0.0
-        """What it took so far, of this process."""
+        """CPU time of this process that it took so far."""
 
     @property
     def is_done(self) -> bool:
@@ -132,22 +117,26 @@ class Scoring:
         self.seconds += time.process_time() - started
 
     def scores(self) -> list[Score]:
-        """One for each side."""
-        return [_joined(self._segments, [side.known[segment] for segment in self._segments]) for side in self.sides]
+        """One for each drafter."""
+        numbers: dict[str, int] = {}
+        of_segment = [numbers.setdefault(segment.request_id, len(numbers)) for segment in self._segments]
+        requests = torch.tensor(of_segment).repeat_interleave(torch.tensor([s.num_anchors for s in self._segments]))
+        found = [list(zip(*(known[segment] for segment in self._segments), strict=True)) for _, known in self._drafters]
+        return [Score(torch.cat(accepted), torch.cat(losses), requests) for accepted, losses in found]
 
     def _score(self, segment: Segment) -> bool:
         """Whether there was anything to do."""
-        sides = [side for side in self.sides if segment not in side.known]
-        if not sides:
+        drafters = [(drafter, known) for drafter, known in self._drafters if segment not in known]
+        if not drafters:
             return False
         batch = collate([segment], self._horizon)
         tokens = torch.unique(torch.cat((batch.wanted_ids, self._tokens)))
-        for side in sides:
-            side.known[segment] = _segment_score(self._chains, batch, side.weights, tokens)
+        for drafter, known in drafters:
+            known[segment] = _score_chains(drafter, batch, tokens)
         return True
 
 
-def _segment_score(chains: Chains, batch: ChainBatch, weights: Weights, tokens: torch.Tensor) -> _SegmentScore:
+def _score_chains(drafter: ChainDrafter, batch: ChainBatch, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     accepted = torch.zeros(len(batch.starts))
 
     def is_right(step: ChainStep) -> torch.Tensor:
@@ -156,20 +145,5 @@ def _segment_score(chains: Chains, batch: ChainBatch, weights: Weights, tokens: 
         accepted[step.chains] += right
         return right
 
-    first = chains.steps(batch, weights, tokens, is_right)[0]
-    losses = torch.zeros(len(batch.starts)).index_copy_(0, first.chains, step_divergence(first))
-    return _SegmentScore(accepted, losses)
-
-
-def _joined(segments: Sequence[Segment], of_segments: Sequence[_SegmentScore]) -> Score:
-    numbers: dict[str, int] = {}
-    requests = torch.tensor([numbers.setdefault(segment.request_id, len(numbers)) for segment in segments])
-    counts = torch.tensor([len(score.accepted) for score in of_segments])
-    accepted = torch.cat([score.accepted for score in of_segments])
-    losses = torch.cat([score.losses for score in of_segments])
-    return Score(accepted, losses, requests.repeat_interleave(counts))
-
-
-def _named(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids that the target thought likely or that were drafted and refused."""
-    return segment.top_ids.flatten().long(), segment.refused[segment.refused >= 0].long()
+    first = drafter.steps(batch, tokens, is_right)[0]
+    return accepted, torch.zeros(len(batch.starts)).index_copy_(0, first.chains, step_divergence(first))

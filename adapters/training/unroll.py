@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from adapters.dataset import Batch
-from adapters.head_loss import head_loss
-from adapters.ttt_attention import chain_attention
+from adapters.target_parts import TargetParts
+from adapters.training.chain_attention import chain_attention
+from adapters.training.dataset import Batch
+from adapters.training.head_loss import head_loss
 from engine.models.eagle3 import Eagle3
-from engine.models.llama import RotaryEmbedding, rms_norm
-
-
-@dataclass(frozen=True)
-class TargetParts:
-    """What a draft shares with its target: frozen, in the dtype that products are computed in."""
-
-    embedding: torch.Tensor
-    """[vocab, hidden]"""
-    head: torch.Tensor
-    """[vocab, hidden]"""
-    norm: torch.Tensor
-    """[hidden], of the final RMSNorm"""
-    norm_eps: float
-    rotary: RotaryEmbedding
-
-    def head_input(self, last_layer: torch.Tensor) -> torch.Tensor:
-        """What the head projects, from the output of the last layer."""
-        return rms_norm(last_layer, self.norm, self.norm_eps)
 
 
 class Unroller:
@@ -40,8 +21,8 @@ class Unroller:
         draft: float32 master weights.
         target: its frozen parts.
         feature_scale: [n * hidden], multiplies the features; ``fc`` is trained behind it and must be folded with it
-            afterwards (``folded``). The target's features differ in size by orders of magnitude from one dimension to
-            the next, which Adam's equal steps cannot cope with.
+            afterwards (``folded_fc``). The target's features differ in size by orders of magnitude from one dimension
+            to the next, which Adam's equal steps cannot cope with.
     """
 
     def __init__(self, draft: Eagle3, target: TargetParts, feature_scale: torch.Tensor) -> None:
@@ -74,7 +55,7 @@ class Unroller:
         num_steps: int,
         further: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
-        """The same from fused features g [B, T, hidden]; the other arguments are those of a ``Batch``."""
+        """As ``steps``, from fused features g [B, T, hidden] and the tokens and positions of a ``Batch``."""
         length = positions.shape[1]
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""The worker's view of the engine's slots: which key is in which, and that they hold what they should."""
+"""Puts adapters into the engine's slots, wherever the engine has them now."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import structlog
 import torch
 
-from adapters.store import AdapterStore
+from adapters.alignment.store import AdapterStore
 from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.weight_layout import WeightLayout
 from engine.ipc.weight_writer import ChannelReplaced, WeightWriter
@@ -16,7 +16,7 @@ from engine.ipc.weight_writer import ChannelReplaced, WeightWriter
 log = structlog.get_logger(__name__)
 
 
-class AdapterBank:
+class AdapterPublisher:
     """Publishes adapters through a weight channel that may come, go, and be replaced with the engine.
 
     Args:
@@ -32,6 +32,12 @@ class AdapterBank:
     @property
     def is_attached(self) -> bool:
         return self._writer is not None
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """The slot of each key that has one."""
+        slots = [] if self._writer is None else self._writer.slots
+        return {slot.key: index for index, slot in enumerate(slots) if slot.key is not None}
 
     def attach(self) -> bool:
         """Follow the engine to the channel it has now.
@@ -53,25 +59,19 @@ class AdapterBank:
         log.info("weight channel attached", slots=len(self._writer.slots), version=self._writer.version)
         return True
 
-    def slot(self, key: str) -> int | None:
-        """Where a key is."""
-        return next((index for index, found in enumerate(self._keys()) if found == key), None)
-
-    def keys_in_force(self) -> list[str]:
-        """Keys that have a slot."""
-        return [key for key in self._keys() if key is not None]
-
     def publish(self, key: str, tensors: Mapping[str, torch.Tensor] | None) -> int | None:
         """Put weights in force for a key, None: the base draft.
 
         Returns:
             the version of the channel (0: the base draft); None where there is no sound channel, or no free slot.
         """
-        slot = self.slot(key)
-        if self._writer is None or (tensors is None and slot is None):
-            return None if self._writer is None else 0
+        if self._writer is None:
+            return None
+        slot = self.slots.get(key)
         if slot is None:
-            slot = next((index for index, found in enumerate(self._keys()) if found is None), None)
+            if tensors is None:
+                return 0
+            slot = next((index for index, found in enumerate(self._writer.slots) if found.key is None), None)
         if slot is None:
             return None
         # First, so that a worker killed behind it never gives a version twice, even if the channel is lost with it.
@@ -90,6 +90,3 @@ class AdapterBank:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-    def _keys(self) -> list[str | None]:
-        return [] if self._writer is None else [slot.key for slot in self._writer.slots]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import structlog
 
-from adapters.aligner import KeyAligner
+from adapters.alignment.aligner import KeyAligner
 
 log = structlog.get_logger(__name__)
 
@@ -37,12 +37,7 @@ class Roster:
         self._has_warned = False
 
     def hear(self, key: str, at: float) -> KeyAligner | None:
-        """The aligner of a key; None: there is no room for one.
-
-        Args:
-            key: heard of.
-            at: when, in seconds of the epoch.
-        """
+        """The aligner of a key that was heard of ``at`` seconds of the epoch; None: there is no room for one."""
         if key not in self.aligners:
             if not self._has_room(at):
                 if not self._has_warned:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from adapters.guard import Acceptance
+from adapters.alignment.guard import FirstTokenAcceptance
 from engine.adapters_config import PaceConfig
 
 _OPTIMISM = 0.05
@@ -40,7 +40,7 @@ class UpdateTrigger:
         self._steps_per_second = 0.0
         self._began_at = self._counted_at = clock()
         self._patience = 1
-        self._latest = self._scored = Acceptance()
+        self._latest = self._scored = FirstTokenAcceptance()
         """Now, and when weights were scored: the last that enough was known of."""
         self.gain = _OPTIMISM
         """Held-out loss that an update saves, in nats."""
@@ -49,31 +49,30 @@ class UpdateTrigger:
         self._scoring_seconds = 0.0
         """What scoring takes, for each of the updates that it is for."""
 
-    def observe_steps(self, count: int) -> None:
-        """So many verify steps of the key were logged since the last call."""
+    def add_steps(self, count: int) -> None:
+        """``count`` verify steps of the key were logged since the last call."""
         now = self._clock()
         elapsed = max(now - self._counted_at, 1e-3)
         weight = min(1.0, elapsed / min(_RATE_SECONDS, _YOUNG_SECONDS + now - self._began_at))
         self._steps_per_second += weight * (count / elapsed - self._steps_per_second)
         self._counted_at = now
 
-    def observe_acceptance(self, acceptance: Acceptance) -> None:
-        """The live acceptance of late; a fall since the last score means that there is something to learn again."""
+    def compare_acceptance(self, acceptance: FirstTokenAcceptance) -> None:
+        """Take the recent acceptance; a fall since the last score means that there is something to learn again."""
         if acceptance.is_below(self._scored, _DRIFT, _SIGMAS):
             self.gain, self._patience, self._scored = _OPTIMISM, 1, acceptance
         elif not self._scored.is_comparable:
             self._scored = acceptance
         self._latest = acceptance
 
-    def observe_update(self, seconds: float) -> None:
+    def add_update(self, seconds: float) -> None:
         """An update took so long."""
         self.seconds = seconds if self.seconds is None else self.seconds + _SMOOTHING * (seconds - self.seconds)
 
-    def observe_score(self, saved: float, num_updates: int, scoring_seconds: float = 0.0) -> None:
-        """So many updates saved so much held-out loss together (negative: they cost).
+    def add_score(self, saved: float, num_updates: int, scoring_seconds: float = 0.0) -> None:
+        """``num_updates`` updates saved so much held-out loss together (negative: they cost).
 
-        Args:
-            scoring_seconds: for each update since the last score, what it took to find out.
+        ``scoring_seconds`` is what it took to find out, for each update since the last score.
         """
         self.gain += _SMOOTHING * (max(0.0, saved) / num_updates - self.gain)
         self._scoring_seconds += _SMOOTHING * (scoring_seconds - self._scoring_seconds)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.bank import AdapterBank
-from adapters.store import AdapterStore
+from adapters.alignment.publisher import AdapterPublisher
+from adapters.alignment.store import AdapterStore
 from engine.ipc.weight_channel import WeightChannel
 from engine.ipc.weight_layout import TensorSpec, WeightLayout
 from engine.ipc.weight_writer import WeightWriter
@@ -28,7 +28,7 @@ def test_no_version_is_given_twice_though_worker_and_channel_are_lost(
     path = tmp_path / "weights"
     store = AdapterStore(tmp_path / "state", LAYOUT)
     channel = WeightChannel.create(path, LAYOUT, num_slots=1)
-    bank = AdapterBank(path, LAYOUT, store)
+    bank = AdapterPublisher(path, LAYOUT, store)
     assert bank.attach()
     assert bank.publish("key", WEIGHTS) == 1
     publish = WeightWriter.publish
@@ -45,6 +45,6 @@ def test_no_version_is_given_twice_though_worker_and_channel_are_lost(
     bank.close()
     path.unlink()
     WeightChannel.create(path, LAYOUT, num_slots=1)
-    successor = AdapterBank(path, LAYOUT, AdapterStore(tmp_path / "state", LAYOUT))
+    successor = AdapterPublisher(path, LAYOUT, AdapterStore(tmp_path / "state", LAYOUT))
     assert successor.attach()
     assert successor.publish("key", WEIGHTS) == 3

@@ -1,24 +1,21 @@
-"""Segments as a batch of chains, and what a draft of given weights says at each step of them."""
+"""Segments as a batch of chains, and what a draft says at each step of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import nn
 
-from adapters.chain_unroll import ChainWalk
-from adapters.lora import Lora
-from adapters.records import Segment, has_target
-from adapters.text_prior import TextPrior, make_text_prior
-from adapters.unroll import TargetParts
-from engine.models.eagle3 import Eagle3
+from adapters.alignment.chain_walk import ChainWalk
+from adapters.alignment.records import Segment, has_target
+from adapters.alignment.text_prior import TextPrior, make_text_prior
+from adapters.target_parts import TargetParts
+from engine.models.eagle3 import Additions, Eagle3
 
-_PREFIX = "draft."
 _NO_LOGIT = -1e30
-"""Of places without a token: a row of -inf alone has no softmax, and its gradient would be that of the whole batch."""
+"""Stands at places without a token: a row of -inf has no softmax, and its gradient would spoil the whole batch's."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,8 @@ class ChainBatch:
     @cached_property
     def wanted_ids(self) -> torch.Tensor:
         """Ascending ids of all tokens that the target, the draft or the prior preferred somewhere, int64."""
-        of_prior = [] if self.prior is None else [self.token_ids.flatten()]  # it prefers what the text has had
-        ids: torch.Tensor = torch.unique(torch.cat((self.top_ids.flatten(), self.refused, *of_prior)))
+        in_text = [] if self.prior is None else [self.token_ids.flatten()]  # the prior prefers what the text has had
+        ids: torch.Tensor = torch.unique(torch.cat((self.top_ids.flatten(), self.refused, *in_text)))
         return ids
 
     def with_prior(
@@ -98,10 +95,10 @@ def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
 
 @dataclass(frozen=True)
 class ChainStep:
-    """One step of those of a batch's chains that were followed so far, n of them."""
+    """One step of n of a batch's chains, those that were followed so far."""
 
     number: int
-    """Of the step, from 0."""
+    """The step's number, from 0."""
     chains: torch.Tensor
     """[n] int64 ascending"""
     logits: torch.Tensor
@@ -114,34 +111,33 @@ class ChainStep:
     """[n] bool, whether the target's distribution is known"""
 
 
-Weights = Mapping[str, torch.Tensor] | Lora
-"""Of a draft: those that differ from the base's, by name; or an adapter of it."""
 GoesOn = Callable[[ChainStep], torch.Tensor]
 """Which of the chains of a step are followed to the next, if there is one, [n] bool; called once for each step."""
 
 
 def to_the_end(step: ChainStep) -> torch.Tensor:
-    """``GoesOn`` for all chains."""
+    """``GoesOn`` that follows all chains."""
     return torch.ones_like(step.mask)
 
 
-class Chains(nn.Module):
-    """Runs one draft, under changing weights, over batches of chains.
+@dataclass(frozen=True)
+class ChainDrafter:
+    """A draft, alone or with an adapter, that drafts along the chains of a batch."""
 
-    Args:
-        draft: float32, on the CPU.
-        target: what it shares with its target.
-    """
+    draft: Eagle3
+    """float32, on the CPU"""
+    target: TargetParts
+    lora: Additions | None = None
 
-    def __init__(self, draft: Eagle3, target: TargetParts) -> None:
-        super().__init__()
-        self.draft, self.target = draft, target
+    def steps(self, batch: ChainBatch, token_ids: torch.Tensor, goes_on: GoesOn = to_the_end) -> list[ChainStep]:
+        """What the draft says at the steps of the chains, one after the other, differentiable in its weights.
 
-    def forward(
-        self, batch: ChainBatch, lora: Lora | None, token_ids: torch.Tensor, goes_on: GoesOn
-    ) -> list[ChainStep]:
-        """As ``steps``."""
-        walk = self.walk(batch, lora)
+        Args:
+            batch: the chains.
+            token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
+            goes_on: which chains are followed, and how far.
+        """
+        walk = self.walk(batch)
         rows, columns = self.target.head[token_ids].float(), torch.searchsorted(token_ids, batch.top_ids)
         steps: list[ChainStep] = []
         while True:
@@ -154,25 +150,9 @@ class Chains(nn.Module):
                 return steps
             walk.advance(stays)
 
-    def steps(
-        self, batch: ChainBatch, weights: Weights, token_ids: torch.Tensor, goes_on: GoesOn = to_the_end
-    ) -> list[ChainStep]:
-        """What the draft says at the steps of the chains, one after the other, differentiable in ``weights``.
-
-        Args:
-            weights: in place of the draft's own, or beside them.
-            token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
-            goes_on: which chains are followed, and how far.
-        """
-        if isinstance(weights, Lora):
-            return self.forward(batch, weights, token_ids, goes_on)
-        replaced = {_PREFIX + name: weight for name, weight in weights.items()}
-        steps: list[ChainStep] = torch.func.functional_call(self, replaced, (batch, None, token_ids, goes_on))
-        return steps
-
-    def walk(self, batch: ChainBatch, lora: Lora | None) -> ChainWalk:
+    def walk(self, batch: ChainBatch) -> ChainWalk:
         """The batch's chains, at their first step."""
         g = batch.inputs.float()
         if g.shape[-1] == self.draft.fc.in_features:
-            g = self.draft.fuse(g, lora)
-        return ChainWalk(self.draft, self.target, lora, g, batch.token_ids, batch.positions, batch.starts)
+            g = self.draft.fuse(g)
+        return ChainWalk(self.draft, self.target, self.lora, g, batch.token_ids, batch.positions, batch.starts)

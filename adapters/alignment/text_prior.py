@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from adapters.records import Segment
+from adapters.alignment.records import Segment
 from engine.vocab.ngrams import NgramSizes, SessionNgrams, lookup
 from engine.vocab.prior import FEATURES
 from engine.vocab.text_matches import make_text_index, match_continuations
@@ -22,12 +22,12 @@ from kernels.native_text import MAX_PLACES
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))
 _SIZES = NgramSizes()
 _FEATURE_OF = torch.tensor([_BIGRAM] * _SIZES.bigram_width + [_TRIGRAM] * _SIZES.trigram_width + [_MATCH] * MAX_PLACES)
-"""[W]: of which feature each of a position's W values is."""
+"""[W]: the feature that each of a position's W values belongs to."""
 
 
 @dataclass(frozen=True)
 class TextPrior:
-    """Of B segments, padded on the right to L positions.
+    """What B segments, padded on the right to L positions, say of the tokens to come.
 
     ``text`` [B, L] int64, and ``is_first`` [B, L] bool: where a token comes for the first time. ``weights`` [B, L,
     NUM_FEATURES] float32: those that the engine drafted with after each position. ``token_ids`` [B, L, W] int64 (-1:
@@ -60,7 +60,7 @@ class TextPrior:
 
 
 def make_text_prior(segments: Sequence[Segment], length: int) -> TextPrior | None:
-    """Of some segments, padded to ``length`` positions; None where the engine drafted without a prior."""
+    """The prior of some segments, padded to ``length`` positions; None where the engine drafted without one."""
     if not any(segment.prior.any() for segment in segments):
         return None
     size = len(segments), length

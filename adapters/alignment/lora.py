@@ -10,28 +10,24 @@ from dataclasses import dataclass
 import torch
 
 from engine.adapters_config import LoraTarget
-from engine.ipc.weight_layout import WeightLayout
 from engine.models.eagle3_config import Eagle3Config
-from engine.models.lora import adapted_rows, lora_layout
+from engine.models.lora import adapted_rows
 from kernels.batched_lora import LoraMatrix
 
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapter. The adapted rows of a weight W are W + alpha / rank · b @ a.
+    """One adapter. The adapted rows of a weight W are W + b @ a.
 
     ``tensors`` has ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank], float32.
     """
 
     config: Eagle3Config
     targets: tuple[LoraTarget, ...]
-    alpha: float
     tensors: dict[str, torch.Tensor]
 
     @classmethod
-    def fresh(
-        cls, config: Eagle3Config, targets: tuple[LoraTarget, ...], rank: int, alpha: float, key: str = ""
-    ) -> Lora:
+    def fresh(cls, config: Eagle3Config, targets: tuple[LoraTarget, ...], rank: int, key: str = "") -> Lora:
         """An adapter without effect: b is zero, a uniform as in a linear layer, by a generator that ``key`` seeds."""
         generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
         tensors = {}
@@ -40,47 +36,21 @@ class Lora:
             bound = 1 / math.sqrt(rows.num_inputs)
             tensors[f"{target}.a"] = torch.empty(rank, rows.num_inputs).uniform_(-bound, bound, generator=generator)
             tensors[f"{target}.b"] = torch.zeros(rows.end - rows.start, rank)
-        return cls(config, targets, alpha, tensors)
+        return cls(config, targets, tensors)
 
     @classmethod
     def of_published(cls, config: Eagle3Config, published: Mapping[str, torch.Tensor]) -> Lora:
-        """From the tensors of a channel's slot, in float32."""
+        """From the tensors of a channel's slot, copied in float32."""
         targets: list[LoraTarget] = [name.removesuffix(".a") for name in published if name.endswith(".a")]  # type: ignore[misc]
-        tensors = {name: tensor.float() for name, tensor in published.items()}
-        return cls(config, tuple(targets), len(tensors[f"{targets[0]}.a"]), tensors)
+        tensors = {name: tensor.detach().to(torch.float32, copy=True) for name, tensor in published.items()}
+        return cls(config, tuple(targets), tensors)
 
-    @property
-    def rank(self) -> int:
-        return len(self.tensors[f"{self.targets[0]}.a"])
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def layout(self, base: str, dtype: torch.dtype = torch.bfloat16) -> WeightLayout:
-        """Of the weight channel that takes ``published``."""
-        return lora_layout(self.config, self.rank, self.targets, base, dtype)
-
-    def published(self, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-        """A copy for the engine: the scale is in b."""
-        return {
-            name: (tensor.detach() * (self.scale if name.endswith(".b") else 1.0)).to(dtype)
-            for name, tensor in self.tensors.items()
-        }
-
-    def load(self, published: Mapping[str, torch.Tensor]) -> None:
-        """Take over, in place, what ``published`` gave."""
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                tensor.copy_(published[name]).mul_(1 / self.scale if name.endswith(".b") else 1.0)
-
-    def copy(self) -> Lora:
-        """With tensors of its own, not to be trained."""
-        tensors = {name: tensor.detach().clone() for name, tensor in self.tensors.items()}
-        return Lora(self.config, self.targets, self.alpha, tensors)
+    def published(self) -> dict[str, torch.Tensor]:
+        """A copy for the engine, in bf16."""
+        return {name: tensor.detach().bfloat16() for name, tensor in self.tensors.items()}
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix) -> None:
-        """Beside the draft's products (``engine.models.eagle3.Additions``), differentiable in the adapter's tensors.
+        """Add to the draft's products (``engine.models.eagle3.Additions``), differentiable in the adapter's tensors.
 
         The adapted weights themselves are never made, so neither are their gradients.
         """
@@ -88,7 +58,7 @@ class Lora:
             rows = adapted_rows(self.config, target)
             if rows.matrix == matrix:
                 gain = (x @ self.tensors[f"{target}.a"].T) @ self.tensors[f"{target}.b"].T
-                out[..., rows.start : rows.end].add_(gain, alpha=self.scale)
+                out[..., rows.start : rows.end].add_(gain)
 
     def approach(self, other: Lora, share: float) -> None:
         """Go a share of the way, in place, to another adapter of the same shape."""

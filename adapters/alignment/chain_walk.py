@@ -1,6 +1,6 @@
 """The draft along chains that start at some positions of a batch; other positions are only attended to.
 
-``adapters.unroll`` computes the same for a chain from every position, which is what training on whole windows wants.
+``adapters.training.unroll`` computes the same for a chain from every position, as training on whole windows wants it.
 Here most positions are a prompt's or teach nothing: of those only keys and values are needed, once.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from adapters.unroll import TargetParts
+from adapters.target_parts import TargetParts
 from engine.models.eagle3 import Additions, Eagle3
 
 
@@ -105,7 +105,7 @@ class _Context:
     ) -> torch.Tensor:
         """Queries [N, kv_heads, queries each, head_dim] over the context and their chain's own entries since.
 
-        ``later_keys`` and ``later_values``: of each step after the first, [N, kv_heads, head_dim].
+        ``later_keys`` and ``later_values`` [N, kv_heads, head_dim] are those entries, of each step after the first.
         """
         q = q * q.shape[-1] ** -0.5
         scores = [

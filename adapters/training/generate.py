@@ -16,18 +16,25 @@ import structlog
 import torch
 import typer
 
-from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
-from adapters.recorder import FeatureRecorder
+from adapters.training.conversations import (
+    CACHE,
+    Conversation,
+    data_directory,
+    read_shard,
+    shard_paths,
+    text_directory,
+    write_shard,
+    written_keys,
+)
+from adapters.training.feature_recorder import FeatureRecorder, recorded_layers
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore, engine_request_id
 from engine.messages import EngineOutput, EngineRequest, SamplingParams
-from engine.models.config import ModelSpec
 from engine.models.registry import resolve_model, validate_model_files
 from engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
-CACHE = Path.home() / ".cache" / "evospec"
 TRAINING_DOMAINS = ("code", "general")
 """Law and medicine are left out on purpose: they are the shift that online alignment must close."""
 GREEDY_SHARE = 0.6
@@ -111,22 +118,12 @@ def loop_start(token_ids: Sequence[int]) -> int | None:
     """
     size = len(token_ids)
     for period in range(1, MAX_LOOP_PERIOD + 1):
-        span = LOOP_PERIODS * period
-        if span < 16:
-            span = 16
+        span = max(LOOP_PERIODS * period, 16)
         if span > size:
             return None
         if all(token_ids[i] == token_ids[i - period] for i in range(size - 1, size - span + period - 1, -1)):
             return size - span
     return None
-
-
-def recorded_layers(spec: ModelSpec) -> tuple[int, ...]:
-    """Low, middle and high layer, whose outputs a draft sees, and the last one, whose output is what it should say.
-
-    The high one is the input of the last layer, from which a draft's layer starts.
-    """
-    return (2, spec.num_layers // 2 - 1, spec.num_layers - 2, spec.num_layers - 1)
 
 
 class Generator:
@@ -194,14 +191,34 @@ class Generator:
         return Conversation(job.key, len(prompt), np.array([*prompt, *answer], dtype=np.int32))
 
 
-def data_directory(model_name: str) -> Path:
-    """Of the shards of a target's own answers."""
-    return CACHE / "train" / model_name
+def make_generator(model: str, batch: int, max_tokens: int, max_prompt: int, threads: int) -> Generator:
+    """A generator with an engine of its own; arguments as the options of ``main``."""
+    config = EngineConfig(
+        model=ModelConfig(name=model, max_model_len=2048),
+        cache=CacheConfig(prefix_caching=False),
+        scheduler=SchedulerConfig(max_num_seqs=batch, max_batched_tokens=max(512, 4 * batch)),
+        speculation=SpeculationConfig(num_speculative_tokens=0, adaptive=False),
+        runtime=RuntimeConfig(threads=threads),
+    )
+    files = resolve_model(config.model)
+    spec = validate_model_files(files)
+    recorder = FeatureRecorder(recorded_layers(spec))
+    core = EngineCore(config, files, spec, draft=recorder)
+    return Generator(core, recorder, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
 
 
-def text_directory(model_name: str) -> Path:
-    """Of the shards of what others wrote, which is neither validated on nor counted for vocabularies."""
-    return data_directory(model_name) / "text"
+def write_conversations(
+    conversations: Iterator[tuple[Conversation, torch.Tensor]], directory: Path, max_tokens: int, max_seconds: float
+) -> None:
+    """Write shards until there are no more conversations, or so many answer tokens, or so long has passed."""
+    started, made = time.monotonic(), 0
+    while some := list(islice(conversations, SHARD_CONVERSATIONS)):
+        path = write_shard(directory, [conversation for conversation, _ in some], [rows for _, rows in some])
+        made += sum(len(conversation.token_ids) - conversation.prompt_length for conversation, _ in some)
+        seconds = time.monotonic() - started
+        log.info("shard", path=path.name, answer_tokens=made, tokens_per_second=round(made / seconds))
+        if made >= max_tokens or seconds > max_seconds:
+            return
 
 
 def main(
@@ -225,44 +242,15 @@ def main(
     if not (text or prompts).is_file():
         maker = "benchmarks.prompts.build --train" if text is None else "benchmarks.prompts.text"
         raise typer.BadParameter(f"{text or prompts} is not there: python -m {maker} makes it")
-    config = EngineConfig(
-        model=ModelConfig(name=model, max_model_len=2048),
-        cache=CacheConfig(prefix_caching=False),
-        scheduler=SchedulerConfig(max_num_seqs=batch, max_batched_tokens=max(512, 4 * batch)),
-        speculation=SpeculationConfig(num_speculative_tokens=0, adaptive=False),
-        runtime=RuntimeConfig(threads=threads),
-    )
-    files = resolve_model(config.model)
-    is_reading = text is not None or answers_of is not None
-    directory = text_directory(files.name) if is_reading else data_directory(files.name)
-    spec = validate_model_files(files)
-    recorder = FeatureRecorder(recorded_layers(spec))
-    core = EngineCore(config, files, spec, draft=recorder)
-    generator = Generator(core, recorder, Tokenizer.from_files(files), batch, max_tokens, max_prompt)
-    done = written_keys(directory)
+    name = resolve_model(ModelConfig(name=model)).name
+    directory = data_directory(name) if text is None and answers_of is None else text_directory(name)
     all_jobs = jobs_of(read_prompts(text or prompts), rounds if text is None else 1)
-    jobs = left_of(all_jobs, skip, domain or TRAINING_DOMAINS, done)
+    jobs = left_of(all_jobs, skip, domain or TRAINING_DOMAINS, written_keys(directory))
     if answers_of is not None:
         other = resolve_model(ModelConfig(name=answers_of))
         jobs = answered_by(data_directory(other.name), Tokenizer.from_files(other), jobs)
-    started, made = time.monotonic(), 0
-    pending: list[tuple[Conversation, torch.Tensor]] = []
-    for conversation, features in generator.run(jobs):
-        pending.append((conversation, features))
-        made += len(conversation.token_ids) - conversation.prompt_length
-        if len(pending) == SHARD_CONVERSATIONS:
-            path = _write(directory, pending)
-            rate = made / (time.monotonic() - started)
-            log.info("shard", path=path.name, answer_tokens=made, tokens_per_second=round(rate))
-            pending = []
-            if made >= tokens or time.monotonic() - started > seconds:
-                return
-    if pending:
-        _write(directory, pending)
-
-
-def _write(directory: Path, pending: Sequence[tuple[Conversation, torch.Tensor]]) -> Path:
-    return write_shard(directory, [c for c, _ in pending], [rows for _, rows in pending])
+    generator = make_generator(model, batch, max_tokens, max_prompt, threads)
+    write_conversations(generator.run(jobs), directory, tokens, seconds)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from adapters.dataset import Batch
-from adapters.unroll import Unroller
+from adapters.training.dataset import Batch
+from adapters.training.unroll import Unroller
 
-_PIECE = 512
+_CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,4 @@ def validate(unroller: Unroller, batches: Sequence[Batch], num_steps: int = 4) -
 
 def _most_likely(hidden: torch.Tensor, unroller: Unroller) -> torch.Tensor:
     head = unroller.target.head
-    pieces = [F.linear(piece.to(head.dtype), head).argmax(-1) for piece in torch.split(hidden, _PIECE)]
-    return torch.cat(pieces)
+    return torch.cat([F.linear(chunk.to(head.dtype), head).argmax(-1) for chunk in torch.split(hidden, _CHUNK)])

@@ -1,4 +1,4 @@
-"""Statistics of the target's own answers, of which draft vocabularies are made: token counts and a bigram graph."""
+"""Counts the target's own answers for draft vocabularies, tokens and bigrams: ``evospec vocab build MODEL``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import typer
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from adapters.conversations import read_shard, shard_paths
-from adapters.generate import data_directory
+from adapters.training.conversations import data_directory, read_shard, shard_paths
 from engine.config import ModelConfig
 from engine.models.config import ModelError
 from engine.models.registry import resolve_model, validate_model_files
@@ -30,8 +29,8 @@ def count_answers(shards: Iterable[Path], vocab_size: int) -> torch.Tensor:
     """How often each token was generated: [vocab_size] int64. Prompts are not the target's words, so not counted."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     for path in shards:
-        answers = [c.token_ids[c.prompt_length :] for c in read_shard(path)]
-        counts += np.bincount(np.concatenate(answers), minlength=vocab_size)
+        generated = [c.token_ids[c.prompt_length :] for c in read_shard(path)]
+        counts += np.bincount(np.concatenate(generated), minlength=vocab_size)
     return torch.from_numpy(counts)
 
 
@@ -61,7 +60,7 @@ def build(model: str, directory: Path | None = None) -> Path:
     data = data_directory(files.name)
     shards = shard_paths(data)
     if not shards:
-        raise ModelError(f"{data}: no conversations; python -m adapters.generate makes them")
+        raise ModelError(f"{data}: no conversations; python -m adapters.training.generate makes them")
     counts = count_answers(shards, validate_model_files(files).vocab_size)
     path = (directory or DRAFTS / files.name) / COUNTS_FILE
     path.parent.mkdir(parents=True, exist_ok=True)

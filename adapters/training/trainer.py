@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
-from adapters.conversations import shard_paths
-from adapters.dataset import Batch, Dataset
 from adapters.target_parts import target_parts
-from adapters.unroll import Unroller
-from adapters.validation import Accuracy, validate
+from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from adapters.training.conversations import shard_paths
+from adapters.training.dataset import Batch, Dataset
+from adapters.training.unroll import Unroller
+from adapters.training.validation import Accuracy, validate
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3, init_from_target, load_draft, save_draft
 from engine.models.eagle3_config import Eagle3Config
@@ -79,7 +79,7 @@ class Trainer:
         text: directory of shards of what others wrote and the target read; empty where there are none.
         checkpoints: directory of this run.
         output: where the draft goes, anew with every validation.
-        report: called with progress, training loss by step, and the accuracy where it was just measured.
+        report: called after every validation, with progress, training loss by step, and accuracy.
 
     Raises:
         ModelError: ``config.start_from`` is no draft, or one of another shape.
@@ -95,7 +95,7 @@ class Trainer:
         text: Path,
         checkpoints: Path,
         output: Path,
-        report: Callable[[Progress, Sequence[float], Accuracy | None], None],
+        report: Callable[[TrainingProgress, Sequence[float], Accuracy], None],
     ) -> None:
         torch.manual_seed(config.seed)
         self._config, self._spec, self._data, self._text = config, spec, data, text
@@ -113,7 +113,7 @@ class Trainer:
             draft.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
         )
         # The scale it was trained behind comes back too: data that came since would give another.
-        self.progress = load_checkpoint(checkpoints, draft, self._optimizer, self._scale) or Progress()
+        self.progress = load_checkpoint(checkpoints, draft, self._optimizer, self._scale) or TrainingProgress()
 
     def run(self) -> None:
         """Train to the end of the last phase."""
@@ -154,8 +154,6 @@ class Trainer:
                 self._validate(means)
                 validated = time.monotonic()
                 pause = max(config.validation_seconds, 10 * (validated - now))
-            else:
-                self._report(progress, means, None)
             if progress.anchors >= begin + phase.anchors:
                 break
 
@@ -196,7 +194,7 @@ class Trainer:
         self._report(self.progress, means, accuracy)
 
     def _read_dataset(self, validation: bool = False) -> Dataset:
-        """Of the target's own answers, and for training of what it has read."""
+        """The target's own answers, and for training what it has read as well."""
         shards = [*shard_paths(self._data), *(() if validation else shard_paths(self._text))]
         return Dataset(shards, self._width, self._spec.hidden_size, validation)
 

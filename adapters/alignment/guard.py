@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from adapters.scoring import Score
+from adapters.alignment.scoring import Score
 from engine.adapters_config import GuardConfig
 from engine.ipc.verify_record import VerifyRecord
 
@@ -64,7 +64,7 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor, requests: torch.Tensor
     """Mean and standard error of what chains [chains] have more, given whose each is.
 
     The error is that over requests (clusters): neighbouring chains share tokens and differ alike, so taken for
-    independent they would look surer than they are. Infinite of very few requests.
+    independent they would look surer than they are. It is infinite where there are very few requests.
     """
     more = ours - theirs
     mean = more.mean()
@@ -77,11 +77,11 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor, requests: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class FirstTokenAcceptance:
     """How often the first draft token of a step was right."""
 
     requests: tuple[tuple[int, int], ...] = ()
-    """Of each request, how often, and in how many steps"""
+    """For each request, how often, and in how many steps"""
 
     @cached_property
     def num_steps(self) -> int:
@@ -92,20 +92,20 @@ class Acceptance:
         """None without steps."""
         return sum(accepted for accepted, _ in self.requests) / self.num_steps if self.num_steps else None
 
-    def is_below(self, other: Acceptance, margin: float, sigmas: float) -> bool:
+    @property
+    def is_comparable(self) -> bool:
+        """Whether enough steps of enough requests are known to compare rates."""
+        return self.num_steps >= _MIN_COMPARED and len(self.requests) >= _MIN_REQUESTS
+
+    def is_below(self, other: FirstTokenAcceptance, margin: float, sigmas: float) -> bool:
         """Whether this rate is below the other's minus ``margin`` by so many standard errors of the difference."""
         if not (self.is_comparable and other.is_comparable) or self.rate is None or other.rate is None:
             return False
         return other.rate - margin - self.rate > sigmas * math.sqrt(self._variance + other._variance)
 
     @property
-    def is_comparable(self) -> bool:
-        """Whether enough steps of enough requests are known to compare rates."""
-        return self.num_steps >= _MIN_COMPARED and len(self.requests) >= _MIN_REQUESTS
-
-    @property
     def _variance(self) -> float:
-        """Of the rate: over requests (clusters), since the text of some is easier; at least that over single steps."""
+        """The rate's variance over requests (clusters), since some text is easier; at least that over single steps."""
         count, steps, rate = len(self.requests), self.num_steps, self.rate or 0.0
         # Two more of each outcome: no variance of zero where all or none were accepted.
         of_steps = (rate * steps + 2) * ((1 - rate) * steps + 2) / (steps + 4) ** 3
@@ -113,7 +113,7 @@ class Acceptance:
         return max(of_steps, count / (count - 1) * of_requests)
 
 
-class _Window:
+class _LastSteps:
     """The last so many steps: whether the base draft drafted, for which request, and if the first token was right."""
 
     def __init__(self, size: int) -> None:
@@ -128,8 +128,8 @@ class _Window:
         if len(self._steps) > self._size:
             self._count(*self._steps.popleft(), -1)
 
-    def of(self, is_base: bool) -> Acceptance:
-        return Acceptance(tuple(self._counts[is_base].values()))
+    def acceptance(self, is_base: bool) -> FirstTokenAcceptance:
+        return FirstTokenAcceptance(tuple(self._counts[is_base].values()))
 
     def _count(self, is_base: bool, request_id: str, is_right: bool, change: int) -> None:
         counts = self._counts[is_base]
@@ -142,9 +142,9 @@ class _Window:
 class Guard:
     """Watches the version of one key that is in force.
 
-    It counts fair records only: those logged whatever happened in them (``is_gated`` false), since among the others
-    rejections are over-represented. Of each it takes whether the draft's first token was right, verified or not: how
-    many are drafted and verified depends on how sure the draft is. The version is bad if it is below
+    It counts the records of the unbiased sample only, those logged whatever happened in them: among hard examples
+    (``is_gated``) rejections are over-represented. It looks at whether the draft's first token was right, verified or
+    not: how many are drafted and verified depends on how sure the draft is. The version is bad if it is below
 
     - the base draft by more than ``control_margin``, both in the same stretch of traffic: the engine drafts a small
       share of requests without adapter; or
@@ -157,68 +157,66 @@ class Guard:
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
-        self._version = 0
-        self.previous = Acceptance()
-        """Of the version before, or the last before it that was met often enough to be compared with."""
-        self.num_watched = 0
-        """Fair records of the version in force."""
-        self._empty_windows()
+        self.previous = FirstTokenAcceptance()
+        """Acceptance of the version before, or of the last before it that was met often enough to be compared with."""
+        self._start(0)
 
     @property
-    def in_force(self) -> Acceptance:
-        """Recent, of what is in force: a version or the base draft."""
-        return self._recent.of(is_base=self._version == 0)
+    def in_force(self) -> FirstTokenAcceptance:
+        """Recent acceptance of what is in force: a version or the base draft."""
+        return self._recent.acceptance(is_base=self.version == 0)
 
     @property
-    def acceptance(self) -> Acceptance:
-        """Of the version in force, since it came."""
-        return self._both.of(is_base=False)
+    def acceptance(self) -> FirstTokenAcceptance:
+        """Acceptance of the version in force, since it came."""
+        return self._both.acceptance(is_base=False)
 
     @property
-    def control(self) -> Acceptance:
-        """Of the base draft since then."""
-        return self._both.of(is_base=True)
+    def control(self) -> FirstTokenAcceptance:
+        """Acceptance of the base draft since the version came."""
+        return self._both.acceptance(is_base=True)
 
     @property
     def is_good(self) -> bool:
         """Whether the version was watched long enough to be one to return to."""
-        return self._version == 0 or self.num_watched >= self._config.watched_records
+        return self.version == 0 or self.num_watched >= self._config.watched_records
 
     @property
     def may_be_followed(self) -> bool:
         """Whether enough is known of the version in force for another one, or nobody has met it."""
-        return self._version == 0 or self.num_watched == 0 or self.num_watched >= self._config.min_watched
+        return self.version == 0 or self.num_watched == 0 or self.num_watched >= self._config.min_watched
 
     def watch(self, version: int) -> None:
         """``version`` of the channel is in force from now on; 0: the base draft."""
         if self.in_force.is_comparable:  # else too little is known of it: the one before it says more
             self.previous = self.in_force
-        self._version, self.num_watched = version, 0
-        self._empty_windows()
+        self._start(version)
 
-    def rename(self, version: int) -> None:
-        """The same weights were published again, as ``version``."""
-        self._version = version
-
-    def observe(self, record: VerifyRecord) -> bool:
-        """Take note of a record; True: the version in force is bad, and should be taken back."""
-        version, is_right = record.draft_version, _first_right(record)
-        if record.is_gated or is_right is None or version not in (0, self._version):  # on its way while this one came
+    def is_bad_after(self, record: VerifyRecord) -> bool:
+        """Count a record; whether the version in force is bad, and should be taken back."""
+        drafted_by, is_right = record.draft_version, _is_first_right(record)
+        if record.is_gated or is_right is None:
             return False
-        is_base = version == 0
+        if drafted_by not in (0, self.version):  # it was on its way while this one came
+            return False
+        is_base = drafted_by == 0
         self._both.add(is_base, record.request_id, is_right)
-        if version == self._version:
+        if drafted_by == self.version:
             self._recent.add(is_base, record.request_id, is_right)
         if is_base:
             return False
         self.num_watched += 1
         return self.num_watched % _CHECK_EVERY == 0 and self._is_bad()
 
-    def _empty_windows(self) -> None:
-        self._recent = _Window(self._config.watched_records)
-        """Of what is in force."""
-        self._both = _Window(_SPAN * self._config.watched_records)
-        """Of version and base draft, since the version came."""
+    def _start(self, version: int) -> None:
+        self.version = version
+        """The channel's version in force; to be set where the same weights were published again."""
+        self.num_watched = 0
+        """Records that count of the version in force."""
+        self._recent = _LastSteps(self._config.watched_records)
+        """Steps of what is in force."""
+        self._both = _LastSteps(_SPAN * self._config.watched_records)
+        """Steps of version and base draft, since the version came."""
 
     def _is_bad(self) -> bool:
         config = self._config
@@ -227,7 +225,7 @@ class Guard:
         )
 
 
-def _first_right(record: VerifyRecord) -> bool | None:
-    """Of an engine that does not say so yet, if the token was verified."""
+def _is_first_right(record: VerifyRecord) -> bool | None:
+    """Whether the first draft token was right; where an older engine does not say so, if it was verified."""
     is_known = record.first_right is not None or record.copied or not record.drafted
     return record.first_right if is_known else record.num_accepted > 0

@@ -1,4 +1,4 @@
-"""What the worker remembers of one key's traffic: recent segments, a fair sample of those before, and held-out ones."""
+"""What the worker remembers of one key's traffic: recent segments, a sample of those before, and held-out ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 
 import numpy as np
 
-from adapters.records import Segment
+from adapters.alignment.records import Segment
 from engine.adapters_config import ReplayConfig
 from engine.ipc.verify_record import VerifyRecord
 
@@ -20,9 +20,9 @@ _SHORT_SEGMENT = 8
 def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> bool:
     """Whether a verify step is worth learning from.
 
-    It is where a draft was refused or none was made, where the target thought little of an accepted one (the KL
-    divergence of the target from a draft sure of its token, in nats, is over the threshold), or by lot, the same for
-    the same record.
+    It is a hard example, where a draft was refused or none was made, or the target thought little of an accepted one
+    (the KL divergence of the target from a draft sure of its token, in nats, is over the threshold); or it is drawn by
+    lot, the same for the same record.
     """
     if record.num_accepted < len(record.drafted) or not record.drafted:
         return True
@@ -38,8 +38,8 @@ def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> 
 def starts_chains(record: VerifyRecord, is_teaching: bool, held_out_share: float) -> bool:
     """Whether a record's positions are starts of chains, to be learned from or to score by.
 
-    Those to learn from are what teaches. Scores are of everything that is logged whatever happens in it: what teaches
-    is mostly where the draft in force was wrong, and there any other looks better.
+    Those to learn from are what teaches. Scores are over the unbiased sample: what teaches is mostly where the draft in
+    force was wrong, and there any other looks better.
     """
     return not record.is_gated if is_held_out(record.request_id, held_out_share) else is_teaching
 
@@ -50,9 +50,9 @@ def is_held_out(request_id: str, share: float) -> bool:
 
 
 class ReplayBuffer:
-    """Bounded; one for each adapter key.
+    """A bounded memory for each adapter key.
 
-    Segments leave ``recent`` in their order, and of all that left an equal chance has each to be in ``history``
+    Segments leave ``recent`` in their order, and of all that left each has an equal chance to be in ``history``
     (reservoir sampling). With policy "clear" an update takes everything and leaves nothing, as in the paper.
     """
 
@@ -75,12 +75,17 @@ class ReplayBuffer:
 
     @property
     def num_segments(self) -> int:
-        """Those that may be learned from."""
+        """Segments that may be learned from."""
         return len(self._recent) + len(self._history)
 
     @property
     def num_held_out_positions(self) -> int:
         return sum(segment.num_anchors for segment in self.held_out)
+
+    @property
+    def has_older(self) -> bool:
+        """Whether there is anything for ``take_older``."""
+        return bool(self._older())
 
     def add(self, segment: Segment) -> None:
         """Remember a segment, and forget another when there are too many."""
@@ -107,12 +112,16 @@ class ReplayBuffer:
         self.num_arrived_positions = 0
         if self._config.policy == "clear":
             everything = list(self._recent)
-            for kept in (self._recent, self._new, self._history):
-                kept.clear()
+            self._clear_training()
             return everything
         num_older = round(num_positions * history_share)
         older = self.take_older(num_older)
-        return [*self._take_new(num_positions - (num_older if older else 0)), *older]
+        num_new = num_positions - (num_older if older else 0)
+        batch = []
+        while self._new and num_new > 0:
+            batch.append(self._new.popleft())
+            num_new -= batch[-1].num_anchors
+        return [*batch, *older]
 
     def take_older(self, num_positions: int) -> list[Segment]:
         """Segments of about ``num_positions`` chains, by lot, among those that an update has taken before."""
@@ -122,16 +131,15 @@ class ReplayBuffer:
             num_positions -= batch[-1].num_anchors
         return batch
 
-    @property
-    def has_older(self) -> bool:
-        """Whether there is anything for ``take_older``."""
-        return bool(self._older())
-
     def clear(self) -> None:
         """Forget all."""
-        for kept in (self._recent, self._new, self._history, self.held_out):
-            kept.clear()
+        self._clear_training()
+        self.held_out.clear()
         self._num_left = self.num_arrived_positions = 0
+
+    def _clear_training(self) -> None:
+        for kept in (self._recent, self._new, self._history):
+            kept.clear()
 
     def _forget_held_out(self) -> None:
         """More than there should be stay where they are short, or a key with short answers would never be scored."""
@@ -141,13 +149,6 @@ class ReplayBuffer:
 
     def _older(self) -> list[Segment]:
         return [*self._history, *(s for s in self._recent if all(s is not new for new in self._new))]
-
-    def _take_new(self, num_positions: int) -> list[Segment]:
-        batch = []
-        while self._new and num_positions > 0:
-            batch.append(self._new.popleft())
-            num_positions -= batch[-1].num_anchors
-        return batch
 
     def _to_history(self, segment: Segment) -> None:
         size = self._config.history_segments

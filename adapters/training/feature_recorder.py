@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.batch import Features
+from engine.models.config import ModelSpec
 from engine.request import Request
 from engine.spec.proposer import DraftCosts, Proposer
 from engine.spec.stop_rule import StopRule, Sureness
@@ -14,8 +15,17 @@ from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.vocab.draft_vocab import DraftVocab
 
 
+def recorded_layers(spec: ModelSpec) -> tuple[int, ...]:
+    """Low, middle and high layer, whose outputs a draft sees, and the last one, whose output is what it should say.
+
+    The high one is the input of the last layer, from which a draft's layer starts.
+    """
+    return (2, spec.num_layers // 2 - 1, spec.num_layers - 2, spec.num_layers - 1)
+
+
 class FeatureRecorder:
-    """A draft that drafts nothing and remembers what it observes. Needs an engine without prefix cache.
+    """A draft that drafts nothing and remembers the features of what is computed. It needs an engine without prefix
+    cache.
 
     Args:
         capture_layers: whose outputs are kept, side by side.
