@@ -1,18 +1,17 @@
-"""Segments as a batch of chains, and what a draft says at each step of them."""
+"""Segments as a batch of chains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from adapters.alignment.chain_walk import ChainWalk
 from adapters.alignment.records import Segment, has_target
 from adapters.alignment.text_prior import TextPrior, make_text_prior
-from adapters.target_parts import TargetParts
-from engine.models.eagle3 import Additions, Eagle3
 
 _NO_LOGIT = -1e30
 """Stands at places without a token: a row of -inf has no softmax, and its gradient would spoil the whole batch's."""
@@ -44,6 +43,11 @@ class ChainBatch:
     prior: TextPrior | None = None
     """What is added to the draft's logits when it is served; None: nothing"""
 
+    @property
+    def length(self) -> int:
+        """T"""
+        return self.positions.shape[1]
+
     @cached_property
     def wanted_ids(self) -> torch.Tensor:
         """Ascending ids of all tokens that the target, the draft or the prior preferred somewhere, int64."""
@@ -57,102 +61,35 @@ class ChainBatch:
         """The draft's logits [n, R] for some tokens [R] at a step of some chains [n], and the prior's bonus."""
         if self.prior is None:
             return logits
-        starts, length = self.starts[chains], self.positions.shape[1]
-        return logits + self.prior.bonus(starts // length, starts % length, step, token_ids)
+        starts = self.starts[chains]
+        return logits + self.prior.bonus(starts // self.length, starts % self.length, step, token_ids)
 
 
 def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
     """All chains of some segments, at least one."""
-    length, k = max(len(s.positions) for s in segments), segments[0].top_ids.shape[1]
-    size = (len(segments), length + horizon)
-    token_ids = torch.zeros(size, dtype=torch.int64)
-    positions = torch.full(size, -1)  # a position that follows no other
-    inputs = torch.zeros(len(segments), length, segments[0].inputs.shape[1], dtype=torch.bfloat16)
-    top_ids = torch.zeros(*size, k, dtype=torch.int64)
-    top_logits = torch.full((*size, k), -torch.inf)
-    anchors = torch.zeros(len(segments), length, dtype=torch.bool)
-    for row, segment in enumerate(segments):
-        n = len(segment.positions)
-        token_ids[row, :n], positions[row, :n], inputs[row, :n] = segment.token_ids, segment.positions, segment.inputs
-        top_ids[row, :n], top_logits[row, :n], anchors[row, :n] = segment.top_ids, segment.top_logits, segment.anchors
-    rows, columns = anchors.nonzero(as_tuple=True)
-    steps = torch.arange(horizon)
+    token_ids = _padded([segment.token_ids for segment in segments], horizon)
+    positions = _padded([segment.positions for segment in segments], horizon, -1)  # one that follows no other
+    top_ids = _padded([segment.top_ids for segment in segments], horizon).long()
+    top_logits = _padded([segment.top_logits.float() for segment in segments], horizon, -torch.inf)
+    rows, columns = _padded([segment.anchors for segment in segments], 0).nonzero(as_tuple=True)
+    length, steps = positions.shape[1] - horizon, torch.arange(horizon)
     places = rows[:, None], columns[:, None] + steps
     follows = positions[places] == positions[rows, columns][:, None] + steps
     refused = torch.cat([segment.refused for segment in segments]).long()
     return ChainBatch(
         token_ids=token_ids,
         positions=positions[:, :length].clamp(min=0),
-        inputs=inputs,
+        inputs=_padded([segment.inputs for segment in segments], 0),
         starts=rows * length + columns,
-        mask=follows & has_target(top_logits.flatten(0, 1)).view(size)[places],
+        mask=follows & has_target(top_logits)[places],
         top_ids=top_ids[places],
         top_logits=top_logits[places].nan_to_num(nan=_NO_LOGIT, posinf=_NO_LOGIT, neginf=_NO_LOGIT),
         refused=refused[refused >= 0],
-        prior=make_text_prior(segments, size[1]),
+        prior=make_text_prior(segments, length + horizon),
     )
 
 
-@dataclass(frozen=True)
-class ChainStep:
-    """One step of n of a batch's chains, those that were followed so far."""
-
-    number: int
-    """The step's number, from 0."""
-    chains: torch.Tensor
-    """[n] int64 ascending"""
-    logits: torch.Tensor
-    """[n, R] float32, the draft's for some tokens, and the prior's bonus on them"""
-    columns: torch.Tensor
-    """[n, k] int64, where among them the target's most likely ones are"""
-    top_logits: torch.Tensor
-    """[n, k] float32, the target's"""
-    mask: torch.Tensor
-    """[n] bool, whether the target's distribution is known"""
-
-
-GoesOn = Callable[[ChainStep], torch.Tensor]
-"""Which of the chains of a step are followed to the next, if there is one, [n] bool; called once for each step."""
-
-
-def to_the_end(step: ChainStep) -> torch.Tensor:
-    """``GoesOn`` that follows all chains."""
-    return torch.ones_like(step.mask)
-
-
-@dataclass(frozen=True)
-class ChainDrafter:
-    """A draft, alone or with an adapter, that drafts along the chains of a batch."""
-
-    draft: Eagle3
-    """float32, on the CPU"""
-    target: TargetParts
-    lora: Additions | None = None
-
-    def steps(self, batch: ChainBatch, token_ids: torch.Tensor, goes_on: GoesOn = to_the_end) -> list[ChainStep]:
-        """What the draft says at the steps of the chains, one after the other, differentiable in its weights.
-
-        Args:
-            batch: the chains.
-            token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
-            goes_on: which chains are followed, and how far.
-        """
-        walk = self.walk(batch)
-        rows, columns = self.target.head[token_ids].float(), torch.searchsorted(token_ids, batch.top_ids)
-        steps: list[ChainStep] = []
-        while True:
-            chains, number = walk.chains, len(steps)
-            of_target = (each[chains, number] for each in (columns, batch.top_logits, batch.mask))
-            logits = batch.with_prior(walk.head_input @ rows.T, chains, number, token_ids)
-            steps.append(ChainStep(number, chains, logits, *of_target))
-            stays = goes_on(steps[-1])
-            if len(steps) == batch.mask.shape[1] or not stays.any():
-                return steps
-            walk.advance(stays)
-
-    def walk(self, batch: ChainBatch) -> ChainWalk:
-        """The batch's chains, at their first step."""
-        g = batch.inputs.float()
-        if g.shape[-1] == self.draft.fc.in_features:
-            g = self.draft.fuse(g)
-        return ChainWalk(self.draft, self.target, self.lora, g, batch.token_ids, batch.positions, batch.starts)
+def _padded(rows: list[torch.Tensor], more: int, value: float = 0) -> torch.Tensor:
+    """[n, ...] of each segment → [B, T + more, ...]"""
+    batch = pad_sequence(rows, batch_first=True, padding_value=value)
+    return F.pad(batch, (0, 0) * (batch.dim() - 2) + (0, more), value=value)

@@ -6,10 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 import structlog
-from redis import Redis
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
-from redis.retry import Retry
 
 from engine.ipc.adapter_control import (
     COMMANDS_KEY,
@@ -20,6 +17,7 @@ from engine.ipc.adapter_control import (
     decode_command,
     encode_status,
 )
+from engine.ipc.token_log import connect_briefly
 
 log = structlog.get_logger(__name__)
 
@@ -35,9 +33,7 @@ class ControlChannel:
     """
 
     def __init__(self, url: str) -> None:
-        self._redis = Redis.from_url(
-            url, socket_timeout=_TIMEOUT, socket_connect_timeout=_TIMEOUT, retry=Retry(NoBackoff(), 0), protocol=2
-        )
+        self._redis = connect_briefly(url, _TIMEOUT)
 
     def take(self) -> list[AdapterCommand]:
         """Commands given since the last call; none while Redis is down. They are not given again."""

@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from engine.adapters_config import PaceConfig
 
@@ -14,10 +13,8 @@ _STAT = Path("/proc/stat")
 _MIN_INTERVAL = 0.25
 
 
-class SpareCores(Protocol):
-    """Cores idle of late, those that this process uses itself included; None: unknown."""
-
-    def __call__(self) -> float | None: ...
+SpareCores = Callable[[], float | None]
+"""Cores idle of late, those that this process uses itself included; None: unknown."""
 
 
 class CpuMonitor:

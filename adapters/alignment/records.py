@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
@@ -20,6 +20,8 @@ from engine.ipc.verify_record import VerifyRecord
 from engine.vocab.prior import NUM_FEATURES
 
 _NO_TOKEN = -1
+_MAX_UNFINISHED = 256
+"""Requests joined at a time; the one silent longest ends first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,30 +70,24 @@ class Assembler:
     """Joins records to segments.
 
     Args:
-        prepare: from rows of the ring [n, width] to what segments keep, e.g. the draft's fusion of features.
         top_k: tokens of the target's distribution to keep.
         vocab_size: token ids from here on are of another model.
         segment_positions: a segment ends when it has so many, its request's context not counted.
         context_positions: at least so many of these, if there are, are the context of the next one.
         idle_seconds: a request that was silent so long is over.
-        max_unfinished: requests joined at a time; the one silent longest goes first.
-        clock: for tests.
     """
 
     def __init__(
         self,
-        prepare: Callable[[torch.Tensor], torch.Tensor],
         top_k: int,
         vocab_size: int,
         segment_positions: int,
         context_positions: int,
         idle_seconds: float = 5.0,
-        max_unfinished: int = 256,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._prepare, self._top_k, self._vocab_size = prepare, top_k, vocab_size
+        self._top_k, self._vocab_size = top_k, vocab_size
         self._segment_positions, self._context_positions = segment_positions, context_positions
-        self._idle_seconds, self._max_unfinished, self._clock = idle_seconds, max_unfinished, clock
+        self._idle_seconds = idle_seconds
         self._unfinished: OrderedDict[str, _Unfinished] = OrderedDict()
         """By request, the one silent longest first."""
         self.num_lapsed = 0
@@ -124,7 +120,7 @@ class Assembler:
             elif not inputs.float().square().sum().isfinite():  # one such segment held out would fail every version
                 self.num_unusable += 1
             else:
-                complete += self._join(key, record, self._prepare(inputs), teaches)
+                complete += self._join(key, record, inputs.clone(), teaches)
         return complete + self._end_silent()
 
     def flush(self) -> list[tuple[str, Segment]]:
@@ -161,7 +157,7 @@ class Assembler:
         if parts and record.position - 1 <= parts[-1].positions[-1]:
             return []  # it was delivered twice
         parts.append(self._labelled(record, own, teaches))
-        unfinished.last_heard_at = self._clock()
+        unfinished.last_heard_at = time.monotonic()
         self._unfinished.move_to_end(record.request_id)
         if sum(len(part.positions) for part in parts) < self._segment_positions:
             return []
@@ -207,19 +203,19 @@ class Assembler:
         return [replace(part, anchors=torch.zeros_like(part.anchors)) for part in parts[first:]]
 
     def _end_silent(self) -> list[tuple[str, Segment]]:
-        deadline = self._clock() - self._idle_seconds
+        deadline = time.monotonic() - self._idle_seconds
         segments = []
         while self._unfinished:
             request_id, oldest = next(iter(self._unfinished.items()))
-            if oldest.last_heard_at > deadline and len(self._unfinished) <= self._max_unfinished:
+            if oldest.last_heard_at > deadline and len(self._unfinished) <= _MAX_UNFINISHED:
                 break
             segments += _finished(self._unfinished.pop(request_id))
         return segments
 
 
 def has_target(top_logits: torch.Tensor) -> torch.Tensor:
-    """[n, k] → [n] bool: rows whose target distribution is known and sound."""
-    return top_logits[:, 0].isfinite() & ~(top_logits.isnan() | (top_logits == torch.inf)).any(-1)
+    """[..., k] → [...] bool: rows whose target distribution is known and sound."""
+    return top_logits[..., 0].isfinite() & ~(top_logits.isnan() | (top_logits == torch.inf)).any(-1)
 
 
 def _finished(unfinished: _Unfinished) -> list[tuple[str, Segment]]:

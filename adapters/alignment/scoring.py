@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from adapters.alignment.chains import ChainBatch, ChainDrafter, ChainStep, collate
+from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
+from adapters.alignment.chains import ChainBatch, collate
 from adapters.alignment.curriculum_loss import step_divergence
 from adapters.alignment.records import Segment
 

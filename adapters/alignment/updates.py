@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from adapters.alignment.chains import ChainBatch, ChainDrafter, ChainStep, collate
+from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
+from adapters.alignment.chains import ChainBatch, collate
 from adapters.alignment.curriculum_loss import Curriculum, divergence
 from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment

@@ -15,7 +15,7 @@ import structlog
 import torch
 
 from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chains import ChainDrafter
+from adapters.alignment.chain_drafter import ChainDrafter
 from adapters.alignment.control import ControlChannel
 from adapters.alignment.pace import Pacer
 from adapters.alignment.publisher import AdapterPublisher
@@ -78,7 +78,6 @@ class AdapterWorker:
         self._pacer = pacer or Pacer(config.pace)
         self._ring: FeatureRingReader | None = None
         self._assembler = Assembler(
-            self._prepare,
             config.log.top_k,
             len(base.target.head),
             config.replay.segment_positions,
@@ -151,13 +150,10 @@ class AdapterWorker:
 
     def _take_in(self, entries: list[LoggedRecord], ring: FeatureRingReader) -> None:
         config, known = self._config, list[tuple[KeyAligner, VerifyRecord, bool]]()
-        keys = [adapter_key(config.key_scope, record.tenant, record.domain) for _, record in entries]
+        of_keys = [(adapter_key(config.key_scope, each.record.tenant, each.record.domain), each) for each in entries]
         # Those that have a slot go first, or after a quiet minute a newcomer would put out one that is about to speak,
         # that one the next, and so on.
-        for entry, key in zip(entries, keys, strict=True):
-            if key in self._roster.aligners:
-                self._roster.hear(key, entry.logged_at)
-        for entry, key in zip(entries, keys, strict=True):
+        for key, entry in sorted(of_keys, key=lambda of_key: of_key[0] not in self._roster.aligners):
             record, aligner = entry.record, self._roster.hear(key, entry.logged_at)
             if aligner is not None:
                 is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
@@ -177,20 +173,12 @@ class AdapterWorker:
 
     def _open_ring(self) -> FeatureRingReader:
         if self._ring is None:
-            self._ring = FeatureRingReader(self._config.ring_path)
-            hidden, features = self._base.draft.config.hidden_size, self._base.draft.fc.in_features
-            wanted = (features,) if self._config.trains_fusion else (hidden, features)
-            if self._ring.width not in wanted:
-                width, self._ring = self._ring.width, None
-                raise SharedMemoryError(f"{self._config.ring_path}: rows of {width} values are not this draft's input")
+            path, fusion = self._config.ring_path, self._base.draft.fc
+            ring = FeatureRingReader(path)
+            if ring.width != (fusion.in_features if self._config.trains_fusion else fusion.out_features):
+                raise SharedMemoryError(f"{path}: rows of {ring.width} values are not this draft's input")
+            self._ring = ring
         return self._ring
-
-    def _prepare(self, rows: torch.Tensor) -> torch.Tensor:
-        """Fuse features at once where their fusion stays as it is: that takes a third of the memory."""
-        if self._config.trains_fusion or rows.shape[1] != self._base.draft.fc.in_features:
-            return rows.clone()
-        with torch.no_grad():
-            return self._base.draft.fuse(rows.float()).bfloat16()
 
     def _make_aligner(self, key: str) -> KeyAligner:
         updater = self._updater(self._base, self._config, key, self._fingerprint)

@@ -12,9 +12,8 @@ import torch
 import typer
 
 from adapters.training.checkpoint import TrainingProgress
-from adapters.training.conversations import data_directory, shard_paths, text_directory
+from adapters.training.conversations import data_directory, text_directory
 from adapters.training.feature_recorder import recorded_layers
-from adapters.training.model_card import write_card
 from adapters.training.trainer import Phase, TrainConfig, Trainer
 from adapters.training.validation import Accuracy
 from engine.config import ModelConfig
@@ -71,9 +70,8 @@ def main(
     if start_from is not None and trainer.is_finished:
         raise typer.BadParameter(f"{run} is finished; training a draft further is another run", param_hint="--run")
     trainer.run()
-    history = trainer.progress.history
-    (output / "training.json").write_text(json.dumps(history, indent=1) + "\n")
-    write_card(output, files.name, bool(shard_paths(text)), ["evospec train-draft", *sys.argv[1:]], history)
+    record = {"command": ["evospec", "train-draft", *sys.argv[1:]], "validations": trainer.progress.history}
+    (output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,9 +28,18 @@ from engine.models.weights import WeightSource
 from kernels.native import has_fast_bf16
 
 VALIDATION_STEPS = 4
-MAX_POSITIONS = 4096
+_VALIDATION_TOKENS = 12_000
+_VALIDATION_SECONDS = 240.0
+"""From one to the next at least, and ten times what the last one took: over a large head that is minutes."""
+_MAX_POSITIONS = 4096
+_CORE_ROWS, _RANDOM_ROWS = 2048, 2048
+"""Rows of the head in every loss, of the most frequent tokens, and those drawn anew for each batch."""
 _TILE = 32
 """Rows of a product that the fastest kernels take at once."""
+_WARMUP_STEPS = 40
+_FINAL_SHARE = 0.02
+"""The learning rate at the end of the run, as a share of its last phase's."""
+_CLIP, _WEIGHT_DECAY = 1.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -53,18 +62,6 @@ class TrainConfig:
     start_from: Path | None = None
     """Directory of a draft of the same shape to go on from; None: the target's last layer."""
     seed: int = 0
-    core_rows: int = 2048
-    """Most frequent tokens, rows of every loss."""
-    random_rows: int = 2048
-    """Rows drawn anew for each batch."""
-    warmup_steps: int = 40
-    final_share: float = 0.02
-    """The learning rate at the end of the run, as a share of its last phase's."""
-    clip: float = 1.0
-    weight_decay: float = 0.01
-    validation_tokens: int = 12_000
-    validation_seconds: float = 240.0
-    """From one to the next at least, and ten times what the last one took: over a large head that is minutes."""
 
 
 class Trainer:
@@ -103,15 +100,14 @@ class Trainer:
         self._width = (len(config.capture_layers) + 1) * spec.hidden_size
         self._dataset = self._read_dataset()
         dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
-        target = target_parts(source, spec, MAX_POSITIONS, dtype)
+        target = target_parts(source, spec, _MAX_POSITIONS, dtype)
         shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
         draft = _initial_draft(shape, config.start_from, source)
         self._validation = self._validation_batches()
         self._scale = self._feature_scale()
         self._unroller = Unroller(draft, target, self._scale)
-        self._optimizer = torch.optim.AdamW(
-            draft.parameters(), betas=(0.9, 0.95), weight_decay=config.weight_decay, fused=True
-        )
+        parameters = draft.parameters()
+        self._optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY, fused=True)
         # The scale it was trained behind comes back too: data that came since would give another.
         self.progress = load_checkpoint(checkpoints, draft, self._optimizer, self._scale) or TrainingProgress()
 
@@ -129,20 +125,16 @@ class Trainer:
         """Whether there is nothing left to do but to write the draft."""
         return self.progress.anchors >= sum(phase.anchors for phase in self._config.phases)
 
-    def _export(self) -> None:
-        """Write the draft as it is now."""
-        draft = Eagle3(self._unroller.draft.config)
-        draft.load_state_dict(self._unroller.draft.state_dict() | {"fc.weight": self._unroller.folded_fc()})
-        save_draft(draft, self._output)
-
     def _epoch(self, phase: Phase, begin: int) -> None:
         """One pass over the data that is there now, or the rest of the phase."""
-        config, progress = self._config, self.progress
+        progress = self.progress
         self._dataset = self._read_dataset()
         counts = self._dataset.token_counts(self._spec.vocab_size)
-        core = counts.argsort(descending=True)[: config.core_rows]
-        generator = np.random.default_rng((config.seed, progress.step))  # also after a restart in the middle of a pass
-        validated, pause = time.monotonic(), config.validation_seconds
+        core = counts.argsort(descending=True)[:_CORE_ROWS]
+        generator = np.random.default_rng(
+            (self._config.seed, progress.step)
+        )  # also after a restart in the middle of a pass
+        validated, pause = time.monotonic(), _VALIDATION_SECONDS
         for batch in self._dataset.batches(phase.batch_tokens, len(phase.step_weights), generator):
             started = time.monotonic()
             self._set_learning_rate(phase, progress.anchors - begin)
@@ -153,18 +145,18 @@ class Trainer:
             if (now := time.monotonic()) - validated > pause:
                 self._validate(means)
                 validated = time.monotonic()
-                pause = max(config.validation_seconds, 10 * (validated - now))
+                pause = max(_VALIDATION_SECONDS, 10 * (validated - now))
             if progress.anchors >= begin + phase.anchors:
                 break
 
     def _step(self, batch: Batch, phase: Phase, core: torch.Tensor) -> list[float]:
         draft = self._unroller.draft
-        drawn = torch.randint(0, self._spec.vocab_size, (self._config.random_rows,))
+        drawn = torch.randint(0, self._spec.vocab_size, (_RANDOM_ROWS,))
         rows = self._unroller.target.head[rows_of_loss(batch, core, drawn)]
         with self._unroller.precision():
             loss, means = self._unroller.loss(batch, rows, phase.step_weights)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(draft.parameters(), self._config.clip)
+        torch.nn.utils.clip_grad_norm_(draft.parameters(), _CLIP)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return means
@@ -172,8 +164,8 @@ class Trainer:
     def _set_learning_rate(self, phase: Phase, anchors: int) -> None:
         """Warm-up at the run's start; the last phase ends in a cosine. To fall before would be to climb again."""
         share = min(1.0, anchors / phase.anchors) if phase is self._config.phases[-1] else 0.0
-        cosine = self._config.final_share + (1 - self._config.final_share) * (1 + math.cos(math.pi * share)) / 2
-        warmup = min(1.0, (self.progress.step + 1) / self._config.warmup_steps)
+        cosine = _FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * share)) / 2
+        warmup = min(1.0, (self.progress.step + 1) / _WARMUP_STEPS)
         for group in self._optimizer.param_groups:
             group["lr"] = phase.learning_rate * cosine * warmup
 
@@ -190,7 +182,9 @@ class Trainer:
             }
         )
         save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress, self._scale)
-        self._export()
+        draft = Eagle3(self._unroller.draft.config)
+        draft.load_state_dict(self._unroller.draft.state_dict() | {"fc.weight": self._unroller.folded_fc()})
+        save_draft(draft, self._output)
         self._report(self.progress, means, accuracy)
 
     def _read_dataset(self, validation: bool = False) -> Dataset:
@@ -202,7 +196,7 @@ class Trainer:
         """A fixed sample of the held-out conversations."""
         dataset, batches, tokens = self._read_dataset(validation=True), list[Batch](), 0
         for batch in dataset.batches(2048, VALIDATION_STEPS, np.random.default_rng(0)):
-            if tokens > self._config.validation_tokens:
+            if tokens > _VALIDATION_TOKENS:
                 break
             batches.append(batch)
             tokens += int(batch.anchors(0).sum())

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from adapters.alignment import worker
-from adapters.alignment.chains import ChainBatch, ChainDrafter, ChainStep
+from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
+from adapters.alignment.chains import ChainBatch
 from adapters.alignment.updates import Updater
 from engine.adapters_config import AdaptersConfig
 from engine.models.lora import whole_layout

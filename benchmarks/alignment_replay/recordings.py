@@ -10,7 +10,8 @@ import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
-from adapters.alignment.chains import ChainBatch, ChainDrafter
+from adapters.alignment.chain_drafter import ChainDrafter
+from adapters.alignment.chains import ChainBatch
 from benchmarks.common.draft_traces import answers, load_parts
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chains import ChainDrafter
+from adapters.alignment.chain_drafter import ChainDrafter
 from adapters.alignment.records import Assembler
 from adapters.alignment.replay import starts_chains, teaches
 from adapters.alignment.store import AdapterStore
@@ -47,7 +47,7 @@ class Replay:
         self._reader = FeatureRingReader(directory / "ring")
         replay, vocab_size = config.replay, len(base.target.head)
         sizes = replay.segment_positions, replay.context_positions
-        self._assembler = Assembler(torch.clone, config.log.top_k, vocab_size, *sizes)
+        self._assembler = Assembler(config.log.top_k, vocab_size, *sizes)
         self._version = 0
 
     def serve(self, recording: Recording, name: str) -> None:

@@ -64,7 +64,7 @@ class TokenLog:
     def __init__(
         self, url: str, stream: str, queue_size: int = 4096, max_records: int = 50_000, interval: float = 0.2
     ) -> None:
-        self._redis = _connect(url, _WRITE_TIMEOUT)
+        self._redis = connect_briefly(url, _WRITE_TIMEOUT)
         self._stream, self._interval = stream, interval
         self._queue_size, self._max_records = queue_size, max_records
         self._queue: deque[bytes] = deque()
@@ -162,7 +162,7 @@ class TokenLogReader:
     """
 
     def __init__(self, url: str, stream: str, group: str = "adapters", consumer: str = "worker") -> None:
-        self._redis = _connect(url, _READ_TIMEOUT)
+        self._redis = connect_briefly(url, _READ_TIMEOUT)
         self._stream, self._group, self._consumer = stream, group, consumer
         self._last_id = b"0-0"
         self._has_pending = True
@@ -291,7 +291,8 @@ def _order(entry_id: bytes) -> tuple[int, ...]:
     return tuple(map(int, entry_id.split(b"-")))
 
 
-def _connect(url: str, timeout: float) -> Redis:
+def connect_briefly(url: str, timeout: float) -> Redis:
+    """A connection that waits for no answer longer than ``timeout`` seconds, and tries nothing twice."""
     return Redis.from_url(
         url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2
     )

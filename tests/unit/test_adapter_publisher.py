@@ -1,4 +1,4 @@
-"""The worker's view of the engine's slots."""
+"""Publications in the engine's slots."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def test_no_version_is_given_twice_though_worker_and_channel_are_lost(
     path = tmp_path / "weights"
     store = AdapterStore(tmp_path / "state", LAYOUT)
     channel = WeightChannel.create(path, LAYOUT, num_slots=1)
-    bank = AdapterPublisher(path, LAYOUT, store)
-    assert bank.attach()
-    assert bank.publish("key", WEIGHTS) == 1
+    publisher = AdapterPublisher(path, LAYOUT, store)
+    assert publisher.attach()
+    assert publisher.publish("key", WEIGHTS) == 1
     publish = WeightWriter.publish
 
     def publish_and_die(*arguments: object) -> int:
@@ -40,9 +40,9 @@ def test_no_version_is_given_twice_though_worker_and_channel_are_lost(
     with monkeypatch.context() as patch:
         patch.setattr(WeightWriter, "publish", publish_and_die)
         with pytest.raises(Killed):
-            bank.publish("key", WEIGHTS)
+            publisher.publish("key", WEIGHTS)
     assert channel.poll() == 2
-    bank.close()
+    publisher.close()
     path.unlink()
     WeightChannel.create(path, LAYOUT, num_slots=1)
     successor = AdapterPublisher(path, LAYOUT, AdapterStore(tmp_path / "state", LAYOUT))

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from adapters.alignment.chain_walk import ChainWalk
+from adapters.alignment.chain_drafter import ChainDrafter, ChainWalk
+from adapters.alignment.chains import ChainBatch
 from adapters.target_parts import target_parts
 from adapters.training.chain_attention import chain_attention
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
@@ -292,12 +293,22 @@ def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
     g[2, 40:], token_ids[2, 40:], positions[2, 40:] = 0, 0, 0  # padding
     g.requires_grad_()
     starts = torch.tensor([0, 3, 4, 49, 100, 131, 132])
+    batch = ChainBatch(
+        token_ids=token_ids,
+        positions=positions,
+        inputs=g,
+        starts=starts,
+        mask=torch.ones(7, 4, dtype=torch.bool),
+        top_ids=torch.zeros(7, 4, 1, dtype=torch.int64),
+        top_logits=torch.zeros(7, 4, 1),
+        refused=torch.zeros(0, dtype=torch.int64),
+    )
     learned = [g, draft.qkv_proj.weight.requires_grad_(), draft.down_proj.weight.requires_grad_()]
     unroller = Unroller(draft, target, torch.ones(3 * spec.hidden_size))
     from_all = [step.flatten(0, 1)[starts] for step in unroller.unroll(g, token_ids, positions, 4)]
     for wanted in ([4] * 7, [1, 4, 3, 1, 2, 3, 1], [1, 2, 1, 1, 1, 1, 1]):
         lengths = torch.tensor(wanted)
-        walk = ChainWalk(draft, target, None, g, token_ids, positions, starts)
+        walk = ChainWalk(ChainDrafter(draft, target), batch)
         found, expected = [walk.head_input], [from_all[0]]
         for number in range(1, max(wanted)):
             walk.advance(lengths[walk.chains] > number)

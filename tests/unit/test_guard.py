@@ -125,18 +125,16 @@ def test_a_version_met_by_few_is_none_to_compare_with() -> None:
 def test_only_unbiased_records_of_the_version_in_force_count() -> None:
     guard = Guard(CONFIG)
     guard.watch(2)
+    not_asked = msgspec.structs.replace(sampled(2, True), first_right=None, drafted=(), num_accepted=0)
     guard.is_bad_after(sampled(1, False))
     guard.is_bad_after(msgspec.structs.replace(sampled(2, False), is_gated=True))
-    guard.is_bad_after(
-        msgspec.structs.replace(sampled(2, True), first_right=None, drafted=(), num_accepted=0)
-    )  # not asked
+    guard.is_bad_after(not_asked)
     guard.is_bad_after(msgspec.structs.replace(sampled(2, True), first_right=None, copied=True))
     assert (guard.num_watched, guard.acceptance, guard.control) == (0, FirstTokenAcceptance(), FirstTokenAcceptance())
     guard.is_bad_after(sampled(2, True))
     guard.is_bad_after(sampled(0, False))
-    guard.is_bad_after(
-        msgspec.structs.replace(sampled(0, False), first_right=None)
-    )  # of an engine that did not say so yet
+    of_older_engine = msgspec.structs.replace(sampled(0, False), first_right=None)
+    guard.is_bad_after(of_older_engine)
     assert (guard.acceptance, guard.control) == (FirstTokenAcceptance(((1, 1),)), FirstTokenAcceptance(((0, 2),)))
     assert not guard.may_be_followed
 

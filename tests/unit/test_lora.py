@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.alignment.chains import ChainBatch, ChainDrafter, ChainStep, collate
+from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
+from adapters.alignment.chains import ChainBatch, collate
 from adapters.alignment.lora import Lora
 from engine.adapters_config import LoraTarget
 from engine.models.eagle3 import Eagle3

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.alignment.chains import ChainStep, collate
+from adapters.alignment.chain_drafter import ChainStep
+from adapters.alignment.chains import collate
 from adapters.alignment.curriculum_loss import divergence
 from adapters.alignment.records import Assembler, Segment
 from adapters.alignment.replay import ReplayBuffer, is_held_out, starts_chains, teaches
@@ -208,7 +209,7 @@ class Log:
     def __init__(self, path: Path, capacity: int = 64) -> None:
         self.ring = FeatureRing(path, capacity, WIDTH)
         self.reader = FeatureRingReader(path)
-        self.assembler = Assembler(torch.clone, K, VOCAB, segment_positions=10, context_positions=3, idle_seconds=9e9)
+        self.assembler = Assembler(K, VOCAB, segment_positions=10, context_positions=3, idle_seconds=9e9)
         self.position = 1
 
     def step(self, accepted: int, num_context: int = 0) -> VerifyRecord:

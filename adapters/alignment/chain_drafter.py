@@ -1,4 +1,4 @@
-"""The draft along chains that start at some positions of a batch; other positions are only attended to.
+"""What a draft says along chains that start at some positions of a batch; other positions are only attended to.
 
 ``adapters.training.unroll`` computes the same for a chain from every position, as training on whole windows wants it.
 Here most positions are a prompt's or teach nothing: of those only keys and values are needed, once.
@@ -6,53 +6,99 @@ Here most positions are a prompt's or teach nothing: of those only keys and valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+from adapters.alignment.chains import ChainBatch
 from adapters.target_parts import TargetParts
 from engine.models.eagle3 import Additions, Eagle3
 
 
+@dataclass(frozen=True)
+class ChainStep:
+    """One step of n of a batch's chains, those that were followed so far."""
+
+    number: int
+    """The step's number, from 0."""
+    chains: torch.Tensor
+    """[n] int64 ascending"""
+    logits: torch.Tensor
+    """[n, R] float32, the draft's for some tokens, and the prior's bonus on them"""
+    columns: torch.Tensor
+    """[n, k] int64, where among them the target's most likely ones are"""
+    top_logits: torch.Tensor
+    """[n, k] float32, the target's"""
+    mask: torch.Tensor
+    """[n] bool, whether the target's distribution is known"""
+
+
+GoesOn = Callable[[ChainStep], torch.Tensor]
+"""Which of the chains of a step are followed to the next, if there is one, [n] bool; called once for each step."""
+
+
+def to_the_end(step: ChainStep) -> torch.Tensor:
+    """``GoesOn`` that follows all chains."""
+    return torch.ones_like(step.mask)
+
+
+@dataclass(frozen=True)
+class ChainDrafter:
+    """A draft, alone or with an adapter, that drafts along the chains of a batch."""
+
+    draft: Eagle3
+    """float32, on the CPU"""
+    target: TargetParts
+    lora: Additions | None = None
+
+    def steps(self, batch: ChainBatch, token_ids: torch.Tensor, goes_on: GoesOn = to_the_end) -> list[ChainStep]:
+        """What the draft says at the steps of the chains, one after the other, differentiable in its weights.
+
+        Args:
+            batch: the chains.
+            token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
+            goes_on: which chains are followed, and how far.
+        """
+        walk = ChainWalk(self, batch)
+        rows, columns = self.target.head[token_ids].float(), torch.searchsorted(token_ids, batch.top_ids)
+        steps: list[ChainStep] = []
+        while True:
+            chains, number = walk.chains, len(steps)
+            of_target = (each[chains, number] for each in (columns, batch.top_logits, batch.mask))
+            logits = batch.with_prior(walk.head_input @ rows.T, chains, number, token_ids)
+            steps.append(ChainStep(number, chains, logits, *of_target))
+            stays = goes_on(steps[-1])
+            if len(steps) == batch.mask.shape[1] or not stays.any():
+                return steps
+            walk.advance(stays)
+
+
 class ChainWalk:
-    """N chains, a step at a time: those that are followed on take their next token.
+    """The chains of a batch, a step at a time: those that are followed on take their next token.
 
     Step s of the chain that starts at t takes the token at t + s. It attends to the committed tokens up to t and to the
     chain's own (EAGLE-3's training-time test, arXiv 2503.01840).
-
-    Args:
-        draft: float32.
-        target: its frozen parts.
-        lora: an adapter of the draft.
-        g: [B, T, hidden] fused features of the positions before.
-        token_ids: [B, T + S] int64, for chains of up to S steps.
-        positions: [B, T] int64
-        starts: [N] int64 ascending, index into B * T
     """
 
-    def __init__(
-        self,
-        draft: Eagle3,
-        target: TargetParts,
-        lora: Additions | None,
-        g: torch.Tensor,
-        token_ids: torch.Tensor,
-        positions: torch.Tensor,
-        starts: torch.Tensor,
-    ) -> None:
-        self._draft, self._target, self._lora, self._token_ids = draft, target, lora, token_ids
+    def __init__(self, drafter: ChainDrafter, batch: ChainBatch) -> None:
+        self._draft, self._target, self._lora = drafter.draft, drafter.target, drafter.lora
+        self._token_ids, starts, positions, length = batch.token_ids, batch.starts, batch.positions, batch.length
         self.chains = torch.arange(len(starts))
         """[n] ascending numbers of those that are followed"""
-        self._step, length = 0, positions.shape[1]
+        self._step = 0
         self._rows, self._columns = starts // length, starts % length
         self._first = positions.flatten()[starts]
-        q, k, v = draft.qkv(F.embedding(token_ids[:, :length], target.embedding), g, lora)
-        k = target.rotary(k.flatten(0, 1), positions.flatten()).view_as(k)
+        g = batch.inputs.float()
+        if g.shape[-1] == self._draft.fc.in_features:
+            g = self._draft.fuse(g)
+        q, k, v = self._draft.qkv(F.embedding(self._token_ids[:, :length], self._target.embedding), g, self._lora)
+        k = self._target.rotary(k.flatten(0, 1), positions.flatten()).view_as(k)
         self._context = _Context(k, v, self._rows, self._columns)
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
-        self._a = self._output(target.rotary(q.flatten(0, 1)[starts], self._first), g.flatten(0, 1)[starts])
+        self._a = self._output(self._target.rotary(q.flatten(0, 1)[starts], self._first), g.flatten(0, 1)[starts])
 
     @property
     def head_input(self) -> torch.Tensor:
