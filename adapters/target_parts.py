@@ -18,12 +18,9 @@ _DEFAULT_MAX_MODEL_LEN = 8192
 class TargetParts:
     """Frozen weights of the target, in the dtype that products are computed in."""
 
-    embedding: torch.Tensor
-    """[vocab, hidden]"""
-    head: torch.Tensor
-    """[vocab, hidden]"""
-    norm: torch.Tensor
-    """[hidden], the weight of the final RMSNorm"""
+    embedding: torch.Tensor  # [vocab, hidden]
+    head: torch.Tensor  # [vocab, hidden]
+    norm: torch.Tensor  # [hidden], the weight of the final RMSNorm
     norm_eps: float
     rotary: RotaryEmbedding
 

@@ -43,25 +43,16 @@ class KeyAligner:
         self.state = store.load_state(key)
         self.replay = ReplayBuffer(config.replay)
         self._new_watch()
-        self.revision = 0
-        """The revision in force, or to be; 0: the base draft."""
-        self.tensors: dict[str, torch.Tensor] | None = None
-        """Its weights as they are published."""
-        self.is_unpublished = True
-        """Whether they are not in force: they never were, or the engine has lost them."""
-        self._is_new = True
-        """Whether they never were."""
+        self.revision = 0  # the revision in force, or to be; 0: the base draft
+        self.tensors: dict[str, torch.Tensor] | None = None  # its weights as they are published
+        self.is_unpublished = True  # whether they are not in force: they never were, or the engine has lost them
+        self._is_new = True  # whether they never were
         self.channel_version = 0
-        self.worked_at = 0.0
-        """When it worked last, by the monotonic clock."""
-        self._num_unjudged = 0
-        """Updates since weights were scored."""
-        self._num_ahead = 0
-        """Updates since those in force."""
-        self._num_more = 0
-        """Updates on older positions that batches of new ones have brought and that were not done yet."""
-        self._scoring: Scoring | None = None
-        """A scoring of the updater's weights, begun and not done; they stay as they are meanwhile."""
+        self.worked_at = 0.0  # when it worked last, by the monotonic clock
+        self._num_unjudged = 0  # updates since weights were scored
+        self._num_ahead = 0  # updates since those in force
+        self._num_more = 0  # updates on older positions that batches of new ones have brought and that are still to do
+        self._scoring: Scoring | None = None  # a scoring of the updater's weights, which stay as they are meanwhile
         self._scores = ScoreCache()
         self._last_loss: float | None = None
         self._last_refusal = ""

@@ -21,18 +21,12 @@ from engine.models.eagle3 import Additions, Eagle3
 class ChainStep:
     """One step of n of a batch's chains, those that were followed so far."""
 
-    number: int
-    """The step's number, from 0."""
-    chains: torch.Tensor
-    """[n] int64 ascending"""
-    logits: torch.Tensor
-    """[n, R] float32, the draft's for some tokens, and the prior's bonus on them"""
-    columns: torch.Tensor
-    """[n, k] int64, where among them the target's most likely ones are"""
-    top_logits: torch.Tensor
-    """[n, k] float32, the target's"""
-    mask: torch.Tensor
-    """[n] bool, whether the target's distribution is known"""
+    number: int  # the step's number, from 0
+    chains: torch.Tensor  # [n] int64 ascending
+    logits: torch.Tensor  # [n, R] float32, the draft's for some tokens, and the prior's bonus on them
+    columns: torch.Tensor  # [n, k] int64, where among them the target's most likely ones are
+    top_logits: torch.Tensor  # [n, k] float32, the target's
+    mask: torch.Tensor  # [n] bool, whether the target's distribution is known
 
 
 GoesOn = Callable[[ChainStep], torch.Tensor]
@@ -48,8 +42,7 @@ def to_the_end(step: ChainStep) -> torch.Tensor:
 class ChainDrafter:
     """A draft, alone or with an adapter, that drafts along the chains of a batch."""
 
-    draft: Eagle3
-    """float32, on the CPU"""
+    draft: Eagle3  # float32, on the CPU
     target: TargetParts
     lora: Additions | None = None
 
@@ -85,8 +78,7 @@ class ChainWalk:
     def __init__(self, drafter: ChainDrafter, batch: ChainBatch) -> None:
         self._draft, self._target, self._lora = drafter.draft, drafter.target, drafter.lora
         self._token_ids, starts, positions, length = batch.token_ids, batch.starts, batch.positions, batch.length
-        self.chains = torch.arange(len(starts))
-        """[n] ascending numbers of those that are followed"""
+        self.chains = torch.arange(len(starts))  # [n] ascending numbers of those that are followed
         self._step = 0
         self._rows, self._columns = starts // length, starts % length
         self._first = positions.flatten()[starts]

@@ -24,24 +24,15 @@ class ChainBatch:
     Step s of the chain that starts at position t takes the token at t + s and is to give the one after it.
     """
 
-    token_ids: torch.Tensor
-    """[B, T + S] int64"""
-    positions: torch.Tensor
-    """[B, T] int64"""
-    inputs: torch.Tensor
-    """[B, T, width] bf16"""
-    starts: torch.Tensor
-    """[N] int64 ascending, index into B * T"""
-    mask: torch.Tensor
-    """[N, S] bool, steps for which the target's distribution is known; the first always"""
-    top_ids: torch.Tensor
-    """[N, S, k] int64"""
-    top_logits: torch.Tensor
-    """[N, S, k] float32"""
-    refused: torch.Tensor
-    """Some token ids, int64: drafted and refused"""
-    prior: TextPrior | None = None
-    """What is added to the draft's logits when it is served; None: nothing"""
+    token_ids: torch.Tensor  # [B, T + S] int64
+    positions: torch.Tensor  # [B, T] int64
+    inputs: torch.Tensor  # [B, T, width] bf16
+    starts: torch.Tensor  # [N] int64 ascending, index into B * T
+    mask: torch.Tensor  # [N, S] bool, steps for which the target's distribution is known; the first always
+    top_ids: torch.Tensor  # [N, S, k] int64
+    top_logits: torch.Tensor  # [N, S, k] float32
+    refused: torch.Tensor  # some token ids, int64: drafted and refused
+    prior: TextPrior | None = None  # what is added to the draft's logits when it is served; None: nothing
 
     @property
     def length(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 import structlog
@@ -49,16 +50,12 @@ class ControlChannel:
                 log.warning("a command could not be read", error=str(error))
         return commands
 
-    def report(self, worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> bool:
-        """Replace what is shown; False while Redis is down."""
-        try:
-            with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.delete(STATUS_KEY)
-                pipeline.hset(STATUS_KEY, mapping=encode_status(worker, adapters))  # type: ignore[arg-type]
-                pipeline.execute()
-        except (RedisError, OSError):
-            return False
-        return True
+    def report(self, worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> None:
+        """Replace what is shown; nothing changes while Redis is down."""
+        with suppress(RedisError, OSError), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.delete(STATUS_KEY)
+            pipeline.hset(STATUS_KEY, mapping=encode_status(worker, adapters))  # type: ignore[arg-type]
+            pipeline.execute()
 
     def close(self) -> None:
         """Close the connection; what is shown stays, and grows old."""

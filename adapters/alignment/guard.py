@@ -26,10 +26,8 @@ class Verdict(Enum):
     """What becomes of a version that was scored."""
 
     PUBLISH = "publish"
-    TRAIN_ON = "train on"
-    """Not worse, but not surely better either: keep it, and ask again later."""
-    REFUSE = "refuse"
-    """Worse: back to the version in force."""
+    TRAIN_ON = "train on"  # not worse, but not surely better either: keep it, and ask again later
+    REFUSE = "refuse"  # worse: back to the version in force
 
 
 def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) -> tuple[Verdict, str]:
@@ -80,8 +78,7 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor, requests: torch.Tensor
 class FirstTokenAcceptance:
     """How often the first draft token of a step was right."""
 
-    requests: tuple[tuple[int, int], ...] = ()
-    """For each request, how often, and in how many steps"""
+    requests: tuple[tuple[int, int], ...] = ()  # for each request, how often, and in how many steps
 
     @cached_property
     def num_steps(self) -> int:
@@ -209,12 +206,9 @@ class Guard:
         return self.num_watched % _CHECK_EVERY == 0 and self._is_bad()
 
     def _start(self, version: int) -> None:
-        self.version = version
-        """The channel's version in force; to be set where the same weights were published again."""
-        self.num_watched = 0
-        """Records that count of the version in force."""
-        self._recent = _LastSteps(self._config.watched_records)
-        """Steps of what is in force."""
+        self.version = version  # the channel's version in force; to be set where the same weights were published again
+        self.num_watched = 0  # records that count of the version in force
+        self._recent = _LastSteps(self._config.watched_records)  # steps of what is in force
         self._both = _LastSteps(_SPAN * self._config.watched_records)
         """Steps of version and base draft, since the version came."""
 

@@ -32,22 +32,14 @@ class Segment:
     """
 
     request_id: str
-    positions: torch.Tensor
-    """[n] int64"""
-    token_ids: torch.Tensor
-    """[n] int64, the token at each position"""
-    inputs: torch.Tensor
-    """[n, width] bf16, features of the position before: as the ring has them, or fused"""
-    top_ids: torch.Tensor
-    """[n, k] int32, the target's most likely next tokens"""
-    top_logits: torch.Tensor
-    """[n, k] float16; -inf for places without a token, in all of a row whose target distribution is not known"""
-    refused: torch.Tensor
-    """[n] int32, the token that was drafted next and refused, or -1"""
-    anchors: torch.Tensor
-    """[n] bool: chains that start here are learned; the others are context"""
-    prior: torch.Tensor
-    """[n, NUM_FEATURES] float16, weights of the prior that the engine drafted with after each position; 0: without"""
+    positions: torch.Tensor  # [n] int64
+    token_ids: torch.Tensor  # [n] int64, the token at each position
+    inputs: torch.Tensor  # [n, width] bf16, features of the position before: as the ring has them, or fused
+    top_ids: torch.Tensor  # [n, k] int32, the target's most likely next tokens
+    top_logits: torch.Tensor  # [n, k] float16; -inf where there is no token, or the distribution is not known
+    refused: torch.Tensor  # [n] int32, the token that was drafted next and refused, or -1
+    anchors: torch.Tensor  # [n] bool: chains that start here are learned; the others are context
+    prior: torch.Tensor  # [n, NUM_FEATURES] float16, the prior's weights that the engine drafted with; 0: without
 
     @property
     def num_anchors(self) -> int:
@@ -59,10 +51,8 @@ class _Unfinished:
     """A request's segment that is growing."""
 
     key: str
-    context: Segment | None
-    """What was before the first record; every segment of the request begins with it."""
-    parts: list[Segment] = field(default_factory=list)
-    """A segment of each record."""
+    context: Segment | None  # what was before the first record; every segment of the request begins with it
+    parts: list[Segment] = field(default_factory=list)  # a segment of each record
     last_heard_at: float = 0.0
 
 
@@ -88,13 +78,9 @@ class Assembler:
         self._top_k, self._vocab_size = top_k, vocab_size
         self._segment_positions, self._context_positions = segment_positions, context_positions
         self._idle_seconds = idle_seconds
-        self._unfinished: OrderedDict[str, _Unfinished] = OrderedDict()
-        """By request, the one silent longest first."""
-        self.num_lapsed = 0
-        """Records skipped because a feature row of theirs was overwritten."""
-        self.num_unusable = 0
-        """Records skipped because they have no features or damaged ones, contradict themselves, or name tokens that are
-        not there."""
+        self._unfinished: OrderedDict[str, _Unfinished] = OrderedDict()  # by request, the one silent longest first
+        self.num_lapsed = 0  # records skipped because a feature row of theirs was overwritten
+        self.num_unusable = 0  # records skipped because they have no sound features, or contradict themselves
 
     def add(
         self, records: Sequence[tuple[str, VerifyRecord, bool]], ring: FeatureRingReader

@@ -63,8 +63,7 @@ class ReplayBuffer:
         self._new: deque[Segment] = deque()
         self._history: list[Segment] = []
         self._num_left = 0
-        self.held_out: deque[Segment] = deque()
-        """The most recent of the held-out requests' segments."""
+        self.held_out: deque[Segment] = deque()  # the most recent of the held-out requests' segments
         self.num_arrived_positions = 0
         """Positions that came since the last ``take``, whether they are still here or not; held-out ones not."""
 

@@ -31,8 +31,7 @@ class Roster:
         self, num_slots: int, make: Callable[[str], KeyAligner], leave: Callable[[str, KeyAligner], None]
     ) -> None:
         self._num_slots, self._make, self._leave = num_slots, make, leave
-        self.aligners: OrderedDict[str, KeyAligner] = OrderedDict()
-        """Least recently heard of first."""
+        self.aligners: OrderedDict[str, KeyAligner] = OrderedDict()  # least recently heard of first
         self._heard_at: dict[str, float] = {}
         self._has_warned = False
 

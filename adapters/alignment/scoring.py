@@ -23,16 +23,16 @@ _SEED = 20_260_527
 
 @dataclass(frozen=True)
 class Score:
-    """What is known of each chain, [chains] each."""
+    """What is known of each chain, [chains] each.
 
-    accepted: torch.Tensor
-    """float32, tokens that name the target's most likely one before the first that does not, the text before each
-    given: what a verification would accept"""
-    losses: torch.Tensor
-    """float32, KL of the first step. (With all steps and the curriculum's weights, a draft that gets worse at the first
-    would look better: its later ones would count less.)"""
-    requests: torch.Tensor
-    """int64, which request it is of; chains of one request are alike."""
+    ``accepted`` is what a verification would accept: tokens that name the target's most likely one before the first that
+    does not, the text before each given. ``losses`` are of the first step alone: with all steps and the curriculum's
+    weights, a draft that gets worse at the first would look better, since its later ones would count less.
+    """
+
+    accepted: torch.Tensor  # float32
+    losses: torch.Tensor  # float32, KL
+    requests: torch.Tensor  # int64, which request it is of; chains of one request are alike
 
     @property
     def agreement(self) -> float:
@@ -58,14 +58,10 @@ class ScoreCache:
     """
 
     def __init__(self) -> None:
-        self.tokens = torch.zeros(0, dtype=torch.int64)
-        """Ascending ids that the draft chooses among."""
-        self.base = KnownScores()
-        """Scores of the base draft."""
-        self.current = KnownScores()
-        """Scores of the weights in force, if they are others."""
-        self.candidate = KnownScores()
-        """Scores of the weights that are scored now."""
+        self.tokens = torch.zeros(0, dtype=torch.int64)  # ascending ids that the draft chooses among
+        self.base = KnownScores()  # scores of the base draft
+        self.current = KnownScores()  # scores of the weights in force, if they are others
+        self.candidate = KnownScores()  # scores of the weights that are scored now
 
     def choose_tokens(self, segments: Sequence[Segment], vocab_size: int) -> None:
         """Choose the tokens again if those for these segments have become many more."""
@@ -100,8 +96,7 @@ class Scoring:
     ) -> None:
         self._segments, self._drafters, self._tokens, self._horizon = segments, drafters, tokens, horizon
         self._num_done = 0
-        self.seconds = 0.0
-        """CPU time of this process that it took so far."""
+        self.seconds = 0.0  # CPU time of this process that it took so far
 
     @property
     def is_done(self) -> bool:

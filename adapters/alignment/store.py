@@ -26,7 +26,6 @@ from safetensors.torch import save
 
 from engine.ipc.weight_layout import WeightLayout
 
-_FORMAT = "1"
 _MAX_QUARANTINED = 3
 
 
@@ -35,8 +34,7 @@ class KeyState:
     """What is known of a key beside its weights. Revision 0 is the base draft."""
 
     key: str
-    last_revision: int = 0
-    """Newest number given to a revision; never given again."""
+    last_revision: int = 0  # newest number given to a revision; never given again
     good_revision: int = 0
     is_frozen: bool = False
     num_trained_positions: int = 0
@@ -64,7 +62,7 @@ class AdapterStore:
             values = json.loads((self._of(key) / "state.json").read_bytes())
             state = KeyState(**{field.name: values[field.name] for field in fields(KeyState)})
         except (OSError, ValueError, KeyError, TypeError):
-            return KeyState(key)
+            state = KeyState("")
         if state.key != key:
             return KeyState(key)
         if state.good_revision and self.load(key, state.good_revision) is None:
@@ -79,14 +77,7 @@ class AdapterStore:
         """Keep weights as a new revision, whose number is returned."""
         self._layout.check(tensors)
         state.last_revision += 1
-        metadata = {
-            "format": _FORMAT,
-            "key": state.key,
-            "revision": str(state.last_revision),
-            "layout": self._layout.fingerprint.hex(),
-            "base": self._layout.base,
-            "trained_positions": str(state.num_trained_positions),
-        }
+        metadata = {"key": state.key, "layout": self._layout.fingerprint.hex(), "base": self._layout.base}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         _write(self._path(state.key, state.last_revision), save(contiguous, metadata))
         return state.last_revision

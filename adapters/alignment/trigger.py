@@ -42,12 +42,9 @@ class UpdateTrigger:
         self._patience = 1
         self._latest = self._scored = FirstTokenAcceptance()
         """Now, and when weights were scored: the last that enough was known of."""
-        self.gain = _OPTIMISM
-        """Held-out loss that an update saves, in nats."""
-        self.seconds: float | None = None
-        """What an update takes."""
-        self._scoring_seconds = 0.0
-        """What scoring takes, for each of the updates that it is for."""
+        self.gain = _OPTIMISM  # held-out loss that an update saves, in nats
+        self.seconds: float | None = None  # what an update takes
+        self._scoring_seconds = 0.0  # what scoring takes, for each of the updates that it is for
 
     def add_steps(self, count: int) -> None:
         """``count`` verify steps of the key were logged since the last call."""

@@ -30,8 +30,7 @@ class Update:
 
     loss: float
     num_positions: int
-    seconds: float
-    """CPU time of this process, all threads together: a clock would count what others do meanwhile."""
+    seconds: float  # CPU time of this process, all threads together: a clock would count what others do meanwhile
 
 
 class Updater:

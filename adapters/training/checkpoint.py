@@ -22,8 +22,7 @@ class TrainingProgress:
     """How far a run is. ``history`` has one entry for each validation."""
 
     step: int = 0
-    anchors: int = 0
-    """Positions trained on, every pass counted."""
+    anchors: int = 0  # positions trained on, every pass counted
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
 

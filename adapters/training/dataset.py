@@ -26,8 +26,7 @@ class Window:
     row: int
     begin: int
     end: int
-    first_anchor: int
-    """First position with a loss."""
+    first_anchor: int  # first position with a loss
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,12 @@ class Batch:
     Row t of a window is a chain that starts with the token at position t.
     """
 
-    token_ids: torch.Tensor
-    """[B, T + S] int64"""
-    positions: torch.Tensor
-    """[B, T] int64"""
-    features: torch.Tensor
-    """[B, T, n * hidden] bf16: the target's features of position t - 1, zero for position 0"""
-    labels: torch.Tensor
-    """[B, T + S, hidden] bf16: the output of the target's last layer at position t, which gives token t + 1"""
-    lengths: torch.Tensor
-    """[B] int64: real positions of each window"""
-    first_anchors: torch.Tensor
-    """[B] int64: rows before it have no loss"""
+    token_ids: torch.Tensor  # [B, T + S] int64
+    positions: torch.Tensor  # [B, T] int64
+    features: torch.Tensor  # [B, T, n * hidden] bf16: the target's features of position t - 1, zero for position 0
+    labels: torch.Tensor  # [B, T + S, hidden] bf16: the output of the target's last layer at t, which gives token t + 1
+    lengths: torch.Tensor  # [B] int64: real positions of each window
+    first_anchors: torch.Tensor  # [B] int64: rows before it have no loss
 
     def anchors(self, step: int) -> torch.Tensor:
         """[B, T] bool: chains that are scored at unrolled step ``step``."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from adapters.training.checkpoint import TrainingProgress
 from adapters.training.conversations import data_directory, text_directory
 from adapters.training.feature_recorder import recorded_layers
 from adapters.training.trainer import Phase, TrainConfig, Trainer
-from adapters.training.validation import Accuracy
 from engine.config import ModelConfig
 from engine.cores import available_cores
 from engine.models.registry import resolve_model, validate_model_files
@@ -24,14 +21,6 @@ from engine.spec.draft_files import DRAFTS
 
 _STEP_DISCOUNT = 0.9
 """Weight of an unrolled step's loss against that of the step before, as in EAGLE-3's code."""
-
-
-def _report(progress: TrainingProgress, losses: Sequence[float], accuracy: Accuracy) -> None:
-    print(
-        f"{progress.seconds / 60:5.1f} min  {progress.anchors:>10,} positions of {progress.history[-1]['distinct']:,} "
-        f"distinct  loss {' '.join(f'{loss:.3f}' for loss in losses)}  acceptance length, accuracy by step: {accuracy}",
-        flush=True,
-    )
 
 
 def main(
@@ -66,7 +55,7 @@ def main(
     )
     directory, text, output = data_directory(files.name), text_directory(files.name), output or DRAFTS / files.name
     weights, checkpoints = open_weights(files), directory / "runs" / run
-    trainer = Trainer(config, spec, weights, files.name, directory, text, checkpoints, output, _report)
+    trainer = Trainer(config, spec, weights, files.name, directory, text, checkpoints, output)
     if start_from is not None and trainer.is_finished:
         raise typer.BadParameter(f"{run} is finished; training a draft further is another run", param_hint="--run")
     trainer.run()

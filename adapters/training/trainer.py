@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import structlog
 import torch
 
 from adapters.target_parts import target_parts
@@ -20,12 +22,14 @@ from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save
 from adapters.training.conversations import shard_paths
 from adapters.training.dataset import Batch, Dataset
 from adapters.training.unroll import Unroller
-from adapters.training.validation import Accuracy, validate
+from adapters.training.validation import validate
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3, init_from_target, load_draft, save_draft
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.weights import WeightSource
 from kernels.native import has_fast_bf16
+
+log = structlog.get_logger(__name__)
 
 VALIDATION_STEPS = 4
 _VALIDATION_TOKENS = 12_000
@@ -76,7 +80,6 @@ class Trainer:
         text: directory of shards of what others wrote and the target read; empty where there are none.
         checkpoints: directory of this run.
         output: where the draft goes, anew with every validation.
-        report: called after every validation, with progress, training loss by step, and accuracy.
 
     Raises:
         ModelError: ``config.start_from`` is no draft, or one of another shape.
@@ -92,11 +95,10 @@ class Trainer:
         text: Path,
         checkpoints: Path,
         output: Path,
-        report: Callable[[TrainingProgress, Sequence[float], Accuracy], None],
     ) -> None:
         torch.manual_seed(config.seed)
         self._config, self._spec, self._data, self._text = config, spec, data, text
-        self._checkpoints, self._output, self._report = checkpoints, output, report
+        self._checkpoints, self._output = checkpoints, output
         self._width = (len(config.capture_layers) + 1) * spec.hidden_size
         self._dataset = self._read_dataset()
         dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
@@ -131,9 +133,8 @@ class Trainer:
         self._dataset = self._read_dataset()
         counts = self._dataset.token_counts(self._spec.vocab_size)
         core = counts.argsort(descending=True)[:_CORE_ROWS]
-        generator = np.random.default_rng(
-            (self._config.seed, progress.step)
-        )  # also after a restart in the middle of a pass
+        # Another order after a restart in the middle of a pass, too.
+        generator = np.random.default_rng((self._config.seed, progress.step))
         validated, pause = time.monotonic(), _VALIDATION_SECONDS
         for batch in self._dataset.batches(phase.batch_tokens, len(phase.step_weights), generator):
             started = time.monotonic()
@@ -171,21 +172,20 @@ class Trainer:
 
     def _validate(self, means: Sequence[float]) -> None:
         accuracy = validate(self._unroller, self._validation, VALIDATION_STEPS)
-        self.progress.history.append(
-            {
-                "anchors": self.progress.anchors,
-                "distinct": self._dataset.num_anchors,
-                "seconds": round(self.progress.seconds),
-                "loss": [round(mean, 4) for mean in means],
-                "accuracy": [round(step, 4) for step in accuracy.steps],
-                "acceptance_length": round(accuracy.acceptance_length, 4),
-            }
-        )
+        found: dict[str, Any] = {
+            "anchors": self.progress.anchors,
+            "distinct": self._dataset.num_anchors,
+            "seconds": round(self.progress.seconds),
+            "loss": [round(mean, 4) for mean in means],
+            "accuracy": [round(step, 4) for step in accuracy.steps],
+            "acceptance_length": round(accuracy.acceptance_length, 4),
+        }
+        self.progress.history.append(found)
         save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress, self._scale)
         draft = Eagle3(self._unroller.draft.config)
         draft.load_state_dict(self._unroller.draft.state_dict() | {"fc.weight": self._unroller.folded_fc()})
         save_draft(draft, self._output)
-        self._report(self.progress, means, accuracy)
+        log.info("validated", **found)
 
     def _read_dataset(self, validation: bool = False) -> Dataset:
         """The target's own answers, and for training what it has read as well."""

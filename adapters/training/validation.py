@@ -24,9 +24,6 @@ class Accuracy:
     steps: tuple[float, ...]
     acceptance_length: float
 
-    def __str__(self) -> str:
-        return f"{self.acceptance_length:.3f} (" + " ".join(f"{step:.3f}" for step in self.steps) + ")"
-
 
 @torch.inference_mode()
 def validate(unroller: Unroller, batches: Sequence[Batch], num_steps: int = 4) -> Accuracy:

@@ -200,7 +200,7 @@ def run_trainer(files: ModelFiles, directory: Path, start_from: Path | None, anc
     config = TrainConfig((0, 1, 2), width, (Phase(anchors, (1.0, 0.9), 1e-3, 512),), start_from)
     text, checkpoints, output = directory / "text", directory / f"from-{start_from is not None}", directory / "draft"
     weights = open_weights(files)
-    trainer = Trainer(config, spec, weights, files.name, data, text, checkpoints, output, lambda *_: None)
+    trainer = Trainer(config, spec, weights, files.name, data, text, checkpoints, output)
     trainer.run()
     return trainer
 
