@@ -92,7 +92,12 @@ class TrainingConfig(_Section):
     random_rows: int = Field(
         default=1024, ge=0, description="Random rows of the head that an update counts as wrong answers."
     )
-    history_share: float = Field(default=0.5, ge=0, lt=1, description="Share of an update that is older positions.")
+    history_share: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Share of an update that is older positions; 0, and updates_per_batch 1: as the paper does.",
+    )
     updates_per_batch: int = Field(
         default=4,
         ge=1,
@@ -105,9 +110,6 @@ class TrainingConfig(_Section):
 class ReplayConfig(_Section):
     """What the worker keeps of each key's traffic, in memory only."""
 
-    policy: Literal["replay", "clear"] = Field(
-        default="replay", description="clear: forget everything at each update, as the paper does."
-    )
     recent_segments: int = Field(default=16, ge=1, description="Segments kept in their order.")
     history_segments: int = Field(default=48, ge=0, description="Segments of an unbiased sample of everything before.")
     held_out_segments: int = Field(

@@ -33,11 +33,6 @@ GoesOn = Callable[[ChainStep], torch.Tensor]
 """Which of the chains of a step are followed to the next, if there is one, [n] bool; called once for each step."""
 
 
-def to_the_end(step: ChainStep) -> torch.Tensor:
-    """``GoesOn`` that follows all chains."""
-    return torch.ones_like(step.mask)
-
-
 @dataclass(frozen=True)
 class ChainDrafter:
     """A draft, alone or with an adapter, that drafts along the chains of a batch."""
@@ -46,13 +41,13 @@ class ChainDrafter:
     target: TargetParts
     lora: Additions | None = None
 
-    def steps(self, batch: ChainBatch, token_ids: torch.Tensor, goes_on: GoesOn = to_the_end) -> list[ChainStep]:
+    def steps(self, batch: ChainBatch, token_ids: torch.Tensor, goes_on: GoesOn | None = None) -> list[ChainStep]:
         """What the draft says at the steps of the chains, one after the other, differentiable in its weights.
 
         Args:
             batch: the chains.
             token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
-            goes_on: which chains are followed, and how far.
+            goes_on: which chains are followed, and how far; None: all to the end.
         """
         walk = ChainWalk(self, batch)
         rows, columns = self.target.head[token_ids].float(), torch.searchsorted(token_ids, batch.top_ids)
@@ -62,7 +57,7 @@ class ChainDrafter:
             of_target = (each[chains, number] for each in (columns, batch.top_logits, batch.mask))
             logits = batch.with_prior(walk.head_input @ rows.T, chains, number, token_ids)
             steps.append(ChainStep(number, chains, logits, *of_target))
-            stays = goes_on(steps[-1])
+            stays = torch.ones_like(steps[-1].mask) if goes_on is None else goes_on(steps[-1])
             if len(steps) == batch.mask.shape[1] or not stays.any():
                 return steps
             walk.advance(stays)
@@ -135,7 +130,7 @@ class _Context:
         self._hidden = self._of_segments(is_later)
 
     def of(self, chains: torch.Tensor) -> _Context:
-        """The same for some of the chains, [N] bool."""
+        """The context of some of the chains, [N] bool."""
         return _Context(self._keys, self._values, self._rows[chains], self._columns[chains])
 
     def attended(

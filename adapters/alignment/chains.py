@@ -31,12 +31,12 @@ class ChainBatch:
     mask: torch.Tensor  # [N, S] bool, steps for which the target's distribution is known; the first always
     top_ids: torch.Tensor  # [N, S, k] int64
     top_logits: torch.Tensor  # [N, S, k] float32
-    refused: torch.Tensor  # some token ids, int64: drafted and refused
+    refused: torch.Tensor  # int64, ids of tokens that were drafted and refused
     prior: TextPrior | None = None  # what is added to the draft's logits when it is served; None: nothing
 
     @property
     def length(self) -> int:
-        """T"""
+        """The positions T that segments are padded to."""
         return self.positions.shape[1]
 
     @cached_property
@@ -81,6 +81,6 @@ def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
 
 
 def _padded(rows: list[torch.Tensor], more: int, value: float = 0) -> torch.Tensor:
-    """[n, ...] of each segment → [B, T + more, ...]"""
+    """Tensors [n, ...] of each segment, padded and stacked to [B, T + more, ...]."""
     batch = pad_sequence(rows, batch_first=True, padding_value=value)
     return F.pad(batch, (0, 0) * (batch.dim() - 2) + (0, more), value=value)

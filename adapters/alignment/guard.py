@@ -86,7 +86,7 @@ class FirstTokenAcceptance:
 
     @cached_property
     def rate(self) -> float | None:
-        """None without steps."""
+        """Share of the steps in which it was right; None without steps."""
         return sum(accepted for accepted, _ in self.requests) / self.num_steps if self.num_steps else None
 
     @property

@@ -65,17 +65,13 @@ class Pacer:
         self._spare: float | None = None
         self._next_when_busy = clock() if config.busy_share else float("inf")
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether the machine was wanted when it was looked at last."""
-        return self._spare is None or self._spare < self._config.spare_cores
-
     def may_run(self) -> bool:
         """Whether an update may start now."""
         spare = self._spare_cores()
         if spare is not None:
             self._spare = spare
-        return not self.is_busy or self._clock() >= self._next_when_busy
+        is_idle = self._spare is not None and self._spare >= self._config.spare_cores
+        return is_idle or self._clock() >= self._next_when_busy
 
     def ran(self, seconds: float) -> None:
         """The worker computed for so long."""

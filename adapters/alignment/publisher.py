@@ -20,7 +20,7 @@ class AdapterPublisher:
     """Publishes adapters through a weight channel that may come, go, and be replaced with the engine.
 
     Args:
-        path, layout: of the channel.
+        path, layout: where the channel is, and what is in its slots.
         store: remembers the channel's version, so that versions grow over restarts of everything.
     """
 

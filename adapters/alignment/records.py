@@ -205,7 +205,7 @@ def has_target(top_logits: torch.Tensor) -> torch.Tensor:
 
 
 def _finished(unfinished: _Unfinished) -> list[tuple[str, Segment]]:
-    """What has grown, with its key, unless nothing in it teaches."""
+    """The segment that has grown, with its key, unless nothing in it teaches."""
     parts = unfinished.parts if unfinished.context is None else [unfinished.context, *unfinished.parts]
     if not any(part.num_anchors for part in parts):
         return []

@@ -53,7 +53,7 @@ class ReplayBuffer:
     """A bounded memory for each adapter key.
 
     Segments leave ``recent`` in their order, and of all that left each has an equal chance to be in ``history``
-    (reservoir sampling). With policy "clear" an update takes everything and leaves nothing, as in the paper.
+    (reservoir sampling).
     """
 
     def __init__(self, config: ReplayConfig, seed: int = 0) -> None:
@@ -109,10 +109,6 @@ class ReplayBuffer:
         if not self._new:
             return []
         self.num_arrived_positions = 0
-        if self._config.policy == "clear":
-            everything = list(self._recent)
-            self._clear_training()
-            return everything
         num_older = round(num_positions * history_share)
         older = self.take_older(num_older)
         num_new = num_positions - (num_older if older else 0)
@@ -131,14 +127,10 @@ class ReplayBuffer:
         return batch
 
     def clear(self) -> None:
-        """Forget all."""
-        self._clear_training()
-        self.held_out.clear()
-        self._num_left = self.num_arrived_positions = 0
-
-    def _clear_training(self) -> None:
-        for kept in (self._recent, self._new, self._history):
+        """Forget all segments."""
+        for kept in (self._recent, self._new, self._history, self.held_out):
             kept.clear()
+        self._num_left = self.num_arrived_positions = 0
 
     def _forget_held_out(self) -> None:
         """More than there should be stay where they are short, or a key with short answers would never be scored."""
@@ -159,5 +151,5 @@ class ReplayBuffer:
 
 
 def _hash(text: str) -> float:
-    """In [0, 1)."""
+    """A number in [0, 1) that looks drawn by lot, the same for the same text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / _HASH_RANGE

@@ -22,9 +22,9 @@ class Roster:
     were silent to the worker.
 
     Args:
-        num_slots: most aligners at a time.
-        make: an aligner for a key.
-        leave: told which aligner has left.
+        num_slots: how many aligners there may be at a time.
+        make: makes an aligner for a key.
+        leave: is told which aligner has left.
     """
 
     def __init__(

@@ -25,9 +25,9 @@ _SEED = 20_260_527
 class Score:
     """What is known of each chain, [chains] each.
 
-    ``accepted`` is what a verification would accept: tokens that name the target's most likely one before the first that
-    does not, the text before each given. ``losses`` are of the first step alone: with all steps and the curriculum's
-    weights, a draft that gets worse at the first would look better, since its later ones would count less.
+    ``accepted`` is what a verification would accept: tokens that name the target's most likely one before the first
+    that does not, the text before each given. ``losses`` are those of the first step alone: with all steps and the
+    curriculum's weights, a draft that gets worse at the first would look better, since its later ones count less.
     """
 
     accepted: torch.Tensor  # float32
@@ -113,7 +113,7 @@ class Scoring:
         self.seconds += time.process_time() - started
 
     def scores(self) -> list[Score]:
-        """One for each drafter."""
+        """One score for each drafter."""
         numbers: dict[str, int] = {}
         of_segment = [numbers.setdefault(segment.request_id, len(numbers)) for segment in self._segments]
         requests = torch.tensor(of_segment).repeat_interleave(torch.tensor([s.num_anchors for s in self._segments]))

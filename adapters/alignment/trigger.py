@@ -9,18 +9,18 @@ from adapters.alignment.guard import FirstTokenAcceptance
 from engine.adapters_config import PaceConfig
 
 _OPTIMISM = 0.05
-"""Loss that an update of a key nobody knows yet is taken to save, in nats."""
+"""An update of a key that nobody knows yet is taken to save so much loss, in nats."""
 _SMOOTHING = 0.3
-_DRIFT = 0.05
-"""Fall of live acceptance that makes a key worth a try again."""
-_SIGMAS = 3.0
-"""Standard errors beyond it; tests/unit/test_guard.py has the false alarms."""
+_DRIFT, _SIGMAS = 0.05, 3.0
+"""Live acceptance that fell by so much, beyond so many standard errors, makes a key worth a try again.
+
+tests/unit/test_guard.py has the false alarms."""
 _MAX_PATIENCE = 8
-"""So that a key which learned nothing, and whose traffic changes less than that shows, finds out all the same."""
+"""A key waits for at most so many batches, so that one whose traffic changes too little to show is tried as well."""
 _RATE_SECONDS = 600.0
-"""Over which the rate of steps is a mean: a pause between two conversations does not mean that nobody comes again."""
+"""The rate of steps is a mean over so long: a pause between two conversations does not mean that nobody comes again."""
 _YOUNG_SECONDS = 60.0
-"""In which nothing is taken to have come before a key began: its first records may be what waited in the log."""
+"""Nothing is taken to have come so long before a key began: its first records may be what waited in the log."""
 
 
 class UpdateTrigger:
@@ -40,8 +40,8 @@ class UpdateTrigger:
         self._steps_per_second = 0.0
         self._began_at = self._counted_at = clock()
         self._patience = 1
+        # Now, and when weights were scored: the last that enough was known of.
         self._latest = self._scored = FirstTokenAcceptance()
-        """Now, and when weights were scored: the last that enough was known of."""
         self.gain = _OPTIMISM  # held-out loss that an update saves, in nats
         self.seconds: float | None = None  # what an update takes
         self._scoring_seconds = 0.0  # what scoring takes, for each of the updates that it is for

@@ -34,13 +34,7 @@ def text_directory(model_name: str) -> Path:
 
 
 def write_shard(directory: Path, conversations: Sequence[Conversation], features: Sequence[torch.Tensor]) -> Path:
-    """Append one shard, whole or not at all; shards are numbered in the order of writing.
-
-    Args:
-        directory: has one target's shards.
-        conversations: some.
-        features: those of each, [tokens, width] bf16.
-    """
+    """Append one shard, whole or not at all; ``features`` [tokens, width] bf16 belong to one conversation each."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"shard-{len(shard_paths(directory)):05}.safetensors"
     with feature_path(path).open("wb") as file:

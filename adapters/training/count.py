@@ -50,11 +50,7 @@ def coverage(counts: torch.Tensor, sizes: Sequence[int]) -> list[float]:
 def build(model: str, directory: Path | None = None) -> Path:
     """Count all conversations of a model; write counts and graph next to its shipped draft, or to ``directory``.
 
-    Returns:
-        Where the counts are.
-
-    Raises:
-        ModelError: no such model, or no conversations.
+    Returns where the counts are; raises ``ModelError`` if there is no such model, or no conversations.
     """
     files = resolve_model(ModelConfig(name=model))
     data = data_directory(files.name)

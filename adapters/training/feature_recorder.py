@@ -24,12 +24,7 @@ def recorded_layers(spec: ModelSpec) -> tuple[int, ...]:
 
 
 class FeatureRecorder:
-    """A draft that drafts nothing and remembers the features of what is computed. It needs an engine without prefix
-    cache.
-
-    Args:
-        capture_layers: whose outputs are kept, side by side.
-    """
+    """A draft that drafts nothing and keeps the outputs of some layers. It needs an engine without prefix cache."""
 
     description = "feature recorder"
     costs = DraftCosts(weight_bytes=0, bytes_per_block=0)
@@ -38,18 +33,15 @@ class FeatureRecorder:
 
     def __init__(self, capture_layers: tuple[int, ...]) -> None:
         self.capture_layers = capture_layers
-        self._pieces: dict[str, list[torch.Tensor]] = {}
+        self._rows: dict[str, list[torch.Tensor]] = {}
 
     def make_proposer(self, num_blocks: int) -> Proposer:
-        """Itself."""
         return self
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
-        """Nothing."""
         return {}
 
     def num_unread(self, request: Request) -> int:
-        """Nothing is read."""
         return 0
 
     def observe(
@@ -59,14 +51,14 @@ class FeatureRecorder:
         assert features is not None
         lengths = [len(sequence.token_ids) for sequence in sequences]
         rows = torch.split_with_sizes(features.values.to("cpu", torch.bfloat16, copy=True), lengths)
-        for sequence, piece in zip(sequences, rows, strict=True):
+        for sequence, own in zip(sequences, rows, strict=True):
             if sequence.start == 0:  # also a preempted sequence, which is computed again
-                self._pieces[sequence.request.request_id] = []
-            self._pieces[sequence.request.request_id].append(piece)
+                self._rows[sequence.request.request_id] = []
+            self._rows[sequence.request.request_id].append(own)
 
     def forget(self, request_id: str) -> None:
-        """Nothing: the rows of an ended request wait for ``take``."""
+        pass  # the rows of an ended request wait for `take`
 
     def take(self, request_id: str) -> torch.Tensor:
         """The rows of a request so far: [tokens computed, len(capture_layers) * hidden] bf16. They are dropped here."""
-        return torch.cat(self._pieces.pop(request_id))
+        return torch.cat(self._rows.pop(request_id))

@@ -37,12 +37,9 @@ log = structlog.get_logger(__name__)
 
 TRAINING_DOMAINS = ("code", "general")
 """Law and medicine are left out on purpose: they are the shift that online alignment must close."""
-GREEDY_SHARE = 0.6
-TEMPERATURE = 0.8
+GREEDY_SHARE, TEMPERATURE = 0.6, 0.8
 SHARD_CONVERSATIONS = 64
-LOOP_CHECK_TOKENS = 32
-LOOP_PERIODS = 4
-MAX_LOOP_PERIOD = 64
+LOOP_CHECK_TOKENS, LOOP_PERIODS, MAX_LOOP_PERIOD = 32, 4, 64
 _CLIENT = b"generate"
 
 
@@ -96,10 +93,7 @@ def jobs_of(prompts: Sequence[Job], rounds: int) -> Iterator[Job]:
 def answered_by(directory: Path, tokenizer: Tokenizer, jobs: Iterable[Job]) -> Iterator[Job]:
     """The jobs that another model has done, its answers to be read: words by the faster one, labels by the target.
 
-    Args:
-        directory: of the other's shards.
-        tokenizer: the other's.
-        jobs: some, done or not.
+    ``directory`` has the other's shards, and ``tokenizer`` is the other's.
     """
     conversations = chain.from_iterable(map(read_shard, shard_paths(directory)))
     answers = {c.key: c.token_ids[c.prompt_length :].tolist() for c in conversations}

@@ -47,7 +47,7 @@ class TokenLogStats:
 
 
 class TokenLog:
-    """The engine's end.
+    """The engine's end of the token log.
 
         token_log = TokenLog("redis://localhost", "evospec:token-log")
         token_log.log(record)
@@ -151,7 +151,7 @@ class LoggedRecord(NamedTuple):
 
 
 class TokenLogReader:
-    """The worker's end: a consumer of a group, which remembers what was read and not yet acknowledged.
+    """The worker's end of the token log: a consumer of a group, which remembers what was read and not yet acknowledged.
 
     A reader of the same name first gets what the one before it got and did not acknowledge.
 
@@ -201,7 +201,7 @@ class TokenLogReader:
         self._last_id, self._has_pending = b"0-0", True
 
     def acknowledge(self, records: Sequence[LoggedRecord]) -> None:
-        """These are done with and will not be read again.
+        """Say that these records are done with and need not be read again.
 
         Raises:
             TokenLogUnavailable: Redis did not answer; the next call does it.
@@ -238,7 +238,7 @@ class TokenLogReader:
         self._redis.close()
 
     def _state(self) -> dict[str, Any] | None:
-        """Of the group, as Redis has it; None: there is none yet."""
+        """The group's state as Redis has it; None: there is no group yet."""
         try:
             groups: list[dict[str, Any]] = self._redis.xinfo_groups(self._stream)
         except ResponseError:  # no stream
@@ -287,7 +287,7 @@ class TokenLogReader:
 
 
 def _order(entry_id: bytes) -> tuple[int, ...]:
-    """Ids of a stream in the order of this are in its order."""
+    """A key to sort a stream's ids by."""
     return tuple(map(int, entry_id.split(b"-")))
 
 

@@ -129,22 +129,12 @@ def test_older_segments_alone_can_be_taken_as_often_as_wanted() -> None:
     assert replay.num_new_positions == 0
 
 
-def test_papers_policy_forgets_at_each_update() -> None:
-    replay = buffer(policy="clear", recent_segments=8)
-    for number in range(5):
+def test_with_the_papers_shares_nothing_is_learned_from_twice() -> None:
+    replay, taken = buffer(recent_segments=2), []
+    for number in range(9):
         replay.add(segment(str(number)))
-    assert names(replay.take(10, 0.5)) == ["0", "1", "2", "3", "4"]
-    assert num_segments(replay) == 0
-
-
-def test_papers_policy_forgets_what_it_had_no_room_for_too() -> None:
-    """Or a later update would be of older segments."""
-    replay = buffer(policy="clear", recent_segments=2)
-    for number in range(5):
-        replay.add(segment(str(number)))
-    assert names(replay.take(10, 0.5)) == ["3", "4"]
-    assert not replay.has_older
-    assert num_segments(replay) == 0
+        taken += names(replay.take(5, history_share=0.0))
+    assert taken == [str(number) for number in range(9)]
 
 
 def record(position: int, tokens: list[int], accepted: int, slot: int = 0, generation: int = 0) -> VerifyRecord:
