@@ -81,7 +81,7 @@ class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of the worker. Numbers of records and rows are since its start; ``lag``: records not read yet, None: unknown."""
+    """The state of the worker. Numbers are since its start; ``lag``: records not read yet, None: unknown."""
 
     updated_at: float
     """Seconds since the epoch."""
@@ -120,7 +120,11 @@ def encode_status(worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -
 
 
 def decode_status(fields: Mapping[bytes, bytes]) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
-    """The state that ``HGETALL STATUS_KEY`` gave, the worker's None if none ever ran; raises ``msgspec.MsgspecError``."""
+    """The state that ``HGETALL STATUS_KEY`` gave, the worker's None if none ever ran.
+
+    Raises:
+        msgspec.MsgspecError: it is no state.
+    """
     worker = msgspec.msgpack.decode(fields[WORKER_FIELD], type=WorkerStatus) if WORKER_FIELD in fields else None
     adapters = {
         key.decode(): msgspec.msgpack.decode(data, type=AdapterStatus)
