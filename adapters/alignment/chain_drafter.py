@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from adapters.alignment.chains import ChainBatch
+from adapters.alignment.chains import SegmentBatch
 from adapters.target_parts import TargetParts
 from engine.models.eagle3 import Additions, Eagle3
 
@@ -41,7 +41,7 @@ class ChainDrafter:
     target: TargetParts
     lora: Additions | None = None
 
-    def steps(self, batch: ChainBatch, token_ids: torch.Tensor, goes_on: GoesOn | None = None) -> list[ChainStep]:
+    def steps(self, batch: SegmentBatch, token_ids: torch.Tensor, goes_on: GoesOn | None = None) -> list[ChainStep]:
         """What the draft says at the steps of the chains, one after the other, differentiable in its weights.
 
         Args:
@@ -70,7 +70,7 @@ class ChainWalk:
     chain's own (EAGLE-3's training-time test, arXiv 2503.01840).
     """
 
-    def __init__(self, drafter: ChainDrafter, batch: ChainBatch) -> None:
+    def __init__(self, drafter: ChainDrafter, batch: SegmentBatch) -> None:
         self._draft, self._target, self._lora = drafter.draft, drafter.target, drafter.lora
         self._token_ids, starts, positions, length = batch.token_ids, batch.starts, batch.positions, batch.length
         self.chains = torch.arange(len(starts))  # [n] ascending numbers of those that are followed

@@ -18,7 +18,7 @@ _NO_LOGIT = -1e30
 
 
 @dataclass(frozen=True)
-class ChainBatch:
+class SegmentBatch:
     """B segments, padded on the right to T positions, and the N chains that start at their anchors, up to S steps long.
 
     Step s of the chain that starts at position t takes the token at t + s and is to give the one after it.
@@ -56,7 +56,7 @@ class ChainBatch:
         return logits + self.prior.bonus(starts // self.length, starts % self.length, step, token_ids)
 
 
-def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
+def collate(segments: Sequence[Segment], horizon: int) -> SegmentBatch:
     """All chains of some segments, at least one."""
     token_ids = _padded([segment.token_ids for segment in segments], horizon)
     positions = _padded([segment.positions for segment in segments], horizon, -1)  # one that follows no other
@@ -67,7 +67,7 @@ def collate(segments: Sequence[Segment], horizon: int) -> ChainBatch:
     places = rows[:, None], columns[:, None] + steps
     follows = positions[places] == positions[rows, columns][:, None] + steps
     refused = torch.cat([segment.refused for segment in segments]).long()
-    return ChainBatch(
+    return SegmentBatch(
         token_ids=token_ids,
         positions=positions[:, :length].clamp(min=0),
         inputs=_padded([segment.inputs for segment in segments], 0),

@@ -68,12 +68,7 @@ class Assembler:
     """
 
     def __init__(
-        self,
-        top_k: int,
-        vocab_size: int,
-        segment_positions: int,
-        context_positions: int,
-        idle_seconds: float = 5.0,
+        self, top_k: int, vocab_size: int, segment_positions: int, context_positions: int, idle_seconds: float = 5.0
     ) -> None:
         self._top_k, self._vocab_size = top_k, vocab_size
         self._segment_positions, self._context_positions = segment_positions, context_positions

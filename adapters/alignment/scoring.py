@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
-from adapters.alignment.chains import ChainBatch, collate
+from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.curriculum_loss import step_divergence
 from adapters.alignment.records import Segment
 
@@ -132,7 +132,9 @@ class Scoring:
         return True
 
 
-def _score_chains(drafter: ChainDrafter, batch: ChainBatch, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _score_chains(
+    drafter: ChainDrafter, batch: SegmentBatch, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     accepted = torch.zeros(len(batch.starts))
 
     def is_right(step: ChainStep) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
-from adapters.alignment.chains import ChainBatch, collate
+from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.curriculum_loss import Curriculum, divergence
 from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment
@@ -95,7 +95,7 @@ class Updater:
         parameters = [tensor.requires_grad_() for tensor in self._lora.tensors.values()]
         return torch.optim.AdamW(parameters, weight_decay=0.0)
 
-    def _steps(self, batch: ChainBatch) -> list[ChainStep]:
+    def _steps(self, batch: SegmentBatch) -> list[ChainStep]:
         """What the draft in training says along a batch's chains."""
         training, vocab_size = self._config.training, len(self._base.target.head)
         uniform = torch.rand(len(batch.starts), generator=self._generator)

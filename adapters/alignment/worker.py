@@ -77,12 +77,8 @@ class AdapterWorker:
         self._control = ControlChannel(config.redis_url)
         self._pacer = pacer or Pacer(config.pace)
         self._ring: FeatureRingReader | None = None
-        self._assembler = Assembler(
-            config.log.top_k,
-            len(base.target.head),
-            config.replay.segment_positions,
-            config.replay.context_positions,
-        )
+        replay, vocab_size = config.replay, len(base.target.head)
+        self._assembler = Assembler(config.log.top_k, vocab_size, replay.segment_positions, replay.context_positions)
         self._roster = Roster(config.num_slots, self._make_aligner, self._let_go)
         self._started_at = time.time()
         self._num_records = self._num_without_slot = 0

@@ -14,7 +14,7 @@ import torch
 
 from adapters.alignment import worker
 from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
-from adapters.alignment.chains import ChainBatch
+from adapters.alignment.chains import SegmentBatch
 from adapters.alignment.updates import Updater
 from engine.adapters_config import AdaptersConfig
 from engine.models.lora import whole_layout
@@ -46,7 +46,7 @@ class FullParameterUpdater(Updater):
         """The draft in training."""
         return torch.optim.Adam(self.trained.draft.requires_grad_().parameters())
 
-    def _steps(self, batch: ChainBatch) -> list[ChainStep]:
+    def _steps(self, batch: SegmentBatch) -> list[ChainStep]:
         return self.trained.steps(batch, torch.arange(len(self._base.target.head)))
 
     def _follow(self) -> None:

@@ -11,7 +11,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 from adapters.alignment.chain_drafter import ChainDrafter
-from adapters.alignment.chains import ChainBatch
+from adapters.alignment.chains import SegmentBatch
 from benchmarks.common.draft_traces import answers, load_parts
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE
@@ -101,7 +101,7 @@ def _drafts(drafter: ChainDrafter, prompt: list[int], answer: list[int], inputs:
     length = len(inputs)
     token_ids = torch.zeros(1, length + DEPTH, dtype=torch.int64)
     token_ids[0, : length + 1] = torch.tensor([*prompt, *answer])
-    batch = ChainBatch(
+    batch = SegmentBatch(
         token_ids=token_ids,
         positions=torch.arange(length)[None],
         inputs=inputs[None],

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from adapters.alignment.chain_drafter import ChainDrafter, ChainWalk
-from adapters.alignment.chains import ChainBatch
+from adapters.alignment.chains import SegmentBatch
 from adapters.target_parts import target_parts
 from adapters.training.chain_attention import chain_attention
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
@@ -293,7 +293,7 @@ def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
     g[2, 40:], token_ids[2, 40:], positions[2, 40:] = 0, 0, 0  # padding
     g.requires_grad_()
     starts = torch.tensor([0, 3, 4, 49, 100, 131, 132])
-    batch = ChainBatch(
+    batch = SegmentBatch(
         token_ids=token_ids,
         positions=positions,
         inputs=g,

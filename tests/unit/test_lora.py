@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
-from adapters.alignment.chains import ChainBatch, collate
+from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.lora import Lora
 from engine.adapters_config import LoraTarget
 from engine.models.eagle3 import Eagle3
@@ -91,10 +91,10 @@ class WithWeights(nn.Module):
         super().__init__()
         self.drafter, self.draft = drafter, drafter.draft
 
-    def forward(self, batch: ChainBatch, token_ids: torch.Tensor) -> list[ChainStep]:
+    def forward(self, batch: SegmentBatch, token_ids: torch.Tensor) -> list[ChainStep]:
         return self.drafter.steps(batch, token_ids)
 
-    def steps(self, weights: dict[str, torch.Tensor], batch: ChainBatch, token_ids: torch.Tensor) -> list[ChainStep]:
+    def steps(self, weights: dict[str, torch.Tensor], batch: SegmentBatch, token_ids: torch.Tensor) -> list[ChainStep]:
         named = {f"draft.{name}": weight for name, weight in weights.items()}
         steps: list[ChainStep] = torch.func.functional_call(self, named, (batch, token_ids))
         return steps

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.alignment.chains import ChainBatch, collate
+from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.records import Segment
 from engine.vocab.core_set import CoreSet
 from engine.vocab.draft_prior import DraftPrior
@@ -42,7 +42,7 @@ def with_prior(text: list[int], *, is_served: bool = True) -> Segment:
     )
 
 
-def bonus(batch: ChainBatch, step: int, token_ids: torch.Tensor = EVERY) -> torch.Tensor:
+def bonus(batch: SegmentBatch, step: int, token_ids: torch.Tensor = EVERY) -> torch.Tensor:
     """[N, R] of all chains."""
     chains = torch.arange(len(batch.starts))
     return batch.with_prior(torch.zeros(len(chains), len(token_ids)), chains, step, token_ids)

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from adapters.alignment import updates as updates_module
 from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chains import ChainBatch, collate
+from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.store import AdapterStore
 from adapters.alignment.trigger import UpdateTrigger
 from adapters.alignment.updates import Updater
@@ -87,7 +87,7 @@ def test_first_updates_of_the_whole_draft_are_short_too(tmp_path: Path) -> None:
 def test_update_costs_what_it_computes_however_busy_the_machine_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def collate_late(*arguments: Any) -> ChainBatch:
+    def collate_late(*arguments: Any) -> SegmentBatch:
         time.sleep(1.0)
         return collate(*arguments)
 
