@@ -1,16 +1,32 @@
-"""What the worker needs of the target: its embedding, head and rotary table. Never its layers."""
+"""What a draft shares with its target: embedding, head, final norm and rotary table, never the target's layers."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from adapters.unroll import TargetParts
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.models.config import ModelFiles, ModelSpec
-from engine.models.llama import RotaryEmbedding
+from engine.models.llama import RotaryEmbedding, rms_norm
 from engine.models.weights import WeightSource, open_weights
 
 _DEFAULT_MAX_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """Frozen weights of the target, in the dtype that products are computed in."""
+
+    embedding: torch.Tensor  # [vocab, hidden]
+    head: torch.Tensor  # [vocab, hidden]
+    norm: torch.Tensor  # [hidden], the weight of the final RMSNorm
+    norm_eps: float
+    rotary: RotaryEmbedding
+
+    def head_input(self, last_layer: torch.Tensor) -> torch.Tensor:
+        """What the head projects, from the output of the last layer."""
+        return rms_norm(last_layer, self.norm, self.norm_eps)
 
 
 def load_target_parts(files: ModelFiles, spec: ModelSpec, max_model_len: int | None = None) -> TargetParts:
@@ -26,7 +42,7 @@ def load_target_parts(files: ModelFiles, spec: ModelSpec, max_model_len: int | N
 
 
 def target_parts(source: WeightSource, spec: ModelSpec, max_positions: int, dtype: torch.dtype) -> TargetParts:
-    """Dequantised on the CPU; a rotary table for so many positions."""
+    """Dequantised on the CPU, with a rotary table for ``max_positions`` positions."""
     embedding = source.dequantized("model.embed_tokens.weight").to(dtype)
     head = embedding if spec.tie_word_embeddings else source.dequantized("lm_head.weight").to(dtype)
     norm = source.dequantized("model.norm.weight").to(dtype)

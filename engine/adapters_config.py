@@ -24,9 +24,8 @@ def _check_redis_url(url: str) -> str:
 RedisUrl = Annotated[str, AfterValidator(_check_redis_url)]
 """redis://, rediss:// or unix://"""
 
-LoraTarget = Literal["q", "k", "v", "o", "fc", "gate_up", "down"]
-"""Projections that can be trained; q, k and v are rows of one matrix, gate and up are adapted together."""
-_SERVED_TARGETS: tuple[LoraTarget, ...] = ("q", "k", "v", "o", "down")
+LoraTarget = Literal["q", "k", "v", "o", "down"]
+"""Projections of the draft that an adapter can change; q, k and v are rows of one matrix."""
 
 
 class _Section(BaseModel):
@@ -39,7 +38,7 @@ def _shared_directory() -> Path:
     return base / f"evospec-{os.getuid()}"
 
 
-class LogConfig(_Section):
+class TokenLogConfig(_Section):
     """What the engine logs of its verify steps."""
 
     stream: str = Field(default="evospec:token-log", description="Redis key of the token log.")
@@ -76,14 +75,16 @@ class LogConfig(_Section):
 class TrainingConfig(_Section):
     """How the worker trains."""
 
-    method: Literal["curriculum", "plain", "osd"] = Field(
+    method: Literal["curriculum", "osd"] = Field(
         default="curriculum",
-        description="curriculum: LoRA with the paper's loss; plain: LoRA, all steps weigh the same; osd: all weights "
-        "by Adam, for everybody at once (key_scope global, log.control_share 0). The last two are baselines.",
+        description="curriculum: LoRA with the paper's loss; osd, a baseline: all weights by Adam, for everybody at "
+        "once (key_scope global, log.control_share 0).",
     )
     learning_rate: float = Field(default=2e-3, gt=0, description="Of AdamW (osd: a hundredth of it).")
     beta: float = Field(
-        default=0.3, ge=0, description="How much more seldom later steps are trained the worse the first one is."
+        default=0.3,
+        ge=0,
+        description="How much more seldom later steps are trained the worse the first one is; 0: all alike.",
     )
     temperature: float = Field(default=1.0, gt=0, description="Softens both distributions of the loss.")
     horizon: int = Field(default=6, ge=1, le=8, description="Draft steps that are trained, at most.")
@@ -91,7 +92,12 @@ class TrainingConfig(_Section):
     random_rows: int = Field(
         default=1024, ge=0, description="Random rows of the head that an update counts as wrong answers."
     )
-    history_share: float = Field(default=0.5, ge=0, lt=1, description="Share of an update that is older positions.")
+    history_share: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Share of an update that is older positions; 0, and updates_per_batch 1: as the paper does.",
+    )
     updates_per_batch: int = Field(
         default=4,
         ge=1,
@@ -104,11 +110,8 @@ class TrainingConfig(_Section):
 class ReplayConfig(_Section):
     """What the worker keeps of each key's traffic, in memory only."""
 
-    policy: Literal["replay", "clear"] = Field(
-        default="replay", description="clear: forget everything at each update, as the paper does."
-    )
     recent_segments: int = Field(default=16, ge=1, description="Segments kept in their order.")
-    history_segments: int = Field(default=48, ge=0, description="Segments of a fair sample of everything before.")
+    history_segments: int = Field(default=48, ge=0, description="Segments of an unbiased sample of everything before.")
     held_out_segments: int = Field(
         default=64, ge=1, description="Most recent segments that versions are scored on; more where they are short."
     )
@@ -131,9 +134,11 @@ class GuardConfig(_Section):
         ge=0,
         description="Tokens by which a version's agreement may be below the base's and the current's for sure.",
     )
-    watched_records: int = Field(default=512, ge=64, description="Fair records after which a version counts as good.")
+    watched_records: int = Field(
+        default=512, ge=64, description="Records of the unbiased sample after which a version counts as good."
+    )
     min_watched: int = Field(
-        default=64, ge=16, description="Fair records before another may follow a version that was met."
+        default=64, ge=16, description="The same before another may follow a version that drafted at all."
     )
     control_margin: float = Field(
         default=0.03,
@@ -170,11 +175,10 @@ class AdaptersConfig(_Section):
     )
     num_slots: int = Field(default=8, ge=1, le=64, description="Adapters in the engine at a time.")
     rank: int = Field(default=32, ge=1, le=256, description="Rank of an adapter.")
-    alpha: float = Field(default=32.0, gt=0, description="Scale of an adapter: alpha / rank.")
     targets: tuple[LoraTarget, ...] = Field(
         default=("q", "v", "o", "down"),
         min_length=1,
-        description="Projections it adapts; the engine can serve q, k, v, o and down.",
+        description="Projections of the draft that it changes.",
     )
     redis_url: RedisUrl | None = Field(
         default=None, description="Redis or Valkey of the token log; default: the server's."
@@ -185,7 +189,7 @@ class AdaptersConfig(_Section):
     state_directory: Path = Field(
         default=Path.home() / ".cache" / "evospec" / "adapters", description="Where versions are kept."
     )
-    log: LogConfig = Field(default_factory=LogConfig)
+    log: TokenLogConfig = Field(default_factory=TokenLogConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
@@ -193,11 +197,8 @@ class AdaptersConfig(_Section):
 
     @model_validator(mode="after")
     def _can_be_served(self) -> AdaptersConfig:
-        if not self.enabled:
-            return self
-        if not set(self.targets) <= set(_SERVED_TARGETS):
-            raise ValueError(f"targets: the engine can adapt only {', '.join(_SERVED_TARGETS)} of the draft")
-        if self.training.method == "osd" and (self.key_scope != "global" or self.log.control_share):
+        is_whole = self.enabled and self.training.method == "osd"
+        if is_whole and (self.key_scope != "global" or self.log.control_share):
             raise ValueError(
                 "training.method osd changes the draft of all requests at once: it needs key_scope global, and "
                 "log.control_share 0, since no request can keep the base draft"
@@ -207,7 +208,7 @@ class AdaptersConfig(_Section):
     @property
     def trains_fusion(self) -> bool:
         """Whether training changes how the draft fuses the target's features, and so wants them as they were."""
-        return self.training.method == "osd" or "fc" in self.targets
+        return self.training.method == "osd"
 
     @property
     def ring_path(self) -> Path:

@@ -1,7 +1,7 @@
 """Low-rank adapters, each row of a batch its own (LoRA, arXiv 2106.09685; in one batch: Punica, arXiv 2310.18547).
 
 All adapters of one matrix lie in two tensors, ``a`` [slots, rank, inputs] and ``b`` [slots, outputs, rank]. A row with
-slot s gains (x a_s^T) b_s^T; the scale alpha / rank is in ``b`` already. A row with slot -1 gains nothing.
+slot s gains (x a_s^T) b_s^T. A row with slot -1 gains nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-LoraMatrix = Literal["fc", "qkv", "output", "gate_up", "down"]
-"""A draft's matrices; q, k and v are one."""
+LoraMatrix = Literal["qkv", "output", "down"]
+"""The matrices of a draft that adapters change; q, k and v are one."""
 
 
 @dataclass(frozen=True)

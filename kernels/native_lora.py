@@ -56,8 +56,6 @@ class NativeLora:
         weights = [weight for part in rows.parts for weight in (part.a, part.b)]
         if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in weights):
             raise ValueError("adapters must be contiguous bf16")
-        if unknown := {part.matrix for part in rows.parts} - set(_MATRICES):
-            raise ValueError(f"the kernels adapt {', '.join(_MATRICES)}, not {', '.join(sorted(unknown))}")
         rank, *others = ranks
         if others or rank > MAX_RANK:
             raise ValueError(f"the kernels take adapters of one rank of at most {MAX_RANK}, not {sorted(ranks)}")

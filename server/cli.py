@@ -100,14 +100,14 @@ def vocab_build(
 ) -> None:
     """Count tokens and bigrams of a model's generated answers: speculation.vocabulary static:K and dynamic:K+S."""
     options = [] if output is None else ["--output", str(output)]
-    os.execv(sys.executable, [sys.executable, "-m", "adapters.vocab", *options, "--", model])
+    os.execv(sys.executable, [sys.executable, "-m", "adapters.training.count", *options, "--", model])
 
 
 # The options are those of the program that does the work, which loads torch.
 @app.command("train-draft", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def train_draft(context: typer.Context) -> None:
-    """Train an EAGLE-3 draft on what the model has answered (python -m adapters.generate MODEL makes that)."""
-    os.execv(sys.executable, [sys.executable, "-m", "adapters.train_draft", *context.args])
+    """Train an EAGLE-3 draft on what the model has answered (python -m adapters.training.generate MODEL makes that)."""
+    os.execv(sys.executable, [sys.executable, "-m", "adapters.training.train", *context.args])
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ from server.valkey import embedded_valkey, valkey_url
 log = structlog.get_logger(__name__)
 
 ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
-WORKER_COMMAND = [sys.executable, "-m", "adapters.worker"]
+WORKER_COMMAND = [sys.executable, "-m", "adapters.alignment.worker"]
 
 _BACKLOG = 2048
 _OTHER_FILES = 256
@@ -110,7 +110,7 @@ def validated_model(config: ModelConfig) -> ModelFiles:
 
 
 def engine_environment(settings: Settings) -> dict[str, str]:
-    """Environment in which ``engine.process`` and ``adapters.worker`` find their configuration."""
+    """Environment in which ``engine.process`` and ``adapters.alignment.worker`` find their configuration."""
     alignment = settings.engine.alignment
     if alignment.redis_url is None:
         alignment = alignment.model_copy(update={"redis_url": settings.redis.url})

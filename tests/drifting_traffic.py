@@ -8,16 +8,17 @@ what the real one does: a token log, a feature ring and a weight channel.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.chains import Chains, Weights, collate
-from adapters.lora import Lora
-from adapters.records import Segment
+from adapters.alignment.chain_drafter import ChainDrafter, ChainWalk
+from adapters.alignment.chains import collate
+from adapters.alignment.lora import Lora
+from adapters.alignment.records import Segment
 from adapters.target_parts import load_target_parts
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.feature_ring import FeatureRing
@@ -64,23 +65,23 @@ class DriftingTraffic:
     """Answers of a target.
 
     Args:
-        chains: the base draft.
+        base: the base draft.
         drift: size of the teacher's change; 0: the target is the draft.
         seed: of the teacher and all answers.
     """
 
-    def __init__(self, chains: Chains, drift: float = 2.0, seed: int = 0) -> None:
-        self._chains = chains
+    def __init__(self, base: ChainDrafter, drift: float = 2.0, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self.teacher = Lora.fresh(chains.draft.config, ("q", "v"), 4, 4.0, f"teacher {seed}")
-        for name, tensor in self.teacher.tensors.items():
+        change = Lora.fresh(base.draft.config, ("q", "v"), 4, f"teacher {seed}")
+        for name, tensor in change.tensors.items():
             if name.endswith(".b"):
                 tensor.normal_(0, drift, generator=self._generator)
+        self._teacher = replace(base, lora=change)
 
     @torch.no_grad()
     def answers(self, number: int) -> list[Answer]:
         """Some more, each an own sequence."""
-        hidden, vocab = self._chains.draft.config.hidden_size, len(self._chains.target.head)
+        hidden, vocab = self._teacher.draft.config.hidden_size, len(self._teacher.target.head)
         tokens = torch.randint(0, vocab, (number, LENGTH + 1), generator=self._generator)
         noise = torch.randn(number, LENGTH, hidden, generator=self._generator)
         inputs = noise.bfloat16()
@@ -88,10 +89,9 @@ class DriftingTraffic:
         for position in range(LENGTH):
             empty = torch.zeros(LENGTH, TOP_K)
             so_far = [Answer(tokens[row], inputs[row], empty.int(), empty.half()).segment() for row in range(number)]
-            state = self._chains.walk(collate(so_far, 1), self.teacher).head_input.view(number, LENGTH, hidden)[
-                :, position
-            ]
-            logits[:, position] = state @ self._chains.target.head.float().T
+            states = ChainWalk(self._teacher, collate(so_far, 1)).head_input.view(number, LENGTH, hidden)
+            state = states[:, position]
+            logits[:, position] = state @ self._teacher.target.head.float().T
             tokens[:, position + 1] = logits[:, position].argmax(-1)
             if position % _RENEWAL == _RENEWAL - 1:  # or all answers would end in the same few loops
                 tokens[:, position + 1] = torch.randint(0, vocab, (number,), generator=self._generator)
@@ -109,7 +109,7 @@ class TinyDraft:
 
     model: Path
     directory: Path
-    chains: Chains
+    drafter: ChainDrafter
     base: str
 
     @classmethod
@@ -121,8 +121,8 @@ class TinyDraft:
         save_file(weights, files.path / "model.safetensors", metadata={"format": "pt"})
         make_draft_directory(directory / "draft", files)
         eagle = load_draft(directory / "draft", torch.float32, torch.device("cpu"))
-        chains = Chains(eagle, load_target_parts(files, validate_model_files(files)))
-        return cls(files.path, directory / "draft", chains, draft_fingerprint(directory / "draft"))
+        drafter = ChainDrafter(eagle, load_target_parts(files, validate_model_files(files)))
+        return cls(files.path, directory / "draft", drafter, draft_fingerprint(directory / "draft"))
 
 
 class MadeUpEngine:
@@ -130,17 +130,17 @@ class MadeUpEngine:
 
     Args:
         config: where everything is; the ring's rows are fused features.
-        chains: the base draft.
-        base: its fingerprint.
+        base: the base draft.
+        fingerprint: the base draft's.
     """
 
-    def __init__(self, config: AdaptersConfig, chains: Chains, base: str) -> None:
+    def __init__(self, config: AdaptersConfig, base: ChainDrafter, fingerprint: str) -> None:
         assert config.redis_url is not None
-        self._config, self._chains, self._base = config, chains, base
+        self._config, self._base = config, base
         config.shared_directory.mkdir(parents=True, exist_ok=True)
         self.log = TokenLog(config.redis_url, config.log.stream)
-        self.ring = FeatureRing(config.ring_path, config.log.ring_rows, chains.draft.config.hidden_size)
-        layout = lora_layout(chains.draft.config, config.rank, config.targets, base)
+        self.ring = FeatureRing(config.ring_path, config.log.ring_rows, base.draft.config.hidden_size)
+        layout = lora_layout(base.draft.config, config.rank, config.targets, fingerprint)
         self.channel = WeightChannel.create(config.channel_path, layout, config.num_slots)
         self._adapter = {spec.name: torch.zeros(spec.shape, dtype=spec.dtype) for spec in layout.tensors}
         self._requests = count()
@@ -151,19 +151,19 @@ class MadeUpEngine:
 
     def serve(self, answers: Sequence[Answer], tenant: str = "t", is_control: bool = False) -> int:
         """Draft and verify these answers, and log each step; how many there were."""
-        version, weights = (0, {}) if is_control else self._weights(tenant)
+        version, drafter = (0, self._base) if is_control else self._drafter(tenant)
         num_steps = 0
         for answer in answers:
             request_id = f"{tenant}-{next(self._requests)}"
-            for start, drafted, accepted in self._steps(answer, weights):
+            for start, drafted, accepted in self._steps(answer, drafter):
                 num_steps += 1
                 self.log.log(self._record(answer, start, drafted, accepted, request_id, tenant, version))
         return num_steps
 
     def acceptance(self, answers: Sequence[Answer], tenant: str = "t") -> float:
         """Mean accepted tokens a step for these answers, which are not logged."""
-        _, weights = self._weights(tenant)
-        accepted = [step[2] for answer in answers for step in self._steps(answer, weights)]
+        _, drafter = self._drafter(tenant)
+        accepted = [step[2] for answer in answers for step in self._steps(answer, drafter)]
         return sum(accepted) / len(accepted)
 
     def close(self) -> None:
@@ -172,18 +172,19 @@ class MadeUpEngine:
         self.ring.close()
         self.channel.close()
 
-    def _weights(self, tenant: str) -> tuple[int, Weights]:
+    def _drafter(self, tenant: str) -> tuple[int, ChainDrafter]:
         for index, slot in enumerate(self.channel.slots()):
             if slot.key == tenant:
                 state = self.channel.read_into(index, self._adapter)
-                return state.version, Lora.of_published(self._chains.draft.config, self._adapter)
-        return 0, {}
+                adapter = Lora.of_published(self._base.draft.config, self._adapter)
+                return state.version, replace(self._base, lora=adapter)
+        return 0, self._base
 
     @torch.no_grad()
-    def _steps(self, answer: Answer, weights: Weights) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    def _steps(self, answer: Answer, drafter: ChainDrafter) -> Iterator[tuple[int, tuple[int, ...], int]]:
         """Row of the last token, drafted tokens, and how many of them are right, of each verify step."""
         batch = collate([answer.segment()], NUM_DRAFTS)
-        steps = self._chains.steps(batch, weights, torch.arange(len(self._chains.target.head)))
+        steps = drafter.steps(batch, torch.arange(len(drafter.target.head)))
         drafts = torch.stack([step.logits.argmax(-1) for step in steps], dim=1)
         start = 0
         while start + NUM_DRAFTS < LENGTH:

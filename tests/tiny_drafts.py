@@ -24,13 +24,11 @@ from engine.spec.proposer import Draft
 
 CLIENT = b"test"
 WEIGHTS = {
-    "fc": "fc.weight",
     "qkv": "qkv_proj.weight",
     "output": "o_proj.weight",
-    "gate_up": "gate_up_proj.weight",
     "down": "down_proj.weight",
 }
-"""Of a draft, by the names of its matrices in ``kernels.batched_lora``."""
+"""Weights of a draft, by the names of its matrices in ``kernels.batched_lora``."""
 
 
 def random_draft(files: ModelFiles, seed: int = 0) -> Eagle3:

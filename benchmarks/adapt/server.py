@@ -29,7 +29,7 @@ from benchmarks.prompts.build import Prompt
 from engine.ipc.adapter_control import AdapterStatus, adapter_key
 from server.tenants import hash_key, new_key
 
-ENGINE, WORKER = "engine.process", "adapters.worker"
+ENGINE, WORKER = "engine.process", "adapters.alignment.worker"
 _SETTLE_SECONDS = 60.0
 _POLL_SECONDS = 0.25
 _SEGMENT_SECONDS = 6.0
@@ -193,7 +193,10 @@ def serving(side: Side, model: str, drafting: Drafting, tenants: Sequence[str]) 
     ):
         pairs = ",".join(f"{tenant}={hash_key(key)}" for tenant, key in keys.items())
         own = ["--port", str(port), "--auth.keys", pairs, "--auth.admin_key", hash_key(admin)]
-        command = [str(Path(sys.executable).with_name("evospec")), "serve", *own]
+        program = [str(Path(sys.executable).with_name("evospec"))]
+        if side.trains_all_weights:
+            program = [sys.executable, "-m", "benchmarks.adapt.full_parameters"]
+        command = [*program, "serve", *own]
         command += arguments(side, model, drafting, Path(directory), Path(shared))
         log = LOGS / f"adapt-{model}-{side.name.replace('/', '-')}.log"
         with running(Launch(command), port, log) as process:

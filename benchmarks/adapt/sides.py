@@ -2,7 +2,7 @@
 
 A side is a string: ``static``, or with a vocabulary of its own ``static:K``; ``vocabulary`` (follows sessions, with the
 learned prior), ``alignment`` (the static vocabulary, and a worker that learns), ``both``, ``osd`` (alignment of all the
-draft's weights); after a slash, options of ``engine.alignment``: ``alignment/replay.policy=clear,key_scope=global``.
+draft's weights); after a slash, options of ``engine.alignment``: ``alignment/rank=8,key_scope=global``.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from engine.ipc.adapter_control import KeyScope
 STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD = "static", "vocabulary", "alignment", "both", "osd"
 KINDS = (STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD)
 NEVER = "pace.busy_share=0,pace.spare_cores=99"
+FORGETFUL = "training.history_share=0,training.updates_per_batch=1"
+"""Learns from everything once, as the paper does."""
 SIDES = {
     "gain": [STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD],
-    "switch": [STATIC, ALIGNMENT, f"{ALIGNMENT}/replay.policy=clear"],
+    "switch": [STATIC, ALIGNMENT, f"{ALIGNMENT}/{FORGETFUL}"],
     "tenants": [STATIC, ALIGNMENT, f"{ALIGNMENT}/key_scope=global"],
     "memory": [STATIC, ALIGNMENT, OSD],
     "load": [STATIC, f"{ALIGNMENT}/{NEVER}", ALIGNMENT],
@@ -49,6 +51,11 @@ class Side:
     follows_sessions: bool
     aligns: bool
     options: dict[str, str]
+
+    @property
+    def trains_all_weights(self) -> bool:
+        """Whether the worker trains the whole draft, not an adapter."""
+        return self.options.get("training.method") == OSD
 
     @property
     def key_scope(self) -> KeyScope:

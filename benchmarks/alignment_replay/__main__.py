@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from adapters.chains import Chains
+from adapters.alignment.chain_drafter import ChainDrafter
 from benchmarks.alignment_replay.recordings import recorded
 from benchmarks.alignment_replay.worker import Replay, acceptance_length, configured
 from benchmarks.common.draft_traces import load_parts
@@ -38,7 +38,7 @@ def main(
 ) -> None:
     """Prints acceptance lengths of the base draft, of the version in force at the end, and of what comes after it."""
     config = configured(option or [])
-    chains = Chains(*load_parts(model))
+    base = ChainDrafter(*load_parts(model))
     title = f"{model}, the whole head, acceptance length on {trial} trial prompts; {' '.join(option or ['defaults'])}"
     table, tokenizer = Table("domain", title=title), Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
     for header in ("stream tokens", "updates", "versions", "base", "in force", "ratio", "latest", "ratio"):
@@ -48,15 +48,15 @@ def main(
         learned = recorded(model, of_stream[:stream], max_tokens, f"{name}-stream")
         measured = recorded(model, of_trial[:trial], max_tokens, f"{name}-trial")
         with tempfile.TemporaryDirectory() as directory:
-            replay = Replay(chains, config, Path(directory))
+            replay = Replay(base, config, Path(directory))
             for number, recording in enumerate(track(learned, description=f"learn {name}")):
                 replay.serve(recording, str(number))
-        aligner, trainer = replay.aligner, replay.trainer
-        in_force = {} if aligner.tensors is None else trainer.weights(aligner.tensors)
-        after = trainer.weights(trainer.published())
-        base, now, latest = (acceptance_length(chains, measured, weights) for weights in ({}, in_force, after))
+        aligner, updater = replay.aligner, replay.updater
+        in_force = base if aligner.tensors is None else updater.drafter(aligner.tensors)
+        drafters = (base, in_force, updater.drafter(updater.published()))
+        before, now, latest = (acceptance_length(drafter, measured) for drafter in drafters)
         counts = sum(len(recording.answer) for recording in learned), aligner.state.num_updates
-        lengths = f"{base:.3f}", f"{now:.3f}", f"{now / base:.3f}", f"{latest:.3f}", f"{latest / base:.3f}"
+        lengths = f"{before:.3f}", f"{now:.3f}", f"{now / before:.3f}", f"{latest:.3f}", f"{latest / before:.3f}"
         table.add_row(name, *map(str, counts), str(aligner.state.num_published), *lengths)
     Console(width=160).print(table)
 

@@ -10,7 +10,8 @@ import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
-from adapters.chains import ChainBatch, Chains, Weights
+from adapters.alignment.chain_drafter import ChainDrafter
+from adapters.alignment.chains import SegmentBatch
 from benchmarks.common.draft_traces import answers, load_parts
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE
@@ -35,9 +36,9 @@ class Recording:
     top_logits: torch.Tensor
     drafted: torch.Tensor
 
-    def drafts(self, chains: Chains, weights: Weights) -> torch.Tensor:
-        """The same [A - 1, DEPTH] of the draft with other weights; the answer's own tokens are given."""
-        return _drafts(chains, self.prompt, self.answer, self.inputs, weights)
+    def drafts(self, drafter: ChainDrafter) -> torch.Tensor:
+        """What another draft drafts [A - 1, DEPTH], as in ``drafted``; the answer's own tokens are given."""
+        return _drafts(drafter, self.prompt, self.answer, self.inputs)
 
 
 def drafted_right(drafted: Sequence[int], following: Sequence[int]) -> int:
@@ -76,14 +77,14 @@ def load(path: Path) -> list[Recording]:
 def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Recording]:
     """Answer prompts greedily, and run the shipped draft over the answers."""
     draft, target = load_parts(model)
-    chains, hidden = Chains(draft, target), target.head.shape[1]
+    drafter, hidden = ChainDrafter(draft, target), target.head.shape[1]
     head = target.head.float()
     for one in answers(model, prompts, max_tokens):
         inputs = torch.zeros(len(one.features), hidden, dtype=torch.bfloat16)
         inputs[1:] = draft.fuse(one.features[:-1, :-hidden])
         last = target.head_input(one.features[:, -hidden:].to(torch.bfloat16)).float()
         logits, ids = (last @ head.T).topk(TOP_K)
-        drafted = _drafts(chains, one.text, one.answer, inputs, {})
+        drafted = _drafts(drafter, one.text, one.answer, inputs)
         yield Recording(one.text, one.answer, inputs, ids.int(), logits.half(), drafted)
 
 
@@ -96,13 +97,11 @@ def recorded(model: str, prompts: Sequence[Prompt], max_tokens: int, name: str) 
     return load(path)
 
 
-def _drafts(
-    chains: Chains, prompt: list[int], answer: list[int], inputs: torch.Tensor, weights: Weights
-) -> torch.Tensor:
+def _drafts(drafter: ChainDrafter, prompt: list[int], answer: list[int], inputs: torch.Tensor) -> torch.Tensor:
     length = len(inputs)
     token_ids = torch.zeros(1, length + DEPTH, dtype=torch.int64)
     token_ids[0, : length + 1] = torch.tensor([*prompt, *answer])
-    batch = ChainBatch(
+    batch = SegmentBatch(
         token_ids=token_ids,
         positions=torch.arange(length)[None],
         inputs=inputs[None],
@@ -112,5 +111,5 @@ def _drafts(
         top_logits=torch.zeros(length - len(prompt), DEPTH, 1),
         refused=torch.zeros(0, dtype=torch.int64),
     )
-    steps = chains.steps(batch, weights, torch.arange(len(chains.target.head)))
+    steps = drafter.steps(batch, torch.arange(len(drafter.target.head)))
     return torch.stack([step.logits.argmax(-1) for step in steps], dim=1).int()

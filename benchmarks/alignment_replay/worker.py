@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from adapters.aligner import KeyAligner
-from adapters.chains import Chains, Weights
-from adapters.records import Assembler
-from adapters.replay import starts_chains, teaches
-from adapters.store import AdapterStore
-from adapters.trainer import make_trainer
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.chain_drafter import ChainDrafter
+from adapters.alignment.records import Assembler
+from adapters.alignment.replay import starts_chains, teaches
+from adapters.alignment.store import AdapterStore
+from adapters.alignment.updates import Updater
 from benchmarks.alignment_replay.recordings import DEPTH, Recording, drafted_right
 from engine.adapters_config import AdaptersConfig
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
@@ -39,15 +39,15 @@ def configured(options: Sequence[str]) -> AdaptersConfig:
 class Replay:
     """A worker's only key, and a ring that nobody else writes to."""
 
-    def __init__(self, chains: Chains, config: AdaptersConfig, directory: Path) -> None:
-        self._config, hidden = config, chains.draft.config.hidden_size
-        self.trainer = make_trainer(chains, config, _KEY, "")
-        self.aligner = KeyAligner(_KEY, chains, self.trainer, AdapterStore(directory, self.trainer.layout), config)
+    def __init__(self, base: ChainDrafter, config: AdaptersConfig, directory: Path) -> None:
+        self._config, hidden = config, base.draft.config.hidden_size
+        self.updater = Updater(base, config, _KEY, "")
+        self.aligner = KeyAligner(_KEY, base, self.updater, AdapterStore(directory, self.updater.layout), config)
         self._ring = FeatureRing(directory / "ring", config.log.ring_rows, hidden)
         self._reader = FeatureRingReader(directory / "ring")
-        replay, vocab_size = config.replay, len(chains.target.head)
+        replay, vocab_size = config.replay, len(base.target.head)
         sizes = replay.segment_positions, replay.context_positions
-        self._assembler = Assembler(torch.clone, config.log.top_k, vocab_size, *sizes)
+        self._assembler = Assembler(config.log.top_k, vocab_size, *sizes)
         self._version = 0
 
     def serve(self, recording: Recording, name: str) -> None:
@@ -61,7 +61,7 @@ class Replay:
             self._reader,
         )
         for each, is_useful in taught:
-            self.aligner.observe(each, is_useful)
+            self.aligner.count(each, is_useful)
         for _, segment in self._assembler.flush():
             self.aligner.add(segment)
         self.aligner.tick()
@@ -106,11 +106,11 @@ class Replay:
 
 
 @torch.inference_mode()
-def acceptance_length(chains: Chains, recordings: Sequence[Recording], weights: Weights) -> float:
+def acceptance_length(drafter: ChainDrafter, recordings: Sequence[Recording]) -> float:
     """Tokens that a verification gives, drafts starting where the one before ended."""
     num_tokens = num_steps = 0
     for recording in recordings:
-        drafted = recording.drafts(chains, weights)
+        drafted = recording.drafts(drafter)
         at, answer = 0, recording.answer
         while at + DEPTH + 1 < len(answer):
             num_steps, at = num_steps + 1, at + 1 + drafted_right(drafted[at].tolist(), answer[at + 1 :])

@@ -22,7 +22,7 @@ ATTACKER, VICTIM, OTHER, METRICS = "acme", "bravo", "charlie", "prometheus"
 LIMITED = ("limited-1", "limited-2", "limited-3")
 REQUESTS_PER_MINUTE = 10
 """What each of ``LIMITED`` may send."""
-_ROLES = {"engine.process": "engine", "grammar_process": "grammar", "adapters.worker": "worker", "valkey": "valkey"}
+_ROLES = {"engine.process": "engine", "grammar_process": "grammar", "adapters.": "worker", "valkey": "valkey"}
 
 
 @dataclass(frozen=True)

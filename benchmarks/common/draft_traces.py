@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from adapters.dataset import Batch
-from adapters.generate import recorded_layers
-from adapters.recorder import FeatureRecorder
-from adapters.target_parts import load_target_parts
-from adapters.unroll import TargetParts, Unroller
+from adapters.target_parts import TargetParts, load_target_parts
+from adapters.training.dataset import Batch
+from adapters.training.feature_recorder import FeatureRecorder, recorded_layers
+from adapters.training.unroll import Unroller
 from benchmarks.common.in_process import encode_chat, engine_config
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE

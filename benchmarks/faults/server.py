@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.common.process import LOGS, Launch, free_port, running, tree
 from benchmarks.faults.model import FaultModel
-from engine.adapters_config import AdaptersConfig, GuardConfig, LogConfig, PaceConfig, ReplayConfig, TrainingConfig
+from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TokenLogConfig, TrainingConfig
 from engine.ipc.shared_file import SharedMemoryError
 from engine.ipc.weight_channel import WeightChannel
 from engine.ipc.weight_layout import WeightLayout
@@ -30,7 +30,7 @@ from server.tenants import hash_key, new_key
 TENANTS = ("law", "clinic", "school", "shop")
 _SCRAPER = "prometheus"
 """The tenant that may read metrics, and nothing else."""
-ENGINE, WORKER, VALKEY = "engine.process", "adapters.worker", "valkey-server"
+ENGINE, WORKER, VALKEY = "engine.process", "adapters.alignment.worker", "valkey-server"
 RING_ROWS = 256
 _PROCESSES = {ENGINE: "engine", WORKER: "worker", VALKEY: "valkey"}
 _POLL_SECONDS = 0.2
@@ -52,7 +52,7 @@ def worker_options(directory: Path, shared: Path) -> AdaptersConfig:
         num_slots=len(TENANTS),
         shared_directory=shared,
         state_directory=directory / "state",
-        log=LogConfig(top_k=8, fair_share=0.5, ring_rows=RING_ROWS),
+        log=TokenLogConfig(top_k=8, fair_share=0.5, ring_rows=RING_ROWS),
         training=TrainingConfig(learning_rate=3e-3, updates_per_version=8),
         replay=ReplayConfig(segment_positions=40, context_positions=8),
         guard=GuardConfig(min_held_out=48, min_watched=32, watched_records=64),

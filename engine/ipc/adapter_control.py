@@ -51,10 +51,11 @@ class AdapterCommand(msgspec.Struct, frozen=True):
 
 
 class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapter key. ``revision`` 0 is the base draft; revisions only grow.
+    """The state of one adapter key. ``revision`` 0 is the base draft; revisions only grow.
 
     ``slot`` and ``channel_version`` say where the engine finds the revision; None and 0 while it is not published.
-    Acceptance is of first draft tokens, over fair records since the revision was published; None without records.
+    Acceptance is that of first draft tokens in the unbiased sample of records, since the revision was published; None
+    without records.
     """
 
     revision: int = 0
@@ -71,7 +72,7 @@ class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
     gate_rate: float = 0.0
     """Share of records that teach."""
     loss: float | None = None
-    """Of the last update, on positions before they are learned from."""
+    """The last update's loss, on positions before they are learned from."""
     update_seconds: float | None = None
     acceptance: float | None = None
     control_acceptance: float | None = None
@@ -80,7 +81,7 @@ class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The worker. Numbers of records and rows are since its start; ``lag``: records not read yet, None: unknown."""
+    """The state of the worker. Numbers are since its start; ``lag``: records not read yet, None: unknown."""
 
     updated_at: float
     """Seconds since the epoch."""
@@ -103,23 +104,27 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_command(command: AdapterCommand) -> bytes:
-    """For ``RPUSH COMMANDS_KEY``."""
+    """What to append by ``RPUSH COMMANDS_KEY``."""
     return msgspec.msgpack.encode(command)
 
 
 def decode_command(data: bytes) -> AdapterCommand:
-    """Raises ``msgspec.MsgspecError``."""
+    """A command that ``LPOP COMMANDS_KEY`` gave; raises ``msgspec.MsgspecError``."""
     return msgspec.msgpack.decode(data, type=AdapterCommand)
 
 
 def encode_status(worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> dict[bytes, bytes]:
-    """For ``HSET STATUS_KEY``."""
+    """What to set by ``HSET STATUS_KEY``."""
     fields = {key.encode(): msgspec.msgpack.encode(status) for key, status in adapters.items()}
     return {WORKER_FIELD: msgspec.msgpack.encode(worker)} | fields
 
 
 def decode_status(fields: Mapping[bytes, bytes]) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
-    """What ``HGETALL STATUS_KEY`` gave, the worker None where none ever ran; raises ``msgspec.MsgspecError``."""
+    """The state that ``HGETALL STATUS_KEY`` gave, the worker's None if none ever ran.
+
+    Raises:
+        msgspec.MsgspecError: it is no state.
+    """
     worker = msgspec.msgpack.decode(fields[WORKER_FIELD], type=WorkerStatus) if WORKER_FIELD in fields else None
     adapters = {
         key.decode(): msgspec.msgpack.decode(data, type=AdapterStatus)

@@ -49,7 +49,7 @@ class HandleServer:
         threading.Thread(target=self._serve, name="cuda-handles", daemon=True).start()
 
     def close(self) -> None:
-        """Give it to nobody else."""
+        """Give the handle to nobody else."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes `accept`, which closing alone does not
         self._listener.close()

@@ -57,13 +57,13 @@ class _Ring:
         return header
 
     def generations(self, slot: int, count: int) -> torch.Tensor:
-        """int64 [count] from ``slot`` on; raises ``SharedMemoryError``."""
+        """The generations int64 [count] of the rows from ``slot`` on; raises ``SharedMemoryError``."""
         generations = torch.empty(count, dtype=torch.int64)
         self.file.read_into(_GENERATIONS_OFFSET + 8 * slot, _bytes(generations))
         return generations
 
     def set_generations(self, slot: int, count: int, value: int) -> None:
-        """Raises ``SharedMemoryError``."""
+        """Give ``count`` rows from ``slot`` on the same generation; raises ``SharedMemoryError``."""
         self.file.write(_GENERATIONS_OFFSET + 8 * slot, struct.pack("<q", value) * count)
 
     def read_rows(self, slot: int, rows: torch.Tensor) -> None:
@@ -71,12 +71,12 @@ class _Ring:
         self.file.read_into(_rows_offset(self.capacity) + 2 * slot * self.width, _bytes(rows))
 
     def write_rows(self, slot: int, rows: torch.Tensor) -> None:
-        """Raises ``SharedMemoryError``."""
+        """Copy ``rows`` [n, width] to the places from ``slot`` on; raises ``SharedMemoryError``."""
         self.file.write(_rows_offset(self.capacity) + 2 * slot * self.width, _bytes(rows))
 
 
 class FeatureRing:
-    """The engine's end, the only writer.
+    """The engine's end of the ring, the only one that writes.
 
     A new ring takes the place of one that an engine before left: its generations are greater than that one's, so
     references to lost rows stay invalid.
@@ -141,7 +141,7 @@ class FeatureRing:
 
 
 class FeatureRingReader:
-    """Another process's end. Follows the engine to its next ring when it is restarted.
+    """Another process's end of the ring. It follows the engine to its next ring when that is restarted.
 
     Raises:
         SharedMemoryError: no ring is at ``path``, or it is damaged.
@@ -157,7 +157,7 @@ class FeatureRingReader:
 
     @property
     def width(self) -> int:
-        """Values a row."""
+        """Number of values in a row."""
         return self._ring.width
 
     def read(self, slots: torch.Tensor, generations: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,14 +201,14 @@ class FeatureRingReader:
 
 
 def _runs(numbers: torch.Tensor) -> list[slice]:
-    """Where consecutive numbers are."""
+    """The places of each run of consecutive numbers."""
     breaks = (torch.nonzero(numbers.diff() != 1).view(-1) + 1).tolist()
     bounds = [0, *breaks, len(numbers)] if len(numbers) else []
     return [slice(start, end) for start, end in pairwise(bounds)]
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    """Those of a contiguous tensor on the CPU."""
+    """The bytes of a contiguous tensor on the CPU."""
     return tensor.view(torch.uint8).numpy().reshape(-1).data
 
 

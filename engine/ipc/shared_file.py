@@ -66,7 +66,7 @@ class SharedFile:
         return cls(path, descriptor)
 
     def install(self) -> None:
-        """Put it at its path, in place of what was there; who opened the old file keeps that.
+        """Put the file at its path, in place of what was there; who opened the old file keeps that.
 
         Raises:
             SharedMemoryError: something is there that a file cannot replace, or the directory is gone.
@@ -82,7 +82,7 @@ class SharedFile:
         return self._try(os.fstat).st_size
 
     def read(self, offset: int, size: int) -> bytes:
-        """Up to 2 GB of the file; raises ``SharedMemoryError`` if they are not there."""
+        """Read up to 2 GB of the file; raises ``SharedMemoryError`` if they are not there."""
         data = self._try(os.pread, size, offset)
         if len(data) != size:
             raise SharedMemoryError(f"{self.path} is truncated")
@@ -136,7 +136,7 @@ class SharedFile:
 
 
 def make_private_directory(directory: Path) -> None:
-    """One that only this user may enter, unless it is there; raises ``SharedMemoryError``."""
+    """Make a directory that only this user may enter, unless it is there; raises ``SharedMemoryError``."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:

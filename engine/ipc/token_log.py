@@ -47,7 +47,7 @@ class TokenLogStats:
 
 
 class TokenLog:
-    """The engine's end.
+    """The engine's end of the token log.
 
         token_log = TokenLog("redis://localhost", "evospec:token-log")
         token_log.log(record)
@@ -64,7 +64,7 @@ class TokenLog:
     def __init__(
         self, url: str, stream: str, queue_size: int = 4096, max_records: int = 50_000, interval: float = 0.2
     ) -> None:
-        self._redis = _connect(url, _WRITE_TIMEOUT)
+        self._redis = connect_briefly(url, _WRITE_TIMEOUT)
         self._stream, self._interval = stream, interval
         self._queue_size, self._max_records = queue_size, max_records
         self._queue: deque[bytes] = deque()
@@ -151,7 +151,7 @@ class LoggedRecord(NamedTuple):
 
 
 class TokenLogReader:
-    """The worker's end: a consumer of a group, which remembers what was read and not yet acknowledged.
+    """The worker's end of the token log: a consumer of a group, which remembers what was read and not yet acknowledged.
 
     A reader of the same name first gets what the one before it got and did not acknowledge.
 
@@ -162,7 +162,7 @@ class TokenLogReader:
     """
 
     def __init__(self, url: str, stream: str, group: str = "adapters", consumer: str = "worker") -> None:
-        self._redis = _connect(url, _READ_TIMEOUT)
+        self._redis = connect_briefly(url, _READ_TIMEOUT)
         self._stream, self._group, self._consumer = stream, group, consumer
         self._last_id = b"0-0"
         self._has_pending = True
@@ -201,7 +201,7 @@ class TokenLogReader:
         self._last_id, self._has_pending = b"0-0", True
 
     def acknowledge(self, records: Sequence[LoggedRecord]) -> None:
-        """These are done with and will not be read again.
+        """Say that these records are done with and need not be read again.
 
         Raises:
             TokenLogUnavailable: Redis did not answer; the next call does it.
@@ -238,7 +238,7 @@ class TokenLogReader:
         self._redis.close()
 
     def _state(self) -> dict[str, Any] | None:
-        """Of the group, as Redis has it; None: there is none yet."""
+        """The group's state as Redis has it; None: there is no group yet."""
         try:
             groups: list[dict[str, Any]] = self._redis.xinfo_groups(self._stream)
         except ResponseError:  # no stream
@@ -287,11 +287,12 @@ class TokenLogReader:
 
 
 def _order(entry_id: bytes) -> tuple[int, ...]:
-    """Ids of a stream in the order of this are in its order."""
+    """A key to sort a stream's ids by."""
     return tuple(map(int, entry_id.split(b"-")))
 
 
-def _connect(url: str, timeout: float) -> Redis:
+def connect_briefly(url: str, timeout: float) -> Redis:
+    """A connection that waits for no answer longer than ``timeout`` seconds, and tries nothing twice."""
     return Redis.from_url(
         url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2
     )

@@ -12,7 +12,7 @@ FORMAT = 1
 """Changes when an old reader would misread a new record. A field added at the end, with a default, does not."""
 
 _MAX_NUMBER = 2**62
-"""Of positions and places in the ring, which must fit into 64-bit tensors."""
+"""Positions and places in the ring are no greater: they must fit into 64-bit tensors."""
 
 
 class RecordError(Exception):
@@ -26,8 +26,8 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     ``drafted`` were right and ``next_token`` follows them: the bonus token if all were right, else the recovered one.
     ``top_ids`` (int32) and ``top_logits`` (float16) are arrays [steps, k], little endian, most likely first: row i is
     the target's raw logits for position + i. Make them with ``pack_top_k``, read them with ``top_k_arrays``.
-    ``is_gated`` means that it was kept because it teaches (a rejection, or a KL over the threshold); otherwise it
-    belongs to the share that is kept of everything.
+    ``is_gated`` marks a hard example, kept because it teaches (a rejection, or a KL over the threshold); other records
+    belong to the unbiased sample, which is kept whatever happens.
     ``num_features`` rows of the feature ring, from ``feature_slot`` on and all of ``feature_generation``, are features:
     row i is what the draft takes together with the token at position - 1 + i. ``context``, in a request's first
     record and in one after some seconds of silence, is int32 token ids, little endian: those before ``last_token``, to
@@ -62,15 +62,15 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     @property
     def num_context(self) -> int:
-        """Tokens in ``context``."""
+        """Number of tokens in ``context``."""
         return len(self.context) // 4
 
     def context_ids(self) -> npt.NDArray[np.int32]:
-        """Token ids [num_context]."""
+        """The token ids [num_context] in ``context``."""
         return np.frombuffer(self.context, dtype="<i4")
 
     def prior_weights(self) -> npt.NDArray[np.float16]:
-        """Of each feature; none: without a prior."""
+        """The weight of each feature; none: without a prior."""
         return np.frombuffer(self.prior, dtype="<f2")
 
     def top_k_arrays(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float16]]:
@@ -80,22 +80,22 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 
 def pack_top_k(ids: npt.NDArray[np.integer], logits: npt.NDArray[np.floating]) -> tuple[bytes, bytes]:
-    """``top_ids`` and ``top_logits`` of arrays [steps, k]."""
+    """The fields ``top_ids`` and ``top_logits`` for arrays [steps, k]."""
     return ids.astype("<i4").tobytes(), logits.astype("<f2").tobytes()
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
-    """``context`` of token ids."""
+    """The field ``context`` for token ids."""
     return np.array(ids, dtype="<i4").tobytes()
 
 
 def pack_weights(weights: npt.NDArray[np.floating]) -> bytes:
-    """``prior`` of weights."""
+    """The field ``prior`` for weights."""
     return weights.astype("<f2").tobytes()
 
 
 def encode_record(record: VerifyRecord) -> bytes:
-    """MessagePack, an array of the fields in their order."""
+    """The record as MessagePack, an array of the fields in their order."""
     return msgspec.msgpack.encode(record)
 
 

@@ -54,7 +54,7 @@ class WeightChannel:
     def create(
         cls, path: Path, layout: WeightLayout, num_slots: int, device: torch.device | None = None
     ) -> WeightChannel:
-        """The engine's end.
+        """The engine's end of a channel.
 
         On the CPU a channel that an engine before left at ``path`` is taken over with all it holds, if it fits.
         Otherwise a new one takes its place (versions go on from the old one's where that can be read), and the worker
@@ -89,7 +89,7 @@ class WeightChannel:
 
     @classmethod
     def attach(cls, path: Path, layout: WeightLayout) -> WeightChannel:
-        """Another process's end.
+        """Another process's end of the channel at ``path``.
 
         Raises:
             SharedMemoryError: no channel is there, it is damaged, or of another layout.

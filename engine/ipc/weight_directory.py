@@ -139,7 +139,7 @@ class WeightDirectory:
 
     @property
     def data_offset(self) -> int:
-        """Where host memory has its buffers."""
+        """Offset of the first buffer, where these are in host memory."""
         return _data_offset(self.num_slots)
 
     def slots(self) -> tuple[Slot, ...]:

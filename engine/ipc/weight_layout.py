@@ -48,7 +48,7 @@ class WeightLayout:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """SHA-256 of all of it, 32 bytes."""
+        """SHA-256 of the whole layout, 32 bytes."""
         described = [self.base, *([spec.name, spec.shape, str(spec.dtype)] for spec in self.tensors)]
         return hashlib.sha256(json.dumps(described).encode()).digest()
 
@@ -82,11 +82,11 @@ class BufferMemory(Protocol):
     device: torch.device
 
     def load(self, index: int, buffer: torch.Tensor) -> None:
-        """Copy one to ``buffer``, uint8 [size] on ``device``; raises ``SharedMemoryError``."""
+        """Copy buffer ``index`` to ``buffer``, uint8 [size] on ``device``; raises ``SharedMemoryError``."""
         ...
 
     def store(self, index: int, buffer: torch.Tensor) -> None:
-        """Copy ``buffer`` to one; raises ``SharedMemoryError``."""
+        """Copy ``buffer`` to buffer ``index``; raises ``SharedMemoryError``."""
         ...
 
 

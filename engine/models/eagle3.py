@@ -57,17 +57,18 @@ class Eagle3(nn.Module):
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.output_norm = nn.Parameter(torch.ones(hidden))
 
-    def fuse(self, features: torch.Tensor, lora: Additions | None = None) -> torch.Tensor:
-        """[..., 3 * hidden] → g [..., hidden]; ``lora``, here and below: what the products gain."""
+    def fuse(self, features: torch.Tensor) -> torch.Tensor:
+        """[..., 3 * hidden] → g [..., hidden]"""
         fused: torch.Tensor = self.fc(features)
-        if lora is not None:
-            lora.add_to(fused, features, "fc")
         return fused
 
     def qkv(
         self, embedding: torch.Tensor, g: torch.Tensor, lora: Additions | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query [..., heads, head_dim], key and value [..., kv_heads, head_dim], before rotary embedding."""
+        """Query [..., heads, head_dim], key and value [..., kv_heads, head_dim], before rotary embedding.
+
+        ``lora``, here and below, is what the products gain.
+        """
         config, eps = self.config, self.config.rms_norm_eps
         x = torch.cat((rms_norm(embedding, self.embedding_norm, eps), rms_norm(g, self.hidden_norm, eps)), dim=-1)
         product = self.qkv_proj(x)
@@ -84,10 +85,7 @@ class Eagle3(nn.Module):
         if lora is not None:
             lora.add_to(y, heads, "output")
         normed = rms_norm(y, self.post_attention_norm, self.config.rms_norm_eps)
-        gate_up = self.gate_up_proj(normed)
-        if lora is not None:
-            lora.add_to(gate_up, normed, "gate_up")
-        gate, up = gate_up.chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
         product = F.silu(gate) * up
         a: torch.Tensor = y + self.down_proj(product)
         if lora is not None:

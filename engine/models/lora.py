@@ -1,7 +1,7 @@
 """What a version of an EAGLE-3 draft consists of: a low-rank adapter (LoRA, arXiv 2106.09685), or all its weights.
 
 An adapter has two tensors for each target: ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank]. The
-adapted layer gives ``x @ W.T + (x @ a.T) @ b.T``; the factor alpha / rank is in ``b`` already.
+adapted layer gives ``x @ W.T + (x @ a.T) @ b.T``.
 """
 
 from __future__ import annotations
@@ -32,16 +32,14 @@ class AdaptedRows:
 
 def adapted_rows(config: Eagle3Config, target: LoraTarget) -> AdaptedRows:
     """Where a target lies in the draft's weights."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     return {
         "q": AdaptedRows("qkv", 0, queries, 2 * hidden),
         "k": AdaptedRows("qkv", queries, queries + keys, 2 * hidden),
         "v": AdaptedRows("qkv", queries + keys, queries + 2 * keys, 2 * hidden),
         "o": AdaptedRows("output", 0, hidden, queries),
-        "fc": AdaptedRows("fc", 0, hidden, len(config.capture_layers) * hidden),
-        "gate_up": AdaptedRows("gate_up", 0, 2 * intermediate, hidden),
-        "down": AdaptedRows("down", 0, hidden, intermediate),
+        "down": AdaptedRows("down", 0, hidden, config.intermediate_size),
     }[target]
 
 

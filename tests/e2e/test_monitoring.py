@@ -18,7 +18,7 @@ import pytest
 import torch
 from redis import Redis
 
-from adapters.store import AdapterStore
+from adapters.alignment.store import AdapterStore
 from deploy.grafana.build import DIRECTORY
 from deploy.grafana.queries import Prometheus, query_panels
 from engine.adapters_config import AdaptersConfig

@@ -16,12 +16,12 @@ import pytest
 import torch
 from redis import Redis
 
-from adapters.aligner import KeyAligner
-from adapters.pace import Pacer
-from adapters.records import Assembler
-from adapters.store import AdapterStore
-from adapters.worker import AdapterWorker
-from engine.adapters_config import AdaptersConfig, GuardConfig, LogConfig, PaceConfig, ReplayConfig, TrainingConfig
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.pace import Pacer
+from adapters.alignment.records import Assembler
+from adapters.alignment.store import AdapterStore
+from adapters.alignment.worker import AdapterWorker
+from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TokenLogConfig, TrainingConfig
 from engine.config import CONFIG_VARIABLE, EngineConfig, ModelConfig, SpeculationConfig
 from engine.ipc.adapter_control import (
     COMMANDS_KEY,
@@ -58,7 +58,7 @@ def draft(tmp_path_factory: pytest.TempPathFactory) -> TinyDraft:
 @pytest.fixture(scope="module")
 def answers(draft: TinyDraft) -> list[Answer]:
     """Of one target. The last 32 are never served, only measured."""
-    return DriftingTraffic(draft.chains).answers(192)
+    return DriftingTraffic(draft.drafter).answers(192)
 
 
 @pytest.fixture
@@ -74,11 +74,10 @@ def make_config(directory: Path, url: str) -> AdaptersConfig:
         enabled=True,
         redis_url=url,
         rank=8,
-        alpha=8,
         num_slots=2,
         shared_directory=directory / "shm",
         state_directory=directory / "state",
-        log=LogConfig(stream=f"log:{directory.name}", top_k=8, ring_rows=16384, interval_seconds=0.05),
+        log=TokenLogConfig(stream=f"log:{directory.name}", top_k=8, ring_rows=16384, interval_seconds=0.05),
         training=TrainingConfig(learning_rate=3e-3, updates_per_version=8),
         replay=ReplayConfig(segment_positions=40, context_positions=8),
         guard=GuardConfig(min_held_out=48, min_watched=32, watched_records=256),
@@ -88,7 +87,7 @@ def make_config(directory: Path, url: str) -> AdaptersConfig:
 
 def eager_worker(config: AdaptersConfig, draft: TinyDraft) -> AdapterWorker:
     """One that takes the machine, whoever else wants it."""
-    return AdapterWorker(config, draft.chains, draft.base, Pacer(config.pace, spare_cores=lambda: 99.0))
+    return AdapterWorker(config, draft.drafter, draft.base, pacer=Pacer(config.pace, spare_cores=lambda: 99.0))
 
 
 def step_until(worker: AdapterWorker, condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -143,7 +142,7 @@ def serve_until_good(
 
 def test_draft_follows_the_target(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
     """Acceptance on answers never served rises with the versions published; none is taken back."""
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     before = engine.acceptance(answers[160:])
     serve_until_published(engine, worker, answers, 3)
     after = engine.acceptance(answers[160:])
@@ -158,7 +157,7 @@ def test_draft_follows_the_target(config: AdaptersConfig, draft: TinyDraft, answ
 def test_restarts_go_on_from_the_last_good_version(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
 ) -> None:
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     serve_until_good(config, engine, worker, answers)
     worker.close()
     good, version = make_store(config, draft).load_state("t").good_revision, engine.version("t")
@@ -168,11 +167,11 @@ def test_restarts_go_on_from_the_last_good_version(
     aligned, version = engine.acceptance(answers[160:]), engine.version("t")
     # An engine that lost its memory, and one that took it over.
     config.channel_path.unlink()
-    engine = MadeUpEngine(config, draft.chains, draft.base)
+    engine = MadeUpEngine(config, draft.drafter, draft.base)
     assert engine.version("t") == 0
     step_until(worker, lambda: engine.version("t") > version)
     assert engine.acceptance(answers[160:]) == aligned
-    engine = MadeUpEngine(config, draft.chains, draft.base)
+    engine = MadeUpEngine(config, draft.drafter, draft.base)
     assert engine.acceptance(answers[160:]) == aligned
     num_updates = status(config).num_updates
     engine.serve(answers[:32])
@@ -182,7 +181,7 @@ def test_restarts_go_on_from_the_last_good_version(
 
 def test_noise_is_never_published(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
     """2,500 records whose distributions belong to other tokens: what is learned from them never serves."""
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     noise = [
         dataclasses.replace(
@@ -207,7 +206,7 @@ def test_poisoned_version_is_taken_back(config: AdaptersConfig, draft: TinyDraft
     weights = {t.name: torch.randn(t.shape).to(t.dtype) for t in adapter_layout(config, draft).tensors}
     state.good_revision = store.save(state, weights)
     store.save_state(state)
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     normal = engine.acceptance(answers[160:])
     num_logged = engine.serve(answers[:1])
     step_until(worker, lambda: engine.version("t") > 0)
@@ -229,7 +228,7 @@ def test_poisoned_version_is_taken_back(config: AdaptersConfig, draft: TinyDraft
 
 
 def adapter_layout(config: AdaptersConfig, draft: TinyDraft) -> WeightLayout:
-    return lora_layout(draft.chains.draft.config, config.rank, config.targets, draft.base)
+    return lora_layout(draft.drafter.draft.config, config.rank, config.targets, draft.base)
 
 
 def make_store(config: AdaptersConfig, draft: TinyDraft) -> AdapterStore:
@@ -241,7 +240,7 @@ def store_files(config: AdaptersConfig, pattern: str) -> list[Path]:
 
 
 def test_operators_are_obeyed(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     serve_until_published(engine, worker, answers, 2)
     command(config, "freeze")
     step_until(worker, lambda: status(config).is_frozen)
@@ -278,7 +277,7 @@ def test_keys_without_a_slot_give_way_and_return(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], log_clock: list[float]
 ) -> None:
     """Three tenants, two slots: one not heard of for long is swapped to disk, and comes back as it was."""
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     serve_until_good(config, engine, worker, answers)
     for tenant in ("second", "third"):
         log_clock[0] += 61.0
@@ -299,7 +298,7 @@ def test_of_more_busy_keys_than_slots_some_keep_learning(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
 ) -> None:
     """Three tenants in turn, two slots: the first two have them, and nobody leaves."""
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     num_records = 0
     for start in range(0, 60, 4):
         for tenant in ("first", "second", "third"):
@@ -322,7 +321,7 @@ def test_after_a_quiet_minute_keys_that_speak_again_keep_their_slots(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], log_clock: list[float]
 ) -> None:
     """A newcomer is the first to speak, the two that have slots right after it."""
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     num_before = sum(engine.serve(answers[:2], tenant) for tenant in ("first", "second"))
     wait_for(lambda: engine.log.stats().num_written == num_before)
     step_until(worker, lambda: set(statuses(config)[1]) == {"first", "second"})
@@ -339,7 +338,7 @@ def test_after_a_quiet_minute_keys_that_speak_again_keep_their_slots(
 def test_commands_for_a_key_nobody_has_heard_of_take_no_slot(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]
 ) -> None:
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     serve_until_known(config, engine, worker, answers[:2], "t")
     command(config, "freeze", "misspelt")
     step_until(worker, lambda: make_store(config, draft).load_state("misspelt").is_frozen)
@@ -352,7 +351,7 @@ def test_commands_for_a_key_nobody_has_heard_of_take_no_slot(
 def test_log_is_read_to_its_end_however_much_there_is_to_learn(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     monkeypatch.setattr(KeyAligner, "wants_work", True)
     monkeypatch.setattr(KeyAligner, "work", lambda _: None)
     num_records = 0
@@ -369,7 +368,7 @@ def test_log_is_read_to_its_end_however_much_there_is_to_learn(
 def test_records_are_read_again_where_the_ring_failed(
     config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     add, failures = Assembler.add, [SharedMemoryError("a test"), SharedMemoryError("a test")]
 
     def add_or_fail(self: Assembler, *arguments: Any) -> Any:
@@ -394,7 +393,7 @@ def test_redis_may_go_and_return(tmp_path: Path, draft: TinyDraft, answers: list
     valkey = Valkey(tmp_path)
     valkey.start()
     config = make_config(tmp_path, valkey.url)
-    engine, worker = MadeUpEngine(config, draft.chains, draft.base), eager_worker(config, draft)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
     serve_until_published(engine, worker, answers, 1)
     valkey.kill()
     for _ in range(5):
@@ -408,7 +407,7 @@ def test_redis_may_go_and_return(tmp_path: Path, draft: TinyDraft, answers: list
 
 def test_killed_workers_leave_whole_versions(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
     """Workers are killed while they publish. What the engine reads is whole, versions grow, the next one goes on."""
-    engine = MadeUpEngine(config, draft.chains, draft.base)
+    engine = MadeUpEngine(config, draft.drafter, draft.base)
     versions, chance, start = [0], random.Random(0), 0
     for _ in range(KILLS):
         process = launch(config, draft)
@@ -439,7 +438,7 @@ def launch(config: AdaptersConfig, draft: TinyDraft) -> subprocess.Popen[bytes]:
         alignment=config.model_copy(update={"pace": pace}),
     )
     environment = os.environ | {CONFIG_VARIABLE: whole.model_dump_json(), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "adapters.worker"], env=environment)
+    return subprocess.Popen([sys.executable, "-m", "adapters.alignment.worker"], env=environment)
 
 
 def wait_until_written(engine: MadeUpEngine, num_records: int) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from adapters.generate import Generator, Job
-from adapters.recorder import FeatureRecorder
+from adapters.training.feature_recorder import FeatureRecorder
+from adapters.training.generate import Generator, Job
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore, engine_request_id
 from engine.messages import EngineRequest, SamplingParams

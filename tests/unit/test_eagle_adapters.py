@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from engine.adapters_config import AdaptersConfig, LogConfig, TrainingConfig
+from engine.adapters_config import AdaptersConfig, TokenLogConfig, TrainingConfig
 from engine.ipc.weight_writer import WeightWriter
 from engine.spec import eagle_adapters
 from engine.spec.eagle_adapters import BASE, Assignment
@@ -55,7 +55,7 @@ def test_domains_have_their_own_where_the_key_says_so(tmp_path: Path) -> None:
 
 
 def test_control_requests_keep_the_base_draft(tmp_path: Path) -> None:
-    bank = Bank(tmp_path, log=LogConfig(control_share=0.2))
+    bank = Bank(tmp_path, log=TokenLogConfig(control_share=0.2))
     bank.publish(0, "law", 1.0)
     requests = [request(str(number), "law") for number in range(1000)]
     for one, assignment in zip(requests, bank.assign(*requests), strict=True):
@@ -178,9 +178,9 @@ def test_a_damaged_draft_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"targets": ("q", "fc")}, "only q, k, v, o, down"),
-        ({"training": TrainingConfig(method="osd"), "log": LogConfig(control_share=0.0)}, "key_scope global"),
-        ({**WHOLE, "log": LogConfig(control_share=0.1)}, "control_share 0"),
+        ({"targets": ("q", "fc")}, "'q', 'k', 'v', 'o' or 'down'"),
+        ({"training": TrainingConfig(method="osd"), "log": TokenLogConfig(control_share=0.0)}, "key_scope global"),
+        ({**WHOLE, "log": TokenLogConfig(control_share=0.1)}, "control_share 0"),
     ],
 )
 def test_what_the_engine_cannot_apply_is_refused(options: dict[str, object], reason: str) -> None:

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.bank import AdapterBank
-from adapters.store import AdapterStore
+from adapters.alignment.publisher import AdapterPublisher
+from adapters.alignment.store import AdapterStore
 from benchmarks.attack import channel_bytes, forge_channel
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
 from engine.ipc.shared_file import SharedMemoryError
@@ -35,7 +35,7 @@ class Served:
         self.bank = Bank(directory / "shared")
         self.bank.writer.close()
         self.path = self.bank.config.channel_path
-        self.worker = AdapterBank(self.path, self.bank.layout, AdapterStore(directory / "state", self.bank.layout))
+        self.worker = AdapterPublisher(self.path, self.bank.layout, AdapterStore(directory / "state", self.bank.layout))
         self.publish(1.0)
         self.bank.assign(LAW, ACME)
         assert self.bank.value(LAW) == 1.0

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.random import Generator
 
-from adapters.guard import Acceptance, Guard, Verdict, judge
-from adapters.pace import Pacer
-from adapters.scoring import Score
-from adapters.trigger import UpdateTrigger
+from adapters.alignment.guard import FirstTokenAcceptance, Guard, Verdict, judge
+from adapters.alignment.pace import Pacer
+from adapters.alignment.scoring import Score
+from adapters.alignment.trigger import UpdateTrigger
 from engine.adapters_config import GuardConfig, PaceConfig
 from engine.ipc.verify_record import VerifyRecord
 from tests.unit.test_replay import record
@@ -29,7 +29,7 @@ SPREAD = 0.15
 CLIENTS = 4
 
 
-def fair(version: int, is_right: bool, request_id: str = "r") -> VerifyRecord:
+def sampled(version: int, is_right: bool, request_id: str = "r") -> VerifyRecord:
     like = ACCEPTED if is_right else REFUSED
     return msgspec.structs.replace(
         like, draft_version=version, is_gated=False, request_id=request_id, first_right=is_right
@@ -46,7 +46,7 @@ def traffic(version: int, rate: float, base: float, control_share: float, chance
             ease = chance.normal(base if is_control else rate, SPREAD if min(base, rate) > SPREAD else 0.0)
             live[client] = f"{version}-{number}", 0 if is_control else version, ease, 1 + int(chance.poisson(49))
         request_id, drafted_by, ease, left = live.pop(client)
-        yield fair(drafted_by, chance.random() < ease, request_id)
+        yield sampled(drafted_by, chance.random() < ease, request_id)
         if left > 1:
             live[client] = request_id, drafted_by, ease, left - 1
 
@@ -56,12 +56,12 @@ def watched(before: float, now: float, base: float, seed: int, steps: int = 2048
     guard, chance = Guard(CONFIG), np.random.default_rng(seed)
     guard.watch(1)
     for one in itertools.islice(traffic(1, before, base, control_share, chance), CONFIG.watched_records):
-        guard.observe(one)
+        guard.is_bad_after(one)
     guard.watch(2)
     of_version = 0
     for one in traffic(2, now, base, control_share, chance):
         of_version += one.draft_version == 2
-        if guard.observe(one):
+        if guard.is_bad_after(one):
             return of_version
         if of_version == steps:
             return 0
@@ -96,7 +96,7 @@ def test_traffic_that_gets_harder_later_is_no_fault_of_the_version(monkeypatch: 
         guard.watch(1)
         easy = itertools.islice(traffic(1, 0.65, 0.65, 0.05, chance), 4096)
         hard = itertools.islice(traffic(1, 0.5, 0.5, 0.05, chance), 2048)
-        return any(guard.observe(one) for one in itertools.chain(easy, hard))
+        return any(guard.is_bad_after(one) for one in itertools.chain(easy, hard))
 
     assert sum(is_taken_back(seed) for seed in range(20)) == 0
 
@@ -114,33 +114,35 @@ def test_a_version_met_by_few_is_none_to_compare_with() -> None:
     guard, chance = Guard(CONFIG), np.random.default_rng(0)
     guard.watch(1)
     for one in itertools.islice(traffic(1, 0.6, 0.6, 0.0, chance), CONFIG.watched_records):
-        guard.observe(one)
+        guard.is_bad_after(one)
     guard.watch(2)
     for number in range(3):
-        guard.observe(fair(2, True, f"{number}"))
+        guard.is_bad_after(sampled(2, True, f"{number}"))
     guard.watch(3)
-    assert any(guard.observe(one) for one in itertools.islice(traffic(3, 0.05, 0.6, 0.0, chance), 512))
+    assert any(guard.is_bad_after(one) for one in itertools.islice(traffic(3, 0.05, 0.6, 0.0, chance), 512))
 
 
-def test_only_fair_records_of_the_version_in_force_count() -> None:
+def test_only_unbiased_records_of_the_version_in_force_count() -> None:
     guard = Guard(CONFIG)
     guard.watch(2)
-    guard.observe(fair(1, False))
-    guard.observe(msgspec.structs.replace(fair(2, False), is_gated=True))
-    guard.observe(msgspec.structs.replace(fair(2, True), first_right=None, drafted=(), num_accepted=0))  # not asked
-    guard.observe(msgspec.structs.replace(fair(2, True), first_right=None, copied=True))
-    assert (guard.num_watched, guard.acceptance, guard.control) == (0, Acceptance(), Acceptance())
-    guard.observe(fair(2, True))
-    guard.observe(fair(0, False))
-    guard.observe(msgspec.structs.replace(fair(0, False), first_right=None))  # of an engine that did not say so yet
-    assert (guard.acceptance, guard.control) == (Acceptance(((1, 1),)), Acceptance(((0, 2),)))
+    not_asked = msgspec.structs.replace(sampled(2, True), first_right=None, drafted=(), num_accepted=0)
+    guard.is_bad_after(sampled(1, False))
+    guard.is_bad_after(msgspec.structs.replace(sampled(2, False), is_gated=True))
+    guard.is_bad_after(not_asked)
+    guard.is_bad_after(msgspec.structs.replace(sampled(2, True), first_right=None, copied=True))
+    assert (guard.num_watched, guard.acceptance, guard.control) == (0, FirstTokenAcceptance(), FirstTokenAcceptance())
+    guard.is_bad_after(sampled(2, True))
+    guard.is_bad_after(sampled(0, False))
+    of_older_engine = msgspec.structs.replace(sampled(0, False), first_right=None)
+    guard.is_bad_after(of_older_engine)
+    assert (guard.acceptance, guard.control) == (FirstTokenAcceptance(((1, 1),)), FirstTokenAcceptance(((0, 2),)))
     assert not guard.may_be_followed
 
 
 @given(st.integers(0, 200), st.integers(0, 200))
 def test_few_records_prove_nothing(right: int, wrong: int) -> None:
-    many = Acceptance(((right, right + wrong),) * 8)
-    for few in (Acceptance(((0, 1),) * 31), Acceptance(((0, 1000),) * 3)):
+    many = FirstTokenAcceptance(((right, right + wrong),) * 8)
+    for few in (FirstTokenAcceptance(((0, 1),) * 31), FirstTokenAcceptance(((0, 1000),) * 3)):
         assert not few.is_below(many, 0.0, 3.0)
         assert not many.is_below(few, 0.0, 3.0)
     assert not many.is_below(many, 0.0, 3.0)
@@ -208,62 +210,62 @@ def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -
     assert trigger.wants_update(64, 64)
     for _ in range(1800):  # ten steps a second
         clock[0] += 1
-        trigger.observe_steps(10)
-    trigger.observe_update(2.0)
-    trigger.observe_acceptance(steady(0.6))
+        trigger.add_steps(10)
+    trigger.add_update(2.0)
+    trigger.compare_acceptance(steady(0.6))
     assert trigger.wants_update(64, 64)  # 0.05 · 10 · 600 · 0.02 = 6 s > 2 s
-    trigger.observe_score(0.4, 8, scoring_seconds=15.0)
+    trigger.add_score(0.4, 8, scoring_seconds=15.0)
     assert not trigger.wants_update(64, 64)  # 2 s and 0.3 · 15 s
-    trigger.observe_score(0.4, 8)
+    trigger.add_score(0.4, 8)
     assert trigger.wants_update(64, 64)
     for _ in range(20):
-        trigger.observe_score(0.0, 8)
+        trigger.add_score(0.0, 8)
     assert not trigger.wants_update(64 * 7, 64 * 7)
     assert trigger.wants_update(64, 64 * 8)
     assert trigger.wants_update(48, 64 * 8)  # answers so short that no more is kept
-    trigger.observe_acceptance(steady(0.56))
+    trigger.compare_acceptance(steady(0.56))
     assert not trigger.wants_update(64, 64)
-    trigger.observe_acceptance(steady(0.4))
+    trigger.compare_acceptance(steady(0.4))
     assert trigger.wants_update(64, 64)
 
 
 def test_a_pause_of_minutes_does_not_stop_the_updates_that_are_owed() -> None:
     clock = [0.0]
     trigger = UpdateTrigger(PaceConfig(outlook_seconds=3600), batch_positions=64, clock=lambda: clock[0])
-    trigger.observe_update(2.0)
+    trigger.add_update(2.0)
     for _ in range(300):  # ten steps a second
         clock[0] += 1
-        trigger.observe_steps(10)
+        trigger.add_steps(10)
     assert trigger.pays  # 0.05 · 10 · 3600 · 0.02 = 36 s > 2 s
     for _ in range(300):
         clock[0] += 1
-        trigger.observe_steps(0)
+        trigger.add_steps(0)
     assert trigger.pays
     for _ in range(3600):
         clock[0] += 1
-        trigger.observe_steps(0)
+        trigger.add_steps(0)
     assert not trigger.pays
 
 
 def test_a_fall_is_seen_after_a_score_of_which_too_little_was_known() -> None:
     """As right after a new version, when nobody has met it."""
-    for known in ([steady(0.7), Acceptance()], [Acceptance(), steady(0.7)]):
+    for known in ([steady(0.7), FirstTokenAcceptance()], [FirstTokenAcceptance(), steady(0.7)]):
         trigger = UpdateTrigger(PaceConfig(), batch_positions=64)
         for acceptance in known:
-            trigger.observe_acceptance(acceptance)
-            trigger.observe_update(2.0)
-            trigger.observe_score(0.0, 8)
+            trigger.compare_acceptance(acceptance)
+            trigger.add_update(2.0)
+            trigger.add_score(0.0, 8)
         for _ in range(20):
-            trigger.observe_score(0.0, 8)
-        trigger.observe_acceptance(steady(0.7))
+            trigger.add_score(0.0, 8)
+        trigger.compare_acceptance(steady(0.7))
         assert trigger._patience > 1
-        trigger.observe_acceptance(steady(0.3))
+        trigger.compare_acceptance(steady(0.3))
         assert trigger._patience == 1
 
 
-def steady(rate: float) -> Acceptance:
+def steady(rate: float) -> FirstTokenAcceptance:
     """Of 20 requests of 50 steps, equally easy."""
-    return Acceptance(tuple((round(50 * rate), 50) for _ in range(20)))
+    return FirstTokenAcceptance(tuple((round(50 * rate), 50) for _ in range(20)))
 
 
 def test_a_key_with_the_same_traffic_all_the_time_is_left_alone() -> None:
@@ -273,14 +275,14 @@ def test_a_key_with_the_same_traffic_all_the_time_is_left_alone() -> None:
         guard, trigger = Guard(CONFIG), UpdateTrigger(PaceConfig(), batch_positions=64)
         chance = np.random.default_rng(seed)
         for number, one in enumerate(itertools.islice(traffic(0, 0.55, 0.55, 0.0, chance), 20_000)):
-            guard.observe(one)
+            guard.is_bad_after(one)
             if number % 20 == 0:
-                trigger.observe_acceptance(guard.in_force)
+                trigger.compare_acceptance(guard.in_force)
             if number % 2000 == 1000:
                 woken += number > 1000 and trigger._patience == 1
-                trigger.observe_update(2.0)
+                trigger.add_update(2.0)
                 for _ in range(20):
-                    trigger.observe_score(0.0, 8)
+                    trigger.add_score(0.0, 8)
     assert woken <= 1
 
 

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.chains import ChainStep, collate
-from adapters.curriculum_loss import divergence
-from adapters.records import Assembler, Segment
-from adapters.replay import ReplayBuffer, is_held_out, starts_chains, teaches
+from adapters.alignment.chain_drafter import ChainStep
+from adapters.alignment.chains import collate
+from adapters.alignment.curriculum_loss import divergence
+from adapters.alignment.records import Assembler, Segment
+from adapters.alignment.replay import ReplayBuffer, is_held_out, starts_chains, teaches
 from engine.adapters_config import ReplayConfig
 from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
 from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights
@@ -128,22 +129,12 @@ def test_older_segments_alone_can_be_taken_as_often_as_wanted() -> None:
     assert replay.num_new_positions == 0
 
 
-def test_papers_policy_forgets_at_each_update() -> None:
-    replay = buffer(policy="clear", recent_segments=8)
-    for number in range(5):
+def test_with_the_papers_shares_nothing_is_learned_from_twice() -> None:
+    replay, taken = buffer(recent_segments=2), []
+    for number in range(9):
         replay.add(segment(str(number)))
-    assert names(replay.take(10, 0.5)) == ["0", "1", "2", "3", "4"]
-    assert num_segments(replay) == 0
-
-
-def test_papers_policy_forgets_what_it_had_no_room_for_too() -> None:
-    """Or a later update would be of older segments."""
-    replay = buffer(policy="clear", recent_segments=2)
-    for number in range(5):
-        replay.add(segment(str(number)))
-    assert names(replay.take(10, 0.5)) == ["3", "4"]
-    assert not replay.has_older
-    assert num_segments(replay) == 0
+        taken += names(replay.take(5, history_share=0.0))
+    assert taken == [str(number) for number in range(9)]
 
 
 def record(position: int, tokens: list[int], accepted: int, slot: int = 0, generation: int = 0) -> VerifyRecord:
@@ -208,7 +199,7 @@ class Log:
     def __init__(self, path: Path, capacity: int = 64) -> None:
         self.ring = FeatureRing(path, capacity, WIDTH)
         self.reader = FeatureRingReader(path)
-        self.assembler = Assembler(torch.clone, K, VOCAB, segment_positions=10, context_positions=3, idle_seconds=9e9)
+        self.assembler = Assembler(K, VOCAB, segment_positions=10, context_positions=3, idle_seconds=9e9)
         self.position = 1
 
     def step(self, accepted: int, num_context: int = 0) -> VerifyRecord:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from adapters.aligner import KeyAligner
-from adapters.roster import Roster
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.roster import Roster
 
 
 def make_roster(num_slots: int) -> tuple[Roster, list[str]]:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.chains import ChainBatch, collate
-from adapters.records import Segment
+from adapters.alignment.chains import SegmentBatch, collate
+from adapters.alignment.records import Segment
 from engine.vocab.prior import NUM_FEATURES
 from kernels.native_sessions import Drafted, DraftStep, SessionOptions, Sessions, Texts
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
@@ -38,7 +38,7 @@ def with_prior(text: list[int], *, is_served: bool = True) -> Segment:
     )
 
 
-def bonus(batch: ChainBatch, step: int, token_ids: torch.Tensor = EVERY) -> torch.Tensor:
+def bonus(batch: SegmentBatch, step: int, token_ids: torch.Tensor = EVERY) -> torch.Tensor:
     """[N, R] of all chains."""
     chains = torch.arange(len(batch.starts))
     return batch.with_prior(torch.zeros(len(chains), len(token_ids)), chains, step, token_ids)
@@ -107,12 +107,12 @@ def test_without_a_prior_nothing_is_added() -> None:
 
 def test_chains_say_what_the_draft_says_with_the_prior(tmp_path: Path) -> None:
     tiny = TinyDraft.make(tmp_path)
-    plain = DriftingTraffic(tiny.chains).answers(1)[0].segment()
+    plain = DriftingTraffic(tiny.drafter).answers(1)[0].segment()
     plain = dataclasses.replace(plain, token_ids=plain.token_ids[torch.arange(len(plain.token_ids)) % 7])
     served = dataclasses.replace(plain, prior=torch.ones(len(plain.token_ids), NUM_FEATURES, dtype=torch.float16))
     batches = [collate([each], HORIZON) for each in (plain, served)]
-    every = torch.arange(len(tiny.chains.target.head))
-    for without, having in zip(*(tiny.chains.steps(batch, {}, every) for batch in batches), strict=True):
+    every = torch.arange(len(tiny.drafter.target.head))
+    for without, having in zip(*(tiny.drafter.steps(batch, every) for batch in batches), strict=True):
         more = having.logits - without.logits
         assert (more > 0.5).any(dim=1).all()
         torch.testing.assert_close(more, bonus(batches[1], having.number, every), atol=1e-4, rtol=1e-4)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from adapters import vocab
-from adapters.conversations import Conversation, write_shard
-from adapters.generate import data_directory
+from adapters.training import count
+from adapters.training.conversations import Conversation, data_directory, write_shard
 from engine.models.config import ModelError
 from engine.spec.draft_head import read_token_counts, static_vocabulary
 from engine.spec.session_head import GRAPH_FILE
@@ -31,24 +30,24 @@ def write_conversations(directory: Path, *conversations: tuple[list[int], list[i
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The path of a tiny model whose training data would lie in ``tmp_path``."""
-    monkeypatch.setattr("adapters.generate.CACHE", tmp_path)
+    monkeypatch.setattr("adapters.training.conversations.CACHE", tmp_path)
     return str(make_directory(tmp_path / "tiny").path)
 
 
 def test_only_answers_are_counted_over_all_shards(model: str, tmp_path: Path) -> None:
     write_conversations(data_directory("tiny"), ([7, 7, 7], [5, 9, 5]), ([8], [9]))
     write_conversations(data_directory("tiny"), ([7, 8], [511, 5]))
-    vocab.build(model, tmp_path / "drafts")
+    count.build(model, tmp_path / "drafts")
     counts = read_token_counts(tmp_path / "drafts", VOCAB_SIZE)
     assert {token: int(counts[token]) for token in counts.nonzero().flatten().tolist()} == {5: 3, 9: 2, 511: 1}
     assert static_vocabulary(counts, 3, always={0}).tolist() == [0, 5, 9]
-    assert vocab.coverage(counts, [1, 2, 4]) == pytest.approx([3 / 6, 5 / 6, 1.0])
+    assert count.coverage(counts, [1, 2, 4]) == pytest.approx([3 / 6, 5 / 6, 1.0])
 
 
 def test_bigrams_of_answers_become_a_graph(model: str, tmp_path: Path) -> None:
     """From the prompt's last token on, and none across two conversations."""
     write_conversations(data_directory("tiny"), *[([7, 8], [5, 9])] * 5, *[([3], [4])] * 4)
-    vocab.build(model, tmp_path / "drafts")
+    count.build(model, tmp_path / "drafts")
     graph = BigramGraph.load(tmp_path / "drafts" / GRAPH_FILE, VOCAB_SIZE)
     followers = {token: graph.neighbours(token).tolist() for token in range(VOCAB_SIZE)}
     assert {token: following for token, following in followers.items() if following} == {8: [5], 5: [9]}
@@ -56,7 +55,7 @@ def test_bigrams_of_answers_become_a_graph(model: str, tmp_path: Path) -> None:
 
 def test_without_conversations(model: str) -> None:
     with pytest.raises(ModelError, match="no conversations"):
-        vocab.build(model)
+        count.build(model)
 
 
 def test_command_says_what_is_wrong_in_one_line() -> None:

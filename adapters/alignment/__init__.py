@@ -1,0 +1,1 @@
+"""The online worker: records → replay → updates → score → publish → watch. docs/alignment.md describes it."""

@@ -1,0 +1,62 @@
+"""The worker's end of ``engine.ipc.adapter_control``: commands in, state out. Redis may be down at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+
+import msgspec
+import structlog
+from redis.exceptions import RedisError
+
+from engine.ipc.adapter_control import (
+    COMMANDS_KEY,
+    STATUS_KEY,
+    AdapterCommand,
+    AdapterStatus,
+    WorkerStatus,
+    decode_command,
+    encode_status,
+)
+from engine.ipc.token_log import connect_briefly
+
+log = structlog.get_logger(__name__)
+
+_TIMEOUT = 2.0
+_MAX_COMMANDS = 64
+
+
+class ControlChannel:
+    """Commands of operators, and what they are shown.
+
+    Args:
+        url: of Redis or Valkey.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._redis = connect_briefly(url, _TIMEOUT)
+
+    def take(self) -> list[AdapterCommand]:
+        """Commands given since the last call; none while Redis is down. They are not given again."""
+        try:
+            found = self._redis.lpop(COMMANDS_KEY, _MAX_COMMANDS)
+        except (RedisError, OSError):
+            return []
+        commands = []
+        for data in found or []:
+            try:
+                commands.append(decode_command(data))  # type: ignore[arg-type]
+            except msgspec.MsgspecError as error:
+                log.warning("a command could not be read", error=str(error))
+        return commands
+
+    def report(self, worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> None:
+        """Replace what is shown; nothing changes while Redis is down."""
+        with suppress(RedisError, OSError), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.delete(STATUS_KEY)
+            pipeline.hset(STATUS_KEY, mapping=encode_status(worker, adapters))  # type: ignore[arg-type]
+            pipeline.execute()
+
+    def close(self) -> None:
+        """Close the connection; what is shown stays, and grows old."""
+        self._redis.close()

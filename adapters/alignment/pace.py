@@ -1,0 +1,79 @@
+"""How much of the machine training may take while the engine wants it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.adapters_config import PaceConfig
+
+_STAT = Path("/proc/stat")
+_MIN_INTERVAL = 0.25
+
+
+SpareCores = Callable[[], float | None]
+"""Cores idle of late, those that this process uses itself included; None: unknown."""
+
+
+class CpuMonitor:
+    """Spare cores by /proc/stat, among those that this process may run on, since the last call.
+
+    It needs no kernel option, unlike /proc/pressure, and does not take the worker's own waiting for the engine's. In a
+    container that is limited by a quota it sees the host's cores: set ``pace.spare_cores`` accordingly, or pin it.
+    """
+
+    def __init__(self) -> None:
+        self._last = self._read()
+
+    def __call__(self) -> float | None:
+        now = self._read()
+        if now is None or self._last is None:
+            return None
+        seconds, idle, own = (new - old for new, old in zip(now, self._last, strict=True))
+        if seconds < _MIN_INTERVAL:
+            return None
+        self._last = now
+        return (idle + own) / seconds
+
+    def _read(self) -> tuple[float, float, float] | None:
+        """Time, idle seconds of our cores together, seconds of this process."""
+        try:
+            lines = _STAT.read_text().splitlines()
+        except OSError:
+            return None
+        allowed = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        ticks = [line.split() for line in lines if line.split(" ", 1)[0] in allowed]
+        idle = sum(int(fields[4]) + int(fields[5]) for fields in ticks) / os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), idle, time.process_time()
+
+
+class Pacer:
+    """Says when the next update may start.
+
+    At once where ``spare_cores`` are idle. Where the machine is wanted, or that cannot be known, after an update of s
+    seconds not before s / ``busy_share`` seconds: training never takes more than that share of one core from the
+    engine, and is niced as well.
+    """
+
+    def __init__(
+        self, config: PaceConfig, spare_cores: SpareCores | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config, self._clock = config, clock
+        self._spare_cores = spare_cores or CpuMonitor()
+        self._spare: float | None = None
+        self._next_when_busy = clock() if config.busy_share else float("inf")
+
+    def may_run(self) -> bool:
+        """Whether an update may start now."""
+        spare = self._spare_cores()
+        if spare is not None:
+            self._spare = spare
+        is_idle = self._spare is not None and self._spare >= self._config.spare_cores
+        return is_idle or self._clock() >= self._next_when_busy
+
+    def ran(self, seconds: float) -> None:
+        """The worker computed for so long."""
+        if self._config.busy_share:
+            self._next_when_busy = self._clock() + seconds * (1 / self._config.busy_share - 1)

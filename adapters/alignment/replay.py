@@ -1,0 +1,155 @@
+"""What the worker remembers of one key's traffic: recent segments, a sample of those before, and held-out ones."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+
+import numpy as np
+
+from adapters.alignment.records import Segment
+from engine.adapters_config import ReplayConfig
+from engine.ipc.verify_record import VerifyRecord
+
+_HASH_RANGE = 2**32
+_SHORT_SEGMENT = 8
+"""Positions; of segments as short as that there may be more."""
+
+
+def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> bool:
+    """Whether a verify step is worth learning from.
+
+    It is a hard example, where a draft was refused or none was made, or the target thought little of an accepted one
+    (the KL divergence of the target from a draft sure of its token, in nats, is over the threshold); or it is drawn by
+    lot, the same for the same record.
+    """
+    if record.num_accepted < len(record.drafted) or not record.drafted:
+        return True
+    ids, logits = record.top_k_arrays()
+    for token, row_ids, row_logits in zip(record.drafted, ids, logits.astype(np.float64), strict=False):
+        logs = row_logits - np.logaddexp.reduce(row_logits)
+        surprisal = -logs[row_ids == token].max(initial=-np.inf)
+        if not surprisal <= kl_threshold:
+            return True
+    return _hash(f"{record.request_id}:{record.position}") < sampled_share
+
+
+def starts_chains(record: VerifyRecord, is_teaching: bool, held_out_share: float) -> bool:
+    """Whether a record's positions are starts of chains, to be learned from or to score by.
+
+    Those to learn from are what teaches. Scores are over the unbiased sample: what teaches is mostly where the draft in
+    force was wrong, and there any other looks better.
+    """
+    return not record.is_gated if is_held_out(record.request_id, held_out_share) else is_teaching
+
+
+def is_held_out(request_id: str, share: float) -> bool:
+    """Whether a request is for scoring, never for training; always the same for the same request."""
+    return _hash(request_id) < share
+
+
+class ReplayBuffer:
+    """A bounded memory for each adapter key.
+
+    Segments leave ``recent`` in their order, and of all that left each has an equal chance to be in ``history``
+    (reservoir sampling).
+    """
+
+    def __init__(self, config: ReplayConfig, seed: int = 0) -> None:
+        self._config = config
+        self._random = random.Random(seed)
+        self._recent: deque[Segment] = deque()
+        self._new: deque[Segment] = deque()
+        self._history: list[Segment] = []
+        self._num_left = 0
+        self.held_out: deque[Segment] = deque()  # the most recent of the held-out requests' segments
+        self.num_arrived_positions = 0
+        """Positions that came since the last ``take``, whether they are still here or not; held-out ones not."""
+
+    @property
+    def num_new_positions(self) -> int:
+        """Positions that no update has taken yet."""
+        return sum(segment.num_anchors for segment in self._new)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments that may be learned from."""
+        return len(self._recent) + len(self._history)
+
+    @property
+    def num_held_out_positions(self) -> int:
+        return sum(segment.num_anchors for segment in self.held_out)
+
+    @property
+    def has_older(self) -> bool:
+        """Whether there is anything for ``take_older``."""
+        return bool(self._older())
+
+    def add(self, segment: Segment) -> None:
+        """Remember a segment, and forget another when there are too many."""
+        if is_held_out(segment.request_id, self._config.held_out_share):
+            self.held_out.append(segment)
+            self._forget_held_out()
+            return
+        self.num_arrived_positions += segment.num_anchors
+        self._recent.append(segment)
+        self._new.append(segment)
+        if len(self._recent) > self._config.recent_segments:
+            oldest = self._recent.popleft()
+            if self._new[0] is oldest:
+                self._new.popleft()
+            self._to_history(oldest)
+
+    def take(self, num_positions: int, history_share: float) -> list[Segment]:
+        """Segments for an update, of about ``num_positions`` chains; empty without anything new.
+
+        New ones first, in their order; ``history_share`` of the positions are of older segments.
+        """
+        if not self._new:
+            return []
+        self.num_arrived_positions = 0
+        num_older = round(num_positions * history_share)
+        older = self.take_older(num_older)
+        num_new = num_positions - (num_older if older else 0)
+        batch = []
+        while self._new and num_new > 0:
+            batch.append(self._new.popleft())
+            num_new -= batch[-1].num_anchors
+        return [*batch, *older]
+
+    def take_older(self, num_positions: int) -> list[Segment]:
+        """Segments of about ``num_positions`` chains, by lot, among those that an update has taken before."""
+        older, batch = self._older(), list[Segment]()
+        while num_positions > 0 and older:
+            batch.append(older.pop(self._random.randrange(len(older))))
+            num_positions -= batch[-1].num_anchors
+        return batch
+
+    def clear(self) -> None:
+        """Forget all segments."""
+        for kept in (self._recent, self._new, self._history, self.held_out):
+            kept.clear()
+        self._num_left = self.num_arrived_positions = 0
+
+    def _forget_held_out(self) -> None:
+        """More than there should be stay where they are short, or a key with short answers would never be scored."""
+        left, most = self.num_held_out_positions, self._config.held_out_segments
+        while len(self.held_out) > most and left - self.held_out[0].num_anchors >= _SHORT_SEGMENT * most:
+            left -= self.held_out.popleft().num_anchors
+
+    def _older(self) -> list[Segment]:
+        return [*self._history, *(s for s in self._recent if all(s is not new for new in self._new))]
+
+    def _to_history(self, segment: Segment) -> None:
+        size = self._config.history_segments
+        self._num_left += 1
+        if len(self._history) < size:
+            self._history.append(segment)
+        elif (place := self._random.randrange(self._num_left)) < size:
+            self._history[place] = segment
+
+
+def _hash(text: str) -> float:
+    """A number in [0, 1) that looks drawn by lot, the same for the same text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) / _HASH_RANGE

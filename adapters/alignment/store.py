@@ -1,0 +1,151 @@
+"""Versions on disk, so that a restart goes on from the last good one.
+
+    <directory>/<name of the key>/state.json               revisions in force and good, counts
+    <directory>/<name of the key>/revision-<n>.safetensors tensors as they are published, and what they belong to
+    <directory>/<name of the key>/quarantine/              the last revisions that were taken back
+    <directory>/channel.json                               the last version of the weight channel
+
+Each file is written whole, then put in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from engine.ipc.weight_layout import WeightLayout
+
+_MAX_QUARANTINED = 3
+
+
+@dataclass
+class KeyState:
+    """What is known of a key beside its weights. Revision 0 is the base draft."""
+
+    key: str
+    last_revision: int = 0  # newest number given to a revision; never given again
+    good_revision: int = 0
+    is_frozen: bool = False
+    num_trained_positions: int = 0
+    num_updates: int = 0
+    num_published: int = 0
+    num_refused: int = 0
+    num_rolled_back: int = 0
+
+
+class AdapterStore:
+    """The versions of all keys of one draft.
+
+    Args:
+        directory: made if it is not there.
+        layout: of the tensors; revisions of another layout or another base draft are as if not there.
+    """
+
+    def __init__(self, directory: Path, layout: WeightLayout) -> None:
+        self._directory, self._layout = directory, layout
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def load_state(self, key: str) -> KeyState:
+        """What was saved last; a new state if nothing was, or the files were made for another draft."""
+        try:
+            values = json.loads((self._of(key) / "state.json").read_bytes())
+            state = KeyState(**{field.name: values[field.name] for field in fields(KeyState)})
+        except (OSError, ValueError, KeyError, TypeError):
+            state = KeyState("")
+        if state.key != key:
+            return KeyState(key)
+        if state.good_revision and self.load(key, state.good_revision) is None:
+            state.good_revision = 0
+        return state
+
+    def save_state(self, state: KeyState) -> None:
+        """Replace it."""
+        _write(self._of(state.key) / "state.json", json.dumps(asdict(state), indent=1).encode())
+
+    def save(self, state: KeyState, tensors: Mapping[str, torch.Tensor]) -> int:
+        """Keep weights as a new revision, whose number is returned."""
+        self._layout.check(tensors)
+        state.last_revision += 1
+        metadata = {"key": state.key, "layout": self._layout.fingerprint.hex(), "base": self._layout.base}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        _write(self._path(state.key, state.last_revision), save(contiguous, metadata))
+        return state.last_revision
+
+    def load(self, key: str, revision: int) -> dict[str, torch.Tensor] | None:
+        """The weights of a revision; None if they are not there, damaged, or another draft's."""
+        try:
+            with safe_open(self._path(key, revision), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("layout") != self._layout.fingerprint.hex() or metadata.get("key") != key:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._layout.check(tensors)
+        except (OSError, SafetensorError, ValueError):
+            return None
+        return tensors
+
+    def quarantine(self, key: str, revision: int) -> None:
+        """Put a bad revision where nobody loads it; the last three stay for people to look at."""
+        directory = self._of(key) / "quarantine"
+        directory.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            os.replace(self._path(key, revision), directory / self._path(key, revision).name)
+        for path in sorted(directory.iterdir(), key=_revision_of)[:-_MAX_QUARANTINED]:
+            path.unlink()
+
+    def keep_only(self, key: str, revisions: set[int]) -> None:
+        """Delete all other revisions, those in quarantine not."""
+        for path in self._of(key).glob("revision-*"):
+            if _revision_of(path) not in revisions:
+                path.unlink()
+
+    def forget(self, key: str) -> None:
+        """Delete everything of a key but the count of its revisions."""
+        last = self.load_state(key).last_revision
+        shutil.rmtree(self._of(key), ignore_errors=True)
+        self.save_state(KeyState(key, last_revision=last))
+
+    @property
+    def channel_version(self) -> int:
+        """The greatest version that ``save_channel_version`` was given."""
+        with suppress(OSError, ValueError, TypeError):
+            return int(json.loads((self._directory / "channel.json").read_bytes()))
+        return 0
+
+    def save_channel_version(self, version: int) -> None:
+        _write(self._directory / "channel.json", json.dumps(version).encode())
+
+    def _of(self, key: str) -> Path:
+        """A readable start and a hash: keys may have any character, and any length."""
+        readable = re.sub(r"[^a-z0-9_-]", "_", key.lower())[:40]
+        directory = self._directory / f"{readable}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        directory.mkdir(exist_ok=True, mode=0o700)
+        return directory
+
+    def _path(self, key: str, revision: int) -> Path:
+        return self._of(key) / f"revision-{revision}.safetensors"
+
+
+def _revision_of(path: Path) -> int:
+    match = re.fullmatch(r"revision-(\d+)\.safetensors", path.name)
+    return int(match[1]) if match else 0  # what a killed worker was writing
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

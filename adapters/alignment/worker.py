@@ -1,0 +1,281 @@
+"""The worker, ``python -m adapters.alignment.worker``: learns from the token log, publishes in the weight channel."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+import torch
+
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.chain_drafter import ChainDrafter
+from adapters.alignment.control import ControlChannel
+from adapters.alignment.pace import Pacer
+from adapters.alignment.publisher import AdapterPublisher
+from adapters.alignment.records import Assembler
+from adapters.alignment.replay import starts_chains, teaches
+from adapters.alignment.roster import Roster
+from adapters.alignment.store import AdapterStore
+from adapters.alignment.updates import Updater
+from adapters.target_parts import load_target_parts
+from engine.adapters_config import AdaptersConfig
+from engine.config import CONFIG_VARIABLE, EngineConfig
+from engine.ipc.adapter_control import AdapterCommand, WorkerStatus, adapter_key
+from engine.ipc.feature_ring import FeatureRingReader
+from engine.ipc.shared_file import SharedMemoryError
+from engine.ipc.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
+from engine.ipc.verify_record import VerifyRecord
+from engine.log import configure_logging_from_environment
+from engine.models.config import ModelError
+from engine.models.eagle3 import load_draft
+from engine.models.lora import draft_fingerprint
+from engine.models.registry import resolve_model, validate_model_files
+from engine.spec.draft_files import DRAFTS
+
+log = structlog.get_logger(__name__)
+
+_BATCH = 256
+_MAX_BATCHES = 16
+_TICK = 1.0
+
+
+class AdapterWorker:
+    """One draft, many keys. Nobody waits for it, and it may be killed at any time.
+
+    What it holds in memory only (records read and not yet learned, the optimiser's state) is lost then; the text of
+    tenants is not worth the disk.
+
+    Args:
+        config: its ``redis_url`` is set.
+        base: the base draft.
+        fingerprint: the base draft's.
+        updater: makes what owns the weights of a key.
+        pacer: None: one that follows ``config.pace``.
+    """
+
+    def __init__(
+        self,
+        config: AdaptersConfig,
+        base: ChainDrafter,
+        fingerprint: str,
+        updater: type[Updater] = Updater,
+        pacer: Pacer | None = None,
+    ) -> None:
+        assert config.redis_url is not None
+        self._config, self._base, self._fingerprint, self._updater = config, base, fingerprint, updater
+        layout = updater(base, config, "", fingerprint).layout
+        self._store = AdapterStore(config.state_directory / fingerprint[:16], layout)
+        self._publisher = AdapterPublisher(config.channel_path, layout, self._store)
+        self._reader = TokenLogReader(config.redis_url, config.log.stream)
+        self._control = ControlChannel(config.redis_url)
+        self._pacer = pacer or Pacer(config.pace)
+        self._ring: FeatureRingReader | None = None
+        replay, vocab_size = config.replay, len(base.target.head)
+        self._assembler = Assembler(config.log.top_k, vocab_size, replay.segment_positions, replay.context_positions)
+        self._roster = Roster(config.num_slots, self._make_aligner, self._let_go)
+        self._started_at = time.time()
+        self._num_records = self._num_without_slot = 0
+        self._is_paused = False
+        self._ticked_at = -_TICK
+
+    def run(self, is_stopped: Callable[[], bool]) -> None:
+        """Work until told to stop; one round takes as long as an update."""
+        while not is_stopped():
+            self.step()
+        self._report()
+
+    def step(self) -> None:
+        """One round: read, learn, publish, report."""
+        has_worked = self._work()
+        if not self._read_all() and not has_worked:
+            # Not woken by the next record: on a busy machine every waking takes a core from the engine.
+            time.sleep(self._config.log.interval_seconds)
+        if time.monotonic() - self._ticked_at >= _TICK:
+            self._ticked_at = time.monotonic()
+            self._tick()
+        self._publish()
+
+    def close(self) -> None:
+        """Give back what others may want; all versions are on disk already."""
+        self._publisher.close()
+        self._reader.close()
+        self._control.close()
+
+    def _tick(self) -> None:
+        if self._publisher.attach():
+            for key in self._publisher.slots:
+                if self._roster.hear(key, time.time()) is None:
+                    self._publisher.publish(key, None)  # nobody would watch it
+            for aligner in self._roster.aligners.values():
+                aligner.is_unpublished = True
+        for command in self._control.take():
+            self._obey(command)
+        for aligner in self._roster.aligners.values():
+            aligner.tick()
+        self._report()
+
+    def _read_all(self) -> bool:
+        """Take in what the engine logged meanwhile, or much of it; whether there was anything."""
+        counts = [self._read()]
+        while counts[-1] == _BATCH and len(counts) < _MAX_BATCHES:
+            counts.append(self._read())
+        return any(counts)
+
+    def _read(self) -> int:
+        """Take in a batch of what the engine logged; none if Redis or the ring is away."""
+        try:
+            ring = self._open_ring()
+            entries = self._reader.read(_BATCH)
+            self._take_in(entries, ring)
+            self._reader.acknowledge(entries)
+        except TokenLogUnavailable:
+            self._ring = None
+            return 0
+        except SharedMemoryError:
+            self._ring = None
+            self._reader.rewind()
+            return 0
+        return len(entries)
+
+    def _take_in(self, entries: list[LoggedRecord], ring: FeatureRingReader) -> None:
+        config, known = self._config, list[tuple[KeyAligner, VerifyRecord, bool]]()
+        of_keys = [(adapter_key(config.key_scope, each.record.tenant, each.record.domain), each) for each in entries]
+        # Those that have a slot go first, or after a quiet minute a newcomer would put out one that is about to speak,
+        # that one the next, and so on.
+        for key, entry in sorted(of_keys, key=lambda of_key: of_key[0] not in self._roster.aligners):
+            record, aligner = entry.record, self._roster.hear(key, entry.logged_at)
+            if aligner is not None:
+                is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
+                known.append((aligner, record, is_useful))
+        # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
+        share = config.replay.held_out_share
+        segments = self._assembler.add(
+            [(one.state.key, record, starts_chains(record, is_useful, share)) for one, record, is_useful in known], ring
+        )
+        for aligner, record, is_useful in known:
+            aligner.count(record, is_useful)
+        self._num_records += len(entries)
+        self._num_without_slot += len(entries) - len(known)
+        for key, segment in segments:
+            if key in self._roster.aligners:
+                self._roster.aligners[key].add(segment)
+
+    def _open_ring(self) -> FeatureRingReader:
+        if self._ring is None:
+            path, fusion = self._config.ring_path, self._base.draft.fc
+            ring = FeatureRingReader(path)
+            if ring.width != (fusion.in_features if self._config.trains_fusion else fusion.out_features):
+                raise SharedMemoryError(f"{path}: rows of {ring.width} values are not this draft's input")
+            self._ring = ring
+        return self._ring
+
+    def _make_aligner(self, key: str) -> KeyAligner:
+        updater = self._updater(self._base, self._config, key, self._fingerprint)
+        return KeyAligner(key, self._base, updater, self._store, self._config)
+
+    def _let_go(self, key: str, aligner: KeyAligner) -> None:
+        """Drop a key; its last good version stays on disk, for when it is wanted again."""
+        self._store.save_state(aligner.state)
+        self._assembler.forget(key)
+        self._publisher.publish(key, None)
+
+    def _work(self) -> bool:
+        """Update or score a key that wants it, the keys in turn, if the machine allows; whether there was one."""
+        all_wanting = (aligner for aligner in self._roster.aligners.values() if aligner.wants_work)
+        wanting = min(all_wanting, key=lambda aligner: aligner.worked_at, default=None)
+        self._is_paused = wanting is not None and not self._pacer.may_run()
+        if wanting is None or self._is_paused:
+            return False
+        started = time.process_time()
+        wanting.work()
+        self._pacer.ran(time.process_time() - started)
+        return True
+
+    def _publish(self) -> None:
+        for key, aligner in self._roster.aligners.items():
+            if aligner.is_unpublished:
+                version = self._publisher.publish(key, aligner.tensors)
+                if version is not None:
+                    aligner.published(version)
+
+    def _obey(self, command: AdapterCommand) -> None:
+        # What is on disk of a key without a slot obeys too; it gets none by that, since it may be misspelt.
+        (self._roster.aligners.get(command.key) or self._make_aligner(command.key)).obey(command)
+        if command.action in ("reset", "unfreeze"):  # what was logged before is not to be learned from
+            self._assembler.forget(command.key)
+
+    def _report(self) -> None:
+        lag: int | None = None
+        with suppress(TokenLogUnavailable):
+            lag = self._reader.backlog()
+        worker = WorkerStatus(
+            updated_at=time.time(),
+            started_at=self._started_at,
+            pid=os.getpid(),
+            lag=lag,
+            num_records=self._num_records,
+            num_lapsed=self._assembler.num_lapsed,
+            num_unusable=self._assembler.num_unusable + self._reader.num_rejected,
+            num_trimmed=self._reader.num_trimmed,
+            num_without_slot=self._num_without_slot,
+            is_attached=self._publisher.is_attached,
+            is_paused=self._is_paused,
+            resident_bytes=_resident_bytes(),
+        )
+        slots = self._publisher.slots
+        self._control.report(worker, {key: a.status(slots.get(key)) for key, a in self._roster.aligners.items()})
+
+
+def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
+    """Load the draft that the engine drafts with, and what it shares with the target.
+
+    Raises:
+        ModelError: there is none, or a file cannot be read, or other weights are to be trained than ``updater`` does.
+    """
+    if config.alignment.training.method == "osd" and updater is Updater:
+        raise ModelError("training.method osd is a baseline: python -m benchmarks.adapt.full_parameters has its worker")
+    files = resolve_model(config.model, progress=False)
+    spec = validate_model_files(files)
+    draft = config.speculation.draft
+    directory = DRAFTS / files.name if draft is None else Path(draft).expanduser()
+    eagle = load_draft(directory, torch.float32, torch.device("cpu"))
+    eagle.config.check_target(spec, directory)
+    target = load_target_parts(files, spec, config.model.max_model_len)
+    return AdapterWorker(config.alignment, ChainDrafter(eagle, target), draft_fingerprint(directory), updater)
+
+
+def _resident_bytes() -> int:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def main(updater: type[Updater] = Updater) -> None:
+    """Work until SIGTERM, which ends it within an update's time."""
+    stopped: list[int] = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    configure_logging_from_environment()
+    config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
+    os.nice(config.alignment.pace.niceness)
+    torch.set_num_threads(config.alignment.pace.threads)
+    try:
+        worker = load_worker(config, updater)
+    except ModelError as error:
+        log.error("the worker cannot start", reason=str(error))
+        sys.exit(1)
+    log.info("adapters worker ready", draft=config.speculation.draft, method=config.alignment.training.method)
+    worker.run(lambda: bool(stopped))
+    worker.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Keeps the target's features of every token that the engine computes: training data made while answers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.batch import Features
+from engine.models.config import ModelSpec
+from engine.request import Request
+from engine.spec.proposer import DraftCosts, Proposer
+from engine.spec.stop_rule import StopRule, Sureness
+from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.vocab.draft_vocab import DraftVocab
+
+
+def recorded_layers(spec: ModelSpec) -> tuple[int, ...]:
+    """Low, middle and high layer, whose outputs a draft sees, and the last one, whose output is what it should say.
+
+    The high one is the input of the last layer, from which a draft's layer starts.
+    """
+    return (2, spec.num_layers // 2 - 1, spec.num_layers - 2, spec.num_layers - 1)
+
+
+class FeatureRecorder:
+    """A draft that drafts nothing and keeps the outputs of some layers. It needs an engine without prefix cache."""
+
+    description = "feature recorder"
+    costs = DraftCosts(weight_bytes=0, bytes_per_block=0)
+    vocab: DraftVocab | None = None
+    stops_early = False
+
+    def __init__(self, capture_layers: tuple[int, ...]) -> None:
+        self.capture_layers = capture_layers
+        self._rows: dict[str, list[torch.Tensor]] = {}
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        return self
+
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
+        return {}
+
+    def num_unread(self, request: Request) -> int:
+        return 0
+
+    def observe(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
+    ) -> None:
+        """Append each sequence's rows, as bf16."""
+        assert features is not None
+        lengths = [len(sequence.token_ids) for sequence in sequences]
+        rows = torch.split_with_sizes(features.values.to("cpu", torch.bfloat16, copy=True), lengths)
+        for sequence, own in zip(sequences, rows, strict=True):
+            if sequence.start == 0:  # also a preempted sequence, which is computed again
+                self._rows[sequence.request.request_id] = []
+            self._rows[sequence.request.request_id].append(own)
+
+    def forget(self, request_id: str) -> None:
+        pass  # the rows of an ended request wait for `take`
+
+    def take(self, request_id: str) -> torch.Tensor:
+        """The rows of a request so far: [tokens computed, len(capture_layers) * hidden] bf16. They are dropped here."""
+        return torch.cat(self._rows.pop(request_id))

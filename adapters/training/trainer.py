@@ -1,0 +1,236 @@
+"""Offline training of an EAGLE-3 draft on conversations whose features are on disk.
+
+A cheap one-step phase first, then a phase of several unrolled steps (training-time test). The target's own
+distribution is the label, over some thousand rows of its head: frequent tokens, those of the batch, random ones.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+
+from adapters.target_parts import target_parts
+from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from adapters.training.conversations import shard_paths
+from adapters.training.dataset import Batch, Dataset
+from adapters.training.unroll import Unroller
+from adapters.training.validation import validate
+from engine.models.config import ModelError, ModelSpec
+from engine.models.eagle3 import Eagle3, init_from_target, load_draft, save_draft
+from engine.models.eagle3_config import Eagle3Config
+from engine.models.weights import WeightSource
+from kernels.native import has_fast_bf16
+
+log = structlog.get_logger(__name__)
+
+VALIDATION_STEPS = 4
+_VALIDATION_TOKENS = 12_000
+_VALIDATION_SECONDS = 240.0
+"""From one to the next at least, and ten times what the last one took: over a large head that is minutes."""
+_MAX_POSITIONS = 4096
+_CORE_ROWS, _RANDOM_ROWS = 2048, 2048
+"""Rows of the head in every loss, of the most frequent tokens, and those drawn anew for each batch."""
+_TILE = 32
+"""Rows of a product that the fastest kernels take at once."""
+_WARMUP_STEPS = 40
+_FINAL_SHARE = 0.02
+"""The learning rate at the end of the run, as a share of its last phase's."""
+_CLIP, _WEIGHT_DECAY = 1.0, 0.01
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a run: ``anchors`` positions with so many unrolled steps."""
+
+    anchors: int
+    step_weights: tuple[float, ...]
+    learning_rate: float
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides a run's result, the data aside."""
+
+    capture_layers: tuple[int, ...]
+    intermediate_size: int
+    phases: tuple[Phase, ...]
+    start_from: Path | None = None
+    """Directory of a draft of the same shape to go on from; None: the target's last layer."""
+    seed: int = 0
+
+
+class Trainer:
+    """One run, from its last checkpoint on.
+
+    Args:
+        config: what to train.
+        spec: the target's shape.
+        source: its weights.
+        target_name: for the draft's config.
+        data: directory of shards of answers.
+        text: directory of shards of what others wrote and the target read; empty where there are none.
+        checkpoints: directory of this run.
+        output: where the draft goes, anew with every validation.
+
+    Raises:
+        ModelError: ``config.start_from`` is no draft, or one of another shape.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        spec: ModelSpec,
+        source: WeightSource,
+        target_name: str,
+        data: Path,
+        text: Path,
+        checkpoints: Path,
+        output: Path,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self._config, self._spec, self._data, self._text = config, spec, data, text
+        self._checkpoints, self._output = checkpoints, output
+        self._width = (len(config.capture_layers) + 1) * spec.hidden_size
+        self._dataset = self._read_dataset()
+        dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+        target = target_parts(source, spec, _MAX_POSITIONS, dtype)
+        shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
+        draft = _initial_draft(shape, config.start_from, source)
+        self._validation = self._validation_batches()
+        self._scale = self._feature_scale()
+        self._unroller = Unroller(draft, target, self._scale)
+        parameters = draft.parameters()
+        self._optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY, fused=True)
+        # The scale it was trained behind comes back too: data that came since would give another.
+        self.progress = load_checkpoint(checkpoints, draft, self._optimizer, self._scale) or TrainingProgress()
+
+    def run(self) -> None:
+        """Train to the end of the last phase."""
+        begin = 0
+        for phase in self._config.phases:
+            while self.progress.anchors < begin + phase.anchors:
+                self._epoch(phase, begin)
+            begin += phase.anchors
+        self._validate([])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to do but to write the draft."""
+        return self.progress.anchors >= sum(phase.anchors for phase in self._config.phases)
+
+    def _epoch(self, phase: Phase, begin: int) -> None:
+        """One pass over the data that is there now, or the rest of the phase."""
+        progress = self.progress
+        self._dataset = self._read_dataset()
+        counts = self._dataset.token_counts(self._spec.vocab_size)
+        core = counts.argsort(descending=True)[:_CORE_ROWS]
+        # Another order after a restart in the middle of a pass, too.
+        generator = np.random.default_rng((self._config.seed, progress.step))
+        validated, pause = time.monotonic(), _VALIDATION_SECONDS
+        for batch in self._dataset.batches(phase.batch_tokens, len(phase.step_weights), generator):
+            started = time.monotonic()
+            self._set_learning_rate(phase, progress.anchors - begin)
+            means = self._step(batch, phase, core)
+            progress.step += 1
+            progress.anchors += int(batch.anchors(0).sum())
+            progress.seconds += time.monotonic() - started
+            if (now := time.monotonic()) - validated > pause:
+                self._validate(means)
+                validated = time.monotonic()
+                pause = max(_VALIDATION_SECONDS, 10 * (validated - now))
+            if progress.anchors >= begin + phase.anchors:
+                break
+
+    def _step(self, batch: Batch, phase: Phase, core: torch.Tensor) -> list[float]:
+        draft = self._unroller.draft
+        drawn = torch.randint(0, self._spec.vocab_size, (_RANDOM_ROWS,))
+        rows = self._unroller.target.head[rows_of_loss(batch, core, drawn)]
+        with self._unroller.precision():
+            loss, means = self._unroller.loss(batch, rows, phase.step_weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(draft.parameters(), _CLIP)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return means
+
+    def _set_learning_rate(self, phase: Phase, anchors: int) -> None:
+        """Warm-up at the run's start; the last phase ends in a cosine. To fall before would be to climb again."""
+        share = min(1.0, anchors / phase.anchors) if phase is self._config.phases[-1] else 0.0
+        cosine = _FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * share)) / 2
+        warmup = min(1.0, (self.progress.step + 1) / _WARMUP_STEPS)
+        for group in self._optimizer.param_groups:
+            group["lr"] = phase.learning_rate * cosine * warmup
+
+    def _validate(self, means: Sequence[float]) -> None:
+        accuracy = validate(self._unroller, self._validation, VALIDATION_STEPS)
+        found: dict[str, Any] = {
+            "anchors": self.progress.anchors,
+            "distinct": self._dataset.num_anchors,
+            "seconds": round(self.progress.seconds),
+            "loss": [round(mean, 4) for mean in means],
+            "accuracy": [round(step, 4) for step in accuracy.steps],
+            "acceptance_length": round(accuracy.acceptance_length, 4),
+        }
+        self.progress.history.append(found)
+        save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress, self._scale)
+        draft = Eagle3(self._unroller.draft.config)
+        draft.load_state_dict(self._unroller.draft.state_dict() | {"fc.weight": self._unroller.folded_fc()})
+        save_draft(draft, self._output)
+        log.info("validated", **found)
+
+    def _read_dataset(self, validation: bool = False) -> Dataset:
+        """The target's own answers, and for training what it has read as well."""
+        shards = [*shard_paths(self._data), *(() if validation else shard_paths(self._text))]
+        return Dataset(shards, self._width, self._spec.hidden_size, validation)
+
+    def _validation_batches(self) -> list[Batch]:
+        """A fixed sample of the held-out conversations."""
+        dataset, batches, tokens = self._read_dataset(validation=True), list[Batch](), 0
+        for batch in dataset.batches(2048, VALIDATION_STEPS, np.random.default_rng(0)):
+            if tokens > _VALIDATION_TOKENS:
+                break
+            batches.append(batch)
+            tokens += int(batch.anchors(0).sum())
+        return batches
+
+    def _feature_scale(self) -> torch.Tensor:
+        """[n * hidden]: one over each feature's root mean square."""
+        rows = torch.cat([batch.features[batch.anchors(0)] for batch in self._validation]).float()
+        return 1 / rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
+
+
+def rows_of_loss(batch: Batch, core: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Token ids whose rows of the head a loss is over: the batch's own, ``core``, so many of ``drawn`` as fill tiles.
+
+    Of the others none is left out: where a label's token has no row, the rest of the label is noise.
+    """
+    fixed = torch.unique(torch.cat((batch.token_ids.flatten(), core)))
+    others = torch.unique(drawn)
+    others = others[~torch.isin(others, fixed)]
+    others = others[torch.randperm(len(others))]
+    count = len(others) - (len(fixed) + len(others)) % _TILE
+    return torch.cat((fixed, others[: max(count, 0)]))
+
+
+def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightSource) -> Eagle3:
+    if start_from is None:
+        draft = Eagle3(shape)
+        init_from_target(draft, source.dequantized)
+        return draft
+    draft = load_draft(start_from, torch.float32, torch.device("cpu"))
+    if draft.config != replace(shape, attention_bias=draft.config.attention_bias):
+        raise ModelError(f"{start_from}: a draft of another shape than {shape}")
+    if shape.attention_bias and not draft.config.attention_bias:  # made before drafts had any: they begin as zeros
+        weights = draft.state_dict()
+        draft = Eagle3(shape)
+        draft.load_state_dict(weights | {"qkv_proj.bias": torch.zeros_like(draft.qkv_proj.bias)})
+    return draft.requires_grad_()

@@ -1,0 +1,50 @@
+"""Publications in the engine's slots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.alignment.publisher import AdapterPublisher
+from adapters.alignment.store import AdapterStore
+from engine.ipc.weight_channel import WeightChannel
+from engine.ipc.weight_layout import TensorSpec, WeightLayout
+from engine.ipc.weight_writer import WeightWriter
+
+LAYOUT = WeightLayout((TensorSpec("a", (4,), torch.float32),), "draft")
+WEIGHTS = {"a": torch.ones(4)}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_no_version_is_given_twice_though_worker_and_channel_are_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker dies when its publication is in force and nothing else is done, and the machine with it."""
+    path = tmp_path / "weights"
+    store = AdapterStore(tmp_path / "state", LAYOUT)
+    channel = WeightChannel.create(path, LAYOUT, num_slots=1)
+    publisher = AdapterPublisher(path, LAYOUT, store)
+    assert publisher.attach()
+    assert publisher.publish("key", WEIGHTS) == 1
+    publish = WeightWriter.publish
+
+    def publish_and_die(*arguments: object) -> int:
+        publish(*arguments)  # type: ignore[arg-type]
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightWriter, "publish", publish_and_die)
+        with pytest.raises(Killed):
+            publisher.publish("key", WEIGHTS)
+    assert channel.poll() == 2
+    publisher.close()
+    path.unlink()
+    WeightChannel.create(path, LAYOUT, num_slots=1)
+    successor = AdapterPublisher(path, LAYOUT, AdapterStore(tmp_path / "state", LAYOUT))
+    assert successor.attach()
+    assert successor.publish("key", WEIGHTS) == 3
