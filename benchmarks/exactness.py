@@ -33,7 +33,7 @@ from engine.messages import Grammar, SamplingParams
 from engine.models.eagle3 import Eagle3, save_draft
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.draft_head import COUNTS_FILE
+from engine.speculation.drafters.head import COUNTS_FILE
 
 BATCH = 8
 FEW_BLOCKS = 48

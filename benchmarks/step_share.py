@@ -27,7 +27,7 @@ from benchmarks.common.time_limit import bounded
 from benchmarks.prompts.short import mixed_prompts
 from engine.loader import LoadedModel
 from engine.messages import SamplingParams
-from engine.spec.draft_head import DraftHead
+from engine.speculation.drafters.head import DraftHead
 
 ROWS = (0, 32768, 8192, 2048)
 """0: all."""

@@ -1,1 +1,1 @@
-"""Drafts that are shipped: one directory a model, found by ``engine.spec.load``."""
+"""Drafts that are shipped: one directory a model, found by ``engine.speculation.build``."""

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from redis.connection import parse_url
 
-from engine.ipc.adapter_control import KeyScope
+from engine.online.adapter_control import KeyScope
 
 
 def _check_redis_url(url: str) -> str:

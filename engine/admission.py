@@ -90,7 +90,7 @@ class Admission:
 
         Args:
             num_tokens: most tokens to compute for them in this step.
-            whole: only prompts that fit in one piece, which may overtake a long prefill because they leave no
+            whole: only prompts that fit in one chunk, which may overtake a long prefill because they leave no
                 second unfinished one behind.
         """
         plan: dict[Request, int] = {}

@@ -21,17 +21,16 @@ from engine.sampling.constrained import ConstrainedRequests, num_choosable
 from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
-from engine.spec.load import load_draft
-from engine.spec.make_speculator import make_speculator
-from engine.spec.proposer import Draft
-from engine.spec.speculator import Speculator
-from engine.spec.step_costs import StepCosts
+from engine.speculation.build import load_draft, make_speculator
+from engine.speculation.drafters.base import Draft
+from engine.speculation.length.costs import StepCosts
+from engine.speculation.speculator import Speculator
 from engine.step_clock import StepClock
 from engine.step_plan import Reservation, ScheduledSequence, SchedulerOutput
+from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker, Truncation
 from engine.verification import DraftSource, Verification
-from engine.vocab.fingerprint import vocabulary_fingerprint
 
 log = structlog.get_logger(__name__)
 

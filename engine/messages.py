@@ -151,7 +151,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     ``stop_reason`` is the stop string or stop token id that ended the sequence (None: EOS).
     ``text_length`` is set when a stop string ended it: how many characters of the whole
     output text to keep.
-    ``prompt_logprobs`` has one entry per prompt token after the first, in one piece, on the
+    ``prompt_logprobs`` has one entry per prompt token after the first, in one chunk, on the
     sequence's first output.
     ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
     ``draft_version`` is that of the adapter that drafted them, 0: the base draft.

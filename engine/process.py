@@ -16,7 +16,6 @@ import zmq
 
 from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.core import EngineCore, Outputs
-from engine.ipc.shared_file import SharedMemoryError, claim_directory
 from engine.log import configure_logging_from_environment
 from engine.messages import (
     AbortRequests,
@@ -31,7 +30,8 @@ from engine.messages import (
 from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import known_sums, resolve_model, validate_model_files
 from engine.models.verify import DAMAGED_STATUS, Verification
-from engine.spec.draft_files import draft_model_config
+from engine.online.shared_file import SharedMemoryError, claim_directory
+from engine.speculation.draft_files import draft_model_config
 
 log = structlog.get_logger(__name__)
 

@@ -6,7 +6,7 @@ from engine.config import EngineConfig
 from engine.limits import max_model_len, num_blocks_in
 from engine.models.config import ModelFiles, ModelSpec
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.draft_files import check_draft
+from engine.speculation.draft_files import check_draft
 
 
 def validated_files(config: EngineConfig) -> ModelFiles:

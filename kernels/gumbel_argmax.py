@@ -158,8 +158,8 @@ def gumbel_argmax(
         return gumbel_argmax_triton(logits, keys, token_ids, temperatures=temperatures, least=least, allowed=allowed)
     if native_sampling.can_take(logits):
         ids = None if token_ids is None else token_ids.int().contiguous()
-        warmth = torch.ones(len(logits)) if temperatures is None else temperatures
-        return native_sampling.gumbel_argmax(logits, seeds, positions, ids, warmth, least, allowed, team)
+        effective_temperature = torch.ones(len(logits)) if temperatures is None else temperatures
+        return native_sampling.gumbel_argmax(logits, seeds, positions, ids, effective_temperature, least, allowed, team)
     return gumbel_argmax_reference(
         logits, seeds, positions, token_ids, temperatures=temperatures, least=least, allowed=allowed
     )

@@ -21,7 +21,7 @@ from kernels.native_lora import NativeLora
 from kernels.native_sampling import TailSlabsStruct
 from kernels.native_sessions import NUM_FEATURES, Sessions, Texts
 
-SURENESS_LEVELS = 16
+CONFIDENCE_LEVELS = 16
 """Of how sure a draft is of a token: level n is a probability of n/16 to (n + 1)/16 among the candidates."""
 
 
@@ -52,7 +52,7 @@ class _Rows(ctypes.Structure):
 
 class _Outputs(ctypes.Structure):
     _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("tokens", "hidden", "token_ids", "logits", "features", "sureness")
+        (name, ctypes.c_void_p) for name in ("tokens", "hidden", "token_ids", "logits", "features", "confidence")
     )
 
 
@@ -64,7 +64,7 @@ class ChainStop:
     """
 
     chances: NDArray[np.float32]
-    """[T, 2, SURENESS_LEVELS]: that a tenant's greedy and sampled token is accepted, by how sure of it the draft is"""
+    """[T, 2, CONFIDENCE_LEVELS]: chance of a tenant's greedy and sampled token, by the draft's confidence"""
     tenants: Sequence[int]
     """Of each of the B chains, its number among the T"""
     acceptance: Sequence[Sequence[float]]
@@ -112,7 +112,7 @@ class ChainResult:
     """[S, B, C] the draft's own, -inf for none"""
     features: NDArray[np.float32] | None
     """[S, B, NUM_FEATURES, C], with a prior"""
-    sureness: NDArray[np.int32] | None
+    confidence: NDArray[np.int32] | None
     """[S, B] levels of the tokens, where chains may end early"""
 
     def first(self, steps: int) -> ChainResult:
@@ -123,7 +123,7 @@ class ChainResult:
             self.token_ids[:steps],
             self.logits[:steps],
             None if self.features is None else self.features[:steps],
-            None if self.sureness is None else self.sureness[:steps],
+            None if self.confidence is None else self.confidence[:steps],
         )
 
 
@@ -200,7 +200,7 @@ class NativeChain:
             result.hidden.data_ptr(),
             result.token_ids.ctypes.data,
             result.logits.ctypes.data,
-            *(None if one is None else one.ctypes.data for one in (result.features, result.sureness)),
+            *(None if one is None else one.ctypes.data for one in (result.features, result.confidence)),
         )
         model = self._model(hidden, cache)
         made = load_library().evo_draft_chain(

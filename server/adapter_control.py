@@ -1,11 +1,11 @@
-"""The server's end of ``engine.ipc.adapter_control``: what the adapters worker reports, and commands for it."""
+"""The server's end of ``engine.online.adapter_control``: what the adapters worker reports, and commands for it."""
 
 from __future__ import annotations
 
 import msgspec
 import structlog
 
-from engine.ipc.adapter_control import (
+from engine.online.adapter_control import (
     COMMANDS_KEY,
     STATUS_KEY,
     AdapterCommand,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from engine.ipc.adapter_control import AdapterStatus, WorkerStatus
 from engine.messages import AlignmentStats
+from engine.online.adapter_control import AdapterStatus, WorkerStatus
 
 _COUNTERS = {
     "steps": "Verify steps of drafted sequences.",

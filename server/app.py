@@ -11,8 +11,8 @@ import structlog
 from fastapi import FastAPI
 
 from engine.models.registry import resolve_model
+from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
-from engine.vocab.fingerprint import vocabulary_fingerprint
 from server.adapter_control import AdapterControl
 from server.body_room import BodyRoom
 from server.engine_client import EngineClient

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
-from engine.vocab.merge import merge
-from engine.vocab.snapshot import MAX_BYTES, SessionSnapshot, SnapshotError, decode, encode
+from engine.draft_vocab.merge import merge
+from engine.draft_vocab.snapshot import MAX_BYTES, SessionSnapshot, SnapshotError, decode, encode
 
 Fault = Literal["oversized", "corrupt"]
 

@@ -12,8 +12,8 @@ from weakref import WeakValueDictionary
 
 import structlog
 
+from engine.draft_vocab.snapshot import MAX_BYTES
 from engine.messages import EngineReady, SessionState
-from engine.vocab.snapshot import MAX_BYTES
 from server.errors import ApiError
 from server.metrics import NO_DOMAIN, Metrics
 from server.redis_gate import RedisGate, RedisUnavailable

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from engine.adapters_config import AdaptersConfig, TokenLogConfig, TrainingConfig
-from engine.ipc.token_log import TokenLogReader
-from engine.ipc.verify_record import VerifyRecord
+from engine.online.token_log import TokenLogReader
+from engine.online.verify_record import VerifyRecord
 
 
 def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:

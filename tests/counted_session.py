@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.vocab.ngram_counts import NgramCounts, restore, strongest
-from engine.vocab.prior import HALF_LIFE, NUM_FEATURES
+from engine.draft_vocab.ngram_counts import NgramCounts, restore, strongest
+from engine.draft_vocab.prior import HALF_LIFE, NUM_FEATURES
 from kernels.native_sessions import SessionOptions, Sessions, TableSizes
 
 

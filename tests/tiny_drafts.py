@@ -19,8 +19,8 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import Eagle3, save_draft
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.registry import validate_model_files
-from engine.spec.draft_head import COUNTS_FILE
-from engine.spec.proposer import Draft
+from engine.speculation.drafters.base import Draft
+from engine.speculation.drafters.head import COUNTS_FILE
 
 CLIENT = b"test"
 WEIGHTS = {

@@ -17,8 +17,8 @@ from tokenizers.trainers import BpeTrainer
 
 from engine.models.config import ModelFiles, spec_from_config
 from engine.models.gguf_spec import gguf_tensor_name
+from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer as EngineTokenizer
-from engine.vocab.fingerprint import vocabulary_fingerprint
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 512

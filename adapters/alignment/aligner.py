@@ -16,8 +16,8 @@ from adapters.alignment.store import AdapterStore
 from adapters.alignment.trigger import UpdateTrigger
 from adapters.alignment.updates import Updater
 from engine.adapters_config import AdaptersConfig
-from engine.ipc.adapter_control import AdapterCommand, AdapterStatus
-from engine.ipc.verify_record import VerifyRecord
+from engine.online.adapter_control import AdapterCommand, AdapterStatus
+from engine.online.verify_record import VerifyRecord
 
 log = structlog.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""The worker's end of ``engine.ipc.adapter_control``: commands in, state out. Redis may be down at any time."""
+"""The worker's end of ``engine.online.adapter_control``: commands in, state out. Redis may be down at any time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 import structlog
 from redis.exceptions import RedisError
 
-from engine.ipc.adapter_control import (
+from engine.online.adapter_control import (
     COMMANDS_KEY,
     STATUS_KEY,
     AdapterCommand,
@@ -18,7 +18,7 @@ from engine.ipc.adapter_control import (
     decode_command,
     encode_status,
 )
-from engine.ipc.token_log import connect_briefly
+from engine.online.token_log import connect_briefly
 
 log = structlog.get_logger(__name__)
 

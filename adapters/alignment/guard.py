@@ -12,7 +12,7 @@ import torch
 
 from adapters.alignment.scoring import Score
 from engine.adapters_config import GuardConfig
-from engine.ipc.verify_record import VerifyRecord
+from engine.online.verify_record import VerifyRecord
 
 _OFFLINE_SIGMAS = 2.0
 _MIN_REQUESTS = 4

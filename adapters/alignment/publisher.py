@@ -9,9 +9,9 @@ import structlog
 import torch
 
 from adapters.alignment.store import AdapterStore
-from engine.ipc.shared_file import SharedMemoryError
-from engine.ipc.weight_layout import WeightLayout
-from engine.ipc.weight_writer import ChannelReplaced, WeightWriter
+from engine.online.shared_file import SharedMemoryError
+from engine.online.weight_layout import WeightLayout
+from engine.online.weight_writer import ChannelReplaced, WeightWriter
 
 log = structlog.get_logger(__name__)
 

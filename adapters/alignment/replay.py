@@ -10,7 +10,7 @@ import numpy as np
 
 from adapters.alignment.records import Segment
 from engine.adapters_config import ReplayConfig
-from engine.ipc.verify_record import VerifyRecord
+from engine.online.verify_record import VerifyRecord
 
 _HASH_RANGE = 2**32
 _SHORT_SEGMENT = 8

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from engine.ipc.weight_layout import WeightLayout
+from engine.online.weight_layout import WeightLayout
 
 _MAX_QUARANTINED = 3
 

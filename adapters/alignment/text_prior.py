@@ -1,4 +1,4 @@
-"""What the engine's prior adds to the draft's logits, as far as the sequences' own text tells (``engine.vocab.prior``).
+"""What the engine's prior adds to the draft's logits, as far as the sequences' own text tells.
 
 A draft that is served with the prior is taught and scored with it: what the text brings by itself need not be learned,
 and where it misleads there is more to learn. The text is a segment's, as the worker has it; what the session said
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from adapters.alignment.records import Segment
-from engine.vocab.prior import FEATURES
+from engine.draft_vocab.prior import FEATURES
 from kernels.native_sessions import MAX_REPEATS, SessionOptions, Sessions, TableSizes, Texts
 
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))

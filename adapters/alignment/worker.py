@@ -27,17 +27,17 @@ from adapters.alignment.updates import Updater
 from adapters.target_parts import load_target_parts
 from engine.adapters_config import AdaptersConfig
 from engine.config import CONFIG_VARIABLE, EngineConfig
-from engine.ipc.adapter_control import AdapterCommand, WorkerStatus, adapter_key
-from engine.ipc.feature_ring import FeatureRingReader
-from engine.ipc.shared_file import SharedMemoryError
-from engine.ipc.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
-from engine.ipc.verify_record import VerifyRecord
 from engine.log import configure_logging_from_environment
 from engine.models.config import ModelError
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.draft_files import DRAFTS
+from engine.online.adapter_control import AdapterCommand, WorkerStatus, adapter_key
+from engine.online.feature_ring import FeatureRingReader
+from engine.online.shared_file import SharedMemoryError
+from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
+from engine.online.verify_record import VerifyRecord
+from engine.speculation.draft_files import DRAFTS
 
 log = structlog.get_logger(__name__)
 

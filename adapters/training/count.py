@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from adapters.training.conversations import data_directory, read_shard, shard_paths
 from engine.config import ModelConfig
+from engine.draft_vocab.bigram_graph import build_bigram_graph
 from engine.models.config import ModelError
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.draft_files import DRAFTS
-from engine.spec.draft_head import COUNTS_FILE
-from engine.spec.session_head import GRAPH_FILE
-from engine.vocab.bigram_graph import build_bigram_graph
+from engine.speculation.draft_files import DRAFTS
+from engine.speculation.drafters.head import COUNTS_FILE
+from engine.speculation.drafters.session_head import GRAPH_FILE
 
 _SIZES = (1024, 2048, 4096, 8192, 16384, 32768)
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from engine.batch import Features
+from engine.draft_vocab.vocab import DraftVocab
 from engine.models.config import ModelSpec
 from engine.request import Request
-from engine.spec.proposer import DraftCosts, Proposer
-from engine.spec.stop_rule import StopRule, Sureness
+from engine.speculation.drafters.base import DraftCosts, Proposer
+from engine.speculation.length.policy import Confidence, StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
-from engine.vocab.draft_vocab import DraftVocab
 
 
 def recorded_layers(spec: ModelSpec) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ class FeatureRecorder:
     def make_proposer(self, num_blocks: int) -> Proposer:
         return self
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
         return {}
 
     def num_unread(self, request: Request) -> int:

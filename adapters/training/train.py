@@ -17,7 +17,7 @@ from engine.config import ModelConfig
 from engine.cores import available_cores
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
-from engine.spec.draft_files import DRAFTS
+from engine.speculation.draft_files import DRAFTS
 
 _STEP_DISCOUNT = 0.9
 """Weight of an unrolled step's loss against that of the step before, as in EAGLE-3's code."""

@@ -26,7 +26,7 @@ from benchmarks.common.drafting import Drafting
 from benchmarks.common.load import LoadOptions
 from benchmarks.common.process import LOGS, Launch, free_port, running, tree
 from benchmarks.prompts.build import Prompt
-from engine.ipc.adapter_control import AdapterStatus, adapter_key
+from engine.online.adapter_control import AdapterStatus, adapter_key
 from server.tenants import hash_key, new_key
 
 ENGINE, WORKER = "engine.process", "adapters.alignment.worker"

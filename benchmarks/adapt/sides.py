@@ -14,7 +14,7 @@ from typing import cast
 
 from benchmarks.common.drafting import Drafting
 from benchmarks.common.in_process import KV_BYTES, MAX_MODEL_LEN, MAX_SEQUENCES
-from engine.ipc.adapter_control import KeyScope
+from engine.online.adapter_control import KeyScope
 
 STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD = "static", "vocabulary", "alignment", "both", "osd"
 KINDS = (STATIC, VOCABULARY, ALIGNMENT, BOTH, OSD)

@@ -15,8 +15,8 @@ from adapters.alignment.store import AdapterStore
 from adapters.alignment.updates import Updater
 from benchmarks.alignment_replay.recordings import DEPTH, Recording, drafted_right
 from engine.adapters_config import AdaptersConfig
-from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
-from engine.ipc.verify_record import VerifyRecord, pack_ids, pack_top_k
+from engine.online.feature_ring import FeatureRing, FeatureRingReader
+from engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k
 
 _KEY = "replay"
 _ALWAYS_PAYS = 1e30

@@ -22,11 +22,11 @@ import torch
 
 from benchmarks.attack.bars import exactly
 from benchmarks.attack.forge_channel import Channel
-from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
-from engine.ipc.shared_file import SharedMemoryError
-from engine.ipc.weight_channel import WeightChannel
-from engine.ipc.weight_layout import TensorSpec, WeightLayout
-from engine.ipc.weight_writer import WeightWriter
+from engine.online.feature_ring import FeatureRing, FeatureRingReader
+from engine.online.shared_file import SharedMemoryError
+from engine.online.weight_channel import WeightChannel
+from engine.online.weight_layout import TensorSpec, WeightLayout
+from engine.online.weight_writer import WeightWriter
 
 BARS = {"unexpected_errors": exactly(0), "wrong_weights": exactly(0)}
 

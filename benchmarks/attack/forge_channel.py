@@ -23,7 +23,7 @@ from benchmarks.attack.clients import FOUR_TOKENS, ask
 from benchmarks.attack.server import VICTIM, Server, serving
 from benchmarks.common.process import ServerFailed
 
-# Places in a weight channel's file (engine/ipc/weight_directory.py).
+# Places in a weight channel's file (engine/online/weight_directory.py).
 _HEADER = struct.Struct("<8sIIQ32s")
 _CRC, _PREFIX, _WORD = struct.Struct("<I"), struct.Struct("<II"), struct.Struct("<Q")
 _WORD_OFFSET, _DIRECTORY_OFFSET = 64, 128

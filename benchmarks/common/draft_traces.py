@@ -31,7 +31,7 @@ from engine.messages import EngineRequest, SamplingParams
 from engine.models import eagle3
 from engine.models.eagle3 import Eagle3
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.draft_files import DRAFTS
+from engine.speculation.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer
 
 DEPTH, WIDTH, TARGET_TOP_K = 4, 512, 10

@@ -19,11 +19,11 @@ from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
 from engine.request import Request
 from engine.sampling.choose import choose_tokens
-from engine.spec.draft_files import DRAFTS
-from engine.spec.draft_head import DraftHead
-from engine.spec.draft_model import DraftModel
-from engine.spec.eagle import EagleDraft
-from engine.spec.proposer import Draft
+from engine.speculation.draft_files import DRAFTS
+from engine.speculation.drafters.base import Draft
+from engine.speculation.drafters.draft_model import DraftModel
+from engine.speculation.drafters.eagle import EagleDraft
+from engine.speculation.drafters.head import DraftHead
 from engine.step_plan import DraftSlot, ScheduledSequence
 from engine.text.tokenizer import Tokenizer
 

@@ -39,11 +39,11 @@ from engine.loader import LoadedModel
 from engine.model_runner import attention_spec
 from engine.models.llama import HeadSlab
 from engine.models.registry import resolve_model, validate_model_files
-from engine.spec.draft_files import DRAFTS
-from engine.spec.draft_head import DraftHead
-from engine.spec.eagle import EagleProposer
-from engine.spec.load import make_head
-from engine.spec.proposer import DraftCosts
+from engine.speculation.build import make_head
+from engine.speculation.draft_files import DRAFTS
+from engine.speculation.drafters.base import DraftCosts
+from engine.speculation.drafters.eagle import EagleProposer
+from engine.speculation.drafters.head import DraftHead
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import Core, TailSlabs
 
@@ -107,8 +107,8 @@ class Texts:
         """Put the stubs of the kernels in their place for as long as the context lasts."""
         with (
             patch("kernels.choose_tokens.choose_tokens", self._choose),
-            patch("engine.spec.draft_head.draft_head_topk", self._candidates),
-            patch("engine.spec.vocab_follower.topk_rows", self._likely),
+            patch("engine.speculation.drafters.head.draft_head_topk", self._candidates),
+            patch("engine.draft_vocab.follower.topk_rows", self._likely),
         ):
             yield
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import psutil
 
 from benchmarks.faults.server import ENGINE, RING_ROWS, VALKEY, WORKER, Server, State
-from engine.ipc.feature_ring import FeatureRingReader
-from engine.ipc.shared_file import SharedFile, SharedMemoryError
-from engine.ipc.weight_channel import WeightChannel
-from engine.ipc.weight_writer import WeightWriter
+from engine.online.feature_ring import FeatureRingReader
+from engine.online.shared_file import SharedFile, SharedMemoryError
+from engine.online.weight_channel import WeightChannel
+from engine.online.weight_writer import WeightWriter
 
 _WAIT_SECONDS = 20.0
 _SLICE_SECONDS = 3e-4
 """Most time that a worker may go on before one looks where it stands: about what a publication takes."""
 _OTHER_RANK = 16
-# Places in a weight channel's file (engine/ipc/weight_directory.py).
+# Places in a weight channel's file (engine/online/weight_directory.py).
 _FINGERPRINT, _HEADER_END, _WORD, _DIRECTORIES = 24, 56, 64, 128
 _CHECKSUM = struct.Struct("<I")
 _BEGINNING = 8

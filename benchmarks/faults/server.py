@@ -22,9 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.common.process import LOGS, Launch, free_port, running, tree
 from benchmarks.faults.model import FaultModel
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TokenLogConfig, TrainingConfig
-from engine.ipc.shared_file import SharedMemoryError
-from engine.ipc.weight_channel import WeightChannel
-from engine.ipc.weight_layout import WeightLayout
+from engine.online.shared_file import SharedMemoryError
+from engine.online.weight_channel import WeightChannel
+from engine.online.weight_layout import WeightLayout
 from server.tenants import hash_key, new_key
 
 TENANTS = ("law", "clinic", "school", "shop")

@@ -13,7 +13,7 @@ from benchmarks.common.drafting import NONE, Drafting
 from benchmarks.common.in_process import engine_config
 from engine.config import MAX_TAIL_TOKENS, CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
 from engine.models.registry import resolve_model
-from engine.spec.load import always_drafted
+from engine.speculation.build import always_drafted
 from engine.text.tokenizer import Tokenizer
 
 FULL = "full"

@@ -22,19 +22,19 @@ from benchmarks.prompts.streams import STREAM_DOMAINS
 from benchmarks.vocabulary.modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
 from benchmarks.vocabulary.pairs import table
 from engine.config import ModelConfig, SpeculationConfig
+from engine.draft_vocab.bigram_graph import BigramGraph
+from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS
+from engine.draft_vocab.running_texts import RunningTexts
+from engine.draft_vocab.vocab import DraftVocab, Resources, core_mask
 from engine.messages import SamplingParams, SessionState
 from engine.models.registry import resolve_model
 from engine.request import Request
-from engine.spec.draft_head import CANDIDATES, read_token_counts, static_vocabulary
-from engine.spec.load import always_drafted, counts_directory
-from engine.spec.session_head import GRAPH_FILE
+from engine.speculation.build import always_drafted, counts_directory
+from engine.speculation.drafters.head import CANDIDATES, read_token_counts, static_vocabulary
+from engine.speculation.drafters.session_head import GRAPH_FILE
 from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer
 from engine.verification import DraftSource, Verification
-from engine.vocab.bigram_graph import BigramGraph
-from engine.vocab.draft_vocab import DraftVocab, Resources, core_mask
-from engine.vocab.prior import LIGHT_DRAFT_WEIGHTS
-from engine.vocab.running_texts import RunningTexts
 
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 

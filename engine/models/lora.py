@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from engine.adapters_config import LoraTarget
-from engine.ipc.weight_layout import TensorSpec, WeightLayout
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config
+from engine.online.weight_layout import TensorSpec, WeightLayout
 from kernels.batched_lora import LoraMatrix
 
 

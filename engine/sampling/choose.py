@@ -20,10 +20,10 @@ _MIN_TEMPERATURE = 1e-5
 
 def all_greedy(params: Sequence[SamplingParams]) -> bool:
     """Whether every row takes its largest logit."""
-    return not any(map(warmth, params))
+    return not any(map(effective_temperature, params))
 
 
-def warmth(params: SamplingParams) -> float:
+def effective_temperature(params: SamplingParams) -> float:
     """Temperature, 0 where it makes no difference."""
     return 0.0 if params.temperature < _MIN_TEMPERATURE else params.temperature
 
@@ -33,7 +33,7 @@ def row_sampling(params: Sequence[SamplingParams]) -> RowSampling | None:
     if all_greedy(params):
         return None
     return RowSampling(
-        temperatures=[warmth(p) for p in params],
+        temperatures=[effective_temperature(p) for p in params],
         seeds=[p.seed for p in params],
         top_k=[p.top_k for p in params],
         top_p=[p.top_p for p in params],

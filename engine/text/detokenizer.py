@@ -15,9 +15,9 @@ class TokenBytes(Protocol):
 
 
 class IncrementalDetokenizer:
-    """Turns token ids into text, piece by piece.
+    """Turns token ids into text, chunk by chunk.
 
-    The pieces, joined, are the decoding of all ids, however they were split. A character whose bytes
+    The chunks, joined, are the decoding of all ids, however they were split. A character whose bytes
     span tokens appears once it is complete. Bytes that are no UTF-8 become U+FFFD; special tokens vanish.
     """
 
@@ -35,10 +35,10 @@ class IncrementalDetokenizer:
 
 
 class StopStringFinder:
-    """Finds the stop string that is complete first in a text that arrives in pieces.
+    """Finds the stop string that is complete first in a text that arrives in chunks.
 
     Of several that end at the same character the longest wins, so the result depends on the text only,
-    not on its pieces.
+    not on its chunks.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -67,8 +67,8 @@ class StopStringFinder:
 class StopStringBuffer:
     """Holds back the end of streamed text while it may be the beginning of a stop string.
 
-    What ``push`` released before the piece that completes a stop string never reaches into that string;
-    that piece itself is to be cut at ``EngineOutput.text_length``.
+    What ``push`` released before the chunk that completes a stop string never reaches into that string;
+    that chunk itself is to be cut at ``EngineOutput.text_length``.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:

@@ -53,8 +53,8 @@ class LeastTokens:
             return len(text) // self._longest
         normal = unicodedata.normalize("NFC", text) if self._normalizes else text
         data = np.frombuffer(normal.encode(), np.uint8)
-        pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
-        least = float(sum(np.bincount(piece, minlength=256) @ self._shares for piece in pieces))
+        chunks = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
+        least = float(sum(np.bincount(chunk, minlength=256) @ self._shares for chunk in chunks))
         least *= 1 - 1e-9  # rounding
         return int(least if normal == text else least / _COMPOSED)
 

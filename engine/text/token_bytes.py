@@ -13,7 +13,7 @@ _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 def token_byte_table(backend: tokenizers.Tokenizer, vocab_size: int) -> list[bytes]:
     """Bytes of every id below ``vocab_size``; empty for special tokens and ids without a token.
 
-    Knows byte-level BPE (GPT-2) and SentencePiece's pieces with byte fallback.
+    Knows byte-level BPE (GPT-2) and SentencePiece's chunks with byte fallback.
     """
     added = backend.get_added_tokens_decoder()
     byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])

@@ -138,11 +138,11 @@ class Chain {
       const float chosen = scores[std::find(token_ids, token_ids + k, out_.tokens[at(step) + row]) - token_ids];
       float all = 0.0f;
       for (size_t i = 0; i < k; ++i) all += std::exp((scores[i] - chosen) * sharpness);
-      const float share = kSurenessLevels / all;  // no number where no score is one
-      const int level = share >= 0.0f ? std::min(static_cast<int>(share), kSurenessLevels - 1) : 0;
-      out_.sureness[at(step) + row] = level;
+      const float share = kConfidenceLevels / all;  // no number where no score is one
+      const int level = share >= 0.0f ? std::min(static_cast<int>(share), kConfidenceLevels - 1) : 0;
+      out_.confidence[at(step) + row] = level;
       const int kind = 2 * rows_.tenants[row] + (temperature > 0.0f ? 1 : 0);
-      promises_[row] *= rows_.chances[kind * kSurenessLevels + level];
+      promises_[row] *= rows_.chances[kind * kConfidenceLevels + level];
     }
   }
 

@@ -7,7 +7,7 @@
 
 namespace evospec {
 
-constexpr int kSurenessLevels = 16;  // level n: a probability of n/16 to (n + 1)/16 among the candidates
+constexpr int kConfidenceLevels = 16;  // level n: a probability of n/16 to (n + 1)/16 among the candidates
 
 // A draft (EAGLE-3) and what its tokens are chosen from.
 struct ChainModel {
@@ -41,7 +41,7 @@ struct ChainRows {
   const int32_t* sessions;  // whose prior each row has; -1: none. Null: no row has one
   const int32_t* texts;     // whose repeats; -1: none
   // When all chains end early; chances null: never. Everything is counted in tokens.
-  const float* chances;       // [T][2][kSurenessLevels]: that a tenant's greedy and sampled token is accepted
+  const float* chances;       // [T][2][kConfidenceLevels]: that a tenant's greedy and sampled token is accepted
   const int32_t* tenants;     // [B]: the number of each one's tenant among the T
   const float* acceptance;    // [B][max_length]: of each place, before it is drafted, if those before it are accepted
   const float* verify_costs;  // [max_length]: of verifying one more token
@@ -55,7 +55,7 @@ struct ChainOutputs {
   int32_t* token_ids;  // [candidates]; -1: none
   float* logits;       // [candidates]; -inf: none
   float* features;     // [kFeatures][candidates]; null without a prior
-  int32_t* sureness;   // level of the token; null where chains never end early
+  int32_t* confidence;   // level of the token; null where chains never end early
 };
 
 // a [B][hidden]: the draft's state after each sequence's last known token; overwritten. Returns the number of steps.

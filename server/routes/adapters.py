@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Path, Request
 from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
-from engine.ipc.adapter_control import AdapterCommand
+from engine.online.adapter_control import AdapterCommand
 from server.errors import ApiError
 from server.openapi import errors, success
 from server.schemas.adapters import AcceptedCommand, Adapter, AdapterList

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from engine.ipc.adapter_control import AdapterStatus, WorkerStatus
+from engine.online.adapter_control import AdapterStatus, WorkerStatus
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True):

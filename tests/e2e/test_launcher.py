@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from engine.models.registry import REGISTRY
-from engine.spec.draft_files import DRAFTS
+from engine.speculation.draft_files import DRAFTS
 from tests.running_server import EVOSPEC, SMALL, RunningServer
 
 LaunchServer = Callable[..., RunningServer]

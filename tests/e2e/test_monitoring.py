@@ -24,7 +24,7 @@ from deploy.grafana.queries import Prometheus, query_panels
 from engine.adapters_config import AdaptersConfig
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
-from engine.spec.draft_files import DRAFTS
+from engine.speculation.draft_files import DRAFTS
 from server.session_ids import session_key
 from server.tenants import hash_key
 from tests.running_prometheus import BINARY, running_prometheus

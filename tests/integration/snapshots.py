@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from engine.vocab.ngram_counts import NgramCounts
-from engine.vocab.prior import NUM_FEATURES
-from engine.vocab.snapshot import decode, encode, make_snapshot
+from engine.draft_vocab.ngram_counts import NgramCounts
+from engine.draft_vocab.prior import NUM_FEATURES
+from engine.draft_vocab.snapshot import decode, encode, make_snapshot
 from tests.tiny_models import VOCAB_SIZE, VOCABULARY
 
 

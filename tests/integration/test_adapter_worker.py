@@ -23,7 +23,8 @@ from adapters.alignment.store import AdapterStore
 from adapters.alignment.worker import AdapterWorker
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TokenLogConfig, TrainingConfig
 from engine.config import CONFIG_VARIABLE, EngineConfig, ModelConfig, SpeculationConfig
-from engine.ipc.adapter_control import (
+from engine.models.lora import lora_layout
+from engine.online.adapter_control import (
     COMMANDS_KEY,
     STATUS_KEY,
     AdapterCommand,
@@ -32,10 +33,9 @@ from engine.ipc.adapter_control import (
     decode_status,
     encode_command,
 )
-from engine.ipc.shared_file import SharedMemoryError
-from engine.ipc.token_log import LoggedRecord
-from engine.ipc.weight_layout import WeightLayout
-from engine.models.lora import lora_layout
+from engine.online.shared_file import SharedMemoryError
+from engine.online.token_log import LoggedRecord
+from engine.online.weight_layout import WeightLayout
 from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
 from tests.integration.test_token_log import Valkey
 

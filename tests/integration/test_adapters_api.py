@@ -11,7 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
-from engine.ipc.adapter_control import (
+from engine.messages import AlignmentStats, EngineStats
+from engine.online.adapter_control import (
     COMMANDS_KEY,
     STATUS_KEY,
     AdapterCommand,
@@ -20,7 +21,6 @@ from engine.ipc.adapter_control import (
     decode_command,
     encode_status,
 )
-from engine.messages import AlignmentStats, EngineStats
 from server.tenants import hash_key
 
 KEY = "evs-admin"

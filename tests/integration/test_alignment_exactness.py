@@ -19,21 +19,22 @@ import pytest
 import torch
 
 from engine.adapters_config import AdaptersConfig
-from engine.ipc.adapter_control import adapter_key
-from engine.ipc.feature_ring import FeatureRingReader
-from engine.ipc.token_log import TokenLog
-from engine.ipc.verify_record import VerifyRecord
-from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
+from engine.online import adapters as eagle_adapters
+from engine.online import verify_log
+from engine.online.adapter_control import adapter_key
+from engine.online.feature_ring import FeatureRingReader
+from engine.online.token_log import TokenLog
+from engine.online.verify_record import VerifyRecord
+from engine.online.weight_writer import WeightWriter
 from engine.request import Request
-from engine.spec import eagle_adapters, verify_log
-from engine.spec.costs import CostMeter
-from engine.spec.speculator import Speculator
-from engine.spec.step_costs import Curve, StepCosts
-from engine.spec.stop_rule import Sureness
+from engine.speculation.length.cost_meter import CostMeter
+from engine.speculation.length.costs import Curve, StepCosts
+from engine.speculation.length.policy import Confidence
+from engine.speculation.speculator import Speculator
 from engine.step_plan import ScheduledSequence
 from kernels import native
 from tests.alignment import make_alignment, make_prompts, read_records
@@ -314,8 +315,8 @@ def cut_all_each_second(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int]
     cut = Speculator._cut
     firsts: dict[tuple[str, int], int] = {}
 
-    def cut_or_drop(self: Speculator, requests: Sequence[Request], sureness: Sureness) -> None:
-        cut(self, requests, sureness)
+    def cut_or_drop(self: Speculator, requests: Sequence[Request], confidence: Confidence) -> None:
+        cut(self, requests, confidence)
         if next(turns) % 2:
             for request in requests:
                 firsts[request.request_id, len(request.all_token_ids)] = request.draft_token_ids[0]

@@ -14,8 +14,8 @@ from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import save_draft
-from engine.spec.draft_head import COUNTS_FILE
-from engine.spec.length_policy import FixedLength
+from engine.speculation.drafters.head import COUNTS_FILE
+from engine.speculation.length.policy import FixedLength
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import VOCAB_SIZE, make_directory
 

@@ -10,14 +10,14 @@ import pytest
 
 from engine.config import SpeculationConfig
 from engine.core import Outputs
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.messages import EngineOutput, SamplingParams, StepTimings
 from engine.models.config import ModelFiles
 from engine.request import Request
-from engine.spec.copies import Copier
-from engine.spec.costs import CostMeter
-from engine.spec.eagle import EagleProposer
-from engine.spec.step_costs import Curve, StepCosts
-from engine.vocab.running_texts import RunningTexts
+from engine.speculation.drafters.eagle import EagleProposer
+from engine.speculation.drafters.lookup import PromptLookup
+from engine.speculation.length.cost_meter import CostMeter
+from engine.speculation.length.costs import Curve, StepCosts
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -126,22 +126,22 @@ def request_of(token_ids: list[int]) -> Request:
 
 
 def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
-    copier = Copier(RunningTexts(8))
+    lookup = PromptLookup(RunningTexts(8))
     request = request_of([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3])
-    copy = copier.look([request], [5])["a"]
+    copy = lookup.look([request], [5])["a"]
     assert copy.token_ids == [4, 9, 2, 3, 5]
     assert copy.repeat.levels == [2, 3, 4, 5, 6]  # three tokens agreed before the first, four before the second
     request.all_token_ids += [4, 9]
-    assert copier.look([request], [9])["a"].token_ids == [2, 3, 5, 1, 2, 3, 4, 9, 2]  # beyond its end the text repeats
+    assert lookup.look([request], [9])["a"].token_ids == [2, 3, 5, 1, 2, 3, 4, 9, 2]  # beyond its end the text repeats
     request.all_token_ids += [7, 8]
-    assert copier.look([request], [5]) == {}
-    assert copier.look([request_of([1, 2, 3, 1, 2, 3])], [0]) == {}
+    assert lookup.look([request], [5]) == {}
+    assert lookup.look([request_of([1, 2, 3, 1, 2, 3])], [0]) == {}
 
 
 def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:
-    copier = Copier(RunningTexts(8))
+    lookup = PromptLookup(RunningTexts(8))
     far = request_of([1, 2, 3, *range(10, 5010), 1, 2, 3])
-    assert copier.look([far], [4]) == {}
-    copier.forget("a")
+    assert lookup.look([far], [4]) == {}
+    lookup.forget("a")
     near = request_of([*range(10, 5010), 1, 2, 3, 4, 1, 2, 3])
-    assert copier.look([near], [2])["a"].token_ids == [4, 1]
+    assert lookup.look([near], [2])["a"].token_ids == [4, 1]

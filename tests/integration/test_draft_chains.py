@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from engine.config import DynamicConfig, SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
-from engine.spec.draft_head import DraftHead
-from engine.spec.eagle import EagleProposer
-from engine.spec.length_policy import Chain, FixedLength, Repeat
-from engine.spec.stop_rule import StopRule, Sureness
+from engine.speculation.drafters.eagle import EagleProposer
+from engine.speculation.drafters.head import DraftHead
+from engine.speculation.length.policy import Chain, Confidence, FixedLength, Repeat, StopRule
 from engine.step_plan import DraftSlot
 from kernels import native
-from kernels.native_chain import SURENESS_LEVELS, ChainBatch, ChainResult, NativeChain
+from kernels.native_chain import CONFIDENCE_LEVELS, ChainBatch, ChainResult, NativeChain
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -71,11 +70,11 @@ class DraftsTaken:
         self._greedy = greedy
         propose = EagleProposer.propose
 
-        def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
-            sureness = propose(proposer, slots, stop)
+        def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+            confidence = propose(proposer, slots, stop)
             for slot in slots:
                 self.drafts[slot.request.request_id, slot.request.num_tokens] = slot.request.draft_token_ids.copy()
-            return sureness
+            return confidence
 
         monkeypatch.setattr(EagleProposer, "propose", recorded)
 
@@ -128,7 +127,7 @@ class Stopping:
         def rule(policy: FixedLength, lengths: Mapping[str, int]) -> StopRule:
             most = max(lengths.values())
             return StopRule(
-                chances=chance.uniform(0.5, 1.0, (TENANTS, 2, SURENESS_LEVELS)).astype(np.float32),
+                chances=chance.uniform(0.5, 1.0, (TENANTS, 2, CONFIDENCE_LEVELS)).astype(np.float32),
                 tenants={name: int(chance.integers(TENANTS)) for name in lengths},
                 acceptance={name: chance.uniform(0.3, 1.0, length).tolist() for name, length in lengths.items()},
                 verify_costs=chance.uniform(0.0, 0.2, most).tolist(),
@@ -137,13 +136,13 @@ class Stopping:
             )
 
         def worth(policy: FixedLength, chains: Mapping[str, Chain]) -> Mapping[str, int]:
-            cut.update((name, int(chance.integers(0, len(of_one.sureness) + 1))) for name, of_one in chains.items())
+            cut.update((name, int(chance.integers(0, len(of_one.confidence) + 1))) for name, of_one in chains.items())
             return {name: cut[name] for name in chains}
 
         def observe(
             policy: FixedLength, request_id: str, of_one: Chain, outcomes: Sequence[bool], repeat: Repeat | None
         ) -> None:
-            self.judged.append((cut[request_id], len(of_one.sureness), outcomes))
+            self.judged.append((cut[request_id], len(of_one.confidence), outcomes))
 
         monkeypatch.setattr(NativeChain, "run", recorded)
         monkeypatch.setattr(FixedLength, "stop_rule", rule)
@@ -183,9 +182,9 @@ def test_chains_end_where_the_rule_says(
     assert DraftsTaken(monkeypatch, greedy).run(files, speculation) == whole
     steps = []
     for batch, result in stopping.calls:
-        assert result.sureness is not None
-        steps.append(len(result.sureness))
-        assert steps[-1] == steps_by_the_rule(batch, result.sureness)
+        assert result.confidence is not None
+        steps.append(len(result.confidence))
+        assert steps[-1] == steps_by_the_rule(batch, result.confidence)
     assert len(set(steps)) > 2
     for verified, drafted, outcomes in stopping.judged:
         # Of what was not verified, the first is judged by the target's last choice, where all before it were right.
@@ -203,13 +202,13 @@ def test_how_sure_a_draft_is(
     DraftsTaken(monkeypatch, greedy=False).run(files, speculation_of(files, tmp_path, vocabulary))
     seen = set()
     for batch, result in stopping.calls:
-        assert result.sureness is not None
+        assert result.confidence is not None
         temperatures = [0.0] * len(batch.lengths) if batch.sampling is None else batch.sampling.temperatures
-        for step, row in np.ndindex(result.sureness.shape):
+        for step, row in np.ndindex(result.confidence.shape):
             if step < batch.lengths[row]:
                 logits = result.logits[step, row].astype(np.float64) / (temperatures[row] or 1.0)
                 shares = np.exp(logits - logits.max())
                 share = (shares / shares.sum())[result.token_ids[step, row] == result.tokens[step, row]].item()
-                assert abs(share * SURENESS_LEVELS - (result.sureness[step, row] + 0.5)) < 0.501
-                seen.add(int(result.sureness[step, row]))
+                assert abs(share * CONFIDENCE_LEVELS - (result.confidence[step, row] + 0.5)) < 0.501
+                seen.add(int(result.confidence[step, row]))
     assert len(seen) > 3

@@ -27,12 +27,12 @@ from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
 from engine.models.registry import validate_model_files
 from engine.request import Request
-from engine.spec import entries
-from engine.spec.draft_head import DraftHead
-from engine.spec.eagle import EagleDraft
-from engine.spec.entries import Piece
-from engine.spec.proposer import Proposer
-from engine.spec.stop_rule import StopRule, Sureness
+from engine.speculation.drafters import kv as entries
+from engine.speculation.drafters.base import Proposer
+from engine.speculation.drafters.eagle import EagleDraft
+from engine.speculation.drafters.head import DraftHead
+from engine.speculation.drafters.kv import Chunk
+from engine.speculation.length.policy import Confidence, StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import make_directory
@@ -89,7 +89,7 @@ class Watcher:
     def num_unread(self, request: Request) -> int:
         return self._proposer.num_unread(request)
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Sureness:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
         if self._paused == 0 and self._chance.random() < 0.05:
             self._paused = self._chance.randrange(30)
         self._paused = max(self._paused - 1, 0)
@@ -137,7 +137,7 @@ class FromScratch:
         blocks = list(range(-(-len(token_ids) // 16)))
         shape = (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, len(blocks), 16)
         attention = TorchPagedAttention(AttentionSpec(*shape, torch.float32, self._loaded.device))
-        batch = build_batch([Piece(0, token_ids, 0, blocks, "")], 16, self._loaded.device)
+        batch = build_batch([Chunk(0, token_ids, 0, blocks, "")], 16, self._loaded.device)
         features = self._loaded.model.forward(batch, attention, self._draft.config.capture_layers).features
         assert features is not None
         return features
@@ -190,7 +190,7 @@ def make_traffic(files: ModelFiles, chance: random.Random) -> list[list[int]]:
 def test_hidden_states_after_any_history(
     files: ModelFiles, loaded: LoadedModel, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(entries, "MAX_CATCH_UP_TOKENS", 50)  # so that prompts are caught up with in pieces
+    monkeypatch.setattr(entries, "MAX_CATCH_UP_TOKENS", 50)  # so that prompts are caught up with in chunks
     chance = random.Random(seed)
     conversations = make_traffic(files, chance)
     network = random_draft(files, seed)

@@ -13,8 +13,8 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from engine.draft_vocab.snapshot import MAX_BYTES
 from engine.messages import EngineReady
-from engine.vocab.snapshot import MAX_BYTES
 from server import session_store
 from server.errors import ApiError
 from server.metrics import Metrics

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
-from engine.spec import draft_files
-from engine.spec.draft_head import COUNTS_FILE
+from engine.speculation import draft_files
+from engine.speculation.drafters.head import COUNTS_FILE
 from kernels import native
 from tests.exactness import SAMPLED, SETTINGS
 from tests.tiny_drafts import Engine, make_draft_directory

@@ -11,8 +11,8 @@ import pytest
 from engine.config import DynamicConfig, SpeculationConfig
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
-from engine.spec.costs import CostMeter
-from engine.spec.step_costs import Curve, StepCosts
+from engine.speculation.length.cost_meter import CostMeter
+from engine.speculation.length.costs import Curve, StepCosts
 from kernels import native
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory

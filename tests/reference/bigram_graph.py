@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.vocab.bigram_graph import CONTINUATIONS, LOG_PROB_SCALE, BigramGraph
+from engine.draft_vocab.bigram_graph import CONTINUATIONS, LOG_PROB_SCALE, BigramGraph
 from tests.reference.context_table import ContextTable
 from tests.reference.continuations import Continuations
 

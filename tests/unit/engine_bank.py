@@ -8,16 +8,16 @@ from typing import cast
 import torch
 
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
-from engine.ipc.shared_file import SharedFile
-from engine.ipc.weight_writer import WeightWriter
 from engine.messages import SamplingParams
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import RotaryEmbedding
 from engine.models.lora import lora_layout, whole_layout
+from engine.online.adapters import Assignment, EagleAdapters
+from engine.online.shared_file import SharedFile
+from engine.online.weight_writer import WeightWriter
 from engine.request import Request
-from engine.spec.eagle_adapters import Assignment, EagleAdapters
-from engine.spec.eagle_network import TorchEagleNetwork
+from engine.speculation.drafters.eagle_network import TorchEagleNetwork
 
 DRAFT = Eagle3Config("tiny", 32, 2, 1, 16, 64, (0, 1, 2), 1e-5, 100, 4)
 

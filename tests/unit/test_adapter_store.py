@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from adapters.alignment.store import AdapterStore, KeyState
-from engine.ipc.adapter_control import adapter_key
-from engine.ipc.weight_layout import TensorSpec, WeightLayout
+from engine.online.adapter_control import adapter_key
+from engine.online.weight_layout import TensorSpec, WeightLayout
 from tests.unit.interleaving import at_line, before_each_line, count_lines
 
 LAYOUT = WeightLayout((TensorSpec("a", (8, 4), torch.bfloat16), TensorSpec("b", (3,), torch.float32)), "draft")

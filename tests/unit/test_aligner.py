@@ -19,7 +19,7 @@ from adapters.alignment.store import AdapterStore
 from adapters.alignment.trigger import UpdateTrigger
 from adapters.alignment.updates import Update, Updater
 from engine.adapters_config import AdaptersConfig, GuardConfig, ReplayConfig, TrainingConfig
-from engine.ipc.adapter_control import AdapterCommand
+from engine.online.adapter_control import AdapterCommand
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_guard import sampled
 from tests.unit.test_replay import segment

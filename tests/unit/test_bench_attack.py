@@ -21,8 +21,8 @@ from benchmarks.attack.report import AFTER, BEFORE, Record
 from benchmarks.attack.server import LIMITED, write_keys
 from benchmarks.attack.varied_requests import varied_requests
 from benchmarks.common.machine import REPOSITORY
-from engine.ipc.weight_directory import WeightDirectory
-from engine.ipc.weight_layout import WeightLayout
+from engine.online.weight_directory import WeightDirectory
+from engine.online.weight_layout import WeightLayout
 from server.settings import AuthConfig, LimitsConfig
 from server.tenants import TenantRegistry
 

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from engine.messages import SamplingParams
 from engine.model_runner import build_batch
 from engine.request import Request
-from engine.spec.chain_batches import chain_batches
-from engine.spec.entries import last_draft
+from engine.speculation.drafters.kv import chain_batches, last_draft
 from engine.step_plan import DraftSlot
 
 CPU = torch.device("cpu")

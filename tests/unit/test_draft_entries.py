@@ -8,8 +8,8 @@ import pytest
 
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.spec import entries
-from engine.spec.entries import EntryLedger
+from engine.speculation.drafters import kv as entries
+from engine.speculation.drafters.kv import DraftKvTracker
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 BLOCK = 16
@@ -19,7 +19,9 @@ def make_request(num_tokens: int) -> Request:
     return Request(f"request {num_tokens}", b"", "", SamplingParams(max_tokens=99, seed=0), list(range(num_tokens)))
 
 
-def compute(ledger: EntryLedger, request: Request, blocks: list[int], start: int, end: int, num_kept: int = 0) -> None:
+def compute(
+    ledger: DraftKvTracker, request: Request, blocks: list[int], start: int, end: int, num_kept: int = 0
+) -> None:
     """The target computes tokens start .. end - 1; those after the known ones are drafts, ``num_kept`` - 1 accepted."""
     num_drafts = max(end - request.num_tokens, 0)
     step = ScheduledSequence(request, start, [7] * (end - start), num_drafts, 0, 1 + num_drafts, blocks)
@@ -28,13 +30,13 @@ def compute(ledger: EntryLedger, request: Request, blocks: list[int], start: int
     request.num_computed_tokens = end - num_drafts + max(num_kept - 1, 0)
 
 
-def caught_up(ledger: EntryLedger, *slots: DraftSlot) -> list[tuple[int, int]]:
-    """Start and number of tokens of each piece."""
-    return [(piece.start, len(piece.token_ids)) for piece in ledger.catch_up(slots)[0]]
+def caught_up(ledger: DraftKvTracker, *slots: DraftSlot) -> list[tuple[int, int]]:
+    """Start and number of tokens of each chunk."""
+    return [(chunk.start, len(chunk.token_ids)) for chunk in ledger.catch_up(slots)[0]]
 
 
 def test_only_new_tokens_are_computed() -> None:
-    ledger, request, blocks = EntryLedger(8, BLOCK), make_request(40), [3, 1, 4]
+    ledger, request, blocks = DraftKvTracker(8, BLOCK), make_request(40), [3, 1, 4]
     compute(ledger, request, blocks, 0, 30)
     compute(ledger, request, blocks, 30, 40, num_kept=1)
     slot = DraftSlot(request, 4, blocks)
@@ -44,7 +46,7 @@ def test_only_new_tokens_are_computed() -> None:
 
 
 def test_a_shared_prefix_is_computed_once() -> None:
-    ledger = EntryLedger(8, BLOCK)
+    ledger = DraftKvTracker(8, BLOCK)
     first, second, third = make_request(40), make_request(41), make_request(42)
     compute(ledger, first, [0, 1, 2], 0, 40, num_kept=1)
     compute(ledger, second, [0, 1, 3], 32, 41, num_kept=1)
@@ -57,7 +59,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 
 def test_blocks_used_again_are_computed_again() -> None:
     """Also one that the target has not written to yet: it holds the newest token alone."""
-    ledger, old, new = EntryLedger(8, BLOCK), make_request(47), make_request(31)
+    ledger, old, new = DraftKvTracker(8, BLOCK), make_request(47), make_request(31)
     compute(ledger, old, [0, 1, 2], 0, 47, num_kept=1)
     caught_up(ledger, DraftSlot(old, 1, [0, 1, 2]))
     ledger.forget(old.request_id)
@@ -69,7 +71,7 @@ def test_blocks_used_again_are_computed_again() -> None:
 
 def test_of_many_sequences_none_waits_for_ever() -> None:
     """Each gains some tokens a step; those left out once have more to catch up with than the others."""
-    ledger = EntryLedger(4096, BLOCK)
+    ledger = DraftKvTracker(4096, BLOCK)
     requests = [make_request(20 + number % 3) for number in range(256)]
     for number, request in enumerate(requests):
         request.request_id = str(number)
@@ -88,14 +90,14 @@ def test_of_many_sequences_none_waits_for_ever() -> None:
 
 def test_short_pieces_come_first_and_long_ones_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entries, "MAX_CATCH_UP_TOKENS", 50)
-    ledger, long, short = EntryLedger(16, BLOCK), make_request(99), make_request(20)
+    ledger, long, short = DraftKvTracker(16, BLOCK), make_request(99), make_request(20)
     slots = [DraftSlot(long, 4, list(range(7))), DraftSlot(short, 4, [8, 9])]
     compute(ledger, long, list(range(7)), 0, 99, num_kept=1)
     compute(ledger, short, [8, 9], 0, 20, num_kept=1)
-    pieces, ready = ledger.catch_up(slots)
-    assert [(piece.start, len(piece.token_ids), piece.num_logits) for piece in pieces] == [(0, 21, 1), (0, 29, 0)]
+    chunks, ready = ledger.catch_up(slots)
+    assert [(chunk.start, len(chunk.token_ids), chunk.num_logits) for chunk in chunks] == [(0, 21, 1), (0, 29, 0)]
     assert ready == slots[1:]
     assert ledger.catch_up(slots[:1])[1] == []
-    pieces, ready = ledger.catch_up(slots[:1])
-    assert [(piece.start, len(piece.token_ids)) for piece in pieces] == [(79, 21)]
+    chunks, ready = ledger.catch_up(slots[:1])
+    assert [(chunk.start, len(chunk.token_ids)) for chunk in chunks] == [(79, 21)]
     assert ready == slots[:1]

@@ -17,7 +17,7 @@ from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, read_draft
 from engine.models.registry import validate_model_files
-from engine.spec.draft_head import COUNTS_FILE, read_token_counts
+from engine.speculation.drafters.head import COUNTS_FILE, read_token_counts
 from engine.validation import validated_files
 from tests.tiny_drafts import make_draft_directory
 from tests.tiny_models import VOCAB_SIZE, make_directory

@@ -11,7 +11,7 @@ from engine.loader import LoadedModel, load
 from engine.messages import SamplingParams
 from engine.models.registry import validate_model_files
 from engine.sampling.choose import choose_tokens
-from engine.spec.draft_head import CANDIDATES, DraftHead, make_tails
+from engine.speculation.drafters.head import CANDIDATES, DraftHead, make_tails
 from kernels import native
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.spec.best_lengths import best_plan, best_verified
-from engine.spec.controller import AdaptiveLength
-from engine.spec.length_policy import Chain, Draftable, DraftLengths, Repeat
-from engine.spec.step_costs import Curve, ServedCosts, StepCosts, without_spikes
-from kernels.native_chain import SURENESS_LEVELS
+from engine.speculation.length.adaptive import AdaptiveLength
+from engine.speculation.length.costs import Curve, ServedCosts, StepCosts, without_spikes
+from engine.speculation.length.plan import best_plan, best_verified
+from engine.speculation.length.policy import Chain, Draftable, DraftLengths, Repeat
+from kernels.native_chain import CONFIDENCE_LEVELS
 
 ONE_EACH = Curve([(1, 1.0), (2, 2.0)])
 CHEAP = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=ONE_EACH, next_draft=ONE_EACH)
@@ -75,8 +75,10 @@ def adaptive(costs: StepCosts, *, stops_early: bool = False) -> AdaptiveLength:
     return AdaptiveLength(costs, stops_early=stops_early)
 
 
-def chain_of(sureness: list[int] | None = None, length: int = 1, *, copied: bool = False) -> Chain:
-    return Chain([7] * (length if sureness is None else len(sureness)), sureness or [], greedy=True, copied=copied)
+def chain_of(confidence: list[int] | None = None, length: int = 1, *, copied: bool = False) -> Chain:
+    return Chain(
+        [7] * (length if confidence is None else len(confidence)), confidence or [], greedy=True, copied=copied
+    )
 
 
 def decide(
@@ -258,7 +260,7 @@ def test_fewer_tokens_never_cost_more() -> None:
     assert [curve(size) for size in (1, 2, 3, 4, 8, 10)] == [3.0, 3.0, 3.5, 4.0, 7.0, 8.5]
 
 
-SURE, UNSURE = SURENESS_LEVELS - 1, 0
+SURE, UNSURE = CONFIDENCE_LEVELS - 1, 0
 
 
 def test_chains_that_can_end_early_have_room_to_the_limit() -> None:
@@ -290,8 +292,8 @@ def test_what_the_draft_is_sure_of_is_verified_and_the_rest_is_not() -> None:
     policy = adaptive(FLAT_TO_8, stops_early=True)
     ids = [str(number) for number in range(6)]
     lengths(policy, ids, [1] * 6, 0)
-    sureness = [UNSURE, SURE, UNSURE, SURE, UNSURE, UNSURE]
-    kept = policy.worth_verifying({name: chain_of([level]) for name, level in zip(ids, sureness, strict=True)})
+    confidence = [UNSURE, SURE, UNSURE, SURE, UNSURE, UNSURE]
+    kept = policy.worth_verifying({name: chain_of([level]) for name, level in zip(ids, confidence, strict=True)})
     assert kept == {"0": 0, "1": 1, "2": 0, "3": 1, "4": 0, "5": 0}
 
 
@@ -318,7 +320,7 @@ def test_a_draft_that_was_dropped_is_judged_by_the_token_that_came() -> None:
     assert lengths(policy, ["a"], [6], 0) == [0]
 
 
-LONG, SHORT = [SURENESS_LEVELS - 1] * 6, [1, 2, 3, 4, 5, 6]
+LONG, SHORT = [CONFIDENCE_LEVELS - 1] * 6, [1, 2, 3, 4, 5, 6]
 
 
 def test_a_long_repeat_is_copied_where_drafts_cost_too_much() -> None:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.spec.controller import AdaptiveLength
-from engine.spec.length_policy import Chain, Draftable, Repeat
-from engine.spec.step_costs import Curve, StepCosts
-from engine.spec.tenants import Tenants
-from kernels.native_chain import SURENESS_LEVELS
+from engine.speculation.length.acceptance import Tenants
+from engine.speculation.length.adaptive import AdaptiveLength
+from engine.speculation.length.costs import Curve, StepCosts
+from engine.speculation.length.policy import Chain, Draftable, Repeat
+from kernels.native_chain import CONFIDENCE_LEVELS
 
 COSTS = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=Curve([(1, 1.0)]), next_draft=Curve([(1, 1.0)]))
 LIMIT = 6
@@ -36,7 +36,7 @@ TRAFFIC = st.lists(
         Traffic,
         steps=st.sampled_from([1, 7, 40, 280]),
         num_right=st.integers(0, LIMIT),
-        level=st.integers(0, SURENESS_LEVELS - 1),
+        level=st.integers(0, CONFIDENCE_LEVELS - 1),
         greedy=st.booleans(),
         repeats=st.booleans(),
     ),

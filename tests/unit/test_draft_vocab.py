@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from benchmarks.vocabulary.replay import verification
 from engine.config import DynamicConfig
+from engine.draft_vocab.bigram_graph import build_bigram_graph
+from engine.draft_vocab.prior import NUM_FEATURES
+from engine.draft_vocab.running_texts import RunningTexts
+from engine.draft_vocab.snapshot import decode
+from engine.draft_vocab.vocab import DraftVocab, Resources, core_mask
 from engine.messages import SamplingParams, SessionState
 from engine.request import Request
-from engine.vocab.bigram_graph import build_bigram_graph
-from engine.vocab.draft_vocab import DraftVocab, Resources, core_mask
-from engine.vocab.prior import NUM_FEATURES
-from engine.vocab.running_texts import RunningTexts
-from engine.vocab.snapshot import decode
 
 VOCAB, CORE, SLOTS, FINGERPRINT = 1000, 100, 64, "tokens"
 EMPTY = -1

@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from engine.adapters_config import AdaptersConfig, TokenLogConfig, TrainingConfig
-from engine.ipc.weight_writer import WeightWriter
-from engine.spec import eagle_adapters
-from engine.spec.eagle_adapters import BASE, Assignment
+from engine.online import adapters as eagle_adapters
+from engine.online.adapters import BASE, Assignment
+from engine.online.weight_writer import WeightWriter
 from tests.unit.engine_bank import BUFFERS, DIRECTORIES, FINGERPRINT, WORD, Bank, request
 
 WHOLE: dict[str, object] = {"training": TrainingConfig(method="osd"), "key_scope": "global"}

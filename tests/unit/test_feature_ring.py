@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
-from engine.ipc.shared_file import SharedMemoryError
+from engine.online.feature_ring import FeatureRing, FeatureRingReader
+from engine.online.shared_file import SharedMemoryError
 from tests.killable_processes import processes
 from tests.unit.interleaving import at_line, before_each_line, count_lines
 
-CODE = "/engine/ipc/"
+CODE = "/engine/online/"
 WIDTH = 6
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import Features
-from engine.spec.eagle_network import TorchEagleNetwork
-from engine.spec.feature_store import FeatureStore
+from engine.speculation.drafters.eagle_network import TorchEagleNetwork
+from engine.speculation.drafters.features import FeatureStore
 from tests.tiny_drafts import random_draft
 from tests.tiny_models import make_directory
 

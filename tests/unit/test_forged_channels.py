@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from adapters.alignment.publisher import AdapterPublisher
 from adapters.alignment.store import AdapterStore
 from benchmarks.attack import channel_bytes, forge_channel
-from engine.ipc.feature_ring import FeatureRing, FeatureRingReader
-from engine.ipc.shared_file import SharedMemoryError
-from engine.ipc.weight_channel import NonFiniteWeights, WeightChannel
-from engine.ipc.weight_writer import WeightWriter
-from engine.spec import eagle_adapters
-from engine.spec.eagle_adapters import BASE
+from engine.online import adapters as eagle_adapters
+from engine.online.adapters import BASE
+from engine.online.feature_ring import FeatureRing, FeatureRingReader
+from engine.online.shared_file import SharedMemoryError
+from engine.online.weight_channel import NonFiniteWeights, WeightChannel
+from engine.online.weight_writer import WeightWriter
 from tests.unit.engine_bank import Bank, request
 
 LAW, ACME = request("1", "law"), request("2", "acme")

@@ -19,7 +19,7 @@ from adapters.alignment.pace import Pacer
 from adapters.alignment.scoring import Score
 from adapters.alignment.trigger import UpdateTrigger
 from engine.adapters_config import GuardConfig, PaceConfig
-from engine.ipc.verify_record import VerifyRecord
+from engine.online.verify_record import VerifyRecord
 from tests.unit.test_replay import record
 
 CONFIG = GuardConfig()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from engine.speculation import build as spec_load
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
@@ -17,10 +18,9 @@ from engine.core import EngineCore
 from engine.loader import LoadedModel, load
 from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import validate_model_files
-from engine.spec import draft_files
-from engine.spec import load as spec_load
-from engine.spec.draft_head import COUNTS_FILE
-from engine.spec.proposer import Draft
+from engine.speculation import draft_files
+from engine.speculation.drafters.base import Draft
+from engine.speculation.drafters.head import COUNTS_FILE
 from engine.text.tokenizer import Tokenizer
 from tests.tiny_drafts import make_draft_directory, random_draft
 from tests.tiny_models import make_directory

@@ -24,7 +24,7 @@ from engine.models.llama import RotaryEmbedding
 from engine.models.lora import adapted_rows
 from engine.models.native_eagle3 import WEIGHT_TYPE, NativeEagle3
 from engine.models.registry import validate_model_files
-from engine.spec.eagle_network import EagleNetwork, TorchEagleNetwork
+from engine.speculation.drafters.eagle_network import EagleNetwork, TorchEagleNetwork
 from kernels import native
 from kernels.batched_lora import LoraPart, LoraRows
 from tests.ragged_batches import RaggedSequences, attention_spec

@@ -500,5 +500,5 @@ sampling = RowSampling([temperature], [1], [0], [1.0], [0.0]) if temperature els
 stop = ChainStop(np.full((1, 2, 16), 0.9, np.float32), [0], [[0.9] * 4], [0.0] * 4, 0.01)
 batch = ChainBatch([4], [5], np.array([[1, 2]], np.int32), sampling=sampling, stop=stop)
 result = chain.run(batch, a, KvCache(1, 4, 16, 1, D))
-print(json.dumps([result.tokens.tolist(), result.sureness.tolist()]))
+print(json.dumps([result.tokens.tolist(), result.confidence.tolist()]))
 """

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from numpy.typing import NDArray
 
-from engine.vocab.bigram_graph import BigramGraph, build_bigram_graph
-from engine.vocab.prior import NUM_FEATURES, PRESENCE
+from engine.draft_vocab.bigram_graph import BigramGraph, build_bigram_graph
+from engine.draft_vocab.prior import NUM_FEATURES, PRESENCE
 from kernels.native_sessions import Drafted, DraftStep, SessionOptions, Sessions, TableSizes, Texts
 from tests.reference.bigram_graph import TenantBigrams, continuations
 from tests.reference.continuations import Continuations

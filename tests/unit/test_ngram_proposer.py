@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.spec.copies import MIN_MATCH
-from engine.spec.ngram import NgramProposer
+from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer
 from engine.step_plan import DraftSlot
 from tests.reference.text_matches import MAX_LENGTH, MAX_PLACES
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.ipc.shared_file import SharedMemoryError, claim_directory
+from engine.online.shared_file import SharedMemoryError, claim_directory
 
 
 def test_a_directory_is_one_engines_until_it_ends(tmp_path: Path) -> None:

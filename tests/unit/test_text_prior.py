@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.records import Segment
-from engine.vocab.prior import NUM_FEATURES
+from engine.draft_vocab.prior import NUM_FEATURES
 from kernels.native_sessions import Drafted, DraftStep, SessionOptions, Sessions, Texts
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_replay import segment

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from engine.vocab import bigram_graph
-from engine.vocab.bigram_graph import BigramGraph, BigramGraphError, build_bigram_graph
+from engine.draft_vocab import bigram_graph
+from engine.draft_vocab.bigram_graph import BigramGraph, BigramGraphError, build_bigram_graph
 from tests.reference.bigram_graph import NEIGHBOURS_PER_SEED, TenantBigrams, continuations, neighbours
 
 VOCAB = 12

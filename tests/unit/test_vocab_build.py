@@ -11,10 +11,10 @@ import torch
 
 from adapters.training import count
 from adapters.training.conversations import Conversation, data_directory, write_shard
+from engine.draft_vocab.bigram_graph import BigramGraph
 from engine.models.config import ModelError
-from engine.spec.draft_head import read_token_counts, static_vocabulary
-from engine.spec.session_head import GRAPH_FILE
-from engine.vocab.bigram_graph import BigramGraph
+from engine.speculation.drafters.head import read_token_counts, static_vocabulary
+from engine.speculation.drafters.session_head import GRAPH_FILE
 from tests.running_server import EVOSPEC
 from tests.tiny_models import VOCAB_SIZE, make_directory
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.vocab.semantic import SemanticIndex, open_semantic_index
+from engine.draft_vocab.semantic import SemanticIndex, open_semantic_index
 
 NUM_ROWS, WIDTH = 3000, 48
 

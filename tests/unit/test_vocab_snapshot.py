@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.vocab.merge import merge
-from engine.vocab.ngram_counts import NgramCounts
-from engine.vocab.prior import NUM_FEATURES
-from engine.vocab.snapshot import (
+from engine.draft_vocab.merge import merge
+from engine.draft_vocab.ngram_counts import NgramCounts
+from engine.draft_vocab.prior import NUM_FEATURES
+from engine.draft_vocab.snapshot import (
     MAX_BYTES,
     MAX_FINGERPRINT,
     MAX_NGRAMS,

@@ -16,18 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.ipc.cuda_memory import HandleServer, receive_memory
-from engine.ipc.shared_file import SharedMemoryError
-from engine.ipc.weight_channel import WeightChannel
-from engine.ipc.weight_directory import MAX_KEY_BYTES, MAX_VERSION, Slot
-from engine.ipc.weight_layout import TensorSpec, WeightLayout
-from engine.ipc.weight_writer import ChannelReplaced, WeightWriter
+from engine.online.cuda_memory import HandleServer, receive_memory
+from engine.online.shared_file import SharedMemoryError
+from engine.online.weight_channel import WeightChannel
+from engine.online.weight_directory import MAX_KEY_BYTES, MAX_VERSION, Slot
+from engine.online.weight_layout import TensorSpec, WeightLayout
+from engine.online.weight_writer import ChannelReplaced, WeightWriter
 from tests.killable_processes import processes
 from tests.unit.interleaving import at_line, before_each_line, count_lines
 
 SMALL = WeightLayout((TensorSpec("a", (5,), torch.float32), TensorSpec("b", (2, 3), torch.bfloat16)), "draft")
 LARGE = WeightLayout((TensorSpec("a", (512, 512), torch.float32), TensorSpec("b", (257,), torch.int64)))
-CODE = "/engine/ipc/"
+CODE = "/engine/online/"
 KILLS = 60
 
 

@@ -1,0 +1,162 @@
+"""The semantic index: the head rows nearest to a hidden state (arXiv 2605.27390, S_sem(h_t)).
+
+The inner product of a row and a hidden state is their logit, but HNSW graphs search by distance. So each row x gets one
+more coordinate, sqrt(m² - |x|²) with m the largest norm: all rows then have norm m, a query (which gets 0 there) has
+|q - x|² = |q|² + m² - 2 q·x, and the nearest rows are those with the largest logits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from queue import Empty, Full, Queue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from usearch.index import Index
+
+CONNECTIVITY = 32
+"""M of the graph (the paper's)."""
+NEIGHBOURS = 10
+"""Neighbours of a hidden state at an event (the paper's)."""
+_EXPANSION_ADD, _EXPANSION_SEARCH = 256, 256
+
+
+class SemanticIndex:
+    """Approximate search over head rows. Searching releases the interpreter, so a thread of its own delays no step.
+
+    Args:
+        index: over augmented rows of norm 1, keyed by token id.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def neighbours(self, hidden: NDArray[np.float32], k: int = NEIGHBOURS) -> NDArray[np.int32]:
+        """The tokens with about the largest logits.
+
+        Args:
+            hidden: [N, d], as the head takes it.
+            k: tokens a row.
+
+        Returns:
+            [N, k], best first; -1 where the index has fewer than k.
+        """
+        result = np.full((len(hidden), k), -1, np.int32)
+        if not len(hidden):
+            return result
+        norms = np.linalg.norm(hidden, axis=1, keepdims=True)
+        queries = np.pad(hidden / np.maximum(norms, np.finfo(np.float32).tiny), ((0, 0), (0, 1)))
+        matches = self._index.search(queries, k, threads=1)
+        # One query gives arrays without the batch dimension.
+        keys = np.asarray(matches.keys).astype(np.int64).reshape(len(queries), -1)
+        for row, count in enumerate(np.atleast_1d(getattr(matches, "counts", keys.shape[1]))):
+            result[row, :count] = keys[row, :count]
+        return result
+
+
+def open_semantic_index(
+    directory: Path, fingerprint: str, rows: Callable[[], tuple[NDArray[np.int64], NDArray[np.float32]]], threads: int
+) -> SemanticIndex:
+    """The index of a model, memory-mapped from its file; built first if there is none that can be read.
+
+    Args:
+        directory: beside the model; made if need be.
+        fingerprint: of the head's weights and of which rows are indexed, fit for a file name.
+        rows: called if the index must be built, which takes minutes for a large vocabulary: token ids [n], rows [n, d].
+        threads: to build with.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    path = directory / f"semantic-{fingerprint}.usearch"
+    index = _open(path)
+    if index is None:
+        token_ids, vectors = rows()
+        directory.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        _build(token_ids, vectors, threads).save(str(unfinished))
+        unfinished.replace(path)
+        index = _open(path)
+        if index is None:
+            raise OSError(f"{path}: cannot be read after it was written")
+    return SemanticIndex(index)
+
+
+def _build(token_ids: NDArray[np.int64], rows: NDArray[np.float32], threads: int) -> Index:
+    squares = np.square(rows).sum(axis=1)
+    largest = np.float32(max(squares.max(initial=0.0), np.finfo(np.float32).tiny))
+    augmented = np.column_stack([rows, np.sqrt(largest - squares)]) / np.sqrt(largest)
+    index = Index(
+        ndim=augmented.shape[1],
+        metric="l2sq",
+        dtype="f16",
+        connectivity=CONNECTIVITY,
+        expansion_add=_EXPANSION_ADD,
+        expansion_search=_EXPANSION_SEARCH,
+    )
+    index.add(token_ids.astype(np.uint64), augmented.astype(np.float32), threads=threads)
+    return index
+
+
+def _open(path: Path) -> Index | None:
+    """Memory-map a saved index; None if there is none, or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        index: Any = Index.restore(str(path), view=True, expansion_search=_EXPANSION_SEARCH)
+    except (RuntimeError, ValueError):
+        return None
+    return index if isinstance(index, Index) else None
+
+
+_MAX_WAITING = 256
+
+
+class SemanticSearch:
+    """A thread that searches. A query too many is dropped: neighbours that come late are worth little.
+
+    Args:
+        index: what it searches.
+    """
+
+    def __init__(self, index: SemanticIndex) -> None:
+        self._index = index
+        self._queries: Queue[tuple[str, NDArray[np.float32]]] = Queue(_MAX_WAITING)
+        self._found: Queue[tuple[str, list[int]]] = Queue()
+        self.num_searches = 0
+        self.seconds = 0.0
+        """Spent searching so far."""
+        threading.Thread(target=self._run, name="semantic search", daemon=True).start()
+
+    def ask(self, request_id: str, hidden: NDArray[np.float32]) -> None:
+        """Search for the neighbours of a hidden state [d]."""
+        try:
+            self._queries.put_nowait((request_id, hidden))
+        except Full:
+            return
+
+    def take(self) -> list[tuple[str, list[int]]]:
+        """What was found since the last call: whose it is, and tokens, the nearest first."""
+        found = []
+        while True:
+            try:
+                found.append(self._found.get_nowait())
+            except Empty:
+                return found
+
+    def _run(self) -> None:
+        while True:
+            request_id, hidden = self._queries.get()
+            started = time.perf_counter()
+            token_ids = self._index.neighbours(hidden[None])[0]
+            self.seconds += time.perf_counter() - started
+            self.num_searches += 1
+            self._found.put((request_id, token_ids[token_ids >= 0].tolist()))

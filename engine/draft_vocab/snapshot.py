@@ -1,0 +1,162 @@
+"""A session's vocabulary between two requests: what the engine hands back, the server stores and sends again.
+
+It holds token statistics of people's text, so it is small, bounded and never logged. What comes back from the store is
+checked in full before use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import MAX_TAIL_TOKENS
+from engine.draft_vocab.ngram_counts import NgramCounts
+from engine.draft_vocab.prior import MAX_WEIGHT, NUM_FEATURES
+
+FORMAT = 1
+MAX_BYTES = 64 * 1024
+MAX_TAIL = MAX_TAIL_TOKENS
+MAX_NGRAMS = (1024, 2048, 2048)
+"""Of orders 1, 2, 3. With a full tail these come to 62 KiB."""
+MAX_FINGERPRINT = 64
+_MAX_COUNT = 60000.0
+_MAX_TOKENS = 1 << 53
+_ID = np.dtype("<u4")
+_COUNT = np.dtype("<f2")
+
+
+class SnapshotError(ValueError):
+    """Bytes that are no usable snapshot: damaged, of another format, or of another model's vocabulary."""
+
+
+class PackedNgrams(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """``NgramCounts`` as bytes: ``token_ids`` [n, order] uint32 and ``counts`` [n] float16, little-endian."""
+
+    token_ids: bytes
+    counts: bytes
+
+
+class SessionSnapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Made by ``make_snapshot`` or ``decode``; so within all bounds."""
+
+    format: int
+    vocabulary: str
+    """Fingerprint of the model's vocabulary."""
+    num_verified_tokens: int
+    """Generated in the session so far."""
+    num_observed_tokens: int
+    """Counted in the n-grams so far, prompts included: the clock by which counts decay."""
+    weights: list[float]
+    """[NUM_FEATURES]: the prior's."""
+    tail: bytes
+    """[n] uint32, the token most worth keeping first."""
+    ngrams: list[PackedNgrams]
+    """Of orders 1, 2, 3."""
+
+    def tail_token_ids(self) -> list[int]:
+        """The tail, the token most worth keeping first."""
+        token_ids: list[int] = np.frombuffer(self.tail, _ID).tolist()
+        return token_ids
+
+    def ngram_counts(self) -> list[NgramCounts]:
+        """For ``ngram_counts.restore``."""
+        return [_unpack(packed, order) for order, packed in enumerate(self.ngrams, start=1)]
+
+
+def make_snapshot(
+    vocabulary: str,
+    num_verified_tokens: int,
+    num_observed_tokens: int,
+    weights: Sequence[float],
+    tail: Sequence[int],
+    ngrams: Sequence[NgramCounts],
+) -> SessionSnapshot:
+    """Pack a session's state, the strongest of what is more than fits.
+
+    Args:
+        vocabulary: fingerprint, at most ``MAX_FINGERPRINT`` characters of ASCII.
+        num_verified_tokens: generated in the session.
+        num_observed_tokens: counted in the n-grams.
+        weights: [NUM_FEATURES], of the prior.
+        tail: the token most worth keeping first, none twice.
+        ngrams: of orders 1, 2, 3; none twice.
+    """
+    return SessionSnapshot(
+        format=FORMAT,
+        vocabulary=vocabulary,
+        num_verified_tokens=num_verified_tokens,
+        num_observed_tokens=num_observed_tokens,
+        weights=[min(max(float(weight), 0.0), MAX_WEIGHT) for weight in weights],
+        tail=np.asarray(tail[:MAX_TAIL], _ID).tobytes(),
+        ngrams=[_pack(counts, limit) for counts, limit in zip(ngrams, MAX_NGRAMS, strict=True)],
+    )
+
+
+def encode(snapshot: SessionSnapshot) -> bytes:
+    """MessagePack, at most ``MAX_BYTES``."""
+    return msgspec.msgpack.encode(snapshot)
+
+
+def decode(data: bytes, vocabulary: str, vocab_size: int) -> SessionSnapshot:
+    """Read and check what ``encode`` wrote.
+
+    Args:
+        data: as stored; anything at all.
+        vocabulary: fingerprint of the model that will use it.
+        vocab_size: its token ids are below.
+
+    Raises:
+        SnapshotError: it must not be used. The message holds nothing of the content.
+    """
+    if len(data) > MAX_BYTES:
+        raise SnapshotError(f"{len(data)} bytes, at most {MAX_BYTES} are allowed")
+    try:
+        snapshot = msgspec.msgpack.decode(data, type=SessionSnapshot)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise SnapshotError("not a snapshot") from error
+    if snapshot.format != FORMAT:
+        raise SnapshotError(f"format {snapshot.format}, wanted {FORMAT}")
+    if snapshot.vocabulary != vocabulary:
+        raise SnapshotError("made with another vocabulary")
+    _check(0 <= snapshot.num_verified_tokens <= _MAX_TOKENS, "number of verified tokens")
+    _check(0 <= snapshot.num_observed_tokens <= _MAX_TOKENS, "number of observed tokens")
+    _check(len(snapshot.weights) == NUM_FEATURES, "number of weights")
+    _check(all(0.0 <= weight <= MAX_WEIGHT for weight in snapshot.weights), "weights")  # false for NaN
+    _check_ids(snapshot.tail, 1, MAX_TAIL, vocab_size, "tail")
+    _check(len(snapshot.ngrams) == len(MAX_NGRAMS), "orders of n-grams")
+    for order, (packed, limit) in enumerate(zip(snapshot.ngrams, MAX_NGRAMS, strict=True), start=1):
+        _check_ids(packed.token_ids, order, limit, vocab_size, f"{order}-grams")
+        _check(len(packed.counts) * order * _ID.itemsize == len(packed.token_ids) * _COUNT.itemsize, "number of counts")
+        counts = np.frombuffer(packed.counts, _COUNT)
+        _check(bool(((counts > 0) & (counts <= _MAX_COUNT)).all()), "counts")
+    return snapshot
+
+
+def _check(sound: bool, what: str) -> None:
+    if not sound:
+        raise SnapshotError(f"bad {what}")
+
+
+def _check_ids(data: bytes, order: int, limit: int, vocab_size: int, what: str) -> None:
+    """Whole n-grams, not too many, of known tokens, none twice."""
+    size = order * _ID.itemsize
+    _check(len(data) % size == 0 and len(data) // size <= limit, f"size of {what}")
+    _check(bool((np.frombuffer(data, _ID) < vocab_size).all()), f"token id in {what}")
+    ngrams = np.frombuffer(data, np.dtype((np.void, size)))
+    _check(len(set(ngrams.tolist())) == len(ngrams), f"repeated {what}")
+
+
+def _pack(ngrams: NgramCounts, limit: int) -> PackedNgrams:
+    """The ``limit`` largest counts, the largest first; equals by token ids: the order given is no matter."""
+    counts = np.minimum(ngrams.counts, _MAX_COUNT).astype(_COUNT)
+    order = np.lexsort((*ngrams.token_ids.T[::-1], -counts))[:limit]
+    order = order[counts[order] > 0]
+    return PackedNgrams(ngrams.token_ids[order].astype(_ID).tobytes(), counts[order].tobytes())
+
+
+def _unpack(packed: PackedNgrams, order: int) -> NgramCounts:
+    token_ids: NDArray[np.int32] = np.frombuffer(packed.token_ids, _ID).astype(np.int32).reshape(-1, order)
+    return NgramCounts(token_ids, np.frombuffer(packed.counts, _COUNT).astype(np.float32))

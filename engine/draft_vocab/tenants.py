@@ -1,0 +1,150 @@
+"""What a tenant's sessions had in common, so that a new one starts where the last ones ended."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.draft_vocab.prior import MAX_WEIGHT
+from kernels.native_sessions import Sessions
+
+MAX_TENANTS, MAX_DOMAINS, MAX_TOKENS = 256, 16, 4096
+HALF_LIFE = 8192.0
+"""Out-of-core tokens after which a count is worth half."""
+_WEIGHTS_MEMORY = 0.8
+"""Weight of the past in the average of session-end weights, for each session that has ended."""
+_MAX_UNIT = 1e30
+
+
+class DecayedCounts:
+    """Counts of at most ``max_tokens`` tokens, of which each new one makes the older worth less.
+
+    Args:
+        max_tokens: the weakest are forgotten beyond; twice as many may be held for a while.
+        half_life: in tokens counted.
+    """
+
+    def __init__(self, max_tokens: int = MAX_TOKENS, half_life: float = HALF_LIFE) -> None:
+        self._max_tokens, self._growth = max_tokens, 2.0 ** (1.0 / half_life)
+        self._counts: dict[int, float] = {}
+        self._unit = 1.0
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def add(self, token_ids: Iterable[int]) -> None:
+        """Count each once more."""
+        for token_id in token_ids:
+            self._unit *= self._growth
+            self._counts[token_id] = self._counts.get(token_id, 0.0) + self._unit
+        if len(self._counts) > 2 * self._max_tokens or self._unit > _MAX_UNIT:
+            self._counts = {token_id: self._counts[token_id] / self._unit for token_id in self.top(self._max_tokens)}
+            self._unit = 1.0
+
+    def top(self, limit: int) -> list[int]:
+        """At most ``limit`` tokens (and ``max_tokens``), the largest count first."""
+        ranked = sorted(self._counts, key=lambda token_id: (-self._counts[token_id], token_id))
+        return ranked[: min(limit, self._max_tokens)]
+
+
+class _Memory:
+    """Of one tenant as a whole, or of one of its domains."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.counts = DecayedCounts(max_tokens)
+        self.weights: NDArray[np.float64] | None = None
+
+
+class TenantMemory:
+    """Out-of-core tokens that verification produced, and where the prior's weights ended; by tenant and domain.
+
+    What a domain learns also counts for the tenant as a whole, from which a domain not seen before starts. Nothing
+    passes between tenants. Sessions without a domain use the tenant's memory as a whole.
+
+    Args:
+        max_tenants: tenants remembered; the least recently used is forgotten beyond.
+        max_domains: the same for the domains of a tenant, whose names are its clients' choice.
+        max_tokens: tokens of each.
+    """
+
+    def __init__(
+        self, max_tenants: int = MAX_TENANTS, max_domains: int = MAX_DOMAINS, max_tokens: int = MAX_TOKENS
+    ) -> None:
+        self._max_tenants, self._max_domains, self._max_tokens = max_tenants, max_domains, max_tokens
+        self._tenants: OrderedDict[str, OrderedDict[str | None, _Memory]] = OrderedDict()
+        """By tenant, then domain; None is the tenant as a whole."""
+
+    def add(self, tenant: str, domain: str | None, token_ids: Sequence[int]) -> None:
+        """Tokens outside the static core that verification produced."""
+        if token_ids:
+            for memory in self._made(tenant, domain):
+                memory.counts.add(token_ids)
+
+    def end_session(self, tenant: str, domain: str | None, weights: Sequence[float]) -> None:
+        """The prior's weights at the end of a session: [NUM_FEATURES]."""
+        ended = np.clip(np.asarray(weights, np.float64), 0.0, MAX_WEIGHT)
+        for memory in self._made(tenant, domain):
+            before = ended if memory.weights is None else memory.weights
+            memory.weights = _WEIGHTS_MEMORY * before + (1.0 - _WEIGHTS_MEMORY) * ended
+
+    def top(self, tenant: str, domain: str | None, limit: int) -> list[int]:
+        """Tokens for a new session's tail, the most wanted first: the domain's, then other ones of the tenant."""
+        token_ids: dict[int, None] = {}
+        for memory in self._known(tenant, domain):
+            token_ids |= dict.fromkeys(memory.counts.top(limit))
+        return list(token_ids)[:limit]
+
+    def weights(self, tenant: str, domain: str | None) -> list[float] | None:
+        """Where a new session's prior starts: [NUM_FEATURES]; None for a tenant not seen before."""
+        known = (memory.weights for memory in self._known(tenant, domain) if memory.weights is not None)
+        found = next(known, None)
+        return None if found is None else found.tolist()
+
+    def _known(self, tenant: str, domain: str | None) -> list[_Memory]:
+        """The domain's memory and the tenant's, as far as there are any."""
+        domains = self._tenants.get(tenant, OrderedDict())
+        return [domains[key] for key in _keys(domain) if key in domains]
+
+    def _made(self, tenant: str, domain: str | None) -> list[_Memory]:
+        """The domain's memory and the tenant's, made if need be, and the most recently used from now on."""
+        domains = self._tenants.setdefault(tenant, OrderedDict())
+        self._tenants.move_to_end(tenant)
+        memories = []
+        for key in _keys(domain):
+            memories.append(domains.setdefault(key, _Memory(self._max_tokens)))
+            domains.move_to_end(key)
+        if len(domains) > self._max_domains + 1:
+            domains.popitem(last=False)
+        if len(self._tenants) > self._max_tenants:
+            self._tenants.popitem(last=False)
+        return memories
+
+
+def _keys(domain: str | None) -> list[str | None]:
+    return [None] if domain is None else [domain, None]
+
+
+class TenantTables:
+    """Gives each tenant a table at first use; the least recently used goes to another when there are no more.
+
+    Args:
+        sessions: whose the tables are.
+    """
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self._tables: OrderedDict[str, int] = OrderedDict()
+
+    def of(self, tenant: str) -> int:
+        """The tenant's; for this step only, as another may get it in a later one."""
+        table = self._tables.get(tenant)
+        if table is None:
+            is_new = len(self._tables) < self._sessions.options.num_tenants
+            table = len(self._tables) if is_new else self._tables.popitem(last=False)[1]
+            self._sessions.clear_tenant(table)
+            self._tables[tenant] = table
+        self._tables.move_to_end(tenant)
+        return table

@@ -1,1 +1,0 @@
-"""What the engine and the adapters worker share: draft weights, draft input features, and the token log."""

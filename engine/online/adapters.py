@@ -1,0 +1,211 @@
+"""The adapters of an EAGLE-3 draft in the engine: taken from the weight channel, given to the requests they are for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import structlog
+
+from engine.adapters_config import AdaptersConfig
+from engine.models.config import ModelError
+from engine.models.eagle3 import Eagle3
+from engine.online.adapter_control import adapter_key
+from engine.online.adapter_slots import make_slots
+from engine.online.shared_file import SharedMemoryError, make_private_directory
+from engine.online.weight_channel import NonFiniteWeights, WeightChannel
+from engine.online.weight_directory import Slot
+from engine.request import Request
+from engine.speculation.drafters.eagle_network import EagleNetwork
+from kernels.batched_lora import LoraRows
+
+log = structlog.get_logger(__name__)
+
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Who drafts for a request: the adapter in a slot, at a version; slot -1: the base draft, without key."""
+
+    slot: int
+    key: str | None
+    version: int
+
+
+BASE = Assignment(-1, None, 0)
+
+
+class EagleAdapters:
+    """Slots of adapters that a worker fills, and which of them drafts for whom.
+
+    ``refresh`` and ``assign`` come once a step, before anything is drafted. Between them and the next step no weight
+    changes, so the version of an assignment is the one that drafted.
+
+    Args:
+        config: what a slot holds, how many there are, who shares one.
+        draft: the base draft.
+        base: its fingerprint.
+        network: computes with the draft's weights.
+
+    Raises:
+        ModelError: the channel cannot be made.
+    """
+
+    def __init__(self, config: AdaptersConfig, draft: Eagle3, base: str, network: EagleNetwork) -> None:
+        self.config = config
+        self._slots = make_slots(config, draft, base, network)
+        self.num_bytes = self._slots.num_bytes
+        num_slots, device = len(self._slots.tensors), draft.fc.weight.device
+        try:
+            make_private_directory(config.shared_directory)
+            self._channel = WeightChannel.create(config.channel_path, self._slots.layout, num_slots, device)
+        except SharedMemoryError as error:
+            raise ModelError(f"alignment: no weight channel: {error}") from error
+        self._in_force = [BASE] * num_slots
+        self._versions = [0] * num_slots
+        """Of what each slot held when it was read."""
+        self._by_key: dict[str, Assignment] = {}
+        self._keys: dict[str, str | None] = {}
+        """Of each request; None for those that keep the base draft, to compare with."""
+        self._assigned: dict[str, Assignment] = {}
+        self._seen, self._look_at = -1, 0.0
+        """Version of the channel at the last look that found it sound, and when to look again."""
+        self._is_damaged = False
+        """Whether something could not be read at the last look."""
+        self.num_loads = 0
+        self.num_failed_loads = 0
+
+    @property
+    def version(self) -> int:
+        """Of the channel, as far as it was read."""
+        return max(self._seen, 0)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Of the adapters in force, by key."""
+        return {key: assignment.version for key, assignment in self._by_key.items()}
+
+    def refresh(self) -> None:
+        """Take over what was published since the last call, and see once a second that the channel is sound.
+
+        What cannot be read is tried again a second later. If it is still damaged then, nobody else will mend it before
+        the next publication, or ever: another channel takes its place.
+        """
+        now = time.monotonic()
+        if now < self._look_at and (self._is_damaged or not self._has_changed()):
+            return
+        self._look_at = now + _LOOK_SECONDS
+        was_damaged, self._is_damaged = self._is_damaged, not self._take_over()
+        if was_damaged and self._is_damaged:
+            self._replace()
+
+    def assign(self, requests: Sequence[Request]) -> None:
+        """Decide who drafts for these requests in this step."""
+        for request in requests:
+            key = self._key(request)
+            self._assigned[request.request_id] = BASE if key is None else self._by_key.get(key, BASE)
+
+    def assigned(self, request_id: str) -> Assignment:
+        """Who drafted last for a request."""
+        return self._assigned.get(request_id, BASE)
+
+    def rows(self, request_ids: Iterable[str]) -> LoraRows | None:
+        """What the tokens of a batch are adapted by, given whose each is; None: nothing."""
+        if not self._by_key:
+            return None
+        return self._slots.rows([self.assigned(request_id).slot for request_id in request_ids])
+
+    def is_control(self, request: Request) -> bool:
+        """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""
+        return self._key(request) is None
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._keys.pop(request_id, None)
+        self._assigned.pop(request_id, None)
+
+    def _key(self, request: Request) -> str | None:
+        request_id = request.request_id
+        if request_id not in self._keys:
+            key = adapter_key(self.config.key_scope, request.tenant, request.domain)
+            digest = blake2b(request_id.encode(), digest_size=4, person=b"control").digest()
+            is_control = int.from_bytes(digest) < self.config.log.control_share * 2**32
+            self._keys[request_id] = None if is_control else key
+        return self._keys[request_id]
+
+    def _has_changed(self) -> bool:
+        """Whether something was published since the last look, or nobody can tell."""
+        try:
+            return self._channel.poll() != self._seen
+        except SharedMemoryError:
+            return True
+
+    def _take_over(self) -> bool:
+        """Load the slots that changed; whether all could be read, and the channel is where a worker looks for it."""
+        try:
+            if self._channel.is_replaced():
+                raise SharedMemoryError(f"{self.config.channel_path} is gone, or another's")
+            version = self._channel.poll()
+            slots = self._channel.slots()
+        except SharedMemoryError as error:
+            self._note_failure(error)
+            return False
+        changed = [index for index, slot in enumerate(slots) if slot.version != self._versions[index]]
+        are_loaded = [self._load(index, slots[index]) for index in changed]
+        self._by_key = {one.key: one for one in self._in_force if one.key is not None}
+        if not all(are_loaded):
+            return False
+        self._seen = version
+        return True
+
+    def _replace(self) -> None:
+        """Make an empty channel: the worker finds it within a second, and publishes again what should be in force."""
+        try:
+            make_private_directory(self.config.shared_directory)
+            self._channel = self._channel.replace(max(self._versions))
+        except SharedMemoryError as error:
+            log.warning("no other weight channel", reason=str(error))
+            return
+        log.warning("damaged or lost weight channel replaced", version=max(self._versions))
+        # A key may come back in another slot: until then it has the base draft.
+        for index in range(len(self._in_force)):
+            self._withdraw(index)
+        self._versions = [0] * len(self._in_force)
+        self._by_key = {}
+        self._is_damaged = False
+
+    def _load(self, index: int, slot: Slot) -> bool:
+        """Copy a slot's weights in place; whether they could be read.
+
+        Its key goes on with what it had if they could not, or should not be drafted with.
+        """
+        if slot.key != self._in_force[index].key:
+            self._withdraw(index)
+        try:
+            state = self._channel.read_into(index, self._slots.tensors[index])
+        except NonFiniteWeights as error:
+            self._note_failure(error)
+            self._versions[index] = slot.version
+            return True
+        except SharedMemoryError as error:
+            self._note_failure(error)
+            return False
+        self._versions[index] = state.version
+        if state.key is None:
+            self._withdraw(index)
+        else:
+            self._slots.put_in_force(index)
+            self._in_force[index] = Assignment(index, state.key, state.version)
+        self.num_loads += 1
+        return True
+
+    def _withdraw(self, index: int) -> None:
+        self._slots.withdraw(index)
+        self._in_force[index] = BASE
+
+    def _note_failure(self, error: SharedMemoryError) -> None:
+        self.num_failed_loads += 1
+        log.warning("adapters cannot be read", reason=str(error))

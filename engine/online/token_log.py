@@ -1,0 +1,298 @@
+"""The token log: verify steps on their way from the engine to the worker, through a Redis stream.
+
+The engine never waits for it: a record that finds the queue full, or Redis down, is dropped and counted. The worker
+gets each record at least once (``TokenLogReader``). Imports no torch.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import structlog
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+from redis.retry import Retry
+
+from engine.online.verify_record import RecordError, VerifyRecord, decode_record, encode_record
+
+log = structlog.get_logger(__name__)
+
+_FIELD = b"record"
+_WRITE_TIMEOUT = 1.0
+_READ_TIMEOUT = 2.0
+_LOOK_INTERVAL = 0.1
+_RETRY_INTERVAL = 0.5
+_BATCH_SIZE = 64  # packing one holds the GIL for about half a millisecond
+
+_Entry = tuple[bytes, dict[bytes, bytes] | None]  # None, or no fields: it was trimmed
+
+
+@dataclass(frozen=True)
+class TokenLogStats:
+    """Records since the start, each in one of the first three, in the queue, or just being sent.
+
+    Those dropped by Redis may have been written where it failed before it could answer.
+    """
+
+    num_written: int
+    num_dropped_by_queue: int
+    num_dropped_by_redis: int
+    num_queued: int
+
+
+class TokenLog:
+    """The engine's end of the token log.
+
+        token_log = TokenLog("redis://localhost", "evospec:token-log")
+        token_log.log(record)
+
+    Args:
+        url: of Redis or Valkey.
+        stream: key of the stream.
+        queue_size: records that may wait for the writer thread.
+        max_records: about how many records the stream keeps, the newest; at half to one KB each they must fit into
+            Redis's memory, since a stream is never evicted.
+        interval: seconds that fewer records than a batch wait: of few, the call costs more than the records.
+    """
+
+    def __init__(
+        self, url: str, stream: str, queue_size: int = 4096, max_records: int = 50_000, interval: float = 0.2
+    ) -> None:
+        self._redis = connect_briefly(url, _WRITE_TIMEOUT)
+        self._stream, self._interval = stream, interval
+        self._queue_size, self._max_records = queue_size, max_records
+        self._queue: deque[bytes] = deque()
+        # Each counter is written by one thread only.
+        self._dropped_by_queue = self._dropped_by_redis = self._written = 0
+        self._is_down = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="token-log", daemon=True)
+        self._thread.start()
+
+    def log(self, record: VerifyRecord) -> None:
+        """Queue a record, or drop it. Takes microseconds: no lock, no system call."""
+        if len(self._queue) >= self._queue_size:
+            self._dropped_by_queue += 1
+        else:
+            self._queue.append(encode_record(record))
+
+    def stats(self) -> TokenLogStats:
+        """Counters, readable from any thread."""
+        return TokenLogStats(self._written, self._dropped_by_queue, self._dropped_by_redis, len(self._queue))
+
+    def close(self) -> None:
+        """Write what is queued, if Redis answers, and end the thread: seconds at most."""
+        self._closing.set()
+        self._thread.join()
+        self._redis.close()
+
+    def _run(self) -> None:
+        # It looks at the queue by the clock, since being woken would cost the engine a lock for each record.
+        flushed_at = time.monotonic()
+        while not self._closing.wait(min(self._interval, _LOOK_INTERVAL)):
+            if len(self._queue) >= _BATCH_SIZE or time.monotonic() - flushed_at >= self._interval:
+                self._flush()
+                flushed_at = time.monotonic()
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._queue:
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), _BATCH_SIZE))]
+            error = self._write(batch)
+            self._note(error)
+            if error is not None:
+                self._closing.wait(_RETRY_INTERVAL)
+                return
+
+    def _write(self, batch: list[bytes]) -> Exception | None:
+        """Send a batch once; the first error of it. Sending again could write records twice."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for data in batch:
+            pipeline.xadd(self._stream, {_FIELD: data}, maxlen=self._max_records, approximate=True)
+        try:
+            results: list[Any] = pipeline.execute(raise_on_error=False)
+        except (RedisError, OSError) as error:
+            self._dropped_by_redis += len(batch)
+            return error
+        errors = [result for result in results if isinstance(result, Exception)]
+        self._dropped_by_redis += len(errors)
+        self._written += len(batch) - len(errors)
+        return errors[0] if errors else None
+
+    def _note(self, error: Exception | None) -> None:
+        """One line in the log for each outage."""
+        if error is not None and not self._is_down:
+            log.warning("token log cannot be written", error=str(error) or type(error).__name__)
+        elif error is None and self._is_down:
+            log.info("token log is written again")
+        self._is_down = error is not None
+
+
+class TokenLogUnavailable(Exception):
+    """Redis did not answer. Later calls go on where this one failed."""
+
+
+class LoggedRecord(NamedTuple):
+    """A record and its id in the stream."""
+
+    entry_id: bytes
+    record: VerifyRecord
+
+    @property
+    def logged_at(self) -> float:
+        """Seconds of the epoch, by the clock of Redis."""
+        return _order(self.entry_id)[0] / 1000
+
+
+class TokenLogReader:
+    """The worker's end of the token log: a consumer of a group, which remembers what was read and not yet acknowledged.
+
+    A reader of the same name first gets what the one before it got and did not acknowledge.
+
+    Args:
+        url, stream: as in ``TokenLog``.
+        group: readers of different groups each get everything.
+        consumer: name of this reader; one process at a time may have it.
+    """
+
+    def __init__(self, url: str, stream: str, group: str = "adapters", consumer: str = "worker") -> None:
+        self._redis = connect_briefly(url, _READ_TIMEOUT)
+        self._stream, self._group, self._consumer = stream, group, consumer
+        self._last_id = b"0-0"
+        self._has_pending = True
+        self._to_acknowledge: list[bytes] = []
+        self._newest: tuple[int, ...] | None = None
+        """Id of the newest record that was given to the group; None: not known yet."""
+        self._num_passed: int | None = None
+        """Records that the group has passed, by our count; Redis counts those, too, that were trimmed before it came to
+        them. None: it did not say yet how many there were at first."""
+        self.num_trimmed = 0
+        """Records that left the stream before they were read, or before they were read again."""
+        self.num_rejected = 0
+        """Records of another format."""
+
+    def read(self, max_records: int) -> list[LoggedRecord]:
+        """The next records, oldest first, at most so many; none if there are none yet.
+
+        Raises:
+            TokenLogUnavailable: Redis did not answer. What it delivered without our knowledge comes first next time.
+        """
+        try:
+            if self._newest is None:
+                self._find_place()
+            if self._has_pending:
+                entries = self._read_group(self._last_id, max_records)
+                if entries:
+                    return self._decode(entries)
+                self._has_pending = False
+            return self._decode(self._read_group(b">", max_records))
+        except (RedisError, OSError) as error:
+            self._has_pending = True
+            raise TokenLogUnavailable(str(error)) from error
+
+    def rewind(self) -> None:
+        """Read again, from the next call on, whatever is not acknowledged."""
+        self._last_id, self._has_pending = b"0-0", True
+
+    def acknowledge(self, records: Sequence[LoggedRecord]) -> None:
+        """Say that these records are done with and need not be read again.
+
+        Raises:
+            TokenLogUnavailable: Redis did not answer; the next call does it.
+        """
+        self._to_acknowledge += [entry_id for entry_id, _ in records]
+        if not self._to_acknowledge:
+            return
+        try:
+            self._redis.xack(self._stream, self._group, *self._to_acknowledge)
+        except (RedisError, OSError) as error:
+            raise TokenLogUnavailable(str(error)) from error
+        self._to_acknowledge.clear()
+
+    def backlog(self) -> int:
+        """Records in the stream that this group has not read yet; raises ``TokenLogUnavailable``.
+
+        Counts what was trimmed before it was read, too.
+        """
+        try:
+            group = self._state()
+        except (RedisError, OSError) as error:
+            raise TokenLogUnavailable(str(error)) from error
+        if group is None:
+            return 0
+        if not self._has_pending:  # else some were given to us that we have not seen
+            num_passed: int | None = group.get("entries-read")
+            if num_passed is not None and self._num_passed is not None:
+                self.num_trimmed += max(0, num_passed - self._num_passed)
+            self._num_passed = num_passed
+        return group["lag"] or 0
+
+    def close(self) -> None:
+        """Close the connection; what is not acknowledged stays for the next reader."""
+        self._redis.close()
+
+    def _state(self) -> dict[str, Any] | None:
+        """The group's state as Redis has it; None: there is no group yet."""
+        try:
+            groups: list[dict[str, Any]] = self._redis.xinfo_groups(self._stream)
+        except ResponseError:  # no stream
+            return None
+        return next((group for group in groups if group["name"] == self._group.encode()), None)
+
+    def _find_place(self) -> None:
+        """Where the reader before this one was."""
+        group = self._state()
+        self._newest = (0, 0) if group is None else _order(group["last-delivered-id"])
+        self._num_passed = None if group is None else group.get("entries-read")
+
+    def _read_group(self, start: bytes, count: int) -> list[_Entry]:
+        try:
+            reply: Any = self._redis.xreadgroup(self._group, self._consumer, {self._stream: start}, count=count)
+        except ResponseError as error:
+            if not str(error).startswith("NOGROUP"):
+                raise
+            # The first start, or Redis came back empty.
+            self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+            self._last_id, self._newest, self._num_passed = b"0-0", (0, 0), None
+            return []
+        entries: list[_Entry] = reply[0][1] if reply else []
+        return entries
+
+    def _decode(self, entries: list[_Entry]) -> list[LoggedRecord]:
+        records = []
+        for entry_id, fields in entries:
+            self._last_id = entry_id
+            if self._newest is None or _order(entry_id) > self._newest:
+                self._newest = _order(entry_id)
+                if self._num_passed is not None:
+                    self._num_passed += 1
+            if entry_id in self._to_acknowledge:
+                continue  # done with, as Redis could not be told yet
+            if not fields:
+                self.num_trimmed += 1
+                self._to_acknowledge.append(entry_id)
+                continue
+            try:
+                records.append(LoggedRecord(entry_id, decode_record(fields.get(_FIELD, b""))))
+            except RecordError:
+                self.num_rejected += 1
+                self._to_acknowledge.append(entry_id)
+        return records
+
+
+def _order(entry_id: bytes) -> tuple[int, ...]:
+    """A key to sort a stream's ids by."""
+    return tuple(map(int, entry_id.split(b"-")))
+
+
+def connect_briefly(url: str, timeout: float) -> Redis:
+    """A connection that waits for no answer longer than ``timeout`` seconds, and tries nothing twice."""
+    return Redis.from_url(
+        url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2
+    )

@@ -1,0 +1,290 @@
+"""What the engine writes down of its verify steps for the adapters worker: docs/token-log.md."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from engine.messages import AlignmentStats
+from engine.models.config import ModelError
+from engine.online.adapters import EagleAdapters
+from engine.online.feature_ring import FeatureRing
+from engine.online.shared_file import SharedMemoryError, make_private_directory
+from engine.online.token_log import TokenLog
+from engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights
+from engine.request import Request
+from engine.speculation.drafters.kv import Chunk
+from engine.verification import Verification
+from kernels.topk import topk_rows
+
+if TYPE_CHECKING:
+    from kernels.native import Team
+
+log = structlog.get_logger(__name__)
+
+_LOOK_SECONDS = 1.0
+_CONTEXT_SECONDS = 3.0
+"""After so long without a record a request's context comes again: the worker gives a silent request up after five."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A verified draft, or none, and whether the first token that was drafted is right (None: it was copied)."""
+
+    verified: Verification
+    first_right: bool | None
+
+    @property
+    def kept(self) -> Sequence[int]:
+        return self.verified.kept
+
+    @property
+    def num_accepted(self) -> int:
+        return len(self.kept) - 1
+
+    @property
+    def drafted(self) -> list[int]:
+        """The draft tokens; where the output stops at a right one, those before it: the rest was not looked at."""
+        drafted = self.verified.drafted
+        return drafted[: self.num_accepted] if self.verified.num_accepted > self.num_accepted else drafted
+
+    @property
+    def chunk(self) -> Chunk:
+        """The last known token and the accepted drafts."""
+        sequence, first = self.verified.sequence, self.verified.sequence.num_known - 1
+        token_ids = sequence.token_ids[first : first + len(self.kept)]
+        return Chunk(sequence.start + first, token_ids, 0, sequence.block_ids, sequence.request.request_id)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """A step to log, and the target's top k [len(kept), k] there."""
+
+    step: _Step
+    is_gated: bool
+    values: NDArray[np.float32]
+    ids: NDArray[np.int64]
+
+
+class VerifyLog:
+    """Logs verified drafts and their features. It never waits: what cannot be taken is dropped and counted.
+
+    A step is logged whatever happened in it with the probability ``log.fair_share``; all steps of control requests
+    are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
+    accepted, or the draft was asked and nothing it said was verified: it was not sure enough, which is where there is
+    most to learn. A request's first record, and the first after a while, brings along the tokens before it: its prompt,
+    to which the draft attends.
+
+    Args:
+        adapters: who drafted.
+        width: of a feature.
+        features: [T, width] of the positions before the tokens of some chunks.
+        prior_weights: [NUM_FEATURES] of the prior with which a request is drafted for; None: without one.
+        team: threads of the compiled kernels (None: the calling one).
+
+    Raises:
+        ModelError: there is no Redis to write to, or the ring cannot be made.
+    """
+
+    def __init__(
+        self,
+        adapters: EagleAdapters,
+        width: int,
+        features: Callable[[Sequence[Chunk]], torch.Tensor],
+        prior_weights: Callable[[str], NDArray[np.float32] | None],
+        team: Team | None = None,
+    ) -> None:
+        config = adapters.config
+        if config.redis_url is None:
+            raise ModelError("alignment.redis_url is needed: only `evospec serve` has a Redis of its own")
+        self._adapters, self._features, self._prior_weights = adapters, features, prior_weights
+        self._team, self._options = team, config.log
+        self._make_ring = partial(FeatureRing, config.ring_path, config.log.ring_rows, width)
+        try:
+            self._ring = self._make_ring()
+        except SharedMemoryError as error:
+            raise ModelError(f"alignment: no feature ring: {error}") from error
+        self._look_at = 0.0
+        options = config.log
+        self._log = TokenLog(
+            config.redis_url, options.stream, max_records=options.max_records, interval=options.interval_seconds
+        )
+        self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
+        self._told_at: dict[str, float] = {}
+        """When each request was logged last, with its context or after it."""
+        self._num_lost = 0
+        self._random = random.Random()
+        self._num_steps = self._num_gated = self._num_fair = 0
+
+    @torch.inference_mode()
+    def write(
+        self,
+        verified: Sequence[Verification],
+        logits: torch.Tensor,
+        num_likely: int,
+        first_right: Mapping[str, bool | None],
+    ) -> NDArray[np.int64] | None:
+        """Log of a step what is worth it, once its features are stored and before it is committed.
+
+        Args:
+            verified: all sequences of the step.
+            logits: [L, vocab] float32, as the target has computed them.
+            num_likely: how many of the target's most likely tokens somebody else wants of each row.
+            first_right: of the requests that were drafted for, whatever of that was verified, whether the first token
+                is the target's choice (None: it was copied).
+
+        Returns:
+            these tokens' ids [L, num_likely], best first; None where there is nothing to log.
+        """
+        steps = _steps(verified, first_right)
+        if not steps:
+            return None
+        self._num_steps += len(steps)
+        k = self._options.top_k
+        # All rows at once: nearly all are wanted, and the call takes longer than a row.
+        values, ids = (top.cpu().numpy() for top in topk_rows(logits, max(k, num_likely), team=self._team))
+        self._log_steps(steps, values[:, :k], ids[:, :k])
+        return ids[:, :num_likely]
+
+    def _log_steps(self, steps: Sequence[_Step], values: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
+        """Those worth it, of which ``values`` and ``ids`` [L, k] are the target's largest logits."""
+        chosen: list[_Chosen] = []
+        for step in steps:
+            of_step = step.verified.rows
+            is_fair = self._is_fair(step.verified.request)
+            if is_fair or self._teaches(step, values[of_step], ids[of_step]):
+                chosen.append(_Chosen(step, not is_fair, values[of_step], ids[of_step]))
+        if not chosen:
+            return
+        self._look_around()
+        chunks = [self._with_context(one.step) for one in chosen]
+        of_pieces = self._features(chunks).split_with_sizes([len(chunk.token_ids) for chunk in chunks])
+        for one, chunk, rows in zip(chosen, chunks, of_pieces, strict=True):
+            try:
+                place = self._ring.write(rows)
+            except SharedMemoryError:  # somebody truncated it: the next look around makes another
+                continue
+            self._num_gated += one.is_gated
+            self._num_fair += not one.is_gated
+            self._log.log(self._record(one, chunk.token_ids[: -len(one.step.kept)], *place))
+
+    def _look_around(self) -> None:
+        """See once a second whether records were lost, and that a worker finds the ring; if not, make another."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_SECONDS
+        written = self._log.stats()
+        if self._num_lost != (lost := written.num_dropped_by_queue + written.num_dropped_by_redis):
+            self._num_lost = lost
+            self._told_at.clear()  # contexts may be among what was lost
+        if not self._ring.is_lost():
+            return
+        try:
+            make_private_directory(self._adapters.config.shared_directory)
+            self._ring = self._make_ring()
+        except SharedMemoryError as error:
+            log.warning("no other feature ring", reason=str(error))
+        else:
+            log.warning("lost feature ring replaced")
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._told_at.pop(request_id, None)
+
+    def draft_version(self, request_id: str) -> int:
+        """Of the adapter that drafted last for a request."""
+        return self._adapters.assigned(request_id).version
+
+    def stats(self) -> AlignmentStats:
+        """For metrics."""
+        written = self._log.stats()
+        return AlignmentStats(
+            channel_version=self._adapters.version,
+            versions=self._adapters.versions,
+            loads=self._adapters.num_loads,
+            failed_loads=self._adapters.num_failed_loads,
+            steps=self._num_steps,
+            records_gated=self._num_gated,
+            records_fair=self._num_fair,
+            records_written=written.num_written,
+            records_dropped_by_queue=written.num_dropped_by_queue,
+            records_dropped_by_redis=written.num_dropped_by_redis,
+        )
+
+    def _with_context(self, step: _Step) -> Chunk:
+        """The step's own tokens; the first time, and after a while without any, also those before."""
+        chunk, request, now = step.chunk, step.verified.request, time.monotonic()
+        told_at = self._told_at.get(request.request_id, -math.inf)
+        self._told_at[request.request_id] = now
+        if now - told_at < _CONTEXT_SECONDS:
+            return chunk
+        start = max(0, chunk.start - self._max_context)
+        token_ids = request.all_token_ids[start : chunk.start] + chunk.token_ids
+        return Chunk(start, token_ids, 0, chunk.block_ids, chunk.request_id)
+
+    def _is_fair(self, request: Request) -> bool:
+        # The guard compares adapters with control requests, of which there are few: it gets all of their steps.
+        return self._adapters.is_control(request) or self._random.random() < self._options.fair_share
+
+    def _teaches(self, step: _Step, values: NDArray[np.float32], ids: NDArray[np.int64]) -> bool:
+        count = step.num_accepted
+        if count < len(step.drafted) or not step.drafted:
+            return True
+        is_drafted = ids[:count] == np.array(step.drafted)[:, None]
+        drafted = np.where(is_drafted, values[:count], -np.inf).max(axis=1)
+        surprisals = np.logaddexp.reduce(values[:count], axis=1) - drafted
+        return bool((surprisals > self._options.kl_threshold).any())
+
+    def _record(self, chosen: _Chosen, context: Sequence[int], slot: int, generation: int) -> VerifyRecord:
+        """``slot`` and ``generation``: of the rows of the context and the step's own behind them."""
+        step, request = chosen.step, chosen.step.verified.request
+        assignment = self._adapters.assigned(request.request_id)
+        top_ids, top_logits = pack_top_k(chosen.ids, chosen.values)
+        weights = self._prior_weights(request.request_id)
+        return VerifyRecord(
+            request_id=request.request_id,
+            tenant=request.tenant,
+            adapter_key=assignment.key,
+            domain=request.domain,
+            position=step.chunk.start + 1,
+            last_token=step.chunk.token_ids[0],
+            drafted=tuple(step.drafted),
+            num_accepted=step.num_accepted,
+            next_token=step.kept[-1],
+            draft_version=assignment.version,
+            top_k=chosen.ids.shape[1],
+            top_ids=top_ids,
+            top_logits=top_logits,
+            is_gated=chosen.is_gated,
+            feature_slot=slot + len(context),
+            feature_generation=generation,
+            num_features=len(step.kept),
+            context=pack_ids(context),
+            copied=step.verified.source == "lookup",
+            first_right=step.first_right,
+            prior=b"" if weights is None or not weights.any() else pack_weights(weights),
+        )
+
+
+def _steps(verified: Sequence[Verification], first_right: Mapping[str, bool | None]) -> list[_Step]:
+    """Those of the sequences whose output says something about their drafts, verified or not."""
+    steps = []
+    for one in verified:
+        was_drafted, is_right = one.request.request_id in first_right, first_right.get(one.request.request_id)
+        is_copied = one.source == "lookup" or (was_drafted and is_right is None)
+        if one.kept and (one.source is not None or was_drafted):
+            step = _Step(one, is_right)
+            if step.drafted or not is_copied:  # a copy that was not looked at says nothing
+                steps.append(step)
+    return steps

@@ -1,1 +1,0 @@
-"""Speculative decoding: what proposes tokens, and how many are worth proposing."""

@@ -1,0 +1,162 @@
+"""The draft that the configuration asks for, and the speculator that drafts with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+
+import structlog
+
+from engine.config import EngineConfig
+from engine.draft_vocab.follower import VocabFollower
+from engine.draft_vocab.running_texts import RunningTexts
+from engine.loader import LoadedModel, load
+from engine.model_runner import ModelRunner
+from engine.models import eagle3
+from engine.models.config import ModelFiles
+from engine.models.lora import draft_fingerprint
+from engine.models.registry import resolve_model, validate_model_files
+from engine.online.adapters import EagleAdapters
+from engine.speculation import draft_files
+from engine.speculation.draft_files import check_same_tokens, choose_method, draft_model_config
+from engine.speculation.drafters.base import Draft, Proposer
+from engine.speculation.drafters.draft_model import DraftModel
+from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
+from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
+from engine.speculation.drafters.lookup import (
+    NgramDraft,
+    NgramProposer,
+    PromptLookup,
+    SwitchingDraft,
+    SwitchingProposer,
+)
+from engine.speculation.drafters.session_head import make_session_head
+from engine.speculation.length.adaptive import AdaptiveLength
+from engine.speculation.length.cost_meter import CostMeter
+from engine.speculation.length.costs import StepCosts
+from engine.speculation.length.policy import FixedLength
+from engine.speculation.speculator import Speculator
+from engine.text.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
+
+_DEFAULT_CORE = 4096
+"""Rows of the static vocabulary that was fastest for SmolLM2 (docs/decisions/009-dynamic-vocabulary.md)."""
+_DEFAULT_SESSIONS = "dynamic:512+512"
+_DEFAULT_OF_MODELS, _LARGE_VOCABULARY = "dynamic:32768+512", 100_000
+"""Of draft models, which lose more by tokens that they cannot say (docs/decisions/009-dynamic-vocabulary.md)."""
+
+
+def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> Draft | None:
+    """Load the draft for ``target``, whose files and tokenizer are given; None without speculation.
+
+    Raises:
+        ModelError: the draft cannot be had, or does not fit the target.
+    """
+    method, directory = choose_method(config.speculation, files.name)
+    if method == "none" and config.speculation.method == "auto" and config.speculation.num_speculative_tokens:
+        log.info("no speculation: no draft is shipped for this model", model=files.name)
+    if method == "ngram":
+        return NgramDraft()
+    if method == "draft_model":
+        return _load_draft_model(config, target, files, tokenizer)
+    if directory is None:
+        return None
+    eagle = _load_eagle(config, target, directory, tokenizer)
+    return SwitchingDraft(eagle) if method == "ngram_eagle3" else eagle
+
+
+def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer) -> DraftHead:
+    """The head of a model over the configured vocabulary, whose token counts are in ``directory``."""
+    vocabulary = config.speculation.vocabulary
+    if vocabulary == "auto":
+        has_counts = (directory / COUNTS_FILE).is_file()
+        vocabulary = default_vocabulary(config.speculation.method, has_counts, tokenizer.vocab_size)
+    kind, _, size = vocabulary.partition(":")
+    core, _, slots = size.partition("+")
+    token_ids = None
+    if kind != "full" and core != "full":
+        counts = read_token_counts(directory, tokenizer.vocab_size)
+        token_ids = static_vocabulary(counts, int(core), always_drafted(tokenizer))
+    if kind != "dynamic":
+        return DraftHead(loaded, token_ids)
+    return make_session_head(config, loaded, directory, tokenizer, token_ids, int(slots))
+
+
+def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
+    """What ``auto`` is: the fastest with the drafts at hand (docs/decisions/009-dynamic-vocabulary.md).
+
+    Args:
+        method: ``SpeculationConfig.method``.
+        has_counts: whether it is known what the target, or a draft model, says often.
+        vocab_size: of the target.
+    """
+    if not has_counts or vocab_size <= _DEFAULT_CORE:
+        return "full"
+    if method == "draft_model":
+        return _DEFAULT_OF_MODELS if vocab_size >= _LARGE_VOCABULARY else "full"
+    return _DEFAULT_SESSIONS if method in ("auto", "eagle3") else f"static:{_DEFAULT_CORE}"
+
+
+def counts_directory(target: str, draft: str) -> Path:
+    """Where the counts for a draft model are: the target's, or its own, as what it says often is close to them."""
+    of_target = draft_files.DRAFTS / target
+    return of_target if (of_target / COUNTS_FILE).is_file() else draft_files.DRAFTS / draft
+
+
+def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
+    """Tokens that end an answer or structure a conversation."""
+    return {*tokenizer.eos_token_ids, *tokenizer.special_token_ids}
+
+
+def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, tokenizer: Tokenizer) -> EagleDraft:
+    draft = eagle3.load_draft(directory, target.dtype, target.device)
+    draft.config.check_target(target.spec, directory)
+    head = make_head(config, target, directory, tokenizer)
+    make_adapters = None
+    if config.alignment.enabled:
+        make_adapters = partial(EagleAdapters, config.alignment, draft, draft_fingerprint(directory))
+    return EagleDraft(draft, directory.name, target, config.cache, head, make_adapters)
+
+
+def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:
+    model = draft_model_config(config, target.max_model_len)
+    own_files = resolve_model(model, progress=False)
+    spec = validate_model_files(own_files)
+    check_same_tokens(model.name, Tokenizer.from_files(own_files), tokenizer)
+    loaded = load(config.model_copy(update={"model": model}), own_files, spec, target.team)
+    head = make_head(config, loaded, counts_directory(files.name, own_files.name), tokenizer)
+    return DraftModel(loaded, model.name, config.cache, head)
+
+
+def make_speculator(
+    config: EngineConfig, draft: Draft, runner: ModelRunner, max_model_len: int
+) -> tuple[Speculator, StepCosts | None]:
+    """An engine's speculator, and what its steps cost on this machine; None where lengths are fixed.
+
+    Args:
+        config: all options.
+        draft: who drafts.
+        runner: of the target; measuring costs makes up entries in its KV cache.
+        max_model_len: longest sequence in tokens.
+    """
+    speculation, proposer = config.speculation, draft.make_proposer(runner.num_blocks)
+    follower = None if draft.vocab is None else VocabFollower(draft.vocab, speculation.dynamic)
+    costs = _measured(config, proposer, runner, max_model_len, follower) if speculation.adaptive else None
+    policy = FixedLength() if costs is None else AdaptiveLength(costs, stops_early=proposer.stops_early)
+    copies_itself = isinstance(proposer, NgramProposer | SwitchingProposer)
+    texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
+    lookup = PromptLookup(texts) if speculation.copies and speculation.adaptive and not copies_itself else None
+    verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
+    most = speculation.num_speculative_tokens
+    return Speculator(proposer, policy, most, lookup, follower, verify_log), costs
+
+
+def _measured(
+    config: EngineConfig, proposer: Proposer, runner: ModelRunner, max_model_len: int, follower: VocabFollower | None
+) -> StepCosts:
+    # Where n-grams always match, as in made-up text, they cost nothing.
+    dearest = proposer.otherwise if isinstance(proposer, SwitchingProposer) else proposer
+    size, most = config.cache.block_size, config.scheduler.max_batched_tokens
+    return CostMeter(runner, dearest, size, most, max_model_len, follower).measure()

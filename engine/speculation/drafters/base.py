@@ -1,0 +1,89 @@
+"""What proposes draft tokens.
+
+A draft keeps keys and values of its own, in *the same block ids and block size as the target*: the slot of token t in a
+sequence's blocks holds the draft's entry for token t, which depends on tokens up to t only. So preemption and the
+prefix cache need no code for it. Entries that are wrong or missing cost acceptance, never an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.batch import Features
+from engine.draft_vocab.vocab import DraftVocab
+from engine.request import Request
+from engine.speculation.length.policy import Confidence, StopRule
+from engine.step_plan import DraftSlot, ScheduledSequence
+
+
+class Proposer(Protocol):
+    """Drafts for a whole batch at once. One thread calls all methods.
+
+    Order within a step: ``propose`` (all decoding sequences), the target's forward pass, ``observe``, commit.
+    """
+
+    capture_layers: tuple[int, ...]
+    """The decoder layers whose output ``observe`` wants, in ascending order."""
+    stops_early: bool
+    """Whether ``propose`` follows a ``StopRule``; otherwise it is given none."""
+
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+        """Write ``request.draft_token_ids``, at most ``slot.num_tokens`` each, fewer where ``stop`` says so.
+
+        Returns how sure the draft is of them, where it knows.
+
+        ``slot.block_ids`` reach all known and all drafted tokens, so drafted entries have their own slots; they are
+        written again before they count as a committed token's.
+        """
+        ...
+
+    def num_unread(self, request: Request) -> int:
+        """Tokens to read before a decoding request's next draft, but for the few that are new with every draft."""
+        ...
+
+    def observe(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
+    ) -> None:
+        """Learn what a step has computed, after verification and before the commit.
+
+        Args:
+            sequences: as scheduled; drafted ones and prefill chunks.
+            num_kept: new tokens of each sequence, accepted drafts included; 0 while its prefill is unfinished.
+            features: of all scheduled tokens; None without capture. On CUDA valid during the call only; on a CPU
+                nobody writes to them later.
+        """
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, or lost its blocks (preempted: it will be observed again from its cached prefix on)."""
+        ...
+
+
+@dataclass(frozen=True)
+class DraftCosts:
+    """Memory of a draft in bytes, known before the KV cache is sized."""
+
+    weight_bytes: int
+    """Weights of its own, not shared with the target."""
+    bytes_per_block: int
+    """Keys, values and whatever else it keeps for each KV block."""
+
+    def total(self, num_blocks: int) -> int:
+        """Weights and KV."""
+        return self.weight_bytes + num_blocks * self.bytes_per_block
+
+
+class Draft(Protocol):
+    """A draft whose weights are loaded; its KV follows once the number of blocks is known."""
+
+    description: str
+    """For people: what drafts, over which vocabulary."""
+    costs: DraftCosts
+    vocab: DraftVocab | None
+    """The vocabularies of running sequences, where they have their own."""
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        """Allocate KV for blocks 0 .. num_blocks - 1."""
+        ...

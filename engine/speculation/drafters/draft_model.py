@@ -1,0 +1,88 @@
+"""Drafting by a smaller model with the same tokens (Leviathan et al., arXiv 2211.17192)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.batch import Features, ForwardBatch
+from engine.config import CacheConfig
+from engine.loader import LoadedModel
+from engine.model_runner import attention_spec, build_batch
+from engine.request import Request
+from engine.speculation.drafters.base import DraftCosts, Proposer
+from engine.speculation.drafters.head import DraftHead
+from engine.speculation.drafters.kv import DraftKvTracker, chain_batches
+from engine.speculation.length.policy import Confidence, StopRule
+from engine.step_plan import DraftSlot, ScheduledSequence
+
+
+class DraftModel:
+    """A loaded draft model."""
+
+    def __init__(self, loaded: LoadedModel, name: str, cache: CacheConfig, head: DraftHead) -> None:
+        self._loaded, self._cache, self._head = loaded, cache, head
+        self.description = f"draft model {name}, vocabulary {head.description}"
+        self.vocab = head.vocab
+        self.costs = DraftCosts(loaded.model.weight_bytes + head.num_bytes, self._attention_spec(1).bytes_per_block)
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        """Allocate KV for blocks 0 .. num_blocks - 1."""
+        attention = self._loaded.make_attention(self._attention_spec(num_blocks))
+        return DraftModelProposer(self._loaded, attention, self._head)
+
+    def _attention_spec(self, num_blocks: int) -> AttentionSpec:
+        return attention_spec(self._loaded, self._cache, num_blocks)
+
+
+class DraftModelProposer:
+    """Runs the draft model on what it has not seen of a sequence, then token by token."""
+
+    capture_layers: tuple[int, ...] = ()
+    stops_early = False
+
+    def __init__(self, loaded: LoadedModel, attention: AttentionBackend, head: DraftHead) -> None:
+        self._loaded, self._attention, self._head = loaded, attention, head
+        self._block_size = attention.spec.block_size
+        self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
+        self._drafted: frozenset[str] = frozenset()
+        """The requests drafted for in this step. Others' drafts, which were copied, have no entries here."""
+
+    @torch.inference_mode()
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+        """Draft for the slots that want tokens and whose entries are, or can be brought, up to date."""
+        chunks, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
+        if not chunks:
+            return {}
+        hidden = self._forward(build_batch(chunks, self._block_size, self._loaded.device))
+        if not ready:
+            return {}
+        self._drafted = frozenset(slot.request.request_id for slot in ready)
+        self._head.draft(hidden, ready)
+        for _, longer, batch in chain_batches(ready, self._block_size, self._loaded.device):
+            self._head.draft(self._forward(batch), longer)
+        return {}
+
+    def num_unread(self, request: Request) -> int:
+        """Tokens of a request that have no entry yet."""
+        return self._entries.num_behind(request)
+
+    def observe(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
+    ) -> None:
+        """Count the entries of accepted drafts as computed; new tokens are computed by a later ``propose``."""
+        for sequence, kept in zip(sequences, num_kept, strict=True):
+            drafted = sequence.num_draft_tokens if sequence.request.request_id in self._drafted else 0
+            # The last draft was never an input, so it has no entry.
+            self._entries.observe(sequence, max(min(kept, drafted) - 1, 0))
+        self._drafted = frozenset()
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is known of a request."""
+        self._entries.forget(request_id)
+
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Hidden states [L, hidden] of the rows whose logits are wanted."""
+        return self._loaded.model.forward(batch, self._attention).hidden[batch.logits_indices]

@@ -1,0 +1,231 @@
+"""From a draft's hidden states to draft tokens, over the whole head, or a core of it and the tails of sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from engine.draft_vocab.vocab import DraftVocab
+from engine.loader import LoadedModel
+from engine.messages import SamplingParams
+from engine.models.config import ModelError
+from engine.models.native_eagle3 import NativeEagle3
+from engine.models.native_llama import NativeLlama
+from engine.request import Request
+from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
+from engine.speculation.length.policy import Confidence, StopRule
+from engine.step_plan import DraftSlot
+from kernels.draft_head import Core, TailSlabs, draft_head_topk
+from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain
+from kernels.native_decoder import KvCache
+from kernels.native_lora import NativeLora
+
+COUNTS_FILE = "token_counts.safetensors"
+"""Next to a draft: one tensor ``counts`` [vocab] int64, how often the target generated each token."""
+CANDIDATES = 64
+"""Tokens of each row that are chosen among: those with the largest logits."""
+
+
+class DraftHead:
+    """A model's output projection over all tokens or over a static core, and the tails of sessions.
+
+    Args:
+        loaded: whose head it is; the full head is shared, never copied.
+        token_ids: [K] int64 on the CPU, ascending: the tokens that every row can draft; None for all.
+        tails: further tokens, session by session (None: no tails); not with the full head.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, token_ids: torch.Tensor | None = None, tails: TailSlabs | None = None
+    ) -> None:
+        slab = loaded.model.head_slab(token_ids)
+        ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
+        self._core, self._packed = Core(slab.project, ids, slab.rows), slab.packed
+        self._tails, self.team = tails, loaded.team
+        self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
+        """Memory of its own."""
+        core = "full" if ids is None else f"static:{len(ids)}"
+        self.description = core if tails is None else f"{core} + {tails.slots}"
+        """The vocabulary as it is configured."""
+        self.vocab: DraftVocab | None = None
+        """What the tails and priors of running sequences are; None for a vocabulary that is the same for all."""
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether every row needs the number of its tail."""
+        return self._tails is not None
+
+    def draft(self, hidden: torch.Tensor, slots: Sequence[DraftSlot]) -> None:
+        """Append the next draft token of each sequence to its ``draft_token_ids``; ``hidden`` as for ``choose_for``."""
+        choices = self.choose_for(hidden, [slot.request for slot in slots])
+        for slot, token_id in zip(slots, choices, strict=True):
+            slot.request.draft_token_ids.append(token_id)
+
+    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        """The next draft token of each request, whose drafts before it are in its ``draft_token_ids``.
+
+        Args:
+            hidden: [N, hidden], as the model's ``compute_logits`` takes it.
+            requests: one a row.
+        """
+        positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
+        return self.choose(hidden, [request.sampling for request in requests], positions)
+
+    def choose(
+        self,
+        hidden: torch.Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        slabs: Sequence[int] | None = None,
+    ) -> list[int]:
+        """One draft token for each row, by the target's rule and with the target's own noise at that position.
+
+        With that noise, draft and target agree as often as two distributions can without knowing of each other
+        (Daliri, Musco, Suresh, arXiv 2408.07978). Penalties, bias and grammar are the target's business. A token that
+        is not among the ``CANDIDATES`` of its row is not chosen.
+
+        Args:
+            hidden: [N, hidden], as the model's ``compute_logits`` takes it.
+            params: one a row.
+            positions: index of the chosen token in its sequence, one a row.
+            slabs: the tail of each row, where there are tails.
+        """
+        if all_greedy(params):
+            return any_token(self.candidates(hidden, slabs, 1)[1][:, 0].tolist())
+        logits, token_ids = self.candidates(hidden, slabs)
+        return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
+
+    def make_chain(self, network: NativeEagle3, target: NativeLlama) -> NativeChain | None:
+        """Chains of a draft in one call; None: this head is not of the compiled kernels."""
+        if self._packed is None:
+            return None
+        draft = network.team, network.layer, network.output_norm
+        matrices = target.embedding, target.head, self._packed
+        vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
+        sessions = None if vocab is None else (vocab.sessions, vocab.texts.texts)
+        return NativeChain(*draft, *matrices, self._core.token_ids, self._tails, sessions, CANDIDATES)
+
+    def draft_chains(
+        self,
+        chain: NativeChain,
+        a: torch.Tensor,
+        slots: Sequence[DraftSlot],
+        tables: NDArray[np.int32],
+        cache: KvCache,
+        lora: NativeLora | None,
+        stop: StopRule | None,
+    ) -> Confidence:
+        """As ``draft``, for as many tokens as each sequence wants or ``stop`` allows, the longest chain first.
+
+        Args:
+            chain: of this head.
+            a: [B, hidden] float32, the draft's state after each one's last known token; overwritten.
+            slots: one a row.
+            tables: [B, max_blocks], their blocks.
+            cache: of the draft.
+            lora: what the draft's tokens are adapted by, one a row.
+            stop: None: all chains get their length, and nothing is known of how sure the draft is.
+        """
+        requests, lengths = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
+        vocabularies = self._of_chains(requests)
+        positions = [request.num_tokens - 1 for request in requests]
+        sampling = row_sampling([request.sampling for request in requests])
+        rule = None if stop is None else _chain_stop(stop, requests, lengths[0])
+        batch = ChainBatch(lengths, positions, tables, sampling, lora=lora, stop=rule, **vars(vocabularies))
+        result = chain.run(batch, a, cache)
+        lengths = [min(length, len(result.tokens)) for length in lengths]
+        for request, length, tokens in zip(requests, lengths, result.tokens.T.tolist(), strict=True):
+            request.draft_token_ids += tokens[:length]
+        self._take_chains(requests, lengths, result)
+        if result.confidence is None:
+            return {}
+        levels = zip(requests, lengths, result.confidence.T.tolist(), strict=True)
+        return {request.request_id: row[:length] for request, length, row in levels}
+
+    def prior_weights(self, request_id: str) -> NDArray[np.float32] | None:
+        """[NUM_FEATURES] of the prior with which a sequence is drafted for; None: without one."""
+        return None if self.vocab is None else self.vocab.prior_weights(request_id)
+
+    def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
+        """The tail, the prior and the text of each."""
+        return ChainVocabularies()
+
+    def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
+        """What the chains were chosen from may be kept."""
+
+    def candidates(
+        self, hidden: torch.Tensor, slabs: Sequence[int] | None = None, count: int = CANDIDATES
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ``count`` largest logits [N, C] float32 of each row and their token ids [N, C] int32.
+
+        In descending order; a row with fewer tokens ends in -inf and -1. Arguments as for ``choose``.
+        """
+        of_rows = None if slabs is None else torch.tensor(slabs, dtype=torch.int32, device=hidden.device)
+        return draft_head_topk(hidden, self._core, count, self._tails, of_rows, self.team)
+
+
+@dataclass(frozen=True)
+class ChainVocabularies:
+    """What rows of chains have of their own; see ``ChainBatch``."""
+
+    slabs: list[int] | None = None
+    sessions: list[int] | None = None
+    texts: list[int] | None = None
+
+
+def any_token(choices: Iterable[int]) -> list[int]:
+    """Choices without -1, an empty place, which is what is left where no score is a number: any token does there."""
+    return [max(token_id, 0) for token_id in choices]
+
+
+def _chain_stop(rule: StopRule, requests: Sequence[Request], most: int) -> ChainStop:
+    """The rule for chains of up to ``most`` tokens, one a row; shorter ones are filled up."""
+    rows = [rule.acceptance[request.request_id] for request in requests]
+    padded = [[*row, *[0.0] * (most - len(row))] for row in rows]
+    tenants = [rule.tenants[request.request_id] for request in requests]
+    return ChainStop(rule.chances, tenants, padded, rule.verify_costs, rule.draft_cost)
+
+
+def make_tails(loaded: LoadedModel, num_slabs: int, slots: int) -> TailSlabs:
+    """Memory for ``num_slabs`` tails of ``slots`` tokens each, whose rows come from the model's head."""
+    return TailSlabs(loaded.model.head_rows, num_slabs, slots, loaded.spec.hidden_size, loaded.dtype, loaded.device)
+
+
+def static_vocabulary(counts: torch.Tensor, size: int, always: Collection[int]) -> torch.Tensor:
+    """The ``size`` most frequent tokens, in ascending order.
+
+    Args:
+        counts: [vocab], occurrences of each token; equals go by token id.
+        size: how many; at most the whole vocabulary.
+        always: tokens that must be among them, such as those that end an answer.
+    """
+    ranked = counts.clone()
+    ranked[list(always)] = torch.iinfo(counts.dtype).max
+    return ranked.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def read_token_counts(directory: Path, vocab_size: int) -> torch.Tensor:
+    """The ``COUNTS_FILE`` of a directory: [vocab] int64.
+
+    Raises:
+        ModelError: there is none, it is damaged, or for another vocabulary.
+    """
+    path = directory / COUNTS_FILE
+    if not path.is_file():
+        raise ModelError(f"a static draft vocabulary needs token counts, but there is no {path} (evospec vocab build)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            counts: torch.Tensor = file.get_tensor("counts")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if counts.dtype != torch.int64:
+        raise ModelError(f"{path}: counts are {counts.dtype}, must be int64")
+    if counts.shape != (vocab_size,):
+        raise ModelError(f"{path}: counts of {counts.numel()} tokens, but the model has {vocab_size}")
+    return counts

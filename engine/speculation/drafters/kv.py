@@ -1,0 +1,177 @@
+"""A draft's entries in the KV cache: which tokens have one, and the batches that make more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from engine.batch import ForwardBatch
+from engine.model_runner import padded_block_tables
+from engine.request import Request
+from engine.step_plan import DraftSlot, ScheduledSequence
+
+MAX_CATCH_UP_TOKENS = 512
+"""Most unseen tokens that one call of ``catch_up`` lets a draft compute, of few sequences; the rest waits a step."""
+TOKENS_EACH = 8
+"""The same of many sequences, for each: more than they gain in a step, or some would never catch up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence that a draft computes; a ``BatchSequence``."""
+
+    start: int
+    token_ids: list[int]
+    num_logits: int
+    block_ids: Sequence[int]
+    request_id: str
+
+
+def last_draft(slot: DraftSlot) -> Chunk:
+    """The newest draft token, from which the next one is drafted."""
+    drafts = slot.request.draft_token_ids
+    return Chunk(slot.request.num_tokens + len(drafts) - 1, drafts[-1:], 1, slot.block_ids, slot.request.request_id)
+
+
+class DraftKvTracker:
+    """Keeps account of a draft's entries in the target's blocks.
+
+    Nothing is computed before a sequence is drafted for, not even its prompt: while speculation does not pay, the draft
+    costs next to nothing. A sequence with more than ``MAX_CATCH_UP_TOKENS`` unseen tokens may get its first draft some
+    steps later. Full blocks remember whether their entries were computed, so that no shared prefix is computed again.
+
+    Args:
+        num_blocks: blocks of the KV cache.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
+        self._complete = bytearray(num_blocks)
+        """For each block: whether all its entries were computed since the target last wrote to it."""
+        self._num_computed: dict[str, int] = {}
+        """For each request: how many of its first tokens have an entry."""
+
+    def catch_up(self, slots: Sequence[DraftSlot]) -> tuple[list[Chunk], list[DraftSlot]]:
+        """The unseen tokens to compute now; they count as computed from here on.
+
+        One of the chunks may need entries that another computes: a layer must write all before it attends.
+
+        Args:
+            slots: the sequences to draft for; every one has been observed.
+
+        Returns:
+            The chunks, and the slots that they bring up to date, in the same order: those whose chunk wants logits.
+        """
+        budget = max(MAX_CATCH_UP_TOKENS, TOKENS_EACH * len(slots))
+        chunks: list[Chunk] = []
+        ready: list[DraftSlot] = []
+        for slot in sorted(slots, key=lambda slot: self._num_unseen(slot.request)):
+            token_ids = slot.request.all_token_ids
+            start = self._skip_complete(slot)
+            end = min(len(token_ids), start + budget)
+            if end == start:
+                break
+            budget -= end - start
+            is_ready = end == len(token_ids)
+            request_id = slot.request.request_id
+            chunks.append(Chunk(start, token_ids[start:end], int(is_ready), slot.block_ids, request_id))
+            self._set_computed(request_id, slot.block_ids, start, end)
+            if is_ready:
+                ready.append(slot)
+        return chunks, ready
+
+    def observe(self, sequence: ScheduledSequence, num_drafted: int) -> None:
+        """A step's tokens were computed by the target.
+
+        Args:
+            sequence: as scheduled.
+            num_drafted: how many of its accepted drafts have an entry as good as one computed by ``catch_up``.
+        """
+        request_id, start, end = sequence.request.request_id, sequence.start, sequence.start + len(sequence.token_ids)
+        for block_id in sequence.block_ids[start // self._block_size : -(-end // self._block_size)]:
+            self._complete[block_id] = False
+        num_computed = self._num_computed.get(request_id, 0) + num_drafted
+        self._set_computed(request_id, sequence.block_ids, start, num_computed)
+
+    def num_behind(self, request: Request) -> int:
+        """Tokens without an entry, but for the few that are new with every draft; shared blocks are not looked at."""
+        return max(self._num_unseen(request) - TOKENS_EACH, 0)
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is known of a request; of its blocks the knowledge stays."""
+        self._num_computed.pop(request_id, None)
+
+    def _num_unseen(self, request: Request) -> int:
+        return request.num_tokens - self._num_computed.get(request.request_id, 0)
+
+    def _skip_complete(self, slot: DraftSlot) -> int:
+        """Tokens with an entry, those included that another sequence has computed in a shared block.
+
+        Only blocks that the target has filled count: the others' flags may be left over from an earlier use.
+        """
+        num_computed = self._num_computed[slot.request.request_id]
+        block, num_full = num_computed // self._block_size, slot.request.num_computed_tokens // self._block_size
+        while block < num_full and self._complete[slot.block_ids[block]]:
+            block += 1
+        return max(num_computed, block * self._block_size)
+
+    def _set_computed(self, request_id: str, block_ids: Sequence[int], start: int, num_computed: int) -> None:
+        """All tokens before ``num_computed`` have entries now; before ``start`` nothing has changed."""
+        self._num_computed[request_id] = num_computed
+        for block_id in block_ids[start // self._block_size : num_computed // self._block_size]:
+            self._complete[block_id] = True
+
+
+def chain_batches(
+    slots: Sequence[DraftSlot], block_size: int, device: torch.device
+) -> Iterator[tuple[list[int], list[DraftSlot], ForwardBatch]]:
+    """Batches of the newest draft tokens, until no sequence has room for another.
+
+    Each is made from the one before, for a quarter of what it takes to build one. It is made when it is asked for: by
+    then every sequence of the batch before must have got one more draft token.
+
+    Args:
+        slots: sequences that have one draft token each by the time of the first batch.
+        block_size: tokens per block of the KV cache.
+        device: where the model is.
+
+    Yields:
+        The rows that the sequences had in the batch before (at first: among ``slots``), the sequences, and their batch;
+        logits are wanted of all.
+    """
+    ready = list(slots)
+    rows = _rows_with_room(ready)
+    if not rows:
+        return
+    tables = padded_block_tables(ready)
+    positions = np.array([slot.request.num_tokens - 1 for slot in ready], dtype=np.int32)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    while rows:
+        if len(rows) < len(ready):
+            ready, tables, positions = [ready[row] for row in rows], tables[rows], positions[rows]
+        positions = positions + 1  # a new array every time: the batch before may still be in use
+        order = np.arange(len(rows) + 1, dtype=np.int32)
+        blocks = tables[order[:-1], positions // block_size]
+        batch = ForwardBatch(
+            token_ids=tensor(np.array([slot.request.draft_token_ids[-1] for slot in ready], dtype=np.int32)),
+            positions=tensor(positions),
+            query_start_loc=tensor(order),
+            seq_lens=tensor(positions + 1),
+            block_tables=tensor(tables),
+            slot_mapping=tensor(blocks * block_size + positions % block_size),
+            logits_indices=tensor(order[:-1].astype(np.int64)),
+        )
+        yield rows, ready, batch
+        rows = _rows_with_room(ready)
+
+
+def _rows_with_room(slots: Sequence[DraftSlot]) -> list[int]:
+    """Of those sequences that may have another draft token."""
+    return [row for row, slot in enumerate(slots) if slot.num_tokens > len(slot.request.draft_token_ids)]

@@ -1,0 +1,170 @@
+"""A draft head whose vocabulary and prior follow each sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from engine.config import DynamicConfig, EngineConfig
+from engine.draft_vocab.bigram_graph import BigramGraph, BigramGraphError
+from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES
+from engine.draft_vocab.running_texts import RunningTexts
+from engine.draft_vocab.vocab import DraftVocab, Resources
+from engine.loader import LoadedModel
+from engine.models.config import ModelError
+from engine.request import Request
+from engine.sampling.choose import all_greedy, choose_tokens
+from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails
+from engine.text.fingerprint import vocabulary_fingerprint
+from engine.text.tokenizer import Tokenizer
+from kernels.draft_head import TailSlabs
+from kernels.native_chain import ChainResult
+from kernels.native_sessions import Drafted
+
+if TYPE_CHECKING:
+    from engine.draft_vocab.semantic import SemanticIndex
+
+log = structlog.get_logger(__name__)
+
+GRAPH_FILE = "bigrams.safetensors"
+"""Next to a draft: what follows what in text that the target generated."""
+
+
+class SessionHead(DraftHead):
+    """A core, each running sequence's tail, and its prior.
+
+    Args:
+        loaded: whose head it is.
+        token_ids: [K] int64 on the CPU, ascending: the core; None for all tokens.
+        tails: of the sequences; None where they have none.
+        vocab: what is in them.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, token_ids: torch.Tensor | None, tails: TailSlabs | None, vocab: DraftVocab
+    ) -> None:
+        super().__init__(loaded, token_ids, tails)
+        self.vocab, self._vocab, self._head_rows = vocab, vocab, loaded.model.head_rows
+        self._sessions: list[int] = []
+        """Of the requests that chains are drafted for."""
+        self.num_bytes += vocab.num_bytes
+        core = "full" if token_ids is None else str(len(token_ids))
+        self.description = f"dynamic:{core}+{0 if tails is None else tails.slots}"
+
+    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        """The next draft token of each request, by its own vocabulary and prior."""
+        is_first = not requests[0].draft_token_ids
+        sessions = self._vocab.before_drafts(requests) if is_first else self._vocab.sessions_of(requests)
+        if self._vocab.drafted.wants_hidden:
+            self._vocab.drafted.remember(requests, hidden.float().cpu().numpy())
+        logits, token_ids = self.candidates(hidden, self._vocab.slabs(sessions) if self.has_tails else None)
+        if self._vocab.uses_prior:
+            ids, own = token_ids.cpu().numpy(), logits.cpu().numpy()
+
+            def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+                places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
+                return (self._head_rows(wanted).float() * hidden[places].float()).sum(dim=1).cpu().numpy()
+
+            scores = self._vocab.drafted.with_prior(requests, sessions, ids, own, logits_of)
+            logits, token_ids = torch.from_numpy(scores).to(hidden.device), torch.from_numpy(ids).to(hidden.device)
+        params = [request.sampling for request in requests]
+        if all_greedy(params):
+            best = logits.argmax(dim=1, keepdim=True)
+            return any_token(token_ids.gather(1, best)[:, 0].tolist())
+        positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
+        return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
+
+    def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
+        sessions = self._sessions = self._vocab.before_drafts(requests)
+        slabs = self._vocab.slabs(sessions) if self.has_tails else None
+        if not self._vocab.uses_prior:
+            return ChainVocabularies(slabs)
+        return ChainVocabularies(slabs, sessions, self._vocab.texts.slots(requests))
+
+    def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
+        drafted = None
+        if result.features is not None:
+            size = result.token_ids.shape[2]
+            drafted = Drafted(
+                result.token_ids.reshape(-1, size),
+                result.logits.reshape(-1, size),
+                result.features.reshape(-1, NUM_FEATURES, size),
+            )
+        hidden = result.hidden.float().numpy() if self._vocab.drafted.wants_hidden else None
+        self._vocab.drafted.take_chains(requests, self._sessions, lengths, drafted, hidden)
+
+
+def make_session_head(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    directory: Path,
+    tokenizer: Tokenizer,
+    token_ids: torch.Tensor | None,
+    slots: int,
+) -> SessionHead:
+    """The head of vocabulary dynamic:K+S.
+
+    Args:
+        config: all options.
+        loaded: whose head it is.
+        directory: where the draft's graph is.
+        tokenizer: the model's.
+        token_ids: [K] the core; None for all tokens.
+        slots: S, of each tail.
+
+    Raises:
+        ModelError: the graph or the semantic index cannot be used.
+    """
+    options = config.speculation.dynamic
+    options = options.model_copy(update={"max_sessions": min(options.max_sessions, config.scheduler.max_num_seqs)})
+    tails = make_tails(loaded, options.max_sessions + 1, slots) if slots else None
+    core = None if token_ids is None else token_ids.numpy()
+    fingerprint = vocabulary_fingerprint(tokenizer)
+    resources = Resources(
+        core=np.isin(np.arange(tokenizer.vocab_size), core)
+        if core is not None
+        else np.full(tokenizer.vocab_size, True),
+        fingerprint=fingerprint,
+        tails=tails,
+        slots=slots,
+        graph=_load_graph(options, directory, tokenizer.vocab_size),
+        semantic=_open_index(config, loaded, core) if options.semantic and slots else None,
+        # A draft model copies from the text by itself, so its prior has to show that it helps.
+        start_weights=None if config.speculation.method == "draft_model" else LIGHT_DRAFT_WEIGHTS,
+    )
+    texts = RunningTexts(2 * config.scheduler.max_num_seqs)
+    return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources, texts))
+
+
+def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> BigramGraph | None:
+    path = directory / GRAPH_FILE
+    if not options.graph:
+        return None
+    if not path.is_file():
+        log.info("no general bigram graph, only the tenants' own (evospec vocab build makes one)", path=str(path))
+        return None
+    try:
+        return BigramGraph.load(path, vocab_size)
+    except BigramGraphError as error:
+        raise ModelError(str(error)) from error
+
+
+def _open_index(config: EngineConfig, loaded: LoadedModel, core: NDArray[np.int64] | None) -> SemanticIndex:
+    """Over the head rows outside the core: those inside need no retrieval."""
+    from engine.draft_vocab.semantic import open_semantic_index
+
+    outside = np.setdiff1d(np.arange(loaded.spec.vocab_size), () if core is None else core)
+    rows = loaded.model.head_rows(torch.from_numpy(outside.astype(np.int32))).float().cpu().numpy()
+    fingerprint = blake2b(rows.tobytes() + outside.tobytes(), digest_size=16).hexdigest()
+    directory = config.model.cache_dir.expanduser() / "semantic"
+    try:
+        return open_semantic_index(directory, fingerprint, lambda: (outside, rows), torch.get_num_threads())
+    except OSError as error:
+        raise ModelError(f"{directory}: the semantic index cannot be kept: {error}") from error

@@ -1,0 +1,229 @@
+"""What a step costs on this machine, measured once at start-up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import structlog
+import torch
+
+from engine.draft_vocab.follower import VocabFollower
+from engine.messages import SamplingParams
+from engine.model_runner import ModelRunner
+from engine.request import Request
+from engine.speculation.drafters.base import Proposer
+from engine.speculation.length.costs import Curve, StepCosts, without_spikes
+from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.verification import DraftSource, Verification
+from kernels.choose_tokens import choose_tokens
+
+log = structlog.get_logger(__name__)
+
+_Result = TypeVar("_Result")
+
+_REPEATS = 3
+_PROMPT_TOKENS = 8
+_READ_TOKENS = 128
+_CONTEXT_TOKENS = 256
+"""Before the tokens that are verified: attention is a good part of what each further one costs."""
+_MANY_DRAFTS = 3
+_VERIFIED_EACH = 4
+"""Most tokens of a sequence that are verified."""
+_GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
+_VERIFY_SIZES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_MANY_TOKENS = 8
+"""From so many on a step is bound by arithmetic, where it is not flat."""
+_LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64)
+_WARM_UP_SECONDS = 0.5
+_MAX_SECONDS = 2.0
+"""For each of the two tables; sizes that are left then lie on the line through the last two."""
+
+
+class CostMeter:
+    """Runs made-up sequences through target and draft. Call before any request: it writes to all KV blocks' slots.
+
+    Args:
+        runner: the target.
+        proposer: the draft.
+        block_size: tokens per block.
+        max_tokens: most tokens in a step.
+        max_model_len: longest sequence in tokens.
+        follower: of the sequences' draft vocabularies, whose tails are full here; None where all draft from the same.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        proposer: Proposer,
+        block_size: int,
+        max_tokens: int,
+        max_model_len: int,
+        follower: VocabFollower | None = None,
+    ) -> None:
+        self._runner, self._proposer, self._follower = runner, proposer, follower
+        longest = _PROMPT_TOKENS + 1 + 2 * (1 + _REPEATS) + _MANY_DRAFTS
+        self._blocks_each = -(-longest // block_size)
+        self._max_batch = runner.num_blocks // self._blocks_each
+        self._max_tokens = max_tokens
+        room = min(max_model_len, runner.num_blocks * block_size) - _VERIFIED_EACH
+        self._context = max(min(_CONTEXT_TOKENS, room), 0)
+        self._blocks_verified = -(-(self._context + _VERIFIED_EACH) // block_size)
+
+    def measure(self) -> StepCosts:
+        """The fastest of some runs at each size; logged, for they say whether drafts can pay on this machine."""
+        drafts = _table(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
+        self._warm_up()
+        verified = _table(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)
+        costs = StepCosts(
+            verify=Curve(without_spikes(verified, _MANY_TOKENS)),
+            first_draft=Curve([(size, one) for size, (one, _) in drafts]),
+            next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
+            read=self._read_seconds(drafts[0][1][0]),
+        )
+        by_size = costs.milliseconds(_LOGGED_SIZES)
+        log.info("step costs in ms by tokens or sequences", **by_size, read=round(1e3 * costs.read, 3))
+        return costs
+
+    def _warm_up(self) -> None:
+        """One step after the other, as in serving: the first dozens take up to twice as long as those that follow."""
+        started = time.perf_counter()
+        while time.perf_counter() - started < _WARM_UP_SECONDS:
+            self._verify_seconds(1)
+
+    def _max_verified(self) -> int:
+        return min(self._max_tokens, _VERIFIED_EACH * self._max_batch)
+
+    def _max_drafting(self) -> int:
+        return min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
+
+    def _verify_seconds(self, num_tokens: int) -> float:
+        """Sequences of up to four tokens: the target's pass, the most likely token of each row, and what a draft that
+        may be wanted later keeps of them. All of that is paid for without drafts too.
+        """
+        steps = []
+        for index in range(-(-num_tokens // _VERIFIED_EACH)):
+            count = min(num_tokens - _VERIFIED_EACH * index, _VERIFIED_EACH)
+            request = Request(f"cost meter {index}", b"", "", _GREEDY, [1])
+            # Where blocks are few, sequences share some: what is in them is made up.
+            first = index * self._blocks_verified
+            blocks = [block % self._runner.num_blocks for block in range(first, first + self._blocks_verified)]
+            steps.append(ScheduledSequence(request, self._context, [1] * count, count - 1, 0, count, blocks))
+
+        def run() -> None:
+            logits, features = self._runner.execute(steps, self._proposer.capture_layers)
+            choose_tokens(logits, None, [0] * len(logits), team=self._runner.team)
+            self._proposer.observe(steps, [1] * len(steps), features)
+
+        best = min(_seconds(run) for _ in range(_REPEATS))
+        for step in steps:
+            self._proposer.forget(step.request.request_id)
+        return best
+
+    def _draft_seconds(self, batch_size: int) -> tuple[float, float]:
+        """One draft token for each sequence, and ``_MANY_DRAFTS``; with what their vocabularies learn of it."""
+        sequences = self._sequences(batch_size)
+        prompts = [
+            ScheduledSequence(request, 0, request.prompt_token_ids, 0, 0, 1, blocks) for request, blocks in sequences
+        ]
+        if self._follower is not None:
+            self._follower.vocab.warm_up([request for request, _ in sequences])
+        self._step(prompts)
+        best = []
+        for length in (1, _MANY_DRAFTS):
+            self._cycle(sequences, length)  # catches up, touches memory
+            best.append(min(self._cycle(sequences, length) for _ in range(_REPEATS)))
+        self._forget([request for request, _ in sequences])
+        return best[0], best[1]
+
+    def _read_seconds(self, first_draft: float) -> float:
+        """Of each token that a new sequence has, given what its first draft takes when they are read."""
+        count = max(min(_READ_TOKENS, self._context), 1)
+        prompt = [place * self._runner.vocab_size // count for place in range(count)]  # so that vocabularies want them
+        blocks = list(range(self._blocks_verified))
+        seconds = []
+        for _ in range(_REPEATS):
+            request = Request("cost meter", b"", "", _GREEDY, prompt)
+            if self._follower is not None:
+                self._follower.vocab.begin(request.request_id, None)
+            learning = self._step([ScheduledSequence(request, 0, prompt, 0, 0, 1, blocks)])
+            seconds.append(learning + self._cycle([(request, blocks)], 1))
+            self._forget([request])
+        return max(min(seconds) - first_draft, 0.0) / count
+
+    def _cycle(self, sequences: Sequence[tuple[Request, list[int]]], length: int) -> float:
+        slots = [DraftSlot(request, length, blocks) for request, blocks in sequences]
+        seconds = _seconds(lambda: self._proposer.propose(slots))
+        steps = []
+        for request, blocks in sequences:
+            drafts = request.draft_token_ids
+            tokens = [request.all_token_ids[-1], *drafts]
+            steps.append(
+                ScheduledSequence(request, request.num_computed_tokens, tokens, len(drafts), 0, len(tokens), blocks)
+            )
+        return seconds + self._step(steps)
+
+    def _forget(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._proposer.forget(request.request_id)
+            if self._follower is not None:
+                self._follower.vocab.forget(request.request_id)
+
+    def _step(self, steps: Sequence[ScheduledSequence]) -> float:
+        """Compute and commit one new token for each; returns the seconds that their vocabularies took to follow."""
+        logits, features = self._runner.execute(steps, self._proposer.capture_layers)
+        self._proposer.observe(steps, [1] * len(steps), features)
+        seconds = 0.0
+        if self._follower is not None:
+            follow, verified, row = self._follower.follow, [], 0
+            for step in steps:
+                source: DraftSource | None = "draft" if step.num_draft_tokens else None
+                verified.append(Verification(step, row, kept=[1], source=source))
+                row += step.num_logits
+            seconds = _seconds(lambda: follow(verified, logits, self._runner.compute_logits))
+        for step in steps:
+            request = step.request
+            request.num_computed_tokens = request.num_tokens
+            request.all_token_ids.append(1)
+            request.output_token_ids.append(1)
+            request.draft_token_ids = []
+        return seconds
+
+    def _sequences(self, count: int) -> list[tuple[Request, list[int]]]:
+        each = self._blocks_each
+        return [
+            (
+                Request(f"cost meter {index}", b"", "", _GREEDY, [1] * _PROMPT_TOKENS),
+                list(range(index * each, (index + 1) * each)),
+            )
+            for index in range(count)
+        ]
+
+
+def _table(sizes: Sequence[int], largest: int, measure: Callable[[int], _Result]) -> list[tuple[int, _Result]]:
+    """Results by size, as many as ``_MAX_SECONDS`` allow, and the first, in which a GPU's kernels are compiled."""
+    results = list[tuple[int, _Result]]()
+    started = 0.0
+    for size in (size for size in sizes if size <= largest):
+        if results and time.perf_counter() - started >= _MAX_SECONDS:
+            break
+        results.append((size, measure(size)))
+        if len(results) == 1:
+            started = time.perf_counter()
+    return results
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of all that it begins: a GPU goes on after the call, and is waited for before and after."""
+    _await_device()
+    started = time.perf_counter()
+    run()
+    _await_device()
+    return time.perf_counter() - started
+
+
+def _await_device() -> None:
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()

@@ -1,0 +1,238 @@
+"""The engine's side of speculation: how many tokens to draft, who drafts them, and the time that takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from engine.batch import Features
+from engine.draft_vocab.follower import ComputeLogits, VocabFollower
+from engine.messages import EngineStats, SessionState, VocabularyCounts
+from engine.online.verify_log import VerifyLog
+from engine.request import Request
+from engine.speculation.drafters.base import Proposer
+from engine.speculation.drafters.lookup import Copy, PromptLookup
+from engine.speculation.length.policy import Chain, Confidence, Draftable, LengthPolicy
+from engine.step_plan import DraftSlot
+from engine.verification import DraftSource, Verification
+
+
+class Speculator:
+    """Drafts for the engine's steps, by a proposer, a policy of lengths and the sequences' vocabularies.
+
+    Args:
+        proposer: drafts.
+        policy: decides lengths.
+        max_tokens: most draft tokens of a sequence and step.
+        lookup: finds what may be copied instead of drafted; None: nothing is.
+        follower: keeps the vocabularies of running sequences; None where all draft from the same.
+        verify_log: where verified drafts are written down; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        policy: LengthPolicy,
+        max_tokens: int,
+        lookup: PromptLookup | None = None,
+        follower: VocabFollower | None = None,
+        verify_log: VerifyLog | None = None,
+    ) -> None:
+        self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
+        self._lookup, self._follower, self._verify_log = lookup, follower, verify_log
+        self._vocab = None if follower is None else follower.vocab
+        # Of the step that is planned or being computed:
+        self._copies: dict[str, Copy] = {}
+        self._copied: frozenset[str] = frozenset()
+        self._chains: dict[str, Chain] = {}
+        self._drafting_seconds: float | None = None
+        """None: nothing is drafted in this step."""
+
+    @property
+    def capture_layers(self) -> tuple[int, ...]:
+        """The target's layers whose output ``observe`` wants."""
+        return self._proposer.capture_layers
+
+    def begin(self, request_id: str, state: SessionState | None) -> None:
+        """A request arrives; ``state``: what its session brings along."""
+        if self._vocab is not None:
+            self._vocab.begin(request_id, state)
+
+    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
+        """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
+        request_ids = [request.request_id for request in requests]
+        if self._policy.rests(request_ids, num_joining):
+            self._copies, self._copied = {}, frozenset()
+            return [0] * len(requests)
+        caps = [request.sampling.num_speculative_tokens for request in requests]
+        allowed = [
+            min(limit, self._max_tokens if cap is None else min(cap, self._max_tokens))
+            for limit, cap in zip(limits, caps, strict=True)
+        ]
+        self._copies = {} if self._lookup is None else self._lookup.look(requests, allowed)
+        sequences = [self._draftable(request, limit) for request, limit in zip(requests, allowed, strict=True)]
+        lengths = self._policy.lengths(sequences, num_joining)
+        self._copied = lengths.copied
+        return lengths.most
+
+    def _draftable(self, request: Request, limit: int) -> Draftable:
+        copy = self._copies.get(request.request_id)
+        repeat, num_unread = copy.repeat if copy else None, self._proposer.num_unread(request)
+        return Draftable(request.request_id, request.tenant, limit, num_unread, repeat)
+
+    def draft(self, slots: Sequence[DraftSlot]) -> None:
+        """Write ``request.draft_token_ids``, as far as the policy finds it worth while."""
+        started = time.perf_counter()
+        wanted = [slot for slot in slots if slot.num_tokens]
+        confidence = self._copy([slot for slot in wanted if slot.request.request_id in self._copied])
+        drafting = [slot for slot in wanted if slot.request.request_id not in self._copied]
+        if drafting:
+            rule = self._policy.stop_rule({slot.request.request_id: slot.num_tokens for slot in drafting})
+            confidence |= self._proposer.propose(drafting, rule)
+        self._cut([slot.request for slot in wanted if slot.request.draft_token_ids], confidence)
+        has_drafts = any(not chain.copied for chain in self._chains.values())
+        self._drafting_seconds = time.perf_counter() - started if has_drafts else None
+        _drop_forbidden([slot.request for slot in wanted])
+
+    def _copy(self, slots: Sequence[DraftSlot]) -> dict[str, Sequence[int]]:
+        """Fill some slots with copies; returns their levels."""
+        levels = {}
+        for slot in slots:
+            request, copy = slot.request, self._copies[slot.request.request_id]
+            request.draft_token_ids += copy.token_ids[: slot.num_tokens]
+            levels[request.request_id] = copy.repeat.levels[: slot.num_tokens]
+        return levels
+
+    def _cut(self, requests: Sequence[Request], confidence: Confidence) -> None:
+        """Keep the whole chains, and of each request's drafts what is worth verifying."""
+        self._chains.clear()
+        for request in requests:
+            name, greedy = request.request_id, request.sampling.temperature == 0.0
+            self._chains[name] = Chain(request.draft_token_ids, confidence.get(name, ()), greedy, name in self._copied)
+        if requests:
+            lengths = self._policy.worth_verifying(self._chains)
+            for request in requests:  # another list: the chain keeps this one
+                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
+
+    def learn(
+        self,
+        verified: Sequence[Verification],
+        logits: torch.Tensor,
+        features: Features | None,
+        compute_logits: ComputeLogits,
+    ) -> float:
+        """Follow a verified step, before it is committed.
+
+        Args:
+            verified: all its sequences.
+            logits: [L, vocab] float32, as the target has computed them; may be lost in this call.
+            features: of all its tokens; None without capture.
+            compute_logits: for prompt positions, whose logits nobody else wants.
+
+        Returns:
+            The seconds that vocabularies took.
+        """
+        self._proposer.observe([one.sequence for one in verified], [one.num_chosen for one in verified], features)
+        first_right = self._judge(verified)
+        likely = None
+        if self._verify_log is not None:
+            num_likely = 0 if self._follower is None else self._follower.top_k
+            likely = self._verify_log.write(verified, logits, num_likely, first_right)
+        seconds = 0.0
+        if self._follower is not None:
+            started = time.perf_counter()
+            self._follower.follow(verified, logits, compute_logits, likely, self._begun_later(verified))
+            seconds = time.perf_counter() - started
+        if self._drafting_seconds is not None:
+            self._policy.observe_seconds(self._drafting_seconds + seconds)
+            self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
+        return seconds
+
+    def _begun_later(self, verified: Sequence[Verification]) -> list[str]:
+        """The new requests that get a vocabulary only when they are drafted for, because that may well never be."""
+        new = (one.request for one in verified if not one.request.output_token_ids)
+        return [request.request_id for request in new if not self._policy.drafts_for_most(request.tenant)]
+
+    def _judge(self, verified: Sequence[Verification]) -> dict[str, bool | None]:
+        """Tell the policy what became of the drafts.
+
+        The target's last choice judges the first draft that was not verified too, so that it costs nothing to leave one
+        out and still learn whether that was right.
+
+        Returns:
+            of the requests with a chain, whether its first token was right; None: it was copied.
+        """
+        first_right: dict[str, bool | None] = {}
+        for one in verified:
+            request_id = one.request.request_id
+            chain, copy = self._chains.pop(request_id, None), self._copies.pop(request_id, None)
+            if not one.kept:
+                continue
+            if copy is not None:
+                self._policy.observe_repeat(request_id, copy.repeat, _outcomes(copy.token_ids, one.kept))
+            if chain is not None:
+                outcomes, repeat = _outcomes(chain.token_ids, one.kept), copy.repeat if copy else None
+                self._policy.observe(request_id, chain, outcomes, repeat)
+                first_right[request_id] = None if chain.copied else outcomes[0]
+        return first_right
+
+    def source(self, request_id: str) -> DraftSource:
+        """Who drafted for a request in this step."""
+        return "lookup" if request_id in self._copied else "draft"
+
+    def draft_version(self, request_id: str) -> int:
+        """Version of the adapter that drafted last for a request, 0: the base draft."""
+        return self._verify_log.draft_version(request_id) if self._verify_log else 0
+
+    def add_stats(self, stats: EngineStats) -> EngineStats:
+        """The engine's statistics with those of speculation."""
+        if self._verify_log is not None:
+            stats = msgspec.structs.replace(stats, alignment=self._verify_log.stats())
+        if self._vocab is None:
+            return stats
+        queries, seconds = self._vocab.semantic_work
+        return msgspec.structs.replace(
+            stats,
+            vocabularies_used=self._vocab.num_used,
+            vocabularies_total=self._vocab.num_total,
+            snapshots_refused=self._vocab.num_refused_snapshots,
+            semantic_queries=queries,
+            semantic_seconds=seconds,
+        )
+
+    def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
+        """A request has ended, its last tokens are committed: the snapshot of its session, and how its drafts fared."""
+        return (None, None) if self._vocab is None else self._vocab.finish(request)
+
+    def preempted(self, request_id: str) -> None:
+        """A request has lost its blocks; it comes back."""
+        self._proposer.forget(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended."""
+        self._proposer.forget(request_id)
+        self._policy.forget(request_id)
+        if self._lookup is not None:
+            self._lookup.forget(request_id)
+        if self._vocab is not None:
+            self._vocab.forget(request_id)
+
+
+def _drop_forbidden(requests: Sequence[Request]) -> None:
+    """Cut drafts off before the first that a grammar forbids. The masks that tell are needed anyway."""
+    for request in requests:
+        if request.grammar is not None:
+            request.draft_token_ids = request.grammar.allowed(request.draft_token_ids)
+
+
+def _outcomes(drafts: Sequence[int], chosen: Sequence[int]) -> list[bool]:
+    """Whether each draft is what the target chose, up to the first that is not."""
+    outcomes = []
+    for draft, token_id in zip(drafts, chosen, strict=False):
+        outcomes.append(draft == token_id)
+        if draft != token_id:
+            break
+    return outcomes
