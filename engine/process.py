@@ -29,7 +29,7 @@ from engine.messages import (
 )
 from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import known_sums, resolve_model, validate_model_files
-from engine.models.verify import DAMAGED_STATUS, Verification
+from engine.models.verify import DAMAGED_STATUS, FileCheck
 from engine.online.shared_file import SharedMemoryError, claim_directory
 from engine.speculation.draft_files import draft_model_config
 
@@ -64,7 +64,7 @@ class EngineProcess:
     Every client gets the statistics too, at least every half second: silence means that the engine is gone.
     """
 
-    def __init__(self, config: EngineConfig, core: EngineCore, model_name: str, verification: Verification) -> None:
+    def __init__(self, config: EngineConfig, core: EngineCore, model_name: str, verification: FileCheck) -> None:
         self._core, self._verification = core, verification
         self._epoch = uuid.uuid4().hex
         self._ready = introduction(config, core, model_name, self._epoch)
@@ -169,7 +169,7 @@ def main() -> None:
     except (ModelError, SharedMemoryError) as error:
         log.error("the model cannot be served", reason=str(error))
         sys.exit(1)
-    EngineProcess(config, core, config.model.served_name or files.name, Verification(sums)).run()
+    EngineProcess(config, core, config.model.served_name or files.name, FileCheck(sums)).run()
 
 
 if __name__ == "__main__":

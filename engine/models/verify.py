@@ -27,7 +27,7 @@ DAMAGED_STATUS = 65
 _CHUNK, _STDIN = 1 << 20, 0
 
 
-class Verification:
+class FileCheck:
     """A process that hashes ``files``, whose sums are given; it ends with the process that made it."""
 
     def __init__(self, files: Mapping[Path, str]) -> None:

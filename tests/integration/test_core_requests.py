@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig, SpeculationConfig
 from engine.messages import EngineMessage, EngineOutput, EngineReady, EngineRequest, Hello, SamplingParams
-from engine.models.verify import Verification
+from engine.models.verify import FileCheck
 from engine.process import EngineProcess
 from engine.sampling.sampler import Sampler
 from tests.tiny_drafts import CLIENT, Engine, Setting
@@ -102,7 +102,7 @@ def check_refused_alone(engine: Engine, prompt: list[int], tenant: str, kind: st
 def test_bytes_that_are_no_message_are_left_out(engine: Engine, tmp_path: Path) -> None:
     """The step loop goes on, and hears the next message of the same client."""
     config = EngineConfig(address=f"ipc://{tmp_path}/engine.sock")
-    process = EngineProcess(config, engine.core, "tiny", Verification({}))
+    process = EngineProcess(config, engine.core, "tiny", FileCheck({}))
     with zmq.Context.instance().socket(zmq.DEALER) as client:
         client.connect(config.address)
         for payload in (b"", b"\xc1", b"\x92\xa5hello", msgspec.msgpack.encode({"type": "unknown"})):

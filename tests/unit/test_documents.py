@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 from pathlib import Path
@@ -63,3 +64,16 @@ def test_every_record_is_cited_and_every_plot_shown() -> None:
     shown = {Path(link).name for text in texts for link in IMAGE.findall(text)}
     assert kept - {name for text in texts for name in RECORD.findall(text)} == set()
     assert {name for name in kept if name.endswith(".png")} - shown == set()
+
+
+CODE_LINK = re.compile(r"\[`([\w.]+)`\]\(([^)]+\.py)\)")
+TOUR = ROOT / "docs" / "tour.md"
+
+
+@pytest.mark.parametrize(("name", "file"), CODE_LINK.findall(TOUR.read_text()))
+def test_the_tour_names_what_is_there(name: str, file: str) -> None:
+    nodes: list[ast.AST] = [ast.parse((TOUR.parent / file).read_text())]
+    for part in name.split("."):
+        inner = [child for node in nodes for child in ast.iter_child_nodes(node)]
+        nodes = [child for child in inner if getattr(child, "name", None) == part]
+        assert nodes, f"{file} has no {name}"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.speculation import build as spec_load
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
@@ -18,6 +17,7 @@ from engine.core import EngineCore
 from engine.loader import LoadedModel, load
 from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import validate_model_files
+from engine.speculation import build as spec_load
 from engine.speculation import draft_files
 from engine.speculation.drafters.base import Draft
 from engine.speculation.drafters.head import COUNTS_FILE

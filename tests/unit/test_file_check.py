@@ -14,13 +14,13 @@ from engine.config import ModelConfig
 from engine.models.config import ModelFiles
 from engine.models.fetch import is_verified
 from engine.models.registry import REGISTRY, known_sums
-from engine.models.verify import Verification
+from engine.models.verify import FileCheck
 
 CONTENT = b"weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
-def ends_failed(verification: Verification) -> bool:
+def ends_failed(verification: FileCheck) -> bool:
     """Wait until its process has ended; whether a sum was wrong."""
     deadline = time.monotonic() + 60
     while verification._process is not None and time.monotonic() < deadline:
@@ -57,9 +57,9 @@ def test_files_that_are_right_stay(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(CONTENT)
     assert is_verified(path, SHA256)
-    assert not ends_failed(Verification({path: SHA256}))
+    assert not ends_failed(FileCheck({path: SHA256}))
     assert len(list(tmp_path.iterdir())) == 2
-    assert not Verification({}).has_failed()
+    assert not FileCheck({}).has_failed()
 
 
 def test_a_wrong_sum_is_told_and_the_file_is_not_trusted_again(
@@ -69,7 +69,7 @@ def test_a_wrong_sum_is_told_and_the_file_is_not_trusted_again(
     path.write_bytes(CONTENT)
     assert is_verified(path, SHA256)
     snapshot = hub_snapshot(tmp_path)
-    assert ends_failed(Verification({path: "0" * 64, snapshot / "model.safetensors": "0" * 64}))
+    assert ends_failed(FileCheck({path: "0" * 64, snapshot / "model.safetensors": "0" * 64}))
     assert [entry.name for entry in tmp_path.glob("model.gguf*")] == ["model.gguf"]
     assert not (snapshot / "model.safetensors").exists()
     assert (snapshot / "config.json").exists()
@@ -78,7 +78,7 @@ def test_a_wrong_sum_is_told_and_the_file_is_not_trusted_again(
 
 
 def test_a_file_that_cannot_be_read_is_no_damage(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert not ends_failed(Verification({tmp_path / "absent": SHA256}))
+    assert not ends_failed(FileCheck({tmp_path / "absent": SHA256}))
     assert "cannot be read" in capfd.readouterr().err
 
 
