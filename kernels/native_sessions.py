@@ -93,15 +93,17 @@ class _Table(ctypes.Structure):
     _fields_ = (*((name, _POINTER) for name in ("keys", "tokens", "counts")), ("width", _INT), ("shift", _INT))
 
 
+def missing_reason() -> str | None:
+    """Why sessions cannot be had in this process; None where they can."""
+    return None if _of_these_sources() else "the compiled kernels are missing, or out of date (python -m kernels.build)"
+
+
 @functools.cache
-def _library() -> Any:
-    target = best_target()
-    library: Any = None if target is None else load_of_these_sources(target)
-    library = library or load_of_these_sources(PLAIN)
+def load() -> Any:
+    """The library; check ``missing_reason`` first."""
+    library = _of_these_sources()
     if library is None:
-        raise RuntimeError(
-            "the compiled kernels are not built, or of other sources than these (python -m kernels.build)"
-        )
+        raise RuntimeError(missing_reason())
     for name in ("evo_sessions_new", "evo_sessions_take_writes", "evo_sessions_unigrams", "evo_sessions_weights"):
         getattr(library, name).restype = _POINTER
     library.evo_texts_new.restype = _POINTER
@@ -110,6 +112,11 @@ def _library() -> Any:
     library.evo_sessions_ngrams.restype = _Table
     library.evo_sessions_bytes.restype = library.evo_texts_bytes.restype = _INT64
     return library
+
+
+def _of_these_sources() -> Any:
+    best = best_target()
+    return (best and load_of_these_sources(best)) or load_of_these_sources(PLAIN)
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ class Texts:
     """Texts of running sequences, the last ``capacity`` tokens of each, searched for repeats of their ends."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
-        self._library = _library()
+        self._library = load()
         self.handle = _POINTER(self._library.evo_texts_new(num_slots, capacity))
 
     def __del__(self) -> None:
@@ -265,7 +272,7 @@ class Sessions:
     """
 
     def __init__(self, options: SessionOptions, in_core: NDArray[np.bool_], graph: GraphArrays | None = None) -> None:
-        self._library, self.options, self.vocab_size = _library(), options, len(in_core)
+        self._library, self.options, self.vocab_size = load(), options, len(in_core)
         uses = [float(use) for use in options.uses]
         uses[3] *= graph is not None
         self._uses = np.array(uses, np.float32)

@@ -14,7 +14,7 @@ from engine.draft_vocab.running_texts import RunningTexts
 from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
 from engine.models import eagle3
-from engine.models.config import ModelFiles
+from engine.models.config import ModelError, ModelFiles
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
 from engine.online.adapters import EagleAdapters
@@ -38,6 +38,7 @@ from engine.speculation.length.costs import StepCosts
 from engine.speculation.length.policy import FixedLength
 from engine.speculation.speculator import Speculator
 from engine.text.tokenizer import Tokenizer
+from kernels.native_sessions import missing_reason
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +58,12 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
     method, directory = choose_method(config.speculation, files.name)
     if method == "none" and config.speculation.method == "auto" and config.speculation.num_speculative_tokens:
         log.info("no speculation: no draft is shipped for this model", model=files.name)
+    reason = missing_reason()
+    if method != "none" and reason is not None:
+        if config.speculation.method != "auto":
+            raise ModelError(f"speculation: {reason}")
+        log.warning("no speculation", reason=reason)
+        return None
     if method == "ngram":
         return NgramDraft()
     if method == "draft_model":

@@ -15,6 +15,7 @@ from engine.draft_vocab.bigram_graph import BigramGraph
 from engine.models.config import ModelError
 from engine.speculation.drafters.head import read_token_counts, static_vocabulary
 from engine.speculation.drafters.session_head import GRAPH_FILE
+from tests.reference.bigram_graph import neighbours
 from tests.running_server import EVOSPEC
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
@@ -49,7 +50,7 @@ def test_bigrams_of_answers_become_a_graph(model: str, tmp_path: Path) -> None:
     write_conversations(data_directory("tiny"), *[([7, 8], [5, 9])] * 5, *[([3], [4])] * 4)
     count.build(model, tmp_path / "drafts")
     graph = BigramGraph.load(tmp_path / "drafts" / GRAPH_FILE, VOCAB_SIZE)
-    followers = {token: graph.neighbours(token).tolist() for token in range(VOCAB_SIZE)}
+    followers = {token: neighbours(graph, token).tolist() for token in range(VOCAB_SIZE)}
     assert {token: following for token, following in followers.items() if following} == {8: [5], 5: [9]}
 
 
