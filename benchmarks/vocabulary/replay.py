@@ -24,8 +24,9 @@ from benchmarks.vocabulary.pairs import table
 from engine.config import ModelConfig, SpeculationConfig
 from engine.draft_vocab.bigram_graph import BigramGraph
 from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS
+from engine.draft_vocab.resources import Resources, core_mask
 from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.vocab import DraftVocab, Resources, core_mask
+from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import SamplingParams, SessionState
 from engine.models.registry import resolve_model
 from engine.request import Request

@@ -8,74 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
-from engine.draft_vocab.bigram_graph import BigramGraph
 from engine.draft_vocab.drafted_tokens import DraftedTokens
 from engine.draft_vocab.ngram_counts import restore, strongest
-from engine.draft_vocab.prior import HALF_LIFE, LIGHT_DRAFT_WEIGHTS, MAX_WEIGHT, NUM_FEATURES, PRESENCE
+from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES
+from engine.draft_vocab.resources import Resources, session_options
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
 from engine.draft_vocab.tenants import TenantMemory, TenantTables
 from engine.messages import SessionState, VocabularyCounts
 from engine.request import Request
 from engine.verification import Verification
-from kernels.native_sessions import SessionOptions, Sessions, TailWrites
+from kernels.native_sessions import Sessions, TailWrites
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex, SemanticSearch
 
 log = structlog.get_logger(__name__)
 
-_MIN_TENANTS = 64
-"""With a table of half a MiB each."""
 _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""
 TopK = Callable[[Sequence[slice]], NDArray[np.int32]]
 """The target's most likely tokens at some rows of a step's logits: [n, k], best first."""
-
-
-class TailMemory(Protocol):
-    """Where the head rows of tails are; see ``kernels.draft_head.TailSlabs``."""
-
-    def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Put tokens into slots, each of the slab named."""
-        ...
-
-    def clear(self, slab: int) -> None:
-        """Empty a slab."""
-        ...
-
-
-def core_mask(vocab_size: int, token_ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
-    """[vocab]: whether each token is in a core of ``token_ids``; None: all are."""
-    mask = np.full(vocab_size, token_ids is None)
-    if token_ids is not None:
-        mask[token_ids] = True
-    return mask
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the vocabularies of a model are made of."""
-
-    core: NDArray[np.bool_]
-    """[vocab]: the tokens that every sequence can draft."""
-    fingerprint: str
-    """Of the model's tokens."""
-    tails: TailMemory | None = None
-    """For ``slots`` tokens of each of ``DynamicConfig.max_sessions`` sequences, and one slab more, always empty, for
-    the others; None where tails have no slots."""
-    slots: int = 0
-    graph: BigramGraph | None = None
-    semantic: SemanticIndex | None = None
-    start_weights: Sequence[float] | None = None
-    """[NUM_FEATURES]: where the prior of a tenant's first session starts; None: at zeros."""
 
 
 @dataclass(slots=True)
@@ -115,20 +75,16 @@ class DraftVocab:
 
     def __init__(self, options: DynamicConfig, resources: Resources, texts: RunningTexts) -> None:
         self._options, self._resources, self.texts = options, resources, texts
-        num_tenants = max(_MIN_TENANTS, options.max_sessions) if options.graph and resources.slots else 0
         graph = resources.graph if options.graph else None
-        self.sessions = Sessions(
-            _session_options(options, resources.slots, num_tenants),
-            resources.core,
-            None if graph is None else graph.arrays(),
-        )
+        of_sessions = session_options(options, resources.slots)
+        self.sessions = Sessions(of_sessions, resources.core, None if graph is None else graph.arrays())
         self.drafted = DraftedTokens(self.sessions, texts, wants_hidden=resources.semantic is not None)
         self._uses_prior = options.prior != "off"
         self._free = list(range(options.max_sessions))[::-1]
         self._states: dict[str, SessionState | None] = {}
         """Of all requests that have arrived, with a vocabulary or not."""
         self._running: dict[str, _Running] = {}
-        self._tenants = TenantTables(self.sessions) if num_tenants else None
+        self._tenants = TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._memory = TenantMemory() if options.tenant_memory else None
         self._search = _start_search(resources.semantic)
         self.num_refused_snapshots = 0
@@ -384,22 +340,6 @@ class DraftVocab:
     def _write(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:
             self._resources.tails.write(*writes.T.tolist())
-
-
-def _session_options(options: DynamicConfig, slots: int, num_tenants: int) -> SessionOptions:
-    order = options.prior_order
-    return SessionOptions(
-        num_sessions=options.max_sessions,
-        num_places=slots,
-        only_recency=options.replacement == "lru",
-        in_context=options.in_context,
-        learns=options.prior == "learned",
-        uses=(True, order >= 2, order >= 3, True, options.prior_matches),
-        most_weight=MAX_WEIGHT,
-        half_life=HALF_LIFE,
-        presence=PRESENCE,
-        num_tenants=num_tenants,
-    )
 
 
 def _start_search(index: SemanticIndex | None) -> SemanticSearch | None:

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from engine.config import DynamicConfig, EngineConfig
 from engine.draft_vocab.bigram_graph import BigramGraph, BigramGraphError
 from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES
+from engine.draft_vocab.resources import Resources
 from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.vocab import DraftVocab, Resources
+from engine.draft_vocab.vocab import DraftVocab
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request

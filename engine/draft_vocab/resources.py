@@ -1,0 +1,77 @@
+"""What draft vocabularies are made of, and how their options are put to the sessions' kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.config import DynamicConfig
+from engine.draft_vocab.bigram_graph import BigramGraph
+from engine.draft_vocab.prior import HALF_LIFE, MAX_WEIGHT, PRESENCE
+from kernels.native_sessions import SessionOptions
+
+if TYPE_CHECKING:
+    from engine.draft_vocab.semantic import SemanticIndex
+
+_MIN_TENANTS = 64
+"""With a table of half a MiB each."""
+
+
+class TailMemory(Protocol):
+    """Where the head rows of tails are; see ``kernels.draft_head.TailSlabs``."""
+
+    def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Put tokens into slots, each of the slab named."""
+        ...
+
+    def clear(self, slab: int) -> None:
+        """Empty a slab."""
+        ...
+
+
+def core_mask(vocab_size: int, token_ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
+    """[vocab]: whether each token is in a core of ``token_ids``; None: all are."""
+    mask = np.full(vocab_size, token_ids is None)
+    if token_ids is not None:
+        mask[token_ids] = True
+    return mask
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the vocabularies of a model are made of."""
+
+    core: NDArray[np.bool_]
+    """[vocab]: the tokens that every sequence can draft."""
+    fingerprint: str
+    """Of the model's tokens."""
+    tails: TailMemory | None = None
+    """For ``slots`` tokens of each of ``DynamicConfig.max_sessions`` sequences, and one slab more, always empty, for
+    the others; None where tails have no slots."""
+    slots: int = 0
+    graph: BigramGraph | None = None
+    semantic: SemanticIndex | None = None
+    start_weights: Sequence[float] | None = None
+    """[NUM_FEATURES]: where the prior of a tenant's first session starts; None: at zeros."""
+
+
+def session_options(options: DynamicConfig, slots: int) -> SessionOptions:
+    """How sessions learn, and what fills their tails of ``slots`` tokens."""
+    order = options.prior_order
+    return SessionOptions(
+        num_sessions=options.max_sessions,
+        num_places=slots,
+        only_recency=options.replacement == "lru",
+        in_context=options.in_context,
+        learns=options.prior == "learned",
+        uses=(True, order >= 2, order >= 3, True, options.prior_matches),
+        most_weight=MAX_WEIGHT,
+        half_life=HALF_LIFE,
+        presence=PRESENCE,
+        # No step has more tenants than sessions, so none loses its table within one.
+        num_tenants=max(_MIN_TENANTS, options.max_sessions) if options.graph and slots else 0,
+    )
