@@ -10,10 +10,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from redis.connection import parse_url
 
 from engine.online.adapter_control import KeyScope
+from engine.options import Section
 
 
 def _check_redis_url(url: str) -> str:
@@ -28,18 +29,18 @@ LoraTarget = Literal["q", "k", "v", "o", "down"]
 """Projections of the draft that an adapter can change; q, k and v are rows of one matrix."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
 def _shared_directory() -> Path:
     """A directory of this user's own, on tmpfs where there is one."""
     base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path.home() / ".cache"
     return base / f"evospec-{os.getuid()}"
 
 
-class TokenLogConfig(_Section):
+class TokenLogConfig(Section):
     """What the engine logs of its verify steps."""
+
+    in_code_only = frozenset(
+        ("top_k", "kl_threshold", "fair_share", "max_records", "context_tokens", "ring_rows", "interval_seconds")
+    )
 
     stream: str = Field(default="evospec:token-log", description="Redis key of the token log.")
     top_k: int = Field(default=16, ge=2, le=64, description="Tokens of the target's distribution at a position.")
@@ -72,7 +73,7 @@ class TokenLogConfig(_Section):
     )
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """How the worker trains."""
 
     method: Literal["curriculum", "osd"] = Field(
@@ -107,7 +108,7 @@ class TrainingConfig(_Section):
     updates_per_version: int = Field(default=16, ge=1, description="Updates before a version is scored and published.")
 
 
-class ReplayConfig(_Section):
+class ReplayConfig(Section):
     """What the worker keeps of each key's traffic, in memory only."""
 
     recent_segments: int = Field(default=16, ge=1, description="Segments kept in their order.")
@@ -125,7 +126,7 @@ class ReplayConfig(_Section):
     )
 
 
-class GuardConfig(_Section):
+class GuardConfig(Section):
     """When a version is refused, and when it is taken back."""
 
     min_held_out: int = Field(default=256, ge=1, description="Fewest held-out positions to score a version on.")
@@ -151,8 +152,10 @@ class GuardConfig(_Section):
     sigmas: float = Field(default=3.0, gt=0, description="Standard errors beyond the margin that take a version back.")
 
 
-class PaceConfig(_Section):
+class PaceConfig(Section):
     """How much of the machine the worker may take."""
+
+    in_code_only = frozenset(("threads", "niceness", "step_seconds", "outlook_seconds"))
 
     threads: int = Field(default=1, ge=1, description="Compute threads.")
     niceness: int = Field(default=19, ge=0, le=19, description="Of the process.")
@@ -166,8 +169,10 @@ class PaceConfig(_Section):
     outlook_seconds: float = Field(default=3600.0, gt=0, description="How long what is learned will be of use.")
 
 
-class AdaptersConfig(_Section):
+class AdaptersConfig(Section):
     """Online alignment: a worker trains adapters of the draft from live traffic."""
+
+    in_code_only = frozenset(("training", "replay", "guard"))
 
     enabled: bool = Field(default=False, description="Log verify steps, train, and draft with what was learned.")
     key_scope: KeyScope = Field(

@@ -9,9 +9,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from engine.adapters_config import AdaptersConfig
+from engine.options import Section
 
 CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 """Environment variable in which the engine process finds its ``EngineConfig``, as JSON."""
@@ -22,11 +23,7 @@ MAX_TAIL_TOKENS = 2048
 """Most tokens of a session's own in its draft vocabulary."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model is served and in what precision."""
 
     name: str = Field(
@@ -55,7 +52,7 @@ class ModelConfig(_Section):
     )
 
 
-class CacheConfig(_Section):
+class CacheConfig(Section):
     """The paged KV cache."""
 
     block_size: Literal[16, 32, 64] = Field(default=16, description="Tokens per KV block.")
@@ -69,7 +66,7 @@ class CacheConfig(_Section):
     prefix_caching: bool = Field(default=True, description="Share KV blocks of equal prefixes within a tenant.")
 
 
-class SchedulerConfig(_Section):
+class SchedulerConfig(Section):
     """Continuous batching."""
 
     max_num_seqs: int = Field(default=256, ge=1, description="Most sequences in one step.")
@@ -87,8 +84,12 @@ class SchedulerConfig(_Section):
         return self
 
 
-class DynamicConfig(_Section):
+class DynamicConfig(Section):
     """What fills the tails of vocabulary dynamic:K+S, and the prior on its tokens. Each switch can be ablated."""
+
+    in_code_only = frozenset(
+        ("in_context", "target_signal", "target_top_k", "prefill_target_signal", "semantic", "graph", "tenant_memory")
+    ) | {"prior", "prior_order", "prior_matches", "replacement"}
 
     max_sessions: int = Field(
         default=64,
@@ -125,7 +126,7 @@ class DynamicConfig(_Section):
     replacement: Literal["arc", "lru"] = Field(default="arc", description="What leaves a full tail.")
 
 
-class SpeculationConfig(_Section):
+class SpeculationConfig(Section):
     """Speculative decoding. It never changes an output, only how fast it comes."""
 
     method: Literal["auto", "none", "eagle3", "draft_model", "ngram", "ngram_eagle3"] = Field(
@@ -176,7 +177,7 @@ class SpeculationConfig(_Section):
         return self
 
 
-class RuntimeConfig(_Section):
+class RuntimeConfig(Section):
     """Devices and threads."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the model runs.")
@@ -206,7 +207,7 @@ def _private_address() -> str:
     return f"ipc://{directory}/evospec-engine.sock"
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """Everything the engine process needs to know."""
 
     address: str = Field(

@@ -14,9 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
+    CLI_SUPPRESS,
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -25,6 +26,7 @@ from pydantic_settings import (
 
 from engine.adapters_config import RedisUrl
 from engine.config import EngineConfig
+from engine.options import Section
 
 ENV_PREFIX = "EVOSPEC_"
 KEY_HASH = re.compile(r"[0-9a-f]{64}")
@@ -54,11 +56,7 @@ class ConfigurationError(Exception):
     """The options given cannot work; the message is one line for the operator."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class HttpConfig(_Section):
+class HttpConfig(Section):
     """The API server."""
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; any but loopback needs API keys.")
@@ -105,14 +103,14 @@ class HttpConfig(_Section):
     )
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """Logs go to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe level shown.")
     format: Literal["json", "console"] = Field(default="json", description="JSON lines, or text for people.")
 
 
-class RedisConfig(_Section):
+class RedisConfig(Section):
     """Redis or Valkey; holds the rate limits and the sessions."""
 
     url: RedisUrl | None = Field(
@@ -124,7 +122,7 @@ class RedisConfig(_Section):
     )
 
 
-class AuthConfig(_Section):
+class AuthConfig(Section):
     """API keys. Without any, everyone is the tenant "default", and only loopback addresses are served."""
 
     keys_file: Path | None = Field(default=None, description="TOML file of tenants and hashes of their keys.")
@@ -141,7 +139,7 @@ class AuthConfig(_Section):
     insecure: bool = Field(default=False, description="Serve without keys on an address that is not loopback.")
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """Rate limits of a tenant that the keys file gives none of its own."""
 
     requests_per_minute: int | None = Field(default=None, ge=1, description="Requests a minute; default: no limit.")
@@ -154,7 +152,7 @@ class LimitsConfig(_Section):
     )
 
 
-class SessionsConfig(_Section):
+class SessionsConfig(Section):
     """What is kept between the requests of a session; see docs/sessions.md."""
 
     ttl_seconds: int = Field(
@@ -226,9 +224,26 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The options and sections of a section, but those that are set in code only."""
+    hidden = model.in_code_only if issubclass(model, Section) else frozenset()
+    return {name: field for name, field in model.model_fields.items() if name not in hidden}
+
+
+def _hide_from_help(model: type[BaseModel]) -> None:
+    for name, field in model.model_fields.items():
+        if name not in fields_of(model):
+            field.metadata.append(CLI_SUPPRESS)
+        elif section := section_of(field):
+            _hide_from_help(section)
+
+
+_hide_from_help(Settings)
+
+
 def option_names(model: type[BaseModel] = Settings, path: Sequence[str] = ()) -> Iterator[list[str]]:
     """Every option of the tree, by the names on the way to it."""
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         section = section_of(field)
         if section is None:
             yield [*path, name]
@@ -241,14 +256,15 @@ def environment_variable(names: Sequence[str]) -> str:
     return ENV_PREFIX + "__".join(names).upper()
 
 
-def load_settings(arguments: Sequence[str] = ()) -> Settings:
+def load_settings(arguments: Sequence[str] = (), *, experiments: bool = False) -> Settings:
     """Settings from flags, environment and configuration file.
 
-    Raises ``ConfigurationError`` with one line that names the option at fault.
+    Raises ``ConfigurationError`` with one line that names the option at fault. ``experiments``: those that are set in
+    code only are known, too.
     """
     _check_environment()
     try:
-        return Settings(_cli_parse_args=list(arguments))
+        settings = Settings(_cli_parse_args=list(arguments))
     except ValidationError as error:
         first = error.errors()[0]
         option = ".".join(str(part) for part in first["loc"])
@@ -259,6 +275,19 @@ def load_settings(arguments: Sequence[str] = ()) -> Settings:
         raise ConfigurationError(f"{option}: {first['msg']} (got {first['input']!r})") from error
     except SettingsError as error:
         raise ConfigurationError(" ".join(str(error).split())) from error
+    if not experiments:
+        _check_known(settings, [])
+    return settings
+
+
+def _check_known(model: BaseModel, path: list[str]) -> None:
+    """What is set in code only was not set here."""
+    for name in model.model_fields_set:
+        if name not in fields_of(type(model)):
+            raise ConfigurationError(f"unknown option: {'.'.join([*path, name])}")
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            _check_known(value, [*path, name])
 
 
 def _check_environment() -> None:

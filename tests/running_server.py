@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +17,9 @@ import pytest
 
 T = TypeVar("T")
 
-EVOSPEC = Path(sys.executable).parent / "evospec"
+EVOSPEC = str(Path(sys.executable).parent / "evospec")
+EXPERIMENTS = (sys.executable, "-m", "benchmarks.common.experiments")
+"""The same, which knows the options that are set in code only."""
 WAIT_SECONDS = 120.0
 # Room for a few thousand tokens: tests share a small machine.
 SMALL = ["--kv-max-bytes", str(256 * 1024**2), "--log.format", "json"]
@@ -26,11 +28,13 @@ SMALL = ["--kv-max-bytes", str(256 * 1024**2), "--log.format", "json"]
 class RunningServer:
     """An ``evospec serve`` (or ``command``) of its own process; ``base_url`` has no path."""
 
-    def __init__(self, log_path: Path, options: list[str], command: str = "serve") -> None:
+    def __init__(
+        self, log_path: Path, options: list[str], command: str = "serve", program: Sequence[str] = (EVOSPEC,)
+    ) -> None:
         self._log_path = log_path
         with log_path.open("wb") as log_file:
             self.process = subprocess.Popen(
-                [EVOSPEC, command, "--port", "0", *options],
+                [*program, command, "--port", "0", *options],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log_file,

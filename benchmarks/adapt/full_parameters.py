@@ -16,9 +16,10 @@ from adapters.alignment import worker
 from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
 from adapters.alignment.chains import SegmentBatch
 from adapters.alignment.updates import Updater
+from benchmarks.common import experiments
 from engine.adapters_config import AdaptersConfig
 from engine.models.lora import whole_layout
-from server import cli, launcher
+from server import launcher
 
 _RATE = 0.01
 """All weights at once need smaller steps than two thin matrices, one of them zero at first."""
@@ -59,7 +60,7 @@ def main() -> None:
         worker.main(FullParameterUpdater)
     else:
         launcher.WORKER_COMMAND = [sys.executable, "-m", "benchmarks.adapt.full_parameters", _WORKER]
-        cli.main()
+        experiments.main()
 
 
 if __name__ == "__main__":

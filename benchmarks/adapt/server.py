@@ -193,10 +193,8 @@ def serving(side: Side, model: str, drafting: Drafting, tenants: Sequence[str]) 
     ):
         pairs = ",".join(f"{tenant}={hash_key(key)}" for tenant, key in keys.items())
         own = ["--port", str(port), "--auth.keys", pairs, "--auth.admin_key", hash_key(admin)]
-        program = [str(Path(sys.executable).with_name("evospec"))]
-        if side.trains_all_weights:
-            program = [sys.executable, "-m", "benchmarks.adapt.full_parameters"]
-        command = [*program, "serve", *own]
+        program = "benchmarks.adapt.full_parameters" if side.trains_all_weights else "benchmarks.common.experiments"
+        command = [sys.executable, "-m", program, "serve", *own]
         command += arguments(side, model, drafting, Path(directory), Path(shared))
         log = LOGS / f"adapt-{model}-{side.name.replace('/', '-')}.log"
         with running(Launch(command), port, log) as process:

@@ -197,7 +197,7 @@ def _command(model: FaultModel, port: int, options: Mapping[str, object], flags:
         "engine.cache.num_blocks": 512,
     }
     words = [part for name, value in (common | dict(options)).items() for part in (f"--{name}", str(value))]
-    return [str(Path(sys.executable).with_name("evospec")), "serve", *words, *flags]
+    return [sys.executable, "-m", "benchmarks.common.experiments", "serve", *words, *flags]
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from engine.speculation.draft_files import DRAFTS
 from server.session_ids import session_key
 from server.tenants import hash_key
 from tests.running_prometheus import BINARY, running_prometheus
-from tests.running_server import RunningServer
+from tests.running_server import EXPERIMENTS, RunningServer
 
 TENANTS = {"acme": "secret-a", "beta": "secret-b"}
 KEYS = {**TENANTS, "prometheus": "secret-p"}
@@ -164,7 +164,7 @@ def test_no_panel_is_empty_under_load(
     }
     seed_adapters(tmp_path)
     arguments = [word for option, value in options.items() for word in (f"--{option}", value)]
-    server = launch_server(*arguments, "--alignment.enabled")
+    server = launch_server(*arguments, "--alignment.enabled", program=EXPERIMENTS)
     with (
         Redis.from_url(valkey_url) as redis,
         running_prometheus(server.base_url, KEYS["prometheus"], free_port, tmp_path) as prometheus,

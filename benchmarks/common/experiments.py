@@ -1,0 +1,18 @@
+"""``evospec`` with the options of experiments, which are set in code only: ``python -m benchmarks.common.experiments``."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from server import cli
+from server.settings import load_settings
+
+
+def main() -> None:
+    """As ``server.cli.main``."""
+    cli.load_settings = partial(load_settings, experiments=True)  # type: ignore[attr-defined]
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
