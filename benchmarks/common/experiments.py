@@ -1,4 +1,4 @@
-"""``evospec`` with the options of experiments, which are set in code only: ``python -m benchmarks.common.experiments``."""
+"""``evospec``, with the options of experiments: ``python -m benchmarks.common.experiments``."""
 
 from __future__ import annotations
 
