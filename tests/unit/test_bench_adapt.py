@@ -101,7 +101,7 @@ def test_a_side_that_means_nothing_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", sorted({side for sides in SIDES.values() for side in sides}))
 def test_all_default_sides_are_options_that_the_server_knows(name: str, tmp_path: Path) -> None:
     side = make_side(name, VOCABULARIES)
-    engine = load_settings(arguments(side, "smollm2-135m", DRAFTING, tmp_path, tmp_path)).engine
+    engine = load_settings(arguments(side, "smollm2-135m", DRAFTING, tmp_path, tmp_path), experiments=True).engine
     assert engine.speculation.vocabulary == side.vocabulary
     assert not engine.speculation.adaptive
     assert engine.alignment.enabled == side.aligns
