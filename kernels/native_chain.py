@@ -19,7 +19,9 @@ from kernels.native import MatrixStruct, PackedMatrix, Team, address, load_libra
 from kernels.native_decoder import Decoder, KvCache
 from kernels.native_lora import NativeLora
 from kernels.native_sampling import TailSlabsStruct
-from kernels.native_sessions import NUM_FEATURES, Sessions, Texts
+from kernels.native_sessions import Sessions
+from kernels.native_texts import Texts
+from kernels.session_options import NUM_FEATURES
 
 CONFIDENCE_LEVELS = 16
 """Of how sure a draft is of a token: level n is a probability of n/16 to (n + 1)/16 among the candidates."""

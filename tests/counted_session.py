@@ -8,7 +8,8 @@ import numpy as np
 
 from engine.draft_vocab.ngram_counts import NgramCounts, restore, strongest
 from engine.draft_vocab.prior import HALF_LIFE, NUM_FEATURES
-from kernels.native_sessions import SessionOptions, Sessions, TableSizes
+from kernels.native_sessions import Sessions
+from kernels.session_options import SessionOptions, TableSizes
 
 
 class CountedSession:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from adapters.alignment.records import Segment
 from engine.draft_vocab.prior import FEATURES
-from kernels.native_sessions import MAX_REPEATS, SessionOptions, Sessions, TableSizes, Texts
+from kernels.native_sessions import Sessions
+from kernels.native_texts import Texts
+from kernels.session_options import MAX_REPEATS, SessionOptions, TableSizes
 
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))
 _SIZES = TableSizes()

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.request import Request
-from kernels.native_sessions import NUM_FEATURES, Drafted, DraftStep, Sessions
+from kernels.native_sessions import DraftStep, Sessions
+from kernels.session_options import NUM_FEATURES, Drafted
 
 LogitsOf = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.float32]]
 """The draft's logits [n] of any tokens [n], at some rows [n]."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from engine.config import DynamicConfig
 from engine.draft_vocab.bigram_graph import BigramGraph
 from engine.draft_vocab.prior import HALF_LIFE, MAX_WEIGHT, PRESENCE
-from kernels.native_sessions import SessionOptions
+from kernels.session_options import SessionOptions
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex

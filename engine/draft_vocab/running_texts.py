@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from engine.request import Request
-from kernels.native_sessions import Texts
+from kernels.native_texts import Texts
 
 PROMPT_WINDOW = 4096
 """The last tokens of a prompt, which are looked at."""

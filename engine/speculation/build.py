@@ -38,7 +38,7 @@ from engine.speculation.length.costs import StepCosts
 from engine.speculation.length.policy import FixedLength
 from engine.speculation.speculator import Speculator
 from engine.text.tokenizer import Tokenizer
-from kernels.native_sessions import missing_reason
+from kernels.session_library import missing_reason
 
 log = structlog.get_logger(__name__)
 

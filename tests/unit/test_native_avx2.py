@@ -20,9 +20,9 @@ import sys
 from kernels import targets
 targets.TARGETS = tuple(target for target in targets.TARGETS if target.name in sys.argv[1])
 import pytest
-from kernels import native, native_sessions
+from kernels import native, session_library
 assert not targets.TARGETS or native.unsupported_reason() is None, native.unsupported_reason()
-assert sys.argv[1] in native_sessions.load()._name
+assert sys.argv[1] in session_library.load()._name
 sys.exit(pytest.main(sys.argv[2:]))
 """
 

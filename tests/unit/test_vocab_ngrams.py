@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.native_sessions import Table, TableSizes
+from kernels.session_options import Table, TableSizes
 from tests.counted_session import CountedSession
 
 VOCAB = 64

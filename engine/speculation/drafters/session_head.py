@@ -27,7 +27,7 @@ from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
-from kernels.native_sessions import Drafted
+from kernels.session_options import Drafted
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex

@@ -1,0 +1,131 @@
+"""The library of compiled sessions, and how it is called: structures, arrays, memory (kernels/csrc/sessions).
+
+Plain C++ without instructions of special processors: it is part of the compiled CPU kernels, and a library of its own
+where a machine cannot run those. Importing this imports no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.session_options import NUM_FEATURES, SOURCES
+from kernels.targets import PLAIN, best_target, load_of_these_sources
+
+POINTER, INT, INT64, FLOAT, DOUBLE = (
+    ctypes.c_void_p,
+    ctypes.c_int32,
+    ctypes.c_int64,
+    ctypes.c_float,
+    ctypes.c_double,
+)
+
+
+class CountsStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, INT64) for name in ("verified", "covered", "events")),
+        *((name, INT64 * len(SOURCES)) for name in ("insertions", "hits")),
+        *((name, INT64) for name in ("num_read", "num_counted", "num_lessons")),
+    )
+
+
+class StateStruct(ctypes.Structure):
+    _fields_ = (("unit", DOUBLE), ("gain", DOUBLE), ("last", INT * 2), ("left", INT), ("missed", ctypes.c_uint32))
+
+
+class GraphStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("offsets", "tokens", "log_probs")),
+        ("width", INT),
+        ("scale", FLOAT),
+    )
+
+
+class OptionsStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, INT) for name in ("sessions", "vocab", "places")),
+        *((name, INT) for name in ("bigram_rows", "bigram_width", "trigram_rows", "trigram_width")),
+        *((name, INT) for name in ("tenants", "tenant_rows", "tenant_width")),
+        *((name, INT) for name in ("only_recency", "in_context", "learns")),
+        ("uses", FLOAT * NUM_FEATURES),
+        *((name, FLOAT) for name in ("rate", "most_weight", "gain_memory")),
+        *((name, DOUBLE) for name in ("growth", "presence")),
+        ("in_core", POINTER),
+        ("graph", GraphStruct),
+    )
+
+
+class TokenRowsStruct(ctypes.Structure):
+    _fields_ = (("rows", INT), *((name, POINTER) for name in ("sessions", "tenants", "begins", "tokens")))
+
+
+class DraftedRowsStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("num_accepted", "num_reached", "places", "tokens", "logits", "features")),
+        ("columns", INT),
+    )
+
+
+class DraftStepStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, INT) for name in ("rows", "columns", "num_drafts")),
+        *((name, POINTER) for name in ("sessions", "texts", "drafts", "tokens", "logits", "features", "scores")),
+        *((name, POINTER) for name in ("matched", "lengths", "num_matched")),
+    )
+
+
+class TableStruct(ctypes.Structure):
+    _fields_ = (*((name, POINTER) for name in ("keys", "tokens", "counts")), ("width", INT), ("shift", INT))
+
+
+def missing_reason() -> str | None:
+    """Why sessions cannot be had in this process; None where they can."""
+    return None if _of_these_sources() else "the compiled kernels are missing, or out of date (python -m kernels.build)"
+
+
+@functools.cache
+def load() -> Any:
+    """The library; check ``missing_reason`` first."""
+    library = _of_these_sources()
+    if library is None:
+        raise RuntimeError(missing_reason())
+    for name in ("evo_sessions_new", "evo_sessions_take_writes", "evo_sessions_unigrams", "evo_sessions_weights"):
+        getattr(library, name).restype = POINTER
+    library.evo_texts_new.restype = POINTER
+    library.evo_sessions_counts.restype = ctypes.POINTER(CountsStruct)
+    library.evo_sessions_state.restype = ctypes.POINTER(StateStruct)
+    library.evo_sessions_ngrams.restype = TableStruct
+    library.evo_sessions_bytes.restype = library.evo_texts_bytes.restype = INT64
+    return library
+
+
+def _of_these_sources() -> Any:
+    best = best_target()
+    return (best and load_of_these_sources(best)) or load_of_these_sources(PLAIN)
+
+
+def joined(tokens: Sequence[Sequence[int]]) -> tuple[array[int], array[int]]:
+    """Where each row's tokens begin, and all of them."""
+    return array("i", accumulate(map(len, tokens), initial=0)), array("i", chain.from_iterable(tokens))
+
+
+def zeros(count: int) -> array[int]:
+    return array("i", bytes(4 * count))
+
+
+def address_of(values: array[int]) -> ctypes.c_void_p:
+    return POINTER(values.buffer_info()[0])
+
+
+def view_of(place: int, dtype: Any, *shape: int) -> NDArray[Any]:
+    """Memory of the library as an array."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    buffer = (ctypes.c_char * size).from_address(place)
+    return np.frombuffer(buffer, dtype).reshape(shape)
