@@ -32,10 +32,10 @@ from benchmarks.vocabulary.sessions import Ask, SessionSide, Unit, measure_unit
 from benchmarks.vocabulary.summary import shares_at
 from engine.messages import EngineReady
 from server.metrics import Metrics
+from server.options import RedisConfig, SessionsConfig
 from server.redis_gate import RedisGate
 from server.session_ids import new_session_id
 from server.session_store import SessionStore
-from server.settings import RedisConfig, SessionsConfig
 from server.work_shares import WorkShares
 
 TENANT = "benchmark"

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from server.connections import ConnectionLimit
 from server.errors import ApiError, shutting_down
-from server.settings import HttpConfig
+from server.options import HttpConfig
 
 log = structlog.get_logger(__name__)
 

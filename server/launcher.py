@@ -33,7 +33,8 @@ from server.app import create_app
 from server.banner import banner
 from server.http_protocol import LINGER, bounded_http
 from server.instance_directory import instance_directory
-from server.settings import ConfigurationError, HttpConfig, Settings
+from server.options import HttpConfig
+from server.settings import ConfigurationError, Settings
 from server.supervisor import ProcessFailed, SupervisedProcess, Watchdog
 from server.tenants import TenantRegistry, check_exposure
 from server.valkey import embedded_valkey, valkey_url

@@ -14,7 +14,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from server.settings import RedisConfig
+from server.options import RedisConfig
 
 T = TypeVar("T")
 

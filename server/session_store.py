@@ -16,12 +16,12 @@ from engine.draft_vocab.snapshot import MAX_BYTES
 from engine.messages import EngineReady, SessionState
 from server.errors import ApiError
 from server.metrics import NO_DOMAIN, Metrics
+from server.options import SessionsConfig
 from server.redis_gate import RedisGate, RedisUnavailable
 from server.schemas.sessions import Session
 from server.session_hashes import Conflict, OpenedHash, SessionHashes
 from server.session_ids import is_user_session, session_key
 from server.session_snapshots import Fault, SnapshotReader
-from server.settings import SessionsConfig
 from server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)

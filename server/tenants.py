@@ -19,7 +19,8 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import ApiError
-from server.settings import KEY_HASH, AuthConfig, ConfigurationError, KeyHash, LimitsConfig, is_loopback
+from server.options import KEY_HASH, AuthConfig, KeyHash, LimitsConfig
+from server.settings import ConfigurationError, is_loopback
 
 KEY_PREFIX = "evs-"
 DEFAULT_TENANT = "default"

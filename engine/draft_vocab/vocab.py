@@ -165,7 +165,7 @@ class DraftVocab:
             later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
         """
         followed: list[Verification] = []
-        rows = _Rows()
+        rows, behind = _Rows(), _Rows()
         for one in verified:
             request = one.request
             running = self._running.get(request.request_id)
@@ -174,8 +174,11 @@ class DraftVocab:
             elif running is None or one.source != "draft":
                 continue
             if running is not None:
+                if running.num_seen < request.num_tokens:  # somebody else drafted
+                    behind.add(running, request.all_token_ids[running.num_seen :])
                 rows.add(running, one.kept)
                 followed.append(one)
+        self._catch_up(behind)
         if followed:
             self._follow(followed, rows, top_k)
         self.drafted.begin()  # the next ones may not come from here

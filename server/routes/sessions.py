@@ -10,12 +10,12 @@ from starlette.responses import Response
 
 from server.errors import bad_request
 from server.openapi import errors, success
+from server.options import SessionsConfig
 from server.params import check_session_id
 from server.routes.tenant_route import CurrentTenant, TenantRoute
 from server.schemas.sessions import CreateSessionRequest, DeletedSession, Session
 from server.serving import Serving, get_serving
 from server.session_ids import new_session_id, user_session_id
-from server.settings import SessionsConfig
 
 router = APIRouter(route_class=TenantRoute)
 

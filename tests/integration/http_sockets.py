@@ -10,7 +10,7 @@ from typing import Any
 import uvicorn
 
 from server.http_protocol import bounded_http
-from server.settings import HttpConfig
+from server.options import HttpConfig
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Awaitable[Connection]]

@@ -16,9 +16,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from server.errors import ApiError
+from server.options import RedisConfig
 from server.rate_limit import RateLimiter
 from server.redis_gate import REDIS_ERRORS, REDIS_SKIPPED, RedisGate
-from server.settings import RedisConfig
 from server.tenants import Tenant
 from server.token_buckets import TokenBuckets
 from server.valkey import valkey_url as url_of_valkey_in

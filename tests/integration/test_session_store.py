@@ -18,11 +18,11 @@ from engine.messages import EngineReady
 from server import session_store
 from server.errors import ApiError
 from server.metrics import Metrics
+from server.options import RedisConfig, SessionsConfig
 from server.redis_gate import REDIS_ERRORS, RedisGate
 from server.session_hashes import Conflict
 from server.session_ids import belongs_to, new_session_id, session_key, user_session_id
 from server.session_store import LoadedSession, SessionStore
-from server.settings import RedisConfig, SessionsConfig
 from server.work_shares import WorkShares
 from tests.integration.snapshots import counts_of, snapshot_of, tokens_of
 from tests.tiny_models import VOCAB_SIZE, VOCABULARY

@@ -15,8 +15,8 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from server.options import RedisConfig
 from server.redis_gate import RedisGate, RedisUnavailable
-from server.settings import RedisConfig
 from server.supervisor import ProcessFailed, SupervisedProcess
 from server.valkey import embedded_valkey, valkey_url
 from tests.running_valkey import running_valkey

@@ -23,7 +23,7 @@ from benchmarks.attack.varied_requests import varied_requests
 from benchmarks.common.machine import REPOSITORY
 from engine.online.weight_directory import WeightDirectory
 from engine.online.weight_layout import WeightLayout
-from server.settings import AuthConfig, LimitsConfig
+from server.options import AuthConfig, LimitsConfig
 from server.tenants import TenantRegistry
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from kernels.targets import TARGETS, sources_hash
-from server.settings import HttpConfig
+from server.options import HttpConfig
 
 ROOT = Path(__file__).parents[2]
 

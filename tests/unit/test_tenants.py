@@ -9,7 +9,8 @@ import pytest
 from fastapi import Depends, FastAPI
 
 from server.errors import install_error_handlers
-from server.settings import AuthConfig, ConfigurationError, LimitsConfig
+from server.options import AuthConfig, LimitsConfig
+from server.settings import ConfigurationError
 from server.tenants import KEY_PREFIX, Tenant, TenantRegistry, authenticate, check_exposure, hash_key, new_key
 
 # Like those of new_key, and the same in every run: they are in the names of tests.

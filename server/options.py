@@ -1,0 +1,135 @@
+"""The options of the API server, subject by subject."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from engine.adapters_config import RedisUrl
+from engine.options import Section
+
+KEY_HASH = re.compile(r"[0-9a-f]{64}")
+"""Of an API key: its SHA-256."""
+
+
+def _check_hash(value: str) -> str:
+    if not KEY_HASH.fullmatch(value):
+        # The value itself stays out of the message: it may be a key put here by mistake.
+        raise ValueError("must be the 64 hexadecimal digits that `evospec keys new` prints, not the key")
+    return value
+
+
+KeyHash = Annotated[str, AfterValidator(_check_hash)]
+
+
+class HttpConfig(Section):
+    """The API server."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; any but loopback needs API keys.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    max_body_bytes: int = Field(default=4 * 1024**2, gt=0, description="Largest request body in bytes.")
+    max_header_bytes: int = Field(
+        default=64 * 1024, gt=0, description="Largest request line and headers in bytes; more gets a 431."
+    )
+    header_timeout: float = Field(
+        default=10.0, gt=0, description="Seconds that a connection has to send a request's headers."
+    )
+    body_timeout: float = Field(
+        default=120.0,
+        gt=0,
+        description="Most seconds that a request's body may take to arrive, of those in which the server is ready for "
+        "it; less than 1 KB/s after the first ten is too slow in any case. A late one gets a 408.",
+    )
+    keep_alive_timeout: int = Field(
+        default=75,
+        gt=0,
+        description="Seconds that an idle connection stays open; more than a load balancer in front keeps its own.",
+    )
+    max_address_share: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Share of all connections that one client address (of IPv6 a /64 network) may hold; 1 where all "
+        "clients come through one proxy.",
+    )
+    drain_timeout: float = Field(
+        default=30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM."
+    )
+    engine_timeout: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds without a heartbeat after which the engine counts as dead. It reports between steps, and "
+        "one step of a large model on a CPU takes tens of seconds. An engine that dies is noticed at once.",
+    )
+    engine_hang_timeout: float = Field(
+        default=300.0,
+        gt=0,
+        description="Seconds without a heartbeat after which `evospec serve` kills the engine and starts it again; "
+        "more than its longest step, or it is killed at work, again and again.",
+    )
+
+
+class LogConfig(Section):
+    """Logs go to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least severe level shown.")
+    format: Literal["json", "console"] = Field(default="json", description="JSON lines, or text for people.")
+
+
+class RedisConfig(Section):
+    """Redis or Valkey; holds the rate limits and the sessions."""
+
+    url: RedisUrl | None = Field(
+        default=None, description="redis://, rediss:// or unix:// URL; default: an embedded Valkey, in memory only."
+    )
+    timeout: float = Field(default=0.25, gt=0, description="Longest wait for one operation in seconds.")
+    retry_interval: float = Field(
+        default=1.0, gt=0, description="Seconds between attempts while Redis is down; requests do not wait for them."
+    )
+
+
+class AuthConfig(Section):
+    """API keys. Without any, everyone is the tenant "default", and only loopback addresses are served."""
+
+    keys_file: Path | None = Field(default=None, description="TOML file of tenants and hashes of their keys.")
+    keys: str | None = Field(
+        default=None, description="Further keys as TENANT=HASH, separated by commas (for containers)."
+    )
+    admin_key: KeyHash | None = Field(
+        default=None,
+        description="Hash of the key for /v1/adapters, as `evospec keys new` prints it; default: nobody may.",
+    )
+    metrics_tenant: str = Field(
+        default="prometheus", description="Whose keys may read /metrics, which shows all tenants, where there are keys."
+    )
+    insecure: bool = Field(default=False, description="Serve without keys on an address that is not loopback.")
+
+
+class LimitsConfig(Section):
+    """Rate limits of a tenant that the keys file gives none of its own."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Requests a minute; default: no limit.")
+    tokens_per_minute: int | None = Field(
+        default=None, ge=1, description="Prompt and output tokens a minute; default: no limit."
+    )
+    when_redis_is_down: Literal["local", "closed"] = Field(
+        default="local",
+        description="local: each API server limits what it serves itself; closed: refuse limited tenants with 503.",
+    )
+
+
+class SessionsConfig(Section):
+    """What is kept between the requests of a session; see docs/sessions.md."""
+
+    ttl_seconds: int = Field(
+        default=24 * 3600,
+        ge=1,
+        description="Seconds a session lives after its last use, unless it was made with others.",
+    )
+    max_ttl_seconds: int = Field(default=30 * 24 * 3600, ge=1, description="Most seconds a client may ask for.")
+    from_user: bool = Field(
+        default=False, description="Requests without a session id have one for each value of OpenAI's `user`."
+    )
