@@ -13,7 +13,7 @@ ARGS ?=
 KERNEL_SOURCES := $(wildcard kernels/csrc kernels/csrc/* kernels/build.py kernels/targets.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check clean
+.PHONY: help install serve test test-every check clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,9 @@ serve: $(VENV)/.kernels  ## Install what is missing, fetch the model, start the 
 # the order of their names the short unit tests come last, and neither process waits long for the other.
 test: $(VENV)/.kernels $(VENV)/.dev  ## All tests, in two processes.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-every: $(VENV)/.kernels $(VENV)/.dev  ## The exactness tests with every combination of parameters.
+	EVOSPEC_TEST_EVERY_COMBINATION=1 $(BIN)/python -m pytest --numprocesses 2 tests/integration/test_speculation_exactness.py tests/integration/test_vocab_exactness.py
 
 check: $(VENV)/.dev  ## Lint, format, types, import direction.
 	$(BIN)/ruff check .

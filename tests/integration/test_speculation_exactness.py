@@ -19,6 +19,7 @@ from engine.models.config import ModelFiles
 from engine.speculation import draft_files
 from engine.speculation.drafters.head import COUNTS_FILE
 from kernels import native
+from tests.combinations import pairwise
 from tests.exactness import SAMPLED, SETTINGS
 from tests.tiny_drafts import Engine, make_draft_directory
 from tests.tiny_models import make_directory
@@ -128,9 +129,7 @@ def check(
     assert (engine.largest_batch > 1) == (setting != "alone")
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("vocabulary", ["full", "static:64", "static:4"])
-@pytest.mark.parametrize("length", range(7))
+@pairwise(setting=SETTINGS, vocabulary=["full", "static:64", "static:4"], length=range(7))
 @pytest.mark.usefixtures("shipped")
 def test_greedy(
     files: ModelFiles,
@@ -146,9 +145,7 @@ def test_greedy(
     assert (engine.num_drafted > 0) == (length > 0)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize(("length", "vocabulary"), [(1, "full"), (4, "static:64"), (6, "full")])
-@pytest.mark.parametrize("draft", ["other model", "target itself"])
+@pairwise(setting=SETTINGS, length=[1, 4, 6], vocabulary=["full", "static:64"], draft=["other model", "target itself"])
 @pytest.mark.usefixtures("shipped")
 def test_greedy_with_a_draft_model(
     files: ModelFiles,
@@ -166,9 +163,7 @@ def test_greedy_with_a_draft_model(
         assert engine.num_accepted == engine.num_drafted
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize(("length", "vocabulary"), [(1, "full"), (4, "static:4"), (6, "full")])
-@pytest.mark.parametrize("draft", ["eagle3", "target itself"])
+@pairwise(setting=SETTINGS, length=[1, 4, 6], vocabulary=["full", "static:4"], draft=["eagle3", "target itself"])
 @pytest.mark.usefixtures("shipped")
 def test_sampled(
     files: ModelFiles,
@@ -187,10 +182,7 @@ def test_sampled(
         assert engine.num_accepted > engine.num_drafted / 10  # drafts leave out unlikely tokens
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("length", [1, 4, 6])
-@pytest.mark.parametrize("draft", ["ngram", "ngram, else eagle3"])
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pairwise(setting=SETTINGS, length=[1, 4, 6], draft=["ngram", "ngram, else eagle3"], kind=["greedy", "sampled"])
 def test_repeats_of_the_text(
     request: pytest.FixtureRequest,
     files: ModelFiles,

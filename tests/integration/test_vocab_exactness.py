@@ -135,10 +135,12 @@ def run(
     return outputs, list(engine.snapshots.values())
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("vocabulary", ["dynamic:64+32", "dynamic:8+300", "dynamic:full+0"])
-@pytest.mark.parametrize("draft", ["eagle3", "target itself"])
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pairwise(
+    setting=SETTINGS,
+    vocabulary=["dynamic:64+32", "dynamic:8+300", "dynamic:full+0"],
+    draft=["eagle3", "target itself"],
+    kind=["greedy", "sampled"],
+)
 def test_outputs_are_those_without_speculation(
     files: ModelFiles,
     drafts: dict[str, SpeculationConfig],
@@ -162,9 +164,7 @@ def test_outputs_are_those_without_speculation(
     assert (engine.core.stats().preemptions > 0) == (setting == "preemption")
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("draft", ["eagle3", "target itself"])
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pairwise(options=OPTIONS, draft=["eagle3", "target itself"], kind=["greedy", "sampled"])
 def test_with_every_part_on_or_off(
     files: ModelFiles,
     drafts: dict[str, SpeculationConfig],
