@@ -22,6 +22,7 @@ from engine.speculation import draft_files
 from engine.speculation.drafters.head import COUNTS_FILE
 from engine.speculation.drafters.session_head import GRAPH_FILE
 from tests import exactness
+from tests.combinations import pairwise
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
