@@ -1,1 +1,1 @@
-"""Benchmarks: a package or module each, run as ``python -m benchmarks.NAME``; see docs/benchmarks.md."""
+"""Benchmarks: a package or module each, run as ``python -m benchmarks.NAME``; see docs/measuring.md."""

@@ -3,7 +3,7 @@
 A graph computes a fixed number of tokens. A step is padded to the next size: each token that is too many is a sequence
 of its own, in a block that belongs to nobody. So one graph serves decodes and verifications of any mixture.
 
-NOT RUN on a GPU so far (docs/decisions/018-cuda-graphs.md): what is padded, and what comes out, is tested on a CPU with
+NOT RUN on a GPU so far (docs/decisions/006-cuda-graphs.md): what is padded, and what comes out, is tested on a CPU with
 steps that are computed anew where a graph would be replayed.
 """
 

@@ -11,31 +11,30 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from server.settings import SHORTCUTS, Settings, environment_variable, section_of
+from server.settings import SHORTCUTS, Settings, section_of
 
 _HEADER = """\
 <!-- Made by `evospec settings-doc > docs/configuration.md`; do not edit. -->
 # Configuration
 
-Every option can be given in three ways; the first one found counts:
+`evospec serve`, `evospec api`, `evospec engine` and `evospec worker` take the same options. An option can be given in
+three ways. The first one found counts:
 
 1. a flag: `evospec serve --http.port 9000`
-2. an environment variable: `EVOSPEC_HTTP__PORT=9000`
-3. a line in a TOML file named by `--config FILE` or `EVOSPEC_CONFIG`:
+2. an environment variable, which is `EVOSPEC_` and the option in capitals with two underscores for each dot:
+   `EVOSPEC_HTTP__PORT=9000`
+3. a line in a TOML file, which `--config FILE` or `EVOSPEC_CONFIG` names:
 
    ```toml
    [http]
    port = 9000
    ```
-
-`evospec serve`, `evospec api`, `evospec engine` and `evospec worker` take the same options.
 """
 
 
 def settings_doc() -> str:
     """The page as Markdown."""
-    sections = [_HEADER, _table("General", [], Settings)]
-    sections += [_table(".".join(path), path, model) for path, model in _sections(Settings, [])]
+    sections = [_HEADER, *(_table(path, model) for path, model in _sections(Settings, []))]
     return "\n".join(section for section in sections if section)
 
 
@@ -46,22 +45,20 @@ def _sections(model: type[BaseModel], path: list[str]) -> Iterator[tuple[list[st
             yield from _sections(section, [*path, name])
 
 
-def _table(title: str, path: list[str], model: type[BaseModel]) -> str:
+def _table(path: list[str], model: type[BaseModel]) -> str:
     rows = [_row(path, name, field) for name, field in model.model_fields.items() if not section_of(field)]
     if not rows:
         return ""
-    about = f"\n{(model.__doc__ or '').strip()}\n" if path else ""
-    head = "| flag | environment | default | meaning |\n|---|---|---|---|\n"
-    return f"## {title}\n{about}\n{head}" + "".join(rows)
+    head = "| option | default | meaning |\n|---|---|---|\n"
+    return f"## {'.'.join(path)}\n{(model.__doc__ or '').strip()}\n\n{head}" + "".join(rows)
 
 
 def _row(path: list[str], name: str, field: FieldInfo) -> str:
     option = ".".join([*path, name])
     flags = f"`--{option}`" + (f", `--{SHORTCUTS[option]}`" if option in SHORTCUTS else "")
-    variable = environment_variable([*path, name])
     choices = [f"`{choice}`" for choice in get_args(field.annotation) if isinstance(choice, str | int)]
     meaning = f"{field.description}" + (f" One of {', '.join(choices)}." if choices else "")
-    return f"| {flags} | `{variable}` | {_default(field)} | {meaning} |\n"
+    return f"| {flags} | {_default(field)} | {meaning} |\n"
 
 
 def _default(field: FieldInfo) -> str:

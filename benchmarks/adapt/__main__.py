@@ -76,10 +76,9 @@ def measure(plan: Plan, name: str, console: Console) -> None:
 def stages(plan: Plan) -> list[Plan]:
     """What is measured by the same servers.
 
-    Servers with the same settings differ in speed for as long as they live, by up to 4 %
-    (docs/decisions/034-a-server-for-each-domain.md), with eight sequences by more: what they measured at their start
-    decides whether these draft. So there are others for each domain of part ``gain``, and for every two rounds of
-    ``load``, for a mean or median over several.
+    Servers with the same settings differ in speed for as long as they live, by up to 4 % (docs/measuring.md). With
+    eight sequences they differ by more: what they measured at their start decides whether these draft. So there are
+    others for each domain of part ``gain``, and for every two rounds of ``load``, for a mean or median over several.
     """
     if plan.part == "gain":
         return [replace(plan, domains=[domain], seconds=plan.seconds / len(plan.domains)) for domain in plan.domains]

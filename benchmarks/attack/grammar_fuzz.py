@@ -107,9 +107,14 @@ def judge(answer: Answer) -> str:
 
 
 def _as_enforced(schema: Any) -> Any:
-    """``schema`` as the server enforces it (docs/operations.md): ``oneOf`` is ``anyOf``."""
+    """``schema`` as the server enforces it (docs/operations.md): ``oneOf`` is ``anyOf``, patterns are ECMA's.
+
+    To ECMA a byte order mark is white space, to Python it is not.
+    """
     if isinstance(schema, dict):
         return {"anyOf" if key == "oneOf" else key: _as_enforced(value) for key, value in schema.items()}
+    if isinstance(schema, str):
+        return schema.replace(r"\s", r"[\s\ufeff]")
     return [_as_enforced(item) for item in schema] if isinstance(schema, list) else schema
 
 

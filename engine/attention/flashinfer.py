@@ -1,7 +1,7 @@
 """Paged attention on NVIDIA GPUs by flashinfer's wrappers, fed from our block tables.
 
 Written against flashinfer-python 0.7.2. NOT RUN on a GPU so far: none was available where this was written. What was
-checked without one, and how to run the rest: docs/decisions/002-attention-backends.md.
+checked without one, and how to run the rest: docs/decisions/005-attention-backends.md.
 """
 
 from __future__ import annotations

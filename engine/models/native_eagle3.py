@@ -28,7 +28,7 @@ class NativeEagle3:
     """Same mathematics as ``engine.models.eagle3.Eagle3`` but for rounding.
 
     Weights are rounded to ``WEIGHT_TYPE`` (groups of 32): a third of the bytes of a draft step. It can cost acceptance
-    only, and costs none that could be measured (docs/decisions/031-a-draft-in-four-bits.md). ``attention`` must be a
+    only, and costs none that could be measured (docs/decisions/004-integer-products.md). ``attention`` must be a
     ``NativeAttention`` of the same ``team``.
 
     Args:

@@ -87,8 +87,9 @@ def _problem(schema: dict[str, Any]) -> str | None:
         return f"required of {', '.join(sorted(unnamed))}, which properties do not have"
     if "multipleOf" in keywords and schema.get("type") != "integer":
         return "multipleOf of a type other than integer"
-    if {"propertyNames", "properties"} <= keywords:
-        return "propertyNames beside properties"
+    for keyword in ("propertyNames", "patternProperties"):
+        if {keyword, "properties"} <= keywords:
+            return f"{keyword} beside properties"
     if any('"' in pattern or "\\\\" in pattern for pattern in _patterns(schema)):
         return "a pattern of a quotation mark or a backslash, which JSON writes otherwise"
     return None

@@ -28,10 +28,10 @@ from engine.text.tokenizer import Tokenizer
 log = structlog.get_logger(__name__)
 
 _DEFAULT_CORE = 4096
-"""Rows of the static vocabulary that was fastest for SmolLM2 (docs/decisions/010-vocabulary-by-default.md)."""
+"""Rows of the static vocabulary that was fastest for SmolLM2 (docs/decisions/009-dynamic-vocabulary.md)."""
 _DEFAULT_SESSIONS = "dynamic:512+512"
 _DEFAULT_OF_MODELS, _LARGE_VOCABULARY = "dynamic:32768+512", 100_000
-"""Of draft models, which lose more by tokens that they cannot say (docs/decisions/044-a-model-drafts.md)."""
+"""Of draft models, which lose more by tokens that they cannot say (docs/decisions/009-dynamic-vocabulary.md)."""
 
 
 def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> Draft | None:
@@ -71,7 +71,7 @@ def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokeni
 
 
 def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
-    """What ``auto`` is: the fastest with the drafts at hand (docs/decisions/017-vocabulary-measured-again.md).
+    """What ``auto`` is: the fastest with the drafts at hand (docs/decisions/009-dynamic-vocabulary.md).
 
     Args:
         method: ``SpeculationConfig.method``.

@@ -100,6 +100,7 @@ class Speculator:
         self._seconds += seconds
         has_drafts = any(not chain.copied for chain in self._chains.values())
         self._drafting_seconds = seconds if has_drafts else None
+        _drop_forbidden([slot.request for slot in wanted])
 
     def _copy(self, slots: Sequence[DraftSlot]) -> dict[str, Sequence[int]]:
         """Fill some slots with copies; returns their levels."""
@@ -119,8 +120,7 @@ class Speculator:
         if requests:
             lengths = self._policy.worth_verifying(self._chains)
             for request in requests:  # another list: the chain keeps this one
-                drafts = request.draft_token_ids[: lengths[request.request_id]]
-                request.draft_token_ids = drafts if request.grammar is None else request.grammar.allowed(drafts)
+                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
 
     def observe(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
@@ -240,6 +240,13 @@ class Speculator:
         """Time spent drafting and observing since the last call."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+def _drop_forbidden(requests: Sequence[Request]) -> None:
+    """Cut drafts off before the first that a grammar forbids. The masks that tell are needed anyway."""
+    for request in requests:
+        if request.grammar is not None:
+            request.draft_token_ids = request.grammar.allowed(request.draft_token_ids)
 
 
 def _outcomes(drafts: Sequence[int], chosen: Sequence[int]) -> list[bool]:

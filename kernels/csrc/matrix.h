@@ -71,11 +71,11 @@ struct RowCodes {
 };
 
 // Weights are asked for this many bytes before they are read: the hardware's own prefetcher does not run far enough
-// ahead of a stream that is also computed on, and half of the time was waiting (docs/decisions/001-cpu-kernels.md).
+// ahead of a stream that is also computed on, and half of the time is waiting (docs/decisions/004-integer-products.md).
 constexpr size_t kPrefetchBytes = 4096;
 
 // To the second level: on their way to the first they would take the few places in which a core keeps track of what it
-// waits for, and products of several rows would wait behind them (docs/decisions/019-activations-of-8-bits.md).
+// waits for, and products of several rows would wait behind them (docs/decisions/004-integer-products.md).
 inline void prefetch_ahead(const uint8_t* pair_of_blocks, int format) {
   prefetch<_MM_HINT_T1>(pair_of_blocks + kPrefetchBytes, 2 * block_bytes(format));
 }

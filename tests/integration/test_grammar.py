@@ -191,6 +191,7 @@ def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, pool: Gr
         ('{"type": "object", "dependentSchemas": {"a": {}}}', "dependentSchemas"),
         ('{"type": "number", "multipleOf": 0.1}', "multipleOf"),
         ('{"type": "object", "properties": {"a": {}}, "propertyNames": {"pattern": "b"}}', "propertyNames beside"),
+        ('{"type": "object", "properties": {"a": {}}, "patternProperties": {"b": {}}}', "patternProperties beside"),
         (json.dumps({"type": "string", "pattern": 'a"'}), "quotation mark"),
         (json.dumps({"type": "object", "patternProperties": {r"\\\\": {}}}), "a backslash"),
         (json.dumps({"enum": ["x" * 70_000]}), "longer than"),

@@ -1,15 +1,13 @@
-"""The pure parts of the speculation benchmarks: bounds, counts, sums, and the three acceptance rules."""
+"""The pure parts of the speculation benchmarks: bounds, counts and sums."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,22 +16,11 @@ from benchmarks.common.drafting import Drafting
 from benchmarks.common.in_process import Generation, answer_lengths, take_turns
 from benchmarks.common.runs import ALL
 from benchmarks.common.time_limit import bounded
-from benchmarks.coupling.rules import (
-    COUPLED,
-    Chain,
-    coupled_acceptance,
-    greedy_chain,
-    rejection_acceptance,
-    sampled_chains,
-)
-from benchmarks.coupling.summary import Sample, summarise
 from benchmarks.equality import compare
 from benchmarks.prompts.build import Prompt
 from benchmarks.speculation.plan import REQUESTS_ALONE, Plan, chosen_prompts
 from benchmarks.speculation.sides import acceptance_of, launch, samples
 from benchmarks.speculation.summary import summaries, summary, worst
-from engine.messages import SamplingParams
-from engine.sampling.choose import choose_tokens
 from server.settings import load_settings
 
 DRAFTING = Drafting("eagle3", None, 4, adaptive=True)
@@ -218,95 +205,8 @@ def test_a_server_gets_the_options_of_the_engine(drafting: Drafting, mode: str) 
         assert getattr(settings.engine, section) == getattr(config, section)
 
 
-@st.composite
-def distribution_pairs(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two distributions over the same few tokens; zeros and equal ratios happen."""
-    size = draw(st.integers(1, 6))
-    weights = st.lists(st.sampled_from([0.0, 1e-6, 0.1, 1.0, 2.0, 30.0]), min_size=size, max_size=size)
-    pair = [torch.tensor(draw(weights.filter(any)), dtype=torch.float64) for _ in range(2)]
-    return pair[0] / pair[0].sum(), pair[1] / pair[1].sum()
-
-
-@given(distribution_pairs())
-def test_coupled_noise_lies_between_its_bounds(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-    p, q = pair[0].unsqueeze(0), pair[1].unsqueeze(0)
-    chance, other = coupled_acceptance(p, q).item(), coupled_acceptance(q, p).item()
-    overlap = rejection_acceptance(p, q).item()
-    distance = 0.5 * (p - q).abs().sum().item()
-    assert overlap == pytest.approx(1 - distance, abs=1e-9)
-    assert (1 - distance) / (1 + distance) - 1e-9 <= chance <= overlap + 1e-9
-    assert chance == pytest.approx(other, abs=1e-9)
-    # The definition, term by term.
-    terms = [
-        1 / sum(max(p[0, y] / p[0, x], q[0, y] / q[0, x]).item() for y in range(p.shape[1]))
-        for x in range(p.shape[1])
-        if p[0, x] > 0 and q[0, x] > 0
-    ]
-    assert chance == pytest.approx(sum(terms), abs=1e-9)
-
-
-def test_coupled_noise_agrees_as_often_as_the_engine_does() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5], [1.0, 2.0, 0.3, 0.0, -2.0]])
-    count = 20_000
-    params = [SamplingParams(max_tokens=1, seed=seed, temperature=0.7) for seed in range(count)]
-    choices = [choose_tokens(row.expand(count, -1).contiguous(), params, [9] * count) for row in logits]
-    seen = sum(a == b for a, b in zip(*choices, strict=True)) / count
-    p = (logits.double() / 0.7).softmax(1)
-    expected = coupled_acceptance(p[:1], p[1:]).item()
-    assert abs(seen - expected) < 4 * math.sqrt(expected * (1 - expected) / count)
-
-
-def test_a_chain_is_worth_what_enumeration_says() -> None:
-    """Two places of rejection sampling: the mean over drafts from q is the exact chance."""
-    p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.5, 0.3])
-    after = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])  # of the target, by first draft
-    mean = 0.0
-    for first in range(3):
-        _, rejection = sampled_chains(torch.stack((p, after[first])), torch.stack((q, q)), [first, 0], [first, 1])
-        mean += q[first].item() * rejection.reached()[1]
-    exact = sum(torch.minimum(p, q)[x].item() * torch.minimum(after[x], q).sum().item() for x in range(3))
-    assert mean == pytest.approx(exact)
-
-
-def test_a_chain_ends_where_the_target_chose_otherwise() -> None:
-    p = q = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])
-    coupled, rejection = sampled_chains(p, q, drafts=[0, 1, 0], choices=[0, 0, 0])
-    assert coupled.reached() == pytest.approx([1.0, 1.0, 0.0])
-    assert rejection.reached() == pytest.approx([1.0, 1.0, 1.0])
-    assert greedy_chain(p, [0, 1, 1]).reached() == pytest.approx([0.5, 0.25, 0.125])
-    assert Chain([], []).reached() == []
-
-
-def coupling_samples() -> Iterator[Sample]:
-    for prompt, reached in (("a", [0.5, 0.25]), ("a", [0.7, 0.35]), ("b", [0.9, 0.6])):
-        yield Sample(1.0, "code" if prompt == "a" else "law", prompt, COUPLED, reached)
-
-
-def test_coupling_means_and_their_error() -> None:
-    result = summarise(list(coupling_samples()), 1.0, ALL, COUPLED)
-    assert result is not None
-    assert result.positions == 3
-    assert result.reached == pytest.approx([0.7, 0.4])
-    assert result.length == pytest.approx(2.1)
-    # Prompt a has 3.8 tokens in two positions and prompt b 2.5 in one, 0.4 less and 0.4 more than at the mean.
-    assert result.error == pytest.approx(math.sqrt(2 * 0.4**2) / 3)
-    code = summarise(list(coupling_samples()), 1.0, "code", COUPLED)
-    assert code is not None
-    assert code.positions == 2
-    assert code.error == pytest.approx(0.0)
-    assert summarise(list(coupling_samples()), 0.7, ALL, COUPLED) is None
-
-
 def test_equal_answers() -> None:
     answers = [[1, 2, 3], [4, 5], [6]]
     assert compare("a", answers, "b", answers).equal == 3
     result = compare("a", answers, "b", [[1, 2, 4], [4, 5, 6], [6]])
     assert (result.prompts, result.equal, result.first_difference) == (3, 1, 2)
-
-
-def test_every_rule_has_samples_of_its_own() -> None:
-    rules = itertools.product((0.7, 1.0), ("coupled", "rejection"))
-    rows = [Sample(temperature, "code", "a", rule, [temperature]) for temperature, rule in rules]
-    found = summarise(rows, 0.7, ALL, "rejection")
-    assert found is not None
-    assert (found.positions, found.reached) == (1, [0.7])

@@ -1,8 +1,9 @@
-"""Documents hang together: links lead somewhere, and documents that the code names are there."""
+"""Documents hang together: links lead somewhere, documents that the code names are there, and pages are short."""
 
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ SOURCES = sorted(
     if path.suffix in {".py", ".cpp", ".h", ".yaml", ".yml"}
 )
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+IMAGE = re.compile(r"!\[[^\]]+\]\(([^)\s]+)\)")
 NAMED = re.compile(r"(?<!/)docs/[\w/-]+\.md")
+RECORD = re.compile(r"benchmarks/results/([\w.-]+)")
+MOST_LINES = {ROOT / "README.md": 120}
+"""All other pages have less than 250."""
 
 
 def anchors(document: Path) -> set[str]:
@@ -40,3 +45,21 @@ def test_documents_that_the_code_names_are_there() -> None:
     named = {(path, name) for path in SOURCES for name in NAMED.findall(path.read_text())}
     assert named
     assert [(str(path), name) for path, name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_pages_are_short(document: Path) -> None:
+    assert len(document.read_text().splitlines()) < MOST_LINES.get(document, 250)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+def test_every_record_is_cited_and_every_plot_shown() -> None:
+    """Files in git only: a benchmark may have been run since."""
+    listed = subprocess.run(
+        ["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    kept = {Path(path).name for path in listed.stdout.split()}
+    texts = [document.read_text() for document in DOCUMENTS]
+    shown = {Path(link).name for text in texts for link in IMAGE.findall(text)}
+    assert kept - {name for text in texts for name in RECORD.findall(text)} == set()
+    assert {name for name in kept if name.endswith(".png")} - shown == set()

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from engine.messages import Grammar, SamplingParams
 from engine.request import Request
+from engine.sampling.choose import choose_tokens
 from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.sampler import Sampler, SamplingRows
@@ -335,3 +336,15 @@ def test_a_grammar_outranks_min_tokens_also_at_stop_tokens() -> None:
     )
     [sampled] = sampler.sample(torch.randn(1, VOCAB), [SamplingRows(request)])
     assert sampled.token_ids == [seven]
+
+
+def test_draft_and_target_agree_as_often_as_their_distributions_allow() -> None:
+    """They share the noise of a position (Daliri, Musco, Suresh, arXiv 2408.07978)."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 0.5], [1.0, 2.0, 0.3, 0.0, -2.0]])
+    count = 20_000
+    params = [SamplingParams(max_tokens=1, seed=seed, temperature=0.7) for seed in range(count)]
+    choices = [choose_tokens(row.expand(count, -1).contiguous(), params, [9] * count) for row in logits]
+    seen = sum(a == b for a, b in zip(*choices, strict=True)) / count
+    p, q = (logits.double() / 0.7).softmax(1).tolist()
+    expected = sum(1 / sum(max(p[y] / p[x], q[y] / q[x]) for y in range(5)) for x in range(5))
+    assert abs(seen - expected) < 4 * math.sqrt(expected * (1 - expected) / count)

@@ -1,1 +1,0 @@
-"""Measures how often drafts are accepted by coupled noise, rejection sampling and a greedy draft."""
