@@ -215,7 +215,7 @@ class EngineCore:
         self._scheduler.abort(request.request_id)  # where it may not be yet
         self._forget(request.request_id)
         self._refused[request.client_id].append(
-            EngineOutput(request_id=_client_request_id(request), finish_reason="error", error=reason, error_kind=kind)
+            EngineOutput(request_id=request.client_request_id, finish_reason="error", error=reason, error_kind=kind)
         )
 
     def _follow_grammars(self) -> None:
@@ -300,7 +300,7 @@ class EngineCore:
             self._constrained.commit(request, kept)
         snapshot, counts = self._speculator.finish(request) if finished and self._speculator else (None, None)
         output = EngineOutput(
-            request_id=_client_request_id(request),
+            request_id=request.client_request_id,
             token_ids=kept,
             logprobs=None if choice.logprobs is None else choice.logprobs[: truncation.num_kept],
             prompt_logprobs=self._prompt_logprobs.take(request),
@@ -337,6 +337,7 @@ def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> 
     return Request(
         request_id=engine_request_id(client_id, message.request_id),
         client_id=client_id,
+        client_request_id=message.request_id,
         tenant=message.tenant,
         prompt_token_ids=prompt,
         sampling=message.sampling,
@@ -347,7 +348,3 @@ def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> 
 def engine_request_id(client_id: bytes, request_id: str) -> str:
     """The engine's name of a client's request: ids of different clients may be equal, these are not."""
     return f"{client_id.hex()}/{request_id}"
-
-
-def _client_request_id(request: Request) -> str:
-    return request.request_id.partition("/")[2]

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 class Request:
     """One sequence from arrival to its last token.
 
-    Two fields are written from outside: ``draft_token_ids`` by the proposer, while ``Scheduler.schedule`` plans a step,
-    and ``is_stalled`` by the engine, between steps. The scheduler and the KV cache manager write the rest.
+    Two fields are written from outside: ``draft_token_ids`` by whoever drafts, between ``Scheduler.reserve`` and
+    ``Scheduler.schedule``, and ``is_stalled`` by the engine, between steps. Scheduler and KV cache manager write the
+    rest.
 
     Raises:
         ValueError: the prompt is empty.
@@ -28,6 +29,8 @@ class Request:
     tenant: str
     sampling: SamplingParams
     prompt_token_ids: list[int]
+    client_request_id: str = ""
+    """What the client calls it."""
     domain: str | None = None
     """The client's name for its subject."""
     grammar: GrammarCursor | None = None
