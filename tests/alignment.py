@@ -23,7 +23,7 @@ def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
         rank=4,
         num_slots=4,
         key_scope="global" if is_whole else "tenant",
-        training=TrainingConfig(method=method),  # type: ignore[arg-type]
+        training=TrainingConfig(method=method),
         log=TokenLogConfig(stream=stream, fair_share=1.0, control_share=control, top_k=8, interval_seconds=0.05),
     )
 

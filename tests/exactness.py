@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from engine.messages import Grammar
 from tests.tiny_drafts import Setting
@@ -15,7 +16,7 @@ SETTINGS = {
     "cached": Setting(prefix_caching=True),
 }
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
-SAMPLED = {
+SAMPLED: dict[str, dict[str, Any]] = {
     "plain": {},
     "truncated": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
     "penalties": {"presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.3},

@@ -35,9 +35,19 @@ class RaggedSequences:
         num_used = -(-(starts + counts) // self.block_size)
         tables = tables * (torch.arange(tables.shape[1]) < num_used[:, None])
         slots = tables[row, positions // self.block_size] * self.block_size + positions % self.block_size
-        fields = (torch.zeros(len(row)), positions, query_start_loc, starts + counts, tables, slots)
-        tensors = [field.to(device, torch.int32).contiguous() for field in fields]
-        return ForwardBatch(*tensors, logits_indices=torch.empty(0, dtype=torch.int64, device=device))
+
+        def int32(field: torch.Tensor) -> torch.Tensor:
+            return field.to(device, torch.int32).contiguous()
+
+        return ForwardBatch(
+            token_ids=int32(torch.zeros(len(row))),
+            positions=int32(positions),
+            query_start_loc=int32(query_start_loc),
+            seq_lens=int32(starts + counts),
+            block_tables=int32(tables),
+            slot_mapping=int32(slots),
+            logits_indices=torch.empty(0, dtype=torch.int64, device=device),
+        )
 
 
 def attention_spec(

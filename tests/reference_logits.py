@@ -20,6 +20,10 @@ BLOCK_SIZE = 16
 CPU = torch.device("cpu")
 
 
+def int32(values: list[int] | list[list[int]]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 class PagedSequences:
     """Computes sequences step by step through the paged cache, blocks handed out in scattered order."""
 
@@ -51,11 +55,17 @@ class PagedSequences:
         self.num_computed = [done + count for done, count in zip(self.num_computed, num_tokens, strict=True)]
         width = max(map(len, self.blocks))
         tables = [blocks + [0] * (width - len(blocks)) for blocks in self.blocks]
-        flat = [token_ids, positions, starts, self.num_computed, tables, slots]
-        tensors = [torch.tensor(values, dtype=torch.int32) for values in flat]
-        batch = ForwardBatch(*tensors, logits_indices=torch.arange(len(token_ids)))
+        batch = ForwardBatch(
+            token_ids=int32(token_ids),
+            positions=int32(positions),
+            query_start_loc=int32(starts),
+            seq_lens=int32(self.num_computed),
+            block_tables=int32(tables),
+            slot_mapping=int32(slots),
+            logits_indices=torch.arange(len(token_ids)),
+        )
         logits = self.model.compute_logits(self.model.forward(batch, self.attention).hidden[batch.logits_indices])
-        return list(logits.split(num_tokens))
+        return list(torch.split(logits, num_tokens))
 
 
 def load(files: ModelFiles, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

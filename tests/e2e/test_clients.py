@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-import httpx
 import openai
 import pytest
+from openai.types import Completion, CompletionChoice
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionUserMessageParam
 
 MODEL = "smollm2-135m"
-QUESTION = {"role": "user", "content": "What is the capital of France? Answer in one sentence."}
+QUESTION: ChatCompletionUserMessageParam = {
+    "role": "user",
+    "content": "What is the capital of France? Answer in one sentence.",
+}
 
 
 @pytest.fixture
 def client(server: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", http_client=httpx.Client(trust_env=False, timeout=60))
+    http = openai.DefaultHttpxClient(trust_env=False, timeout=60)
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", http_client=http)
 
 
 def test_streamed_chat_equals_the_whole_answer(client: openai.OpenAI) -> None:
-    arguments = {"model": MODEL, "messages": [QUESTION], "temperature": 0, "max_completion_tokens": 32}
-    whole = client.chat.completions.create(**arguments)
-    chunks = list(client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True}))
+    arguments: dict[str, Any] = {"model": MODEL, "messages": [QUESTION], "temperature": 0, "max_completion_tokens": 32}
+    whole: ChatCompletion = client.chat.completions.create(**arguments)
+    chunks: list[ChatCompletionChunk] = list(
+        client.chat.completions.create(**arguments, stream=True, stream_options={"include_usage": True})
+    )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert "Paris" in text
     assert text == whole.choices[0].message.content
@@ -33,11 +41,11 @@ def test_streamed_chat_equals_the_whole_answer(client: openai.OpenAI) -> None:
 
 
 def test_completion_stops_before_a_stop_string(client: openai.OpenAI) -> None:
-    arguments = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "temperature": 0, "max_tokens": 24}
-    free = client.completions.create(**arguments).choices[0].text
+    arguments: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "temperature": 0, "max_tokens": 24}
+    free: str = client.completions.create(**arguments).choices[0].text
     assert "8, 9" in free
-    stopped = client.completions.create(**arguments, stop="8, 9").choices[0]
-    streamed = list(client.completions.create(**arguments, stop="8, 9", stream=True))
+    stopped: CompletionChoice = client.completions.create(**arguments, stop="8, 9").choices[0]
+    streamed: list[Completion] = list(client.completions.create(**arguments, stop="8, 9", stream=True))
     assert stopped.text == free[: free.index("8, 9")]
     assert stopped.finish_reason == "stop"
     assert "".join(chunk.choices[0].text for chunk in streamed) == stopped.text
@@ -86,7 +94,7 @@ def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
 
 
 def test_structured_output_is_json_that_fits(client: openai.OpenAI) -> None:
-    schema = {
+    schema: dict[str, object] = {
         "type": "object",
         "properties": {"city": {"type": "string", "maxLength": 20}, "people": {"type": "integer"}},
         "required": ["city", "people"],

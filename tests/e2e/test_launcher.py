@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -45,9 +46,9 @@ class Stream:
         self._events = (line.removeprefix("data: ") for line in response.iter_lines() if line.startswith("data: "))
         self.first = json.loads(next(self._events))
 
-    def rest(self) -> list[dict[str, object]]:
+    def rest(self) -> list[dict[str, Any]]:
         """Events to the end; fails if the stream breaks off without [DONE] or an error."""
-        events = []
+        events: list[dict[str, Any]] = []
         for data in self._events:
             if data == "[DONE]":
                 return events

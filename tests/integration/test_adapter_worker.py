@@ -103,7 +103,7 @@ def status(config: AdaptersConfig, key: str = "t") -> AdapterStatus:
 
 def statuses(config: AdaptersConfig) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
     assert config.redis_url is not None
-    return decode_status(Redis.from_url(config.redis_url).hgetall(STATUS_KEY))
+    return decode_status(Redis.from_url(config.redis_url).hgetall(STATUS_KEY))  # type: ignore[arg-type]
 
 
 def command(config: AdaptersConfig, action: str, key: str = "t") -> None:

@@ -110,7 +110,7 @@ async def test_operators_see_adapters_and_command_the_worker(serve: Any, redis: 
         for key, action in [("law/contracts", "rollback"), ("*", "freeze"), ("*", "unfreeze"), ("a%2520b", "reset")]:
             response = await api.client.post(f"/v1/adapters/{key}/{action}", headers=ADMIN)
             assert response.status_code == 202, response.text
-    commands = [decode_command(data) for data in redis.lrange(COMMANDS_KEY, 0, -1)]  # type: ignore[union-attr]
+    commands = [decode_command(data) for data in redis.lrange(COMMANDS_KEY, 0, -1)]  # type: ignore[arg-type]
     assert commands == [
         AdapterCommand("rollback", "law/contracts"),
         AdapterCommand("freeze", "*"),

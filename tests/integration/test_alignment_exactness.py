@@ -13,12 +13,14 @@ import uuid
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from engine.adapters_config import AdaptersConfig
+from engine.config import SpeculationConfig
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
@@ -39,7 +41,7 @@ from engine.step_plan import ScheduledSequence
 from kernels import native
 from tests.alignment import make_alignment, make_prompts, read_records
 from tests.exactness import SAMPLED, SETTINGS
-from tests.tiny_drafts import Engine, SpeculationConfig, make_draft_directory
+from tests.tiny_drafts import Engine, make_draft_directory
 from tests.tiny_models import make_directory
 
 TENANTS = ["law", "clinic", "code"]
@@ -104,9 +106,9 @@ def make_engine(files: ModelFiles, draft: Path, setting: str, alignment: Adapter
 
 
 def make_sampling(kind: str, count: int) -> list[SamplingParams]:
-    sets: list[dict[str, object]] = [{"temperature": 0.0}] if kind == "greedy" else list(SAMPLED.values())
+    sets: list[dict[str, Any]] = [{"temperature": 0.0}] if kind == "greedy" else list(SAMPLED.values())
     return [
-        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": i} | sets[i % len(sets)]))  # type: ignore[arg-type]
+        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": i} | sets[i % len(sets)]))
         for i in range(count)
     ]
 
@@ -172,7 +174,7 @@ def test_records_say_what_happened(files: ModelFiles, draft: Path, either: Adapt
     stop = make_engine(files, draft, "alone", None).generate_alone(prompts[:1], make_sampling("greedy", 1))[0][20]
     engine = make_engine(files, draft, "batch", either)
     sampling = make_sampling("greedy", len(prompts))
-    sampling[0] = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, stop_token_ids=[stop])
+    sampling[0] = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, stop_token_ids=(stop,))
     sessions = [SessionState(domain="contracts") for _ in prompts]
     outputs = engine.generate(prompts, sampling, ["law"] * len(prompts), sessions)
     stats = engine.core.stats().alignment

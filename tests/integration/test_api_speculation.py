@@ -82,7 +82,7 @@ async def test_counters_are_vllms_with_tenant_and_domain(serve: Any) -> None:
     counted = {
         (s.name.removeprefix("evospec:spec_decode_num_"), s.labels.pop("position", None)): s.value for s in drafting
     }
-    assert counted == {
+    expected: dict[tuple[str, str | None], float] = {
         ("drafts_total", None): 6,
         ("draft_tokens_total", None): 16,
         ("accepted_tokens_total", None): 8,
@@ -91,6 +91,7 @@ async def test_counters_are_vllms_with_tenant_and_domain(serve: Any) -> None:
         **{("draft_tokens_per_pos_total", position): value for position, value in [("0", 6), ("1", 6), ("2", 4)]},
         **{("accepted_tokens_per_pos_total", position): value for position, value in [("0", 4), ("1", 4), ("2", 0)]},
     }
+    assert counted == expected
     assert all(s.labels == {"model": "tiny", "tenant": "default", "domain": ""} for s in drafting)
     info = next(sample.labels for sample in samples if sample.name == "evospec:engine_info")
     assert info == {"dtype": "float32", "attention_backend": "none", "draft": "tiny draft"}

@@ -103,7 +103,8 @@ def test_bytes_that_are_no_message_are_left_out(engine: Engine, tmp_path: Path) 
     """The step loop goes on, and hears the next message of the same client."""
     config = EngineConfig(address=f"ipc://{tmp_path}/engine.sock")
     process = EngineProcess(config, engine.core, "tiny", FileCheck({}))
-    with zmq.Context.instance().socket(zmq.DEALER) as client:
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    with socket as client:
         client.connect(config.address)
         for payload in (b"", b"\xc1", b"\x92\xa5hello", msgspec.msgpack.encode({"type": "unknown"})):
             client.send(payload)

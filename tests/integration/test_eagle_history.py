@@ -53,7 +53,13 @@ class OracleHead(DraftHead):
         self.hidden: dict[tuple[int, int], torch.Tensor] = {}
         """By the request's seed and the position of the token chosen."""
 
-    def choose(self, hidden: torch.Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int]:
+    def choose(
+        self,
+        hidden: torch.Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        slabs: Sequence[int] | None = None,
+    ) -> list[int]:
         choices = []
         for row, (request, position) in enumerate(zip(params, positions, strict=True)):
             self.hidden[request.seed, position] = hidden[row].clone()
@@ -147,8 +153,8 @@ class FromScratch:
         q, k, v = self._draft.qkv(self._loaded.model.embed(torch.tensor(token_ids)), g)
         positions = torch.arange(len(g))
         q, k = self._rotary(q, positions), self._rotary(k, positions)
-        heads = [tensor.transpose(0, 1) for tensor in (q[-1:], k, v)]
-        attended = F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(0, 1)
+        q, k, v = (tensor.transpose(0, 1) for tensor in (q[-1:], k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(0, 1)
         return self._draft.output(g[-1:], attended)
 
 

@@ -24,7 +24,7 @@ from engine.models.registry import resolve_model
 from engine.request import Request
 from engine.sampling import grammar_pool
 from engine.sampling.grammar import GrammarCompiler
-from engine.sampling.grammar_client import ProcessCursor
+from engine.sampling.grammar_client import GrammarProcess, ProcessCursor
 from engine.sampling.grammar_cursor import GRAMMAR_CONTRADICTS, GrammarCursor
 from engine.sampling.grammar_in_place import InPlaceCursor
 from engine.sampling.grammar_pool import GrammarPool
@@ -68,7 +68,9 @@ def tokenizer() -> Tokenizer:
     backend.train_from_iterator(
         ['{"name": "Ann", "age": 3, "pets": [{"kind": "cat", "legs": 4}], "nickname": null}'], trainer
     )
-    return Tokenizer(backend, backend.get_vocab_size() + 5, None, (backend.token_to_id("<|end|>"),), None)
+    end = backend.token_to_id("<|end|>")
+    assert end is not None
+    return Tokenizer(backend, backend.get_vocab_size() + 5, None, (end,), None)
 
 
 @pytest.fixture(scope="module")
@@ -212,12 +214,11 @@ def test_property_names_are_not_keywords() -> None:
 def test_a_grammar_is_compiled_once_for_a_tenant(pool: GrammarPool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And anew for another, so that none can tell what another uses. What was used longest ago makes room."""
     monkeypatch.setattr(grammar_pool, "_MAX_PROCESSES", 4)
-    began: list[tuple[str, object]] = []
-    begin_process = grammar_pool.GrammarProcess
+    began: list[Grammar] = []
 
     def observed(control: Any, grammar: Grammar, *shape: int) -> Any:
         began.append(grammar)
-        return begin_process(control, grammar, *shape)
+        return GrammarProcess(control, grammar, *shape)
 
     monkeypatch.setattr(grammar_pool, "GrammarProcess", observed)
     grammars = [schema({"const": [i]}) for i in range(5)]
@@ -294,6 +295,7 @@ LOWER_CASE, UPPER_CASE = (
 def test_a_process_that_dies_takes_its_own_sequences_along(pool: GrammarPool) -> None:
     lost, kept = (begin(pool, with_grammar(grammar, "r")) for grammar in (LOWER_CASE, UPPER_CASE))
     assert isinstance(lost, ProcessCursor)
+    assert lost._process._pid is not None
     os.kill(lost._process._pid, signal.SIGKILL)
     [digit] = [1]
     lost.commit([digit])

@@ -161,7 +161,7 @@ async def foreign_hash(redis: Redis, key: str) -> None:
     await redis.hset(key, "snapshot", "secret words")
 
 
-POISONS: dict[str, tuple[str, Callable[[Redis, str], Awaitable[None]]]] = {
+POISONS: dict[str, tuple[str, Callable[[Redis, str], Awaitable[object]]]] = {
     "garbage": ("corrupt", lambda redis, key: field(redis, key, "snapshot", b"\x93secret words")),
     "cut": ("corrupt", lambda redis, key: field(redis, key, "snapshot", snapshot_of([3])[:-1])),
     "another model's": ("corrupt", lambda redis, key: field(redis, key, "snapshot", snapshot_of([3], vocabulary="x"))),

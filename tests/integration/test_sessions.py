@@ -377,13 +377,14 @@ async def test_redis_comes_and_goes_under_load_and_no_request_fails(
                 assert error(refused)[:2] == (503, "sessions_unavailable")
                 os.kill(valkey.pid, signal.SIGCONT)
             # Killed, it is started again, and knows nothing.
-            await api.until(lambda: not last_is_cold(api) and api.engine.requests[-1].session.snapshot)
+            await api.until(lambda: (last := api.engine.requests[-1].session) is not None and last.snapshot)
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
         resumed = api.engine.requests[-1].session
         text = (await api.client.get("/metrics")).text
     assert set(statuses) == {200}
+    assert resumed is not None
     assert tokens_of(resumed.snapshot) == {7}
     assert resumed.domain == ("law" if how == signal.SIGSTOP else "")
     unavailable = [line for line in text.splitlines() if 'operation="load",outcome="unavailable"' in line]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def compute_anew(run: Callable[[], ForwardOutput]) -> tuple[Callable[[], None], 
     return replay, output
 
 
-def tiny_model(directory: Path, dtype: torch.dtype, device: torch.device, **overrides: int) -> LlamaForCausalLM:
+def tiny_model(directory: Path, dtype: torch.dtype, device: torch.device, **overrides: Any) -> LlamaForCausalLM:
     files = make_directory(directory, max_position_embeddings=1024, **overrides)
     return load_model(open_weights(files), validate_model_files(files), dtype, device)
 

@@ -107,9 +107,10 @@ async def test_a_child_that_cannot_be_started_for_a_while_is_tried_again(
 
 
 async def test_child_that_dies_before_it_is_ready_is_a_failure(tmp_path: Path) -> None:
-    child = SupervisedProcess(
-        "broken", [sys.executable, "-c", "raise SystemExit(3)"], os.environ, lambda: asyncio.Event().wait()
-    )
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    child = SupervisedProcess("broken", [sys.executable, "-c", "raise SystemExit(3)"], os.environ, never)
     with pytest.raises(ProcessFailed, match="exit code 3"):
         await child.start()
 

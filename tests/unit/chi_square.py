@@ -19,4 +19,4 @@ def chi_square_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
         expected = torch.cat([expected[~rare], expected[rare].sum().unsqueeze(0)])
         counts, expected = counts[expected > 0], expected[expected > 0]
     statistic = ((counts - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2).item()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))

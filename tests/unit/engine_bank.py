@@ -31,7 +31,7 @@ class Bank:
 
     def __init__(self, directory: Path, **options: object) -> None:
         options.setdefault("log", TokenLogConfig(control_share=0.0))
-        self.config = AdaptersConfig(enabled=True, shared_directory=directory, rank=4, num_slots=3, **options)  # type: ignore[arg-type]
+        self.config = AdaptersConfig(enabled=True, shared_directory=directory, rank=4, num_slots=3, **options)
         self.draft = Eagle3(DRAFT).requires_grad_(False)
         self.start()
         is_whole = self.config.training.method == "osd"

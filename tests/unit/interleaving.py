@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def before_each_line(folder: str, action: Callable[[], None], function: Callable[[], T]) -> T:
+def before_each_line(folder: str, action: Callable[[], object], function: Callable[[], T]) -> T:
     """Run ``function``, and ``action`` before each line that it executes in files under ``folder``."""
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -28,7 +28,7 @@ def before_each_line(folder: str, action: Callable[[], None], function: Callable
         sys.settrace(previous)
 
 
-def at_line(number: int, action: Callable[[], None]) -> Callable[[], None]:
+def at_line(number: int, action: Callable[[], object]) -> Callable[[], None]:
     """``action``, but only at the ``number``-th call (from 0)."""
     calls = iter(range(number + 1))
 

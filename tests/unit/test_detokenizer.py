@@ -25,6 +25,7 @@ def byte_level_tokenizer() -> Tokenizer:
     )
     backend.train_from_iterator([Path(__file__).read_text(), "naïve café – 日本語のテキスト 🙂🙃🙂"] * 3, trainer)
     end = backend.token_to_id(SPECIAL)
+    assert end is not None
     return Tokenizer(backend, backend.get_vocab_size() + 3, None, (end,), None)
 
 

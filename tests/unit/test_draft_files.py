@@ -109,7 +109,7 @@ def test_what_can_be_known_is_known_before_anything_is_loaded(files: ModelFiles,
     other = make_directory(tmp_path / "other", num_hidden_layers=4)
     other_draft = make_draft_directory(tmp_path / "draft", other)
     fewer = make_directory(tmp_path / "fewer", vocab_size=VOCAB_SIZE - 8)
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "shape differs": {"speculation": eagle(other_draft)},
         "say what it is": {"speculation": SpeculationConfig(draft=str(draft))},
         "needs a model": {"speculation": SpeculationConfig(method="draft_model")},

@@ -69,7 +69,8 @@ class Case:
         def values(*size: int) -> torch.Tensor:
             if shape.is_whole:
                 return torch.randint(-1, 2, size, generator=generator).to(device, dtype)
-            return (torch.randn(*size, generator=generator) / shape.hidden**0.25).bfloat16().to(device, dtype)
+            noise: torch.Tensor = torch.randn(*size, generator=generator) / shape.hidden**0.25
+            return noise.bfloat16().to(device, dtype)
 
         self.hidden, self.head = values(shape.rows, shape.hidden), values(vocab, shape.hidden)
         self.core_ids = torch.arange(shape.columns, dtype=torch.int32)

@@ -67,7 +67,7 @@ def test_rows_draft_from_the_core_and_their_own_tail(loaded: LoadedModel) -> Non
     assert head.num_bytes >= tails.num_bytes > 3 * 7 * HIDDEN
     for slabs in ([0] * ROWS, [2] * ROWS, [0, 2, 1, 2, 0, 2]):
         _check_greedy(loaded, head.choose(hidden, [GREEDY] * ROWS, range(ROWS), slabs), logits, tails.token_ids[slabs])
-    tails.write(2, [0, 3], [outside[5].argmax().item(), outside[4].argmax().item()])
+    tails.write(2, [0, 3], [int(outside[5].argmax()), int(outside[4].argmax())])
     _check_greedy(
         loaded, head.choose(hidden, [GREEDY] * ROWS, range(ROWS), [2] * ROWS), logits, tails.token_ids[[2] * ROWS]
     )

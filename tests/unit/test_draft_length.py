@@ -360,7 +360,7 @@ def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() ->
     for _ in range(300):
         policy.observe_repeat("a", Repeat(LONG, True), [True] * 6)
     chosen = decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)})
-    assert (chosen.most, chosen.copied) == ([6], {"a"})
+    assert (chosen.most, chosen.copied) == ([6], frozenset({"a"}))
     assert not decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, False)}).copied  # sampled ones are judged apart
 
 

@@ -81,7 +81,7 @@ def test_head_loss_is_the_papers_with_its_gradient() -> None:
     hidden = torch.randn(600, 8, generator=generator, requires_grad=True)  # more than two pieces
     target, rows = torch.randn(600, 8, generator=generator), torch.randn(50, 8, generator=generator)
     loss = head_loss(hidden, target, rows)
-    pieces = zip(hidden.split(256), target.split(256), strict=True)
+    pieces = zip(torch.split(hidden, 256), torch.split(target, 256), strict=True)
     expected = torch.stack([lk_loss(some, wanted, rows) for some, wanted in pieces]).sum()
     torch.testing.assert_close(loss, expected)
     (gradient,), (wanted,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)

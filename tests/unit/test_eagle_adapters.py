@@ -185,4 +185,4 @@ def test_a_damaged_draft_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_what_the_engine_cannot_apply_is_refused(options: dict[str, object], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
-        AdaptersConfig(enabled=True, **options)  # type: ignore[arg-type]
+        AdaptersConfig(enabled=True, **options)

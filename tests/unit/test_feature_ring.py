@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from ctypes import c_int64
+from functools import partial
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -87,7 +88,7 @@ def test_reader_overtaken_at_any_line_notices(path: Path) -> None:
         slot, generation = ring.write(block(line, 4))
         rows = references(slot, generation, 4)
         overtake = at_line(line, lambda: ring.write(block(200, 2)))
-        found, valid = before_each_line(CODE, overtake, lambda rows=rows: reader.read(*rows))
+        found, valid = before_each_line(CODE, overtake, partial(reader.read, *rows))
         assert torch.equal(found[valid], block(line, 4)[valid])
         assert valid[2:].all()
         noticed += int((~valid).sum())
@@ -100,9 +101,9 @@ def test_rows_asked_for_before_they_are_written_are_right_or_invalid(path: Path)
     reader = FeatureRingReader(path)
     slot, generation = ring.write(block(0, 4))
     for line in range(count_lines(CODE, lambda: reader.read(*references(0, 0, 4)))):
-        write = at_line(line, lambda number=line + 1: ring.write(block(number, 4)))
+        write = at_line(line, partial(ring.write, block(line + 1, 4)))
         coming = references(slot, generation + line + 1, 4)
-        found, valid = before_each_line(CODE, write, lambda rows=coming: reader.read(*rows))
+        found, valid = before_each_line(CODE, write, partial(reader.read, *coming))
         assert torch.equal(found[valid], block(line + 1, 4)[valid])
 
 
@@ -203,7 +204,7 @@ def wait_until_past(counts: list[c_int64], marks: list[int]) -> None:
 def test_readers_of_a_busy_writer_that_is_killed_and_started_again(path: Path) -> None:
     stop = processes.Event()
     # Without locks, which a killed process would take with it.
-    latest, *counts = (processes.Value(c_int64, 0, lock=False) for _ in range(5))
+    latest, *counts = (processes.RawValue(c_int64, 0) for _ in range(5))
     FeatureRing(path, BUSY_CAPACITY, BUSY_WIDTH)
     readers = [processes.Process(target=read_until, args=(path, stop, latest, *counts[i : i + 2])) for i in (0, 2)]
     for reader in readers:

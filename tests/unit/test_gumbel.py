@@ -139,12 +139,11 @@ def test_tokens_that_cannot_win_are_left_out_at_any_temperature(temperature: flo
     """60 rows of 20,000 tokens: sharp ones, where few may win, and flat ones."""
     logits = torch.randn(60, 20_000, generator=torch.Generator().manual_seed(8)) * torch.linspace(0.1, 9, 60)[:, None]
     seeds, positions = torch.arange(60), torch.arange(60) * 7
-    how = {
-        "temperatures": torch.full((60,), temperature),
-        "least": None if least is None else torch.full((60,), least),
-    }
-    expected = gumbel_argmax_reference(logits, seeds, positions, **how)
-    assert gumbel_argmax(logits, seeds, positions, **how).tolist() == expected.tolist()
+    temperatures = torch.full((60,), temperature)
+    floors = None if least is None else torch.full((60,), least)
+    expected = gumbel_argmax_reference(logits, seeds, positions, temperatures=temperatures, least=floors)
+    output = gumbel_argmax(logits, seeds, positions, temperatures=temperatures, least=floors)
+    assert output.tolist() == expected.tolist()
 
 
 def most_noisy_token(seed: int, position: int) -> int:
@@ -161,9 +160,9 @@ def test_the_most_noise_there_is_can_win(score: float) -> None:
     assert hashes([seed], [9], [token]).item() == 2**31 - 1
     logits, ids = torch.full((1, 600), -90.0), torch.arange(600).unsqueeze(0)
     logits[0, 0], logits[0, 599], ids[0, 599] = 0.5 * (score - gumbel_noise(*at, ids)[0, 0]), 0.0, token
-    how = {"temperatures": torch.tensor([0.5])}
-    assert gumbel_argmax_reference(logits, *at, ids, **how).tolist() == [token if score < 22.87 else 0]
-    assert gumbel_argmax(logits, *at, ids, **how).tolist() == [token if score < 22.87 else 0]
+    half, expected = torch.tensor([0.5]), [token if score < 22.87 else 0]
+    assert gumbel_argmax_reference(logits, *at, ids, temperatures=half).tolist() == expected
+    assert gumbel_argmax(logits, *at, ids, temperatures=half).tolist() == expected
 
 
 def test_flat_rows_equal_reference_for_many_seeds() -> None:

@@ -153,7 +153,7 @@ def test_layouts_of_other_drafts_ranks_and_targets_differ(draft: Eagle3, tmp_pat
         lora_layout(config, 4, ("q", "v"), "a"),
         lora_layout(config, 4, ("q", "v"), "b"),
         lora_layout(config, 8, ("q", "v"), "a"),
-        lora_layout(config, 4, ("q",), "a"),
+        lora_layout(config, 4, ["q"], "a"),
         lora_layout(config, 4, ("q", "v"), "a", torch.float32),
     ]
     assert len({layout.fingerprint for layout in layouts}) == len(layouts)

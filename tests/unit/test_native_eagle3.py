@@ -81,7 +81,8 @@ def test_same_as_the_torch_network(
         g = reference.fuse(features)
         assert relative_error(ours.fuse(features), g) < TOLERANCE
         stores = torch.zeros(2, 16 * sequences.num_blocks, 128, dtype=torch.bfloat16)
-        for network, store in zip((ours, reference), stores, strict=True):
+        networks: tuple[EagleNetwork, ...] = (ours, reference)
+        for network, store in zip(networks, stores, strict=True):
             network.fuse_into(store, Features(features, batch.slot_mapping))
         assert relative_error(stores[0], stores[1].float()) < TOLERANCE
         expected = reference.forward(batch, torch_kv, embeddings, g)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import mmap
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import gguf.quants
 import numpy as np
@@ -16,13 +17,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from engine.attention.base import AttentionSpec
+from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig, RuntimeConfig
 from engine.loader import load
 from engine.models.config import ModelFiles
-from engine.models.llama import load_model
+from engine.models.llama import LlamaForCausalLM, load_model
 from engine.models.native_llama import NativeLlama
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
@@ -54,7 +55,7 @@ BF16_TOLERANCE = 1e-5
 """With bf16 weights nothing is rounded but float32 sums."""
 ATTENTION_TOLERANCE = 1.5e-2
 """Of ``largest_row_error``: outputs and softmax weights are rounded to bf16 (relative 2^-9). Measured: 9e-3."""
-SHAPE = {"hidden_size": 128, "head_dim": 32}
+SHAPE: dict[str, Any] = {"hidden_size": 128, "head_dim": 32}
 """Of the tiny models: the kernels want multiples of 32."""
 
 
@@ -176,7 +177,7 @@ def test_a_row_does_not_depend_on_its_neighbours(two_threads: Team, name: str, d
     n, k, most = 129, 512, FEW_ROWS if digits == 2 else 130
     weight = PackedMatrix(n, k, [block_part(name, random_blocks(name, n, k), np.arange(n))], digits=digits)
     x = random_input(most, k)
-    alone = torch.cat([linear(two_threads, weight, row) for row in x.split(1)])
+    alone = torch.cat([linear(two_threads, weight, row) for row in torch.split(x, 1)])
     for rows in {*range(2, min(most, MAX_ROWS) + 1), most}:
         assert torch.equal(linear(two_threads, weight, x[:rows]), alone[:rows]), rows
 
@@ -345,7 +346,7 @@ def check_model(files: ModelFiles, token_ids: list[int], team: Team, *, keep_qua
     exact = load_model(source, spec, torch.float32, CPU)
     narrow = load_model(source, spec, torch.bfloat16, CPU)
     ours = NativeLlama(source, spec, team, len(token_ids), keep_quantized=keep_quantized)
-    runs = [
+    runs: list[tuple[LlamaForCausalLM | NativeLlama, AttentionBackend]] = [
         (exact, TorchPagedAttention(shape(torch.float32))),
         (narrow, TorchPagedAttention(shape(torch.bfloat16))),
         (ours, NativeAttention(shape(torch.bfloat16), team)),
@@ -449,7 +450,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_memory_is_found_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.mmap, "MADV_HUGEPAGE", 999)  # as a kernel without them takes it
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 999)  # as a kernel without them takes it
     assert not native.huge_zeros(4096).any()
 
 

@@ -9,7 +9,8 @@ from engine.messages import SamplingParams
 from engine.request import Request
 from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer
 from engine.step_plan import DraftSlot
-from tests.reference.text_matches import MAX_LENGTH, MAX_PLACES
+from kernels.session_options import MAX_REPEATS as MAX_PLACES
+from tests.reference.text_matches import MAX_LENGTH
 
 SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)

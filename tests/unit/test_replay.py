@@ -227,7 +227,7 @@ def test_segments_say_of_each_position_what_was_logged(
     log.position += num_context
     lost = random.Random(seed)
     segments: list[Segment] = []
-    kept = []
+    kept: list[int] = []
     has_context = False
     for number, count in enumerate(accepted):
         made = log.step(count, 0 if number else num_context)

@@ -45,7 +45,7 @@ class ByteTokenizer:
 
 @cache
 def grammars() -> GrammarPool:
-    return GrammarPool(ByteTokenizer(), num_slots=64)
+    return GrammarPool(ByteTokenizer(), num_slots=64)  # type: ignore[arg-type]  # all that it takes of one
 
 
 @pytest.fixture
@@ -260,9 +260,9 @@ def test_min_tokens_counts_drafts_as_history(sampler: Sampler) -> None:
 def test_sampling_does_not_change_the_logits(sampler: Sampler) -> None:
     logits = torch.randn(2, VOCAB)
     before = logits.clone()
-    kind = {"logit_bias": {5: 3.0}, "repetition_penalty": 1.2, "min_tokens": 3, "top_p": 0.5}
+    edits = params(logit_bias={5: 3.0}, repetition_penalty=1.2, min_tokens=3, top_p=0.5)
     requests = [
-        added(sampler, params(**kind), name="a"),
+        added(sampler, edits, name="a"),
         added(sampler, params(grammar=Grammar(kind="json_object")), name="b"),
     ]
     sampler.sample(logits, [SamplingRows(r) for r in requests])

@@ -7,7 +7,8 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reference.text_matches import MAX_LENGTH, MAX_PLACES, MIN_LENGTH, TextMatches, match_continuations
+from kernels.session_options import MAX_REPEATS as MAX_PLACES
+from tests.reference.text_matches import MAX_LENGTH, MIN_LENGTH, TextMatches, match_continuations
 
 tokens = st.lists(st.integers(0, 3), max_size=60)
 

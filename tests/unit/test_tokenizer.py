@@ -80,7 +80,7 @@ def qwen2_pair(smollm2_file: GGUFFile) -> tuple[Backend, Qwen2Tokenizer]:
     """Ours and that of ``transformers``, which has its own Qwen2 tokenizer, with one vocabulary."""
     ours = gguf_backend(with_metadata(smollm2_file, pre="qwen2"))
     model = json.loads(ours.to_str())["model"]
-    merges = [tuple(merge) for merge in model["merges"]]
+    merges: list[Any] = [tuple(merge) for merge in model["merges"]]  # pairs, which its own annotation leaves out
     return ours, Qwen2Tokenizer(vocab=model["vocab"], merges=merges)
 
 
@@ -123,7 +123,8 @@ def test_qwen2_pre_tokenizer_is_that_of_transformers(qwen2_pair: tuple[Backend, 
 @given(text=TEXTS)
 def test_llama3_pre_tokenizer_splits_as_transformers_does(llama3: Backend, text: str) -> None:
     """``transformers`` converts tiktoken files with Llama 3's pattern unless told otherwise."""
-    theirs = Split(Regex(TikTokenConverter().pattern), "isolated")
+    converter = TikTokenConverter()  # type: ignore[no-untyped-call]
+    theirs = Split(Regex(converter.pattern), "isolated")
     words = [text[start:end] for _, (start, end) in llama3.pre_tokenizer.pre_tokenize_str(text)]
     assert words == [word for word, _ in theirs.pre_tokenize_str(text)]
 
@@ -177,7 +178,9 @@ def test_chat_template_renders_as_transformers_does(
     smollm2: Tokenizer, smollm2_file: GGUFFile, add_generation_prompt: bool
 ) -> None:
     template = smollm2_file.metadata["tokenizer.chat_template"]
-    reference = PreTrainedTokenizerFast(tokenizer_object=smollm2.backend, chat_template=template)
+    reference = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=smollm2.backend, chat_template=template
+    )
     for messages in (CHAT, CHAT[1:2]):
         expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         assert smollm2.apply_chat_template(messages, add_generation_prompt) == expected
@@ -196,12 +199,16 @@ RICH_TEMPLATE = """\
 def test_template_features_are_those_of_transformers(tiny: dict[str, ModelFiles], tmp_path: Path) -> None:
     """Whitespace control, unescaped JSON, loop controls, absent entries, token names."""
     tokenizer = with_template(tiny, tmp_path, RICH_TEMPLATE)
-    reference = PreTrainedTokenizerFast(
+    reference = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer.backend, chat_template=RICH_TEMPLATE, bos_token="<|endoftext|>"
     )
-    messages = [*CHAT, {"role": "tool", "content": "hidden"}, {"role": "user", "content": " padded ", "name": None}]
-    tools = [{"type": "function", "function": {"name": "f<é>", "parameters": {}}}]
-    expected = reference.apply_chat_template(messages, tools=tools, tokenize=False)
+    messages: list[dict[str, Any]] = [
+        *CHAT,
+        {"role": "tool", "content": "hidden"},
+        {"role": "user", "content": " padded ", "name": None},
+    ]
+    tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f<é>", "parameters": {}}}]
+    expected = reference.apply_chat_template(messages, tools=[*tools], tokenize=False)
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=False, tools=tools) == expected
     assert "f<é>" in expected
 

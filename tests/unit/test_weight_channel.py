@@ -10,6 +10,7 @@ import time
 import timeit
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def test_reader_overtaken_at_any_line_gets_a_whole_version_or_nothing(
     for line in range(count_lines(CODE, lambda: channel.read_into(0, empty(SMALL)))):
         tensors = empty(SMALL)
         before = writer.version
-        state = before_each_line(CODE, at_line(line, overtake), lambda tensors=tensors: read_whole(channel, tensors))
+        state = before_each_line(CODE, at_line(line, overtake), partial(read_whole, channel, tensors))
         assert before <= state.version <= writer.version
 
 
