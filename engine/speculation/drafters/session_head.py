@@ -66,20 +66,19 @@ class SessionHead(DraftHead):
         if self._vocab.drafted.wants_hidden:
             self._vocab.drafted.remember(requests, hidden.float().cpu().numpy())
         logits, token_ids = self.candidates(hidden, self._vocab.slabs(sessions) if self.has_tails else None)
+        ids, scores = token_ids.cpu().numpy(), logits.cpu().numpy()
         if self._vocab.uses_prior:
-            ids, own = token_ids.cpu().numpy(), logits.cpu().numpy()
 
             def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
                 places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
                 return (self._head_rows(wanted).float() * hidden[places].float()).sum(dim=1).cpu().numpy()
 
-            scores = self._vocab.drafted.with_prior(requests, sessions, ids, own, logits_of)
-            logits, token_ids = torch.from_numpy(scores).to(hidden.device), torch.from_numpy(ids).to(hidden.device)
+            scores = self._vocab.drafted.with_prior(requests, sessions, ids, scores, logits_of)
         params = [request.sampling for request in requests]
         if all_greedy(params):
-            best = logits.argmax(dim=1, keepdim=True)
-            return any_token(token_ids.gather(1, best)[:, 0].tolist())
+            return any_token(ids[range(len(ids)), scores.argmax(axis=1)].tolist())
         positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
+        logits, token_ids = (torch.from_numpy(array).to(hidden.device) for array in (scores, ids))
         return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
