@@ -39,7 +39,7 @@ class TokenLogConfig(Section):
     """What the engine logs of its verify steps."""
 
     in_code_only = frozenset(
-        ("top_k", "kl_threshold", "fair_share", "max_records", "context_tokens", "ring_rows", "interval_seconds")
+        ("top_k", "kl_threshold", "sample_share", "max_records", "context_tokens", "ring_rows", "interval_seconds")
     )
 
     stream: str = Field(default="evospec:token-log", description="Redis key of the token log.")
@@ -47,7 +47,7 @@ class TokenLogConfig(Section):
     kl_threshold: float = Field(
         default=1.0, ge=0, description="A step without rejection teaches if its KL divergence is above (nats)."
     )
-    fair_share: float = Field(
+    sample_share: float = Field(
         default=1.0,
         gt=0,
         le=1,

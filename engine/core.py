@@ -15,22 +15,22 @@ from engine.loader import LoadedModel, load
 from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
-from engine.prompt_logprobs import PromptLogprobs
 from engine.request import Request
-from engine.sampling.constrained import ConstrainedRequests, num_choosable
+from engine.sampling.constrained import ConstrainedRequests
 from engine.sampling.grammar_pool import GrammarPool
-from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
+from engine.sampling.sampler import SampledSequence
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
 from engine.speculation.build import load_draft, make_speculator
 from engine.speculation.drafters.base import Draft
 from engine.speculation.length.costs import StepCosts
 from engine.speculation.speculator import Speculator
 from engine.step_clock import StepClock
-from engine.step_plan import Reservation, ScheduledSequence, SchedulerOutput
+from engine.step_plan import Reservation, SchedulerOutput
 from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
-from engine.truncation import StopChecker, Truncation
-from engine.verification import DraftSource, Verification
+from engine.truncation import Truncation
+from engine.verification import Verification
+from engine.verifier import Verifier
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +67,6 @@ class EngineCore:
         self.dtype = str(loaded.dtype).removeprefix("torch.")
         self.attention_backend = loaded.backend
         self._tokenizer = Tokenizer.from_files(files)
-        self._eos_token_ids = frozenset(self._tokenizer.eos_token_ids)
         draft = draft or load_draft(config, loaded, files, self._tokenizer)
         self._runner = ModelRunner(loaded, config.cache, draft.costs.bytes_per_block if draft else 0)
         self.num_blocks = self._runner.num_blocks
@@ -84,9 +83,7 @@ class EngineCore:
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
         most = config.scheduler.max_num_seqs + config.scheduler.max_waiting
         self._constrained = ConstrainedRequests(GrammarPool(self._tokenizer, num_slots=most))
-        self._sampler = Sampler(self._eos_token_ids, loaded.team)
-        self._prompt_logprobs = PromptLogprobs()
-        self._stop_checkers: dict[str, StopChecker] = {}
+        self._verifier = Verifier(self._tokenizer, self.max_model_len, loaded.team)
         self._refused: Outputs = defaultdict(list)
         self._num_nonfinite = 0
         self._is_stalled = False
@@ -106,7 +103,7 @@ class EngineCore:
             )
             self._refused[client_id].append(refusal)
             return
-        if request.request_id in self._stop_checkers or request.request_id in self._constrained:
+        if request.request_id in self._verifier or request.request_id in self._constrained:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
             return
         if self._speculator is not None:
@@ -119,7 +116,7 @@ class EngineCore:
     def abort_client(self, client_id: bytes) -> None:
         """End all requests of a client that has gone away."""
         prefix = engine_request_id(client_id, "")
-        requests = [*self._stop_checkers, *self._constrained.waiting]
+        requests = [*self._verifier, *self._constrained.waiting]
         self.abort(client_id, [r.removeprefix(prefix) for r in requests if r.startswith(prefix)])
 
     def abort(self, client_id: bytes, request_ids: Iterable[str]) -> None:
@@ -194,13 +191,9 @@ class EngineCore:
     def _enqueue(self, request: Request) -> None:
         try:
             self._scheduler.add(request)
-            self._sampler.add(request)
+            self._verifier.add(request)
         except Exception as error:
             self._refuse(request, error)
-            return
-        self._stop_checkers[request.request_id] = StopChecker(
-            request.sampling, request.num_tokens, self.max_model_len, self._eos_token_ids, self._tokenizer
-        )
 
     def _refuse(self, request: Request, failure: Exception) -> None:
         kind: ErrorKind = "overloaded" if isinstance(failure, QueueFull) else "invalid"
@@ -231,45 +224,7 @@ class EngineCore:
     def _verify(self, plan: SchedulerOutput, logits: torch.Tensor) -> list[Verification]:
         """The target's choices for each sequence, and what its output keeps of them."""
         self._constrained.wait(plan.sequences)
-        choices, verified, end = self._choose(plan.sequences, logits), [], 0
-        for sequence, choice in zip(plan.sequences, choices, strict=True):
-            end += sequence.num_logits
-            first_row, source = end - sequence.num_sampled, self._source(sequence)
-            if choice is None:
-                verified.append(Verification(sequence, first_row, source=source))
-                continue
-            truncation = self._stop_checkers[sequence.request.request_id].push(choice.token_ids)
-            kept = choice.token_ids[: truncation.num_kept]
-            # The last choice is no draft, unless it is missing.
-            num_accepted = min(len(choice.token_ids) - choice.is_finite, len(kept))
-            verified.append(Verification(sequence, first_row, choice, truncation, kept, num_accepted, source))
-        return verified
-
-    def _choose(self, sequences: list[ScheduledSequence], logits: torch.Tensor) -> list[SampledSequence | None]:
-        """The target's choices; None for sequences whose prompt is unfinished, or whose grammar's mask is late."""
-        rows, parts = [], []
-        end = 0
-        numbers = list(map(num_choosable, sequences))
-        for sequence, number in zip(sequences, numbers, strict=True):
-            start, end = end, end + sequence.num_logits
-            if sequence.request.sampling.prompt_logprobs is not None:
-                self._prompt_logprobs.collect(sequence, logits[start:end])
-            if number:
-                drafts = sequence.token_ids[sequence.num_known :]
-                rows.append(SamplingRows(sequence.request, tuple(drafts[: number - 1])))
-                first = end - sequence.num_sampled
-                parts.append(logits[first : first + number])
-        if not rows:
-            return [None] * len(sequences)
-        if sum(numbers) < len(logits):
-            logits = torch.cat(parts)
-        sampled = iter(self._sampler.sample(logits, rows))
-        return [next(sampled) if number else None for number in numbers]
-
-    def _source(self, sequence: ScheduledSequence) -> DraftSource | None:
-        if not sequence.num_draft_tokens or self._speculator is None:
-            return None
-        return self._speculator.source(sequence.request.request_id)
+        return self._verifier.verify(plan.sequences, logits, self._speculator)
 
     def _learn(self, verified: list[Verification], logits: torch.Tensor, features: Features | None) -> float:
         """Let drafts follow the step; returns the seconds that vocabularies took."""
@@ -303,7 +258,7 @@ class EngineCore:
             request_id=request.client_request_id,
             token_ids=kept,
             logprobs=None if choice.logprobs is None else choice.logprobs[: truncation.num_kept],
-            prompt_logprobs=self._prompt_logprobs.take(request),
+            prompt_logprobs=self._verifier.take_prompt_logprobs(request),
             finish_reason=finish_reason,
             error=_NOT_FINITE if finish_reason == "error" else None,
             stop_reason=truncation.stop_reason,
@@ -321,9 +276,7 @@ class EngineCore:
         return output
 
     def _forget(self, engine_id: str) -> None:
-        self._sampler.forget(engine_id)
-        self._prompt_logprobs.forget(engine_id)
-        self._stop_checkers.pop(engine_id, None)
+        self._verifier.forget(engine_id)
         self._constrained.forget(engine_id)
         if self._speculator is not None:
             self._speculator.forget(engine_id)

@@ -203,7 +203,7 @@ class AlignmentStats(msgspec.Struct, frozen=True, kw_only=True):
 
     ``versions``: of the adapters in force, by key; ``channel_version`` grows with each publication. ``loads`` of
     adapters, and ``failed_loads`` of damaged ones. Of ``steps``, verify steps of a drafted sequence,
-    ``records_gated`` were logged because they teach, ``records_fair`` whatever happened in them. Of these records
+    ``records_hard`` were logged because they teach, ``records_sampled`` whatever happened in them. Of these records
     ``records_written`` reached Redis; the others were dropped because the queue was full or Redis failed, or wait.
     """
 
@@ -212,8 +212,8 @@ class AlignmentStats(msgspec.Struct, frozen=True, kw_only=True):
     loads: int
     failed_loads: int
     steps: int
-    records_gated: int
-    records_fair: int
+    records_hard: int
+    records_sampled: int
     records_written: int
     records_dropped_by_queue: int
     records_dropped_by_redis: int

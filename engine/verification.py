@@ -46,9 +46,9 @@ class Verification:
         return self.sequence.token_ids[self.sequence.num_known :]
 
     @property
-    def rows(self) -> slice:
+    def rows(self) -> range:
         """The rows of logits from which the kept tokens were chosen."""
-        return slice(self.first_row, self.first_row + len(self.kept))
+        return range(self.first_row, self.first_row + len(self.kept))
 
     @property
     def num_chosen(self) -> int:

@@ -28,6 +28,7 @@ class _LogitRows(ctypes.Structure):
         ("rows", ctypes.c_int),
         ("columns", ctypes.c_int),
         ("allowed", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
     )
 
 
@@ -88,8 +89,15 @@ def can_take(logits: torch.Tensor) -> bool:
     )
 
 
-def _rows(logits: torch.Tensor, allowed: torch.Tensor | None = None) -> ctypes._CArgObject:
-    return ctypes.byref(_LogitRows(logits.data_ptr(), logits.stride(0), *logits.shape, address(allowed)))
+def _rows(
+    logits: torch.Tensor, allowed: torch.Tensor | None = None, places: array[int] | None = None
+) -> ctypes._CArgObject:
+    """The rows of logits, or those at some places; ``places`` must outlive the call."""
+    count = len(logits) if places is None else len(places)
+    of_places = None if places is None else places.buffer_info()[0]
+    return ctypes.byref(
+        _LogitRows(logits.data_ptr(), logits.stride(0), count, logits.shape[1], address(allowed), of_places)
+    )
 
 
 def _handle(team: Team | None) -> ctypes.c_void_p:
@@ -157,11 +165,14 @@ def kept_thresholds(
 
 
 def topk_rows(
-    logits: torch.Tensor, k: int, ids: torch.Tensor | None, team: Team | None
+    logits: torch.Tensor, k: int, ids: torch.Tensor | None, team: Team | None, rows: Sequence[int] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``kernels.topk``, k at most the number of columns; ids are int32 here."""
-    values, indices = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int64)
-    load_library().evo_top_k(_handle(team), _rows(logits), k, address(ids), address(values), address(indices))
+    places = None if rows is None else array("i", rows)
+    count = len(logits) if places is None else len(places)
+    values, indices = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
+    wanted = _rows(logits, places=places)
+    load_library().evo_top_k(_handle(team), wanted, k, address(ids), address(values), address(indices))
     return values, indices
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,23 +51,27 @@ def decode_sort_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def topk_rows(
-    logits: torch.Tensor, k: int, ids: torch.Tensor | None = None, team: Team | None = None
+    logits: torch.Tensor,
+    k: int,
+    ids: torch.Tensor | None = None,
+    team: Team | None = None,
+    rows: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` largest logits of each row in descending order; of equal ones the first column comes first.
 
     Args:
-        logits: [N, V] float32 without NaN.
+        logits: [N, V] float32 without NaN; more rows where ``rows`` are given.
         k: at least 1; where it exceeds V, all V are returned.
         ids: [V] integers to return instead of column numbers.
         team: threads of the compiled kernels (None: the calling one).
+        rows: N numbers of rows of ``logits``, where not all are wanted.
 
     Returns:
         Values [N, min(k, V)] float32 and column numbers or ids, int64.
     """
-    if logits.device.type == "cuda":
-        return topk_rows_by_keys(logits, k, ids)
     if not native_sampling.can_take(logits):
-        return topk_rows_reference(logits, k, ids)
+        compute = topk_rows_by_keys if logits.device.type == "cuda" else topk_rows_reference
+        return compute(logits if rows is None else logits[list(rows)], k, ids)
     if ids is not None and ids.dtype != torch.int32:
         ids = ids.int()
-    return native_sampling.topk_rows(logits, min(k, logits.shape[1]), ids, team)
+    return native_sampling.topk_rows(logits, min(k, logits.shape[1]), ids, team, rows)

@@ -12,8 +12,8 @@ from engine.online.adapter_control import AdapterStatus, WorkerStatus
 
 _COUNTERS = {
     "steps": "Verify steps of drafted sequences.",
-    "records_gated": "Of these, logged because they teach.",
-    "records_fair": "Of these, logged whatever happened in them.",
+    "records_hard": "Of these, logged because they teach.",
+    "records_sampled": "Of these, logged whatever happened in them.",
     "records_written": "Records that reached Redis.",
     "records_dropped_by_queue": "Records dropped because the queue was full.",
     "records_dropped_by_redis": "Records dropped because Redis failed.",

@@ -24,7 +24,7 @@ def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
         num_slots=4,
         key_scope="global" if is_whole else "tenant",
         training=TrainingConfig(method=method),
-        log=TokenLogConfig(stream=stream, fair_share=1.0, control_share=control, top_k=8, interval_seconds=0.05),
+        log=TokenLogConfig(stream=stream, sample_share=1.0, control_share=control, top_k=8, interval_seconds=0.05),
     )
 
 

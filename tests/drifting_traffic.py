@@ -221,7 +221,7 @@ class MadeUpEngine:
             top_k=TOP_K,
             top_ids=top_ids,
             top_logits=top_logits,
-            is_gated=False,
+            is_hard_example=False,
             feature_slot=slot,
             feature_generation=generation,
             num_features=accepted + 1,

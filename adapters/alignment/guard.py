@@ -140,8 +140,9 @@ class Guard:
     """Watches the version of one key that is in force.
 
     It counts the records of the unbiased sample only, those logged whatever happened in them: among hard examples
-    (``is_gated``) rejections are over-represented. It looks at whether the draft's first token was right, verified or
-    not: how many are drafted and verified depends on how sure the draft is. The version is bad if it is below
+    (``is_hard_example``) rejections are over-represented. It looks at whether the draft's first token was right,
+    verified or not: how many are drafted and verified depends on how sure the draft is. The version is bad if it is
+    below
 
     - the base draft by more than ``control_margin``, both in the same stretch of traffic: the engine drafts a small
       share of requests without adapter; or
@@ -192,7 +193,7 @@ class Guard:
     def is_bad_after(self, record: VerifyRecord) -> bool:
         """Count a record; whether the version in force is bad, and should be taken back."""
         drafted_by, is_right = record.draft_version, _is_first_right(record)
-        if record.is_gated or is_right is None:
+        if record.is_hard_example or is_right is None:
             return False
         if drafted_by not in (0, self.version):  # it was on its way while this one came
             return False

@@ -41,7 +41,7 @@ def starts_chains(record: VerifyRecord, is_teaching: bool, held_out_share: float
     Those to learn from are what teaches. Scores are over the unbiased sample: what teaches is mostly where the draft in
     force was wrong, and there any other looks better.
     """
-    return not record.is_gated if is_held_out(record.request_id, held_out_share) else is_teaching
+    return not record.is_hard_example if is_held_out(record.request_id, held_out_share) else is_teaching
 
 
 def is_held_out(request_id: str, share: float) -> bool:

@@ -44,7 +44,7 @@ class FeatureRecorder:
     def num_unread(self, request: Request) -> int:
         return 0
 
-    def observe(
+    def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Append each sequence's rows, as bf16."""

@@ -95,7 +95,7 @@ class Replay:
                 top_k=recording.top_ids.shape[1],
                 top_ids=top_ids,
                 top_logits=top_logits,
-                is_gated=False,
+                is_hard_example=False,
                 feature_slot=slot + at - context,
                 feature_generation=generation,
                 num_features=right + 1,

@@ -145,7 +145,7 @@ class DraftedBatch:
     def _verify(self, steps: Sequence[ScheduledSequence]) -> list[Verified]:
         logits, features = self._runner.execute(steps, self._proposer.capture_layers)
         started = time.perf_counter()
-        self._proposer.observe(steps, [1] * len(steps), features)
+        self._proposer.after_verification(steps, [1] * len(steps), features)
         self.observe_seconds += time.perf_counter() - started
         chains = []
         end = 0

@@ -123,8 +123,11 @@ class Texts:
         return choices
 
     @stub
-    def _likely(self, logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _likely(
+        self, logits: torch.Tensor, k: int, rows: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """In place of ``topk_rows``: the target's most likely tokens [n, k], int64, the text's own first."""
+        logits = logits if rows is None else logits[list(rows)]
         places = logits[:, 0].long()
         return logits[:, :k], self.following(places[:, None] + _STRIDE * torch.arange(k))
 

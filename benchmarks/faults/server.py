@@ -52,7 +52,7 @@ def worker_options(directory: Path, shared: Path) -> AdaptersConfig:
         num_slots=len(TENANTS),
         shared_directory=shared,
         state_directory=directory / "state",
-        log=TokenLogConfig(top_k=8, fair_share=0.5, ring_rows=RING_ROWS),
+        log=TokenLogConfig(top_k=8, sample_share=0.5, ring_rows=RING_ROWS),
         training=TrainingConfig(learning_rate=3e-3, updates_per_version=8),
         replay=ReplayConfig(segment_positions=40, context_positions=8),
         guard=GuardConfig(min_held_out=48, min_watched=32, watched_records=64),

@@ -118,7 +118,7 @@ class Replay:
     def _begin(self, trace: Trace) -> Request:
         self._count += 1
         tenant = str(self._count) if self._cold else trace.domain
-        request = Request(str(self._count), b"", tenant, _GREEDY, trace.prompt)
+        request = Request(str(self._count), b"", tenant, _GREEDY, trace.prompt, domain=trace.domain)
         if self._vocab is not None:
             snapshot = b"" if self._cold else self._snapshots.get(trace.domain, b"")
             self._vocab.begin(request.request_id, SessionState(snapshot=snapshot, domain=trace.domain))
@@ -161,7 +161,7 @@ class Replay:
     def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
         request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))
         if self._vocab is not None:
-            self._vocab.observe([verification(request, kept, num_drafts)], lambda _: likely)
+            self._vocab.follow([verification(request, kept, num_drafts)], lambda _: likely)
         request.output_token_ids += kept
         request.all_token_ids += kept
         request.draft_token_ids = []

@@ -76,11 +76,11 @@ _LEARNING: list[Panel] = [
 ]  # fmt: skip
 
 _LOG: list[Panel] = [
-    timeseries("Logged records/s", "short", (_rate("records_gated_total"), "teach"),
-               (_rate("records_fair_total"), "fair share and control"), stacked=True,
-               about="Verify steps that the engine logs; the guard counts the fair ones only."),
+    timeseries("Logged records/s", "short", (_rate("records_hard_total"), "hard examples"),
+               (_rate("records_sampled_total"), "unbiased sample and control"), stacked=True,
+               about="Verify steps that the engine logs; the guard counts the sample only."),
     timeseries("Share of steps logged", "percentunit",
-               (f"({_rate('records_gated_total')} + {_rate('records_fair_total')}) / ({_rate('steps_total')} > 0)",
+               (f"({_rate('records_hard_total')} + {_rate('records_sampled_total')}) / ({_rate('steps_total')} > 0)",
                 "logged"), about="Of the verify steps of drafted sequences.", most=1),
     timeseries("Dropped records/s", "short", (_rate("records_dropped_by_queue_total"), "queue full"),
                (_rate("records_dropped_by_redis_total"), "Redis failed"), about="The engine never waits for the log."),

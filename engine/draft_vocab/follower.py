@@ -49,14 +49,10 @@ class VocabFollower:
             later: new requests that get a vocabulary when they are first drafted for; the others get one now.
         """
 
-        def top_k(rows: Sequence[slice]) -> NDArray[np.int32]:
-            if likely is not None:
-                return np.concatenate([likely[part] for part in rows]).astype(np.int32)
-            if logits.is_cuda:
-                return self._most_likely(torch.cat([logits[part] for part in rows]))
-            return np.concatenate([self._most_likely(logits[part]) for part in rows])
+        def top_k(rows: Sequence[int]) -> NDArray[np.int32]:
+            return self._most_likely(logits, rows) if likely is None else likely[rows].astype(np.int32)
 
-        self.vocab.observe([one for one in verified if one.kept], top_k, later)
+        self.vocab.follow([one for one in verified if one.kept], top_k, later)
         if self._num_prompt_positions:
             self._follow_prompts(verified, compute_logits)
 
@@ -79,6 +75,6 @@ class VocabFollower:
             self.vocab.bootstrap(request_id, of_rows[begin : begin + len(of_prompt)])
             begin += len(of_prompt)
 
-    def _most_likely(self, logits: torch.Tensor) -> NDArray[np.int32]:
-        # By this thread alone: a sequence's few rows take it less time than to wake the team.
-        return topk_rows(logits, self.top_k)[1].int().cpu().numpy()
+    def _most_likely(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> NDArray[np.int32]:
+        # By this thread alone: few rows take it less time than to wake the team.
+        return topk_rows(logits, self.top_k, rows=rows)[1].int().cpu().numpy()

@@ -11,17 +11,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.draft_vocab.drafted_tokens import DraftedTokens
-from engine.draft_vocab.ngram_counts import restore, strongest
-from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES
 from engine.draft_vocab.resources import Resources, session_options
 from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
-from engine.draft_vocab.tenants import TenantMemory, TenantTables
+from engine.draft_vocab.session_past import SessionPast
+from engine.draft_vocab.tenants import TenantTables
 from engine.messages import SessionState, VocabularyCounts
 from engine.request import Request
 from engine.verification import Verification
@@ -30,11 +27,9 @@ from kernels.native_sessions import Sessions, TailWrites
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex, SemanticSearch
 
-log = structlog.get_logger(__name__)
-
 _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""
-TopK = Callable[[Sequence[slice]], NDArray[np.int32]]
+TopK = Callable[[Sequence[int]], NDArray[np.int32]]
 """The target's most likely tokens at some rows of a step's logits: [n, k], best first."""
 
 
@@ -44,7 +39,6 @@ class _Running:
 
     session: int
     tenant: str
-    domain: str | None
     num_seen: int = 0
     """How many of its tokens its session has read."""
 
@@ -85,9 +79,8 @@ class DraftVocab:
         """Of all requests that have arrived, with a vocabulary or not."""
         self._running: dict[str, _Running] = {}
         self._tenants = TenantTables(self.sessions) if of_sessions.num_tenants else None
-        self._memory = TenantMemory() if options.tenant_memory else None
+        self._past = SessionPast(options, resources, self.sessions)
         self._search = _start_search(resources.semantic)
-        self.num_refused_snapshots = 0
 
     @property
     def has_tails(self) -> bool:
@@ -108,6 +101,11 @@ class DraftVocab:
     def num_total(self) -> int:
         """Sequences that can have one at the same time."""
         return self._options.max_sessions
+
+    @property
+    def num_refused_snapshots(self) -> int:
+        """Snapshots that could not be used."""
+        return self._past.num_refused_snapshots
 
     @property
     def num_bytes(self) -> int:
@@ -156,7 +154,7 @@ class DraftVocab:
         """The tails of sessions; of those that are none (-1) one that is always empty."""
         return [self._options.max_sessions if session < 0 else session for session in sessions]
 
-    def observe(self, verified: Sequence[Verification], top_k: TopK, later: Collection[str] = ()) -> None:
+    def follow(self, verified: Sequence[Verification], top_k: TopK, later: Collection[str] = ()) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
 
         Args:
@@ -205,7 +203,7 @@ class DraftVocab:
             return
         likely = None
         if signal != "off":
-            likely = top_k([verified[row].rows for row in chosen])
+            likely = top_k([place for row in chosen for place in verified[row].rows])
         of_chosen = None if tenants is None else [tenants[row] for row in chosen]
         tokens = [rows.tokens[row] for row in chosen]
         self._write(self.sessions.retrieve([sessions[row] for row in chosen], of_chosen, tokens, likely))
@@ -223,7 +221,7 @@ class DraftVocab:
         """Fill free slots of a new tail with what the target thought likely at the prompt's last positions.
 
         Args:
-            request_id: after its first ``observe``.
+            request_id: after its first ``follow``.
             likely: [n, k], best first; the last position last.
         """
         running = self._running.get(request_id)
@@ -242,7 +240,7 @@ class DraftVocab:
             behind = _Rows()
             behind.add(running, request.all_token_ids[running.num_seen :])
             self._catch_up(behind)
-        self._remember(running, request)
+        self._past.remember(running.session, request)
         counts = self.sessions.counts(running.session)
         fared = VocabularyCounts(
             tail_tokens=len(self.sessions.tail(running.session)),
@@ -252,7 +250,7 @@ class DraftVocab:
             insertions=counts.insertions,
             hits=counts.hits,
         )
-        return None if state is None else self._pack(running.session), fared
+        return None if state is None else self._past.pack(running.session), fared
 
     def forget(self, request_id: str) -> None:
         """A request is over."""
@@ -273,64 +271,13 @@ class DraftVocab:
         """Make the vocabulary of a sequence whose prompt is computed, if there is room."""
         if not self._free or request.request_id not in self._states:
             return None
-        state = self._states[request.request_id]
-        snapshot = self._read(state)
-        running = _Running(self._free.pop(), request.tenant, (state.domain or None) if state else None)
+        running = _Running(self._free.pop(), request.tenant)
         self._running[request.request_id] = running
-        self.sessions.clear(running.session, self._weights(running, snapshot))
-        if snapshot is not None:
-            restore(self.sessions, running.session, snapshot.ngram_counts())
-            self.sessions.go_on(running.session, snapshot.num_verified_tokens, snapshot.num_observed_tokens)
-        past = snapshot.tail_token_ids() if snapshot else []
-        of_tenant: list[int] = []
-        if self._memory is not None and self.has_tails:
-            of_tenant = self._memory.top(running.tenant, running.domain, self._resources.slots + len(past))
+        past, of_tenant = self._past.begin(running.session, request, self._states[request.request_id])
         tokens = request.all_token_ids
         self._write(self.sessions.begin(running.session, tokens, past, of_tenant))
         running.num_seen = len(tokens)
         return running
-
-    def _weights(self, running: _Running, snapshot: SessionSnapshot | None) -> Sequence[float]:
-        if self._options.prior == "fixed":
-            return LIGHT_DRAFT_WEIGHTS
-        if snapshot is not None:
-            return snapshot.weights
-        known = None if self._memory is None else self._memory.weights(running.tenant, running.domain)
-        return known or self._resources.start_weights or [0.0] * NUM_FEATURES
-
-    def _read(self, state: SessionState | None) -> SessionSnapshot | None:
-        """The session's past, None if it has none that can be used."""
-        if state is None or not state.snapshot:
-            return None
-        try:
-            return decode(state.snapshot, self._resources.fingerprint, self.sessions.vocab_size)
-        except SnapshotError as error:
-            self.num_refused_snapshots += 1
-            log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
-            return None
-
-    def _pack(self, session: int) -> bytes:
-        """What is kept of a session for its next request."""
-        counts = self.sessions.counts(session)
-        snapshot = make_snapshot(
-            vocabulary=self._resources.fingerprint,
-            num_verified_tokens=counts.num_read,
-            num_observed_tokens=counts.num_counted,
-            weights=self.sessions.weights(session).tolist(),
-            tail=self.sessions.tail(session),
-            ngrams=strongest(self.sessions, session, MAX_NGRAMS),
-        )
-        return encode(snapshot)
-
-    def _remember(self, running: _Running, request: Request) -> None:
-        """Let the tenant's next sessions start with what this one has said and learned."""
-        if self._memory is None:
-            return
-        core = self._resources.core
-        said = [token_id for token_id in request.output_token_ids if not core[token_id]]
-        self._memory.add(running.tenant, running.domain, said)
-        if self.sessions.counts(running.session).num_lessons:
-            self._memory.end_session(running.tenant, running.domain, self.sessions.weights(running.session).tolist())
 
     def _catch_up(self, rows: _Rows) -> None:
         if rows.running:

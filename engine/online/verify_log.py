@@ -71,7 +71,7 @@ class _Chosen:
     """A step to log, and the target's top k [len(kept), k] there."""
 
     step: _Step
-    is_gated: bool
+    is_hard_example: bool
     values: NDArray[np.float32]
     ids: NDArray[np.int64]
 
@@ -79,7 +79,7 @@ class _Chosen:
 class VerifyLog:
     """Logs verified drafts and their features. It never waits: what cannot be taken is dropped and counted.
 
-    A step is logged whatever happened in it with the probability ``log.fair_share``; all steps of control requests
+    A step is logged whatever happened in it with the probability ``log.sample_share``; all steps of control requests
     are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
     accepted, or the draft was asked and nothing it said was verified: it was not sure enough, which is where there is
     most to learn. A request's first record, and the first after a while, brings along the tokens before it: its prompt,
@@ -124,7 +124,7 @@ class VerifyLog:
         """When each request was logged last, with its context or after it."""
         self._num_lost = 0
         self._random = random.Random()
-        self._num_steps = self._num_gated = self._num_fair = 0
+        self._num_steps = self._num_hard = self._num_sampled = 0
 
     @torch.inference_mode()
     def write(
@@ -161,21 +161,21 @@ class VerifyLog:
         chosen: list[_Chosen] = []
         for step in steps:
             of_step = step.verified.rows
-            is_fair = self._is_fair(step.verified.request)
-            if is_fair or self._teaches(step, values[of_step], ids[of_step]):
-                chosen.append(_Chosen(step, not is_fair, values[of_step], ids[of_step]))
+            is_sampled = self._is_sampled(step.verified.request)
+            if is_sampled or self._teaches(step, values[of_step], ids[of_step]):
+                chosen.append(_Chosen(step, not is_sampled, values[of_step], ids[of_step]))
         if not chosen:
             return
         self._look_around()
         chunks = [self._with_context(one.step) for one in chosen]
-        of_pieces = self._features(chunks).split_with_sizes([len(chunk.token_ids) for chunk in chunks])
-        for one, chunk, rows in zip(chosen, chunks, of_pieces, strict=True):
+        of_chunks = self._features(chunks).split_with_sizes([len(chunk.token_ids) for chunk in chunks])
+        for one, chunk, rows in zip(chosen, chunks, of_chunks, strict=True):
             try:
                 place = self._ring.write(rows)
             except SharedMemoryError:  # somebody truncated it: the next look around makes another
                 continue
-            self._num_gated += one.is_gated
-            self._num_fair += not one.is_gated
+            self._num_hard += one.is_hard_example
+            self._num_sampled += not one.is_hard_example
             self._log.log(self._record(one, chunk.token_ids[: -len(one.step.kept)], *place))
 
     def _look_around(self) -> None:
@@ -215,8 +215,8 @@ class VerifyLog:
             loads=self._adapters.num_loads,
             failed_loads=self._adapters.num_failed_loads,
             steps=self._num_steps,
-            records_gated=self._num_gated,
-            records_fair=self._num_fair,
+            records_hard=self._num_hard,
+            records_sampled=self._num_sampled,
             records_written=written.num_written,
             records_dropped_by_queue=written.num_dropped_by_queue,
             records_dropped_by_redis=written.num_dropped_by_redis,
@@ -233,9 +233,9 @@ class VerifyLog:
         token_ids = request.all_token_ids[start : chunk.start] + chunk.token_ids
         return Chunk(start, token_ids, 0, chunk.block_ids, chunk.request_id)
 
-    def _is_fair(self, request: Request) -> bool:
+    def _is_sampled(self, request: Request) -> bool:
         # The guard compares adapters with control requests, of which there are few: it gets all of their steps.
-        return self._adapters.is_control(request) or self._random.random() < self._options.fair_share
+        return self._adapters.is_control(request) or self._random.random() < self._options.sample_share
 
     def _teaches(self, step: _Step, values: NDArray[np.float32], ids: NDArray[np.int64]) -> bool:
         count = step.num_accepted
@@ -266,7 +266,7 @@ class VerifyLog:
             top_k=chosen.ids.shape[1],
             top_ids=top_ids,
             top_logits=top_logits,
-            is_gated=chosen.is_gated,
+            is_hard_example=chosen.is_hard_example,
             feature_slot=slot + len(context),
             feature_generation=generation,
             num_features=len(step.kept),

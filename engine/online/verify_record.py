@@ -26,8 +26,8 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     ``drafted`` were right and ``next_token`` follows them: the bonus token if all were right, else the recovered one.
     ``top_ids`` (int32) and ``top_logits`` (float16) are arrays [steps, k], little endian, most likely first: row i is
     the target's raw logits for position + i. Make them with ``pack_top_k``, read them with ``top_k_arrays``.
-    ``is_gated`` marks a hard example, kept because it teaches (a rejection, or a KL over the threshold); other records
-    belong to the unbiased sample, which is kept whatever happens.
+    ``is_hard_example``: kept because it teaches (a rejection, or a KL over the threshold); other records belong to the
+    unbiased sample, which is kept whatever happens.
     ``num_features`` rows of the feature ring, from ``feature_slot`` on and all of ``feature_generation``, are features:
     row i is what the draft takes together with the token at position - 1 + i. ``context``, in a request's first
     record and in one after some seconds of silence, is int32 token ids, little endian: those before ``last_token``, to
@@ -48,7 +48,7 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     top_k: int
     top_ids: bytes
     top_logits: bytes
-    is_gated: bool
+    is_hard_example: bool
     feature_slot: int
     feature_generation: int
     num_features: int

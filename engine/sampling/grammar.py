@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine.messages import Grammar
 from engine.sampling.json_schema import GrammarError, check_json_schema
+from engine.sampling.patterns import rewrite_patterns
 
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
@@ -104,7 +105,7 @@ class GrammarCompiler:
         check_json_schema(schema)
         try:
             # Strict: objects hold no properties beyond those the schema names, unless it says so.
-            compiled = self._compiler.compile_json_schema(schema, strict_mode=not is_object)
+            compiled = self._compiler.compile_json_schema(rewrite_patterns(schema), strict_mode=not is_object)
         except (RuntimeError, ValueError) as error:
             first = (str(error).splitlines() or ["xgrammar does not say why"])[0]  # of a number that is too large
             raise GrammarError(f"the JSON schema cannot be used: {_LOG_PREFIX.sub('', first)}") from error

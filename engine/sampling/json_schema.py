@@ -49,16 +49,22 @@ def check_json_schema(text: str) -> None:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not valid JSON: {error}") from error
-    pending: list[tuple[int, str, Any]] = [(0, "#", schema)]
-    while pending:
-        depth, path, schema = pending.pop()
+    for depth, path, part in subschemas(schema):
         if depth > MAX_SCHEMA_DEPTH:
             raise GrammarError(f"the JSON schema is nested more than {MAX_SCHEMA_DEPTH} levels deep")
-        if not isinstance(schema, (dict, bool)):
+        if not isinstance(part, (dict, bool)):
             raise GrammarError(f"the JSON schema at {path} must be an object or a boolean")
+        if isinstance(part, dict) and (problem := _problem(part)):
+            raise GrammarError(f"the JSON schema at {path} is not supported: {problem}")
+
+
+def subschemas(root: Any) -> Iterator[tuple[int, str, Any]]:
+    """A schema and all below it, each with its depth and its path; schemas may be of any type here."""
+    pending: list[tuple[int, str, Any]] = [(0, "#", root)]
+    while pending:
+        depth, path, schema = pending.pop()
+        yield depth, path, schema
         if isinstance(schema, dict):
-            if problem := _problem(schema):
-                raise GrammarError(f"the JSON schema at {path} is not supported: {problem}")
             pending += ((depth + 1, *child) for child in _children(path, schema))
 
 

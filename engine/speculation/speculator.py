@@ -53,7 +53,7 @@ class Speculator:
 
     @property
     def capture_layers(self) -> tuple[int, ...]:
-        """The target's layers whose output ``observe`` wants."""
+        """The target's layers whose output ``learn`` wants."""
         return self._proposer.capture_layers
 
     def begin(self, request_id: str, state: SessionState | None) -> None:
@@ -135,7 +135,9 @@ class Speculator:
         Returns:
             The seconds that vocabularies took.
         """
-        self._proposer.observe([one.sequence for one in verified], [one.num_chosen for one in verified], features)
+        self._proposer.after_verification(
+            [one.sequence for one in verified], [one.num_chosen for one in verified], features
+        )
         first_right = self._judge(verified)
         likely = None
         if self._verify_log is not None:
@@ -147,7 +149,7 @@ class Speculator:
             self._follower.follow(verified, logits, compute_logits, likely, self._begun_later(verified))
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
-            self._policy.observe_seconds(self._drafting_seconds + seconds)
+            self._policy.record_seconds(self._drafting_seconds + seconds)
             self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
         return seconds
 
@@ -172,10 +174,10 @@ class Speculator:
             if not one.kept:
                 continue
             if copy is not None:
-                self._policy.observe_repeat(request_id, copy.repeat, _outcomes(copy.token_ids, one.kept))
+                self._policy.record_copy(request_id, copy.repeat, _outcomes(copy.token_ids, one.kept))
             if chain is not None:
                 outcomes, repeat = _outcomes(chain.token_ids, one.kept), copy.repeat if copy else None
-                self._policy.observe(request_id, chain, outcomes, repeat)
+                self._policy.record_drafts(request_id, chain, outcomes, repeat)
                 first_right[request_id] = None if chain.copied else outcomes[0]
         return first_right
 

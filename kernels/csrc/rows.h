@@ -14,9 +14,10 @@ struct LogitRows {
   size_t stride;
   int rows;
   int columns;
-  const uint32_t* allowed;  // [rows][words()]: bits of the columns that may be chosen; null: all
+  const uint32_t* allowed;          // [rows][words()]: bits of the columns that may be chosen; null: all
+  const int32_t* places = nullptr;  // [rows]: where in `data` each row is; null: in their order
 
-  const float* row(int i) const { return data + i * stride; }
+  const float* row(int i) const { return data + (places == nullptr ? i : places[i]) * stride; }
   int words() const { return (columns + 31) / 32; }
   const uint32_t* allowed_in(int i) const {
     return allowed == nullptr ? nullptr : allowed + static_cast<size_t>(i) * words();

@@ -86,7 +86,7 @@ def alignment_options(directory: Path) -> dict[str, str]:
             "shared_directory": str(directory / "shared"),
             "state_directory": str(directory / "state"),
             "log.stream": f"log:{directory.name}",
-            "log.fair_share": "1.0",
+            "log.sample_share": "1.0",
             "log.control_share": "0.4",
             "training.batch_positions": "16",
             "guard.sigmas": "20",

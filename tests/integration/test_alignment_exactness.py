@@ -134,7 +134,7 @@ def test_outputs_do_not_depend_on_weights(
     assert [engine.output(request_id) for request_id in ids] == expected
     stats = engine.core.stats().alignment
     assert stats is not None
-    assert stats.steps == stats.records_fair > 0
+    assert stats.steps == stats.records_sampled > 0
     records = read_records(either, stats.steps)
     for record in records:
         assert record.adapter_key == publisher.published.get(record.draft_version)
@@ -195,7 +195,7 @@ def test_records_say_what_happened(files: ModelFiles, draft: Path, either: Adapt
             ids, logits = record.top_k_arrays()
             assert ids[:, 0].tolist() == tokens[begin : begin + len(ids)]  # greedy: the most likely ones
             assert (np.diff(logits) <= 0).all()
-            assert (record.tenant, record.domain, record.is_gated) == ("law", "contracts", False)
+            assert (record.tenant, record.domain, record.is_hard_example) == ("law", "contracts", False)
             assert len(ids) == record.num_features == record.num_accepted + 1
             first = check_context(record, tokens)
             slots = torch.arange(record.num_context + record.num_features) + record.feature_slot - record.num_context
@@ -357,17 +357,17 @@ def test_steps_without_drafts_leave_no_holes(
 
 
 def test_the_gate_keeps_what_teaches(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
-    log = alignment.log.model_copy(update={"fair_share": 1e-9, "control_share": 0.0, "kl_threshold": 1e9})
+    log = alignment.log.model_copy(update={"sample_share": 1e-9, "control_share": 0.0, "kl_threshold": 1e9})
     alignment = alignment.model_copy(update={"log": log})
     engine = make_engine(files, draft, "batch", alignment)
     prompts = make_prompts()
     engine.generate(prompts, make_sampling("greedy", len(prompts)))
     stats = engine.core.stats().alignment
     assert stats is not None
-    assert stats.records_fair == 0
-    records = read_records(alignment, stats.records_gated)
+    assert stats.records_sampled == 0
+    records = read_records(alignment, stats.records_hard)
     assert all(record.num_accepted < len(record.drafted) or not record.drafted for record in records)
-    assert all(record.is_gated for record in records)
+    assert all(record.is_hard_example for record in records)
 
 
 def test_nothing_waits_for_a_redis_that_is_not_there(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
@@ -395,7 +395,7 @@ def test_shared_memory_that_was_deleted_comes_back(
     Publisher(alignment, draft, seed=0).act()
     stats = engine.core.stats().alignment
     assert stats is not None
-    last = read_records(alignment, stats.records_fair + stats.records_gated)[-1]
+    last = read_records(alignment, stats.records_sampled + stats.records_hard)[-1]
     reader = FeatureRingReader(alignment.ring_path)
     slots = torch.arange(last.feature_slot, last.feature_slot + last.num_features)
     _, valid = reader.read(slots, torch.full_like(slots, last.feature_generation))

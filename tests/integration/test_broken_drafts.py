@@ -56,8 +56,9 @@ def test_answers_are_the_targets(
     assert drafted.core._speculator is not None
     vocab = drafted.core._speculator._vocab
     if vocab is not None:
-        assert vocab._memory is not None
-        assert np.isfinite(vocab._memory.weights("tests", None) or [0.0]).all()
+        memory = vocab._past._memory
+        assert memory is not None
+        assert np.isfinite(memory.weights("tests", None) or [0.0]).all()
 
 
 def test_what_drafts_took_is_told_once_a_draft(
@@ -65,7 +66,7 @@ def test_what_drafts_took_is_told_once_a_draft(
 ) -> None:
     """Steps that only compute a prompt have no drafts, also right after a request that ended amid them."""
     told: list[float] = []
-    monkeypatch.setattr(FixedLength, "observe_seconds", lambda _, seconds: told.append(seconds))
+    monkeypatch.setattr(FixedLength, "record_seconds", lambda _, seconds: told.append(seconds))
     draft = broken_draft(files, tmp_path / "draft", "no numbers")
     speculation = SpeculationConfig(
         method="eagle3", draft=str(draft), vocabulary="static:40", adaptive=False, num_speculative_tokens=3

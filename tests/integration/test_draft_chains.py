@@ -139,7 +139,7 @@ class Stopping:
             cut.update((name, int(chance.integers(0, len(of_one.confidence) + 1))) for name, of_one in chains.items())
             return {name: cut[name] for name in chains}
 
-        def observe(
+        def record(
             policy: FixedLength, request_id: str, of_one: Chain, outcomes: Sequence[bool], repeat: Repeat | None
         ) -> None:
             self.judged.append((cut[request_id], len(of_one.confidence), outcomes))
@@ -147,7 +147,7 @@ class Stopping:
         monkeypatch.setattr(NativeChain, "run", recorded)
         monkeypatch.setattr(FixedLength, "stop_rule", rule)
         monkeypatch.setattr(FixedLength, "worth_verifying", worth)
-        monkeypatch.setattr(FixedLength, "observe", observe)
+        monkeypatch.setattr(FixedLength, "record_drafts", record)
 
 
 def steps_by_the_rule(batch: ChainBatch, levels: NDArray[np.int32]) -> int:

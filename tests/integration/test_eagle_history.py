@@ -111,10 +111,10 @@ class Watcher:
                 self.observations.append(Observation(tokens.copy(), drafts[:index], hidden))
         return {}
 
-    def observe(
+    def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
-        self._proposer.observe(sequences, num_kept, features)
+        self._proposer.after_verification(sequences, num_kept, features)
 
     def forget(self, request_id: str) -> None:
         self._proposer.forget(request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -29,24 +30,24 @@ def test_the_log_computes_for_both(
     alignment = alignment.model_copy(update={"log": alignment.log.model_copy(update={"top_k": log_top_k})})
     prompts = make_prompts()
     sampling = [SamplingParams(max_tokens=24, seed=n, ignore_eos=True) for n in range(len(prompts))]
-    rows: list[int] = []
+    num_rows: list[int] = []
 
-    def counting(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        rows.append(len(logits))
-        return topk_rows(logits, k)
+    def counting(logits: torch.Tensor, k: int, rows: Sequence[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        num_rows.append(len(logits if rows is None else rows))
+        return topk_rows(logits, k, rows=rows)
 
     monkeypatch.setattr(vocab_follower, "topk_rows", counting)
 
     def serve(engine: Engine) -> tuple[list[list[int]], dict[str, bytes], dict[str, VocabularyCounts]]:
-        rows.clear()
+        num_rows.clear()
         outputs = engine.generate(prompts, sampling, sessions=[SessionState()] * len(prompts))
         return outputs, engine.snapshots, engine.counts
 
     expected = serve(Engine(files, Setting(), speculation))
-    assert sum(rows) > 100
+    assert sum(num_rows) > 100
     engine = Engine(files, Setting(), speculation, alignment=alignment)
     assert serve(engine) == expected
-    assert sum(rows) <= len(prompts)  # the last position of each prompt
+    assert sum(num_rows) <= len(prompts)  # the last position of each prompt
     stats = engine.core.stats().alignment
     assert stats is not None
     records = read_records(alignment, stats.steps)

@@ -25,7 +25,7 @@ def compute(
     """The target computes tokens start .. end - 1; those after the known ones are drafts, ``num_kept`` - 1 accepted."""
     num_drafts = max(end - request.num_tokens, 0)
     step = ScheduledSequence(request, start, [7] * (end - start), num_drafts, 0, 1 + num_drafts, blocks)
-    ledger.observe(step, 0)
+    ledger.mark_computed(step, 0)
     request.all_token_ids += [7] * num_kept
     request.num_computed_tokens = end - num_drafts + max(num_kept - 1, 0)
 

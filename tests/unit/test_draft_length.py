@@ -117,7 +117,7 @@ def simulate(policy: AdaptiveLength, acceptance: float, steps: int, limit: int =
             while len(outcomes) < length and all(outcomes):
                 outcomes.append(chance.random() < acceptance)
             if length:
-                policy.observe(request_id, chain_of(length=length), outcomes, None)
+                policy.record_drafts(request_id, chain_of(length=length), outcomes, None)
         history.append(chosen)
     return history
 
@@ -235,9 +235,9 @@ def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
     policy = adaptive(CHEAP)
     for _ in range(30):
         good, bad = lengths(policy, ["good", "bad"], [4, 4], 0)
-        policy.observe("good", chain_of(), [True] * good, None)
+        policy.record_drafts("good", chain_of(), [True] * good, None)
         if bad:
-            policy.observe("bad", chain_of(), [False], None)
+            policy.record_drafts("bad", chain_of(), [False], None)
     assert lengths(policy, ["good", "bad"], [4, 4], 0) == [4, 0]
 
 
@@ -277,8 +277,8 @@ def test_the_stop_rule_counts_in_tokens() -> None:
     policy = adaptive(costs, stops_early=True)
     lengths(policy, ["a", "b"], [2, 2])
     for _ in range(200):
-        policy.observe("a", chain_of(), [False], None)
-        policy.observe("b", chain_of(), [False], None)
+        policy.record_drafts("a", chain_of(), [False], None)
+        policy.record_drafts("b", chain_of(), [False], None)
     assert lengths(policy, ["a", "b"], [2, 2], 0) == [0, 0]  # so the rate is that without drafts
     rule = policy.stop_rule({"a": 2, "b": 2})
     assert rule is not None
@@ -303,7 +303,7 @@ def test_how_much_sureness_is_worth_is_learned_from_what_was_accepted() -> None:
     lengths(policy, ["a"], [1], 0)
     rules = [policy.stop_rule({"a": 1})]
     for _ in range(500):
-        policy.observe("a", chain_of([UNSURE]), [True], None)
+        policy.record_drafts("a", chain_of([UNSURE]), [True], None)
     rules.append(policy.stop_rule({"a": 1}))
     before, after = (rule.chances[0] for rule in rules if rule is not None)
     assert before[0, UNSURE] < 0.3
@@ -316,7 +316,7 @@ def test_a_draft_that_was_dropped_is_judged_by_the_token_that_came() -> None:
     policy = adaptive(FLAT_TO_8, stops_early=True)
     assert lengths(policy, ["a"], [6], 0) == [6]
     for _ in range(300):
-        policy.observe("a", chain_of([UNSURE]), [False], None)
+        policy.record_drafts("a", chain_of([UNSURE]), [False], None)
     assert lengths(policy, ["a"], [6], 0) == [0]
 
 
@@ -329,7 +329,7 @@ def test_a_long_repeat_is_copied_where_drafts_cost_too_much() -> None:
     ids = [str(number) for number in range(8)]
     lengths(policy, ids, [6] * 8)
     for _ in range(300):
-        policy.observe("0", chain_of(), [False], None)
+        policy.record_drafts("0", chain_of(), [False], None)
     assert decide(policy, ids[:6], [6] * 6, repeats={"1": Repeat(LONG, True)}).most == [0, 2, 0, 0, 0, 0]
     assert decide(policy, ids, [6] * 8, repeats={"1": Repeat(SHORT, True)}).copied == frozenset()
 
@@ -355,10 +355,10 @@ def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() ->
     policy = adaptive(CHEAP)
     lengths(policy, ["a"], [6])
     for greedy in (True, False) * 300:
-        policy.observe_repeat("a", Repeat(LONG, greedy), [False])
+        policy.record_copy("a", Repeat(LONG, greedy), [False])
     assert decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)}).copied == frozenset()
     for _ in range(300):
-        policy.observe_repeat("a", Repeat(LONG, True), [True] * 6)
+        policy.record_copy("a", Repeat(LONG, True), [True] * 6)
     chosen = decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)})
     assert (chosen.most, chosen.copied) == ([6], frozenset({"a"}))
     assert not decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, False)}).copied  # sampled ones are judged apart
@@ -369,9 +369,9 @@ def test_drafts_that_are_better_where_a_text_repeats_are_drafted_there() -> None
     repeat = Repeat(SHORT, True)
     lengths(policy, ["a"], [6])
     for _ in range(300):
-        policy.observe_repeat("a", repeat, [False])
-        policy.observe("a", chain_of(), [True] * 4, repeat)
-        policy.observe("a", chain_of(), [False], None)
+        policy.record_copy("a", repeat, [False])
+        policy.record_drafts("a", chain_of(), [True] * 4, repeat)
+        policy.record_drafts("a", chain_of(), [False], None)
     assert lengths(policy, ["b"], [6]) < decide(policy, ["b"], [6], repeats={"b": repeat}).most
 
 
@@ -399,8 +399,8 @@ def test_drafts_that_take_longer_than_expected_are_left_out_and_tried_again() ->
         history.append(lengths(policy, ["a"], [1])[0])
         if history[-1]:
             policy.worth_verifying({"a": chain_of()})
-            policy.observe("a", chain_of(), [step % 3 == 0], None)
-            policy.observe_seconds(4.0)
+            policy.record_drafts("a", chain_of(), [step % 3 == 0], None)
+            policy.record_seconds(4.0)
     assert all(history[:5])
     last = history[600:]
     assert 0 < sum(map(bool, last)) < len(last) / 4
@@ -409,17 +409,17 @@ def test_drafts_that_take_longer_than_expected_are_left_out_and_tried_again() ->
 def test_drafts_that_take_what_was_expected_or_less_change_nothing() -> None:
     costs = ServedCosts(CHEAP)
     for seconds in (2.0, 0.1) * 50:
-        costs.observe(2.0, seconds)
-    costs.observe(0.0, 5.0)  # nothing was drafted
+        costs.correct(2.0, seconds)
+    costs.correct(0.0, 5.0)  # nothing was drafted
     assert [costs.first_draft(size) for size in (1, 2)] == [1.0, 2.0]
 
 
 def test_costs_follow_what_drafts_take_but_not_a_single_step() -> None:
     costs = ServedCosts(CHEAP)
-    costs.observe(1.0, 1000.0)
+    costs.correct(1.0, 1000.0)
     assert costs.first_draft(1) < 1.2
     for _ in range(300):
-        costs.observe(costs.first_draft(2) + costs.next_draft(2), 8.0)
+        costs.correct(costs.first_draft(2) + costs.next_draft(2), 8.0)
     assert [costs.first_draft(1), costs.next_draft(2)] == pytest.approx([2.0, 4.0], rel=0.02)
     for _ in range(3000):
         costs.idle()

@@ -72,9 +72,9 @@ class Served:
             if most:
                 chain = Chain([7] * most, levels[:most], traffic.greedy, is_copied)
                 decisions.append(policy.worth_verifying({name: chain})[name])
-                policy.observe(name, chain, outcomes[:most], repeat)
+                policy.record_drafts(name, chain, outcomes[:most], repeat)
             if repeat is not None:
-                policy.observe_repeat(name, repeat, outcomes)
+                policy.record_copy(name, repeat, outcomes)
         policy.forget(name)
         return decisions
 
@@ -105,7 +105,7 @@ def test_each_chain_of_a_step_ends_by_the_chances_of_its_tenant() -> None:
     policy.lengths(sequences, 0)
     for name, right in (("0", True), ("1", False)):
         for _ in range(300):
-            policy.observe(name, Chain([7], [8], greedy=True), [right], None)
+            policy.record_drafts(name, Chain([7], [8], greedy=True), [right], None)
     rule = policy.stop_rule(dict.fromkeys("012", LIMIT))
     assert rule is not None
     chances = [rule.chances[rule.tenants[name], 0, 8] for name in "012"]
@@ -121,7 +121,9 @@ def test_a_tenant_whose_drafts_fail_beside_one_whose_drafts_are_right_is_tried_a
         most = policy.lengths([Draftable("0", "good", LIMIT), Draftable("1", "bad", LIMIT)], 0).most
         for name, length, right in zip("01", most, (True, False), strict=True):
             if length:
-                policy.observe(name, Chain([7] * length, [], greedy=True), [right] * (length if right else 1), None)
+                policy.record_drafts(
+                    name, Chain([7] * length, [], greedy=True), [right] * (length if right else 1), None
+                )
         history.append(most)
     assert all(good for good, _ in history)
     assert 0 < sum(bad > 0 for _, bad in history[600:]) < 60

@@ -71,7 +71,8 @@ class Harness:
     ) -> Request:
         """A request whose prompt has been computed, and its first token."""
         sampling = SamplingParams(max_tokens=99, seed=0, temperature=temperature)
-        request = Request(name, b"", tenant, sampling, list(prompt))
+        domain = (state.domain or None) if state else None
+        request = Request(name, b"", tenant, sampling, list(prompt), domain=domain)
         self.vocab.begin(name, state)
         self.verify(request, [first])
         return request
@@ -80,9 +81,7 @@ class Harness:
         """A step that keeps ``tokens``."""
         request.draft_token_ids = list(drafts)
         verified = [verification(request, tokens, len(drafts))]
-        self.vocab.observe(
-            verified, lambda rows: np.tile(self.top, (sum(r.stop - r.start for r in rows), 1)), self.later
-        )
+        self.vocab.follow(verified, lambda rows: np.tile(self.top, (len(rows), 1)), self.later)
         request.output_token_ids += tokens
         request.all_token_ids += tokens
         request.draft_token_ids = []
@@ -179,7 +178,7 @@ def test_a_session_that_learned_nothing_leaves_its_tenants_weights_alone() -> No
     harness = Harness()
     old = harness.end(harness.start("old", [5], state=SessionState()))
     teach(harness, "t", 700)
-    memory = harness.vocab._memory
+    memory = harness.vocab._past._memory
     assert memory is not None
     learned = memory.weights("t", None)
     harness.end(harness.start("again", [5], state=SessionState(snapshot=old or b"")))

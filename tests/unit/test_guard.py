@@ -32,7 +32,7 @@ CLIENTS = 4
 def sampled(version: int, is_right: bool, request_id: str = "r") -> VerifyRecord:
     like = ACCEPTED if is_right else REFUSED
     return msgspec.structs.replace(
-        like, draft_version=version, is_gated=False, request_id=request_id, first_right=is_right
+        like, draft_version=version, is_hard_example=False, request_id=request_id, first_right=is_right
     )
 
 
@@ -127,7 +127,7 @@ def test_only_unbiased_records_of_the_version_in_force_count() -> None:
     guard.watch(2)
     not_asked = msgspec.structs.replace(sampled(2, True), first_right=None, drafted=(), num_accepted=0)
     guard.is_bad_after(sampled(1, False))
-    guard.is_bad_after(msgspec.structs.replace(sampled(2, False), is_gated=True))
+    guard.is_bad_after(msgspec.structs.replace(sampled(2, False), is_hard_example=True))
     guard.is_bad_after(not_asked)
     guard.is_bad_after(msgspec.structs.replace(sampled(2, True), first_right=None, copied=True))
     assert (guard.num_watched, guard.acceptance, guard.control) == (0, FirstTokenAcceptance(), FirstTokenAcceptance())

@@ -157,7 +157,7 @@ def record(position: int, tokens: list[int], accepted: int, slot: int = 0, gener
         top_k=K,
         top_ids=top_ids,
         top_logits=top_logits,
-        is_gated=True,
+        is_hard_example=True,
         feature_slot=slot,
         feature_generation=generation,
         num_features=rows,
@@ -182,9 +182,9 @@ def test_scores_are_of_all_that_is_logged_whatever_happens(tmp_path: Path) -> No
         next(name for name in map(str, range(99)) if is_held_out(name, share) is wanted) for wanted in (True, False)
     )
     log = Log(tmp_path / "ring")
-    for is_gated in (False, True):
+    for is_hard_example in (False, True):
         for name in (held_out, trained_on):
-            made = msgspec.structs.replace(log.step(2), request_id=name, is_gated=is_gated)
+            made = msgspec.structs.replace(log.step(2), request_id=name, is_hard_example=is_hard_example)
             is_start = starts_chains(made, teaches(made, kl_threshold=1.0, sampled_share=0.0), share)
             log.add(made, is_teaching=is_start)
     [(_, s)] = log.assembler.flush()

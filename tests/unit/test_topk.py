@@ -24,6 +24,12 @@ def test_equals_come_in_order_of_their_columns(row: list[float], k: int, with_id
         assert chosen.tolist() == expected[1].tolist()
 
 
+def test_some_rows() -> None:
+    logits = torch.randn(9, 500).half().float()
+    expected = topk_rows_reference(logits[[7, 2, 2]], 20)
+    assert all(map(torch.equal, topk_rows(logits, 20, rows=[7, 2, 2]), expected))
+
+
 @pytest.mark.parametrize("rows", [1, 65])
 def test_wide_rows(rows: int) -> None:
     logits = torch.randn(rows, 5000).half().float()  # with ties

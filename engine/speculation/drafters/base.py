@@ -21,11 +21,12 @@ from engine.step_plan import DraftSlot, ScheduledSequence
 class Proposer(Protocol):
     """Drafts for a whole batch at once. One thread calls all methods.
 
-    Order within a step: ``propose`` (all decoding sequences), the target's forward pass, ``observe``, commit.
+    Order within a step: ``propose`` (all decoding sequences), the target's forward pass, ``after_verification``, and
+    the commit.
     """
 
     capture_layers: tuple[int, ...]
-    """The decoder layers whose output ``observe`` wants, in ascending order."""
+    """The decoder layers whose output ``after_verification`` wants, in ascending order."""
     stops_early: bool
     """Whether ``propose`` follows a ``StopRule``; otherwise it is given none."""
 
@@ -43,7 +44,7 @@ class Proposer(Protocol):
         """Tokens to read before a decoding request's next draft, but for the few that are new with every draft."""
         ...
 
-    def observe(
+    def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Learn what a step has computed, after verification and before the commit.

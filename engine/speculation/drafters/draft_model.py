@@ -69,14 +69,14 @@ class DraftModelProposer:
         """Tokens of a request that have no entry yet."""
         return self._entries.num_behind(request)
 
-    def observe(
+    def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Count the entries of accepted drafts as computed; new tokens are computed by a later ``propose``."""
         for sequence, kept in zip(sequences, num_kept, strict=True):
             drafted = sequence.num_draft_tokens if sequence.request.request_id in self._drafted else 0
             # The last draft was never an input, so it has no entry.
-            self._entries.observe(sequence, max(min(kept, drafted) - 1, 0))
+            self._entries.mark_computed(sequence, max(min(kept, drafted) - 1, 0))
         self._drafted = frozenset()
 
     def forget(self, request_id: str) -> None:

@@ -90,11 +90,11 @@ class EagleDraft:
 class EagleProposer:
     """Keeps features in step with the target's KV, and computes entries from them when they are wanted.
 
-    ``observe`` stores the features of each computed token in the token's slot, so they are there for exactly the tokens
-    whose KV the target has: after a chunk, a preemption, a cached prefix, a long time without drafts. They are stored
-    fused, as g, unless training changes how they are fused. What ``propose`` has not seen of a sequence it computes
-    from there. Entries of drafted tokens are made from the draft's own guesses of g, and are written again before they
-    count.
+    ``after_verification`` stores the features of each computed token in the token's slot. So they are there for exactly
+    the tokens whose KV the target has: after a chunk, a preemption, a cached prefix, a long time without drafts. They
+    are stored fused, as g, unless training changes how they are fused. What ``propose`` has not seen of a sequence it
+    computes from there. Entries of drafted tokens are made from the draft's own guesses of g, and are written again
+    before they count.
 
     Args:
         network: the draft's arithmetic.
@@ -171,13 +171,13 @@ class EagleProposer:
         return self._entries.num_behind(request)
 
     @torch.inference_mode()
-    def observe(
+    def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Store the features of all tokens; those of refused drafts are overwritten when their slots are."""
         assert features is not None
         for sequence in sequences:
-            self._entries.observe(sequence, 0)
+            self._entries.mark_computed(sequence, 0)
         self._stored.add(features)
 
     def forget(self, request_id: str) -> None:

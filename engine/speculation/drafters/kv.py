@@ -84,7 +84,7 @@ class DraftKvTracker:
                 ready.append(slot)
         return chunks, ready
 
-    def observe(self, sequence: ScheduledSequence, num_drafted: int) -> None:
+    def mark_computed(self, sequence: ScheduledSequence, num_drafted: int) -> None:
         """A step's tokens were computed by the target.
 
         Args:

@@ -97,7 +97,7 @@ class NgramProposer:
         """None: to look for a repeat costs next to nothing."""
         return 0
 
-    def observe(
+    def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         """Nothing: the committed tokens are in the requests."""
@@ -139,11 +139,11 @@ class SwitchingProposer:
         """Those of the EAGLE-3 draft."""
         return self.otherwise.num_unread(request)
 
-    def observe(
+    def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
-        """Arguments as ``Proposer.observe``."""
-        self.otherwise.observe(sequences, num_kept, features)
+        """Arguments as ``Proposer.after_verification``."""
+        self.otherwise.after_verification(sequences, num_kept, features)
 
     def forget(self, request_id: str) -> None:
         """A request has ended or was preempted."""

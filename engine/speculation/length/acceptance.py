@@ -62,7 +62,7 @@ class _Shares:
     def __getitem__(self, kind: int) -> float:
         return self.accepted[kind] / self.trials[kind]
 
-    def observe(self, kind: int, accepted: bool) -> None:
+    def add(self, kind: int, accepted: bool) -> None:
         self.accepted[kind] = self.accepted[kind] * _MEMORY + accepted
         self.trials[kind] = self.trials[kind] * _MEMORY + 1.0
 
@@ -106,7 +106,7 @@ class Acceptance:
         shares = (self._copies if copied else self._levels)[not greedy]
         return [min(shares[level], MAX_ACCEPTANCE) for level in confidence]
 
-    def observe(
+    def record_drafts(
         self, sequence: Ratio, outcomes: Sequence[bool], confidence: Sequence[int], greedy: bool, repeat: int | None
     ) -> None:
         """Trials of one sequence's chain, place by place; ``confidence`` is empty where it is not known."""
@@ -120,14 +120,14 @@ class Acceptance:
             of_repeat.expected += min(expected * sequence.value, MAX_ACCEPTANCE)
             sequence.accepted += accepted
             of_repeat.accepted += accepted
-            self._places.observe(place, accepted)
+            self._places.add(place, accepted)
         for level, accepted in zip(confidence, outcomes, strict=False):
-            self._levels[not greedy].observe(level, accepted)
+            self._levels[not greedy].add(level, accepted)
 
-    def observe_copy(self, outcomes: Sequence[bool], levels: Sequence[int], greedy: bool) -> None:
+    def record_copy(self, outcomes: Sequence[bool], levels: Sequence[int], greedy: bool) -> None:
         """Trials of what could have been copied, whether it was or not."""
         for level, accepted in zip(levels, outcomes, strict=False):
-            self._copies[not greedy].observe(level, accepted)
+            self._copies[not greedy].add(level, accepted)
 
     def _of_repeat(self, level: int | None) -> Ratio:
         return self._repeats[0 if level is None else level + 1]

@@ -168,20 +168,20 @@ class AdaptiveLength:
         lengths = best_verified(self._costs.verify, chances, self._expected_seconds)
         return left | dict(zip(chains, lengths, strict=False))
 
-    def observe(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+    def record_drafts(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
         """What became of a chain, place by place up to the first that the target did not choose."""
         if not chain.copied:
             self._idle_batch = None
             one = self._sequences[request_id]
-            one.tenant.acceptance.observe(one.ratio, outcomes, chain.confidence, chain.greedy, _level(repeat))
+            one.tenant.acceptance.record_drafts(one.ratio, outcomes, chain.confidence, chain.greedy, _level(repeat))
 
-    def observe_repeat(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+    def record_copy(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
         """What became, or would have become, of a copy."""
-        self._sequences[request_id].tenant.acceptance.observe_copy(outcomes, repeat.levels, repeat.greedy)
+        self._sequences[request_id].tenant.acceptance.record_copy(outcomes, repeat.levels, repeat.greedy)
 
-    def observe_seconds(self, seconds: float) -> None:
+    def record_seconds(self, seconds: float) -> None:
         """What the step's drafts took, and what vocabularies learned of them."""
-        self._costs.observe(self._expected_seconds, seconds)
+        self._costs.correct(self._expected_seconds, seconds)
 
     def forget(self, request_id: str) -> None:
         """A request has ended."""

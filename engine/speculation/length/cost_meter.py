@@ -115,7 +115,7 @@ class CostMeter:
         def run() -> None:
             logits, features = self._runner.execute(steps, self._proposer.capture_layers)
             choose_tokens(logits, None, [0] * len(logits), team=self._runner.team)
-            self._proposer.observe(steps, [1] * len(steps), features)
+            self._proposer.after_verification(steps, [1] * len(steps), features)
 
         best = min(_seconds(run) for _ in range(_REPEATS))
         for step in steps:
@@ -174,7 +174,7 @@ class CostMeter:
     def _step(self, steps: Sequence[ScheduledSequence]) -> float:
         """Compute and commit one new token for each; returns the seconds that their vocabularies took to follow."""
         logits, features = self._runner.execute(steps, self._proposer.capture_layers)
-        self._proposer.observe(steps, [1] * len(steps), features)
+        self._proposer.after_verification(steps, [1] * len(steps), features)
         seconds = 0.0
         if self._follower is not None:
             follow, verified, row = self._follower.follow, [], 0

@@ -114,7 +114,7 @@ class ServedCosts:
     def next_draft(self, size: int, /) -> float:
         return self._factor * self._measured.next_draft(size)
 
-    def observe(self, expected: float, seconds: float) -> None:
+    def correct(self, expected: float, seconds: float) -> None:
         """What a step's drafts were to take by these costs, and what they took."""
         if expected > 0.0:
             self._learn(min(self._factor * seconds / expected, _DEAREST), _RATE)

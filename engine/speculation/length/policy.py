@@ -75,15 +75,15 @@ class LengthPolicy(Protocol):
         """How many tokens of each chain to verify; those without confidence are left as they are."""
         ...
 
-    def observe(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+    def record_drafts(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
         """What became of a chain, place by place up to the first that the target did not choose."""
         ...
 
-    def observe_repeat(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+    def record_copy(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
         """What became, or would have become, of a copy."""
         ...
 
-    def observe_seconds(self, seconds: float) -> None:
+    def record_seconds(self, seconds: float) -> None:
         """What a step's drafts took, and what vocabularies learned of them; of the chains last cut."""
         ...
 
@@ -110,13 +110,13 @@ class FixedLength:
     def worth_verifying(self, chains: Mapping[str, Chain]) -> Mapping[str, int]:
         return {request_id: len(chain.token_ids) for request_id, chain in chains.items()}
 
-    def observe(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+    def record_drafts(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
         pass
 
-    def observe_repeat(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+    def record_copy(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
         pass
 
-    def observe_seconds(self, seconds: float) -> None:
+    def record_seconds(self, seconds: float) -> None:
         pass
 
     def forget(self, request_id: str) -> None:

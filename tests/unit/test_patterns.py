@@ -1,0 +1,75 @@
+"""What a pattern allows once it is rewritten and compiled, against Python's own regular expressions."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.messages import Grammar
+from engine.sampling.grammar import GrammarCompiler
+from engine.sampling.patterns import rewrite_pattern, rewrite_patterns
+
+_END = 256
+_BYTES = GrammarCompiler([*(bytes([byte]) for byte in range(256)), b""], [_END])
+
+_ATOMS = st.sampled_from(["a", "x", "é", "😀", "[^a]", "[éa]", "[^é]", r"\w", "."])
+_QUANTIFIERS = st.sampled_from(["", "?", "*", "+", "{1,2}", "{2,}"])
+
+
+def _patterns(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    groups = st.lists(inner, min_size=1, max_size=3).flatmap(
+        lambda parts: st.sampled_from(["(" + "".join(parts) + ")", "(?:" + "|".join(parts) + ")"])
+    )
+    return st.tuples(groups, _QUANTIFIERS).map("".join)
+
+
+PATTERNS = st.recursive(st.tuples(_ATOMS, _QUANTIFIERS).map("".join), _patterns, max_leaves=5)
+
+
+def allows(pattern: str, text: str) -> bool:
+    """Whether a string of JSON may be ``text``, as JSON would have it with as few escapes as possible."""
+    schema = json.dumps({"type": "string", "pattern": pattern})
+    matcher = _BYTES.compile(Grammar(kind="json_schema", schema=schema)).matcher()
+    return all(map(matcher.accept, f'"{text}"'.encode())) and matcher.accept(_END)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pattern=PATTERNS, texts=st.lists(st.text("axé😀", max_size=5), min_size=1, max_size=6))
+def test_a_pattern_allows_what_it_matches(pattern: str, texts: list[str]) -> None:
+    for text in texts:
+        assert allows(f"^{pattern}$", text) == bool(re.fullmatch(pattern, text, re.ASCII)), text
+
+
+@pytest.mark.parametrize("pattern", ["^[^a]é$", "^.é$", r"^\Sé$"])
+@pytest.mark.parametrize("text", ["\\é", '"é', "\né"])
+def test_nothing_that_ends_a_string_is_matched(pattern: str, text: str) -> None:
+    assert not allows(pattern, text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("(ax*)?", "(ax*){0,1}"),
+        ("(ax*)??", "(ax*){0,1}?"),
+        (r"[)?]\)?x?", r"[)?]\)?x?"),
+        (r"[\])?é]", r"[\])?\u{E9}]"),
+        (r"\é😀", r"\u{E9}\u{1F600}"),
+        (r"\\)?", r"\\){0,1}"),
+    ],
+)
+def test_only_what_is_mistaken_is_rewritten(pattern: str, expected: str) -> None:
+    assert rewrite_pattern(pattern) == expected
+
+
+def test_only_patterns_are_rewritten() -> None:
+    names = {"pattern": {"type": "string", "pattern": "(a)?"}, "b": {"enum": ["(a)?", {"pattern": "(a)?"}]}}
+    schema = {"properties": names, "items": {"patternProperties": {"(é)?": {"title": "(é)?"}}}}
+    written = json.loads(rewrite_patterns(json.dumps(schema)))
+    assert written["properties"]["pattern"]["pattern"] == "(a){0,1}"
+    assert written["properties"]["b"] == names["b"]
+    assert written["items"]["patternProperties"] == {r"(\u{E9}){0,1}": {"title": "(é)?"}}
+    assert rewrite_patterns('{"type":  "string"}') == '{"type":  "string"}'
