@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from engine.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, frozen=True):
     """One sequence's share of a step: ``token_ids`` at positions ``start``, ``start + 1``, ...
 
     The last ``num_logits`` of these rows have their logits computed: first ``num_prompt_logits`` rows
@@ -41,8 +42,7 @@ class ScheduledSequence:
         return len(self.token_ids) - self.num_draft_tokens
 
 
-@dataclass(frozen=True, slots=True)
-class DraftSlot:
+class DraftSlot(msgspec.Struct, frozen=True):
     """A decoding sequence's room for draft tokens in the step being planned."""
 
     request: Request

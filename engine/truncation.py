@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from engine.messages import FinishReason, SamplingParams
 from engine.text.detokenizer import IncrementalDetokenizer, StopStringFinder, TokenBytes
 
 
-@dataclass(frozen=True)
-class Truncation:
+class Truncation(msgspec.Struct, frozen=True):
     """How many of the tokens given are kept; the other fields as in ``engine.messages.EngineOutput``."""
 
     num_kept: int

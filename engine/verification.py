@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+
+import msgspec
 
 from engine.step_plan import ScheduledSequence
 
@@ -17,8 +18,7 @@ DraftSource = Literal["draft", "lookup"]
 """Who drafted: the draft, or prompt lookup."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
+class Verification(msgspec.Struct, frozen=True):
     """A sequence's part of a verified step, before the commit."""
 
     sequence: ScheduledSequence

@@ -8,10 +8,10 @@ and a draft token is accepted exactly when it is the choice (drafter-invariant v
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import accumulate, islice, pairwise
 from typing import TYPE_CHECKING
 
+import msgspec
 import torch
 
 from engine.messages import SamplingParams, TokenLogprob
@@ -28,8 +28,7 @@ _NO_TOKEN = -1
 """What is chosen where logits are not finite; no draft is that."""
 
 
-@dataclass(frozen=True)
-class SamplingRows:
+class SamplingRows(msgspec.Struct, frozen=True):
     """One sequence's rows in the logits of this step.
 
     There are 1 + len(draft_token_ids) rows; row r is conditioned on the first r drafts. With a grammar, the request's
@@ -40,8 +39,7 @@ class SamplingRows:
     draft_token_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class SampledSequence:
+class SampledSequence(msgspec.Struct, frozen=True):
     """Accepted drafts, then one recovered or bonus token; logprobs where the request asks for them.
 
     ``is_finite`` False: one of the logits of the next choice is NaN or +inf, so nothing can be chosen; the last token

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
+from msgspec import structs
 
 from engine.attention.base import AttentionSpec
 from engine.attention.torch_paged import TorchPagedAttention
@@ -100,7 +101,7 @@ class Watcher:
             self._paused = self._chance.randrange(30)
         self._paused = max(self._paused - 1, 0)
         longest = 0 if self._paused else MAX_DRAFTS
-        slots = [replace(s, num_tokens=min(s.num_tokens, self._chance.randint(0, longest))) for s in slots]
+        slots = [structs.replace(s, num_tokens=min(s.num_tokens, self._chance.randint(0, longest))) for s in slots]
         self._head.hidden.clear()
         self._proposer.propose(slots)
         for slot in slots:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import torch
 
@@ -19,8 +19,7 @@ TOKENS_EACH = 8
 """The same of many sequences, for each: more than they gain in a step, or some would never catch up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """Tokens of one sequence that a draft computes; a ``BatchSequence``."""
 
     start: int

@@ -7,7 +7,8 @@ method of its own, or in turn with an EAGLE-3 draft.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from engine.batch import Features
 from engine.draft_vocab.running_texts import RunningTexts
@@ -23,8 +24,7 @@ MIN_MATCH = 3
 """Fewest tokens at the text's end that must have come before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(msgspec.Struct, frozen=True):
     """Tokens that may come next. The more agreed before one, the surer it is."""
 
     token_ids: list[int]

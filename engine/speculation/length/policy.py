@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class Repeat:
+class Repeat(msgspec.Struct, frozen=True):
     """A sequence whose end came before: how sure each token is that may be copied from there, a level each."""
 
     levels: Sequence[int]
@@ -19,7 +19,7 @@ class Repeat:
     """Whether the sequence's tokens are the most likely ones."""
 
 
-class Draftable(NamedTuple):
+class Draftable(msgspec.Struct, frozen=True):
     """A tenant's decoding sequence of a step, for which at most ``limit`` tokens may be drafted.
 
     ``num_unread``: how many of its tokens its draft has to read before it can draft; ``repeat``: what may be copied.
@@ -32,8 +32,7 @@ class Draftable(NamedTuple):
     repeat: Repeat | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Chain:
+class Chain(msgspec.Struct, frozen=True):
     """Tokens drafted for a sequence, those too that are not verified."""
 
     token_ids: Sequence[int]
