@@ -55,8 +55,8 @@ class _SeenTokens(ctypes.Structure):
 
 class _LogProbabilities(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("rows", "k")),
-        *((name, ctypes.c_void_p) for name in ("row_ids", "token_ids", "chosen", "largest", "columns")),
+        ("k", ctypes.c_int),
+        *((name, ctypes.c_void_p) for name in ("token_ids", "chosen", "largest", "columns")),
     )
 
 
@@ -181,12 +181,12 @@ def log_probabilities(
 ) -> tuple[list[float], list[list[int]], list[list[float]]]:
     """As ``kernels.log_probabilities``, k at most the number of columns."""
     count = len(rows)
-    inputs = array("i", rows), array("i", token_ids)
+    places, tokens = array("i", rows), array("i", token_ids)
     chosen, largest = array("d", bytes(8 * count)), array("d", bytes(8 * count * k))
     columns = array("i", bytes(4 * count * k))
-    addresses = (one.buffer_info()[0] for one in (*inputs, chosen, largest, columns))
-    wanted = ctypes.byref(_LogProbabilities(count, k, *addresses))
-    load_library().evo_log_probabilities(_handle(team), _rows(logits), wanted)
+    addresses = (one.buffer_info()[0] for one in (tokens, chosen, largest, columns))
+    wanted = ctypes.byref(_LogProbabilities(k, *addresses))
+    load_library().evo_log_probabilities(_handle(team), _rows(logits, places=places), wanted)
     starts = range(0, count * k, k) if k else [0] * count
     top = [largest[start : start + k].tolist() for start in starts]
     return chosen.tolist(), [columns[start : start + k].tolist() for start in starts], top

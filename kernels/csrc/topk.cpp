@@ -88,8 +88,8 @@ void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float
 }
 
 void log_probabilities(Team* team, const LogitRows& logits, const LogProbabilities& wanted) {
-  for_each_item(team, wanted.rows, static_cast<size_t>(wanted.rows) * logits.columns, [&](int i) {
-    const float* x = logits.row(wanted.row_ids[i]);
+  for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns, [&](int i) {
+    const float* x = logits.row(i);
     Candidates candidates(std::max(wanted.k, 1));
     const std::vector<Entry>& best = best_of(x, logits.columns, candidates);
     const float highest = best[0].value;

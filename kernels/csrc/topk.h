@@ -11,8 +11,7 @@ void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float
 
 // Log-probabilities that are wanted, and where they go.
 struct LogProbabilities {
-  int rows, k;               // k <= columns, or 0
-  const int32_t* row_ids;    // [rows]: rows of the logits
+  int k;                     // <= columns, or 0
   const int32_t* token_ids;  // [rows]: a token of each
   double* chosen;            // [rows]: its log-probability
   double* largest;           // [rows][k]: the largest of the row in descending order, equals by column
