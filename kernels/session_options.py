@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_FEATURES = 5
+FEATURES = ("in_session", "bigram", "trigram", "graph", "match")
+"""What speaks for a candidate: in the session (0 or 1), log(1 + count) after the last token and after the last two,
+log-probability after the last token in general text, scaled to 0 .. 1, and log(length) of the longest repeat that it
+would continue in the sequence's own text."""
+NUM_FEATURES = len(FEATURES)
 SOURCES = ("snapshot", "tenant", "context", "target", "graph", "semantic")
 """What named a token of a tail: the session's or the tenant's past, its own text, the target, an index."""
 WAYS = 8

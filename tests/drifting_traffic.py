@@ -21,7 +21,6 @@ from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment
 from adapters.target_parts import load_target_parts
 from engine.adapters_config import AdaptersConfig
-from engine.draft_vocab.prior import NUM_FEATURES
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
 from engine.models.registry import validate_model_files
@@ -29,6 +28,7 @@ from engine.online.feature_ring import FeatureRing
 from engine.online.token_log import TokenLog
 from engine.online.verify_record import VerifyRecord, pack_top_k
 from engine.online.weight_channel import WeightChannel
+from kernels.session_options import NUM_FEATURES
 from tests.tiny_drafts import make_draft_directory
 from tests.tiny_models import make_directory
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-from engine.draft_vocab.prior import NUM_FEATURES
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.verify_record import VerifyRecord
+from kernels.session_options import NUM_FEATURES
 
 _NO_TOKEN = -1
 _MAX_UNFINISHED = 256

@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from adapters.alignment.records import Segment
-from engine.draft_vocab.prior import FEATURES
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
-from kernels.session_options import MAX_REPEATS, SessionOptions, TableSizes
+from kernels.session_options import FEATURES, MAX_REPEATS, SessionOptions, TableSizes
 
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))
 _SIZES = TableSizes()

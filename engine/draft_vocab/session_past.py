@@ -8,13 +8,14 @@ import structlog
 
 from engine.config import DynamicConfig
 from engine.draft_vocab.ngram_counts import restore, strongest
-from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES
+from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS
 from engine.draft_vocab.resources import Resources
 from engine.draft_vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
 from engine.draft_vocab.tenants import TenantMemory
 from engine.messages import SessionState
 from engine.request import Request
 from kernels.native_sessions import Sessions
+from kernels.session_options import NUM_FEATURES
 
 log = structlog.get_logger(__name__)
 

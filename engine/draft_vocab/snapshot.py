@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from engine.config import MAX_TAIL_TOKENS
 from engine.draft_vocab.ngram_counts import NgramCounts
-from engine.draft_vocab.prior import MAX_WEIGHT, NUM_FEATURES
+from engine.draft_vocab.prior import MAX_WEIGHT
+from kernels.session_options import NUM_FEATURES
 
 FORMAT = 1
 MAX_BYTES = 64 * 1024

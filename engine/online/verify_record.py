@@ -58,7 +58,7 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     first_right: bool | None = None
     """Whether the draft's first token was the target's choice, verified or not; None: not asked, or not told."""
     prior: bytes = b""
-    """float16, little endian: the prior's weights, of ``engine.draft_vocab.prior.FEATURES``, with which was drafted."""
+    """float16, little endian: the prior's weights, of ``kernels.session_options.FEATURES``, with which was drafted."""
 
     @property
     def num_context(self) -> int:

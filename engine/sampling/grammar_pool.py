@@ -123,15 +123,12 @@ class GrammarPool:
 
     def flush(self) -> None:
         """Send what was asked."""
-        for grammar in self._grammars.values():
-            if not isinstance(grammar, InPlaceGrammar):
-                grammar.flush()
+        for _, process in self._processes():
+            process.flush()
 
     def poll(self) -> None:
         """Send what was asked, take what was answered."""
-        for key, process in list(self._grammars.items()):
-            if isinstance(process, InPlaceGrammar):
-                continue
+        for key, process in self._processes():
             process.flush()
             process.receive()
             if process.error is not None:
@@ -153,10 +150,14 @@ class GrammarPool:
             if not late or seconds <= 0:
                 return
             poller = select.poll()
-            for grammar in self._grammars.values():
-                if not isinstance(grammar, InPlaceGrammar) and grammar.owes_answers:
-                    poller.register(grammar, select.POLLIN)
+            for _, process in self._processes():
+                if process.owes_answers:
+                    poller.register(process, select.POLLIN)
             poller.poll(1000 * seconds)
+
+    def _processes(self) -> list[tuple[_Key, GrammarProcess]]:
+        """The grammars that have a process."""
+        return [(key, one) for key, one in self._grammars.items() if not isinstance(one, InPlaceGrammar)]
 
     def _take(self, key: _Key) -> GrammarCursor | str | None:
         """A sequence of a grammar, or its error; None while it is not known."""

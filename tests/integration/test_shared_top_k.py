@@ -10,8 +10,8 @@ import torch
 
 from engine.config import SpeculationConfig
 from engine.draft_vocab import follower as vocab_follower
-from engine.draft_vocab.prior import FEATURES
 from engine.messages import SamplingParams, SessionState, VocabularyCounts
+from kernels.session_options import FEATURES
 from kernels.topk import topk_rows
 from tests.alignment import make_alignment, make_prompts, read_records
 from tests.tiny_drafts import Engine, Setting, make_draft_directory

@@ -19,9 +19,9 @@ from adapters.alignment.curriculum_loss import divergence
 from adapters.alignment.records import Assembler, Segment
 from adapters.alignment.replay import ReplayBuffer, is_held_out, starts_chains, teaches
 from engine.adapters_config import ReplayConfig
-from engine.draft_vocab.prior import NUM_FEATURES
 from engine.online.feature_ring import FeatureRing, FeatureRingReader
 from engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights
+from kernels.session_options import NUM_FEATURES
 
 WIDTH, K, VOCAB = 4, 3, 100
 NEVER_HELD_OUT = 1e-9

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from engine.draft_vocab.merge import merge
 from engine.draft_vocab.ngram_counts import NgramCounts
-from engine.draft_vocab.prior import NUM_FEATURES
 from engine.draft_vocab.snapshot import (
     MAX_BYTES,
     MAX_FINGERPRINT,
@@ -23,6 +22,7 @@ from engine.draft_vocab.snapshot import (
     encode,
     make_snapshot,
 )
+from kernels.session_options import NUM_FEATURES
 from tests.counted_session import CountedSession
 
 VOCAB = 50

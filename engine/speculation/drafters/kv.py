@@ -60,7 +60,7 @@ class DraftKvTracker:
         One of the chunks may need entries that another computes: a layer must write all before it attends.
 
         Args:
-            slots: the sequences to draft for; every one has been observed.
+            slots: the sequences to draft for; of each, ``mark_computed`` was told.
 
         Returns:
             The chunks, and the slots that they bring up to date, in the same order: those whose chunk wants logits.

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from engine.config import DynamicConfig, EngineConfig
 from engine.draft_vocab.bigram_graph import BigramGraph, BigramGraphError
-from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS, NUM_FEATURES
-from engine.draft_vocab.resources import Resources
+from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS
+from engine.draft_vocab.resources import Resources, core_mask
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.vocab import DraftVocab
 from engine.loader import LoadedModel
@@ -27,7 +27,7 @@ from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
-from kernels.session_options import Drafted
+from kernels.session_options import NUM_FEATURES, Drafted
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex
@@ -52,7 +52,8 @@ class SessionHead(DraftHead):
         self, loaded: LoadedModel, token_ids: torch.Tensor | None, tails: TailSlabs | None, vocab: DraftVocab
     ) -> None:
         super().__init__(loaded, token_ids, tails)
-        self.vocab, self._vocab, self._head_rows = vocab, vocab, loaded.model.head_rows
+        self.vocab: DraftVocab = vocab
+        self._head_rows = loaded.model.head_rows
         self._sessions: list[int] = []
         """Of the requests that chains are drafted for."""
         self.num_bytes += vocab.num_bytes
@@ -62,18 +63,18 @@ class SessionHead(DraftHead):
     def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """The next draft token of each request, by its own vocabulary and prior."""
         is_first = not requests[0].draft_token_ids
-        sessions = self._vocab.before_drafts(requests) if is_first else self._vocab.sessions_of(requests)
-        if self._vocab.drafted.wants_hidden:
-            self._vocab.drafted.remember(requests, hidden.float().cpu().numpy())
-        logits, token_ids = self.candidates(hidden, self._vocab.slabs(sessions) if self.has_tails else None)
+        sessions = self.vocab.before_drafts(requests) if is_first else self.vocab.sessions_of(requests)
+        if self.vocab.drafted.wants_hidden:
+            self.vocab.drafted.remember(requests, hidden.float().cpu().numpy())
+        logits, token_ids = self.candidates(hidden, self.vocab.slabs(sessions) if self.has_tails else None)
         ids, scores = token_ids.cpu().numpy(), logits.cpu().numpy()
-        if self._vocab.uses_prior:
+        if self.vocab.uses_prior:
 
             def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
                 places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
                 return (self._head_rows(wanted).float() * hidden[places].float()).sum(dim=1).cpu().numpy()
 
-            scores = self._vocab.drafted.with_prior(requests, sessions, ids, scores, logits_of)
+            scores = self.vocab.drafted.with_prior(requests, sessions, ids, scores, logits_of)
         params = [request.sampling for request in requests]
         if all_greedy(params):
             return any_token(ids[range(len(ids)), scores.argmax(axis=1)].tolist())
@@ -82,11 +83,11 @@ class SessionHead(DraftHead):
         return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
-        sessions = self._sessions = self._vocab.before_drafts(requests)
-        slabs = self._vocab.slabs(sessions) if self.has_tails else None
-        if not self._vocab.uses_prior:
+        sessions = self._sessions = self.vocab.before_drafts(requests)
+        slabs = self.vocab.slabs(sessions) if self.has_tails else None
+        if not self.vocab.uses_prior:
             return ChainVocabularies(slabs)
-        return ChainVocabularies(slabs, sessions, self._vocab.texts.slots(requests))
+        return ChainVocabularies(slabs, sessions, self.vocab.texts.slots(requests))
 
     def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
         drafted = None
@@ -97,8 +98,8 @@ class SessionHead(DraftHead):
                 result.logits.reshape(-1, size),
                 result.features.reshape(-1, NUM_FEATURES, size),
             )
-        hidden = result.hidden.float().numpy() if self._vocab.drafted.wants_hidden else None
-        self._vocab.drafted.take_chains(requests, self._sessions, lengths, drafted, hidden)
+        hidden = result.hidden.float().numpy() if self.vocab.drafted.wants_hidden else None
+        self.vocab.drafted.take_chains(requests, self._sessions, lengths, drafted, hidden)
 
 
 def make_session_head(
@@ -128,9 +129,7 @@ def make_session_head(
     core = None if token_ids is None else token_ids.numpy()
     fingerprint = vocabulary_fingerprint(tokenizer)
     resources = Resources(
-        core=np.isin(np.arange(tokenizer.vocab_size), core)
-        if core is not None
-        else np.full(tokenizer.vocab_size, True),
+        core=core_mask(tokenizer.vocab_size, core),
         fingerprint=fingerprint,
         tails=tails,
         slots=slots,
