@@ -11,6 +11,7 @@ import torch
 
 from engine.batch import Features
 from engine.config import EngineConfig
+from engine.draft_state import DraftState
 from engine.loader import LoadedModel, load
 from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
@@ -106,8 +107,6 @@ class EngineCore:
         if request.request_id in self._verifier or request.request_id in self._constrained:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
             return
-        if self._speculator is not None:
-            self._speculator.begin(request.request_id, message.session)
         if message.sampling.grammar is not None:
             self._constrained.add(request)
         else:
@@ -123,8 +122,7 @@ class EngineCore:
         """End requests without output; unknown ones have ended already."""
         for request_id in request_ids:
             engine_id = engine_request_id(client_id, request_id)
-            self._scheduler.abort(engine_id)
-            self._forget(engine_id)
+            self._forget(engine_id, self._scheduler.abort(engine_id))
 
     def patience(self) -> float:
         """Seconds that the loop may wait for messages before the next step."""
@@ -177,7 +175,7 @@ class EngineCore:
         self._constrained.ask(plan.sequences)
         if self._speculator is not None:
             for request in plan.preempted:
-                self._speculator.preempted(request.request_id)
+                self._speculator.preempted(request)
         return plan
 
     def _forward(self, plan: SchedulerOutput) -> tuple[torch.Tensor, Features | None]:
@@ -206,7 +204,7 @@ class EngineCore:
     def _end(self, request: Request, reason: str, kind: ErrorKind = "invalid") -> None:
         """End a request with an error that its next output tells."""
         self._scheduler.abort(request.request_id)  # where it may not be yet
-        self._forget(request.request_id)
+        self._forget(request.request_id, request)
         self._refused[request.client_id].append(
             EngineOutput(request_id=request.client_request_id, finish_reason="error", error=reason, error_kind=kind)
         )
@@ -224,7 +222,7 @@ class EngineCore:
     def _verify(self, plan: SchedulerOutput, logits: torch.Tensor) -> list[Verification]:
         """The target's choices for each sequence, and what its output keeps of them."""
         self._constrained.wait(plan.sequences)
-        return self._verifier.verify(plan.sequences, logits, self._speculator)
+        return self._verifier.verify(plan.sequences, logits)
 
     def _learn(self, verified: list[Verification], logits: torch.Tensor, features: Features | None) -> float:
         """Let drafts follow the step; returns the seconds that vocabularies took."""
@@ -272,14 +270,15 @@ class EngineCore:
             vocabulary=counts,
         )
         if finished:
-            self._forget(request.request_id)
+            self._forget(request.request_id, request)
         return output
 
-    def _forget(self, engine_id: str) -> None:
+    def _forget(self, engine_id: str, request: Request | None) -> None:
+        """``request``: None for one that has not begun, or has ended."""
         self._verifier.forget(engine_id)
         self._constrained.forget(engine_id)
-        if self._speculator is not None:
-            self._speculator.forget(engine_id)
+        if self._speculator is not None and request is not None:
+            self._speculator.forget(request)
 
 
 def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:
@@ -295,6 +294,7 @@ def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> 
         prompt_token_ids=prompt,
         sampling=message.sampling,
         domain=message.session.domain or None if message.session else None,
+        draft_state=DraftState(past=message.session),
     )
 
 

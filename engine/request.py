@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from engine.draft_state import DraftState
 from engine.messages import SamplingParams
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Request:
     """The client's name for its subject."""
     grammar: GrammarCursor | None = None
     """Where its output stands in the grammar of its parameters."""
+    draft_state: DraftState = field(default_factory=DraftState)
+    """Speculation's; nobody else looks into it."""
 
     output_token_ids: list[int] = field(default_factory=list)
     """Committed."""

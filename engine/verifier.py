@@ -12,7 +12,6 @@ from engine.prompt_logprobs import PromptLogprobs
 from engine.request import Request
 from engine.sampling.constrained import num_choosable
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
-from engine.speculation.speculator import Speculator
 from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
@@ -56,20 +55,17 @@ class Verifier:
         """Ids of all requests that were added and not forgotten."""
         return iter(self._stop_checkers)
 
-    def verify(
-        self, sequences: Sequence[ScheduledSequence], logits: torch.Tensor, speculator: Speculator | None
-    ) -> list[Verification]:
+    def verify(self, sequences: Sequence[ScheduledSequence], logits: torch.Tensor) -> list[Verification]:
         """Judge a step.
 
         Args:
             sequences: as scheduled.
             logits: [L, vocab] float32, the target's; of each sequence ``num_logits`` rows.
-            speculator: who drafted; None: nobody.
         """
         choices, verified, end = self._choose(sequences, logits), [], 0
         for sequence, choice in zip(sequences, choices, strict=True):
             end += sequence.num_logits
-            first_row, source = end - sequence.num_sampled, _source(sequence, speculator)
+            first_row, source = end - sequence.num_sampled, _source(sequence)
             if choice is None:
                 verified.append(Verification(sequence, first_row, source=source))
                 continue
@@ -112,7 +108,7 @@ class Verifier:
         self._stop_checkers.pop(request_id, None)
 
 
-def _source(sequence: ScheduledSequence, speculator: Speculator | None) -> DraftSource | None:
-    if not sequence.num_draft_tokens or speculator is None:
+def _source(sequence: ScheduledSequence) -> DraftSource | None:
+    if not sequence.num_draft_tokens:
         return None
-    return speculator.source(sequence.request.request_id)
+    return "lookup" if sequence.request.draft_state.draftable.is_copied else "draft"

@@ -54,12 +54,14 @@ class DraftStep:
 
     def __init__(self, sessions: Sequence[int], texts: Sequence[int], drafts: Sequence[Sequence[int]]) -> None:
         count = len(sessions)
-        self._arrays = array("i", sessions), array("i", texts), array("i", chain.from_iterable(drafts))
-        self._found = [zeros(count * size) for size in (MAX_REPEATS, MAX_REPEATS, 1)]
+        self._arrays = {
+            "sessions": array("i", sessions),
+            "texts": array("i", texts),
+            "drafts": array("i", chain.from_iterable(drafts)),
+            "repeats": zeros(count * (2 * MAX_REPEATS + 1)),
+        }
         self.struct = DraftStepStruct(count, 0, len(drafts[0]))
-        fields = zip(("sessions", "texts", "drafts"), self._arrays, strict=True)
-        found = zip(("matched", "lengths", "num_matched"), self._found, strict=True)
-        for name, values in chain(fields, found):
+        for name, values in self._arrays.items():
             setattr(self.struct, name, values.buffer_info()[0])
 
 

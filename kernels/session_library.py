@@ -77,7 +77,7 @@ class DraftStepStruct(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("rows", "columns", "num_drafts")),
         *((name, POINTER) for name in ("sessions", "texts", "drafts", "tokens", "logits", "features", "scores")),
-        *((name, POINTER) for name in ("matched", "lengths", "num_matched")),
+        ("repeats", POINTER),
     )
 
 

@@ -11,7 +11,7 @@ from engine.draft_vocab.vocab import DraftVocab
 from engine.models.config import ModelSpec
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.speculation.length.policy import Confidence, StopRule
+from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 
@@ -38,8 +38,8 @@ class FeatureRecorder:
     def make_proposer(self, num_blocks: int) -> Proposer:
         return self
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
-        return {}
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+        pass
 
     def num_unread(self, request: Request) -> int:
         return 0
@@ -56,7 +56,7 @@ class FeatureRecorder:
                 self._rows[sequence.request.request_id] = []
             self._rows[sequence.request.request_id].append(own)
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         pass  # the rows of an ended request wait for `take`
 
     def take(self, request_id: str) -> torch.Tensor:

@@ -119,9 +119,8 @@ class Replay:
         self._count += 1
         tenant = str(self._count) if self._cold else trace.domain
         request = Request(str(self._count), b"", tenant, _GREEDY, trace.prompt, domain=trace.domain)
-        if self._vocab is not None:
-            snapshot = b"" if self._cold else self._snapshots.get(trace.domain, b"")
-            self._vocab.begin(request.request_id, SessionState(snapshot=snapshot, domain=trace.domain))
+        snapshot = b"" if self._cold else self._snapshots.get(trace.domain, b"")
+        request.draft_state.past = SessionState(snapshot=snapshot, domain=trace.domain)
         self._observe(request, trace.answer[:1], 0, trace.likely[:1])
         return request
 
@@ -154,8 +153,7 @@ class Replay:
 
         if not self._vocab.uses_prior:
             return int(token_ids[0, 0])
-        sessions = self._vocab.sessions_of([request])
-        scores = self._vocab.drafted.with_prior([request], sessions, token_ids, logits, logits_of)
+        scores = self._vocab.drafted.with_prior([request], token_ids, logits, logits_of)
         return int(token_ids[0, scores[0].argmax()])
 
     def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
@@ -170,7 +168,7 @@ class Replay:
         if self._vocab is not None:
             request.all_token_ids = [*trace.prompt, *trace.answer]
             self._snapshots[trace.domain] = self._vocab.finish(request)[0] or b""
-            self._vocab.forget(request.request_id)
+            self._vocab.forget(request)
 
 
 def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:

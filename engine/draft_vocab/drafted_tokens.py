@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.draft_state import NONE
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.request import Request
 from kernels.native_sessions import DraftStep, Sessions
@@ -34,12 +34,6 @@ class DraftedTokens:
         """A step's drafts begin; what was remembered of the last ones is dropped."""
         self._steps: list[Drafted] = []
         self._num_rows = 0
-        self._places: defaultdict[str, list[int]] = defaultdict(list)
-        self._hidden: defaultdict[str, list[NDArray[np.float32]]] = defaultdict(list)
-
-    def places(self, request_id: str, count: int) -> Sequence[int]:
-        """Where a request's first ``count`` draft tokens of the step are in ``arrays``."""
-        return self._places.get(request_id, [])[:count]
 
     def arrays(self) -> Drafted | None:
         """What the step's draft tokens were chosen from; None where nothing was drafted with a prior."""
@@ -51,14 +45,9 @@ class DraftedTokens:
         )
         return Drafted(token_ids, logits, features)
 
-    def hidden(self, request_id: str) -> list[NDArray[np.float32]]:
-        """The states [d] from which a request's draft tokens were chosen."""
-        return self._hidden.get(request_id, [])
-
     def with_prior(
         self,
         requests: Sequence[Request],
-        sessions: Sequence[int],
         token_ids: NDArray[np.int32],
         logits: NDArray[np.float32],
         logits_of: LogitsOf,
@@ -69,23 +58,23 @@ class DraftedTokens:
 
         Args:
             requests: one a row; drafts before this one are in their ``draft_token_ids``, as many in each.
-            sessions: of each; -1 for none.
             token_ids: [B, C], -1 for none; the weakest make room, in place.
             logits: [B, C], -inf for none; likewise.
             logits_of: for the tokens that become candidates.
         """
-        if max(sessions) < 0:
+        sessions = [request.draft_state.session for request in requests]
+        if max(sessions) == NONE:
             return logits
-        step = DraftStep(sessions, self._texts.slots(requests), [request.draft_token_ids for request in requests])
+        texts = [request.draft_state.text for request in requests]
+        step = DraftStep(sessions, texts, [request.draft_token_ids for request in requests])
         included = self._sessions.include_repeats(self._texts.texts, step, token_ids)
         if len(included):
             rows, columns = included.T
             logits[rows, columns] = logits_of(rows, token_ids[rows, columns])
         drafted = Drafted(token_ids, logits, np.empty((len(token_ids), NUM_FEATURES, token_ids.shape[1]), np.float32))
         scores = self._sessions.score(step, drafted)
-        for row, (request, session) in enumerate(zip(requests, sessions, strict=True), start=self._num_rows):
-            if session >= 0:
-                self._places[request.request_id].append(row)
+        for row, request in enumerate(requests, start=self._num_rows):
+            request.draft_state.candidates = [*request.draft_state.candidates, row]
         self._steps.append(drafted)
         self._num_rows += len(requests)
         return scores
@@ -93,12 +82,11 @@ class DraftedTokens:
     def remember(self, requests: Sequence[Request], hidden: NDArray[np.float32]) -> None:
         """Keep the states [B, d] from which the next draft token of each row is chosen."""
         for request, row in zip(requests, hidden, strict=True):
-            self._hidden[request.request_id].append(row)
+            request.draft_state.hidden = [*request.draft_state.hidden, row]
 
     def take_chains(
         self,
         requests: Sequence[Request],
-        sessions: Sequence[int],
         lengths: Sequence[int],
         drafted: Drafted | None,
         hidden: NDArray[np.float32] | None,
@@ -107,7 +95,6 @@ class DraftedTokens:
 
         Args:
             requests: B, one a row.
-            sessions: of each; -1 for none.
             lengths: of the chains.
             drafted: of step s and request b in row s * B + b; None without a prior.
             hidden: [S, B, d], where ``wants_hidden``.
@@ -115,10 +102,8 @@ class DraftedTokens:
         size = len(requests)
         if drafted is not None:
             self._steps = [drafted]
-        for row, (request, session, length) in enumerate(zip(requests, sessions, lengths, strict=True)):
-            if session < 0:
-                continue
+        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             if drafted is not None:
-                self._places[request.request_id] = list(range(row, row + length * size, size))
+                request.draft_state.candidates = range(row, row + length * size, size)
             if hidden is not None:
-                self._hidden[request.request_id] = list(hidden[:length, row])
+                request.draft_state.hidden = list(hidden[:length, row])

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.draft_vocab.vocab import DraftVocab
+from engine.request import Request
 from engine.verification import Verification
 from kernels.topk import topk_rows
 
@@ -58,7 +59,7 @@ class VocabFollower:
 
     def _follow_prompts(self, verified: Sequence[Verification], compute_logits: ComputeLogits) -> None:
         """Show the vocabularies of new sequences what the target thought likely at the ends of their prompts."""
-        prompts: dict[str, range] = {}
+        prompts: dict[Request, range] = {}
         token = 0
         for one in verified:
             token += len(one.sequence.token_ids)
@@ -66,13 +67,13 @@ class VocabFollower:
                 # The last token of a prompt may be alone in its step, and have drafts after it.
                 end = token - one.sequence.num_draft_tokens - 1
                 before_last = min(self._num_prompt_positions, one.sequence.num_known - 1)
-                prompts[one.request.request_id] = range(end - before_last, end)
+                prompts[one.request] = range(end - before_last, end)
         rows = [row for of_prompt in prompts.values() for row in of_prompt]
         if not rows:
             return
         of_rows, begin = self._most_likely(compute_logits(rows)), 0
-        for request_id, of_prompt in prompts.items():
-            self.vocab.bootstrap(request_id, of_rows[begin : begin + len(of_prompt)])
+        for request, of_prompt in prompts.items():
+            self.vocab.bootstrap(request, of_rows[begin : begin + len(of_prompt)])
             begin += len(of_prompt)
 
     def _most_likely(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> NDArray[np.int32]:

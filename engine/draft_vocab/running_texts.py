@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from engine.draft_state import NONE
 from engine.request import Request
 from kernels.native_texts import Texts
 
@@ -23,34 +24,27 @@ class RunningTexts:
     def __init__(self, num_slots: int) -> None:
         self.texts = Texts(num_slots, CAPACITY)
         self._free = list(range(num_slots))[::-1]
-        self._slots: dict[str, int] = {}
-        self._num_read: dict[str, int] = {}
 
     def read(self, requests: Iterable[Request]) -> None:
         """Take the tokens that sequences have got since the last call."""
         slots, tokens = [], []
         for request in requests:
-            slot, num_read = self._slots.get(request.request_id), self._num_read.get(request.request_id, 0)
-            if slot is None:
+            state = request.draft_state
+            if state.text == NONE:
                 if not self._free:
                     continue
-                slot = self._slots[request.request_id] = self._free.pop()
-                self.texts.clear(slot)
-                num_read = max(request.num_tokens - PROMPT_WINDOW, 0)
-            if num_read < request.num_tokens:
-                slots.append(slot)
-                tokens.append(request.all_token_ids[num_read:])
-                self._num_read[request.request_id] = request.num_tokens
+                state.text = self._free.pop()
+                self.texts.clear(state.text)
+                state.num_in_text = max(request.num_tokens - PROMPT_WINDOW, 0)
+            if state.num_in_text < request.num_tokens:
+                slots.append(state.text)
+                tokens.append(request.all_token_ids[state.num_in_text :])
+                state.num_in_text = request.num_tokens
         if slots:
             self.texts.extend(slots, tokens)
 
-    def slots(self, requests: Sequence[Request]) -> list[int]:
-        """Of each sequence, -1 for one without a text."""
-        return [self._slots.get(request.request_id, -1) for request in requests]
-
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """A request has ended."""
-        slot = self._slots.pop(request_id, None)
-        if slot is not None:
-            self._free.append(slot)
-            del self._num_read[request_id]
+        if request.draft_state.text != NONE:
+            self._free.append(request.draft_state.text)
+            request.draft_state.text = NONE

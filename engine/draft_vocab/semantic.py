@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from usearch.index import Index
 
+from engine.draft_state import DraftState
+
 CONNECTIVITY = 32
 """M of the graph (the paper's)."""
 NEIGHBOURS = 10
@@ -129,21 +131,21 @@ class SemanticSearch:
 
     def __init__(self, index: SemanticIndex) -> None:
         self._index = index
-        self._queries: Queue[tuple[str, NDArray[np.float32]]] = Queue(_MAX_WAITING)
-        self._found: Queue[tuple[str, list[int]]] = Queue()
+        self._queries: Queue[tuple[DraftState, NDArray[np.float32]]] = Queue(_MAX_WAITING)
+        self._found: Queue[tuple[DraftState, list[int]]] = Queue()
         self.num_searches = 0
         self.seconds = 0.0
         """Spent searching so far."""
         threading.Thread(target=self._run, name="semantic search", daemon=True).start()
 
-    def ask(self, request_id: str, hidden: NDArray[np.float32]) -> None:
-        """Search for the neighbours of a hidden state [d]."""
+    def ask(self, state: DraftState, hidden: NDArray[np.float32]) -> None:
+        """Search for the neighbours of a hidden state [d] of some sequence."""
         try:
-            self._queries.put_nowait((request_id, hidden))
+            self._queries.put_nowait((state, hidden))
         except Full:
             return
 
-    def take(self) -> list[tuple[str, list[int]]]:
+    def take(self) -> list[tuple[DraftState, list[int]]]:
         """What was found since the last call: whose it is, and tokens, the nearest first."""
         found = []
         while True:
@@ -154,9 +156,9 @@ class SemanticSearch:
 
     def _run(self) -> None:
         while True:
-            request_id, hidden = self._queries.get()
+            state, hidden = self._queries.get()
             started = time.perf_counter()
             token_ids = self._index.neighbours(hidden[None])[0]
             self.seconds += time.perf_counter() - started
             self.num_searches += 1
-            self._found.put((request_id, token_ids[token_ids >= 0].tolist()))
+            self._found.put((state, token_ids[token_ids >= 0].tolist()))

@@ -34,13 +34,13 @@ class SessionPast:
         self._memory = TenantMemory() if options.tenant_memory else None
         self.num_refused_snapshots = 0
 
-    def begin(self, session: int, request: Request, state: SessionState | None) -> tuple[list[int], list[int]]:
+    def begin(self, session: int, request: Request) -> tuple[list[int], list[int]]:
         """Give a slot its weights and counts.
 
         Returns:
             tokens that the session had in its tail, and tokens that its tenant's sessions have used, best first.
         """
-        snapshot = self._read(state)
+        snapshot = self._read(request.draft_state.past)
         self._sessions.clear(session, self._weights(request, snapshot))
         past = []
         if snapshot is not None:

@@ -7,19 +7,19 @@ hold is in ``kernels.native_sessions``, which is called for whole batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
+from engine.draft_state import NONE
 from engine.draft_vocab.drafted_tokens import DraftedTokens
 from engine.draft_vocab.resources import Resources, session_options
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.session_past import SessionPast
 from engine.draft_vocab.tenants import TenantTables
-from engine.messages import SessionState, VocabularyCounts
+from engine.messages import VocabularyCounts
 from engine.request import Request
 from engine.verification import Verification
 from kernels.native_sessions import Sessions, TailWrites
@@ -33,27 +33,26 @@ TopK = Callable[[Sequence[int]], NDArray[np.int32]]
 """The target's most likely tokens at some rows of a step's logits: [n, k], best first."""
 
 
-@dataclass(slots=True)
-class _Running:
-    """A sequence with a vocabulary."""
-
-    session: int
-    tenant: str
-    num_seen: int = 0
-    """How many of its tokens its session has read."""
-
-
-@dataclass(slots=True)
 class _Rows:
-    """Arguments of a call for several sequences."""
+    """Arguments of a call for several sequences with a vocabulary."""
 
-    running: list[_Running] = field(default_factory=list)
-    tokens: list[Sequence[int]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.tokens: list[Sequence[int]] = []
 
-    def add(self, running: _Running, tokens: Sequence[int]) -> None:
-        self.running.append(running)
+    def add(self, request: Request, tokens: Sequence[int]) -> None:
+        self.requests.append(request)
         self.tokens.append(tokens)
-        running.num_seen += len(tokens)
+        request.draft_state.num_in_session += len(tokens)
+
+    def add_unread(self, request: Request) -> None:
+        """The tokens that a sequence's vocabulary has not seen: those of steps in which somebody else drafted."""
+        if request.draft_state.num_in_session < request.num_tokens:
+            self.add(request, request.all_token_ids[request.draft_state.num_in_session :])
+
+    @property
+    def sessions(self) -> list[int]:
+        return [request.draft_state.session for request in self.requests]
 
 
 class DraftVocab:
@@ -75,9 +74,6 @@ class DraftVocab:
         self.drafted = DraftedTokens(self.sessions, texts, wants_hidden=resources.semantic is not None)
         self._uses_prior = options.prior != "off"
         self._free = list(range(options.max_sessions))[::-1]
-        self._states: dict[str, SessionState | None] = {}
-        """Of all requests that have arrived, with a vocabulary or not."""
-        self._running: dict[str, _Running] = {}
         self._tenants = TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._past = SessionPast(options, resources, self.sessions)
         self._search = _start_search(resources.semantic)
@@ -95,7 +91,7 @@ class DraftVocab:
     @property
     def num_used(self) -> int:
         """Sequences with a vocabulary."""
-        return len(self._running)
+        return self.num_total - len(self._free)
 
     @property
     def num_total(self) -> int:
@@ -117,42 +113,28 @@ class DraftVocab:
         """Searches in the semantic index so far, and the seconds they took."""
         return (0, 0.0) if self._search is None else (self._search.num_searches, self._search.seconds)
 
-    def begin(self, request_id: str, state: SessionState | None) -> None:
-        """A request arrives; ``state`` is what its session brings along."""
-        self._states[request_id] = state
-
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Made-up requests get vocabularies with full tails, to measure what those cost."""
         for request in requests:
-            self.begin(request.request_id, None)
-            self._start(request)
-            running = self._running.get(request.request_id)
-            if running is not None:
-                self._write(self.sessions.insert(running.session, range(self.sessions.vocab_size), "tenant"))
+            if self._ensure_session(request):
+                everything = range(self.sessions.vocab_size)
+                self._write(self.sessions.insert(request.draft_state.session, everything, "tenant"))
 
-    def before_drafts(self, requests: Sequence[Request]) -> list[int]:
-        """Bring sequences up to date that are about to be drafted for; the session of each, -1 for none."""
+    def before_drafts(self, requests: Sequence[Request]) -> None:
+        """Bring sequences up to date that are about to be drafted for."""
         self.drafted.begin()
         behind = _Rows()
-        found = []
         for request in requests:
-            running = self._running.get(request.request_id) or self._start(request)
-            if running is not None and running.num_seen < request.num_tokens:
-                behind.add(running, request.all_token_ids[running.num_seen :])
-            found.append(-1 if running is None else running.session)
+            request.draft_state.candidates = request.draft_state.hidden = ()
+            if self._ensure_session(request):
+                behind.add_unread(request)
         self._catch_up(behind)
         if self._uses_prior and self._options.prior_matches:
             self.texts.read(requests)
-        return found
-
-    def sessions_of(self, requests: Sequence[Request]) -> list[int]:
-        """The session of each sequence, -1 for none."""
-        found = (self._running.get(request.request_id) for request in requests)
-        return [-1 if running is None else running.session for running in found]
 
     def slabs(self, sessions: Sequence[int]) -> list[int]:
-        """The tails of sessions; of those that are none (-1) one that is always empty."""
-        return [self._options.max_sessions if session < 0 else session for session in sessions]
+        """The tails of sessions; of those that are none one that is always empty."""
+        return [self._options.max_sessions if session == NONE else session for session in sessions]
 
     def follow(self, verified: Sequence[Verification], top_k: TopK, later: Collection[str] = ()) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
@@ -166,32 +148,29 @@ class DraftVocab:
         rows, behind = _Rows(), _Rows()
         for one in verified:
             request = one.request
-            running = self._running.get(request.request_id)
-            if running is None and request.request_id not in later and not request.output_token_ids:
-                running = self._start(request)
-            elif running is None or one.source != "draft":
-                continue
-            if running is not None:
-                if running.num_seen < request.num_tokens:  # somebody else drafted
-                    behind.add(running, request.all_token_ids[running.num_seen :])
-                rows.add(running, one.kept)
+            is_new = request.draft_state.session == NONE and not request.output_token_ids
+            if is_new and request.request_id not in later:
+                is_followed = self._ensure_session(request)
+            else:
+                is_followed = request.draft_state.session != NONE and one.source == "draft"
+            if is_followed:
+                behind.add_unread(request)
+                rows.add(request, one.kept)
                 followed.append(one)
         self._catch_up(behind)
         if followed:
             self._follow(followed, rows, top_k)
         self.drafted.begin()  # the next ones may not come from here
-        for request_id, token_ids in self._search.take() if self._search is not None else ():
-            if request_id in self._running:
-                session = self._running[request_id].session
-                self._write(self.sessions.insert(session, token_ids, "semantic", _NEW_BY_SEARCH))
+        for state, token_ids in self._search.take() if self._search is not None else ():
+            if state.session != NONE:
+                self._write(self.sessions.insert(state.session, token_ids, "semantic", _NEW_BY_SEARCH))
 
     def _follow(self, verified: Sequence[Verification], rows: _Rows, top_k: TopK) -> None:
         """Take tokens of sequences that are up to date, and put into their tails what is likely to come."""
-        sessions, tenants = [one.session for one in rows.running], self._tables(rows.running)
+        sessions, tenants = rows.sessions, self._tables(rows.requests)
         num_accepted = [one.num_accepted for one in verified]
         places = [
-            self.drafted.places(one.request.request_id, min(len(one.kept), one.sequence.num_draft_tokens))
-            for one in verified
+            one.request.draft_state.candidates[: min(len(one.kept), one.sequence.num_draft_tokens)] for one in verified
         ]
         writes, missed = self.sessions.verify(
             sessions, tenants, rows.tokens, num_accepted, places, self.drafted.arrays()
@@ -209,83 +188,74 @@ class DraftVocab:
         self._write(self.sessions.retrieve([sessions[row] for row in chosen], of_chosen, tokens, likely))
         if self._search is not None:
             for row in chosen:
-                self._ask(verified[row].request.request_id, missed[row])
+                state, place = verified[row].request.draft_state, missed[row]
+                if 0 <= place < len(state.hidden):  # from there a token should have been drafted, but could not
+                    self._search.ask(state, state.hidden[place])
 
-    def _ask(self, request_id: str, missed: int) -> None:
-        """Search for the tokens nearest to the state from which a token should have been drafted, but could not."""
-        hidden = self.drafted.hidden(request_id)
-        if self._search is not None and 0 <= missed < len(hidden):
-            self._search.ask(request_id, hidden[missed])
-
-    def bootstrap(self, request_id: str, likely: NDArray[np.int32]) -> None:
+    def bootstrap(self, request: Request, likely: NDArray[np.int32]) -> None:
         """Fill free slots of a new tail with what the target thought likely at the prompt's last positions.
 
         Args:
-            request_id: after its first ``follow``.
+            request: after its first ``follow``.
             likely: [n, k], best first; the last position last.
         """
-        running = self._running.get(request_id)
-        if running is not None:
-            self._write(self.sessions.insert(running.session, likely[::-1].T.ravel().tolist(), "target"))
+        if request.draft_state.session != NONE:
+            tokens = likely[::-1].T.ravel().tolist()
+            self._write(self.sessions.insert(request.draft_state.session, tokens, "target"))
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts."""
-        state = self._states.get(request.request_id)
-        running = self._running.get(request.request_id)
-        if running is None and state is not None:
-            running = self._start(request)  # nothing was drafted for it, but its session is to know of it
-        if running is None:
+        state = request.draft_state
+        if state.past is not None:
+            self._ensure_session(request)  # nothing may have been drafted for it, but its session is to know of it
+        if state.session == NONE:
             return None, None
-        if running.num_seen < request.num_tokens:
-            behind = _Rows()
-            behind.add(running, request.all_token_ids[running.num_seen :])
-            self._catch_up(behind)
-        self._past.remember(running.session, request)
-        counts = self.sessions.counts(running.session)
+        behind = _Rows()
+        behind.add_unread(request)
+        self._catch_up(behind)
+        self._past.remember(state.session, request)
+        counts = self.sessions.counts(state.session)
         fared = VocabularyCounts(
-            tail_tokens=len(self.sessions.tail(running.session)),
+            tail_tokens=len(self.sessions.tail(state.session)),
             verified_tokens=counts.verified,
             covered_tokens=counts.covered,
             events=counts.events,
             insertions=counts.insertions,
             hits=counts.hits,
         )
-        return None if state is None else self._past.pack(running.session), fared
+        return None if state.past is None else self._past.pack(state.session), fared
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """A request is over."""
-        self._states.pop(request_id, None)
-        self.texts.forget(request_id)
-        running = self._running.pop(request_id, None)
-        if running is not None:
+        self.texts.forget(request)
+        state = request.draft_state
+        if state.session != NONE:
             if self._resources.tails is not None:
-                self._resources.tails.clear(running.session)
-            self._free.append(running.session)
+                self._resources.tails.clear(state.session)
+            self._free.append(state.session)
+            state.session = NONE
 
-    def prior_weights(self, request_id: str) -> NDArray[np.float32] | None:
+    def prior_weights(self, request: Request) -> NDArray[np.float32] | None:
         """[NUM_FEATURES] with which a sequence is drafted for; None: without a prior."""
-        running = self._running.get(request_id)
-        return None if running is None or not self._uses_prior else self.sessions.applied_weights(running.session)
+        session = request.draft_state.session
+        return None if session == NONE or not self._uses_prior else self.sessions.applied_weights(session)
 
-    def _start(self, request: Request) -> _Running | None:
-        """Make the vocabulary of a sequence whose prompt is computed, if there is room."""
-        if not self._free or request.request_id not in self._states:
-            return None
-        running = _Running(self._free.pop(), request.tenant)
-        self._running[request.request_id] = running
-        past, of_tenant = self._past.begin(running.session, request, self._states[request.request_id])
-        tokens = request.all_token_ids
-        self._write(self.sessions.begin(running.session, tokens, past, of_tenant))
-        running.num_seen = len(tokens)
-        return running
+    def _ensure_session(self, request: Request) -> bool:
+        """Make the vocabulary of a sequence that has none yet, if there is room; whether it has one."""
+        state = request.draft_state
+        if state.session == NONE and self._free:
+            state.session = self._free.pop()
+            past, of_tenant = self._past.begin(state.session, request)
+            self._write(self.sessions.begin(state.session, request.all_token_ids, past, of_tenant))
+            state.num_in_session = request.num_tokens
+        return state.session != NONE
 
     def _catch_up(self, rows: _Rows) -> None:
-        if rows.running:
-            sessions = [one.session for one in rows.running]
-            self._write(self.sessions.catch_up(sessions, self._tables(rows.running), rows.tokens))
+        if rows.requests:
+            self._write(self.sessions.catch_up(rows.sessions, self._tables(rows.requests), rows.tokens))
 
-    def _tables(self, running: Sequence[_Running]) -> list[int] | None:
-        return None if self._tenants is None else [self._tenants.of(one.tenant) for one in running]
+    def _tables(self, requests: Sequence[Request]) -> list[int] | None:
+        return None if self._tenants is None else [self._tenants.of(request.tenant) for request in requests]
 
     def _write(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:

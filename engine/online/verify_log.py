@@ -101,7 +101,7 @@ class VerifyLog:
         adapters: EagleAdapters,
         width: int,
         features: Callable[[Sequence[Chunk]], torch.Tensor],
-        prior_weights: Callable[[str], NDArray[np.float32] | None],
+        prior_weights: Callable[[Request], NDArray[np.float32] | None],
         team: Team | None = None,
     ) -> None:
         config = adapters.config
@@ -251,7 +251,7 @@ class VerifyLog:
         step, request = chosen.step, chosen.step.verified.request
         assignment = self._adapters.assigned(request.request_id)
         top_ids, top_logits = pack_top_k(chosen.ids, chosen.values)
-        weights = self._prior_weights(request.request_id)
+        weights = self._prior_weights(request)
         return VerifyRecord(
             request_id=request.request_id,
             tenant=request.tenant,

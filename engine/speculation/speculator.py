@@ -10,14 +10,14 @@ import torch
 
 from engine.batch import Features
 from engine.draft_vocab.follower import ComputeLogits, VocabFollower
-from engine.messages import EngineStats, SessionState, VocabularyCounts
+from engine.messages import EngineStats, VocabularyCounts
 from engine.online.verify_log import VerifyLog
 from engine.request import Request
 from engine.speculation.drafters.base import Proposer
-from engine.speculation.drafters.lookup import Copy, PromptLookup
-from engine.speculation.length.policy import Chain, Confidence, Draftable, LengthPolicy
+from engine.speculation.drafters.lookup import PromptLookup
+from engine.speculation.length.policy import Chain, LengthPolicy
 from engine.step_plan import DraftSlot
-from engine.verification import DraftSource, Verification
+from engine.verification import Verification
 
 
 class Speculator:
@@ -44,78 +44,64 @@ class Speculator:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
         self._lookup, self._follower, self._verify_log = lookup, follower, verify_log
         self._vocab = None if follower is None else follower.vocab
-        # Of the step that is planned or being computed:
-        self._copies: dict[str, Copy] = {}
-        self._copied: frozenset[str] = frozenset()
-        self._chains: dict[str, Chain] = {}
         self._drafting_seconds: float | None = None
-        """None: nothing is drafted in this step."""
+        """Of this step; None: nothing is drafted in it."""
 
     @property
     def capture_layers(self) -> tuple[int, ...]:
         """The target's layers whose output ``learn`` wants."""
         return self._proposer.capture_layers
 
-    def begin(self, request_id: str, state: SessionState | None) -> None:
-        """A request arrives; ``state``: what its session brings along."""
-        if self._vocab is not None:
-            self._vocab.begin(request_id, state)
-
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
-        request_ids = [request.request_id for request in requests]
-        if self._policy.rests(request_ids, num_joining):
-            self._copies, self._copied = {}, frozenset()
+        sequences = [request.draft_state.draftable for request in requests]
+        if self._policy.rests(sequences, num_joining):
             return [0] * len(requests)
         caps = [request.sampling.num_speculative_tokens for request in requests]
         allowed = [
             min(limit, self._max_tokens if cap is None else min(cap, self._max_tokens))
             for limit, cap in zip(limits, caps, strict=True)
         ]
-        self._copies = {} if self._lookup is None else self._lookup.look(requests, allowed)
-        sequences = [self._draftable(request, limit) for request, limit in zip(requests, allowed, strict=True)]
-        lengths = self._policy.lengths(sequences, num_joining)
-        self._copied = lengths.copied
-        return lengths.most
-
-    def _draftable(self, request: Request, limit: int) -> Draftable:
-        copy = self._copies.get(request.request_id)
-        repeat, num_unread = copy.repeat if copy else None, self._proposer.num_unread(request)
-        return Draftable(request.request_id, request.tenant, limit, num_unread, repeat)
+        copies = [None] * len(requests) if self._lookup is None else self._lookup.look(requests, allowed)
+        for request, one, limit, copy in zip(requests, sequences, allowed, copies, strict=True):
+            request.draft_state.copy = copy
+            one.tenant, one.limit, one.num_unread = request.tenant, limit, self._proposer.num_unread(request)
+            one.repeat = None if copy is None else copy.repeat
+        return self._policy.lengths(sequences, num_joining)
 
     def draft(self, slots: Sequence[DraftSlot]) -> None:
         """Write ``request.draft_token_ids``, as far as the policy finds it worth while."""
         started = time.perf_counter()
-        wanted = [slot for slot in slots if slot.num_tokens]
-        confidence = self._copy([slot for slot in wanted if slot.request.request_id in self._copied])
-        drafting = [slot for slot in wanted if slot.request.request_id not in self._copied]
+        wanted, drafting = [slot for slot in slots if slot.num_tokens], []
+        for slot in wanted:
+            state = slot.request.draft_state
+            state.confidence = ()
+            if state.copy is not None and state.draftable.is_copied:
+                slot.request.draft_token_ids += state.copy.token_ids[: slot.num_tokens]
+                state.confidence = state.copy.repeat.levels[: slot.num_tokens]
+            else:
+                drafting.append(slot)
         if drafting:
-            rule = self._policy.stop_rule({slot.request.request_id: slot.num_tokens for slot in drafting})
-            confidence |= self._proposer.propose(drafting, rule)
-        self._cut([slot.request for slot in wanted if slot.request.draft_token_ids], confidence)
-        has_drafts = any(not chain.copied for chain in self._chains.values())
+            sequences = [slot.request.draft_state.draftable for slot in drafting]
+            rule = self._policy.stop_rule(sequences, [slot.num_tokens for slot in drafting])
+            self._proposer.propose(drafting, rule)
+        self._cut([slot.request for slot in wanted if slot.request.draft_token_ids])
+        has_drafts = any(slot.request.draft_token_ids for slot in drafting)
         self._drafting_seconds = time.perf_counter() - started if has_drafts else None
         _drop_forbidden([slot.request for slot in wanted])
 
-    def _copy(self, slots: Sequence[DraftSlot]) -> dict[str, Sequence[int]]:
-        """Fill some slots with copies; returns their levels."""
-        levels = {}
-        for slot in slots:
-            request, copy = slot.request, self._copies[slot.request.request_id]
-            request.draft_token_ids += copy.token_ids[: slot.num_tokens]
-            levels[request.request_id] = copy.repeat.levels[: slot.num_tokens]
-        return levels
-
-    def _cut(self, requests: Sequence[Request], confidence: Confidence) -> None:
+    def _cut(self, requests: Sequence[Request]) -> None:
         """Keep the whole chains, and of each request's drafts what is worth verifying."""
-        self._chains.clear()
+        if not requests:
+            return
+        chains = []
         for request in requests:
-            name, greedy = request.request_id, request.sampling.temperature == 0.0
-            self._chains[name] = Chain(request.draft_token_ids, confidence.get(name, ()), greedy, name in self._copied)
-        if requests:
-            lengths = self._policy.worth_verifying(self._chains)
-            for request in requests:  # another list: the chain keeps this one
-                request.draft_token_ids = request.draft_token_ids[: lengths[request.request_id]]
+            state, greedy = request.draft_state, request.sampling.temperature == 0.0
+            state.chain = Chain(request.draft_token_ids, state.confidence, greedy, state.draftable.is_copied)
+            chains.append(state.chain)
+        lengths = self._policy.worth_verifying([request.draft_state.draftable for request in requests], chains)
+        for request, length in zip(requests, lengths, strict=True):  # another list: the chain keeps this one
+            request.draft_token_ids = request.draft_token_ids[:length]
 
     def learn(
         self,
@@ -169,21 +155,18 @@ class Speculator:
         """
         first_right: dict[str, bool | None] = {}
         for one in verified:
-            request_id = one.request.request_id
-            chain, copy = self._chains.pop(request_id, None), self._copies.pop(request_id, None)
+            state = one.request.draft_state
+            chain, copy = state.chain, state.copy
+            state.chain = state.copy = None
             if not one.kept:
                 continue
             if copy is not None:
-                self._policy.record_copy(request_id, copy.repeat, _outcomes(copy.token_ids, one.kept))
+                self._policy.record_copy(state.draftable, copy.repeat, _outcomes(copy.token_ids, one.kept))
             if chain is not None:
                 outcomes, repeat = _outcomes(chain.token_ids, one.kept), copy.repeat if copy else None
-                self._policy.record_drafts(request_id, chain, outcomes, repeat)
-                first_right[request_id] = None if chain.copied else outcomes[0]
+                self._policy.record_drafts(state.draftable, chain, outcomes, repeat)
+                first_right[one.request.request_id] = None if chain.copied else outcomes[0]
         return first_right
-
-    def source(self, request_id: str) -> DraftSource:
-        """Who drafted for a request in this step."""
-        return "lookup" if request_id in self._copied else "draft"
 
     def draft_version(self, request_id: str) -> int:
         """Version of the adapter that drafted last for a request, 0: the base draft."""
@@ -209,18 +192,18 @@ class Speculator:
         """A request has ended, its last tokens are committed: the snapshot of its session, and how its drafts fared."""
         return (None, None) if self._vocab is None else self._vocab.finish(request)
 
-    def preempted(self, request_id: str) -> None:
+    def preempted(self, request: Request) -> None:
         """A request has lost its blocks; it comes back."""
-        self._proposer.forget(request_id)
+        request.draft_state.chain = request.draft_state.copy = None
+        self._proposer.forget(request)
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """A request has ended."""
-        self._proposer.forget(request_id)
-        self._policy.forget(request_id)
+        self._proposer.forget(request)
         if self._lookup is not None:
-            self._lookup.forget(request_id)
+            self._lookup.forget(request)
         if self._vocab is not None:
-            self._vocab.forget(request_id)
+            self._vocab.forget(request)
 
 
 def _drop_forbidden(requests: Sequence[Request]) -> None:

@@ -70,30 +70,14 @@ class Chain {
   void add_prior_to(int step, int row) {
     drafts_.resize(step);
     for (int i = 0; i < step; ++i) drafts_[i] = out_.tokens[at(i) + row];
-    int32_t matched[TextIndex::kMaxPlaces], lengths[TextIndex::kMaxPlaces];
-    int num_matched = 0;
-    if (model_.sessions->uses_repeats() && rows_.texts[row] >= 0) {
-      num_matched = model_.texts->of(rows_.texts[row]).find(drafts_.data(), step, matched, lengths);
-    }
+    const Sessions& sessions = *model_.sessions;
     const size_t begin = of_row(step, row);
-    include(row, matched, num_matched, out_.token_ids + begin, out_.logits + begin);
     const Candidates own{out_.token_ids + begin, out_.logits + begin, out_.features + begin * kFeatures,
                          rows_.candidates};
-    int64_t context[2];
-    model_.sessions->context(rows_.sessions[row], drafts_.data(), step, context);
-    model_.sessions->features(rows_.sessions[row], context, matched, lengths, num_matched, own);
-    model_.sessions->score(rows_.sessions[row], own, scores_.data() + static_cast<size_t>(row) * rows_.candidates);
-  }
-
-  // Tokens that followed a repeat are candidates whatever the draft thinks of them: the weakest make room.
-  void include(int row, const int32_t* tokens, int count, int32_t* token_ids, float* logits) {
-    int32_t* last = token_ids + rows_.candidates;
-    for (int i = 0; i < count && last > token_ids; ++i) {
-      if (std::find(token_ids, last, tokens[i]) != last) continue;
-      --last;
-      *last = tokens[i];
-      logits[last - token_ids] = head_logit(row, tokens[i]);
-    }
+    const Repeats repeats = sessions.repeats(*model_.texts, rows_.texts[row], drafts_.data(), step);
+    include(repeats, own, [&](int column) { own.logits[column] = head_logit(row, own.tokens[column]); });
+    float* const scores = scores_.data() + static_cast<size_t>(row) * rows_.candidates;
+    sessions.score(rows_.sessions[row], drafts_.data(), step, repeats, own, scores);
   }
 
   float head_logit(int row, int32_t token) {

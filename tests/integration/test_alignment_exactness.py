@@ -35,7 +35,6 @@ from engine.online.weight_writer import WeightWriter
 from engine.request import Request
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import Curve, StepCosts
-from engine.speculation.length.policy import Confidence
 from engine.speculation.speculator import Speculator
 from engine.step_plan import ScheduledSequence
 from kernels import native
@@ -317,8 +316,8 @@ def cut_all_each_second(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int]
     cut = Speculator._cut
     firsts: dict[tuple[str, int], int] = {}
 
-    def cut_or_drop(self: Speculator, requests: Sequence[Request], confidence: Confidence) -> None:
-        cut(self, requests, confidence)
+    def cut_or_drop(self: Speculator, requests: Sequence[Request]) -> None:
+        cut(self, requests)
         if next(turns) % 2:
             for request in requests:
                 firsts[request.request_id, len(request.all_token_ids)] = request.draft_token_ids[0]

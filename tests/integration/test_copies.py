@@ -18,6 +18,7 @@ from engine.speculation.drafters.eagle import EagleProposer
 from engine.speculation.drafters.lookup import PromptLookup
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import Curve, StepCosts
+from engine.speculation.length.policy import Copy
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
 
@@ -125,23 +126,32 @@ def request_of(token_ids: list[int]) -> Request:
     return Request("a", b"", "tests", SamplingParams(max_tokens=99, seed=0, temperature=0.0), token_ids)
 
 
+def look(lookup: PromptLookup, request: Request, limit: int) -> Copy | None:
+    (copy,) = lookup.look([request], [limit])
+    return copy
+
+
 def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
     lookup = PromptLookup(RunningTexts(8))
     request = request_of([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3])
-    copy = lookup.look([request], [5])["a"]
+    copy = look(lookup, request, 5)
+    assert copy is not None
     assert copy.token_ids == [4, 9, 2, 3, 5]
     assert copy.repeat.levels == [2, 3, 4, 5, 6]  # three tokens agreed before the first, four before the second
     request.all_token_ids += [4, 9]
-    assert lookup.look([request], [9])["a"].token_ids == [2, 3, 5, 1, 2, 3, 4, 9, 2]  # beyond its end the text repeats
+    beyond = look(lookup, request, 9)
+    assert beyond is not None
+    assert beyond.token_ids == [2, 3, 5, 1, 2, 3, 4, 9, 2]  # beyond its end the text repeats
     request.all_token_ids += [7, 8]
-    assert lookup.look([request], [5]) == {}
-    assert lookup.look([request_of([1, 2, 3, 1, 2, 3])], [0]) == {}
+    assert look(lookup, request, 5) is None
+    assert look(lookup, request_of([1, 2, 3, 1, 2, 3]), 0) is None
 
 
 def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:
     lookup = PromptLookup(RunningTexts(8))
     far = request_of([1, 2, 3, *range(10, 5010), 1, 2, 3])
-    assert lookup.look([far], [4]) == {}
-    lookup.forget("a")
+    assert look(lookup, far, 4) is None
     near = request_of([*range(10, 5010), 1, 2, 3, 4, 1, 2, 3])
-    assert lookup.look([near], [2])["a"].token_ids == [4, 1]
+    copy = look(lookup, near, 2)
+    assert copy is not None
+    assert copy.token_ids == [4, 1]

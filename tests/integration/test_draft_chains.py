@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.speculation.drafters.eagle import EagleProposer
 from engine.speculation.drafters.head import DraftHead
-from engine.speculation.length.policy import Chain, Confidence, FixedLength, Repeat, StopRule
+from engine.speculation.length.policy import Chain, Draftable, FixedLength, Repeat, StopRule
 from engine.step_plan import DraftSlot
 from kernels import native
 from kernels.native_chain import CONFIDENCE_LEVELS, ChainBatch, ChainResult, NativeChain
@@ -70,11 +70,10 @@ class DraftsTaken:
         self._greedy = greedy
         propose = EagleProposer.propose
 
-        def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
-            confidence = propose(proposer, slots, stop)
+        def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+            propose(proposer, slots, stop)
             for slot in slots:
                 self.drafts[slot.request.request_id, slot.request.num_tokens] = slot.request.draft_token_ids.copy()
-            return confidence
 
         monkeypatch.setattr(EagleProposer, "propose", recorded)
 
@@ -116,7 +115,7 @@ class Stopping:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[Call] = []
         self.judged: list[tuple[int, int, Sequence[bool]]] = []
-        cut: dict[str, int] = {}
+        cut: dict[Draftable, int] = {}
         run, chance = NativeChain.run, np.random.default_rng(2)
 
         def recorded(chain: NativeChain, batch: ChainBatch, *arguments: Any) -> ChainResult:
@@ -124,25 +123,25 @@ class Stopping:
             self.calls.append((batch, result))
             return result
 
-        def rule(policy: FixedLength, lengths: Mapping[str, int]) -> StopRule:
-            most = max(lengths.values())
+        def rule(policy: FixedLength, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule:
+            rows = zip(sequences, lengths, strict=True)
             return StopRule(
                 chances=chance.uniform(0.5, 1.0, (TENANTS, 2, CONFIDENCE_LEVELS)).astype(np.float32),
-                tenants={name: int(chance.integers(TENANTS)) for name in lengths},
-                acceptance={name: chance.uniform(0.3, 1.0, length).tolist() for name, length in lengths.items()},
-                verify_costs=chance.uniform(0.0, 0.2, most).tolist(),
+                tenants={one: int(chance.integers(TENANTS)) for one in sequences},
+                acceptance={one: chance.uniform(0.3, 1.0, length).tolist() for one, length in rows},
+                verify_costs=chance.uniform(0.0, 0.2, max(lengths)).tolist(),
                 draft_cost=float(chance.uniform(0.0, 1.2)),
-                planned=lengths,
             )
 
-        def worth(policy: FixedLength, chains: Mapping[str, Chain]) -> Mapping[str, int]:
-            cut.update((name, int(chance.integers(0, len(of_one.confidence) + 1))) for name, of_one in chains.items())
-            return {name: cut[name] for name in chains}
+        def worth(policy: FixedLength, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
+            lengths = [int(chance.integers(0, len(of_one.confidence) + 1)) for of_one in chains]
+            cut.update(zip(sequences, lengths, strict=True))
+            return lengths
 
         def record(
-            policy: FixedLength, request_id: str, of_one: Chain, outcomes: Sequence[bool], repeat: Repeat | None
+            policy: FixedLength, sequence: Draftable, of_one: Chain, outcomes: Sequence[bool], repeat: Repeat | None
         ) -> None:
-            self.judged.append((cut[request_id], len(of_one.confidence), outcomes))
+            self.judged.append((cut[sequence], len(of_one.confidence), outcomes))
 
         monkeypatch.setattr(NativeChain, "run", recorded)
         monkeypatch.setattr(FixedLength, "stop_rule", rule)

@@ -33,7 +33,7 @@ from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.eagle import EagleDraft
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.drafters.kv import Chunk
-from engine.speculation.length.policy import Confidence, StopRule
+from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import make_directory
@@ -96,7 +96,7 @@ class Watcher:
     def num_unread(self, request: Request) -> int:
         return self._proposer.num_unread(request)
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         if self._paused == 0 and self._chance.random() < 0.05:
             self._paused = self._chance.randrange(30)
         self._paused = max(self._paused - 1, 0)
@@ -110,15 +110,14 @@ class Watcher:
             for index in range(len(drafts)):
                 hidden = self._head.hidden[slot.request.sampling.seed, len(tokens) + index]
                 self.observations.append(Observation(tokens.copy(), drafts[:index], hidden))
-        return {}
 
     def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
     ) -> None:
         self._proposer.after_verification(sequences, num_kept, features)
 
-    def forget(self, request_id: str) -> None:
-        self._proposer.forget(request_id)
+    def forget(self, request: Request) -> None:
+        self._proposer.forget(request)
 
 
 class FromScratch:

@@ -52,7 +52,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
     compute(ledger, second, [0, 1, 3], 32, 41, num_kept=1)
     slots = [DraftSlot(first, 4, [0, 1, 2]), DraftSlot(second, 4, [0, 1, 3])]
     assert caught_up(ledger, *slots) == [(0, 41), (32, 10)]
-    ledger.forget(first.request_id)
+    ledger.forget(first)
     compute(ledger, third, [0, 1, 4], 32, 42, num_kept=1)
     assert caught_up(ledger, DraftSlot(third, 4, [0, 1, 4])) == [(32, 11)]
 
@@ -62,7 +62,7 @@ def test_blocks_used_again_are_computed_again() -> None:
     ledger, old, new = DraftKvTracker(8, BLOCK), make_request(47), make_request(31)
     compute(ledger, old, [0, 1, 2], 0, 47, num_kept=1)
     caught_up(ledger, DraftSlot(old, 1, [0, 1, 2]))
-    ledger.forget(old.request_id)
+    ledger.forget(old)
     compute(ledger, new, [1, 0], 0, 32, num_kept=2)
     assert new.num_computed_tokens == 32
     assert caught_up(ledger, DraftSlot(new, 4, [1, 0, 2])) == [(0, 33)]

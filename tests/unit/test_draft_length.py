@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from itertools import accumulate, pairwise, product
 
 import pytest
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.costs import Curve, ServedCosts, StepCosts, without_spikes
 from engine.speculation.length.plan import best_plan, best_verified
-from engine.speculation.length.policy import Chain, Draftable, DraftLengths, Repeat
+from engine.speculation.length.policy import Chain, Draftable, Repeat
 from kernels.native_chain import CONFIDENCE_LEVELS
+from tests.named_policy import NamedPolicy
 
 ONE_EACH = Curve([(1, 1.0), (2, 2.0)])
 CHEAP = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=ONE_EACH, next_draft=ONE_EACH)
@@ -71,41 +73,25 @@ def geometric(chance: float, limit: int) -> list[float]:
     return [chance**place for place in range(1, limit + 1)]
 
 
-def adaptive(costs: StepCosts, *, stops_early: bool = False) -> AdaptiveLength:
-    return AdaptiveLength(costs, stops_early=stops_early)
-
-
 def chain_of(confidence: list[int] | None = None, length: int = 1, *, copied: bool = False) -> Chain:
     return Chain(
         [7] * (length if confidence is None else len(confidence)), confidence or [], greedy=True, copied=copied
     )
 
 
-def decide(
-    policy: AdaptiveLength,
-    request_ids: list[str],
-    limits: list[int],
+def lengths(
+    policy: NamedPolicy,
+    names: Sequence[str],
+    limits: Sequence[int],
     num_joining: int = 0,
     repeats: dict[str, Repeat] | None = None,
     num_unread: int = 0,
-    tenant: str = "t",
-) -> DraftLengths:
-    """Each sequence has so many tokens that its draft has not read."""
-    repeats = repeats or {}
-    sequences = [
-        Draftable(name, tenant, limit, num_unread, repeats.get(name))
-        for name, limit in zip(request_ids, limits, strict=True)
-    ]
-    return policy.lengths(sequences, num_joining)
-
-
-def lengths(
-    policy: AdaptiveLength, request_ids: list[str], limits: list[int], num_joining: int = 0, num_unread: int = 0
 ) -> list[int]:
-    return decide(policy, request_ids, limits, num_joining, num_unread=num_unread).most
+    of_names = dict(zip(names, limits, strict=True))
+    return policy.lengths(of_names, num_joining, repeats=repeats, num_unread=num_unread)
 
 
-def simulate(policy: AdaptiveLength, acceptance: float, steps: int, limit: int = 6, batch: int = 1) -> list[list[int]]:
+def simulate(policy: NamedPolicy, acceptance: float, steps: int, limit: int = 6, batch: int = 1) -> list[list[int]]:
     """Run decode steps in which each draft is accepted with the given chance; returns all lengths."""
     chance = random.Random(0)
     ids = [str(index) for index in range(batch)]
@@ -203,7 +189,7 @@ def test_no_other_choice_of_drafts_to_verify_promises_more(
 
 
 def test_lengths_follow_the_acceptance_that_is_seen() -> None:
-    policy = adaptive(CHEAP)
+    policy = NamedPolicy(CHEAP)
     bad = simulate(policy, 0.1, 300)
     assert bad[0] != [0]  # new drafts are tried
     assert mean_length(bad[-100:]) < 0.3
@@ -212,19 +198,19 @@ def test_lengths_follow_the_acceptance_that_is_seen() -> None:
 
 
 def test_limits_hold() -> None:
-    policy = adaptive(CHEAP)
+    policy = NamedPolicy(CHEAP)
     assert lengths(policy, ["a", "b", "c"], [0, 1, 6], 0)[:2] == [0, 1]
 
 
 def test_drafting_for_a_few_waits_for_those_that_join() -> None:
     """Not drafted for eight, so not for one of them either while the others' prompts are computed."""
-    policy = adaptive(FLAT_TO_8)
+    policy = NamedPolicy(FLAT_TO_8)
     assert lengths(policy, ["a"], [6], num_joining=7) == [0]
     assert lengths(policy, ["a"], [6], num_joining=1)[0] > 0
 
 
 def test_a_smaller_batch_is_drafted_for_at_once() -> None:
-    policy = adaptive(FLAT_TO_8)
+    policy = NamedPolicy(FLAT_TO_8)
     ids = [str(index) for index in range(8)]
     for _ in range(100):
         assert lengths(policy, ids, [6] * 8, 0) == [0] * 8
@@ -232,7 +218,7 @@ def test_a_smaller_batch_is_drafted_for_at_once() -> None:
 
 
 def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
-    policy = adaptive(CHEAP)
+    policy = NamedPolicy(CHEAP)
     for _ in range(30):
         good, bad = lengths(policy, ["good", "bad"], [4, 4], 0)
         policy.record_drafts("good", chain_of(), [True] * good, None)
@@ -242,16 +228,16 @@ def test_a_sequence_that_is_drafted_badly_does_not_stop_the_others() -> None:
 
 
 def test_speculation_that_cannot_pay_is_never_probed() -> None:
-    assert not any(map(any, simulate(adaptive(DEAR), 0.9, 2000, batch=4)))
+    assert not any(map(any, simulate(NamedPolicy(DEAR), 0.9, 2000, batch=4)))
 
 
 def test_speculation_that_might_pay_is_probed_seldom() -> None:
-    history = simulate(adaptive(CHEAP), 0.0, 3000)[-2000:]
+    history = simulate(NamedPolicy(CHEAP), 0.0, 3000)[-2000:]
     assert 0 < sum(map(any, history)) < 100
 
 
 def test_decisions_are_reproducible() -> None:
-    assert simulate(adaptive(CHEAP), 0.6, 200, batch=3) == simulate(adaptive(CHEAP), 0.6, 200, batch=3)
+    assert simulate(NamedPolicy(CHEAP), 0.6, 200, batch=3) == simulate(NamedPolicy(CHEAP), 0.6, 200, batch=3)
 
 
 def test_fewer_tokens_never_cost_more() -> None:
@@ -264,9 +250,9 @@ SURE, UNSURE = CONFIDENCE_LEVELS - 1, 0
 
 
 def test_chains_that_can_end_early_have_room_to_the_limit() -> None:
-    assert lengths(adaptive(CHEAP), ["a"], [6], 0) == [4]
-    assert lengths(adaptive(CHEAP, stops_early=True), ["a"], [6], 0) == [6]
-    assert lengths(adaptive(DEAR, stops_early=True), ["a"], [6], 0) == [0]
+    assert lengths(NamedPolicy(CHEAP), ["a"], [6], 0) == [4]
+    assert lengths(NamedPolicy(CHEAP, stops_early=True), ["a"], [6], 0) == [6]
+    assert lengths(NamedPolicy(DEAR, stops_early=True), ["a"], [6], 0) == [0]
 
 
 def test_the_stop_rule_counts_in_tokens() -> None:
@@ -274,7 +260,7 @@ def test_the_stop_rule_counts_in_tokens() -> None:
     costs = StepCosts(
         Curve([(1, 0.1), (2, 0.2), (6, 0.4)]), first_draft=Curve([(1, 0.0)]), next_draft=Curve([(1, 0.2)])
     )
-    policy = adaptive(costs, stops_early=True)
+    policy = NamedPolicy(costs, stops_early=True)
     lengths(policy, ["a", "b"], [2, 2])
     for _ in range(200):
         policy.record_drafts("a", chain_of(), [False], None)
@@ -284,12 +270,12 @@ def test_the_stop_rule_counts_in_tokens() -> None:
     assert rule is not None
     assert rule.verify_costs == pytest.approx([0.5, 0.5])
     assert rule.draft_cost == pytest.approx(2.0)
-    assert [len(rule.acceptance[name]) for name in "ab"] == [2, 2]
+    assert [len(rule.acceptance[one]) for one in policy.of("ab")] == [2, 2]
 
 
 def test_what_the_draft_is_sure_of_is_verified_and_the_rest_is_not() -> None:
     """A ninth token doubles the time of eight, so that one of two has to be dropped."""
-    policy = adaptive(FLAT_TO_8, stops_early=True)
+    policy = NamedPolicy(FLAT_TO_8, stops_early=True)
     ids = [str(number) for number in range(6)]
     lengths(policy, ids, [1] * 6, 0)
     confidence = [UNSURE, SURE, UNSURE, SURE, UNSURE, UNSURE]
@@ -299,7 +285,7 @@ def test_what_the_draft_is_sure_of_is_verified_and_the_rest_is_not() -> None:
 
 def test_how_much_sureness_is_worth_is_learned_from_what_was_accepted() -> None:
     """A draft that is sure of nothing, and always right; greedy and sampled tokens are judged apart."""
-    policy = adaptive(CHEAP, stops_early=True)
+    policy = NamedPolicy(CHEAP, stops_early=True)
     lengths(policy, ["a"], [1], 0)
     rules = [policy.stop_rule({"a": 1})]
     for _ in range(500):
@@ -313,7 +299,7 @@ def test_how_much_sureness_is_worth_is_learned_from_what_was_accepted() -> None:
 
 def test_a_draft_that_was_dropped_is_judged_by_the_token_that_came() -> None:
     """Where nothing is verified, the chance of the first place is still learned: trials need no verification."""
-    policy = adaptive(FLAT_TO_8, stops_early=True)
+    policy = NamedPolicy(FLAT_TO_8, stops_early=True)
     assert lengths(policy, ["a"], [6], 0) == [6]
     for _ in range(300):
         policy.record_drafts("a", chain_of([UNSURE]), [False], None)
@@ -325,18 +311,19 @@ LONG, SHORT = [CONFIDENCE_LEVELS - 1] * 6, [1, 2, 3, 4, 5, 6]
 
 def test_a_long_repeat_is_copied_where_drafts_cost_too_much() -> None:
     """As many tokens as are verified for nothing; a short repeat is not sure enough for the rest."""
-    policy = adaptive(FLAT_TO_8)
+    policy = NamedPolicy(FLAT_TO_8)
     ids = [str(number) for number in range(8)]
     lengths(policy, ids, [6] * 8)
     for _ in range(300):
         policy.record_drafts("0", chain_of(), [False], None)
-    assert decide(policy, ids[:6], [6] * 6, repeats={"1": Repeat(LONG, True)}).most == [0, 2, 0, 0, 0, 0]
-    assert decide(policy, ids, [6] * 8, repeats={"1": Repeat(SHORT, True)}).copied == frozenset()
+    assert lengths(policy, ids[:6], [6] * 6, repeats={"1": Repeat(LONG, True)}) == [0, 2, 0, 0, 0, 0]
+    lengths(policy, ids, [6] * 8, repeats={"1": Repeat(SHORT, True)})
+    assert not policy.copied()
 
 
 def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_is_drafted_for() -> None:
     free = Curve([(1, 1.0)])
-    policy = adaptive(StepCosts(verify=free, first_draft=Curve([(1, 100.0)]), next_draft=Curve([(1, 100.0)])))
+    policy = NamedPolicy(StepCosts(verify=free, first_draft=Curve([(1, 100.0)]), next_draft=Curve([(1, 100.0)])))
     ids = [str(number) for number in range(8)]
     rested = []
     for _ in range(56):
@@ -347,32 +334,35 @@ def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_i
     assert sum(rested[16:]) == 30  # of 40
     assert not policy.rests(ids[:7], 0)
     assert [policy.rests(ids, 0) for _ in range(20)].count(False) == 17
-    assert decide(policy, ids, [6] * 8, repeats={"1": Repeat(LONG, True)}).copied == {"1"}
+    lengths(policy, ids, [6] * 8, repeats={"1": Repeat(LONG, True)})
+    assert policy.copied() == {"1"}
     assert not any(policy.rests(ids, 0) for _ in range(16))
 
 
 def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() -> None:
-    policy = adaptive(CHEAP)
+    policy = NamedPolicy(CHEAP)
     lengths(policy, ["a"], [6])
     for greedy in (True, False) * 300:
         policy.record_copy("a", Repeat(LONG, greedy), [False])
-    assert decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)}).copied == frozenset()
+    lengths(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)})
+    assert not policy.copied()
     for _ in range(300):
         policy.record_copy("a", Repeat(LONG, True), [True] * 6)
-    chosen = decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)})
-    assert (chosen.most, chosen.copied) == ([6], frozenset({"a"}))
-    assert not decide(policy, ["a"], [6], repeats={"a": Repeat(LONG, False)}).copied  # sampled ones are judged apart
+    assert lengths(policy, ["a"], [6], repeats={"a": Repeat(LONG, True)}) == [6]
+    assert policy.copied() == {"a"}
+    lengths(policy, ["a"], [6], repeats={"a": Repeat(LONG, False)})
+    assert not policy.copied()  # sampled ones are judged apart
 
 
 def test_drafts_that_are_better_where_a_text_repeats_are_drafted_there() -> None:
-    policy = adaptive(CHEAP)
+    policy = NamedPolicy(CHEAP)
     repeat = Repeat(SHORT, True)
     lengths(policy, ["a"], [6])
     for _ in range(300):
         policy.record_copy("a", repeat, [False])
         policy.record_drafts("a", chain_of(), [True] * 4, repeat)
         policy.record_drafts("a", chain_of(), [False], None)
-    assert lengths(policy, ["b"], [6]) < decide(policy, ["b"], [6], repeats={"b": repeat}).most
+    assert lengths(policy, ["b"], [6]) < lengths(policy, ["b"], [6], repeats={"b": repeat})
 
 
 def test_a_text_is_read_for_drafts_only_where_they_promise_more_than_that_takes() -> None:
@@ -380,27 +370,27 @@ def test_a_text_is_read_for_drafts_only_where_they_promise_more_than_that_takes(
     costs = StepCosts(Curve([(1, 10.0), (8, 15.0), (24, 31.0)]), Curve([(1, 0.5)]), Curve([(1, 0.5)]), read=0.05)
     for batch, num_unread, drafts in ((8, 0, True), (8, 20, True), (8, 400, False), (1, 400, True), (1, 10_000, False)):
         ids = [str(number) for number in range(batch)]
-        assert any(lengths(adaptive(costs), ids, [4] * batch, num_unread=num_unread)) == drafts, (batch, num_unread)
+        assert any(lengths(NamedPolicy(costs), ids, [4] * batch, num_unread=num_unread)) == drafts, (batch, num_unread)
 
 
 def test_a_text_that_was_read_is_drafted_for_beside_those_that_are_not_worth_it() -> None:
     costs = StepCosts(Curve([(1, 10.0), (8, 15.0), (24, 31.0)]), Curve([(1, 0.5)]), Curve([(1, 0.5)]), read=0.05)
-    sequences = [Draftable(str(number), "t", 4, 3 if number < 4 else 400) for number in range(8)]
-    most = adaptive(costs).lengths(sequences, 0).most
+    sequences = [Draftable("t", limit=4, num_unread=3 if number < 4 else 400) for number in range(8)]
+    most = AdaptiveLength(costs, stops_early=False).lengths(sequences, 0)
     assert all(most[:4])
     assert not any(most[4:])
 
 
 def test_drafts_that_take_longer_than_expected_are_left_out_and_tried_again() -> None:
     """A draft, right one time in three, pays if it takes what was measured, but not if it takes four times as long."""
-    policy = adaptive(CHEAP)
+    policy = NamedPolicy(CHEAP)
     history = []
     for step in range(1200):
         history.append(lengths(policy, ["a"], [1])[0])
         if history[-1]:
             policy.worth_verifying({"a": chain_of()})
             policy.record_drafts("a", chain_of(), [step % 3 == 0], None)
-            policy.record_seconds(4.0)
+            policy.policy.record_seconds(4.0)
     assert all(history[:5])
     last = history[600:]
     assert 0 < sum(map(bool, last)) < len(last) / 4
@@ -424,13 +414,3 @@ def test_costs_follow_what_drafts_take_but_not_a_single_step() -> None:
     for _ in range(3000):
         costs.idle()
     assert costs.first_draft(1) == pytest.approx(1.0, rel=0.02)
-
-
-def test_a_request_may_have_the_id_of_one_that_has_ended() -> None:
-    """Also after a long time in which nothing was worth drafting."""
-    policy = adaptive(DEAR)
-    for _ in range(40):
-        assert lengths(policy, ["a"], [6]) == [0]
-    policy.forget("a")
-    for _ in range(40):
-        assert lengths(policy, ["a"], [6]) == [0]

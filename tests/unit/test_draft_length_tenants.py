@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.speculation.length.acceptance import Tenants
-from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.costs import Curve, StepCosts
-from engine.speculation.length.policy import Chain, Draftable, Repeat
+from engine.speculation.length.policy import Chain, Repeat
 from kernels.native_chain import CONFIDENCE_LEVELS
+from tests.named_policy import NamedPolicy
 
 COSTS = StepCosts(verify=Curve([(1, 10.0), (64, 16.3)]), first_draft=Curve([(1, 1.0)]), next_draft=Curve([(1, 1.0)]))
 LIMIT = 6
@@ -49,7 +49,7 @@ class Served:
     """A policy, and requests served one after the other."""
 
     def __init__(self) -> None:
-        self._policy = AdaptiveLength(COSTS, stops_early=True)
+        self._policy = NamedPolicy(COSTS, stops_early=True)
         self._num_requests = 0
 
     def serve(self, tenant: str, traffic: Sequence[Traffic]) -> list[object]:
@@ -62,20 +62,20 @@ class Served:
         levels = [traffic.level] * LIMIT
         repeat = Repeat(levels, traffic.greedy) if traffic.repeats else None
         outcomes = [place < traffic.num_right for place in range(min(traffic.num_right + 1, LIMIT))]
-        decisions.append(policy.drafts_for_most(tenant))
+        decisions.append(policy.policy.drafts_for_most(tenant))
         for _ in range(traffic.steps):
-            lengths = policy.lengths([Draftable(name, tenant, LIMIT, 0, repeat)], 0)
-            (most,), is_copied = lengths.most, bool(lengths.copied)
+            repeats = {} if repeat is None else {name: repeat}
+            (most,) = policy.lengths({name: LIMIT}, repeats=repeats, tenants={name: tenant})
+            one, is_copied = policy.sequences[name], name in policy.copied()
             decisions.append((most, is_copied))
             if most and not is_copied and (rule := policy.stop_rule({name: most})) is not None:
-                decisions += [rule.chances[rule.tenants[name]].tolist(), rule.acceptance[name], rule.verify_costs]
+                decisions += [rule.chances[rule.tenants[one]].tolist(), rule.acceptance[one], rule.verify_costs]
             if most:
                 chain = Chain([7] * most, levels[:most], traffic.greedy, is_copied)
                 decisions.append(policy.worth_verifying({name: chain})[name])
                 policy.record_drafts(name, chain, outcomes[:most], repeat)
             if repeat is not None:
                 policy.record_copy(name, repeat, outcomes)
-        policy.forget(name)
         return decisions
 
 
@@ -100,25 +100,24 @@ def test_what_a_tenant_was_served_itself_does() -> None:
 
 
 def test_each_chain_of_a_step_ends_by_the_chances_of_its_tenant() -> None:
-    policy = AdaptiveLength(COSTS, stops_early=True)
-    sequences = [Draftable("0", "a", LIMIT), Draftable("1", "b", LIMIT), Draftable("2", "a", LIMIT)]
-    policy.lengths(sequences, 0)
+    policy = NamedPolicy(COSTS, stops_early=True)
+    policy.lengths(dict.fromkeys("012", LIMIT), tenants={"0": "a", "1": "b", "2": "a"})
     for name, right in (("0", True), ("1", False)):
         for _ in range(300):
             policy.record_drafts(name, Chain([7], [8], greedy=True), [right], None)
     rule = policy.stop_rule(dict.fromkeys("012", LIMIT))
     assert rule is not None
-    chances = [rule.chances[rule.tenants[name], 0, 8] for name in "012"]
+    chances = [rule.chances[rule.tenants[one], 0, 8] for one in policy.of("012")]
     assert chances[0] == chances[2] > 0.9
     assert chances[1] < 0.3
 
 
 def test_a_tenant_whose_drafts_fail_beside_one_whose_drafts_are_right_is_tried_again() -> None:
     """Its own steps without drafts count, not those of the engine."""
-    policy = AdaptiveLength(COSTS, stops_early=False)
+    policy = NamedPolicy(COSTS)
     history = []
     for _ in range(1200):
-        most = policy.lengths([Draftable("0", "good", LIMIT), Draftable("1", "bad", LIMIT)], 0).most
+        most = policy.lengths(dict.fromkeys("01", LIMIT), tenants={"0": "good", "1": "bad"})
         for name, length, right in zip("01", most, (True, False), strict=True):
             if length:
                 policy.record_drafts(

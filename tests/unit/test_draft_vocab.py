@@ -73,7 +73,7 @@ class Harness:
         sampling = SamplingParams(max_tokens=99, seed=0, temperature=temperature)
         domain = (state.domain or None) if state else None
         request = Request(name, b"", tenant, sampling, list(prompt), domain=domain)
-        self.vocab.begin(name, state)
+        request.draft_state.past = state
         self.verify(request, [first])
         return request
 
@@ -93,23 +93,24 @@ class Harness:
 
     def slabs_of(self, *requests: Request) -> list[int]:
         """The tails of requests that draft now."""
-        return self.vocab.slabs(self.vocab.before_drafts(requests))
+        self.vocab.before_drafts(requests)
+        return self.vocab.slabs([request.draft_state.session for request in requests])
 
     def with_prior(
         self, requests: Sequence[Request], ids: NDArray[np.int32], logits: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         """The scores of candidates for the first drafts of requests; what repeats is no candidate."""
-        sessions = self.vocab.before_drafts(requests)
+        self.vocab.before_drafts(requests)
         known = ids.copy(), logits.copy()
 
         def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
             return np.full(len(rows), -9, np.float32)
 
-        return self.vocab.drafted.with_prior(requests, sessions, *known, logits_of)
+        return self.vocab.drafted.with_prior(requests, *known, logits_of)
 
     def end(self, request: Request) -> bytes | None:
         snapshot, _ = self.vocab.finish(request)
-        self.vocab.forget(request.request_id)
+        self.vocab.forget(request)
         return snapshot
 
 
@@ -304,4 +305,4 @@ def test_switches_switch_off() -> None:
     harness.verify(request, [701], drafts=[3])
     assert harness.tail(request) == set()
     assert not harness.vocab.uses_prior
-    assert harness.vocab.prior_weights("a") is None
+    assert harness.vocab.prior_weights(request) is None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from numpy.typing import NDArray
@@ -214,6 +214,7 @@ class Reference:
         return Candidates(token_ids, logits, features)
 
 
+@example(seed=381, columns=3, num_drafts=2, order=1, with_graph=False, matches=True)  # a repeat in the weakest place
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),

@@ -62,8 +62,9 @@ def test_no_draft_where_none_is_wanted_or_nothing_repeats() -> None:
 
 
 def test_what_is_forgotten_is_read_anew() -> None:
-    """A preempted request comes back under its name; so may another one."""
-    proposer = NgramProposer()
-    assert propose(proposer, Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3]), 1) == [4]
-    proposer.forget("r")
-    assert propose(proposer, Request("r", b"", "t", SAMPLING, [1, 2, 3, 5, 1, 2, 3]), 1) == [5]
+    """A preempted request comes back."""
+    proposer, request = NgramProposer(), Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3])
+    assert propose(proposer, request, 1) == [4]
+    proposer.forget(request)
+    request.all_token_ids = [1, 2, 3, 5, 1, 2, 3]
+    assert propose(proposer, request, 1) == [5]

@@ -14,7 +14,7 @@ from typing import Protocol
 from engine.batch import Features
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
-from engine.speculation.length.policy import Confidence, StopRule
+from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 
@@ -30,10 +30,10 @@ class Proposer(Protocol):
     stops_early: bool
     """Whether ``propose`` follows a ``StopRule``; otherwise it is given none."""
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         """Write ``request.draft_token_ids``, at most ``slot.num_tokens`` each, fewer where ``stop`` says so.
 
-        Returns how sure the draft is of them, where it knows.
+        Where the draft knows how sure it is of them, ``draft_state.confidence`` too.
 
         ``slot.block_ids`` reach all known and all drafted tokens, so drafted entries have their own slots; they are
         written again before they count as a committed token's.
@@ -57,8 +57,8 @@ class Proposer(Protocol):
         """
         ...
 
-    def forget(self, request_id: str) -> None:
-        """A request has ended, or lost its blocks (preempted: it will be observed again from its cached prefix on)."""
+    def forget(self, request: Request) -> None:
+        """A request has ended, or lost its blocks (preempted: it will be computed again from its cached prefix on)."""
         ...
 
 

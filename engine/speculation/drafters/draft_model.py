@@ -15,7 +15,7 @@ from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.drafters.kv import DraftKvTracker, chain_batches
-from engine.speculation.length.policy import Confidence, StopRule
+from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 
@@ -47,23 +47,19 @@ class DraftModelProposer:
         self._loaded, self._attention, self._head = loaded, attention, head
         self._block_size = attention.spec.block_size
         self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
-        self._drafted: frozenset[str] = frozenset()
-        """The requests drafted for in this step. Others' drafts, which were copied, have no entries here."""
 
     @torch.inference_mode()
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         """Draft for the slots that want tokens and whose entries are, or can be brought, up to date."""
         chunks, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not chunks:
-            return {}
+            return
         hidden = self._forward(build_batch(chunks, self._block_size, self._loaded.device))
         if not ready:
-            return {}
-        self._drafted = frozenset(slot.request.request_id for slot in ready)
+            return
         self._head.draft(hidden, ready)
         for _, longer, batch in chain_batches(ready, self._block_size, self._loaded.device):
             self._head.draft(self._forward(batch), longer)
-        return {}
 
     def num_unread(self, request: Request) -> int:
         """Tokens of a request that have no entry yet."""
@@ -74,14 +70,13 @@ class DraftModelProposer:
     ) -> None:
         """Count the entries of accepted drafts as computed; new tokens are computed by a later ``propose``."""
         for sequence, kept in zip(sequences, num_kept, strict=True):
-            drafted = sequence.num_draft_tokens if sequence.request.request_id in self._drafted else 0
-            # The last draft was never an input, so it has no entry.
+            # What was copied has no entries; the last draft was never an input, so it has none either.
+            drafted = 0 if sequence.request.draft_state.draftable.is_copied else sequence.num_draft_tokens
             self._entries.mark_computed(sequence, max(min(kept, drafted) - 1, 0))
-        self._drafted = frozenset()
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """Drop what is known of a request."""
-        self._entries.forget(request_id)
+        self._entries.forget(request)
 
     def _forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Hidden states [L, hidden] of the rows whose logits are wanted."""

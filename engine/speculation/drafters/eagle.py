@@ -24,7 +24,7 @@ from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
 from engine.speculation.drafters.features import FeatureStore
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.drafters.kv import Chunk, DraftKvTracker, chain_batches, last_draft
-from engine.speculation.length.policy import Confidence, StopRule
+from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import NativeChain
 from kernels.native_lora import NativeLora
@@ -134,29 +134,29 @@ class EagleProposer:
             self.verify_log = VerifyLog(adapters, width, self._stored_before, head.prior_weights, target.team)
 
     @torch.inference_mode()
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         """Draft for the slots that want tokens and whose entries are, or can be brought, up to date."""
         chunks, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not chunks:
-            return {}
+            return
         if self._adapters is not None:
             self._adapters.refresh()
             self._adapters.assign([slot.request for slot in slots])
         batch = build_batch(chunks, self._block_size, self._device)
         a = self._forward(batch, chunks, self._g_before(chunks))
         if not ready:
-            return {}
+            return
         if self._chain is not None:
-            return self._draft_chains(self._chain, a, ready, stop)
+            self._draft_chains(self._chain, a, ready, stop)
+            return
         self._head.draft(self._network.head_input(a), ready)
         for rows, longer, batch in chain_batches(ready, self._block_size, self._device):
             a = self._forward(batch, [last_draft(slot) for slot in longer], a if len(rows) == len(a) else a[rows])
             self._head.draft(self._network.head_input(a), longer)
-        return {}
 
     def _draft_chains(
         self, chain: NativeChain, a: torch.Tensor, ready: Sequence[DraftSlot], stop: StopRule | None
-    ) -> Confidence:
+    ) -> None:
         """All drafts of the slots in one call; ``a`` [B, hidden]: the draft's state after their last known tokens."""
         order = sorted(range(len(ready)), key=lambda row: -ready[row].num_tokens)
         slots = [ready[row] for row in order]
@@ -164,7 +164,7 @@ class EagleProposer:
         adapted = None if lora is None else NativeLora(lora)
         assert isinstance(self._attention, NativeAttention)
         tables, cache = padded_block_tables(slots), self._attention.cache
-        return self._head.draft_chains(chain, a[order], slots, tables, cache, adapted, stop)
+        self._head.draft_chains(chain, a[order], slots, tables, cache, adapted, stop)
 
     def num_unread(self, request: Request) -> int:
         """Tokens of a request that have no entry yet."""
@@ -180,13 +180,13 @@ class EagleProposer:
             self._entries.mark_computed(sequence, 0)
         self._stored.add(features)
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """Drop what is known of a request."""
-        self._entries.forget(request_id)
+        self._entries.forget(request)
         if self._adapters is not None:
-            self._adapters.forget(request_id)
+            self._adapters.forget(request.request_id)
         if self.verify_log is not None:
-            self.verify_log.forget(request_id)
+            self.verify_log.forget(request.request_id)
 
     def _forward(self, batch: ForwardBatch, chunks: Sequence[Chunk], g: torch.Tensor) -> torch.Tensor:
         """a [n, hidden] of the last token of each chunk that wants logits. ``batch`` is of the chunks' tokens."""

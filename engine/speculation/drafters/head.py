@@ -19,7 +19,7 @@ from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
-from engine.speculation.length.policy import Confidence, StopRule
+from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
 from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain
@@ -120,7 +120,7 @@ class DraftHead:
         cache: KvCache,
         lora: NativeLora | None,
         stop: StopRule | None,
-    ) -> Confidence:
+    ) -> None:
         """As ``draft``, for as many tokens as each sequence wants or ``stop`` allows, the longest chain first.
 
         Args:
@@ -143,14 +143,13 @@ class DraftHead:
         for request, length, tokens in zip(requests, lengths, result.tokens.T.tolist(), strict=True):
             request.draft_token_ids += tokens[:length]
         self._take_chains(requests, lengths, result)
-        if result.confidence is None:
-            return {}
-        levels = zip(requests, lengths, result.confidence.T.tolist(), strict=True)
-        return {request.request_id: row[:length] for request, length, row in levels}
+        if result.confidence is not None:
+            for request, length, levels in zip(requests, lengths, result.confidence.T.tolist(), strict=True):
+                request.draft_state.confidence = levels[:length]
 
-    def prior_weights(self, request_id: str) -> NDArray[np.float32] | None:
+    def prior_weights(self, request: Request) -> NDArray[np.float32] | None:
         """[NUM_FEATURES] of the prior with which a sequence is drafted for; None: without one."""
-        return None if self.vocab is None else self.vocab.prior_weights(request_id)
+        return None if self.vocab is None else self.vocab.prior_weights(request)
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
         """The tail, the prior and the text of each."""
@@ -186,9 +185,10 @@ def any_token(choices: Iterable[int]) -> list[int]:
 
 def _chain_stop(rule: StopRule, requests: Sequence[Request], most: int) -> ChainStop:
     """The rule for chains of up to ``most`` tokens, one a row; shorter ones are filled up."""
-    rows = [rule.acceptance[request.request_id] for request in requests]
+    sequences = [request.draft_state.draftable for request in requests]
+    rows = [rule.acceptance[one] for one in sequences]
     padded = [[*row, *[0.0] * (most - len(row))] for row in rows]
-    tenants = [rule.tenants[request.request_id] for request in requests]
+    tenants = [rule.tenants[one] for one in sequences]
     return ChainStop(rule.chances, tenants, padded, rule.verify_costs, rule.draft_cost)
 
 

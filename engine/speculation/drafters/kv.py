@@ -51,8 +51,6 @@ class DraftKvTracker:
         self._block_size = block_size
         self._complete = bytearray(num_blocks)
         """For each block: whether all its entries were computed since the target last wrote to it."""
-        self._num_computed: dict[str, int] = {}
-        """For each request: how many of its first tokens have an entry."""
 
     def catch_up(self, slots: Sequence[DraftSlot]) -> tuple[list[Chunk], list[DraftSlot]]:
         """The unseen tokens to compute now; they count as computed from here on.
@@ -76,9 +74,8 @@ class DraftKvTracker:
                 break
             budget -= end - start
             is_ready = end == len(token_ids)
-            request_id = slot.request.request_id
-            chunks.append(Chunk(start, token_ids[start:end], int(is_ready), slot.block_ids, request_id))
-            self._set_computed(request_id, slot.block_ids, start, end)
+            chunks.append(Chunk(start, token_ids[start:end], int(is_ready), slot.block_ids, slot.request.request_id))
+            self._set_computed(slot.request, slot.block_ids, start, end)
             if is_ready:
                 ready.append(slot)
         return chunks, ready
@@ -90,37 +87,37 @@ class DraftKvTracker:
             sequence: as scheduled.
             num_drafted: how many of its accepted drafts have an entry as good as one computed by ``catch_up``.
         """
-        request_id, start, end = sequence.request.request_id, sequence.start, sequence.start + len(sequence.token_ids)
+        request, start, end = sequence.request, sequence.start, sequence.start + len(sequence.token_ids)
         for block_id in sequence.block_ids[start // self._block_size : -(-end // self._block_size)]:
             self._complete[block_id] = False
-        num_computed = self._num_computed.get(request_id, 0) + num_drafted
-        self._set_computed(request_id, sequence.block_ids, start, num_computed)
+        num_computed = request.draft_state.num_entries + num_drafted
+        self._set_computed(request, sequence.block_ids, start, num_computed)
 
     def num_behind(self, request: Request) -> int:
         """Tokens without an entry, but for the few that are new with every draft; shared blocks are not looked at."""
         return max(self._num_unseen(request) - TOKENS_EACH, 0)
 
-    def forget(self, request_id: str) -> None:
-        """Drop what is known of a request; of its blocks the knowledge stays."""
-        self._num_computed.pop(request_id, None)
+    def forget(self, request: Request) -> None:
+        """A request has lost its blocks; of these the knowledge stays."""
+        request.draft_state.num_entries = 0
 
     def _num_unseen(self, request: Request) -> int:
-        return request.num_tokens - self._num_computed.get(request.request_id, 0)
+        return request.num_tokens - request.draft_state.num_entries
 
     def _skip_complete(self, slot: DraftSlot) -> int:
         """Tokens with an entry, those included that another sequence has computed in a shared block.
 
         Only blocks that the target has filled count: the others' flags may be left over from an earlier use.
         """
-        num_computed = self._num_computed[slot.request.request_id]
+        num_computed = slot.request.draft_state.num_entries
         block, num_full = num_computed // self._block_size, slot.request.num_computed_tokens // self._block_size
         while block < num_full and self._complete[slot.block_ids[block]]:
             block += 1
         return max(num_computed, block * self._block_size)
 
-    def _set_computed(self, request_id: str, block_ids: Sequence[int], start: int, num_computed: int) -> None:
+    def _set_computed(self, request: Request, block_ids: Sequence[int], start: int, num_computed: int) -> None:
         """All tokens before ``num_computed`` have entries now; before ``start`` nothing has changed."""
-        self._num_computed[request_id] = num_computed
+        request.draft_state.num_entries = num_computed
         for block_id in block_ids[start // self._block_size : num_computed // self._block_size]:
             self._complete[block_id] = True
 

@@ -8,27 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from engine.batch import Features
+from engine.draft_state import NONE
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
-from engine.speculation.length.policy import Confidence, Repeat, StopRule
+from engine.speculation.length.policy import Copy, Repeat, StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import CONFIDENCE_LEVELS
 
 MIN_MATCH = 3
 """Fewest tokens at the text's end that must have come before."""
-
-
-class Copy(msgspec.Struct, frozen=True):
-    """Tokens that may come next. The more agreed before one, the surer it is."""
-
-    token_ids: list[int]
-    repeat: Repeat
 
 
 class PromptLookup:
@@ -41,26 +33,25 @@ class PromptLookup:
     def __init__(self, texts: RunningTexts) -> None:
         self._texts = texts
 
-    def look(self, requests: Sequence[Request], limits: Sequence[int]) -> dict[str, Copy]:
+    def look(self, requests: Sequence[Request], limits: Sequence[int]) -> list[Copy | None]:
         """For the sequences whose last ``MIN_MATCH`` tokens came before: what followed the longest repeat."""
-        wanted = [(request, limit) for request, limit in zip(requests, limits, strict=True) if limit > 0]
-        self._texts.read(request for request, _ in wanted)
-        slots = self._texts.slots([request for request, _ in wanted])
-        rows = [(slot, *one) for slot, one in zip(slots, wanted, strict=True) if slot >= 0]
+        rows = [row for row, limit in enumerate(limits) if limit > 0]
+        self._texts.read(requests[row] for row in rows)
+        rows = [row for row in rows if requests[row].draft_state.text != NONE]
+        copies: list[Copy | None] = [None] * len(requests)
         if not rows:
-            return {}
-        tokens, lengths = self._texts.texts.copy([slot for slot, *_ in rows], max(limits))
-        copies = {}
-        for (_, request, limit), copied, length in zip(rows, tokens, lengths, strict=True):
+            return copies
+        tokens, lengths = self._texts.texts.copy([requests[row].draft_state.text for row in rows], max(limits))
+        for row, copied, length in zip(rows, tokens, lengths, strict=True):
             if length >= MIN_MATCH:
-                levels = [min(length + number, CONFIDENCE_LEVELS) - 1 for number in range(limit)]
-                repeat = Repeat(levels, request.sampling.temperature == 0.0)
-                copies[request.request_id] = Copy(copied[:limit], repeat)
+                levels = [min(length + number, CONFIDENCE_LEVELS) - 1 for number in range(limits[row])]
+                repeat = Repeat(levels, requests[row].sampling.temperature == 0.0)
+                copies[row] = Copy(copied[: limits[row]], repeat)
         return copies
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """A request has ended."""
-        self._texts.forget(request_id)
+        self._texts.forget(request)
 
 
 _MAX_TEXTS = 512
@@ -79,19 +70,17 @@ class NgramProposer:
     def __init__(self) -> None:
         self._lookup = PromptLookup(RunningTexts(_MAX_TEXTS))
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         """Draft where something repeats; text that was not looked at yet is indexed first.
 
         With ``stop``, as many tokens as are best on average: nobody knows how sure a copy is.
         """
         requests, limits = [slot.request for slot in slots], [slot.num_tokens for slot in slots]
         if stop is not None:
-            limits = [min(stop.planned[one.request_id], most) for one, most in zip(requests, limits, strict=True)]
-        copies = self._lookup.look(requests, limits)
-        for request in requests:
-            if request.request_id in copies:
-                request.draft_token_ids += copies[request.request_id].token_ids
-        return {}
+            limits = [min(one.draft_state.draftable.planned, most) for one, most in zip(requests, limits, strict=True)]
+        for request, copy in zip(requests, self._lookup.look(requests, limits), strict=True):
+            if copy is not None:
+                request.draft_token_ids += copy.token_ids
 
     def num_unread(self, request: Request) -> int:
         """None: to look for a repeat costs next to nothing."""
@@ -102,9 +91,9 @@ class NgramProposer:
     ) -> None:
         """Nothing: the committed tokens are in the requests."""
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """Drop a request's index."""
-        self._lookup.forget(request_id)
+        self._lookup.forget(request)
 
 
 class NgramDraft:
@@ -130,10 +119,10 @@ class SwitchingProposer:
         self.otherwise, self._ngrams = otherwise, NgramProposer()
         self.capture_layers, self.stops_early = otherwise.capture_layers, otherwise.stops_early
 
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> Confidence:
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         """N-grams where there is a match, the EAGLE-3 draft for the rest."""
         self._ngrams.propose(slots, stop)
-        return self.otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids], stop)
+        self.otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids], stop)
 
     def num_unread(self, request: Request) -> int:
         """Those of the EAGLE-3 draft."""
@@ -145,10 +134,10 @@ class SwitchingProposer:
         """Arguments as ``Proposer.after_verification``."""
         self.otherwise.after_verification(sequences, num_kept, features)
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """A request has ended or was preempted."""
-        self._ngrams.forget(request_id)
-        self.otherwise.forget(request_id)
+        self._ngrams.forget(request)
+        self.otherwise.forget(request)
 
 
 class SwitchingDraft:

@@ -54,16 +54,15 @@ class SessionHead(DraftHead):
         super().__init__(loaded, token_ids, tails)
         self.vocab: DraftVocab = vocab
         self._head_rows = loaded.model.head_rows
-        self._sessions: list[int] = []
-        """Of the requests that chains are drafted for."""
         self.num_bytes += vocab.num_bytes
         core = "full" if token_ids is None else str(len(token_ids))
         self.description = f"dynamic:{core}+{0 if tails is None else tails.slots}"
 
     def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """The next draft token of each request, by its own vocabulary and prior."""
-        is_first = not requests[0].draft_token_ids
-        sessions = self.vocab.before_drafts(requests) if is_first else self.vocab.sessions_of(requests)
+        if not requests[0].draft_token_ids:
+            self.vocab.before_drafts(requests)
+        sessions = [request.draft_state.session for request in requests]
         if self.vocab.drafted.wants_hidden:
             self.vocab.drafted.remember(requests, hidden.float().cpu().numpy())
         logits, token_ids = self.candidates(hidden, self.vocab.slabs(sessions) if self.has_tails else None)
@@ -74,7 +73,7 @@ class SessionHead(DraftHead):
                 places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
                 return (self._head_rows(wanted).float() * hidden[places].float()).sum(dim=1).cpu().numpy()
 
-            scores = self.vocab.drafted.with_prior(requests, sessions, ids, scores, logits_of)
+            scores = self.vocab.drafted.with_prior(requests, ids, scores, logits_of)
         params = [request.sampling for request in requests]
         if all_greedy(params):
             return any_token(ids[range(len(ids)), scores.argmax(axis=1)].tolist())
@@ -83,11 +82,12 @@ class SessionHead(DraftHead):
         return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
-        sessions = self._sessions = self.vocab.before_drafts(requests)
+        self.vocab.before_drafts(requests)
+        sessions = [request.draft_state.session for request in requests]
         slabs = self.vocab.slabs(sessions) if self.has_tails else None
         if not self.vocab.uses_prior:
             return ChainVocabularies(slabs)
-        return ChainVocabularies(slabs, sessions, self.vocab.texts.slots(requests))
+        return ChainVocabularies(slabs, sessions, [request.draft_state.text for request in requests])
 
     def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
         drafted = None
@@ -99,7 +99,7 @@ class SessionHead(DraftHead):
                 result.features.reshape(-1, NUM_FEATURES, size),
             )
         hidden = result.hidden.float().numpy() if self.vocab.drafted.wants_hidden else None
-        self.vocab.drafted.take_chains(requests, self._sessions, lengths, drafted, hidden)
+        self.vocab.drafted.take_chains(requests, lengths, drafted, hidden)
 
 
 def make_session_head(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.config import MAX_SPECULATIVE_TOKENS
+from engine.speculation.length.policy import Ratio
 from kernels.native_chain import CONFIDENCE_LEVELS
 
 MAX_ACCEPTANCE = 0.98
@@ -20,32 +21,8 @@ _MEMORY = 0.995
 """Weight of the past in a tenant's averages, for each trial."""
 _SEQUENCE_MEMORY = 0.9
 """The same in a sequence's own, for each verified step."""
-_IDLE_MEMORY = 0.98
+IDLE_MEMORY = 0.98
 """The same for each step without a draft: an old failure is forgotten, and the sequence tried again."""
-_SEQUENCE_PRIOR = 2.0
-
-
-@dataclass(slots=True)
-class Ratio:
-    """How the drafts of a sequence, or at repeats of a level, fare against the average of the tenant's.
-
-    The ratio is accepted / expected, with fading memory.
-    """
-
-    accepted: float = 0.0
-    expected: float = 0.0
-
-    @property
-    def value(self) -> float:
-        return (self.accepted + _SEQUENCE_PRIOR) / (self.expected + _SEQUENCE_PRIOR)
-
-    def fade(self, memory: float) -> None:
-        self.accepted *= memory
-        self.expected *= memory
-
-    def idle(self) -> None:
-        """The sequence was not drafted for in a step."""
-        self.fade(_IDLE_MEMORY)
 
 
 @dataclass(slots=True)

@@ -119,7 +119,7 @@ class CostMeter:
 
         best = min(_seconds(run) for _ in range(_REPEATS))
         for step in steps:
-            self._proposer.forget(step.request.request_id)
+            self._proposer.forget(step.request)
         return best
 
     def _draft_seconds(self, batch_size: int) -> tuple[float, float]:
@@ -146,8 +146,6 @@ class CostMeter:
         seconds = []
         for _ in range(_REPEATS):
             request = Request("cost meter", b"", "", _GREEDY, prompt)
-            if self._follower is not None:
-                self._follower.vocab.begin(request.request_id, None)
             learning = self._step([ScheduledSequence(request, 0, prompt, 0, 0, 1, blocks)])
             seconds.append(learning + self._cycle([(request, blocks)], 1))
             self._forget([request])
@@ -167,9 +165,9 @@ class CostMeter:
 
     def _forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            self._proposer.forget(request.request_id)
+            self._proposer.forget(request)
             if self._follower is not None:
-                self._follower.vocab.forget(request.request_id)
+                self._follower.vocab.forget(request)
 
     def _step(self, steps: Sequence[ScheduledSequence]) -> float:
         """Compute and commit one new token for each; returns the seconds that their vocabularies took to follow."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from engine.speculation.length.acceptance import Tenant
 
 
 class Repeat(msgspec.Struct, frozen=True):
@@ -19,17 +22,54 @@ class Repeat(msgspec.Struct, frozen=True):
     """Whether the sequence's tokens are the most likely ones."""
 
 
-class Draftable(msgspec.Struct, frozen=True):
-    """A tenant's decoding sequence of a step, for which at most ``limit`` tokens may be drafted.
+class Copy(msgspec.Struct, frozen=True):
+    """Tokens that may come next because the sequence's end came before. The more agreed there, the surer they are."""
 
-    ``num_unread``: how many of its tokens its draft has to read before it can draft; ``repeat``: what may be copied.
+    token_ids: list[int]
+    repeat: Repeat
+
+
+_SEQUENCE_PRIOR = 2.0
+
+
+@dataclass(slots=True)
+class Ratio:
+    """How the drafts of a sequence, or at repeats of a level, fare against the average of the tenant's.
+
+    The ratio is accepted / expected, with fading memory.
     """
 
-    request_id: str
-    tenant: str
-    limit: int
+    accepted: float = 0.0
+    expected: float = 0.0
+
+    @property
+    def value(self) -> float:
+        return (self.accepted + _SEQUENCE_PRIOR) / (self.expected + _SEQUENCE_PRIOR)
+
+    def fade(self, memory: float) -> None:
+        self.accepted *= memory
+        self.expected *= memory
+
+
+@dataclass(eq=False, slots=True)
+class Draftable:
+    """A decoding sequence, as policies see it. The same object stands for it in all steps."""
+
+    tenant: str = ""
+    limit: int = 0
+    """Most tokens that may be drafted in this step."""
     num_unread: int = 0
+    """How many of its tokens its draft has to read before it can draft."""
     repeat: Repeat | None = None
+    """What may be copied in this step."""
+    is_copied: bool = False
+    """By the policy: whether it is copied."""
+    planned: int = 0
+    """By the policy: how many tokens are best to draft in this step, as far as is known before it."""
+    ratio: Ratio = field(default_factory=Ratio)
+    """By the policy: how its drafts have fared."""
+    of_tenant: Tenant | None = None
+    """By the policy: how its tenant's have."""
 
 
 class Chain(msgspec.Struct, frozen=True):
@@ -43,14 +83,6 @@ class Chain(msgspec.Struct, frozen=True):
     copied: bool = False
 
 
-@dataclass(frozen=True)
-class DraftLengths:
-    """Most draft tokens of each sequence, and the sequences for which they are copied."""
-
-    most: list[int]
-    copied: frozenset[str] = frozenset()
-
-
 class LengthPolicy(Protocol):
     """Decides how many tokens to draft."""
 
@@ -58,36 +90,32 @@ class LengthPolicy(Protocol):
         """Whether of late most of a tenant's sequences were drafted for: else what drafts need is made at the first."""
         ...
 
-    def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
+    def rests(self, sequences: Sequence[Draftable], num_joining: int) -> bool:
         """Whether the decoding sequences of a step get no drafts, whatever repeats in them."""
         ...
 
-    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> DraftLengths:
-        """For all decoding sequences of a step, which ``num_joining`` more are about to join."""
+    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> list[int]:
+        """Most draft tokens of all decoding sequences of a step, which ``num_joining`` more are about to join."""
         ...
 
-    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
+    def stop_rule(self, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule | None:
         """When the chains of the sequences drafted for, which have room for so many tokens, end before; None: never."""
         ...
 
-    def worth_verifying(self, chains: Mapping[str, Chain]) -> Mapping[str, int]:
+    def worth_verifying(self, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
         """How many tokens of each chain to verify; those without confidence are left as they are."""
         ...
 
-    def record_drafts(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
         """What became of a chain, place by place up to the first that the target did not choose."""
         ...
 
-    def record_copy(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+    def record_copy(self, sequence: Draftable, repeat: Repeat, outcomes: Sequence[bool]) -> None:
         """What became, or would have become, of a copy."""
         ...
 
     def record_seconds(self, seconds: float) -> None:
         """What a step's drafts took, and what vocabularies learned of them; of the chains last cut."""
-        ...
-
-    def forget(self, request_id: str) -> None:
-        """A request has ended."""
         ...
 
 
@@ -97,33 +125,26 @@ class FixedLength:
     def drafts_for_most(self, tenant: str) -> bool:
         return True
 
-    def rests(self, request_ids: Sequence[str], num_joining: int) -> bool:
+    def rests(self, sequences: Sequence[Draftable], num_joining: int) -> bool:
         return False
 
-    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> DraftLengths:
-        return DraftLengths([one.limit for one in sequences])
+    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> list[int]:
+        return [one.limit for one in sequences]
 
-    def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
+    def stop_rule(self, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule | None:
         return None
 
-    def worth_verifying(self, chains: Mapping[str, Chain]) -> Mapping[str, int]:
-        return {request_id: len(chain.token_ids) for request_id, chain in chains.items()}
+    def worth_verifying(self, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
+        return [len(chain.token_ids) for chain in chains]
 
-    def record_drafts(self, request_id: str, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
+    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
         pass
 
-    def record_copy(self, request_id: str, repeat: Repeat, outcomes: Sequence[bool]) -> None:
+    def record_copy(self, sequence: Draftable, repeat: Repeat, outcomes: Sequence[bool]) -> None:
         pass
 
     def record_seconds(self, seconds: float) -> None:
         pass
-
-    def forget(self, request_id: str) -> None:
-        pass
-
-
-Confidence = Mapping[str, Sequence[int]]
-"""Of the sequences whose draft knows it: how sure it is of each token that it has drafted, a level each."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +157,11 @@ class StopRule:
 
     chances: NDArray[np.float32]
     """[T, 2, CONFIDENCE_LEVELS]: chance of a tenant's greedy and sampled token, by the draft's confidence."""
-    tenants: Mapping[str, int]
+    tenants: Mapping[Draftable, int]
     """The number of each sequence's tenant among the T."""
-    acceptance: Mapping[str, Sequence[float]]
+    acceptance: Mapping[Draftable, Sequence[float]]
     """Of each sequence by place, before it is drafted, given that those before it are accepted."""
     verify_costs: Sequence[float]
     """By place: of verifying one more token."""
     draft_cost: float
     """Of the batch's next draft tokens."""
-    planned: Mapping[str, int]
-    """Length for each sequence that is best on average, for drafts that know nothing of how sure they are."""

@@ -16,54 +16,38 @@ struct DraftStep {
   float* logits;            // [rows][columns]
   float* features;          // [rows][kFeatures][columns]
   float* scores;            // [rows][columns]
-  int32_t* matched;         // [rows][kMaxPlaces]: what continues repeats
-  int32_t* lengths;         // [rows][kMaxPlaces]: of the repeats
-  int32_t* num_matched;     // [rows]
+  Repeats* repeats;         // [rows]
+
+  const int32_t* drafts_of(int row) const { return drafts + static_cast<size_t>(row) * num_drafts; }
+  Candidates candidates_of(int row) const {
+    const size_t at = static_cast<size_t>(row) * columns;
+    return {tokens + at, logits + at, features + at * kFeatures, columns};
+  }
 };
 
-Candidates candidates_of(const DraftStep& step, int row) {
-  const size_t at = static_cast<size_t>(row) * step.columns;
-  return {step.tokens + at, step.logits + at, step.features + at * kFeatures, step.columns};
-}
-
-// Makes what continues repeats a candidate of each row, whatever the draft thinks of it: the weakest make room.
-// included [.][2]: rows and columns whose logits are to be computed. Returns how many.
-int include(const Sessions& sessions, const TextIndexes& texts, const DraftStep& step, int32_t* included) {
+// included [.][2]: rows and columns of candidates whose logits are to be computed. Returns how many.
+int include_repeats(const Sessions& sessions, const TextIndexes& texts, const DraftStep& step, int32_t* included) {
   int count = 0;
   for (int row = 0; row < step.rows; ++row) {
-    step.num_matched[row] = 0;
-    if (!sessions.uses_repeats() || step.sessions[row] < 0 || step.texts[row] < 0) continue;
-    int32_t* const matched = step.matched + row * TextIndex::kMaxPlaces;
-    const int32_t* const drafts = step.drafts + static_cast<size_t>(row) * step.num_drafts;
-    const int found = texts.of(step.texts[row])
-                          .find(drafts, step.num_drafts, matched, step.lengths + row * TextIndex::kMaxPlaces);
-    step.num_matched[row] = found;
-    const Candidates own = candidates_of(step, row);
-    int last = own.columns;
-    for (int i = 0; i < found && last > 0; ++i) {
-      if (std::find(own.tokens, own.tokens + last, matched[i]) != own.tokens + last) continue;
-      own.tokens[--last] = matched[i];
+    const int text = step.sessions[row] < 0 ? -1 : step.texts[row];
+    step.repeats[row] = sessions.repeats(texts, text, step.drafts_of(row), step.num_drafts);
+    include(step.repeats[row], step.candidates_of(row), [&](int column) {
       included[2 * count] = row;
-      included[2 * count++ + 1] = last;
-    }
+      included[2 * count++ + 1] = column;
+    });
   }
   return count;
 }
 
 void score(const Sessions& sessions, const DraftStep& step) {
   for (int row = 0; row < step.rows; ++row) {
-    const Candidates own = candidates_of(step, row);
+    const Candidates own = step.candidates_of(row);
     float* const scores = step.scores + static_cast<size_t>(row) * step.columns;
-    const int session = step.sessions[row];
-    if (session < 0) {
+    if (step.sessions[row] < 0) {
       std::copy_n(own.logits, own.columns, scores);
-      continue;
+    } else {
+      sessions.score(step.sessions[row], step.drafts_of(row), step.num_drafts, step.repeats[row], own, scores);
     }
-    int64_t context[2];
-    sessions.context(session, step.drafts + static_cast<size_t>(row) * step.num_drafts, step.num_drafts, context);
-    const size_t places = static_cast<size_t>(row) * TextIndex::kMaxPlaces;
-    sessions.features(session, context, step.matched + places, step.lengths + places, step.num_matched[row], own);
-    sessions.score(session, own, scores);
   }
 }
 
@@ -141,7 +125,7 @@ void evo_sessions_followers(const Sessions* sessions, int session, int order, in
 }
 
 int evo_sessions_include(const Sessions* sessions, const TextIndexes* texts, const DraftStep* step, int32_t* included) {
-  return include(*sessions, *texts, *step, included);
+  return include_repeats(*sessions, *texts, *step, included);
 }
 void evo_sessions_score(const Sessions* sessions, const DraftStep* step) { score(*sessions, *step); }
 

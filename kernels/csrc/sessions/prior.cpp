@@ -75,14 +75,27 @@ float sum_of_products(const float* a, const float* b, int count) {
 
 }  // namespace
 
-void Sessions::context(int session, const int32_t* drafts, int count, int64_t out[2]) const {
-  const int32_t* const last = state(session).last;
-  out[0] = count >= 2 ? drafts[count - 2] : last[count];
-  out[1] = count >= 1 ? drafts[count - 1] : last[1];
+Repeats Sessions::repeats(const TextIndexes& texts, int text, const int32_t* drafts, int count) const {
+  Repeats found;
+  found.count = 0;
+  if (text >= 0 && options_.uses[kFeatures - 1] > 0.0f) {
+    found.count = texts.of(text).find(drafts, count, found.tokens, found.lengths);
+  }
+  return found;
 }
 
-void Sessions::features(int session, const int64_t context[2], const int32_t* matched, const int32_t* lengths,
-                        int num_matched, const Candidates& candidates) const {
+void Sessions::score(int session, const int32_t* drafts, int count, const Repeats& repeats,
+                     const Candidates& candidates, float* scores) const {
+  const int32_t* const last = state(session).last;
+  const int64_t context[2] = {count >= 2 ? drafts[count - 2] : last[count], count >= 1 ? drafts[count - 1] : last[1]};
+  features(session, context, repeats, candidates);
+  constexpr float kNone[kFeatures] = {};
+  const float* const weights = state(session).gain >= 0.0 ? weights_.of(session) : kNone;
+  add_bonuses(candidates.logits, candidates.features, weights, candidates.columns, scores);
+}
+
+void Sessions::features(int session, const int64_t context[2], const Repeats& repeats,
+                        const Candidates& candidates) const {
   const float* const uses = options_.uses;
   const double unit = state(session).unit;
   const float* const unigrams = unigrams_.of(session);
@@ -100,8 +113,8 @@ void Sessions::features(int session, const int64_t context[2], const int32_t* ma
     }
     if (uses[3] > 0) mark_graph(candidates, feature(3), options_.graph, context[1]);
   }
-  for (int i = 0; uses[4] > 0 && i < num_matched; ++i) {
-    mark(candidates, feature(4), matched[i], std::log(static_cast<float>(lengths[i])));
+  for (int i = 0; i < repeats.count; ++i) {
+    mark(candidates, feature(4), repeats.tokens[i], std::log(static_cast<float>(repeats.lengths[i])));
   }
 }
 
@@ -114,12 +127,6 @@ void Sessions::followers(int session, int order, const int64_t context[2], int32
     const float count = row < 0 ? 0.0f : table.counts[row * table.width + i];
     values[i] = std::log1p(count / static_cast<float>(state(session).unit));
   }
-}
-
-void Sessions::score(int session, const Candidates& candidates, float* scores) const {
-  constexpr float kNone[kFeatures] = {};
-  const float* const weights = state(session).gain >= 0.0 ? weights_.of(session) : kNone;
-  add_bonuses(candidates.logits, candidates.features, weights, candidates.columns, scores);
 }
 
 // Learns from the positions that verification reached; all gradients are taken at the weights before.

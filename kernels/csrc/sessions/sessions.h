@@ -5,6 +5,7 @@
 // call depends on how many sequences a step has, and nothing in the arrays points anywhere.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -76,6 +77,28 @@ struct Candidates {
   int32_t columns;
 };
 
+// Tokens that continue a repeat of a text's end, none twice, and how long the longest such repeat of each is.
+struct Repeats {
+  int32_t tokens[TextIndex::kMaxPlaces];
+  int32_t lengths[TextIndex::kMaxPlaces];
+  int32_t count;
+};
+
+// Makes what continues repeats a candidate, whatever the draft thinks of it: the weakest of the others make room.
+// add(column) is called for each new one, whose logit is not known.
+template <typename Add>
+void include(const Repeats& repeats, const Candidates& own, Add add) {
+  const int32_t* const end = repeats.tokens + repeats.count;
+  int last = own.columns;
+  for (const int32_t* token = repeats.tokens; token != end; ++token) {
+    if (std::find(own.tokens, own.tokens + own.columns, *token) != own.tokens + own.columns) continue;
+    do --last; while (last >= 0 && std::find(repeats.tokens, end, own.tokens[last]) != end);
+    if (last < 0) return;
+    own.tokens[last] = *token;
+    add(last);
+  }
+}
+
 // Tokens of some sessions: those of row i are tokens[begins[i]] .. tokens[begins[i + 1] - 1].
 struct TokenRows {
   int32_t rows;
@@ -116,19 +139,16 @@ class Sessions {
   // likely [begins[rows]][k], the best first.
   void retrieve(const TokenRows& rows, const int32_t* likely, int k);
 
-  // The two tokens after which a draft goes on, the older first.
-  void context(int session, const int32_t* drafts, int count, int64_t out[2]) const;
-  // Features of a row's candidates; `matched` tokens continue repeats of these lengths.
-  void features(int session, const int64_t context[2], const int32_t* matched, const int32_t* lengths, int num_matched,
-                const Candidates& candidates) const;
+  // The repeats of a text (-1: none) that goes on with `drafts`, as far as the prior counts them.
+  Repeats repeats(const TextIndexes& texts, int text, const int32_t* drafts, int count) const;
+  // Features of a row's candidates, and scores [columns] = logits + features . weights.
+  void score(int session, const int32_t* drafts, int count, const Repeats& repeats, const Candidates& candidates,
+             float* scores) const;
   // What followed one (order 2) or two tokens: `width` of that table's tokens, -1 for none, and log(1 + count) of each.
   void followers(int session, int order, const int64_t context[2], int32_t* tokens, float* values) const;
-  // scores [columns] = logits + features . weights.
-  void score(int session, const Candidates& candidates, float* scores) const;
 
   std::vector<TailWrite>& writes() { return writes_; }
   const SessionOptions& options() const { return options_; }
-  bool uses_repeats() const { return options_.uses[kFeatures - 1] > 0.0f; }
 
   float* unigrams(int session) const { return unigrams_.of(session); }
   ContextTable bigrams(int session) const { return bigrams_.of(session); }
@@ -150,6 +170,7 @@ class Sessions {
   void rescale(int session);
   void read(int session, int tenant, const int32_t* tokens, size_t count);
   void count_prompt(int session, const std::vector<int32_t>& prompt);
+  void features(int session, const int64_t context[2], const Repeats& repeats, const Candidates& candidates) const;
   void learn(int session, const int32_t* targets, int reached, const int32_t* places, const DraftedRows& drafted);
   void neighbours(int tenant, int32_t token, std::vector<int32_t>& out);
 

@@ -1,0 +1,48 @@
+"""What speculation keeps of one sequence, from its arrival to its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from engine.speculation.length.policy import Chain, Copy, Draftable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from engine.messages import SessionState
+
+NONE = -1
+"""No slot."""
+
+
+@dataclass(eq=False, slots=True)
+class DraftState:
+    """Each field is written by the one who is named with it. At the end only slots are given back."""
+
+    past: SessionState | None = None
+    """By the engine: what the sequence's session brought along."""
+    session: int = NONE
+    """By ``DraftVocab``: the slot of its vocabulary and prior. Without one it drafts from the core alone."""
+    num_in_session: int = 0
+    """By ``DraftVocab``: how many of its tokens its session has read."""
+    text: int = NONE
+    """By ``RunningTexts``: the slot in which its repeats are found."""
+    num_in_text: int = 0
+    """By ``RunningTexts``: how many of its tokens are there, or are left out."""
+    num_entries: int = 0
+    """By ``DraftKvTracker``: how many of its first tokens have an entry in the draft's KV cache."""
+    draftable: Draftable = field(default_factory=Draftable)
+    """By the speculator and its policy: what decides how many tokens are drafted."""
+    copy: Copy | None = None
+    """By the speculator: what may be copied in this step."""
+    confidence: Sequence[int] = ()
+    """By who drafts: how sure that is of each draft token of this step, a level each; empty where it does not know."""
+    chain: Chain | None = None
+    """By the speculator: what was drafted in this step."""
+    candidates: Sequence[int] = ()
+    """By ``DraftedTokens``: in which of its rows are those of each draft token of this step."""
+    hidden: Sequence[NDArray[np.float32]] = ()
+    """By ``DraftedTokens``: the state [d] from which each draft token of this step was chosen, where it is kept."""
