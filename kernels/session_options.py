@@ -19,6 +19,12 @@ WAYS = 8
 """Rows of a table in which a context can live."""
 MAX_REPEATS = 16
 """Places of a repeat that are looked at."""
+MAX_WEIGHT = 10.0
+"""Of a feature of the prior."""
+HALF_LIFE = 4096.0
+"""Tokens after which a count is worth half."""
+PRESENCE = 0.05
+"""A decayed count below this is a token that the session has left behind."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +80,11 @@ class SessionOptions:
     uses: Sequence[bool] = (True,) * NUM_FEATURES
     """Which features of the prior count."""
     learning_rate: float = 0.05
-    most_weight: float = 10.0
+    most_weight: float = MAX_WEIGHT
     gain_memory: float = 0.99
     """Weight of the past, for each position, in what the prior has gained."""
-    half_life: float = 4096.0
-    """Tokens after which a count is worth half."""
-    presence: float = 0.05
-    """A token with fewer decayed occurrences is one that the session has left behind."""
+    half_life: float = HALF_LIFE
+    presence: float = PRESENCE
     num_tenants: int = 0
     """Tables of what followed what in each tenant's texts; 0: nothing enters tails by that."""
     tenant_rows: int = 4096

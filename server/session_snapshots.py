@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
 
-from engine.draft_vocab.merge import merge
-from engine.draft_vocab.snapshot import MAX_BYTES, SessionSnapshot, SnapshotError, decode, encode
+from engine.draft_vocab.snapshot import MAX_BYTES, SessionSnapshot, SnapshotError, decode, encode, merge
 
 Fault = Literal["oversized", "corrupt"]
 

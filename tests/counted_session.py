@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.draft_vocab.ngram_counts import NgramCounts, restore, strongest
-from engine.draft_vocab.prior import HALF_LIFE
 from kernels.native_sessions import Sessions
-from kernels.session_options import NUM_FEATURES, SessionOptions, TableSizes
+from kernels.session_options import HALF_LIFE, NUM_FEATURES, SessionOptions, TableSizes
 
 
 class CountedSession:

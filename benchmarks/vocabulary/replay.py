@@ -23,15 +23,14 @@ from benchmarks.vocabulary.modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
 from benchmarks.vocabulary.pairs import table
 from engine.config import ModelConfig, SpeculationConfig
 from engine.draft_vocab.bigram_graph import BigramGraph
-from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS
-from engine.draft_vocab.resources import Resources, core_mask
-from engine.draft_vocab.running_texts import RunningTexts
+from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
 from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import SamplingParams, SessionState
 from engine.models.registry import resolve_model
 from engine.request import Request
 from engine.speculation.build import always_drafted, counts_directory
 from engine.speculation.drafters.head import CANDIDATES, read_token_counts, static_vocabulary
+from engine.speculation.drafters.lookup import RunningTexts
 from engine.speculation.drafters.session_head import GRAPH_FILE
 from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.draft_state import NONE
-from engine.draft_vocab.running_texts import RunningTexts
 from engine.request import Request
 from kernels.native_sessions import DraftStep, Sessions
 from kernels.session_options import NUM_FEATURES, Drafted
+
+if TYPE_CHECKING:
+    from engine.speculation.drafters.lookup import RunningTexts
 
 LogitsOf = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.float32]]
 """The draft's logits [n] of any tokens [n], at some rows [n]."""

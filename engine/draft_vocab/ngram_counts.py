@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.draft_vocab.prior import PRESENCE
 from kernels.native_sessions import Sessions
-from kernels.session_options import WAYS, Table
+from kernels.session_options import PRESENCE, WAYS, Table
 
 _HASH = 0x9E3779B97F4A7C15
 _ID_BITS = 31

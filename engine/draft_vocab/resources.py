@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.draft_vocab.bigram_graph import BigramGraph
-from engine.draft_vocab.prior import HALF_LIFE, MAX_WEIGHT, PRESENCE
 from kernels.session_options import SessionOptions
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex
 
+LIGHT_DRAFT_WEIGHTS = (0.5, 0.5, 1.0, 0.2, 1.5)
+"""[NUM_FEATURES]: of ``prior`` fixed, and where the first session of a tenant begins with a light draft."""
 _MIN_TENANTS = 64
 """With a table of half a MiB each."""
 
@@ -69,9 +70,6 @@ def session_options(options: DynamicConfig, slots: int) -> SessionOptions:
         in_context=options.in_context,
         learns=options.prior == "learned",
         uses=(True, order >= 2, order >= 3, True, options.prior_matches),
-        most_weight=MAX_WEIGHT,
-        half_life=HALF_LIFE,
-        presence=PRESENCE,
         # No step has more tenants than sessions, so none loses its table within one.
         num_tenants=max(_MIN_TENANTS, options.max_sessions) if options.graph and slots else 0,
     )

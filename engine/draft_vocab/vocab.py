@@ -6,6 +6,7 @@ hold is in ``kernels.native_sessions``, which is called for whole batches.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,8 @@ from numpy.typing import NDArray
 from engine.config import DynamicConfig
 from engine.draft_state import NONE
 from engine.draft_vocab.drafted_tokens import DraftedTokens
+from engine.draft_vocab.past import SessionPast
 from engine.draft_vocab.resources import Resources, session_options
-from engine.draft_vocab.running_texts import RunningTexts
-from engine.draft_vocab.session_past import SessionPast
-from engine.draft_vocab.tenants import TenantTables
 from engine.messages import VocabularyCounts
 from engine.request import Request
 from engine.verification import Verification
@@ -26,6 +25,7 @@ from kernels.native_sessions import Sessions, TailWrites
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex, SemanticSearch
+    from engine.speculation.drafters.lookup import RunningTexts
 
 _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""
@@ -74,7 +74,7 @@ class DraftVocab:
         self.drafted = DraftedTokens(self.sessions, texts, wants_hidden=resources.semantic is not None)
         self._uses_prior = options.prior != "off"
         self._free = list(range(options.max_sessions))[::-1]
-        self._tenants = TenantTables(self.sessions) if of_sessions.num_tenants else None
+        self._tenants = _TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._past = SessionPast(options, resources, self.sessions)
         self._search = _start_search(resources.semantic)
 
@@ -260,6 +260,29 @@ class DraftVocab:
     def _write(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:
             self._resources.tails.write(*writes.T.tolist())
+
+
+class _TenantTables:
+    """Gives each tenant a table at first use; the least recently used goes to another when there are no more.
+
+    Args:
+        sessions: whose the tables are.
+    """
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self._tables: OrderedDict[str, int] = OrderedDict()
+
+    def of(self, tenant: str) -> int:
+        """The tenant's; for this step only, as another may get it in a later one."""
+        table = self._tables.get(tenant)
+        if table is None:
+            is_new = len(self._tables) < self._sessions.options.num_tenants
+            table = len(self._tables) if is_new else self._tables.popitem(last=False)[1]
+            self._sessions.clear_tenant(table)
+            self._tables[tenant] = table
+        self._tables.move_to_end(tenant)
+        return table
 
 
 def _start_search(index: SemanticIndex | None) -> SemanticSearch | None:

@@ -10,7 +10,6 @@ import structlog
 
 from engine.config import EngineConfig
 from engine.draft_vocab.follower import VocabFollower
-from engine.draft_vocab.running_texts import RunningTexts
 from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
 from engine.models import eagle3
@@ -28,6 +27,7 @@ from engine.speculation.drafters.lookup import (
     NgramDraft,
     NgramProposer,
     PromptLookup,
+    RunningTexts,
     SwitchingDraft,
     SwitchingProposer,
 )

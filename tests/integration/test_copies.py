@@ -10,12 +10,11 @@ import pytest
 
 from engine.config import SpeculationConfig
 from engine.core import Outputs
-from engine.draft_vocab.running_texts import RunningTexts
 from engine.messages import EngineOutput, SamplingParams, StepTimings
 from engine.models.config import ModelFiles
 from engine.request import Request
 from engine.speculation.drafters.eagle import EagleProposer
-from engine.speculation.drafters.lookup import PromptLookup
+from engine.speculation.drafters.lookup import PromptLookup, RunningTexts
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import Curve, StepCosts
 from engine.speculation.length.policy import Copy

@@ -12,11 +12,11 @@ from benchmarks.vocabulary.replay import verification
 from engine.config import DynamicConfig
 from engine.draft_vocab.bigram_graph import build_bigram_graph
 from engine.draft_vocab.resources import Resources, core_mask
-from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.snapshot import decode
 from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import SamplingParams, SessionState
 from engine.request import Request
+from engine.speculation.drafters.lookup import RunningTexts
 from kernels.session_options import NUM_FEATURES
 
 VOCAB, CORE, SLOTS, FINGERPRINT = 1000, 100, 64, "tokens"

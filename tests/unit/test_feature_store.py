@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from engine.batch import Features
 from engine.speculation.drafters.eagle_network import TorchEagleNetwork
-from engine.speculation.drafters.features import FeatureStore
+from engine.speculation.drafters.kv import FeatureStore
 from tests.tiny_drafts import random_draft
 from tests.tiny_models import make_directory
 

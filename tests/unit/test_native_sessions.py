@@ -12,10 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from engine.draft_vocab.bigram_graph import BigramGraph, build_bigram_graph
-from engine.draft_vocab.prior import PRESENCE
 from kernels.native_sessions import DraftStep, Sessions
 from kernels.native_texts import Texts
-from kernels.session_options import NUM_FEATURES, Drafted, SessionOptions, TableSizes
+from kernels.session_options import NUM_FEATURES, PRESENCE, Drafted, SessionOptions, TableSizes
 from tests.reference.bigram_graph import TenantBigrams, continuations
 from tests.reference.continuations import Continuations
 from tests.reference.ngrams import NgramSizes, SessionNgrams, lookup, presence

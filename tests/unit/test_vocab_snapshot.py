@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.draft_vocab.merge import merge
 from engine.draft_vocab.ngram_counts import NgramCounts
 from engine.draft_vocab.snapshot import (
     MAX_BYTES,
@@ -21,6 +20,7 @@ from engine.draft_vocab.snapshot import (
     decode,
     encode,
     make_snapshot,
+    merge,
 )
 from kernels.session_options import NUM_FEATURES
 from tests.counted_session import CountedSession

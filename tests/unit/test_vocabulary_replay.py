@@ -10,7 +10,7 @@ import pytest
 from benchmarks.common.draft_traces import DEPTH, TARGET_TOP_K, WIDTH, Trace, load, save
 from benchmarks.vocabulary.replay import Replay
 from engine.config import SpeculationConfig
-from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS
+from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
 
 VOCAB = 1024
 PROMPT, ANSWER = [5, 6, 7], list(range(600, 640))

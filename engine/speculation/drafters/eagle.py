@@ -21,9 +21,8 @@ from engine.online.verify_log import VerifyLog
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts
 from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
-from engine.speculation.drafters.features import FeatureStore
 from engine.speculation.drafters.head import DraftHead
-from engine.speculation.drafters.kv import Chunk, DraftKvTracker, chain_batches, last_draft
+from engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches, last_draft
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import NativeChain

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 
 from engine.config import DynamicConfig, EngineConfig
 from engine.draft_vocab.bigram_graph import BigramGraph, BigramGraphError
-from engine.draft_vocab.prior import LIGHT_DRAFT_WEIGHTS
-from engine.draft_vocab.resources import Resources, core_mask
-from engine.draft_vocab.running_texts import RunningTexts
+from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
 from engine.draft_vocab.vocab import DraftVocab
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
 from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails
+from engine.speculation.drafters.lookup import RunningTexts
 from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs

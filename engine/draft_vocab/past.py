@@ -1,4 +1,4 @@
-"""What a tenant's sessions had in common, so that a new one starts where the last ones ended."""
+"""What a session starts with, and what it leaves behind: its own snapshot, and what its tenant has in common."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import structlog
 from numpy.typing import NDArray
 
-from engine.draft_vocab.prior import MAX_WEIGHT
+from engine.config import DynamicConfig
+from engine.draft_vocab.ngram_counts import restore, strongest
+from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources
+from engine.draft_vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
+from engine.messages import SessionState
+from engine.request import Request
 from kernels.native_sessions import Sessions
+from kernels.session_options import MAX_WEIGHT, NUM_FEATURES
+
+log = structlog.get_logger(__name__)
 
 MAX_TENANTS, MAX_DOMAINS, MAX_TOKENS = 256, 16, 4096
 HALF_LIFE = 8192.0
@@ -127,24 +136,75 @@ def _keys(domain: str | None) -> list[str | None]:
     return [None] if domain is None else [domain, None]
 
 
-class TenantTables:
-    """Gives each tenant a table at first use; the least recently used goes to another when there are no more.
+class SessionPast:
+    """Fills the slots of new sessions from what is remembered, and remembers what ended ones have learned.
 
     Args:
-        sessions: whose the tables are.
+        options: which parts are on.
+        resources: what there is.
+        sessions: whose slots they are.
     """
 
-    def __init__(self, sessions: Sessions) -> None:
-        self._sessions = sessions
-        self._tables: OrderedDict[str, int] = OrderedDict()
+    def __init__(self, options: DynamicConfig, resources: Resources, sessions: Sessions) -> None:
+        self._prior, self._resources, self._sessions = options.prior, resources, sessions
+        self._memory = TenantMemory() if options.tenant_memory else None
+        self.num_refused_snapshots = 0
 
-    def of(self, tenant: str) -> int:
-        """The tenant's; for this step only, as another may get it in a later one."""
-        table = self._tables.get(tenant)
-        if table is None:
-            is_new = len(self._tables) < self._sessions.options.num_tenants
-            table = len(self._tables) if is_new else self._tables.popitem(last=False)[1]
-            self._sessions.clear_tenant(table)
-            self._tables[tenant] = table
-        self._tables.move_to_end(tenant)
-        return table
+    def begin(self, session: int, request: Request) -> tuple[list[int], list[int]]:
+        """Give a slot its weights and counts.
+
+        Returns:
+            tokens that the session had in its tail, and tokens that its tenant's sessions have used, best first.
+        """
+        snapshot = self._read(request.draft_state.past)
+        self._sessions.clear(session, self._weights(request, snapshot))
+        past = []
+        if snapshot is not None:
+            restore(self._sessions, session, snapshot.ngram_counts())
+            self._sessions.go_on(session, snapshot.num_verified_tokens, snapshot.num_observed_tokens)
+            past = snapshot.tail_token_ids()
+        if self._memory is None or not self._resources.slots:
+            return past, []
+        return past, self._memory.top(request.tenant, request.domain, self._resources.slots + len(past))
+
+    def _read(self, state: SessionState | None) -> SessionSnapshot | None:
+        """The session's past, None if it has none that can be used."""
+        if state is None or not state.snapshot:
+            return None
+        try:
+            return decode(state.snapshot, self._resources.fingerprint, self._sessions.vocab_size)
+        except SnapshotError as error:
+            self.num_refused_snapshots += 1
+            log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
+            return None
+
+    def _weights(self, request: Request, snapshot: SessionSnapshot | None) -> Sequence[float]:
+        if self._prior == "fixed":
+            return LIGHT_DRAFT_WEIGHTS
+        if snapshot is not None:
+            return snapshot.weights
+        known = None if self._memory is None else self._memory.weights(request.tenant, request.domain)
+        return known or self._resources.start_weights or [0.0] * NUM_FEATURES
+
+    def pack(self, session: int) -> bytes:
+        """What is kept of a session for its next request."""
+        counts = self._sessions.counts(session)
+        snapshot = make_snapshot(
+            vocabulary=self._resources.fingerprint,
+            num_verified_tokens=counts.num_read,
+            num_observed_tokens=counts.num_counted,
+            weights=self._sessions.weights(session).tolist(),
+            tail=self._sessions.tail(session),
+            ngrams=strongest(self._sessions, session, MAX_NGRAMS),
+        )
+        return encode(snapshot)
+
+    def remember(self, session: int, request: Request) -> None:
+        """Let the tenant's next sessions start with what this one has said and learned."""
+        if self._memory is None:
+            return
+        core = self._resources.core
+        said = [token_id for token_id in request.output_token_ids if not core[token_id]]
+        self._memory.add(request.tenant, request.domain, said)
+        if self._sessions.counts(session).num_lessons:
+            self._memory.end_session(request.tenant, request.domain, self._sessions.weights(session).tolist())
