@@ -129,11 +129,10 @@ class DynamicConfig(Section):
 class SpeculationConfig(Section):
     """Speculative decoding. It never changes an output, only how fast it comes."""
 
-    method: Literal["auto", "none", "eagle3", "draft_model", "ngram", "ngram_eagle3"] = Field(
+    method: Literal["auto", "none", "eagle3", "draft_model", "ngram"] = Field(
         default="auto",
         description="What proposes tokens; auto: the draft shipped for the model, none if there is none; ngram: what "
-        "followed the same tokens earlier in the sequence, for any model; ngram_eagle3: ngram where tokens repeat, "
-        "else eagle3 (not with alignment).",
+        "followed the same tokens earlier in the sequence, for any model.",
     )
     draft: str | None = Field(
         default=None,
@@ -144,7 +143,7 @@ class SpeculationConfig(Section):
         default="auto",
         pattern=r"^(auto|full|static:[1-9][0-9]*|dynamic:(full\+0|[1-9][0-9]*\+[0-9]+))$",
         description="Tokens a draft can propose: auto, dynamic:512+512 where a draft comes with counts of tokens "
-        "(static:4096 by ngram_eagle3; dynamic:32768+512 by a draft model with 100,000 tokens or more), else full; "
+        "(dynamic:32768+512 by a draft model with 100,000 tokens or more), else full; "
         "full; static:K, the K most frequent; dynamic:K+S, these and up to S of each session's own, with a prior. "
         "dynamic:full+0: the prior alone. A draft model uses its own counts where the target has none.",
     )

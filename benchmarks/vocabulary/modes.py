@@ -36,12 +36,14 @@ _KV_BYTES = 256 * 2**20
 class Mode:
     """One side of the comparison.
 
-    ``cold``: every request comes from a tenant never seen before and has no session.
+    ``cold``: every request comes from a tenant never seen before and has no session. ``switches``: by
+    ``hard_switch.switch_hard``.
     """
 
     name: str
     config: EngineConfig
     cold: bool
+    switches: bool = False
 
 
 def make_mode(name: str, model: str, drafting: Drafting, num_special: int) -> Mode:
@@ -60,13 +62,11 @@ def make_mode(name: str, model: str, drafting: Drafting, num_special: int) -> Mo
     words = [word for word in switches.split(",") if word]
     dynamic = {key: _value(value) for key, _, value in (word.partition("=") for word in words if word != "cold")}
     speculation = drafting.config(model, vocabulary).speculation.model_dump()
-    speculation["copies"] = dynamic.pop("copies", True)
+    speculation["copies"] = dynamic.pop("copies", name != HARD_SWITCH)
     speculation["dynamic"] |= {"max_sessions": _MAX_SESSIONS} | dynamic
-    if name == HARD_SWITCH:
-        speculation["method"] = "ngram_eagle3"
     config = engine_config(model, SpeculationConfig.model_validate(speculation))
     cache = CacheConfig(prefix_caching=False, max_bytes=_KV_BYTES)
-    return Mode(name, config.model_copy(update={"cache": cache}), "cold" in words)
+    return Mode(name, config.model_copy(update={"cache": cache}), "cold" in words, name == HARD_SWITCH)
 
 
 def _written_out(name: str, num_special: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.common.in_process import Engine, Generation, Turn, take_turns
 from benchmarks.common.process import NoiseMeter
 from benchmarks.prompts.build import Prompt
+from benchmarks.vocabulary.hard_switch import switch_hard
 from benchmarks.vocabulary.modes import Mode
 from engine.loader import LoadedModel
 from engine.messages import EngineReady, SamplingParams, SessionState
@@ -63,6 +64,8 @@ class SessionSide:
     def __init__(self, mode: Mode, target: LoadedModel | None = None) -> None:
         self.mode = mode
         self._engine = Engine(mode.config, target)
+        if mode.switches:
+            switch_hard(self._engine.core)
         self._sessions: dict[str, _Session] = {}
         self._strangers = count()
 

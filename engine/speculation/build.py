@@ -23,14 +23,7 @@ from engine.speculation.drafters.base import Draft, Proposer
 from engine.speculation.drafters.draft_model import DraftModel
 from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
 from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
-from engine.speculation.drafters.lookup import (
-    NgramDraft,
-    NgramProposer,
-    PromptLookup,
-    RunningTexts,
-    SwitchingDraft,
-    SwitchingProposer,
-)
+from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup, RunningTexts
 from engine.speculation.drafters.session_head import make_session_head
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.cost_meter import CostMeter
@@ -42,8 +35,8 @@ from kernels.session_library import missing_reason
 
 log = structlog.get_logger(__name__)
 
-_DEFAULT_CORE = 4096
-"""Rows of the static vocabulary that was fastest for SmolLM2 (docs/decisions/009-dynamic-vocabulary.md)."""
+_SMALL_VOCABULARY = 4096
+"""Tokens of a target whose head costs little."""
 _DEFAULT_SESSIONS = "dynamic:512+512"
 _DEFAULT_OF_MODELS, _LARGE_VOCABULARY = "dynamic:32768+512", 100_000
 """Of draft models, which lose more by tokens that they cannot say (docs/decisions/009-dynamic-vocabulary.md)."""
@@ -68,10 +61,7 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
         return NgramDraft()
     if method == "draft_model":
         return _load_draft_model(config, target, files, tokenizer)
-    if directory is None:
-        return None
-    eagle = _load_eagle(config, target, directory, tokenizer)
-    return SwitchingDraft(eagle) if method == "ngram_eagle3" else eagle
+    return None if directory is None else _load_eagle(config, target, directory, tokenizer)
 
 
 def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer) -> DraftHead:
@@ -99,11 +89,11 @@ def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
         has_counts: whether it is known what the target, or a draft model, says often.
         vocab_size: of the target.
     """
-    if not has_counts or vocab_size <= _DEFAULT_CORE:
+    if not has_counts or vocab_size <= _SMALL_VOCABULARY:
         return "full"
     if method == "draft_model":
         return _DEFAULT_OF_MODELS if vocab_size >= _LARGE_VOCABULARY else "full"
-    return _DEFAULT_SESSIONS if method in ("auto", "eagle3") else f"static:{_DEFAULT_CORE}"
+    return _DEFAULT_SESSIONS
 
 
 def counts_directory(target: str, draft: str) -> Path:
@@ -152,7 +142,7 @@ def make_speculator(
     follower = None if draft.vocab is None else VocabFollower(draft.vocab, speculation.dynamic)
     costs = _measured(config, proposer, runner, max_model_len, follower) if speculation.adaptive else None
     policy = FixedLength() if costs is None else AdaptiveLength(costs, stops_early=proposer.stops_early)
-    copies_itself = isinstance(proposer, NgramProposer | SwitchingProposer)
+    copies_itself = isinstance(proposer, NgramProposer)
     texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
     lookup = PromptLookup(texts) if speculation.copies and speculation.adaptive and not copies_itself else None
     verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
@@ -163,7 +153,5 @@ def make_speculator(
 def _measured(
     config: EngineConfig, proposer: Proposer, runner: ModelRunner, max_model_len: int, follower: VocabFollower | None
 ) -> StepCosts:
-    # Where n-grams always match, as in made-up text, they cost nothing.
-    dearest = proposer.otherwise if isinstance(proposer, SwitchingProposer) else proposer
     size, most = config.cache.block_size, config.scheduler.max_batched_tokens
-    return CostMeter(runner, dearest, size, most, max_model_len, follower).measure()
+    return CostMeter(runner, proposer, size, most, max_model_len, follower).measure()

@@ -15,7 +15,7 @@ from engine.text.tokenizer import Tokenizer
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
 
-Method = Literal["none", "eagle3", "draft_model", "ngram", "ngram_eagle3"]
+Method = Literal["none", "eagle3", "draft_model", "ngram"]
 
 
 def choose_method(config: SpeculationConfig, model: str) -> tuple[Method, Path | None]:
@@ -27,7 +27,7 @@ def choose_method(config: SpeculationConfig, model: str) -> tuple[Method, Path |
     method, shipped = config.method, DRAFTS / model
     if config.num_speculative_tokens == 0:
         return "none", None
-    if method in ("eagle3", "ngram_eagle3"):
+    if method == "eagle3":
         return method, shipped if config.draft is None else Path(config.draft).expanduser()
     if method == "draft_model" and config.draft is None:
         raise ModelError("speculation.method draft_model needs a model: speculation.draft")

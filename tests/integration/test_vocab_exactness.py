@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.vocabulary.hard_switch import switch_hard
 from engine.config import DynamicConfig, SpeculationConfig
 from engine.draft_vocab.bigram_graph import build_bigram_graph
 from engine.draft_vocab.snapshot import decode
@@ -51,7 +52,6 @@ def drafts(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {
         "eagle3": SpeculationConfig(method="eagle3", draft=str(directory), adaptive=False),
         "target itself": SpeculationConfig(method="draft_model", draft=str(files.path), adaptive=False),
-        "ngram, else eagle3": SpeculationConfig(method="ngram_eagle3", draft=str(directory), adaptive=False),
     }
 
 
@@ -195,7 +195,8 @@ def test_drafts_that_come_from_elsewhere(
     tmp_path: Path,
 ) -> None:
     """N-grams draft in some steps of a sequence, its vocabulary in others."""
-    engine = make_engine(files, drafts["ngram, else eagle3"], setting, "dynamic:64+32", tmp_path)
+    engine = make_engine(files, drafts["eagle3"], setting, "dynamic:64+32", tmp_path)
+    switch_hard(engine.core)
     outputs, snapshots = run(engine, prompts, sampling[kind])
     assert outputs == expected[kind]
     assert run(engine, prompts, sampling[kind], snapshots)[0] == expected[kind]

@@ -85,8 +85,10 @@ def test_others_methods_are_made_of_the_switches() -> None:
     assert (paper.dynamic.target_signal, paper.dynamic.replacement, paper.dynamic.prior) == ("events", "arc", "off")
     assert paper.dynamic.semantic
     assert paper.dynamic.graph
-    switch = make_mode(HARD_SWITCH, "smollm2-135m", DRAFTING, 17).config.speculation
-    assert (switch.method, switch.vocabulary, switch.num_speculative_tokens) == ("ngram_eagle3", FULL, 4)
+    switch = make_mode(HARD_SWITCH, "smollm2-135m", DRAFTING, 17)
+    speculation = switch.config.speculation
+    assert (speculation.vocabulary, speculation.num_speculative_tokens, speculation.copies) == (FULL, 4, False)
+    assert switch.switches
 
 
 def test_all_default_modes_can_be_made() -> None:

@@ -65,12 +65,7 @@ def test_a_draft_from_elsewhere(target: LoadedModel, files: ModelFiles, shipped:
     assert draft.description == "eagle3 mine, vocabulary full"
 
 
-def test_ngrams_need_no_draft_and_the_switch_the_shipped_one(
-    target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path
-) -> None:
-    switching = load_draft(target, files, method="ngram_eagle3", vocabulary="static:64")
-    assert switching is not None
-    assert switching.description == "ngram, else eagle3 target, vocabulary static:64"
+def test_ngrams_need_no_draft(target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path) -> None:
     shutil.rmtree(shipped)
     ngram = load_draft(target, files, method="ngram")
     assert ngram is not None
@@ -78,7 +73,7 @@ def test_ngrams_need_no_draft_and_the_switch_the_shipped_one(
     with pytest.raises(ValidationError, match="ngram has none"):
         load_draft(target, files, method="ngram", draft=str(tmp_path))
     with pytest.raises(ModelError, match="not an EAGLE-3 draft"):
-        load_draft(target, files, method="ngram_eagle3")
+        load_draft(target, files, method="eagle3")
 
 
 def test_a_draft_model_takes_its_own_counts_where_the_target_has_none(
@@ -101,7 +96,6 @@ def test_a_draft_model_takes_its_own_counts_where_the_target_has_none(
     [
         ("auto", 49_152, "dynamic:512+512"),
         ("eagle3", 151_936, "dynamic:512+512"),
-        ("ngram_eagle3", 49_152, "static:4096"),
         ("draft_model", 49_152, "full"),
         ("draft_model", 151_936, "dynamic:32768+512"),
         ("auto", 1_000, "full"),
@@ -113,8 +107,8 @@ def test_the_default_vocabulary(method: str, vocab_size: int, expected: str) -> 
 
 
 def test_alignment_wants_all_drafts_from_the_draft() -> None:
-    with pytest.raises(ValidationError, match="ngram_eagle3"):
-        EngineConfig(speculation=SpeculationConfig(method="ngram_eagle3"), alignment=AdaptersConfig(enabled=True))
+    with pytest.raises(ValidationError, match="ngram"):
+        EngineConfig(speculation=SpeculationConfig(method="ngram"), alignment=AdaptersConfig(enabled=True))
 
 
 @pytest.mark.parametrize("speculation", [{"method": "none"}, {"num_speculative_tokens": 0}])

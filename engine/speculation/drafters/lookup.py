@@ -1,7 +1,7 @@
 """Drafts that cost nothing: what followed the longest repeat of a sequence's end in its own prompt and answer.
 
-Prompt lookup decoding (Saxena 2023): for the sequences and steps in which it promises more than the draft does, as a
-method of its own, or in turn with an EAGLE-3 draft.
+Prompt lookup decoding (Saxena 2023): for the sequences and steps in which it promises more than the draft does, or as a
+method of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from engine.draft_state import NONE
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
 from engine.speculation.length.policy import Copy, Repeat, StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import CONFIDENCE_LEVELS
@@ -148,52 +147,3 @@ class NgramDraft:
     def make_proposer(self, num_blocks: int) -> Proposer:
         """Needs no memory of the device."""
         return NgramProposer()
-
-
-class SwitchingProposer:
-    """Per sequence and step either n-grams or the EAGLE-3 draft, as vLLM's pull request 24344 does.
-
-    Args:
-        otherwise: drafts for the sequences in which nothing repeats; it sees all steps.
-    """
-
-    def __init__(self, otherwise: EagleProposer) -> None:
-        self.otherwise, self._ngrams = otherwise, NgramProposer()
-        self.capture_layers, self.stops_early = otherwise.capture_layers, otherwise.stops_early
-
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
-        """N-grams where there is a match, the EAGLE-3 draft for the rest."""
-        self._ngrams.propose(slots, stop)
-        self.otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids], stop)
-
-    def num_unread(self, request: Request) -> int:
-        """Those of the EAGLE-3 draft."""
-        return self.otherwise.num_unread(request)
-
-    def after_verification(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
-    ) -> None:
-        """Arguments as ``Proposer.after_verification``."""
-        self.otherwise.after_verification(sequences, num_kept, features)
-
-    def forget(self, request: Request) -> None:
-        """A request has ended or was preempted."""
-        self._ngrams.forget(request)
-        self.otherwise.forget(request)
-
-
-class SwitchingDraft:
-    """Method ``ngram_eagle3``.
-
-    Args:
-        eagle: what drafts where nothing repeats.
-    """
-
-    def __init__(self, eagle: EagleDraft) -> None:
-        self._eagle = eagle
-        self.description = f"ngram, else {eagle.description}"
-        self.costs, self.vocab = eagle.costs, eagle.vocab
-
-    def make_proposer(self, num_blocks: int) -> Proposer:
-        """Allocate what the EAGLE-3 draft needs for blocks 0 .. num_blocks - 1."""
-        return SwitchingProposer(self._eagle.make_proposer(num_blocks))

@@ -1,0 +1,51 @@
+"""A rival: per sequence and step either n-grams of the context or the draft, as vLLM's pull request 24344 does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.batch import Features
+from engine.core import EngineCore
+from engine.request import Request
+from engine.speculation.drafters.base import Proposer
+from engine.speculation.drafters.lookup import NgramProposer
+from engine.speculation.length.policy import StopRule
+from engine.step_plan import DraftSlot, ScheduledSequence
+
+
+class HardSwitch:
+    """A ``Proposer``.
+
+    Args:
+        otherwise: drafts for the sequences in which nothing repeats; it sees all steps.
+    """
+
+    def __init__(self, otherwise: Proposer) -> None:
+        self._otherwise, self._ngrams = otherwise, NgramProposer()
+        self.capture_layers, self.stops_early = otherwise.capture_layers, otherwise.stops_early
+
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+        """N-grams where there is a match, the draft for the rest."""
+        self._ngrams.propose(slots, stop)
+        self._otherwise.propose([slot for slot in slots if not slot.request.draft_token_ids], stop)
+
+    def num_unread(self, request: Request) -> int:
+        """Those of the draft."""
+        return self._otherwise.num_unread(request)
+
+    def after_verification(
+        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
+    ) -> None:
+        """Arguments as ``Proposer.after_verification``."""
+        self._otherwise.after_verification(sequences, num_kept, features)
+
+    def forget(self, request: Request) -> None:
+        """A request has ended or was preempted."""
+        self._ngrams.forget(request)
+        self._otherwise.forget(request)
+
+
+def switch_hard(core: EngineCore) -> None:
+    """Let an engine that drafts with EAGLE-3, and copies nothing, switch. Its costs stay those of the draft."""
+    assert core._speculator is not None
+    core._speculator._proposer = HardSwitch(core._speculator._proposer)
