@@ -16,9 +16,10 @@ from kernels.session_library import (
     INT,
     POINTER,
     DraftedRowsStruct,
-    DraftStepStruct,
+    DraftStep,
     GraphStruct,
     OptionsStruct,
+    SessionCounts,
     TokenRowsStruct,
     address_of,
     joined,
@@ -32,7 +33,6 @@ from kernels.session_options import (
     SOURCES,
     Drafted,
     GraphArrays,
-    SessionCounts,
     SessionOptions,
     Table,
 )
@@ -41,28 +41,6 @@ TailWrites = NDArray[np.int32]
 """[n, 3]: sessions, places of their tails, and the tokens that are there now."""
 _NOTHING: NDArray[np.int32] = np.empty((0, 0), np.int32)
 _NO_WRITES: TailWrites = np.empty((0, 3), np.int32)
-
-
-class DraftStep:
-    """Rows of a batch whose next draft token is chosen.
-
-    Args:
-        sessions: of each row; -1 for none.
-        texts: of each row; -1 for none.
-        drafts: tokens drafted before in this step, as many for each row.
-    """
-
-    def __init__(self, sessions: Sequence[int], texts: Sequence[int], drafts: Sequence[Sequence[int]]) -> None:
-        count = len(sessions)
-        self._arrays = {
-            "sessions": array("i", sessions),
-            "texts": array("i", texts),
-            "drafts": array("i", chain.from_iterable(drafts)),
-            "repeats": zeros(count * (2 * MAX_REPEATS + 1)),
-        }
-        self.struct = DraftStepStruct(count, 0, len(drafts[0]))
-        for name, values in self._arrays.items():
-            setattr(self.struct, name, values.buffer_info()[0])
 
 
 class Sessions:
@@ -245,22 +223,9 @@ class Sessions:
         return tokens[: self._library.evo_sessions_tail(self.handle, session, tokens)]
 
     def counts(self, session: int) -> SessionCounts:
-        """How a session has fared since it began."""
-        counts = self._library.evo_sessions_counts(self.handle, session).contents
-        insertions, hits = (
-            {name: count for name, count in zip(SOURCES, of_sources, strict=True) if count}
-            for of_sources in (counts.insertions, counts.hits)
-        )
-        return SessionCounts(
-            verified=counts.verified,
-            covered=counts.covered,
-            events=counts.events,
-            insertions=insertions,
-            hits=hits,
-            num_read=counts.num_read,
-            num_counted=counts.num_counted,
-            num_lessons=counts.num_lessons,
-        )
+        """How a session has fared since it began: what is written there counts."""
+        counts: SessionCounts = self._library.evo_sessions_counts(self.handle, session).contents
+        return counts
 
     def weights(self, session: int) -> NDArray[np.float32]:
         """[NUM_FEATURES] of a session's prior, as learned so far."""
@@ -300,11 +265,6 @@ class Sessions:
         places = (POINTER(one.ctypes.data) for one in (tokens, values))
         self._library.evo_sessions_followers(self.handle, session, order, *places)
         return tokens, values
-
-    def go_on(self, session: int, num_read: int, num_counted: int) -> None:
-        """A session goes on in which so many tokens were generated, and whose n-grams are of so many."""
-        counts = self._library.evo_sessions_counts(self.handle, session).contents
-        counts.num_read, counts.num_counted = num_read, num_counted
 
     def _check(self, tokens: array[int]) -> None:
         if not self._library.evo_sessions_know(self.handle, address_of(tokens), len(tokens)):

@@ -11,12 +11,12 @@ import functools
 from array import array
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kernels.session_options import NUM_FEATURES, SOURCES
+from kernels.session_options import MAX_REPEATS, NUM_FEATURES, SOURCES
 from kernels.targets import PLAIN, best_target, load_of_these_sources
 
 POINTER, INT, INT64, FLOAT, DOUBLE = (
@@ -28,12 +28,18 @@ POINTER, INT, INT64, FLOAT, DOUBLE = (
 )
 
 
-class CountsStruct(ctypes.Structure):
+class SessionCounts(ctypes.Structure):
+    """How a session has fared since it began; see ``SessionCounts`` in sessions.h."""
+
     _fields_ = (
         *((name, INT64) for name in ("verified", "covered", "events")),
         *((name, INT64 * len(SOURCES)) for name in ("insertions", "hits")),
         *((name, INT64) for name in ("num_read", "num_counted", "num_lessons")),
     )
+
+    def by_source(self, name: Literal["insertions", "hits"]) -> dict[str, int]:
+        """Those that are not 0."""
+        return {source: count for source, count in zip(SOURCES, getattr(self, name), strict=True) if count}
 
 
 class StateStruct(ctypes.Structure):
@@ -99,7 +105,7 @@ def load() -> Any:
     for name in ("evo_sessions_new", "evo_sessions_take_writes", "evo_sessions_unigrams", "evo_sessions_weights"):
         getattr(library, name).restype = POINTER
     library.evo_texts_new.restype = POINTER
-    library.evo_sessions_counts.restype = ctypes.POINTER(CountsStruct)
+    library.evo_sessions_counts.restype = ctypes.POINTER(SessionCounts)
     library.evo_sessions_state.restype = ctypes.POINTER(StateStruct)
     library.evo_sessions_ngrams.restype = TableStruct
     library.evo_sessions_bytes.restype = library.evo_texts_bytes.restype = INT64
@@ -129,3 +135,25 @@ def view_of(place: int, dtype: Any, *shape: int) -> NDArray[Any]:
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     buffer = (ctypes.c_char * size).from_address(place)
     return np.frombuffer(buffer, dtype).reshape(shape)
+
+
+class DraftStep:
+    """Rows of a batch whose next draft token is chosen.
+
+    Args:
+        sessions: of each row; -1 for none.
+        texts: of each row; -1 for none.
+        drafts: tokens drafted before in this step, as many for each row.
+    """
+
+    def __init__(self, sessions: Sequence[int], texts: Sequence[int], drafts: Sequence[Sequence[int]]) -> None:
+        count = len(sessions)
+        self._arrays = {
+            "sessions": array("i", sessions),
+            "texts": array("i", texts),
+            "drafts": array("i", chain.from_iterable(drafts)),
+            "repeats": zeros(count * (2 * MAX_REPEATS + 1)),
+        }
+        self.struct = DraftStepStruct(count, 0, len(drafts[0]))
+        for name, values in self._arrays.items():
+            setattr(self.struct, name, values.buffer_info()[0])

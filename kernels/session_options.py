@@ -99,24 +99,3 @@ class Drafted:
     token_ids: NDArray[np.int32]
     logits: NDArray[np.float32]
     features: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class SessionCounts:
-    """How a session's vocabulary has fared."""
-
-    verified: int
-    """Tokens of steps in which it was drafted for."""
-    covered: int
-    """Of them, those that could have been drafted."""
-    events: int
-    """Steps with a token that could not."""
-    insertions: dict[str, int]
-    hits: dict[str, int]
-    """Accepted tokens outside the core, by what had named them."""
-    num_read: int
-    """Tokens generated."""
-    num_counted: int
-    """Tokens in the n-grams."""
-    num_lessons: int
-    """Positions from which the prior has learned."""

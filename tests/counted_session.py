@@ -21,7 +21,7 @@ class CountedSession:
 
     @property
     def num_tokens(self) -> int:
-        return self.sessions.counts(0).num_counted
+        return int(self.sessions.counts(0).num_counted)
 
     def observe(self, token_ids: Sequence[int]) -> None:
         """The session goes on with some tokens."""
@@ -44,4 +44,4 @@ class CountedSession:
     def restore(self, ngrams: Sequence[NgramCounts], num_tokens: int) -> None:
         """Start from the counts of a snapshot."""
         restore(self.sessions, 0, ngrams)
-        self.sessions.go_on(0, 0, num_tokens)
+        self.sessions.counts(0).num_counted = num_tokens

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from engine.draft_state import NONE
 from engine.request import Request
-from kernels.native_sessions import DraftStep, Sessions
+from kernels.native_sessions import Sessions
+from kernels.session_library import DraftStep
 from kernels.session_options import NUM_FEATURES, Drafted
 
 if TYPE_CHECKING:

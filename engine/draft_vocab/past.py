@@ -161,7 +161,8 @@ class SessionPast:
         past = []
         if snapshot is not None:
             restore(self._sessions, session, snapshot.ngram_counts())
-            self._sessions.go_on(session, snapshot.num_verified_tokens, snapshot.num_observed_tokens)
+            counts = self._sessions.counts(session)
+            counts.num_read, counts.num_counted = snapshot.num_verified_tokens, snapshot.num_observed_tokens
             past = snapshot.tail_token_ids()
         if self._memory is None or not self._resources.slots:
             return past, []

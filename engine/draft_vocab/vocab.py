@@ -220,8 +220,8 @@ class DraftVocab:
             verified_tokens=counts.verified,
             covered_tokens=counts.covered,
             events=counts.events,
-            insertions=counts.insertions,
-            hits=counts.hits,
+            insertions=counts.by_source("insertions"),
+            hits=counts.by_source("hits"),
         )
         return None if state.past is None else self._past.pack(state.session), fared
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.records import Segment
-from kernels.native_sessions import DraftStep, Sessions
+from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
+from kernels.session_library import DraftStep
 from kernels.session_options import NUM_FEATURES, Drafted, SessionOptions
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_replay import segment
