@@ -99,10 +99,7 @@ class EngineCore:
         try:
             request = _make_request(client_id, message, self.spec.vocab_size)
         except ValueError as error:
-            refusal = EngineOutput(
-                request_id=message.request_id, finish_reason="error", error=str(error), error_kind="invalid"
-            )
-            self._refused[client_id].append(refusal)
+            self._tell_error(client_id, message.request_id, str(error))
             return
         if request.request_id in self._verifier or request.request_id in self._constrained:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
@@ -160,7 +157,8 @@ class EngineCore:
             return outputs, None
         logits, features = self._forward(plan)
         clock.lap("forward")
-        verified = self._verify(plan, logits)
+        self._constrained.wait(plan.sequences)
+        verified = self._verifier.verify(plan.sequences, logits)
         clock.lap("sample")
         vocabulary = self._learn(verified, logits, features)
         clock.lap("draft")
@@ -205,8 +203,11 @@ class EngineCore:
         """End a request with an error that its next output tells."""
         self._scheduler.abort(request.request_id)  # where it may not be yet
         self._forget(request.request_id, request)
-        self._refused[request.client_id].append(
-            EngineOutput(request_id=request.client_request_id, finish_reason="error", error=reason, error_kind=kind)
+        self._tell_error(request.client_id, request.client_request_id, reason, kind)
+
+    def _tell_error(self, client_id: bytes, request_id: str, error: str, kind: ErrorKind = "invalid") -> None:
+        self._refused[client_id].append(
+            EngineOutput(request_id=request_id, finish_reason="error", error=error, error_kind=kind)
         )
 
     def _follow_grammars(self) -> None:
@@ -218,11 +219,6 @@ class EngineCore:
                 self._end(request, error)
         for request, error in self._constrained.take_failed():
             self._end(request, error)
-
-    def _verify(self, plan: SchedulerOutput, logits: torch.Tensor) -> list[Verification]:
-        """The target's choices for each sequence, and what its output keeps of them."""
-        self._constrained.wait(plan.sequences)
-        return self._verifier.verify(plan.sequences, logits)
 
     def _learn(self, verified: list[Verification], logits: torch.Tensor, features: Features | None) -> float:
         """Let drafts follow the step; returns the seconds that vocabularies took."""

@@ -28,7 +28,7 @@ from engine.speculation.drafters.session_head import make_session_head
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import StepCosts
-from engine.speculation.length.policy import FixedLength
+from engine.speculation.length.policy import LengthPolicy
 from engine.speculation.speculator import Speculator
 from engine.text.tokenizer import Tokenizer
 from kernels.session_library import missing_reason
@@ -141,7 +141,7 @@ def make_speculator(
     speculation, proposer = config.speculation, draft.make_proposer(runner.num_blocks)
     follower = None if draft.vocab is None else VocabFollower(draft.vocab, speculation.dynamic)
     costs = _measured(config, proposer, runner, max_model_len, follower) if speculation.adaptive else None
-    policy = FixedLength() if costs is None else AdaptiveLength(costs, stops_early=proposer.stops_early)
+    policy = LengthPolicy() if costs is None else AdaptiveLength(costs, stops_early=proposer.stops_early)
     copies_itself = isinstance(proposer, NgramProposer)
     texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
     lookup = PromptLookup(texts) if speculation.copies and speculation.adaptive and not copies_itself else None

@@ -15,7 +15,7 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import save_draft
 from engine.speculation.drafters.head import COUNTS_FILE
-from engine.speculation.length.policy import FixedLength
+from engine.speculation.length.policy import LengthPolicy
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
@@ -66,7 +66,7 @@ def test_what_drafts_took_is_told_once_a_draft(
 ) -> None:
     """Steps that only compute a prompt have no drafts, also right after a request that ended amid them."""
     told: list[float] = []
-    monkeypatch.setattr(FixedLength, "record_seconds", lambda _, seconds: told.append(seconds))
+    monkeypatch.setattr(LengthPolicy, "record_seconds", lambda _, seconds: told.append(seconds))
     draft = broken_draft(files, tmp_path / "draft", "no numbers")
     speculation = SpeculationConfig(
         method="eagle3", draft=str(draft), vocabulary="static:40", adaptive=False, num_speculative_tokens=3

@@ -15,7 +15,7 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.speculation.drafters.eagle import EagleProposer
 from engine.speculation.drafters.head import DraftHead
-from engine.speculation.length.policy import Chain, Draftable, FixedLength, Repeat, StopRule
+from engine.speculation.length.policy import Chain, Draftable, LengthPolicy, Repeat, StopRule
 from engine.step_plan import DraftSlot
 from kernels import native
 from kernels.native_chain import CONFIDENCE_LEVELS, ChainBatch, ChainResult, NativeChain
@@ -123,7 +123,7 @@ class Stopping:
             self.calls.append((batch, result))
             return result
 
-        def rule(policy: FixedLength, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule:
+        def rule(policy: LengthPolicy, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule:
             rows = zip(sequences, lengths, strict=True)
             return StopRule(
                 chances=chance.uniform(0.5, 1.0, (TENANTS, 2, CONFIDENCE_LEVELS)).astype(np.float32),
@@ -133,20 +133,20 @@ class Stopping:
                 draft_cost=float(chance.uniform(0.0, 1.2)),
             )
 
-        def worth(policy: FixedLength, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
+        def worth(policy: LengthPolicy, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
             lengths = [int(chance.integers(0, len(of_one.confidence) + 1)) for of_one in chains]
             cut.update(zip(sequences, lengths, strict=True))
             return lengths
 
         def record(
-            policy: FixedLength, sequence: Draftable, of_one: Chain, outcomes: Sequence[bool], repeat: Repeat | None
+            policy: LengthPolicy, sequence: Draftable, of_one: Chain, outcomes: Sequence[bool], repeat: Repeat | None
         ) -> None:
             self.judged.append((cut[sequence], len(of_one.confidence), outcomes))
 
         monkeypatch.setattr(NativeChain, "run", recorded)
-        monkeypatch.setattr(FixedLength, "stop_rule", rule)
-        monkeypatch.setattr(FixedLength, "worth_verifying", worth)
-        monkeypatch.setattr(FixedLength, "record_drafts", record)
+        monkeypatch.setattr(LengthPolicy, "stop_rule", rule)
+        monkeypatch.setattr(LengthPolicy, "worth_verifying", worth)
+        monkeypatch.setattr(LengthPolicy, "record_drafts", record)
 
 
 def steps_by_the_rule(batch: ChainBatch, levels: NDArray[np.int32]) -> int:

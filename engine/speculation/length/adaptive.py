@@ -19,7 +19,7 @@ import numpy as np
 from engine.speculation.length.acceptance import IDLE_MEMORY, MAX_ACCEPTANCE, Tenant, Tenants
 from engine.speculation.length.costs import ServedCosts, StepCosts
 from engine.speculation.length.plan import Plan, all_before, best_plan, best_verified, worth_reading
-from engine.speculation.length.policy import Chain, Draftable, Repeat, StopRule
+from engine.speculation.length.policy import Chain, Draftable, LengthPolicy, Repeat, StopRule
 
 _MIN_WORTH = 0.1
 """Tokens that copying for a sequence must promise, all costs taken off: a tenth of what its step makes anyhow."""
@@ -28,8 +28,8 @@ _CROWD, _QUIET_STEPS, _LOOK_INTERVAL = 8, 16, 4
 _PROBE_TOKENS = 2
 
 
-class AdaptiveLength:
-    """A ``LengthPolicy`` that maximises the expected rate of tokens. It reads no clock: it is told what drafts took.
+class AdaptiveLength(LengthPolicy):
+    """Maximises the expected rate of tokens. It reads no clock: it is told what drafts took.
 
     Args:
         costs: of a step's parts, as measured at start.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -60,16 +59,6 @@ class Curve:
 
 Seconds = Callable[[int], float]
 """By a number of tokens or sequences."""
-
-
-class Costs(Protocol):
-    """What ``StepCosts`` says, whoever says it."""
-
-    @property
-    def read(self) -> float: ...
-    def verify(self, size: int, /) -> float: ...
-    def first_draft(self, size: int, /) -> float: ...
-    def next_draft(self, size: int, /) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -129,3 +118,6 @@ class ServedCosts:
 
     def _learn(self, ratio: float, rate: float) -> None:
         self._ratio += (ratio - self._ratio) * rate
+
+
+Costs = StepCosts | ServedCosts

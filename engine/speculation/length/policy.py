@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -83,68 +83,37 @@ class Chain(msgspec.Struct, frozen=True):
     copied: bool = False
 
 
-class LengthPolicy(Protocol):
-    """Decides how many tokens to draft."""
+class LengthPolicy:
+    """Decides how many tokens to draft: always as many as allowed, where a subclass does not say otherwise."""
 
     def drafts_for_most(self, tenant: str) -> bool:
         """Whether of late most of a tenant's sequences were drafted for: else what drafts need is made at the first."""
-        ...
-
-    def rests(self, sequences: Sequence[Draftable], num_joining: int) -> bool:
-        """Whether the decoding sequences of a step get no drafts, whatever repeats in them."""
-        ...
-
-    def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> list[int]:
-        """Most draft tokens of all decoding sequences of a step, which ``num_joining`` more are about to join."""
-        ...
-
-    def stop_rule(self, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule | None:
-        """When the chains of the sequences drafted for, which have room for so many tokens, end before; None: never."""
-        ...
-
-    def worth_verifying(self, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
-        """How many tokens of each chain to verify; those without confidence are left as they are."""
-        ...
-
-    def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
-        """What became of a chain, place by place up to the first that the target did not choose."""
-        ...
-
-    def record_copy(self, sequence: Draftable, repeat: Repeat, outcomes: Sequence[bool]) -> None:
-        """What became, or would have become, of a copy."""
-        ...
-
-    def record_seconds(self, seconds: float) -> None:
-        """What a step's drafts took, and what vocabularies learned of them; of the chains last cut."""
-        ...
-
-
-class FixedLength:
-    """Always as many tokens as allowed."""
-
-    def drafts_for_most(self, tenant: str) -> bool:
         return True
 
     def rests(self, sequences: Sequence[Draftable], num_joining: int) -> bool:
+        """Whether the decoding sequences of a step get no drafts, whatever repeats in them."""
         return False
 
     def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> list[int]:
+        """Most draft tokens of all decoding sequences of a step, which ``num_joining`` more are about to join."""
         return [one.limit for one in sequences]
 
     def stop_rule(self, sequences: Sequence[Draftable], lengths: Sequence[int]) -> StopRule | None:
+        """When the chains of the sequences drafted for, which have room for so many tokens, end before; None: never."""
         return None
 
     def worth_verifying(self, sequences: Sequence[Draftable], chains: Sequence[Chain]) -> list[int]:
+        """How many tokens of each chain to verify; those without confidence are left as they are."""
         return [len(chain.token_ids) for chain in chains]
 
     def record_drafts(self, sequence: Draftable, chain: Chain, outcomes: Sequence[bool], repeat: Repeat | None) -> None:
-        pass
+        """What became of a chain, place by place up to the first that the target did not choose."""
 
     def record_copy(self, sequence: Draftable, repeat: Repeat, outcomes: Sequence[bool]) -> None:
-        pass
+        """What became, or would have become, of a copy."""
 
     def record_seconds(self, seconds: float) -> None:
-        pass
+        """What a step's drafts took, and what vocabularies learned of them; of the chains last cut."""
 
 
 @dataclass(frozen=True)
