@@ -255,7 +255,10 @@ class DraftVocab:
             self._write(self.sessions.catch_up(rows.sessions, self._tables(rows.requests), rows.tokens))
 
     def _tables(self, requests: Sequence[Request]) -> list[int] | None:
-        return None if self._tenants is None else [self._tenants.of(request.tenant) for request in requests]
+        if self._tenants is None:
+            return None
+        tables = {tenant: self._tenants.of(tenant) for tenant in {request.tenant for request in requests}}
+        return [tables[request.tenant] for request in requests]
 
     def _write(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:
