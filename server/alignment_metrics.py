@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import Gauge
 
 from engine.messages import AlignmentStats
 from engine.online.adapter_control import AdapterStatus, WorkerStatus
+from server.metric_families import EngineCounters, MetricFamilies
 
 _COUNTERS = {
     "steps": "Verify steps of drafted sequences.",
@@ -48,19 +49,14 @@ _GONE_AFTER = 10.0
 
 
 class AlignmentMetrics:
-    """All series of alignment. Those of the worker are as of its last report, and leave with it.
+    """All series of alignment. Those of the worker are as of its last report, and leave with it."""
 
-    ``registry``: where they are.
-    """
-
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self, families: MetricFamilies) -> None:
         def gauge(name: str, about: str, *labels: str) -> Gauge:
-            return Gauge(f"evospec:alignment_{name}", about, labels, registry=registry)
+            return families.gauge(f"alignment_{name}", about, *labels)
 
-        self._counters = {
-            name: Counter(f"evospec:alignment_{name}", about, registry=registry) for name, about in _COUNTERS.items()
-        }
-        self._last = dict.fromkeys(_COUNTERS, 0)
+        counters = {name: families.counter(f"alignment_{name}", about) for name, about in _COUNTERS.items()}
+        self.counters = EngineCounters(counters)
         self._channel_version = gauge("channel_version", "Of the weight channel: grows with each publication.")
         self._draft_version = gauge("draft_version", "Of the adapters that the engine drafts with.", "key")
         self._enabled = gauge("enabled", "1 if adapters are trained and served.")
@@ -70,16 +66,9 @@ class AlignmentMetrics:
         self._worker = {name: gauge(f"worker_{name}", about) for name, about in _WORKER_GAUGES.items()}
         self._of_key = {name: gauge(f"adapter_{name}", about, "key") for name, about in _KEY_GAUGES.items()}
 
-    def engine_restarted(self) -> None:
-        """The engine's counters begin at 0 again."""
-        self._last = dict.fromkeys(_COUNTERS, 0)
-
     def observe_engine(self, stats: AlignmentStats) -> None:
         """Take over what the engine reports."""
-        for name, counter in self._counters.items():
-            value = getattr(stats, name)
-            counter.inc(max(0, value - self._last[name]))
-            self._last[name] = value
+        self.counters.follow(stats)
         self._channel_version.set(stats.channel_version)
         self._draft_version.clear()
         for key, version in stats.versions.items():

@@ -75,8 +75,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     gate = RedisGate(settings.redis.url, settings.redis)
     log_gate = RedisGate(settings.engine.alignment.redis_url or settings.redis.url, settings.redis)
     vocabulary = vocabulary_fingerprint(state.tokenizer)
-    engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics, vocabulary)
-    state.metrics.engine_up.set_function(lambda: float(engine.ready))
+    engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics.engine, vocabulary)
+    state.metrics.engine.up.set_function(lambda: float(engine.ready))
     work = WorkShares()
     state.serving = Serving(
         model=state.model,

@@ -25,8 +25,8 @@ from engine.messages import (
     EngineRequest,
     Hello,
 )
+from server.engine_metrics import EngineMetrics
 from server.errors import ApiError, bad_request
-from server.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
@@ -87,13 +87,13 @@ class EngineClient:
     for any other, this server's token ids would be another text. ``last_message``: when it last sent anything
     (``time.monotonic``).
 
-        client = EngineClient(config, timeout=60, metrics=metrics, vocabulary=vocabulary_fingerprint(tokenizer))
+        client = EngineClient(config, timeout=60, metrics=metrics.engine, vocabulary=vocabulary_fingerprint(tokenizer))
         task = asyncio.create_task(client.run())
         async with aclosing(client.generate([request])) as steps:
             async for outputs in steps: ...
     """
 
-    def __init__(self, config: EngineConfig, timeout: float, metrics: Metrics, vocabulary: str) -> None:
+    def __init__(self, config: EngineConfig, timeout: float, metrics: EngineMetrics, vocabulary: str) -> None:
         self.info: EngineReady | None = None
         self.ready = False
         self._address = config.address
@@ -210,7 +210,7 @@ class EngineClient:
             return
         if self.info is not None and self.info.epoch != info.epoch:
             self._lose_engine("The engine was restarted while it worked on the request.")
-            self._metrics.engine_restarts.inc()
+            self._metrics.restarts.inc()
         if not self.ready:
             log.info("engine ready", epoch=info.epoch, max_model_len=info.max_model_len)
         self.info = info
@@ -235,7 +235,7 @@ class EngineClient:
         self._arrived.extend(message.outputs)
         if was_empty:
             self._hand_out_some()
-        self._metrics.observe_engine(message)
+        self._metrics.observe(message)
 
     def _hand_out_some(self) -> None:
         self._hand_out(_AT_A_TIME)
@@ -281,7 +281,7 @@ class EngineClient:
             report("engine lost", reason=reason, in_flight=len(self._inboxes))
         self.ready = False
         self._hand_out(len(self._arrived))
-        self._metrics.engine_lost()
+        self._metrics.lost()
         inboxes, self._inboxes = self._inboxes, {}
         self._abort(list(inboxes))
         for inbox in set(inboxes.values()):

@@ -32,5 +32,5 @@ async def metrics(request: Request, serving: Annotated[Serving, Depends(get_serv
             worker, adapters = await serving.adapters.status()
         except ApiError:  # Redis is down: nobody knows
             worker, adapters = None, {}
-        serving.metrics.alignment.observe_worker(worker, adapters, time.time())
-    return Response(b"".join(serving.metrics.render()), media_type=CONTENT_TYPE_LATEST)
+        serving.metrics.engine.alignment.observe_worker(worker, adapters, time.time())
+    return Response(serving.metrics.render(), media_type=CONTENT_TYPE_LATEST)
