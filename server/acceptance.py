@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.schemas.metrics import SpeculativeDecoding
+from server.schemas.answers import SpeculativeDecoding
 
 
 class AcceptanceCounts:

@@ -22,7 +22,7 @@ from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
-from server.routes import adapters, chat, completions, detokenize, health, metrics, models, openapi, sessions, tokenize
+from server.routes import about, adapters, chat, completions, sessions, tokens
 from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
@@ -61,8 +61,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     app.state.max_body_bytes = settings.http.max_body_bytes
-    for module in (completions, chat, sessions, adapters, models, tokenize, detokenize, health, metrics, openapi):
+    for module in (completions, chat, sessions, adapters, tokens, about):
         app.include_router(module.router)
+    app.include_router(about.public_router)
     install_error_handlers(app)
     install_openapi(app, model, app.state.tenants.has_keys)
     app.add_middleware(RequestMiddleware, metrics=app_metrics)

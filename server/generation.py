@@ -20,8 +20,7 @@ from server.acceptance import AcceptanceCounts
 from server.engine_client import EngineDead, Overloaded
 from server.errors import ApiError, bad_request, internal_error
 from server.params import TokenizedPrompt
-from server.schemas.metrics import ResponseMetrics
-from server.schemas.usage import PromptTokensDetails, Usage
+from server.schemas.answers import PromptTokensDetails, ResponseMetrics, Usage
 from server.serving import Serving
 from server.tenants import Tenant
 

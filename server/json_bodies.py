@@ -1,10 +1,11 @@
-"""JSON that clients send: strict, and looked at for what it would take to hold before any of it is made."""
+"""JSON bodies. Those of clients are looked at for what they would take to hold before anything is made of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import msgspec
+from starlette.responses import Response
 
 from server.errors import bad_request
 
@@ -29,6 +30,15 @@ def decode_json(body: bytes) -> Any:
         return msgspec.json.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise bad_request(f"The request body is not valid JSON: {error}") from error
+
+
+class JsonResponse(Response):
+    """A response with a struct, or with bytes that are JSON already."""
+
+    media_type = "application/json"
+
+    def render(self, content: msgspec.Struct | bytes) -> bytes:
+        return content if isinstance(content, bytes) else msgspec.json.encode(content)
 
 
 def _check_parts(body: bytes) -> None:

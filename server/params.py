@@ -13,6 +13,7 @@ from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
 from server.schemas.chat import Message
 from server.schemas.fields import SamplingFields, stop_strings, to_grammar
+from server.serving import Serving
 from server.session_ids import belongs_to, user_session_id
 from server.session_store import no_such_session
 from server.tenants import Tenant
@@ -33,11 +34,20 @@ def check_session_id(session_id: str, tenant: str) -> None:
         raise no_such_session(session_id)
 
 
-def resolve_session_id(body: SamplingFields, header: str | None, tenant: str, from_user: bool) -> str | None:
-    """The session that a request is part of, by ``session_id``, by its header or (``from_user``) by its ``user``.
+def check_request(body: SamplingFields, session_header: str | None, tenant: Tenant, serving: Serving) -> str | None:
+    """The session that a request is part of: by ``session_id``, by its header or, if so configured, by its ``user``.
 
-    400 for two different ids, 404 for one that is not ``tenant``'s.
+    400 for two different ids, or options of a stream where none is asked for; 404 for a session that is not
+    ``tenant``'s, or another model than the served one.
     """
+    check_model(body.model, serving.model)
+    session_id = _session_id(body, session_header, tenant.name, serving.sessions.config.from_user)
+    if body.stream_options is not None and not body.stream:
+        raise bad_request("stream_options needs stream to be true.", "stream_options")
+    return session_id
+
+
+def _session_id(body: SamplingFields, header: str | None, tenant: str, from_user: bool) -> str | None:
     if header and body.session_id and header != body.session_id:
         raise bad_request("session_id differs from the header X-Session-Id; send one of them.", "session_id")
     if session_id := body.session_id or header:

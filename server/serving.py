@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from engine.messages import EngineReady
 from engine.text.tokenizer import Tokenizer
@@ -44,3 +45,6 @@ async def get_serving(request: Request) -> Serving:
     """FastAPI dependency: the app's ``Serving``."""
     serving: Serving = request.app.state.serving
     return serving
+
+
+CurrentServing = Annotated[Serving, Depends(get_serving)]

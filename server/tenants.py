@@ -143,6 +143,12 @@ def check_exposure(host: str, auth: AuthConfig, tenants: TenantRegistry) -> None
     )
 
 
+def bearer_key(request: Request) -> str | None:
+    """The key that a request carries as ``Authorization: Bearer KEY``."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else None
+
+
 async def authenticate(request: Request) -> Tenant:
     """The tenant of the ``Authorization: Bearer`` key.
 
@@ -150,8 +156,7 @@ async def authenticate(request: Request) -> Tenant:
         ApiError: 401 without a key of ours, 403 for one that is for something else.
     """
     registry: TenantRegistry = request.app.state.tenants
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    tenant = registry.find(key.strip() if scheme.lower() == "bearer" else None)
+    tenant = registry.find(bearer_key(request))
     if tenant is None:
         raise ApiError(401, "Missing or unknown API key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
     structlog.contextvars.bind_contextvars(tenant=tenant.name)

@@ -35,7 +35,7 @@ class _Usage(msgspec.Struct):
 
 
 class Speculation(msgspec.Struct):
-    """What EvoSpec tells of a request's drafts, as in ``server.schemas.metrics.SpeculativeDecoding``."""
+    """What EvoSpec tells of a request's drafts, as in ``server.schemas.answers.SpeculativeDecoding``."""
 
     num_spec_steps: int = 0
     num_accepted_draft_tokens: int = 0

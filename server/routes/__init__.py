@@ -1,1 +1,1 @@
-"""One file an endpoint."""
+"""The endpoints."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hmac
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter, Depends, Path, Request
 from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
 from engine.online.adapter_control import AdapterCommand
 from server.errors import ApiError
+from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.schemas.adapters import AcceptedCommand, Adapter, AdapterList
-from server.serving import Serving, get_serving
-from server.tenants import hash_key
+from server.serving import CurrentServing
+from server.tenants import bearer_key, hash_key
 
 # Documents the header; ``require_admin`` is what checks it.
 _bearer = HTTPBearer(auto_error=False, description="Admin key")
@@ -26,37 +26,32 @@ async def require_admin(request: Request, _: Annotated[Any, Depends(_bearer)]) -
     expected = request.app.state.settings.auth.admin_key
     if expected is None:
         raise ApiError(403, "No admin key is configured: see auth.admin_key.")
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(hash_key(key.strip()), expected):
+    key = bearer_key(request)
+    if key is None or not hmac.compare_digest(hash_key(key), expected):
         raise ApiError(401, "This needs the admin key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
 
 
 router = APIRouter(dependencies=[Depends(require_admin)])
 
 
-@router.get("/v1/adapters", responses={**success(AdapterList), **errors(401, 503)}, response_model=None)
-async def list_adapters(serving: Annotated[Serving, Depends(get_serving)]) -> Response:
+@router.get("/v1/adapters", responses={**success(AdapterList), **errors(401, 503)})
+async def list_adapters(serving: CurrentServing) -> Response:
     """What the adapters worker reported last."""
     worker, adapters = await serving.adapters.status()
     data = [Adapter(key=key, status=status) for key, status in sorted(adapters.items())]
-    return _json(AdapterList(worker=worker, data=data))
+    return JsonResponse(AdapterList(worker=worker, data=data))
 
 
 @router.post(
     "/v1/adapters/{key:path}/{action}",
     status_code=202,
     responses={202: success(AcceptedCommand)[200], **errors(400, 401, 503)},
-    response_model=None,
 )
 async def command_adapter(
     key: Annotated[str, Path(min_length=1, max_length=128)],
     action: Literal["rollback", "freeze", "unfreeze", "reset"],
-    serving: Annotated[Serving, Depends(get_serving)],
+    serving: CurrentServing,
 ) -> Response:
     """Rollback: to the good version before, or the base draft. Freeze: learn no more. Reset: forget all of the key."""
     await serving.adapters.send(AdapterCommand(action, key))
-    return _json(AcceptedCommand(key=key, action=action), status=202)
-
-
-def _json(body: msgspec.Struct, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status_code=status, media_type="application/json")
+    return JsonResponse(AcceptedCommand(key=key, action=action), status_code=202)

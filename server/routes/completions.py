@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Annotated
+from collections import defaultdict
 
-from fastapi import APIRouter, Depends, Request
-from msgspec import UnsetType
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.errors import bad_request
+from server.answer import Answer
 from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
-from server.params import (
-    check_max_tokens,
-    check_model,
-    check_prompts,
-    resolve_session_id,
-    to_sampling_params,
-    tokenize_prompts,
-)
+from server.params import check_max_tokens, check_prompts, check_request, to_sampling_params, tokenize_prompts
 from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
 from server.schemas.completions import (
     DEFAULT_MAX_TOKENS,
@@ -29,13 +20,7 @@ from server.schemas.completions import (
     CompletionLogprobs,
     CompletionRequest,
 )
-from server.schemas.metrics import ResponseMetrics
-from server.schemas.usage import Usage
-from server.serving import Serving, get_serving
-from server.sse import EventStream, run_until_disconnect
-from server.stream_events import stream_events, whole_answer
-from server.tenants import Tenant
-from server.work_shares import RequestWork
+from server.serving import CurrentServing, Serving
 
 router = APIRouter(route_class=TenantRoute)
 
@@ -43,31 +28,17 @@ router = APIRouter(route_class=TenantRoute)
 @router.post(
     "/v1/completions",
     responses={**success(Completion, Completion), **errors(400, 401, 404, 413, 429, 503)},
-    response_model=None,
 )
 async def create_completion(
     request: Request,
     body: CompletionRequest,
     tenant: CurrentTenant,
     work: CurrentWork,
-    serving: Annotated[Serving, Depends(get_serving)],
+    serving: CurrentServing,
     x_session_id: SessionHeader = None,
 ) -> Response:
     """Continue one or several prompts, whole or as a stream of events."""
-    check_model(body.model, serving.model)
-    session_id = resolve_session_id(body, x_session_id, tenant.name, serving.sessions.config.from_user)
-    generation = await _prepare(body, tenant, work, serving, session_id)
-    answer = _Answer(body, generation, serving)
-    if body.stream:
-        return EventStream(answer.events())
-    return Response(await run_until_disconnect(request.receive, answer.collect()), media_type="application/json")
-
-
-async def _prepare(
-    body: CompletionRequest, tenant: Tenant, work: RequestWork, serving: Serving, session_id: str | None
-) -> Generation:
-    if body.stream_options is not None and not body.stream:
-        raise bad_request("stream_options needs stream to be true.", "stream_options")
+    session_id = check_request(body, x_session_id, tenant, serving)
     info = serving.engine_info
     prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)
@@ -81,52 +52,35 @@ async def _prepare(
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    return Generation(
-        serving, tenant, prompts, sampling, body.n or 1, keep_output=max_tokens > 0, session_id=session_id
-    )
+    generation = Generation(serving, tenant, prompts, sampling, body.n or 1, max_tokens > 0, session_id)
+    return await _CompletionAnswer(body, generation, serving).respond(request.receive)
 
 
-class _Answer:
-    """Turns pieces into response bodies."""
+class _CompletionAnswer(Answer):
+    id_prefix, whole, part = "cmpl", Completion, Completion
 
     def __init__(self, body: CompletionRequest, generation: Generation, serving: Serving) -> None:
-        self._body = body
-        self._generation = generation
-        self._serving = serving
+        super().__init__(body, generation, serving)
+        self._echo = body.echo
         self._with_logprobs = body.logprobs is not None
-        self._formatters: dict[int, CompletionLogprobsFormatter] = {}
-
-    def events(self) -> AsyncGenerator[bytes, None]:
-        """Encoded events; one item for all choices of an engine step."""
-        return stream_events(self._generation, self._body.stream_options, self._choice, self._completion)
-
-    async def collect(self) -> bytes:
-        """The whole answer, encoded."""
-        return await whole_answer(self._generation, self._whole_choice, self._whole_completion)
-
-    def _whole_completion(self, choices: list[CompletionChoice]) -> Completion:
-        return self._completion(choices, self._generation.usage(), self._generation.metrics())
-
-    def _whole_choice(self, pieces: list[Piece]) -> CompletionChoice:
-        return _join([choice for piece in pieces if (choice := self._choice(piece))])
-
-    def _completion(
-        self, choices: list[CompletionChoice], usage: Usage | None, metrics: ResponseMetrics | UnsetType
-    ) -> Completion:
-        generation = self._generation
-        return Completion(
-            id=f"cmpl-{generation.id}",
-            created=generation.created,
-            model=self._serving.model,
-            choices=choices,
-            usage=usage,
-            metrics=metrics,
+        self._formatters = defaultdict[int, CompletionLogprobsFormatter](
+            lambda: CompletionLogprobsFormatter(self._tokenizer)
         )
 
-    def _choice(self, piece: Piece) -> CompletionChoice | None:
-        """The piece as a choice; None if there is nothing in it to send."""
+    def choice(self, pieces: list[Piece]) -> CompletionChoice:
+        parts = [part for piece in pieces if (part := self.part_of_choice(piece))]
+        logprobs = [part.logprobs for part in parts if part.logprobs is not None]
+        return CompletionChoice(
+            index=parts[0].index,
+            text="".join(part.text for part in parts),
+            logprobs=join_logprobs(logprobs) if logprobs else None,
+            finish_reason=parts[-1].finish_reason,
+            stop_reason=parts[-1].stop_reason,
+        )
+
+    def part_of_choice(self, piece: Piece) -> CompletionChoice | None:
         text = piece.text
-        if piece.is_first and self._body.echo:
+        if piece.is_first and self._echo:
             text = self._prompt_text(piece.index) + text
         logprobs = self._logprobs(piece) if self._with_logprobs else None
         if not text and not piece.finish_reason and not (logprobs and logprobs.tokens):
@@ -141,26 +95,12 @@ class _Answer:
 
     def _prompt_text(self, index: int) -> str:
         prompt = self._generation.prompt_of(index)
-        return self._serving.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+        return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
     def _logprobs(self, piece: Piece) -> CompletionLogprobs:
-        if piece.index not in self._formatters:
-            self._formatters[piece.index] = CompletionLogprobsFormatter(self._serving.tokenizer)
         formatter = self._formatters[piece.index]
         parts = []
-        if piece.is_first and self._body.echo:
+        if piece.is_first and self._echo:
             prompt = self._generation.prompt_of(piece.index)
             parts.append(formatter.push_prompt(prompt.token_ids, piece.prompt_logprobs, prompt.text))
-        parts.append(formatter.push(piece.logprobs))
-        return join_logprobs(parts)
-
-
-def _join(parts: list[CompletionChoice]) -> CompletionChoice:
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return CompletionChoice(
-        index=parts[0].index,
-        text="".join(part.text for part in parts),
-        logprobs=join_logprobs(logprobs) if logprobs else None,
-        finish_reason=parts[-1].finish_reason,
-        stop_reason=parts[-1].stop_reason,
-    )
+        return join_logprobs([*parts, formatter.push(piece.logprobs)])

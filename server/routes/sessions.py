@@ -2,56 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from server.errors import bad_request
+from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.options import SessionsConfig
 from server.params import check_session_id
 from server.routes.tenant_route import CurrentTenant, TenantRoute
 from server.schemas.sessions import CreateSessionRequest, DeletedSession, Session
-from server.serving import Serving, get_serving
+from server.serving import CurrentServing
 from server.session_ids import new_session_id, user_session_id
 
 router = APIRouter(route_class=TenantRoute)
 
 
-@router.post("/v1/sessions", responses={**success(Session), **errors(400, 401, 413, 429, 503)}, response_model=None)
+@router.post("/v1/sessions", responses={**success(Session), **errors(400, 401, 413, 429, 503)})
 async def create_session(
     tenant: CurrentTenant,
-    serving: Annotated[Serving, Depends(get_serving)],
+    serving: CurrentServing,
     body: CreateSessionRequest | None = None,
 ) -> Response:
     """Start a session. Counts as a request against the rate limit."""
     body = body or CreateSessionRequest()
     _check(body, serving.sessions.config)
     session_id = user_session_id(tenant.name, body.user) if body.user else new_session_id(tenant.name)
-    return _json(await serving.sessions.create(tenant.name, session_id, body.domain, body.ttl_seconds))
+    return JsonResponse(await serving.sessions.create(tenant.name, session_id, body.domain, body.ttl_seconds))
 
 
-@router.get("/v1/sessions/{session_id}", responses={**success(Session), **errors(401, 404, 503)}, response_model=None)
-async def get_session(
-    session_id: str, tenant: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
-) -> Response:
+@router.get("/v1/sessions/{session_id}", responses={**success(Session), **errors(401, 404, 503)})
+async def get_session(session_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """What is known of a session. Asking does not extend its life."""
     check_session_id(session_id, tenant.name)
-    return _json(await serving.sessions.read(tenant.name, session_id))
+    return JsonResponse(await serving.sessions.read(tenant.name, session_id))
 
 
-@router.delete(
-    "/v1/sessions/{session_id}", responses={**success(DeletedSession), **errors(401, 404, 503)}, response_model=None
-)
-async def delete_session(
-    session_id: str, tenant: CurrentTenant, serving: Annotated[Serving, Depends(get_serving)]
-) -> Response:
+@router.delete("/v1/sessions/{session_id}", responses={**success(DeletedSession), **errors(401, 404, 503)})
+async def delete_session(session_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """Forget a session at once. Requests of it that still run leave nothing behind."""
     check_session_id(session_id, tenant.name)
     await serving.sessions.delete(tenant.name, session_id)
-    return _json(DeletedSession(id=session_id))
+    return JsonResponse(DeletedSession(id=session_id))
 
 
 def _check(body: CreateSessionRequest, config: SessionsConfig) -> None:
@@ -60,7 +52,3 @@ def _check(body: CreateSessionRequest, config: SessionsConfig) -> None:
         raise bad_request(f"ttl_seconds may be at most {config.max_ttl_seconds}.", "ttl_seconds")
     if body.user is not None and not config.from_user:
         raise bad_request("This server keeps no sessions by user.", "user", "unsupported_parameter")
-
-
-def _json(body: msgspec.Struct) -> Response:
-    return Response(msgspec.json.encode(body), media_type="application/json")

@@ -9,9 +9,8 @@ from msgspec import UNSET, UnsetType
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.schemas.answers import AnswerBody, Usage
 from server.schemas.fields import Body, NoOp, SamplingFields
-from server.schemas.metrics import ResponseMetrics
-from server.schemas.usage import Usage
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048
@@ -133,16 +132,12 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: int | str | None = None
 
 
-class ChatCompletion(msgspec.Struct, frozen=True, kw_only=True):
+class ChatCompletion(AnswerBody, frozen=True, kw_only=True):
     """Response of /v1/chat/completions."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
-    metrics: ResponseMetrics | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
@@ -162,13 +157,8 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: int | str | None = None
 
 
-class ChatChunk(msgspec.Struct, frozen=True, kw_only=True):
+class ChatChunk(AnswerBody, frozen=True, kw_only=True):
     """One event of a streamed answer."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
-    metrics: ResponseMetrics | UnsetType = UNSET

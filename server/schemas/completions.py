@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
-from msgspec import UNSET, UnsetType
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.schemas.answers import AnswerBody
 from server.schemas.fields import NoOp, SamplingFields, TokenId
-from server.schemas.metrics import ResponseMetrics
-from server.schemas.usage import Usage
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16
@@ -75,13 +73,8 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
     stop_reason: int | str | None = None
 
 
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
+class Completion(AnswerBody, frozen=True, kw_only=True):
     """Response of /v1/completions, whole or one event of the stream."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
-    metrics: ResponseMetrics | UnsetType = UNSET

@@ -1,8 +1,29 @@
-"""Measurements of one request, in the shape of vLLM (pull request 48915), which load generators read."""
+"""What the answers of both completion endpoints have in common.
+
+``metrics`` has the shape of vLLM (pull request 48915), which load generators read.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
+from msgspec import UNSET, UnsetType
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    """``cached_tokens``: prompt tokens whose keys and values came from the prefix cache."""
+
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Prompts are counted once each, however many choices they have."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class SpeculativeDecoding(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,3 +53,15 @@ class ResponseMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     speculative_decoding: SpeculativeDecoding
+
+
+class AnswerBody(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer, or one event of a stream."""
+
+    id: str
+    object: str = ""
+    created: int
+    model: str
+    choices: list[Any]
+    usage: Usage | None = None
+    metrics: ResponseMetrics | UnsetType = UNSET

@@ -1,0 +1,101 @@
+"""From the pieces of a generation to one answer or encoded events: the same for both completion endpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, ClassVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.responses import Response
+from starlette.types import Receive
+
+from server.generation import Generation, Piece
+from server.json_bodies import JsonResponse
+from server.schemas.answers import AnswerBody, ResponseMetrics, Usage
+from server.schemas.fields import SamplingFields
+from server.serving import Serving
+from server.sse import DONE, EventStream, event, run_until_disconnect
+
+
+class Answer(ABC):
+    """Turns the pieces of a generation into the response to ``body``.
+
+    An endpoint says how it calls its ids, which bodies it has for a whole answer and for an event of a stream, and what
+    its choices look like.
+    """
+
+    id_prefix: ClassVar[str]
+    whole: ClassVar[type[AnswerBody]]
+    part: ClassVar[type[AnswerBody]]
+
+    def __init__(self, body: SamplingFields, generation: Generation, serving: Serving) -> None:
+        self._stream, self._options = body.stream, body.stream_options
+        self._generation = generation
+        self._tokenizer = serving.tokenizer
+        self._model = serving.model
+
+    @abstractmethod
+    def choice(self, pieces: list[Piece]) -> msgspec.Struct:
+        """A whole choice, made of its pieces."""
+
+    @abstractmethod
+    def part_of_choice(self, piece: Piece) -> msgspec.Struct | None:
+        """The piece as a choice of an event; None if there is nothing in it to send."""
+
+    async def respond(self, receive: Receive) -> Response:
+        """The response, whole or a stream of events. Nothing of it is made once the client has gone away."""
+        if self._stream:
+            return EventStream(self.events())
+        return JsonResponse(await run_until_disconnect(receive, self.collect()))
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """One item for all choices of an engine step, then usage and metrics if asked for, then the end mark."""
+        generation, options = self._generation, self._options
+        async with aclosing(generation.run()) as steps:
+            async for pieces in steps:
+                if data := await generation.in_share(pieces, self._encode_events):
+                    yield data
+        if options and options.include_usage:
+            yield event(self._body(self.part, [], generation.usage(), generation.metrics()))
+        yield DONE
+
+    async def collect(self) -> bytes:
+        """The whole answer, encoded."""
+        async with aclosing(self._generation.run()) as steps:
+            pieces = [piece async for step in steps for piece in step]
+        return await self._generation.in_share(pieces, self._encode_whole)
+
+    def _encode_events(self, pieces: Sequence[Piece]) -> bytes:
+        with_usage = self._options and self._options.continuous_usage_stats
+        usage = self._generation.usage() if with_usage else None
+        choices = [choice for piece in pieces if (choice := self.part_of_choice(piece)) is not None]
+        return b"".join(event(self._body(self.part, [choice], usage, UNSET)) for choice in choices)
+
+    def _encode_whole(self, pieces: Sequence[Piece]) -> bytes:
+        parts: dict[int, list[Piece]] = {}
+        for piece in pieces:
+            parts.setdefault(piece.index, []).append(piece)
+        # A choice is encoded by itself, because the encoder keeps all threads waiting.
+        choices = [msgspec.Raw(msgspec.json.encode(self.choice(parts[index]))) for index in sorted(parts)]
+        return msgspec.json.encode(
+            self._body(self.whole, choices, self._generation.usage(), self._generation.metrics())
+        )
+
+    def _body(
+        self,
+        kind: type[AnswerBody],
+        choices: list[Any],
+        usage: Usage | None,
+        metrics: ResponseMetrics | UnsetType,
+    ) -> AnswerBody:
+        return kind(
+            id=f"{self.id_prefix}-{self._generation.id}",
+            created=self._generation.created,
+            model=self._model,
+            choices=choices,
+            usage=usage,
+            metrics=metrics,
+        )

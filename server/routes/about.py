@@ -1,0 +1,72 @@
+"""What the server says about itself: GET /v1/models, /v1/models/{id}, /health, /metrics and /openapi.json."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Depends, Request
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.responses import JSONResponse, Response
+
+from server.engine_client import EngineDead
+from server.errors import ApiError, shutting_down
+from server.json_bodies import JsonResponse
+from server.openapi import errors, success
+from server.params import check_model
+from server.routes.tenant_route import CurrentTenant, TenantRoute, current_tenant
+from server.schemas.models import ModelCard, ModelList
+from server.serving import CurrentServing, Serving
+from server.tenants import METRICS_PATH
+
+router = APIRouter(route_class=TenantRoute)
+public_router = APIRouter()
+"""Of what needs no API key."""
+
+
+@router.get("/v1/models", responses={**success(ModelList), **errors(401, 503)})
+async def list_models(_: CurrentTenant, serving: CurrentServing) -> Response:
+    """The served model."""
+    return JsonResponse(ModelList(data=[_card(serving)]))
+
+
+@router.get("/v1/models/{model:path}", responses={**success(ModelCard), **errors(401, 404, 503)})
+async def get_model(model: str, _: CurrentTenant, serving: CurrentServing) -> Response:
+    """One model."""
+    check_model(model, serving.model)
+    return JsonResponse(_card(serving))
+
+
+def _card(serving: Serving) -> ModelCard:
+    return ModelCard(id=serving.model, created=serving.created, max_model_len=serving.engine_info.max_model_len)
+
+
+@public_router.get("/health", responses={200: {"description": "The engine is ready.", "content": None}, **errors(503)})
+async def health(request: Request, serving: CurrentServing) -> Response:
+    """200 while the engine is ready and new requests are taken. Needs no API key."""
+    if request.app.state.draining:
+        raise shutting_down()
+    if not serving.engine.ready:
+        raise EngineDead("The engine is not ready.")
+    return Response()
+
+
+@router.get(
+    METRICS_PATH,
+    responses={200: {"description": "Prometheus text format", "content": {"text/plain": {}}}, **errors(401)},
+    dependencies=[Depends(current_tenant)],
+)
+async def metrics(request: Request, serving: CurrentServing) -> Response:
+    """Metrics of this server, its engine and its adapters worker, with the names and the traffic of all tenants."""
+    if request.app.state.settings.engine.alignment.enabled:
+        try:
+            worker, adapters = await serving.adapters.status()
+        except ApiError:  # Redis is down: nobody knows
+            worker, adapters = None, {}
+        serving.metrics.engine.alignment.observe_worker(worker, adapters, time.time())
+    return Response(serving.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request, _: CurrentTenant) -> Response:
+    """What this server accepts and answers; it names the model, so it wants a key where there are keys."""
+    return JSONResponse(request.app.openapi())
