@@ -16,11 +16,10 @@ from msgspec import UNSET, UnsetType
 from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, TokenLogprob
 from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
 from engine.text.tokenizer import Tokenizer
-from server.acceptance import AcceptanceCounts
 from server.engine_client import EngineDead, Overloaded
 from server.errors import ApiError, bad_request, internal_error
 from server.params import TokenizedPrompt
-from server.schemas.answers import PromptTokensDetails, ResponseMetrics, Usage
+from server.schemas.answers import PromptTokensDetails, ResponseMetrics, SpeculativeDecoding, Usage
 from server.serving import Serving
 from server.tenants import Tenant
 
@@ -69,16 +68,42 @@ class ChoiceText:
         return text
 
 
+@dataclass
 class Choice:
-    """One sequence: its text so far, its counts, and when its last output came (``time.monotonic`` seconds)."""
+    """One sequence: its text so far, its counts, and when its last output came (``time.monotonic`` seconds).
 
-    def __init__(self, index: int, tokenizer: Tokenizer, stop: Sequence[str], num_spec_tokens: int) -> None:
-        self.index = index
-        self.text = ChoiceText(tokenizer, stop)
-        self.acceptance = AcceptanceCounts(num_spec_tokens)
-        self.num_tokens = 0
-        self.num_cached_tokens = 0
-        self.last_output: float | None = None
+    ``steps_by_accepted``: entry ``j`` counts the steps that accepted exactly ``j`` draft tokens.
+    """
+
+    index: int
+    text: ChoiceText
+    steps_by_accepted: list[int]
+    num_draft_tokens: int = 0
+    draft_version: int = 0
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    last_output: float | None = None
+
+    def count_drafts(self, output: EngineOutput) -> None:
+        """Count a step that verified drafts."""
+        self.draft_version = output.draft_version
+        self.num_draft_tokens += output.num_draft_tokens
+        self.steps_by_accepted[output.num_accepted_tokens] += 1
+
+    def speculative_decoding(self) -> SpeculativeDecoding:
+        """How its drafts fared so far, for the client."""
+        steps = sum(self.steps_by_accepted)
+        accepted = sum(length * count for length, count in enumerate(self.steps_by_accepted))
+        return SpeculativeDecoding(
+            mean_acceptance_length=1 + accepted / max(1, steps),
+            draft_acceptance_rate=accepted / max(1, self.num_draft_tokens),
+            acceptance_histogram=list(self.steps_by_accepted),
+            num_spec_steps=steps,
+            num_accepted_draft_tokens=accepted,
+            num_draft_tokens=self.num_draft_tokens,
+            num_spec_tokens=len(self.steps_by_accepted) - 1,
+            draft_version=self.draft_version,
+        )
 
 
 class Generation:
@@ -120,12 +145,11 @@ class Generation:
         self.created = int(time.time())
         info = serving.engine_info
         self._speculates = info.draft is not None
-        cap = (
-            info.num_speculative_tokens if sampling.num_speculative_tokens is None else sampling.num_speculative_tokens
-        )
-        num_spec_tokens = min(cap, info.num_speculative_tokens)
+        most_drafts = info.num_speculative_tokens
+        if sampling.num_speculative_tokens is not None:
+            most_drafts = min(most_drafts, sampling.num_speculative_tokens)
         self._choices = {
-            f"{self.id}-{index}": Choice(index, serving.tokenizer, sampling.stop, num_spec_tokens)
+            f"{self.id}-{index}": Choice(index, ChoiceText(serving.tokenizer, sampling.stop), [0] * (most_drafts + 1))
             for index in range(len(prompts) * n)
         }
 
@@ -179,19 +203,15 @@ class Generation:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self._prompts)
         completion_tokens = sum(choice.num_tokens for choice in choices)
         cached_tokens = sum(choice.num_cached_tokens for choice in choices[:: self._n])
-        return Usage(
-            prompt_tokens,
-            completion_tokens,
-            prompt_tokens + completion_tokens,
-            PromptTokensDetails(cached_tokens),
-        )
+        total_tokens = prompt_tokens + completion_tokens
+        return Usage(prompt_tokens, completion_tokens, total_tokens, PromptTokensDetails(cached_tokens))
 
     def metrics(self) -> ResponseMetrics | UnsetType:
         """How the drafts fared so far; unset without speculation or with several sequences (as in vLLM)."""
         if not self._speculates or len(self._choices) != 1:
             return UNSET
         (choice,) = self._choices.values()
-        return ResponseMetrics(speculative_decoding=choice.acceptance.summary())
+        return ResponseMetrics(speculative_decoding=choice.speculative_decoding())
 
     def prompt_of(self, index: int) -> TokenizedPrompt:
         """The prompt that choice ``index`` continues."""
@@ -224,7 +244,7 @@ class Generation:
         is_first = choice.last_output is None
         self._observe(choice, len(output.token_ids), now)
         if output.num_draft_tokens:
-            choice.acceptance.add(output.num_draft_tokens, output.num_accepted_tokens, output.draft_version)
+            choice.count_drafts(output)
             self._metrics.observe_draft(output.num_draft_tokens, output.num_accepted_tokens, output.copied)
         if output.vocabulary is not None:
             self._metrics.observe_vocabulary(output.vocabulary)
