@@ -14,10 +14,11 @@ from engine.online.adapter_control import (
     decode_status,
     encode_command,
 )
-from server.errors import ApiError
-from server.redis_gate import RedisGate, RedisUnavailable
+from server.redis_gate import RedisGate, needs_redis
 
 log = structlog.get_logger(__name__)
+
+_UNAVAILABLE = "Redis, through which the worker is reached, does not answer."
 
 
 class AdapterControl:
@@ -28,23 +29,16 @@ class AdapterControl:
 
     async def status(self) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
         """What the worker reported last, None if none ever ran; raises 503 as ``ApiError`` while Redis is down."""
-        try:
+        with needs_redis(_UNAVAILABLE):
             fields = await self._gate.run(self._gate.redis.hgetall(STATUS_KEY))
+        try:
             return decode_status(fields)  # type: ignore[arg-type]  # bytes
-        except RedisUnavailable as error:
-            raise _unavailable() from error
         except msgspec.MsgspecError as error:  # a worker of another version
             log.warning("the worker's status could not be read", error=str(error))
             return None, {}
 
     async def send(self, command: AdapterCommand) -> None:
         """Leave a command for the worker; raises 503 as ``ApiError`` while Redis is down."""
-        try:
+        with needs_redis(_UNAVAILABLE):
             await self._gate.run(self._gate.redis.rpush(COMMANDS_KEY, encode_command(command)))
-        except RedisUnavailable as error:
-            raise _unavailable() from error
         log.info("adapter command", action=command.action, key=command.key)
-
-
-def _unavailable() -> ApiError:
-    return ApiError(503, "Redis, through which the worker is reached, does not answer.", retry_after=1)

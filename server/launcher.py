@@ -16,7 +16,6 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import structlog
@@ -70,12 +69,13 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
         directory = stack.enter_context(instance_directory())
         listener = stack.enter_context(_listen(settings.http.host, settings.http.port))
         children: list[SupervisedProcess] = []
+        settings = settings.model_copy(deep=True)
         if settings.redis.url is None:
             children.append(embedded_valkey(directory))
-            settings = _with_redis_url(settings, valkey_url(directory))
+            settings.redis.url = valkey_url(directory)
+        if with_engine and "address" not in settings.engine.model_fields_set:  # the operator chose none
+            settings.engine.address = f"ipc://{directory / 'engine.sock'}"
         url = _local_url(listener)
-        if with_engine:
-            settings = _with_private_address(settings, directory)
         app = create_app(settings)
         if with_engine:
             children.append(_engine(settings, url, app))
@@ -112,12 +112,11 @@ def validated_model(config: ModelConfig) -> ModelFiles:
 
 def engine_environment(settings: Settings) -> dict[str, str]:
     """Environment in which ``engine.process`` and ``adapters.alignment.worker`` find their configuration."""
-    alignment = settings.engine.alignment
-    if alignment.redis_url is None:
-        alignment = alignment.model_copy(update={"redis_url": settings.redis.url})
+    engine = settings.engine.model_copy(deep=True)
+    engine.alignment.redis_url = engine.alignment.redis_url or settings.redis.url
     return {
         **os.environ,
-        CONFIG_VARIABLE: settings.engine.model_copy(update={"alignment": alignment}).model_dump_json(),
+        CONFIG_VARIABLE: engine.model_dump_json(),
         LEVEL_VARIABLE: settings.log.level,
         FORMAT_VARIABLE: settings.log.format,
     }
@@ -173,7 +172,6 @@ class _Launcher:
         )
         self._api = _ApiServer(config)
         self.loop_factory = config.get_loop_factory()
-        self._signals = 0
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
 
@@ -276,18 +274,6 @@ def _local_url(listener: socket.socket) -> str:
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _with_redis_url(settings: Settings, url: str) -> Settings:
-    return settings.model_copy(update={"redis": settings.redis.model_copy(update={"url": url})})
-
-
-def _with_private_address(settings: Settings, directory: Path) -> Settings:
-    """The engine's address inside ``directory``, unless the operator chose one."""
-    if "address" in settings.engine.model_fields_set:
-        return settings
-    engine = settings.engine.model_copy(update={"address": f"ipc://{directory / 'engine.sock'}"})
-    return settings.model_copy(update={"engine": engine})
 
 
 async def _wait_until_healthy(url: str) -> None:

@@ -12,7 +12,7 @@ from engine.text.chat_template import ChatTemplateError
 from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
 from server.schemas.chat import Message
-from server.schemas.fields import SamplingFields, stop_strings, to_grammar
+from server.schemas.fields import SamplingFields, to_grammar
 from server.serving import Serving
 from server.session_ids import belongs_to, user_session_id
 from server.session_store import no_such_session
@@ -75,15 +75,12 @@ def encode_text(
 
 def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message], info: EngineReady) -> list[int]:
     """Token ids of a conversation, ready for the assistant's answer; 400 as for ``encode_text``."""
-    return encode_text(tokenizer, render_messages(tokenizer, messages), "messages", info, add_special_tokens=False)
-
-
-def render_messages(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """Text of a conversation, ready for the assistant's answer; its special tokens are written out."""
     try:
-        return tokenizer.apply_chat_template([message.for_template() for message in messages])
+        text = tokenizer.apply_chat_template([message.for_template() for message in messages])
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from error
+    # The template has written the special tokens out.
+    return encode_text(tokenizer, text, "messages", info, add_special_tokens=False)
 
 
 async def tokenize_prompts(
@@ -195,7 +192,7 @@ def to_sampling_params(
         frequency_penalty=body.frequency_penalty or 0.0,
         repetition_penalty=_or(body.repetition_penalty, 1.0),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
-        stop=stop_strings(body.stop),
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=body.ignore_eos or False,
         min_tokens=min_tokens,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import structlog
@@ -14,6 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from server.errors import ApiError
 from server.options import RedisConfig
 
 T = TypeVar("T")
@@ -102,6 +104,15 @@ class RedisGate:
         if self._is_down:
             self._is_down = False
             log.info("redis is back")
+
+
+@contextmanager
+def needs_redis(message: str, code: str | None = None) -> Iterator[None]:
+    """Turns an outage into a 503 that says ``message``."""
+    try:
+        yield
+    except RedisUnavailable:
+        raise ApiError(503, message, code=code, retry_after=1) from None
 
 
 def _discard(operation: Awaitable[object]) -> None:

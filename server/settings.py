@@ -107,25 +107,25 @@ def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return {name: field for name, field in model.model_fields.items() if name not in hidden}
 
 
-def _hide_from_help(model: type[BaseModel]) -> None:
-    for name, field in model.model_fields.items():
-        if name not in fields_of(model):
-            field.metadata.append(CLI_SUPPRESS)
-        elif section := section_of(field):
-            _hide_from_help(section)
-
-
-_hide_from_help(Settings)
-
-
-def option_names(model: type[BaseModel] = Settings, path: Sequence[str] = ()) -> Iterator[list[str]]:
-    """Every option of the tree, by the names on the way to it."""
+def sections(
+    model: type[BaseModel] = Settings, path: Sequence[str] = ()
+) -> Iterator[tuple[list[str], type[BaseModel]]]:
+    """``model`` and all sections in it, each with the names on the way to it."""
+    yield [*path], model
     for name, field in fields_of(model).items():
-        section = section_of(field)
-        if section is None:
-            yield [*path, name]
-        else:
-            yield from option_names(section, [*path, name])
+        if section := section_of(field):
+            yield from sections(section, [*path, name])
+
+
+def option_names() -> Iterator[list[str]]:
+    """Every option of the tree, by the names on the way to it."""
+    for path, model in sections():
+        yield from ([*path, name] for name, field in fields_of(model).items() if not section_of(field))
+
+
+for _, _section in sections():
+    for _name in _section.model_fields.keys() - fields_of(_section).keys():
+        _section.model_fields[_name].metadata.append(CLI_SUPPRESS)  # not in --help
 
 
 def environment_variable(names: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from server.settings import SHORTCUTS, Settings, fields_of, section_of
+from server.settings import SHORTCUTS, Settings, fields_of, section_of, sections
 
 _HEADER = """\
 <!-- Made by `evospec settings-doc > docs/configuration.md`; do not edit. -->
@@ -34,15 +33,8 @@ three ways. The first one found counts:
 
 def settings_doc() -> str:
     """The page as Markdown."""
-    sections = [_HEADER, *(_table(path, model) for path, model in _sections(Settings, []))]
-    return "\n".join(section for section in sections if section)
-
-
-def _sections(model: type[BaseModel], path: list[str]) -> Iterator[tuple[list[str], type[BaseModel]]]:
-    for name, field in fields_of(model).items():
-        if section := section_of(field):
-            yield [*path, name], section
-            yield from _sections(section, [*path, name])
+    tables = [_table(path, model) for path, model in sections() if model is not Settings]
+    return "\n".join([_HEADER, *filter(None, tables)])
 
 
 def _table(path: list[str], model: type[BaseModel]) -> str:

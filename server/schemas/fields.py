@@ -177,13 +177,6 @@ class SamplingFields(Body):
     prompt_cache_key: str | None = Field(default=None, description="Prefixes are shared within a tenant without it.")
 
 
-def stop_strings(stop: str | list[str] | None) -> tuple[str, ...]:
-    """One string or a list as a tuple."""
-    if stop is None:
-        return ()
-    return (stop,) if isinstance(stop, str) else tuple(stop)
-
-
 def to_grammar(response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> Grammar | None:
     """The engine's form of ``response_format``; 400 for a schema that the engine would refuse.
 
