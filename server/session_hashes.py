@@ -11,7 +11,9 @@ import re
 import secrets
 import time
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
+
+from redis.commands.core import AsyncScript
 
 from server.metrics import NO_DOMAIN
 from server.redis_gate import RedisGate
@@ -139,39 +141,34 @@ class SessionHashes:
 
     async def open(self, key: str, domain: str, ttl_seconds: int) -> OpenedHash | None:
         """The session, living anew, or a new one with ``domain`` and ``ttl_seconds``; None if it was deleted."""
-        arguments: list[str | int] = [_draw(), domain, ttl_seconds, int(time.time()), self._max_snapshot_bytes]
-        reply = cast(list[Any], await self._gate.run(self._open_script([key], arguments)))
+        now = int(time.time())
+        reply = await self._run(self._open_script, key, _draw(), domain, ttl_seconds, now, self._max_snapshot_bytes)
         if len(reply) == 1:
             return None
-        status, incarnation, version, stored_domain, created, ttl, snapshot = reply
-        return OpenedHash(
-            status.decode(),
-            incarnation,
-            version,
-            _checked_domain(stored_domain),
-            int(created),
-            int(ttl),
-            snapshot or b"",
-        )
+        status, incarnation, version, stored, created, ttl, snapshot = reply
+        domain = _checked_domain(stored)
+        return OpenedHash(status.decode(), incarnation, version, domain, int(created), int(ttl), snapshot or b"")
 
     async def read(self, key: str) -> tuple[str, int, int] | None:
         """Domain, time of creation and seconds left to live; None if there is no such session."""
-        reply = cast(list[Any], await self._gate.run(self._read_script([key])))
+        reply = await self._run(self._read_script, key)
         return (_checked_domain(reply[0]), int(reply[1]), reply[2]) if reply else None
 
     async def delete(self, key: str, leave_mark: bool) -> bool:
         """Whether there was such a session. With a mark, ``open`` gives None for as long as it would have lived."""
-        return bool(await self._gate.run(self._delete_script([key], [int(leave_mark)])))
+        return bool(await self._run(self._delete_script, key, int(leave_mark)))
 
     async def write(
         self, key: str, incarnation: bytes, version: bytes, snapshot: bytes, ttl_seconds: int
     ) -> Literal["saved", "gone"] | Conflict:
         """Replace the snapshot of ``version``; "gone": the session that the request knew is no more."""
-        arguments: list[bytes | str | int] = [incarnation, version, _draw(), snapshot, ttl_seconds]
-        reply = cast(list[Any], await self._gate.run(self._write_script([key], arguments)))
+        reply = await self._run(self._write_script, key, incarnation, version, _draw(), snapshot, ttl_seconds)
         if reply[0] == b"conflict":
             return Conflict(reply[1] or b"", reply[2] or b"")
         return "saved" if reply[0] == b"saved" else "gone"
+
+    async def _run(self, script: AsyncScript, key: str, *arguments: bytes | str | int) -> Any:
+        return await self._gate.run(script([key], arguments))
 
 
 def _draw() -> str:

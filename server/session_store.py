@@ -4,32 +4,72 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
+from typing import Literal
 from weakref import WeakValueDictionary
 
 import structlog
 
-from engine.draft_vocab.snapshot import MAX_BYTES
+from engine.draft_vocab.snapshot import MAX_BYTES, SessionSnapshot, SnapshotError, decode, encode, merge
 from engine.messages import EngineReady, SessionState
 from server.errors import ApiError
 from server.metrics import NO_DOMAIN, Metrics
 from server.options import SessionsConfig
-from server.redis_gate import RedisGate, RedisUnavailable
+from server.redis_gate import RedisGate, RedisUnavailable, needs_redis
 from server.schemas.sessions import Session
 from server.session_hashes import Conflict, OpenedHash, SessionHashes
 from server.session_ids import is_user_session, session_key
-from server.session_snapshots import Fault, SnapshotReader
 from server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)
+
+Fault = Literal["oversized", "corrupt"]
 
 # The saves of one server take turns, so others only come between where several servers keep writing one session.
 MAX_ATTEMPTS = 32
 # A request can have 2,048 choices, and merging takes up to 30 ms each; the last to finish are merged.
 MAX_MERGED = 16
+
+
+@dataclass(frozen=True)
+class SnapshotReader:
+    """Reads the snapshots of one model: its tokens have the fingerprint ``vocabulary`` and ids below ``vocab_size``."""
+
+    vocabulary: str
+    vocab_size: int
+
+    def find_fault(self, data: bytes) -> Fault | None:
+        """Why ``data`` cannot be used; None if it can."""
+        if len(data) > MAX_BYTES:
+            return "oversized"
+        try:
+            self._decode(data)
+        except SnapshotError:
+            return "corrupt"
+        return None
+
+    def merge(self, base: bytes, snapshots: Sequence[bytes], on_fault: Callable[[Fault], None]) -> bytes | None:
+        """What all of ``snapshots`` know as one; None if none of them can be used.
+
+        ``base`` is what they started from (empty: nothing). ``on_fault`` is told of each that cannot be used.
+        """
+        sound = []
+        for data in snapshots:
+            fault = self.find_fault(data)
+            if fault is None:
+                sound.append(data)
+            else:
+                on_fault(fault)
+        if len(sound) < 2:
+            return sound[0] if sound else None
+        start = self._decode(base) if base else None
+        return encode(reduce(lambda a, b: merge(a, b, start), map(self._decode, sound)))
+
+    def _decode(self, data: bytes) -> SessionSnapshot:
+        return decode(data, self.vocabulary, self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -39,9 +79,7 @@ class LoadedSession:
     state: SessionState
     tenant: str
     key: str
-    incarnation: bytes
-    version: bytes
-    ttl_seconds: int
+    opened: OpenedHash
     reader: SnapshotReader
 
 
@@ -112,15 +150,8 @@ class SessionStore:
             if fault is not None:
                 self._drop("load", fault, tenant, opened.domain)
                 snapshot = b""
-            return LoadedSession(
-                state=SessionState(snapshot=snapshot, domain=opened.domain),
-                tenant=tenant,
-                key=self._key(tenant, session_id),
-                incarnation=opened.incarnation,
-                version=opened.version,
-                ttl_seconds=opened.ttl_seconds,
-                reader=reader,
-            )
+            state = SessionState(snapshot=snapshot, domain=opened.domain)
+            return LoadedSession(state, tenant, self._key(tenant, session_id), opened, reader)
         return None
 
     async def save(self, session: LoadedSession, snapshots: Sequence[bytes]) -> None:
@@ -136,12 +167,7 @@ class SessionStore:
         await asyncio.gather(*self._saves, return_exceptions=True)
 
     async def _open(
-        self,
-        tenant: str,
-        session_id: str,
-        seen: _Observation,
-        domain: str = NO_DOMAIN,
-        ttl_seconds: int | None = None,
+        self, tenant: str, session_id: str, seen: _Observation, domain: str = NO_DOMAIN, ttl_seconds: int | None = None
     ) -> OpenedHash:
         key = self._key(tenant, session_id)
         opened = await self._hashes.open(key, domain, ttl_seconds or self.config.ttl_seconds)
@@ -164,15 +190,15 @@ class SessionStore:
         mine = await self._merge(session, snapshots[-MAX_MERGED:])
         if mine is None:
             return "refused"
-        version, merged = session.version, mine
+        opened = session.opened
+        version, merged = opened.version, mine
         for attempt in range(MAX_ATTEMPTS):
-            result = await self._hashes.write(session.key, session.incarnation, version, merged, session.ttl_seconds)
+            result = await self._hashes.write(session.key, opened.incarnation, version, merged, opened.ttl_seconds)
             if not isinstance(result, Conflict):
                 return "merged" if attempt and result == "saved" else result
             # NOTE: merged with ``mine``, not with ``merged``, which may have the other requests' news in it already.
             version, both = result.version, [result.snapshot, mine] if result.snapshot else [mine]
-            together = await self._merge(session, both)
-            merged = together or mine
+            merged = await self._merge(session, both) or mine
         log.warning("session not saved: other servers kept writing it")
         return "conflict"
 
@@ -210,14 +236,7 @@ def no_such_session(session_id: str) -> ApiError:
     )
 
 
-@contextmanager
-def _needs_redis() -> Iterator[None]:
-    """Turns an outage into a 503."""
-    try:
-        yield
-    except RedisUnavailable:
-        message = "Sessions cannot be reached at the moment."
-        raise ApiError(503, message, code="sessions_unavailable", retry_after=1) from None
+_needs_redis = partial(needs_redis, "Sessions cannot be reached at the moment.", code="sessions_unavailable")
 
 
 def _to_session(session_id: str, domain: str, created: int, ttl_seconds: int) -> Session:
