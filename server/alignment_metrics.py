@@ -22,12 +22,14 @@ _COUNTERS = {
     "failed_loads": "Adapters that were damaged, or changed too fast to be read.",
 }
 _WORKER_GAUGES = {
-    "num_records": "Records read since the worker started.",
-    "num_lapsed": "Records whose features were overwritten before they were read.",
-    "num_unusable": "Records that could not be used.",
-    "num_trimmed": "Records that left the stream before they were read.",
-    "num_without_slot": "Records of keys for which there was no slot.",
-    "resident_bytes": "Memory of the worker.",
+    "is_paused": ("worker_paused", "1 if it has work and the machine is too busy for it."),
+    "lag": ("worker_lag_records", "Records that it has not read yet."),
+    "num_records": ("worker_num_records", "Records read since the worker started."),
+    "num_lapsed": ("worker_num_lapsed", "Records whose features were overwritten before they were read."),
+    "num_unusable": ("worker_num_unusable", "Records that could not be used."),
+    "num_trimmed": ("worker_num_trimmed", "Records that left the stream before they were read."),
+    "num_without_slot": ("worker_num_without_slot", "Records of keys for which there was no slot."),
+    "resident_bytes": ("worker_resident_bytes", "Memory of the worker."),
 }
 _KEY_GAUGES = {
     "revision": "Revision in force or to be, 0: the base draft.",
@@ -61,9 +63,7 @@ class AlignmentMetrics:
         self._draft_version = gauge("draft_version", "Of the adapters that the engine drafts with.", "key")
         self._enabled = gauge("enabled", "1 if adapters are trained and served.")
         self._worker_up = gauge("worker_up", "1 if the adapters worker reports.")
-        self._worker_paused = gauge("worker_paused", "1 if it has work and the machine is too busy for it.")
-        self._worker_lag = gauge("worker_lag_records", "Records that it has not read yet.")
-        self._worker = {name: gauge(f"worker_{name}", about) for name, about in _WORKER_GAUGES.items()}
+        self._worker = {name: gauge(*about) for name, about in _WORKER_GAUGES.items()}
         self._of_key = {name: gauge(f"adapter_{name}", about, "key") for name, about in _KEY_GAUGES.items()}
 
     def observe_engine(self, stats: AlignmentStats) -> None:
@@ -82,19 +82,11 @@ class AlignmentMetrics:
         self._enabled.set(1)
         is_up = worker is not None and now - worker.updated_at < _GONE_AFTER
         self._worker_up.set(is_up)
-        for gauge in self._of_key.values():
-            gauge.clear()
-        for gauge in (self._worker_paused, self._worker_lag, *self._worker.values()):
-            gauge.set(math.nan)  # not its last value as if it were there
-        if worker is None or not is_up:
-            return
-        self._worker_paused.set(worker.is_paused)
-        if worker.lag is not None:
-            self._worker_lag.set(worker.lag)
         for name, gauge in self._worker.items():
-            gauge.set(getattr(worker, name))
-        for key, status in adapters.items():
-            for name, gauge in self._of_key.items():
-                value = getattr(status, name)
-                if value is not None:
+            value = getattr(worker, name) if is_up else None
+            gauge.set(math.nan if value is None else value)  # not its last value as if it were there
+        for name, gauge in self._of_key.items():
+            gauge.clear()
+            for key, status in adapters.items() if is_up else ():
+                if (value := getattr(status, name)) is not None:
                     gauge.labels(key).set(value)

@@ -60,7 +60,6 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.tokenizer = tokenizer
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
-    app.state.max_body_bytes = settings.http.max_body_bytes
     for module in (completions, chat, sessions, adapters, tokens, about):
         app.include_router(module.router)
     app.include_router(about.public_router)

@@ -12,16 +12,13 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 _TYPES = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
-    405: "invalid_request_error",
-    413: "invalid_request_error",
     429: "rate_limit_error",
-    431: "invalid_request_error",
     503: "service_unavailable_error",
 }
+"""Where it is not simply the request's fault, or the server's."""
 
 
 class ErrorDetail(BaseModel):
@@ -40,17 +37,13 @@ class ErrorResponse(BaseModel):
 
 
 class ApiError(Exception):
-    """An error to be answered with ``status`` and an OpenAI error body.
-
-    ``type`` defaults to the one that belongs to the status. ``retry_after`` is in seconds.
-    """
+    """An error to be answered with ``status`` and an OpenAI error body. ``retry_after`` is in seconds."""
 
     def __init__(
         self,
         status: int,
         message: str,
         *,
-        type: str | None = None,
         param: str | None = None,
         code: str | None = None,
         retry_after: float | None = None,
@@ -58,7 +51,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.message = _printable(message)
-        self.type = type or _TYPES.get(status, "server_error")
+        self.type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.param = None if param is None else _printable(param)
         self.code = code
         self.retry_after = retry_after

@@ -222,14 +222,16 @@ class Generation:
             EngineRequest(
                 request_id=request_id,
                 prompt_token_ids=self.prompt_of(choice.index).token_ids,
-                sampling=msgspec.structs.replace(
-                    self._sampling, seed=_wrap_int64(self._sampling.seed + choice.index % self._n)
-                ),
+                sampling=msgspec.structs.replace(self._sampling, seed=self._seed_of(choice)),
                 tenant=self._tenant.name,
                 session=self._session_state,
             )
             for request_id, choice in self._choices.items()
         ]
+
+    def _seed_of(self, choice: Choice) -> int:
+        seed = self._sampling.seed + choice.index % self._n
+        return (seed + 2**63) % 2**64 - 2**63  # wrapped to 64 bits
 
     def _to_piece(self, output: EngineOutput, now: float) -> Piece:
         if output.finish_reason in ("error", "abort"):
@@ -269,10 +271,6 @@ class Generation:
         choice.last_output = now
         choice.num_tokens += num_tokens
         self._metrics.generation_tokens.inc(num_tokens)
-
-
-def _wrap_int64(value: int) -> int:
-    return (value + 2**63) % 2**64 - 2**63
 
 
 def _engine_error(output: EngineOutput) -> ApiError:

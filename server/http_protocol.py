@@ -153,7 +153,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not self.flow.read_paused and not self.cycle.waiting_for_100_continue:
             self._body_seconds += self._body_tick
         if self._body_seconds > longest_body_time(self._body_bytes, self._bounds.body_timeout):
-            self._refuse(ApiError(408, "The request body came too slowly.", type="invalid_request_error"))
+            self._refuse(ApiError(408, "The request body came too slowly."))
         else:
             self._start_timer(self._body_tick, self._look_at_body)
 

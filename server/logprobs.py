@@ -20,13 +20,14 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob]) -> Chat
 
 
 def _content_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ContentLogprob:
-    data = _visible_bytes(tokenizer, entry.token_id)
-    alternatives = [
-        TopLogprob(_text(other), _finite(logprob), list(other))
-        for token_id, logprob in entry.top
-        for other in [_visible_bytes(tokenizer, token_id)]
-    ]
-    return ContentLogprob(_text(data), _finite(entry.logprob), list(data), alternatives)
+    chosen = _top_logprob(tokenizer, entry.token_id, entry.logprob)
+    alternatives = [_top_logprob(tokenizer, token_id, logprob) for token_id, logprob in entry.top]
+    return ContentLogprob(chosen.token, chosen.logprob, chosen.bytes, alternatives)
+
+
+def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
+    data = _visible_bytes(tokenizer, token_id)
+    return TopLogprob(_text(data), _finite(logprob), list(data))
 
 
 class CompletionLogprobsFormatter:

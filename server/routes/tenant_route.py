@@ -35,7 +35,7 @@ class _JsonRequest(Request):
 class TenantRoute(APIRoute):
     """Finds the tenant and counts its request before it reads the body, which it parses as strict JSON and validates.
 
-    A body is at most ``app.state.max_body_bytes`` long. One that is not small waits for its tenant's room
+    A body is at most ``http.max_body_bytes`` long. One that is not small waits for its tenant's room
     (``Serving.bodies``), which it keeps until the response is complete.
     """
 
@@ -62,10 +62,11 @@ class TenantRoute(APIRoute):
     async def _read_json(self, request: Request) -> Request:
         serving: Serving = request.app.state.serving
         tenant: Tenant = request.state.tenant
-        size = _declared_size(request)
+        limit: int = request.app.state.settings.http.max_body_bytes
+        size = _declared_size(request, limit)
         if size > SMALL:
             await request.state.until_answered.enter_async_context(serving.bodies.hold(tenant.name, size))
-        body = await _read_body(request)
+        body = await _read_body(request, limit)
         request.state.work = RequestWork(serving.work, tenant.name, len(body), request.receive)
         json_request = _JsonRequest(request.scope, request.receive)
         json_request._body = body[:1]  # FastAPI only looks whether there is one
@@ -104,17 +105,15 @@ SessionHeader = Annotated[
 ]
 
 
-def _declared_size(request: Request) -> int:
+def _declared_size(request: Request, limit: int) -> int:
     """The body's bytes, as many as are allowed if the client does not say; 413 for more."""
-    limit: int = request.app.state.max_body_bytes
     size = int(request.headers.get("content-length", limit if "transfer-encoding" in request.headers else 0))
     if size > limit:
         raise _too_large(limit)
     return size
 
 
-async def _read_body(request: Request) -> bytes:
-    limit: int = request.app.state.max_body_bytes
+async def _read_body(request: Request, limit: int) -> bytes:
     body = bytearray()
     try:
         async for chunk in request.stream():

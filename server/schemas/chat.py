@@ -99,12 +99,9 @@ class TopLogprob(msgspec.Struct, frozen=True):
     bytes: list[int]
 
 
-class ContentLogprob(msgspec.Struct, frozen=True):
+class ContentLogprob(TopLogprob, frozen=True):
     """A chosen token and its most likely alternatives."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
     top_logprobs: list[TopLogprob]
 
 
