@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,7 +17,10 @@ MAX_WAITING = 512
 @dataclass
 class _Room:
     used: int = 0
-    waiting: deque[tuple[int, asyncio.Future[None]]] = field(default_factory=deque)
+    num_waiting: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one who is next; others queue for it in their order."""
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class BodyRoom:
@@ -29,41 +32,25 @@ class BodyRoom:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._rooms: dict[str, _Room] = {}
+        self._rooms: defaultdict[str, _Room] = defaultdict(_Room)
 
     @asynccontextmanager
     async def hold(self, tenant: str, size: int) -> AsyncIterator[None]:
         """Hold room for ``size`` bytes as long as the block lasts. Raises ``Overloaded`` where too many wait."""
-        room = self._rooms.setdefault(tenant, _Room())
-        if room.waiting or room.used + size > self._size:
-            await self._wait(room, size)
-        else:
-            room.used += size
+        room = self._rooms[tenant]
+        if room.num_waiting >= MAX_WAITING:
+            raise Overloaded
+        room.num_waiting += 1
+        try:
+            async with room.turn:
+                while room.used + size > self._size:
+                    room.freed.clear()
+                    await room.freed.wait()
+                room.used += size
+        finally:
+            room.num_waiting -= 1
         try:
             yield
         finally:
             room.used -= size
-            self._admit(room)
-
-    async def _wait(self, room: _Room, size: int) -> None:
-        if len(room.waiting) >= MAX_WAITING:
-            raise Overloaded
-        turn = size, asyncio.get_running_loop().create_future()
-        room.waiting.append(turn)
-        try:
-            await turn[1]
-        except asyncio.CancelledError:
-            if turn in room.waiting:
-                room.waiting.remove(turn)
-            else:
-                room.used -= size
-            self._admit(room)
-            raise
-
-    def _admit(self, room: _Room) -> None:
-        """Let in those who wait, as many as there is room for."""
-        while room.waiting and room.used + room.waiting[0][0] <= self._size:
-            size, turn = room.waiting.popleft()
-            room.used += size
-            if not turn.done():  # else its caller was cancelled, and gives the room back
-                turn.set_result(None)
+            room.freed.set()

@@ -36,7 +36,9 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        request_id = Headers(scope=scope).get("x-request-id", "")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         started = time.monotonic()
@@ -65,20 +67,11 @@ class RequestMiddleware:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         tenant = structlog.contextvars.get_contextvars().get("tenant")
         labels = (self._metrics.model, self._metrics.tenants.label(tenant) if tenant else "")
-        self._metrics.requests.labels(_endpoint(scope), str(status), *labels).inc()
+        endpoint = getattr(scope.get("route"), "path", "other")  # the route's template, so that there are few
+        self._metrics.requests.labels(endpoint, str(status), *labels).inc()
         if status == CLIENT_CLOSED_REQUEST:
             self._metrics.disconnects.labels(*labels).inc()
         write = log.debug if scope["path"] in _QUIET else log.info
         write(
             "request", method=scope["method"], path=scope["path"], status=status, duration_ms=round(seconds * 1000, 1)
         )
-
-
-def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _endpoint(scope: Scope) -> str:
-    """The route's template, so that there are few; ``other`` for paths that are none."""
-    return getattr(scope.get("route"), "path", "other")

@@ -56,7 +56,13 @@ class TokenBuckets:
         levels: dict[tuple[str, Limit], tuple[float, float]] = {}
         lacking: Limit | None = None
         wait = 0.0
-        for limit, capacity, cost in _wanted(tenant, requests, tokens):
+        wanted: list[tuple[Limit, int | None, int]] = [
+            ("requests", tenant.requests_per_minute, requests),
+            ("tokens", tenant.tokens_per_minute, tokens),
+        ]
+        for limit, capacity, cost in wanted:
+            if capacity is None:
+                continue
             bucket = (tenant.name, limit)
             level, since = self._levels.get(bucket, (capacity, now))
             level = min(capacity, level + (now - since) * capacity / _MINUTE)
@@ -199,12 +205,3 @@ def _refusal(tenant: Tenant, limit: Limit, wait: float) -> ApiError:
         code="rate_limit_exceeded",
         retry_after=wait,
     )
-
-
-def _wanted(tenant: Tenant, requests: int, tokens: int) -> list[tuple[Limit, int, int]]:
-    """Name, capacity and cost for each limit that ``tenant`` has."""
-    wanted: list[tuple[Limit, int | None, int]] = [
-        ("requests", tenant.requests_per_minute, requests),
-        ("tokens", tenant.tokens_per_minute, tokens),
-    ]
-    return [(limit, capacity, cost) for limit, capacity, cost in wanted if capacity is not None]

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import (
     CLI_SUPPRESS,
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -43,11 +44,8 @@ class ConfigurationError(Exception):
     """The options given cannot work; the message is one line for the operator."""
 
 
-class _ConfigFileSource(PydanticBaseSettingsSource):
+class _ConfigFileSource(InitSettingsSource):
     """The TOML file that the flags or the environment name as ``config``."""
-
-    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        raise NotImplementedError("this source yields the whole file at once")
 
     def __call__(self) -> dict[str, Any]:
         path = self.current_state.get("config")
@@ -92,7 +90,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _ConfigFileSource(settings_cls)
+        return init_settings, env_settings, _ConfigFileSource(settings_cls, {})
 
 
 def section_of(field: FieldInfo) -> type[BaseModel] | None:

@@ -199,7 +199,7 @@ async def test_bodies_beyond_a_tenants_room_are_not_read_until_others_are_answer
     async with serve_two("--http.max_body_bytes", str(len(LONG_TEXT) + 100)) as api:  # four of them
         attacker = [tokenize(api, "acme", LONG_TEXT) for _ in range(8)]
         rooms = api.app.state.serving.bodies._rooms
-        await until(lambda: "acme" in rooms and len(rooms["acme"].waiting) == 4)
+        await until(lambda: "acme" in rooms and rooms["acme"].num_waiting == 4)
         assert (await tokenize(api, "bravo", "b " * SMALL)).status_code == 200
         gate.open(8)
         assert {answer.status_code for answer in await asyncio.gather(*attacker)} == {200}
