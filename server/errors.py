@@ -132,17 +132,11 @@ def _path(error: Any, body: Any) -> list[str]:
     return path + named
 
 
-async def _on_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error.response()
-
-
-async def _on_validation_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return validation_error(error.errors(), error.body).response()
-
-
-async def _on_http_exception(request: Request, error: Exception) -> Response:
+async def _answer(request: Request, error: Exception) -> Response:
+    if isinstance(error, ApiError):
+        return error.response()
+    if isinstance(error, RequestValidationError):
+        return validation_error(error.errors(), error.body).response()
     assert isinstance(error, HTTPException)
     message = {
         404: f"Unknown path: {request.url.path}",
@@ -155,6 +149,5 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of ``app`` with an OpenAI body (``server.middleware`` covers the unexpected ones)."""
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(HTTPException, _on_http_exception)
+    for kind in (ApiError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer)

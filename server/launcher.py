@@ -252,11 +252,7 @@ def _engine(settings: Settings, url: str, app: FastAPI) -> SupervisedProcess:
 
 def _worker(settings: Settings) -> SupervisedProcess:
     """The adapters worker. Nobody waits for it: if it cannot start, it is tried again, and requests are served."""
-
-    async def at_once() -> None:
-        pass
-
-    return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), wait_ready=at_once)
+    return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), wait_ready=None)
 
 
 def _listen(host: str, port: int) -> socket.socket:

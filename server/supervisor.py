@@ -57,6 +57,7 @@ class Watchdog:
 class SupervisedProcess:
     """One child process. ``run`` starts it and starts it again, with growing delays, until cancelled.
 
+    ``wait_ready`` returns when the process serves; None: nobody waits for that.
     ``fatal``: exit codes after which it is not started again, with the reason.
 
     The child has its own session, so Ctrl-C in a terminal reaches the parent only, which then decides.
@@ -67,7 +68,7 @@ class SupervisedProcess:
         name: str,
         arguments: Sequence[str],
         environment: Mapping[str, str],
-        wait_ready: Callable[[], Awaitable[None]],
+        wait_ready: Callable[[], Awaitable[None]] | None,
         log_path: Path | None = None,
         watchdog: Watchdog | None = None,
         fatal: Mapping[int, str] | None = None,
@@ -93,6 +94,8 @@ class SupervisedProcess:
     async def start(self) -> None:
         """Start it for the first time and wait until it is ready; raises ``ProcessFailed`` if it dies before."""
         process = await self._spawn()
+        if self._wait_ready is None:
+            return
         died = asyncio.ensure_future(process.wait())
         ready = asyncio.ensure_future(self._wait_ready())
         try:
