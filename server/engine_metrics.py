@@ -38,11 +38,10 @@ class EngineMetrics:
         gauge, histogram = families.gauge, families.histogram
         self.up = gauge("engine_up", "1 if the engine is ready.")
         self.restarts = families.counter("engine_restarts", "Engine processes replaced.")
-        self._info = gauge(
-            "engine_info",
-            "1 for what the engine runs on ('torch' on a CPU is the slow fallback) and the draft that proposes tokens.",
-            *("dtype", "attention_backend", "draft"),
+        about = (
+            "1 for what the engine runs on ('torch' on a CPU is the slow fallback) and the draft that proposes tokens."
         )
+        self._info = gauge("engine_info", about, "dtype", "attention_backend", "draft")
         self._kv_bytes = gauge("kv_cache_bytes", "Size of the target's KV cache.")
         self._draft_bytes = gauge("draft_bytes", "Weights and KV cache of the draft.")
         self._gauges = {name: gauge(*about) for name, about in _GAUGES.items()}

@@ -150,22 +150,13 @@ class Metrics:
         self.tail_hits = counter("hits", "Accepted draft tokens from tails, by what had put them there.", "source")
 
     def _define_session_metrics(self, families: MetricFamilies, *labels: str) -> None:
-        self.session_seconds = families.histogram(
-            "session_seconds",
-            "Time to load or save a session, or of another operation on it.",
-            _SESSION_SECONDS,
-            *("operation", *labels),
-        )
-        self.session_operations = families.counter(
-            "session_operations",
-            "Operations on sessions by what came of them; unavailable: Redis was down or slow.",
-            *("operation", "outcome", *labels),
-        )
-        self.session_snapshots_dropped = families.counter(
-            "session_snapshots_dropped",
-            "Snapshots thrown away, on the way in from Redis (load) or on the way there (save).",
-            *("operation", "reason", *labels),
-        )
+        about = "Time to load or save a session, or of another operation on it."
+        self.session_seconds = families.histogram("session_seconds", about, _SESSION_SECONDS, "operation", *labels)
+        about = "Operations on sessions by what came of them; unavailable: Redis was down or slow."
+        self.session_operations = families.counter("session_operations", about, "operation", "outcome", *labels)
+        about = "Snapshots thrown away, on the way in from Redis (load) or on the way there (save)."
+        dropped = families.counter("session_snapshots_dropped", about, "operation", "reason", *labels)
+        self.session_snapshots_dropped = dropped
 
     def labels(self, tenant: str, domain: str) -> tuple[str, str]:
         """The values of the labels ``tenant`` and ``domain``."""
