@@ -101,7 +101,7 @@ class EngineCore:
         except ValueError as error:
             self._tell_error(client_id, message.request_id, str(error))
             return
-        if request.request_id in self._verifier or request.request_id in self._constrained:
+        if request.request_id in self._verifier or request.request_id in self._constrained.waiting:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
             return
         if message.sampling.grammar is not None:
@@ -127,7 +127,7 @@ class EngineCore:
             return 0.0
         if self._scheduler.has_work():
             return _STALLED_PATIENCE if self._is_stalled else 0.0
-        return _COMPILING_PATIENCE if next(self._constrained.waiting, None) else _IDLE_PATIENCE
+        return _COMPILING_PATIENCE if self._constrained.waiting else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
         stats = msgspec.structs.replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)

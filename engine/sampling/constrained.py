@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from engine.sampling.grammar_cursor import GrammarCursor
@@ -29,14 +29,10 @@ class ConstrainedRequests:
         self._pool = pool
         self._running: dict[str, Request] = {}
 
-    def __contains__(self, request_id: str) -> bool:
-        """Whether a request waits for its grammar to be compiled."""
-        return request_id in self._pool
-
     @property
-    def waiting(self) -> Iterator[str]:
+    def waiting(self) -> Collection[str]:
         """The ids of requests that wait for their grammar to be compiled."""
-        return iter(self._pool)
+        return self._pool.waiting.keys()
 
     def start(self) -> None:
         """Load what every grammar needs, in a process of its own."""
