@@ -27,7 +27,6 @@ from engine.speculation.length.costs import StepCosts
 from engine.speculation.speculator import Speculator
 from engine.step_clock import StepClock
 from engine.step_plan import Reservation, SchedulerOutput
-from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import Truncation
 from engine.verification import Verification
@@ -78,7 +77,7 @@ class EngineCore:
         """None without drafts, or where their lengths are fixed."""
         if draft is not None:
             self._speculator, self.step_costs = make_speculator(config, draft, self._runner, self.max_model_len)
-        self.vocabulary = vocabulary_fingerprint(self._tokenizer)
+        self.vocabulary = self._tokenizer.fingerprint()
         """Fingerprint of the model's tokens."""
         self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)

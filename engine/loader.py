@@ -16,7 +16,7 @@ from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
-from engine.cores import available_cores
+from engine.machine import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.llama import HeadSlab, load_model
 from engine.models.native_llama import NativeLlama, unsupported_shape

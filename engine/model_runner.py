@@ -12,9 +12,9 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.batch import Features, ForwardBatch, ForwardOutput
 from engine.config import CacheConfig
-from engine.free_memory import free_memory
 from engine.limits import num_blocks_in
 from engine.loader import LoadedModel
+from engine.machine import free_memory
 from engine.models.config import ModelError
 from engine.step_graphs import StepGraphs
 from engine.step_plan import ScheduledSequence

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.messages import TokenLogprob
-from engine.prompt_logprobs import PromptLogprobs
 from engine.request import Request
 from engine.sampling.constrained import num_choosable
+from engine.sampling.logprobs import PromptLogprobs
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer

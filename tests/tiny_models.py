@@ -17,7 +17,6 @@ from tokenizers.trainers import BpeTrainer
 
 from engine.models.config import ModelFiles, spec_from_config
 from engine.models.gguf_spec import gguf_tensor_names
-from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer as EngineTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -135,7 +134,7 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-VOCABULARY = vocabulary_fingerprint(EngineTokenizer(tiny_tokenizer(), VOCAB_SIZE, None, (), None))
+VOCABULARY = EngineTokenizer(tiny_tokenizer(), VOCAB_SIZE, None, (), None).fingerprint()
 """Of all tiny models."""
 
 

@@ -17,8 +17,7 @@ import torch
 from engine.messages import SamplingParams, TokenLogprob
 from engine.sampling.choose import choose_tokens
 from engine.sampling.logprobs import token_logprobs
-from engine.sampling.processors import LogitsEdits
-from engine.sampling.state import SamplingState
+from engine.sampling.processors import LogitsEdits, SamplingState
 
 if TYPE_CHECKING:
     from engine.request import Request
