@@ -10,7 +10,6 @@ from typing import Literal, Protocol
 import structlog
 import torch
 
-from engine import limits
 from engine.attention import flashinfer
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.torch_paged import TorchPagedAttention
@@ -96,7 +95,7 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
     # Partial sums in bfloat16 would differ with the number of rows, which decides how a product is split.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dtype = _dtype(config, backend, device)
-    max_model_len = limits.max_model_len(config.model, spec)
+    max_model_len = config.model.longest_sequence(spec)
     source = open_weights(files)
     if backend == "native":
         return _load_native(config, source, spec, max_model_len, team or native.Team(threads))

@@ -12,7 +12,6 @@ import torch
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.batch import Features, ForwardBatch, ForwardOutput
 from engine.config import CacheConfig
-from engine.limits import num_blocks_in
 from engine.loader import LoadedModel
 from engine.machine import free_memory
 from engine.models.config import ModelError
@@ -161,7 +160,7 @@ def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block
         return cache.num_blocks
     budget = min(cache.max_bytes, int(_free_memory(loaded.device) * cache.memory_fraction))
     per_block = attention_spec(loaded, cache, 1).bytes_per_block + draft_bytes_per_block
-    return num_blocks_in(budget, per_block, cache.block_size, loaded.max_model_len)
+    return cache.num_blocks_in(budget, per_block, loaded.max_model_len)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]
 _Index = tuple[torch.Tensor, ...]
+_SparseEdit = tuple[int, IdArray, FloatArray]
+"""A row, distinct tokens, and their values."""
 
 
 class SamplingState:
@@ -68,30 +70,6 @@ class SamplingState:
         self.counts[slot] += times
 
 
-class _SparseEdits:
-    """Values for (row, token) pairs of many rows."""
-
-    def __init__(self) -> None:
-        self._rows: list[IdArray] = []
-        self._token_ids: list[IdArray] = []
-        self._values: list[FloatArray] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._rows)
-
-    def add(self, row: int, token_ids: IdArray, values: FloatArray) -> None:
-        """``token_ids`` are distinct, ``values`` of the same length."""
-        self._rows.append(np.full(len(token_ids), row, dtype=np.int64))
-        self._token_ids.append(token_ids)
-        self._values.append(values)
-
-    def tensors(self, device: torch.device) -> tuple[_Index, torch.Tensor]:
-        """The index (rows, token ids) and the values."""
-        rows, token_ids, values = (np.concatenate(part) for part in (self._rows, self._token_ids, self._values))
-        index = torch.from_numpy(rows).to(device), torch.from_numpy(token_ids).to(device)
-        return index, torch.from_numpy(values).to(device)
-
-
 class LogitsEdits:
     """The edits of one step. ``add_sequence`` for each sequence, then ``apply`` once, and ``undo``.
 
@@ -103,8 +81,8 @@ class LogitsEdits:
         self._eos_token_ids = eos_token_ids
         self._num_rows = num_rows
         self._vocab_size = vocab_size
-        self._bans = _SparseEdits()
-        self._biases = _SparseEdits()
+        self._bans: list[_SparseEdit] = []
+        self._biases: list[_SparseEdit] = []
         self._seen = SeenTokens()
         self._undo: list[Callable[[], object]] = []
 
@@ -133,7 +111,7 @@ class LogitsEdits:
             self._add_bans(row, params)
         if params.logit_bias:
             token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
-            self._biases.add(row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32))
+            self._biases.append((row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32)))
         if state.has_penalties:
             penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
             self._seen.add(row, penalties, state.num_prompt, state.token_ids, state.counts)
@@ -143,7 +121,7 @@ class LogitsEdits:
         end_token_ids = self._eos_token_ids.union(params.stop_token_ids)
         token_ids = np.array([i for i in end_token_ids if i < self._vocab_size], dtype=np.int64)
         if self.allowed is None or not _only(self.allowed[row], token_ids):
-            self._bans.add(row, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32))
+            self._bans.append((row, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32)))
 
     def _add_mask(self, row: int, mask: NDArray[np.int32]) -> None:
         if self.allowed is None:
@@ -157,9 +135,9 @@ class LogitsEdits:
         """
         logits = logits.contiguous()  # rows of an expanded tensor are one
         if self._bans:
-            self._put(logits, *self._bans.tensors(logits.device))
+            self._put(logits, *_joined(self._bans, logits.device))
         if self._biases:
-            index, values = self._biases.tensors(logits.device)
+            index, values = _joined(self._biases, logits.device)
             self._put(logits, index, logits[index] + values)
         if self._seen:
             self._undo.append(partial(put_back, logits, self._seen, penalize(logits, self._seen)))
@@ -173,6 +151,14 @@ class LogitsEdits:
     def _put(self, logits: torch.Tensor, index: _Index, values: torch.Tensor) -> None:
         self._undo.append(partial(logits.__setitem__, index, logits[index]))
         logits[index] = values
+
+
+def _joined(edits: list[_SparseEdit], device: torch.device) -> tuple[_Index, torch.Tensor]:
+    """The index (rows, token ids) and the values of all."""
+    rows = np.concatenate([np.full(len(token_ids), row, dtype=np.int64) for row, token_ids, _ in edits])
+    index = rows, np.concatenate([token_ids for _, token_ids, _ in edits])
+    values = torch.from_numpy(np.concatenate([values for _, _, values in edits])).to(device)
+    return tuple(torch.from_numpy(part).to(device) for part in index), values
 
 
 def _only(allowed: NDArray[np.int32], token_ids: IdArray) -> bool:
