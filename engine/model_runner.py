@@ -82,18 +82,11 @@ class BatchSequence(Protocol):
     def block_ids(self) -> Sequence[int]: ...
 
 
-class HasBlocks(Protocol):
-    """A sequence in the KV cache."""
-
-    @property
-    def block_ids(self) -> Sequence[int]: ...
-
-
-def padded_block_tables(sequences: Sequence[HasBlocks]) -> npt.NDArray[np.int32]:
-    """[B, most blocks of any] int32, unused entries 0."""
-    tables = np.zeros((len(sequences), max(len(sequence.block_ids) for sequence in sequences)), dtype=np.int32)
-    for row, sequence in enumerate(sequences):
-        tables[row, : len(sequence.block_ids)] = sequence.block_ids
+def padded_block_tables(block_ids: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
+    """[B, most blocks of any] int32 of the blocks of B sequences, unused entries 0."""
+    tables = np.zeros((len(block_ids), max(map(len, block_ids))), dtype=np.int32)
+    for row, of_sequence in enumerate(block_ids):
+        tables[row, : len(of_sequence)] = of_sequence
     return tables
 
 
@@ -130,7 +123,7 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
         positions=tensor(positions),
         query_start_loc=tensor(ends),
         seq_lens=tensor(seq_lens),
-        block_tables=tensor(padded_block_tables(sequences)),
+        block_tables=tensor(padded_block_tables([sequence.block_ids for sequence in sequences])),
         slot_mapping=tensor(slots),
         logits_indices=tensor(wanted, np.int64),
     )

@@ -24,10 +24,6 @@ def _gpt2() -> PreTokenizer:
     return ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _smollm() -> PreTokenizer:
-    return Sequence([Digits(individual_digits=True), _gpt2()])
-
-
 def _split(digits: str) -> PreTokenizer:
     pattern = Regex(_CONTRACTIONS_WORDS + digits + _PUNCTUATION_SPACES)
     return Sequence([Split(pattern, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -36,7 +32,7 @@ def _split(digits: str) -> PreTokenizer:
 _PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
     "default": _gpt2,
     "gpt-2": _gpt2,
-    "smollm": _smollm,
+    "smollm": lambda: Sequence([Digits(individual_digits=True), _gpt2()]),
     "qwen2": lambda: _split(r"\p{N}"),
     "llama-bpe": lambda: _split(r"\p{N}{1,3}"),
 }
