@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +15,7 @@ from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
 from engine.verification import DraftSource, Verification
-
-if TYPE_CHECKING:
-    from kernels.native import Team
+from kernels.native import Team
 
 
 class Verifier:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,7 @@ from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import ModelSpec
 from engine.models.weights import WeightSource
-
-if TYPE_CHECKING:
-    from kernels.native import PackedMatrix
+from kernels.native import PackedMatrix
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable, Iterator
-from typing import TYPE_CHECKING
 
+from engine.request import Request
 from engine.sampling.grammar_cursor import GrammarCursor
 from engine.sampling.grammar_pool import GrammarPool
-
-if TYPE_CHECKING:
-    from engine.request import Request
-    from engine.step_plan import ScheduledSequence
+from engine.step_plan import ScheduledSequence
 
 _PATIENCE = 0.001
 """Seconds that a step waits for masks."""

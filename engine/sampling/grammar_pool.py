@@ -11,21 +11,18 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
 from engine.fair_queue import equal_share
 from engine.messages import Grammar
+from engine.request import Request
 from engine.sampling.grammar_client import GrammarProcess
 from engine.sampling.grammar_cursor import GrammarCursor
 from engine.sampling.grammar_in_place import InPlaceCompiler, InPlaceGrammar
 from engine.sampling.grammar_messages import Vocabulary
-
-if TYPE_CHECKING:
-    from engine.request import Request
-    from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 

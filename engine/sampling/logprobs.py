@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,9 +10,7 @@ from engine.messages import TokenLogprob
 from engine.request import Request
 from engine.step_plan import ScheduledSequence
 from kernels.log_probabilities import log_probabilities
-
-if TYPE_CHECKING:
-    from kernels.native import Team
+from kernels.native import Team
 
 
 def token_logprobs(

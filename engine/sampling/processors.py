@@ -9,17 +9,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from engine.messages import SamplingParams
+from engine.request import Request
 from kernels.penalties import IntArray, SeenTokens, penalize, put_back
-
-if TYPE_CHECKING:
-    from engine.request import Request
 
 FloatArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]

@@ -9,19 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import accumulate, islice, pairwise
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from engine.messages import SamplingParams, TokenLogprob
+from engine.request import Request
 from engine.sampling.choose import choose_tokens
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.processors import LogitsEdits, SamplingState
-
-if TYPE_CHECKING:
-    from engine.request import Request
-    from kernels.native import Team
+from kernels.native import Team
 
 _NO_TOKEN = -1
 """What is chosen where logits are not finite; no draft is that."""
