@@ -106,11 +106,7 @@ def save_draft(draft: Eagle3, directory: Path) -> None:
 
 
 def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eagle3:
-    """The draft of a directory, ready to serve.
-
-    Raises:
-        ModelError: a file is missing, damaged or absurd, or does not fit the others.
-    """
+    """The draft of a directory, ready to serve; raises ``ModelError`` as ``read_draft`` does."""
     config = read_draft(directory)
     with torch.device("meta"):
         draft = Eagle3(config)

@@ -154,13 +154,10 @@ class GrammarProcess:
         """Whether it could serve, and serves nobody."""
         return self.is_compiled and self.error is None and not self.cursors
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another sequence can begin."""
-        return bool(self._free_slots)
-
-    def begin(self) -> ProcessCursor:
-        """A sequence at the grammar's start."""
+    def begin(self) -> ProcessCursor | None:
+        """A sequence at the grammar's start; None: there is no room for another."""
+        if not self._free_slots:
+            return None
         slot = heapq.heappop(self._free_slots)
         cursor = self.cursors[slot] = ProcessCursor(self, slot, self._masks[slot])
         return cursor

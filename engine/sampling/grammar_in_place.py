@@ -58,8 +58,6 @@ class InPlaceGrammar:
         num_words: of a mask, 32 tokens each.
     """
 
-    has_room = True
-
     def __init__(self, compiled: Future[CompiledGrammar], num_bytes: int, num_words: int) -> None:
         self.num_bytes = num_bytes
         self.num_sequences = 0

@@ -149,7 +149,7 @@ class GrammarPool:
         if error := self._errors.get(key) or self._deaths.get(key):
             return error
         process = self._grammars.get(key)
-        if process is None or process.is_compiling or not process.has_room:
+        if process is None or process.is_compiling:
             return None
         self._grammars[key] = self._grammars.pop(key)
         return process.begin()
