@@ -18,7 +18,7 @@ _END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endof
 def gguf_tensor_names(spec: ModelSpec) -> dict[str, str]:
     """How a GGUF file calls the weights of a model, by their Hugging Face names, which end in .weight or .bias."""
     names = get_tensor_name_map(MODEL_ARCH[spec.architecture.upper()], spec.num_layers)
-    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) for name in spec.tensor_shapes()}
+    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in spec.tensor_shapes()}
 
 
 def spec_from_gguf(file: GGUFFile) -> ModelSpec:

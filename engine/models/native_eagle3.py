@@ -49,7 +49,7 @@ class NativeEagle3:
         self.team = team
         weights = {name: weight.detach() for name, weight in draft.named_parameters()}
         self._matrices = {
-            name: PackedMatrix(*weight.shape, [_part(name, weight)], weights.get(_bias_of(name)), digits)
+            name: PackedMatrix(len(weight), weight.shape[1], [_part(name, weight)], weights.get(_bias_of(name)), digits)
             for name, weight in weights.items()
             if weight.dim() == 2
         }

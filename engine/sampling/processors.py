@@ -93,22 +93,25 @@ class LogitsEdits:
         if not state.edits_logits:
             return
         state.commit(request.output_token_ids)
-        num_output, params = len(request.output_token_ids), request.sampling
-        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        num_output = len(request.output_token_ids)
         for index in range(len(draft_token_ids) + 1):
             if index:
                 state.add(draft_token_ids[index - 1])
             if request.grammar is not None:
                 self._add_mask(start + index, request.grammar.masks[index])
-            if num_output + index < params.min_tokens:
-                self._add_bans(start + index, params)
-            if params.logit_bias:
-                token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
-                self._biases.append((start + index, token_ids, np.fromiter(params.logit_bias.values(), np.float32)))
-            if state.has_penalties:
-                self._seen.add(start + index, penalties, state.num_prompt, state.token_ids, state.counts)
+            self._add_row(start + index, request.sampling, num_output + index, state)
         for token_id in draft_token_ids:
             state.add(token_id, -1)
+
+    def _add_row(self, row: int, params: SamplingParams, num_output: int, state: SamplingState) -> None:
+        if num_output < params.min_tokens:
+            self._add_bans(row, params)
+        if params.logit_bias:
+            token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
+            self._biases.append((row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32)))
+        if state.has_penalties:
+            penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+            self._seen.add(row, penalties, state.num_prompt, state.token_ids, state.counts)
 
     def _add_bans(self, row: int, params: SamplingParams) -> None:
         """Of what ends the output; where a grammar allows nothing else, it outranks min_tokens."""
