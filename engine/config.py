@@ -46,8 +46,7 @@ class ModelConfig(Section):
         "auto", description="Activations and KV cache; auto: bfloat16 where the device is fast at it."
     )
     quantization: Literal["auto", "none"] = Field(
-        "auto",
-        description="auto: GGUF weights are multiplied as stored (4 to 8 bits); none: dequantised at load.",
+        "auto", description="auto: GGUF weights are multiplied as stored (4 to 8 bits); none: dequantised at load."
     )
     max_model_len: int | None = Field(
         None, ge=32, description="Longest prompt + output in tokens; default: the model's own limit, at most 8192."

@@ -150,11 +150,7 @@ class LlamaForCausalLM:
 
 
 def load_model(
-    source: WeightSource,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int | None = None,
+    source: WeightSource, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
 ) -> LlamaForCausalLM:
     """Dequantise all weights to ``dtype`` on ``device``.
 
