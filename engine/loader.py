@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import structlog
@@ -12,6 +13,7 @@ import torch
 
 from engine.attention import flashinfer
 from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
@@ -19,7 +21,7 @@ from engine.machine import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.llama import HeadSlab, load_model
 from engine.models.native_llama import NativeLlama, unsupported_shape
-from engine.models.weights import WeightSource, open_weights
+from engine.models.weights import open_weights
 from kernels import native
 
 log = structlog.get_logger(__name__)
@@ -97,29 +99,18 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
     dtype = _dtype(config, backend, device)
     max_model_len = config.model.longest_sequence(spec)
     source = open_weights(files)
+    model: CausalLM
+    make_attention: Callable[[AttentionSpec], AttentionBackend]
     if backend == "native":
-        return _load_native(config, source, spec, max_model_len, team or native.Team(threads))
+        team, digits = team or native.Team(threads), _digits(config)
+        keep_quantized = config.model.quantization == "auto"
+        model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized, digits=digits)
+        make_attention = partial(NativeAttention, team=team)
+        return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
     model = load_model(source, spec, dtype, device, max_model_len)
-    make_attention: Callable[[AttentionSpec], AttentionBackend] = TorchPagedAttention
-    if backend == "flashinfer":
-        make_attention = flashinfer.FlashInferAttention
+    make_attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
     cuda_graphs = backend == "flashinfer" and config.runtime.cuda_graphs
     return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, cuda_graphs=cuda_graphs)
-
-
-def _load_native(
-    config: EngineConfig, source: WeightSource, spec: ModelSpec, max_model_len: int, team: native.Team
-) -> LoadedModel:
-    keep_quantized, digits = config.model.quantization == "auto", _digits(config)
-    model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized, digits=digits)
-
-    def make_attention(attention: AttentionSpec) -> AttentionBackend:
-        from engine.attention.native_cpu import NativeAttention
-
-        return NativeAttention(attention, team)
-
-    device = torch.device("cpu")
-    return LoadedModel(model, spec, max_model_len, torch.bfloat16, device, "native", make_attention, team, digits)
 
 
 def _digits(config: EngineConfig) -> int:

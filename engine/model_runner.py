@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import Features, ForwardBatch, ForwardOutput
+from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.machine import free_memory
@@ -52,16 +52,14 @@ class ModelRunner:
             features of all tokens, if layers are captured.
         """
         batch = build_batch(sequences, self._block_size, self._device)
-        output = self._forward(batch, capture)
+        if self._graphs is not None:
+            output = self._graphs.forward(batch, capture)
+        else:
+            output = self._model.forward(batch, self._attention, capture)
         self._hidden, wanted = output.hidden, batch.logits_indices
         rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
         features = None if output.features is None else Features(output.features, batch.slot_mapping)
         return self._model.compute_logits(rows), features
-
-    def _forward(self, batch: ForwardBatch, capture: Sequence[int]) -> ForwardOutput:
-        if self._graphs is not None:
-            return self._graphs.forward(batch, capture)
-        return self._model.forward(batch, self._attention, capture)
 
     @torch.inference_mode()
     def compute_logits(self, rows: Sequence[int]) -> torch.Tensor:

@@ -29,29 +29,19 @@ class Part:
     member: str
 
 
-class _Marker(msgspec.Struct, frozen=True):
-    """Says which sha256 a file had when it had this size and modification time."""
-
-    sha256: str
-    size: int
-    mtime_ns: int
-
-
 def is_verified(path: Path, sha256: str) -> bool:
     """Whether ``path`` exists with this sha256; hashed only if it changed since it was last found right."""
     if not path.is_file():
         return False
-    marker = _marker_path(path)
-    now = _describe(path, sha256)
     try:
-        if msgspec.json.decode(marker.read_bytes(), type=_Marker) == now:
+        if msgspec.json.decode(_marker_path(path).read_bytes()) == _description(path, sha256):
             return True
     except (OSError, msgspec.DecodeError):
         pass  # no usable marker: hash the file
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             return False
-    marker.write_bytes(msgspec.json.encode(now))
+    _mark(path, sha256)
     return True
 
 
@@ -78,14 +68,19 @@ def fetch(name: str, parts: Sequence[Part], sha256: str, num_bytes: int, path: P
             if digest != sha256:
                 raise ModelError(f"{name}: downloaded file has sha256 {digest}, expected {sha256}")
             os.replace(whole, path)
-        _marker_path(path).write_bytes(msgspec.json.encode(_describe(path, sha256)))
+        _mark(path, sha256)
     except OSError as error:
         raise ModelError(f"{name}: cannot be stored in {path.parent}: {error}") from error
 
 
-def _describe(path: Path, sha256: str) -> _Marker:
+def _mark(path: Path, sha256: str) -> None:
+    _marker_path(path).write_bytes(msgspec.json.encode(_description(path, sha256)))
+
+
+def _description(path: Path, sha256: str) -> dict[str, str | int]:
+    """What a file's marker says: which sha256 it had when it had this size and modification time."""
     stat = path.stat()
-    return _Marker(sha256, stat.st_size, stat.st_mtime_ns)
+    return {"sha256": sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _marker_path(path: Path) -> Path:
