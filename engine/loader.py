@@ -35,27 +35,21 @@ class CausalLM(Protocol):
     @property
     def weight_bytes(self) -> int:
         """Memory of all weights."""
-        ...
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """Run all layers; ``capture``: those whose output is wanted as features, in ascending order."""
-        ...
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding: [T] int32 → [T, hidden]."""
-        ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[L, hidden] → [L, vocab] float32, maybe valid until the next call only."""
-        ...
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         """``compute_logits`` for these tokens [K] int64 only; None for all of them, with nothing copied."""
-        ...
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the output projection: [n] int32 → [n, hidden] floating-point."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ class Additions(Protocol):
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix) -> None:
         """Add to the product ``out`` of a matrix and ``x``, in place."""
-        ...
 
 
 class Eagle3(nn.Module):
