@@ -1,6 +1,7 @@
 """Constrained output (JSON, JSON Schema) through xgrammar: compiled grammars, and what follows an output through them.
 
-What a client sends can make any call here take minutes: ``engine.sampling.grammar_process`` bounds that.
+What a client sends can make any call here take minutes: ``engine.sampling.grammar_process`` bounds that, and
+``engine.sampling.grammar_in_place`` calls only where it is known to be cheap.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class CompiledGrammar:
     compiled: xgrammar.CompiledGrammar
     end_token_ids: frozenset[int]
     excluded_token_ids: frozenset[int]
-    """Never allowed, and unknown to xgrammar."""
+    """Tokens without text that end nothing: never allowed."""
 
 
 class GrammarMatcher:
