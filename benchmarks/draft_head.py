@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
-from engine.cores import available_cores
+from engine.machine import available_cores
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
 from kernels.native import MatrixPart, PackedMatrix, Team, linear
 

@@ -129,16 +129,13 @@ class Admission:
         request.num_computed_tokens = num_cached
         self.running.append(request)
         if request.num_preemptions == 0:
-            self._count_first_admission(request, num_cached)
+            num_prompt = len(request.prompt_token_ids)
+            request.num_cached_tokens = num_cached
+            self.waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))
+            if self._kv.prefix_caching:
+                self.prefix_query_tokens += num_prompt
+                self.prefix_hit_tokens += num_cached
         return True
-
-    def _count_first_admission(self, request: Request, num_cached: int) -> None:
-        num_prompt = len(request.prompt_token_ids)
-        request.num_cached_tokens = num_cached
-        self.waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))
-        if self._kv.prefix_caching:
-            self.prefix_query_tokens += num_prompt
-            self.prefix_hit_tokens += num_cached
 
     def _reclaim_draft_blocks(self) -> bool:
         """Take back blocks that only rejected drafts used; whether there were any."""

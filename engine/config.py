@@ -12,11 +12,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from engine.adapters_config import AdaptersConfig
+from engine.models.config import ModelError, ModelSpec
 from engine.options import Section
 
 CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 """Environment variable in which the engine process finds its ``EngineConfig``, as JSON."""
 
+_DEFAULT_MAX_MODEL_LEN = 8192
 MAX_SPECULATIVE_TOKENS = 8
 """Most draft tokens that a step may verify for a sequence."""
 MAX_TAIL_TOKENS = 2048
@@ -44,12 +46,18 @@ class ModelConfig(Section):
         "auto", description="Activations and KV cache; auto: bfloat16 where the device is fast at it."
     )
     quantization: Literal["auto", "none"] = Field(
-        "auto",
-        description="auto: GGUF weights are multiplied as stored (4 to 8 bits); none: dequantised at load.",
+        "auto", description="auto: GGUF weights are multiplied as stored (4 to 8 bits); none: dequantised at load."
     )
     max_model_len: int | None = Field(
         None, ge=32, description="Longest prompt + output in tokens; default: the model's own limit, at most 8192."
     )
+
+    def longest_sequence(self, spec: ModelSpec) -> int:
+        """Most tokens of a sequence, as asked for or by default; ``ModelError`` if the model cannot have them."""
+        limit, asked = spec.max_position_embeddings, self.max_model_len
+        if asked is not None and asked > limit:
+            raise ModelError(f"model.max_model_len is {asked}, but the model's limit is {limit}")
+        return asked or min(limit, _DEFAULT_MAX_MODEL_LEN)
 
 
 class CacheConfig(Section):
@@ -64,6 +72,16 @@ class CacheConfig(Section):
         default=None, ge=2, description="Exact number of blocks, instead of sizing by memory."
     )
     prefix_caching: bool = Field(default=True, description="Share KV blocks of equal prefixes within a tenant.")
+
+    def num_blocks_in(self, budget: int, bytes_per_block: int, longest: int) -> int:
+        """Blocks in ``budget`` bytes; raises ``ModelError`` if they do not hold one sequence of ``longest`` tokens."""
+        num_blocks = budget // bytes_per_block
+        if num_blocks < -(-longest // self.block_size):
+            raise ModelError(
+                f"{budget / 2**20:.0f} MiB for the KV cache hold {num_blocks * self.block_size} tokens, but one "
+                f"sequence may have {longest}: raise cache.max_bytes or lower model.max_model_len"
+            )
+        return num_blocks
 
 
 class SchedulerConfig(Section):

@@ -27,7 +27,6 @@ from engine.speculation.length.costs import StepCosts
 from engine.speculation.speculator import Speculator
 from engine.step_clock import StepClock
 from engine.step_plan import Reservation, SchedulerOutput
-from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import Truncation
 from engine.verification import Verification
@@ -78,7 +77,7 @@ class EngineCore:
         """None without drafts, or where their lengths are fixed."""
         if draft is not None:
             self._speculator, self.step_costs = make_speculator(config, draft, self._runner, self.max_model_len)
-        self.vocabulary = vocabulary_fingerprint(self._tokenizer)
+        self.vocabulary = self._tokenizer.fingerprint()
         """Fingerprint of the model's tokens."""
         self.kv_bytes = self._runner.kv_bytes
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
@@ -101,7 +100,7 @@ class EngineCore:
         except ValueError as error:
             self._tell_error(client_id, message.request_id, str(error))
             return
-        if request.request_id in self._verifier or request.request_id in self._constrained:
+        if request.request_id in self._verifier or request.request_id in self._constrained.waiting:
             log.error("a client has used an id twice", request=request.request_id)  # the first one goes on
             return
         if message.sampling.grammar is not None:
@@ -127,7 +126,7 @@ class EngineCore:
             return 0.0
         if self._scheduler.has_work():
             return _STALLED_PATIENCE if self._is_stalled else 0.0
-        return _COMPILING_PATIENCE if next(self._constrained.waiting, None) else _IDLE_PATIENCE
+        return _COMPILING_PATIENCE if self._constrained.waiting else _IDLE_PATIENCE
 
     def stats(self) -> EngineStats:
         stats = msgspec.structs.replace(self._scheduler.stats(), nonfinite_sequences=self._num_nonfinite)

@@ -92,7 +92,8 @@ class KVCacheManager:
 
     def num_new_blocks(self, request: Request) -> int:
         """Blocks that would come into use if ``allocate`` gave a request without any those for its known tokens."""
-        return self._num_new_blocks(self._cached_blocks(request), request.num_tokens)
+        cached = self._cached_blocks(request)
+        return self.num_blocks_for(request.num_tokens) - len(cached) + self._num_unused(cached)
 
     def allocate(self, request: Request, num_tokens_total: int, keep_free: int = 0) -> bool:
         """Give the request blocks for its first ``num_tokens_total`` tokens.
@@ -107,16 +108,19 @@ class KVCacheManager:
         Returns:
             False if there are too few free blocks; nothing was changed.
         """
-        allocation = self._allocations.get(request.request_id)
-        if allocation is None:
-            return self._allocate_first(request, num_tokens_total, keep_free)
-        missing = self.num_blocks_for(num_tokens_total) - len(allocation.block_ids)
-        if missing <= 0:
+        known = self._allocations.get(request.request_id)
+        cached = self._cached_blocks(request) if known is None else []
+        allocation = known or _Allocation(cached, len(cached))
+        missing = max(self.num_blocks_for(num_tokens_total) - len(allocation.block_ids), 0)
+        if known is not None and missing == 0:
             return True
-        if missing > self._pool.num_free - keep_free:
+        num_new = missing + self._num_unused(cached)
+        if num_new > self._pool.num_free - keep_free:
             return False
+        self._pool.touch(cached)
         allocation.block_ids += self._pool.allocate(missing)
-        self._used_by[request.tenant] += missing
+        self._allocations[request.request_id] = allocation
+        self._used_by[request.tenant] += num_new
         return True
 
     def cache_full_blocks(self, request: Request) -> None:
@@ -150,20 +154,8 @@ class KVCacheManager:
         self._pool.free(reversed(block_ids))
         self._used_by[tenant] -= self._pool.num_free - before
 
-    def _allocate_first(self, request: Request, num_tokens_total: int, keep_free: int) -> bool:
-        cached = self._cached_blocks(request)
-        num_new = self._num_new_blocks(cached, num_tokens_total)
-        if num_new > self._pool.num_free - keep_free:
-            return False
-        self._pool.touch(cached)
-        missing = max(self.num_blocks_for(num_tokens_total) - len(cached), 0)
-        self._allocations[request.request_id] = _Allocation(cached + self._pool.allocate(missing), len(cached))
-        self._used_by[request.tenant] += num_new
-        return True
-
-    def _num_new_blocks(self, cached: Sequence[int], num_tokens_total: int) -> int:
-        missing = max(self.num_blocks_for(num_tokens_total) - len(cached), 0)
-        return missing + sum(self._pool.ref_count(block_id) == 0 for block_id in cached)
+    def _num_unused(self, block_ids: Sequence[int]) -> int:
+        return sum(self._pool.ref_count(block_id) == 0 for block_id in block_ids)
 
     def _cached_blocks(self, request: Request) -> list[int]:
         if not self.prefix_caching or request.wants_prompt_logits:

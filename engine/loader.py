@@ -5,22 +5,23 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import structlog
 import torch
 
-from engine import limits
 from engine.attention import flashinfer
 from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
-from engine.cores import available_cores
+from engine.machine import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.llama import HeadSlab, load_model
 from engine.models.native_llama import NativeLlama, unsupported_shape
-from engine.models.weights import WeightSource, open_weights
+from engine.models.weights import open_weights
 from kernels import native
 
 log = structlog.get_logger(__name__)
@@ -34,27 +35,21 @@ class CausalLM(Protocol):
     @property
     def weight_bytes(self) -> int:
         """Memory of all weights."""
-        ...
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """Run all layers; ``capture``: those whose output is wanted as features, in ascending order."""
-        ...
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the embedding: [T] int32 → [T, hidden]."""
-        ...
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[L, hidden] → [L, vocab] float32, maybe valid until the next call only."""
-        ...
 
     def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
         """``compute_logits`` for these tokens [K] int64 only; None for all of them, with nothing copied."""
-        ...
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the output projection: [n] int32 → [n, hidden] floating-point."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -96,31 +91,20 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
     # Partial sums in bfloat16 would differ with the number of rows, which decides how a product is split.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     dtype = _dtype(config, backend, device)
-    max_model_len = limits.max_model_len(config.model, spec)
+    max_model_len = config.model.longest_sequence(spec)
     source = open_weights(files)
+    model: CausalLM
+    make_attention: Callable[[AttentionSpec], AttentionBackend]
     if backend == "native":
-        return _load_native(config, source, spec, max_model_len, team or native.Team(threads))
+        team, digits = team or native.Team(threads), _digits(config)
+        keep_quantized = config.model.quantization == "auto"
+        model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized, digits=digits)
+        make_attention = partial(NativeAttention, team=team)
+        return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
     model = load_model(source, spec, dtype, device, max_model_len)
-    make_attention: Callable[[AttentionSpec], AttentionBackend] = TorchPagedAttention
-    if backend == "flashinfer":
-        make_attention = flashinfer.FlashInferAttention
+    make_attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
     cuda_graphs = backend == "flashinfer" and config.runtime.cuda_graphs
     return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, cuda_graphs=cuda_graphs)
-
-
-def _load_native(
-    config: EngineConfig, source: WeightSource, spec: ModelSpec, max_model_len: int, team: native.Team
-) -> LoadedModel:
-    keep_quantized, digits = config.model.quantization == "auto", _digits(config)
-    model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized, digits=digits)
-
-    def make_attention(attention: AttentionSpec) -> AttentionBackend:
-        from engine.attention.native_cpu import NativeAttention
-
-        return NativeAttention(attention, team)
-
-    device = torch.device("cpu")
-    return LoadedModel(model, spec, max_model_len, torch.bfloat16, device, "native", make_attention, team, digits)
 
 
 def _digits(config: EngineConfig) -> int:

@@ -10,11 +10,10 @@ import numpy.typing as npt
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
-from engine.batch import Features, ForwardBatch, ForwardOutput
+from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
-from engine.free_memory import free_memory
-from engine.limits import num_blocks_in
 from engine.loader import LoadedModel
+from engine.machine import free_memory
 from engine.models.config import ModelError
 from engine.step_graphs import StepGraphs
 from engine.step_plan import ScheduledSequence
@@ -53,16 +52,14 @@ class ModelRunner:
             features of all tokens, if layers are captured.
         """
         batch = build_batch(sequences, self._block_size, self._device)
-        output = self._forward(batch, capture)
+        if self._graphs is not None:
+            output = self._graphs.forward(batch, capture)
+        else:
+            output = self._model.forward(batch, self._attention, capture)
         self._hidden, wanted = output.hidden, batch.logits_indices
         rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
         features = None if output.features is None else Features(output.features, batch.slot_mapping)
         return self._model.compute_logits(rows), features
-
-    def _forward(self, batch: ForwardBatch, capture: Sequence[int]) -> ForwardOutput:
-        if self._graphs is not None:
-            return self._graphs.forward(batch, capture)
-        return self._model.forward(batch, self._attention, capture)
 
     @torch.inference_mode()
     def compute_logits(self, rows: Sequence[int]) -> torch.Tensor:
@@ -83,18 +80,11 @@ class BatchSequence(Protocol):
     def block_ids(self) -> Sequence[int]: ...
 
 
-class HasBlocks(Protocol):
-    """A sequence in the KV cache."""
-
-    @property
-    def block_ids(self) -> Sequence[int]: ...
-
-
-def padded_block_tables(sequences: Sequence[HasBlocks]) -> npt.NDArray[np.int32]:
-    """[B, most blocks of any] int32, unused entries 0."""
-    tables = np.zeros((len(sequences), max(len(sequence.block_ids) for sequence in sequences)), dtype=np.int32)
-    for row, sequence in enumerate(sequences):
-        tables[row, : len(sequence.block_ids)] = sequence.block_ids
+def padded_block_tables(block_ids: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
+    """[B, most blocks of any] int32 of the blocks of B sequences, unused entries 0."""
+    tables = np.zeros((len(block_ids), max(map(len, block_ids))), dtype=np.int32)
+    for row, of_sequence in enumerate(block_ids):
+        tables[row, : len(of_sequence)] = of_sequence
     return tables
 
 
@@ -131,7 +121,7 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
         positions=tensor(positions),
         query_start_loc=tensor(ends),
         seq_lens=tensor(seq_lens),
-        block_tables=tensor(padded_block_tables(sequences)),
+        block_tables=tensor(padded_block_tables([sequence.block_ids for sequence in sequences])),
         slot_mapping=tensor(slots),
         logits_indices=tensor(wanted, np.int64),
     )
@@ -161,7 +151,7 @@ def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block
         return cache.num_blocks
     budget = min(cache.max_bytes, int(_free_memory(loaded.device) * cache.memory_fraction))
     per_block = attention_spec(loaded, cache, 1).bytes_per_block + draft_bytes_per_block
-    return num_blocks_in(budget, per_block, cache.block_size, loaded.max_model_len)
+    return cache.num_blocks_in(budget, per_block, loaded.max_model_len)
 
 
 def _free_memory(device: torch.device) -> int:

@@ -14,19 +14,10 @@ import msgspec
 import structlog
 import zmq
 
+from engine import messages
 from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.core import EngineCore, Outputs
 from engine.log import configure_logging_from_environment
-from engine.messages import (
-    AbortRequests,
-    ClientMessage,
-    EngineMessage,
-    EngineOutputs,
-    EngineReady,
-    EngineRequest,
-    Hello,
-    StepTimings,
-)
 from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import known_sums, resolve_model, validate_model_files
 from engine.models.verify import DAMAGED_STATUS, FileCheck
@@ -38,9 +29,9 @@ log = structlog.get_logger(__name__)
 _REPORT_SECONDS = 0.25
 
 
-def introduction(config: EngineConfig, core: EngineCore, model_name: str, epoch: str) -> EngineReady:
+def introduction(config: EngineConfig, core: EngineCore, model_name: str, epoch: str) -> messages.EngineReady:
     """What a server has to know of an engine; ``epoch``: of this process, no other has the same."""
-    return EngineReady(
+    return messages.EngineReady(
         epoch=epoch,
         model=model_name,
         max_model_len=core.max_model_len,
@@ -73,10 +64,10 @@ class EngineProcess:
         self._socket.setsockopt(zmq.SNDHWM, 0)  # a slow client's outputs wait in memory, never the step loop
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error for clients that have gone, not silence
         self._socket.bind(config.address)
-        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._decoder = msgspec.msgpack.Decoder(messages.ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self._clients: set[bytes] = set()
-        self._steps: list[StepTimings] = []
+        self._steps: list[messages.StepTimings] = []
         self._last_report = 0.0
 
     def run(self) -> None:
@@ -106,12 +97,12 @@ class EngineProcess:
             log.error("undecodable message", client=client.hex(), error=str(error))
             return
         match message:
-            case Hello():
+            case messages.Hello():
                 self._clients.add(client)
                 self._send(client, self._ready)
-            case EngineRequest():
+            case messages.EngineRequest():
                 self._core.add(client, message)
-            case AbortRequests():
+            case messages.AbortRequests():
                 self._core.abort(client, message.request_ids)
 
     def _emit(self, outputs: Outputs) -> None:
@@ -119,7 +110,7 @@ class EngineProcess:
         now = time.monotonic()
         report_due = now - self._last_report >= _REPORT_SECONDS
         for client in list(self._clients if report_due else outputs):
-            message = EngineOutputs(
+            message = messages.EngineOutputs(
                 epoch=self._epoch,
                 outputs=outputs.get(client, []),
                 stats=self._core.stats() if report_due else None,
@@ -132,7 +123,7 @@ class EngineProcess:
             if self._verification.has_failed():
                 sys.exit(DAMAGED_STATUS)
 
-    def _send(self, client: bytes, message: EngineMessage) -> None:
+    def _send(self, client: bytes, message: messages.EngineMessage) -> None:
         try:
             self._socket.send_multipart((client, self._encoder.encode(message)))
         except zmq.ZMQError as error:

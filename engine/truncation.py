@@ -45,23 +45,22 @@ class StopChecker:
     def push(self, token_ids: Sequence[int]) -> Truncation:
         """Take newly sampled tokens, in order; those after the ending one are to be dropped."""
         for index, token_id in enumerate(token_ids):
-            finish_reason, stop_reason, text_length = self._check(token_id)
-            if finish_reason is not None:
-                return Truncation(index + 1, finish_reason, stop_reason, text_length)
+            if (end := self._end_at(token_id, index + 1)) is not None:
+                return end
         return Truncation(len(token_ids))
 
-    def _check(self, token_id: int) -> tuple[FinishReason | None, int | str | None, int | None]:
-        """Finish reason, stop reason and text length that this token brings about."""
+    def _end_at(self, token_id: int, num_kept: int) -> Truncation | None:
+        """The end that this token brings about, with so many tokens kept."""
         may_stop = self._num_output >= self._params.min_tokens
         self._num_output += 1
         if may_stop and token_id in self._eos_token_ids:
-            return "stop", None, None
+            return Truncation(num_kept, "stop")
         if may_stop and token_id in self._stop_token_ids:
-            return "stop", token_id, None
+            return Truncation(num_kept, "stop", token_id)
         if self._detokenizer is not None:
             match = self._finder.push(self._detokenizer.push([token_id]))
             if may_stop and match is not None:
-                return "stop", *match
+                return Truncation(num_kept, "stop", *match)
         if self._num_output >= self._max_output:
-            return "length", None, None
-        return None, None, None
+            return Truncation(num_kept, "length")
+        return None

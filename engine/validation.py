@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from engine.config import EngineConfig
-from engine.limits import max_model_len, num_blocks_in
-from engine.models.config import ModelFiles, ModelSpec
+from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
 from engine.speculation.draft_files import check_draft
 
@@ -18,15 +17,11 @@ def validated_files(config: EngineConfig) -> ModelFiles:
     """
     files = resolve_model(config.model)
     spec = validate_model_files(files)
-    longest = max_model_len(config.model, spec)
-    _check_kv(config, spec, longest)
-    check_draft(config, files, spec, longest)
-    return files
-
-
-def _check_kv(config: EngineConfig, spec: ModelSpec, longest: int) -> None:
-    """By the smallest block that there may be: without a draft's part, and in two bytes a number where not in four."""
+    longest = config.model.longest_sequence(spec)
     cache, num_bytes = config.cache, 4 if config.model.dtype == "float32" else 2
     if cache.num_blocks is None:
+        # The smallest block that there may be: without a draft's part, and in two bytes a number where not in four.
         per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * num_bytes
-        num_blocks_in(cache.max_bytes, per_token * cache.block_size, cache.block_size, longest)
+        cache.num_blocks_in(cache.max_bytes, per_token * cache.block_size, longest)
+    check_draft(config, files, spec, longest)
+    return files

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from engine.messages import TokenLogprob
-from engine.prompt_logprobs import PromptLogprobs
 from engine.request import Request
 from engine.sampling.constrained import num_choosable
+from engine.sampling.logprobs import PromptLogprobs
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
 from engine.verification import DraftSource, Verification
-
-if TYPE_CHECKING:
-    from kernels.native import Team
+from kernels.native import Team
 
 
 class Verifier:

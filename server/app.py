@@ -11,7 +11,6 @@ import structlog
 from fastapi import FastAPI
 
 from engine.models.registry import resolve_model
-from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
 from server.adapter_control import AdapterControl
 from server.body_room import BodyRoom
@@ -74,7 +73,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state, settings = app.state, app.state.settings
     gate = RedisGate(settings.redis.url, settings.redis)
     log_gate = RedisGate(settings.engine.alignment.redis_url or settings.redis.url, settings.redis)
-    vocabulary = vocabulary_fingerprint(state.tokenizer)
+    vocabulary = state.tokenizer.fingerprint()
     engine = EngineClient(settings.engine, settings.http.engine_timeout, state.metrics.engine, vocabulary)
     state.metrics.engine.up.set_function(lambda: float(engine.ready))
     work = WorkShares()

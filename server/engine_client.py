@@ -87,7 +87,7 @@ class EngineClient:
     for any other, this server's token ids would be another text. ``last_message``: when it last sent anything
     (``time.monotonic``).
 
-        client = EngineClient(config, timeout=60, metrics=metrics.engine, vocabulary=vocabulary_fingerprint(tokenizer))
+        client = EngineClient(config, timeout=60, metrics=metrics.engine, vocabulary=tokenizer.fingerprint())
         task = asyncio.create_task(client.run())
         async with aclosing(client.generate([request])) as steps:
             async for outputs in steps: ...

@@ -28,7 +28,7 @@ def compiled(pool: GrammarPool, *requests: Request) -> dict[str, GrammarCursor |
     for request in requests:
         pool.add(request)
     ready: dict[str, GrammarCursor | str] = {}
-    while len(pool):
+    while pool.waiting:
         ready |= {request.request_id: result for request, result in pool.take_ready()}
         time.sleep(0.001)
     return ready

@@ -16,8 +16,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from engine.models.config import ModelFiles, spec_from_config
-from engine.models.gguf_spec import gguf_tensor_name
-from engine.text.fingerprint import vocabulary_fingerprint
+from engine.models.gguf_spec import gguf_tensor_names
 from engine.text.tokenizer import Tokenizer as EngineTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -99,7 +98,9 @@ def make_gguf(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     _add_tokenizer(writer, config["vocab_size"])
-    if factors := spec_from_config(config, {}).rope_freq_factors:
+    spec = spec_from_config(config, {})
+    stored_names = gguf_tensor_names(spec)
+    if factors := spec.rope_freq_factors:
         writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
     if extra_tensor:
         writer.add_tensor(extra_tensor, np.zeros(config["head_dim"], np.float32))
@@ -110,7 +111,7 @@ def make_gguf(
             if architecture == "llama" and f"{kind}_proj" in name:
                 values = _interleave_rotary(values, count)
         stored = tensor_type if values.ndim == 2 else GGMLQuantizationType.F32
-        writer.add_tensor(gguf_tensor_name(name), gguf.quants.quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(stored_names[name], gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -133,7 +134,7 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-VOCABULARY = vocabulary_fingerprint(EngineTokenizer(tiny_tokenizer(), VOCAB_SIZE, None, (), None))
+VOCABULARY = EngineTokenizer(tiny_tokenizer(), VOCAB_SIZE, None, (), None).fingerprint()
 """Of all tiny models."""
 
 

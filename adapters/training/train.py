@@ -14,7 +14,7 @@ from adapters.training.conversations import data_directory, text_directory
 from adapters.training.feature_recorder import recorded_layers
 from adapters.training.trainer import Phase, TrainConfig, Trainer
 from engine.config import ModelConfig
-from engine.cores import available_cores
+from engine.machine import available_cores
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.speculation.draft_files import DRAFTS

@@ -97,7 +97,7 @@ def run(seconds: float, seed: int) -> dict[str, float]:
         except GrammarError:  # some bounds exclude each other
             continue
         num_schemas += 1
-        times = [_walk(compiled.matcher(), token_bytes, chance) for _ in range(_TEXTS_OF_A_SCHEMA)]
+        times = [_walk(GrammarMatcher(compiled), token_bytes, chance) for _ in range(_TEXTS_OF_A_SCHEMA)]
         if (np.max(times, axis=0) > np.maximum(longest, 200e-6)).any():
             print(np.round(1e6 * np.max(times, axis=0)), grammar.schema, flush=True)
         longest = np.max([longest, *times], axis=0)

@@ -113,6 +113,7 @@ def spec_from_config(config: Mapping[str, Any], generation_config: Mapping[str, 
     hidden_size = _number(config, "hidden_size", int)
     head_dim = _number(config, "head_dim", int, hidden_size // max(num_heads, 1))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = _number(rope if "rope_theta" in rope else config, "rope_theta", float, 10000.0)
     return ModelSpec(
         architecture=architecture,
         vocab_size=_number(config, "vocab_size", int),
@@ -122,8 +123,8 @@ def spec_from_config(config: Mapping[str, Any], generation_config: Mapping[str, 
         num_heads=num_heads,
         num_kv_heads=_number(config, "num_key_value_heads", int, num_heads),
         head_dim=head_dim,
-        rope_theta=_number(rope if "rope_theta" in rope else config, "rope_theta", float, 10000.0),
-        rope_freq_factors=_rope_freq_factors(rope, config, head_dim),
+        rope_theta=theta,
+        rope_freq_factors=_rope_freq_factors(rope, theta, head_dim),
         rms_norm_eps=_number(config, "rms_norm_eps", float, 1e-6),
         max_position_embeddings=_number(config, "max_position_embeddings", int),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
@@ -161,7 +162,7 @@ def _as_ids(value: Any, key: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _rope_freq_factors(rope: Mapping[str, Any], config: Mapping[str, Any], head_dim: int) -> tuple[float, ...] | None:
+def _rope_freq_factors(rope: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...] | None:
     """Divisors of the inverse frequencies: Llama 3.1's scaling, none for plain rotary embedding."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -174,7 +175,6 @@ def _rope_freq_factors(rope: Mapping[str, Any], config: Mapping[str, Any], head_
     context = _number(rope, "original_max_position_embeddings", int)
     if high <= low or factor <= 0:
         raise ModelError(f"rope scaling: factor {factor}, low_freq_factor {low}, high_freq_factor {high}")
-    theta = _number(rope if "rope_theta" in rope else config, "rope_theta", float, 10000.0)
     factors = []
     for index in range(0, head_dim, 2):
         wavelength = 2 * math.pi * theta ** (index / head_dim)

@@ -36,7 +36,6 @@ class Additions(Protocol):
 
     def add_to(self, out: torch.Tensor, x: torch.Tensor, matrix: LoraMatrix) -> None:
         """Add to the product ``out`` of a matrix and ``x``, in place."""
-        ...
 
 
 class Eagle3(nn.Module):
@@ -106,11 +105,7 @@ def save_draft(draft: Eagle3, directory: Path) -> None:
 
 
 def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eagle3:
-    """The draft of a directory, ready to serve.
-
-    Raises:
-        ModelError: a file is missing, damaged or absurd, or does not fit the others.
-    """
+    """The draft of a directory, ready to serve; raises ``ModelError`` as ``read_draft`` does."""
     config = read_draft(directory)
     with torch.device("meta"):
         draft = Eagle3(config)

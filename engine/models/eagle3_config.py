@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from engine.models.config import ModelError, ModelSpec
+from engine.models.safetensors_spec import SUPPORTED_DTYPES, read_header
 
 WEIGHTS_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"
 _MAX_SIZE = 1 << 18
-_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -90,18 +90,16 @@ def read_draft(directory: Path) -> Eagle3Config:
     try:
         config = msgspec.json.decode((directory / CONFIG_FILE).read_bytes(), type=Eagle3Config)
         _check_sizes(config)
-        with safe_open(directory / WEIGHTS_FILE, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            dtypes = {part.get_dtype() for part in slices.values()}
+        header = read_header(directory / WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{directory}: not an EAGLE-3 draft: {error}") from error
     wanted = config.tensor_shapes()
-    for name in sorted(wanted.keys() | shapes.keys()):
-        if wanted.get(name) != shapes.get(name):
-            raise ModelError(f"{directory}: {name} has the shape {shapes.get(name)}, must be {wanted.get(name)}")
-    if not dtypes <= set(_DTYPES):
-        raise ModelError(f"{directory}: weights are {sorted(dtypes)}, must be of {_DTYPES}")
+    for name in sorted(wanted.keys() | header.keys()):
+        shape, dtype = header.get(name, (None, None))
+        if wanted.get(name) != shape:
+            raise ModelError(f"{directory}: {name} has the shape {shape}, must be {wanted.get(name)}")
+        if dtype not in SUPPORTED_DTYPES:
+            raise ModelError(f"{directory}: {name} is of type {dtype}, must be of {SUPPORTED_DTYPES}")
     return config
 
 

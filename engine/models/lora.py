@@ -44,11 +44,7 @@ def adapted_rows(config: Eagle3Config, target: LoraTarget) -> AdaptedRows:
 
 
 def lora_layout(
-    config: Eagle3Config,
-    rank: int,
-    targets: Collection[LoraTarget],
-    base: str,
-    dtype: torch.dtype = torch.bfloat16,
+    config: Eagle3Config, rank: int, targets: Collection[LoraTarget], base: str, dtype: torch.dtype = torch.bfloat16
 ) -> WeightLayout:
     """Layout of a weight channel for adapters of one draft, whose ``draft_fingerprint`` is ``base``."""
     shapes = {}

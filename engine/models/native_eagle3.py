@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import gguf.quants
 import numpy as np
-import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType
 
@@ -16,9 +15,10 @@ from engine.batch import Features, ForwardBatch
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
+from engine.models.native_llama import gate_up_rows, make_decoder
 from kernels.batched_lora import LoraRows
 from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows
-from kernels.native_decoder import Decoder, LayerWeights
+from kernels.native_decoder import LayerWeights
 from kernels.native_lora import NativeLora
 
 WEIGHT_TYPE = GGMLQuantizationType.Q4_1
@@ -49,7 +49,7 @@ class NativeEagle3:
         self.team = team
         weights = {name: weight.detach() for name, weight in draft.named_parameters()}
         self._matrices = {
-            name: _packed(weight, _row_map(name, weight), weights.get(_bias_of(name)), digits)
+            name: PackedMatrix(len(weight), weight.shape[1], [_part(name, weight)], weights.get(_bias_of(name)), digits)
             for name, weight in weights.items()
             if weight.dim() == 2
         }
@@ -66,24 +66,13 @@ class NativeEagle3:
             post_norm=self._norms["post_attention_norm"],
             embedding_norm=self._norms["embedding_norm"],
         )
-        rotary = RotaryEmbedding(spec, max_model_len, torch.device("cpu"))
-        self.layer = Decoder(
-            team,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            norm_eps=config.rms_norm_eps,
-            cos_sin=torch.cat((rotary.cos, rotary.sin), dim=1),
-            layers=[layer],
-        )
+        self.layer = make_decoder(team, config, RotaryEmbedding(spec, max_model_len, torch.device("cpu")), [layer])
         self.weight_bytes = sum(matrix.num_bytes for matrix in self._matrices.values())
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put other weights in place of all that there are, rounded in the same way."""
         for name, matrix in self._matrices.items():
-            matrix.repack([_part(weights[name], _row_map(name, weights[name]))], weights.get(_bias_of(name)))
+            matrix.repack([_part(name, weights[name])], weights.get(_bias_of(name)))
         for name, norm in self._norms.items():
             norm.copy_(weights[name])
 
@@ -131,22 +120,8 @@ def _bias_of(name: str) -> str:
     return name.removesuffix("weight") + "bias"
 
 
-def _packed(
-    weight: torch.Tensor, row_map: npt.NDArray[np.int64], bias: torch.Tensor | None, digits: int
-) -> PackedMatrix:
-    n, k = weight.shape
-    return PackedMatrix(n, k, [_part(weight, row_map)], bias, digits)
-
-
-def _part(weight: torch.Tensor, row_map: npt.NDArray[np.int64]) -> MatrixPart:
+def _part(name: str, weight: torch.Tensor) -> MatrixPart:
     blocks = gguf.quants.quantize(weight.float().numpy(), WEIGHT_TYPE)
+    is_gate_up = name == "gate_up_proj.weight"
+    row_map = np.concatenate(gate_up_rows(len(weight) // 2)) if is_gate_up else np.arange(len(weight))
     return MatrixPart(row_map, int(WEIGHT_TYPE), blocks=blocks)
-
-
-def _row_map(name: str, weight: torch.Tensor) -> npt.NDArray[np.int64]:
-    """Where each row goes: gate and up alternate in groups of 16."""
-    rows = np.arange(len(weight))
-    if name != "gate_up_proj.weight":
-        return rows
-    row, is_up = rows % (len(rows) // 2), rows // (len(rows) // 2)
-    return row // 16 * 32 + row % 16 + 16 * is_up

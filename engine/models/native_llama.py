@@ -13,6 +13,7 @@ from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import ModelSpec
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import HeadSlab, RotaryEmbedding
 from engine.models.weights import WeightSource
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
@@ -27,6 +28,30 @@ def unsupported_shape(spec: ModelSpec) -> str | None:
     if spec.head_dim > 512:
         return f"head_dim {spec.head_dim} is over 512"
     return None
+
+
+def gate_up_rows(intermediate_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where rows of gate and of up go: groups of 16 in turn, so that one work item has what SwiGLU multiplies."""
+    rows = np.arange(intermediate_size)
+    gate_rows = rows // 16 * 32 + rows % 16
+    return gate_rows, gate_rows + 16
+
+
+def make_decoder(
+    team: Team, shape: ModelSpec | Eagle3Config, rotary: RotaryEmbedding, layers: Sequence[LayerWeights]
+) -> Decoder:
+    """The compiled stack of these layers."""
+    return Decoder(
+        team,
+        hidden=shape.hidden_size,
+        intermediate=shape.intermediate_size,
+        heads=shape.num_heads,
+        kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        norm_eps=shape.rms_norm_eps,
+        cos_sin=torch.cat((rotary.cos, rotary.sin), dim=1),
+        layers=layers,
+    )
 
 
 class NativeLlama:
@@ -52,19 +77,8 @@ class NativeLlama:
         self.head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
         self._logits = torch.empty(0, spec.vocab_size)
         self._norm = source.dequantized("model.norm.weight")
-        rotary = RotaryEmbedding(spec, max_model_len, torch.device("cpu"))
         layers = [pack.layer(index) for index in range(spec.num_layers)]
-        self._decoder = Decoder(
-            team,
-            hidden=spec.hidden_size,
-            intermediate=spec.intermediate_size,
-            heads=spec.num_heads,
-            kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
-            norm_eps=spec.rms_norm_eps,
-            cos_sin=torch.cat((rotary.cos, rotary.sin), dim=1),
-            layers=layers,
-        )
+        self._decoder = make_decoder(team, spec, RotaryEmbedding(spec, max_model_len, torch.device("cpu")), layers)
         matrices = [m for layer in layers for m in (*layer.qkv, layer.output, layer.gate_up, layer.down)]
         tied = self.head is self.embedding
         self.weight_bytes = sum(m.num_bytes for m in (*matrices, self.head, *(() if tied else (self.embedding,))))
@@ -122,12 +136,7 @@ class _Packer:
 
     def selected(self, name: str, row_ids: npt.NDArray[np.int64]) -> PackedMatrix:
         """Some rows of one matrix, in the order given."""
-        target = np.arange(len(row_ids))
-        tensor = self._source.quantized(name)
-        if tensor is not None and self._format(name) != BF16_FORMAT:
-            part = MatrixPart(target, int(tensor.type), blocks=tensor.blocks[row_ids])
-        else:
-            part = MatrixPart(target, values=self._source.dequantized(name)[torch.from_numpy(row_ids)])
+        part = self._part(name, np.arange(len(row_ids)), row_ids=row_ids)
         return PackedMatrix(len(row_ids), self._shapes[name][1], [part], None, self._digits)
 
     def layer(self, index: int) -> LayerWeights:
@@ -143,10 +152,8 @@ class _Packer:
         )
 
     def _gate_up(self, prefix: str) -> PackedMatrix:
-        """Groups of 16 rows of gate and of up in turn, so that one work item has what SwiGLU multiplies."""
-        rows = np.arange(self._spec.intermediate_size)
-        gate_rows = rows // 16 * 32 + rows % 16
-        return self._pack((prefix + "gate_proj.weight", prefix + "up_proj.weight"), [gate_rows, gate_rows + 16], None)
+        gate, up = gate_up_rows(self._spec.intermediate_size)
+        return self._pack((prefix + "gate_proj.weight", prefix + "up_proj.weight"), [gate, up], None)
 
     def _pack(
         self, names: Sequence[str], rows: Sequence[npt.NDArray[np.int64]], bias: torch.Tensor | None
@@ -155,11 +162,17 @@ class _Packer:
         parts = [self._part(name, row_map, keep) for name, row_map in zip(names, rows, strict=True)]
         return PackedMatrix(sum(map(len, rows)), self._shapes[names[0]][1], parts, bias, self._digits)
 
-    def _part(self, name: str, row_map: npt.NDArray[np.int64], keep: bool) -> MatrixPart:
+    def _part(
+        self,
+        name: str,
+        row_map: npt.NDArray[np.int64],
+        keep: bool = True,
+        row_ids: npt.NDArray[np.int64] | slice = slice(None),
+    ) -> MatrixPart:
         tensor = self._source.quantized(name)
         if keep and tensor is not None and self._format(name) != BF16_FORMAT:
-            return MatrixPart(row_map, int(tensor.type), blocks=tensor.blocks)
-        return MatrixPart(row_map, values=self._source.dequantized(name))
+            return MatrixPart(row_map, int(tensor.type), blocks=tensor.blocks[row_ids])
+        return MatrixPart(row_map, values=self._source.dequantized(name)[row_ids])
 
     def _format(self, name: str) -> int:
         """The packed format that holds the tensor exactly; bf16 for floats and where there is none."""

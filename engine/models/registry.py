@@ -76,7 +76,10 @@ def resolve_model(config: ModelConfig, progress: bool = True) -> ModelFiles:
     """
     name = config.name
     if name in REGISTRY:
-        return ModelFiles(name, _resolve_registry(name, config.cache_dir, progress), "gguf")
+        model, path = REGISTRY[name], config.cache_dir.expanduser() / "models" / name / f"{name}.gguf"
+        if not is_verified(path, model.sha256):
+            fetch(name, model.parts, model.sha256, model.num_bytes, path, progress)
+        return ModelFiles(name, path, "gguf")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -113,14 +116,6 @@ def validate_model_files(files: ModelFiles) -> ModelSpec:
     if files.format == "gguf":
         return spec_from_gguf(GGUFFile(files.path))
     return spec_from_directory(files.path)
-
-
-def _resolve_registry(name: str, cache_dir: Path, progress: bool) -> Path:
-    model = REGISTRY[name]
-    path = cache_dir.expanduser() / "models" / name / f"{name}.gguf"
-    if not is_verified(path, model.sha256):
-        fetch(name, model.parts, model.sha256, model.num_bytes, path, progress)
-    return path
 
 
 def _fetch_from_hub(name: str, revision: str | None, cache_dir: Path) -> Path:

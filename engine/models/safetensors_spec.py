@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from engine.models.config import ModelError, ModelSpec, spec_from_config
 
-_SUPPORTED_DTYPES = ("F32", "F16", "BF16")
+SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 
 
 def spec_from_directory(directory: Path) -> ModelSpec:
@@ -53,21 +53,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each tensor of a safetensors file; raises ``SafetensorError`` or ``OSError``."""
+    with safe_open(path, framework="np") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+
+
 def _check_tensors(directory: Path, spec: ModelSpec) -> None:
     missing = spec.tensor_shapes()
     for path in weight_files(directory):
         try:
-            with safe_open(path, framework="np") as file:
-                for name in missing.keys() & set(file.keys()):
-                    _check_tensor(path, name, file.get_slice(name), missing.pop(name))
+            header = read_header(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: corrupt or truncated: {error}") from error
+        for name in missing.keys() & header.keys():
+            (shape, dtype), wanted = header[name], missing.pop(name)
+            if shape != wanted:
+                raise ModelError(f"{path}: tensor {name!r} has the shape {shape}, must be {wanted}")
+            if dtype not in SUPPORTED_DTYPES:
+                raise ModelError(f"{path}: tensor {name!r} has the unsupported type {dtype}")
     if missing:
         raise ModelError(f"{directory}: tensor {min(missing)!r} is missing")
-
-
-def _check_tensor(path: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.get_shape()) != shape:
-        raise ModelError(f"{path}: tensor {name!r} has the shape {tuple(tensor.get_shape())}, must be {shape}")
-    if tensor.get_dtype() not in _SUPPORTED_DTYPES:
-        raise ModelError(f"{path}: tensor {name!r} has the unsupported type {tensor.get_dtype()}")

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import gguf.quants
 import numpy as np
 import numpy.typing as npt
 import torch
 from gguf.constants import GGMLQuantizationType
+from safetensors import safe_open
 
-from engine.models.config import ModelFiles
+from engine.models.config import ModelError, ModelFiles
+from engine.models.gguf_file import GGUFFile, GGUFTensor
+from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
+from engine.models.safetensors_spec import weight_files
+
+_FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
 
 @dataclass(frozen=True)
@@ -27,31 +36,84 @@ class QuantizedTensor:
 
 
 class WeightSource(ABC):
-    """Weights of one model. Names are those of ``ModelSpec.tensor_shapes``."""
+    """Weights of one model, memory-mapped: nothing is read before it is asked for.
+
+    Names are those of ``ModelSpec.tensor_shapes``; both methods raise ``ModelError`` for any other.
+    """
 
     @abstractmethod
     def dequantized(self, name: str) -> torch.Tensor:
-        """The tensor as float32 on the CPU, in its own memory.
-
-        Raises:
-            ModelError: no such tensor.
-        """
+        """The tensor as float32 on the CPU, in its own memory."""
 
     @abstractmethod
     def quantized(self, name: str) -> QuantizedTensor | None:
-        """The tensor's quantised blocks; None where it is stored as floating-point numbers.
-
-        Raises:
-            ModelError: no such tensor.
-        """
+        """The tensor's quantised blocks; None where it is stored as floating-point numbers."""
 
 
 def open_weights(files: ModelFiles) -> WeightSource:
     """The weights of ``files``, which ``engine.models.registry.validate_model_files`` has accepted."""
-    if files.format == "gguf":
-        from engine.models.gguf_weights import GGUFWeights
+    return _GGUFWeights(files.path) if files.format == "gguf" else _SafetensorsWeights(files.path)
 
-        return GGUFWeights(files.path)
-    from engine.models.safetensors_weights import SafetensorsWeights
 
-    return SafetensorsWeights(files.path)
+class _GGUFWeights(WeightSource):
+    def __init__(self, path: Path) -> None:
+        self._file = GGUFFile(path)
+        self._spec = spec_from_gguf(self._file)
+        self._stored_names = gguf_tensor_names(self._spec)
+
+    def dequantized(self, name: str) -> torch.Tensor:
+        tensor = self._tensor(name)
+        values = gguf.quants.dequantize(self._rows(name, tensor), tensor.type)
+        if not values.flags.writeable:  # float32 as stored: still a view of the file
+            values = values.copy()
+        return torch.from_numpy(values.reshape(tensor.shape))
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        tensor = self._tensor(name)
+        if tensor.type in _FLOAT_TYPES:
+            return None
+        return QuantizedTensor(self._rows(name, tensor), tensor.type, tensor.shape)
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        if name not in self._stored_names:
+            raise ModelError(f"{self._file.path}: no tensor {name!r}")
+        return self._file.tensors[self._stored_names[name]]
+
+    def _rows(self, name: str, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, one row of the matrix (or one element of a bias) a row."""
+        rows = self._file.data(tensor.name)
+        if self._spec.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            return _uninterleave_rotary(rows, self._spec.num_heads if ".q_proj." in name else self._spec.num_kv_heads)
+        return rows
+
+
+def _uninterleave_rotary(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uint8]:
+    """Undo llama.cpp's order of q and k rows.
+
+    Within a head it stores rotary pairs next to each other (0, D/2, 1, D/2 + 1, ...) for llama
+    models; the Hugging Face order has the two halves one after the other. [H * D, ...] → the same.
+    """
+    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+class _SafetensorsWeights(WeightSource):
+    """Of ``model*.safetensors`` in a directory. Pickled files are never opened."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        files: list[Any] = [safe_open(path, framework="pt") for path in weight_files(directory)]
+        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def dequantized(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file(name).get_tensor(name)
+        return tensor.float()
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        self._file(name)
+        return None
+
+    def _file(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise ModelError(f"{self._directory}: no tensor {name!r}")
+        return self._file_of[name]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from engine.messages import SamplingParams
 from kernels import choose_tokens as kernel
 from kernels.choose_tokens import RowSampling
-
-if TYPE_CHECKING:
-    from kernels.native import Team
+from kernels.native import Team
 
 # Dividing logits by less could overflow float32; the distribution is a single token long before.
 _MIN_TEMPERATURE = 1e-5

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Iterator
 
+from engine.request import Request
 from engine.sampling.grammar_cursor import GrammarCursor
 from engine.sampling.grammar_pool import GrammarPool
-
-if TYPE_CHECKING:
-    from engine.request import Request
-    from engine.step_plan import ScheduledSequence
+from engine.step_plan import ScheduledSequence
 
 _PATIENCE = 0.001
 """Seconds that a step waits for masks."""
@@ -29,14 +26,10 @@ class ConstrainedRequests:
         self._pool = pool
         self._running: dict[str, Request] = {}
 
-    def __contains__(self, request_id: str) -> bool:
-        """Whether a request waits for its grammar to be compiled."""
-        return request_id in self._pool
-
     @property
-    def waiting(self) -> Iterator[str]:
+    def waiting(self) -> Collection[str]:
         """The ids of requests that wait for their grammar to be compiled."""
-        return iter(self._pool)
+        return self._pool.waiting.keys()
 
     def start(self) -> None:
         """Load what every grammar needs, in a process of its own."""

@@ -1,40 +1,38 @@
-"""Constrained output (JSON, JSON Schema) through xgrammar: compiled grammars, and matchers that follow an output.
+"""Constrained output (JSON, JSON Schema) through xgrammar: compiled grammars, and what follows an output through them.
 
-Used in the processes of ``engine.sampling.grammar_process``, never in the engine's own: what a client sends can make
-any call here take minutes.
+What a client sends can make any call here take minutes: ``engine.sampling.grammar_process`` bounds that, and
+``engine.sampling.grammar_in_place`` calls only where it is known to be cheap.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import xgrammar
 from numpy.typing import NDArray
 
 from engine.messages import Grammar
-from engine.sampling.json_schema import GrammarError, check_json_schema
-from engine.sampling.patterns import rewrite_patterns
+from engine.sampling.grammar_messages import SECONDS_PER_MASK, SPARE_SECONDS, Failure
+from engine.sampling.json_schema import GrammarError, check_json_schema, rewrite_patterns
 
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 
+@dataclass(frozen=True)
 class CompiledGrammar:
-    """A grammar for one vocabulary; makes matchers."""
+    """A grammar for one vocabulary."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, end_token_ids: frozenset[int], excluded: frozenset[int]):
-        self.compiled = compiled
-        self.end_token_ids = end_token_ids
-        self.excluded_token_ids = excluded
-
-    def matcher(self) -> GrammarMatcher:
-        """A matcher at the grammar's start."""
-        return GrammarMatcher(self)
+    compiled: xgrammar.CompiledGrammar
+    end_token_ids: frozenset[int]
+    excluded_token_ids: frozenset[int]
+    """Tokens without text that end nothing: never allowed."""
 
 
 class GrammarMatcher:
-    """Where one request's output stands in its grammar.
+    """Where one request's output stands in its grammar; at first, at the grammar's start.
 
     Once the grammar is complete and its end token was taken, only end tokens remain allowed.
     """
@@ -70,6 +68,59 @@ class GrammarMatcher:
         words = bitmask[row].view(np.uint32)
         for token_id in self._grammar.end_token_ids:
             words[token_id // 32] |= np.uint32(1 << token_id % 32)
+
+
+class GrammarSequence:
+    """Follows an output through its grammar, and counts what that costs.
+
+    Args:
+        matcher: at the grammar's start.
+        masks: [1 + most drafts, words] int32, a bit a token; ``follow`` writes here.
+        clock: seconds of computing so far; called before and after each mask.
+    """
+
+    def __init__(self, matcher: GrammarMatcher, masks: NDArray[np.int32], clock: Callable[[], float]) -> None:
+        self.failure: Failure = ""
+        self.last_seconds = 0.0
+        """What the latest mask after the output took."""
+        self._matcher, self._masks, self._clock = matcher, masks, clock
+        self._spent = 0.0
+        self._num_computed = 0
+
+    def follow(self, committed: Sequence[int], drafts: Sequence[int]) -> int:
+        """Follow the output by the tokens it has got, and write the masks after it and after each draft.
+
+        Returns how many masks are right: none after a failure, else one and one for each draft that is allowed.
+        """
+        started = self._clock()
+        if committed or not self._num_computed:
+            if not all(map(self._matcher.accept, committed)):
+                self.failure = "contradiction"
+            ended = self._fill(0, started)
+            self.last_seconds, started = ended - started, ended
+        return 0 if self.failure else 1 + self._look_ahead(drafts, started)
+
+    def _look_ahead(self, drafts: Sequence[int], started: float) -> int:
+        """Masks after each draft, up to the first that is not allowed or has nothing after it; returns their number."""
+        taken = num_masks = 0
+        while taken == num_masks < len(drafts) and self._matcher.accept(drafts[taken]):
+            taken += 1
+            started = self._fill(taken, started)
+            num_masks += not self.failure and bool(self._masks[taken].any())
+        if taken:
+            self._matcher.rollback(taken)
+        return num_masks
+
+    def _fill(self, row: int, started: float) -> float:
+        """Write one mask, unless the sequence has failed. ``started``: when its time began; returns when it ended."""
+        if not self.failure:
+            self._matcher.fill_bitmask(self._masks, row)
+        ended = self._clock()
+        self._spent += ended - started
+        self._num_computed += 1
+        if not self.failure and self._spent > SPARE_SECONDS + SECONDS_PER_MASK * self._num_computed:
+            self.failure = "spent"
+        return ended
 
 
 def _without_control(text: bytes) -> bytes:

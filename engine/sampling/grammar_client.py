@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 import math
 import mmap
 import os
@@ -62,7 +63,7 @@ class ProcessCursor(GrammarCursor):
         if self._committed is None and not draft_token_ids:
             return
         self._num_unanswered += 1
-        self._process.ask(Ask(self._slot, self._round, self._committed or [], draft_token_ids, self._is_new))
+        self._process.unsent.append(Ask(self._slot, self._round, self._committed or [], draft_token_ids, self._is_new))
         self._committed, self._is_new = None, False
 
     def end(self) -> None:
@@ -85,7 +86,7 @@ class ProcessCursor(GrammarCursor):
             self.failure = GRAMMAR_SPENT
 
     def _begin_round(self) -> None:
-        self._round, self._began_at = self._process.next_round(), time.monotonic()
+        self._round, self._began_at = next(self._process.rounds), time.monotonic()
 
 
 class GrammarProcess:
@@ -113,8 +114,11 @@ class GrammarProcess:
         self.num_bytes = 0
         """Of memory that its grammar takes."""
         self._free_slots = list(range(num_slots))
-        self._unsent: list[Ask] = []
-        self._num_unanswered, self._last_round = 0, 0
+        self.unsent: list[Ask] = []
+        """What the next ``flush`` sends."""
+        self.rounds = itertools.count(1)
+        """Numbers that no ask has had."""
+        self._num_unanswered = 0
         self._pid: int | None = None
         self._waits_since: float | None = None
         """Since when it computes what is waited for; None: it does not, or has a low priority already."""
@@ -150,13 +154,10 @@ class GrammarProcess:
         """Whether it could serve, and serves nobody."""
         return self.is_compiled and self.error is None and not self.cursors
 
-    @property
-    def has_room(self) -> bool:
-        """Whether another sequence can begin."""
-        return bool(self._free_slots)
-
-    def begin(self) -> ProcessCursor:
-        """A sequence at the grammar's start."""
+    def begin(self) -> ProcessCursor | None:
+        """A sequence at the grammar's start; None: there is no room for another."""
+        if not self._free_slots:
+            return None
         slot = heapq.heappop(self._free_slots)
         cursor = self.cursors[slot] = ProcessCursor(self, slot, self._masks[slot])
         return cursor
@@ -165,23 +166,14 @@ class GrammarProcess:
         """A sequence is over."""
         del self.cursors[slot]
         heapq.heappush(self._free_slots, slot)
-        self.ask(Ask(slot, is_over=True))
-
-    def next_round(self) -> int:
-        """A number that no ask has had."""
-        self._last_round += 1
-        return self._last_round
-
-    def ask(self, ask: Ask) -> None:
-        """Send it with the next ``flush``."""
-        self._unsent.append(ask)
+        self.unsent.append(Ask(slot, is_over=True))
 
     def flush(self) -> None:
         """Send what was asked. What the socket has no room for waits for the next time."""
-        if not self._unsent or self.error is not None:
+        if not self.unsent or self.error is not None:
             return
         try:
-            self._channel.send(self._encoder.encode(self._unsent))
+            self._channel.send(self._encoder.encode(self.unsent))
         except BlockingIOError:
             return
         except OSError:
@@ -189,8 +181,8 @@ class GrammarProcess:
             return
         if self._num_unanswered == 0:
             self._waits_since = time.monotonic()
-        self._num_unanswered += sum(not ask.is_over for ask in self._unsent)
-        self._unsent = []
+        self._num_unanswered += sum(not ask.is_over for ask in self.unsent)
+        self.unsent = []
 
     def receive(self) -> None:
         """Take all answers that have come, and see that it does not hold up the engine."""

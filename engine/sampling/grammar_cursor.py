@@ -34,9 +34,9 @@ class GrammarCursor(ABC):
         return self.num_masks > 0 or self.failure is not None
 
     @property
-    @abstractmethod
     def is_answered(self) -> bool:
         """Whether all masks are there that were asked for, or will never be."""
+        return self.is_known
 
     @abstractmethod
     def commit(self, token_ids: list[int]) -> None:
@@ -50,8 +50,7 @@ class GrammarCursor(ABC):
         """Those of the tokens, from the first on, that may follow the output, as far as that can be said at once."""
         return draft_token_ids
 
-    @abstractmethod
-    def give_up(self, now: float) -> None:
+    def give_up(self, now: float) -> None:  # noqa: B027 (nothing is awaited where the step computes masks itself)
         """Fail if its mask is awaited for too long; ``now`` by ``time.monotonic``."""
 
     @abstractmethod

@@ -12,10 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from engine.messages import Grammar
-from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
+from engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarSequence
 from engine.sampling.grammar_cursor import GrammarCursor
 from engine.sampling.grammar_messages import MASKS_PER_SLOT, Vocabulary
-from engine.sampling.grammar_sequence import GrammarSequence
 
 _NICE = 5
 """The engine's own thread goes first."""
@@ -27,14 +26,10 @@ class InPlaceCursor(GrammarCursor):
     def __init__(self, grammar: InPlaceGrammar, compiled: CompiledGrammar, num_words: int) -> None:
         super().__init__(np.zeros((MASKS_PER_SLOT, num_words), dtype=np.int32))
         self._grammar = grammar
-        self._sequence = GrammarSequence(compiled.matcher(), self.masks, time.thread_time)
+        self._sequence = GrammarSequence(GrammarMatcher(compiled), self.masks, time.thread_time)
         self._committed: list[int] = []
         self._drafts: list[int] = []
         """Those that the masks are about."""
-
-    @property
-    def is_answered(self) -> bool:
-        return self.is_known
 
     def commit(self, token_ids: list[int]) -> None:
         self.num_masks, self._committed, self._drafts = 0, token_ids, []
@@ -50,9 +45,6 @@ class InPlaceCursor(GrammarCursor):
         self._committed, self._drafts = [], draft_token_ids
         self._settle(num_masks, self._sequence.failure)
 
-    def give_up(self, now: float) -> None:
-        """Nothing is ever awaited."""
-
     def end(self) -> None:
         self._grammar.num_sequences -= 1
 
@@ -65,8 +57,6 @@ class InPlaceGrammar:
         num_bytes: what it takes of memory.
         num_words: of a mask, 32 tokens each.
     """
-
-    has_room = True
 
     def __init__(self, compiled: Future[CompiledGrammar], num_bytes: int, num_words: int) -> None:
         self.num_bytes = num_bytes

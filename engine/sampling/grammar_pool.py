@@ -9,23 +9,20 @@ import subprocess
 import sys
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import msgspec
 import structlog
 
 from engine.fair_queue import equal_share
 from engine.messages import Grammar
+from engine.request import Request
 from engine.sampling.grammar_client import GrammarProcess
 from engine.sampling.grammar_cursor import GrammarCursor
 from engine.sampling.grammar_in_place import InPlaceCompiler, InPlaceGrammar
 from engine.sampling.grammar_messages import Vocabulary
-
-if TYPE_CHECKING:
-    from engine.request import Request
-    from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)
 
@@ -67,23 +64,11 @@ class GrammarPool:
         """Of grammars that turned out to be unusable."""
         self._deaths: dict[_Key, str] = {}
         """Why processes have ended by themselves since ``take_ready``: another try may fare better."""
-        self._waiting: dict[str, Request] = {}
+        self.waiting: dict[str, Request] = {}
         """Requests whose grammar is not compiled yet, by id, in order of arrival."""
         self._num_turns = 0
         self._turns: dict[str, int] = {}
         """When each tenant's latest compilation began, counted in compilations."""
-
-    def __len__(self) -> int:
-        """Requests that wait for their grammar."""
-        return len(self._waiting)
-
-    def __contains__(self, request_id: str) -> bool:
-        """Whether a request is one of them."""
-        return request_id in self._waiting
-
-    def __iter__(self) -> Iterator[str]:
-        """Their ids."""
-        return iter(self._waiting)
 
     def start(self) -> None:
         """Load what every grammar needs, beside whatever the engine does meanwhile."""
@@ -95,11 +80,11 @@ class GrammarPool:
 
     def add(self, request: Request) -> None:
         """Have the request's grammar compiled, if it is not yet."""
-        self._waiting[request.request_id] = request
+        self.waiting[request.request_id] = request
 
     def forget(self, request_id: str) -> None:
         """A request that may wait is gone; what only it has waited for is not compiled."""
-        request = self._waiting.pop(request_id, None)
+        request = self.waiting.pop(request_id, None)
         if request is None or _key(request) in self._wanted():
             return
         process = self._grammars.get(_key(request))
@@ -111,13 +96,13 @@ class GrammarPool:
         """The requests that wait no longer, each with its cursor, or why its grammar cannot be enforced."""
         self.poll()
         ready: list[tuple[Request, GrammarCursor | str]] = []
-        for request in list(self._waiting.values()):
+        for request in list(self.waiting.values()):
             result = self._take(_key(request))
             if result is not None:
-                del self._waiting[request.request_id]
+                del self.waiting[request.request_id]
                 ready.append((request, result))
         self._deaths.clear()
-        if self._waiting:
+        if self.waiting:
             self._compile_next()
         return ready
 
@@ -164,13 +149,13 @@ class GrammarPool:
         if error := self._errors.get(key) or self._deaths.get(key):
             return error
         process = self._grammars.get(key)
-        if process is None or process.is_compiling or not process.has_room:
+        if process is None or process.is_compiling:
             return None
         self._grammars[key] = self._grammars.pop(key)
         return process.begin()
 
     def _wanted(self) -> dict[_Key, None]:
-        return {_key(request): None for request in self._waiting.values()}
+        return {_key(request): None for request in self.waiting.values()}
 
     def _compile_next(self) -> None:
         """Start compiling what is waited for, as far as it is the turn of its tenant."""

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.messages import Grammar
-from engine.sampling.grammar import CompiledGrammar, GrammarCompiler
+from engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarSequence
 from engine.sampling.grammar_messages import (
     COMPILE_SECONDS,
     MASK_SECONDS,
@@ -38,7 +38,6 @@ from engine.sampling.grammar_messages import (
     Started,
     Vocabulary,
 )
-from engine.sampling.grammar_sequence import GrammarSequence
 from engine.sampling.json_schema import GrammarError
 from engine.sampling.ordinary_schema import is_ordinary
 
@@ -78,7 +77,7 @@ def _try_out(grammar: CompiledGrammar, vocab_size: int, bound: _Bound) -> float:
         GrammarError: they take too long to be used.
     """
     bound.start(MASK_SECONDS)
-    matcher, random = grammar.matcher(), np.random.default_rng(_TRIAL_SEED)
+    matcher, random = GrammarMatcher(grammar), np.random.default_rng(_TRIAL_SEED)
     mask = np.zeros((1, -(-vocab_size // 32)), dtype=np.int32)
     longest = second = 0.0  # once, that says little
     for _ in range(_TRIAL_MASKS):
@@ -139,7 +138,7 @@ def _follow(channel: socket.socket, compiled: CompiledGrammar, masks: NDArray[np
                 sequences.pop(ask.slot, None)
                 continue
             if ask.is_new:
-                sequences[ask.slot] = GrammarSequence(compiled.matcher(), masks[ask.slot], bound.go_on)
+                sequences[ask.slot] = GrammarSequence(GrammarMatcher(compiled), masks[ask.slot], bound.go_on)
             sequence = sequences[ask.slot]
             num_masks = sequence.follow(ask.committed, ask.drafts)
             answers.append(Answer(ask.slot, ask.round, num_masks, sequence.last_seconds, sequence.failure))

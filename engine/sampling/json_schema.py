@@ -1,8 +1,17 @@
-"""Which JSON Schemas can be enforced while generating. Torch-free: the server refuses others early."""
+"""Which JSON Schemas can be enforced while generating, and how xgrammar is told of their patterns.
+
+Torch-free: the server refuses other schemas early.
+
+xgrammar 0.2 mistakes two forms of patterns. ``(ax*)?`` matches ``x``, too: its optional groups are entered where they
+end; ``{0,1}`` says the same and is taken right. And where a pattern has a character beyond ASCII, what is negated in
+it, and the dot, match quotation marks and backslashes as well, which would end the string; written as ``\\u{...}`` it
+does not.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +36,8 @@ _GIVES_TYPE: dict[str, tuple[str, ...]] = {
 _ONE_SCHEMA = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames")
 _SCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
+_PART = re.compile(r"\\?[^\x00-\x7f]|\\.|\[(?:\\.|[^\]\\])*\]|\)\?", re.DOTALL)
+"""A character beyond ASCII (a backslash before it means nothing), an escape, a class, the end of an optional group."""
 
 
 class GrammarError(ValueError):
@@ -66,6 +77,22 @@ def subschemas(root: Any) -> Iterator[tuple[int, str, Any]]:
         yield depth, path, schema
         if isinstance(schema, dict):
             pending += ((depth + 1, *child) for child in _children(path, schema))
+
+
+def rewrite_pattern(pattern: str) -> str:
+    """The same regular expression, in ASCII and without ``?`` after a group."""
+    return _PART.sub(lambda found: _rewritten_part(found[0]), pattern)
+
+
+def rewrite_patterns(text: str) -> str:
+    """A schema that ``check_json_schema`` has taken, with its patterns rewritten; the same text if none needs it."""
+    root = json.loads(text)
+    for _, _, schema in subschemas(root):
+        if isinstance(schema, dict) and isinstance(schema.get("pattern"), str):
+            schema["pattern"] = rewrite_pattern(schema["pattern"])
+        if isinstance(schema, dict) and isinstance(named := schema.get("patternProperties"), dict):
+            schema["patternProperties"] = {rewrite_pattern(name): child for name, child in named.items()}
+    return text if root == json.loads(text) else json.dumps(root)
 
 
 def _problem(schema: dict[str, Any]) -> str | None:
@@ -130,3 +157,9 @@ def _children(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for keyword in _SCHEMA_MAPS:
         if isinstance(schema.get(keyword), dict):
             yield from ((f"{path}/{keyword}/{name}", child) for name, child in schema[keyword].items())
+
+
+def _rewritten_part(part: str) -> str:
+    if part == ")?":
+        return "){0,1}"
+    return re.sub(r"\\?([^\x00-\x7f])", lambda found: f"\\u{{{ord(found[1]):X}}}", part)

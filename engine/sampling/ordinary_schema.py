@@ -68,7 +68,8 @@ class _Survey:
         if len(schema.get("enum", ())) > _MAX_VALUES:
             raise _Extraordinary
         types = schema.get("type", "any")
-        return (1 if isinstance(types, str) else len(types)) * max(self._object(schema), self._array(schema))
+        of_items = self._most([schema["items"]] if schema.get("items") else [])
+        return (1 if isinstance(types, str) else len(types)) * max(self._object(schema), of_items)
 
     def _object(self, schema: dict[str, Any]) -> int:
         properties, others = schema.get("properties", {}), schema.get("additionalProperties", False)
@@ -76,9 +77,6 @@ class _Survey:
             raise _Extraordinary
         num_optional = len(properties.keys() - set(schema.get("required", ())))
         return max(1 + num_optional, self._most(properties.values()), self._most([others] if others else []))
-
-    def _array(self, schema: dict[str, Any]) -> int:
-        return self._most([schema["items"]] if schema.get("items") else [])
 
     def _most(self, schemas: Iterable[Any]) -> int:
         return max(map(self.num_ways, schemas), default=1)

@@ -6,48 +6,65 @@ only the tokens concerned. What a grammar forbids is never written: it is a bit 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from engine.messages import SamplingParams
-from engine.sampling.state import SamplingState
-from kernels.penalties import SeenTokens, penalize, put_back
-
-if TYPE_CHECKING:
-    from engine.request import Request
+from engine.request import Request
+from kernels.penalties import IntArray, SeenTokens, penalize, put_back
 
 FloatArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]
 _Index = tuple[torch.Tensor, ...]
+_SparseEdit = tuple[int, IdArray, FloatArray]
+"""A row, distinct tokens, and their values."""
 
 
-class _SparseEdits:
-    """Values for (row, token) pairs of many rows."""
+class SamplingState:
+    """What sampling remembers of one request: how often each token occurs in its output, for penalties.
 
-    def __init__(self) -> None:
-        self._rows: list[IdArray] = []
-        self._token_ids: list[IdArray] = []
-        self._values: list[FloatArray] = []
+    It follows the committed tokens (``commit``) and can be moved along a draft and back (``add``), so that each row of
+    a verification sees the history it would have had alone.
 
-    def __bool__(self) -> bool:
-        return bool(self._rows)
+    Attributes:
+        edits_logits: whether anything of the request changes logits.
+        has_penalties: whether the tokens so far do; without, nothing is counted.
+        num_prompt: how many of ``token_ids``, the first, are the prompt's.
+        token_ids: distinct tokens, so that penalties touch those and never the vocabulary.
+        counts: of each in the output: 0 for some of the prompt, and for drafts that were taken back.
+    """
 
-    def add(self, row: int, token_ids: IdArray, values: FloatArray) -> None:
-        """``token_ids`` are distinct, ``values`` of the same length."""
-        self._rows.append(np.full(len(token_ids), row, dtype=np.int64))
-        self._token_ids.append(token_ids)
-        self._values.append(values)
+    def __init__(self, params: SamplingParams, prompt_token_ids: list[int]) -> None:
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self.has_penalties = penalties != (1.0, 0.0, 0.0)
+        self.edits_logits = bool(params.grammar or self.has_penalties or params.logit_bias or params.min_tokens)
+        counted = prompt_token_ids if params.repetition_penalty != 1.0 else []
+        self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(counted))}
+        self.num_prompt = len(self._slots)
+        self.token_ids: IntArray = array("q", self._slots)
+        self.counts: IntArray = array("q", bytes(8 * self.num_prompt))
+        self._num_committed = 0
 
-    def tensors(self, device: torch.device) -> tuple[_Index, torch.Tensor]:
-        """The index (rows, token ids) and the values."""
-        rows, token_ids, values = (np.concatenate(part) for part in (self._rows, self._token_ids, self._values))
-        index = torch.from_numpy(rows).to(device), torch.from_numpy(token_ids).to(device)
-        return index, torch.from_numpy(values).to(device)
+    def commit(self, output_token_ids: list[int]) -> None:
+        """Follow the output up to its end; it only ever grows, also across a preemption."""
+        for token_id in output_token_ids[self._num_committed :]:
+            self.add(token_id)
+        self._num_committed = len(output_token_ids)
+
+    def add(self, token_id: int, times: int = 1) -> None:
+        """Count ``times`` more occurrences of a token after those so far (-1 takes one back)."""
+        if not self.has_penalties:
+            return
+        slot = self._slots.setdefault(token_id, len(self._slots))
+        if slot == len(self.token_ids):
+            self.token_ids.append(token_id)
+            self.counts.append(0)
+        self.counts[slot] += times
 
 
 class LogitsEdits:
@@ -61,8 +78,8 @@ class LogitsEdits:
         self._eos_token_ids = eos_token_ids
         self._num_rows = num_rows
         self._vocab_size = vocab_size
-        self._bans = _SparseEdits()
-        self._biases = _SparseEdits()
+        self._bans: list[_SparseEdit] = []
+        self._biases: list[_SparseEdit] = []
         self._seen = SeenTokens()
         self._undo: list[Callable[[], object]] = []
 
@@ -79,29 +96,29 @@ class LogitsEdits:
         num_output = len(request.output_token_ids)
         for index in range(len(draft_token_ids) + 1):
             if index:
-                state.advance(draft_token_ids[index - 1])
+                state.add(draft_token_ids[index - 1])
             if request.grammar is not None:
                 self._add_mask(start + index, request.grammar.masks[index])
             self._add_row(start + index, request.sampling, num_output + index, state)
-        state.rewind(draft_token_ids)
+        for token_id in draft_token_ids:
+            state.add(token_id, -1)
 
     def _add_row(self, row: int, params: SamplingParams, num_output: int, state: SamplingState) -> None:
         if num_output < params.min_tokens:
             self._add_bans(row, params)
         if params.logit_bias:
             token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
-            self._biases.add(row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32))
-        if state.counts is not None:
+            self._biases.append((row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32)))
+        if state.has_penalties:
             penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-            seen = state.counts
-            self._seen.add(row, penalties, seen.num_prompt, seen.token_ids, seen.counts)
+            self._seen.add(row, penalties, state.num_prompt, state.token_ids, state.counts)
 
     def _add_bans(self, row: int, params: SamplingParams) -> None:
         """Of what ends the output; where a grammar allows nothing else, it outranks min_tokens."""
         end_token_ids = self._eos_token_ids.union(params.stop_token_ids)
         token_ids = np.array([i for i in end_token_ids if i < self._vocab_size], dtype=np.int64)
         if self.allowed is None or not _only(self.allowed[row], token_ids):
-            self._bans.add(row, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32))
+            self._bans.append((row, token_ids, np.full(len(token_ids), -np.inf, dtype=np.float32)))
 
     def _add_mask(self, row: int, mask: NDArray[np.int32]) -> None:
         if self.allowed is None:
@@ -115,9 +132,9 @@ class LogitsEdits:
         """
         logits = logits.contiguous()  # rows of an expanded tensor are one
         if self._bans:
-            self._put(logits, *self._bans.tensors(logits.device))
+            self._put(logits, *_joined(self._bans, logits.device))
         if self._biases:
-            index, values = self._biases.tensors(logits.device)
+            index, values = _joined(self._biases, logits.device)
             self._put(logits, index, logits[index] + values)
         if self._seen:
             self._undo.append(partial(put_back, logits, self._seen, penalize(logits, self._seen)))
@@ -131,6 +148,14 @@ class LogitsEdits:
     def _put(self, logits: torch.Tensor, index: _Index, values: torch.Tensor) -> None:
         self._undo.append(partial(logits.__setitem__, index, logits[index]))
         logits[index] = values
+
+
+def _joined(edits: list[_SparseEdit], device: torch.device) -> tuple[_Index, torch.Tensor]:
+    """The index (rows, token ids) and the values of all."""
+    rows = np.concatenate([np.full(len(token_ids), row, dtype=np.int64) for row, token_ids, _ in edits])
+    index = rows, np.concatenate([token_ids for _, token_ids, _ in edits])
+    values = torch.from_numpy(np.concatenate([values for _, _, values in edits])).to(device)
+    return tuple(torch.from_numpy(part).to(device) for part in index), values
 
 
 def _only(allowed: NDArray[np.int32], token_ids: IdArray) -> bool:

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import accumulate, islice, pairwise
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from engine.messages import SamplingParams, TokenLogprob
+from engine.request import Request
 from engine.sampling.choose import choose_tokens
 from engine.sampling.logprobs import token_logprobs
-from engine.sampling.processors import LogitsEdits
-from engine.sampling.state import SamplingState
-
-if TYPE_CHECKING:
-    from engine.request import Request
-    from kernels.native import Team
+from engine.sampling.processors import LogitsEdits, SamplingState
+from kernels.native import Team
 
 _NO_TOKEN = -1
 """What is chosen where logits are not finite; no draft is that."""
@@ -79,7 +75,10 @@ class Sampler:
             rows: one entry per sequence; every request was given to ``add``.
         """
         starts = list(accumulate((1 + len(sequence.draft_token_ids) for sequence in rows), initial=0))
-        edits = self._edits(starts, rows, logits.shape[1])
+        edits = LogitsEdits(self._eos_token_ids, starts[-1], logits.shape[1])
+        for start, sequence in zip(starts, rows, strict=False):
+            state = self._states[sequence.request.request_id]
+            edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
         try:
             edited = edits.apply(logits)
             allowed = None if edits.allowed is None else torch.from_numpy(edits.allowed)
@@ -94,14 +93,6 @@ class Sampler:
         accepted = [kept if is_finite else kept[:-1] for kept, is_finite in zip(accepted, are_finite, strict=True)]
         logprobs = self._logprobs(logits, starts, rows, accepted)
         return list(map(SampledSequence, accepted, logprobs, are_finite))
-
-    def _edits(self, starts: list[int], rows: list[SamplingRows], vocab_size: int) -> LogitsEdits:
-        """What min_tokens, grammar, bias and penalties change."""
-        edits = LogitsEdits(self._eos_token_ids, starts[-1], vocab_size)
-        for start, sequence in zip(starts, rows, strict=False):
-            state = self._states[sequence.request.request_id]
-            edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
-        return edits
 
     def _logprobs(
         self, logits: torch.Tensor, starts: list[int], rows: list[SamplingRows], accepted: list[list[int]]

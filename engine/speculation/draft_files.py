@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from engine import limits
 from engine.config import EngineConfig, ModelConfig, SpeculationConfig
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.eagle3_config import WEIGHTS_FILE, read_draft
@@ -65,5 +64,5 @@ def check_draft(config: EngineConfig, files: ModelFiles, spec: ModelSpec, max_mo
     if method == "draft_model":
         draft = draft_model_config(config, max_model_len)
         draft_files = resolve_model(draft)
-        limits.max_model_len(draft, validate_model_files(draft_files))
+        draft.longest_sequence(validate_model_files(draft_files))
         check_same_tokens(draft.name, Tokenizer.from_files(draft_files), Tokenizer.from_files(files))

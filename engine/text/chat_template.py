@@ -27,7 +27,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        environment.globals["strftime_now"] = lambda date_format: datetime.now().strftime(date_format)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
@@ -56,10 +56,6 @@ class ChatTemplate:
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(date_format: str) -> str:
-    return datetime.now().strftime(date_format)
 
 
 def _to_json(

@@ -24,10 +24,6 @@ def _gpt2() -> PreTokenizer:
     return ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _smollm() -> PreTokenizer:
-    return Sequence([Digits(individual_digits=True), _gpt2()])
-
-
 def _split(digits: str) -> PreTokenizer:
     pattern = Regex(_CONTRACTIONS_WORDS + digits + _PUNCTUATION_SPACES)
     return Sequence([Split(pattern, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -36,7 +32,7 @@ def _split(digits: str) -> PreTokenizer:
 _PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
     "default": _gpt2,
     "gpt-2": _gpt2,
-    "smollm": _smollm,
+    "smollm": lambda: Sequence([Digits(individual_digits=True), _gpt2()]),
     "qwen2": lambda: _split(r"\p{N}"),
     "llama-bpe": lambda: _split(r"\p{N}{1,3}"),
 }
@@ -67,7 +63,10 @@ def gguf_backend(file: GGUFFile) -> Tokenizer:
     backend.add_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == _USER_DEFINED_TOKEN])
     add_bos = file.get("tokenizer.ggml.add_bos_token", bool)
     if add_bos if add_bos is not None else pre == "llama-bpe":
-        _prepend_bos(backend, file.require("tokenizer.ggml.bos_token_id", int))
+        bos = file.require("tokenizer.ggml.bos_token_id", int)
+        if backend.id_to_token(bos) is None:
+            raise ModelError(f"the BOS token {bos} does not exist")
+        backend.post_processor = TemplateProcessing(single="bos $A", special_tokens=[("bos", bos)])
     return backend
 
 
@@ -81,10 +80,3 @@ def _bpe(file: GGUFFile, tokens: list[str], types: list[int], ignore_merges: boo
         return BPE(vocab=vocab, merges=merges, ignore_merges=ignore_merges)
     except Exception as error:  # the library raises bare Exception for a merge of unknown tokens
         raise ModelError(f"inconsistent BPE merges: {error}") from error
-
-
-def _prepend_bos(backend: Tokenizer, token_id: int) -> None:
-    token = backend.id_to_token(token_id)
-    if token is None:
-        raise ModelError(f"the BOS token {token_id} does not exist")
-    backend.post_processor = TemplateProcessing(single="bos $A", special_tokens=[("bos", token_id)])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ from engine.models.safetensors_spec import read_json, read_spec
 from engine.text.chat_template import ChatTemplate, ChatTemplateError
 from engine.text.gguf_tokenizer import gguf_backend
 from engine.text.token_bounds import LeastTokens
-from engine.text.token_bytes import token_byte_table
+
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
@@ -44,7 +48,7 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids
         added = backend.get_added_tokens_decoder()
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
-        self._token_bytes = token_byte_table(backend, vocab_size)
+        self._token_bytes = _token_byte_table(backend, vocab_size)
         self.least_tokens = LeastTokens(backend, self._token_bytes)
         self._chat_template = None if chat_template is None else ChatTemplate(chat_template, self._named_tokens())
 
@@ -89,6 +93,14 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it (byte-level: ``Ġ`` for a space); None if there is none."""
         return self.backend.id_to_token(token_id)
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits, the same for models whose ids stand for the same tokens; snapshots carry it."""
+        digest = blake2b(digest_size=16)
+        for token_id in range(self.vocab_size):
+            token = (self.id_to_token(token_id) or "").encode()
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
 
     def apply_chat_template(
         self,
@@ -147,3 +159,41 @@ def _directory_chat_template(directory: Path) -> str | None:
     if template is not None and not isinstance(template, str):
         raise ModelError(f"{config}: chat_template must be a string or a list of named templates")
     return template
+
+
+def _token_byte_table(backend: tokenizers.Tokenizer, vocab_size: int) -> list[bytes]:
+    """Bytes of every id below ``vocab_size``; empty for special tokens and ids without a token.
+
+    Knows byte-level BPE (GPT-2) and SentencePiece's chunks with byte fallback.
+    """
+    added = backend.get_added_tokens_decoder()
+    byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
+    table = [b""] * vocab_size
+    for token, index in backend.get_vocab(with_added_tokens=True).items():
+        if index >= vocab_size:
+            continue
+        if index in added:
+            table[index] = b"" if added[index].special else token.encode()
+        else:
+            table[index] = _byte_level_bytes(token) if byte_level else _sentencepiece_bytes(token)
+    return table
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    return bytes(_BYTE_OF_CHAR[char] for char in token) if _BYTE_OF_CHAR.keys() >= set(token) else token.encode()
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if match := _BYTE_FALLBACK.fullmatch(token):
+        return bytes([int(match[1], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-ins: visible Latin-1 characters are themselves, the other bytes follow from U+0100."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()

@@ -240,7 +240,7 @@ def test_more_grammars_than_processes_are_compiled_in_turn(pool: GrammarPool) ->
     for request in requests.values():
         pool.add(request)
     done: set[str] = set()
-    while len(pool):
+    while pool.waiting:
         for request, cursor in pool.take_ready():
             assert isinstance(cursor, GrammarCursor)
             cursor.end()
@@ -265,7 +265,7 @@ def test_tenants_need_not_wait_for_what_another_compiles(pool: GrammarPool) -> N
     assert ready == ["quick"]
     for i in range(3):
         pool.forget(f"slow {i}")
-    assert len(pool) == 0
+    assert not pool.waiting
     assert isinstance(compiled(pool, with_grammar(schema({"const": "next"}), tenant="many"))["r"], GrammarCursor)
 
 

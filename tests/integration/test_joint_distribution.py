@@ -18,9 +18,8 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.request import Request
 from engine.sampling import sampler
-from engine.sampling.processors import LogitsEdits
+from engine.sampling.processors import LogitsEdits, SamplingState
 from engine.sampling.sampler import SamplingRows
-from engine.sampling.state import SamplingState
 from tests.exact_distribution import distribution, edited
 from tests.reference_logits import transformers_model
 from tests.tiny_drafts import Engine, Setting

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.free_memory import free_memory
+from engine.machine import free_memory
 
 KIB, MIB = 1024, 1024**2
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.messages import Grammar
-from engine.sampling.grammar import GrammarCompiler
-from engine.sampling.patterns import rewrite_pattern, rewrite_patterns
+from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
+from engine.sampling.json_schema import rewrite_pattern, rewrite_patterns
 
 _END = 256
 _BYTES = GrammarCompiler([*(bytes([byte]) for byte in range(256)), b""], [_END])
@@ -33,7 +33,7 @@ PATTERNS = st.recursive(st.tuples(_ATOMS, _QUANTIFIERS).map("".join), _patterns,
 def allows(pattern: str, text: str) -> bool:
     """Whether a string of JSON may be ``text``, as JSON would have it with as few escapes as possible."""
     schema = json.dumps({"type": "string", "pattern": pattern})
-    matcher = _BYTES.compile(Grammar(kind="json_schema", schema=schema)).matcher()
+    matcher = GrammarMatcher(_BYTES.compile(Grammar(kind="json_schema", schema=schema)))
     return all(map(matcher.accept, f'"{text}"'.encode())) and matcher.accept(_END)
 
 

@@ -162,7 +162,7 @@ class EagleProposer:
         lora = self._adapters.rows([slot.request.request_id for slot in slots]) if self._adapters else None
         adapted = None if lora is None else NativeLora(lora)
         assert isinstance(self._attention, NativeAttention)
-        tables, cache = padded_block_tables(slots), self._attention.cache
+        tables, cache = padded_block_tables([slot.block_ids for slot in slots]), self._attention.cache
         self._head.draft_chains(chain, a[order], slots, tables, cache, adapted, stop)
 
     def num_unread(self, request: Request) -> int:

@@ -146,7 +146,7 @@ def chain_batches(
     rows = _rows_with_room(ready)
     if not rows:
         return
-    tables = padded_block_tables(ready)
+    tables = padded_block_tables([slot.block_ids for slot in ready])
     positions = np.array([slot.request.num_tokens - 1 for slot in ready], dtype=np.int32)
 
     def tensor(array: np.ndarray) -> torch.Tensor:

@@ -22,7 +22,6 @@ from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
 from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails
 from engine.speculation.drafters.lookup import RunningTexts
-from engine.text.fingerprint import vocabulary_fingerprint
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
@@ -126,7 +125,7 @@ def make_session_head(
     options = options.model_copy(update={"max_sessions": min(options.max_sessions, config.scheduler.max_num_seqs)})
     tails = make_tails(loaded, options.max_sessions + 1, slots) if slots else None
     core = None if token_ids is None else token_ids.numpy()
-    fingerprint = vocabulary_fingerprint(tokenizer)
+    fingerprint = tokenizer.fingerprint()
     resources = Resources(
         core=core_mask(tokenizer.vocab_size, core),
         fingerprint=fingerprint,
