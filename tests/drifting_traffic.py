@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.alignment.chain_drafter import ChainDrafter, ChainWalk
+from adapters.alignment.chain_drafter import ChainDrafter
 from adapters.alignment.chains import collate
 from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment
@@ -89,7 +89,7 @@ class DriftingTraffic:
         for position in range(LENGTH):
             empty = torch.zeros(LENGTH, TOP_K)
             so_far = [Answer(tokens[row], inputs[row], empty.int(), empty.half()).segment() for row in range(number)]
-            states = ChainWalk(self._teacher, collate(so_far, 1)).head_input.view(number, LENGTH, hidden)
+            states = self._teacher.walk(collate(so_far, 1)).head_input.view(number, LENGTH, hidden)
             state = states[:, position]
             logits[:, position] = state @ self._teacher.target.head.float().T
             tokens[:, position + 1] = logits[:, position].argmax(-1)

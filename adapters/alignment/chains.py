@@ -12,32 +12,22 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adapters.alignment.records import Segment, has_target
 from adapters.alignment.text_prior import TextPrior, make_text_prior
+from adapters.chain_walk import ChainBatch
 
 _NO_LOGIT = -1e30
 """Stands at places without a token: a row of -inf has no softmax, and its gradient would spoil the whole batch's."""
 
 
 @dataclass(frozen=True)
-class SegmentBatch:
-    """B segments, padded on the right to T positions, and the N chains that start at their anchors, up to S steps long.
+class SegmentBatch(ChainBatch):
+    """The chains that start at the anchors of B segments, up to S steps long."""
 
-    Step s of the chain that starts at position t takes the token at t + s and is to give the one after it.
-    """
-
-    token_ids: torch.Tensor  # [B, T + S] int64
-    positions: torch.Tensor  # [B, T] int64
     inputs: torch.Tensor  # [B, T, width] bf16
-    starts: torch.Tensor  # [N] int64 ascending, index into B * T
     mask: torch.Tensor  # [N, S] bool, steps for which the target's distribution is known; the first always
     top_ids: torch.Tensor  # [N, S, k] int64
     top_logits: torch.Tensor  # [N, S, k] float32
     refused: torch.Tensor  # int64, ids of tokens that were drafted and refused
     prior: TextPrior | None = None  # what is added to the draft's logits when it is served; None: nothing
-
-    @property
-    def length(self) -> int:
-        """The positions T that segments are padded to."""
-        return self.positions.shape[1]
 
     @cached_property
     def wanted_ids(self) -> torch.Tensor:

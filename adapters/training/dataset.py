@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from adapters.chain_walk import ChainBatch
 from adapters.training.conversations import Conversation, open_features, read_shard
 
 MAX_WINDOW = 448
@@ -30,27 +31,12 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Some windows, padded on the right to T positions; S unrolled steps look beyond that.
+class Batch(ChainBatch):
+    """Some windows, and a chain from each position with a loss."""
 
-    Row t of a window is a chain that starts with the token at position t.
-    """
-
-    token_ids: torch.Tensor  # [B, T + S] int64
-    positions: torch.Tensor  # [B, T] int64
     features: torch.Tensor  # [B, T, n * hidden] bf16: the target's features of position t - 1, zero for position 0
     labels: torch.Tensor  # [B, T + S, hidden] bf16: the output of the target's last layer at t, which gives token t + 1
-    lengths: torch.Tensor  # [B] int64: real positions of each window
-    first_anchors: torch.Tensor  # [B] int64: rows before it have no loss
-
-    def anchors(self, step: int) -> torch.Tensor:
-        """[B, T] bool: chains that are scored at unrolled step ``step``."""
-        rows = torch.arange(self.positions.shape[1])
-        return (rows >= self.first_anchors[:, None]) & (rows + step < self.lengths[:, None])
-
-    def of(self, windows: torch.Tensor) -> Batch:
-        """Some of the windows, by their numbers."""
-        return Batch(**{field.name: getattr(self, field.name)[windows] for field in fields(self)})
+    lengths: torch.Tensor  # [N] int64: steps of each chain that are within its window
 
 
 def is_held_out(conversation: Conversation) -> bool:
@@ -134,12 +120,8 @@ class Dataset:
             labels[index, :size] = rows[w.row + w.begin : w.row + w.end, inputs:]
             skipped = int(w.begin == 0)
             features[index, skipped:size] = rows[w.row + w.begin - 1 + skipped : w.row + w.end - 1, :inputs]
-        begins = torch.tensor([w.begin for w in windows])
-        return Batch(
-            token_ids=token_ids,
-            positions=begins[:, None] + torch.arange(length),
-            features=features,
-            labels=labels,
-            lengths=torch.tensor([w.end - w.begin for w in windows]),
-            first_anchors=torch.tensor([w.first_anchor for w in windows]),
-        )
+        begins, ends, firsts = torch.tensor([(w.begin, w.end, w.begin + w.first_anchor) for w in windows]).T[..., None]
+        positions = begins + torch.arange(length)
+        is_start = (positions >= firsts) & (positions < ends)
+        starts = is_start.flatten().nonzero().flatten()
+        return Batch(token_ids, positions, starts, features, labels, lengths=(ends - positions)[is_start])

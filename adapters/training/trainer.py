@@ -141,7 +141,7 @@ class Trainer:
             self._set_learning_rate(phase, progress.anchors - begin)
             means = self._step(batch, phase, core)
             progress.step += 1
-            progress.anchors += int(batch.anchors(0).sum())
+            progress.anchors += len(batch.starts)
             progress.seconds += time.monotonic() - started
             if (now := time.monotonic()) - validated > pause:
                 self._validate(means)
@@ -199,12 +199,12 @@ class Trainer:
             if tokens > _VALIDATION_TOKENS:
                 break
             batches.append(batch)
-            tokens += int(batch.anchors(0).sum())
+            tokens += len(batch.starts)
         return batches
 
     def _feature_scale(self) -> torch.Tensor:
         """[n * hidden]: one over each feature's root mean square."""
-        rows = torch.cat([batch.features[batch.anchors(0)] for batch in self._validation]).float()
+        rows = torch.cat([batch.features.flatten(0, 1)[batch.starts] for batch in self._validation]).float()
         return 1 / rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
 
 

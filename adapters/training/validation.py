@@ -33,20 +33,18 @@ def validate(unroller: Unroller, batches: Sequence[Batch], num_steps: int = 4) -
     accepted, chains = 0, 0
     with unroller.precision():
         for batch in batches:
-            length = batch.positions.shape[1]
-            whole = batch.anchors(num_steps - 1)
             labels = batch.labels.flatten(0, 1).to(unroller.target.head.dtype)
             right = _most_likely(unroller.target.head_input(labels), unroller).view(batch.labels.shape[:2])
-            alive = whole.clone()
-            for step, hidden in enumerate(unroller.steps(batch, num_steps)):
-                anchors = batch.anchors(step)
-                hit = torch.zeros_like(anchors)
-                hit[anchors] = _most_likely(hidden[anchors], unroller) == right[:, step : step + length][anchors]
+            walk, alive = unroller.walk(batch), batch.lengths >= num_steps
+            chains += int(alive.sum())
+            for step in range(num_steps):
+                if step:
+                    walk.advance(batch.lengths[walk.chains] > step)
+                hit = _most_likely(walk.head_input, unroller) == right[walk.rows, walk.ends]
                 hits[step] += int(hit.sum())
-                counts[step] += int(anchors.sum())
-                alive &= hit
+                counts[step] += len(hit)
+                alive[walk.chains] &= hit
                 accepted += int(alive.sum())
-            chains += int(whole.sum())
     steps = tuple(hit / max(1, count) for hit, count in zip(hits, counts, strict=True))
     return Accuracy(steps, 1 + accepted / max(1, chains))
 

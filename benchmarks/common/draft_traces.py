@@ -209,16 +209,14 @@ def _trace(unroller: Unroller, head: _Head, answered: Answered) -> Trace:
     inputs[0, 1:] = features[:, :-hidden]
     token_ids = torch.zeros(1, length + DEPTH, dtype=torch.int64)
     token_ids[0, :length] = torch.tensor([*prompt, *answer])[:length]
-    batch = Batch(
-        token_ids=token_ids,
-        positions=torch.arange(length)[None],
-        features=inputs,
-        labels=torch.zeros(0),
-        lengths=torch.tensor([length]),
-        first_anchors=torch.tensor([0]),
-    )
+    starts = torch.arange(len(prompt), length)
+    batch = Batch(token_ids, torch.arange(length)[None], starts, inputs, labels=torch.zeros(0), lengths=length - starts)
     with unroller.precision():
-        states = [state[0, len(prompt) :].float() for state in unroller.steps(batch, DEPTH)]
+        walk = unroller.walk(batch)
+        states = [walk.head_input.float()]
+        for _ in range(1, DEPTH):
+            walk.advance(torch.ones_like(starts, dtype=torch.bool))
+            states.append(walk.head_input.float())
     steps = [head.project(state).topk(WIDTH) for state in states]
     return Trace(
         answered.prompt.domain,

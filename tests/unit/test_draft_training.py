@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from adapters.alignment.chain_drafter import ChainDrafter, ChainWalk
-from adapters.alignment.chains import SegmentBatch
-from adapters.target_parts import target_parts
-from adapters.training.chain_attention import chain_attention
+from adapters.chain_walk import ChainBatch, ChainWalk
+from adapters.target_parts import TargetParts, target_parts
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from adapters.training.conversations import Conversation, read_shard, shard_paths, write_shard, written_keys
 from adapters.training.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
@@ -51,21 +49,25 @@ def dense_attention(
     return result
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_chain_attention_and_its_gradients(steps: int) -> None:
-    generator = torch.Generator().manual_seed(steps)
-    shape = (2, 3, 20, 8)
-    tensors = [torch.randn(shape, generator=generator, requires_grad=True) for _ in range(1 + 2 * steps)]
-    q, keys, values, *rest = tensors
-    later = list(zip(rest[: steps - 1], rest[steps - 1 :], strict=True))
-    out_gradient = torch.randn(shape, generator=generator)
+def unrolled_from_all(
+    draft: Eagle3, target: TargetParts, g: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor, steps: int
+) -> list[torch.Tensor]:
+    """The head's input [B, T, hidden] at each step of the chains that start at every position."""
 
-    result = chain_attention(q, keys, values, [key for key, _ in later], [value for _, value in later])
-    expected = dense_attention(q, keys, values, later)
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(result, tensors, out_gradient)
-    for gradient, wanted in zip(gradients, torch.autograd.grad(expected, tensors, out_gradient), strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5)
+    def heads(tensor: torch.Tensor, here: torch.Tensor | None = None) -> torch.Tensor:
+        if here is not None:
+            tensor = target.rotary(tensor.flatten(0, 1), here.flatten()).view_as(tensor)
+        return tensor.repeat_interleave(draft.config.num_heads // tensor.shape[2], dim=2).transpose(1, 2)
+
+    pairs, inputs = list[tuple[torch.Tensor, torch.Tensor]](), []
+    for step in range(steps):
+        embedding = F.embedding(token_ids[:, step : step + positions.shape[1]], target.embedding)
+        q, k, v = draft.qkv(embedding, g)
+        pairs.append((heads(k, positions + step), heads(v)))
+        attended = dense_attention(heads(q, positions + step), *pairs[0], pairs[1:])
+        g = draft.output(g, attended.transpose(1, 2))
+        inputs.append(draft.head_input(g))
+    return inputs
 
 
 def lk_loss(hidden: torch.Tensor, target: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -137,16 +139,19 @@ def test_a_batch_lines_features_up_with_tokens_and_labels(tmp_path: Path) -> Non
     write(tmp_path, [conversation(1, 200, 60), conversation(3, 500, 60)])
     dataset = Dataset(shard_paths(tmp_path), WIDTH, HIDDEN)
     (batch,) = dataset.batches(10_000, steps=3, generator=np.random.default_rng(0))
-    for row in range(len(batch.lengths)):
-        size = int(batch.lengths[row])
+    sizes, firsts = [200, 500 - MAX_WINDOW + CONTEXT, MAX_WINDOW], [TEMPLATE_TOKENS, CONTEXT, TEMPLATE_TOKENS]
+    assert len(batch.positions) == 3
+    for row in range(3):
+        columns = batch.starts[batch.starts // batch.length == row] % batch.length
+        size = int(columns[-1]) + 1
+        first = sizes.index(size)
+        assert columns.tolist() == list(range(firsts[first], size))
+        assert batch.lengths[batch.starts // batch.length == row].tolist() == (size - columns).tolist()
         positions = batch.positions[row, :size]
         before = (positions - 1).clamp(min=0).to(torch.bfloat16)  # zero before the first token
         assert torch.equal(batch.features[row, :size, 0], before)
         assert torch.equal(batch.labels[row, :size, 0], positions.to(torch.bfloat16))
         assert torch.equal(batch.token_ids[row, :size] % 1000, positions)
-    for step in range(3):
-        last = [int(chains.nonzero().max()) for chains in batch.anchors(step)]
-        assert last == [int(length) - 1 - step for length in batch.lengths]
 
 
 def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
@@ -273,13 +278,19 @@ def test_windows_that_go_on_are_unrolled_as_if_alone(tmp_path: Path) -> None:
     dataset = Dataset(shard_paths(tmp_path), 4 * spec.hidden_size, spec.hidden_size)
     (batch,) = dataset.batches(1000, 3, np.random.default_rng(0))
     target = target_parts(weights, spec, 256, torch.float32)
-    unroller = Unroller(random_draft(files), target, torch.ones(3 * spec.hidden_size))
-    further = torch.tensor([2, 0])
-    some, everything = (list(unroller.steps(batch, 3, which)) for which in (further, None))
-    assert len(some[0]) == 3
-    for step in (1, 2):
-        torch.testing.assert_close(some[step], everything[step][further])
-        assert torch.equal(batch.of(further).anchors(step), batch.anchors(step)[further])
+    draft, scale = random_draft(files), torch.rand(3 * spec.hidden_size) + 0.5
+    expected = unrolled_from_all(draft, target, draft.fuse(batch.features.float()), batch.token_ids, batch.positions, 3)
+    unroller = Unroller(draft, target, scale)
+    walk, further = unroller.walk(batch), torch.tensor([True, False, True])
+    for step in range(3):
+        if step:
+            walk.advance(further[walk.rows] & (batch.lengths[walk.chains] > step))
+            of_rows = [int((walk.rows == row).sum()) for row in range(3)]
+            assert of_rows == [90 - TEMPLATE_TOKENS - step, 0, 90 - TEMPLATE_TOKENS - step]
+        assert torch.equal(walk.ends, batch.starts[walk.chains] % batch.length + step)
+        torch.testing.assert_close(walk.head_input, expected[step].flatten(0, 1)[batch.starts[walk.chains]])
+    loss, means = unroller.loss(batch, target.head[:100], (1.0, 0.5))
+    torch.testing.assert_close(float(loss.detach()), (means[0] + 0.5 * means[1]) / 1.5)
 
 
 def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
@@ -293,22 +304,13 @@ def test_chains_from_some_positions_are_those_from_all(tmp_path: Path) -> None:
     g[2, 40:], token_ids[2, 40:], positions[2, 40:] = 0, 0, 0  # padding
     g.requires_grad_()
     starts = torch.tensor([0, 3, 4, 49, 100, 131, 132])
-    batch = SegmentBatch(
-        token_ids=token_ids,
-        positions=positions,
-        inputs=g,
-        starts=starts,
-        mask=torch.ones(7, 4, dtype=torch.bool),
-        top_ids=torch.zeros(7, 4, 1, dtype=torch.int64),
-        top_logits=torch.zeros(7, 4, 1),
-        refused=torch.zeros(0, dtype=torch.int64),
-    )
+    batch = ChainBatch(token_ids, positions, starts)
     learned = [g, draft.qkv_proj.weight.requires_grad_(), draft.down_proj.weight.requires_grad_()]
-    unroller = Unroller(draft, target, torch.ones(3 * spec.hidden_size))
-    from_all = [step.flatten(0, 1)[starts] for step in unroller.unroll(g, token_ids, positions, 4)]
+    unrolled = unrolled_from_all(draft, target, g, token_ids, positions, 4)
+    from_all = [step.flatten(0, 1)[starts] for step in unrolled]
     for wanted in ([4] * 7, [1, 4, 3, 1, 2, 3, 1], [1, 2, 1, 1, 1, 1, 1]):
         lengths = torch.tensor(wanted)
-        walk = ChainWalk(ChainDrafter(draft, target), batch)
+        walk = ChainWalk(draft, target, batch, g)
         found, expected = [walk.head_input], [from_all[0]]
         for number in range(1, max(wanted)):
             walk.advance(lengths[walk.chains] > number)
