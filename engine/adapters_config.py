@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 from redis.connection import parse_url
 
 from engine.online.adapter_control import KeyScope
@@ -76,12 +76,7 @@ class TokenLogConfig(Section):
 class TrainingConfig(Section):
     """How the worker trains."""
 
-    method: Literal["curriculum", "osd"] = Field(
-        default="curriculum",
-        description="curriculum: LoRA with the paper's loss; osd, a baseline: all weights by Adam, for everybody at "
-        "once (key_scope global, log.control_share 0).",
-    )
-    learning_rate: float = Field(default=2e-3, gt=0, description="Of AdamW (osd: a hundredth of it).")
+    learning_rate: float = Field(default=2e-3, gt=0, description="Of AdamW.")
     beta: float = Field(
         default=0.3,
         ge=0,
@@ -199,21 +194,6 @@ class AdaptersConfig(Section):
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
     pace: PaceConfig = Field(default_factory=PaceConfig)
-
-    @model_validator(mode="after")
-    def _can_be_served(self) -> AdaptersConfig:
-        is_whole = self.enabled and self.training.method == "osd"
-        if is_whole and (self.key_scope != "global" or self.log.control_share):
-            raise ValueError(
-                "training.method osd changes the draft of all requests at once: it needs key_scope global, and "
-                "log.control_share 0, since no request can keep the base draft"
-            )
-        return self
-
-    @property
-    def trains_fusion(self) -> bool:
-        """Whether training changes how the draft fuses the target's features, and so wants them as they were."""
-        return self.training.method == "osd"
 
     @property
     def ring_path(self) -> Path:

@@ -6,15 +6,19 @@ import time
 import uuid
 from pathlib import Path
 
+import pytest
 import torch
 
-from engine.adapters_config import AdaptersConfig, TokenLogConfig, TrainingConfig
+from benchmarks.adapt import whole_draft
+from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.online.token_log import TokenLogReader
 from engine.online.verify_record import VerifyRecord
+from engine.speculation import build
 
 
 def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
-    is_whole = method == "osd"
+    """``method``: ``lora``, or ``whole`` for drafts that are exchanged whole (``benchmarks.adapt.whole_draft``)."""
+    is_whole = method == "whole"
     stream, control = f"log-{uuid.uuid4()}", 0.0 if is_whole else 0.2
     return AdaptersConfig(
         enabled=True,
@@ -23,9 +27,14 @@ def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
         rank=4,
         num_slots=4,
         key_scope="global" if is_whole else "tenant",
-        training=TrainingConfig(method=method),
         log=TokenLogConfig(stream=stream, sample_share=1.0, control_share=control, top_k=8, interval_seconds=0.05),
     )
+
+
+def exchange_whole_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let engines that are made from now on do so."""
+    for name, part in whole_draft.PARTS.items():
+        monkeypatch.setattr(build, name, part)
 
 
 def make_prompts() -> list[list[int]]:

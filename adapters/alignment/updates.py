@@ -46,6 +46,9 @@ class Updater:
         fingerprint: the base draft's.
     """
 
+    trains_fusion = False
+    """Whether the draft's fusion of features is trained, and so wants them as they were."""
+
     def __init__(self, base: ChainDrafter, config: AdaptersConfig, key: str, fingerprint: str) -> None:
         self._base, self._config, self._key = base, config, key
         self._learning_rate = config.training.learning_rate

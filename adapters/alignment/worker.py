@@ -171,7 +171,7 @@ class AdapterWorker:
         if self._ring is None:
             path, fusion = self._config.ring_path, self._base.draft.fc
             ring = FeatureRingReader(path)
-            if ring.width != (fusion.in_features if self._config.trains_fusion else fusion.out_features):
+            if ring.width != (fusion.in_features if self._updater.trains_fusion else fusion.out_features):
                 raise SharedMemoryError(f"{path}: rows of {ring.width} values are not this draft's input")
             self._ring = ring
         return self._ring
@@ -237,10 +237,8 @@ def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
     """Load the draft that the engine drafts with, and what it shares with the target.
 
     Raises:
-        ModelError: there is none, or a file cannot be read, or other weights are to be trained than ``updater`` does.
+        ModelError: there is none, or a file cannot be read.
     """
-    if config.alignment.training.method == "osd" and updater is Updater:
-        raise ModelError("training.method osd is a baseline: python -m benchmarks.adapt.full_parameters has its worker")
     files = resolve_model(config.model, progress=False)
     spec = validate_model_files(files)
     draft = config.speculation.draft
@@ -272,7 +270,7 @@ def main(updater: type[Updater] = Updater) -> None:
     except ModelError as error:
         log.error("the worker cannot start", reason=str(error))
         sys.exit(1)
-    log.info("adapters worker ready", draft=config.speculation.draft, method=config.alignment.training.method)
+    log.info("adapters worker ready", draft=config.speculation.draft)
     worker.run(lambda: bool(stopped))
     worker.close()
 

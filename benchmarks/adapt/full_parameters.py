@@ -1,6 +1,7 @@
-"""A baseline: full-parameter online distillation (Online Speculative Decoding, arXiv 2310.07177), method ``osd``.
+"""A baseline: full-parameter online distillation (Online Speculative Decoding, arXiv 2310.07177).
 
-``python -m benchmarks.adapt.full_parameters`` is ``evospec`` with a worker that trains all weights of the draft.
+``python -m benchmarks.adapt.full_parameters`` is ``evospec`` with a worker that trains all weights of the draft, and an
+engine that takes them over. It needs ``key_scope`` global and ``log.control_share`` 0.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from adapters.alignment import worker
 from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
 from adapters.alignment.chains import SegmentBatch
 from adapters.alignment.updates import Updater
+from benchmarks.adapt.whole_draft import whole_layout
 from benchmarks.common import experiments
 from engine.adapters_config import AdaptersConfig
-from engine.models.lora import whole_layout
 from server import launcher
 
 _RATE = 0.01
 """All weights at once need smaller steps than two thin matrices, one of them zero at first."""
-_WORKER = "adapters.alignment.worker"
+_ENGINE, _WORKER = "engine.process", "adapters.alignment.worker"
 
 
 class FullParameterUpdater(Updater):
     """Adam on all weights of a copy of the draft, every step of a chain the same weight, over the whole head."""
+
+    trains_fusion = True
 
     def __init__(self, base: ChainDrafter, config: AdaptersConfig, key: str, fingerprint: str) -> None:
         super().__init__(base, config, key, fingerprint)
@@ -59,6 +62,7 @@ def main() -> None:
     if sys.argv[1:] == [_WORKER]:
         worker.main(FullParameterUpdater)
     else:
+        launcher.ENGINE_COMMAND = [sys.executable, "-m", "benchmarks.adapt.whole_draft", _ENGINE]
         launcher.WORKER_COMMAND = [sys.executable, "-m", "benchmarks.adapt.full_parameters", _WORKER]
         experiments.main()
 

@@ -30,7 +30,7 @@ SIDES = {
 }
 """Compared in each part, where none are given. The second of ``load`` logs, and its worker never learns."""
 _SCOPE = "key_scope"
-_OSD = ("training.method=osd", f"{_SCOPE}=global", "log.control_share=0")
+_OSD = (f"{_SCOPE}=global", "log.control_share=0")
 """It changes the draft of everybody at once."""
 
 
@@ -51,11 +51,8 @@ class Side:
     follows_sessions: bool
     aligns: bool
     options: dict[str, str]
-
-    @property
-    def trains_all_weights(self) -> bool:
-        """Whether the worker trains the whole draft, not an adapter."""
-        return self.options.get("training.method") == OSD
+    trains_all_weights: bool = False
+    """Whether the worker trains the whole draft, not an adapter."""
 
     @property
     def key_scope(self) -> KeyScope:
@@ -85,7 +82,7 @@ def make_side(name: str, vocabularies: Vocabularies, common: Sequence[str] = ())
     options = {key: value for key, _, value in (word.partition("=") for word in words)} if aligns else {}
     follows = kind in (VOCABULARY, BOTH)
     of_kind = vocabularies.dynamic if follows else vocabularies.static
-    return Side(name, vocabulary if size else of_kind, follows, aligns, options)
+    return Side(name, vocabulary if size else of_kind, follows, aligns, options, kind == OSD)
 
 
 def arguments(side: Side, model: str, drafting: Drafting, directory: Path, shared: Path) -> list[str]:

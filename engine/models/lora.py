@@ -1,6 +1,6 @@
-"""What a version of an EAGLE-3 draft consists of: a low-rank adapter (LoRA, arXiv 2106.09685), or all its weights.
+"""What a version of an EAGLE-3 draft consists of: a low-rank adapter (LoRA, arXiv 2106.09685).
 
-An adapter has two tensors for each target: ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank]. The
+It has two tensors for each target: ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank]. The
 adapted layer gives ``x @ W.T + (x @ a.T) @ b.T``.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from engine.adapters_config import LoraTarget
-from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config
 from engine.online.weight_layout import TensorSpec, WeightLayout
 from kernels.batched_lora import LoraMatrix
@@ -53,13 +52,6 @@ def lora_layout(
         shapes[f"{target}.a"] = (rank, rows.num_inputs)
         shapes[f"{target}.b"] = (rows.end - rows.start, rank)
     return WeightLayout(tuple(TensorSpec(name, shape, dtype) for name, shape in sorted(shapes.items())), base)
-
-
-def whole_layout(config: Eagle3Config, base: str, dtype: torch.dtype = torch.bfloat16) -> WeightLayout:
-    """Layout of a weight channel for all weights of a draft, by their names in ``Eagle3``."""
-    with torch.device("meta"):
-        weights = dict(Eagle3(config).named_parameters())
-    return WeightLayout.of({name: weight.to(dtype) for name, weight in weights.items()}, base)
 
 
 def draft_fingerprint(directory: Path) -> str:

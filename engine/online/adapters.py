@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import structlog
+import torch
 
 from engine.adapters_config import AdaptersConfig
 from engine.models.config import ModelError
 from engine.models.eagle3 import Eagle3
+from engine.models.lora import adapted_rows, lora_layout
 from engine.online.adapter_control import adapter_key
-from engine.online.adapter_slots import make_slots
 from engine.online.shared_file import SharedMemoryError, make_private_directory
 from engine.online.weight_channel import NonFiniteWeights, WeightChannel
 from engine.online.weight_directory import Slot
+from engine.online.weight_layout import WeightLayout
 from engine.request import Request
-from engine.speculation.drafters.eagle_network import EagleNetwork
-from kernels.batched_lora import LoraRows
+from kernels.batched_lora import LoraPart, LoraRows
 
 log = structlog.get_logger(__name__)
 
@@ -39,29 +40,31 @@ BASE = Assignment(-1, None, 0)
 
 
 class EagleAdapters:
-    """Slots of adapters that a worker fills, and which of them drafts for whom.
+    """Slots of low-rank adapters that a worker fills, and which of them drafts for whom.
 
     ``refresh`` and ``assign`` come once a step, before anything is drafted. Between them and the next step no weight
-    changes, so the version of an assignment is the one that drafted.
+    changes, so the version of an assignment is the one that drafted. A batch's tokens may have different adapters.
 
     Args:
-        config: what a slot holds, how many there are, who shares one.
+        config: shape of an adapter, how many slots there are, who shares one.
         draft: the base draft.
         base: its fingerprint.
-        network: computes with the draft's weights.
 
     Raises:
         ModelError: the channel cannot be made.
     """
 
-    def __init__(self, config: AdaptersConfig, draft: Eagle3, base: str, network: EagleNetwork) -> None:
-        self.config = config
-        self._slots = make_slots(config, draft, base, network)
-        self.num_bytes = self._slots.num_bytes
-        num_slots, device = len(self._slots.tensors), draft.fc.weight.device
+    trains_fusion = False
+    """Whether training changes how the draft fuses the target's features, and so wants them as they were."""
+
+    def __init__(self, config: AdaptersConfig, draft: Eagle3, base: str) -> None:
+        self.config, self._device = config, draft.fc.weight.device
+        layout, self._tensors = self._make_slots(draft, base)
+        num_slots = len(self._tensors)
+        self.num_bytes = num_slots * layout.nbytes
         try:
             make_private_directory(config.shared_directory)
-            self._channel = WeightChannel.create(config.channel_path, self._slots.layout, num_slots, device)
+            self._channel = WeightChannel.create(config.channel_path, layout, num_slots, self._device)
         except SharedMemoryError as error:
             raise ModelError(f"alignment: no weight channel: {error}") from error
         self._in_force = [BASE] * num_slots
@@ -116,7 +119,10 @@ class EagleAdapters:
         """What the tokens of a batch are adapted by, given whose each is; None: nothing."""
         if not self._by_key:
             return None
-        return self._slots.rows([self.assigned(request_id).slot for request_id in request_ids])
+        slots = [self.assigned(request_id).slot for request_id in request_ids]
+        if max(slots) < 0:
+            return None
+        return LoraRows(torch.tensor(slots, dtype=torch.int32, device=self._device), self._parts)
 
     def is_control(self, request: Request) -> bool:
         """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""
@@ -126,6 +132,21 @@ class EagleAdapters:
         """A request has ended."""
         self._keys.pop(request_id, None)
         self._assigned.pop(request_id, None)
+
+    def _make_slots(self, draft: Eagle3, base: str) -> tuple[WeightLayout, Sequence[Mapping[str, torch.Tensor]]]:
+        """The layout of a slot, and of the weight channel; and each slot's tensors, which the kernels read."""
+        config = self.config
+        layout = lora_layout(draft.config, config.rank, config.targets, base)
+        stacks = {
+            spec.name: torch.zeros(config.num_slots, *spec.shape, dtype=spec.dtype, device=self._device)
+            for spec in layout.tensors
+        }
+        self._parts = []
+        for target in config.targets:
+            rows = adapted_rows(draft.config, target)
+            a, b = stacks[f"{target}.a"], stacks[f"{target}.b"]
+            self._parts.append(LoraPart(rows.start, rows.end, a, b, rows.matrix))
+        return layout, [{name: stack[slot] for name, stack in stacks.items()} for slot in range(config.num_slots)]
 
     def _key(self, request: Request) -> str | None:
         request_id = request.request_id
@@ -172,7 +193,7 @@ class EagleAdapters:
         log.warning("damaged or lost weight channel replaced", version=max(self._versions))
         # A key may come back in another slot: until then it has the base draft.
         for index in range(len(self._in_force)):
-            self._withdraw(index)
+            self._put_in_force(index, BASE)
         self._versions = [0] * len(self._in_force)
         self._by_key = {}
         self._is_damaged = False
@@ -183,9 +204,9 @@ class EagleAdapters:
         Its key goes on with what it had if they could not, or should not be drafted with.
         """
         if slot.key != self._in_force[index].key:
-            self._withdraw(index)
+            self._put_in_force(index, BASE)
         try:
-            state = self._channel.read_into(index, self._slots.tensors[index])
+            state = self._channel.read_into(index, self._tensors[index])
         except NonFiniteWeights as error:
             self._note_failure(error)
             self._versions[index] = slot.version
@@ -194,17 +215,13 @@ class EagleAdapters:
             self._note_failure(error)
             return False
         self._versions[index] = state.version
-        if state.key is None:
-            self._withdraw(index)
-        else:
-            self._slots.put_in_force(index)
-            self._in_force[index] = Assignment(index, state.key, state.version)
+        self._put_in_force(index, BASE if state.key is None else Assignment(index, state.key, state.version))
         self.num_loads += 1
         return True
 
-    def _withdraw(self, index: int) -> None:
-        self._slots.withdraw(index)
-        self._in_force[index] = BASE
+    def _put_in_force(self, index: int, assignment: Assignment) -> None:
+        """A slot's requests draft with its tensors, which were replaced, or with the base from now on."""
+        self._in_force[index] = assignment
 
     def _note_failure(self, error: SharedMemoryError) -> None:
         self.num_failed_loads += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 
 import structlog
@@ -111,10 +110,10 @@ def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, toke
     draft = eagle3.load_draft(directory, target.dtype, target.device)
     draft.config.check_target(target.spec, directory)
     head = make_head(config, target, directory, tokenizer)
-    make_adapters = None
+    adapters = None
     if config.alignment.enabled:
-        make_adapters = partial(EagleAdapters, config.alignment, draft, draft_fingerprint(directory))
-    return EagleDraft(draft, directory.name, target, config.cache, head, make_adapters)
+        adapters = EagleAdapters(config.alignment, draft, draft_fingerprint(directory))
+    return EagleDraft(draft, directory.name, target, config.cache, head, adapters)
 
 
 def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:

@@ -1,6 +1,6 @@
 """Weights that come and go in mid-generation never change an output, and what the engine logs of it is true.
 
-float32 engines on a tiny random model; adapters (or whole drafts, method osd) are random, large, and change every few
+float32 engines on a tiny random model; adapters (or whole drafts) are random, large, and change every few
 steps.
 """
 
@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.adapt.whole_draft import whole_layout
 from engine.adapters_config import AdaptersConfig
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams, SessionState
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
+from engine.models.lora import draft_fingerprint, lora_layout
 from engine.online import adapters as eagle_adapters
 from engine.online import verify_log
 from engine.online.adapter_control import adapter_key
@@ -38,7 +39,7 @@ from engine.speculation.length.costs import Curve, StepCosts
 from engine.speculation.speculator import Speculator
 from engine.step_plan import ScheduledSequence
 from kernels import native
-from tests.alignment import make_alignment, make_prompts, read_records
+from tests.alignment import exchange_whole_drafts, make_alignment, make_prompts, read_records
 from tests.exactness import SAMPLED, SETTINGS
 from tests.tiny_drafts import Engine, make_draft_directory
 from tests.tiny_models import make_directory
@@ -61,12 +62,16 @@ def draft(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def alignment(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
     """Of adapters."""
-    return make_alignment(tmp_path, valkey_url, "curriculum")
+    return make_alignment(tmp_path, valkey_url, "lora")
 
 
-@pytest.fixture(params=["curriculum", "osd"])
-def either(tmp_path: Path, valkey_url: str, request: pytest.FixtureRequest) -> AdaptersConfig:
+@pytest.fixture(params=["lora", "whole"])
+def either(
+    tmp_path: Path, valkey_url: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AdaptersConfig:
     """Of adapters, or of whole drafts."""
+    if request.param == "whole":
+        exchange_whole_drafts(monkeypatch)
     return make_alignment(tmp_path, valkey_url, request.param)
 
 
@@ -77,7 +82,7 @@ class Publisher:
         eagle = load_draft(draft, torch.float32, CPU)
         base = draft_fingerprint(draft)
         self._layout = lora_layout(eagle.config, config.rank, config.targets, base)
-        if config.training.method == "osd":
+        if config.key_scope == "global":
             self._layout = whole_layout(eagle.config, base)
         self._keys = {adapter_key(config.key_scope, tenant, None) for tenant in TENANTS}
         self._writer = WeightWriter(config.channel_path, self._layout)

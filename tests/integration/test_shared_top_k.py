@@ -26,7 +26,7 @@ def test_the_log_computes_for_both(
     files = make_directory(tmp_path / "target")
     draft = make_draft_directory(tmp_path / "draft", files)
     speculation = SpeculationConfig(method="eagle3", draft=str(draft), adaptive=False, vocabulary="dynamic:64+32")
-    alignment = make_alignment(tmp_path / "shared", valkey_url, "curriculum")
+    alignment = make_alignment(tmp_path / "shared", valkey_url, "lora")
     alignment = alignment.model_copy(update={"log": alignment.log.model_copy(update={"top_k": log_top_k})})
     prompts = make_prompts()
     sampling = [SamplingParams(max_tokens=24, seed=n, ignore_eos=True) for n in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Drafts exchanged as a whole while they serve (alignment by method osd), and adapters beside them."""
+"""Drafts exchanged as a whole while they serve (full-parameter distillation), and adapters beside them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 from adapters.alignment.pace import Pacer
 from adapters.alignment.worker import AdapterWorker
 from benchmarks.adapt.full_parameters import FullParameterUpdater
+from benchmarks.adapt.whole_draft import whole_layout
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
 from engine.config import ModelConfig, SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint, lora_layout, whole_layout
+from engine.models.lora import draft_fingerprint, lora_layout
 from engine.models.registry import resolve_model
 from engine.online.weight_writer import WeightWriter
 from engine.speculation.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer
 from kernels import native
-from tests.alignment import make_alignment
+from tests.alignment import exchange_whole_drafts, make_alignment
 from tests.drifting_traffic import TinyDraft
 from tests.tiny_drafts import Engine, Setting
 
@@ -53,9 +54,13 @@ def serve(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) ->
 
 
 @pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
-@pytest.mark.parametrize("method", ["osd", "curriculum"])
-def test_swap(tmp_path: Path, valkey_url: str, smollm2_path: Path, method: str) -> None:
+@pytest.mark.parametrize("method", ["whole", "lora"])
+def test_swap(
+    tmp_path: Path, valkey_url: str, smollm2_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SmolLM2 and its draft: bad weights cost acceptance and no output; the base's give all of it back."""
+    if method == "whole":
+        exchange_whole_drafts(monkeypatch)
     files = resolve_model(ModelConfig())
     config = make_alignment(tmp_path, valkey_url, method)
     config = config.model_copy(update={"log": config.log.model_copy(update={"control_share": 0.0})})
@@ -65,7 +70,7 @@ def test_swap(tmp_path: Path, valkey_url: str, smollm2_path: Path, method: str) 
     directory = DRAFTS / files.name
     draft = load_draft(directory, torch.bfloat16, CPU)
     base = draft_fingerprint(directory)
-    if method == "osd":
+    if method == "whole":
         key, layout = "*", whole_layout(draft.config, base)
         same = {name: weight.clone() for name, weight in draft.named_parameters()}
         bad = {name: torch.zeros_like(weight) for name, weight in same.items()}
@@ -97,12 +102,10 @@ def test_swap(tmp_path: Path, valkey_url: str, smollm2_path: Path, method: str) 
 
 def eager_config(directory: Path, url: str) -> AdaptersConfig:
     """A worker that is quick to learn and to judge."""
-    return make_alignment(directory / "shared", url, "osd").model_copy(
+    return make_alignment(directory / "shared", url, "whole").model_copy(
         update={
             "state_directory": directory / "state",
-            "training": TrainingConfig(
-                method="osd", learning_rate=0.3, horizon=4, updates_per_version=8, updates_per_batch=12
-            ),
+            "training": TrainingConfig(learning_rate=0.3, horizon=4, updates_per_version=8, updates_per_batch=12),
             "replay": ReplayConfig(segment_positions=32, context_positions=8),
             "guard": GuardConfig(min_held_out=24, min_watched=32, watched_records=128),
             "pace": PaceConfig(step_seconds=10.0),
@@ -110,8 +113,11 @@ def eager_config(directory: Path, url: str) -> AdaptersConfig:
     )
 
 
-def test_a_worker_distils_the_whole_draft_of_a_serving_engine(tmp_path: Path, valkey_url: str) -> None:
+def test_a_worker_distils_the_whole_draft_of_a_serving_engine(
+    tmp_path: Path, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the engine's log and its unfused features; outputs stay, acceptance rises, and a reset takes it back."""
+    exchange_whole_drafts(monkeypatch)
     tiny = TinyDraft.make(tmp_path)
     config = eager_config(tmp_path, valkey_url)
     files = ModelFiles(tiny.model.name, tiny.model, "safetensors")

@@ -7,12 +7,13 @@ from typing import cast
 
 import torch
 
+from benchmarks.adapt.whole_draft import WholeDraft, whole_layout
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.messages import SamplingParams
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import RotaryEmbedding
-from engine.models.lora import lora_layout, whole_layout
+from engine.models.lora import lora_layout
 from engine.online.adapters import Assignment, EagleAdapters
 from engine.online.shared_file import SharedFile
 from engine.online.weight_writer import WeightWriter
@@ -27,21 +28,25 @@ FINGERPRINT, WORD, DIRECTORIES, BUFFERS = 24, 64, 128, 4096
 
 
 class Bank:
-    """The engine's end and the worker's."""
+    """The engine's end and the worker's. ``is_whole``: whole drafts are exchanged, not adapters."""
 
-    def __init__(self, directory: Path, **options: object) -> None:
+    def __init__(self, directory: Path, is_whole: bool = False, **options: object) -> None:
         options.setdefault("log", TokenLogConfig(control_share=0.0))
+        self._is_whole = is_whole
         self.config = AdaptersConfig(enabled=True, shared_directory=directory, rank=4, num_slots=3, **options)
         self.draft = Eagle3(DRAFT).requires_grad_(False)
         self.start()
-        is_whole = self.config.training.method == "osd"
         self.layout = whole_layout(DRAFT, "base") if is_whole else lora_layout(DRAFT, 4, self.config.targets, "base")
         self.writer = WeightWriter(self.config.channel_path, self.layout)
 
     def start(self) -> None:
         """An engine, or another one."""
-        network = TorchEagleNetwork(self.draft, cast(RotaryEmbedding, None))  # nothing is computed with it here
-        self.engine = EagleAdapters(self.config, self.draft, "base", network)
+        self.engine: EagleAdapters
+        if self._is_whole:
+            self.engine = whole = WholeDraft(self.config, self.draft, "base")
+            whole.network = TorchEagleNetwork(self.draft, cast(RotaryEmbedding, None))  # nothing is computed with it
+        else:
+            self.engine = EagleAdapters(self.config, self.draft, "base")
 
     def publish(self, slot: int, key: str, value: float) -> int:
         return self.writer.publish(

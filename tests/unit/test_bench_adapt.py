@@ -87,7 +87,7 @@ def test_a_side_is_a_vocabulary_and_options_of_alignment() -> None:
     )
     assert side.options == {"training.beta": "0", "rank": "8", "key_scope": "global"}
     osd = make_side("osd", VOCABULARIES)
-    assert (osd.options["training.method"], osd.key_scope) == ("osd", "global")
+    assert (osd.trains_all_weights, osd.key_scope) == (True, "global")
     vocabulary = make_side("vocabulary", VOCABULARIES, ["rank=8"])
     assert (vocabulary.vocabulary, vocabulary.follows_sessions, vocabulary.options) == ("dynamic:2048+1024", True, {})
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from engine.adapters_config import AdaptersConfig, TokenLogConfig, TrainingConfig
+from engine.adapters_config import AdaptersConfig, TokenLogConfig
+from engine.models.config import ModelError
 from engine.online import adapters as eagle_adapters
 from engine.online.adapters import BASE, Assignment
 from engine.online.weight_writer import WeightWriter
 from tests.unit.engine_bank import BUFFERS, DIRECTORIES, FINGERPRINT, WORD, Bank, request
-
-WHOLE: dict[str, object] = {"training": TrainingConfig(method="osd"), "key_scope": "global"}
 
 
 def test_each_request_drafts_with_the_adapter_of_its_key(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def are(found: dict[str, torch.Tensor], value: float) -> bool:
 
 
 def test_whole_drafts_take_the_place_of_the_base_and_give_it_back(tmp_path: Path) -> None:
-    bank = Bank(tmp_path, **WHOLE)
+    bank = Bank(tmp_path, is_whole=True, key_scope="global")
     base, anybody = weights(bank), request("1", "law")
     assert bank.assign(anybody) == [BASE]
     for value in (1.0, 2.0):
@@ -162,7 +161,7 @@ def test_whole_drafts_take_the_place_of_the_base_and_give_it_back(tmp_path: Path
 
 def test_a_damaged_draft_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eagle_adapters, "_LOOK_SECONDS", 0.0)
-    bank = Bank(tmp_path, **WHOLE)
+    bank = Bank(tmp_path, is_whole=True, key_scope="global")
     anybody = request("1", "law")
     good = bank.publish(0, "*", 1.0)
     bank.assign(anybody)
@@ -175,14 +174,10 @@ def test_a_damaged_draft_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert are(weights(bank), 2.0)
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"targets": ("q", "fc")}, "'q', 'k', 'v', 'o' or 'down'"),
-        ({"training": TrainingConfig(method="osd"), "log": TokenLogConfig(control_share=0.0)}, "key_scope global"),
-        ({**WHOLE, "log": TokenLogConfig(control_share=0.1)}, "control_share 0"),
-    ],
-)
-def test_what_the_engine_cannot_apply_is_refused(options: dict[str, object], reason: str) -> None:
-    with pytest.raises(ValidationError, match=reason):
-        AdaptersConfig(enabled=True, **options)
+def test_what_the_engine_cannot_apply_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="'q', 'k', 'v', 'o' or 'down'"):
+        AdaptersConfig(enabled=True, targets=("q", "fc"))
+    with pytest.raises(ModelError, match="key_scope global"):
+        Bank(tmp_path, is_whole=True)
+    with pytest.raises(ModelError, match="control_share 0"):
+        Bank(tmp_path, is_whole=True, key_scope="global", log=TokenLogConfig(control_share=0.1))

@@ -72,7 +72,7 @@ def test_what_is_published_does_not_follow_each_update(tmp_path: Path) -> None:
 def test_first_updates_of_the_whole_draft_are_short_too(tmp_path: Path) -> None:
     """Or a version that was refused once would be refused for good, its successors starting with a leap each time."""
     tiny = TinyDraft.make(tmp_path)
-    config = AdaptersConfig(training=TrainingConfig(method="osd", learning_rate=RATE))
+    config = AdaptersConfig(training=TrainingConfig(learning_rate=RATE))
     updater = FullParameterUpdater(tiny.drafter, config, "*", tiny.base)
     segments = [answer.segment() for answer in DriftingTraffic(tiny.drafter).answers(2)]
     for _ in range(2):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -38,10 +38,10 @@ class EagleDraft:
         target: the model it drafts for.
         cache: block size of the KV cache.
         head: the target's head, or the part of it that tokens are drafted from.
-        make_adapters: of the draft, trained while it serves, given its network (None: there are none).
+        adapters: of the draft, trained while it serves (None: there are none).
 
     Raises:
-        ModelError: the compiled kernels cannot run a draft of this shape, or the adapters cannot be made.
+        ModelError: the compiled kernels cannot run a draft of this shape.
     """
 
     def __init__(
@@ -51,18 +51,17 @@ class EagleDraft:
         target: LoadedModel,
         cache: CacheConfig,
         head: DraftHead,
-        make_adapters: Callable[[EagleNetwork], EagleAdapters] | None = None,
+        adapters: EagleAdapters | None = None,
     ) -> None:
-        self._target, self._cache, self._head = target, cache, head
+        self._target, self._cache, self._head, self._adapters = target, cache, head, adapters
         self._network = make_network(draft, target)
-        self._adapters = None if make_adapters is None else make_adapters(self._network)
         self._capture_layers = draft.config.capture_layers
         self.description = f"eagle3 {name}, vocabulary {head.description}"
         one = self._attention_spec(1)
-        width = _stored_width(target, self._capture_layers, self._adapters)
+        width = _stored_width(target, self._capture_layers, adapters)
         stored_bytes = cache.block_size * width * target.dtype.itemsize
         self.vocab = head.vocab
-        adapter_bytes = self._adapters.num_bytes if self._adapters else 0
+        adapter_bytes = adapters.num_bytes if adapters else 0
         weight_bytes = self._network.weight_bytes + head.num_bytes + adapter_bytes
         self.costs = DraftCosts(weight_bytes, one.bytes_per_block + stored_bytes)
 
@@ -210,7 +209,7 @@ class EagleProposer:
 
 def _stores_fused(adapters: EagleAdapters | None) -> bool:
     """Whether g is stored: one fusion for each token, and a third of the memory."""
-    return adapters is None or not adapters.config.trains_fusion
+    return adapters is None or not adapters.trains_fusion
 
 
 def _stored_width(target: LoadedModel, capture_layers: Sequence[int], adapters: EagleAdapters | None) -> int:
