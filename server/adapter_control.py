@@ -12,7 +12,6 @@ from engine.online.adapter_control import (
     AdapterStatus,
     WorkerStatus,
     decode_status,
-    encode_command,
 )
 from server.redis_gate import RedisGate, needs_redis
 
@@ -40,5 +39,5 @@ class AdapterControl:
     async def send(self, command: AdapterCommand) -> None:
         """Leave a command for the worker; raises 503 as ``ApiError`` while Redis is down."""
         with needs_redis(_UNAVAILABLE):
-            await self._gate.run(self._gate.redis.rpush(COMMANDS_KEY, encode_command(command)))
+            await self._gate.run(self._gate.redis.rpush(COMMANDS_KEY, msgspec.msgpack.encode(command)))
         log.info("adapter command", action=command.action, key=command.key)

@@ -15,7 +15,6 @@ from engine.online.adapter_control import (
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
-    decode_command,
     encode_status,
 )
 from engine.online.token_log import connect_briefly
@@ -45,7 +44,7 @@ class ControlChannel:
         commands = []
         for data in found or []:
             try:
-                commands.append(decode_command(data))  # type: ignore[arg-type]
+                commands.append(msgspec.msgpack.decode(data, type=AdapterCommand))  # type: ignore[arg-type]
             except msgspec.MsgspecError as error:
                 log.warning("a command could not be read", error=str(error))
         return commands

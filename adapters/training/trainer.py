@@ -22,7 +22,6 @@ from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save
 from adapters.training.conversations import shard_paths
 from adapters.training.dataset import Batch, Dataset
 from adapters.training.unroll import Unroller
-from adapters.training.validation import validate
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3, init_from_target, load_draft, save_draft
 from engine.models.eagle3_config import Eagle3Config
@@ -171,7 +170,7 @@ class Trainer:
             group["lr"] = phase.learning_rate * cosine * warmup
 
     def _validate(self, means: Sequence[float]) -> None:
-        accuracy = validate(self._unroller, self._validation, VALIDATION_STEPS)
+        accuracy = self._unroller.accuracy(self._validation, VALIDATION_STEPS)
         found: dict[str, Any] = {
             "anchors": self.progress.anchors,
             "distinct": self._dataset.num_anchors,

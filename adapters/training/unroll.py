@@ -1,14 +1,31 @@
-"""The draft's forward pass and loss in training: every position unrolled over several steps at once."""
+"""A draft in training, every position unrolled over several steps: its loss, and how well it does."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 
 from adapters.chain_walk import ChainWalk
 from adapters.target_parts import TargetParts
 from adapters.training.dataset import Batch
 from adapters.training.head_loss import head_loss
 from engine.models.eagle3 import Eagle3
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """``steps[j]``: share of positions whose step j names the target's most likely token, the text before it given.
+
+    ``acceptance_length``: mean tokens a verification with ``len(steps)`` drafts would give, the bonus token included.
+    """
+
+    steps: tuple[float, ...]
+    acceptance_length: float
 
 
 class Unroller:
@@ -61,3 +78,29 @@ class Unroller:
             total = total + weight / sum(step_weights) * loss
             means.append(float(loss.detach()))
         return total, means
+
+    @torch.inference_mode()
+    def accuracy(self, batches: Sequence[Batch], num_steps: int) -> Accuracy:
+        """Over the full head, teacher-forced: a chain's later tokens are the text's own."""
+        hits, counts = [0] * num_steps, [0] * num_steps
+        accepted, chains = 0, 0
+        with self.precision():
+            for batch in batches:
+                labels = batch.labels.flatten(0, 1).to(self.target.head.dtype)
+                right = self._most_likely(self.target.head_input(labels)).view(batch.labels.shape[:2])
+                walk, alive = self.walk(batch), batch.lengths >= num_steps
+                chains += int(alive.sum())
+                for step in range(num_steps):
+                    if step:
+                        walk.advance(batch.lengths[walk.chains] > step)
+                    hit = self._most_likely(walk.head_input) == right[walk.rows, walk.ends]
+                    hits[step] += int(hit.sum())
+                    counts[step] += len(hit)
+                    alive[walk.chains] &= hit
+                    accepted += int(alive.sum())
+        steps = tuple(hit / max(1, count) for hit, count in zip(hits, counts, strict=True))
+        return Accuracy(steps, 1 + accepted / max(1, chains))
+
+    def _most_likely(self, hidden: torch.Tensor) -> torch.Tensor:
+        head = self.target.head
+        return torch.cat([F.linear(chunk.to(head.dtype), head).argmax(-1) for chunk in torch.split(hidden, _CHUNK)])

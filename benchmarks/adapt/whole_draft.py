@@ -23,11 +23,11 @@ from engine.speculation.drafters.eagle_network import EagleNetwork
 from kernels.batched_lora import LoraRows
 
 
-def whole_layout(config: Eagle3Config, base: str, dtype: torch.dtype = torch.bfloat16) -> WeightLayout:
-    """Layout of a weight channel for all weights of a draft, by their names in ``Eagle3``."""
+def whole_layout(config: Eagle3Config, base: str) -> WeightLayout:
+    """Layout (bf16) of a weight channel for all weights of a draft, by their names in ``Eagle3``."""
     with torch.device("meta"):
         weights = dict(Eagle3(config).named_parameters())
-    return WeightLayout.of({name: weight.to(dtype) for name, weight in weights.items()}, base)
+    return WeightLayout.of({name: weight.bfloat16() for name, weight in weights.items()}, base)
 
 
 class WholeDraft(EagleAdapters):

@@ -42,16 +42,14 @@ def adapted_rows(config: Eagle3Config, target: LoraTarget) -> AdaptedRows:
     }[target]
 
 
-def lora_layout(
-    config: Eagle3Config, rank: int, targets: Collection[LoraTarget], base: str, dtype: torch.dtype = torch.bfloat16
-) -> WeightLayout:
-    """Layout of a weight channel for adapters of one draft, whose ``draft_fingerprint`` is ``base``."""
+def lora_layout(config: Eagle3Config, rank: int, targets: Collection[LoraTarget], base: str) -> WeightLayout:
+    """Layout (bf16) of a weight channel for adapters of one draft, whose ``draft_fingerprint`` is ``base``."""
     shapes = {}
     for target in targets:
         rows = adapted_rows(config, target)
         shapes[f"{target}.a"] = (rank, rows.num_inputs)
         shapes[f"{target}.b"] = (rows.end - rows.start, rank)
-    return WeightLayout(tuple(TensorSpec(name, shape, dtype) for name, shape in sorted(shapes.items())), base)
+    return WeightLayout(tuple(TensorSpec(name, shape, torch.bfloat16) for name, shape in sorted(shapes.items())), base)
 
 
 def draft_fingerprint(directory: Path) -> str:

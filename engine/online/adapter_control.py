@@ -3,8 +3,9 @@
     evospec:adapters:commands   list of commands, RPUSH by the server, LPOP by the worker, oldest first
     evospec:adapters:status     hash: field "" is the worker's state, every other field an adapter key's
 
-Both hold MessagePack. A command waits as long as no worker runs; it is carried out at most once. The worker writes the
-hash anew each second, in one transaction; it counts as gone when ``WorkerStatus.updated_at`` is some seconds old.
+Both hold MessagePack: ``AdapterCommand``; ``WorkerStatus`` and ``AdapterStatus``. A command waits as long as no worker
+runs; it is carried out at most once. The worker writes the hash anew each second, in one transaction; it counts as gone
+when ``WorkerStatus.updated_at`` is some seconds old.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ WORKER_FIELD = b""
 
 KeyScope = Literal["tenant", "tenant+domain", "global"]
 GLOBAL_KEY = "*"
-_MAX_KEY_BYTES = 128  # of a weight channel's slot
+MAX_KEY_BYTES = 128
+"""Longest adapter key, in UTF-8."""
 
 
 def adapter_key(scope: KeyScope, tenant: str, domain: str | None) -> str:
@@ -36,10 +38,10 @@ def adapter_key(scope: KeyScope, tenant: str, domain: str | None) -> str:
     key = quote(tenant, safe="")
     if scope == "tenant+domain" and domain:
         key += "/" + quote(domain, safe="")
-    if len(key) <= _MAX_KEY_BYTES:
+    if len(key) <= MAX_KEY_BYTES:
         return key
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return f"{key[: _MAX_KEY_BYTES - 33]}~{digest}"
+    return f"{key[: MAX_KEY_BYTES - 33]}~{digest}"
 
 
 class AdapterCommand(msgspec.Struct, frozen=True):
@@ -101,16 +103,6 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
     is_paused: bool
     """Whether there was work and the machine was too busy for it."""
     resident_bytes: int
-
-
-def encode_command(command: AdapterCommand) -> bytes:
-    """What to append by ``RPUSH COMMANDS_KEY``."""
-    return msgspec.msgpack.encode(command)
-
-
-def decode_command(data: bytes) -> AdapterCommand:
-    """A command that ``LPOP COMMANDS_KEY`` gave; raises ``msgspec.MsgspecError``."""
-    return msgspec.msgpack.decode(data, type=AdapterCommand)
 
 
 def encode_status(worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> dict[bytes, bytes]:

@@ -24,6 +24,7 @@ from engine.online.verify_record import RecordError, VerifyRecord, decode_record
 log = structlog.get_logger(__name__)
 
 _FIELD = b"record"
+_GROUP, _CONSUMER = "adapters", "worker"
 _WRITE_TIMEOUT = 1.0
 _READ_TIMEOUT = 2.0
 _LOOK_INTERVAL = 0.1
@@ -35,7 +36,7 @@ _Entry = tuple[bytes, dict[bytes, bytes] | None]  # None, or no fields: it was t
 
 @dataclass(frozen=True)
 class TokenLogStats:
-    """Records since the start, each in one of the first three, in the queue, or just being sent.
+    """Records since the start, each in one of these, in the queue, or just being sent.
 
     Those dropped by Redis may have been written where it failed before it could answer.
     """
@@ -43,7 +44,6 @@ class TokenLogStats:
     num_written: int
     num_dropped_by_queue: int
     num_dropped_by_redis: int
-    num_queued: int
 
 
 class TokenLog:
@@ -84,7 +84,7 @@ class TokenLog:
 
     def stats(self) -> TokenLogStats:
         """Counters, readable from any thread."""
-        return TokenLogStats(self._written, self._dropped_by_queue, self._dropped_by_redis, len(self._queue))
+        return TokenLogStats(self._written, self._dropped_by_queue, self._dropped_by_redis)
 
     def close(self) -> None:
         """Write what is queued, if Redis answers, and end the thread: seconds at most."""
@@ -153,17 +153,15 @@ class LoggedRecord(NamedTuple):
 class TokenLogReader:
     """The worker's end of the token log: a consumer of a group, which remembers what was read and not yet acknowledged.
 
-    A reader of the same name first gets what the one before it got and did not acknowledge.
+    A reader first gets what the one before it got and did not acknowledge.
 
     Args:
-        url, stream: as in ``TokenLog``.
-        group: readers of different groups each get everything.
-        consumer: name of this reader; one process at a time may have it.
+        url, stream: as in ``TokenLog``. One process at a time may read a stream.
     """
 
-    def __init__(self, url: str, stream: str, group: str = "adapters", consumer: str = "worker") -> None:
+    def __init__(self, url: str, stream: str) -> None:
         self._redis = connect_briefly(url, _READ_TIMEOUT)
-        self._stream, self._group, self._consumer = stream, group, consumer
+        self._stream = stream
         self._last_id = b"0-0"
         self._has_pending = True
         self._to_acknowledge: list[bytes] = []
@@ -210,7 +208,7 @@ class TokenLogReader:
         if not self._to_acknowledge:
             return
         try:
-            self._redis.xack(self._stream, self._group, *self._to_acknowledge)
+            self._redis.xack(self._stream, _GROUP, *self._to_acknowledge)
         except (RedisError, OSError) as error:
             raise TokenLogUnavailable(str(error)) from error
         self._to_acknowledge.clear()
@@ -243,7 +241,7 @@ class TokenLogReader:
             groups: list[dict[str, Any]] = self._redis.xinfo_groups(self._stream)
         except ResponseError:  # no stream
             return None
-        return next((group for group in groups if group["name"] == self._group.encode()), None)
+        return next((group for group in groups if group["name"] == _GROUP.encode()), None)
 
     def _find_place(self) -> None:
         """Where the reader before this one was."""
@@ -253,12 +251,12 @@ class TokenLogReader:
 
     def _read_group(self, start: bytes, count: int) -> list[_Entry]:
         try:
-            reply: Any = self._redis.xreadgroup(self._group, self._consumer, {self._stream: start}, count=count)
+            reply: Any = self._redis.xreadgroup(_GROUP, _CONSUMER, {self._stream: start}, count=count)
         except ResponseError as error:
             if not str(error).startswith("NOGROUP"):
                 raise
             # The first start, or Redis came back empty.
-            self._redis.xgroup_create(self._stream, self._group, id="0", mkstream=True)
+            self._redis.xgroup_create(self._stream, _GROUP, id="0", mkstream=True)
             self._last_id, self._newest, self._num_passed = b"0-0", (0, 0), None
             return []
         entries: list[_Entry] = reply[0][1] if reply else []

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
+from engine.online.adapter_control import MAX_KEY_BYTES
 from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_directory import MAX_KEY_BYTES, Slot, WeightDirectory
+from engine.online.weight_directory import Slot, WeightDirectory
 from engine.online.weight_layout import WeightLayout
 
 _ATTEMPTS = 4

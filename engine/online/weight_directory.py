@@ -20,11 +20,9 @@ from pathlib import Path
 
 import msgspec
 
+from engine.online.adapter_control import MAX_KEY_BYTES
 from engine.online.shared_file import SharedFile, SharedMemoryError
 from engine.online.weight_layout import WeightLayout
-
-MAX_KEY_BYTES = 128
-"""Longest key of a slot, in UTF-8."""
 
 MAX_VERSION = 2**62
 """No version is greater; a channel that says so is damaged."""

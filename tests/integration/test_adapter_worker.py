@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from redis import Redis
@@ -31,7 +32,6 @@ from engine.online.adapter_control import (
     AdapterStatus,
     WorkerStatus,
     decode_status,
-    encode_command,
 )
 from engine.online.shared_file import SharedMemoryError
 from engine.online.token_log import LoggedRecord
@@ -109,7 +109,7 @@ def statuses(config: AdaptersConfig) -> tuple[WorkerStatus | None, dict[str, Ada
 def command(config: AdaptersConfig, action: str, key: str = "t") -> None:
     assert config.redis_url is not None
     message = AdapterCommand(action=action, key=key)  # type: ignore[arg-type]
-    Redis.from_url(config.redis_url).rpush(COMMANDS_KEY, encode_command(message))
+    Redis.from_url(config.redis_url).rpush(COMMANDS_KEY, msgspec.msgpack.encode(message))
 
 
 def serve_until_published(engine: MadeUpEngine, worker: AdapterWorker, answers: list[Answer], count: int) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
@@ -18,7 +19,6 @@ from engine.online.adapter_control import (
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
-    decode_command,
     encode_status,
 )
 from server.tenants import hash_key
@@ -110,7 +110,7 @@ async def test_operators_see_adapters_and_command_the_worker(serve: Any, redis: 
         for key, action in [("law/contracts", "rollback"), ("*", "freeze"), ("*", "unfreeze"), ("a%2520b", "reset")]:
             response = await api.client.post(f"/v1/adapters/{key}/{action}", headers=ADMIN)
             assert response.status_code == 202, response.text
-    commands = [decode_command(data) for data in redis.lrange(COMMANDS_KEY, 0, -1)]  # type: ignore[arg-type]
+    commands = [msgspec.msgpack.decode(data, type=AdapterCommand) for data in redis.lrange(COMMANDS_KEY, 0, -1)]
     assert commands == [
         AdapterCommand("rollback", "law/contracts"),
         AdapterCommand("freeze", "*"),
