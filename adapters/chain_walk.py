@@ -96,7 +96,7 @@ class _Context:
         self._keys, self._values, self._rows, self._columns = keys, values, rows, columns
         self._num_chains = torch.bincount(rows, minlength=len(keys)).tolist()
         is_later = torch.arange(keys.shape[1]) > columns[:, None]
-        self._hidden = self._of_segments(is_later)
+        self._hidden = self._of_sequences(is_later)
 
     def of(self, chains: torch.Tensor) -> _Context:
         """The context of some of the chains, [N] bool."""
@@ -111,22 +111,22 @@ class _Context:
         """
         q = q * q.shape[-1] ** -0.5
         scores = [
-            torch.einsum("ngrd,tgd->ngrt", of_segment, keys).masked_fill(hidden[:, None, None], -torch.inf)
-            for of_segment, keys, hidden in zip(self._of_segments(q), self._keys, self._hidden, strict=True)
+            torch.einsum("ngrd,tgd->ngrt", of_sequence, keys).masked_fill(hidden[:, None, None], -torch.inf)
+            for of_sequence, keys, hidden in zip(self._of_sequences(q), self._keys, self._hidden, strict=True)
         ]
         own = [(q * key[:, :, None]).sum(-1, keepdim=True) for key in later_keys]
         weights = torch.cat((torch.cat(scores), *own), dim=-1).softmax(-1)
         shared, *of_own = torch.split_with_sizes(weights, [self._keys.shape[1]] + [1] * len(own), dim=-1)
         attended = torch.cat(
             [
-                torch.einsum("ngrt,tgd->ngrd", of_segment, values)
-                for of_segment, values in zip(self._of_segments(shared), self._values, strict=True)
+                torch.einsum("ngrt,tgd->ngrd", of_sequence, values)
+                for of_sequence, values in zip(self._of_sequences(shared), self._values, strict=True)
             ]
         )
         for weight, value in zip(of_own, later_values, strict=True):
             attended = attended + weight * value[:, :, None]
         return attended
 
-    def _of_segments(self, chains: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _of_sequences(self, chains: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[N, ...] in as many parts as there are segments."""
         return torch.split_with_sizes(chains, self._num_chains)

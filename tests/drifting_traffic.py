@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.alignment.chain_drafter import ChainDrafter
-from adapters.alignment.chains import collate
+from adapters.alignment.chains import ChainDrafter, collate
 from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment
 from adapters.target_parts import load_target_parts

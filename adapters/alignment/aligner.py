@@ -7,7 +7,7 @@ import time
 import structlog
 import torch
 
-from adapters.alignment.chain_drafter import ChainDrafter
+from adapters.alignment.chains import ChainDrafter
 from adapters.alignment.guard import Guard, Verdict, judge
 from adapters.alignment.records import Segment
 from adapters.alignment.replay import ReplayBuffer

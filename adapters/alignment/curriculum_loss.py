@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adapters.alignment.chain_drafter import ChainStep
+from adapters.alignment.chains import ChainStep
 
 
 class Curriculum:

@@ -9,8 +9,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
-from adapters.alignment.chains import SegmentBatch, collate
+from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
 from adapters.alignment.curriculum_loss import step_divergence
 from adapters.alignment.records import Segment
 

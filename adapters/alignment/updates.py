@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
-from adapters.alignment.chains import SegmentBatch, collate
+from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
 from adapters.alignment.curriculum_loss import Curriculum, divergence
 from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment

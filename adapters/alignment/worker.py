@@ -15,7 +15,7 @@ import structlog
 import torch
 
 from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chain_drafter import ChainDrafter
+from adapters.alignment.chains import ChainDrafter
 from adapters.alignment.control import ControlChannel
 from adapters.alignment.pace import Pacer
 from adapters.alignment.publisher import AdapterPublisher

@@ -14,8 +14,7 @@ from dataclasses import replace
 import torch
 
 from adapters.alignment import worker
-from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
-from adapters.alignment.chains import SegmentBatch
+from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch
 from adapters.alignment.updates import Updater
 from benchmarks.adapt.whole_draft import whole_layout
 from benchmarks.common import experiments

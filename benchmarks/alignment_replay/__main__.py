@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from adapters.alignment.chain_drafter import ChainDrafter
+from adapters.alignment.chains import ChainDrafter
 from benchmarks.alignment_replay.recordings import recorded
 from benchmarks.alignment_replay.worker import Replay, acceptance_length, configured
 from benchmarks.common.draft_traces import load_parts

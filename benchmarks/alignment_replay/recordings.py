@@ -10,8 +10,7 @@ import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
 
-from adapters.alignment.chain_drafter import ChainDrafter
-from adapters.alignment.chains import SegmentBatch
+from adapters.alignment.chains import ChainDrafter, SegmentBatch
 from benchmarks.common.draft_traces import answers, load_parts
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chain_drafter import ChainDrafter
+from adapters.alignment.chains import ChainDrafter
 from adapters.alignment.records import Assembler
 from adapters.alignment.replay import starts_chains, teaches
 from adapters.alignment.store import AdapterStore

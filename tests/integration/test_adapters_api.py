@@ -110,7 +110,10 @@ async def test_operators_see_adapters_and_command_the_worker(serve: Any, redis: 
         for key, action in [("law/contracts", "rollback"), ("*", "freeze"), ("*", "unfreeze"), ("a%2520b", "reset")]:
             response = await api.client.post(f"/v1/adapters/{key}/{action}", headers=ADMIN)
             assert response.status_code == 202, response.text
-    commands = [msgspec.msgpack.decode(data, type=AdapterCommand) for data in redis.lrange(COMMANDS_KEY, 0, -1)]
+    commands = [
+        msgspec.msgpack.decode(data, type=AdapterCommand)  # type: ignore[arg-type]
+        for data in redis.lrange(COMMANDS_KEY, 0, -1)
+    ]
     assert commands == [
         AdapterCommand("rollback", "law/contracts"),
         AdapterCommand("freeze", "*"),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from adapters.alignment.chain_drafter import ChainStep, GoesOn
+from adapters.alignment.chains import ChainStep, GoesOn
 from adapters.alignment.curriculum_loss import Curriculum, divergence
 
 N, S, R, K = 5, 4, 12, 3

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from adapters.alignment.chain_drafter import ChainDrafter, ChainStep
-from adapters.alignment.chains import SegmentBatch, collate
+from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, collate
 from adapters.alignment.lora import Lora
 from engine.adapters_config import LoraTarget
 from engine.models.eagle3 import Eagle3
 from engine.models.lora import adapted_rows, draft_fingerprint, lora_layout
+from engine.online.weight_layout import WeightLayout
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.tiny_drafts import WEIGHTS, make_draft_directory, random_draft
 from tests.tiny_models import make_directory
@@ -154,8 +154,9 @@ def test_layouts_of_other_drafts_ranks_and_targets_differ(draft: Eagle3, tmp_pat
         lora_layout(config, 4, ("q", "v"), "b"),
         lora_layout(config, 8, ("q", "v"), "a"),
         lora_layout(config, 4, ["q"], "a"),
-        lora_layout(config, 4, ("q", "v"), "a", torch.float32),
     ]
+    as_floats = tuple(replace(spec, dtype=torch.float32) for spec in layouts[0].tensors)
+    layouts.append(WeightLayout(as_floats, "a"))
     assert len({layout.fingerprint for layout in layouts}) == len(layouts)
     assert lora_layout(config, 4, ("v", "q"), "a") == layouts[0]
     files = make_directory(tmp_path / "model")

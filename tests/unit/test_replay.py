@@ -13,8 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.alignment.chain_drafter import ChainStep
-from adapters.alignment.chains import collate
+from adapters.alignment.chains import ChainStep, collate
 from adapters.alignment.curriculum_loss import divergence
 from adapters.alignment.records import Assembler, Segment
 from adapters.alignment.replay import ReplayBuffer, is_held_out, starts_chains, teaches

@@ -42,8 +42,9 @@ def with_prior(text: list[int], *, is_served: bool = True) -> Segment:
 
 def bonus(batch: SegmentBatch, step: int, token_ids: torch.Tensor = EVERY) -> torch.Tensor:
     """[N, R] of all chains."""
-    chains = torch.arange(len(batch.starts))
-    return batch.with_prior(torch.zeros(len(chains), len(token_ids)), chains, step, token_ids)
+    if batch.prior is None:
+        return torch.zeros(len(batch.starts), len(token_ids))
+    return batch.prior.bonus(batch.starts // batch.length, batch.starts % batch.length, step, token_ids)
 
 
 def as_served(text: list[int], weights: list[float], drafts: list[int]) -> torch.Tensor:
