@@ -9,4 +9,4 @@ from __future__ import annotations
 import multiprocessing
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["engine.online.token_log", "engine.online.weight_channel", "pytest", "hypothesis"])
+processes.set_forkserver_preload(["engine.online.token_log", "engine.online.weight_writer", "pytest", "hypothesis"])

@@ -16,7 +16,8 @@ import psutil
 from benchmarks.faults.server import ENGINE, RING_ROWS, VALKEY, WORKER, Server, State
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.shared_file import SharedFile, SharedMemoryError
-from engine.online.weight_channel import WeightChannel, WeightWriter
+from engine.online.weight_channel import WeightChannel
+from engine.online.weight_writer import WeightWriter
 
 _WAIT_SECONDS = 20.0
 _SLICE_SECONDS = 3e-4

@@ -64,7 +64,7 @@ class EagleAdapters:
         self.num_bytes = num_slots * layout.nbytes
         try:
             make_private_directory(config.shared_directory)
-            self._channel = WeightChannel.create(config.channel_path, layout, num_slots)
+            self._channel = WeightChannel.create(config.channel_path, layout, num_slots, self._device)
         except SharedMemoryError as error:
             raise ModelError(f"alignment: no weight channel: {error}") from error
         self._in_force = [BASE] * num_slots

@@ -16,6 +16,7 @@ from __future__ import annotations
 import mmap
 import struct
 import time
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from engine.online.shared_file import SharedFile, SharedMemoryError
 
 _MAGIC = b"EVOSPFR1"
 _HEADER = struct.Struct("<8sII")
+_CRC = struct.Struct("<I")
 _GENERATIONS_OFFSET = 64
 _ROWS_DTYPE = torch.bfloat16
 
@@ -34,8 +36,8 @@ class _Ring:
 
     def __init__(self, file: SharedFile) -> None:
         self.file = file
-        self._header = file.read_header(_HEADER.size)
-        magic, capacity, width = _HEADER.unpack(self._header)
+        self._header = self._read_header()
+        magic, capacity, width = _HEADER.unpack_from(self._header)
         self.capacity: int = capacity
         self.width: int = width
         if magic != _MAGIC or not capacity or not width or file.size != _size(capacity, width):
@@ -44,10 +46,15 @@ class _Ring:
     def is_sound(self) -> bool:
         """Whether header and size are what they were at first."""
         try:
-            header = self.file.read_header(_HEADER.size)
-            return header == self._header and self.file.size == _size(self.capacity, self.width)
+            return self._read_header() == self._header and self.file.size == _size(self.capacity, self.width)
         except SharedMemoryError:
             return False
+
+    def _read_header(self) -> bytes:
+        header = self.file.read(0, _HEADER.size + _CRC.size)
+        if _CRC.pack(zlib.crc32(header[: _HEADER.size])) != header[_HEADER.size :]:
+            raise SharedMemoryError(f"{self.file.path}: the header is damaged")
+        return header
 
     def generations(self, slot: int, count: int) -> torch.Tensor:
         """The generations int64 [count] of the rows from ``slot`` on; raises ``SharedMemoryError``."""
@@ -85,7 +92,8 @@ class FeatureRing:
 
     def __init__(self, path: Path, capacity: int, width: int) -> None:
         file = SharedFile.create(path, _size(capacity, width))
-        file.write_header(_HEADER.pack(_MAGIC, capacity, width))
+        header = _HEADER.pack(_MAGIC, capacity, width)
+        file.write(0, header + _CRC.pack(zlib.crc32(header)))
         self._ring = _Ring(file)
         self._ring.set_generations(0, capacity, -1)  # a generation that nobody can ask for
         self._next = 0

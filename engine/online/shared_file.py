@@ -12,15 +12,12 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-import struct
 import weakref
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 _T = TypeVar("_T")
-_CRC = struct.Struct("<I")
 
 
 class SharedMemoryError(Exception):
@@ -106,17 +103,6 @@ class SharedFile:
         while rest:
             count = self._try(os.pwrite, rest, offset)
             offset, rest = offset + count, rest[count:]
-
-    def write_header(self, header: bytes) -> None:
-        """Put a header at the file's start, and its CRC-32 behind it; raises ``SharedMemoryError``."""
-        self.write(0, header + _CRC.pack(zlib.crc32(header)))
-
-    def read_header(self, size: int) -> bytes:
-        """The header of ``size`` bytes; raises ``SharedMemoryError`` if it is not what was written."""
-        data = self.read(0, size + _CRC.size)
-        if _CRC.pack(zlib.crc32(data[:size])) != data[size:]:
-            raise SharedMemoryError(f"{self.path}: the header is damaged")
-        return data[:size]
 
     def is_replaced(self) -> bool:
         """Whether another file, or none, is now at its path, or it is closed."""

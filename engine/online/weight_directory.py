@@ -1,9 +1,9 @@
-"""A weight channel's file, and the part of it that says which version of which key is in which buffer.
+"""Which version of which key is in which buffer: the part of a weight channel that is always in host memory.
 
-    0    header: magic, number of slots, bytes a buffer, layout fingerprint, CRC-32
+    0    header: magic, kind of memory, number of slots, bytes a buffer, layout fingerprint, CRC-32
     64   the word: version * 2 + index of the directory in force
     128  directory 0: CRC-32, length, MessagePack; then directory 1
-    ...  from the next page on, two buffers a slot
+    ...  (host memory only) from the next page on, two buffers a slot
 
 A publication fills a buffer and the directory that are not in force and then writes the word. That is one write of 8
 aligned bytes, so every other moment of a writer's death leaves what was in force as it was.
@@ -17,6 +17,7 @@ import mmap
 import struct
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -27,8 +28,12 @@ from engine.online.weight_layout import WeightLayout
 MAX_VERSION = 2**62
 """No version is greater; a channel that says so is damaged."""
 
-_MAGIC = b"EVOSPCW1\0\0\0\0"
-_HEADER = struct.Struct("<12sIQ32s")
+MemoryKind = Literal["host", "cuda"]
+
+_MAGIC = b"EVOSPCW1"
+_KINDS: tuple[MemoryKind, ...] = ("host", "cuda")
+_HEADER = struct.Struct("<8sIIQ32s")
+_CRC = struct.Struct("<I")
 _PREFIX = struct.Struct("<II")
 _WORD = struct.Struct("<Q")
 _WORD_OFFSET = 64
@@ -83,14 +88,15 @@ class WeightDirectory:
 
     def __init__(self, file: SharedFile) -> None:
         self.file = file
-        self._header = file.read_header(_HEADER.size)
-        magic, num_slots, stride, fingerprint = _HEADER.unpack(self._header)
+        self._header = self._read_header()
+        magic, kind, num_slots, stride, fingerprint = _HEADER.unpack_from(self._header)
         self.num_slots: int = num_slots
         self.stride: int = stride
         """Bytes a buffer."""
         self.fingerprint: bytes = fingerprint
-        if magic != _MAGIC or not 0 < num_slots <= _MAX_SLOTS:
+        if magic != _MAGIC or kind >= len(_KINDS) or not 0 < num_slots <= _MAX_SLOTS:
             raise SharedMemoryError(f"{file.path} is no weight channel of this format")
+        self.kind = _KINDS[kind]
         self._check()
         self._last = _Directory(-1, (Slot(),) * self.num_slots)
         """The directory that was read last."""
@@ -107,10 +113,13 @@ class WeightDirectory:
         return directory
 
     @classmethod
-    def create(cls, path: Path, layout: WeightLayout, num_slots: int, version: int) -> WeightDirectory:
+    def create(
+        cls, path: Path, layout: WeightLayout, num_slots: int, kind: MemoryKind, version: int
+    ) -> WeightDirectory:
         """A channel of empty slots, at ``version``, in place of what is at ``path``; raises ``SharedMemoryError``."""
-        file = SharedFile.create(path, _file_size(num_slots, layout.nbytes))
-        file.write_header(_HEADER.pack(_MAGIC, num_slots, layout.nbytes, layout.fingerprint))
+        file = SharedFile.create(path, _file_size(kind, num_slots, layout.nbytes))
+        header = _HEADER.pack(_MAGIC, _KINDS.index(kind), num_slots, layout.nbytes, layout.fingerprint)
+        file.write(0, header + _CRC.pack(zlib.crc32(header)))
         directory = cls(file)
         directory.commit(version, (Slot(),) * num_slots)
         file.install()
@@ -126,13 +135,10 @@ class WeightDirectory:
         """Version of the directory that ``slots`` returned last."""
         return self._last.version
 
-    def is_of(self, layout: WeightLayout) -> bool:
-        """Whether the buffers are for weights of this layout."""
-        return (self.fingerprint, self.stride) == (layout.fingerprint, layout.nbytes)
-
-    def buffer_offset(self, buffer: int) -> int:
-        """Where in the file a buffer begins."""
-        return _data_offset(self.num_slots) + buffer * self.stride
+    @property
+    def data_offset(self) -> int:
+        """Offset of the first buffer, where these are in host memory."""
+        return _data_offset(self.num_slots)
 
     def slots(self) -> tuple[Slot, ...]:
         """All slots as of one version.
@@ -178,11 +184,17 @@ class WeightDirectory:
             return None
         return directory if len(directory.slots) == self.num_slots and directory.is_sound() else None
 
+    def _read_header(self) -> bytes:
+        header = self.file.read(0, _HEADER.size + _CRC.size)
+        if _CRC.pack(zlib.crc32(header[: _HEADER.size])) != header[_HEADER.size :]:
+            raise SharedMemoryError(f"{self.file.path}: the header is damaged")
+        return header
+
     def _check(self) -> None:
         """Raise ``SharedMemoryError`` unless the header is what it was at first, and the file as large as it tells."""
-        if self.file.read_header(_HEADER.size) != self._header:
+        if self._read_header() != self._header:
             raise SharedMemoryError(f"{self.file.path}: the header is damaged")
-        if self.file.size != _file_size(self.num_slots, self.stride):
+        if self.file.size != _file_size(self.kind, self.num_slots, self.stride):
             raise SharedMemoryError(f"{self.file.path}: the header tells of another size")
 
     def _directory_start(self, index: int) -> int:
@@ -193,8 +205,8 @@ def _directory_size(num_slots: int) -> int:
     return _DIRECTORY_MARGIN + num_slots * _BYTES_PER_SLOT
 
 
-def _file_size(num_slots: int, stride: int) -> int:
-    return _data_offset(num_slots) + 2 * num_slots * stride
+def _file_size(kind: MemoryKind, num_slots: int, stride: int) -> int:
+    return _data_offset(num_slots) + (2 * num_slots * stride if kind == "host" else 0)
 
 
 def _data_offset(num_slots: int) -> int:

@@ -32,7 +32,7 @@ from engine.online.adapter_control import adapter_key
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.token_log import TokenLog
 from engine.online.verify_record import VerifyRecord
-from engine.online.weight_channel import WeightWriter
+from engine.online.weight_writer import WeightWriter
 from engine.request import Request
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import Curve, StepCosts

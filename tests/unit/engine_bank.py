@@ -16,7 +16,7 @@ from engine.models.llama import RotaryEmbedding
 from engine.models.lora import lora_layout
 from engine.online.adapters import Assignment, EagleAdapters
 from engine.online.shared_file import SharedFile
-from engine.online.weight_channel import WeightWriter
+from engine.online.weight_writer import WeightWriter
 from engine.request import Request
 from engine.speculation.drafters.eagle_network import TorchEagleNetwork
 

@@ -13,7 +13,7 @@ from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.models.config import ModelError
 from engine.online import adapters as eagle_adapters
 from engine.online.adapters import BASE, Assignment
-from engine.online.weight_channel import WeightWriter
+from engine.online.weight_writer import WeightWriter
 from tests.unit.engine_bank import BUFFERS, DIRECTORIES, FINGERPRINT, WORD, Bank, request
 
 

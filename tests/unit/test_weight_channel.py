@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import random
+import stat
 import time
 import timeit
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ import pytest
 import torch
 
 from engine.online.adapter_control import MAX_KEY_BYTES
+from engine.online.cuda_memory import HandleServer, receive_memory
 from engine.online.shared_file import SharedMemoryError
-from engine.online.weight_channel import ChannelReplaced, WeightChannel, WeightWriter
+from engine.online.weight_channel import WeightChannel
 from engine.online.weight_directory import MAX_VERSION, Slot
 from engine.online.weight_layout import TensorSpec, WeightLayout
+from engine.online.weight_writer import ChannelReplaced, WeightWriter
 from tests.killable_processes import processes
 from tests.unit.interleaving import at_line, before_each_line, count_lines
 
@@ -372,20 +375,35 @@ def test_engines_killed_at_random_moments_do_not_disturb_the_writer(path: Path) 
     assert read_whole(WeightChannel.create(path, LARGE, num_slots=2), empty(LARGE)).version == writer.version
 
 
-def publish_and_stay(path: Path, count: int) -> None:
+def test_device_memory_that_cannot_be_shared_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with pytest.raises(SharedMemoryError, match="No such file"):
+        receive_memory(path)
+    server = HandleServer(torch.zeros(8, dtype=torch.uint8), path)  # of a CPU: there is no handle to give
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for _ in range(2):
+        with pytest.raises(SharedMemoryError, match="no device memory"):
+            receive_memory(path)
+    server.close()
+    with pytest.raises(SharedMemoryError, match="refused"):
+        receive_memory(path)
+
+
+def publish_on_cuda(path: Path, count: int) -> None:
     writer = WeightWriter(path, LARGE)
     for _ in range(count):
-        publish_next(writer, LARGE)
+        version = writer.version + 1
+        writer.publish(0, "key", {name: t.cuda() for name, t in contents(LARGE, version).items()})
     time.sleep(600)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_weights_for_a_device_outlive_a_killed_writer(path: Path) -> None:
-    channel = WeightChannel.create(path, LARGE, num_slots=2)
+def test_device_memory_outlives_a_killed_writer(path: Path) -> None:
+    channel = WeightChannel.create(path, LARGE, num_slots=2, device=torch.device("cuda"))
     tensors = {name: tensor.cuda() for name, tensor in empty(LARGE).items()}
     for round_ in range(1, 4):
-        process = multiprocessing.get_context("spawn").Process(target=publish_and_stay, args=(path, 3))
+        process = multiprocessing.get_context("spawn").Process(target=publish_on_cuda, args=(path, 3))
         process.start()
         deadline = time.monotonic() + 120
         while channel.poll() < 3 * round_ and time.monotonic() < deadline:
