@@ -116,7 +116,7 @@ def _damage_bytes(server: Server, chance: random.Random) -> str:
     num_keys = len(server.state().in_channel)
     _damage_ring(server, chance)
     channel = server.channel()
-    size = channel.directory.buffer_offset(0) - _DIRECTORIES
+    size = channel.directory.data_offset - _DIRECTORIES
     places = {"header": (0, _HEADER_END), "word": (_WORD, 8), "directories": (_DIRECTORIES, size)}
     name = chance.choice(list(places))
     _damage(channel, *places[name], chance)
@@ -182,7 +182,7 @@ def _end(channel: WeightChannel, slot: int) -> bytes:
 
 
 def _buffer_start(channel: WeightChannel, slot: int, index: int) -> int:
-    return channel.directory.buffer_offset(2 * slot + index)
+    return channel.directory.data_offset + (2 * slot + index) * channel.directory.stride
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from engine.online.adapter_control import MAX_KEY_BYTES
 from engine.online.shared_file import SharedMemoryError
 from engine.online.weight_channel import WeightChannel
-from engine.online.weight_directory import MAX_KEY_BYTES, Slot
+from engine.online.weight_directory import Slot
 from engine.online.weight_layout import WeightLayout
 
 

@@ -110,7 +110,7 @@ def test_answers_are_judged_by_status_and_end(answer: Answer, outcome: str) -> N
 def test_each_mode_changes_a_channel(mode: str, tmp_path: Path) -> None:
     layout = WeightLayout.of({"a": torch.zeros(64, dtype=torch.bfloat16)})
     path = tmp_path / "weights"
-    WeightDirectory.create(path, layout, num_slots=8, version=1)
+    WeightDirectory.create(path, layout, num_slots=8, kind="host", version=1)
     before = path.read_bytes()
     forge(path, mode)
     assert not path.exists() or path.read_bytes() != before
