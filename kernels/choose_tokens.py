@@ -124,7 +124,8 @@ def _choose_by_tensors(
     allowed = None if allowed is None else allowed.to(device)
     places = torch.tensor(positions, dtype=torch.int64, device=device)
     if sampling is None:
-        sampling = RowSampling(*([value] * len(logits) for value in (0.0, 0, 0, 1.0, 0.0)))
+        zeros = [0] * len(logits)
+        sampling = RowSampling(zeros, zeros, zeros, [1.0] * len(logits), zeros)
     temperatures = torch.tensor(sampling.temperatures, dtype=torch.float32, device=device)
     least = None
     if sampling.is_truncated:

@@ -80,14 +80,10 @@ def hash_tokens(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.T
     return x
 
 
-def _to_gumbel(hashes: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise, float32 between -3.2 and 22.9; it grows with the hash."""
-    return hashes.double().add_(2.0**31 + 0.5).mul_(2.0**-32).log_().neg_().log_().neg_().float()
-
-
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """[N, K] float32 standard Gumbel noise; arguments as ``hash_tokens``."""
-    return _to_gumbel(hash_tokens(seeds, positions, token_ids))
+    """[N, K] float32 standard Gumbel noise, between -3.2 and 22.9; arguments as ``hash_tokens``."""
+    uniform = hash_tokens(seeds, positions, token_ids).double().add_(2.0**31 + 0.5).mul_(2.0**-32)
+    return uniform.log_().neg_().log_().neg_().float()
 
 
 def gumbel_argmax(

@@ -29,7 +29,8 @@ CONFIDENCE_LEVELS = 16
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *(*pointers("layer", "norm"), *integers("hidden")),
+        *pointers("layer", "norm"),
+        *integers("hidden"),
         *((name, MatrixStruct) for name in ("embedding", "head", "core")),
         *pointers("core_ids", "tails", "sessions", "texts", "kv"),
     )
@@ -111,7 +112,7 @@ class ChainResult:
 
     def first(self, steps: int) -> ChainResult:
         """Without what was not made."""
-        return ChainResult(**{name: None if of is None else of[:steps] for name, of in vars(self).items()})
+        return ChainResult(**{name: of if of is None else of[:steps] for name, of in vars(self).items()})
 
 
 @dataclass(frozen=True)
