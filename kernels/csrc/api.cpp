@@ -1,5 +1,5 @@
-// The C interface that kernels/native*.py call through ctypes; what chooses tokens has its own where it is defined. Plain
-// pointers and ints: the caller keeps every buffer alive, checks shapes, and fills structures as the headers have them.
+// The C interface that kernels/*.py call through ctypes, as far as it is not extern "C" where it is computed. Plain pointers
+// and ints: the caller keeps every buffer alive, checks shapes, and fills structures as the headers have them.
 
 #include <vector>
 
@@ -10,24 +10,12 @@ using namespace evospec;
 
 extern "C" {
 
-// Once, before anything else.
-void evo_find_processor() { find_processor(); }
-
 size_t evo_block_bytes(int format) { return block_bytes(format); }
-
-// Packs weight rows row_map[i] <- source row i as bf16.
-void evo_pack_floats(uint8_t* data, const float* rows, const int32_t* row_map, int count, int k) {
-  for (int i = 0; i < count; ++i) pack_floats(data, k, row_map[i], rows + static_cast<size_t>(i) * k);
-}
 
 Team* evo_team_new(int num_threads) { return new Team(num_threads); }
 void evo_team_free(Team* team) { delete team; }
 
 int evo_has_fast_bf16() { return has_fast_bf16(); }
-
-int evo_max_direct_rows() { return max_direct_rows(); }
-
-int evo_fastest_digits() { return fastest_digits(); }
 
 // out [rows][n] = x W^T + bias; x is bf16 [rows rounded up to a multiple of 16][k].
 void evo_linear(Team& team, const Matrix& weight, const bf16* x, int rows, float* out) {

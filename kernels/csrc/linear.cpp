@@ -134,7 +134,7 @@ constexpr int kRowsAtOnce = 48;  // their integers stay in the caches while some
 bool has_one_digit(const Matrix& weight) { return weight.digits == 1 && takes_one_digit(weight.format); }
 
 bool goes_direct(const Linear& op) {
-  return op.weight->format != kBf16 && (has_one_digit(*op.weight) || op.rows <= max_direct_rows());
+  return op.weight->format != kBf16 && (has_one_digit(*op.weight) || op.rows <= evo_max_direct_rows());
 }
 
 template <typename Rows>
@@ -157,13 +157,14 @@ void direct_pairs(const Linear& op, const Rows& rows, int begin, int end) {
 
 }  // namespace
 
-int max_direct_rows() {
+extern "C" int evo_max_direct_rows() {
   constexpr int kBesideAmx = 8, kBesideVectors = 24;
   if (!has_fast_bf16()) return std::numeric_limits<int>::max();
   return has_amx() ? kBesideAmx : kBesideVectors;
 }
 
-int fastest_digits() { return has_amx() ? 2 : 1; }
+// Digits of activations that are fastest here.
+extern "C" int evo_fastest_digits() { return has_amx() ? 2 : 1; }
 
 void linear(Team& team, const Linear& op) {
   const bool direct = goes_direct(op), one_digit = has_one_digit(*op.weight);

@@ -90,9 +90,8 @@ inline int fifth_bit([[maybe_unused]] int kk) {
 #endif
 }
 
-// Writes row `row` into the packed matrix at `data`.
+// Writes row `row` into the packed matrix at `data`, which starts as zeros.
 void pack_codes(uint8_t* data, int k, int row, const RowCodes& codes);
-void pack_floats(uint8_t* data, int k, int row, const float* values);
 
 // Row `row` of the weight as floats: an embedding lookup.
 void unpack_row(const Matrix& matrix, int row, float* out);
