@@ -123,19 +123,19 @@ def _choose_by_tensors(
     device = logits.device
     allowed = None if allowed is None else allowed.to(device)
     places = torch.tensor(positions, dtype=torch.int64, device=device)
-    if sampling is None:
-        zeros = [0] * len(logits)
-        sampling = RowSampling(zeros, zeros, zeros, [1.0] * len(logits), zeros)
-    temperatures = torch.tensor(sampling.temperatures, dtype=torch.float32, device=device)
     least = None
-    if sampling.is_truncated:
-        limits = Limits(
-            torch.tensor(sampling.top_k, dtype=torch.int32, device=device),
-            torch.tensor(sampling.top_p, dtype=torch.float64, device=device),
-            torch.tensor(sampling.min_p, dtype=torch.float64, device=device),
-        )
-        least = kept_thresholds(logits, temperatures, limits, allowed)
-    seeds = seeds_tensor(list(sampling.seeds), device)
+    if sampling is None:
+        seeds, temperatures = torch.zeros_like(places), torch.zeros(len(logits), device=device)
+    else:
+        seeds = seeds_tensor(list(sampling.seeds), device)
+        temperatures = torch.tensor(sampling.temperatures, dtype=torch.float32, device=device)
+        if sampling.is_truncated:
+            limits = Limits(
+                torch.tensor(sampling.top_k, dtype=torch.int32, device=device),
+                torch.tensor(sampling.top_p, dtype=torch.float64, device=device),
+                torch.tensor(sampling.min_p, dtype=torch.float64, device=device),
+            )
+            least = kept_thresholds(logits, temperatures, limits, allowed)
     if device.type == "cuda":
         from kernels.triton.gumbel_argmax import gumbel_argmax_triton
 
