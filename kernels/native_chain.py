@@ -112,7 +112,8 @@ class ChainResult:
 
     def first(self, steps: int) -> ChainResult:
         """Without what was not made."""
-        return ChainResult(**{name: of if of is None else of[:steps] for name, of in vars(self).items()})
+        made: dict[str, Any] = {name: None if of is None else of[:steps] for name, of in vars(self).items()}
+        return ChainResult(**made)
 
 
 @dataclass(frozen=True)
