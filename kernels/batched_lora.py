@@ -48,16 +48,6 @@ class LoraRows:
         return LoraRows(self.slots[wanted], self.parts)
 
 
-def batched_lora_reference(
-    out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor
-) -> None:
-    """The specification of ``batched_lora``: a row at a time, in float32."""
-    for row, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            gain = b[slot].float() @ (a[slot].float() @ x[row].float())
-            out[row] = (out[row].float() + gain).to(out.dtype)
-
-
 def batched_lora(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, slots: torch.Tensor) -> None:
     """Add to each row of ``out`` what its adapter makes of the row of ``x``, in place.
 

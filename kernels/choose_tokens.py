@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from kernels import native_sampling
-from kernels.gumbel_argmax import gumbel_argmax, seeds_tensor, signed
+from kernels.gumbel_argmax import gumbel_argmax, row_keys, seeds_tensor, signed
 from kernels.kept_thresholds import Limits, kept_thresholds
+from kernels.native import Team, address, load_library, pointers
+from kernels.native_sampling import logit_rows, team_handle
 
-if TYPE_CHECKING:
-    from kernels.native import Team
+
+class GumbelRows(ctypes.Structure):
+    _fields_ = pointers("seeds", "positions", "token_ids", "temperatures", "least", "limits", "undefined")
+
+
+_LIMITS = ("temperatures", "top_k", "top_p", "min_p")
+
+
+class TruncationRows(ctypes.Structure):
+    _fields_ = pointers(*_LIMITS)
 
 
 @dataclass(frozen=True)
@@ -67,13 +78,39 @@ def choose_tokens(
         the tokens, -1 for rows with a logit that is NaN or +inf: nothing is defined to be chosen there.
     """
     if native_sampling.can_take(logits):
-        return native_sampling.choose_tokens(logits, sampling, positions, token_ids, allowed, team)
+        return _choose_by_compiled_kernel(logits, sampling, positions, token_ids, allowed, team)
     if sampling is None and token_ids is None and allowed is None:
         chosen = logits.argmax(dim=1)
     else:
         chosen = _choose_by_tensors(logits, sampling, positions, token_ids, allowed)
     is_defined = (logits < torch.inf).all(dim=1)
     return torch.where(is_defined, chosen, -1).tolist()
+
+
+def _choose_by_compiled_kernel(
+    logits: torch.Tensor,
+    sampling: RowSampling | None,
+    positions: Sequence[int],
+    token_ids: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+    team: Team | None,
+) -> list[int]:
+    # Python's own arrays: where there are few rows, every call of a tensor library costs more than what it holds.
+    out, undefined = array("q", bytes(8 * len(logits))), array("B", bytes(len(logits)))
+    how = GumbelRows(token_ids=address(token_ids), undefined=undefined.buffer_info()[0])
+    if sampling is not None:
+        arrays = {"positions": array("q", positions), **sampling.arrays()}
+        places = {name: values.buffer_info()[0] for name, values in arrays.items()}
+        how.seeds, how.positions, how.temperatures = (places[name] for name in ("seeds", "positions", "temperatures"))
+        if sampling.is_truncated:
+            limits = TruncationRows(*(places[name] for name in _LIMITS))
+            how.limits = ctypes.addressof(limits)
+    load_library().evo_gumbel_argmax(
+        team_handle(team), logit_rows(logits, allowed), ctypes.byref(how), ctypes.c_void_p(out.buffer_info()[0])
+    )
+    if any(undefined):
+        return [-1 if is_undefined else token_id for token_id, is_undefined in zip(out, undefined, strict=True)]
+    return out.tolist()
 
 
 def _choose_by_tensors(
@@ -86,17 +123,22 @@ def _choose_by_tensors(
     device = logits.device
     allowed = None if allowed is None else allowed.to(device)
     places = torch.tensor(positions, dtype=torch.int64, device=device)
+    least = None
     if sampling is None:
         seeds, temperatures = torch.zeros_like(places), torch.zeros(len(logits), device=device)
-        return gumbel_argmax(logits, seeds, places, token_ids, temperatures=temperatures, allowed=allowed)
-    temperatures = torch.tensor(sampling.temperatures, dtype=torch.float32, device=device)
-    least = None
-    if sampling.is_truncated:
-        limits = Limits(
-            torch.tensor(sampling.top_k, dtype=torch.int32, device=device),
-            torch.tensor(sampling.top_p, dtype=torch.float64, device=device),
-            torch.tensor(sampling.min_p, dtype=torch.float64, device=device),
-        )
-        least = kept_thresholds(logits, temperatures, limits, allowed)
-    seeds = seeds_tensor(list(sampling.seeds), device)
+    else:
+        seeds = seeds_tensor(list(sampling.seeds), device)
+        temperatures = torch.tensor(sampling.temperatures, dtype=torch.float32, device=device)
+        if sampling.is_truncated:
+            limits = Limits(
+                torch.tensor(sampling.top_k, dtype=torch.int32, device=device),
+                torch.tensor(sampling.top_p, dtype=torch.float64, device=device),
+                torch.tensor(sampling.min_p, dtype=torch.float64, device=device),
+            )
+            least = kept_thresholds(logits, temperatures, limits, allowed)
+    if device.type == "cuda":
+        from kernels.triton.gumbel_argmax import gumbel_argmax_triton
+
+        keys = row_keys(seeds, places)
+        return gumbel_argmax_triton(logits, keys, token_ids, temperatures=temperatures, least=least, allowed=allowed)
     return gumbel_argmax(logits, seeds, places, token_ids, temperatures=temperatures, least=least, allowed=allowed)

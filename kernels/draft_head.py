@@ -7,21 +7,28 @@ used, and no shape ever changes.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from kernels import native_sampling
-from kernels.topk import topk_rows, topk_rows_reference
-
-if TYPE_CHECKING:
-    from kernels.native import Team
+from kernels.native import Team, address, integers, load_library, pointers
+from kernels.native_sampling import logit_rows, team_handle
+from kernels.topk import topk_rows, topk_rows_by_keys
 
 EMPTY = -1
 """Token id of an empty slot."""
+
+
+class TailSlabsStruct(ctypes.Structure):
+    _fields_ = (*pointers("rows", "token_ids"), *integers("slots", "hidden"))
+
+
+class _TailQueries(ctypes.Structure):
+    _fields_ = pointers("hidden", "slabs")
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,11 @@ class TailSlabs:
         """[num_slabs, slots]"""
 
     @property
+    def struct(self) -> TailSlabsStruct:
+        """As the compiled kernels read them; it does not keep them alive."""
+        return TailSlabsStruct(self.rows.data_ptr(), self.token_ids.data_ptr(), *self.rows.shape[1:])
+
+    @property
     def slots(self) -> int:
         """Tokens in each slab."""
         return self.rows.shape[1]
@@ -104,7 +116,7 @@ def draft_head_topk_reference(
         assert slabs is not None
         logits = torch.cat((logits, _tail_logits(hidden, tails, slabs)), dim=1)
         ids = torch.cat((ids, tails.token_ids[slabs]), dim=1)
-    values, columns = topk_rows_reference(logits, k)
+    values, columns = topk_rows_by_keys(logits, k)
     return values, ids.gather(1, columns).int()
 
 
@@ -153,11 +165,21 @@ def draft_head_topk(
     if tails is None:
         values, token_ids = topk_rows(core.project(hidden), k, core.token_ids, team)
         return values, token_ids.int()
-    if not native_sampling.can_take_tails(tails.rows, hidden):
+    if not _can_take_tails(tails.rows, hidden):
         return draft_head_topk_reference(hidden, core, k, tails, slabs)
     assert slabs is not None
-    logits = core.project(hidden)
+    logits, hidden, slabs = core.project(hidden), hidden.contiguous(), slabs.contiguous()
     k = min(k, logits.shape[1] + tails.slots)
-    return native_sampling.draft_top_k(
-        logits, k, core.token_ids, hidden, tails.rows, tails.token_ids, slabs.contiguous(), team
+    values, chosen = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int32)
+    queries = _TailQueries(hidden.data_ptr(), slabs.data_ptr())
+    load_library().evo_draft_top_k(
+        *(team_handle(team), logit_rows(logits), address(core.token_ids), ctypes.byref(tails.struct)),
+        *(ctypes.byref(queries), k, address(values), address(chosen)),
     )
+    return values, chosen
+
+
+def _can_take_tails(rows: torch.Tensor, hidden: torch.Tensor) -> bool:
+    """Whether the compiled kernels multiply such slabs [num_slabs, slots, hidden] with such hidden states."""
+    is_narrow = rows.dtype == hidden.dtype == torch.bfloat16
+    return rows.device.type == "cpu" and is_narrow and hidden.shape[1] % 32 == 0 and native_sampling.is_built()

@@ -18,15 +18,9 @@ in the rounding to float32.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from kernels import native_sampling
-from kernels.bits import unpack_bits
-
-if TYPE_CHECKING:
-    from kernels.native import Team
+from kernels.kept_thresholds import unpack_bits
 
 
 def signed(value: int, bits: int) -> int:
@@ -86,17 +80,13 @@ def hash_tokens(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.T
     return x
 
 
-def _to_gumbel(hashes: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise, float32 between -3.2 and 22.9; it grows with the hash."""
-    return hashes.double().add_(2.0**31 + 0.5).mul_(2.0**-32).log_().neg_().log_().neg_().float()
-
-
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """[N, K] float32 standard Gumbel noise; arguments as ``hash_tokens``."""
-    return _to_gumbel(hash_tokens(seeds, positions, token_ids))
+    """[N, K] float32 standard Gumbel noise, between -3.2 and 22.9; arguments as ``hash_tokens``."""
+    uniform = hash_tokens(seeds, positions, token_ids).double().add_(2.0**31 + 0.5).mul_(2.0**-32)
+    return uniform.log_().neg_().log_().neg_().float()
 
 
-def gumbel_argmax_reference(
+def gumbel_argmax(
     logits: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
@@ -106,7 +96,22 @@ def gumbel_argmax_reference(
     least: torch.Tensor | None = None,
     allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The specification of ``gumbel_argmax``; ``token_ids`` may be [1, K] too."""
+    """One sample per row from softmax(logits / temperature): argmax(logits / temperature + noise).
+
+    Equal scores go to the lowest token id. This is the specification; ``kernels.choose_tokens`` has faster ones.
+
+    Args:
+        logits: [N, V] float32, or [N, K] for a subset of tokens; -inf excludes a token.
+        seeds: [N] int64.
+        positions: [N] int64, index of the chosen token in its sequence.
+        token_ids: [N, K] or [1, K] integers, the tokens the columns of ``logits`` stand for (None: 0 .. V - 1).
+        temperatures: [N] float32, 0 for the largest logit without noise (None: all 1).
+        least: [N] float32, excludes logits below it (``kernels.kept_thresholds``).
+        allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all).
+
+    Returns:
+        [N] int64 token ids.
+    """
     if token_ids is None:
         token_ids = torch.arange(logits.shape[1], device=logits.device).unsqueeze(0)
     if least is not None:
@@ -121,45 +126,3 @@ def gumbel_argmax_reference(
     scores = logits + noise
     best = scores.amax(dim=1, keepdim=True)
     return torch.where(scores == best, token_ids.long(), torch.iinfo(torch.int64).max).amin(dim=1)
-
-
-def gumbel_argmax(
-    logits: torch.Tensor,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
-    token_ids: torch.Tensor | None = None,
-    *,
-    temperatures: torch.Tensor | None = None,
-    least: torch.Tensor | None = None,
-    allowed: torch.Tensor | None = None,
-    team: Team | None = None,
-) -> torch.Tensor:
-    """One sample per row from softmax(logits / temperature): argmax(logits / temperature + noise).
-
-    Equal scores go to the lowest token id.
-
-    Args:
-        logits: [N, V] float32, or [N, K] for a subset of tokens; -inf excludes a token.
-        seeds: [N] int64.
-        positions: [N] int64, index of the chosen token in its sequence.
-        token_ids: [N, K] integers, the tokens the columns of ``logits`` stand for (None: 0 .. V - 1).
-        temperatures: [N] float32, 0 for the largest logit without noise (None: all 1).
-        least: [N] float32, excludes logits below it (``kernels.kept_thresholds``).
-        allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all).
-        team: threads of the compiled kernels (None: the calling one).
-
-    Returns:
-        [N] int64 token ids.
-    """
-    if logits.device.type == "cuda":
-        from kernels.triton.gumbel_argmax import gumbel_argmax_triton
-
-        keys = row_keys(seeds, positions)
-        return gumbel_argmax_triton(logits, keys, token_ids, temperatures=temperatures, least=least, allowed=allowed)
-    if native_sampling.can_take(logits):
-        ids = None if token_ids is None else token_ids.int().contiguous()
-        effective_temperature = torch.ones(len(logits)) if temperatures is None else temperatures
-        return native_sampling.gumbel_argmax(logits, seeds, positions, ids, effective_temperature, least, allowed, team)
-    return gumbel_argmax_reference(
-        logits, seeds, positions, token_ids, temperatures=temperatures, least=least, allowed=allowed
-    )

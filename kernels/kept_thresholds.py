@@ -7,17 +7,10 @@ bfloat16 logits tie often, and the kept set must not depend on how a sort orders
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import native_sampling
-from kernels.bits import unpack_bits
-
-if TYPE_CHECKING:
-    from kernels.native import Team
-
-# How many of a row's largest logits the reference looks at: few first, all at last.
+# How many of a row's largest logits are looked at: few first, all at last.
 _FEW, _MANY = 256, 4096
 _ROOM_FOR_TIES = 16
 
@@ -34,12 +27,27 @@ class Limits:
         return Limits(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
 
-def kept_thresholds_reference(
+def unpack_bits(words: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """[N, ceil(num_bits / 32)] int32 → [N, num_bits] bool; bit 0 of word 0 comes first (the layout of xgrammar)."""
+    bits = (words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    return bits.flatten(1)[:, :num_bits].bool()
+
+
+def kept_thresholds(
     logits: torch.Tensor, temperatures: torch.Tensor, limits: Limits, allowed: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """As ``kept_thresholds``.
+    """The smallest logit of each row that its limits keep.
 
     Looks at some hundred candidates first, and at more only in rows where those do not hold every kept token.
+
+    Args:
+        logits: [N, V] float32, not divided by the temperature.
+        temperatures: [N] float32; 0 is greedy, where nothing is cut off.
+        limits: the rows' limits.
+        allowed: [N, ceil(V / 32)] int32, bits of the columns that count (None: all).
+
+    Returns:
+        [N] float32, -inf where nothing is cut off.
     """
     if allowed is not None:
         logits = logits.masked_fill(~unpack_bits(allowed, logits.shape[1]), -torch.inf)
@@ -87,29 +95,3 @@ def _threshold(
     nucleus_end = torch.where(reached[:, -1] & (limits.top_p < 1.0), nucleus_end, -torch.inf)
     min_p_bound = values[:, 0] + temperatures * limits.min_p.log().float()
     return torch.maximum(torch.maximum(kth, nucleus_end), min_p_bound).masked_fill(~is_known, -torch.inf)
-
-
-def kept_thresholds(
-    logits: torch.Tensor,
-    temperatures: torch.Tensor,
-    limits: Limits,
-    allowed: torch.Tensor | None = None,
-    team: Team | None = None,
-) -> torch.Tensor:
-    """The smallest logit of each row that its limits keep.
-
-    Args:
-        logits: [N, V] float32, not divided by the temperature.
-        temperatures: [N] float32; 0 is greedy, where nothing is cut off.
-        limits: the rows' limits.
-        allowed: [N, ceil(V / 32)] int32, bits of the columns that count (None: all).
-        team: threads of the compiled kernels (None: the calling one).
-
-    Returns:
-        [N] float32, -inf where nothing is cut off.
-    """
-    if native_sampling.can_take(logits):
-        return native_sampling.kept_thresholds(
-            logits, temperatures, limits.top_k, limits.top_p, limits.min_p, allowed, team
-        )
-    return kept_thresholds_reference(logits, temperatures, limits, allowed)

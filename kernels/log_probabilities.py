@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from kernels import native_sampling
+from kernels.native import Team, integers, load_library, pointers
+from kernels.native_sampling import logit_rows, team_handle
 from kernels.topk import topk_rows
 
-if TYPE_CHECKING:
-    from kernels.native import Team
+
+class _Wanted(ctypes.Structure):
+    _fields_ = (*integers("k"), *pointers("token_ids", "chosen", "largest", "columns"))
 
 
 class LogProbabilities(NamedTuple):
@@ -39,7 +44,7 @@ def log_probabilities(
     """
     k = min(k, logits.shape[1])
     if native_sampling.can_take(logits):
-        return LogProbabilities(*native_sampling.log_probabilities(logits, rows, token_ids, k, team))
+        return _by_compiled_kernel(logits, rows, token_ids, k, team)
     wanted = logits[torch.tensor(rows, device=logits.device)]
     log_totals = wanted.logsumexp(dim=1, keepdim=True).double()
     chosen = wanted.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)) - log_totals
@@ -47,3 +52,17 @@ def log_probabilities(
         return LogProbabilities(chosen.flatten().tolist(), [[] for _ in rows], [[] for _ in rows])
     values, columns = topk_rows(wanted, k)
     return LogProbabilities(chosen.flatten().tolist(), columns.tolist(), (values - log_totals).tolist())
+
+
+def _by_compiled_kernel(
+    logits: torch.Tensor, rows: Sequence[int], token_ids: Sequence[int], k: int, team: Team | None
+) -> LogProbabilities:
+    count = len(rows)
+    places, tokens = array("i", rows), array("i", token_ids)
+    chosen, largest = array("d", bytes(8 * count)), array("d", bytes(8 * count * k))
+    columns = array("i", bytes(4 * count * k))
+    wanted = _Wanted(k, *(one.buffer_info()[0] for one in (tokens, chosen, largest, columns)))
+    load_library().evo_log_probabilities(team_handle(team), logit_rows(logits, places=places), ctypes.byref(wanted))
+    starts = range(0, count * k, k) if k else [0] * count
+    top = [largest[start : start + k].tolist() for start in starts]
+    return LogProbabilities(chosen.tolist(), [columns[start : start + k].tolist() for start in starts], top)

@@ -12,13 +12,12 @@ import mmap
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kernels.targets import TARGETS, best_target, sources_hash
+from kernels.targets import TARGETS, best_target
 
 BF16_FORMAT = 0
 """Number of the packed format that holds floating-point weights."""
@@ -26,17 +25,22 @@ DIGITS_OF_BITS = {8: 1, 15: 2}
 """Digits that hold so many bits of an activation."""
 _GROUP_PAIR = 32
 """Weight rows are stored in pairs of 16-column groups."""
+_ROWS_PACKED_AT_ONCE = 2048
+"""By one thread."""
+
+
+def pointers(*names: str) -> tuple[tuple[str, type[ctypes.c_void_p]], ...]:
+    """Fields of a structure: addresses."""
+    return tuple((name, ctypes.c_void_p) for name in names)
+
+
+def integers(*names: str) -> tuple[tuple[str, type[ctypes.c_int]], ...]:
+    """Fields of a structure: int32."""
+    return tuple((name, ctypes.c_int) for name in names)
 
 
 class MatrixStruct(ctypes.Structure):
-    _fields_ = (
-        ("format", ctypes.c_int),
-        ("n", ctypes.c_int),
-        ("k", ctypes.c_int),
-        ("digits", ctypes.c_int),
-        ("data", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-    )
+    _fields_ = (*integers("format", "n", "k", "digits"), *pointers("data", "bias"))
 
 
 def unsupported_reason() -> str | None:
@@ -46,22 +50,13 @@ def unsupported_reason() -> str | None:
         return f"the CPU lacks {', '.join(TARGETS[-1].missing)}"
     if not target.library.exists():
         return f"{target.library.name} is not built (python -m kernels.build)"
+    if not target.is_of_these_sources:  # the structures of others may be others
+        return f"{target.library.name} is of other sources than these (python -m kernels.build)"
     try:
-        is_of_these = _made_of(target.library) == sources_hash()  # the structures of others may be others
+        ctypes.CDLL(str(target.library))
     except OSError as error:
         return f"{target.library.name} cannot be loaded: {error}"
-    return None if is_of_these else f"{target.library.name} is of other sources than these (python -m kernels.build)"
-
-
-@functools.cache
-def _made_of(library: Path) -> str | None:
-    """Hash of a library's sources; None for one from before there was any. Raises OSError: it cannot be loaded."""
-    try:
-        name = ctypes.CDLL(str(library)).evo_sources
-    except AttributeError:
-        return None
-    name.restype = ctypes.c_char_p
-    return str(name().decode())
+    return None
 
 
 @functools.cache
@@ -155,30 +150,22 @@ class PackedMatrix:
         self._pack(parts)
 
     def _pack(self, parts: Sequence[MatrixPart]) -> None:
+        pieces = [(part, begin) for part in parts for begin in range(0, len(part.row_map), _ROWS_PACKED_AT_ONCE)]
         with ThreadPoolExecutor() as pool:
-            list(pool.map(self._pack_piece, [piece for part in parts for piece in _pieces(part)]))
+            list(pool.map(self._pack_piece, *zip(*pieces, strict=True)))
 
-    def _pack_piece(self, part: MatrixPart) -> None:
-        row_map = np.ascontiguousarray(part.row_map, dtype=np.int32)
-        target, rows = address(self._memory), row_map.ctypes.data_as(ctypes.c_void_p)
+    def _pack_piece(self, part: MatrixPart, begin: int) -> None:
+        piece = slice(begin, begin + _ROWS_PACKED_AT_ONCE)
+        rows = np.ascontiguousarray(part.row_map[piece], dtype=np.int32)
+        places = rows.ctypes.data_as(ctypes.c_void_p), len(rows), self.k
         if part.blocks is not None:
-            blocks = np.ascontiguousarray(part.blocks)
+            blocks = np.ascontiguousarray(part.blocks[piece])
             source = blocks.ctypes.data_as(ctypes.c_void_p)
-            load_library().evo_pack_ggml(target, part.ggml_type, source, rows, len(row_map), self.k)
+            load_library().evo_pack_ggml(address(self._memory), part.ggml_type, source, *places)
         else:
             assert part.values is not None
-            values = part.values.float().contiguous()
-            load_library().evo_pack_floats(target, address(values), rows, len(row_map), self.k)
-
-
-def _pieces(part: MatrixPart, rows: int = 2048) -> list[MatrixPart]:
-    def cut(begin: int) -> MatrixPart:
-        piece = slice(begin, begin + rows)
-        blocks = None if part.blocks is None else part.blocks[piece]
-        values = None if part.values is None else part.values[piece]
-        return MatrixPart(part.row_map[piece], part.ggml_type, blocks, values)
-
-    return [cut(begin) for begin in range(0, len(part.row_map), rows)]
+            values = part.values[piece].float().contiguous()
+            load_library().evo_pack_floats(address(self._memory), address(values), *places)
 
 
 def huge_zeros(num_bytes: int) -> torch.Tensor:
@@ -198,11 +185,6 @@ def has_fast_bf16() -> bool:
 def fastest_digits() -> int:
     """Digits of activations, of 8 bits each, with which products are fastest on this CPU."""
     return int(load_library().evo_fastest_digits())
-
-
-def fastest_bits() -> int:
-    """The same as significant bits."""
-    return {digits: bits for bits, digits in DIGITS_OF_BITS.items()}[fastest_digits()]
 
 
 @functools.cache

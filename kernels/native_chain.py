@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from kernels.choose_tokens import RowSampling
-from kernels.draft_head import TailSlabs
-from kernels.native import MatrixStruct, PackedMatrix, Team, address, load_library
+from kernels.draft_head import TailSlabs, TailSlabsStruct
+from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
 from kernels.native_decoder import Decoder, KvCache
 from kernels.native_lora import NativeLora
-from kernels.native_sampling import TailSlabsStruct
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
 from kernels.session_options import NUM_FEATURES
@@ -29,33 +29,26 @@ CONFIDENCE_LEVELS = 16
 
 class _Model(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("layer", "norm")),
-        ("hidden", ctypes.c_int),
+        *pointers("layer", "norm"),
+        *integers("hidden"),
         *((name, MatrixStruct) for name in ("embedding", "head", "core")),
-        *((name, ctypes.c_void_p) for name in ("core_ids", "tails", "sessions", "texts", "kv")),
+        *pointers("core_ids", "tails", "sessions", "texts", "kv"),
     )
-
-
-_ROW_POINTERS = (
-    *("lengths", "positions", "block_tables", "slabs", "lora"),
-    *("temperatures", "seeds", "top_k", "top_p", "min_p"),
-    *("sessions", "texts"),
-    *("chances", "tenants", "acceptance", "verify_costs"),
-)
 
 
 class _Rows(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("rows", "max_length", "max_blocks", "candidates")),
-        *((name, ctypes.c_void_p) for name in _ROW_POINTERS),
+        *integers("rows", "max_length", "max_blocks", "candidates"),
+        *pointers("lengths", "positions", "block_tables", "slabs", "lora"),
+        *pointers("temperatures", "seeds", "top_k", "top_p", "min_p"),
+        *pointers("sessions", "texts"),
+        *pointers("chances", "tenants", "acceptance", "verify_costs"),
         ("draft_cost", ctypes.c_float),
     )
 
 
 class _Outputs(ctypes.Structure):
-    _fields_ = tuple(
-        (name, ctypes.c_void_p) for name in ("tokens", "hidden", "token_ids", "logits", "features", "confidence")
-    )
+    _fields_ = pointers("tokens", "hidden", "token_ids", "logits", "features", "confidence")
 
 
 @dataclass(frozen=True)
@@ -119,54 +112,38 @@ class ChainResult:
 
     def first(self, steps: int) -> ChainResult:
         """Without what was not made."""
-        return ChainResult(
-            self.tokens[:steps],
-            self.hidden[:steps],
-            self.token_ids[:steps],
-            self.logits[:steps],
-            None if self.features is None else self.features[:steps],
-            None if self.confidence is None else self.confidence[:steps],
-        )
+        made: dict[str, Any] = {name: None if of is None else of[:steps] for name, of in vars(self).items()}
+        return ChainResult(**made)
 
 
+@dataclass(frozen=True)
 class NativeChain:
-    """A draft whose chains run in one call.
+    """A draft whose chains run in one call."""
 
-    Args:
-        team: its threads.
-        layer: the draft's layer.
-        norm: its output norm, float32 [hidden].
-        embedding: the target's.
-        head: the target's.
-        core: rows of the head that all sequences share.
-        core_ids: [K] int32, the tokens of these rows; None: all.
-        tails: of the sequences; None: none.
-        sessions: whose priors they have, and ``texts``, whose repeats count in these; None: nobody has one.
-        candidates: of each token that are looked at, where not only the best one counts.
-    """
+    team: Team
+    """Its threads"""
+    layer: Decoder
+    """The draft's"""
+    norm: torch.Tensor
+    """Its output norm, float32 [hidden]"""
+    embedding: PackedMatrix
+    """The target's"""
+    head: PackedMatrix
+    """The target's"""
+    core: PackedMatrix
+    """Rows of the head that all sequences share"""
+    core_ids: torch.Tensor | None
+    """[K] int32, the tokens of these rows; None: all"""
+    tails: TailSlabs | None
+    """Of the sequences; None: none"""
+    sessions: tuple[Sessions, Texts] | None
+    """Whose priors they have, and texts, whose repeats count in these; None: nobody has one"""
+    candidates: int
+    """Of each token that are looked at, where not only the best one counts"""
 
-    def __init__(
-        self,
-        team: Team,
-        layer: Decoder,
-        norm: torch.Tensor,
-        embedding: PackedMatrix,
-        head: PackedMatrix,
-        core: PackedMatrix,
-        core_ids: torch.Tensor | None,
-        tails: TailSlabs | None,
-        sessions: tuple[Sessions, Texts] | None,
-        candidates: int,
-    ) -> None:
-        self._team, self._layer, self._norm = team, layer, norm
-        self._embedding, self._head = embedding, head
-        self._core, self._core_ids, self._tails, self._sessions = core, core_ids, tails, sessions
-        self._candidates = min(candidates, core.n + (0 if tails is None else tails.slots))
-        self._tails_struct: TailSlabsStruct | None = None
-        if tails is not None:
-            self._tails_struct = TailSlabsStruct(
-                tails.rows.data_ptr(), tails.token_ids.data_ptr(), *tails.rows.shape[1:]
-            )
+    @functools.cached_property
+    def _tails_struct(self) -> TailSlabsStruct | None:
+        return None if self.tails is None else self.tails.struct
 
     def run(self, batch: ChainBatch, a: torch.Tensor, cache: KvCache) -> ChainResult:
         """Draft.
@@ -178,7 +155,8 @@ class NativeChain:
         """
         num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], a.shape[1]
         only_best = batch.sampling is None and batch.sessions is None and batch.stop is None
-        count = 1 if only_best else self._candidates
+        most = self.core.n + (0 if self.tails is None else self.tails.slots)
+        count = 1 if only_best else min(self.candidates, most)
         shape = steps, num_rows
         result = ChainResult(
             np.empty(shape, np.int32),
@@ -197,27 +175,25 @@ class NativeChain:
             rows.chances, rows.draft_cost = batch.stop.chances.ctypes.data, batch.stop.draft_cost
         if batch.lora is not None:
             rows.lora = ctypes.cast(batch.lora.pointer, ctypes.c_void_p)
+        others = (result.token_ids, result.logits, result.features, result.confidence)
         outputs = _Outputs(
-            result.tokens.ctypes.data,
-            result.hidden.data_ptr(),
-            result.token_ids.ctypes.data,
-            result.logits.ctypes.data,
-            *(None if one is None else one.ctypes.data for one in (result.features, result.confidence)),
+            *(result.tokens.ctypes.data, result.hidden.data_ptr()),
+            *(None if one is None else one.ctypes.data for one in others),
         )
         model = self._model(hidden, cache)
         made = load_library().evo_draft_chain(
-            self._team.handle, ctypes.byref(model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
+            self.team.handle, ctypes.byref(model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
         )
         return result.first(made)
 
     def _model(self, hidden: int, cache: KvCache) -> _Model:
         tails = self._tails_struct
         return _Model(
-            *(self._layer.handle, address(self._norm), hidden),
-            *(matrix.struct for matrix in (self._embedding, self._head, self._core)),
-            address(self._core_ids),
+            *(self.layer.handle, address(self.norm), hidden),
+            *(matrix.struct for matrix in (self.embedding, self.head, self.core)),
+            address(self.core_ids),
             None if tails is None else ctypes.addressof(tails),
-            *((None, None) if self._sessions is None else (one.handle for one in self._sessions)),
+            *((None, None) if self.sessions is None else (one.handle for one in self.sessions)),
             ctypes.addressof(cache.struct),
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.native import MatrixStruct, PackedMatrix, Team, address, huge_zeros, load_library
+from kernels.native import MatrixStruct, PackedMatrix, Team, address, huge_zeros, integers, load_library, pointers
 
 if TYPE_CHECKING:
     from kernels.native_lora import NativeLora
@@ -18,48 +18,32 @@ if TYPE_CHECKING:
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("qkv", MatrixStruct * 3),
-        ("num_qkv", ctypes.c_int),
-        ("output", MatrixStruct),
-        ("gate_up", MatrixStruct),
-        ("down", MatrixStruct),
-        ("input_norm", ctypes.c_void_p),
-        ("post_norm", ctypes.c_void_p),
-        ("embedding_norm", ctypes.c_void_p),
+        *integers("num_qkv"),
+        *((name, MatrixStruct) for name in ("output", "gate_up", "down")),
+        *pointers("input_norm", "post_norm", "embedding_norm"),
     )
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int) for name in ("hidden", "intermediate", "heads", "kv_heads", "head_dim")),
-        ("norm_eps", ctypes.c_float),
-    )
+    _fields_ = (*integers("hidden", "intermediate", "heads", "kv_heads", "head_dim"), ("norm_eps", ctypes.c_float))
 
 
 class _Kv(ctypes.Structure):
-    _fields_ = (
-        ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p),
-        ("block_size", ctypes.c_int),
-        ("layer_stride", ctypes.c_size_t),
-    )
+    _fields_ = (*pointers("keys", "values"), *integers("block_size"), ("layer_stride", ctypes.c_size_t))
 
 
 class _PassOutputs(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("norm_weight", "hidden", "captured")),
-        ("num_captured", ctypes.c_int),
-        ("features", ctypes.c_void_p),
-    )
+    _fields_ = (*pointers("norm_weight", "hidden", "captured"), *integers("num_captured"), *pointers("features"))
 
 
 class _WantedRows(ctypes.Structure):
-    _fields_ = (("rows", ctypes.c_void_p), ("count", ctypes.c_int))
+    _fields_ = (*pointers("rows"), *integers("count"))
 
 
 class _Batch(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int) for name in ("num_tokens", "num_sequences", "max_blocks")),
-        *((name, ctypes.c_void_p) for name in ("positions", "query_start", "seq_lens", "block_tables", "slots")),
+        *integers("num_tokens", "num_sequences", "max_blocks"),
+        *pointers("positions", "query_start", "seq_lens", "block_tables", "slots"),
     )
 
 
@@ -69,10 +53,7 @@ class KvCache:
     def __init__(self, num_layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int) -> None:
         self.layer_elements = num_blocks * kv_heads * block_size * head_dim
         self._memory = huge_zeros(2 * num_layers * self.layer_elements * 2).view(torch.bfloat16)
-        keys, values = (
-            self._memory[: num_layers * self.layer_elements],
-            self._memory[num_layers * self.layer_elements :],
-        )
+        keys, values = self._memory.chunk(2)
         self.struct = _Kv(address(keys), address(values), block_size, self.layer_elements)
 
 

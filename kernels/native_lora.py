@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from kernels.batched_lora import LoraMatrix, LoraPart, LoraRows
-from kernels.native import Team, address, load_library
+from kernels.native import Team, address, integers, load_library, pointers
 
 MAX_RANK = 256
 _MAX_PARTS = 3
@@ -16,30 +16,15 @@ _MATRICES: tuple[LoraMatrix, ...] = ("qkv", "output", "down")
 
 
 class _Part(ctypes.Structure):
-    _fields_ = (
-        ("start", ctypes.c_int),
-        ("outputs", ctypes.c_int),
-        ("a", ctypes.c_void_p),
-        ("b", ctypes.c_void_p),
-    )
+    _fields_ = (*integers("start", "outputs"), *pointers("a", "b"))
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("inputs", ctypes.c_int),
-        ("num_parts", ctypes.c_int),
-        ("parts", _Part * _MAX_PARTS),
-    )
+    _fields_ = (*integers("inputs", "num_parts"), ("parts", _Part * _MAX_PARTS))
 
 
 class _Rows(ctypes.Structure):
-    _fields_ = (
-        ("rank", ctypes.c_int),
-        ("qkv", _Matrix),
-        ("output", _Matrix),
-        ("down", _Matrix),
-        ("slots", ctypes.c_void_p),
-    )
+    _fields_ = (*integers("rank"), *((name, _Matrix) for name in _MATRICES), *pointers("slots"))
 
 
 class NativeLora:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from typing import TypeAlias
 
@@ -9,8 +10,16 @@ import numpy as np
 import torch
 
 from kernels import native_sampling
+from kernels.native import address, integers, load_library, pointers
 
 IntArray: TypeAlias = "array[int]"
+
+
+class _SeenTokens(ctypes.Structure):
+    _fields_ = (
+        *pointers("rows", "ends", "num_prompt", "penalties", "token_ids", "counts"),
+        *integers("num_rows"),
+    )
 
 
 class SeenTokens:
@@ -67,20 +76,9 @@ def penalize(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
         [N] float32, what was there before, for ``put_back``.
     """
     if native_sampling.can_take(logits):
-        return native_sampling.penalize(logits, seen)
-    return penalize_reference(logits, seen)
-
-
-def put_back(logits: torch.Tensor, seen: SeenTokens, before: torch.Tensor) -> None:
-    """Undo ``penalize``."""
-    if native_sampling.can_take(logits):
-        native_sampling.put_back(logits, seen, before)
-    else:
-        logits[_index(seen, logits.device)] = before
-
-
-def penalize_reference(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
-    """As ``penalize``."""
+        before = torch.empty(len(seen.token_ids))
+        load_library().evo_penalize(address(logits), logits.stride(0), _struct(seen), address(before))
+        return before
     ends, counts = np.array(seen.ends), np.array(seen.counts)
     sizes = np.diff(ends, prepend=0)
     is_prompt = np.arange(len(counts)) - np.repeat(ends - sizes, sizes) < np.repeat(seen.num_prompt, sizes)
@@ -92,6 +90,20 @@ def penalize_reference(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
     before = logits[index]
     logits[index] = torch.where(before > 0, before / factor, before * factor) - less
     return before
+
+
+def put_back(logits: torch.Tensor, seen: SeenTokens, before: torch.Tensor) -> None:
+    """Undo ``penalize``."""
+    if native_sampling.can_take(logits):
+        load_library().evo_put_back(address(logits), logits.stride(0), _struct(seen), address(before))
+    else:
+        logits[_index(seen, logits.device)] = before
+
+
+def _struct(seen: SeenTokens) -> ctypes._CArgObject:
+    """As the compiled kernels take them."""
+    arrays = (seen.rows, seen.ends, seen.num_prompt, seen.penalties, seen.token_ids, seen.counts)
+    return ctypes.byref(_SeenTokens(*(one.buffer_info()[0] for one in arrays), len(seen.rows)))
 
 
 def _index(seen: SeenTokens, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from kernels import native_sampling
-
-if TYPE_CHECKING:
-    from kernels.native import Team
+from kernels.native import Team, address, load_library
+from kernels.native_sampling import logit_rows, team_handle
 
 _LOW_BITS = 0x7FFFFFFF
 _ROWS_AT_ONCE = 64
 """Keys take twice the memory of the logits."""
 
 
-def topk_rows_reference(
-    logits: torch.Tensor, k: int, ids: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The specification of ``topk_rows``."""
-    values, columns = logits.sort(dim=1, descending=True, stable=True)
-    values, columns = values[:, :k].contiguous(), columns[:, :k].contiguous()
-    return values, columns if ids is None else ids[columns].long()
-
-
 def topk_rows_by_keys(
     logits: torch.Tensor, k: int, ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by a partial selection, where the reference sorts whole rows; equals are told apart by one integer."""
+    """``topk_rows`` on any device, by a partial selection; equals are told apart by one integer."""
     parts = [_largest_of_keys(part, min(k, logits.shape[1])) for part in torch.split(logits, _ROWS_AT_ONCE)]
     values, columns = (torch.cat(part) for part in zip(*parts, strict=True))
     return values, columns if ids is None else ids[columns].long()
@@ -70,8 +60,13 @@ def topk_rows(
         Values [N, min(k, V)] float32 and column numbers or ids, int64.
     """
     if not native_sampling.can_take(logits):
-        compute = topk_rows_by_keys if logits.device.type == "cuda" else topk_rows_reference
-        return compute(logits if rows is None else logits[list(rows)], k, ids)
-    if ids is not None and ids.dtype != torch.int32:
-        ids = ids.int()
-    return native_sampling.topk_rows(logits, min(k, logits.shape[1]), ids, team, rows)
+        return topk_rows_by_keys(logits if rows is None else logits[list(rows)], k, ids)
+    places = None if rows is None else array("i", rows)
+    k, count = min(k, logits.shape[1]), len(logits) if places is None else len(places)
+    values, indices = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
+    ids = None if ids is None else ids.int()  # named: a copy must outlive the call
+    load_library().evo_top_k(
+        *(team_handle(team), logit_rows(logits, places=places), k),
+        *(address(ids), address(values), address(indices)),
+    )
+    return values, indices

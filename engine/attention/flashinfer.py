@@ -84,12 +84,10 @@ class FlashInferAttention(AttentionBackend):
         self._slot_mapping = batch.slot_mapping.long()
         if len(batch.token_ids) == len(batch.seq_lens):
             self._wrapper = self._decode
-            self._decode.plan(*_shape(batch, self.spec), **_dtypes(self.spec))
+            _plan(self._decode, self.spec, batch)
         else:
             self._wrapper = self._prefill
-            self._prefill.plan(
-                batch.query_start_loc.cpu(), *_shape(batch, self.spec), causal=True, **_dtypes(self.spec)
-            )
+            _plan(self._prefill, self.spec, batch, batch.query_start_loc.cpu(), causal=True)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _attend(self._wrapper, self._cache[layer], self._slot_mapping, q, k, v)
@@ -127,7 +125,7 @@ class _FixedFlashInfer(AttentionBackend):
 
     def plan(self, batch: ForwardBatch) -> None:
         self._slot_mapping.copy_(batch.slot_mapping)
-        self._wrapper.plan(batch.query_start_loc.cpu(), *_shape(batch, self.spec), causal=True, **_dtypes(self.spec))
+        _plan(self._wrapper, self.spec, batch, batch.query_start_loc.cpu(), causal=True)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return _attend(self._wrapper, self._cache[layer], self._slot_mapping, q, k, v)
@@ -141,15 +139,12 @@ def _import_flashinfer() -> Any:
     return flashinfer
 
 
-def _shape(batch: ForwardBatch, spec: AttentionSpec) -> tuple[Any, ...]:
-    """What all wrappers' plans want first: the page table, then heads, their width, and tokens in a page."""
+def _plan(wrapper: Any, spec: AttentionSpec, batch: ForwardBatch, *queries: torch.Tensor, **options: Any) -> None:
+    """Plan a step. All wrappers take the page table, heads, their width, and tokens in a page, after ``queries``."""
     table = page_table(batch, spec.block_size)
-    heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    return table.indptr, table.indices, table.last_page_len, *heads, spec.block_size
-
-
-def _dtypes(spec: AttentionSpec) -> dict[str, torch.dtype]:
-    return {"q_data_type": spec.dtype, "kv_data_type": spec.dtype}
+    shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
+    pages = (table.indptr, table.indices, table.last_page_len)
+    wrapper.plan(*queries, *pages, *shape, q_data_type=spec.dtype, kv_data_type=spec.dtype, **options)
 
 
 def _attend(

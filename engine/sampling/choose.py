@@ -11,18 +11,13 @@ from kernels import choose_tokens as kernel
 from kernels.choose_tokens import RowSampling
 from kernels.native import Team
 
-# Dividing logits by less could overflow float32; the distribution is a single token long before.
 _MIN_TEMPERATURE = 1e-5
+"""Less counts as 0: dividing logits by it could overflow float32, and only the largest has a chance long before."""
 
 
 def all_greedy(params: Sequence[SamplingParams]) -> bool:
     """Whether every row takes its largest logit."""
-    return not any(map(effective_temperature, params))
-
-
-def effective_temperature(params: SamplingParams) -> float:
-    """Temperature, 0 where it makes no difference."""
-    return 0.0 if params.temperature < _MIN_TEMPERATURE else params.temperature
+    return all(one.temperature < _MIN_TEMPERATURE for one in params)
 
 
 def row_sampling(params: Sequence[SamplingParams]) -> RowSampling | None:
@@ -30,7 +25,7 @@ def row_sampling(params: Sequence[SamplingParams]) -> RowSampling | None:
     if all_greedy(params):
         return None
     return RowSampling(
-        temperatures=[effective_temperature(p) for p in params],
+        temperatures=[0.0 if p.temperature < _MIN_TEMPERATURE else p.temperature for p in params],
         seeds=[p.seed for p in params],
         top_k=[p.top_k for p in params],
         top_p=[p.top_p for p in params],

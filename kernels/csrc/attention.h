@@ -26,6 +26,18 @@ struct KvCache {  // of one layer
   }
 };
 
+// The caches of all layers, one after the other.
+struct KvLayers {
+  bf16* keys;
+  bf16* values;
+  int block_size;
+  size_t layer_stride;  // elements from one layer's to the next
+
+  KvCache of_layer(int layer, int kv_heads, int head_dim) const {
+    return {keys + layer * layer_stride, values + layer * layer_stride, block_size, kv_heads, head_dim};
+  }
+};
+
 // One step's ragged batch; see engine/batch.py for the fields.
 struct Batch {
   int num_tokens;

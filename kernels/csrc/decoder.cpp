@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <span>
 
 #include "rows.h"
 
@@ -126,7 +127,7 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
                      float* residual) {
   const int tokens = batch.num_tokens, columns = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
   float* out = qkv_.data();
-  for (const Matrix& part : layer.qkv) {
+  for (const Matrix& part : std::span(layer.qkv, layer.num_qkv)) {
     linear(team_, {&part, normed_.data(), tokens, Epilogue::kStore, out, columns});
     team_.barrier();
     out += part.n;
@@ -175,9 +176,8 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
   if (lora != nullptr) adapt(*lora, lora->down, gated_.data(), tokens, residual);
 }
 
-void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride,
-                      const float* embeddings, const LoraRows* lora, const WantedRows* wanted, float* residual,
-                      const PassOutputs& outputs) {
+void Decoder::forward(const Batch& batch, const KvLayers& kv, const float* embeddings, const LoraRows* lora,
+                      const WantedRows* wanted, float* residual, const PassOutputs& outputs) {
   const int tokens = batch.num_tokens, hidden = shape_.hidden, num_layers = static_cast<int>(layers_.size());
   reserve(tokens);
   std::optional<Kept> kept;
@@ -185,8 +185,7 @@ void Decoder::forward(const Batch& batch, bf16* keys, bf16* values, int block_si
   team_.run([&](int) {
     int next = 0;  // of outputs.captured
     for (int l = 0; l < num_layers; ++l) {
-      const KvCache cache{keys + l * layer_stride, values + l * layer_stride, block_size, shape_.kv_heads,
-                          shape_.head_dim};
+      const KvCache cache = kv.of_layer(l, shape_.kv_heads, shape_.head_dim);
       run_layer(batch, cache, layers_[l], embeddings, lora, kept ? &*kept : nullptr, residual);
       if (next == outputs.num_captured || outputs.captured[next] != l) continue;
       team_.work(tokens, [&](int token) {

@@ -10,7 +10,8 @@
 namespace evospec {
 
 struct Layer {
-  std::vector<Matrix> qkv;  // one matrix for each storage format that q, k and v have, in that order
+  Matrix qkv[3];  // one for each run of equal storage formats among q, k and v, in that order
+  int num_qkv;
   Matrix output, gate_up, down;
   const float* input_norm;
   const float* post_norm;
@@ -49,13 +50,11 @@ class Decoder {
   // residual [tokens][hidden] = rows of the embedding.
   void embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual);
 
-  // Runs all layers on the residual stream, in place. `keys` and `values` are layer 0's; each layer's cache lies
-  // `layer_stride` elements after the one before. embeddings [tokens][hidden]: for a draft layer, else null.
+  // Runs all layers on the residual stream, in place. embeddings [tokens][hidden]: for a draft layer, else null.
   // lora: what its matrices' products gain, or null. wanted: of a draft layer, whose result moves to the front of the
   // residual stream; null: of all rows.
-  void forward(const Batch& batch, bf16* keys, bf16* values, int block_size, size_t layer_stride,
-               const float* embeddings, const LoraRows* lora, const WantedRows* wanted, float* residual,
-               const PassOutputs& outputs);
+  void forward(const Batch& batch, const KvLayers& kv, const float* embeddings, const LoraRows* lora,
+               const WantedRows* wanted, float* residual, const PassOutputs& outputs);
 
   // out [count][hidden] = RMS norm of the residual stream: the model's last operation before its head.
   void final_norm(const float* weight, const float* residual, int count, bf16* out);

@@ -42,11 +42,13 @@ struct Digits<2> {
 
   void set(Ints first, Ints second) {  // each in -16319 .. 16319
     const Ints half = all(1 << (kLowBits - 1));
-    const Ints high0 = shift_right_signed<kLowBits>(plus(first, half));
-    const Ints high1 = shift_right_signed<kLowBits>(plus(second, half));
+    const Ints high0 = _mm512_srai_epi32(plus(first, half), kLowBits);
+    const Ints high1 = _mm512_srai_epi32(plus(second, half), kLowBits);
     Digits<1>::store_bytes(high, high0, high1);
-    Digits<1>::store_bytes(low, minus(first, shift_left<kLowBits>(high0)), minus(second, shift_left<kLowBits>(high1)));
+    Digits<1>::store_bytes(low, rest(first, high0), rest(second, high1));
   }
+
+  static Ints rest(Ints values, Ints high) { return _mm512_sub_epi32(values, _mm512_slli_epi32(high, kLowBits)); }
 };
 
 inline __m512i four_bytes(const int8_t* in) {
@@ -90,7 +92,7 @@ inline __attribute__((always_inline)) void dot(const uint8_t* blocks, Row row, c
   }
   if constexpr (kTwo) {
     for (int g = 0; g < kGroupsAtOnce; ++g) {
-      for (int m = 0; m < M; ++m) sums[g][m] = plus(sums[g][m], shift_left<Digits<2>::kLowBits>(high[g][m]));
+      for (int m = 0; m < M; ++m) sums[g][m] = plus(sums[g][m], _mm512_slli_epi32(high[g][m], Digits<2>::kLowBits));
     }
   }
 }

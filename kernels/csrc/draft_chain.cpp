@@ -52,10 +52,10 @@ class Chain {
     float* values = out_.logits + of_row(step, 0);
     int32_t* token_ids = out_.token_ids + of_row(step, 0);
     if (model_.tails != nullptr) {
-      draft_top_k(&team_, core, model_.core_ids, *model_.tails, {hidden_.data(), rows_.slabs}, k, values, token_ids);
+      evo_draft_top_k(&team_, core, model_.core_ids, *model_.tails, {hidden_.data(), rows_.slabs}, k, values, token_ids);
       return;
     }
-    top_k(&team_, core, k, model_.core_ids, values, indices_.data());
+    evo_top_k(&team_, core, k, model_.core_ids, values, indices_.data());
     std::copy_n(indices_.data(), static_cast<size_t>(count) * k, token_ids);
   }
 
@@ -104,8 +104,8 @@ class Chain {
     const TruncationRows limits{rows_.temperatures, rows_.top_k, rows_.top_p, rows_.min_p};
     std::vector<int64_t> positions(count), chosen(count);
     for (int row = 0; row < count; ++row) positions[row] = rows_.positions[row] + step + 1;
-    gumbel_argmax(nullptr, scores, {rows_.seeds, positions.data(), token_ids, rows_.temperatures, nullptr, &limits},
-                  chosen.data());
+    const GumbelRows how{rows_.seeds, positions.data(), token_ids, rows_.temperatures, nullptr, &limits};
+    evo_gumbel_argmax(nullptr, scores, how, chosen.data());
     for (int row = 0; row < count; ++row) {  // an empty place is what is left where no score is a number
       tokens[row] = static_cast<int32_t>(chosen[row] >= 0 ? chosen[row] : token_ids[static_cast<size_t>(row) * k]);
     }
@@ -143,20 +143,21 @@ class Chain {
 
   // The draft layer over the tokens just chosen.
   void advance(int step, int count) {
+    const int block_size = model_.kv->block_size;
     positions_.resize(count), seq_lens_.resize(count), slots_.resize(count), query_start_.resize(count + 1);
     for (int row = 0; row < count; ++row) {
       const int position = rows_.positions[row] + step + 1;
       const int32_t* blocks = rows_.block_tables + static_cast<size_t>(row) * rows_.max_blocks;
       positions_[row] = position;
       seq_lens_[row] = position + 1;
-      slots_[row] = blocks[position / model_.block_size] * model_.block_size + position % model_.block_size;
+      slots_[row] = blocks[position / block_size] * block_size + position % block_size;
       query_start_[row + 1] = row + 1;
     }
     const Batch batch{count, count, rows_.max_blocks, positions_.data(), query_start_.data(), seq_lens_.data(),
                       rows_.block_tables, slots_.data()};
     model_.layer->embed(model_.embedding, out_.tokens + at(step), count, embeddings_.data());
-    model_.layer->forward(batch, model_.keys, model_.values, model_.block_size, 0, embeddings_.data(), rows_.lora,
-                          nullptr, a_, {model_.norm, hidden_.data(), nullptr, 0, nullptr});
+    model_.layer->forward(batch, *model_.kv, embeddings_.data(), rows_.lora, nullptr, a_,
+                          {model_.norm, hidden_.data(), nullptr, 0, nullptr});
   }
 
   Team& team_;
@@ -172,7 +173,9 @@ class Chain {
 
 }  // namespace
 
-int draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out) {
+// a [B][hidden]: the draft's state after each sequence's last known token; overwritten. Returns the number of steps.
+extern "C" int evo_draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a,
+                               const ChainOutputs& out) {
   return Chain(team, model, rows, a, out).run();
 }
 

@@ -20,9 +20,7 @@ struct ChainModel {
   const TailSlabs* tails;   // null: none
   const Sessions* sessions;  // null: none
   const TextIndexes* texts;  // null: repeats do not count
-  bf16* keys;               // of the layer
-  bf16* values;
-  int block_size;
+  const KvLayers* kv;       // of the layer
 };
 
 // B sequences, the longest chain first; arrays of one entry a row.
@@ -57,8 +55,5 @@ struct ChainOutputs {
   float* features;     // [kFeatures][candidates]; null without a prior
   int32_t* confidence;   // level of the token; null where chains never end early
 };
-
-// a [B][hidden]: the draft's state after each sequence's last known token; overwritten. Returns the number of steps.
-int draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out);
 
 }  // namespace evospec

@@ -1,8 +1,14 @@
-#include "gguf_rows.h"
+// Rows of GGUF quantised tensors (ggml block formats) as integer codes with scales, without rounding.
+#include <vector>
+
+#include "matrix.h"
 
 namespace evospec {
 
 namespace {
+
+// ggml type numbers, as in the file.
+enum GgmlType : int { kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14 };
 
 inline float half_at(const uint8_t* bytes) {
   uint16_t value;
@@ -109,20 +115,26 @@ const Layout* find_layout(int ggml_type) {
 
 }  // namespace
 
-int packed_format(int ggml_type) {
+extern "C" {
+
+// The packed format that holds a ggml type's codes exactly, or -1 where there is none.
+int evo_packed_format(int ggml_type) {
   const Layout* layout = find_layout(ggml_type);
   return layout ? layout->format : -1;
 }
 
-size_t ggml_row_bytes(int ggml_type, int k) {
+// Packs weight rows row_map[i] <- source row i (GGUF blocks) into `data`, which starts as zeros.
+void evo_pack_ggml(uint8_t* data, int ggml_type, const uint8_t* rows, const int32_t* row_map, int count, int k) {
   const Layout* layout = find_layout(ggml_type);
-  return static_cast<size_t>(k / layout->values) * layout->bytes;
+  std::vector<uint8_t> codes(k);
+  std::vector<float> scales(k / 16), minima(k / 32);
+  RowCodes out{layout->format, codes.data(), scales.data(), minima.data()};
+  for (int i = 0; i < count; ++i) {
+    for (int b = 0; b < k / layout->values; ++b, rows += layout->bytes) layout->decode(rows, b, out);
+    pack_codes(data, k, row_map[i], out);
+  }
 }
 
-void decode_row(int ggml_type, const uint8_t* row, int k, RowCodes& out) {
-  const Layout* layout = find_layout(ggml_type);
-  out.format = layout->format;
-  for (int b = 0; b < k / layout->values; ++b, row += layout->bytes) layout->decode(row, b, out);
-}
+}  // extern "C"
 
 }  // namespace evospec

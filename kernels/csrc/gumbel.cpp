@@ -195,7 +195,7 @@ int32_t lowest_id(const int32_t* token_ids, int count) {
 
 }  // namespace
 
-void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, int64_t* out) {
+extern "C" void evo_gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, int64_t* out) {
   // Rows in pieces where there are few of them; the best of a row does not depend on how it is cut.
   const int threads = team == nullptr ? 1 : team->size();
   const int wanted = threads == 1 ? 1 : (4 * threads + logits.rows - 1) / logits.rows;
@@ -205,7 +205,7 @@ void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, i
   std::vector<float> thresholds;
   if (how.limits != nullptr && pieces > 1) {
     thresholds.resize(logits.rows);
-    kept_thresholds(team, logits, *how.limits, thresholds.data());
+    evo_kept_thresholds(team, logits, *how.limits, thresholds.data());
   }
   const auto least_in = [&](int row) {
     if (how.limits == nullptr) return how.least == nullptr ? -kInfinity : how.least[row];

@@ -17,6 +17,6 @@ struct GumbelRows {
 };
 
 // out [rows]: the choices; equal scores go to the lowest token id. NaN is never chosen.
-void gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, int64_t* out);
+extern "C" void evo_gumbel_argmax(Team* team, const LogitRows& logits, const GumbelRows& how, int64_t* out);
 
 }  // namespace evospec

@@ -8,9 +8,21 @@
 #include "rows.h"
 #include "tiles.h"
 
+#ifdef __AVX512F__
+#include "expand_avx512.h"
+#endif
+
 namespace evospec {
 
 namespace {
+
+// Whether codes are ever expanded to be multiplied.
+#ifdef __AVX512F__
+constexpr bool kExpandsCodes = true;
+#else
+constexpr bool kExpandsCodes = false;
+void expand_blocks(const Matrix&, int, int, int, bf16*) {}
+#endif
 
 struct Scratch {  // per thread, grows to the largest use
   std::vector<bf16> tiles;  // expanded groups
@@ -119,8 +131,10 @@ int pairs_at_once(const Linear& op, bool direct) {
 
 constexpr int kRowsAtOnce = 48;  // their integers stay in the caches while some pairs are multiplied with them
 
+bool has_one_digit(const Matrix& weight) { return weight.digits == 1 && takes_one_digit(weight.format); }
+
 bool goes_direct(const Linear& op) {
-  return op.weight->format != kBf16 && (op.weight->digits == 1 || op.rows <= max_direct_rows());
+  return op.weight->format != kBf16 && (has_one_digit(*op.weight) || op.rows <= evo_max_direct_rows());
 }
 
 template <typename Rows>
@@ -143,16 +157,17 @@ void direct_pairs(const Linear& op, const Rows& rows, int begin, int end) {
 
 }  // namespace
 
-int max_direct_rows() {
+extern "C" int evo_max_direct_rows() {
   constexpr int kBesideAmx = 8, kBesideVectors = 24;
   if (!has_fast_bf16()) return std::numeric_limits<int>::max();
   return has_amx() ? kBesideAmx : kBesideVectors;
 }
 
-int fastest_digits() { return has_amx() ? 2 : 1; }
+// Digits of activations that are fastest here.
+extern "C" int evo_fastest_digits() { return has_amx() ? 2 : 1; }
 
 void linear(Team& team, const Linear& op) {
-  const bool direct = goes_direct(op), one_digit = op.weight->digits == 1;
+  const bool direct = goes_direct(op), one_digit = has_one_digit(*op.weight);
   const bool many = op.rows > (direct ? kRowsAtOnce : kMaxTileRows);
   if (!direct) {
     configure_tiles(op.rows);

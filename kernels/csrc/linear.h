@@ -24,10 +24,7 @@ struct Linear {
 // Up to so many rows of two digits are multiplied with codes as they are (direct.h); more are faster by tiles: from 9 on
 // with AMX, from 25 on with AMD's vdpbf16ps. Never with Intel's, nor with AVX2: there integers are twice as fast as
 // floats. Rows of one digit are never expanded.
-int max_direct_rows();
-
-// Digits of activations that are fastest here.
-int fastest_digits();
+extern "C" int evo_max_direct_rows();
 
 // Inside Team::run, by all threads; ends without a barrier.
 void linear(Team& team, const Linear& op);

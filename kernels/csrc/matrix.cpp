@@ -47,12 +47,15 @@ void pack_codes(uint8_t* data, int k, int row, const RowCodes& codes) {
   }
 }
 
-void pack_floats(uint8_t* data, int k, int row, const float* values) {
-  uint8_t* first = data + first_block(kBf16, k, row);
-  for (int i = 0; i < k; ++i) {
-    const int kk = i % kBlock;
-    bf16* block = reinterpret_cast<bf16*>(first + i / kBlock * 2 * block_bytes(kBf16));
-    block[32 * (kk / 2) + 2 * (row % kGroup) + kk % 2] = to_bf16(values[i]);
+// Packs weight rows row_map[r] <- source row r as bf16.
+extern "C" void evo_pack_floats(uint8_t* data, const float* rows, const int32_t* row_map, int count, int k) {
+  for (int r = 0; r < count; ++r, rows += k) {
+    uint8_t* first = data + first_block(kBf16, k, row_map[r]);
+    for (int i = 0; i < k; ++i) {
+      const int kk = i % kBlock;
+      bf16* block = reinterpret_cast<bf16*>(first + i / kBlock * 2 * block_bytes(kBf16));
+      block[32 * (kk / 2) + 2 * (row_map[r] % kGroup) + kk % 2] = to_bf16(rows[i]);
+    }
   }
 }
 

@@ -50,12 +50,12 @@ inline size_t block_bytes(int format) {
 }
 
 struct Matrix {
-  int format = kBf16;
-  int n = 0;  // rows of the weight; storage is padded to whole pairs of groups
-  int k = 0;  // a multiple of 32
-  int digits = 2;  // of activations that are multiplied with codes as they are: 8 bits each (direct.h)
-  const uint8_t* data = nullptr;
-  const float* bias = nullptr;  // [n padded to 32] or null
+  int format;
+  int n;       // rows of the weight; storage is padded to whole pairs of groups
+  int k;       // a multiple of 32
+  int digits;  // of activations that are multiplied with codes as they are, where the format takes_one_digit (direct.h)
+  const uint8_t* data;
+  const float* bias;  // [n padded to 32] or null
 
   int num_blocks() const { return k / kBlock; }
   size_t pair_bytes() const { return 2 * num_blocks() * block_bytes(format); }
@@ -90,21 +90,10 @@ inline int fifth_bit([[maybe_unused]] int kk) {
 #endif
 }
 
-// Writes row `row` into the packed matrix at `data`.
+// Writes row `row` into the packed matrix at `data`, which starts as zeros.
 void pack_codes(uint8_t* data, int k, int row, const RowCodes& codes);
-void pack_floats(uint8_t* data, int k, int row, const float* values);
 
 // Row `row` of the weight as floats: an embedding lookup.
 void unpack_row(const Matrix& matrix, int row, float* out);
-
-// Whether codes are ever expanded to be multiplied; if not, there is no expand_blocks.
-#ifdef __AVX512F__
-constexpr bool kExpandsCodes = true;
-#else
-constexpr bool kExpandsCodes = false;
-#endif
-
-// Expands blocks first .. first + count - 1 of both groups of a pair to bf16 tiles: out[count][2][16][32].
-void expand_blocks(const Matrix& matrix, int pair, int first, int count, bf16* out);
 
 }  // namespace evospec

@@ -1,8 +1,21 @@
-#include "penalties.h"
+// Repetition, presence and frequency penalties on tokens that were seen before.
+#include <cstddef>
+#include <cstdint>
 
 namespace evospec {
 
 namespace {
+
+// Distinct tokens before some rows of logits, those of row rows[0] first, and of each row the prompt's tokens first.
+struct SeenTokens {
+  const int64_t* rows;
+  const int64_t* ends;        // of each row's tokens
+  const int64_t* num_prompt;  // how many of each row's tokens are the prompt's
+  const double* penalties;    // [num_rows][3]: repetition, presence, frequency
+  const int64_t* token_ids;   // columns that exist
+  const int64_t* counts;      // occurrences in the output; 0: not seen, unless it is the prompt's
+  int num_rows;
+};
 
 // visit(logit, i, row number) for each of the tokens.
 template <typename Visit>
@@ -15,7 +28,8 @@ void for_each_token(float* logits, size_t stride, const SeenTokens& seen, Visit 
 
 }  // namespace
 
-void penalize(float* logits, size_t stride, const SeenTokens& seen, float* before) {
+// In rows of `stride` floats. `before`: one value for each token, for evo_put_back.
+extern "C" void evo_penalize(float* logits, size_t stride, const SeenTokens& seen, float* before) {
   for_each_token(logits, stride, seen, [&](float& logit, int64_t i, int64_t r) {
     before[i] = logit;
     const int64_t begin = r == 0 ? 0 : seen.ends[r - 1];
@@ -27,7 +41,7 @@ void penalize(float* logits, size_t stride, const SeenTokens& seen, float* befor
   });
 }
 
-void put_back(float* logits, size_t stride, const SeenTokens& seen, const float* before) {
+extern "C" void evo_put_back(float* logits, size_t stride, const SeenTokens& seen, const float* before) {
   for_each_token(logits, stride, seen, [&](float& logit, int64_t i, int64_t) { logit = before[i]; });
 }
 

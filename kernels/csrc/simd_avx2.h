@@ -152,10 +152,6 @@ template <int kBits>
 inline Ints shift_right(Ints x) {
   return {_mm256_srli_epi32(x.low, kBits), _mm256_srli_epi32(x.high, kBits)};
 }
-template <int kBits>
-inline Ints shift_right_signed(Ints x) {
-  return {_mm256_srai_epi32(x.low, kBits), _mm256_srai_epi32(x.high, kBits)};
-}
 inline int32_t sum(Ints x) {
   const __m256i eight = _mm256_add_epi32(x.low, x.high);
   __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));

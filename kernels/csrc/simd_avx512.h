@@ -54,20 +54,11 @@ inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 
 inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
-inline Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
 inline Ints exclusive_or(Ints a, Ints b) { return _mm512_xor_si512(a, b); }
 template <int kBits>
-inline Ints shift_left(Ints x) {
-  return _mm512_slli_epi32(x, kBits);
-}
-template <int kBits>
 inline Ints shift_right(Ints x) {
   return _mm512_srli_epi32(x, kBits);
-}
-template <int kBits>
-inline Ints shift_right_signed(Ints x) {
-  return _mm512_srai_epi32(x, kBits);
 }
 inline int32_t sum(Ints x) { return _mm512_reduce_add_epi32(x); }
 inline int32_t smallest(Mask lanes, Ints x) { return _mm512_mask_reduce_min_epi32(lanes, x); }

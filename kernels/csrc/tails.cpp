@@ -56,18 +56,18 @@ void tail_logits(Team* team, const TailSlabs& tails, const TailQueries& queries,
 
 }  // namespace
 
-void draft_top_k(Team* team, const LogitRows& core, const int32_t* core_ids, const TailSlabs& tails,
+extern "C" void evo_draft_top_k(Team* team, const LogitRows& core, const int32_t* core_ids, const TailSlabs& tails,
                  const TailQueries& queries, int k, float* values, int32_t* token_ids) {
   // The best of the core in order, then the whole tail: small rows, of which the best are taken again.
   const int rows = core.rows, of_core = std::min(k, core.columns), columns = of_core + tails.slots;
   std::vector<float> best(static_cast<size_t>(rows) * of_core), merged(static_cast<size_t>(rows) * columns);
   std::vector<int64_t> best_ids(best.size()), places(static_cast<size_t>(rows) * k);
-  top_k(team, core, of_core, core_ids, best.data(), best_ids.data());
+  evo_top_k(team, core, of_core, core_ids, best.data(), best_ids.data());
   for (int row = 0; row < rows; ++row) {
     std::copy_n(&best[static_cast<size_t>(row) * of_core], of_core, &merged[static_cast<size_t>(row) * columns]);
   }
   tail_logits(team, tails, queries, rows, merged.data() + of_core, columns);
-  top_k(team, {merged.data(), static_cast<size_t>(columns), rows, columns, nullptr}, k, nullptr, values, places.data());
+  evo_top_k(team, {merged.data(), static_cast<size_t>(columns), rows, columns, nullptr}, k, nullptr, values, places.data());
   for (size_t i = 0; i < places.size(); ++i) {
     const size_t row = i / k, place = places[i];
     token_ids[i] = place < static_cast<size_t>(of_core)

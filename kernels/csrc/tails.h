@@ -26,7 +26,7 @@ struct TailQueries {
 // values, token_ids [core.rows][k], k <= core.columns + tails.slots: the k largest logits of each row in descending
 // order; of equal ones the core's come first, by column, then the tail's, by slot. Columns of the core stand for the
 // tokens core_ids [core.columns], null: 0 .. columns - 1. Empty slots are -inf and keep their id.
-void draft_top_k(Team* team, const LogitRows& core, const int32_t* core_ids, const TailSlabs& tails,
+extern "C" void evo_draft_top_k(Team* team, const LogitRows& core, const int32_t* core_ids, const TailSlabs& tails,
                  const TailQueries& queries, int k, float* values, int32_t* token_ids);
 
 }  // namespace evospec

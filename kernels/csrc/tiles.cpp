@@ -131,7 +131,8 @@ void store_tiles(float*, bool) {}
 
 }  // namespace
 
-void find_processor() {
+// Asks the processor what it is and the operating system for the tile registers. Called once, before anything else.
+extern "C" void evo_find_processor() {
   amx_found = find_tiles();
   unsigned eax, ebx, ecx, edx;
   intel_found = __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == signature_INTEL_ebx;

@@ -39,9 +39,6 @@ constexpr bool kMayHaveAmx = true;
 constexpr bool kMayHaveAmx = false;
 #endif
 
-// Asks the processor what it is and the operating system for the tile registers. Called once, before any thread
-// multiplies.
-void find_processor();
 bool has_amx();
 // Whether bf16 products are faster than those of float32. By Intel's vdpbf16ps they are not, by AMD's they are.
 bool has_fast_bf16();

@@ -66,6 +66,15 @@ class Candidates {
   std::vector<Entry> entries_;
 };
 
+// Log-probabilities that are wanted, and where they go.
+struct LogProbabilities {
+  int k;                     // <= columns, or 0
+  const int32_t* token_ids;  // [rows]: a token of each
+  double* chosen;            // [rows]: its log-probability
+  double* largest;           // [rows][k]: the largest of the row in descending order, equals by column
+  int32_t* columns;          // [rows][k]: their tokens
+};
+
 // The best of a row, in order.
 const std::vector<Entry>& best_of(const float* x, int columns, Candidates& candidates) {
   for_each_vector(x, 0, columns, [&](int i, Mask lanes, Floats values) {
@@ -76,7 +85,7 @@ const std::vector<Entry>& best_of(const float* x, int columns, Candidates& candi
 
 }  // namespace
 
-void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices) {
+extern "C" void evo_top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float* values, int64_t* indices) {
   for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns, [&](int row) {
     Candidates candidates(k);
     const std::vector<Entry>& best = best_of(logits.row(row), logits.columns, candidates);
@@ -87,7 +96,7 @@ void top_k(Team* team, const LogitRows& logits, int k, const int32_t* ids, float
   });
 }
 
-void log_probabilities(Team* team, const LogitRows& logits, const LogProbabilities& wanted) {
+extern "C" void evo_log_probabilities(Team* team, const LogitRows& logits, const LogProbabilities& wanted) {
   for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns, [&](int i) {
     const float* x = logits.row(i);
     Candidates candidates(std::max(wanted.k, 1));

@@ -225,7 +225,7 @@ float kept_threshold(const LogitRows& logits, const TruncationRows& limits, int 
   return kept_threshold(logits.row(row), logits.columns, logits.allowed_in(row), own);
 }
 
-void kept_thresholds(Team* team, const LogitRows& logits, const TruncationRows& limits, float* out) {
+extern "C" void evo_kept_thresholds(Team* team, const LogitRows& logits, const TruncationRows& limits, float* out) {
   for_each_item(team, logits.rows, static_cast<size_t>(logits.rows) * logits.columns,
                 [&](int row) { out[row] = kept_threshold(logits, limits, row); });
 }

@@ -14,7 +14,7 @@ struct TruncationRows {  // arrays of one entry a row
 
 // out [rows]: the smallest logit that is kept; -inf where nothing is cut off. Tokens that tie with it are kept too,
 // and those that are not allowed count as -inf.
-void kept_thresholds(Team* team, const LogitRows& logits, const TruncationRows& limits, float* out);
+extern "C" void evo_kept_thresholds(Team* team, const LogitRows& logits, const TruncationRows& limits, float* out);
 
 // The same of one row.
 float kept_threshold(const LogitRows& logits, const TruncationRows& limits, int row);

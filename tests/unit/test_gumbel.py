@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.gumbel_argmax import gumbel_argmax, gumbel_argmax_reference, gumbel_noise, hash_tokens, seeds_tensor
+from kernels.gumbel_argmax import gumbel_argmax, gumbel_noise, hash_tokens, seeds_tensor
+from tests.native_calls import gumbel_argmax as compiled_gumbel_argmax
 from tests.unit.chi_square import chi_square_p
 
 FALSE_ALARM = 1e-4
@@ -116,7 +117,7 @@ def test_samples_follow_the_softmax() -> None:
     """40,000 seeds over 24 tokens; false alarm 1e-4."""
     logits = torch.linspace(-3, 2, 24)
     seeds = torch.arange(40_000)
-    sampled = gumbel_argmax(logits.expand(len(seeds), -1), seeds, torch.full_like(seeds, 17))
+    sampled = compiled_gumbel_argmax(logits.expand(len(seeds), -1), seeds, torch.full_like(seeds, 17))
     assert chi_square_p(torch.bincount(sampled, minlength=24), logits.softmax(0)) > FALSE_ALARM
 
 
@@ -129,8 +130,8 @@ def test_whole_vocabulary_equals_reference(vocab_size: int, spread: float) -> No
     if vocab_size > 1:
         logits[4, 1:] = -torch.inf
     seeds, positions = torch.arange(7) - 3, torch.arange(7) * 11
-    expected = gumbel_argmax_reference(logits, seeds, positions, torch.arange(vocab_size).unsqueeze(0))
-    assert gumbel_argmax(logits, seeds, positions).tolist() == expected.tolist()
+    expected = gumbel_argmax(logits, seeds, positions, torch.arange(vocab_size).unsqueeze(0))
+    assert compiled_gumbel_argmax(logits, seeds, positions).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0, 1.5])
@@ -141,8 +142,8 @@ def test_tokens_that_cannot_win_are_left_out_at_any_temperature(temperature: flo
     seeds, positions = torch.arange(60), torch.arange(60) * 7
     temperatures = torch.full((60,), temperature)
     floors = None if least is None else torch.full((60,), least)
-    expected = gumbel_argmax_reference(logits, seeds, positions, temperatures=temperatures, least=floors)
-    output = gumbel_argmax(logits, seeds, positions, temperatures=temperatures, least=floors)
+    expected = gumbel_argmax(logits, seeds, positions, temperatures=temperatures, least=floors)
+    output = compiled_gumbel_argmax(logits, seeds, positions, temperatures=temperatures, least=floors)
     assert output.tolist() == expected.tolist()
 
 
@@ -161,8 +162,8 @@ def test_the_most_noise_there_is_can_win(score: float) -> None:
     logits, ids = torch.full((1, 600), -90.0), torch.arange(600).unsqueeze(0)
     logits[0, 0], logits[0, 599], ids[0, 599] = 0.5 * (score - gumbel_noise(*at, ids)[0, 0]), 0.0, token
     half, expected = torch.tensor([0.5]), [token if score < 22.87 else 0]
-    assert gumbel_argmax_reference(logits, *at, ids, temperatures=half).tolist() == expected
     assert gumbel_argmax(logits, *at, ids, temperatures=half).tolist() == expected
+    assert compiled_gumbel_argmax(logits, *at, ids, temperatures=half).tolist() == expected
 
 
 def test_flat_rows_equal_reference_for_many_seeds() -> None:
@@ -170,8 +171,8 @@ def test_flat_rows_equal_reference_for_many_seeds() -> None:
     logits = torch.zeros(300, 5000)
     logits[:, 7] = 8.05
     seeds, positions = torch.arange(300), torch.zeros(300, dtype=torch.int64)
-    sampled = gumbel_argmax(logits, seeds, positions)
-    expected = gumbel_argmax_reference(logits, seeds, positions, torch.arange(5000).unsqueeze(0))
+    sampled = compiled_gumbel_argmax(logits, seeds, positions)
+    expected = gumbel_argmax(logits, seeds, positions, torch.arange(5000).unsqueeze(0))
     assert sampled.tolist() == expected.tolist()
     assert 50 < (sampled != 7).sum() < 250
 
@@ -184,22 +185,22 @@ def test_subset_equals_masked_vocabulary_in_any_order(data: st.DataObject) -> No
     logits = torch.randn(1, 200, generator=torch.Generator().manual_seed(seed % 2**31))
     masked = torch.full_like(logits, -torch.inf)
     masked[0, kept] = logits[0, kept]
-    subset = gumbel_argmax(logits[:, kept], seeds_tensor([seed]), torch.tensor([3]), torch.tensor([kept]))
-    assert subset.tolist() == gumbel_argmax(masked, seeds_tensor([seed]), torch.tensor([3])).tolist()
+    subset = compiled_gumbel_argmax(logits[:, kept], seeds_tensor([seed]), torch.tensor([3]), torch.tensor([kept]))
+    assert subset.tolist() == compiled_gumbel_argmax(masked, seeds_tensor([seed]), torch.tensor([3])).tolist()
 
 
 def test_ties_go_to_the_lowest_token_id() -> None:
     """At 1e9 float32 cannot see the noise, so all scores are equal."""
     logits, one = torch.full((1, 4), 1e9), torch.tensor([1])
-    assert gumbel_argmax(logits, one, one, torch.tensor([[30, 12, 99, 40]])).tolist() == [12]
-    assert gumbel_argmax(logits, one, one).tolist() == [0]
+    assert compiled_gumbel_argmax(logits, one, one, torch.tensor([[30, 12, 99, 40]])).tolist() == [12]
+    assert compiled_gumbel_argmax(logits, one, one).tolist() == [0]
 
 
 def test_the_reference_takes_token_ids_of_any_integer_type() -> None:
     """As slabs have them: int32."""
     logits, seeds, positions = torch.randn(2, 4), torch.tensor([1, 2]), torch.tensor([3, 4])
     ids = torch.tensor([[30, 12, 99, 40]])
-    wide = gumbel_argmax_reference(logits, seeds, positions, ids)
-    narrow = gumbel_argmax_reference(logits, seeds, positions, ids.int())
+    wide = gumbel_argmax(logits, seeds, positions, ids)
+    narrow = gumbel_argmax(logits, seeds, positions, ids.int())
     assert narrow.dtype == torch.int64
     assert narrow.tolist() == wide.tolist()

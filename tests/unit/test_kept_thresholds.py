@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from kernels import native
-from kernels.bits import unpack_bits
-from kernels.kept_thresholds import Limits, kept_thresholds, kept_thresholds_reference
+from kernels.kept_thresholds import Limits, unpack_bits
+from kernels.kept_thresholds import kept_thresholds as kept_thresholds_reference
 from kernels.native import Team
+from tests.native_calls import kept_thresholds
 
 VOCAB_SIZE = 20_003
 ROUNDING = 3e-6

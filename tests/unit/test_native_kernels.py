@@ -28,7 +28,7 @@ from engine.models.native_llama import NativeLlama
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from engine.text.tokenizer import Tokenizer
-from kernels import native
+from kernels import native, targets
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, linear_to_rows, packed_format
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
@@ -195,7 +195,7 @@ def test_a_library_that_cannot_be_loaded_is_a_reason(tmp_path: Path, monkeypatch
     """Not an error: plain torch serves then."""
     library = tmp_path / "broken.so"
     library.write_bytes(b"\x7fELF of another world")
-    monkeypatch.setattr(native, "best_target", lambda: SimpleNamespace(library=library))
+    monkeypatch.setattr(native, "best_target", lambda: SimpleNamespace(library=library, is_of_these_sources=True))
     assert "cannot be loaded" in (native.unsupported_reason() or "")
 
 
@@ -431,7 +431,8 @@ def test_equal_infinities_are_cut_too() -> None:
     """Penalties can overflow. In a process of its own: it went on for ever."""
     code = """
 import torch
-from kernels.kept_thresholds import Limits, kept_thresholds
+from kernels.kept_thresholds import Limits
+from tests.native_calls import kept_thresholds
 logits = torch.full((1, 300), torch.inf)
 limits = Limits(*(torch.tensor([value], dtype=kind) for value, kind in
                   ((40, torch.int32), (1.0, torch.float64), (0.0, torch.float64))))
@@ -443,7 +444,7 @@ print(kept_thresholds(logits, torch.ones(1), limits).item())
 
 def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an update without a build: its structures may be laid out otherwise."""
-    monkeypatch.setattr(native, "sources_hash", lambda: "others")
+    monkeypatch.setattr(targets, "sources_hash", lambda: "others")
     assert "other sources" in str(native.unsupported_reason())
     with pytest.raises(RuntimeError, match="other sources"):
         Team(1)

@@ -1,11 +1,9 @@
 // Blocks of codes as bf16 tiles; with AVX2 codes are always multiplied as they are (direct.h).
-#ifdef __AVX512F__
+#pragma once
 
 #include "codes_avx512.h"
 
 namespace evospec {
-
-namespace {
 
 // Values of columns 0..15 at k = 2r and at 2r + 1 -> pair row r.
 inline void store_pair_row(bf16* out, __m512 even, __m512 odd) {
@@ -16,7 +14,7 @@ inline void store_pair_row(bf16* out, __m512 even, __m512 odd) {
 }
 
 // The permutation looks at the lowest four bits only, so that a shift is all it takes to get at a nibble.
-void expand_q4(const uint8_t* block, bf16* out) {
+inline void expand_q4(const uint8_t* block, bf16* out) {
   const __m512 table = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(kQ4));
   const __m512 s = load_half(scales), m = load_half(scales + kGroup);
@@ -34,7 +32,7 @@ void expand_q4(const uint8_t* block, bf16* out) {
   }
 }
 
-void expand_q5(const uint8_t* block, bf16* out) {
+inline void expand_q5(const uint8_t* block, bf16* out) {
   const __m512 low = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, -9, -10, -11, -12, -13, -14, -15, -16);
   const __m512 high = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512 s = load_half(reinterpret_cast<const uint16_t*>(block + code_bytes(kQ5)));
@@ -52,7 +50,7 @@ void expand_q5(const uint8_t* block, bf16* out) {
   }
 }
 
-void expand_bytes(const uint8_t* block, int format, bf16* out) {
+inline void expand_bytes(const uint8_t* block, int format, bf16* out) {
   const uint16_t* scales = reinterpret_cast<const uint16_t*>(block + code_bytes(format));
   const __m512i mask = _mm512_set1_epi32(255);
   for (int quad = 0; quad < kQuads; ++quad) {
@@ -68,9 +66,8 @@ void expand_bytes(const uint8_t* block, int format, bf16* out) {
   }
 }
 
-}  // namespace
-
-void expand_blocks(const Matrix& matrix, int pair, int first, int count, bf16* out) {
+// Expands blocks first .. first + count - 1 of both groups of a pair to bf16 tiles: out[count][2][16][32].
+inline void expand_blocks(const Matrix& matrix, int pair, int first, int count, bf16* out) {
   const size_t bytes = block_bytes(matrix.format);
   const uint8_t* block = matrix.pair(pair) + 2 * first * bytes;
   for (int b = 0; b < 2 * count; ++b, block += bytes, out += kBlock * kGroup) {
@@ -86,5 +83,3 @@ void expand_blocks(const Matrix& matrix, int pair, int first, int count, bf16* o
 }
 
 }  // namespace evospec
-
-#endif
