@@ -259,7 +259,7 @@ class EngineCore:
             num_cached_tokens=request.num_cached_tokens,
             num_draft_tokens=one.sequence.num_draft_tokens,
             num_accepted_tokens=one.num_accepted,
-            draft_version=self._speculator.draft_version(request.request_id) if self._speculator else 0,
+            draft_version=request.draft_state.adapter.version,
             copied=one.source == "lookup",
             session_snapshot=snapshot,
             vocabulary=counts,

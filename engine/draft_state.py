@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +17,20 @@ if TYPE_CHECKING:
 
 NONE = -1
 """No slot."""
+UNDECIDED = ""
+"""No key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Who drafts for a request: the adapter in a slot, at a version; slot -1: the base draft, without key."""
+
+    slot: int
+    key: str | None
+    version: int
+
+
+BASE = Assignment(-1, None, 0)
 
 
 @dataclass(eq=False, slots=True)
@@ -42,6 +57,12 @@ class DraftState:
     """By who drafts: how sure that is of each draft token of this step, a level each; empty where it does not know."""
     chain: Chain | None = None
     """By the speculator: what was drafted in this step."""
+    adapter_key: str | None = UNDECIDED
+    """By ``EagleAdapters``: whose adapters draft for it; None: it keeps the base draft, to compare with."""
+    adapter: Assignment = BASE
+    """By ``EagleAdapters``: who drafted last."""
+    logged_at: float = -math.inf
+    """By ``VerifyLog``: when (``time.monotonic``) it was logged last, with its context or after it."""
     candidates: Sequence[int] = ()
     """By ``DraftedTokens``: in which of its rows are those of each draft token of this step."""
     hidden: Sequence[NDArray[np.float32]] = ()

@@ -12,10 +12,11 @@ import torch
 
 from engine import process
 from engine.adapters_config import AdaptersConfig
+from engine.draft_state import BASE, Assignment
 from engine.models.config import ModelError
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
-from engine.online.adapters import BASE, Assignment, EagleAdapters
+from engine.online.adapters import EagleAdapters
 from engine.online.weight_layout import WeightLayout
 from engine.speculation import build
 from engine.speculation.drafters.eagle import EagleDraft
@@ -51,7 +52,7 @@ class WholeDraft(EagleAdapters):
         super().__init__(config, draft, base)
         self.num_bytes += sum(weight.nbytes for weight in self._base.values())
 
-    def rows(self, request_ids: object) -> LoraRows | None:
+    def rows(self, requests: object) -> LoraRows | None:
         return None
 
     def _make_slots(self, draft: Eagle3, base: str) -> tuple[WeightLayout, Sequence[Mapping[str, torch.Tensor]]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import blake2b
 
 import structlog
 import torch
 
 from engine.adapters_config import AdaptersConfig
+from engine.draft_state import BASE, UNDECIDED, Assignment
 from engine.models.config import ModelError
 from engine.models.eagle3 import Eagle3
 from engine.models.lora import adapted_rows, lora_layout
@@ -25,18 +25,6 @@ from kernels.batched_lora import LoraPart, LoraRows
 log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """Who drafts for a request: the adapter in a slot, at a version; slot -1: the base draft, without key."""
-
-    slot: int
-    key: str | None
-    version: int
-
-
-BASE = Assignment(-1, None, 0)
 
 
 class EagleAdapters:
@@ -71,9 +59,6 @@ class EagleAdapters:
         self._versions = [0] * num_slots
         """Of what each slot held when it was read."""
         self._by_key: dict[str, Assignment] = {}
-        self._keys: dict[str, str | None] = {}
-        """Of each request; None for those that keep the base draft, to compare with."""
-        self._assigned: dict[str, Assignment] = {}
         self._seen, self._look_at = -1, 0.0
         """Version of the channel at the last look that found it sound, and when to look again."""
         self._is_damaged = False
@@ -109,17 +94,13 @@ class EagleAdapters:
         """Decide who drafts for these requests in this step."""
         for request in requests:
             key = self._key(request)
-            self._assigned[request.request_id] = BASE if key is None else self._by_key.get(key, BASE)
+            request.draft_state.adapter = BASE if key is None else self._by_key.get(key, BASE)
 
-    def assigned(self, request_id: str) -> Assignment:
-        """Who drafted last for a request."""
-        return self._assigned.get(request_id, BASE)
-
-    def rows(self, request_ids: Iterable[str]) -> LoraRows | None:
+    def rows(self, requests: Iterable[Request]) -> LoraRows | None:
         """What the tokens of a batch are adapted by, given whose each is; None: nothing."""
         if not self._by_key:
             return None
-        slots = [self.assigned(request_id).slot for request_id in request_ids]
+        slots = [request.draft_state.adapter.slot for request in requests]
         if max(slots) < 0:
             return None
         return LoraRows(torch.tensor(slots, dtype=torch.int32, device=self._device), self._parts)
@@ -127,11 +108,6 @@ class EagleAdapters:
     def is_control(self, request: Request) -> bool:
         """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""
         return self._key(request) is None
-
-    def forget(self, request_id: str) -> None:
-        """A request has ended."""
-        self._keys.pop(request_id, None)
-        self._assigned.pop(request_id, None)
 
     def _make_slots(self, draft: Eagle3, base: str) -> tuple[WeightLayout, Sequence[Mapping[str, torch.Tensor]]]:
         """The layout of a slot, and of the weight channel; and each slot's tensors, which the kernels read."""
@@ -149,13 +125,13 @@ class EagleAdapters:
         return layout, [{name: stack[slot] for name, stack in stacks.items()} for slot in range(config.num_slots)]
 
     def _key(self, request: Request) -> str | None:
-        request_id = request.request_id
-        if request_id not in self._keys:
+        state = request.draft_state
+        if state.adapter_key == UNDECIDED:
             key = adapter_key(self.config.key_scope, request.tenant, request.domain)
-            digest = blake2b(request_id.encode(), digest_size=4, person=b"control").digest()
+            digest = blake2b(request.request_id.encode(), digest_size=4, person=b"control").digest()
             is_control = int.from_bytes(digest) < self.config.log.control_share * 2**32
-            self._keys[request_id] = None if is_control else key
-        return self._keys[request_id]
+            state.adapter_key = None if is_control else key
+        return state.adapter_key
 
     def _has_changed(self) -> bool:
         """Whether something was published since the last look, or nobody can tell."""

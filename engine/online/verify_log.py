@@ -63,7 +63,7 @@ class _Step:
         """The last known token and the accepted drafts."""
         sequence, first = self.verified.sequence, self.verified.sequence.num_known - 1
         token_ids = sequence.token_ids[first : first + len(self.kept)]
-        return Chunk(sequence.start + first, token_ids, 0, sequence.block_ids, sequence.request.request_id)
+        return Chunk(sequence.start + first, token_ids, 0, sequence.block_ids, sequence.request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +120,8 @@ class VerifyLog:
             config.redis_url, options.stream, max_records=options.max_records, interval=options.interval_seconds
         )
         self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
-        self._told_at: dict[str, float] = {}
-        """When each request was logged last, with its context or after it."""
-        self._num_lost = 0
+        self._num_lost, self._lost_at = 0, -math.inf
+        """How many records were lost so far, and when the last ones were."""
         self._random = random.Random()
         self._num_steps = self._num_hard = self._num_sampled = 0
 
@@ -186,8 +185,7 @@ class VerifyLog:
         self._look_at = now + _LOOK_SECONDS
         written = self._log.stats()
         if self._num_lost != (lost := written.num_dropped_by_queue + written.num_dropped_by_redis):
-            self._num_lost = lost
-            self._told_at.clear()  # contexts may be among what was lost
+            self._num_lost, self._lost_at = lost, now  # contexts may be among them
         if not self._ring.is_lost():
             return
         try:
@@ -197,14 +195,6 @@ class VerifyLog:
             log.warning("no other feature ring", reason=str(error))
         else:
             log.warning("lost feature ring replaced")
-
-    def forget(self, request_id: str) -> None:
-        """A request has ended."""
-        self._told_at.pop(request_id, None)
-
-    def draft_version(self, request_id: str) -> int:
-        """Of the adapter that drafted last for a request."""
-        return self._adapters.assigned(request_id).version
 
     def stats(self) -> AlignmentStats:
         """For metrics."""
@@ -225,13 +215,13 @@ class VerifyLog:
     def _with_context(self, step: _Step) -> Chunk:
         """The step's own tokens; the first time, and after a while without any, also those before."""
         chunk, request, now = step.chunk, step.verified.request, time.monotonic()
-        told_at = self._told_at.get(request.request_id, -math.inf)
-        self._told_at[request.request_id] = now
-        if now - told_at < _CONTEXT_SECONDS:
+        state = request.draft_state
+        logged_at, state.logged_at = state.logged_at, now
+        if now - logged_at < _CONTEXT_SECONDS and logged_at > self._lost_at:
             return chunk
         start = max(0, chunk.start - self._max_context)
         token_ids = request.all_token_ids[start : chunk.start] + chunk.token_ids
-        return Chunk(start, token_ids, 0, chunk.block_ids, chunk.request_id)
+        return Chunk(start, token_ids, 0, chunk.block_ids, request)
 
     def _is_sampled(self, request: Request) -> bool:
         # The guard compares adapters with control requests, of which there are few: it gets all of their steps.
@@ -249,7 +239,7 @@ class VerifyLog:
     def _record(self, chosen: _Chosen, context: Sequence[int], slot: int, generation: int) -> VerifyRecord:
         """``slot`` and ``generation``: of the rows of the context and the step's own behind them."""
         step, request = chosen.step, chosen.step.verified.request
-        assignment = self._adapters.assigned(request.request_id)
+        assignment = request.draft_state.adapter
         top_ids, top_logits = pack_top_k(chosen.ids, chosen.values)
         weights = self._prior_weights(request)
         return VerifyRecord(

@@ -168,10 +168,6 @@ class Speculator:
                 first_right[one.request.request_id] = None if chain.copied else outcomes[0]
         return first_right
 
-    def draft_version(self, request_id: str) -> int:
-        """Version of the adapter that drafted last for a request, 0: the base draft."""
-        return self._verify_log.draft_version(request_id) if self._verify_log else 0
-
     def add_stats(self, stats: EngineStats) -> EngineStats:
         """The engine's statistics with those of speculation."""
         if self._verify_log is not None:

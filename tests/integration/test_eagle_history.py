@@ -143,7 +143,8 @@ class FromScratch:
         blocks = list(range(-(-len(token_ids) // 16)))
         shape = (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, len(blocks), 16)
         attention = TorchPagedAttention(AttentionSpec(*shape, torch.float32, self._loaded.device))
-        batch = build_batch([Chunk(0, token_ids, 0, blocks, "")], 16, self._loaded.device)
+        anybody = Request("", b"", "", SamplingParams(max_tokens=1, seed=0), token_ids)
+        batch = build_batch([Chunk(0, token_ids, 0, blocks, anybody)], 16, self._loaded.device)
         features = self._loaded.model.forward(batch, attention, self._draft.config.capture_layers).features
         assert features is not None
         return features

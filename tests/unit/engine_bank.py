@@ -9,12 +9,13 @@ import torch
 
 from benchmarks.adapt.whole_draft import WholeDraft, whole_layout
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
+from engine.draft_state import Assignment
 from engine.messages import SamplingParams
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import RotaryEmbedding
 from engine.models.lora import lora_layout
-from engine.online.adapters import Assignment, EagleAdapters
+from engine.online.adapters import EagleAdapters
 from engine.online.shared_file import SharedFile
 from engine.online.weight_writer import WeightWriter
 from engine.request import Request
@@ -63,11 +64,11 @@ class Bank:
     def assign(self, *requests: Request) -> list[Assignment]:
         self.engine.refresh()
         self.engine.assign(requests)
-        return [self.engine.assigned(request.request_id) for request in requests]
+        return [request.draft_state.adapter for request in requests]
 
     def value(self, request: Request) -> float:
         """The number that all weights of a request's adapter are."""
-        rows = self.engine.rows([request.request_id])
+        rows = self.engine.rows([request])
         assert rows is not None
         numbers = {float(v) for part in rows.parts for w in (part.a, part.b) for v in w[int(rows.slots[0])].flatten()}
         assert len(numbers) == 1

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from engine.messages import SamplingParams
 from engine.model_runner import build_batch
 from engine.request import Request
-from engine.speculation.drafters.kv import chain_batches, last_draft
+from engine.speculation.drafters.kv import Chunk, chain_batches
 from engine.step_plan import DraftSlot
 
 CPU = torch.device("cpu")
@@ -29,6 +29,12 @@ def some_slots(draw: st.DrawFn) -> tuple[list[DraftSlot], int]:
         blocks = draw(st.lists(st.integers(0, 500), min_size=num_blocks, max_size=num_blocks + 2))
         slots.append(DraftSlot(request, num_drafts, blocks))
     return slots, block_size
+
+
+def last_draft(slot: DraftSlot) -> Chunk:
+    """The newest draft token, from which the next one is drafted."""
+    request, drafts = slot.request, slot.request.draft_token_ids
+    return Chunk(request.num_tokens + len(drafts) - 1, drafts[-1:], 1, slot.block_ids, request)
 
 
 @given(some_slots())

@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
+from engine.draft_state import BASE, Assignment
 from engine.models.config import ModelError
 from engine.online import adapters as eagle_adapters
-from engine.online.adapters import BASE, Assignment
 from engine.online.weight_writer import WeightWriter
 from tests.unit.engine_bank import BUFFERS, DIRECTORIES, FINGERPRINT, WORD, Bank, request
 
@@ -21,11 +21,11 @@ def test_each_request_drafts_with_the_adapter_of_its_key(tmp_path: Path) -> None
     bank = Bank(tmp_path)
     law, clinic, other = request("1", "law"), request("2", "clinic"), request("3", "other")
     assert bank.assign(law, clinic, other) == [BASE] * 3
-    assert bank.engine.rows(["1", "1"]) is None
+    assert bank.engine.rows([law, law]) is None
     first, second = bank.publish(2, "law", 1.0), bank.publish(0, "clinic", 2.0)
     assert bank.assign(law, clinic, other) == [Assignment(2, "law", first), Assignment(0, "clinic", second), BASE]
     assert (bank.value(law), bank.value(clinic)) == (1.0, 2.0)
-    rows = bank.engine.rows(["3", "3", "2", "1", "1"])
+    rows = bank.engine.rows([other, other, clinic, law, law])
     assert rows is not None
     assert rows.slots.tolist() == [-1, -1, 0, 2, 2]
     assert bank.engine.versions == {"law": first, "clinic": second}
@@ -152,7 +152,7 @@ def test_whole_drafts_take_the_place_of_the_base_and_give_it_back(tmp_path: Path
         version = bank.publish(0, "*", value)
         assert bank.assign(anybody, request("2", "clinic")) == [Assignment(0, "*", version)] * 2
         assert are(weights(bank), value)
-        assert bank.engine.rows(["1"]) is None
+        assert bank.engine.rows([anybody]) is None
     bank.writer.clear(0)
     assert bank.assign(anybody) == [BASE]
     found = weights(bank)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from adapters.alignment.publisher import AdapterPublisher
 from adapters.alignment.store import AdapterStore
 from benchmarks.attack import channel_bytes, forge_channel
+from engine.draft_state import BASE
 from engine.online import adapters as eagle_adapters
-from engine.online.adapters import BASE
 from engine.online.feature_ring import FeatureRing, FeatureRingReader
 from engine.online.shared_file import SharedMemoryError
 from engine.online.weight_channel import NonFiniteWeights, WeightChannel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -22,7 +22,7 @@ from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts
 from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
 from engine.speculation.drafters.head import DraftHead
-from engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches, last_draft
+from engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import NativeChain
@@ -141,7 +141,8 @@ class EagleProposer:
             self._adapters.refresh()
             self._adapters.assign([slot.request for slot in slots])
         batch = build_batch(chunks, self._block_size, self._device)
-        a = self._forward(batch, chunks, self._g_before(chunks))
+        of_tokens = (chunk.request for chunk in chunks for _ in chunk.token_ids)
+        a = self._forward(batch, of_tokens, self._g_before(chunks))
         if not ready:
             return
         if self._chain is not None:
@@ -149,7 +150,8 @@ class EagleProposer:
             return
         self._head.draft(self._network.head_input(a), ready)
         for rows, longer, batch in chain_batches(ready, self._block_size, self._device):
-            a = self._forward(batch, [last_draft(slot) for slot in longer], a if len(rows) == len(a) else a[rows])
+            of_tokens = (slot.request for slot in longer)
+            a = self._forward(batch, of_tokens, a if len(rows) == len(a) else a[rows])
             self._head.draft(self._network.head_input(a), longer)
 
     def _draft_chains(
@@ -158,7 +160,7 @@ class EagleProposer:
         """All drafts of the slots in one call; ``a`` [B, hidden]: the draft's state after their last known tokens."""
         order = sorted(range(len(ready)), key=lambda row: -ready[row].num_tokens)
         slots = [ready[row] for row in order]
-        lora = self._adapters.rows([slot.request.request_id for slot in slots]) if self._adapters else None
+        lora = self._adapters.rows(slot.request for slot in slots) if self._adapters else None
         adapted = None if lora is None else NativeLora(lora)
         assert isinstance(self._attention, NativeAttention)
         tables, cache = padded_block_tables([slot.block_ids for slot in slots]), self._attention.cache
@@ -181,14 +183,9 @@ class EagleProposer:
     def forget(self, request: Request) -> None:
         """Drop what is known of a request."""
         self._entries.forget(request)
-        if self._adapters is not None:
-            self._adapters.forget(request.request_id)
-        if self.verify_log is not None:
-            self.verify_log.forget(request.request_id)
 
-    def _forward(self, batch: ForwardBatch, chunks: Sequence[Chunk], g: torch.Tensor) -> torch.Tensor:
-        """a [n, hidden] of the last token of each chunk that wants logits. ``batch`` is of the chunks' tokens."""
-        of_tokens = (chunk.request_id for chunk in chunks for _ in chunk.token_ids)
+    def _forward(self, batch: ForwardBatch, of_tokens: Iterable[Request], g: torch.Tensor) -> torch.Tensor:
+        """a [n, hidden] of the tokens that want logits; ``of_tokens``: whose each token of the batch is."""
         lora = self._adapters.rows(of_tokens) if self._adapters else None
         return self._network.forward(batch, self._attention, self._model.embed(batch.token_ids), g, lora)
 

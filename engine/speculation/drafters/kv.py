@@ -29,13 +29,7 @@ class Chunk(msgspec.Struct, frozen=True):
     token_ids: list[int]
     num_logits: int
     block_ids: Sequence[int]
-    request_id: str
-
-
-def last_draft(slot: DraftSlot) -> Chunk:
-    """The newest draft token, from which the next one is drafted."""
-    drafts = slot.request.draft_token_ids
-    return Chunk(slot.request.num_tokens + len(drafts) - 1, drafts[-1:], 1, slot.block_ids, slot.request.request_id)
+    request: Request
 
 
 class DraftKvTracker:
@@ -77,7 +71,7 @@ class DraftKvTracker:
                 break
             budget -= end - start
             is_ready = end == len(token_ids)
-            chunks.append(Chunk(start, token_ids[start:end], int(is_ready), slot.block_ids, slot.request.request_id))
+            chunks.append(Chunk(start, token_ids[start:end], int(is_ready), slot.block_ids, slot.request))
             self._set_computed(slot.request, slot.block_ids, start, end)
             if is_ready:
                 ready.append(slot)
