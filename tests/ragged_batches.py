@@ -63,26 +63,29 @@ def attention_spec(
 
 
 def compare_backends(
-    backend: AttentionBackend,
+    backends: Sequence[AttentionBackend],
     reference: AttentionBackend,
     sequences: RaggedSequences,
     steps: Sequence[Sequence[int]],
     seed: int = 0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Runs both on the same random bf16 numbers; yields (output, reference) as float32 for each step and layer."""
-    spec, generator = backend.spec, torch.Generator().manual_seed(seed)
+    """Runs all of them on the same random bf16 numbers.
+
+    Yields (output, reference) as float32 for each step, layer and backend. The backends have one ``AttentionSpec``.
+    """
+    spec, generator = backends[0].spec, torch.Generator().manual_seed(seed)
     for counts in steps:
         batch = sequences.step(counts, spec.device)
-        backend.plan(batch)
-        reference.plan(batch)
+        for each in (*backends, reference):
+            each.plan(batch)
         for layer in range(spec.num_layers):
             q, k, v = (
                 torch.randn(len(batch.token_ids), heads, spec.head_dim, generator=generator).bfloat16().to(spec.device)
                 for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
             )
-            ours = backend.forward(layer, q.to(spec.dtype), k.to(spec.dtype), v.to(spec.dtype))
-            theirs = reference.forward(layer, *(x.to(reference.spec.dtype) for x in (q, k, v)))
-            yield ours.float(), theirs.float()
+            expected = reference.forward(layer, *(x.to(reference.spec.dtype) for x in (q, k, v))).float()
+            for backend in backends:
+                yield backend.forward(layer, *(x.to(spec.dtype) for x in (q, k, v))).float(), expected
 
 
 def largest_row_error(output: torch.Tensor, expected: torch.Tensor) -> float:

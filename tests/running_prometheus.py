@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import yaml
 
-from deploy.grafana.queries import Prometheus
+from benchmarks.dashboards import Prometheus
 
 CONFIGURATION = Path(__file__).parents[1] / "deploy" / "prometheus"
 BINARY = shutil.which("prometheus")

@@ -9,9 +9,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,21 @@ import pytest
 
 from engine.models.registry import REGISTRY
 from engine.speculation.draft_files import DRAFTS
+from server import cli, launcher
+from server.tenants import hash_key
 from tests.running_server import EVOSPEC, SMALL, RunningServer
+from tests.tiny_models import make_directory
 
 LaunchServer = Callable[..., RunningServer]
+MODEL = "smollm2-135m"
+METRICS_KEY = "evs-metrics"
 LONG_TOKENS = 128
 OTHER_DRAFT = str(DRAFTS / "qwen2.5-coder-0.5b")
 
 
-def completion_body(max_tokens: int, stream: bool = False) -> dict[str, object]:
+def completion_body(max_tokens: int, stream: bool = False, model: str = MODEL) -> dict[str, object]:
     return {
-        "model": "smollm2-135m",
+        "model": model,
         "prompt": "Once upon a time",
         "max_tokens": max_tokens,
         "temperature": 0,
@@ -59,15 +66,58 @@ class Stream:
 
 
 @contextmanager
-def running_stream(base_url: str) -> Iterator[Stream]:
-    url = f"{base_url}/v1/completions"
-    with httpx.stream("POST", url, json=completion_body(LONG_TOKENS, stream=True), timeout=60) as response:
+def running_stream(base_url: str, key: str = "none") -> Iterator[Stream]:
+    url, headers = f"{base_url}/v1/completions", {"Authorization": f"Bearer {key}"}
+    body = completion_body(LONG_TOKENS, stream=True)
+    with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
         assert response.status_code == 200
         yield Stream(response)
 
 
-def complete(base_url: str, max_tokens: int = 4) -> httpx.Response:
-    return httpx.post(f"{base_url}/v1/completions", json=completion_body(max_tokens), timeout=60)
+def complete(base_url: str, max_tokens: int = 4, model: str = MODEL, key: str = "none") -> httpx.Response:
+    body, headers = completion_body(max_tokens, model=model), {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{base_url}/v1/completions", json=body, headers=headers, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that starts sooner, where its answers are short or do not matter; of the name that it is served by."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    return make_directory(directory, hidden_size=128, head_dim=32).path
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """A server that is no worse after a test than before it, and the key of a tenant, acme."""
+
+    server: RunningServer
+    key: str
+
+    def complete(self, max_tokens: int = 4) -> httpx.Response:
+        return complete(self.server.base_url, max_tokens, key=self.key)
+
+    def restarts(self) -> float:
+        """How often its engine was started again."""
+        headers = {"Authorization": f"Bearer {METRICS_KEY}"}
+        lines = httpx.get(f"{self.server.base_url}/metrics", headers=headers).raise_for_status().text.splitlines()
+        name = 'evospec:process_restarts_total{process="engine"} '
+        return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[Lasting]:
+    directory = tmp_path_factory.mktemp("lasting")
+    output = subprocess.run([EVOSPEC, "keys", "new", "acme"], capture_output=True, text=True, check=True).stdout
+    monitoring = f'[tenants.prometheus]\nkeys = ["{hash_key(METRICS_KEY)}"]\n'
+    (directory / "keys.toml").write_text(output.partition("lines for the keys file:\n")[2] + monitoring)
+    options = ["--keys-file", str(directory / "keys.toml"), "--no-engine.speculation.adaptive"]
+    limits = ["--limits.requests_per_minute", "1000", "--redis.retry_interval", "0.2"]
+    server = RunningServer(directory / "log.jsonl", [*SMALL, *options, *limits])
+    try:
+        server.wait_until_healthy()
+        yield Lasting(server, output.splitlines()[1])
+    finally:
+        server.stop()
 
 
 def is_running(pid: int) -> bool:
@@ -120,9 +170,9 @@ def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: Launc
 
 
 def test_sigterm_waits_neither_for_bodies_that_do_not_come_nor_for_idle_connections(
-    launch_server: LaunchServer,
+    launch_server: LaunchServer, tiny: Path
 ) -> None:
-    server = launch_server("--http.drain_timeout", "600")
+    server = launch_server("--http.drain_timeout", "600", "--model", str(tiny))
     host, port = server.base_url.removeprefix("http://").split(":")
     address = host, int(port)
     with (
@@ -152,11 +202,11 @@ def test_drain_ends_at_its_time_limit_with_a_clear_error(launch_server: LaunchSe
     assert server.process.wait(timeout=30) == 0
 
 
-def test_second_signal_stops_at_once(launch_server: LaunchServer) -> None:
-    server = launch_server("--http.drain_timeout", "600")
+def test_second_signal_stops_at_once(launch_server: LaunchServer, tiny: Path) -> None:
+    server = launch_server("--http.drain_timeout", "600", "--model", str(tiny))
     engine = server.pid_of("engine")
     os.kill(engine, signal.SIGSTOP)  # the request can never finish, so only a second signal can end the server
-    with running_request(server.base_url):
+    with running_request(server.base_url, tiny.name):
         server.process.send_signal(signal.SIGINT)
         server.wait_for_event("draining")
         server.process.send_signal(signal.SIGTERM)
@@ -165,29 +215,29 @@ def test_second_signal_stops_at_once(launch_server: LaunchServer) -> None:
 
 
 @contextmanager
-def running_request(base_url: str) -> Iterator[None]:
+def running_request(base_url: str, model: str) -> Iterator[None]:
     """A request that has reached the server; its outcome does not matter."""
     host, port = base_url.removeprefix("http://").split(":")
-    body = json.dumps(completion_body(LONG_TOKENS)).encode()
+    body = json.dumps(completion_body(LONG_TOKENS, model=model)).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         yield
 
 
-def test_killed_engine_is_replaced_and_serving_resumes(launch_server: LaunchServer) -> None:
-    server = launch_server()
+def test_killed_engine_is_replaced_and_serving_resumes(lasting: Lasting) -> None:
+    server, before = lasting.server, lasting.restarts()
     first = server.pid_of("engine")
-    with running_stream(server.base_url) as stream:
+    with running_stream(server.base_url, lasting.key) as stream:
         os.kill(first, signal.SIGKILL)
         error = stream.rest()[-1]["error"]
     assert error["code"] == "engine_unavailable"
     assert server.health() == 503
-    assert complete(server.base_url).status_code == 503
+    assert lasting.complete().status_code == 503
     server.wait_until_healthy()
     assert server.pid_of("engine") != first
-    assert complete(server.base_url).status_code == 200
-    assert 'evospec:process_restarts_total{process="engine"} 1.0' in httpx.get(f"{server.base_url}/metrics").text
+    assert lasting.complete().status_code == 200
+    assert lasting.restarts() == before + 1
 
 
 def test_engine_that_hangs_is_killed_and_replaced(launch_server: LaunchServer) -> None:
@@ -207,41 +257,44 @@ def test_engine_that_hangs_is_killed_and_replaced(launch_server: LaunchServer) -
 
 
 @pytest.mark.parametrize("blow", [signal.SIGSTOP, signal.SIGKILL])
-def test_requests_go_on_without_valkey(launch_server: LaunchServer, blow: signal.Signals) -> None:
-    server = launch_server("--limits.requests_per_minute", "1000", "--redis.retry_interval", "0.2")
-    valkey = server.pid_of("valkey")
+def test_requests_go_on_without_valkey(lasting: Lasting, blow: signal.Signals) -> None:
+    server = lasting.server
+    valkey, num_events = server.pid_of("valkey"), len(server.events())
     with ThreadPoolExecutor(4) as pool:
-        before = [pool.submit(complete, server.base_url) for _ in range(8)]
+        before = [pool.submit(lasting.complete) for _ in range(8)]
         os.kill(valkey, blow)
-        after = [pool.submit(complete, server.base_url) for _ in range(16)]
+        after = [pool.submit(lasting.complete) for _ in range(16)]
         statuses = [future.result().status_code for future in before + after]
     if blow == signal.SIGSTOP:
         os.kill(valkey, signal.SIGCONT)
     assert statuses == [200] * 24
 
+    def count(name: str) -> int:
+        return sum(event["event"] == name for event in server.events()[num_events:])
+
     def redis_is_back() -> bool | None:
-        complete(server.base_url, max_tokens=1)
-        return any(event["event"] == "redis is back" for event in server.events()) or None
+        lasting.complete(max_tokens=1)
+        return count("redis is back") > 0 or None
 
     server.wait_for(redis_is_back, "recovery of Redis")
-    assert sum(event["event"] == "redis is down" for event in server.events()) == 1
+    assert count("redis is down") == 1
 
 
-def test_rate_limit_through_http(launch_server: LaunchServer) -> None:
-    server = launch_server("--limits.requests_per_minute", "2")
-    responses = [complete(server.base_url, max_tokens=1) for _ in range(3)]
+def test_rate_limit_through_http(launch_server: LaunchServer, tiny: Path) -> None:
+    server = launch_server("--limits.requests_per_minute", "2", "--model", str(tiny))
+    responses = [complete(server.base_url, max_tokens=1, model=tiny.name) for _ in range(3)]
     assert [response.status_code for response in responses] == [200, 200, 429]
     assert 1 <= int(responses[-1].headers["Retry-After"]) <= 30
 
 
 def test_engine_and_api_server_can_be_started_alone(
-    launch_server: LaunchServer, valkey_url: str, tmp_path: Path
+    launch_server: LaunchServer, valkey_url: str, tmp_path: Path, tiny: Path
 ) -> None:
-    address = f"ipc://{tmp_path}/private/engine.sock"
-    with subprocess.Popen([EVOSPEC, "engine", "--engine.address", address, *SMALL]) as engine:
+    address = ["--engine.address", f"ipc://{tmp_path}/private/engine.sock", "--model", str(tiny)]
+    with subprocess.Popen([EVOSPEC, "engine", *address, *SMALL]) as engine:
         try:
-            server = launch_server("--engine.address", address, "--redis.url", valkey_url, command="api")
-            assert complete(server.base_url).status_code == 200
+            server = launch_server(*address, "--redis.url", valkey_url, command="api")
+            assert complete(server.base_url, model=tiny.name).status_code == 200
             assert not [event for event in server.events() if event["event"] == "process started"]
             engine.terminate()
             assert engine.wait(30) == 0  # by a handler of its own: a container's process 1 has no default one
@@ -266,12 +319,20 @@ def test_engine_and_api_server_can_be_started_alone(
         (["--engine.speculation.method", "eagle3", "--engine.speculation.draft", OTHER_DRAFT], "shape differs"),
     ],
 )
-def test_bad_configuration_is_one_line_before_any_port_opens(options: list[str], message: str, free_port: int) -> None:
-    arguments = [EVOSPEC, "serve", *(options if "--port" in options else ["--port", str(free_port), *options])]
-    result = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_bad_configuration_is_one_line_before_any_port_opens(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which is spared its signals and its log."""
+    monkeypatch.setattr(sys, "argv", [EVOSPEC, "serve", *options])
+    monkeypatch.setattr(launcher, "_listen", lambda *_: pytest.fail("a port opens"))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(cli, "configure_logging", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert (printed.out, len(printed.err.splitlines())) == ("", 1)
 
 
 def test_truncated_model_is_refused(smollm2_path: Path, tmp_path: Path) -> None:
@@ -310,25 +371,24 @@ def test_a_server_whose_model_is_damaged_ends(smollm2_path: Path, tmp_path: Path
     assert not marker.exists()
 
 
-def test_port_in_use_is_one_line(server: str) -> None:
-    port = server.rpartition(":")[2]
-    result = subprocess.run([EVOSPEC, "serve", "--port", port], capture_output=True, text=True, timeout=60, check=False)
+def test_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        command = [EVOSPEC, "serve", "--port", str(port)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 2
     assert result.stderr.splitlines() == [f"evospec: cannot listen on 127.0.0.1:{port}: Address already in use"]
 
 
-def test_keys_guard_the_api_and_logs_hold_neither_keys_nor_prompts(launch_server: LaunchServer, tmp_path: Path) -> None:
-    output = subprocess.run([EVOSPEC, "keys", "new", "acme"], capture_output=True, text=True, check=True).stdout
-    key = output.splitlines()[1]
-    (tmp_path / "keys.toml").write_text(output.partition("lines for the keys file:\n")[2])
-    server = launch_server("--keys-file", str(tmp_path / "keys.toml"))
+def test_keys_guard_the_api_and_logs_hold_neither_keys_nor_prompts(lasting: Lasting) -> None:
+    server = lasting.server
     assert complete(server.base_url).status_code == 401
-    headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "request-7"}
+    headers = {"Authorization": f"Bearer {lasting.key}", "X-Request-Id": "request-7"}
     response = httpx.post(f"{server.base_url}/v1/completions", json=completion_body(4), headers=headers, timeout=60)
     assert (response.status_code, response.headers["X-Request-Id"]) == (200, "request-7")
     line = server.wait_for(
         lambda: next((event for event in server.events() if event.get("request_id") == "request-7"), None), "log line"
     )
     assert (line["tenant"], line["status"]) == ("acme", 200)
-    assert key not in str(server.events())
+    assert lasting.key not in str(server.events())
     assert "Once upon" not in str(server.events())

@@ -19,8 +19,7 @@ import torch
 from redis import Redis
 
 from adapters.alignment.store import AdapterStore
-from deploy.grafana.build import DIRECTORY
-from deploy.grafana.queries import Prometheus, query_panels
+from benchmarks.dashboards import DASHBOARDS, Prometheus, query_panels
 from engine.adapters_config import AdaptersConfig
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
@@ -136,7 +135,7 @@ def empty_queries(prometheus: Prometheus) -> list[str]:
     """Queries of all dashboards without a number in their newest seconds."""
     now = time.time()
     empty = []
-    for path in sorted(DIRECTORY.glob("*.json")):
+    for path in sorted(DASHBOARDS.glob("*.json")):
         for panel in query_panels(json.loads(path.read_text())):
             for target in panel["targets"]:
                 series = prometheus.panel({"targets": [target]}, now - 3, now, RATE_INTERVAL)

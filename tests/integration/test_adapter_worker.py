@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from redis import Redis
 
+from adapters.alignment import worker as worker_program
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.pace import Pacer
 from adapters.alignment.records import Assembler
@@ -38,16 +38,9 @@ from engine.online.token_log import LoggedRecord
 from engine.online.weight_layout import WeightLayout
 from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
 from tests.integration.test_token_log import Valkey
+from tests.killable_processes import processes
 
 KILLS = 4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -418,7 +411,7 @@ def test_killed_workers_leave_whole_versions(config: AdaptersConfig, draft: Tiny
             start = (start + 6) % 160
             time.sleep(0.1 * chance.random())
         process.kill()
-        process.wait()
+        process.join()
         versions.append(engine.channel.poll())
     assert versions == sorted(set(versions))
     assert len([path for path in store_files(config, "revision-*") if path.suffix == ".safetensors"]) <= 3
@@ -427,18 +420,26 @@ def test_killed_workers_leave_whole_versions(config: AdaptersConfig, draft: Tiny
     wait_for(lambda: engine.serve(answers[:6]) > 0 and engine.channel.poll() > versions[-1])
     wait_for(lambda: statuses(config)[0].pid == process.pid)  # type: ignore[union-attr]
     process.terminate()
-    assert process.wait(20) == 0
+    process.join(20)
+    assert process.exitcode == 0
 
 
-def launch(config: AdaptersConfig, draft: TinyDraft) -> subprocess.Popen[bytes]:
+def launch(config: AdaptersConfig, draft: TinyDraft) -> BaseProcess:
     pace = PaceConfig(niceness=0, spare_cores=0.0, step_seconds=10.0)
     whole = EngineConfig(
         model=ModelConfig(name=str(draft.model)),
         speculation=SpeculationConfig(method="eagle3", draft=str(draft.directory)),
         alignment=config.model_copy(update={"pace": pace}),
     )
-    environment = os.environ | {CONFIG_VARIABLE: whole.model_dump_json(), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "adapters.alignment.worker"], env=environment)
+    process = processes.Process(target=work, args=(whole.model_dump_json(),))
+    process.start()
+    return process
+
+
+def work(config: str) -> None:
+    """In a process of its own."""
+    os.environ[CONFIG_VARIABLE] = config
+    worker_program.main()
 
 
 def wait_until_written(engine: MadeUpEngine, num_records: int) -> None:

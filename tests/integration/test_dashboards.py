@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,15 +13,16 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from prometheus_client import REGISTRY
 
-from deploy.grafana import acceptance, alignment, serving, vocabulary
-from deploy.grafana.build import DIRECTORY, GRID_COLUMNS
-from deploy.grafana.queries import Series, query_panels
-from deploy.grafana.render import draw, format_value
+from benchmarks import dashboards
+from benchmarks.dashboards import GRID_COLUMNS, Series, draw, format_value, query_panels
+from server.metrics import Metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-DASHBOARDS = {path.stem: json.loads(path.read_text()) for path in DIRECTORY.glob("*.json")}
-MADE = [serving.DASHBOARD, acceptance.DASHBOARD, vocabulary.DASHBOARD, alignment.DASHBOARD]
+FILES = sorted(dashboards.DASHBOARDS.glob("*.json"))
+DASHBOARDS = {path.stem: json.loads(path.read_text("utf-8")) for path in FILES}
+QUERIES = [t["expr"] for each in DASHBOARDS.values() for panel in query_panels(each) for t in panel["targets"]]
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,11 @@ def validator() -> Any:
     return jsonschema.Draft7Validator(json.loads((DEPLOY / "grafana/schema/dashboard.schema.json").read_text()))
 
 
-def test_dashboards_on_disk_are_what_the_builder_makes() -> None:
-    assert {dashboard["uid"]: dashboard for dashboard in MADE} == DASHBOARDS
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_files_have_one_form_so_that_an_export_differs_only_where_it_was_edited(path: Path) -> None:
+    content = json.loads(path.read_text("utf-8"))
+    assert path.read_text("utf-8") == json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    assert content["uid"] == path.stem
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
@@ -97,13 +103,31 @@ def test_numbers_are_written_in_their_unit(value: float, unit: str, text: str) -
     assert format_value(value, unit) == text
 
 
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_queries_use_only_variables_of_their_dashboard(name: str) -> None:
+    variables = {variable["name"] for variable in DASHBOARDS[name]["templating"]["list"]}
+    used = {word for panel in DASHBOARDS[name]["panels"] for word in re.findall(r"\$\{?(\w+)", json.dumps(panel))}
+    assert used <= {*variables, "__rate_interval"}
+
+
 def test_recorded_series_that_panels_show_are_recorded() -> None:
     rules = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"]
     recorded = {rule["record"] for group in rules for rule in group["rules"] if "record" in rule}
-    queries = [t["expr"] for d in MADE for panel in query_panels(d) for t in panel["targets"]]
-    shown = {expr.partition("{")[0] for expr in queries if expr.startswith("model_tenant_domain:")}
+    shown = {word for query in QUERIES for word in re.findall(r"model_tenant_domain:[\w:]+", query)}
     assert shown
     assert shown <= recorded
+
+
+def test_metrics_that_panels_show_are_exported() -> None:
+    """That they also have values is for ``tests/e2e/test_monitoring.py``."""
+    suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
+    importlib.import_module("server.cli")  # and with it all that counts into REGISTRY
+    registries = [Metrics("a-model").registry, REGISTRY]
+    metrics = [metric for registry in registries for metric in registry.collect()]
+    exported = {f"{metric.name}{suffix}" for metric in metrics for suffix in suffixes.get(metric.type, [])}
+    shown = {word for query in QUERIES for word in re.findall(r"evospec:\w+", query)}
+    assert shown
+    assert shown <= exported
 
 
 def test_compose_mounts_what_it_names() -> None:

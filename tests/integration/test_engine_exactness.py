@@ -1,23 +1,27 @@
 """SmolLM2 in the whole float32 engine against ``transformers``, token for token; scheduling never shows in the output.
 
-Greedy output equals ``transformers`` greedy on 20 prompts of 1 to 178 tokens, 64 tokens each: alone, in a batch of 8,
-with and without prefix caching, with chunked prefill, and after preemption. Sampled output (6 prompts, 40 tokens) is
-the same in all of them.
+Greedy output equals ``transformers`` greedy on 20 prompts of 1 to 178 tokens, 64 tokens each: that of the whole model
+with its draft, in a batch of 8 with chunked prefill; and that of its first layers alone, in a batch of 8, with and
+without prefix caching, with chunked prefill, and after preemption. Sampled output (6 prompts, 40 tokens) is the same in
+all of these.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
-from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig
+from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
+from engine.loader import LoadedModel, load
 from engine.messages import EngineRequest, SamplingParams
 from engine.models.config import ModelFiles
 from engine.models.registry import validate_model_files
@@ -29,8 +33,8 @@ SAMPLED_TOKENS = 40
 MIN_MARGIN = 1e-3
 """A smaller gap between the two largest logits could be rounding (1e-4), and equality luck."""
 CLIENT = b"test"
-SHORT = 32
-"""Tokens: a batch is padded to its longest prompt."""
+NUM_LAYERS = 4
+"""Of the 30: all layers are alike to what schedules them, and a step of these takes a third of the time."""
 THREADS = 1
 """Two took 29 to 36 ms for a step of one sequence on idle cores, against 49 to 51, and far longer on busy ones."""
 
@@ -64,27 +68,31 @@ class Setting:
     max_num_seqs: int = 10
     max_batched_tokens: int = 512
     num_blocks: int = 256
+    drafts: Literal["eagle3", "ngram"] = "ngram"
 
 
+WHOLE_MODEL = Setting(max_num_seqs=8, max_batched_tokens=64, drafts="eagle3")
 PLAIN = Setting(prefix_caching=False)
-SETTINGS = {
-    "batch of 8": Setting(max_num_seqs=8),
-    "chunked prefill": Setting(prefix_caching=False, max_batched_tokens=20),
-    "preemption": Setting(num_blocks=22),
-}
+BATCH_OF_8 = Setting(max_num_seqs=8)
+CHUNKED_PREFILL = Setting(prefix_caching=False, max_batched_tokens=20)
+PREEMPTION = Setting(num_blocks=22)
+
+
+def config_of(setting: Setting) -> EngineConfig:
+    return EngineConfig(
+        model=ModelConfig(dtype="float32"),
+        cache=CacheConfig(prefix_caching=setting.prefix_caching, num_blocks=setting.num_blocks),
+        scheduler=SchedulerConfig(max_num_seqs=setting.max_num_seqs, max_batched_tokens=setting.max_batched_tokens),
+        speculation=SpeculationConfig(method=setting.drafts, adaptive=False),
+        runtime=RuntimeConfig(device="cpu", attention_backend="torch", threads=THREADS),
+    )
 
 
 class Engine:
-    """An ``EngineCore`` in this process, stepped until its requests are done."""
+    """An ``EngineCore`` in this process, stepped until its requests are done; all of them share the weights."""
 
-    def __init__(self, files: ModelFiles, setting: Setting) -> None:
-        config = EngineConfig(
-            model=ModelConfig(dtype="float32"),
-            cache=CacheConfig(prefix_caching=setting.prefix_caching, num_blocks=setting.num_blocks),
-            scheduler=SchedulerConfig(max_num_seqs=setting.max_num_seqs, max_batched_tokens=setting.max_batched_tokens),
-            runtime=RuntimeConfig(device="cpu", attention_backend="torch", threads=THREADS),
-        )
-        self.core = EngineCore(config, files, validate_model_files(files))
+    def __init__(self, files: ModelFiles, setting: Setting, target: LoadedModel) -> None:
+        self.core = EngineCore(config_of(setting), files, target.spec, target=target)
         self._setting = setting
         self._ids = count()
         self.num_cached_tokens = 0
@@ -115,7 +123,7 @@ class Engine:
                     unfinished.remove(output.request_id)
         assert self.core.stats().blocks_used == 0
         preempted = self.core.stats().preemptions > preemptions_before
-        assert preempted == (self._setting is SETTINGS["preemption"])
+        assert preempted == (self._setting is PREEMPTION)
         return [tokens[request_id] for request_id in ids]
 
     def generate_alone(self, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[list[int]]:
@@ -144,48 +152,63 @@ def prompts(files: ModelFiles) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
+def target(files: ModelFiles) -> LoadedModel:
+    """The first layers."""
+    spec = dataclasses.replace(validate_model_files(files), num_layers=NUM_LAYERS)
+    return load(config_of(PLAIN), files, spec)
+
+
+@pytest.fixture(scope="module")
 def reference(files: ModelFiles) -> Any:
-    torch.set_num_threads(THREADS)
     return transformers_model(files)
 
 
-@pytest.fixture(scope="module")
-def expected(reference: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy output of ``transformers``, in left-padded batches of short and of long prompts.
-
-    One by one gave the same tokens on 20 such prompts, checked once by hand; it took twenty times as long.
-    """
-    reference.generation_config.eos_token_id = None  # go on to the last token
-    tokens: dict[int, list[int]] = {}
-    for is_long in (False, True):
-        places = [place for place, prompt in enumerate(prompts) if (len(prompt) > SHORT) == is_long]
-        tokens |= zip(places, generate(reference, [prompts[place] for place in places]), strict=True)
-    return [tokens[place] for place in range(len(prompts))]
-
-
-def generate(reference: Any, prompts: list[list[int]]) -> list[list[int]]:
-    width = max(map(len, prompts))
-    token_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    generated = reference.generate(
-        token_ids,
-        attention_mask=mask,
-        max_new_tokens=NUM_TOKENS,
-        do_sample=False,
-        pad_token_id=0,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    best = torch.stack(generated.logits).topk(2).values
-    assert (best[..., 0] - best[..., 1]).min() > MIN_MARGIN, "choose prompts without near ties"
-    tokens: list[list[int]] = generated.sequences[:, width:].tolist()
-    assert {len(row) for row in tokens} == {NUM_TOKENS}
-    return tokens
+@contextmanager
+def first_layers(reference: Any) -> Iterator[None]:
+    """``reference`` has no others as long as the block lasts."""
+    layers = reference.model.layers
+    reference.model.layers = layers[:NUM_LAYERS]
+    try:
+        yield
+    finally:
+        reference.model.layers = layers
 
 
 @pytest.fixture(scope="module")
-def plain(files: ModelFiles) -> Engine:
-    return Engine(files, PLAIN)
+def plain(files: ModelFiles, target: LoadedModel) -> Engine:
+    return Engine(files, PLAIN, target)
+
+
+@pytest.fixture(scope="module")
+def batch(files: ModelFiles, target: LoadedModel) -> Engine:
+    return Engine(files, BATCH_OF_8, target)
+
+
+@pytest.fixture(scope="module", params=[CHUNKED_PREFILL, PREEMPTION], ids=["chunked prefill", "preemption"])
+def engine(request: pytest.FixtureRequest, files: ModelFiles, target: LoadedModel) -> Iterator[Engine]:
+    engine = Engine(files, request.param, target)
+    yield engine
+    # Each setting did what it is for (preemption is checked in each run).
+    assert engine.largest_step <= request.param.max_batched_tokens
+
+
+@pytest.fixture(scope="module")
+def expected(batch: Engine, prompts: list[list[int]], reference: Any) -> list[list[int]]:
+    """Greedy output of a batch, found to be that of ``transformers``."""
+    outputs = batch.generate(prompts, [greedy()] * len(prompts))
+    with first_layers(reference):
+        check_greedy(reference, prompts, outputs)
+    return outputs
+
+
+def check_greedy(reference: Any, prompts: list[list[int]], outputs: list[list[int]]) -> None:
+    """``reference`` would choose each token after those before it: then its own greedy output is the same."""
+    for prompt, output in zip(prompts, outputs, strict=True):
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + output[:-1]]), logits_to_keep=NUM_TOKENS).logits[0]
+        best = logits.topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > MIN_MARGIN, "choose prompts without near ties"
+        assert output == logits.argmax(-1).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -193,16 +216,9 @@ def sampled_alone(plain: Engine, prompts: list[list[int]]) -> list[list[int]]:
     return plain.generate_alone(prompts[SAMPLED_PROMPTS], SAMPLED)
 
 
-@pytest.fixture(scope="module", params=SETTINGS)
-def engine(request: pytest.FixtureRequest, files: ModelFiles) -> Iterator[Engine]:
-    engine = Engine(files, SETTINGS[request.param])
-    yield engine
-    # Each setting did what it is for (preemption is checked in each run).
-    setting = SETTINGS[request.param]
-    assert engine.largest_step <= setting.max_batched_tokens
-    if request.param == "batch of 8":
-        assert engine.largest_batch == 8
-        assert engine.num_cached_tokens > 0
+def test_greedy_of_the_whole_model(files: ModelFiles, prompts: list[list[int]], reference: Any) -> None:
+    engine = Engine(files, WHOLE_MODEL, load(config_of(WHOLE_MODEL), files, validate_model_files(files)))
+    check_greedy(reference, prompts, engine.generate(prompts, [greedy()] * len(prompts)))
 
 
 def test_greedy_alone(plain: Engine, prompts: list[list[int]], expected: list[list[int]]) -> None:
@@ -213,8 +229,18 @@ def test_greedy_together(engine: Engine, prompts: list[list[int]], expected: lis
     assert engine.generate(prompts, [greedy()] * len(prompts)) == expected
 
 
+def test_sampled_in_a_batch(batch: Engine, prompts: list[list[int]], sampled_alone: list[list[int]]) -> None:
+    assert batch.generate(prompts[SAMPLED_PROMPTS], SAMPLED) == sampled_alone
+
+
 def test_sampled_together(engine: Engine, prompts: list[list[int]], sampled_alone: list[list[int]]) -> None:
     assert engine.generate(prompts[SAMPLED_PROMPTS], SAMPLED) == sampled_alone
+
+
+@pytest.mark.usefixtures("expected")
+def test_a_batch_is_of_8_and_shares_prefixes(batch: Engine) -> None:
+    assert batch.largest_batch == 8
+    assert batch.num_cached_tokens > 0
 
 
 def test_sampled_output_depends_on_the_seed(plain: Engine, prompts: list[list[int]]) -> None:

@@ -36,7 +36,7 @@ def test_agrees_with_torch(steps: str, heads: tuple[int, int], head_dim: int, dt
     sequences = RaggedSequences(4, 720, BLOCK_SIZE)
     backend = FlashInferAttention(attention_spec(heads, head_dim, sequences, dtype, device))
     reference = TorchPagedAttention(attention_spec(heads, head_dim, sequences, torch.float32, device))
-    for output, expected in compare_backends(backend, reference, sequences, STEPS[steps]):
+    for output, expected in compare_backends([backend], reference, sequences, STEPS[steps]):
         assert largest_row_error(output, expected) < TOLERANCE
 
 

@@ -6,8 +6,11 @@ import gc
 import json
 import os
 import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +20,7 @@ import pytest
 import tokenizers
 import torch
 
+from benchmarks.attack.compiling import SLOW
 from engine.config import ModelConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
@@ -249,10 +253,6 @@ def test_more_grammars_than_processes_are_compiled_in_turn(pool: GrammarPool) ->
     assert done == set(requests)
 
 
-SLOW = schema({"type": "string", "pattern": "^" + ".?" * 200 + "$"})
-"""Takes minutes to compile."""
-
-
 def test_tenants_need_not_wait_for_what_another_compiles(pool: GrammarPool) -> None:
     """Nor for all that one has asked for before; and what nobody waits for any more is given up."""
     for i in range(3):
@@ -269,10 +269,31 @@ def test_tenants_need_not_wait_for_what_another_compiles(pool: GrammarPool) -> N
     assert isinstance(compiled(pool, with_grammar(schema({"const": "next"}), tenant="many"))["r"], GrammarCursor)
 
 
+QUICKLY_OUT_OF_PATIENCE = """
+from engine.sampling import grammar_process
+grammar_process.COMPILE_SECONDS = 1.0
+grammar_process.main()
+"""
+
+
+@pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Grammars may compile for one second, where ten are allowed."""
+
+    def start(command: list[str], **options: Any) -> Any:
+        return subprocess.Popen([command[0], "-c", QUICKLY_OUT_OF_PATIENCE, *command[3:]], **options)
+
+    monkeypatch.setattr(grammar_pool, "subprocess", SimpleNamespace(Popen=start, DEVNULL=subprocess.DEVNULL))
+    grammar_pool._start_forking.cache_clear()
+    yield
+    grammar_pool._start_forking.cache_clear()
+
+
+@pytest.mark.usefixtures("little_patience")
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
-        (SLOW, "more than 10 s"),
+        *((schema(each), "more than 10 s") for each in SLOW),
         (schema({"type": "string", "pattern": "^(.?){500}$"}), "too ambiguous"),
     ],
 )

@@ -199,29 +199,32 @@ def test_the_time_a_body_may_take_grows_with_what_has_come_up_to_the_longest() -
 
 
 @pytest.mark.parametrize("streams", [True, False])
-@pytest.mark.parametrize(
-    "behind",
-    [
-        b"GET / HT",
-        b"GET / HTTP/1.1\r\na: " + b"x" * 3 * LIMIT,
-        b"hello\r\n\r\n",
-        CHUNKED + b"z\r\n",
-        CHUNKED + b"1\r\ny\r\n" * 4 * LIMIT,
-        GET * 1000,
-    ],
-)
-async def test_what_follows_a_request_in_work_never_ends_its_answer(streams: bool, behind: bytes) -> None:
-    app = Gate(streams)
-    times: dict[str, Any] = {"header_timeout": 0.1, "body_timeout": 0.1, "keep_alive_timeout": 1}
-    async with serving(app, max_header_bytes=LIMIT, **times) as connect:
-        reader, writer = await connect()
-        writer.write(GET)
-        await app.reached.wait()
-        writer.write(behind)
-        await asyncio.sleep(0.4)  # longer than a head and a body may take
-        app.opened.set()
-        assert await read_response(reader) == (200, b"1234567890")
-        await read_to_end(reader)
+async def test_what_follows_a_request_in_work_never_ends_its_answer(streams: bool) -> None:
+    """Each on a server of its own, all at once: most of the time is waiting."""
+
+    async def check(behind: bytes) -> None:
+        app = Gate(streams)
+        times: dict[str, Any] = {"header_timeout": 0.1, "body_timeout": 0.1, "keep_alive_timeout": 1}
+        async with serving(app, max_header_bytes=LIMIT, **times) as connect:
+            reader, writer = await connect()
+            writer.write(GET)
+            await app.reached.wait()
+            writer.write(behind)
+            await asyncio.sleep(0.4)  # longer than a head and a body may take
+            app.opened.set()
+            assert await read_response(reader) == (200, b"1234567890")
+            await read_to_end(reader)
+
+    async with asyncio.TaskGroup() as group:
+        for behind in (
+            b"GET / HT",
+            b"GET / HTTP/1.1\r\na: " + b"x" * 3 * LIMIT,
+            b"hello\r\n\r\n",
+            CHUNKED + b"z\r\n",
+            CHUNKED + b"1\r\ny\r\n" * 4 * LIMIT,
+            GET * 1000,
+        ):
+            group.create_task(check(behind))
 
 
 async def test_nothing_is_answered_behind_an_answer_that_ends_the_connection(caplog: pytest.LogCaptureFixture) -> None:

