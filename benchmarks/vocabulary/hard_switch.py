@@ -8,7 +8,7 @@ from engine.batch import Features
 from engine.core import EngineCore
 from engine.request import Request
 from engine.speculation.drafters.base import Proposer
-from engine.speculation.drafters.lookup import NgramProposer
+from engine.speculation.drafters.lookup import MAX_TEXTS, NgramProposer, RunningTexts
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 
@@ -18,10 +18,11 @@ class HardSwitch:
 
     Args:
         otherwise: drafts for the sequences in which nothing repeats; it sees all steps.
+        texts: of the running sequences.
     """
 
-    def __init__(self, otherwise: Proposer) -> None:
-        self._otherwise, self._ngrams = otherwise, NgramProposer()
+    def __init__(self, otherwise: Proposer, texts: RunningTexts) -> None:
+        self._otherwise, self._ngrams = otherwise, NgramProposer(texts)
         self.capture_layers, self.stops_early = otherwise.capture_layers, otherwise.stops_early
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
@@ -47,5 +48,7 @@ class HardSwitch:
 
 def switch_hard(core: EngineCore) -> None:
     """Let an engine that drafts with EAGLE-3, and copies nothing, switch. Its costs stay those of the draft."""
-    assert core._speculator is not None
-    core._speculator._proposer = HardSwitch(core._speculator._proposer)
+    speculator = core._speculator
+    assert speculator is not None
+    texts = RunningTexts(MAX_TEXTS) if speculator._vocab is None else speculator._vocab.texts
+    speculator._proposer = HardSwitch(speculator._proposer, texts)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer
+from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer, RunningTexts
 from engine.step_plan import DraftSlot
 from kernels.session_options import MAX_REPEATS as MAX_PLACES
 from tests.reference.text_matches import MAX_LENGTH
@@ -41,7 +41,7 @@ def propose(proposer: NgramProposer, request: Request, count: int) -> list[int]:
 @given(pieces=st.lists(texts, min_size=1, max_size=4), count=st.integers(1, 6))
 def test_drafts_follow_the_longest_repeat(pieces: list[list[int]], count: int) -> None:
     """However the text grows between two drafts; another sequence's text does not count."""
-    proposer = NgramProposer()
+    proposer = NgramProposer(RunningTexts(8))
     request, other = (Request(name, b"", "t", SAMPLING, pieces[0][:]) for name in ("one", "other"))
     for piece in [[], *pieces[1:]]:
         request.all_token_ids += piece
@@ -51,11 +51,11 @@ def test_drafts_follow_the_longest_repeat(pieces: list[list[int]], count: int) -
 
 def test_a_text_that_repeats_itself_is_drafted_beyond_its_end() -> None:
     request = Request("r", b"", "t", SAMPLING, [9, 1, 2, 1, 2, 1, 2])
-    assert propose(NgramProposer(), request, 5) == [1, 2, 1, 2, 1]
+    assert propose(NgramProposer(RunningTexts(8)), request, 5) == [1, 2, 1, 2, 1]
 
 
 def test_no_draft_where_none_is_wanted_or_nothing_repeats() -> None:
-    proposer, repeating = NgramProposer(), Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3])
+    proposer, repeating = NgramProposer(RunningTexts(8)), Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3])
     assert propose(proposer, repeating, 0) == []
     assert propose(proposer, repeating, 2) == [4, 1]
     assert propose(proposer, Request("s", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2]), 2) == []
@@ -63,7 +63,7 @@ def test_no_draft_where_none_is_wanted_or_nothing_repeats() -> None:
 
 def test_what_is_forgotten_is_read_anew() -> None:
     """A preempted request comes back."""
-    proposer, request = NgramProposer(), Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3])
+    proposer, request = NgramProposer(RunningTexts(8)), Request("r", b"", "t", SAMPLING, [1, 2, 3, 4, 1, 2, 3])
     assert propose(proposer, request, 1) == [4]
     proposer.forget(request)
     request.all_token_ids = [1, 2, 3, 5, 1, 2, 3]

@@ -27,6 +27,8 @@ CAPACITY = 8192
 class RunningTexts:
     """Gives each sequence a text, as long as there is room, and keeps it in step with the sequence's tokens.
 
+    An engine has one: a sequence's slot is in its ``DraftState``.
+
     Args:
         num_slots: most sequences with a text.
     """
@@ -95,7 +97,7 @@ class PromptLookup:
         self._texts.forget(request)
 
 
-_MAX_TEXTS = 512
+MAX_TEXTS = 512
 """Sequences in which repeats are looked for at the same time."""
 
 
@@ -103,13 +105,16 @@ class NgramProposer:
     """Copies from a sequence's own prompt and answer, after the longest repeat of its last tokens.
 
     A sequence whose end is new gets no draft. A text that repeats itself is drafted on beyond its end.
+
+    Args:
+        texts: of the running sequences.
     """
 
     capture_layers: tuple[int, ...] = ()
     stops_early = False
 
-    def __init__(self) -> None:
-        self._lookup = PromptLookup(RunningTexts(_MAX_TEXTS))
+    def __init__(self, texts: RunningTexts) -> None:
+        self._lookup = PromptLookup(texts)
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         """Draft where something repeats; text that was not looked at yet is indexed first.
@@ -146,4 +151,4 @@ class NgramDraft:
 
     def make_proposer(self, num_blocks: int) -> Proposer:
         """Needs no memory of the device."""
-        return NgramProposer()
+        return NgramProposer(RunningTexts(MAX_TEXTS))
