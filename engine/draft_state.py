@@ -63,7 +63,7 @@ class DraftState:
     """By ``EagleAdapters``: who drafted last."""
     logged_at: float = -math.inf
     """By ``VerifyLog``: when (``time.monotonic``) it was logged last, with its context or after it."""
-    candidates: Sequence[int] = ()
+    candidates: list[int] = field(default_factory=list)
     """By ``DraftedTokens``: in which of its rows are those of each draft token of this step."""
-    hidden: Sequence[NDArray[np.float32]] = ()
+    hidden: list[NDArray[np.float32]] = field(default_factory=list)
     """By ``DraftedTokens``: the state [d] from which each draft token of this step was chosen, where it is kept."""

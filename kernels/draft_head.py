@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -90,8 +91,10 @@ class TailSlabs:
 
         No token may be in a slab twice, nor in a slab and the core. ``slab``: of all of them, or one for each.
         """
-        ids = torch.tensor(token_ids, dtype=torch.int32, device=self.rows.device)
-        of, places = (torch.tensor(index, dtype=torch.int64, device=self.rows.device) for index in (slab, slots))
+        ids, of, places = (
+            torch.from_numpy(np.array(values, dtype)).to(self.rows.device)  # of lists several times faster than torch
+            for values, dtype in ((token_ids, np.int32), (slab, np.int64), (slots, np.int64))
+        )
         self.rows[of, places] = self._head_rows(ids).to(self.rows.dtype)
         self.token_ids[of, places] = ids
 

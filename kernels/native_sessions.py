@@ -287,4 +287,6 @@ class Sessions:
     def _writes(self) -> TailWrites:
         count = ctypes.c_int()
         place = self._library.evo_sessions_take_writes(self.handle, ctypes.byref(count))
-        return view_of(place, np.int32, count.value, 3).copy() if count.value else _NO_WRITES
+        # A copy of bytes: a type of ctypes for each number of writes would take longer than all of them.
+        copied = ctypes.string_at(place, 12 * count.value)
+        return np.frombuffer(copied, np.int32).reshape(-1, 3) if count.value else _NO_WRITES

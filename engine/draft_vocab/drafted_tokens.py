@@ -78,7 +78,7 @@ class DraftedTokens:
         drafted = Drafted(token_ids, logits, np.empty((len(token_ids), NUM_FEATURES, token_ids.shape[1]), np.float32))
         scores = self._sessions.score(step, drafted)
         for row, request in enumerate(requests, start=self._num_rows):
-            request.draft_state.candidates = [*request.draft_state.candidates, row]
+            request.draft_state.candidates.append(row)
         self._steps.append(drafted)
         self._num_rows += len(requests)
         return scores
@@ -86,7 +86,7 @@ class DraftedTokens:
     def remember(self, requests: Sequence[Request], hidden: NDArray[np.float32]) -> None:
         """Keep the states [B, d] from which the next draft token of each row is chosen."""
         for request, row in zip(requests, hidden, strict=True):
-            request.draft_state.hidden = [*request.draft_state.hidden, row]
+            request.draft_state.hidden.append(row)
 
     def take_chains(
         self,
@@ -108,6 +108,6 @@ class DraftedTokens:
             self._steps = [drafted]
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             if drafted is not None:
-                request.draft_state.candidates = range(row, row + length * size, size)
+                request.draft_state.candidates = list(range(row, row + length * size, size))
             if hidden is not None:
                 request.draft_state.hidden = list(hidden[:length, row])

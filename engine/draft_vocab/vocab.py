@@ -125,7 +125,8 @@ class DraftVocab:
         self.drafted.begin()
         behind = _Rows()
         for request in requests:
-            request.draft_state.candidates = request.draft_state.hidden = ()
+            state = request.draft_state
+            state.candidates, state.hidden = [], []
             if self._ensure_session(request):
                 behind.add_unread(request)
         self._catch_up(behind)

@@ -165,7 +165,7 @@ class DraftHead:
 
         In descending order; a row with fewer tokens ends in -inf and -1. Arguments as for ``choose``.
         """
-        of_rows = None if slabs is None else torch.tensor(slabs, dtype=torch.int32, device=hidden.device)
+        of_rows = None if slabs is None else torch.from_numpy(np.array(slabs, np.int32)).to(hidden.device)
         return draft_head_topk(hidden, self._core, count, self._tails, of_rows, self.team)
 
 
