@@ -111,7 +111,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Ite
     monitoring = f'[tenants.prometheus]\nkeys = ["{hash_key(METRICS_KEY)}"]\n'
     (directory / "keys.toml").write_text(output.partition("lines for the keys file:\n")[2] + monitoring)
     options = ["--keys-file", str(directory / "keys.toml"), "--no-engine.speculation.adaptive"]
-    limits = ["--limits.requests_per_minute", "1000", "--redis.retry_interval", "0.2"]
+    limits = ["--limits.requests_per_minute", "1000", "--redis.retry_interval", "0.2", "--redis.timeout", "2"]
     server = RunningServer(directory / "log.jsonl", [*SMALL, *options, *limits])
     try:
         server.wait_until_healthy()
