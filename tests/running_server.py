@@ -23,6 +23,8 @@ EXPERIMENTS = (sys.executable, "-m", "benchmarks.common.experiments")
 WAIT_SECONDS = 120.0
 # Room for a few thousand tokens: tests share a small machine.
 SMALL = ["--kv-max-bytes", str(256 * 1024**2), "--log.format", "json"]
+AT_ONCE = ["--no-engine.speculation.adaptive"]
+"""A start without measuring what steps cost, for tests in which draft lengths do not matter: half the time."""
 
 
 class RunningServer:

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.tenants import hash_key
-from tests.running_server import RunningServer
+from tests.running_server import AT_ONCE, RunningServer
 
 KEY = "evs-admin"
 
@@ -21,6 +21,7 @@ KEY = "evs-admin"
 def options(tmp_path: Path) -> list[str]:
     directories = {name: str(tmp_path / name) for name in ("shared", "state")}
     return [
+        *AT_ONCE,
         "--alignment.enabled",
         *("--engine.alignment.shared_directory", directories["shared"]),
         *("--engine.alignment.state_directory", directories["state"]),

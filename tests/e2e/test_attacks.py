@@ -26,7 +26,7 @@ from benchmarks.attack.keyless import endless_bodies, slow_bodies
 from benchmarks.attack.random_schemas import RandomSchemas
 from benchmarks.attack.server import ATTACKER, LIMITED, MODEL, REQUESTS_PER_MINUTE, VICTIM, Server, write_keys
 from benchmarks.attack.varied_requests import varied_requests
-from tests.running_server import SMALL, RunningServer
+from tests.running_server import AT_ONCE, SMALL, RunningServer
 
 LaunchServer = Callable[..., RunningServer]
 TIMEOUT = 60.0
@@ -48,7 +48,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> It
     directory = tmp_path_factory.mktemp("attacked")
     keys = write_keys(directory / "keys.toml")
     log = directory / "log.jsonl"
-    options = ["--no-engine.speculation.adaptive", "--keys-file", str(directory / "keys.toml")]
+    options = [*AT_ONCE, "--keys-file", str(directory / "keys.toml")]
     running = RunningServer(log, [*SMALL, *ROOM, *options])
     try:
         running.wait_until_healthy()
@@ -175,7 +175,7 @@ def test_nothing_but_the_request_changes_an_answer(attacked: Server) -> None:
 
 def test_a_drain_does_not_wait_for_a_body_that_stopped(launch_server: LaunchServer, tmp_path: Path) -> None:
     keys = write_keys(tmp_path / "keys.toml")
-    running = launch_server("--keys-file", str(tmp_path / "keys.toml"))
+    running = launch_server("--keys-file", str(tmp_path / "keys.toml"), *AT_ONCE)
     server = attackable(running, keys, tmp_path / "log0.jsonl")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {keys[ATTACKER]}\r\n"
     with socket.create_connection(server.address, timeout=TIMEOUT) as connection:
@@ -190,11 +190,11 @@ def test_a_drain_does_not_wait_for_a_body_that_stopped(launch_server: LaunchServ
 def test_a_forged_channel_stops_neither_the_engine_nor_its_start(launch_server: LaunchServer, tmp_path: Path) -> None:
     channel, options = channel_options(tmp_path)
     for number, mode in enumerate(["buffer 1000000", "bad text"]):
-        running = launch_server(*options)
+        running = launch_server(*options, *AT_ONCE)
         server = attackable(running, {VICTIM: "none"}, tmp_path / f"log{number}.jsonl")
         forge(channel, mode)
         assert ask(server, VICTIM, FOUR_TOKENS, timeout=TIMEOUT).is_served
         running.stop()
         forge(channel, mode)
-    last = launch_server(*options)
+    last = launch_server(*options, *AT_ONCE)
     assert ask(attackable(last, {VICTIM: "none"}, tmp_path), VICTIM, FOUR_TOKENS, timeout=TIMEOUT).is_served

@@ -24,7 +24,7 @@ from engine.models.registry import REGISTRY
 from engine.speculation.draft_files import DRAFTS
 from server import cli, launcher
 from server.tenants import hash_key
-from tests.running_server import EVOSPEC, SMALL, RunningServer
+from tests.running_server import AT_ONCE, EVOSPEC, SMALL, RunningServer
 from tests.tiny_models import make_directory
 
 LaunchServer = Callable[..., RunningServer]
@@ -110,7 +110,7 @@ def lasting(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Ite
     output = subprocess.run([EVOSPEC, "keys", "new", "acme"], capture_output=True, text=True, check=True).stdout
     monitoring = f'[tenants.prometheus]\nkeys = ["{hash_key(METRICS_KEY)}"]\n'
     (directory / "keys.toml").write_text(output.partition("lines for the keys file:\n")[2] + monitoring)
-    options = ["--keys-file", str(directory / "keys.toml"), "--no-engine.speculation.adaptive"]
+    options = ["--keys-file", str(directory / "keys.toml"), *AT_ONCE]
     limits = ["--limits.requests_per_minute", "1000", "--redis.retry_interval", "0.2", "--redis.timeout", "2"]
     server = RunningServer(directory / "log.jsonl", [*SMALL, *options, *limits])
     try:
@@ -152,7 +152,7 @@ def test_sigterm_ends_a_fetch_that_hears_nothing_from_its_index(tmp_path: Path) 
 
 
 def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: LaunchServer) -> None:
-    server = launch_server("--http.engine_timeout", "600", "--http.drain_timeout", "600")
+    server = launch_server("--http.engine_timeout", "600", "--http.drain_timeout", "600", *AT_ONCE)
     engine, valkey = server.pid_of("engine"), server.pid_of("valkey")
     with running_stream(server.base_url) as stream:
         os.kill(engine, signal.SIGSTOP)  # so that the stream cannot end while we look
@@ -194,7 +194,7 @@ def test_sigterm_waits_neither_for_bodies_that_do_not_come_nor_for_idle_connecti
 
 
 def test_drain_ends_at_its_time_limit_with_a_clear_error(launch_server: LaunchServer) -> None:
-    server = launch_server("--http.drain_timeout", "0.1")
+    server = launch_server("--http.drain_timeout", "0.1", *AT_ONCE)
     with running_stream(server.base_url) as stream:
         os.kill(server.pid_of("engine"), signal.SIGSTOP)
         server.process.send_signal(signal.SIGTERM)
@@ -241,7 +241,7 @@ def test_killed_engine_is_replaced_and_serving_resumes(lasting: Lasting) -> None
 
 
 def test_engine_that_hangs_is_killed_and_replaced(launch_server: LaunchServer) -> None:
-    server = launch_server("--http.engine_timeout", "1", "--http.engine_hang_timeout", "2")
+    server = launch_server("--http.engine_timeout", "1", "--http.engine_hang_timeout", "2", *AT_ONCE)
     first = server.pid_of("engine")
     with running_stream(server.base_url) as stream:
         os.kill(first, signal.SIGSTOP)
@@ -365,9 +365,9 @@ def test_a_server_whose_model_is_damaged_ends(smollm2_path: Path, tmp_path: Path
         "critical", str(model), REGISTRY["smollm2-135m"].sha256,
     )  # fmt: skip
     assert found["sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
-    last = server.events()[-1]
-    assert (last["event"], last["level"]) == ("giving up", "error")
-    assert "damaged" in str(last["reason"])
+    [end] = [event for event in server.events() if event["event"] == "giving up"]
+    assert end["level"] == "error"
+    assert "damaged" in str(end["reason"])
     assert not marker.exists()
 
 
