@@ -67,3 +67,8 @@ class DraftState:
     """By ``DraftedTokens``: in which of its rows are those of each draft token of this step."""
     hidden: list[NDArray[np.float32]] = field(default_factory=list)
     """By ``DraftedTokens``: the state [d] from which each draft token of this step was chosen, where it is kept."""
+
+    def begin_step(self) -> None:
+        """Forget what was drafted in an earlier step: whoever drafts now need not be the one who did then."""
+        self.chain, self.confidence = None, ()
+        self.candidates, self.hidden = [], []

@@ -125,8 +125,7 @@ class DraftVocab:
         self.drafted.begin()
         behind = _Rows()
         for request in requests:
-            state = request.draft_state
-            state.candidates, state.hidden = [], []
+            request.draft_state.begin_step()
             if self._ensure_session(request):
                 behind.add_unread(request)
         self._catch_up(behind)
@@ -258,8 +257,9 @@ class DraftVocab:
     def _tables(self, requests: Sequence[Request]) -> list[int] | None:
         if self._tenants is None:
             return None
-        tables = {tenant: self._tenants.of(tenant) for tenant in {request.tenant for request in requests}}
-        return [tables[request.tenant] for request in requests]
+        tenants = [request.tenant for request in requests]
+        tables = {tenant: self._tenants.of(tenant) for tenant in dict.fromkeys(tenants)}
+        return [tables[tenant] for tenant in tenants]
 
     def _write(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:

@@ -75,7 +75,7 @@ class Speculator:
         wanted, drafting = [slot for slot in slots if slot.num_tokens], []
         for slot in wanted:
             state = slot.request.draft_state
-            state.chain, state.confidence = None, ()
+            state.begin_step()
             if state.copy is not None and state.draftable.is_copied:
                 slot.request.draft_token_ids += state.copy.token_ids[: slot.num_tokens]
                 state.confidence = state.copy.repeat.levels[: slot.num_tokens]

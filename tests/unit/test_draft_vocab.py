@@ -298,6 +298,15 @@ def test_prior_learns_what_followed_and_leaves_other_rows_alone() -> None:
     assert scores[0, 1] > scores[0, 0]
 
 
+def test_what_was_drafted_in_an_earlier_step_teaches_nothing() -> None:
+    harness = Harness()
+    request = harness.start("a", [7, 8, 9])
+    harness.with_prior([request], np.array([[50, 60]], np.int32), np.array([[0.5, 0.0]], np.float32))
+    request.draft_state.begin_step()  # and somebody else drafts
+    harness.verify(request, [60], drafts=[60])
+    assert harness.vocab.sessions.counts(request.draft_state.session).num_lessons == 0
+
+
 def test_switches_switch_off() -> None:
     harness = Harness(in_context=False, target_signal="off", graph=False, tenant_memory=False, prior="off")
     request = harness.start("a", [700])
