@@ -241,7 +241,7 @@ def test_killed_engine_is_replaced_and_serving_resumes(lasting: Lasting) -> None
 
 
 def test_engine_that_hangs_is_killed_and_replaced(launch_server: LaunchServer) -> None:
-    server = launch_server("--http.engine_timeout", "1", "--http.engine_hang_timeout", "2", *AT_ONCE)
+    server = launch_server("--http.engine_timeout", "2", "--http.engine_hang_timeout", "4", *AT_ONCE)
     first = server.pid_of("engine")
     with running_stream(server.base_url) as stream:
         os.kill(first, signal.SIGSTOP)

@@ -158,7 +158,7 @@ async def test_without_redis_a_request_waits_for_it_at_most_once(
     url = hung_redis_url if redis == "hung" else f"unix://{tmp_path / 'nobody.sock'}"
     failed, skipped = REDIS_ERRORS._value.get(), REDIS_SKIPPED._value.get()
     with capture_logs() as lines:
-        async with limiter_at(url, timeout=0.2, retry_interval=60) as limiter, asyncio.timeout(30):
+        async with limiter_at(url, timeout=1.0, retry_interval=60) as limiter, asyncio.timeout(30):
             for _ in range(20):
                 charge = await limiter.admit(tenant(requests=1, tokens=50), 50)
                 await limiter.settle(charge, 10)
