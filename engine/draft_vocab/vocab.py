@@ -132,8 +132,9 @@ class DraftVocab:
         if self._uses_prior and self._options.prior_matches:
             self.texts.read(requests)
 
-    def slabs(self, sessions: Sequence[int]) -> list[int]:
-        """The tails of sessions; of those that are none one that is always empty."""
+    def slabs(self, requests: Sequence[Request]) -> list[int]:
+        """The tail of each request; of one without a vocabulary, a tail that is always empty."""
+        sessions = (request.draft_state.session for request in requests)
         return [self._options.max_sessions if session == NONE else session for session in sessions]
 
     def follow(self, verified: Sequence[Verification], top_k: TopK, later: Collection[str] = ()) -> None:

@@ -94,7 +94,7 @@ class Harness:
     def slabs_of(self, *requests: Request) -> list[int]:
         """The tails of requests that draft now."""
         self.vocab.before_drafts(requests)
-        return self.vocab.slabs([request.draft_state.session for request in requests])
+        return self.vocab.slabs(requests)
 
     def with_prior(
         self, requests: Sequence[Request], ids: NDArray[np.int32], logits: NDArray[np.float32]

@@ -60,10 +60,9 @@ class SessionHead(DraftHead):
         """The next draft token of each request, by its own vocabulary and prior."""
         if not requests[0].draft_token_ids:
             self.vocab.before_drafts(requests)
-        sessions = [request.draft_state.session for request in requests]
         if self.vocab.drafted.wants_hidden:
             self.vocab.drafted.remember(requests, hidden.float().cpu().numpy())
-        logits, token_ids = self.candidates(hidden, self.vocab.slabs(sessions) if self.has_tails else None)
+        logits, token_ids = self.candidates(hidden, self.vocab.slabs(requests) if self.has_tails else None)
         ids, scores = token_ids.cpu().numpy(), logits.cpu().numpy()
         if self.vocab.uses_prior:
 
@@ -81,11 +80,11 @@ class SessionHead(DraftHead):
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
         self.vocab.before_drafts(requests)
-        sessions = [request.draft_state.session for request in requests]
-        slabs = self.vocab.slabs(sessions) if self.has_tails else None
+        slabs = self.vocab.slabs(requests) if self.has_tails else None
         if not self.vocab.uses_prior:
             return ChainVocabularies(slabs)
-        return ChainVocabularies(slabs, sessions, [request.draft_state.text for request in requests])
+        states = [request.draft_state for request in requests]
+        return ChainVocabularies(slabs, [state.session for state in states], [state.text for state in states])
 
     def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
         drafted = None
