@@ -34,7 +34,7 @@ from engine.messages import EngineReady
 from server.metrics import Metrics
 from server.options import RedisConfig, SessionsConfig
 from server.redis_gate import RedisGate
-from server.session_ids import new_session_id
+from server.session_ids import new_session_id, session_key
 from server.session_store import SessionStore
 from server.work_shares import WorkShares
 
@@ -104,11 +104,11 @@ async def measure(
     store = SessionStore(gate, SessionsConfig(), Metrics(info.model), WorkShares())
     supply, ids, rng = cycle(snapshots), [new_session_id(TENANT) for _ in range(count)], random.Random(0)
     try:
-        before, keys_before = (await gate.redis.info("memory"))["used_memory"], await gate.redis.dbsize()
+        before = (await gate.redis.info("memory"))["used_memory"]
         filled = await run_requests(store, info, ((name, next(supply)) for name in ids), FILLERS)
         after = (await gate.redis.info("memory"))["used_memory"]
         result: dict[str, Any] = {
-            "sessions": await gate.redis.dbsize() - keys_before,
+            "sessions": await gate.redis.exists(*(session_key(TENANT, info.model, name) for name in ids)),
             "bytes_a_session": (after - before) / count,
             "snapshot_bytes": shares_at([float(len(snapshot)) for snapshot in snapshots]),
             "making": filled.summary(),
