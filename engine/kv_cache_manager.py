@@ -35,7 +35,7 @@ def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
 class _Allocation:
     """``block_ids`` in order of position; the first ``num_registered`` were offered to the prefix cache."""
 
-    block_ids: list[int]
+    block_ids: array[int]
     num_registered: int
 
 
@@ -71,8 +71,8 @@ class KVCacheManager:
         """Blocks that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def block_ids(self, request: Request) -> list[int]:
-        """The request's blocks in order of position; not to be changed."""
+    def block_ids(self, request: Request) -> array[int]:
+        """The request's blocks, int32 in order of position; not to be changed."""
         return self._allocations[request.request_id].block_ids
 
     def num_slots(self, request: Request) -> int:
@@ -109,16 +109,16 @@ class KVCacheManager:
             False if there are too few free blocks; nothing was changed.
         """
         known = self._allocations.get(request.request_id)
-        cached = self._cached_blocks(request) if known is None else []
-        allocation = known or _Allocation(cached, len(cached))
-        missing = max(self.num_blocks_for(num_tokens_total) - len(allocation.block_ids), 0)
-        if known is not None and missing == 0:
+        if known is not None and num_tokens_total <= len(known.block_ids) * self.block_size:
             return True
+        cached = self._cached_blocks(request) if known is None else []
+        allocation = known or _Allocation(array("i", cached), len(cached))
+        missing = max(self.num_blocks_for(num_tokens_total) - len(allocation.block_ids), 0)
         num_new = missing + self._num_unused(cached)
         if num_new > self._pool.num_free - keep_free:
             return False
         self._pool.touch(cached)
-        allocation.block_ids += self._pool.allocate(missing)
+        allocation.block_ids.extend(self._pool.allocate(missing))
         self._allocations[request.request_id] = allocation
         self._used_by[request.tenant] += num_new
         return True

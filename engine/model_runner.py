@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -77,15 +78,14 @@ class BatchSequence(Protocol):
     @property
     def num_logits(self) -> int: ...
     @property
-    def block_ids(self) -> Sequence[int]: ...
+    def block_ids(self) -> array[int]: ...
 
 
-def padded_block_tables(block_ids: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
+def padded_block_tables(block_ids: Sequence[array[int]]) -> npt.NDArray[np.int32]:
     """[B, most blocks of any] int32 of the blocks of B sequences, unused entries 0."""
-    tables = np.zeros((len(block_ids), max(map(len, block_ids))), dtype=np.int32)
-    for row, of_sequence in enumerate(block_ids):
-        tables[row, : len(of_sequence)] = of_sequence
-    return tables
+    num_bytes = max(map(len, block_ids)) * np.dtype(np.int32).itemsize
+    tables = bytearray().join(of_sequence.tobytes().ljust(num_bytes, b"\0") for of_sequence in block_ids)
+    return np.frombuffer(tables, np.int32).reshape(len(block_ids), -1)
 
 
 def slots_of(block_ids: Sequence[int], begin: int, end: int, block_size: int) -> list[int]:

@@ -247,7 +247,7 @@ class Scheduler:
         if request.wants_prompt_logits:
             num_prompt_logits = min(end, len(request.prompt_token_ids) - 1) - start
         num_sampled = 1 + num_drafts if end == request.num_tokens else 0
-        block_ids = list(self._kv.block_ids(request))
+        block_ids = self._kv.block_ids(request)[:]
         return ScheduledSequence(
             request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_sampled, block_ids
         )

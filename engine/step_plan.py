@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,8 +29,8 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
     """How many of ``token_ids`` are drafts; they come last."""
     num_prompt_logits: int
     num_logits: int
-    block_ids: list[int]
-    """All blocks of the sequence, in order of position, including those for this step."""
+    block_ids: array[int]
+    """All blocks of the sequence, int32 in order of position, including those for this step."""
 
     @property
     def num_sampled(self) -> int:
@@ -41,6 +42,11 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
         """Tokens before the drafts."""
         return len(self.token_ids) - self.num_draft_tokens
 
+    @property
+    def draft_token_ids(self) -> list[int]:
+        """The drafts."""
+        return self.token_ids[self.num_known :]
+
 
 class DraftSlot(msgspec.Struct, frozen=True):
     """A decoding sequence's room for draft tokens in the step being planned."""
@@ -48,8 +54,8 @@ class DraftSlot(msgspec.Struct, frozen=True):
     request: Request
     num_tokens: int
     """Most tokens to draft; may be 0."""
-    block_ids: Sequence[int]
-    """All blocks of the sequence, in order of position; they hold its known tokens and ``num_tokens`` more."""
+    block_ids: array[int]
+    """All blocks of the sequence, int32 in order of position; they hold its known tokens and ``num_tokens`` more."""
 
 
 class DraftLengths(Protocol):

@@ -37,13 +37,18 @@ class StopChecker:
         self._params = params
         self._eos_token_ids = frozenset(() if params.ignore_eos else eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
-        self._max_output = min(params.max_tokens, max_model_len - num_prompt_tokens)
+        self._ends = self._eos_token_ids | self._stop_token_ids
+        self._max_output = max(1, min(params.max_tokens, max_model_len - num_prompt_tokens))
         self._detokenizer = IncrementalDetokenizer(tokenizer) if params.stop else None
         self._finder = StopStringFinder(params.stop)
         self._num_output = 0
 
     def push(self, token_ids: Sequence[int]) -> Truncation:
         """Take newly sampled tokens, in order; those after the ending one are to be dropped."""
+        if self._detokenizer is None and self._ends.isdisjoint(token_ids):  # only length can end it
+            num_kept = min(len(token_ids), self._max_output - self._num_output)
+            self._num_output += num_kept
+            return Truncation(num_kept, "length" if self._num_output >= self._max_output else None)
         for index, token_id in enumerate(token_ids):
             if (end := self._end_at(token_id, index + 1)) is not None:
                 return end

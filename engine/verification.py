@@ -41,11 +41,6 @@ class Verification(msgspec.Struct, frozen=True):
         return self.sequence.request
 
     @property
-    def drafted(self) -> list[int]:
-        """The draft tokens that were verified."""
-        return self.sequence.token_ids[self.sequence.num_known :]
-
-    @property
     def rows(self) -> range:
         """The rows of logits from which the kept tokens were chosen."""
         return range(self.first_row, self.first_row + len(self.kept))

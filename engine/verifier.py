@@ -75,22 +75,22 @@ class Verifier:
 
     def _choose(self, sequences: Sequence[ScheduledSequence], logits: torch.Tensor) -> list[SampledSequence | None]:
         """The target's choices; None for sequences whose prompt is unfinished, or whose grammar's mask is late."""
-        rows, parts = [], []
-        end = 0
         numbers = list(map(num_choosable, sequences))
+        rows: list[SamplingRows] = []
+        places: list[int] = []
+        end = 0
         for sequence, number in zip(sequences, numbers, strict=True):
             start, end = end, end + sequence.num_logits
             if sequence.request.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs.collect(sequence, logits[start:end])
             if number:
-                drafts = sequence.token_ids[sequence.num_known :]
-                rows.append(SamplingRows(sequence.request, tuple(drafts[: number - 1])))
+                rows.append(SamplingRows(sequence.request, tuple(sequence.draft_token_ids[: number - 1])))
                 first = end - sequence.num_sampled
-                parts.append(logits[first : first + number])
+                places += range(first, first + number)
         if not rows:
             return [None] * len(sequences)
-        if sum(numbers) < len(logits):
-            logits = torch.cat(parts)
+        if len(places) < len(logits):
+            logits = logits[places]
         sampled = iter(self._sampler.sample(logits, rows))
         return [next(sampled) if number else None for number in numbers]
 

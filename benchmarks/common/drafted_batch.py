@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,9 +114,9 @@ class DraftedBatch:
         self._runner = ModelRunner(target.loaded, CacheConfig(num_blocks=blocks_each * len(prompts)))
         self._proposer = draft.make_proposer(self._runner.num_blocks)
         self._ends = frozenset(target.tokenizer.eos_token_ids)
-        self._sequences: list[tuple[Request, list[int]]] = []
+        self._sequences: list[tuple[Request, array[int]]] = []
         for index, (prompt, params) in enumerate(zip(prompts, sampling, strict=True)):
-            blocks = list(range(index * blocks_each, (index + 1) * blocks_each))
+            blocks = array("i", range(index * blocks_each, (index + 1) * blocks_each))
             self._sequences.append((Request(str(index), b"", "benchmark", params, prompt), blocks))
         self.propose_seconds = 0.0
         """All ``step`` calls so far: the draft's chains."""

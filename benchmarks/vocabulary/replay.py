@@ -8,6 +8,7 @@ draft's ``WIDTH`` best tokens of each place stand for all. Prompts are the trial
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -61,7 +62,7 @@ class _Tail:
 def verification(request: Request, kept: Sequence[int], num_drafts: int) -> Verification:
     """A step that verified ``num_drafts`` of a request's drafts, and kept these tokens."""
     tokens = [request.all_token_ids[-1], *request.draft_token_ids[:num_drafts]]
-    sequence = ScheduledSequence(request, request.num_tokens - 1, tokens, num_drafts, 0, len(tokens), [])
+    sequence = ScheduledSequence(request, request.num_tokens - 1, tokens, num_drafts, 0, len(tokens), array("i"))
     outcomes = zip(sequence.token_ids[1:], kept, strict=False)
     num_accepted = next((place for place, (a, b) in enumerate(outcomes) if a != b), min(num_drafts, len(kept)))
     source: DraftSource | None = "draft" if num_drafts else None

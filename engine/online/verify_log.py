@@ -55,7 +55,7 @@ class _Step:
     @property
     def drafted(self) -> list[int]:
         """The draft tokens; where the output stops at a right one, those before it: the rest was not looked at."""
-        drafted = self.verified.drafted
+        drafted = self.verified.sequence.draft_token_ids
         return drafted[: self.num_accepted] if self.verified.num_accepted > self.num_accepted else drafted
 
     @property

@@ -90,8 +90,6 @@ class LogitsEdits:
 
         If the request has a grammar, its masks for all these rows are known.
         """
-        if not state.edits_logits:
-            return
         state.commit(request.output_token_ids)
         num_output = len(request.output_token_ids)
         for index in range(len(draft_token_ids) + 1):

@@ -78,7 +78,8 @@ class Sampler:
         edits = LogitsEdits(self._eos_token_ids, starts[-1], logits.shape[1])
         for start, sequence in zip(starts, rows, strict=False):
             state = self._states[sequence.request.request_id]
-            edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
+            if state.edits_logits:
+                edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
         try:
             edited = edits.apply(logits)
             allowed = None if edits.allowed is None else torch.from_numpy(edits.allowed)

@@ -10,6 +10,7 @@ import itertools
 import random
 import shutil
 import uuid
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -287,7 +288,7 @@ def check_features(engine: Engine, draft: Path, tokens: list[int], rows: dict[in
 def target_features(engine: Engine, tokens: list[int], layers: tuple[int, ...]) -> torch.Tensor:
     """Of the model alone, over all tokens at once."""
     request = Request("alone", b"", "", make_sampling("greedy", 1)[0], tokens)
-    blocks = list(range(-(-len(tokens) // 16)))
+    blocks = array("i", range(-(-len(tokens) // 16)))
     _, features = engine.core._runner.execute([ScheduledSequence(request, 0, tokens, 0, 0, 1, blocks)], layers)
     assert features is not None
     return features.values.clone()

@@ -8,6 +8,7 @@ that of a plain computation over the whole sequence, without cache, in float32.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,7 +141,7 @@ class FromScratch:
 
     def _features(self, token_ids: list[int]) -> torch.Tensor:
         spec = self._loaded.spec
-        blocks = list(range(-(-len(token_ids) // 16)))
+        blocks = array("i", range(-(-len(token_ids) // 16)))
         shape = (spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, len(blocks), 16)
         attention = TorchPagedAttention(AttentionSpec(*shape, torch.float32, self._loaded.device))
         anybody = Request("", b"", "", SamplingParams(max_tokens=1, seed=0), token_ids)

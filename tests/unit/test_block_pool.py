@@ -126,7 +126,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         num_new = self.kv.num_new_blocks(request) if is_new else 0
         allowed = self.kv.allocate(request, request.num_tokens + num_ahead, keep_free)
         if not allowed:
-            assert (self.kv.num_used_blocks, [] if is_new else self.kv.block_ids(request)) == before
+            assert (self.kv.num_used_blocks, [] if is_new else list(self.kv.block_ids(request))) == before
             return
         assert self.kv.num_slots(request) >= request.num_tokens + num_ahead
         if self.kv.num_used_blocks > before[0]:

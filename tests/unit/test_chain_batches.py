@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,7 +29,7 @@ def some_slots(draw: st.DrawFn) -> tuple[list[DraftSlot], int]:
         request = Request(str(number), b"", "", sampling, list(range(num_tokens)))
         num_blocks = -(-(num_tokens + num_drafts) // block_size)
         blocks = draw(st.lists(st.integers(0, 500), min_size=num_blocks, max_size=num_blocks + 2))
-        slots.append(DraftSlot(request, num_drafts, blocks))
+        slots.append(DraftSlot(request, num_drafts, array("i", blocks)))
     return slots, block_size
 
 

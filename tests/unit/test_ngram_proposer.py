@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +36,7 @@ def expected_draft(text: list[int], count: int) -> list[int]:
 
 def propose(proposer: NgramProposer, request: Request, count: int) -> list[int]:
     request.draft_token_ids = []
-    proposer.propose([DraftSlot(request, count, [])])
+    proposer.propose([DraftSlot(request, count, array("i"))])
     return request.draft_token_ids
 
 

@@ -53,7 +53,7 @@ def test_blocks_of_an_ended_request_are_found_again() -> None:
     kv.free(first)
     assert kv.num_used_blocks == 0
     compute(kv, later := request("b", prompt))
-    assert kv.block_ids(later)[:2] == blocks[:2]
+    assert list(kv.block_ids(later)[:2]) == blocks[:2]
 
 
 def test_cached_blocks_are_given_up_only_when_no_others_are_left() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
+import numpy as np
 import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
@@ -196,12 +196,13 @@ class EagleProposer:
 
     def _stored_before(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """What is stored of the position before each token, a row each."""
-        slots: list[list[int]] = []
+        slots: list[int] = []
         for chunk in chunks:
             end = chunk.start + len(chunk.token_ids)
-            slots.append([self._stored.before_first] if chunk.start == 0 else [])
-            slots.append(slots_of(chunk.block_ids, max(chunk.start - 1, 0), end - 1, self._block_size))
-        return self._stored.rows(torch.tensor(list(chain.from_iterable(slots)), device=self._device))
+            if chunk.start == 0:
+                slots.append(self._stored.before_first)
+            slots += slots_of(chunk.block_ids, max(chunk.start - 1, 0), end - 1, self._block_size)
+        return self._stored.rows(torch.from_numpy(np.array(slots)).to(self._device))
 
 
 def _stores_fused(adapters: EagleAdapters | None) -> bool:

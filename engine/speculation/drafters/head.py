@@ -74,8 +74,8 @@ class DraftHead:
             hidden: [N, hidden], as the model's ``compute_logits`` takes it.
             requests: one a row.
         """
-        positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
-        return self.choose(hidden, [request.sampling for request in requests], positions)
+        params = [request.sampling for request in requests]
+        return self.choose(hidden, params, () if all_greedy(params) else next_positions(requests))
 
     def choose(
         self,
@@ -93,7 +93,7 @@ class DraftHead:
         Args:
             hidden: [N, hidden], as the model's ``compute_logits`` takes it.
             params: one a row.
-            positions: index of the chosen token in its sequence, one a row.
+            positions: index of the chosen token in its sequence, one a row; not looked at where all rows are greedy.
             slabs: the tail of each row, where there are tails.
         """
         if all_greedy(params):
@@ -178,9 +178,14 @@ class ChainVocabularies:
     texts: list[int] | None = None
 
 
-def any_token(choices: Iterable[int]) -> list[int]:
+def next_positions(requests: Iterable[Request]) -> list[int]:
+    """The index of each request's next draft token in its sequence."""
+    return [request.num_tokens + len(request.draft_token_ids) for request in requests]
+
+
+def any_token(choices: list[int]) -> list[int]:
     """Choices without -1, an empty place, which is what is left where no score is a number: any token does there."""
-    return [max(token_id, 0) for token_id in choices]
+    return choices if min(choices) >= 0 else [max(token_id, 0) for token_id in choices]
 
 
 def _chain_stop(rule: StopRule, requests: Sequence[Request], most: int) -> ChainStop:

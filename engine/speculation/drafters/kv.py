@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -28,7 +29,7 @@ class Chunk(msgspec.Struct, frozen=True):
     start: int
     token_ids: list[int]
     num_logits: int
-    block_ids: Sequence[int]
+    block_ids: array[int]
     request: Request
 
 

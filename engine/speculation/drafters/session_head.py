@@ -20,7 +20,7 @@ from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
-from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails
+from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails, next_positions
 from engine.speculation.drafters.lookup import RunningTexts
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
@@ -74,9 +74,8 @@ class SessionHead(DraftHead):
         params = [request.sampling for request in requests]
         if all_greedy(params):
             return any_token(ids[range(len(ids)), scores.argmax(axis=1)].tolist())
-        positions = [request.num_tokens + len(request.draft_token_ids) for request in requests]
         logits, token_ids = (torch.from_numpy(array).to(hidden.device) for array in (scores, ids))
-        return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
+        return any_token(choose_tokens(logits, params, next_positions(requests), token_ids, self.team))
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
         self.vocab.before_drafts(requests)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -109,7 +110,8 @@ class CostMeter:
             request = Request(f"cost meter {index}", b"", "", _GREEDY, [1])
             # Where blocks are few, sequences share some: what is in them is made up.
             first = index * self._blocks_verified
-            blocks = [block % self._runner.num_blocks for block in range(first, first + self._blocks_verified)]
+            numbers = range(first, first + self._blocks_verified)
+            blocks = array("i", (number % self._runner.num_blocks for number in numbers))
             steps.append(ScheduledSequence(request, self._context, [1] * count, count - 1, 0, count, blocks))
 
         def run() -> None:
@@ -142,7 +144,7 @@ class CostMeter:
         """Of each token that a new sequence has, given what its first draft takes when they are read."""
         count = max(min(_READ_TOKENS, self._context), 1)
         prompt = [place * self._runner.vocab_size // count for place in range(count)]  # so that vocabularies want them
-        blocks = list(range(self._blocks_verified))
+        blocks = array("i", range(self._blocks_verified))
         seconds = []
         for _ in range(_REPEATS):
             request = Request("cost meter", b"", "", _GREEDY, prompt)
@@ -151,7 +153,7 @@ class CostMeter:
             self._forget([request])
         return max(min(seconds) - first_draft, 0.0) / count
 
-    def _cycle(self, sequences: Sequence[tuple[Request, list[int]]], length: int) -> float:
+    def _cycle(self, sequences: Sequence[tuple[Request, array[int]]], length: int) -> float:
         slots = [DraftSlot(request, length, blocks) for request, blocks in sequences]
         seconds = _seconds(lambda: self._proposer.propose(slots))
         steps = []
@@ -189,12 +191,12 @@ class CostMeter:
             request.draft_token_ids = []
         return seconds
 
-    def _sequences(self, count: int) -> list[tuple[Request, list[int]]]:
+    def _sequences(self, count: int) -> list[tuple[Request, array[int]]]:
         each = self._blocks_each
         return [
             (
                 Request(f"cost meter {index}", b"", "", _GREEDY, [1] * _PROMPT_TOKENS),
-                list(range(index * each, (index + 1) * each)),
+                array("i", range(index * each, (index + 1) * each)),
             )
             for index in range(count)
         ]
