@@ -2,10 +2,10 @@
 
 Torch-free: the server refuses other schemas early.
 
-xgrammar 0.2 mistakes two forms of patterns. ``(ax*)?`` matches ``x``, too: its optional groups are entered where they
-end; ``{0,1}`` says the same and is taken right. And where a pattern has a character beyond ASCII, what is negated in
-it, and the dot, match quotation marks and backslashes as well, which would end the string; written as ``\\u{...}`` it
-does not.
+xgrammar 0.2 mistakes three forms of patterns. ``(ax*)?`` matches ``x``, too: its optional groups are entered where
+they end; ``{0,1}`` says the same and is taken right. ``(x{2,}|a?){2,}`` matches ``x``; ``(..){2}(..)*`` does not. And
+where a pattern has a character beyond ASCII, what is negated in it, and the dot, match quotation marks and backslashes
+as well, which would end the string; written as ``\\u{...}`` it does not.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _GIVES_TYPE: dict[str, tuple[str, ...]] = {
 _ONE_SCHEMA = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames")
 _SCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
-_PART = re.compile(r"\\?[^\x00-\x7f]|\\.|\[(?:\\.|[^\]\\])*\]|\)\?", re.DOTALL)
-"""A character beyond ASCII (a backslash before it means nothing), an escape, a class, the end of an optional group."""
+_PART = re.compile(r"(\\?[^\x00-\x7f]|\\.|\[(?:\\.|[^\]\\])*\]|\(|\)(?:\?|\{\d+,\})?)", re.DOTALL)
+"""A character beyond ASCII (a backslash before it means nothing), an escape, a class, the begin or end of a group."""
+_NOT_ASCII = re.compile(r"\\?([^\x00-\x7f])")
 
 
 class GrammarError(ValueError):
@@ -80,8 +81,26 @@ def subschemas(root: Any) -> Iterator[tuple[int, str, Any]]:
 
 
 def rewrite_pattern(pattern: str) -> str:
-    """The same regular expression, in ASCII and without ``?`` after a group."""
-    return _PART.sub(lambda found: _rewritten_part(found[0]), pattern)
+    """The same regular expression, in ASCII and with neither ``?`` nor ``{n,}`` after a group.
+
+    Raises:
+        GrammarError: it is too long.
+    """
+    written, groups = "", []
+    for part in _PART.split(pattern):
+        if part == "(":
+            groups.append(len(written))
+        begin = groups.pop() if part.startswith(")") and groups else len(written)
+        if part == ")?":
+            written += "){0,1}"
+        elif part.startswith("){"):
+            least, group = int(part[2:-2]), written[begin:] + ")"
+            written += f"){{{least}}}{group}*" if least > 1 else ")*" if least == 0 else ")+"
+        else:
+            written += _NOT_ASCII.sub(lambda found: f"\\u{{{ord(found[1]):X}}}", part)
+        if len(written) > MAX_SCHEMA_CHARS:
+            raise GrammarError(f"a pattern has more than {MAX_SCHEMA_CHARS} characters with its repeated groups")
+    return written
 
 
 def rewrite_patterns(text: str) -> str:
@@ -157,9 +176,3 @@ def _children(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for keyword in _SCHEMA_MAPS:
         if isinstance(schema.get(keyword), dict):
             yield from ((f"{path}/{keyword}/{name}", child) for name, child in schema[keyword].items())
-
-
-def _rewritten_part(part: str) -> str:
-    if part == ")?":
-        return "){0,1}"
-    return re.sub(r"\\?([^\x00-\x7f])", lambda found: f"\\u{{{ord(found[1]):X}}}", part)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engine.messages import Grammar
 from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
-from engine.sampling.json_schema import rewrite_pattern, rewrite_patterns
+from engine.sampling.json_schema import GrammarError, rewrite_pattern, rewrite_patterns
 
 _END = 256
 _BYTES = GrammarCompiler([*(bytes([byte]) for byte in range(256)), b""], [_END])
@@ -55,6 +55,8 @@ def test_nothing_that_ends_a_string_is_matched(pattern: str, text: str) -> None:
     [
         ("(ax*)?", "(ax*){0,1}"),
         ("(ax*)??", "(ax*){0,1}?"),
+        ("((x|a?){2,}e){1,}", "((x|a?){2}(x|a?)*e)+"),
+        (r"(a){0,}(a){3,4}[(]{2,}", r"(a)*(a){3,4}[(]{2,}"),
         (r"[)?]\)?x?", r"[)?]\)?x?"),
         (r"[\])?é]", r"[\])?\u{E9}]"),
         (r"\é😀", r"\u{E9}\u{1F600}"),
@@ -63,6 +65,16 @@ def test_nothing_that_ends_a_string_is_matched(pattern: str, text: str) -> None:
 )
 def test_only_what_is_mistaken_is_rewritten(pattern: str, expected: str) -> None:
     assert rewrite_pattern(pattern) == expected
+
+
+def test_a_group_that_repeats_is_not_entered_where_it_ends() -> None:
+    assert not allows("^(?:x{2,}|a?){2,}$", "x")
+    assert allows("^(?:x{2,}|a?){2,}$", "xxa")
+
+
+def test_a_pattern_that_grows_too_long_is_refused() -> None:
+    with pytest.raises(GrammarError):
+        rewrite_pattern("(" * 40 + "ab" + "){2,}" * 40)
 
 
 def test_only_patterns_are_rewritten() -> None:
