@@ -63,12 +63,10 @@ class DraftState:
     """By ``EagleAdapters``: who drafted last."""
     logged_at: float = -math.inf
     """By ``VerifyLog``: when (``time.monotonic``) it was logged last, with its context or after it."""
-    candidates: list[int] = field(default_factory=list)
-    """By ``DraftedTokens``: in which of its rows are those of each draft token of this step."""
     hidden: list[NDArray[np.float32]] = field(default_factory=list)
-    """By ``DraftedTokens``: the state [d] from which each draft token of this step was chosen, where it is kept."""
+    """By who drafts: the state [d] from which each draft token of this step was chosen, where it is kept."""
 
     def begin_step(self) -> None:
         """Forget what was drafted in an earlier step: whoever drafts now need not be the one who did then."""
         self.chain, self.confidence = None, ()
-        self.candidates, self.hidden = [], []
+        self.hidden = []

@@ -21,7 +21,6 @@ from kernels.native_decoder import Decoder, KvCache
 from kernels.native_lora import NativeLora
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
-from kernels.session_options import NUM_FEATURES
 
 CONFIDENCE_LEVELS = 16
 """Of how sure a draft is of a token: level n is a probability of n/16 to (n + 1)/16 among the candidates."""
@@ -48,7 +47,7 @@ class _Rows(ctypes.Structure):
 
 
 class _Outputs(ctypes.Structure):
-    _fields_ = pointers("tokens", "hidden", "token_ids", "logits", "features", "confidence")
+    _fields_ = pointers("tokens", "hidden", "confidence")
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,6 @@ class ChainResult:
     """[S, B]"""
     hidden: torch.Tensor
     """[S, B, hidden] bf16, from which each token was chosen"""
-    token_ids: NDArray[np.int32]
-    """[S, B, C] candidates, -1 for none"""
-    logits: NDArray[np.float32]
-    """[S, B, C] the draft's own, -inf for none"""
-    features: NDArray[np.float32] | None
-    """[S, B, NUM_FEATURES, C], with a prior"""
     confidence: NDArray[np.int32] | None
     """[S, B] levels of the tokens, where chains may end early"""
 
@@ -161,9 +154,6 @@ class NativeChain:
         result = ChainResult(
             np.empty(shape, np.int32),
             torch.empty(*shape, hidden, dtype=torch.bfloat16),
-            np.empty((*shape, count), np.int32),
-            np.empty((*shape, count), np.float32),
-            None if batch.sessions is None else np.empty((*shape, NUM_FEATURES, count), np.float32),
             None if batch.stop is None else np.empty(shape, np.int32),
         )
         arrays = _arrays(batch)
@@ -175,11 +165,8 @@ class NativeChain:
             rows.chances, rows.draft_cost = batch.stop.chances.ctypes.data, batch.stop.draft_cost
         if batch.lora is not None:
             rows.lora = ctypes.cast(batch.lora.pointer, ctypes.c_void_p)
-        others = (result.token_ids, result.logits, result.features, result.confidence)
-        outputs = _Outputs(
-            *(result.tokens.ctypes.data, result.hidden.data_ptr()),
-            *(None if one is None else one.ctypes.data for one in others),
-        )
+        confidence = None if result.confidence is None else result.confidence.ctypes.data
+        outputs = _Outputs(result.tokens.ctypes.data, result.hidden.data_ptr(), confidence)
         model = self._model(hidden, cache)
         made = load_library().evo_draft_chain(
             self.team.handle, ctypes.byref(model), ctypes.byref(rows), address(a), ctypes.byref(outputs)

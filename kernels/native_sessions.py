@@ -15,14 +15,13 @@ from kernels.session_library import (
     FLOAT,
     INT,
     POINTER,
-    DraftedRowsStruct,
     DraftStep,
     GraphStruct,
+    LessonStruct,
     OptionsStruct,
     SessionCounts,
-    TokenRowsStruct,
+    TokenRows,
     address_of,
-    joined,
     load,
     view_of,
     zeros,
@@ -31,7 +30,6 @@ from kernels.session_options import (
     MAX_REPEATS,
     NUM_FEATURES,
     SOURCES,
-    Drafted,
     GraphArrays,
     SessionOptions,
     Table,
@@ -46,8 +44,8 @@ _NO_WRITES: TailWrites = np.empty((0, 3), np.int32)
 class Sessions:
     """What running sequences know of their texts: n-grams, tails of their draft vocabularies, weights of their priors.
 
-    Every call that changes tails returns the places that changed. Those that take tokens raise ``IndexError`` where one
-    is not of the vocabulary.
+    Calls that change tails return the places that changed; what ``learn`` changes, a later one does. Those that take
+    tokens raise ``IndexError`` where one is not of the vocabulary.
 
     Args:
         options: of all sessions.
@@ -105,7 +103,7 @@ class Sessions:
         tokens, sizes = array("i", chain(prompt, past, of_tenant)), array("i", map(len, (prompt, past, of_tenant)))
         self._check(tokens)
         self._library.evo_sessions_begin(self.handle, session, address_of(tokens), address_of(sizes))
-        return self._writes()
+        return self.take_writes()
 
     def insert(self, session: int, token_ids: Iterable[int], source: str, limit: int | None = None) -> TailWrites:
         """Put tokens into a tail, the most wanted first; at most ``limit`` new ones (None: as there is room)."""
@@ -113,78 +111,69 @@ class Sessions:
         self._check(tokens)
         number = SOURCES.index(source)
         self._library.evo_sessions_insert(self.handle, session, address_of(tokens), len(tokens), number, most)
-        return self._writes()
+        return self.take_writes()
 
-    def catch_up(
+    def rows(
         self, sessions: Sequence[int], tenants: Sequence[int] | None, tokens: Sequence[Sequence[int]]
-    ) -> TailWrites:
+    ) -> TokenRows:
+        """Tokens of some sessions; ``tenants``: tables of their tenants."""
+        rows = TokenRows(sessions, tenants, tokens)
+        self._check(rows.tokens)
+        return rows
+
+    def catch_up(self, rows: TokenRows) -> TailWrites:
         """Take tokens of steps in which sequences were not drafted for."""
-        arrays, rows = self._token_rows(sessions, tenants, tokens)
-        self._library.evo_sessions_catch_up(self.handle, ctypes.byref(rows))
-        del arrays
-        return self._writes()
+        self._library.evo_sessions_catch_up(self.handle, ctypes.byref(rows.struct))
+        return self.take_writes()
 
-    def verify(
+    def missed(self, rows: TokenRows) -> list[int]:
+        """The first token of each row of a verified step that could not have been drafted, -1 for none."""
+        missed = zeros(rows.struct.rows)
+        self._library.evo_sessions_missed(self.handle, ctypes.byref(rows.struct), address_of(missed))
+        return missed.tolist()
+
+    def learn(
         self,
-        sessions: Sequence[int],
-        tenants: Sequence[int] | None,
-        tokens: Sequence[Sequence[int]],
+        rows: TokenRows,
         num_accepted: Sequence[int],
-        places: Sequence[Sequence[int]],
-        drafted: Drafted | None,
-    ) -> tuple[TailWrites, list[int]]:
-        """Learn from a verified step.
+        num_drafts: Sequence[int],
+        chosen: Sequence[int] = (),
+        likely: NDArray[np.int32] | None = None,
+        *,
+        in_background: bool = False,
+    ) -> None:
+        """Learn from a verified step, and put into tails what is likely to come; ``take_writes`` says what that was.
 
         Args:
-            sessions: those that got tokens.
-            tenants: tables of their tenants; None without.
-            tokens: of each.
-            num_accepted: how many of them were drafted.
-            places: of the drafts of each that were looked at, as rows of ``drafted``; none without.
-            drafted: what they were chosen from.
-
-        Returns:
-            The writes, and the first token of each session that could not have been drafted, -1 for none.
+            rows: the sessions that got tokens, of which ``missed`` was asked about.
+            num_accepted: how many of each one's tokens were drafted.
+            num_drafts: how many drafts of each were verified.
+            chosen: rows into whose tails enters what the target thought likely, and what follows that; ascending.
+            likely: [n, k] the target's most likely tokens where the tokens of the chosen rows were chosen, best first.
+            in_background: on another thread; the next call that wants to know waits for it.
         """
-        arrays, rows = self._token_rows(sessions, tenants, tokens)
-        of_rows = (
-            array("i", num_accepted),
-            array("i", map(len, places)),
-            array("i", chain.from_iterable(places)),
-        )
-        of_drafted = (None, None, None, 0)
-        if drafted is not None:
-            begins = (one.ctypes.data for one in (drafted.token_ids, drafted.logits, drafted.features))
-            of_drafted = (*begins, drafted.token_ids.shape[-1])
-        missed = zeros(len(sessions))
-        how = DraftedRowsStruct(*(values.buffer_info()[0] for values in of_rows), *of_drafted)
-        self._library.evo_sessions_verify(self.handle, ctypes.byref(rows), ctypes.byref(how), address_of(missed))
-        del arrays
-        return self._writes(), missed.tolist()
-
-    def retrieve(
-        self,
-        sessions: Sequence[int],
-        tenants: Sequence[int] | None,
-        tokens: Sequence[Sequence[int]],
-        likely: NDArray[np.int32] | None,
-    ) -> TailWrites:
-        """Put into tails what the target thought likely in the step just verified, and what follows that.
-
-        Args:
-            sessions, tenants, tokens: some of those that were verified.
-            likely: [n, k] the target's most likely tokens where all these ``tokens`` were chosen, best first.
-        """
-        arrays, rows = self._token_rows(sessions, tenants, tokens)
         best = _NOTHING if likely is None else np.ascontiguousarray(likely, np.int32)
-        place = POINTER(best.ctypes.data)
-        self._library.evo_sessions_retrieve(self.handle, ctypes.byref(rows), place, best.shape[1])
-        del arrays
-        return self._writes()
+        arrays = [array("i", values) for values in (num_accepted, num_drafts, chosen)]
+        places = [values.buffer_info()[0] for values in arrays]
+        lesson = LessonStruct(rows.struct, *places, best.ctypes.data, len(chosen), best.shape[1])
+        self._library.evo_sessions_learn(self.handle, ctypes.byref(lesson), in_background)
+        self._lesson = rows, arrays, best  # they must outlive it
+
+    def take_writes(self) -> TailWrites:
+        """The places of tails that changed since the last call that told."""
+        count = ctypes.c_int()
+        place = self._library.evo_sessions_take_writes(self.handle, ctypes.byref(count))
+        # A copy of bytes: a type of ctypes for each number of writes would take longer than all of them.
+        copied = ctypes.string_at(place, 12 * count.value)
+        return np.frombuffer(copied, np.int32).reshape(-1, 3) if count.value else _NO_WRITES
 
     def clear_tenant(self, tenant: int) -> None:
         """A tenant's table begins."""
         self._library.evo_sessions_clear_tenant(self.handle, tenant)
+
+    def begin_drafts(self) -> None:
+        """Another step's drafts begin; those of the last one are forgotten."""
+        self._library.evo_sessions_begin_drafts(self.handle)
 
     def include_repeats(self, texts: Texts, step: DraftStep, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """Make what continues a repeat of a row's text one of its candidates; the weakest make room, in place.
@@ -204,16 +193,17 @@ class Sessions:
         )
         return included[:count]
 
-    def score(self, step: DraftStep, drafted: Drafted) -> NDArray[np.float32]:
-        """[B, C]: the candidates' logits with each session's prior.
+    def score(self, step: DraftStep, token_ids: NDArray[np.int32], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[B, C]: the candidates' logits with each session's prior. Until ``learn``, it is remembered what they were.
 
         Args:
             step: the rows; ``include_repeats`` was asked about them.
-            drafted: B rows; the features are written here.
+            token_ids: [B, C], -1 for none.
+            logits: [B, C], -inf for none.
         """
-        scores = np.empty_like(drafted.logits)
-        step.struct.tokens, step.struct.logits = drafted.token_ids.ctypes.data, drafted.logits.ctypes.data
-        step.struct.features, step.struct.scores = drafted.features.ctypes.data, scores.ctypes.data
+        scores = np.empty_like(logits)
+        step.struct.tokens, step.struct.logits = token_ids.ctypes.data, logits.ctypes.data
+        step.struct.scores = scores.ctypes.data
         self._library.evo_sessions_score(self.handle, ctypes.byref(step.struct))
         return scores
 
@@ -269,24 +259,3 @@ class Sessions:
     def _check(self, tokens: array[int]) -> None:
         if not self._library.evo_sessions_know(self.handle, address_of(tokens), len(tokens)):
             raise IndexError(f"not all tokens are below {self.vocab_size}")
-
-    def _token_rows(
-        self, sessions: Sequence[int], tenants: Sequence[int] | None, tokens: Sequence[Sequence[int]]
-    ) -> tuple[list[array[int]], TokenRowsStruct]:
-        """The rows, and the arrays that must outlive them. (Python's own: a small one costs a fraction of NumPy's.)"""
-        begins, all_tokens = joined(tokens)
-        self._check(all_tokens)
-        arrays = [array("i", sessions), begins, all_tokens]
-        of_tenants = None
-        if tenants is not None:
-            arrays.append(array("i", tenants))
-            of_tenants = arrays[-1].buffer_info()[0]
-        own, begin, token = (values.buffer_info()[0] for values in arrays[:3])
-        return arrays, TokenRowsStruct(len(sessions), own, of_tenants, begin, token)
-
-    def _writes(self) -> TailWrites:
-        count = ctypes.c_int()
-        place = self._library.evo_sessions_take_writes(self.handle, ctypes.byref(count))
-        # A copy of bytes: a type of ctypes for each number of writes would take longer than all of them.
-        copied = ctypes.string_at(place, 12 * count.value)
-        return np.frombuffer(copied, np.int32).reshape(-1, 3) if count.value else _NO_WRITES

@@ -43,7 +43,13 @@ class SessionCounts(ctypes.Structure):
 
 
 class StateStruct(ctypes.Structure):
-    _fields_ = (("unit", DOUBLE), ("gain", DOUBLE), ("last", INT * 2), ("left", INT), ("missed", ctypes.c_uint32))
+    _fields_ = (
+        *((name, DOUBLE) for name in ("unit", "gain")),
+        ("last", INT * 2),
+        ("left", INT),
+        ("missed", ctypes.c_uint32),
+        *((name, INT) for name in ("row", "num_drafted")),
+    )
 
 
 class GraphStruct(ctypes.Structure):
@@ -72,18 +78,18 @@ class TokenRowsStruct(ctypes.Structure):
     _fields_ = (("rows", INT), *((name, POINTER) for name in ("sessions", "tenants", "begins", "tokens")))
 
 
-class DraftedRowsStruct(ctypes.Structure):
+class LessonStruct(ctypes.Structure):
     _fields_ = (
-        *((name, POINTER) for name in ("num_accepted", "num_reached", "places", "tokens", "logits", "features")),
-        ("columns", INT),
+        ("rows", TokenRowsStruct),
+        *((name, POINTER) for name in ("num_accepted", "num_drafts", "chosen", "likely")),
+        *((name, INT) for name in ("num_chosen", "k")),
     )
 
 
 class DraftStepStruct(ctypes.Structure):
     _fields_ = (
         *((name, INT) for name in ("rows", "columns", "num_drafts")),
-        *((name, POINTER) for name in ("sessions", "texts", "drafts", "tokens", "logits", "features", "scores")),
-        ("repeats", POINTER),
+        *((name, POINTER) for name in ("sessions", "texts", "drafts", "tokens", "logits", "scores", "best", "repeats")),
     )
 
 
@@ -137,23 +143,47 @@ def view_of(place: int, dtype: Any, *shape: int) -> NDArray[Any]:
     return np.frombuffer(buffer, dtype).reshape(shape)
 
 
+class TokenRows:
+    """Tokens of some sessions, as the library takes them. (A small array of Python's costs a fraction of NumPy's.)
+
+    Args:
+        sessions: one a row.
+        tenants: tables of their tenants; None without.
+        tokens: of each.
+    """
+
+    def __init__(self, sessions: Sequence[int], tenants: Sequence[int] | None, tokens: Sequence[Sequence[int]]) -> None:
+        begins, self.tokens = joined(tokens)
+        self._arrays = [array("i", sessions), array("i", tenants or ()), begins, self.tokens]
+        own, of_tenants, begin, token = (values.buffer_info()[0] for values in self._arrays)
+        self.struct = TokenRowsStruct(len(sessions), own, None if tenants is None else of_tenants, begin, token)
+
+
 class DraftStep:
     """Rows of a batch whose next draft token is chosen.
 
     Args:
         sessions: of each row; -1 for none.
         texts: of each row; -1 for none.
-        drafts: tokens drafted before in this step, as many for each row.
     """
 
-    def __init__(self, sessions: Sequence[int], texts: Sequence[int], drafts: Sequence[Sequence[int]]) -> None:
-        count = len(sessions)
-        self._arrays = {
-            "sessions": array("i", sessions),
-            "texts": array("i", texts),
-            "drafts": array("i", chain.from_iterable(drafts)),
-            "repeats": zeros(count * (2 * MAX_REPEATS + 1)),
-        }
-        self.struct = DraftStepStruct(count, 0, len(drafts[0]))
-        for name, values in self._arrays.items():
-            setattr(self.struct, name, values.buffer_info()[0])
+    def __init__(self, sessions: Sequence[int], texts: Sequence[int]) -> None:
+        self._sessions, self._texts = array("i", sessions), array("i", texts)
+        self._repeats, self._drafts = zeros(len(sessions) * (2 * MAX_REPEATS + 1)), array("i")
+        self._best = zeros(len(sessions))
+        self.struct = DraftStepStruct(len(sessions))
+        self.struct.sessions, self.struct.texts = self._sessions.buffer_info()[0], self._texts.buffer_info()[0]
+        self.struct.repeats, self.struct.best = self._repeats.buffer_info()[0], self._best.buffer_info()[0]
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def best(self) -> list[int]:
+        """The token of each row with the largest score; -1 for none."""
+        return self._best.tolist()
+
+    def go_on(self, drafts: Sequence[Sequence[int]]) -> None:
+        """The next token comes after these, as many for each row."""
+        self._drafts = array("i", chain.from_iterable(drafts))
+        self.struct.drafts, self.struct.num_drafts = self._drafts.buffer_info()[0], len(drafts[0])

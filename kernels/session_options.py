@@ -90,12 +90,3 @@ class SessionOptions:
     tenant_rows: int = 4096
     tenant_width: int = 16
     sizes: TableSizes = TableSizes()
-
-
-@dataclass(frozen=True)
-class Drafted:
-    """What draft tokens were chosen from: tokens and logits [.., C], features [.., NUM_FEATURES, C]."""
-
-    token_ids: NDArray[np.int32]
-    logits: NDArray[np.float32]
-    features: NDArray[np.float32]

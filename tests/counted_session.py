@@ -25,7 +25,7 @@ class CountedSession:
 
     def observe(self, token_ids: Sequence[int]) -> None:
         """The session goes on with some tokens."""
-        self.sessions.catch_up([0], None, [token_ids])
+        self.sessions.catch_up(self.sessions.rows([0], None, [token_ids]))
 
     def count(self, ngram: Sequence[int]) -> float:
         """The decayed count of one, two or three tokens in a row; 0 if unknown."""

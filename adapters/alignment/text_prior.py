@@ -87,7 +87,7 @@ def _continuations(segment: Segment, first: int) -> tuple[torch.Tensor, torch.Te
         # Where some are missing, what was before is no neighbour: a token that never comes again is between.
         is_broken = row and positions[row] != positions[row - 1] + 1
         tokens = [above + row, token_id] if is_broken else [token_id]
-        session.catch_up([0], None, [tokens])
+        session.catch_up(session.rows([0], None, [tokens]))
         index.extend([0], [tokens])
         if row >= first:
             found.append((session.followers(0, 2), session.followers(0, 3), _matches(index)))

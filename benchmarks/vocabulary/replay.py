@@ -153,8 +153,7 @@ class Replay:
 
         if not self._vocab.uses_prior:
             return int(token_ids[0, 0])
-        scores = self._vocab.drafted.with_prior([request], token_ids, logits, logits_of)
-        return int(token_ids[0, scores[0].argmax()])
+        return self._vocab.drafted.with_prior([request], token_ids, logits, logits_of)[1][0]
 
     def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
         request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))

@@ -22,6 +22,7 @@ from engine.messages import VocabularyCounts
 from engine.request import Request
 from engine.verification import Verification
 from kernels.native_sessions import Sessions, TailWrites
+from kernels.session_library import TokenRows
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex, SemanticSearch
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""
+_IN_BACKGROUND = 16
+"""Sequences from which on another thread learns from a step: for fewer, to tell it takes as long as to learn."""
 TopK = Callable[[Sequence[int]], NDArray[np.int32]]
 """The target's most likely tokens at some rows of a step's logits: [n, k], best first."""
 
@@ -123,6 +126,7 @@ class DraftVocab:
     def before_drafts(self, requests: Sequence[Request]) -> None:
         """Bring sequences up to date that are about to be drafted for."""
         self.drafted.begin()
+        self._write(self.sessions.take_writes())
         behind = _Rows()
         for request in requests:
             request.draft_state.begin_step()
@@ -134,8 +138,8 @@ class DraftVocab:
 
     def slabs(self, requests: Sequence[Request]) -> list[int]:
         """The tail of each request; of one without a vocabulary, a tail that is always empty."""
-        sessions = (request.draft_state.session for request in requests)
-        return [self._options.max_sessions if session == NONE else session for session in sessions]
+        sessions = [request.draft_state.session for request in requests]
+        return sessions if min(sessions) != NONE else [self.num_total if one == NONE else one for one in sessions]
 
     def follow(self, verified: Sequence[Verification], top_k: TopK, later: Collection[str] = ()) -> None:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
@@ -148,45 +152,40 @@ class DraftVocab:
         followed: list[Verification] = []
         rows, behind = _Rows(), _Rows()
         for one in verified:
-            request = one.request
-            is_new = request.draft_state.session == NONE and not request.output_token_ids
-            if is_new and request.request_id not in later:
+            request = one.sequence.request
+            has_session = request.draft_state.session != NONE
+            is_followed = has_session and one.source == "draft"
+            if not has_session and not request.output_token_ids and request.request_id not in later:
                 is_followed = self._ensure_session(request)
-            else:
-                is_followed = request.draft_state.session != NONE and one.source == "draft"
             if is_followed:
                 behind.add_unread(request)
                 rows.add(request, one.kept)
                 followed.append(one)
         self._catch_up(behind)
         if followed:
-            self._follow(followed, rows, top_k)
-        self.drafted.begin()  # the next ones may not come from here
+            self._learn(followed, rows, top_k)
         for state, token_ids in self._search.take() if self._search is not None else ():
             if state.session != NONE:
                 self._write(self.sessions.insert(state.session, token_ids, "semantic", _NEW_BY_SEARCH))
 
-    def _follow(self, verified: Sequence[Verification], rows: _Rows, top_k: TopK) -> None:
+    def _learn(self, verified: Sequence[Verification], rows: _Rows, top_k: TopK) -> None:
         """Take tokens of sequences that are up to date, and put into their tails what is likely to come."""
-        sessions, tenants = rows.sessions, self._tables(rows.requests)
-        num_accepted = [one.num_accepted for one in verified]
-        places = [
-            one.request.draft_state.candidates[: min(len(one.kept), one.sequence.num_draft_tokens)] for one in verified
-        ]
-        writes, missed = self.sessions.verify(
-            sessions, tenants, rows.tokens, num_accepted, places, self.drafted.arrays()
-        )
-        self._write(writes)
+        tokens = self._token_rows(rows)
+        missed = self.sessions.missed(tokens)
         signal = self._options.target_signal
-        chosen = range(len(verified)) if signal == "every" else [row for row, first in enumerate(missed) if first >= 0]
-        if not chosen or not self.has_tails:
-            return
-        likely = None
-        if signal != "off":
+        chosen, likely = [], None
+        if self.has_tails:
+            chosen = [row for row, first in enumerate(missed) if first >= 0 or signal == "every"]
+        if chosen and signal != "off":
             likely = top_k([place for row in chosen for place in verified[row].rows])
-        of_chosen = None if tenants is None else [tenants[row] for row in chosen]
-        tokens = [rows.tokens[row] for row in chosen]
-        self._write(self.sessions.retrieve([sessions[row] for row in chosen], of_chosen, tokens, likely))
+        self.sessions.learn(
+            tokens,
+            [one.num_accepted for one in verified],
+            [one.sequence.num_draft_tokens for one in verified],
+            chosen,
+            likely,
+            in_background=len(verified) >= _IN_BACKGROUND,
+        )
         if self._search is not None:
             for row in chosen:
                 state, place = verified[row].request.draft_state, missed[row]
@@ -231,6 +230,7 @@ class DraftVocab:
         self.texts.forget(request)
         state = request.draft_state
         if state.session != NONE:
+            self._write(self.sessions.take_writes())
             if self._resources.tails is not None:
                 self._resources.tails.clear(state.session)
             self._free.append(state.session)
@@ -253,7 +253,10 @@ class DraftVocab:
 
     def _catch_up(self, rows: _Rows) -> None:
         if rows.requests:
-            self._write(self.sessions.catch_up(rows.sessions, self._tables(rows.requests), rows.tokens))
+            self._write(self.sessions.catch_up(self._token_rows(rows)))
+
+    def _token_rows(self, rows: _Rows) -> TokenRows:
+        return self.sessions.rows(rows.sessions, self._tables(rows.requests), rows.tokens)
 
     def _tables(self, requests: Sequence[Request]) -> list[int] | None:
         if self._tenants is None:

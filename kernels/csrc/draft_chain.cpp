@@ -22,6 +22,7 @@ class Chain {
     scores_.resize(most * rows.candidates);
     indices_.resize(most * rows.candidates);
     promises_.assign(most, 1.0f);
+    if (model.sessions != nullptr) model.sessions->settle();
   }
 
   int run() {
@@ -29,7 +30,8 @@ class Chain {
     model_.layer->final_norm(model_.norm, a_, count, hidden_.data());
     for (int step = 0;; ++step) {
       std::copy_n(hidden_.data(), static_cast<size_t>(count) * model_.hidden, out_.hidden + at(step) * model_.hidden);
-      find_candidates(step, count);
+      begin_round(step);
+      find_candidates(count);
       add_prior(step, count);
       choose(step, count);
       if (rows_.chances != nullptr) judge(step, count);
@@ -41,16 +43,28 @@ class Chain {
 
  private:
   size_t at(int step) const { return static_cast<size_t>(step) * rows_.rows; }
-  size_t of_row(int step, int row) const { return (at(step) + row) * rows_.candidates; }
 
-  void find_candidates(int step, int count) {
+  void begin_round(int step) {
+    DraftRounds& rounds = rows_.sessions == nullptr ? own_rounds_ : model_.sessions->rounds();
+    const int round = rows_.sessions == nullptr ? 0 : step;
+    rounds.begin(round, rows_.rows, rows_.candidates);
+    candidates_ = rounds.of(round, 0);
+  }
+
+  Candidates candidates_of(int row) const {
+    const size_t begin = static_cast<size_t>(row) * candidates_.columns;
+    return {candidates_.tokens + begin, candidates_.logits + begin, candidates_.features + begin * kFeatures,
+            candidates_.columns};
+  }
+
+  void find_candidates(int count) {
     const int k = rows_.candidates, columns = model_.core.n;
     team_.run([&](int) {
       linear(team_, {&model_.core, hidden_.data(), count, Epilogue::kStore, logits_.data(), columns});
     });
     const LogitRows core{logits_.data(), static_cast<size_t>(columns), count, columns, nullptr};
-    float* values = out_.logits + of_row(step, 0);
-    int32_t* token_ids = out_.token_ids + of_row(step, 0);
+    float* values = candidates_.logits;
+    int32_t* token_ids = candidates_.tokens;
     if (model_.tails != nullptr) {
       evo_draft_top_k(&team_, core, model_.core_ids, *model_.tails, {hidden_.data(), rows_.slabs}, k, values, token_ids);
       return;
@@ -61,7 +75,7 @@ class Chain {
 
   void add_prior(int step, int count) {
     const size_t k = rows_.candidates;
-    std::copy_n(out_.logits + of_row(step, 0), count * k, scores_.data());
+    std::copy_n(candidates_.logits, count * k, scores_.data());
     for (int row = 0; rows_.sessions != nullptr && row < count; ++row) {
       if (rows_.sessions[row] >= 0) add_prior_to(step, row);
     }
@@ -70,13 +84,12 @@ class Chain {
   void add_prior_to(int step, int row) {
     drafts_.resize(step);
     for (int i = 0; i < step; ++i) drafts_[i] = out_.tokens[at(i) + row];
-    const Sessions& sessions = *model_.sessions;
-    const size_t begin = of_row(step, row);
-    const Candidates own{out_.token_ids + begin, out_.logits + begin, out_.features + begin * kFeatures,
-                         rows_.candidates};
+    Sessions& sessions = *model_.sessions;
+    const Candidates own = candidates_of(row);
     const Repeats repeats = sessions.repeats(*model_.texts, rows_.texts[row], drafts_.data(), step);
     include(repeats, own, [&](int column) { own.logits[column] = head_logit(row, own.tokens[column]); });
     float* const scores = scores_.data() + static_cast<size_t>(row) * rows_.candidates;
+    sessions.take_row(rows_.sessions[row], step, row);
     sessions.score(rows_.sessions[row], drafts_.data(), step, repeats, own, scores);
   }
 
@@ -91,7 +104,7 @@ class Chain {
 
   void choose(int step, int count) {
     const int k = rows_.candidates;
-    const int32_t* token_ids = out_.token_ids + of_row(step, 0);
+    const int32_t* token_ids = candidates_.tokens;
     int32_t* tokens = out_.tokens + at(step);
     if (rows_.temperatures == nullptr) {
       for (int row = 0; row < count; ++row) {
@@ -116,7 +129,7 @@ class Chain {
     for (int row = 0; row < count; ++row) {
       const size_t k = rows_.candidates;
       const float* scores = scores_.data() + row * k;
-      const int32_t* token_ids = out_.token_ids + of_row(step, row);
+      const int32_t* token_ids = candidates_.tokens + row * k;
       const float temperature = rows_.temperatures == nullptr ? 0.0f : rows_.temperatures[row];
       const float sharpness = temperature > 0.0f ? 1.0f / temperature : 1.0f;
       const float chosen = scores[std::find(token_ids, token_ids + k, out_.tokens[at(step) + row]) - token_ids];
@@ -165,6 +178,8 @@ class Chain {
   const ChainRows& rows_;
   float* a_;
   const ChainOutputs& out_;
+  DraftRounds own_rounds_;  // the first one alone, where nobody learns from them
+  Candidates candidates_{};  // of the step's first row; those of the next rows follow
   std::vector<bf16> hidden_;
   std::vector<float> embeddings_, logits_, scores_, head_row_, promises_;
   std::vector<int64_t> indices_;

@@ -18,7 +18,7 @@ struct ChainModel {
   Matrix core;              // rows of the head that all sequences share
   const int32_t* core_ids;  // [core.n]: their tokens; null: 0 .. core.n - 1
   const TailSlabs* tails;   // null: none
-  const Sessions* sessions;  // null: none
+  Sessions* sessions;        // null: none
   const TextIndexes* texts;  // null: repeats do not count
   const KvLayers* kv;       // of the layer
 };
@@ -50,10 +50,7 @@ struct ChainRows {
 struct ChainOutputs {
   int32_t* tokens;
   bf16* hidden;        // [hidden] from which the token was chosen
-  int32_t* token_ids;  // [candidates]; -1: none
-  float* logits;       // [candidates]; -inf: none
-  float* features;     // [kFeatures][candidates]; null without a prior
-  int32_t* confidence;   // level of the token; null where chains never end early
+  int32_t* confidence;  // level of the token; null where chains never end early
 };
 
 }  // namespace evospec

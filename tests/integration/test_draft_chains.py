@@ -197,17 +197,23 @@ def test_how_sure_a_draft_is(
     files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str
 ) -> None:
     """The chosen token's probability among the candidates, at the sequence's temperature; 1 for greedy ones."""
-    stopping = Stopping(monkeypatch)
+    stopping, seen, heads = Stopping(monkeypatch), set(), list[DraftHead]()
+    make_chain = DraftHead.make_chain
+
+    def recorded(head: DraftHead, *arguments: Any) -> NativeChain | None:
+        heads.append(head)
+        return make_chain(head, *arguments)
+
+    monkeypatch.setattr(DraftHead, "make_chain", recorded)
     DraftsTaken(monkeypatch, greedy=False).run(files, speculation_of(files, tmp_path, vocabulary))
-    seen = set()
     for batch, result in stopping.calls:
         assert result.confidence is not None
         temperatures = [0.0] * len(batch.lengths) if batch.sampling is None else batch.sampling.temperatures
         for step, row in np.ndindex(result.confidence.shape):
             if step < batch.lengths[row]:
-                logits = result.logits[step, row].astype(np.float64) / (temperatures[row] or 1.0)
-                shares = np.exp(logits - logits.max())
-                share = (shares / shares.sum())[result.token_ids[step, row] == result.tokens[step, row]].item()
+                logits, token_ids = (one[0] for one in heads[0].candidates(result.hidden[step, row : row + 1]))
+                shares = (logits.double() / (temperatures[row] or 1.0)).softmax(0)
+                share = shares[token_ids == int(result.tokens[step, row])].item()
                 assert abs(share * CONFIDENCE_LEVELS - (result.confidence[step, row] + 0.5)) < 0.501
                 seen.add(int(result.confidence[step, row]))
     assert len(seen) > 3

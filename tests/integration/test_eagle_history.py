@@ -32,7 +32,7 @@ from engine.request import Request
 from engine.speculation.drafters import kv as entries
 from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.eagle import EagleDraft
-from engine.speculation.drafters.head import DraftHead
+from engine.speculation.drafters.head import DraftHead, next_positions
 from engine.speculation.drafters.kv import Chunk
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
@@ -55,17 +55,12 @@ class OracleHead(DraftHead):
         self.hidden: dict[tuple[int, int], torch.Tensor] = {}
         """By the request's seed and the position of the token chosen."""
 
-    def choose(
-        self,
-        hidden: torch.Tensor,
-        params: Sequence[SamplingParams],
-        positions: Sequence[int],
-        slabs: Sequence[int] | None = None,
-    ) -> list[int]:
+    def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         choices = []
-        for row, (request, position) in enumerate(zip(params, positions, strict=True)):
-            self.hidden[request.seed, position] = hidden[row].clone()
-            truth = self._truth[request.seed]
+        for row, (request, position) in enumerate(zip(requests, next_positions(requests), strict=True)):
+            seed = request.sampling.seed
+            self.hidden[seed, position] = hidden[row].clone()
+            truth = self._truth[seed]
             is_right = position < len(truth) and self._chance.random() < 0.8
             choices.append(truth[position] if is_right else self._chance.randrange(512))
         return choices

@@ -106,7 +106,7 @@ class Harness:
         def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
             return np.full(len(rows), -9, np.float32)
 
-        return self.vocab.drafted.with_prior(requests, *known, logits_of)
+        return self.vocab.drafted.with_prior(requests, *known, logits_of)[0]
 
     def end(self, request: Request) -> bytes | None:
         snapshot, _ = self.vocab.finish(request)
@@ -302,7 +302,7 @@ def test_what_was_drafted_in_an_earlier_step_teaches_nothing() -> None:
     harness = Harness()
     request = harness.start("a", [7, 8, 9])
     harness.with_prior([request], np.array([[50, 60]], np.int32), np.array([[0.5, 0.0]], np.float32))
-    request.draft_state.begin_step()  # and somebody else drafts
+    harness.vocab.before_drafts([])  # of another step
     harness.verify(request, [60], drafts=[60])
     assert harness.vocab.sessions.counts(request.draft_state.session).num_lessons == 0
 

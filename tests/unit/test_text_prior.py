@@ -15,7 +15,7 @@ from adapters.alignment.records import Segment
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
 from kernels.session_library import DraftStep
-from kernels.session_options import NUM_FEATURES, Drafted, SessionOptions
+from kernels.session_options import NUM_FEATURES, SessionOptions
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_replay import segment
 
@@ -54,10 +54,11 @@ def as_served(text: list[int], weights: list[float], drafts: list[int]) -> torch
     session.begin(0, text, [], [])
     index.clear(0)
     index.extend([0], [text])
-    step, every = DraftStep([0], [0], [drafts]), EVERY.numpy().astype(np.int32)[None]
-    assert not len(session.include_repeats(index, step, every))
-    features = np.zeros((1, NUM_FEATURES, VOCAB), np.float32)
-    scores = session.score(step, Drafted(every, np.zeros((1, VOCAB), np.float32), features))
+    step, every = DraftStep([0], [0]), EVERY.numpy().astype(np.int32)[None]
+    for number in range(len(drafts) + 1):
+        step.go_on([drafts[:number]])
+        assert not len(session.include_repeats(index, step, every))
+        scores = session.score(step, every, np.zeros((1, VOCAB), np.float32))
     return torch.from_numpy(scores[0])
 
 

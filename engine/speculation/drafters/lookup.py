@@ -41,17 +41,17 @@ class RunningTexts:
         """Take the tokens that sequences have got since the last call."""
         slots, tokens = [], []
         for request in requests:
-            state = request.draft_state
+            state, num_tokens = request.draft_state, request.num_tokens
             if state.text == NONE:
                 if not self._free:
                     continue
                 state.text = self._free.pop()
                 self.texts.clear(state.text)
-                state.num_in_text = max(request.num_tokens - PROMPT_WINDOW, 0)
-            if state.num_in_text < request.num_tokens:
+                state.num_in_text = max(num_tokens - PROMPT_WINDOW, 0)
+            if state.num_in_text < num_tokens:
                 slots.append(state.text)
                 tokens.append(request.all_token_ids[state.num_in_text :])
-                state.num_in_text = request.num_tokens
+                state.num_in_text = num_tokens
         if slots:
             self.texts.extend(slots, tokens)
 

@@ -25,7 +25,6 @@ from engine.speculation.drafters.lookup import RunningTexts
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
-from kernels.session_options import NUM_FEATURES, Drafted
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex
@@ -63,18 +62,20 @@ class SessionHead(DraftHead):
         if self.vocab.drafted.wants_hidden:
             self.vocab.drafted.remember(requests, hidden.float().cpu().numpy())
         logits, token_ids = self.candidates(hidden, self.vocab.slabs(requests) if self.has_tails else None)
-        ids, scores = token_ids.cpu().numpy(), logits.cpu().numpy()
+        params = [request.sampling for request in requests]
         if self.vocab.uses_prior:
+            ids, scores = token_ids.cpu().numpy(), logits.cpu().numpy()
 
             def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
                 places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
                 return (self._head_rows(wanted).float() * hidden[places].float()).sum(dim=1).cpu().numpy()
 
-            scores = self.vocab.drafted.with_prior(requests, ids, scores, logits_of)
-        params = [request.sampling for request in requests]
-        if all_greedy(params):
-            return any_token(ids[range(len(ids)), scores.argmax(axis=1)].tolist())
-        logits, token_ids = (torch.from_numpy(array).to(hidden.device) for array in (scores, ids))
+            scores, best = self.vocab.drafted.with_prior(requests, ids, scores, logits_of)
+            if all_greedy(params):
+                return any_token(best)
+            logits, token_ids = (torch.from_numpy(array).to(hidden.device) for array in (scores, ids))
+        elif all_greedy(params):
+            return any_token(token_ids[:, 0].tolist())
         return any_token(choose_tokens(logits, params, next_positions(requests), token_ids, self.team))
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
@@ -86,16 +87,10 @@ class SessionHead(DraftHead):
         return ChainVocabularies(slabs, [state.session for state in states], [state.text for state in states])
 
     def _take_chains(self, requests: Sequence[Request], lengths: Sequence[int], result: ChainResult) -> None:
-        drafted = None
-        if result.features is not None:
-            size = result.token_ids.shape[2]
-            drafted = Drafted(
-                result.token_ids.reshape(-1, size),
-                result.logits.reshape(-1, size),
-                result.features.reshape(-1, NUM_FEATURES, size),
-            )
-        hidden = result.hidden.float().numpy() if self.vocab.drafted.wants_hidden else None
-        self.vocab.drafted.take_chains(requests, lengths, drafted, hidden)
+        if self.vocab.drafted.wants_hidden:
+            hidden = result.hidden.float().numpy()
+            for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+                request.draft_state.hidden = list(hidden[:length, row])
 
 
 def make_session_head(

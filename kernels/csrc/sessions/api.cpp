@@ -6,22 +6,22 @@
 namespace evospec {
 namespace {
 
-// A step of a batch's drafts: what each row chooses among, and where what is found goes.
+// The next draft token of each row: what it is chosen among, and where what is found goes.
 struct DraftStep {
   int32_t rows, columns, num_drafts;
   const int32_t* sessions;  // [rows]; -1: none
   const int32_t* texts;     // [rows]; -1: none
-  const int32_t* drafts;    // [rows][num_drafts]: those before this step
+  const int32_t* drafts;    // [rows][num_drafts]: those before this one
   int32_t* tokens;          // [rows][columns]
   float* logits;            // [rows][columns]
-  float* features;          // [rows][kFeatures][columns]
   float* scores;            // [rows][columns]
+  int32_t* best;            // [rows]: the token of the largest score
   Repeats* repeats;         // [rows]
 
   const int32_t* drafts_of(int row) const { return drafts + static_cast<size_t>(row) * num_drafts; }
   Candidates candidates_of(int row) const {
     const size_t at = static_cast<size_t>(row) * columns;
-    return {tokens + at, logits + at, features + at * kFeatures, columns};
+    return {tokens + at, logits + at, nullptr, columns};
   }
 };
 
@@ -39,16 +39,30 @@ int include_repeats(const Sessions& sessions, const TextIndexes& texts, const Dr
   return count;
 }
 
-void score(const Sessions& sessions, const DraftStep& step) {
+// Of a row without a session, or whose drafts before this one are not known, the scores are the logits.
+void score(Sessions& sessions, const DraftStep& step) {
+  const int round = step.num_drafts;
+  sessions.rounds().begin(round, step.rows, step.columns);
   for (int row = 0; row < step.rows; ++row) {
-    const Candidates own = step.candidates_of(row);
+    const int session = step.sessions[row];
+    const Candidates given = step.candidates_of(row);
     float* const scores = step.scores + static_cast<size_t>(row) * step.columns;
-    if (step.sessions[row] < 0) {
-      std::copy_n(own.logits, own.columns, scores);
+    if (session < 0 || !sessions.has_drafted(session, round)) {
+      std::copy_n(given.logits, given.columns, scores);
     } else {
-      sessions.score(step.sessions[row], step.drafts_of(row), step.num_drafts, step.repeats[row], own, scores);
+      const Candidates own = sessions.rounds().of(round, sessions.take_row(session, round, row));
+      std::copy_n(given.tokens, own.columns, own.tokens);
+      std::copy_n(given.logits, own.columns, own.logits);
+      sessions.score(session, step.drafts_of(row), round, step.repeats[row], own, scores);
     }
+    step.best[row] = given.tokens[std::max_element(scores, scores + step.columns) - scores];
   }
+}
+
+// With what was learned in the background.
+Sessions& settled(Sessions* sessions) {
+  sessions->settle();
+  return *sessions;
 }
 
 }  // namespace
@@ -64,8 +78,10 @@ const char* evo_sources() { return EVO_SOURCES; }
 Sessions* evo_sessions_new(const SessionOptions* options) { return new Sessions(*options); }
 void evo_sessions_free(Sessions* sessions) { delete sessions; }
 int64_t evo_sessions_bytes(const Sessions* sessions) { return sessions->num_bytes(); }
-void evo_sessions_clear(Sessions* sessions, int session, const float* weights) { sessions->clear(session, weights); }
-void evo_sessions_clear_tenant(Sessions* sessions, int tenant) { sessions->clear_tenant(tenant); }
+void evo_sessions_clear(Sessions* sessions, int session, const float* weights) {
+  settled(sessions).clear(session, weights);
+}
+void evo_sessions_clear_tenant(Sessions* sessions, int tenant) { settled(sessions).clear_tenant(tenant); }
 
 // Whether all tokens are of the vocabulary.
 int evo_sessions_know(const Sessions* sessions, const int32_t* tokens, int count) {
@@ -78,56 +94,58 @@ int evo_sessions_know(const Sessions* sessions, const int32_t* tokens, int count
 void evo_sessions_begin(Sessions* sessions, int session, const int32_t* tokens, const int32_t* sizes) {
   std::vector<std::vector<int32_t>> sources;
   for (int i = 0; i < 3; tokens += sizes[i++]) sources.emplace_back(tokens, tokens + sizes[i]);
-  sessions->begin(session, sources);
+  settled(sessions).begin(session, sources);
 }
 
 void evo_sessions_insert(Sessions* sessions, int session, const int32_t* tokens, int count, int source, int limit) {
-  const int most = limit >= 0 ? limit : sessions->options().places > 0 ? sessions->tail(session).room() : 0;
-  sessions->insert(session, tokens, count, static_cast<Source>(source), most);
+  const int room = settled(sessions).options().places > 0 ? sessions->tail(session).room() : 0;
+  sessions->insert(session, tokens, count, static_cast<Source>(source), limit >= 0 ? limit : room);
 }
 
-void evo_sessions_catch_up(Sessions* sessions, const TokenRows* rows) { sessions->catch_up(*rows); }
-void evo_sessions_verify(Sessions* sessions, const TokenRows* rows, const DraftedRows* drafted, int32_t* missed) {
-  sessions->verify(*rows, *drafted, missed);
+void evo_sessions_catch_up(Sessions* sessions, const TokenRows* rows) { settled(sessions).catch_up(*rows); }
+void evo_sessions_missed(Sessions* sessions, const TokenRows* rows, int32_t* missed) {
+  settled(sessions).find_missed(*rows, missed);
 }
-void evo_sessions_retrieve(Sessions* sessions, const TokenRows* rows, const int32_t* likely, int k) {
-  sessions->retrieve(*rows, likely, k);
+void evo_sessions_learn(Sessions* sessions, const Lesson* lesson, int in_background) {
+  settled(sessions).learn(*lesson, in_background != 0);
 }
 
 // The writes to tails since the last call: they are valid until the next call that makes some.
 const TailWrite* evo_sessions_take_writes(Sessions* sessions, int* count) {
   thread_local std::vector<TailWrite> taken;
   taken.clear();
-  taken.swap(sessions->writes());
+  taken.swap(settled(sessions).writes());
   *count = static_cast<int>(taken.size());
   return taken.data();
 }
 
 // The tokens [places] of a tail, the most worth keeping first; returns how many.
-int evo_sessions_tail(const Sessions* sessions, int session, int32_t* tokens) {
-  const ArcTail tail = sessions->tail(session);
+int evo_sessions_tail(Sessions* sessions, int session, int32_t* tokens) {
+  const ArcTail tail = settled(sessions).tail(session);
   tail.contents(tokens);
   return tail.size();
 }
 
-SessionCounts* evo_sessions_counts(const Sessions* sessions, int session) { return &sessions->counts(session); }
-SessionState* evo_sessions_state(const Sessions* sessions, int session) { return &sessions->state(session); }
-float* evo_sessions_weights(const Sessions* sessions, int session) { return sessions->weights(session); }
-float* evo_sessions_unigrams(const Sessions* sessions, int session) { return sessions->unigrams(session); }
-ContextTable evo_sessions_ngrams(const Sessions* sessions, int session, int order) {
-  return order == 2 ? sessions->bigrams(session) : sessions->trigrams(session);
+SessionCounts* evo_sessions_counts(Sessions* sessions, int session) { return &settled(sessions).counts(session); }
+SessionState* evo_sessions_state(Sessions* sessions, int session) { return &settled(sessions).state(session); }
+float* evo_sessions_weights(Sessions* sessions, int session) { return settled(sessions).weights(session); }
+float* evo_sessions_unigrams(Sessions* sessions, int session) { return settled(sessions).unigrams(session); }
+ContextTable evo_sessions_ngrams(Sessions* sessions, int session, int order) {
+  return order == 2 ? settled(sessions).bigrams(session) : settled(sessions).trigrams(session);
 }
 
 // After the session's last two tokens; see Sessions::followers.
-void evo_sessions_followers(const Sessions* sessions, int session, int order, int32_t* tokens, float* values) {
-  const int64_t context[2] = {sessions->state(session).last[0], sessions->state(session).last[1]};
+void evo_sessions_followers(Sessions* sessions, int session, int order, int32_t* tokens, float* values) {
+  const SessionState& known = settled(sessions).state(session);
+  const int64_t context[2] = {known.last[0], known.last[1]};
   sessions->followers(session, order, context, tokens, values);
 }
 
-int evo_sessions_include(const Sessions* sessions, const TextIndexes* texts, const DraftStep* step, int32_t* included) {
-  return include_repeats(*sessions, *texts, *step, included);
+void evo_sessions_begin_drafts(Sessions* sessions) { settled(sessions).begin_drafts(); }
+int evo_sessions_include(Sessions* sessions, const TextIndexes* texts, const DraftStep* step, int32_t* included) {
+  return include_repeats(settled(sessions), *texts, *step, included);
 }
-void evo_sessions_score(const Sessions* sessions, const DraftStep* step) { score(*sessions, *step); }
+void evo_sessions_score(Sessions* sessions, const DraftStep* step) { score(settled(sessions), *step); }
 
 TextIndexes* evo_texts_new(int slots, int capacity) { return new TextIndexes(slots, capacity); }
 void evo_texts_free(TextIndexes* texts) { delete texts; }

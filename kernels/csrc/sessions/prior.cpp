@@ -130,32 +130,30 @@ void Sessions::followers(int session, int order, const int64_t context[2], int32
 }
 
 // Learns from the positions that verification reached; all gradients are taken at the weights before.
-void Sessions::learn(int session, const int32_t* targets, int reached, const int32_t* places,
-                     const DraftedRows& drafted) {
+void Sessions::learn_prior(int session, const int32_t* targets, int reached) {
   if (!options_.learns || reached == 0) return;
-  const int columns = drafted.columns;
+  SessionState& known = state(session);
   float* const weights = weights_.of(session);
-  std::vector<float> scores(columns), ones(columns, 1.0f), ascents(static_cast<size_t>(reached) * kFeatures);
-  for (int step = 0; step < reached; ++step) {
-    const size_t at = static_cast<size_t>(places[step]) * columns;
-    const int32_t* const tokens = drafted.tokens + at;
-    const float *const logits = drafted.logits + at, *const features = drafted.features + at * kFeatures;
-    add_bonuses(logits, features, weights, columns, scores.data());
-    const int with = first_choice(scores.data(), columns), without = first_choice(logits, columns);
-    const int32_t wanted = targets[step];
-    SessionState& known = state(session);
-    known.gain = known.gain * options_.gain_memory + (tokens[with] == wanted) - (tokens[without] == wanted);
+  std::vector<float> scores, ones, ascents(static_cast<size_t>(reached) * kFeatures);
+  for (int round = 0; round < reached; ++round) {
+    const Candidates own = rounds_.of(round, known.row);
+    const int columns = own.columns;
+    scores.resize(columns), ones.resize(columns, 1.0f);
+    add_bonuses(own.logits, own.features, weights, columns, scores.data());
+    const int with = first_choice(scores.data(), columns), without = first_choice(own.logits, columns);
+    const int32_t wanted = targets[round];
+    known.gain = known.gain * options_.gain_memory + (own.tokens[with] == wanted) - (own.tokens[without] == wanted);
     ++counts(session).num_lessons;
     int target = 0;
-    while (target < columns && !(tokens[target] == wanted && std::isfinite(logits[target]))) ++target;
+    while (target < columns && !(own.tokens[target] == wanted && std::isfinite(own.logits[target]))) ++target;
     if (target == columns) continue;
     const float most = scores[with];
     for (int i = 0; i < columns; ++i) scores[i] = exp_of(scores[i] - most);
     const float sum = sum_of_products(scores.data(), ones.data(), columns);
     // A sum that is no number, of infinite logits, would make the weights none for good.
     for (int f = 0; f < kFeatures && std::isfinite(sum) && std::isfinite(most); ++f) {
-      const float* const feature = features + f * columns;
-      ascents[step * kFeatures + f] = feature[target] - sum_of_products(scores.data(), feature, columns) / sum;
+      const float* const feature = own.features + f * columns;
+      ascents[round * kFeatures + f] = feature[target] - sum_of_products(scores.data(), feature, columns) / sum;
     }
   }
   for (int i = 0; i < reached * kFeatures; ++i) {

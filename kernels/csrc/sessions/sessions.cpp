@@ -50,7 +50,7 @@ void Sessions::clear(int session, const float* weights) {
   trigrams_.clear(session);
   tail(session).clear();
   std::copy_n(weights, kFeatures, weights_.of(session));
-  state(session) = {1.0, 0.0, {-1, -1}, 0, 0};
+  state(session) = {1.0, 0.0, {-1, -1}, 0, 0, 0, 0};
   counts(session) = {};
 }
 
@@ -182,62 +182,100 @@ void Sessions::catch_up(const TokenRows& rows) {
   }
 }
 
-void Sessions::verify(const TokenRows& rows, const DraftedRows& drafted, int32_t* missed) {
-  const int32_t* places = drafted.places;
-  for (int row = 0; row < rows.rows; places += drafted.num_reached[row++]) {
-    learn(rows.sessions[row], rows.tokens + rows.begins[row], drafted.num_reached[row], places, drafted);
-  }
-  for (int row = 0; row < rows.rows; ++row) {
-    const int session = rows.sessions[row];
-    const int32_t* const tokens = rows.tokens + rows.begins[row];
-    const int size = rows.begins[row + 1] - rows.begins[row];
-    read(session, rows.tenants == nullptr ? -1 : rows.tenants[row], tokens, size);
-    SessionState& known = state(session);
-    SessionCounts& counted = counts(session);
-    known.missed = 0;
-    missed[row] = -1;
-    for (int i = 0; i < size; ++i) {
-      if (!is_outside(tokens[i])) continue;
-      const int place = options_.places > 0 ? tail(session).place_of(tokens[i]) : -1;
-      if (place >= 0) {
-        counted.hits[sources_.of(session)[place]] += i < drafted.num_accepted[row];
-      } else {
-        known.missed |= 1u << std::min(i, 31);
-        if (missed[row] < 0) missed[row] = i;
-      }
-    }
-    counted.verified += size;
-    counted.covered += size - __builtin_popcount(known.missed);
-    counted.events += known.missed != 0;
-    known.left = kMaxInsertions;
-    if (options_.in_context) known.left -= insert(session, tokens, size, kContext, kMaxInsertions);
-  }
+void Sessions::begin_drafts() {
+  for (const int32_t session : drafting_) state(session).num_drafted = 0;
+  drafting_.clear();
 }
 
-void Sessions::retrieve(const TokenRows& rows, const int32_t* likely, int k) {
-  std::vector<int32_t> wanted, seeds, near;
+int Sessions::take_row(int session, int round, int row) {
+  SessionState& known = state(session);
+  if (round == 0) {
+    known.row = row;
+    drafting_.push_back(session);
+  }
+  known.num_drafted = round + 1;
+  return known.row;
+}
+
+void Sessions::find_missed(const TokenRows& rows, int32_t* missed) {
   for (int row = 0; row < rows.rows; ++row) {
     const int session = rows.sessions[row], begin = rows.begins[row], size = rows.begins[row + 1] - begin;
     SessionState& known = state(session);
-    wanted.clear(), seeds.clear(), near.clear();
+    known.missed = 0;
+    missed[row] = -1;
     for (int i = 0; i < size; ++i) {
-      if (known.missed >> std::min(i, 31) & 1) seeds.push_back(rows.tokens[begin + i]);
+      const int32_t token = rows.tokens[begin + i];
+      if (!is_outside(token) || (options_.places > 0 && tail(session).place_of(token) >= 0)) continue;
+      known.missed |= 1u << std::min(i, 31);
+      if (missed[row] < 0) missed[row] = i;
     }
-    for (int rank = 0; rank < k; ++rank) {  // the best of each position first
-      for (int i = 0; i < size; ++i) {
-        const int32_t token = likely[static_cast<size_t>(begin + i) * k + rank];
-        wanted.push_back(token);
-        if (known.missed >> std::min(i, 31) & 1) seeds.push_back(token);
-      }
-    }
-    known.left -= insert(session, wanted.data(), wanted.size(), kTarget, known.left);
-    if (known.missed == 0 || rows.tenants == nullptr) continue;
-    Names asked(*this);
-    for (const int32_t seed : seeds) {
-      if (asked.is_new(seed)) neighbours(rows.tenants[row], seed, near);
-    }
-    insert(session, near.data(), near.size(), kGraph, known.left);
   }
+}
+
+void Sessions::learn(const Lesson& lesson, bool in_background) {
+  if (in_background) return background_.post([this, lesson] { learn_step(lesson); });
+  learn_step(lesson);
+}
+
+void Sessions::learn_step(const Lesson& lesson) {
+  const TokenRows& rows = lesson.rows;
+  for (int row = 0; row < rows.rows; ++row) {
+    const int begin = rows.begins[row], size = rows.begins[row + 1] - begin;
+    const int reached = std::min({size, lesson.num_drafts[row], state(rows.sessions[row]).num_drafted});
+    learn_prior(rows.sessions[row], rows.tokens + begin, reached);
+  }
+  for (int row = 0; row < rows.rows; ++row) follow(lesson, row);
+  const int32_t* likely = lesson.likely;
+  for (int i = 0; i < lesson.num_chosen; ++i) {
+    const int row = lesson.chosen[i], begin = rows.begins[row], size = rows.begins[row + 1] - begin;
+    const int tenant = rows.tenants == nullptr ? -1 : rows.tenants[row];
+    retrieve(rows.sessions[row], tenant, rows.tokens + begin, size, likely, lesson.k);
+    likely += static_cast<size_t>(size) * lesson.k;
+  }
+}
+
+// A session goes on with the tokens that it has got.
+void Sessions::follow(const Lesson& lesson, int row) {
+  const TokenRows& rows = lesson.rows;
+  const int session = rows.sessions[row], size = rows.begins[row + 1] - rows.begins[row];
+  const int32_t* const tokens = rows.tokens + rows.begins[row];
+  read(session, rows.tenants == nullptr ? -1 : rows.tenants[row], tokens, size);
+  SessionState& known = state(session);
+  SessionCounts& counted = counts(session);
+  for (int i = 0; i < std::min(size, lesson.num_accepted[row]); ++i) {
+    const int place = options_.places > 0 && is_outside(tokens[i]) ? tail(session).place_of(tokens[i]) : -1;
+    if (place >= 0) ++counted.hits[sources_.of(session)[place]];
+  }
+  counted.verified += size;
+  counted.covered += size - __builtin_popcount(known.missed);
+  counted.events += known.missed != 0;
+  known.left = kMaxInsertions;
+  if (options_.in_context) known.left -= insert(session, tokens, size, kContext, kMaxInsertions);
+}
+
+// What the target thought likely where a session's tokens were chosen enters its tail, and what follows that by the graph
+// where one of them could not have been drafted. likely [count][k], the best first.
+void Sessions::retrieve(int session, int tenant, const int32_t* tokens, int count, const int32_t* likely, int k) {
+  std::vector<int32_t> wanted, seeds, near;
+  SessionState& known = state(session);
+  const auto is_missed = [&](int i) { return (known.missed >> std::min(i, 31) & 1) != 0; };
+  for (int i = 0; i < count; ++i) {
+    if (is_missed(i)) seeds.push_back(tokens[i]);
+  }
+  for (int rank = 0; rank < k; ++rank) {  // the best of each position first
+    for (int i = 0; i < count; ++i) {
+      const int32_t token = likely[static_cast<size_t>(i) * k + rank];
+      wanted.push_back(token);
+      if (is_missed(i)) seeds.push_back(token);
+    }
+  }
+  known.left -= insert(session, wanted.data(), wanted.size(), kTarget, known.left);
+  if (known.missed == 0 || tenant < 0) return;
+  Names asked(*this);
+  for (const int32_t seed : seeds) {
+    if (asked.is_new(seed)) neighbours(tenant, seed, near);
+  }
+  insert(session, near.data(), near.size(), kGraph, known.left);
 }
 
 // Appends what most likely follows a token: by the tenant's own texts, with the general graph as so many tokens of them.

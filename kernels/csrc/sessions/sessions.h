@@ -3,6 +3,8 @@
 // Each has a slot in arrays of fixed sizes: decayed counts of single tokens, pairs and triples; a tail, the tokens that it
 // can draft besides the core that all can; the weights of its prior, a bonus on the logits of what followed before. No
 // call depends on how many sequences a step has, and nothing in the arrays points anywhere.
+//
+// One thread makes all calls. What a step teaches may be learned in the background, until `settle` is called.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +13,13 @@
 #include <vector>
 
 #include "arc_tail.h"
+#include "background.h"
 #include "context_table.h"
+#include "draft_rounds.h"
 #include "text_index.h"
 
 namespace evospec {
 
-constexpr int kFeatures = 5;  // of a candidate: in the session, after the last token, after the last two, graph, repeat
 constexpr int kMaxInsertions = 32;     // tokens that a verified step puts into a tail, at most (the paper's)
 constexpr int kMaxPromptTokens = 4096;  // the last tokens of a prompt, which are looked at
 constexpr int kNeighbours = 8;         // tokens that each seed brings from the graph (the paper's)
@@ -43,6 +46,8 @@ struct SessionState {
   int32_t last[2];  // the last two tokens, the older first; -1: none
   int32_t left;     // how many tokens the verified step may still put into the tail
   uint32_t missed;  // the tokens of that step that could not have been drafted: bit i for token i
+  int32_t row;          // of its drafts in the rounds of the step
+  int32_t num_drafted;  // how many of its drafts are there
 };
 
 // Followers of each token in general text, the most likely first; offsets null: there is no graph.
@@ -67,14 +72,6 @@ struct SessionOptions {
   double presence;        // of so many decayed occurrences on, a token is present
   const uint8_t* in_core;  // [vocab]: 1 for the tokens that all can draft
   Graph graph;
-};
-
-// The tokens that a row chooses among.
-struct Candidates {
-  int32_t* tokens;   // [columns]; -1: none
-  float* logits;     // [columns], the draft's own; -inf: none
-  float* features;   // [kFeatures][columns]
-  int32_t columns;
 };
 
 // Tokens that continue a repeat of a text's end, none twice, and how long the longest such repeat of each is.
@@ -108,15 +105,14 @@ struct TokenRows {
   const int32_t* tokens;
 };
 
-// What was drafted before `TokenRows` were verified, and from which candidates.
-struct DraftedRows {
-  const int32_t* num_accepted;  // [rows]
-  const int32_t* num_reached;   // [rows]: how many of its drafts were looked at, and have candidates
-  const int32_t* places;        // those of the first row's drafts, then of the next: rows of the arrays below
-  const int32_t* tokens;        // [.][columns]
-  const float* logits;          // [.][columns]
-  const float* features;        // [.][kFeatures][columns]
-  int32_t columns;
+// What a verified step teaches.
+struct Lesson {
+  TokenRows rows;               // the tokens that each got
+  const int32_t* num_accepted;  // [rows]: how many of them were drafted
+  const int32_t* num_drafts;    // [rows]: how many drafts were verified
+  const int32_t* chosen;        // [num_chosen] rows, ascending, into whose tails what is likely to come enters
+  const int32_t* likely;        // [tokens of the chosen rows][k]: what the target thought likely there, the best first
+  int32_t num_chosen, k;
 };
 
 class Sessions {
@@ -133,11 +129,20 @@ class Sessions {
 
   // Tokens of steps in which a sequence was not drafted for.
   void catch_up(const TokenRows& rows);
-  // A step was verified. missed [rows]: the first token that could not have been drafted, -1: all could.
-  void verify(const TokenRows& rows, const DraftedRows& drafted, int32_t* missed);
-  // What the target thought likely where the same rows were chosen enters their tails, and what follows that by the graph.
-  // likely [begins[rows]][k], the best first.
-  void retrieve(const TokenRows& rows, const int32_t* likely, int k);
+  // Drafts of another step begin.
+  void begin_drafts();
+  // A row of the first round is a session's, or a session drafts in a later round; its row.
+  int take_row(int session, int round, int row);
+  // Whether what a session drafted before a round is in the rounds before.
+  bool has_drafted(int session, int round) const { return round == 0 || state(session).num_drafted == round; }
+  DraftRounds& rounds() { return rounds_; }
+
+  // A step was verified. missed [rows]: the first token of each that could not have been drafted, -1: all could.
+  void find_missed(const TokenRows& rows, int32_t* missed);
+  // Learn from it; `find_missed` was asked about it. In the background: what `lesson` points to must stay.
+  void learn(const Lesson& lesson, bool in_background);
+  // Wait until what is learned in the background is.
+  void settle() { background_.wait(); }
 
   // The repeats of a text (-1: none) that goes on with `drafts`, as far as the prior counts them.
   Repeats repeats(const TextIndexes& texts, int text, const int32_t* drafts, int count) const;
@@ -171,7 +176,10 @@ class Sessions {
   void read(int session, int tenant, const int32_t* tokens, size_t count);
   void count_prompt(int session, const std::vector<int32_t>& prompt);
   void features(int session, const int64_t context[2], const Repeats& repeats, const Candidates& candidates) const;
-  void learn(int session, const int32_t* targets, int reached, const int32_t* places, const DraftedRows& drafted);
+  void learn_step(const Lesson& lesson);
+  void learn_prior(int session, const int32_t* targets, int reached);
+  void follow(const Lesson& lesson, int row);
+  void retrieve(int session, int tenant, const int32_t* tokens, int count, const int32_t* likely, int k);
   void neighbours(int tenant, int32_t token, std::vector<int32_t>& out);
 
   SessionOptions options_;
@@ -186,6 +194,9 @@ class Sessions {
   std::vector<uint32_t> named_in_;  // [vocab]: the last list that named each token
   uint32_t num_lists_ = 0;
   std::vector<TailWrite> writes_;
+  DraftRounds rounds_;
+  std::vector<int32_t> drafting_;  // sessions with drafts in the rounds
+  Background background_;  // the last member, so that it ends first
 };
 
 // Names tokens of one list, to tell which come again.
