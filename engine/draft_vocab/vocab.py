@@ -25,7 +25,7 @@ from kernels.native_sessions import Sessions, TailWrites
 from kernels.session_library import TokenRows
 
 if TYPE_CHECKING:
-    from engine.draft_vocab.semantic import SemanticIndex, SemanticSearch
+    from engine.draft_vocab.semantic import SemanticSearch
     from engine.speculation.drafters.lookup import RunningTexts
 
 _NEW_BY_SEARCH = 32
@@ -79,7 +79,11 @@ class DraftVocab:
         self._free = list(range(options.max_sessions))[::-1]
         self._tenants = _TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._past = SessionPast(options, resources, self.sessions)
-        self._search = _start_search(resources.semantic)
+        self._search: SemanticSearch | None = None
+        if resources.semantic is not None:
+            from engine.draft_vocab.semantic import SemanticSearch  # which few want, and which takes a second
+
+            self._search = SemanticSearch(resources.semantic)
 
     @property
     def has_tails(self) -> bool:
@@ -291,11 +295,3 @@ class _TenantTables:
             self._tables[tenant] = table
         self._tables.move_to_end(tenant)
         return table
-
-
-def _start_search(index: SemanticIndex | None) -> SemanticSearch | None:
-    if index is None:
-        return None
-    from engine.draft_vocab.semantic import SemanticSearch
-
-    return SemanticSearch(index)
