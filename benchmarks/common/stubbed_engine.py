@@ -145,7 +145,10 @@ class Texts:
         places = hidden[:, 0].long()
         wanted, rows = self.following(places), torch.arange(len(places))
         any_ids = self._all_ids if core.token_ids is None else core.token_ids
-        can_say = torch.isin(wanted, any_ids)
+        # A search through all tokens would leave nothing of the host's own data in the processor's caches.
+        can_say = torch.ones_like(wanted, dtype=torch.bool)
+        if core.token_ids is not None:
+            can_say = torch.isin(wanted, core.token_ids)
         if tails is not None and slabs is not None:
             can_say |= (tails.token_ids[slabs.long()] == wanted[:, None]).any(1)
         ids = any_ids[(places[:, None] + torch.arange(max(k, _RANK_WHERE_WRONG + 1))) % len(any_ids)].int()
