@@ -28,8 +28,8 @@ class Admission:
     Bound: a request of a tenant of which no other runs or waits is next in line after those that had as
     little service when it came. Each of these, and then itself, is admitted at the latest when all running
     prefills have ended and ``TURN_TOKENS`` more steps are done, because every sequence that may have to give
-    way has had its turn then. A step computes at least ``max_batched_tokens / 4`` tokens of prefills while
-    there are any. More tenants than places or blocks have to wait for sequences to end.
+    way has had its turn then. A step computes at least ``LEAST_CHUNK / 2`` tokens of running prefills while
+    there are as many. More tenants than places or blocks have to wait for sequences to end.
 
     Every request finishes, however many requests a fixed number of tenants sends: a tenant that gets no
     tokens is charged nothing, so it becomes the next in line, where nobody passes it, and is admitted.

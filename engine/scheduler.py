@@ -8,8 +8,11 @@ from engine.kv_cache_manager import KVCacheManager
 from engine.messages import EngineStats
 from engine.request import Request
 from engine.step_plan import DraftLengths, DraftSlot, Reservation, ScheduledSequence, SchedulerOutput
+from engine.step_time import StepTime
 
 OUTPUT_TOKEN_SERVICE = 2 * PROMPT_TOKEN_SERVICE
+LEAST_CHUNK = 32
+"""Tokens of prompts that a step reads however long it takes, if there are as many."""
 
 
 class QueueFull(Exception):
@@ -27,6 +30,7 @@ class Scheduler:
     decodes; chunks to running prefills; draft tokens; then new requests while sequences and blocks
     last. While prefill work is there, drafts get at most half of what the decodes leave; while a
     prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
+    Beside decodes, prompts get as many tokens as fit in ``step_ms`` milliseconds, but at least ``LEAST_CHUNK``.
 
     Drafts take no block that somebody else needs: blocks of rejected ones are taken back before a sequence
     is preempted. Who is admitted and who is preempted, and that every request finishes: see ``Admission``.
@@ -44,6 +48,8 @@ class Scheduler:
         self._max_running = min(config.max_num_seqs, config.max_batched_tokens // 2)
         self._admission = Admission(self._kv, self._max_running)
         self._waiting, self._running = self._admission.waiting, self._admission.running
+        self.step_time = StepTime()
+        """What steps take; whoever computes them records it."""
         self._lacks_blocks = False
         """Whether waiting requests cannot be admitted for lack of blocks, as of the last step."""
 
@@ -90,7 +96,7 @@ class Scheduler:
         has_prefills = bool(self._prefilling(plan))
         for slot in reservation.slots:
             plan[slot.request] += len(slot.request.draft_token_ids)
-        budget = self._config.max_batched_tokens - sum(plan.values())
+        budget = self._prompt_tokens(sum(plan.values()))
         if has_prefills:
             budget -= self._plan_newcomers(plan, budget // 2, whole=True)
         budget -= self._plan_prefills(plan, budget)
@@ -194,6 +200,12 @@ class Scheduler:
         num_stalled = sum(request.is_stalled for request in self._running)
         num_admissible = 0 if self._lacks_blocks else len(self._waiting)
         return min(len(self._running) + num_admissible, self._max_running) - num_stalled - num_decoding
+
+    def _prompt_tokens(self, num_planned: int) -> int:
+        """Tokens that prompts get in a step that has so many others."""
+        left = self._config.max_batched_tokens - num_planned
+        in_time = self.step_time.tokens_in(self._config.step_ms / 1e3) if num_planned else None
+        return left if in_time is None else min(left, max(in_time - num_planned, LEAST_CHUNK))
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills, in equal parts, as far as they need them; returns the tokens planned."""

@@ -24,6 +24,11 @@ class StepClock:
         self._seconds[part] += now - self._last
         self._last = now
 
+    @property
+    def seconds(self) -> float:
+        """Of all parts so far."""
+        return sum(self._seconds.values())
+
     def timings(self, plan: SchedulerOutput, vocabulary: float) -> StepTimings:
         """The step is over; ``vocabulary``: the seconds of its drafting in which vocabularies learned."""
         return StepTimings(

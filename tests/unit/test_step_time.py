@@ -1,0 +1,69 @@
+"""How many tokens fit in a step of so many milliseconds."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import CacheConfig, SchedulerConfig
+from engine.messages import SamplingParams
+from engine.request import Request
+from engine.scheduler import LEAST_CHUNK, Scheduler
+from engine.step_time import StepTime
+
+
+def test_nothing_is_known_at_first() -> None:
+    assert StepTime().tokens_in(0.1) is None
+
+
+@given(base=st.floats(0.0, 0.02), each=st.floats(1e-5, 1e-3), sizes=st.lists(st.integers(1, 512), max_size=99))
+def test_a_line_is_found(base: float, each: float, sizes: list[int]) -> None:
+    """Where steps differ; the origin moves it a little."""
+    known = StepTime()
+    for size in [*sizes, *range(12, 512, 50)]:
+        known.record(size, base + each * size)
+    found = known.tokens_in(base + each * 300)
+    assert found is not None
+    assert abs(found - 300) < 30
+
+
+@pytest.mark.parametrize("size", [1, 100])
+def test_of_steps_of_one_size_all_time_is_the_tokens(size: int) -> None:
+    known = StepTime()
+    for _ in range(100):
+        known.record(size, 0.01)
+    assert known.tokens_in(0.02) == pytest.approx(2 * size, abs=1)
+
+
+def test_the_past_fades() -> None:
+    known = StepTime()
+    for seconds in (1e-3, 1e-4):
+        for size in [10, 100] * 40:
+            known.record(size, seconds * size)
+    assert known.tokens_in(0.01) == pytest.approx(100, rel=0.05)
+
+
+def make_request(name: str, num_tokens: int) -> Request:
+    return Request(name, b"", "tenant", SamplingParams(max_tokens=50, seed=0), list(range(num_tokens)))
+
+
+@pytest.mark.parametrize(("each", "expected"), [(0.1e-3, 499), (1e-3, 99), (10e-3, LEAST_CHUNK)])
+def test_prompts_are_read_in_chunks_that_fit_beside_decodes(each: float, expected: int) -> None:
+    """With nobody to wait for the next token, a step has all the tokens that it may have."""
+    config = SchedulerConfig(max_num_seqs=4, max_batched_tokens=500, step_ms=100)
+    scheduler = Scheduler(config, CacheConfig(), num_blocks=200, max_model_len=4096)
+    for size in [1, 50] * 50:
+        scheduler.step_time.record(size, each * size)
+    scheduler.add(make_request("short", 20))
+    [first] = scheduler.schedule(scheduler.reserve()).sequences
+    assert len(first.token_ids) == 20
+    scheduler.commit(first, [1], finished=False)
+    scheduler.add(make_request("long", 2000))
+    decode, chunk = scheduler.schedule(scheduler.reserve()).sequences
+    assert len(decode.token_ids) == 1
+    assert len(chunk.token_ids) == pytest.approx(expected, abs=expected / 20)
+    scheduler.commit(decode, [1], finished=True)
+    scheduler.commit(chunk, [], finished=False)
+    [alone] = scheduler.schedule(scheduler.reserve()).sequences
+    assert len(alone.token_ids) == 500
