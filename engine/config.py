@@ -20,7 +20,9 @@ CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 
 _DEFAULT_MAX_MODEL_LEN = 8192
 MAX_SPECULATIVE_TOKENS = 8
-"""Most draft tokens that a step may verify for a sequence."""
+"""Most draft tokens that a step may verify for a sequence; of copied ones ``MAX_COPIED_TOKENS``."""
+MAX_COPIED_TOKENS = 32
+"""A copy costs nothing to make, and a long one is often right to its end."""
 MAX_TAIL_TOKENS = 2048
 """Most tokens of a session's own in its draft vocabulary."""
 
@@ -176,7 +178,7 @@ class SpeculationConfig(Section):
         default=MAX_SPECULATIVE_TOKENS,
         ge=0,
         le=MAX_SPECULATIVE_TOKENS,
-        description="Most tokens drafted for a sequence a step.",
+        description="Most tokens drafted for a sequence a step; where tokens are copied, up to 32.",
     )
     adaptive: bool = Field(
         default=True, description="Draft fewer tokens, down to none, where measured costs and acceptance say so."

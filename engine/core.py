@@ -278,10 +278,11 @@ class EngineCore:
 
 
 def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:
-    """Raises ``ValueError`` for a prompt that no model could read."""
-    prompt = message.prompt_token_ids
-    if prompt and not 0 <= min(prompt) <= max(prompt) < vocab_size:
-        raise ValueError(f"not all tokens of the prompt are below {vocab_size}")
+    """Raises ``ValueError`` for tokens that no model could read."""
+    prompt, prediction = message.prompt_token_ids, message.prediction_token_ids
+    for name, tokens in (("prompt", prompt), ("prediction", prediction)):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise ValueError(f"not all tokens of the {name} are below {vocab_size}")
     return Request(
         request_id=engine_request_id(client_id, message.request_id),
         client_id=client_id,
@@ -290,7 +291,7 @@ def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> 
         prompt_token_ids=prompt,
         sampling=message.sampling,
         domain=message.session.domain or None if message.session else None,
-        draft_state=DraftState(past=message.session),
+        draft_state=DraftState(past=message.session, prediction=prediction),
     )
 
 

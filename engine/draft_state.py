@@ -39,6 +39,8 @@ class DraftState:
 
     past: SessionState | None = None
     """By the engine: what the sequence's session brought along."""
+    prediction: Sequence[int] = ()
+    """By the engine: tokens that the client takes the output to be."""
     session: int = NONE
     """By ``DraftVocab``: the slot of its vocabulary and prior. Without one it drafts from the core alone."""
     num_in_session: int = 0

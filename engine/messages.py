@@ -73,7 +73,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
     """One sequence to generate. ``request_id`` is unique per client connection.
 
     ``tenant`` salts the prefix cache and is the unit of fair admission. ``session`` None: one that ends with the
-    request, so that no snapshot of it is wanted.
+    request, so that no snapshot of it is wanted. ``prediction_token_ids``: what the output may be, to draft from.
     """
 
     request_id: str
@@ -81,6 +81,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
     sampling: SamplingParams
     tenant: str
     session: SessionState | None = None
+    prediction_token_ids: list[int] = []
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):

@@ -88,6 +88,7 @@ class Choice:
         """Count a step that verified drafts."""
         self.draft_version = output.draft_version
         self.num_draft_tokens += output.num_draft_tokens
+        self.steps_by_accepted += [0] * (output.num_accepted_tokens + 1 - len(self.steps_by_accepted))
         self.steps_by_accepted[output.num_accepted_tokens] += 1
 
     def speculative_decoding(self) -> SpeculativeDecoding:
@@ -115,7 +116,8 @@ class Generation:
         generation.usage(), generation.metrics()
 
     ``keep_output`` False (``max_tokens`` 0) drops the one token that the engine always makes. All choices start from
-    the state of the session that ``session_id`` names, and what each ends with is merged into it.
+    the state of the session that ``session_id`` names, and what each ends with is merged into it. ``prediction``: what
+    the answers may be.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class Generation:
         n: int,
         keep_output: bool = True,
         session_id: str | None = None,
+        prediction: Sequence[int] = (),
     ) -> None:
         self._serving = serving
         self._tenant = tenant
@@ -135,6 +138,7 @@ class Generation:
         self._n = n
         self._keep_output = keep_output
         self._session_id = session_id
+        self._prediction = list(prediction)
         self._session_state: SessionState | None = None
         self._session_snapshots: list[bytes] = []
         self._failed = False
@@ -225,6 +229,7 @@ class Generation:
                 sampling=msgspec.structs.replace(self._sampling, seed=self._seed_of(choice)),
                 tenant=self._tenant.name,
                 session=self._session_state,
+                prediction_token_ids=self._prediction,
             )
             for request_id, choice in self._choices.items()
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_latest
 
+from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.messages import VocabularyCounts
 from server.engine_metrics import EngineMetrics
 from server.metric_families import MetricFamilies
@@ -64,11 +65,12 @@ class TenantMetrics:
         if copied:
             self._num_copied_tokens.inc(num_draft_tokens)
             self._num_accepted_copied_tokens.inc(num_accepted_tokens)
-        for position in range(len(self._by_position), num_draft_tokens):  # positions never drafted have no series
+        num_positions = min(num_draft_tokens, MAX_SPECULATIVE_TOKENS)  # what is beyond is copied
+        for position in range(len(self._by_position), num_positions):  # positions never drafted have no series
             labels = (*self._labels, str(position))
             drafted = self._metrics.num_draft_tokens_per_pos.labels(*labels)
             self._by_position.append((drafted, self._metrics.num_accepted_tokens_per_pos.labels(*labels)))
-        for position, (drafted, accepted) in enumerate(self._by_position[:num_draft_tokens]):
+        for position, (drafted, accepted) in enumerate(self._by_position[:num_positions]):
             drafted.inc()
             if position < num_accepted_tokens:
                 accepted.inc()

@@ -11,7 +11,7 @@ from engine.messages import EngineReady, SamplingParams
 from engine.text.chat_template import ChatTemplateError
 from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
-from server.schemas.chat import Message
+from server.schemas.chat import Message, Prediction, text_of
 from server.schemas.fields import SamplingFields, to_grammar
 from server.serving import Serving
 from server.session_ids import belongs_to, user_session_id
@@ -83,6 +83,13 @@ def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message], info: Eng
     return encode_text(tokenizer, text, "messages", info, add_special_tokens=False)
 
 
+def encode_prediction(tokenizer: Tokenizer, prediction: Prediction | None, info: EngineReady) -> list[int]:
+    """Token ids of what the client takes the answer to be, empty for none; 400 as for ``encode_text``."""
+    if prediction is None:
+        return []
+    return encode_text(tokenizer, text_of(prediction.content), "prediction", info, add_special_tokens=False)
+
+
 async def tokenize_prompts(
     work: RequestWork, tokenizer: Tokenizer, prompt: str | list[int] | list[str] | list[list[int]], info: EngineReady
 ) -> list[TokenizedPrompt]:
@@ -106,7 +113,7 @@ def check_length(text: str, field: str, tokenizer: Tokenizer, info: EngineReady)
     least = tokenizer.least_tokens(text)
     if least > info.max_model_len:
         raise bad_request(
-            f"The prompt has {len(text)} characters, so {least} tokens at the very least. The model's context is "
+            f"The text has {len(text)} characters, so {least} tokens at the very least. The model's context is "
             f"{info.max_model_len} tokens.",
             field,
             "context_length_exceeded",

@@ -104,6 +104,7 @@ class Engine:
         sampling: SamplingParams,
         tenant: str = "tests",
         session: SessionState | None = None,
+        prediction: Sequence[int] = (),
     ) -> str:
         request_id = str(next(self._ids))
         self._unfinished.add(request_id)
@@ -116,6 +117,7 @@ class Engine:
                 sampling=sampling,
                 tenant=tenant,
                 session=session,
+                prediction_token_ids=list(prediction),
             ),
         )
         return request_id

@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from engine.batch import Features
+from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
 from engine.draft_vocab.follower import ComputeLogits, VocabFollower
 from engine.messages import EngineStats, VocabularyCounts
 from engine.online.verify_log import VerifyLog
@@ -57,16 +58,12 @@ class Speculator:
         sequences = [request.draft_state.draftable for request in requests]
         if self._policy.rests(sequences, num_joining):
             return [0] * len(requests)
-        caps = [request.sampling.num_speculative_tokens for request in requests]
-        allowed = [
-            min(limit, self._max_tokens if cap is None else min(cap, self._max_tokens))
-            for limit, cap in zip(limits, caps, strict=True)
-        ]
-        copies = [None] * len(requests) if self._lookup is None else self._lookup.look(requests, allowed)
-        for request, one, limit, copy in zip(requests, sequences, allowed, copies, strict=True):
+        most = [_most_copied(request, limit) for request, limit in zip(requests, limits, strict=True)]
+        copies = [None] * len(requests) if self._lookup is None else self._lookup.look(requests, most)
+        for request, one, limit, copy in zip(requests, sequences, most, copies, strict=True):
             request.draft_state.copy = copy
-            one.tenant, one.limit, one.num_unread = request.tenant, limit, self._proposer.num_unread(request)
-            one.repeat = None if copy is None else copy.repeat
+            one.tenant, one.num_unread = request.tenant, self._proposer.num_unread(request)
+            one.limit, one.repeat = min(limit, self._max_tokens), None if copy is None else copy.repeat
         return self._policy.lengths(sequences, num_joining)
 
     def draft(self, slots: Sequence[DraftSlot]) -> None:
@@ -200,6 +197,13 @@ class Speculator:
             self._lookup.forget(request)
         if self._vocab is not None:
             self._vocab.forget(request)
+
+
+def _most_copied(request: Request, limit: int) -> int:
+    """Most tokens that may be copied for a request within the scheduler's limit; grammars have masks for fewer."""
+    most = MAX_COPIED_TOKENS if request.grammar is None else MAX_SPECULATIVE_TOKENS
+    asked = request.sampling.num_speculative_tokens
+    return min(limit, most if asked is None else min(asked, most))
 
 
 def _drop_forbidden(requests: Sequence[Request]) -> None:

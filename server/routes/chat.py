@@ -18,6 +18,7 @@ from server.params import (
     check_request,
     default_max_tokens,
     encode_messages,
+    encode_prediction,
     to_sampling_params,
 )
 from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
@@ -53,6 +54,7 @@ async def create_chat_completion(
     info, n = serving.engine_info, body.n or 1
     prompts = [TokenizedPrompt(await work.run(encode_messages, serving.tokenizer, body.messages, info))]
     check_prompts(prompts, "messages", info)
+    prediction = await work.run(encode_prediction, serving.tokenizer, body.prediction, info)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = getattr(body, field)
     if max_tokens is None:
@@ -62,7 +64,7 @@ async def create_chat_completion(
     sampling = await work.run(
         to_sampling_params, body, max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=logprobs
     )
-    generation = Generation(serving, tenant, prompts, sampling, n, session_id=session_id)
+    generation = Generation(serving, tenant, prompts, sampling, n, session_id=session_id, prediction=prediction)
     return await _ChatAnswer(body, generation, serving).respond(request.receive)
 
 

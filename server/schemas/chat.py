@@ -24,15 +24,30 @@ class TextPart(Body):
     text: str
 
 
+Content = str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+
+
+def text_of(content: str | list[TextPart]) -> str:
+    """Parts are joined without a separator."""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class Prediction(Body):
+    """What the answer is likely to be, in whole or in parts: it comes sooner where it is right, and is the same."""
+
+    type: Literal["content"]
+    content: Content
+
+
 class Message(Body):
     """One message of the conversation. ``developer`` is the newer name of ``system``.
 
-    Parts are joined without a separator. ``parsed`` is the openai client's own copy of ``content``, which it sends back
+    ``parsed`` is the openai client's own copy of ``content``, which it sends back
     with the answers that it has parsed; ``content`` is what counts.
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
+    content: Content
     name: Annotated[Any, NoOp()] = None
     parsed: Any = None
     refusal: Annotated[Any, NoOp()] = None
@@ -43,8 +58,7 @@ class Message(Body):
 
     def for_template(self) -> dict[str, str]:
         """Role and plain text, as chat templates want them."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        return {"role": "system" if self.role == "developer" else self.role, "content": text_of(self.content)}
 
 
 def _few_parts(messages: Any) -> Any:
@@ -72,7 +86,7 @@ class ChatCompletionRequest(SamplingFields):
     function_call: Annotated[Any, NoOp("none", "auto")] = None
     modalities: Annotated[Any, NoOp(["text"])] = None
     audio: Annotated[Any, NoOp()] = None
-    prediction: Annotated[Any, NoOp()] = None
+    prediction: Prediction | None = None
     reasoning_effort: Annotated[Any, NoOp("none")] = None
     verbosity: Annotated[Any, NoOp("medium")] = None
     web_search_options: Annotated[Any, NoOp()] = None

@@ -40,6 +40,18 @@ def test_streamed_chat_equals_the_whole_answer(client: openai.OpenAI) -> None:
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
 
 
+def test_a_prediction_is_taken_and_changes_nothing(client: openai.OpenAI) -> None:
+    arguments: dict[str, Any] = {"model": MODEL, "messages": [QUESTION], "temperature": 0, "max_completion_tokens": 32}
+    whole: ChatCompletion = client.chat.completions.create(**arguments)
+    text = whole.choices[0].message.content
+    for content in (text, "Something else.", [{"type": "text", "text": text}]):
+        predicted: Any = {"type": "content", "content": content}
+        again: ChatCompletion = client.chat.completions.create(**arguments, prediction=predicted)
+        assert again.choices[0].message.content == text
+    with pytest.raises(openai.BadRequestError, match="prediction"):
+        client.chat.completions.create(**arguments, prediction=predicted | {"content": 5})
+
+
 def test_completion_stops_before_a_stop_string(client: openai.OpenAI) -> None:
     arguments: dict[str, Any] = {"model": MODEL, "prompt": "1, 2, 3, 4, 5,", "temperature": 0, "max_tokens": 24}
     free: str = client.completions.create(**arguments).choices[0].text

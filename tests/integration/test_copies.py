@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from engine.config import SpeculationConfig
+from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS, SpeculationConfig
 from engine.core import Outputs
 from engine.messages import EngineOutput, SamplingParams, StepTimings
 from engine.models.config import ModelFiles
@@ -107,6 +109,39 @@ def test_where_drafts_never_pay_there_are_copies_alone(
     assert without.num_drafted == 0
 
 
+@pytest.mark.parametrize("method", ["eagle3", "ngram"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_what_is_predicted_comes_in_few_steps_and_the_answer_is_the_same(
+    files: ModelFiles,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: Literal["eagle3", "ngram"],
+    temperature: float,
+) -> None:
+    """However wrong the prediction is: it goes on where it is right again."""
+    costs = DRAFTS_NEVER_PAY if method == "eagle3" else DRAFTS_COST_LITTLE  # by this method, drafts are copies
+    monkeypatch.setattr(CostMeter, "measure", lambda _: costs)
+    draft = str(make_draft_directory(tmp_path, files)) if method == "eagle3" else None
+    predicting = Engine(files, Setting(max_num_seqs=4), SpeculationConfig(method=method, draft=draft))
+    prompt = list(range(40, 60))
+    sampling = SamplingParams(max_tokens=90, seed=5, temperature=temperature, ignore_eos=True)
+
+    def answer(prediction: Sequence[int]) -> tuple[list[int], int]:
+        request_id, steps = predicting.add(prompt, sampling, prediction=prediction), 0
+        while predicting.is_busy:
+            predicting.step()
+            steps += 1
+        return predicting.output(request_id), steps
+
+    alone, steps = answer(())
+    most = MAX_COPIED_TOKENS if method == "eagle3" else MAX_SPECULATIVE_TOKENS
+    for wrong, allowed in (((), 0), ((30,), 6), (range(0, 90, 2), steps), (range(90), steps)):
+        prediction = [token_id + 1 if place in wrong else token_id for place, token_id in enumerate(alone)]
+        again, needed = answer(prediction)
+        assert again == alone
+        assert needed <= 2 + 90 / most + allowed
+
+
 def test_a_draft_model_knows_which_drafts_were_its_own(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has computed no entries of copied tokens. As good as its target, it is refused only if it thinks it has."""
     dear = StepCosts(FREE_VERIFICATION, first_draft=Curve([(1, 0.8)]), next_draft=Curve([(1, 0.8)]))
@@ -144,6 +179,26 @@ def test_a_copy_goes_on_as_the_longest_repeat_did() -> None:
     request.all_token_ids += [7, 8]
     assert look(lookup, request, 5) is None
     assert look(lookup, request_of([1, 2, 3, 1, 2, 3]), 0) is None
+
+
+def test_a_prediction_follows_the_prompts_end() -> None:
+    lookup, request = PromptLookup(RunningTexts(8)), request_of([7, 5, 6, 7, 8])
+    request.draft_state.prediction = [20, 21, 22, 23, 24, 25]
+    copy = look(lookup, request, 4)
+    assert copy is not None
+    assert copy.token_ids == [20, 21, 22, 23]
+    request.all_token_ids += [20, 30, 22, 23, 24]
+    copy = look(lookup, request, 1)
+    assert copy is not None
+    assert copy.token_ids == [25]
+
+
+def test_a_long_prediction_leaves_room_for_the_prompts_end() -> None:
+    lookup, request = PromptLookup(RunningTexts(8)), request_of([*range(100, 9000), 1, 2, 3])
+    request.draft_state.prediction = [5] * 9000
+    copy = look(lookup, request, 2)
+    assert copy is not None
+    assert copy.token_ids == [5, 5]
 
 
 def test_only_the_end_of_a_long_prompt_is_looked_at() -> None:

@@ -123,7 +123,6 @@ def test_a_message_is_about_one_place() -> None:
         ("function_call", {"name": "f"}, "none"),
         ("audio", {"voice": "alloy"}, None),
         ("modalities", ["text", "audio"], ["text"]),
-        ("prediction", {"type": "content", "content": "x"}, None),
         ("store", True, False),
         ("service_tier", "priority", "auto"),
         ("web_search_options", {}, None),

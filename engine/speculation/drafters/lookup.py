@@ -19,7 +19,9 @@ from kernels.native_chain import CONFIDENCE_LEVELS
 from kernels.native_texts import Texts
 
 PROMPT_WINDOW = 4096
-"""The last tokens of a prompt, which are looked at."""
+"""The last tokens of a prompt, which are looked at; fewer where there is a prediction, of which the first count."""
+PREDICTED_AFTER = 16
+"""The prompt's last tokens, which come before a prediction: an answer begins as it does."""
 CAPACITY = 8192
 """Tokens of a text; beyond them the older half is forgotten."""
 
@@ -47,7 +49,11 @@ class RunningTexts:
                     continue
                 state.text = self._free.pop()
                 self.texts.clear(state.text)
-                state.num_in_text = max(num_tokens - PROMPT_WINDOW, 0)
+                predicted = state.prediction[: PROMPT_WINDOW - PREDICTED_AFTER]
+                state.num_in_text = max(num_tokens - PROMPT_WINDOW + len(predicted), 0)
+                if predicted:
+                    slots.append(state.text)
+                    tokens.append([*request.prompt_token_ids[-PREDICTED_AFTER:], *predicted])
             if state.num_in_text < num_tokens:
                 slots.append(state.text)
                 tokens.append(request.all_token_ids[state.num_in_text :])

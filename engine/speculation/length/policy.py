@@ -57,7 +57,7 @@ class Draftable:
 
     tenant: str = ""
     limit: int = 0
-    """Most tokens that may be drafted in this step."""
+    """Most tokens that may be drafted in this step, if none is copied."""
     num_unread: int = 0
     """How many of its tokens its draft has to read before it can draft."""
     repeat: Repeat | None = None
