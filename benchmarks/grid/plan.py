@@ -1,0 +1,82 @@
+"""What the grid compares: prompts, loads, temperatures, and sides."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from benchmarks.common.drafting import NONE, Drafting
+from benchmarks.prompts.build import read_eval
+from benchmarks.vocabulary.modes import FR_SPEC, FULL, HARD_SWITCH, NANOSPEC, Mode, make_mode, sizes_of
+from engine.config import MAX_TAIL_TOKENS
+
+DEFAULT, LOOKUP = "default", "prompt lookup"
+HUMANEVAL = "human-eval"
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Requests that every side answers."""
+
+    prompts: str
+    """The name of a set."""
+    load: int
+    """Requests at a time."""
+    temperature: float
+
+
+def cells(sets: Sequence[str], loads: Sequence[int], temperatures: Sequence[float]) -> Iterator[Cell]:
+    """All sets at one load and temperature before the next, so that what there is so far is about all of them."""
+    for temperature, load, name in product(temperatures, loads, sets):
+        yield Cell(name, load, temperature)
+
+
+def read_sets(files: Sequence[Path], count: int) -> dict[str, list[Messages]]:
+    """The first ``count`` prompts of each set: HumanEval's, and those of files, by ``task`` or else by the file's name.
+
+    A line of a file has a ``prompt``, or ``turns`` of which the first is asked.
+    """
+    sets: dict[str, list[Messages]] = defaultdict(list)
+    for path in files:
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            text = row["prompt"] if "prompt" in row else row["turns"][0]
+            sets[row.get("task") or path.stem.removesuffix("-eval")].append([{"role": "user", "content": text}])
+    sets[HUMANEVAL] = [prompt.messages for prompt in read_eval(["code"]) if prompt.id.startswith(HUMANEVAL)]
+    return {name: prompts[:count] for name, prompts in sets.items() if prompts}
+
+
+def sides_of(model: str, names: Sequence[str] = ()) -> dict[str, Mode]:
+    """The sides by name; ``names``: only these."""
+    sizes = sizes_of(model)
+    best, ours = sizes.statics[0], sizes.ours
+    warm = "target_signal=every,graph=false,prior=off,replacement=lru"
+    written: Mapping[str, str] = {
+        NONE: NONE,
+        LOOKUP: FULL,
+        **{f"{size} frequent, lookup": f"static:{size}" for size in sorted({8192, *sizes.statics})},
+        f"{best} frequent": f"static:{best}/copies=false",
+        "FR-Spec, lookup": f"static:{sizes.fr_spec}",
+        "FR-Spec": f"{FR_SPEC}{sizes.fr_spec}",
+        "NanoSpec, lookup": f"dynamic:{sizes.num_special}+{MAX_TAIL_TOKENS}/{warm}",
+        "NanoSpec": NANOSPEC,
+        "hard switch": HARD_SWITCH,
+        "the paper's": f"paper:{sizes.fr_spec}",
+        DEFAULT: ours,
+        "without prior": f"{ours}/prior=off",
+        "without vocabulary": "dynamic:full+0",
+        "without lookup": f"{ours}/copies=false",
+        "fixed lengths": ours,
+    }
+    wanted = [name for name in written if not names or name in names]
+    return {name: _mode(name, written[name], model, sizes.num_special) for name in wanted}
+
+
+def _mode(name: str, written: str, model: str, num_special: int) -> Mode:
+    method = "ngram" if name == LOOKUP else "eagle3"
+    return make_mode(written, model, Drafting.of(method, None, None, adaptive=name != "fixed lengths"), num_special)
