@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -120,8 +121,15 @@ def load_target(config: EngineConfig) -> LoadedModel:
     return load(config, files, validate_model_files(files))
 
 
-def take_turns(runs: Sequence[Iterator[Generation]]) -> list[Generation]:
-    """What each engine's ``answering`` gives at the end: the next step is always of the one that has had least time."""
+class _Timed(Protocol):
+    seconds: float
+
+
+TimedT = TypeVar("TimedT", bound=_Timed)
+
+
+def take_turns(runs: Sequence[Iterator[TimedT]]) -> list[TimedT]:
+    """What each run of steps gives at its end: the next step is always of the one that has had least time."""
     results = [next(run) for run in runs]
     unfinished = dict(enumerate(runs))
     while unfinished:

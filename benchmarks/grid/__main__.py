@@ -16,12 +16,12 @@ import typer
 from rich.console import Console
 
 from benchmarks.common.environment import environment
-from benchmarks.common.in_process import Engine, Turn, load_target
+from benchmarks.common.in_process import Engine, Turn, load_target, take_turns
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import NoiseMeter
 from benchmarks.grid.plan import DEFAULT, Cell, Messages, cells, read_sets, sides_of
 from benchmarks.grid.report import read, tables
-from benchmarks.grid.run import answering, in_turns
+from benchmarks.grid.run import answering
 from benchmarks.vocabulary.hard_switch import switch_hard
 from benchmarks.vocabulary.modes import Mode
 from engine.messages import SamplingParams
@@ -48,7 +48,7 @@ def run_cell(cell: Cell, prompts: list[Messages], engines: Mapping[str, Engine],
     ]
     sampling = SamplingParams(max_tokens=max_tokens, seed=1, temperature=cell.temperature)
     noise = NoiseMeter()
-    results = in_turns([answering(engine, turns, sampling, cell.load) for engine in engines.values()])
+    results = take_turns([answering(engine, turns, sampling, cell.load) for engine in engines.values()])
     answers = [request.token_ids for request in results[0].requests]
     for name, result in zip(engines, results, strict=True):
         assert [request.token_ids for request in result.requests] == answers, f"{name} has changed an answer"

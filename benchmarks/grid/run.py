@@ -78,14 +78,3 @@ def answering(engine: Engine, turns: Sequence[Turn], sampling: SamplingParams, l
             for part, of_part in zip(PARTS, parts, strict=True):
                 progress.parts[part] += of_part
         yield progress
-
-
-def in_turns(runs: Sequence[Iterator[Progress]]) -> list[Progress]:
-    """What each side has done in the end: the next step is always of the one that has had least time."""
-    results = [next(run) for run in runs]
-    unfinished = dict(enumerate(runs))
-    while unfinished:
-        place = min(unfinished, key=lambda place: results[place].seconds)
-        if next(unfinished[place], None) is None:
-            del unfinished[place]
-    return results

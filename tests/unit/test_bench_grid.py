@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.common.in_process import Turn
+from benchmarks.common.in_process import Turn, take_turns
 from benchmarks.grid import run
 from benchmarks.grid.plan import Cell, cells, read_sets
 from benchmarks.grid.report import ratio
@@ -42,7 +42,7 @@ def test_a_steps_seconds_are_shared_by_those_that_run(monkeypatch: pytest.Monkey
     ticks = iter(range(100))
     monkeypatch.setattr(run, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     turns, sampling = [Turn([1])] * 3, SamplingParams(max_tokens=9, seed=0)
-    [progress] = run.in_turns([run.answering(Steps([1, 3, 2]), turns, sampling, 2)])  # type: ignore[arg-type]
+    [progress] = take_turns([run.answering(Steps([1, 3, 2]), turns, sampling, 2)])  # type: ignore[arg-type]
     assert [len(one.token_ids) for one in progress.requests] == [1, 3, 2]
     assert [one.cost for one in progress.requests] == [0.5, 1.5, 1.0]
     assert [one.first for one in progress.requests] == [1.0, 1.0, 1.0]
