@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +21,8 @@ from benchmarks.grid.plan import DEFAULT
 Requests = Sequence[Mapping[str, Any]]
 SAMPLES = 1000
 """Of the bootstrap."""
+MOST_IN_LOOPS = 0.1
+_LOOP = re.compile(r"(.{8,300}?)\1{2,}", re.DOTALL)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -37,6 +41,18 @@ def ratio(ours: Requests, theirs: Requests) -> tuple[float, float, float]:
     rng = random.Random(0)
     samples = sorted(of(rng.choices(pairs, k=len(pairs))) for _ in range(SAMPLES))
     return of(pairs), samples[SAMPLES // 40], samples[-SAMPLES // 40]
+
+
+def loop_share(text: str) -> float:
+    """How much of a text is in passages that are said at least three times in a row."""
+    return sum(len(found[0]) for found in _LOOP.finditer(text)) / max(len(text), 1)
+
+
+def without_loops(cell: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell without the requests whose answers are loops for more than ``MOST_IN_LOOPS`` of their text."""
+    kept = [place for place, text in enumerate(cell["texts"]) if loop_share(text) <= MOST_IN_LOOPS]
+    sides = {name: {"requests": [side["requests"][place] for place in kept]} for name, side in cell["sides"].items()}
+    return {**cell, "texts": [cell["texts"][place] for place in kept], "sides": sides}
 
 
 def of_side(cells: Sequence[Mapping[str, Any]], side: str) -> list[Mapping[str, Any]]:
@@ -72,13 +88,18 @@ def table(cells: Sequence[Mapping[str, Any]], title: str) -> Table:
 
 
 def tables(cells: Iterable[Mapping[str, Any]]) -> list[Table]:
-    """One for each temperature and load."""
+    """Two for each temperature and load: with all answers, and without those that are loops."""
+    found = []
     ordered = sorted(cells, key=lambda cell: (cell["temperature"], cell["load"]))
-    grouped = groupby(ordered, key=lambda cell: (cell["temperature"], cell["load"]))
-    return [
-        table(list(of_group), f"temperature {temperature}, {load} at a time")
-        for (temperature, load), of_group in grouped
-    ]
+    for (temperature, load), of_group in groupby(ordered, key=lambda cell: (cell["temperature"], cell["load"])):
+        group, title = list(of_group), f"temperature {temperature}, {load} at a time"
+        shares = [loop_share(text) for cell in group for text in cell["texts"]]
+        found.append(table(group, f"{title}: all {len(shares)} answers, {fmean(shares):.0%} of their text in loops"))
+        left = [cell for cell in map(without_loops, group) if cell["texts"]]
+        count = sum(len(cell["texts"]) for cell in left)
+        if 0 < count < len(shares):
+            found.append(table(left, f"{title}: the {count} answers without loops"))
+    return found
 
 
 def main(path: Annotated[Path, typer.Argument(help="Of a record.")]) -> None:

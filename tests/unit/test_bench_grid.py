@@ -6,13 +6,14 @@ import json
 import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
 from benchmarks.common.in_process import Turn, take_turns
 from benchmarks.grid import run
 from benchmarks.grid.plan import Cell, cells, read_sets
-from benchmarks.grid.report import ratio
+from benchmarks.grid.report import loop_share, ratio
 from engine.messages import EngineOutput, SamplingParams
 
 
@@ -31,7 +32,7 @@ class Steps:
         outputs = []
         for name in list(self._running):
             self._running[name] -= 1
-            reason = None if self._running[name] else "stop"
+            reason: Literal["stop"] | None = None if self._running[name] else "stop"
             outputs.append(EngineOutput(request_id=name, token_ids=[7], finish_reason=reason))
             if reason:
                 del self._running[name]
@@ -64,6 +65,19 @@ def test_an_interval_holds_the_ratio_and_is_the_narrower_the_more_prompts_agree(
         widths.append(high - low)
     assert widths == sorted(widths)
     assert widths[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("A sentence that says one thing, and another that says more.", 0.0),
+        ("It was said. " * 5, 1.0),
+        ("First of all. " + "It was said. " * 2 + "Then no more.", 0.0),
+        ("0123456789abcdefghijklmnopqrstuvwxyz" + "said again. " * 3, 0.5),
+    ],
+)
+def test_a_loop_is_what_is_said_three_times_in_a_row(text: str, share: float) -> None:
+    assert loop_share(text) == pytest.approx(share, abs=0.02)
 
 
 def test_sets_are_of_tasks_or_files(tmp_path: Path) -> None:
