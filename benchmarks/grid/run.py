@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.common.in_process import PARTS, Engine, Turn
@@ -40,8 +40,14 @@ class Answered:
 
     def record(self) -> dict[str, Any]:
         """Without the tokens, which are those of every side."""
-        kept = asdict(self) | {"num_tokens": len(self.token_ids)}
-        return {name: kept[name] for name in ("num_tokens", "cost", "first", "gaps", "drafted", "accepted")}
+        return {
+            "num_tokens": len(self.token_ids),
+            "cost": round(self.cost, 6),
+            "first": None if self.first is None else round(self.first, 6),
+            "gaps": [round(gap, 5) for gap in self.gaps],
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+        }
 
 
 @dataclass
