@@ -91,10 +91,10 @@ class SchedulerConfig(Section):
 
     max_num_seqs: int = Field(default=256, ge=1, description="Most sequences in one step.")
     max_batched_tokens: int = Field(default=512, ge=16, description="Most tokens in one step (prefill is cut to fit).")
-    step_ms: int = Field(
+    prompt_ms: int = Field(
         default=90,
         ge=1,
-        description="While sequences decode, prompts are read in chunks with which a step takes about so many "
+        description="While sequences decode, prompts are read in chunks that make a step longer by about so many "
         "milliseconds: less, and streams run evenly; more, and first tokens come sooner.",
     )
     max_waiting: int = Field(

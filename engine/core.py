@@ -163,7 +163,8 @@ class EngineCore:
         clock.lap("draft")
         self._emit(verified, outputs)
         clock.lap("commit")
-        self._scheduler.step_time.record(plan.num_tokens, clock.seconds)
+        if plan.num_prompt_tokens:
+            self._scheduler.step_time.record(plan.num_tokens, clock.seconds)
         return outputs, clock.timings(plan, vocabulary)
 
     def _plan(self, reservation: Reservation) -> SchedulerOutput:

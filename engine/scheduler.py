@@ -30,7 +30,7 @@ class Scheduler:
     decodes; chunks to running prefills; draft tokens; then new requests while sequences and blocks
     last. While prefill work is there, drafts get at most half of what the decodes leave; while a
     prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
-    Beside decodes, prompts get as many tokens as fit in ``step_ms`` milliseconds, but at least ``LEAST_CHUNK``.
+    Beside decodes, prompts get as many tokens as take ``prompt_ms`` milliseconds, but at least ``LEAST_CHUNK``.
 
     Drafts take no block that somebody else needs: blocks of rejected ones are taken back before a sequence
     is preempted. Who is admitted and who is preempted, and that every request finishes: see ``Admission``.
@@ -49,7 +49,7 @@ class Scheduler:
         self._admission = Admission(self._kv, self._max_running)
         self._waiting, self._running = self._admission.waiting, self._admission.running
         self.step_time = StepTime()
-        """What steps take; whoever computes them records it."""
+        """What steps that read prompts take; whoever computes them records it."""
         self._lacks_blocks = False
         """Whether waiting requests cannot be admitted for lack of blocks, as of the last step."""
 
@@ -96,14 +96,16 @@ class Scheduler:
         has_prefills = bool(self._prefilling(plan))
         for slot in reservation.slots:
             plan[slot.request] += len(slot.request.draft_token_ids)
-        budget = self._prompt_tokens(sum(plan.values()))
+        num_decoded = sum(plan.values())
+        budget = self._prompt_tokens(num_decoded)
         if has_prefills:
             budget -= self._plan_newcomers(plan, budget // 2, whole=True)
         budget -= self._plan_prefills(plan, budget)
         self._plan_newcomers(plan, budget, whole=False)
         self._lacks_blocks = self._admission.lacks_blocks
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
-        return SchedulerOutput(sequences, sum(plan.values()), self._admission.preempted)
+        num_tokens = sum(plan.values())
+        return SchedulerOutput(sequences, num_tokens, num_tokens - num_decoded, self._admission.preempted)
 
     def commit(self, sequence: ScheduledSequence, kept_token_ids: list[int], finished: bool) -> None:
         """Take the result of a step for one sequence; ignored if it was aborted meanwhile.
@@ -201,11 +203,11 @@ class Scheduler:
         num_admissible = 0 if self._lacks_blocks else len(self._waiting)
         return min(len(self._running) + num_admissible, self._max_running) - num_stalled - num_decoding
 
-    def _prompt_tokens(self, num_planned: int) -> int:
+    def _prompt_tokens(self, num_decoded: int) -> int:
         """Tokens that prompts get in a step that has so many others."""
-        left = self._config.max_batched_tokens - num_planned
-        in_time = self.step_time.tokens_in(self._config.step_ms / 1e3) if num_planned else None
-        return left if in_time is None else min(left, max(in_time - num_planned, LEAST_CHUNK))
+        left = self._config.max_batched_tokens - num_decoded
+        in_time = self.step_time.tokens_in(self._config.prompt_ms / 1e3) if num_decoded else None
+        return left if in_time is None else min(left, max(in_time, LEAST_CHUNK))
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills, in equal parts, as far as they need them; returns the tokens planned."""

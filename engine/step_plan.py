@@ -82,4 +82,6 @@ class SchedulerOutput:
 
     sequences: list[ScheduledSequence]
     num_tokens: int
+    num_prompt_tokens: int
+    """How many of them are of prompts, or of sequences that are computed again."""
     preempted: list[Request]
