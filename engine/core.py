@@ -163,8 +163,7 @@ class EngineCore:
         clock.lap("draft")
         self._emit(verified, outputs)
         clock.lap("commit")
-        if plan.num_prompt_tokens:
-            self._scheduler.step_time.record(plan.num_tokens, clock.seconds)
+        self._scheduler.record_seconds(plan, clock.seconds)
         return outputs, clock.timings(plan, vocabulary)
 
     def _plan(self, reservation: Reservation) -> SchedulerOutput:

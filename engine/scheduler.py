@@ -48,8 +48,7 @@ class Scheduler:
         self._max_running = min(config.max_num_seqs, config.max_batched_tokens // 2)
         self._admission = Admission(self._kv, self._max_running)
         self._waiting, self._running = self._admission.waiting, self._admission.running
-        self.step_time = StepTime()
-        """What steps that read prompts take; whoever computes them records it."""
+        self._step_time = StepTime()
         self._lacks_blocks = False
         """Whether waiting requests cannot be admitted for lack of blocks, as of the last step."""
 
@@ -147,6 +146,11 @@ class Scheduler:
             request.draft_token_ids = []
             self._kv.cache_full_blocks(request)
 
+    def record_seconds(self, plan: SchedulerOutput, seconds: float) -> None:
+        """What a step took: those with prompts tell how much of them the next ones may read."""
+        if plan.num_prompt_tokens:
+            self._step_time.record(plan.num_tokens, seconds)
+
     def has_work(self) -> bool:
         """Whether a request is waiting or running."""
         return bool(self._requests)
@@ -206,7 +210,7 @@ class Scheduler:
     def _prompt_tokens(self, num_decoded: int) -> int:
         """Tokens that prompts get in a step that has so many others."""
         left = self._config.max_batched_tokens - num_decoded
-        in_time = self.step_time.tokens_in(self._config.prompt_ms / 1e3) if num_decoded else None
+        in_time = self._step_time.tokens_in(self._config.prompt_ms / 1e3) if num_decoded else None
         return left if in_time is None else min(left, max(in_time, LEAST_CHUNK))
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:

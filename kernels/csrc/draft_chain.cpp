@@ -14,7 +14,8 @@ namespace {
 class Chain {
  public:
   Chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out)
-      : team_(team), model_(model), rows_(rows), a_(a), out_(out) {
+      : team_(team), model_(model), rows_(rows), a_(a), out_(out),
+        rounds_(rows.sessions == nullptr ? own_rounds_ : model.sessions->rounds()) {
     const size_t most = rows.rows, padded = (most + 31) / 32 * 32;  // products may read whole tiles
     hidden_.resize(padded * model.hidden);
     embeddings_.resize(most * model.hidden);
@@ -45,17 +46,11 @@ class Chain {
   size_t at(int step) const { return static_cast<size_t>(step) * rows_.rows; }
 
   void begin_round(int step) {
-    DraftRounds& rounds = rows_.sessions == nullptr ? own_rounds_ : model_.sessions->rounds();
-    const int round = rows_.sessions == nullptr ? 0 : step;
-    rounds.begin(round, rows_.rows, rows_.candidates);
-    candidates_ = rounds.of(round, 0);
+    round_ = rows_.sessions == nullptr ? 0 : step;
+    rounds_.begin(round_, rows_.rows, rows_.candidates);
   }
 
-  Candidates candidates_of(int row) const {
-    const size_t begin = static_cast<size_t>(row) * candidates_.columns;
-    return {candidates_.tokens + begin, candidates_.logits + begin, candidates_.features + begin * kFeatures,
-            candidates_.columns};
-  }
+  Candidates candidates_of(int row) { return rounds_.of(round_, row); }
 
   void find_candidates(int count) {
     const int k = rows_.candidates, columns = model_.core.n;
@@ -63,8 +58,9 @@ class Chain {
       linear(team_, {&model_.core, hidden_.data(), count, Epilogue::kStore, logits_.data(), columns});
     });
     const LogitRows core{logits_.data(), static_cast<size_t>(columns), count, columns, nullptr};
-    float* values = candidates_.logits;
-    int32_t* token_ids = candidates_.tokens;
+    const Candidates found = candidates_of(0);
+    float* const values = found.logits;
+    int32_t* const token_ids = found.tokens;
     if (model_.tails != nullptr) {
       evo_draft_top_k(&team_, core, model_.core_ids, *model_.tails, {hidden_.data(), rows_.slabs}, k, values, token_ids);
       return;
@@ -75,7 +71,7 @@ class Chain {
 
   void add_prior(int step, int count) {
     const size_t k = rows_.candidates;
-    std::copy_n(candidates_.logits, count * k, scores_.data());
+    std::copy_n(candidates_of(0).logits, count * k, scores_.data());
     for (int row = 0; rows_.sessions != nullptr && row < count; ++row) {
       if (rows_.sessions[row] >= 0) add_prior_to(step, row);
     }
@@ -104,7 +100,7 @@ class Chain {
 
   void choose(int step, int count) {
     const int k = rows_.candidates;
-    const int32_t* token_ids = candidates_.tokens;
+    const int32_t* token_ids = candidates_of(0).tokens;
     int32_t* tokens = out_.tokens + at(step);
     if (rows_.temperatures == nullptr) {
       for (int row = 0; row < count; ++row) {
@@ -129,7 +125,7 @@ class Chain {
     for (int row = 0; row < count; ++row) {
       const size_t k = rows_.candidates;
       const float* scores = scores_.data() + row * k;
-      const int32_t* token_ids = candidates_.tokens + row * k;
+      const int32_t* token_ids = candidates_of(row).tokens;
       const float temperature = rows_.temperatures == nullptr ? 0.0f : rows_.temperatures[row];
       const float sharpness = temperature > 0.0f ? 1.0f / temperature : 1.0f;
       const float chosen = scores[std::find(token_ids, token_ids + k, out_.tokens[at(step) + row]) - token_ids];
@@ -178,8 +174,9 @@ class Chain {
   const ChainRows& rows_;
   float* a_;
   const ChainOutputs& out_;
-  DraftRounds own_rounds_;  // the first one alone, where nobody learns from them
-  Candidates candidates_{};  // of the step's first row; those of the next rows follow
+  DraftRounds own_rounds_;  // where nobody learns from them: the first one, again and again
+  DraftRounds& rounds_;
+  int round_ = 0;
   std::vector<bf16> hidden_;
   std::vector<float> embeddings_, logits_, scores_, head_row_, promises_;
   std::vector<int64_t> indices_;

@@ -42,11 +42,11 @@ def test_prompts_are_read_in_chunks_that_fit_beside_decodes(each: float, expecte
     """With nobody to wait for the next token, a step has all the tokens that it may have."""
     config = SchedulerConfig(max_num_seqs=4, max_batched_tokens=500, prompt_ms=100)
     scheduler = Scheduler(config, CacheConfig(), num_blocks=200, max_model_len=4096)
-    for size in [1, 50] * 50:
-        scheduler.step_time.record(size, each * size)
     scheduler.add(make_request("short", 20))
-    [first] = scheduler.schedule(scheduler.reserve()).sequences
+    plan = scheduler.schedule(scheduler.reserve())
+    [first] = plan.sequences
     assert len(first.token_ids) == 20
+    scheduler.record_seconds(plan, each * plan.num_tokens)
     scheduler.commit(first, [1], finished=False)
     scheduler.add(make_request("long", 2000))
     decode, chunk = scheduler.schedule(scheduler.reserve()).sequences
