@@ -19,14 +19,12 @@ from benchmarks.common.environment import environment
 from benchmarks.common.in_process import Engine, Turn, load_target, take_turns
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import NoiseMeter
-from benchmarks.grid.plan import DEFAULT, Cell, Messages, cells, read_sets, sides_of
+from benchmarks.grid.plan import DATA, DEFAULT, Cell, Messages, cells, read_sets, sides_of
 from benchmarks.grid.report import read, tables
 from benchmarks.grid.run import answering
 from benchmarks.vocabulary.hard_switch import switch_hard
 from benchmarks.vocabulary.modes import Mode
 from engine.messages import SamplingParams
-
-DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def make_engines(sides: Mapping[str, Mode]) -> dict[str, Engine]:

@@ -16,6 +16,8 @@ from engine.config import MAX_TAIL_TOKENS
 
 DEFAULT, LOOKUP = "default", "prompt lookup"
 HUMANEVAL = "human-eval"
+DATA = Path(__file__).parents[3] / "shared" / "data"
+"""Where evaluation prompts are that this repository does not have."""
 Messages = list[dict[str, str]]
 
 
