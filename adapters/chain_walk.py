@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from adapters.target_parts import TargetParts
 from engine.models.eagle3 import Additions, Eagle3
 
+_ROWS = 32
+"""Rows of products come in multiples of it."""
+
 
 @dataclass(frozen=True)
 class ChainBatch:
@@ -62,13 +65,18 @@ class ChainWalk:
         """[n, hidden] at this step."""
         return self._draft.head_input(self._a)
 
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """[n, R] float32 at this step, of some rows [R, hidden] of the target's head."""
+        return F.linear(_filled(self.head_input), rows)[: len(self.chains)].float()
+
     def advance(self, stays: torch.Tensor) -> None:
         """Take the next step with some of the chains, [n] bool."""
         if not stays.all():
             self._follow(stays)
         self.ends, self._positions = self.ends + 1, self._positions + 1
         token_ids = self._token_ids[self.rows, self.ends]
-        q, k, v = self._draft.qkv(F.embedding(token_ids, self._target.embedding), self._a, self._lora)
+        embedding = F.embedding(token_ids, self._target.embedding)
+        q, k, v = (of[: len(token_ids)] for of in self._draft.qkv(_filled(embedding), _filled(self._a), self._lora))
         self._keys.append(self._target.rotary(k, self._positions))
         self._values.append(v)
         self._a = self._output(self._target.rotary(q, self._positions), self._a)
@@ -81,8 +89,14 @@ class ChainWalk:
     def _output(self, q: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
         config = self._draft.config
         groups = q.view(len(q), config.num_kv_heads, config.num_heads // config.num_kv_heads, config.head_dim)
-        attended = self._context.attended(groups, self._keys, self._values)
-        return self._draft.output(g, attended.flatten(1, 2), self._lora)
+        with torch.autocast("cpu", enabled=False):
+            attended = self._context.attended(groups, self._keys, self._values)
+        return self._draft.output(_filled(g), _filled(attended.flatten(1, 2)), self._lora)[: len(q)]
+
+
+def _filled(rows: torch.Tensor) -> torch.Tensor:
+    """[n, ...] with zeros behind, so that there are few different n: bf16 products compile a kernel for each."""
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, -len(rows) % _ROWS))
 
 
 class _Context:
@@ -93,7 +107,7 @@ class _Context:
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> None:
-        self._keys, self._values, self._rows, self._columns = keys, values, rows, columns
+        self._keys, self._values, self._rows, self._columns = keys.float(), values.float(), rows, columns
         self._num_chains = torch.bincount(rows, minlength=len(keys)).tolist()
         is_later = torch.arange(keys.shape[1]) > columns[:, None]
         self._hidden = self._of_sequences(is_later)
@@ -109,7 +123,7 @@ class _Context:
 
         ``later_keys`` and ``later_values`` [N, kv_heads, head_dim] are those entries, of each step after the first.
         """
-        q = q * q.shape[-1] ** -0.5
+        q, later_keys = q.float() * q.shape[-1] ** -0.5, [key.float() for key in later_keys]
         scores = [
             torch.einsum("ngrd,tgd->ngrt", of_sequence, keys).masked_fill(hidden[:, None, None], -torch.inf)
             for of_sequence, keys, hidden in zip(self._of_sequences(q), self._keys, self._hidden, strict=True)

@@ -12,6 +12,7 @@ from engine.models.llama import RotaryEmbedding, rms_norm
 from engine.models.weights import WeightSource, open_weights
 
 _DEFAULT_MAX_MODEL_LEN = 8192
+_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,15 @@ class TargetParts:
     def head_input(self, last_layer: torch.Tensor) -> torch.Tensor:
         """What the head projects, from the output of the last layer."""
         return rms_norm(last_layer, self.norm, self.norm_eps)
+
+
+def with_others(token_ids: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    """Rows of the head for a loss: all of some ascending ids, and so many of ``drawn`` as fill whole tiles; ascending."""
+    others = torch.unique(drawn)
+    others = others[~torch.isin(others, token_ids)]
+    others = others[torch.randperm(len(others))]
+    count = len(others) - (len(token_ids) + len(others)) % _TILE
+    return torch.cat((token_ids, others[: max(count, 0)])).sort().values
 
 
 def load_target_parts(files: ModelFiles, spec: ModelSpec, max_model_len: int | None = None) -> TargetParts:

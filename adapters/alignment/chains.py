@@ -16,6 +16,7 @@ from adapters.chain_walk import ChainBatch, ChainWalk
 from adapters.target_parts import TargetParts
 from engine.models.eagle3 import Additions, Eagle3
 
+_PLACES = 64
 _NO_LOGIT = -1e30
 """Stands at places without a token: a row of -inf has no softmax, and its gradient would spoil the whole batch's."""
 
@@ -59,9 +60,13 @@ GoesOn = Callable[[ChainStep], torch.Tensor]
 class ChainDrafter:
     """A draft, alone or with an adapter, that drafts along the chains of a batch."""
 
-    draft: Eagle3  # float32, on the CPU
+    draft: Eagle3  # on the CPU
     target: TargetParts
     lora: Additions | None = None
+
+    def precision(self) -> torch.autocast:
+        """Products are made in bf16 where that is the dtype of the draft's weights, and everything else in float32."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.draft.fc.weight.dtype == torch.bfloat16)
 
     def walk(self, batch: SegmentBatch) -> ChainWalk:
         """The chains of a batch, at their first step."""
@@ -78,13 +83,19 @@ class ChainDrafter:
             token_ids: [R] int64 ascending, all of ``batch.wanted_ids`` among them.
             goes_on: which chains are followed, and how far; None: all to the end.
         """
+        with self.precision():
+            return self._steps(batch, token_ids, goes_on)
+
+    def _steps(self, batch: SegmentBatch, token_ids: torch.Tensor, goes_on: GoesOn | None) -> list[ChainStep]:
         walk = self.walk(batch)
-        rows, columns = self.target.head[token_ids].float(), torch.searchsorted(token_ids, batch.top_ids)
+        rows, columns = self.target.head[token_ids], torch.searchsorted(token_ids, batch.top_ids)
+        if not torch.is_autocast_enabled("cpu"):
+            rows = rows.float()
         steps: list[ChainStep] = []
         while True:
             chains, number = walk.chains, len(steps)
             of_target = (each[chains, number] for each in (columns, batch.top_logits, batch.mask))
-            logits = walk.head_input @ rows.T
+            logits = walk.logits(rows)
             if batch.prior is not None:
                 logits = logits + batch.prior.bonus(walk.rows, walk.ends - number, number, token_ids)
             steps.append(ChainStep(number, chains, logits, *of_target))
@@ -121,4 +132,5 @@ def collate(segments: Sequence[Segment], horizon: int) -> SegmentBatch:
 def _padded(rows: list[torch.Tensor], more: int, value: float = 0) -> torch.Tensor:
     """Tensors [n, ...] of each segment, padded and stacked to [B, T + more, ...]."""
     batch = pad_sequence(rows, batch_first=True, padding_value=value)
+    more += -batch.shape[1] % _PLACES
     return F.pad(batch, (0, 0) * (batch.dim() - 2) + (0, more), value=value)

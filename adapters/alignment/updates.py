@@ -12,6 +12,7 @@ from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch, col
 from adapters.alignment.curriculum_loss import Curriculum, divergence
 from adapters.alignment.lora import Lora
 from adapters.alignment.records import Segment
+from adapters.target_parts import with_others
 from engine.adapters_config import AdaptersConfig
 from engine.models.lora import lora_layout
 
@@ -103,7 +104,7 @@ class Updater:
         uniform = torch.rand(len(batch.starts), generator=self._generator)
         # The batch's own tokens and random others, which are all wrong answers.
         drawn = torch.randint(0, vocab_size, (training.random_rows,), generator=self._generator)
-        rows = torch.unique(torch.cat((batch.wanted_ids, drawn)))
+        rows = with_others(batch.wanted_ids, drawn)
         return replace(self._base, lora=self._lora).steps(batch, rows, Curriculum(training.beta, uniform))
 
     def _follow(self) -> None:

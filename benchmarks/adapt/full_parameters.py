@@ -40,7 +40,7 @@ class FullParameterUpdater(Updater):
         return {name: weight.detach().bfloat16() for name, weight in self.trained.draft.named_parameters()}
 
     def drafter(self, published: Mapping[str, torch.Tensor]) -> ChainDrafter:
-        draft = copy.deepcopy(self._base.draft)
+        draft = copy.deepcopy(self._base.draft).float()
         draft.load_state_dict(published)
         return replace(self._base, draft=draft)
 

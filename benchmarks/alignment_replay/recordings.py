@@ -80,7 +80,8 @@ def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[R
     head = target.head.float()
     for one in answers(model, prompts, max_tokens):
         inputs = torch.zeros(len(one.features), hidden, dtype=torch.bfloat16)
-        inputs[1:] = draft.fuse(one.features[:-1, :-hidden])
+        with drafter.precision():
+            inputs[1:] = draft.fuse(one.features[:-1, :-hidden])
         last = target.head_input(one.features[:, -hidden:].to(torch.bfloat16)).float()
         logits, ids = (last @ head.T).topk(TOP_K)
         drafted = _drafts(drafter, one.text, one.answer, inputs)

@@ -33,6 +33,7 @@ from engine.models.eagle3 import Eagle3
 from engine.models.registry import resolve_model, validate_model_files
 from engine.speculation.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer
+from kernels.native import has_fast_bf16
 
 DEPTH, WIDTH, TARGET_TOP_K = 4, 512, 10
 """Draft tokens of a chain, and how many of the draft's and of the target's most likely tokens are kept."""
@@ -104,9 +105,10 @@ def load_target(model: str) -> TargetParts:
 
 
 def load_parts(model: str) -> tuple[Eagle3, TargetParts]:
-    """The shipped draft of a model in float32, and what it shares with its target."""
+    """The shipped draft of a model as the worker has it, and what it shares with its target."""
     directory = DRAFTS / resolve_model(ModelConfig(name=model)).name
-    return eagle3.load_draft(directory, torch.float32, torch.device("cpu")), load_target(model)
+    dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+    return eagle3.load_draft(directory, dtype, torch.device("cpu")), load_target(model)
 
 
 def answers(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Answered]:
