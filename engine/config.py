@@ -157,7 +157,7 @@ class SpeculationConfig(Section):
 
     method: Literal["auto", "none", "eagle3", "draft_model", "ngram"] = Field(
         default="auto",
-        description="What proposes tokens; auto: the draft shipped for the model, none if there is none; ngram: what "
+        description="What proposes tokens; auto: the draft shipped for the model, ngram if there is none; ngram: what "
         "followed the same tokens earlier in the sequence, for any model.",
     )
     draft: str | None = Field(

@@ -48,8 +48,8 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
         ModelError: the draft cannot be had, or does not fit the target.
     """
     method, directory = choose_method(config.speculation, files.name)
-    if method == "none" and config.speculation.method == "auto" and config.speculation.num_speculative_tokens:
-        log.info("no speculation: no draft is shipped for this model", model=files.name)
+    if method == "ngram" and config.speculation.method == "auto":
+        log.info("no draft is shipped for this model: repeats are copied", model=files.name)
     reason = missing_reason()
     if method != "none" and reason is not None:
         if config.speculation.method != "auto":

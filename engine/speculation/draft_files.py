@@ -34,7 +34,7 @@ def choose_method(config: SpeculationConfig, model: str) -> tuple[Method, Path |
         return method, None
     if config.draft is not None:
         raise ModelError("speculation.draft is set: say what it is by speculation.method, eagle3 or draft_model")
-    return ("eagle3", shipped) if (shipped / WEIGHTS_FILE).is_file() else ("none", None)
+    return ("eagle3", shipped) if (shipped / WEIGHTS_FILE).is_file() else ("ngram", None)
 
 
 def draft_model_config(config: EngineConfig, max_model_len: int) -> ModelConfig:

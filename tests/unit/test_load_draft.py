@@ -21,6 +21,7 @@ from engine.speculation import build as spec_load
 from engine.speculation import draft_files
 from engine.speculation.drafters.base import Draft
 from engine.speculation.drafters.head import COUNTS_FILE
+from engine.speculation.drafters.lookup import NgramDraft
 from engine.text.tokenizer import Tokenizer
 from tests.tiny_drafts import make_draft_directory, random_draft
 from tests.tiny_models import make_directory
@@ -117,15 +118,15 @@ def test_no_speculation(speculation: dict[str, object], target: LoadedModel, fil
 
 
 @pytest.mark.parametrize("left", [[], [COUNTS_FILE]])
-def test_auto_without_a_shipped_draft_says_so_once(
+def test_auto_without_a_shipped_draft_copies_and_says_so_once(
     left: list[str], target: LoadedModel, files: ModelFiles, shipped: Path
 ) -> None:
     for path in shipped.iterdir():
         if path.name not in left:
             path.unlink()
     with capture_logs() as logs:
-        assert load_draft(target, files) is None
-    assert [entry["event"] for entry in logs] == ["no speculation: no draft is shipped for this model"]
+        assert isinstance(load_draft(target, files), NgramDraft)
+    assert [entry["event"] for entry in logs] == ["no draft is shipped for this model: repeats are copied"]
 
 
 def test_what_is_no_draft_is_refused(target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path) -> None:
