@@ -11,12 +11,11 @@ import torch
 
 from engine.batch import Features
 from engine.config import EngineConfig
-from engine.draft_state import DraftState
 from engine.loader import LoadedModel, load
 from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
-from engine.request import Request
+from engine.request import Request, engine_request_id, make_request
 from engine.sampling.constrained import ConstrainedRequests
 from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.sampler import SampledSequence
@@ -96,7 +95,7 @@ class EngineCore:
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
         try:
-            request = _make_request(client_id, message, self.spec.vocab_size)
+            request = make_request(client_id, message, self.spec.vocab_size)
         except ValueError as error:
             self._tell_error(client_id, message.request_id, str(error))
             return
@@ -248,10 +247,13 @@ class EngineCore:
         elif not finished:
             self._constrained.commit(request, kept)
         snapshot, counts = self._speculator.finish(request) if finished and self._speculator else (None, None)
+        logprobs = None if choice.logprobs is None else choice.logprobs[: truncation.num_kept]
+        if logprobs is not None and self._speculator is not None:
+            logprobs = self._speculator.with_sources(one, logprobs)
         output = EngineOutput(
             request_id=request.client_request_id,
             token_ids=kept,
-            logprobs=None if choice.logprobs is None else choice.logprobs[: truncation.num_kept],
+            logprobs=logprobs,
             prompt_logprobs=self._verifier.take_prompt_logprobs(request),
             finish_reason=finish_reason,
             error=_NOT_FINITE if finish_reason == "error" else None,
@@ -275,26 +277,3 @@ class EngineCore:
         self._constrained.forget(engine_id)
         if self._speculator is not None and request is not None:
             self._speculator.forget(request)
-
-
-def _make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:
-    """Raises ``ValueError`` for tokens that no model could read."""
-    prompt, prediction = message.prompt_token_ids, message.prediction_token_ids
-    for name, tokens in (("prompt", prompt), ("prediction", prediction)):
-        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-            raise ValueError(f"not all tokens of the {name} are below {vocab_size}")
-    return Request(
-        request_id=engine_request_id(client_id, message.request_id),
-        client_id=client_id,
-        client_request_id=message.request_id,
-        tenant=message.tenant,
-        prompt_token_ids=prompt,
-        sampling=message.sampling,
-        domain=message.session.domain or None if message.session else None,
-        draft_state=DraftState(past=message.session, prediction=prediction),
-    )
-
-
-def engine_request_id(client_id: bytes, request_id: str) -> str:
-    """The engine's name of a client's request: ids of different clients may be equal, these are not."""
-    return f"{client_id.hex()}/{request_id}"

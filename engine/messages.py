@@ -117,16 +117,22 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     vocabulary: str = ""
 
 
+TokenSource = Literal["target", "draft", "session", "copied"]
+"""Who proposed a token of an answer: the target itself; the draft, from the tokens that all sequences can draft or from
+the session's own; or the text before it, where the same words had come."""
+
+
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Log-probability of one token and, if asked for, of the most likely alternatives.
 
     Natural logarithm of the target model's own distribution at temperature 1, before penalties.
-    ``top`` holds (token id, logprob), most likely first.
+    ``top`` holds (token id, logprob), most likely first. ``source``: who proposed it.
     """
 
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
+    source: TokenSource = "target"
 
 
 class VocabularyCounts(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):

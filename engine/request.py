@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.draft_state import DraftState
-from engine.messages import SamplingParams
+from engine.messages import EngineRequest, SamplingParams
 
 if TYPE_CHECKING:
     from engine.sampling.grammar_cursor import GrammarCursor
@@ -71,3 +71,26 @@ class Request:
     def wants_prompt_logits(self) -> bool:
         """Whether the logits of all prompt positions are still needed, for ``sampling.prompt_logprobs``."""
         return self.sampling.prompt_logprobs is not None and not self.output_token_ids
+
+
+def make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:
+    """What a client asks for; raises ``ValueError`` for tokens that no model could read."""
+    prompt, prediction = message.prompt_token_ids, message.prediction_token_ids
+    for name, tokens in (("prompt", prompt), ("prediction", prediction)):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+            raise ValueError(f"not all tokens of the {name} are below {vocab_size}")
+    return Request(
+        request_id=engine_request_id(client_id, message.request_id),
+        client_id=client_id,
+        client_request_id=message.request_id,
+        tenant=message.tenant,
+        prompt_token_ids=prompt,
+        sampling=message.sampling,
+        domain=message.session.domain or None if message.session else None,
+        draft_state=DraftState(past=message.session, prediction=prediction),
+    )
+
+
+def engine_request_id(client_id: bytes, request_id: str) -> str:
+    """The engine's name of a client's request: ids of different clients may be equal, these are not."""
+    return f"{client_id.hex()}/{request_id}"

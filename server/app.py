@@ -21,7 +21,7 @@ from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
-from server.routes import about, adapters, chat, completions, sessions, tokens
+from server.routes import about, adapters, chat, completions, overview, page, sessions, tokens
 from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
@@ -59,7 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.tokenizer = tokenizer
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
-    for module in (completions, chat, sessions, adapters, tokens, about):
+    for module in (completions, chat, sessions, adapters, tokens, about, overview, page):
         app.include_router(module.router)
     app.include_router(about.public_router)
     install_error_handlers(app)

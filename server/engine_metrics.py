@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from engine.messages import EngineOutputs, EngineReady, EngineStats, StepTimings
 from server.alignment_metrics import AlignmentMetrics
-from server.metric_families import EngineCounters, MetricFamilies
+from server.metric_families import EngineCounters, MetricFamilies, value_of
+from server.schemas.overview import EngineOverview
 
 _STEP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _VOCABULARY_SECONDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25)
@@ -19,6 +20,7 @@ _GAUGES = {
     "vocabularies_total": ("vocabularies_total", "How many can have one at once."),
 }
 """By their field of ``EngineStats``."""
+_LOAD = ("num_running", "num_waiting", "blocks_used", "blocks_total")
 _COUNTERS = {
     "prefix_query_tokens": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_hit_tokens": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
@@ -81,6 +83,11 @@ class EngineMetrics:
             self._observe_stats(message.stats)
         for step in message.steps:
             self._observe_step(step)
+
+    def load(self) -> EngineOverview:
+        """What the engine does now."""
+        running, waiting, used, total = (value_of(self._gauges[name]) for name in _LOAD)
+        return EngineOverview(running=running, waiting=waiting, kv_blocks_used=used, kv_blocks_total=total)
 
     def lost(self) -> None:
         """There is no engine that runs, queues or holds anything."""

@@ -22,7 +22,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprob]) -> Chat
 def _content_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ContentLogprob:
     chosen = _top_logprob(tokenizer, entry.token_id, entry.logprob)
     alternatives = [_top_logprob(tokenizer, token_id, logprob) for token_id, logprob in entry.top]
-    return ContentLogprob(chosen.token, chosen.logprob, chosen.bytes, alternatives)
+    return ContentLogprob(chosen.token, chosen.logprob, chosen.bytes, alternatives, entry.source)
 
 
 def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:

@@ -28,6 +28,11 @@ class MetricFamilies:
         return Histogram(f"evospec:{name}", about, labels, buckets=buckets, registry=self._registry)
 
 
+def value_of(metric: Counter | Gauge) -> int:
+    """What a metric without labels, or with all of them given, counts now."""
+    return int(next(iter(metric.collect())).samples[0].value)
+
+
 class EngineCounters:
     """Counters that the engine keeps from its start; ``counters`` shows each by its field in the engine's report."""
 

@@ -7,7 +7,8 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, generate_lat
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.messages import VocabularyCounts
 from server.engine_metrics import EngineMetrics
-from server.metric_families import MetricFamilies
+from server.metric_families import MetricFamilies, value_of
+from server.schemas.overview import DomainOverview, Place, TenantOverview
 
 MAX_TENANT_LABELS = 100
 MAX_DOMAIN_LABELS = 10  # for each tenant, so that none can use up the others'
@@ -56,6 +57,8 @@ class TenantMetrics:
         self._num_copied_tokens = metrics.num_copied_tokens.labels(*self._labels)
         self._num_accepted_copied_tokens = metrics.num_accepted_copied_tokens.labels(*self._labels)
         self._by_position: list[tuple[Counter, Counter]] = []
+        self._num_verified = self._num_covered = 0
+        self._tail_hits: dict[str, int] = {}
 
     def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int, copied: bool) -> None:
         """Count a step of a sequence that verified drafts, ``copied`` from its text or the draft's own."""
@@ -82,9 +85,28 @@ class TenantMetrics:
         metrics.verified_tokens.labels(*labels).inc(counts.verified_tokens)
         metrics.covered_tokens.labels(*labels).inc(counts.covered_tokens)
         metrics.retrieval_events.labels(*labels).inc(counts.events)
+        self._num_verified += counts.verified_tokens
+        self._num_covered += counts.covered_tokens
+        for source, count in counts.hits.items():
+            self._tail_hits[source] = self._tail_hits.get(source, 0) + count
         for metric, by_source in ((metrics.tail_insertions, counts.insertions), (metrics.tail_hits, counts.hits)):
             for source, count in by_source.items():
                 metric.labels(*labels, source).inc(count)
+
+    def overview(self) -> DomainOverview:
+        """How its drafts fared."""
+        return DomainOverview(
+            domain=self._labels[2],
+            drafts=value_of(self._num_drafts),
+            draft_tokens=value_of(self._num_draft_tokens),
+            accepted_tokens=value_of(self._num_accepted_tokens),
+            copied_tokens=value_of(self._num_copied_tokens),
+            accepted_copied_tokens=value_of(self._num_accepted_copied_tokens),
+            places=[Place(*map(value_of, counters)) for counters in list(self._by_position)],
+            verified_tokens=self._num_verified,
+            covered_tokens=self._num_covered,
+            tail_hits=dict(self._tail_hits),
+        )
 
 
 class Metrics:
@@ -173,6 +195,22 @@ class Metrics:
         if labels not in self._per_domain:
             self._per_domain[labels] = TenantMetrics(self, *labels)
         return self._per_domain[labels]
+
+    def overview(self, tenant: str | None) -> list[TenantOverview]:
+        """A tenant's traffic, nothing where it shares its label with others; None: that of all."""
+        domains: dict[str, list[TenantMetrics]] = {}
+        for (name, _), of_domain in sorted(self._per_domain.copy().items()):
+            if tenant is None or (name == tenant and name != OTHER):
+                domains.setdefault(name, []).append(of_domain)
+        return [
+            TenantOverview(
+                tenant=name,
+                prompt_tokens=value_of(own[0].prompt_tokens),
+                generation_tokens=value_of(own[0].generation_tokens),
+                domains=[one.overview() for one in own],
+            )
+            for name, own in domains.items()
+        ]
 
     def observe_session(self, operation: str, outcome: str, seconds: float, tenant: str, domain: str) -> None:
         """Count an operation on a session and its time."""

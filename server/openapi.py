@@ -13,6 +13,7 @@ from server.schemas.adapters import AcceptedCommand, AdapterList
 from server.schemas.chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from server.schemas.completions import Completion, CompletionRequest
 from server.schemas.models import ModelCard, ModelList
+from server.schemas.overview import Overview
 from server.schemas.sessions import DeletedSession, Session
 from server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
@@ -28,6 +29,7 @@ RESPONSES = (
     DetokenizeResponse,
     AdapterList,
     AcceptedCommand,
+    Overview,
 )
 
 _DESCRIPTIONS = {

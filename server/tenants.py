@@ -164,6 +164,12 @@ async def authenticate(request: Request) -> Tenant:
     return tenant
 
 
+def is_admin(request: Request) -> bool:
+    """Whether a request carries the admin key; False where there is none."""
+    admin, key = request.app.state.settings.auth.admin_key, bearer_key(request)
+    return admin is not None and key is not None and hmac.compare_digest(hash_key(key), admin)
+
+
 def _read_keys_file(path: Path) -> dict[str, _TenantEntry]:
     try:
         return _KeysFile.model_validate(tomllib.loads(path.read_text("utf-8"))).tenants

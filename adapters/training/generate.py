@@ -28,9 +28,10 @@ from adapters.training.conversations import (
 )
 from adapters.training.feature_recorder import FeatureRecorder, recorded_layers
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore, engine_request_id
+from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, SamplingParams
 from engine.models.registry import resolve_model, validate_model_files
+from engine.request import engine_request_id
 from engine.text.tokenizer import Tokenizer
 
 log = structlog.get_logger(__name__)

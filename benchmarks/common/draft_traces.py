@@ -26,11 +26,12 @@ from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.streams import trial_prompts
 from engine.config import ModelConfig, SpeculationConfig
-from engine.core import EngineCore, engine_request_id
+from engine.core import EngineCore
 from engine.messages import EngineRequest, SamplingParams
 from engine.models import eagle3
 from engine.models.eagle3 import Eagle3
 from engine.models.registry import resolve_model, validate_model_files
+from engine.request import engine_request_id
 from engine.speculation.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer
 from kernels.native import has_fast_bf16

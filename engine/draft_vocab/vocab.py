@@ -75,7 +75,6 @@ class DraftVocab:
         of_sessions = session_options(options, resources.slots)
         self.sessions = Sessions(of_sessions, resources.core, None if graph is None else graph.arrays())
         self.drafted = DraftedTokens(self.sessions, texts, wants_hidden=resources.semantic is not None)
-        self._uses_prior = options.prior != "off"
         self._free = list(range(options.max_sessions))[::-1]
         self._tenants = _TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._past = SessionPast(options, resources, self.sessions)
@@ -93,7 +92,11 @@ class DraftVocab:
     @property
     def uses_prior(self) -> bool:
         """Whether sequences have a prior."""
-        return self._uses_prior
+        return self._options.prior != "off"
+
+    def in_core(self, token_id: int) -> bool:
+        """Whether all sequences can draft a token."""
+        return bool(self._resources.core[token_id])
 
     @property
     def num_used(self) -> int:
@@ -137,7 +140,7 @@ class DraftVocab:
             if self._ensure_session(request):
                 behind.add_unread(request)
         self._catch_up(behind)
-        if self._uses_prior and self._options.prior_matches:
+        if self.uses_prior and self._options.prior_matches:
             self.texts.read(requests)
 
     def slabs(self, requests: Sequence[Request]) -> list[int]:
@@ -243,7 +246,7 @@ class DraftVocab:
     def prior_weights(self, request: Request) -> NDArray[np.float32] | None:
         """[NUM_FEATURES] with which a sequence is drafted for; None: without a prior."""
         session = request.draft_state.session
-        return None if session == NONE or not self._uses_prior else self.sessions.applied_weights(session)
+        return None if session == NONE or not self.uses_prior else self.sessions.applied_weights(session)
 
     def _ensure_session(self, request: Request) -> bool:
         """Make the vocabulary of a sequence that has none yet, if there is room; whether it has one."""

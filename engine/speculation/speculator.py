@@ -11,7 +11,7 @@ import torch
 from engine.batch import Features
 from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
 from engine.draft_vocab.follower import ComputeLogits, VocabFollower
-from engine.messages import EngineStats, VocabularyCounts
+from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
 from engine.online.verify_log import VerifyLog
 from engine.request import Request
 from engine.speculation.drafters.base import Proposer
@@ -164,6 +164,16 @@ class Speculator:
                 self._policy.record_drafts(state.draftable, chain, outcomes, repeat)
                 first_right[one.request.request_id] = None if chain.copied else outcomes[0]
         return first_right
+
+    def with_sources(self, one: Verification, entries: list[TokenLogprob]) -> list[TokenLogprob]:
+        """The log-probabilities of a step's tokens, with who proposed each of them."""
+        named = []
+        for entry in entries[: one.num_accepted]:
+            source: TokenSource = "copied" if one.source == "lookup" else "draft"
+            if source == "draft" and self._vocab is not None and not self._vocab.in_core(entry.token_id):
+                source = "session"
+            named.append(msgspec.structs.replace(entry, source=source))
+        return named + entries[one.num_accepted :]
 
     def add_stats(self, stats: EngineStats) -> EngineStats:
         """The engine's statistics with those of speculation."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Path, Request
@@ -15,7 +14,7 @@ from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.schemas.adapters import AcceptedCommand, Adapter, AdapterList
 from server.serving import CurrentServing
-from server.tenants import bearer_key, hash_key
+from server.tenants import is_admin
 
 # Documents the header; ``require_admin`` is what checks it.
 _bearer = HTTPBearer(auto_error=False, description="Admin key")
@@ -23,11 +22,9 @@ _bearer = HTTPBearer(auto_error=False, description="Admin key")
 
 async def require_admin(request: Request, _: Annotated[Any, Depends(_bearer)]) -> None:
     """FastAPI dependency: 401 without the admin key, 403 if there is none to have."""
-    expected = request.app.state.settings.auth.admin_key
-    if expected is None:
+    if request.app.state.settings.auth.admin_key is None:
         raise ApiError(403, "No admin key is configured: see auth.admin_key.")
-    key = bearer_key(request)
-    if key is None or not hmac.compare_digest(hash_key(key), expected):
+    if not is_admin(request):
         raise ApiError(401, "This needs the admin key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
 
 

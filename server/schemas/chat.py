@@ -9,6 +9,7 @@ from msgspec import UNSET, UnsetType
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from engine.messages import TokenSource
 from server.schemas.answers import AnswerBody, Usage
 from server.schemas.fields import Body, NoOp, SamplingFields
 
@@ -114,9 +115,10 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class ContentLogprob(TopLogprob, frozen=True):
-    """A chosen token and its most likely alternatives."""
+    """A chosen token, its most likely alternatives, and who proposed it: EvoSpec's addition to the OpenAI API."""
 
     top_logprobs: list[TopLogprob]
+    source: TokenSource
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):

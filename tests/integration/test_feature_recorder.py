@@ -9,10 +9,11 @@ import torch
 from adapters.training.feature_recorder import FeatureRecorder
 from adapters.training.generate import Generator, Job
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
-from engine.core import EngineCore, engine_request_id
+from engine.core import EngineCore
 from engine.messages import EngineRequest, SamplingParams
 from engine.models.config import ModelFiles
 from engine.models.registry import validate_model_files
+from engine.request import engine_request_id
 from engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory
 

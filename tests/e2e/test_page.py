@@ -1,0 +1,154 @@
+"""The page at /, in a real browser in front of a real server with keys."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from server.tenants import hash_key
+from tests.running_browser import BINARY, running_browser
+from tests.running_server import SMALL, RunningServer
+
+pytestmark = pytest.mark.skipif(
+    BINARY is None and "CI" not in os.environ, reason="chromium is not installed (Debian package chromium)"
+)
+
+KEYS = {"acme": "secret-a", "beta": "secret-b", "prometheus": "secret-p"}
+ADMIN = "secret-o"
+QUESTION = "Write a Python function that returns the n-th Fibonacci number."
+SOURCES = ("target", "draft", "session", "copied")
+TIMEOUT = 60_000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    pairs = ",".join(f"{tenant}={hash_key(key)}" for tenant, key in KEYS.items())
+    options = ["--auth.keys", pairs, "--auth.admin_key", hash_key(ADMIN)]
+    server = RunningServer(tmp_path_factory.mktemp("page") / "log", [*SMALL, *options])
+    server.wait_until_healthy()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with running_browser() as browser:
+        yield browser
+
+
+def opened(browser: Browser, server: RunningServer, key: str, width: int = 1000, scheme: str = "light") -> Page:
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)  # type: ignore[arg-type]
+    page = context.new_page()
+    page.goto(server.base_url)
+    page.fill("#key", key)
+    page.press("#key", "Enter")
+    return page
+
+
+def ask(page: Page, question: str) -> str:
+    """Ask, wait for the answer, and return the line of figures below it."""
+    expect(page.locator("#about")).not_to_be_empty(timeout=TIMEOUT)
+    page.fill("#prompt", question)
+    page.press("#prompt", "Enter")
+    expect(page.locator("#send")).to_be_enabled(timeout=TIMEOUT)
+    return page.locator(".assistant .figures").last.inner_text()
+
+
+def counted(figures: str) -> dict[str, int]:
+    return {source: int(re.search(rf"{source} (\d+)", figures)[1]) for source in SOURCES}  # type: ignore[index]
+
+
+def metric(server: RunningServer, name: str, tenant: str) -> int:
+    headers = {"Authorization": f"Bearer {KEYS['prometheus']}"}
+    text = httpx.get(f"{server.base_url}/metrics", headers=headers, trust_env=False).raise_for_status().text
+    values = re.findall(rf'^evospec:{name}_total{{.*tenant="{tenant}".*}} (\S+)$', text, re.MULTILINE)
+    return int(sum(map(float, values)))
+
+
+def test_an_answer_is_coloured_by_where_its_tokens_came_from(browser: Browser, server: RunningServer) -> None:
+    page = opened(browser, server, KEYS["acme"])
+    page.check("#compare")
+    figures = ask(page, QUESTION)
+    total, by_source = int(figures.split()[0]), counted(figures)
+    assert sum(by_source.values()) == total
+    assert by_source["draft"] > 0
+    assert by_source["target"] > 0
+    assert "the same answer" in figures
+    answer = page.locator(".assistant .text")
+    for source in SOURCES:
+        shown = answer.locator(f".{source}").count()
+        assert by_source[source] - 1 <= shown <= by_source[source]  # the last token ends the answer and is no text
+    asked = {"model": "smollm2-135m", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+    response = httpx.post(
+        f"{server.base_url}/v1/chat/completions",
+        json=asked | {"max_tokens": 256},
+        headers={"Authorization": f"Bearer {KEYS['acme']}"},
+        timeout=60,
+        trust_env=False,
+    )
+    assert answer.inner_text() == response.json()["choices"][0]["message"]["content"]
+
+
+def test_acceptance_shown_is_that_of_the_metrics_and_each_tenant_sees_its_own(
+    browser: Browser, server: RunningServer
+) -> None:
+    for tenant in ("acme", "beta"):
+        ask(opened(browser, server, KEYS[tenant]), QUESTION)
+    page = opened(browser, server, KEYS["beta"])
+    page.click("#tab-live")
+    rows = page.locator("#tenants tbody tr")
+    expect(rows).to_have_count(1, timeout=TIMEOUT)
+    cells = rows.first.locator("td").all_inner_texts()
+    accepted, drafted = (
+        metric(server, f"spec_decode_num_{name}", "beta") for name in ("accepted_tokens", "draft_tokens")
+    )
+    assert cells[0] == "beta"
+    assert cells[3] == f"{accepted} of {drafted}"
+    expect(page.locator("#engine tr")).to_have_count(0)
+    page.fill("#key", ADMIN)
+    page.press("#key", "Enter")
+    expect(rows).to_have_count(2, timeout=TIMEOUT)
+    expect(page.locator("#engine tbody tr")).to_have_count(1)
+
+
+def test_a_wrong_key_and_a_refused_question_are_told(browser: Browser, server: RunningServer) -> None:
+    page = opened(browser, server, "wrong")
+    expect(page.locator("#problem")).to_contain_text("API key", timeout=TIMEOUT)
+    page = opened(browser, server, KEYS["acme"])
+    expect(page.locator("#about")).not_to_be_empty(timeout=TIMEOUT)
+    page.fill("#max-tokens", "0")
+    page.evaluate("document.getElementById('ask').noValidate = true")
+    page.fill("#prompt", QUESTION)
+    page.press("#prompt", "Enter")
+    expect(page.locator("#problem")).to_contain_text("max_tokens", timeout=TIMEOUT)
+    assert page.input_value("#prompt") == QUESTION
+    expect(page.locator("#messages li")).to_have_count(0)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1400])
+def test_it_fits_narrow_and_wide_windows(
+    browser: Browser, server: RunningServer, width: int, scheme: str, tmp_path: Path
+) -> None:
+    page = opened(browser, server, KEYS["acme"], width, scheme)
+    ask(page, "Say hello in three languages.")
+    for tab in ("chat", "live"):
+        page.click(f"#tab-{tab}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    assert dark == (scheme == "dark")
+
+
+def test_the_page_runs_nothing_from_elsewhere(server: RunningServer) -> None:
+    response = httpx.get(server.base_url, trust_env=False)
+    assert response.status_code == 200
+    assert "default-src 'self'" in response.headers["content-security-policy"]
+    assert "http" not in re.sub(r"http-equiv|https?://www\.w3\.org", "", response.text)
+    assert httpx.get(f"{server.base_url}/page/../app.py", trust_env=False).status_code == 404
+    assert httpx.get(f"{server.base_url}/page/%2e%2e%2fapp.py", trust_env=False).status_code == 404
