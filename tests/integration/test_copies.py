@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -107,6 +109,24 @@ def test_where_drafts_never_pay_there_are_copies_alone(
     without = engine(files, tmp_path, DRAFTS_NEVER_PAY, monkeypatch, copies=False)
     without.generate(*requests())
     assert without.num_drafted == 0
+
+
+@pytest.mark.parametrize(("vocabulary", "drafted"), [("dynamic:96+32", "session"), ("dynamic:full+0", "draft")])
+def test_each_token_says_who_proposed_it(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vocabulary: str, drafted: str
+) -> None:
+    copying = engine(files, tmp_path, DRAFTS_COST_LITTLE, monkeypatch, copies=True, vocabulary=vocabulary)
+    prompts, sampling = requests()
+    with_logprobs = [msgspec.structs.replace(one, logprobs=0) for one in sampling]
+    seen: Counter[str] = Counter()
+    for output in outputs_of(copying, prompts, with_logprobs):
+        sources = [entry.source for entry in output.logprobs or []]
+        assert len(sources) == len(output.token_ids)
+        accepted, rest = sources[: output.num_accepted_tokens], sources[output.num_accepted_tokens :]
+        assert set(accepted) <= ({"copied"} if output.copied else {"draft", "session"})
+        assert set(rest) <= {"target"}
+        seen.update(sources)
+    assert set(seen) == {"copied", drafted, "target"}
 
 
 @pytest.mark.parametrize("method", ["eagle3", "ngram"])
