@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 
 from engine.fair_queue import FairQueue
@@ -130,7 +131,7 @@ class Admission:
         self.running.append(request)
         if request.num_preemptions == 0:
             num_prompt = len(request.prompt_token_ids)
-            request.num_cached_tokens = num_cached
+            request.num_cached_tokens, request.queue_seconds = num_cached, time.monotonic() - request.arrived_at
             self.waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))
             if self._kv.prefix_caching:
                 self.prefix_query_tokens += num_prompt

@@ -240,6 +240,7 @@ class EngineCore:
         request, kept = one.request, list(one.kept)
         finish_reason = truncation.finish_reason or (None if choice.is_finite else "error")
         finished = finish_reason is not None
+        is_first = not request.output_token_ids
         self._scheduler.commit(one.sequence, kept, finished)
         if finish_reason == "error":
             self._num_nonfinite += 1
@@ -260,6 +261,7 @@ class EngineCore:
             stop_reason=truncation.stop_reason,
             text_length=truncation.text_length,
             num_cached_tokens=request.num_cached_tokens,
+            queue_seconds=request.queue_seconds if is_first else 0.0,
             num_draft_tokens=one.sequence.num_draft_tokens,
             num_accepted_tokens=one.num_accepted,
             draft_version=request.draft_state.adapter.version,

@@ -160,6 +160,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     output text to keep.
     ``prompt_logprobs`` has one entry per prompt token after the first, in one chunk, on the
     sequence's first output.
+    ``queue_seconds`` comes with its first output: how long it waited for a place.
     ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
     ``draft_version`` is that of the adapter that drafted them, 0: the base draft.
     ``copied``: they were copied from the sequence's own text instead.
@@ -178,6 +179,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     stop_reason: int | str | None = None
     text_length: int | None = None
     num_cached_tokens: int = 0
+    queue_seconds: float = 0.0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     draft_version: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,9 @@ class Request:
     """How many of ``all_token_ids`` have their KV in the cache."""
     num_cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache at first admission."""
+    arrived_at: float = field(default_factory=time.monotonic)
+    queue_seconds: float = 0.0
+    """From its arrival to its first admission."""
     num_output_at_admission: int = 0
     """Output tokens when it was admitted last."""
     num_preemptions: int = 0

@@ -18,6 +18,7 @@ from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
 from engine.text.tokenizer import Tokenizer
 from server.engine_client import EngineDead, Overloaded
 from server.errors import ApiError, bad_request, internal_error
+from server.metrics import FINISH_REASONS
 from server.params import TokenizedPrompt
 from server.schemas.answers import PromptTokensDetails, ResponseMetrics, SpeculativeDecoding, Usage
 from server.serving import Serving
@@ -70,7 +71,7 @@ class ChoiceText:
 
 @dataclass
 class Choice:
-    """One sequence: its text so far, its counts, and when its last output came (``time.monotonic`` seconds).
+    """One sequence: its text so far, its counts, and when its first and last output came (``time.monotonic`` seconds).
 
     ``steps_by_accepted``: entry ``j`` counts the steps that accepted exactly ``j`` draft tokens.
     """
@@ -82,6 +83,7 @@ class Choice:
     draft_version: int = 0
     num_tokens: int = 0
     num_cached_tokens: int = 0
+    first_output: float = 0.0
     last_output: float | None = None
 
     def count_drafts(self, output: EngineOutput) -> None:
@@ -249,7 +251,7 @@ class Generation:
             self._session_snapshots.append(output.session_snapshot)
         choice = self._choices[output.request_id]
         is_first = choice.last_output is None
-        self._observe(choice, len(output.token_ids), now)
+        self._observe(choice, output, now)
         if output.num_draft_tokens:
             choice.count_drafts(output)
             self._metrics.observe_draft(output.num_draft_tokens, output.num_accepted_tokens, output.copied)
@@ -266,8 +268,12 @@ class Generation:
             stop_reason=output.stop_reason,
         )
 
-    def _observe(self, choice: Choice, num_tokens: int, now: float) -> None:
+    def _observe(self, choice: Choice, output: EngineOutput, now: float) -> None:
+        num_tokens, metrics = len(output.token_ids), self._metrics
         if choice.last_output is None:
+            choice.first_output = now
+            metrics.queue_seconds.observe(output.queue_seconds)
+            metrics.prefill_seconds.observe(max(0.0, now - self._arrival - output.queue_seconds))
             if choice.index % self._n == 0:  # the engine has taken the prompt: once for all of its choices
                 self._metrics.prompt_tokens.inc(len(self.prompt_of(choice.index).token_ids))
             self._metrics.ttft.observe(now - self._arrival)
@@ -275,7 +281,12 @@ class Generation:
             self._metrics.inter_token_latency.observe((now - choice.last_output) / num_tokens)
         choice.last_output = now
         choice.num_tokens += num_tokens
-        self._metrics.generation_tokens.inc(num_tokens)
+        metrics.generation_tokens.inc(num_tokens)
+        if output.finish_reason in FINISH_REASONS:
+            metrics.finished[output.finish_reason].inc()
+            metrics.decode_seconds.observe(now - choice.first_output)
+            metrics.request_prompt_tokens.observe(len(self.prompt_of(choice.index).token_ids))
+            metrics.request_generation_tokens.observe(choice.num_tokens)
 
 
 def _engine_error(output: EngineOutput) -> ApiError:

@@ -9,6 +9,7 @@ from engine.messages import VocabularyCounts
 from server.engine_metrics import EngineMetrics
 from server.metric_families import MetricFamilies, value_of
 from server.schemas.overview import DomainOverview, Place, TenantOverview
+from server.vllm_metrics import VllmMetrics
 
 MAX_TENANT_LABELS = 100
 MAX_DOMAIN_LABELS = 10  # for each tenant, so that none can use up the others'
@@ -16,6 +17,8 @@ OTHER = "other"
 NO_DOMAIN = ""  # of requests without a session, and of sessions without a domain
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SESSION_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+_TOKENS = [2**i for i in range(18)]
+FINISH_REASONS = ("stop", "length")
 _TAIL_TOKENS = (0, 32, 64, 128, 256, 512, 768, 1024, 1536, 2048)
 
 
@@ -48,6 +51,12 @@ class TenantMetrics:
         self.ttft = metrics.ttft.labels(*labels)
         self.inter_token_latency = metrics.inter_token_latency.labels(*labels)
         self.e2e_latency = metrics.e2e_latency.labels(*labels)
+        self.queue_seconds = metrics.queue_seconds.labels(*labels)
+        self.prefill_seconds = metrics.prefill_seconds.labels(*labels)
+        self.decode_seconds = metrics.decode_seconds.labels(*labels)
+        self.request_prompt_tokens = metrics.request_prompt_tokens.labels(*labels)
+        self.request_generation_tokens = metrics.request_generation_tokens.labels(*labels)
+        self.finished = {reason: metrics.finished.labels(*labels, reason) for reason in FINISH_REASONS}
         metrics.disconnects.labels(*labels)  # shown as 0 from the start
         self._metrics = metrics
         self._labels = (*labels, domain)
@@ -124,6 +133,8 @@ class Metrics:
         self._define_vocabulary_metrics(families, "model", "tenant", "domain")
         self._define_session_metrics(families, "model", "tenant", "domain")
         self.engine = EngineMetrics(families, self.tenants.label)
+        self._of_vllm = CollectorRegistry()
+        self._of_vllm.register(VllmMetrics(self.registry, model))
 
     def _define_request_metrics(self, families: MetricFamilies, *labels: str) -> None:
         counter, histogram = families.counter, families.histogram
@@ -137,6 +148,15 @@ class Metrics:
         self.inter_token_latency = histogram("inter_token_latency_seconds", about, _SECONDS, *labels)
         about = "From the tokenised request to its last token."
         self.e2e_latency = histogram("e2e_request_latency_seconds", about, _SECONDS, *labels)
+        about = "From a sequence's arrival in the engine until it runs."
+        self.queue_seconds = histogram("request_queue_time_seconds", about, _SECONDS, *labels)
+        about = "From there to its first token."
+        self.prefill_seconds = histogram("request_prefill_time_seconds", about, _SECONDS, *labels)
+        about = "From its first token to its last."
+        self.decode_seconds = histogram("request_decode_time_seconds", about, _SECONDS, *labels)
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Of a sequence.", _TOKENS, *labels)
+        self.request_generation_tokens = histogram("request_generation_tokens", "Of a sequence.", _TOKENS, *labels)
+        self.finished = counter("request_success", "Sequences that came to their end.", *labels, "finished_reason")
 
     def _define_speculation_metrics(self, families: MetricFamilies, *labels: str) -> None:
         """vLLM's schema; ``num_draft_tokens_per_pos`` is ours, since the length of a draft varies."""
@@ -223,5 +243,5 @@ class Metrics:
         self.session_snapshots_dropped.labels(operation, reason, self.model, *self.labels(tenant, domain)).inc()
 
     def render(self) -> bytes:
-        """The exposition format: this app's metrics, then the process-wide ones (rate limits, Redis, memory)."""
-        return generate_latest(self.registry) + generate_latest(REGISTRY)
+        """The exposition format: this app's metrics, as vLLM calls them, and of the process (rate limits, memory)."""
+        return b"".join(map(generate_latest, (self.registry, self._of_vllm, REGISTRY)))
