@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -147,7 +148,7 @@ async def _answer(request: Request, error: Exception) -> Response:
     return response
 
 
-def install_error_handlers(app: FastAPI) -> None:
+def install_error_handlers(app: Starlette) -> None:
     """Answer every error of ``app`` with an OpenAI body (``server.middleware`` covers the unexpected ones)."""
     for kind in (ApiError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)

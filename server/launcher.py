@@ -32,6 +32,7 @@ from server.app import create_app
 from server.banner import banner
 from server.http_protocol import LINGER, bounded_http
 from server.instance_directory import instance_directory
+from server.metrics_listener import metrics_app
 from server.options import HttpConfig
 from server.settings import ConfigurationError, Settings
 from server.supervisor import ProcessFailed, SupervisedProcess, Watchdog
@@ -44,6 +45,8 @@ ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
 WORKER_COMMAND = [sys.executable, "-m", "adapters.alignment.worker"]
 
 _BACKLOG = 2048
+_SCRAPERS = 64
+"""Connections for metrics and health."""
 _OTHER_FILES = 256
 """Open files that are no connections of clients: sockets of the engine and of Redis, logs, the model's files."""
 _MOST_CONNECTIONS = 32_768
@@ -77,6 +80,10 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
             settings.engine.address = f"ipc://{directory / 'engine.sock'}"
         url = _local_url(listener)
         app = create_app(settings)
+        metrics_listener = None
+        if settings.http.metrics_address is not None:
+            host, _, port = settings.http.metrics_address.rpartition(":")
+            metrics_listener = stack.enter_context(_listen(host.strip("[]"), int(port)))
         if with_engine:
             children.append(_engine(settings, url, app))
             if settings.engine.alignment.enabled:
@@ -85,7 +92,7 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
         def greet() -> None:
             print(banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True)
 
-        launcher = _Launcher(app, settings.http, max_connections, listener, children, url, greet)
+        launcher = _Launcher(app, settings.http, max_connections, listener, metrics_listener, children, url, greet)
         gc.collect()
         gc.freeze()  # what is there now stays: to walk it in each full collection would stop all requests for 0.1 s
         with asyncio.Runner(loop_factory=launcher.loop_factory) as runner:
@@ -148,13 +155,14 @@ class _Launcher:
         http: HttpConfig,
         max_connections: int,
         listener: socket.socket,
+        metrics_listener: socket.socket | None,
         children: list[SupervisedProcess],
         url: str,
         greet: Callable[[], None],
     ) -> None:
         self._app = app
         self._drain_timeout = http.drain_timeout
-        self._listener = listener
+        self._listener, self._metrics_listener = listener, metrics_listener
         self._children = children
         self._url = url
         self._greet = greet
@@ -171,6 +179,11 @@ class _Launcher:
             ws="none",
         )
         self._api = _ApiServer(config)
+        http_of_metrics = bounded_http(http, _SCRAPERS)
+        config_of_metrics = uvicorn.Config(
+            metrics_app(app), log_config=None, log_level="warning", access_log=False, http=http_of_metrics, ws="none"
+        )
+        self._metrics = _ApiServer(config_of_metrics)
         self.loop_factory = config.get_loop_factory()
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
@@ -180,6 +193,10 @@ class _Launcher:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         log.info("listening", url=self._url)
         api = asyncio.create_task(self._api.serve(sockets=[self._listener]))
+        servers = [api]
+        if self._metrics_listener is not None:
+            log.info("metrics", url=_local_url(self._metrics_listener))
+            servers.append(asyncio.create_task(self._metrics.serve(sockets=[self._metrics_listener])))
         running = asyncio.create_task(self._run_children())
         first_signal = asyncio.create_task(self._first_signal.wait())
         failure: ProcessFailed | None = None
@@ -195,7 +212,7 @@ class _Launcher:
             failure = error
         finally:
             first_signal.cancel()
-            await self._stop(api, running)
+            await self._stop(servers, running)
         if failure is not None:
             log.error("giving up", reason=str(failure))
         return 1 if failure is not None or self._second_signal.is_set() else 0
@@ -226,16 +243,16 @@ class _Launcher:
                 while self._api.num_running_requests and not self._second_signal.is_set():  # noqa: ASYNC110
                     await asyncio.sleep(_POLL_INTERVAL)
 
-    async def _stop(self, api: asyncio.Task[None], running: asyncio.Task[None]) -> None:
+    async def _stop(self, servers: list[asyncio.Task[None]], running: asyncio.Task[None]) -> None:
         """Children first, so that requests still running end with an error that says why."""
         at_once = self._second_signal.is_set()
         unfinished = self._api.num_running_requests
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await asyncio.gather(*(child.stop(0 if at_once else _STOP_GRACE) for child in self._children))
-        self._api.should_exit = True
+        self._api.should_exit = self._metrics.should_exit = True
         self._api.force_exit = at_once
-        await asyncio.gather(api, return_exceptions=True)
+        await asyncio.gather(*servers, return_exceptions=True)
         log.info("stopped", unfinished_requests=unfinished)
 
 

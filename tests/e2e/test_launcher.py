@@ -392,3 +392,13 @@ def test_keys_guard_the_api_and_logs_hold_neither_keys_nor_prompts(lasting: Last
     assert (line["tenant"], line["status"]) == ("acme", 200)
     assert lasting.key not in str(server.events())
     assert "Once upon" not in str(server.events())
+
+
+def test_metrics_have_an_address_of_their_own(launch_server: LaunchServer, tiny: Path) -> None:
+    options = ["--auth.keys", f"acme={hash_key('secret')}", "--http.metrics_address", "127.0.0.1:0"]
+    server = launch_server(*options, "--model", str(tiny))
+    alone = server.wait_for_event("metrics")["url"]
+    assert httpx.get(f"{server.base_url}/metrics").status_code == 401
+    assert httpx.get(f"{alone}/health").status_code == 200
+    assert 'vllm:num_requests_running{engine="0"' in httpx.get(f"{alone}/metrics").text
+    assert httpx.get(f"{alone}/v1/models").status_code == 404
