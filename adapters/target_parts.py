@@ -31,7 +31,7 @@ class TargetParts:
 
 
 def with_others(token_ids: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Rows of the head for a loss: all of some ascending ids, and as many of ``drawn`` as fill whole tiles; ascending."""
+    """Rows of the head for a loss, ascending: all of some ids, and as many of ``drawn`` as fill whole tiles."""
     others = torch.unique(drawn)
     others = others[~torch.isin(others, token_ids)]
     others = others[torch.randperm(len(others))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -22,7 +23,7 @@ def rendered() -> str:
         own.ttft.observe(0.02)
         own.finished["stop"].inc()
         own.request_prompt_tokens.observe(10)
-    stats = dict.fromkeys(EngineStats.__struct_fields__, 0) | {"blocks_used": 1, "blocks_total": 4}
+    stats: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__, 0) | {"blocks_used": 1, "blocks_total": 4}
     metrics.engine._observe_stats(EngineStats(**stats | {"num_running": 2, "waiting_by_tenant": {}, "alignment": None}))
     return metrics.render().decode()
 
