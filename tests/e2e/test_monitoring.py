@@ -42,6 +42,31 @@ PROMPTS = {
     "medicine": "Pericarditis, endocarditis and myocarditis: pericarditis is the inflammation of the",
 }
 RATE_INTERVAL = "10s"  # sequences are counted when they end, which on a busy machine is every few seconds
+VLLM_QUERIES = (
+    [
+        f"sum by (model_name, engine) (rate(vllm:{name}[{RATE_INTERVAL}])) > 0"
+        for name in (
+            "prompt_tokens_total",
+            "generation_tokens_total",
+            "request_success_total",
+            "request_queue_time_seconds_count",
+            "request_prefill_time_seconds_sum",
+            "request_decode_time_seconds_sum",
+            "request_prompt_tokens_sum",
+            "iteration_tokens_total_sum",
+            "spec_decode_num_drafts_total",
+            "spec_decode_num_draft_tokens_total",
+            "spec_decode_num_accepted_tokens_total",
+            "spec_decode_num_accepted_tokens_per_pos_total{position='0'}",
+        )
+    ]
+    + [
+        f"histogram_quantile(0.99, sum by (le) (rate(vllm:{name}_bucket[{RATE_INTERVAL}])))"
+        for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
+    ]
+    + ["vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"]
+)
+"""What vLLM's dashboards ask for."""
 WAIT_SECONDS = 120.0
 KNOWN_RECORDS = 300
 
@@ -180,3 +205,7 @@ def test_no_panel_is_empty_under_load(
             counted = prometheus.get("query", query=f"sum by (tenant, domain) (evospec:{metric}_total)")["result"]
             labels = {(each["metric"]["tenant"], each["metric"].get("domain")) for each in counted}
             assert labels == {(tenant, domain) for tenant in TENANTS for domain in PROMPTS}
+        for query in VLLM_QUERIES:
+            assert [
+                math.isfinite(float(each["value"][1])) for each in prometheus.get("query", query=query)["result"]
+            ] == [True]
