@@ -103,7 +103,13 @@ def vocab_build(
     os.execv(sys.executable, [sys.executable, "-m", "adapters.training.count", *options, "--", model])
 
 
-# The options are those of the program that does the work, which loads torch.
+# The options of these are those of the programs that do the work, which load torch.
+@vocab_app.command("add-text", context_settings=_SETTINGS_COMMAND, add_help_option=False)
+def vocab_add_text(context: typer.Context) -> None:
+    """Add a directory of text to the token counts of a model's draft."""
+    os.execv(sys.executable, [sys.executable, "-m", "adapters.training.count_text", *context.args])
+
+
 @app.command("train-draft", context_settings=_SETTINGS_COMMAND, add_help_option=False)
 def train_draft(context: typer.Context) -> None:
     """Train an EAGLE-3 draft on what the model has answered (python -m adapters.training.generate MODEL makes that)."""

@@ -58,11 +58,7 @@ def build(model: str, directory: Path | None = None) -> Path:
     if not shards:
         raise ModelError(f"{data}: no conversations; python -m adapters.training.generate makes them")
     counts = count_answers(shards, validate_model_files(files).vocab_size)
-    path = (directory or DRAFTS / files.name) / COUNTS_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file({"counts": counts}, partial)
-    partial.rename(path)
+    path = write_counts(counts, directory or DRAFTS / files.name)
     print(f"{path}: {int(counts.sum()):,} tokens, {int((counts > 0).sum()):,} distinct ones")
     graph = build_bigram_graph(answers(shards), len(counts))
     graph.save(path.with_name(GRAPH_FILE))
@@ -70,6 +66,16 @@ def build(model: str, directory: Path | None = None) -> Path:
     sizes = [size for size in _SIZES if size < len(counts)]
     for size, share in zip(sizes, coverage(counts, sizes), strict=True):
         print(f"  static:{size:<6} {share:7.2%}")
+    return path
+
+
+def write_counts(counts: torch.Tensor, directory: Path) -> Path:
+    """Write ``COUNTS_FILE`` into a directory, whole or not at all; returns its path."""
+    path = directory / COUNTS_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({"counts": counts}, partial)
+    partial.rename(path)
     return path
 
 

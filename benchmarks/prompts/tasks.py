@@ -15,8 +15,8 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.grid.plan import DATA, read_sets
-from benchmarks.prompts.build import Prompt, read_eval, shingles, shingles_of, stable_hash, write
+from benchmarks.prompts.build import Prompt, shingles, stable_hash, write
+from benchmarks.prompts.evaluation import evaluation_shingles
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.text import LEFT_OUT
 
@@ -57,13 +57,7 @@ def main(
     gsm8k: Annotated[Path, typer.Argument(help="Checkout of github.com/openai/grade-school-math.")],
 ) -> None:
     """Writes ``tasks.jsonl`` into the cache, for ``adapters.training.generate --prompts``."""
-    asked = (
-        message["content"]
-        for prompts in read_sets(sorted(DATA.glob("*-eval.jsonl")), 10**6).values()
-        for messages in prompts
-        for message in messages
-    )
-    known = shingles_of(read_eval()).union(*map(shingles, asked))
+    known = evaluation_shingles()
     general, sums = usable(t0_prompts(t0), known), usable(gsm8k_prompts(gsm8k), known)
     chosen = general + sums[: len(general) // (ONE_IN - 1)]
     write(TASKS_PATH, sorted(chosen, key=lambda prompt: stable_hash("order", prompt.id)))
