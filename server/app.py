@@ -79,6 +79,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     work = WorkShares()
     state.serving = Serving(
         model=state.model,
+        strict=settings.http.strict,
         created=int(time.time()),
         tokenizer=state.tokenizer,
         engine=engine,

@@ -30,6 +30,11 @@ class HttpConfig(Section):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; any but loopback needs API keys.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one.")
+    strict: bool = Field(
+        default=False,
+        description="Refuse what is ignored or capped otherwise: fields that cannot change an answer, and max_tokens "
+        "beyond the context.",
+    )
     max_body_bytes: int = Field(default=4 * 1024**2, gt=0, description="Largest request body in bytes.")
     max_header_bytes: int = Field(
         default=64 * 1024, gt=0, description="Largest request line and headers in bytes; more gets a 431."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,10 +73,12 @@ def encode_text(
     return tokenizer.encode(text, add_special_tokens)
 
 
-def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message], info: EngineReady) -> list[int]:
+def encode_messages(
+    tokenizer: Tokenizer, messages: Sequence[Message], info: EngineReady, variables: Mapping[str, Any] | None = None
+) -> list[int]:
     """Token ids of a conversation, ready for the assistant's answer; 400 as for ``encode_text``."""
     try:
-        text = tokenizer.apply_chat_template([message.for_template() for message in messages])
+        text = tokenizer.apply_chat_template([message.for_template() for message in messages], variables=variables)
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from error
     # The template has written the special tokens out.
@@ -149,27 +151,34 @@ def default_max_tokens(prompts: Sequence[TokenizedPrompt], n: int, info: EngineR
     Bounded by the context, the KV cache, and the tenant's full bucket, which pays for the prompts and all outputs.
     At least 1: where not even that fits, the message of what refuses it says why.
     """
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    rooms = [
-        info.max_model_len - longest,
-        info.num_blocks * info.block_size - longest + 1,  # the last token's keys and values are never needed
-    ]
+    rooms = [room_for_output(prompts, info)]
     if tenant.tokens_per_minute is not None:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         rooms.append((tenant.tokens_per_minute - prompt_tokens) // (len(prompts) * n))
     return max(1, min(rooms))
 
 
-def check_max_tokens(max_tokens: int, field: str, prompts: Sequence[TokenizedPrompt], info: EngineReady) -> None:
-    """400 unless so much output fits behind the longest prompt."""
+def room_for_output(prompts: Sequence[TokenizedPrompt], info: EngineReady) -> int:
+    """How many tokens fit behind the longest prompt, by the context and by the KV cache."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    if longest + max_tokens > info.max_model_len:
+    # The last token's keys and values are never needed.
+    return min(info.max_model_len - longest, info.num_blocks * info.block_size - longest + 1)
+
+
+def fit_max_tokens(
+    max_tokens: int, field: str, prompts: Sequence[TokenizedPrompt], info: EngineReady, strict: bool
+) -> int:
+    """``max_tokens``, or as many as there is room for; 400 for more where the server is strict."""
+    room = room_for_output(prompts, info)
+    if strict and max_tokens > room:
+        longest = max(len(prompt.token_ids) for prompt in prompts)
         raise bad_request(
             f"The prompt has {longest} tokens and {field} is {max_tokens}, {longest + max_tokens} in all. "
-            f"The model's context is {info.max_model_len} tokens.",
+            f"There is room for {longest + room} tokens (the model's context is {info.max_model_len}).",
             field,
             "context_length_exceeded",
         )
+    return min(max_tokens, max(1, room))
 
 
 def to_sampling_params(
@@ -192,8 +201,8 @@ def to_sampling_params(
         max_tokens=max(1, max_tokens),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
         temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
-        top_k=max(0, body.top_k or 0),
+        top_p=_or(body.top_p, 1.0) or 1.0,
+        top_k=1 if body.top_p == 0 else max(0, body.top_k or 0),  # top_p 0 keeps what is most likely
         min_p=body.min_p or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,

@@ -20,9 +20,10 @@ from server.work_shares import WorkShares
 
 @dataclass(frozen=True)
 class Serving:
-    """The parts of a running server. ``created`` is the start in Unix seconds."""
+    """The parts of a running server. ``created`` is the start in Unix seconds; ``strict``: see ``HttpConfig``."""
 
     model: str
+    strict: bool
     created: int
     tokenizer: Tokenizer
     engine: EngineClient

@@ -35,6 +35,7 @@ SHORTCUTS = {
     "engine.alignment.enabled": "alignment.enabled",
     "http.host": "host",
     "http.port": "port",
+    "http.strict": "strict",
     "auth.keys_file": "keys-file",
     "auth.insecure": "insecure",
 }

@@ -11,6 +11,12 @@ import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
+"""What a template can raise over messages and variables that it does not expect."""
+
 
 class ChatTemplateError(ValueError):
     """The model has no chat template, or it refuses these messages; the message is fit for the client."""
@@ -39,18 +45,20 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
     ) -> str:
         """The prompt text. Entries of a message that are None count as absent.
+
+        ``variables``: more of them, perhaps a client's, so of any JSON value.
 
         Raises:
             ChatTemplateError: the template refuses the messages or cannot cope with them.
         """
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            return self._template.render(
-                messages=given, tools=tools, add_generation_prompt=add_generation_prompt, **self._variables
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            own = {"messages": given, "tools": tools, "add_generation_prompt": add_generation_prompt}
+            return self._template.render({**variables, **self._variables, **own})
+        except _ERRORS as error:
             raise ChatTemplateError(f"the chat template cannot render these messages: {error}") from error
 
 

@@ -107,15 +107,18 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
+
+        ``variables``: what else the template is told, as ``chat_template_kwargs`` of ``transformers``.
 
         Raises:
             ChatTemplateError: no template, or it cannot render these messages.
         """
         if self._chat_template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
-        return self._chat_template.render(messages, add_generation_prompt, tools)
+        return self._chat_template.render(messages, add_generation_prompt, tools, variables or {})
 
     def _named_tokens(self) -> dict[str, str]:
         ids = {"bos_token": self.bos_token_id, "eos_token": next(iter(self.eos_token_ids), None)}

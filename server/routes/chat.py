@@ -13,12 +13,12 @@ from server.logprobs import chat_logprobs
 from server.openapi import errors, success
 from server.params import (
     TokenizedPrompt,
-    check_max_tokens,
     check_prompts,
     check_request,
     default_max_tokens,
     encode_messages,
     encode_prediction,
+    fit_max_tokens,
     to_sampling_params,
 )
 from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
@@ -52,14 +52,15 @@ async def create_chat_completion(
     """Answer a conversation, whole or as a stream of events."""
     session_id = check_request(body, x_session_id, tenant, serving)
     info, n = serving.engine_info, body.n or 1
-    prompts = [TokenizedPrompt(await work.run(encode_messages, serving.tokenizer, body.messages, info))]
+    variables = body.template_variables()
+    prompts = [TokenizedPrompt(await work.run(encode_messages, serving.tokenizer, body.messages, info, variables))]
     check_prompts(prompts, "messages", info)
     prediction = await work.run(encode_prediction, serving.tokenizer, body.prediction, info)
     field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     max_tokens = getattr(body, field)
     if max_tokens is None:
         max_tokens = default_max_tokens(prompts, n, info, tenant)
-    check_max_tokens(max_tokens, field, prompts, info)
+    max_tokens = fit_max_tokens(max_tokens, field, prompts, info, serving.strict)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = await work.run(
         to_sampling_params, body, max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=logprobs

@@ -11,7 +11,7 @@ from server.answer import Answer
 from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
-from server.params import check_max_tokens, check_prompts, check_request, to_sampling_params, tokenize_prompts
+from server.params import check_prompts, check_request, fit_max_tokens, to_sampling_params, tokenize_prompts
 from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
 from server.schemas.completions import (
     DEFAULT_MAX_TOKENS,
@@ -43,7 +43,7 @@ async def create_completion(
     prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    check_max_tokens(max_tokens, "max_tokens", prompts, info)
+    max_tokens = fit_max_tokens(max_tokens, "max_tokens", prompts, info, serving.strict)
     sampling = await work.run(
         to_sampling_params,
         body,

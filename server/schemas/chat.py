@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -11,14 +11,17 @@ from pydantic_core import PydanticCustomError
 
 from engine.messages import TokenSource
 from server.schemas.answers import AnswerBody, Usage
-from server.schemas.fields import Body, NoOp, SamplingFields
+from server.schemas.body import Body, Harmless, LenientBody, NoOp, at_most
+from server.schemas.fields import SamplingFields
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048
 """Of all messages together."""
+MAX_TEMPLATE_VARIABLES = 32
+_SET_BY_SERVER = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 
 
-class TextPart(Body):
+class TextPart(LenientBody):
     """A piece of a message. Images, audio and files are not supported."""
 
     type: Literal["text"]
@@ -40,26 +43,35 @@ class Prediction(Body):
     content: Content
 
 
-class Message(Body):
+class Message(LenientBody):
     """One message of the conversation. ``developer`` is the newer name of ``system``.
 
     ``parsed`` is the openai client's own copy of ``content``, which it sends back
-    with the answers that it has parsed; ``content`` is what counts.
+    with the answers that it has parsed; ``content`` is what counts. What ``name`` and ``reasoning_content`` are good
+    for is up to the model's chat template. ``prefix`` and ``partial`` would have the answer go on with the message.
     """
+
+    unsupported: ClassVar = {"prefix": [False], "partial": [False]}
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
-    name: Annotated[Any, NoOp()] = None
+    name: str | None = None
+    reasoning_content: str | None = None
     parsed: Any = None
     refusal: Annotated[Any, NoOp()] = None
     audio: Annotated[Any, NoOp()] = None
-    annotations: Annotated[Any, NoOp([])] = None
+    annotations: Annotated[Any, Harmless([])] = None
     function_call: Annotated[Any, NoOp()] = None
     tool_calls: Annotated[Any, NoOp([])] = None
 
-    def for_template(self) -> dict[str, str]:
-        """Role and plain text, as chat templates want them."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": text_of(self.content)}
+    def for_template(self) -> dict[str, str | None]:
+        """What chat templates may want to know: the role, plain text, and what else there is, else None."""
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text_of(self.content),
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+        }
 
 
 def _few_parts(messages: Any) -> Any:
@@ -68,6 +80,21 @@ def _few_parts(messages: Any) -> Any:
     if sum(len(content) for content in contents if isinstance(content, list)) > MAX_PARTS:
         raise PydanticCustomError("too_long", "must have at most {limit} parts in all", {"limit": MAX_PARTS})
     return messages
+
+
+def _free_names(value: Any) -> Any:
+    """Refuses variables that the server sets."""
+    if isinstance(value, dict) and (taken := _SET_BY_SERVER & value.keys()):
+        raise PydanticCustomError("template_variable", "{name} is set by the server", {"name": min(taken)})
+    return value
+
+
+TemplateVariables = Annotated[
+    dict[str, Any],
+    BeforeValidator(_free_names),
+    at_most(MAX_TEMPLATE_VARIABLES),
+    Field(max_length=MAX_TEMPLATE_VARIABLES, description="More variables for the model's chat template."),
+]
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -88,11 +115,17 @@ class ChatCompletionRequest(SamplingFields):
     modalities: Annotated[Any, NoOp(["text"])] = None
     audio: Annotated[Any, NoOp()] = None
     prediction: Prediction | None = None
-    reasoning_effort: Annotated[Any, NoOp("none")] = None
-    verbosity: Annotated[Any, NoOp("medium")] = None
+    reasoning_effort: str | None = Field(default=None, description="For the model's chat template, if it knows it.")
+    chat_template_kwargs: TemplateVariables | None = None
+    verbosity: Annotated[Any, Harmless("medium")] = None
     web_search_options: Annotated[Any, NoOp()] = None
-    service_tier: Annotated[Any, NoOp("auto", "default")] = None
-    store: Annotated[Any, NoOp(False)] = None
+    service_tier: Annotated[Any, Harmless("auto", "default")] = None
+    store: Annotated[Any, Harmless(False)] = None
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is told beside the messages."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

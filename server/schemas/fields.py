@@ -6,93 +6,28 @@ import json
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    model_validator,
-)
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import Field
 
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.messages import Grammar
 from engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, check_json_schema
 from server.errors import bad_request
+from server.schemas.body import Body, Harmless, LenientBody, at_most
+from server.schemas.unsupported import SYNONYMS, UNSUPPORTED
 
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
 MAX_METADATA = 16
 MAX_CHOICES = 16
 INT64 = 2**63
-_MAX_UNKNOWN_FIELDS = 16
-"""An error for each; of more, the first is named."""
 
 
-class NoOp:
-    """A field of the OpenAI API that is not supported: only the values that ask for nothing pass.
-
-    ``tools: Annotated[Any, NoOp([])] = None`` accepts null and the empty list, and answers
-    everything else with an error that names the field.
-    """
-
-    def __init__(self, *values: Any) -> None:
-        self.values = [None, *values]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_plain_validator_function(self._check)
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": self.values, "description": "Not supported; accepted only with a value that changes nothing."}
-
-    def _check(self, value: Any) -> Any:
-        if any(value == known and type(value) is type(known) for known in self.values):
-            return value
-        allowed = ", ".join(json.dumps(known) for known in self.values)
-        raise PydanticCustomError(
-            "unsupported_parameter", "not supported by this server (accepted: {allowed})", {"allowed": allowed}
-        )
-
-
-class Body(BaseModel):
-    """A request body: unknown fields are errors, and types are not coerced ("1" is not 1).
-
-    A body has room for a million wrong values, and an error for each would keep everybody waiting: lists end at their
-    first error (``fail_fast``), and so does a body at the first of many unknown fields.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_many_unknown_fields(cls, value: Any) -> Any:
-        if isinstance(value, dict) and len(value) > len(cls.model_fields):
-            known = {field.alias or name for name, field in cls.model_fields.items()}
-            unknown = [name for name in value if name not in known]
-            if len(unknown) > _MAX_UNKNOWN_FIELDS:
-                raise PydanticCustomError("extra_forbidden", "unknown", {"param": unknown[0]})
-        return value
-
-
-def at_most(limit: int) -> BeforeValidator:
-    """Refuses a longer list or object before anything in it is looked at."""
-
-    def check(value: Any) -> Any:
-        if isinstance(value, list | dict) and len(value) > limit:
-            raise PydanticCustomError("too_long", "must have at most {limit} entries", {"limit": limit})
-        return value
-
-    return BeforeValidator(check)
-
-
-class StreamOptions(Body):
+class StreamOptions(LenientBody):
     """``include_usage``: one more chunk, with usage and no choices, at the end."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = Field(default=None, description="Usage so far in every chunk.")
-    include_obfuscation: Annotated[Any, NoOp(False)] = None
+    include_obfuscation: Annotated[Any, Harmless(False)] = None
 
 
 class TextFormat(Body):
@@ -130,16 +65,18 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class SamplingFields(Body):
+class SamplingFields(LenientBody):
     """Parameters of generation. null means the default everywhere.
 
     ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` label a request and never change its output.
     Nor does a session.
     """
 
+    unsupported, synonyms = UNSUPPORTED, SYNONYMS
+
     model: str
     temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1, description="0: the most likely token only.")
     top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64, description="Choice i of a prompt uses seed + i.")
@@ -172,7 +109,7 @@ class SamplingFields(Body):
         "the same.",
     )
     user: str | None = None
-    metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = Field(default=None, max_length=MAX_METADATA)
+    metadata: Annotated[dict[str, Any] | None, at_most(MAX_METADATA)] = Field(default=None, max_length=MAX_METADATA)
     safety_identifier: str | None = None
     prompt_cache_key: str | None = Field(default=None, description="Prefixes are shared within a tenant without it.")
 

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 from pydantic import Field
 
-from server.schemas.fields import Body
+from server.schemas.body import Body
 
 DOMAIN_PATTERN = "^[a-z0-9][a-z0-9_-]{0,31}$"
 

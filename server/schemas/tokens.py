@@ -8,8 +8,9 @@ import msgspec
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.schemas.chat import MAX_MESSAGES, Message
-from server.schemas.fields import Body, TokenId
+from server.schemas.body import Body
+from server.schemas.chat import MAX_MESSAGES, Message, TemplateVariables
+from server.schemas.fields import TokenId
 
 
 class TokenizeRequest(Body):
@@ -18,6 +19,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    chat_template_kwargs: TemplateVariables | None = None
     add_special_tokens: bool | None = Field(
         default=None, description="Begin-of-sequence token and the like; default true for prompt. Not for messages."
     )

@@ -16,19 +16,22 @@ from pydantic import ValidationError
 from engine.messages import Grammar
 from server.errors import ApiError, validation_error
 from server.params import to_sampling_params, tokenize_prompts
+from server.schemas.body import Leniency
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.fields import to_grammar
 from server.schemas.tokens import DetokenizeRequest
+from server.schemas.unsupported import UNSUPPORTED
 from server.work_shares import RequestWork, WorkShares
 
 TEXT = {"model": "m", "prompt": "x"}
-CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+ONE = {"role": "user", "content": "x"}
+CHAT = {"model": "m", "messages": [ONE]}
 
 
-def error_of(model: Any, body: dict[str, Any]) -> ApiError:
+def error_of(model: Any, body: dict[str, Any], strict: bool = False) -> ApiError:
     with pytest.raises(ValidationError) as caught:
-        model.model_validate(body)
+        model.model_validate(body, context=Leniency(strict))
     in_body = [{**error, "loc": ("body", *error["loc"])} for error in caught.value.errors()]  # as FastAPI has them
     return validation_error(in_body, body)
 
@@ -37,7 +40,7 @@ def error_of(model: Any, body: dict[str, Any]) -> ApiError:
     ("field", "values"),
     [
         ("temperature", [-0.1, 2.1, float("nan"), float("inf"), "1", True, 10**400]),
-        ("top_p", [0, 1.01]),
+        ("top_p", [-0.1, 1.01]),
         ("top_k", [-2, 2**31, 1.5]),
         ("min_p", [-0.1, 1.1]),
         ("seed", [2**63, -(2**63) - 1, 10**400, 1.5]),
@@ -85,7 +88,6 @@ def test_values_out_of_range_or_of_the_wrong_type_are_refused(
         (ChatCompletionRequest, {**CHAT, "top_logprobs": 2}, "top_logprobs"),
         (ChatCompletionRequest, {**CHAT, "max_tokens": 0}, "max_tokens"),
         (ChatCompletionRequest, {**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
-        (ChatCompletionRequest, {**CHAT, "stream_options": {"other": 1}}, "stream_options.other"),
         (
             ChatCompletionRequest,
             {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -123,12 +125,9 @@ def test_a_message_is_about_one_place() -> None:
         ("function_call", {"name": "f"}, "none"),
         ("audio", {"voice": "alloy"}, None),
         ("modalities", ["text", "audio"], ["text"]),
-        ("store", True, False),
-        ("service_tier", "priority", "auto"),
         ("web_search_options", {}, None),
-        ("reasoning_effort", "high", "none"),
-        ("verbosity", "low", "medium"),
         ("parallel_tool_calls", True, None),
+        *((name, "something", next(iter(values), None)) for name, values in UNSUPPORTED.items()),
     ],
 )
 def test_unsupported_fields_pass_only_when_they_ask_for_nothing(field: str, asks: Any, no_op: Any) -> None:
@@ -146,7 +145,7 @@ def test_completion_fields_that_are_not_supported() -> None:
 
 @given(st.text(max_size=2000))
 def test_any_unknown_field_is_named_in_a_body_that_can_be_sent(name: str) -> None:
-    error = error_of(ChatCompletionRequest, {**CHAT, f"x{name}": 1})
+    error = error_of(ChatCompletionRequest, {**CHAT, f"x{name}": 1}, strict=True)
     assert error.code == "unsupported_parameter"
     assert len(error.response().body) < 10_000
 
@@ -161,20 +160,22 @@ def test_any_unknown_field_is_named_in_a_body_that_can_be_sent(name: str) -> Non
         (CompletionRequest, {**TEXT, "stop": [1] * 5000}, "stop.0"),
         (CompletionRequest, {**TEXT, "logit_bias": {str(i): 1000 for i in range(5000)}}, "logit_bias"),
         (CompletionRequest, {**TEXT, "metadata": {str(i): 1 for i in range(5000)}}, "metadata"),
-        (CompletionRequest, {**TEXT, **{f"x{i}": 1 for i in range(5000)}}, "x0"),
+        (CompletionRequest, {**TEXT, **{f"x{i}": 1 for i in range(5000)}}, "x64"),
+        (ChatCompletionRequest, {**CHAT, "messages": [{**ONE, f"x{i}": 1} for i in range(100)]}, "messages.64.x64"),
         (ChatCompletionRequest, {**CHAT, "messages": [{}] * 2000}, "messages.0.role"),
         (
             ChatCompletionRequest,
             {**CHAT, "messages": [{"role": "user", "content": [1] * 2000}]},
             "messages.0.content.0",
         ),
-        (ChatCompletionRequest, {**CHAT, "stream_options": {f"x{i}": 1 for i in range(5000)}}, "stream_options.x0"),
+        (ChatCompletionRequest, {**CHAT, "stream_options": {f"x{i}": 1 for i in range(5000)}}, "stream_options.x64"),
         (DetokenizeRequest, {"tokens": [-1] * 5000}, "tokens.0"),
+        (DetokenizeRequest, {"tokens": [1], **{f"x{i}": 1 for i in range(5000)}}, "x0"),
     ],
 )
 def test_thousands_of_wrong_values_are_not_thousands_of_errors(model: Any, body: dict[str, Any], param: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        model.model_validate(body)
+        model.model_validate(body, context=Leniency())
     assert caught.value.error_count() < 10
     assert error_of(model, body).param == param
 
@@ -196,7 +197,8 @@ def test_a_parameter_of_the_path_is_named() -> None:
 def test_text_parts_are_joined_and_developer_means_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = ChatCompletionRequest.model_validate({**CHAT, "messages": [{"role": "developer", "content": parts}]})
-    assert body.messages[0].for_template() == {"role": "system", "content": "ab"}
+    assert body.messages[0].for_template()["role"] == "system"
+    assert body.messages[0].for_template()["content"] == "ab"
 
 
 @pytest.mark.parametrize(
@@ -272,7 +274,7 @@ def test_parts_are_few_in_all_messages_together() -> None:
 def test_what_the_openai_client_sends_back_of_a_parsed_answer_is_accepted() -> None:
     answer = {"role": "assistant", "content": '{"a": 1}', "parsed": {"a": 1}, "refusal": None}
     body = ChatCompletionRequest.model_validate({**CHAT, "messages": [*CHAT["messages"], answer]})
-    assert body.messages[1].for_template() == {"role": "assistant", "content": '{"a": 1}'}
+    assert body.messages[1].for_template()["content"] == '{"a": 1}'
 
 
 @pytest.mark.parametrize("depth", [900, 960, 965])
