@@ -18,9 +18,10 @@ ErrorKind = Literal["invalid", "overloaded", "internal"]
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """Constrained output: any JSON object, or JSON that satisfies ``schema`` (JSON text)."""
+    """Constrained output: any JSON object, or what ``schema`` (JSON text) says: a JSON Schema, or a structural tag of
+    xgrammar, which the server has made of schemas that it has checked."""
 
-    kind: Literal["json_object", "json_schema"]
+    kind: Literal["json_object", "json_schema", "structural_tag"]
     schema: str | None = None
 
 

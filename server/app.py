@@ -26,6 +26,8 @@ from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
 from server.tenants import TenantRegistry
+from server.tools.answer_parser import load_parser
+from server.tools.chat_format import ChatFormat
 from server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)
@@ -82,6 +84,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         strict=settings.http.strict,
         created=int(time.time()),
         tokenizer=state.tokenizer,
+        chat_format=ChatFormat.of(state.tokenizer),
         engine=engine,
         rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
         sessions=SessionStore(gate, settings.sessions, state.metrics, work),
@@ -90,6 +93,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         work=work,
         bodies=BodyRoom(_BODIES_PER_TENANT * settings.http.max_body_bytes),
     )
+    load_parser(state.serving.chat_format)
     connection = asyncio.create_task(engine.run())
     connection.add_done_callback(_log_failure)
     try:

@@ -13,6 +13,7 @@ from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
 from server.schemas.chat import Message, Prediction, text_of
 from server.schemas.fields import SamplingFields, to_grammar
+from server.schemas.tools import Tool
 from server.serving import Serving
 from server.session_ids import belongs_to, user_session_id
 from server.session_store import no_such_session
@@ -22,7 +23,7 @@ from server.work_shares import RequestWork
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt; ``text`` is what the client sent, None if that was token ids."""
+    """A prompt; ``text`` is None where the client sent token ids."""
 
     token_ids: list[int]
     text: str | None = None
@@ -74,15 +75,26 @@ def encode_text(
 
 
 def encode_messages(
-    tokenizer: Tokenizer, messages: Sequence[Message], info: EngineReady, variables: Mapping[str, Any] | None = None
-) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's answer; 400 as for ``encode_text``."""
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    info: EngineReady,
+    variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] = (),
+) -> TokenizedPrompt:
+    """A conversation, ready for the assistant's answer; ``text`` is what the template makes of it.
+
+    400 as for ``encode_text``, and where the template cannot render it.
+    """
     try:
-        text = tokenizer.apply_chat_template([message.for_template() for message in messages], variables=variables)
+        text = tokenizer.apply_chat_template(
+            [message.for_template() for message in messages],
+            tools=[tool.for_template() for tool in tools] or None,
+            variables=variables,
+        )
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from error
     # The template has written the special tokens out.
-    return encode_text(tokenizer, text, "messages", info, add_special_tokens=False)
+    return TokenizedPrompt(encode_text(tokenizer, text, "messages", info, add_special_tokens=False), text)
 
 
 def encode_prediction(tokenizer: Tokenizer, prediction: Prediction | None, info: EngineReady) -> list[int]:

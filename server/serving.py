@@ -15,6 +15,7 @@ from server.engine_client import EngineClient, EngineDead
 from server.metrics import Metrics
 from server.rate_limit import RateLimiter
 from server.session_store import SessionStore
+from server.tools.chat_format import ChatFormat
 from server.work_shares import WorkShares
 
 
@@ -26,6 +27,7 @@ class Serving:
     strict: bool
     created: int
     tokenizer: Tokenizer
+    chat_format: ChatFormat
     engine: EngineClient
     rate_limiter: RateLimiter
     sessions: SessionStore

@@ -114,6 +114,20 @@ def rewrite_patterns(text: str) -> str:
     return text if root == json.loads(text) else json.dumps(root)
 
 
+def has_string_lengths(tag: str) -> bool:
+    """Whether a structural tag has schemas that bound the length of strings."""
+    formats = [json.loads(tag)["format"]]
+    while formats:
+        part = formats.pop()
+        if isinstance(part, dict) and part.get("type") == "json_schema":
+            schemas = (schema for _, _, schema in subschemas(part["json_schema"]))
+            if any(isinstance(schema, dict) and schema.keys() & _STRING_LENGTHS for schema in schemas):
+                return True
+        else:
+            formats += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return False
+
+
 def _problem(schema: dict[str, Any]) -> str | None:
     """What of this schema, apart from its subschemas, cannot be enforced."""
     keywords = schema.keys() - ANNOTATIONS - DEFINITIONS

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -25,6 +26,8 @@ class ChatTemplateError(ValueError):
 class ChatTemplate:
     """A compiled template. ``variables`` (``bos_token`` and the like) are visible to it.
 
+    ``source`` is the template itself; ``takes`` are the names of the variables that it looks at.
+
     Raises:
         ChatTemplateError: not a valid Jinja template.
     """
@@ -36,8 +39,10 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda date_format: datetime.now().strftime(date_format)
         try:
             self._template = environment.from_string(source)
+            self.takes = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the model's chat template is invalid: {error}") from error
+        self.source = source
         self._variables = dict(variables)
 
     def render(

@@ -34,7 +34,7 @@ async def detokenize(body: DetokenizeRequest, _: CurrentTenant, work: CurrentWor
 
 def _tokens(body: TokenizeRequest, tokenizer: Tokenizer, info: EngineReady) -> bytes:
     if body.messages is not None:
-        tokens = encode_messages(tokenizer, body.messages, info, body.chat_template_kwargs)
+        tokens = encode_messages(tokenizer, body.messages, info, body.chat_template_kwargs).token_ids
     else:
         tokens = encode_text(tokenizer, body.prompt or "", "prompt", info, body.add_special_tokens is not False)
     return msgspec.json.encode(TokenizeResponse(tokens, len(tokens), info.max_model_len))
