@@ -135,6 +135,11 @@ class SessionsConfig(Section):
         description="Seconds a session lives after its last use, unless it was made with others.",
     )
     max_ttl_seconds: int = Field(default=30 * 24 * 3600, ge=1, description="Most seconds a client may ask for.")
+    max_per_tenant: int = Field(
+        default=1000,
+        ge=1,
+        description="Most sessions of a tenant, of up to 64 KiB each; of more, those used longest ago are forgotten.",
+    )
     from_user: bool = Field(
-        default=False, description="Requests without a session id have one for each value of OpenAI's `user`."
+        default=True, description="Requests without a session id have one for each value of OpenAI's `user`."
     )

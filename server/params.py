@@ -15,7 +15,7 @@ from server.schemas.chat import Message, Prediction, text_of
 from server.schemas.fields import SamplingFields, to_grammar
 from server.schemas.tools import Tool
 from server.serving import Serving
-from server.session_ids import belongs_to, user_session_id
+from server.session_ids import MAX_NAME_CHARS, find_session_id, user_session_id
 from server.session_store import no_such_session
 from server.tenants import Tenant
 from server.work_shares import RequestWork
@@ -29,17 +29,24 @@ class TokenizedPrompt:
     text: str | None = None
 
 
-def check_session_id(session_id: str, tenant: str) -> None:
-    """404 unless the id was made for ``tenant``; whether there is still such a session, Redis knows."""
-    if not belongs_to(session_id, tenant):
-        raise no_such_session(session_id)
+def find_session(sent: str, tenant: str) -> str:
+    """The id of the session that ``tenant`` means by ``sent``; whether there is still such a session, Redis knows.
+
+    400 for a name that is too long; 404 for an id that was made for somebody else.
+    """
+    if len(sent) > MAX_NAME_CHARS:
+        raise bad_request(f"A session's name has at most {MAX_NAME_CHARS} characters.", "session_id")
+    session_id = find_session_id(tenant, sent)
+    if session_id is None:
+        raise no_such_session(sent)
+    return session_id
 
 
 def check_request(body: SamplingFields, session_header: str | None, tenant: Tenant, serving: Serving) -> str | None:
-    """The session that a request is part of: by ``session_id``, by its header or, if so configured, by its ``user``.
+    """The id of the session that a request is part of, None for none.
 
-    400 for two different ids, or options of a stream where none is asked for; 404 for a session that is not
-    ``tenant``'s, or another model than the served one.
+    400 for options of a stream where none is asked for; 404 for another model than the served one. Both as
+    ``find_session`` has them.
     """
     check_model(body.model, serving.model)
     session_id = _session_id(body, session_header, tenant.name, serving.sessions.config.from_user)
@@ -49,11 +56,10 @@ def check_request(body: SamplingFields, session_header: str | None, tenant: Tena
 
 
 def _session_id(body: SamplingFields, header: str | None, tenant: str, from_user: bool) -> str | None:
-    if header and body.session_id and header != body.session_id:
-        raise bad_request("session_id differs from the header X-Session-Id; send one of them.", "session_id")
-    if session_id := body.session_id or header:
-        check_session_id(session_id, tenant)
-        return session_id
+    in_metadata = (body.metadata or {}).get("session_id")
+    named = body.session_id or header or (in_metadata if isinstance(in_metadata, str) else None)
+    if named:
+        return find_session(named, tenant)
     return user_session_id(tenant, body.user) if from_user and body.user else None
 
 

@@ -47,10 +47,10 @@ async def create_chat_completion(
     tenant: CurrentTenant,
     work: CurrentWork,
     serving: CurrentServing,
-    x_session_id: SessionHeader = None,
+    session_header: SessionHeader,
 ) -> Response:
     """Answer a conversation, whole or as a stream of events."""
-    session_id = check_request(body, x_session_id, tenant, serving)
+    session_id = check_request(body, session_header, tenant, serving)
     check_tools(body, serving.chat_format)
     info, n = serving.engine_info, body.n or 1
     prompt = await work.run(

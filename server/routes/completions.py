@@ -35,10 +35,10 @@ async def create_completion(
     tenant: CurrentTenant,
     work: CurrentWork,
     serving: CurrentServing,
-    x_session_id: SessionHeader = None,
+    session_header: SessionHeader,
 ) -> Response:
     """Continue one or several prompts, whole or as a stream of events."""
-    session_id = check_request(body, x_session_id, tenant, serving)
+    session_id = check_request(body, session_header, tenant, serving)
     info = serving.engine_info
     prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)

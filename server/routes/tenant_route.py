@@ -26,6 +26,8 @@ from server.work_shares import SMALL, RequestWork
 _PLAIN_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 """What may stand in a header."""
 
+_NAMES_SESSION = "Names the request's session, if session_id in the body does not."
+
 # Documents the header; ``authenticate`` is what checks it.
 _bearer = HTTPBearer(auto_error=False, description="API key")
 
@@ -120,10 +122,18 @@ async def current_work(request: Request) -> RequestWork:
 
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
 CurrentWork = Annotated[RequestWork, Depends(current_work)]
-SessionHeader = Annotated[
-    str | None,
-    Header(alias="X-Session-Id", description="The same as session_id in the body, for clients that add headers."),
-]
+
+
+async def _session_header(
+    x_session_id: Annotated[str | None, Header(alias="X-Session-Id", description=_NAMES_SESSION)] = None,
+    session_id: Annotated[str | None, Header(alias="Session-Id", description=_NAMES_SESSION)] = None,
+    x_session_affinity: Annotated[str | None, Header(alias="X-Session-Affinity", description=_NAMES_SESSION)] = None,
+) -> str | None:
+    """FastAPI dependency: the first of the headers X-Session-Id, Session-Id and X-Session-Affinity that is there."""
+    return x_session_id or session_id or x_session_affinity
+
+
+SessionHeader = Annotated[str | None, Depends(_session_header)]
 
 
 def _declared_size(request: Request, limit: int) -> int:

@@ -14,6 +14,7 @@ from engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, check_js
 from server.errors import bad_request
 from server.schemas.body import Body, Harmless, LenientBody, at_most
 from server.schemas.unsupported import SYNONYMS, UNSUPPORTED
+from server.session_ids import MAX_NAME_CHARS
 
 MAX_STOP_STRINGS = 16
 MAX_LOGIT_BIAS = 1024
@@ -104,11 +105,13 @@ class SamplingFields(LenientBody):
     session_id: str | None = Field(
         default=None,
         min_length=1,
-        max_length=128,
-        description="From POST /v1/sessions; may also be sent as the header X-Session-Id. Speed only: the output is "
-        "the same.",
+        max_length=MAX_NAME_CHARS,
+        description="From POST /v1/sessions, or any name; may also be sent as the header X-Session-Id. Speed only: the "
+        "output is the same.",
     )
-    user: str | None = None
+    user: str | None = Field(
+        default=None, max_length=MAX_NAME_CHARS, description="Names a session where nothing else does."
+    )
     metadata: Annotated[dict[str, Any] | None, at_most(MAX_METADATA)] = Field(default=None, max_length=MAX_METADATA)
     safety_identifier: str | None = None
     prompt_cache_key: str | None = Field(default=None, description="Prefixes are shared within a tenant without it.")
