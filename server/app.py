@@ -11,6 +11,7 @@ import structlog
 from fastapi import FastAPI
 
 from engine.models.registry import resolve_model
+from engine.models.sampling_defaults import sampling_defaults
 from engine.text.tokenizer import Tokenizer
 from server.adapter_control import AdapterControl
 from server.body_room import BodyRoom
@@ -59,6 +60,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.draining = False
     app.state.model = model
     app.state.tokenizer = tokenizer
+    app.state.sampling_defaults = sampling_defaults(files)
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     for module in (completions, chat, sessions, adapters, tokens, about, overview, page):
@@ -85,6 +87,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         created=int(time.time()),
         tokenizer=state.tokenizer,
         chat_format=ChatFormat.of(state.tokenizer),
+        sampling_defaults=state.sampling_defaults,
         engine=engine,
         rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
         sessions=SessionStore(gate, settings.sessions, state.metrics, work),

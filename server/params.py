@@ -5,9 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.messages import EngineReady, SamplingParams
+from engine.models.sampling_defaults import SamplingDefaults
 from engine.text.chat_template import ChatTemplateError
 from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
@@ -19,6 +20,8 @@ from server.session_ids import MAX_NAME_CHARS, find_session_id, user_session_id
 from server.session_store import no_such_session
 from server.tenants import Tenant
 from server.work_shares import RequestWork
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ def to_sampling_params(
     *,
     max_tokens: int,
     vocab_size: int,
+    defaults: SamplingDefaults,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
@@ -218,13 +222,13 @@ def to_sampling_params(
     return SamplingParams(
         max_tokens=max(1, max_tokens),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0) or 1.0,
-        top_k=1 if body.top_p == 0 else max(0, body.top_k or 0),  # top_p 0 keeps what is most likely
-        min_p=body.min_p or 0.0,
+        temperature=_or(body.temperature, defaults.temperature),
+        top_p=_or(body.top_p, defaults.top_p) or 1.0,
+        top_k=1 if body.top_p == 0 else max(0, _or(body.top_k, defaults.top_k)),  # top_p 0 keeps what is most likely
+        min_p=_or(body.min_p, defaults.min_p),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -237,7 +241,7 @@ def to_sampling_params(
     )
 
 
-def _or(value: float | None, default: float) -> float:
+def _or(value: _Number | None, default: _Number) -> _Number:
     return default if value is None else value
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from engine.messages import EngineReady
+from engine.models.sampling_defaults import SamplingDefaults
 from engine.text.tokenizer import Tokenizer
 from server.adapter_control import AdapterControl
 from server.body_room import BodyRoom
@@ -28,6 +29,7 @@ class Serving:
     created: int
     tokenizer: Tokenizer
     chat_format: ChatFormat
+    sampling_defaults: SamplingDefaults
     engine: EngineClient
     rate_limiter: RateLimiter
     sessions: SessionStore

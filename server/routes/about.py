@@ -37,7 +37,12 @@ async def get_model(model: str, _: CurrentTenant, serving: CurrentServing) -> Re
 
 
 def _card(serving: Serving) -> ModelCard:
-    return ModelCard(id=serving.model, created=serving.created, max_model_len=serving.engine_info.max_model_len)
+    return ModelCard(
+        id=serving.model,
+        created=serving.created,
+        max_model_len=serving.engine_info.max_model_len,
+        default_sampling_params=serving.sampling_defaults,
+    )
 
 
 @public_router.get("/health", responses={200: {"description": "The engine is ready.", "content": None}, **errors(503)})

@@ -66,7 +66,12 @@ async def create_chat_completion(
     max_tokens = fit_max_tokens(max_tokens, field, prompts, info, serving.strict)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = await work.run(
-        to_sampling_params, body, max_tokens=max_tokens, vocab_size=info.vocab_size, logprobs=logprobs
+        to_sampling_params,
+        body,
+        max_tokens=max_tokens,
+        vocab_size=info.vocab_size,
+        defaults=serving.sampling_defaults,
+        logprobs=logprobs,
     )
     is_thinking = serving.chat_format.is_thinking(prompt.text or "")
     if body.usable_tools:

@@ -49,6 +49,7 @@ async def create_completion(
         body,
         max_tokens=max_tokens,
         vocab_size=info.vocab_size,
+        defaults=serving.sampling_defaults,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )

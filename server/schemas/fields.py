@@ -67,7 +67,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingFields(LenientBody):
-    """Parameters of generation. null means the default everywhere.
+    """Parameters of generation. null means the default everywhere; those of sampling are in /v1/models.
 
     ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` label a request and never change its output.
     Nor does a session.
@@ -76,7 +76,7 @@ class SamplingFields(LenientBody):
     unsupported, synonyms = UNSUPPORTED, SYNONYMS
 
     model: str
-    temperature: float | None = Field(default=None, ge=0, le=2, description="Default 1; 0 is greedy.")
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(default=None, ge=0, le=1, description="0: the most likely token only.")
     top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: float | None = Field(default=None, ge=0, le=1)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engine.messages import Grammar
+from engine.models.sampling_defaults import SamplingDefaults
 from server.errors import ApiError, validation_error
 from server.params import to_sampling_params, tokenize_prompts
 from server.schemas.body import Leniency
@@ -25,6 +26,7 @@ from server.schemas.unsupported import UNSUPPORTED
 from server.work_shares import RequestWork, WorkShares
 
 TEXT = {"model": "m", "prompt": "x"}
+OTHERS = SamplingDefaults(temperature=0.3, top_p=0.4, top_k=5, min_p=0.6, repetition_penalty=1.5)
 ONE = {"role": "user", "content": "x"}
 CHAT = {"model": "m", "messages": [ONE]}
 
@@ -226,7 +228,7 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
             "logit_bias": {"3": -100}, "stop": "end", "stop_token_ids": [4], "ignore_eos": True, "min_tokens": 2,
         }
     )  # fmt: skip
-    sampling = to_sampling_params(body, max_tokens=9, vocab_size=10, logprobs=2, prompt_logprobs=1)
+    sampling = to_sampling_params(body, max_tokens=9, vocab_size=10, defaults=OTHERS, logprobs=2, prompt_logprobs=1)
     assert sampling.temperature == 0
     assert (sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 7, 0.1)
     assert sampling.seed == -(2**63)
@@ -240,9 +242,14 @@ def test_every_sampling_parameter_reaches_the_engine() -> None:
 def test_null_means_the_default() -> None:
     fields = ["temperature", "top_p", "top_k", "seed", "stop", "n", "logit_bias", "stream", "response_format", "user"]
     given_null = to_sampling_params(
-        CompletionRequest.model_validate({**TEXT, **dict.fromkeys(fields)}), max_tokens=5, vocab_size=9, logprobs=None
+        CompletionRequest.model_validate({**TEXT, **dict.fromkeys(fields)}),
+        max_tokens=5,
+        vocab_size=9,
+        defaults=OTHERS,
+        logprobs=None,
     )
-    assert (given_null.temperature, given_null.top_p, given_null.top_k, given_null.stop) == (1, 1, 0, ())
+    assert (given_null.temperature, given_null.top_p, given_null.top_k, given_null.min_p) == (0.3, 0.4, 5, 0.6)
+    assert (given_null.repetition_penalty, given_null.stop) == (1.5, ())
     assert 0 <= given_null.seed < 2**63
 
 
