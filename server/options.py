@@ -25,6 +25,12 @@ def _check_hash(value: str) -> str:
 KeyHash = Annotated[str, AfterValidator(_check_hash)]
 
 
+def _check_key(value: str) -> str:
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("must be letters, digits and signs of ASCII, without spaces")
+    return value
+
+
 class HttpConfig(Section):
     """The API server."""
 
@@ -99,6 +105,11 @@ class RedisConfig(Section):
 class AuthConfig(Section):
     """API keys. Without any, everyone is the tenant "default", and only loopback addresses are served."""
 
+    api_key: Annotated[str, AfterValidator(_check_key)] | None = Field(
+        default=None,
+        description='One key for everybody, who is the tenant "default". Others on this machine see flags, so better '
+        "set EVOSPEC_AUTH__API_KEY.",
+    )
     keys_file: Path | None = Field(default=None, description="TOML file of tenants and hashes of their keys.")
     keys: str | None = Field(
         default=None, description="Further keys as TENANT=HASH, separated by commas (for containers)."

@@ -55,8 +55,10 @@ def test_metadata_of_a_gguf_file_goes_before_the_registry(
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     for key, value in recommended.items():
-        add = writer.add_int32 if isinstance(value, int) else writer.add_float32
-        add(f"general.sampling.{key}", value)
+        if isinstance(value, int):
+            writer.add_int32(f"general.sampling.{key}", value)
+        else:
+            writer.add_float32(f"general.sampling.{key}", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
