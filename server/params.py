@@ -13,7 +13,8 @@ from engine.text.chat_template import ChatTemplateError
 from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
 from server.schemas.chat import Message, Prediction, text_of
-from server.schemas.fields import SamplingFields, to_grammar
+from server.schemas.constraints import to_grammar
+from server.schemas.fields import SamplingFields
 from server.schemas.tools import Tool
 from server.serving import Serving
 from server.session_ids import MAX_NAME_CHARS, find_session_id, user_session_id
@@ -236,7 +237,7 @@ def to_sampling_params(
         min_tokens=min_tokens,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=to_grammar(body.response_format),
+        grammar=to_grammar(body),
         num_speculative_tokens=body.num_speculative_tokens,
     )
 

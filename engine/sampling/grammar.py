@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 
 from engine.messages import Grammar
 from engine.sampling.grammar_messages import SECONDS_PER_MASK, SPARE_SECONDS, Failure
-from engine.sampling.json_schema import GrammarError, check_json_schema, has_string_lengths, rewrite_patterns
+from engine.sampling.json_schema import (
+    GrammarError,
+    check_json_schema,
+    has_string_lengths,
+    rewrite_pattern,
+    rewrite_patterns,
+)
 
+_WHAT = {"regex": "regular expression", "grammar": "grammar"}
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 
@@ -147,13 +154,22 @@ class GrammarCompiler:
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The compiled grammar; raises ``GrammarError``. Nothing bounds the time and the memory that it takes."""
+        text = grammar.schema or ""
         if grammar.kind == "structural_tag":
-            return self._compile_structural_tag(grammar.schema or "")
+            return self._compile_structural_tag(text)
+        if grammar.kind == "regex":
+            return self._for_text().compile("regex", rewrite_pattern(text, to_ascii=False))
+        if grammar.kind == "ebnf":
+            return self._for_text().compile("grammar", text)
         is_object = grammar.kind == "json_object"
-        schema = '{"type": "object"}' if is_object else grammar.schema or ""
+        schema = '{"type": "object"}' if is_object else text
         check_json_schema(schema)
         # Strict: objects hold no properties beyond those the schema names, unless it says so.
         return self._for_json.compile("json_schema", rewrite_patterns(schema), strict_mode=not is_object)
+
+    def _for_text(self) -> _VocabularyCompiler:
+        """For output that is no JSON, and may have any characters. It is rare, and made in a tenth of a second."""
+        return _VocabularyCompiler(self._token_bytes, self._end_token_ids)
 
     def _compile_structural_tag(self, tag: str) -> CompiledGrammar:
         """There is text beside JSON, which may have any characters, but line feeds only where JSON is at risk."""
@@ -180,5 +196,6 @@ class _VocabularyCompiler:
             compiled = getattr(self._compiler, f"compile_{kind}")(text, **options)
         except (RuntimeError, ValueError) as error:
             first = (str(error).splitlines() or ["xgrammar does not say why"])[0]  # of a number that is too large
-            raise GrammarError(f"the JSON schema cannot be used: {_LOG_PREFIX.sub('', first)}") from error
+            what = _WHAT.get(kind, "JSON schema")
+            raise GrammarError(f"the {what} cannot be used: {_LOG_PREFIX.sub('', first)}") from error
         return CompiledGrammar(compiled, self._end_token_ids, self._excluded)

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from engine.messages import TokenSource
 from server.schemas.answers import AnswerBody, Usage
 from server.schemas.body import Body, Harmless, LenientBody, NoOp, at_most
+from server.schemas.constraints import VLLM_CONSTRAINTS
 from server.schemas.fields import SamplingFields
 from server.schemas.tools import MAX_TOOLS, NamedChoice, PastCalls, Tool, ToolCall, ToolCallDelta, ToolChoice
 
@@ -161,6 +162,8 @@ class ChatCompletionRequest(SamplingFields):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
+        if self.usable_tools and (used := self.model_fields_set & VLLM_CONSTRAINTS):
+            raise PydanticCustomError("constraint", "cannot be used with tools", {"param": min(used)})
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "needs logprobs to be true", {"param": "top_logprobs"})
         both = self.max_tokens, self.max_completion_tokens

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import msgspec
 from pydantic import Field
 
 from engine.config import MAX_SPECULATIVE_TOKENS
-from engine.messages import Grammar
-from engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, check_json_schema
-from server.errors import bad_request
-from server.schemas.body import Body, Harmless, LenientBody, at_most
+from server.schemas.body import Harmless, LenientBody, at_most
+from server.schemas.constraints import ConstraintFields
 from server.schemas.unsupported import SYNONYMS, UNSUPPORTED
 from server.session_ids import MAX_NAME_CHARS
 
@@ -31,42 +27,12 @@ class StreamOptions(LenientBody):
     include_obfuscation: Annotated[Any, Harmless(False)] = None
 
 
-class TextFormat(Body):
-    """No constraint."""
-
-    type: Literal["text"]
-
-
-class JsonObjectFormat(Body):
-    """Any JSON object."""
-
-    type: Literal["json_object"]
-
-
-class JsonSchemaSpec(Body):
-    """A JSON Schema the output must satisfy. It is always enforced, whatever ``strict`` says."""
-
-    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
-    schema_: dict[str, Any] = Field(alias="schema")
-    description: str | None = None
-    strict: bool | None = None
-
-
-class JsonSchemaFormat(Body):
-    """JSON that satisfies a schema."""
-
-    type: Literal["json_schema"]
-    json_schema: JsonSchemaSpec
-
-
-ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
-
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class SamplingFields(LenientBody):
+class SamplingFields(ConstraintFields):
     """Parameters of generation. null means the default everywhere; those of sampling are in /v1/models.
 
     ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` label a request and never change its output.
@@ -92,7 +58,6 @@ class SamplingFields(LenientBody):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    response_format: ResponseFormat | None = None
     num_speculative_tokens: int | None = Field(
         default=None,
         ge=0,
@@ -115,27 +80,3 @@ class SamplingFields(LenientBody):
     metadata: Annotated[dict[str, Any] | None, at_most(MAX_METADATA)] = Field(default=None, max_length=MAX_METADATA)
     safety_identifier: str | None = None
     prompt_cache_key: str | None = Field(default=None, description="Prefixes are shared within a tenant without it.")
-
-
-def to_grammar(response_format: TextFormat | JsonObjectFormat | JsonSchemaFormat | None) -> Grammar | None:
-    """The engine's form of ``response_format``; 400 for a schema that the engine would refuse.
-
-    It goes to the engine with every choice, so its size must be bounded here.
-    """
-    if isinstance(response_format, JsonSchemaFormat):
-        try:
-            schema = _written_out(response_format.json_schema.schema_)
-            check_json_schema(schema)
-        except RecursionError as error:
-            raise bad_request("The schema is nested too deeply.", "response_format") from error
-        except GrammarError as error:
-            raise bad_request(str(error), "response_format") from error
-        return Grammar("json_schema", schema)
-    return Grammar("json_object") if isinstance(response_format, JsonObjectFormat) else None
-
-
-def _written_out(schema: dict[str, Any]) -> str:
-    """The text of ``schema``; raises ``GrammarError`` for one that is too long, a hundred times sooner."""
-    if len(msgspec.json.encode(schema)) > MAX_SCHEMA_CHARS:  # never longer than what json.dumps makes
-        raise GrammarError(f"the JSON schema is longer than {MAX_SCHEMA_CHARS} characters")
-    return json.dumps(schema)

@@ -66,12 +66,15 @@ _OUTPUT: dict[str, list[Any]] = {
     "return_token_ids": [False],
     "return_tokens_as_token_ids": [False],
     "structural_tag": [],
-    "grammar": [""],
-    "json_schema": [],
+    "guided_whitespace_pattern": [],
 }
 UNSUPPORTED = _SAMPLING | _PROMPT | _THINKING | _OUTPUT
 
 SYNONYMS = {
+    "regex": "guided_regex",
+    "ebnf": "guided_grammar",
+    "grammar": "guided_grammar",
+    "json_schema": "guided_json",
     "max_new_tokens": "max_tokens",
     "max_output_tokens": "max_tokens",
     "max_length": "max_tokens",

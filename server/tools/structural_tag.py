@@ -23,7 +23,7 @@ from engine.sampling.json_schema import (
 )
 from server.errors import bad_request
 from server.schemas.chat import ChatCompletionRequest
-from server.schemas.fields import JsonObjectFormat, JsonSchemaFormat, TextFormat
+from server.schemas.constraints import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from server.schemas.tools import Function, NamedChoice
 from server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
 

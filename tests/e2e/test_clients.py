@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,33 @@ def test_structured_output_is_json_that_fits(client: openai.OpenAI) -> None:
     value = json.loads(answer.choices[0].message.content or "")
     assert set(value) == {"city", "people"}
     assert isinstance(value["people"], int)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "matches"),
+    [
+        ({"structured_outputs": {"choice": ["Paris", "London\nEngland"]}}, "Paris|London\nEngland"),
+        ({"guided_regex": r"[A-Z][a-z]{2,9}(, [A-Z][a-z]{2,9}){2}"}, r"[A-Z][a-z]{2,9}(, [A-Z][a-z]{2,9}){2}"),
+        ({"structured_outputs": {"grammar": 'root ::= ("- " [a-z]{2,9} "\\n"){3}'}}, r"(- [a-z]{2,9}\n){3}"),
+    ],
+)
+def test_output_has_the_form_that_vllms_fields_say_with_drafts_and_without(
+    client: openai.OpenAI, constraint: dict[str, Any], matches: str
+) -> None:
+    texts = [
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[QUESTION],
+            temperature=0,
+            max_tokens=100,
+            extra_body={**constraint, "num_speculative_tokens": num_drafts},
+        )
+        .choices[0]
+        .message.content
+        for num_drafts in (0, 8)
+    ]
+    assert texts[0] == texts[1]
+    assert re.fullmatch(matches, texts[0] or ""), texts[0]
 
 
 def test_a_schema_that_cannot_be_compiled_is_the_clients_error(client: openai.OpenAI) -> None:

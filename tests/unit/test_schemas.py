@@ -20,7 +20,7 @@ from server.params import to_sampling_params, tokenize_prompts
 from server.schemas.body import Leniency
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
-from server.schemas.fields import to_grammar
+from server.schemas.constraints import to_grammar
 from server.schemas.tokens import DetokenizeRequest
 from server.schemas.unsupported import UNSUPPORTED
 from server.work_shares import RequestWork, WorkShares
@@ -187,7 +187,7 @@ def test_a_schema_too_long_for_the_engine_gets_no_further() -> None:
     wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     body = ChatCompletionRequest.model_validate({**CHAT, "response_format": wanted})
     with pytest.raises(ApiError, match="longer than") as caught:
-        to_grammar(body.response_format)
+        to_grammar(body)
     assert (caught.value.status, caught.value.param) == (400, "response_format")
 
 
@@ -217,7 +217,7 @@ def test_text_parts_are_joined_and_developer_means_system() -> None:
 )
 def test_response_format_becomes_a_grammar(given_value: Any, expected: Grammar | None) -> None:
     body = ChatCompletionRequest.model_validate({**CHAT, "response_format": given_value})
-    assert to_grammar(body.response_format) == expected
+    assert to_grammar(body) == expected
 
 
 def test_every_sampling_parameter_reaches_the_engine() -> None:
@@ -293,5 +293,5 @@ def test_a_schema_nested_too_deeply_is_the_clients_error(depth: int) -> None:
     response_format = {"type": "json_schema", "json_schema": {"name": "deep", "schema": schema}}
     body = CompletionRequest.model_validate({**TEXT, "response_format": response_format})
     with pytest.raises(ApiError) as caught:
-        to_grammar(body.response_format)
+        to_grammar(body)
     assert (caught.value.status, caught.value.param) == (400, "response_format")
