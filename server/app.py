@@ -6,9 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version as package_version
 
 import structlog
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from engine.models.registry import resolve_model
 from engine.models.sampling_defaults import sampling_defaults
@@ -22,7 +24,7 @@ from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
-from server.routes import about, adapters, chat, completions, overview, page, sessions, tokens
+from server.routes import about, adapters, chat, completions, docs, overview, page, sessions, tokens
 from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
@@ -51,9 +53,11 @@ def create_app(settings: Settings) -> FastAPI:
     app_metrics = Metrics(model)
     app = FastAPI(
         title="EvoSpec",
-        version="0.1.0",
+        version=package_version("evospec"),
         lifespan=_lifespan,
         openapi_url=None,  # a route of ours, which wants a key
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,
     )
     app.state.settings = settings
@@ -63,11 +67,19 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.sampling_defaults = sampling_defaults(files)
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
-    for module in (completions, chat, sessions, adapters, tokens, about, overview, page):
+    for module in (completions, chat, sessions, adapters, tokens, about, overview, page, docs):
         app.include_router(module.router)
     app.include_router(about.public_router)
     install_error_handlers(app)
     install_openapi(app, model, app.state.tenants.has_keys)
+    if origins := settings.http.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After"],
+        )
     app.add_middleware(RequestMiddleware, metrics=app_metrics)
     return app
 

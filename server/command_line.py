@@ -15,7 +15,8 @@ from server.settings import SHORTCUTS, ConfigurationError, fields_of, section_of
 COMMON = (
     *("engine.model.name", "engine.model.served_name", "engine.model.max_model_len", "http.host", "http.port"),
     *("auth.api_key", "auth.keys_file", "limits.requests_per_minute", "limits.tokens_per_minute"),
-    *("engine.cache.max_bytes", "engine.scheduler.max_num_seqs", "http.strict", "engine.alignment.enabled", "config"),
+    *("engine.cache.max_bytes", "engine.scheduler.max_num_seqs", "http.strict", "http.allowed_origins"),
+    *("engine.alignment.enabled", "config"),
 )
 """What most people set; first in ``--help``."""
 

@@ -41,6 +41,11 @@ class HttpConfig(Section):
         description="Refuse what is ignored or capped otherwise: fields that cannot change an answer, and max_tokens "
         "beyond the context.",
     )
+    allowed_origins: tuple[str, ...] = Field(
+        default=(),
+        description="Origins whose web pages may call the API from a browser, as https://example.org, or * for all; "
+        "default: none.",
+    )
     max_body_bytes: int = Field(default=4 * 1024**2, gt=0, description="Largest request body in bytes.")
     max_header_bytes: int = Field(
         default=64 * 1024, gt=0, description="Largest request line and headers in bytes; more gets a 431."

@@ -38,6 +38,7 @@ SHORTCUTS = {
     "engine.alignment.enabled": "alignment.enabled",
     "http.host": "host",
     "http.port": "port",
+    "http.allowed_origins": "allowed-origins",
     "http.strict": "strict",
     "auth.api_key": "api-key",
     "auth.keys_file": "keys-file",

@@ -50,7 +50,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self._token_bytes = _token_byte_table(backend, vocab_size)
         self.least_tokens = LeastTokens(backend, self._token_bytes)
-        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self._named_tokens())
+        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.named_tokens)
 
     @classmethod
     def from_files(cls, files: ModelFiles) -> Tokenizer:
@@ -120,7 +120,9 @@ class Tokenizer:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
         return self.chat_template.render(messages, add_generation_prompt, tools, variables or {})
 
-    def _named_tokens(self) -> dict[str, str]:
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token``, as the vocabulary writes them, as far as there are any."""
         ids = {"bos_token": self.bos_token_id, "eos_token": next(iter(self.eos_token_ids), None)}
         names = {name: None if index is None else self.id_to_token(index) for name, index in ids.items()}
         return {name: token for name, token in names.items() if token is not None}

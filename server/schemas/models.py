@@ -23,6 +23,12 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     default_sampling_params: SamplingDefaults
 
 
+class Version(msgspec.Struct, frozen=True):
+    """/version."""
+
+    version: str
+
+
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     """All models of this server: one."""
 

@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in the shapes vLLM uses."""
+"""/tokenize, /detokenize and /tokenizer_info, in the shapes vLLM uses."""
 
 from __future__ import annotations
 
@@ -43,6 +43,16 @@ class TokenizeResponse(msgspec.Struct, frozen=True):
     tokens: list[int]
     count: int
     max_model_len: int
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens by name that begin and end texts, and the chat template (Jinja); None for what the model has not."""
+
+    bos_token: str | None
+    eos_token: str | None
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
 
 
 class DetokenizeRequest(Body):
