@@ -14,6 +14,7 @@ import typer
 from engine.log import configure_logging
 from engine.models.config import ModelError
 from engine.validation import validated_files
+from server.chat_client import ChatError, Conversation, chat
 from server.command_line import check_flags, help_text, with_model_flag
 from server.launcher import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, serve, validated_model
 from server.settings import ConfigurationError, Settings, load_settings
@@ -85,6 +86,16 @@ def pull(
     print(validated_model(load_settings().engine.model.model_copy(update=update)).path)
 
 
+@app.command("chat")
+def chat_command(
+    url: Annotated[str, typer.Argument(help="Of any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Default: the first that the server has.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_API_KEY", help="If the server wants one.")] = None,
+) -> None:
+    """Talk with a model, and see how many tokens a second it writes."""
+    chat(Conversation(url, api_key, model))
+
+
 @app.command("settings-doc")
 def settings_doc_command() -> None:
     """Print docs/configuration.md, made from the settings themselves."""
@@ -122,7 +133,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(app(standalone_mode=False))
-    except (ConfigurationError, ModelError, typer.TyperException) as error:
+    except (ConfigurationError, ModelError, ChatError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         print(f"evospec: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None
