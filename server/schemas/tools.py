@@ -104,7 +104,7 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
     function: CalledFunction
 
 
-class FunctionDelta(msgspec.Struct, frozen=True, omit_defaults=True):
+class FunctionDelta(msgspec.Struct, frozen=True):
     """The name (first event of a call only), and more text of the arguments."""
 
     name: str | UnsetType = UNSET

@@ -86,7 +86,7 @@ def test_values_out_of_range_or_of_the_wrong_type_are_refused(
         (CompletionRequest, {"prompt": "x"}, "model"),
         (ChatCompletionRequest, {**CHAT, "messages": []}, "messages"),
         (ChatCompletionRequest, {**CHAT, "messages": [{"role": "user"}]}, "messages.0.content"),
-        (ChatCompletionRequest, {**CHAT, "messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        (ChatCompletionRequest, {**CHAT, "messages": [{"role": "function", "content": "x"}]}, "messages.0.role"),
         (ChatCompletionRequest, {**CHAT, "top_logprobs": 2}, "top_logprobs"),
         (ChatCompletionRequest, {**CHAT, "max_tokens": 0}, "max_tokens"),
         (ChatCompletionRequest, {**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
@@ -121,14 +121,11 @@ def test_a_message_is_about_one_place() -> None:
 @pytest.mark.parametrize(
     ("field", "asks", "no_op"),
     [
-        ("tools", [{"type": "function"}], []),
-        ("tool_choice", "required", "auto"),
         ("functions", [{}], []),
         ("function_call", {"name": "f"}, "none"),
         ("audio", {"voice": "alloy"}, None),
         ("modalities", ["text", "audio"], ["text"]),
         ("web_search_options", {}, None),
-        ("parallel_tool_calls", True, None),
         *((name, "something", next(iter(values), None)) for name, values in UNSUPPORTED.items()),
     ],
 )
