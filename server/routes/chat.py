@@ -32,7 +32,7 @@ from server.schemas.chat import (
 )
 from server.serving import CurrentServing, Serving
 from server.tools.message_writer import MessageWriter
-from server.tools.structural_tag import check_tools, tool_grammar
+from server.tools.structural_tag import chat_grammar, check_tools
 
 router = APIRouter(route_class=TenantRoute)
 
@@ -74,9 +74,8 @@ async def create_chat_completion(
         logprobs=logprobs,
     )
     is_thinking = serving.chat_format.is_thinking(prompt.text or "")
-    if body.usable_tools:
-        grammar = await work.run(tool_grammar, body, serving.chat_format, is_thinking)
-        sampling = msgspec.structs.replace(sampling, grammar=grammar)
+    grammar = await work.run(chat_grammar, body, sampling.grammar, serving.chat_format, is_thinking)
+    sampling = msgspec.structs.replace(sampling, grammar=grammar)
     generation = Generation(serving, tenant, prompts, sampling, n, session_id=session_id, prediction=prediction)
     return await _ChatAnswer(body, generation, serving, is_thinking).respond(request.receive)
 

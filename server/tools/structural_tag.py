@@ -1,4 +1,4 @@
-"""The grammar of an answer that may or must call tools: a structural tag of xgrammar, as JSON.
+"""The grammar of an answer with calls of tools or after thoughts: a structural tag of xgrammar, as JSON.
 
 Each call is a tag: its begin names the tool, and its content is JSON by the tool's own schema. So a call that has begun
 can only be a right one.
@@ -18,12 +18,12 @@ from engine.sampling.json_schema import (
     MAX_SCHEMA_CHARS,
     GrammarError,
     check_json_schema,
+    rewrite_pattern,
     rewrite_patterns,
     subschemas,
 )
 from server.errors import bad_request
 from server.schemas.chat import ChatCompletionRequest
-from server.schemas.constraints import JsonObjectFormat, JsonSchemaFormat, TextFormat
 from server.schemas.tools import Function, NamedChoice
 from server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
 
@@ -32,7 +32,6 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 _WHITESPACE = 1
 """Characters of it in a row that JSON may have: models were trained on arguments in one line, and with more room small
 models write line feeds without end."""
-
 _MAX_CHARS = 4 * MAX_SCHEMA_CHARS
 """Of all parameters with their descriptions, which are left out of the grammar."""
 
@@ -50,54 +49,65 @@ def check_tools(body: ChatCompletionRequest, form: ChatFormat) -> None:
         raise bad_request(f"{why}, so there is no place for calls and their results either.", "messages")
 
 
-def tool_grammar(body: ChatCompletionRequest, form: ChatFormat, is_thinking: bool) -> Grammar:
-    """What an answer to a request with tools may look like.
+def chat_grammar(
+    body: ChatCompletionRequest, constraint: Grammar | None, form: ChatFormat, is_thinking: bool
+) -> Grammar | None:
+    """What the answer to a request may look like; None: anything.
 
     Args:
         body: the request.
+        constraint: on an answer that calls no tool.
         form: how the model writes calls, and whether it thinks first.
         is_thinking: whether the prompt has begun its thoughts.
 
     Raises:
         ApiError: 400 for a schema that the engine would refuse, or for tools that are too long in all.
     """
+    if not body.usable_tools and (constraint is None or not is_thinking):
+        return constraint
     if len(msgspec.json.encode([tool.function.parameters for tool in body.usable_tools])) > _MAX_CHARS:
         raise bad_request(f"The parameters of all tools are longer than {_MAX_CHARS} characters.", "tools")
     try:
-        answer = _after_thoughts(_answer(body, form), form.thinks, is_thinking)
-        text = json.dumps({"type": "structural_tag", "format": answer})
+        answer = None if constraint is None else _constrained(constraint)
+        if body.usable_tools and form.calls is not None:
+            answer = _with_calls(body, answer, form.calls)
+        text = json.dumps({"type": "structural_tag", "format": _after_thoughts(answer, form.thinks, is_thinking)})
     except RecursionError as error:
         raise bad_request("The parameters of a tool are nested too deeply.", "tools") from error
     if len(text) > MAX_SCHEMA_CHARS:
         raise bad_request(
-            f"The parameters of all tools are longer than {MAX_SCHEMA_CHARS} characters without descriptions.", "tools"
+            f"What an answer may be takes more than {MAX_SCHEMA_CHARS} characters, descriptions not counted.", "tools"
         )
     return Grammar("structural_tag", text)
 
 
-def _answer(body: ChatCompletionRequest, form: ChatFormat) -> Format:
-    calls_form, choice, tools = form.calls, body.tool_choice or "auto", body.usable_tools
-    assert calls_form is not None
+def _with_calls(body: ChatCompletionRequest, answer: Format | None, form: CallFormat) -> Format:
+    """Calls, where the request wants them, else calls or ``answer`` (None: any text)."""
+    choice, tools = body.tool_choice or "auto", body.usable_tools
     if isinstance(choice, NamedChoice):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    is_one = calls_form.separator is None or body.parallel_tool_calls is False or isinstance(choice, NamedChoice)
     tags = {
-        "tags": [_tag(index, tool.function, calls_form) for index, tool in enumerate(tools)],
-        "stop_after_first": is_one,
+        "tags": [_tag(index, tool.function, form) for index, tool in enumerate(tools)],
+        "stop_after_first": (
+            form.separator is None or body.parallel_tool_calls is False or isinstance(choice, NamedChoice)
+        ),
     }
-    separator = calls_form.separator or ""
-    calls = {"type": "tags_with_separator", "separator": separator, "at_least_one": True, **tags}
-    if choice != "auto":
-        return calls
-    if body.response_format is None or isinstance(body.response_format, TextFormat):
-        return {"type": "triggered_tags", "triggers": [calls_form.trigger], **tags}
-    return {"type": "or", "elements": [_json_answer(body.response_format), calls]}
+    if choice == "auto" and answer is None:
+        return {"type": "triggered_tags", "triggers": [form.trigger], **tags}
+    calls = {"type": "tags_with_separator", "separator": form.separator or "", "at_least_one": True, **tags}
+    return {"type": "or", "elements": [answer, calls]} if choice == "auto" else calls
 
 
-def _json_answer(response_format: JsonObjectFormat | JsonSchemaFormat) -> Format:
-    if isinstance(response_format, JsonObjectFormat):
-        return _json(_ANY_OBJECT)
-    return _json(_enforceable(response_format.json_schema.schema_))
+def _constrained(constraint: Grammar) -> Format:
+    text = constraint.schema or ""
+    match constraint.kind:
+        case "regex":
+            return {"type": "regex", "pattern": rewrite_pattern(text, to_ascii=False)}
+        case "ebnf":
+            return {"type": "grammar", "grammar": text}
+        case "json_schema":
+            return _json(_enforceable(json.loads(text)))
+    return _json(_ANY_OBJECT)
 
 
 def _tag(index: int, function: Function, form: CallFormat) -> Format:
@@ -135,8 +145,9 @@ def _enforceable(schema: dict[str, Any]) -> Any:
     return json.loads(rewrite_patterns(text))
 
 
-def _after_thoughts(answer: Format, thinks: bool, is_thinking: bool) -> Format:
+def _after_thoughts(answer: Format | None, thinks: bool, is_thinking: bool) -> Format:
     """The answer of a model that may think first, or has begun to."""
+    assert answer is not None
     if not thinks:
         return answer
     thoughts: Format = {

@@ -12,8 +12,9 @@ from engine.messages import Grammar
 from engine.sampling.grammar import GrammarCompiler
 from server.errors import ApiError
 from server.schemas.chat import ChatCompletionRequest
+from server.schemas.constraints import to_grammar
 from server.tools.chat_format import HERMES, LLAMA, CallFormat, ChatFormat
-from server.tools.structural_tag import tool_grammar
+from server.tools.structural_tag import chat_grammar
 
 END = 256
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -32,11 +33,14 @@ def tool(name: str = "weather", parameters: Any = CITY, **more: Any) -> dict[str
 def grammar(
     *tools: Any, form: CallFormat = HERMES, thinks: bool = False, is_thinking: bool = False, **more: Any
 ) -> Grammar:
+    """That of a request with these tools, or a plain one."""
     messages = [{"role": "user", "content": "Hi"}]
     body = ChatCompletionRequest.model_validate(
         {"model": "m", "messages": messages, "tools": [*tools] or [tool()], **more}
     )
-    return tool_grammar(body, ChatFormat(form, thinks), is_thinking)
+    found = chat_grammar(body, to_grammar(body), ChatFormat(form, thinks), is_thinking)
+    assert found is not None
+    return found
 
 
 def call(arguments: str = PARIS, name: str = "weather", form: CallFormat = HERMES) -> str:
@@ -155,6 +159,26 @@ def test_thoughts_come_first(
     wanted = grammar(tool_choice="required", thinks=True, is_thinking=is_thinking)
     assert [text for text in allowed if not allows(compiler, wanted, text)] == []
     assert [text for text in refused if allows(compiler, wanted, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("constraint", "answer"),
+    [
+        ({"response_format": {"type": "json_object"}}, "{}"),
+        ({"guided_json": {"type": "object", "properties": {}}}, "{}"),
+        ({"guided_regex": "(ab)+"}, "abab"),
+        ({"guided_choice": ["yes", "no"]}, "no"),
+        ({"guided_grammar": 'root ::= "x" | "y"'}, "y"),
+    ],
+)
+def test_constraints_are_for_what_comes_after_thoughts(
+    compiler: GrammarCompiler, constraint: dict[str, Any], answer: str
+) -> None:
+    begun = grammar(tool_choice="none", thinks=True, is_thinking=True, **constraint)
+    assert allows(compiler, begun, f"Hm </think>\n\n{answer}")
+    assert not allows(compiler, begun, answer)
+    assert not allows(compiler, begun, "Hm </think>\n\n!")
+    assert grammar(tool_choice="none", thinks=True, **constraint).kind != "structural_tag"
 
 
 @pytest.mark.parametrize(
