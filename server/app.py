@@ -56,8 +56,6 @@ def create_app(settings: Settings) -> FastAPI:
         version=package_version("evospec"),
         lifespan=_lifespan,
         openapi_url=None,  # a route of ours, which wants a key
-        docs_url=None,
-        redoc_url=None,
         redirect_slashes=False,
     )
     app.state.settings = settings

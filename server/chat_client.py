@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,46 +63,52 @@ class Conversation:
     def __init__(self, url: str, api_key: str | None, model: str | None) -> None:
         headers = {"X-Session-Id": f"chat-{uuid.uuid4().hex}"}
         headers |= {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        base_url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._client = httpx.Client(base_url=base_url, headers=headers, timeout=_TIMEOUT)
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._messages: list[dict[str, str]] = []
-        self.model = model or self._first_model()
+        with self._one_line():
+            self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT)
+            self.model = model or self._first_model()
 
     def ask(self, text: str, speed: AnswerSpeed) -> Iterator[str]:
         """The answer, piece by piece as it comes; raises ``ChatError``."""
         self._messages.append({"role": "user", "content": text})
         body = {"model": self.model, "messages": self._messages, "stream": True}
         answer = ""
-        for event in self._events({**body, "stream_options": {"include_usage": True}}):
-            speed.add(event)
-            for choice in event.get("choices", []):
-                piece = choice["delta"].get("content") or ""
-                answer += piece
-                yield piece
+        with self._one_line():
+            for event in self._events({**body, "stream_options": {"include_usage": True}}):
+                speed.add(event)
+                for choice in event.get("choices", []):
+                    piece = choice["delta"].get("content") or ""
+                    answer += piece
+                    yield piece
         self._messages.append({"role": "assistant", "content": answer})
 
     def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        try:
-            with self._client.stream("POST", "chat/completions", json=body) as response:
-                _check(response)
-                for line in response.iter_lines():
-                    data = line.removeprefix("data:").strip()
-                    if not line.startswith("data:") or data == "[DONE]":
-                        continue
-                    event = json.loads(data)
-                    if "error" in event:
-                        raise ChatError(event["error"].get("message", "the stream ended with an error"))
-                    yield event
-        except httpx.HTTPError as error:
-            raise ChatError(f"{self._client.base_url}: {error}") from error
+        with self._client.stream("POST", "chat/completions", json=body) as response:
+            _check(response)
+            for line in response.iter_lines():
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise ChatError(str(event["error"]["message"]))
+                yield event
 
     def _first_model(self) -> str:
-        try:
-            response = self._client.get("models")
-        except httpx.HTTPError as error:
-            raise ChatError(f"cannot reach {self._client.base_url}: {error}") from error
+        response = self._client.get("models")
         _check(response)
         return str(response.json()["data"][0]["id"])
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Raise ``ChatError`` for whatever may go wrong with a server."""
+        try:
+            yield
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ChatError(f"cannot reach {self._url}: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ChatError(f"{self._url} does not answer as OpenAI's API does") from error
 
 
 def chat(conversation: Conversation) -> None:

@@ -49,8 +49,8 @@ def find_session(sent: str, tenant: str) -> str:
 def check_request(body: SamplingFields, session_header: str | None, tenant: Tenant, serving: Serving) -> str | None:
     """The id of the session that a request is part of, None for none.
 
-    400 for options of a stream where none is asked for; 404 for another model than the served one. Both as
-    ``find_session`` has them.
+    400 for options of a stream where none is asked for; 404 for another model than the served one; and what
+    ``find_session`` refuses.
     """
     check_model(body.model, serving.model)
     session_id = _session_id(body, session_header, tenant.name, serving.sessions.config.from_user)

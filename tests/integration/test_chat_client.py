@@ -64,7 +64,21 @@ async def test_what_the_server_refuses_is_said_in_its_words(
             await talk(f"{api.client.base_url}/v1/", key, "Hi\n", monkeypatch, model=model)
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://["])
 async def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     with pytest.raises(ChatError, match=r"^cannot reach [^\n]*$"):
         await talk(url, None, "Hi\n", monkeypatch)
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"data": []}', b'{"data": 5}'])
+async def test_another_kind_of_server_is_one_line(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as other:
+        port = other.sockets[0].getsockname()[1]
+        with pytest.raises(ChatError, match="does not answer as OpenAI's API does"):
+            await talk(f"http://127.0.0.1:{port}", None, "Hi\n", monkeypatch)
