@@ -18,9 +18,13 @@ ErrorKind = Literal["invalid", "overloaded", "internal"]
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """Constrained output: any JSON object, or JSON that satisfies ``schema`` (JSON text)."""
+    """Constrained output: any JSON object, or what ``schema`` says.
 
-    kind: Literal["json_object", "json_schema"]
+    It is the text of a JSON Schema, of a regular expression, of a grammar in xgrammar's EBNF, or of a structural tag of
+    xgrammar, which the server has made of schemas that it has checked.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "ebnf", "structural_tag"]
     schema: str | None = None
 
 

@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version as package_version
 
 import structlog
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from engine.models.registry import resolve_model
+from engine.models.sampling_defaults import sampling_defaults
 from engine.text.tokenizer import Tokenizer
 from server.adapter_control import AdapterControl
 from server.body_room import BodyRoom
@@ -21,11 +24,13 @@ from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
-from server.routes import about, adapters, chat, completions, overview, page, sessions, tokens
+from server.routes import about, adapters, chat, completions, docs, overview, page, sessions, tokens
 from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
 from server.tenants import TenantRegistry
+from server.tools.answer_parser import load_parser
+from server.tools.chat_format import ChatFormat
 from server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)
@@ -48,7 +53,7 @@ def create_app(settings: Settings) -> FastAPI:
     app_metrics = Metrics(model)
     app = FastAPI(
         title="EvoSpec",
-        version="0.1.0",
+        version=package_version("evospec"),
         lifespan=_lifespan,
         openapi_url=None,  # a route of ours, which wants a key
         redirect_slashes=False,
@@ -57,13 +62,22 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.draining = False
     app.state.model = model
     app.state.tokenizer = tokenizer
+    app.state.sampling_defaults = sampling_defaults(files)
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
-    for module in (completions, chat, sessions, adapters, tokens, about, overview, page):
+    for module in (completions, chat, sessions, adapters, tokens, about, overview, page, docs):
         app.include_router(module.router)
     app.include_router(about.public_router)
     install_error_handlers(app)
     install_openapi(app, model, app.state.tenants.has_keys)
+    if origins := settings.http.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After"],
+        )
     app.add_middleware(RequestMiddleware, metrics=app_metrics)
     return app
 
@@ -79,8 +93,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     work = WorkShares()
     state.serving = Serving(
         model=state.model,
+        strict=settings.http.strict,
         created=int(time.time()),
         tokenizer=state.tokenizer,
+        chat_format=ChatFormat.of(state.tokenizer),
+        sampling_defaults=state.sampling_defaults,
         engine=engine,
         rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
         sessions=SessionStore(gate, settings.sessions, state.metrics, work),
@@ -89,6 +106,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         work=work,
         bodies=BodyRoom(_BODIES_PER_TENANT * settings.http.max_body_bytes),
     )
+    load_parser(state.serving.chat_format)
     connection = asyncio.create_task(engine.run())
     connection.add_done_callback(_log_failure)
     try:

@@ -14,18 +14,31 @@ import typer
 from engine.log import configure_logging
 from engine.models.config import ModelError
 from engine.validation import validated_files
+from server.chat_client import ChatError, Conversation, chat
+from server.command_line import check_flags, help_text, with_model_flag
 from server.launcher import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, serve, validated_model
 from server.settings import ConfigurationError, Settings, load_settings
 from server.settings_doc import settings_doc
 from server.tenants import check_tenant_name, hash_key, new_key
 
-app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="LLM inference server."
-)
-keys_app = typer.Typer(no_args_is_help=True, help="API keys.")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+keys_app = typer.Typer(help="API keys.")
 app.add_typer(keys_app, name="keys")
-vocab_app = typer.Typer(no_args_is_help=True, help="Draft vocabularies.")
+vocab_app = typer.Typer(help="Draft vocabularies.")
 app.add_typer(vocab_app, name="vocab")
+
+
+@app.callback(invoke_without_command=True)
+def evospec(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    """LLM inference server. To begin with: evospec serve"""
+    if version:
+        print(package_version("evospec"))
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
 
 # The options of these commands are the settings tree's, so typer passes all arguments on (--help too).
 _SETTINGS_COMMAND = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -73,10 +86,14 @@ def pull(
     print(validated_model(load_settings().engine.model.model_copy(update=update)).path)
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    print(package_version("evospec"))
+@app.command("chat")
+def chat_command(
+    url: Annotated[str, typer.Argument(help="Of any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Default: the first that the server has.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_API_KEY", help="If the server wants one.")] = None,
+) -> None:
+    """Talk with a model, and see how many tokens a second it writes."""
+    chat(Conversation(url, api_key, model))
 
 
 @app.command("settings-doc")
@@ -121,13 +138,20 @@ def main() -> None:
     # As process 1 of a container it would ignore it, also while a model is fetched; what runs later has its own way.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        app()
-    except (ConfigurationError, ModelError) as error:
-        print(f"evospec: {error}", file=sys.stderr)
+        sys.exit(app(standalone_mode=False))
+    except (ConfigurationError, ModelError, ChatError, typer.TyperException) as error:
+        message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        print(f"evospec: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 def _load(context: typer.Context) -> Settings:
-    settings = load_settings(context.args)
+    """The settings that a command's arguments ask for; ends here where they ask for help."""
+    if {"--help", "-h"} & set(context.args):
+        print(help_text(str(context.info_name), str(context.command.help)))
+        raise typer.Exit
+    arguments = with_model_flag(context.args)
+    check_flags(arguments)
+    settings = load_settings(arguments)
     configure_logging(settings.log.level, settings.log.format)
     return settings

@@ -107,10 +107,11 @@ def validation_error(errors: Sequence[Any], body: Any) -> ApiError:
     path = max(paths, key=len)
     messages = dict.fromkeys(str(e["msg"]) for e, p in zip(errors, paths, strict=True) if p == path)
     param = ".".join(path)
+    kind = errors[paths.index(path)]["type"]
     code = None
-    if first["type"] in ("extra_forbidden", "unsupported_parameter"):
+    if kind in ("extra_forbidden", "unsupported_parameter", "misspelt"):
         code = "unsupported_parameter"
-    if first["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         return bad_request(f"Unknown or unsupported parameter: {param}.", param, code)
     return bad_request(f"{param}: {'; or: '.join(messages)}", param, code)
 

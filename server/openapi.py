@@ -12,10 +12,16 @@ from server.errors import ErrorResponse
 from server.schemas.adapters import AcceptedCommand, AdapterList
 from server.schemas.chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from server.schemas.completions import Completion, CompletionRequest
-from server.schemas.models import ModelCard, ModelList
+from server.schemas.models import ModelCard, ModelList, Version
 from server.schemas.overview import Overview
 from server.schemas.sessions import DeletedSession, Session
-from server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.schemas.tokens import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
 
 RESPONSES = (
     Completion,
@@ -27,6 +33,8 @@ RESPONSES = (
     ModelCard,
     TokenizeResponse,
     DetokenizeResponse,
+    TokenizerInfo,
+    Version,
     AdapterList,
     AcceptedCommand,
     Overview,

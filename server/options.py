@@ -25,6 +25,12 @@ def _check_hash(value: str) -> str:
 KeyHash = Annotated[str, AfterValidator(_check_hash)]
 
 
+def _check_key(value: str) -> str:
+    if not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("must be letters, digits and signs of ASCII, without spaces")
+    return value
+
+
 class HttpConfig(Section):
     """The API server."""
 
@@ -35,6 +41,16 @@ class HttpConfig(Section):
         pattern=r"^.+:[0-9]{1,5}$",
         description="HOST:PORT of a second listener, which answers /metrics and /health without keys; default: none. "
         "What it shows names all tenants, so only operators may reach it.",
+    )
+    strict: bool = Field(
+        default=False,
+        description="Refuse what is ignored or capped otherwise: fields that cannot change an answer, and max_tokens "
+        "beyond the context.",
+    )
+    allowed_origins: tuple[str, ...] = Field(
+        default=(),
+        description="Origins whose web pages may call the API from a browser, as https://example.org, or * for all; "
+        "default: none.",
     )
     max_body_bytes: int = Field(default=4 * 1024**2, gt=0, description="Largest request body in bytes.")
     max_header_bytes: int = Field(
@@ -100,6 +116,11 @@ class RedisConfig(Section):
 class AuthConfig(Section):
     """API keys. Without any, everyone is the tenant "default", and only loopback addresses are served."""
 
+    api_key: Annotated[str, AfterValidator(_check_key)] | None = Field(
+        default=None,
+        description='One key for everybody, who is the tenant "default". Others on this machine see flags, so better '
+        "set EVOSPEC_AUTH__API_KEY.",
+    )
     keys_file: Path | None = Field(default=None, description="TOML file of tenants and hashes of their keys.")
     keys: str | None = Field(
         default=None, description="Further keys as TENANT=HASH, separated by commas (for containers)."
@@ -136,6 +157,11 @@ class SessionsConfig(Section):
         description="Seconds a session lives after its last use, unless it was made with others.",
     )
     max_ttl_seconds: int = Field(default=30 * 24 * 3600, ge=1, description="Most seconds a client may ask for.")
+    max_per_tenant: int = Field(
+        default=1000,
+        ge=1,
+        description="Most sessions of a tenant, of up to 64 KiB each; of more, those used longest ago are forgotten.",
+    )
     from_user: bool = Field(
-        default=False, description="Requests without a session id have one for each value of OpenAI's `user`."
+        default=True, description="Requests without a session id have one for each value of OpenAI's `user`."
     )

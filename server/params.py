@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.messages import EngineReady, SamplingParams
+from engine.models.sampling_defaults import SamplingDefaults
 from engine.text.chat_template import ChatTemplateError
 from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
 from server.schemas.chat import Message, Prediction, text_of
-from server.schemas.fields import SamplingFields, to_grammar
+from server.schemas.constraints import to_grammar
+from server.schemas.fields import SamplingFields
+from server.schemas.tools import Tool
 from server.serving import Serving
-from server.session_ids import belongs_to, user_session_id
+from server.session_ids import MAX_NAME_CHARS, find_session_id, user_session_id
 from server.session_store import no_such_session
 from server.tenants import Tenant
 from server.work_shares import RequestWork
 
+_Number = TypeVar("_Number", int, float)
+
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt; ``text`` is what the client sent, None if that was token ids."""
+    """A prompt; ``text`` is None where the client sent token ids."""
 
     token_ids: list[int]
     text: str | None = None
 
 
-def check_session_id(session_id: str, tenant: str) -> None:
-    """404 unless the id was made for ``tenant``; whether there is still such a session, Redis knows."""
-    if not belongs_to(session_id, tenant):
-        raise no_such_session(session_id)
+def find_session(sent: str, tenant: str) -> str:
+    """The id of the session that ``tenant`` means by ``sent``; whether there is still such a session, Redis knows.
+
+    400 for a name that is too long; 404 for an id that was made for somebody else.
+    """
+    if len(sent) > MAX_NAME_CHARS:
+        raise bad_request(f"A session's name has at most {MAX_NAME_CHARS} characters.", "session_id")
+    session_id = find_session_id(tenant, sent)
+    if session_id is None:
+        raise no_such_session(sent)
+    return session_id
 
 
 def check_request(body: SamplingFields, session_header: str | None, tenant: Tenant, serving: Serving) -> str | None:
-    """The session that a request is part of: by ``session_id``, by its header or, if so configured, by its ``user``.
+    """The id of the session that a request is part of, None for none.
 
-    400 for two different ids, or options of a stream where none is asked for; 404 for a session that is not
-    ``tenant``'s, or another model than the served one.
+    400 for options of a stream where none is asked for; 404 for another model than the served one; and what
+    ``find_session`` refuses.
     """
     check_model(body.model, serving.model)
     session_id = _session_id(body, session_header, tenant.name, serving.sessions.config.from_user)
@@ -48,11 +60,10 @@ def check_request(body: SamplingFields, session_header: str | None, tenant: Tena
 
 
 def _session_id(body: SamplingFields, header: str | None, tenant: str, from_user: bool) -> str | None:
-    if header and body.session_id and header != body.session_id:
-        raise bad_request("session_id differs from the header X-Session-Id; send one of them.", "session_id")
-    if session_id := body.session_id or header:
-        check_session_id(session_id, tenant)
-        return session_id
+    in_metadata = (body.metadata or {}).get("session_id")
+    named = body.session_id or header or (in_metadata if isinstance(in_metadata, str) else None)
+    if named:
+        return find_session(named, tenant)
     return user_session_id(tenant, body.user) if from_user and body.user else None
 
 
@@ -73,14 +84,27 @@ def encode_text(
     return tokenizer.encode(text, add_special_tokens)
 
 
-def encode_messages(tokenizer: Tokenizer, messages: Sequence[Message], info: EngineReady) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's answer; 400 as for ``encode_text``."""
+def encode_messages(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    info: EngineReady,
+    variables: Mapping[str, Any] | None = None,
+    tools: Sequence[Tool] = (),
+) -> TokenizedPrompt:
+    """A conversation, ready for the assistant's answer; ``text`` is what the template makes of it.
+
+    400 as for ``encode_text``, and where the template cannot render it.
+    """
     try:
-        text = tokenizer.apply_chat_template([message.for_template() for message in messages])
+        text = tokenizer.apply_chat_template(
+            [message.for_template() for message in messages],
+            tools=[tool.for_template() for tool in tools] or None,
+            variables=variables,
+        )
     except ChatTemplateError as error:
         raise bad_request(str(error), "messages") from error
     # The template has written the special tokens out.
-    return encode_text(tokenizer, text, "messages", info, add_special_tokens=False)
+    return TokenizedPrompt(encode_text(tokenizer, text, "messages", info, add_special_tokens=False), text)
 
 
 def encode_prediction(tokenizer: Tokenizer, prediction: Prediction | None, info: EngineReady) -> list[int]:
@@ -149,27 +173,34 @@ def default_max_tokens(prompts: Sequence[TokenizedPrompt], n: int, info: EngineR
     Bounded by the context, the KV cache, and the tenant's full bucket, which pays for the prompts and all outputs.
     At least 1: where not even that fits, the message of what refuses it says why.
     """
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    rooms = [
-        info.max_model_len - longest,
-        info.num_blocks * info.block_size - longest + 1,  # the last token's keys and values are never needed
-    ]
+    rooms = [room_for_output(prompts, info)]
     if tenant.tokens_per_minute is not None:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         rooms.append((tenant.tokens_per_minute - prompt_tokens) // (len(prompts) * n))
     return max(1, min(rooms))
 
 
-def check_max_tokens(max_tokens: int, field: str, prompts: Sequence[TokenizedPrompt], info: EngineReady) -> None:
-    """400 unless so much output fits behind the longest prompt."""
+def room_for_output(prompts: Sequence[TokenizedPrompt], info: EngineReady) -> int:
+    """How many tokens fit behind the longest prompt, by the context and by the KV cache."""
     longest = max(len(prompt.token_ids) for prompt in prompts)
-    if longest + max_tokens > info.max_model_len:
+    # The last token's keys and values are never needed.
+    return min(info.max_model_len - longest, info.num_blocks * info.block_size - longest + 1)
+
+
+def fit_max_tokens(
+    max_tokens: int, field: str, prompts: Sequence[TokenizedPrompt], info: EngineReady, strict: bool
+) -> int:
+    """``max_tokens``, or as many as there is room for; 400 for more where the server is strict."""
+    room = room_for_output(prompts, info)
+    if strict and max_tokens > room:
+        longest = max(len(prompt.token_ids) for prompt in prompts)
         raise bad_request(
             f"The prompt has {longest} tokens and {field} is {max_tokens}, {longest + max_tokens} in all. "
-            f"The model's context is {info.max_model_len} tokens.",
+            f"There is room for {longest + room} tokens (the model's context is {info.max_model_len}).",
             field,
             "context_length_exceeded",
         )
+    return min(max_tokens, max(1, room))
 
 
 def to_sampling_params(
@@ -177,6 +208,7 @@ def to_sampling_params(
     *,
     max_tokens: int,
     vocab_size: int,
+    defaults: SamplingDefaults,
     logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
@@ -191,13 +223,13 @@ def to_sampling_params(
     return SamplingParams(
         max_tokens=max(1, max_tokens),
         seed=secrets.randbits(63) if body.seed is None else body.seed,
-        temperature=_or(body.temperature, 1.0),
-        top_p=_or(body.top_p, 1.0),
-        top_k=max(0, body.top_k or 0),
-        min_p=body.min_p or 0.0,
+        temperature=_or(body.temperature, defaults.temperature),
+        top_p=_or(body.top_p, defaults.top_p) or 1.0,
+        top_k=1 if body.top_p == 0 else max(0, _or(body.top_k, defaults.top_k)),  # top_p 0 keeps what is most likely
+        min_p=_or(body.min_p, defaults.min_p),
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
-        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
         logit_bias=_logit_bias(body.logit_bias or {}, vocab_size),
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids or ()),
@@ -205,12 +237,12 @@ def to_sampling_params(
         min_tokens=min_tokens,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        grammar=to_grammar(body.response_format),
+        grammar=to_grammar(body),
         num_speculative_tokens=body.num_speculative_tokens,
     )
 
 
-def _or(value: float | None, default: float) -> float:
+def _or(value: _Number | None, default: _Number) -> _Number:
     return default if value is None else value
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from engine.messages import EngineReady
+from engine.models.sampling_defaults import SamplingDefaults
 from engine.text.tokenizer import Tokenizer
 from server.adapter_control import AdapterControl
 from server.body_room import BodyRoom
@@ -15,16 +16,20 @@ from server.engine_client import EngineClient, EngineDead
 from server.metrics import Metrics
 from server.rate_limit import RateLimiter
 from server.session_store import SessionStore
+from server.tools.chat_format import ChatFormat
 from server.work_shares import WorkShares
 
 
 @dataclass(frozen=True)
 class Serving:
-    """The parts of a running server. ``created`` is the start in Unix seconds."""
+    """The parts of a running server. ``created`` is the start in Unix seconds; ``strict``: see ``HttpConfig``."""
 
     model: str
+    strict: bool
     created: int
     tokenizer: Tokenizer
+    chat_format: ChatFormat
+    sampling_defaults: SamplingDefaults
     engine: EngineClient
     rate_limiter: RateLimiter
     sessions: SessionStore

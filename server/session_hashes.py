@@ -1,5 +1,8 @@
 """Sessions as Redis holds them: a hash with a time to live for each, changed by scripts only.
 
+Beside them, each tenant has a sorted set of the keys of its sessions by last use, so that it has no more of them than
+``sessions.max_per_tenant``: whoever may send a request may make sessions.
+
 Fields: ``incarnation``, drawn when the session is created; ``version``, drawn at every write of the snapshot;
 ``domain``; ``created`` in Unix seconds; ``ttl`` in seconds; ``snapshot``. A deleted session may leave a hash with
 nothing but ``deleted``. Whatever else is found under a session's key is replaced, never trusted.
@@ -18,6 +21,7 @@ from redis.commands.core import AsyncScript
 from server.metrics import NO_DOMAIN
 from server.redis_gate import RedisGate
 from server.schemas.sessions import DOMAIN_PATTERN
+from server.session_ids import sessions_key
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,17 @@ class Conflict:
 class SessionHashes:
     """One round trip for each method. All raise ``RedisUnavailable``."""
 
-    # Creates the session if there is none, and renews its time to live.
+    # Creates the session if there is none, and renews its time to live. Where the tenant has too many, those whose last
+    # use is longest ago end (marks of deleted ones, too).
     #
     # KEYS[1] - hash of the session
+    # KEYS[2] - sorted set of the tenant's sessions by last use
     # ARGV[1] - incarnation and version of a new session
     # ARGV[2] - domain of a new session
     # ARGV[3] - ttl of a new session
     # ARGV[4] - Unix seconds now
     # ARGV[5] - largest snapshot in bytes
+    # ARGV[6] - most sessions of a tenant
     #
     # return {"deleted"} or {status, incarnation, version, domain, created, ttl, snapshot or nil}
     LUA_OPEN_SCRIPT = """
@@ -74,6 +81,18 @@ class SessionHashes:
                        'domain', ARGV[2], 'created', ARGV[4], 'ttl', ARGV[3])
         end
         redis.call('EXPIRE', KEYS[1], fields[6])
+        local time = redis.call('TIME')
+        redis.call('ZADD', KEYS[2], time[1] + time[2] / 1000000, KEYS[1])
+        if redis.call('TTL', KEYS[2]) < tonumber(fields[6]) then
+            redis.call('EXPIRE', KEYS[2], fields[6])
+        end
+        local excess = math.min(100, redis.call('ZCARD', KEYS[2]) - tonumber(ARGV[6]))
+        if excess > 0 then
+            local ended = redis.call('ZPOPMIN', KEYS[2], excess)
+            for i = 1, #ended, 2 do
+                redis.call('DEL', ended[i])
+            end
+        end
         if redis.call('HSTRLEN', KEYS[1], 'snapshot') > tonumber(ARGV[5]) then
             redis.call('HDEL', KEYS[1], 'snapshot')
             fields[1] = 'oversized'
@@ -94,6 +113,7 @@ class SessionHashes:
     """
 
     # KEYS[1] - hash of the session
+    # KEYS[2] - sorted set of the tenant's sessions by last use
     # ARGV[1] - 1: leave a mark for as long as the session would have lived
     #
     # return 1 if there was a session, else 0
@@ -106,6 +126,8 @@ class SessionHashes:
         if ARGV[1] == '1' and ttl > 0 then
             redis.call('HSET', KEYS[1], 'deleted', 1)
             redis.call('EXPIRE', KEYS[1], ttl)
+        else
+            redis.call('ZREM', KEYS[2], KEYS[1])
         end
         return existed
     """
@@ -131,9 +153,9 @@ class SessionHashes:
         return {'saved'}
     """
 
-    def __init__(self, gate: RedisGate, max_snapshot_bytes: int) -> None:
+    def __init__(self, gate: RedisGate, max_snapshot_bytes: int, max_sessions: int) -> None:
         self._gate = gate
-        self._max_snapshot_bytes = max_snapshot_bytes
+        self._bounds = max_snapshot_bytes, max_sessions
         self._open_script = gate.redis.register_script(self.LUA_OPEN_SCRIPT)
         self._read_script = gate.redis.register_script(self.LUA_READ_SCRIPT)
         self._delete_script = gate.redis.register_script(self.LUA_DELETE_SCRIPT)
@@ -142,7 +164,7 @@ class SessionHashes:
     async def open(self, key: str, domain: str, ttl_seconds: int) -> OpenedHash | None:
         """The session, living anew, or a new one with ``domain`` and ``ttl_seconds``; None if it was deleted."""
         now = int(time.time())
-        reply = await self._run(self._open_script, key, _draw(), domain, ttl_seconds, now, self._max_snapshot_bytes)
+        reply = await self._run(self._open_script, key, _draw(), domain, ttl_seconds, now, *self._bounds)
         if len(reply) == 1:
             return None
         status, incarnation, version, stored, created, ttl, snapshot = reply
@@ -168,7 +190,7 @@ class SessionHashes:
         return "saved" if reply[0] == b"saved" else "gone"
 
     async def _run(self, script: AsyncScript, key: str, *arguments: bytes | str | int) -> Any:
-        return await self._gate.run(script([key], arguments))
+        return await self._gate.run(script([key, sessions_key(key)], arguments))
 
 
 def _draw() -> str:

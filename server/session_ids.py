@@ -1,8 +1,10 @@
-"""Names of sessions: made by the server, and telling whose they are.
+"""Ids of sessions: made by the server, or of names that clients choose; each tells whose it is.
 
-An id is ``sess_`` (made for ``POST /v1/sessions``) or ``user_`` (of one value of ``user``), 32 hexadecimal digits, and
-16 more that follow from the tenant and the rest. So an id that is mistyped or another tenant's is known without
-Redis, even while Redis is down. Nothing depends on its secrecy: keys in Redis have the tenant in them.
+An id is ``sess_`` (made for ``POST /v1/sessions``), ``name_`` (of an id that the client sends) or ``user_`` (of a value
+of ``user``), 32 hexadecimal digits, and 16 more that follow from the tenant and the rest. So an id that is mistyped or
+another tenant's is known without Redis, even while Redis is down. A name, perhaps a person's, is only there as a hash
+of tenant and name, so that tenants that choose the same name have two sessions. Nothing depends on an id's secrecy:
+keys in Redis have the tenant in them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ import hashlib
 import re
 import secrets
 
-_ID = re.compile(r"(?P<body>(?:sess|user)_[0-9a-f]{32})(?P<check>[0-9a-f]{16})")
+MAX_NAME_CHARS = 512
+_ID = re.compile(r"(?P<body>(?:sess|name|user)_[0-9a-f]{32})(?P<check>[0-9a-f]{16})")
 
 
 def new_session_id(tenant: str) -> str:
@@ -20,13 +23,23 @@ def new_session_id(tenant: str) -> str:
 
 
 def user_session_id(tenant: str, user: str) -> str:
-    """The one id of ``tenant``'s session for ``user``; the name itself, perhaps a person's, is not in it."""
+    """The one id of ``tenant``'s session for ``user``."""
     return _with_check(tenant, f"user_{_digest(tenant, user)[:32]}")
 
 
-def is_user_session(session_id: str) -> bool:
-    """Whether the id follows from a value of ``user``."""
-    return session_id.startswith("user_")
+def find_session_id(tenant: str, sent: str) -> str | None:
+    """The id of the session that ``tenant`` means by ``sent``: that id, or any other name.
+
+    None: it is an id of the server's form, but was not made for ``tenant``.
+    """
+    if _ID.fullmatch(sent):
+        return sent if belongs_to(sent, tenant) else None
+    return _with_check(tenant, f"name_{_digest(tenant, sent)[:32]}")
+
+
+def is_named(session_id: str) -> bool:
+    """Whether the id follows from a name that a client chose."""
+    return not session_id.startswith("sess_")
 
 
 def belongs_to(session_id: str, tenant: str) -> bool:
@@ -38,6 +51,11 @@ def belongs_to(session_id: str, tenant: str) -> bool:
 def session_key(tenant: str, model: str, session_id: str) -> str:
     """The key in Redis. The model is in it, because a snapshot is made of one model's token ids."""
     return f"evospec:session:{_digest(tenant)[:32]}:{_digest(model)[:8]}:{session_id}"
+
+
+def sessions_key(session_key: str) -> str:
+    """The key in Redis of all sessions of the same tenant and model."""
+    return session_key.rpartition(":")[0]
 
 
 def _with_check(tenant: str, body: str) -> str:

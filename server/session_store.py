@@ -21,7 +21,7 @@ from server.options import SessionsConfig
 from server.redis_gate import RedisGate, RedisUnavailable, needs_redis
 from server.schemas.sessions import Session
 from server.session_hashes import Conflict, OpenedHash, SessionHashes
-from server.session_ids import is_user_session, session_key
+from server.session_ids import is_named, session_key
 from server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)
@@ -107,7 +107,7 @@ class SessionStore:
         self.config = config
         self._metrics = metrics
         self._work = work
-        self._hashes = SessionHashes(gate, MAX_BYTES)
+        self._hashes = SessionHashes(gate, MAX_BYTES, config.max_per_tenant)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._saves: set[asyncio.Task[None]] = set()
 
@@ -129,9 +129,10 @@ class SessionStore:
     async def delete(self, tenant: str, session_id: str) -> None:
         """Forget a session at once. Raises ``ApiError``: 404, or 503 if Redis is down.
 
-        Requests that name a deleted id are refused, but a ``user`` who goes on has a new session.
+        Requests that name an id of the server's own making are refused from then on. Whoever goes on with a name that
+        the client chose has a new session.
         """
-        leave_mark = not is_user_session(session_id)
+        leave_mark = not is_named(session_id)
         with self._observe("delete", tenant) as seen, _needs_redis():
             existed = await self._hashes.delete(self._key(tenant, session_id), leave_mark)
             seen.outcome = "deleted" if existed else "missing"

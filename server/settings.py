@@ -31,10 +31,16 @@ from server.options import AuthConfig, HttpConfig, LimitsConfig, LogConfig, Redi
 ENV_PREFIX = "EVOSPEC_"
 SHORTCUTS = {
     "engine.model.name": "model",
+    "engine.model.served_name": "served-model-name",
+    "engine.model.max_model_len": "max-model-len",
     "engine.cache.max_bytes": "kv-max-bytes",
+    "engine.scheduler.max_num_seqs": "max-num-seqs",
     "engine.alignment.enabled": "alignment.enabled",
     "http.host": "host",
     "http.port": "port",
+    "http.allowed_origins": "allowed-origins",
+    "http.strict": "strict",
+    "auth.api_key": "api-key",
     "auth.keys_file": "keys-file",
     "auth.insecure": "insecure",
 }
@@ -149,7 +155,7 @@ def load_settings(arguments: Sequence[str] = (), *, experiments: bool = False) -
             raise ConfigurationError(f"{option}: {first['msg']}") from error
         raise ConfigurationError(f"{option}: {first['msg']} (got {first['input']!r})") from error
     except SettingsError as error:
-        raise ConfigurationError(" ".join(str(error).split())) from error
+        raise ConfigurationError(" ".join(str(error).removeprefix("error parsing CLI: ").split())) from error
     if not experiments:
         _check_known(settings, [])
     return settings

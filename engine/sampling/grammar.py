@@ -1,4 +1,4 @@
-"""Constrained output (JSON, JSON Schema) through xgrammar: compiled grammars, and what follows an output through them.
+"""Constrained output (JSON, calls of tools) through xgrammar: compiled grammars, and what follows an output in them.
 
 What a client sends can make any call here take minutes: ``engine.sampling.grammar_process`` bounds that, and
 ``engine.sampling.grammar_in_place`` calls only where it is known to be cheap.
@@ -16,8 +16,15 @@ from numpy.typing import NDArray
 
 from engine.messages import Grammar
 from engine.sampling.grammar_messages import SECONDS_PER_MASK, SPARE_SECONDS, Failure
-from engine.sampling.json_schema import GrammarError, check_json_schema, rewrite_patterns
+from engine.sampling.json_schema import (
+    GrammarError,
+    check_json_schema,
+    has_string_lengths,
+    rewrite_pattern,
+    rewrite_patterns,
+)
 
+_WHAT = {"regex": "regular expression", "grammar": "grammar"}
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 
@@ -123,13 +130,13 @@ class GrammarSequence:
         return ended
 
 
-def _without_control(text: bytes) -> bytes:
-    """The token's bytes, or nothing (never allowed) if there is a control character among them.
+def _without_control(text: bytes, allowed: bytes = b"") -> bytes:
+    """The token's bytes, or nothing (never allowed) if there is a control character among them but those ``allowed``.
 
     JSON needs none. xgrammar lets them into strings with a ``maxLength``, where JSON forbids them, and small
     models would write line feeds between two tokens of JSON without end.
     """
-    return b"" if any(byte < 0x20 for byte in text) else text
+    return b"" if any(byte < 0x20 and byte not in allowed for byte in text) else text
 
 
 class GrammarCompiler:
@@ -141,23 +148,54 @@ class GrammarCompiler:
     """
 
     def __init__(self, token_bytes: Sequence[bytes], end_token_ids: Iterable[int]) -> None:
-        vocabulary = [_without_control(token) for token in token_bytes]
+        self._token_bytes = list(token_bytes)
         self._end_token_ids = frozenset(end_token_ids)
-        self._excluded = frozenset(i for i, text in enumerate(vocabulary) if not text) - self._end_token_ids
-        info = xgrammar.TokenizerInfo(
-            vocabulary, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=sorted(self._end_token_ids)
-        )
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+        self._for_json = _VocabularyCompiler([_without_control(token) for token in token_bytes], self._end_token_ids)
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """The compiled grammar; raises ``GrammarError``. Nothing bounds the time and the memory that it takes."""
+        text = grammar.schema or ""
+        if grammar.kind == "structural_tag":
+            return self._compile_structural_tag(text)
+        if grammar.kind == "regex":
+            return self._for_text().compile("regex", rewrite_pattern(text, to_ascii=False))
+        if grammar.kind == "ebnf":
+            return self._for_text().compile("grammar", text)
         is_object = grammar.kind == "json_object"
-        schema = '{"type": "object"}' if is_object else grammar.schema or ""
+        schema = '{"type": "object"}' if is_object else text
         check_json_schema(schema)
+        # Strict: objects hold no properties beyond those the schema names, unless it says so.
+        return self._for_json.compile("json_schema", rewrite_patterns(schema), strict_mode=not is_object)
+
+    def _for_text(self) -> _VocabularyCompiler:
+        """For output that is no JSON, and may have any characters. It is rare, and made in a tenth of a second."""
+        return _VocabularyCompiler(self._token_bytes, self._end_token_ids)
+
+    def _compile_structural_tag(self, tag: str) -> CompiledGrammar:
+        """There is text beside JSON, which may have any characters, but line feeds only where JSON is at risk."""
+        vocabulary = self._token_bytes
+        if has_string_lengths(tag):
+            vocabulary = [_without_control(token, allowed=b"\n") for token in vocabulary]
+        return _VocabularyCompiler(vocabulary, self._end_token_ids).compile("structural_tag", tag)
+
+
+class _VocabularyCompiler:
+    """Compiles for tokens of which those without bytes are never allowed, unless they end an output."""
+
+    def __init__(self, vocabulary: list[bytes], end_token_ids: frozenset[int]) -> None:
+        self._end_token_ids = end_token_ids
+        self._excluded = frozenset(i for i, text in enumerate(vocabulary) if not text) - end_token_ids
+        info = xgrammar.TokenizerInfo(
+            vocabulary, xgrammar.VocabType.RAW, vocab_size=len(vocabulary), stop_token_ids=sorted(end_token_ids)
+        )
+        self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+
+    def compile(self, kind: str, text: str, **options: bool) -> CompiledGrammar:
+        """What xgrammar's ``compile_KIND`` makes of a text; raises ``GrammarError``."""
         try:
-            # Strict: objects hold no properties beyond those the schema names, unless it says so.
-            compiled = self._compiler.compile_json_schema(rewrite_patterns(schema), strict_mode=not is_object)
+            compiled = getattr(self._compiler, f"compile_{kind}")(text, **options)
         except (RuntimeError, ValueError) as error:
             first = (str(error).splitlines() or ["xgrammar does not say why"])[0]  # of a number that is too large
-            raise GrammarError(f"the JSON schema cannot be used: {_LOG_PREFIX.sub('', first)}") from error
+            what = _WHAT.get(kind, "JSON schema")
+            raise GrammarError(f"the {what} cannot be used: {_LOG_PREFIX.sub('', first)}") from error
         return CompiledGrammar(compiled, self._end_token_ids, self._excluded)

@@ -34,7 +34,7 @@ from engine.sampling.grammar_messages import (
 
 log = structlog.get_logger(__name__)
 
-_NOT_COMPILED = f"the JSON schema takes more than {COMPILE_SECONDS:.0f} s or {MEMORY_BYTES >> 20} MiB to compile"
+_NOT_COMPILED = f"the schema or grammar takes more than {COMPILE_SECONDS:.0f} s or {MEMORY_BYTES >> 20} MiB to compile"
 _LONGEST_WAIT = 30.0
 """Seconds that a sequence waits for a mask."""
 _SLOW_SECONDS = 0.001

@@ -87,7 +87,7 @@ def _try_out(grammar: CompiledGrammar, vocab_size: int, bound: _Bound) -> float:
         longest, second = max(longest, seconds), max(second, min(longest, seconds))
         if second > _TRIAL_SECONDS:
             raise GrammarError(
-                "the JSON schema is too ambiguous: to find out which tokens may come next takes more than "
+                "the schema or grammar is too ambiguous: to find out which tokens may come next takes more than "
                 f"{1000 * _TRIAL_SECONDS:.0f} ms"
             )
         allowed = np.flatnonzero(np.unpackbits(mask[0].view(np.uint8), bitorder="little")[:vocab_size])
@@ -114,7 +114,9 @@ def _serve(channel: socket.socket, memory: mmap.mmap, fork: Fork, compiler: Gram
         channel.send(encode(Compiled(error=str(error))))
         return
     except MemoryError:
-        channel.send(encode(Compiled(error=f"the JSON schema takes more than {MEMORY_BYTES >> 20} MiB to compile")))
+        channel.send(
+            encode(Compiled(error=f"the schema or grammar takes more than {MEMORY_BYTES >> 20} MiB to compile"))
+        )
         return
     num_bytes = _data_bytes() - forked_bytes
     is_cheap = compile_seconds < _CHEAP_SECONDS_TO_COMPILE and mask_seconds < _CHEAP_SECONDS

@@ -80,8 +80,8 @@ def subschemas(root: Any) -> Iterator[tuple[int, str, Any]]:
             pending += ((depth + 1, *child) for child in _children(path, schema))
 
 
-def rewrite_pattern(pattern: str) -> str:
-    """The same regular expression, in ASCII and with neither ``?`` nor ``{n,}`` after a group.
+def rewrite_pattern(pattern: str, *, to_ascii: bool = True) -> str:
+    """The same regular expression, with neither ``?`` nor ``{n,}`` after a group and, for a string of JSON, in ASCII.
 
     Raises:
         GrammarError: it is too long.
@@ -97,7 +97,7 @@ def rewrite_pattern(pattern: str) -> str:
             least, group = int(part[2:-2]), written[begin:] + ")"
             written += f"){{{least}}}{group}*" if least > 1 else ")*" if least == 0 else ")+"
         else:
-            written += _NOT_ASCII.sub(lambda found: f"\\u{{{ord(found[1]):X}}}", part)
+            written += _NOT_ASCII.sub(lambda found: f"\\u{{{ord(found[1]):X}}}", part) if to_ascii else part
         if len(written) > MAX_SCHEMA_CHARS:
             raise GrammarError(f"a pattern has more than {MAX_SCHEMA_CHARS} characters with its repeated groups")
     return written
@@ -112,6 +112,20 @@ def rewrite_patterns(text: str) -> str:
         if isinstance(schema, dict) and isinstance(named := schema.get("patternProperties"), dict):
             schema["patternProperties"] = {rewrite_pattern(name): child for name, child in named.items()}
     return text if root == json.loads(text) else json.dumps(root)
+
+
+def has_string_lengths(tag: str) -> bool:
+    """Whether a structural tag has schemas that bound the length of strings."""
+    formats = [json.loads(tag)["format"]]
+    while formats:
+        part = formats.pop()
+        if isinstance(part, dict) and part.get("type") == "json_schema":
+            schemas = (schema for _, _, schema in subschemas(part["json_schema"]))
+            if any(isinstance(schema, dict) and schema.keys() & _STRING_LENGTHS for schema in schemas):
+                return True
+        else:
+            formats += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return False
 
 
 def _problem(schema: dict[str, Any]) -> str | None:

@@ -28,8 +28,8 @@ _ORDINARY = _KEYWORDS | {"minimum", "maximum"} | _BOUNDS.keys() | ANNOTATIONS | 
 
 def is_ordinary(grammar: Grammar) -> bool:
     """Whether a grammar that could be compiled is ordinary."""
-    if grammar.schema is None:
-        return True
+    if grammar.kind != "json_schema" or grammar.schema is None:
+        return grammar.kind == "json_object"
     schema = json.loads(grammar.schema)
     try:
         return _Survey(schema).num_ways(schema) <= _MAX_WAYS

@@ -8,8 +8,15 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
+"""What a template can raise over messages and variables that it does not expect."""
 
 
 class ChatTemplateError(ValueError):
@@ -18,6 +25,8 @@ class ChatTemplateError(ValueError):
 
 class ChatTemplate:
     """A compiled template. ``variables`` (``bos_token`` and the like) are visible to it.
+
+    ``source`` is the template itself; ``takes`` are the names of the variables that it looks at.
 
     Raises:
         ChatTemplateError: not a valid Jinja template.
@@ -30,8 +39,10 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda date_format: datetime.now().strftime(date_format)
         try:
             self._template = environment.from_string(source)
+            self.takes = frozenset(meta.find_undeclared_variables(environment.parse(source)))
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the model's chat template is invalid: {error}") from error
+        self.source = source
         self._variables = dict(variables)
 
     def render(
@@ -39,18 +50,20 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
     ) -> str:
         """The prompt text. Entries of a message that are None count as absent.
+
+        ``variables``: more of them, perhaps a client's, so of any JSON value.
 
         Raises:
             ChatTemplateError: the template refuses the messages or cannot cope with them.
         """
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            return self._template.render(
-                messages=given, tools=tools, add_generation_prompt=add_generation_prompt, **self._variables
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            own = {"messages": given, "tools": tools, "add_generation_prompt": add_generation_prompt}
+            return self._template.render({**variables, **self._variables, **own})
+        except _ERRORS as error:
             raise ChatTemplateError(f"the chat template cannot render these messages: {error}") from error
 
 

@@ -31,7 +31,7 @@ class Tokenizer:
 
     ``vocab_size`` is the model's number of rows; it may exceed the number of tokens.
     ``eos_token_ids`` end a generation. ``special_token_ids`` have no text.
-    ``least_tokens(text)``: how many tokens a text has at least.
+    ``least_tokens(text)``: how many tokens a text has at least. ``chat_template``: None if the model has none.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Tokenizer:
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self._token_bytes = _token_byte_table(backend, vocab_size)
         self.least_tokens = LeastTokens(backend, self._token_bytes)
-        self._chat_template = None if chat_template is None else ChatTemplate(chat_template, self._named_tokens())
+        self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.named_tokens)
 
     @classmethod
     def from_files(cls, files: ModelFiles) -> Tokenizer:
@@ -107,17 +107,22 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation; encode it with ``add_special_tokens=False``.
+
+        ``variables``: what else the template is told, as ``chat_template_kwargs`` of ``transformers``.
 
         Raises:
             ChatTemplateError: no template, or it cannot render these messages.
         """
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
-        return self._chat_template.render(messages, add_generation_prompt, tools)
+        return self.chat_template.render(messages, add_generation_prompt, tools, variables or {})
 
-    def _named_tokens(self) -> dict[str, str]:
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """``bos_token`` and ``eos_token``, as the vocabulary writes them, as far as there are any."""
         ids = {"bos_token": self.bos_token_id, "eos_token": next(iter(self.eos_token_ids), None)}
         names = {name: None if index is None else self.id_to_token(index) for name, index in ids.items()}
         return {name: token for name, token in names.items() if token is not None}

@@ -1,4 +1,4 @@
-"""What the server says about itself: GET /v1/models, /v1/models/{id}, /health, /metrics and /openapi.json."""
+"""What the server says about itself: GET /v1/models, /v1/models/{id}, /health, /metrics, /version, /openapi.json."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.params import check_model
 from server.routes.tenant_route import CurrentTenant, TenantRoute, current_tenant
-from server.schemas.models import ModelCard, ModelList
+from server.schemas.models import ModelCard, ModelList, Version
 from server.serving import CurrentServing, Serving
 from server.tenants import METRICS_PATH
 
@@ -37,7 +37,12 @@ async def get_model(model: str, _: CurrentTenant, serving: CurrentServing) -> Re
 
 
 def _card(serving: Serving) -> ModelCard:
-    return ModelCard(id=serving.model, created=serving.created, max_model_len=serving.engine_info.max_model_len)
+    return ModelCard(
+        id=serving.model,
+        created=serving.created,
+        max_model_len=serving.engine_info.max_model_len,
+        default_sampling_params=serving.sampling_defaults,
+    )
 
 
 @public_router.get("/health", responses={200: {"description": "The engine is ready.", "content": None}, **errors(503)})
@@ -64,6 +69,12 @@ async def metrics(request: Request, serving: CurrentServing) -> Response:
             worker, adapters = None, {}
         serving.metrics.engine.alignment.observe_worker(worker, adapters, time.time())
     return Response(serving.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version", responses={**success(Version), **errors(401)})
+async def version(request: Request, _: CurrentTenant) -> Response:
+    """The server's version."""
+    return JsonResponse(Version(request.app.version))
 
 
 @router.get("/openapi.json", include_in_schema=False)

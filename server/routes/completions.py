@@ -11,7 +11,7 @@ from server.answer import Answer
 from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
-from server.params import check_max_tokens, check_prompts, check_request, to_sampling_params, tokenize_prompts
+from server.params import check_prompts, check_request, fit_max_tokens, to_sampling_params, tokenize_prompts
 from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
 from server.schemas.completions import (
     DEFAULT_MAX_TOKENS,
@@ -35,20 +35,21 @@ async def create_completion(
     tenant: CurrentTenant,
     work: CurrentWork,
     serving: CurrentServing,
-    x_session_id: SessionHeader = None,
+    session_header: SessionHeader,
 ) -> Response:
     """Continue one or several prompts, whole or as a stream of events."""
-    session_id = check_request(body, x_session_id, tenant, serving)
+    session_id = check_request(body, session_header, tenant, serving)
     info = serving.engine_info
     prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info)
     check_prompts(prompts, "prompt", info)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    check_max_tokens(max_tokens, "max_tokens", prompts, info)
+    max_tokens = fit_max_tokens(max_tokens, "max_tokens", prompts, info, serving.strict)
     sampling = await work.run(
         to_sampling_params,
         body,
         max_tokens=max_tokens,
         vocab_size=info.vocab_size,
+        defaults=serving.sampling_defaults,
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )

@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, Response
 router = APIRouter(include_in_schema=False)
 
 _FILES = {path.name: path for path in (Path(__file__).parents[1] / "page").iterdir()}
-_HEADERS = {
+HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -22,7 +22,7 @@ _HEADERS = {
 @router.get("/")
 async def page() -> Response:
     """The page. Like its files it is the same for everybody and needs no key."""
-    return FileResponse(_FILES["index.html"], headers=_HEADERS)
+    return FileResponse(_FILES["index.html"], headers=HEADERS)
 
 
 @router.get("/page/{name}")
@@ -30,4 +30,4 @@ async def file(name: str) -> Response:
     """A file of the page."""
     if name not in _FILES:
         raise HTTPException(404)
-    return FileResponse(_FILES[name], headers=_HEADERS)
+    return FileResponse(_FILES[name], headers=HEADERS)

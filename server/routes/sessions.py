@@ -9,7 +9,7 @@ from server.errors import bad_request
 from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.options import SessionsConfig
-from server.params import check_session_id
+from server.params import find_session
 from server.routes.tenant_route import CurrentTenant, TenantRoute
 from server.schemas.sessions import CreateSessionRequest, DeletedSession, Session
 from server.serving import CurrentServing
@@ -31,17 +31,17 @@ async def create_session(
     return JsonResponse(await serving.sessions.create(tenant.name, session_id, body.domain, body.ttl_seconds))
 
 
-@router.get("/v1/sessions/{session_id}", responses={**success(Session), **errors(401, 404, 503)})
+@router.get("/v1/sessions/{session_id}", responses={**success(Session), **errors(400, 401, 404, 503)})
 async def get_session(session_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """What is known of a session. Asking does not extend its life."""
-    check_session_id(session_id, tenant.name)
+    session_id = find_session(session_id, tenant.name)
     return JsonResponse(await serving.sessions.read(tenant.name, session_id))
 
 
-@router.delete("/v1/sessions/{session_id}", responses={**success(DeletedSession), **errors(401, 404, 503)})
+@router.delete("/v1/sessions/{session_id}", responses={**success(DeletedSession), **errors(400, 401, 404, 503)})
 async def delete_session(session_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """Forget a session at once. Requests of it that still run leave nothing behind."""
-    check_session_id(session_id, tenant.name)
+    session_id = find_session(session_id, tenant.name)
     await serving.sessions.delete(tenant.name, session_id)
     return JsonResponse(DeletedSession(id=session_id))
 

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
+from functools import cached_property
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request, Response
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from server.errors import ApiError, shutting_down, validation_error
 from server.json_bodies import decode_json
+from server.schemas.body import Leniency
 from server.serving import Serving
 from server.sse import ClientDisconnected
 from server.tenants import Tenant, authenticate
 from server.work_shares import SMALL, RequestWork
+
+_PLAIN_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+"""What may stand in a header."""
+
+_NAMES_SESSION = "Names the request's session, if session_id in the body does not."
 
 # Documents the header; ``authenticate`` is what checks it.
 _bearer = HTTPBearer(auto_error=False, description="API key")
@@ -34,6 +43,8 @@ class _JsonRequest(Request):
 
 class TenantRoute(APIRoute):
     """Finds the tenant and counts its request before it reads the body, which it parses as strict JSON and validates.
+
+    Fields of the body that had no effect are named in the response's header X-Ignored-Fields.
 
     A body is at most ``http.max_body_bytes`` long. One that is not small waits for its tenant's room
     (``Serving.bodies``), which it keeps until the response is complete.
@@ -55,7 +66,10 @@ class TenantRoute(APIRoute):
                 # First: to read and check what is then refused is work as well.
                 await request.app.state.serving.rate_limiter.admit(request.state.tenant, 0)
                 request = await self._read_json(request)
-            return await handler(request)
+            response = await handler(request)
+            if ignored := getattr(request.state, "ignored", None):
+                response.headers["X-Ignored-Fields"] = ", ".join(ignored)
+            return response
 
         return authenticate_and_handle
 
@@ -71,18 +85,27 @@ class TenantRoute(APIRoute):
         json_request = _JsonRequest(request.scope, request.receive)
         json_request._body = body[:1]  # FastAPI only looks whether there is one
         if body:
-            json_request.parsed = await request.state.work.run(self._parse, body)
+            leniency = Leniency(serving.strict)
+            json_request.parsed = await request.state.work.run(self._parse, body, leniency)
+            request.state.ignored = [name for name in leniency.ignored if _PLAIN_NAME.fullmatch(name)]
         return json_request
 
-    def _parse(self, body: bytes) -> Any:
+    @cached_property
+    def _body_type(self) -> TypeAdapter[Any]:
+        assert self.body_field is not None
+        model: Any = self.body_field.field_info.annotation
+        return TypeAdapter(model)
+
+    def _parse(self, body: bytes, leniency: Leniency) -> Any:
         """The body as the endpoint's model, which passes FastAPI's own validation as it is; 400 if it is none."""
         value = decode_json(body)
         if value is None or self.body_field is None:
             return value
-        validated, errors = self.body_field.validate(value, loc=("body",))
-        if errors:
-            raise validation_error(errors, value)
-        return validated
+        try:
+            return self._body_type.validate_python(value, context=leniency)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+            raise validation_error([{**one, "loc": ("body", *one["loc"])} for one in errors], value) from None
 
 
 async def current_tenant(request: Request, _: Annotated[Any, Depends(_bearer)]) -> Tenant:
@@ -99,10 +122,18 @@ async def current_work(request: Request) -> RequestWork:
 
 CurrentTenant = Annotated[Tenant, Depends(current_tenant)]
 CurrentWork = Annotated[RequestWork, Depends(current_work)]
-SessionHeader = Annotated[
-    str | None,
-    Header(alias="X-Session-Id", description="The same as session_id in the body, for clients that add headers."),
-]
+
+
+async def _session_header(
+    x_session_id: Annotated[str | None, Header(alias="X-Session-Id", description=_NAMES_SESSION)] = None,
+    session_id: Annotated[str | None, Header(alias="Session-Id", description=_NAMES_SESSION)] = None,
+    x_session_affinity: Annotated[str | None, Header(alias="X-Session-Affinity", description=_NAMES_SESSION)] = None,
+) -> str | None:
+    """FastAPI dependency: the first of the headers X-Session-Id, Session-Id and X-Session-Affinity that is there."""
+    return x_session_id or session_id or x_session_affinity
+
+
+SessionHeader = Annotated[str | None, Depends(_session_header)]
 
 
 def _declared_size(request: Request, limit: int) -> int:

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.params import check_model, check_token_ids, encode_messages, encode_text
 from server.routes.tenant_route import CurrentTenant, CurrentWork, TenantRoute
-from server.schemas.tokens import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from server.schemas.tokens import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+    TokenizerInfo,
+)
 from server.serving import CurrentServing
 
 router = APIRouter(route_class=TenantRoute)
@@ -32,9 +38,24 @@ async def detokenize(body: DetokenizeRequest, _: CurrentTenant, work: CurrentWor
     return JsonResponse(await work.run(_text, body.tokens, serving.tokenizer))
 
 
+@router.get("/tokenizer_info", responses={**success(TokenizerInfo), **errors(401, 503)})
+async def tokenizer_info(_: CurrentTenant, serving: CurrentServing) -> Response:
+    """What a client needs to render conversations itself; the tokens are behind /tokenize and /detokenize."""
+    tokenizer, template = serving.tokenizer, serving.tokenizer.chat_template
+    return JsonResponse(
+        TokenizerInfo(
+            bos_token=tokenizer.named_tokens.get("bos_token"),
+            eos_token=tokenizer.named_tokens.get("eos_token"),
+            vocab_size=tokenizer.vocab_size,
+            model_max_length=serving.engine_info.max_model_len,
+            chat_template=template.source if template else None,
+        )
+    )
+
+
 def _tokens(body: TokenizeRequest, tokenizer: Tokenizer, info: EngineReady) -> bytes:
     if body.messages is not None:
-        tokens = encode_messages(tokenizer, body.messages, info)
+        tokens = encode_messages(tokenizer, body.messages, info, body.chat_template_kwargs).token_ids
     else:
         tokens = encode_text(tokenizer, body.prompt or "", "prompt", info, body.add_special_tokens is not False)
     return msgspec.json.encode(TokenizeResponse(tokens, len(tokens), info.max_model_len))

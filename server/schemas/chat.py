@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -11,14 +11,19 @@ from pydantic_core import PydanticCustomError
 
 from engine.messages import TokenSource
 from server.schemas.answers import AnswerBody, Usage
-from server.schemas.fields import Body, NoOp, SamplingFields
+from server.schemas.body import Body, Harmless, LenientBody, NoOp, at_most
+from server.schemas.constraints import VLLM_CONSTRAINTS
+from server.schemas.fields import SamplingFields
+from server.schemas.tools import MAX_TOOLS, NamedChoice, PastCalls, Tool, ToolCall, ToolCallDelta, ToolChoice
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048
 """Of all messages together."""
+MAX_TEMPLATE_VARIABLES = 32
+_SET_BY_SERVER = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"}
 
 
-class TextPart(Body):
+class TextPart(LenientBody):
     """A piece of a message. Images, audio and files are not supported."""
 
     type: Literal["text"]
@@ -40,26 +45,46 @@ class Prediction(Body):
     content: Content
 
 
-class Message(Body):
+class Message(LenientBody):
     """One message of the conversation. ``developer`` is the newer name of ``system``.
 
     ``parsed`` is the openai client's own copy of ``content``, which it sends back
-    with the answers that it has parsed; ``content`` is what counts.
+    with the answers that it has parsed; ``content`` is what counts. What ``name`` and ``reasoning_content`` are good
+    for is up to the model's chat template. ``prefix`` and ``partial`` would have the answer go on with the message.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: Annotated[Any, NoOp()] = None
+    unsupported: ClassVar = {"prefix": [False], "partial": [False]}
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = Field(default=None, description="May be null beside tool_calls only.")
+    name: str | None = None
+    reasoning_content: str | None = None
     parsed: Any = None
     refusal: Annotated[Any, NoOp()] = None
     audio: Annotated[Any, NoOp()] = None
-    annotations: Annotated[Any, NoOp([])] = None
+    annotations: Annotated[Any, Harmless([])] = None
     function_call: Annotated[Any, NoOp()] = None
-    tool_calls: Annotated[Any, NoOp([])] = None
+    tool_calls: PastCalls | None = None
+    tool_call_id: str | None = None
 
-    def for_template(self) -> dict[str, str]:
-        """Role and plain text, as chat templates want them."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": text_of(self.content)}
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "are the assistant's only", {"param": "tool_calls"})
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("missing", "Field required", {"param": "content"})
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """What chat templates may want to know: the role, plain text, and what else there is, else None."""
+        return {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": text_of(self.content or ""),
+            "name": self.name,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+        }
 
 
 def _few_parts(messages: Any) -> Any:
@@ -68,6 +93,21 @@ def _few_parts(messages: Any) -> Any:
     if sum(len(content) for content in contents if isinstance(content, list)) > MAX_PARTS:
         raise PydanticCustomError("too_long", "must have at most {limit} parts in all", {"limit": MAX_PARTS})
     return messages
+
+
+def _free_names(value: Any) -> Any:
+    """Refuses variables that the server sets."""
+    if isinstance(value, dict) and (taken := _SET_BY_SERVER & value.keys()):
+        raise PydanticCustomError("template_variable", "{name} is set by the server", {"name": min(taken)})
+    return value
+
+
+TemplateVariables = Annotated[
+    dict[str, Any],
+    BeforeValidator(_free_names),
+    at_most(MAX_TEMPLATE_VARIABLES),
+    Field(max_length=MAX_TEMPLATE_VARIABLES, description="More variables for the model's chat template."),
+]
 
 
 class ChatCompletionRequest(SamplingFields):
@@ -80,22 +120,50 @@ class ChatCompletionRequest(SamplingFields):
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs logprobs.")
-    tools: Annotated[Any, NoOp([])] = None
-    tool_choice: Annotated[Any, NoOp("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, NoOp()] = None
+    tools: Annotated[list[Tool] | None, at_most(MAX_TOOLS)] = Field(
+        default=None, max_length=MAX_TOOLS, fail_fast=True, description="Functions for the model to call."
+    )
+    tool_choice: ToolChoice | None = Field(
+        default=None, description="Default auto, and none without tools. With none, the model does not see the tools."
+    )
+    parallel_tool_calls: bool | None = Field(default=None, description="Whether one answer may have several calls.")
     functions: Annotated[Any, NoOp([])] = None
     function_call: Annotated[Any, NoOp("none", "auto")] = None
     modalities: Annotated[Any, NoOp(["text"])] = None
     audio: Annotated[Any, NoOp()] = None
     prediction: Prediction | None = None
-    reasoning_effort: Annotated[Any, NoOp("none")] = None
-    verbosity: Annotated[Any, NoOp("medium")] = None
+    reasoning_effort: str | None = Field(default=None, description="For the model's chat template, if it knows it.")
+    chat_template_kwargs: TemplateVariables | None = None
+    verbosity: Annotated[Any, Harmless("medium")] = None
     web_search_options: Annotated[Any, NoOp()] = None
-    service_tier: Annotated[Any, NoOp("auto", "default")] = None
-    store: Annotated[Any, NoOp(False)] = None
+    service_tier: Annotated[Any, Harmless("auto", "default")] = None
+    store: Annotated[Any, Harmless(False)] = None
+
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is told beside the messages."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **(self.chat_template_kwargs or {})}
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @model_validator(mode="after")
+    def _check_tools(self) -> Self:
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("tools", "have a name twice", {"param": "tools"})
+        if self.tool_choice == "required" and not names:
+            raise PydanticCustomError("tool_choice", "needs tools", {"param": "tool_choice"})
+        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
+            raise PydanticCustomError("tool_choice", "names none of the tools", {"param": "tool_choice"})
+        return self
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
+        if self.usable_tools and (used := self.model_fields_set & VLLM_CONSTRAINTS):
+            raise PydanticCustomError("constraint", "cannot be used with tools", {"param": min(used)})
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "needs logprobs to be true", {"param": "top_logprobs"})
         both = self.max_tokens, self.max_completion_tokens
@@ -127,12 +195,17 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     content: list[ContentLogprob]
 
 
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
 class AssistantMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer."""
+    """The answer. ``content`` is null beside calls without any. ``reasoning_content``: what a model thought first."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,7 +214,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
     stop_reason: int | str | None = None
 
 
@@ -154,10 +227,12 @@ class ChatCompletion(AnswerBody, frozen=True, kw_only=True):
 
 
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
-    """What an event adds: the role (first event of a choice only) and text."""
+    """What an event adds: the role (first event of a choice only), text, and parts of calls."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,7 +241,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
 

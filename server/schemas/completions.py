@@ -9,7 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.schemas.answers import AnswerBody
-from server.schemas.fields import NoOp, SamplingFields, TokenId
+from server.schemas.body import NoOp
+from server.schemas.fields import SamplingFields, TokenId
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16

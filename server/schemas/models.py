@@ -6,15 +6,27 @@ from typing import Literal
 
 import msgspec
 
+from engine.models.sampling_defaults import SamplingDefaults
+
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """The served model. ``max_model_len`` bounds prompt plus output, in tokens."""
+    """The served model. ``max_model_len`` bounds prompt plus output, in tokens.
+
+    ``default_sampling_params``: for what a request leaves out.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "evospec"
     max_model_len: int
+    default_sampling_params: SamplingDefaults
+
+
+class Version(msgspec.Struct, frozen=True):
+    """/version."""
+
+    version: str
 
 
 class ModelList(msgspec.Struct, frozen=True, kw_only=True):

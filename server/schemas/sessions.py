@@ -7,7 +7,8 @@ from typing import Literal
 import msgspec
 from pydantic import Field
 
-from server.schemas.fields import Body
+from server.schemas.body import Body
+from server.session_ids import MAX_NAME_CHARS
 
 DOMAIN_PATTERN = "^[a-z0-9][a-z0-9_-]{0,31}$"
 
@@ -24,7 +25,10 @@ class CreateSessionRequest(Body):
         default=None, ge=1, description="Seconds it lives after its last use; the server has a default and a limit."
     )
     user: str | None = Field(
-        default=None, min_length=1, description="The session of this value of `user`, where the server keeps such."
+        default=None,
+        min_length=1,
+        max_length=MAX_NAME_CHARS,
+        description="The session of this value of `user`, where the server keeps such.",
     )
 
 

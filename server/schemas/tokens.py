@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize, in the shapes vLLM uses."""
+"""/tokenize, /detokenize and /tokenizer_info, in the shapes vLLM uses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import msgspec
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.schemas.chat import MAX_MESSAGES, Message
-from server.schemas.fields import Body, TokenId
+from server.schemas.body import Body
+from server.schemas.chat import MAX_MESSAGES, Message, TemplateVariables
+from server.schemas.fields import TokenId
 
 
 class TokenizeRequest(Body):
@@ -18,6 +19,7 @@ class TokenizeRequest(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    chat_template_kwargs: TemplateVariables | None = None
     add_special_tokens: bool | None = Field(
         default=None, description="Begin-of-sequence token and the like; default true for prompt. Not for messages."
     )
@@ -41,6 +43,16 @@ class TokenizeResponse(msgspec.Struct, frozen=True):
     tokens: list[int]
     count: int
     max_model_len: int
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens by name that begin and end texts, and the chat template (Jinja); None for what the model has not."""
+
+    bos_token: str | None
+    eos_token: str | None
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
 
 
 class DetokenizeRequest(Body):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai.types import Completion, CompletionChoice
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionUserMessageParam
+
+from tests.running_server import AT_ONCE, SMALL, RunningServer
+from tests.tiny_models import make_directory
 
 MODEL = "smollm2-135m"
 QUESTION: ChatCompletionUserMessageParam = {
@@ -124,6 +129,33 @@ def test_structured_output_is_json_that_fits(client: openai.OpenAI) -> None:
     assert isinstance(value["people"], int)
 
 
+@pytest.mark.parametrize(
+    ("constraint", "matches"),
+    [
+        ({"structured_outputs": {"choice": ["Paris", "London\nEngland"]}}, "Paris|London\nEngland"),
+        ({"guided_regex": r"[A-Z][a-z]{2,9}(, [A-Z][a-z]{2,9}){2}"}, r"[A-Z][a-z]{2,9}(, [A-Z][a-z]{2,9}){2}"),
+        ({"structured_outputs": {"grammar": 'root ::= ("- " [a-z]{2,9} "\\n"){3}'}}, r"(- [a-z]{2,9}\n){3}"),
+    ],
+)
+def test_output_has_the_form_that_vllms_fields_say_with_drafts_and_without(
+    client: openai.OpenAI, constraint: dict[str, Any], matches: str
+) -> None:
+    texts = [
+        client.chat.completions.create(
+            model=MODEL,
+            messages=[QUESTION],
+            temperature=0,
+            max_tokens=100,
+            extra_body={**constraint, "num_speculative_tokens": num_drafts},
+        )
+        .choices[0]
+        .message.content
+        for num_drafts in (0, 8)
+    ]
+    assert texts[0] == texts[1]
+    assert re.fullmatch(matches, texts[0] or ""), texts[0]
+
+
 def test_a_schema_that_cannot_be_compiled_is_the_clients_error(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(
@@ -138,8 +170,38 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="other", messages=[QUESTION])
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as unsupported:
-        client.chat.completions.create(model=MODEL, messages=[QUESTION], reasoning_effort="high")
-    assert unsupported.value.param == "reasoning_effort"
+        client.chat.completions.create(model=MODEL, messages=[QUESTION], extra_body={"mirostat": 2})
+    assert unsupported.value.param == "mirostat"
+
+
+def test_a_server_starts_as_vllm_and_llama_cpp_do(tmp_path: Path) -> None:
+    model = make_directory(tmp_path / "tiny").path
+    options = ["--max-model-len", "48", "--served-model-name", "mine", "--api-key", "secret"]
+    server = RunningServer(tmp_path / "log.jsonl", [str(model), *options, *SMALL, *AT_ONCE])
+    try:
+        server.wait_until_healthy()
+        http = openai.DefaultHttpxClient(trust_env=False, timeout=60)
+        client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="secret", http_client=http)
+        answer = client.chat.completions.with_raw_response.create(
+            model="mine",
+            messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}], "name": "Ann"}],
+            max_tokens=32_000,
+            user="Ann",
+            store=True,
+            extra_headers={"X-Session-Id": "ses_1"},
+            extra_body={"chat_id": "5"},
+        )
+        usage = answer.parse().usage
+        (card,) = client.models.list().data
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="other").models.list()
+    finally:
+        server.stop()
+    assert answer.headers["x-ignored-fields"] == "chat_id, store"
+    assert usage is not None
+    assert usage.total_tokens <= 48
+    assert card.id == "mine"
+    assert card.to_dict()["max_model_len"] == 48
 
 
 def test_models_list(client: openai.OpenAI) -> None:

@@ -152,3 +152,18 @@ def test_the_page_runs_nothing_from_elsewhere(server: RunningServer) -> None:
     assert "http" not in re.sub(r"http-equiv|https?://www\.w3\.org", "", response.text)
     assert httpx.get(f"{server.base_url}/page/../app.py", trust_env=False).status_code == 404
     assert httpx.get(f"{server.base_url}/page/%2e%2e%2fapp.py", trust_env=False).status_code == 404
+
+
+def test_docs_ask_for_a_key_and_show_every_route(browser: Browser, server: RunningServer) -> None:
+    page = browser.new_context().new_page()
+    problems: list[str] = []
+    page.on("dialog", lambda dialog: dialog.accept(KEYS["acme"]))
+    page.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
+    page.goto(f"{server.base_url}/docs")
+    expect(page.locator("[data-path='/v1/chat/completions']")).to_be_visible(timeout=TIMEOUT)
+    expect(page.locator("[data-path='/version']")).to_be_visible()
+    page.locator("[data-path='/version']").click()
+    page.get_by_role("button", name="Try it out").click()
+    page.get_by_role("button", name="Execute").click()
+    expect(page.locator(".live-responses-table .response-col_status").last).to_contain_text("200", timeout=TIMEOUT)
+    assert problems == []

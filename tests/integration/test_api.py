@@ -188,8 +188,6 @@ async def test_scoring_a_prompt_without_output(serve: Any, replies: Script) -> N
         ("/v1/completions", {"prompt": ""}, 400, "prompt"),
         ("/v1/completions", {"prompt": [VOCAB_SIZE]}, 400, "prompt"),
         ("/v1/completions", {"prompt": [5] * 64}, 400, "prompt"),
-        ("/v1/completions", {"prompt": [5] * 60, "max_tokens": 5}, 400, "max_tokens"),
-        ("/v1/chat/completions", {"max_completion_tokens": 64}, 400, "max_completion_tokens"),
         ("/v1/completions", {"min_tokens": 17}, 400, "min_tokens"),
         ("/v1/completions", {"num_speculative_tokens": 9}, 400, "num_speculative_tokens"),
         ("/v1/chat/completions", {"num_speculative_tokens": -1}, 400, "num_speculative_tokens"),
@@ -270,6 +268,7 @@ async def test_models_and_tokens(serve: Any) -> None:
         rendered = (await api.client.post("/detokenize", json={"tokens": chat["tokens"]})).json()
     assert models["data"] == [model.json()]
     assert (model.json()["id"], model.json()["max_model_len"]) == ("tiny", 64)
+    assert model.json()["default_sampling_params"]["temperature"] == 0.7
     assert missing.status_code == 404
     assert tokens["count"] == len(tokens["tokens"])
     assert text == {"prompt": REPLY}

@@ -37,7 +37,7 @@ def serve_tenant(serve: Any) -> ServeTenant:
 @pytest.mark.parametrize("path", PATHS)
 async def test_requests_refused_after_tokenizing_count_against_the_limit(serve_tenant: ServeTenant, path: str) -> None:
     async with serve_tenant("--limits.requests_per_minute", "2") as api:
-        answers = [await api.post(path, max_tokens=1000) for _ in range(3)]
+        answers = [await api.post(path, logit_bias={"-1": 1}) for _ in range(3)]
     assert [answer.status_code for answer in answers] == [400, 400, 429]
 
 

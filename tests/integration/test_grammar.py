@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -147,6 +148,43 @@ def test_json_object_is_an_object_with_anything_in_it(tokenizer: Tokenizer, pool
     assert len(objects) >= 6
     assert all(isinstance(value, dict) for value in objects)
     assert any(objects)
+
+
+PHONE = Grammar("regex", r"(\d{3}\n)?\d{3}-\d{4}")
+TABLE = Grammar("ebnf", 'root ::= (row "\\n"){2,3}\nrow ::= [a-c]+ ("\\t" [0-9])*')
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize(
+    ("grammar", "matches"),
+    [
+        (PHONE, PHONE.schema),
+        (TABLE, r"([a-c]+(\t[0-9])*\n){2,3}"),
+        (Grammar("ebnf", 'root ::= root "a" | "b"'), "ba*"),
+    ],
+)
+def test_output_is_what_an_expression_or_a_grammar_describes(
+    tokenizer: Tokenizer, pool: GrammarPool, grammar: Grammar, matches: str, drafts: bool
+) -> None:
+    for seed in range(5):
+        text, finish_reason = generate(tokenizer, pool, seed, drafts, grammar=grammar)
+        assert re.fullmatch(matches, text) or finish_reason == "length", text
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("regex", "(a", "regular expression cannot be used: .*parenthesis is not closed"),
+        ("regex", "(?=a)b", "Lookahead is not supported"),
+        ("ebnf", "root ::= a", 'grammar cannot be used: .*"a" is not defined'),
+        ("ebnf", "", "root rule"),
+    ],
+)
+def test_expressions_and_grammars_that_cannot_be_used_are_refused(
+    compiler: GrammarCompiler, kind: Any, text: str, message: str
+) -> None:
+    with pytest.raises(GrammarError, match=message):
+        compiler.compile(Grammar(kind, text))
 
 
 def test_after_the_grammar_only_end_tokens_remain(tokenizer: Tokenizer, pool: GrammarPool) -> None:
@@ -310,6 +348,26 @@ LOWER_CASE, UPPER_CASE = (
     schema({"type": "array", "items": {"type": "string", "pattern": pattern}}) for pattern in ("^[a-z]*$", "^[A-Z]*$")
 )
 """Not ordinary, so that processes enforce them."""
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("regex", "(" * 30_000 + "a" + ")" * 30_000),
+        Grammar("regex", "a{1000000}"),
+        Grammar("regex", "(.?){500}"),
+        Grammar("ebnf", "root ::= " + "(" * 30_000 + '"a"' + ")" * 30_000),
+        Grammar("ebnf", "root ::= root"),
+        Grammar("ebnf", 'root ::= (root | "")*'),
+        Grammar("ebnf", 'root ::= "a" root root | root root "b" | ""'),
+    ],
+)
+def test_whatever_becomes_of_a_strange_grammar_the_next_is_served(pool: GrammarPool, grammar: Grammar) -> None:
+    result = compiled(pool, with_grammar(grammar, tenant="strange"))["r"]
+    if isinstance(result, GrammarCursor):
+        settle(pool, result)
+        result.end()
+    assert isinstance(compiled(pool, with_grammar(schema({"const": "strange"}), tenant="strange"))["r"], GrammarCursor)
 
 
 def test_a_process_that_dies_takes_its_own_sequences_along(pool: GrammarPool) -> None:

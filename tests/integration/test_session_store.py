@@ -37,10 +37,10 @@ ENGINE = EngineReady(
 class Fixture:
     """A store as one server has it, with its own connection."""
 
-    def __init__(self, url: str, **config: float) -> None:
+    def __init__(self, url: str, sessions: SessionsConfig | None = None, **config: float) -> None:
         self.metrics = Metrics("tiny")
         self.gate = RedisGate(url, RedisConfig(**{"timeout": 10.0} | config))
-        self.store = SessionStore(self.gate, SessionsConfig(), self.metrics, WorkShares())
+        self.store = SessionStore(self.gate, sessions or SessionsConfig(), self.metrics, WorkShares())
 
     async def load(self, session_id: str) -> LoadedSession:
         session = await self.store.load(TENANT, session_id, ENGINE)
@@ -53,8 +53,8 @@ class Fixture:
 
 
 @asynccontextmanager
-async def server_at(url: str, **config: float) -> AsyncIterator[Fixture]:
-    fixture = Fixture(url, **config)
+async def server_at(url: str, sessions: SessionsConfig | None = None, **config: float) -> AsyncIterator[Fixture]:
+    fixture = Fixture(url, sessions, **config)
     try:
         yield fixture
     finally:

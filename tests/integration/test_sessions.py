@@ -20,12 +20,12 @@ from engine.text.tokenizer import Tokenizer
 from server.session_ids import session_key
 from server.tenants import hash_key
 from server.valkey import valkey_url
-from tests.integration.running_api import CHAT, TEXT, running_api
+from tests.integration.running_api import running_api
 from tests.integration.snapshots import snapshot_of, tokens_of
 from tests.running_valkey import running_valkey
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
-USERS = ("--sessions.from_user",)
+NO_USERS = ("--no-sessions.from_user",)
 
 
 def learning(request: EngineRequest) -> Iterable[EngineOutput]:
@@ -142,29 +142,14 @@ async def test_everything_is_optional_even_the_body(serve: Any) -> None:
     ],
 )
 async def test_what_cannot_be_is_refused_by_name(serve: Any, body: dict[str, Any], param: str) -> None:
-    async with serve(learning, "--sessions.max_ttl_seconds", "100") as api:
+    async with serve(learning, "--sessions.max_ttl_seconds", "100", *NO_USERS) as api:
         response = await api.client.post("/v1/sessions", json=body)
     assert error(response)[::2] == (400, param)
 
 
-@pytest.mark.parametrize("path", PATHS)
-async def test_header_and_body_must_agree(serve: Any, path: str) -> None:
-    async with serve(learning) as api:
-        session_id, other = await start(api), await start(api)
-        body = CHAT if "chat" in path else TEXT
-        responses = [
-            await api.client.post(path, json={**body, "session_id": session_id}, headers={"X-Session-Id": header})
-            for header in (session_id, other)
-        ]
-        too_long = await api.client.post(path, json={**body, "session_id": "a" * 129})
-    assert responses[0].status_code == 200
-    assert error(responses[1]) == (400, None, "session_id")
-    assert error(too_long)[::2] == (400, "session_id")
-
-
 async def test_tenants_never_meet(serve: Any, redis: Redis) -> None:
     keys = ",".join(f"{name}={hash_key(name)}" for name in ("acme", "other"))
-    async with serve(learning, "--auth.keys", keys, *USERS) as api:
+    async with serve(learning, "--auth.keys", keys) as api:
 
         async def send(tenant: str, method: str, path: str, **body: Any) -> Any:
             headers = {"Authorization": f"Bearer {tenant}"}
@@ -193,17 +178,17 @@ async def test_tenants_never_meet(serve: Any, redis: Redis) -> None:
     assert not [key async for key in redis.scan_iter("*acme*") if b"limit" not in key]
 
 
-@pytest.mark.parametrize("session_id", ["x", "sess_" + "0" * 48, "user_" + "0" * 48, "../models", "é" * 64])
-async def test_an_id_that_no_server_made_is_unknown(serve: Any, session_id: str) -> None:
+@pytest.mark.parametrize("session_id", ["sess_" + "0" * 48, "user_" + "0" * 48, "name_" + "f" * 48])
+async def test_a_mistyped_id_of_a_server_is_unknown(serve: Any, session_id: str) -> None:
     async with serve(learning) as api:
         responses = [await api.post(path, session_id=session_id) for path in PATHS]
         assert api.engine.requests == []
     assert [error(response) for response in responses] == [NOT_FOUND] * 2
 
 
-async def test_a_session_for_each_user_if_so_set(serve: Any, redis: Redis) -> None:
+async def test_a_session_for_each_user(serve: Any, redis: Redis) -> None:
     name = "sam@example.com"
-    async with serve(learning, *USERS) as api:
+    async with serve(learning) as api:
         made = (await api.client.post("/v1/sessions", json={"user": name, "domain": "code"})).json()
         for prompt, user in ([1], name), ([2], "another"), ([3], name), ([4], None), ([5], ""):
             await api.post("/v1/completions", prompt=prompt, user=user)
@@ -224,7 +209,7 @@ async def test_a_session_for_each_user_if_so_set(serve: Any, redis: Redis) -> No
 
 
 async def test_user_is_a_mere_label_otherwise(serve: Any) -> None:
-    async with serve(learning) as api:
+    async with serve(learning, *NO_USERS) as api:
         assert (await api.post("/v1/completions", user="sam")).status_code == 200
         assert api.engine.requests[-1].session is None
 
@@ -254,7 +239,7 @@ async def test_use_extends_life_and_looking_does_not(serve: Any, redis: Redis) -
 async def test_a_request_that_still_runs_does_not_bring_back_what_was_deleted(
     serve: Any, redis: Redis, by_user: bool
 ) -> None:
-    async with serve(waiting, *USERS) as api:
+    async with serve(waiting) as api:
         session_id = await start(api, **({"user": "sam"} if by_user else {}))
         naming = {"user": "sam"} if by_user else {"session_id": session_id}
         running = asyncio.create_task(api.post("/v1/completions", **naming))

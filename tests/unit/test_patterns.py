@@ -44,6 +44,17 @@ def test_a_pattern_allows_what_it_matches(pattern: str, texts: list[str]) -> Non
         assert allows(f"^{pattern}$", text) == bool(re.fullmatch(pattern, text, re.ASCII)), text
 
 
+@settings(max_examples=200, deadline=None)
+@given(pattern=PATTERNS, texts=st.lists(st.text('axé😀"\n', max_size=5), min_size=1, max_size=6))
+def test_an_expression_allows_what_it_matches(pattern: str, texts: list[str]) -> None:
+    """Of whole outputs, not of strings of JSON."""
+    grammar = _BYTES.compile(Grammar(kind="regex", schema=pattern))
+    for text in texts:
+        matcher = GrammarMatcher(grammar)
+        is_allowed = all(map(matcher.accept, text.encode())) and matcher.accept(_END)
+        assert is_allowed == bool(re.fullmatch(pattern, text, re.ASCII | re.DOTALL)), text
+
+
 @pytest.mark.parametrize("pattern", ["^[^a]é$", "^.é$", r"^\Sé$"])
 @pytest.mark.parametrize("text", ["\\é", '"é', "\né"])
 def test_nothing_that_ends_a_string_is_matched(pattern: str, text: str) -> None:

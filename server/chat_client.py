@@ -1,0 +1,146 @@
+"""``evospec chat``: a conversation with any server that speaks OpenAI's API, and how fast it answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+_TIMEOUT = httpx.Timeout(600, connect=10)
+
+
+class ChatError(Exception):
+    """The server cannot be reached, or refuses; the message is one line."""
+
+
+@dataclass
+class AnswerSpeed:
+    """Of one answer. Times are ``time.monotonic`` seconds; ``first`` and ``last`` are those of its pieces of text."""
+
+    asked: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    last: float = 0.0
+    num_tokens: int = 0
+    tokens_per_step: float | None = None
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take in an event of the stream; where the server counts no tokens, each piece of text counts as one."""
+        if event.get("choices"):
+            self.last = time.monotonic()
+            self.first = self.last if self.first is None else self.first
+            self.num_tokens += 1
+        if usage := event.get("usage"):
+            self.num_tokens = usage["completion_tokens"]
+        if drafts := event.get("metrics", {}).get("speculative_decoding"):
+            self.tokens_per_step = drafts["mean_acceptance_length"]
+
+    def __str__(self) -> str:
+        first = self.asked if self.first is None else self.first
+        rate = (self.num_tokens - 1) / (self.last - first) if self.last > first else 0.0
+        text = f"{self.num_tokens} tokens, {rate:.1f} tokens a second, the first after {first - self.asked:.2f} s"
+        return text if self.tokens_per_step is None else f"{text}, {self.tokens_per_step:.2f} tokens a step"
+
+
+class Conversation:
+    """What was said, and with whom. Its session lets the draft learn from answer to answer.
+
+    Args:
+        url: of the server, with or without ``/v1``.
+        api_key: None for a server that wants none.
+        model: None for the first that the server has.
+
+    Raises:
+        ChatError: the server cannot be reached, or refuses.
+    """
+
+    def __init__(self, url: str, api_key: str | None, model: str | None) -> None:
+        headers = {"X-Session-Id": f"chat-{uuid.uuid4().hex}"}
+        headers |= {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._messages: list[dict[str, str]] = []
+        with self._one_line():
+            self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT)
+            self.model = model or self._first_model()
+
+    def ask(self, text: str, speed: AnswerSpeed) -> Iterator[str]:
+        """The answer, piece by piece as it comes; raises ``ChatError``."""
+        self._messages.append({"role": "user", "content": text})
+        body = {"model": self.model, "messages": self._messages, "stream": True}
+        answer = ""
+        with self._one_line():
+            for event in self._events({**body, "stream_options": {"include_usage": True}}):
+                speed.add(event)
+                for choice in event.get("choices", []):
+                    piece = choice["delta"].get("content") or ""
+                    answer += piece
+                    yield piece
+        self._messages.append({"role": "assistant", "content": answer})
+
+    def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        with self._client.stream("POST", "chat/completions", json=body) as response:
+            _check(response)
+            for line in response.iter_lines():
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise ChatError(str(event["error"]["message"]))
+                yield event
+
+    def _first_model(self) -> str:
+        response = self._client.get("models")
+        _check(response)
+        return str(response.json()["data"][0]["id"])
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Raise ``ChatError`` for whatever may go wrong with a server."""
+        try:
+            yield
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ChatError(f"cannot reach {self._url}: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ChatError(f"{self._url} does not answer as OpenAI's API does") from error
+
+
+def chat(conversation: Conversation) -> None:
+    """Ask what comes line by line on standard input, and print the answers; raises ``ChatError``."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        print(f"{conversation.model}: type a message; Ctrl-D ends.")
+    while True:
+        try:
+            text = input("> " if is_terminal else "")
+        except EOFError:
+            return
+        if not text.strip():
+            continue
+        speed = AnswerSpeed()
+        for piece in conversation.ask(text, speed):
+            print(_harmless(piece), end="", flush=True)
+        print(f"\n[{speed}]\n")
+
+
+def _harmless(text: str) -> str:
+    """The text without what a terminal would obey."""
+    return "".join(char for char in text if char.isprintable() or char in "\n\t")
+
+
+def _check(response: httpx.Response) -> None:
+    """Raise ``ChatError`` with what the server says, unless it answers with success."""
+    if response.is_success:
+        return
+    response.read()
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:200]
+    raise ChatError(f"{response.url}: status {response.status_code}: {message}")

@@ -1,0 +1,117 @@
+"""Flags as people write them: the model without its flag, misspelt options, and what ``--help`` shows."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from server.settings import SHORTCUTS, ConfigurationError, fields_of, section_of, sections
+
+COMMON = (
+    *("engine.model.name", "engine.model.served_name", "engine.model.max_model_len", "http.host", "http.port"),
+    *("auth.api_key", "auth.keys_file", "limits.requests_per_minute", "limits.tokens_per_minute"),
+    *("engine.cache.max_bytes", "engine.scheduler.max_num_seqs", "http.strict", "http.allowed_origins"),
+    *("engine.alignment.enabled", "config"),
+)
+"""What most people set; first in ``--help``."""
+
+_OF_OTHERS = {
+    "-m": "--model",
+    "--ctx-size": "--max-model-len",
+    "-c": "--max-model-len",
+    "--alias": "--served-model-name",
+    "--max-num-batched-tokens": "--engine.scheduler.max_batched_tokens",
+    "--gpu-memory-utilization": "--engine.cache.memory_fraction",
+    "--enable-prefix-caching": "--engine.cache.prefix_caching",
+    "--parallel": "--max-num-seqs",
+    "--threads": "--engine.runtime.threads",
+}
+"""Options of llama.cpp and vLLM, and what they are called here."""
+_INDENT = 6
+
+
+def with_model_flag(arguments: Sequence[str]) -> list[str]:
+    """Arguments in which a model's name at the beginning has its flag, as ``evospec serve MODEL --port 9000``."""
+    is_model = bool(arguments) and not arguments[0].startswith("-")
+    return ["--model", *arguments] if is_model else [*arguments]
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raise ``ConfigurationError`` for an unknown option; it says which one may have been meant."""
+    known = [flag for path, field in _options() for flag in _flags(path, field)]
+    whole = [f"--{'.'.join(path)}" for path, _ in sections()]  # sections, as JSON
+    for argument in arguments:
+        flag = argument.partition("=")[0]
+        if flag.startswith("-") and flag not in (*known, *whole) and not _is_number(flag):
+            meant = _OF_OTHERS.get(flag) or _closest(flag, known)
+            hint = f" (did you mean {meant}?)" if meant else "; --help lists them"
+            raise ConfigurationError(f"unknown option {flag}{hint}")
+
+
+def help_text(command: str, summary: str) -> str:
+    """What ``evospec COMMAND --help`` shows: the common options first, then all others, subject by subject."""
+    width = min(120, shutil.get_terminal_size((100, 24)).columns)
+    options = {".".join(path): field for path, field in _options()}
+    lines = [f"usage: evospec {command} [MODEL] [OPTION ...]", "", *textwrap.wrap(summary, width), ""]
+    lines += ["Common options:"]
+    for name in COMMON:
+        lines += _entry(name, options[name], width)
+    lines += ["", "An option is also a line of the file that --config names, or a variable in the environment:"]
+    lines += ["EVOSPEC_HTTP__PORT=9000 is --http.port 9000. docs/configuration.md has them all."]
+    for section_path, section in sections():
+        fields = {".".join([*section_path, name]): field for name, field in fields_of(section).items()}
+        rest = {name: field for name, field in fields.items() if name in options and name not in COMMON}
+        if rest:
+            about = " ".join((section.__doc__ or "").split())
+            lines += ["", *textwrap.wrap(f"{'.'.join(section_path)}: {about}", width)]
+        for name, field in rest.items():
+            lines += _entry(name, field, width)
+    return "\n".join(lines)
+
+
+def _entry(name: str, field: FieldInfo, width: int) -> list[str]:
+    flag = f"--{SHORTCUTS.get(name, name)}"
+    default: Any = field.get_default(call_default_factory=False)
+    shown = "" if default is None or isinstance(default, bool) else f" [{default}]"
+    choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str | int)]
+    meaning = f"{field.description}" + (f" One of {', '.join(choices)}." if choices else "")
+    indent = " " * _INDENT
+    return [f"  {flag}{shown}", *textwrap.wrap(meaning, width, initial_indent=indent, subsequent_indent=indent)]
+
+
+def _options() -> Iterator[tuple[list[str], FieldInfo]]:
+    """Every option that may be set from outside, with the names on the way to it."""
+    for path, model in sections():
+        for name, field in fields_of(model).items():
+            if not section_of(field):
+                yield [*path, name], field
+
+
+def _flags(path: Sequence[str], field: FieldInfo) -> Iterator[str]:
+    names = [".".join(path)]
+    if names[0] in SHORTCUTS:
+        names.append(SHORTCUTS[names[0]])
+    for name in names:
+        yield f"--{name}"
+        if field.annotation is bool:
+            yield f"--no-{name}"
+
+
+def _closest(flag: str, known: Sequence[str]) -> str | None:
+    """The known flag that is most like ``flag``, as a whole or in its last part."""
+    candidates = {_plain(name): name for name in known}
+    candidates |= {_plain(name.rpartition(".")[2]): name for name in known if "." in name} | candidates
+    return next((candidates[name] for name in get_close_matches(_plain(flag), candidates, 1, 0.75)), None)
+
+
+def _plain(flag: str) -> str:
+    return flag.lstrip("-").replace("_", "-").lower()
+
+
+def _is_number(text: str) -> bool:
+    return text[1:2].isdigit()

@@ -1,0 +1,120 @@
+"""Tools in requests, and calls of them in messages and answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from server.schemas.body import LenientBody
+
+MAX_TOOLS = 128
+MAX_CALLS = 128
+"""In one message of the conversation."""
+
+
+class Function(LenientBody):
+    """What a model may call. ``parameters`` is a JSON Schema of an object; without it there are no arguments."""
+
+    name: str = Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = Field(
+        default=None,
+        description="Whether arguments satisfy the schema: true: always; false: they are any object; by default they "
+        "do wherever the schema can be enforced.",
+    )
+
+
+class Tool(LenientBody):
+    """A function for the model to call."""
+
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """What the chat template shows the model."""
+        return {"type": "function", "function": self.function.model_dump(exclude_none=True, exclude={"strict"})}
+
+
+class FunctionName(LenientBody):
+    """The function to call."""
+
+    name: str
+
+
+class NamedChoice(LenientBody):
+    """One call, of this function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedChoice
+
+
+def _object_of(text: Any) -> Any:
+    """The arguments of a past call as the object that chat templates want."""
+    try:
+        value = msgspec.json.decode(text or "{}") if isinstance(text, str) else None
+    except (msgspec.DecodeError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise PydanticCustomError("arguments", "must be a JSON object, as text")
+    return value
+
+
+class PastFunction(LenientBody):
+    """The function that was called, and with what."""
+
+    name: str
+    arguments: Annotated[dict[str, Any], BeforeValidator(_object_of), WithJsonSchema({"type": "string"})]
+
+
+class PastCall(LenientBody):
+    """A call that the assistant made before."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: PastFunction
+
+    def for_template(self) -> dict[str, Any]:
+        """The call as chat templates know it."""
+        return self.model_dump(exclude_none=True)
+
+
+PastCalls = Annotated[list[PastCall], Field(max_length=MAX_CALLS, fail_fast=True)]
+
+
+class CalledFunction(msgspec.Struct, frozen=True):
+    """``arguments`` is JSON, as text; whole only where the answer was not cut off in it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call that the client is to make; its result goes into a message of role ``tool`` with this id."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class FunctionDelta(msgspec.Struct, frozen=True):
+    """The name (first event of a call only), and more text of the arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str = ""
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What an event adds to call ``index``; ``id`` and ``type`` come with its first event."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionDelta

@@ -1,0 +1,112 @@
+"""An answer's text taken apart as it comes: thoughts, content, and calls of tools. By ``transformers``' parser."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
+
+
+@dataclass
+class CallPart:
+    """More of a call: its name, whole, with its first part only, then text of its arguments."""
+
+    index: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass
+class AnswerPart:
+    """What a piece of text adds to an answer. ``calls``: in order, one entry for each call that it adds to."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[CallPart] = field(default_factory=list)
+
+
+class AnswerParser:
+    """Takes one answer apart; what its parts are when joined does not depend on how the text was split.
+
+        parser = AnswerParser(form, with_calls=True, is_thinking=False)
+        part = parser.push(text, is_last=False)
+
+    Args:
+        form: how the model writes answers.
+        with_calls: whether it was given tools; without them, what looks like a call is content.
+        is_thinking: whether the prompt has begun its thoughts.
+    """
+
+    def __init__(self, form: ChatFormat, with_calls: bool, is_thinking: bool) -> None:
+        from transformers.utils.chat_parsing import ResponseParser  # half a second, for models that need it only
+
+        self._form = form.calls if with_calls else None
+        prefix = THINK_BEGIN if is_thinking else ""
+        self._parser = ResponseParser(_response_template(self._form, form.thinks), prefix=prefix)
+        self._num_calls = 0
+        self._head: str | None = None
+        """What the current call has begun with, until its arguments begin."""
+
+    def push(self, text: str, is_last: bool) -> AnswerPart:
+        """What ``text`` adds; at the end, also what had to wait because it might have become something else."""
+        events: list[dict[str, Any]] = self._parser.feed(text)
+        if is_last:
+            events += self._parser.finalize()[1]
+        part = AnswerPart()
+        for event in events:
+            self._take(event, part)
+        return part
+
+    def _take(self, event: dict[str, Any], part: AnswerPart) -> None:
+        match event["type"], event["field"]:
+            case "region_chunk", "content":
+                part.content += event["text"]
+            case "region_chunk", "reasoning":
+                part.reasoning += event["text"]
+            case "region_open", "calls":
+                self._head = ""
+            case "region_chunk", "calls":
+                self._take_call(event["text"], part)
+
+    def _take_call(self, text: str, part: AnswerPart) -> None:
+        """More text of a call: its name, then ``middle``, then its arguments."""
+        name = ""
+        if self._head is not None:
+            assert self._form is not None
+            name, middle, text = (self._head + text).partition(self._form.middle)
+            if not middle:
+                self._head = name
+                return
+            self._head = None
+            self._num_calls += 1
+        index = self._num_calls - 1
+        if not part.calls or part.calls[-1].index != index:
+            part.calls.append(CallPart(index))
+        part.calls[-1].name += name
+        part.calls[-1].arguments += text
+
+
+def load_parser(form: ChatFormat) -> None:
+    """Import what answers of this form are parsed with, before the first request waits for it."""
+    if form.calls is not None or form.thinks:
+        AnswerParser(form, with_calls=True, is_thinking=False)
+
+
+def _response_template(form: CallFormat | None, thinks: bool) -> dict[str, Any]:
+    """Where an answer's parts begin and end, for ``ResponseParser``. Line feeds between them belong to none."""
+    fields: dict[str, dict[str, Any]] = {"content": {}}
+    if thinks:
+        fields["reasoning"] = {
+            "open_pattern": rf"{THINK_BEGIN}\s{{0,2}}",
+            "close_pattern": rf"\s{{0,2}}{THINK_END}\s{{0,2}}",
+        }
+    if form is not None:
+        begin, end = re.escape(form.begin), re.escape(form.end)
+        fields["calls"] = {
+            "open_pattern": rf"\s{{0,2}}{begin}",
+            "close_pattern": rf"{end}\s{{0,2}}\Z" if form.ends_answer else end,
+            "repeats": True,
+        }
+    return {"start_anchor_pattern": "^", "fields": fields}

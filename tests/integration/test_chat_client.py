@@ -1,0 +1,84 @@
+"""``evospec chat`` against a real server, whose engine follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from engine.messages import EngineOutput, EngineRequest
+from engine.text.tokenizer import Tokenizer
+from server.chat_client import ChatError, Conversation, chat
+from server.tenants import hash_key
+from tests.integration.scripted_engine import Script
+
+
+@pytest.fixture
+def answers(tokenizer: Tokenizer) -> Script:
+    """Two tokens, one of which would clear a terminal, and then the text of the end."""
+
+    def script(request: EngineRequest) -> Iterable[EngineOutput]:
+        ids = tokenizer.encode("so\x1b[2J", add_special_tokens=False)
+        for number, token_id in enumerate(ids):
+            finish_reason = "stop" if number == len(ids) - 1 else None
+            yield EngineOutput(request_id=request.request_id, token_ids=[token_id], finish_reason=finish_reason)  # type: ignore[arg-type]
+
+    return script
+
+
+async def talk(url: str, key: str | None, typed: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Type lines into ``evospec chat``."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    await asyncio.to_thread(lambda: chat(Conversation(url, key, options.get("model"))))
+
+
+async def test_answers_are_printed_with_their_speed(
+    serve: Any, answers: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with serve(answers, "--auth.keys", f"acme={hash_key('secret')}") as api:
+        await talk(str(api.client.base_url), "secret", "Hi\n\nAnd?\n", monkeypatch)
+        first, second = api.engine.requests
+        prompt = api.tokenizer.decode(second.prompt_token_ids)
+    printed = capsys.readouterr().out
+    speeds = re.findall(r"so\[2J\n\[(\d+) tokens, [\d.]+ tokens a second, the first after [\d.]+ s\]\n", printed)
+    assert [int(number) for number in speeds] == [len(list(answers(first)))] * 2
+    assert "\x1b" not in printed
+    assert "Hi" in prompt
+    assert "And?" in prompt
+    assert first.session is not None
+
+
+@pytest.mark.parametrize(
+    ("key", "model", "message"),
+    [("wrong", None, "status 401: Missing or unknown API key"), ("secret", "other", "status 404: The model 'other'")],
+)
+async def test_what_the_server_refuses_is_said_in_its_words(
+    serve: Any, answers: Script, monkeypatch: pytest.MonkeyPatch, key: str, model: str | None, message: str
+) -> None:
+    async with serve(answers, "--auth.keys", f"acme={hash_key('secret')}") as api:
+        with pytest.raises(ChatError, match=message):
+            await talk(f"{api.client.base_url}/v1/", key, "Hi\n", monkeypatch, model=model)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://["])
+async def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    with pytest.raises(ChatError, match=r"^cannot reach [^\n]*$"):
+        await talk(url, None, "Hi\n", monkeypatch)
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"data": []}', b'{"data": 5}'])
+async def test_another_kind_of_server_is_one_line(monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as other:
+        port = other.sockets[0].getsockname()[1]
+        with pytest.raises(ChatError, match="does not answer as OpenAI's API does"):
+            await talk(f"http://127.0.0.1:{port}", None, "Hi\n", monkeypatch)

@@ -1,0 +1,133 @@
+"""Answers taken apart: the same parts however the text was split, and the calls that ``transformers`` finds."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
+from transformers.utils.chat_parsing import parse_response
+
+from server.tools.answer_parser import AnswerParser, AnswerPart, CallPart
+from server.tools.chat_format import HERMES, LLAMA, CallFormat, ChatFormat
+
+QWEN = next(template for families, template in _RESPONSE_TEMPLATE_FALLBACKS.items() if "qwen3" in families)
+FORMS = {
+    "hermes": ChatFormat(HERMES, thinks=False),
+    "qwen3": ChatFormat(HERMES, thinks=True),
+    "llama": ChatFormat(LLAMA, thinks=False),
+}
+MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>", "<", "tool_call>", *'"{}\\\n aé')
+WORDS = st.lists(st.sampled_from(MARKS), max_size=9).map("".join)
+VALUES = st.none() | st.integers() | WORDS | st.lists(WORDS, max_size=2) | st.dictionaries(WORDS, WORDS, max_size=2)
+CALLS = st.tuples(st.from_regex("[a-z_]{1,9}", fullmatch=True), st.dictionaries(WORDS, VALUES, max_size=3))
+
+
+def is_plain(text: str) -> bool:
+    """Whether nobody takes a text for anything but content, or for content with other white space."""
+    return text == text.strip() and not any(mark in text for mark in ("<tool_call>", "<think>", "</think>"))
+
+
+def written(form: CallFormat, name: str, arguments: dict[str, Any]) -> str:
+    return form.begin + name + form.middle + json.dumps(arguments, ensure_ascii=False) + form.end
+
+
+def joined(parts: list[AnswerPart]) -> AnswerPart:
+    """The parts as one, as a client joins deltas."""
+    whole = AnswerPart()
+    for part in parts:
+        whole.content += part.content
+        whole.reasoning += part.reasoning
+        for call in part.calls:
+            if call.name:
+                assert call.index == len(whole.calls), "calls come in their order, each with its name first"
+                whole.calls.append(CallPart(call.index, call.name))
+            whole.calls[call.index].arguments += call.arguments
+    return whole
+
+
+def parse(form: ChatFormat, text: str, cuts: list[int], is_thinking: bool = False) -> AnswerPart:
+    """The text's parts, where it comes in pieces that end at ``cuts``."""
+    ends = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    parser = AnswerParser(form, with_calls=True, is_thinking=is_thinking)
+    pieces = [text[begin:end] for begin, end in pairwise(ends)]
+    return joined([parser.push(piece, number == len(pieces)) for number, piece in enumerate(pieces, 1)])
+
+
+@given(
+    thoughts=st.none() | WORDS.filter(is_plain),
+    content=WORDS.filter(is_plain),
+    calls=st.lists(CALLS, max_size=3),
+    cuts=st.lists(st.integers(0, 10_000), max_size=40),
+)
+@example(thoughts=None, content="", calls=[("a", {"}\n</tool_call>": '", "arguments": '})], cuts=list(range(200)))
+@example(thoughts="a", content="b", calls=[("a", {}), ("a", {"a": {}})], cuts=list(range(300)))
+def test_no_split_breaks_a_call(
+    thoughts: str | None, content: str, calls: list[tuple[str, dict[str, Any]]], cuts: list[int]
+) -> None:
+    text = "" if thoughts is None else f"<think>\n{thoughts}\n</think>\n\n"
+    text += "\n".join([*([content] if content else []), *(written(HERMES, *call) for call in calls)])
+    part = parse(FORMS["qwen3"], text, cuts)
+    assert part.reasoning == (thoughts or "")
+    assert part.content == content
+    assert [(call.name, json.loads(call.arguments)) for call in part.calls] == calls
+    if not any("</tool_call>" in json.dumps(arguments) for _, arguments in calls):  # that ends a call for them
+        theirs = parse_response(text, QWEN, prefix="")
+        functions = [call["function"] for call in theirs.get("tool_calls", [])]
+        assert calls == [(function["name"], function["arguments"]) for function in functions]
+        assert (part.content, part.reasoning) == (theirs.get("content", ""), theirs.get("reasoning_content", ""))
+
+
+@given(content=WORDS.filter(is_plain), call=CALLS, cuts=st.lists(st.integers(0, 10_000), max_size=40))
+def test_no_split_breaks_a_call_that_ends_with_its_arguments(
+    content: str, call: tuple[str, dict[str, Any]], cuts: list[int]
+) -> None:
+    part = parse(FORMS["llama"], f"{content}{written(LLAMA, *call)}", cuts)
+    assert part.content == content
+    assert [(call.name, json.loads(call.arguments)) for call in part.calls] == [call]
+
+
+@given(text=WORDS, cuts=st.lists(st.integers(0, 10_000), max_size=40), form=st.sampled_from(list(FORMS)))
+def test_nothing_depends_on_the_split_whatever_the_text(text: str, cuts: list[int], form: str) -> None:
+    for whole in (text, HERMES.begin + text, HERMES.begin + "f" + HERMES.middle + text, "<think>" + text):
+        assert parse(FORMS[form], whole, cuts) == parse(FORMS[form], whole, [])
+
+
+def test_arguments_come_as_they_are_written() -> None:
+    parser = AnswerParser(FORMS["hermes"], with_calls=True, is_thinking=False)
+    assert parser.push('Yes.\n<tool_call>\n{"name": "f", "argu', False) == AnswerPart(content="Yes.")
+    assert parser.push('ments": {"a": ', False) == AnswerPart(calls=[CallPart(0, "f", '{"a": ')])
+    assert parser.push("1", False) == AnswerPart(calls=[CallPart(0, "", "1")])
+    two = '}}\n</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}'
+    assert parser.push(two, False) == AnswerPart(calls=[CallPart(0, "", "}"), CallPart(1, "g", "{")])
+    assert parser.push("}\n</tool_call>", True) == AnswerPart(calls=[CallPart(1, "", "}")])
+
+
+@pytest.mark.parametrize("cuts", [[], list(range(60))])
+def test_a_prompt_may_have_begun_the_thoughts(cuts: list[int]) -> None:
+    part = parse(FORMS["qwen3"], "Let me see.\n</think>\n\n42", cuts, is_thinking=True)
+    assert part == AnswerPart(content="42", reasoning="Let me see.")
+
+
+def test_without_tools_what_looks_like_a_call_is_content() -> None:
+    text = written(HERMES, "f", {})
+    assert AnswerParser(FORMS["qwen3"], False, False).push(text, True) == AnswerPart(content=text)
+
+
+@pytest.mark.parametrize("end", range(1, 50))
+def test_what_was_cut_off_in_a_call_has_the_arguments_so_far(end: int) -> None:
+    text = written(HERMES, "f", {"a": "b"})[:end]
+    arguments = text.partition(HERMES.middle)[2]
+    for cuts in ([], list(range(60))):
+        part = parse(FORMS["hermes"], text, cuts)
+        assert [call.arguments for call in part.calls] == ([arguments] if HERMES.middle in text else [])
+
+
+def test_the_work_grows_with_the_text_only() -> None:
+    """White space without end, which might always become the beginning of a call."""
+    parser = AnswerParser(FORMS["qwen3"], with_calls=True, is_thinking=False)
+    assert sum(len(parser.push("\n" * 50, False).content) for _ in range(20_000)) > 999_000
