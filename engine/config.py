@@ -18,6 +18,10 @@ from engine.options import Section
 CONFIG_VARIABLE = "EVOSPEC_ENGINE_CONFIG"
 """Environment variable in which the engine process finds its ``EngineConfig``, as JSON."""
 
+_NVIDIA = Path("/dev/nvidiactl")
+"""There where a GPU is."""
+_CACHE_ON_GPU = {"memory_fraction": 0.85, "max_bytes": None}
+_SCHEDULER_ON_GPU = {"max_batched_tokens": 8192}
 _DEFAULT_MAX_MODEL_LEN = 8192
 MAX_SPECULATIVE_TOKENS = 8
 """Most draft tokens that a step may verify for a sequence; of copied ones ``MAX_COPIED_TOKENS``."""
@@ -67,9 +71,14 @@ class CacheConfig(Section):
 
     block_size: Literal[16, 32, 64] = Field(default=16, description="Tokens per KV block.")
     memory_fraction: float = Field(
-        0.5, gt=0, lt=1, description="Share of the memory free after loading given to KV blocks."
+        0.5,
+        gt=0,
+        lt=1,
+        description="Share of the memory free after loading given to KV blocks; default on a GPU: 0.85.",
     )
-    max_bytes: int = Field(2 * 1024**3, gt=0, description="Upper bound on KV memory in bytes.")
+    max_bytes: int | None = Field(
+        2 * 1024**3, gt=0, description="Upper bound on KV memory in bytes; default on a GPU: none."
+    )
     num_blocks: int | None = Field(
         default=None, ge=2, description="Exact number of blocks, instead of sizing by memory."
     )
@@ -90,7 +99,9 @@ class SchedulerConfig(Section):
     """Continuous batching."""
 
     max_num_seqs: int = Field(default=256, ge=1, description="Most sequences in one step.")
-    max_batched_tokens: int = Field(default=512, ge=16, description="Most tokens in one step (prefill is cut to fit).")
+    max_batched_tokens: int = Field(
+        default=512, ge=16, description="Most tokens in one step (prefill is cut to fit); default on a GPU: 8192."
+    )
     prompt_ms: int = Field(
         default=90,
         ge=1,
@@ -245,6 +256,16 @@ class EngineConfig(Section):
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     alignment: AdaptersConfig = Field(default_factory=AdaptersConfig)
+
+    @model_validator(mode="after")
+    def _sized_for_the_device(self) -> EngineConfig:
+        """Where the model runs on a GPU: as much as one has, in place of defaults for a CPU."""
+        if self.runtime.device == "cuda" or (self.runtime.device == "auto" and _NVIDIA.exists()):
+            for section, sizes in ((self.cache, _CACHE_ON_GPU), (self.scheduler, _SCHEDULER_ON_GPU)):
+                for name, size in sizes.items():
+                    if name not in section.model_fields_set:
+                        setattr(section, name, size)
+        return self
 
     @model_validator(mode="after")
     def _alignment_sees_all_drafts(self) -> EngineConfig:

@@ -149,7 +149,9 @@ def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block
     """
     if cache.num_blocks is not None:
         return cache.num_blocks
-    budget = min(cache.max_bytes, int(_free_memory(loaded.device) * cache.memory_fraction))
+    budget = int(_free_memory(loaded.device) * cache.memory_fraction)
+    if cache.max_bytes is not None:
+        budget = min(budget, cache.max_bytes)
     per_block = attention_spec(loaded, cache, 1).bytes_per_block + draft_bytes_per_block
     return cache.num_blocks_in(budget, per_block, loaded.max_model_len)
 

@@ -19,7 +19,7 @@ def validated_files(config: EngineConfig) -> ModelFiles:
     spec = validate_model_files(files)
     longest = config.model.longest_sequence(spec)
     cache, num_bytes = config.cache, 4 if config.model.dtype == "float32" else 2
-    if cache.num_blocks is None:
+    if cache.num_blocks is None and cache.max_bytes is not None:
         # The smallest block that there may be: without a draft's part, and in two bytes a number where not in four.
         per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * num_bytes
         cache.num_blocks_in(cache.max_bytes, per_token * cache.block_size, longest)
