@@ -74,11 +74,9 @@ class CacheConfig(Section):
         0.5,
         gt=0,
         lt=1,
-        description="Share of the memory free after loading given to KV blocks; default on a GPU: 0.85.",
+        description="Share of the memory free after loading given to KV blocks; on a GPU: 0.85.",
     )
-    max_bytes: int | None = Field(
-        2 * 1024**3, gt=0, description="Upper bound on KV memory in bytes; default on a GPU: none."
-    )
+    max_bytes: int | None = Field(2 * 1024**3, gt=0, description="Upper bound on KV memory in bytes; on a GPU: none.")
     num_blocks: int | None = Field(
         default=None, ge=2, description="Exact number of blocks, instead of sizing by memory."
     )
@@ -100,7 +98,7 @@ class SchedulerConfig(Section):
 
     max_num_seqs: int = Field(default=256, ge=1, description="Most sequences in one step.")
     max_batched_tokens: int = Field(
-        default=512, ge=16, description="Most tokens in one step (prefill is cut to fit); default on a GPU: 8192."
+        default=512, ge=16, description="Most tokens in one step (prefill is cut to fit); on a GPU: 8192."
     )
     prompt_ms: int = Field(
         default=90,

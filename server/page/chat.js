@@ -4,6 +4,12 @@ import { call, model, tell } from "./main.js";
 const SOURCES = ["target", "draft", "session", "copied"];
 const byId = (id) => document.getElementById(id);
 const history = [];
+let session = newSession();
+
+// A name for what the server learns of this chat's words.
+function newSession() {
+  return `page-${Math.random().toString(36).slice(2)}`;
+}
 
 // The events of a streamed answer.
 async function* events(response) {
@@ -59,7 +65,7 @@ async function answer(message, body) {
   let text = "", first = null, usage = null, metrics = null;
   const response = await call("v1/chat/completions", {
     method: "POST",
-    headers: { "Content-Type": "application/json" },
+    headers: { "Content-Type": "application/json", "X-Session-Id": session },
     body: JSON.stringify({ ...body, stream: true, logprobs: true, stream_options: { include_usage: true } }),
   });
   for await (const event of events(response)) {
@@ -145,6 +151,7 @@ export function startChat() {
   });
   byId("clear").addEventListener("click", () => {
     history.length = 0;
+    session = newSession();
     byId("messages").replaceChildren();
     tell(null);
   });
