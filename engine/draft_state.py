@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from engine.draft_vocab.snapshot import SessionSnapshot
     from engine.messages import SessionState
 
 NONE = -1
 """No slot."""
+TEXT_BEFORE = 16
+"""Tokens of a prompt's end that come before an answer where it is kept or predicted: another one begins as it does."""
 UNDECIDED = ""
 """No key."""
 
@@ -41,6 +44,8 @@ class DraftState:
     """By the engine: what the sequence's session brought along."""
     prediction: Sequence[int] = ()
     """By the engine: tokens that the client takes the output to be."""
+    recalled: SessionSnapshot | None = None
+    """By ``SessionPast``: the session's past, once it was read; its bytes are dropped then."""
     session: int = NONE
     """By ``DraftVocab``: the slot of its vocabulary and prior. Without one it drafts from the core alone."""
     num_in_session: int = 0
@@ -67,6 +72,11 @@ class DraftState:
     """By ``VerifyLog``: when (``time.monotonic``) it was logged last, with its context or after it."""
     hidden: list[NDArray[np.float32]] = field(default_factory=list)
     """By who drafts: the state [d] from which each draft token of this step was chosen, where it is kept."""
+
+    @property
+    def said(self) -> Sequence[int]:
+        """The session's earlier answers."""
+        return () if self.recalled is None else self.recalled.said_token_ids()
 
     def begin_step(self) -> None:
         """Forget what was drafted in an earlier step: whoever drafts now need not be the one who did then."""

@@ -160,7 +160,7 @@ class SessionsConfig(Section):
     max_per_tenant: int = Field(
         default=1000,
         ge=1,
-        description="Most sessions of a tenant, of up to 64 KiB each; of more, those used longest ago are forgotten.",
+        description="Most sessions of a tenant, of up to 72 KiB each; of more, those used longest ago are forgotten.",
     )
     from_user: bool = Field(
         default=True, description="Requests without a session id have one for each value of OpenAI's `user`."

@@ -10,6 +10,7 @@ import structlog
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
+from engine.draft_state import TEXT_BEFORE
 from engine.draft_vocab.ngram_counts import restore, strongest
 from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources
 from engine.draft_vocab.snapshot import MAX_NGRAMS, SessionSnapshot, SnapshotError, decode, encode, make_snapshot
@@ -156,7 +157,7 @@ class SessionPast:
         Returns:
             tokens that the session had in its tail, and tokens that its tenant's sessions have used, best first.
         """
-        snapshot = self._read(request.draft_state.past)
+        snapshot = self.recall(request)
         self._sessions.clear(session, self._weights(request, snapshot))
         past = []
         if snapshot is not None:
@@ -168,16 +169,17 @@ class SessionPast:
             return past, []
         return past, self._memory.top(request.tenant, request.domain, self._resources.slots + len(past))
 
-    def _read(self, state: SessionState | None) -> SessionSnapshot | None:
-        """The session's past, None if it has none that can be used."""
-        if state is None or not state.snapshot:
-            return None
-        try:
-            return decode(state.snapshot, self._resources.fingerprint, self._sessions.vocab_size)
-        except SnapshotError as error:
-            self.num_refused_snapshots += 1
-            log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
-            return None
+    def recall(self, request: Request) -> SessionSnapshot | None:
+        """The past of a request's session, None if it has none that can be used; read once."""
+        state = request.draft_state
+        if state.past is not None and state.past.snapshot:
+            data, state.past = state.past.snapshot, SessionState(domain=state.past.domain)
+            try:
+                state.recalled = decode(data, self._resources.fingerprint, self._sessions.vocab_size)
+            except SnapshotError as error:
+                self.num_refused_snapshots += 1
+                log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
+        return state.recalled
 
     def _weights(self, request: Request, snapshot: SessionSnapshot | None) -> Sequence[float]:
         if self._prior == "fixed":
@@ -187,9 +189,10 @@ class SessionPast:
         known = None if self._memory is None else self._memory.weights(request.tenant, request.domain)
         return known or self._resources.start_weights or [0.0] * NUM_FEATURES
 
-    def pack(self, session: int) -> bytes:
-        """What is kept of a session for its next request."""
+    def pack(self, session: int, request: Request) -> bytes:
+        """What is kept of a session for its next request, after this one."""
         counts = self._sessions.counts(session)
+        end_of_prompt = request.prompt_token_ids[-TEXT_BEFORE:]
         snapshot = make_snapshot(
             vocabulary=self._resources.fingerprint,
             num_verified_tokens=counts.num_read,
@@ -197,6 +200,7 @@ class SessionPast:
             weights=self._sessions.weights(session).tolist(),
             tail=self._sessions.tail(session),
             ngrams=strongest(self._sessions, session, MAX_NGRAMS),
+            said=[*request.draft_state.said, *end_of_prompt, *request.output_token_ids],
         )
         return encode(snapshot)
 

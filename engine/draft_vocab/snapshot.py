@@ -1,7 +1,7 @@
 """A session's vocabulary between two requests: what the engine hands back, the server stores and sends again.
 
-It holds token statistics of people's text, so it is small, bounded and never logged. What comes back from the store is
-checked in full before use.
+It holds token statistics of people's text, and the last answers, so it is small, bounded and never logged. What comes
+back from the store is checked in full before use.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from engine.config import MAX_TAIL_TOKENS
 from engine.draft_vocab.ngram_counts import NgramCounts
 from kernels.session_options import HALF_LIFE, MAX_WEIGHT, NUM_FEATURES
 
-FORMAT = 1
-MAX_BYTES = 64 * 1024
+FORMAT = 2
+MAX_BYTES = 72 * 1024
 MAX_TAIL = MAX_TAIL_TOKENS
 MAX_NGRAMS = (1024, 2048, 2048)
 """Of orders 1, 2, 3. With a full tail these come to 62 KiB."""
+MAX_SAID = 2048
+"""Tokens of answers."""
 MAX_FINGERPRINT = 64
 _MAX_COUNT = 60000.0
 _MAX_TOKENS = 1 << 53
@@ -55,10 +57,17 @@ class SessionSnapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unkno
     """[n] uint32, the token most worth keeping first."""
     ngrams: list[PackedNgrams]
     """Of orders 1, 2, 3."""
+    said: bytes
+    """[n] uint32: the last answers, each behind the end of its prompt."""
 
     def tail_token_ids(self) -> list[int]:
         """The tail, the token most worth keeping first."""
         token_ids: list[int] = np.frombuffer(self.tail, _ID).tolist()
+        return token_ids
+
+    def said_token_ids(self) -> list[int]:
+        """The last answers, each behind the end of its prompt."""
+        token_ids: list[int] = np.frombuffer(self.said, _ID).tolist()
         return token_ids
 
     def ngram_counts(self) -> list[NgramCounts]:
@@ -73,6 +82,7 @@ def make_snapshot(
     weights: Sequence[float],
     tail: Sequence[int],
     ngrams: Sequence[NgramCounts],
+    said: Sequence[int] = (),
 ) -> SessionSnapshot:
     """Pack a session's state, the strongest of what is more than fits.
 
@@ -83,6 +93,7 @@ def make_snapshot(
         weights: [NUM_FEATURES], of the prior.
         tail: the token most worth keeping first, none twice.
         ngrams: of orders 1, 2, 3; none twice.
+        said: the last answers, each behind the end of its prompt; the last tokens are kept.
     """
     return SessionSnapshot(
         format=FORMAT,
@@ -92,6 +103,7 @@ def make_snapshot(
         weights=[min(max(float(weight), 0.0), MAX_WEIGHT) for weight in weights],
         tail=np.asarray(tail[:MAX_TAIL], _ID).tobytes(),
         ngrams=[_pack(counts, limit) for counts, limit in zip(ngrams, MAX_NGRAMS, strict=True)],
+        said=np.asarray(said[-MAX_SAID:], _ID).tobytes(),
     )
 
 
@@ -132,6 +144,8 @@ def decode(data: bytes, vocabulary: str, vocab_size: int) -> SessionSnapshot:
         _check(len(packed.counts) * order * _ID.itemsize == len(packed.token_ids) * _COUNT.itemsize, "number of counts")
         counts = np.frombuffer(packed.counts, _COUNT)
         _check(bool(((counts > 0) & (counts <= _MAX_COUNT)).all()), "counts")
+    _check(len(snapshot.said) % _ID.itemsize == 0 and len(snapshot.said) <= MAX_SAID * _ID.itemsize, "size of answers")
+    _check(bool((np.frombuffer(snapshot.said, _ID) < vocab_size).all()), "token id in answers")
     return snapshot
 
 
@@ -168,7 +182,8 @@ def merge(
     """Both requests' news on top of what they started from; ``merge(a, b, base) == merge(b, a, base)``.
 
     Counts: those of the base, decayed by the longer request, and what either has above them. Tails: the union, by the
-    better of the two ranks. Weights: the mean, by the number of tokens each has verified.
+    better of the two ranks. Weights: the mean, by the number of tokens each has verified. Answers: those of the request
+    that has verified more.
 
     Args:
         a: one request's snapshot.
@@ -192,6 +207,7 @@ def merge(
             _merge_counts(a.ngram_counts()[order], b.ngram_counts()[order], base_counts[order], decays)
             for order in orders
         ],
+        said=max((a, b), key=lambda side: (side.num_verified_tokens, side.said)).said_token_ids(),
     )
 
 

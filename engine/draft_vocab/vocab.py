@@ -162,8 +162,9 @@ class DraftVocab:
             request = one.sequence.request
             has_session = request.draft_state.session != NONE
             is_followed = has_session and one.source == "draft"
-            if not has_session and not request.output_token_ids and request.request_id not in later:
-                is_followed = self._ensure_session(request)
+            if not has_session and not request.output_token_ids:
+                is_followed = request.request_id not in later and self._ensure_session(request)
+                self._past.recall(request)  # what it said before is copied from, with a vocabulary or without
             if is_followed:
                 behind.add_unread(request)
                 rows.add(request, one.kept)
@@ -230,7 +231,7 @@ class DraftVocab:
             insertions=counts.by_source("insertions"),
             hits=counts.by_source("hits"),
         )
-        return None if state.past is None else self._past.pack(state.session), fared
+        return None if state.past is None else self._past.pack(state.session, request), fared
 
     def forget(self, request: Request) -> None:
         """A request is over."""
@@ -268,9 +269,8 @@ class DraftVocab:
     def _tables(self, requests: Sequence[Request]) -> list[int] | None:
         if self._tenants is None:
             return None
-        tenants = [request.tenant for request in requests]
-        tables = {tenant: self._tenants.of(tenant) for tenant in dict.fromkeys(tenants)}
-        return [tables[tenant] for tenant in tenants]
+        tables = {tenant: self._tenants.of(tenant) for tenant in dict.fromkeys(one.tenant for one in requests)}
+        return [tables[request.tenant] for request in requests]
 
     def _write(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:

@@ -14,7 +14,7 @@ import pytest
 
 from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS, SpeculationConfig
 from engine.core import Outputs
-from engine.messages import EngineOutput, SamplingParams, StepTimings
+from engine.messages import EngineOutput, SamplingParams, SessionState, StepTimings
 from engine.models.config import ModelFiles
 from engine.request import Request
 from engine.speculation.drafters.eagle import EagleProposer
@@ -160,6 +160,29 @@ def test_what_is_predicted_comes_in_few_steps_and_the_answer_is_the_same(
         again, needed = answer(prediction)
         assert again == alone
         assert needed <= 2 + 90 / most + allowed
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_session_copies_from_its_earlier_answers(
+    files: ModelFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    repeating = engine(files, tmp_path, DRAFTS_NEVER_PAY, monkeypatch, copies=True)
+    prompt = list(range(40, 60))
+    sampling = SamplingParams(max_tokens=90, seed=5, temperature=temperature, ignore_eos=True)
+
+    def answer(session: SessionState) -> tuple[str, list[int], int]:
+        request_id, steps = repeating.add(prompt, sampling, session=session), 0
+        while repeating.is_busy:
+            repeating.step()
+            steps += 1
+        return request_id, repeating.output(request_id), steps
+
+    first, text, _ = answer(SessionState())
+    _, again, few = answer(SessionState(snapshot=repeating.snapshots[first]))
+    _, elsewhere, many = answer(SessionState())
+    assert again == elsewhere == text
+    assert few <= 2 + 90 / MAX_COPIED_TOKENS
+    assert many > 2 * few
 
 
 def test_a_draft_model_knows_which_drafts_were_its_own(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:

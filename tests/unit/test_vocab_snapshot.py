@@ -13,6 +13,7 @@ from engine.draft_vocab.snapshot import (
     MAX_BYTES,
     MAX_FINGERPRINT,
     MAX_NGRAMS,
+    MAX_SAID,
     MAX_TAIL,
     PackedNgrams,
     SessionSnapshot,
@@ -39,7 +40,7 @@ def snapshot_of(
     ngrams.observe(text)
     verified = len(text) + (before.num_verified_tokens if before else 0)
     return make_snapshot(
-        PRINT, verified, ngrams.num_tokens, weights or [0.0] * NUM_FEATURES, tail, ngrams.strongest(MAX_NGRAMS)
+        PRINT, verified, ngrams.num_tokens, weights or [0.0] * NUM_FEATURES, tail, ngrams.strongest(MAX_NGRAMS), text
     )
 
 
@@ -63,6 +64,7 @@ def test_a_round_trip_changes_nothing(text: list[int], tail: list[int], weights:
     restored = decode(encode(snapshot), PRINT, VOCAB)
     assert restored == snapshot
     assert restored.tail_token_ids() == tail
+    assert restored.said_token_ids() == text
     ngrams = CountedSession(VOCAB)
     ngrams.restore(restored.ngram_counts(), restored.num_observed_tokens)
     for order in (1, 2, 3):
@@ -85,11 +87,13 @@ def test_the_largest_snapshot_fits() -> None:
 
     ngrams = [many(order, limit) for order, limit in enumerate(MAX_NGRAMS, start=1)]
     tail = [vocab_size - 1 - i for i in range(2 * MAX_TAIL)]
-    snapshot = make_snapshot("f" * MAX_FINGERPRINT, 2**53, 2**53, [1 / 3] * NUM_FEATURES, tail, ngrams)
+    said = rng.integers(2**30, vocab_size, 2 * MAX_SAID).tolist()
+    snapshot = make_snapshot("f" * MAX_FINGERPRINT, 2**53, 2**53, [1 / 3] * NUM_FEATURES, tail, ngrams, said)
     data = encode(snapshot)
     assert len(data) <= MAX_BYTES
     restored = decode(data, "f" * MAX_FINGERPRINT, vocab_size)
     assert restored.tail_token_ids() == tail[:MAX_TAIL]
+    assert restored.said_token_ids() == said[-MAX_SAID:]
     assert [len(counts.counts) for counts in restored.ngram_counts()] == list(MAX_NGRAMS)
     kept = restored.ngram_counts()[1].counts
     assert kept.min() >= np.sort(np.minimum(ngrams[1].counts, 60000))[MAX_NGRAMS[1]] * 0.999
@@ -113,6 +117,7 @@ def test_a_damaged_snapshot_is_an_error_or_within_bounds(place: int, value: int,
     except SnapshotError:
         return
     assert all(0 <= token_id < VOCAB for token_id in snapshot.tail_token_ids())
+    assert all(0 <= token_id < VOCAB for token_id in snapshot.said_token_ids())
     assert np.isfinite(snapshot.weights).all()
     ngrams = CountedSession(VOCAB)
     ngrams.restore(snapshot.ngram_counts(), snapshot.num_observed_tokens)
@@ -139,7 +144,7 @@ def packed(order: int, token_ids: list[int], counts: list[float]) -> list[Packed
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 2, wanted 1"),
+        ({"format": 1}, "format 1, wanted 2"),
         ({"vocabulary": "other"}, "another vocabulary"),
         ({"num_verified_tokens": -1}, "verified"),
         ({"num_observed_tokens": 2**60}, "observed"),
@@ -159,6 +164,9 @@ def packed(order: int, token_ids: list[int], counts: list[float]) -> list[Packed
         ({"ngrams": packed(3, [1, 2, 3], [NAN])}, "bad counts"),
         ({"ngrams": packed(3, [1, 2, 3], [np.inf])}, "bad counts"),
         ({"ngrams": packed(1, [1], [0.0])}, "bad counts"),
+        ({"said": b"\x01"}, "size of answers"),
+        ({"said": np.zeros(MAX_SAID + 1, UINT).tobytes()}, "size of answers"),
+        ({"said": np.array([VOCAB], UINT).tobytes()}, "token id in answers"),
     ],
 )
 def test_each_kind_of_damage_is_refused(changes: dict[str, object], message: str) -> None:
@@ -175,6 +183,7 @@ def test_merging_is_commutative_and_stays_a_snapshot(
     assert merged == merge(right, left, base)
     assert decode(encode(merged), PRINT, VOCAB) == merged
     assert set(merged.tail_token_ids()) == set(tails[0]) | set(tails[1])
+    assert merged.said_token_ids() in (left.said_token_ids(), right.said_token_ids())
     assert merged.num_verified_tokens == len(a) + len(b) + (base.num_verified_tokens if base else 0)
 
 

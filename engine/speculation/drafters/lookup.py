@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from engine.batch import Features
-from engine.draft_state import NONE
+from engine.draft_state import NONE, TEXT_BEFORE
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
@@ -20,8 +20,6 @@ from kernels.native_texts import Texts
 
 PROMPT_WINDOW = 4096
 """The last tokens of a prompt, which are looked at; fewer where there is a prediction, of which the first count."""
-PREDICTED_AFTER = 16
-"""The prompt's last tokens, which come before a prediction: an answer begins as it does."""
 CAPACITY = 8192
 """Tokens of a text; beyond them the older half is forgotten."""
 
@@ -49,11 +47,14 @@ class RunningTexts:
                     continue
                 state.text = self._free.pop()
                 self.texts.clear(state.text)
-                predicted = state.prediction[: PROMPT_WINDOW - PREDICTED_AFTER]
+                predicted = state.prediction[: PROMPT_WINDOW - TEXT_BEFORE]
                 state.num_in_text = max(num_tokens - PROMPT_WINDOW + len(predicted), 0)
+                if state.said:
+                    slots.append(state.text)
+                    tokens.append(state.said)
                 if predicted:
                     slots.append(state.text)
-                    tokens.append([*request.prompt_token_ids[-PREDICTED_AFTER:], *predicted])
+                    tokens.append([*request.prompt_token_ids[-TEXT_BEFORE:], *predicted])
             if state.num_in_text < num_tokens:
                 slots.append(state.text)
                 tokens.append(request.all_token_ids[state.num_in_text :])
