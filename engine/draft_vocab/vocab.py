@@ -136,7 +136,6 @@ class DraftVocab:
         self._write(self.sessions.take_writes())
         behind = _Rows()
         for request in requests:
-            request.draft_state.begin_step()
             if self._ensure_session(request):
                 behind.add_unread(request)
         self._catch_up(behind)
