@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from engine.messages import EngineOutput, EngineRequest, TokenLogprob, TokenSource
 from engine.text.tokenizer import Tokenizer
@@ -33,9 +34,10 @@ def answers(tokenizer: Tokenizer) -> Script:
 async def talk(url: str, key: str | None, typed: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     """Type lines into ``evospec chat``."""
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    await asyncio.to_thread(
-        lambda: chat(Conversation(url, key, options.get("model")), options.get("in_colours", False))
-    )
+    with capture_logs():  # the server's, which would come between
+        await asyncio.to_thread(
+            lambda: chat(Conversation(url, key, options.get("model")), options.get("in_colours", False))
+        )
 
 
 async def test_answers_are_printed_with_their_speed(
