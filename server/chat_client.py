@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,14 @@ from typing import Any
 import httpx
 
 _TIMEOUT = httpx.Timeout(600, connect=10)
+_MEANINGS = {
+    "target": "the model's own",
+    "draft": "drafted",
+    "session": "drafted, of the session's own",
+    "copied": "copied from the text before",
+}
+_COLOURS = {"draft": 32, "session": 35, "copied": 36}
+"""Of a terminal: green, magenta, cyan."""
 
 
 class ChatError(Exception):
@@ -69,18 +78,22 @@ class Conversation:
             self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT)
             self.model = model or self._first_model()
 
-    def ask(self, text: str, speed: AnswerSpeed) -> Iterator[str]:
-        """The answer, piece by piece as it comes; raises ``ChatError``."""
+    def ask(self, text: str, speed: AnswerSpeed, with_sources: bool) -> Iterator[tuple[str, str]]:
+        """The answer, piece by piece, each with who proposed it if the server tells, else ""; raises ``ChatError``."""
         self._messages.append({"role": "user", "content": text})
-        body = {"model": self.model, "messages": self._messages, "stream": True}
-        answer = ""
+        body = {"model": self.model, "messages": self._messages, "stream": True, "logprobs": with_sources}
+        answer, decoder = "", getincrementaldecoder("utf-8")("replace")
         with self._one_line():
             for event in self._events({**body, "stream_options": {"include_usage": True}}):
                 speed.add(event)
                 for choice in event.get("choices", []):
                     piece = choice["delta"].get("content") or ""
                     answer += piece
-                    yield piece
+                    tokens = (choice.get("logprobs") or {}).get("content") or []
+                    if any("source" in token for token in tokens):
+                        yield from ((decoder.decode(bytes(token["bytes"])), token["source"]) for token in tokens)
+                    else:
+                        yield piece, ""
         self._messages.append({"role": "assistant", "content": answer})
 
     def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -111,11 +124,13 @@ class Conversation:
             raise ChatError(f"{self._url} does not answer as OpenAI's API does") from error
 
 
-def chat(conversation: Conversation) -> None:
+def chat(conversation: Conversation, in_colours: bool) -> None:
     """Ask what comes line by line on standard input, and print the answers; raises ``ChatError``."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"{conversation.model}: type a message; Ctrl-D ends.")
+    if in_colours:
+        print("Tokens are", ", ".join(_coloured(meaning, source) for source, meaning in _MEANINGS.items()))
     while True:
         try:
             text = input("> " if is_terminal else "")
@@ -124,9 +139,13 @@ def chat(conversation: Conversation) -> None:
         if not text.strip():
             continue
         speed = AnswerSpeed()
-        for piece in conversation.ask(text, speed):
-            print(_harmless(piece), end="", flush=True)
+        for piece, source in conversation.ask(text, speed, in_colours):
+            print(_coloured(_harmless(piece), source), end="", flush=True)
         print(f"\n[{speed}]\n")
+
+
+def _coloured(text: str, source: str) -> str:
+    return f"\x1b[{_COLOURS[source]}m{text}\x1b[0m" if source in _COLOURS else text
 
 
 def _harmless(text: str) -> str:

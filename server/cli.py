@@ -92,8 +92,9 @@ def chat_command(
     model: Annotated[str | None, typer.Option(help="Default: the first that the server has.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_API_KEY", help="If the server wants one.")] = None,
 ) -> None:
-    """Talk with a model, and see how many tokens a second it writes."""
-    chat(Conversation(url, api_key, model))
+    """Talk with a model. See how many tokens a second it writes and, in a terminal, by colours what was drafted."""
+    in_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    chat(Conversation(url, api_key, model), in_colours)
 
 
 @app.command("settings-doc")

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from engine.messages import EngineOutput, EngineRequest
+from engine.messages import EngineOutput, EngineRequest, TokenLogprob, TokenSource
 from engine.text.tokenizer import Tokenizer
 from server.chat_client import ChatError, Conversation, chat
 from server.tenants import hash_key
@@ -33,7 +34,10 @@ def answers(tokenizer: Tokenizer) -> Script:
 async def talk(url: str, key: str | None, typed: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     """Type lines into ``evospec chat``."""
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    await asyncio.to_thread(lambda: chat(Conversation(url, key, options.get("model"))))
+    with capture_logs():  # the server's, which would come between
+        await asyncio.to_thread(
+            lambda: chat(Conversation(url, key, options.get("model")), options.get("in_colours", False))
+        )
 
 
 async def test_answers_are_printed_with_their_speed(
@@ -50,6 +54,24 @@ async def test_answers_are_printed_with_their_speed(
     assert "Hi" in prompt
     assert "And?" in prompt
     assert first.session is not None
+
+
+async def test_colours_say_who_proposed_each_token(
+    serve: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = tokenizer.encode("né", add_special_tokens=False)
+    sources: list[TokenSource] = [("target", "copied")[number % 2] for number in range(len(ids))]
+
+    def script(request: EngineRequest) -> Iterable[EngineOutput]:
+        assert request.sampling.logprobs is not None
+        entries = [TokenLogprob(token, -1.0, [], source) for token, source in zip(ids, sources, strict=True)]
+        yield EngineOutput(request_id=request.request_id, token_ids=ids, logprobs=entries, finish_reason="stop")
+
+    async with serve(script) as api:
+        await talk(str(api.client.base_url), None, "Hi\n", monkeypatch, in_colours=True)
+    printed = capsys.readouterr().out
+    assert "né\n[" in re.sub(r"\x1b\[\d+m", "", printed)
+    assert printed.count("\x1b[36m") == 1 + sources.count("copied") > 1  # with the legend's
 
 
 @pytest.mark.parametrize(
