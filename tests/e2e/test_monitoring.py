@@ -169,6 +169,12 @@ def empty_queries(prometheus: Prometheus) -> list[str]:
     return empty
 
 
+def counted(prometheus: Prometheus, metric: str) -> set[tuple[str, str | None]]:
+    """The tenants and domains of a counter."""
+    found = prometheus.get("query", query=f"sum by (tenant, domain) (evospec:{metric}_total)")["result"]
+    return {(each["metric"]["tenant"], each["metric"].get("domain")) for each in found}
+
+
 @pytest.mark.skipif(
     BINARY is None and "CI" not in os.environ, reason="prometheus is not installed (Debian package prometheus)"
 )
@@ -201,10 +207,9 @@ def test_no_panel_is_empty_under_load(
         assert empty == []
         server.wait_for(lambda: firing(prometheus) == FIRING or None, f"{FIRING} to fire, and nothing else")
         assert {rule["health"] for rule in rules(prometheus)} == {"ok"}
+        everybody = {(tenant, domain) for tenant in TENANTS for domain in PROMPTS}
         for metric in ("spec_decode_num_drafts", "vocab_verified_tokens"):
-            counted = prometheus.get("query", query=f"sum by (tenant, domain) (evospec:{metric}_total)")["result"]
-            labels = {(each["metric"]["tenant"], each["metric"].get("domain")) for each in counted}
-            assert labels == {(tenant, domain) for tenant in TENANTS for domain in PROMPTS}
+            server.wait_for(lambda: counted(prometheus, metric) == everybody or None, f"{metric} of everybody")  # noqa: B023
         for query in VLLM_QUERIES:
             (found,) = prometheus.get("query", query=query)["result"]
             assert math.isfinite(float(found["value"][1])), query
