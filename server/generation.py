@@ -14,13 +14,13 @@ import structlog
 from msgspec import UNSET, UnsetType
 
 from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, TokenLogprob
-from engine.text.detokenizer import IncrementalDetokenizer, StopStringBuffer
-from engine.text.tokenizer import Tokenizer
+from server.choices import Choice, ChoiceText
 from server.engine_client import EngineDead, Overloaded
 from server.errors import ApiError, bad_request, internal_error
 from server.metrics import FINISH_REASONS
+from server.middleware import log_figures
 from server.params import TokenizedPrompt
-from server.schemas.answers import PromptTokensDetails, ResponseMetrics, SpeculativeDecoding, Usage
+from server.schemas.answers import PromptTokensDetails, ResponseMetrics, Usage
 from server.serving import Serving
 from server.tenants import Tenant
 
@@ -48,65 +48,6 @@ class Piece:
         """About the bytes of text whose parsing takes as long as it takes to write this out."""
         entries = [*self.logprobs, *self.prompt_logprobs]
         return len(self.text) + _LOGPROB_SIZE * sum(1 + len(entry.top) for entry in entries)
-
-
-class ChoiceText:
-    """Text of one sequence, piece by piece: never half a character, never a part of a stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]) -> None:
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._stop = StopStringBuffer(stop)
-        self._length = 0
-
-    def push(self, output: EngineOutput) -> str:
-        """The text this output adds for sure."""
-        text = self._stop.push(self._detokenizer.push(output.token_ids))
-        if output.finish_reason:
-            text += self._stop.push(self._detokenizer.finish()) + self._stop.finish()
-        if output.text_length is not None:
-            text = text[: output.text_length - self._length]
-        self._length += len(text)
-        return text
-
-
-@dataclass
-class Choice:
-    """One sequence: its text so far, its counts, and when its first and last output came (``time.monotonic`` seconds).
-
-    ``steps_by_accepted``: entry ``j`` counts the steps that accepted exactly ``j`` draft tokens.
-    """
-
-    index: int
-    text: ChoiceText
-    steps_by_accepted: list[int]
-    num_draft_tokens: int = 0
-    draft_version: int = 0
-    num_tokens: int = 0
-    num_cached_tokens: int = 0
-    first_output: float = 0.0
-    last_output: float | None = None
-
-    def count_drafts(self, output: EngineOutput) -> None:
-        """Count a step that verified drafts."""
-        self.draft_version = output.draft_version
-        self.num_draft_tokens += output.num_draft_tokens
-        self.steps_by_accepted += [0] * (output.num_accepted_tokens + 1 - len(self.steps_by_accepted))
-        self.steps_by_accepted[output.num_accepted_tokens] += 1
-
-    def speculative_decoding(self) -> SpeculativeDecoding:
-        """How its drafts fared so far, for the client."""
-        steps = sum(self.steps_by_accepted)
-        accepted = sum(length * count for length, count in enumerate(self.steps_by_accepted))
-        return SpeculativeDecoding(
-            mean_acceptance_length=1 + accepted / max(1, steps),
-            draft_acceptance_rate=accepted / max(1, self.num_draft_tokens),
-            acceptance_histogram=list(self.steps_by_accepted),
-            num_spec_steps=steps,
-            num_accepted_draft_tokens=accepted,
-            num_draft_tokens=self.num_draft_tokens,
-            num_spec_tokens=len(self.steps_by_accepted) - 1,
-            draft_version=self.draft_version,
-        )
 
 
 class Generation:
@@ -177,6 +118,7 @@ class Generation:
             self._failed = error.status >= 500 or not any(choice.num_tokens for choice in self._choices.values())
             raise
         finally:
+            self._tell_log()
             await self._serving.rate_limiter.settle(charge, 0 if self._failed else self.usage().total_tokens)
 
     async def _run_in_session(self) -> AsyncGenerator[list[Piece], None]:
@@ -218,6 +160,20 @@ class Generation:
             return UNSET
         (choice,) = self._choices.values()
         return ResponseMetrics(speculative_decoding=choice.speculative_decoding())
+
+    def _tell_log(self) -> None:
+        """Put what came of the request on its line in the log."""
+        usage, choices = self.usage(), self._choices.values()
+        steps = sum(sum(choice.steps_by_accepted) for choice in choices)
+        accepted = sum(length * count for one in choices for length, count in enumerate(one.steps_by_accepted))
+        first = min((one.first_output for one in choices if one.last_output is not None), default=None)
+        log_figures().update(
+            prompt_tokens=usage.prompt_tokens,
+            cached_tokens=usage.prompt_tokens_details.cached_tokens,
+            completion_tokens=usage.completion_tokens,
+            ttft_ms=None if first is None else round(1000 * (first - self._arrival), 1),
+            acceptance_length=round(1 + accepted / steps, 2) if steps else None,
+        )
 
     def prompt_of(self, index: int) -> TokenizedPrompt:
         """The prompt that choice ``index`` continues."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from contextvars import ContextVar
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +20,14 @@ log = structlog.get_logger("server.access")
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = ("/health", "/metrics")
+
+
+_figures: ContextVar[dict[str, object]] = ContextVar("figures")
+
+
+def log_figures() -> dict[str, object]:
+    """What else the log line of the current request will say: to be written to, in whatever task of the request."""
+    return _figures.get({})
 
 
 class RequestMiddleware:
@@ -42,6 +51,8 @@ class RequestMiddleware:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id)
         started = time.monotonic()
+        figures: dict[str, object] = {}
+        _figures.set(figures)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -62,9 +73,9 @@ class RequestMiddleware:
             if not status:
                 await internal_error().response()(scope, receive, send_with_id)
         finally:
-            self._record(scope, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started)
+            self._record(scope, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started, figures)
 
-    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, scope: Scope, status: int, seconds: float, figures: dict[str, object]) -> None:
         tenant = structlog.contextvars.get_contextvars().get("tenant")
         labels = (self._metrics.model, self._metrics.tenants.label(tenant) if tenant else "")
         endpoint = getattr(scope.get("route"), "path", "other")  # the route's template, so that there are few
@@ -72,6 +83,5 @@ class RequestMiddleware:
         if status == CLIENT_CLOSED_REQUEST:
             self._metrics.disconnects.labels(*labels).inc()
         write = log.debug if scope["path"] in _QUIET else log.info
-        write(
-            "request", method=scope["method"], path=scope["path"], status=status, duration_ms=round(seconds * 1000, 1)
-        )
+        duration = round(seconds * 1000, 1)
+        write("request", method=scope["method"], path=scope["path"], status=status, duration_ms=duration, **figures)

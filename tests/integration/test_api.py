@@ -114,6 +114,20 @@ async def test_stream_joins_to_the_whole_text_and_never_splits_a_character(serve
     assert all(event["usage"] is None for event in events)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_log_line_of_a_request_has_its_figures(serve: Any, replies: Script, stream: bool) -> None:
+    async with serve(replies) as client:
+        with capture_logs() as lines:
+            response = await client.post("/v1/completions", json={**TEXT, "stream": stream})
+            assert response.status_code == 200
+    (line,) = [line for line in lines if line["event"] == "request"]
+    assert line["completion_tokens"] > 3
+    assert line["prompt_tokens"] > 0
+    assert line["cached_tokens"] == 1
+    assert line["ttft_ms"] >= 0
+    assert line["acceptance_length"] is None
+
+
 async def test_a_stop_string_across_tokens_never_leaks(serve: Any, tokenizer: Tokenizer) -> None:
     text = "one STOP"
     ids = tokenizer.encode(text, add_special_tokens=False)
