@@ -86,7 +86,6 @@ def test_the_result_of_a_call_is_answered(client: openai.OpenAI) -> None:
     arguments["messages"] += [message.model_dump(), result]
     answer = client.chat.completions.create(**arguments | {"tool_choice": "none", "max_tokens": 40}).choices[0]
     assert "42" in (answer.message.content or "")
-    assert answer.finish_reason == "stop"
 
 
 def test_the_model_may_answer_in_words(client: openai.OpenAI) -> None:
