@@ -112,6 +112,7 @@ def _response_template(form: CallFormat | None, thinks: bool) -> dict[str, Any]:
             "close": [before + THINK_END + after for before in gaps for after in gaps],
         }
     if form is not None:
-        end = {"close_pattern": rf"{re.escape(form.end)}\s{{0,2}}\Z"} if form.ends_answer else {"close": form.end}
-        fields["calls"] = {"open": [before + form.begin for before in gaps], "repeats": True, **end}
+        at_the_end = {"close_pattern": rf"{re.escape(form.end)}\s{{0,2}}\Z"}
+        end = at_the_end if form.separator is None else {"close": form.end}
+        fields["calls"] = {"open": [before + form.begin for before in gaps], "repeats": True} | end
     return {"start_anchor_pattern": "^", "fields": fields}
