@@ -8,6 +8,9 @@ from typing import Any
 
 from server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
 
+_CHARS_AT_ONCE = 4096
+"""At each mark that it finds, the parser looks through all the text it was given for others."""
+
 
 @dataclass
 class CallPart:
@@ -51,7 +54,9 @@ class AnswerParser:
 
     def push(self, text: str, is_last: bool) -> AnswerPart:
         """What ``text`` adds; at the end, also what had to wait because it might have become something else."""
-        events: list[dict[str, Any]] = self._parser.feed(text)
+        events: list[dict[str, Any]] = []
+        for begin in range(0, len(text), _CHARS_AT_ONCE):
+            events += self._parser.feed(text[begin : begin + _CHARS_AT_ONCE])
         if is_last:
             events += self._parser.finalize()[1]
         part = AnswerPart()
@@ -95,18 +100,19 @@ def load_parser(form: ChatFormat) -> None:
 
 
 def _response_template(form: CallFormat | None, thinks: bool) -> dict[str, Any]:
-    """Where an answer's parts begin and end, for ``ResponseParser``. Line feeds between them belong to none."""
+    """Where an answer's parts begin and end, for ``ResponseParser``. Line feeds between them belong to none.
+
+    Literal marks, not patterns, as far as possible: for each end of a pattern the parser copies the text so far.
+    """
+    gaps = ("", "\n", "\n\n")
     fields: dict[str, dict[str, Any]] = {"content": {}}
     if thinks:
         fields["reasoning"] = {
-            "open_pattern": rf"{THINK_BEGIN}\s{{0,2}}",
-            "close_pattern": rf"\s{{0,2}}{THINK_END}\s{{0,2}}",
+            "open": [THINK_BEGIN + after for after in gaps],
+            "close": [before + THINK_END + after for before in gaps for after in gaps],
         }
     if form is not None:
-        begin, end = re.escape(form.begin), re.escape(form.end)
-        fields["calls"] = {
-            "open_pattern": rf"\s{{0,2}}{begin}",
-            "close_pattern": rf"{end}\s{{0,2}}\Z" if form.ends_answer else end,
-            "repeats": True,
-        }
+        at_the_end = {"close_pattern": rf"{re.escape(form.end)}\s{{0,2}}\Z"}
+        end = at_the_end if form.separator is None else {"close": form.end}
+        fields["calls"] = {"open": [before + form.begin for before in gaps], "repeats": True} | end
     return {"start_anchor_pattern": "^", "fields": fields}

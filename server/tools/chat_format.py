@@ -15,8 +15,7 @@ class CallFormat:
 
     Attributes:
         trigger: what a call in free text begins with, so that nothing but a call may follow; a part of ``begin``.
-        separator: between calls; None for a model that makes one call in an answer.
-        ends_answer: whether nothing can follow a call, since ``end`` may be a part of the arguments.
+        separator: between calls; None where a call ends the answer, since ``end`` may be a part of its arguments.
     """
 
     trigger: str
@@ -24,7 +23,6 @@ class CallFormat:
     middle: str
     end: str
     separator: str | None
-    ends_answer: bool = False
 
 
 HERMES = CallFormat(
@@ -41,7 +39,6 @@ LLAMA = CallFormat(
     middle='", "parameters": ',
     end="}",
     separator=None,
-    ends_answer=True,
 )
 """That of Llama 3.1 to 3.3."""
 

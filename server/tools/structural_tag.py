@@ -83,14 +83,12 @@ def chat_grammar(
 
 def _with_calls(body: ChatCompletionRequest, answer: Format | None, form: CallFormat) -> Format:
     """Calls, where the request wants them, else calls or ``answer`` (None: any text)."""
-    choice, tools = body.tool_choice or "auto", body.usable_tools
-    if isinstance(choice, NamedChoice):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+    choice = body.tool_choice or "auto"
+    named = choice.function.name if isinstance(choice, NamedChoice) else None
+    functions = [(index, tool.function) for index, tool in enumerate(body.usable_tools)]
     tags = {
-        "tags": [_tag(index, tool.function, form) for index, tool in enumerate(tools)],
-        "stop_after_first": (
-            form.separator is None or body.parallel_tool_calls is False or isinstance(choice, NamedChoice)
-        ),
+        "tags": [_tag(index, function, form) for index, function in functions if named in (None, function.name)],
+        "stop_after_first": form.separator is None or body.parallel_tool_calls is False or named is not None,
     }
     if choice == "auto" and answer is None:
         return {"type": "triggered_tags", "triggers": [form.trigger], **tags}

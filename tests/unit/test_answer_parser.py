@@ -128,6 +128,8 @@ def test_what_was_cut_off_in_a_call_has_the_arguments_so_far(end: int) -> None:
 
 
 def test_the_work_grows_with_the_text_only() -> None:
-    """White space without end, which might always become the beginning of a call."""
+    """White space without end, which might always become the beginning of a call; and a great many calls."""
     parser = AnswerParser(FORMS["qwen3"], with_calls=True, is_thinking=False)
     assert sum(len(parser.push("\n" * 50, False).content) for _ in range(20_000)) > 999_000
+    many = "\n".join([written(HERMES, "f", {})] * 10_000)
+    assert len(AnswerParser(FORMS["qwen3"], True, False).push(many, True).calls) == 10_000

@@ -1,0 +1,103 @@
+"""Tools through the real ``openai`` client with Qwen2.5-Coder-0.5B: three tasks, whole and streamed, with drafts on and
+off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.running_server import AT_ONCE, SMALL, RunningServer
+
+MODEL = "qwen2.5-coder-0.5b"
+
+
+def tool(name: str, description: str, **parameters: str) -> dict[str, Any]:
+    properties = {parameter: {"type": kind} for parameter, kind in parameters.items()}
+    schema = {"type": "object", "properties": properties, "required": list(parameters)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": schema}}
+
+
+TOOLS = [
+    tool("get_weather", "The weather in a city now", city="string"),
+    tool("add", "Add two numbers", a="integer", b="integer"),
+    tool("read_file", "Read a file", path="string"),
+]
+TASKS = [
+    ("What is the weather in Paris?", "get_weather", {"city": "Paris"}),
+    ("What is 17 plus 25?", "add", {"a": 17, "b": 25}),
+    ("Show me the file /etc/hosts.", "read_file", {"path": "/etc/hosts"}),
+]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    options = ["--model", MODEL, *SMALL, *AT_ONCE]
+    server = RunningServer(tmp_path_factory.mktemp("qwen") / "log.jsonl", options)
+    try:
+        server.wait_until_healthy()
+        http = openai.DefaultHttpxClient(trust_env=False, timeout=120)
+        yield openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none", http_client=http)
+    finally:
+        server.stop()
+
+
+def asked(question: str, choice: Any, **more: Any) -> dict[str, Any]:
+    """The arguments of a greedy request."""
+    messages = [{"role": "user", "content": question}]
+    return {"model": MODEL, "messages": messages, "tools": TOOLS, "tool_choice": choice, "temperature": 0} | more
+
+
+def streamed(client: openai.OpenAI, **arguments: Any) -> tuple[str, list[tuple[str, str]], str | None]:
+    """Text, calls (name and arguments) and finish reason, joined from the deltas of a stream."""
+    text, calls, finish_reason = "", list[list[str]](), None
+    for chunk in client.chat.completions.create(**arguments, stream=True):
+        [choice] = chunk.choices
+        text, finish_reason = text + (choice.delta.content or ""), choice.finish_reason
+        for part in choice.delta.tool_calls or []:
+            if part.id:
+                calls.append([part.function.name, ""])
+            calls[part.index][1] += part.function.arguments or ""
+    return text, [(name, arguments) for name, arguments in calls], finish_reason
+
+
+@pytest.mark.parametrize(("question", "name", "expected"), TASKS)
+@pytest.mark.parametrize("by_name", [False, True])
+def test_three_tasks(client: openai.OpenAI, question: str, name: str, expected: dict[str, Any], by_name: bool) -> None:
+    choice = {"type": "function", "function": {"name": name}} if by_name else "required"
+    arguments = asked(question, choice, max_tokens=60, parallel_tool_calls=False)
+    [whole] = client.chat.completions.create(**arguments).choices
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.content is None
+    [call] = whole.message.tool_calls
+    assert (call.function.name, json.loads(call.function.arguments)) == (name, expected)
+    without_drafts = {"extra_body": {"num_speculative_tokens": 0}} if by_name else {}
+    again = streamed(client, **arguments, **without_drafts)
+    assert again == ("", [(name, call.function.arguments)], "tool_calls")
+
+
+def test_the_result_of_a_call_is_answered(client: openai.OpenAI) -> None:
+    arguments = asked(TASKS[1][0], "required", parallel_tool_calls=False)
+    message = client.chat.completions.create(**arguments).choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "42"}
+    arguments["messages"] += [message.model_dump(), result]
+    answer = client.chat.completions.create(**arguments | {"tool_choice": "none", "max_tokens": 40}).choices[0]
+    assert "42" in (answer.message.content or "")
+
+
+def test_the_model_may_answer_in_words(client: openai.OpenAI) -> None:
+    arguments = asked("Who are you? Answer in one sentence.", "auto", max_tokens=40)
+    choice = client.chat.completions.create(**arguments).choices[0]
+    assert choice.message.tool_calls is None
+    assert streamed(client, **arguments) == (choice.message.content, [], choice.finish_reason)
+
+
+def test_the_client_parses_calls_of_strict_tools(client: openai.OpenAI) -> None:
+    strict = json.loads(json.dumps(TOOLS[1]))
+    strict["function"] |= {"strict": True}
+    strict["function"]["parameters"] |= {"additionalProperties": False}
+    answer: Any = client.chat.completions.parse(**asked(TASKS[1][0], "required", max_tokens=60) | {"tools": [strict]})
+    assert answer.choices[0].message.tool_calls[0].function.parsed_arguments == {"a": 17, "b": 25}
