@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from adapters.target_parts import TargetParts
 from engine.models.eagle3 import Additions, Eagle3
@@ -54,7 +53,7 @@ class ChainWalk:
         self.chains = torch.arange(len(starts))  # [n] ascending numbers of those that are followed
         self.rows, self.ends = starts // batch.length, starts % batch.length  # [n], where the last token of each is
         self._positions = positions[starts]
-        q, k, v = draft.qkv(F.embedding(batch.token_ids[:, : batch.length], target.embedding), g, lora)
+        q, k, v = draft.qkv(target.embed(batch.token_ids[:, : batch.length]), g, lora)
         self._context = _Context(target.rotary(k.flatten(0, 1), positions).view_as(k), v, self.rows, self.ends)
         self._keys: list[torch.Tensor] = []
         self._values: list[torch.Tensor] = []
@@ -75,7 +74,7 @@ class ChainWalk:
             self._follow(stays)
         self.ends, self._positions = self.ends + 1, self._positions + 1
         token_ids = self._token_ids[self.rows, self.ends]
-        embedding = F.embedding(token_ids, self._target.embedding)
+        embedding = self._target.embed(token_ids)
         q, k, v = (of[: len(token_ids)] for of in self._draft.qkv(_filled(embedding), _filled(self._a), self._lora))
         self._keys.append(self._target.rotary(k, self._positions))
         self._values.append(v)

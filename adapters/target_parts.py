@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.models.config import ModelFiles, ModelSpec
@@ -21,9 +22,15 @@ class TargetParts:
 
     embedding: torch.Tensor  # [vocab, hidden]
     head: torch.Tensor  # [vocab, hidden]
-    norm: torch.Tensor  # [hidden], the weight of the final RMSNorm
+    norm: torch.Tensor  # [hidden] float32, the weight of the final RMSNorm
     norm_eps: float
     rotary: RotaryEmbedding
+    embedding_scale: float = 1.0
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """What a draft reads of tokens [...]: their rows of the embedding [..., hidden], scaled as in the target."""
+        rows = F.embedding(token_ids, self.embedding)
+        return rows if self.embedding_scale == 1 else rows * self.embedding_scale
 
     def head_input(self, last_layer: torch.Tensor) -> torch.Tensor:
         """What the head projects, from the output of the last layer."""
@@ -55,6 +62,6 @@ def target_parts(source: WeightSource, spec: ModelSpec, max_positions: int, dtyp
     """Dequantised on the CPU, with a rotary table for ``max_positions`` positions."""
     embedding = source.dequantized("model.embed_tokens.weight").to(dtype)
     head = embedding if spec.tie_word_embeddings else source.dequantized("lm_head.weight").to(dtype)
-    norm = source.dequantized("model.norm.weight").to(dtype)
-    rotary = RotaryEmbedding(spec, max_positions, torch.device("cpu"))
-    return TargetParts(embedding, head, norm, spec.rms_norm_eps, rotary)
+    norm = source.dequantized("model.norm.weight")
+    rotary = RotaryEmbedding(spec.rope, max_positions, torch.device("cpu"))
+    return TargetParts(embedding, head, norm, spec.rms_norm_eps, rotary, spec.embedding_scale)

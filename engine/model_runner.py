@@ -138,6 +138,8 @@ def attention_spec(loaded: LoadedModel, cache: CacheConfig, num_blocks: int) -> 
         block_size=cache.block_size,
         dtype=loaded.dtype,
         device=loaded.device,
+        scale=loaded.spec.attention_scale,
+        windows=loaded.spec.windows,
     )
 
 

@@ -20,12 +20,17 @@ class _Layer(ctypes.Structure):
         ("qkv", MatrixStruct * 3),
         *integers("num_qkv"),
         *((name, MatrixStruct) for name in ("output", "gate_up", "down")),
-        *pointers("input_norm", "post_norm", "embedding_norm"),
+        *pointers("input_norm", "mlp_norm", "embedding_norm", "q_norm", "k_norm", "attention_norm", "output_norm"),
+        *pointers("cos_sin"),
+        *integers("rotary_dim", "window"),
     )
 
 
 class _Shape(ctypes.Structure):
-    _fields_ = (*integers("hidden", "intermediate", "heads", "kv_heads", "head_dim"), ("norm_eps", ctypes.c_float))
+    _fields_ = (
+        *integers("hidden", "intermediate", "heads", "kv_heads", "head_dim", "gate"),
+        *((name, ctypes.c_float) for name in ("norm_eps", "attention_scale", "embedding_scale")),
+    )
 
 
 class _Kv(ctypes.Structure):
@@ -45,6 +50,10 @@ class _Batch(ctypes.Structure):
         *integers("num_tokens", "num_sequences", "max_blocks"),
         *pointers("positions", "query_start", "seq_lens", "block_tables", "slots"),
     )
+
+
+GATES = {"silu": 2, "gelu_tanh": 3}
+"""Of the MLP, as ``Epilogue`` in kernels/csrc/linear.h."""
 
 
 class KvCache:
@@ -77,9 +86,21 @@ class BatchView:
 
 
 def paged_attention(
-    team: Team, batch: BatchView, cache: KvCache, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    team: Team,
+    batch: BatchView,
+    cache: KvCache,
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """Write k, v [T, kv_heads, dim] into the cache, then attend with q [T, heads, dim]; float32 in and out."""
+    """Write k, v [T, kv_heads, dim] into the cache, then attend with q [T, heads, dim]; float32 in and out.
+
+    Products of queries and keys are multiplied with ``scale``. A token attends to the last ``window`` ones, itself
+    included; None: to all before it.
+    """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # named: the copies must outlive the call
     out = torch.empty_like(q)
     load_library().evo_attention(
@@ -87,7 +108,7 @@ def paged_attention(
         ctypes.byref(batch.struct),
         ctypes.byref(cache.struct),
         layer,
-        *(q.shape[1], k.shape[1], q.shape[2]),
+        *(q.shape[1], k.shape[1], q.shape[2], ctypes.c_float(scale), window or 0),
         *(address(tensor) for tensor in (q, k, v, out)),
     )
     return out
@@ -97,9 +118,12 @@ def paged_attention(
 class LayerWeights:
     """One decoder layer. ``qkv``: one matrix for each run of equal storage formats among q, k and v, in order.
 
-    ``gate_up`` has its rows in alternating groups of 16 (gate, up); norms are float32 [hidden]. With an
-    ``embedding_norm`` (EAGLE-3) the input of ``qkv`` is [2 * hidden]: the token's normalised embedding, then the
-    normalised residual stream.
+    ``gate_up`` has its rows in alternating groups of 16 (gate, up); norms are float32 [hidden], those of queries and
+    keys [head_dim]. With an ``embedding_norm`` (EAGLE-3) the input of ``qkv`` is [2 * hidden]: the token's normalised
+    embedding, then the normalised residual stream.
+
+    ``cos_sin`` is float32 [max_positions, rotary_dim]: cosines of the rotary angles, then sines; None: no rotary
+    embedding. ``window``: how many tokens are attended to, the token itself included; None: all.
     """
 
     qkv: Sequence[PackedMatrix]
@@ -107,8 +131,16 @@ class LayerWeights:
     gate_up: PackedMatrix
     down: PackedMatrix
     input_norm: torch.Tensor
-    post_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    cos_sin: torch.Tensor | None
     embedding_norm: torch.Tensor | None = None
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    attention_norm: torch.Tensor | None = None
+    """Of what attention adds to the residual stream"""
+    output_norm: torch.Tensor | None = None
+    """Of what the MLP adds"""
+    window: int | None = None
 
 
 class PassOutputs:
@@ -134,7 +166,7 @@ class PassOutputs:
 class Decoder:
     """The decoder stack: embedding lookup, layers, final norm. The residual stream is float32 [T, hidden].
 
-    ``cos_sin`` is float32 [max_positions, head_dim]: cosines of the rotary angles, then sines.
+    ``gate``: what the MLP does with its gate, one of ``GATES``.
     """
 
     def __init__(
@@ -147,27 +179,26 @@ class Decoder:
         kv_heads: int,
         head_dim: int,
         norm_eps: float,
-        cos_sin: torch.Tensor,
         layers: Sequence[LayerWeights],
+        gate: str = "silu",
+        attention_scale: float | None = None,
+        embedding_scale: float = 1.0,
     ) -> None:
-        self._hidden, self._team, self._cos_sin, self._layers = hidden, team, cos_sin.contiguous(), layers
-        shape = _Shape(hidden, intermediate, heads, kv_heads, head_dim, norm_eps)
+        self._hidden, self._team, self._layers = hidden, team, layers
+        scale = head_dim**-0.5 if attention_scale is None else attention_scale
+        sizes = (hidden, intermediate, heads, kv_heads, head_dim, GATES[gate])
+        shape = _Shape(*sizes, norm_eps, scale, embedding_scale)
         library = load_library()
-        self.handle = ctypes.c_void_p(library.evo_decoder_new(team.handle, ctypes.byref(shape), address(self._cos_sin)))
+        self.handle = ctypes.c_void_p(library.evo_decoder_new(team.handle, ctypes.byref(shape)))
         for layer in layers:
-            qkv = (MatrixStruct * 3)(*(matrix.struct for matrix in layer.qkv))
-            struct = _Layer(
-                *(qkv, len(layer.qkv), layer.output.struct, layer.gate_up.struct, layer.down.struct),
-                *(address(layer.input_norm), address(layer.post_norm), address(layer.embedding_norm)),
-            )
-            library.evo_decoder_add_layer(self.handle, ctypes.byref(struct))
+            library.evo_decoder_add_layer(self.handle, ctypes.byref(_layer_struct(layer)))
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             load_library().evo_decoder_free(self.handle)
 
     def embed(self, table: PackedMatrix, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding: token_ids [T] int32 → [T, hidden] float32."""
+        """Rows of the embedding, scaled: token_ids [T] int32 → [T, hidden] float32."""
         residual = torch.empty(len(token_ids), self._hidden)
         load_library().evo_decoder_embed(
             self.handle, ctypes.byref(table.struct), address(token_ids), len(token_ids), address(residual)
@@ -207,3 +238,22 @@ class Decoder:
             self.handle, address(weight), address(residual), len(residual), address(out)
         )
         return out
+
+
+def unpack_rows(team: Team, table: PackedMatrix, row_ids: torch.Tensor) -> torch.Tensor:
+    """Rows of a matrix: row_ids [n] int32 → [n, k] float32."""
+    out = torch.empty(len(row_ids), table.k)
+    load_library().evo_unpack_rows(
+        team.handle, ctypes.byref(table.struct), address(row_ids), len(row_ids), address(out)
+    )
+    return out
+
+
+def _layer_struct(layer: LayerWeights) -> _Layer:
+    norms = (layer.input_norm, layer.mlp_norm, layer.embedding_norm, layer.q_norm, layer.k_norm)
+    return _Layer(
+        *((MatrixStruct * 3)(*(matrix.struct for matrix in layer.qkv)), len(layer.qkv)),
+        *(layer.output.struct, layer.gate_up.struct, layer.down.struct),
+        *map(address, (*norms, layer.attention_norm, layer.output_norm, layer.cos_sin)),
+        *(0 if layer.cos_sin is None else layer.cos_sin.shape[1], layer.window or 0),
+    )

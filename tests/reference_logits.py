@@ -37,7 +37,7 @@ class PagedSequences:
         self.attention = TorchPagedAttention(
             AttentionSpec(
                 spec.num_layers, spec.num_heads, spec.num_kv_heads, spec.head_dim, sum(counts) + 1, BLOCK_SIZE,
-                model.norm.dtype, CPU,
+                model.embed_tokens.dtype, CPU, spec.attention_scale, spec.windows,
             )
         )  # fmt: skip
 

@@ -15,8 +15,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from engine.models.config import ModelFiles, spec_from_config
+from engine.models.config import ModelFiles, ModelSpec
+from engine.models.families.known import family_of, spec_from_config
 from engine.models.gguf_spec import gguf_tensor_names
+from engine.models.stored_tensors import stored_shapes
 from engine.text.tokenizer import Tokenizer as EngineTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -33,11 +35,12 @@ _CORPUS = [
 
 
 def tiny_config(architecture: str, **overrides: Any) -> dict[str, Any]:
-    """A ``config.json`` for ``architecture`` ('llama' or 'qwen2'); sizes are multiples of 32, so that GGUF can
-    quantise."""
+    """A ``config.json`` of the family whose ``model_type`` is ``architecture``.
+
+    Sizes are multiples of 32, so that GGUF can quantise.
+    """
     config = {
         "model_type": architecture,
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[architecture]],
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -52,6 +55,7 @@ def tiny_config(architecture: str, **overrides: Any) -> dict[str, Any]:
         "tie_word_embeddings": architecture == "qwen2",
         "bos_token_id": 0,
         "eos_token_id": 2,
+        "pad_token_id": 0,
     }
     return config | overrides
 
@@ -65,10 +69,10 @@ def make_directory(directory: Path, architecture: str = "llama", seed: int = 0, 
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in spec_from_config(config, {}).tensor_shapes().items():
+    tensors, one = {}, 1 - family_of(architecture).norm_offset
+    for name, shape in stored_shapes(spec_from_config(config, {})).items():
         noise = torch.randn(shape, generator=generator)
-        tensors[name] = 1 + 0.1 * noise if "norm" in name else 0.15 * noise
+        tensors[name] = one + 0.1 * noise if "norm" in name else 0.15 * noise
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return ModelFiles(directory.name, directory, "safetensors")
 
@@ -84,31 +88,33 @@ def make_gguf(
     ``extra_tensor`` is the name of a tensor that does not belong to the model.
     """
     config = json.loads((directory / "config.json").read_text())
-    architecture = config["model_type"]
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name(f"tiny {architecture}")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_theta"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
+    spec, family = spec_from_config(config, {}), family_of(config["model_type"])
+    assert family.gguf_architecture is not None
+    writer = gguf.GGUFWriter(path, family.gguf_architecture)
+    writer.add_name(f"tiny {family.gguf_architecture}")
+    writer.add_block_count(spec.num_layers)
+    writer.add_context_length(spec.max_position_embeddings)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_feed_forward_length(spec.intermediate_size)
+    writer.add_head_count(spec.num_heads)
+    writer.add_head_count_kv(spec.num_kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    writer.add_vocab_size(spec.vocab_size)
+    if windows := {layer.sliding_window for layer in spec.layers} - {None}:
+        writer.add_sliding_window(windows.pop())
+        writer.add_sliding_window_pattern([layer.sliding_window is not None for layer in spec.layers])
+    _add_rope(writer, spec, config.get("rope_scaling") or config.get("rope_parameters") or {})
     _add_tokenizer(writer, config["vocab_size"])
-    spec = spec_from_config(config, {})
     stored_names = gguf_tensor_names(spec)
-    if factors := spec.rope_freq_factors:
-        writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
     if extra_tensor:
-        writer.add_tensor(extra_tensor, np.zeros(config["head_dim"], np.float32))
-    heads = {"q": config["num_attention_heads"], "k": config["num_key_value_heads"]}
+        writer.add_tensor(extra_tensor, np.zeros(spec.head_dim, np.float32))
+    heads = {"q": spec.num_heads, "k": spec.num_kv_heads}
     for name, tensor in load_file(directory / "model.safetensors").items():
-        values = tensor.float().numpy()
+        values = (tensor.float() + family.norm_offset if "norm" in name else tensor.float()).numpy()
         for kind, count in heads.items():
-            if architecture == "llama" and f"{kind}_proj" in name:
+            if family.gguf_interleaves_rotary and f"{kind}_proj" in name:
                 values = _interleave_rotary(values, count)
         stored = tensor_type if values.ndim == 2 else GGMLQuantizationType.F32
         writer.add_tensor(stored_names[name], gguf.quants.quantize(values, stored), raw_dtype=stored)
@@ -117,6 +123,28 @@ def make_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return ModelFiles(path.stem, path, "gguf")
+
+
+def _add_rope(writer: gguf.GGUFWriter, spec: ModelSpec, scaling: dict[str, Any]) -> None:
+    rope = spec.rope
+    writer.add_rope_freq_base(rope.theta)
+    writer.add_rope_dimension_count(rope.dim)
+    kind = scaling.get("rope_type")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if kind in ("yarn", "longrope"):
+        writer.add_rope_scaling_orig_ctx_len(rope.original_context or scaling["original_max_position_embeddings"])
+    if "mscale_all_dim" in scaling:
+        writer.add_rope_scaling_yarn_log_mul(scaling["mscale_all_dim"])
+    if "llama_4_scaling_beta" in scaling:
+        writer.add_attn_temperature_scale(scaling["llama_4_scaling_beta"])
+    if kind == "longrope":
+        writer.add_rope_scaling_attn_factors(rope.scale)
+        writer.add_tensor("rope_factors_short.weight", np.array(rope.factors, np.float32))
+        writer.add_tensor("rope_factors_long.weight", np.array(rope.long_factors, np.float32))
+    if kind == "llama3":
+        writer.add_tensor("rope_freqs.weight", np.array(rope.factors, np.float32))
 
 
 def tiny_tokenizer() -> Tokenizer:

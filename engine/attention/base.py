@@ -22,6 +22,19 @@ class AttentionSpec:
     block_size: int
     dtype: torch.dtype
     device: torch.device
+    scale: float | None = None
+    """Of the products of queries and keys; None: head_dim ** -0.5"""
+    windows: tuple[int | None, ...] = ()
+    """Of each layer: how many tokens are attended to, the token itself included; None: all. Empty: all in all layers"""
+
+    @property
+    def softmax_scale(self) -> float:
+        """What products of queries and keys are multiplied with."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer attends to; None: all."""
+        return self.windows[layer] if self.windows else None
 
     @property
     def bytes_per_block(self) -> int:
@@ -35,7 +48,7 @@ class AttentionBackend(ABC):
 
     Use: construct once with an ``AttentionSpec`` (allocates the cache), then for every step
     ``plan(batch)`` once and ``forward(layer, q, k, v)`` for each layer in order.
-    Attention is causal, softmax scale ``head_dim ** -0.5``.
+    Attention is causal, in layers with a window to the last tokens only.
     """
 
     def __init__(self, spec: AttentionSpec) -> None:

@@ -24,5 +24,6 @@ class NativeAttention(AttentionBackend):
         )
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = paged_attention(self.team, self.batch, self.cache, layer, q.float(), k.float(), v.float())
+        scale, window = self.spec.softmax_scale, self.spec.window(layer)
+        out = paged_attention(self.team, self.batch, self.cache, layer, q.float(), k.float(), v.float(), scale, window)
         return out.to(q.dtype)

@@ -19,8 +19,8 @@ class _Group:
     """[B, Q] int64, rows of T"""
     block_tables: torch.Tensor
     """[B, blocks], as many as the longest context needs"""
-    mask: torch.Tensor
-    """[B, 1, Q, blocks * block_size] bool, True where the query sees the key"""
+    masks: dict[int | None, torch.Tensor]
+    """[B, 1, Q, blocks * block_size] bool, True where the query sees the key; for each window that layers have"""
 
 
 class TorchPagedAttention(AttentionBackend):
@@ -54,10 +54,14 @@ class TorchPagedAttention(AttentionBackend):
         offsets = torch.arange(query_len, device=device)
         last_key = (seq_lens - query_len)[:, None] + offsets
         keys = torch.arange(num_blocks * self.spec.block_size, device=device)
+        causal = (keys <= last_key[:, :, None]).unsqueeze(1)
+        masks: dict[int | None, torch.Tensor] = {None: causal}
+        for window in {window for window in self.spec.windows if window is not None}:
+            masks[window] = causal & (keys > last_key[:, :, None] - window).unsqueeze(1)
         return _Group(
             rows=batch.query_start_loc[chosen].long()[:, None] + offsets,
             block_tables=batch.block_tables[chosen, :num_blocks].long(),
-            mask=(keys <= last_key[:, :, None]).unsqueeze(1),
+            masks=masks,
         )
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -71,7 +75,8 @@ class TorchPagedAttention(AttentionBackend):
                 q[group.rows].transpose(1, 2),
                 keys[group.block_tables].flatten(1, 2).transpose(1, 2),
                 values[group.block_tables].flatten(1, 2).transpose(1, 2),
-                attn_mask=group.mask,
+                attn_mask=group.masks[self.spec.window(layer)],
+                scale=self.spec.softmax_scale,
                 enable_gqa=True,
             )
             output[group.rows] = attended.transpose(1, 2)

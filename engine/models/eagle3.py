@@ -116,12 +116,13 @@ def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eag
     return draft.to(device=device, dtype=dtype).requires_grad_(False)
 
 
-def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor]) -> None:
+def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor], mlp_norm: str) -> None:
     """Start from the target's last layer: it sees g = the high feature, and nothing of the token's embedding.
 
     Args:
         draft: with an MLP at least as wide as the target's (more units start without effect), or narrower (the first).
         load_weight: the target's weight of a Hugging Face name, float32.
+        mlp_norm: what the norm of the MLP's input is called there.
     """
     config = draft.config
     hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -137,7 +138,7 @@ def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor]) 
             draft.qkv_proj.bias.copy_(torch.cat(biases))
         draft.hidden_norm.copy_(load_weight(prefix + "input_layernorm.weight"))
         draft.o_proj.weight.copy_(load_weight(prefix + "self_attn.o_proj.weight"))
-        draft.post_attention_norm.copy_(load_weight(prefix + "post_attention_layernorm.weight"))
+        draft.post_attention_norm.copy_(load_weight(f"{prefix}{mlp_norm}.weight"))
         gate, up, down = (load_weight(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
         width = min(intermediate, len(gate))
         draft.gate_up_proj.weight[:width] = gate[:width]

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from gguf.constants import MODEL_ARCH, GGMLQuantizationType
+from gguf.constants import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType
 from gguf.tensor_mapping import get_tensor_name_map
 
-from engine.models.config import Architecture, ModelError, ModelSpec, check_architecture
+from engine.models.config import ModelError, ModelSpec
+from engine.models.config_keys import ConfigKeys
+from engine.models.families.base import FULL, SLIDING, Family
+from engine.models.families.known import family_of, family_of_gguf, spec_from_config
 from engine.models.gguf_file import GGUFFile
+from engine.models.stored_tensors import stored_shapes
 
 _TYPES = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 """Of tensors, those that are supported."""
 CONTROL_TOKEN = 3
-_END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>"})
+_END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"})
+_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (f"rope_{kind}.weight" for kind in ("freqs", "factors_short", "factors_long"))
+_ARCHITECTURES = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
 
 
 def gguf_tensor_names(spec: ModelSpec) -> dict[str, str]:
-    """How a GGUF file calls the weights of a model, by their Hugging Face names, which end in .weight or .bias."""
-    names = get_tensor_name_map(MODEL_ARCH[spec.architecture.upper()], spec.num_layers)
-    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in spec.tensor_shapes()}
+    """How a GGUF file calls its tensors, by their Hugging Face names, which end in .weight or .bias."""
+    names = get_tensor_name_map(_architecture(family_of(spec.architecture)), spec.num_layers)
+    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in stored_shapes(spec)}
 
 
 def spec_from_gguf(file: GGUFFile) -> ModelSpec:
@@ -28,78 +36,127 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
         ModelError: unsupported architecture, feature or tensor type; missing or ill-shaped tensor.
     """
     try:
-        spec = _read_spec(file)
+        family = family_of_gguf(file.get("general.architecture", str))
+        spec = spec_from_config(_config(file, family), {})
         _check_tensors(file, spec)
     except ModelError as error:
         raise ModelError(f"{file.path}: {error}") from None
     return spec
 
 
-def _end_of_generation_ids(file: GGUFFile) -> tuple[int, ...]:
+def _architecture(family: Family) -> MODEL_ARCH:
+    assert family.gguf_architecture is not None
+    return _ARCHITECTURES[family.gguf_architecture]
+
+
+def _end_of_generation_ids(file: GGUFFile) -> list[int]:
     """Ids that end a generation: the file's EOS and EOT, and the usual end-of-turn control tokens it contains."""
     named = [file.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot")]
     types = file.get_list("tokenizer.ggml.token_type", int)
     tokens = zip(file.get_list("tokenizer.ggml.tokens", str), types, strict=False)
     usual = [index for index, (token, kind) in enumerate(tokens) if token in _END_TOKENS and kind == CONTROL_TOKEN]
-    return tuple(dict.fromkeys([*(index for index in named if index is not None), *usual]))
+    return list(dict.fromkeys([*(index for index in named if index is not None), *usual]))
 
 
-def _read_spec(file: GGUFFile) -> ModelSpec:
-    architecture = check_architecture(file.get("general.architecture", str))
-    _refuse_unsupported_features(file, architecture)
+def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
+    """What a config.json of the same model would say, so that one reader serves both."""
+    prefix = f"{family.gguf_architecture}."
+    _refuse_unsupported_features(file, prefix)
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError("tensor 'token_embd.weight' is missing")
-    num_heads = file.require(f"{architecture}.attention.head_count", int)
-    hidden_size = file.require(f"{architecture}.embedding_length", int)
-    head_dim = file.get(f"{architecture}.attention.key_length", int) or hidden_size // max(num_heads, 1)
-    if file.get(f"{architecture}.rope.dimension_count", int) not in (None, head_dim):
-        raise ModelError("partial rotary embedding is not supported")
-    return ModelSpec(
-        architecture=architecture,
-        vocab_size=embedding.shape[0],
-        hidden_size=hidden_size,
-        intermediate_size=file.require(f"{architecture}.feed_forward_length", int),
-        num_layers=file.require(f"{architecture}.block_count", int),
-        num_heads=num_heads,
-        num_kv_heads=file.get(f"{architecture}.attention.head_count_kv", int) or num_heads,
-        head_dim=head_dim,
-        rope_theta=file.get(f"{architecture}.rope.freq_base", float) or 10000.0,
-        rope_freq_factors=_rope_freq_factors(file),
-        rms_norm_eps=file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
-        max_position_embeddings=file.require(f"{architecture}.context_length", int),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        attention_bias=architecture == "qwen2",
-        bos_token_id=file.get("tokenizer.ggml.bos_token_id", int),
-        eos_token_ids=_end_of_generation_ids(file),
-    )
+    heads = file.require(prefix + "attention.head_count", int)
+    hidden = file.require(prefix + "embedding_length", int)
+    head_dim = file.get(prefix + "attention.key_length", int) or hidden // max(heads, 1)
+    turning = file.get(prefix + "rope.dimension_count", int)
+    config = {
+        "model_type": family.model_type,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": hidden,
+        "intermediate_size": file.require(prefix + "feed_forward_length", int),
+        "num_hidden_layers": file.require(prefix + "block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": file.get(prefix + "attention.head_count_kv", int) or heads,
+        "head_dim": head_dim,
+        "partial_rotary_factor": 1.0 if turning is None else turning / max(head_dim, 1),
+        "rope_theta": file.get(prefix + "rope.freq_base", float),
+        "rope_local_base_freq": file.get(prefix + "rope.freq_base_swa", float),
+        "rope_scaling": _rope_scaling(file, prefix),
+        "original_max_position_embeddings": file.get(prefix + "rope.scaling.original_context_length", int),
+        "sliding_window": file.get(prefix + "attention.sliding_window", int) or None,
+        **_sliding_layers(file, prefix),
+        "rms_norm_eps": file.require(prefix + "attention.layer_norm_rms_epsilon", float),
+        "max_position_embeddings": file.require(prefix + "context_length", int),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id", int),
+        "eos_token_id": _end_of_generation_ids(file),
+    }
+    config = {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
+    return {**config, **family.gguf_defaults(ConfigKeys(config))}
 
 
-def _refuse_unsupported_features(file: GGUFFile, architecture: Architecture) -> None:
+def _sliding_layers(file: GGUFFile, prefix: str) -> dict[str, Any]:
+    """Which layers have a window, where the file says it: every one but each n-th, or layer by layer."""
+    pattern = file.metadata.get(prefix + "attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        return {"layer_types": [SLIDING if slides else FULL for slides in pattern]}
+    return {"sliding_window_pattern": pattern}
+
+
+def _refuse_unsupported_features(file: GGUFFile, prefix: str) -> None:
     if file.get("split.count", int) not in (None, 0, 1):
         raise ModelError("split GGUF files are not supported; merge them with llama-gguf-split --merge")
-    if file.get(f"{architecture}.expert_count", int):
+    if file.get(prefix + "expert_count", int):
         raise ModelError("mixture-of-experts models are not supported")
-    scaling = file.get(f"{architecture}.rope.scaling.type", str)
-    if scaling not in (None, "none"):
-        raise ModelError(f"rope scaling {scaling!r} is not supported")
+    key_length, value_length = (file.get(f"{prefix}attention.{kind}_length", int) for kind in ("key", "value"))
+    if value_length not in (None, key_length):
+        raise ModelError("heads of keys and of values of different lengths are not supported")
 
 
-def _rope_freq_factors(file: GGUFFile) -> tuple[float, ...] | None:
-    """Llama 3 scaling is stored as a tensor of divisors."""
-    tensor = file.tensors.get("rope_freqs.weight")
+def _rope_scaling(file: GGUFFile, prefix: str) -> dict[str, Any]:
+    """The section of a config.json. Llama 3's factors and those of LongRoPE are tensors."""
+    scaling = prefix + "rope.scaling."
+    kind = file.get(scaling + "type", str) or "none"
+    section: dict[str, Any] = {
+        "factor": file.get(scaling + "factor", float),
+        "original_max_position_embeddings": file.get(scaling + "original_context_length", int),
+        "beta_fast": file.get(scaling + "yarn_beta_fast", float),
+        "beta_slow": file.get(scaling + "yarn_beta_slow", float),
+        "llama_4_scaling_beta": file.get(prefix + "attention.temperature_scale", float),
+    }
+    attention_factor = file.get(scaling + "attn_factor", float)
+    if attention_factor not in (None, 1.0) and _LONG_FACTORS not in file.tensors:
+        raise ModelError(f"rope scaling {kind!r} with an attn_factor of {attention_factor} is not supported")
+    multiplier = file.get(scaling + "yarn_log_multiplier", float)
+    if multiplier:
+        section |= {"mscale": 1.0, "mscale_all_dim": multiplier}
+    if _LONG_FACTORS in file.tensors:
+        kind = "longrope"
+        section["short_factor"], section["long_factor"] = _floats(file, _SHORT_FACTORS), _floats(file, _LONG_FACTORS)
+        section["attention_factor"] = attention_factor
+    elif _FACTORS in file.tensors:
+        if kind != "none":
+            raise ModelError(f"rope scaling {kind!r} together with tensor {_FACTORS!r} is not supported")
+        kind, section["factors"] = "llama3", _floats(file, _FACTORS)
+    section["rope_type"] = "default" if kind == "none" else kind
+    return {key: value for key, value in section.items() if value is not None}
+
+
+def _floats(file: GGUFFile, name: str) -> list[float]:
+    tensor = file.tensors.get(name)
     if tensor is None:
-        return None
+        raise ModelError(f"tensor {name!r} is missing")
     if tensor.type != GGMLQuantizationType.F32:
-        raise ModelError(f"tensor 'rope_freqs.weight' has the type {tensor.type.name}, must be F32")
-    return tuple(file.data("rope_freqs.weight").view(np.float32).ravel().tolist())
+        raise ModelError(f"tensor {name!r} has the type {tensor.type.name}, must be F32")
+    values: list[float] = file.data(name).view(np.float32).ravel().tolist()
+    return values
 
 
 def _check_tensors(file: GGUFFile, spec: ModelSpec) -> None:
     if spec.num_layers > len(file.tensors):
         raise ModelError(f"{spec.num_layers} layers, but only {len(file.tensors)} tensors")
     names = gguf_tensor_names(spec)
-    expected = {names[name]: shape for name, shape in spec.tensor_shapes().items()}
+    expected = {names[name]: shape for name, shape in stored_shapes(spec).items()}
     for name, shape in expected.items():
         tensor = file.tensors.get(name)
         if tensor is None:
@@ -108,6 +165,7 @@ def _check_tensors(file: GGUFFile, spec: ModelSpec) -> None:
             raise ModelError(f"tensor {name!r} has the shape {tensor.shape}, must be {shape}")
         if tensor.type.name not in _TYPES:
             raise ModelError(f"tensor {name!r} has the unsupported type {tensor.type.name}")
-    unknown = [name for name in file.tensors if name not in expected and name != "rope_freqs.weight"]
+    known = expected.keys() | {_FACTORS, _SHORT_FACTORS, _LONG_FACTORS}
+    unknown = [name for name in file.tensors if name not in known]
     if unknown:
         raise ModelError(f"tensor {unknown[0]!r} belongs to a feature that is not supported")

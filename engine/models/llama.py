@@ -1,4 +1,4 @@
-"""Llama and Qwen2 decoders in plain PyTorch: the reference every faster implementation is compared with."""
+"""Decoders of all families in plain PyTorch: the reference every faster implementation is compared with."""
 
 from __future__ import annotations
 
@@ -10,37 +10,53 @@ import torch.nn.functional as F
 
 from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
-from engine.models.config import ModelSpec
+from engine.models.config import Activation, LayerSpec, ModelSpec, Rope
 from engine.models.weights import WeightSource
 from kernels.native import PackedMatrix
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm over the last dimension, computed in float32 and rounded before the weight."""
+    """Root-mean-square norm over the last dimension, computed in float32; ``hidden``'s dtype."""
     wide = hidden.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(hidden.dtype)
+    return (weight * wide).to(hidden.dtype)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """What the MLP projects down: the activated gate times ``up``."""
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 class RotaryEmbedding:
-    """Rotary position embedding of the two-halves kind (RoFormer, arXiv 2104.09864), tables in float32."""
+    """The tables of a ``Rope`` for positions 0 .. max_positions - 1, in float32."""
 
-    def __init__(self, spec: ModelSpec, max_positions: int, device: torch.device) -> None:
-        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
-        inverse_frequencies = 1.0 / spec.rope_theta**exponents
-        if spec.rope_freq_factors is not None:
-            inverse_frequencies = inverse_frequencies / torch.tensor(spec.rope_freq_factors)
+    def __init__(self, rope: Rope, max_positions: int, device: torch.device) -> None:
+        exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+        inverse_frequencies = 1.0 / rope.theta**exponents
+        factors = rope.factors_for(max_positions)
+        if factors is not None:
+            inverse_frequencies = inverse_frequencies / torch.tensor(factors)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies)
-        self.cos = angles.cos().to(device)
-        """[max_positions, head_dim / 2]"""
-        self.sin = angles.sin().to(device)
+        self.cos = (angles.cos() * rope.scale).to(device)
+        """[max_positions, rope.dim / 2]"""
+        self.sin = (angles.sin() * rope.scale).to(device)
+        self._dim = rope.dim
 
     def __call__(self, heads: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Rotate [T, heads, head_dim] at positions [T]; the same shape and dtype."""
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        first, second = heads.float().chunk(2, dim=-1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return rotated.to(heads.dtype)
+        first, second = heads[..., : self._dim].float().chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+        return rotated if self._dim == heads.shape[-1] else torch.cat((rotated, heads[..., self._dim :]), dim=-1)
+
+
+def rotary_tables(
+    layers: Sequence[LayerSpec], max_positions: int, device: torch.device
+) -> list[RotaryEmbedding | None]:
+    """Of each layer; layers with the same embedding share its tables."""
+    ropes = {layer.rope for layer in layers if layer.rope is not None}
+    tables = {rope: RotaryEmbedding(rope, max_positions, device) for rope in ropes}
+    return [None if layer.rope is None else tables[layer.rope] for layer in layers]
 
 
 @dataclass(frozen=True)
@@ -59,38 +75,49 @@ class HeadSlab:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One transformer block. Query, key and value share a matrix, and so do gate and up."""
+    """One transformer block. Query, key and value share a matrix, and so do gate and up. Norms are float32."""
 
     spec: ModelSpec
     index: int
-    input_layernorm: torch.Tensor
+    rotary: RotaryEmbedding | None
+    input_norm: torch.Tensor
     """[hidden]"""
     qkv_proj: torch.Tensor
     """[(num_heads + 2 * num_kv_heads) * head_dim, hidden]"""
     qkv_bias: torch.Tensor | None
+    q_norm: torch.Tensor | None
+    """[head_dim]"""
+    k_norm: torch.Tensor | None
     o_proj: torch.Tensor
     """[hidden, num_heads * head_dim]"""
-    post_attention_layernorm: torch.Tensor
-    """[hidden]"""
+    attention_norm: torch.Tensor | None
+    """[hidden], of what attention adds to the residual stream"""
+    mlp_norm: torch.Tensor
+    """[hidden], of the MLP's input"""
     gate_up_proj: torch.Tensor
     """[2 * intermediate, hidden]"""
     down_proj: torch.Tensor
     """[hidden, intermediate]"""
+    output_norm: torch.Tensor | None
+    """[hidden], of what the MLP adds"""
 
-    def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, rotary: RotaryEmbedding, attention: AttentionBackend
-    ) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
         """The residual stream after this layer: [T, hidden] → [T, hidden]."""
-        eps = self.spec.rms_norm_eps
-        normed = rms_norm(hidden, self.input_layernorm, eps)
         heads, kv_heads = self.spec.num_heads, self.spec.num_kv_heads
-        qkv = F.linear(normed, self.qkv_proj, self.qkv_bias).view(len(normed), -1, self.spec.head_dim)
-        q, k, v = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
-        attended = attention.forward(self.index, rotary(q, positions), rotary(k, positions), v)
-        hidden = hidden + F.linear(attended.flatten(1), self.o_proj)
-        normed = rms_norm(hidden, self.post_attention_layernorm, eps)
-        gate, up = F.linear(normed, self.gate_up_proj).chunk(2, dim=-1)
-        return hidden + F.linear(F.silu(gate) * up, self.down_proj)
+        qkv = F.linear(self._norm(hidden, self.input_norm), self.qkv_proj, self.qkv_bias)
+        q, k, v = torch.split(qkv.view(len(qkv), -1, self.spec.head_dim), [heads, kv_heads, kv_heads], dim=1)
+        q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
+        if self.rotary is not None:
+            q, k = self.rotary(q, positions), self.rotary(k, positions)
+        attended = attention.forward(self.index, q, k, v)
+        hidden = hidden + self._norm(F.linear(attended.flatten(1), self.o_proj), self.attention_norm)
+        gate, up = F.linear(self._norm(hidden, self.mlp_norm), self.gate_up_proj).chunk(2, dim=-1)
+        added = F.linear(gated(gate, up, self.spec.activation), self.down_proj)
+        return hidden + self._norm(added, self.output_norm)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        """The norm of this weight; None: x as it is."""
+        return x if weight is None else rms_norm(x, weight, self.spec.rms_norm_eps)
 
 
 @dataclass(frozen=True)
@@ -105,7 +132,6 @@ class LlamaForCausalLM:
     """[hidden]"""
     lm_head: torch.Tensor
     """[vocab, hidden]; the embedding itself where the model ties them"""
-    rotary: RotaryEmbedding
 
     @property
     def weight_bytes(self) -> int:
@@ -121,7 +147,7 @@ class LlamaForCausalLM:
         hidden = self.embed(batch.token_ids)
         captured = []
         for layer in self.layers:
-            hidden = layer.forward(hidden, batch.positions, self.rotary, attention)
+            hidden = layer.forward(hidden, batch.positions, attention)
             if layer.index in capture:
                 captured.append(hidden)
         features = torch.cat(captured, dim=1) if captured else None
@@ -129,8 +155,9 @@ class LlamaForCausalLM:
 
     @torch.inference_mode()
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding: [T] → [T, hidden]."""
-        return F.embedding(token_ids, self.embed_tokens)
+        """Rows of the embedding, scaled where the family does: [T] → [T, hidden]."""
+        rows = F.embedding(token_ids, self.embed_tokens)
+        return rows if self.spec.embedding_scale == 1 else rows * self.spec.embedding_scale
 
     @torch.inference_mode()
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -152,37 +179,54 @@ class LlamaForCausalLM:
 def load_model(
     source: WeightSource, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
 ) -> LlamaForCausalLM:
-    """Dequantise all weights to ``dtype`` on ``device``.
+    """Dequantise matrices to ``dtype`` on ``device``, and norms to float32.
 
     ``max_model_len`` is the number of positions the rotary tables cover (default: the model's limit).
     """
-
-    def load(*names: str) -> torch.Tensor:
-        tensors = [source.dequantized(name).to(device, dtype) for name in names]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    embed_tokens = load("model.embed_tokens.weight")
+    weights = _Weights(source, dtype, device)
+    rotary = rotary_tables(spec.layers, max_model_len or spec.max_position_embeddings, device)
+    embed_tokens = weights.matrix("model.embed_tokens.weight")
     return LlamaForCausalLM(
         spec=spec,
         embed_tokens=embed_tokens,
-        layers=[_load_layer(load, spec, index) for index in range(spec.num_layers)],
-        norm=load("model.norm.weight"),
-        lm_head=embed_tokens if spec.tie_word_embeddings else load("lm_head.weight"),
-        rotary=RotaryEmbedding(spec, max_model_len or spec.max_position_embeddings, device),
+        layers=[_load_layer(weights, spec, index, rotary[index]) for index in range(spec.num_layers)],
+        norm=weights.norm("model.norm"),
+        lm_head=embed_tokens if spec.tie_word_embeddings else weights.matrix("lm_head.weight"),
     )
 
 
-def _load_layer(load: Callable[..., torch.Tensor], spec: ModelSpec, index: int) -> DecoderLayer:
+@dataclass(frozen=True)
+class _Weights:
+    source: WeightSource
+    dtype: torch.dtype
+    device: torch.device
+
+    def matrix(self, *names: str) -> torch.Tensor:
+        """Some weights, one below the other."""
+        tensors = [self.source.dequantized(name).to(self.device, self.dtype) for name in names]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def norm(self, name: str) -> torch.Tensor:
+        return self.source.dequantized(name + ".weight").to(self.device)
+
+
+def _load_layer(weights: _Weights, spec: ModelSpec, index: int, rotary: RotaryEmbedding | None) -> DecoderLayer:
     prefix = f"model.layers.{index}."
-    qkv = [f"{prefix}self_attn.{name}_proj" for name in "qkv"]
+    attention, mlp, norm = prefix + "self_attn.", prefix + "mlp.", weights.norm
+    qkv = [f"{attention}{name}_proj" for name in "qkv"]
     return DecoderLayer(
         spec=spec,
         index=index,
-        input_layernorm=load(prefix + "input_layernorm.weight"),
-        qkv_proj=load(*(name + ".weight" for name in qkv)),
-        qkv_bias=load(*(name + ".bias" for name in qkv)) if spec.attention_bias else None,
-        o_proj=load(prefix + "self_attn.o_proj.weight"),
-        post_attention_layernorm=load(prefix + "post_attention_layernorm.weight"),
-        gate_up_proj=load(prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"),
-        down_proj=load(prefix + "mlp.down_proj.weight"),
+        rotary=rotary,
+        input_norm=norm(prefix + "input_layernorm"),
+        qkv_proj=weights.matrix(*(name + ".weight" for name in qkv)),
+        qkv_bias=weights.matrix(*(name + ".bias" for name in qkv)) if spec.attention_bias else None,
+        q_norm=norm(attention + "q_norm") if spec.qk_norm else None,
+        k_norm=norm(attention + "k_norm") if spec.qk_norm else None,
+        o_proj=weights.matrix(attention + "o_proj.weight"),
+        attention_norm=norm(prefix + "post_attention_layernorm") if spec.output_norms else None,
+        mlp_norm=norm(prefix + spec.mlp_norm),
+        gate_up_proj=weights.matrix(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
+        down_proj=weights.matrix(mlp + "down_proj.weight"),
+        output_norm=norm(prefix + "post_feedforward_layernorm") if spec.output_norms else None,
     )

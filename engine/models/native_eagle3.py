@@ -15,7 +15,7 @@ from engine.batch import Features, ForwardBatch
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
-from engine.models.native_llama import gate_up_rows, make_decoder
+from engine.models.native_llama import cos_sin, gate_up_rows, make_decoder
 from kernels.batched_lora import LoraRows
 from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows
 from kernels.native_decoder import LayerWeights
@@ -63,10 +63,11 @@ class NativeEagle3:
             gate_up=self._matrices["gate_up_proj.weight"],
             down=self._matrices["down_proj.weight"],
             input_norm=self._norms["hidden_norm"],
-            post_norm=self._norms["post_attention_norm"],
+            mlp_norm=self._norms["post_attention_norm"],
+            cos_sin=cos_sin(RotaryEmbedding(spec.rope, max_model_len, torch.device("cpu"))),
             embedding_norm=self._norms["embedding_norm"],
         )
-        self.layer = make_decoder(team, config, RotaryEmbedding(spec, max_model_len, torch.device("cpu")), [layer])
+        self.layer = make_decoder(team, config, [layer], target=spec)
         self.weight_bytes = sum(matrix.num_bytes for matrix in self._matrices.values())
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Llama and Qwen2 decoders on the compiled CPU kernels, with GGUF weights multiplied as they are stored."""
+"""Decoders of all families on the compiled CPU kernels, with GGUF weights multiplied as they are stored."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from engine.attention.native_cpu import NativeAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import ModelSpec
 from engine.models.eagle3_config import Eagle3Config
-from engine.models.llama import HeadSlab, RotaryEmbedding
+from engine.models.llama import HeadSlab, RotaryEmbedding, rotary_tables
 from engine.models.weights import WeightSource
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
-from kernels.native_decoder import Decoder, LayerWeights, PassOutputs
+from kernels.native_decoder import Decoder, LayerWeights, PassOutputs, unpack_rows
 
 
 def unsupported_shape(spec: ModelSpec) -> str | None:
@@ -25,8 +25,10 @@ def unsupported_shape(spec: ModelSpec) -> str | None:
     for name in ("hidden_size", "intermediate_size", "head_dim"):
         if getattr(spec, name) % 32:
             return f"{name} {getattr(spec, name)} is not a multiple of 32"
-    if spec.head_dim > 512:
-        return f"head_dim {spec.head_dim} is over 512"
+    turning = {layer.rope.dim for layer in spec.layers if layer.rope is not None}
+    for dim in turning:
+        if dim % 32:
+            return f"of each head {dim} dimensions turn, which is not a multiple of 32"
     return None
 
 
@@ -38,9 +40,9 @@ def gate_up_rows(intermediate_size: int) -> tuple[npt.NDArray[np.int64], npt.NDA
 
 
 def make_decoder(
-    team: Team, shape: ModelSpec | Eagle3Config, rotary: RotaryEmbedding, layers: Sequence[LayerWeights]
+    team: Team, shape: ModelSpec | Eagle3Config, layers: Sequence[LayerWeights], target: ModelSpec
 ) -> Decoder:
-    """The compiled stack of these layers."""
+    """The compiled stack of these layers: the target's own, or a draft's for it, which shares its embedding."""
     return Decoder(
         team,
         hidden=shape.hidden_size,
@@ -49,9 +51,16 @@ def make_decoder(
         kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
         norm_eps=shape.rms_norm_eps,
-        cos_sin=torch.cat((rotary.cos, rotary.sin), dim=1),
         layers=layers,
+        gate=shape.activation if isinstance(shape, ModelSpec) else "silu",
+        attention_scale=shape.attention_scale if isinstance(shape, ModelSpec) else None,
+        embedding_scale=target.embedding_scale,
     )
+
+
+def cos_sin(rotary: RotaryEmbedding) -> torch.Tensor:
+    """Its tables as the kernels read them: [max_positions, rope.dim] float32, cosines, then sines."""
+    return torch.cat((rotary.cos, rotary.sin), dim=1)
 
 
 class NativeLlama:
@@ -77,8 +86,10 @@ class NativeLlama:
         self.head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
         self._logits = torch.empty(0, spec.vocab_size)
         self._norm = source.dequantized("model.norm.weight")
-        layers = [pack.layer(index) for index in range(spec.num_layers)]
-        self._decoder = make_decoder(team, spec, RotaryEmbedding(spec, max_model_len, torch.device("cpu")), layers)
+        rotary = rotary_tables(spec.layers, max_model_len, torch.device("cpu"))
+        tables = {table: cos_sin(table) for table in rotary if table is not None}
+        layers = [pack.layer(index, None if table is None else tables[table]) for index, table in enumerate(rotary)]
+        self._decoder = make_decoder(team, spec, layers, target=spec)
         matrices = [m for layer in layers for m in (*layer.qkv, layer.output, layer.gate_up, layer.down)]
         tied = self.head is self.embedding
         self.weight_bytes = sum(m.num_bytes for m in (*matrices, self.head, *(() if tied else (self.embedding,))))
@@ -93,7 +104,7 @@ class NativeLlama:
         return ForwardOutput(outputs.hidden, outputs.features if capture else None)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding: [T] int32 → [T, hidden] float32."""
+        """Rows of the embedding, scaled where the family does: [T] int32 → [T, hidden] float32."""
         return self._decoder.embed(self.embedding, token_ids)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -115,7 +126,7 @@ class NativeLlama:
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Rows of the output projection: [n] int32 → [n, hidden] float32."""
-        return self._decoder.embed(self.head, token_ids)
+        return unpack_rows(self._team, self.head, token_ids)
 
 
 class _Packer:
@@ -139,16 +150,27 @@ class _Packer:
         part = self._part(name, np.arange(len(row_ids)), row_ids=row_ids)
         return PackedMatrix(len(row_ids), self._shapes[name][1], [part], None, self._digits)
 
-    def layer(self, index: int) -> LayerWeights:
-        prefix = f"model.layers.{index}."
+    def layer(self, index: int, tables: torch.Tensor | None) -> LayerWeights:
+        """A layer with the tables of its rotary embedding, which are [max_positions, rope.dim]."""
+        spec, prefix = self._spec, f"model.layers.{index}."
         qkv = [f"{prefix}self_attn.{letter}_proj.weight" for letter in "qkv"]
+
+        def norm(name: str, exists: bool) -> torch.Tensor | None:
+            return self._source.dequantized(f"{prefix}{name}.weight") if exists else None
+
         return LayerWeights(
             qkv=[self.matrix(*names) for _, names in groupby(qkv, key=self._format)],
             output=self.matrix(prefix + "self_attn.o_proj.weight"),
             gate_up=self._gate_up(prefix + "mlp."),
             down=self.matrix(prefix + "mlp.down_proj.weight"),
-            input_norm=self._source.dequantized(prefix + "input_layernorm.weight"),
-            post_norm=self._source.dequantized(prefix + "post_attention_layernorm.weight"),
+            input_norm=self._source.dequantized(f"{prefix}input_layernorm.weight"),
+            mlp_norm=self._source.dequantized(f"{prefix}{spec.mlp_norm}.weight"),
+            cos_sin=tables,
+            q_norm=norm("self_attn.q_norm", spec.qk_norm),
+            k_norm=norm("self_attn.k_norm", spec.qk_norm),
+            attention_norm=norm("post_attention_layernorm", spec.output_norms),
+            output_norm=norm("post_feedforward_layernorm", spec.output_norms),
+            window=spec.layers[index].sliding_window,
         )
 
     def _gate_up(self, prefix: str) -> PackedMatrix:

@@ -8,7 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from engine.models.config import ModelError, ModelSpec, spec_from_config
+from engine.models.config import ModelError, ModelSpec
+from engine.models.families.known import spec_from_config
+from engine.models.stored_tensors import stored_shapes
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 
@@ -61,7 +63,7 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _check_tensors(directory: Path, spec: ModelSpec) -> None:
-    missing = spec.tensor_shapes()
+    missing = stored_shapes(spec)
     for path in weight_files(directory):
         try:
             header = read_header(path)

@@ -15,9 +15,11 @@ from gguf.constants import GGMLQuantizationType
 from safetensors import safe_open
 
 from engine.models.config import ModelError, ModelFiles
-from engine.models.gguf_file import GGUFFile, GGUFTensor
+from engine.models.families.known import family_of
+from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
-from engine.models.safetensors_spec import weight_files
+from engine.models.safetensors_spec import read_spec, weight_files
+from engine.models.stored_tensors import StoredRows, stored_rows
 
 _FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
 
@@ -59,32 +61,34 @@ class _GGUFWeights(WeightSource):
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
         self._spec = spec_from_gguf(self._file)
+        self._places, self._shapes = stored_rows(self._spec), self._spec.tensor_shapes()
         self._stored_names = gguf_tensor_names(self._spec)
+        self._interleaves = family_of(self._spec.architecture).gguf_interleaves_rotary
 
     def dequantized(self, name: str) -> torch.Tensor:
-        tensor = self._tensor(name)
-        values = gguf.quants.dequantize(self._rows(name, tensor), tensor.type)
+        rows, kind = self._rows(name)
+        values = gguf.quants.dequantize(rows, kind)
         if not values.flags.writeable:  # float32 as stored: still a view of the file
             values = values.copy()
-        return torch.from_numpy(values.reshape(tensor.shape))
+        return torch.from_numpy(values.reshape(self._shapes[name]))
 
     def quantized(self, name: str) -> QuantizedTensor | None:
-        tensor = self._tensor(name)
-        if tensor.type in _FLOAT_TYPES:
-            return None
-        return QuantizedTensor(self._rows(name, tensor), tensor.type, tensor.shape)
+        rows, kind = self._rows(name)
+        return None if kind in _FLOAT_TYPES else QuantizedTensor(rows, kind, self._shapes[name])
 
-    def _tensor(self, name: str) -> GGUFTensor:
-        if name not in self._stored_names:
+    def _rows(self, name: str) -> tuple[npt.NDArray[np.uint8], GGMLQuantizationType]:
+        """The weight's bytes, one row of the matrix (or one element of a bias) a row."""
+        if name not in self._places:
             raise ModelError(f"{self._file.path}: no tensor {name!r}")
-        return self._file.tensors[self._stored_names[name]]
-
-    def _rows(self, name: str, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes, one row of the matrix (or one element of a bias) a row."""
+        place = self._places[name]
+        tensor = self._file.tensors[self._stored_names[place.tensor]]
         rows = self._file.data(tensor.name)
-        if self._spec.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            return _uninterleave_rotary(rows, self._spec.num_heads if ".q_proj." in name else self._spec.num_kv_heads)
-        return rows
+        if len(tensor.shape) > 1:
+            rows = rows[place.rows]
+        if self._interleaves and (".q_proj." in name or ".k_proj." in name):
+            heads = self._spec.num_heads if ".q_proj." in name else self._spec.num_kv_heads
+            rows = _uninterleave_rotary(rows, heads)
+        return rows, tensor.type
 
 
 def _uninterleave_rotary(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uint8]:
@@ -102,18 +106,22 @@ class _SafetensorsWeights(WeightSource):
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        spec = read_spec(directory)
+        self._places, self._norm_offset = stored_rows(spec), family_of(spec.architecture).norm_offset
         files: list[Any] = [safe_open(path, framework="pt") for path in weight_files(directory)]
         self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
 
     def dequantized(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._file(name).get_tensor(name)
-        return tensor.float()
+        place = self._place(name)
+        tensor: torch.Tensor = self._file_of[place.tensor].get_slice(place.tensor)[place.rows].float()
+        return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def quantized(self, name: str) -> QuantizedTensor | None:
-        self._file(name)
+        self._place(name)
         return None
 
-    def _file(self, name: str) -> Any:
-        if name not in self._file_of:
+    def _place(self, name: str) -> StoredRows:
+        place = self._places.get(name)
+        if place is None or place.tensor not in self._file_of:
             raise ModelError(f"{self._directory}: no tensor {name!r}")
-        return self._file_of[name]
+        return place

@@ -46,27 +46,31 @@ void evo_lora(Team& team, const LoraRows& lora, const bf16* x, int rows, int str
   });
 }
 
-// One layer's attention on its own: q [tokens][heads][dim], k and v [tokens][kv_heads][dim], out like q.
+// One layer's attention on its own: q [tokens][heads][dim], k and v [tokens][kv_heads][dim], out like q. softmax_scale:
+// of the products of queries and keys; window: as in attention.h.
 void evo_attention(Team& team, const Batch& batch, const KvLayers& kv, int layer, int heads, int kv_heads, int head_dim,
-                   const float* q, const float* k, const float* v, float* out) {
+                   float softmax_scale, int window, const float* q, const float* k, const float* v, float* out) {
   const size_t q_size = static_cast<size_t>(heads) * head_dim, kv_size = static_cast<size_t>(kv_heads) * head_dim;
   const KvCache cache = kv.of_layer(layer, kv_heads, head_dim);
   std::vector<bf16> scaled(batch.num_tokens * q_size), attended(batch.num_tokens * q_size);
-  const float scale = score_scale(head_dim);
+  const float scale = score_scale(softmax_scale);
   team.run([&](int) {
     team.work(batch.num_tokens, [&](int t) {
       write_kv(cache, batch.slots[t], k + t * kv_size, v + t * kv_size);
       for (size_t i = t * q_size; i < (t + 1) * q_size; ++i) scaled[i] = to_bf16(q[i] * scale);
     });
     team.barrier();
-    attention(team, batch, cache, heads, scaled.data(), attended.data());
+    attention(team, batch, cache, heads, window, scaled.data(), attended.data());
   });
   for (size_t i = 0; i < attended.size(); ++i) out[i] = to_float(attended[i]);
 }
 
-Decoder* evo_decoder_new(Team& team, const DecoderShape& shape, const float* cos_sin) {
-  return new Decoder(team, shape, cos_sin);
+// out [count][table.k] = rows of a matrix.
+void evo_unpack_rows(Team& team, const Matrix& table, const int32_t* rows, int count, float* out) {
+  unpack_rows(team, table, rows, count, out);
 }
+
+Decoder* evo_decoder_new(Team& team, const DecoderShape& shape) { return new Decoder(team, shape); }
 
 void evo_decoder_free(Decoder* decoder) { delete decoder; }
 

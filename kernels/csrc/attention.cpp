@@ -32,7 +32,8 @@ struct Rows {
   int count;
   const bf16* q[kMaxRows];
   bf16* out[kMaxRows];
-  int limit[kMaxRows];  // keys this row may see
+  int first[kMaxRows];  // the first key this row may see, and
+  int limit[kMaxRows];  // the first after that which it may not; both ascend with the rows
 };
 
 struct Scratch {
@@ -112,7 +113,9 @@ void score(const Rows& rows, const bf16* keys, int stride, int head_dim, int col
   kScoreKeys[rows.count - 1](rows, keys, stride, head_dim, column, local);
 }
 
-void accumulate(const Rows& rows, const KvCache& cache, const int32_t* blocks, int head, int count, Scratch& local) {
+// begin: the column of the weights that belongs to the first of `blocks`.
+void accumulate(const Rows& rows, const KvCache& cache, const int32_t* blocks, int head, int begin, int count,
+                Scratch& local) {
   const int dim = cache.head_dim;
   constexpr int kWide = kValueVectors * kLanes, kNarrow = std::min(kWide, 32);  // a head may end with 32 dimensions
   for (int d = 0, size; d < dim; d += size) {
@@ -120,31 +123,32 @@ void accumulate(const Rows& rows, const KvCache& cache, const int32_t* blocks, i
     const Values values{cache, blocks, head, d};
     if constexpr (kMayHaveAmx) {
       if (rows.count > kVectorRows) {
-        add_value_tiles(size == kWide, local.weights[0], values, count, local.sums.data() + d);
+        add_value_tiles(size == kWide, local.weights[0] + begin, values, count, local.sums.data() + d);
         continue;
       }
     }
     const AddValues* by_rows = size == kWide ? kAddValues<kValueVectors> : kAddValues<kNarrow / kLanes>;
     for (int r = 0; r < rows.count; r += kValueRows) {
       const AddValues add = by_rows[std::min(kValueRows, rows.count - r) - 1];
-      add(local.weights[r], values, count, local.sums.data() + r * dim + d);
+      add(local.weights[r] + begin, values, count, local.sums.data() + r * dim + d);
     }
   }
 }
 
-// Masks what the row may not see, and returns the segment's largest score.
-float mask_and_max(float* scores, int visible, int padded) {
+// Masks all of the columns begin .. end - 1 but first .. limit - 1, and returns the largest score.
+float mask_and_max(float* scores, int first, int limit, int begin, int end) {
   const float minus_infinity = -std::numeric_limits<float>::infinity();
-  for (int c = std::max(visible, 0); c < padded; ++c) scores[c] = minus_infinity;
+  for (int c = begin; c < std::min(first, end); ++c) scores[c] = minus_infinity;
+  for (int c = std::max(limit, begin); c < end; ++c) scores[c] = minus_infinity;
   Floats most = all(minus_infinity);
-  for (int c = 0; c < padded; c += kLanes) most = maximum(most, load(scores + c));
+  for (int c = begin; c < end; c += kLanes) most = maximum(most, load(scores + c));
   return largest(most);
 }
 
-float exponentiate(const float* scores, bf16* weights, int padded, float largest) {
+float exponentiate(const float* scores, bf16* weights, int begin, int end, float largest) {
   const Floats shift = all(largest);
   Floats total = all(0.0f);
-  for (int c = 0; c < padded; c += kLanes) {
+  for (int c = begin; c < end; c += kLanes) {
     const Floats s = load(scores + c);
     const Floats w = choose(more(s, all(-1e30f)), exp2_nonpositive(s - shift), all(0.0f));  // 0 where it may not see
     store_bf16(weights + c, w);
@@ -171,9 +175,12 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
   float largest[kMaxRows], total[kMaxRows] = {};
   std::fill(largest, largest + kMaxRows, -std::numeric_limits<float>::infinity());
 
-  for (int start = 0; start < context; start += kSegment) {
+  // Segments begin at multiples of their length, whatever a row may see: so its bits do not depend on the other rows. What
+  // no row sees is left out, which adds as much as weights of zero.
+  for (int start = rows.first[0] / kSegment * kSegment; start < context; start += kSegment) {
     const int padded = (std::min(context - start, kSegment) + size - 1) / size * size;
-    for (int c = 0; c < padded; c += kLanes) {
+    const int begin = std::max(rows.first[0] - start, 0) / size * size;
+    for (int c = begin; c < padded; c += kLanes) {
       if (c % size == 0) {  // blocks lie anywhere in memory: the hardware cannot guess the next one
         const int block = (start + c) / size;
         prefetch<_MM_HINT_T1>(cache.value_head(blocks[block], head), cache.head_size() * sizeof(bf16));
@@ -185,18 +192,18 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
       score(rows, keys, size, dim, c, local);
     }
     for (int r = 0; r < rows.count; ++r) {
-      const float segment = mask_and_max(local.scores[r], rows.limit[r] - start, padded);
+      const float segment = mask_and_max(local.scores[r], rows.first[r] - start, rows.limit[r] - start, begin, padded);
       const float next = std::max(largest[r], segment);
       if (next == -std::numeric_limits<float>::infinity()) {  // this row sees nothing of this segment
-        std::fill(local.weights[r], local.weights[r] + padded, bf16{0});
+        std::fill(local.weights[r] + begin, local.weights[r] + padded, bf16{0});
         continue;
       }
       const float keep = std::exp2(largest[r] - next);
       if (keep != 1.0f) scale(local.sums.data() + r * dim, dim, keep);
-      total[r] = total[r] * keep + exponentiate(local.scores[r], local.weights[r], padded, next);
+      total[r] = total[r] * keep + exponentiate(local.scores[r], local.weights[r], begin, padded, next);
       largest[r] = next;
     }
-    accumulate(rows, cache, blocks + start / size, head, padded, local);
+    accumulate(rows, cache, blocks + (start + begin) / size, head, begin, padded - begin, local);
   }
   for (int r = 0; r < rows.count; ++r) {
     const float* sums = local.sums.data() + r * dim;
@@ -224,7 +231,7 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
   }
 }
 
-void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, const bf16* q, bf16* out) {
+void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const bf16* q, bf16* out) {
   const int group = heads / cache.kv_heads, dim = cache.head_dim;
   // Work items are laid out as: sequence, then slice of its rows, then KV head.
   auto slice_rows = [&](int b) {
@@ -255,6 +262,7 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
       rows.q[r] = q + at;
       rows.out[r] = out + at;
       rows.limit[r] = batch.seq_lens[b] - query_len + query + 1;
+      rows.first[r] = window == 0 ? 0 : std::max(rows.limit[r] - window, 0);
     }
     attend(cache, batch.block_tables + static_cast<size_t>(b) * batch.max_blocks, head, rows);
   });

@@ -5,8 +5,6 @@
 // so that both products are chains of vdpbf16ps over whole registers, read forward, with nothing gathered.
 #pragma once
 
-#include <cmath>
-
 #include "simd.h"
 #include "threads.h"
 
@@ -50,14 +48,15 @@ struct Batch {
   const int32_t* slots;
 };
 
-// Factor of q that makes scores exponents of two.
-inline float score_scale(int head_dim) { return 1.44269504f / std::sqrt(static_cast<float>(head_dim)); }
+// Factor of q that makes scores exponents of two, where products of queries and keys are multiplied with `scale`.
+inline float score_scale(float scale) { return 1.44269504f * scale; }
 
 // Writes one token's keys and values (float [kv_heads][head_dim]) into its slot.
 void write_kv(const KvCache& cache, int slot, const float* key, const float* value);
 
-// q: [tokens][heads][head_dim] bf16, already scaled by softmax scale * log2(e). out: the same shape, bf16.
+// q: [tokens][heads][head_dim] bf16, already scaled by score_scale. out: the same shape, bf16.
+// window: how many tokens each attends to, itself included; 0: all.
 // Inside Team::run, by all threads; ends without a barrier.
-void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, const bf16* q, bf16* out);
+void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const bf16* q, bf16* out);
 
 }  // namespace evospec

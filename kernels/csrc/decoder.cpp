@@ -11,20 +11,42 @@ namespace evospec {
 
 namespace {
 
-void rms_norm(const float* x, const float* weight, float eps, int size, bf16* out) {
+// What makes a row's root mean square one.
+float rms_factor(const float* x, float eps, int size) {
   Floats squares = all(0.0f);
   for (int i = 0; i < size; i += 16) {
     const Floats v = load(x + i);
     squares = multiply_add(v, v, squares);
   }
-  const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
-  for (int i = 0; i < size; i += 16) store_bf16(out + i, load(x + i) * all(factor) * load(weight + i));
+  return 1.0f / std::sqrt(sum(squares) / static_cast<float>(size) + eps);
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int size, bf16* out) {
+  const Floats factor = all(rms_factor(x, eps, size));
+  for (int i = 0; i < size; i += 16) store_bf16(out + i, load(x + i) * factor * load(weight + i));
+}
+
+// Half-split rotary embedding of the first `dim` values, in place; cos_sin: of the position.
+void rotate(const float* cos_sin, int dim, float* x) {
+  const int half = dim / 2;
+  const float* sin = cos_sin + half;
+  for (int d = 0; d < half; d += 16) {
+    const Floats a = load(x + d), b = load(x + d + half), c = load(cos_sin + d), s = load(sin + d);
+    store(x + d, multiply_subtract(a, c, b * s));
+    store(x + d + half, multiply_add(b, c, a * s));
+  }
 }
 
 }  // namespace
 
-Decoder::Decoder(Team& team, const DecoderShape& shape, const float* cos_sin)
-    : shape_(shape), cos_sin_(cos_sin), team_(team) {}
+void unpack_rows(Team& team, const Matrix& matrix, const int32_t* rows, int count, float* out) {
+  // A few rows are unpacked in less time than it takes to wake the others.
+  for_each_item(&team, count, static_cast<size_t>(count) * matrix.k, [&](int i) {
+    unpack_row(matrix, rows[i], out + static_cast<size_t>(i) * matrix.k);
+  });
+}
+
+Decoder::Decoder(Team& team, const DecoderShape& shape) : shape_(shape), team_(team) {}
 
 void Decoder::reserve(int tokens) {
   const size_t rows = static_cast<size_t>(tokens + 31) / 32 * 32;
@@ -34,6 +56,7 @@ void Decoder::reserve(int tokens) {
     if (buffer.size() < size) buffer.resize(size);
   };
   grow(normed_, rows * 2 * shape_.hidden);  // a draft layer's input is twice as wide
+  grow(added_, rows * shape_.hidden);
   grow(q_, rows * heads);
   grow(attended_, rows * heads);
   grow(qkv_, rows * qkv);
@@ -41,10 +64,10 @@ void Decoder::reserve(int tokens) {
 }
 
 void Decoder::embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual) {
-  // A few rows are unpacked in less time than it takes to wake the others.
-  for_each_item(&team_, count, static_cast<size_t>(count) * shape_.hidden, [&](int i) {
-    unpack_row(embedding, token_ids[i], residual + static_cast<size_t>(i) * shape_.hidden);
-  });
+  unpack_rows(team_, embedding, token_ids, count, residual);
+  if (shape_.embedding_scale == 1.0f) return;
+  const size_t size = static_cast<size_t>(count) * shape_.hidden;
+  for (size_t i = 0; i < size; i += 16) store(residual + i, load(residual + i) * all(shape_.embedding_scale));
 }
 
 // Rows of `hidden` values in, rows `stride` apart out.
@@ -66,37 +89,50 @@ void Decoder::normalize_input(const Layer& layer, const float* embeddings, const
   }
 }
 
-// Half-split rotary embedding of one head.
-void Decoder::rotate(const float* x, int position, float* out) const {
-  const int half = shape_.head_dim / 2;
-  const float* cos = cos_sin_ + static_cast<size_t>(position) * shape_.head_dim;
-  const float* sin = cos + half;
-  for (int d = 0; d < half; d += 16) {
-    const Floats a = load(x + d), b = load(x + d + half), c = load(cos + d), s = load(sin + d);
-    store(out + d, multiply_subtract(a, c, b * s));
-    store(out + d + half, multiply_add(b, c, a * s));
+// One head of queries or keys, in place: its norm, if there is one, then its rotary embedding.
+void Decoder::prepare_head(const Layer& layer, const float* norm, int position, float* head) const {
+  const int dim = shape_.head_dim;
+  if (norm != nullptr) {
+    const Floats factor = all(rms_factor(head, shape_.norm_eps, dim));
+    for (int d = 0; d < dim; d += 16) store(head + d, load(head + d) * factor * load(norm + d));
   }
+  if (layer.cos_sin == nullptr) return;
+  rotate(layer.cos_sin + static_cast<size_t>(position) * layer.rotary_dim, layer.rotary_dim, head);
 }
 
 // row: of the queries, where the token's go; -1: nowhere.
-void Decoder::rotate_and_write(const Batch& batch, const KvCache& kv, int token, int row) {
+void Decoder::prepare_and_write(const Batch& batch, const KvCache& kv, const Layer& layer, int token, int row) {
   const int dim = shape_.head_dim, q_size = shape_.heads * dim, kv_size = shape_.kv_heads * dim;
   float* q = qkv_.data() + static_cast<size_t>(token) * (q_size + 2 * kv_size);
   float* k = q + q_size;
   const int position = batch.positions[token];
   // Scores are taken to base 2, and scaled here once rather than once a key.
-  const Floats scale = all(score_scale(dim));
-  alignas(64) float rotated[512];
+  const Floats scale = all(score_scale(shape_.attention_scale));
   for (int h = 0; h < shape_.heads && row >= 0; ++h) {
-    rotate(q + h * dim, position, rotated);
+    prepare_head(layer, layer.q_norm, position, q + h * dim);
     bf16* out = q_.data() + static_cast<size_t>(row) * q_size + h * dim;
-    for (int d = 0; d < dim; d += 16) store_bf16(out + d, load(rotated + d) * scale);
+    for (int d = 0; d < dim; d += 16) store_bf16(out + d, load(q + h * dim + d) * scale);
   }
-  for (int h = 0; h < shape_.kv_heads; ++h) {
-    rotate(k + h * dim, position, rotated);
-    std::copy(rotated, rotated + dim, k + h * dim);
-  }
+  for (int h = 0; h < shape_.kv_heads; ++h) prepare_head(layer, layer.k_norm, position, k + h * dim);
   write_kv(kv, batch.slots[token], k, k + kv_size);
+}
+
+// The residual stream gains x W^T, after its norm, if there is one.
+void Decoder::add_product(const Matrix& weight, const bf16* x, int tokens, const float* norm, float* residual) {
+  const int hidden = shape_.hidden;
+  if (norm == nullptr) {
+    linear(team_, {&weight, x, tokens, Epilogue::kAdd, residual, hidden});
+    return team_.barrier();
+  }
+  linear(team_, {&weight, x, tokens, Epilogue::kStore, added_.data(), hidden});
+  team_.barrier();
+  team_.work(tokens, [&](int token) {
+    const float* added = added_.data() + static_cast<size_t>(token) * hidden;
+    float* out = residual + static_cast<size_t>(token) * hidden;
+    const Floats factor = all(rms_factor(added, shape_.norm_eps, hidden));
+    for (int i = 0; i < hidden; i += 16) store(out + i, load(out + i) + load(added + i) * factor * load(norm + i));
+  });
+  team_.barrier();
 }
 
 Decoder::Kept::Kept(const Batch& all, const LoraRows* all_lora, const WantedRows& wanted)
@@ -138,10 +174,10 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
       const bf16* x = normed_.data() + static_cast<size_t>(token) * lora->qkv.inputs;
       add_lora(*lora, lora->qkv, token, x, qkv_.data() + static_cast<size_t>(token) * columns);
     }
-    rotate_and_write(batch, kv, token, kept == nullptr ? token : kept->row_of[token]);
+    prepare_and_write(batch, kv, layer, token, kept == nullptr ? token : kept->row_of[token]);
   });
   team_.barrier();
-  attention(team_, kept == nullptr ? batch : kept->batch, kv, shape_.heads, q_.data(), attended_.data());
+  attention(team_, kept == nullptr ? batch : kept->batch, kv, shape_.heads, layer.window, q_.data(), attended_.data());
   team_.barrier();
 }
 
@@ -163,16 +199,14 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
   const int tokens = kept == nullptr ? batch.num_tokens : kept->batch.num_tokens, hidden = shape_.hidden;
   if (tokens == 0) return;
   if (lora != nullptr && kept != nullptr) lora = &kept->lora;
-  linear(team_, {&layer.output, attended_.data(), tokens, Epilogue::kAdd, residual, hidden});
-  team_.barrier();
+  add_product(layer.output, attended_.data(), tokens, layer.attention_norm, residual);
   if (lora != nullptr) adapt(*lora, lora->output, attended_.data(), tokens, residual);
 
-  normalize(layer.post_norm, residual, tokens, normed_.data(), hidden);
+  normalize(layer.mlp_norm, residual, tokens, normed_.data(), hidden);
   team_.barrier();
-  linear(team_, {&layer.gate_up, normed_.data(), tokens, Epilogue::kSiluMul, gated_.data(), shape_.intermediate});
+  linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate});
   team_.barrier();
-  linear(team_, {&layer.down, gated_.data(), tokens, Epilogue::kAdd, residual, hidden});
-  team_.barrier();
+  add_product(layer.down, gated_.data(), tokens, layer.output_norm, residual);
   if (lora != nullptr) adapt(*lora, lora->down, gated_.data(), tokens, residual);
 }
 

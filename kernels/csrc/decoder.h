@@ -1,4 +1,5 @@
-// The whole decoder stack (llama and qwen2 families) for one ragged batch.
+// The whole decoder stack for one ragged batch. Families differ by what their layers have: null and zero stand for what a
+// Llama has not.
 #pragma once
 
 #include <vector>
@@ -14,16 +15,30 @@ struct Layer {
   int num_qkv;
   Matrix output, gate_up, down;
   const float* input_norm;
-  const float* post_norm;
+  const float* mlp_norm;
   // Of a draft layer (EAGLE-3): its q, k and v take the token's embedding, normalised by this, beside the normalised
   // residual stream, 2 * hidden wide. Null otherwise.
   const float* embedding_norm;
+  const float* q_norm;  // [head_dim], of each head before its rotary embedding
+  const float* k_norm;
+  const float* attention_norm;  // [hidden], of what attention adds to the residual stream
+  const float* output_norm;     // and of what the MLP adds
+  // [max_positions][rotary_dim]: rotary_dim / 2 cosines, then as many sines; null: no rotary embedding.
+  const float* cos_sin;
+  int rotary_dim;  // dimensions of a head that turn, the first ones; a multiple of 32
+  int window;      // how many tokens are attended to, the token itself included; 0: all
 };
 
 struct DecoderShape {
   int hidden, intermediate, heads, kv_heads, head_dim;
+  Epilogue gate;  // what the MLP does with gate and up
   float norm_eps;
+  float attention_scale;  // of the products of queries and keys
+  float embedding_scale;
 };
+
+// out [count][matrix.k]: rows of a matrix.
+void unpack_rows(Team& team, const Matrix& matrix, const int32_t* rows, int count, float* out);
 
 // What a pass leaves behind besides the residual stream.
 struct PassOutputs {
@@ -42,12 +57,11 @@ struct WantedRows {
 
 class Decoder {
  public:
-  // cos_sin: [max_positions][head_dim]: head_dim / 2 cosines, then as many sines.
-  Decoder(Team& team, const DecoderShape& shape, const float* cos_sin);
+  Decoder(Team& team, const DecoderShape& shape);
 
   void add_layer(const Layer& layer) { layers_.push_back(layer); }
 
-  // residual [tokens][hidden] = rows of the embedding.
+  // residual [tokens][hidden] = rows of the embedding, scaled.
   void embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual);
 
   // Runs all layers on the residual stream, in place. embeddings [tokens][hidden]: for a draft layer, else null.
@@ -80,16 +94,16 @@ class Decoder {
               float* residual);
   void keep(const WantedRows& wanted, float* residual) const;
   void adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* x, int tokens, float* residual);
-  void rotate_and_write(const Batch& batch, const KvCache& kv, int token, int row);
-  void rotate(const float* x, int position, float* out) const;
+  void add_product(const Matrix& weight, const bf16* x, int tokens, const float* norm, float* residual);
+  void prepare_and_write(const Batch& batch, const KvCache& kv, const Layer& layer, int token, int row);
+  void prepare_head(const Layer& layer, const float* norm, int position, float* head) const;
 
   const DecoderShape shape_;
-  const float* cos_sin_;
   Team& team_;
   std::vector<Layer> layers_;
   // Activations of a step; rows are padded to whole AMX tiles.
   std::vector<bf16> normed_, q_, attended_, gated_;
-  std::vector<float> qkv_;
+  std::vector<float> qkv_, added_;
 };
 
 }  // namespace evospec

@@ -40,9 +40,9 @@ Scratch& scratch() {
 
 void finish_row(const Linear& op, int row, int column, const float* y) {
   Floats y0 = load(y), y1 = load(y + kGroup);
-  if (op.epilogue == Epilogue::kSiluMul) {
+  if (op.epilogue == Epilogue::kSiluMul || op.epilogue == Epilogue::kGeluMul) {
     bf16* out = static_cast<bf16*>(op.out) + static_cast<size_t>(row) * op.stride + column / 2;
-    store_bf16(out, silu(y0) * y1);
+    store_bf16(out, (op.epilogue == Epilogue::kSiluMul ? silu(y0) : gelu(y0)) * y1);
     return;
   }
   if (op.weight->bias != nullptr) {

@@ -10,6 +10,7 @@ enum class Epilogue {
   kStore,    // out[m][n] = y + bias                                   float, row stride `stride`
   kAdd,      // out[m][n] += y + bias                                  float: the residual stream
   kSiluMul,  // out[m][n / 2] = silu(gate) * up, in bf16; W's groups alternate gate, up
+  kGeluMul,  // the same with gelu(gate)
 };
 
 struct Linear {

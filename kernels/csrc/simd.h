@@ -60,11 +60,20 @@ inline Floats exp2_nonpositive(Floats x) {
   return times_power_of_two(p, whole);
 }
 
+// x * sigmoid(y)
+inline Floats times_sigmoid(Floats x, Floats y) {
+  const Floats e = exp2_nonpositive(absolute(y) * all(-1.44269504f));  // exp(-|y|)
+  // sigmoid(y) = e / (1 + e) for y < 0
+  return choose(less(y, all(0.0f)), x * e, x) / (all(1.0f) + e);
+}
+
 // x * sigmoid(x)
-inline Floats silu(Floats x) {
-  const Floats e = exp2_nonpositive(absolute(x) * all(-1.44269504f));  // exp(-|x|)
-  // sigmoid(x) = e / (1 + e) for x < 0
-  return choose(less(x, all(0.0f)), x * e, x) / (all(1.0f) + e);
+inline Floats silu(Floats x) { return times_sigmoid(x, x); }
+
+// GELU by the hyperbolic tangent: x * (1 + tanh(u)) / 2 with u = sqrt(2 / pi) * (x + 0.044715 x^3)
+inline Floats gelu(Floats x) {
+  const Floats two_u = x * multiply_add(x * x, all(2 * 0.797884561f * 0.044715f), all(2 * 0.797884561f));
+  return times_sigmoid(x, two_u);
 }
 
 }  // namespace evospec

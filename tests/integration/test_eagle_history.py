@@ -121,7 +121,7 @@ class FromScratch:
 
     def __init__(self, loaded: LoadedModel, draft: Eagle3) -> None:
         self._loaded, self._draft = loaded, draft
-        self._rotary = RotaryEmbedding(loaded.spec, loaded.max_model_len, loaded.device)
+        self._rotary = RotaryEmbedding(loaded.spec.rope, loaded.max_model_len, loaded.device)
 
     @torch.inference_mode()
     def hidden(self, token_ids: list[int], drafts: list[int]) -> torch.Tensor:

@@ -154,8 +154,8 @@ def prompts(files: ModelFiles) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def target(files: ModelFiles) -> LoadedModel:
     """The first layers."""
-    spec = dataclasses.replace(validate_model_files(files), num_layers=NUM_LAYERS)
-    return load(config_of(PLAIN), files, spec)
+    spec = validate_model_files(files)
+    return load(config_of(PLAIN), files, dataclasses.replace(spec, layers=spec.layers[:NUM_LAYERS]))
 
 
 @pytest.fixture(scope="module")

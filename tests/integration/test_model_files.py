@@ -92,7 +92,7 @@ def test_files_that_are_not_gguf_are_refused(tmp_path: Path) -> None:
 
 def test_unsupported_gguf_architecture_is_named(gguf_bytes: bytes, tmp_path: Path) -> None:
     message = refusal(tmp_path / "other.gguf", gguf_bytes.replace(b"llama", b"mamba"))
-    assert "architecture 'mamba' is not supported (supported: llama, qwen2)" in message
+    assert "architecture 'mamba' is not supported (supported: llama, qwen2, qwen3, mistral3, " in message
 
 
 def test_unsupported_gguf_tensor_type_is_named(gguf_bytes: bytes, tmp_path: Path) -> None:
@@ -122,16 +122,19 @@ def test_gguf_tensor_of_an_unsupported_feature_is_named(directory: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mamba"}, "architecture 'mamba' is not supported (supported: llama, qwen2)"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "rope scaling 'linear' is not supported"),
+        ({"model_type": "mamba"}, "architecture 'mamba' is not supported (supported: llama, qwen2, qwen3, mistral, "),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -4.0}}, "rope scaling: factor is -4.0, must be positive"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor is None, must be a list"),
+        ({"rope_theta": 0.5}, "rope_theta is 0.5, must be more than 1"),
+        ({"partial_rotary_factor": 0.1}, "1 dimensions turn, must be a positive even number"),
         ({"quantization_config": {"quant_method": "gptq"}}, "not supported: quantization_config"),
         ({"attention_bias": True}, "not supported: attention_bias"),
         ({"use_sliding_window": True}, "not supported: use_sliding_window"),
         ({"hidden_act": "gelu"}, "not supported: hidden_act"),
         ({"num_key_value_heads": 3}, "4 heads cannot share 3 key-value heads"),
         ({"hidden_size": "64"}, "hidden_size is '64', must be of type int"),
-        ({"num_hidden_layers": 0}, "num_layers is 0, must be positive"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, must be 1 to 1024"),
         ({"num_hidden_layers": 4}, "'model.layers.3.input_layernorm.weight' is missing"),
         ({"intermediate_size": 256}, "has the shape"),
         ({"eos_token_id": "two"}, None),

@@ -66,7 +66,7 @@ def test_same_as_the_torch_network(
     team = native.Team(2)
     ours = NativeEagle3(draft, spec, team, 64)
     assert ours.weight_bytes < 2 * sum(weight.numel() for weight in draft.parameters())
-    reference = TorchEagleNetwork(draft.to(dtype), RotaryEmbedding(spec, 64, CPU))
+    reference = TorchEagleNetwork(draft.to(dtype), RotaryEmbedding(spec.rope, 64, CPU))
     native_kv = NativeAttention(attention_spec(heads, spec.head_dim, sequences, torch.bfloat16, CPU, 1), team)
     torch_kv = TorchPagedAttention(attention_spec(heads, spec.head_dim, sequences, dtype, CPU, 1))
     for counts in steps:
@@ -118,7 +118,7 @@ def test_each_sequence_has_its_own_adapter(kind: str, targets: Sequence[LoraTarg
     """Four sequences in a batch, three of them with adapters: each is as if alone with merged weights."""
     files = make_directory(tmp_path / "model", hidden_size=128, head_dim=32)
     spec, draft = validate_model_files(files), rounded_draft(files)
-    rotary = RotaryEmbedding(spec, 64, CPU)
+    rotary = RotaryEmbedding(spec.rope, 64, CPU)
     parts, of_sequence = random_adapters(draft, 3, targets), [1, -1, 2, 0]
     sequences, heads = RaggedSequences(4, 64, 16), (spec.num_heads, spec.num_kv_heads)
 
@@ -160,7 +160,7 @@ def test_other_weights_in_place_are_as_those_of_another_network(kind: str, tmp_p
     def make(draft: Eagle3) -> EagleNetwork:
         if kind == "compiled":
             return NativeEagle3(draft, spec, team, 64)
-        return TorchEagleNetwork(draft, RotaryEmbedding(spec, 64, CPU))
+        return TorchEagleNetwork(draft, RotaryEmbedding(spec.rope, 64, CPU))
 
     def compute(network: EagleNetwork) -> torch.Tensor:
         attention: AttentionBackend

@@ -6,7 +6,7 @@ import json
 import mmap
 import subprocess
 import sys
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -18,21 +18,19 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from engine.attention.base import AttentionBackend, AttentionSpec
+from engine.attention.base import AttentionSpec
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig, RuntimeConfig
 from engine.loader import load
 from engine.models.config import ModelFiles
-from engine.models.llama import LlamaForCausalLM, load_model
-from engine.models.native_llama import NativeLlama
 from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
 from engine.text.tokenizer import Tokenizer
 from kernels import native, targets
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, linear_to_rows, packed_format
+from tests.native_models import check_model, hidden_by_position, random_tokens
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
-from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
+from tests.tiny_models import make_directory, make_gguf
 
 pytestmark = pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
 
@@ -300,14 +298,32 @@ def test_attention(teams: list[Team], steps: str, heads: tuple[int, int], head_d
         assert largest_row_error(output, expected) < ATTENTION_TOLERANCE
 
 
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_attention_within_a_window(teams: list[Team], steps: str, block_size: int) -> None:
+    """Each layer has its own; and products are scaled otherwise."""
+    sequences = RaggedSequences(4, 1152, block_size)
+
+    def spec(dtype: torch.dtype) -> AttentionSpec:
+        shape = attention_spec((9, 3), 64, sequences, dtype, CPU, num_layers=4)
+        return replace(shape, scale=0.2, windows=(1, 24, None, 600))
+
+    backends = [NativeAttention(spec(torch.bfloat16), team) for team in teams]
+    reference = TorchPagedAttention(spec(torch.float32))
+    for output, expected in compare_backends(backends, reference, sequences, STEPS[steps]):
+        assert largest_row_error(output, expected) < ATTENTION_TOLERANCE
+
+
+@pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("heads", [(9, 3), (14, 2), (8, 1)])
-def test_verifying_attends_as_decoding_does(two_threads: Team, heads: tuple[int, int]) -> None:
+def test_verifying_attends_as_decoding_does(two_threads: Team, heads: tuple[int, int], window: int | None) -> None:
     """Bit for bit: a token and all the drafts there can be at once, and one by one."""
     outputs = []
     count = 1 + MAX_SPECULATIVE_TOKENS
     for steps in ([[70, 3], [count, count]], [[70, 3]] + [[1, 1]] * count):
         sequences = RaggedSequences(2, 80, 16)
-        backend = NativeAttention(attention_spec(heads, 64, sequences, torch.bfloat16, CPU), two_threads)
+        spec = replace(attention_spec(heads, 64, sequences, torch.bfloat16, CPU), windows=(window, None))
+        backend = NativeAttention(spec, two_threads)
         generator = torch.Generator().manual_seed(0)
         q, k, v = (torch.randn(2, 80, count, 64, generator=generator) for count in (heads[0], heads[1], heads[1]))
         done, rows = [0, 0], []
@@ -342,46 +358,6 @@ def test_what_is_no_number_stays_with_its_sequence(two_threads: Team, kind: str)
         assert attended(3, None).isfinite().all()
 
 
-def check_model(files: ModelFiles, token_ids: list[int], teams: Sequence[Team], *, keep_quantized: bool = True) -> None:
-    """Logits are not further from float32 than plain bf16 torch is; prefill, then tokens one by one and in pieces."""
-    spec, source = validate_model_files(files), open_weights(files)
-    sequences = RaggedSequences(1, len(token_ids), 16)
-    heads = (spec.num_heads, spec.num_kv_heads)
-
-    def shape(dtype: torch.dtype) -> AttentionSpec:
-        return attention_spec(heads, spec.head_dim, sequences, dtype, CPU, spec.num_layers)
-
-    exact = load_model(source, spec, torch.float32, CPU)
-    narrow = load_model(source, spec, torch.bfloat16, CPU)
-    runs: list[tuple[LlamaForCausalLM | NativeLlama, AttentionBackend]] = [
-        (exact, TorchPagedAttention(shape(torch.float32))),
-        (narrow, TorchPagedAttention(shape(torch.bfloat16))),
-    ]
-    for team in teams:
-        ours = NativeLlama(source, spec, team, len(token_ids), keep_quantized=keep_quantized)
-        runs.append((ours, NativeAttention(shape(torch.bfloat16), team)))
-    logits: list[list[torch.Tensor]] = [[] for _ in runs]
-    first = len(token_ids) - 13
-    begin = 0
-    for count in (first, 1, 1, 1, 2, 3, 5):
-        batch = sequences.step([count])
-        batch.token_ids.copy_(torch.tensor(token_ids[begin : begin + count]))
-        begin += count
-        for (model, attention), rows in zip(runs, logits, strict=True):
-            rows.append(model.compute_logits(model.forward(batch, attention).hidden).clone())
-    expected, rounded, *outputs = (torch.cat(rows) for rows in logits)
-    assert len(expected) == len(token_ids)
-    theirs = (rounded - expected).abs().mean()
-    assert theirs > 0
-    for output in outputs:
-        assert output.shape == expected.shape
-        assert (output - expected).abs().mean() < theirs
-
-
-def random_tokens(count: int) -> list[int]:
-    return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
 @pytest.mark.parametrize("stored", ["F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_model(teams: list[Team], architecture: str, stored: str, tmp_path: Path) -> None:
@@ -401,23 +377,6 @@ def test_smollm2(two_threads: Team, smollm2_path: Path) -> None:
     files = ModelFiles("smollm2-135m", smollm2_path, "gguf")
     text = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n"
     check_model(files, Tokenizer.from_files(files).encode(text), [two_threads])
-
-
-def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]]) -> torch.Tensor:
-    """Of two sequences in these steps, in order of sequence and position; activations of 8 bits."""
-    spec, source = validate_model_files(files), open_weights(files)
-    sequences, tokens = RaggedSequences(2, 64, 16), torch.tensor([random_tokens(64), random_tokens(64)[::-1]])
-    model = NativeLlama(source, spec, team, 64, keep_quantized=True, digits=1)
-    shape = attention_spec((spec.num_heads, spec.num_kv_heads), spec.head_dim, sequences, torch.bfloat16, CPU, 3)
-    attention, rows = NativeAttention(shape, team), {}
-    for counts in steps:
-        batch = sequences.step(counts)
-        owners = torch.repeat_interleave(torch.tensor([i for i in (0, 1) if counts[i]]), batch.query_start_loc.diff())
-        batch.token_ids.copy_(tokens[owners, batch.positions])
-        hidden = model.forward(batch, attention).hidden
-        places = zip(owners.tolist(), batch.positions.tolist(), strict=True)
-        rows.update({place: hidden[row].clone() for row, place in enumerate(places)})
-    return torch.stack([rows[place] for place in sorted(rows)])
 
 
 @pytest.mark.skipif(native.fastest_digits() == 2, reason="with AMX attention goes by tiles")
@@ -493,10 +452,10 @@ def matrix(n, k):
 
 layer = LayerWeights(
     qkv=[matrix(4 * D, 2 * H)], output=matrix(H, 2 * D), gate_up=matrix(2 * H, H), down=matrix(H, H),
-    input_norm=torch.ones(H), post_norm=torch.ones(H), embedding_norm=torch.ones(H),
+    input_norm=torch.ones(H), mlp_norm=torch.ones(H), cos_sin=torch.rand(64, D), embedding_norm=torch.ones(H),
 )
 decoder = Decoder(
-    team, hidden=H, intermediate=H, heads=2, kv_heads=1, head_dim=D, norm_eps=1e-5, cos_sin=torch.rand(64, D),
+    team, hidden=H, intermediate=H, heads=2, kv_heads=1, head_dim=D, norm_eps=1e-5,
     layers=[layer],
 )
 embedding = matrix(V, H)

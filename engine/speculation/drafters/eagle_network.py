@@ -105,4 +105,4 @@ def make_network(draft: Eagle3, target: LoadedModel) -> EagleNetwork:
     """
     if target.team is not None:
         return NativeEagle3(draft, target.spec, target.team, target.max_model_len, target.digits)
-    return TorchEagleNetwork(draft, RotaryEmbedding(target.spec, target.max_model_len, target.device))
+    return TorchEagleNetwork(draft, RotaryEmbedding(target.spec.rope, target.max_model_len, target.device))

@@ -1,0 +1,100 @@
+"""What a family of decoders is, and what all of them read from a configuration. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.models.config import MAX_LAYERS, Activation, LayerSpec, ModelError, ModelSpec
+from engine.models.config_keys import ConfigKeys
+from engine.models.rope_scaling import read_rope
+
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Values of ``layer_types``."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of a family are stored and read."""
+
+    model_type: str
+    """In a config.json"""
+    read: Callable[[ConfigKeys], ModelSpec]
+    """From the keys of a config.json, or from those of a GGUF file under the same names; raises ``ModelError``"""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What a config.json may leave out, as transformers has it"""
+    gguf_architecture: str | None = None
+    """``general.architecture`` in GGUF files; None: they call it by another family's name, or there are none"""
+    gguf_defaults: Callable[[ConfigKeys], Mapping[str, Any]] = lambda config: {}
+    """What GGUF files leave out, from what they say"""
+    gguf_interleaves_rotary: bool = False
+    """Whether rows of q and k are stored in llama.cpp's own order there"""
+    norm_offset: float = 0.0
+    """What is added to the weights of norms. GGUF files have it added already"""
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Matrices of a layer that are stored one below the other, by the name of what they are stored as"""
+
+
+def read_decoder(config: ConfigKeys, activation_key: str = "hidden_act") -> ModelSpec:
+    """A decoder as Llama's: what it reads is the same in all families, which replace what is theirs.
+
+    Raises:
+        ModelError: a feature that is not supported, or a missing or ill-typed entry.
+    """
+    config.refuse("quantization_config", "mlp_bias")
+    num_heads, hidden_size = config.number("num_attention_heads", int), config.number("hidden_size", int)
+    head_dim = config.number("head_dim", int, hidden_size // max(num_heads, 1))
+    rope = read_rope(config, config.section("rope_parameters", "rope_scaling"), rotary_dim(config, head_dim))
+    return ModelSpec(
+        architecture=config.text("model_type", ""),
+        vocab_size=config.number("vocab_size", int),
+        hidden_size=hidden_size,
+        intermediate_size=config.number("intermediate_size", int),
+        num_heads=num_heads,
+        num_kv_heads=config.number("num_key_value_heads", int, num_heads),
+        head_dim=head_dim,
+        layers=(LayerSpec(rope),) * num_layers(config),
+        rms_norm_eps=config.number("rms_norm_eps", float, 1e-6),
+        max_position_embeddings=config.number("max_position_embeddings", int),
+        tie_word_embeddings=config.flag("tie_word_embeddings"),
+        bos_token_id=next(iter(config.ids("bos_token_id")), None),
+        eos_token_ids=config.ids("eos_token_id"),
+        attention_scale=max(head_dim, 1) ** -0.5,
+        activation=_activation(config, activation_key),
+    )
+
+
+def num_layers(config: ConfigKeys) -> int:
+    """How many layers there are; ``ModelError`` where no model has so many."""
+    count = config.number("num_hidden_layers", int)
+    if not 0 < count <= MAX_LAYERS:
+        raise ModelError(f"num_hidden_layers is {count}, must be 1 to {MAX_LAYERS}")
+    return count
+
+
+def rotary_dim(config: ConfigKeys, head_dim: int) -> int:
+    """How many dimensions of a head turn: all, or a share of them."""
+    rope = config.section("rope_parameters", "rope_scaling")
+    share = rope.number("partial_rotary_factor", float, config.number("partial_rotary_factor", float, 1.0))
+    return int(head_dim * share)
+
+
+def layers_of_types(
+    config: ConfigKeys, kinds: Mapping[str, LayerSpec], slides: Callable[[int], bool]
+) -> tuple[LayerSpec, ...]:
+    """Each layer by its entry in ``layer_types``; where there are none, ``slides`` says which have a window."""
+    count = num_layers(config)
+    types = config.items("layer_types", count) or [SLIDING if slides(index) else FULL for index in range(count)]
+    for name in types:
+        if not isinstance(name, str) or name not in kinds:
+            raise ModelError(f"not supported: {name!r} among layer_types")
+    return tuple(kinds[name] for name in types)
+
+
+def _activation(config: ConfigKeys, key: str) -> Activation:
+    name = config.text(key, "silu")
+    if name not in _ACTIVATIONS:
+        raise ModelError(f"not supported: {key} = {name!r}")
+    return _ACTIVATIONS[name]

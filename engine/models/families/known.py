@@ -1,0 +1,48 @@
+"""The families that can be served, by their names in files. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from engine.models.config import ModelError, ModelSpec
+from engine.models.config_keys import ConfigKeys
+from engine.models.families.base import Family
+from engine.models.families.gemma3 import GEMMA3
+from engine.models.families.llama import LLAMA
+from engine.models.families.mistral import MINISTRAL, MINISTRAL3, MISTRAL
+from engine.models.families.phi3 import PHI3
+from engine.models.families.qwen import QWEN2, QWEN3
+from engine.models.families.smollm3 import SMOLLM3
+
+FAMILIES = (LLAMA, QWEN2, QWEN3, MISTRAL, MINISTRAL, MINISTRAL3, SMOLLM3, PHI3, GEMMA3)
+_BY_MODEL_TYPE = {family.model_type: family for family in FAMILIES}
+_BY_GGUF = {family.gguf_architecture: family for family in FAMILIES if family.gguf_architecture is not None}
+
+
+def family_of(model_type: object) -> Family:
+    """By ``model_type`` of a config.json; raises ``ModelError`` where it is not supported."""
+    return _find(model_type, _BY_MODEL_TYPE)
+
+
+def family_of_gguf(architecture: object) -> Family:
+    """By ``general.architecture`` of a GGUF file; raises ``ModelError`` where it is not supported."""
+    return _find(architecture, _BY_GGUF)
+
+
+def spec_from_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> ModelSpec:
+    """From a Hugging Face ``config.json`` and ``generation_config.json`` (may be empty).
+
+    Raises:
+        ModelError: unsupported family or feature, or a missing or ill-typed entry.
+    """
+    family = family_of(config.get("model_type"))
+    ends = {key: generation_config[key] for key in ("eos_token_id",) if key in generation_config}
+    return family.read(ConfigKeys({**family.defaults, **config, **ends}))
+
+
+def _find(name: object, families: Mapping[str, Family]) -> Family:
+    family = families.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise ModelError(f"architecture {name!r} is not supported (supported: {', '.join(families)})")
+    return family

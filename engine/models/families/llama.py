@@ -1,0 +1,15 @@
+"""Llama 2 and 3, SmolLM2, and what else has their shape. Other families are Llama with something replaced."""
+
+from __future__ import annotations
+
+from engine.models.config import ModelSpec
+from engine.models.config_keys import ConfigKeys
+from engine.models.families.base import Family, read_decoder
+
+
+def _read(config: ConfigKeys) -> ModelSpec:
+    config.refuse("attention_bias", "use_sliding_window")
+    return read_decoder(config)
+
+
+LLAMA = Family("llama", _read, gguf_architecture="llama", gguf_interleaves_rotary=True)

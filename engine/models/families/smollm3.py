@@ -1,0 +1,26 @@
+"""SmolLM3: Llama, where some layers have no rotary embedding (NoPE); by default each fourth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.models.config import LayerSpec, ModelSpec
+from engine.models.config_keys import ConfigKeys
+from engine.models.families.base import Family, num_layers, read_decoder
+
+
+def _read(config: ConfigKeys) -> ModelSpec:
+    config.refuse("attention_bias", "use_sliding_window")
+    spec, count = read_decoder(config), num_layers(config)
+    interval = max(config.number("no_rope_layer_interval", int, 4), 1)
+    turns = config.items("no_rope_layers", count) or [(index + 1) % interval for index in range(count)]
+    return replace(spec, layers=tuple(LayerSpec(spec.rope if turn else None) for turn in turns))
+
+
+SMOLLM3 = Family(
+    "smollm3",
+    _read,
+    defaults={"tie_word_embeddings": True, "rope_theta": 2_000_000.0},
+    gguf_architecture="smollm3",
+    gguf_interleaves_rotary=True,
+)

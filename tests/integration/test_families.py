@@ -1,0 +1,126 @@
+"""Every family of models against ``transformers``: logits, and greedy text by whole engines with drafts.
+
+Tiny random models. Logits within 3e-5 in float32, and in bfloat16 not further from float32 than those of transformers
+are; 64 tokens, the same ones, in a batch with chunked prompts, prefixes from the cache and preemption, all of it with a
+random EAGLE-3 draft and a dynamic vocabulary. The compiled CPU kernels are compared with plain torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from engine.config import SpeculationConfig
+from engine.messages import SamplingParams
+from engine.models.families.known import FAMILIES as KNOWN
+from engine.models.native_llama import unsupported_shape
+from engine.models.registry import validate_model_files
+from kernels import native
+from kernels.native import Team
+from tests.native_models import check_model, hidden_by_position, random_tokens
+from tests.reference_logits import check_logits, load, logits_of, transformers_model
+from tests.tiny_drafts import Engine, Setting, make_draft_directory
+from tests.tiny_families import FAMILIES, TinyFamily
+from tests.tiny_models import make_gguf
+
+NUM_TOKENS = 64
+MIN_MARGIN = 1e-4
+"""A smaller gap between the two largest logits could be rounding, and equality luck."""
+SETTINGS = {
+    "chunks": Setting(prefix_caching=True, max_batched_tokens=20),
+    "preemption": Setting(num_blocks=14),
+}
+FOR_KERNELS: dict[str, Any] = {"hidden_size": 128, "head_dim": 64}
+"""The compiled kernels want multiples of 32, of dimensions that turn as well."""
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+as_gguf = pytest.mark.parametrize(
+    "family", [family for family in FAMILIES.values() if family.has_gguf],
+    ids=[name for name, family in FAMILIES.items() if family.has_gguf],
+)  # fmt: skip
+needs_kernels = pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
+
+
+def for_kernels(family: TinyFamily) -> dict[str, Any]:
+    """What its configuration needs so that the kernels take it."""
+    scaling = family.config.get("rope_scaling", {})
+    factors = {key: scaling[key] * 4 for key in ("short_factor", "long_factor") if key in scaling}
+    return FOR_KERNELS | ({"rope_scaling": scaling | factors} if factors else {})
+
+
+def test_there_is_a_model_of_every_family() -> None:
+    tested = {family.model_type for family in FAMILIES.values()}
+    assert tested == {family.model_type for family in KNOWN}
+
+
+@every_family
+def test_logits_agree_with_transformers(family: TinyFamily, tmp_path: Path) -> None:
+    files = family.make(tmp_path)
+    check_logits(files, transformers_model(files), random_tokens(100), atol=3e-5)
+
+
+@as_gguf
+def test_gguf_files_say_the_same(family: TinyFamily, tmp_path: Path) -> None:
+    directory = family.make(tmp_path / "model")
+    stored = make_gguf(tmp_path / "model.gguf", directory.path)
+    expected = logits_of(load(directory), random_tokens(100))
+    torch.testing.assert_close(logits_of(load(stored), random_tokens(100)), expected, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@every_family
+def test_greedy_text_is_that_of_transformers(family: TinyFamily, setting: str, tmp_path: Path) -> None:
+    files = family.make(tmp_path / "model")
+    tokens = random_tokens(90)
+    prompts = [tokens, tokens[:40], tokens[:16], tokens[7:8]]
+    speculation = SpeculationConfig(
+        method="eagle3",
+        draft=str(make_draft_directory(tmp_path / "draft", files)),
+        vocabulary="dynamic:64+32",
+        num_speculative_tokens=4,
+        adaptive=False,
+    )
+    engine = Engine(files, SETTINGS[setting], speculation)
+    sampling = [SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)] * len(prompts)
+    outputs = engine.generate(prompts, sampling)
+    check_greedy(transformers_model(files), prompts, outputs)
+    assert engine.num_drafted > 0
+    assert (engine.core.stats().preemptions > 0) == (setting == "preemption")
+    if setting == "chunks":
+        assert engine.generate(prompts, sampling) == outputs
+        assert engine.num_cached_tokens > len(prompts) * 16
+
+
+def check_greedy(reference: Any, prompts: list[list[int]], outputs: list[list[int]]) -> None:
+    """``reference`` would choose each token after those before it."""
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len(output) == NUM_TOKENS
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + output[:-1]])).logits[0, -NUM_TOKENS:]
+        best = logits.topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > MIN_MARGIN, "choose prompts without near ties"
+        assert output == logits.argmax(-1).tolist()
+
+
+@needs_kernels
+@every_family
+def test_compiled_kernels_are_as_near_as_torch(family: TinyFamily, tmp_path: Path) -> None:
+    files = family.make(tmp_path, **for_kernels(family))
+    assert unsupported_shape(validate_model_files(files)) is None
+    check_model(files, random_tokens(100), [Team(2)])
+
+
+@needs_kernels
+@pytest.mark.skipif(native.fastest_digits() == 2, reason="with AMX attention goes by tiles")
+@as_gguf
+def test_a_token_is_the_same_in_any_step_of_the_kernels(family: TinyFamily, tmp_path: Path) -> None:
+    """Bit for bit, so no batch and no draft changes a rounding."""
+    directory = family.make(tmp_path / "model", **for_kernels(family))
+    files = make_gguf(tmp_path / "model.gguf", directory.path, GGMLQuantizationType.Q4_1)
+    team = Team(2)
+    at_once = hidden_by_position(files, team, [[60, 45]])
+    assert torch.equal(hidden_by_position(files, team, [[31, 0], [29, 40], [0, 5]]), at_once)
+    assert torch.equal(hidden_by_position(files, team, [[1, 1]] * 45 + [[1, 0]] * 15), at_once)
