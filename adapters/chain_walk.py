@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from adapters.target_parts import TargetParts
 from engine.models.eagle3 import Additions, Eagle3

@@ -6,7 +6,9 @@ checked without one, and how to run the rest: docs/decisions/005-attention-backe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ def page_table(batch: ForwardBatch, block_size: int) -> PageTable:
 
 
 class FlashInferAttention(AttentionBackend):
-    """One wrapper is planned per step and then runs in every layer.
+    """One wrapper for each window that layers have is planned per step, and then runs in all of these layers.
 
     - Every sequence has one token: ``BatchDecodeWithPagedKVCacheWrapper``, on tensor cores because its other kernel
       lacks some group sizes (Qwen2.5-0.5B has 7 query heads to a KV head).
@@ -71,35 +73,37 @@ class FlashInferAttention(AttentionBackend):
         flashinfer = _import_flashinfer()
         shape = (spec.num_layers, 2, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         self._cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
-        # Zeros: the decode wrapper wants them. Shared: only one of the two runs in a step.
+        # Zeros: the decode wrapper wants them. Shared: it holds what a wrapper computes while it runs.
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=spec.device)
         # As in the graphs and for decodes; left to choose, it takes another kernel on an H100 (fa3), which shares no
         # keys between the query heads of a group.
-        self._prefill = flashinfer.BatchPrefillWithPagedKVCacheWrapper(self._workspace, _LAYOUT, backend="fa2")
-        self._decode = flashinfer.BatchDecodeWithPagedKVCacheWrapper(self._workspace, _LAYOUT, use_tensor_cores=True)
-        self._wrapper: Any = self._decode
+        prefill = partial(flashinfer.BatchPrefillWithPagedKVCacheWrapper, self._workspace, _LAYOUT, backend="fa2")
+        decode = partial(flashinfer.BatchDecodeWithPagedKVCacheWrapper, self._workspace, _LAYOUT, use_tensor_cores=True)
+        self._prefill, self._decode = _of_each_window(spec, prefill), _of_each_window(spec, decode)
+        self._wrappers = self._decode
         self._slot_mapping = torch.empty(0)
 
     def plan(self, batch: ForwardBatch) -> None:
         self._slot_mapping = batch.slot_mapping.long()
         if len(batch.token_ids) == len(batch.seq_lens):
-            self._wrapper = self._decode
+            self._wrappers = self._decode
             _plan(self._decode, self.spec, batch)
         else:
-            self._wrapper = self._prefill
+            self._wrappers = self._prefill
             _plan(self._prefill, self.spec, batch, batch.query_start_loc.cpu(), causal=True)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _attend(self._wrapper, self._cache[layer], self._slot_mapping, q, k, v)
+        wrapper = self._wrappers[self.spec.window(layer)]
+        return _attend(wrapper, self._cache[layer], self._slot_mapping, q, k, v)
 
     def fixed(self, num_tokens: int, max_blocks: int) -> AttentionBackend:
         return _FixedFlashInfer(self.spec, self._cache, self._workspace, num_tokens, max_blocks)
 
 
 class _FixedFlashInfer(AttentionBackend):
-    """The prefill wrapper with buffers of its own, which a CUDA graph reads; see ``AttentionBackend.fixed``.
+    """Prefill wrappers with buffers of their own, which a CUDA graph reads; see ``AttentionBackend.fixed``.
 
-    The first plan tells the wrapper how many query rows there can be, so every plan must have as many.
+    The first plan tells a wrapper how many query rows there can be, so every plan must have as many.
     """
 
     def __init__(
@@ -112,23 +116,27 @@ class _FixedFlashInfer(AttentionBackend):
             return torch.zeros(size, dtype=dtype, device=spec.device)
 
         self._slot_mapping = buffer(num_tokens, torch.int64)
-        self._wrapper = _import_flashinfer().BatchPrefillWithPagedKVCacheWrapper(
-            workspace,
-            _LAYOUT,
-            use_cuda_graph=True,
-            qo_indptr_buf=buffer(num_tokens + 1),
-            paged_kv_indptr_buf=buffer(num_tokens + 1),
-            paged_kv_indices_buf=buffer(num_tokens * max_blocks),  # sequences may share blocks
-            paged_kv_last_page_len_buf=buffer(num_tokens),
-            backend="fa2",  # the kernel that was read for what it does with sequences of no query
+        self._wrappers = _of_each_window(
+            spec,
+            lambda: _import_flashinfer().BatchPrefillWithPagedKVCacheWrapper(
+                workspace,
+                _LAYOUT,
+                use_cuda_graph=True,
+                qo_indptr_buf=buffer(num_tokens + 1),
+                paged_kv_indptr_buf=buffer(num_tokens + 1),
+                paged_kv_indices_buf=buffer(num_tokens * max_blocks),  # sequences may share blocks
+                paged_kv_last_page_len_buf=buffer(num_tokens),
+                backend="fa2",  # the kernel that was read for what it does with sequences of no query
+            ),
         )
 
     def plan(self, batch: ForwardBatch) -> None:
         self._slot_mapping.copy_(batch.slot_mapping)
-        _plan(self._wrapper, self.spec, batch, batch.query_start_loc.cpu(), causal=True)
+        _plan(self._wrappers, self.spec, batch, batch.query_start_loc.cpu(), causal=True)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return _attend(self._wrapper, self._cache[layer], self._slot_mapping, q, k, v)
+        wrapper = self._wrappers[self.spec.window(layer)]
+        return _attend(wrapper, self._cache[layer], self._slot_mapping, q, k, v)
 
 
 def _import_flashinfer() -> Any:
@@ -139,12 +147,26 @@ def _import_flashinfer() -> Any:
     return flashinfer
 
 
-def _plan(wrapper: Any, spec: AttentionSpec, batch: ForwardBatch, *queries: torch.Tensor, **options: Any) -> None:
+def _of_each_window(spec: AttentionSpec, make: Callable[[], Any]) -> dict[int | None, Any]:
+    """Wrappers by the window of the layers that they run in."""
+    return {window: make() for window in {spec.window(layer) for layer in range(spec.num_layers)}}
+
+
+def _plan(
+    wrappers: Mapping[int | None, Any],
+    spec: AttentionSpec,
+    batch: ForwardBatch,
+    *queries: torch.Tensor,
+    **options: Any,
+) -> None:
     """Plan a step. All wrappers take the page table, heads, their width, and tokens in a page, after ``queries``."""
     table = page_table(batch, spec.block_size)
     shape = (spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.block_size)
     pages = (table.indptr, table.indices, table.last_page_len)
-    wrapper.plan(*queries, *pages, *shape, q_data_type=spec.dtype, kv_data_type=spec.dtype, **options)
+    options |= {"q_data_type": spec.dtype, "kv_data_type": spec.dtype, "sm_scale": spec.softmax_scale}
+    for window, wrapper in wrappers.items():
+        # It counts the tokens before a query, and -1 is all of them.
+        wrapper.plan(*queries, *pages, *shape, window_left=-1 if window is None else window - 1, **options)
 
 
 def _attend(

@@ -55,6 +55,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def text_name(stored: str) -> str:
+    """What a tensor is called in a model that reads text only, where its own model may read images too."""
+    for prefix, replacement in (("model.language_model.", "model."), ("language_model.", "")):
+        if stored.startswith(prefix):
+            return replacement + stored.removeprefix(prefix)
+    return stored
+
+
 def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and type of each tensor of a safetensors file; raises ``SafetensorError`` or ``OSError``."""
     with safe_open(path, framework="np") as file:
@@ -69,8 +77,9 @@ def _check_tensors(directory: Path, spec: ModelSpec) -> None:
             header = read_header(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: corrupt or truncated: {error}") from error
-        for name in missing.keys() & header.keys():
-            (shape, dtype), wanted = header[name], missing.pop(name)
+        of_text = {text_name(name): info for name, info in header.items()}
+        for name in missing.keys() & of_text.keys():
+            (shape, dtype), wanted = of_text[name], missing.pop(name)
             if shape != wanted:
                 raise ModelError(f"{path}: tensor {name!r} has the shape {shape}, must be {wanted}")
             if dtype not in SUPPORTED_DTYPES:

@@ -18,7 +18,7 @@ from engine.models.config import ModelError, ModelFiles
 from engine.models.families.known import family_of
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
-from engine.models.safetensors_spec import read_spec, weight_files
+from engine.models.safetensors_spec import read_spec, text_name, weight_files
 from engine.models.stored_tensors import StoredRows, stored_rows
 
 _FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -109,11 +109,12 @@ class _SafetensorsWeights(WeightSource):
         spec = read_spec(directory)
         self._places, self._norm_offset = stored_rows(spec), family_of(spec.architecture).norm_offset
         files: list[Any] = [safe_open(path, framework="pt") for path in weight_files(directory)]
-        self._file_of = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (not a dict)
+        self._stored = {text_name(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
 
     def dequantized(self, name: str) -> torch.Tensor:
         place = self._place(name)
-        tensor: torch.Tensor = self._file_of[place.tensor].get_slice(place.tensor)[place.rows].float()
+        file, stored_name = self._stored[place.tensor]
+        tensor: torch.Tensor = file.get_slice(stored_name)[place.rows].float()
         return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def quantized(self, name: str) -> QuantizedTensor | None:
@@ -122,6 +123,6 @@ class _SafetensorsWeights(WeightSource):
 
     def _place(self, name: str) -> StoredRows:
         place = self._places.get(name)
-        if place is None or place.tensor not in self._file_of:
+        if place is None or place.tensor not in self._stored:
             raise ModelError(f"{self._directory}: no tensor {name!r}")
         return place

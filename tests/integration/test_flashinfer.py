@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,6 +38,21 @@ def test_agrees_with_torch(steps: str, heads: tuple[int, int], head_dim: int, dt
     sequences = RaggedSequences(4, 720, BLOCK_SIZE)
     backend = FlashInferAttention(attention_spec(heads, head_dim, sequences, dtype, device))
     reference = TorchPagedAttention(attention_spec(heads, head_dim, sequences, torch.float32, device))
+    for output, expected in compare_backends([backend], reference, sequences, STEPS[steps]):
+        assert largest_row_error(output, expected) < TOLERANCE
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("steps", STEPS)
+def test_windows_and_scale_agree_with_torch(steps: str) -> None:
+    device, sequences = torch.device("cuda"), RaggedSequences(4, 720, BLOCK_SIZE)
+
+    def spec(dtype: torch.dtype) -> AttentionSpec:
+        shape = attention_spec((9, 3), 64, sequences, dtype, device, num_layers=3)
+        return replace(shape, scale=0.2, windows=(24, None, 100))
+
+    backend, reference = FlashInferAttention(spec(torch.bfloat16)), TorchPagedAttention(spec(torch.float32))
     for output, expected in compare_backends([backend], reference, sequences, STEPS[steps]):
         assert largest_row_error(output, expected) < TOLERANCE
 

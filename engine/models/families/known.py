@@ -33,12 +33,24 @@ def family_of_gguf(architecture: object) -> Family:
 def spec_from_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> ModelSpec:
     """From a Hugging Face ``config.json`` and ``generation_config.json`` (may be empty).
 
+    Of a model that also reads images it is the part that reads text.
+
     Raises:
         ModelError: unsupported family or feature, or a missing or ill-typed entry.
     """
+    config = _text_part(config)
     family = family_of(config.get("model_type"))
     ends = {key: generation_config[key] for key in ("eos_token_id",) if key in generation_config}
     return family.read(ConfigKeys({**family.defaults, **config, **ends}))
+
+
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the part that reads text, with what counts for the whole model."""
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        return config
+    shared = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
+    return {**{key: config[key] for key in shared if key in config}, **text}
 
 
 def _find(name: object, families: Mapping[str, Family]) -> Family:
