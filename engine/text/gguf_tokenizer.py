@@ -1,4 +1,4 @@
-"""A ``tokenizers.Tokenizer`` from the metadata of a GGUF file (byte-level BPE only)."""
+"""A ``tokenizers.Tokenizer`` from the metadata of a GGUF file: byte-level BPE, or that of SentencePiece."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from engine.models.config import ModelError
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import CONTROL_TOKEN
+from engine.text.gguf_sentencepiece import sentencepiece_backend
 
 _USER_DEFINED_TOKEN, _UNUSED_TOKEN = 4, 5
 _CONTRACTIONS_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -42,31 +43,37 @@ def gguf_backend(file: GGUFFile) -> Tokenizer:
     """Build the tokenizer that the file's metadata describes.
 
     Raises:
-        ModelError: not byte-level BPE, an unknown pre-tokenizer, or missing or inconsistent entries.
+        ModelError: a tokenizer or pre-tokenizer that is not supported, or missing or inconsistent entries.
     """
     kind, pre = file.get("tokenizer.ggml.model", str), file.get("tokenizer.ggml.pre", str) or "default"
-    if kind != "gpt2":
-        raise ModelError(f"tokenizer {kind!r} is not supported in GGUF files (supported: 'gpt2', byte-level BPE)")
-    if pre not in _PRE_TOKENIZERS:
-        raise ModelError(f"pre-tokenizer {pre!r} is not supported (supported: {', '.join(_PRE_TOKENIZERS)})")
+    if kind not in ("gpt2", "llama"):
+        raise ModelError(f"tokenizer {kind!r} is not supported in GGUF files (supported: gpt2, llama)")
     tokens = file.get_list("tokenizer.ggml.tokens", str)
     types = file.get_list("tokenizer.ggml.token_type", int)
     if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
         raise ModelError(f"{len(tokens)} tokens ({len(set(tokens))} different) with {len(types)} token types")
+    backend = sentencepiece_backend(file, tokens, types) if kind == "llama" else _byte_level(file, pre, tokens, types)
+    named = list(zip(tokens, types, strict=True))
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == CONTROL_TOKEN])
+    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == _USER_DEFINED_TOKEN])
+    add_bos = file.get("tokenizer.ggml.add_bos_token", bool)
+    if add_bos if add_bos is not None else kind == "llama" or pre == "llama-bpe":
+        bos = file.require("tokenizer.ggml.bos_token_id", int)
+        if backend.id_to_token(bos) is None:
+            raise ModelError(f"the BOS token {bos} does not exist")
+        backend.post_processor = TemplateProcessing(single="bos $A", special_tokens=[("bos", bos)])
+    return backend
+
+
+def _byte_level(file: GGUFFile, pre: str, tokens: list[str], types: list[int]) -> Tokenizer:
+    """Without its special tokens."""
+    if pre not in _PRE_TOKENIZERS:
+        raise ModelError(f"pre-tokenizer {pre!r} is not supported (supported: {', '.join(_PRE_TOKENIZERS)})")
     backend = Tokenizer(_bpe(file, tokens, types, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         backend.normalizer = NFC()
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = ByteLevelDecoder()
-    named = list(zip(tokens, types, strict=True))
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == CONTROL_TOKEN])
-    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == _USER_DEFINED_TOKEN])
-    add_bos = file.get("tokenizer.ggml.add_bos_token", bool)
-    if add_bos if add_bos is not None else pre == "llama-bpe":
-        bos = file.require("tokenizer.ggml.bos_token_id", int)
-        if backend.id_to_token(bos) is None:
-            raise ModelError(f"the BOS token {bos} does not exist")
-        backend.post_processor = TemplateProcessing(single="bos $A", special_tokens=[("bos", bos)])
     return backend
 
 

@@ -255,7 +255,7 @@ def test_named_templates_use_the_default_one(tiny: dict[str, ModelFiles], tmp_pa
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model": "llama"}, "tokenizer 'llama' is not supported"),
+        ({"model": "rwkv"}, "tokenizer 'rwkv' is not supported"),
         ({"pre": "tekken"}, "pre-tokenizer 'tekken' is not supported"),
         ({"tokens": ["a", "b"]}, "2 tokens"),
         ({"token_type": 3}, "must be an array of type int"),
