@@ -67,7 +67,7 @@ class ConfigKeys:
 
     def section(self, *keys: str) -> ConfigKeys:
         """The first of some objects that is there and not empty; an empty one where none is."""
-        value = next((self.values[key] for key in keys if self.values.get(key)), {})
+        value: Any = next((self.values[key] for key in keys if self.values.get(key)), {})
         if not isinstance(value, Mapping):
             raise ModelError(f"{keys[0]} is {value!r:.40}, must be an object")
         return ConfigKeys(value)
