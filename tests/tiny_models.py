@@ -102,8 +102,8 @@ def make_gguf(
     writer.add_value_length(spec.head_dim)
     writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
     writer.add_vocab_size(spec.vocab_size)
-    if windows := {layer.sliding_window for layer in spec.layers} - {None}:
-        writer.add_sliding_window(windows.pop())
+    if windows := [window for window in spec.windows if window is not None]:
+        writer.add_sliding_window(windows[0])
         writer.add_sliding_window_pattern([layer.sliding_window is not None for layer in spec.layers])
     _add_rope(writer, spec, config.get("rope_scaling") or config.get("rope_parameters") or {})
     _add_tokenizer(writer, config["vocab_size"])
