@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from engine.models.config import ModelError
 
 _Number = TypeVar("_Number", int, float)
+_MAX_NUMBER = 1e30
 
 
 class ConfigKeys:
@@ -21,8 +22,8 @@ class ConfigKeys:
         value = self.values.get(key)
         if value is None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and type(value) is not int):
-            raise ModelError(f"{key} is {value!r}, must be of type {kind.__name__}")
+        if type(value) not in ((int,) if kind is int else (int, float)) or not _is_ordinary(value):
+            raise ModelError(f"{key} is {value!r:.40}, must be of type {kind.__name__}")
         return kind(value)
 
     def optional(self, key: str, kind: type[_Number]) -> _Number | None:
@@ -44,7 +45,7 @@ class ConfigKeys:
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of numbers."""
         value = self.values.get(key)
-        if not isinstance(value, (list, tuple)) or not all(type(item) in (int, float) for item in value):
+        if not isinstance(value, list) or not all(type(item) in (int, float) and _is_ordinary(item) for item in value):
             raise ModelError(f"{key} is {value!r:.40}, must be a list of numbers")
         return tuple(map(float, value))
 
@@ -77,3 +78,8 @@ class ConfigKeys:
         refused = [f"{key} = {self.values[key]!r:.60}" for key in keys if self.values.get(key)]
         if refused:
             raise ModelError("not supported: " + ", ".join(refused))
+
+
+def _is_ordinary(value: float) -> bool:
+    """Whether a number is finite, and small enough to be computed with."""
+    return -_MAX_NUMBER <= value <= _MAX_NUMBER

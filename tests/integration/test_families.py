@@ -7,6 +7,7 @@ random EAGLE-3 draft and a dynamic vocabulary. The compiled CPU kernels are comp
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
-from engine.models.config import ModelFiles
+from engine.models.config import ModelError, ModelFiles
 from engine.models.families.known import FAMILIES as KNOWN
+from engine.models.families.known import spec_from_config
 from engine.models.native_llama import unsupported_shape
 from engine.models.registry import validate_model_files
 from kernels import native
@@ -28,7 +32,7 @@ from tests.native_models import check_model, hidden_by_position, random_tokens
 from tests.reference_logits import check_logits, load, logits_of, transformers_model
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_families import FAMILIES, TinyFamily
-from tests.tiny_models import make_gguf
+from tests.tiny_models import make_gguf, tiny_config
 
 NUM_TOKENS = 64
 MIN_MARGIN = 1e-4
@@ -39,6 +43,11 @@ SETTINGS = {
 }
 FOR_KERNELS: dict[str, Any] = {"hidden_size": 128, "head_dim": 64}
 """The compiled kernels want multiples of 32, of dimensions that turn as well."""
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 as_gguf = pytest.mark.parametrize(
     "family", [family for family in FAMILIES.values() if family.has_gguf],
@@ -57,6 +66,19 @@ def for_kernels(family: TinyFamily) -> dict[str, Any]:
 def test_there_is_a_model_of_every_family() -> None:
     tested = {family.model_type for family in FAMILIES.values()}
     assert tested == {family.model_type for family in KNOWN}
+
+
+@given(data=st.data())
+def test_whatever_a_configuration_says_is_read_or_refused(data: st.DataObject) -> None:
+    """One entry of it is anything at all."""
+    family = data.draw(st.sampled_from(list(FAMILIES.values())))
+    config = tiny_config(family.model_type, **family.config)
+    key = data.draw(st.sampled_from(sorted(config)))
+    scaling = {"rope_type": st.sampled_from(["linear", "llama3", "yarn", "longrope", "su"]), "type": JSON}
+    numbers = dict.fromkeys(["factor", "original_max_position_embeddings", "beta_fast", "mscale", "rope_theta"], JSON)
+    config[key] = data.draw(JSON | st.fixed_dictionaries({}, optional=scaling | numbers))
+    with contextlib.suppress(ModelError):
+        spec_from_config(config, {}).tensor_shapes()
 
 
 @every_family

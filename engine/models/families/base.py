@@ -78,7 +78,7 @@ def rotary_dim(config: ConfigKeys, head_dim: int) -> int:
     """How many dimensions of a head turn: all, or a share of them."""
     rope = config.section("rope_parameters", "rope_scaling")
     share = rope.number("partial_rotary_factor", float, config.number("partial_rotary_factor", float, 1.0))
-    return int(head_dim * share)
+    return int(round(head_dim * share, 3))  # of a GGUF file, which has their number, it may be just short of that
 
 
 def layers_of_types(

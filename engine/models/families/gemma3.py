@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.models.config import LayerSpec, ModelSpec
+from engine.models.config import LayerSpec, ModelError, ModelSpec
 from engine.models.config_keys import ConfigKeys
 from engine.models.families.base import FULL, SLIDING, Family, layers_of_types, read_decoder
 from engine.models.rope_scaling import read_rope
@@ -18,10 +18,13 @@ def _read(config: ConfigKeys) -> ModelSpec:
     local = read_rope(config, ropes.section(SLIDING), spec.head_dim, 10_000.0, "rope_local_base_freq")
     kinds = {FULL: LayerSpec(spec.rope), SLIDING: LayerSpec(local, config.optional("sliding_window", int))}
     pattern = max(config.number("sliding_window_pattern", int, 6), 1)
+    query_scalar = config.number("query_pre_attn_scalar", float, spec.head_dim)
+    if query_scalar <= 0:
+        raise ModelError(f"query_pre_attn_scalar is {query_scalar}, must be positive")
     return replace(
         spec,
         layers=layers_of_types(config, kinds, slides=lambda index: (index + 1) % pattern != 0),
-        attention_scale=config.number("query_pre_attn_scalar", float, spec.head_dim) ** -0.5,
+        attention_scale=query_scalar**-0.5,
         embedding_scale=spec.hidden_size**0.5,
         qk_norm=True,
         output_norms=True,
