@@ -197,6 +197,8 @@ def load_model(
 
 @dataclass(frozen=True)
 class _Weights:
+    """Where they come from, and where they go."""
+
     source: WeightSource
     dtype: torch.dtype
     device: torch.device

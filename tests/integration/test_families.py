@@ -19,13 +19,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from adapters.target_parts import target_parts
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelError, ModelFiles
 from engine.models.families.known import FAMILIES as KNOWN
 from engine.models.families.known import spec_from_config
+from engine.models.llama import RotaryEmbedding, rms_norm
 from engine.models.native_llama import unsupported_shape
 from engine.models.registry import validate_model_files
+from engine.models.weights import open_weights
 from kernels import native
 from kernels.native import Team
 from tests.native_models import check_model, hidden_by_position, random_tokens
@@ -154,6 +157,17 @@ def check_greedy(reference: Any, prompts: list[list[int]], outputs: list[list[in
         best = logits.topk(2).values
         assert (best[:, 0] - best[:, 1]).min() > MIN_MARGIN, "choose prompts without near ties"
         assert output == logits.argmax(-1).tolist()
+
+
+@every_family
+def test_a_draft_is_trained_with_what_it_is_served_with(family: TinyFamily, tmp_path: Path) -> None:
+    files = family.make(tmp_path)
+    spec, model, tokens = validate_model_files(files), load(files), torch.tensor(random_tokens(20))
+    parts = target_parts(open_weights(files), spec, spec.max_position_embeddings, torch.float32)
+    assert torch.equal(parts.embed(tokens), model.embed(tokens))
+    assert torch.equal(parts.head_input(model.embed(tokens)), rms_norm(model.embed(tokens), model.norm, 1e-5))
+    served = RotaryEmbedding(spec.rope, spec.max_position_embeddings, torch.device("cpu"))
+    assert torch.equal(parts.rotary.sin, served.sin)
 
 
 @needs_kernels
