@@ -103,7 +103,8 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
         return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
     model = load_model(source, spec, dtype, device, max_model_len)
     make_attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
-    cuda_graphs = backend == "flashinfer" and config.runtime.cuda_graphs
+    # Which experts a step needs is only known while it is computed.
+    cuda_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None
     return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, cuda_graphs=cuda_graphs)
 
 

@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from kernels.native_lora import NativeLora
 
 
+class _Expert(ctypes.Structure):
+    _fields_ = (("gate_up", MatrixStruct), ("down", MatrixStruct))
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = (*pointers("router", "experts"), *integers("count", "per_token", "normalized"))
+
+
 class _Layer(ctypes.Structure):
     _fields_ = (
         ("qkv", MatrixStruct * 3),
@@ -23,6 +31,7 @@ class _Layer(ctypes.Structure):
         *pointers("input_norm", "mlp_norm", "embedding_norm", "q_norm", "k_norm", "attention_norm", "output_norm"),
         *pointers("cos_sin"),
         *integers("rotary_dim", "window"),
+        ("experts", _Experts),
     )
 
 
@@ -114,6 +123,31 @@ def paged_attention(
     return out
 
 
+class MixtureWeights:
+    """A mixture of experts in place of a layer's MLP.
+
+    Args:
+        router: float32 [experts, hidden].
+        experts: gate_up, as in ``LayerWeights``, and down of each.
+        per_token: how many of them each token goes through.
+        normalized: whether the weights of a token's experts are made to sum to one.
+    """
+
+    def __init__(
+        self,
+        router: torch.Tensor,
+        experts: Sequence[tuple[PackedMatrix, PackedMatrix]],
+        per_token: int,
+        normalized: bool,
+    ) -> None:
+        self.matrices = [matrix for expert in experts for matrix in expert]
+        self._router = router.contiguous()
+        self._array = (_Expert * len(experts))(*((gate_up.struct, down.struct) for gate_up, down in experts))
+        self.struct = _Experts(
+            address(self._router), ctypes.addressof(self._array), len(experts), per_token, normalized
+        )
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer. ``qkv``: one matrix for each run of equal storage formats among q, k and v, in order.
@@ -128,8 +162,8 @@ class LayerWeights:
 
     qkv: Sequence[PackedMatrix]
     output: PackedMatrix
-    gate_up: PackedMatrix
-    down: PackedMatrix
+    mlp: tuple[PackedMatrix, PackedMatrix] | MixtureWeights
+    """gate_up and down"""
     input_norm: torch.Tensor
     mlp_norm: torch.Tensor
     cos_sin: torch.Tensor | None
@@ -141,6 +175,12 @@ class LayerWeights:
     output_norm: torch.Tensor | None = None
     """Of what the MLP adds"""
     window: int | None = None
+
+    @property
+    def matrices(self) -> list[PackedMatrix]:
+        """All of them."""
+        mlp = self.mlp.matrices if isinstance(self.mlp, MixtureWeights) else self.mlp
+        return [*self.qkv, self.output, *mlp]
 
 
 class PassOutputs:
@@ -251,9 +291,12 @@ def unpack_rows(team: Team, table: PackedMatrix, row_ids: torch.Tensor) -> torch
 
 def _layer_struct(layer: LayerWeights) -> _Layer:
     norms = (layer.input_norm, layer.mlp_norm, layer.embedding_norm, layer.q_norm, layer.k_norm)
+    is_mixture = isinstance(layer.mlp, MixtureWeights)
+    mlp = (MatrixStruct(), MatrixStruct()) if is_mixture else (matrix.struct for matrix in layer.mlp)
     return _Layer(
         *((MatrixStruct * 3)(*(matrix.struct for matrix in layer.qkv)), len(layer.qkv)),
-        *(layer.output.struct, layer.gate_up.struct, layer.down.struct),
+        *(layer.output.struct, *mlp),
         *map(address, (*norms, layer.attention_norm, layer.output_norm, layer.cos_sin)),
         *(0 if layer.cos_sin is None else layer.cos_sin.shape[1], layer.window or 0),
+        layer.mlp.struct if is_mixture else _Experts(),
     )

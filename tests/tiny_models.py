@@ -18,7 +18,7 @@ from tokenizers.trainers import BpeTrainer
 from engine.models.config import ModelFiles, ModelSpec
 from engine.models.families.known import family_of, spec_from_config
 from engine.models.gguf_spec import gguf_tensor_names
-from engine.models.stored_tensors import stored_shapes
+from engine.models.stored_tensors import stored_rows, stored_shapes
 from engine.text.tokenizer import Tokenizer as EngineTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -70,7 +70,7 @@ def make_directory(directory: Path, architecture: str = "llama", seed: int = 0, 
     tiny_tokenizer().save(str(directory / "tokenizer.json"))
     generator = torch.Generator().manual_seed(seed)
     tensors, one = {}, 1 - family_of(architecture).norm_offset
-    for name, shape in stored_shapes(spec_from_config(config, {})).items():
+    for name, shape in stored_shapes(spec_from_config(config, {}), stacks_experts=False).items():
         noise = torch.randn(shape, generator=generator)
         tensors[name] = one + 0.1 * noise if "norm" in name else 0.15 * noise
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
@@ -102,6 +102,10 @@ def make_gguf(
     writer.add_value_length(spec.head_dim)
     writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
     writer.add_vocab_size(spec.vocab_size)
+    if spec.experts is not None:
+        writer.add_expert_count(spec.experts.count)
+        writer.add_expert_used_count(spec.experts.per_token)
+        writer.add_expert_feed_forward_length(spec.intermediate_size)
     if windows := [window for window in spec.windows if window is not None]:
         writer.add_sliding_window(windows[0])
         writer.add_sliding_window_pattern([layer.sliding_window is not None for layer in spec.layers])
@@ -111,18 +115,27 @@ def make_gguf(
     if extra_tensor:
         writer.add_tensor(extra_tensor, np.zeros(spec.head_dim, np.float32))
     heads = {"q": spec.num_heads, "k": spec.num_kv_heads}
-    for name, tensor in load_file(directory / "model.safetensors").items():
+    for name, tensor in _with_stacked_experts(load_file(directory / "model.safetensors"), spec).items():
         values = (tensor.float() + family.norm_offset if "norm" in name else tensor.float()).numpy()
         for kind, count in heads.items():
             if family.gguf_interleaves_rotary and f"{kind}_proj" in name:
                 values = _interleave_rotary(values, count)
-        stored = tensor_type if values.ndim == 2 else GGMLQuantizationType.F32
+        stored = tensor_type if values.ndim > 1 and not name.endswith("mlp.gate.weight") else GGMLQuantizationType.F32
         writer.add_tensor(stored_names[name], gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return ModelFiles(path.stem, path, "gguf")
+
+
+def _with_stacked_experts(tensors: dict[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """A matrix of all experts is one tensor."""
+    stacked: dict[str, list[torch.Tensor]] = {}
+    for name, place in stored_rows(spec, stacks_experts=True).items():
+        if len(place.shape) == 3:
+            stacked.setdefault(place.tensor, []).append(tensors.pop(name))
+    return tensors | {name: torch.stack(parts) for name, parts in stacked.items()}
 
 
 def _add_rope(writer: gguf.GGUFWriter, spec: ModelSpec, scaling: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ class Trainer:
         dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
         target = target_parts(source, spec, _MAX_POSITIONS, dtype)
         shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
-        draft = _initial_draft(shape, config.start_from, source, spec.mlp_norm)
+        draft = _initial_draft(shape, config.start_from, source, spec)
         self._validation = self._validation_batches()
         self._scale = self._feature_scale()
         self._unroller = Unroller(draft, target, self._scale)
@@ -220,10 +220,10 @@ def rows_of_loss(batch: Batch, core: torch.Tensor, drawn: torch.Tensor) -> torch
     return torch.cat((fixed, others[: max(count, 0)]))
 
 
-def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightSource, mlp_norm: str) -> Eagle3:
+def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightSource, spec: ModelSpec) -> Eagle3:
     if start_from is None:
         draft = Eagle3(shape)
-        init_from_target(draft, source.dequantized, mlp_norm)
+        init_from_target(draft, source.dequantized, spec)
         return draft
     draft = load_draft(start_from, torch.float32, torch.device("cpu"))
     if draft.config != replace(shape, attention_bias=draft.config.attention_bias):

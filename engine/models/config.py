@@ -9,6 +9,7 @@ from typing import Literal
 
 Activation = Literal["silu", "gelu_tanh"]
 MAX_LAYERS = 1024
+MAX_EXPERTS = 1024
 
 
 class ModelError(Exception):
@@ -72,6 +73,21 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of each layer's MLP."""
+
+    count: int
+    per_token: int
+    """How many of them each token goes through: those that its router scores highest"""
+    normalized: bool
+    """Whether the weights of a token's experts are made to sum to one"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.per_token <= self.count <= MAX_EXPERTS:
+            raise ModelError(f"{self.per_token} of {self.count} experts, must be 1 or more of up to {MAX_EXPERTS}")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """Shape and constants of a decoder. The defaults are those of Llama; its family says what is different."""
 
@@ -80,6 +96,7 @@ class ModelSpec:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    """Of the MLP, or of each expert"""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -101,6 +118,8 @@ class ModelSpec:
     """Of the MLP's gate"""
     embedding_scale: float = 1.0
     """Multiplies rows of the embedding, but not of the head that is tied to it"""
+    experts: Experts | None = None
+    """None: layers have an MLP"""
 
     def __post_init__(self) -> None:
         sizes = (
@@ -115,6 +134,8 @@ class ModelSpec:
         for token_id in (*self.eos_token_ids, *([] if self.bos_token_id is None else [self.bos_token_id])):
             if not 0 <= token_id < self.vocab_size:
                 raise ModelError(f"token id {token_id} is outside of the vocabulary of {self.vocab_size}")
+        if self.experts is not None and self.output_norms:
+            raise ModelError("experts in a layer whose MLP's output has a norm are not supported")
         if all(layer.rope is None for layer in self.layers):
             raise ModelError("no layer has a rotary embedding")
         if any(layer.rope is not None and layer.rope.dim > self.head_dim for layer in self.layers):
@@ -139,6 +160,11 @@ class ModelSpec:
     def mlp_norm(self) -> str:
         """What the norm of the MLP's input is called: Gemma gives Llama's name to the norm of attention's output."""
         return "pre_feedforward_layernorm" if self.output_norms else "post_attention_layernorm"
+
+    @property
+    def mlps(self) -> list[str]:
+        """What the names of a layer's MLPs begin with: there is one, or each expert is one."""
+        return ["mlp."] if self.experts is None else [f"mlp.experts.{index}." for index in range(self.experts.count)]
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight the model needs, by its Hugging Face name."""
@@ -166,6 +192,9 @@ class ModelSpec:
         if self.qk_norm:
             shapes |= {f"self_attn.{name}_norm.weight": (self.head_dim,) for name in "qk"}
         shapes["self_attn.o_proj.weight"] = (hidden, q_size)
-        shapes |= {f"mlp.{name}_proj.weight": (self.intermediate_size, hidden) for name in ("gate", "up")}
-        shapes["mlp.down_proj.weight"] = (hidden, self.intermediate_size)
+        if self.experts is not None:
+            shapes["mlp.gate.weight"] = (self.experts.count, hidden)
+        for prefix in self.mlps:
+            shapes |= {f"{prefix}{name}_proj.weight": (self.intermediate_size, hidden) for name in ("gate", "up")}
+            shapes[f"{prefix}down_proj.weight"] = (hidden, self.intermediate_size)
         return shapes

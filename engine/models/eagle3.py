@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.models.config import ModelError
+from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, read_draft
 from engine.models.llama import rms_norm
 from kernels.batched_lora import LoraMatrix
@@ -116,13 +116,13 @@ def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eag
     return draft.to(device=device, dtype=dtype).requires_grad_(False)
 
 
-def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor], mlp_norm: str) -> None:
+def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor], spec: ModelSpec) -> None:
     """Start from the target's last layer: it sees g = the high feature, and nothing of the token's embedding.
 
     Args:
         draft: with an MLP at least as wide as the target's (more units start without effect), or narrower (the first).
         load_weight: the target's weight of a Hugging Face name, float32.
-        mlp_norm: what the norm of the MLP's input is called there.
+        spec: of the target. A mixture of experts gives the draft's MLP nothing to start from.
     """
     config = draft.config
     hidden, intermediate = config.hidden_size, config.intermediate_size
@@ -138,11 +138,13 @@ def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor], 
             draft.qkv_proj.bias.copy_(torch.cat(biases))
         draft.hidden_norm.copy_(load_weight(prefix + "input_layernorm.weight"))
         draft.o_proj.weight.copy_(load_weight(prefix + "self_attn.o_proj.weight"))
-        draft.post_attention_norm.copy_(load_weight(f"{prefix}{mlp_norm}.weight"))
+        draft.post_attention_norm.copy_(load_weight(f"{prefix}{spec.mlp_norm}.weight"))
+        draft.output_norm.copy_(load_weight("model.norm.weight"))
+        if spec.experts is not None:
+            return
         gate, up, down = (load_weight(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
         width = min(intermediate, len(gate))
         draft.gate_up_proj.weight[:width] = gate[:width]
         draft.gate_up_proj.weight[intermediate : intermediate + width] = up[:width]
         draft.down_proj.weight[:, width:] = 0
         draft.down_proj.weight[:, :width] = down[:, :width]
-        draft.output_norm.copy_(load_weight("model.norm.weight"))

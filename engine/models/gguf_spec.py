@@ -26,7 +26,7 @@ _ARCHITECTURES = {name: architecture for architecture, name in MODEL_ARCH_NAMES.
 def gguf_tensor_names(spec: ModelSpec) -> dict[str, str]:
     """How a GGUF file calls its tensors, by their Hugging Face names, which end in .weight or .bias."""
     names = get_tensor_name_map(_architecture(family_of(spec.architecture)), spec.num_layers)
-    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in stored_shapes(spec)}
+    return {name: names.get_name(name, try_suffixes=(".weight", ".bias")) or name for name in stored_shapes(spec, True)}
 
 
 def spec_from_gguf(file: GGUFFile) -> ModelSpec:
@@ -38,6 +38,8 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
     try:
         family = family_of_gguf(file.get("general.architecture", str))
         spec = spec_from_config(_config(file, family), {})
+        if spec.experts is None and file.get(f"{family.gguf_architecture}.expert_count", int):
+            raise ModelError(f"mixtures of experts are not supported with architecture {family.gguf_architecture!r}")
         _check_tensors(file, spec)
     except ModelError as error:
         raise ModelError(f"{file.path}: {error}") from None
@@ -85,6 +87,9 @@ def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
         "original_max_position_embeddings": file.get(prefix + "rope.scaling.original_context_length", int),
         "sliding_window": file.get(prefix + "attention.sliding_window", int) or None,
         **_sliding_layers(file, prefix),
+        "num_experts": file.get(prefix + "expert_count", int),
+        "num_experts_per_tok": file.get(prefix + "expert_used_count", int),
+        "moe_intermediate_size": file.get(prefix + "expert_feed_forward_length", int),
         "rms_norm_eps": file.require(prefix + "attention.layer_norm_rms_epsilon", float),
         "max_position_embeddings": file.require(prefix + "context_length", int),
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -106,8 +111,6 @@ def _sliding_layers(file: GGUFFile, prefix: str) -> dict[str, Any]:
 def _refuse_unsupported_features(file: GGUFFile, prefix: str) -> None:
     if file.get("split.count", int) not in (None, 0, 1):
         raise ModelError("split GGUF files are not supported; merge them with llama-gguf-split --merge")
-    if file.get(prefix + "expert_count", int):
-        raise ModelError("mixture-of-experts models are not supported")
     key_length, value_length = (file.get(f"{prefix}attention.{kind}_length", int) for kind in ("key", "value"))
     if value_length not in (None, key_length):
         raise ModelError("heads of keys and of values of different lengths are not supported")
@@ -156,7 +159,7 @@ def _check_tensors(file: GGUFFile, spec: ModelSpec) -> None:
     if spec.num_layers > len(file.tensors):
         raise ModelError(f"{spec.num_layers} layers, but only {len(file.tensors)} tensors")
     names = gguf_tensor_names(spec)
-    expected = {names[name]: shape for name, shape in stored_shapes(spec).items()}
+    expected = {names[name]: shape for name, shape in stored_shapes(spec, stacks_experts=True).items()}
     for name, shape in expected.items():
         tensor = file.tensors.get(name)
         if tensor is None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
-from engine.models.config import Activation, LayerSpec, ModelSpec, Rope
+from engine.models.config import LayerSpec, ModelSpec, Rope
+from engine.models.mlp import MixtureOfExperts, Mlp
 from engine.models.weights import WeightSource
 from kernels.native import PackedMatrix
 
@@ -20,11 +21,6 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
     wide = hidden.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (weight * wide).to(hidden.dtype)
-
-
-def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """What the MLP projects down: the activated gate times ``up``."""
-    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 class RotaryEmbedding:
@@ -75,7 +71,7 @@ class HeadSlab:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One transformer block. Query, key and value share a matrix, and so do gate and up. Norms are float32."""
+    """One transformer block. Query, key and value share a matrix. Norms are float32."""
 
     spec: ModelSpec
     index: int
@@ -94,10 +90,7 @@ class DecoderLayer:
     """[hidden], of what attention adds to the residual stream"""
     mlp_norm: torch.Tensor
     """[hidden], of the MLP's input"""
-    gate_up_proj: torch.Tensor
-    """[2 * intermediate, hidden]"""
-    down_proj: torch.Tensor
-    """[hidden, intermediate]"""
+    mlp: Mlp | MixtureOfExperts
     output_norm: torch.Tensor | None
     """[hidden], of what the MLP adds"""
 
@@ -111,8 +104,7 @@ class DecoderLayer:
             q, k = self.rotary(q, positions), self.rotary(k, positions)
         attended = attention.forward(self.index, q, k, v)
         hidden = hidden + self._norm(F.linear(attended.flatten(1), self.o_proj), self.attention_norm)
-        gate, up = F.linear(self._norm(hidden, self.mlp_norm), self.gate_up_proj).chunk(2, dim=-1)
-        added = F.linear(gated(gate, up, self.spec.activation), self.down_proj)
+        added = self.mlp.forward(self._norm(hidden, self.mlp_norm))
         return hidden + self._norm(added, self.output_norm)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
@@ -138,7 +130,8 @@ class LlamaForCausalLM:
         """Memory of all weights."""
         own = [self.embed_tokens, self.norm, *(() if self.lm_head is self.embed_tokens else (self.lm_head,))]
         of_layers = [value for layer in self.layers for value in vars(layer).values() if torch.is_tensor(value)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*own, *of_layers))
+        of_mlps = [tensor for layer in self.layers for tensor in layer.mlp.tensors]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*own, *of_layers, *of_mlps))
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
@@ -214,7 +207,7 @@ class _Weights:
 
 def _load_layer(weights: _Weights, spec: ModelSpec, index: int, rotary: RotaryEmbedding | None) -> DecoderLayer:
     prefix = f"model.layers.{index}."
-    attention, mlp, norm = prefix + "self_attn.", prefix + "mlp.", weights.norm
+    attention, norm = prefix + "self_attn.", weights.norm
     qkv = [f"{attention}{name}_proj" for name in "qkv"]
     return DecoderLayer(
         spec=spec,
@@ -228,7 +221,21 @@ def _load_layer(weights: _Weights, spec: ModelSpec, index: int, rotary: RotaryEm
         o_proj=weights.matrix(attention + "o_proj.weight"),
         attention_norm=norm(prefix + "post_attention_layernorm") if spec.output_norms else None,
         mlp_norm=norm(prefix + spec.mlp_norm),
-        gate_up_proj=weights.matrix(mlp + "gate_proj.weight", mlp + "up_proj.weight"),
-        down_proj=weights.matrix(mlp + "down_proj.weight"),
+        mlp=_load_mlp(weights, spec, prefix),
         output_norm=norm(prefix + "post_feedforward_layernorm") if spec.output_norms else None,
     )
+
+
+def _load_mlp(weights: _Weights, spec: ModelSpec, prefix: str) -> Mlp | MixtureOfExperts:
+    mlps = [
+        Mlp(
+            gate_up_proj=weights.matrix(*(f"{prefix}{name}{part}_proj.weight" for part in ("gate", "up"))),
+            down_proj=weights.matrix(f"{prefix}{name}down_proj.weight"),
+            activation=spec.activation,
+        )
+        for name in spec.mlps
+    ]
+    if spec.experts is None:
+        return mlps[0]
+    router = weights.source.dequantized(f"{prefix}mlp.gate.weight").to(weights.device)
+    return MixtureOfExperts(router, mlps, spec.experts.per_token, spec.experts.normalized)

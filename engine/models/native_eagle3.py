@@ -60,8 +60,7 @@ class NativeEagle3:
         layer = LayerWeights(
             qkv=[self._matrices["qkv_proj.weight"]],
             output=self._matrices["o_proj.weight"],
-            gate_up=self._matrices["gate_up_proj.weight"],
-            down=self._matrices["down_proj.weight"],
+            mlp=(self._matrices["gate_up_proj.weight"], self._matrices["down_proj.weight"]),
             input_norm=self._norms["hidden_norm"],
             mlp_norm=self._norms["post_attention_norm"],
             cos_sin=cos_sin(RotaryEmbedding(spec.rope, max_model_len, torch.device("cpu"))),

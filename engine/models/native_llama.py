@@ -12,12 +12,12 @@ import torch
 from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.batch import ForwardBatch, ForwardOutput
-from engine.models.config import ModelSpec
+from engine.models.config import Experts, ModelSpec
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import HeadSlab, RotaryEmbedding, rotary_tables
 from engine.models.weights import WeightSource
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
-from kernels.native_decoder import Decoder, LayerWeights, PassOutputs, unpack_rows
+from kernels.native_decoder import Decoder, LayerWeights, MixtureWeights, PassOutputs, unpack_rows
 
 
 def unsupported_shape(spec: ModelSpec) -> str | None:
@@ -90,7 +90,7 @@ class NativeLlama:
         tables = {table: cos_sin(table) for table in rotary if table is not None}
         layers = [pack.layer(index, None if table is None else tables[table]) for index, table in enumerate(rotary)]
         self._decoder = make_decoder(team, spec, layers, target=spec)
-        matrices = [m for layer in layers for m in (*layer.qkv, layer.output, layer.gate_up, layer.down)]
+        matrices = [matrix for layer in layers for matrix in layer.matrices]
         tied = self.head is self.embedding
         self.weight_bytes = sum(m.num_bytes for m in (*matrices, self.head, *(() if tied else (self.embedding,))))
 
@@ -161,8 +161,7 @@ class _Packer:
         return LayerWeights(
             qkv=[self.matrix(*names) for _, names in groupby(qkv, key=self._format)],
             output=self.matrix(prefix + "self_attn.o_proj.weight"),
-            gate_up=self._gate_up(prefix + "mlp."),
-            down=self.matrix(prefix + "mlp.down_proj.weight"),
+            mlp=self._mlp(prefix + "mlp.") if spec.experts is None else self._mixture(prefix + "mlp.", spec.experts),
             input_norm=self._source.dequantized(f"{prefix}input_layernorm.weight"),
             mlp_norm=self._source.dequantized(f"{prefix}{spec.mlp_norm}.weight"),
             cos_sin=tables,
@@ -173,9 +172,15 @@ class _Packer:
             window=spec.layers[index].sliding_window,
         )
 
-    def _gate_up(self, prefix: str) -> PackedMatrix:
+    def _mlp(self, prefix: str) -> tuple[PackedMatrix, PackedMatrix]:
         gate, up = gate_up_rows(self._spec.intermediate_size)
-        return self._pack((prefix + "gate_proj.weight", prefix + "up_proj.weight"), [gate, up], None)
+        gate_up = self._pack((prefix + "gate_proj.weight", prefix + "up_proj.weight"), [gate, up], None)
+        return gate_up, self.matrix(prefix + "down_proj.weight")
+
+    def _mixture(self, prefix: str, experts: Experts) -> MixtureWeights:
+        router = self._source.dequantized(prefix + "gate.weight")
+        mlps = [self._mlp(f"{prefix}experts.{index}.") for index in range(experts.count)]
+        return MixtureWeights(router, mlps, experts.per_token, experts.normalized)
 
     def _pack(
         self, names: Sequence[str], rows: Sequence[npt.NDArray[np.int64]], bias: torch.Tensor | None

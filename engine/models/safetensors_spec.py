@@ -71,7 +71,7 @@ def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def _check_tensors(directory: Path, spec: ModelSpec) -> None:
-    missing = stored_shapes(spec)
+    missing = stored_shapes(spec, stacks_experts=False)
     for path in weight_files(directory):
         try:
             header = read_header(path)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from engine.models.config import ModelSpec
 from engine.models.families.known import family_of
 
+_OF_LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)")
+_OF_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
+
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows ``first`` .. ``first + count - 1`` of a stored tensor, by its Hugging Face name."""
+    """Rows ``first`` .. ``first + count - 1`` of a stored tensor, by its Hugging Face name.
+
+    Of a tensor of three dimensions they are counted through all of its matrices.
+    """
 
     tensor: str
+    shape: tuple[int, ...]
+    """Of the whole tensor"""
     first: int
     count: int
 
@@ -21,32 +30,31 @@ class StoredRows:
         return slice(self.first, self.first + self.count)
 
 
-def stored_rows(spec: ModelSpec) -> dict[str, StoredRows]:
-    """Of every weight of ``ModelSpec.tensor_shapes``, by its name there."""
+def stored_rows(spec: ModelSpec, stacks_experts: bool) -> dict[str, StoredRows]:
+    """Of every weight of ``ModelSpec.tensor_shapes``, by its name there.
+
+    ``stacks_experts``: a matrix of all experts is one tensor, as in GGUF files.
+    """
     shapes, places = spec.tensor_shapes(), dict[str, StoredRows]()
     fused = {part: (whole, parts) for whole, parts in family_of(spec.architecture).fused.items() for part in parts}
     for name, shape in shapes.items():
-        prefix, of_layer, kind = _split(name)
-        whole, parts = fused.get(of_layer, (of_layer, (of_layer,)))
-        before = parts[: parts.index(of_layer)]
-        first = sum(shapes[f"{prefix}{part}.{kind}"][0] for part in before)
-        places[name] = StoredRows(f"{prefix}{whole}.{kind}", first, shape[0])
+        places[name] = StoredRows(name, shape, 0, shape[0])
+        of_layer = _OF_LAYER.fullmatch(name)
+        if of_layer is None:
+            continue
+        prefix, part, kind = of_layer.groups()
+        expert = _OF_EXPERT.fullmatch(part)
+        if expert is not None and spec.experts is not None and stacks_experts:
+            stack = f"{prefix}mlp.experts.{expert[2]}.{kind}"
+            places[name] = StoredRows(stack, (spec.experts.count, *shape), int(expert[1]) * shape[0], shape[0])
+        elif part in fused:
+            whole, parts = fused[part]
+            heights = [shapes[f"{prefix}{each}.{kind}"][0] for each in parts]
+            first = sum(heights[: parts.index(part)])
+            places[name] = StoredRows(f"{prefix}{whole}.{kind}", (sum(heights), *shape[1:]), first, shape[0])
     return places
 
 
-def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+def stored_shapes(spec: ModelSpec, stacks_experts: bool) -> dict[str, tuple[int, ...]]:
     """Of every tensor that the files must have, by its Hugging Face name."""
-    shapes, stored = spec.tensor_shapes(), dict[str, tuple[int, ...]]()
-    for name, place in stored_rows(spec).items():
-        rows = max(place.first + place.count, stored.get(place.tensor, (0,))[0])
-        stored[place.tensor] = (rows, *shapes[name][1:])
-    return stored
-
-
-def _split(name: str) -> tuple[str, str, str]:
-    """ "model.layers.3.", "self_attn.q_proj" and "weight"; the first is empty outside of layers."""
-    body, _, kind = name.rpartition(".")
-    if not body.startswith("model.layers."):
-        return "", body, kind
-    index, _, of_layer = body.removeprefix("model.layers.").partition(".")
-    return f"model.layers.{index}.", of_layer, kind
+    return {place.tensor: place.shape for place in stored_rows(spec, stacks_experts).values()}

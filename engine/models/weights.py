@@ -61,7 +61,7 @@ class _GGUFWeights(WeightSource):
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
         self._spec = spec_from_gguf(self._file)
-        self._places, self._shapes = stored_rows(self._spec), self._spec.tensor_shapes()
+        self._places, self._shapes = stored_rows(self._spec, stacks_experts=True), self._spec.tensor_shapes()
         self._stored_names = gguf_tensor_names(self._spec)
         self._interleaves = family_of(self._spec.architecture).gguf_interleaves_rotary
 
@@ -107,7 +107,8 @@ class _SafetensorsWeights(WeightSource):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         spec = read_spec(directory)
-        self._places, self._norm_offset = stored_rows(spec), family_of(spec.architecture).norm_offset
+        self._places = stored_rows(spec, stacks_experts=False)
+        self._norm_offset = family_of(spec.architecture).norm_offset
         files: list[Any] = [safe_open(path, framework="pt") for path in weight_files(directory)]
         self._stored = {text_name(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
 

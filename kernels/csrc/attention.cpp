@@ -175,8 +175,8 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
   float largest[kMaxRows], total[kMaxRows] = {};
   std::fill(largest, largest + kMaxRows, -std::numeric_limits<float>::infinity());
 
-  // Segments begin at multiples of their length, whatever a row may see: so its bits do not depend on the other rows. What
-  // no row sees is left out, which adds as much as weights of zero.
+  // Segments begin at multiples of their length, whatever a row may see: so its bits do not depend on the other rows.
+  // What no row sees is left out, which adds as much as weights of zero.
   for (int start = rows.first[0] / kSegment * kSegment; start < context; start += kSegment) {
     const int padded = (std::min(context - start, kSegment) + size - 1) / size * size;
     const int begin = std::max(rows.first[0] - start, 0) / size * size;

@@ -61,6 +61,9 @@ void Decoder::reserve(int tokens) {
   grow(attended_, rows * heads);
   grow(qkv_, rows * qkv);
   grow(gated_, rows * shape_.intermediate);
+  for (const Layer& layer : layers_) {
+    if (layer.experts.router != nullptr) mixture_.reserve(layer.experts, tokens, shape_.hidden, shape_.intermediate);
+  }
 }
 
 void Decoder::embed(const Matrix& embedding, const int32_t* token_ids, int count, float* residual) {
@@ -204,6 +207,10 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
 
   normalize(layer.mlp_norm, residual, tokens, normed_.data(), hidden);
   team_.barrier();
+  if (layer.experts.router != nullptr) {
+    const int intermediate = shape_.intermediate;
+    return mixture_.add(team_, layer.experts, shape_.gate, normed_.data(), tokens, hidden, intermediate, residual);
+  }
   linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate});
   team_.barrier();
   add_product(layer.down, gated_.data(), tokens, layer.output_norm, residual);

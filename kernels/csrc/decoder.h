@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "linear.h"
 #include "lora.h"
 
@@ -13,7 +14,8 @@ namespace evospec {
 struct Layer {
   Matrix qkv[3];  // one for each run of equal storage formats among q, k and v, in that order
   int num_qkv;
-  Matrix output, gate_up, down;
+  Matrix output;
+  Matrix gate_up, down;  // of the MLP; empty where there are experts
   const float* input_norm;
   const float* mlp_norm;
   // Of a draft layer (EAGLE-3): its q, k and v take the token's embedding, normalised by this, beside the normalised
@@ -27,6 +29,7 @@ struct Layer {
   const float* cos_sin;
   int rotary_dim;  // dimensions of a head that turn, the first ones; a multiple of 32
   int window;      // how many tokens are attended to, the token itself included; 0: all
+  Experts experts;
 };
 
 struct DecoderShape {
@@ -104,6 +107,7 @@ class Decoder {
   // Activations of a step; rows are padded to whole AMX tiles.
   std::vector<bf16> normed_, q_, attended_, gated_;
   std::vector<float> qkv_, added_;
+  Mixture mixture_;
 };
 
 }  // namespace evospec

@@ -242,7 +242,7 @@ def test_training_starts_from_the_targets_last_layer(tmp_path: Path) -> None:
     files = make_directory(tmp_path / "model", "qwen2")  # with biases
     spec, weights = validate_model_files(files), open_weights(files)
     draft = Eagle3(Eagle3Config.for_target(spec, files.name, (0, 1, 2), spec.intermediate_size))
-    init_from_target(draft, weights.dequantized, spec.mlp_norm)
+    init_from_target(draft, weights.dequantized, spec)
     prefix = f"model.layers.{spec.num_layers - 1}."
 
     def layer(name: str) -> torch.Tensor:

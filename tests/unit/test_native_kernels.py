@@ -451,7 +451,7 @@ def matrix(n, k):
     return PackedMatrix(n, k, [MatrixPart(np.arange(n), values=torch.randn(n, k) / 8)])
 
 layer = LayerWeights(
-    qkv=[matrix(4 * D, 2 * H)], output=matrix(H, 2 * D), gate_up=matrix(2 * H, H), down=matrix(H, H),
+    qkv=[matrix(4 * D, 2 * H)], output=matrix(H, 2 * D), mlp=(matrix(2 * H, H), matrix(H, H)),
     input_norm=torch.ones(H), mlp_norm=torch.ones(H), cos_sin=torch.rand(64, D), embedding_norm=torch.ones(H),
 )
 decoder = Decoder(
