@@ -10,17 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from kernels.native import MatrixStruct, PackedMatrix, Team, address, huge_zeros, integers, load_library, pointers
+from kernels.native_experts import ExpertsStruct, MixtureWeights
 
 if TYPE_CHECKING:
     from kernels.native_lora import NativeLora
-
-
-class _Expert(ctypes.Structure):
-    _fields_ = (("gate_up", MatrixStruct), ("down", MatrixStruct))
-
-
-class _Experts(ctypes.Structure):
-    _fields_ = (*pointers("router", "experts"), *integers("count", "per_token", "normalized"))
 
 
 class _Layer(ctypes.Structure):
@@ -31,7 +24,7 @@ class _Layer(ctypes.Structure):
         *pointers("input_norm", "mlp_norm", "embedding_norm", "q_norm", "k_norm", "attention_norm", "output_norm"),
         *pointers("cos_sin"),
         *integers("rotary_dim", "window"),
-        ("experts", _Experts),
+        ("experts", ExpertsStruct),
     )
 
 
@@ -121,31 +114,6 @@ def paged_attention(
         *(address(tensor) for tensor in (q, k, v, out)),
     )
     return out
-
-
-class MixtureWeights:
-    """A mixture of experts in place of a layer's MLP.
-
-    Args:
-        router: float32 [experts, hidden].
-        experts: gate_up, as in ``LayerWeights``, and down of each.
-        per_token: how many of them each token goes through.
-        normalized: whether the weights of a token's experts are made to sum to one.
-    """
-
-    def __init__(
-        self,
-        router: torch.Tensor,
-        experts: Sequence[tuple[PackedMatrix, PackedMatrix]],
-        per_token: int,
-        normalized: bool,
-    ) -> None:
-        self.matrices = [matrix for expert in experts for matrix in expert]
-        self._router = router.contiguous()
-        self._array = (_Expert * len(experts))(*((gate_up.struct, down.struct) for gate_up, down in experts))
-        self.struct = _Experts(
-            address(self._router), ctypes.addressof(self._array), len(experts), per_token, normalized
-        )
 
 
 @dataclass(frozen=True)
@@ -291,12 +259,14 @@ def unpack_rows(team: Team, table: PackedMatrix, row_ids: torch.Tensor) -> torch
 
 def _layer_struct(layer: LayerWeights) -> _Layer:
     norms = (layer.input_norm, layer.mlp_norm, layer.embedding_norm, layer.q_norm, layer.k_norm)
-    is_mixture = isinstance(layer.mlp, MixtureWeights)
-    mlp = (MatrixStruct(), MatrixStruct()) if is_mixture else (matrix.struct for matrix in layer.mlp)
+    if isinstance(layer.mlp, MixtureWeights):
+        mlp, experts = (MatrixStruct(), MatrixStruct()), layer.mlp.struct
+    else:
+        mlp, experts = (layer.mlp[0].struct, layer.mlp[1].struct), ExpertsStruct()
     return _Layer(
         *((MatrixStruct * 3)(*(matrix.struct for matrix in layer.qkv)), len(layer.qkv)),
         *(layer.output.struct, *mlp),
         *map(address, (*norms, layer.attention_norm, layer.output_norm, layer.cos_sin)),
         *(0 if layer.cos_sin is None else layer.cos_sin.shape[1], layer.window or 0),
-        layer.mlp.struct if is_mixture else _Experts(),
+        experts,
     )

@@ -17,7 +17,8 @@ from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import HeadSlab, RotaryEmbedding, rotary_tables
 from engine.models.weights import WeightSource
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
-from kernels.native_decoder import Decoder, LayerWeights, MixtureWeights, PassOutputs, unpack_rows
+from kernels.native_decoder import Decoder, LayerWeights, PassOutputs, unpack_rows
+from kernels.native_experts import MixtureWeights
 
 
 def unsupported_shape(spec: ModelSpec) -> str | None:
@@ -25,11 +26,8 @@ def unsupported_shape(spec: ModelSpec) -> str | None:
     for name in ("hidden_size", "intermediate_size", "head_dim"):
         if getattr(spec, name) % 32:
             return f"{name} {getattr(spec, name)} is not a multiple of 32"
-    turning = {layer.rope.dim for layer in spec.layers if layer.rope is not None}
-    for dim in turning:
-        if dim % 32:
-            return f"of each head {dim} dimensions turn, which is not a multiple of 32"
-    return None
+    odd = {layer.rope.dim for layer in spec.layers if layer.rope is not None and layer.rope.dim % 32}
+    return f"of each head {min(odd)} dimensions turn, which is not a multiple of 32" if odd else None
 
 
 def gate_up_rows(intermediate_size: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

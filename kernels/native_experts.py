@@ -1,0 +1,43 @@
+"""ctypes bindings of the compiled mixtures of experts (kernels/csrc/experts.h)."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+
+from kernels.native import MatrixStruct, PackedMatrix, address, integers, pointers
+
+
+class _Expert(ctypes.Structure):
+    _fields_ = (("gate_up", MatrixStruct), ("down", MatrixStruct))
+
+
+class ExpertsStruct(ctypes.Structure):
+    _fields_ = (*pointers("router", "experts"), *integers("count", "per_token", "normalized"))
+
+
+class MixtureWeights:
+    """A mixture of experts in place of a layer's MLP.
+
+    Args:
+        router: float32 [experts, hidden].
+        experts: gate_up, as in ``LayerWeights``, and down of each.
+        per_token: how many of them each token goes through.
+        normalized: whether the weights of a token's experts are made to sum to one.
+    """
+
+    def __init__(
+        self,
+        router: torch.Tensor,
+        experts: Sequence[tuple[PackedMatrix, PackedMatrix]],
+        per_token: int,
+        normalized: bool,
+    ) -> None:
+        self.matrices = [matrix for expert in experts for matrix in expert]
+        self._router = router.contiguous()
+        self._array = (_Expert * len(experts))(*((gate_up.struct, down.struct) for gate_up, down in experts))
+        self.struct = ExpertsStruct(
+            address(self._router), ctypes.addressof(self._array), len(experts), per_token, normalized
+        )
