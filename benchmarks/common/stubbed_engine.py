@@ -37,6 +37,7 @@ from engine.config import CacheConfig, EngineConfig
 from engine.core import EngineCore
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec
+from engine.models.config import LayerSpec, Rope
 from engine.models.llama import HeadSlab
 from engine.models.registry import resolve_model, validate_model_files
 from engine.speculation.build import make_head
@@ -265,7 +266,8 @@ def make_engine(config: EngineConfig, texts: Texts) -> EngineCore:
     """An engine without arithmetic, whose sequences say ``texts``; to be used within ``texts.said``."""
     files = resolve_model(config.model)
     spec, tokenizer = validate_model_files(files), Tokenizer.from_files(files)
-    spec = replace(spec, hidden_size=HIDDEN, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=HIDDEN)
+    layer = LayerSpec(Rope(spec.rope.theta, HIDDEN))
+    spec = replace(spec, hidden_size=HIDDEN, layers=(layer,), num_heads=1, num_kv_heads=1, head_dim=HIDDEN)
     num_blocks = config.cache.num_blocks
     assert num_blocks is not None, "the number of blocks must be given"
     model, device = StubTarget(texts, num_blocks, spec.vocab_size), torch.device("cpu")

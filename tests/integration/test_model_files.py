@@ -92,7 +92,7 @@ def test_files_that_are_not_gguf_are_refused(tmp_path: Path) -> None:
 
 def test_unsupported_gguf_architecture_is_named(gguf_bytes: bytes, tmp_path: Path) -> None:
     message = refusal(tmp_path / "other.gguf", gguf_bytes.replace(b"llama", b"mamba"))
-    assert "architecture 'mamba' is not supported (supported: llama, qwen2, qwen3, mistral3, " in message
+    assert "architecture 'mamba' is not supported (supported: llama, qwen2, qwen3, qwen3moe, " in message
 
 
 def test_unsupported_gguf_tensor_type_is_named(gguf_bytes: bytes, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_gguf_tensor_of_an_unsupported_feature_is_named(directory: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"model_type": "mamba"}, "architecture 'mamba' is not supported (supported: llama, qwen2, qwen3, mistral, "),
+        ({"model_type": "mamba"}, "architecture 'mamba' is not supported (supported: llama, qwen2, qwen3, qwen3_moe, "),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic' is not supported"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -4.0}}, "rope scaling: factor is -4.0, must be positive"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor is None, must be a list"),
