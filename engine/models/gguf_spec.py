@@ -38,7 +38,7 @@ def spec_from_gguf(file: GGUFFile) -> ModelSpec:
     try:
         family = family_of_gguf(file.get("general.architecture", str))
         spec = spec_from_config(_config(file, family), {})
-        if spec.experts is None and file.get(f"{family.gguf_architecture}.expert_count", int):
+        if spec.experts is None and (file.get(f"{family.gguf_architecture}.expert_count", int) or 0) > 0:
             raise ModelError(f"mixtures of experts are not supported with architecture {family.gguf_architecture!r}")
         _check_tensors(file, spec)
     except ModelError as error:
