@@ -37,7 +37,7 @@ class MixtureWeights:
     ) -> None:
         self.matrices = [matrix for expert in experts for matrix in expert]
         self._router = router.contiguous()
-        self._array = (_Expert * len(experts))(*((gate_up.struct, down.struct) for gate_up, down in experts))
+        self._array = (_Expert * len(experts))(*(_Expert(gate_up.struct, down.struct) for gate_up, down in experts))
         self.struct = ExpertsStruct(
             address(self._router), ctypes.addressof(self._array), len(experts), per_token, normalized
         )

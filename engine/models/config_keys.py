@@ -19,7 +19,7 @@ class ConfigKeys:
 
     def number(self, key: str, kind: type[_Number], default: _Number | None = None) -> _Number:
         """A number; ``default`` where the key is absent, an error where there is none."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         if value is None:
             value = default
         if type(value) not in ((int,) if kind is int else (int, float)) or not _is_ordinary(value):

@@ -55,7 +55,7 @@ class MixtureOfExperts:
         if self.normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         out = torch.zeros_like(x, dtype=torch.float32)
-        for index in chosen.unique().tolist():
+        for index in torch.unique(chosen).tolist():
             tokens, places = (chosen == index).nonzero(as_tuple=True)
             out.index_add_(0, tokens, self.experts[index].forward(x[tokens]) * weights[tokens, places, None])
         return out.to(x.dtype)
