@@ -1,4 +1,4 @@
-"""From the pieces of a generation to one answer or encoded events: the same for both completion endpoints."""
+"""From the pieces of a generation to one answer or encoded events: the same for all endpoints that generate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 from starlette.types import Receive
 
+from server.errors import ApiError
 from server.generation import Generation, Piece
 from server.json_bodies import JsonResponse
 from server.schemas.answers import AnswerBody, ResponseMetrics, Usage
@@ -21,7 +22,51 @@ from server.sse import DONE, EventStream, event, run_until_disconnect
 
 
 class Answer(ABC):
-    """Turns the pieces of a generation into the response to ``body``.
+    """Turns the pieces of a generation into the response to a request, whole or a stream of events.
+
+    An endpoint says how it encodes a whole answer, what an engine step adds to a stream, and how a stream ends.
+    """
+
+    def __init__(self, stream: bool | None, generation: Generation, serving: Serving) -> None:
+        self._stream = stream
+        self._generation = generation
+        self._tokenizer = serving.tokenizer
+        self._model = serving.model
+
+    @abstractmethod
+    async def collect(self) -> bytes:
+        """The whole answer, generated and encoded."""
+
+    @abstractmethod
+    def encode_events(self, pieces: Sequence[Piece]) -> bytes:
+        """The events of one engine step; empty if there is nothing in it to send."""
+
+    @abstractmethod
+    async def end(self) -> bytes:
+        """The last events of a stream."""
+
+    def encode_failure(self, error: ApiError) -> bytes:
+        """The last events of a stream that has begun and fails."""
+        return event(error.body())
+
+    async def respond(self, receive: Receive) -> Response:
+        """The response. Nothing of it is made once the client has gone away."""
+        if self._stream:
+            return EventStream(self.events(), self.encode_failure)
+        return JsonResponse(await run_until_disconnect(receive, self.collect()))
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """One item for all events of an engine step, then one for the end."""
+        generation = self._generation
+        async with aclosing(generation.run()) as steps:
+            async for pieces in steps:
+                if data := await generation.in_share(pieces, self.encode_events):
+                    yield data
+        yield await self.end()
+
+
+class ChoicesAnswer(Answer):
+    """The answer of both completion endpoints: a list of choices.
 
     An endpoint says how it calls its ids, which bodies it has for a whole answer and for an event of a stream, and what
     its choices look like.
@@ -32,10 +77,8 @@ class Answer(ABC):
     part: ClassVar[type[AnswerBody]]
 
     def __init__(self, body: SamplingFields, generation: Generation, serving: Serving) -> None:
-        self._stream, self._options = body.stream, body.stream_options
-        self._generation = generation
-        self._tokenizer = serving.tokenizer
-        self._model = serving.model
+        super().__init__(body.stream, generation, serving)
+        self._options = body.stream_options
 
     @abstractmethod
     def choice(self, pieces: list[Piece]) -> msgspec.Struct:
@@ -45,30 +88,20 @@ class Answer(ABC):
     def part_of_choice(self, piece: Piece) -> msgspec.Struct | None:
         """The piece as a choice of an event; None if there is nothing in it to send."""
 
-    async def respond(self, receive: Receive) -> Response:
-        """The response, whole or a stream of events. Nothing of it is made once the client has gone away."""
-        if self._stream:
-            return EventStream(self.events())
-        return JsonResponse(await run_until_disconnect(receive, self.collect()))
-
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """One item for all choices of an engine step, then usage and metrics if asked for, then the end mark."""
-        generation, options = self._generation, self._options
-        async with aclosing(generation.run()) as steps:
-            async for pieces in steps:
-                if data := await generation.in_share(pieces, self._encode_events):
-                    yield data
-        if options and options.include_usage:
-            yield event(self._body(self.part, [], generation.usage(), generation.metrics()))
-        yield DONE
-
     async def collect(self) -> bytes:
-        """The whole answer, encoded."""
+        """All choices in one body."""
         async with aclosing(self._generation.run()) as steps:
             pieces = [piece async for step in steps for piece in step]
         return await self._generation.in_share(pieces, self._encode_whole)
 
-    def _encode_events(self, pieces: Sequence[Piece]) -> bytes:
+    async def end(self) -> bytes:
+        """Usage and metrics if asked for, then the end mark."""
+        if self._options and self._options.include_usage:
+            return event(self._body(self.part, [], self._generation.usage(), self._generation.metrics())) + DONE
+        return DONE
+
+    def encode_events(self, pieces: Sequence[Piece]) -> bytes:
+        """An event for each choice that the step adds to."""
         with_usage = self._options and self._options.continuous_usage_stats
         usage = self._generation.usage() if with_usage else None
         choices = [choice for piece in pieces if (choice := self.part_of_choice(piece)) is not None]

@@ -24,7 +24,20 @@ from server.middleware import RequestMiddleware
 from server.openapi import install_openapi
 from server.rate_limit import RateLimiter
 from server.redis_gate import RedisGate
-from server.routes import about, adapters, chat, completions, docs, overview, page, sessions, tokens
+from server.responses.store import ResponseStore
+from server.routes import (
+    about,
+    adapters,
+    chat,
+    completions,
+    docs,
+    messages,
+    overview,
+    page,
+    responses,
+    sessions,
+    tokens,
+)
 from server.serving import Serving
 from server.session_store import SessionStore
 from server.settings import ConfigurationError, Settings
@@ -65,7 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.sampling_defaults = sampling_defaults(files)
     app.state.metrics = app_metrics
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
-    for module in (completions, chat, sessions, adapters, tokens, about, overview, page, docs):
+    for module in (completions, chat, responses, messages, sessions, adapters, tokens, about, overview, page, docs):
         app.include_router(module.router)
     app.include_router(about.public_router)
     install_error_handlers(app)
@@ -101,6 +114,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine=engine,
         rate_limiter=RateLimiter(gate, settings.limits.when_redis_is_down),
         sessions=SessionStore(gate, settings.sessions, state.metrics, work),
+        responses=ResponseStore(gate, settings.responses),
         metrics=state.metrics,
         adapters=AdapterControl(log_gate),
         work=work,

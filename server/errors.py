@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
 _TYPES = {
     401: "authentication_error",
@@ -62,14 +63,18 @@ class ApiError(Exception):
         detail = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
         return {"error": detail.model_dump()}
 
-    def response(self) -> Response:
-        """The HTTP response, with ``Retry-After`` rounded up to whole seconds, at least 1."""
+    def response(self, scope: Scope | None = None) -> Response:
+        """The HTTP response, with ``Retry-After`` rounded up to whole seconds, at least 1.
+
+        Its body is what the route of ``scope`` makes of the error (``error_body``), if it is of another API.
+        """
+        body: Callable[[ApiError], Any] = getattr((scope or {}).get("route"), "error_body", ApiError.body)
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, -int(-self.retry_after // 1)))
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+        return JSONResponse(body(self), status_code=self.status, headers=headers)
 
 
 def _printable(text: str) -> str:
@@ -116,6 +121,12 @@ def validation_error(errors: Sequence[Any], body: Any) -> ApiError:
     return bad_request(f"{param}: {'; or: '.join(messages)}", param, code)
 
 
+def body_error(error: ValidationError, body: Any) -> ApiError:
+    """What a model of pydantic has against ``body`` as a 400."""
+    errors = error.errors(include_url=False)
+    return validation_error([{**one, "loc": ("body", *one["loc"])} for one in errors], body)
+
+
 def _path(error: Any, body: Any) -> list[str]:
     """Where in ``body`` the error is. Pydantic mixes names of union members into the path; they are left out."""
     place, *parts = error["loc"]
@@ -136,15 +147,15 @@ def _path(error: Any, body: Any) -> list[str]:
 
 async def _answer(request: Request, error: Exception) -> Response:
     if isinstance(error, ApiError):
-        return error.response()
+        return error.response(request.scope)
     if isinstance(error, RequestValidationError):
-        return validation_error(error.errors(), error.body).response()
+        return validation_error(error.errors(), error.body).response(request.scope)
     assert isinstance(error, HTTPException)
     message = {
         404: f"Unknown path: {request.url.path}",
         405: f"{request.method} is not allowed for {request.url.path}",
     }.get(error.status_code, str(error.detail))
-    response = ApiError(error.status_code, message).response()
+    response = ApiError(error.status_code, message).response(request.scope)
     response.headers.update(error.headers or {})
     return response
 

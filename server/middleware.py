@@ -71,7 +71,7 @@ class RequestMiddleware:
         except Exception:
             log.exception("unexpected error")
             if not status:
-                await internal_error().response()(scope, receive, send_with_id)
+                await internal_error().response(scope)(scope, receive, send_with_id)
         finally:
             self._record(scope, status or CLIENT_CLOSED_REQUEST, time.monotonic() - started, figures)
 

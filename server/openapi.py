@@ -8,7 +8,11 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from server.anthropic.objects import ErrorMessage, MessageEvent, MessageObject, TokenCount
+from server.anthropic.request import CountTokensRequest, MessagesRequest
 from server.errors import ErrorResponse
+from server.responses.objects import DeletedResponse, ResponseEvent, ResponseObject
+from server.responses.request import ResponsesRequest
 from server.schemas.adapters import AcceptedCommand, AdapterList
 from server.schemas.chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from server.schemas.completions import Completion, CompletionRequest
@@ -38,13 +42,20 @@ RESPONSES = (
     AdapterList,
     AcceptedCommand,
     Overview,
+    ResponseObject,
+    ResponseEvent,
+    DeletedResponse,
+    MessageObject,
+    MessageEvent,
+    ErrorMessage,
+    TokenCount,
 )
 
 _DESCRIPTIONS = {
     400: "A field is invalid or not supported; `param` names it.",
     401: "No API key, or an unknown one.",
     403: "The key is for something else, or no admin key is configured.",
-    404: "No such model or session.",
+    404: "No such model, session or stored response.",
     413: "The body is too large.",
     429: "The tenant's rate limit is reached; see Retry-After.",
     503: "The server is overloaded or the engine is not ready; see Retry-After.",
@@ -53,10 +64,16 @@ _DESCRIPTIONS = {
 Responses = dict[int | str, dict[str, Any]]
 
 
-def errors(*statuses: int) -> Responses:
-    """Documentation of error responses, for a route's ``responses``; wherever a key is needed, 403 is one."""
+def errors(*statuses: int, body: type[msgspec.Struct] | None = None) -> Responses:
+    """Documentation of error responses, for a route's ``responses``; wherever a key is needed, 403 is one.
+
+    ``body``: theirs, if it is not that of OpenAI's API.
+    """
     with_keys = sorted({*statuses, 403}) if 401 in statuses else statuses
-    return {status: {"model": ErrorResponse, "description": _DESCRIPTIONS[status]} for status in with_keys}
+    kind: dict[str, Any] = {"model": ErrorResponse}
+    if body is not None:
+        kind = {"content": {"application/json": {"schema": _reference(body)}}}
+    return {status: {**kind, "description": _DESCRIPTIONS[status]} for status in with_keys}
 
 
 def success(body: type[msgspec.Struct], stream_event: type[msgspec.Struct] | None = None) -> Responses:
@@ -92,7 +109,7 @@ def _describe_bodies(schemas: dict[str, Any], model: str) -> None:
     schemas.update(components)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for request in (CompletionRequest, ChatCompletionRequest):
+    for request in (CompletionRequest, ChatCompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest):
         schemas[request.__name__]["properties"]["model"]["enum"] = [model]
     for optional in (TokenizeRequest, DetokenizeRequest):
         schemas[optional.__name__]["properties"]["model"] = {"enum": [model, None]}

@@ -165,3 +165,15 @@ class SessionsConfig(Section):
     from_user: bool = Field(
         default=True, description="Requests without a session id have one for each value of OpenAI's `user`."
     )
+
+
+class ResponsesConfig(Section):
+    """What /v1/responses keeps, so that a request can go on from an earlier answer; see docs/api.md."""
+
+    ttl_seconds: int = Field(default=24 * 3600, ge=1, description="Seconds that a conversation is kept.")
+    max_bytes_per_tenant: int = Field(
+        default=16 * 1024**2,
+        ge=0,
+        description="Most bytes of a tenant's conversations, of which there are at most 1,000; of more, the oldest are "
+        "forgotten. 0: none is kept.",
+    )

@@ -15,6 +15,7 @@ from server.body_room import BodyRoom
 from server.engine_client import EngineClient, EngineDead
 from server.metrics import Metrics
 from server.rate_limit import RateLimiter
+from server.responses.store import ResponseStore
 from server.session_store import SessionStore
 from server.tools.chat_format import ChatFormat
 from server.work_shares import WorkShares
@@ -33,6 +34,7 @@ class Serving:
     engine: EngineClient
     rate_limiter: RateLimiter
     sessions: SessionStore
+    responses: ResponseStore
     metrics: Metrics
     adapters: AdapterControl
     work: WorkShares

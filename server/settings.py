@@ -26,7 +26,7 @@ from pydantic_settings import (
 
 from engine.config import EngineConfig
 from engine.options import Section
-from server.options import AuthConfig, HttpConfig, LimitsConfig, LogConfig, RedisConfig, SessionsConfig
+from server.options import AuthConfig, HttpConfig, LimitsConfig, LogConfig, RedisConfig, ResponsesConfig, SessionsConfig
 
 ENV_PREFIX = "EVOSPEC_"
 SHORTCUTS = {
@@ -85,6 +85,7 @@ class Settings(BaseSettings):
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     redis: RedisConfig = Field(default_factory=RedisConfig)
     sessions: SessionsConfig = Field(default_factory=SessionsConfig)
+    responses: ResponsesConfig = Field(default_factory=ResponsesConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -39,6 +39,11 @@ def event(data: msgspec.Struct | dict[str, Any]) -> bytes:
     return b"data: " + _encoder.encode(data) + b"\n\n"
 
 
+def named_event(name: str, data: msgspec.Struct | dict[str, Any]) -> bytes:
+    """One event with a name and ``data`` as JSON."""
+    return b"event: " + name.encode() + b"\n" + event(data)
+
+
 async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``; cancels it and raises ``ClientDisconnected`` if the client goes away first.
 
@@ -65,17 +70,18 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 class EventStream(Response):
     """Streams encoded events; each item of ``events`` is one write.
 
-    Headers wait for the first item, so an error before it is an ordinary error response. An error after it
-    becomes a last event with an error body, and then ``StreamFailed``. A client that goes away closes ``events`` at
+    Headers wait for the first item, so an error before it is an ordinary error response. What ``encode_failure`` makes
+    of an error after it is the last item, and then comes ``StreamFailed``. A client that goes away closes ``events`` at
     once.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], encode_failure: Callable[[ApiError], bytes]) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
+        self._encode_failure = encode_failure
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -96,7 +102,7 @@ class EventStream(Response):
                 log.exception("stream failed")
                 failure = internal_error()
             if failure is not None:
-                await _write(send, event(failure.body()))
+                await _write(send, self._encode_failure(failure))
         await send({"type": "http.response.body", "body": b""})
         if failure is not None:
             raise StreamFailed(failure.status)

@@ -149,20 +149,22 @@ def check_exposure(host: str, auth: AuthConfig, tenants: TenantRegistry) -> None
     )
 
 
-def bearer_key(request: Request) -> str | None:
-    """The key that a request carries as ``Authorization: Bearer KEY``."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+def sent_key(request: Request) -> str | None:
+    """The key that a request carries as ``Authorization: Bearer KEY``, else as ``X-Api-Key``."""
+    if "authorization" not in request.headers:
+        return request.headers.get("x-api-key")
+    scheme, _, key = request.headers["authorization"].partition(" ")
     return key.strip() if scheme.lower() == "bearer" else None
 
 
 async def authenticate(request: Request) -> Tenant:
-    """The tenant of the ``Authorization: Bearer`` key.
+    """The tenant of the key that a request carries.
 
     Raises:
         ApiError: 401 without a key of ours, 403 for one that is for something else.
     """
     registry: TenantRegistry = request.app.state.tenants
-    tenant = registry.find(bearer_key(request))
+    tenant = registry.find(sent_key(request))
     if tenant is None:
         raise ApiError(401, "Missing or unknown API key: send 'Authorization: Bearer KEY'.", code="invalid_api_key")
     structlog.contextvars.bind_contextvars(tenant=tenant.name)
@@ -172,7 +174,7 @@ async def authenticate(request: Request) -> Tenant:
 
 def is_admin(request: Request) -> bool:
     """Whether a request carries the admin key; False where there is none."""
-    admin, key = request.app.state.settings.auth.admin_key, bearer_key(request)
+    admin, key = request.app.state.settings.auth.admin_key, sent_key(request)
     return admin is not None and key is not None and hmac.compare_digest(hash_key(key), admin)
 
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from engine.messages import TokenLogprob
-from server.answer import Answer
+from server.answer import ChoicesAnswer
+from server.chat_generation import begin_chat
 from server.generation import Generation, Piece
 from server.logprobs import chat_logprobs
 from server.openapi import errors, success
-from server.params import (
-    check_prompts,
-    check_request,
-    default_max_tokens,
-    encode_messages,
-    encode_prediction,
-    fit_max_tokens,
-    to_sampling_params,
-)
 from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
 from server.schemas.chat import (
     ChatChoice,
@@ -32,7 +23,6 @@ from server.schemas.chat import (
 )
 from server.serving import CurrentServing, Serving
 from server.tools.message_writer import MessageWriter
-from server.tools.structural_tag import chat_grammar, check_tools
 
 router = APIRouter(route_class=TenantRoute)
 
@@ -50,37 +40,11 @@ async def create_chat_completion(
     session_header: SessionHeader,
 ) -> Response:
     """Answer a conversation, whole or as a stream of events."""
-    session_id = check_request(body, session_header, tenant, serving)
-    check_tools(body, serving.chat_format)
-    info, n = serving.engine_info, body.n or 1
-    prompt = await work.run(
-        encode_messages, serving.tokenizer, body.messages, info, body.template_variables(), body.usable_tools
-    )
-    prompts = [prompt]
-    check_prompts(prompts, "messages", info)
-    prediction = await work.run(encode_prediction, serving.tokenizer, body.prediction, info)
-    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    max_tokens = getattr(body, field)
-    if max_tokens is None:
-        max_tokens = default_max_tokens(prompts, n, info, tenant)
-    max_tokens = fit_max_tokens(max_tokens, field, prompts, info, serving.strict)
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = await work.run(
-        to_sampling_params,
-        body,
-        max_tokens=max_tokens,
-        vocab_size=info.vocab_size,
-        defaults=serving.sampling_defaults,
-        logprobs=logprobs,
-    )
-    is_thinking = serving.chat_format.is_thinking(prompt.text or "")
-    grammar = await work.run(chat_grammar, body, sampling.grammar, serving.chat_format, is_thinking)
-    sampling = msgspec.structs.replace(sampling, grammar=grammar)
-    generation = Generation(serving, tenant, prompts, sampling, n, session_id=session_id, prediction=prediction)
+    generation, is_thinking = await begin_chat(body, session_header, tenant, work, serving)
     return await _ChatAnswer(body, generation, serving, is_thinking).respond(request.receive)
 
 
-class _ChatAnswer(Answer):
+class _ChatAnswer(ChoicesAnswer):
     id_prefix, whole, part = "chatcmpl", ChatCompletion, ChatChunk
 
     def __init__(

@@ -7,7 +7,7 @@ from collections import defaultdict
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.answer import Answer
+from server.answer import ChoicesAnswer
 from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
@@ -57,7 +57,7 @@ async def create_completion(
     return await _CompletionAnswer(body, generation, serving).respond(request.receive)
 
 
-class _CompletionAnswer(Answer):
+class _CompletionAnswer(ChoicesAnswer):
     id_prefix, whole, part = "cmpl", Completion, Completion
 
     def __init__(self, body: CompletionRequest, generation: Generation, serving: Serving) -> None:

@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request, Response
 from fastapi.routing import APIRoute
-from fastapi.security import HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPBearer
 from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError, shutting_down, validation_error
+from server.errors import ApiError, body_error, shutting_down
 from server.json_bodies import decode_json
 from server.schemas.body import Leniency
 from server.serving import Serving
@@ -28,8 +28,9 @@ _PLAIN_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 _NAMES_SESSION = "Names the request's session, if session_id in the body does not."
 
-# Documents the header; ``authenticate`` is what checks it.
+# Documents the headers; ``authenticate`` is what checks them.
 _bearer = HTTPBearer(auto_error=False, description="API key")
+_api_key = APIKeyHeader(name="X-Api-Key", auto_error=False, description="API key, as Anthropic's clients send it")
 
 
 class _JsonRequest(Request):
@@ -104,11 +105,12 @@ class TenantRoute(APIRoute):
         try:
             return self._body_type.validate_python(value, context=leniency)
         except ValidationError as error:
-            errors = error.errors(include_url=False)
-            raise validation_error([{**one, "loc": ("body", *one["loc"])} for one in errors], value) from None
+            raise body_error(error, value) from None
 
 
-async def current_tenant(request: Request, _: Annotated[Any, Depends(_bearer)]) -> Tenant:
+async def current_tenant(
+    request: Request, _: Annotated[Any, Depends(_bearer)], __: Annotated[Any, Depends(_api_key)]
+) -> Tenant:
     """FastAPI dependency: the tenant that ``TenantRoute`` found."""
     tenant: Tenant = request.state.tenant
     return tenant

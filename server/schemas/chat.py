@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -33,7 +34,13 @@ class TextPart(LenientBody):
 Content = str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
 
 
-def text_of(content: str | list[TextPart]) -> str:
+class HasText(Protocol):
+    """A part of any API's message that is text."""
+
+    text: str
+
+
+def text_of(content: str | Sequence[HasText]) -> str:
     """Parts are joined without a separator."""
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
@@ -87,9 +94,10 @@ class Message(LenientBody):
         }
 
 
-def _few_parts(messages: Any) -> Any:
+def few_parts(messages: Any) -> Any:
     """Refuses too many parts before any is looked at: they are checked where nobody else is served meanwhile."""
-    contents = [one.get("content") for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    objects = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+    contents = [one.get(name) for one in objects for name in ("content", "output")]
     if sum(len(content) for content in contents if isinstance(content, list)) > MAX_PARTS:
         raise PydanticCustomError("too_long", "must have at most {limit} parts in all", {"limit": MAX_PARTS})
     return messages
@@ -113,7 +121,7 @@ TemplateVariables = Annotated[
 class ChatCompletionRequest(SamplingFields):
     """Answer a conversation."""
 
-    messages: Annotated[list[Message], BeforeValidator(_few_parts)] = Field(
+    messages: Annotated[list[Message], BeforeValidator(few_parts)] = Field(
         min_length=1, max_length=MAX_MESSAGES, fail_fast=True
     )
     max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Default: all that fits.")

@@ -1,4 +1,4 @@
-"""Field types and the parameters that both completion endpoints share."""
+"""Field types and the parameters that several endpoints share."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ class StreamOptions(LenientBody):
 
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+StopList = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class SamplingFields(ConstraintFields):
-    """Parameters of generation. null means the default everywhere; those of sampling are in /v1/models.
+class CommonFields(LenientBody):
+    """Parameters that every endpoint that generates has. null means the default everywhere; those of sampling are in
+    /v1/models.
 
     ``user``, ``metadata``, ``safety_identifier`` and ``prompt_cache_key`` label a request and never change its output.
     Nor does a session.
@@ -47,17 +49,6 @@ class SamplingFields(ConstraintFields):
     top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64, description="Choice i of a prompt uses seed + i.")
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
-    logit_bias: Annotated[dict[str, Bias] | None, at_most(MAX_LOGIT_BIAS)] = Field(
-        default=None, max_length=MAX_LOGIT_BIAS, description="Token id (as a string) to bias."
-    )
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
-    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128, fail_fast=True)
-    ignore_eos: bool | None = None
-    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
-    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     num_speculative_tokens: int | None = Field(
         default=None,
         ge=0,
@@ -66,7 +57,6 @@ class SamplingFields(ConstraintFields):
         "output is the same.",
     )
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     session_id: str | None = Field(
         default=None,
         min_length=1,
@@ -80,3 +70,20 @@ class SamplingFields(ConstraintFields):
     metadata: Annotated[dict[str, Any] | None, at_most(MAX_METADATA)] = Field(default=None, max_length=MAX_METADATA)
     safety_identifier: str | None = None
     prompt_cache_key: str | None = Field(default=None, description="Prefixes are shared within a tenant without it.")
+
+
+class SamplingFields(ConstraintFields, CommonFields):
+    """Parameters of both completion endpoints."""
+
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
+    logit_bias: Annotated[dict[str, Bias] | None, at_most(MAX_LOGIT_BIAS)] = Field(
+        default=None, max_length=MAX_LOGIT_BIAS, description="Token id (as a string) to bias."
+    )
+    stop: StopString | StopList | None = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=128, fail_fast=True)
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    stream_options: StreamOptions | None = None

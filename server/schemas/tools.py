@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -16,10 +16,13 @@ MAX_CALLS = 128
 """In one message of the conversation."""
 
 
+ToolName = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")]
+
+
 class Function(LenientBody):
     """What a model may call. ``parameters`` is a JSON Schema of an object; without it there are no arguments."""
 
-    name: str = Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
@@ -67,11 +70,15 @@ def _object_of(text: Any) -> Any:
     return value
 
 
+Arguments = Annotated[dict[str, Any], BeforeValidator(_object_of), WithJsonSchema({"type": "string"})]
+"""Of a past call: an object, sent as text."""
+
+
 class PastFunction(LenientBody):
     """The function that was called, and with what."""
 
     name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(_object_of), WithJsonSchema({"type": "string"})]
+    arguments: Arguments
 
 
 class PastCall(LenientBody):
@@ -80,6 +87,11 @@ class PastCall(LenientBody):
     id: str | None = None
     type: Literal["function"] = "function"
     function: PastFunction
+
+    @classmethod
+    def of(cls, call_id: str, name: str, arguments: dict[str, Any]) -> Self:
+        """The call with arguments that are an object already."""
+        return cls(id=call_id, function=PastFunction.model_construct(name=name, arguments=arguments))
 
     def for_template(self) -> dict[str, Any]:
         """The call as chat templates know it."""

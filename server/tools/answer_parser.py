@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,15 +55,23 @@ class AnswerParser:
 
     def push(self, text: str, is_last: bool) -> AnswerPart:
         """What ``text`` adds; at the end, also what had to wait because it might have become something else."""
+        part = AnswerPart()
+        for event in self._events(text, is_last):
+            self._take(event, part)
+        return part
+
+    def push_in_order(self, text: str, is_last: bool) -> Iterator[AnswerPart]:
+        """The same as several parts, each with one thing in it, in their order."""
+        for event in self._events(text, is_last):
+            part = AnswerPart()
+            self._take(event, part)
+            yield part
+
+    def _events(self, text: str, is_last: bool) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         for begin in range(0, len(text), _CHARS_AT_ONCE):
             events += self._parser.feed(text[begin : begin + _CHARS_AT_ONCE])
-        if is_last:
-            events += self._parser.finalize()[1]
-        part = AnswerPart()
-        for event in events:
-            self._take(event, part)
-        return part
+        return events + self._parser.finalize()[1] if is_last else events
 
     def _take(self, event: dict[str, Any], part: AnswerPart) -> None:
         match event["type"], event["field"]:

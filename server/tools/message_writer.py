@@ -11,6 +11,7 @@ from server.generation import Piece
 from server.schemas.chat import AssistantMessage, Delta, FinishReason
 from server.schemas.tools import CalledFunction, FunctionDelta, ToolCall, ToolCallDelta
 from server.tools.answer_parser import AnswerParser, AnswerPart, CallPart
+from server.tools.blocks import is_ended_by_model
 from server.tools.chat_format import ChatFormat
 
 
@@ -55,8 +56,7 @@ class MessageWriter:
 
     def finish_reason(self, piece: Piece) -> FinishReason | None:
         """Why the choice ends with this piece, if it does: for its calls, unless it was cut off."""
-        is_ended_by_model = piece.finish_reason == "stop" and piece.stop_reason is None
-        return "tool_calls" if is_ended_by_model and self._has_calls else piece.finish_reason
+        return "tool_calls" if is_ended_by_model(piece) and self._has_calls else piece.finish_reason
 
     def _parse(self, text: str, is_last: bool) -> AnswerPart:
         part = AnswerPart(content=text) if self._parser is None else self._parser.push(text, is_last)

@@ -1,5 +1,5 @@
-"""Tools through the real ``openai`` client with Qwen2.5-Coder-0.5B: three tasks, whole and streamed, with drafts on and
-off."""
+"""Tools through the real ``openai`` and ``anthropic`` clients with Qwen2.5-Coder-0.5B, by all APIs that have
+them: whole and streamed, with drafts on and off."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 
@@ -101,3 +102,60 @@ def test_the_client_parses_calls_of_strict_tools(client: openai.OpenAI) -> None:
     strict["function"]["parameters"] |= {"additionalProperties": False}
     answer: Any = client.chat.completions.parse(**asked(TASKS[1][0], "required", max_tokens=60) | {"tools": [strict]})
     assert answer.choices[0].message.tool_calls[0].function.parsed_arguments == {"a": 17, "b": 25}
+
+
+def test_the_responses_api(client: openai.OpenAI) -> None:
+    question, name, expected = TASKS[1]
+    tools: Any = [{"type": "function", "strict": False, **each["function"]} for each in TOOLS]
+    arguments: dict[str, Any] = {"model": MODEL, "tools": tools, "temperature": 0, "max_output_tokens": 60}
+    first = client.responses.create(**arguments, input=question, tool_choice="required", parallel_tool_calls=False)
+    [call] = first.output
+    assert call.type == "function_call"
+    assert (call.name, json.loads(call.arguments)) == (name, expected)
+    named: Any = {"type": "function", "name": name}
+    with client.responses.stream(**arguments, input=question, tool_choice=named) as stream:
+        again: Any = stream.get_final_response().output[0]
+    assert (again.name, again.arguments) == (name, call.arguments)
+    result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "42"}
+    goes_on = client.responses.create(
+        **arguments, input=[result], previous_response_id=first.id, tool_choice="none", store=False
+    )
+    assert "42" in goes_on.output_text
+    stateless: list[Any] = [{"role": "user", "content": question}, call, result]
+    same = client.responses.create(**arguments, input=stateless, tool_choice="none", store=False)
+    assert same.output_text == goes_on.output_text
+
+
+def test_the_messages_api(client: openai.OpenAI) -> None:
+    question, name, expected = TASKS[1]
+    http = anthropic.DefaultHttpxClient(trust_env=False, timeout=120)
+    url = str(client.base_url).removesuffix("/v1/")
+    claude = anthropic.Anthropic(base_url=url, api_key="none", http_client=http)
+    functions = [each["function"] for each in TOOLS]
+    tools: Any = [
+        {"name": each["name"], "description": each["description"], "input_schema": each["parameters"]}
+        for each in functions
+    ]
+    messages: list[Any] = [{"role": "user", "content": question}]
+    greedy: dict[str, Any] = {"model": MODEL, "max_tokens": 60, "tools": tools, "extra_body": {"temperature": 0}}
+    one_call: Any = {"type": "any", "disable_parallel_tool_use": True}
+    whole = claude.messages.create(**greedy, messages=messages, tool_choice=one_call)
+    [call] = whole.content
+    assert call.type == "tool_use"
+    assert (call.name, call.input, whole.stop_reason) == (name, expected, "tool_use")
+    with claude.messages.stream(**greedy, messages=messages, tool_choice={"type": "tool", "name": name}) as stream:
+        [again] = stream.get_final_message().content
+    assert again.type == "tool_use"
+    assert again.input == call.input
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "42"}
+    messages += [{"role": "assistant", "content": whole.content}, {"role": "user", "content": [result]}]
+    answer = claude.messages.create(**greedy, messages=messages, tool_choice={"type": "none"})
+    counted = claude.messages.count_tokens(model=MODEL, messages=messages, tools=tools, tool_choice={"type": "none"})
+    with claude.messages.stream(**greedy, messages=messages, tool_choice={"type": "none"}) as stream:
+        text = "".join(stream.text_stream)
+    [part] = answer.content
+    assert part.type == "text"
+    assert text == part.text
+    assert "42" in text
+    usage = answer.usage
+    assert counted.input_tokens == usage.input_tokens + (usage.cache_read_input_tokens or 0)

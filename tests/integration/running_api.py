@@ -75,6 +75,7 @@ async def running_api(
     directory: Path,
     *options: str,
     draft: str | None = None,
+    max_model_len: int = 64,
 ) -> AsyncIterator[Api]:
     address = f"ipc://{directory}/engine.sock"
     # However busy the machine is, a Valkey that is there answers in ten seconds; of an option's values the last counts.
@@ -84,7 +85,7 @@ async def running_api(
     http = bounded_http(settings.http, max_connections=1000)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="on", http=http, ws="none"))
     task = asyncio.create_task(server.serve())
-    engine = ScriptedEngine(address, script, VOCAB_SIZE, draft=draft)
+    engine = ScriptedEngine(address, script, VOCAB_SIZE, max_model_len, draft=draft)
     try:
         async with asyncio.timeout(20):
             while not server.started:  # noqa: ASYNC110

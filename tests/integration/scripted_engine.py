@@ -56,7 +56,7 @@ class ScriptedEngine:
             model="scripted",
             max_model_len=max_model_len,
             vocab_size=vocab_size,
-            num_blocks=8,
+            num_blocks=max(8, max_model_len // 16),
             block_size=16,
             max_num_seqs=4,
             dtype="float32",

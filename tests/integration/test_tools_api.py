@@ -2,64 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.messages import EngineOutput, EngineRequest
 from engine.text.tokenizer import Tokenizer
-from tests.integration.running_api import Api, running_api
-from tests.integration.scripted_engine import Script
-from tests.tiny_models import make_directory
+from tests.integration.running_api import Api
+from tests.integration.tools_model import CALL, Serve, saying
 
 CHAT = "/v1/chat/completions"
-TEMPLATE = (
-    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
-    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.arguments | tojson }}{% endfor %};{% endfor %}"
-    "{% if think %}<think>{% endif %}{# </think> #}"
-)
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-CALL = '<tool_call>\n{"name": "f", "arguments": {"ä": 1}}\n</tool_call>'
 USER = {"role": "user", "content": "Hi"}
 PAST = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-
-Serve = Callable[[Script], AbstractAsyncContextManager[Api]]
-
-
-@pytest.fixture
-def tools_api(tmp_path_factory: pytest.TempPathFactory, valkey_url: str, tmp_path: Path) -> Serve:
-    """``async with tools_api(script) as api``: the model's template knows tools and thoughts."""
-    files = make_directory(tmp_path_factory.mktemp("tools") / "tiny")
-    (files.path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-
-    @asynccontextmanager
-    async def serve(script: Script) -> AsyncIterator[Api]:
-        async with running_api(script, files, Tokenizer.from_files(files), valkey_url, tmp_path) as api:
-            yield api
-
-    return serve
-
-
-def saying(text: str, tokenizer: Tokenizer, finish_reason: Any = "stop", tokens: int = 1, stop: Any = None) -> Script:
-    """A script that says a text, so many tokens a step."""
-    ids = tokenizer.encode(text, add_special_tokens=False)
-
-    def script(request: EngineRequest) -> Iterable[EngineOutput]:
-        for begin in range(0, len(ids), tokens):
-            is_last = begin + tokens >= len(ids)
-            yield EngineOutput(
-                request_id=request.request_id,
-                token_ids=ids[begin : begin + tokens],
-                finish_reason=finish_reason if is_last else None,
-                stop_reason=stop if is_last else None,
-            )
-
-    return script
 
 
 def prompt(api: Api) -> str:

@@ -1,0 +1,53 @@
+"""POST /v1/responses, DELETE /v1/responses/{id}: OpenAI's Responses API."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from server.chat_generation import begin_chat
+from server.json_bodies import JsonResponse
+from server.openapi import errors, success
+from server.responses.answer import ResponsesAnswer
+from server.responses.conversation import all_items, fields_of_responses, to_chat
+from server.responses.objects import DeletedResponse, ResponseEvent, ResponseObject
+from server.responses.request import ResponsesRequest
+from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
+from server.serving import CurrentServing
+
+router = APIRouter(route_class=TenantRoute)
+
+
+@router.post(
+    "/v1/responses",
+    responses={**success(ResponseObject, ResponseEvent), **errors(400, 401, 404, 413, 429, 503)},
+)
+async def create_response(
+    request: Request,
+    body: ResponsesRequest,
+    tenant: CurrentTenant,
+    work: CurrentWork,
+    serving: CurrentServing,
+    session_header: SessionHeader,
+) -> Response:
+    """Answer a conversation, which may go on from an earlier answer, whole or as a stream of events."""
+    previous = b""
+    if body.previous_response_id is not None:
+        conversation = serving.responses.load(tenant.name, body.previous_response_id)
+        previous = await request.state.until_answered.enter_async_context(conversation)
+        work = dataclasses.replace(work, size=work.size + len(previous))
+    with fields_of_responses():
+        items = await work.run(all_items, body, previous)
+        chat = await work.run(to_chat, body, items)
+        generation, is_thinking = await begin_chat(chat, session_header, tenant, work, serving)
+    answer = await work.run(ResponsesAnswer, body, items, chat, generation, serving, is_thinking, tenant)
+    return await answer.respond(request.receive)
+
+
+@router.delete("/v1/responses/{response_id}", responses={**success(DeletedResponse), **errors(401, 404, 503)})
+async def delete_response(response_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
+    """Forget what is kept of an answer at once; later answers of its conversation are kept by themselves."""
+    await serving.responses.delete(tenant.name, response_id)
+    return JsonResponse(DeletedResponse(id=response_id))
