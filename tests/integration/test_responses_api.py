@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -220,6 +221,17 @@ async def test_a_tenant_has_only_so_much_and_loses_the_oldest(tools_api: Serve, 
         too_large = await client.responses.create(model="tiny", input=900 * "c")
         assert too_large.to_dict()["store"] is False
         await client.responses.create(model="tiny", input="Ho", previous_response_id=again.id, store=False)
+
+
+async def test_without_redis_nothing_is_kept_and_the_answer_says_so(
+    tools_api: Serve, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    async with asking(tools_api, saying("Yes", tokenizer), "--redis.url", f"unix://{tmp_path}/none") as (_, client):
+        response = await client.responses.create(model="tiny", input="Hi")
+        assert (response.output_text, response.to_dict()["store"]) == ("Yes", False)
+        with pytest.raises(openai.InternalServerError) as unreachable:
+            await client.responses.create(model="tiny", input="Ho", previous_response_id=response.id)
+        assert (unreachable.value.status_code, unreachable.value.code) == (503, "responses_unavailable")
 
 
 async def test_a_failure_within_a_stream_is_an_event(tools_api: Serve, tokenizer: Tokenizer) -> None:
