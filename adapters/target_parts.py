@@ -13,7 +13,6 @@ from engine.models.llama import RotaryEmbedding, rms_norm
 from engine.models.weights import WeightSource, open_weights
 
 _DEFAULT_MAX_MODEL_LEN = 8192
-_TILE = 256
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,14 @@ class TargetParts:
         return rms_norm(last_layer, self.norm, self.norm_eps)
 
 
-def with_others(token_ids: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Rows of the head for a loss, ascending: all of some ids, and as many of ``drawn`` as fill whole tiles."""
+def with_others(
+    token_ids: torch.Tensor, drawn: torch.Tensor, tile: int, generator: torch.Generator | None = None
+) -> torch.Tensor:
+    """Rows of the head for a loss, ascending: all of some ids, and of those drawn as many as fill whole tiles."""
     others = torch.unique(drawn)
     others = others[~torch.isin(others, token_ids)]
-    others = others[torch.randperm(len(others))]
-    count = len(others) - (len(token_ids) + len(others)) % _TILE
+    others = others[torch.randperm(len(others), generator=generator)]
+    count = len(others) - (len(token_ids) + len(others)) % tile
     return torch.cat((token_ids, others[: max(count, 0)])).sort().values
 
 

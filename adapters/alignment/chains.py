@@ -17,6 +17,7 @@ from adapters.target_parts import TargetParts
 from engine.models.eagle3 import Additions, Eagle3
 
 _PLACES = 64
+"""Segments are padded to multiples of it, for the same reason as rows (``chain_walk``)."""
 _NO_LOGIT = -1e30
 """Stands at places without a token: a row of -inf has no softmax, and its gradient would spoil the whole batch's."""
 

@@ -17,6 +17,8 @@ from engine.adapters_config import AdaptersConfig
 from engine.models.lora import lora_layout
 
 _CLIP = 1.0
+_TILE = 256
+"""Rows of the head come in multiples of it: bf16 products compile a kernel for each number."""
 _WARMUP_UPDATES = 32
 """Adam's first steps are as long as later ones, whatever the gradient: at full length they unlearn first, and a key
 that went back to the version in force once would be refused for good."""
@@ -104,7 +106,7 @@ class Updater:
         uniform = torch.rand(len(batch.starts), generator=self._generator)
         # The batch's own tokens and random others, which are all wrong answers.
         drawn = torch.randint(0, vocab_size, (training.random_rows,), generator=self._generator)
-        rows = with_others(batch.wanted_ids, drawn)
+        rows = with_others(batch.wanted_ids, drawn, _TILE, self._generator)
         return replace(self._base, lora=self._lora).steps(batch, rows, Curriculum(training.beta, uniform))
 
     def _follow(self) -> None:

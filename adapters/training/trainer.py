@@ -17,7 +17,7 @@ import numpy as np
 import structlog
 import torch
 
-from adapters.target_parts import target_parts
+from adapters.target_parts import target_parts, with_others
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from adapters.training.conversations import shard_paths
 from adapters.training.dataset import Batch, Dataset
@@ -212,12 +212,7 @@ def rows_of_loss(batch: Batch, core: torch.Tensor, drawn: torch.Tensor) -> torch
 
     Of the others none is left out: where a label's token has no row, the rest of the label is noise.
     """
-    fixed = torch.unique(torch.cat((batch.token_ids.flatten(), core)))
-    others = torch.unique(drawn)
-    others = others[~torch.isin(others, fixed)]
-    others = others[torch.randperm(len(others))]
-    count = len(others) - (len(fixed) + len(others)) % _TILE
-    return torch.cat((fixed, others[: max(count, 0)]))
+    return with_others(torch.unique(torch.cat((batch.token_ids.flatten(), core))), drawn, _TILE)
 
 
 def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightSource, spec: ModelSpec) -> Eagle3:
