@@ -166,13 +166,18 @@ class SpeculationConfig(Section):
 
     method: Literal["auto", "none", "eagle3", "draft_model", "ngram"] = Field(
         default="auto",
-        description="What proposes tokens; auto: the draft shipped for the model, ngram if there is none; ngram: what "
-        "followed the same tokens earlier in the sequence, for any model.",
+        description="What proposes tokens; auto: what speculation.draft names is, or else the draft shipped for the "
+        "model, ngram if there is none; ngram: what followed the same tokens earlier in the sequence, for any model.",
     )
     draft: str | None = Field(
         default=None,
-        description="Directory of an EAGLE-3 draft, or a draft model's name or path as in model.name; default: the "
-        "one shipped for the model.",
+        description="Directory or hub id of an EAGLE-3 draft, or a draft model's name or path as in model.name; "
+        "default: the one shipped for the model.",
+    )
+    capture_layers: tuple[int, ...] | None = Field(
+        default=None,
+        description="Layers of the model, counted from 0, whose outputs an EAGLE-3 draft of another project takes; "
+        "default: those that its files name.",
     )
     vocabulary: str = Field(
         default="auto",
@@ -180,7 +185,8 @@ class SpeculationConfig(Section):
         description="Tokens a draft can propose: auto, dynamic:512+512 where a draft comes with counts of tokens "
         "(dynamic:32768+512 by a draft model with 100,000 tokens or more), else full; "
         "full; static:K, the K most frequent; dynamic:K+S, these and up to S of each session's own, with a prior. "
-        "dynamic:full+0: the prior alone. A draft model uses its own counts where the target has none.",
+        "dynamic:full+0: the prior alone. A draft model uses its own counts where the target has none. An EAGLE-3 "
+        "draft with a head of its own proposes that head's tokens, by default with a prior.",
     )
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
     num_speculative_tokens: int = Field(

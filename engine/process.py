@@ -22,7 +22,7 @@ from engine.models.config import ModelError, ModelFiles
 from engine.models.registry import known_sums, resolve_model, validate_model_files
 from engine.models.verify import DAMAGED_STATUS, FileCheck
 from engine.online.shared_file import SharedMemoryError, claim_directory
-from engine.speculation.draft_files import draft_model_config
+from engine.speculation.draft_files import choose_method, draft_model_config
 
 log = structlog.get_logger(__name__)
 
@@ -136,8 +136,8 @@ class EngineProcess:
 
 def _sums(config: EngineConfig, files: ModelFiles, max_model_len: int) -> dict[Path, str]:
     """Of what was fetched for the model, and for a draft model."""
-    sums, speculation = known_sums(config.model, files), config.speculation
-    if speculation.method == "draft_model" and speculation.num_speculative_tokens:
+    sums = known_sums(config.model, files)
+    if choose_method(config, files.name)[0] == "draft_model":
         draft = draft_model_config(config, max_model_len)
         sums |= known_sums(draft, resolve_model(draft, progress=False))
     return sums

@@ -31,7 +31,8 @@ class _Model(ctypes.Structure):
         *pointers("layer", "norm"),
         *integers("hidden"),
         *((name, MatrixStruct) for name in ("embedding", "head", "core")),
-        *pointers("core_ids", "tails", "sessions", "texts", "kv"),
+        *pointers("core_ids", "row_of", "tails", "sessions", "texts", "kv"),
+        *integers("shift"),
     )
 
 
@@ -120,9 +121,9 @@ class NativeChain:
     norm: torch.Tensor
     """Its output norm, float32 [hidden]"""
     embedding: PackedMatrix
-    """The target's"""
+    """The target's, or the draft's own"""
     head: PackedMatrix
-    """The target's"""
+    """Likewise"""
     core: PackedMatrix
     """Rows of the head that all sequences share"""
     core_ids: torch.Tensor | None
@@ -133,6 +134,10 @@ class NativeChain:
     """Whose priors they have, and texts, whose repeats count in these; None: nobody has one"""
     candidates: int
     """Of each token that are looked at, where not only the best one counts"""
+    row_of: torch.Tensor | None = None
+    """[vocab] int32, each token's row of ``head``, -1: it has none; None: the row of its number"""
+    shift: int = 0
+    """A token's keys and values lie so many places before the token's own"""
 
     @functools.cached_property
     def _tails_struct(self) -> TailSlabsStruct | None:
@@ -179,9 +184,11 @@ class NativeChain:
             *(self.layer.handle, address(self.norm), hidden),
             *(matrix.struct for matrix in (self.embedding, self.head, self.core)),
             address(self.core_ids),
+            address(self.row_of),
             None if tails is None else ctypes.addressof(tails),
             *((None, None) if self.sessions is None else (one.handle for one in self.sessions)),
             ctypes.addressof(cache.struct),
+            self.shift,
         )
 
 

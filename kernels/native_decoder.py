@@ -23,7 +23,7 @@ class _Layer(ctypes.Structure):
         *((name, MatrixStruct) for name in ("output", "gate_up", "down")),
         *pointers("input_norm", "mlp_norm", "embedding_norm", "q_norm", "k_norm", "attention_norm", "output_norm"),
         *pointers("cos_sin"),
-        *integers("rotary_dim", "window"),
+        *integers("rotary_dim", "window", "norms_residual"),
         ("experts", ExpertsStruct),
     )
 
@@ -143,6 +143,8 @@ class LayerWeights:
     output_norm: torch.Tensor | None = None
     """Of what the MLP adds"""
     window: int | None = None
+    norms_residual: bool = False
+    """Whether the input norm changes the residual stream, too (EAGLE-3 with ``norm_before_residual``)"""
 
     @property
     def matrices(self) -> list[PackedMatrix]:
@@ -267,6 +269,6 @@ def _layer_struct(layer: LayerWeights) -> _Layer:
         *((MatrixStruct * 3)(*(matrix.struct for matrix in layer.qkv)), len(layer.qkv)),
         *(layer.output.struct, *mlp),
         *map(address, (*norms, layer.attention_norm, layer.output_norm, layer.cos_sin)),
-        *(0 if layer.cos_sin is None else layer.cos_sin.shape[1], layer.window or 0),
+        *(0 if layer.cos_sin is None else layer.cos_sin.shape[1], layer.window or 0, layer.norms_residual),
         experts,
     )

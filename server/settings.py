@@ -33,6 +33,7 @@ SHORTCUTS = {
     "engine.model.name": "model",
     "engine.model.served_name": "served-model-name",
     "engine.model.max_model_len": "max-model-len",
+    "engine.speculation.draft": "draft",
     "engine.cache.max_bytes": "kv-max-bytes",
     "engine.scheduler.max_num_seqs": "max-num-seqs",
     "engine.alignment.enabled": "alignment.enabled",

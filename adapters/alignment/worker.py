@@ -37,7 +37,7 @@ from engine.online.feature_ring import FeatureRingReader
 from engine.online.shared_file import SharedMemoryError
 from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
 from engine.online.verify_record import VerifyRecord
-from engine.speculation.draft_files import DRAFTS
+from engine.speculation.draft_files import DRAFTS, choose_method
 from kernels.native import has_fast_bf16
 
 log = structlog.get_logger(__name__)
@@ -242,8 +242,7 @@ def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
     """
     files = resolve_model(config.model, progress=False)
     spec = validate_model_files(files)
-    draft = config.speculation.draft
-    directory = DRAFTS / files.name if draft is None else Path(draft).expanduser()
+    directory = choose_method(config, files.name)[1] or DRAFTS / files.name
     eagle = load_draft(directory, torch.bfloat16 if has_fast_bf16() else torch.float32, torch.device("cpu"))
     eagle.config.check_target(spec, directory)
     target = load_target_parts(files, spec, config.model.max_model_len)

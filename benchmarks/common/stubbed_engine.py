@@ -38,6 +38,7 @@ from engine.core import EngineCore
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec
 from engine.models.config import LayerSpec, Rope
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import HeadSlab
 from engine.models.registry import resolve_model, validate_model_files
 from engine.speculation.build import make_head
@@ -227,6 +228,8 @@ class StubTarget(_StubNetwork):
 class StubEagle(_StubNetwork):
     """An ``EagleNetwork``."""
 
+    shift = 0
+
     def load(self, weights: object) -> None:
         raise NotImplementedError
 
@@ -259,7 +262,8 @@ class StubDraft:
     def make_proposer(self, num_blocks: int) -> EagleProposer:
         """Allocate the features."""
         attention = TorchPagedAttention(attention_spec(self.target, self.cache, num_blocks))
-        return EagleProposer(self.network, self.target, attention, self.head, capture_layers=(0,))
+        config = Eagle3Config.for_target(self.target.spec, "stub", (0,), intermediate_size=1)
+        return EagleProposer(self.network, self.target, self.target.model.embed, attention, self.head, config)
 
 
 def make_engine(config: EngineConfig, texts: Texts) -> EngineCore:

@@ -53,7 +53,7 @@ class DraftedTokens:
                 step's later tokens are among those of its first, in the same order.
             token_ids: [B, C], -1 for none; the weakest make room, in place.
             logits: [B, C], -inf for none; likewise.
-            logits_of: for the tokens that become candidates.
+            logits_of: for the tokens that become candidates; where it is NaN, that of the one that made room stays.
         """
         step = self._step
         if step is None or len(step) != len(requests):
@@ -64,7 +64,8 @@ class DraftedTokens:
         included = self._sessions.include_repeats(self._texts.texts, step, token_ids)
         if len(included):
             rows, columns = included.T
-            logits[rows, columns] = logits_of(rows, token_ids[rows, columns])
+            new, replaced = logits_of(rows, token_ids[rows, columns]), logits[rows, columns]
+            logits[rows, columns] = np.where(np.isnan(new), replaced, new)
         return self._sessions.score(step, token_ids, logits), step.best
 
     def remember(self, requests: Sequence[Request], hidden: NDArray[np.float32]) -> None:

@@ -9,6 +9,7 @@ The entry of token t is computed from token t and the target's features of posit
     logits of token t + 1 = target's head(RMSNorm(a))
 
 The next unrolled step takes a where the first took g. The target's embedding and head are its own, shared and frozen.
+What drafts of other projects do in another way is their ``Variant``.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Eagle3(nn.Module):
         self.config = config
         hidden, intermediate = config.hidden_size, config.intermediate_size
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        self.fc = nn.Linear(len(config.capture_layers) * hidden, hidden, bias=False)
+        self.fc = nn.Linear(config.fused_size, hidden, bias=False)
         self.embedding_norm = nn.Parameter(torch.ones(hidden))
         self.hidden_norm = nn.Parameter(torch.ones(hidden))
         self.qkv_proj = nn.Linear(2 * hidden, (heads + 2 * kv_heads) * config.head_dim, bias=config.attention_bias)
@@ -55,10 +56,15 @@ class Eagle3(nn.Module):
         self.gate_up_proj = nn.Linear(hidden, 2 * intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
         self.output_norm = nn.Parameter(torch.ones(hidden))
+        variant, head_dim = config.variant, config.head_dim
+        self.q_norm = nn.Parameter(torch.ones(head_dim)) if variant.qk_norm else None
+        self.k_norm = nn.Parameter(torch.ones(head_dim)) if variant.qk_norm else None
+        has_norm = variant.feature_norms != "none"
+        self.feature_norm = nn.Parameter(torch.ones(config.fused_size)) if has_norm else None
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """[..., 3 * hidden] → g [..., hidden]"""
-        fused: torch.Tensor = self.fc(features)
+        fused: torch.Tensor = self.fc(normalise_features(self.config, self.feature_norm, features))
         return fused
 
     def qkv(
@@ -75,25 +81,37 @@ class Eagle3(nn.Module):
             lora.add_to(product, x, "qkv")
         heads = product.view(*product.shape[:-1], -1, config.head_dim)
         q, k, v = heads.split_with_sizes([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = rms_norm(q, self.q_norm, eps), rms_norm(k, self.k_norm, eps)
         return q, k, v
 
     def output(self, g: torch.Tensor, attended: torch.Tensor, lora: Additions | None = None) -> torch.Tensor:
         """g [..., hidden] and attention's output [..., heads, head_dim] → a [..., hidden]."""
-        heads = attended.flatten(-2)
-        y = g + self.o_proj(heads)
+        config, eps, heads = self.config, self.config.rms_norm_eps, attended.flatten(-2)
+        residual = rms_norm(g, self.hidden_norm, eps) if config.variant.norm_before_residual else g
+        y = residual + self.o_proj(heads)
         if lora is not None:
             lora.add_to(y, heads, "output")
-        normed = rms_norm(y, self.post_attention_norm, self.config.rms_norm_eps)
+        normed = rms_norm(y, self.post_attention_norm, eps)
         gate, up = self.gate_up_proj(normed).chunk(2, dim=-1)
         product = F.silu(gate) * up
         a: torch.Tensor = y + self.down_proj(product)
         if lora is not None:
             lora.add_to(a, product, "down")
-        return a
+        return rms_norm(a, self.output_norm, eps) if config.variant.norm_output else a
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
-        """What the target's head projects: RMSNorm(a)."""
-        return rms_norm(a, self.output_norm, self.config.rms_norm_eps)
+        """What the head projects: RMSNorm(a)."""
+        return a if self.config.variant.norm_output else rms_norm(a, self.output_norm, self.config.rms_norm_eps)
+
+
+def normalise_features(config: Eagle3Config, weight: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor:
+    """What a draft fuses: features [..., fused_size] by its norm's ``weight`` [fused_size]; None: as they are."""
+    if weight is None:
+        return features
+    parts = len(config.capture_layers) if config.variant.feature_norms == "each" else 1
+    weights = weight.view(parts, -1)
+    return rms_norm(features.unflatten(-1, weights.shape), weights, config.rms_norm_eps).flatten(-2)
 
 
 def save_draft(draft: Eagle3, directory: Path) -> None:
@@ -101,7 +119,8 @@ def save_draft(draft: Eagle3, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().bfloat16().contiguous() for name, tensor in draft.state_dict().items()}
     save_file(weights, directory / WEIGHTS_FILE)
-    (directory / CONFIG_FILE).write_text(json.dumps(asdict(draft.config), indent=2) + "\n")
+    config = {name: value for name, value in asdict(draft.config).items() if name != "variant"}
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eagle3:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from safetensors import SafetensorError
 
-from engine.models.config import ModelError, ModelSpec
-from engine.models.safetensors_spec import SUPPORTED_DTYPES, read_header
+from engine.models.config import ModelError, ModelSpec, Rope
+from engine.models.safetensors_spec import SUPPORTED_DTYPES, Header, read_header
 
 WEIGHTS_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"
@@ -18,8 +20,33 @@ _MAX_SIZE = 1 << 18
 
 
 @dataclass(frozen=True)
+class Variant:
+    """What drafts of other projects do in another way; by default as ``Eagle3`` describes it."""
+
+    target_hidden_size: int | None = None
+    """Width of each of the target's features; None: the draft's own"""
+    rope: Rope | None = None
+    """None: the target's"""
+    sliding_window: int | None = None
+    """So many tokens are attended to, the token itself included; None: all"""
+    qk_norm: bool = False
+    """Whether each head of queries and keys has an RMS norm before its rotary embedding"""
+    feature_norms: Literal["none", "all", "each"] = "none"
+    """What has an RMS norm before it is fused: the features side by side, or each of them"""
+    norm_before_residual: bool = False
+    """Whether the normalised g is what the layer adds to, not g"""
+    norm_output: bool = False
+    """Whether the next unrolled step takes the normalised a, not a"""
+    head_size: int | None = None
+    """Tokens of its own head; None: it has the target's"""
+    own_embedding: bool = False
+    first_token_has_entry: bool = True
+    """Whether a sequence's first token has keys and values, though nothing comes before it"""
+
+
+@dataclass(frozen=True)
 class Eagle3Config:
-    """Shape of a draft. Head shapes and the rotary base are the target's; ``target`` names it."""
+    """Shape of a draft. Head shapes and rotary base are the target's, but for a ``variant``; ``target`` names it."""
 
     target: str
     hidden_size: int
@@ -33,6 +60,12 @@ class Eagle3Config:
     num_target_layers: int
     attention_bias: bool = False
     """Whether queries, keys and values have a bias, as the target's own may"""
+    variant: Variant = Variant()
+
+    @property
+    def fused_size(self) -> int:
+        """Width of the features that are fused, side by side."""
+        return len(self.capture_layers) * (self.variant.target_hidden_size or self.hidden_size)
 
     @classmethod
     def for_target(
@@ -66,11 +99,11 @@ class Eagle3Config:
             raise ModelError(f"{directory}: the draft is for {self.target}, whose shape differs from the model's")
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight of the draft, by its name in ``Eagle3``."""
+        """Every weight of the draft but its own head and embedding, by its name in ``Eagle3``."""
         hidden, intermediate, heads_size = self.hidden_size, self.intermediate_size, self.num_heads * self.head_dim
         qkv_size = heads_size + 2 * self.num_kv_heads * self.head_dim
         shapes: dict[str, tuple[int, ...]] = {
-            "fc.weight": (hidden, len(self.capture_layers) * hidden),
+            "fc.weight": (hidden, self.fused_size),
             "qkv_proj.weight": (qkv_size, 2 * hidden),
             "o_proj.weight": (hidden, heads_size),
             "gate_up_proj.weight": (2 * intermediate, hidden),
@@ -78,7 +111,13 @@ class Eagle3Config:
         }
         norms = ("embedding_norm", "hidden_norm", "post_attention_norm", "output_norm")
         shapes |= dict.fromkeys(norms, (hidden,))
-        return shapes | ({"qkv_proj.bias": (qkv_size,)} if self.attention_bias else {})
+        if self.attention_bias:
+            shapes["qkv_proj.bias"] = (qkv_size,)
+        if self.variant.qk_norm:
+            shapes |= dict.fromkeys(("q_norm", "k_norm"), (self.head_dim,))
+        if self.variant.feature_norms != "none":
+            shapes["feature_norm"] = (self.fused_size,)
+        return shapes
 
 
 def read_draft(directory: Path) -> Eagle3Config:
@@ -89,21 +128,28 @@ def read_draft(directory: Path) -> Eagle3Config:
     """
     try:
         config = msgspec.json.decode((directory / CONFIG_FILE).read_bytes(), type=Eagle3Config)
-        _check_sizes(config)
+        check_sizes(config)
+        if config.variant != Variant():
+            raise ValueError("variant: only drafts of other projects have one")
         header = read_header(directory / WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{directory}: not an EAGLE-3 draft: {error}") from error
-    wanted = config.tensor_shapes()
+    check_tensors(directory, config.tensor_shapes(), header)
+    return config
+
+
+def check_tensors(directory: Path, wanted: Mapping[str, tuple[int, ...]], header: Header) -> None:
+    """Raises ``ModelError`` unless a draft has these floating-point tensors, and no others."""
     for name in sorted(wanted.keys() | header.keys()):
         shape, dtype = header.get(name, (None, None))
         if wanted.get(name) != shape:
             raise ModelError(f"{directory}: {name} has the shape {shape}, must be {wanted.get(name)}")
         if dtype not in SUPPORTED_DTYPES:
             raise ModelError(f"{directory}: {name} is of type {dtype}, must be of {SUPPORTED_DTYPES}")
-    return config
 
 
-def _check_sizes(config: Eagle3Config) -> None:
+def check_sizes(config: Eagle3Config) -> None:
+    """Raises ``ValueError`` for numbers that no draft has."""
     sizes = "hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size num_target_layers"
     for name in sizes.split():
         if not 0 < getattr(config, name) <= _MAX_SIZE:

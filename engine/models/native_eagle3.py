@@ -13,7 +13,8 @@ from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.batch import Features, ForwardBatch
 from engine.models.config import ModelError, ModelSpec
-from engine.models.eagle3 import Eagle3
+from engine.models.eagle3 import Eagle3, normalise_features
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.llama import RotaryEmbedding
 from engine.models.native_llama import cos_sin, gate_up_rows, make_decoder
 from kernels.batched_lora import LoraRows
@@ -22,6 +23,22 @@ from kernels.native_decoder import LayerWeights
 from kernels.native_lora import NativeLora
 
 WEIGHT_TYPE = GGMLQuantizationType.Q4_1
+
+
+def unsupported_draft(config: Eagle3Config) -> str | None:
+    """Why the kernels cannot run this draft; None where they can."""
+    rope = config.variant.rope
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "head_dim": config.head_dim,
+        "width of features": config.fused_size,
+        "number of turning dimensions": config.head_dim if rope is None else rope.dim,
+    }
+    for name, size in sizes.items():
+        if size % 32:
+            return f"{name} {size} is not a multiple of 32"
+    return "norm_output is set" if config.variant.norm_output else None
 
 
 class NativeEagle3:
@@ -37,16 +54,27 @@ class NativeEagle3:
         team: runs the kernels.
         max_model_len: longest sequence in tokens.
         digits: of activations, as ``PackedMatrix`` has them.
+        embedding: [vocab, hidden], its own, which is kept as bf16 (None: it has the target's).
 
     Raises:
-        ModelError: the kernels cannot run a draft of this width.
+        ModelError: the kernels cannot run a draft like this.
     """
 
-    def __init__(self, draft: Eagle3, spec: ModelSpec, team: Team, max_model_len: int, digits: int = 2) -> None:
-        config = draft.config
-        if config.intermediate_size % 32:
-            raise ModelError(f"draft: intermediate_size {config.intermediate_size} is not a multiple of 32")
-        self.team = team
+    def __init__(
+        self,
+        draft: Eagle3,
+        spec: ModelSpec,
+        team: Team,
+        max_model_len: int,
+        digits: int = 2,
+        embedding: torch.Tensor | None = None,
+    ) -> None:
+        config, variant = draft.config, draft.config.variant
+        if (reason := unsupported_draft(config)) is not None:
+            raise ModelError(f"draft: {reason}")
+        self.team, self._config = team, config
+        self.shift = 0 if variant.first_token_has_entry else 1
+        """A token's keys and values lie so many places before the token's own."""
         weights = {name: weight.detach() for name, weight in draft.named_parameters()}
         self._matrices = {
             name: PackedMatrix(len(weight), weight.shape[1], [_part(name, weight)], weights.get(_bias_of(name)), digits)
@@ -63,11 +91,20 @@ class NativeEagle3:
             mlp=(self._matrices["gate_up_proj.weight"], self._matrices["down_proj.weight"]),
             input_norm=self._norms["hidden_norm"],
             mlp_norm=self._norms["post_attention_norm"],
-            cos_sin=cos_sin(RotaryEmbedding(spec.rope, max_model_len, torch.device("cpu"))),
+            cos_sin=cos_sin(RotaryEmbedding(variant.rope or spec.rope, max_model_len, torch.device("cpu"))),
             embedding_norm=self._norms["embedding_norm"],
+            q_norm=self._norms.get("q_norm"),
+            k_norm=self._norms.get("k_norm"),
+            window=variant.sliding_window,
+            norms_residual=variant.norm_before_residual,
         )
         self.layer = make_decoder(team, config, [layer], target=spec)
-        self.weight_bytes = sum(matrix.num_bytes for matrix in self._matrices.values())
+        self.embedding: PackedMatrix | None = None
+        if embedding is not None:
+            part = MatrixPart(np.arange(len(embedding)), values=embedding)
+            self.embedding = PackedMatrix(*embedding.shape, [part], None, digits)
+        matrices = [*self._matrices.values(), *([] if self.embedding is None else [self.embedding])]
+        self.weight_bytes = sum(matrix.num_bytes for matrix in matrices)
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put other weights in place of all that there are, rounded in the same way."""
@@ -78,11 +115,15 @@ class NativeEagle3:
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """[T, 3 * hidden] → g [T, hidden] float32."""
-        return linear(self.team, self._matrices["fc.weight"], features.bfloat16())
+        return linear(self.team, self._matrices["fc.weight"], self._normalised(features))
 
     def fuse_into(self, store: torch.Tensor, features: Features) -> None:
         """Write g of each token to its slot's row of ``store`` [slots, hidden] bf16."""
-        linear_to_rows(self.team, self._matrices["fc.weight"], features.values.bfloat16(), features.slots, store)
+        normalised = self._normalised(features.values)
+        linear_to_rows(self.team, self._matrices["fc.weight"], normalised, features.slots, store)
+
+    def _normalised(self, features: torch.Tensor) -> torch.Tensor:
+        return normalise_features(self._config, self._norms.get("feature_norm"), features).bfloat16()
 
     def forward(
         self,

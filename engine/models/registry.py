@@ -7,6 +7,7 @@ never installed, and the result is checked against a pinned sha256.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,8 +100,9 @@ def resolve_model(config: ModelConfig, progress: bool = True) -> ModelFiles:
         return ModelFiles(path.stem, path, "gguf")
     if path.is_dir():
         return ModelFiles(path.resolve().name, path, "safetensors")
-    if _HUB_ID.fullmatch(name):
-        return ModelFiles(name, _fetch_from_hub(name, config.revision, config.cache_dir), "safetensors")
+    if is_hub_id(name):
+        path = fetch_from_hub(name, config.revision, config.cache_dir, _HUB_PATTERNS)
+        return ModelFiles(name, path, "safetensors")
     raise ModelError(
         f"model {name!r} is neither a known name ({', '.join(REGISTRY)}), a .gguf file, a directory, nor a hub id"
     )
@@ -130,7 +132,13 @@ def validate_model_files(files: ModelFiles) -> ModelSpec:
     return spec_from_directory(files.path)
 
 
-def _fetch_from_hub(name: str, revision: str | None, cache_dir: Path) -> Path:
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a repository of a hub."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
+def fetch_from_hub(name: str, revision: str | None, cache_dir: Path, patterns: Sequence[str]) -> Path:
+    """The directory of a hub id with the files of these patterns; ``ModelError`` where they cannot be had."""
     # Imported here: it takes a second, and the usual start does not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -138,7 +146,7 @@ def _fetch_from_hub(name: str, revision: str | None, cache_dir: Path) -> Path:
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, cache_dir=cache_dir.expanduser() / "hub", allow_patterns=_HUB_PATTERNS
+                name, revision=revision, cache_dir=cache_dir.expanduser() / "hub", allow_patterns=[*patterns]
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -13,6 +13,8 @@ from engine.models.families.known import spec_from_config
 from engine.models.stored_tensors import stored_shapes
 
 SUPPORTED_DTYPES = ("F32", "F16", "BF16")
+Header = dict[str, tuple[tuple[int, ...], str | None]]
+"""Shape and type of tensors by name; the types as safetensors calls them."""
 
 
 def spec_from_directory(directory: Path) -> ModelSpec:
@@ -63,7 +65,7 @@ def text_name(stored: str) -> str:
     return stored
 
 
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def read_header(path: Path) -> Header:
     """Shape and type of each tensor of a safetensors file; raises ``SafetensorError`` or ``OSError``."""
     with safe_open(path, framework="np") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)

@@ -11,18 +11,20 @@ from engine.config import EngineConfig
 from engine.draft_vocab.follower import VocabFollower
 from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
-from engine.models import eagle3
 from engine.models.config import ModelError, ModelFiles
+from engine.models.eagle3_config import Variant
+from engine.models.eagle3_weights import load_weights
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
 from engine.online.adapters import EagleAdapters
 from engine.speculation import draft_files
-from engine.speculation.draft_files import check_same_tokens, choose_method, draft_model_config
+from engine.speculation.draft_files import check_foreign_options, check_same_tokens, choose_method, draft_model_config
 from engine.speculation.drafters.base import Draft, Proposer
 from engine.speculation.drafters.draft_model import DraftModel
 from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
 from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
 from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup, RunningTexts
+from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.drafters.session_head import make_session_head
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.cost_meter import CostMeter
@@ -47,7 +49,7 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
     Raises:
         ModelError: the draft cannot be had, or does not fit the target.
     """
-    method, directory = choose_method(config.speculation, files.name)
+    method, directory = choose_method(config, files.name)
     if method == "ngram" and config.speculation.method == "auto":
         log.info("no draft is shipped for this model: repeats are copied", model=files.name)
     reason = missing_reason()
@@ -58,14 +60,22 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
         return None
     if method == "ngram":
         return NgramDraft()
+    speculation = config.speculation.model_copy(update={"method": method})
+    config = config.model_copy(update={"speculation": speculation})
     if method == "draft_model":
         return _load_draft_model(config, target, files, tokenizer)
     return None if directory is None else _load_eagle(config, target, directory, tokenizer)
 
 
-def make_head(config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer) -> DraftHead:
-    """The head of a model over the configured vocabulary, whose token counts are in ``directory``."""
+def make_head(
+    config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer, own: OwnHead | None = None
+) -> DraftHead:
+    """The head of a model over the configured vocabulary, whose token counts are in ``directory``; or a draft's own."""
     vocabulary = config.speculation.vocabulary
+    if own is not None:
+        if vocabulary == "full":
+            return DraftHead(loaded, own=own)
+        return make_session_head(config, loaded, directory, tokenizer, None, 0, own)
     if vocabulary == "auto":
         has_counts = (directory / COUNTS_FILE).is_file()
         vocabulary = default_vocabulary(config.speculation.method, has_counts, tokenizer.vocab_size)
@@ -107,13 +117,16 @@ def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
 
 
 def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, tokenizer: Tokenizer) -> EagleDraft:
-    draft = eagle3.load_draft(directory, target.dtype, target.device)
-    draft.config.check_target(target.spec, directory)
-    head = make_head(config, target, directory, tokenizer)
+    layers = config.speculation.capture_layers
+    weights = load_weights(directory, target.spec, layers, target.dtype, target.device)
+    draft, own = weights.network, None if weights.head is None else OwnHead(weights.head, target)
+    if draft.config.variant != Variant():
+        check_foreign_options(config, own is not None)
+    head = make_head(config, target, directory, tokenizer, own)
     adapters = None
     if config.alignment.enabled:
         adapters = EagleAdapters(config.alignment, draft, draft_fingerprint(directory))
-    return EagleDraft(draft, directory.name, target, config.cache, head, adapters)
+    return EagleDraft(draft, directory.name, target, config.cache, head, adapters, weights.embedding)
 
 
 def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:

@@ -5,36 +5,57 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from engine.config import EngineConfig, ModelConfig, SpeculationConfig
+from engine.config import EngineConfig, ModelConfig
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.eagle3_config import WEIGHTS_FILE, read_draft
-from engine.models.registry import resolve_model, validate_model_files
+from engine.models.eagle3_import import check_foreign_draft, is_foreign_draft
+from engine.models.registry import REGISTRY, fetch_from_hub, is_hub_id, resolve_model, validate_model_files
 from engine.text.tokenizer import Tokenizer
 
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
 
+OWN_HEAD_VOCABULARIES = ("auto", "full", "dynamic:full+0")
+"""Of a draft that has a head of its own."""
+
 Method = Literal["none", "eagle3", "draft_model", "ngram"]
 
 
-def choose_method(config: SpeculationConfig, model: str) -> tuple[Method, Path | None]:
-    """What proposes tokens for ``model``, and the directory of its EAGLE-3 draft where that is one.
+def choose_method(config: EngineConfig, model: str) -> tuple[Method, Path | None]:
+    """What proposes tokens for ``model``, and the directory of its EAGLE-3 draft where that is one, fetched if need be.
 
     Raises:
-        ModelError: the options contradict each other.
+        ModelError: the options contradict each other, or the draft cannot be fetched.
     """
-    method, shipped = config.method, DRAFTS / model
-    if config.num_speculative_tokens == 0:
+    speculation, shipped = config.speculation, DRAFTS / model
+    method, draft = speculation.method, speculation.draft
+    if speculation.num_speculative_tokens == 0:
         return "none", None
-    if method == "eagle3":
-        return method, shipped if config.draft is None else Path(config.draft).expanduser()
-    if method == "draft_model" and config.draft is None:
+    if method == "draft_model" and draft is None:
         raise ModelError("speculation.method draft_model needs a model: speculation.draft")
-    if method != "auto":
+    if method not in ("auto", "eagle3"):
         return method, None
-    if config.draft is not None:
-        raise ModelError("speculation.draft is set: say what it is by speculation.method, eagle3 or draft_model")
-    return ("eagle3", shipped) if (shipped / WEIGHTS_FILE).is_file() else ("ngram", None)
+    if draft is not None:
+        directory = _eagle_directory(draft, config.model.cache_dir, is_known=method == "eagle3")
+        return ("draft_model", None) if directory is None else ("eagle3", directory)
+    if method == "auto" and not (shipped / WEIGHTS_FILE).is_file():
+        return "ngram", None
+    return "eagle3", shipped
+
+
+def _eagle_directory(draft: str, cache_dir: Path, is_known: bool) -> Path | None:
+    """Where an EAGLE-3 draft is; None where ``draft`` names a model. ``is_known``: it is no model."""
+    directory = Path(draft).expanduser()
+    on_hub = draft not in REGISTRY and directory.suffix != ".gguf" and not directory.exists() and is_hub_id(draft)
+    if on_hub:
+        directory = fetch_from_hub(draft, None, cache_dir, ["*.json"])
+    if not (is_known or (directory / WEIGHTS_FILE).is_file() or is_foreign_draft(directory)):
+        return None
+    if on_hub:
+        directory = fetch_from_hub(draft, None, cache_dir, ["*.json", "*.safetensors"])
+        if not any(directory.glob("*.safetensors")):
+            directory = fetch_from_hub(draft, None, cache_dir, ["*.json", "pytorch_model*.bin"])
+    return directory
 
 
 def draft_model_config(config: EngineConfig, max_model_len: int) -> ModelConfig:
@@ -58,11 +79,34 @@ def check_draft(config: EngineConfig, files: ModelFiles, spec: ModelSpec, max_mo
     Raises:
         ModelError: the draft cannot be had, or does not fit.
     """
-    method, directory = choose_method(config.speculation, files.name)
+    method, directory = choose_method(config, files.name)
     if directory is not None:
-        read_draft(directory).check_target(spec, directory)
+        _check_eagle(config, directory, spec)
     if method == "draft_model":
         draft = draft_model_config(config, max_model_len)
         draft_files = resolve_model(draft)
         draft.longest_sequence(validate_model_files(draft_files))
         check_same_tokens(draft.name, Tokenizer.from_files(draft_files), Tokenizer.from_files(files))
+
+
+def check_foreign_options(config: EngineConfig, has_own_head: bool) -> None:
+    """Raise ``ModelError`` for options that do not go with a draft of another project."""
+    if config.alignment.enabled:
+        raise ModelError("alignment trains drafts of this project only, not those of others")
+    vocabulary = config.speculation.vocabulary
+    if has_own_head and vocabulary not in OWN_HEAD_VOCABULARIES:
+        raise ModelError(
+            f"speculation.vocabulary is {vocabulary}, but the draft has a head of its own, whose tokens are its "
+            f"vocabulary: it can be {', '.join(OWN_HEAD_VOCABULARIES)}"
+        )
+
+
+def _check_eagle(config: EngineConfig, directory: Path, spec: ModelSpec) -> None:
+    layers = config.speculation.capture_layers
+    if is_foreign_draft(directory):
+        draft = check_foreign_draft(directory, spec, layers)
+        check_foreign_options(config, draft is not None and draft.variant.head_size is not None)
+        return
+    if layers is not None:
+        raise ModelError("speculation.capture_layers is for drafts of other projects: this one says what it takes")
+    read_draft(directory).check_target(spec, directory)

@@ -14,6 +14,7 @@ from engine.draft_vocab.follower import ComputeLogits, VocabFollower
 from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
 from engine.online.verify_log import VerifyLog
 from engine.request import Request
+from engine.speculation.alarm import AcceptanceAlarm
 from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.lookup import PromptLookup
 from engine.speculation.length.policy import Chain, LengthPolicy
@@ -45,6 +46,7 @@ class Speculator:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
         self._lookup, self._follower, self._verify_log = lookup, follower, verify_log
         self._vocab = None if follower is None else follower.vocab
+        self._alarm = AcceptanceAlarm()
         self._drafting_seconds: float | None = None
         """Of this step; None: nothing is drafted in it."""
 
@@ -163,6 +165,8 @@ class Speculator:
                 outcomes, repeat = _outcomes(chain.token_ids, one.kept), copy.repeat if copy else None
                 self._policy.record_drafts(state.draftable, chain, outcomes, repeat)
                 first_right[one.request.request_id] = None if chain.copied else outcomes[0]
+                if not chain.copied:
+                    self._alarm.record(sum(outcomes))
         return first_right
 
     def with_sources(self, one: Verification, entries: list[TokenLogprob]) -> list[TokenLogprob]:

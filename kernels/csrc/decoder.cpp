@@ -81,7 +81,7 @@ void Decoder::normalize(const float* weight, const float* rows, int count, bf16*
   });
 }
 
-void Decoder::normalize_input(const Layer& layer, const float* embeddings, const float* residual, int tokens) {
+void Decoder::normalize_input(const Layer& layer, const float* embeddings, float* residual, int tokens) {
   const int hidden = shape_.hidden;
   if (layer.embedding_norm == nullptr) {
     normalize(layer.input_norm, residual, tokens, normed_.data(), hidden);
@@ -90,6 +90,13 @@ void Decoder::normalize_input(const Layer& layer, const float* embeddings, const
     team_.barrier();  // the next phase of work
     normalize(layer.input_norm, residual, tokens, normed_.data() + hidden, 2 * hidden);
   }
+  if (layer.norms_residual == 0) return;
+  team_.barrier();
+  team_.work(tokens, [&](int token) {
+    float* row = residual + static_cast<size_t>(token) * hidden;
+    const Floats factor = all(rms_factor(row, shape_.norm_eps, hidden));
+    for (int i = 0; i < hidden; i += 16) store(row + i, load(row + i) * factor * load(layer.input_norm + i));
+  });
 }
 
 // One head of queries or keys, in place: its norm, if there is one, then its rotary embedding.

@@ -29,6 +29,7 @@ struct Layer {
   const float* cos_sin;
   int rotary_dim;  // dimensions of a head that turn, the first ones; a multiple of 32
   int window;      // how many tokens are attended to, the token itself included; 0: all
+  int norms_residual;  // of a draft layer: whether its input norm changes the residual stream, too
   Experts experts;
 };
 
@@ -90,7 +91,7 @@ class Decoder {
 
   void reserve(int tokens);
   void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
-  void normalize_input(const Layer& layer, const float* embeddings, const float* residual, int tokens);
+  void normalize_input(const Layer& layer, const float* embeddings, float* residual, int tokens);
   void run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
                  const LoraRows* lora, const Kept* kept, float* residual);
   void attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora, const Kept* kept,

@@ -83,19 +83,21 @@ class Chain {
     Sessions& sessions = *model_.sessions;
     const Candidates own = candidates_of(row);
     const Repeats repeats = sessions.repeats(*model_.texts, rows_.texts[row], drafts_.data(), step);
-    include(repeats, own, [&](int column) { own.logits[column] = head_logit(row, own.tokens[column]); });
+    include(repeats, own, [&](int column) { set_head_logit(row, own.tokens[column], own.logits[column]); });
     float* const scores = scores_.data() + static_cast<size_t>(row) * rows_.candidates;
     sessions.take_row(rows_.sessions[row], step, row);
     sessions.score(rows_.sessions[row], drafts_.data(), step, repeats, own, scores);
   }
 
-  float head_logit(int row, int32_t token) {
+  // A token that the head does not have keeps the logit of the candidate that made room for it, which was the weakest.
+  void set_head_logit(int row, int32_t token, float& logit) {
+    const int32_t of_head = model_.row_of == nullptr ? token : model_.row_of[token];
+    if (of_head < 0) return;
     head_row_.resize(model_.hidden);
-    unpack_row(model_.head, token, head_row_.data());
+    unpack_row(model_.head, of_head, head_row_.data());
     const bf16* x = hidden_.data() + static_cast<size_t>(row) * model_.hidden;
-    float logit = 0.0f;
+    logit = 0.0f;
     for (int i = 0; i < model_.hidden; ++i) logit += head_row_[i] * to_float(x[i]);
-    return logit;
   }
 
   void choose(int step, int count) {
@@ -155,7 +157,7 @@ class Chain {
     const int block_size = model_.kv->block_size;
     positions_.resize(count), seq_lens_.resize(count), slots_.resize(count), query_start_.resize(count + 1);
     for (int row = 0; row < count; ++row) {
-      const int position = rows_.positions[row] + step + 1;
+      const int position = rows_.positions[row] + step + 1 - model_.shift;
       const int32_t* blocks = rows_.block_tables + static_cast<size_t>(row) * rows_.max_blocks;
       positions_[row] = position;
       seq_lens_[row] = position + 1;

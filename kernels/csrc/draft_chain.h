@@ -14,13 +14,15 @@ struct ChainModel {
   Decoder* layer;           // the draft's one layer
   const float* norm;        // its output norm, [hidden]
   int hidden;
-  Matrix embedding, head;   // the target's
+  Matrix embedding, head;   // the target's, or the draft's own
   Matrix core;              // rows of the head that all sequences share
   const int32_t* core_ids;  // [core.n]: their tokens; null: 0 .. core.n - 1
+  const int32_t* row_of;    // [vocab]: a token's row of the head, -1: it has none; null: the row of its number
   const TailSlabs* tails;   // null: none
   Sessions* sessions;        // null: none
   const TextIndexes* texts;  // null: repeats do not count
   const KvLayers* kv;       // of the layer
+  int shift;                // a token's entry lies so many places before the token's own
 };
 
 // B sequences, the longest chain first; arrays of one entry a row.

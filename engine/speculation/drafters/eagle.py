@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
+import msgspec
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from engine.attention import flashinfer
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.native_cpu import NativeAttention
+from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import build_batch, padded_block_tables, slots_of
 from engine.models.eagle3 import Eagle3
+from engine.models.eagle3_config import Eagle3Config
 from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
 from engine.online.adapters import EagleAdapters
@@ -28,6 +34,8 @@ from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import NativeChain
 from kernels.native_lora import NativeLora
 
+Embed = Callable[[torch.Tensor], torch.Tensor]
+
 
 class EagleDraft:
     """A loaded EAGLE-3 draft.
@@ -39,9 +47,7 @@ class EagleDraft:
         cache: block size of the KV cache.
         head: the target's head, or the part of it that tokens are drafted from.
         adapters: of the draft, trained while it serves (None: there are none).
-
-    Raises:
-        ModelError: the compiled kernels cannot run a draft of this shape.
+        embedding: [vocab, hidden], its own (None: it has the target's).
     """
 
     def __init__(
@@ -52,36 +58,40 @@ class EagleDraft:
         cache: CacheConfig,
         head: DraftHead,
         adapters: EagleAdapters | None = None,
+        embedding: torch.Tensor | None = None,
     ) -> None:
         self._target, self._cache, self._head, self._adapters = target, cache, head, adapters
-        self._network = make_network(draft, target)
-        self._capture_layers = draft.config.capture_layers
+        self._config, self._network = draft.config, make_network(draft, target, embedding)
+        self._embed = _embedder(self._network, target, embedding)
         self.description = f"eagle3 {name}, vocabulary {head.description}"
         one = self._attention_spec(1)
-        width = _stored_width(target, self._capture_layers, adapters)
+        width = _stored_width(self._config, adapters)
         stored_bytes = cache.block_size * width * target.dtype.itemsize
         self.vocab = head.vocab
         adapter_bytes = adapters.num_bytes if adapters else 0
-        weight_bytes = self._network.weight_bytes + head.num_bytes + adapter_bytes
+        is_packed = embedding is None or isinstance(self._network, NativeEagle3)
+        embedding_bytes = 0 if is_packed or embedding is None else embedding.nbytes
+        weight_bytes = self._network.weight_bytes + embedding_bytes + head.num_bytes + adapter_bytes
         self.costs = DraftCosts(weight_bytes, one.bytes_per_block + stored_bytes)
 
     def make_proposer(self, num_blocks: int) -> EagleProposer:
         """Allocate KV and features for blocks 0 .. num_blocks - 1."""
-        attention = self._target.make_attention(self._attention_spec(num_blocks))
-        capture = self._capture_layers
-        return EagleProposer(self._network, self._target, attention, self._head, capture, self._adapters)
+        attention = _make_attention(self._attention_spec(num_blocks), self._target)
+        others = self._head, self._config, self._adapters
+        return EagleProposer(self._network, self._target, self._embed, attention, *others)
 
     def _attention_spec(self, num_blocks: int) -> AttentionSpec:
-        spec = self._target.spec
+        config = self._config
         return AttentionSpec(
             num_layers=1,
-            num_heads=spec.num_heads,
-            num_kv_heads=spec.num_kv_heads,
-            head_dim=spec.head_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             num_blocks=num_blocks,
             block_size=self._cache.block_size,
             dtype=self._target.dtype,
             device=self._target.device,
+            windows=(config.variant.sliding_window,),
         )
 
 
@@ -94,12 +104,17 @@ class EagleProposer:
     computes from there. Entries of drafted tokens are made from the draft's own guesses of g, and are written again
     before they count.
 
+    Where a sequence's first token has no entry, that of any other lies in the slot of the token before it. So the last
+    entry of a block depends on a token of the next: sequences that share a block and go on in different ways write it
+    in turn. That costs acceptance only.
+
     Args:
         network: the draft's arithmetic.
-        target: whose embedding it shares.
+        target: for which it drafts.
+        embed: rows of the embedding: [T] int32 → [T, hidden].
         attention: the draft's KV cache, in the target's block ids.
         head: from hidden states to tokens.
-        capture_layers: the target's layers that are the features.
+        config: of the draft.
         adapters: of the draft; with them, verified drafts are logged (None: there are none).
     """
 
@@ -107,13 +122,14 @@ class EagleProposer:
         self,
         network: EagleNetwork,
         target: LoadedModel,
+        embed: Embed,
         attention: AttentionBackend,
         head: DraftHead,
-        capture_layers: tuple[int, ...],
+        config: Eagle3Config,
         adapters: EagleAdapters | None = None,
     ) -> None:
-        self.capture_layers = capture_layers
-        self._network, self._model, self._attention, self._head = network, target.model, attention, head
+        self.capture_layers = config.capture_layers
+        self._network, self._embed, self._attention, self._head = network, embed, attention, head
         self._block_size, self._device = attention.spec.block_size, target.device
         self._chain: NativeChain | None = None
         """Drafts all tokens of a step in one call, where the compiled kernels can; None: token by token."""
@@ -122,7 +138,7 @@ class EagleProposer:
         self.stops_early = self._chain is not None
         self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
         self._stores_fused = _stores_fused(adapters)
-        width, num_slots = _stored_width(target, capture_layers, adapters), attention.spec.num_blocks * self._block_size
+        width, num_slots = _stored_width(config, adapters), attention.spec.num_blocks * self._block_size
         fusing = network if self._stores_fused else None
         self._stored = FeatureStore(num_slots, width, fusing, target.dtype, target.device)
         self._adapters = adapters
@@ -140,6 +156,8 @@ class EagleProposer:
         if self._adapters is not None:
             self._adapters.refresh()
             self._adapters.assign([slot.request for slot in slots])
+        if self._network.shift:
+            chunks = [_one_place_earlier(chunk) for chunk in chunks if chunk.start + len(chunk.token_ids) > 1]
         batch = build_batch(chunks, self._block_size, self._device)
         of_tokens = (chunk.request for chunk in chunks for _ in chunk.token_ids)
         a = self._forward(batch, of_tokens, self._g_before(chunks))
@@ -149,7 +167,7 @@ class EagleProposer:
             self._draft_chains(self._chain, a, ready, stop)
             return
         self._head.draft(self._network.head_input(a), ready)
-        for rows, longer, batch in chain_batches(ready, self._block_size, self._device):
+        for rows, longer, batch in chain_batches(ready, self._block_size, self._device, self._network.shift):
             of_tokens = (slot.request for slot in longer)
             a = self._forward(batch, of_tokens, a if len(rows) == len(a) else a[rows])
             self._head.draft(self._network.head_input(a), longer)
@@ -187,7 +205,7 @@ class EagleProposer:
     def _forward(self, batch: ForwardBatch, of_tokens: Iterable[Request], g: torch.Tensor) -> torch.Tensor:
         """a [n, hidden] of the tokens that want logits; ``of_tokens``: whose each token of the batch is."""
         lora = self._adapters.rows(of_tokens) if self._adapters else None
-        return self._network.forward(batch, self._attention, self._model.embed(batch.token_ids), g, lora)
+        return self._network.forward(batch, self._attention, self._embed(batch.token_ids), g, lora)
 
     def _g_before(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """[T, hidden]: g of the position before each token."""
@@ -195,13 +213,14 @@ class EagleProposer:
         return stored if self._stores_fused else self._network.fuse(stored)
 
     def _stored_before(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """What is stored of the position before each token, a row each."""
+        """What is stored of the position before each token, a row each; ``chunks`` by the places of their entries."""
         slots: list[int] = []
         for chunk in chunks:
-            end = chunk.start + len(chunk.token_ids)
-            if chunk.start == 0:
+            start = chunk.start + self._network.shift - 1
+            end = start + len(chunk.token_ids)
+            if start < 0:
                 slots.append(self._stored.before_first)
-            slots += slots_of(chunk.block_ids, max(chunk.start - 1, 0), end - 1, self._block_size)
+            slots += slots_of(chunk.block_ids, max(start, 0), end, self._block_size)
         return self._stored.rows(torch.from_numpy(np.array(slots)).to(self._device))
 
 
@@ -210,6 +229,30 @@ def _stores_fused(adapters: EagleAdapters | None) -> bool:
     return adapters is None or not adapters.trains_fusion
 
 
-def _stored_width(target: LoadedModel, capture_layers: Sequence[int], adapters: EagleAdapters | None) -> int:
+def _stored_width(config: Eagle3Config, adapters: EagleAdapters | None) -> int:
     """Values that are stored of each token."""
-    return target.spec.hidden_size * (1 if _stores_fused(adapters) else len(capture_layers))
+    return config.hidden_size if _stores_fused(adapters) else config.fused_size
+
+
+def _one_place_earlier(chunk: Chunk) -> Chunk:
+    """The same tokens but a sequence's first, with the places of their entries where those lie one place earlier."""
+    skipped = 1 if chunk.start == 0 else 0
+    return msgspec.structs.replace(chunk, start=chunk.start + skipped - 1, token_ids=chunk.token_ids[skipped:])
+
+
+def _make_attention(spec: AttentionSpec, target: LoadedModel) -> AttentionBackend:
+    """The target's kind, or the torch one for heads that this does not have."""
+    lacks_heads = {
+        "native": spec.head_dim % 32 != 0,
+        "flashinfer": flashinfer.unsupported_reason(spec) is not None,
+        "torch": False,
+    }
+    return TorchPagedAttention(spec) if lacks_heads[target.backend] else target.make_attention(spec)
+
+
+def _embedder(network: EagleNetwork, target: LoadedModel, embedding: torch.Tensor | None) -> Embed:
+    if embedding is None:
+        return target.model.embed
+    if isinstance(network, NativeEagle3) and network.embedding is not None:
+        return partial(network.layer.embed, network.embedding)
+    return lambda token_ids: F.embedding(token_ids, embedding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import structlog
 import torch
 
 from engine.attention.base import AttentionBackend
@@ -12,8 +13,10 @@ from engine.batch import Features, ForwardBatch
 from engine.loader import LoadedModel
 from engine.models.eagle3 import Eagle3
 from engine.models.llama import RotaryEmbedding
-from engine.models.native_eagle3 import NativeEagle3
+from engine.models.native_eagle3 import NativeEagle3, unsupported_draft
 from kernels.batched_lora import LoraRows
+
+log = structlog.get_logger(__name__)
 
 
 class EagleNetwork(Protocol):
@@ -21,6 +24,8 @@ class EagleNetwork(Protocol):
 
     weight_bytes: int
     """Memory of its weights."""
+    shift: int
+    """A token's entry lies so many places before the token's own."""
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put other weights, by their names in ``Eagle3``, in place of all that there are. Between forward passes."""
@@ -67,6 +72,7 @@ class TorchEagleNetwork:
     def __init__(self, draft: Eagle3, rotary: RotaryEmbedding) -> None:
         self._draft, self._rotary = draft, rotary
         self._dtype = draft.fc.weight.dtype
+        self.shift = 0 if draft.config.variant.first_token_has_entry else 1
         self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in draft.parameters())
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -97,12 +103,12 @@ class TorchEagleNetwork:
         return self._draft.head_input(a)
 
 
-def make_network(draft: Eagle3, target: LoadedModel) -> EagleNetwork:
-    """The fastest network that goes with the target's attention backend.
-
-    Raises:
-        ModelError: the compiled kernels cannot run a draft of this shape.
-    """
+def make_network(draft: Eagle3, target: LoadedModel, embedding: torch.Tensor | None = None) -> EagleNetwork:
+    """The fastest network for a draft, with its own ``embedding`` [vocab, hidden] (None: it has the target's)."""
     if target.team is not None:
-        return NativeEagle3(draft, target.spec, target.team, target.max_model_len, target.digits)
-    return TorchEagleNetwork(draft, RotaryEmbedding(target.spec.rope, target.max_model_len, target.device))
+        reason = unsupported_draft(draft.config)
+        if reason is None:
+            return NativeEagle3(draft, target.spec, target.team, target.max_model_len, target.digits, embedding)
+        log.warning("the draft runs on slower torch operations", reason=reason)
+    rope = draft.config.variant.rope or target.spec.rope
+    return TorchEagleNetwork(draft, RotaryEmbedding(rope, target.max_model_len, target.device))

@@ -19,6 +19,7 @@ from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
+from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
@@ -39,18 +40,25 @@ class DraftHead:
         loaded: whose head it is; the full head is shared, never copied.
         token_ids: [K] int64 on the CPU, ascending: the tokens that every row can draft; None for all.
         tails: further tokens, session by session (None: no tails); not with the full head.
+        own: the draft's own head, whose tokens are then the core (None: it has the model's).
     """
 
     def __init__(
-        self, loaded: LoadedModel, token_ids: torch.Tensor | None = None, tails: TailSlabs | None = None
+        self,
+        loaded: LoadedModel,
+        token_ids: torch.Tensor | None = None,
+        tails: TailSlabs | None = None,
+        own: OwnHead | None = None,
     ) -> None:
-        slab = loaded.model.head_slab(token_ids)
+        self._model, self._own = loaded.model, own
+        slab = loaded.model.head_slab(token_ids) if own is None else own.slab
+        token_ids = token_ids if own is None else own.token_ids
         ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
         self._core, self._packed = Core(slab.project, ids, slab.rows), slab.packed
         self._tails, self.team = tails, loaded.team
         self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
         """Memory of its own."""
-        core = "full" if ids is None else f"static:{len(ids)}"
+        core = "full" if ids is None else f"static:{len(ids)}" if own is None else f"of its own {len(ids)} tokens"
         self.description = core if tails is None else f"{core} + {tails.slots}"
         """The vocabulary as it is configured."""
         self.vocab: DraftVocab | None = None
@@ -101,15 +109,24 @@ class DraftHead:
         logits, token_ids = self.candidates(hidden, slabs)
         return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
+    def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Of one token [n] int32 for each row of hidden [n, hidden]: [n] float32, NaN for one that the head lacks."""
+        if self._own is not None:
+            return self._own.logits(hidden, token_ids)
+        return (self._model.head_rows(token_ids).float() * hidden.float()).sum(dim=1)
+
     def make_chain(self, network: NativeEagle3, target: NativeLlama) -> NativeChain | None:
         """Chains of a draft in one call; None: this head is not of the compiled kernels."""
         if self._packed is None:
             return None
         draft = network.team, network.layer, network.output_norm
-        matrices = target.embedding, target.head, self._packed
+        head = target.head if self._own is None else self._packed
+        matrices = network.embedding or target.embedding, head, self._packed
         vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
         sessions = None if vocab is None else (vocab.sessions, vocab.texts.texts)
-        return NativeChain(*draft, *matrices, self._core.token_ids, self._tails, sessions, CANDIDATES)
+        row_of = None if self._own is None else self._own.row_of
+        others = self._core.token_ids, self._tails, sessions, CANDIDATES, row_of, network.shift
+        return NativeChain(*draft, *matrices, *others)
 
     def draft_chains(
         self,

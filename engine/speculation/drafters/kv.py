@@ -121,7 +121,7 @@ class DraftKvTracker:
 
 
 def chain_batches(
-    slots: Sequence[DraftSlot], block_size: int, device: torch.device
+    slots: Sequence[DraftSlot], block_size: int, device: torch.device, shift: int = 0
 ) -> Iterator[tuple[list[int], list[DraftSlot], ForwardBatch]]:
     """Batches of the newest draft tokens, until no sequence has room for another.
 
@@ -132,6 +132,7 @@ def chain_batches(
         slots: sequences that have one draft token each by the time of the first batch.
         block_size: tokens per block of the KV cache.
         device: where the model is.
+        shift: a token's entry lies so many places before the token's own.
 
     Yields:
         The rows that the sequences had in the batch before (at first: among ``slots``), the sequences, and their batch;
@@ -142,7 +143,7 @@ def chain_batches(
     if not rows:
         return
     tables = padded_block_tables([slot.block_ids for slot in ready])
-    positions = np.array([slot.request.num_tokens - 1 for slot in ready], dtype=np.int32)
+    positions = np.array([slot.request.num_tokens - 1 - shift for slot in ready], dtype=np.int32)
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device)

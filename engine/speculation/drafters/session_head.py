@@ -22,6 +22,7 @@ from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
 from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails, next_positions
 from engine.speculation.drafters.lookup import RunningTexts
+from engine.speculation.drafters.own_head import OwnHead
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
@@ -43,17 +44,23 @@ class SessionHead(DraftHead):
         token_ids: [K] int64 on the CPU, ascending: the core; None for all tokens.
         tails: of the sequences; None where they have none.
         vocab: what is in them.
+        own: as for ``DraftHead``.
     """
 
     def __init__(
-        self, loaded: LoadedModel, token_ids: torch.Tensor | None, tails: TailSlabs | None, vocab: DraftVocab
+        self,
+        loaded: LoadedModel,
+        token_ids: torch.Tensor | None,
+        tails: TailSlabs | None,
+        vocab: DraftVocab,
+        own: OwnHead | None = None,
     ) -> None:
-        super().__init__(loaded, token_ids, tails)
+        super().__init__(loaded, token_ids, tails, own)
         self.vocab: DraftVocab = vocab
-        self._head_rows = loaded.model.head_rows
         self.num_bytes += vocab.num_bytes
         core = "full" if token_ids is None else str(len(token_ids))
-        self.description = f"dynamic:{core}+{0 if tails is None else tails.slots}"
+        dynamic = f"dynamic:{core}+{0 if tails is None else tails.slots}"
+        self.description = dynamic if own is None else f"{self.description}, with a prior"
 
     def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """The next draft token of each request, by its own vocabulary and prior."""
@@ -68,7 +75,7 @@ class SessionHead(DraftHead):
 
             def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
                 places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
-                return (self._head_rows(wanted).float() * hidden[places].float()).sum(dim=1).cpu().numpy()
+                return self.logits(hidden[places], wanted).cpu().numpy()
 
             scores, best = self.vocab.drafted.with_prior(requests, ids, scores, logits_of)
             if all_greedy(params):
@@ -100,6 +107,7 @@ def make_session_head(
     tokenizer: Tokenizer,
     token_ids: torch.Tensor | None,
     slots: int,
+    own: OwnHead | None = None,
 ) -> SessionHead:
     """The head of vocabulary dynamic:K+S.
 
@@ -110,6 +118,7 @@ def make_session_head(
         tokenizer: the model's.
         token_ids: [K] the core; None for all tokens.
         slots: S, of each tail.
+        own: the draft's own head (None: the model's).
 
     Raises:
         ModelError: the graph or the semantic index cannot be used.
@@ -117,6 +126,7 @@ def make_session_head(
     options = config.speculation.dynamic
     options = options.model_copy(update={"max_sessions": min(options.max_sessions, config.scheduler.max_num_seqs)})
     tails = make_tails(loaded, options.max_sessions + 1, slots) if slots else None
+    token_ids = token_ids if own is None else own.token_ids
     core = None if token_ids is None else token_ids.numpy()
     fingerprint = tokenizer.fingerprint()
     resources = Resources(
@@ -130,7 +140,7 @@ def make_session_head(
         start_weights=None if config.speculation.method == "draft_model" else LIGHT_DRAFT_WEIGHTS,
     )
     texts = RunningTexts(2 * config.scheduler.max_num_seqs)
-    return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources, texts))
+    return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources, texts), own)
 
 
 def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> BigramGraph | None:

@@ -1,0 +1,127 @@
+"""Loads EAGLE-3 drafts: this project's own, and those that ``engine.models.eagle3_import`` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import BadZipFile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from engine.models.config import ModelError, ModelSpec
+from engine.models.eagle3 import Eagle3, load_draft
+from engine.models.eagle3_config import Eagle3Config
+from engine.models.eagle3_import import (
+    DRAFTED,
+    EMBEDDING,
+    HEAD,
+    TARGET_OFFSETS,
+    foreign_config,
+    is_foreign_draft,
+    parts_of,
+    plain_name,
+    weight_files,
+)
+from engine.models.safetensors_spec import Header
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class DraftRows:
+    """An output projection over some of the target's tokens."""
+
+    token_ids: torch.Tensor
+    """[K] int64 on the CPU, ascending"""
+    rows: torch.Tensor
+    """[K, hidden]"""
+
+
+@dataclass(frozen=True)
+class DraftWeights:
+    """A draft's network, and what it does not share with the target."""
+
+    network: Eagle3
+    head: DraftRows | None = None
+    """None: the target's"""
+    embedding: torch.Tensor | None = None
+    """[vocab, hidden]; None: the target's"""
+
+
+def load_weights(
+    directory: Path,
+    spec: ModelSpec,
+    capture_layers: Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DraftWeights:
+    """The draft of a directory, ready to serve.
+
+    Args:
+        directory: this project's or another's.
+        spec: of the target.
+        capture_layers: as for ``foreign_config``.
+        dtype, device: of the weights.
+
+    Raises:
+        ModelError: a file is damaged, not supported, or does not fit the target.
+    """
+    if not is_foreign_draft(directory):
+        network = load_draft(directory, dtype, device)
+        network.config.check_target(spec, directory)
+        return DraftWeights(network)
+    tensors = _tensors(directory)
+    header: Header = {name: (tuple(one.shape), _DTYPES.get(one.dtype)) for name, one in tensors.items()}
+    config = foreign_config(directory, header, spec, capture_layers)
+    head = None if HEAD not in tensors else _head(directory, config, tensors)
+    embedding = tensors.get(EMBEDDING)
+    return DraftWeights(
+        _network(config, tensors).to(device=device, dtype=dtype).requires_grad_(False),
+        None if head is None else DraftRows(head.token_ids, head.rows.to(device=device, dtype=dtype)),
+        None if embedding is None else embedding.to(device=device, dtype=dtype),
+    )
+
+
+def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All that the files hold, by ``plain_name``."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(directory):
+        try:
+            if path.suffix == ".bin":
+                stored = torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                stored = load_file(path)
+        except (OSError, SafetensorError, UnpicklingError, BadZipFile, RuntimeError, EOFError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{path}: cannot be read: {reason}") from error
+        if not isinstance(stored, dict) or not all(isinstance(one, torch.Tensor) for one in stored.values()):
+            raise ModelError(f"{path}: must hold tensors by name")
+        tensors |= {plain_name(str(name)): one for name, one in stored.items()}
+    return tensors
+
+
+def _network(config: Eagle3Config, tensors: Mapping[str, torch.Tensor]) -> Eagle3:
+    with torch.device("meta"):
+        network = Eagle3(config)
+    parts = parts_of(config)
+    state = {name: torch.cat([tensors[part] for part in parts[name]]) for name in config.tensor_shapes()}
+    network.load_state_dict(state, assign=True)
+    return network
+
+
+def _head(directory: Path, config: Eagle3Config, tensors: Mapping[str, torch.Tensor]) -> DraftRows:
+    """The draft's own head, its rows in the order of the target's tokens."""
+    rows, offsets, drafted = tensors[HEAD], tensors.get(TARGET_OFFSETS), tensors.get(DRAFTED)
+    token_ids = torch.arange(len(rows))
+    if offsets is not None:
+        token_ids = token_ids + offsets.long()
+    in_order, order = token_ids.sort()
+    if in_order[0] < 0 or in_order[-1] >= config.vocab_size or (in_order.diff() == 0).any():
+        raise ModelError(f"{directory}: {TARGET_OFFSETS} does not name tokens of the model, or one twice")
+    if drafted is not None and not torch.equal(drafted.bool().nonzero()[:, 0], in_order):
+        raise ModelError(f"{directory}: {TARGET_OFFSETS} and {DRAFTED} disagree about the draft's tokens")
+    return DraftRows(in_order, rows[order])

@@ -1,0 +1,109 @@
+"""Drafts of other projects propose what their definitions say, and change no output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from engine.config import SpeculationConfig
+from engine.messages import SamplingParams
+from engine.models.config import ModelFiles
+from engine.speculation.drafters.eagle import EagleProposer
+from engine.speculation.drafters.head import DraftHead
+from engine.speculation.length.policy import StopRule
+from engine.step_plan import DraftSlot
+from kernels import native
+from tests.exactness import SAMPLED, SETTINGS
+from tests.foreign_drafts import CHECKPOINTS, NUM_LAYERS, Checkpoint
+from tests.reference.eagle3 import ReferenceDraft
+from tests.tiny_drafts import Engine, Setting
+from tests.tiny_models import make_directory
+
+NUM_TOKENS, NUM_DRAFTS = 12, 4
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
+SETTING = Setting(max_num_seqs=3, max_batched_tokens=30, num_blocks=64)
+
+Drafted = list[tuple[list[int], list[int]]]
+"""Known tokens, and the drafts after them."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_directory(tmp_path_factory.mktemp("target") / "target", num_hidden_layers=NUM_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 400, (length,), generator=generator).tolist() for length in (1, 2, 15, 16, 17, 41)]
+
+
+@pytest.fixture(scope="module")
+def without(files: ModelFiles, prompts: list[list[int]]) -> list[list[int]]:
+    return Engine(files, SETTING).generate(prompts, [GREEDY] * len(prompts))
+
+
+@pytest.fixture
+def drafted(monkeypatch: pytest.MonkeyPatch) -> Drafted:
+    """All that is drafted in the test."""
+    taken: Drafted = []
+    propose = EagleProposer.propose
+
+    def recorded(proposer: EagleProposer, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+        propose(proposer, slots, stop)
+        taken.extend((slot.request.all_token_ids.copy(), slot.request.draft_token_ids.copy()) for slot in slots)
+
+    monkeypatch.setattr(EagleProposer, "propose", recorded)
+    return taken
+
+
+@pytest.fixture(scope="module")
+def states(files: ModelFiles, prompts: list[list[int]], without: list[list[int]]) -> dict[int, list[torch.Tensor]]:
+    """By a sequence's first token: the target's states after 0, 1, ... layers, by ``transformers``."""
+    target = AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32)
+    of_first = {}
+    for prompt, output in zip(prompts, without, strict=True):
+        with torch.inference_mode():
+            hidden = target(torch.tensor([prompt + output]), output_hidden_states=True).hidden_states
+        of_first[prompt[0]] = [one[0] for one in hidden]
+    return of_first
+
+
+def speculation_of(directory: Path, vocabulary: str = "full", **more: object) -> SpeculationConfig:
+    return SpeculationConfig(
+        draft=str(directory), vocabulary=vocabulary, num_speculative_tokens=NUM_DRAFTS, adaptive=False, **more
+    )  # type: ignore[arg-type]
+
+
+def reference_of(checkpoint: Checkpoint, files: ModelFiles) -> ReferenceDraft:
+    plain = {name.removeprefix("model."): tensor for name, tensor in checkpoint.tensors.items()}
+    definition = replace(checkpoint.definition, layer=checkpoint.definition.layer.removeprefix("model."))
+    return ReferenceDraft(definition, plain, load_file(files.path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_same_chains_as_the_definition(
+    name: str,
+    files: ModelFiles,
+    prompts: list[list[int]],
+    without: list[list[int]],
+    states: dict[int, list[torch.Tensor]],
+    drafted: Drafted,
+    tmp_path: Path,
+) -> None:
+    checkpoint = CHECKPOINTS[name]()
+    speculation = speculation_of(checkpoint.write(tmp_path / "draft"))
+    assert Engine(files, SETTING, speculation).generate(prompts, [GREEDY] * len(prompts)) == without
+    reference, chains = reference_of(checkpoint, files), set()
+    assert len(drafted) > len(prompts)
+    for tokens, drafts in drafted:
+        assert drafts == reference.chain(tokens, states[tokens[0]], len(drafts))
+        chains.add(tuple(drafts))
+    assert max(map(len, chains)) == NUM_DRAFTS
+    assert len(chains) > len(prompts)
