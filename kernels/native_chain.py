@@ -32,7 +32,7 @@ class _Model(ctypes.Structure):
         *integers("hidden"),
         *((name, MatrixStruct) for name in ("embedding", "head", "core")),
         *pointers("core_ids", "row_of", "tails", "sessions", "texts", "kv"),
-        *integers("shift"),
+        *integers("shift", "norm_output"),
     )
 
 
@@ -138,6 +138,8 @@ class NativeChain:
     """[vocab] int32, each token's row of ``head``, -1: it has none; None: the row of its number"""
     shift: int = 0
     """A token's keys and values lie so many places before the token's own"""
+    norm_output: bool = False
+    """Whether the draft's state is what its output norm gives"""
 
     @functools.cached_property
     def _tails_struct(self) -> TailSlabsStruct | None:
@@ -188,7 +190,7 @@ class NativeChain:
             None if tails is None else ctypes.addressof(tails),
             *((None, None) if self.sessions is None else (one.handle for one in self.sessions)),
             ctypes.addressof(cache.struct),
-            self.shift,
+            *(self.shift, self.norm_output),
         )
 
 

@@ -130,17 +130,17 @@ class Shape:
         return Definition(*heads, self.eps, self.frequencies, boundaries, self.layer, **more)
 
 
-def safeailab() -> Checkpoint:
+def safeailab(head_dim: int = 16) -> Checkpoint:
     """As yuhuili/EAGLE3-*: a pickle in float16, of a class that says nothing, without rope_theta and head_dim."""
-    shape = Shape("midlayer.", dtype=torch.float16)
+    shape = Shape("midlayer.", heads=HIDDEN // head_dim, head_dim=head_dim, dtype=torch.float16)
     config = shape.config(architectures=["LlamaForCausalLM"])
     del config["rope_theta"], config["head_dim"]
     return Checkpoint(config, shape.tensors(1), shape.definition(), "pytorch_model.bin")
 
 
-def specforge() -> Checkpoint:
+def specforge(head_dim: int = 32) -> Checkpoint:
     """As lmsys/*: layers by their outputs, heads unlike the target's, Llama 3's rope."""
-    shape = Shape("midlayer.", heads=2, kv_heads=1, head_dim=32, theta=500000.0)
+    shape = Shape("midlayer.", heads=2, kv_heads=1, head_dim=head_dim, theta=500000.0)
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling["original_max_position_embeddings"] = 64
     wavelength = 2 * math.pi / shape.frequencies
@@ -151,23 +151,25 @@ def specforge() -> Checkpoint:
     return Checkpoint(config, shape.tensors(2), shape.definition((2, 3, 7)))
 
 
-def specforge_3_1() -> Checkpoint:
+def specforge_3_1(head_dim: int = 16) -> Checkpoint:
     """EAGLE-3.1: a norm for each feature, and the normalised state goes on."""
-    shape = Shape("midlayer.", feature_norms="each")
+    shape = Shape("midlayer.", head_dim=head_dim, feature_norms="each")
     config = shape.config(architectures=["LlamaForCausalLMEagle3"], fc_norm=True, norm_output=True)
     return Checkpoint(config, shape.tensors(3), shape.definition(norm_output=True))
 
 
-def angelslim() -> Checkpoint:
+def angelslim(head_dim: int = 16) -> Checkpoint:
     """As AngelSlim/*_eagle3, here wider than its target, with an embedding of its own."""
-    shape = Shape("midlayer.", hidden=96, has_embedding=True, intermediate=128, dtype=torch.float32)
-    config = shape.config(architectures=["Eagle3LlamaForCausalLM"], target_model_type="llama", target_hidden_size=HIDDEN)
+    shape = Shape("midlayer.", hidden=96, head_dim=head_dim, has_embedding=True, intermediate=128, dtype=torch.float32)
+    config = shape.config(
+        architectures=["Eagle3LlamaForCausalLM"], target_model_type="llama", target_hidden_size=HIDDEN
+    )
     return Checkpoint(config, shape.tensors(4), shape.definition(), "pytorch_model.bin")
 
 
-def speculators() -> Checkpoint:
+def speculators(head_dim: int = 16) -> Checkpoint:
     """As RedHatAI/*-speculator.eagle3 for Llama: layers by their inputs, the norm before the residual."""
-    shape = Shape(has_embedding=True, theta=500000.0)
+    shape = Shape(head_dim=head_dim, has_embedding=True, theta=500000.0)
     return Checkpoint(
         _speculators(shape, norm_before_residual=True, eagle_aux_hidden_state_layer_ids=[1, 4, 7]),
         shape.tensors(5),
@@ -175,9 +177,11 @@ def speculators() -> Checkpoint:
     )
 
 
-def speculators_qwen3() -> Checkpoint:
+def speculators_qwen3(head_dim: int = 16) -> Checkpoint:
     """For Qwen3: norms of queries and keys, a norm before the fusion, four features, a sliding window, biases."""
-    shape = Shape(has_embedding=True, qk_norm=True, feature_norms="all", num_features=4, bias=True, eps=1e-6)
+    shape = Shape(
+        head_dim=head_dim, has_embedding=True, qk_norm=True, feature_norms="all", num_features=4, bias=True, eps=1e-6
+    )
     layer = {"model_type": "qwen3", "layer_types": ["sliding_attention"], "sliding_window": 9}
     config = _speculators(
         shape, layer, norm_before_fc=True, norm_output=True, eagle_aux_hidden_state_layer_ids=[1, 3, 5, 6]
@@ -201,9 +205,9 @@ def _speculators(shape: Shape, layer: Mapping[str, Any] | None = None, **more: A
     } | more
 
 
-def nvidia() -> Checkpoint:
+def nvidia(head_dim: int = 16) -> Checkpoint:
     """As nvidia/*-Eagle3: d2t without t2d, layers by their inputs, a norm before the fusion, YaRN."""
-    shape = Shape(has_t2d=False, feature_norms="all")
+    shape = Shape(head_dim=head_dim, has_t2d=False, feature_norms="all")
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.0}
     shape.frequencies = _yarn(shape, 4.0, 64)
     eagle = {"use_aux_hidden_state": True, "norm_before_fc": True, "eagle_aux_hidden_state_layer_ids": [3, 5, 7]}
@@ -211,16 +215,16 @@ def nvidia() -> Checkpoint:
     return Checkpoint(config, shape.tensors(7), shape.definition((3, 5, 7)))
 
 
-def nvidia_copied_head() -> Checkpoint:
+def nvidia_copied_head(head_dim: int = 16) -> Checkpoint:
     """Without a vocabulary of its own, a draft is exported with the target's head."""
-    shape = Shape(head_size=VOCAB)
+    shape = Shape(head_dim=head_dim, head_size=VOCAB)
     config = shape.config(architectures=["LlamaForCausalLMEagle3"], eagle_config={"use_aux_hidden_state": True})
     return Checkpoint(config, shape.tensors(8), shape.definition())
 
 
-def headless() -> Checkpoint:
+def headless(head_dim: int = 16) -> Checkpoint:
     """With the target's own head."""
-    shape = Shape("model.midlayer.", head_size=None)
+    shape = Shape("model.midlayer.", head_dim=head_dim, head_size=None)
     config = shape.config(architectures=["LlamaForCausalLMEagle3"])
     return Checkpoint(config, shape.tensors(9), shape.definition())
 

@@ -38,7 +38,7 @@ def unsupported_draft(config: Eagle3Config) -> str | None:
     for name, size in sizes.items():
         if size % 32:
             return f"{name} {size} is not a multiple of 32"
-    return "norm_output is set" if config.variant.norm_output else None
+    return None
 
 
 class NativeEagle3:
@@ -75,6 +75,7 @@ class NativeEagle3:
         self.team, self._config = team, config
         self.shift = 0 if variant.first_token_has_entry else 1
         """A token's keys and values lie so many places before the token's own."""
+        self.norm_output = variant.norm_output
         weights = {name: weight.detach() for name, weight in draft.named_parameters()}
         self._matrices = {
             name: PackedMatrix(len(weight), weight.shape[1], [_part(name, weight)], weights.get(_bias_of(name)), digits)
@@ -144,7 +145,8 @@ class NativeEagle3:
         # A context that is only read, as that of a sequence's first draft, needs no attention and no MLP.
         wanted = None if len(batch.logits_indices) == len(a) else batch.logits_indices.int()
         self.layer.forward(attention.batch, attention.cache, a, embeddings.float().contiguous(), adapted, wanted)
-        return a if wanted is None else a[: len(wanted)]
+        a = a if wanted is None else a[: len(wanted)]
+        return self.layer.final_norm(self.output_norm, a).float() if self.norm_output else a
 
     @property
     def output_norm(self) -> torch.Tensor:
@@ -152,8 +154,8 @@ class NativeEagle3:
         return self._norms["output_norm"]
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
-        """[L, hidden] → RMSNorm(a) bf16, what the target's head projects."""
-        return self.layer.final_norm(self.output_norm, a.contiguous())
+        """[L, hidden] → RMSNorm(a) bf16, what the head projects."""
+        return a.bfloat16() if self.norm_output else self.layer.final_norm(self.output_norm, a.contiguous())
 
 
 def _bias_of(name: str) -> str:

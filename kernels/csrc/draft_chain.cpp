@@ -28,9 +28,13 @@ class Chain {
 
   int run() {
     int count = rows_.rows;
-    model_.layer->final_norm(model_.norm, a_, count, hidden_.data());
+    if (model_.norm_output == 0) {
+      model_.layer->final_norm(model_.norm, a_, count, hidden_.data());
+    } else {
+      for (size_t i = 0; i < size(count); i += 16) store_bf16(hidden_.data() + i, load(a_ + i));
+    }
     for (int step = 0;; ++step) {
-      std::copy_n(hidden_.data(), static_cast<size_t>(count) * model_.hidden, out_.hidden + at(step) * model_.hidden);
+      std::copy_n(hidden_.data(), size(count), out_.hidden + at(step) * model_.hidden);
       begin_round(step);
       find_candidates(count);
       add_prior(step, count);
@@ -43,6 +47,8 @@ class Chain {
   }
 
  private:
+  size_t size(int count) const { return static_cast<size_t>(count) * model_.hidden; }
+
   size_t at(int step) const { return static_cast<size_t>(step) * rows_.rows; }
 
   void begin_round(int step) {
@@ -169,6 +175,7 @@ class Chain {
     model_.layer->embed(model_.embedding, out_.tokens + at(step), count, embeddings_.data());
     model_.layer->forward(batch, *model_.kv, embeddings_.data(), rows_.lora, nullptr, a_,
                           {model_.norm, hidden_.data(), nullptr, 0, nullptr});
+    for (size_t i = 0; model_.norm_output != 0 && i < size(count); ++i) a_[i] = to_float(hidden_[i]);
   }
 
   Team& team_;

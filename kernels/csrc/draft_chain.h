@@ -23,6 +23,7 @@ struct ChainModel {
   const TextIndexes* texts;  // null: repeats do not count
   const KvLayers* kv;       // of the layer
   int shift;                // a token's entry lies so many places before the token's own
+  int norm_output;          // whether the draft's state is what its output norm gives, as in EAGLE-3.1
 };
 
 // B sequences, the longest chain first; arrays of one entry a row.

@@ -107,3 +107,78 @@ def test_same_chains_as_the_definition(
         chains.add(tuple(drafts))
     assert max(map(len, chains)) == NUM_DRAFTS
     assert len(chains) > len(prompts)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_layers_counted_in_another_way_are_seen(
+    name: str, files: ModelFiles, prompts: list[list[int]], states: dict[int, list[torch.Tensor]], drafted: Drafted,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """The same draft over the states of the next layer, as ``capture_layers`` can say, proposes something else."""
+    checkpoint = CHECKPOINTS[name]()
+    right = checkpoint.definition.boundaries
+    layers = tuple(min(boundary, NUM_LAYERS - 2 - index) for index, boundary in enumerate(reversed(right)))[::-1]
+    speculation = speculation_of(checkpoint.write(tmp_path / "draft"), capture_layers=layers)
+    Engine(files, SETTING, speculation).generate(prompts[3:], [GREEDY] * len(prompts[3:]))
+    moved = replace(checkpoint.definition, boundaries=tuple(layer + 1 for layer in layers))
+    differing = 0
+    for tokens, drafts in drafted:
+        of_first = states[tokens[0]]
+        assert drafts == reference_of(replace(checkpoint, definition=moved), files).chain(tokens, of_first, len(drafts))
+        differing += drafts != reference_of(checkpoint, files).chain(tokens, of_first, len(drafts))
+    assert differing > len(drafted) / 2
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", ["safeailab", "angelslim", "speculators_qwen3"])
+def test_outputs_do_not_change(
+    name: str, setting: str, files: ModelFiles, prompts: list[list[int]], tmp_path: Path
+) -> None:
+    """With the default vocabulary: the draft's own tokens, and a prior."""
+    sampling = [GREEDY, *(SamplingParams(max_tokens=NUM_TOKENS, seed=7, **kind) for kind in SAMPLED.values())]
+    speculation = speculation_of(CHECKPOINTS[name]().write(tmp_path / "draft"), "auto")
+    texts = [prompt * 3 for prompt in prompts]
+    engine = Engine(files, SETTINGS[setting], speculation)
+    expected = Engine(files, SETTINGS[setting]).generate(texts, sampling)
+    assert engine.generate(texts, sampling) == expected
+    assert engine.generate(texts, sampling) == expected
+    assert engine.num_drafted > 0
+    assert engine.core.draft is not None
+    assert engine.core.draft.endswith("vocabulary of its own 160 tokens, with a prior")
+
+
+@pytest.mark.skipif(native.unsupported_reason() is not None, reason="no compiled kernels")
+@pytest.mark.parametrize(("name", "head_dim"), [*((name, 32) for name in CHECKPOINTS), ("safeailab", 16)])
+def test_on_the_compiled_kernels(
+    name: str, head_dim: int, prompts: list[list[int]], drafted: Drafted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounded, it mostly proposes what its definition says; in one call for a chain the same as token by token.
+
+    A head of 16 dimensions is the one that the kernels lack.
+    """
+    files = make_directory(tmp_path / "target", num_hidden_layers=NUM_LAYERS, head_dim=32)
+    checkpoint = CHECKPOINTS[name](head_dim=head_dim)
+    directory = checkpoint.write(tmp_path / "draft")
+    outputs, runs = [], list[Drafted]()
+    for vocabulary in ("full", "dynamic:full+0"):
+        for one_call in (True, False):
+            with monkeypatch.context() as patch:
+                if not one_call:
+                    patch.setattr(DraftHead, "make_chain", lambda *_: None)
+                engine = Engine(files, SETTING, speculation_of(directory, vocabulary), dtype="auto")
+                outputs.append(engine.generate(prompts, [GREEDY] * len(prompts)))
+            runs.append(drafted.copy())
+            drafted.clear()
+    assert outputs == [Engine(files, SETTING, dtype="auto").generate(prompts, [GREEDY] * len(prompts))] * 4
+    assert runs[0] == runs[1]
+    assert runs[2] == runs[3]
+    target, reference = (
+        AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32),
+        reference_of(checkpoint, files),
+    )
+    right = 0
+    for tokens, drafts in runs[0]:
+        with torch.inference_mode():
+            hidden = target(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+        right += drafts[:1] == reference.chain(tokens, [one[0] for one in hidden], 1)
+    assert right > len(runs[0]) / 2

@@ -94,7 +94,7 @@ class TorchEagleNetwork:
         lora: LoraRows | None = None,
     ) -> torch.Tensor:
         attention.plan(batch)
-        q, k, v = self._draft.qkv(embeddings, g, lora)
+        q, k, v = self._draft.qkv(embeddings.to(self._dtype), g, lora)
         attended = attention.forward(0, self._rotary(q, batch.positions), self._rotary(k, batch.positions), v)
         wanted = batch.logits_indices
         return self._draft.output(g[wanted], attended[wanted], None if lora is None else lora.of(wanted))

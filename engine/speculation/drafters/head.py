@@ -125,7 +125,7 @@ class DraftHead:
         vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
         sessions = None if vocab is None else (vocab.sessions, vocab.texts.texts)
         row_of = None if self._own is None else self._own.row_of
-        others = self._core.token_ids, self._tails, sessions, CANDIDATES, row_of, network.shift
+        others = self._core.token_ids, self._tails, sessions, CANDIDATES, row_of, network.shift, network.norm_output
         return NativeChain(*draft, *matrices, *others)
 
     def draft_chains(
