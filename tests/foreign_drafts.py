@@ -100,7 +100,9 @@ class Shape:
         for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm"):
             shapes[f"{self.layer}{name}.weight"] = (hidden,)
         if self.bias:
-            shapes |= {f"{attention}{name}_proj.bias": (size,) for name, size in zip("qkv", (queries, keys, keys))}
+            shapes |= {
+                f"{attention}{name}_proj.bias": (size,) for name, size in zip("qkv", (queries, keys, keys), strict=True)
+            }
         if self.qk_norm:
             shapes |= {f"{attention}{name}_norm.weight": (self.head_dim,) for name in "qk"}
         if self.feature_norms == "each":

@@ -126,7 +126,9 @@ def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, toke
     adapters = None
     if config.alignment.enabled:
         adapters = EagleAdapters(config.alignment, draft, draft_fingerprint(directory))
-    return EagleDraft(draft, directory.name, target, config.cache, head, adapters, weights.embedding)
+    asked = config.speculation.draft
+    name = directory.name if asked is None or Path(asked).expanduser().is_dir() else asked
+    return EagleDraft(draft, name, target, config.cache, head, adapters, weights.embedding)
 
 
 def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:

@@ -150,7 +150,12 @@ def test_outputs_do_not_change(
 @pytest.mark.skipif(native.unsupported_reason() is not None, reason="no compiled kernels")
 @pytest.mark.parametrize(("name", "head_dim"), [*((name, 32) for name in CHECKPOINTS), ("safeailab", 16)])
 def test_on_the_compiled_kernels(
-    name: str, head_dim: int, prompts: list[list[int]], drafted: Drafted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    head_dim: int,
+    prompts: list[list[int]],
+    drafted: Drafted,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rounded, it mostly proposes what its definition says; in one call for a chain the same as token by token.
 

@@ -1,7 +1,7 @@
 """What an EAGLE-3 checkpoint of any project computes, written from their definitions: dense, float32, greedy.
 
-Of token t, from the first but one on, there is a pair: its embedding, and the target's states before it. Names are those
-of the files, so nothing here is shared with the engine's reader but what a tensor is called.
+Of token t, from the second on, there is a pair: its embedding, and the target's states before it. Names are those of
+the files: nothing is shared with the engine's reader but what a tensor is called.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_what_can_be_known_is_known_before_anything_is_loaded(files: ModelFiles,
     fewer = make_directory(tmp_path / "fewer", vocab_size=VOCAB_SIZE - 8)
     cases: dict[str, dict[str, Any]] = {
         "shape differs": {"speculation": eagle(other_draft)},
-        "say what it is": {"speculation": SpeculationConfig(draft=str(draft))},
+        "this one says what it takes": {"speculation": SpeculationConfig(draft=str(draft), capture_layers=(0, 1, 2))},
         "needs a model": {"speculation": SpeculationConfig(method="draft_model")},
         "other tokens": {"speculation": SpeculationConfig(method="draft_model", draft=str(fewer.path))},
         "raise cache.max_bytes": {"cache": CacheConfig(max_bytes=4096)},

@@ -61,9 +61,17 @@ def test_the_shipped_draft(method: str, target: LoadedModel, files: ModelFiles, 
 
 def test_a_draft_from_elsewhere(target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path) -> None:
     shutil.move(shipped, tmp_path / "mine")
-    draft = load_draft(target, files, method="eagle3", draft=str(tmp_path / "mine"))
+    for method in ("eagle3", "auto"):
+        draft = load_draft(target, files, method=method, draft=str(tmp_path / "mine"))
+        assert draft is not None
+        assert draft.description == "eagle3 mine, vocabulary full"
+
+
+def test_a_model_is_known_by_its_files(target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path) -> None:
+    smaller = make_directory(tmp_path / "models" / "smaller")
+    draft = load_draft(target, files, draft=str(smaller.path))
     assert draft is not None
-    assert draft.description == "eagle3 mine, vocabulary full"
+    assert draft.description == f"draft model {smaller.path}, vocabulary full"
 
 
 def test_ngrams_need_no_draft(target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path) -> None:
@@ -132,8 +140,6 @@ def test_auto_without_a_shipped_draft_copies_and_says_so_once(
 def test_what_is_no_draft_is_refused(target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere: not an EAGLE-3 draft"):
         load_draft(target, files, method="eagle3", draft=str(tmp_path / "nowhere"), vocabulary="static:64")
-    with pytest.raises(ModelError, match="eagle3 or draft_model"):
-        load_draft(target, files, draft=str(shipped))
     (shipped / "draft.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="target: not an EAGLE-3 draft"):
         load_draft(target, files)
