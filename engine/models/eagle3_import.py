@@ -115,7 +115,12 @@ def foreign_config(
     except (ModelError, ValueError) as error:
         raise ModelError(f"{directory / CONFIG_FILE}: {error}") from None
     _check_header(directory, config, header)
-    _check_target(directory, config, spec)
+    shares = config.variant.head_size is None or not config.variant.own_embedding
+    if shares and config.hidden_size != spec.hidden_size:
+        raise ModelError(
+            f"{directory}: it is {config.hidden_size} wide and shares head or embedding with the model, whose width is "
+            f"{spec.hidden_size}"
+        )
     return config
 
 
@@ -127,6 +132,7 @@ def _read_config(
     try:
         layer = whole.section("transformer_layer_config") if _is_speculators(whole) else whole
         _refuse(whole, layer)
+        _check_target(whole, layer, spec)
         layers = _stated_layers(whole, spec.num_layers) if capture_layers is None else tuple(capture_layers)
         if layers != tuple(sorted(set(layers))) or not all(0 <= number < spec.num_layers for number in layers):
             raise ModelError(
@@ -169,8 +175,9 @@ def _refuse_tensors(directory: Path, names: Collection[str]) -> None:
 def _stated_layers(whole: ConfigKeys, num_layers: int) -> tuple[int, ...]:
     """The layers whose outputs are taken, counted from 0.
 
-    speculators, vLLM and NVIDIA write j for what there is after j layers, SpecForge and SGLang for the output of layer j.
-    Where nobody says who wrote them, the latter is meant where the first one is 1, as SGLang takes them, too.
+    speculators, vLLM and NVIDIA write j for what there is after j layers, SpecForge and SGLang for the output of layer
+    j. Only speculators' files say whose they are. In others the latter is meant where the first one is 1: SGLang takes
+    them so, too.
     """
     stated = whole.ids(_LAYERS_KEY) or whole.section("eagle_config").ids(_LAYERS_KEY)
     if not stated:
@@ -188,7 +195,7 @@ def _config(
     is_qwen3 = layer.text("model_type", "") == "qwen3"
     head_dim = layer.number("head_dim", int, 128 if is_qwen3 else hidden // heads)
     return Eagle3Config(
-        target=whole.section("speculators_config").section("verifier").text("name_or_path", "another model"),
+        target=_target_name(whole),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=layer.number("num_key_value_heads", int, heads),
@@ -251,19 +258,19 @@ def _check_header(directory: Path, config: Eagle3Config, header: Header) -> None
     check_tensors(directory, whole, fused)
 
 
-def _check_target(directory: Path, config: Eagle3Config, spec: ModelSpec) -> None:
-    variant = config.variant
-    shares = variant.head_size is None or not variant.own_embedding
-    sizes = {
-        "features are as wide as": (variant.target_hidden_size or config.hidden_size, spec.hidden_size),
-        "layer is as wide as": (config.hidden_size, spec.hidden_size if shares else config.hidden_size),
-        "tokens are as many as": (config.vocab_size, spec.vocab_size),
-    }
-    for what, (own, of_target) in sizes.items():
-        if own != of_target:
-            raise ModelError(
-                f"{directory}: the draft's {what} {own}, the model's {of_target}: it is for {config.target}"
-            )
+def _check_target(whole: ConfigKeys, layer: ConfigKeys, spec: ModelSpec) -> None:
+    """Raises ``ModelError`` for a draft of a model with other sizes."""
+    width = whole.number("target_hidden_size", int, layer.number("hidden_size", int))
+    sizes = width, layer.number("vocab_size", int, spec.vocab_size)
+    if sizes != (spec.hidden_size, spec.vocab_size):
+        raise ModelError(
+            f"is for {_target_name(whole)}, {sizes[0]} wide with {sizes[1]} tokens; this one is {spec.hidden_size} "
+            f"wide with {spec.vocab_size} tokens"
+        )
+
+
+def _target_name(whole: ConfigKeys) -> str:
+    return whole.section("speculators_config").section("verifier").text("name_or_path", "another model")
 
 
 def _is_speculators(config: ConfigKeys) -> bool:

@@ -6,7 +6,7 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-_CHAINS = 300
+_CHAINS = 200
 """Chains of draft tokens that are looked at together."""
 _SUSPICIOUS = 1.2
 """Mean tokens a verification, with the target's own, below which something is wrong: a poor draft has 1.5."""

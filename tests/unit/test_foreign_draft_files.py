@@ -87,13 +87,18 @@ def test_how_layers_are_counted(
         ("specforge", {"eagle_config": {LAYERS: [1, 3, 8]}}, r"layers \(1, 3, 8\)"),
         ("specforge", {"eagle_config": {LAYERS: [1, 3]}}, "fc.weight has the shape"),
         ("specforge", {"eagle_config": {LAYERS: "all"}}, "must be an integer or a list"),
-        ("specforge", {"vocab_size": VOCAB + 1}, "has the shape"),
-        ("specforge", {"hidden_size": 96}, "shape"),
-        ("specforge", {"hidden_size": -1}, "hidden_size is -1"),
-        ("specforge", {"target_hidden_size": 32}, "fc.weight has the shape"),
+        (
+            "specforge",
+            {"vocab_size": VOCAB + 1},
+            "is for another model, 64 wide with 513 tokens; this one is 64 wide with 512",
+        ),
+        ("specforge", {"hidden_size": 96}, "is for another model, 96 wide"),
+        ("specforge", {"hidden_size": 96, "target_hidden_size": 64}, "has the shape"),
+        ("specforge", {"hidden_size": -1, "target_hidden_size": 64}, "hidden_size is -1"),
+        ("speculators", {"target_hidden_size": 32}, "is for tiny/target, 32 wide"),
         ("specforge", {"fc_norm": True}, "no tensor fc_norm.0.weight"),
         ("nvidia", {"eagle_config": {}}, "nothing is known of a tensor input_norm.weight"),
-        ("headless", {"vocab_size": VOCAB + 1}, "tokens are as many as 513, the model's 512"),
+        ("safeailab", {"vocab_size": VOCAB + 1}, "with 513 tokens"),
     ],
 )
 def test_refused_before_anything_is_loaded(
