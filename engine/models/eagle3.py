@@ -110,8 +110,8 @@ def normalise_features(config: Eagle3Config, weight: torch.Tensor | None, featur
     if weight is None:
         return features
     parts = len(config.capture_layers) if config.variant.feature_norms == "each" else 1
-    weights = weight.view(parts, -1)
-    return rms_norm(features.unflatten(-1, weights.shape), weights, config.rms_norm_eps).flatten(-2)
+    each = features.view(*features.shape[:-1], parts, -1)
+    return rms_norm(each, weight.view(parts, -1), config.rms_norm_eps).flatten(-2)
 
 
 def save_draft(draft: Eagle3, directory: Path) -> None:

@@ -158,7 +158,7 @@ def _refuse(whole: ConfigKeys, layer: ConfigKeys) -> None:
         raise ModelError(f"a draft of {count} layers is not supported, only of one")
     if (activation := layer.text("hidden_act", "silu")) != "silu":
         raise ModelError(f"hidden_act {activation} is not supported, only silu")
-    ConfigKeys(whole.values | layer.values).refuse("quantization_config", "mlp_bias")
+    ConfigKeys({**whole.values, **layer.values}).refuse("quantization_config", "mlp_bias")
 
 
 def _refuse_tensors(directory: Path, names: Collection[str]) -> None:

@@ -103,7 +103,7 @@ class NativeEagle3:
         self.embedding: PackedMatrix | None = None
         if embedding is not None:
             part = MatrixPart(np.arange(len(embedding)), values=embedding)
-            self.embedding = PackedMatrix(*embedding.shape, [part], None, digits)
+            self.embedding = PackedMatrix(len(embedding), embedding.shape[1], [part], None, digits)
         matrices = [*self._matrices.values(), *([] if self.embedding is None else [self.embedding])]
         self.weight_bytes = sum(matrix.num_bytes for matrix in matrices)
 

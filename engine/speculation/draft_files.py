@@ -33,7 +33,7 @@ def choose_method(config: EngineConfig, model: str) -> tuple[Method, Path | None
         return "none", None
     if method == "draft_model" and draft is None:
         raise ModelError("speculation.method draft_model needs a model: speculation.draft")
-    if method not in ("auto", "eagle3"):
+    if method == "none" or method == "draft_model" or method == "ngram":
         return method, None
     if draft is not None:
         directory = _eagle_directory(draft, config.model.cache_dir, is_known=method == "eagle3")

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
+from engine.speculation import alarm
 from engine.speculation.drafters.eagle import EagleProposer
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.length.policy import StopRule
@@ -78,7 +80,7 @@ def states(files: ModelFiles, prompts: list[list[int]], without: list[list[int]]
 def speculation_of(directory: Path, vocabulary: str = "full", **more: object) -> SpeculationConfig:
     return SpeculationConfig(
         draft=str(directory), vocabulary=vocabulary, num_speculative_tokens=NUM_DRAFTS, adaptive=False, **more
-    )  # type: ignore[arg-type]
+    )
 
 
 def reference_of(checkpoint: Checkpoint, files: ModelFiles) -> ReferenceDraft:
@@ -127,6 +129,17 @@ def test_layers_counted_in_another_way_are_seen(
         assert drafts == reference_of(replace(checkpoint, definition=moved), files).chain(tokens, of_first, len(drafts))
         differing += drafts != reference_of(checkpoint, files).chain(tokens, of_first, len(drafts))
     assert differing > len(drafted) / 2
+
+
+def test_a_draft_that_is_never_right_is_told(
+    files: ModelFiles, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alarm, "_CHAINS", 20)
+    speculation = speculation_of(CHECKPOINTS["specforge"]().write(tmp_path / "draft"))
+    engine = Engine(files, SETTING, speculation)
+    with capture_logs() as logs:
+        engine.generate(prompts, [GREEDY] * len(prompts))
+    assert [(entry["event"], entry["chains"]) for entry in logs] == [("the draft is hardly ever right", 20)]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -39,7 +39,7 @@ class ReferenceDraft:
     def __init__(self, definition: Definition, tensors: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]):
         self.definition, self._tensors = definition, {name: tensor.float() for name, tensor in tensors.items()}
         self._embedding = self._tensors.get("embed_tokens.weight", target["model.embed_tokens.weight"].float())
-        self._head = self._tensors.get("lm_head.weight", target.get("lm_head.weight"))
+        self._head = tensors.get("lm_head.weight", target["lm_head.weight"]).float()
         offsets = tensors.get("d2t")
         self._offsets = torch.zeros(len(self._head), dtype=torch.long) if offsets is None else offsets.long()
 
@@ -50,7 +50,7 @@ class ReferenceDraft:
         while len(drafts) < count:
             out = self._layer(torch.tensor((token_ids + drafts)[1:]), g)
             normed = self._norm("norm.weight", out)
-            place = int((normed[-1] @ self._head.float().T).argmax())
+            place = int((normed[-1] @ self._head.T).argmax())
             drafts.append(place + int(self._offsets[place]))
             g = torch.cat((g, normed[-1:] if self.definition.norm_output else out[-1:]))
         return drafts

@@ -124,9 +124,17 @@ class DraftHead:
         matrices = network.embedding or target.embedding, head, self._packed
         vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
         sessions = None if vocab is None else (vocab.sessions, vocab.texts.texts)
-        row_of = None if self._own is None else self._own.row_of
-        others = self._core.token_ids, self._tails, sessions, CANDIDATES, row_of, network.shift, network.norm_output
-        return NativeChain(*draft, *matrices, *others)
+        return NativeChain(
+            *draft,
+            *matrices,
+            core_ids=self._core.token_ids,
+            tails=self._tails,
+            sessions=sessions,
+            candidates=CANDIDATES,
+            row_of=None if self._own is None else self._own.row_of,
+            shift=network.shift,
+            norm_output=network.norm_output,
+        )
 
     def draft_chains(
         self,
