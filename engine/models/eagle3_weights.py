@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,6 +28,9 @@ from engine.models.eagle3_import import (
 )
 from engine.models.safetensors_spec import Header
 
+Rows = Callable[[torch.Tensor], torch.Tensor]
+_ROWS_COMPARED = 4096
+"""At a time"""
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -84,6 +87,29 @@ def load_weights(
         None if head is None else DraftRows(head.token_ids, head.rows.to(device=device, dtype=dtype)),
         None if embedding is None else embedding.to(device=device, dtype=dtype),
     )
+
+
+def without_copies(weights: DraftWeights, vocab_size: int, head_rows: Rows, embed: Rows) -> DraftWeights:
+    """The same draft, with the target's head and embedding where its own are exact copies, as they often are.
+
+    Args:
+        weights: of the draft.
+        vocab_size: of the target.
+        head_rows, embed: the target's: token ids [n] int32 → their rows [n, hidden].
+    """
+    head, embedding = weights.head, weights.embedding
+    if head is not None and len(head.rows) == vocab_size and _are_rows(head.rows, head_rows):
+        head = None
+    if embedding is not None and _are_rows(embedding, embed):
+        embedding = None
+    return DraftWeights(weights.network, head, embedding)
+
+
+def _are_rows(rows: torch.Tensor, of_target: Rows) -> bool:
+    for token_ids in torch.arange(len(rows), dtype=torch.int32, device=rows.device).split(_ROWS_COMPARED):
+        if not torch.equal(rows[token_ids.long()].float(), of_target(token_ids).float()):
+            return False
+    return True
 
 
 def _tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3_config import Variant
-from engine.models.eagle3_weights import load_weights
+from engine.models.eagle3_weights import load_weights, without_copies
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
 from engine.online.adapters import EagleAdapters
@@ -119,6 +119,7 @@ def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
 def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, tokenizer: Tokenizer) -> EagleDraft:
     layers = config.speculation.capture_layers
     weights = load_weights(directory, target.spec, layers, target.dtype, target.device)
+    weights = without_copies(weights, target.spec.vocab_size, target.model.head_rows, target.model.embed)
     draft, own = weights.network, None if weights.head is None else OwnHead(weights.head, target)
     if draft.config.variant != Variant():
         check_foreign_options(config, own is not None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
 from transformers import AutoModelForCausalLM
 
@@ -129,6 +130,29 @@ def test_layers_counted_in_another_way_are_seen(
         assert drafts == reference_of(replace(checkpoint, definition=moved), files).chain(tokens, of_first, len(drafts))
         differing += drafts != reference_of(checkpoint, files).chain(tokens, of_first, len(drafts))
     assert differing > len(drafted) / 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "auto"])
+@pytest.mark.parametrize("copied", ["lm_head", "embed_tokens"])
+def test_copies_of_the_targets_rows_take_no_memory(
+    copied: str, dtype: Literal["float32", "auto"], prompts: list[list[int]], drafted: Drafted, tmp_path: Path
+) -> None:
+    files = make_directory(tmp_path / "target", num_hidden_layers=NUM_LAYERS, head_dim=32)
+    path = files.path / "model.safetensors"
+    target = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+    save_file(target, path)
+    rows = target["lm_head.weight" if copied == "lm_head" else "model.embed_tokens.weight"]
+    checkpoint, sizes, chains = CHECKPOINTS["headless"](head_dim=32), [], []
+    for number, more in enumerate(({}, {f"{copied}.weight": rows}, {f"{copied}.weight": rows.flip(0)})):
+        tensors = checkpoint.tensors | {name: one.clone() for name, one in more.items()}
+        directory = replace(checkpoint, tensors=tensors).write(tmp_path / str(number))
+        engine = Engine(files, SETTING, speculation_of(directory), dtype=dtype)
+        engine.generate(prompts, [GREEDY] * len(prompts))
+        sizes.append(engine.core.draft_bytes)
+        chains.append(drafted.copy())
+        drafted.clear()
+    assert sizes[0] == sizes[1] < sizes[2]
+    assert chains[0] == chains[1] != chains[2]
 
 
 def test_a_draft_that_is_never_right_is_told(
