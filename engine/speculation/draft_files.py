@@ -48,7 +48,7 @@ def _eagle_directory(draft: str, cache_dir: Path, is_known: bool) -> Path | None
     directory = Path(draft).expanduser()
     on_hub = draft not in REGISTRY and directory.suffix != ".gguf" and not directory.exists() and is_hub_id(draft)
     if on_hub:
-        directory = fetch_from_hub(draft, None, cache_dir, ["*.json"])
+        directory = fetch_from_hub(draft, None, cache_dir, ["*.json", WEIGHTS_FILE])
     if not (is_known or (directory / WEIGHTS_FILE).is_file() or is_foreign_draft(directory)):
         return None
     if on_hub:
