@@ -201,6 +201,7 @@ def test_on_the_compiled_kernels(
     files = make_directory(tmp_path / "target", num_hidden_layers=NUM_LAYERS, head_dim=32)
     checkpoint = CHECKPOINTS[name](head_dim=head_dim)
     directory = checkpoint.write(tmp_path / "draft")
+    texts = [prompt * 3 for prompt in prompts]  # with what may be included because it followed before
     outputs, runs = [], list[Drafted]()
     for vocabulary in ("full", "dynamic:full+0"):
         for one_call in (True, False):
@@ -208,10 +209,10 @@ def test_on_the_compiled_kernels(
                 if not one_call:
                     patch.setattr(DraftHead, "make_chain", lambda *_: None)
                 engine = Engine(files, SETTING, speculation_of(directory, vocabulary), dtype="auto")
-                outputs.append(engine.generate(prompts, [GREEDY] * len(prompts)))
+                outputs.append(engine.generate(texts, [GREEDY] * len(prompts)))
             runs.append(drafted.copy())
             drafted.clear()
-    assert outputs == [Engine(files, SETTING, dtype="auto").generate(prompts, [GREEDY] * len(prompts))] * 4
+    assert outputs == [Engine(files, SETTING, dtype="auto").generate(texts, [GREEDY] * len(prompts))] * 4
     assert runs[0] == runs[1]
     assert runs[2] == runs[3]
     target, reference = (
