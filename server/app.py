@@ -63,7 +63,6 @@ def create_app(settings: Settings) -> FastAPI:
     files = resolve_model(settings.engine.model, progress=False)
     tokenizer = Tokenizer.from_files(files)
     model = settings.engine.model.served_name or files.name
-    app_metrics = Metrics(model)
     app = FastAPI(
         title="EvoSpec",
         version=package_version("evospec"),
@@ -76,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.model = model
     app.state.tokenizer = tokenizer
     app.state.sampling_defaults = sampling_defaults(files)
-    app.state.metrics = app_metrics
+    app.state.metrics = Metrics(model)
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     for module in (completions, chat, responses, messages, sessions, adapters, tokens, about, overview, page, docs):
         app.include_router(module.router)
@@ -91,7 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After"],
         )
-    app.add_middleware(RequestMiddleware, metrics=app_metrics)
+    app.add_middleware(RequestMiddleware, metrics=app.state.metrics)
     return app
 
 

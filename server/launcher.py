@@ -32,7 +32,7 @@ from server.app import create_app
 from server.banner import banner
 from server.http_protocol import LINGER, bounded_http
 from server.instance_directory import instance_directory
-from server.metrics_listener import metrics_app
+from server.metrics_listener import metrics_config
 from server.options import HttpConfig
 from server.settings import ConfigurationError, Settings
 from server.supervisor import ProcessFailed, SupervisedProcess, Watchdog
@@ -45,8 +45,6 @@ ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
 WORKER_COMMAND = [sys.executable, "-m", "adapters.alignment.worker"]
 
 _BACKLOG = 2048
-_SCRAPERS = 64
-"""Connections for metrics and health."""
 _OTHER_FILES = 256
 """Open files that are no connections of clients: sockets of the engine and of Redis, logs, the model's files."""
 _MOST_CONNECTIONS = 32_768
@@ -80,10 +78,7 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
             settings.engine.address = f"ipc://{directory / 'engine.sock'}"
         url = _local_url(listener)
         app = create_app(settings)
-        metrics_listener = None
-        if settings.http.metrics_address is not None:
-            host, _, port = settings.http.metrics_address.rpartition(":")
-            metrics_listener = stack.enter_context(_listen(host.strip("[]"), int(port)))
+        metrics_listener = _listen_for_metrics(settings.http, stack)
         if with_engine:
             children.append(_engine(settings, url, app))
             if settings.engine.alignment.enabled:
@@ -179,11 +174,7 @@ class _Launcher:
             ws="none",
         )
         self._api = _ApiServer(config)
-        http_of_metrics = bounded_http(http, _SCRAPERS)
-        config_of_metrics = uvicorn.Config(
-            metrics_app(app), log_config=None, log_level="warning", access_log=False, http=http_of_metrics, ws="none"
-        )
-        self._metrics = _ApiServer(config_of_metrics)
+        self._metrics = _ApiServer(metrics_config(app, http))
         self.loop_factory = config.get_loop_factory()
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
@@ -279,6 +270,13 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]  # what follows names the address again
         raise ConfigurationError(f"cannot listen on {host}:{port}: {reason}") from error
+
+
+def _listen_for_metrics(http: HttpConfig, stack: contextlib.ExitStack) -> socket.socket | None:
+    if http.metrics_address is None:
+        return None
+    host, _, port = http.metrics_address.rpartition(":")
+    return stack.enter_context(_listen(host.strip("[]"), int(port)))
 
 
 def _local_url(listener: socket.socket) -> str:

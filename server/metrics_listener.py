@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -10,9 +11,13 @@ from starlette.routing import Route
 
 from server.engine_client import EngineDead
 from server.errors import install_error_handlers
+from server.http_protocol import bounded_http
+from server.options import HttpConfig
 from server.routes import about
 from server.serving import Serving
 from server.tenants import METRICS_PATH
+
+_MOST_CONNECTIONS = 64
 
 
 def metrics_app(app: FastAPI) -> Starlette:
@@ -21,6 +26,14 @@ def metrics_app(app: FastAPI) -> Starlette:
     alone.state = app.state
     install_error_handlers(alone)
     return alone
+
+
+def metrics_config(app: FastAPI, bounds: HttpConfig) -> uvicorn.Config:
+    """A server of that alone, for as many connections as scrapers and probes need."""
+    http = bounded_http(bounds, _MOST_CONNECTIONS)
+    return uvicorn.Config(
+        metrics_app(app), log_config=None, log_level="warning", access_log=False, http=http, ws="none"
+    )
 
 
 async def _metrics(request: Request) -> Response:

@@ -128,10 +128,9 @@ def make_session_head(
     tails = make_tails(loaded, options.max_sessions + 1, slots) if slots else None
     token_ids = token_ids if own is None else own.token_ids
     core = None if token_ids is None else token_ids.numpy()
-    fingerprint = tokenizer.fingerprint()
     resources = Resources(
         core=core_mask(tokenizer.vocab_size, core),
-        fingerprint=fingerprint,
+        fingerprint=tokenizer.fingerprint(),
         tails=tails,
         slots=slots,
         graph=_load_graph(options, directory, tokenizer.vocab_size),
