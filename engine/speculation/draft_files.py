@@ -84,8 +84,11 @@ def check_draft(config: EngineConfig, files: ModelFiles, spec: ModelSpec, max_mo
         _check_eagle(config, directory, spec)
     if method == "draft_model":
         draft = draft_model_config(config, max_model_len)
-        draft_files = resolve_model(draft)
-        draft.longest_sequence(validate_model_files(draft_files))
+        try:
+            draft_files = resolve_model(draft)
+            draft.longest_sequence(validate_model_files(draft_files))
+        except ModelError as error:
+            raise ModelError(f"speculation.draft is no EAGLE-3 draft, and no model either: {error}") from error
         check_same_tokens(draft.name, Tokenizer.from_files(draft_files), Tokenizer.from_files(files))
 
 

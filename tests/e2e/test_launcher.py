@@ -313,7 +313,7 @@ def test_engine_and_api_server_can_be_started_alone(
         (["--redis.url", "ftp://host"], "redis.url"),
         (["--kv-max-bytes", "1000"], "0 MiB for the KV cache hold 0 tokens"),
         (["--engine.model.max_model_len", "100000"], "the model's limit is 8192"),
-        (["--engine.speculation.draft", "/nowhere"], "say what it is by speculation.method"),
+        (["--engine.speculation.draft", "/nowhere"], "speculation.draft is no EAGLE-3 draft, and no model"),
         (["--engine.speculation.method", "draft_model"], "needs a model"),
         (["--engine.speculation.method", "eagle3", "--engine.speculation.draft", "/nowhere"], "not an EAGLE-3 draft"),
         (["--engine.speculation.method", "eagle3", "--engine.speculation.draft", OTHER_DRAFT], "shape differs"),
