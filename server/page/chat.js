@@ -2,6 +2,7 @@
 import { call, model, tell } from "./main.js";
 
 const SOURCES = ["target", "draft", "session", "copied"];
+const DRAWN_EVERY = 100; // milliseconds
 const byId = (id) => document.getElementById(id);
 const history = [];
 let session = newSession();
@@ -39,10 +40,13 @@ function addMessage(role) {
   return { item, text };
 }
 
-// Tokens as coloured pieces of text. One that ends within a character is shown with the token that completes it.
+// Tokens as coloured pieces of text, shown a few times a second: what draws them may share the server's processor. One
+// that ends within a character is shown with the token that completes it.
 class ColouredText {
-  constructor(element) {
-    this.element = element;
+  constructor(message) {
+    this.message = message;
+    this.waiting = document.createDocumentFragment();
+    this.timer = null;
     this.decoder = new TextDecoder();
     this.counts = Object.fromEntries(SOURCES.map((source) => [source, 0]));
   }
@@ -51,16 +55,24 @@ class ColouredText {
     this.counts[entry.source] += 1;
     if (/^<\|.*\|>$|^<\/?s>$/.test(entry.token)) return; // it ends the answer and is no text
     const text = this.decoder.decode(new Uint8Array(entry.bytes), { stream: true });
-    const span = this.element.appendChild(document.createElement("span"));
+    const span = this.waiting.appendChild(document.createElement("span"));
     span.className = `token ${entry.source}`;
     span.title = entry.source;
     span.textContent = text;
+    this.timer ??= setTimeout(() => this.show(), DRAWN_EVERY);
+  }
+
+  show() {
+    clearTimeout(this.timer);
+    this.timer = null;
+    this.message.text.append(this.waiting);
+    this.message.item.scrollIntoView({ block: "nearest" });
   }
 }
 
 // Stream an answer into a message; returns its text and what it took.
 async function answer(message, body) {
-  const coloured = new ColouredText(message.text);
+  const coloured = new ColouredText(message);
   const started = performance.now();
   let text = "", first = null, usage = null, metrics = null;
   const response = await call("v1/chat/completions", {
@@ -74,22 +86,27 @@ async function answer(message, body) {
       first ??= performance.now();
       text += choice.delta.content ?? "";
       for (const entry of choice.logprobs?.content ?? []) coloured.add(entry);
-      message.item.scrollIntoView({ block: "nearest" });
     }
     ({ usage = usage, metrics = metrics } = event);
   }
   const seconds = (performance.now() - started) / 1000;
+  coloured.show();
   return { text, counts: coloured.counts, tokens: usage?.completion_tokens ?? 0, seconds, first: (first - started) / 1000, metrics };
 }
 
+// Tokens a second after the first one: the second answer to a question finds its prompt computed.
+function rateOf(result) {
+  return (result.tokens - 1) / Math.max(result.seconds - result.first, 0.001);
+}
+
 function describe(result, without) {
-  const rate = result.tokens / result.seconds;
+  const rate = rateOf(result);
   const counts = SOURCES.map((source) => `${source} ${result.counts[source]}`).join(", ");
   const drafts = result.metrics?.speculative_decoding;
   const length = drafts?.num_spec_steps ? ` · ${drafts.mean_acceptance_length.toFixed(2)} tokens a verification` : "";
   let line = `${result.tokens} tokens: ${counts} · ${rate.toFixed(0)} tokens/s, the first after ${result.first.toFixed(2)} s${length}`;
   if (without) {
-    const slow = without.tokens / without.seconds;
+    const slow = rateOf(without);
     const same = without.text === result.text ? "the same answer" : "another answer: chosen anew at this temperature";
     line += ` · without drafts ${slow.toFixed(0)} tokens/s (${(rate / slow).toFixed(2)} times), ${same}`;
   }
