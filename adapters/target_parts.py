@@ -11,6 +11,7 @@ from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.models.config import ModelFiles, ModelSpec
 from engine.models.llama import RotaryEmbedding, rms_norm
 from engine.models.weights import WeightSource, open_weights
+from kernels.native import has_fast_bf16
 
 _DEFAULT_MAX_MODEL_LEN = 8192
 
@@ -34,6 +35,11 @@ class TargetParts:
     def head_input(self, last_layer: torch.Tensor) -> torch.Tensor:
         """What the head projects, from the output of the last layer."""
         return rms_norm(last_layer, self.norm, self.norm_eps)
+
+
+def fastest_dtype() -> torch.dtype:
+    """That in which this CPU multiplies matrices fastest."""
+    return torch.bfloat16 if has_fast_bf16() else torch.float32
 
 
 def with_others(

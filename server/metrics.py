@@ -9,7 +9,7 @@ from engine.messages import VocabularyCounts
 from server.engine_metrics import EngineMetrics
 from server.metric_families import MetricFamilies, value_of
 from server.schemas.overview import DomainOverview, Place, TenantOverview
-from server.vllm_metrics import VllmMetrics
+from server.vllm_metrics import WithVllmNames
 
 MAX_TENANT_LABELS = 100
 MAX_DOMAIN_LABELS = 10  # for each tenant, so that none can use up the others'
@@ -66,8 +66,9 @@ class TenantMetrics:
         self._num_copied_tokens = metrics.num_copied_tokens.labels(*self._labels)
         self._num_accepted_copied_tokens = metrics.num_accepted_copied_tokens.labels(*self._labels)
         self._by_position: list[tuple[Counter, Counter]] = []
-        self._num_verified = self._num_covered = 0
-        self._tail_hits: dict[str, int] = {}
+        self._coverage: tuple[Counter, Counter] | None = None
+        """Of verified and of covered tokens; None, and no series, while no sequence had a vocabulary."""
+        self._tail_hits: dict[str, Counter] = {}
 
     def observe_draft(self, num_draft_tokens: int, num_accepted_tokens: int, copied: bool) -> None:
         """Count a step of a sequence that verified drafts, ``copied`` from its text or the draft's own."""
@@ -91,19 +92,22 @@ class TenantMetrics:
         """Count the draft vocabulary of a sequence that has ended."""
         metrics, labels = self._metrics, self._labels
         metrics.tail_tokens.labels(*labels).observe(counts.tail_tokens)
-        metrics.verified_tokens.labels(*labels).inc(counts.verified_tokens)
-        metrics.covered_tokens.labels(*labels).inc(counts.covered_tokens)
+        verified, covered = self._coverage = (
+            metrics.verified_tokens.labels(*labels),
+            metrics.covered_tokens.labels(*labels),
+        )
+        verified.inc(counts.verified_tokens)
+        covered.inc(counts.covered_tokens)
         metrics.retrieval_events.labels(*labels).inc(counts.events)
-        self._num_verified += counts.verified_tokens
-        self._num_covered += counts.covered_tokens
+        for source, count in counts.insertions.items():
+            metrics.tail_insertions.labels(*labels, source).inc(count)
         for source, count in counts.hits.items():
-            self._tail_hits[source] = self._tail_hits.get(source, 0) + count
-        for metric, by_source in ((metrics.tail_insertions, counts.insertions), (metrics.tail_hits, counts.hits)):
-            for source, count in by_source.items():
-                metric.labels(*labels, source).inc(count)
+            self._tail_hits[source] = metrics.tail_hits.labels(*labels, source)
+            self._tail_hits[source].inc(count)
 
     def overview(self) -> DomainOverview:
         """How its drafts fared."""
+        verified, covered = (0, 0) if self._coverage is None else map(value_of, self._coverage)
         return DomainOverview(
             domain=self._labels[2],
             drafts=value_of(self._num_drafts),
@@ -112,9 +116,9 @@ class TenantMetrics:
             copied_tokens=value_of(self._num_copied_tokens),
             accepted_copied_tokens=value_of(self._num_accepted_copied_tokens),
             places=[Place(*map(value_of, counters)) for counters in list(self._by_position)],
-            verified_tokens=self._num_verified,
-            covered_tokens=self._num_covered,
-            tail_hits=dict(self._tail_hits),
+            verified_tokens=verified,
+            covered_tokens=covered,
+            tail_hits={source: value_of(counter) for source, counter in self._tail_hits.copy().items()},
         )
 
 
@@ -133,8 +137,6 @@ class Metrics:
         self._define_vocabulary_metrics(families, "model", "tenant", "domain")
         self._define_session_metrics(families, "model", "tenant", "domain")
         self.engine = EngineMetrics(families, self.tenants.label)
-        self._of_vllm = CollectorRegistry()
-        self._of_vllm.register(VllmMetrics(self.registry, model))
 
     def _define_request_metrics(self, families: MetricFamilies, *labels: str) -> None:
         counter, histogram = families.counter, families.histogram
@@ -244,4 +246,4 @@ class Metrics:
 
     def render(self) -> bytes:
         """The exposition format: this app's metrics, as vLLM calls them, and of the process (rate limits, memory)."""
-        return b"".join(map(generate_latest, (self.registry, self._of_vllm, REGISTRY)))
+        return generate_latest(WithVllmNames(self.registry, self.model)) + generate_latest(REGISTRY)

@@ -24,7 +24,7 @@ from adapters.alignment.replay import starts_chains, teaches
 from adapters.alignment.roster import Roster
 from adapters.alignment.store import AdapterStore
 from adapters.alignment.updates import Updater
-from adapters.target_parts import load_target_parts
+from adapters.target_parts import fastest_dtype, load_target_parts
 from engine.adapters_config import AdaptersConfig
 from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.log import configure_logging_from_environment
@@ -38,7 +38,6 @@ from engine.online.shared_file import SharedMemoryError
 from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
 from engine.online.verify_record import VerifyRecord
 from engine.speculation.draft_files import DRAFTS, choose_method
-from kernels.native import has_fast_bf16
 
 log = structlog.get_logger(__name__)
 
@@ -243,7 +242,7 @@ def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
     files = resolve_model(config.model, progress=False)
     spec = validate_model_files(files)
     directory = choose_method(config, files.name)[1] or DRAFTS / files.name
-    eagle = load_draft(directory, torch.bfloat16 if has_fast_bf16() else torch.float32, torch.device("cpu"))
+    eagle = load_draft(directory, fastest_dtype(), torch.device("cpu"))
     eagle.config.check_target(spec, directory)
     target = load_target_parts(files, spec, config.model.max_model_len)
     return AdapterWorker(config.alignment, ChainDrafter(eagle, target), draft_fingerprint(directory), updater)

@@ -17,7 +17,7 @@ import numpy as np
 import structlog
 import torch
 
-from adapters.target_parts import target_parts, with_others
+from adapters.target_parts import fastest_dtype, target_parts, with_others
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from adapters.training.conversations import shard_paths
 from adapters.training.dataset import Batch, Dataset
@@ -26,7 +26,6 @@ from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3, init_from_target, load_draft, save_draft
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.weights import WeightSource
-from kernels.native import has_fast_bf16
 
 log = structlog.get_logger(__name__)
 
@@ -100,8 +99,7 @@ class Trainer:
         self._checkpoints, self._output = checkpoints, output
         self._width = (len(config.capture_layers) + 1) * spec.hidden_size
         self._dataset = self._read_dataset()
-        dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
-        target = target_parts(source, spec, _MAX_POSITIONS, dtype)
+        target = target_parts(source, spec, _MAX_POSITIONS, fastest_dtype())
         shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
         draft = _initial_draft(shape, config.start_from, source, spec)
         self._validation = self._validation_batches()

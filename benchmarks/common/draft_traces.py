@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from adapters.target_parts import TargetParts, load_target_parts
+from adapters.target_parts import TargetParts, fastest_dtype, load_target_parts
 from adapters.training.dataset import Batch
 from adapters.training.feature_recorder import FeatureRecorder, recorded_layers
 from adapters.training.unroll import Unroller
@@ -34,7 +34,6 @@ from engine.models.registry import resolve_model, validate_model_files
 from engine.request import engine_request_id
 from engine.speculation.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer
-from kernels.native import has_fast_bf16
 
 DEPTH, WIDTH, TARGET_TOP_K = 4, 512, 10
 """Draft tokens of a chain, and how many of the draft's and of the target's most likely tokens are kept."""
@@ -108,8 +107,7 @@ def load_target(model: str) -> TargetParts:
 def load_parts(model: str) -> tuple[Eagle3, TargetParts]:
     """The shipped draft of a model as the worker has it, and what it shares with its target."""
     directory = DRAFTS / resolve_model(ModelConfig(name=model)).name
-    dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
-    return eagle3.load_draft(directory, dtype, torch.device("cpu")), load_target(model)
+    return eagle3.load_draft(directory, fastest_dtype(), torch.device("cpu")), load_target(model)
 
 
 def answers(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Answered]:

@@ -171,13 +171,14 @@ class Speculator:
 
     def with_sources(self, one: Verification, entries: list[TokenLogprob]) -> list[TokenLogprob]:
         """The log-probabilities of a step's tokens, with who proposed each of them."""
-        named = []
-        for entry in entries[: one.num_accepted]:
-            source: TokenSource = "copied" if one.source == "lookup" else "draft"
-            if source == "draft" and self._vocab is not None and not self._vocab.in_core(entry.token_id):
-                source = "session"
-            named.append(msgspec.structs.replace(entry, source=source))
-        return named + entries[one.num_accepted :]
+        accepted, own = entries[: one.num_accepted], entries[one.num_accepted :]
+        return [msgspec.structs.replace(entry, source=self._source(one, entry.token_id)) for entry in accepted] + own
+
+    def _source(self, one: Verification, token_id: int) -> TokenSource:
+        """Who proposed an accepted token."""
+        if one.source == "lookup":
+            return "copied"
+        return "draft" if self._vocab is None or self._vocab.in_core(token_id) else "session"
 
     def add_stats(self, stats: EngineStats) -> EngineStats:
         """The engine's statistics with those of speculation."""

@@ -16,12 +16,11 @@ from engine.messages import EngineOutput, EngineRequest
 from engine.text.tokenizer import Tokenizer
 from server.tenants import hash_key
 from tests.integration.running_api import Api
-from tests.integration.tools_model import CALL, Serve, saying
+from tests.integration.tools_model import CALL, THOUGHT, Serve, prompt, saying
 
 TOOL: Any = {"name": "f", "input_schema": {"type": "object", "properties": {}}}
 USER: Any = {"role": "user", "content": "Hi"}
 USE = {"type": "tool_use", "id": "1", "name": "f", "input": {}}
-THOUGHT = f"<think>\nHm\n</think>\n\nTwo:\n{CALL}\n{CALL}"
 BODY: dict[str, Any] = {"model": "tiny", "messages": [USER], "max_tokens": 100}
 
 
@@ -34,10 +33,6 @@ def client_of(api: Api, key: str = "none") -> anthropic.AsyncAnthropic:
 async def asking(serve: Serve, script: Any, *options: str) -> AsyncIterator[tuple[Api, anthropic.AsyncAnthropic]]:
     async with serve(script, *options) as api, client_of(api) as client:
         yield api, client
-
-
-def prompt(api: Api) -> str:
-    return api.tokenizer.decode(api.engine.requests[-1].prompt_token_ids)
 
 
 def plain(message: Message) -> list[dict[str, Any]]:

@@ -18,10 +18,9 @@ from engine.messages import EngineOutput, EngineRequest
 from engine.text.tokenizer import Tokenizer
 from server.tenants import hash_key
 from tests.integration.running_api import Api
-from tests.integration.tools_model import CALL, Serve, saying
+from tests.integration.tools_model import CALL, THOUGHT, Serve, prompt, saying
 
 TOOL: Any = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}, "strict": False}
-THOUGHT = f"<think>\nHm\n</think>\n\nTwo:\n{CALL}\n{CALL}"
 
 
 def client_of(api: Api, key: str = "none") -> openai.AsyncOpenAI:
@@ -33,10 +32,6 @@ def client_of(api: Api, key: str = "none") -> openai.AsyncOpenAI:
 async def asking(serve: Serve, script: Any, *options: str) -> AsyncIterator[tuple[Api, openai.AsyncOpenAI]]:
     async with serve(script, *options) as api, client_of(api) as client:
         yield api, client
-
-
-def prompt(api: Api) -> str:
-    return api.tokenizer.decode(api.engine.requests[-1].prompt_token_ids)
 
 
 def plain(response: Response) -> list[dict[str, Any]]:

@@ -18,8 +18,14 @@ TEMPLATE = (
     "{% if think %}<think>{% endif %}{# </think> #}"
 )
 CALL = '<tool_call>\n{"name": "f", "arguments": {"ä": 1}}\n</tool_call>'
+THOUGHT = f"<think>\nHm\n</think>\n\nTwo:\n{CALL}\n{CALL}"
 
 Serve = Callable[..., AbstractAsyncContextManager[Api]]
+
+
+def prompt(api: Api) -> str:
+    """What the last request asked the engine."""
+    return api.tokenizer.decode(api.engine.requests[-1].prompt_token_ids)
 
 
 def saying(text: str, tokenizer: Tokenizer, finish_reason: Any = "stop", tokens: int = 1, stop: Any = None) -> Script:

@@ -49,9 +49,9 @@ class RunningTexts:
                 self.texts.clear(state.text)
                 predicted = state.prediction[: PROMPT_WINDOW - TEXT_BEFORE]
                 state.num_in_text = max(num_tokens - PROMPT_WINDOW + len(predicted), 0)
-                if state.said:
+                if said := state.said:
                     slots.append(state.text)
-                    tokens.append(state.said)
+                    tokens.append(said)
                 if predicted:
                     slots.append(state.text)
                     tokens.append([*request.prompt_token_ids[-TEXT_BEFORE:], *predicted])
