@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.tools.chat_format import THINK_BEGIN, THINK_END, CallFormat, ChatFormat
+
+if TYPE_CHECKING:
+    from transformers.utils.chat_parsing import ResponseParser
 
 _CHARS_AT_ONCE = 4096
 """At each mark that it finds, the parser looks through all the text it was given for others."""
@@ -44,11 +47,14 @@ class AnswerParser:
     """
 
     def __init__(self, form: ChatFormat, with_calls: bool, is_thinking: bool) -> None:
-        from transformers.utils.chat_parsing import ResponseParser  # half a second, for models that need it only
-
         self._form = form.calls if with_calls else None
-        prefix = THINK_BEGIN if is_thinking else ""
-        self._parser = ResponseParser(_response_template(self._form, form.thinks), prefix=prefix)
+        self._parser: ResponseParser | None = None
+        """None: all of an answer is content."""
+        if with_calls or form.thinks:
+            from transformers.utils.chat_parsing import ResponseParser  # half a second, for models that need it only
+
+            prefix = THINK_BEGIN if is_thinking else ""
+            self._parser = ResponseParser(_response_template(self._form, form.thinks), prefix=prefix)
         self._num_calls = 0
         self._head: str | None = None
         """What the current call has begun with, until its arguments begin."""
@@ -68,6 +74,8 @@ class AnswerParser:
             yield part
 
     def _events(self, text: str, is_last: bool) -> list[dict[str, Any]]:
+        if self._parser is None:
+            return [{"type": "region_chunk", "field": "content", "text": text}]
         events: list[dict[str, Any]] = []
         for begin in range(0, len(text), _CHARS_AT_ONCE):
             events += self._parser.feed(text[begin : begin + _CHARS_AT_ONCE])

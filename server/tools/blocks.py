@@ -74,8 +74,7 @@ class BlockWriter:
     """
 
     def __init__(self, form: ChatFormat, with_calls: bool, is_thinking: bool) -> None:
-        is_plain = not with_calls and not form.thinks
-        self._parser = None if is_plain else AnswerParser(form, with_calls, is_thinking)
+        self._parser = AnswerParser(form, with_calls, is_thinking)
         self.blocks: list[Block] = []
         self._call: int | None = None
         """Which call the last block is."""
@@ -83,9 +82,10 @@ class BlockWriter:
     def write(self, pieces: Sequence[Piece]) -> Iterator[Change]:
         """What pieces change, in order; the last piece of the answer ends the last block."""
         last = pieces[-1]
-        for part in self._parts("".join(piece.text for piece in pieces), last.finish_reason is not None):
+        text, is_last = "".join(piece.text for piece in pieces), last.finish_reason is not None
+        for part in self._parser.push_in_order(text, is_last):
             yield from self._take(part)
-        if last.finish_reason is not None and self.blocks:
+        if is_last and self.blocks:
             self.blocks[-1].is_whole = is_ended_by_model(last)
             yield End(self.blocks[-1])
 
@@ -93,12 +93,6 @@ class BlockWriter:
     def has_calls(self) -> bool:
         """Whether a call has begun."""
         return any(block.kind == "call" for block in self.blocks)
-
-    def _parts(self, text: str, is_last: bool) -> Iterator[AnswerPart]:
-        if self._parser is not None:
-            yield from self._parser.push_in_order(text, is_last)
-        else:
-            yield AnswerPart(content=text)
 
     def _take(self, part: AnswerPart) -> Iterator[Change]:
         if part.reasoning:

@@ -25,8 +25,7 @@ class MessageWriter:
     """
 
     def __init__(self, form: ChatFormat, with_calls: bool, is_thinking: bool) -> None:
-        is_plain = not with_calls and not form.thinks
-        self._parser = None if is_plain else AnswerParser(form, with_calls, is_thinking)
+        self._parser = AnswerParser(form, with_calls, is_thinking)
         self._has_calls = False
 
     def message(self, pieces: Sequence[Piece]) -> AssistantMessage:
@@ -59,7 +58,7 @@ class MessageWriter:
         return "tool_calls" if is_ended_by_model(piece) and self._has_calls else piece.finish_reason
 
     def _parse(self, text: str, is_last: bool) -> AnswerPart:
-        part = AnswerPart(content=text) if self._parser is None else self._parser.push(text, is_last)
+        part = self._parser.push(text, is_last)
         self._has_calls |= bool(part.calls)
         return part
 
