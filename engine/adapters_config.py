@@ -29,10 +29,9 @@ LoraTarget = Literal["q", "k", "v", "o", "down"]
 """Projections of the draft that an adapter can change; q, k and v are rows of one matrix."""
 
 
-def _shared_directory() -> Path:
-    """A directory of this user's own, on tmpfs where there is one."""
-    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path.home() / ".cache"
-    return base / f"evospec-{os.getuid()}"
+def shared_memory() -> Path:
+    """Where files are shared best: a tmpfs, if there is one."""
+    return Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path.home() / ".cache"
 
 
 class TokenLogConfig(Section):
@@ -57,7 +56,9 @@ class TokenLogConfig(Section):
     control_share: float = Field(
         default=0.05, ge=0, lt=1, description="Share of requests that the base draft drafts for, to compare with."
     )
-    max_records: int = Field(default=50_000, ge=100, description="Records that the stream keeps.")
+    max_records: int = Field(
+        default=8192, ge=100, description="Records that the stream keeps, which are more than the ring has features of."
+    )
     context_tokens: int = Field(
         default=256,
         ge=0,
@@ -150,8 +151,13 @@ class GuardConfig(Section):
 class PaceConfig(Section):
     """How much of the machine the worker may take."""
 
-    in_code_only = frozenset(("threads", "niceness", "step_seconds", "outlook_seconds"))
+    in_code_only = frozenset(("threads", "niceness", "step_seconds", "outlook_seconds", "first_steps"))
 
+    first_steps: int = Field(
+        default=2000,
+        ge=0,
+        description="Verify steps before the worker starts: where little is served it is not worth it.",
+    )
     threads: int = Field(default=1, ge=1, description="Compute threads.")
     niceness: int = Field(default=19, ge=0, le=19, description="Of the process.")
     spare_cores: float = Field(default=0.5, ge=0, description="Cores that must be idle for training at any time.")
@@ -169,7 +175,12 @@ class AdaptersConfig(Section):
 
     in_code_only = frozenset(("training", "replay", "guard"))
 
-    enabled: bool = Field(default=False, description="Log verify steps, train, and draft with what was learned.")
+    enabled: bool = Field(
+        default=True,
+        description="Learn from live traffic, where the model drafts with a draft of this project. Tokens of requests "
+        "are kept in memory only: the last steps in Redis, for an hour at most, and some in the worker. On disk is "
+        "what was learned, as weights.",
+    )
     key_scope: KeyScope = Field(
         default="tenant", description="Who shares an adapter: each tenant, each tenant and domain, or everybody."
     )
@@ -184,7 +195,8 @@ class AdaptersConfig(Section):
         default=None, description="Redis or Valkey of the token log; default: the server's."
     )
     shared_directory: Path = Field(
-        default_factory=_shared_directory, description="Where shared memory files are, best on tmpfs."
+        default_factory=lambda: shared_memory() / f"evospec-{os.getuid()}",
+        description="Where shared memory files are, best on tmpfs; `evospec serve` makes one of its own.",
     )
     state_directory: Path = Field(
         default=Path.home() / ".cache" / "evospec" / "adapters", description="Where versions are kept."
@@ -194,6 +206,11 @@ class AdaptersConfig(Section):
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
     pace: PaceConfig = Field(default_factory=PaceConfig)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether an engine learns: there has to be a Redis, which an engine by itself does not have."""
+        return self.enabled and self.redis_url is not None
 
     @property
     def ring_path(self) -> Path:

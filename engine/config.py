@@ -271,9 +271,14 @@ class EngineConfig(Section):
                         setattr(section, name, size)
         return self
 
+    @property
+    def must_learn(self) -> bool:
+        """Whether alignment was asked for, and is not only on by default, where it can be."""
+        return self.alignment.enabled and "enabled" in self.alignment.model_fields_set
+
     @model_validator(mode="after")
     def _alignment_sees_all_drafts(self) -> EngineConfig:
         method = self.speculation.method
-        if self.alignment.enabled and method not in ("auto", "eagle3"):
+        if self.must_learn and method not in ("auto", "eagle3"):
             raise ValueError(f"alignment: with speculation.method eagle3 only, not {method}")
         return self

@@ -150,7 +150,7 @@ def main() -> None:
     configure_logging_from_environment()
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     try:
-        if config.alignment.enabled:
+        if config.alignment.is_on:
             claim_directory(config.alignment.shared_directory)
         files = resolve_model(config.model, progress=False)
         core = EngineCore(config, files, validate_model_files(files))

@@ -6,12 +6,12 @@ import msgspec
 import structlog
 
 from engine.online.adapter_control import (
-    COMMANDS_KEY,
-    STATUS_KEY,
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
+    commands_key,
     decode_status,
+    status_key,
 )
 from server.redis_gate import RedisGate, needs_redis
 
@@ -21,15 +21,21 @@ _UNAVAILABLE = "Redis, through which the worker is reached, does not answer."
 
 
 class AdapterControl:
-    """Reaches the worker through the Redis of the token log. ``gate``: of that Redis."""
+    """Reaches the worker through the Redis of the token log.
 
-    def __init__(self, gate: RedisGate) -> None:
+    Args:
+        gate: of that Redis.
+        stream: key of the token log.
+    """
+
+    def __init__(self, gate: RedisGate, stream: str) -> None:
         self._gate = gate
+        self._commands, self._status = commands_key(stream), status_key(stream)
 
     async def status(self) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
         """What the worker reported last, None if none ever ran; raises 503 as ``ApiError`` while Redis is down."""
         with needs_redis(_UNAVAILABLE):
-            fields = await self._gate.run(self._gate.redis.hgetall(STATUS_KEY))
+            fields = await self._gate.run(self._gate.redis.hgetall(self._status))
         try:
             return decode_status(fields)  # type: ignore[arg-type]  # bytes
         except msgspec.MsgspecError as error:  # a worker of another version
@@ -39,5 +45,5 @@ class AdapterControl:
     async def send(self, command: AdapterCommand) -> None:
         """Leave a command for the worker; raises 503 as ``ApiError`` while Redis is down."""
         with needs_redis(_UNAVAILABLE):
-            await self._gate.run(self._gate.redis.rpush(COMMANDS_KEY, msgspec.msgpack.encode(command)))
+            await self._gate.run(self._gate.redis.rpush(self._commands, msgspec.msgpack.encode(command)))
         log.info("adapter command", action=command.action, key=command.key)

@@ -61,13 +61,20 @@ class AlignmentMetrics:
         self.counters = EngineCounters(counters)
         self._channel_version = gauge("channel_version", "Of the weight channel: grows with each publication.")
         self._draft_version = gauge("draft_version", "Of the adapters that the engine drafts with.", "key")
-        self._enabled = gauge("enabled", "1 if adapters are trained and served.")
+        self._enabled = gauge("enabled", "1 if the engine logs what adapters are trained with, and drafts with them.")
         self._worker_up = gauge("worker_up", "1 if the adapters worker reports.")
         self._worker = {name: gauge(*about) for name, about in _WORKER_GAUGES.items()}
         self._of_key = {name: gauge(f"adapter_{name}", about, "key") for name, about in _KEY_GAUGES.items()}
 
+        self.is_enabled = False
+        self.num_steps = 0
+        """Verify steps of drafted sequences since the engine started."""
+
     def observe_engine(self, stats: AlignmentStats) -> None:
         """Take over what the engine reports."""
+        self.is_enabled = True
+        self._enabled.set(1)
+        self.num_steps = stats.steps
         self.counters.follow(stats)
         self._channel_version.set(stats.channel_version)
         self._draft_version.clear()
@@ -75,11 +82,7 @@ class AlignmentMetrics:
             self._draft_version.labels(key).set(version)
 
     def observe_worker(self, worker: WorkerStatus | None, adapters: Mapping[str, AdapterStatus], now: float) -> None:
-        """Take over what the worker wrote last (None: nothing); ``now``: seconds since the epoch.
-
-        Called only where alignment is enabled.
-        """
-        self._enabled.set(1)
+        """Take over what the worker wrote last (None: nothing); ``now``: seconds since the epoch."""
         is_up = worker is not None and now - worker.updated_at < _GONE_AFTER
         self._worker_up.set(is_up)
         for name, gauge in self._worker.items():

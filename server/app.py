@@ -115,7 +115,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         sessions=SessionStore(gate, settings.sessions, state.metrics, work),
         responses=ResponseStore(gate, settings.responses),
         metrics=state.metrics,
-        adapters=AdapterControl(log_gate),
+        adapters=AdapterControl(log_gate, settings.engine.alignment.log.stream),
         work=work,
         bodies=BodyRoom(_BODIES_PER_TENANT * settings.http.max_body_bytes),
     )

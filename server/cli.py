@@ -16,7 +16,8 @@ from engine.models.config import ModelError
 from engine.validation import validated_files
 from server.chat_client import ChatError, Conversation, chat
 from server.command_line import check_flags, help_text, with_model_flag
-from server.launcher import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, serve, validated_model
+from server.launcher import serve, validated_model
+from server.processes import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, learn_where_possible
 from server.settings import ConfigurationError, Settings, load_settings
 from server.settings_doc import settings_doc
 from server.tenants import check_tenant_name, hash_key, new_key
@@ -60,7 +61,7 @@ def api_command(context: typer.Context) -> None:
 def engine_command(context: typer.Context) -> None:
     """Start the engine alone, at --engine.address."""
     settings = _load(context)
-    validated_files(settings.engine)
+    learn_where_possible(settings, validated_files(settings.engine))
     if settings.engine.address.startswith("ipc://"):
         Path(settings.engine.address.removeprefix("ipc://")).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.execve(ENGINE_COMMAND[0], ENGINE_COMMAND, engine_environment(settings))

@@ -1,4 +1,4 @@
-"""The directory of one ``evospec serve``: for sockets that nobody else can reach."""
+"""Directories of one ``evospec serve``: for sockets, and shared memory, that nobody else can reach."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ _LOCK = "instance.lock"
 
 
 @contextlib.contextmanager
-def instance_directory() -> Iterator[Path]:
-    """A directory that only this user can enter, under ``$XDG_RUNTIME_DIR`` or the temporary directory.
+def instance_directory(parent: Path | None = None) -> Iterator[Path]:
+    """A directory that only this user can enter, in ``parent``: ``$XDG_RUNTIME_DIR``, or the temporary directory.
 
     It is removed at the end. A process that is killed leaves its own; the next one to start removes that.
     """
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    parent = Path(given if given and os.access(given, os.W_OK) else tempfile.gettempdir())
+    if parent is None:
+        given = os.environ.get("XDG_RUNTIME_DIR")
+        parent = Path(given if given and os.access(given, os.W_OK) else tempfile.gettempdir())
     _remove_abandoned(parent)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name, _locked(Path(name)):
         yield Path(name)

@@ -10,23 +10,18 @@ import asyncio
 import contextlib
 import gc
 import math
-import os
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator
 
-import httpx
 import structlog
 import uvicorn
 from fastapi import FastAPI
 
-from engine.config import CONFIG_VARIABLE, ModelConfig
-from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
+from engine.config import ModelConfig
 from engine.models.config import ModelFiles
 from engine.models.registry import resolve_model, validate_model_files
-from engine.models.verify import DAMAGED_STATUS
 from engine.validation import validated_files
 from server.app import create_app
 from server.banner import banner
@@ -34,15 +29,19 @@ from server.http_protocol import LINGER, bounded_http
 from server.instance_directory import instance_directory
 from server.metrics_listener import metrics_config
 from server.options import HttpConfig
+from server.processes import (
+    engine_process,
+    keep_learning_apart,
+    learn_where_possible,
+    own_valkey,
+    wait_until_healthy,
+    worker_process,
+)
 from server.settings import ConfigurationError, Settings
-from server.supervisor import ProcessFailed, SupervisedProcess, Watchdog
+from server.supervisor import ProcessFailed, SupervisedProcess
 from server.tenants import TenantRegistry, check_exposure
-from server.valkey import embedded_valkey, valkey_url
 
 log = structlog.get_logger(__name__)
-
-ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
-WORKER_COMMAND = [sys.executable, "-m", "adapters.alignment.worker"]
 
 _BACKLOG = 2048
 _OTHER_FILES = 256
@@ -61,28 +60,30 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
     """
     tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     check_exposure(settings.http.host, settings.auth, tenants)
-    if with_engine:
-        validated_files(settings.engine)
-    else:
-        validated_model(settings.engine.model)
+    files = validated_files(settings.engine) if with_engine else validated_model(settings.engine.model)
     max_connections = _allow_many_connections()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(instance_directory())
         listener = stack.enter_context(_listen(settings.http.host, settings.http.port))
         children: list[SupervisedProcess] = []
         settings = settings.model_copy(deep=True)
+        if with_engine:
+            learn_where_possible(settings, files)
+        learns = with_engine and settings.engine.alignment.enabled
+        if learns:
+            instance = f"{socket.gethostname()}:{listener.getsockname()[1]}" if settings.redis.url else None
+            keep_learning_apart(settings.engine.alignment, instance, stack)
         if settings.redis.url is None:
-            children.append(embedded_valkey(directory))
-            settings.redis.url = valkey_url(directory)
+            children.append(own_valkey(settings, directory))
         if with_engine and "address" not in settings.engine.model_fields_set:  # the operator chose none
             settings.engine.address = f"ipc://{directory / 'engine.sock'}"
         url = _local_url(listener)
         app = create_app(settings)
         metrics_listener = _listen_for_metrics(settings.http, stack)
         if with_engine:
-            children.append(_engine(settings, url, app))
-            if settings.engine.alignment.enabled:
-                children.append(_worker(settings))
+            children.append(engine_process(settings, url, app))
+            if learns:
+                children.append(worker_process(settings, app))
 
         def greet() -> None:
             print(banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True)
@@ -110,18 +111,6 @@ def validated_model(config: ModelConfig) -> ModelFiles:
     files = resolve_model(config)
     validate_model_files(files)
     return files
-
-
-def engine_environment(settings: Settings) -> dict[str, str]:
-    """Environment in which ``engine.process`` and ``adapters.alignment.worker`` find their configuration."""
-    engine = settings.engine.model_copy(deep=True)
-    engine.alignment.redis_url = engine.alignment.redis_url or settings.redis.url
-    return {
-        **os.environ,
-        CONFIG_VARIABLE: engine.model_dump_json(),
-        LEVEL_VARIABLE: settings.log.level,
-        FORMAT_VARIABLE: settings.log.format,
-    }
 
 
 class _ApiServer(uvicorn.Server):
@@ -219,7 +208,7 @@ class _Launcher:
         """Start the children, say where the server is once it answers, keep the children alive until cancelled."""
         for child in self._children:
             await child.start()
-        await _wait_until_healthy(self._url)
+        await wait_until_healthy(self._url)
         self._greet()
         await asyncio.gather(asyncio.Event().wait(), *(child.keep_alive() for child in self._children))
 
@@ -247,22 +236,6 @@ class _Launcher:
         log.info("stopped", unfinished_requests=unfinished)
 
 
-def _engine(settings: Settings, url: str, app: FastAPI) -> SupervisedProcess:
-    return SupervisedProcess(
-        "engine",
-        ENGINE_COMMAND,
-        engine_environment(settings),
-        wait_ready=lambda: _wait_until_healthy(url),
-        watchdog=Watchdog(lambda: app.state.serving.engine.last_message, settings.http.engine_hang_timeout),
-        fatal={DAMAGED_STATUS: "the model's files are damaged; what is wrong is fetched anew at the next start"},
-    )
-
-
-def _worker(settings: Settings) -> SupervisedProcess:
-    """The adapters worker. Nobody waits for it: if it cannot start, it is tried again, and requests are served."""
-    return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), wait_ready=None)
-
-
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -285,12 +258,3 @@ def _local_url(listener: socket.socket) -> str:
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-async def _wait_until_healthy(url: str) -> None:
-    async with httpx.AsyncClient(base_url=url, timeout=5, trust_env=False) as client:
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if (await client.get("/health")).status_code == 200:
-                    return
-            await asyncio.sleep(_POLL_INTERVAL)

@@ -57,7 +57,8 @@ class Watchdog:
 class SupervisedProcess:
     """One child process. ``run`` starts it and starts it again, with growing delays, until cancelled.
 
-    ``wait_ready`` returns when the process serves; None: nobody waits for that.
+    ``wait_ready`` returns when the process serves. None: nobody waits for that, and ``keep_alive`` starts it, once
+    ``wait_before`` returns.
     ``fatal``: exit codes after which it is not started again, with the reason.
 
     The child has its own session, so Ctrl-C in a terminal reaches the parent only, which then decides.
@@ -72,11 +73,13 @@ class SupervisedProcess:
         log_path: Path | None = None,
         watchdog: Watchdog | None = None,
         fatal: Mapping[int, str] | None = None,
+        wait_before: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.name = name
         self._arguments = arguments
         self._environment = environment
         self._wait_ready = wait_ready
+        self._wait_before = wait_before
         self._log_path = log_path
         self._watchdog = watchdog
         self._fatal = fatal or {}
@@ -92,10 +95,13 @@ class SupervisedProcess:
         return self._process.pid
 
     async def start(self) -> None:
-        """Start it for the first time and wait until it is ready; raises ``ProcessFailed`` if it dies before."""
-        process = await self._spawn()
+        """Start it for the first time and wait until it is ready; raises ``ProcessFailed`` if it dies before.
+
+        Nothing is done where nobody waits for it.
+        """
         if self._wait_ready is None:
             return
+        process = await self._spawn()
         died = asyncio.ensure_future(process.wait())
         ready = asyncio.ensure_future(self._wait_ready())
         try:
@@ -111,6 +117,9 @@ class SupervisedProcess:
     async def keep_alive(self) -> None:
         """Start it again whenever it ends or hangs, until cancelled; raises ``ProcessFailed`` for a fatal exit code."""
         delay = _FIRST_DELAY
+        if self._wait_before is not None:
+            await self._wait_before()
+            delay = await self._start_again(0)
         while True:
             code = await self._wait()
             if code in self._fatal:
@@ -121,20 +130,21 @@ class SupervisedProcess:
             delay = await self._start_again(delay)
 
     async def _start_again(self, delay: float) -> float:
-        """Wait ``delay`` seconds and start it; the delay before the next time.
+        """Wait ``delay`` seconds and start it, for the first time or once more; the delay before the next time.
 
         A machine without memory or process ids to spare, or a program that is being replaced, fails the start itself.
         That is tried again too: the other processes serve meanwhile.
         """
         while True:
             await asyncio.sleep(delay)
-            delay = min(2 * delay, _LONGEST_DELAY)
+            delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)
+            is_first = self._process is None
             try:
                 await self._spawn()
             except OSError as error:
                 log.error("process cannot be started", process=self.name, error=str(error), restart_in=delay)
             else:
-                RESTARTS.labels(self.name).inc()
+                RESTARTS.labels(self.name).inc(not is_first)
                 return delay
 
     async def _wait(self) -> int:

@@ -10,12 +10,12 @@ import structlog
 from redis.exceptions import RedisError
 
 from engine.online.adapter_control import (
-    COMMANDS_KEY,
-    STATUS_KEY,
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
+    commands_key,
     encode_status,
+    status_key,
 )
 from engine.online.token_log import connect_briefly
 
@@ -30,15 +30,17 @@ class ControlChannel:
 
     Args:
         url: of Redis or Valkey.
+        stream: key of the token log.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, stream: str) -> None:
         self._redis = connect_briefly(url, _TIMEOUT)
+        self._commands, self._status = commands_key(stream), status_key(stream)
 
     def take(self) -> list[AdapterCommand]:
         """Commands given since the last call; none while Redis is down. They are not given again."""
         try:
-            found = self._redis.lpop(COMMANDS_KEY, _MAX_COMMANDS)
+            found = self._redis.lpop(self._commands, _MAX_COMMANDS)
         except (RedisError, OSError):
             return []
         commands = []
@@ -52,8 +54,8 @@ class ControlChannel:
     def report(self, worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> None:
         """Replace what is shown; nothing changes while Redis is down."""
         with suppress(RedisError, OSError), self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.delete(STATUS_KEY)
-            pipeline.hset(STATUS_KEY, mapping=encode_status(worker, adapters))  # type: ignore[arg-type]
+            pipeline.delete(self._status)
+            pipeline.hset(self._status, mapping=encode_status(worker, adapters))  # type: ignore[arg-type]
             pipeline.execute()
 
     def close(self) -> None:

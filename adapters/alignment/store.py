@@ -10,6 +10,7 @@ Each file is written whole, then put in its place.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,13 +21,31 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+import structlog
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from engine.online.weight_layout import WeightLayout
 
+log = structlog.get_logger(__name__)
+
 _MAX_QUARANTINED = 3
+
+
+def wait_for_turn(directory: Path) -> int:
+    """Wait until no other process learns for the draft whose versions are in ``directory``.
+
+    Returns a file descriptor. The turn lasts until that is closed, or this process ends.
+    """
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("another server's worker learns for this draft; this one waits", directory=str(directory))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 @dataclass

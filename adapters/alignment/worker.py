@@ -22,7 +22,7 @@ from adapters.alignment.publisher import AdapterPublisher
 from adapters.alignment.records import Assembler
 from adapters.alignment.replay import starts_chains, teaches
 from adapters.alignment.roster import Roster
-from adapters.alignment.store import AdapterStore
+from adapters.alignment.store import AdapterStore, wait_for_turn
 from adapters.alignment.updates import Updater
 from adapters.target_parts import fastest_dtype, load_target_parts
 from engine.adapters_config import AdaptersConfig
@@ -71,10 +71,10 @@ class AdapterWorker:
         assert config.redis_url is not None
         self._config, self._base, self._fingerprint, self._updater = config, base, fingerprint, updater
         layout = updater(base, config, "", fingerprint).layout
-        self._store = AdapterStore(config.state_directory / fingerprint[:16], layout)
+        self._store = AdapterStore(_state_directory(config, fingerprint), layout)
         self._publisher = AdapterPublisher(config.channel_path, layout, self._store)
         self._reader = TokenLogReader(config.redis_url, config.log.stream)
-        self._control = ControlChannel(config.redis_url)
+        self._control = ControlChannel(config.redis_url, config.log.stream)
         self._pacer = pacer or Pacer(config.pace)
         self._ring: FeatureRingReader | None = None
         replay, vocab_size = config.replay, len(base.target.head)
@@ -234,7 +234,7 @@ class AdapterWorker:
 
 
 def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
-    """Load the draft that the engine drafts with, and what it shares with the target.
+    """Load the draft that the engine drafts with, and what it shares with the target, once no other process learns.
 
     Raises:
         ModelError: there is none, or a file cannot be read.
@@ -242,10 +242,28 @@ def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
     files = resolve_model(config.model, progress=False)
     spec = validate_model_files(files)
     directory = choose_method(config, files.name)[1] or DRAFTS / files.name
+    fingerprint = draft_fingerprint(directory)
+    wait_for_turn(_state_directory(config.alignment, fingerprint))
     eagle = load_draft(directory, fastest_dtype(), torch.device("cpu"))
     eagle.config.check_target(spec, directory)
     target = load_target_parts(files, spec, config.model.max_model_len)
-    return AdapterWorker(config.alignment, ChainDrafter(eagle, target), draft_fingerprint(directory), updater)
+    return AdapterWorker(config.alignment, ChainDrafter(eagle, target), fingerprint, updater)
+
+
+def _state_directory(config: AdaptersConfig, fingerprint: str) -> Path:
+    """Where the versions for the draft of ``fingerprint`` are."""
+    return config.state_directory / fingerprint[:16]
+
+
+def _yield_to_others(niceness: int) -> None:
+    """Let every other process go first.
+
+    A session of its own is a group of its own to Linux's autogroups, within which alone niceness counts; so the group
+    is niced as well.
+    """
+    os.nice(niceness)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def _resident_bytes() -> int:
@@ -257,12 +275,10 @@ def _resident_bytes() -> int:
 
 def main(updater: type[Updater] = Updater) -> None:
     """Work until SIGTERM, which ends it within an update's time."""
-    stopped: list[int] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     configure_logging_from_environment()
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
-    os.nice(config.alignment.pace.niceness)
+    _yield_to_others(config.alignment.pace.niceness)
     torch.set_num_threads(config.alignment.pace.threads)
     try:
         worker = load_worker(config, updater)
@@ -270,6 +286,8 @@ def main(updater: type[Updater] = Updater) -> None:
         log.error("the worker cannot start", reason=str(error))
         sys.exit(1)
     log.info("adapters worker ready", draft=config.speculation.draft)
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     worker.run(lambda: bool(stopped))
     worker.close()
 

@@ -19,7 +19,7 @@ from adapters.alignment.updates import Updater
 from benchmarks.adapt.whole_draft import whole_layout
 from benchmarks.common import experiments
 from engine.adapters_config import AdaptersConfig
-from server import launcher
+from server import processes
 
 _RATE = 0.01
 """All weights at once need smaller steps than two thin matrices, one of them zero at first."""
@@ -61,8 +61,8 @@ def main() -> None:
     if sys.argv[1:] == [_WORKER]:
         worker.main(FullParameterUpdater)
     else:
-        launcher.ENGINE_COMMAND = [sys.executable, "-m", "benchmarks.adapt.whole_draft", _ENGINE]
-        launcher.WORKER_COMMAND = [sys.executable, "-m", "benchmarks.adapt.full_parameters", _WORKER]
+        processes.ENGINE_COMMAND = [sys.executable, "-m", "benchmarks.adapt.whole_draft", _ENGINE]
+        processes.WORKER_COMMAND = [sys.executable, "-m", "benchmarks.adapt.full_parameters", _WORKER]
         experiments.main()
 
 

@@ -104,5 +104,5 @@ def arguments(side: Side, model: str, drafting: Drafting, directory: Path, share
     flags = ["--no-engine.cache.prefix_caching", "--no-engine.speculation.copies"]
     flags += [] if drafting.adaptive else ["--no-engine.speculation.adaptive"]
     flags += [] if side.follows_sessions else ["--no-sessions.from_user"]
-    flags += ["--alignment.enabled"] if side.aligns else []
+    flags += ["--alignment.enabled" if side.aligns else "--no-alignment.enabled"]
     return flags + [part for key, value in options.items() if value is not None for part in (f"--{key}", str(value))]

@@ -1,7 +1,9 @@
 """What operators may ask of the adapters worker, and what it tells about itself, both through Redis. No torch.
 
-    evospec:adapters:commands   list of commands, RPUSH by the server, LPOP by the worker, oldest first
-    evospec:adapters:status     hash: field "" is the worker's state, every other field an adapter key's
+    STREAM:commands   list of commands, RPUSH by the server, LPOP by the worker, oldest first
+    STREAM:status     hash: field "" is the worker's state, every other field an adapter key's
+
+STREAM is the key of the token log, which no other engine has.
 
 Both hold MessagePack: ``AdapterCommand``; ``WorkerStatus`` and ``AdapterStatus``. A command waits as long as no worker
 runs; it is carried out at most once. The worker writes the hash anew each second, in one transaction; it counts as gone
@@ -17,14 +19,22 @@ from urllib.parse import quote
 
 import msgspec
 
-COMMANDS_KEY = "evospec:adapters:commands"
-STATUS_KEY = "evospec:adapters:status"
 WORKER_FIELD = b""
 
 KeyScope = Literal["tenant", "tenant+domain", "global"]
 GLOBAL_KEY = "*"
 MAX_KEY_BYTES = 128
 """Longest adapter key, in UTF-8."""
+
+
+def commands_key(stream: str) -> str:
+    """Key of the commands."""
+    return f"{stream}:commands"
+
+
+def status_key(stream: str) -> str:
+    """Key of the state."""
+    return f"{stream}:status"
 
 
 def adapter_key(scope: KeyScope, tenant: str, domain: str | None) -> str:
@@ -106,13 +116,13 @@ class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode_status(worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> dict[bytes, bytes]:
-    """What to set by ``HSET STATUS_KEY``."""
+    """The fields of the state's hash."""
     fields = {key.encode(): msgspec.msgpack.encode(status) for key, status in adapters.items()}
     return {WORKER_FIELD: msgspec.msgpack.encode(worker)} | fields
 
 
 def decode_status(fields: Mapping[bytes, bytes]) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
-    """The state that ``HGETALL STATUS_KEY`` gave, the worker's None if none ever ran.
+    """The state in the fields of its hash, the worker's None if none ever ran.
 
     Raises:
         msgspec.MsgspecError: it is no state.

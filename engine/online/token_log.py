@@ -29,6 +29,8 @@ _WRITE_TIMEOUT = 1.0
 _READ_TIMEOUT = 2.0
 _LOOK_INTERVAL = 0.1
 _RETRY_INTERVAL = 0.5
+_LIFETIME = 3600
+"""Seconds that the log is kept after the last record: it is text of tenants."""
 _BATCH_SIZE = 64  # packing one holds the GIL for about half a millisecond
 
 _Entry = tuple[bytes, dict[bytes, bytes] | None]  # None, or no fields: it was trimmed
@@ -57,13 +59,12 @@ class TokenLog:
         url: of Redis or Valkey.
         stream: key of the stream.
         queue_size: records that may wait for the writer thread.
-        max_records: about how many records the stream keeps, the newest; at half to one KB each they must fit into
-            Redis's memory, since a stream is never evicted.
+        max_records: about how many records the stream keeps, the newest, of half to one KB each.
         interval: seconds that fewer records than a batch wait: of few, the call costs more than the records.
     """
 
     def __init__(
-        self, url: str, stream: str, queue_size: int = 4096, max_records: int = 50_000, interval: float = 0.2
+        self, url: str, stream: str, queue_size: int = 4096, max_records: int = 8192, interval: float = 0.2
     ) -> None:
         self._redis = connect_briefly(url, _WRITE_TIMEOUT)
         self._stream, self._interval = stream, interval
@@ -116,8 +117,9 @@ class TokenLog:
         pipeline = self._redis.pipeline(transaction=False)
         for data in batch:
             pipeline.xadd(self._stream, {_FIELD: data}, maxlen=self._max_records, approximate=True)
+        pipeline.expire(self._stream, _LIFETIME)
         try:
-            results: list[Any] = pipeline.execute(raise_on_error=False)
+            results: list[Any] = pipeline.execute(raise_on_error=False)[: len(batch)]
         except (RedisError, OSError) as error:
             self._dropped_by_redis += len(batch)
             return error

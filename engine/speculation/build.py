@@ -125,7 +125,7 @@ def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, toke
         check_foreign_options(config, own is not None)
     head = make_head(config, target, directory, tokenizer, own)
     adapters = None
-    if config.alignment.enabled:
+    if config.alignment.is_on:
         adapters = EagleAdapters(config.alignment, draft, draft_fingerprint(directory))
     asked = config.speculation.draft
     name = directory.name if asked is None or Path(asked).expanduser().is_dir() else asked

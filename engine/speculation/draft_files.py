@@ -43,6 +43,12 @@ def choose_method(config: EngineConfig, model: str) -> tuple[Method, Path | None
     return "eagle3", shipped
 
 
+def can_learn(config: EngineConfig, model: str) -> bool:
+    """Whether what drafts for ``model`` is a network that alignment trains; raises as ``choose_method`` does."""
+    _, directory = choose_method(config, model)
+    return directory is not None and not is_foreign_draft(directory)
+
+
 def _eagle_directory(draft: str, cache_dir: Path, is_known: bool) -> Path | None:
     """Where an EAGLE-3 draft is; None where ``draft`` names a model. ``is_known``: it is no model."""
     directory = Path(draft).expanduser()
@@ -94,7 +100,7 @@ def check_draft(config: EngineConfig, files: ModelFiles, spec: ModelSpec, max_mo
 
 def check_foreign_options(config: EngineConfig, has_own_head: bool) -> None:
     """Raise ``ModelError`` for options that do not go with a draft of another project."""
-    if config.alignment.enabled:
+    if config.must_learn:
         raise ModelError("alignment trains drafts of this project only, not those of others")
     vocabulary = config.speculation.vocabulary
     if has_own_head and vocabulary not in OWN_HEAD_VOCABULARIES:

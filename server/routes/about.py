@@ -62,7 +62,7 @@ async def health(request: Request, serving: CurrentServing) -> Response:
 )
 async def metrics(request: Request, serving: CurrentServing) -> Response:
     """Metrics of this server, its engine and its adapters worker, with the names and the traffic of all tenants."""
-    if request.app.state.settings.engine.alignment.enabled:
+    if serving.metrics.engine.alignment.is_enabled:
         try:
             worker, adapters = await serving.adapters.status()
         except ApiError:  # Redis is down: nobody knows

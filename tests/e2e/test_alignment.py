@@ -1,4 +1,4 @@
-"""``evospec serve --alignment.enabled``: a worker learns beside the engine, and its death disturbs nobody."""
+"""``evospec serve``: a worker learns beside the engine once there is something to learn; its death disturbs nobody."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.tenants import hash_key
-from tests.running_server import AT_ONCE, RunningServer
+from tests.running_server import AT_ONCE, EXPERIMENTS, RunningServer
 
 KEY = "evs-admin"
 
@@ -22,7 +22,7 @@ def options(tmp_path: Path) -> list[str]:
     directories = {name: str(tmp_path / name) for name in ("shared", "state")}
     return [
         *AT_ONCE,
-        "--alignment.enabled",
+        *("--engine.alignment.pace.first_steps", "1"),
         *("--engine.alignment.shared_directory", directories["shared"]),
         *("--engine.alignment.state_directory", directories["state"]),
         *("--auth.admin_key", hash_key(KEY)),
@@ -64,12 +64,14 @@ def wait_for_worker(server: RunningServer, pid: int) -> None:
 
 
 def test_the_worker_dies_and_comes_back(launch_server: Callable[..., RunningServer], options: list[str]) -> None:
-    server = launch_server(*options)
-    first = server.wait_for(lambda: worker_pid(server), "worker process")
+    server = launch_server(*options, program=EXPERIMENTS)
+    assert worker_pid(server) is None
     text = complete(server)
+    first = server.wait_for(lambda: worker_pid(server), "worker process")
     wait_for_worker(server, first)
     server.wait_for(lambda: metric(server, "evospec:alignment_worker_num_records") > 0 or None, "records read")
     assert metric(server, "evospec:alignment_records_written_total") > 0
+    assert Path(f"/proc/{first}/autogroup").read_text().endswith(" nice 19\n")
     assert os.getpriority(os.PRIO_PROCESS, first) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 19)
     os.kill(first, signal.SIGKILL)
     assert complete(server) == text
@@ -84,7 +86,7 @@ def test_a_worker_that_cannot_start_disturbs_nobody(
     launch_server: Callable[..., RunningServer], options: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "state").write_text("not a directory")
-    server = launch_server(*options)
+    server = launch_server(*options, program=EXPERIMENTS)
     complete(server)
     restarts = ("evospec:process_restarts_total",)
     server.wait_for(lambda: metric(server, *restarts, process="worker") >= 1 or None, "restart of the worker")

@@ -112,6 +112,7 @@ def alignment_options(directory: Path) -> dict[str, str]:
             "log.stream": f"log:{directory.name}",
             "log.sample_share": "1.0",
             "log.control_share": "0.4",
+            "pace.first_steps": "0",
             "training.batch_positions": "16",
             "guard.sigmas": "20",
             "pace.niceness": "0",
@@ -194,7 +195,7 @@ def test_no_panel_is_empty_under_load(
     }
     seed_adapters(tmp_path)
     arguments = [word for option, value in options.items() for word in (f"--{option}", value)]
-    server = launch_server(*arguments, "--alignment.enabled", program=EXPERIMENTS)
+    server = launch_server(*arguments, program=EXPERIMENTS)
     with (
         Redis.from_url(valkey_url) as redis,
         running_prometheus(server.base_url, KEYS["prometheus"], free_port, tmp_path) as prometheus,

@@ -26,12 +26,12 @@ from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, Repl
 from engine.config import CONFIG_VARIABLE, EngineConfig, ModelConfig, SpeculationConfig
 from engine.models.lora import lora_layout
 from engine.online.adapter_control import (
-    COMMANDS_KEY,
-    STATUS_KEY,
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
+    commands_key,
     decode_status,
+    status_key,
 )
 from engine.online.shared_file import SharedMemoryError
 from engine.online.token_log import LoggedRecord
@@ -58,7 +58,7 @@ def answers(draft: TinyDraft) -> list[Answer]:
 def config(tmp_path: Path, valkey_url: str) -> Iterator[AdaptersConfig]:
     config = make_config(tmp_path, valkey_url)
     yield config
-    Redis.from_url(valkey_url).delete(config.log.stream, STATUS_KEY, COMMANDS_KEY)
+    Redis.from_url(valkey_url).delete(config.log.stream, status_key(config.log.stream), commands_key(config.log.stream))
 
 
 def make_config(directory: Path, url: str) -> AdaptersConfig:
@@ -96,13 +96,13 @@ def status(config: AdaptersConfig, key: str = "t") -> AdapterStatus:
 
 def statuses(config: AdaptersConfig) -> tuple[WorkerStatus | None, dict[str, AdapterStatus]]:
     assert config.redis_url is not None
-    return decode_status(Redis.from_url(config.redis_url).hgetall(STATUS_KEY))  # type: ignore[arg-type]
+    return decode_status(Redis.from_url(config.redis_url).hgetall(status_key(config.log.stream)))  # type: ignore[arg-type]
 
 
 def command(config: AdaptersConfig, action: str, key: str = "t") -> None:
     assert config.redis_url is not None
     message = AdapterCommand(action=action, key=key)  # type: ignore[arg-type]
-    Redis.from_url(config.redis_url).rpush(COMMANDS_KEY, msgspec.msgpack.encode(message))
+    Redis.from_url(config.redis_url).rpush(commands_key(config.log.stream), msgspec.msgpack.encode(message))
 
 
 def serve_until_published(engine: MadeUpEngine, worker: AdapterWorker, answers: list[Answer], count: int) -> None:

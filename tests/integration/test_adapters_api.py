@@ -12,28 +12,31 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
+from engine.adapters_config import TokenLogConfig
 from engine.messages import AlignmentStats, EngineStats
 from engine.online.adapter_control import (
-    COMMANDS_KEY,
-    STATUS_KEY,
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
+    commands_key,
     encode_status,
+    status_key,
 )
 from server.tenants import hash_key
 
 KEY = "evs-admin"
 ADMIN = {"Authorization": f"Bearer {KEY}"}
+STREAM = TokenLogConfig().stream
+COMMANDS, STATUS = commands_key(STREAM), status_key(STREAM)
 OPTIONS = ["--auth.admin_key", hash_key(KEY), "--engine.alignment.enabled"]
 
 
 @pytest.fixture
 def redis(valkey_url: str) -> Iterator[Redis]:
     client = Redis.from_url(valkey_url)
-    client.delete(COMMANDS_KEY, STATUS_KEY)
+    client.delete(COMMANDS, STATUS)
     yield client
-    client.delete(COMMANDS_KEY, STATUS_KEY)
+    client.delete(COMMANDS, STATUS)
     client.close()
 
 
@@ -102,7 +105,7 @@ async def test_operators_see_adapters_and_command_the_worker(serve: Any, redis: 
         empty = await api.client.get("/v1/adapters", headers=ADMIN)
         assert empty.json() == {"object": "list", "worker": None, "data": []}
         adapters = {"law/contracts": AdapterStatus(revision=4, acceptance=0.5), "*": AdapterStatus()}
-        redis.hset(STATUS_KEY, mapping=encode_status(worker_status(time.time()), adapters))  # type: ignore[arg-type]
+        redis.hset(STATUS, mapping=encode_status(worker_status(time.time()), adapters))  # type: ignore[arg-type]
         listed = (await api.client.get("/v1/adapters", headers=ADMIN)).json()
         assert [adapter["key"] for adapter in listed["data"]] == ["*", "law/contracts"]
         assert listed["data"][1]["status"]["revision"] == 4
@@ -112,7 +115,7 @@ async def test_operators_see_adapters_and_command_the_worker(serve: Any, redis: 
             assert response.status_code == 202, response.text
     commands = [
         msgspec.msgpack.decode(data, type=AdapterCommand)  # type: ignore[arg-type]
-        for data in redis.lrange(COMMANDS_KEY, 0, -1)
+        for data in redis.lrange(COMMANDS, 0, -1)
     ]
     assert commands == [
         AdapterCommand("rollback", "law/contracts"),
@@ -132,7 +135,7 @@ async def test_nobody_else_may(serve: Any, redis: Redis) -> None:
     async with serve(idle) as api:
         assert (await api.client.get("/v1/adapters", headers=ADMIN)).status_code == 403
         assert samples((await api.client.get("/metrics")).text)["evospec:alignment_enabled", ""] == 0
-    assert redis.llen(COMMANDS_KEY) == 0
+    assert redis.llen(COMMANDS) == 0
 
 
 async def test_redis_that_is_down_is_a_503(serve: Any) -> None:
@@ -140,8 +143,10 @@ async def test_redis_that_is_down_is_a_503(serve: Any) -> None:
         response = await api.client.get("/v1/adapters", headers=ADMIN)
         assert response.status_code == 503
         assert "Retry-After" in response.headers
-        found = samples((await api.client.get("/metrics")).text)
-        assert (found["evospec:alignment_enabled", ""], found["evospec:alignment_worker_up", ""]) == (1, 0)
+        await api.engine.send(stats=engine_stats(10, {}))
+        enabled = ("evospec:alignment_enabled", "")
+        text = (await api.until_get("/metrics", lambda r: samples(r.text)[enabled] == 1)).text
+        assert samples(text)["evospec:alignment_worker_up", ""] == 0
 
 
 async def test_metrics(serve: Any, redis: Redis) -> None:
@@ -149,7 +154,7 @@ async def test_metrics(serve: Any, redis: Redis) -> None:
         await api.engine.send(stats=engine_stats(10, {"law": 9, "clinic": 7}))
         await api.engine.send(stats=engine_stats(15, {"law": 9}))
         adapters = {"law": AdapterStatus(revision=4, acceptance=0.5)}
-        redis.hset(STATUS_KEY, mapping=encode_status(worker_status(time.time()), adapters))  # type: ignore[arg-type]
+        redis.hset(STATUS, mapping=encode_status(worker_status(time.time()), adapters))  # type: ignore[arg-type]
         wanted = ("evospec:alignment_steps_total", "")
         text = (await api.until_get("/metrics", lambda r: samples(r.text)[wanted] == 15)).text
         found = samples(text)
@@ -161,7 +166,7 @@ async def test_metrics(serve: Any, redis: Redis) -> None:
         assert found["evospec:alignment_worker_num_without_slot", ""] == 3
         assert found["evospec:alignment_adapter_acceptance", "law"] == 0.5
         assert ("evospec:alignment_adapter_loss", "law") not in found
-        redis.hset(STATUS_KEY, mapping=encode_status(worker_status(time.time() - 60), adapters))  # type: ignore[arg-type]
+        redis.hset(STATUS, mapping=encode_status(worker_status(time.time() - 60), adapters))  # type: ignore[arg-type]
         found = samples((await api.client.get("/metrics")).text)
         assert found["evospec:alignment_worker_up", ""] == 0
         assert ("evospec:alignment_adapter_acceptance", "law") not in found

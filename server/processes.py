@@ -1,0 +1,111 @@
+"""The processes beside the API server of one ``evospec serve``: Valkey, the engine, the adapters worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import httpx
+import structlog
+from fastapi import FastAPI
+
+from engine.adapters_config import AdaptersConfig, shared_memory
+from engine.config import CONFIG_VARIABLE
+from engine.log import FORMAT_VARIABLE, LEVEL_VARIABLE
+from engine.models.config import ModelFiles
+from engine.models.verify import DAMAGED_STATUS
+from engine.speculation.draft_files import can_learn
+from server.instance_directory import instance_directory
+from server.settings import Settings
+from server.supervisor import SupervisedProcess, Watchdog
+from server.valkey import embedded_valkey, valkey_url
+
+log = structlog.get_logger(__name__)
+
+ENGINE_COMMAND = [sys.executable, "-m", "engine.process"]
+WORKER_COMMAND = [sys.executable, "-m", "adapters.alignment.worker"]
+
+_POLL_INTERVAL = 0.05
+_LOOK_SECONDS = 1.0
+_ROOM_TO_LEARN = 512 * 2**20
+"""Bytes of shared memory that a model of any size finds enough for its features and adapters."""
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    """Environment in which ``engine.process`` and ``adapters.alignment.worker`` find their configuration."""
+    engine = settings.engine.model_copy(deep=True)
+    engine.alignment.redis_url = engine.alignment.redis_url or settings.redis.url
+    return {
+        **os.environ,
+        CONFIG_VARIABLE: engine.model_dump_json(),
+        LEVEL_VARIABLE: settings.log.level,
+        FORMAT_VARIABLE: settings.log.format,
+    }
+
+
+def own_valkey(settings: Settings, directory: Path) -> SupervisedProcess:
+    """A Valkey in ``directory`` for this server alone; ``settings`` say where it is from then on."""
+    settings.redis.url = valkey_url(directory)
+    return embedded_valkey(directory)
+
+
+def learn_where_possible(settings: Settings, files: ModelFiles) -> None:
+    """Switch alignment off where nobody asked for it and the model's draft, or the machine, does not allow it."""
+    engine, alignment = settings.engine, settings.engine.alignment
+    if not engine.must_learn and alignment.enabled:
+        room = shutil.disk_usage(shared_memory()).free
+        alignment.enabled = can_learn(engine, files.name) and room >= _ROOM_TO_LEARN
+        if room < _ROOM_TO_LEARN:
+            log.warning("the draft does not learn", reason=f"of 512 MiB {shared_memory()} has {room >> 20} free")
+
+
+def keep_learning_apart(alignment: AdaptersConfig, instance: str | None, stack: contextlib.ExitStack) -> None:
+    """Give this server's log and memory places that no other server has.
+
+    Args:
+        instance: tells this server from others that use the same Redis; None: no other does.
+    """
+    if "shared_directory" not in alignment.model_fields_set:
+        alignment.shared_directory = stack.enter_context(instance_directory(shared_memory()))
+    if instance is not None and "stream" not in alignment.log.model_fields_set:
+        alignment.log.stream += f":{instance}"
+
+
+def engine_process(settings: Settings, url: str, app: FastAPI) -> SupervisedProcess:
+    """The engine, which is ready once the server at ``url`` is healthy."""
+    return SupervisedProcess(
+        "engine",
+        ENGINE_COMMAND,
+        engine_environment(settings),
+        wait_ready=lambda: wait_until_healthy(url),
+        watchdog=Watchdog(lambda: app.state.serving.engine.last_message, settings.http.engine_hang_timeout),
+        fatal={DAMAGED_STATUS: "the model's files are damaged; what is wrong is fetched anew at the next start"},
+    )
+
+
+def worker_process(settings: Settings, app: FastAPI) -> SupervisedProcess:
+    """The adapters worker, which starts once there is something to learn from.
+
+    Nobody waits for it: if it cannot start, it is tried again, and requests are served.
+    """
+
+    async def wait_for_traffic() -> None:
+        metrics, first_steps = app.state.serving.metrics.engine.alignment, settings.engine.alignment.pace.first_steps
+        while metrics.num_steps < first_steps:  # noqa: ASYNC110  # statistics come once a second
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), None, wait_before=wait_for_traffic)
+
+
+async def wait_until_healthy(url: str) -> None:
+    """Until ``/health`` of the server at ``url`` is 200."""
+    async with httpx.AsyncClient(base_url=url, timeout=5, trust_env=False) as client:
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get("/health")).status_code == 200:
+                    return
+            await asyncio.sleep(_POLL_INTERVAL)
