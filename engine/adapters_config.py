@@ -38,7 +38,10 @@ class TokenLogConfig(Section):
     """What the engine logs of its verify steps."""
 
     in_code_only = frozenset(
-        ("top_k", "kl_threshold", "sample_share", "max_records", "context_tokens", "ring_rows", "interval_seconds")
+        (
+            *("top_k", "kl_threshold", "sample_share", "cost_share", "max_records", "context_tokens", "ring_rows"),
+            "interval_seconds",
+        )
     )
 
     stream: str = Field(default="evospec:token-log", description="Redis key of the token log.")
@@ -52,6 +55,13 @@ class TokenLogConfig(Section):
         le=1,
         description="Share of steps logged whatever happens in them; the guard counts these. Less than 1 saves records "
         "of a draft that is mostly right, and leaves holes in what the worker takes for context.",
+    )
+    cost_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Share of the engine's time that logging may take. Requests that begin when it is used up are not "
+        "logged, but those that the base draft drafts for.",
     )
     control_share: float = Field(
         default=0.05, ge=0, lt=1, description="Share of requests that the base draft drafts for, to compare with."

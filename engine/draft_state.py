@@ -68,6 +68,8 @@ class DraftState:
     """By ``EagleAdapters``: whose adapters draft for it; None: it keeps the base draft, to compare with."""
     adapter: Assignment = BASE
     """By ``EagleAdapters``: who drafted last."""
+    is_logged: bool | None = None
+    """By ``VerifyLog``: whether its steps are logged; None: not decided yet."""
     logged_at: float = -math.inf
     """By ``VerifyLog``: when (``time.monotonic``) it was logged last, with its context or after it."""
     hidden: list[NDArray[np.float32]] = field(default_factory=list)

@@ -27,7 +27,9 @@ def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
         rank=4,
         num_slots=4,
         key_scope="global" if is_whole else "tenant",
-        log=TokenLogConfig(stream=stream, sample_share=1.0, control_share=control, top_k=8, interval_seconds=0.05),
+        log=TokenLogConfig(
+            stream=stream, sample_share=1.0, cost_share=1.0, control_share=control, top_k=8, interval_seconds=0.05
+        ),
     )
 
 

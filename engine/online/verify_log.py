@@ -20,6 +20,7 @@ from engine.models.config import ModelError
 from engine.online.adapters import EagleAdapters
 from engine.online.feature_ring import FeatureRing
 from engine.online.shared_file import SharedMemoryError, make_private_directory
+from engine.online.time_budget import TimeBudget
 from engine.online.token_log import TokenLog
 from engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k, pack_weights
 from engine.request import Request
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
+_SAVED_SECONDS = 1.0
+"""So much of the time for logging can be saved up: after a pause thousands of steps are logged."""
 _CONTEXT_SECONDS = 3.0
 """After so long without a record a request's context comes again: the worker gives a silent request up after five."""
 
@@ -79,7 +82,8 @@ class _Chosen:
 class VerifyLog:
     """Logs verified drafts and their features. It never waits: what cannot be taken is dropped and counted.
 
-    A step is logged whatever happened in it with the probability ``log.sample_share``; all steps of control requests
+    Requests are logged whole, or not where logging would take more than ``log.cost_share`` of the time. Of those,
+    a step is logged whatever happened in it with the probability ``log.sample_share``; all steps of control requests
     are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
     accepted, or the draft was asked and nothing it said was verified: it was not sure enough, which is where there is
     most to learn. A request's first record, and the first after a while, brings along the tokens before it: its prompt,
@@ -119,6 +123,7 @@ class VerifyLog:
             config.redis_url, options.stream, max_records=options.max_records, interval=options.interval_seconds
         )
         self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
+        self._budget = TimeBudget(config.log.cost_share, _SAVED_SECONDS)
         self._num_lost, self._lost_at = 0, -math.inf
         """How many records were lost so far, and when the last ones were."""
         self._random = random.Random()
@@ -144,14 +149,17 @@ class VerifyLog:
         Returns:
             these tokens' ids [L, num_likely], best first; None where there is nothing to log.
         """
-        steps = _steps(verified, first_right)
+        all_steps = _steps(verified, first_right)
+        self._num_steps += len(all_steps)
+        steps = [step for step in all_steps if self._is_logged(step.verified.request)]
         if not steps:
             return None
-        self._num_steps += len(steps)
+        started = time.perf_counter()
         k = self._options.top_k
         # All rows at once: nearly all are wanted, and the call takes longer than a row.
         values, ids = (top.cpu().numpy() for top in topk_rows(logits, max(k, num_likely), team=self._team))
         self._log_steps(steps, values[:, :k], ids[:, :k])
+        self._budget.spend(time.perf_counter() - started)
         return ids[:, :num_likely]
 
     def _log_steps(self, steps: Sequence[_Step], values: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
@@ -221,6 +229,12 @@ class VerifyLog:
         start = max(0, chunk.start - self._max_context)
         token_ids = request.all_token_ids[start : chunk.start] + chunk.token_ids
         return Chunk(start, token_ids, 0, chunk.block_ids, request)
+
+    def _is_logged(self, request: Request) -> bool:
+        state = request.draft_state
+        if state.is_logged is None:
+            state.is_logged = self._adapters.is_control(request) or self._budget.is_left()
+        return state.is_logged
 
     def _is_sampled(self, request: Request) -> bool:
         # The guard compares adapters with control requests, of which there are few: it gets all of their steps.

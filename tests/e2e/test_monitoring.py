@@ -111,6 +111,7 @@ def alignment_options(directory: Path) -> dict[str, str]:
             "state_directory": str(directory / "state"),
             "log.stream": f"log:{directory.name}",
             "log.sample_share": "1.0",
+            "log.cost_share": "1.0",
             "log.control_share": "0.4",
             "pace.first_steps": "0",
             "training.batch_positions": "16",

@@ -375,6 +375,27 @@ def test_the_gate_keeps_what_teaches(files: ModelFiles, draft: Path, alignment: 
     assert all(record.is_hard_example for record in records)
 
 
+def test_what_has_no_time_to_be_logged_is_left_out_by_requests(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Controls alone are logged then, whole."""
+    monkeypatch.setattr(verify_log, "_SAVED_SECONDS", 0.0)
+    log = alignment.log.model_copy(update={"cost_share": 0.0, "control_share": 0.4})
+    alignment = alignment.model_copy(update={"log": log})
+    engine, prompts = make_engine(files, draft, "batch", alignment), make_prompts()
+    outputs = engine.generate(prompts, make_sampling("greedy", len(prompts)))
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    records = read_records(alignment, stats.records_sampled)
+    assert 0 < len(records) < stats.steps
+    counts: dict[str, int] = {}
+    for record in records:
+        assert record.adapter_key is None
+        counts[record.request_id] = counts.get(record.request_id, 0) + record.num_accepted + 1
+    for name, count in counts.items():
+        assert count >= len(outputs[int(name.partition("/")[2])]) - 2
+
+
 def test_nothing_waits_for_a_redis_that_is_not_there(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
     url = f"unix://{alignment.shared_directory / 'nobody.sock'}"
     engine = make_engine(files, draft, "batch", alignment.model_copy(update={"redis_url": url}))
