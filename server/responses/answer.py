@@ -13,7 +13,7 @@ import msgspec
 from server.blocks_answer import BlocksAnswer
 from server.errors import ApiError
 from server.generation import Generation
-from server.responses.conversation import encode_items
+from server.responses.conversation import encode_stored
 from server.responses.objects import (
     FailureDetail,
     FunctionCall,
@@ -91,15 +91,16 @@ class ResponsesAnswer(BlocksAnswer):
         assert self._last is not None
         is_cut_off = self._last.finish_reason == "length"
         status: Status = "incomplete" if is_cut_off else "completed"
-        self._response = msgspec.structs.replace(
+        response = msgspec.structs.replace(
             self._response,
             status=status,
             completed_at=None if is_cut_off else int(time.time()),
             output=self._output,
             usage=await self._usage(),
             incomplete_details=IncompleteDetails() if is_cut_off else None,
-            store=self._response.store and await self._keep(),
         )
+        is_kept = response.store and await self._keep(response)
+        self._response = msgspec.structs.replace(response, store=is_kept)
         return self._event(f"response.{status}", response=self._response)
 
     def encode_failure(self, error: ApiError) -> bytes:
@@ -110,11 +111,11 @@ class ResponsesAnswer(BlocksAnswer):
         )
         return self._event("response.failed", response=failed)
 
-    async def _keep(self) -> bool:
-        serving, tenant, response_id = self._serving, self._tenant.name, self._response.id
+    async def _keep(self, response: ResponseObject) -> bool:
+        serving, tenant = self._serving, self._tenant.name
         size = self._generation.usage().total_tokens  # of about four bytes each
-        conversation = await serving.work.run(tenant, 4 * size, encode_items, self._items, self._output)
-        return await serving.responses.save(tenant, response_id, conversation)
+        stored = await serving.work.run(tenant, 4 * size, encode_stored, self._items, response)
+        return await serving.responses.save(tenant, response.id, stored)
 
     def _more(self, block: Block, text: str) -> bytes:
         match block.kind:

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from server.chat_generation import chat_request
 from server.errors import ApiError
-from server.responses.objects import FunctionCall, OutputItem
+from server.responses.objects import FunctionCall, ResponseObject, StoredResponse
 from server.responses.request import (
     CallItem,
     CallOutputItem,
@@ -30,6 +30,7 @@ from server.schemas.chat import ChatCompletionRequest, text_of
 from server.schemas.constraints import JsonObjectFormat, JsonSchemaFormat, JsonSchemaSpec
 from server.schemas.tools import FunctionName, NamedChoice, PastCall, Tool, ToolChoice
 
+_STORED = msgspec.json.Decoder(StoredResponse)
 _ITEMS: TypeAdapter[list[Item]] = TypeAdapter(Items)
 _NAMES = {
     "messages": "input",
@@ -45,17 +46,26 @@ def all_items(body: ResponsesRequest, previous: bytes) -> list[Item]:
     Raises ``ApiError``: 404 if what was kept cannot be read.
     """
     try:
-        earlier = _ITEMS.validate_python(msgspec.json.decode(previous)) if previous else []
+        earlier = _ITEMS.validate_python(msgspec.json.decode(_STORED.decode(previous).items)) if previous else []
     except (msgspec.DecodeError, ValidationError):
         raise no_such_response(body.previous_response_id or "") from None
     new = [MessageItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input
     return earlier + new
 
 
-def encode_items(items: Sequence[Item], output: Sequence[OutputItem]) -> bytes:
-    """What is kept: the conversation, and its answer without a call that was cut off."""
-    whole = [item for item in output if not (isinstance(item, FunctionCall) and item.status != "completed")]
-    return msgspec.json.encode([*(item.model_dump(exclude_none=True) for item in items), *whole])
+def encode_stored(items: Sequence[Item], response: ResponseObject) -> bytes:
+    """What is kept: the response, and the conversation with its answer, but without a call that was cut off."""
+    whole = [item for item in response.output if not (isinstance(item, FunctionCall) and item.status != "completed")]
+    conversation = [*(item.model_dump(exclude_none=True) for item in items), *whole]
+    return msgspec.json.encode({"items": conversation, "response": response})
+
+
+def stored_response(stored: bytes, response_id: str) -> bytes:
+    """The response in what is kept, as JSON; raises ``ApiError`` 404 if that cannot be read."""
+    try:
+        return bytes(_STORED.decode(stored).response)
+    except msgspec.DecodeError:
+        raise no_such_response(response_id) from None
 
 
 def to_chat(body: ResponsesRequest, items: Sequence[Item]) -> ChatCompletionRequest:

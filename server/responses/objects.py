@@ -148,6 +148,13 @@ class ResponseEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     logprobs: list[Any] | None = None
 
 
+class StoredResponse(msgspec.Struct, frozen=True):
+    """What is kept of a response: the conversation that it ended, and the response itself."""
+
+    items: msgspec.Raw
+    response: msgspec.Raw
+
+
 class DeletedResponse(msgspec.Struct, frozen=True, kw_only=True):
     """What was kept of a response is gone."""
 

@@ -1,4 +1,4 @@
-"""POST /v1/responses, DELETE /v1/responses/{id}: OpenAI's Responses API."""
+"""POST /v1/responses, GET and DELETE /v1/responses/{id}: OpenAI's Responses API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from server.chat_generation import begin_chat
 from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.responses.answer import ResponsesAnswer
-from server.responses.conversation import all_items, fields_of_responses, to_chat
+from server.responses.conversation import all_items, fields_of_responses, stored_response, to_chat
 from server.responses.objects import DeletedResponse, ResponseEvent, ResponseObject
 from server.responses.request import ResponsesRequest
 from server.routes.tenant_route import CurrentTenant, CurrentWork, SessionHeader, TenantRoute
@@ -44,6 +44,14 @@ async def create_response(
         generation, is_thinking = await begin_chat(chat, session_header, tenant, work, serving)
     answer = await work.run(ResponsesAnswer, body, items, chat, generation, serving, is_thinking, tenant)
     return await answer.respond(request.receive)
+
+
+@router.get("/v1/responses/{response_id}", responses={**success(ResponseObject), **errors(401, 404, 413, 503)})
+async def get_response(response_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
+    """A stored response, as it was answered."""
+    async with serving.responses.load(tenant.name, response_id) as stored:
+        response = await serving.work.run(tenant.name, len(stored), stored_response, stored, response_id)
+        return Response(response, media_type="application/json")
 
 
 @router.delete("/v1/responses/{response_id}", responses={**success(DeletedResponse), **errors(401, 404, 503)})

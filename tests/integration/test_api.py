@@ -318,7 +318,7 @@ async def test_the_key_for_metrics_is_for_nothing_else(serve: Any) -> None:
                 ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/sessions"),
                 ("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/v1/models"), ("GET", "/v1/sessions/x"),
                 ("DELETE", "/v1/sessions/x"), ("GET", "/openapi.json"), ("POST", "/v1/responses"),
-                ("DELETE", "/v1/responses/x"),
+                ("DELETE", "/v1/responses/x"), ("GET", "/v1/responses/x"),
             ]
         ]  # fmt: skip
         metrics = await api.client.get("/metrics", headers=key)

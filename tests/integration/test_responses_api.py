@@ -157,7 +157,10 @@ async def test_a_request_goes_on_from_an_answer_that_was_stored(tools_api: Serve
         stream = await client.responses.create(model="tiny", input="Ho", previous_response_id=second.id, stream=True)
         assert [event.type async for event in stream][-1] == "response.completed"
         assert prompt(api) == f"{history}assistant:Yes;user:Ho;"
+        assert (await client.responses.retrieve(first.id)).to_dict() == first.to_dict()
         await client.responses.delete(first.id)
+        with pytest.raises(openai.NotFoundError):
+            await client.responses.retrieve(first.id)
         with pytest.raises(openai.NotFoundError) as gone:
             await client.responses.create(model="tiny", input="Ho", previous_response_id=first.id)
         assert gone.value.code == "previous_response_not_found"
@@ -175,6 +178,8 @@ async def test_another_tenants_answer_is_not_there(tools_api: Serve, tokenizer: 
                 await other.responses.create(model="tiny", input="Ho", previous_response_id=identifier)
             with pytest.raises(openai.NotFoundError):
                 await other.responses.delete(identifier)
+            with pytest.raises(openai.NotFoundError):
+                await other.responses.retrieve(identifier)
         assert len(api.engine.requests) == 1
         await acme.responses.create(model="tiny", input="Ho", previous_response_id=mine.id)
 
@@ -206,14 +211,14 @@ async def test_nothing_is_kept_that_is_not_to_be(tools_api: Serve, tokenizer: To
 
 
 async def test_a_tenant_has_only_so_much_and_loses_the_oldest(tools_api: Serve, tokenizer: Tokenizer) -> None:
-    bounded = ("--responses.max_bytes_per_tenant", "900", "--auth.keys", f"bounded={hash_key('bounded')}")
+    bounded = ("--responses.max_bytes_per_tenant", "9000", "--auth.keys", f"bounded={hash_key('bounded')}")
     async with tools_api(saying("Yes", tokenizer), *bounded) as api, client_of(api, "bounded") as client:
-        old, new = [await client.responses.create(model="tiny", input=400 * letter) for letter in "ab"]
+        old, new = [await client.responses.create(model="tiny", input=4000 * letter) for letter in "ab"]
         with pytest.raises(openai.NotFoundError):
             await client.responses.create(model="tiny", input="Ho", previous_response_id=old.id)
         again = await client.responses.create(model="tiny", input="Ho", previous_response_id=new.id)
         assert again.to_dict()["store"] is True
-        too_large = await client.responses.create(model="tiny", input=900 * "c")
+        too_large = await client.responses.create(model="tiny", input=9000 * "c")
         assert too_large.to_dict()["store"] is False
         await client.responses.create(model="tiny", input="Ho", previous_response_id=again.id, store=False)
 
