@@ -211,14 +211,14 @@ async def test_nothing_is_kept_that_is_not_to_be(tools_api: Serve, tokenizer: To
 
 
 async def test_a_tenant_has_only_so_much_and_loses_the_oldest(tools_api: Serve, tokenizer: Tokenizer) -> None:
-    bounded = ("--responses.max_bytes_per_tenant", "9000", "--auth.keys", f"bounded={hash_key('bounded')}")
+    bounded = ("--responses.max_bytes_per_tenant", "1800", "--auth.keys", f"bounded={hash_key('bounded')}")
     async with tools_api(saying("Yes", tokenizer), *bounded) as api, client_of(api, "bounded") as client:
-        old, new = [await client.responses.create(model="tiny", input=4000 * letter) for letter in "ab"]
+        old, new = [await client.responses.create(model="tiny", input=400 * letter) for letter in "ab"]
         with pytest.raises(openai.NotFoundError):
             await client.responses.create(model="tiny", input="Ho", previous_response_id=old.id)
         again = await client.responses.create(model="tiny", input="Ho", previous_response_id=new.id)
         assert again.to_dict()["store"] is True
-        too_large = await client.responses.create(model="tiny", input=9000 * "c")
+        too_large = await client.responses.create(model="tiny", input=1000 * "c")
         assert too_large.to_dict()["store"] is False
         await client.responses.create(model="tiny", input="Ho", previous_response_id=again.id, store=False)
 
