@@ -211,7 +211,7 @@ async def test_nothing_is_kept_that_is_not_to_be(tools_api: Serve, tokenizer: To
 
 
 async def test_a_tenant_has_only_so_much_and_loses_the_oldest(tools_api: Serve, tokenizer: Tokenizer) -> None:
-    bounded = ("--responses.max_bytes_per_tenant", "1800", "--auth.keys", f"bounded={hash_key('bounded')}")
+    bounded = ("--responses.max_bytes_per_tenant", "2100", "--auth.keys", f"bounded={hash_key('bounded')}")
     async with tools_api(saying("Yes", tokenizer), *bounded) as api, client_of(api, "bounded") as client:
         old, new = [await client.responses.create(model="tiny", input=400 * letter) for letter in "ab"]
         with pytest.raises(openai.NotFoundError):
