@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
@@ -40,6 +41,8 @@ from engine.online.verify_record import VerifyRecord
 from engine.speculation.draft_files import DRAFTS, choose_method
 
 log = structlog.get_logger(__name__)
+
+_libc = ctypes.CDLL(None)
 
 _BATCH = 256
 _MAX_BATCHES = 16
@@ -95,6 +98,7 @@ class AdapterWorker:
         """One round: read, learn, publish, report."""
         has_worked = self._work()
         if not self._read_all() and not has_worked:
+            _give_back_memory()
             # Not woken by the next record: on a busy machine every waking takes a core from the engine.
             time.sleep(self._config.log.interval_seconds)
         if time.monotonic() - self._ticked_at >= _TICK:
@@ -264,6 +268,12 @@ def _yield_to_others(niceness: int) -> None:
     os.nice(niceness)
     with suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(niceness))
+
+
+def _give_back_memory() -> None:
+    """Return to the system what the allocator keeps for later: the next update may be hours away."""
+    if sys.platform == "linux" and hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 def _resident_bytes() -> int:
