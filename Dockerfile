@@ -1,15 +1,28 @@
 # syntax=docker/dockerfile:1
-# Build: docker build -t evospec .          (CPU)
+# Build: make image, with docker, podman or buildah. docs/deploying.md says how it is run.
 # For GPUs this image is no base: Triton and flashinfer compile at run time, with a C compiler and the CUDA toolkit.
-# Run:   docker run -p 8000:8000 -e EVOSPEC_AUTH__KEYS=TENANT=HASH -v evospec-models:/var/lib/evospec evospec
 
-FROM python:3.11-slim AS builder
+# With Python 3.11 or newer, its venv module, and apt.
+ARG BASE=python:3.11-slim
+
+# What EvoSpec depends on is a layer of its own: nearly all of the image, and changes least.
+FROM ${BASE} AS dependencies
+# Empty: the torch of pip's usual index, which on Linux brings several gigabytes of CUDA.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /opt/evospec
 ENV PATH=/opt/evospec/bin:$PATH
-# torch first, in a layer of its own: it is most of the image and changes least.
-RUN if [ -n "$TORCH_INDEX_URL" ]; then pip install --no-cache-dir --index-url "$TORCH_INDEX_URL" torch; fi
+COPY pyproject.toml /tmp/
+# What only a compiler or a GPU uses goes: torch's headers, and Triton, a gigabyte, which xgrammar brings for GPUs.
+RUN if [ -n "$TORCH_INDEX_URL" ]; then pip install --no-cache-dir --index-url "$TORCH_INDEX_URL" torch; fi \
+    && python -c "import tomllib; print(*tomllib.load(open('/tmp/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
+        > /tmp/requirements.txt \
+    && pip install --no-cache-dir --requirement /tmp/requirements.txt \
+    && pip uninstall --yes triton \
+    && cd /opt/evospec/lib/python3.*/site-packages && rm -rf torch/include torch/bin/protoc* \
+    && find . -type d -name tests -prune -exec rm -rf {} +
+
+FROM dependencies AS builder
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
@@ -17,18 +30,19 @@ COPY engine engine
 COPY server server
 COPY adapters adapters
 COPY drafts drafts
-# Without a compiler the build of the kernels only warns, and the server would fall back to plain torch: not in an image.
-# Whether they are installed, the sources' hash in them says: pip gives each file the time of its unpacking.
-RUN python -m kernels.build --all && ls kernels/_native_avx2.so kernels/_native_avx512.so \
-    && pip install --no-cache-dir . && cd / \
-    && python -c "from kernels.targets import TARGETS; assert all(target.is_of_these_sources for target in TARGETS)"
+RUN python -m kernels.build --all && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
-FROM python:3.11-slim
+FROM ${BASE}
 RUN useradd --system --uid 10001 --home-dir /var/lib/evospec --create-home evospec
-COPY --from=builder /opt/evospec /opt/evospec
+COPY --from=dependencies /opt/evospec /opt/evospec
 ENV PATH=/opt/evospec/bin:$PATH \
+    HOME=/var/lib/evospec \
     EVOSPEC_HTTP__HOST=0.0.0.0 \
     EVOSPEC_ENGINE__MODEL__CACHE_DIR=/var/lib/evospec
+# Without a compiler the build of the kernels only warns, and the server would fall back to plain torch: not in an image.
+# Whether they are installed, the sources' hash in them says: pip gives each file the time of its unpacking.
+RUN --mount=type=bind,from=builder,source=/wheels,target=/wheels pip install --no-cache-dir --no-deps /wheels/*.whl \
+    && python -c "from kernels.targets import PLAIN, TARGETS; assert all(target.is_of_these_sources for target in (*TARGETS, PLAIN))"
 USER 10001
 WORKDIR /var/lib/evospec
 VOLUME /var/lib/evospec

