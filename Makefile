@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX_URL ?=
 # Options for `evospec serve`: make serve ARGS="--port 9000"
 ARGS ?=
-KERNEL_SOURCES := $(wildcard kernels/csrc kernels/csrc/* kernels/build.py kernels/targets.py)
+KERNEL_SOURCES := $(wildcard kernels/csrc kernels/csrc/* kernels/csrc/*/* kernels/build.py kernels/targets.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-every check clean
+.PHONY: help install serve test test-every check image clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -36,6 +36,10 @@ check: $(VENV)/.dev  ## Lint, format, types, import direction.
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/unit/test_imports.py
+
+# With a health check, which needs docker's format.
+image:  ## Container image `evospec`, by docker, podman or buildah; deploy/image/check.sh runs it.
+	BUILDAH_FORMAT=docker $(firstword $(foreach builder,docker podman buildah,$(shell command -v $(builder)))) build --tag evospec $(ARGS) .
 
 clean:  ## Remove the virtual environment and built kernels.
 	rm -rf $(VENV) build kernels/*.so

@@ -7,7 +7,7 @@ set -euo pipefail
 NAME=evospec-check
 PORT=18000
 URL=http://127.0.0.1:$PORT/v1/completions
-LOCKED="--read-only --cap-drop ALL --security-opt no-new-privileges --tmpfs /tmp"
+LOCKED="--read-only --cap-drop ALL --security-opt no-new-privileges --tmpfs /tmp --shm-size 1g"
 KEYS=$($CONTAINER run --rm $LOCKED evospec keys new acme)
 KEY=$(sed -n 2p <<<"$KEYS")
 HASH=$(grep -o '[0-9a-f]\{64\}' <<<"${KEYS##*keys}")
