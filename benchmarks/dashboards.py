@@ -29,7 +29,7 @@ from matplotlib.ticker import FuncFormatter
 DASHBOARDS = Path(__file__).parents[1] / "deploy" / "grafana" / "dashboards"
 GRID_COLUMNS = 24
 
-_VARIABLE = re.compile(r"\$(model|tenant|domain|key)\b")
+_VARIABLE = re.compile(r"\$(instance|model|tenant|domain|key)\b")
 _ROW_INCHES = 0.36
 _BACKGROUND, _PANEL, _TEXT, _GRID = "#111217", "#181b1f", "#ccccdc", "#2c2f36"
 _LINES = ["#73bf69", "#f2cc0c", "#5794f2", "#ff9830", "#f2495c", "#b877d9", "#8ab8ff", "#37872d"]

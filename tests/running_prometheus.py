@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,15 +20,22 @@ BINARY = shutil.which("prometheus")
 
 
 @contextmanager
-def running_prometheus(target_url: str, key: str, port: int, directory: Path) -> Iterator[Prometheus]:
-    """It scrapes and evaluates every half second, so that seconds of load are enough for every rate."""
+def running_prometheus(urls: Sequence[str], port: int, directory: Path, key: str | None = None) -> Iterator[Prometheus]:
+    """It scrapes and evaluates every half second, so that seconds of load are enough for every rate.
+
+    It finds the servers at ``urls`` by a file, where the configuration itself asks the name server of a network.
+    """
     assert BINARY is not None
     configuration = yaml.safe_load((CONFIGURATION / "prometheus.yml").read_text())
     configuration["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
     configuration["rule_files"] = [str(CONFIGURATION / "rules.yml")]
     scrape = configuration["scrape_configs"][0]
-    scrape["authorization"] = {"credentials": key}
-    scrape["static_configs"] = [{"targets": [target_url.removeprefix("http://")]}]
+    if key is not None:
+        scrape["authorization"] = {"credentials": key}
+    del scrape["dns_sd_configs"]
+    scrape["file_sd_configs"] = [{"files": [str(directory / "servers.json")]}]
+    targets = [{"targets": [url.removeprefix("http://") for url in urls]}]
+    (directory / "servers.json").write_text(json.dumps(targets))
     (directory / "prometheus.yml").write_text(yaml.safe_dump(configuration))
     url = f"http://127.0.0.1:{port}"
     arguments = [

@@ -69,6 +69,9 @@ VLLM_QUERIES = (
 """What vLLM's dashboards ask for."""
 WAIT_SECONDS = 120.0
 KNOWN_RECORDS = 300
+NEEDS_PROMETHEUS = pytest.mark.skipif(
+    BINARY is None and "CI" not in os.environ, reason="prometheus is not installed (Debian package prometheus)"
+)
 
 
 @contextmanager
@@ -177,9 +180,7 @@ def counted(prometheus: Prometheus, metric: str) -> set[tuple[str, str | None]]:
     return {(each["metric"]["tenant"], each["metric"].get("domain")) for each in found}
 
 
-@pytest.mark.skipif(
-    BINARY is None and "CI" not in os.environ, reason="prometheus is not installed (Debian package prometheus)"
-)
+@NEEDS_PROMETHEUS
 def test_no_panel_is_empty_under_load(
     launch_server: Callable[..., RunningServer], valkey_url: str, free_port: int, tmp_path: Path
 ) -> None:
@@ -199,7 +200,7 @@ def test_no_panel_is_empty_under_load(
     server = launch_server(*arguments, program=EXPERIMENTS)
     with (
         Redis.from_url(valkey_url) as redis,
-        running_prometheus(server.base_url, KEYS["prometheus"], free_port, tmp_path) as prometheus,
+        running_prometheus([server.base_url], free_port, tmp_path, KEYS["prometheus"]) as prometheus,
         load(server.base_url, redis),
     ):
         take_back_adapter(server)
@@ -215,3 +216,26 @@ def test_no_panel_is_empty_under_load(
         for query in VLLM_QUERIES:
             (found,) = prometheus.get("query", query=query)["result"]
             assert math.isfinite(float(found["value"][1])), query
+
+
+@NEEDS_PROMETHEUS
+def test_several_servers_are_scraped_and_a_panel_shows_them_together(
+    launch_server: Callable[..., RunningServer], free_port: int, tmp_path: Path
+) -> None:
+    servers = [launch_server("--http.metrics_address", "127.0.0.1:0") for _ in range(2)]
+    for number, server in enumerate(servers, 1):
+        body = {"model": MODEL, "prompt": PROMPTS[None], "max_tokens": 8 * number, "min_tokens": 8 * number}
+        httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=60).raise_for_status()
+    listeners = [str(server.wait_for_event("metrics")["url"]) for server in servers]
+    with running_prometheus(listeners, free_port, tmp_path) as prometheus:
+
+        def value(query: str) -> str | None:
+            return next((found["value"][1] for found in prometheus.get("query", query=query)["result"]), None)
+
+        servers[0].wait_for(lambda: value('sum(up{job="evospec"})') == "2" or None, "both to be scraped")
+        servers[0].wait_for(lambda: value("sum(evospec:generation_tokens_total)") == "24" or None, "tokens of both")
+        now = time.time()
+        for path in sorted(DASHBOARDS.glob("*.json")):
+            for panel in query_panels(json.loads(path.read_text())):
+                legends = [series.legend for series in prometheus.panel(panel, now - 3, now, RATE_INTERVAL)]
+                assert len(legends) == len(set(legends)), f"{path.stem}: {panel['title']}: {legends}"

@@ -110,6 +110,13 @@ def test_queries_use_only_variables_of_their_dashboard(name: str) -> None:
     assert used <= {*variables, "__rate_interval"}
 
 
+def test_every_query_can_be_of_one_server() -> None:
+    """Except those of recorded series, which are sums over all."""
+    selectors = [word for query in QUERIES for word in re.findall(r"(?:evospec:|process_)\w+\{?[^}]*", query)]
+    assert selectors
+    assert [each for each in selectors if not each.endswith('instance=~"$instance"')] == []
+
+
 def test_recorded_series_that_panels_show_are_recorded() -> None:
     rules = yaml.safe_load((DEPLOY / "prometheus/rules.yml").read_text())["groups"]
     recorded = {rule["record"] for group in rules for rule in group["rules"] if "record" in rule}
@@ -137,7 +144,9 @@ def test_compose_mounts_what_it_names() -> None:
     assert len(files) >= 4
     assert all((DEPLOY / file).exists() for file in files)
     scraped = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"][0]
-    assert scraped["static_configs"][0]["targets"][0].partition(":")[0] in compose["services"]
+    [found] = scraped["dns_sd_configs"]
+    listener = compose["services"][found["names"][0]]["environment"]["EVOSPEC_HTTP__METRICS_ADDRESS"]
+    assert listener == f"0.0.0.0:{found['port']}"
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian package prometheus)")
