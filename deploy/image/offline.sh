@@ -10,6 +10,7 @@ trap 'rm -r "$SCRATCH"' EXIT
 # Debian 13 refuses, and is only files, so it is unpacked.
 if ! buildah images evospec-base >/dev/null 2>&1; then
     mirror=http://deb.debian.org/debian
+    # shellcheck disable=SC2016  # mmdebstrap's shell says what $1 is
     mmdebstrap --variant=minbase --include=ca-certificates,python3.11,python3-pip-whl,python3-setuptools-whl \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/man/*' \
         --customize-hook='chroot "$1" sh -c "ln -s python3.11 /usr/bin/python; cd /tmp; apt-get download python3.11-venv; dpkg-deb -x *.deb /; rm *.deb"' \
