@@ -7,13 +7,13 @@ set -euo pipefail
 NAME=evospec-check
 PORT=18000
 URL=http://127.0.0.1:$PORT/v1/completions
-LOCKED=(--read-only --cap-drop ALL --security-opt no-new-privileges --tmpfs /tmp --shm-size 1g)
+LOCKED=(--read-only --cap-drop ALL --security-opt no-new-privileges --tmpfs /tmp:size=16m --shm-size 1g)
 KEYS=$($CONTAINER run --rm "${LOCKED[@]}" evospec keys new acme)
 KEY=$(sed -n 2p <<<"$KEYS")
 HASH=$(grep -o '[0-9a-f]\{64\}' <<<"${KEYS##*keys}")
 
 clean() {
-    $CONTAINER rm --force "$NAME" "$NAME-valkey" >/dev/null 2>&1 || true
+    for container in "$NAME" "$NAME-valkey"; do $CONTAINER rm --force "$container" >/dev/null 2>&1 || true; done
     $CONTAINER volume rm "$NAME" >/dev/null 2>&1 || true
 }
 
