@@ -40,7 +40,7 @@ until curl --silent --fail "http://127.0.0.1:$PORT/health"; do
     fi
 done
 echo "healthy after $SECONDS seconds, as user $($CONTAINER exec "$NAME" id -u)"
-if $CONTAINER exec "$NAME" touch /opt/evospec/x 2>/dev/null; then echo "the root can be written"; exit 1; fi
+if $CONTAINER exec --user 0 "$NAME" touch /opt/evospec/x 2>/dev/null; then echo "the root can be written"; exit 1; fi
 
 EVENTS=$(complete "The three primary colours are" 16)
 grep --quiet '^data: \[DONE\]' <<<"$EVENTS"

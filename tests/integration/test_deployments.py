@@ -65,6 +65,8 @@ def test_pods_have_time_to_finish_and_are_locked() -> None:
     [container] = pod["containers"]
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["terminationGracePeriodSeconds"] > HttpConfig().drain_timeout + pause
+    probed = {name: each["httpGet"]["path"] for name, each in container.items() if name.endswith("Probe")}
+    assert probed == {"startupProbe": "/health", "readinessProbe": "/health", "livenessProbe": "/"}
     for name in ("evospec", "evospec-valkey"):
         spec = rendered("base")["StatefulSet", name]["spec"]["template"]["spec"]
         assert spec["securityContext"]["runAsNonRoot"]
