@@ -55,7 +55,7 @@ _BODIES_PER_TENANT = 4
 def create_app(settings: Settings) -> FastAPI:
     """The ASGI application. The engine may start before or after it; /health tells when both are there.
 
-    ``app.state.draining`` True refuses new requests while running ones finish.
+    ``app.state.leaving`` True turns /health to 503; ``draining`` True refuses new requests while running ones finish.
     Raises ``ModelError`` (no such model) and ``ConfigurationError`` (keys file, no Redis) before anything is served.
     """
     if settings.redis.url is None:
@@ -71,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.settings = settings
-    app.state.draining = False
+    app.state.leaving = app.state.draining = False
     app.state.model = model
     app.state.tokenizer = tokenizer
     app.state.sampling_defaults = sampling_defaults(files)

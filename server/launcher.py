@@ -145,7 +145,7 @@ class _Launcher:
         greet: Callable[[], None],
     ) -> None:
         self._app = app
-        self._drain_timeout = http.drain_timeout
+        self._http = http
         self._listener, self._metrics_listener = listener, metrics_listener
         self._children = children
         self._url = url
@@ -213,12 +213,15 @@ class _Launcher:
         await asyncio.gather(asyncio.Event().wait(), *(child.keep_alive() for child in self._children))
 
     async def _drain(self) -> None:
-        """Take no new requests; wait for the running ones, at most ``drain_timeout`` or until a second signal."""
+        """Let load balancers see it; then take no new requests, and wait for the running ones within their time."""
+        self._app.state.leaving = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._second_signal.wait(), self._http.drain_delay)
         self._app.state.draining = True
         self._api.end_connections()
-        log.info("draining", requests=self._api.num_running_requests, timeout=self._drain_timeout)
+        log.info("draining", requests=self._api.num_running_requests, timeout=self._http.drain_timeout)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._drain_timeout):
+            async with asyncio.timeout(self._http.drain_timeout):
                 # uvicorn has no event for "no request is running".
                 while self._api.num_running_requests and not self._second_signal.is_set():  # noqa: ASYNC110
                     await asyncio.sleep(_POLL_INTERVAL)

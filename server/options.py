@@ -77,6 +77,12 @@ class HttpConfig(Section):
         description="Share of all connections that one client address (of IPv6 a /64 network) may hold; 1 where all "
         "clients come through one proxy.",
     )
+    drain_delay: float = Field(
+        default=0.0,
+        ge=0,
+        description="Seconds after SIGTERM in which requests are still taken, while /health is 503 already: behind a "
+        "load balancer, a little more than it takes to notice that.",
+    )
     drain_timeout: float = Field(
         default=30.0, ge=0, description="Seconds that running requests get to finish after SIGTERM."
     )

@@ -94,6 +94,11 @@ class SupervisedProcess:
         assert self._process is not None, "start() comes first"
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the child started last has not ended."""
+        return self._process is not None and self._process.returncode is None
+
     async def start(self) -> None:
         """Start it for the first time and wait until it is ready; raises ``ProcessFailed`` if it dies before.
 
@@ -168,7 +173,7 @@ class SupervisedProcess:
     async def stop(self, grace: float) -> None:
         """SIGTERM, then SIGKILL after ``grace`` seconds (0: SIGKILL at once)."""
         process = self._process
-        if process is None or process.returncode is not None:
+        if process is None or not self.is_running:
             return
         if grace > 0:
             process.terminate()

@@ -47,8 +47,8 @@ def _card(serving: Serving) -> ModelCard:
 
 @public_router.get("/health", responses={200: {"description": "The engine is ready.", "content": None}, **errors(503)})
 async def health(request: Request, serving: CurrentServing) -> Response:
-    """200 while the engine is ready and new requests are taken. Needs no API key."""
-    if request.app.state.draining:
+    """200 while the engine is ready and the server is not about to end. Needs no API key."""
+    if request.app.state.leaving:
         raise shutting_down()
     if not serving.engine.ready:
         raise EngineDead("The engine is not ready.")

@@ -202,6 +202,15 @@ def test_drain_ends_at_its_time_limit_with_a_clear_error(launch_server: LaunchSe
     assert server.process.wait(timeout=30) == 0
 
 
+def test_requests_are_taken_until_load_balancers_know(launch_server: LaunchServer, tiny: Path) -> None:
+    server = launch_server("--http.drain_delay", "600", "--model", str(tiny))
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for(lambda: server.health() == 503 or None, "health 503")
+    assert complete(server.base_url, model=tiny.name).status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(timeout=30) == 1
+
+
 def test_second_signal_stops_at_once(launch_server: LaunchServer, tiny: Path) -> None:
     server = launch_server("--http.drain_timeout", "600", "--model", str(tiny))
     engine = server.pid_of("engine")

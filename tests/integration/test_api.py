@@ -484,7 +484,7 @@ async def test_draining_refuses_new_requests_and_finishes_running_ones(serve: An
     async with serve(endless) as api:
         request = asyncio.create_task(api.post("/v1/completions"))
         await api.until(lambda: api.engine.requests)
-        api.app.state.draining = True
+        api.app.state.leaving = api.app.state.draining = True
         refused = await api.post("/v1/completions")
         health = await api.client.get("/health")
         await api.engine.send(EngineOutput(request_id=api.engine.requests[0].request_id, finish_reason="length"))
