@@ -34,6 +34,7 @@ class Api:
     address: str
     tokenizer: Tokenizer
     app: Any
+    server: uvicorn.Server
 
     async def post(self, path: str, **body: Any) -> httpx.Response:
         base = CHAT if "chat" in path else TEXT
@@ -48,6 +49,13 @@ class Api:
         assert all(block.startswith("data: ") for block in blocks)
         payloads = [block.removeprefix("data: ") for block in blocks]
         return [payload if payload == "[DONE]" else json.loads(payload) for payload in payloads]
+
+    def cut_off(self) -> None:
+        """End all connections and take no new ones, as if the server were killed."""
+        for listener in self.server.servers:
+            listener.close()
+        for connection in list(self.server.server_state.connections):
+            connection.transport.abort()
 
     async def until(self, condition: Callable[[], Any]) -> None:
         """Wait for something that must happen."""
@@ -92,7 +100,7 @@ async def running_api(
                 await asyncio.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
-            api = Api(client, engine, address, tokenizer, app)
+            api = Api(client, engine, address, tokenizer, app, server)
             await api.until_health(200)
             yield api
     finally:
