@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -159,7 +160,9 @@ class _StreamProtocol(asyncio.Protocol):
             self._transport.abort()
 
 
-def encode_request(url: str, body: dict[str, Any], api_key: str | None) -> bytes:
+def encode_request(
+    url: str, body: dict[str, Any], api_key: str | None, further_headers: Mapping[str, str] | None = None
+) -> bytes:
     """The bytes of one HTTP/1.1 POST of ``body`` as JSON."""
     parts = urlsplit(url)
     content = msgspec.json.encode(body)
@@ -173,11 +176,17 @@ def encode_request(url: str, body: dict[str, Any], api_key: str | None) -> bytes
     ]
     if api_key:
         headers.append(f"Authorization: Bearer {api_key}")
+    headers += [f"{name}: {value}" for name, value in (further_headers or {}).items()]
     return "\r\n".join(headers).encode() + b"\r\n\r\n" + content
 
 
 async def stream(
-    url: str, body: dict[str, Any], *, api_key: str | None = None, drop_after: float | None = None
+    url: str,
+    body: dict[str, Any],
+    *,
+    api_key: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    drop_after: float | None = None,
 ) -> StreamResult:
     """POSTs ``body`` to ``url`` and reads the event stream to its end.
 
@@ -186,7 +195,7 @@ async def stream(
     """
     parts = urlsplit(url)
     loop = asyncio.get_running_loop()
-    request = encode_request(url, body, api_key)
+    request = encode_request(url, body, api_key, headers)
     start = time.perf_counter()
     try:
         _, protocol = await loop.create_connection(

@@ -1,0 +1,138 @@
+"""Replicas behind a router, killed, updated and without their Valkey, while sessions talk: ``make fleet``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Awaitable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Annotated, Any
+
+import typer
+from redis.asyncio import Redis
+from rich.console import Console
+
+from benchmarks.common.client import StreamResult
+from benchmarks.common.environment import environment
+from benchmarks.common.machine import RESULTS
+from benchmarks.common.process import free_port
+from benchmarks.fleet.conversations import Conversation, Traffic, make_conversations
+from benchmarks.fleet.processes import Process, new_replica, new_valkey
+from benchmarks.fleet.report import acceptance, moves, phase_record, table
+from benchmarks.fleet.router import Router
+
+ROUTERS = {"envoy": "benchmarks.fleet.envoy:EnvoyRouter", "ray": "benchmarks.fleet.ray_serve:RayRouter"}
+"""Only the one in use is imported: Ray is installed by who wants it."""
+REPLICAS = 3
+_AT_ONCE = 8
+"""Conversations, where the time of an answer does not matter."""
+
+
+async def compare_moves(
+    conversations: Sequence[Conversation], replicas: Sequence[Process]
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """Hold each conversation twice, as two tenants: at one replica, and at another replica every turn.
+
+    Returns what is recorded of that, and the answers of each conversation.
+    """
+    urls = [replica.url or "" for replica in replicas]
+    room = asyncio.Semaphore(_AT_ONCE)
+
+    async def hold(number: int, step: int, key: str) -> list[StreamResult]:
+        async with room:
+            return await conversations[number].hold(lambda turn: urls[(number + step * turn) % len(urls)], key)
+
+    numbers = range(len(conversations))
+    stays = await asyncio.gather(*(hold(number, 0, "stays") for number in numbers))
+    moved = await asyncio.gather(*(hold(number, 1, "moves") for number in numbers))
+    pairs = [pair for a, b in zip(stays, moved, strict=True) for pair in zip(a, b, strict=True)]
+    record = {
+        "stays": acceptance([one for one, _ in pairs]),
+        "moves": acceptance([other for _, other in pairs]),
+        "answers": len(pairs),
+        "different": sum(one.text != other.text for one, other in pairs),
+    }
+    return record, [[one.text for one in results] for results in stays]
+
+
+async def restart(process: Process) -> None:
+    """Kill it, and start it again after two seconds."""
+    await process.kill()
+    await asyncio.sleep(2)
+    await process.start()
+    await asyncio.sleep(5)
+
+
+async def hurt(router: Router, valkey: Process, traffic: Traffic, seconds: float, console: Console) -> dict[str, Any]:
+    """All phases, one after the other, with ``seconds`` before and after them; what came of the requests of each."""
+    phases = {}
+    running = asyncio.create_task(traffic.run())
+
+    async def phase(name: str, work: Awaitable[object]) -> None:
+        console.print(f"[dim]{name}[/dim]")
+        before, started = len(traffic.finished), time.monotonic()
+        await work
+        if running.done():
+            running.result()  # raises what ended it
+        phases[name] = phase_record(traffic.finished[before:], time.monotonic() - started)
+
+    try:
+        await phase("before", asyncio.sleep(seconds))
+        for number in range(REPLICAS):
+            await phase(f"replica {number} killed", router.kill(number))
+        await phase("rolling update", router.update())
+        await phase("Valkey killed", restart(valkey))
+        await phase("after", asyncio.sleep(seconds))
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    return phases
+
+
+async def measure(router_name: str, sessions: int, seconds: float, console: Console) -> dict[str, Any]:
+    """Start everything, measure, stop everything; the record."""
+    port = free_port()
+    redis_url = f"redis://127.0.0.1:{port}"
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evospec-fleet-")))
+        valkey = new_valkey(port, directory)
+        replicas = [new_replica(number, redis_url) for number in range(REPLICAS)]
+        for process in (valkey, *replicas):
+            stack.push_async_callback(process.stop)
+        await asyncio.gather(*(process.start() for process in (valkey, *replicas)))
+        conversations = make_conversations(sessions)
+        console.print("[dim]sessions that stay, and that move[/dim]")
+        moved, answers = await compare_moves(conversations, replicas)
+        router: Router = resolve_name(ROUTERS[router_name])(replicas, directory, redis_url)
+        url = await stack.enter_async_context(router.running())
+        redis = await stack.enter_async_context(Redis.from_url(redis_url))
+        phases = await hurt(router, valkey, Traffic(url, conversations, answers, redis), seconds, console)
+    plan = {"router": router_name, "replicas": REPLICAS, "sessions": sessions}
+    return {"plan": plan, "environment": environment(), "moves": moved, "phases": phases}
+
+
+def main(
+    router: Annotated[str, typer.Option(help=f"Of {', '.join(ROUTERS)}.")] = "envoy",
+    sessions: Annotated[int, typer.Option(min=1, help="That talk at once.")] = 64,
+    seconds: Annotated[float, typer.Option(min=1, help="Without faults, before and after them.")] = 45.0,
+    name: Annotated[str | None, typer.Option(help="Of the file in benchmarks/results; default: fleet-ROUTER.")] = None,
+) -> None:
+    """Exits with 1 if an answer is wrong, a session is lost, or a request fails that had not begun."""
+    if router not in ROUTERS:
+        raise typer.BadParameter(f"no such router: {router}", param_hint="--router")
+    console, path = Console(width=180), RESULTS / f"{name or f'fleet-{router}'}.json"
+    record = asyncio.run(measure(router, sessions, seconds, console))
+    path.write_text(json.dumps(record, indent=1))
+    console.print(table(record))
+    console.print(moves(record))
+    console.print(str(path))
+    bad = sum(phase[kind] for phase in record["phases"].values() for kind in ("wrong", "failed", "sessions_lost"))
+    raise typer.Exit(1 if bad or record["moves"]["different"] else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
