@@ -53,6 +53,15 @@ def test_tenants_are_summed_under_vllms_labels() -> None:
     assert value("vllm:spec_decode_num_accepted_tokens_per_pos_total", position="2") == 3
 
 
+def test_endpoint_pickers_find_their_gauges() -> None:
+    """The model server protocol of the Gateway API inference extension; its picker reads one series of each."""
+    families = {family.name: family for family in text_string_to_metric_families(rendered())}
+    names = ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc")
+    gauges = [families[f"vllm:{name}"] for name in names]
+    assert [(gauge.type, len(gauge.samples)) for gauge in gauges] == [("gauge", 1)] * 3
+    assert 0 < gauges[-1].samples[0].value < 1
+
+
 def test_vllms_load_generator_reads_what_was_drafted() -> None:
     """As ``vllm bench serve`` reads /metrics, by parts of names; it sums what it finds."""
     found: Counter[str] = Counter()
