@@ -94,7 +94,7 @@ bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mi
 attack: $(VENV)/.kernels $(VENV)/.bench  ## Attack servers started for it; what other tenants notice (under 40 minutes).
 	$(BIN)/python -m benchmarks.attack $(ARGS)
 
-fleet: $(VENV)/.kernels $(VENV)/.bench  ## Three replicas behind Envoy, killed and updated while 64 sessions talk (15 minutes).
+fleet: $(VENV)/.kernels $(VENV)/.bench  ## Three replicas behind Envoy, killed and updated while 64 sessions talk (10 minutes).
 	$(BIN)/python -m benchmarks.fleet $(ARGS)
 
 .PHONY: fleet bench bench-serve bench-spec bench-vocab bench-adapt bench-soak attack
