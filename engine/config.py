@@ -218,7 +218,7 @@ class SpeculationConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """Devices and threads."""
+    """Devices, processes and threads."""
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="Where the model runs.")
     attention_backend: Literal["auto", "torch", "native", "flashinfer"] = Field(
@@ -230,15 +230,27 @@ class RuntimeConfig(Section):
         "otherwise, where products then take half of the instructions (with AVX2 only those of weights of 4 to 6 bits "
         "do; others keep 15).",
     )
+    tensor_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Processes that compute the model together, each with a share of its heads, MLPs and vocabulary: "
+        "on as many GPUs of this machine, or, for tests, on its CPU.",
+    )
     cuda_graphs: bool = Field(
         default=True,
-        description="With flashinfer: steps of up to 256 tokens are CUDA graphs, recorded when first needed.",
+        description="With flashinfer on one GPU, steps of up to 256 tokens are CUDA graphs, recorded when needed.",
     )
     threads: int = Field(
         default=0,
         ge=0,
         description="Compute threads; 0: one for each core this process may use, by affinity and quota.",
     )
+
+    @model_validator(mode="after")
+    def _ranks_use_torch(self) -> RuntimeConfig:
+        if self.tensor_parallel_size > 1 and self.attention_backend == "native":
+            raise ValueError("tensor_parallel_size: with attention_backend native, which is for one process, only 1")
+        return self
 
 
 def _private_address() -> str:

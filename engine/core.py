@@ -11,7 +11,7 @@ import torch
 
 from engine.batch import Features
 from engine.config import EngineConfig
-from engine.loader import LoadedModel, load
+from engine.loader import LoadedModel
 from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
@@ -26,6 +26,7 @@ from engine.speculation.length.costs import StepCosts
 from engine.speculation.speculator import Speculator
 from engine.step_clock import StepClock
 from engine.step_plan import Reservation, SchedulerOutput
+from engine.tensor_parallel.model import load_target
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import Truncation
 from engine.verification import Verification
@@ -60,7 +61,7 @@ class EngineCore:
         draft: Draft | None = None,
         target: LoadedModel | None = None,
     ) -> None:
-        loaded = target or load(config, files, spec)
+        loaded = target or load_target(config, files, spec)
         self.spec = spec
         self.max_model_len = loaded.max_model_len
         self.dtype = str(loaded.dtype).removeprefix("torch.")

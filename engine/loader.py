@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import structlog
 import torch
@@ -20,9 +20,14 @@ from engine.config import EngineConfig
 from engine.machine import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.llama import HeadSlab, load_model
+from engine.models.llama_share import LlamaShare
 from engine.models.native_llama import NativeLlama, unsupported_shape
 from engine.models.weights import open_weights
+from engine.tensor_parallel.ranks import Ranks
 from kernels import native
+
+if TYPE_CHECKING:
+    from engine.tensor_parallel.model import ShardedModel
 
 log = structlog.get_logger(__name__)
 
@@ -69,9 +74,23 @@ class LoadedModel:
     """Of 8 bits each, of activations in the native kernels."""
     cuda_graphs: bool = False
     """Whether small steps are to be CUDA graphs."""
+    num_ranks: int = 1
+    """Processes that each have a share of the heads, and of the KV cache."""
+    sharded: ShardedModel | None = None
+    """The model, at rank 0 of several."""
+
+    def make_cache(self, spec: AttentionSpec) -> AttentionBackend:
+        """The model's KV cache, at all ranks."""
+        return self.make_attention(spec) if self.sharded is None else self.sharded.allocate(spec.num_blocks)
 
 
-def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.Team | None = None) -> LoadedModel:
+def load(
+    config: EngineConfig,
+    files: ModelFiles,
+    spec: ModelSpec,
+    team: native.Team | None = None,
+    ranks: Ranks | None = None,
+) -> LoadedModel:
     """Load the weights of ``files``.
 
     Args:
@@ -79,12 +98,13 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
         files: the model.
         spec: its shape.
         team: threads for native kernels, shared with a model loaded before (None: new ones).
+        ranks: of which this process loads one share (None: all is loaded here).
 
     Raises:
         ModelError: the file cannot be read, or the options ask for what model or machine cannot do.
     """
-    device = _device(config.runtime.device)
-    threads = config.runtime.threads or available_cores()
+    device = choose_device(config.runtime.device)
+    threads = config.runtime.threads or max(available_cores() // config.runtime.tensor_parallel_size, 1)
     backend = _backend(config, spec, device)
     # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
     torch.set_num_threads(1 if backend == "native" else threads)
@@ -101,11 +121,18 @@ def load(config: EngineConfig, files: ModelFiles, spec: ModelSpec, team: native.
         model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized, digits=digits)
         make_attention = partial(NativeAttention, team=team)
         return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
-    model = load_model(source, spec, dtype, device, max_model_len)
+    model = load_model(source, spec, dtype, device, max_model_len, ranks)
+    if ranks is not None:
+        model = LlamaShare(**vars(model), ranks=ranks)
     make_attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
-    # Which experts a step needs is only known while it is computed.
-    cuda_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None
-    return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, cuda_graphs=cuda_graphs)
+    # Which experts a step needs is only known while it is computed; and ranks are told on the CPU what to compute.
+    has_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None and ranks is None
+    num_ranks = 1 if ranks is None else ranks.size
+    return LoadedModel(
+        *(model, spec, max_model_len, dtype, device, backend, make_attention),
+        cuda_graphs=has_graphs,
+        num_ranks=num_ranks,
+    )
 
 
 def _digits(config: EngineConfig) -> int:
@@ -113,7 +140,8 @@ def _digits(config: EngineConfig) -> int:
     return native.fastest_digits() if bits == "auto" else native.DIGITS_OF_BITS[int(bits)]
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of ``runtime.device``; raises ``ModelError`` where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("runtime.device is cuda, but no CUDA device is available")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
@@ -162,6 +190,8 @@ def _why_not_native(config: EngineConfig, spec: ModelSpec, device: torch.device)
         return "the model runs on a GPU"
     if config.model.dtype == "float32":
         return "model.dtype is float32"
+    if config.runtime.tensor_parallel_size > 1:
+        return "the compiled kernels are for one process, not for runtime.tensor_parallel_size"
     return unsupported_shape(spec) or native.unsupported_reason()
 
 

@@ -36,7 +36,7 @@ class ModelRunner:
         spare_blocks = int(loaded.cuda_graphs)
         spec = attention_spec(loaded, cache, self.num_blocks + spare_blocks)
         self.kv_bytes = spec.num_blocks * spec.bytes_per_block
-        self._attention: AttentionBackend = loaded.make_attention(spec)
+        self._attention: AttentionBackend = loaded.make_cache(spec)
         self._graphs: StepGraphs | None = None
         if loaded.cuda_graphs:
             self._graphs = StepGraphs(loaded.model, self._attention, -(-loaded.max_model_len // cache.block_size))
@@ -128,11 +128,12 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
 
 
 def attention_spec(loaded: LoadedModel, cache: CacheConfig, num_blocks: int) -> AttentionSpec:
-    """The KV cache's shape for ``num_blocks`` blocks."""
+    """The KV cache's shape for ``num_blocks`` blocks, of the heads that this process has."""
+    share = loaded.spec.share(loaded.num_ranks)
     return AttentionSpec(
         num_layers=loaded.spec.num_layers,
-        num_heads=loaded.spec.num_heads,
-        num_kv_heads=loaded.spec.num_kv_heads,
+        num_heads=share.num_heads,
+        num_kv_heads=share.num_kv_heads,
         head_dim=loaded.spec.head_dim,
         num_blocks=num_blocks,
         block_size=cache.block_size,

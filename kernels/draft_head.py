@@ -95,8 +95,12 @@ class TailSlabs:
             torch.from_numpy(np.array(values, dtype)).to(self.rows.device)  # of lists several times faster than torch
             for values, dtype in ((token_ids, np.int32), (slab, np.int64), (slots, np.int64))
         )
-        self.rows[of, places] = self._head_rows(ids).to(self.rows.dtype)
-        self.token_ids[of, places] = ids
+        self.put(of, places, ids, self._head_rows(ids))
+
+    def put(self, slabs: torch.Tensor, slots: torch.Tensor, token_ids: torch.Tensor, rows: torch.Tensor) -> None:
+        """As ``write``, of tokens [n] whose ``rows`` [n, hidden] of the head are at hand, on the device."""
+        self.rows[slabs, slots] = rows.to(self.rows.dtype)
+        self.token_ids[slabs, slots] = token_ids.int()
 
     def clear(self, slab: int) -> None:
         """Empty all slots of a slab."""

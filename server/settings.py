@@ -36,6 +36,7 @@ SHORTCUTS = {
     "engine.speculation.draft": "draft",
     "engine.cache.max_bytes": "kv-max-bytes",
     "engine.scheduler.max_num_seqs": "max-num-seqs",
+    "engine.runtime.tensor_parallel_size": "tensor-parallel-size",
     "engine.alignment.enabled": "alignment.enabled",
     "http.host": "host",
     "http.port": "port",

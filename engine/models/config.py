@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Literal
@@ -165,6 +165,22 @@ class ModelSpec:
     def mlps(self) -> list[str]:
         """What the names of a layer's MLPs begin with: there is one, or each expert is one."""
         return ["mlp."] if self.experts is None else [f"mlp.experts.{index}." for index in range(self.experts.count)]
+
+    def share(self, size: int) -> ModelSpec:
+        """What each of ``size`` ranks has: some of the heads, and a part of each MLP.
+
+        Raises:
+            ModelError: they cannot be shared evenly.
+        """
+        shares = {}
+        for name in ("num_heads", "num_kv_heads", "intermediate_size"):
+            shares[name], rest = divmod(getattr(self, name), size)
+            if rest:
+                raise ModelError(
+                    f"runtime.tensor_parallel_size is {size}, by which the model's {name} ({getattr(self, name)}) "
+                    "cannot be divided"
+                )
+        return replace(self, **shares)
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight the model needs, by its Hugging Face name."""

@@ -13,6 +13,7 @@ from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import LayerSpec, ModelSpec, Rope
 from engine.models.mlp import MixtureOfExperts, Mlp
 from engine.models.weights import WeightSource
+from engine.tensor_parallel.ranks import Ranks
 from kernels.native import PackedMatrix
 
 
@@ -67,6 +68,8 @@ class HeadSlab:
     """[rows, hidden], where they are floating-point numbers as they are"""
     packed: PackedMatrix | None = None
     """The same as the compiled kernels have it"""
+    find: Callable[[torch.Tensor, int, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]] | None = None
+    """``draft_head_topk`` of hidden states, a number of logits, and tails; None: all rows and tails are here"""
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ class DecoderLayer:
     mlp: Mlp | MixtureOfExperts
     output_norm: torch.Tensor | None
     """[hidden], of what the MLP adds"""
+    ranks: Ranks | None
+    """Those that have the other heads and parts of the MLP, whose number is left out of ``spec``; None: nobody"""
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
         """The residual stream after this layer: [T, hidden] → [T, hidden]."""
@@ -103,9 +108,14 @@ class DecoderLayer:
         if self.rotary is not None:
             q, k = self.rotary(q, positions), self.rotary(k, positions)
         attended = attention.forward(self.index, q, k, v)
-        hidden = hidden + self._norm(F.linear(attended.flatten(1), self.o_proj), self.attention_norm)
-        added = self.mlp.forward(self._norm(hidden, self.mlp_norm))
+        added = self._sum(F.linear(attended.flatten(1), self.o_proj))
+        hidden = hidden + self._norm(added, self.attention_norm)
+        added = self._sum(self.mlp.forward(self._norm(hidden, self.mlp_norm)))
         return hidden + self._norm(added, self.output_norm)
+
+    def _sum(self, part: torch.Tensor) -> torch.Tensor:
+        """Of what all ranks add to the residual stream."""
+        return part if self.ranks is None else self.ranks.sum(part)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         """The norm of this weight; None: x as it is."""
@@ -170,21 +180,28 @@ class LlamaForCausalLM:
 
 
 def load_model(
-    source: WeightSource, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_model_len: int | None = None
+    source: WeightSource,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int | None = None,
+    ranks: Ranks | None = None,
 ) -> LlamaForCausalLM:
     """Dequantise matrices to ``dtype`` on ``device``, and norms to float32.
 
-    ``max_model_len`` is the number of positions the rotary tables cover (default: the model's limit).
+    ``max_model_len`` is the number of positions the rotary tables cover (default: the model's limit). With ``ranks``
+    the weights are this rank's share of them.
     """
-    weights = _Weights(source, dtype, device)
+    weights = _Weights(source, dtype, device, ranks)
+    spec = spec if ranks is None else spec.share(ranks.size)
     rotary = rotary_tables(spec.layers, max_model_len or spec.max_position_embeddings, device)
-    embed_tokens = weights.matrix("model.embed_tokens.weight")
+    embed_tokens = weights.rows("model.embed_tokens.weight")
     return LlamaForCausalLM(
         spec=spec,
         embed_tokens=embed_tokens,
         layers=[_load_layer(weights, spec, index, rotary[index]) for index in range(spec.num_layers)],
         norm=weights.norm("model.norm"),
-        lm_head=embed_tokens if spec.tie_word_embeddings else weights.matrix("lm_head.weight"),
+        lm_head=embed_tokens if spec.tie_word_embeddings else weights.rows("lm_head.weight"),
     )
 
 
@@ -195,11 +212,23 @@ class _Weights:
     source: WeightSource
     dtype: torch.dtype
     device: torch.device
+    ranks: Ranks | None
 
-    def matrix(self, *names: str) -> torch.Tensor:
-        """Some weights, one below the other."""
-        tensors = [self.source.dequantized(name).to(self.device, self.dtype) for name in names]
+    def rows(self, *names: str) -> torch.Tensor:
+        """This rank's rows of some weights, one below the other."""
+        tensors = [self._share(name, 0) for name in names]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    def columns(self, name: str) -> torch.Tensor:
+        """This rank's columns of a weight."""
+        return self._share(name, 1)
+
+    def _share(self, name: str, dim: int) -> torch.Tensor:
+        tensor = self.source.dequantized(name)
+        if self.ranks is not None:
+            part = self.ranks.share(tensor.shape[dim])
+            tensor = tensor.narrow(dim, part.start, part.stop - part.start).clone()
+        return tensor.to(self.device, self.dtype)
 
     def norm(self, name: str) -> torch.Tensor:
         return self.source.dequantized(name + ".weight").to(self.device)
@@ -214,23 +243,24 @@ def _load_layer(weights: _Weights, spec: ModelSpec, index: int, rotary: RotaryEm
         index=index,
         rotary=rotary,
         input_norm=norm(prefix + "input_layernorm"),
-        qkv_proj=weights.matrix(*(name + ".weight" for name in qkv)),
-        qkv_bias=weights.matrix(*(name + ".bias" for name in qkv)) if spec.attention_bias else None,
+        qkv_proj=weights.rows(*(name + ".weight" for name in qkv)),
+        qkv_bias=weights.rows(*(name + ".bias" for name in qkv)) if spec.attention_bias else None,
         q_norm=norm(attention + "q_norm") if spec.qk_norm else None,
         k_norm=norm(attention + "k_norm") if spec.qk_norm else None,
-        o_proj=weights.matrix(attention + "o_proj.weight"),
+        o_proj=weights.columns(attention + "o_proj.weight"),
         attention_norm=norm(prefix + "post_attention_layernorm") if spec.output_norms else None,
         mlp_norm=norm(prefix + spec.mlp_norm),
         mlp=_load_mlp(weights, spec, prefix),
         output_norm=norm(prefix + "post_feedforward_layernorm") if spec.output_norms else None,
+        ranks=weights.ranks,
     )
 
 
 def _load_mlp(weights: _Weights, spec: ModelSpec, prefix: str) -> Mlp | MixtureOfExperts:
     mlps = [
         Mlp(
-            gate_up_proj=weights.matrix(*(f"{prefix}{name}{part}_proj.weight" for part in ("gate", "up"))),
-            down_proj=weights.matrix(f"{prefix}{name}down_proj.weight"),
+            gate_up_proj=weights.rows(*(f"{prefix}{name}{part}_proj.weight" for part in ("gate", "up"))),
+            down_proj=weights.columns(f"{prefix}{name}down_proj.weight"),
             activation=spec.activation,
         )
         for name in spec.mlps

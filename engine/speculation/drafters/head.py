@@ -22,6 +22,7 @@ from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
 from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
+from engine.tensor_parallel.model import ShardedTails
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
 from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain
 from kernels.native_decoder import KvCache
@@ -47,7 +48,7 @@ class DraftHead:
         self,
         loaded: LoadedModel,
         token_ids: torch.Tensor | None = None,
-        tails: TailSlabs | None = None,
+        tails: TailSlabs | ShardedTails | None = None,
         own: OwnHead | None = None,
     ) -> None:
         self._model, self._own = loaded.model, own
@@ -55,7 +56,10 @@ class DraftHead:
         token_ids = token_ids if own is None else own.token_ids
         ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
         self._core, self._packed = Core(slab.project, ids, slab.rows), slab.packed
-        self._tails, self.team = tails, loaded.team
+        self._find, self.team = slab.find, loaded.team
+        self.has_tails = tails is not None
+        """Whether every row needs the number of its tail."""
+        self._tails = tails if isinstance(tails, TailSlabs) else None
         self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
         """Memory of its own."""
         core = "full" if ids is None else f"static:{len(ids)}" if own is None else f"of its own {len(ids)} tokens"
@@ -63,11 +67,6 @@ class DraftHead:
         """The vocabulary as it is configured."""
         self.vocab: DraftVocab | None = None
         """What the tails and priors of running sequences are; None for a vocabulary that is the same for all."""
-
-    @property
-    def has_tails(self) -> bool:
-        """Whether every row needs the number of its tail."""
-        return self._tails is not None
 
     def draft(self, hidden: torch.Tensor, slots: Sequence[DraftSlot]) -> None:
         """Append the next draft token of each sequence to its ``draft_token_ids``; ``hidden`` as for ``choose_for``."""
@@ -191,6 +190,8 @@ class DraftHead:
         In descending order; a row with fewer tokens ends in -inf and -1. Arguments as for ``choose``.
         """
         of_rows = None if slabs is None else torch.from_numpy(np.array(slabs, np.int32)).to(hidden.device)
+        if self._find is not None:
+            return self._find(hidden, count, of_rows)
         return draft_head_topk(hidden, self._core, count, self._tails, of_rows, self.team)
 
 

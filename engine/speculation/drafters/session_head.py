@@ -23,6 +23,7 @@ from engine.sampling.choose import all_greedy, choose_tokens
 from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails, next_positions
 from engine.speculation.drafters.lookup import RunningTexts
 from engine.speculation.drafters.own_head import OwnHead
+from engine.tensor_parallel.model import ShardedTails
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
@@ -51,7 +52,7 @@ class SessionHead(DraftHead):
         self,
         loaded: LoadedModel,
         token_ids: torch.Tensor | None,
-        tails: TailSlabs | None,
+        tails: TailSlabs | ShardedTails | None,
         vocab: DraftVocab,
         own: OwnHead | None = None,
     ) -> None:
@@ -125,7 +126,11 @@ def make_session_head(
     """
     options = config.speculation.dynamic
     options = options.model_copy(update={"max_sessions": min(options.max_sessions, config.scheduler.max_num_seqs)})
-    tails = make_tails(loaded, options.max_sessions + 1, slots) if slots else None
+    tails: TailSlabs | ShardedTails | None = None
+    if slots and loaded.sharded is not None:
+        tails = loaded.sharded.make_tails(options.max_sessions + 1, slots)
+    elif slots:
+        tails = make_tails(loaded, options.max_sessions + 1, slots)
     token_ids = token_ids if own is None else own.token_ids
     core = None if token_ids is None else token_ids.numpy()
     resources = Resources(

@@ -1,0 +1,96 @@
+"""The processes of ranks 1 and up: ``python -m engine.tensor_parallel.processes RANK PORT``, started by the engine.
+
+All ranks live and die together. Where one ends, the engine does too, and its supervisor starts it again with new ones.
+Where the engine ends, however it does, the kernel kills the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import structlog
+import torch
+
+from engine.config import CONFIG_VARIABLE, EngineConfig
+from engine.loader import choose_device, load
+from engine.log import configure_logging_from_environment
+from engine.models.config import ModelError
+from engine.models.registry import resolve_model, validate_model_files
+from engine.tensor_parallel.ranks import LOOPBACK, Ranks
+
+log = structlog.get_logger(__name__)
+
+_PATIENCE = 2.0
+"""Seconds within which a process ends whose group has lost a rank."""
+_PR_SET_PDEATHSIG = 1
+
+
+def start_ranks(config: EngineConfig) -> Ranks:
+    """Start the other ranks, and make the group; they load their shares of the model by themselves.
+
+    Raises:
+        ModelError: there are fewer GPUs than ranks.
+    """
+    size, device_type = config.runtime.tensor_parallel_size, choose_device(config.runtime.device).type
+    if device_type == "cuda" and torch.cuda.device_count() < size:
+        raise ModelError(f"runtime.tensor_parallel_size is {size}, but there are {torch.cuda.device_count()} GPUs")
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    environment = {**os.environ, CONFIG_VARIABLE: config.model_dump_json()}
+    for rank in range(1, size):
+        command = [sys.executable, "-m", __spec__.name, str(rank), str(port)]
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
+        log.info("rank started", rank=rank, pid=process.pid)
+        threading.Thread(target=_end_with, args=(rank, process), daemon=True).start()
+    return Ranks(0, size, device_type, port, listener.detach())
+
+
+def _end_with(rank: int, process: subprocess.Popen[bytes]) -> None:
+    """End this process when that of a rank ends: at once, as a collective on a GPU may wait for it for ever."""
+    status = process.wait()
+    log.critical("a rank has died, and the engine ends with it", rank=rank, pid=process.pid, exit_status=status)
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def ends_with_the_group() -> Iterator[None]:
+    """Around collectives: they fail where a rank has died. What is to be said about that, the engine says."""
+    try:
+        yield
+    except RuntimeError:
+        time.sleep(_PATIENCE)
+        raise
+
+
+def main() -> None:
+    """Load a rank's share of the model, then compute what rank 0 calls for."""
+    from engine.tensor_parallel.shard import Shard
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    configure_logging_from_environment()
+    rank, port = map(int, sys.argv[1:])
+    config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
+    size, device_type = config.runtime.tensor_parallel_size, choose_device(config.runtime.device).type
+    with ends_with_the_group():
+        ranks = Ranks(rank, size, device_type, port)
+    try:
+        files = resolve_model(config.model, progress=False)
+        loaded = load(config, files, validate_model_files(files), ranks=ranks)
+    except ModelError as error:
+        log.error("the model cannot be served", reason=str(error), rank=rank)
+        sys.exit(1)
+    with ends_with_the_group():
+        Shard(loaded, config.cache, ranks).follow()
+
+
+if __name__ == "__main__":
+    main()
