@@ -71,14 +71,20 @@ class Engine:
         dtype: Literal["float32", "auto"] = "float32",
         cache_dir: Path | None = None,
         alignment: AdaptersConfig | None = None,
+        num_ranks: int = 1,
     ) -> None:
         config = EngineConfig(
-            model=ModelConfig(dtype=dtype) if cache_dir is None else ModelConfig(dtype=dtype, cache_dir=cache_dir),
+            model=ModelConfig(
+                name=str(files.path), dtype=dtype, **({} if cache_dir is None else {"cache_dir": cache_dir})
+            ),
             cache=CacheConfig(prefix_caching=setting.prefix_caching, num_blocks=setting.num_blocks),
             scheduler=SchedulerConfig(max_num_seqs=setting.max_num_seqs, max_batched_tokens=setting.max_batched_tokens),
             speculation=speculation or SpeculationConfig(method="none"),
             runtime=RuntimeConfig(
-                device="cpu", attention_backend="torch" if dtype == "float32" else "native", threads=1
+                device="cpu",
+                attention_backend="torch" if dtype == "float32" else "native",
+                threads=1,
+                tensor_parallel_size=num_ranks,
             ),
             alignment=alignment or AdaptersConfig(),
         )

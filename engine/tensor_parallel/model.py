@@ -65,6 +65,8 @@ class ShardedModel:
         return rows
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if not len(hidden):  # a step of unfinished prompts
+            return torch.empty(0, self._shard.model.spec.vocab_size, device=hidden.device)
         logits: torch.Tensor = self.call("compute_logits", hidden)
         return logits
 

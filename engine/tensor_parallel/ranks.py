@@ -94,7 +94,7 @@ class Ranks:
         header = msgspec.json.encode(_Call(name, [_described(one) for one in arguments]))
         dist.broadcast(torch.frombuffer(bytearray(header.ljust(_HEADER_BYTES)), dtype=torch.uint8), 0)
         if tensors:
-            dist.broadcast(torch.cat([one.contiguous().view(-1).view(torch.uint8) for one in tensors]), 0)
+            dist.broadcast(torch.cat([one.reshape(-1).view(torch.uint8) for one in tensors if one.numel()]), 0)
 
     def receive(self) -> tuple[str, list[Argument]]:
         """At the other ranks: wait until rank 0 sends something."""
