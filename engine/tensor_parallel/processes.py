@@ -45,7 +45,8 @@ def start_ranks(config: EngineConfig) -> Ranks:
         raise ModelError(f"runtime.tensor_parallel_size is {size}, but there are {torch.cuda.device_count()} GPUs")
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
-    environment = {**os.environ, CONFIG_VARIABLE: config.model_dump_json()}
+    sections = {"model", "cache", "runtime"}  # all that decides what they compute
+    environment = {**os.environ, CONFIG_VARIABLE: config.model_dump_json(include=sections)}
     for rank in range(1, size):
         command = [sys.executable, "-m", __spec__.name, str(rank), str(port)]
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
