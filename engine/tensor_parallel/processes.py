@@ -1,7 +1,7 @@
-"""The processes of ranks 1 and up: ``python -m engine.tensor_parallel.processes RANK PORT``, started by the engine.
+"""The processes of ranks 1 and up: ``python -m engine.tensor_parallel.processes RANK PORT PARENT``.
 
-All ranks live and die together. Where one ends, the engine does too, and its supervisor starts it again with new ones.
-Where the engine ends, however it does, the kernel kills the others.
+The engine, which is rank 0, starts them. All ranks live and die together: where one ends, the engine does too, and its
+supervisor starts it again, with new ones; where the engine ends, however it does, the kernel kills the others.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def start_ranks(config: EngineConfig) -> Ranks:
     sections = {"model", "cache", "runtime"}  # all that decides what they compute
     environment = {**os.environ, CONFIG_VARIABLE: config.model_dump_json(include=sections)}
     for rank in range(1, size):
-        command = [sys.executable, "-m", __spec__.name, str(rank), str(port)]
+        command = [sys.executable, "-m", __spec__.name, str(rank), str(port), str(os.getpid())]
         process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
         log.info("rank started", rank=rank, pid=process.pid)
         threading.Thread(target=_end_with, args=(rank, process), daemon=True).start()
@@ -76,9 +76,11 @@ def main() -> None:
     """Load a rank's share of the model, then compute what rank 0 calls for."""
     from engine.tensor_parallel.shard import Shard
 
+    rank, port, parent = map(int, sys.argv[1:])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has died before it could be known here
+        sys.exit(1)
     configure_logging_from_environment()
-    rank, port = map(int, sys.argv[1:])
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     size, device_type = config.runtime.tensor_parallel_size, choose_device(config.runtime.device).type
     with ends_with_the_group():

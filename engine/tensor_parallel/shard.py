@@ -30,7 +30,7 @@ class Shard:
     def __init__(self, loaded: LoadedModel, cache: CacheConfig, ranks: Ranks) -> None:
         assert isinstance(loaded.model, LlamaShare)
         self.model, self.ranks = loaded.model, ranks
-        self._loaded, self._cache = loaded, cache
+        self.loaded, self._cache = loaded, cache
 
     def follow(self) -> NoReturn:
         """At any rank but 0: run what rank 0 calls, until the process is killed."""
@@ -44,7 +44,7 @@ class Shard:
 
     def allocate(self, num_blocks: int) -> AttentionBackend:
         """Make this rank's part of the KV cache."""
-        self._attention = self._loaded.make_attention(attention_spec(self._loaded, self._cache, num_blocks))
+        self._attention = self.loaded.make_attention(attention_spec(self.loaded, self._cache, num_blocks))
         return self._attention
 
     def forward(self, capture: Sequence[int], *batch: torch.Tensor) -> ForwardOutput:
@@ -67,7 +67,7 @@ class Shard:
         """Take this rank's part of a draft's core (None: all tokens); returns the bytes of what is copied for it."""
         mine = self.ranks.share(self.model.spec.vocab_size if token_ids is None else len(token_ids))
         if token_ids is None:
-            ids, rows = torch.arange(mine.start, mine.stop, device=self._loaded.device), self.model.lm_head
+            ids, rows = torch.arange(mine.start, mine.stop, device=self.loaded.device), self.model.lm_head
         else:
             ids, rows = token_ids[mine], self.model.head_rows(token_ids)[mine].clone()
         self._core = Core(lambda hidden: F.linear(hidden, rows).float(), ids.int(), rows)
@@ -76,7 +76,7 @@ class Shard:
     def make_tails(self, num_slabs: int, slots: int) -> TailSlabs:
         """Make this rank's part of all tails. Slot s is at the rank s modulo their number."""
         spec, each = self.model.spec, -(-slots // self.ranks.size)
-        where = self._loaded.dtype, self._loaded.device
+        where = self.loaded.dtype, self.loaded.device
         self._tails = TailSlabs(self.model.head_rows, num_slabs, each, spec.hidden_size, *where)
         return self._tails
 
