@@ -30,7 +30,7 @@ def load_target(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> Loa
     """
     if config.runtime.tensor_parallel_size == 1:
         return load(config, files, spec)
-    spec.share(config.runtime.tensor_parallel_size)
+    spec.share(config.runtime.tensor_parallel_size)  # or nothing is started
     ranks = start_ranks(config)
     loaded = load(config, files, spec, ranks=ranks)
     model = ShardedModel(Shard(loaded, config.cache, ranks))
@@ -46,6 +46,8 @@ class ShardedModel:
 
     def call(self, name: str, *arguments: Argument) -> Any:
         """Have all ranks run a method of their ``Shard``; returns what it returns here."""
+        device = self._shard.loaded.device
+        arguments = tuple(one.to(device) if isinstance(one, torch.Tensor) else one for one in arguments)
         with ends_with_the_group():
             self._shard.ranks.send(name, *arguments)
             return self._shard.run(name, arguments)

@@ -87,7 +87,7 @@ class Ranks:
         return part if parts is None else torch.cat(parts, dim=1)
 
     def send(self, name: str, *arguments: Argument) -> None:
-        """At rank 0: tell the others what is computed next, and with what. Tensors are on the device of rank 0."""
+        """At rank 0: tell the others what is computed next, and with what. All tensors are on its device."""
         tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
         header = msgspec.json.encode(_Call(name, [_described(one) for one in arguments]))
         dist.broadcast(torch.frombuffer(bytearray(header.ljust(_HEADER_BYTES)), dtype=torch.uint8), 0)
