@@ -31,13 +31,10 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     """Random prompts, one of them the beginning of another; every second request is sampled, in its own way."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 400, (length,), generator=generator).tolist() for length in (60, 30, 30, 30)]
-    sampled = {"temperature": 0.9, "top_p": 0.95}, {"temperature": 0.7, "repetition_penalty": 1.3}
-    each = {"temperature": 0.0}, sampled[0], {"temperature": 0.0}, sampled[1], {"temperature": 0.0}
-    sampling = [
-        SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": seed} | parameters))
-        for seed, parameters in enumerate(each)
-    ]
-    return [*prompts, prompts[0][:50]], sampling
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, seed=1, temperature=0.0)
+    sampled = msgspec.structs.replace(greedy, temperature=0.9, top_p=0.95)
+    penalized = msgspec.structs.replace(greedy, temperature=0.7, repetition_penalty=1.3)
+    return [*prompts, prompts[0][:50]], [greedy, sampled, greedy, penalized, greedy]
 
 
 def generate(files: ModelFiles, draft: Path, num_ranks: int) -> Texts:
