@@ -29,7 +29,7 @@ from engine.tensor_parallel.ranks import LOOPBACK, Ranks
 
 log = structlog.get_logger(__name__)
 
-_PATIENCE = 5.0
+_PATIENCE = 10.0
 """Seconds within which a process ends whose group has lost a rank."""
 _PR_SET_PDEATHSIG = 1
 

@@ -6,6 +6,7 @@ each with its share of the weights.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -64,6 +65,7 @@ class Ranks:
         is_host = listener is not None
         store = TCPStore(LOOPBACK, port, size, is_host, wait_for_workers=False, master_listen_fd=listener)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_FOR_EVER)
+        atexit.register(dist.destroy_process_group)  # its threads cannot outlive the interpreter
 
     def share(self, count: int) -> slice:
         """This rank's part of ``count`` rows: all parts are of one size, but for the last ones, which may lack some."""
