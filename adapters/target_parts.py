@@ -53,8 +53,10 @@ def with_others(
     return torch.cat((token_ids, others[: max(count, 0)])).sort().values
 
 
-def load_target_parts(files: ModelFiles, spec: ModelSpec, max_model_len: int | None = None) -> TargetParts:
-    """Dequantised to bf16 on the CPU; ``max_model_len`` as in the engine's configuration.
+def load_target_parts(
+    files: ModelFiles, spec: ModelSpec, max_model_len: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> TargetParts:
+    """Dequantised on the CPU; ``max_model_len`` as in the engine's configuration.
 
     Raises:
         ModelError: a tensor is missing or damaged.
@@ -62,7 +64,7 @@ def load_target_parts(files: ModelFiles, spec: ModelSpec, max_model_len: int | N
     positions = max_model_len or min(spec.max_position_embeddings, _DEFAULT_MAX_MODEL_LEN)
     # A chain that starts at the last position of the context goes on beyond it: what it gives there counts for nothing.
     positions += MAX_SPECULATIVE_TOKENS
-    return target_parts(open_weights(files), spec, positions, torch.bfloat16)
+    return target_parts(open_weights(files), spec, positions, dtype)
 
 
 def target_parts(source: WeightSource, spec: ModelSpec, max_positions: int, dtype: torch.dtype) -> TargetParts:

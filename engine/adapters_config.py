@@ -141,6 +141,15 @@ class GuardConfig(Section):
         ge=0,
         description="Tokens by which a version's agreement may be below the base's and the current's for sure.",
     )
+    min_agreement: float = Field(
+        default=0.0, ge=0, description="Right tokens a chain, on held-out positions, from which on a version pays."
+    )
+    min_gain: float = Field(default=0.0, ge=0, description="Of them, what a version must have more than the current.")
+    min_acceptance: float = Field(
+        default=0.0,
+        ge=0,
+        description="Acceptance of first drafts below which a version is bad, whatever the base's.",
+    )
     watched_records: int = Field(
         default=512, ge=64, description="Records of the unbiased sample after which a version counts as good."
     )
@@ -180,10 +189,28 @@ class PaceConfig(Section):
     outlook_seconds: float = Field(default=3600.0, gt=0, description="How long what is learned will be of use.")
 
 
+class GrowthConfig(Section):
+    """How a whole draft grows, for a model without one."""
+
+    one_step_positions: int = Field(
+        default=300_000, ge=0, description="Positions trained by one step each, before several are unrolled."
+    )
+    memory_bytes: int = Field(default=500_000_000, ge=1, description="Features that the worker keeps, at most.")
+    checkpoint_seconds: float = Field(default=60.0, ge=0, description="From one checkpoint to the next, at least.")
+    training: TrainingConfig = Field(
+        default_factory=lambda: TrainingConfig(
+            learning_rate=1e-3, horizon=4, batch_positions=256, updates_per_batch=8, updates_per_version=64
+        )
+    )
+    guard: GuardConfig = Field(
+        default_factory=lambda: GuardConfig(min_held_out=512, min_agreement=0.5, min_gain=0.02, min_acceptance=0.1)
+    )
+
+
 class AdaptersConfig(Section):
     """Online alignment: a worker trains adapters of the draft from live traffic."""
 
-    in_code_only = frozenset(("training", "replay", "guard"))
+    in_code_only = frozenset(("training", "replay", "guard", "growth"))
 
     enabled: bool = Field(
         default=True,
@@ -216,6 +243,21 @@ class AdaptersConfig(Section):
     replay: ReplayConfig = Field(default_factory=ReplayConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)
     pace: PaceConfig = Field(default_factory=PaceConfig)
+    growth: GrowthConfig = Field(default_factory=GrowthConfig)
+
+    def for_growth(self, recorded_size: int) -> AdaptersConfig:
+        """The same where a whole draft grows, from rows of so many values: one draft, which no request does without."""
+        growth, replay = self.growth, self.replay
+        segment_bytes = 2 * recorded_size * (replay.segment_positions + self.log.context_tokens)
+        num_older = growth.memory_bytes // segment_bytes - replay.recent_segments - replay.held_out_segments
+        changes = {
+            "num_slots": 1,
+            "log": self.log.model_copy(update={"control_share": 0.0}),
+            "replay": replay.model_copy(update={"history_segments": max(num_older, 0)}),
+            "training": growth.training,
+            "guard": growth.guard,
+        }
+        return self.model_copy(update=changes)
 
     @property
     def is_on(self) -> bool:

@@ -42,6 +42,8 @@ _KEY_GAUGES = {
     "num_rolled_back": "Revisions taken back.",
     "gate_rate": "Share of its records that teach.",
     "loss": "Of the last update, on positions before they are learned from.",
+    "agreement": "Right tokens a verification on held-out positions, of the weights scored last.",
+    "is_growing": "1 if it is a whole draft that does not pay yet: nothing is drafted with it.",
     "update_seconds": "Processor time of an update.",
     "acceptance": "Of first draft tokens with the revision in force.",
     "control_acceptance": "The same of requests that keep the base draft.",

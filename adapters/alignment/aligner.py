@@ -16,7 +16,7 @@ from adapters.alignment.store import AdapterStore
 from adapters.alignment.trigger import UpdateTrigger
 from adapters.alignment.updates import Updater
 from engine.adapters_config import AdaptersConfig
-from engine.online.adapter_control import AdapterCommand, AdapterStatus
+from engine.online.adapter_control import AdapterCommand, AdapterStatus, Stage
 from engine.online.verify_record import VerifyRecord
 
 log = structlog.get_logger(__name__)
@@ -55,9 +55,11 @@ class KeyAligner:
         self._scoring: Scoring | None = None  # a scoring of the updater's weights, which stay as they are meanwhile
         self._scores = ScoreCache()
         self._last_loss: float | None = None
+        self._last_agreement: float | None = None
         self._last_refusal = ""
         self._num_records = self._num_teaching = self._num_steps = 0
         self._go_to(self.state.good_revision)
+        self._updater.resume(store.checkpoint_directory(key))
 
     def count(self, record: VerifyRecord, teaches: bool) -> None:
         """Count a record, and take the version in force back if it turns out to be bad.
@@ -157,7 +159,11 @@ class KeyAligner:
     def status(self, slot: int | None) -> AdapterStatus:
         """What people are shown."""
         state, guard = self.state, self._guard
+        stage: Stage = "adapting"
+        if self._updater.grows:
+            stage = "serving" if self.revision else "growing"
         return AdapterStatus(
+            stage=stage,
             revision=self.revision,
             good_revision=state.good_revision,
             slot=slot,
@@ -171,6 +177,7 @@ class KeyAligner:
             num_rolled_back=state.num_rolled_back,
             gate_rate=self._num_teaching / max(1, self._num_records),
             loss=self._last_loss,
+            agreement=self._last_agreement,
             update_seconds=self._trigger.seconds,
             acceptance=guard.acceptance.rate,
             control_acceptance=guard.control.rate,
@@ -225,6 +232,7 @@ class KeyAligner:
         """Put what was trained in force, or go back to what is."""
         scores = scoring.scores()
         new, base, current = scores[0], scores[1], scores[-1]
+        self._last_agreement = new.agreement
         self._trigger.add_score(current.loss - new.loss, self._num_ahead, scoring.seconds / self._num_unjudged)
         verdict, reason = judge(new, current, base, self._config.guard)
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)

@@ -71,9 +71,9 @@ class ChainDrafter:
 
     def walk(self, batch: SegmentBatch) -> ChainWalk:
         """The chains of a batch, at their first step."""
-        g = batch.inputs.float()
-        if g.shape[-1] == self.draft.fc.in_features:
-            g = self.draft.fuse(g)
+        g, fusion = batch.inputs.float(), self.draft.fc
+        if g.shape[-1] != fusion.out_features:
+            g = self.draft.fuse(g[..., : fusion.in_features])
         return ChainWalk(self.draft, self.target, batch, g, self.lora)
 
     def steps(self, batch: SegmentBatch, token_ids: torch.Tensor, goes_on: GoesOn | None = None) -> list[ChainStep]:
@@ -108,11 +108,11 @@ class ChainDrafter:
 
 def collate(segments: Sequence[Segment], horizon: int) -> SegmentBatch:
     """All chains of some segments, at least one."""
-    token_ids = _padded([segment.token_ids for segment in segments], horizon)
-    positions = _padded([segment.positions for segment in segments], horizon, -1)  # one that follows no other
-    top_ids = _padded([segment.top_ids for segment in segments], horizon).long()
-    top_logits = _padded([segment.top_logits.float() for segment in segments], horizon, -torch.inf)
-    rows, columns = _padded([segment.anchors for segment in segments], 0).nonzero(as_tuple=True)
+    token_ids = padded([segment.token_ids for segment in segments], horizon)
+    positions = padded([segment.positions for segment in segments], horizon, -1)  # one that follows no other
+    top_ids = padded([segment.top_ids for segment in segments], horizon).long()
+    top_logits = padded([segment.top_logits.float() for segment in segments], horizon, -torch.inf)
+    rows, columns = padded([segment.anchors for segment in segments], 0).nonzero(as_tuple=True)
     length, steps = positions.shape[1] - horizon, torch.arange(horizon)
     places = rows[:, None], columns[:, None] + steps
     follows = positions[places] == positions[rows, columns][:, None] + steps
@@ -120,7 +120,7 @@ def collate(segments: Sequence[Segment], horizon: int) -> SegmentBatch:
     return SegmentBatch(
         token_ids=token_ids,
         positions=positions[:, :length].clamp(min=0),
-        inputs=_padded([segment.inputs for segment in segments], 0),
+        inputs=padded([segment.inputs for segment in segments], 0),
         starts=rows * length + columns,
         mask=follows & has_target(top_logits)[places],
         top_ids=top_ids[places],
@@ -130,7 +130,7 @@ def collate(segments: Sequence[Segment], horizon: int) -> SegmentBatch:
     )
 
 
-def _padded(rows: list[torch.Tensor], more: int, value: float = 0) -> torch.Tensor:
+def padded(rows: list[torch.Tensor], more: int, value: float = 0) -> torch.Tensor:
     """Tensors [n, ...] of each segment, padded and stacked to [B, T + more, ...]."""
     batch = pad_sequence(rows, batch_first=True, padding_value=value)
     more += -batch.shape[1] % _PLACES

@@ -35,10 +35,10 @@ def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) ->
 
     It is refused if its loss is above that of the version in force by two standard errors of the difference, or its
     agreement below that of the version in force or of the base by more than the margin and two standard errors. It is
-    published if its agreement is above that of the base by two standard errors: a smaller loss alone can come from a
-    distribution that is only flatter, such as noise teaches. Above the version in force it need only be at all, with a
-    smaller loss: steps from one good version to the next are too small to be sure of, and what an operator fears is to
-    be worse off than without.
+    published if its agreement pays, and is above that of the base by two standard errors: a smaller loss alone can come
+    from a distribution that is only flatter, such as noise teaches. Above the version in force it need only be by
+    ``min_gain``, with a smaller loss: steps from one good version to the next are too small to be sure of, and what an
+    operator fears is to be worse off than without.
     """
     more_loss, error = _difference(candidate.losses, current.losses, candidate.requests)
     if not more_loss <= _OFFLINE_SIGMAS * error:  # NaN too
@@ -51,9 +51,11 @@ def judge(candidate: Score, current: Score, base: Score, config: GuardConfig) ->
             return Verdict.REFUSE, f"held-out agreement {candidate.agreement:.3f}, {name} {other.agreement:.3f}"
     if not candidate.loss < current.loss:
         return Verdict.TRAIN_ON, f"held-out loss {candidate.loss:.4f} is not below {current.loss:.4f}"
+    if candidate.agreement < config.min_agreement:
+        return Verdict.TRAIN_ON, f"held-out agreement {candidate.agreement:.3f} does not pay yet"
     gain, error = of_base
     reason = f"{gain:.3f} ± {error:.3f} on the base's {base.agreement:.3f}, {of_current[0]:.3f} on the current"
-    if gain <= _OFFLINE_SIGMAS * error or of_current[0] <= 0:
+    if gain <= _OFFLINE_SIGMAS * error or of_current[0] <= config.min_gain:
         return Verdict.TRAIN_ON, f"held-out agreement gained only {reason}"
     return Verdict.PUBLISH, f"held-out agreement gained {reason}"
 
@@ -99,6 +101,10 @@ class FirstTokenAcceptance:
         if not (self.is_comparable and other.is_comparable) or self.rate is None or other.rate is None:
             return False
         return other.rate - margin - self.rate > sigmas * math.sqrt(self._variance + other._variance)
+
+    def is_surely_below(self, least: float, sigmas: float) -> bool:
+        """Whether this rate is below ``least`` by so many standard errors."""
+        return self.is_comparable and (self.rate or 0.0) + sigmas * math.sqrt(self._variance) < least
 
     @property
     def _variance(self) -> float:
@@ -147,7 +153,8 @@ class Guard:
     - the base draft by more than ``control_margin``, both in the same stretch of traffic: the engine drafts a small
       share of requests without adapter; or
     - the version before it, in the records before it came, by more than ``history_margin``: traffic may have changed,
-      so only a great loss counts, but it is seen at once.
+      so only a great loss counts, but it is seen at once; or
+    - ``min_acceptance``, where there is no base draft.
 
     Each by ``sigmas`` standard errors, of four requests on either side or more, looked at every 32 records.
     tests/unit/test_guard.py has the false alarms.
@@ -215,6 +222,8 @@ class Guard:
 
     def _is_bad(self) -> bool:
         config = self._config
+        if self.in_force.is_surely_below(config.min_acceptance, config.sigmas):
+            return True
         return self.acceptance.is_below(self.control, config.control_margin, config.sigmas) or self.in_force.is_below(
             self.previous, config.history_margin, config.sigmas
         )

@@ -3,6 +3,7 @@
     <directory>/<name of the key>/state.json               revisions in force and good, counts
     <directory>/<name of the key>/revision-<n>.safetensors tensors as they are published, and what they belong to
     <directory>/<name of the key>/quarantine/              the last revisions that were taken back
+    <directory>/<name of the key>/training/                of a draft that grows: weights and optimiser in training
     <directory>/channel.json                               the last version of the weight channel
 
 Each file is written whole, then put in its place.
@@ -134,6 +135,10 @@ class AdapterStore:
         last = self.load_state(key).last_revision
         shutil.rmtree(self._of(key), ignore_errors=True)
         self.save_state(KeyState(key, last_revision=last))
+
+    def checkpoint_directory(self, key: str) -> Path:
+        """Where what is in training may be kept; it is deleted with the key."""
+        return self._of(key) / "training"
 
     @property
     def channel_version(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -50,6 +51,8 @@ class Updater:
 
     trains_fusion = False
     """Whether the draft's fusion of features is trained, and so wants them as they were."""
+    grows = False
+    """Whether there is no draft before what it trains, and it wants the last layer's output behind the features."""
 
     def __init__(self, base: ChainDrafter, config: AdaptersConfig, key: str, fingerprint: str) -> None:
         self._base, self._config, self._key = base, config, key
@@ -63,6 +66,9 @@ class Updater:
         """Go on from these weights, None: the base draft's, with a fresh optimiser."""
         self._num_updates = 0
         self._optimizer = self._start(published)
+
+    def resume(self, directory: Path) -> None:
+        """Go on from where an earlier process was; of ``directory``, where it may keep files. An adapter does not."""
 
     def update(self, segments: Sequence[Segment]) -> Update:
         """Take one step of the optimiser on all chains of some segments, at least one."""

@@ -18,6 +18,7 @@ import torch
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.chains import ChainDrafter
 from adapters.alignment.control import ControlChannel
+from adapters.alignment.growth import DraftGrower, seed_of_draft
 from adapters.alignment.pace import Pacer
 from adapters.alignment.publisher import AdapterPublisher
 from adapters.alignment.records import Assembler
@@ -33,12 +34,14 @@ from engine.models.config import ModelError
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
+from engine.models.weights import open_weights
 from engine.online.adapter_control import AdapterCommand, WorkerStatus, adapter_key
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.shared_file import SharedMemoryError
 from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
 from engine.online.verify_record import VerifyRecord
 from engine.speculation.draft_files import DRAFTS, choose_method
+from engine.speculation.growing import growing_fingerprint
 
 log = structlog.get_logger(__name__)
 
@@ -175,7 +178,8 @@ class AdapterWorker:
         if self._ring is None:
             path, fusion = self._config.ring_path, self._base.draft.fc
             ring = FeatureRingReader(path)
-            if ring.width != (fusion.in_features if self._updater.trains_fusion else fusion.out_features):
+            width = fusion.in_features if self._updater.trains_fusion else fusion.out_features
+            if ring.width != width + fusion.out_features * self._updater.grows:
                 raise SharedMemoryError(f"{path}: rows of {ring.width} values are not this draft's input")
             self._ring = ring
         return self._ring
@@ -238,14 +242,21 @@ class AdapterWorker:
 
 
 def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
-    """Load the draft that the engine drafts with, and what it shares with the target, once no other process learns.
+    """Load the draft that the engine drafts with, or the seed of one, and its target, once no other process learns.
 
     Raises:
         ModelError: there is none, or a file cannot be read.
     """
     files = resolve_model(config.model, progress=False)
     spec = validate_model_files(files)
-    directory = choose_method(config, files.name)[1] or DRAFTS / files.name
+    method, directory = choose_method(config, files.name)
+    if method == "grow":
+        fingerprint = growing_fingerprint(open_weights(files), spec)
+        wait_for_turn(_state_directory(config.alignment, fingerprint))
+        seed = seed_of_draft(files, spec, config.model.max_model_len)
+        growing = config.alignment.for_growth(seed.draft.config.recorded_size)
+        return AdapterWorker(growing, seed, fingerprint, DraftGrower)
+    directory = directory or DRAFTS / files.name
     fingerprint = draft_fingerprint(directory)
     wait_for_turn(_state_directory(config.alignment, fingerprint))
     eagle = load_draft(directory, fastest_dtype(), torch.device("cpu"))

@@ -8,19 +8,10 @@ import torch
 
 from engine.batch import Features
 from engine.draft_vocab.vocab import DraftVocab
-from engine.models.config import ModelSpec
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
-
-
-def recorded_layers(spec: ModelSpec) -> tuple[int, ...]:
-    """Low, middle and high layer, whose outputs a draft sees, and the last one, whose output is what it should say.
-
-    The high one is the input of the last layer, from which a draft's layer starts.
-    """
-    return (2, spec.num_layers // 2 - 1, spec.num_layers - 2, spec.num_layers - 1)
 
 
 class FeatureRecorder:

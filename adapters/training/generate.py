@@ -26,10 +26,11 @@ from adapters.training.conversations import (
     write_shard,
     written_keys,
 )
-from adapters.training.feature_recorder import FeatureRecorder, recorded_layers
+from adapters.training.feature_recorder import FeatureRecorder
 from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.messages import EngineOutput, EngineRequest, SamplingParams
+from engine.models.eagle3_config import recorded_layers
 from engine.models.registry import resolve_model, validate_model_files
 from engine.request import engine_request_id
 from engine.text.tokenizer import Tokenizer

@@ -11,16 +11,13 @@ import torch
 import typer
 
 from adapters.training.conversations import data_directory, text_directory
-from adapters.training.feature_recorder import recorded_layers
 from adapters.training.trainer import Phase, TrainConfig, Trainer
 from engine.config import ModelConfig
 from engine.machine import available_cores
+from engine.models.eagle3_config import recorded_layers
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.speculation.draft_files import DRAFTS
-
-_STEP_DISCOUNT = 0.9
-"""Weight of an unrolled step's loss against that of the step before, as in EAGLE-3's code."""
 
 
 def main(
@@ -43,8 +40,8 @@ def main(
     files = resolve_model(ModelConfig(name=model))
     spec = validate_model_files(files)
     both = (
-        Phase(one_step, (1.0,), learning_rate, batch_tokens),
-        Phase(unrolled, tuple(_STEP_DISCOUNT**n for n in range(steps)), unrolled_learning_rate, batch_tokens),
+        Phase(one_step, 1, learning_rate, batch_tokens),
+        Phase(unrolled, steps, unrolled_learning_rate, batch_tokens),
     )
     config = TrainConfig(
         capture_layers=recorded_layers(spec)[:-1],

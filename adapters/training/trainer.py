@@ -17,11 +17,11 @@ import numpy as np
 import structlog
 import torch
 
-from adapters.target_parts import fastest_dtype, target_parts, with_others
+from adapters.target_parts import fastest_dtype, target_parts
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from adapters.training.conversations import shard_paths
 from adapters.training.dataset import Batch, Dataset
-from adapters.training.unroll import Unroller
+from adapters.training.learner import Learner, feature_scale, most_frequent
 from engine.models.config import ModelError, ModelSpec
 from engine.models.eagle3 import Eagle3, init_from_target, load_draft, save_draft
 from engine.models.eagle3_config import Eagle3Config
@@ -34,14 +34,8 @@ _VALIDATION_TOKENS = 12_000
 _VALIDATION_SECONDS = 240.0
 """From one to the next at least, and ten times what the last one took: over a large head that is minutes."""
 _MAX_POSITIONS = 4096
-_CORE_ROWS, _RANDOM_ROWS = 2048, 2048
-"""Rows of the head in every loss, of the most frequent tokens, and those drawn anew for each batch."""
-_TILE = 32
-"""Rows of a product that the fastest kernels take at once."""
-_WARMUP_STEPS = 40
 _FINAL_SHARE = 0.02
 """The learning rate at the end of the run, as a share of its last phase's."""
-_CLIP, _WEIGHT_DECAY = 1.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Phase:
     """Part of a run: ``anchors`` positions with so many unrolled steps."""
 
     anchors: int
-    step_weights: tuple[float, ...]
+    num_steps: int
     learning_rate: float
     batch_tokens: int
 
@@ -104,9 +98,8 @@ class Trainer:
         draft = _initial_draft(shape, config.start_from, source, spec)
         self._validation = self._validation_batches()
         self._scale = self._feature_scale()
-        self._unroller = Unroller(draft, target, self._scale)
-        parameters = draft.parameters()
-        self._optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY, fused=True)
+        self._learner = Learner(draft, target, self._scale)
+        self._unroller, self._optimizer = self._learner.unroller, self._learner.optimizer
         # The scale it was trained behind comes back too: data that came since would give another.
         self.progress = load_checkpoint(checkpoints, draft, self._optimizer, self._scale) or TrainingProgress()
 
@@ -129,14 +122,14 @@ class Trainer:
         progress = self.progress
         self._dataset = self._read_dataset()
         counts = self._dataset.token_counts(self._spec.vocab_size)
-        core = counts.argsort(descending=True)[:_CORE_ROWS]
+        core = most_frequent(counts)
         # Another order after a restart in the middle of a pass, too.
         generator = np.random.default_rng((self._config.seed, progress.step))
         validated, pause = time.monotonic(), _VALIDATION_SECONDS
-        for batch in self._dataset.batches(phase.batch_tokens, len(phase.step_weights), generator):
+        for batch in self._dataset.batches(phase.batch_tokens, phase.num_steps, generator):
             started = time.monotonic()
-            self._set_learning_rate(phase, progress.anchors - begin)
-            means = self._step(batch, phase, core)
+            rate = self._learning_rate(phase, progress.anchors - begin)
+            means = self._learner.step(batch, core, phase.num_steps, rate, progress.step)
             progress.step += 1
             progress.anchors += len(batch.starts)
             progress.seconds += time.monotonic() - started
@@ -147,25 +140,10 @@ class Trainer:
             if progress.anchors >= begin + phase.anchors:
                 break
 
-    def _step(self, batch: Batch, phase: Phase, core: torch.Tensor) -> list[float]:
-        draft = self._unroller.draft
-        drawn = torch.randint(0, self._spec.vocab_size, (_RANDOM_ROWS,))
-        rows = self._unroller.target.head[rows_of_loss(batch, core, drawn)]
-        with self._unroller.precision():
-            loss, means = self._unroller.loss(batch, rows, phase.step_weights)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(draft.parameters(), _CLIP)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return means
-
-    def _set_learning_rate(self, phase: Phase, anchors: int) -> None:
-        """Warm-up at the run's start; the last phase ends in a cosine. To fall before would be to climb again."""
+    def _learning_rate(self, phase: Phase, anchors: int) -> float:
+        """After the warm-up. The last phase ends in a cosine. To fall before would be to climb again."""
         share = min(1.0, anchors / phase.anchors) if phase is self._config.phases[-1] else 0.0
-        cosine = _FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * share)) / 2
-        warmup = min(1.0, (self.progress.step + 1) / _WARMUP_STEPS)
-        for group in self._optimizer.param_groups:
-            group["lr"] = phase.learning_rate * cosine * warmup
+        return phase.learning_rate * (_FINAL_SHARE + (1 - _FINAL_SHARE) * (1 + math.cos(math.pi * share)) / 2)
 
     def _validate(self, means: Sequence[float]) -> None:
         accuracy = self._unroller.accuracy(self._validation, VALIDATION_STEPS)
@@ -180,7 +158,7 @@ class Trainer:
         self.progress.history.append(found)
         save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress, self._scale)
         draft = Eagle3(self._unroller.draft.config)
-        draft.load_state_dict(self._unroller.draft.state_dict() | {"fc.weight": self._unroller.folded_fc()})
+        draft.load_state_dict(self._learner.weights())
         save_draft(draft, self._output)
         log.info("validated", **found)
 
@@ -200,17 +178,7 @@ class Trainer:
         return batches
 
     def _feature_scale(self) -> torch.Tensor:
-        """[n * hidden]: one over each feature's root mean square."""
-        rows = torch.cat([batch.features.flatten(0, 1)[batch.starts] for batch in self._validation]).float()
-        return 1 / rows.pow(2).mean(0).sqrt().clamp(min=1e-3)
-
-
-def rows_of_loss(batch: Batch, core: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-    """Token ids whose rows of the head a loss is over: the batch's own, ``core``, so many of ``drawn`` as fill tiles.
-
-    Of the others none is left out: where a label's token has no row, the rest of the label is noise.
-    """
-    return with_others(torch.unique(torch.cat((batch.token_ids.flatten(), core))), drawn, _TILE)
+        return feature_scale(torch.cat([batch.features.flatten(0, 1)[batch.starts] for batch in self._validation]))
 
 
 def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightSource, spec: ModelSpec) -> Eagle3:

@@ -40,7 +40,7 @@ class Unroller:
     """
 
     def __init__(self, draft: Eagle3, target: TargetParts, feature_scale: torch.Tensor) -> None:
-        self.draft, self.target, self._scale = draft, target, feature_scale
+        self.draft, self.target, self.feature_scale = draft, target, feature_scale
         with torch.no_grad():
             draft.fc.weight.div_(feature_scale)
 
@@ -50,12 +50,12 @@ class Unroller:
 
     def folded_fc(self) -> torch.Tensor:
         """``fc``'s weight for features as they are."""
-        return self.draft.fc.weight.detach() * self._scale
+        return self.draft.fc.weight.detach() * self.feature_scale
 
     def walk(self, batch: Batch) -> ChainWalk:
         """The chains of a batch, at their first step."""
         dtype = self.target.head.dtype
-        g = self.draft.fuse(batch.features.to(dtype) * self._scale.to(dtype))
+        g = self.draft.fuse(batch.features.to(dtype) * self.feature_scale.to(dtype))
         return ChainWalk(self.draft, self.target, batch, g)
 
     def loss(

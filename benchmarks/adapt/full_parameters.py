@@ -16,9 +16,9 @@ import torch
 from adapters.alignment import worker
 from adapters.alignment.chains import ChainDrafter, ChainStep, SegmentBatch
 from adapters.alignment.updates import Updater
-from benchmarks.adapt.whole_draft import whole_layout
 from benchmarks.common import experiments
 from engine.adapters_config import AdaptersConfig
+from engine.online.whole_draft import whole_layout
 from server import processes
 
 _RATE = 0.01

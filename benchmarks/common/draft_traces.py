@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from adapters.target_parts import TargetParts, fastest_dtype, load_target_parts
 from adapters.training.dataset import Batch
-from adapters.training.feature_recorder import FeatureRecorder, recorded_layers
+from adapters.training.feature_recorder import FeatureRecorder
 from adapters.training.unroll import Unroller
 from benchmarks.common.in_process import encode_chat, engine_config
 from benchmarks.prompts.build import Prompt
@@ -30,6 +30,7 @@ from engine.core import EngineCore
 from engine.messages import EngineRequest, SamplingParams
 from engine.models import eagle3
 from engine.models.eagle3 import Eagle3
+from engine.models.eagle3_config import recorded_layers
 from engine.models.registry import resolve_model, validate_model_files
 from engine.request import engine_request_id
 from engine.speculation.draft_files import DRAFTS

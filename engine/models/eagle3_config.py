@@ -67,6 +67,11 @@ class Eagle3Config:
         """Width of the features that are fused, side by side."""
         return len(self.capture_layers) * (self.variant.target_hidden_size or self.hidden_size)
 
+    @property
+    def recorded_size(self) -> int:
+        """Width of what the draft can be trained from: the features, and the output of the target's last layer."""
+        return self.fused_size + self.hidden_size
+
     @classmethod
     def for_target(
         cls, spec: ModelSpec, target: str, capture_layers: tuple[int, ...], intermediate_size: int
@@ -118,6 +123,15 @@ class Eagle3Config:
         if self.variant.feature_norms != "none":
             shapes["feature_norm"] = (self.fused_size,)
         return shapes
+
+
+def recorded_layers(spec: ModelSpec) -> tuple[int, ...]:
+    """Low, middle and high layer, whose outputs a draft sees, and the last one, whose output is what it should say.
+
+    The high one is the input of the last layer, from which a draft's layer starts. A target of few layers has fewer.
+    """
+    high = spec.num_layers - 2
+    return (*sorted({min(2, high), max(spec.num_layers // 2 - 1, 0), high}), high + 1)
 
 
 def read_draft(directory: Path) -> Eagle3Config:

@@ -22,6 +22,8 @@ import msgspec
 WORKER_FIELD = b""
 
 KeyScope = Literal["tenant", "tenant+domain", "global"]
+Stage = Literal["adapting", "growing", "serving"]
+"""Of a key: an adapter of a draft that there is, a whole draft that does not pay yet, or one that drafts."""
 GLOBAL_KEY = "*"
 MAX_KEY_BYTES = 128
 """Longest adapter key, in UTF-8."""
@@ -70,6 +72,7 @@ class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
     without records.
     """
 
+    stage: Stage = "adapting"
     revision: int = 0
     good_revision: int = 0
     slot: int | None = None
@@ -85,11 +88,18 @@ class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Share of records that teach."""
     loss: float | None = None
     """The last update's loss, on positions before they are learned from."""
+    agreement: float | None = None
+    """Right tokens a verification on held-out positions, of the weights scored last: what they would gain."""
     update_seconds: float | None = None
     acceptance: float | None = None
     control_acceptance: float | None = None
     previous_acceptance: float | None = None
     last_refusal: str = ""
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether it is a whole draft that does not pay yet."""
+        return self.stage == "growing"
 
 
 class WorkerStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -149,7 +149,7 @@ class VerifyLog:
         Returns:
             these tokens' ids [L, num_likely], best first; None where there is nothing to log.
         """
-        all_steps = _steps(verified, first_right)
+        all_steps = _steps(verified, first_right, self._adapters.logs_every_step)
         self._num_steps += len(all_steps)
         steps = [step for step in all_steps if self._is_logged(step.verified.request)]
         if not steps:
@@ -280,14 +280,14 @@ class VerifyLog:
         )
 
 
-def _steps(verified: Sequence[Verification], first_right: Mapping[str, bool | None]) -> list[_Step]:
-    """Those of the sequences whose output says something about their drafts, verified or not."""
+def _steps(verified: Sequence[Verification], first_right: Mapping[str, bool | None], takes_every: bool) -> list[_Step]:
+    """Those of the sequences whose output says something about their drafts, verified or not; or all with an output."""
     steps = []
     for one in verified:
         was_drafted, is_right = one.request.request_id in first_right, first_right.get(one.request.request_id)
         is_copied = one.source == "lookup" or (was_drafted and is_right is None)
-        if one.kept and (one.source is not None or was_drafted):
+        if one.kept and (takes_every or one.source is not None or was_drafted):
             step = _Step(one, is_right)
-            if step.drafted or not is_copied:  # a copy that was not looked at says nothing
+            if takes_every or step.drafted or not is_copied:  # a copy that was not looked at says nothing
                 steps.append(step)
     return steps

@@ -6,17 +6,21 @@ from collections.abc import Collection
 from pathlib import Path
 
 import structlog
+import torch
 
 from engine.config import EngineConfig
 from engine.draft_vocab.follower import VocabFollower
 from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelError, ModelFiles
+from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Variant
 from engine.models.eagle3_weights import load_weights, without_copies
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
+from engine.models.weights import open_weights
 from engine.online.adapters import EagleAdapters
+from engine.online.whole_draft import WholeDraft
 from engine.speculation import draft_files
 from engine.speculation.draft_files import check_foreign_options, check_same_tokens, choose_method, draft_model_config
 from engine.speculation.drafters.base import Draft, Proposer
@@ -26,6 +30,7 @@ from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_
 from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup, RunningTexts
 from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.drafters.session_head import make_session_head
+from engine.speculation.growing import growing_config, growing_fingerprint
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import StepCosts
@@ -50,8 +55,8 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
         ModelError: the draft cannot be had, or does not fit the target.
     """
     method, directory = choose_method(config, files.name)
-    if method == "ngram" and config.speculation.method == "auto":
-        log.info("no draft is shipped for this model: repeats are copied", model=files.name)
+    if method in ("ngram", "grow") and config.speculation.method == "auto":
+        log.info("no draft is shipped for this model: repeats are copied", model=files.name, grows=method == "grow")
     reason = missing_reason()
     if method != "none" and reason is not None:
         if config.speculation.method != "auto":
@@ -64,6 +69,8 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
     config = config.model_copy(update={"speculation": speculation})
     if method == "draft_model":
         return _load_draft_model(config, target, files, tokenizer)
+    if method == "grow":
+        return _grow_eagle(config, target, files, tokenizer)
     return None if directory is None else _load_eagle(config, target, directory, tokenizer)
 
 
@@ -132,6 +139,20 @@ def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, toke
     return EagleDraft(draft, name, target, config.cache, head, adapters, weights.embedding)
 
 
+def _grow_eagle(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> EagleDraft:
+    """A draft without weights: nothing is drafted with it until the worker has trained some."""
+    shape = growing_config(target.spec, files.name)
+    with torch.device("meta"):
+        draft = Eagle3(shape)
+    draft = draft.to(target.dtype).to_empty(device=target.device).requires_grad_(False)
+    for weight in draft.parameters():
+        weight.zero_()
+    head = make_head(config, target, draft_files.DRAFTS / files.name, tokenizer)
+    fingerprint = growing_fingerprint(open_weights(files), target.spec)
+    whole_draft = WholeDraft(config.alignment.for_growth(shape.recorded_size), draft, fingerprint)
+    return EagleDraft(draft, f"growing for {files.name}", target, config.cache, head, whole_draft)
+
+
 def _load_draft_model(config: EngineConfig, target: LoadedModel, files: ModelFiles, tokenizer: Tokenizer) -> DraftModel:
     model = draft_model_config(config, target.max_model_len)
     own_files = resolve_model(model, progress=False)
@@ -160,9 +181,11 @@ def make_speculator(
     copies_itself = isinstance(proposer, NgramProposer)
     texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
     lookup = PromptLookup(texts) if speculation.copies and speculation.adaptive and not copies_itself else None
-    verify_log = proposer.verify_log if isinstance(proposer, EagleProposer) else None
+    verify_log = whole_draft = None
+    if isinstance(proposer, EagleProposer):
+        verify_log, whole_draft = proposer.verify_log, proposer.whole_draft
     most = speculation.num_speculative_tokens
-    return Speculator(proposer, policy, most, lookup, follower, verify_log), costs
+    return Speculator(proposer, policy, most, lookup, follower, verify_log, whole_draft), costs
 
 
 def _measured(

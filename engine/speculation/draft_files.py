@@ -18,7 +18,8 @@ DRAFTS = Path(__file__).parents[2] / "drafts"
 OWN_HEAD_VOCABULARIES = ("auto", "full", "dynamic:full+0")
 """Of a draft that has a head of its own."""
 
-Method = Literal["none", "eagle3", "draft_model", "ngram"]
+Method = Literal["none", "eagle3", "draft_model", "ngram", "grow"]
+"""``grow``: an EAGLE-3 draft that the worker trains from the model's traffic; until it is worth while, copies."""
 
 
 def choose_method(config: EngineConfig, model: str) -> tuple[Method, Path | None]:
@@ -39,7 +40,7 @@ def choose_method(config: EngineConfig, model: str) -> tuple[Method, Path | None
         directory = _eagle_directory(draft, config.model.cache_dir, is_known=method == "eagle3")
         return ("draft_model", None) if directory is None else ("eagle3", directory)
     if method == "auto" and not (shipped / WEIGHTS_FILE).is_file():
-        return "ngram", None
+        return "grow" if config.must_learn and config.alignment.is_on else "ngram", None
     return "eagle3", shipped
 
 

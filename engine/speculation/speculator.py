@@ -13,6 +13,7 @@ from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
 from engine.draft_vocab.follower import ComputeLogits, VocabFollower
 from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
 from engine.online.verify_log import VerifyLog
+from engine.online.whole_draft import WholeDraft
 from engine.request import Request
 from engine.speculation.alarm import AcceptanceAlarm
 from engine.speculation.drafters.base import Proposer
@@ -32,6 +33,8 @@ class Speculator:
         lookup: finds what may be copied instead of drafted; None: nothing is.
         follower: keeps the vocabularies of running sequences; None where all draft from the same.
         verify_log: where verified drafts are written down; None: nowhere.
+        whole_draft: without which nothing is drafted, only copied, for the requests that it is not for; None: the
+            proposer drafts for all.
     """
 
     def __init__(
@@ -42,9 +45,11 @@ class Speculator:
         lookup: PromptLookup | None = None,
         follower: VocabFollower | None = None,
         verify_log: VerifyLog | None = None,
+        whole_draft: WholeDraft | None = None,
     ) -> None:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
         self._lookup, self._follower, self._verify_log = lookup, follower, verify_log
+        self._whole_draft = whole_draft
         self._vocab = None if follower is None else follower.vocab
         self._alarm = AcceptanceAlarm()
         self._drafting_seconds: float | None = None
@@ -62,10 +67,12 @@ class Speculator:
             return [0] * len(requests)
         most = [_most_copied(request, limit) for request, limit in zip(requests, limits, strict=True)]
         copies = [None] * len(requests) if self._lookup is None else self._lookup.look(requests, most)
-        for request, one, limit, copy in zip(requests, sequences, most, copies, strict=True):
+        has_draft = [True] * len(requests) if self._whole_draft is None else self._whole_draft.find_draft(requests)
+        for request, one, limit, copy, drafts in zip(requests, sequences, most, copies, has_draft, strict=True):
             request.draft_state.copy = copy
             one.tenant, one.num_unread = request.tenant, self._proposer.num_unread(request)
-            one.limit, one.repeat = min(limit, self._max_tokens), None if copy is None else copy.repeat
+            one.limit = min(limit, self._max_tokens) if drafts else 0
+            one.repeat = None if copy is None else copy.repeat
         return self._policy.lengths(sequences, num_joining)
 
     def draft(self, slots: Sequence[DraftSlot]) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.adapt.whole_draft import whole_layout
 from engine.adapters_config import AdaptersConfig
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams, SessionState
@@ -34,6 +33,7 @@ from engine.online.feature_ring import FeatureRingReader
 from engine.online.token_log import TokenLog
 from engine.online.verify_record import VerifyRecord
 from engine.online.weight_writer import WeightWriter
+from engine.online.whole_draft import whole_layout
 from engine.request import Request
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import Curve, StepCosts

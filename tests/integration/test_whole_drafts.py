@@ -12,7 +12,6 @@ import torch
 from adapters.alignment.pace import Pacer
 from adapters.alignment.worker import AdapterWorker
 from benchmarks.adapt.full_parameters import FullParameterUpdater
-from benchmarks.adapt.whole_draft import whole_layout
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
 from engine.config import ModelConfig, SpeculationConfig
 from engine.messages import SamplingParams
@@ -21,6 +20,7 @@ from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
 from engine.models.registry import resolve_model
 from engine.online.weight_writer import WeightWriter
+from engine.online.whole_draft import whole_layout
 from engine.speculation.draft_files import DRAFTS
 from engine.text.tokenizer import Tokenizer
 from kernels import native

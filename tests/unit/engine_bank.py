@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from benchmarks.adapt.whole_draft import WholeDraft, whole_layout
+from benchmarks.adapt.whole_draft import DistilledDraft
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.draft_state import Assignment
 from engine.messages import SamplingParams
@@ -18,6 +18,7 @@ from engine.models.lora import lora_layout
 from engine.online.adapters import EagleAdapters
 from engine.online.shared_file import SharedFile
 from engine.online.weight_writer import WeightWriter
+from engine.online.whole_draft import whole_layout
 from engine.request import Request
 from engine.speculation.drafters.eagle_network import TorchEagleNetwork
 
@@ -44,7 +45,7 @@ class Bank:
         """An engine, or another one."""
         self.engine: EagleAdapters
         if self._is_whole:
-            self.engine = whole = WholeDraft(self.config, self.draft, "base")
+            self.engine = whole = DistilledDraft(self.config, self.draft, "base")
             whole.network = TorchEagleNetwork(self.draft, cast(RotaryEmbedding, None))  # nothing is computed with it
         else:
             self.engine = EagleAdapters(self.config, self.draft, "base")

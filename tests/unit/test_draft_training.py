@@ -19,7 +19,8 @@ from adapters.training.conversations import Conversation, read_shard, shard_path
 from adapters.training.dataset import CONTEXT, MAX_WINDOW, TEMPLATE_TOKENS, Dataset, is_held_out
 from adapters.training.generate import Job, answered_by, jobs_of, left_of, loop_start, read_prompts
 from adapters.training.head_loss import head_loss
-from adapters.training.trainer import VALIDATION_STEPS, Phase, TrainConfig, Trainer, rows_of_loss
+from adapters.training.learner import rows_of_loss
+from adapters.training.trainer import VALIDATION_STEPS, Phase, TrainConfig, Trainer
 from adapters.training.unroll import Unroller
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
@@ -202,7 +203,7 @@ def run_trainer(files: ModelFiles, directory: Path, start_from: Path | None, anc
             for key in range(100)  # two of them are held out
         ]
         write_shard(data, conversations, [torch.randn(90, 4 * spec.hidden_size).bfloat16() for _ in conversations])
-    config = TrainConfig((0, 1, 2), width, (Phase(anchors, (1.0, 0.9), 1e-3, 512),), start_from)
+    config = TrainConfig((0, 1, 2), width, (Phase(anchors, 2, 1e-3, 512),), start_from)
     text, checkpoints, output = directory / "text", directory / f"from-{start_from is not None}", directory / "draft"
     weights = open_weights(files)
     trainer = Trainer(config, spec, weights, files.name, data, text, checkpoints, output)

@@ -24,6 +24,7 @@ from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
 from engine.online.adapters import EagleAdapters
 from engine.online.verify_log import VerifyLog
+from engine.online.whole_draft import WholeDraft
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts
 from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
@@ -63,6 +64,8 @@ class EagleDraft:
         self._target, self._cache, self._head, self._adapters = target, cache, head, adapters
         self._config, self._network = draft.config, make_network(draft, target, embedding)
         self._embed = _embedder(self._network, target, embedding)
+        if isinstance(adapters, WholeDraft):
+            adapters.network = self._network
         self.description = f"eagle3 {name}, vocabulary {head.description}"
         one = self._attention_spec(1)
         width = _stored_width(self._config, adapters)
@@ -129,6 +132,8 @@ class EagleProposer:
         adapters: EagleAdapters | None = None,
     ) -> None:
         self.capture_layers = config.capture_layers
+        if adapters is not None and adapters.records_output:
+            self.capture_layers += (config.num_target_layers - 1,)
         self._network, self._embed, self._attention, self._head = network, embed, attention, head
         self._block_size, self._device = attention.spec.block_size, target.device
         self._chain: NativeChain | None = None
@@ -137,11 +142,15 @@ class EagleProposer:
             self._chain = head.make_chain(network, target.model)
         self.stops_early = self._chain is not None
         self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
-        self._stores_fused = _stores_fused(adapters)
+        self._stores_fused, self._fused_size = _stores_fused(adapters), config.fused_size
         width, num_slots = _stored_width(config, adapters), attention.spec.num_blocks * self._block_size
         fusing = network if self._stores_fused else None
         self._stored = FeatureStore(num_slots, width, fusing, target.dtype, target.device)
         self._adapters = adapters
+        self.whole_draft = adapters if isinstance(adapters, WholeDraft) else None
+        """Whose weights it drafts with where they are exchanged as a whole."""
+        self._num_loads = 0
+        """How often they were, when entries were made last."""
         self.verify_log = None
         """Where verified drafts are to be written down."""
         if adapters is not None:
@@ -150,6 +159,9 @@ class EagleProposer:
     @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
         """Draft for the slots that want tokens and whose entries are, or can be brought, up to date."""
+        if self.whole_draft is not None and self.whole_draft.num_loads != self._num_loads:
+            self._num_loads = self.whole_draft.num_loads
+            self._entries.outdate()
         chunks, ready = self._entries.catch_up([slot for slot in slots if slot.num_tokens > 0])
         if not chunks:
             return
@@ -210,7 +222,7 @@ class EagleProposer:
     def _g_before(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """[T, hidden]: g of the position before each token."""
         stored = self._stored_before(chunks)
-        return stored if self._stores_fused else self._network.fuse(stored)
+        return stored if self._stores_fused else self._network.fuse(stored[:, : self._fused_size])
 
     def _stored_before(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """What is stored of the position before each token, a row each; ``chunks`` by the places of their entries."""
@@ -231,7 +243,9 @@ def _stores_fused(adapters: EagleAdapters | None) -> bool:
 
 def _stored_width(config: Eagle3Config, adapters: EagleAdapters | None) -> int:
     """Values that are stored of each token."""
-    return config.hidden_size if _stores_fused(adapters) else config.fused_size
+    if adapters is None or not adapters.trains_fusion:
+        return config.hidden_size
+    return config.recorded_size if adapters.records_output else config.fused_size
 
 
 def _one_place_earlier(chunk: Chunk) -> Chunk:

@@ -95,6 +95,10 @@ class DraftKvTracker:
         """Tokens without an entry, but for the few that are new with every draft; shared blocks are not looked at."""
         return max(self._num_unseen(request) - TOKENS_EACH, 0)
 
+    def outdate(self) -> None:
+        """The draft has other weights: no entry that is there already is taken over by a new sequence."""
+        self._complete = bytearray(len(self._complete))
+
     def forget(self, request: Request) -> None:
         """A request has lost its blocks; of these the knowledge stays."""
         request.draft_state.num_entries = 0

@@ -1,0 +1,161 @@
+"""A whole draft, grown from the traffic of a model that has none: as ``adapters.training`` trains one offline.
+
+It starts from the target's own last layer. Each position of a segment is learned from, those of prompts included: the
+label is what the target's last layer gave there, which the engine logs behind the features.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+
+from adapters.alignment.chains import ChainDrafter, padded
+from adapters.alignment.records import Segment
+from adapters.alignment.updates import Update, Updater
+from adapters.target_parts import fastest_dtype, load_target_parts
+from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
+from adapters.training.dataset import Batch
+from adapters.training.learner import Learner, feature_scale, most_frequent
+from engine.adapters_config import AdaptersConfig
+from engine.models.config import ModelError, ModelFiles, ModelSpec
+from engine.models.eagle3 import Eagle3, init_from_target
+from engine.models.weights import open_weights
+from engine.online.whole_draft import whole_layout
+from engine.speculation.growing import growing_config
+
+log = structlog.get_logger(__name__)
+
+_MEAN_SHARE, _MEAN_START = 0.02, 4
+"""What an update adds to the running mean that is published; a greater share among the first ones."""
+
+
+class DraftGrower(Updater):
+    """Trains all weights of a draft, by one step each at first, then by several.
+
+    What is published is a running mean of the weights. Optimiser and weights are made with the first update: before
+    there is traffic they take no memory.
+    """
+
+    trains_fusion = True
+    grows = True
+
+    def __init__(self, base: ChainDrafter, config: AdaptersConfig, key: str, fingerprint: str) -> None:
+        self._directory: Path | None = None
+        super().__init__(base, config, key, fingerprint)
+        self.layout = whole_layout(base.draft.config, fingerprint)
+        self._token_counts = torch.zeros(len(base.target.head), dtype=torch.int64)
+
+    def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
+        """Go on from these weights, None: the target's last layer; what is in training is dropped."""
+        self._first = self._base.draft.state_dict() if published is None else published
+        self._learner: Learner | None = None
+        self._resumes = False
+
+    def resume(self, directory: Path) -> None:
+        """Go on from the checkpoint there, if there is one; and keep one there from now on."""
+        self._directory, self._resumes = directory, True
+
+    def update(self, segments: Sequence[Segment]) -> Update:
+        """One step of the optimiser on all positions of some segments, at least one."""
+        started = time.process_time()
+        growth, training = self._config.growth, self._config.training
+        batch = training_batch(segments, training.horizon, self._base.draft.config.fused_size)
+        learner = self._learner or self._begin(batch)
+        self._token_counts += torch.bincount(batch.token_ids.flatten(), minlength=len(self._token_counts))
+        num_steps = 1 if self._progress.anchors < growth.one_step_positions else training.horizon
+        core = most_frequent(self._token_counts)
+        losses = learner.step(batch, core, num_steps, training.learning_rate, self._progress.step)
+        self._progress.step += 1
+        self._progress.anchors += len(batch.starts)
+        self._num_updates += 1
+        share = max(_MEAN_SHARE, _MEAN_START / (_MEAN_START + self._num_updates))
+        for name, weight in learner.weights().items():
+            self._weights[name].lerp_(weight, share)
+        if time.monotonic() - self._saved_at >= growth.checkpoint_seconds:
+            self._save(learner)
+        return Update(losses[0], len(batch.starts), time.process_time() - started)
+
+    def published(self) -> dict[str, torch.Tensor]:
+        """A copy of what the engine is given."""
+        return {name: weight.bfloat16() for name, weight in self._weights.items()}
+
+    def drafter(self, published: Mapping[str, torch.Tensor]) -> ChainDrafter:
+        """The draft that the engine has with these weights."""
+        draft = copy.deepcopy(self._base.draft)
+        draft.load_state_dict(published)
+        return replace(self._base, draft=draft)
+
+    def _begin(self, batch: Batch) -> Learner:
+        """What is to be trained: what the checkpoint has, or ``_first``."""
+        draft = Eagle3(self._base.draft.config)
+        draft.load_state_dict(self._first)
+        scale = feature_scale(batch.features.flatten(0, 1)[batch.starts])
+        learner = Learner(draft, self._base.target, scale)
+        self._progress, self._num_updates, self._saved_at = self._restored(learner, scale), 0, time.monotonic()
+        self._learner = learner
+        self._weights = {name: weight.clone() for name, weight in learner.weights().items()}
+        return learner
+
+    def _restored(self, learner: Learner, scale: torch.Tensor) -> TrainingProgress:
+        progress = None
+        if self._resumes and self._directory is not None:
+            try:
+                progress = load_checkpoint(self._directory, learner.unroller.draft, learner.optimizer, scale)
+            except (ModelError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                log.warning("the checkpoint cannot be read: the draft grows from the start", reason=str(error))
+        return progress or TrainingProgress()
+
+    def _save(self, learner: Learner) -> None:
+        if self._directory is not None:
+            scale = learner.unroller.feature_scale
+            save_checkpoint(self._directory, learner.unroller.draft, learner.optimizer, self._progress, scale)
+        self._saved_at = time.monotonic()
+
+
+def training_batch(segments: Sequence[Segment], num_steps: int, fused_size: int) -> Batch:
+    """A chain from each position of some segments whose label is known: the row of the next position has it.
+
+    Args:
+        segments: whose rows have the features of the position before, and behind them its last layer's output.
+        num_steps: most steps of a chain.
+        fused_size: width of the features.
+    """
+    rows = padded([segment.inputs for segment in segments], 0)
+    positions = padded([segment.positions for segment in segments], 0, -1)
+    is_known = F.pad(positions[:, 1:] == positions[:, :-1] + 1, (0, num_steps))
+    length = positions.shape[1]
+    lengths, goes_on = torch.zeros_like(positions), torch.ones_like(positions, dtype=torch.bool)
+    for step in range(num_steps):
+        goes_on = goes_on & is_known[:, step : step + length]
+        lengths += goes_on
+    return Batch(
+        token_ids=padded([segment.token_ids for segment in segments], num_steps),
+        positions=positions.clamp(min=0),
+        starts=(lengths > 0).flatten().nonzero().flatten(),
+        features=rows[..., :fused_size],
+        labels=F.pad(rows[:, 1:, fused_size:], (0, 0, 0, 1 + num_steps)),
+        lengths=lengths[lengths > 0],
+    )
+
+
+def seed_of_draft(files: ModelFiles, spec: ModelSpec, max_model_len: int | None) -> ChainDrafter:
+    """The draft that grows for a model, before it has learned anything.
+
+    Raises:
+        ModelError: a tensor is missing or damaged.
+    """
+    source = open_weights(files)
+    torch.manual_seed(0)
+    draft = Eagle3(growing_config(spec, files.name))
+    init_from_target(draft, source.dequantized, spec)
+    target = load_target_parts(files, spec, max_model_len, fastest_dtype())
+    draft = draft.to(fastest_dtype()).requires_grad_(False)
+    return ChainDrafter(draft, target)
