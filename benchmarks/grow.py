@@ -1,0 +1,226 @@
+"""A model without a draft grows one from its traffic: when it pays, what it gains. ``python -m benchmarks.grow``.
+
+A fine-tune of SmolLM2-135M is served with alignment and without, its norms perturbed at random: a model for which no
+draft was ever trained. Clients ask the prompts of a stream, one after the other, with pauses; then held-out prompts are
+answered one at a time by the grown draft, by copies alone, and without speculation. Another run with the same
+``--state`` goes on from where the last one was, as a restarted server does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import shutil
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle
+from pathlib import Path
+from typing import Annotated, Any
+
+import gguf
+import numpy as np
+import typer
+import uvloop
+
+from benchmarks.common.client import Speculation, stream
+from benchmarks.common.environment import environment
+from benchmarks.common.machine import RESULTS
+from benchmarks.common.process import LOGS, Launch, free_port, running
+from engine.config import ModelConfig
+from engine.models.registry import resolve_model
+from server.tenants import hash_key
+
+_MODEL = "smollm2-perturbed"
+_NOISE = 0.03
+_STATE_SECONDS = 5.0
+GROWN, COPIES, NONE = "grown", "copies", "none"
+
+
+class Server:
+    """``evospec serve`` at ``url``, and its operator's key."""
+
+    def __init__(self, url: str, admin: str) -> None:
+        self.url, self._admin = url, admin
+
+    async def ask(self, prompt: str, max_tokens: int, drafts: bool = True) -> dict[str, Any]:
+        """A greedy answer; tokens, seconds, and draft tokens that were right, copied ones included."""
+        body: dict[str, Any] = {"model": _MODEL, "messages": [{"role": "user", "content": prompt}], "stream": True}
+        body |= {"max_tokens": max_tokens, "temperature": 0, "stream_options": {"include_usage": True}}
+        if not drafts:
+            body["num_speculative_tokens"] = 0
+        result = await stream(f"{self.url}/v1/chat/completions", body)
+        if result.error is not None:
+            raise RuntimeError(result.error)
+        accepted = (result.speculation or Speculation()).num_accepted_draft_tokens
+        first = (result.token_times or [result.end])[0]
+        return {
+            "prompt_tokens": result.prompt_tokens,
+            "tokens": result.completion_tokens,
+            "accepted": accepted,
+            "seconds": result.end - result.start,
+            "decoding": result.end - first,
+            "text": hash(result.text),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What the worker says of the draft; empty before it has heard of any traffic."""
+        headers = {"Authorization": f"Bearer {self._admin}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/adapters", headers=headers)) as answer:
+            data = json.loads(answer.read())["data"]
+        return data[0]["status"] if data else {}
+
+
+@contextmanager
+def serving(model: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
+    """Runs a server until the block ends."""
+    port, admin = free_port(), secrets.token_urlsafe(16)
+    own = ["--port", str(port), "--auth.admin_key", hash_key(admin)]
+    command = [sys.executable, "-m", "benchmarks.common.experiments", "serve", str(model), *own, *options]
+    with running(Launch(command), port, LOGS / f"grow-{name}.log"):
+        yield Server(f"http://127.0.0.1:{port}", admin)
+
+
+def perturbed_model(directory: Path) -> Path:
+    """SmolLM2-135M with each norm's weights changed by 3 % of themselves at random, the same ones always."""
+    path = directory / f"{_MODEL}.gguf"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.copy(resolve_model(ModelConfig(name="smollm2-135m")).path, path)
+        generator = np.random.default_rng(0)
+        for tensor in gguf.GGUFReader(path, "r+").tensors:
+            if tensor.name.endswith("norm.weight"):
+                tensor.data[:] *= 1 + _NOISE * generator.standard_normal(tensor.data.shape, dtype=np.float32)
+    return path
+
+
+def read_prompts(paths: Sequence[Path]) -> list[str]:
+    """Those of files with a JSON object a line, which has a ``prompt``, or ``messages``; the files in turn."""
+    lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+    longest = max(map(len, lines))
+    mixed = [one[index] for index in range(longest) for one in lines if index < len(one)]
+    return [one["prompt"] if "prompt" in one else one["messages"][-1]["content"] for one in mixed]
+
+
+async def follow(
+    server: Server,
+    prompts: Sequence[str],
+    minutes: float,
+    clients: int,
+    pause: float,
+    tokens: int,
+    record: dict[str, Any],
+) -> None:
+    """The stream: each client asks, reads, pauses for ``pause`` times as long, and asks again."""
+    started, before, told = time.monotonic(), dict(record["seen"]), 0.0
+    waiting = iter(cycle(prompts[record["asked"] % len(prompts) :] + prompts[: record["asked"] % len(prompts)]))
+
+    async def client() -> None:
+        nonlocal told
+        while (at := time.monotonic() - started) < 60 * minutes:
+            answer = await server.ask(next(waiting), tokens)
+            record["asked"] += 1
+            for name in ("prompt_tokens", "tokens"):
+                record["seen"][name] += answer[name]
+            record["seen"]["minutes"] = before["minutes"] + at / 60
+            record["answers"].append(record["seen"] | {"own": answer["tokens"], "accepted": answer["accepted"]})
+            if at - told >= _STATE_SECONDS:
+                told = at
+                record["states"].append(record["seen"] | {"state": server.state()})
+            await asyncio.sleep(pause * answer["seconds"])
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    record["states"].append(record["seen"] | {"state": server.state()})
+
+
+async def measure(grown: Server, plain: Server, prompts: Sequence[str], tokens: int, record: dict[str, Any]) -> None:
+    """Held-out prompts by each side in turn, one request at a time; the other way round every other time."""
+    sides = [(GROWN, grown, True), (COPIES, plain, True), (NONE, plain, False)]
+    for number, prompt in enumerate(prompts):
+        answers = {}
+        for name, server, drafts in sides if number % 2 else reversed(sides):
+            answers[name] = await server.ask(prompt, tokens, drafts)
+        record["held_out"].append(answers)
+    record["states"].append(record["seen"] | {"state": grown.state()})
+
+
+def summary(held_out: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of each side: tokens a second while it decodes, over whole requests, and tokens a verification."""
+    found = {}
+    for name in (GROWN, COPIES, NONE):
+        of_side = [answers[name] for answers in held_out]
+        tokens, accepted, seconds, decoding = (
+            sum(answer[key] for answer in of_side) for key in ("tokens", "accepted", "seconds", "decoding")
+        )
+        found[name] = {
+            "tokens_per_second": tokens / seconds,
+            "decoded_per_second": (tokens - len(of_side)) / decoding,
+            "tokens_a_verification": tokens / (tokens - accepted),
+        }
+    same = sum(len({answers[name]["text"] for name in answers}) == 1 for answers in held_out)
+    return {"prompts": len(held_out), "equal_answers": same, "sides": found}
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Held-out agreement and live acceptance over the positions that were trained on."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    states = [one for one in record["states"] if one["state"]]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    trained = [one["state"]["num_trained_positions"] for one in states]
+    axes.plot(trained, [1 + (one["state"]["agreement"] or 0) for one in states], label="held-out, worker's score")
+    serving_from = [one["state"]["num_trained_positions"] for one in states if one["state"]["stage"] == "serving"]
+    if serving_from:
+        axes.axvline(serving_from[0], color="grey", linestyle=":", label="in force")
+    axes.set_xlabel("positions trained on")
+    axes.set_ylabel("tokens a verification")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(
+    stream_files: Annotated[list[Path], typer.Option("--stream", help="Prompts to grow from; repeatable.")],
+    held_out: Annotated[list[Path], typer.Option(help="Prompts to measure with; repeatable.")],
+    state: Annotated[Path, typer.Option(help="Directory of model, checkpoints and record.")],
+    minutes: Annotated[float, typer.Option(help="Of the stream.")] = 20.0,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts; 0: none.")] = 24,
+    clients: Annotated[int, typer.Option()] = 4,
+    pause: Annotated[float, typer.Option(help="After an answer, in times of what it took.")] = 0.5,
+    max_tokens: Annotated[int, typer.Option()] = 128,
+    option: Annotated[list[str] | None, typer.Option(help="Of engine.alignment, NAME=VALUE; repeatable.")] = None,
+) -> None:
+    """Serves, asks, and writes benchmarks/results/grow.json and its plot."""
+    model, path = perturbed_model(state), RESULTS / "grow.json"
+    record: dict[str, Any] = {"asked": 0, "seen": {"prompt_tokens": 0, "tokens": 0, "minutes": 0.0}}
+    record |= {"runs": [], "answers": [], "states": [], "held_out": []}
+    if (saved := state / "record.json").exists():
+        record = json.loads(saved.read_text())
+    record["runs"].append({"command": sys.argv[1:], "environment": environment()})
+    growing = ["--alignment.enabled", "--engine.alignment.state_directory", str(state / "versions")]
+    for value in option or []:
+        name, _, value = value.partition("=")
+        growing += [f"--engine.alignment.{name}", value]
+    with serving(model, GROWN, growing) as grown:
+        uvloop.run(follow(grown, read_prompts(stream_files), minutes, clients, pause, max_tokens, record))
+        saved.write_text(json.dumps(record))
+        if prompts:
+            record["held_out"] = []
+            with serving(model, COPIES, []) as plain:
+                uvloop.run(measure(grown, plain, read_prompts(held_out)[:prompts], max_tokens, record))
+            record["summary"] = summary(record["held_out"])
+            typer.echo(json.dumps(record["summary"], indent=1))
+    saved.write_text(json.dumps(record))
+    path.write_text(json.dumps(record))
+    draw(record, path.with_suffix(".png"))
+    typer.echo(f"{record['states'][-1]}\n{path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
