@@ -100,6 +100,7 @@ class DraftGrower(Updater):
         scale = feature_scale(batch.features.flatten(0, 1)[batch.starts])
         learner = Learner(draft, self._base.target, scale)
         self._progress, self._num_updates, self._saved_at = self._restored(learner, scale), 0, time.monotonic()
+        log.info("a draft grows", key=self._key, updates=self._progress.step, positions=self._progress.anchors)
         self._learner = learner
         self._weights = {name: weight.clone() for name, weight in learner.weights().items()}
         return learner

@@ -1,0 +1,212 @@
+"""A model without a draft grows one from its own traffic: a real engine, worker and Valkey, and a tiny random model."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.growth import DraftGrower, seed_of_draft, training_batch
+from adapters.alignment.pace import Pacer
+from adapters.alignment.records import Segment
+from adapters.alignment.worker import AdapterWorker
+from engine.adapters_config import (
+    AdaptersConfig,
+    GrowthConfig,
+    GuardConfig,
+    PaceConfig,
+    ReplayConfig,
+    TokenLogConfig,
+    TrainingConfig,
+)
+from engine.config import SpeculationConfig
+from engine.messages import SamplingParams
+from engine.models.config import ModelFiles
+from engine.models.registry import validate_model_files
+from engine.online.adapter_control import AdapterCommand
+from kernels.session_options import NUM_FEATURES
+from tests.tiny_drafts import Engine, Setting
+from tests.tiny_models import make_directory
+
+FOUR_DRAFTS = SpeculationConfig(num_speculative_tokens=4, adaptive=False)
+SAMPLING = SamplingParams(max_tokens=40, seed=0, temperature=0.0, ignore_eos=True)
+OWNER, OTHER = "owner", "other"
+MAX_ROUNDS = 200
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """A token says most of what comes after it, so that there is something to be learned from few answers."""
+    files = make_directory(tmp_path_factory.mktemp("model") / "fine-tune")
+    weights = load_file(files.path / "model.safetensors")
+    is_part = re.compile("o_proj|down_proj")
+    weights = {name: weight * 0.1 if is_part.search(name) else weight for name, weight in weights.items()}
+    save_file(weights, files.path / "model.safetensors", metadata={"format": "pt"})
+    return files
+
+
+@pytest.fixture
+def config(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
+    """A worker that is quick to learn and to judge."""
+    training = TrainingConfig(
+        learning_rate=5e-3, horizon=4, batch_positions=64, updates_per_version=12, updates_per_batch=16
+    )
+    return AdaptersConfig(
+        enabled=True,
+        redis_url=valkey_url,
+        shared_directory=tmp_path / "shared",
+        state_directory=tmp_path / "state",
+        log=TokenLogConfig(stream=f"log:{tmp_path.name}", top_k=8, interval_seconds=0.05),
+        replay=ReplayConfig(segment_positions=32, context_positions=8),
+        pace=PaceConfig(step_seconds=100.0),
+        growth=GrowthConfig(
+            one_step_positions=500,
+            checkpoint_seconds=0.0,
+            training=training,
+            guard=GuardConfig(min_held_out=24, min_watched=32, min_agreement=0.25, min_acceptance=0.1),
+        ),
+    )
+
+
+def make_worker(config: AdaptersConfig, files: ModelFiles) -> AdapterWorker:
+    """One that takes the machine, whoever else wants it."""
+    seed, fingerprint = seed_of_draft(files, validate_model_files(files), None)
+    growing = config.for_growth(seed.draft.config.recorded_size)
+    return AdapterWorker(growing, seed, fingerprint, DraftGrower, Pacer(config.pace, spare_cores=lambda: 99.0))
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 400, (12,), generator=generator).tolist() for _ in range(10)]
+
+
+def serve(engine: Engine, tenant: str = OWNER) -> tuple[list[list[int]], float]:
+    """Answers to all prompts, and accepted draft tokens for each token that was not drafted."""
+    accepted, prompts = engine.num_accepted, make_prompts()
+    outputs = engine.generate(prompts, [SAMPLING] * len(prompts), [tenant] * len(prompts))
+    accepted = engine.num_accepted - accepted
+    return outputs, accepted / (sum(map(len, outputs)) - accepted)
+
+
+def grow(engine: Engine, worker: AdapterWorker, expected: list[list[int]], least: float) -> list[float]:
+    """Serve and train until so many drafts are accepted; the acceptance of each round."""
+    rounds = list[float]()
+    for number in itertools.count():
+        outputs, acceptance = serve(engine)
+        assert outputs == expected
+        rounds.append(acceptance)
+        if acceptance >= least:
+            return rounds
+        assert number < MAX_ROUNDS, rounds  # not by the clock: a busy machine is slow
+        for _ in range(24):
+            worker.step()
+    raise AssertionError
+
+
+def test_the_life_of_a_draft(tmp_path: Path, files: ModelFiles, config: AdaptersConfig) -> None:
+    """It grows, comes into force for its owner's requests alone, and is taken back; no answer ever changes."""
+    expected, _ = serve(Engine(files, Setting()))
+    engine, worker = Engine(files, Setting(), FOUR_DRAFTS, alignment=config), make_worker(config, files)
+    serve(engine)
+    assert engine.num_drafted == 0
+    while OWNER not in worker._roster.aligners:
+        worker.step()
+    aligner = worker._roster.aligners[OWNER]
+    assert aligner.status(None).stage == "growing"
+    rounds = grow(engine, worker, expected, least=0.3)
+    status = aligner.status(None)
+    assert rounds[0] == 0.0
+    assert status.stage == "serving"
+    assert status.agreement is not None
+    assert status.agreement >= config.growth.guard.min_agreement
+
+    drafted = engine.num_drafted
+    assert serve(engine, OTHER)[0] == expected
+    assert engine.num_drafted == drafted  # what one tenant's text has taught drafts for nobody else
+
+    poison(aligner)
+    for _ in range(MAX_ROUNDS):
+        worker.step()
+        if aligner.state.num_rolled_back:
+            break
+        assert serve(engine)[0] == expected
+    assert aligner.state.num_rolled_back == 1
+
+    aligner.obey(AdapterCommand("reset", OWNER))
+    worker.step()
+    drafted = engine.num_drafted
+    assert serve(engine)[0] == expected
+    assert engine.num_drafted == drafted
+    worker.close()
+
+
+def poison(aligner: KeyAligner) -> None:
+    """Put weights in force that never get a token right, whatever their score was."""
+    assert aligner.tensors is not None
+    aligner.state.is_frozen = True
+    aligner._put_in_force({name: torch.randn(old.shape).to(old.dtype) for name, old in aligner.tensors.items()})
+
+
+def test_a_worker_goes_on_from_its_checkpoint(files: ModelFiles, config: AdaptersConfig) -> None:
+    """One that ends without a word, as if killed, has lost the traffic it remembered, and none of the weights."""
+    engine, worker = Engine(files, Setting(), FOUR_DRAFTS, alignment=config), make_worker(config, files)
+    worker._tick()
+    while not worker._roster.aligners or worker._roster.aligners[OWNER].state.num_updates < 20:
+        serve(engine)
+        for _ in range(12):
+            worker.step()
+    learned = worker._roster.aligners[OWNER]._updater
+    assert isinstance(learned, DraftGrower)
+    worker._publisher.close()
+    again = make_worker(config, files)
+    while not again._roster.aligners or again._roster.aligners[OWNER]._num_unjudged == 0:
+        serve(engine)
+        for _ in range(12):
+            again.step()
+    resumed = again._roster.aligners[OWNER]._updater
+    assert isinstance(resumed, DraftGrower)
+    assert resumed._progress.anchors > learned._progress.anchors
+    again.close()
+
+
+def test_a_damaged_checkpoint_is_as_if_not_there(files: ModelFiles, config: AdaptersConfig, tmp_path: Path) -> None:
+    seed, fingerprint = seed_of_draft(files, validate_model_files(files), None)
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0damaged!")
+    grower = DraftGrower(seed, config.for_growth(64), "key", fingerprint)
+    grower.resume(tmp_path)
+    hidden = seed.draft.config.recorded_size
+    update = grower.update([segment(torch.arange(20), torch.randn(20, hidden))])
+    assert update.num_positions == 19
+
+
+def segment(positions: torch.Tensor, inputs: torch.Tensor) -> Segment:
+    count = len(positions)
+    return Segment(
+        "r",
+        positions,
+        torch.arange(count) + 3,
+        inputs.bfloat16(),
+        torch.zeros(count, 8, dtype=torch.int32),
+        torch.zeros(count, 8, dtype=torch.float16),
+        torch.full((count,), -1, dtype=torch.int32),
+        torch.ones(count, dtype=torch.bool),
+        torch.zeros(count, NUM_FEATURES, dtype=torch.float16),
+    )
+
+
+def test_labels_are_in_the_row_of_the_next_position_and_chains_end_at_holes() -> None:
+    positions = torch.tensor([4, 5, 6, 9, 10])
+    rows = positions[:, None].float().expand(-1, 6)  # the last two columns are of the position before, as the others
+    batch = training_batch([segment(positions, rows), segment(positions[:2], rows[:2])], num_steps=3, fused_size=4)
+    length = batch.length
+    assert batch.starts.tolist() == [0, 1, 3, length]  # 6 and the last of each have no next position
+    assert batch.lengths.tolist() == [2, 1, 1, 1]
+    assert batch.features.shape == (2, length, 4)
+    for start in batch.starts.tolist():
+        row, column = divmod(start, length)
+        assert batch.labels[row, column].tolist() == [batch.positions[row, column] + 1] * 2
