@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import gguf
 import numpy as np
@@ -68,10 +69,21 @@ class Server:
 
     def state(self) -> dict[str, Any]:
         """What the worker says of the draft; empty before it has heard of any traffic."""
-        headers = {"Authorization": f"Bearer {self._admin}"}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.url}/v1/adapters", headers=headers)) as answer:
-            data = json.loads(answer.read())["data"]
+        data = self._call("GET", "/v1/adapters")["data"]
         return data[0]["status"] if data else {}
+
+    async def freeze(self) -> None:
+        """Let the worker learn no more: what is measured is the draft, not a machine shared with its training."""
+        key = self._call("GET", "/v1/adapters")["data"][0]["key"]
+        self._call("POST", f"/v1/adapters/{quote(key, safe='')}/freeze")
+        while not self.state()["is_frozen"]:
+            await asyncio.sleep(1.0)
+
+    def _call(self, method: str, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {self._admin}"}
+        request = urllib.request.Request(self.url + path, method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read())
 
 
 @contextmanager
@@ -138,6 +150,7 @@ async def follow(
 
 async def measure(grown: Server, plain: Server, prompts: Sequence[str], tokens: int, record: dict[str, Any]) -> None:
     """Held-out prompts by each side in turn, one request at a time; the other way round every other time."""
+    await grown.freeze()
     sides = [(GROWN, grown, True), (COPIES, plain, True), (NONE, plain, False)]
     for number, prompt in enumerate(prompts):
         answers = {}
