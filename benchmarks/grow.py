@@ -72,12 +72,12 @@ class Server:
         data = self._call("GET", "/v1/adapters")["data"]
         return data[0]["status"] if data else {}
 
-    async def freeze(self) -> None:
-        """Let the worker learn no more: what is measured is the draft, not a machine shared with its training."""
+    def freeze(self, is_frozen: bool) -> None:
+        """Let the worker learn no more, or again."""
         key = self._call("GET", "/v1/adapters")["data"][0]["key"]
-        self._call("POST", f"/v1/adapters/{quote(key, safe='')}/freeze")
-        while not self.state()["is_frozen"]:
-            await asyncio.sleep(1.0)
+        self._call("POST", f"/v1/adapters/{quote(key, safe='')}/{'freeze' if is_frozen else 'unfreeze'}")
+        while self.state()["is_frozen"] != is_frozen:
+            time.sleep(1.0)
 
     def _call(self, method: str, path: str) -> Any:
         headers = {"Authorization": f"Bearer {self._admin}"}
@@ -150,7 +150,6 @@ async def follow(
 
 async def measure(grown: Server, plain: Server, prompts: Sequence[str], tokens: int, record: dict[str, Any]) -> None:
     """Held-out prompts by each side in turn, one request at a time; the other way round every other time."""
-    await grown.freeze()
     sides = [(GROWN, grown, True), (COPIES, plain, True), (NONE, plain, False)]
     for number, prompt in enumerate(prompts):
         answers = {}
@@ -225,8 +224,10 @@ def main(
         saved.write_text(json.dumps(record))
         if prompts:
             record["held_out"] = []
+            grown.freeze(True)  # it is the draft that is measured, not a machine shared with its training
             with serving(model, COPIES, []) as plain:
                 uvloop.run(measure(grown, plain, read_prompts(held_out)[:prompts], max_tokens, record))
+            grown.freeze(False)
             record["summary"] = summary(record["held_out"])
             typer.echo(json.dumps(record["summary"], indent=1))
     saved.write_text(json.dumps(record))

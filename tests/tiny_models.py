@@ -77,6 +77,13 @@ def make_directory(directory: Path, architecture: str = "llama", seed: int = 0, 
     return ModelFiles(directory.name, directory, "safetensors")
 
 
+def soften_layers(directory: Path) -> None:
+    """Let a token say most of what comes after it: there is something to be learned from few answers."""
+    path, is_output = directory / "model.safetensors", ("o_proj.weight", "down_proj.weight")
+    weights = {name: weight * (0.1 if name.endswith(is_output) else 1.0) for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
 def make_gguf(
     path: Path,
     directory: Path,

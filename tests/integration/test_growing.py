@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.growth import DraftGrower, seed_of_draft, training_batch
@@ -31,7 +29,7 @@ from engine.models.registry import validate_model_files
 from engine.online.adapter_control import AdapterCommand
 from kernels.session_options import NUM_FEATURES
 from tests.tiny_drafts import Engine, Setting
-from tests.tiny_models import make_directory
+from tests.tiny_models import make_directory, soften_layers
 
 FOUR_DRAFTS = SpeculationConfig(num_speculative_tokens=4, adaptive=False)
 SAMPLING = SamplingParams(max_tokens=40, seed=0, temperature=0.0, ignore_eos=True)
@@ -41,12 +39,8 @@ MAX_ROUNDS = 200
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    """A token says most of what comes after it, so that there is something to be learned from few answers."""
     files = make_directory(tmp_path_factory.mktemp("model") / "fine-tune")
-    weights = load_file(files.path / "model.safetensors")
-    is_part = re.compile("o_proj|down_proj")
-    weights = {name: weight * 0.1 if is_part.search(name) else weight for name, weight in weights.items()}
-    save_file(weights, files.path / "model.safetensors", metadata={"format": "pt"})
+    soften_layers(files.path)
     return files
 
 
