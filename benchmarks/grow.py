@@ -17,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -128,7 +128,7 @@ async def follow(
 ) -> None:
     """The stream: each client asks, reads, pauses for ``pause`` times as long, and asks again."""
     started, before, told = time.monotonic(), dict(record["seen"]), 0.0
-    waiting = iter(cycle(prompts[record["asked"] % len(prompts) :] + prompts[: record["asked"] % len(prompts)]))
+    waiting = islice(cycle(prompts), record["asked"], None)
 
     async def client() -> None:
         nonlocal told
