@@ -26,7 +26,9 @@ from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.models.registry import validate_model_files
+from engine.models.weights import open_weights
 from engine.online.adapter_control import AdapterCommand
+from engine.speculation.growing import growing_fingerprint
 from kernels.session_options import NUM_FEATURES
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import make_directory, soften_layers
@@ -55,7 +57,7 @@ def config(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
         redis_url=valkey_url,
         shared_directory=tmp_path / "shared",
         state_directory=tmp_path / "state",
-        log=TokenLogConfig(stream=f"log:{tmp_path.name}", top_k=8, interval_seconds=0.05),
+        log=TokenLogConfig(stream=f"log:{tmp_path.name}", top_k=8, interval_seconds=0.05, cost_share=1.0),
         replay=ReplayConfig(segment_positions=32, context_positions=8),
         pace=PaceConfig(step_seconds=100.0),
         growth=GrowthConfig(
@@ -69,7 +71,8 @@ def config(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
 
 def make_worker(config: AdaptersConfig, files: ModelFiles) -> AdapterWorker:
     """One that takes the machine, whoever else wants it."""
-    seed, fingerprint = seed_of_draft(files, validate_model_files(files), None)
+    spec = validate_model_files(files)
+    seed, fingerprint = seed_of_draft(files, spec, None), growing_fingerprint(open_weights(files), spec)
     growing = config.for_growth(seed.draft.config.recorded_size)
     return AdapterWorker(growing, seed, fingerprint, DraftGrower, Pacer(config.pace, spare_cores=lambda: 99.0))
 
@@ -169,9 +172,9 @@ def test_a_worker_goes_on_from_its_checkpoint(files: ModelFiles, config: Adapter
 
 
 def test_a_damaged_checkpoint_is_as_if_not_there(files: ModelFiles, config: AdaptersConfig, tmp_path: Path) -> None:
-    seed, fingerprint = seed_of_draft(files, validate_model_files(files), None)
+    seed = seed_of_draft(files, validate_model_files(files), None)
     (tmp_path / "checkpoint.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0damaged!")
-    grower = DraftGrower(seed, config.for_growth(64), "key", fingerprint)
+    grower = DraftGrower(seed, config.for_growth(64), "key", "of a test")
     grower.resume(tmp_path)
     hidden = seed.draft.config.recorded_size
     update = grower.update([segment(torch.arange(20), torch.randn(20, hidden))])

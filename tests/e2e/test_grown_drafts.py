@@ -22,6 +22,9 @@ CANARY = "heron seventeen velvet"
 PROMPTS = [f"The {CANARY} number {number} said to the fox that" for number in range(12)]
 QUICK = {
     "log.interval_seconds": 0.05,
+    "log.cost_share": 1,
+    "pace.first_steps": 0,
+    "pace.niceness": 0,
     "replay.held_out_share": 0.4,
     "pace.spare_cores": 0,
     "pace.step_seconds": 100,
@@ -34,7 +37,7 @@ QUICK = {
     "growth.training.updates_per_version": 12,
     "growth.training.updates_per_batch": 16,
     "growth.guard.min_held_out": 24,
-    "growth.guard.min_agreement": 0.2,
+    "growth.guard.min_agreement": 0.1,
     "growth.guard.min_watched": 32,
     "growth.guard.watched_records": 128,
 }
