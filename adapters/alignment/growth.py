@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 
 _MEAN_SHARE, _MEAN_START = 0.02, 4
 """What an update adds to the running mean that is published; a greater share among the first ones."""
+_PAUSE = 20
+"""Times what a checkpoint has taken, until the next one."""
 
 
 class DraftGrower(Updater):
@@ -56,6 +58,7 @@ class DraftGrower(Updater):
     def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
         """Go on from these weights, None: the target's last layer; what is in training is dropped."""
         self._first = self._base.draft.state_dict() if published is None else published
+        self._weights = dict(self._first)  # what is published
         self._learner: Learner | None = None
         self._resumes = False
 
@@ -68,6 +71,8 @@ class DraftGrower(Updater):
         started = time.process_time()
         growth, training = self._config.growth, self._config.training
         batch = training_batch(segments, training.horizon, self._base.draft.config.fused_size)
+        if not len(batch.starts):  # single tokens: nobody knows what the target says after them
+            return Update(0.0, 0, time.process_time() - started)
         learner = self._learner or self._begin(batch)
         self._token_counts += torch.bincount(batch.token_ids.flatten(), minlength=len(self._token_counts))
         num_steps = 1 if self._progress.anchors < growth.one_step_positions else training.horizon
@@ -79,7 +84,7 @@ class DraftGrower(Updater):
         share = max(_MEAN_SHARE, _MEAN_START / (_MEAN_START + self._num_updates))
         for name, weight in learner.weights().items():
             self._weights[name].lerp_(weight, share)
-        if time.monotonic() - self._saved_at >= growth.checkpoint_seconds:
+        if time.monotonic() >= self._save_at:
             self._save(learner)
         return Update(losses[0], len(batch.starts), time.process_time() - started)
 
@@ -99,10 +104,10 @@ class DraftGrower(Updater):
         draft.load_state_dict(self._first)
         scale = feature_scale(batch.features.flatten(0, 1)[batch.starts])
         learner = Learner(draft, self._base.target, scale)
-        self._progress, self._num_updates, self._saved_at = self._restored(learner, scale), 0, time.monotonic()
+        self._progress, self._num_updates = self._restored(learner, scale), 0
+        self._save_at = time.monotonic() + self._config.growth.checkpoint_seconds
         log.info("a draft grows", key=self._key, updates=self._progress.step, positions=self._progress.anchors)
-        self._learner = learner
-        self._weights = {name: weight.clone() for name, weight in learner.weights().items()}
+        self._learner, self._weights = learner, {name: weight.clone() for name, weight in learner.weights().items()}
         return learner
 
     def _restored(self, learner: Learner, scale: torch.Tensor) -> TrainingProgress:
@@ -115,10 +120,12 @@ class DraftGrower(Updater):
         return progress or TrainingProgress()
 
     def _save(self, learner: Learner) -> None:
+        started = time.monotonic()
         if self._directory is not None:
             scale = learner.unroller.feature_scale
             save_checkpoint(self._directory, learner.unroller.draft, learner.optimizer, self._progress, scale)
-        self._saved_at = time.monotonic()
+        now = time.monotonic()
+        self._save_at = now + max(self._config.growth.checkpoint_seconds, _PAUSE * (now - started))
 
 
 def training_batch(segments: Sequence[Segment], num_steps: int, fused_size: int) -> Batch:

@@ -68,7 +68,7 @@ class Updater:
         self._optimizer = self._start(published)
 
     def resume(self, directory: Path) -> None:
-        """Go on from where an earlier process was; of ``directory``, where it may keep files. An adapter does not."""
+        """Go on from where an earlier process was, by files in ``directory``; an adapter, by what it has published."""
 
     def update(self, segments: Sequence[Segment]) -> Update:
         """Take one step of the optimiser on all chains of some segments, at least one."""

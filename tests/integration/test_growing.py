@@ -181,6 +181,16 @@ def test_a_damaged_checkpoint_is_as_if_not_there(files: ModelFiles, config: Adap
     assert update.num_positions == 19
 
 
+def test_single_tokens_teach_nothing_and_harm_nothing(files: ModelFiles, config: AdaptersConfig) -> None:
+    seed = seed_of_draft(files, validate_model_files(files), None)
+    width = seed.draft.config.recorded_size
+    grower = DraftGrower(seed, config.for_growth(width), "key", "of a test")
+    single = [segment(torch.tensor([1]), torch.randn(1, width)) for _ in range(3)]
+    assert grower.update(single).num_positions == 0
+    grower.update([segment(torch.arange(20), torch.randn(20, width))])
+    assert all(weight.isfinite().all() for weight in grower.published().values())
+
+
 def segment(positions: torch.Tensor, inputs: torch.Tensor) -> Segment:
     count = len(positions)
     return Segment(

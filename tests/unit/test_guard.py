@@ -203,6 +203,23 @@ def test_version_better_than_a_bad_one_must_not_be_worse_than_the_base() -> None
     assert "base" in reason
 
 
+def test_a_draft_that_grows_is_put_in_force_once_it_pays_and_replaced_by_much_better_ones() -> None:
+    config, none = GuardConfig(min_agreement=0.6, min_gain=0.1), scored(9.0, 0, 0, 0, 0)
+    half, more, most = scored(2.0, 1, 0, 1, 0), scored(1.9, 1, 0, 1, 1), scored(1.8, 1, 1, 1, 1)
+    assert judge(half, none, none, config)[0] is Verdict.TRAIN_ON
+    assert judge(more, none, none, config)[0] is Verdict.PUBLISH
+    assert judge(most, more, none, config)[0] is Verdict.PUBLISH
+    assert judge(most, more, none, GuardConfig(min_gain=0.3))[0] is Verdict.TRAIN_ON
+
+
+@pytest.mark.parametrize(("rate", "is_bad"), [(0.01, True), (0.2, False)])
+def test_a_draft_without_a_base_is_bad_below_a_fixed_acceptance(rate: float, is_bad: bool) -> None:
+    guard = Guard(GuardConfig(min_acceptance=0.1))
+    guard.watch(1)
+    records = itertools.islice(traffic(1, rate, 1.0, 0.0, np.random.default_rng(0)), 512)
+    assert any(guard.is_bad_after(one) for one in records) is is_bad
+
+
 def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -> None:
     clock = [0.0]
     trigger = UpdateTrigger(PaceConfig(outlook_seconds=600), batch_positions=64, clock=lambda: clock[0])
