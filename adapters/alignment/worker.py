@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
 import signal
 import sys
 import time
@@ -20,6 +18,7 @@ from adapters.alignment.chains import ChainDrafter
 from adapters.alignment.control import ControlChannel
 from adapters.alignment.growth import DraftGrower, seed_of_draft
 from adapters.alignment.pace import Pacer
+from adapters.alignment.process import give_back_memory, resident_bytes, yield_to_others
 from adapters.alignment.publisher import AdapterPublisher
 from adapters.alignment.records import Assembler
 from adapters.alignment.replay import starts_chains, teaches
@@ -45,7 +44,6 @@ from engine.speculation.growing import growing_fingerprint
 
 log = structlog.get_logger(__name__)
 
-_libc = ctypes.CDLL(None)
 
 _BATCH = 256
 _MAX_BATCHES = 16
@@ -101,7 +99,7 @@ class AdapterWorker:
         """One round: read, learn, publish, report."""
         has_worked = self._work()
         if not self._read_all() and not has_worked:
-            _give_back_memory()
+            give_back_memory()
             # Not woken by the next record: on a busy machine every waking takes a core from the engine.
             time.sleep(self._config.log.interval_seconds)
         if time.monotonic() - self._ticked_at >= _TICK:
@@ -235,7 +233,7 @@ class AdapterWorker:
             num_without_slot=self._num_without_slot,
             is_attached=self._publisher.is_attached,
             is_paused=self._is_paused,
-            resident_bytes=_resident_bytes(),
+            resident_bytes=resident_bytes(),
         )
         slots = self._publisher.slots
         self._control.report(worker, {key: a.status(slots.get(key)) for key, a in self._roster.aligners.items()})
@@ -270,36 +268,12 @@ def _state_directory(config: AdaptersConfig, fingerprint: str) -> Path:
     return config.state_directory / fingerprint[:16]
 
 
-def _yield_to_others(niceness: int) -> None:
-    """Let every other process go first.
-
-    A session of its own is a group of its own to Linux's autogroups, within which alone niceness counts; so the group
-    is niced as well.
-    """
-    os.nice(niceness)
-    with suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(niceness))
-
-
-def _give_back_memory() -> None:
-    """Return to the system what the allocator keeps for later: the next update may be hours away."""
-    if sys.platform == "linux" and hasattr(_libc, "malloc_trim"):
-        _libc.malloc_trim(0)
-
-
-def _resident_bytes() -> int:
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return 0
-
-
 def main(updater: type[Updater] = Updater) -> None:
     """Work until SIGTERM, which ends it within an update's time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     configure_logging_from_environment()
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
-    _yield_to_others(config.alignment.pace.niceness)
+    yield_to_others(config.alignment.pace.niceness)
     torch.set_num_threads(config.alignment.pace.threads)
     try:
         worker = load_worker(config, updater)

@@ -1,0 +1,37 @@
+"""The worker's process, as the machine sees it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+_libc = ctypes.CDLL(None)
+
+
+def yield_to_others(niceness: int) -> None:
+    """Let every other process go first.
+
+    A session of its own is a group of its own to Linux's autogroups, within which alone niceness counts; so the group
+    is niced as well.
+    """
+    os.nice(niceness)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(niceness))
+
+
+def give_back_memory() -> None:
+    """Return to the system what the allocator keeps for later: the next update may be hours away."""
+    if sys.platform == "linux" and hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
+
+
+def resident_bytes() -> int:
+    """Memory of this process; 0 where that cannot be read."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
