@@ -17,7 +17,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle, islice
+from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -177,21 +177,22 @@ def summary(held_out: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Held-out agreement and live acceptance over the positions that were trained on."""
+    """What the worker's scores promise, over the tokens of traffic, prompts included."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    states = [one for one in record["states"] if one["state"]]
+    known = [one for one in record["states"] if one["state"].get("agreement") is not None]
+    scored = [next(same) for _, same in groupby(known, lambda one: one["state"]["agreement"])]
+    tokens = [one["prompt_tokens"] + one["tokens"] for one in scored]
     figure, axes = plt.subplots(figsize=(7, 4))
-    trained = [one["state"]["num_trained_positions"] for one in states]
-    axes.plot(trained, [1 + (one["state"]["agreement"] or 0) for one in states], label="held-out, worker's score")
-    serving_from = [one["state"]["num_trained_positions"] for one in states if one["state"]["stage"] == "serving"]
-    if serving_from:
-        axes.axvline(serving_from[0], color="grey", linestyle=":", label="in force")
-    axes.set_xlabel("positions trained on")
-    axes.set_ylabel("tokens a verification")
+    axes.plot(tokens, [1 + one["state"]["agreement"] for one in scored], "o-", label="by the worker's held-out score")
+    in_force = [seen for seen, one in zip(tokens, scored, strict=True) if one["state"]["stage"] == "serving"]
+    if in_force:
+        axes.axvline(in_force[0], color="grey", linestyle=":", label="first in force")
+    axes.set_xlabel("tokens of traffic")
+    axes.set_ylabel("tokens a verification, without copies")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
