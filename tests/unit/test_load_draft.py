@@ -115,6 +115,16 @@ def test_the_default_vocabulary(method: str, vocab_size: int, expected: str) -> 
     assert spec_load.default_vocabulary(method, False, vocab_size) == "full"
 
 
+def test_a_model_without_a_draft_grows_one_only_where_that_is_asked_for() -> None:
+    redis = "unix:///valkey"
+    for alignment, method in (
+        (AdaptersConfig(redis_url=redis), "ngram"),
+        (AdaptersConfig(enabled=False, redis_url=redis), "ngram"),
+        (AdaptersConfig(enabled=True, redis_url=redis), "grow"),
+    ):
+        assert draft_files.choose_method(EngineConfig(alignment=alignment), "a fine-tune") == (method, None)
+
+
 def test_alignment_wants_all_drafts_from_the_draft() -> None:
     with pytest.raises(ValidationError, match="ngram"):
         EngineConfig(speculation=SpeculationConfig(method="ngram"), alignment=AdaptersConfig(enabled=True))
