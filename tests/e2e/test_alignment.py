@@ -23,6 +23,7 @@ def options(tmp_path: Path) -> list[str]:
     return [
         *AT_ONCE,
         *("--engine.alignment.pace.first_steps", "1"),
+        *("--engine.alignment.pace.niceness", "1"),  # else, where the machine is busy, it starts late
         *("--engine.alignment.shared_directory", directories["shared"]),
         *("--engine.alignment.state_directory", directories["state"]),
         *("--auth.admin_key", hash_key(KEY)),
@@ -71,8 +72,9 @@ def test_the_worker_dies_and_comes_back(launch_server: Callable[..., RunningServ
     wait_for_worker(server, first)
     server.wait_for(lambda: metric(server, "evospec:alignment_worker_num_records") > 0 or None, "records read")
     assert metric(server, "evospec:alignment_records_written_total") > 0
-    assert Path(f"/proc/{first}/autogroup").read_text().endswith(" nice 19\n")
-    assert os.getpriority(os.PRIO_PROCESS, first) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 19)
+    group = Path(f"/proc/{first}/autogroup")
+    assert not group.exists() or group.read_text().endswith(" nice 1\n")
+    assert os.getpriority(os.PRIO_PROCESS, first) == min(19, os.getpriority(os.PRIO_PROCESS, 0) + 1)
     os.kill(first, signal.SIGKILL)
     assert complete(server) == text
     second = server.wait_for(lambda: worker_pid(server, besides=first), "new worker process")
