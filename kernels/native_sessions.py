@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,6 @@ from kernels.session_library import (
     zeros,
 )
 from kernels.session_options import (
-    MAX_REPEATS,
     NUM_FEATURES,
     SOURCES,
     GraphArrays,
@@ -35,6 +35,11 @@ from kernels.session_options import (
     Table,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+LogitsOf = Callable[[NDArray[np.int32], NDArray[np.int32]], "torch.Tensor"]
+"""The draft's logits [n] float32 on the CPU, at some rows [n] of any tokens [n]."""
 TailWrites = NDArray[np.int32]
 """[n, 3]: sessions, places of their tails, and the tokens that are there now."""
 _NOTHING: NDArray[np.int32] = np.empty((0, 0), np.int32)
@@ -113,30 +118,23 @@ class Sessions:
         self._library.evo_sessions_insert(self.handle, session, address_of(tokens), len(tokens), number, most)
         return self.take_writes()
 
-    def rows(
-        self, sessions: Sequence[int], tenants: Sequence[int] | None, tokens: Sequence[Sequence[int]]
-    ) -> TokenRows:
-        """Tokens of some sessions; ``tenants``: tables of their tenants."""
-        rows = TokenRows(sessions, tenants, tokens)
-        self._check(rows.tokens)
-        return rows
-
     def catch_up(self, rows: TokenRows) -> TailWrites:
         """Take tokens of steps in which sequences were not drafted for."""
-        self._library.evo_sessions_catch_up(self.handle, ctypes.byref(rows.struct))
+        self._must_know(self._library.evo_sessions_catch_up(self.handle, ctypes.byref(rows.struct)))
         return self.take_writes()
 
-    def missed(self, rows: TokenRows) -> list[int]:
-        """The first token of each row of a verified step that could not have been drafted, -1 for none."""
-        missed = zeros(rows.struct.rows)
-        self._library.evo_sessions_missed(self.handle, ctypes.byref(rows.struct), address_of(missed))
+    def missed(self, rows: TokenRows, texts: Texts) -> list[int]:
+        """The first token of each row of a verified step that could not have been drafted, -1 for none.
+
+        Of the rows that name a text of ``texts``, this goes on with the tokens.
+        """
+        missed, struct = zeros(len(rows)), ctypes.byref(rows.struct)
+        self._must_know(self._library.evo_sessions_missed(self.handle, texts.handle, struct, address_of(missed)))
         return missed.tolist()
 
     def learn(
         self,
         rows: TokenRows,
-        num_accepted: Sequence[int],
-        num_drafts: Sequence[int],
         chosen: Sequence[int] = (),
         likely: NDArray[np.int32] | None = None,
         *,
@@ -146,66 +144,53 @@ class Sessions:
 
         Args:
             rows: the sessions that got tokens, of which ``missed`` was asked about.
-            num_accepted: how many of each one's tokens were drafted.
-            num_drafts: how many drafts of each were verified.
             chosen: rows into whose tails enters what the target thought likely, and what follows that; ascending.
             likely: [n, k] the target's most likely tokens where the tokens of the chosen rows were chosen, best first.
             in_background: on another thread; the next call that wants to know waits for it.
         """
-        best = _NOTHING if likely is None else np.ascontiguousarray(likely, np.int32)
-        arrays = [array("i", values) for values in (num_accepted, num_drafts, chosen)]
-        places = [values.buffer_info()[0] for values in arrays]
-        lesson = LessonStruct(rows.struct, *places, best.ctypes.data, len(chosen), best.shape[1])
+        lesson = LessonStruct(rows.struct)
+        if chosen:
+            best = _NOTHING if likely is None else np.ascontiguousarray(likely, np.int32)
+            of_chosen = array("i", chosen)
+            lesson.chosen, lesson.likely = of_chosen.buffer_info()[0], best.ctypes.data
+            lesson.num_chosen, lesson.k = len(chosen), best.shape[1]
+            self._likely = of_chosen, best  # they and the rows must outlive it
+        self._learned = rows
         self._library.evo_sessions_learn(self.handle, ctypes.byref(lesson), in_background)
-        self._lesson = rows, arrays, best  # they must outlive it
 
     def take_writes(self) -> TailWrites:
         """The places of tails that changed since the last call that told."""
+        return self._writes_of(self._library.evo_sessions_take_writes)
+
+    def begin_drafts(self) -> TailWrites:
+        """Another step's drafts begin, those of the last one are forgotten; as ``take_writes``."""
+        return self._writes_of(self._library.evo_sessions_begin_drafts)
+
+    def _writes_of(self, call: Any) -> TailWrites:
         count = ctypes.c_int()
-        place = self._library.evo_sessions_take_writes(self.handle, ctypes.byref(count))
+        place = call(self.handle, ctypes.byref(count))
+        if not count.value:
+            return _NO_WRITES
         # A copy of bytes: a type of ctypes for each number of writes would take longer than all of them.
-        copied = ctypes.string_at(place, 12 * count.value)
-        return np.frombuffer(copied, np.int32).reshape(-1, 3) if count.value else _NO_WRITES
+        return np.frombuffer(ctypes.string_at(place, 12 * count.value), np.int32).reshape(-1, 3)
 
     def clear_tenant(self, tenant: int) -> None:
         """A tenant's table begins."""
         self._library.evo_sessions_clear_tenant(self.handle, tenant)
 
-    def begin_drafts(self) -> None:
-        """Another step's drafts begin; those of the last one are forgotten."""
-        self._library.evo_sessions_begin_drafts(self.handle)
+    def score(self, texts: Texts, step: DraftStep, logits_of: LogitsOf) -> None:
+        """Add each session's prior to the candidates' logits, in place. What they were is remembered until ``learn``.
 
-    def include_repeats(self, texts: Texts, step: DraftStep, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        """Make what continues a repeat of a row's text one of its candidates; the weakest make room, in place.
+        Before that, what continues a repeat of a row's text becomes one of its candidates; the weakest make room.
 
         Args:
             texts: of all rows.
-            step: the rows.
-            token_ids: [B, C], -1 for none.
-
-        Returns:
-            [n, 2]: rows and columns of candidates whose logits are to be computed.
+            step: the rows, and their candidates.
+            logits_of: for the tokens that become candidates; where it is NaN, that of the one that made room stays.
         """
-        included = np.empty((len(token_ids) * MAX_REPEATS, 2), np.int32)
-        step.struct.tokens, step.struct.columns = token_ids.ctypes.data, token_ids.shape[1]
-        count = self._library.evo_sessions_include(
-            self.handle, texts.handle, ctypes.byref(step.struct), POINTER(included.ctypes.data)
-        )
-        return included[:count]
-
-    def score(self, step: DraftStep, token_ids: NDArray[np.int32], logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[B, C]: the candidates' logits with each session's prior. Until ``learn``, it is remembered what they were.
-
-        Args:
-            step: the rows; ``include_repeats`` was asked about them.
-            token_ids: [B, C], -1 for none.
-            logits: [B, C], -inf for none.
-        """
-        scores = np.empty_like(logits)
-        step.struct.tokens, step.struct.logits = token_ids.ctypes.data, logits.ctypes.data
-        step.struct.scores = scores.ctypes.data
-        self._library.evo_sessions_score(self.handle, ctypes.byref(step.struct))
-        return scores
+        if self._library.evo_sessions_include(self.handle, texts.handle, step.pointer):
+            logits = logits_of(*step.included())
+            self._library.evo_sessions_score(self.handle, step.pointer, POINTER(logits.data_ptr()))
 
     def tail(self, session: int) -> list[int]:
         """The tokens of a tail, the most worth keeping first."""
@@ -257,5 +242,8 @@ class Sessions:
         return tokens, values
 
     def _check(self, tokens: array[int]) -> None:
-        if not self._library.evo_sessions_know(self.handle, address_of(tokens), len(tokens)):
+        self._must_know(self._library.evo_sessions_know(self.handle, address_of(tokens), len(tokens)))
+
+    def _must_know(self, all_known: int) -> None:
+        if not all_known:
             raise IndexError(f"not all tokens are below {self.vocab_size}")

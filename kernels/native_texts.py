@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Sequence
 
-from kernels.session_library import INT, POINTER, address_of, joined, load, zeros
+from kernels.session_library import INT, POINTER, TokenRows, address_of, load, zeros
 from kernels.session_options import MAX_REPEATS
 
 
@@ -29,10 +30,9 @@ class Texts:
         """Begin a text."""
         self._library.evo_texts_clear(self.handle, slot)
 
-    def extend(self, slots: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+    def extend(self, rows: TokenRows) -> None:
         """Append to some texts."""
-        arrays = array("i", slots), *joined(tokens)
-        self._library.evo_texts_extend(self.handle, len(slots), *map(address_of, arrays))
+        self._library.evo_texts_extend(self.handle, ctypes.byref(rows.struct))
 
     def copy(self, slots: Sequence[int], most: int) -> tuple[list[list[int]], list[int]]:
         """What followed the longest repeat of each text's end, ``most`` tokens, and the repeat's length (0: none)."""

@@ -10,14 +10,17 @@ import ctypes
 import functools
 from array import array
 from collections.abc import Sequence
-from itertools import accumulate, chain
-from typing import Any, Literal
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kernels.session_options import MAX_REPEATS, NUM_FEATURES, SOURCES
 from kernels.targets import PLAIN, best_target, load_of_these_sources
+
+if TYPE_CHECKING:
+    import torch
 
 POINTER, INT, INT64, FLOAT, DOUBLE = (
     ctypes.c_void_p,
@@ -75,21 +78,22 @@ class OptionsStruct(ctypes.Structure):
 
 
 class TokenRowsStruct(ctypes.Structure):
-    _fields_ = (("rows", INT), *((name, POINTER) for name in ("sessions", "tenants", "begins", "tokens")))
+    _fields_ = (("count", INT), *((name, POINTER) for name in ("rows", "tokens")))
 
 
 class LessonStruct(ctypes.Structure):
     _fields_ = (
         ("rows", TokenRowsStruct),
-        *((name, POINTER) for name in ("num_accepted", "num_drafts", "chosen", "likely")),
+        *((name, POINTER) for name in ("chosen", "likely")),
         *((name, INT) for name in ("num_chosen", "k")),
     )
 
 
 class DraftStepStruct(ctypes.Structure):
     _fields_ = (
-        *((name, INT) for name in ("rows", "columns", "num_drafts")),
-        *((name, POINTER) for name in ("sessions", "texts", "drafts", "tokens", "logits", "scores", "best", "repeats")),
+        *((name, INT) for name in ("rows", "columns", "num_drafts", "num_included")),
+        *((name, POINTER) for name in ("sessions", "texts", "drafts", "tokens", "logits")),
+        *((name, POINTER) for name in ("best", "repeats", "included")),
     )
 
 
@@ -108,8 +112,8 @@ def load() -> Any:
     library = _of_these_sources()
     if library is None:
         raise RuntimeError(missing_reason())
-    for name in ("evo_sessions_new", "evo_sessions_take_writes", "evo_sessions_unigrams", "evo_sessions_weights"):
-        getattr(library, name).restype = POINTER
+    for name in ("new", "begin_drafts", "take_writes", "unigrams", "weights"):
+        getattr(library, f"evo_sessions_{name}").restype = POINTER
     library.evo_texts_new.restype = POINTER
     library.evo_sessions_counts.restype = ctypes.POINTER(SessionCounts)
     library.evo_sessions_state.restype = ctypes.POINTER(StateStruct)
@@ -121,11 +125,6 @@ def load() -> Any:
 def _of_these_sources() -> Any:
     best = best_target()
     return (best and load_of_these_sources(best)) or load_of_these_sources(PLAIN)
-
-
-def joined(tokens: Sequence[Sequence[int]]) -> tuple[array[int], array[int]]:
-    """Where each row's tokens begin, and all of them."""
-    return array("i", accumulate(map(len, tokens), initial=0)), array("i", chain.from_iterable(tokens))
 
 
 def zeros(count: int) -> array[int]:
@@ -144,23 +143,46 @@ def view_of(place: int, dtype: Any, *shape: int) -> NDArray[Any]:
 
 
 class TokenRows:
-    """Tokens of some sessions, as the library takes them. (A small array of Python's costs a fraction of NumPy's.)
+    """Tokens that some sequences have got, as the library takes them."""
 
-    Args:
-        sessions: one a row.
-        tenants: tables of their tenants; None without.
-        tokens: of each.
-    """
+    def __init__(self) -> None:
+        self._rows: list[int] = []
+        self._tokens: list[int] = []
 
-    def __init__(self, sessions: Sequence[int], tenants: Sequence[int] | None, tokens: Sequence[Sequence[int]]) -> None:
-        begins, self.tokens = joined(tokens)
-        self._arrays = [array("i", sessions), array("i", tenants or ()), begins, self.tokens]
-        own, of_tenants, begin, token = (values.buffer_info()[0] for values in self._arrays)
-        self.struct = TokenRowsStruct(len(sessions), own, None if tenants is None else of_tenants, begin, token)
+    def add(
+        self,
+        slot: int,
+        tokens: Sequence[int],
+        tenant: int = -1,
+        text: int = -1,
+        num_accepted: int = 0,
+        num_drafts: int = 0,
+    ) -> None:
+        """Tokens of one more sequence.
+
+        Args:
+            slot: of its session or text.
+            tokens: that it has got.
+            tenant: table of its tenant; -1 for none.
+            text: which goes on with the same tokens; -1 for none.
+            num_accepted: how many of the tokens were drafted.
+            num_drafts: how many drafts were verified.
+        """
+        self._tokens += tokens
+        self._rows += (slot, text, tenant, len(self._tokens), num_accepted, num_drafts)
+
+    def __len__(self) -> int:
+        return len(self._rows) // 6
+
+    @functools.cached_property
+    def struct(self) -> TokenRowsStruct:
+        """All of them: nothing is added from here on, and this object must outlive it."""
+        self._arrays = array("i", self._rows), array("i", self._tokens)
+        return TokenRowsStruct(len(self), *(values.buffer_info()[0] for values in self._arrays))
 
 
 class DraftStep:
-    """Rows of a batch whose next draft token is chosen.
+    """Rows of a batch whose next draft token is chosen. (A small array of Python's costs a fraction of NumPy's.)
 
     Args:
         sessions: of each row; -1 for none.
@@ -168,22 +190,38 @@ class DraftStep:
     """
 
     def __init__(self, sessions: Sequence[int], texts: Sequence[int]) -> None:
-        self._sessions, self._texts = array("i", sessions), array("i", texts)
-        self._repeats, self._drafts = zeros(len(sessions) * (2 * MAX_REPEATS + 1)), array("i")
-        self._best = zeros(len(sessions))
-        self.struct = DraftStepStruct(len(sessions))
-        self.struct.sessions, self.struct.texts = self._sessions.buffer_info()[0], self._texts.buffer_info()[0]
-        self.struct.repeats, self.struct.best = self._repeats.buffer_info()[0], self._best.buffer_info()[0]
+        self.sessions, self.texts = sessions, texts
+        self._slots, self._drafts = (array("i", sessions), array("i", texts)), array("i")
+        self._best, self._repeats = zeros(len(sessions)), zeros(len(sessions) * (2 * MAX_REPEATS + 1))
+        self._included = np.empty((2, len(sessions) * MAX_REPEATS), np.int32)
+        self._struct = struct = DraftStepStruct(len(sessions))
+        self.pointer = ctypes.byref(struct)
+        struct.sessions, struct.texts = (slots.buffer_info()[0] for slots in self._slots)
+        struct.best, struct.repeats = self._best.buffer_info()[0], self._repeats.buffer_info()[0]
+        struct.included = self._included.ctypes.data
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return len(self.sessions)
 
     @property
     def best(self) -> list[int]:
-        """The token of each row with the largest score; -1 for none."""
+        """The token of each row with the largest score; any where no score is a number."""
         return self._best.tolist()
 
-    def go_on(self, drafts: Sequence[Sequence[int]]) -> None:
-        """The next token comes after these, as many for each row."""
-        self._drafts = array("i", chain.from_iterable(drafts))
-        self.struct.drafts, self.struct.num_drafts = self._drafts.buffer_info()[0], len(drafts[0])
+    def included(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Rows [n] and tokens [n], int32, of the candidates that were included."""
+        rows, tokens = self._included[:, : self._struct.num_included]
+        return rows, tokens
+
+    def go_on(self, drafts: Sequence[Sequence[int]], token_ids: torch.Tensor, logits: torch.Tensor) -> None:
+        """The next token comes after ``drafts``, as many for each row.
+
+        Args:
+            drafts: of each row.
+            token_ids: [B, C] int32 on the CPU, what it is chosen among; -1 for none.
+            logits: [B, C] float32 on the CPU, of these; -inf for none.
+        """
+        self._drafts, struct = array("i", chain.from_iterable(drafts)), self._struct
+        self._candidates = token_ids, logits  # they must outlive what the structure says of them
+        struct.drafts, struct.num_drafts = self._drafts.buffer_info()[0], len(drafts[0])
+        struct.tokens, struct.logits, struct.columns = token_ids.data_ptr(), logits.data_ptr(), token_ids.shape[1]

@@ -8,6 +8,7 @@ import numpy as np
 
 from engine.draft_vocab.ngram_counts import NgramCounts, restore, strongest
 from kernels.native_sessions import Sessions
+from kernels.session_library import TokenRows
 from kernels.session_options import HALF_LIFE, NUM_FEATURES, SessionOptions, TableSizes
 
 
@@ -25,7 +26,9 @@ class CountedSession:
 
     def observe(self, token_ids: Sequence[int]) -> None:
         """The session goes on with some tokens."""
-        self.sessions.catch_up(self.sessions.rows([0], None, [token_ids]))
+        rows = TokenRows()
+        rows.add(0, token_ids)
+        self.sessions.catch_up(rows)
 
     def count(self, ngram: Sequence[int]) -> float:
         """The decayed count of one, two or three tokens in a row; 0 if unknown."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from adapters.alignment.records import Segment
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
+from kernels.session_library import TokenRows
 from kernels.session_options import FEATURES, MAX_REPEATS, SessionOptions, TableSizes
 
 _IN_SESSION, _BIGRAM, _TRIGRAM, _MATCH = map(FEATURES.index, ("in_session", "bigram", "trigram", "match"))
@@ -87,8 +88,10 @@ def _continuations(segment: Segment, first: int) -> tuple[torch.Tensor, torch.Te
         # Where some are missing, what was before is no neighbour: a token that never comes again is between.
         is_broken = row and positions[row] != positions[row - 1] + 1
         tokens = [above + row, token_id] if is_broken else [token_id]
-        session.catch_up(session.rows([0], None, [tokens]))
-        index.extend([0], [tokens])
+        rows = TokenRows()
+        rows.add(0, tokens)
+        session.catch_up(rows)
+        index.extend(rows)
         if row >= first:
             found.append((session.followers(0, 2), session.followers(0, 3), _matches(index)))
     token_ids = np.stack([np.concatenate([ids for ids, _ in position]) for position in found])

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
@@ -146,14 +147,15 @@ class Replay:
         if self._vocab is None:
             return int(token_ids[0, 0])
 
-        def logits_of(_rows: NDArray[np.int32], wanted: NDArray[np.int32]) -> NDArray[np.float32]:
+        def logits_of(_rows: NDArray[np.int32], wanted: NDArray[np.int32]) -> torch.Tensor:
             found = wanted[:, None] == known
-            logits: NDArray[np.float32] = np.where(found.any(axis=1), own[found.argmax(axis=1)], own[-1])
-            return logits.astype(np.float32)
+            logits = np.where(found.any(axis=1), own[found.argmax(axis=1)], own[-1])
+            return torch.from_numpy(logits.astype(np.float32))
 
         if not self._vocab.uses_prior:
             return int(token_ids[0, 0])
-        return self._vocab.drafted.with_prior([request], token_ids, logits, logits_of)[1][0]
+        candidates = torch.from_numpy(token_ids), torch.from_numpy(logits)
+        return self._vocab.drafted.choose_with_prior([request], *candidates, logits_of)[0]
 
     def _observe(self, request: Request, kept: list[int], num_drafts: int, likely: NDArray[np.int32]) -> None:
         request.draft_token_ids += [-1] * (num_drafts - len(request.draft_token_ids))

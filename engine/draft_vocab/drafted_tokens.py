@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engine.request import Request
-from kernels.native_sessions import Sessions
+from kernels.native_sessions import LogitsOf, Sessions
 from kernels.session_library import DraftStep
 
 if TYPE_CHECKING:
     from engine.speculation.drafters.lookup import RunningTexts
-
-LogitsOf = Callable[[NDArray[np.int32], NDArray[np.int32]], NDArray[np.float32]]
-"""The draft's logits [n] of any tokens [n], at some rows [n]."""
 
 
 class DraftedTokens:
@@ -30,43 +28,31 @@ class DraftedTokens:
 
     def __init__(self, sessions: Sessions, texts: RunningTexts, *, wants_hidden: bool) -> None:
         self._sessions, self._texts, self.wants_hidden = sessions, texts, wants_hidden
-        self._step: DraftStep | None = None
+        self._step = DraftStep((), ())
 
-    def begin(self) -> None:
-        """A step's drafts begin; what the last ones were chosen from is forgotten."""
-        self._sessions.begin_drafts()
-        self._step = None
-
-    def with_prior(
-        self,
-        requests: Sequence[Request],
-        token_ids: NDArray[np.int32],
-        logits: NDArray[np.float32],
-        logits_of: LogitsOf,
-    ) -> tuple[NDArray[np.float32], list[int]]:
-        """The candidates' logits with each session's prior [B, C], and the token of each row that has the largest.
+    def choose_with_prior(
+        self, requests: Sequence[Request], token_ids: torch.Tensor, logits: torch.Tensor, logits_of: LogitsOf
+    ) -> list[int]:
+        """Add each session's prior to the candidates' logits, in place: the token of each row with the largest sum.
 
         Tokens that followed a repeat of the text's end become candidates, whatever the draft thinks of them.
 
         Args:
             requests: one a row; drafts before this one are in their ``draft_token_ids``, as many in each. Those of a
                 step's later tokens are among those of its first, in the same order.
-            token_ids: [B, C], -1 for none; the weakest make room, in place.
-            logits: [B, C], -inf for none; likewise.
+            token_ids: [B, C] int32 on the CPU, -1 for none; the weakest make room, in place.
+            logits: [B, C] float32 on the CPU, -inf for none.
             logits_of: for the tokens that become candidates; where it is NaN, that of the one that made room stays.
         """
-        step = self._step
-        if step is None or len(step) != len(requests):
+        drafts = [request.draft_token_ids for request in requests]
+        if not drafts[0] or len(self._step) != len(drafts):
             states = [request.draft_state for request in requests]
-            step = DraftStep([state.session for state in states], [state.text for state in states])
-            self._step = step
-        step.go_on([request.draft_token_ids for request in requests])
-        included = self._sessions.include_repeats(self._texts.texts, step, token_ids)
-        if len(included):
-            rows, columns = included.T
-            new, replaced = logits_of(rows, token_ids[rows, columns]), logits[rows, columns]
-            logits[rows, columns] = np.where(np.isnan(new), replaced, new)
-        return self._sessions.score(step, token_ids, logits), step.best
+            sessions, texts = [state.session for state in states], [state.text for state in states]
+            if sessions != self._step.sessions or texts != self._step.texts:  # seldom: made anew for other rows only
+                self._step = DraftStep(sessions, texts)
+        self._step.go_on(drafts, token_ids, logits)
+        self._sessions.score(self._texts.texts, self._step, logits_of)
+        return self._step.best
 
     def remember(self, requests: Sequence[Request], hidden: NDArray[np.float32]) -> None:
         """Keep the states [B, d] from which the next draft token of each row is chosen."""

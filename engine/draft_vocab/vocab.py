@@ -36,28 +36,6 @@ TopK = Callable[[Sequence[int]], NDArray[np.int32]]
 """The target's most likely tokens at some rows of a step's logits: [n, k], best first."""
 
 
-class _Rows:
-    """Arguments of a call for several sequences with a vocabulary."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-        self.tokens: list[Sequence[int]] = []
-
-    def add(self, request: Request, tokens: Sequence[int]) -> None:
-        self.requests.append(request)
-        self.tokens.append(tokens)
-        request.draft_state.num_in_session += len(tokens)
-
-    def add_unread(self, request: Request) -> None:
-        """The tokens that a sequence's vocabulary has not seen: those of steps in which somebody else drafted."""
-        if request.draft_state.num_in_session < request.num_tokens:
-            self.add(request, request.all_token_ids[request.draft_state.num_in_session :])
-
-    @property
-    def sessions(self) -> list[int]:
-        return [request.draft_state.session for request in self.requests]
-
-
 class DraftVocab:
     """Gives running sequences a vocabulary each, as long as there is room, and keeps it in step with their text.
 
@@ -132,12 +110,11 @@ class DraftVocab:
 
     def before_drafts(self, requests: Sequence[Request]) -> None:
         """Bring sequences up to date that are about to be drafted for."""
-        self.drafted.begin()
-        self._write(self.sessions.take_writes())
-        behind = _Rows()
+        self._write(self.sessions.begin_drafts())
+        behind = TokenRows()
         for request in requests:
             if self._ensure_session(request):
-                behind.add_unread(request)
+                self._add_unread(behind, request)
         self._catch_up(behind)
         if self.uses_prior and self._options.prior_matches:
             self.texts.read(requests)
@@ -156,7 +133,7 @@ class DraftVocab:
             later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
         """
         followed: list[Verification] = []
-        rows, behind = _Rows(), _Rows()
+        rows, behind = TokenRows(), TokenRows()
         for one in verified:
             request = one.sequence.request
             has_session = request.draft_state.session != NONE
@@ -165,8 +142,9 @@ class DraftVocab:
                 is_followed = request.request_id not in later and self._ensure_session(request)
                 self._past.recall(request)  # what it said before is copied from, with a vocabulary or without
             if is_followed:
-                behind.add_unread(request)
-                rows.add(request, one.kept)
+                self._add_unread(behind, request)
+                text, num_drafts = self.texts.take(request, len(one.kept)), one.sequence.num_draft_tokens
+                self._add(rows, request, one.kept, text, one.num_accepted, num_drafts)
                 followed.append(one)
         self._catch_up(behind)
         if followed:
@@ -175,24 +153,16 @@ class DraftVocab:
             if state.session != NONE:
                 self._write(self.sessions.insert(state.session, token_ids, "semantic", _NEW_BY_SEARCH))
 
-    def _learn(self, verified: Sequence[Verification], rows: _Rows, top_k: TopK) -> None:
+    def _learn(self, verified: Sequence[Verification], rows: TokenRows, top_k: TopK) -> None:
         """Take tokens of sequences that are up to date, and put into their tails what is likely to come."""
-        tokens = self._token_rows(rows)
-        missed = self.sessions.missed(tokens)
+        missed = self.sessions.missed(rows, self.texts.texts)
         signal = self._options.target_signal
         chosen, likely = [], None
         if self.has_tails:
             chosen = [row for row, first in enumerate(missed) if first >= 0 or signal == "every"]
         if chosen and signal != "off":
             likely = top_k([place for row in chosen for place in verified[row].rows])
-        self.sessions.learn(
-            tokens,
-            [one.num_accepted for one in verified],
-            [one.sequence.num_draft_tokens for one in verified],
-            chosen,
-            likely,
-            in_background=len(verified) >= _IN_BACKGROUND,
-        )
+        self.sessions.learn(rows, chosen, likely, in_background=len(rows) >= _IN_BACKGROUND)
         if self._search is not None:
             for row in chosen:
                 state, place = verified[row].request.draft_state, missed[row]
@@ -217,8 +187,8 @@ class DraftVocab:
             self._ensure_session(request)  # nothing may have been drafted for it, but its session is to know of it
         if state.session == NONE:
             return None, None
-        behind = _Rows()
-        behind.add_unread(request)
+        behind = TokenRows()
+        self._add_unread(behind, request)
         self._catch_up(behind)
         self._past.remember(state.session, request)
         counts = self.sessions.counts(state.session)
@@ -258,18 +228,20 @@ class DraftVocab:
             state.num_in_session = request.num_tokens
         return state.session != NONE
 
-    def _catch_up(self, rows: _Rows) -> None:
-        if rows.requests:
-            self._write(self.sessions.catch_up(self._token_rows(rows)))
+    def _add_unread(self, rows: TokenRows, request: Request) -> None:
+        """The tokens that a sequence's vocabulary has not seen: those of steps in which somebody else drafted."""
+        num_read = request.draft_state.num_in_session
+        if num_read < len(request.all_token_ids):
+            self._add(rows, request, request.all_token_ids[num_read:])
 
-    def _token_rows(self, rows: _Rows) -> TokenRows:
-        return self.sessions.rows(rows.sessions, self._tables(rows.requests), rows.tokens)
+    def _add(self, rows: TokenRows, request: Request, tokens: Sequence[int], *others: int) -> None:
+        state, table = request.draft_state, NONE if self._tenants is None else self._tenants.of(request.tenant)
+        rows.add(state.session, tokens, table, *others)
+        state.num_in_session += len(tokens)
 
-    def _tables(self, requests: Sequence[Request]) -> list[int] | None:
-        if self._tenants is None:
-            return None
-        tables = {tenant: self._tenants.of(tenant) for tenant in dict.fromkeys(one.tenant for one in requests)}
-        return [tables[request.tenant] for request in requests]
+    def _catch_up(self, rows: TokenRows) -> None:
+        if len(rows):
+            self._write(self.sessions.catch_up(rows))
 
     def _write(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:
@@ -286,9 +258,12 @@ class _TenantTables:
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
         self._tables: OrderedDict[str, int] = OrderedDict()
+        self._latest: tuple[str, int] | None = None
 
     def of(self, tenant: str) -> int:
         """The tenant's; for this step only, as another may get it in a later one."""
+        if self._latest is not None and self._latest[0] == tenant:
+            return self._latest[1]
         table = self._tables.get(tenant)
         if table is None:
             is_new = len(self._tables) < self._sessions.options.num_tenants
@@ -296,4 +271,5 @@ class _TenantTables:
             self._sessions.clear_tenant(table)
             self._tables[tenant] = table
         self._tables.move_to_end(tenant)
+        self._latest = tenant, table
         return table

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.vocabulary.replay import verification
@@ -101,12 +102,10 @@ class Harness:
     ) -> NDArray[np.float32]:
         """The scores of candidates for the first drafts of requests; what repeats is no candidate."""
         self.vocab.before_drafts(requests)
-        known = ids.copy(), logits.copy()
-
-        def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
-            return np.full(len(rows), -9, np.float32)
-
-        return self.vocab.drafted.with_prior(requests, *known, logits_of)[0]
+        scores = logits.copy()
+        known = torch.from_numpy(ids.copy()), torch.from_numpy(scores)
+        self.vocab.drafted.choose_with_prior(requests, *known, lambda rows, _: torch.full((len(rows),), -9.0))
+        return scores
 
     def end(self, request: Request) -> bytes | None:
         snapshot, _ = self.vocab.finish(request)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from engine.draft_vocab.bigram_graph import BigramGraph, build_bigram_graph
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
-from kernels.session_library import DraftStep
+from kernels.session_library import DraftStep, TokenRows
 from kernels.session_options import NUM_FEATURES, PRESENCE, SessionOptions, TableSizes
 from tests.reference.bigram_graph import TenantBigrams, continuations
 from tests.reference.continuations import Continuations
@@ -26,6 +27,8 @@ from tests.reference.text_matches import TextMatches, copied, match_continuation
 
 VOCAB, CORE, NONE = 60, 10, [0.0] * NUM_FEATURES
 TOKENS = st.lists(st.integers(0, VOCAB - 1), max_size=40)
+LACKING = [0, 5, 10]
+NO_TEXTS = Texts(0, 0)
 SMALL = TableSizes(8, 3, 16, 2)
 
 
@@ -37,6 +40,14 @@ def sessions(**options: object) -> Sessions:
     return made
 
 
+def rows_of(*rows: tuple[int, list[int]], tenant: int = -1, num_accepted: int = 0, num_drafts: int = 0) -> TokenRows:
+    """Tokens of some slots."""
+    made = TokenRows()
+    for slot, tokens in rows:
+        made.add(slot, tokens, tenant, -1, num_accepted, num_drafts)
+    return made
+
+
 @settings(max_examples=100)
 @given(runs=st.lists(TOKENS, max_size=8), sizes=st.sampled_from([SMALL, TableSizes()]))
 def test_counts_are_those_of_the_reference(runs: list[list[int]], sizes: TableSizes) -> None:
@@ -45,7 +56,7 @@ def test_counts_are_those_of_the_reference(runs: list[list[int]], sizes: TableSi
     expected = SessionNgrams(VOCAB, NgramSizes(*vars(sizes).values()), half_life=20.0)
     text: list[int] = []
     for tokens in runs:
-        made.catch_up(made.rows([1], None, [tokens]))
+        made.catch_up(rows_of((1, tokens)))
         expected.observe(tokens, text)
         text += tokens
     assert made.unit(1) == expected.unit
@@ -62,7 +73,7 @@ def test_counts_are_those_of_the_reference(runs: list[list[int]], sizes: TableSi
 
 def test_counts_stay_finite_in_a_long_session() -> None:
     made = sessions(half_life=0.1)  # rescaled every ten tokens
-    made.catch_up(made.rows([0], None, [[20, 21] * 50]))
+    made.catch_up(rows_of((0, [20, 21] * 50)))
     assert 1.0 <= made.unit(0) < 1e31
     assert np.isfinite(made.unigrams(0)).all()
     assert made.unigrams(0)[21] > made.unigrams(0)[20] > 0
@@ -97,7 +108,7 @@ class TailMachine(RuleBasedStateMachine):
 
     @rule(token_ids=TOKENS)
     def touch(self, token_ids: list[int]) -> None:
-        self.sessions.catch_up(self.sessions.rows([1], None, [token_ids]))
+        self.sessions.catch_up(rows_of((1, token_ids)))
         self.tail.touch(token_ids)
 
     @rule()
@@ -131,7 +142,8 @@ def test_tokens_of_other_vocabularies_are_refused(token_id: int) -> None:
     for call in (
         lambda: made.begin(0, [1, token_id], [], []),
         lambda: made.insert(0, [token_id], "context"),
-        lambda: made.rows([0], None, [[1], [token_id]]),
+        lambda: made.catch_up(rows_of((0, [1]), (1, [token_id]))),
+        lambda: made.missed(rows_of((0, [1]), (1, [token_id])), NO_TEXTS),
     ):
         with pytest.raises(IndexError):
             call()
@@ -158,8 +170,8 @@ def test_repeats_are_those_of_the_reference(text: list[int], after: list[int], f
     texts, expected = Texts(2, 64), TextMatches()
     for slot in range(2):
         texts.clear(slot)
-    texts.extend([1], [text[:7]])
-    texts.extend([1], [text[7:]])
+    texts.extend(rows_of((1, text[:7])))
+    texts.extend(rows_of((1, text[7:])))
     expected.extend(text)
     assert texts.find(1, after) == expected.find(after)
     place, length = expected.longest()
@@ -174,7 +186,7 @@ def test_a_full_text_forgets_its_older_half(tokens: list[int]) -> None:
     texts, kept = Texts(1, 16), list[int]()
     texts.clear(0)
     for token_id in tokens:
-        texts.extend([0], [[token_id]])
+        texts.extend(rows_of((0, [token_id])))
         kept = [*(kept[8:] if len(kept) == 16 else kept), token_id]
         expected = TextMatches()
         expected.extend(kept)
@@ -183,6 +195,11 @@ def test_a_full_text_forgets_its_older_half(tokens: list[int]) -> None:
 
 def graph_of(rng: np.random.Generator) -> BigramGraph:
     return build_bigram_graph([rng.integers(0, 12, 400).astype(np.int32)], VOCAB)
+
+
+def logits_of(_: NDArray[np.int32], token_ids: NDArray[np.int32]) -> torch.Tensor:
+    """Of what repeats; the head lacks some of it."""
+    return torch.from_numpy(np.where(np.isin(token_ids, LACKING), np.nan, 0.25).astype(np.float32))
 
 
 def candidates_of(rng: np.random.Generator, rows: int, columns: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
@@ -241,23 +258,22 @@ def test_priors_are_those_of_the_reference(
         made.clear(session, weights)
         made.begin(session, text, [], [])
         texts.clear(session)
-        texts.extend([session], [text])
+        texts.extend(rows_of((session, text)))
     drafts, rows = rng.integers(0, 12, (3, num_drafts)).tolist(), [1, -1, 0]
     targets = rng.integers(0, 12, (3, num_drafts + 1)).astype(np.int32)
     step, lessons = DraftStep(rows, rows), []
-    made.begin_drafts()
     for number in range(num_drafts + 1):
         before = [of_row[:number] for of_row in drafts]
         token_ids, logits = candidates_of(rng, 3, columns)
-        known = {
-            (row, token): logit for row in range(3) for token, logit in zip(token_ids[row], logits[row], strict=True)
-        }
-        step.go_on(before)
-        for row, column in made.include_repeats(texts, step, token_ids):
-            logits[row, column] = known.get((row, token_ids[row, column]), 0.25)
-        scores = made.score(step, token_ids, logits)
+        known = [dict(zip(*row, strict=True)) for row in zip(token_ids.tolist(), logits.tolist(), strict=True)]
+        scores = logits.copy()
+        step.go_on(before, torch.from_numpy(token_ids), torch.from_numpy(scores))
+        made.score(texts, step, logits_of)
+        for row, column in np.ndindex(logits.shape):
+            if (token_id := token_ids[row, column]) not in known[row]:
+                logits[row, column] = logits[row, column] if token_id in LACKING else 0.25
         assert np.array_equal(scores[1], logits[1])
-        assert step.best == token_ids[range(3), scores.argmax(axis=1)].tolist()
+        assert step.best == np.maximum(token_ids[range(3), scores.argmax(axis=1)], 0).tolist()
         for row, session in ((0, 1), (2, 0)):
             reference = references[session]
             if matches:
@@ -266,9 +282,9 @@ def test_priors_are_those_of_the_reference(
             expected = reference.candidates(before[row], token_ids[row : row + 1], logits[row : row + 1])
             assert scores[row] == pytest.approx(expected.scores(reference.weights.bonus[None])[0], abs=1e-4)
             lessons.append((reference.weights, expected, targets[row, number]))
-    verified = made.rows([1, 0], None, [targets[0].tolist(), targets[2].tolist()])
-    made.missed(verified)
-    made.learn(verified, [0, 0], [num_drafts + 1] * 2, in_background=in_background)
+    verified = rows_of((1, targets[0].tolist()), (0, targets[2].tolist()), num_drafts=num_drafts + 1)
+    made.missed(verified, NO_TEXTS)
+    made.learn(verified, in_background=in_background)
     for session, reference in enumerate(references):
         own = [one for one in lessons if one[0] is reference.weights]
         parts = ([getattr(one, name) for _, one, _ in own] for name in ("token_ids", "logits", "features"))
@@ -279,6 +295,26 @@ def test_priors_are_those_of_the_reference(
         assert made.counts(session).num_lessons == num_drafts + 1
 
 
+def test_what_a_restored_session_had_counts_in_its_prior() -> None:
+    made = sessions(num_places=0)
+    made.clear(0, [1.0, *NONE[1:]])
+    made.unigrams(0)[21], made.counts(0).num_counted = 1.0, 1
+    made.begin(0, [22], [], [])
+    step, logits = DraftStep([0], [-1]), torch.zeros(1, 3)
+    step.go_on([[]], torch.tensor([[20, 21, 22]], dtype=torch.int32), logits)
+    made.score(NO_TEXTS, step, logits_of)
+    assert logits.tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_a_text_goes_on_with_what_was_verified() -> None:
+    made, texts, verified = sessions(), Texts(1, 64), TokenRows()
+    texts.clear(0)
+    texts.extend(rows_of((0, [1, 2, 3])))
+    verified.add(0, [1, 2], text=0)
+    made.missed(verified, texts)
+    assert texts.find(0) == {3: 2}
+
+
 def test_the_target_and_what_follows_by_the_graph_enter_where_a_token_could_not_be_drafted() -> None:
     graph = build_bigram_graph([np.tile(np.arange(20, 40, dtype=np.int32), 9)], VOCAB)
     options = SessionOptions(2, 16, num_tenants=1)
@@ -286,9 +322,9 @@ def test_the_target_and_what_follows_by_the_graph_enter_where_a_token_could_not_
     made.clear(0, NONE)
     made.clear_tenant(0)
     tenant = TenantBigrams(graph)
-    verified = made.rows([0], [0], [[3, 25]])
-    assert made.missed(verified) == [1]
-    made.learn(verified, [1], [1], [0], np.array([[5, 50], [25, 51]], np.int32), in_background=True)
+    verified = rows_of((0, [3, 25]), tenant=0, num_accepted=1, num_drafts=1)
+    assert made.missed(verified, NO_TEXTS) == [1]
+    made.learn(verified, [0], np.array([[5, 50], [25, 51]], np.int32), in_background=True)
     tenant.observe([3, 25])
     near = [token_id for seed in (25, 51) for token_id in tenant.neighbours(seed)]
     assert made.take_writes()[:, 2].tolist() == [25, 50, 51, *near]
@@ -296,9 +332,9 @@ def test_the_target_and_what_follows_by_the_graph_enter_where_a_token_could_not_
     counts = made.counts(0)
     assert (counts.verified, counts.covered, counts.events) == (2, 1, 1)
     assert counts.by_source("insertions") == {"context": 1, "target": 2, "graph": 1}
-    verified = made.rows([0], [0], [[51, 26]])
-    assert made.missed(verified) == [-1]
-    made.learn(verified, [1], [1])
+    verified = rows_of((0, [51, 26]), tenant=0, num_accepted=1, num_drafts=1)
+    assert made.missed(verified, NO_TEXTS) == [-1]
+    made.learn(verified)
     assert made.counts(0).by_source("hits") == {"target": 1}
 
 
@@ -313,12 +349,12 @@ def test_neighbours_are_those_of_the_reference(seed: int) -> None:
     tenant, text = TenantBigrams(graph), list[int]()
     for _ in range(5):
         tokens = rng.integers(0, 12, 6).tolist()
-        made.catch_up(made.rows([0], [0], [tokens]))
+        made.catch_up(rows_of((0, tokens), tenant=0))
         tenant.observe(tokens, text)
         text += tokens
     seed_token = int(rng.integers(0, 12))
-    verified = made.rows([0], [0], [[seed_token]])
-    made.missed(verified)
-    made.learn(verified, [0], [0], [0])
+    verified = rows_of((0, [seed_token]), tenant=0)
+    made.missed(verified, NO_TEXTS)
+    made.learn(verified, [0])
     tenant.observe([seed_token], text)
     assert made.take_writes()[:, 2].tolist() == tenant.neighbours(seed_token)

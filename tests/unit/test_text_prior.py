@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.records import Segment
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
-from kernels.session_library import DraftStep
+from kernels.session_library import DraftStep, TokenRows
 from kernels.session_options import NUM_FEATURES, SessionOptions
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 from tests.unit.test_replay import segment
@@ -47,19 +48,25 @@ def bonus(batch: SegmentBatch, step: int, token_ids: torch.Tensor = EVERY) -> to
     return batch.prior.bonus(batch.starts // batch.length, batch.starts % batch.length, step, token_ids)
 
 
+def none_repeats(_rows: NDArray[np.int32], _token_ids: NDArray[np.int32]) -> torch.Tensor:
+    raise AssertionError("all tokens are candidates already")
+
+
 def as_served(text: list[int], weights: list[float], drafts: list[int]) -> torch.Tensor:
     """[VOCAB]: what the engine adds, a session having had a text, to what may follow its drafts."""
     session, index = Sessions(SessionOptions(1, 0), np.full(VOCAB, True)), Texts(1, 256)
     session.clear(0, weights)
     session.begin(0, text, [], [])
     index.clear(0)
-    index.extend([0], [text])
-    step, every = DraftStep([0], [0]), EVERY.numpy().astype(np.int32)[None]
+    rows = TokenRows()
+    rows.add(0, text)
+    index.extend(rows)
+    step, every = DraftStep([0], [0]), EVERY.int()[None]
     for number in range(len(drafts) + 1):
-        step.go_on([drafts[:number]])
-        assert not len(session.include_repeats(index, step, every))
-        scores = session.score(step, every, np.zeros((1, VOCAB), np.float32))
-    return torch.from_numpy(scores[0])
+        scores = torch.zeros(1, VOCAB)
+        step.go_on([drafts[:number]], every, scores)
+        session.score(index, step, none_repeats)
+    return scores[0]
 
 
 @settings(max_examples=100)

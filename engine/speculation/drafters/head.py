@@ -60,6 +60,9 @@ class DraftHead:
         self.has_tails = tails is not None
         """Whether every row needs the number of its tail."""
         self._tails = tails if isinstance(tails, TailSlabs) else None
+        self._slabs: Sequence[int] | None = None
+        self._of_rows: torch.Tensor | None = None
+        """``_slabs``, of the last rows with a tail each, as a tensor."""
         self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
         """Memory of its own."""
         core = "full" if ids is None else f"static:{len(ids)}" if own is None else f"of its own {len(ids)} tokens"
@@ -189,10 +192,12 @@ class DraftHead:
 
         In descending order; a row with fewer tokens ends in -inf and -1. Arguments as for ``choose``.
         """
-        of_rows = None if slabs is None else torch.from_numpy(np.array(slabs, np.int32)).to(hidden.device)
+        if slabs != self._slabs:  # seldom: most drafts are for the same sequences as those before
+            self._slabs = slabs
+            self._of_rows = None if slabs is None else torch.from_numpy(np.array(slabs, np.int32)).to(hidden.device)
         if self._find is not None:
-            return self._find(hidden, count, of_rows)
-        return draft_head_topk(hidden, self._core, count, self._tails, of_rows, self.team)
+            return self._find(hidden, count, self._of_rows)
+        return draft_head_topk(hidden, self._core, count, self._tails, self._of_rows, self.team)
 
 
 @dataclass(frozen=True)

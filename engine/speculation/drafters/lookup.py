@@ -17,6 +17,7 @@ from engine.speculation.length.policy import Copy, Repeat, StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import CONFIDENCE_LEVELS
 from kernels.native_texts import Texts
+from kernels.session_library import TokenRows
 
 PROMPT_WINDOW = 4096
 """The last tokens of a prompt, which are looked at; fewer where there is a prediction, of which the first count."""
@@ -39,28 +40,36 @@ class RunningTexts:
 
     def read(self, requests: Iterable[Request]) -> None:
         """Take the tokens that sequences have got since the last call."""
-        slots, tokens = [], []
+        rows = TokenRows()
         for request in requests:
-            state, num_tokens = request.draft_state, request.num_tokens
-            if state.text == NONE:
-                if not self._free:
-                    continue
-                state.text = self._free.pop()
-                self.texts.clear(state.text)
-                predicted = state.prediction[: PROMPT_WINDOW - TEXT_BEFORE]
-                state.num_in_text = max(num_tokens - PROMPT_WINDOW + len(predicted), 0)
-                if said := state.said:
-                    slots.append(state.text)
-                    tokens.append(said)
-                if predicted:
-                    slots.append(state.text)
-                    tokens.append([*request.prompt_token_ids[-TEXT_BEFORE:], *predicted])
-            if state.num_in_text < num_tokens:
-                slots.append(state.text)
-                tokens.append(request.all_token_ids[state.num_in_text :])
-                state.num_in_text = num_tokens
-        if slots:
-            self.texts.extend(slots, tokens)
+            state, token_ids = request.draft_state, request.all_token_ids
+            if state.text == NONE and self._free:
+                self._begin(request, rows)
+            if state.text != NONE and state.num_in_text < len(token_ids):
+                rows.add(state.text, token_ids[state.num_in_text :])
+                state.num_in_text = len(token_ids)
+        if len(rows):
+            self.texts.extend(rows)
+
+    def _begin(self, request: Request, rows: TokenRows) -> None:
+        """A text begins with what else may be copied: the session's earlier answers, and what is predicted."""
+        state = request.draft_state
+        state.text = self._free.pop()
+        self.texts.clear(state.text)
+        predicted = state.prediction[: PROMPT_WINDOW - TEXT_BEFORE]
+        state.num_in_text = max(request.num_tokens - PROMPT_WINDOW + len(predicted), 0)
+        if said := state.said:
+            rows.add(state.text, said)
+        if predicted:
+            rows.add(state.text, [*request.prompt_token_ids[-TEXT_BEFORE:], *predicted])
+
+    def take(self, request: Request, count: int) -> int:
+        """The slot of the text to which the caller appends the next tokens of a sequence; NONE: ``read`` does that."""
+        state = request.draft_state
+        if state.text == NONE or state.num_in_text != len(request.all_token_ids):
+            return NONE
+        state.num_in_text += count
+        return state.text
 
     def forget(self, request: Request) -> None:
         """A request has ended."""

@@ -72,16 +72,16 @@ class SessionHead(DraftHead):
         logits, token_ids = self.candidates(hidden, self.vocab.slabs(requests) if self.has_tails else None)
         params = [request.sampling for request in requests]
         if self.vocab.uses_prior:
-            ids, scores = token_ids.cpu().numpy(), logits.cpu().numpy()
+            token_ids, logits = token_ids.cpu(), logits.cpu()
 
-            def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+            def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> torch.Tensor:
                 places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
-                return self.logits(hidden[places], wanted).cpu().numpy()
+                return self.logits(hidden.index_select(0, places), wanted).cpu()
 
-            scores, best = self.vocab.drafted.with_prior(requests, ids, scores, logits_of)
+            best = self.vocab.drafted.choose_with_prior(requests, token_ids, logits, logits_of)
             if all_greedy(params):
-                return any_token(best)
-            logits, token_ids = (torch.from_numpy(array).to(hidden.device) for array in (scores, ids))
+                return best
+            logits, token_ids = logits.to(hidden.device), token_ids.to(hidden.device)
         elif all_greedy(params):
             return any_token(token_ids[:, 0].tolist())
         return any_token(choose_tokens(logits, params, next_positions(requests), token_ids, self.team))

@@ -1,5 +1,6 @@
 // The C interface of sessions and texts, for kernels/native_sessions.py.
 #include <algorithm>
+#include <cmath>
 
 #include "sessions.h"
 
@@ -8,35 +9,44 @@ namespace {
 
 // The next draft token of each row: what it is chosen among, and where what is found goes.
 struct DraftStep {
-  int32_t rows, columns, num_drafts;
+  int32_t rows, columns, num_drafts, num_included;
   const int32_t* sessions;  // [rows]; -1: none
   const int32_t* texts;     // [rows]; -1: none
   const int32_t* drafts;    // [rows][num_drafts]: those before this one
   int32_t* tokens;          // [rows][columns]
-  float* logits;            // [rows][columns]
-  float* scores;            // [rows][columns]
-  int32_t* best;            // [rows]: the token of the largest score
+  float* logits;            // [rows][columns]: the draft's, then the scores
+  int32_t* best;            // [rows]: the token of the largest score; any where no score is a number
   Repeats* repeats;         // [rows]
+  int32_t* included;        // [2][rows * kMaxPlaces]: rows and tokens of candidates whose logits are not known
 
   const int32_t* drafts_of(int row) const { return drafts + static_cast<size_t>(row) * num_drafts; }
   Candidates candidates_of(int row) const {
     const size_t at = static_cast<size_t>(row) * columns;
     return {tokens + at, logits + at, nullptr, columns};
   }
+  int32_t* included_tokens() const { return included + rows * TextIndex::kMaxPlaces; }
 };
 
-// included [.][2]: rows and columns of candidates whose logits are to be computed. Returns how many.
-int include_repeats(const Sessions& sessions, const TextIndexes& texts, const DraftStep& step, int32_t* included) {
-  int count = 0;
+void include_repeats(const Sessions& sessions, const TextIndexes& texts, DraftStep& step) {
+  step.num_included = 0;
   for (int row = 0; row < step.rows; ++row) {
     const int text = step.sessions[row] < 0 ? -1 : step.texts[row];
     step.repeats[row] = sessions.repeats(texts, text, step.drafts_of(row), step.num_drafts);
-    include(step.repeats[row], step.candidates_of(row), [&](int column) {
-      included[2 * count] = row;
-      included[2 * count++ + 1] = column;
+    const Candidates own = step.candidates_of(row);
+    include(step.repeats[row], own, [&](int column) {
+      step.included[step.num_included] = row;
+      step.included_tokens()[step.num_included++] = own.tokens[column];
     });
   }
-  return count;
+}
+
+// Gives included candidates their logits; where one is not a number, that of the candidate that made room stays.
+void set_included(const DraftStep& step, const float* logits) {
+  for (int i = 0; i < step.num_included; ++i) {
+    const Candidates own = step.candidates_of(step.included[i]);
+    const int32_t* const at = std::find(own.tokens, own.tokens + own.columns, step.included_tokens()[i]);
+    if (!std::isnan(logits[i])) own.logits[at - own.tokens] = logits[i];
+  }
 }
 
 // Of a row without a session, or whose drafts before this one are not known, the scores are the logits.
@@ -46,16 +56,14 @@ void score(Sessions& sessions, const DraftStep& step) {
   for (int row = 0; row < step.rows; ++row) {
     const int session = step.sessions[row];
     const Candidates given = step.candidates_of(row);
-    float* const scores = step.scores + static_cast<size_t>(row) * step.columns;
-    if (session < 0 || !sessions.has_drafted(session, round)) {
-      std::copy_n(given.logits, given.columns, scores);
-    } else {
+    if (session >= 0 && sessions.has_drafted(session, round)) {
       const Candidates own = sessions.rounds().of(round, sessions.take_row(session, round, row));
       std::copy_n(given.tokens, own.columns, own.tokens);
       std::copy_n(given.logits, own.columns, own.logits);
-      sessions.score(session, step.drafts_of(row), round, step.repeats[row], own, scores);
+      sessions.score(session, step.drafts_of(row), round, step.repeats[row], own, given.logits);
     }
-    step.best[row] = given.tokens[std::max_element(scores, scores + step.columns) - scores];
+    const auto best = std::max_element(given.logits, given.logits + given.columns) - given.logits;
+    step.best[row] = std::max(given.tokens[best], 0);
   }
 }
 
@@ -102,9 +110,20 @@ void evo_sessions_insert(Sessions* sessions, int session, const int32_t* tokens,
   sessions->insert(session, tokens, count, static_cast<Source>(source), limit >= 0 ? limit : room);
 }
 
-void evo_sessions_catch_up(Sessions* sessions, const TokenRows* rows) { settled(sessions).catch_up(*rows); }
-void evo_sessions_missed(Sessions* sessions, const TokenRows* rows, int32_t* missed) {
+// These two take nothing, and return 0, where not all tokens are of the vocabulary.
+int evo_sessions_catch_up(Sessions* sessions, const TokenRows* rows) {
+  const int known = evo_sessions_know(sessions, rows->all_tokens, rows->num_tokens());
+  if (known) settled(sessions).catch_up(*rows);
+  return known;
+}
+int evo_sessions_missed(Sessions* sessions, const TextIndexes* texts, const TokenRows* rows, int32_t* missed) {
+  const int known = evo_sessions_know(sessions, rows->all_tokens, rows->num_tokens());
+  if (!known) return known;
   settled(sessions).find_missed(*rows, missed);
+  for (int i = 0; i < rows->count; ++i) {
+    if (rows->rows[i].text >= 0) texts->of(rows->rows[i].text).extend(rows->tokens(i), rows->size(i));
+  }
+  return known;
 }
 void evo_sessions_learn(Sessions* sessions, const Lesson* lesson, int in_background) {
   settled(sessions).learn(*lesson, in_background != 0);
@@ -141,21 +160,30 @@ void evo_sessions_followers(Sessions* sessions, int session, int order, int32_t*
   sessions->followers(session, order, context, tokens, values);
 }
 
-void evo_sessions_begin_drafts(Sessions* sessions) { settled(sessions).begin_drafts(); }
-int evo_sessions_include(Sessions* sessions, const TextIndexes* texts, const DraftStep* step, int32_t* included) {
-  return include_repeats(settled(sessions), *texts, *step, included);
+// Drafts of another step begin; returns the writes that there are before it.
+const TailWrite* evo_sessions_begin_drafts(Sessions* sessions, int* count) {
+  settled(sessions).begin_drafts();
+  return evo_sessions_take_writes(sessions, count);
 }
-void evo_sessions_score(Sessions* sessions, const DraftStep* step) { score(settled(sessions), *step); }
+// Scores the candidates, or returns how many have been included whose logits are not known yet.
+int evo_sessions_include(Sessions* sessions, const TextIndexes* texts, DraftStep* step) {
+  include_repeats(settled(sessions), *texts, *step);
+  if (step->num_included == 0) score(*sessions, *step);
+  return step->num_included;
+}
+// Scores them then; included [num_included]: these logits.
+void evo_sessions_score(Sessions* sessions, const DraftStep* step, const float* included) {
+  set_included(*step, included);
+  score(settled(sessions), *step);
+}
 
 TextIndexes* evo_texts_new(int slots, int capacity) { return new TextIndexes(slots, capacity); }
 void evo_texts_free(TextIndexes* texts) { delete texts; }
 int64_t evo_texts_bytes(const TextIndexes* texts) { return texts->num_bytes(); }
 void evo_texts_clear(TextIndexes* texts, int slot) { texts->clear(slot); }
 
-// Appends tokens[begins[i]] .. tokens[begins[i + 1] - 1] to the text of slots[i].
-void evo_texts_extend(const TextIndexes* texts, int rows, const int32_t* slots, const int32_t* begins,
-                      const int32_t* tokens) {
-  for (int i = 0; i < rows; ++i) texts->of(slots[i]).extend(tokens + begins[i], begins[i + 1] - begins[i]);
+void evo_texts_extend(const TextIndexes* texts, const TokenRows* rows) {
+  for (int i = 0; i < rows->count; ++i) texts->of(rows->rows[i].slot).extend(rows->tokens(i), rows->size(i));
 }
 
 // copies [rows][most], lengths [rows]: see TextIndex::copy_longest.

@@ -27,13 +27,13 @@ int Sessions::take_row(int session, int round, int row) {
 }
 
 void Sessions::find_missed(const TokenRows& rows, int32_t* missed) {
-  for (int row = 0; row < rows.rows; ++row) {
-    const int session = rows.sessions[row], begin = rows.begins[row], size = rows.begins[row + 1] - begin;
+  for (int row = 0; row < rows.count; ++row) {
+    const int session = rows.rows[row].slot, size = rows.size(row);
     SessionState& known = state(session);
     known.missed = 0;
     missed[row] = -1;
     for (int i = 0; i < size; ++i) {
-      const int32_t token = rows.tokens[begin + i];
+      const int32_t token = rows.tokens(row)[i];
       if (!is_outside(token) || (options_.places > 0 && tail(session).place_of(token) >= 0)) continue;
       known.missed |= 1u << std::min(i, 31);
       if (missed[row] < 0) missed[row] = i;
@@ -48,30 +48,27 @@ void Sessions::learn(const Lesson& lesson, bool in_background) {
 
 void Sessions::learn_step(const Lesson& lesson) {
   const TokenRows& rows = lesson.rows;
-  for (int row = 0; row < rows.rows; ++row) {
-    const int begin = rows.begins[row], size = rows.begins[row + 1] - begin;
-    const int reached = std::min({size, lesson.num_drafts[row], state(rows.sessions[row]).num_drafted});
-    learn_prior(rows.sessions[row], rows.tokens + begin, reached);
+  for (int row = 0; row < rows.count; ++row) {
+    const int session = rows.rows[row].slot;
+    const int reached = std::min({rows.size(row), rows.rows[row].num_drafts, state(session).num_drafted});
+    learn_prior(session, rows.tokens(row), reached);
   }
-  for (int row = 0; row < rows.rows; ++row) follow(lesson, row);
+  for (int row = 0; row < rows.count; ++row) follow(rows.rows[row], rows.tokens(row), rows.size(row));
   const int32_t* likely = lesson.likely;
   for (int i = 0; i < lesson.num_chosen; ++i) {
-    const int row = lesson.chosen[i], begin = rows.begins[row], size = rows.begins[row + 1] - begin;
-    const int tenant = rows.tenants == nullptr ? -1 : rows.tenants[row];
-    retrieve(rows.sessions[row], tenant, rows.tokens + begin, size, likely, lesson.k);
+    const int row = lesson.chosen[i], size = rows.size(row);
+    retrieve(rows.rows[row].slot, rows.rows[row].tenant, rows.tokens(row), size, likely, lesson.k);
     likely += static_cast<size_t>(size) * lesson.k;
   }
 }
 
 // A session goes on with the tokens that it has got.
-void Sessions::follow(const Lesson& lesson, int row) {
-  const TokenRows& rows = lesson.rows;
-  const int session = rows.sessions[row], size = rows.begins[row + 1] - rows.begins[row];
-  const int32_t* const tokens = rows.tokens + rows.begins[row];
-  read(session, rows.tenants == nullptr ? -1 : rows.tenants[row], tokens, size);
+void Sessions::follow(const TokenRow& row, const int32_t* tokens, int size) {
+  const int session = row.slot;
+  read(session, row.tenant, tokens, size);
   SessionState& known = state(session);
   SessionCounts& counted = counts(session);
-  for (int i = 0; i < std::min(size, lesson.num_accepted[row]); ++i) {
+  for (int i = 0; i < std::min(size, row.num_accepted); ++i) {
     const int place = options_.places > 0 && is_outside(tokens[i]) ? tail(session).place_of(tokens[i]) : -1;
     if (place >= 0) ++counted.hits[sources_.of(session)[place]];
   }

@@ -18,23 +18,28 @@ namespace {
 
 constexpr int kLanes = 16;  // sums that are kept apart, so that a compiler can use vectors
 
+using CandidateFilter = TokenFilter<1024>;  // most of what followed is no candidate
+
 // feature [columns] = value for every column that holds the token.
 void mark(const Candidates& candidates, float* feature, int32_t token, float value) {
   for (int i = 0; i < candidates.columns; ++i) feature[i] = candidates.tokens[i] == token ? value : feature[i];
 }
 
-void mark_counts(const Candidates& candidates, float* feature, const ContextTable& table, int64_t key, double unit) {
+void mark_counts(const Candidates& candidates, const CandidateFilter& filter, float* feature,
+                 const ContextTable& table, int64_t key, double unit) {
   const int64_t row = table.find(key);
   if (row < 0) return;
   for (int64_t i = row * table.width; i < (row + 1) * table.width; ++i) {
-    if (table.tokens[i] < 0) continue;
+    if (table.tokens[i] < 0 || !filter.may_hold(table.tokens[i])) continue;
     mark(candidates, feature, table.tokens[i], std::log1p(table.counts[i] / static_cast<float>(unit)));
   }
 }
 
-void mark_graph(const Candidates& candidates, float* feature, const Graph& graph, int64_t token) {
+void mark_graph(const Candidates& candidates, const CandidateFilter& filter, float* feature, const Graph& graph,
+                int64_t token) {
   const int64_t begin = graph.offsets[token], end = std::min(graph.offsets[token + 1], begin + graph.width);
   for (int64_t i = begin; i < end; ++i) {
+    if (!filter.may_hold(graph.tokens[i])) continue;
     mark(candidates, feature, graph.tokens[i], 1.0f + graph.log_probs[i] * graph.scale);
   }
 }
@@ -102,16 +107,19 @@ void Sessions::features(int session, const int64_t context[2], const Repeats& re
   const float least = static_cast<float>(options_.presence * unit);
   std::fill_n(candidates.features, candidates.columns * kFeatures, 0.0f);
   const auto feature = [&](int number) { return candidates.features + number * candidates.columns; };
+  const TokenFilter<8192>& counted = *counted_.of(session);
+  CandidateFilter filter = {};
   for (int i = 0; i < candidates.columns; ++i) {
     const int32_t token = candidates.tokens[i];
-    if (token >= 0 && unigrams[token] >= least) feature(0)[i] = 1.0f;
+    filter.add(token);
+    if (token >= 0 && counted.may_hold(token) && unigrams[token] >= least) feature(0)[i] = 1.0f;
   }
   if (context[1] >= 0) {
-    if (uses[1] > 0) mark_counts(candidates, feature(1), bigrams_.of(session), context[1], unit);
+    if (uses[1] > 0) mark_counts(candidates, filter, feature(1), bigrams_.of(session), context[1], unit);
     if (uses[2] > 0 && context[0] >= 0) {
-      mark_counts(candidates, feature(2), trigrams_.of(session), context[0] << 31 | context[1], unit);
+      mark_counts(candidates, filter, feature(2), trigrams_.of(session), context[0] << 31 | context[1], unit);
     }
-    if (uses[3] > 0) mark_graph(candidates, feature(3), options_.graph, context[1]);
+    if (uses[3] > 0) mark_graph(candidates, filter, feature(3), options_.graph, context[1]);
   }
   for (int i = 0; i < repeats.count; ++i) {
     mark(candidates, feature(4), repeats.tokens[i], std::log(static_cast<float>(repeats.lengths[i])));

@@ -26,6 +26,7 @@ Sessions::Sessions(const SessionOptions& options)
       in_core_(options.in_core, options.in_core + options.vocab),
       unigrams_(options.sessions, options.vocab),
       weights_(options.sessions, kFeatures),
+      counted_(options.sessions, 1),
       bigrams_(options.sessions, options.bigram_rows, options.bigram_width),
       trigrams_(options.sessions, options.trigram_rows, options.trigram_width),
       tenants_(options.tenants, options.tenant_rows, options.tenant_width),
@@ -40,11 +41,12 @@ Sessions::Sessions(const SessionOptions& options)
 }
 
 size_t Sessions::num_bytes() const {
-  return unigrams_.num_bytes() + bigrams_.num_bytes() + trigrams_.num_bytes() + tails_.num_bytes();
+  return unigrams_.num_bytes() + counted_.num_bytes() + bigrams_.num_bytes() + trigrams_.num_bytes() + tails_.num_bytes();
 }
 
 void Sessions::clear(int session, const float* weights) {
   unigrams_.fill(session, 0.0f);
+  *counted_.of(session) = {};
   bigrams_.clear(session);
   trigrams_.clear(session);
   tail(session).clear();
@@ -55,6 +57,9 @@ void Sessions::clear(int session, const float* weights) {
 
 void Sessions::begin(int session, const std::vector<std::vector<int32_t>>& sources) {
   const std::vector<int32_t>& prompt = sources[0];
+  for (int token = 0; counts(session).num_counted > 0 && token < options_.vocab; ++token) {
+    if (unigrams(session)[token] > 0.0f) counted_.of(session)->add(token);  // those of a restored session
+  }
   count_prompt(session, prompt);
   SessionState& known = state(session);
   for (const int32_t token : prompt) known.last[0] = known.last[1], known.last[1] = token;
@@ -114,6 +119,7 @@ void Sessions::count(int session, const int32_t* tokens, size_t count, const int
   for (size_t i = 0; i < count; ++i) {
     known.unit *= options_.growth;
     unigrams[tokens[i]] = static_cast<float>(unigrams[tokens[i]] + known.unit);
+    counted_.of(session)->add(tokens[i]);
     if (one_ago >= 0) bigrams.add(one_ago, tokens[i], known.unit);
     if (one_ago >= 0 && two_ago >= 0) trigrams.add(pair_of(two_ago, one_ago), tokens[i], known.unit);
     two_ago = one_ago;
@@ -168,11 +174,11 @@ void Sessions::read(int session, int tenant, const int32_t* tokens, size_t size)
 }
 
 void Sessions::catch_up(const TokenRows& rows) {
-  for (int row = 0; row < rows.rows; ++row) {
-    const int32_t* const tokens = rows.tokens + rows.begins[row];
-    const size_t size = rows.begins[row + 1] - rows.begins[row];
-    const int session = rows.sessions[row];
-    read(session, rows.tenants == nullptr ? -1 : rows.tenants[row], tokens, size);
+  for (int row = 0; row < rows.count; ++row) {
+    const int32_t* const tokens = rows.tokens(row);
+    const size_t size = rows.size(row);
+    const int session = rows.rows[row].slot;
+    read(session, rows.rows[row].tenant, tokens, size);
     if (options_.places == 0 || !options_.in_context) continue;
     // The latest first, where there is room or by the usual few.
     std::vector<int32_t> latest(tokens + size - std::min<size_t>(size, kMaxPromptTokens), tokens + size);

@@ -17,6 +17,8 @@
 #include "context_table.h"
 #include "draft_rounds.h"
 #include "text_index.h"
+#include "token_filter.h"
+#include "token_rows.h"
 
 namespace evospec {
 
@@ -96,22 +98,11 @@ void include(const Repeats& repeats, const Candidates& own, Add add) {
   }
 }
 
-// Tokens of some sessions: those of row i are tokens[begins[i]] .. tokens[begins[i + 1] - 1].
-struct TokenRows {
-  int32_t rows;
-  const int32_t* sessions;
-  const int32_t* tenants;  // tables of their tenants; null: none
-  const int32_t* begins;   // [rows + 1]
-  const int32_t* tokens;
-};
-
 // What a verified step teaches.
 struct Lesson {
-  TokenRows rows;               // the tokens that each got
-  const int32_t* num_accepted;  // [rows]: how many of them were drafted
-  const int32_t* num_drafts;    // [rows]: how many drafts were verified
-  const int32_t* chosen;        // [num_chosen] rows, ascending, into whose tails what is likely to come enters
-  const int32_t* likely;        // [tokens of the chosen rows][k]: what the target thought likely there, the best first
+  TokenRows rows;         // the tokens that each got
+  const int32_t* chosen;  // [num_chosen] rows, ascending, into whose tails what is likely to come enters
+  const int32_t* likely;  // [tokens of the chosen rows][k]: what the target thought likely there, the best first
   int32_t num_chosen, k;
 };
 
@@ -178,13 +169,14 @@ class Sessions {
   void features(int session, const int64_t context[2], const Repeats& repeats, const Candidates& candidates) const;
   void learn_step(const Lesson& lesson);
   void learn_prior(int session, const int32_t* targets, int reached);
-  void follow(const Lesson& lesson, int row);
+  void follow(const TokenRow& row, const int32_t* tokens, int size);
   void retrieve(int session, int tenant, const int32_t* tokens, int count, const int32_t* likely, int k);
   void neighbours(int tenant, int32_t token, std::vector<int32_t>& out);
 
   SessionOptions options_;
   std::vector<uint8_t> in_core_;
   SlotArray<float> unigrams_, weights_;
+  SlotArray<TokenFilter<8192>> counted_;  // in unigrams, which are spread over many cache lines
   ContextTables bigrams_, trigrams_, tenants_;
   SlotArray<SessionState> states_;
   SlotArray<SessionCounts> counts_;
