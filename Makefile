@@ -29,7 +29,7 @@ test: $(VENV)/.kernels $(VENV)/.dev  ## All tests, in two processes.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-every: $(VENV)/.kernels $(VENV)/.dev  ## The exactness tests with every combination of parameters.
-	EVOSPEC_TEST_EVERY_COMBINATION=1 $(BIN)/python -m pytest --numprocesses 2 tests/integration/test_speculation_exactness.py tests/integration/test_vocab_exactness.py
+	EVOSPEC_TEST_EVERY_COMBINATION=1 $(BIN)/python -m pytest --numprocesses 2 tests/integration/test_speculation_exactness.py tests/integration/test_vocab_exactness.py tests/unit/test_triton_compiles.py
 
 check: $(VENV)/.dev  ## Lint, format, types, import direction.
 	$(BIN)/ruff check .
@@ -97,4 +97,7 @@ attack: $(VENV)/.kernels $(VENV)/.bench  ## Attack servers started for it; what 
 fleet: $(VENV)/.kernels $(VENV)/.bench  ## Three replicas behind Envoy, killed and updated while 64 sessions talk (10 minutes).
 	$(BIN)/python -m benchmarks.fleet $(ARGS)
 
-.PHONY: fleet bench bench-serve bench-spec bench-vocab bench-adapt bench-soak attack
+gpu-day: $(VENV)/.dev $(VENV)/.bench  ## On a machine with a GPU: what to find out first, into gpu-day.md.
+	$(BIN)/python -m benchmarks.gpu_day $(ARGS)
+
+.PHONY: fleet gpu-day bench bench-serve bench-spec bench-vocab bench-adapt bench-soak attack

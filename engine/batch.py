@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from kernels.upload import upload
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,17 @@ class ForwardBatch:
     """[T] int32, block * block_size + offset where each token's key and value are written"""
     logits_indices: torch.Tensor
     """[L] int64, rows of T"""
+    on_host: ForwardBatch | None = None
+    """The same on the CPU, where the model is elsewhere: plans are made of it, so that nobody waits for a copy."""
+
+    def on(self, device: torch.device) -> ForwardBatch:
+        """The same on a device; itself on the CPU, where it must be."""
+        if device.type == "cpu":
+            return self
+        tensors = {name: tensor for name, tensor in vars(self).items() if name != "on_host"}
+        uploaded = upload(device, *(tensor.numpy() for tensor in tensors.values()))
+        placed: dict[str, Any] = dict(zip(tensors, uploaded, strict=True))
+        return ForwardBatch(**placed, on_host=self)
 
 
 @dataclass(frozen=True)

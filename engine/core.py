@@ -11,6 +11,7 @@ import torch
 
 from engine.batch import Features
 from engine.config import EngineConfig
+from engine.gpu_memory import gpu_reserve
 from engine.loader import LoadedModel
 from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
@@ -68,7 +69,10 @@ class EngineCore:
         self.attention_backend = loaded.backend
         self._tokenizer = Tokenizer.from_files(files)
         draft = draft or load_draft(config, loaded, files, self._tokenizer)
-        self._runner = ModelRunner(loaded, config.cache, draft.costs.bytes_per_block if draft else 0)
+        reserved = 0
+        if loaded.device.type == "cuda":
+            reserved = gpu_reserve(config, spec, loaded.dtype.itemsize, draft is not None).total
+        self._runner = ModelRunner(loaded, config.cache, draft.costs.bytes_per_block if draft else 0, reserved)
         self.num_blocks = self._runner.num_blocks
         self.draft = draft.description if draft else None
         self.draft_bytes = draft.costs.total(self.num_blocks) if draft else 0
@@ -179,10 +183,7 @@ class EngineCore:
     def _forward(self, plan: SchedulerOutput) -> tuple[torch.Tensor, Features | None]:
         """The target's logits, and the features that drafts want."""
         capture = self._speculator.capture_layers if self._speculator else ()
-        logits, features = self._runner.execute(plan.sequences, capture)
-        if logits.is_cuda:  # which goes on computing; to choose tokens is to wait for it anyway
-            torch.cuda.current_stream().synchronize()
-        return logits, features
+        return self._runner.execute(plan.sequences, capture)
 
     def _enqueue(self, request: Request) -> None:
         try:

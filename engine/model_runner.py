@@ -18,21 +18,27 @@ from engine.machine import free_memory
 from engine.models.config import ModelError
 from engine.step_graphs import StepGraphs
 from engine.step_plan import ScheduledSequence
+from kernels.upload import upload
+
+_CPU = torch.device("cpu")
 
 
 class ModelRunner:
     """Owns the model and its attention backend (and so the KV cache).
 
-    ``draft_bytes_per_block`` is what a draft keeps for each block: it is reserved when the cache is sized.
+    When the cache is sized, what a draft keeps for each block counts (``draft_bytes_per_block``), and bytes that are
+    wanted later are left (``reserved``).
     """
 
-    def __init__(self, loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block: int = 0) -> None:
+    def __init__(
+        self, loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block: int = 0, reserved: int = 0
+    ) -> None:
         self._model = loaded.model
         self.vocab_size = loaded.spec.vocab_size
         self._device = loaded.device
         self.team = loaded.team
         self._block_size = cache.block_size
-        self.num_blocks = num_kv_blocks(loaded, cache, draft_bytes_per_block)
+        self.num_blocks = num_kv_blocks(loaded, cache, draft_bytes_per_block, reserved)
         spare_blocks = int(loaded.cuda_graphs)
         spec = attention_spec(loaded, cache, self.num_blocks + spare_blocks)
         self.kv_bytes = spec.num_blocks * spec.bytes_per_block
@@ -52,10 +58,10 @@ class ModelRunner:
             Logits [L, vocab] float32: for each sequence in order, the last ``num_logits`` of its rows. And the
             features of all tokens, if layers are captured.
         """
-        batch = build_batch(sequences, self._block_size, self._device)
         if self._graphs is not None:
-            output = self._graphs.forward(batch, capture)
+            output, batch = self._graphs.forward(build_batch(sequences, self._block_size), capture)
         else:
+            batch = build_batch(sequences, self._block_size, self._device)
             output = self._model.forward(batch, self._attention, capture)
         self._hidden, wanted = output.hidden, batch.logits_indices
         rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
@@ -65,7 +71,8 @@ class ModelRunner:
     @torch.inference_mode()
     def compute_logits(self, rows: Sequence[int]) -> torch.Tensor:
         """[len(rows), vocab] float32: logits of any rows of the last step. Those that ``execute`` gave may be lost."""
-        return self._model.compute_logits(self._hidden[rows])
+        [wanted] = upload(self._device, np.array(rows))
+        return self._model.compute_logits(self._hidden[wanted])
 
 
 class BatchSequence(Protocol):
@@ -93,7 +100,7 @@ def slots_of(block_ids: Sequence[int], begin: int, end: int, block_size: int) ->
     return [block_ids[p // block_size] * block_size + p % block_size for p in range(begin, end)]
 
 
-def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: torch.device) -> ForwardBatch:
+def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: torch.device = _CPU) -> ForwardBatch:
     """Lay the sequences' tokens end to end; see ``ForwardBatch`` for the fields.
 
     By Python lists: nearly every step has a few tokens, where they are several times faster than arrays.
@@ -114,9 +121,9 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
         wanted += range(len(token_ids) - sequence.num_logits, len(token_ids))
 
     def tensor(values: list[int] | npt.NDArray[np.int32], dtype: npt.DTypeLike = np.int32) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, dtype=dtype)).to(device)
+        return torch.from_numpy(np.asarray(values, dtype=dtype))
 
-    return ForwardBatch(
+    batch = ForwardBatch(
         token_ids=tensor(token_ids),
         positions=tensor(positions),
         query_start_loc=tensor(ends),
@@ -125,6 +132,7 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
         slot_mapping=tensor(slots),
         logits_indices=tensor(wanted, np.int64),
     )
+    return batch.on(device)
 
 
 def attention_spec(loaded: LoadedModel, cache: CacheConfig, num_blocks: int) -> AttentionSpec:
@@ -144,15 +152,16 @@ def attention_spec(loaded: LoadedModel, cache: CacheConfig, num_blocks: int) -> 
     )
 
 
-def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block: int = 0) -> int:
-    """As configured, or what fits in the given share of the memory that is free now, up to ``max_bytes``.
+def num_kv_blocks(loaded: LoadedModel, cache: CacheConfig, draft_bytes_per_block: int = 0, reserved: int = 0) -> int:
+    """As configured, or what fits in the given share of the memory that is free now and not ``reserved``, up to
+    ``max_bytes``.
 
     Raises:
         ModelError: not even one sequence of ``max_model_len`` tokens fits.
     """
     if cache.num_blocks is not None:
         return cache.num_blocks
-    budget = int(_free_memory(loaded.device) * cache.memory_fraction)
+    budget = max(int((_free_memory(loaded.device) - reserved) * cache.memory_fraction), 0)
     if cache.max_bytes is not None:
         budget = min(budget, cache.max_bytes)
     per_block = attention_spec(loaded, cache, 1).bytes_per_block + draft_bytes_per_block

@@ -12,19 +12,22 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
+from engine.gpu_memory import GRAPH_SIZES
 from engine.loader import CausalLM
+from kernels.upload import FixedMemory
 
-SIZES = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
-"""Tokens of a graph. Larger steps keep a GPU busy without one."""
 _WARM_UPS = 2
 """Runs before a capture: libraries allocate in their first."""
 
+_Output = TypeVar("_Output")
 Replay = Callable[[], None]
 Recorder = Callable[[Callable[[], ForwardOutput]], tuple[Replay, ForwardOutput]]
 """Runs a function, and gives what computes its output anew in place, and that output."""
@@ -35,9 +38,11 @@ class CudaGraphRecorder:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # One: each has a workspace of cuBLAS's for good.
+        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def __call__(self, run: Callable[[], ForwardOutput]) -> tuple[Replay, ForwardOutput]:
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def __call__(self, run: Callable[[], _Output]) -> tuple[Replay, _Output]:
+        side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
@@ -51,7 +56,7 @@ class CudaGraphRecorder:
 
 
 def padded(batch: ForwardBatch, size: int, spare_block: int, block_size: int) -> ForwardBatch:
-    """The batch with ``size`` tokens and ``size`` sequences, the batch's own first.
+    """A batch on the CPU with ``size`` tokens, sequences and rows whose logits are wanted, its own first.
 
     Further tokens are sequences of one token in ``spare_block``; sequences further than those have no token. A batch
     has no more sequences than tokens, so there is one for each.
@@ -63,14 +68,15 @@ def padded(batch: ForwardBatch, size: int, spare_block: int, block_size: int) ->
         batch,
         token_ids=F.pad(batch.token_ids, (0, more_tokens)),
         positions=F.pad(batch.positions, (0, more_tokens)),
-        query_start_loc=torch.cat((batch.query_start_loc, ends.to(batch.query_start_loc.device))),
+        query_start_loc=torch.cat((batch.query_start_loc, ends)),
         seq_lens=F.pad(batch.seq_lens, (0, more_sequences), value=1),
         block_tables=F.pad(batch.block_tables, (0, 0, 0, more_sequences), value=spare_block),
         slot_mapping=F.pad(batch.slot_mapping, (0, more_tokens), value=spare_block * block_size),
+        logits_indices=F.pad(batch.logits_indices, (0, size - len(batch.logits_indices))),
     )
 
 
-class _Planned(AttentionBackend):
+class Planned(AttentionBackend):
     """A backend that was planned before: a graph holds what a model launches, and a plan is made on the CPU."""
 
     def __init__(self, backend: AttentionBackend) -> None:
@@ -89,10 +95,16 @@ class _Graph:
     """A recorded step and the memory that it reads."""
 
     attention: AttentionBackend
-    token_ids: torch.Tensor
-    positions: torch.Tensor
+    memory: FixedMemory
     replay: Replay
     output: ForwardOutput
+
+    def plan(self, padded: ForwardBatch) -> ForwardBatch:
+        """Make the next replay compute a batch of the graph's size; returns it as it lies on the device."""
+        self.memory.write(*_arrays(padded))
+        batch = _on_device(padded, self.memory)
+        self.attention.plan(batch)
+        return batch
 
 
 class StepGraphs:
@@ -113,27 +125,44 @@ class StepGraphs:
         self._spare_block = attention.spec.num_blocks - 1
         self._graphs: dict[tuple[int, tuple[int, ...]], _Graph] = {}
 
-    def forward(self, batch: ForwardBatch, capture: Sequence[int] = ()) -> ForwardOutput:
-        """As the model's ``forward``; the output is valid until the next step."""
-        num_tokens = len(batch.token_ids)
-        if num_tokens > SIZES[-1]:
-            return self._model.forward(batch, self._attention, capture)
-        size = SIZES[bisect_left(SIZES, num_tokens)]
-        batch = padded(batch, size, self._spare_block, self._attention.spec.block_size)
+    def forward(self, batch: ForwardBatch, capture: Sequence[int] = ()) -> tuple[ForwardOutput, ForwardBatch]:
+        """As the model's ``forward`` of a batch on the CPU.
+
+        Returns:
+            the output, and the batch's flat tensors on the device; both are valid until the next step.
+        """
+        num_tokens, num_wanted, spec = len(batch.token_ids), len(batch.logits_indices), self._attention.spec
+        if num_tokens > GRAPH_SIZES[-1]:
+            batch = batch.on(spec.device)
+            return self._model.forward(batch, self._attention, capture), batch
+        size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_tokens)]
+        more = padded(batch, size, self._spare_block, spec.block_size)
         graph = self._graphs.get((size, tuple(capture)))
         if graph is None:
-            graph = self._graphs[size, tuple(capture)] = self._make(batch, capture)
-        else:
-            graph.attention.plan(batch)
-            graph.token_ids.copy_(batch.token_ids)
-            graph.positions.copy_(batch.positions)
+            graph = self._graphs[size, tuple(capture)] = self._make(more, capture)
+        placed = graph.plan(more)
         graph.replay()  # after recording too: a capture computes nothing
-        features = graph.output.features
-        return ForwardOutput(graph.output.hidden[:num_tokens], None if features is None else features[:num_tokens])
+        hidden, features = graph.output.hidden[:num_tokens], graph.output.features
+        wanted, slots = placed.logits_indices[:num_wanted], placed.slot_mapping[:num_tokens]
+        output = ForwardOutput(hidden, None if features is None else features[:num_tokens])
+        return output, replace(placed, logits_indices=wanted, slot_mapping=slots)
 
     def _make(self, batch: ForwardBatch, capture: Sequence[int]) -> _Graph:
         attention = self._attention.fixed(len(batch.token_ids), self._max_blocks)
-        attention.plan(batch)
-        own = replace(batch, token_ids=batch.token_ids.clone(), positions=batch.positions.clone())
-        replay, output = self._record(lambda: self._model.forward(own, _Planned(attention), capture))
-        return _Graph(attention, own.token_ids, own.positions, replay, output)
+        memory = FixedMemory(self._attention.spec.device, *_arrays(batch))
+        own = _on_device(batch, memory)
+        attention.plan(own)
+        replay, output = self._record(lambda: self._model.forward(own, Planned(attention), capture))
+        return _Graph(attention, memory, replay, output)
+
+
+def _arrays(batch: ForwardBatch) -> list[NDArray[Any]]:
+    """What a graph reads of a batch, slots as int64; the rest is in the plan of its attention."""
+    read = batch.token_ids, batch.positions, batch.slot_mapping.long(), batch.logits_indices
+    return [tensor.numpy() for tensor in read]
+
+
+def _on_device(batch: ForwardBatch, memory: FixedMemory) -> ForwardBatch:
+    token_ids, positions, slots, wanted = memory.tensors
+    flat = {"token_ids": token_ids, "positions": positions, "slot_mapping": slots, "logits_indices": wanted}
+    return replace(batch, **flat, on_host=batch)

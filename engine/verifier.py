@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from engine.messages import TokenLogprob
@@ -16,6 +17,7 @@ from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
 from engine.verification import DraftSource, Verification
 from kernels.native import Team
+from kernels.upload import upload
 
 
 class Verifier:
@@ -90,7 +92,7 @@ class Verifier:
         if not rows:
             return [None] * len(sequences)
         if len(places) < len(logits):
-            logits = logits[places]
+            logits = logits[upload(logits.device, np.array(places))[0]]
         sampled = iter(self._sampler.sample(logits, rows))
         return [next(sampled) if number else None for number in numbers]
 

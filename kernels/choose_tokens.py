@@ -8,13 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels import native_sampling
 from kernels.gumbel_argmax import gumbel_argmax, row_keys, seeds_tensor, signed
-from kernels.kept_thresholds import Limits, kept_thresholds
+from kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
 from kernels.native import Team, address, load_library, pointers
 from kernels.native_sampling import logit_rows, team_handle
+from kernels.upload import upload
+
+_CANDIDATES = 1024
+"""Of a row's largest logits, so many are looked at first on a GPU."""
+_UNDECIDED = -2
+"""In place of a token: these did not suffice."""
 
 
 class GumbelRows(ctypes.Structure):
@@ -81,10 +89,20 @@ def choose_tokens(
         return _choose_by_compiled_kernel(logits, sampling, positions, token_ids, allowed, team)
     if sampling is None and token_ids is None and allowed is None:
         chosen = logits.argmax(dim=1)
+    elif logits.is_cuda:
+        return _choose_on_gpu(logits, sampling or _greedy(len(logits)), positions, token_ids, allowed)
     else:
-        chosen = _choose_by_tensors(logits, sampling, positions, token_ids, allowed)
-    is_defined = (logits < torch.inf).all(dim=1)
-    return torch.where(is_defined, chosen, -1).tolist()
+        chosen = _choose_by_tensors(logits, sampling or _greedy(len(logits)), positions, token_ids, allowed)
+    return _defined(logits, chosen).tolist()
+
+
+def _greedy(rows: int) -> RowSampling:
+    return RowSampling([0.0] * rows, [0] * rows, [0] * rows, [1.0] * rows, [0.0] * rows)
+
+
+def _defined(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """-1 instead of what was chosen where nothing is defined to be."""
+    return chosen.masked_fill(~(logits < torch.inf).all(dim=1), -1)
 
 
 def _choose_by_compiled_kernel(
@@ -113,32 +131,84 @@ def _choose_by_compiled_kernel(
     return out.tolist()
 
 
+def _choose_on_gpu(
+    logits: torch.Tensor,
+    sampling: RowSampling,
+    positions: Sequence[int],
+    token_ids: torch.Tensor | None,
+    allowed: torch.Tensor | None,
+) -> list[int]:
+    """One upload, and one wait; another for the rows whose limits keep more tokens than were looked at."""
+    *of_rows, keys = upload(logits.device, *choice_arrays(sampling, positions))
+    rows = GpuRows.of(of_rows, keys)
+    if allowed is not None:
+        [allowed] = upload(logits.device, allowed.numpy())
+    if not sampling.is_truncated:
+        return _defined(logits, rows.choose(logits, token_ids, allowed)).tolist()
+    least, suffices = rows.thresholds(logits, allowed)
+    chosen = rows.choose(logits, token_ids, allowed, least).masked_fill(~suffices, _UNDECIDED)
+    tokens: list[int] = _defined(logits, chosen).tolist()
+    if _UNDECIDED in tokens:
+        least = kept_thresholds(logits, rows.temperatures, rows.limits, allowed)
+        tokens = _defined(logits, rows.choose(logits, token_ids, allowed, least)).tolist()
+    return tokens
+
+
+@dataclass(frozen=True)
+class GpuRows:
+    """``RowSampling`` on a GPU."""
+
+    temperatures: torch.Tensor
+    """[N] float32"""
+    limits: Limits
+    keys: torch.Tensor
+    """[N] int64, of their noise"""
+
+    @classmethod
+    def of(cls, arrays: Sequence[torch.Tensor], keys: torch.Tensor) -> GpuRows:
+        """From ``choice_arrays`` there."""
+        return cls(arrays[0], Limits(*arrays[1:]), keys)
+
+    def thresholds(self, logits: torch.Tensor, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each row [N] float32, and whether some of its largest logits have sufficed to tell [N] bool."""
+        from kernels.triton.kept_thresholds import kept_thresholds_triton
+
+        if allowed is not None:
+            logits = logits.masked_fill(~unpack_bits(allowed, logits.shape[1]), -torch.inf)
+        return kept_thresholds_triton(logits, self.temperatures, self.limits, _CANDIDATES)
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor | None,
+        allowed: torch.Tensor | None,
+        least: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens [N] int64, as ``choose_tokens`` says, of logits that reach ``least``; nobody waits for them."""
+        from kernels.triton.gumbel_argmax import gumbel_argmax_triton
+
+        how = {"temperatures": self.temperatures, "least": least, "allowed": allowed}
+        return gumbel_argmax_triton(logits, self.keys, token_ids, **how)
+
+
+def choice_arrays(sampling: RowSampling, positions: Sequence[int]) -> list[NDArray[Any]]:
+    """What ``GpuRows`` has: temperatures, the three limits, and the keys of the noise at the positions, all [N]."""
+    keys = row_keys(seeds_tensor(list(sampling.seeds)), torch.tensor(positions, dtype=torch.int64))
+    arrays = sampling.arrays()
+    return [*(np.asarray(arrays[name]) for name in _LIMITS), keys.numpy()]
+
+
 def _choose_by_tensors(
     logits: torch.Tensor,
-    sampling: RowSampling | None,
+    sampling: RowSampling,
     positions: Sequence[int],
     token_ids: torch.Tensor | None,
     allowed: torch.Tensor | None,
 ) -> torch.Tensor:
-    device = logits.device
-    allowed = None if allowed is None else allowed.to(device)
-    places = torch.tensor(positions, dtype=torch.int64, device=device)
-    least = None
-    if sampling is None:
-        seeds, temperatures = torch.zeros_like(places), torch.zeros(len(logits), device=device)
-    else:
-        seeds = seeds_tensor(list(sampling.seeds), device)
-        temperatures = torch.tensor(sampling.temperatures, dtype=torch.float32, device=device)
-        if sampling.is_truncated:
-            limits = Limits(
-                torch.tensor(sampling.top_k, dtype=torch.int32, device=device),
-                torch.tensor(sampling.top_p, dtype=torch.float64, device=device),
-                torch.tensor(sampling.min_p, dtype=torch.float64, device=device),
-            )
-            least = kept_thresholds(logits, temperatures, limits, allowed)
-    if device.type == "cuda":
-        from kernels.triton.gumbel_argmax import gumbel_argmax_triton
-
-        keys = row_keys(seeds, places)
-        return gumbel_argmax_triton(logits, keys, token_ids, temperatures=temperatures, least=least, allowed=allowed)
+    """On a CPU without the compiled kernels."""
+    seeds, places = seeds_tensor(list(sampling.seeds)), torch.tensor(positions, dtype=torch.int64)
+    temperatures, least = torch.tensor(sampling.temperatures, dtype=torch.float32), None
+    if sampling.is_truncated:
+        limits = Limits(*map(torch.from_numpy, choice_arrays(sampling, positions)[1:4]))
+        least = kept_thresholds(logits, temperatures, limits, allowed)
     return gumbel_argmax(logits, seeds, places, token_ids, temperatures=temperatures, least=least, allowed=allowed)

@@ -7,12 +7,14 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kernels import native_sampling
 from kernels.native import Team, integers, load_library, pointers
 from kernels.native_sampling import logit_rows, team_handle
 from kernels.topk import topk_rows
+from kernels.upload import upload
 
 
 class _Wanted(ctypes.Structure):
@@ -45,13 +47,16 @@ def log_probabilities(
     k = min(k, logits.shape[1])
     if native_sampling.can_take(logits):
         return _by_compiled_kernel(logits, rows, token_ids, k, team)
-    wanted = logits[torch.tensor(rows, device=logits.device)]
+    places, chosen = upload(logits.device, np.array(rows), np.array(token_ids))
+    wanted = logits[places]
     log_totals = wanted.logsumexp(dim=1, keepdim=True).double()
-    chosen = wanted.gather(1, torch.tensor(token_ids, device=logits.device).unsqueeze(1)) - log_totals
-    if k == 0:
-        return LogProbabilities(chosen.flatten().tolist(), [[] for _ in rows], [[] for _ in rows])
-    values, columns = topk_rows(wanted, k)
-    return LogProbabilities(chosen.flatten().tolist(), columns.tolist(), (values - log_totals).tolist())
+    found = [wanted.gather(1, chosen.unsqueeze(1)) - log_totals]
+    if k:
+        values, columns = topk_rows(wanted, k)
+        found += [values - log_totals, columns.double()]  # exactly
+    of_rows = torch.cat(found, dim=1).tolist()  # a GPU is waited for once
+    tops = [[int(column) for column in row[1 + k :]] for row in of_rows]
+    return LogProbabilities([row[0] for row in of_rows], tops, [row[1 : 1 + k] for row in of_rows])
 
 
 def _by_compiled_kernel(

@@ -8,11 +8,14 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels import native_sampling
 from kernels.native import address, integers, load_library, pointers
+from kernels.upload import upload
 
 IntArray: TypeAlias = "array[int]"
+IdArray: TypeAlias = NDArray[np.int64]
 
 
 class _SeenTokens(ctypes.Structure):
@@ -85,10 +88,10 @@ def penalize(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
     repetition, presence, frequency = np.repeat(np.array(seen.penalties).reshape(-1, 3), sizes, axis=0).T
     factors = np.where(is_prompt | (counts > 0), repetition, 1.0)
     subtracted = presence * (counts > 0) + frequency * counts
-    factor, less = (torch.from_numpy(a.astype(np.float32)).to(logits.device) for a in (factors, subtracted))
-    index = _index(seen, logits.device)
-    before = logits[index]
-    logits[index] = torch.where(before > 0, before / factor, before * factor) - less
+    narrow = (values.astype(np.float32) for values in (factors, subtracted))
+    factor, less, *index = upload(logits.device, *narrow, *_index(seen))
+    before = logits[tuple(index)]
+    logits[tuple(index)] = torch.where(before > 0, before / factor, before * factor) - less
     return before
 
 
@@ -97,7 +100,7 @@ def put_back(logits: torch.Tensor, seen: SeenTokens, before: torch.Tensor) -> No
     if native_sampling.can_take(logits):
         load_library().evo_put_back(address(logits), logits.stride(0), _struct(seen), address(before))
     else:
-        logits[_index(seen, logits.device)] = before
+        logits[tuple(upload(logits.device, *_index(seen)))] = before
 
 
 def _struct(seen: SeenTokens) -> ctypes._CArgObject:
@@ -106,7 +109,6 @@ def _struct(seen: SeenTokens) -> ctypes._CArgObject:
     return ctypes.byref(_SeenTokens(*(one.buffer_info()[0] for one in arrays), len(seen.rows)))
 
 
-def _index(seen: SeenTokens, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _index(seen: SeenTokens) -> tuple[IdArray, IdArray]:
     """Row and column of each token."""
-    rows = np.repeat(seen.rows, np.diff(seen.ends, prepend=0))
-    return torch.from_numpy(rows).to(device), torch.tensor(seen.token_ids, dtype=torch.int64, device=device)
+    return np.repeat(seen.rows, np.diff(seen.ends, prepend=0)), np.array(seen.token_ids)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels import native_sampling
 from kernels.native import Team, address, load_library
 from kernels.native_sampling import logit_rows, team_handle
+from kernels.upload import upload
 
 _LOW_BITS = 0x7FFFFFFF
 _ROWS_AT_ONCE = 64
@@ -21,12 +24,12 @@ def topk_rows_by_keys(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``topk_rows`` on any device, by a partial selection; equals are told apart by one integer."""
     parts = [_largest_of_keys(part, min(k, logits.shape[1])) for part in torch.split(logits, _ROWS_AT_ONCE)]
-    values, columns = (torch.cat(part) for part in zip(*parts, strict=True))
+    values, columns = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
     return values, columns if ids is None else ids[columns].long()
 
 
 def _largest_of_keys(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    bits = torch.where(logits == 0, 0.0, logits).view(torch.int32)  # -0 and 0 are equal
+    bits = (logits + 0.0).view(torch.int32)  # -0 and 0 are equal
     ordered = (bits ^ ((bits >> 31) & _LOW_BITS)).long() << 32
     keys = ordered | (_LOW_BITS - torch.arange(logits.shape[1], device=logits.device))
     return decode_sort_keys(keys.topk(k, dim=1).values)
@@ -60,7 +63,8 @@ def topk_rows(
         Values [N, min(k, V)] float32 and column numbers or ids, int64.
     """
     if not native_sampling.can_take(logits):
-        return topk_rows_by_keys(logits if rows is None else logits[list(rows)], k, ids)
+        wanted = logits if rows is None else logits[upload(logits.device, np.array(rows))[0]]
+        return topk_rows_by_keys(wanted, k, ids)
     places = None if rows is None else array("i", rows)
     k, count = min(k, logits.shape[1]), len(logits) if places is None else len(places)
     values, indices = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
@@ -70,3 +74,11 @@ def topk_rows(
         *(address(ids), address(values), address(indices)),
     )
     return values, indices
+
+
+def on_host(values: torch.Tensor, ids: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """What ``topk_rows`` gives, as arrays; a GPU is waited for once."""
+    if values.device.type == "cpu":
+        return values.numpy(), ids.numpy()
+    both = torch.stack((values.view(torch.int32), ids.int())).cpu().numpy()
+    return both[0].view(np.float32), both[1].astype(np.int64)

@@ -15,11 +15,11 @@ import torch
 
 from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.batch import ForwardBatch
+from engine.gpu_memory import ATTENTION_WORKSPACE
 from engine.models.config import ModelError
+from kernels.upload import upload
 
 _LAYOUT = "NHD"
-_WORKSPACE_BYTES = 128 * 1024 * 1024
-"""What flashinfer recommends for the partial results of long contexts that it splits."""
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
 
@@ -39,15 +39,19 @@ class PageTable:
 
 def page_table(batch: ForwardBatch, block_size: int) -> PageTable:
     """The blocks that hold the batch's context, this step's tokens included. Blocks allocated ahead are left out."""
-    seq_lens = batch.seq_lens.cpu()
+    host = batch.on_host or batch
+    seq_lens, tables = host.seq_lens.cpu(), host.block_tables.cpu()
     num_pages = (seq_lens + block_size - 1) // block_size
-    columns = torch.arange(batch.block_tables.shape[1], device=batch.block_tables.device)
-    used = columns < num_pages.to(columns.device)[:, None]
+    used = torch.arange(tables.shape[1]) < num_pages[:, None]
     return PageTable(
         indptr=torch.nn.functional.pad(num_pages.cumsum(0, dtype=torch.int32), (1, 0)),
-        indices=batch.block_tables[used],
+        indices=upload(batch.token_ids.device, tables[used].numpy())[0],
         last_page_len=seq_lens - (num_pages - 1) * block_size,
     )
+
+
+def _query_start_loc(batch: ForwardBatch) -> torch.Tensor:
+    return (batch.on_host or batch).query_start_loc.cpu()
 
 
 class FlashInferAttention(AttentionBackend):
@@ -74,7 +78,7 @@ class FlashInferAttention(AttentionBackend):
         shape = (spec.num_layers, 2, spec.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
         self._cache = torch.zeros(shape, dtype=spec.dtype, device=spec.device)
         # Zeros: the decode wrapper wants them. Shared: it holds what a wrapper computes while it runs.
-        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=spec.device)
+        self._workspace = torch.zeros(ATTENTION_WORKSPACE, dtype=torch.uint8, device=spec.device)
         # As in the graphs and for decodes; left to choose, it takes another kernel on an H100 (fa3), which shares no
         # keys between the query heads of a group.
         prefill = partial(flashinfer.BatchPrefillWithPagedKVCacheWrapper, self._workspace, _LAYOUT, backend="fa2")
@@ -90,7 +94,7 @@ class FlashInferAttention(AttentionBackend):
             _plan(self._decode, self.spec, batch)
         else:
             self._wrappers = self._prefill
-            _plan(self._prefill, self.spec, batch, batch.query_start_loc.cpu(), causal=True)
+            _plan(self._prefill, self.spec, batch, _query_start_loc(batch), causal=True)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         wrapper = self._wrappers[self.spec.window(layer)]
@@ -103,7 +107,8 @@ class FlashInferAttention(AttentionBackend):
 class _FixedFlashInfer(AttentionBackend):
     """Prefill wrappers with buffers of their own, which a CUDA graph reads; see ``AttentionBackend.fixed``.
 
-    The first plan tells a wrapper how many query rows there can be, so every plan must have as many.
+    The first plan tells a wrapper how many query rows there can be, so every plan must have as many. Slots are read
+    where they lie at the first plan, as int64.
     """
 
     def __init__(
@@ -112,10 +117,10 @@ class _FixedFlashInfer(AttentionBackend):
         super().__init__(spec)
         self._cache = cache
 
-        def buffer(size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(size, dtype=dtype, device=spec.device)
+        def buffer(size: int) -> torch.Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=spec.device)
 
-        self._slot_mapping = buffer(num_tokens, torch.int64)
+        self._slot_mapping = torch.empty(0)
         self._wrappers = _of_each_window(
             spec,
             lambda: _import_flashinfer().BatchPrefillWithPagedKVCacheWrapper(
@@ -131,8 +136,8 @@ class _FixedFlashInfer(AttentionBackend):
         )
 
     def plan(self, batch: ForwardBatch) -> None:
-        self._slot_mapping.copy_(batch.slot_mapping)
-        _plan(self._wrappers, self.spec, batch, batch.query_start_loc.cpu(), causal=True)
+        self._slot_mapping = batch.slot_mapping
+        _plan(self._wrappers, self.spec, batch, _query_start_loc(batch), causal=True)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         wrapper = self._wrappers[self.spec.window(layer)]

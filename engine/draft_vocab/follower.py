@@ -78,4 +78,4 @@ class VocabFollower:
 
     def _most_likely(self, logits: torch.Tensor, rows: Sequence[int] | None = None) -> NDArray[np.int32]:
         # By this thread alone: few rows take it less time than to wake the team.
-        return topk_rows(logits, self.top_k, rows=rows)[1].int().cpu().numpy()
+        return topk_rows(logits, self.top_k, rows=rows)[1].cpu().numpy().astype(np.int32)

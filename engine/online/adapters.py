@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 
+import numpy as np
 import structlog
 import torch
 
@@ -21,6 +22,7 @@ from engine.online.weight_directory import Slot
 from engine.online.weight_layout import WeightLayout
 from engine.request import Request
 from kernels.batched_lora import LoraPart, LoraRows
+from kernels.upload import upload
 
 log = structlog.get_logger(__name__)
 
@@ -104,10 +106,15 @@ class EagleAdapters:
         """What the tokens of a batch are adapted by, given whose each is; None: nothing."""
         if not self._by_key:
             return None
-        slots = [request.draft_state.adapter.slot for request in requests]
+        slots = self.slots_of(requests)
         if max(slots) < 0:
             return None
-        return LoraRows(torch.tensor(slots, dtype=torch.int32, device=self._device), self._parts)
+        [on_device] = upload(self._device, np.array(slots, np.int32))
+        return LoraRows(on_device, self.parts)
+
+    def slots_of(self, requests: Iterable[Request]) -> list[int]:
+        """Whose adapter drafts for each; -1: the base draft does."""
+        return [request.draft_state.adapter.slot for request in requests]
 
     def is_control(self, request: Request) -> bool:
         """Whether a request keeps the base draft whatever there is, so that adapters have something to compare with."""
@@ -121,11 +128,11 @@ class EagleAdapters:
             spec.name: torch.zeros(config.num_slots, *spec.shape, dtype=spec.dtype, device=self._device)
             for spec in layout.tensors
         }
-        self._parts = []
+        self.parts = []
         for target in config.targets:
             rows = adapted_rows(draft.config, target)
             a, b = stacks[f"{target}.a"], stacks[f"{target}.b"]
-            self._parts.append(LoraPart(rows.start, rows.end, a, b, rows.matrix))
+            self.parts.append(LoraPart(rows.start, rows.end, a, b, rows.matrix))
         return layout, [{name: stack[slot] for name, stack in stacks.items()} for slot in range(config.num_slots)]
 
     def _key(self, request: Request) -> str | None:

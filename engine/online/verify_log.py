@@ -26,7 +26,7 @@ from engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k, pack
 from engine.request import Request
 from engine.speculation.drafters.kv import Chunk
 from engine.verification import Verification
-from kernels.topk import topk_rows
+from kernels.topk import on_host, topk_rows
 
 if TYPE_CHECKING:
     from kernels.native import Team
@@ -157,7 +157,7 @@ class VerifyLog:
         started = time.perf_counter()
         k = self._options.top_k
         # All rows at once: nearly all are wanted, and the call takes longer than a row.
-        values, ids = (top.cpu().numpy() for top in topk_rows(logits, max(k, num_likely), team=self._team))
+        values, ids = on_host(*topk_rows(logits, max(k, num_likely), team=self._team))
         self._log_steps(steps, values[:, :k], ids[:, :k])
         self._budget.spend(time.perf_counter() - started)
         return ids[:, :num_likely]
@@ -174,7 +174,7 @@ class VerifyLog:
             return
         self._look_around()
         chunks = [self._with_context(one.step) for one in chosen]
-        of_chunks = self._features(chunks).split_with_sizes([len(chunk.token_ids) for chunk in chunks])
+        of_chunks = self._features(chunks).cpu().split_with_sizes([len(chunk.token_ids) for chunk in chunks])
         for one, chunk, rows in zip(chosen, chunks, of_chunks, strict=True):
             try:
                 place = self._ring.write(rows)

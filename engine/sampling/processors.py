@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from engine.messages import SamplingParams
 from engine.request import Request
 from kernels.penalties import IntArray, SeenTokens, penalize, put_back
+from kernels.upload import upload
 
 FloatArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]
@@ -151,9 +152,9 @@ class LogitsEdits:
 def _joined(edits: list[_SparseEdit], device: torch.device) -> tuple[_Index, torch.Tensor]:
     """The index (rows, token ids) and the values of all."""
     rows = np.concatenate([np.full(len(token_ids), row, dtype=np.int64) for row, token_ids, _ in edits])
-    index = rows, np.concatenate([token_ids for _, token_ids, _ in edits])
-    values = torch.from_numpy(np.concatenate([values for _, _, values in edits])).to(device)
-    return tuple(torch.from_numpy(part).to(device) for part in index), values
+    token_ids, values = (np.concatenate([edit[part] for edit in edits]) for part in (1, 2))
+    *index, uploaded = upload(device, rows, token_ids, values)
+    return tuple(index), uploaded
 
 
 def _only(allowed: NDArray[np.int32], token_ids: IdArray) -> bool:

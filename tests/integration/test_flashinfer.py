@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from engine.attention.base import AttentionSpec
 from engine.attention.flashinfer import FlashInferAttention, page_table
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.models.config import ModelError
+from tests.emulated_flashinfer import DECODE, PREFILL, SIGNATURES
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
 
 BLOCK_SIZE = 16
@@ -55,6 +57,17 @@ def test_windows_and_scale_agree_with_torch(steps: str) -> None:
     backend, reference = FlashInferAttention(spec(torch.bfloat16)), TorchPagedAttention(spec(torch.float32))
     for output, expected in compare_backends([backend], reference, sequences, STEPS[steps]):
         assert largest_row_error(output, expected) < TOLERANCE
+
+
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("wrapper", [PREFILL, DECODE])
+def test_the_emulated_wrappers_have_its_signatures(wrapper: str) -> None:
+    real = getattr(pytest.importorskip("flashinfer"), wrapper)
+    for (name, method), emulated in SIGNATURES.items():
+        if name == wrapper:
+            parameters = inspect.signature(getattr(real, method)).parameters
+            assert [one.name for one in parameters.values()] == list(emulated.parameters)
 
 
 @pytest.mark.parametrize("steps", STEPS)

@@ -14,10 +14,11 @@ from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.flashinfer import FlashInferAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
+from engine.gpu_memory import GRAPH_SIZES
 from engine.models.llama import LlamaForCausalLM, load_model
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
-from engine.step_graphs import SIZES, StepGraphs, padded
+from engine.step_graphs import StepGraphs, padded
 from tests.ragged_batches import RaggedSequences
 from tests.tiny_models import make_directory
 
@@ -78,8 +79,8 @@ def largest_difference(
     """Over the outputs of all steps, which go round three times; relative to the largest number there is."""
     generator, worst = torch.Generator().manual_seed(3), 0.0
     for counts in STEPS * 3:
-        batch = with_tokens(sequences.step(counts, plain.spec.device), generator, model.spec.vocab_size)
-        ours, theirs = graphs.forward(batch, LAYERS), model.forward(batch, plain, LAYERS)
+        batch = with_tokens(sequences.step(counts), generator, model.spec.vocab_size)
+        (ours, _), theirs = graphs.forward(batch, LAYERS), model.forward(batch.on(plain.spec.device), plain, LAYERS)
         assert ours.features is not None
         assert theirs.features is not None
         for one, other in ((ours.hidden, theirs.hidden), (ours.features, theirs.features)):
@@ -101,7 +102,7 @@ def test_padded_steps_compute_what_plain_steps_do(tmp_path: Path) -> None:
 def test_padding_touches_nobodys_block(counts: list[int]) -> None:
     sequences = RaggedSequences(4, MAX_LEN, BLOCK_SIZE)
     batch, spare = sequences.step(counts), sequences.num_blocks
-    size = next(size for size in SIZES if size >= len(batch.token_ids))
+    size = next(size for size in GRAPH_SIZES if size >= len(batch.token_ids))
     more = padded(batch, size, spare, BLOCK_SIZE)
     tokens, owners = len(batch.token_ids), len(batch.seq_lens)
     assert len(more.token_ids) == len(more.positions) == len(more.slot_mapping) == len(more.seq_lens) == size
@@ -114,15 +115,15 @@ def test_padding_touches_nobodys_block(counts: list[int]) -> None:
 
 def test_steps_too_large_for_a_graph_run_plainly(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    model, sequences = tiny_model(tmp_path, torch.float32, cpu), RaggedSequences(2, 2 * SIZES[-1], BLOCK_SIZE)
+    model, sequences = tiny_model(tmp_path, torch.float32, cpu), RaggedSequences(2, 2 * GRAPH_SIZES[-1], BLOCK_SIZE)
     spec = cache_spec(model, sequences, torch.float32, cpu)
 
     def refuse(run: Callable[[], ForwardOutput]) -> tuple[Callable[[], None], ForwardOutput]:
         raise AssertionError("recorded")
 
     graphs = StepGraphs(model, FixedTorchAttention(spec), sequences.num_blocks, refuse)
-    batch = sequences.step([128, 1 + SIZES[-1] - 128])
-    assert len(graphs.forward(batch, LAYERS).hidden) == 1 + SIZES[-1]
+    batch = sequences.step([128, 1 + GRAPH_SIZES[-1] - 128])
+    assert len(graphs.forward(batch, LAYERS)[0].hidden) == 1 + GRAPH_SIZES[-1]
 
 
 @gpu

@@ -17,7 +17,7 @@ def sizes(engine: EngineConfig) -> tuple[int | None, float, int]:
     return engine.cache.max_bytes, engine.cache.memory_fraction, engine.scheduler.max_batched_tokens
 
 
-ON_CPU, ON_GPU = (2 * 1024**3, 0.5, 512), (None, 0.85, 8192)
+ON_CPU, ON_GPU = (2 * 1024**3, 0.5, 512), (None, 0.95, 8192)
 
 
 @pytest.mark.parametrize(
@@ -38,4 +38,4 @@ def test_sizes_are_those_of_the_device(
 def test_what_an_operator_says_holds_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(config, "_NVIDIA", tmp_path)
     cache, scheduler = CacheConfig(max_bytes=4096), SchedulerConfig(max_batched_tokens=512)
-    assert sizes(EngineConfig(cache=cache, scheduler=scheduler)) == (4096, 0.85, 512)
+    assert sizes(EngineConfig(cache=cache, scheduler=scheduler)) == (4096, 0.95, 512)

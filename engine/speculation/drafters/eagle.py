@@ -28,12 +28,14 @@ from engine.online.whole_draft import WholeDraft
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts
 from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
+from engine.speculation.drafters.gpu_chain import GpuChain
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 from kernels.native_chain import NativeChain
 from kernels.native_lora import NativeLora
+from kernels.upload import upload
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
@@ -78,8 +80,8 @@ class EagleDraft:
         self.costs = DraftCosts(weight_bytes, one.bytes_per_block + stored_bytes)
 
     def make_proposer(self, num_blocks: int) -> EagleProposer:
-        """Allocate KV and features for blocks 0 .. num_blocks - 1."""
-        attention = _make_attention(self._attention_spec(num_blocks), self._target)
+        """Allocate KV and features for blocks 0 .. num_blocks - 1, and one that is nobody's where there are graphs."""
+        attention = _make_attention(self._attention_spec(num_blocks + int(self._target.cuda_graphs)), self._target)
         others = self._head, self._config, self._adapters
         return EagleProposer(self._network, self._target, self._embed, attention, *others)
 
@@ -141,6 +143,8 @@ class EagleProposer:
         if isinstance(network, NativeEagle3) and isinstance(target.model, NativeLlama):
             self._chain = head.make_chain(network, target.model)
         self.stops_early = self._chain is not None
+        self._gpu_chain: GpuChain | None = None
+        """The same on a GPU, by CUDA graphs."""
         self._entries = DraftKvTracker(attention.spec.num_blocks, self._block_size)
         self._stores_fused, self._fused_size = _stores_fused(adapters), config.fused_size
         width, num_slots = _stored_width(config, adapters), attention.spec.num_blocks * self._block_size
@@ -151,6 +155,11 @@ class EagleProposer:
         """Whose weights it drafts with where they are exchanged as a whole."""
         self._num_loads = 0
         """How often they were, when entries were made last."""
+        if target.cuda_graphs and isinstance(attention, flashinfer.FlashInferAttention) and head.chains_on_gpu:
+            max_blocks = -(-target.max_model_len // self._block_size)
+            of_slots = self._g_of, self._stored.before_first
+            lora = adapters if isinstance(adapters, EagleAdapters) else None
+            self._gpu_chain = GpuChain(network, embed, attention, head, *of_slots, max_blocks, lora)
         self.verify_log = None
         """Where verified drafts are to be written down."""
         if adapters is not None:
@@ -170,10 +179,11 @@ class EagleProposer:
             self._adapters.assign([slot.request for slot in slots])
         if self._network.shift:
             chunks = [_one_place_earlier(chunk) for chunk in chunks if chunk.start + len(chunk.token_ids) > 1]
-        batch = build_batch(chunks, self._block_size, self._device)
-        of_tokens = (chunk.request for chunk in chunks for _ in chunk.token_ids)
-        a = self._forward(batch, of_tokens, self._g_before(chunks))
+        a = self._read(chunks)
         if not ready:
+            return
+        if self._gpu_chain is not None and self._gpu_chain.can_draft(ready):
+            self._gpu_chain.draft(a, ready)
             return
         if self._chain is not None:
             self._draft_chains(self._chain, a, ready, stop)
@@ -181,8 +191,18 @@ class EagleProposer:
         self._head.draft(self._network.head_input(a), ready)
         for rows, longer, batch in chain_batches(ready, self._block_size, self._device, self._network.shift):
             of_tokens = (slot.request for slot in longer)
-            a = self._forward(batch, of_tokens, a if len(rows) == len(a) else a[rows])
+            if len(rows) < len(a):
+                a = a[upload(self._device, np.array(rows))[0]]
+            a = self._forward(batch, of_tokens, a)
             self._head.draft(self._network.head_input(a), longer)
+
+    def _read(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Write the entries of tokens; the draft's state [L, hidden] at those whose logits are wanted."""
+        if self._gpu_chain is not None and self._gpu_chain.can_read(chunks):
+            return self._gpu_chain.read(chunks, self._slots_before(chunks))
+        batch = build_batch(chunks, self._block_size, self._device)
+        of_tokens = (chunk.request for chunk in chunks for _ in chunk.token_ids)
+        return self._forward(batch, of_tokens, self._g_before(chunks))
 
     def _draft_chains(
         self, chain: NativeChain, a: torch.Tensor, ready: Sequence[DraftSlot], stop: StopRule | None
@@ -221,11 +241,19 @@ class EagleProposer:
 
     def _g_before(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """[T, hidden]: g of the position before each token."""
-        stored = self._stored_before(chunks)
+        return self._g_of(*upload(self._device, np.array(self._slots_before(chunks))))
+
+    def _g_of(self, slots: torch.Tensor) -> torch.Tensor:
+        """[T] int64 → g of the tokens in these slots, [T, hidden]."""
+        stored = self._stored.rows(slots)
         return stored if self._stores_fused else self._network.fuse(stored[:, : self._fused_size])
 
     def _stored_before(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """What is stored of the position before each token, a row each; ``chunks`` by the places of their entries."""
+        """What is stored of the position before each token, a row each."""
+        return self._stored.rows(*upload(self._device, np.array(self._slots_before(chunks))))
+
+    def _slots_before(self, chunks: Sequence[Chunk]) -> list[int]:
+        """The slot of the position before each token; ``chunks`` by the places of their entries."""
         slots: list[int] = []
         for chunk in chunks:
             start = chunk.start + self._network.shift - 1
@@ -233,7 +261,7 @@ class EagleProposer:
             if start < 0:
                 slots.append(self._stored.before_first)
             slots += slots_of(chunk.block_ids, max(start, 0), end, self._block_size)
-        return self._stored.rows(torch.from_numpy(np.array(slots)).to(self._device))
+        return slots
 
 
 def _stores_fused(adapters: EagleAdapters | None) -> bool:

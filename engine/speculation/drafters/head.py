@@ -23,10 +23,12 @@ from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from engine.tensor_parallel.model import ShardedTails
+from kernels.choose_tokens import GpuRows
 from kernels.draft_head import Core, TailSlabs, draft_head_topk
 from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain
 from kernels.native_decoder import KvCache
 from kernels.native_lora import NativeLora
+from kernels.upload import upload
 
 COUNTS_FILE = "token_counts.safetensors"
 """Next to a draft: one tensor ``counts`` [vocab] int64, how often the target generated each token."""
@@ -111,6 +113,37 @@ class DraftHead:
         logits, token_ids = self.candidates(hidden, slabs)
         return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
+    @property
+    def chains_on_gpu(self) -> bool:
+        """Whether ``choose_on_gpu`` chooses as ``choose_for`` does, without the host."""
+        has_rows = self._core.rows is not None and self._find is None
+        return has_rows and (self.vocab is None or not self.vocab.needs_host)
+
+    @property
+    def empty_slab(self) -> int:
+        """A tail that nobody has."""
+        return 0 if self.vocab is None else self.vocab.num_total
+
+    def slabs_of(self, requests: Sequence[Request]) -> list[int]:
+        """The tail of each request about to be drafted for; empty without tails."""
+        return []
+
+    def choose_on_gpu(self, hidden: torch.Tensor, slabs: torch.Tensor, rows: GpuRows | None) -> torch.Tensor:
+        """As ``choose``, without waiting for the tokens: [N] int32.
+
+        Args:
+            hidden: [N, hidden].
+            slabs: [N] int32, the tail of each row, where there are tails.
+            rows: how they are chosen; None: all are greedy.
+        """
+        tails = slabs if self.has_tails else None
+        count = 1 if rows is None else CANDIDATES
+        logits, token_ids = draft_head_topk(hidden, self._core, count, self._tails, tails)
+        if rows is None:
+            return token_ids[:, 0].clamp(min=0)
+        least, _ = rows.thresholds(logits, None)  # the candidates are few: all are looked at
+        return rows.choose(logits, token_ids, None, least).int().clamp(min=0)
+
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Of one token [n] int32 for each row of hidden [n, hidden]: [n] float32, NaN for one that the head lacks."""
         if self._own is not None:
@@ -194,7 +227,7 @@ class DraftHead:
         """
         if slabs != self._slabs:  # seldom: most drafts are for the same sequences as those before
             self._slabs = slabs
-            self._of_rows = None if slabs is None else torch.from_numpy(np.array(slabs, np.int32)).to(hidden.device)
+            self._of_rows = None if slabs is None else upload(hidden.device, np.array(slabs, np.int32))[0]
         if self._find is not None:
             return self._find(hidden, count, self._of_rows)
         return draft_head_topk(hidden, self._core, count, self._tails, self._of_rows, self.team)

@@ -149,15 +149,13 @@ def chain_batches(
     tables = padded_block_tables([slot.block_ids for slot in ready])
     positions = np.array([slot.request.num_tokens - 1 - shift for slot in ready], dtype=np.int32)
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
     while rows:
         if len(rows) < len(ready):
             ready, tables, positions = [ready[row] for row in rows], tables[rows], positions[rows]
         positions = positions + 1  # a new array every time: the batch before may still be in use
         order = np.arange(len(rows) + 1, dtype=np.int32)
         blocks = tables[order[:-1], positions // block_size]
+        tensor = torch.from_numpy
         batch = ForwardBatch(
             token_ids=tensor(np.array([slot.request.draft_token_ids[-1] for slot in ready], dtype=np.int32)),
             positions=tensor(positions),
@@ -167,7 +165,7 @@ def chain_batches(
             slot_mapping=tensor(blocks * block_size + positions % block_size),
             logits_indices=tensor(order[:-1].astype(np.int64)),
         )
-        yield rows, ready, batch
+        yield rows, ready, batch.on(device)
         rows = _rows_with_room(ready)
 
 

@@ -27,6 +27,7 @@ from engine.tensor_parallel.model import ShardedTails
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
 from kernels.native_chain import ChainResult
+from kernels.upload import upload
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticIndex
@@ -75,16 +76,20 @@ class SessionHead(DraftHead):
             token_ids, logits = token_ids.cpu(), logits.cpu()
 
             def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> torch.Tensor:
-                places, wanted = (torch.from_numpy(one).to(hidden.device) for one in (rows, tokens))
+                places, wanted = upload(hidden.device, rows, tokens)
                 return self.logits(hidden.index_select(0, places), wanted).cpu()
 
             best = self.vocab.drafted.choose_with_prior(requests, token_ids, logits, logits_of)
             if all_greedy(params):
                 return best
-            logits, token_ids = logits.to(hidden.device), token_ids.to(hidden.device)
+            logits, token_ids = upload(hidden.device, logits.numpy(), token_ids.numpy())
         elif all_greedy(params):
             return any_token(token_ids[:, 0].tolist())
         return any_token(choose_tokens(logits, params, next_positions(requests), token_ids, self.team))
+
+    def slabs_of(self, requests: Sequence[Request]) -> list[int]:
+        self.vocab.before_drafts(requests)
+        return self.vocab.slabs(requests) if self.has_tails else []
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
         self.vocab.before_drafts(requests)

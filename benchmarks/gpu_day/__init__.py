@@ -1,0 +1,1 @@
+"""The first half hour with a GPU: ``make gpu-day``."""

@@ -1,0 +1,97 @@
+"""What a GPU needs besides weights and KV cache, by arithmetic: the cache gets what is left.
+
+All of it is taken after the cache's size is fixed, so none of it can be measured before. NOT CHECKED on a GPU so far.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import EngineConfig
+from engine.models.config import ModelSpec
+
+GRAPH_SIZES: tuple[int, ...] = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
+"""Tokens of a step's CUDA graphs. Larger steps keep a GPU busy without one."""
+CHAIN_SIZES: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Sequences of a graph of draft chains: each length of chain has graphs of its own, so there are few sizes."""
+ATTENTION_WORKSPACE = 128 * 2**20
+"""What flashinfer recommends for the partial results of long contexts that it splits."""
+_PLAN_WORKSPACE = 8 * 2**20
+"""What each of its wrappers takes for plans."""
+_CUBLAS_WORKSPACE = 32 * 2**20
+"""Of each stream on which matrices are multiplied; as on Hopper, where it is largest."""
+_STREAMS = 5
+"""The usual one, and for each of the two recorders of graphs one to warm up and one to capture on."""
+_GRAPH_NODE_BYTES, _NODES_A_LAYER = 2048, 60
+_TOPK_ROWS = 64
+"""Rows of logits whose sort keys exist at the same time."""
+
+
+@dataclass(frozen=True)
+class GpuReserve:
+    """Bytes of each kind."""
+
+    activations: int
+    """Of the largest step."""
+    logits: int
+    """Of its rows that tokens are chosen from."""
+    workspaces: int
+    """Of attention and matrix products."""
+    graphs: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.logits + self.workspaces + self.graphs
+
+
+def gpu_reserve(config: EngineConfig, spec: ModelSpec, element: int, has_draft: bool) -> GpuReserve:
+    """What to keep free of KV cache.
+
+    Args:
+        config: how many tokens and sequences a step may have.
+        spec: of the target; a draft's layer is no wider.
+        element: bytes of an activation.
+        has_draft: whether a draft has an attention of its own.
+    """
+    tokens = config.scheduler.max_batched_tokens
+    drafted = config.speculation.num_speculative_tokens if has_draft else 0
+    rows = min(config.scheduler.max_num_seqs * (1 + drafted), tokens)
+    keys = min(rows, _TOPK_ROWS) * spec.vocab_size * 24
+    # Products in the model's dtype, the same in float32, and a copy without what grammars forbid.
+    logits = rows * spec.vocab_size * (element + 8) + keys
+    activations = tokens * _activation_bytes(spec, element)
+    max_blocks = -(-config.model.longest_sequence(spec) // config.cache.block_size)
+    graphs = _graph_bytes(spec, max_blocks, drafted) + GRAPH_SIZES[-1] * _activation_bytes(spec, element)
+    return GpuReserve(activations, logits, _workspace_bytes(spec, drafted), graphs)
+
+
+def _activation_bytes(spec: ModelSpec, element: int) -> int:
+    """Of one token while a layer computes it; norms and rotations are in float32."""
+    heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    stream = spec.hidden_size * (4 * element + 3 * 4)
+    features = 2 * 3 * spec.hidden_size * element  # captured, then side by side
+    return stream + features + max(4 * spec.intermediate_size * element, heads * (2 * element + 3 * 4))
+
+
+def _num_wrappers(spec: ModelSpec, drafted: int) -> int:
+    """flashinfer's: two for plain steps and one a graph, for each window of the target; and the draft's."""
+    plain = 2 + len(GRAPH_SIZES)
+    of_draft = plain + len(CHAIN_SIZES) * (drafted - 1) if drafted else 0
+    return len(set(spec.windows)) * plain + of_draft
+
+
+def _workspace_bytes(spec: ModelSpec, drafted: int) -> int:
+    attention = ATTENTION_WORKSPACE * (2 if drafted else 1)
+    return attention + _num_wrappers(spec, drafted) * _PLAN_WORKSPACE + _STREAMS * _CUBLAS_WORKSPACE
+
+
+def _graph_bytes(spec: ModelSpec, max_blocks: int, drafted: int) -> int:
+    """What the driver keeps of them, and the page tables that they read."""
+    nodes = len(GRAPH_SIZES) * spec.num_layers * _NODES_A_LAYER
+    rows = sum(GRAPH_SIZES) * len(set(spec.windows))
+    if drafted:
+        nodes += (
+            2 * len(GRAPH_SIZES) * _NODES_A_LAYER + 2 * len(CHAIN_SIZES) * sum(range(1, drafted + 1)) * _NODES_A_LAYER
+        )
+        rows += sum(GRAPH_SIZES) + sum(CHAIN_SIZES) * (drafted - 1)
+    return nodes * _GRAPH_NODE_BYTES + rows * max_blocks * 4

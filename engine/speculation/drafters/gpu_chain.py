@@ -1,0 +1,241 @@
+"""Chains of draft tokens on a GPU, without the host in between: two CUDA graphs for all drafts of a step.
+
+The first reads the tokens that the draft has not seen. The second drafts token after token, each from the one before.
+What they need of the host is known before either begins, and goes there in one copy each.
+
+NOT RUN on a GPU so far (docs/decisions/006-cuda-graphs.md).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.attention.base import AttentionBackend
+from engine.batch import ForwardBatch
+from engine.gpu_memory import CHAIN_SIZES, GRAPH_SIZES
+from engine.model_runner import build_batch, padded_block_tables
+from engine.online.adapters import EagleAdapters
+from engine.request import Request
+from engine.sampling.choose import row_sampling
+from engine.speculation.drafters.eagle_network import EagleNetwork
+from engine.speculation.drafters.head import DraftHead
+from engine.speculation.drafters.kv import Chunk
+from engine.step_graphs import CudaGraphRecorder, Planned, Replay, padded
+from engine.step_plan import DraftSlot
+from kernels.batched_lora import LoraRows
+from kernels.choose_tokens import GpuRows, RowSampling, choice_arrays
+from kernels.upload import FixedMemory
+
+_GREEDY = RowSampling([0.0], [0], [0], [1.0], [0.0])
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A recorded computation and the memory that it reads."""
+
+    attentions: list[AttentionBackend]
+    memory: FixedMemory
+    state: torch.Tensor | None
+    """[R, hidden], the draft's state that a chain begins with"""
+    replay: Replay
+    output: torch.Tensor
+
+
+class GpuChain:
+    """Drafts for an ``EagleProposer``.
+
+    Args:
+        network: the draft's arithmetic.
+        embed: rows of the embedding: [T] int32 → [T, hidden].
+        attention: the draft's KV cache, whose last block no sequence uses.
+        head: without priors, which only the host knows.
+        g_of: [T] int64 slots → g of the tokens in them, [T, hidden].
+        no_slot: the slot of what comes before a sequence.
+        max_blocks: of a sequence.
+        adapters: of the draft (None: there are none).
+    """
+
+    def __init__(
+        self,
+        network: EagleNetwork,
+        embed: Callable[[torch.Tensor], torch.Tensor],
+        attention: AttentionBackend,
+        head: DraftHead,
+        g_of: Callable[[torch.Tensor], torch.Tensor],
+        no_slot: int,
+        max_blocks: int,
+        adapters: EagleAdapters | None,
+    ) -> None:
+        self._network, self._embed, self._attention, self._head = network, embed, attention, head
+        self._g_of, self._no_slot, self._max_blocks, self._adapters = g_of, no_slot, max_blocks, adapters
+        self._spare_block, self._block_size = attention.spec.num_blocks - 1, attention.spec.block_size
+        self._record = CudaGraphRecorder()
+        self._readers: dict[int, _Graph] = {}
+        self._chains: dict[tuple[int, int, bool], _Graph] = {}
+        self._fixed: dict[tuple[int, int], AttentionBackend] = {}
+        """By the size of a chain's graph and a place in the chain: chains of all lengths share them."""
+
+    def can_read(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether there are graphs for so many tokens."""
+        return sum(len(chunk.token_ids) for chunk in chunks) <= max(GRAPH_SIZES)
+
+    def can_draft(self, slots: Sequence[DraftSlot]) -> bool:
+        """Whether there are graphs for so many sequences."""
+        return len(slots) <= max(CHAIN_SIZES)
+
+    def read(self, chunks: Sequence[Chunk], g_slots: Sequence[int]) -> torch.Tensor:
+        """Write the entries of tokens; returns the draft's state [L, hidden] at those whose logits are wanted.
+
+        Args:
+            chunks: the tokens; for which ``can_read``.
+            g_slots: the slot of the position before each.
+        """
+        batch = build_batch(chunks, self._block_size)
+        num_tokens, num_wanted = len(batch.token_ids), len(batch.logits_indices)
+        size = GRAPH_SIZES[bisect_left(GRAPH_SIZES, num_tokens)]
+        more = padded(batch, size, self._spare_block, self._block_size)
+        flat = more.token_ids, more.positions, more.slot_mapping.long(), more.logits_indices
+        arrays: list[NDArray[Any]] = [tensor.numpy() for tensor in flat]
+        arrays.append(_filled(g_slots, size, self._no_slot, np.int64))
+        arrays.append(self._adapter_slots([chunk.request for chunk in chunks for _ in chunk.token_ids], size))
+        graph = self._readers.get(size)
+        if graph is None:
+            graph = self._readers[size] = self._record_reader(more, arrays)
+        graph.memory.write(*arrays)
+        graph.attentions[0].plan(_placed(more, graph.memory.tensors[2]))
+        graph.replay()
+        return graph.output[:num_wanted]
+
+    def draft(self, a: torch.Tensor, slots: Sequence[DraftSlot]) -> None:
+        """Append draft tokens to each request, as many as its slot has room for.
+
+        Args:
+            a: [B, hidden], the draft's state after each sequence's last known token.
+            slots: one a row, each with room for a token.
+        """
+        requests, length = [slot.request for slot in slots], max(slot.num_tokens for slot in slots)
+        size = CHAIN_SIZES[bisect_left(CHAIN_SIZES, len(slots))]
+        sampling = row_sampling([request.sampling for request in requests])
+        plans = [self._plan_of_place(slots, place, size) for place in range(1, length)]
+        arrays: list[NDArray[Any]] = [
+            np.array([plan.slot_mapping.numpy() for plan in plans], np.int64).reshape(-1, size),
+            np.array([plan.positions.numpy() for plan in plans], np.int32).reshape(-1, size),
+            _filled(self._head.slabs_of(requests), size, self._head.empty_slab, np.int32),
+            self._adapter_slots(requests, size),
+        ]
+        if sampling is not None:
+            arrays += _noise(sampling, [request.num_tokens for request in requests], length, size)
+        key = size, length, sampling is not None
+        graph = self._chains.get(key)
+        if graph is None:
+            graph = self._chains[key] = self._record_chain(a, plans, arrays, size, length)
+        assert graph.state is not None
+        graph.memory.write(*arrays)
+        graph.state[: len(a)].copy_(a)
+        for place, (attention, plan) in enumerate(zip(graph.attentions, plans, strict=True)):
+            attention.plan(_placed(plan, graph.memory.tensors[0][place]))
+        graph.replay()
+        for slot, tokens in zip(slots, graph.output.tolist(), strict=False):
+            slot.request.draft_token_ids += tokens[: slot.num_tokens]
+
+    def _plan_of_place(self, slots: Sequence[DraftSlot], place: int, size: int) -> ForwardBatch:
+        """Where the tokens of a place in the chains go: without room, or in a row too many, to the spare block."""
+        live = [row for row, slot in enumerate(slots) if slot.num_tokens > place]  # the longest chain at least
+        of_live = padded_block_tables([slots[row].block_ids for row in live])
+        positions, tables = np.zeros(size, np.int32), np.full((size, of_live.shape[1]), self._spare_block, np.int32)
+        first = place - 1 - self._network.shift
+        positions[live], tables[live] = [slots[row].request.num_tokens + first for row in live], of_live
+        order = np.arange(size + 1, dtype=np.int32)
+        blocks = tables[order[:-1], positions // self._block_size]
+        slots_of_rows = blocks * self._block_size + positions % self._block_size
+        rows = torch.from_numpy(order[:-1])
+        return ForwardBatch(
+            token_ids=rows,
+            positions=torch.from_numpy(positions),
+            query_start_loc=torch.from_numpy(order),
+            seq_lens=torch.from_numpy(positions + 1),
+            block_tables=torch.from_numpy(tables),
+            slot_mapping=torch.from_numpy(slots_of_rows),
+            logits_indices=rows.long(),
+        )
+
+    def _adapter_slots(self, requests: Sequence[Request], size: int) -> NDArray[Any]:
+        """[size] int32: whose adapter each row has; -1: none."""
+        slots = [] if self._adapters is None else self._adapters.slots_of(requests)
+        return _filled(slots, size, -1, np.int32)
+
+    def _lora(self, slots: torch.Tensor) -> LoraRows | None:
+        return None if self._adapters is None else LoraRows(slots, self._adapters.parts)
+
+    def _record_reader(self, batch: ForwardBatch, arrays: list[NDArray[Any]]) -> _Graph:
+        memory = FixedMemory(self._attention.spec.device, *arrays)
+        token_ids, positions, slots, wanted, g_slots, adapters = memory.tensors
+        attention = self._attention.fixed(len(batch.token_ids), self._max_blocks)
+        own = replace(_placed(batch, slots), token_ids=token_ids, positions=positions, logits_indices=wanted)
+        attention.plan(own)
+
+        def run() -> torch.Tensor:
+            return self._network.forward(
+                own, Planned(attention), self._embed(token_ids), self._g_of(g_slots), self._lora(adapters)
+            )
+
+        replay, output = self._record(run)
+        return _Graph([attention], memory, None, replay, output)
+
+    def _record_chain(
+        self, a: torch.Tensor, plans: list[ForwardBatch], arrays: list[NDArray[Any]], size: int, length: int
+    ) -> _Graph:
+        memory = FixedMemory(self._attention.spec.device, *arrays)
+        slots, positions, slabs, adapters, *noise = memory.tensors
+        state = torch.zeros(size, a.shape[1], dtype=a.dtype, device=a.device)
+        rows = torch.arange(size, device=a.device)
+        attentions = []
+        for place in range(1, length):
+            if (size, place) not in self._fixed:
+                self._fixed[size, place] = self._attention.fixed(size, self._max_blocks)
+            attentions.append(self._fixed[size, place])
+            attentions[-1].plan(_placed(plans[place - 1], slots[place - 1]))
+
+        def run() -> torch.Tensor:
+            chosen: list[torch.Tensor] = []
+            now = state
+            for place in range(length):
+                if place:
+                    batch = replace(plans[place - 1], positions=positions[place - 1], logits_indices=rows)
+                    attention = Planned(attentions[place - 1])
+                    embedded = self._embed(chosen[-1])
+                    now = self._network.forward(batch, attention, embedded, now, self._lora(adapters))
+                of_place = GpuRows.of(noise[:4], noise[4][place]) if noise else None
+                chosen.append(self._head.choose_on_gpu(self._network.head_input(now), slabs, of_place))
+            return torch.stack(chosen, dim=1)
+
+        replay, output = self._record(run)
+        return _Graph(attentions, memory, state, replay, output)
+
+
+def _placed(batch: ForwardBatch, slots: torch.Tensor) -> ForwardBatch:
+    """A batch on the host, for a plan of attention; its slots are on the device already."""
+    return replace(batch, token_ids=slots, slot_mapping=slots, on_host=batch)
+
+
+def _filled(values: Sequence[int], size: int, other: int, dtype: type[np.generic]) -> NDArray[Any]:
+    array = np.full(size, other, dtype)
+    array[: len(values)] = values
+    return array
+
+
+def _noise(sampling: RowSampling, positions: Sequence[int], length: int, size: int) -> list[NDArray[Any]]:
+    """What the choices of ``size`` chains of ``length`` tokens need; rows too many are greedy."""
+    more = size - len(positions)
+    both = zip(vars(sampling).values(), vars(_GREEDY).values(), strict=True)
+    rows = RowSampling(*([*ours, *(greedy * more)] for ours, greedy in both))
+    first = [*positions, *[0] * more]
+    by_place = [choice_arrays(rows, [position + place for position in first]) for place in range(length)]
+    return [*by_place[0][:4], np.stack([arrays[4] for arrays in by_place])]

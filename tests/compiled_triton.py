@@ -1,0 +1,62 @@
+"""Compiles every Triton kernel for GPUs that are not there: ``python -m tests.compiled_triton each 80 90 100``.
+
+In a process of its own, in which Triton does not interpret. ``each`` takes the first configuration of each kernel, and
+``every`` all of them. Prints a line for each that was compiled: generation, kernel, bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.triton import batched_lora, draft_head, gumbel_argmax, kept_thresholds
+
+Configuration = tuple[Any, dict[str, str], dict[str, Any]]
+"""A kernel, the types of its arguments, and its constants."""
+
+
+def configurations() -> Iterator[Configuration]:
+    """All that the product launches, on models in bfloat16."""
+    numbers = {"stride": "i32", "columns": "i32", "num_rows": "i32", "num_columns": "i32", "width": "i32"}
+    numbers |= {"key_stride": "i32", "num_slots": "i32", "first_column": "i32", "num_values": "i32", "rank": "i32"}
+    numbers |= {"out_stride": "i32", "x_stride": "i32", "num_inputs": "i32", "num_outputs": "i32"}
+    scores = {"logits": "*fp32", "temperatures": "*fp32", "keys": "*i64", "least": "*fp32"}
+    of_gumbel = scores | {"token_ids": "*i32", "allowed": "*i32", "best_scores": "*fp32", "best_ids": "*i32"} | numbers
+    for ids, least, allowed in product((False, True), repeat=3):
+        has = {"HAS_IDS": ids, "HAS_LEAST": least, "HAS_ALLOWED": allowed, "BLOCK": 1024, "NUM_BLOCKS": 8}
+        yield gumbel_argmax._gumbel_argmax_kernel, of_gumbel, has
+    limits = {"top_k": "*i32", "top_p": "*fp64", "min_p": "*fp64", "suffices": "*i1", "values": "*fp32"}
+    for values in (64, 1024):
+        yield kept_thresholds._thresholds_kernel, scores | limits | numbers, {"VALUES": values, "BLOCK": 1024}
+    head = {"hidden": "*bf16", "head": "*bf16", "tail_rows": "*bf16", "tail_ids": "*i32", "slabs": "*i32"} | numbers
+    for best in (2, 64):
+        sizes = {"BEST": best, "WIDTH": 32}
+        yield draft_head._core_kernel, head | scores, sizes | {"ROWS": 16, "COLUMNS": 256}
+        yield draft_head._tail_kernel, head | scores, sizes | {"SLOTS": 256}
+    for weights, rank in product(("*bf16", "*fp32"), (8, 16, 32)):
+        lora = {"out": "*bf16", "x": "*bf16", "a": weights, "b": weights, "slots": "*i32"} | numbers
+        yield batched_lora._lora_kernel, lora, {"RANK": rank, "INPUTS": 64, "OUTPUTS": 64}
+
+
+def main() -> None:
+    which, *generations = sys.argv[1:]
+    chosen = list(configurations())
+    if which == "each":
+        chosen = list({kernel.__name__: (kernel, *rest) for kernel, *rest in reversed(chosen)}.values())
+    for generation, (kernel, types, constants) in product(map(int, generations), chosen):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else types[name] for name in names}
+        places = {(names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+        compiled = triton.compile(source, target=GPUTarget("cuda", generation, 32))
+        print(generation, kernel.__name__, len(compiled.asm["cubin"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""A process that runs engines on an emulated CUDA device and prints, as JSON, what they said and what their steps cost.
+
+``python -m tests.emulated_engine DIRECTORY JOB``, where a job is the JSON of ``Job``; the answer is that of ``Ran``s.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from tests import emulated_driver, emulated_flashinfer
+from tests.emulated_cuda import COUNTS, CUDA
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.core import EngineCore
+    from engine.models.config import ModelFiles
+
+
+class Job(msgspec.Struct):
+    """Engines to run one after the other."""
+
+    batches: list[int]
+    """Sequences of each."""
+    kinds: tuple[str, ...] = ("greedy",)
+    """Of sampling; sequences have them in turn."""
+    method: Literal["eagle3", "draft_model", "ngram", "none"] = "eagle3"
+    vocabulary: str = "dynamic:64+32"
+    num_drafted: int = 3
+    max_tokens: int = 12
+    longest_prompt: int = 40
+    num_steps: int = 1000
+    """At most."""
+    logprobs: int | None = None
+    adapters: bool = False
+    check: bool = False
+    """Whether the same is computed on a CPU without drafts, too."""
+
+
+class StepCost(msgspec.Struct):
+    """What a step cost; by line and reason."""
+
+    num_sequences: int
+    num_tokens: int
+    waits: dict[str, int]
+    launches: dict[str, int]
+    uploads: dict[str, int]
+    replays: int
+
+
+class Ran(msgspec.Struct):
+    """One engine's run."""
+
+    steps: list[StepCost]
+    outputs: list[list[int]]
+    expected: list[list[int]]
+    """Of the CPU; empty unless asked for."""
+    num_drafted: int
+    num_accepted: int
+
+
+def run(directory: Path, job: Job, batch: int) -> Ran:
+    """An engine with so many sequences."""
+    from engine.core import EngineCore
+    from engine.models.registry import validate_model_files
+    from tests.tiny_models import make_directory
+
+    size: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512}
+    files = make_directory(directory / "target", **size)
+    spec = validate_model_files(files)
+    expected: list[list[int]] = []
+    if job.check:
+        expected, _, _, _ = _generate(EngineCore(_config(directory, files, job, batch, "cpu"), files, spec), job, batch)
+    core = EngineCore(_config(directory, files, job, batch, "cuda"), files, spec)
+    assert core.attention_backend == "flashinfer"
+    if job.adapters:
+        _put_adapter_in_force(core)
+    outputs, steps, drafted, accepted = _generate(core, job, batch)
+    return Ran(steps, outputs, expected, drafted, accepted)
+
+
+def _config(directory: Path, files: ModelFiles, job: Job, batch: int, device: Any) -> EngineConfig:
+    from engine.adapters_config import AdaptersConfig
+    from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
+    from tests.tiny_drafts import make_draft_directory
+
+    eagle = make_draft_directory(directory / "draft", files)
+    draft = str({"eagle3": eagle, "draft_model": files.path}.get(job.method))
+    speculation = SpeculationConfig(method="none")
+    on_gpu = device == "cuda"
+    if on_gpu and job.method != "none":
+        speculation = SpeculationConfig(
+            method=job.method,
+            draft=None if job.method == "ngram" else draft,
+            vocabulary=job.vocabulary,
+            num_speculative_tokens=job.num_drafted,
+            adaptive=False,
+        )
+    alignment = AdaptersConfig()
+    if on_gpu and job.adapters:
+        alignment = AdaptersConfig(
+            enabled=True, redis_url="redis://127.0.0.1:1/0", shared_directory=directory / "shared", rank=8
+        )
+    return EngineConfig(
+        model=ModelConfig(dtype="float32", cache_dir=directory / "cache"),
+        cache=CacheConfig(prefix_caching=False, num_blocks=16 * batch + 16),
+        scheduler=SchedulerConfig(max_num_seqs=max(batch, 8), max_batched_tokens=max(512, 48 * batch)),
+        speculation=speculation,
+        runtime=RuntimeConfig(device=device, attention_backend="flashinfer" if on_gpu else "torch", threads=1),
+        alignment=alignment,
+    )
+
+
+def _put_adapter_in_force(core: EngineCore) -> None:
+    """An adapter with random weights drafts for everybody."""
+    import torch
+
+    from engine.draft_state import Assignment
+    from engine.online.adapter_control import adapter_key
+
+    adapters: Any = core._speculator._proposer._adapters  # type: ignore[union-attr]
+    key = adapter_key(adapters.config.key_scope, "tests", None)
+    adapters.refresh = lambda: None
+    adapters._in_force[0] = Assignment(0, key, 1)
+    adapters._by_key = {key: adapters._in_force[0]}
+    for weights in adapters._tensors[0].values():
+        weights.copy_((torch.randn(weights.shape) * 0.05).to(weights.dtype).to(weights.device))
+
+
+def _generate(core: EngineCore, job: Job, batch: int) -> tuple[list[list[int]], list[StepCost], int, int]:
+    import torch
+
+    from engine.messages import EngineRequest, SamplingParams, SessionState
+    from tests.exactness import SAMPLED
+    from tests.tiny_drafts import CLIENT
+
+    generator = torch.Generator().manual_seed(0)
+    kinds: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0.0}, **SAMPLED}
+    for index in range(batch):
+        num_tokens = int(torch.randint(5, job.longest_prompt, (1,), generator=generator))
+        prompt = torch.randint(3, 400, (num_tokens,), generator=generator).tolist()
+        kind = kinds[job.kinds[index % len(job.kinds)]]
+        common: dict[str, Any] = {"max_tokens": job.max_tokens, "ignore_eos": True, "seed": index}
+        common["logprobs"] = job.logprobs
+        session = SessionState(snapshot=b"", domain="")
+        sampling = SamplingParams(**(common | kind))
+        request = EngineRequest(
+            request_id=str(index), prompt_token_ids=prompt, sampling=sampling, tenant="tests", session=session
+        )
+        core.add(CLIENT, request)
+    outputs: list[list[int]] = [[] for _ in range(batch)]
+    steps = list[StepCost]()
+    num_done = drafted = accepted = 0
+    while num_done < batch and len(steps) < job.num_steps:
+        COUNTS.reset()
+        of_clients, timings = core.step()
+        if timings is not None:
+            counts = dict(COUNTS.waits), dict(COUNTS.launches), dict(COUNTS.uploads)
+            steps.append(StepCost(timings.num_sequences, timings.num_tokens, *counts, COUNTS.replays))
+        for output in of_clients[CLIENT]:
+            assert output.error is None, output.error
+            outputs[int(output.request_id)] += output.token_ids
+            num_done += output.finish_reason is not None
+            drafted, accepted = drafted + output.num_draft_tokens, accepted + output.num_accepted_tokens
+    return outputs, steps, drafted, accepted
+
+
+def install() -> None:
+    """From here on the engine finds a GPU, with flashinfer, which computes in float32 too: then outputs are a CPU's."""
+    emulated_driver.install()
+    emulated_flashinfer.install()
+    import torch
+
+    from engine import loader
+    from engine.attention import flashinfer
+
+    flashinfer._DTYPES = (torch.float32, torch.bfloat16)
+    loader._device = {"cpu": torch.device("cpu"), "cuda": CUDA}.__getitem__  # type: ignore[assignment]
+    loader._cuda_toolkit = lambda: "/usr/local/cuda"
+
+
+def main() -> None:
+    directory, job = Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=Job)
+    install()
+    import structlog
+    import torch
+
+    torch.set_num_threads(1)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
+    print(msgspec.json.encode([run(directory, job, batch) for batch in job.batches]).decode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The Triton kernels by name, in plain torch: Triton's interpreter would take minutes for a few steps.
+
+They take a kernel's own arguments. That the kernels compute the same is tested elsewhere, one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from kernels.batched_lora import batched_lora
+from kernels.gumbel_argmax import _mix32_, signed
+from kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
+
+_NOTHING = -(2**63)
+
+
+def _core_kernel(hidden: Any, head: Any, keys: Any, rows: int, columns: int, *_: Any, BEST: int, **sizes: int) -> None:
+    logits = hidden.float() @ head.float().T
+    for piece, part in enumerate(torch.split(_sort_keys(logits, 0), sizes["COLUMNS"], dim=1)):
+        _put_best(keys, piece * BEST, part, BEST)
+
+
+def _tail_kernel(
+    hidden: Any, rows: Any, ids: Any, slabs: Any, keys: Any, *numbers: int, BEST: int, **sizes: int
+) -> None:
+    logits = torch.einsum("nd,nsd->ns", hidden.float(), rows[slabs].float()).masked_fill(ids[slabs] < 0, -torch.inf)
+    for piece, part in enumerate(torch.split(_sort_keys(logits, numbers[1]), sizes["SLOTS"], dim=1)):
+        _put_best(keys, piece * BEST, part, BEST)
+
+
+def _sort_keys(logits: torch.Tensor, first: int) -> torch.Tensor:
+    bits = torch.where(logits == 0, 0.0, logits).view(torch.int32)
+    ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
+    return ordered | (0x7FFFFFFF - first - torch.arange(logits.shape[1]))
+
+
+def _put_best(keys: torch.Tensor, start: int, part: torch.Tensor, best: int) -> None:
+    keys[:, start : start + best] = _NOTHING
+    count = min(best, part.shape[1])
+    keys[:, start : start + count] = part.topk(count, dim=1).values
+
+
+def _gumbel_argmax_kernel(
+    logits: Any,
+    stride: int,
+    token_ids: Any,
+    keys: Any,
+    temperatures: Any,
+    least: Any,
+    allowed: Any,
+    *out: Any,
+    **how: Any,
+) -> None:
+    scores, best_ids, columns = out
+    ids = token_ids if how["HAS_IDS"] else torch.arange(columns).expand(len(logits), -1)
+    if how["HAS_LEAST"]:
+        logits = logits.masked_fill(logits < least.unsqueeze(1), -torch.inf)
+    if how["HAS_ALLOWED"]:
+        logits = logits.masked_fill(~unpack_bits(allowed, columns), -torch.inf)
+    key = keys.unsqueeze(1)
+    x = ids.int() * signed(0x9E3779B1, 32) + key.int()
+    scratch = torch.empty_like(x)
+    _mix32_(x, scratch)
+    x ^= (key >> 32).int()
+    _mix32_(x, scratch)
+    noise = x.double().add_(2.0**31 + 0.5).mul_(2.0**-32).log_().neg_().log_().neg_().float()
+    is_greedy = (temperatures == 0).unsqueeze(1)
+    found = logits / temperatures.unsqueeze(1).masked_fill(is_greedy, 1.0) + noise.masked_fill(is_greedy, 0.0)
+    best = found.amax(dim=1, keepdim=True)
+    scores.fill_(-torch.inf)[:, :1] = best
+    best_ids.fill_(2**31 - 1)[:, 0] = torch.where(found == best, ids.long(), 2**31 - 1).amin(dim=1)
+
+
+def _thresholds_kernel(logits: Any, stride: int, values: Any, temperatures: Any, *rest: Any, **sizes: int) -> None:
+    top_k, top_p, min_p, least, suffices, *_ = rest
+    least.copy_(kept_thresholds(logits, temperatures, Limits(top_k, top_p, min_p)))
+    suffices.fill_(True)
+
+
+def _lora_kernel(out: Any, x: Any, a: Any, b: Any, slots: Any, *numbers: int, **sizes: int) -> None:
+    batched_lora(out, x, a, b, slots)
+
+
+KERNELS = {
+    one.__name__: one for one in (_core_kernel, _tail_kernel, _gumbel_argmax_kernel, _thresholds_kernel, _lora_kernel)
+}

@@ -1,0 +1,61 @@
+"""Engines on an emulated CUDA device: what they say is what a CPU says, and a step has few waits and launches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.emulated_engine import Job, Ran, StepCost
+
+MOST_WAITS, MOST_LAUNCHES = 4, 40
+BATCHES = [1, 8, 64]
+KINDS = ("greedy", "plain", "truncated", "penalties", "bias and min_p", "grammar", "calls")
+
+
+def run(directory: Path, job: Job) -> list[Ran]:
+    """In a process of its own, as the emulation changes torch."""
+    command = [sys.executable, "-m", "tests.emulated_engine", str(directory), msgspec.json.encode(job).decode()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=list[Ran])
+
+
+def settled(ran: Ran) -> StepCost:
+    """A step that decodes, and records no graph."""
+    return ran.steps[-1]
+
+
+def test_a_steps_waits_and_launches_do_not_grow_with_the_batch(tmp_path: Path) -> None:
+    runs = run(tmp_path, Job(BATCHES, kinds=("plain",), longest_prompt=7, max_tokens=100, num_steps=5))
+    costs = [settled(ran) for ran in runs]
+    assert [cost.num_sequences for cost in costs] == BATCHES
+    assert all(cost.num_tokens > 3 * cost.num_sequences for cost in costs)
+    for cost in costs:
+        assert sum(cost.waits.values()) <= MOST_WAITS, cost.waits
+        assert sum(cost.launches.values()) <= MOST_LAUNCHES, cost.launches
+        assert cost.replays == 3
+    assert costs[0].waits.keys() == costs[1].waits.keys() == costs[2].waits.keys()
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        Job([7], kinds=KINDS, logprobs=3, adapters=True, check=True, max_tokens=8),
+        Job([7], kinds=KINDS, method="draft_model", vocabulary="full", check=True, max_tokens=8),
+    ],
+    ids=["eagle3", "draft model"],
+)
+def test_outputs_are_a_cpus(job: Job, tmp_path: Path) -> None:
+    """In float32, with every feature; a draft model that is the target itself is right where nothing is random."""
+    [ran] = run(tmp_path, job)
+    assert ran.outputs == ran.expected
+    assert ran.num_drafted > 0
+    if job.method == "draft_model":
+        assert ran.num_accepted > ran.num_drafted / 3
+    else:
+        waits = max(sum(step.waits.values()) for step in ran.steps[-3:])
+        assert waits <= MOST_WAITS + 1  # what is logged of the step

@@ -1,0 +1,26 @@
+"""Every Triton kernel compiles for three generations of GPUs, none of which is needed for that."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from tests.combinations import EVERY
+
+GENERATIONS = ("80", "90", "100")
+KERNELS = {"_gumbel_argmax_kernel", "_thresholds_kernel", "_core_kernel", "_tail_kernel", "_lora_kernel"}
+pytest.importorskip("triton")
+
+
+def test_kernels_compile() -> None:
+    which = "every" if os.environ.get(EVERY) else "each"
+    command = [sys.executable, "-m", "tests.compiled_triton", which, *GENERATIONS]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    compiled = Counter(tuple(line.split()[:2]) for line in done.stdout.splitlines())
+    assert compiled.keys() == {(generation, kernel) for generation in GENERATIONS for kernel in KERNELS}
