@@ -37,13 +37,17 @@ class ForwardBatch:
     on_host: ForwardBatch | None = None
     """The same on the CPU, where the model is elsewhere: plans are made of it, so that nobody waits for a copy."""
 
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its fields by name, in order, but for ``on_host``."""
+        return {name: tensor for name, tensor in vars(self).items() if name != "on_host"}
+
     def on(self, device: torch.device) -> ForwardBatch:
         """The same on a device; itself on the CPU, where it must be."""
         if device.type == "cpu":
             return self
-        tensors = {name: tensor for name, tensor in vars(self).items() if name != "on_host"}
-        uploaded = upload(device, *(tensor.numpy() for tensor in tensors.values()))
-        placed: dict[str, Any] = dict(zip(tensors, uploaded, strict=True))
+        uploaded = upload(device, *(tensor.numpy() for tensor in self.tensors.values()))
+        placed: dict[str, Any] = dict(zip(self.tensors, uploaded, strict=True))
         return ForwardBatch(**placed, on_host=self)
 
 

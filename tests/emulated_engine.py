@@ -178,7 +178,7 @@ def install() -> None:
     from engine.attention import flashinfer
 
     flashinfer._DTYPES = (torch.float32, torch.bfloat16)
-    loader._device = {"cpu": torch.device("cpu"), "cuda": CUDA}.__getitem__  # type: ignore[assignment]
+    loader.choose_device = {"cpu": torch.device("cpu"), "cuda": CUDA}.__getitem__  # type: ignore[assignment]
     loader._cuda_toolkit = lambda: "/usr/local/cuda"
 
 

@@ -59,7 +59,7 @@ class ShardedModel:
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
         """Run all layers. The cache is the one that was allocated last, whatever ``attention`` is."""
-        output: ForwardOutput = self.call("forward", capture, *vars(batch).values())
+        output: ForwardOutput = self.call("forward", capture, *batch.tensors.values())
         return output
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:

@@ -47,8 +47,8 @@ class Shard:
         self._attention = self.loaded.make_attention(attention_spec(self.loaded, self._cache, num_blocks))
         return self._attention
 
-    def forward(self, capture: Sequence[int], *batch: torch.Tensor) -> ForwardOutput:
-        """As the model's; ``batch``: the fields of a ``ForwardBatch``."""
+    def forward(self, capture: Sequence[int], *batch: Any) -> ForwardOutput:
+        """As the model's; ``batch``: the tensors of a ``ForwardBatch``."""
         return self.model.forward(ForwardBatch(*batch), self._attention, capture)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
