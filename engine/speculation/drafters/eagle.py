@@ -202,7 +202,8 @@ class EagleProposer:
             return self._gpu_chain.read(chunks, self._slots_before(chunks))
         batch = build_batch(chunks, self._block_size, self._device)
         of_tokens = (chunk.request for chunk in chunks for _ in chunk.token_ids)
-        return self._forward(batch, of_tokens, self._g_before(chunks))
+        [slots] = upload(self._device, np.array(self._slots_before(chunks)))
+        return self._forward(batch, of_tokens, self._g_of(slots))
 
     def _draft_chains(
         self, chain: NativeChain, a: torch.Tensor, ready: Sequence[DraftSlot], stop: StopRule | None
@@ -238,10 +239,6 @@ class EagleProposer:
         """a [n, hidden] of the tokens that want logits; ``of_tokens``: whose each token of the batch is."""
         lora = self._adapters.rows(of_tokens) if self._adapters else None
         return self._network.forward(batch, self._attention, self._embed(batch.token_ids), g, lora)
-
-    def _g_before(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """[T, hidden]: g of the position before each token."""
-        return self._g_of(*upload(self._device, np.array(self._slots_before(chunks))))
 
     def _g_of(self, slots: torch.Tensor) -> torch.Tensor:
         """[T] int64 → g of the tokens in these slots, [T, hidden]."""
