@@ -116,8 +116,8 @@ class DraftHead:
     @property
     def chains_on_gpu(self) -> bool:
         """Whether ``choose_on_gpu`` chooses as ``choose_for`` does, without the host."""
-        has_rows = self._core.rows is not None and self._find is None
-        return has_rows and (self.vocab is None or not self.vocab.needs_host)
+        needs_host = self.vocab is not None and self.vocab.needs_host
+        return self._core.rows is not None and self._find is None and not needs_host
 
     @property
     def empty_slab(self) -> int:
@@ -136,8 +136,7 @@ class DraftHead:
             slabs: [N] int32, the tail of each row, where there are tails.
             rows: how they are chosen; None: all are greedy.
         """
-        tails = slabs if self.has_tails else None
-        count = 1 if rows is None else CANDIDATES
+        tails, count = slabs if self.has_tails else None, 1 if rows is None else CANDIDATES
         logits, token_ids = draft_head_topk(hidden, self._core, count, self._tails, tails)
         if rows is None:
             return token_ids[:, 0].clamp(min=0)
