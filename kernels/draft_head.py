@@ -172,10 +172,17 @@ def draft_head_topk(
     if tails is None:
         values, token_ids = topk_rows(core.project(hidden), k, core.token_ids, team)
         return values, token_ids.int()
+    assert slabs is not None
     if not _can_take_tails(tails.rows, hidden):
         return draft_head_topk_reference(hidden, core, k, tails, slabs)
-    assert slabs is not None
-    logits, hidden, slabs = core.project(hidden), hidden.contiguous(), slabs.contiguous()
+    return _topk_with_tails(hidden.contiguous(), core, k, tails, slabs.contiguous(), team)
+
+
+def _topk_with_tails(
+    hidden: torch.Tensor, core: Core, k: int, tails: TailSlabs, slabs: torch.Tensor, team: Team | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``draft_head_topk`` by the compiled kernels."""
+    logits = core.project(hidden)
     k = min(k, logits.shape[1] + tails.slots)
     values, chosen = torch.empty(len(logits), k), torch.empty(len(logits), k, dtype=torch.int32)
     queries = _TailQueries(hidden.data_ptr(), slabs.data_ptr())

@@ -86,26 +86,30 @@ class NativeEagle3:
         self._norms = {
             name: weight.float().clone() for name, weight in weights.items() if weight.dim() == 1 and name not in biases
         }
-        layer = LayerWeights(
-            qkv=[self._matrices["qkv_proj.weight"]],
-            output=self._matrices["o_proj.weight"],
-            mlp=(self._matrices["gate_up_proj.weight"], self._matrices["down_proj.weight"]),
-            input_norm=self._norms["hidden_norm"],
-            mlp_norm=self._norms["post_attention_norm"],
-            cos_sin=cos_sin(RotaryEmbedding(variant.rope or spec.rope, max_model_len, torch.device("cpu"))),
-            embedding_norm=self._norms["embedding_norm"],
-            q_norm=self._norms.get("q_norm"),
-            k_norm=self._norms.get("k_norm"),
-            window=variant.sliding_window,
-            norms_residual=variant.norm_before_residual,
-        )
-        self.layer = make_decoder(team, config, [layer], target=spec)
+        rotary = RotaryEmbedding(variant.rope or spec.rope, max_model_len, torch.device("cpu"))
+        self.layer = make_decoder(team, config, [self._layer_weights(rotary)], target=spec)
         self.embedding: PackedMatrix | None = None
         if embedding is not None:
             part = MatrixPart(np.arange(len(embedding)), values=embedding)
             self.embedding = PackedMatrix(len(embedding), embedding.shape[1], [part], None, digits)
         matrices = [*self._matrices.values(), *([] if self.embedding is None else [self.embedding])]
         self.weight_bytes = sum(matrix.num_bytes for matrix in matrices)
+
+    def _layer_weights(self, rotary: RotaryEmbedding) -> LayerWeights:
+        matrices, norms, variant = self._matrices, self._norms, self._config.variant
+        return LayerWeights(
+            qkv=[matrices["qkv_proj.weight"]],
+            output=matrices["o_proj.weight"],
+            mlp=(matrices["gate_up_proj.weight"], matrices["down_proj.weight"]),
+            input_norm=norms["hidden_norm"],
+            mlp_norm=norms["post_attention_norm"],
+            cos_sin=cos_sin(rotary),
+            embedding_norm=norms["embedding_norm"],
+            q_norm=norms.get("q_norm"),
+            k_norm=norms.get("k_norm"),
+            window=variant.sliding_window,
+            norms_residual=variant.norm_before_residual,
+        )
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put other weights in place of all that there are, rounded in the same way."""

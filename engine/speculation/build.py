@@ -26,9 +26,9 @@ from engine.speculation.draft_files import check_foreign_options, check_same_tok
 from engine.speculation.drafters.base import Draft, Proposer
 from engine.speculation.drafters.draft_model import DraftModel
 from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
+from engine.speculation.drafters.eagle_network import OwnHead
 from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
 from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup, RunningTexts
-from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.drafters.session_head import make_session_head
 from engine.speculation.growing import growing_config, growing_fingerprint
 from engine.speculation.length.adaptive import AdaptiveLength

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 import msgspec
+import structlog
 import torch
 
 from engine.batch import Features
@@ -15,12 +16,18 @@ from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCo
 from engine.online.verify_log import VerifyLog
 from engine.online.whole_draft import WholeDraft
 from engine.request import Request
-from engine.speculation.alarm import AcceptanceAlarm
 from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.lookup import PromptLookup
 from engine.speculation.length.policy import Chain, LengthPolicy
 from engine.step_plan import DraftSlot
 from engine.verification import Verification
+
+log = structlog.get_logger(__name__)
+
+_ALARM_CHAINS = 200
+"""Chains of draft tokens that are looked at together."""
+_SUSPICIOUS = 1.2
+"""Mean tokens a verification, with the target's own, below which something is wrong: a poor draft has 1.5."""
 
 
 class Speculator:
@@ -243,3 +250,25 @@ def _outcomes(drafts: Sequence[int], chosen: Sequence[int]) -> list[bool]:
         if draft != token_id:
             break
     return outcomes
+
+
+class AcceptanceAlarm:
+    """Warns once. Such a draft costs time and no answer: most often it takes the outputs of the wrong layers."""
+
+    def __init__(self) -> None:
+        self._num_chains = self._num_right = 0
+        self._has_warned = False
+
+    def record(self, num_right: int) -> None:
+        """A chain was verified, and so many of its first tokens were right."""
+        self._num_chains, self._num_right = self._num_chains + 1, self._num_right + num_right
+        if self._num_chains < _ALARM_CHAINS:
+            return
+        length = 1 + self._num_right / self._num_chains
+        self._num_chains = self._num_right = 0
+        if length < _SUSPICIOUS and not self._has_warned:
+            self._has_warned = True
+            hint = "is the draft for this model, and of which layers (speculation.capture_layers)?"
+            log.warning(
+                "the draft is hardly ever right", acceptance_length=round(length, 2), chains=_ALARM_CHAINS, hint=hint
+            )

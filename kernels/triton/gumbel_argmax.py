@@ -29,6 +29,21 @@ def _noise(token_ids, key):
 
 
 @triton.jit
+def _scores(x, ids, key, temperature):
+    """Logits by temperature, with the noise of these tokens; without either where the temperature is 0."""
+    is_greedy = temperature == 0.0
+    scores = tl.div_rn(x, tl.zeros_like(x) + tl.where(is_greedy, 1.0, temperature))
+    return tl.where(is_greedy, scores, scores + _noise(ids, key))
+
+
+@triton.jit
+def _only_allowed(x, words, column, inside):
+    """Logits of these columns, -inf where their bit is 0; a word of a row's mask is for 32 columns."""
+    word = tl.load(words + column // 32, mask=inside, other=0)
+    return tl.where(((word >> (column % 32)) & 1) == 1, x, float("-inf"))
+
+
+@triton.jit
 def _gumbel_argmax_kernel(
     logits,
     stride,
@@ -47,14 +62,9 @@ def _gumbel_argmax_kernel(
     NUM_BLOCKS: tl.constexpr,
 ):
     """Each program: the best of one row's NUM_BLOCKS x BLOCK columns."""
-    row = tl.program_id(0).to(tl.int64)
-    piece = tl.program_id(1)
-    key = tl.load(keys + row)
-    temperature = tl.load(temperatures + row)
-    is_greedy = temperature == 0.0
-    divisor = tl.where(is_greedy, 1.0, temperature)
-    best_score = float("-inf")
-    best_id = _NO_TOKEN
+    row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    key, temperature = tl.load(keys + row), tl.load(temperatures + row)
+    best_score, best_id = float("-inf"), _NO_TOKEN
     for block in range(NUM_BLOCKS):
         column = (piece * NUM_BLOCKS + block) * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
@@ -65,15 +75,12 @@ def _gumbel_argmax_kernel(
         if HAS_LEAST:
             x = tl.where(x < tl.load(least + row), float("-inf"), x)
         if HAS_ALLOWED:
-            word = tl.load(allowed + row * tl.cdiv(columns, 32) + column // 32, mask=inside, other=0)
-            x = tl.where(((word >> (column % 32)) & 1) == 1, x, float("-inf"))
-        scores = tl.div_rn(x, tl.zeros_like(x) + divisor)
-        scores = tl.where(is_greedy, scores, scores + _noise(ids, key))
+            x = _only_allowed(x, allowed + row * tl.cdiv(columns, 32), column, inside)
+        scores = _scores(x, ids, key, temperature)
         score = tl.max(scores, axis=0)
         token_id = tl.min(tl.where(inside & (scores == score), ids, _NO_TOKEN), axis=0)
         is_better = (score > best_score) | ((score == best_score) & (token_id < best_id))
-        best_id = tl.where(is_better, token_id, best_id)
-        best_score = tl.where(is_better, score, best_score)
+        best_score, best_id = tl.where(is_better, score, best_score), tl.where(is_better, token_id, best_id)
     at = row * tl.num_programs(1) + piece
     tl.store(best_scores + at, best_score)
     tl.store(best_ids + at, best_id)

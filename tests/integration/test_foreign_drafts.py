@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
-from engine.speculation import alarm
+from engine.speculation import speculator
 from engine.speculation.drafters.eagle import EagleProposer
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.length.policy import StopRule
@@ -158,7 +158,7 @@ def test_copies_of_the_targets_rows_take_no_memory(
 def test_a_draft_that_is_never_right_is_told(
     files: ModelFiles, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alarm, "_CHAINS", 20)
+    monkeypatch.setattr(speculator, "_ALARM_CHAINS", 20)
     speculation = speculation_of(CHECKPOINTS["specforge"]().write(tmp_path / "draft"))
     engine = Engine(files, SETTING, speculation)
     with capture_logs() as logs:

@@ -21,7 +21,7 @@ from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3_import import check_foreign_draft
 from engine.models.eagle3_weights import load_weights
 from engine.models.registry import validate_model_files
-from engine.speculation.alarm import AcceptanceAlarm
+from engine.speculation.speculator import AcceptanceAlarm
 from engine.validation import validated_files
 from tests.foreign_drafts import CHECKPOINTS, NUM_LAYERS, VOCAB
 from tests.tiny_models import make_directory

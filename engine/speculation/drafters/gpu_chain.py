@@ -26,7 +26,7 @@ from engine.request import Request
 from engine.sampling.choose import row_sampling
 from engine.speculation.drafters.eagle_network import EagleNetwork
 from engine.speculation.drafters.head import DraftHead
-from engine.speculation.drafters.kv import Chunk
+from engine.speculation.drafters.kv import Chunk, one_token_each
 from engine.step_graphs import CudaGraphRecorder, Planned, Replay, padded
 from engine.step_plan import DraftSlot
 from kernels.batched_lora import LoraRows
@@ -152,19 +152,7 @@ class GpuChain:
         positions, tables = np.zeros(size, np.int32), np.full((size, of_live.shape[1]), self._spare_block, np.int32)
         first = place - 1 - self._network.shift
         positions[live], tables[live] = [slots[row].request.num_tokens + first for row in live], of_live
-        order = np.arange(size + 1, dtype=np.int32)
-        blocks = tables[order[:-1], positions // self._block_size]
-        slots_of_rows = blocks * self._block_size + positions % self._block_size
-        rows = torch.from_numpy(order[:-1])
-        return ForwardBatch(
-            token_ids=rows,
-            positions=torch.from_numpy(positions),
-            query_start_loc=torch.from_numpy(order),
-            seq_lens=torch.from_numpy(positions + 1),
-            block_tables=torch.from_numpy(tables),
-            slot_mapping=torch.from_numpy(slots_of_rows),
-            logits_indices=rows.long(),
-        )
+        return one_token_each(np.zeros(size, np.int32), positions, tables, self._block_size)
 
     def _adapter_slots(self, requests: Sequence[Request], size: int) -> NDArray[Any]:
         """[size] int32: whose adapter each row has; -1: none."""

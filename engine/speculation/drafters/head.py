@@ -19,7 +19,7 @@ from engine.models.native_eagle3 import NativeEagle3
 from engine.models.native_llama import NativeLlama
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
-from engine.speculation.drafters.own_head import OwnHead
+from engine.speculation.drafters.eagle_network import OwnHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from engine.tensor_parallel.model import ShardedTails

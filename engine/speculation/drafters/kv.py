@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.batch import Features, ForwardBatch
 from engine.model_runner import padded_block_tables
@@ -148,25 +149,31 @@ def chain_batches(
         return
     tables = padded_block_tables([slot.block_ids for slot in ready])
     positions = np.array([slot.request.num_tokens - 1 - shift for slot in ready], dtype=np.int32)
-
     while rows:
         if len(rows) < len(ready):
             ready, tables, positions = [ready[row] for row in rows], tables[rows], positions[rows]
         positions = positions + 1  # a new array every time: the batch before may still be in use
-        order = np.arange(len(rows) + 1, dtype=np.int32)
-        blocks = tables[order[:-1], positions // block_size]
-        tensor = torch.from_numpy
-        batch = ForwardBatch(
-            token_ids=tensor(np.array([slot.request.draft_token_ids[-1] for slot in ready], dtype=np.int32)),
-            positions=tensor(positions),
-            query_start_loc=tensor(order),
-            seq_lens=tensor(positions + 1),
-            block_tables=tensor(tables),
-            slot_mapping=tensor(blocks * block_size + positions % block_size),
-            logits_indices=tensor(order[:-1].astype(np.int64)),
-        )
-        yield rows, ready, batch.on(device)
+        token_ids = np.array([slot.request.draft_token_ids[-1] for slot in ready], dtype=np.int32)
+        yield rows, ready, one_token_each(token_ids, positions, tables, block_size).on(device)
         rows = _rows_with_room(ready)
+
+
+def one_token_each(
+    token_ids: NDArray[np.int32], positions: NDArray[np.int32], tables: NDArray[np.int32], block_size: int
+) -> ForwardBatch:
+    """The batch of one token a sequence [N] at these positions [N], with block tables [N, max_blocks]; on the CPU."""
+    order = np.arange(len(token_ids) + 1, dtype=np.int32)
+    blocks = tables[order[:-1], positions // block_size]
+    arrays = {
+        "token_ids": token_ids,
+        "positions": positions,
+        "query_start_loc": order,
+        "seq_lens": positions + 1,
+        "block_tables": tables,
+        "slot_mapping": blocks * block_size + positions % block_size,
+        "logits_indices": order[:-1].astype(np.int64),
+    }
+    return ForwardBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def _rows_with_room(slots: Sequence[DraftSlot]) -> list[int]:

@@ -20,9 +20,9 @@ from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
+from engine.speculation.drafters.eagle_network import OwnHead
 from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails, next_positions
 from engine.speculation.drafters.lookup import RunningTexts
-from engine.speculation.drafters.own_head import OwnHead
 from engine.tensor_parallel.model import ShardedTails
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
