@@ -125,9 +125,11 @@ class SchedulerConfig(Section):
 class DynamicConfig(Section):
     """What fills the tails of vocabulary dynamic:K+S, and the prior on its tokens. Each switch can be ablated."""
 
-    in_code_only = frozenset(
-        ("in_context", "target_signal", "target_top_k", "prefill_target_signal", "semantic", "graph", "tenant_memory")
-    ) | {"prior", "prior_order", "prior_matches", "replacement"}
+    in_code_only = frozenset(("in_context", "target_signal", "semantic", "graph", "tenant_memory")) | {
+        "prior",
+        "prior_order",
+        "replacement",
+    }
 
     max_sessions: int = Field(
         default=64,
@@ -139,10 +141,6 @@ class DynamicConfig(Section):
         default="events",
         description="The target's most likely tokens enter the tail: at verified positions whose token could not be "
         "drafted (events), or at every one.",
-    )
-    target_top_k: int = Field(default=10, ge=1, le=64, description="How many of the target's tokens at a position.")
-    prefill_target_signal: int = Field(
-        default=0, ge=0, le=512, description="At so many of a prompt's last positions, too; 0: only at the very last."
     )
     semantic: bool = Field(
         default=False, description="At events, tokens whose head rows are nearest to the draft's hidden state enter."
@@ -159,9 +157,6 @@ class DynamicConfig(Section):
         "on a GPU: off, as there the host would wait for each draft token.",
     )
     prior_order: Literal[1, 2, 3] = Field(default=3, description="Most tokens in a row that the prior counts.")
-    prior_matches: bool = Field(
-        default=True, description="It looks for the longest repeat in a sequence's own text, too."
-    )
     replacement: Literal["arc", "lru"] = Field(default="arc", description="What leaves a full tail.")
 
 

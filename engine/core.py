@@ -225,7 +225,7 @@ class EngineCore:
         """Let drafts follow the step; returns the seconds that vocabularies took."""
         if self._speculator is None:
             return 0.0
-        return self._speculator.learn(verified, logits, features, self._runner.compute_logits)
+        return self._speculator.learn(verified, logits, features)
 
     def _emit(self, verified: list[Verification], outputs: Outputs) -> None:
         """Commit the step, and say what each output has got."""

@@ -46,7 +46,6 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         if loaded.cuda_graphs:
             self._graphs = StepGraphs(loaded.model, self._attention, -(-loaded.max_model_len // cache.block_size))
-        self._hidden = torch.empty(0)
 
     @torch.inference_mode()
     def execute(
@@ -63,16 +62,10 @@ class ModelRunner:
         else:
             batch = build_batch(sequences, self._block_size, self._device)
             output = self._model.forward(batch, self._attention, capture)
-        self._hidden, wanted = output.hidden, batch.logits_indices
+        wanted = batch.logits_indices
         rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
         features = None if output.features is None else Features(output.features, batch.slot_mapping)
         return self._model.compute_logits(rows), features
-
-    @torch.inference_mode()
-    def compute_logits(self, rows: Sequence[int]) -> torch.Tensor:
-        """[len(rows), vocab] float32: logits of any rows of the last step. Those that ``execute`` gave may be lost."""
-        [wanted] = upload(self._device, np.array(rows))
-        return self._model.compute_logits(self._hidden[wanted])
 
 
 class BatchSequence(Protocol):

@@ -110,7 +110,7 @@ class Texts:
         with (
             patch("kernels.choose_tokens.choose_tokens", self._choose),
             patch("engine.speculation.drafters.head.draft_head_topk", self._candidates),
-            patch("engine.draft_vocab.follower.topk_rows", self._likely),
+            patch("engine.draft_vocab.vocab.topk_rows", self._likely),
         ):
             yield
 

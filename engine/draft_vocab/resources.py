@@ -69,7 +69,7 @@ def session_options(options: DynamicConfig, slots: int) -> SessionOptions:
         only_recency=options.replacement == "lru",
         in_context=options.in_context,
         learns=options.prior == "learned",
-        uses=(True, order >= 2, order >= 3, True, options.prior_matches),
+        uses=(True, order >= 2, order >= 3, True, True),
         # No step has more tenants than sessions, so none loses its table within one.
         num_tenants=max(_MIN_TENANTS, options.max_sessions) if options.graph and slots else 0,
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
@@ -23,6 +24,7 @@ from engine.request import Request
 from engine.verification import Verification
 from kernels.native_sessions import Sessions, TailWrites
 from kernels.session_library import TokenRows
+from kernels.topk import topk_rows
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticSearch
@@ -32,8 +34,15 @@ _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""
 _IN_BACKGROUND = 16
 """Sequences from which on another thread learns from a step: for fewer, to tell it takes as long as to learn."""
+TOP_K = 10
+"""How many of the target's most likely tokens at a place are looked at."""
 TopK = Callable[[Sequence[int]], NDArray[np.int32]]
-"""The target's most likely tokens at some rows of a step's logits: [n, k], best first."""
+"""These, at some rows of a step's logits: [n, TOP_K], best first."""
+
+
+def most_likely(logits: torch.Tensor) -> TopK:
+    """Of the target's logits [L, vocab]. By this thread alone: few rows take it less time than to wake the team."""
+    return lambda rows: topk_rows(logits, TOP_K, rows=rows)[1].cpu().numpy().astype(np.int32)
 
 
 class DraftVocab:
@@ -121,7 +130,7 @@ class DraftVocab:
             if self._ensure_session(request):
                 self._add_unread(behind, request)
         self._catch_up(behind)
-        if self.uses_prior and self._options.prior_matches:
+        if self.uses_prior:
             self.texts.read(requests)
 
     def slabs(self, requests: Sequence[Request]) -> list[int]:
@@ -133,14 +142,16 @@ class DraftVocab:
         """Follow a verified step. A sequence for which nothing was drafted is left for later: that is cheaper.
 
         Args:
-            verified: the sequences that got tokens.
+            verified: all sequences of the step, not committed yet.
             top_k: called for rows where the target's own choices are wanted.
             later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
         """
         followed: list[Verification] = []
         rows, behind = TokenRows(), TokenRows()
         for one in verified:
-            request = one.sequence.request
+            if not one.kept:
+                continue
+            request = one.request
             has_session = request.draft_state.session != NONE
             is_followed = has_session and one.source == "draft"
             if not has_session and not request.output_token_ids:
@@ -173,17 +184,6 @@ class DraftVocab:
                 state, place = verified[row].request.draft_state, missed[row]
                 if 0 <= place < len(state.hidden):  # from there a token should have been drafted, but could not
                     self._search.ask(state, state.hidden[place])
-
-    def bootstrap(self, request: Request, likely: NDArray[np.int32]) -> None:
-        """Fill free slots of a new tail with what the target thought likely at the prompt's last positions.
-
-        Args:
-            request: after its first ``follow``.
-            likely: [n, k], best first; the last position last.
-        """
-        if request.draft_state.session != NONE:
-            tokens = likely[::-1].T.ravel().tolist()
-            self._write(self.sessions.insert(request.draft_state.session, tokens, "target"))
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts."""

@@ -9,7 +9,7 @@ import structlog
 import torch
 
 from engine.config import EngineConfig
-from engine.draft_vocab.follower import VocabFollower
+from engine.draft_vocab.vocab import DraftVocab
 from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelError, ModelFiles
@@ -175,8 +175,7 @@ def make_speculator(
         max_model_len: longest sequence in tokens.
     """
     speculation, proposer = config.speculation, draft.make_proposer(runner.num_blocks)
-    follower = None if draft.vocab is None else VocabFollower(draft.vocab, speculation.dynamic)
-    costs = _measured(config, proposer, runner, max_model_len, follower) if speculation.adaptive else None
+    costs = _measured(config, proposer, runner, max_model_len, draft.vocab) if speculation.adaptive else None
     policy = LengthPolicy() if costs is None else AdaptiveLength(costs, stops_early=proposer.stops_early)
     copies_itself = isinstance(proposer, NgramProposer)
     texts = draft.vocab.texts if draft.vocab is not None else RunningTexts(2 * config.scheduler.max_num_seqs)
@@ -185,11 +184,11 @@ def make_speculator(
     if isinstance(proposer, EagleProposer):
         verify_log, whole_draft = proposer.verify_log, proposer.whole_draft
     most = speculation.num_speculative_tokens
-    return Speculator(proposer, policy, most, lookup, follower, verify_log, whole_draft), costs
+    return Speculator(proposer, policy, most, lookup, draft.vocab, verify_log, whole_draft), costs
 
 
 def _measured(
-    config: EngineConfig, proposer: Proposer, runner: ModelRunner, max_model_len: int, follower: VocabFollower | None
+    config: EngineConfig, proposer: Proposer, runner: ModelRunner, max_model_len: int, vocab: DraftVocab | None
 ) -> StepCosts:
     size, most = config.cache.block_size, config.scheduler.max_batched_tokens
-    return CostMeter(runner, proposer, size, most, max_model_len, follower).measure()
+    return CostMeter(runner, proposer, size, most, max_model_len, vocab).measure()

@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 import structlog
 import torch
 
 from engine.batch import Features
 from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
-from engine.draft_vocab.follower import ComputeLogits, VocabFollower
+from engine.draft_vocab.vocab import TOP_K, DraftVocab, most_likely
 from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
 from engine.online.verify_log import VerifyLog
 from engine.online.whole_draft import WholeDraft
@@ -38,7 +39,7 @@ class Speculator:
         policy: decides lengths.
         max_tokens: most draft tokens of a sequence and step.
         lookup: finds what may be copied instead of drafted; None: nothing is.
-        follower: keeps the vocabularies of running sequences; None where all draft from the same.
+        vocab: the vocabularies of running sequences; None where all draft from the same.
         verify_log: where verified drafts are written down; None: nowhere.
         whole_draft: without which nothing is drafted, only copied, for the requests that it is not for; None: the
             proposer drafts for all.
@@ -50,14 +51,13 @@ class Speculator:
         policy: LengthPolicy,
         max_tokens: int,
         lookup: PromptLookup | None = None,
-        follower: VocabFollower | None = None,
+        vocab: DraftVocab | None = None,
         verify_log: VerifyLog | None = None,
         whole_draft: WholeDraft | None = None,
     ) -> None:
         self._proposer, self._policy, self._max_tokens = proposer, policy, max_tokens
-        self._lookup, self._follower, self._verify_log = lookup, follower, verify_log
+        self._lookup, self._vocab, self._verify_log = lookup, vocab, verify_log
         self._whole_draft = whole_draft
-        self._vocab = None if follower is None else follower.vocab
         self._alarm = AcceptanceAlarm()
         self._drafting_seconds: float | None = None
         """Of this step; None: nothing is drafted in it."""
@@ -121,7 +121,6 @@ class Speculator:
         verified: Sequence[Verification],
         logits: torch.Tensor,
         features: Features | None,
-        compute_logits: ComputeLogits,
     ) -> float:
         """Follow a verified step, before it is committed.
 
@@ -129,7 +128,6 @@ class Speculator:
             verified: all its sequences.
             logits: [L, vocab] float32, as the target has computed them; may be lost in this call.
             features: of all its tokens; None without capture.
-            compute_logits: for prompt positions, whose logits nobody else wants.
 
         Returns:
             The seconds that vocabularies took.
@@ -140,12 +138,12 @@ class Speculator:
         first_right = self._judge(verified)
         likely = None
         if self._verify_log is not None:
-            num_likely = 0 if self._follower is None else self._follower.top_k
-            likely = self._verify_log.write(verified, logits, num_likely, first_right)
+            likely = self._verify_log.write(verified, logits, 0 if self._vocab is None else TOP_K, first_right)
         seconds = 0.0
-        if self._follower is not None:
+        if self._vocab is not None:
             started = time.perf_counter()
-            self._follower.follow(verified, logits, compute_logits, likely, self._begun_later(verified))
+            top_k = most_likely(logits) if likely is None else lambda rows: likely[rows].astype(np.int32)
+            self._vocab.follow(verified, top_k, self._begun_later(verified))
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
             self._policy.record_seconds(self._drafting_seconds + seconds)

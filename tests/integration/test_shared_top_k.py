@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config import SpeculationConfig
-from engine.draft_vocab import follower as vocab_follower
+from engine.draft_vocab import vocab as draft_vocab
 from engine.messages import SamplingParams, SessionState, VocabularyCounts
 from kernels.session_options import FEATURES
 from kernels.topk import topk_rows
@@ -36,7 +36,7 @@ def test_the_log_computes_for_both(
         num_rows.append(len(logits if rows is None else rows))
         return topk_rows(logits, k, rows=rows)
 
-    monkeypatch.setattr(vocab_follower, "topk_rows", counting)
+    monkeypatch.setattr(draft_vocab, "topk_rows", counting)
 
     def serve(engine: Engine) -> tuple[list[list[int]], dict[str, bytes], dict[str, VocabularyCounts]]:
         num_rows.clear()

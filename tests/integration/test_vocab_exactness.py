@@ -30,7 +30,7 @@ from tests.tiny_models import VOCAB_SIZE, make_directory
 NUM_TOKENS = 40
 SETTINGS = {**exactness.SETTINGS, "preemption": Setting(num_blocks=12)}
 OPTIONS = {
-    "all": {"prefill_target_signal": 16, "target_signal": "every"},
+    "all": {"target_signal": "every"},
     "semantic": {"semantic": True, "target_signal": "events"},
     "fixed": {"prior": "fixed", "replacement": "lru", "graph": False},
     "no prior": {"prior": "off", "replacement": "lru", "tenant_memory": False},

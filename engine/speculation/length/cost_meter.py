@@ -10,7 +10,7 @@ from typing import TypeVar
 import structlog
 import torch
 
-from engine.draft_vocab.follower import VocabFollower
+from engine.draft_vocab.vocab import DraftVocab, most_likely
 from engine.messages import SamplingParams
 from engine.model_runner import ModelRunner
 from engine.request import Request
@@ -52,7 +52,7 @@ class CostMeter:
         block_size: tokens per block.
         max_tokens: most tokens in a step.
         max_model_len: longest sequence in tokens.
-        follower: of the sequences' draft vocabularies, whose tails are full here; None where all draft from the same.
+        vocab: the sequences' draft vocabularies, whose tails are full here; None where all draft from the same.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class CostMeter:
         block_size: int,
         max_tokens: int,
         max_model_len: int,
-        follower: VocabFollower | None = None,
+        vocab: DraftVocab | None = None,
     ) -> None:
-        self._runner, self._proposer, self._follower = runner, proposer, follower
+        self._runner, self._proposer, self._vocab = runner, proposer, vocab
         longest = _PROMPT_TOKENS + 1 + 2 * (1 + _REPEATS) + _MANY_DRAFTS
         self._blocks_each = -(-longest // block_size)
         self._max_batch = runner.num_blocks // self._blocks_each
@@ -130,8 +130,8 @@ class CostMeter:
         prompts = [
             ScheduledSequence(request, 0, request.prompt_token_ids, 0, 0, 1, blocks) for request, blocks in sequences
         ]
-        if self._follower is not None:
-            self._follower.vocab.warm_up([request for request, _ in sequences])
+        if self._vocab is not None:
+            self._vocab.warm_up([request for request, _ in sequences])
         self._step(prompts)
         best = []
         for length in (1, _MANY_DRAFTS):
@@ -168,21 +168,21 @@ class CostMeter:
     def _forget(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self._proposer.forget(request)
-            if self._follower is not None:
-                self._follower.vocab.forget(request)
+            if self._vocab is not None:
+                self._vocab.forget(request)
 
     def _step(self, steps: Sequence[ScheduledSequence]) -> float:
         """Compute and commit one new token for each; returns the seconds that their vocabularies took to follow."""
         logits, features = self._runner.execute(steps, self._proposer.capture_layers)
         self._proposer.after_verification(steps, [1] * len(steps), features)
         seconds = 0.0
-        if self._follower is not None:
-            follow, verified, row = self._follower.follow, [], 0
+        if self._vocab is not None:
+            follow, verified, row = self._vocab.follow, [], 0
             for step in steps:
                 source: DraftSource | None = "draft" if step.num_draft_tokens else None
                 verified.append(Verification(step, row, kept=[1], source=source))
                 row += step.num_logits
-            seconds = _seconds(lambda: follow(verified, logits, self._runner.compute_logits))
+            seconds = _seconds(lambda: follow(verified, most_likely(logits)))
         for step in steps:
             request = step.request
             request.num_computed_tokens = request.num_tokens
