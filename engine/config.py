@@ -53,9 +53,6 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Activations and KV cache; auto: bfloat16 where the device is fast at it."
     )
-    quantization: Literal["auto", "none"] = Field(
-        "auto", description="auto: GGUF weights are multiplied as stored (4 to 8 bits); none: dequantised at load."
-    )
     max_model_len: int | None = Field(
         None, ge=32, description="Longest prompt + output in tokens; default: the model's own limit, at most 8192."
     )

@@ -117,8 +117,7 @@ def load(
     make_attention: Callable[[AttentionSpec], AttentionBackend]
     if backend == "native":
         team, digits = team or native.Team(threads), _digits(config)
-        keep_quantized = config.model.quantization == "auto"
-        model = NativeLlama(source, spec, team, max_model_len, keep_quantized=keep_quantized, digits=digits)
+        model = NativeLlama(source, spec, team, max_model_len, digits)
         make_attention = partial(NativeAttention, team=team)
         return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
     model = load_model(source, spec, dtype, device, max_model_len, ranks)

@@ -28,7 +28,7 @@ def cache_spec(spec: ModelSpec, sequences: RaggedSequences, dtype: torch.dtype) 
     return replace(shape, scale=spec.attention_scale, windows=spec.windows)
 
 
-def check_model(files: ModelFiles, token_ids: list[int], teams: Sequence[Team], *, keep_quantized: bool = True) -> None:
+def check_model(files: ModelFiles, token_ids: list[int], teams: Sequence[Team]) -> None:
     """Logits are not further from float32 than plain bf16 torch is; prefill, then tokens one by one and in pieces."""
     spec, source = validate_model_files(files), open_weights(files)
     sequences = RaggedSequences(1, len(token_ids), 16)
@@ -39,7 +39,7 @@ def check_model(files: ModelFiles, token_ids: list[int], teams: Sequence[Team], 
         (narrow, TorchPagedAttention(cache_spec(spec, sequences, torch.bfloat16))),
     ]
     for team in teams:
-        ours = NativeLlama(source, spec, team, len(token_ids), keep_quantized=keep_quantized)
+        ours = NativeLlama(source, spec, team, len(token_ids))
         runs.append((ours, NativeAttention(cache_spec(spec, sequences, torch.bfloat16), team)))
     logits: list[list[torch.Tensor]] = [[] for _ in runs]
     first = len(token_ids) - 13
@@ -67,7 +67,7 @@ def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]]) ->
     """Of two sequences in these steps, in order of sequence and position; activations of 8 bits."""
     spec, source = validate_model_files(files), open_weights(files)
     sequences, tokens = RaggedSequences(2, 64, 16), torch.tensor([random_tokens(64), random_tokens(64)[::-1]])
-    model = NativeLlama(source, spec, team, 64, keep_quantized=True, digits=1)
+    model = NativeLlama(source, spec, team, 64, digits=1)
     attention, rows = NativeAttention(cache_spec(spec, sequences, torch.bfloat16), team), {}
     for counts in steps:
         batch = sequences.step(counts)

@@ -42,7 +42,7 @@ def unsupported_draft(config: Eagle3Config) -> str | None:
 
 
 class NativeEagle3:
-    """Same mathematics as ``engine.models.eagle3.Eagle3`` but for rounding.
+    """Same interface and mathematics as ``TorchEagleNetwork`` but for rounding.
 
     Weights are rounded to ``WEIGHT_TYPE`` (groups of 32): a third of the bytes of a draft step. It can cost acceptance
     only, and costs none that could be measured (docs/decisions/004-integer-products.md). ``attention`` must be a

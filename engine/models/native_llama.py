@@ -68,18 +68,9 @@ class NativeLlama:
     float32. ``attention`` must be a ``NativeAttention`` of the same ``team``.
     """
 
-    def __init__(
-        self,
-        source: WeightSource,
-        spec: ModelSpec,
-        team: Team,
-        max_model_len: int,
-        *,
-        keep_quantized: bool,
-        digits: int = 2,
-    ) -> None:
+    def __init__(self, source: WeightSource, spec: ModelSpec, team: Team, max_model_len: int, digits: int = 2) -> None:
         self.spec, self._team = spec, team
-        self._pack = pack = _Packer(source, spec, keep_quantized, digits)
+        self._pack = pack = _Packer(source, spec, digits)
         self.embedding = pack.matrix("model.embed_tokens.weight")
         self.head = self.embedding if spec.tie_word_embeddings else pack.matrix("lm_head.weight")
         self._logits = torch.empty(0, spec.vocab_size)
@@ -130,9 +121,8 @@ class NativeLlama:
 class _Packer:
     """Packs a model's matrices in the precision they have in the file, or as bf16."""
 
-    def __init__(self, source: WeightSource, spec: ModelSpec, keep_quantized: bool, digits: int) -> None:
-        self._source, self._spec, self._keep_quantized = source, spec, keep_quantized
-        self._digits = digits
+    def __init__(self, source: WeightSource, spec: ModelSpec, digits: int) -> None:
+        self._source, self._spec, self._digits = source, spec, digits
         self._shapes = spec.tensor_shapes()
 
     def matrix(self, *names: str) -> PackedMatrix:
@@ -201,5 +191,5 @@ class _Packer:
 
     def _format(self, name: str) -> int:
         """The packed format that holds the tensor exactly; bf16 for floats and where there is none."""
-        tensor = self._source.quantized(name) if self._keep_quantized else None
+        tensor = self._source.quantized(name)
         return BF16_FORMAT if tensor is None else packed_format(int(tensor.type))

@@ -367,12 +367,6 @@ def test_model(teams: list[Team], architecture: str, stored: str, tmp_path: Path
     check_model(files, random_tokens(100), teams)
 
 
-def test_model_of_dequantized_weights(two_threads: Team, tmp_path: Path) -> None:
-    directory = make_directory(tmp_path / "model", **SHAPE)
-    files = make_gguf(tmp_path / "model.gguf", directory.path, GGMLQuantizationType.Q4_0)
-    check_model(files, random_tokens(100), [two_threads], keep_quantized=False)
-
-
 def test_smollm2(two_threads: Team, smollm2_path: Path) -> None:
     files = ModelFiles("smollm2-135m", smollm2_path, "gguf")
     text = "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n"

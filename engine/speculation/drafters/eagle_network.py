@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import gguf.quants
 import numpy as np
@@ -28,25 +27,28 @@ log = structlog.get_logger(__name__)
 _HEAD_TYPE = GGMLQuantizationType.Q8_0
 
 
-class EagleNetwork(Protocol):
-    """One decoder layer over fused features. ``attention`` is the backend of the target's kind, with one layer."""
+class TorchEagleNetwork:
+    """Of torch operations: any device, any dtype. ``attention`` is the target's kind of backend, with one layer."""
 
-    weight_bytes: int
-    """Memory of its weights."""
-    shift: int
-    """A token's entry lies so many places before the token's own."""
+    def __init__(self, draft: Eagle3, rotary: RotaryEmbedding) -> None:
+        self._draft, self._rotary = draft, rotary
+        self._dtype = draft.fc.weight.dtype
+        self.shift = 0 if draft.config.variant.first_token_has_entry else 1
+        """A token's entry lies so many places before the token's own."""
+        self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in draft.parameters())
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put other weights, by their names in ``Eagle3``, in place of all that there are. Between forward passes."""
-        ...
+        for name, weight in self._draft.named_parameters():
+            weight.copy_(weights[name])
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """The target's features [T, n * hidden] → g [T, hidden]."""
-        ...
+        return self._draft.fuse(features.to(self._dtype))
 
     def fuse_into(self, store: torch.Tensor, features: Features) -> None:
         """Write g of each token to its slot's row of ``store`` [slots, hidden], which is of the target's dtype."""
-        ...
+        store.index_copy_(0, features.slots.long(), self.fuse(features.values).to(store.dtype))
 
     def forward(
         self,
@@ -68,40 +70,6 @@ class EagleNetwork(Protocol):
         Returns:
             a [L, hidden] of the rows ``batch.logits_indices``: g of the next token.
         """
-        ...
-
-    def head_input(self, a: torch.Tensor) -> torch.Tensor:
-        """[L, hidden] → what the target's head projects, [L, hidden]."""
-        ...
-
-
-class TorchEagleNetwork:
-    """``EagleNetwork`` of torch operations: any device, any dtype."""
-
-    def __init__(self, draft: Eagle3, rotary: RotaryEmbedding) -> None:
-        self._draft, self._rotary = draft, rotary
-        self._dtype = draft.fc.weight.dtype
-        self.shift = 0 if draft.config.variant.first_token_has_entry else 1
-        self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in draft.parameters())
-
-    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        for name, weight in self._draft.named_parameters():
-            weight.copy_(weights[name])
-
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        return self._draft.fuse(features.to(self._dtype))
-
-    def fuse_into(self, store: torch.Tensor, features: Features) -> None:
-        store.index_copy_(0, features.slots.long(), self.fuse(features.values).to(store.dtype))
-
-    def forward(
-        self,
-        batch: ForwardBatch,
-        attention: AttentionBackend,
-        embeddings: torch.Tensor,
-        g: torch.Tensor,
-        lora: LoraRows | None = None,
-    ) -> torch.Tensor:
         attention.plan(batch)
         q, k, v = self._draft.qkv(embeddings.to(self._dtype), g, lora)
         attended = attention.forward(0, self._rotary(q, batch.positions), self._rotary(k, batch.positions), v)
@@ -109,7 +77,11 @@ class TorchEagleNetwork:
         return self._draft.output(g[wanted], attended[wanted], None if lora is None else lora.of(wanted))
 
     def head_input(self, a: torch.Tensor) -> torch.Tensor:
+        """[L, hidden] → what the head projects, [L, hidden]."""
         return self._draft.head_input(a)
+
+
+EagleNetwork = TorchEagleNetwork | NativeEagle3
 
 
 def make_network(draft: Eagle3, target: LoadedModel, embedding: torch.Tensor | None = None) -> EagleNetwork:
