@@ -29,7 +29,7 @@ from tests.tiny_models import make_directory
 
 LaunchServer = Callable[..., RunningServer]
 MODEL = "smollm2-135m"
-METRICS_KEY = "evs-metrics"
+METRICS_KEY, LIMITED_KEY = "evs-metrics", "evs-limited"
 LONG_TOKENS = 128
 OTHER_DRAFT = str(DRAFTS / "qwen2.5-coder-0.5b")
 
@@ -109,8 +109,9 @@ def lasting(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Ite
     directory = tmp_path_factory.mktemp("lasting")
     output = subprocess.run([EVOSPEC, "keys", "new", "acme"], capture_output=True, text=True, check=True).stdout
     monitoring = f'[tenants.prometheus]\nkeys = ["{hash_key(METRICS_KEY)}"]\n'
-    (directory / "keys.toml").write_text(output.partition("lines for the keys file:\n")[2] + monitoring)
-    options = ["--keys-file", str(directory / "keys.toml"), *AT_ONCE]
+    limited = f'[tenants.limited]\nkeys = ["{hash_key(LIMITED_KEY)}"]\nrequests_per_minute = 2\n'
+    (directory / "keys.toml").write_text(output.partition("lines for the keys file:\n")[2] + monitoring + limited)
+    options = ["--keys-file", str(directory / "keys.toml"), *AT_ONCE, "--http.metrics_address", "127.0.0.1:0"]
     limits = ["--limits.requests_per_minute", "1000", "--redis.retry_interval", "0.2", "--redis.timeout", "2"]
     server = RunningServer(directory / "log.jsonl", [*SMALL, *options, *limits])
     try:
@@ -190,6 +191,7 @@ def test_sigterm_waits_neither_for_bodies_that_do_not_come_nor_for_idle_connecti
         assert idle.recv(4096) == b""
         arriving.sendall(b" ")  # it is still read, for a while
     assert server.process.wait(timeout=60) == 0
+    assert server.wait_for_event("stopped")["unfinished_requests"] == 0
     assert not [event for event in server.events() if event["level"] in ("warning", "error", "critical")]
 
 
@@ -289,9 +291,8 @@ def test_requests_go_on_without_valkey(lasting: Lasting, blow: signal.Signals) -
     assert count("redis is down") == 1
 
 
-def test_rate_limit_through_http(launch_server: LaunchServer, tiny: Path) -> None:
-    server = launch_server("--limits.requests_per_minute", "2", "--model", str(tiny))
-    responses = [complete(server.base_url, max_tokens=1, model=tiny.name) for _ in range(3)]
+def test_rate_limit_through_http(lasting: Lasting) -> None:
+    responses = [complete(lasting.server.base_url, max_tokens=1, key=LIMITED_KEY) for _ in range(3)]
     assert [response.status_code for response in responses] == [200, 200, 429]
     assert 1 <= int(responses[-1].headers["Retry-After"]) <= 30
 
@@ -403,9 +404,8 @@ def test_keys_guard_the_api_and_logs_hold_neither_keys_nor_prompts(lasting: Last
     assert "Once upon" not in str(server.events())
 
 
-def test_metrics_have_an_address_of_their_own(launch_server: LaunchServer, tiny: Path) -> None:
-    options = ["--auth.keys", f"acme={hash_key('secret')}", "--http.metrics_address", "127.0.0.1:0"]
-    server = launch_server(*options, "--model", str(tiny))
+def test_metrics_have_an_address_of_their_own(lasting: Lasting) -> None:
+    server = lasting.server
     alone = server.wait_for_event("metrics")["url"]
     assert httpx.get(f"{server.base_url}/metrics").status_code == 401
     assert httpx.get(f"{alone}/health").status_code == 200

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from server.tenants import hash_key
 from tests.running_browser import BINARY, running_browser
-from tests.running_server import SMALL, RunningServer
+from tests.running_server import AT_ONCE, SMALL, RunningServer
 
 pytestmark = pytest.mark.skipif(
     BINARY is None and "CI" not in os.environ, reason="chromium is not installed (Debian package chromium)"
@@ -23,6 +23,7 @@ KEYS = {"acme": "secret-a", "beta": "secret-b", "prometheus": "secret-p"}
 ADMIN = "secret-o"
 QUESTION = "Write a Python function that returns the n-th Fibonacci number."
 SOURCES = ("target", "draft", "session", "copied")
+MOST_TOKENS = 96
 TIMEOUT = 60_000
 
 
@@ -30,7 +31,7 @@ TIMEOUT = 60_000
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     pairs = ",".join(f"{tenant}={hash_key(key)}" for tenant, key in KEYS.items())
     options = ["--auth.keys", pairs, "--auth.admin_key", hash_key(ADMIN)]
-    server = RunningServer(tmp_path_factory.mktemp("page") / "log", [*SMALL, *options])
+    server = RunningServer(tmp_path_factory.mktemp("page") / "log", [*SMALL, *AT_ONCE, *options])
     server.wait_until_healthy()
     yield server
     server.stop()
@@ -54,6 +55,7 @@ def opened(browser: Browser, server: RunningServer, key: str, width: int = 1000,
 def ask(page: Page, question: str) -> str:
     """Ask, wait for the answer, and return the line of figures below it."""
     expect(page.locator("#about")).not_to_be_empty(timeout=TIMEOUT)
+    page.fill("#max-tokens", str(MOST_TOKENS))
     page.fill("#prompt", question)
     page.press("#prompt", "Enter")
     expect(page.locator("#send")).to_be_enabled(timeout=TIMEOUT)
@@ -87,7 +89,7 @@ def test_an_answer_is_coloured_by_where_its_tokens_came_from(browser: Browser, s
     asked = {"model": "smollm2-135m", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
     response = httpx.post(
         f"{server.base_url}/v1/chat/completions",
-        json=asked | {"max_tokens": 256},
+        json=asked | {"max_tokens": MOST_TOKENS},
         headers={"Authorization": f"Bearer {KEYS['acme']}"},
         timeout=60,
         trust_env=False,
@@ -131,8 +133,7 @@ def test_a_wrong_key_and_a_refused_question_are_told(browser: Browser, server: R
     expect(page.locator("#messages li")).to_have_count(0)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1400])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1400, "light")])
 def test_it_fits_narrow_and_wide_windows(
     browser: Browser, server: RunningServer, width: int, scheme: str, tmp_path: Path
 ) -> None:

@@ -40,7 +40,7 @@ from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDr
 from tests.integration.test_token_log import Valkey
 from tests.killable_processes import processes
 
-KILLS = 4
+KILLS = 3
 
 
 @pytest.fixture(scope="module")

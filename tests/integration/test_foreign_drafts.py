@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -166,22 +166,50 @@ def test_a_draft_that_is_never_right_is_told(
     assert [(entry["event"], entry["chains"]) for entry in logs] == [("the draft is hardly ever right", 20)]
 
 
+ALL_KINDS = [GREEDY, *(SamplingParams(max_tokens=NUM_TOKENS, seed=7, **kind) for kind in SAMPLED.values())]
+
+
+@pytest.fixture(scope="module")
+def texts(prompts: list[list[int]]) -> list[list[int]]:
+    """They repeat themselves."""
+    return [prompt * 3 for prompt in prompts]
+
+
+@pytest.fixture(scope="module")
+def expected(files: ModelFiles, texts: list[list[int]]) -> list[list[int]]:
+    """Outputs without drafts."""
+    return Engine(files, SETTINGS["alone"]).generate(texts, ALL_KINDS)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["safeailab", "angelslim", "speculators_qwen3"])
 def test_outputs_do_not_change(
-    name: str, setting: str, files: ModelFiles, prompts: list[list[int]], tmp_path: Path
+    name: str, setting: str, files: ModelFiles, texts: list[list[int]], expected: list[list[int]], tmp_path: Path
 ) -> None:
     """With the default vocabulary: the draft's own tokens, and a prior."""
-    sampling = [GREEDY, *(SamplingParams(max_tokens=NUM_TOKENS, seed=7, **kind) for kind in SAMPLED.values())]
     speculation = speculation_of(CHECKPOINTS[name]().write(tmp_path / "draft"), "auto")
-    texts = [prompt * 3 for prompt in prompts]
     engine = Engine(files, SETTINGS[setting], speculation)
-    expected = Engine(files, SETTINGS[setting]).generate(texts, sampling)
-    assert engine.generate(texts, sampling) == expected
-    assert engine.generate(texts, sampling) == expected
+    assert engine.generate(texts, ALL_KINDS) == expected
+    assert engine.generate(texts, ALL_KINDS) == expected
     assert engine.num_drafted > 0
     assert engine.core.draft is not None
     assert engine.core.draft.endswith("vocabulary of its own 160 tokens, with a prior")
+
+
+@dataclass(frozen=True)
+class KernelTarget:
+    """A model that the compiled kernels run, what it answers without drafts, and the same by ``transformers``."""
+
+    files: ModelFiles
+    outputs: list[list[int]]
+    reference: Any
+
+
+@pytest.fixture(scope="module")
+def kernel_target(texts: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> KernelTarget:
+    files = make_directory(tmp_path_factory.mktemp("kernels") / "target", num_hidden_layers=NUM_LAYERS, head_dim=32)
+    outputs = Engine(files, SETTING, dtype="auto").generate(texts, [GREEDY] * len(texts))
+    return KernelTarget(files, outputs, AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32))
 
 
 @pytest.mark.skipif(native.unsupported_reason() is not None, reason="no compiled kernels")
@@ -189,7 +217,8 @@ def test_outputs_do_not_change(
 def test_on_the_compiled_kernels(
     name: str,
     head_dim: int,
-    prompts: list[list[int]],
+    kernel_target: KernelTarget,
+    texts: list[list[int]],
     drafted: Drafted,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -198,10 +227,9 @@ def test_on_the_compiled_kernels(
 
     A head of 16 dimensions is the one that the kernels lack.
     """
-    files = make_directory(tmp_path / "target", num_hidden_layers=NUM_LAYERS, head_dim=32)
+    files = kernel_target.files
     checkpoint = CHECKPOINTS[name](head_dim=head_dim)
     directory = checkpoint.write(tmp_path / "draft")
-    texts = [prompt * 3 for prompt in prompts]  # with what may be included because it followed before
     outputs, runs = [], list[Drafted]()
     for vocabulary in ("full", "dynamic:full+0"):
         for one_call in (True, False):
@@ -209,19 +237,15 @@ def test_on_the_compiled_kernels(
                 if not one_call:
                     patch.setattr(DraftHead, "make_chain", lambda *_: None)
                 engine = Engine(files, SETTING, speculation_of(directory, vocabulary), dtype="auto")
-                outputs.append(engine.generate(texts, [GREEDY] * len(prompts)))
+                outputs.append(engine.generate(texts, [GREEDY] * len(texts)))
             runs.append(drafted.copy())
             drafted.clear()
-    assert outputs == [Engine(files, SETTING, dtype="auto").generate(texts, [GREEDY] * len(prompts))] * 4
+    assert outputs == [kernel_target.outputs] * 4
     assert runs[0] == runs[1]
     assert runs[2] == runs[3]
-    target, reference = (
-        AutoModelForCausalLM.from_pretrained(files.path, dtype=torch.float32),
-        reference_of(checkpoint, files),
-    )
-    right = 0
+    reference, right = reference_of(checkpoint, files), 0
     for tokens, drafts in runs[0]:
         with torch.inference_mode():
-            hidden = target(torch.tensor([tokens]), output_hidden_states=True).hidden_states
+            hidden = kernel_target.reference(torch.tensor([tokens]), output_hidden_states=True).hidden_states
         right += drafts[:1] == reference.chain(tokens, [one[0] for one in hidden], 1)
     assert right > len(runs[0]) / 2

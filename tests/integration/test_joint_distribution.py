@@ -27,7 +27,7 @@ from tests.tiny_models import make_directory
 from tests.unit.chi_square import chi_square_p
 
 FALSE_ALARM = 1e-4
-NUM_SEEDS = 100_000
+NUM_SEEDS = 50_000
 FEWER_SEEDS = 20_000
 """Enough to see a bug."""
 AT_ONCE = 128
@@ -103,7 +103,7 @@ def sample(files: ModelFiles, num_seeds: int) -> Sampled:
 def test_three_tokens_follow_the_exact_joint_distribution(
     files: ModelFiles, expected: dict[tuple[int, ...], float]
 ) -> None:
-    """100,000 seeds over 64 outcomes."""
+    """50,000 seeds over 64 outcomes."""
     assert len(expected) == 4**3
     sampled = sample(files, NUM_SEEDS)
     assert 0.2 < sampled.accepted < 0.8

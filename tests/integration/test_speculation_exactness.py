@@ -129,7 +129,7 @@ def check(
     assert (engine.largest_batch > 1) == (setting != "alone")
 
 
-@pairwise(setting=SETTINGS, vocabulary=["full", "static:64", "static:4"], length=range(7))
+@pairwise(setting=SETTINGS, vocabulary=["full", "static:64", "static:4"], length=[0, 1, 2, 4, 6])
 @pytest.mark.usefixtures("shipped")
 def test_greedy(
     files: ModelFiles,

@@ -219,22 +219,6 @@ def test_damaged_snapshots_start_cold(
         assert decode(data, engine.core.vocabulary, VOCAB_SIZE).num_verified_tokens == NUM_TOKENS
 
 
-def test_adaptive_lengths(
-    files: ModelFiles,
-    drafts: dict[str, SpeculationConfig],
-    prompts: list[list[int]],
-    sampling: dict[str, list[SamplingParams]],
-    expected: dict[str, list[list[int]]],
-    tmp_path: Path,
-) -> None:
-    """Costs are measured with made-up sequences, whose vocabularies are gone before the first request."""
-    adaptive = drafts["target itself"].model_copy(update={"adaptive": True})
-    engine = make_engine(files, adaptive, "batch", "dynamic:64+32", tmp_path)
-    assert engine.core.stats().vocabularies_used == 0
-    for kind in ("greedy", "sampled"):
-        assert run(engine, prompts, sampling[kind])[0] == expected[kind]
-
-
 @pytest.mark.parametrize("draft", ["eagle3", "target itself"])
 def test_an_engine_that_measures_its_costs_answers_the_same_and_keeps_nothing_of_what_it_made_up(
     files: ModelFiles,

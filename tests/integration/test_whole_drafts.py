@@ -81,7 +81,7 @@ def test_swap(
     writer = WeightWriter(config.channel_path, layout)
     tokenizer = Tokenizer.from_files(files)
     prompts = [tokenizer.encode(text) for text in TEXTS]
-    greedy = SamplingParams(max_tokens=48, seed=0, temperature=0.0, ignore_eos=True)
+    greedy = SamplingParams(max_tokens=32, seed=0, temperature=0.0, ignore_eos=True)
 
     normal = serve(engine, prompts, greedy)
     writer.publish(0, key, bad)

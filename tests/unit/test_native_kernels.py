@@ -28,6 +28,7 @@ from engine.models.registry import validate_model_files
 from engine.text.tokenizer import Tokenizer
 from kernels import native, targets
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, linear_to_rows, packed_format
+from tests.combinations import pairwise
 from tests.native_models import check_model, hidden_by_position, random_tokens
 from tests.ragged_batches import RaggedSequences, attention_spec, compare_backends, largest_row_error
 from tests.tiny_models import make_directory, make_gguf
@@ -285,10 +286,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("heads", [(2, 2), (9, 3), (14, 2)])
-@pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("block_size", [16, 64])
+@pairwise(steps=STEPS, heads=[(2, 2), (9, 3), (14, 2)], head_dim=[32, 64, 128], block_size=[16, 64])
 def test_attention(teams: list[Team], steps: str, heads: tuple[int, int], head_dim: int, block_size: int) -> None:
     sequences = RaggedSequences(4, 1152, block_size)
     spec = attention_spec(heads, head_dim, sequences, torch.bfloat16, CPU)
