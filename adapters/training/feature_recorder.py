@@ -8,19 +8,16 @@ import torch
 
 from engine.batch import Features
 from engine.draft_vocab.vocab import DraftVocab
-from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
-from engine.speculation.length.policy import StopRule
-from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.step_plan import ScheduledSequence
 
 
-class FeatureRecorder:
+class FeatureRecorder(Proposer):
     """A draft that drafts nothing and keeps the outputs of some layers. It needs an engine without prefix cache."""
 
     description = "feature recorder"
     costs = DraftCosts(weight_bytes=0, bytes_per_block=0)
     vocab: DraftVocab | None = None
-    stops_early = False
 
     def __init__(self, capture_layers: tuple[int, ...]) -> None:
         self.capture_layers = capture_layers
@@ -28,12 +25,6 @@ class FeatureRecorder:
 
     def make_proposer(self, num_blocks: int) -> Proposer:
         return self
-
-    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
-        pass
-
-    def num_unread(self, request: Request) -> int:
-        return 0
 
     def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
@@ -47,9 +38,8 @@ class FeatureRecorder:
                 self._rows[sequence.request.request_id] = []
             self._rows[sequence.request.request_id].append(own)
 
-    def forget(self, request: Request) -> None:
-        pass  # the rows of an ended request wait for `take`
-
     def take(self, request_id: str) -> torch.Tensor:
-        """The rows of a request so far: [tokens computed, len(capture_layers) * hidden] bf16. They are dropped here."""
+        """The rows of a request so far, ended or not: [tokens computed, len(capture_layers) * hidden] bf16. They are
+        dropped here.
+        """
         return torch.cat(self._rows.pop(request_id))

@@ -13,8 +13,8 @@ from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 
-class HardSwitch:
-    """A ``Proposer``.
+class HardSwitch(Proposer):
+    """Either of two proposers for each sequence and step.
 
     Args:
         otherwise: drafts for the sequences in which nothing repeats; it sees all steps.

@@ -75,7 +75,7 @@ class Observation:
     hidden: torch.Tensor
 
 
-class Watcher:
+class Watcher(Proposer):
     """Varies draft lengths, with long pauses, and takes down what every draft token was chosen from."""
 
     def __init__(self, draft: EagleDraft, head: OracleHead, chance: random.Random) -> None:

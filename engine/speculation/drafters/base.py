@@ -18,16 +18,16 @@ from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 
 
-class Proposer(Protocol):
-    """Drafts for a whole batch at once. One thread calls all methods.
+class Proposer:
+    """Drafts for a whole batch at once: nothing, where a subclass does not say otherwise. One thread calls all methods.
 
     Order within a step: ``propose`` (all decoding sequences), the target's forward pass, ``after_verification``, and
     the commit.
     """
 
-    capture_layers: tuple[int, ...]
+    capture_layers: tuple[int, ...] = ()
     """The decoder layers whose output ``after_verification`` wants, in ascending order."""
-    stops_early: bool
+    stops_early: bool = False
     """Whether ``propose`` follows a ``StopRule``; otherwise it is given none."""
 
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
@@ -38,11 +38,10 @@ class Proposer(Protocol):
         ``slot.block_ids`` reach all known and all drafted tokens, so drafted entries have their own slots; they are
         written again before they count as a committed token's.
         """
-        ...
 
     def num_unread(self, request: Request) -> int:
         """Tokens to read before a decoding request's next draft, but for the few that are new with every draft."""
-        ...
+        return 0
 
     def after_verification(
         self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
@@ -55,11 +54,9 @@ class Proposer(Protocol):
             features: of all scheduled tokens; None without capture. On CUDA valid during the call only; on a CPU
                 nobody writes to them later.
         """
-        ...
 
     def forget(self, request: Request) -> None:
         """A request has ended, or lost its blocks (preempted: it will be computed again from its cached prefix on)."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,8 @@ class DraftModel:
         return attention_spec(self._loaded, self._cache, num_blocks)
 
 
-class DraftModelProposer:
+class DraftModelProposer(Proposer):
     """Runs the draft model on what it has not seen of a sequence, then token by token."""
-
-    capture_layers: tuple[int, ...] = ()
-    stops_early = False
 
     def __init__(self, loaded: LoadedModel, attention: AttentionBackend, head: DraftHead) -> None:
         self._loaded, self._attention, self._head = loaded, attention, head

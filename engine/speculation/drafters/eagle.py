@@ -26,7 +26,7 @@ from engine.online.adapters import EagleAdapters
 from engine.online.verify_log import VerifyLog
 from engine.online.whole_draft import WholeDraft
 from engine.request import Request
-from engine.speculation.drafters.base import DraftCosts
+from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
 from engine.speculation.drafters.gpu_chain import GpuChain
 from engine.speculation.drafters.head import DraftHead
@@ -100,7 +100,7 @@ class EagleDraft:
         )
 
 
-class EagleProposer:
+class EagleProposer(Proposer):
     """Keeps features in step with the target's KV, and computes entries from them when they are wanted.
 
     ``after_verification`` stores the features of each computed token in the token's slot. So they are there for exactly

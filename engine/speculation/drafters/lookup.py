@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from engine.batch import Features
 from engine.draft_state import NONE, TEXT_BEFORE
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.length.policy import Copy, Repeat, StopRule
-from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.step_plan import DraftSlot
 from kernels.native_chain import CONFIDENCE_LEVELS
 from kernels.native_texts import Texts
 from kernels.session_library import TokenRows
@@ -117,7 +116,7 @@ MAX_TEXTS = 512
 """Sequences in which repeats are looked for at the same time."""
 
 
-class NgramProposer:
+class NgramProposer(Proposer):
     """Copies from a sequence's own prompt and answer, after the longest repeat of its last tokens.
 
     A sequence whose end is new gets no draft. A text that repeats itself is drafted on beyond its end.
@@ -125,9 +124,6 @@ class NgramProposer:
     Args:
         texts: of the running sequences.
     """
-
-    capture_layers: tuple[int, ...] = ()
-    stops_early = False
 
     def __init__(self, texts: RunningTexts) -> None:
         self._lookup = PromptLookup(texts)
@@ -143,15 +139,6 @@ class NgramProposer:
         for request, copy in zip(requests, self._lookup.look(requests, limits), strict=True):
             if copy is not None:
                 request.draft_token_ids += copy.token_ids
-
-    def num_unread(self, request: Request) -> int:
-        """None: to look for a repeat costs next to nothing."""
-        return 0
-
-    def after_verification(
-        self, sequences: Sequence[ScheduledSequence], num_kept: Sequence[int], features: Features | None
-    ) -> None:
-        """Nothing: the committed tokens are in the requests."""
 
     def forget(self, request: Request) -> None:
         """Drop a request's index."""
