@@ -19,9 +19,9 @@ from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
 from engine.machine import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.llama import HeadSlab, load_model
-from engine.models.llama_share import LlamaShare
-from engine.models.native_llama import NativeLlama, unsupported_shape
+from engine.models.decoder import HeadSlab, load_model
+from engine.models.decoder_share import DecoderShare
+from engine.models.native_decoder import NativeDecoder, unsupported_shape
 from engine.models.weights import open_weights
 from engine.tensor_parallel.ranks import Ranks
 from kernels import native
@@ -117,12 +117,12 @@ def load(
     make_attention: Callable[[AttentionSpec], AttentionBackend]
     if backend == "native":
         team, digits = team or native.Team(threads), _digits(config)
-        model = NativeLlama(source, spec, team, max_model_len, digits)
+        model = NativeDecoder(source, spec, team, max_model_len, digits)
         make_attention = partial(NativeAttention, team=team)
         return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
     model = load_model(source, spec, dtype, device, max_model_len, ranks)
     if ranks is not None:
-        model = LlamaShare(**vars(model), ranks=ranks)
+        model = DecoderShare(**vars(model), ranks=ranks)
     make_attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
     # Which experts a step needs is only known while it is computed; and ranks are told on the CPU what to compute.
     has_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None and ranks is None

@@ -11,8 +11,8 @@ from engine.attention.base import AttentionBackend, AttentionSpec
 from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.models.config import ModelFiles, ModelSpec
-from engine.models.llama import LlamaForCausalLM, load_model
-from engine.models.native_llama import NativeLlama
+from engine.models.decoder import TorchDecoder, load_model
+from engine.models.native_decoder import NativeDecoder
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from kernels.native import Team
@@ -34,12 +34,12 @@ def check_model(files: ModelFiles, token_ids: list[int], teams: Sequence[Team]) 
     sequences = RaggedSequences(1, len(token_ids), 16)
     exact = load_model(source, spec, torch.float32, CPU)
     narrow = load_model(source, spec, torch.bfloat16, CPU)
-    runs: list[tuple[LlamaForCausalLM | NativeLlama, AttentionBackend]] = [
+    runs: list[tuple[TorchDecoder | NativeDecoder, AttentionBackend]] = [
         (exact, TorchPagedAttention(cache_spec(spec, sequences, torch.float32))),
         (narrow, TorchPagedAttention(cache_spec(spec, sequences, torch.bfloat16))),
     ]
     for team in teams:
-        ours = NativeLlama(source, spec, team, len(token_ids))
+        ours = NativeDecoder(source, spec, team, len(token_ids))
         runs.append((ours, NativeAttention(cache_spec(spec, sequences, torch.bfloat16), team)))
     logits: list[list[torch.Tensor]] = [[] for _ in runs]
     first = len(token_ids) - 13
@@ -67,7 +67,7 @@ def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]]) ->
     """Of two sequences in these steps, in order of sequence and position; activations of 8 bits."""
     spec, source = validate_model_files(files), open_weights(files)
     sequences, tokens = RaggedSequences(2, 64, 16), torch.tensor([random_tokens(64), random_tokens(64)[::-1]])
-    model = NativeLlama(source, spec, team, 64, digits=1)
+    model = NativeDecoder(source, spec, team, 64, digits=1)
     attention, rows = NativeAttention(cache_spec(spec, sequences, torch.bfloat16), team), {}
     for counts in steps:
         batch = sequences.step(counts)

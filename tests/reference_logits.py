@@ -12,7 +12,7 @@ from engine.attention.base import AttentionSpec
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch
 from engine.models.config import ModelFiles
-from engine.models.llama import LlamaForCausalLM, load_model
+from engine.models.decoder import TorchDecoder, load_model
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 
@@ -27,7 +27,7 @@ def int32(values: list[int] | list[list[int]]) -> torch.Tensor:
 class PagedSequences:
     """Computes sequences step by step through the paged cache, blocks handed out in scattered order."""
 
-    def __init__(self, model: LlamaForCausalLM, sequences: list[list[int]]) -> None:
+    def __init__(self, model: TorchDecoder, sequences: list[list[int]]) -> None:
         spec = model.spec
         self.model, self.sequences = model, sequences
         self.num_computed = [0] * len(sequences)
@@ -68,11 +68,11 @@ class PagedSequences:
         return list(torch.split(logits, num_tokens))
 
 
-def load(files: ModelFiles, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def load(files: ModelFiles, dtype: torch.dtype = torch.float32) -> TorchDecoder:
     return load_model(open_weights(files), validate_model_files(files), dtype, CPU)
 
 
-def logits_of(model: LlamaForCausalLM, token_ids: list[int]) -> torch.Tensor:
+def logits_of(model: TorchDecoder, token_ids: list[int]) -> torch.Tensor:
     return PagedSequences(model, [token_ids]).step([len(token_ids)])[0]
 
 

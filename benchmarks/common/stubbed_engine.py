@@ -38,8 +38,8 @@ from engine.core import EngineCore
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec
 from engine.models.config import LayerSpec, Rope
+from engine.models.decoder import HeadSlab
 from engine.models.eagle3_config import Eagle3Config
-from engine.models.llama import HeadSlab
 from engine.models.registry import resolve_model, validate_model_files
 from engine.speculation.build import make_head
 from engine.speculation.draft_files import DRAFTS

@@ -11,7 +11,7 @@ from kernels.native_decoder import BatchView, KvCache, paged_attention
 
 
 class NativeAttention(AttentionBackend):
-    """Owns the KV cache of the compiled kernels; ``engine.models.native_llama`` attends over it inside its layers."""
+    """Owns the KV cache of the compiled kernels; ``engine.models.native_decoder`` attends over it inside its layers."""
 
     def __init__(self, spec: AttentionSpec, team: Team) -> None:
         super().__init__(spec)

@@ -27,8 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.models.config import ModelError, ModelSpec
+from engine.models.decoder import rms_norm
 from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, read_draft
-from engine.models.llama import rms_norm
 from kernels.batched_lora import LoraMatrix
 
 

@@ -13,10 +13,10 @@ from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.batch import Features, ForwardBatch
 from engine.models.config import ModelError, ModelSpec
+from engine.models.decoder import RotaryEmbedding
 from engine.models.eagle3 import Eagle3, normalise_features
 from engine.models.eagle3_config import Eagle3Config
-from engine.models.llama import RotaryEmbedding
-from engine.models.native_llama import cos_sin, gate_up_rows, make_decoder
+from engine.models.native_decoder import cos_sin, gate_up_rows, make_decoder
 from kernels.batched_lora import LoraRows
 from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows
 from kernels.native_decoder import LayerWeights

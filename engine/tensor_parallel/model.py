@@ -14,7 +14,7 @@ from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
 from engine.loader import LoadedModel, load
 from engine.models.config import ModelFiles, ModelSpec
-from engine.models.llama import HeadSlab
+from engine.models.decoder import HeadSlab
 from engine.tensor_parallel.processes import ends_with_the_group, start_ranks
 from engine.tensor_parallel.ranks import Argument
 from engine.tensor_parallel.shard import Shard

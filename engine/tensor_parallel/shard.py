@@ -13,7 +13,7 @@ from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec
-from engine.models.llama_share import LlamaShare
+from engine.models.decoder_share import DecoderShare
 from engine.tensor_parallel.ranks import Argument, Ranks
 from kernels.draft_head import EMPTY, Core, TailSlabs, draft_head_topk
 
@@ -28,7 +28,7 @@ class Shard:
     """
 
     def __init__(self, loaded: LoadedModel, cache: CacheConfig, ranks: Ranks) -> None:
-        assert isinstance(loaded.model, LlamaShare)
+        assert isinstance(loaded.model, DecoderShare)
         self.model, self.ranks = loaded.model, ranks
         self.loaded, self._cache = loaded, cache
 

@@ -25,8 +25,8 @@ from engine.loader import LoadedModel, load
 from engine.messages import SamplingParams
 from engine.model_runner import build_batch
 from engine.models.config import ModelFiles
+from engine.models.decoder import RotaryEmbedding
 from engine.models.eagle3 import Eagle3
-from engine.models.llama import RotaryEmbedding
 from engine.models.registry import validate_model_files
 from engine.request import Request
 from engine.speculation.drafters import kv as entries

@@ -23,10 +23,10 @@ from adapters.target_parts import target_parts
 from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelError, ModelFiles
+from engine.models.decoder import RotaryEmbedding, rms_norm
 from engine.models.families.known import FAMILIES as KNOWN
 from engine.models.families.known import spec_from_config
-from engine.models.llama import RotaryEmbedding, rms_norm
-from engine.models.native_llama import unsupported_shape
+from engine.models.native_decoder import unsupported_shape
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from kernels import native

@@ -20,8 +20,8 @@ from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig
 from engine.loader import LoadedModel
 from engine.loader import load as load_here
 from engine.models.config import ModelFiles
-from engine.models.llama import load_model
-from engine.models.llama_share import LlamaShare
+from engine.models.decoder import load_model
+from engine.models.decoder_share import DecoderShare
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from engine.speculation.drafters.head import DraftHead, make_tails
@@ -89,7 +89,7 @@ def test_logits_are_those_of_the_whole_model(family: TinyFamily, size: int, tmp_
 
     def compute(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         model = load_model(open_weights(files), spec, torch.float32, CPU, ranks=ranks)
-        share, ids = LlamaShare(**vars(model), ranks=ranks), torch.tensor(token_ids)
+        share, ids = DecoderShare(**vars(model), ranks=ranks), torch.tensor(token_ids)
         return logits_of(share, token_ids), share.embed(ids), share.head_rows(ids)
 
     with ThreadPoolExecutor(size) as threads:

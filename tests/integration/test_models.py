@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from engine.models.config import ModelError
-from engine.models.llama import LlamaForCausalLM
+from engine.models.decoder import TorchDecoder
 from engine.models.weights import open_weights
 from tests.reference_logits import PagedSequences, check_logits, load, logits_of, transformers_model
 from tests.tiny_models import VOCAB_SIZE, make_directory, make_gguf
@@ -29,7 +29,7 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> TorchDecoder:
     return load(make_directory(tmp_path_factory.mktemp("models") / "tiny"))
 
 
@@ -61,14 +61,14 @@ def test_llama3_rope_scaling_agrees_with_transformers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunks", [[1] * 70, [16, 16, 16, 16, 6], [69, 1], [1, 69], [33, 37]])
-def test_prefill_in_chunks_gives_the_same_logits(tiny: LlamaForCausalLM, chunks: list[int]) -> None:
+def test_prefill_in_chunks_gives_the_same_logits(tiny: TorchDecoder, chunks: list[int]) -> None:
     token_ids = random_tokens(70)
     sequences = PagedSequences(tiny, [token_ids])
     pieces = torch.cat([sequences.step([count])[0] for count in chunks])
     torch.testing.assert_close(pieces, logits_of(tiny, token_ids), atol=3e-5, rtol=0)
 
 
-def test_batch_of_mixed_lengths_gives_each_sequence_its_own_logits(tiny: LlamaForCausalLM) -> None:
+def test_batch_of_mixed_lengths_gives_each_sequence_its_own_logits(tiny: TorchDecoder) -> None:
     """Prefills, plain decodes, several tokens at once (as with drafts), and sequences that sit out a step."""
     token_ids = [random_tokens(length, seed) for seed, length in enumerate((40, 17, 5, 90, 33))]
     sequences = PagedSequences(tiny, token_ids)
@@ -79,7 +79,7 @@ def test_batch_of_mixed_lengths_gives_each_sequence_its_own_logits(tiny: LlamaFo
         torch.testing.assert_close(together, logits_of(tiny, tokens), atol=3e-5, rtol=0)
 
 
-def test_rejected_drafts_leave_no_trace(tiny: LlamaForCausalLM) -> None:
+def test_rejected_drafts_leave_no_trace(tiny: TorchDecoder) -> None:
     """Keys and values written for tokens that are not kept are overwritten by the tokens that are."""
     wrong, right = random_tokens(40), random_tokens(40)[:30] + random_tokens(10, seed=1)
     sequences = PagedSequences(tiny, [wrong])

@@ -15,7 +15,7 @@ from engine.attention.flashinfer import FlashInferAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.gpu_memory import GRAPH_SIZES
-from engine.models.llama import LlamaForCausalLM, load_model
+from engine.models.decoder import TorchDecoder, load_model
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from engine.step_graphs import StepGraphs, padded
@@ -54,13 +54,13 @@ def compute_anew(run: Callable[[], ForwardOutput]) -> tuple[Callable[[], None], 
     return replay, output
 
 
-def tiny_model(directory: Path, dtype: torch.dtype, device: torch.device, **overrides: Any) -> LlamaForCausalLM:
+def tiny_model(directory: Path, dtype: torch.dtype, device: torch.device, **overrides: Any) -> TorchDecoder:
     files = make_directory(directory, max_position_embeddings=1024, **overrides)
     return load_model(open_weights(files), validate_model_files(files), dtype, device)
 
 
 def cache_spec(
-    model: LlamaForCausalLM, sequences: RaggedSequences, dtype: torch.dtype, device: torch.device
+    model: TorchDecoder, sequences: RaggedSequences, dtype: torch.dtype, device: torch.device
 ) -> AttentionSpec:
     """With a block more than the sequences have."""
     spec, blocks = model.spec, sequences.num_blocks + 1
@@ -74,7 +74,7 @@ def with_tokens(batch: ForwardBatch, generator: torch.Generator, vocab_size: int
 
 
 def largest_difference(
-    model: LlamaForCausalLM, graphs: StepGraphs, plain: AttentionBackend, sequences: RaggedSequences
+    model: TorchDecoder, graphs: StepGraphs, plain: AttentionBackend, sequences: RaggedSequences
 ) -> float:
     """Over the outputs of all steps, which go round three times; relative to the largest number there is."""
     generator, worst = torch.Generator().manual_seed(3), 0.0

@@ -11,9 +11,9 @@ from benchmarks.adapt.whole_draft import DistilledDraft
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.draft_state import Assignment
 from engine.messages import SamplingParams
+from engine.models.decoder import RotaryEmbedding
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
-from engine.models.llama import RotaryEmbedding
 from engine.models.lora import lora_layout
 from engine.online.adapters import EagleAdapters
 from engine.online.shared_file import SharedFile

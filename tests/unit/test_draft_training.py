@@ -24,9 +24,9 @@ from adapters.training.trainer import VALIDATION_STEPS, Phase, TrainConfig, Trai
 from adapters.training.unroll import Unroller
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
+from engine.models.decoder import rms_norm
 from engine.models.eagle3 import Eagle3, init_from_target, save_draft
 from engine.models.eagle3_config import WEIGHTS_FILE, Eagle3Config
-from engine.models.llama import rms_norm
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.text.tokenizer import Tokenizer

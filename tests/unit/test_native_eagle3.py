@@ -18,9 +18,9 @@ from engine.attention.native_cpu import NativeAttention
 from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import Features
 from engine.models.config import ModelError, ModelFiles
+from engine.models.decoder import RotaryEmbedding
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
-from engine.models.llama import RotaryEmbedding
 from engine.models.lora import adapted_rows
 from engine.models.native_eagle3 import WEIGHT_TYPE, NativeEagle3
 from engine.models.registry import validate_model_files

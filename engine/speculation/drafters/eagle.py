@@ -20,8 +20,8 @@ from engine.loader import LoadedModel
 from engine.model_runner import build_batch, padded_block_tables, slots_of
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
+from engine.models.native_decoder import NativeDecoder
 from engine.models.native_eagle3 import NativeEagle3
-from engine.models.native_llama import NativeLlama
 from engine.online.adapters import EagleAdapters
 from engine.online.verify_log import VerifyLog
 from engine.online.whole_draft import WholeDraft
@@ -140,7 +140,7 @@ class EagleProposer(Proposer):
         self._block_size, self._device = attention.spec.block_size, target.device
         self._chain: NativeChain | None = None
         """Drafts all tokens of a step in one call, where the compiled kernels can; None: token by token."""
-        if isinstance(network, NativeEagle3) and isinstance(target.model, NativeLlama):
+        if isinstance(network, NativeEagle3) and isinstance(target.model, NativeDecoder):
             self._chain = head.make_chain(network, target.model)
         self.stops_early = self._chain is not None
         self._gpu_chain: GpuChain | None = None

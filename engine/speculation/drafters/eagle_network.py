@@ -14,9 +14,9 @@ from gguf import GGMLQuantizationType
 from engine.attention.base import AttentionBackend
 from engine.batch import Features, ForwardBatch
 from engine.loader import LoadedModel
+from engine.models.decoder import HeadSlab, RotaryEmbedding
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_weights import DraftRows
-from engine.models.llama import HeadSlab, RotaryEmbedding
 from engine.models.native_eagle3 import NativeEagle3, unsupported_draft
 from kernels.batched_lora import LoraRows
 from kernels.native import MatrixPart, PackedMatrix, Team, linear

@@ -15,8 +15,8 @@ from engine.draft_vocab.vocab import DraftVocab
 from engine.loader import LoadedModel
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
+from engine.models.native_decoder import NativeDecoder
 from engine.models.native_eagle3 import NativeEagle3
-from engine.models.native_llama import NativeLlama
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
 from engine.speculation.drafters.eagle_network import OwnHead
@@ -149,7 +149,7 @@ class DraftHead:
             return self._own.logits(hidden, token_ids)
         return (self._model.head_rows(token_ids).float() * hidden.float()).sum(dim=1)
 
-    def make_chain(self, network: NativeEagle3, target: NativeLlama) -> NativeChain | None:
+    def make_chain(self, network: NativeEagle3, target: NativeDecoder) -> NativeChain | None:
         """Chains of a draft in one call; None: this head is not of the compiled kernels."""
         if self._packed is None:
             return None

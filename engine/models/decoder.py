@@ -123,7 +123,7 @@ class DecoderLayer:
 
 
 @dataclass(frozen=True)
-class LlamaForCausalLM:
+class TorchDecoder:
     """A decoder with its embedding and output projection. Inference only: no gradients."""
 
     spec: ModelSpec
@@ -186,7 +186,7 @@ def load_model(
     device: torch.device,
     max_model_len: int | None = None,
     ranks: Ranks | None = None,
-) -> LlamaForCausalLM:
+) -> TorchDecoder:
     """Dequantise matrices to ``dtype`` on ``device``, and norms to float32.
 
     ``max_model_len`` is the number of positions the rotary tables cover (default: the model's limit). With ``ranks``
@@ -196,7 +196,7 @@ def load_model(
     spec = spec if ranks is None else spec.share(ranks.size)
     rotary = rotary_tables(spec.layers, max_model_len or spec.max_position_embeddings, device)
     embed_tokens = weights.rows("model.embed_tokens.weight")
-    return LlamaForCausalLM(
+    return TorchDecoder(
         spec=spec,
         embed_tokens=embed_tokens,
         layers=[_load_layer(weights, spec, index, rotary[index]) for index in range(spec.num_layers)],

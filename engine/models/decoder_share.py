@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.models.llama import LlamaForCausalLM
+from engine.models.decoder import TorchDecoder
 from engine.tensor_parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
-class LlamaShare(LlamaForCausalLM):
+class DecoderShare(TorchDecoder):
     """As the whole model, but each method is called by all ranks at once, and logits are whole at rank 0 only.
 
     ``embed_tokens`` and ``lm_head`` are this rank's rows of them, for its share of the vocabulary.

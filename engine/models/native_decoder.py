@@ -13,8 +13,8 @@ from engine.attention.base import AttentionBackend
 from engine.attention.native_cpu import NativeAttention
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import Experts, ModelSpec
+from engine.models.decoder import HeadSlab, RotaryEmbedding, rotary_tables
 from engine.models.eagle3_config import Eagle3Config
-from engine.models.llama import HeadSlab, RotaryEmbedding, rotary_tables
 from engine.models.weights import WeightSource
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
 from kernels.native_decoder import Decoder, LayerWeights, PassOutputs, unpack_rows
@@ -61,8 +61,8 @@ def cos_sin(rotary: RotaryEmbedding) -> torch.Tensor:
     return torch.cat((rotary.cos, rotary.sin), dim=1)
 
 
-class NativeLlama:
-    """Same interface and mathematics as ``engine.models.llama.LlamaForCausalLM``.
+class NativeDecoder:
+    """Same interface and mathematics as ``engine.models.decoder.TorchDecoder``.
 
     Products take bf16 activations and the file's own weights and accumulate in float32; the residual stream is
     float32. ``attention`` must be a ``NativeAttention`` of the same ``team``.
@@ -84,7 +84,7 @@ class NativeLlama:
         self.weight_bytes = sum(m.num_bytes for m in (*matrices, self.head, *(() if tied else (self.embedding,))))
 
     def forward(self, batch: ForwardBatch, attention: AttentionBackend, capture: Sequence[int] = ()) -> ForwardOutput:
-        """As ``LlamaForCausalLM``; hidden states and features are bf16."""
+        """As ``TorchDecoder``; hidden states and features are bf16."""
         assert isinstance(attention, NativeAttention)
         attention.plan(batch)
         residual = self.embed(batch.token_ids)
