@@ -77,8 +77,7 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
             children.append(own_valkey(settings, directory))
         if with_engine and "address" not in settings.engine.model_fields_set:  # the operator chose none
             settings.engine.address = f"ipc://{directory / 'engine.sock'}"
-        url = _local_url(listener)
-        app = create_app(settings)
+        url, app = _local_url(listener), create_app(settings)
         metrics_listener = _listen_for_metrics(settings.http, stack)
         if with_engine:
             children.append(engine_process(settings, url, app))

@@ -63,8 +63,8 @@ class DecayedCounts:
 class _Memory:
     """Of one tenant as a whole, or of one of its domains."""
 
-    def __init__(self, max_tokens: int) -> None:
-        self.counts = DecayedCounts(max_tokens)
+    def __init__(self) -> None:
+        self.counts = DecayedCounts()
         self.weights: NDArray[np.float64] | None = None
 
 
@@ -77,13 +77,10 @@ class TenantMemory:
     Args:
         max_tenants: tenants remembered; the least recently used is forgotten beyond.
         max_domains: the same for the domains of a tenant, whose names are its clients' choice.
-        max_tokens: tokens of each.
     """
 
-    def __init__(
-        self, max_tenants: int = MAX_TENANTS, max_domains: int = MAX_DOMAINS, max_tokens: int = MAX_TOKENS
-    ) -> None:
-        self._max_tenants, self._max_domains, self._max_tokens = max_tenants, max_domains, max_tokens
+    def __init__(self, max_tenants: int = MAX_TENANTS, max_domains: int = MAX_DOMAINS) -> None:
+        self._max_tenants, self._max_domains = max_tenants, max_domains
         self._tenants: OrderedDict[str, OrderedDict[str | None, _Memory]] = OrderedDict()
         """By tenant, then domain; None is the tenant as a whole."""
 
@@ -124,7 +121,7 @@ class TenantMemory:
         self._tenants.move_to_end(tenant)
         memories = []
         for key in _keys(domain):
-            memories.append(domains.setdefault(key, _Memory(self._max_tokens)))
+            memories.append(domains.setdefault(key, _Memory()))
             domains.move_to_end(key)
         if len(domains) > self._max_domains + 1:
             domains.popitem(last=False)

@@ -176,9 +176,7 @@ def _unpack(packed: PackedNgrams, order: int) -> NgramCounts:
     return NgramCounts(token_ids, np.frombuffer(packed.counts, _COUNT).astype(np.float32))
 
 
-def merge(
-    a: SessionSnapshot, b: SessionSnapshot, base: SessionSnapshot | None = None, half_life: float = HALF_LIFE
-) -> SessionSnapshot:
+def merge(a: SessionSnapshot, b: SessionSnapshot, base: SessionSnapshot | None = None) -> SessionSnapshot:
     """Both requests' news on top of what they started from; ``merge(a, b, base) == merge(b, a, base)``.
 
     Counts: those of the base, decayed by the longer request, and what either has above them. Tails: the union, by the
@@ -189,12 +187,11 @@ def merge(
         a: one request's snapshot.
         b: the other's; of the same vocabulary.
         base: what both started from; None if they started cold.
-        half_life: of counts, in tokens observed.
     """
     base_verified, base_observed = (base.num_verified_tokens, base.num_observed_tokens) if base else (0, 0)
     verified = [max(side.num_verified_tokens - base_verified, 0) for side in (a, b)]
     observed = [max(side.num_observed_tokens - base_observed, 0) for side in (a, b)]
-    decays = [2.0 ** (-tokens / half_life) for tokens in observed]
+    decays = [2.0 ** (-tokens / HALF_LIFE) for tokens in observed]
     orders = range(len(a.ngrams))
     base_counts = base.ngram_counts() if base else [_none(order + 1) for order in orders]
     return make_snapshot(
