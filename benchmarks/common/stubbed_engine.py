@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import chain, cycle, islice
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -45,6 +45,7 @@ from engine.speculation.build import make_head
 from engine.speculation.draft_files import DRAFTS
 from engine.speculation.drafters.base import DraftCosts
 from engine.speculation.drafters.eagle import EagleProposer
+from engine.speculation.drafters.eagle_network import EagleNetwork
 from engine.speculation.drafters.head import DraftHead
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import Core, TailSlabs
@@ -263,7 +264,8 @@ class StubDraft:
         """Allocate the features."""
         attention = TorchPagedAttention(attention_spec(self.target, self.cache, num_blocks))
         config = Eagle3Config.for_target(self.target.spec, "stub", (0,), intermediate_size=1)
-        return EagleProposer(self.network, self.target, self.target.model.embed, attention, self.head, config)
+        network = cast(EagleNetwork, self.network)
+        return EagleProposer(network, self.target, self.target.model.embed, attention, self.head, config)
 
 
 def make_engine(config: EngineConfig, texts: Texts) -> EngineCore:

@@ -29,7 +29,7 @@ from tests.tiny_models import VOCAB_SIZE, make_directory
 
 NUM_TOKENS = 40
 SETTINGS = {**exactness.SETTINGS, "preemption": Setting(num_blocks=12)}
-OPTIONS = {
+OPTIONS: dict[str, dict[str, object]] = {
     "all": {"target_signal": "every"},
     "semantic": {"semantic": True, "target_signal": "events"},
     "fixed": {"prior": "fixed", "replacement": "lru", "graph": False},
