@@ -189,7 +189,7 @@ def make_traffic(files: ModelFiles, chance: random.Random) -> list[list[int]]:
     return conversations
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_hidden_states_after_any_history(
     files: ModelFiles, loaded: LoadedModel, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

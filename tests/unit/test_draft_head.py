@@ -151,7 +151,7 @@ def test_compiled_kernel(teams: dict[int, Team], shape: Shape, threads: int, has
     case.check(draft_head_topk(case.hidden, core, shape.k, case.tails, case.slabs, team))
 
 
-@settings(max_examples=12)
+@settings(max_examples=25)
 @given(shapes(st.integers(1, 80), columns=70, slots=40))
 def test_triton_kernel(shape: Shape) -> None:
     """In small blocks: what the interpreter does is proportional to their size, and there are more of them."""
