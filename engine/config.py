@@ -122,11 +122,9 @@ class SchedulerConfig(Section):
 class DynamicConfig(Section):
     """What fills the tails of vocabulary dynamic:K+S, and the prior on its tokens. Each switch can be ablated."""
 
-    in_code_only = frozenset(("in_context", "target_signal", "semantic", "graph", "tenant_memory")) | {
-        "prior",
-        "prior_order",
-        "replacement",
-    }
+    in_code_only = frozenset(
+        ("in_context", "target_signal", "semantic", "graph", "tenant_memory", "prior", "prior_order", "replacement")
+    )
 
     max_sessions: int = Field(
         default=64,
