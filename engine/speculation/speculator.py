@@ -251,7 +251,10 @@ def _outcomes(drafts: Sequence[int], chosen: Sequence[int]) -> list[bool]:
 
 
 class AcceptanceAlarm:
-    """Warns once. Such a draft costs time and no answer: most often it takes the outputs of the wrong layers."""
+    """Warns the operator, once, of a draft that is hardly ever right.
+
+    Such a draft costs time and no answer: most often it takes the outputs of the wrong layers.
+    """
 
     def __init__(self) -> None:
         self._num_chains = self._num_right = 0
