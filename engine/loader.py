@@ -19,10 +19,10 @@ from engine.batch import ForwardBatch, ForwardOutput
 from engine.config import EngineConfig
 from engine.machine import available_cores
 from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.decoder import HeadSlab, load_model
+from engine.models.decoder import HeadSlab, TorchDecoder, load_model
 from engine.models.decoder_share import DecoderShare
 from engine.models.native_decoder import NativeDecoder, unsupported_shape
-from engine.models.weights import open_weights
+from engine.models.weights import WeightSource, open_weights
 from engine.tensor_parallel.ranks import Ranks
 from kernels import native
 
@@ -106,32 +106,43 @@ def load(
     device = choose_device(config.runtime.device)
     threads = config.runtime.threads or max(available_cores() // config.runtime.tensor_parallel_size, 1)
     backend = _backend(config, spec, device)
-    # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
-    torch.set_num_threads(1 if backend == "native" else threads)
-    # Partial sums in bfloat16 would differ with the number of rows, which decides how a product is split.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    _set_up_torch(backend, threads)
     dtype = _dtype(config, backend, device)
     max_model_len = config.model.longest_sequence(spec)
     source = open_weights(files)
-    model: CausalLM
-    make_attention: Callable[[AttentionSpec], AttentionBackend]
     if backend == "native":
         team, digits = team or native.Team(threads), _digits(config)
         model = NativeDecoder(source, spec, team, max_model_len, digits)
         make_attention = partial(NativeAttention, team=team)
         return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
-    model = load_model(source, spec, dtype, device, max_model_len, ranks)
-    if ranks is not None:
-        model = DecoderShare(**vars(model), ranks=ranks)
-    make_attention = flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention
     # Which experts a step needs is only known while it is computed; and ranks are told on the CPU what to compute.
     has_graphs = backend == "flashinfer" and config.runtime.cuda_graphs and spec.experts is None and ranks is None
-    num_ranks = 1 if ranks is None else ranks.size
     return LoadedModel(
-        *(model, spec, max_model_len, dtype, device, backend, make_attention),
+        _load_torch(source, spec, dtype, device, max_model_len, ranks),
+        *(spec, max_model_len, dtype, device, backend),
+        flashinfer.FlashInferAttention if backend == "flashinfer" else TorchPagedAttention,
         cuda_graphs=has_graphs,
-        num_ranks=num_ranks,
+        num_ranks=1 if ranks is None else ranks.size,
     )
+
+
+def _set_up_torch(backend: BackendName, threads: int) -> None:
+    # The native kernels have threads of their own; torch's would only wait for cores that those keep busy.
+    torch.set_num_threads(1 if backend == "native" else threads)
+    # Partial sums in bfloat16 would differ with the number of rows, which decides how a product is split.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def _load_torch(
+    source: WeightSource,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    ranks: Ranks | None,
+) -> TorchDecoder:
+    decoder = load_model(source, spec, dtype, device, max_model_len, ranks)
+    return decoder if ranks is None else DecoderShare(**vars(decoder), ranks=ranks)
 
 
 def _digits(config: EngineConfig) -> int:

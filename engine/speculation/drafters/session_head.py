@@ -131,11 +131,7 @@ def make_session_head(
     """
     options = config.speculation.dynamic
     options = options.model_copy(update={"max_sessions": min(options.max_sessions, config.scheduler.max_num_seqs)})
-    tails: TailSlabs | ShardedTails | None = None
-    if slots and loaded.sharded is not None:
-        tails = loaded.sharded.make_tails(options.max_sessions + 1, slots)
-    elif slots:
-        tails = make_tails(loaded, options.max_sessions + 1, slots)
+    tails = _allocate_tails(loaded, options.max_sessions + 1, slots)
     token_ids = token_ids if own is None else own.token_ids
     core = None if token_ids is None else token_ids.numpy()
     resources = Resources(
@@ -150,6 +146,12 @@ def make_session_head(
     )
     texts = RunningTexts(2 * config.scheduler.max_num_seqs)
     return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources, texts), own)
+
+
+def _allocate_tails(loaded: LoadedModel, count: int, slots: int) -> TailSlabs | ShardedTails | None:
+    if not slots:
+        return None
+    return make_tails(loaded, count, slots) if loaded.sharded is None else loaded.sharded.make_tails(count, slots)
 
 
 def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> BigramGraph | None:
