@@ -18,7 +18,6 @@ from engine.machine import free_memory
 from engine.models.config import ModelError
 from engine.step_graphs import StepGraphs
 from engine.step_plan import ScheduledSequence
-from kernels.upload import upload
 
 _CPU = torch.device("cpu")
 

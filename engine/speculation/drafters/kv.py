@@ -164,16 +164,15 @@ def one_token_each(
     """The batch of one token a sequence [N] at these positions [N], with block tables [N, max_blocks]; on the CPU."""
     order = np.arange(len(token_ids) + 1, dtype=np.int32)
     blocks = tables[order[:-1], positions // block_size]
-    arrays = {
-        "token_ids": token_ids,
-        "positions": positions,
-        "query_start_loc": order,
-        "seq_lens": positions + 1,
-        "block_tables": tables,
-        "slot_mapping": blocks * block_size + positions % block_size,
-        "logits_indices": order[:-1].astype(np.int64),
-    }
-    return ForwardBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return ForwardBatch(
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions),
+        query_start_loc=torch.from_numpy(order),
+        seq_lens=torch.from_numpy(positions + 1),
+        block_tables=torch.from_numpy(tables),
+        slot_mapping=torch.from_numpy(blocks * block_size + positions % block_size),
+        logits_indices=torch.from_numpy(order[:-1].astype(np.int64)),
+    )
 
 
 def _rows_with_room(slots: Sequence[DraftSlot]) -> list[int]:
