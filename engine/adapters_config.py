@@ -57,7 +57,7 @@ class TokenLogConfig(Section):
         "of a draft that is mostly right, and leaves holes in what the worker takes for context.",
     )
     cost_share: float = Field(
-        default=0.01,
+        default=0.005,
         ge=0,
         le=1,
         description="Share of the engine's time that logging may take. Requests that begin when it is used up are not "
@@ -175,11 +175,16 @@ class PaceConfig(Section):
     first_steps: int = Field(
         default=2000,
         ge=0,
-        description="Verify steps before the worker starts: where little is served it is not worth it.",
+        description="Verify steps before the worker starts, in a pause; without one it starts after ten times as many.",
     )
     threads: int = Field(default=1, ge=1, description="Compute threads.")
     niceness: int = Field(default=19, ge=0, le=19, description="Of the process.")
-    spare_cores: float = Field(default=0.5, ge=0, description="Cores that must be idle for training at any time.")
+    spare_cores: float | None = Field(
+        default=None,
+        ge=0,
+        description="Cores that must be idle for training at any time; default: all but a quarter of one, since what is "
+        "idle beside an engine at work is mostly the other half of a core that it uses.",
+    )
     busy_share: float = Field(
         default=0.03, ge=0, le=1, description="Share of the time it trains when fewer are idle; 0: never."
     )

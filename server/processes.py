@@ -94,8 +94,13 @@ def worker_process(settings: Settings, app: FastAPI) -> SupervisedProcess:
     """
 
     async def wait_for_traffic() -> None:
-        metrics, first_steps = app.state.serving.metrics.engine.alignment, settings.engine.alignment.pace.first_steps
-        while metrics.num_steps < first_steps:  # noqa: ASYNC110  # statistics come once a second
+        serving, first_steps = app.state.serving, settings.engine.alignment.pace.first_steps
+
+        def is_time() -> bool:
+            num_steps: int = serving.metrics.engine.alignment.num_steps
+            return num_steps >= first_steps * (10 if serving.engine.in_flight else 1)
+
+        while not is_time():  # noqa: ASYNC110  # statistics come once a second
             await asyncio.sleep(_LOOK_SECONDS)
 
     return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), None, wait_before=wait_for_traffic)

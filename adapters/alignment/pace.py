@@ -49,6 +49,10 @@ class CpuMonitor:
         return time.monotonic(), idle, time.process_time()
 
 
+_OTHERS = 0.25
+"""Cores that others use, at most, while the machine counts as idle."""
+
+
 class Pacer:
     """Says when the next update may start.
 
@@ -62,6 +66,8 @@ class Pacer:
     ) -> None:
         self._config, self._clock = config, clock
         self._spare_cores = spare_cores or CpuMonitor()
+        num_cores = len(os.sched_getaffinity(0))
+        self._wanted_spare = num_cores - _OTHERS if config.spare_cores is None else config.spare_cores
         self._spare: float | None = None
         self._next_when_busy = clock() if config.busy_share else float("inf")
 
@@ -70,7 +76,7 @@ class Pacer:
         spare = self._spare_cores()
         if spare is not None:
             self._spare = spare
-        is_idle = self._spare is not None and self._spare >= self._config.spare_cores
+        is_idle = self._spare is not None and self._spare >= self._wanted_spare
         return is_idle or self._clock() >= self._next_when_busy
 
     def ran(self, seconds: float) -> None:
