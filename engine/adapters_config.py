@@ -182,8 +182,8 @@ class PaceConfig(Section):
     spare_cores: float | None = Field(
         default=None,
         ge=0,
-        description="Cores that must be idle for training at any time; default: all but a quarter of one, since what is "
-        "idle beside an engine at work is mostly the other half of a core that it uses.",
+        description="Cores that must be idle for training at any time; default: all but a quarter of one, since what "
+        "is idle beside an engine at work is mostly the other half of a core that it uses.",
     )
     busy_share: float = Field(
         default=0.03, ge=0, le=1, description="Share of the time it trains when fewer are idle; 0: never."
@@ -210,6 +210,10 @@ class GrowthConfig(Section):
     guard: GuardConfig = Field(
         default_factory=lambda: GuardConfig(min_held_out=512, min_agreement=0.5, min_gain=0.02, min_acceptance=0.1)
     )
+
+
+_GROWTH_COST = 0.03
+"""Share of the engine's time that logging may take where a draft grows: there is all to learn."""
 
 
 class AdaptersConfig(Section):
@@ -257,7 +261,9 @@ class AdaptersConfig(Section):
         num_older = growth.memory_bytes // segment_bytes - replay.recent_segments - replay.held_out_segments
         changes = {
             "num_slots": 1,
-            "log": self.log.model_copy(update={"control_share": 0.0}),
+            "log": self.log.model_copy(
+                update={"control_share": 0.0, "cost_share": max(self.log.cost_share, _GROWTH_COST)}
+            ),
             "replay": replay.model_copy(update={"history_segments": max(num_older, 0)}),
             "training": growth.training,
             "guard": growth.guard,

@@ -28,8 +28,7 @@ from engine.adapters_config import AdaptersConfig
 from engine.models.config import ModelError, ModelFiles, ModelSpec
 from engine.models.eagle3 import Eagle3, init_from_target
 from engine.models.weights import open_weights
-from engine.online.whole_draft import whole_layout
-from engine.speculation.growing import growing_config
+from engine.online.whole_draft import growing_config, whole_layout
 
 log = structlog.get_logger(__name__)
 

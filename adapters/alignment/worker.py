@@ -39,8 +39,8 @@ from engine.online.feature_ring import FeatureRingReader
 from engine.online.shared_file import SharedMemoryError
 from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
 from engine.online.verify_record import VerifyRecord
+from engine.online.whole_draft import growing_fingerprint
 from engine.speculation.draft_files import DRAFTS, choose_method
-from engine.speculation.growing import growing_fingerprint
 
 log = structlog.get_logger(__name__)
 

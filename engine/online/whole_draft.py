@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from engine.draft_state import BASE, Assignment
+from engine.models.config import ModelSpec
 from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import Eagle3Config
+from engine.models.eagle3_config import Eagle3Config, recorded_layers
+from engine.models.weights import WeightSource
 from engine.online.adapters import EagleAdapters
 from engine.online.weight_layout import WeightLayout
 from engine.request import Request
@@ -21,6 +24,22 @@ def whole_layout(config: Eagle3Config, base: str) -> WeightLayout:
     with torch.device("meta"):
         weights = dict(Eagle3(config).named_parameters())
     return WeightLayout.of({name: weight.bfloat16() for name, weight in weights.items()}, base)
+
+
+def growing_config(spec: ModelSpec, target: str) -> Eagle3Config:
+    """The shape that `evospec train-draft` gives a draft too: a layer as large as the target's."""
+    return Eagle3Config.for_target(spec, target, recorded_layers(spec)[:-1], spec.intermediate_size)
+
+
+def growing_fingerprint(source: WeightSource, spec: ModelSpec) -> str:
+    """Names the target, by its shape and weights that any training of it changes: hexadecimal.
+
+    What has grown for another model, a fine-tune of the same name included, is not taken over.
+    """
+    digest = hashlib.sha256(repr(spec).encode())
+    for name in ("model.norm.weight", f"model.layers.{spec.num_layers - 1}.self_attn.o_proj.weight"):
+        digest.update(source.dequantized(name).numpy().tobytes())
+    return digest.hexdigest()
 
 
 class WholeDraft(EagleAdapters):

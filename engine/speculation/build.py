@@ -20,7 +20,7 @@ from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.online.adapters import EagleAdapters
-from engine.online.whole_draft import WholeDraft
+from engine.online.whole_draft import WholeDraft, growing_config, growing_fingerprint
 from engine.speculation import draft_files
 from engine.speculation.draft_files import check_foreign_options, check_same_tokens, choose_method, draft_model_config
 from engine.speculation.drafters.base import Draft, Proposer
@@ -30,7 +30,6 @@ from engine.speculation.drafters.eagle_network import OwnHead
 from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
 from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup, RunningTexts
 from engine.speculation.drafters.session_head import make_session_head
-from engine.speculation.growing import growing_config, growing_fingerprint
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import StepCosts

@@ -28,7 +28,7 @@ from engine.models.config import ModelFiles
 from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from engine.online.adapter_control import AdapterCommand
-from engine.speculation.growing import growing_fingerprint
+from engine.online.whole_draft import growing_fingerprint
 from kernels.session_options import NUM_FEATURES
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import make_directory, soften_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 
@@ -305,7 +306,7 @@ def test_a_key_with_the_same_traffic_all_the_time_is_left_alone() -> None:
 
 def test_training_takes_no_more_than_its_share_of_a_busy_machine() -> None:
     clock, spare = [0.0], [0.0]
-    pacer = Pacer(PaceConfig(busy_share=0.03), lambda: spare[0], lambda: clock[0])
+    pacer = Pacer(PaceConfig(busy_share=0.03, spare_cores=0.5), lambda: spare[0], lambda: clock[0])
     trained = 0.0
     while clock[0] < 1000:
         if pacer.may_run():
@@ -317,6 +318,13 @@ def test_training_takes_no_more_than_its_share_of_a_busy_machine() -> None:
     assert not pacer.may_run()
     spare[0] = 1.0
     assert pacer.may_run()
+    default = Pacer(PaceConfig(), lambda: spare[0], lambda: clock[0])
+    default.ran(0.3)
+    num_cores = len(os.sched_getaffinity(0))
+    spare[0] = num_cores - 0.5
+    assert not default.may_run()
+    spare[0] = num_cores - 0.1
+    assert default.may_run()
     never = Pacer(PaceConfig(busy_share=0.0), lambda: None, lambda: clock[0])
     never.ran(0.1)
     assert not never.may_run()
