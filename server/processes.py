@@ -31,6 +31,8 @@ WORKER_COMMAND = [sys.executable, "-m", "adapters.alignment.worker"]
 
 _POLL_INTERVAL = 0.05
 _LOOK_SECONDS = 1.0
+_PAUSE_LOOKS = 5
+"""Looks in a row that find no request: to load what the worker needs takes seconds, too many beside a request."""
 _ROOM_TO_LEARN = 512 * 2**20
 """Bytes of shared memory that a model of any size finds enough for its features and adapters."""
 
@@ -95,13 +97,11 @@ def worker_process(settings: Settings, app: FastAPI) -> SupervisedProcess:
 
     async def wait_for_traffic() -> None:
         serving, first_steps = app.state.serving, settings.engine.alignment.pace.first_steps
-
-        def is_time() -> bool:
-            num_steps: int = serving.metrics.engine.alignment.num_steps
-            return num_steps >= first_steps * (10 if serving.engine.in_flight else 1)
-
-        while not is_time():  # noqa: ASYNC110  # statistics come once a second
+        num_steps, idle_looks = 0, 0
+        while num_steps < first_steps * (1 if idle_looks >= _PAUSE_LOOKS else 10):
             await asyncio.sleep(_LOOK_SECONDS)
+            num_steps = serving.metrics.engine.alignment.num_steps
+            idle_looks = 0 if serving.engine.in_flight else idle_looks + 1
 
     return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), None, wait_before=wait_for_traffic)
 
