@@ -38,6 +38,11 @@ class ForwardBatch:
     """The same on the CPU, where the model is elsewhere: plans are made of it, so that nobody waits for a copy."""
 
     @property
+    def host(self) -> ForwardBatch:
+        """The same on the CPU."""
+        return self.on_host or self
+
+    @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its fields by name, in order, but for ``on_host``."""
         return {name: tensor for name, tensor in vars(self).items() if name != "on_host"}

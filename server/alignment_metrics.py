@@ -9,7 +9,7 @@ from prometheus_client import Gauge
 
 from engine.messages import AlignmentStats
 from engine.online.adapter_control import AdapterStatus, WorkerStatus
-from server.metric_families import EngineCounters, MetricFamilies
+from server.metric_families import EngineCounters, MetricFamilies, value_of
 
 _COUNTERS = {
     "steps": "Verify steps of drafted sequences.",
@@ -60,7 +60,7 @@ class AlignmentMetrics:
             return families.gauge(f"alignment_{name}", about, *labels)
 
         counters = {name: families.counter(f"alignment_{name}", about) for name, about in _COUNTERS.items()}
-        self.counters = EngineCounters(counters)
+        self.counters, self._steps = EngineCounters(counters), counters["steps"]
         self._channel_version = gauge("channel_version", "Of the weight channel: grows with each publication.")
         self._draft_version = gauge("draft_version", "Of the adapters that the engine drafts with.", "key")
         self._enabled = gauge("enabled", "1 if the engine logs what adapters are trained with, and drafts with them.")
@@ -68,15 +68,19 @@ class AlignmentMetrics:
         self._worker = {name: gauge(*about) for name, about in _WORKER_GAUGES.items()}
         self._of_key = {name: gauge(f"adapter_{name}", about, "key") for name, about in _KEY_GAUGES.items()}
 
-        self.is_enabled = False
-        self.num_steps = 0
-        """Verify steps of drafted sequences since the engine started."""
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the engine has reported about alignment."""
+        return bool(value_of(self._enabled))
+
+    @property
+    def num_steps(self) -> int:
+        """Verify steps of drafted sequences since the server started."""
+        return value_of(self._steps)
 
     def observe_engine(self, stats: AlignmentStats) -> None:
         """Take over what the engine reports."""
-        self.is_enabled = True
         self._enabled.set(1)
-        self.num_steps = stats.steps
         self.counters.follow(stats)
         self._channel_version.set(stats.channel_version)
         self._draft_version.clear()

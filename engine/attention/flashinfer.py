@@ -39,8 +39,7 @@ class PageTable:
 
 def page_table(batch: ForwardBatch, block_size: int) -> PageTable:
     """The blocks that hold the batch's context, this step's tokens included. Blocks allocated ahead are left out."""
-    host = batch.on_host or batch
-    seq_lens, tables = host.seq_lens.cpu(), host.block_tables.cpu()
+    seq_lens, tables = batch.host.seq_lens.cpu(), batch.host.block_tables.cpu()
     num_pages = (seq_lens + block_size - 1) // block_size
     used = torch.arange(tables.shape[1]) < num_pages[:, None]
     return PageTable(
@@ -48,10 +47,6 @@ def page_table(batch: ForwardBatch, block_size: int) -> PageTable:
         indices=upload(batch.token_ids.device, tables[used].numpy())[0],
         last_page_len=seq_lens - (num_pages - 1) * block_size,
     )
-
-
-def _query_start_loc(batch: ForwardBatch) -> torch.Tensor:
-    return (batch.on_host or batch).query_start_loc.cpu()
 
 
 class FlashInferAttention(AttentionBackend):
@@ -94,7 +89,7 @@ class FlashInferAttention(AttentionBackend):
             _plan(self._decode, self.spec, batch)
         else:
             self._wrappers = self._prefill
-            _plan(self._prefill, self.spec, batch, _query_start_loc(batch), causal=True)
+            _plan(self._prefill, self.spec, batch, batch.host.query_start_loc.cpu(), causal=True)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         wrapper = self._wrappers[self.spec.window(layer)]
@@ -137,7 +132,7 @@ class _FixedFlashInfer(AttentionBackend):
 
     def plan(self, batch: ForwardBatch) -> None:
         self._slot_mapping = batch.slot_mapping
-        _plan(self._wrappers, self.spec, batch, _query_start_loc(batch), causal=True)
+        _plan(self._wrappers, self.spec, batch, batch.host.query_start_loc.cpu(), causal=True)
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         wrapper = self._wrappers[self.spec.window(layer)]
