@@ -55,7 +55,7 @@ def main(
 ) -> None:
     """Measures a running server; exits with 1 when a request failed."""
     console = Console()
-    prompts = read_eval(domain)
+    prompts = [prompt.messages for prompt in read_eval(domain)]
     rows = []
     offset = 0  # each level gets prompts that no earlier one has put into a prefix cache
     with new_progress(console) as progress:

@@ -118,7 +118,7 @@ async def _load_run(server: Server, prompts: Sequence[Prompt], number: int, plan
     worker, noise = server.child(WORKER), NoiseMeter(server.process)
     used = sum(worker.cpu_times()[:2]) if worker else 0.0
     options = server.load_options(LOAD_TENANT, plan.concurrency, len(prompts), plan.max_tokens)
-    report, _ = await run_load(options, prompts)
+    report, _ = await run_load(options, [prompt.messages for prompt in prompts])
     if report.errors:
         raise RuntimeError(f"{server.side.name}: {report.error_messages}")
     used = sum(worker.cpu_times()[:2]) - used if worker else 0.0

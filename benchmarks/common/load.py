@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.common.client import StreamResult, stream
-from benchmarks.prompts.build import Prompt
+from benchmarks.prompts.build import Messages
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def summarise(results: Sequence[StreamResult], seconds: float, cpu_seconds: floa
     )
 
 
-def request_body(options: LoadOptions, messages: list[dict[str, str]]) -> tuple[str, dict[str, Any]]:
+def request_body(options: LoadOptions, messages: Messages) -> tuple[str, dict[str, Any]]:
     """URL and JSON body for one prompt."""
     body: dict[str, Any] = {
         "model": options.model,
@@ -118,7 +118,7 @@ def request_body(options: LoadOptions, messages: list[dict[str, str]]) -> tuple[
 
 
 async def run_load(
-    options: LoadOptions, prompts: Sequence[Prompt], progress: Progress | None = None
+    options: LoadOptions, prompts: Sequence[Messages], progress: Progress | None = None
 ) -> tuple[LoadReport, list[StreamResult]]:
     """Keeps ``concurrency`` requests in flight until ``num_requests`` are done or ``max_seconds`` have passed.
 
@@ -134,7 +134,7 @@ async def run_load(
 
 
 async def _drive(
-    options: LoadOptions, prompts: Sequence[Prompt], count: int, progress: Progress | None
+    options: LoadOptions, prompts: Sequence[Messages], count: int, progress: Progress | None
 ) -> list[StreamResult]:
     results: list[StreamResult] = []
     numbers = iter(range(count))
@@ -145,7 +145,7 @@ async def _drive(
         for number in numbers:
             if time.perf_counter() > deadline:
                 return
-            url, body = request_body(options, prompts[number % len(prompts)].messages)
+            url, body = request_body(options, prompts[number % len(prompts)])
             results.append(await stream(url, body, api_key=options.api_key))
             if progress is not None and task is not None:
                 progress.advance(task)

@@ -19,9 +19,11 @@ from benchmarks.common.environment import environment
 from benchmarks.common.in_process import Engine, Turn, load_target, take_turns
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import NoiseMeter
-from benchmarks.grid.plan import DATA, DEFAULT, Cell, Messages, cells, read_sets, sides_of
+from benchmarks.grid.plan import DEFAULT, Cell, cells, sides_of
 from benchmarks.grid.report import read, tables
 from benchmarks.grid.run import answering
+from benchmarks.prompts.build import Messages
+from benchmarks.prompts.sets import evaluation_files, read_sets
 from benchmarks.vocabulary.hard_switch import switch_hard
 from benchmarks.vocabulary.modes import Mode
 from engine.messages import SamplingParams
@@ -69,7 +71,7 @@ def main(
 ) -> None:
     """Run what the record does not have, and print all of it."""
     path = RESULTS / f"{name}-{model}.jsonl"
-    sets = read_sets(prompts or sorted(DATA.glob("*-eval.jsonl")), count)
+    sets = read_sets(prompts or evaluation_files(), count)
     done = {(cell["prompts"], cell["load"], cell["temperature"]) for cell in read(path)}
     wanted = cells(list(sets), load or [1, 8, 32], temperature or [0.0, 0.7])
     left = [cell for cell in wanted if (cell.prompts, cell.load, cell.temperature) not in done]

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from benchmarks.common.drafting import NONE, Drafting
-from benchmarks.prompts.build import read_eval
 from benchmarks.vocabulary.modes import FR_SPEC, FULL, HARD_SWITCH, NANOSPEC, Mode, make_mode, sizes_of
 from engine.config import MAX_TAIL_TOKENS
 
 DEFAULT, LOOKUP = "default", "prompt lookup"
-HUMANEVAL = "human-eval"
-DATA = Path(__file__).parents[3] / "shared" / "data"
-"""Where evaluation prompts are that this repository does not have."""
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -36,21 +28,6 @@ def cells(sets: Sequence[str], loads: Sequence[int], temperatures: Sequence[floa
     """All sets at one load and temperature before the next, so that what there is so far is about all of them."""
     for temperature, load, name in product(temperatures, loads, sets):
         yield Cell(name, load, temperature)
-
-
-def read_sets(files: Sequence[Path], count: int) -> dict[str, list[Messages]]:
-    """The first ``count`` prompts of each set: HumanEval's, and those of files, by ``task`` or else by the file's name.
-
-    A line of a file has a ``prompt``, or ``turns`` of which the first is asked.
-    """
-    sets: dict[str, list[Messages]] = defaultdict(list)
-    for path in files:
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            text = row["prompt"] if "prompt" in row else row["turns"][0]
-            sets[row.get("task") or path.stem.removesuffix("-eval")].append([{"role": "user", "content": text}])
-    sets[HUMANEVAL] = [prompt.messages for prompt in read_eval(["code"]) if prompt.id.startswith(HUMANEVAL)]
-    return {name: prompts[:count] for name, prompts in sets.items() if prompts}
 
 
 def sides_of(model: str, names: Sequence[str] = ()) -> dict[str, Mode]:

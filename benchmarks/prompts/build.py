@@ -32,6 +32,7 @@ EXCERPT_WORDS = (40, 80, 160, 320, 640)
 SHINGLE_WORDS = 8
 NEAR_DUPLICATE_SHARE = 0.3
 
+Messages = list[dict[str, str]]
 Split = Literal["eval", "train", "stream"]
 
 
@@ -42,7 +43,7 @@ class Prompt:
     id: str
     domain: Domain
     split: Split
-    messages: list[dict[str, str]]
+    messages: Messages
     passage: str
     source: str
     licence: str

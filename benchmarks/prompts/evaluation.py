@@ -6,15 +6,13 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.grid.plan import DATA
 from benchmarks.prompts.build import read_eval, shingles
+from benchmarks.prompts.sets import evaluation_files
 
 
 def evaluation_shingles(files: Sequence[Path] | None = None) -> set[tuple[str, ...]]:
     """Runs of words of all prompts: ``eval.jsonl``'s and those of ``files``; default: the grid's, ``*-eval.jsonl``."""
-    return set[tuple[str, ...]]().union(
-        *map(shingles, _texts(sorted(DATA.glob("*-eval.jsonl")) if files is None else files))
-    )
+    return set[tuple[str, ...]]().union(*map(shingles, _texts(evaluation_files() if files is None else files)))
 
 
 def _texts(files: Sequence[Path]) -> Iterator[str]:

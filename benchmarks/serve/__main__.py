@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -24,13 +22,13 @@ from benchmarks.common.client import stream
 from benchmarks.common.load import LoadOptions, LoadReport, run_load
 from benchmarks.common.machine import RESULTS, cpu_description, git_commit
 from benchmarks.common.process import LOGS, NoiseMeter, free_port, running, wait_for_quiet
-from benchmarks.prompts.build import Prompt, read_eval
-from benchmarks.serve.peers import SIDES, Side, VllmCpu
+from benchmarks.prompts.build import Messages, read_eval
+from benchmarks.prompts.sets import evaluation_files, read_sets
+from benchmarks.serve.peers import SIDES, Side
 from benchmarks.serve.report import plot, summary_tables
 
-TRANSFORMERS_LOOP = Path(__file__).with_name("transformers_loop.py")
-TRANSFORMERS = "transformers"
 WARMUP_TOKENS = 16
+WARMUP_PROMPTS = [prompt.messages for prompt in read_eval()]
 SANITY_PROMPT, SANITY_ANSWER = "The capital of France is", "Paris"
 
 
@@ -45,15 +43,16 @@ class Plan:
     max_tokens: int
     quiet_seconds: float
 
-    def requests(self, level: int) -> int:
-        """Whole waves, so that the batch is full nearly all the time: four alone, else two."""
-        return 4 if level == 1 else 2 * level
+    def prompts(self, level: int) -> list[Messages]:
+        """Prompts of one concurrency: the grid's sets take turns. No level has another's, which caches may hold."""
+        first = sum(map(requests_of_each, self.levels[: self.levels.index(level)]))
+        sets = read_sets(evaluation_files(), first + requests_of_each(level))
+        return [messages for row in zip(*(of_set[first:] for of_set in sets.values()), strict=True) for messages in row]
 
-    def prompts(self, level: int) -> list[Prompt]:
-        """Prompts of one concurrency: no level's are in a prefix cache because of another."""
-        offset = sum(self.requests(other) for other in self.levels[: self.levels.index(level)])
-        prompts = read_eval()
-        return prompts[offset:] + prompts[:offset]
+
+def requests_of_each(level: int) -> int:
+    """Prompts of each set at one concurrency: somewhat more at once than fit."""
+    return 1 + level // 8
 
 
 @dataclass(frozen=True)
@@ -80,23 +79,22 @@ def measure(side: Side, model: str, levels: list[int], number: int, plan: Plan, 
         console.print(f"[dim]{side.name} {model}: ready after {time.monotonic() - started:.1f} s[/dim]")
         sanity = _sanity(url, model)
         for level in levels:
+            prompts = plan.prompts(level)
             options = LoadOptions(
                 url=url,
                 model=model,
                 concurrency=level,
-                num_requests=plan.requests(level),
+                num_requests=len(prompts),
                 max_tokens=plan.max_tokens,
+                ignore_eos=False,
                 warmup_requests=level,
                 warmup_tokens=WARMUP_TOKENS,
             )
             wait_for_quiet(plan.quiet_seconds)
             noise = NoiseMeter(server)
-            report, _ = uvloop.run(run_load(options, plan.prompts(level)))
+            report, _ = uvloop.run(run_load(options, prompts + WARMUP_PROMPTS))
             if report.errors:
                 raise RuntimeError(f"{side.name}, {model}, concurrency {level}: {report.error_messages}")
-            expected = plan.requests(level) * plan.max_tokens
-            if report.output_tokens != expected:
-                raise RuntimeError(f"{side.name} generated {report.output_tokens} tokens, not {expected}")
             yield Run(side.name, model, level, number, report.tokens_per_second, noise.read(), sanity, report)
 
 
@@ -113,34 +111,11 @@ def _sanity(url: str, model: str) -> str:
     return result.text
 
 
-def measure_transformers(model: str, level: int, number: int, plan: Plan) -> Run:
-    """One padded batch of ``level`` prompts after the other, no server."""
-    peer = VllmCpu()
-    prompts = [prompt.messages for prompt in plan.prompts(level)[: plan.requests(level)]]
-    arguments = [str(peer.model_directory(model)), str(level), str(plan.max_tokens), SANITY_PROMPT]
-    done = subprocess.run(
-        [str(peer.python), str(TRANSFORMERS_LOOP), *arguments],
-        input=json.dumps(prompts),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answer = json.loads(done.stdout.splitlines()[-1])
-    if SANITY_ANSWER not in answer["sanity"]:
-        raise RuntimeError(f"transformers talks nonsense: {answer['sanity']!r}")
-    speed = answer["tokens"] / answer["seconds"]
-    return Run(TRANSFORMERS, model, level, number, speed, float("nan"), answer["sanity"], None)
-
-
 def all_runs(plan: Plan, console: Console) -> Iterator[Run]:
     """Round by round, model by model, side by side; every other round in reverse order of sides."""
     for number in range(plan.rounds):
         for model in plan.models:
             for name in plan.sides if number % 2 == 0 else reversed(plan.sides):
-                if name == TRANSFORMERS:
-                    for level in plan.levels:
-                        yield measure_transformers(model, level, number, plan)
-                    continue
                 side = SIDES[name]
                 for group in [[level] for level in plan.levels] if side.per_concurrency else [plan.levels]:
                     yield from measure(side, model, group, number, plan, console)
@@ -165,7 +140,7 @@ def environment(plan: Plan) -> dict[str, Any]:
 
 
 def main(
-    side: Annotated[list[str] | None, typer.Option(help=f"{', '.join([*SIDES, TRANSFORMERS])}; default: all.")] = None,
+    side: Annotated[list[str] | None, typer.Option(help=f"{', '.join(SIDES)}; default: all.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Default: smollm2-135m and qwen2.5-coder-0.5b.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(help="Default: 1, 8 and 32.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the ratios' spread is over them.")] = 3,
@@ -177,7 +152,7 @@ def main(
 ) -> None:
     """Measures all sides and reports tok/s, latencies and EvoSpec's ratio to each peer."""
     plan = Plan(
-        sides=side or [*SIDES, TRANSFORMERS],
+        sides=side or list(SIDES),
         models=model or ["smollm2-135m", "qwen2.5-coder-0.5b"],
         levels=sorted(concurrency or [1, 8, 32]),
         rounds=rounds,

@@ -71,11 +71,15 @@ class EvoSpec:
 
 
 class LlamaCpp:
-    """``llama-server`` on the GGUF itself, built here for this CPU (AVX-512 and AMX) from llama-cpp-python's sdist.
+    """``llama-server``, built here for this CPU (AVX-512 and AMX) from llama-cpp-python's sdist.
 
-    One slot a stream, weights repacked (its default). Measured with and without flash attention, since neither is
-    always the faster here: alone with SmolLM2, tok/s by tokens of context: with it 317 (0) and 75 (512), without it
-    251 and 170.
+    One slot a stream, weights repacked (its default), flash attention: slower with long contexts (SmolLM2 alone: 75
+    tok/s with it and 170 without it at 512 tokens), faster with short ones (317 and 251 at none).
+
+    Args:
+        name: of the side.
+        q4_0: whether it serves the model in Q4_0, for which it has its fastest products, and not in the file's types.
+        ngram: whether it drafts what followed an earlier repeat of the text's end.
     """
 
     per_concurrency = True
@@ -93,17 +97,18 @@ class LlamaCpp:
         "-DLLAMA_BUILD_EXAMPLES=OFF",
     )
 
-    def __init__(self, flash_attention: bool) -> None:
-        self._flash_attention = "on" if flash_attention else "off"
-        self.name = "llama.cpp-fa" if flash_attention else "llama.cpp"
+    def __init__(self, name: str = "llama.cpp", q4_0: bool = False, ngram: bool = False) -> None:
+        self.name = name
+        self._q4_0 = q4_0
+        self._drafting = ["--spec-type", "ngram-simple"] if ngram else []
 
-    @property
-    def binary(self) -> Path:
-        return self.directory / "build" / "bin" / "llama-server"
+    def binary(self, name: str = "llama-server") -> Path:
+        """One of its programs."""
+        return self.directory / "build" / "bin" / name
 
-    def install(self) -> None:
-        """Downloads, checks and builds; some six minutes on two cores."""
-        if self.binary.exists():
+    def install(self, name: str = "llama-server") -> None:
+        """Downloads, checks and builds a program; some six minutes on two cores."""
+        if self.binary(name).exists():
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         sdist = self.directory / f"llama_cpp_python-{self.release}.tar.gz"
@@ -120,17 +125,29 @@ class LlamaCpp:
             shutil.rmtree(self.directory / "sdist")
         build = self.directory / "build"
         run(["cmake", "-S", str(source), "-B", str(build), *self.cmake_options])
-        run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count()), "--target", "llama-server"])
+        run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count()), "--target", name])
 
     def version(self) -> str:
         return f"{self.package} {self.release} (vendored llama.cpp), {' '.join(self.cmake_options)}"
 
+    def model_file(self, model: str) -> Path:
+        """The GGUF, or its copy in Q4_0, made at need."""
+        path = gguf_path(model)
+        if not self._q4_0:
+            return path
+        copy = PEERS / "models" / f"{model}-q4_0.gguf"
+        if not copy.exists():
+            self.install("llama-quantize")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            run([str(self.binary("llama-quantize")), "--allow-requantize", str(path), str(copy), "Q4_0"])
+        return copy
+
     def launch(self, model: str, concurrency: int, port: int) -> Launch:
         threads = str(os.cpu_count())
         limits = ["--parallel", str(concurrency), "--ctx-size", str(concurrency * CONTEXT_TOKENS)]
-        speed = ["--threads", threads, "--threads-batch", threads, "--flash-attn", self._flash_attention]
+        speed = ["--threads", threads, "--threads-batch", threads, "--flash-attn", "on", *self._drafting]
         address = ["--host", "127.0.0.1", "--port", str(port), "--alias", model, "--no-webui"]
-        return Launch([str(self.binary), "--model", str(gguf_path(model)), *limits, *speed, *address])
+        return Launch([str(self.binary()), "--model", str(self.model_file(model)), *limits, *speed, *address])
 
 
 class VllmCpu:
@@ -197,7 +214,15 @@ class VllmCpu:
 
 
 SIDES: dict[str, Side] = {
-    side.name: side for side in (EvoSpec(), LlamaCpp(False), LlamaCpp(True), VllmCpu(), VllmCpu(ngram=True))
+    side.name: side
+    for side in (
+        EvoSpec(),
+        LlamaCpp(),
+        LlamaCpp("llama.cpp-q4_0", q4_0=True),
+        LlamaCpp("llama.cpp-q4_0-ngram", q4_0=True, ngram=True),
+        VllmCpu(),
+        VllmCpu(ngram=True),
+    )
 }
 
 

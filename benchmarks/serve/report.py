@@ -20,9 +20,10 @@ OURS = "evospec"
 COLOURS = {
     "evospec": "#c2410c",
     "llama.cpp": "#1d4ed8",
-    "llama.cpp-fa": "#60a5fa",
+    "llama.cpp-q4_0": "#3b82f6",
+    "llama.cpp-q4_0-ngram": "#93c5fd",
     "vllm-cpu": "#0f766e",
-    "transformers": "#6b7280",
+    "vllm-cpu-ngram": "#5eead4",
 }
 
 

@@ -102,7 +102,7 @@ def streams(model: str, count: int) -> Trial:
         options = LoadOptions(
             url=url, model=model, concurrency=count, num_requests=count, max_tokens=128, max_seconds=60
         )
-        report, results = uvloop.run(run_load(options, read_eval()))
+        report, results = uvloop.run(run_load(options, [prompt.messages for prompt in read_eval()]))
         alive = metric(url, "evospec:engine_up")
     trial.add("streams started", report.requests, str(count), report.requests == count)
     trial.add("failed", f"{report.errors} {report.error_messages or ''}", "0", report.errors == 0)

@@ -125,7 +125,7 @@ class HttpSide:
     def measure(self, prompts: Sequence[Prompt], concurrency: int, max_tokens: int, ignore_eos: bool) -> Measured:
         options = LoadOptions(self._url, self._model, concurrency, len(prompts), max_tokens, ignore_eos=ignore_eos)
         before, noise = self._scrape(), NoiseMeter(self._server)
-        report, _ = uvloop.run(run_load(options, prompts))
+        report, _ = uvloop.run(run_load(options, [prompt.messages for prompt in prompts]))
         if report.errors:
             raise RuntimeError(f"{self._url}: {report.error_messages}")
         if ignore_eos and report.output_tokens != len(prompts) * max_tokens:

@@ -61,6 +61,10 @@ def cos_sin(rotary: RotaryEmbedding) -> torch.Tensor:
     return torch.cat((rotary.cos, rotary.sin), dim=1)
 
 
+_DIGITS_OF_LAST_LAYER = 2
+"""What the last layer rounds goes straight into the logits (docs/decisions/004-integer-products.md)."""
+
+
 class NativeDecoder:
     """Same interface and mathematics as ``engine.models.decoder.TorchDecoder``.
 
@@ -77,7 +81,11 @@ class NativeDecoder:
         self._norm = source.dequantized("model.norm.weight")
         rotary = rotary_tables(spec.layers, max_model_len, torch.device("cpu"))
         tables = {table: cos_sin(table) for table in rotary if table is not None}
-        layers = [pack.layer(index, None if table is None else tables[table]) for index, table in enumerate(rotary)]
+        last = _Packer(source, spec, _DIGITS_OF_LAST_LAYER)
+        layers = [
+            (last if index == spec.num_layers - 1 else pack).layer(index, None if table is None else tables[table])
+            for index, table in enumerate(rotary)
+        ]
         self._decoder = make_decoder(team, spec, layers, target=spec)
         matrices = [matrix for layer in layers for matrix in layer.matrices]
         tied = self.head is self.embedding

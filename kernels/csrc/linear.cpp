@@ -158,9 +158,8 @@ void direct_pairs(const Linear& op, const Rows& rows, int begin, int end) {
 }  // namespace
 
 extern "C" int evo_max_direct_rows() {
-  constexpr int kBesideAmx = 8, kBesideVectors = 24;
-  if (!has_fast_bf16()) return std::numeric_limits<int>::max();
-  return has_amx() ? kBesideAmx : kBesideVectors;
+  constexpr int kBesideAmx = 8;
+  return has_amx() ? kBesideAmx : std::numeric_limits<int>::max();
 }
 
 // Digits of activations that are fastest here.

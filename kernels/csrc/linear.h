@@ -22,9 +22,8 @@ struct Linear {
   int stride;  // of out, in elements
 };
 
-// Up to so many rows of two digits are multiplied with codes as they are (direct.h); more are faster by tiles: from 9 on
-// with AMX, from 25 on with AMD's vdpbf16ps. Never with Intel's, nor with AVX2: there integers are twice as fast as
-// floats. Rows of one digit are never expanded.
+// Up to so many rows of two digits are multiplied with codes as they are (direct.h); more are faster by AMX's tiles, where
+// there are any. Rows of one digit are never expanded.
 extern "C" int evo_max_direct_rows();
 
 // Inside Team::run, by all threads; ends without a barrier.

@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks.common.in_process import Turn, take_turns
 from benchmarks.grid import run
-from benchmarks.grid.plan import Cell, cells, read_sets
+from benchmarks.grid.plan import Cell, cells
 from benchmarks.grid.report import loop_share, ratio
+from benchmarks.prompts.sets import read_sets
 from engine.messages import EngineOutput, SamplingParams
 
 

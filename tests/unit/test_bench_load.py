@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 
 from benchmarks.common.client import StreamResult, stream
 from benchmarks.common.load import LoadOptions, percentiles, request_body, run_load, summarise
-from benchmarks.prompts.build import Prompt
 
 Answer = Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
-PROMPTS = [Prompt(str(i), "code", "eval", [{"role": "user", "content": f"prompt {i}"}], "", "", "") for i in range(5)]
+PROMPTS = [[{"role": "user", "content": f"prompt {i}"}] for i in range(5)]
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -158,7 +157,7 @@ async def test_load_keeps_to_concurrency_and_number_of_requests() -> None:
         report, results = await run_load(options(server.url, warmup_requests=2, warmup_tokens=1), PROMPTS)
     assert server.most_open == 2
     assert [body["max_tokens"] for body in server.bodies] == [1] * 2 + [7] * 6
-    assert [body["messages"] for body in server.bodies[2:]] == [p.messages for p in [*PROMPTS, PROMPTS[0]]]
+    assert [body["messages"] for body in server.bodies[2:]] == [*PROMPTS, PROMPTS[0]]
     assert (report.requests, report.errors, report.output_tokens, report.prompt_tokens) == (6, 0, 42, 18)
     assert report.tokens_per_event == 3.5
     assert report.tokens_per_second == pytest.approx(42 / report.seconds)
@@ -199,11 +198,11 @@ def test_times_are_those_of_the_streams() -> None:
 
 
 def test_options_reach_the_body() -> None:
-    url, body = request_body(options("http://x", ignore_eos=False, temperature=0.5), PROMPTS[0].messages)
+    url, body = request_body(options("http://x", ignore_eos=False, temperature=0.5), PROMPTS[0])
     assert url == "http://x/v1/chat/completions"
     assert body["temperature"] == 0.5
     assert "ignore_eos" not in body
-    url, body = request_body(options("http://x", chat=False), PROMPTS[0].messages)
+    url, body = request_body(options("http://x", chat=False), PROMPTS[0])
     assert (url, body["prompt"], body["ignore_eos"]) == ("http://x/v1/completions", "prompt 0", True)
 
 

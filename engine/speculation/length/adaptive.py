@@ -43,9 +43,8 @@ class AdaptiveLength(LengthPolicy):
         """The sequences of the step."""
         self._idle_batch: tuple[list[Draftable], int] | None = None
         """The sequences, and how many join them, for whom no draft was found to pay; nothing was observed since."""
-        self._quiet_batch: tuple[list[Draftable], int] = [], 0
-        """The same of the last step, and for how many it has had neither drafts nor copies:"""
         self._quiet_steps = 0
+        """For how many steps nothing was drafted or copied for a crowd, whoever was in it."""
         self._plan = Plan([], 0.0)
         """The last one, those that join included."""
         self._expected_seconds = 0.0
@@ -57,12 +56,8 @@ class AdaptiveLength(LengthPolicy):
 
     def rests(self, sequences: Sequence[Draftable], num_joining: int) -> bool:
         """Whether nothing has been worth drafting for so long that this step does without a look at it."""
-        batch = list(sequences), num_joining
-        if batch != self._quiet_batch:
-            self._quiet_batch, self._quiet_steps = batch, 0
-        self._quiet_steps += 1
-        is_quiet = len(sequences) >= _CROWD and self._quiet_steps > _QUIET_STEPS
-        return is_quiet and self._quiet_steps % _LOOK_INTERVAL != 0
+        self._quiet_steps = self._quiet_steps + 1 if len(sequences) >= _CROWD else 0
+        return self._quiet_steps > _QUIET_STEPS and self._quiet_steps % _LOOK_INTERVAL != 0
 
     def lengths(self, sequences: Sequence[Draftable], num_joining: int) -> list[int]:
         """The best lengths by what is known; while that is none at all, a short probe now and then.
