@@ -19,7 +19,7 @@ from benchmarks.common.environment import environment
 from benchmarks.common.in_process import Engine, Turn, load_target, take_turns
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import NoiseMeter
-from benchmarks.grid.plan import DEFAULT, Cell, cells, sides_of
+from benchmarks.grid.plan import DEFAULT, Cell, answers, cells, sides_of
 from benchmarks.grid.report import read, tables
 from benchmarks.grid.run import answering
 from benchmarks.prompts.build import Messages
@@ -48,15 +48,16 @@ def run_cell(cell: Cell, prompts: list[Messages], engines: Mapping[str, Engine],
     ]
     sampling = SamplingParams(max_tokens=max_tokens, seed=1, temperature=cell.temperature)
     noise = NoiseMeter()
+    engines = {name: engine for name, engine in engines.items() if answers(name, cell)}
     results = take_turns([answering(engine, turns, sampling, cell.load) for engine in engines.values()])
-    answers = [request.token_ids for request in results[0].requests]
+    texts = [request.token_ids for request in results[0].requests]
     for name, result in zip(engines, results, strict=True):
-        assert [request.token_ids for request in result.requests] == answers, f"{name} has changed an answer"
+        assert [request.token_ids for request in result.requests] == texts, f"{name} has changed an answer"
     sides = {
         name: {"seconds": result.seconds, "parts": result.parts, "requests": [one.record() for one in result.requests]}
         for name, result in zip(engines, results, strict=True)
     }
-    return asdict(cell) | {"noise": noise.read(), "texts": list(map(tokenizer.decode, answers)), "sides": sides}
+    return asdict(cell) | {"noise": noise.read(), "texts": list(map(tokenizer.decode, texts)), "sides": sides}
 
 
 def main(

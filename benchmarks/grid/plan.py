@@ -30,6 +30,11 @@ def cells(sets: Sequence[str], loads: Sequence[int], temperatures: Sequence[floa
         yield Cell(name, load, temperature)
 
 
+def answers(side: str, cell: Cell) -> bool:
+    """Whether a side is in a cell: all are where requests are greedy and alone, else those that would be served."""
+    return (cell.load, cell.temperature) == (1, 0.0) or side in (NONE, LOOKUP, DEFAULT) or side.endswith(", lookup")
+
+
 def sides_of(model: str, names: Sequence[str] = ()) -> dict[str, Mode]:
     """The sides by name; ``names``: only these."""
     sizes = sizes_of(model)
