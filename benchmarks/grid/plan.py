@@ -43,7 +43,7 @@ def sides_of(model: str, names: Sequence[str] = ()) -> dict[str, Mode]:
     written: Mapping[str, str] = {
         NONE: NONE,
         LOOKUP: FULL,
-        **{f"{size} frequent, lookup": f"static:{size}" for size in sorted({8192, *sizes.statics})},
+        **{f"{size} frequent, lookup": f"static:{size}" for size in sizes.statics},
         f"{best} frequent": f"static:{best}/copies=false",
         "FR-Spec, lookup": f"static:{sizes.fr_spec}",
         "FR-Spec": f"{FR_SPEC}{sizes.fr_spec}",

@@ -13,7 +13,7 @@ from benchmarks.common.drafting import NONE, Drafting
 from benchmarks.common.in_process import engine_config
 from engine.config import MAX_TAIL_TOKENS, CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
 from engine.models.registry import resolve_model
-from engine.speculation.build import always_drafted
+from engine.speculation.build import always_drafted, default_vocabulary
 from engine.text.tokenizer import Tokenizer
 
 FULL = "full"
@@ -130,14 +130,14 @@ def sizes_of(model: str) -> Sizes:
         return Sizes(
             num_special,
             32768,
-            (8192, 2048),
-            "dynamic:8192+1024",
+            (8192, 32768),
+            default_vocabulary("eagle3", True, tokenizer.vocab_size),
             ("dynamic:2048+1024", "dynamic:32768+1024", "dynamic:full+0"),
         )
     return Sizes(
         num_special,
         tokenizer.vocab_size // 4,
-        (4096, 3072, 1024),
-        "dynamic:512+512",
+        (3072, 8192),
+        default_vocabulary("eagle3", True, tokenizer.vocab_size),
         ("dynamic:2048+1024", "dynamic:full+0"),
     )
