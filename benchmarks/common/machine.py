@@ -22,8 +22,8 @@ def cpu_description() -> str:
 
 
 def git_commit(directory: Path = REPOSITORY) -> str:
-    """The commit that is measured, with ``+`` behind it if tracked files differ from it."""
+    """The commit that is measured, with ``+`` behind it if tracked files other than records differ from it."""
     git = ["git", "-C", str(directory)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], check=False).returncode != 0
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", ":!benchmarks/results"], check=False).returncode != 0
     return f"{commit}+" if changed else commit
