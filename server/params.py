@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from engine.messages import EngineReady, SamplingParams
 from engine.models.sampling_defaults import SamplingDefaults
 from engine.text.chat_template import ChatTemplateError
+from engine.text.fill_in import fill_in_prompt
 from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, bad_request
 from server.schemas.chat import Message, Prediction, text_of
@@ -115,10 +116,19 @@ def encode_prediction(tokenizer: Tokenizer, prediction: Prediction | None, info:
 
 
 async def tokenize_prompts(
-    work: RequestWork, tokenizer: Tokenizer, prompt: str | list[int] | list[str] | list[list[int]], info: EngineReady
+    work: RequestWork,
+    tokenizer: Tokenizer,
+    prompt: str | list[int] | list[str] | list[list[int]],
+    info: EngineReady,
+    suffix: str | None = None,
 ) -> list[TokenizedPrompt]:
-    """All four forms of ``prompt`` as a list; 400 for a text that is too long to be worth tokenising."""
+    """All four forms of ``prompt`` as a list, each with a gap before ``suffix``, if there is one.
+
+    400 for a text that is too long to be worth tokenising, and for a suffix where there can be none.
+    """
     prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    if suffix:
+        prompts = [_with_gap(tokenizer, item, suffix) for item in prompts]
 
     def tokenize() -> list[TokenizedPrompt]:
         for item in prompts:
@@ -130,6 +140,15 @@ async def tokenize_prompts(
         ]
 
     return await work.run(tokenize)
+
+
+def _with_gap(tokenizer: Tokenizer, before: Any, after: str) -> str:
+    if not isinstance(before, str):
+        raise bad_request("A suffix needs a prompt that is text.", "suffix")
+    prompt = fill_in_prompt(tokenizer, before, after)
+    if prompt is None:
+        raise bad_request("This model has no tokens for a suffix: it has not learned to fill gaps.", "suffix")
+    return prompt
 
 
 def check_length(text: str, field: str, tokenizer: Tokenizer, info: EngineReady) -> None:

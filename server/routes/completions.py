@@ -40,7 +40,7 @@ async def create_completion(
     """Continue one or several prompts, whole or as a stream of events."""
     session_id = check_request(body, session_header, tenant, serving)
     info = serving.engine_info
-    prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info)
+    prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info, body.suffix)
     check_prompts(prompts, "prompt", info)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     max_tokens = fit_max_tokens(max_tokens, "max_tokens", prompts, info, serving.strict)

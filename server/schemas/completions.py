@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.schemas.answers import AnswerBody
-from server.schemas.body import NoOp
 from server.schemas.fields import SamplingFields, TokenId
 
 MAX_PROMPTS = 128
@@ -32,7 +31,7 @@ class CompletionRequest(SamplingFields):
     echo: bool | None = Field(default=None, description="Put the prompt in front of each completion.")
     logprobs: int | None = Field(default=None, ge=0, le=20, description="Alternatives to report beside each token.")
     best_of: int | None = Field(default=None, description="Not supported; accepted where it equals n.")
-    suffix: Annotated[Any, NoOp("")] = None
+    suffix: str | None = Field(default=None, description="What follows the gap that the completion fills.")
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -52,6 +51,8 @@ class CompletionRequest(SamplingFields):
             raise PydanticCustomError("max_tokens", "may be 0 only with echo", {"param": "max_tokens"})
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise PydanticCustomError("best_of", "not supported unless it equals n", {"param": "best_of"})
+        if self.suffix and self.echo:
+            raise PydanticCustomError("suffix", "not supported with echo", {"param": "suffix"})
         return self
 
 

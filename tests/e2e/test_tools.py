@@ -52,6 +52,13 @@ def asked(question: str, choice: Any, **more: Any) -> dict[str, Any]:
     return {"model": MODEL, "messages": messages, "tools": TOOLS, "tool_choice": choice, "temperature": 0} | more
 
 
+def test_a_gap_is_filled(client: openai.OpenAI) -> None:
+    before, after = "def add(a, b):\n    return ", "\n\n\nassert add(1, 2) == 3\n"
+    answer = client.completions.create(model=MODEL, prompt=before, suffix=after, temperature=0, max_tokens=8)
+    assert answer.choices[0].text == "a + b"
+    assert answer.choices[0].finish_reason == "stop"
+
+
 def streamed(client: openai.OpenAI, **arguments: Any) -> tuple[str, list[tuple[str, str]], str | None]:
     """Text, calls (name and arguments) and finish reason, joined from the deltas of a stream."""
     text, calls, finish_reason = "", list[list[str]](), None

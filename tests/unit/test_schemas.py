@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from engine.messages import Grammar
 from engine.models.sampling_defaults import SamplingDefaults
+from engine.text.tokenizer import Tokenizer
 from server.errors import ApiError, validation_error
 from server.params import to_sampling_params, tokenize_prompts
 from server.schemas.body import Leniency
@@ -24,6 +25,7 @@ from server.schemas.constraints import to_grammar
 from server.schemas.tokens import DetokenizeRequest
 from server.schemas.unsupported import UNSUPPORTED
 from server.work_shares import RequestWork, WorkShares
+from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
 
 TEXT = {"model": "m", "prompt": "x"}
 OTHERS = SamplingDefaults(temperature=0.3, top_p=0.4, top_k=5, min_p=0.6, repetition_penalty=1.5)
@@ -137,7 +139,7 @@ def test_unsupported_fields_pass_only_when_they_ask_for_nothing(field: str, asks
 
 
 def test_completion_fields_that_are_not_supported() -> None:
-    assert error_of(CompletionRequest, {**TEXT, "suffix": "s"}).param == "suffix"
+    assert error_of(CompletionRequest, {**TEXT, "suffix": "s", "echo": True}).param == "suffix"
     assert error_of(CompletionRequest, {**TEXT, "best_of": 2}).param == "best_of"
     CompletionRequest.model_validate({**TEXT, "suffix": None, "best_of": 2, "n": 2})
 
@@ -266,6 +268,21 @@ async def test_many_texts_that_are_long_together_do_not_stop_the_loop() -> None:
     prompts = await tokenize_prompts(work, Spy(), ["x" * 4000] * 8, info)  # type: ignore[arg-type]
     assert [prompt.token_ids for prompt in prompts] == [[4000]] * 8
     assert threading.get_ident() not in threads
+
+
+async def test_a_gap_is_told_in_the_models_own_tokens() -> None:
+    info = SimpleNamespace(max_model_len=1000)
+    work = RequestWork(WorkShares(), "acme", 100, asyncio.Event().wait)  # type: ignore[arg-type]
+    tokenizer = Tokenizer(tiny_tokenizer(), VOCAB_SIZE, None, (), None)
+    for prompt in ("before", [1, 2]):
+        with pytest.raises(ApiError) as refused:
+            await tokenize_prompts(work, tokenizer, prompt, info, suffix="after")  # type: ignore[arg-type]
+        assert (refused.value.status, refused.value.param) == (400, "suffix")
+    tokenizer.backend.add_special_tokens(["<fim_prefix>", "<fim_middle>", "<fim_suffix>"])
+    [gap] = await tokenize_prompts(work, tokenizer, "before", info, suffix="after")  # type: ignore[arg-type]
+    assert tokenizer.decode(gap.token_ids, skip_special_tokens=False) == (
+        "<fim_prefix>before<fim_suffix>after<fim_middle>"
+    )
 
 
 def test_parts_are_few_in_all_messages_together() -> None:
