@@ -32,7 +32,6 @@ SESSIONS, MAX_TOKENS = 2, 64
 SMOOTHING = 3
 """Requests whose acceptance is taken together."""
 SETTLED_SHARE = 0.95
-COLOURS = ["#6b7280", "#c2410c", "#1d4ed8", "#0f766e", "#a16207", "#7e22ce"]
 
 
 def asks(prompts: Mapping[str, Sequence[Prompt]], number: int) -> Iterator[tuple[Labels, Ask]]:
@@ -90,9 +89,9 @@ def table(runs: Sequence[Run], title: str) -> Table:
 def plot(runs: Sequence[Run], path: Path) -> None:
     """Lengths, and their shares of the first mode's, over the requests of the session."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5))
-    for mode, colour in zip(dict.fromkeys(run["mode"] for run in runs), COLOURS, strict=False):
+    for mode in dict.fromkeys(run["mode"] for run in runs):
         for panel, values in ((left, lengths(runs, mode)), (right, shares(runs, mode))):
-            panel.plot(list(values), list(values.values()), label=mode, color=colour, marker=".")
+            panel.plot(list(values), list(values.values()), label=mode, marker=".")
     first = {run["topic"]: run["place"] for run in reversed(runs)}
     for panel in (left, right):
         for topic, place in first.items():
