@@ -42,7 +42,7 @@ def test_a_session_goes_on_and_a_stranger_has_none(files: ModelFiles, tmp_path: 
     draft = make_draft_directory(tmp_path / "draft", files)
     modes, drafting = ["dynamic:16+64", "dynamic:16+64/cold"], Drafting.of("eagle3", str(draft), None, adaptive=False)
     sides = make_sides(modes, str(files.path), drafting)
-    asks = [({}, Ask(messages, "one", "tenant", goes_on=True)) for messages in SETS["law"]]
+    asks = [({"set": "law"}, Ask(messages, "one", "tenant", goes_on=True)) for messages in SETS["law"]]
     snapshots: dict[str, list[bytes | None]] = {mode: [] for mode in modes}
     for labels, run in answers(sides, asks, MAX_TOKENS):
         snapshots[labels["mode"]] += run.snapshots
