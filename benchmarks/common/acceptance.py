@@ -1,55 +1,88 @@
-"""What verification made of draft tokens."""
+"""How long accepted drafts are, how that compares with another mode, and how sure both are.
+
+A run is what a mode did with a request: ``mode``, ``set`` (of prompts), ``number`` (of the request in its set),
+``drafts`` (that were verified) and ``accepted`` (of their tokens). Modes are compared on the same requests, so that
+what a prompt does to all of them cancels. Standard errors are by the jackknife: the figure is taken again without each
+request in turn.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from benchmarks.common.jackknife import jackknife_error
+
+Run = Mapping[str, Any]
+_Request = TypeVar("_Request")
 
 
-@dataclass
-class Acceptance:
-    """Counts by place in the draft, the first place first.
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error."""
 
-    ``drafted``: drafts that reached the place; ``accepted``: those accepted there and at all places before.
-    """
+    value: float
+    error: float
 
-    drafted: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    def in_tokens(self) -> str:
+        return f"{self.value:.2f} ± {self.error:.2f}"
 
-    def add(self, num_drafted: int, num_accepted: int) -> None:
-        """Count one draft of one sequence; an empty one does not count."""
-        missing = num_drafted - len(self.drafted)
-        self.drafted += [0] * missing
-        self.accepted += [0] * missing
-        for place in range(num_drafted):
-            self.drafted[place] += 1
-            self.accepted[place] += place < num_accepted
-
-    @property
-    def num_drafts(self) -> int:
-        """Verify steps of sequences that had a draft."""
-        return self.drafted[0] if self.drafted else 0
-
-    @property
-    def length(self) -> float:
-        """Tokens for each verified draft, the recovered or bonus token included; NaN without drafts."""
-        return 1 + sum(self.accepted) / self.num_drafts if self.num_drafts else math.nan
-
-    @property
-    def rates(self) -> list[float]:
-        """At each place: the share of the drafts which reached it that were accepted up to there."""
-        return [accepted / drafted for accepted, drafted in zip(self.accepted, self.drafted, strict=True)]
+    def in_percent(self) -> str:
+        return f"{100 * self.value:.1f} ± {100 * self.error:.1f}"
 
 
-def total(parts: Iterable[Acceptance]) -> Acceptance:
-    """All counts together."""
-    result = Acceptance()
-    for part in parts:
-        missing = len(part.drafted) - len(result.drafted)
-        result.drafted += [0] * missing
-        result.accepted += [0] * missing
-        for place, (drafted, accepted) in enumerate(zip(part.drafted, part.accepted, strict=True)):
-            result.drafted[place] += drafted
-            result.accepted[place] += accepted
-    return result
+def length(runs: Iterable[Run]) -> float:
+    """Tokens for each verified draft, the target's own included; NaN without drafts."""
+    counts = [(run["drafts"], run["accepted"]) for run in runs]
+    drafts = sum(number for number, _ in counts)
+    return 1 + sum(accepted for _, accepted in counts) / drafts if drafts else math.nan
+
+
+def ratio(pairs: Sequence[tuple[Run, Run]]) -> float:
+    """The first ones' acceptance length over the second ones'."""
+    return length(ours for ours, _ in pairs) / length(theirs for _, theirs in pairs)
+
+
+def paired(ours: Iterable[Run], theirs: Iterable[Run]) -> list[tuple[Run, Run]]:
+    """The runs of two modes on the same requests of a set."""
+    known = {run["number"]: run for run in theirs}
+    return [(run, known[run["number"]]) for run in ours if run["number"] in known]
+
+
+def estimate(requests: Sequence[_Request], figure: Callable[[Sequence[_Request]], float]) -> Estimate | None:
+    """A figure of some requests; None of fewer than two."""
+    if len(requests) < 2:
+        return None
+    without = [figure([*requests[:place], *requests[place + 1 :]]) for place in range(len(requests))]
+    return Estimate(figure(requests), jackknife_error(without))
+
+
+def mean(estimates: Sequence[Estimate]) -> Estimate:
+    """Of independent ones, such as those of several sets."""
+    error = math.hypot(*(one.error for one in estimates)) / len(estimates)
+    return Estimate(fmean(one.value for one in estimates), error)
+
+
+def table(runs: Sequence[Run], title: str) -> Table:
+    """A line for each mode, by set and in the mean: the first mode's lengths in tokens, others' in percent of those."""
+    modes, sets = (list(dict.fromkeys(run[key] for run in runs)) for key in ("mode", "set"))
+    lines = Table("mode", *sets, "mean", title=f"{title}: acceptance length, others in % of {modes[0]}'s")
+
+    def runs_of(mode: str, name: str) -> list[Run]:
+        return [run for run in runs if (run["mode"], run["set"]) == (mode, name) and run["drafts"]]
+
+    def add(mode: str, cells: list[Estimate | None], text: Callable[[Estimate], str]) -> None:
+        known = [cell for cell in cells if cell is not None]
+        all_cells = [*cells, mean(known) if known else None]
+        lines.add_row(mode, *("–" if cell is None else text(cell) for cell in all_cells))
+
+    add(modes[0], [estimate(runs_of(modes[0], name), length) for name in sets], Estimate.in_tokens)
+    for mode in modes[1:]:
+        pairs = (paired(runs_of(mode, name), runs_of(modes[0], name)) for name in sets)
+        add(mode, [estimate(of_set, ratio) for of_set in pairs], Estimate.in_percent)
+    return lines

@@ -11,7 +11,6 @@ from benchmarks.common.in_process import engine_config
 from engine.config import MAX_SPECULATIVE_TOKENS, EngineConfig, SpeculationConfig
 
 NONE = "none"
-_WITHOUT_COPIES = "/copies=false"
 FIXED_LENGTH = 4
 """Draft tokens of a step where all have the same length: acceptance is comparable then."""
 DraftLength = Annotated[
@@ -44,21 +43,15 @@ class Drafting:
             adaptive,
         )
 
-    def config(self, model: str, mode: str) -> EngineConfig:
-        """The engine of a mode: ``none``, or the draft's vocabulary, and after it perhaps ``/copies=false``."""
-        if mode == NONE:
+    def config(self, model: str, vocabulary: str) -> EngineConfig:
+        """The engine that drafts from a vocabulary, or with ``none`` not at all."""
+        if vocabulary == NONE:
             return engine_config(model, SpeculationConfig(method="none"))
-        vocabulary = mode.removesuffix(_WITHOUT_COPIES)
-        return engine_config(
-            model,
-            SpeculationConfig.model_validate(
-                {
-                    "method": self.method,
-                    "draft": self.draft,
-                    "vocabulary": vocabulary,
-                    "num_speculative_tokens": self.num_tokens,
-                    "adaptive": self.adaptive,
-                    "copies": mode == vocabulary,
-                }
-            ),
-        )
+        options = {
+            "method": self.method,
+            "draft": self.draft,
+            "vocabulary": vocabulary,
+            "num_speculative_tokens": self.num_tokens,
+            "adaptive": self.adaptive,
+        }
+        return engine_config(model, SpeculationConfig.model_validate(options))

@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol, TypeVar
 
-import msgspec
-
-from benchmarks.common.acceptance import Acceptance
 from benchmarks.prompts.build import Prompt
 from engine.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.core import EngineCore
@@ -29,8 +26,6 @@ MAX_MODEL_LEN = 2048
 MAX_SEQUENCES = 64
 KV_BYTES = 512 * 2**20
 """Of each engine: several are in memory at once."""
-REQUESTS_EACH = 2
-"""Requests of a cell for each that is answered at the same time."""
 _CLIENT = b"benchmark"
 
 
@@ -51,23 +46,16 @@ def encode_chat(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 @dataclass(frozen=True)
 class Turn:
-    """A request: its prompt's tokens, whose it is, and what its session brings along (None: it has none).
-
-    ``max_tokens``: of its answer, if not as many as of the others.
-    """
+    """A request: its prompt's tokens, whose it is, and what its session brings along (None: it has none)."""
 
     prompt: list[int]
     tenant: str = "benchmark"
     session: SessionState | None = None
-    max_tokens: int | None = None
 
 
 @dataclass
 class Generation:
-    """Answers to some prompts, in order, and what making them took.
-
-    ``decode_tokens`` and ``decode_seconds`` are of the steps that computed no prompt.
-    """
+    """Answers to some prompts, in order, and what making them took."""
 
     answers: list[list[int]]
     snapshots: list[bytes | None] = field(default_factory=list)
@@ -75,44 +63,20 @@ class Generation:
     vocabularies: list[VocabularyCounts | None] = field(default_factory=list)
     """How each answer's own draft vocabulary fared; None if it had none."""
     decode_steps: list[StepTimings] = field(default_factory=list)
+    """Those that computed no prompt."""
     seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
     verified: list[tuple[int, int]] = field(default_factory=list)
     """Draft tokens and how many of them were accepted, for each sequence and step that had any."""
-    step_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @property
     def num_tokens(self) -> int:
         return sum(map(len, self.answers))
 
-    def acceptance(self, length: int | None = None) -> Acceptance:
-        """Counts by place; ``length``: only of drafts that long, so not of those cut short at a sequence's end."""
-        result = Acceptance()
-        for drafted, accepted in self.verified:
-            if length is None or drafted == length:
-                result.add(drafted, accepted)
-        return result
-
-    def add_step(self, seconds: float, outputs: Sequence[EngineOutput], timings: StepTimings) -> None:
-        """Count what a step did and took, by the clock and by the engine's own account."""
-        parts = (timings.draft, timings.forward, timings.sample, timings.schedule + timings.commit)
-        for part, part_seconds in zip(PARTS, parts, strict=True):
-            self.step_seconds[part] += part_seconds
+    def add_step(self, outputs: Sequence[EngineOutput], timings: StepTimings) -> None:
+        """Count what a step did."""
         self.verified += [(o.num_draft_tokens, o.num_accepted_tokens) for o in outputs if o.num_draft_tokens]
         if timings.num_tokens == sum(1 + output.num_draft_tokens for output in outputs):
-            self.decode_tokens += sum(len(output.token_ids) for output in outputs)
-            self.decode_seconds += seconds
             self.decode_steps.append(timings)
-
-
-def answer_lengths(count: int, mean: int) -> list[int]:
-    """Tokens of each answer, from half of the mean to half as many more.
-
-    Answers of the same length would all end together without drafts, so that there the batch is always full, and one by
-    one with drafts, where fewer and fewer are left in the end: no server's users do that.
-    """
-    return [mean // 2 + 29 * index % (mean + 1) for index in range(count)]
 
 
 def load_target(config: EngineConfig) -> LoadedModel:
@@ -160,15 +124,15 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, concurrency: int) -> Generation:
         """Answer all prompts, ``concurrency`` at a time."""
-        return self.answer([Turn(encode_chat(self.tokenizer, prompt)) for prompt in prompts], sampling, concurrency)
-
-    def answer(self, turns: Sequence[Turn], sampling: SamplingParams, concurrency: int) -> Generation:
-        """The same for requests of tenants and sessions."""
+        turns = [Turn(encode_chat(self.tokenizer, prompt)) for prompt in prompts]
         [result] = take_turns([self.answering(turns, sampling, concurrency)])
         return result
 
     def answering(self, turns: Sequence[Turn], sampling: SamplingParams, concurrency: int) -> Iterator[Generation]:
-        """The same, step by step: what there is before the first and after each. Its time is that of the steps."""
+        """Answer requests of tenants and sessions: what there is before the first step and after each.
+
+        Its time is that of the steps.
+        """
         nothing = [None] * len(turns)
         result = Generation([[] for _ in turns], [*nothing], [*nothing])
         waiting = list(enumerate(turns))[::-1]
@@ -186,16 +150,13 @@ class Engine:
                 if output.finish_reason is not None:
                     result.snapshots[place], result.vocabularies[place] = output.session_snapshot, output.vocabulary
                     del running[output.request_id]
-            seconds = time.perf_counter() - started
-            result.seconds += seconds
+            result.seconds += time.perf_counter() - started
             if timings is not None:
-                result.add_step(seconds, outputs, timings)
+                result.add_step(outputs, timings)
             yield result
 
     def start(self, turn: Turn, sampling: SamplingParams) -> str:
         """Hand a request to the engine; its id."""
-        if turn.max_tokens is not None:
-            sampling = msgspec.structs.replace(sampling, max_tokens=turn.max_tokens)
         request_id = str(next(self._ids))
         request = EngineRequest(
             request_id=request_id,

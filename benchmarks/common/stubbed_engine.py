@@ -53,7 +53,7 @@ from kernels.draft_head import Core, TailSlabs
 DOMAINS = ["code", "general"]
 NEW_TOKENS, QUOTED_TOKENS = 24, 16
 """A text is so many tokens of the prompts and so many that it has said before, in turn: with that, default vocabularies
-hold nine tokens of ten, as many as of served answers (``coverage`` in the records of ``benchmarks.vocabulary``)."""
+hold nine tokens of ten, as many as of served answers (coverage in ``benchmarks.vocabulary.tenants``)."""
 HIDDEN = 8
 """Width of the hidden states, which nobody multiplies."""
 KNOWN = 0.6

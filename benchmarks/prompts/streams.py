@@ -11,9 +11,8 @@ from dataclasses import replace
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from benchmarks.common.in_process import encode_chat
 from benchmarks.prompts.build import EVAL_PATH, Prompt, build_train, read, shuffled, write
-from benchmarks.prompts.short import MAX_PROMPT_TOKENS
+from benchmarks.prompts.short import short
 from benchmarks.prompts.sources import CACHE, SOURCES
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
@@ -54,12 +53,6 @@ def stream_and_trial(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[Prom
     rows = [prompts[start : start + _TRIAL_EVERY] for start in range(0, len(prompts), _TRIAL_EVERY)]
     stream = list(chain.from_iterable(row[: _TRIAL_EVERY - 1] for row in rows))
     return stream, list(chain.from_iterable(row[_TRIAL_EVERY - 1 :] for row in rows))
-
-
-def short(prompts: Iterable[Prompt], domain: str, tokenizer: Tokenizer) -> list[Prompt]:
-    """Those of a domain that have at most ``MAX_PROMPT_TOKENS``."""
-    of_domain = (prompt for prompt in prompts if prompt.domain == domain)
-    return [prompt for prompt in of_domain if len(encode_chat(tokenizer, prompt)) <= MAX_PROMPT_TOKENS]
 
 
 def trial_prompts(model: str, count: int) -> list[Prompt]:

@@ -1,1 +1,1 @@
-"""Measures acceptance and speed by draft vocabulary."""
+"""What draft vocabularies keep of a draft, and what they cost; `modes` names them."""

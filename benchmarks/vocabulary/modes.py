@@ -1,4 +1,4 @@
-"""The draft vocabularies that ``benchmarks.vocabulary`` compares, each named by one string.
+"""The draft vocabularies that benchmarks compare, each named by one string.
 
 ``none``, ``full``, ``static:K``, ``dynamic:K+S`` as in ``SpeculationConfig.vocabulary``; after a slash, switches of
 ``DynamicConfig``, ``copies`` and ``cold``: ``dynamic:2048+1024/prior=off,cold``. Four names stand for others' methods:
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.common.drafting import NONE, Drafting
+from benchmarks.common.drafting import Drafting
 from benchmarks.common.in_process import engine_config
 from engine.config import MAX_TAIL_TOKENS, CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
 from engine.models.registry import resolve_model
@@ -20,6 +20,8 @@ FULL = "full"
 FR_SPEC = "fr-spec:"
 """Before the number of most frequent tokens (arXiv 2502.14856)."""
 NANOSPEC = "nanospec"
+PAPER = "paper:"
+"""Before the number of frequent tokens beside the session's."""
 HARD_SWITCH = "hard-switch"
 """N-grams of the context where they match, else EAGLE-3 over the full head (vLLM's pull request 24344)."""
 _NANOSPEC = (
@@ -76,8 +78,8 @@ def _written_out(name: str, num_special: int) -> str:
         return FULL
     if name.startswith(FR_SPEC):
         return f"static:{name.removeprefix(FR_SPEC)}/copies=false"
-    if name.startswith("paper:"):
-        return f"dynamic:{name.removeprefix('paper:')}+{_PAPER_TAIL}/{_PAPER}"
+    if name.startswith(PAPER):
+        return f"dynamic:{name.removeprefix(PAPER)}+{_PAPER_TAIL}/{_PAPER}"
     return name
 
 
@@ -91,53 +93,20 @@ def _value(text: str) -> bool | int | str:
 class Sizes:
     """Vocabulary sizes that suit a model.
 
-    ``fr_spec``: FR-Spec's setting, 32,768 rows or a quarter of the vocabulary; ``ours``: core and tail, together at
-    most 1/16 of the vocabulary.
+    ``fr_spec``: FR-Spec's setting, 32,768 rows or a quarter of the vocabulary; ``ours``: what is served by default.
     """
 
     num_special: int
     fr_spec: int
-    statics: tuple[int, ...]
+    statics: tuple[int, int]
     ours: str
-    others: tuple[str, ...]
-
-    def modes(self) -> list[str]:
-        """For part ``modes``."""
-        static = [f"{FR_SPEC}{self.fr_spec}", *(f"static:{size}" for size in self.statics)]
-        priors = [f"{self.ours}/prior=off", f"{self.ours}/prior=fixed"]
-        others = [NANOSPEC, HARD_SWITCH, f"paper:{self.fr_spec}"]
-        return [NONE, FULL, *static, *others, self.ours, *priors, *self.others]
-
-    def ablations(self) -> list[str]:
-        """For part ``sources``: ours, less or more of one thing."""
-        switches = [
-            *("in_context=false", "target_signal=off", "target_signal=every", "graph=false", "semantic=true"),
-            *("tenant_memory=false", "prior=off", "prior=fixed", "prior_order=1", "prior_order=2"),
-            *("replacement=lru", "cold"),
-        ]
-        return [FULL, self.ours, *(f"{self.ours}/{switch}" for switch in switches)]
-
-    def few(self) -> list[str]:
-        """Full, FR-Spec's, the hard switch and ours."""
-        return [FULL, f"{FR_SPEC}{self.fr_spec}", HARD_SWITCH, self.ours]
 
 
-def sizes_of(model: str) -> Sizes:
-    """By the size of the model's vocabulary."""
+def sizes_of(model: str, method: str = "eagle3") -> Sizes:
+    """By the size of the vocabulary of a model whose tokens are counted; ``method`` of the draft."""
     tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
-    num_special = len(always_drafted(tokenizer))
-    if tokenizer.vocab_size >= _LARGE:
-        return Sizes(
-            num_special,
-            32768,
-            (8192, 32768),
-            default_vocabulary("eagle3", True, tokenizer.vocab_size),
-            ("dynamic:2048+1024", "dynamic:32768+1024", "dynamic:full+0"),
-        )
-    return Sizes(
-        num_special,
-        tokenizer.vocab_size // 4,
-        (3072, 8192),
-        default_vocabulary("eagle3", True, tokenizer.vocab_size),
-        ("dynamic:2048+1024", "dynamic:full+0"),
-    )
+    num_special, vocab_size = len(always_drafted(tokenizer)), tokenizer.vocab_size
+    ours = default_vocabulary(method, has_counts=True, vocab_size=vocab_size)
+    if vocab_size >= _LARGE:
+        return Sizes(num_special, 32768, (8192, 32768), ours)
+    return Sizes(num_special, vocab_size // 4, (3072, 8192), ours)

@@ -18,11 +18,10 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
+from benchmarks.common.acceptance import table
 from benchmarks.common.draft_traces import DEPTH, Trace, recorded
 from benchmarks.common.drafting import Drafting
-from benchmarks.prompts.streams import STREAM_DOMAINS
 from benchmarks.vocabulary.modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
-from benchmarks.vocabulary.pairs import table
 from engine.config import ModelConfig, SpeculationConfig
 from engine.draft_vocab.bigram_graph import BigramGraph
 from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
@@ -173,7 +172,7 @@ class Replay:
 
 
 def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[dict[str, Any]]:
-    """For ``benchmarks.vocabulary.pairs.table``."""
+    """For ``benchmarks.common.acceptance.table``."""
     speculation = mode.config.speculation
     directory = counts_directory(model, speculation.draft or model)
     tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
@@ -187,8 +186,7 @@ def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[di
     replay = Replay(speculation, mode.cold, core, graph, tokenizer.vocab_size, start_weights)
     for number, trace in enumerate(traces):
         drafts, accepted = replay.run(trace)
-        acceptance = {"drafted": [drafts] if drafts else [], "accepted": [accepted]}
-        yield {"mode": mode.name, "domain": trace.domain, "round": number, "acceptance": acceptance}
+        yield {"mode": mode.name, "set": trace.domain, "number": number, "drafts": drafts, "accepted": accepted}
 
 
 def main(
@@ -205,7 +203,7 @@ def main(
     drafting = Drafting("eagle3" if draft is None else "draft_model", draft, DEPTH, adaptive=False)
     modes = [make_mode(name, model, drafting, sizes.num_special) for name in names]
     runs = [run for each in modes for run in runs_of_mode(each, model, traces)]
-    Console(width=160).print(table(runs, STREAM_DOMAINS, names, reference))
+    Console(width=160).print(table(runs, f"{model}, trial prompts"))
 
 
 if __name__ == "__main__":

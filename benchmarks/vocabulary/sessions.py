@@ -1,61 +1,50 @@
-"""An engine and the sessions it answers in, as a server would: each one's snapshot goes from request to request."""
+"""Engines that answer in sessions, as a server would have them: a session's snapshot goes from request to request."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
-from benchmarks.common.in_process import Engine, Generation, Turn, take_turns
-from benchmarks.common.process import NoiseMeter
-from benchmarks.prompts.build import Prompt
+from rich.progress import track
+
+from benchmarks.common.acceptance import Run
+from benchmarks.common.drafting import FIXED_LENGTH, Drafting
+from benchmarks.common.environment import environment
+from benchmarks.common.in_process import Engine, Generation, Turn, load_target, take_turns
+from benchmarks.common.machine import RESULTS
+from benchmarks.prompts.build import Messages
 from benchmarks.vocabulary.hard_switch import switch_hard
-from benchmarks.vocabulary.modes import Mode
+from benchmarks.vocabulary.modes import Mode, make_mode, sizes_of
 from engine.loader import LoadedModel
 from engine.messages import EngineReady, SamplingParams, SessionState
 from engine.process import introduction
 
 CONVERSATION_TOKENS = 600
 """A conversation's prompt leaves its oldest turns out beyond."""
+FIXED = Drafting.of("eagle3", None, None, adaptive=False)
+"""The shipped draft, with drafts of always the same length."""
+Labels = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request; ``domain`` is the client's name for the session's subject, "" if it gives none.
+    """One request; ``domain`` is the client's name for the session's subject, "" if it gives none."""
 
-    ``max_tokens``: of its answer, if not as many as the unit's.
-    """
-
-    prompt: Prompt
+    messages: Messages
     session: str
     tenant: str
     domain: str = ""
-    max_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Requests that every mode answers before the next ones.
-
-    ``labels`` go into the record. ``whole``: always ``max_tokens``, whatever the model says. ``conversation``: the
-    session's earlier turns come before the prompt.
-    """
-
-    labels: dict[str, Any]
-    asks: Sequence[Ask]
-    max_tokens: int
-    concurrency: int = 1
-    whole: bool = False
-    conversation: bool = False
-    with_steps: bool = False
-    """Record the times of every step."""
+    goes_on: bool = False
+    """The session's earlier turns come before the messages."""
 
 
 @dataclass
 class _Session:
     snapshot: bytes = b""
-    messages: list[dict[str, str]] = field(default_factory=list)
+    messages: Messages = field(default_factory=list)
 
 
 class SessionSide:
@@ -74,86 +63,66 @@ class SessionSide:
         """The engine's, as a server would get it."""
         return introduction(self.mode.config, self._engine.core, self.mode.config.model.name, epoch="")
 
-    def snapshot(self, session: str) -> bytes:
-        """What a session's last request has left; empty if it kept nothing."""
-        return self._sessions[session].snapshot
+    def answering(self, ask: Ask, max_tokens: int) -> Iterator[Generation]:
+        """The greedy answer, step by step."""
+        sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0)
+        return self._engine.answering([self._turn(ask)], sampling, 1)
 
-    def answering(self, unit: Unit) -> Iterator[Generation]:
-        """Greedy answers, step by step. A session may come once in a unit."""
-        turns = [self._turn(ask, unit.conversation) for ask in unit.asks]
-        sampling = SamplingParams(max_tokens=unit.max_tokens, seed=0, temperature=0.0, ignore_eos=unit.whole)
-        return self._engine.answering(turns, sampling, unit.concurrency)
+    def keep(self, ask: Ask, run: Generation) -> None:
+        """Take over what a request's session has come to."""
+        session = self._sessions[ask.session]
+        session.snapshot = run.snapshots[0] or b""
+        session.messages.append({"role": "assistant", "content": self._engine.tokenizer.decode(run.answers[0])})
 
-    def keep(self, unit: Unit, run: Generation) -> dict[str, Any]:
-        """Take over what a unit's sessions have come to; what came of it, for the record."""
-        speculation = self.mode.config.speculation
-        length = None if speculation.adaptive else speculation.num_speculative_tokens
-        result = summarise(run, length, unit.with_steps)
-        for ask, answer, snapshot in zip(unit.asks, run.answers, run.snapshots, strict=True):
-            self._keep(ask, answer, snapshot)
-        return unit.labels | {"mode": self.mode.name} | result
-
-    def _turn(self, ask: Ask, conversation: bool) -> Turn:
+    def _turn(self, ask: Ask) -> Turn:
         session = self._sessions.setdefault(ask.session, _Session())
-        earlier = session.messages if conversation else []
-        session.messages = [*earlier, *ask.prompt.messages]
+        session.messages = [*(session.messages if ask.goes_on else []), *ask.messages]
         prompt = self._encode(session.messages)
-        while len(prompt) > CONVERSATION_TOKENS and len(session.messages) > len(ask.prompt.messages) + 1:
+        while len(prompt) > CONVERSATION_TOKENS and len(session.messages) > len(ask.messages) + 1:
             session.messages = session.messages[2:]
             prompt = self._encode(session.messages)
         if self.mode.cold:
-            return Turn(prompt, f"stranger-{next(self._strangers)}", max_tokens=ask.max_tokens)
-        state = SessionState(snapshot=session.snapshot, domain=ask.domain)
-        return Turn(prompt, ask.tenant, state, ask.max_tokens)
+            return Turn(prompt, f"stranger-{next(self._strangers)}")
+        return Turn(prompt, ask.tenant, SessionState(snapshot=session.snapshot, domain=ask.domain))
 
-    def _encode(self, messages: list[dict[str, str]]) -> list[int]:
+    def _encode(self, messages: Messages) -> list[int]:
         tokenizer = self._engine.tokenizer
         return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
 
-    def _keep(self, ask: Ask, answer: list[int], snapshot: bytes | None) -> None:
-        session = self._sessions[ask.session]
-        session.snapshot = snapshot or b""
-        session.messages.append({"role": "assistant", "content": self._engine.tokenizer.decode(answer)})
+
+def make_sides(names: Sequence[str], model: str, drafting: Drafting = FIXED) -> list[SessionSide]:
+    """One for each mode; they share the target."""
+    num_special = sizes_of(model).num_special
+    modes = [make_mode(name, model, drafting, num_special) for name in names]
+    target = load_target(modes[0].config)
+    return [SessionSide(mode, target) for mode in modes]
 
 
-def measure_unit(sides: Sequence[SessionSide], unit: Unit) -> list[dict[str, Any]]:
-    """All modes answer, taking steps in turn; what came of it, for the record."""
-    noise = NoiseMeter()
-    runs = take_turns([side.answering(unit) for side in sides])
-    others = {"noise": noise.read()}
-    return [side.keep(unit, run) | others for side, run in zip(sides, runs, strict=True)]
+def answers(
+    sides: Sequence[SessionSide], asks: Iterable[tuple[Labels, Ask]], max_tokens: int
+) -> Iterator[tuple[dict[str, Any], Generation]]:
+    """What each side makes of each request, before the next one; its labels, and the mode's name.
 
-
-def summarise(run: Generation, draft_length: int | None, with_steps: bool) -> dict[str, Any]:
-    """What a record keeps of a run.
-
-    Args:
-        run: of one mode and unit.
-        draft_length: acceptance only of drafts that long; None: of all.
-        with_steps: keep the milliseconds of every step without a prompt, too.
+    All sides take turns, step by step, so that a slow minute of the machine is everybody's.
     """
-    counts = [vocabulary for vocabulary in run.vocabularies if vocabulary is not None]
-    steps = run.decode_steps
-    result: dict[str, Any] = {
-        "tokens": run.num_tokens,
-        "seconds": run.seconds,
-        "decode_tokens": run.decode_tokens,
-        "decode_seconds": run.decode_seconds,
-        "decode_steps": len(steps),
-        "retrieval_seconds": sum(step.vocabulary for step in steps),
-        "acceptance": asdict(run.acceptance(draft_length)),
-        "verified": sum(vocabulary.verified_tokens for vocabulary in counts),
-        "covered": sum(vocabulary.covered_tokens for vocabulary in counts),
-        "tail_tokens": [vocabulary.tail_tokens for vocabulary in counts],
-        "insertions": _summed([vocabulary.insertions for vocabulary in counts]),
-        "hits": _summed([vocabulary.hits for vocabulary in counts]),
-        "snapshot_bytes": [len(snapshot) for snapshot in run.snapshots if snapshot is not None],
-    }
-    if with_steps:
-        result["step_ms"] = [1e3 * (s.schedule + s.forward + s.sample + s.commit + s.draft) for s in steps]
-        result["retrieval_ms"] = [1e3 * step.vocabulary for step in steps]
-    return result
+    for labels, ask in track(list(asks), description="requests"):
+        runs = take_turns([side.answering(ask, max_tokens) for side in sides])
+        for side, run in zip(sides, runs, strict=True):
+            side.keep(ask, run)
+            yield {"mode": side.mode.name, **labels}, run
 
 
-def _summed(parts: Sequence[dict[str, int]]) -> dict[str, int]:
-    return {key: sum(part.get(key, 0) for part in parts) for key in sorted({key for part in parts for key in part})}
+def counts(run: Generation) -> dict[str, int]:
+    """For ``benchmarks.common.acceptance``: drafts of the same length alone, so none that an answer's end cut short."""
+    accepted = [accepted for drafted, accepted in run.verified if drafted == FIXED_LENGTH]
+    return {"drafts": len(accepted), "accepted": sum(accepted)}
+
+
+def recorded(name: str, plan: Mapping[str, Any], runs: Iterable[Run]) -> list[Run]:
+    """All runs; ``benchmarks/results/NAME.json`` is written again after each of them."""
+    done: list[Run] = []
+    record = {"plan": plan, "environment": environment(), "runs": done}
+    for run in runs:
+        done.append(run)
+        (RESULTS / f"{name}.json").write_text(json.dumps(record))
+    return done

@@ -1,1 +1,0 @@
-"""Measures speed with speculation against none in the same engine, and acceptance of drafts."""
