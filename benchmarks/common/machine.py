@@ -25,5 +25,6 @@ def git_commit(directory: Path = REPOSITORY) -> str:
     """The commit that is measured, with ``+`` behind it if tracked files other than records differ from it."""
     git = ["git", "-C", str(directory)]
     commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ":/", ":!benchmarks/results"], check=False).returncode != 0
+    all_but_records = ["--", ":/", ":!benchmarks/results"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", *all_but_records], check=False).returncode != 0
     return f"{commit}+" if changed else commit
