@@ -247,6 +247,11 @@ class AdaptersConfig(Section):
     state_directory: Path = Field(
         default=Path.home() / ".cache" / "evospec" / "adapters", description="Where versions are kept."
     )
+    share_versions: bool = Field(
+        default=True,
+        description="Give what is learned to all servers of the same model and draft that have the same Redis. One of "
+        "them learns each key.",
+    )
     log: TokenLogConfig = Field(default_factory=TokenLogConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     replay: ReplayConfig = Field(default_factory=ReplayConfig)

@@ -66,7 +66,7 @@ def learn_where_possible(settings: Settings, files: ModelFiles) -> None:
 
 
 def keep_learning_apart(alignment: AdaptersConfig, instance: str | None, stack: contextlib.ExitStack) -> None:
-    """Give this server's log and memory places that no other server has.
+    """Give this server's log and memory places that no other server has; what is learned is for all.
 
     Args:
         instance: tells this server from others that use the same Redis; None: no other does.
@@ -75,6 +75,7 @@ def keep_learning_apart(alignment: AdaptersConfig, instance: str | None, stack: 
         alignment.shared_directory = stack.enter_context(instance_directory(shared_memory()))
     if instance is not None and "stream" not in alignment.log.model_fields_set:
         alignment.log.stream += f":{instance}"
+    alignment.share_versions &= instance is not None
 
 
 def engine_process(settings: Settings, url: str, app: FastAPI) -> SupervisedProcess:

@@ -12,6 +12,7 @@ from adapters.alignment.guard import Guard, Verdict, judge
 from adapters.alignment.records import Segment
 from adapters.alignment.replay import ReplayBuffer
 from adapters.alignment.scoring import KnownScores, ScoreCache, Scoring
+from adapters.alignment.shared_versions import SharedVersions
 from adapters.alignment.store import AdapterStore
 from adapters.alignment.trigger import UpdateTrigger
 from adapters.alignment.updates import Updater
@@ -46,6 +47,9 @@ class KeyAligner:
         self.revision = 0  # the revision in force, or to be; 0: the base draft
         self.tensors: dict[str, torch.Tensor] | None = None  # its weights as they are published
         self.is_unpublished = True  # whether they are not in force: they never were, or the engine has lost them
+        self.is_unshared = False  # whether other servers are to have them, too
+        self.leads = True  # whether this server learns the key, and no other
+        self._is_own = True  # whether this server has learned what is in force
         self._is_new = True  # whether they never were
         self.channel_version = 0
         self.worked_at = 0.0  # when it worked last, by the monotonic clock
@@ -79,6 +83,7 @@ class KeyAligner:
                 recent=self._guard.in_force.rate,
                 previous=self._guard.previous.rate,
             )
+            self.is_unshared = self._is_own
             self.roll_back()
             self.replay.clear()  # it made a bad version
 
@@ -95,6 +100,14 @@ class KeyAligner:
             self.state.good_revision = self.revision
             self._store.save_state(self.state)
         self._trigger.compare_acceptance(self._guard.in_force)
+
+    def exchange(self, shared: SharedVersions) -> None:
+        """Give other servers what was learned here, and take what another has learned."""
+        self.leads = self.wants_work and shared.leads(self.state.key)
+        if self.is_unshared:
+            self.is_unshared = not shared.publish(self.state.key, self.tensors)
+        elif not self.state.is_frozen and (version := shared.news(self.state.key)) is not None:
+            self._follow(version.tensors)
 
     @property
     def wants_work(self) -> bool:
@@ -131,6 +144,7 @@ class KeyAligner:
     def obey(self, command: AdapterCommand) -> None:
         """Do what an operator asks."""
         log.info("adapter command", key=self.state.key, action=command.action)
+        self.is_unshared = command.action in ("rollback", "reset")
         if command.action == "rollback":
             self.roll_back()
         elif command.action == "reset":
@@ -238,6 +252,7 @@ class KeyAligner:
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
         if verdict is Verdict.PUBLISH:
             self._put_in_force(self._updater.published())
+            self.is_unshared = self._is_own = True
             self._scores.current = self._scores.candidate
         elif verdict is Verdict.REFUSE:
             self.state.num_refused += 1
@@ -257,6 +272,15 @@ class KeyAligner:
         self.is_unpublished = self._is_new = True
         self._store.save_state(self.state)  # first, or a worker killed here would look for what is deleted below
         self._store.keep_only(self.state.key, {self.state.good_revision, self.revision})
+
+    def _follow(self, tensors: dict[str, torch.Tensor] | None) -> None:
+        """Put in force what another server has learned, None: the base draft, and learn on from it."""
+        log.info("adapter of another server", key=self.state.key, is_base=tensors is None)
+        if tensors is not None:
+            self._put_in_force(tensors)
+        self._go_to(0 if tensors is None else self.revision)
+        self._is_own = False
+        self._store.save_state(self.state)
 
     def _go_to(self, revision: int) -> None:
         """Put an earlier revision in force and learn on from it."""

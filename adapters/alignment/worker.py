@@ -23,6 +23,7 @@ from adapters.alignment.publisher import AdapterPublisher
 from adapters.alignment.records import Assembler
 from adapters.alignment.replay import starts_chains, teaches
 from adapters.alignment.roster import Roster
+from adapters.alignment.shared_versions import SharedVersions
 from adapters.alignment.store import AdapterStore, wait_for_turn
 from adapters.alignment.updates import Updater
 from adapters.target_parts import fastest_dtype, load_target_parts
@@ -79,6 +80,7 @@ class AdapterWorker:
         self._publisher = AdapterPublisher(config.channel_path, layout, self._store)
         self._reader = TokenLogReader(config.redis_url, config.log.stream)
         self._control = ControlChannel(config.redis_url, config.log.stream)
+        self._shared = SharedVersions(config.redis_url, layout) if config.share_versions else None
         self._pacer = pacer or Pacer(config.pace)
         self._ring: FeatureRingReader | None = None
         replay, vocab_size = config.replay, len(base.target.head)
@@ -112,6 +114,8 @@ class AdapterWorker:
         self._publisher.close()
         self._reader.close()
         self._control.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def _tick(self) -> None:
         if self._publisher.attach():
@@ -124,6 +128,8 @@ class AdapterWorker:
             self._obey(command)
         for aligner in self._roster.aligners.values():
             aligner.tick()
+            if self._shared is not None:
+                aligner.exchange(self._shared)
         self._report()
 
     def _read_all(self) -> bool:
@@ -184,7 +190,9 @@ class AdapterWorker:
 
     def _make_aligner(self, key: str) -> KeyAligner:
         updater = self._updater(self._base, self._config, key, self._fingerprint)
-        return KeyAligner(key, self._base, updater, self._store, self._config)
+        aligner = KeyAligner(key, self._base, updater, self._store, self._config)
+        aligner.leads = self._shared is None  # else it asks first
+        return aligner
 
     def _let_go(self, key: str, aligner: KeyAligner) -> None:
         """Drop a key; its last good version stays on disk, for when it is wanted again."""
@@ -194,7 +202,7 @@ class AdapterWorker:
 
     def _work(self) -> bool:
         """Update or score a key that wants it, the keys in turn, if the machine allows; whether there was one."""
-        all_wanting = (aligner for aligner in self._roster.aligners.values() if aligner.wants_work)
+        all_wanting = (aligner for aligner in self._roster.aligners.values() if aligner.leads and aligner.wants_work)
         wanting = min(all_wanting, key=lambda aligner: aligner.worked_at, default=None)
         self._is_paused = wanting is not None and not self._pacer.may_run()
         if wanting is None or self._is_paused:

@@ -66,6 +66,7 @@ def make_config(directory: Path, url: str) -> AdaptersConfig:
     return AdaptersConfig(
         enabled=True,
         redis_url=url,
+        share_versions=False,
         rank=8,
         num_slots=2,
         shared_directory=directory / "shm",

@@ -55,6 +55,7 @@ def config(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
     return AdaptersConfig(
         enabled=True,
         redis_url=valkey_url,
+        share_versions=False,
         shared_directory=tmp_path / "shared",
         state_directory=tmp_path / "state",
         log=TokenLogConfig(stream=f"log:{tmp_path.name}", top_k=8, interval_seconds=0.05, cost_share=1.0),

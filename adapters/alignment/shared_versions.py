@@ -1,0 +1,110 @@
+"""What the servers of one draft tell each other through Redis: each key is learned by one of them, for all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+from redis.exceptions import LockError, RedisError
+from redis.lock import Lock
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from engine.online.token_log import connect_briefly
+from engine.online.weight_layout import WeightLayout
+
+log = structlog.get_logger(__name__)
+
+_TIMEOUT = 2.0
+_KEPT_SECONDS = 30 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class SharedVersion:
+    """What is to be in force for a key; ``tensors`` None: the base draft."""
+
+    tensors: dict[str, torch.Tensor] | None
+
+
+class SharedVersions:
+    """A number for each key that grows with every version, the last version's weights, and who learns the key.
+
+    Redis may be away at any time: then nobody leads, and nothing is new.
+
+    Args:
+        url: of a Redis or Valkey that the servers share.
+        layout: of the weights. Servers with another draft, or other adapters, have other keys.
+        lease_seconds: how long a key is a server's alone after it last asked for it.
+    """
+
+    def __init__(self, url: str, layout: WeightLayout, lease_seconds: float = 30.0) -> None:
+        self._redis = connect_briefly(url, _TIMEOUT)
+        self._layout, self._lease_seconds = layout, lease_seconds
+        self._leases: dict[str, Lock] = {}
+        self._known: dict[str, int] = {}
+        """The number of the last version of each key that is in force here, or was refused."""
+
+    def leads(self, key: str) -> bool:
+        """Whether this server is the one that learns a key: it stays so while it asks more often than a lease lasts."""
+        if key not in self._leases:
+            name = f"{self._name(key)}:learner"
+            self._leases[key] = Lock(self._redis, name, self._lease_seconds, thread_local=False)
+        lease = self._leases[key]
+        try:
+            try:
+                return bool(lease.reacquire())
+            except LockError:  # it was never this server's, or is no longer
+                return bool(lease.acquire(blocking=False))
+        except (RedisError, OSError):
+            return False
+
+    def publish(self, key: str, tensors: Mapping[str, torch.Tensor] | None) -> bool:
+        """Let all servers have these weights, None: the base draft; whether Redis has taken them."""
+        name = self._name(key)
+        data = b"" if tensors is None else save({each: tensor.contiguous() for each, tensor in tensors.items()})
+        try:
+            with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.hincrby(name, "number", 1)
+                pipeline.hset(name, "weights", data)
+                pipeline.expire(name, _KEPT_SECONDS)
+                self._known[key] = int(pipeline.execute()[0])
+        except (RedisError, OSError):
+            return False
+        return True
+
+    def news(self, key: str) -> SharedVersion | None:
+        """What another server has published since the last call, if anything that fits this draft."""
+        name = self._name(key)
+        try:
+            number = int(self._redis.hget(name, "number") or 0)
+            if number == self._known.get(key, 0):
+                return None
+            found: list[Any] = self._redis.hmget(name, ["number", "weights"])
+        except (RedisError, OSError):
+            return None
+        self._known[key], data = int(found[0] or 0), found[1]
+        if not data:
+            return SharedVersion(None)
+        try:
+            tensors = load(data)
+            self._layout.check(tensors)
+        except (SafetensorError, ValueError) as error:
+            log.warning("a shared adapter is refused", key=key, number=number, reason=str(error))
+            return None
+        return SharedVersion(tensors)
+
+    def close(self) -> None:
+        """Let another server learn at once."""
+        for lease in self._leases.values():
+            try:
+                lease.release()
+            except (RedisError, OSError):
+                continue  # not this server's, or Redis is away: the lease ends by itself
+        self._redis.close()
+
+    def _name(self, key: str) -> str:
+        return f"evospec:adapter:{self._layout.fingerprint.hex()[:16]}:{{{hashlib.sha256(key.encode()).hexdigest()}}}"

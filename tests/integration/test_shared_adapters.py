@@ -1,0 +1,157 @@
+"""Two servers' workers that share what they learn through a real Valkey; drafts are tiny, engines made up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from redis import Redis
+
+from adapters.alignment.shared_versions import SharedVersions
+from adapters.alignment.worker import AdapterWorker
+from engine.adapters_config import AdaptersConfig
+from engine.online.weight_layout import WeightLayout
+from tests.drifting_traffic import Answer, DriftingTraffic, MadeUpEngine, TinyDraft
+from tests.integration.test_adapter_worker import (
+    adapter_layout,
+    command,
+    eager_worker,
+    make_config,
+    serve_until_published,
+    status,
+    step_until,
+)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> TinyDraft:
+    return TinyDraft.make(tmp_path_factory.mktemp("shared"))
+
+
+@pytest.fixture(scope="module")
+def answers(draft: TinyDraft) -> list[Answer]:
+    """The last 32 are never served, only measured."""
+    return DriftingTraffic(draft.drafter).answers(192)
+
+
+class Server:
+    """An engine and its worker, with directories and a token log of their own."""
+
+    def __init__(self, directory: Path, valkey_url: str, draft: TinyDraft) -> None:
+        directory.mkdir()
+        config = make_config(directory, valkey_url)
+        self.config: AdaptersConfig = config.model_copy(update={"share_versions": True})
+        self.engine = MadeUpEngine(self.config, draft.drafter, draft.base)
+        self.worker: AdapterWorker = eager_worker(self.config, draft)
+
+
+def step_both_until(servers: tuple[Server, Server], condition: Callable[[], bool], seconds: float = 10) -> None:
+    """As long as a version may take from one server to the other."""
+    first, second = servers
+
+    def has_come() -> bool:
+        second.worker.step()
+        return condition()
+
+    step_until(first.worker, has_come, seconds)
+
+
+@pytest.fixture
+def servers(tmp_path: Path, valkey_url: str, draft: TinyDraft) -> Iterator[tuple[Server, Server]]:
+    Redis.from_url(valkey_url).flushall()
+    first, second = (Server(tmp_path / name, valkey_url, draft) for name in ("first", "second"))
+    yield first, second
+    first.worker.close()
+    second.worker.close()
+
+
+def test_what_one_server_learns_is_in_force_at_all_until_it_is_taken_back(
+    servers: tuple[Server, Server], answers: list[Answer]
+) -> None:
+    first, second = servers
+    before = second.engine.acceptance(answers[160:])
+    second.engine.serve(answers[:2])
+    step_until(second.worker, lambda: status(second.config).num_records > 0)
+    serve_until_published(first.engine, first.worker, answers, 2)
+    step_both_until(
+        servers, lambda: second.engine.acceptance(answers[160:]) == first.engine.acceptance(answers[160:]) > before
+    )
+    assert status(second.config).num_updates == 0
+    while first.engine.version("t"):  # a version, then the good one before it
+        command(first.config, "rollback")
+        num_rolled_back = status(first.config).num_rolled_back
+        step_until(first.worker, lambda: status(first.config).num_rolled_back > num_rolled_back)  # noqa: B023
+    step_both_until(servers, lambda: second.engine.version("t") == 0)
+    assert second.engine.acceptance(answers[160:]) == before
+
+
+def test_one_server_learns_a_key_and_another_goes_on_when_it_stops(
+    servers: tuple[Server, Server], answers: list[Answer]
+) -> None:
+    for start in range(0, 64, 16):
+        for server in servers:
+            server.engine.serve(answers[start : start + 16])
+            server.worker.step()
+    step_both_until(servers, lambda: any(status(server.config).num_updates for server in servers))
+    leader, other = servers if status(servers[0].config).num_updates else servers[::-1]
+    deadline = time.monotonic() + 3
+    step_until(other.worker, lambda: time.monotonic() > deadline)
+    assert status(other.config).num_updates == 0
+    leader.worker.close()
+    step_until(other.worker, lambda: status(other.config).num_updates > 0)
+
+
+@pytest.fixture
+def layout(draft: TinyDraft, tmp_path: Path, valkey_url: str) -> WeightLayout:
+    return adapter_layout(make_config(tmp_path, valkey_url), draft)
+
+
+def test_a_lease_ends_when_nobody_asks_for_it(valkey_url: str, layout: WeightLayout) -> None:
+    Redis.from_url(valkey_url).flushall()
+    first, second = (SharedVersions(valkey_url, layout, lease_seconds=1.0) for _ in range(2))
+    assert first.leads("t")
+    assert not second.leads("t")
+    assert second.leads("another key")
+    assert first.leads("t")
+    time.sleep(1.1)  # as after kill -9
+    assert second.leads("t")
+    assert not first.leads("t")
+
+
+def test_weights_of_another_draft_are_not_seen_and_damaged_ones_refused(valkey_url: str, layout: WeightLayout) -> None:
+    redis = Redis.from_url(valkey_url)
+    redis.flushall()
+    ours, theirs = SharedVersions(valkey_url, layout), SharedVersions(valkey_url, layout)
+    foreign = SharedVersions(valkey_url, WeightLayout(layout.tensors, base="another draft"))
+    tensors = {spec.name: torch.randn(spec.shape).to(spec.dtype) for spec in layout.tensors}
+    assert foreign.publish("t", tensors)
+    assert ours.news("t") is None
+    assert theirs.publish("t", tensors)
+    news = ours.news("t")
+    assert news is not None
+    assert news.tensors is not None
+    assert all(torch.equal(news.tensors[name], tensor) for name, tensor in tensors.items())
+    assert ours.news("t") is None
+    assert theirs.news("t") is None
+    [name] = [key for key in redis.keys("evospec:adapter:*") if layout.fingerprint.hex()[:16].encode() in key]
+    for damaged in (b"no weights", redis.hget(name, "weights")[:-8]):  # type: ignore[index]
+        redis.hset(name, "weights", damaged)
+        redis.hincrby(name, "number", 1)
+        assert ours.news("t") is None
+    assert theirs.publish("t", {**tensors, next(iter(tensors)): torch.zeros(3)})
+    assert ours.news("t") is None
+    assert theirs.publish("t", None)
+    news = ours.news("t")
+    assert news is not None
+    assert news.tensors is None
+
+
+def test_without_redis_nobody_leads_and_nothing_is_new(layout: WeightLayout) -> None:
+    shared = SharedVersions("redis://127.0.0.1:1/0", layout)
+    assert not shared.leads("t")
+    assert not shared.publish("t", None)
+    assert shared.news("t") is None
+    shared.close()
