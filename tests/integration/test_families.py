@@ -126,7 +126,7 @@ def test_greedy_text_is_that_of_transformers(
     files = family.make(tmp_path / "model")
     engine = Engine(files, SETTINGS[setting], with_draft(files, tmp_path / "draft"))
     outputs = engine.generate(prompts, sampling)
-    check_greedy(transformers_model(files), prompts, outputs)
+    check_greedy(transformers_model(files), prompts, outputs, NUM_TOKENS)
     assert engine.num_drafted > 0
     assert (engine.core.stats().preemptions > 0) == (setting == "preemption")
     if setting == "chunks":
