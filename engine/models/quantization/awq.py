@@ -22,7 +22,6 @@ from engine.models.quantization.base import (
     Read,
     num_words,
     supported,
-    unpacked,
 )
 
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -63,5 +62,8 @@ class Awq(Quantization):
 
 def _rows(words: Array, n: int) -> Array:
     """int32 [columns, n / 8] → codes [n, columns]."""
-    codes = unpacked(words, 4, words.size * 8).reshape(*words.shape, 8)[..., _PLACES]
-    return np.ascontiguousarray(codes.reshape(len(words), -1)[:, :n].T)
+    words = np.ascontiguousarray(words.T)
+    codes = np.empty((len(words), 8, words.shape[1]), np.uint8)
+    for row, place in enumerate(_PLACES):
+        codes[:, row] = words >> 4 * place & 15
+    return codes.reshape(-1, words.shape[1])[:n]

@@ -58,8 +58,8 @@ class QuantizedMatrix:
         """[n, k]"""
         values = self.codes().astype(np.float32)
         if self.zeros is not None:
-            values -= self.zeros[:, self.groups]
-        values *= self.scales[:, self.groups]
+            values -= self.zeros.take(self.groups, axis=1)
+        values *= self.scales.take(self.groups, axis=1)
         return values
 
     @property
