@@ -30,6 +30,7 @@ from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from kernels import native
 from kernels.native import Team
+from tests.any_json import JSON
 from tests.native_models import check_model, hidden_by_position, random_tokens
 from tests.reference_logits import check_greedy, check_logits, load, logits_of, transformers_model
 from tests.tiny_drafts import Engine, Setting, with_draft
@@ -43,11 +44,6 @@ SETTINGS = {
 }
 FOR_KERNELS: dict[str, Any] = {"hidden_size": 128, "head_dim": 64}
 """The compiled kernels want multiples of 32, of dimensions that turn as well."""
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 as_gguf = pytest.mark.parametrize(
     "family", [family for family in FAMILIES.values() if family.has_gguf],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from engine.models.config import ModelError
 from engine.models.config_keys import ConfigKeys
 from engine.models.quantization.awq import Awq
 from engine.models.quantization.base import Quantization, supported
@@ -26,6 +27,9 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     for part in (keys, keys.section("text_config")):
         quantization = part.section("quantization_config")
         if quantization.values:
-            method = supported("quant_method", quantization.text("quant_method", ""), tuple(METHODS))
-            return METHODS[method](quantization)
+            try:
+                method = supported("quant_method", quantization.text("quant_method", ""), tuple(METHODS))
+                return METHODS[method](quantization)
+            except ModelError as error:
+                raise ModelError(f"quantization_config: {error}") from None
     return None
