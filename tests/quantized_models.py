@@ -24,18 +24,19 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True)
 class Integers:
-    """weight = scales * (codes - zeros), each of these [n, k]; ``codes`` are not negative."""
+    """weight = scale * (code - zero), with the scale and zero of a column's group."""
 
     codes: torch.Tensor
+    """[n, k], not negative"""
     group_scales: torch.Tensor
     """[n, groups]"""
     group_zeros: torch.Tensor
     group_of: torch.Tensor
+    """Of each column"""
 
     @property
     def dequantized(self) -> torch.Tensor:
-        codes, zeros = self.codes - self.group_zeros[:, self.group_of], self.group_scales.float()[:, self.group_of]
-        return codes.float() * zeros
+        return (self.codes - self.group_zeros[:, self.group_of]).float() * self.group_scales.float()[:, self.group_of]
 
 
 def quantize(
