@@ -17,6 +17,8 @@ from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 
 BLOCK_SIZE = 16
+MIN_MARGIN = 1e-4
+"""A smaller gap between the two largest logits could be rounding, and equality luck."""
 CPU = torch.device("cpu")
 
 
@@ -97,3 +99,14 @@ def check_logits(files: ModelFiles, reference: Any, token_ids: list[int], atol: 
     assert theirs > 0
     assert (narrow - exact).abs().mean() < 1.25 * theirs
     assert (narrow - rounded).abs().mean() < 1.5 * theirs
+
+
+def check_greedy(reference: Any, prompts: list[list[int]], outputs: list[list[int]], num_tokens: int) -> None:
+    """``reference`` would choose each of so many tokens after those before it."""
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert len(output) == num_tokens
+        with torch.inference_mode():
+            logits = reference(torch.tensor([prompt + output[:-1]])).logits[0, -num_tokens:]
+        best = logits.topk(2).values
+        assert (best[:, 0] - best[:, 1]).min() > MIN_MARGIN, "choose prompts without near ties"
+        assert output == logits.argmax(-1).tolist()

@@ -49,6 +49,17 @@ def make_draft_directory(directory: Path, files: ModelFiles) -> Path:
     return directory
 
 
+def with_draft(files: ModelFiles, directory: Path) -> SpeculationConfig:
+    """A random EAGLE-3 draft, whose vocabulary follows the sessions."""
+    return SpeculationConfig(
+        method="eagle3",
+        draft=str(make_draft_directory(directory, files)),
+        vocabulary="dynamic:64+32",
+        num_speculative_tokens=4,
+        adaptive=False,
+    )
+
+
 @dataclass(frozen=True)
 class Setting:
     """How an engine schedules, and what its prompts must go through."""

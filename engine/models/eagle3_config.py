@@ -12,7 +12,8 @@ import msgspec
 from safetensors import SafetensorError
 
 from engine.models.config import ModelError, ModelSpec, Rope
-from engine.models.safetensors_spec import SUPPORTED_DTYPES, Header, read_header
+from engine.models.quantization.base import FLOATS
+from engine.models.safetensors_spec import Header, read_header
 
 WEIGHTS_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"
@@ -158,8 +159,8 @@ def check_tensors(directory: Path, wanted: Mapping[str, tuple[int, ...]], header
         shape, dtype = header.get(name, (None, None))
         if wanted.get(name) != shape:
             raise ModelError(f"{directory}: {name} has the shape {shape}, must be {wanted.get(name)}")
-        if dtype not in SUPPORTED_DTYPES:
-            raise ModelError(f"{directory}: {name} is of type {dtype}, must be of {SUPPORTED_DTYPES}")
+        if dtype not in FLOATS:
+            raise ModelError(f"{directory}: {name} is of type {dtype}, must be of {FLOATS}")
 
 
 def check_sizes(config: Eagle3Config) -> None:

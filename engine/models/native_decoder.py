@@ -1,4 +1,4 @@
-"""Decoders of all families on the compiled CPU kernels, with GGUF weights multiplied as they are stored."""
+"""Decoders of all families on the compiled CPU kernels, with quantised weights multiplied as they are stored."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ class _Packer:
     ) -> MatrixPart:
         tensor = self._source.quantized(name)
         if keep and tensor is not None and self._format(name) != BF16_FORMAT:
-            return MatrixPart(row_map, int(tensor.type), blocks=tensor.blocks[row_ids])
+            return MatrixPart(row_map, int(tensor.type), blocks=tensor.blocks()[row_ids])
         return MatrixPart(row_map, values=self._source.dequantized(name)[row_ids])
 
     def _format(self, name: str) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from engine.models.config import ModelError, ModelSpec
 from engine.models.families.known import spec_from_config
+from engine.models.quantization.base import FLOATS, Part, Quantization
+from engine.models.quantization.known import quantization_of
 from engine.models.stored_tensors import stored_shapes
 
-SUPPORTED_DTYPES = ("F32", "F16", "BF16")
 Header = dict[str, tuple[tuple[int, ...], str | None]]
 """Shape and type of tensors by name; the types as safetensors calls them."""
 
@@ -24,18 +28,32 @@ def spec_from_directory(directory: Path) -> ModelSpec:
         ModelError: unsupported architecture or feature; missing, corrupt or truncated file or tensor.
     """
     spec = read_spec(directory)
-    _check_tensors(directory, spec)
+    _check_tensors(directory, spec, read_quantization(directory))
     return spec
 
 
 def read_spec(directory: Path) -> ModelSpec:
     """What ``config.json`` and ``generation_config.json`` (if there is one) say, or ``ModelError``."""
-    config = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
-    try:
+    with _config_of(directory) as config:
         return spec_from_config(config, read_json(generation) if generation.exists() else {})
+
+
+def read_quantization(directory: Path) -> Quantization | None:
+    """How ``config.json`` says that weights are quantised; None: they are not. ``ModelError`` if not supported."""
+    with _config_of(directory) as config:
+        return quantization_of(config)
+
+
+@contextmanager
+def _config_of(directory: Path) -> Iterator[dict[str, Any]]:
+    """``config.json``, which is named in a ``ModelError`` about it."""
+    path = directory / "config.json"
+    config = read_json(path)
+    try:
+        yield config
     except ModelError as error:
-        raise ModelError(f"{directory / 'config.json'}: {error}") from None
+        raise ModelError(f"{path}: {error}") from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -57,8 +75,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def text_name(stored: str) -> str:
-    """What a tensor is called in a model that reads text only, where its own model may read images too."""
+def plain_name(stored: str) -> str:
+    """What a tensor is called in a model that reads text only, where its own model may read images too.
+
+    The scales that DeepSeek calls ``weight_scale_inv`` are called as others call them.
+    """
+    stored = stored.replace(".weight_scale_inv", ".weight_scale")
     for prefix, replacement in (("model.language_model.", "model."), ("language_model.", "")):
         if stored.startswith(prefix):
             return replacement + stored.removeprefix(prefix)
@@ -72,19 +94,31 @@ def read_header(path: Path) -> Header:
         return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
 
 
-def _check_tensors(directory: Path, spec: ModelSpec) -> None:
-    missing = stored_shapes(spec, stacks_experts=False)
+def _check_tensors(directory: Path, spec: ModelSpec, quantization: Quantization | None) -> None:
+    stored: dict[str, tuple[Path, tuple[int, ...], str | None]] = {}
     for path in weight_files(directory):
         try:
             header = read_header(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: corrupt or truncated: {error}") from error
-        of_text = {text_name(name): info for name, info in header.items()}
-        for name in missing.keys() & of_text.keys():
-            (shape, dtype), wanted = of_text[name], missing.pop(name)
-            if shape != wanted:
-                raise ModelError(f"{path}: tensor {name!r} has the shape {shape}, must be {wanted}")
-            if dtype not in SUPPORTED_DTYPES:
-                raise ModelError(f"{path}: tensor {name!r} has the unsupported type {dtype}")
-    if missing:
-        raise ModelError(f"{directory}: tensor {min(missing)!r} is missing")
+        stored |= {plain_name(name): (path, shape, dtype) for name, (shape, dtype) in header.items()}
+    for name, (types, wanted) in sorted(_wanted(spec, quantization, stored).items()):
+        if name not in stored:
+            raise ModelError(f"{directory}: tensor {name!r} is missing")
+        path, shape, dtype = stored[name]
+        if shape != wanted and (wanted or prod(shape) != 1):  # a scalar may be a list of one
+            raise ModelError(f"{path}: tensor {name!r} has the shape {shape}, must be {wanted}")
+        if dtype not in types:
+            raise ModelError(f"{path}: tensor {name!r} has the unsupported type {dtype}")
+
+
+def _wanted(spec: ModelSpec, quantization: Quantization | None, stored: Container[str]) -> dict[str, Part]:
+    """The tensors that the files must have: a quantised matrix is several."""
+    wanted = {}
+    for name, shape in stored_shapes(spec, stacks_experts=False).items():
+        module = None if quantization is None else quantization.module_of(name, shape, stored)
+        if quantization is None or module is None:
+            wanted[name] = Part(FLOATS, shape)
+        else:
+            wanted |= {f"{module}.{part}": tensor for part, tensor in quantization.parts(*shape).items()}
+    return wanted

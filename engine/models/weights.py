@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from engine.models.config import ModelError, ModelFiles
 from engine.models.families.known import family_of
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
-from engine.models.safetensors_spec import read_spec, text_name, weight_files
+from engine.models.quantization.base import QuantizedMatrix
+from engine.models.safetensors_spec import plain_name, read_quantization, read_spec, weight_files
 from engine.models.stored_tensors import StoredRows, stored_rows
 
 _FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
@@ -26,13 +29,13 @@ _FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantiza
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A matrix as a GGUF file stores it.
+    """A matrix in the blocks of GGUF, as they are stored, or made of what other files store.
 
-    ``blocks`` is uint8 [rows, bytes per row], read-only and usually memory-mapped; ``shape`` is
-    (rows, columns) in weights. Rows follow the Hugging Face order (rotary halves, not interleaved).
+    ``blocks`` reads uint8 [rows, bytes per row], usually memory-mapped; ``shape`` is (rows, columns) in weights.
+    Rows follow the Hugging Face order (rotary halves, not interleaved).
     """
 
-    blocks: npt.NDArray[np.uint8]
+    blocks: Callable[[], npt.NDArray[np.uint8]]
     type: GGMLQuantizationType
     shape: tuple[int, ...]
 
@@ -49,7 +52,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def quantized(self, name: str) -> QuantizedTensor | None:
-        """The tensor's quantised blocks; None where it is stored as floating-point numbers."""
+        """The tensor's quantised blocks; None where it is stored as what no blocks can hold."""
 
 
 def open_weights(files: ModelFiles) -> WeightSource:
@@ -74,7 +77,7 @@ class _GGUFWeights(WeightSource):
 
     def quantized(self, name: str) -> QuantizedTensor | None:
         rows, kind = self._rows(name)
-        return None if kind in _FLOAT_TYPES else QuantizedTensor(rows, kind, self._shapes[name])
+        return None if kind in _FLOAT_TYPES else QuantizedTensor(lambda: rows, kind, self._shapes[name])
 
     def _rows(self, name: str) -> tuple[npt.NDArray[np.uint8], GGMLQuantizationType]:
         """The weight's bytes, one row of the matrix (or one element of a bias) a row."""
@@ -107,23 +110,49 @@ class _SafetensorsWeights(WeightSource):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         spec = read_spec(directory)
-        self._places = stored_rows(spec, stacks_experts=False)
+        self._quantization = read_quantization(directory)
+        self._places, self._shapes = stored_rows(spec, stacks_experts=False), spec.tensor_shapes()
         self._norm_offset = family_of(spec.architecture).norm_offset
         files: list[Any] = [safe_open(path, framework="pt") for path in weight_files(directory)]
-        self._stored = {text_name(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
+        self._stored = {plain_name(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
 
     def dequantized(self, name: str) -> torch.Tensor:
+        matrix = self._matrix(name)
+        if matrix is not None:
+            return torch.from_numpy(matrix.dequantized())
         place = self._place(name)
-        file, stored_name = self._stored[place.tensor]
-        tensor: torch.Tensor = file.get_slice(stored_name)[place.rows].float()
+        tensor: torch.Tensor = self._slice(place.tensor)[place.rows].float()
         return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def quantized(self, name: str) -> QuantizedTensor | None:
-        self._place(name)
-        return None
+        matrix = self._matrix(name)
+        kind = None if matrix is None else matrix.block_type
+        return None if matrix is None or kind is None else QuantizedTensor(matrix.blocks, kind, self._shapes[name])
+
+    def _matrix(self, name: str) -> QuantizedMatrix | None:
+        """None where it is stored as floating-point numbers."""
+        place, quantization = self._place(name), self._quantization
+        module = None if quantization is None else quantization.module_of(place.tensor, place.shape, self._stored)
+        if quantization is None or module is None:
+            return None
+        try:
+            matrix = quantization.matrix(partial(self._part, module), *place.shape)
+        except ModelError as error:
+            raise ModelError(f"{self._directory}: {module}: {error}") from None
+        return matrix.rows(place.rows)
+
+    def _part(self, module: str, part: str) -> npt.NDArray[Any]:
+        tensor: torch.Tensor = self._slice(f"{module}.{part}")[...]
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+    def _slice(self, name: str) -> Any:
+        """A stored tensor, of which nothing is read before it is indexed."""
+        if name not in self._stored:
+            raise ModelError(f"{self._directory}: no tensor {name!r}")
+        file, stored_name = self._stored[name]
+        return file.get_slice(stored_name)
 
     def _place(self, name: str) -> StoredRows:
-        place = self._places.get(name)
-        if place is None or place.tensor not in self._stored:
+        if name not in self._places:
             raise ModelError(f"{self._directory}: no tensor {name!r}")
-        return place
+        return self._places[name]

@@ -20,9 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters.target_parts import target_parts
-from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
-from engine.models.config import ModelError, ModelFiles
+from engine.models.config import ModelError
 from engine.models.decoder import RotaryEmbedding, rms_norm
 from engine.models.families.known import FAMILIES as KNOWN
 from engine.models.families.known import spec_from_config
@@ -31,26 +30,20 @@ from engine.models.registry import validate_model_files
 from engine.models.weights import open_weights
 from kernels import native
 from kernels.native import Team
+from tests.any_json import JSON
 from tests.native_models import check_model, hidden_by_position, random_tokens
-from tests.reference_logits import check_logits, load, logits_of, transformers_model
-from tests.tiny_drafts import Engine, Setting, make_draft_directory
+from tests.reference_logits import check_greedy, check_logits, load, logits_of, transformers_model
+from tests.tiny_drafts import Engine, Setting, with_draft
 from tests.tiny_families import FAMILIES, TinyFamily
 from tests.tiny_models import make_gguf, tiny_config
 
 NUM_TOKENS = 64
-MIN_MARGIN = 1e-4
-"""A smaller gap between the two largest logits could be rounding, and equality luck."""
 SETTINGS = {
     "chunks": Setting(prefix_caching=True, max_batched_tokens=20),
     "preemption": Setting(num_blocks=14),
 }
 FOR_KERNELS: dict[str, Any] = {"hidden_size": 128, "head_dim": 64}
 """The compiled kernels want multiples of 32, of dimensions that turn as well."""
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 as_gguf = pytest.mark.parametrize(
     "family", [family for family in FAMILIES.values() if family.has_gguf],
@@ -110,17 +103,6 @@ def test_the_text_part_of_a_model_that_reads_images_too(prefix: str, tmp_path: P
     assert torch.equal(logits_of(load(whole), random_tokens(40)), logits_of(load(alone), random_tokens(40)))
 
 
-def with_draft(files: ModelFiles, directory: Path) -> SpeculationConfig:
-    """A random EAGLE-3 draft, whose vocabulary follows the sessions."""
-    return SpeculationConfig(
-        method="eagle3",
-        draft=str(make_draft_directory(directory, files)),
-        vocabulary="dynamic:64+32",
-        num_speculative_tokens=4,
-        adaptive=False,
-    )
-
-
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
     tokens = random_tokens(90)
@@ -140,23 +122,12 @@ def test_greedy_text_is_that_of_transformers(
     files = family.make(tmp_path / "model")
     engine = Engine(files, SETTINGS[setting], with_draft(files, tmp_path / "draft"))
     outputs = engine.generate(prompts, sampling)
-    check_greedy(transformers_model(files), prompts, outputs)
+    check_greedy(transformers_model(files), prompts, outputs, NUM_TOKENS)
     assert engine.num_drafted > 0
     assert (engine.core.stats().preemptions > 0) == (setting == "preemption")
     if setting == "chunks":
         assert engine.generate(prompts, sampling) == outputs
         assert engine.num_cached_tokens > len(prompts) * 16
-
-
-def check_greedy(reference: Any, prompts: list[list[int]], outputs: list[list[int]]) -> None:
-    """``reference`` would choose each token after those before it."""
-    for prompt, output in zip(prompts, outputs, strict=True):
-        assert len(output) == NUM_TOKENS
-        with torch.inference_mode():
-            logits = reference(torch.tensor([prompt + output[:-1]])).logits[0, -NUM_TOKENS:]
-        best = logits.topk(2).values
-        assert (best[:, 0] - best[:, 1]).min() > MIN_MARGIN, "choose prompts without near ties"
-        assert output == logits.argmax(-1).tolist()
 
 
 @every_family

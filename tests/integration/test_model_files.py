@@ -128,7 +128,7 @@ def test_gguf_tensor_of_an_unsupported_feature_is_named(directory: Path, tmp_pat
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "long_factor is None, must be a list"),
         ({"rope_theta": 0.5}, "rope_theta is 0.5, must be more than 1"),
         ({"partial_rotary_factor": 0.1}, "1 dimensions turn, must be a positive even number"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "not supported: quantization_config"),
+        ({"quantization_config": {"quant_method": "quip"}}, "not supported: quant_method = 'quip' (supported: awq, "),
         ({"attention_bias": True}, "not supported: attention_bias"),
         ({"use_sliding_window": True}, "not supported: use_sliding_window"),
         ({"hidden_act": "gelu"}, "not supported: hidden_act"),

@@ -43,7 +43,7 @@ def read_decoder(config: ConfigKeys, activation_key: str = "hidden_act") -> Mode
     Raises:
         ModelError: a feature that is not supported, or a missing or ill-typed entry.
     """
-    config.refuse("quantization_config", "mlp_bias")
+    config.refuse("mlp_bias")
     num_heads, hidden_size = config.number("num_attention_heads", int), config.number("hidden_size", int)
     head_dim = config.number("head_dim", int, hidden_size // max(num_heads, 1))
     rope = read_rope(config, config.section("rope_parameters", "rope_scaling"), rotary_dim(config, head_dim))

@@ -49,7 +49,7 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     text = config.get("text_config")
     if not isinstance(text, Mapping):
         return config
-    shared = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "quantization_config")
+    shared = ("bos_token_id", "eos_token_id", "tie_word_embeddings")
     return {**{key: config[key] for key in shared if key in config}, **text}
 
 
