@@ -168,6 +168,8 @@ class EngineCore:
         self._emit(verified, outputs)
         clock.lap("commit")
         self._scheduler.record_seconds(plan, clock.seconds)
+        if self._speculator is not None:
+            self._speculator.record_step(plan, clock.seconds_without("draft"))
         return outputs, clock.timings(plan, vocabulary)
 
     def _plan(self, reservation: Reservation) -> SchedulerOutput:

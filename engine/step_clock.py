@@ -29,6 +29,10 @@ class StepClock:
         """Of all parts so far."""
         return sum(self._seconds.values())
 
+    def seconds_without(self, part: Part) -> float:
+        """Of all parts so far but one."""
+        return self.seconds - self._seconds[part]
+
     def timings(self, plan: SchedulerOutput, vocabulary: float) -> StepTimings:
         """The step is over; ``vocabulary``: the seconds of its drafting in which vocabularies learned."""
         return StepTimings(

@@ -20,7 +20,7 @@ from engine.request import Request
 from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.lookup import PromptLookup
 from engine.speculation.length.policy import Chain, LengthPolicy
-from engine.step_plan import DraftSlot
+from engine.step_plan import DraftSlot, SchedulerOutput
 from engine.verification import Verification
 
 log = structlog.get_logger(__name__)
@@ -149,6 +149,11 @@ class Speculator:
             self._policy.record_seconds(self._drafting_seconds + seconds)
             self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
         return seconds
+
+    def record_step(self, plan: SchedulerOutput, seconds: float) -> None:
+        """A step is over that took so long, its drafts left out."""
+        if not plan.num_prompt_tokens:
+            self._policy.record_step(plan.num_tokens, seconds)
 
     def _begun_later(self, verified: Sequence[Verification]) -> list[str]:
         """The new requests that get a vocabulary only when they are drafted for, because that may well never be."""

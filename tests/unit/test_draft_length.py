@@ -404,6 +404,27 @@ def test_drafts_that_take_what_was_expected_or_less_change_nothing() -> None:
     assert [costs.first_draft(size) for size in (1, 2)] == [1.0, 2.0]
 
 
+def test_a_step_that_takes_more_than_it_was_measured_to_makes_drafts_worth_more() -> None:
+    """What a step costs anyhow is shared by all of its tokens; what one more costs stays what it was."""
+    costs = ServedCosts(CHEAP)
+    before = [costs.verify(size) for size in (1, 2, 8)]
+    for _ in range(200):
+        costs.correct_rest(2, before[1] + 5.0)
+    after = [costs.verify(size) for size in (1, 2, 8)]
+    assert [now - then for now, then in zip(after, before, strict=True)] == pytest.approx([5.0] * 3, rel=0.01)
+    for _ in range(500):
+        costs.correct_rest(1, 0.5 * before[0])  # never cheaper than measured
+    assert [costs.verify(size) for size in (1, 2, 8)] == pytest.approx(before, abs=0.01)
+    dear = StepCosts(verify=Curve([(1, 1.0), (8, 8.0)]), first_draft=Curve([(1, 0.5)]), next_draft=Curve([(1, 0.5)]))
+    policy = NamedPolicy(dear)
+    for _ in range(200):
+        policy.record_drafts("a", chain_of(), [True], None)
+    assert lengths(policy, ["a"], [6]) == [0]
+    for _ in range(200):
+        policy.policy.record_step(1, 4.0)
+    assert lengths(policy, ["a"], [6])[0] > 0
+
+
 def test_costs_follow_what_drafts_take_but_not_a_single_step() -> None:
     costs = ServedCosts(CHEAP)
     costs.correct(1.0, 1000.0)

@@ -159,6 +159,10 @@ class AdaptiveLength(LengthPolicy):
         """What the step's drafts took, and what vocabularies learned of them."""
         self._costs.correct(self._expected_seconds, seconds)
 
+    def record_step(self, num_tokens: int, seconds: float) -> None:
+        """What a step without prompts took that verified so many tokens, its drafts left out."""
+        self._costs.correct_rest(num_tokens, seconds)
+
     def _chances(self, sequence: Draftable, num_sequences: int) -> list[float]:
         """For ``best_plan``; none where they are not worth reading the sequence's text."""
         chances = all_before(self._of_places(sequence, sequence.limit))

@@ -81,17 +81,22 @@ class StepCosts:
 
 
 class ServedCosts:
-    """Costs as measured at start, but drafts are dearer where they have been while serving.
+    """Costs as measured at start, but drafts and the rest of a step are dearer where they have been while serving.
 
-    At start sequences are made up: they have few n-grams to be looked up, and their vocabularies little to learn.
-    Never cheaper: what was measured is the shortest of a few times.
+    At start sequences are made up: they are short, have few n-grams to be looked up, and their vocabularies little to
+    learn. Never cheaper: what was measured is the shortest of a few times.
     """
 
     def __init__(self, measured: StepCosts) -> None:
         self._measured = measured
         self._ratio = 1.0
         """What drafts took / what was measured, with fading memory."""
-        self.verify = measured.verify
+        self._rest = 0.0
+        """Seconds that steps took more than verifying was measured to, drafts left out, with fading memory."""
+
+    def verify(self, size: int, /) -> float:
+        """All of a step but its drafts."""
+        return self._measured.verify(size) + self._rest
 
     @property
     def read(self) -> float:
@@ -107,6 +112,11 @@ class ServedCosts:
         """What a step's drafts were to take by these costs, and what they took."""
         if expected > 0.0:
             self._learn(min(self._factor * seconds / expected, _DEAREST), _RATE)
+
+    def correct_rest(self, size: int, seconds: float) -> None:
+        """What a step without prompts took that verified so many tokens, its drafts left out."""
+        measured = self._measured.verify(size)
+        self._rest += (min(max(seconds - measured, 0.0), _DEAREST * measured) - self._rest) * _RATE
 
     def idle(self) -> None:
         """A step without drafts: what they took is forgotten, so that they are tried again."""

@@ -115,6 +115,9 @@ class LengthPolicy:
     def record_seconds(self, seconds: float) -> None:
         """What a step's drafts took, and what vocabularies learned of them; of the chains last cut."""
 
+    def record_step(self, num_tokens: int, seconds: float) -> None:
+        """What a step without prompts took that verified so many tokens, its drafts left out."""
+
 
 @dataclass(frozen=True)
 class StopRule:
