@@ -23,8 +23,10 @@ from engine.speculation.length.policy import Chain, Draftable, LengthPolicy, Rep
 
 _MIN_WORTH = 0.1
 """Tokens that copying for a sequence must promise, all costs taken off: a tenth of what its step makes anyhow."""
-_CROWD, _QUIET_STEPS, _LOOK_INTERVAL = 8, 16, 4
-"""Where so many sequences get no drafts for so many steps, what might be drafted is looked for so seldom."""
+_CROWD = 8
+"""Sequences of a step."""
+_QUIET_STEPS, _LOOK_INTERVAL = 16, 4
+"""Where a crowd gets no drafts for so many steps, what might be drafted is looked for so seldom."""
 _PROBE_TOKENS = 2
 
 
@@ -160,8 +162,12 @@ class AdaptiveLength(LengthPolicy):
         self._costs.correct(self._expected_seconds, seconds)
 
     def record_step(self, num_tokens: int, seconds: float) -> None:
-        """What a step without prompts took that verified so many tokens, its drafts left out."""
-        self._costs.correct_rest(num_tokens, seconds)
+        """What a step without prompts took that verified so many tokens, its drafts left out.
+
+        Of a crowd's step what it takes more grows with its tokens, and is not to be told from what they cost.
+        """
+        if len(self._step) < _CROWD:
+            self._costs.correct_rest(num_tokens, seconds)
 
     def _chances(self, sequence: Draftable, num_sequences: int) -> list[float]:
         """For ``best_plan``; none where they are not worth reading the sequence's text."""
