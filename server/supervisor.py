@@ -112,8 +112,9 @@ class SupervisedProcess:
         try:
             await asyncio.wait({died, ready}, return_when=asyncio.FIRST_COMPLETED)
             if not ready.done():
-                ended = f"{_describe(died.result())}{self._last_words()}"
-                raise ProcessFailed(f"the {self.name} process ended before it was ready ({ended})")
+                code = died.result()
+                ended = f"the {self.name} process ended before it was ready ({_describe(code)}{self._last_words()})"
+                raise ProcessFailed(self._fatal.get(code, ended))
             await ready
         finally:
             died.cancel()

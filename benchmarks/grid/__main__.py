@@ -6,6 +6,7 @@ machine is everybody's. Every side's answers have to be the same, to their natur
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -71,7 +72,7 @@ def main(
     name: Annotated[str, typer.Option(help="Of the file in benchmarks/results.")] = "grid",
 ) -> None:
     """Run what the record does not have, and print all of it."""
-    path = RESULTS / f"{name}-{model}.jsonl"
+    path = RESULTS / f"{name}-{model}.jsonl.gz"
     sets = read_sets(prompts or evaluation_files(), count)
     done = {(cell["prompts"], cell["load"], cell["temperature"]) for cell in read(path)}
     wanted = cells(list(sets), load or [1, 8, 32], temperature or [0.0, 0.7])
@@ -82,7 +83,7 @@ def main(
         for number, cell in enumerate(left, start=1):
             console.print(f"{number} of {len(left)}: {cell}")
             record = run_cell(cell, sets[cell.prompts], engines, max_tokens)
-            with path.open("a") as file:
+            with gzip.open(path, "at") as file:
                 file.write(json.dumps({"environment": environment(), "model": model} | record) + "\n")
     for table in tables(read(path)):
         console.print(table)

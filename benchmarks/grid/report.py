@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -27,7 +28,10 @@ _LOOP = re.compile(r"(.{8,300}?)\1{2,}", re.DOTALL)
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The cells of a record."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if not path.is_file():
+        return []
+    with gzip.open(path, "rt") as file:
+        return [json.loads(line) for line in file]
 
 
 def ratio(ours: Requests, theirs: Requests) -> tuple[float, float, float]:
