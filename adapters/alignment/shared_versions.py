@@ -80,20 +80,23 @@ class SharedVersions:
         """What another server has published since the last call, if anything that fits this draft."""
         name = self._name(key)
         try:
-            number = int(self._redis.hget(name, "number") or 0)
-            if number == self._known.get(key, 0):
+            published = self._redis.hget(name, "number")
+            if published is None or int(published) == self._known.get(key):  # None: Redis may have lost it, too
                 return None
             found: list[Any] = self._redis.hmget(name, ["number", "weights"])
         except (RedisError, OSError):
             return None
-        self._known[key], data = int(found[0] or 0), found[1]
+        number, data = found
+        if number is None:
+            return None
+        self._known[key] = int(number)
         if not data:
             return SharedVersion(None)
         try:
             tensors = load(data)
             self._layout.check(tensors)
         except (SafetensorError, ValueError) as error:
-            log.warning("a shared adapter is refused", key=key, number=number, reason=str(error))
+            log.warning("a shared adapter is refused", key=key, number=int(number), reason=str(error))
             return None
         return SharedVersion(tensors)
 

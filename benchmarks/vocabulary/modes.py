@@ -108,5 +108,5 @@ def sizes_of(model: str, method: str = "eagle3") -> Sizes:
     num_special, vocab_size = len(always_drafted(tokenizer)), tokenizer.vocab_size
     ours = default_vocabulary(method, has_counts=True, vocab_size=vocab_size)
     if vocab_size >= _LARGE:
-        return Sizes(num_special, 32768, (8192, 32768), ours)
+        return Sizes(num_special, 32768, (8192, 4096), ours)
     return Sizes(num_special, vocab_size // 4, (3072, 8192), ours)

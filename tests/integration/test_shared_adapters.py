@@ -147,6 +147,10 @@ def test_weights_of_another_draft_are_not_seen_and_damaged_ones_refused(valkey_u
     news = ours.news("t")
     assert news is not None
     assert news.tensors is None
+    redis.flushall()
+    assert ours.news("t") is None  # what Redis has lost stays in force
+    assert theirs.publish("t", tensors)
+    assert ours.news("t") is not None
 
 
 def test_without_redis_nobody_leads_and_nothing_is_new(layout: WeightLayout) -> None:

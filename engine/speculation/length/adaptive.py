@@ -24,7 +24,7 @@ from engine.speculation.length.policy import Chain, Draftable, LengthPolicy, Rep
 _MIN_WORTH = 0.1
 """Tokens that copying for a sequence must promise, all costs taken off: a tenth of what its step makes anyhow."""
 _CROWD = 8
-"""Sequences of a step."""
+"""So many sequences of a step, or more."""
 _QUIET_STEPS, _LOOK_INTERVAL = 16, 4
 """Where a crowd gets no drafts for so many steps, what might be drafted is looked for so seldom."""
 _PROBE_TOKENS = 2
