@@ -41,6 +41,7 @@ FIRST = CHUNK // 2
 """The first position of a chunk that counts."""
 ROWS = 4
 """Positions of a step, as when three drafts are verified."""
+_NOTHING = 1e-9
 SERVED, LLAMA = "EvoSpec", "llama.cpp"
 LLAMA_CPP, PERPLEXITY = LlamaCpp(), "llama-perplexity"
 DOMAINS = {"law": ("law",), "medicine": ("medicine",), "general": ("mt_bench", "qa", "rag")}
@@ -57,9 +58,17 @@ class Distance:
     surprise: list[float] = field(default_factory=list)
     """By how many nats the text's next token is less likely."""
 
-    def add(self, reference: torch.Tensor, log_probs: torch.Tensor, following: torch.Tensor) -> None:
-        """Positions [n, vocab] of log-probabilities, and the tokens [n] that follow them."""
-        self.divergence += (reference.exp() * (reference - log_probs)).sum(1, dtype=torch.float64).tolist()
+    def add(
+        self, reference: torch.Tensor, log_probs: torch.Tensor, following: torch.Tensor, known: torch.Tensor
+    ) -> None:
+        """Positions [n, vocab] of log-probabilities, and the tokens [n] that follow them.
+
+        Those that are not ``known`` [n, vocab] count as one token: llama.cpp writes nothing below 16 nats.
+        """
+        p, q = ((one.exp() * known).double() for one in (reference, log_probs))
+        rest_p, rest_q = ((1 - one.sum(1)).clamp(min=_NOTHING) for one in (p, q))
+        of_known = (p * (reference - log_probs)).nan_to_num().sum(1)
+        self.divergence += (of_known + rest_p * (rest_p / rest_q).log()).tolist()
         self.same_top += (reference.argmax(1) == log_probs.argmax(1)).double().tolist()
         self.surprise += (reference - log_probs).gather(1, following[:, None])[:, 0].tolist()
 
@@ -131,8 +140,9 @@ def compare(model: str, texts: Mapping[str, str], count: int, console: Console) 
             for tokens, log_probs in llama_chunks(gguf_path(model), file, count, scratch):
                 reference = exact.log_probs(tokens)
                 following = torch.tensor(tokens[FIRST + 1 :])
-                ours.add(reference, served.log_probs(tokens), following)
-                theirs.add(reference, log_probs, following)
+                known = log_probs > log_probs.amin(1, keepdim=True)
+                ours.add(reference, served.log_probs(tokens), following, known)
+                theirs.add(reference, log_probs, following, known)
             console.print(f"[dim]{model}, {domain}: {len(ours.same_top)} positions[/dim]")
     return distances
 
