@@ -48,15 +48,15 @@ class Server:
         self.worker: AdapterWorker = eager_worker(self.config, draft)
 
 
-def step_both_until(servers: tuple[Server, Server], condition: Callable[[], bool], seconds: float = 10) -> None:
-    """As long as a version may take from one server to the other."""
+def step_both_until(servers: tuple[Server, Server], condition: Callable[[], bool]) -> None:
+    """Until what one server has put in force has come to the other."""
     first, second = servers
 
     def has_come() -> bool:
         second.worker.step()
         return condition()
 
-    step_until(first.worker, has_come, seconds)
+    step_until(first.worker, has_come)
 
 
 @pytest.fixture
