@@ -127,13 +127,15 @@ async def tokenize_prompts(
     400 for a text that is too long to be worth tokenising, and for a suffix where there can be none.
     """
     prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    if suffix:
-        prompts = [_with_gap(tokenizer, item, suffix) for item in prompts]
 
     def tokenize() -> list[TokenizedPrompt]:
         for item in prompts:
             if isinstance(item, str):
                 check_length(item, "prompt", tokenizer, info)
+        if suffix:
+            check_length(suffix, "suffix", tokenizer, info)
+            # One text at a time: all prompts with the suffix together may be far more than the request.
+            return [TokenizedPrompt(tokenizer.encode(_with_gap(tokenizer, item, suffix))) for item in prompts]
         return [
             TokenizedPrompt(tokenizer.encode(item), item) if isinstance(item, str) else TokenizedPrompt(item)
             for item in prompts

@@ -13,18 +13,13 @@ from matplotlib.axes import Axes
 from benchmarks.common.drafting import NONE
 from benchmarks.common.machine import RESULTS
 from benchmarks.grid.plan import DEFAULT, LOOKUP
-from benchmarks.grid.report import of_side, ratio, read
+from benchmarks.grid.report import of_side, ratio, read, sides_of_all
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 COLOURS = {1: "#c2410c", 8: "#0f766e", 32: "#1d4ed8"}
 """By requests at a time."""
-
-
-def rivals(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The sides that are in all cells, but the default."""
-    return [side for side in cells[0]["sides"] if side != DEFAULT and all(side in cell["sides"] for cell in cells)]
 
 
 def label(side: str) -> str:
@@ -34,7 +29,7 @@ def label(side: str) -> str:
 
 def draw(panel: Axes, cells: Sequence[Mapping[str, Any]], title: str) -> None:
     """A line for each rival, a point for each load, with its interval."""
-    names = rivals(cells)
+    names = [side for side in sides_of_all(cells) if side != DEFAULT]
     loads = sorted({cell["load"] for cell in cells})
     for number, load in enumerate(loads):
         of_load = [cell for cell in cells if cell["load"] == load]

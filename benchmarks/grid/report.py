@@ -64,13 +64,18 @@ def of_side(cells: Sequence[Mapping[str, Any]], side: str) -> list[Mapping[str, 
     return [request for cell in cells for request in cell["sides"][side]["requests"]]
 
 
+def sides_of_all(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The sides that are in all cells."""
+    return [side for side in cells[0]["sides"] if all(side in cell["sides"] for cell in cells)]
+
+
 def table(cells: Sequence[Mapping[str, Any]], title: str) -> Table:
     """The sides in some cells: their speed, how many times it the default has, over all and by prompts."""
     names = [cell["prompts"] for cell in cells]
     lines = Table("side", title=title)
     for header in ("tokens/s", "first, ms", "gaps p50 p90 p99, ms", "accepted", "default to it", *names):
         lines.add_column(header, justify="right")
-    for side in cells[0]["sides"]:
+    for side in sides_of_all(cells):
         requests = of_side(cells, side)
         speed = sum(one["num_tokens"] for one in requests) / sum(one["cost"] for one in requests)
         first = percentiles([one["first"] for one in requests]).p50

@@ -144,7 +144,7 @@ def main(
     model: Annotated[list[str] | None, typer.Option(help="Default: smollm2-135m and qwen2.5-coder-0.5b.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(help="Default: 1, 8 and 32.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the ratios' spread is over them.")] = 3,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per request; EOS is ignored.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of an answer, at most.")] = 128,
     quiet_seconds: Annotated[
         float, typer.Option(help="Longest wait before each measurement until other processes are idle.")
     ] = 30.0,

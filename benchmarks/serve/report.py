@@ -55,7 +55,7 @@ def summary_tables(record: dict[str, Any]) -> Iterator[Table]:
     """One table a model: medians over the rounds, least and greatest in brackets."""
     plan = record["plan"]
     for model in plan["models"]:
-        table = Table(title=f"{model}, greedy, {plan['max_tokens']} tokens a request, {plan['rounds']} rounds")
+        table = Table(title=f"{model}, greedy, {plan['max_tokens']} tokens a request at most, {plan['rounds']} rounds")
         for header in ("concurrency", "side", "tok/s", "evospec / side", "TTFT p50 ms", "p99", "ITL p50 ms", "p99"):
             table.add_column(header, justify="left" if header == "side" else "right")
         table.add_column("other load %", justify="right")
