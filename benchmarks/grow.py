@@ -10,90 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-import secrets
 import shutil
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import gguf
 import numpy as np
 import typer
 import uvloop
 
-from benchmarks.common.client import Speculation, stream
 from benchmarks.common.environment import environment
+from benchmarks.common.learning_server import LearningServer, serving
 from benchmarks.common.machine import RESULTS
-from benchmarks.common.process import LOGS, Launch, free_port, running
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
-from server.tenants import hash_key
 
 _MODEL = "smollm2-perturbed"
 _NOISE = 0.03
 _STATE_SECONDS = 5.0
 GROWN, COPIES, NONE = "grown", "copies", "none"
-
-
-class Server:
-    """``evospec serve`` at ``url``, and its operator's key."""
-
-    def __init__(self, url: str, admin: str) -> None:
-        self.url, self._admin = url, admin
-
-    async def ask(self, prompt: str, max_tokens: int, drafts: bool = True) -> dict[str, Any]:
-        """A greedy answer; tokens, seconds, and draft tokens that were right, copied ones included."""
-        body: dict[str, Any] = {"model": _MODEL, "messages": [{"role": "user", "content": prompt}], "stream": True}
-        body |= {"max_tokens": max_tokens, "temperature": 0, "stream_options": {"include_usage": True}}
-        if not drafts:
-            body["num_speculative_tokens"] = 0
-        result = await stream(f"{self.url}/v1/chat/completions", body)
-        if result.error is not None:
-            raise RuntimeError(result.error)
-        accepted = (result.speculation or Speculation()).num_accepted_draft_tokens
-        first = (result.token_times or [result.end])[0]
-        return {
-            "prompt_tokens": result.prompt_tokens,
-            "tokens": result.completion_tokens,
-            "accepted": accepted,
-            "seconds": result.end - result.start,
-            "decoding": result.end - first,
-            "text": hash(result.text),
-        }
-
-    def state(self) -> dict[str, Any]:
-        """What the worker says of the draft; empty before it has heard of any traffic."""
-        data = self._call("GET", "/v1/adapters")["data"]
-        return data[0]["status"] if data else {}
-
-    def freeze(self, is_frozen: bool) -> None:
-        """Let the worker learn no more, or again."""
-        key = self._call("GET", "/v1/adapters")["data"][0]["key"]
-        self._call("POST", f"/v1/adapters/{quote(key, safe='')}/{'freeze' if is_frozen else 'unfreeze'}")
-        while self.state()["is_frozen"] != is_frozen:
-            time.sleep(1.0)
-
-    def _call(self, method: str, path: str) -> Any:
-        headers = {"Authorization": f"Bearer {self._admin}"}
-        request = urllib.request.Request(self.url + path, method=method, headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
-
-
-@contextmanager
-def serving(model: Path, name: str, options: Sequence[str]) -> Iterator[Server]:
-    """Runs a server until the block ends."""
-    port, admin = free_port(), secrets.token_urlsafe(16)
-    own = ["--port", str(port), "--auth.admin_key", hash_key(admin)]
-    command = [sys.executable, "-m", "benchmarks.common.experiments", "serve", str(model), *own, *options]
-    with running(Launch(command), port, LOGS / f"grow-{name}.log"):
-        yield Server(f"http://127.0.0.1:{port}", admin)
 
 
 def perturbed_model(directory: Path) -> Path:
@@ -118,7 +57,7 @@ def read_prompts(paths: Sequence[Path]) -> list[str]:
 
 
 async def follow(
-    server: Server,
+    server: LearningServer,
     prompts: Sequence[str],
     minutes: float,
     clients: int,
@@ -148,7 +87,9 @@ async def follow(
     record["states"].append(record["seen"] | {"state": server.state()})
 
 
-async def measure(grown: Server, plain: Server, prompts: Sequence[str], tokens: int, record: dict[str, Any]) -> None:
+async def measure(
+    grown: LearningServer, plain: LearningServer, prompts: Sequence[str], tokens: int, record: dict[str, Any]
+) -> None:
     """Held-out prompts by each side in turn, one request at a time; the other way round every other time."""
     sides = [(GROWN, grown, True), (COPIES, plain, True), (NONE, plain, False)]
     for number, prompt in enumerate(prompts):
@@ -220,13 +161,13 @@ def main(
     for value in option or []:
         name, _, value = value.partition("=")
         growing += [f"--engine.alignment.{name}", value]
-    with serving(model, GROWN, growing) as grown:
+    with serving(str(model), _MODEL, "grow-grown", growing) as grown:
         uvloop.run(follow(grown, read_prompts(stream_files), minutes, clients, pause, max_tokens, record))
         saved.write_text(json.dumps(record))
         if prompts:
             record["held_out"] = []
             grown.freeze(True)  # it is the draft that is measured, not a machine shared with its training
-            with serving(model, COPIES, []) as plain:
+            with serving(str(model), _MODEL, "grow-copies", []) as plain:
                 uvloop.run(measure(grown, plain, read_prompts(held_out)[:prompts], max_tokens, record))
             grown.freeze(False)
             record["summary"] = summary(record["held_out"])

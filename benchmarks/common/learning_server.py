@@ -1,0 +1,72 @@
+"""A server that learns, as its clients and its operator see it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import quote
+
+from benchmarks.common.client import Speculation, stream
+from benchmarks.common.process import LOGS, Launch, free_port, running
+from server.tenants import hash_key
+
+
+class LearningServer:
+    """``evospec serve`` at ``url``, the name of its model, and its operator's key."""
+
+    def __init__(self, url: str, model: str, admin: str) -> None:
+        self.url, self._model, self._admin = url, model, admin
+
+    async def ask(self, prompt: str, max_tokens: int, drafts: bool = True) -> dict[str, Any]:
+        """A greedy answer; tokens, seconds, and draft tokens that were right, copied ones included."""
+        body: dict[str, Any] = {"model": self._model, "messages": [{"role": "user", "content": prompt}], "stream": True}
+        body |= {"max_tokens": max_tokens, "temperature": 0, "stream_options": {"include_usage": True}}
+        if not drafts:
+            body["num_speculative_tokens"] = 0
+        result = await stream(f"{self.url}/v1/chat/completions", body)
+        if result.error is not None:
+            raise RuntimeError(result.error)
+        accepted = (result.speculation or Speculation()).num_accepted_draft_tokens
+        first = (result.token_times or [result.end])[0]
+        return {
+            "prompt_tokens": result.prompt_tokens,
+            "tokens": result.completion_tokens,
+            "accepted": accepted,
+            "seconds": result.end - result.start,
+            "decoding": result.end - first,
+            "text": hash(result.text),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What the worker says of the draft; empty before it has heard of any traffic."""
+        data = self._call("GET", "/v1/adapters")["data"]
+        return data[0]["status"] if data else {}
+
+    def freeze(self, is_frozen: bool) -> None:
+        """Let the worker learn no more, or again."""
+        key = self._call("GET", "/v1/adapters")["data"][0]["key"]
+        self._call("POST", f"/v1/adapters/{quote(key, safe='')}/{'freeze' if is_frozen else 'unfreeze'}")
+        while self.state()["is_frozen"] != is_frozen:
+            time.sleep(1.0)
+
+    def _call(self, method: str, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {self._admin}"}
+        request = urllib.request.Request(self.url + path, method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read())
+
+
+@contextmanager
+def serving(model: str, name: str, log: str, options: Sequence[str]) -> Iterator[LearningServer]:
+    """Runs ``evospec serve MODEL``, which calls the model ``name``, until the block ends."""
+    port, admin = free_port(), secrets.token_urlsafe(16)
+    own = ["--port", str(port), "--auth.admin_key", hash_key(admin)]
+    command = [sys.executable, "-m", "benchmarks.common.experiments", "serve", model, *own, *options]
+    with running(Launch(command), port, LOGS / f"{log}.log"):
+        yield LearningServer(f"http://127.0.0.1:{port}", name, admin)

@@ -1,0 +1,211 @@
+"""An hour of traffic in minutes, with learning and without: ``python -m benchmarks.hour``.
+
+Two servers with default settings, of which one learns. Clients send bursts of a domain's stream prompts to one and then
+to the other, and nothing between the bursts, where there is time to learn. After each domain learning is stopped for a
+while, and held-out prompts are asked of both in turn, one at a time: of that domain, of those before it, and at the end
+of all sets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common.environment import environment
+from benchmarks.common.learning_server import LearningServer, serving
+from benchmarks.common.machine import RESULTS
+from benchmarks.prompts.sets import DATA, HUMANEVAL, evaluation_files, read_sets
+
+LEARNING, FIXED = "learning", "fixed"
+SAMPLES = 1000
+"""Of the bootstrap."""
+_TRIAL_SETS = "*-trial.jsonl"
+Answers = Mapping[str, Mapping[str, Any]]
+"""What each side answered to a prompt."""
+
+
+async def burst(server: LearningServer, prompts: Sequence[str], clients: int, max_tokens: int) -> dict[str, float]:
+    """Ask some prompts, ``clients`` at a time; tokens, draft tokens that were right, and seconds to the last answer."""
+    waiting, answers = iter(prompts), list[dict[str, Any]]()
+
+    async def client() -> None:
+        for prompt in waiting:
+            answers.append(await server.ask(prompt, max_tokens))
+
+    started = time.monotonic()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    totals = {name: sum(answer[name] for answer in answers) for name in ("tokens", "accepted")}
+    return totals | {"seconds": time.monotonic() - started}
+
+
+async def held_out(sides: Mapping[str, LearningServer], prompts: Sequence[str], max_tokens: int) -> list[Answers]:
+    """Prompts one at a time, to either side first in turn."""
+    found = list[Answers]()
+    for number, prompt in enumerate(prompts):
+        names = [LEARNING, FIXED] if number % 2 else [FIXED, LEARNING]
+        found.append({name: await sides[name].ask(prompt, max_tokens) for name in names})
+    return found
+
+
+class Hour:
+    """What is asked, and what was seen so far.
+
+    Args:
+        sides: the two servers.
+        sets: held-out prompts by the name of their set.
+        sizes: ``bursts`` of a domain, requests ``each``, ``clients``, ``pause`` between bursts (s), ``max_tokens``.
+        record: grows.
+        path: where it is written after each step.
+    """
+
+    def __init__(
+        self,
+        sides: Mapping[str, LearningServer],
+        sets: Mapping[str, Sequence[str]],
+        sizes: Mapping[str, int],
+        record: dict[str, Any],
+        path: Path,
+    ) -> None:
+        self._sides, self._sets, self._sizes, self._record, self._path = sides, sets, sizes, record, path
+
+    async def run(self, streams: Mapping[str, Sequence[str]]) -> None:
+        """One domain after another, one tenant."""
+        for number, (domain, prompts) in enumerate(streams.items()):
+            await self._stream(domain, prompts)
+            is_last = number == len(streams) - 1
+            self._sides[LEARNING].freeze(True)
+            for name in [name for name in self._sets if self._sets[name]] if is_last else list(streams)[: number + 1]:
+                answers = await held_out(self._sides, self._sets[name], self._sizes["max_tokens"])
+                self._note("held_out", {"after": domain, "set": name, "answers": answers})
+            self._sides[LEARNING].freeze(False)
+
+    async def _stream(self, domain: str, prompts: Sequence[str]) -> None:
+        waiting = cycle(prompts)
+        for number in range(self._sizes["bursts"]):
+            chosen = list(islice(waiting, self._sizes["each"]))
+            seen: dict[str, Any] = {"domain": domain}
+            for name in [LEARNING, FIXED] if number % 2 else [FIXED, LEARNING]:
+                seen[name] = await burst(self._sides[name], chosen, self._sizes["clients"], self._sizes["max_tokens"])
+            await asyncio.sleep(self._sizes["pause"])
+            self._note("bursts", seen | {"state": self._sides[LEARNING].state()})
+
+    def _note(self, kind: str, seen: dict[str, Any]) -> None:
+        self._record[kind].append(seen)
+        self._path.write_text(json.dumps(self._record))
+        if kind == "bursts":
+            speeds = {name: seen[name]["tokens"] / seen[name]["seconds"] for name in (LEARNING, FIXED)}
+            state = {name: seen["state"].get(name) for name in ("num_updates", "num_published", "agreement")}
+            typer.echo(
+                f"{seen['domain']}: {speeds[LEARNING] / speeds[FIXED]:.2f} of {speeds[FIXED]:.0f} tok/s, {state}"
+            )
+
+
+def ratios(answers: Sequence[Answers]) -> dict[str, list[float]]:
+    """How many times the fixed side's acceptance length and tokens a second the learning side has.
+
+    Each with the ends of a 95 % bootstrap interval over prompts. The acceptance length is tokens a verification, in
+    which steps without drafts count.
+    """
+
+    def length(sample: Sequence[Answers], side: str) -> float:
+        tokens, accepted = (sum(each[side][name] for each in sample) for name in ("tokens", "accepted"))
+        return float(tokens / (tokens - accepted))
+
+    def speed(sample: Sequence[Answers], side: str) -> float:
+        tokens, seconds = (sum(each[side][name] for each in sample) for name in ("tokens", "seconds"))
+        return float(tokens / seconds)
+
+    found = {}
+    for name, of in (("length", length), ("speed", speed)):
+        rng = random.Random(0)
+        samples = [answers, *(rng.choices(answers, k=len(answers)) for _ in range(SAMPLES))]
+        middle, *others = (of(sample, LEARNING) / of(sample, FIXED) for sample in samples)
+        others.sort()
+        found[name] = [middle, others[SAMPLES // 40], others[-SAMPLES // 40]]
+    return found
+
+
+def report(record: Mapping[str, Any], console: Console) -> None:
+    """Held-out prompts, then the bursts of each domain."""
+    lines = Table("after", "asked", "prompts", "acceptance length", "tokens/s", "equal answers", title=record["model"])
+    for each in record["held_out"]:
+        answers = each["answers"]
+        equal = sum(one[LEARNING]["text"] == one[FIXED]["text"] for one in answers)
+        found = ratios(answers)
+        cells = (f"{middle:.3f} ({low:.3f}–{high:.3f})" for middle, low, high in (found["length"], found["speed"]))
+        lines.add_row(each["after"], each["set"], str(len(answers)), *cells, str(equal))
+    console.print(lines)
+    for domain in dict.fromkeys(each["domain"] for each in record["bursts"]):
+        of_domain = [each for each in record["bursts"] if each["domain"] == domain]
+        console.print(f"{domain}, bursts: {burst_speed(of_domain):.3f} times the tokens/s, {of_domain[-1]['state']}")
+
+
+def burst_speed(bursts: Iterable[Mapping[str, Any]]) -> float:
+    """How many times the fixed side's tokens a second the learning side has, over some bursts together."""
+    bursts = list(bursts)
+    tokens, seconds = (
+        {side: sum(each[side][name] for each in bursts) for side in (LEARNING, FIXED)} for name in ("tokens", "seconds")
+    )
+    return float(tokens[LEARNING] / seconds[LEARNING] / (tokens[FIXED] / seconds[FIXED]))
+
+
+def main(
+    model: Annotated[str, typer.Option(help="With a draft of this project.")] = "qwen2.5-coder-0.5b",
+    domain: Annotated[list[str] | None, typer.Option(help="Repeatable; each has DOMAIN-stream.jsonl.")] = None,
+    data: Annotated[Path, typer.Option(help="Directory of the streams and of the evaluation prompts.")] = DATA,
+    trial: Annotated[bool, typer.Option(help="Measure with trial prompts, to choose options by.")] = False,
+    bursts: Annotated[int, typer.Option(min=1, help="Of each domain.")] = 15,
+    each: Annotated[int, typer.Option(min=1, help="Requests of a burst.")] = 16,
+    clients: Annotated[int, typer.Option(min=1, help="At once in a burst.")] = 8,
+    pause: Annotated[int, typer.Option(min=0, help="Seconds after a burst.")] = 30,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of a domain.")] = 30,
+    others: Annotated[int, typer.Option(min=0, help="Held-out prompts of each set of another domain.")] = 10,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 256,
+    option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of engine.alignment; repeatable.")] = None,
+    name: Annotated[str, typer.Option(help="First part of the record's name in benchmarks/results.")] = "hour",
+) -> None:
+    """Serves, asks, writes the record and prints what it says."""
+    domains = domain or ["law", "medicine"]
+    files = sorted(data.glob(_TRIAL_SETS)) if trial else evaluation_files()
+    chosen = {key.removesuffix("-trial"): value for key, value in read_sets(files, max(prompts, others)).items()}
+    if trial:
+        del chosen[HUMANEVAL]
+    sets = {
+        key: [messages[-1]["content"] for messages in value[: prompts if key in domains else others]]
+        for key, value in chosen.items()
+    }
+    streams = {
+        key: [json.loads(line)["prompt"] for line in (data / f"{key}-stream.jsonl").read_text().splitlines()]
+        for key in domains
+    }
+    record = {"command": sys.argv[1:], "environment": environment(), "model": model, "bursts": [], "held_out": []}
+    sizes = {"bursts": bursts, "each": each, "clients": clients, "pause": pause, "max_tokens": max_tokens}
+    path = RESULTS / f"{name}-{model}.json"
+    with tempfile.TemporaryDirectory(prefix="evospec-hour-") as state:
+        learning = ["--engine.alignment.state_directory", state]
+        for value in option or []:
+            key, _, value = value.partition("=")
+            learning += [f"--engine.alignment.{key}", value]
+        with (
+            serving(model, model, "hour-learning", learning) as one,
+            serving(model, model, "hour-fixed", ["--no-alignment.enabled"]) as other,
+        ):
+            uvloop.run(Hour({LEARNING: one, FIXED: other}, sets, sizes, record, path).run(streams))
+    report(record, Console(width=160))
+
+
+if __name__ == "__main__":
+    typer.run(main)
