@@ -87,15 +87,15 @@ class TokenLogConfig(Section):
 class TrainingConfig(Section):
     """How the worker trains."""
 
-    learning_rate: float = Field(default=2e-3, gt=0, description="Of AdamW.")
+    learning_rate: float = Field(default=4e-3, gt=0, description="Of AdamW.")
     beta: float = Field(
         default=0.3,
         ge=0,
         description="How much more seldom later steps are trained the worse the first one is; 0: all alike.",
     )
     temperature: float = Field(default=1.0, gt=0, description="Softens both distributions of the loss.")
-    horizon: int = Field(default=6, ge=1, le=8, description="Draft steps that are trained, at most.")
-    batch_positions: int = Field(default=64, ge=1, description="Positions of an update, at least.")
+    horizon: int = Field(default=4, ge=1, le=8, description="Draft steps that are trained, at most.")
+    batch_positions: int = Field(default=256, ge=1, description="Positions of an update, at least.")
     random_rows: int = Field(
         default=1024, ge=0, description="Random rows of the head that an update counts as wrong answers."
     )

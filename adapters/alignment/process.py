@@ -10,17 +10,22 @@ from contextlib import suppress
 from pathlib import Path
 
 _libc = ctypes.CDLL(None)
+_GREATEST_NICENESS = 19
 
 
 def yield_to_others(niceness: int) -> None:
     """Let every other process go first.
 
     A session of its own is a group of its own to Linux's autogroups, within which alone niceness counts; so the group
-    is niced as well.
+    is niced as well. At the greatest niceness Linux takes the core away as soon as anybody else wants one, where else
+    it would wait for a turn to end; threads that are started later have it from this one.
     """
     os.nice(niceness)
     with suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(niceness))
+    if niceness == _GREATEST_NICENESS and sys.platform == "linux":
+        with suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def give_back_memory() -> None:

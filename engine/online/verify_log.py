@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
-_SAVED_SECONDS = 0.1
-"""So much of the time for logging can be saved up: after a pause hundreds of steps are logged."""
+_SAVED_SECONDS = 0.5
+"""So much of the time for logging can be saved up: after a pause a burst is logged whole."""
 _CONTEXT_SECONDS = 3.0
 """After so long without a record a request's context comes again: the worker gives a silent request up after five."""
 

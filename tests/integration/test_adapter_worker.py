@@ -72,7 +72,7 @@ def make_config(directory: Path, url: str) -> AdaptersConfig:
         shared_directory=directory / "shm",
         state_directory=directory / "state",
         log=TokenLogConfig(stream=f"log:{directory.name}", top_k=8, ring_rows=16384, interval_seconds=0.05),
-        training=TrainingConfig(learning_rate=3e-3, updates_per_version=8),
+        training=TrainingConfig(learning_rate=3e-3, batch_positions=64, updates_per_version=8),
         replay=ReplayConfig(segment_positions=40, context_positions=8),
         guard=GuardConfig(min_held_out=48, min_watched=32, watched_records=256),
         pace=PaceConfig(step_seconds=10.0),

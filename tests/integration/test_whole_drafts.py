@@ -105,7 +105,9 @@ def eager_config(directory: Path, url: str) -> AdaptersConfig:
     return make_alignment(directory / "shared", url, "whole").model_copy(
         update={
             "state_directory": directory / "state",
-            "training": TrainingConfig(learning_rate=0.3, horizon=4, updates_per_version=8, updates_per_batch=12),
+            "training": TrainingConfig(
+                learning_rate=0.3, batch_positions=64, updates_per_version=8, updates_per_batch=12
+            ),
             "replay": ReplayConfig(segment_positions=32, context_positions=8),
             "guard": GuardConfig(min_held_out=24, min_watched=32, watched_records=128),
             "pace": PaceConfig(step_seconds=10.0),

@@ -28,13 +28,13 @@ REQUESTS = 8
 NEVER = 1_000_000
 EAGER = AdaptersConfig(
     rank=4,
-    training=TrainingConfig(updates_per_version=1),
+    training=TrainingConfig(updates_per_version=1, batch_positions=64),
     guard=GuardConfig(min_held_out=1, min_watched=32, watched_records=256),
     replay=ReplayConfig(held_out_share=0.5),
 )
 PATIENT = AdaptersConfig(
     rank=4,
-    training=TrainingConfig(updates_per_version=NEVER),
+    training=TrainingConfig(updates_per_version=NEVER, batch_positions=64),
     replay=ReplayConfig(held_out_share=1e-9),
 )
 
