@@ -48,8 +48,6 @@ class EagleAdapters:
     """Whether training changes how the draft fuses the target's features, and so wants them as they were."""
     records_output = False
     """Whether training wants the output of the target's last layer, too: behind the features."""
-    logs_every_step = False
-    """Whether it learns from steps without a draft as well."""
 
     def __init__(self, config: AdaptersConfig, draft: Eagle3, base: str) -> None:
         self.config, self._device = config, draft.fc.weight.device

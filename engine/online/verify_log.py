@@ -42,7 +42,7 @@ _CONTEXT_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A verified draft, or none, and whether the first token that was drafted is right (None: it was copied)."""
+    """A step of a sequence, and whether the first token that was drafted is right (None: none, or it was copied)."""
 
     verified: Verification
     first_right: bool | None
@@ -80,14 +80,13 @@ class _Chosen:
 
 
 class VerifyLog:
-    """Logs verified drafts and their features. It never waits: what cannot be taken is dropped and counted.
+    """Logs steps, drafted or not, and their features. It never waits: what cannot be taken is dropped and counted.
 
     Requests are logged whole, or not where logging would take more than ``log.cost_share`` of the time. Of those,
     a step is logged whatever happened in it with the probability ``log.sample_share``; all steps of control requests
     are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
-    accepted, or the draft was asked and nothing it said was verified: it was not sure enough, which is where there is
-    most to learn. A request's first record, and the first after a while, brings along the tokens before it: its prompt,
-    to which the draft attends.
+    accepted, or there was none. A request's first record, and the first after a while, brings along the tokens before
+    it: its prompt, to which the draft attends.
 
     Args:
         adapters: who drafted.
@@ -149,7 +148,7 @@ class VerifyLog:
         Returns:
             these tokens' ids [L, num_likely], best first; None where there is nothing to log.
         """
-        all_steps = _steps(verified, first_right, self._adapters.logs_every_step)
+        all_steps = [_Step(one, first_right.get(one.request.request_id)) for one in verified if one.kept]
         self._num_steps += len(all_steps)
         steps = [step for step in all_steps if self._is_logged(step.verified.request)]
         if not steps:
@@ -278,16 +277,3 @@ class VerifyLog:
             first_right=step.first_right,
             prior=b"" if weights is None or not weights.any() else pack_weights(weights),
         )
-
-
-def _steps(verified: Sequence[Verification], first_right: Mapping[str, bool | None], takes_every: bool) -> list[_Step]:
-    """Those of the sequences whose output says something about their drafts, verified or not; or all with an output."""
-    steps = []
-    for one in verified:
-        was_drafted, is_right = one.request.request_id in first_right, first_right.get(one.request.request_id)
-        is_copied = one.source == "lookup" or (was_drafted and is_right is None)
-        if one.kept and (takes_every or one.source is not None or was_drafted):
-            step = _Step(one, is_right)
-            if takes_every or step.drafted or not is_copied:  # a copy that was not looked at says nothing
-                steps.append(step)
-    return steps

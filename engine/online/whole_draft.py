@@ -47,7 +47,6 @@ class WholeDraft(EagleAdapters):
 
     trains_fusion = True
     records_output = True
-    logs_every_step = True
     network: EagleNetwork
     """Computes with the weights."""
 
