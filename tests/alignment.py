@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.adapt import whole_draft
+from benchmarks.distillation import whole_draft
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.online.token_log import TokenLogReader
 from engine.online.verify_record import VerifyRecord
@@ -17,7 +17,7 @@ from engine.speculation import build
 
 
 def make_alignment(directory: Path, url: str, method: str) -> AdaptersConfig:
-    """``method``: ``lora``, or ``whole`` for drafts that are exchanged whole (``benchmarks.adapt.whole_draft``)."""
+    """``method``: ``lora``, or ``whole`` for drafts exchanged whole (``benchmarks.distillation.whole_draft``)."""
     is_whole = method == "whole"
     stream, control = f"log-{uuid.uuid4()}", 0.0 if is_whole else 0.2
     return AdaptersConfig(

@@ -44,9 +44,9 @@ class LearningServer:
         }
 
     def state(self) -> dict[str, Any]:
-        """What the worker says of the draft; empty before it has heard of any traffic."""
-        data = self._call("GET", "/v1/adapters")["data"]
-        return data[0]["status"] if data else {}
+        """What the worker says of the draft and of itself; empty before it has heard of any traffic."""
+        answer = self._call("GET", "/v1/adapters")
+        return {**answer["data"][0]["status"], "worker": answer["worker"]} if answer["data"] else {}
 
     def freeze(self, is_frozen: bool) -> None:
         """Let the worker learn no more, or again."""
@@ -63,10 +63,12 @@ class LearningServer:
 
 
 @contextmanager
-def serving(model: str, name: str, log: str, options: Sequence[str]) -> Iterator[LearningServer]:
+def serving(
+    model: str, name: str, log: str, options: Sequence[str], program: str = "benchmarks.common.experiments"
+) -> Iterator[LearningServer]:
     """Runs ``evospec serve MODEL``, which calls the model ``name``, until the block ends."""
     port, admin = free_port(), secrets.token_urlsafe(16)
     own = ["--port", str(port), "--auth.admin_key", hash_key(admin)]
-    command = [sys.executable, "-m", "benchmarks.common.experiments", "serve", model, *own, *options]
+    command = [sys.executable, "-m", program, "serve", model, *own, *options]
     with running(Launch(command), port, LOGS / f"{log}.log"):
         yield LearningServer(f"http://127.0.0.1:{port}", name, admin)

@@ -11,7 +11,7 @@ import torch
 
 from adapters.alignment.pace import Pacer
 from adapters.alignment.worker import AdapterWorker
-from benchmarks.adapt.full_parameters import FullParameterUpdater
+from benchmarks.distillation.full_parameters import FullParameterUpdater
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
 from engine.config import ModelConfig, SpeculationConfig
 from engine.messages import SamplingParams

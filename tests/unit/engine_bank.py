@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from benchmarks.adapt.whole_draft import DistilledDraft
+from benchmarks.distillation.whole_draft import DistilledDraft
 from engine.adapters_config import AdaptersConfig, TokenLogConfig
 from engine.draft_state import Assignment
 from engine.messages import SamplingParams

@@ -18,7 +18,7 @@ from adapters.alignment.chains import SegmentBatch, collate
 from adapters.alignment.store import AdapterStore
 from adapters.alignment.trigger import UpdateTrigger
 from adapters.alignment.updates import Updater
-from benchmarks.adapt.full_parameters import FullParameterUpdater
+from benchmarks.distillation.full_parameters import FullParameterUpdater
 from engine.adapters_config import AdaptersConfig, ReplayConfig, TrainingConfig
 from tests.drifting_traffic import DriftingTraffic, TinyDraft
 

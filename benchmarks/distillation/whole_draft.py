@@ -1,6 +1,6 @@
 """The engine's end of full-parameter online distillation: versions of the whole draft, in place of its own weights.
 
-``python -m benchmarks.adapt.whole_draft`` is ``python -m engine.process`` with it.
+``python -m benchmarks.distillation.whole_draft`` is ``python -m engine.process`` with it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class DistilledDraft(WholeDraft):
     """
 
     records_output = False
-    logs_every_step = False
 
     def __init__(self, config: AdaptersConfig, draft: Eagle3, base: str) -> None:
         if config.key_scope != "global" or config.log.control_share:

@@ -1,7 +1,7 @@
 """A baseline: full-parameter online distillation (Online Speculative Decoding, arXiv 2310.07177).
 
-``python -m benchmarks.adapt.full_parameters`` is ``evospec`` with a worker that trains all weights of the draft, and an
-engine that takes them over. It needs ``key_scope`` global and ``log.control_share`` 0.
+``python -m benchmarks.distillation.full_parameters`` is ``evospec`` with a worker that trains all weights of the
+draft, and an engine that takes them over. It needs ``key_scope`` global and ``log.control_share`` 0.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def main() -> None:
     if sys.argv[1:] == [_WORKER]:
         worker.main(FullParameterUpdater)
     else:
-        processes.ENGINE_COMMAND = [sys.executable, "-m", "benchmarks.adapt.whole_draft", _ENGINE]
-        processes.WORKER_COMMAND = [sys.executable, "-m", "benchmarks.adapt.full_parameters", _WORKER]
+        processes.ENGINE_COMMAND = [sys.executable, "-m", "benchmarks.distillation.whole_draft", _ENGINE]
+        processes.WORKER_COMMAND = [sys.executable, "-m", "benchmarks.distillation.full_parameters", _WORKER]
         experiments.main()
 
 

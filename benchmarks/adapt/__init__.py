@@ -1,1 +1,0 @@
-"""Measures what drafts gain that learn while they serve: acceptance, speed and memory."""
