@@ -16,6 +16,7 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import save_draft
 from engine.speculation.drafters.head import COUNTS_FILE
 from engine.speculation.length.policy import LengthPolicy
+from tests.combinations import pairwise
 from tests.tiny_drafts import Engine, Setting, random_draft
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
@@ -38,10 +39,12 @@ def broken_draft(files: ModelFiles, directory: Path, how: str) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
-@pytest.mark.parametrize("how", ["no numbers", "infinite", "nearly infinite"])
-@pytest.mark.parametrize("vocabulary", ["dynamic:20+32", "dynamic:100+32", "static:40"])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pairwise(
+    dtype=["float32", "auto"],
+    how=["no numbers", "infinite", "nearly infinite"],
+    vocabulary=["dynamic:20+32", "dynamic:100+32", "static:40"],
+    temperature=[0.0, 0.8],
+)
 def test_answers_are_the_targets(
     files: ModelFiles, tmp_path: Path, dtype: Literal["float32", "auto"], how: str, vocabulary: str, temperature: float
 ) -> None:
