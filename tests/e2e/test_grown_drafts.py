@@ -86,7 +86,6 @@ def test_a_model_without_a_draft_grows_one(launch_server: Callable[..., RunningS
     options = ["--model", str(model), "--alignment.enabled", "--auth.admin_key", hash_key(KEY)]
     for name, directory in directories.items():
         options += [f"--engine.alignment.{name}_directory", str(directory)]
-    options += ["--engine.runtime.threads", "1"]
     for name, value in QUICK.items():
         options += [f"--engine.alignment.{name}", str(value)]
     traffic = Traffic(launch_server(*options, program=EXPERIMENTS), model.name)

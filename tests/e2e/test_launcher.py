@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from engine.models.registry import REGISTRY
 from engine.speculation.draft_files import DRAFTS
 from server import cli, launcher
 from server.tenants import hash_key
+from tests.running_command import run_evospec
 from tests.running_server import AT_ONCE, EVOSPEC, SMALL, RunningServer
 from tests.tiny_models import make_directory
 
@@ -333,27 +333,24 @@ def test_bad_configuration_is_one_line_before_any_port_opens(
     options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In this process, which is spared its signals and its log."""
-    monkeypatch.setattr(sys, "argv", [EVOSPEC, "serve", *options])
     monkeypatch.setattr(launcher, "_listen", lambda *_: pytest.fail("a port opens"))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(cli, "configure_logging", lambda *_: None)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
+    assert run_evospec(monkeypatch, "serve", *options) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert (printed.out, len(printed.err.splitlines())) == ("", 1)
 
 
-def test_truncated_model_is_refused(smollm2_path: Path, tmp_path: Path) -> None:
+def test_truncated_model_is_refused(
+    smollm2_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     truncated = tmp_path / "truncated.gguf"
     truncated.write_bytes(smollm2_path.read_bytes()[:50_000_000])
-    result = subprocess.run(
-        [EVOSPEC, "serve", "--model", truncated], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.returncode == 2
-    assert "truncated" in result.stderr
-    assert "Traceback" not in result.stderr
+    monkeypatch.setattr(cli, "configure_logging", lambda *_: None)
+    assert run_evospec(monkeypatch, "serve", "--model", str(truncated)) == 2
+    printed = capsys.readouterr().err
+    assert "truncated" in printed
+    assert "Traceback" not in printed
 
 
 def test_a_server_whose_model_is_damaged_ends(smollm2_path: Path, tmp_path: Path) -> None:

@@ -48,8 +48,9 @@ class Served:
 
 
 def serve(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> Served:
+    """All prompts at once, as far as the engine takes them."""
     drafted, accepted = engine.num_drafted, engine.num_accepted
-    outputs = engine.generate_alone(prompts, [sampling] * len(prompts))
+    outputs = engine.generate(prompts, [sampling] * len(prompts))
     return Served(outputs, (engine.num_accepted - accepted) / (engine.num_drafted - drafted))
 
 

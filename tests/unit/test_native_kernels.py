@@ -101,9 +101,7 @@ def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
     return float((output - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("n", [7, 16, 50, 96, 129])
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pairwise(name=BLOCK_TYPES, n=[7, 16, 50, 96, 129], biased=[False, True])
 def test_product_with_quantized_weights(teams: list[Team], name: str, n: int, biased: bool) -> None:
     k = 512
     blocks = random_blocks(name, n, k)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from engine.models.config import ModelError
 from engine.speculation.drafters.head import read_token_counts, static_vocabulary
 from engine.speculation.drafters.session_head import GRAPH_FILE
 from tests.reference.bigram_graph import neighbours
-from tests.running_server import EVOSPEC
+from tests.running_command import run_evospec
 from tests.tiny_models import VOCAB_SIZE, make_directory
 
 
@@ -59,9 +58,10 @@ def test_without_conversations(model: str) -> None:
         count.build(model)
 
 
-def test_command_says_what_is_wrong_in_one_line() -> None:
-    result = subprocess.run([EVOSPEC, "vocab", "build", "no-such-model"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert "'no-such-model' is neither" in result.stderr
+def test_command_says_what_is_wrong_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_evospec(monkeypatch, "vocab", "build", "no-such-model") == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert "'no-such-model' is neither" in printed.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from adapters.training import count_text
 from adapters.training.count import write_counts
 from engine.models.config import ModelError
 from engine.speculation.drafters.head import read_token_counts, static_vocabulary
-from tests.running_server import EVOSPEC
+from tests.running_command import run_evospec
 from tests.tiny_models import VOCAB_SIZE, make_directory, tiny_tokenizer
 
 counts = st.lists(st.integers(0, 2**40), min_size=8, max_size=8).filter(any).map(torch.tensor)
@@ -108,10 +107,10 @@ def test_a_directory_without_text(model: str, drafts: Path, tmp_path: Path, file
     assert not drafts.exists()
 
 
-def test_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
-    command = [EVOSPEC, "vocab", "add-text", "no-such-model", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stdout == ""
-    assert result.stderr.count("\n") == 1
-    assert "'no-such-model' is neither" in result.stderr
+def test_command_says_what_is_wrong_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_evospec(monkeypatch, "vocab", "add-text", "no-such-model", str(tmp_path)) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("\n")) == ("", 1)
+    assert "'no-such-model' is neither" in printed.err
