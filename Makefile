@@ -29,7 +29,7 @@ test: $(VENV)/.kernels $(VENV)/.dev  ## All tests, in two processes.
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-every: $(VENV)/.kernels $(VENV)/.dev  ## The exactness tests with every combination of parameters.
-	EVOSPEC_TEST_EVERY_COMBINATION=1 $(BIN)/python -m pytest --numprocesses 2 tests/integration/test_speculation_exactness.py tests/integration/test_vocab_exactness.py tests/integration/test_broken_drafts.py tests/unit/test_native_kernels.py tests/unit/test_triton_compiles.py
+	EVOSPEC_TEST_EVERY_COMBINATION=1 $(BIN)/python -m pytest --numprocesses 2 tests/integration/test_speculation_exactness.py tests/integration/test_vocab_exactness.py tests/integration/test_alignment_exactness.py tests/integration/test_broken_drafts.py tests/unit/test_native_kernels.py tests/unit/test_triton_compiles.py
 
 check: $(VENV)/.dev  ## Lint, format, types, import direction.
 	$(BIN)/ruff check .

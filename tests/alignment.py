@@ -48,11 +48,11 @@ def read_records(config: AdaptersConfig, count: int) -> list[VerifyRecord]:
     assert config.redis_url is not None
     reader = TokenLogReader(config.redis_url, config.log.stream)
     records: list[VerifyRecord] = []
-    for _ in range(50):
+    for _ in range(500):
         records += [entry.record for entry in reader.read(1000)]
         if len(records) >= count:
             break
-        time.sleep(0.2)
+        time.sleep(0.02)
     reader.close()
     assert len(records) == count
     return records

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -13,10 +13,14 @@ EVERY = "EVOSPEC_TEST_EVERY_COMBINATION"
 """Environment variable that asks for all of them: ``make test-every``."""
 
 
-def pairwise(**values: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrize by names and their values, so that any two values of two parameters meet at least once."""
+def pairwise(*, indirect: Sequence[str] = (), **values: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize by names and their values, so that any two values of two parameters meet at least once.
+
+    ``indirect``: names of fixtures, which get their values as ``request.param``.
+    """
     rows = list(product(*values.values()))
-    return pytest.mark.parametrize(",".join(values), rows if os.environ.get(EVERY) else _covering(rows))
+    rows = rows if os.environ.get(EVERY) else _covering(rows)
+    return pytest.mark.parametrize(",".join(values), rows, indirect=indirect)
 
 
 def _covering(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

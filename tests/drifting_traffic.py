@@ -137,7 +137,7 @@ class MadeUpEngine:
         assert config.redis_url is not None
         self._config, self._base = config, base
         config.shared_directory.mkdir(parents=True, exist_ok=True)
-        self.log = TokenLog(config.redis_url, config.log.stream)
+        self.log = TokenLog(config.redis_url, config.log.stream, interval=config.log.interval_seconds)
         self.ring = FeatureRing(config.ring_path, config.log.ring_rows, base.draft.config.hidden_size)
         layout = lora_layout(base.draft.config, config.rank, config.targets, fingerprint)
         self.channel = WeightChannel.create(config.channel_path, layout, config.num_slots)

@@ -87,6 +87,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @dataclass(frozen=True)
+class EngineAlone:
+    """An engine for API servers that are started alone, and the options that they find it by."""
+
+    process: subprocess.Popen[bytes]
+    options: list[str]
+
+
+@pytest.fixture(scope="module")
+def engine_alone(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[EngineAlone]:
+    address = f"ipc://{tmp_path_factory.mktemp('alone')}/private/engine.sock"
+    options = ["--engine.address", address, "--model", str(tiny)]
+    with subprocess.Popen([EVOSPEC, "engine", *options, *SMALL]) as process:
+        yield EngineAlone(process, options)
+        process.kill()
+
+
+@dataclass(frozen=True)
 class Lasting:
     """A server that is no worse after a test than before it, and the key of a tenant, acme."""
 
@@ -171,9 +188,9 @@ def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: Launc
 
 
 def test_sigterm_waits_neither_for_bodies_that_do_not_come_nor_for_idle_connections(
-    launch_server: LaunchServer, tiny: Path
+    launch_server: LaunchServer, engine_alone: EngineAlone
 ) -> None:
-    server = launch_server("--http.drain_timeout", "600", "--model", str(tiny))
+    server = launch_server("--http.drain_timeout", "600", *engine_alone.options, command="api")
     host, port = server.base_url.removeprefix("http://").split(":")
     address = host, int(port)
     with (
@@ -204,8 +221,10 @@ def test_drain_ends_at_its_time_limit_with_a_clear_error(launch_server: LaunchSe
     assert server.process.wait(timeout=30) == 0
 
 
-def test_requests_are_taken_until_load_balancers_know(launch_server: LaunchServer, tiny: Path) -> None:
-    server = launch_server("--http.drain_delay", "600", "--model", str(tiny))
+def test_requests_are_taken_until_load_balancers_know(
+    launch_server: LaunchServer, engine_alone: EngineAlone, tiny: Path
+) -> None:
+    server = launch_server("--http.drain_delay", "600", *engine_alone.options, command="api")
     server.process.send_signal(signal.SIGTERM)
     server.wait_for(lambda: server.health() == 503 or None, "health 503")
     assert complete(server.base_url, model=tiny.name).status_code == 200
@@ -298,18 +317,14 @@ def test_rate_limit_through_http(lasting: Lasting) -> None:
 
 
 def test_engine_and_api_server_can_be_started_alone(
-    launch_server: LaunchServer, valkey_url: str, tmp_path: Path, tiny: Path
+    launch_server: LaunchServer, valkey_url: str, engine_alone: EngineAlone, tiny: Path
 ) -> None:
-    address = ["--engine.address", f"ipc://{tmp_path}/private/engine.sock", "--model", str(tiny)]
-    with subprocess.Popen([EVOSPEC, "engine", *address, *SMALL]) as engine:
-        try:
-            server = launch_server(*address, "--redis.url", valkey_url, command="api")
-            assert complete(server.base_url, model=tiny.name).status_code == 200
-            assert not [event for event in server.events() if event["event"] == "process started"]
-            engine.terminate()
-            assert engine.wait(30) == 0  # by a handler of its own: a container's process 1 has no default one
-        finally:
-            engine.kill()
+    """The last of the tests with this engine."""
+    server = launch_server(*engine_alone.options, "--redis.url", valkey_url, command="api")
+    assert complete(server.base_url, model=tiny.name).status_code == 200
+    assert not [event for event in server.events() if event["event"] == "process started"]
+    engine_alone.process.terminate()
+    assert engine_alone.process.wait(30) == 0  # by a handler of its own: a container's process 1 has no default one
 
 
 @pytest.mark.parametrize(

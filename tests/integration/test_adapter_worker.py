@@ -43,6 +43,12 @@ from tests.killable_processes import processes
 KILLS = 3
 
 
+@pytest.fixture(autouse=True)
+def _ticks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers take commands, exchange versions and report ten times a second, where once is enough otherwise."""
+    monkeypatch.setattr(worker_program, "_TICK", 0.1)
+
+
 @pytest.fixture(scope="module")
 def draft(tmp_path_factory: pytest.TempPathFactory) -> TinyDraft:
     return TinyDraft.make(tmp_path_factory.mktemp("alignment"))

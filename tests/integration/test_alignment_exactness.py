@@ -41,6 +41,7 @@ from engine.speculation.speculator import Speculator
 from engine.step_plan import ScheduledSequence
 from kernels import native
 from tests.alignment import exchange_whole_drafts, make_alignment, make_prompts, read_records
+from tests.combinations import pairwise
 from tests.exactness import SAMPLED, SETTINGS
 from tests.tiny_drafts import Engine, make_draft_directory
 from tests.tiny_models import make_directory
@@ -125,8 +126,7 @@ def expected(files: ModelFiles, draft: Path) -> dict[str, list[list[int]]]:
     return {kind: engine.generate_alone(prompts, make_sampling(kind, len(prompts))) for kind in ("greedy", "sampled")}
 
 
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
-@pytest.mark.parametrize("setting", SETTINGS)
+@pairwise(either=["lora", "whole"], setting=SETTINGS, kind=["greedy", "sampled"], indirect=["either"])
 def test_outputs_do_not_depend_on_weights(
     files: ModelFiles,
     draft: Path,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from server import http_protocol
 from server.connections import REFUSED
 from server.http_protocol import longest_body_time
 from tests.integration.http_sockets import is_closed, pour, read_response, read_whole_response, serving
@@ -144,7 +145,8 @@ async def test_a_body_without_end_behind_a_refusal_is_cut_off(data: bytes) -> No
         assert await is_closed(reader)
 
 
-async def test_a_client_that_stays_silent_behind_a_refusal_is_cut_off() -> None:
+async def test_a_client_that_stays_silent_behind_a_refusal_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "LINGER", 0.2)
     async with serving() as connect:
         _, writer = await connect()
         writer.write(CHUNKED.replace(b"/ ", b"/refused "))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from redis import Redis
 
+from adapters.alignment import worker as worker_program
 from adapters.alignment.shared_versions import SharedVersions
 from adapters.alignment.worker import AdapterWorker
 from engine.adapters_config import AdaptersConfig
@@ -24,6 +25,12 @@ from tests.integration.test_adapter_worker import (
     status,
     step_until,
 )
+
+
+@pytest.fixture(autouse=True)
+def _ticks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers take commands, exchange versions and report ten times a second, where once is enough otherwise."""
+    monkeypatch.setattr(worker_program, "_TICK", 0.1)
 
 
 @pytest.fixture(scope="module")

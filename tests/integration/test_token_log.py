@@ -86,7 +86,7 @@ def valkey(tmp_path: Path) -> Iterator[Valkey]:
 
 @pytest.fixture
 def token_log(valkey: Valkey) -> Iterator[TokenLog]:
-    token_log = TokenLog(valkey.url, STREAM, queue_size=1000)
+    token_log = TokenLog(valkey.url, STREAM, queue_size=1000, interval=0.02)
     yield token_log
     token_log.close()
 
