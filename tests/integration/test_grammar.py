@@ -407,6 +407,26 @@ def test_no_draft_is_looked_at_where_a_grammar_allows_nothing(tokenizer: Tokeniz
     cursor.end()
 
 
+def test_an_ordinary_grammar_is_enforced_without_a_process(tokenizer: Tokenizer) -> None:
+    """It says at once which drafts are allowed, and its masks are those that a process computes."""
+    pool = GrammarPool(tokenizer, num_slots=2)
+    items = {"enum": ["aa", "ab"]}
+    ordinary = {"type": "array", "items": items}
+    here, there = (begin(pool, with_grammar(schema(value))) for value in (ordinary, ordinary | {"prefixItems": []}))
+    assert isinstance(here, InPlaceCursor)
+    assert isinstance(there, ProcessCursor)
+    for text, drafts in (("[", '"ax"'), ('"a', 'b"]'), ('a",', '"ba"')):
+        token_ids, draft_ids = tokenizer.encode(text), tokenizer.encode(drafts)
+        for cursor in (here, there):
+            cursor.commit(token_ids)
+        allowed = here.allowed(draft_ids)
+        for cursor in (here, there):
+            settle(pool, cursor, draft_ids)
+            assert cursor.num_masks == 1 + len(allowed)
+        assert np.array_equal(here.masks[: here.num_masks], there.masks[: there.num_masks])
+    assert allowed == draft_ids[:1]
+
+
 def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
     """A dead end, a schema that xgrammar chokes on, and penalties that overflow, beside a request like any other."""
     engine = Engine(make_directory(tmp_path / "model"), Setting())
@@ -431,26 +451,6 @@ def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
     invalid, internal = ("error", "invalid"), ("error", "internal")
     assert reasons == {"dead end": invalid, "choked": invalid, "overflow": internal}
     assert ends["plain"].finish_reason == "length"
-
-
-def test_an_ordinary_grammar_is_enforced_without_a_process(tokenizer: Tokenizer) -> None:
-    """It says at once which drafts are allowed, and its masks are those that a process computes."""
-    pool = GrammarPool(tokenizer, num_slots=2)
-    items = {"enum": ["aa", "ab"]}
-    ordinary = {"type": "array", "items": items}
-    here, there = (begin(pool, with_grammar(schema(value))) for value in (ordinary, ordinary | {"prefixItems": []}))
-    assert isinstance(here, InPlaceCursor)
-    assert isinstance(there, ProcessCursor)
-    for text, drafts in (("[", '"ax"'), ('"a', 'b"]'), ('a",', '"ba"')):
-        token_ids, draft_ids = tokenizer.encode(text), tokenizer.encode(drafts)
-        for cursor in (here, there):
-            cursor.commit(token_ids)
-        allowed = here.allowed(draft_ids)
-        for cursor in (here, there):
-            settle(pool, cursor, draft_ids)
-            assert cursor.num_masks == 1 + len(allowed)
-        assert np.array_equal(here.masks[: here.num_masks], there.masks[: there.num_masks])
-    assert allowed == draft_ids[:1]
 
 
 def grammar_processes() -> list[psutil.Process]:
