@@ -243,7 +243,7 @@ def test_a_whole_batch_does_not_wait_for_the_interval_and_fewer_records_do(valke
     for number in range(65):
         token_log.log(record(number))
         if number == 9:
-            time.sleep(1)
+            time.sleep(0.3)
             assert token_log.stats().num_written == 0
     wait_until(lambda: token_log.stats().num_written == 65)
     token_log.close()

@@ -161,7 +161,7 @@ async def test_a_loop_that_stood_still_is_no_outage(valkey_url: str) -> None:
         await gate.run(gate.redis.ping())
         operation = asyncio.create_task(gate.run(gate.redis.blpop(["never"], timeout=10)))
         await asyncio.sleep(0)
-        time.sleep(2)  # noqa: ASYNC251
+        time.sleep(1)  # noqa: ASYNC251
         with pytest.raises(RedisUnavailable):
             await operation
         assert await gate.run(gate.redis.ping())
