@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -172,7 +171,7 @@ def _token_byte_table(backend: tokenizers.Tokenizer, vocab_size: int) -> list[by
     Knows byte-level BPE (GPT-2) and SentencePiece's chunks with byte fallback.
     """
     added = backend.get_added_tokens_decoder()
-    byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str())["decoder"])
+    byte_level = "ByteLevel" in repr(backend.decoder)
     table = [b""] * vocab_size
     for token, index in backend.get_vocab(with_added_tokens=True).items():
         if index >= vocab_size:
@@ -185,7 +184,10 @@ def _token_byte_table(backend: tokenizers.Tokenizer, vocab_size: int) -> list[by
 
 
 def _byte_level_bytes(token: str) -> bytes:
-    return bytes(_BYTE_OF_CHAR[char] for char in token) if _BYTE_OF_CHAR.keys() >= set(token) else token.encode()
+    try:
+        return bytes([_BYTE_OF_CHAR[char] for char in token])
+    except KeyError:
+        return token.encode()
 
 
 def _sentencepiece_bytes(token: str) -> bytes:
