@@ -156,9 +156,9 @@ def test_sigterm_ends_a_fetch_that_hears_nothing_from_its_index(tmp_path: Path) 
             stdin=subprocess.DEVNULL,
         )
         with process:
-            connection, _ = index.accept()
-            process.terminate()
             try:
+                connection, _ = index.accept()
+                process.terminate()
                 assert process.wait(timeout=60) == 128 + signal.SIGTERM
             finally:
                 process.kill()
