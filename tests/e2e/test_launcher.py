@@ -280,7 +280,7 @@ def test_engine_that_hangs_is_killed_and_replaced(launch_server: LaunchServer) -
     server.wait_for(lambda: server.pid_of("engine") != first or None, "another engine")
     server.wait_until_healthy()
     assert not is_running(first)
-    assert complete(server.base_url).status_code == 200
+    server.wait_for(lambda: complete(server.base_url).status_code == 200 or None, "an answer")  # at times late again
     metrics = httpx.get(f"{server.base_url}/metrics").text
     assert 'evospec:process_hangs_total{process="engine"} 1.0' in metrics
     assert 'evospec:process_restarts_total{process="engine"} 1.0' in metrics
