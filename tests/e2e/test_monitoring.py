@@ -119,6 +119,8 @@ def alignment_options(directory: Path) -> dict[str, str]:
             "pace.first_steps": "0",
             "training.batch_positions": "16",
             "guard.sigmas": "20",
+            "guard.min_held_out": "64",
+            "training.updates_per_version": "8",
             "pace.niceness": "0",
             "pace.spare_cores": "0",
             "pace.step_seconds": "10",
