@@ -9,9 +9,10 @@ import contextlib
 import ctypes
 import functools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,9 @@ DIGITS_OF_BITS = {8: 1, 15: 2}
 """Digits that hold so many bits of an activation."""
 _GROUP_PAIR = 32
 """Weight rows are stored in pairs of 16-column groups."""
-_ROWS_PACKED_AT_ONCE = 2048
+_ROWS_PACKED_AT_ONCE = 512
 """By one thread."""
+_Rows = TypeVar("_Rows", covariant=True)
 
 
 def pointers(*names: str) -> tuple[tuple[str, type[ctypes.c_void_p]], ...]:
@@ -97,6 +99,22 @@ def packed_format(ggml_type: int) -> int:
     return BF16_FORMAT if packed < 0 else packed
 
 
+class RowsOf(Protocol[_Rows]):
+    """A matrix, or what reads rows of one when it is indexed: no matrix is then in memory twice."""
+
+    def __getitem__(self, rows: slice, /) -> _Rows: ...
+
+
+@dataclass(frozen=True)
+class ReadRows(Generic[_Rows]):
+    """Rows by a function that reads them."""
+
+    read: Callable[[slice], _Rows]
+
+    def __getitem__(self, rows: slice) -> _Rows:
+        return self.read(rows)
+
+
 @dataclass(frozen=True)
 class MatrixPart:
     """Rows of a weight matrix, and ``row_map`` [rows]: where each goes in the packed one.
@@ -107,8 +125,8 @@ class MatrixPart:
 
     row_map: npt.NDArray[np.integer]
     ggml_type: int | None = None
-    blocks: npt.NDArray[np.uint8] | None = None
-    values: torch.Tensor | None = None
+    blocks: RowsOf[npt.NDArray[np.uint8]] | None = None
+    values: RowsOf[torch.Tensor] | None = None
 
     @property
     def format(self) -> int:
@@ -155,7 +173,7 @@ class PackedMatrix:
             list(pool.map(self._pack_piece, *zip(*pieces, strict=True)))
 
     def _pack_piece(self, part: MatrixPart, begin: int) -> None:
-        piece = slice(begin, begin + _ROWS_PACKED_AT_ONCE)
+        piece = slice(begin, min(begin + _ROWS_PACKED_AT_ONCE, len(part.row_map)))
         rows = np.ascontiguousarray(part.row_map[piece], dtype=np.int32)
         places = rows.ctypes.data_as(ctypes.c_void_p), len(rows), self.k
         if part.blocks is not None:

@@ -60,8 +60,10 @@ def tiny_config(architecture: str, **overrides: Any) -> dict[str, Any]:
     return config | overrides
 
 
-def make_directory(directory: Path, architecture: str = "llama", seed: int = 0, **overrides: Any) -> ModelFiles:
-    """Write config, random float32 weights and tokenizer; larger than usual weights keep the logits apart."""
+def make_directory(
+    directory: Path, architecture: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> ModelFiles:
+    """Write config, random weights and tokenizer; larger than usual weights keep the logits apart."""
     directory.mkdir(parents=True, exist_ok=True)
     config = tiny_config(architecture, **overrides)
     (directory / "config.json").write_text(json.dumps(config))
@@ -72,7 +74,7 @@ def make_directory(directory: Path, architecture: str = "llama", seed: int = 0, 
     tensors, one = {}, 1 - family_of(architecture).norm_offset
     for name, shape in stored_shapes(spec_from_config(config, {}), stacks_experts=False).items():
         noise = torch.randn(shape, generator=generator)
-        tensors[name] = one + 0.1 * noise if "norm" in name else 0.15 * noise
+        tensors[name] = (one + 0.1 * noise if "norm" in name else 0.15 * noise).to(dtype)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return ModelFiles(directory.name, directory, "safetensors")
 

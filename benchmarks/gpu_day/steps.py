@@ -27,7 +27,7 @@ from engine.models.config import ModelFiles, ModelSpec
 from engine.models.eagle3 import Eagle3, save_draft
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.families.known import spec_from_config
-from engine.models.weights import QuantizedTensor, WeightSource
+from engine.models.weights import ALL, QuantizedTensor, WeightSource
 from engine.speculation.drafters.head import COUNTS_FILE
 from tests.tiny_models import make_directory, tiny_config
 
@@ -57,8 +57,9 @@ class RandomWeights(WeightSource):
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self._shapes, self._device = spec.tensor_shapes(), device
 
-    def dequantized(self, name: str) -> torch.Tensor:
-        shape = self._shapes[name]
+    def dequantized(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        height, *width = self._shapes[name]
+        shape = (len(range(height)[rows]), *width)
         if len(shape) == 1:
             return torch.ones(shape, device=self._device)
         return torch.randn(shape, device=self._device, dtype=torch.bfloat16).mul_((2 / shape[-1]) ** 0.5)

@@ -192,7 +192,7 @@ def load_model(
     ``max_model_len`` is the number of positions the rotary tables cover (default: the model's limit). With ``ranks``
     the weights are this rank's share of them.
     """
-    weights = _Weights(source, dtype, device, ranks)
+    weights = _Weights(source, spec.tensor_shapes(), dtype, device, ranks)
     spec = spec if ranks is None else spec.share(ranks.size)
     rotary = rotary_tables(spec.layers, max_model_len or spec.max_position_embeddings, device)
     embed_tokens = weights.rows("model.embed_tokens.weight")
@@ -205,30 +205,46 @@ def load_model(
     )
 
 
+_ROWS_AT_ONCE = 2048
+"""Of a matrix, when it is read."""
+
+
 @dataclass(frozen=True)
 class _Weights:
     """Where they come from, and where they go."""
 
     source: WeightSource
+    shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
     device: torch.device
     ranks: Ranks | None
 
     def rows(self, *names: str) -> torch.Tensor:
         """This rank's rows of some weights, one below the other."""
-        tensors = [self._share(name, 0) for name in names]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        shares = [self._share(self.shapes[name][0]) for name in names]
+        heights = [len(share) for share in shares]
+        whole = torch.empty(sum(heights), *self.shapes[names[0]][1:], dtype=self.dtype, device=self.device)
+        for part, name, share in zip(torch.split(whole, heights), names, shares, strict=True):
+            self._fill(part, name, share)
+        return whole
 
     def columns(self, name: str) -> torch.Tensor:
         """This rank's columns of a weight."""
-        return self._share(name, 1)
+        height, width = self.shapes[name]
+        columns = self._share(width)
+        whole = torch.empty(height, len(columns), dtype=self.dtype, device=self.device)
+        self._fill(whole, name, range(height), columns)
+        return whole
 
-    def _share(self, name: str, dim: int) -> torch.Tensor:
-        tensor = self.source.dequantized(name)
-        if self.ranks is not None:
-            part = self.ranks.share(tensor.shape[dim])
-            tensor = tensor.narrow(dim, part.start, part.stop - part.start).clone()
-        return tensor.to(self.device, self.dtype)
+    def _share(self, length: int) -> range:
+        return range(length)[slice(None) if self.ranks is None else self.ranks.share(length)]
+
+    def _fill(self, out: torch.Tensor, name: str, rows: range, columns: range | None = None) -> None:
+        """A few rows at a time, so that the model is nowhere in float32."""
+        for first in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[first : first + _ROWS_AT_ONCE]
+            values = self.source.dequantized(name, slice(part.start, part.stop))
+            out[first : first + len(part)] = values if columns is None else values[:, columns.start : columns.stop]
 
     def norm(self, name: str) -> torch.Tensor:
         return self.source.dequantized(name + ".weight").to(self.device)

@@ -91,11 +91,13 @@ class GGUFFile:
             raise ModelError(f"{key} is {values!r:.40}, must be an array of type {kind.__name__}")
         return values
 
-    def data(self, name: str) -> npt.NDArray[np.uint8]:
-        """The tensor's bytes as stored, [rows, bytes per row], a read-only view of the mapped file."""
+    def data(self, name: str, rows: npt.NDArray[np.integer] | slice = slice(None)) -> npt.NDArray[np.uint8]:
+        """Bytes of a tensor's rows as stored, [rows, bytes per row], in their own memory."""
         tensor = self.tensors[name]
         flat = np.frombuffer(self._map, np.uint8, tensor.num_bytes, tensor.offset)
-        return flat.reshape(prod(tensor.shape[:-1]), -1)
+        copied = flat.reshape(prod(tensor.shape[:-1]), -1)[rows].copy()
+        self._map.madvise(mmap.MADV_DONTNEED)  # what was read of the file need not be in memory as well
+        return copied
 
     def _parse(self) -> None:
         if self._map[:4] != b"GGUF":

@@ -16,6 +16,7 @@ from engine.models.gguf_file import GGUFFile
 from engine.models.stored_tensors import stored_shapes
 
 _TYPES = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+_TYPES |= {"IQ4_NL", "IQ4_XS", "MXFP4"}
 """Of tensors, those that are supported."""
 CONTROL_TOKEN = 3
 _END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"})

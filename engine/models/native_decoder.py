@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate, groupby
 
 import numpy as np
@@ -16,7 +17,7 @@ from engine.models.config import Experts, ModelSpec
 from engine.models.decoder import HeadSlab, RotaryEmbedding, rotary_tables
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.weights import WeightSource
-from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, packed_format
+from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, ReadRows, Team, linear, packed_format
 from kernels.native_decoder import Decoder, LayerWeights, PassOutputs, unpack_rows
 from kernels.native_experts import MixtureWeights
 
@@ -61,6 +62,7 @@ def cos_sin(rotary: RotaryEmbedding) -> torch.Tensor:
     return torch.cat((rotary.cos, rotary.sin), dim=1)
 
 
+Rows = Callable[[torch.Tensor], torch.Tensor]
 _DIGITS_OF_LAST_LAYER = 2
 """What the last layer rounds goes straight into the logits (docs/decisions/004-integer-products.md)."""
 
@@ -118,7 +120,7 @@ class NativeDecoder:
         if token_ids is None:
             return HeadSlab(self.compute_logits, 0, packed=self.head)
         name = "model.embed_tokens.weight" if self.spec.tie_word_embeddings else "lm_head.weight"
-        rows = self._pack.selected(name, token_ids.numpy())
+        rows = self._pack.selected(name, token_ids, self.head_rows)
         return HeadSlab(lambda hidden: linear(self._team, rows, hidden), rows.num_bytes, packed=rows)
 
     def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -141,10 +143,14 @@ class _Packer:
         bias = torch.cat([self._source.dequantized(b) for b in biases]) if biases[0] in self._shapes else None
         return self._pack(names, rows, bias)
 
-    def selected(self, name: str, row_ids: npt.NDArray[np.int64]) -> PackedMatrix:
-        """Some rows of one matrix, in the order given."""
-        part = self._part(name, np.arange(len(row_ids)), row_ids=row_ids)
-        return PackedMatrix(len(row_ids), self._shapes[name][1], [part], None, self._digits)
+    def selected(self, name: str, token_ids: torch.Tensor, packed: Rows) -> PackedMatrix:
+        """Some rows of one matrix, in the order given; ``packed`` gives those of the whole packed one as float32."""
+        tensor, row_map = self._source.quantized(name), np.arange(len(token_ids))
+        if tensor is None or self._format(name) == BF16_FORMAT:
+            part = MatrixPart(row_map, values=packed(token_ids.int()))
+        else:
+            part = MatrixPart(row_map, int(tensor.type), blocks=tensor.blocks(token_ids.numpy()))
+        return PackedMatrix(len(token_ids), self._shapes[name][1], [part], None, self._digits)
 
     def layer(self, index: int, tables: torch.Tensor | None) -> LayerWeights:
         """A layer with the tables of its rotary embedding, which are [max_positions, rope.dim]."""
@@ -185,17 +191,11 @@ class _Packer:
         parts = [self._part(name, row_map, keep) for name, row_map in zip(names, rows, strict=True)]
         return PackedMatrix(sum(map(len, rows)), self._shapes[names[0]][1], parts, bias, self._digits)
 
-    def _part(
-        self,
-        name: str,
-        row_map: npt.NDArray[np.int64],
-        keep: bool = True,
-        row_ids: npt.NDArray[np.int64] | slice = slice(None),
-    ) -> MatrixPart:
+    def _part(self, name: str, row_map: npt.NDArray[np.int64], keep: bool) -> MatrixPart:
         tensor = self._source.quantized(name)
         if keep and tensor is not None and self._format(name) != BF16_FORMAT:
-            return MatrixPart(row_map, int(tensor.type), blocks=tensor.blocks()[row_ids])
-        return MatrixPart(row_map, values=self._source.dequantized(name)[row_ids])
+            return MatrixPart(row_map, int(tensor.type), blocks=ReadRows(tensor.blocks))
+        return MatrixPart(row_map, values=ReadRows(partial(self._source.dequantized, name)))
 
     def _format(self, name: str) -> int:
         """The packed format that holds the tensor exactly; bf16 for floats and where there is none."""

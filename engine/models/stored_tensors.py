@@ -25,9 +25,10 @@ class StoredRows:
     first: int
     count: int
 
-    @property
-    def rows(self) -> slice:
-        return slice(self.first, self.first + self.count)
+    def part(self, rows: slice) -> slice:
+        """Some of these rows, as rows of the stored tensor."""
+        places = range(self.first, self.first + self.count)[rows]
+        return slice(places.start, places.stop)
 
 
 def stored_rows(spec: ModelSpec, stacks_experts: bool) -> dict[str, StoredRows]:

@@ -18,37 +18,41 @@ from safetensors import safe_open
 
 from engine.models.config import ModelError, ModelFiles
 from engine.models.families.known import family_of
-from engine.models.gguf_file import GGUFFile
+from engine.models.gguf_file import GGUFFile, GGUFTensor
 from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
 from engine.models.quantization.base import QuantizedMatrix
-from engine.models.safetensors_spec import plain_name, read_quantization, read_spec, weight_files
+from engine.models.safetensors_spec import plain_name, read_header, read_quantization, read_spec, weight_files
 from engine.models.stored_tensors import StoredRows, stored_rows
 
+Rows = slice | npt.NDArray[np.int64]
+ALL = slice(None)
 _FLOAT_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16)
+_MAPPED_BYTES = 2**24
+"""Of safetensors files that may stay in memory when they were read"""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
     """A matrix in the blocks of GGUF, as they are stored, or made of what other files store.
 
-    ``blocks`` reads uint8 [rows, bytes per row], usually memory-mapped; ``shape`` is (rows, columns) in weights.
-    Rows follow the Hugging Face order (rotary halves, not interleaved).
+    ``blocks`` reads some rows: uint8 [rows, bytes per row]; ``shape`` is (rows, columns) in weights. Rows follow the
+    Hugging Face order (rotary halves, not interleaved).
     """
 
-    blocks: Callable[[], npt.NDArray[np.uint8]]
+    blocks: Callable[[Rows], npt.NDArray[np.uint8]]
     type: GGMLQuantizationType
     shape: tuple[int, ...]
 
 
 class WeightSource(ABC):
-    """Weights of one model, memory-mapped: nothing is read before it is asked for.
+    """Weights of one model, memory-mapped: nothing is read before it is asked for, and nothing read stays in memory.
 
     Names are those of ``ModelSpec.tensor_shapes``; both methods raise ``ModelError`` for any other.
     """
 
     @abstractmethod
-    def dequantized(self, name: str) -> torch.Tensor:
-        """The tensor as float32 on the CPU, in its own memory."""
+    def dequantized(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        """Some rows of the tensor as float32 on the CPU, in their own memory."""
 
     @abstractmethod
     def quantized(self, name: str) -> QuantizedTensor | None:
@@ -64,44 +68,43 @@ class _GGUFWeights(WeightSource):
     def __init__(self, path: Path) -> None:
         self._file = GGUFFile(path)
         self._spec = spec_from_gguf(self._file)
+        self._file.metadata.clear()  # a vocabulary of tens of megabytes
         self._places, self._shapes = stored_rows(self._spec, stacks_experts=True), self._spec.tensor_shapes()
         self._stored_names = gguf_tensor_names(self._spec)
         self._interleaves = family_of(self._spec.architecture).gguf_interleaves_rotary
 
-    def dequantized(self, name: str) -> torch.Tensor:
-        rows, kind = self._rows(name)
-        values = gguf.quants.dequantize(rows, kind)
-        if not values.flags.writeable:  # float32 as stored: still a view of the file
-            values = values.copy()
-        return torch.from_numpy(values.reshape(self._shapes[name]))
+    def dequantized(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        values = torch.from_numpy(gguf.quants.dequantize(self._blocks(name, rows), self._tensor(name).type))
+        return values if len(self._shapes[name]) > 1 else values[0, rows]
 
     def quantized(self, name: str) -> QuantizedTensor | None:
-        rows, kind = self._rows(name)
-        return None if kind in _FLOAT_TYPES else QuantizedTensor(lambda: rows, kind, self._shapes[name])
+        kind = self._tensor(name).type
+        return None if kind in _FLOAT_TYPES else QuantizedTensor(partial(self._blocks, name), kind, self._shapes[name])
 
-    def _rows(self, name: str) -> tuple[npt.NDArray[np.uint8], GGMLQuantizationType]:
-        """The weight's bytes, one row of the matrix (or one element of a bias) a row."""
+    def _tensor(self, name: str) -> GGUFTensor:
         if name not in self._places:
             raise ModelError(f"{self._file.path}: no tensor {name!r}")
-        place = self._places[name]
-        tensor = self._file.tensors[self._stored_names[place.tensor]]
-        rows = self._file.data(tensor.name)
-        if len(tensor.shape) > 1:
-            rows = rows[place.rows]
+        return self._file.tensors[self._stored_names[self._places[name].tensor]]
+
+    def _blocks(self, name: str, rows: Rows) -> npt.NDArray[np.uint8]:
+        """Bytes of a matrix's rows; of a vector all bytes, as one row."""
+        tensor, place = self._tensor(name), self._places[name]
+        if len(tensor.shape) == 1:
+            return self._file.data(tensor.name)
+        stored = np.arange(place.first, place.first + place.count)
         if self._interleaves and (".q_proj." in name or ".k_proj." in name):
             heads = self._spec.num_heads if ".q_proj." in name else self._spec.num_kv_heads
-            rows = _uninterleave_rotary(rows, heads)
-        return rows, tensor.type
+            stored = _uninterleave_rotary(stored, heads)
+        return self._file.data(tensor.name, stored[rows])
 
 
-def _uninterleave_rotary(rows: npt.NDArray[np.uint8], num_heads: int) -> npt.NDArray[np.uint8]:
+def _uninterleave_rotary(rows: npt.NDArray[np.int64], num_heads: int) -> npt.NDArray[np.int64]:
     """Undo llama.cpp's order of q and k rows.
 
     Within a head it stores rotary pairs next to each other (0, D/2, 1, D/2 + 1, ...) for llama
-    models; the Hugging Face order has the two halves one after the other. [H * D, ...] → the same.
+    models; the Hugging Face order has the two halves one after the other. [H * D] → the same.
     """
-    pairs = rows.reshape(num_heads, -1, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
+    return rows.reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
 class _SafetensorsWeights(WeightSource):
@@ -113,44 +116,58 @@ class _SafetensorsWeights(WeightSource):
         self._quantization = read_quantization(directory)
         self._places, self._shapes = stored_rows(spec, stacks_experts=False), spec.tensor_shapes()
         self._norm_offset = family_of(spec.architecture).norm_offset
-        files: list[Any] = [safe_open(path, framework="pt") for path in weight_files(directory)]
-        self._stored = {plain_name(name): (file, name) for file in files for name in file.keys()}  # noqa: SIM118
+        headers = {path: read_header(path) for path in weight_files(directory)}
+        self._stored = {plain_name(name): (path, name) for path, header in headers.items() for name in header}
+        self._open: dict[Path, Any] = {}
+        self._num_mapped = 0
 
-    def dequantized(self, name: str) -> torch.Tensor:
-        matrix = self._matrix(name)
+    def dequantized(self, name: str, rows: slice = ALL) -> torch.Tensor:
+        matrix, stored = self._matrix(name), self._place(name).part(rows)
         if matrix is not None:
-            return torch.from_numpy(matrix.dequantized())
-        place = self._place(name)
-        tensor: torch.Tensor = self._slice(place.tensor)[place.rows].float()
+            return torch.from_numpy(matrix.dequantized(stored))
+        tensor = self._read(self._places[name].tensor, stored).to(torch.float32, copy=True)
         return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def quantized(self, name: str) -> QuantizedTensor | None:
         matrix = self._matrix(name)
         kind = None if matrix is None else matrix.block_type
-        return None if matrix is None or kind is None else QuantizedTensor(matrix.blocks, kind, self._shapes[name])
+        if matrix is None or kind is None:
+            return None
+        place = self._places[name]
+
+        def blocks(rows: Rows) -> npt.NDArray[np.uint8]:
+            return matrix.blocks(place.part(rows)) if isinstance(rows, slice) else blocks(ALL)[rows]
+
+        return QuantizedTensor(blocks, kind, self._shapes[name])
 
     def _matrix(self, name: str) -> QuantizedMatrix | None:
-        """None where it is stored as floating-point numbers."""
+        """What the tensor is some rows of; None where it is stored as floating-point numbers."""
         place, quantization = self._place(name), self._quantization
         module = None if quantization is None else quantization.module_of(place.tensor, place.shape, self._stored)
         if quantization is None or module is None:
             return None
         try:
-            matrix = quantization.matrix(partial(self._part, module), *place.shape)
+            return quantization.matrix(partial(self._part, module), *place.shape)
         except ModelError as error:
             raise ModelError(f"{self._directory}: {module}: {error}") from None
-        return matrix.rows(place.rows)
 
-    def _part(self, module: str, part: str) -> npt.NDArray[Any]:
-        tensor: torch.Tensor = self._slice(f"{module}.{part}")[...]
+    def _part(self, module: str, part: str, rows: slice = ALL) -> npt.NDArray[Any]:
+        tensor = self._read(f"{module}.{part}", rows)
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
-    def _slice(self, name: str) -> Any:
-        """A stored tensor, of which nothing is read before it is indexed."""
+    def _read(self, name: str, rows: slice) -> torch.Tensor:
+        """Some rows of a stored tensor, mapped. A file is closed, and opened again, when much of it was read."""
         if name not in self._stored:
             raise ModelError(f"{self._directory}: no tensor {name!r}")
-        file, stored_name = self._stored[name]
-        return file.get_slice(stored_name)
+        path, stored_name = self._stored[name]
+        if self._num_mapped > _MAPPED_BYTES:
+            self._open, self._num_mapped = {}, 0
+        if (file := self._open.get(path)) is None:
+            file = self._open[path] = safe_open(path, framework="pt")
+        stored = file.get_slice(stored_name)
+        tensor: torch.Tensor = stored[...] if rows == ALL else stored[rows]
+        self._num_mapped += tensor.nbytes
+        return tensor
 
     def _place(self, name: str) -> StoredRows:
         if name not in self._places:

@@ -1,4 +1,6 @@
-// Rows of GGUF quantised tensors (ggml block formats) as integer codes with scales, without rounding.
+// Rows of GGUF quantised tensors (ggml block formats) as integer codes with scales, without rounding of the codes. Scales
+// become half precision, which holds those of blocks of 32 exactly.
+#include <cmath>
 #include <vector>
 
 #include "matrix.h"
@@ -8,7 +10,7 @@ namespace evospec {
 namespace {
 
 // ggml type numbers, as in the file.
-enum GgmlType : int { kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14 };
+enum GgmlType : int { kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ8_0 = 8, kQ4_K = 12, kQ6_K = 14, kIQ4_NL = 20, kIQ4_XS = 23, kMXFP4 = 39 };
 
 inline float half_at(const uint8_t* bytes) {
   uint16_t value;
@@ -94,6 +96,39 @@ void decode_q6_k(const uint8_t* block, int super, RowCodes& out) {
   for (int i = 0; i < 16; ++i) out.scales[16 * super + i] = d * scales[i];
 }
 
+// What nibbles stand for, plus 128: the numbers are not evenly spaced, so that only codes of 8 bits hold them.
+constexpr uint8_t kNonLinear[] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+void non_linear(const uint8_t* packed, uint8_t* codes) {
+  nibbles(packed, codes);
+  for (int i = 0; i < 32; ++i) codes[i] = kNonLinear[codes[i]];
+}
+
+void decode_iq4_nl(const uint8_t* block, int b, RowCodes& out) {  // half d; 16 bytes; w = d (number of q)
+  non_linear(block + 2, out.codes + 32 * b);
+  set_scale(out, b, half_at(block));
+}
+
+// 256 values: half d, scales less 32 of 6 bits (8 high pairs, 8 low nibbles), 128 bytes; w = d sc (number of q)
+void decode_iq4_xs(const uint8_t* block, int super, RowCodes& out) {
+  const int high = block[2] | block[3] << 8;
+  for (int sub = 0; sub < 8; ++sub) {
+    const int scale = (block[4 + sub / 2] >> 4 * (sub % 2) & 15) | (high >> 2 * sub & 3) << 4;
+    non_linear(block + 8 + 16 * sub, out.codes + 256 * super + 32 * sub);
+    set_scale(out, 8 * super + sub, half_at(block) * (scale - 32));
+  }
+}
+
+// Exponent e; 16 bytes of numbers with one bit after the point; w = 2^(e - 128) (twice the number). Half precision has
+// exponents from -24 to 15: smaller scales become zero.
+void decode_mxfp4(const uint8_t* block, int b, RowCodes& out) {
+  constexpr uint8_t kTwice[] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};  // plus 16
+  uint8_t* codes = out.codes + 32 * b;
+  nibbles(block + 1, codes);
+  for (int i = 0; i < 32; ++i) codes[i] = kTwice[codes[i]];
+  set_scale(out, b, std::ldexp(1.0f, block[0] - 128));
+}
+
 using Decoder = void (*)(const uint8_t*, int, RowCodes&);
 
 struct Layout {
@@ -103,7 +138,8 @@ struct Layout {
 
 constexpr Layout kLayouts[] = {
     {kQ4_0, kQ4, 32, 18, decode_q4_0},    {kQ4_1, kQ4, 32, 20, decode_q4_1},    {kQ5_0, kQ5, 32, 22, decode_q5_0},
-    {kQ8_0, kQ8, 32, 34, decode_q8_0},    {kQ4_K, kQ4, 256, 144, decode_q4_k}, {kQ6_K, kQ6, 256, 210, decode_q6_k},
+    {kQ8_0, kQ8, 32, 34, decode_q8_0},    {kQ4_K, kQ4, 256, 144, decode_q4_k},  {kQ6_K, kQ6, 256, 210, decode_q6_k},
+    {kIQ4_NL, kQ8, 32, 18, decode_iq4_nl}, {kIQ4_XS, kQ8, 256, 136, decode_iq4_xs}, {kMXFP4, kQ5, 32, 17, decode_mxfp4},
 };
 
 const Layout* find_layout(int ggml_type) {

@@ -96,11 +96,10 @@ def test_unsupported_gguf_architecture_is_named(gguf_bytes: bytes, tmp_path: Pat
 
 
 def test_unsupported_gguf_tensor_type_is_named(gguf_bytes: bytes, tmp_path: Path) -> None:
-    """IQ4_NL has the block size of Q4_0, so only the type differs."""
     name = b"blk.1.attn_q.weight"
     at = gguf_bytes.index(name) + len(name) + 4 + 2 * 8  # after the name: number of dimensions, two dimensions
     assert struct.unpack_from("<I", gguf_bytes, at)[0] == GGMLQuantizationType.Q4_0
-    for kind, reason in ((GGMLQuantizationType.IQ4_NL, "unsupported type IQ4_NL"), (9999, "unknown type 9999")):
+    for kind, reason in ((GGMLQuantizationType.I8, "unsupported type I8"), (9999, "unknown type 9999")):
         content = gguf_bytes[:at] + struct.pack("<I", kind) + gguf_bytes[at + 4 :]
         message = refusal(tmp_path / "typed.gguf", content)
         assert "'blk.1.attn_q.weight'" in message

@@ -36,9 +36,9 @@ from tests.tiny_models import make_directory, make_gguf
 pytestmark = pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
 
 CPU = torch.device("cpu")
-BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K"]
+BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q4_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 MAX_ROWS = 40
-HALF_FIELDS = {"Q4_K": (0, 2), "Q6_K": (208,)}
+HALF_FIELDS = {"Q4_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,)}
 """Offsets of half-precision scales in a block, of the types that ``gguf.quants`` can read but not make."""
 PRODUCT_TOLERANCE = 2**-8
 """Of a product with quantised weights: root mean square of the error, against that of the output.
@@ -47,7 +47,7 @@ Many rows are multiplied with weights rounded to bf16 (relative 2^-9 at most); m
 FEW_ROWS = 8 if native.unsupported_reason() else min(MAX_ROWS, native.max_exact_rows())
 """So many rows are multiplied with the codes themselves; on some processors all are."""
 FEW_ROWS_TOLERANCE = 2**-10
-"""Measured: 3e-4 for Q4_K and Q6_K (half-precision scales), 4e-5
+"""Measured: 3e-4 for Q4_K, Q6_K and IQ4_XS (half-precision scales), 4e-5
 for the others (15-bit activations)."""
 ONE_DIGIT_TOLERANCE = 2**-6
 """Measured: 5.6e-3 (8-bit activations), of a few numbers up to 1e-2."""

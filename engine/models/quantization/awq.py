@@ -52,18 +52,19 @@ class Awq(Quantization):
 
     def matrix(self, read: Read, n: int, k: int) -> QuantizedMatrix:
         return QuantizedMatrix(
-            codes=lambda: _rows(read("qweight"), n),
+            codes=lambda rows: _rows(read("qweight"), rows),
             bits=4,
             scales=read("scales").T,
-            zeros=_rows(read("qzeros"), n),
+            zeros=_rows(read("qzeros"), slice(0, n)),
             groups=self.groups.of(k),
         )
 
 
-def _rows(words: Array, n: int) -> Array:
-    """int32 [columns, n / 8] → codes [n, columns]."""
-    words = np.ascontiguousarray(words.T)
+def _rows(words: Array, rows: slice) -> Array:
+    """int32 [columns, n / 8] → codes [rows, columns]."""
+    first = rows.start // 8
+    words = np.ascontiguousarray(words[:, first : -(-rows.stop // 8)].T)
     codes = np.empty((len(words), 8, words.shape[1]), np.uint8)
     for row, place in enumerate(_PLACES):
         codes[:, row] = words >> 4 * place & 15
-    return codes.reshape(-1, words.shape[1])[:n]
+    return codes.reshape(-1, words.shape[1])[rows.start - 8 * first : rows.stop - 8 * first]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,8 +23,8 @@ _LARGEST_SCALE = 4096.0
 
 _Value = TypeVar("_Value", int, str)
 Array = npt.NDArray[Any]
-Read = Callable[[str], Array]
-"""A part of a module by its name: integers as stored, floating-point numbers of any type as float32."""
+Read = Callable[..., Array]
+"""A part of a module by its name, and maybe some rows of it: integers as stored, other numbers as float32."""
 
 
 class Part(NamedTuple):
@@ -38,8 +38,8 @@ class Part(NamedTuple):
 class QuantizedMatrix:
     """A matrix [n, k] as weight[i, j] = scales[i, g] * (codes[i, j] - zeros[i, g]), where g = groups[j]."""
 
-    codes: Callable[[], Array]
-    """Reads them: uint8 [n, k]; float32 where they are floating-point numbers of 8 bits"""
+    codes: Callable[[slice], Array]
+    """Reads those of some rows: uint8 [rows, k]; float32 where they are floating-point numbers of 8 bits"""
     bits: int | None
     """Of a code that is an integer; None: it is none"""
     scales: npt.NDArray[np.float32]
@@ -49,17 +49,12 @@ class QuantizedMatrix:
     groups: Array
     """Of each column, [k]"""
 
-    def rows(self, rows: slice) -> QuantizedMatrix:
-        """Some of its rows."""
-        zeros = None if self.zeros is None else self.zeros[rows]
-        return replace(self, codes=lambda: self.codes()[rows], scales=self.scales[rows], zeros=zeros)
-
-    def dequantized(self) -> npt.NDArray[np.float32]:
-        """[n, k]"""
-        values = self.codes().astype(np.float32)
+    def dequantized(self, rows: slice) -> npt.NDArray[np.float32]:
+        """[rows, k]"""
+        values = self.codes(rows).astype(np.float32)
         if self.zeros is not None:
-            values -= self.zeros.take(self.groups, axis=1)
-        values *= self.scales.take(self.groups, axis=1)
+            values -= self.zeros[rows].take(self.groups, axis=1)
+        values *= self.scales[rows].take(self.groups, axis=1)
         return values
 
     @property
@@ -78,14 +73,15 @@ class QuantizedMatrix:
             return None
         return _BLOCK_TYPES[self.bits]
 
-    def blocks(self) -> npt.NDArray[np.uint8]:
-        """Its blocks of ``block_type``, [n, bytes]."""
+    def blocks(self, rows: slice) -> npt.NDArray[np.uint8]:
+        """Its blocks of ``block_type``, [rows, bytes]."""
         assert self.zeros is not None
-        codes = self.codes().reshape(len(self.scales), -1, _BLOCK)
+        scales, zeros = self.scales[rows], self.zeros[rows]
+        codes = self.codes(rows).reshape(len(scales), -1, _BLOCK)
         groups = self.groups[::_BLOCK]
-        parts = [self.scales[:, groups]]
+        parts = [scales[:, groups]]
         if self.bits == 4:
-            parts.append((-self.zeros.astype(np.float32) * self.scales)[:, groups])
+            parts.append((-zeros.astype(np.float32) * scales)[:, groups])
             codes = codes[..., :16] | codes[..., 16:] << 4
         else:
             codes = codes ^ 128

@@ -61,7 +61,7 @@ class PackQuantized(Quantization):
         if self.has_act_order:
             groups = checked_groups(read("weight_g_idx"), scales.shape[1])
         return QuantizedMatrix(
-            codes=lambda: unpacked(read("weight_packed"), self.bits, k),
+            codes=lambda rows: unpacked(read("weight_packed", rows), self.bits, k),
             bits=self.bits,
             scales=scales,
             zeros=zeros,

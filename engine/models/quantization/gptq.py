@@ -61,7 +61,7 @@ class Gptq(Quantization):
         if self.has_zeros_less_one:
             zeros = zeros + _A_ONE_IN_EACH[self.bits]
         return QuantizedMatrix(
-            codes=lambda: unpacked(read("qweight").T, self.bits, k),
+            codes=lambda rows: unpacked(read("qweight").T[rows], self.bits, k),
             bits=self.bits,
             scales=scales,
             zeros=unpacked(zeros, self.bits, n).T,

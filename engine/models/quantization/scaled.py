@@ -43,7 +43,7 @@ class Scaled(Quantization):
         scales = read(self.scale).reshape(self._grid(n, k))[self.rows.of(n)]
         is_integer = self.number_type == INT8
         return QuantizedMatrix(
-            codes=lambda: read("weight").view(np.uint8) ^ 128 if is_integer else read("weight"),
+            codes=lambda rows: read("weight", rows).view(np.uint8) ^ 128 if is_integer else read("weight", rows),
             bits=8 if is_integer else None,
             scales=scales,
             zeros=np.full(scales.shape, 128, np.uint8) if is_integer else None,

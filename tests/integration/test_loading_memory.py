@@ -1,0 +1,93 @@
+"""A model that is loaded is in memory once: neither the file nor float32 numbers of it are there as well.
+
+Random models of 170 MB, loaded in a process whose highest resident memory Linux counts (``VmHWM``). The pages of a
+mapped file are part of it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from multiprocessing.pool import Pool
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from engine.models.config import ModelFiles
+from engine.models.decoder import TorchDecoder, load_model
+from engine.models.native_decoder import NativeDecoder
+from engine.models.registry import validate_model_files
+from engine.models.weights import open_weights
+from kernels import native
+from kernels.native import Team
+from tests.tiny_models import make_directory, make_gguf
+
+SHAPE = {
+    "vocab_size": 16_384,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 5,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+}
+MOST = 1.45
+"""Times the weights as they are served. The file held as well would be 2.0, and float32 beside bfloat16 3.0."""
+needs_kernels = pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
+
+
+def resident(key: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most since ``forget_peak``."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def load(files: ModelFiles, backend: str) -> TorchDecoder | NativeDecoder:
+    spec, source = validate_model_files(files), open_weights(files)
+    if backend == "native":
+        return NativeDecoder(source, spec, Team(1), 64)
+    return load_model(source, spec, torch.bfloat16, torch.device("cpu"), 64)
+
+
+def peak_for_each_byte(small: ModelFiles, files: ModelFiles, backend: str) -> float:
+    """Memory that loading takes at most, over that of the weights; ``small`` is loaded first, to load all code."""
+    load(small, backend)
+    forget_peak()
+    before = resident("VmRSS")
+    model = load(files, backend)
+    return (resident("VmHWM") - before) / model.weight_bytes
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ModelFiles]:
+    made = {}
+    for size, shape in (("small", SHAPE | {"vocab_size": 512, "num_hidden_layers": 1}), ("large", SHAPE)):
+        directory = tmp_path_factory.mktemp(size) / "model"
+        made[f"{size}, safetensors"] = make_directory(directory, "qwen3", dtype=torch.bfloat16, **shape)
+        path = directory.parent / "model.gguf"
+        made[f"{size}, gguf"] = make_gguf(path, directory, GGMLQuantizationType.Q8_0)
+    return made
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Pool]:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("safetensors", "torch"),
+        pytest.param("safetensors", "native", marks=needs_kernels),
+        pytest.param("gguf", "native", marks=needs_kernels),
+    ],
+)
+def test_a_model_is_in_memory_once(kind: str, backend: str, models: dict[str, ModelFiles], process: Pool) -> None:
+    arguments = models[f"small, {kind}"], models[f"large, {kind}"], backend
+    assert process.apply(peak_for_each_byte, arguments) < MOST
