@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -19,6 +20,8 @@ from benchmarks.fleet.processes import Process
 _SLOTS = 16384
 _PRIMARY = "fleet"
 """What the Sentinel calls it."""
+PASSWORD = "a@b"
+"""Of all servers. ``quote`` it in a URL."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ async def running_cluster(
                     await _ask(port, "CLUSTER", "MEET", "127.0.0.1", other, bus)
         for port in ports:
             await _until(port, lambda info: info["cluster_state"] == "ok", "CLUSTER INFO")
-        yield Valkeys(f"redis+cluster://{','.join(f'127.0.0.1:{port}' for port in seen)}", nodes)
+        yield Valkeys(f"redis+cluster://:{quote(PASSWORD)}@{','.join(f'127.0.0.1:{port}' for port in seen)}", nodes)
 
 
 @asynccontextmanager
@@ -67,21 +70,27 @@ async def running_sentinel(directory: Path) -> AsyncIterator[Valkeys]:
     primary, replica, sentinel = (free_port() for _ in range(3))
     async with AsyncExitStack() as stack:
         first = await _start(stack, "primary", primary, directory, ["--repl-diskless-sync-delay", "0"])
-        second = await _start(stack, "replica", replica, directory, ["--replicaof", f"127.0.0.1 {primary}"])
+        second = await _start(
+            stack, "replica", replica, directory, ["--replicaof", f"127.0.0.1 {primary}", "--primaryauth", PASSWORD]
+        )
         await _until(replica, lambda info: info["master_link_status"] == "up", "INFO", "replication")
         configuration = directory / "sentinel.conf"
         watched = f"sentinel monitor {_PRIMARY} 127.0.0.1 {primary} 1"
-        configuration.write_text(f"{watched}\nsentinel down-after-milliseconds {_PRIMARY} 500\n")
+        with_password = f"sentinel auth-pass {_PRIMARY} {PASSWORD}"
+        configuration.write_text(f"{watched}\n{with_password}\nsentinel down-after-milliseconds {_PRIMARY} 500\n")
         await _start(stack, "sentinel", sentinel, directory, ["--sentinel"], str(configuration))
         await _until(sentinel, lambda info: info["master0"]["slaves"] == 1, "INFO", "sentinel")
-        yield Valkeys(f"redis+sentinel://127.0.0.1:{sentinel}/{_PRIMARY}", [first, second])
+        password = quote(PASSWORD)
+        url = f"redis+sentinel://:{password}@127.0.0.1:{sentinel}/{_PRIMARY}?sentinel_password={password}"
+        yield Valkeys(url, [first, second])
 
 
 async def _start(
     stack: AsyncExitStack, name: str, port: int, directory: Path, options: Sequence[str], *arguments: str
 ) -> Process:
     """One that answers, in memory only."""
-    own = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory), "--save", "", "--loglevel", "warning"]
+    own = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory), "--save", ""]
+    own += ["--requirepass", PASSWORD, "--loglevel", "warning"]
     process = Process(f"valkey-{name}", [str(get_binary_path()), *arguments, *own, *options])
     await process.start()
     stack.push_async_callback(process.stop)
@@ -90,7 +99,7 @@ async def _start(
 
 
 async def _ask(port: int, *command: str | int) -> Any:
-    async with Redis(port=port) as client:
+    async with Redis(port=port, password=PASSWORD) as client:
         return await client.execute_command(*command)
 
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from adapters.alignment.control import ControlChannel
 from adapters.alignment.shared_versions import SharedVersions
 from benchmarks.common.process import free_port
-from benchmarks.fleet.valkeys import Valkeys, running_cluster, running_sentinel
+from benchmarks.fleet.valkeys import PASSWORD, Valkeys, running_cluster, running_sentinel
 from engine.online.adapter_control import AdapterStatus, WorkerStatus
 from engine.online.token_log import TokenLog, TokenLogReader
 from engine.online.weight_layout import TensorSpec, WeightLayout
@@ -131,7 +132,8 @@ async def test_what_a_primary_knew_the_next_one_knows(tmp_path: Path) -> None:
 
 async def test_a_cluster_that_comes_late_is_found(tmp_path: Path) -> None:
     ports = [free_port() for _ in range(3)]
-    async with server_at(f"redis+cluster://127.0.0.1:{ports[0]}", timeout=1.0, retry_interval=0.1) as server:
+    url = f"redis+cluster://:{quote(PASSWORD)}@127.0.0.1:{ports[0]}"
+    async with server_at(url, timeout=1.0, retry_interval=0.1) as server:
         session_id = new_session_id(TENANT)
         assert await server.store.load(TENANT, session_id, ENGINE) is None
         async with running_cluster(tmp_path, ports=ports):
