@@ -100,7 +100,7 @@ async def _start(
 
 async def _ask(port: int, *command: str | int) -> Any:
     async with Redis(port=port, password=PASSWORD) as client:
-        return await client.execute_command(*command)
+        return await client.execute_command(*command)  # type: ignore[no-untyped-call]
 
 
 async def _until(port: int, condition: Callable[[Any], bool], *command: str) -> None:
