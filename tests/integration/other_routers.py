@@ -1,4 +1,4 @@
-"""vLLM's, SGLang's and LiteLLM's routers in front of two replicas: where pip has installed them, which are 160 MB,
+"""vLLM's and SGLang's routers in front of two replicas: where pip has installed them, which are 160 MB,
 
 python -m pytest tests/integration/other_routers.py
 """
@@ -17,7 +17,7 @@ from engine.messages import EngineOutput, EngineRequest
 from engine.models.config import ModelFiles
 from engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import TEXT
-from tests.integration.running_fleet import RouterCommand, running_fleet, running_replicas
+from tests.integration.running_fleet import RouterCommand, running_fleet
 
 RunFleet = Callable[..., Any]
 
@@ -79,25 +79,3 @@ async def test_a_replica_that_is_about_to_end_is_asked_no_more(
         async with asyncio.timeout(20):
             while await running.replica_of({header: "session"}) == replica:
                 pass  # it answers meanwhile
-
-
-async def test_litellm_keeps_a_session_at_its_replica(
-    tiny_model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, tmp_path: Path
-) -> None:
-    from litellm import Router
-
-    async with running_replicas(two_tokens, tiny_model, tokenizer, valkey_url, tmp_path) as replicas:
-        bases = [f"{replica.client.base_url}v1" for replica in replicas]
-        places = [{"model": "openai/tiny", "api_base": base, "api_key": "none"} for base in bases]
-        models = [{"model_name": "tiny", "litellm_params": place} for place in places]
-        router = Router(model_list=models, optional_pre_call_checks=["session_affinity"])
-        taken = []
-        for name in (f"session {number}" for number in range(16)):
-            before = [len(replica.engine.requests) for replica in replicas]
-            session = {"metadata": {"session_id": name}, "extra_headers": {"x-session-id": name}}
-            for _ in range(3):
-                await router.atext_completion("tiny", "x", **session)
-            taken.append([len(replica.engine.requests) - had for replica, had in zip(replicas, before, strict=True)])
-        assert all(request.session for replica in replicas for request in replica.engine.requests)
-    assert all(sorted(counts) == [0, 3] for counts in taken)
-    assert len(set(map(tuple, taken))) == 2

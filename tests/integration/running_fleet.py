@@ -56,26 +56,18 @@ class Fleet:
 
 
 @asynccontextmanager
-async def running_replicas(
-    script: Script, model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, directory: Path
-) -> AsyncIterator[list[Api]]:
+async def running_fleet(
+    script: Script, model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, directory: Path, router: RouterCommand
+) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
         replicas = []
         for name in ("first", "second"):
             (directory / name).mkdir()
             api = running_api(script, model, tokenizer, valkey_url, directory / name)
             replicas.append(await stack.enter_async_context(api))
-        yield replicas
-
-
-@asynccontextmanager
-async def running_fleet(
-    script: Script, model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, directory: Path, router: RouterCommand
-) -> AsyncIterator[Fleet]:
-    async with running_replicas(script, model, tokenizer, valkey_url, directory) as replicas:
         ports = [replica.client.base_url.port or 0 for replica in replicas]
-        async with _running_router(ports, directory, router) as client:
-            yield Fleet(client, replicas)
+        client = await stack.enter_async_context(_running_router(ports, directory, router))
+        yield Fleet(client, replicas)
 
 
 @asynccontextmanager
