@@ -105,7 +105,7 @@ def log_and_learn(url: str) -> None:
     assert first.publish("t", None)
     assert second.news("t") is not None
     for each in (reader, control, first, second):
-        each.close()  # type: ignore[attr-defined]
+        each.close()
 
 
 async def load_at_last(server: Fixture, session_id: str) -> LoadedSession:
