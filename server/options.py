@@ -111,7 +111,9 @@ class RedisConfig(Section):
     """Redis or Valkey; holds the rate limits and the sessions."""
 
     url: RedisUrl | None = Field(
-        default=None, description="redis://, rediss:// or unix:// URL; default: an embedded Valkey, in memory only."
+        default=None,
+        description="redis://, rediss:// (TLS) or unix:// URL; for Sentinels or a cluster see docs/fleet.md. "
+        "Default: an embedded Valkey, in memory only.",
     )
     timeout: float = Field(default=0.25, gt=0, description="Longest wait for one operation in seconds.")
     retry_interval: float = Field(

@@ -10,11 +10,8 @@ from typing import TypeVar
 
 import structlog
 from prometheus_client import Counter
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
+from engine.redis_clients import REDIS_FAILURES, connect_async
 from server.errors import ApiError
 from server.options import RedisConfig
 
@@ -45,12 +42,7 @@ class RedisGate:
     """
 
     def __init__(self, url: str, config: RedisConfig) -> None:
-        self.redis: Redis = Redis.from_url(
-            url,
-            socket_timeout=config.timeout,
-            socket_connect_timeout=config.timeout,
-            retry=Retry(NoBackoff(), 0),
-        )
+        self.redis = connect_async(url, config.timeout)
         self._timeout = config.timeout
         self._retry_interval = config.retry_interval
         self._turns = asyncio.Semaphore(_MOST_AT_ONCE)
@@ -79,7 +71,7 @@ class RedisGate:
         try:
             async with asyncio.timeout(self._timeout):
                 result = await operation
-        except (RedisError, OSError, TimeoutError) as error:
+        except REDIS_FAILURES as error:
             self._note_failure(error, time.monotonic() - started)
             raise RedisUnavailable from error
         self._note_success()

@@ -49,8 +49,11 @@ def belongs_to(session_id: str, tenant: str) -> bool:
 
 
 def session_key(tenant: str, model: str, session_id: str) -> str:
-    """The key in Redis. The model is in it, because a snapshot is made of one model's token ids."""
-    return f"evospec:session:{_digest(tenant)[:32]}:{_digest(model)[:8]}:{session_id}"
+    """The key in Redis. The model is in it, because a snapshot is made of one model's token ids.
+
+    In a cluster all sessions of a tenant and model are at one node, since scripts look at several.
+    """
+    return f"evospec:session:{{{_digest(tenant)[:32]}:{_digest(model)[:8]}}}:{session_id}"
 
 
 def sessions_key(session_key: str) -> str:

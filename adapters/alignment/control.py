@@ -7,7 +7,6 @@ from contextlib import suppress
 
 import msgspec
 import structlog
-from redis.exceptions import RedisError
 
 from engine.online.adapter_control import (
     AdapterCommand,
@@ -17,7 +16,7 @@ from engine.online.adapter_control import (
     encode_status,
     status_key,
 )
-from engine.online.token_log import connect_briefly
+from engine.redis_clients import REDIS_FAILURES, connect
 
 log = structlog.get_logger(__name__)
 
@@ -34,14 +33,14 @@ class ControlChannel:
     """
 
     def __init__(self, url: str, stream: str) -> None:
-        self._redis = connect_briefly(url, _TIMEOUT)
+        self._redis = connect(url, _TIMEOUT)
         self._commands, self._status = commands_key(stream), status_key(stream)
 
     def take(self) -> list[AdapterCommand]:
         """Commands given since the last call; none while Redis is down. They are not given again."""
         try:
             found = self._redis.lpop(self._commands, _MAX_COMMANDS)
-        except (RedisError, OSError):
+        except REDIS_FAILURES:
             return []
         commands = []
         for data in found or []:
@@ -53,7 +52,7 @@ class ControlChannel:
 
     def report(self, worker: WorkerStatus, adapters: Mapping[str, AdapterStatus]) -> None:
         """Replace what is shown; nothing changes while Redis is down."""
-        with suppress(RedisError, OSError), self._redis.pipeline(transaction=True) as pipeline:
+        with suppress(*REDIS_FAILURES), self._redis.pipeline(transaction=True) as pipeline:
             pipeline.delete(self._status)
             pipeline.hset(self._status, mapping=encode_status(worker, adapters))  # type: ignore[arg-type]
             pipeline.execute()

@@ -9,13 +9,13 @@ from typing import Any
 
 import structlog
 import torch
-from redis.exceptions import LockError, RedisError
+from redis.exceptions import LockError
 from redis.lock import Lock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from engine.online.token_log import connect_briefly
 from engine.online.weight_layout import WeightLayout
+from engine.redis_clients import REDIS_FAILURES, connect
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +42,7 @@ class SharedVersions:
     """
 
     def __init__(self, url: str, layout: WeightLayout, lease_seconds: float = 30.0) -> None:
-        self._redis = connect_briefly(url, _TIMEOUT)
+        self._redis = connect(url, _TIMEOUT)
         self._layout, self._lease_seconds = layout, lease_seconds
         self._leases: dict[str, Lock] = {}
         self._known: dict[str, int] = {}
@@ -50,16 +50,16 @@ class SharedVersions:
 
     def leads(self, key: str) -> bool:
         """Whether this server is the one that learns a key: it stays so while it asks more often than a lease lasts."""
-        if key not in self._leases:
-            name = f"{self._name(key)}:learner"
-            self._leases[key] = Lock(self._redis, name, self._lease_seconds, thread_local=False)
-        lease = self._leases[key]
         try:
+            if key not in self._leases:
+                name = f"{self._name(key)}:learner"
+                self._leases[key] = Lock(self._redis, name, self._lease_seconds, thread_local=False)
+            lease = self._leases[key]
             try:
                 return bool(lease.reacquire())
             except LockError:  # it was never this server's, or is no longer
                 return bool(lease.acquire(blocking=False))
-        except (RedisError, OSError):
+        except REDIS_FAILURES:
             return False
 
     def publish(self, key: str, tensors: Mapping[str, torch.Tensor] | None) -> bool:
@@ -72,7 +72,7 @@ class SharedVersions:
                 pipeline.hset(name, "weights", data)
                 pipeline.expire(name, _KEPT_SECONDS)
                 self._known[key] = int(pipeline.execute()[0])
-        except (RedisError, OSError):
+        except REDIS_FAILURES:
             return False
         return True
 
@@ -84,7 +84,7 @@ class SharedVersions:
             if published is None or int(published) == self._known.get(key):  # None: Redis may have lost it, too
                 return None
             found: list[Any] = self._redis.hmget(name, ["number", "weights"])
-        except (RedisError, OSError):
+        except REDIS_FAILURES:
             return None
         number, data = found
         if number is None:
@@ -105,7 +105,7 @@ class SharedVersions:
         for lease in self._leases.values():
             try:
                 lease.release()
-            except (RedisError, OSError):
+            except REDIS_FAILURES:
                 continue  # not this server's, or Redis is away: the lease ends by itself
         self._redis.close()
 

@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import structlog
-from redis import Redis
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
-from redis.retry import Retry
+from redis.exceptions import ResponseError
 
 from engine.online.verify_record import RecordError, VerifyRecord, decode_record, encode_record
+from engine.redis_clients import REDIS_FAILURES, connect
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +64,7 @@ class TokenLog:
     def __init__(
         self, url: str, stream: str, queue_size: int = 4096, max_records: int = 8192, interval: float = 0.2
     ) -> None:
-        self._redis = connect_briefly(url, _WRITE_TIMEOUT)
+        self._redis = connect(url, _WRITE_TIMEOUT)
         self._stream, self._interval = stream, interval
         self._queue_size, self._max_records = queue_size, max_records
         self._queue: deque[bytes] = deque()
@@ -114,13 +112,13 @@ class TokenLog:
 
     def _write(self, batch: list[bytes]) -> Exception | None:
         """Send a batch once; the first error of it. Sending again could write records twice."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for data in batch:
-            pipeline.xadd(self._stream, {_FIELD: data}, maxlen=self._max_records, approximate=True)
-        pipeline.expire(self._stream, _LIFETIME)
         try:
+            pipeline = self._redis.pipeline(transaction=False)
+            for data in batch:
+                pipeline.xadd(self._stream, {_FIELD: data}, maxlen=self._max_records, approximate=True)
+            pipeline.expire(self._stream, _LIFETIME)
             results: list[Any] = pipeline.execute(raise_on_error=False)[: len(batch)]
-        except (RedisError, OSError) as error:
+        except REDIS_FAILURES as error:
             self._dropped_by_redis += len(batch)
             return error
         errors = [result for result in results if isinstance(result, Exception)]
@@ -163,7 +161,7 @@ class TokenLogReader:
     """
 
     def __init__(self, url: str, stream: str) -> None:
-        self._redis = connect_briefly(url, _READ_TIMEOUT)
+        self._redis = connect(url, _READ_TIMEOUT)
         self._stream = stream
         self._last_id = b"0-0"
         self._has_pending = True
@@ -193,7 +191,7 @@ class TokenLogReader:
                     return self._decode(entries)
                 self._has_pending = False
             return self._decode(self._read_group(b">", max_records))
-        except (RedisError, OSError) as error:
+        except REDIS_FAILURES as error:
             self._has_pending = True
             raise TokenLogUnavailable(str(error)) from error
 
@@ -212,7 +210,7 @@ class TokenLogReader:
             return
         try:
             self._redis.xack(self._stream, _GROUP, *self._to_acknowledge)
-        except (RedisError, OSError) as error:
+        except REDIS_FAILURES as error:
             raise TokenLogUnavailable(str(error)) from error
         self._to_acknowledge.clear()
 
@@ -223,7 +221,7 @@ class TokenLogReader:
         """
         try:
             group = self._state()
-        except (RedisError, OSError) as error:
+        except REDIS_FAILURES as error:
             raise TokenLogUnavailable(str(error)) from error
         if group is None:
             return 0
@@ -242,7 +240,9 @@ class TokenLogReader:
         """The group's state as Redis has it; None: there is no group yet."""
         try:
             groups: list[dict[str, Any]] = self._redis.xinfo_groups(self._stream)
-        except ResponseError:  # no stream
+        except ResponseError as error:
+            if "no such key" not in str(error):
+                raise
             return None
         return next((group for group in groups if group["name"] == _GROUP.encode()), None)
 
@@ -290,10 +290,3 @@ class TokenLogReader:
 def _order(entry_id: bytes) -> tuple[int, ...]:
     """A key to sort a stream's ids by."""
     return tuple(map(int, entry_id.split(b"-")))
-
-
-def connect_briefly(url: str, timeout: float) -> Redis:
-    """A connection that waits for no answer longer than ``timeout`` seconds, and tries nothing twice."""
-    return Redis.from_url(
-        url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=Retry(NoBackoff(), 0), protocol=2
-    )

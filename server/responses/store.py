@@ -114,7 +114,7 @@ _needs_redis = partial(needs_redis, "Stored responses cannot be reached at the m
 
 
 def _keys(tenant: str) -> str:
-    return f"evospec:responses:{hashlib.sha256(tenant.encode()).hexdigest()[:32]}"
+    return f"evospec:responses:{{{hashlib.sha256(tenant.encode()).hexdigest()[:32]}}}"  # one node of a cluster
 
 
 def _key(tenant: str, response_id: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.session_store import measure, table
+from benchmarks.session_store import filled, measure, table
 from engine.messages import EngineReady
 from tests.integration.snapshots import snapshot_of
 from tests.tiny_models import VOCAB_SIZE, VOCABULARY
@@ -15,7 +15,8 @@ ENGINE = EngineReady(
 
 async def test_sessions_are_made_loaded_and_saved(valkey_url: str) -> None:
     snapshots = [snapshot_of(range(300)), snapshot_of(range(3))]
-    result = await measure(valkey_url, ENGINE, snapshots, count=40, requests=60, levels=[1, 4])
+    async with filled(valkey_url, ENGINE, snapshots, count=40) as side:
+        [result] = await measure([side], requests=60, levels=[1, 4])
     assert result["sessions"] == 40
     assert result["bytes_a_session"] > sum(map(len, snapshots)) / 2
     assert result["making"]["operations"] == 40

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from engine.text.tokenizer import Tokenizer
 from tests.integration.running_api import TEXT
 from tests.integration.running_fleet import is_healthy, running_fleet
 from tests.integration.scripted_engine import Script
+from tests.proxy import Proxy
 
 RunFleet = Callable[[Script], Any]
 SESSION = {"x-session-id": "one"}
@@ -91,6 +93,33 @@ async def test_a_replica_that_is_about_to_end_is_asked_no_more(fleet: RunFleet) 
         running.replicas[0].app.state.leaving = False
         await running.until_status(200)
         assert await running.replica_of() == 0
+
+
+async def test_a_silent_replica_is_asked_no_more_and_may_answer_late(
+    tiny_model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, tmp_path: Path
+) -> None:
+    networks = [Proxy(0), Proxy(0)]
+
+    def envoy(port: int, replicas: Sequence[int], directory: Path) -> list[str]:
+        for network, replica in zip(networks, replicas, strict=True):
+            network.server = replica
+        return envoy_command(port, [network.port for network in networks], directory)
+
+    async with (
+        networks[0].running(),
+        networks[1].running(),
+        running_fleet(one_token, tiny_model, tokenizer, valkey_url, tmp_path, envoy) as running,
+    ):
+        silent = await running.replica_of(SESSION)
+        networks[silent].cut()
+        late = asyncio.create_task(running.complete(SESSION))
+        other = running.replicas[1 - silent]
+        while not other.engine.requests:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1):
+                    await running.complete(SESSION)
+        networks[silent].mend()
+        assert (await late).status_code == 200
 
 
 async def test_metrics_are_the_replicas_own(fleet: RunFleet) -> None:

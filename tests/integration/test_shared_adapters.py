@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from redis import Redis
 
+from adapters.alignment import shared_versions
 from adapters.alignment import worker as worker_program
 from adapters.alignment.shared_versions import SharedVersions
 from adapters.alignment.worker import AdapterWorker
@@ -25,6 +27,7 @@ from tests.integration.test_adapter_worker import (
     status,
     step_until,
 )
+from tests.proxy import Proxy
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +131,26 @@ def test_a_lease_ends_when_nobody_asks_for_it(valkey_url: str, layout: WeightLay
     assert not first.leads("t")
 
 
+async def test_a_learner_that_is_cut_off_leads_no_more(
+    valkey_url: str, layout: WeightLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Redis.from_url(valkey_url).flushall()
+    monkeypatch.setattr(shared_versions, "_TIMEOUT", 0.3)
+    async with Proxy(Path(valkey_url.removeprefix("unix://"))).running() as network:
+        cut_off = SharedVersions(f"redis://127.0.0.1:{network.port}", layout, lease_seconds=1.0)
+        other = SharedVersions(valkey_url, layout, lease_seconds=30.0)
+        assert await asyncio.to_thread(cut_off.leads, "t")
+        network.cut()
+        assert not await asyncio.to_thread(cut_off.leads, "t")
+        assert not await asyncio.to_thread(cut_off.publish, "t", None)
+        async with asyncio.timeout(60):
+            while not other.leads("t"):  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        network.mend()  # what the learner sent comes late
+        assert not await asyncio.to_thread(cut_off.leads, "t")
+        assert other.leads("t")
+
+
 def test_weights_of_another_draft_are_not_seen_and_damaged_ones_refused(valkey_url: str, layout: WeightLayout) -> None:
     redis = Redis.from_url(valkey_url)
     redis.flushall()
@@ -160,8 +183,11 @@ def test_weights_of_another_draft_are_not_seen_and_damaged_ones_refused(valkey_u
     assert ours.news("t") is not None
 
 
-def test_without_redis_nobody_leads_and_nothing_is_new(layout: WeightLayout) -> None:
-    shared = SharedVersions("redis://127.0.0.1:1/0", layout)
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:1", "redis+cluster://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/x"]
+)
+def test_without_redis_nobody_leads_and_nothing_is_new(url: str, layout: WeightLayout) -> None:
+    shared = SharedVersions(url, layout)
     assert not shared.leads("t")
     assert not shared.publish("t", None)
     assert shared.news("t") is None
