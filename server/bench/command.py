@@ -1,0 +1,100 @@
+"""``evospec bench``: how fast any server that speaks OpenAI's API answers, at one or several loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from server.bench.load import LoadOptions, LoadReport, Messages, new_progress, run_load
+from server.remote import Remote
+
+PROMPTS = (
+    "Why is the sky blue?",
+    "Write a Python function that says whether a word is a palindrome, with tests.",
+    "What are the symptoms of iron deficiency, and how is it treated?",
+    "Explain the difference between a patent and a trademark.",
+    "Tell a short story about a lighthouse keeper who finds a letter.",
+    "A train leaves at 9:40 and arrives at 13:05. How long does it take? Explain each step.",
+    "List the planets of the solar system with one fact about each, as a table.",
+    "Translate into French: The meeting has been moved to Thursday, because the room is taken.",
+)
+"""What is asked where no file says what."""
+
+
+def bench(
+    url: Annotated[str, typer.Argument(help="Of any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Default: the first that the server has.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_API_KEY", help="If the server wants one.")] = None,
+    concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once [1]; repeatable.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Default: eight, and four times the concurrency.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token.")] = 0.0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="All answers are max_tokens long.")] = False,
+    prompts: Annotated[Path | None, typer.Option(help='JSON lines: {"messages": [...]} or {"prompt": "..."}.')] = None,
+    output: Annotated[Path | None, typer.Option(help="Write what was measured here, too, as JSON.")] = None,
+) -> None:
+    """Measure how fast a server answers: tokens a second, times to and between tokens, tokens a step."""
+    remote, console = Remote(url, api_key), Console()
+    name, conversations = model or remote.first_model(), read_prompts(prompts)
+    reports: dict[int, LoadReport] = {}
+    with new_progress(console) as progress:
+        for level in dict.fromkeys(concurrency or [1]):
+            options = LoadOptions(
+                url=remote.url,
+                model=name,
+                concurrency=level,
+                num_requests=requests or max(8, 4 * level),
+                max_tokens=max_tokens,
+                warmup_requests=level,
+                temperature=temperature,
+                ignore_eos=ignore_eos,
+                api_key=api_key,
+            )
+            reports[level], _ = uvloop.run(run_load(options, conversations, progress))
+    console.print(report_table(f"{name} at {remote.url}, at most {max_tokens} tokens an answer", reports))
+    for message in sorted({message for report in reports.values() for message in report.error_messages}):
+        console.print(message, style="red", markup=False)
+    if output is not None:
+        output.write_text(json.dumps({str(level): asdict(report) for level, report in reports.items()}, indent=2))
+    if any(report.errors for report in reports.values()):
+        raise typer.Exit(1)
+
+
+def read_prompts(path: Path | None) -> Sequence[Messages]:
+    """The conversations of a file of JSON lines, else ``PROMPTS``; raises ``typer.BadParameter``."""
+    if path is None:
+        return [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    try:
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+        found = [line.get("messages") or [{"role": "user", "content": line["prompt"]}] for line in lines]
+    except (OSError, ValueError, LookupError, AttributeError) as error:
+        raise typer.BadParameter(f"cannot read prompts from {path}: {error!r}") from error
+    if not found:
+        raise typer.BadParameter(f"no prompts in {path}")
+    return found
+
+
+def report_table(title: str, reports: dict[int, LoadReport]) -> Table:
+    """One line for each concurrency; times in milliseconds."""
+    headers = ["tokens/s", "tokens/step", "TTFT p50", "p90", "p99", "inter-token p50", "p90", "p99", "errors"]
+    table = Table(title=title, caption="times in milliseconds; inter-token: between two events of a stream")
+    for header in ("at once", *headers):
+        table.add_column(header, justify="right")
+    for level, report in reports.items():
+        times = [report.ttft.p50, report.ttft.p90, report.ttft.p99, report.itl.p50, report.itl.p90, report.itl.p99]
+        table.add_row(
+            str(level),
+            f"{report.tokens_per_second:.1f}",
+            "" if report.tokens_per_step is None else f"{report.tokens_per_step:.2f}",
+            *(f"{1000 * value:.1f}" for value in times),
+            f"{report.errors}/{report.requests}",
+        )
+    return table
