@@ -13,7 +13,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from server.bench.load import LoadOptions, LoadReport, Messages, new_progress, run_load
+from server.bench.load import LoadOptions, LoadReport, Messages, Percentiles, new_progress, run_load
 from server.remote import Remote
 
 PROMPTS = (
@@ -83,18 +83,28 @@ def read_prompts(path: Path | None) -> Sequence[Messages]:
 
 
 def report_table(title: str, reports: dict[int, LoadReport]) -> Table:
-    """One line for each concurrency; times in milliseconds."""
-    headers = ["tokens/s", "tokens/step", "TTFT p50", "p90", "p99", "inter-token p50", "p90", "p99", "errors"]
-    table = Table(title=title, caption="times in milliseconds; inter-token: between two events of a stream")
-    for header in ("at once", *headers):
-        table.add_column(header, justify="right")
-    for level, report in reports.items():
-        times = [report.ttft.p50, report.ttft.p90, report.ttft.p99, report.itl.p50, report.itl.p90, report.itl.p99]
-        table.add_row(
-            str(level),
-            f"{report.tokens_per_second:.1f}",
-            "" if report.tokens_per_step is None else f"{report.tokens_per_step:.2f}",
-            *(f"{1000 * value:.1f}" for value in times),
-            f"{report.errors}/{report.requests}",
-        )
+    """A column for each concurrency."""
+    table = Table(title=title)
+    table.add_column("requests at once")
+    for level in reports:
+        table.add_column(str(level), justify="right")
+    rows = [_figures(report) for report in reports.values()]
+    for name in rows[0]:
+        table.add_row(name, *(row[name] for row in rows))
     return table
+
+
+def _figures(report: LoadReport) -> dict[str, str]:
+    steps = report.tokens_per_step
+    return {
+        "tokens/s": f"{report.tokens_per_second:.1f}",
+        "tokens/step": "not told" if steps is None else f"{steps:.2f}",
+        "first token, ms: p50 p90 p99": _milliseconds(report.ttft),
+        "between tokens, ms: p50 p90 p99": _milliseconds(report.tpot),
+        "between events, ms: p50 p90 p99": _milliseconds(report.itl),
+        "errors/requests": f"{report.errors}/{report.requests}",
+    }
+
+
+def _milliseconds(times: Percentiles) -> str:
+    return " ".join(f"{1000 * seconds:.1f}" for seconds in (times.p50, times.p90, times.p99))

@@ -34,9 +34,7 @@ async def bench(*arguments: str) -> None:
         await asyncio.to_thread(app, ["bench", *arguments], standalone_mode=False)
 
 
-async def test_it_says_how_fast_a_server_is(
-    serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_it_says_how_fast_a_server_is(serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, prompts = tmp_path / "report.json", tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "One?"}\n\n{"messages": [{"role": "user", "content": "Two?"}]}\n')
     async with serve(script, "--auth.keys", f"acme={hash_key('secret')}", draft="tiny-draft") as api:
