@@ -45,6 +45,7 @@ def bench(
     remote, console = Remote(url, api_key), Console()
     name, conversations = model or remote.first_model(), read_prompts(prompts)
     reports: dict[int, LoadReport] = {}
+    first = 0  # each level gets prompts that no earlier one has put into a prefix cache, while there are some
     with new_progress(console) as progress:
         for level in dict.fromkeys(concurrency or [1]):
             options = LoadOptions(
@@ -58,7 +59,9 @@ def bench(
                 ignore_eos=ignore_eos,
                 api_key=api_key,
             )
-            reports[level], _ = uvloop.run(run_load(options, conversations, progress))
+            rotated = [*conversations[first:], *conversations[:first]]
+            reports[level], _ = uvloop.run(run_load(options, rotated, progress))
+            first = (first + options.num_requests) % len(conversations)
     console.print(report_table(f"{name} at {remote.url}, at most {max_tokens} tokens an answer", reports))
     for message in sorted({message for report in reports.values() for message in report.error_messages}):
         console.print(message, style="red", markup=False)

@@ -1,7 +1,5 @@
 # requires: llama-index-llms-openai-like
-"""llama-index."""
-
-from __future__ import annotations
+"""llama-index, which makes a tool's schema of its annotations, so that they must not be text here."""
 
 import sys
 
