@@ -34,7 +34,7 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Default: the first that the server has.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_API_KEY", help="If the server wants one.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once [1]; repeatable.")] = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="Default: eight, and four times the concurrency.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Default: 4 times the concurrency, at least 8.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="All answers are max_tokens long.")] = False,

@@ -36,7 +36,7 @@ def command_of(script: Path, directory: Path) -> list[Path | str]:
     elif not python.exists():
         venv.create(home, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *required], check=True)
-    interpreter = "node" if script.suffix == ".mjs" else python
+    interpreter: Path | str = "node" if script.suffix == ".mjs" else python
     return [interpreter, shutil.copy(script, home)]  # JavaScript finds packages beside the script only
 
 

@@ -75,7 +75,7 @@ def two_steps(request: EngineRequest) -> Iterable[EngineOutput]:
 async def test_a_request_is_a_span_of_its_clients_trace(serve: Any, receiver: Receiver) -> None:
     keys = ("--auth.keys", f"acme={hash_key('secret')}")
     async with serve(two_steps, *keys, "--otlp-traces-endpoint", receiver.url, draft="tiny") as api:
-        api.client.headers |= {"Authorization": "Bearer secret", "traceparent": f"00-{TRACE}-{PARENT}-01"}
+        api.client.headers.update({"Authorization": "Bearer secret", "traceparent": f"00-{TRACE}-{PARENT}-01"})
         answer = await api.post("/v1/chat/completions")
         await api.client.get("/health")
     [span] = receiver.spans()
