@@ -52,7 +52,7 @@ class Tracing:
             tenant: None where there was none yet.
             figures: of its line in the log.
         """
-        attributes: dict[str, str | int] = {
+        attributes: dict[str, str | int | float] = {
             "http.request.method": scope["method"],
             "http.route": route,
             "http.response.status_code": status,
