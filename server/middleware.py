@@ -6,6 +6,7 @@ import re
 import time
 import uuid
 from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -14,6 +15,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.errors import internal_error
 from server.metrics import Metrics
 from server.sse import ClientDisconnected, StreamFailed
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 log = structlog.get_logger("server.access")
 
@@ -37,9 +41,10 @@ class RequestMiddleware:
     ``X-Request-Id`` is taken from the client if it is 1 to 128 of ``A-Za-z0-9._:-``, else made, and sent back.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,4 +89,6 @@ class RequestMiddleware:
             self._metrics.disconnects.labels(*labels).inc()
         write = log.debug if scope["path"] in _QUIET else log.info
         duration = round(seconds * 1000, 1)
+        if self._tracing is not None and scope["path"] not in _QUIET:
+            self._tracing.record(scope, endpoint, status, seconds, tenant, figures)
         write("request", method=scope["method"], path=scope["path"], status=status, duration_ms=duration, **figures)

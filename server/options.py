@@ -107,6 +107,17 @@ class LogConfig(Section):
     format: Literal["json", "console"] = Field(default="json", description="JSON lines, or text for people.")
 
 
+class TracingConfig(Section):
+    """Traces of OpenTelemetry; they need `pip install 'evospec[tracing]'`."""
+
+    endpoint: str | None = Field(
+        default=None,
+        pattern=r"^https?://",
+        description="URL of a collector that takes OTLP over HTTP, as http://127.0.0.1:4318/v1/traces. It gets a span "
+        "for each request, with figures but no text. Default: none.",
+    )
+
+
 class RedisConfig(Section):
     """Redis or Valkey; holds the rate limits and the sessions."""
 

@@ -26,7 +26,16 @@ from pydantic_settings import (
 
 from engine.config import EngineConfig
 from engine.options import Section
-from server.options import AuthConfig, HttpConfig, LimitsConfig, LogConfig, RedisConfig, ResponsesConfig, SessionsConfig
+from server.options import (
+    AuthConfig,
+    HttpConfig,
+    LimitsConfig,
+    LogConfig,
+    RedisConfig,
+    ResponsesConfig,
+    SessionsConfig,
+    TracingConfig,
+)
 
 ENV_PREFIX = "EVOSPEC_"
 SHORTCUTS = {
@@ -42,6 +51,7 @@ SHORTCUTS = {
     "http.port": "port",
     "http.allowed_origins": "allowed-origins",
     "http.strict": "strict",
+    "tracing.endpoint": "otlp-traces-endpoint",
     "auth.api_key": "api-key",
     "auth.keys_file": "keys-file",
     "auth.insecure": "insecure",
@@ -88,6 +98,7 @@ class Settings(BaseSettings):
     redis: RedisConfig = Field(default_factory=RedisConfig)
     sessions: SessionsConfig = Field(default_factory=SessionsConfig)
     responses: ResponsesConfig = Field(default_factory=ResponsesConfig)
+    tracing: TracingConfig = Field(default_factory=TracingConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
 
     @classmethod

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.attack.bars import at_most, exactly
 from benchmarks.attack.clients import ask
 from benchmarks.attack.server import LIMITED, MODEL, REQUESTS_PER_MINUTE, Server, serving
-from benchmarks.common.load import percentiles
+from server.bench.load import percentiles
 
 _CONNECTIONS = (1, 2, 4)
 _REQUESTS, _AT_ONCE = 60, 20

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import quote
 
-from benchmarks.common.client import Speculation, stream
 from benchmarks.common.process import LOGS, Launch, free_port, running
+from server.bench.stream import Speculation, stream
 from server.tenants import hash_key
 
 

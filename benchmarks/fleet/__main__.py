@@ -16,7 +16,6 @@ import typer
 from redis.asyncio import Redis
 from rich.console import Console
 
-from benchmarks.common.client import StreamResult
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import free_port
@@ -24,6 +23,7 @@ from benchmarks.fleet.conversations import Conversation, Traffic, make_conversat
 from benchmarks.fleet.processes import Process, new_replica, new_valkey
 from benchmarks.fleet.report import acceptance, moves, phase_record, table
 from benchmarks.fleet.router import Router
+from server.bench.stream import StreamResult
 
 ROUTERS = {"envoy": "benchmarks.fleet.envoy:EnvoyRouter", "ray": "benchmarks.fleet.ray_serve:RayRouter"}
 """Only the one in use is imported: Ray is installed by who wants it."""

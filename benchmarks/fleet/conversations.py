@@ -12,9 +12,9 @@ from typing import Any
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from benchmarks.common.client import StreamResult, stream
 from benchmarks.fleet.processes import MODEL
 from benchmarks.prompts.build import read_eval
+from server.bench.stream import StreamResult, stream
 from server.session_ids import find_session_id, session_key
 
 MAX_TOKENS = 24

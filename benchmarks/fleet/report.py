@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.client import StreamResult
-from benchmarks.common.load import percentiles
 from benchmarks.fleet.conversations import Finished, Outcome
+from server.bench.load import percentiles
+from server.bench.stream import StreamResult
 
 
 def acceptance(results: Sequence[StreamResult]) -> float:

@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.load import percentiles
 from benchmarks.grid.plan import DEFAULT
+from server.bench.load import percentiles
 
 Requests = Sequence[Mapping[str, Any]]
 SAMPLES = 1000

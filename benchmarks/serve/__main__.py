@@ -18,14 +18,14 @@ import typer
 import uvloop
 from rich.console import Console
 
-from benchmarks.common.client import stream
-from benchmarks.common.load import LoadOptions, LoadReport, run_load
 from benchmarks.common.machine import RESULTS, cpu_description, git_commit
 from benchmarks.common.process import LOGS, NoiseMeter, free_port, running, wait_for_quiet
 from benchmarks.prompts.build import Messages, read_eval
 from benchmarks.prompts.sets import evaluation_files, read_sets
 from benchmarks.serve.peers import SIDES, Side
 from benchmarks.serve.report import plot, summary_tables
+from server.bench.load import LoadOptions, LoadReport, run_load
+from server.bench.stream import stream
 
 WARMUP_TOKENS = 16
 WARMUP_PROMPTS = [prompt.messages for prompt in read_eval()]

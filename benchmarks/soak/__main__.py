@@ -26,12 +26,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common.client import StreamResult, stream
-from benchmarks.common.load import LoadOptions, new_progress, request_body, run_load
 from benchmarks.common.process import LOGS, free_port, running, tree
 from benchmarks.prompts.build import read_eval
 from benchmarks.serve.peers import EvoSpec
 from benchmarks.soak.load import SEED, MixedLoad
+from server.bench.load import LoadOptions, new_progress, request_body, run_load
+from server.bench.stream import StreamResult, stream
 
 SETTLE_SECONDS = 20.0
 SAMPLE_SECONDS = 2.0

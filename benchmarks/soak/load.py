@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 
-from benchmarks.common.client import stream
-from benchmarks.common.load import LoadOptions, request_body
 from benchmarks.prompts.build import read_eval
+from server.bench.load import LoadOptions, request_body
+from server.bench.stream import stream
 
 SEED = 7
 

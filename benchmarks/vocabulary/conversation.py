@@ -15,12 +15,12 @@ from rich.table import Table
 
 from benchmarks.common.acceptance import Run
 from benchmarks.common.in_process import Generation
-from benchmarks.common.load import percentiles
 from benchmarks.common.process import NoiseMeter
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.short import DOMAINS, short_prompts
 from benchmarks.vocabulary.modes import sizes_of
 from benchmarks.vocabulary.sessions import Ask, Labels, answers, make_sides, recorded
+from server.bench.load import percentiles
 
 MAX_TOKENS = 48
 QUESTIONS_IN_A_ROW = 10

@@ -25,6 +25,9 @@ from engine.sampling.json_schema import (
 )
 
 _WHAT = {"regex": "regular expression", "grammar": "grammar"}
+_WHITESPACE = 20
+"""Characters of it in a row that JSON may have: enough to indent it. With no bound, small models write spaces without
+end."""
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 
@@ -165,7 +168,9 @@ class GrammarCompiler:
         schema = '{"type": "object"}' if is_object else text
         check_json_schema(schema)
         # Strict: objects hold no properties beyond those the schema names, unless it says so.
-        return self._for_json.compile("json_schema", rewrite_patterns(schema), strict_mode=not is_object)
+        return self._for_json.compile(
+            "json_schema", rewrite_patterns(schema), strict_mode=not is_object, max_whitespace_cnt=_WHITESPACE
+        )
 
     def _for_text(self) -> _VocabularyCompiler:
         """For output that is no JSON, and may have any characters. It is rare, and made in a tenth of a second."""
@@ -190,7 +195,7 @@ class _VocabularyCompiler:
         )
         self._compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
 
-    def compile(self, kind: str, text: str, **options: bool) -> CompiledGrammar:
+    def compile(self, kind: str, text: str, **options: int) -> CompiledGrammar:
         """What xgrammar's ``compile_KIND`` makes of a text; raises ``GrammarError``."""
         try:
             compiled = getattr(self._compiler, f"compile_{kind}")(text, **options)

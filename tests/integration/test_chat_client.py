@@ -13,7 +13,8 @@ from structlog.testing import capture_logs
 
 from engine.messages import EngineOutput, EngineRequest, TokenLogprob, TokenSource
 from engine.text.tokenizer import Tokenizer
-from server.chat_client import ChatError, Conversation, chat
+from server.chat_client import Conversation, chat
+from server.remote import RemoteError
 from server.tenants import hash_key
 from tests.integration.scripted_engine import Script
 
@@ -82,13 +83,13 @@ async def test_what_the_server_refuses_is_said_in_its_words(
     serve: Any, answers: Script, monkeypatch: pytest.MonkeyPatch, key: str, model: str | None, message: str
 ) -> None:
     async with serve(answers, "--auth.keys", f"acme={hash_key('secret')}") as api:
-        with pytest.raises(ChatError, match=message):
+        with pytest.raises(RemoteError, match=message):
             await talk(f"{api.client.base_url}/v1/", key, "Hi\n", monkeypatch, model=model)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nonsense", "http://["])
 async def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    with pytest.raises(ChatError, match=r"^cannot reach [^\n]*$"):
+    with pytest.raises(RemoteError, match=r"^cannot reach [^\n]*$"):
         await talk(url, None, "Hi\n", monkeypatch)
 
 
@@ -102,5 +103,5 @@ async def test_another_kind_of_server_is_one_line(monkeypatch: pytest.MonkeyPatc
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as other:
         port = other.sockets[0].getsockname()[1]
-        with pytest.raises(ChatError, match="does not answer as OpenAI's API does"):
+        with pytest.raises(RemoteError, match="does not answer as OpenAI's API does"):
             await talk(f"http://127.0.0.1:{port}", None, "Hi\n", monkeypatch)

@@ -28,7 +28,7 @@ from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
 from engine.models.registry import resolve_model
 from engine.request import Request
 from engine.sampling import grammar_pool
-from engine.sampling.grammar import GrammarCompiler
+from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
 from engine.sampling.grammar_client import GrammarProcess, ProcessCursor
 from engine.sampling.grammar_cursor import GRAMMAR_CONTRADICTS, GrammarCursor
 from engine.sampling.grammar_in_place import InPlaceCursor
@@ -148,6 +148,14 @@ def test_json_object_is_an_object_with_anything_in_it(tokenizer: Tokenizer, pool
     assert len(objects) >= 6
     assert all(isinstance(value, dict) for value in objects)
     assert any(objects)
+
+
+@pytest.mark.parametrize("grammar", [PERSON, JSON_OBJECT])
+def test_json_has_so_many_spaces_in_a_row(tokenizer: Tokenizer, compiler: GrammarCompiler, grammar: Grammar) -> None:
+    matcher = GrammarMatcher(compiler.compile(grammar))
+    [brace], [feed], [space] = (tokenizer.encode(text, add_special_tokens=False) for text in "{\n ")
+    assert all(matcher.accept(token_id) for token_id in [brace, feed, *[space] * 19])
+    assert not matcher.accept(space)
 
 
 PHONE = Grammar("regex", r"(\d{3}\n)?\d{3}-\d{4}")

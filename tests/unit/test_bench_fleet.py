@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.common.client import Speculation, StreamResult
 from benchmarks.fleet.conversations import TURNS, Finished, Outcome, judge, make_conversations
 from benchmarks.fleet.report import acceptance, phase_record
+from server.bench.stream import Speculation, StreamResult
 
 
 def result(text: str = "yes", error: str | None = None) -> StreamResult:

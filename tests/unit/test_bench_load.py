@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.common.client import StreamResult, stream
-from benchmarks.common.load import LoadOptions, percentiles, request_body, run_load, summarise
+from server.bench.load import LoadOptions, percentiles, request_body, run_load, summarise
+from server.bench.stream import StreamResult, stream
 
 Answer = Callable[[asyncio.StreamWriter], Coroutine[Any, Any, None]]
 

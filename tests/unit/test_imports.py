@@ -17,7 +17,7 @@ ALLOWED = {
     "adapters": {"adapters", "engine", "kernels"},
     "server": {"server", "engine"},
 }
-HEAVY = ["torch", "transformers", "xgrammar"]
+HEAVY = ["torch", "transformers", "xgrammar", "opentelemetry.exporter"]
 
 
 def imported_packages(path: Path) -> Iterator[str]:

@@ -33,9 +33,11 @@ async def main(base_url: str, model: str) -> None:
         pass
     assert (whole.final_output, streamed.final_output) == ("42", "42"), (whole, streamed)
     assert made == [(17, 25)] * 2, made
+    print("responses call\nresponses call-stream")
     speaker = Agent("Speaker", model=responses, model_settings=ModelSettings(temperature=0, max_tokens=100))
     answer = await Runner.run(speaker, whole.to_input_list())
     assert "42" in answer.final_output, answer
+    print("responses result")
 
 
 if __name__ == "__main__":

@@ -25,14 +25,17 @@ def main(base_url: str, model: str) -> None:
     assert isinstance(whole, AIMessage)
     [call] = whole.tool_calls
     assert (call["name"], call["args"]) == ("add", {"a": 17, "b": 25}), call
+    print("chat call")
     streamed = None
     for chunk in with_tools.stream([question]):
         streamed = chunk if streamed is None else streamed + chunk
     assert streamed is not None
     assert [one["args"] for one in streamed.tool_calls] == [call["args"]], streamed
+    print("chat call-stream")
     result = ToolMessage(add.invoke(call).content, tool_call_id=call["id"])
     answer = chat.bind_tools([add], tool_choice="none").invoke([question, whole, result])
     assert "42" in answer.content, answer
+    print("chat result")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def main(base_url: str, model: str) -> None:
             max_retries=0,
         )
         assert (answer.a, answer.b) == (17, 25), (mode, answer)
+    print("chat call")
 
 
 if __name__ == "__main__":

@@ -194,12 +194,16 @@ async def stream(
     failure: that is in ``StreamResult.error``.
     """
     parts = urlsplit(url)
+    is_secure = parts.scheme == "https"
     loop = asyncio.get_running_loop()
     request = encode_request(url, body, api_key, headers)
     start = time.perf_counter()
     try:
         _, protocol = await loop.create_connection(
-            lambda: _StreamProtocol(request), parts.hostname or "", parts.port or 80
+            lambda: _StreamProtocol(request),
+            parts.hostname or "",
+            parts.port or (443 if is_secure else 80),
+            ssl=is_secure or None,
         )
     except OSError as error:
         return StreamResult(start=start, end=time.perf_counter(), error=f"cannot connect: {error}")

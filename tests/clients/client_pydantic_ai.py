@@ -24,8 +24,10 @@ def main(base_url: str, model: str) -> None:
     agent = Agent(chat, output_type=Sum, model_settings={"temperature": 0, "max_tokens": 100})
     whole = agent.run_sync("Add 17 and 25.").output
     assert whole == Sum(a=17, b=25), whole
+    print("chat call")
     streamed = agent.run_stream_sync("Add 17 and 25.").get_output()
     assert streamed == whole, streamed
+    print("chat call-stream")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ def main(base_url: str, model: str) -> None:
     agent = Agent(AnthropicModel(model, provider=provider), output_type=Sum, model_settings={"max_tokens": 100})
     whole = agent.run_sync("Add 17 and 25.").output
     assert whole == Sum(a=17, b=25), whole
+    print("messages call")
     streamed = agent.run_stream_sync("Add 17 and 25.").get_output()
     assert streamed == whole, streamed
+    print("messages call-stream")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.common.client import StreamResult, stream
-from benchmarks.prompts.build import Messages
+from server.bench.stream import StreamResult, stream
+
+Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What is sent. ``max_seconds`` bounds the measured part: no request starts after it."""
+    """What is sent. ``url`` has no ``/v1``. ``max_seconds`` bounds the measured part: no request starts after it."""
 
     url: str
     model: str
@@ -49,6 +50,7 @@ class LoadReport:
 
     ``itl`` is the time between two events of a stream; ``tpot`` a request's time after its first token over
     the tokens after it, so it does not depend on how many tokens the server puts in one event.
+    ``tokens_per_step``: of the steps that checked drafts; None where the server tells nothing of drafts.
     ``client_cpu_per_token`` is in seconds of this process.
     """
 
@@ -59,6 +61,7 @@ class LoadReport:
     output_tokens: int
     tokens_per_second: float
     tokens_per_event: float
+    tokens_per_step: float | None
     ttft: Percentiles
     itl: Percentiles
     tpot: Percentiles
@@ -85,6 +88,8 @@ def summarise(results: Sequence[StreamResult], seconds: float, cpu_seconds: floa
         for r in good
         if r.completion_tokens > 1 and r.token_times
     ]
+    drafts = [result.speculation for result in good if result.speculation is not None]
+    steps = sum(one.num_spec_steps for one in drafts)
     return LoadReport(
         requests=len(results),
         errors=len(results) - len(good),
@@ -93,6 +98,7 @@ def summarise(results: Sequence[StreamResult], seconds: float, cpu_seconds: floa
         output_tokens=tokens,
         tokens_per_second=tokens / seconds,
         tokens_per_event=tokens / max(1, sum(len(result.token_times) for result in good)),
+        tokens_per_step=1 + sum(one.num_accepted_draft_tokens for one in drafts) / steps if steps else None,
         ttft=percentiles([r.token_times[0] - r.start for r in good if r.token_times]),
         itl=percentiles(gaps),
         tpot=percentiles(tpot),
