@@ -51,7 +51,7 @@ class TokenLogConfig(Section):
         "of a draft that is mostly right, and leaves holes in what the worker takes for context.",
     )
     cost_share: float = Field(
-        default=0.01,
+        default=0.005,
         ge=0,
         le=1,
         description="Share of the engine's time that logging may take. Requests that begin when it is used up are not "
@@ -180,7 +180,10 @@ class PaceConfig(Section):
         "is idle beside an engine at work is mostly the other half of a core that it uses.",
     )
     busy_share: float = Field(
-        default=0.03, ge=0, le=1, description="Share of the time it trains when fewer are idle; 0: never."
+        default=0.03,
+        ge=0,
+        le=1,
+        description="Share of the time it trains where fewer were idle for five minutes; 0: never.",
     )
     step_seconds: float = Field(
         default=0.02, gt=0, description="What one verify step saved is worth, in seconds of the worker's time."

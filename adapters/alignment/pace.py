@@ -49,16 +49,21 @@ class CpuMonitor:
         return time.monotonic(), idle, time.process_time()
 
 
+_READ_SECONDS = 10.0
+"""From one look at the log to the next, at least, while the machine is wanted."""
+_PATIENCE = 300.0
+"""Seconds without an idle moment after which training takes its share of a busy machine."""
 _OTHERS = 0.25
 """Cores that others use, at most, while the machine counts as idle."""
 
 
 class Pacer:
-    """Says when the next update may start.
+    """Says when the next update may start, and when to take in what was logged.
 
-    At once where ``spare_cores`` are idle. Where the machine is wanted, or that cannot be known, after an update of s
-    seconds not before s / ``busy_share`` seconds: training never takes more than that share of one core from the
-    engine, and is niced as well.
+    At once where ``spare_cores`` are idle. Where the machine is wanted, or that cannot be known, only if it was not idle
+    for minutes, and after an update of s seconds not before s / ``busy_share`` seconds: training never takes more than
+    that share of one core from the engine, and is niced as well. What was logged waits for some seconds then: to take
+    it in costs as much as to log it.
     """
 
     def __init__(
@@ -69,17 +74,31 @@ class Pacer:
         num_cores = len(os.sched_getaffinity(0))
         self._wanted_spare = num_cores - _OTHERS if config.spare_cores is None else config.spare_cores
         self._spare: float | None = None
-        self._next_when_busy = clock() if config.busy_share else float("inf")
+        self._next_when_busy = clock() + _PATIENCE if config.busy_share else float("inf")
+        self._next_reading = clock()
 
     def may_run(self) -> bool:
         """Whether an update may start now."""
-        spare = self._spare_cores()
-        if spare is not None:
-            self._spare = spare
-        is_idle = self._spare is not None and self._spare >= self._wanted_spare
-        return is_idle or self._clock() >= self._next_when_busy
+        return self._is_idle() or self._clock() >= self._next_when_busy
+
+    def may_read(self) -> bool:
+        """Whether to take in now what was logged."""
+        may_read = self._is_idle() or self._clock() >= self._next_reading
+        if may_read:
+            self._next_reading = self._clock() + _READ_SECONDS
+        return may_read
 
     def ran(self, seconds: float) -> None:
         """The worker computed for so long."""
         if self._config.busy_share:
-            self._next_when_busy = self._clock() + seconds * (1 / self._config.busy_share - 1)
+            rest = seconds * (1 / self._config.busy_share - 1)
+            self._next_when_busy = max(self._next_when_busy, self._clock() + rest)
+
+    def _is_idle(self) -> bool:
+        spare = self._spare_cores()
+        if spare is not None:
+            self._spare = spare
+        is_idle = self._spare is not None and self._spare >= self._wanted_spare
+        if is_idle and self._config.busy_share:
+            self._next_when_busy = self._clock() + _PATIENCE
+        return is_idle

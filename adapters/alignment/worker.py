@@ -100,7 +100,7 @@ class AdapterWorker:
     def step(self) -> None:
         """One round: read, learn, publish, report."""
         has_worked = self._work()
-        if not self._read_all() and not has_worked:
+        if not (self._pacer.may_read() and self._read_all()) and not has_worked:
             give_back_memory()
             # Not woken by the next record: on a busy machine every waking takes a core from the engine.
             time.sleep(self._config.log.interval_seconds)

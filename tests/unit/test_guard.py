@@ -308,8 +308,9 @@ def test_training_takes_no_more_than_its_share_of_a_busy_machine() -> None:
     clock, spare = [0.0], [0.0]
     pacer = Pacer(PaceConfig(busy_share=0.03, spare_cores=0.5), lambda: spare[0], lambda: clock[0])
     trained = 0.0
-    while clock[0] < 1000:
+    while clock[0] < 1300:
         if pacer.may_run():
+            assert clock[0] >= 300  # until then it may yet be idle
             clock[0] += 0.3
             trained += 0.3
             pacer.ran(0.3)
@@ -317,6 +318,12 @@ def test_training_takes_no_more_than_its_share_of_a_busy_machine() -> None:
     assert 0.025 * 1000 < trained < 0.0305 * 1000
     assert not pacer.may_run()
     spare[0] = 1.0
+    assert pacer.may_run()
+    pacer.ran(0.3)
+    spare[0] = 0.0
+    clock[0] += 299
+    assert not pacer.may_run()
+    clock[0] += 2
     assert pacer.may_run()
     default = Pacer(PaceConfig(), lambda: spare[0], lambda: clock[0])
     default.ran(0.3)
@@ -328,3 +335,17 @@ def test_training_takes_no_more_than_its_share_of_a_busy_machine() -> None:
     never = Pacer(PaceConfig(busy_share=0.0), lambda: None, lambda: clock[0])
     never.ran(0.1)
     assert not never.may_run()
+
+
+def test_a_busy_machine_takes_in_the_log_every_ten_seconds_and_an_idle_one_at_once() -> None:
+    clock, spare = [0.0], [0.0]
+    pacer = Pacer(PaceConfig(spare_cores=0.5), lambda: spare[0], lambda: clock[0])
+    readings = []
+    while clock[0] < 35:
+        if pacer.may_read():
+            readings.append(clock[0])
+        clock[0] += 1
+    assert readings == [0, 10, 20, 30]
+    spare[0] = 1.0
+    assert pacer.may_read()
+    assert pacer.may_read()
