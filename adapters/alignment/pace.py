@@ -60,10 +60,10 @@ _OTHERS = 0.25
 class Pacer:
     """Says when the next update may start, and when to take in what was logged.
 
-    At once where ``spare_cores`` are idle. Where the machine is wanted, or that cannot be known, only if it was not idle
-    for minutes, and after an update of s seconds not before s / ``busy_share`` seconds: training never takes more than
-    that share of one core from the engine, and is niced as well. What was logged waits for some seconds then: to take
-    it in costs as much as to log it.
+    At once where ``spare_cores`` are idle. Where the machine is wanted, or that cannot be known, only if it was not
+    idle for minutes, and after an update of s seconds not before s / ``busy_share`` seconds: training never takes more
+    than that share of one core from the engine, and is niced as well. What was logged waits for some seconds then: to
+    take it in costs as much as to log it.
     """
 
     def __init__(
