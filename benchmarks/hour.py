@@ -19,6 +19,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 import uvloop
 from rich.console import Console
@@ -171,6 +172,29 @@ def burst_speed(bursts: Iterable[Mapping[str, Any]]) -> float:
     return float(tokens[LEARNING] / seconds[LEARNING] / (tokens[FIXED] / seconds[FIXED]))
 
 
+def draw(record: Mapping[str, Any], path: Path) -> None:
+    """Tokens a verification in each burst, eight answers at a time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3))
+    for side in (LEARNING, FIXED):
+        tokens, accepted = (
+            np.array([each[side][name] for each in record["bursts"]]) for name in ("tokens", "accepted")
+        )
+        axes.plot(range(1, len(tokens) + 1), tokens / (tokens - accepted), "o-", label=side)
+    domains = [each["domain"] for each in record["bursts"]]
+    for domain in dict.fromkeys(domains):
+        axes.axvline(domains.index(domain) + 0.5, color="grey", linestyle=":")
+        axes.text(domains.index(domain) + 0.6, axes.get_ylim()[0], domain, color="grey", va="bottom")
+    axes.set(xlabel="burst", ylabel="tokens a verification")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main(
     model: Annotated[str, typer.Option(help="With a draft of this project.")] = "qwen2.5-coder-0.5b",
     domain: Annotated[list[str] | None, typer.Option(help="Repeatable; each has DOMAIN-stream.jsonl.")] = None,
@@ -189,7 +213,7 @@ def main(
     ] = False,
     name: Annotated[str, typer.Option(help="First part of the record's name in benchmarks/results.")] = "hour",
 ) -> None:
-    """Serves, asks, writes the record and prints what it says."""
+    """Serves, asks, writes the record and its plot, and prints what it says."""
     domains = domain or ["law", "medicine"]
     files = sorted(data.glob(_TRIAL_SETS)) if trial else evaluation_files()
     chosen = {key.removesuffix("-trial"): value for key, value in read_sets(files, max(prompts, others)).items()}
@@ -217,6 +241,7 @@ def main(
         ):
             uvloop.run(Hour({LEARNING: one, FIXED: other}, sets, sizes, record, path).run(streams))
     report(record, Console(width=160))
+    draw(record, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
