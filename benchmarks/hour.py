@@ -19,7 +19,6 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 import uvloop
 from rich.console import Console
@@ -181,10 +180,9 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 3))
     for side in (LEARNING, FIXED):
-        tokens, accepted = (
-            np.array([each[side][name] for each in record["bursts"]]) for name in ("tokens", "accepted")
-        )
-        axes.plot(range(1, len(tokens) + 1), tokens / (tokens - accepted), "o-", label=side)
+        of_side = [each[side] for each in record["bursts"]]
+        lengths = [each["tokens"] / (each["tokens"] - each["accepted"]) for each in of_side]
+        axes.plot(range(1, len(lengths) + 1), lengths, "o-", label=side)
     domains = [each["domain"] for each in record["bursts"]]
     for domain in dict.fromkeys(domains):
         axes.axvline(domains.index(domain) + 0.5, color="grey", linestyle=":")
