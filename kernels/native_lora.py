@@ -10,6 +10,7 @@ import torch
 from kernels.batched_lora import LoraMatrix, LoraPart, LoraRows
 from kernels.native import Team, address, integers, load_library, pointers
 
+MAX_RANK = 256
 _MAX_PARTS = 3
 _MATRICES: tuple[LoraMatrix, ...] = ("qkv", "output", "down")
 
@@ -30,7 +31,8 @@ class NativeLora:
     """A batch's adapters as the kernels read them; keeps the tensors alive.
 
     Args:
-        rows: parts of equal rank, in bf16; up to three of a matrix, of equal inputs, a multiple of 32.
+        rows: parts of equal rank, at most ``MAX_RANK``, in bf16; up to three of a matrix, of equal inputs, a multiple
+            of 32.
     """
 
     def __init__(self, rows: LoraRows) -> None:
@@ -40,8 +42,8 @@ class NativeLora:
         if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in weights):
             raise ValueError("adapters must be contiguous bf16")
         rank, *others = ranks
-        if others:
-            raise ValueError(f"the kernels take adapters of one rank, not {sorted(ranks)}")
+        if others or rank > MAX_RANK:
+            raise ValueError(f"the kernels take adapters of one rank of at most {MAX_RANK}, not {sorted(ranks)}")
         matrices = (_matrix([part for part in rows.parts if part.matrix == name]) for name in _MATRICES)
         self._struct = _Rows(rank, *matrices, rows.slots.data_ptr())
         self.pointer = ctypes.pointer(self._struct)

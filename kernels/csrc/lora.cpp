@@ -1,15 +1,8 @@
 #include "lora.h"
 
-#include <algorithm>
-
 namespace evospec {
 
 namespace {
-
-// Of a and b, so that all threads have something to do, and rows of one adapter find its weights in a near cache.
-constexpr int kRanksAtOnce = 8, kOutputsAtOnce = 128;
-
-int num_blocks(int size, int block) { return (size + block - 1) / block; }
 
 float dot(const bf16* a, const bf16* b, int size) {
   Floats sums = all(0.0f);
@@ -29,33 +22,16 @@ float dot(const bf16* a, const float* b, int size) {
 
 }  // namespace
 
-void add_lora(Team& team, const LoraRows& rows, const LoraMatrix& matrix, const bf16* x, int count, int stride,
-              float* inner, float* out) {
-  const int rank = rows.rank, inputs = matrix.inputs, parts = matrix.num_parts, blocks = num_blocks(rank, kRanksAtOnce);
-  if (parts == 0) return;
-  team.work(count * parts * blocks, [&](int item) {
-    const int row = item % count, block = item / count, p = block / blocks, first = block % blocks * kRanksAtOnce;
-    if (rows.slots[row] < 0) return;
-    const bf16* a = matrix.parts[p].a + static_cast<size_t>(rows.slots[row]) * rank * inputs;
-    float* projected = inner + (static_cast<size_t>(row) * parts + p) * rank;
-    for (int r = first; r < std::min(first + kRanksAtOnce, rank); ++r) {
-      projected[r] = dot(a + static_cast<size_t>(r) * inputs, x + static_cast<size_t>(row) * inputs, inputs);
-    }
-  });
-  team.barrier();
-  for (int p = 0; p < parts; ++p) {
+void add_lora(const LoraRows& rows, const LoraMatrix& matrix, int row, const bf16* x, float* out) {
+  const int slot = rows.slots[row], rank = rows.rank, inputs = matrix.inputs;
+  if (slot < 0) return;
+  float inner[kMaxLoraRank];
+  for (int p = 0; p < matrix.num_parts; ++p) {
     const LoraPart& part = matrix.parts[p];
-    team.work(count * num_blocks(part.outputs, kOutputsAtOnce), [&](int item) {
-      const int row = item % count, first = item / count * kOutputsAtOnce;
-      if (rows.slots[row] < 0) return;
-      const bf16* b = part.b + static_cast<size_t>(rows.slots[row]) * part.outputs * rank;
-      const float* projected = inner + (static_cast<size_t>(row) * parts + p) * rank;
-      float* gains = out + static_cast<size_t>(row) * stride + part.start;
-      for (int n = first; n < std::min(first + kOutputsAtOnce, part.outputs); ++n) {
-        gains[n] += dot(b + static_cast<size_t>(n) * rank, projected, rank);
-      }
-    });
-    team.barrier();
+    const bf16* a = part.a + static_cast<size_t>(slot) * rank * inputs;
+    const bf16* b = part.b + static_cast<size_t>(slot) * part.outputs * rank;
+    for (int r = 0; r < rank; ++r) inner[r] = dot(a + static_cast<size_t>(r) * inputs, x, inputs);
+    for (int n = 0; n < part.outputs; ++n) out[part.start + n] += dot(b + static_cast<size_t>(n) * rank, inner, rank);
   }
 }
 

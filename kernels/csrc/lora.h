@@ -2,7 +2,6 @@
 #pragma once
 
 #include "simd.h"
-#include "threads.h"
 
 namespace evospec {
 
@@ -13,23 +12,21 @@ struct LoraPart {
   const bf16* b;  // [slots][outputs][rank]
 };
 
-inline constexpr int kMaxLoraParts = 3;
-
 // Adapters of one matrix; num_parts 0: none.
 struct LoraMatrix {
   int inputs, num_parts;  // inputs a multiple of 32
-  LoraPart parts[kMaxLoraParts];
+  LoraPart parts[3];
 };
 
 struct LoraRows {
-  int rank;
+  int rank;                      // up to kMaxLoraRank
   LoraMatrix qkv, output, down;  // of a layer
   const int32_t* slots;          // of each row; -1: none
 };
 
-// Inside Team::run(): `count` rows of out, products of a matrix that are `stride` apart, gain what their adapters of it
-// make of x [count][inputs]. inner has room for [count][num_parts][rank]. Ends with a barrier.
-void add_lora(Team& team, const LoraRows& rows, const LoraMatrix& matrix, const bf16* x, int count, int stride,
-              float* inner, float* out);
+inline constexpr int kMaxLoraRank = 256;
+
+// out, the row's product of a matrix, gains what the row's adapter of that matrix makes of x.
+void add_lora(const LoraRows& rows, const LoraMatrix& matrix, int row, const bf16* x, float* out);
 
 }  // namespace evospec

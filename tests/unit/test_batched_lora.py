@@ -110,10 +110,8 @@ def test_compiled(shape: Shape) -> None:
 
 
 @pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))
-@pytest.mark.parametrize(("ranks", "inputs", "reason"), [((8, 16), 32, "one rank"), ((8,), 40, "multiple of 32")])
-def test_the_compiled_kernel_refuses_what_it_cannot_compute(ranks: tuple[int, ...], inputs: int, reason: str) -> None:
-    parts = [
-        LoraPart(0, 4, torch.zeros(1, rank, inputs).bfloat16(), torch.zeros(1, 4, rank).bfloat16()) for rank in ranks
-    ]
+@pytest.mark.parametrize(("rank", "inputs", "reason"), [(257, 32, "one rank"), (8, 40, "multiple of 32")])
+def test_the_compiled_kernel_refuses_what_it_cannot_compute(rank: int, inputs: int, reason: str) -> None:
+    a, b = torch.zeros(1, rank, inputs).bfloat16(), torch.zeros(1, 4, rank).bfloat16()
     with pytest.raises(ValueError, match=reason):
-        NativeLora(LoraRows(torch.zeros(1, dtype=torch.int32), parts))
+        NativeLora(LoraRows(torch.zeros(1, dtype=torch.int32), [LoraPart(0, 4, a, b)]))
