@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.models.config import ModelFiles, ModelSpec
-from engine.models.decoder import RotaryEmbedding, rms_norm
+from engine.models.decoder import RotaryEmbedding, WeightReader, rms_norm
 from engine.models.weights import WeightSource, open_weights
 from kernels.native import has_fast_bf16
 
@@ -69,8 +69,9 @@ def load_target_parts(
 
 def target_parts(source: WeightSource, spec: ModelSpec, max_positions: int, dtype: torch.dtype) -> TargetParts:
     """Dequantised on the CPU, with a rotary table for ``max_positions`` positions."""
-    embedding = source.dequantized("model.embed_tokens.weight").to(dtype)
-    head = embedding if spec.tie_word_embeddings else source.dequantized("lm_head.weight").to(dtype)
+    reader = WeightReader(source, spec.tensor_shapes(), dtype, torch.device("cpu"), None)
+    embedding = reader.rows("model.embed_tokens.weight")
+    head = embedding if spec.tie_word_embeddings else reader.rows("lm_head.weight")
     norm = source.dequantized("model.norm.weight")
     rotary = RotaryEmbedding(spec.rope, max_positions, torch.device("cpu"))
     return TargetParts(embedding, head, norm, spec.rms_norm_eps, rotary, spec.embedding_scale)

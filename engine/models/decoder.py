@@ -192,7 +192,7 @@ def load_model(
     ``max_model_len`` is the number of positions the rotary tables cover (default: the model's limit). With ``ranks``
     the weights are this rank's share of them.
     """
-    weights = _Weights(source, spec.tensor_shapes(), dtype, device, ranks)
+    weights = WeightReader(source, spec.tensor_shapes(), dtype, device, ranks)
     spec = spec if ranks is None else spec.share(ranks.size)
     rotary = rotary_tables(spec.layers, max_model_len or spec.max_position_embeddings, device)
     embed_tokens = weights.rows("model.embed_tokens.weight")
@@ -210,8 +210,8 @@ _ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
-class _Weights:
-    """Where they come from, and where they go."""
+class WeightReader:
+    """Reads a model's weights in the dtype, and onto the device, in which they are computed with."""
 
     source: WeightSource
     shapes: dict[str, tuple[int, ...]]
@@ -250,7 +250,7 @@ class _Weights:
         return self.source.dequantized(name + ".weight").to(self.device)
 
 
-def _load_layer(weights: _Weights, spec: ModelSpec, index: int, rotary: RotaryEmbedding | None) -> DecoderLayer:
+def _load_layer(weights: WeightReader, spec: ModelSpec, index: int, rotary: RotaryEmbedding | None) -> DecoderLayer:
     prefix = f"model.layers.{index}."
     attention, norm = prefix + "self_attn.", weights.norm
     qkv = [f"{attention}{name}_proj" for name in "qkv"]
@@ -272,7 +272,7 @@ def _load_layer(weights: _Weights, spec: ModelSpec, index: int, rotary: RotaryEm
     )
 
 
-def _load_mlp(weights: _Weights, spec: ModelSpec, prefix: str) -> Mlp | MixtureOfExperts:
+def _load_mlp(weights: WeightReader, spec: ModelSpec, prefix: str) -> Mlp | MixtureOfExperts:
     mlps = [
         Mlp(
             gate_up_proj=weights.rows(*(f"{prefix}{name}{part}_proj.weight" for part in ("gate", "up"))),
