@@ -91,15 +91,17 @@ def engine_process(settings: Settings, url: str, app: FastAPI) -> SupervisedProc
 
 
 def worker_process(settings: Settings, app: FastAPI) -> SupervisedProcess:
-    """The adapters worker, which starts once there is something to learn from.
+    """The adapters worker, which starts once there is something to learn from, or that was learned before.
 
     Nobody waits for it: if it cannot start, it is tried again, and requests are served.
     """
 
     async def wait_for_traffic() -> None:
-        serving, first_steps = app.state.serving, settings.engine.alignment.pace.first_steps
+        serving, alignment = app.state.serving, settings.engine.alignment
+        has_learned = any(alignment.state_directory.glob("*/*/revision-*.safetensors"))  # it is to be in force again
+        first_steps = 0 if has_learned else alignment.pace.first_steps
         num_steps, idle_looks = 0, 0
-        while num_steps < first_steps * (1 if idle_looks >= _PAUSE_LOOKS else 10):
+        while not serving.engine.ready or num_steps < first_steps * (1 if idle_looks >= _PAUSE_LOOKS else 10):
             await asyncio.sleep(_LOOK_SECONDS)
             num_steps = serving.metrics.engine.alignment.num_steps
             idle_looks = 0 if serving.engine.in_flight else idle_looks + 1
