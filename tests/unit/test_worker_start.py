@@ -1,0 +1,54 @@
+"""When ``evospec serve`` starts the adapters worker."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine.adapters_config import AdaptersConfig
+from server import processes
+from server.settings import Settings
+
+LOOK_SECONDS = 0.001
+
+
+@pytest.fixture
+def app(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server whose engine is ready and has nothing to do."""
+    monkeypatch.setattr(processes, "_LOOK_SECONDS", LOOK_SECONDS)
+    engine = SimpleNamespace(ready=True, in_flight=0)
+    metrics = SimpleNamespace(engine=SimpleNamespace(alignment=SimpleNamespace(num_steps=0)))
+    return SimpleNamespace(state=SimpleNamespace(serving=SimpleNamespace(engine=engine, metrics=metrics)))
+
+
+async def starts(app: Any, directory: Path) -> bool:
+    """Whether it starts within a hundred looks."""
+    settings = Settings()
+    settings.engine.alignment = AdaptersConfig(state_directory=directory)
+    wait_before = processes.worker_process(settings, app)._wait_before
+    assert wait_before is not None
+    try:
+        await asyncio.wait_for(wait_before(), 100 * LOOK_SECONDS)
+    except TimeoutError:
+        return False
+    return True
+
+
+async def test_it_starts_in_a_pause_after_traffic(app: Any, tmp_path: Path) -> None:
+    assert not await starts(app, tmp_path)
+    app.state.serving.metrics.engine.alignment.num_steps = AdaptersConfig().pace.first_steps
+    assert await starts(app, tmp_path)
+    app.state.serving.engine.in_flight = 1
+    assert not await starts(app, tmp_path)
+
+
+async def test_what_was_learned_before_comes_in_force_without_traffic(app: Any, tmp_path: Path) -> None:
+    (tmp_path / "draft" / "key").mkdir(parents=True)
+    (tmp_path / "draft" / "key" / "revision-3.safetensors").touch()
+    assert await starts(app, tmp_path)
+    app.state.serving.engine.ready = False
+    assert not await starts(app, tmp_path)
