@@ -1,9 +1,9 @@
 """An hour of traffic in minutes, with learning and without: ``python -m benchmarks.hour``.
 
 Two servers with default settings, of which one learns. Clients send bursts of a domain's stream prompts to one and then
-to the other, and nothing between the bursts, where there is time to learn. After each domain the servers are started
-again, learning is stopped, and held-out prompts are asked of both in turn, one at a time: of that domain, of those
-before it, and at the end of all sets.
+to the other, and nothing between the bursts, where there is time to learn. After each domain learning is stopped for a
+while, and held-out prompts are asked of both in turn, one at a time: of that domain, of those before it, and at the end
+of all sets.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from itertools import chain, cycle, islice
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +40,6 @@ STATE = ("num_records", "num_updates", "num_trained_positions", "num_published",
 _TRIAL_SETS = "*-trial.jsonl"
 Answers = Mapping[str, Mapping[str, Any]]
 """What each side answered to a prompt."""
-Sides = Mapping[str, LearningServer]
-_LOOKS, _FEW_TOKENS = 30, 16
 
 
 async def burst(server: LearningServer, prompts: Sequence[str], clients: int, max_tokens: int) -> dict[str, float]:
@@ -59,7 +56,7 @@ async def burst(server: LearningServer, prompts: Sequence[str], clients: int, ma
     return totals | {"seconds": time.monotonic() - started}
 
 
-async def held_out(sides: Sides, prompts: Sequence[str], max_tokens: int) -> list[Answers]:
+async def held_out(sides: Mapping[str, LearningServer], prompts: Sequence[str], max_tokens: int) -> list[Answers]:
     """Prompts one at a time, to either side first in turn."""
     found = list[Answers]()
     for number, prompt in enumerate(prompts):
@@ -72,59 +69,43 @@ class Hour:
     """What is asked, and what was seen so far.
 
     Args:
-        serve: runs the two servers, with what was learned so far, until its block ends.
+        sides: the two servers.
         sets: held-out prompts by the name of their set.
-        sizes: ``bursts`` of a domain, requests ``each``, ``clients``, ``pause`` between bursts (s), ``max_tokens``,
-            ``rounds`` of held-out prompts.
+        sizes: ``bursts`` of a domain, requests ``each``, ``clients``, ``pause`` between bursts (s), ``max_tokens``.
         record: grows.
         path: where it is written after each step.
     """
 
     def __init__(
         self,
-        serve: Callable[[], AbstractContextManager[Sides]],
+        sides: Mapping[str, LearningServer],
         sets: Mapping[str, Sequence[str]],
         sizes: Mapping[str, int],
         record: dict[str, Any],
         path: Path,
     ) -> None:
-        self._serve, self._sets, self._sizes, self._record, self._path = serve, sets, sizes, record, path
+        self._sides, self._sets, self._sizes, self._record, self._path = sides, sets, sizes, record, path
 
-    def run(self, streams: Mapping[str, Sequence[str]]) -> None:
-        """One domain after another, one tenant. Each round has servers of its own, since what they measure at their
-        start makes them differ by some percent for as long as they live."""
+    async def run(self, streams: Mapping[str, Sequence[str]]) -> None:
+        """One domain after another, one tenant."""
         for number, (domain, prompts) in enumerate(streams.items()):
-            with self._serve() as sides:
-                uvloop.run(self._stream(sides, domain, prompts))
+            await self._stream(domain, prompts)
             is_last = number == len(streams) - 1
-            names = [name for name in self._sets if self._sets[name]] if is_last else list(streams)[: number + 1]
-            for _ in range(self._sizes["rounds"]):
-                with self._serve() as sides:
-                    uvloop.run(self._held_out(sides, domain, prompts[-1], names))
+            self._sides[LEARNING].freeze(True)
+            for name in [name for name in self._sets if self._sets[name]] if is_last else list(streams)[: number + 1]:
+                answers = await held_out(self._sides, self._sets[name], self._sizes["max_tokens"])
+                self._note("held_out", {"after": domain, "set": name, "answers": answers})
+            self._sides[LEARNING].freeze(False)
 
-    async def _stream(self, sides: Sides, domain: str, prompts: Sequence[str]) -> None:
+    async def _stream(self, domain: str, prompts: Sequence[str]) -> None:
         waiting = cycle(prompts)
         for number in range(self._sizes["bursts"]):
             chosen = list(islice(waiting, self._sizes["each"]))
             seen: dict[str, Any] = {"domain": domain}
             for name in [LEARNING, FIXED] if number % 2 else [FIXED, LEARNING]:
-                seen[name] = await burst(sides[name], chosen, self._sizes["clients"], self._sizes["max_tokens"])
+                seen[name] = await burst(self._sides[name], chosen, self._sizes["clients"], self._sizes["max_tokens"])
             await asyncio.sleep(self._sizes["pause"])
-            self._note("bursts", seen | {"state": sides[LEARNING].state()})
-
-    async def _held_out(self, sides: Sides, domain: str, first: str, names: Sequence[str]) -> None:
-        """Once what was learned is in force again; ``first`` is asked until then."""
-        for _ in range(_LOOKS):
-            for side in sides.values():
-                await side.ask(first, _FEW_TOKENS)
-            if sides[LEARNING].state().get("revision"):
-                break
-            await asyncio.sleep(1.0)
-        if sides[LEARNING].state():
-            sides[LEARNING].freeze(True)
-        for name in names:
-            answers = await held_out(sides, self._sets[name], self._sizes["max_tokens"])
-            self._note("held_out", {"after": domain, "set": name, "answers": answers})
+            self._note("bursts", seen | {"state": self._sides[LEARNING].state()})
 
     def _note(self, kind: str, seen: dict[str, Any]) -> None:
         self._record[kind].append(seen)
@@ -165,13 +146,12 @@ def ratios(answers: Sequence[Answers]) -> dict[str, list[float]]:
 def report(record: Mapping[str, Any], console: Console) -> None:
     """Held-out prompts, then the bursts of each domain."""
     lines = Table("after", "asked", "prompts", "acceptance length", "tokens/s", "equal answers", title=record["model"])
-    for after, name in dict.fromkeys((each["after"], each["set"]) for each in record["held_out"]):
-        rounds = [each["answers"] for each in record["held_out"] if (each["after"], each["set"]) == (after, name)]
-        answers = list(chain.from_iterable(rounds))
+    for each in record["held_out"]:
+        answers = each["answers"]
         equal = sum(one[LEARNING]["text"] == one[FIXED]["text"] for one in answers)
         found = ratios(answers)
         cells = (f"{middle:.3f} ({low:.3f}–{high:.3f})" for middle, low, high in (found["length"], found["speed"]))
-        lines.add_row(after, name, f"{len(rounds)} × {len(rounds[0])}", *cells, str(equal))
+        lines.add_row(each["after"], each["set"], str(len(answers)), *cells, str(equal))
     console.print(lines)
     for domain in dict.fromkeys(each["domain"] for each in record["bursts"]):
         of_domain = [each for each in record["bursts"] if each["domain"] == domain]
@@ -224,7 +204,6 @@ def main(
     pause: Annotated[int, typer.Option(min=0, help="Seconds after a burst.")] = 30,
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts of a domain.")] = 30,
     others: Annotated[int, typer.Option(min=0, help="Held-out prompts of each set of another domain.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Of held-out prompts, each with servers of its own.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=2, help="Of an answer.")] = 256,
     option: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of engine.alignment; repeatable.")] = None,
     baseline: Annotated[
@@ -247,30 +226,18 @@ def main(
         for key in domains
     }
     record = {"command": sys.argv[1:], "environment": environment(), "model": model, "bursts": [], "held_out": []}
-    sizes = {
-        "bursts": bursts,
-        "each": each,
-        "clients": clients,
-        "pause": pause,
-        "max_tokens": max_tokens,
-        "rounds": rounds,
-    }
+    sizes = {"bursts": bursts, "each": each, "clients": clients, "pause": pause, "max_tokens": max_tokens}
     path = RESULTS / f"{name}-{model}.json"
     with tempfile.TemporaryDirectory(prefix="evospec-hour-") as state:
         learning = ["--engine.alignment.state_directory", state]
         for value in [*(BASELINE_OPTIONS if baseline else []), *(option or [])]:
             key, _, value = value.partition("=")
             learning += [f"--engine.alignment.{key}", value]
-
-        @contextmanager
-        def serve() -> Iterator[Sides]:
-            with (
-                serving(model, model, "hour-learning", learning, BASELINE if baseline else PROGRAM) as one,
-                serving(model, model, "hour-fixed", ["--no-alignment.enabled"]) as other,
-            ):
-                yield {LEARNING: one, FIXED: other}
-
-        Hour(serve, sets, sizes, record, path).run(streams)
+        with (
+            serving(model, model, "hour-learning", learning, BASELINE if baseline else PROGRAM) as one,
+            serving(model, model, "hour-fixed", ["--no-alignment.enabled"]) as other,
+        ):
+            uvloop.run(Hour({LEARNING: one, FIXED: other}, sets, sizes, record, path).run(streams))
     report(record, Console(width=160))
     draw(record, path.with_suffix(".png"))
 
