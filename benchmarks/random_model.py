@@ -17,13 +17,13 @@ import typer
 import uvloop
 from gguf import GGMLQuantizationType
 
-from benchmarks.common.load import LoadOptions, run_load
 from benchmarks.common.process import LOGS, Launch, free_port, running
 from benchmarks.prompts.build import read_eval
 from benchmarks.serve.peers import PEERS, SIDES, gguf_path
 from engine.models.families.known import spec_from_config
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import gguf_tensor_names
+from server.bench.load import LoadOptions, run_load
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
