@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.bootstrap import interval
 from benchmarks.common.environment import environment
 from benchmarks.common.learning_server import LearningServer, serving
 from benchmarks.common.machine import RESULTS
@@ -33,8 +33,6 @@ LEARNING, FIXED = "learning", "fixed"
 PROGRAM, BASELINE = "benchmarks.common.experiments", "benchmarks.distillation.full_parameters"
 BASELINE_OPTIONS = ["key_scope=global", "log.control_share=0"]
 """It changes the draft of everybody at once."""
-SAMPLES = 1000
-"""Of the bootstrap."""
 STATE = ("num_records", "num_updates", "num_trained_positions", "num_published", "num_refused", "agreement")
 """What is shown of an adapter."""
 _TRIAL_SETS = "*-trial.jsonl"
@@ -118,7 +116,7 @@ class Hour:
             )
 
 
-def ratios(answers: Sequence[Answers]) -> dict[str, list[float]]:
+def ratios(answers: Sequence[Answers]) -> dict[str, tuple[float, float, float]]:
     """How many times the fixed side's acceptance length and tokens a second the learning side has.
 
     Each with the ends of a 95 % bootstrap interval over prompts. The acceptance length is tokens a verification, in
@@ -133,14 +131,10 @@ def ratios(answers: Sequence[Answers]) -> dict[str, list[float]]:
         tokens, seconds = (sum(each[side][name] for each in sample) for name in ("tokens", "seconds"))
         return float(tokens / seconds)
 
-    found = {}
-    for name, of in (("length", length), ("speed", speed)):
-        rng = random.Random(0)
-        samples = [answers, *(rng.choices(answers, k=len(answers)) for _ in range(SAMPLES))]
-        middle, *others = (of(sample, LEARNING) / of(sample, FIXED) for sample in samples)
-        others.sort()
-        found[name] = [middle, others[SAMPLES // 40], others[-SAMPLES // 40]]
-    return found
+    def gain(of: Callable[[Sequence[Answers], str], float]) -> tuple[float, float, float]:
+        return interval(answers, lambda sample: of(sample, LEARNING) / of(sample, FIXED))
+
+    return {"length": gain(length), "speed": gain(speed)}
 
 
 def report(record: Mapping[str, Any], console: Console) -> None:

@@ -24,6 +24,7 @@ from engine.models.families.known import spec_from_config
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import gguf_tensor_names
 from server.bench.load import LoadOptions, run_load
+from tests.tiny_models import add_shape
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen3",
@@ -54,15 +55,7 @@ def random_model(kind: GGMLQuantizationType) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     spec = spec_from_config(CONFIG, {})
     writer = gguf.GGUFWriter(path.with_suffix(".part"), "qwen3")
-    writer.add_block_count(spec.num_layers)
-    writer.add_context_length(spec.max_position_embeddings)
-    writer.add_embedding_length(spec.hidden_size)
-    writer.add_feed_forward_length(spec.intermediate_size)
-    writer.add_head_count(spec.num_heads)
-    writer.add_head_count_kv(spec.num_kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    add_shape(writer, spec)
     writer.add_rope_freq_base(spec.rope.theta)
     _add_tokenizer(writer, GGUFFile(gguf_path("qwen2.5-coder-0.5b")))
     generator, names = np.random.default_rng(0), gguf_tensor_names(spec)

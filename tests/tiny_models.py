@@ -86,6 +86,19 @@ def soften_layers(directory: Path) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
+def add_shape(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+    """The numbers that GGUF files of all families have."""
+    writer.add_block_count(spec.num_layers)
+    writer.add_context_length(spec.max_position_embeddings)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_feed_forward_length(spec.intermediate_size)
+    writer.add_head_count(spec.num_heads)
+    writer.add_head_count_kv(spec.num_kv_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+
+
 def make_gguf(
     path: Path,
     directory: Path,
@@ -101,15 +114,7 @@ def make_gguf(
     assert family.gguf_architecture is not None
     writer = gguf.GGUFWriter(path, family.gguf_architecture)
     writer.add_name(f"tiny {family.gguf_architecture}")
-    writer.add_block_count(spec.num_layers)
-    writer.add_context_length(spec.max_position_embeddings)
-    writer.add_embedding_length(spec.hidden_size)
-    writer.add_feed_forward_length(spec.intermediate_size)
-    writer.add_head_count(spec.num_heads)
-    writer.add_head_count_kv(spec.num_kv_heads)
-    writer.add_key_length(spec.head_dim)
-    writer.add_value_length(spec.head_dim)
-    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    add_shape(writer, spec)
     writer.add_vocab_size(spec.vocab_size)
     if spec.experts is not None:
         writer.add_expert_count(spec.experts.count)

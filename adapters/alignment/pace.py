@@ -74,12 +74,12 @@ class Pacer:
         num_cores = len(os.sched_getaffinity(0))
         self._wanted_spare = num_cores - _OTHERS if config.spare_cores is None else config.spare_cores
         self._spare: float | None = None
-        self._next_when_busy = clock() + _PATIENCE if config.busy_share else float("inf")
+        self._next_when_busy = clock() + _PATIENCE
         self._next_reading = clock()
 
     def may_run(self) -> bool:
         """Whether an update may start now."""
-        return self._is_idle() or self._clock() >= self._next_when_busy
+        return self._is_idle() or (self._config.busy_share > 0 and self._clock() >= self._next_when_busy)
 
     def may_read(self) -> bool:
         """Whether to take in now what was logged."""
@@ -99,6 +99,6 @@ class Pacer:
         if spare is not None:
             self._spare = spare
         is_idle = self._spare is not None and self._spare >= self._wanted_spare
-        if is_idle and self._config.busy_share:
+        if is_idle:
             self._next_when_busy = self._clock() + _PATIENCE
         return is_idle

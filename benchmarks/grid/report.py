@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -16,12 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.bootstrap import interval
 from benchmarks.grid.plan import DEFAULT
 from server.bench.load import percentiles
 
 Requests = Sequence[Mapping[str, Any]]
-SAMPLES = 1000
-"""Of the bootstrap."""
 MOST_IN_LOOPS = 0.1
 _LOOP = re.compile(r"(.{8,300}?)\1{2,}", re.DOTALL)
 
@@ -42,9 +40,7 @@ def ratio(ours: Requests, theirs: Requests) -> tuple[float, float, float]:
         mine, others = map(sum, zip(*sample, strict=True))
         return float(others / mine)
 
-    rng = random.Random(0)
-    samples = sorted(of(rng.choices(pairs, k=len(pairs))) for _ in range(SAMPLES))
-    return of(pairs), samples[SAMPLES // 40], samples[-SAMPLES // 40]
+    return interval(pairs, of)
 
 
 def loop_share(text: str) -> float:

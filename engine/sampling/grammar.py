@@ -26,8 +26,7 @@ from engine.sampling.json_schema import (
 
 _WHAT = {"regex": "regular expression", "grammar": "grammar"}
 _WHITESPACE = 20
-"""Characters of it in a row that JSON may have: enough to indent it. With no bound, small models write spaces without
-end."""
+"""Spaces in a row that JSON may have. With no bound, small models write them without end."""
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 

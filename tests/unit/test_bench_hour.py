@@ -18,9 +18,9 @@ def test_ratios_are_of_sums_and_their_intervals_of_prompts() -> None:
     same = {LEARNING: answer(100, 50, 1.0), FIXED: answer(100, 50, 1.0)}
     better = {LEARNING: answer(100, 75, 0.5), FIXED: answer(100, 50, 1.0)}
     found = ratios([same, better])
-    assert found["length"] == pytest.approx([200 / 75 / 2, 1.0, 2.0])
-    assert found["speed"] == pytest.approx([200 / 1.5 / 100, 1.0, 2.0])
-    assert ratios([same, same]) == {"length": [1.0, 1.0, 1.0], "speed": [1.0, 1.0, 1.0]}
+    assert found["length"] == pytest.approx((200 / 75 / 2, 1.0, 2.0))
+    assert found["speed"] == pytest.approx((200 / 1.5 / 100, 1.0, 2.0))
+    assert ratios([same, same]) == {"length": (1.0, 1.0, 1.0), "speed": (1.0, 1.0, 1.0)}
 
 
 def test_bursts_count_by_their_time() -> None:
