@@ -218,11 +218,11 @@ class RuntimeConfig(Section):
     attention_backend: Literal["auto", "torch", "native", "flashinfer"] = Field(
         "auto", description="auto: flashinfer on CUDA, native on a CPU with AVX2, torch otherwise."
     )
-    activation_bits: Literal["auto", "8", "15"] = Field(
-        default="auto",
-        description="On a CPU, of activations that are multiplied with weights of 4 to 8 bits; auto: 15 with AMX, 8 "
-        "otherwise, where products then take half of the instructions (with AVX2 only those of weights of 4 to 6 bits "
-        "do; others keep 15).",
+    activation_bits: Literal["8", "15"] = Field(
+        default="8",
+        description="On a CPU, of activations that are multiplied with weights of 4 to 8 bits; with 8, products take "
+        "half of the instructions (with AVX2 only those of weights of 4 to 6 bits do; others keep 15). With AMX, "
+        "prompts are multiplied in bf16.",
     )
     tensor_parallel_size: int = Field(
         default=1,

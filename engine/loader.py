@@ -111,7 +111,7 @@ def load(
     max_model_len = config.model.longest_sequence(spec)
     source = open_weights(files)
     if backend == "native":
-        team, digits = team or native.Team(threads), _digits(config)
+        team, digits = team or native.Team(threads), native.DIGITS_OF_BITS[int(config.runtime.activation_bits)]
         model = NativeDecoder(source, spec, team, max_model_len, digits)
         make_attention = partial(NativeAttention, team=team)
         return LoadedModel(model, spec, max_model_len, dtype, device, backend, make_attention, team, digits)
@@ -143,11 +143,6 @@ def _load_torch(
 ) -> TorchDecoder:
     decoder = load_model(source, spec, dtype, device, max_model_len, ranks)
     return decoder if ranks is None else DecoderShare(**vars(decoder), ranks=ranks)
-
-
-def _digits(config: EngineConfig) -> int:
-    bits = config.runtime.activation_bits
-    return native.fastest_digits() if bits == "auto" else native.DIGITS_OF_BITS[int(bits)]
 
 
 def choose_device(name: str) -> torch.device:

@@ -200,18 +200,9 @@ def has_fast_bf16() -> bool:
     return unsupported_reason() is None and bool(load_library().evo_has_fast_bf16())
 
 
-def fastest_digits() -> int:
-    """Digits of activations, of 8 bits each, with which products are fastest on this CPU."""
-    return int(load_library().evo_fastest_digits())
-
-
-@functools.cache
-def max_exact_rows() -> int:
-    """Up to so many rows, a row's products of two digits with quantised weights do not depend on the other rows.
-
-    Those of one digit never do.
-    """
-    return int(load_library().evo_max_direct_rows())
+def has_amx() -> bool:
+    """Whether prompts are computed by AMX's tiles here: how a prompt is cut into steps then changes roundings."""
+    return unsupported_reason() is None and bool(load_library().evo_has_amx())
 
 
 def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -233,6 +224,6 @@ def linear_to_rows(team: Team, weight: PackedMatrix, x: torch.Tensor, rows: torc
 
 def _padded(weight: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
     """Contiguous, and as many rows as the kernel reads: whole tiles, where there are tiles."""
-    if weight.format == BF16_FORMAT or len(x) > max_exact_rows():
+    if weight.format == BF16_FORMAT:
         x = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16))
     return x.contiguous()

@@ -63,11 +63,11 @@ def random_tokens(count: int) -> list[int]:
     return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]]) -> torch.Tensor:
-    """Of two sequences in these steps, in order of sequence and position; activations of 8 bits."""
+def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]], digits: int = 1) -> torch.Tensor:
+    """Of two sequences in these steps, in order of sequence and position; ``digits``: of activations."""
     spec, source = validate_model_files(files), open_weights(files)
     sequences, tokens = RaggedSequences(2, 64, 16), torch.tensor([random_tokens(64), random_tokens(64)[::-1]])
-    model = NativeDecoder(source, spec, team, 64, digits=1)
+    model = NativeDecoder(source, spec, team, 64, digits)
     attention, rows = NativeAttention(cache_spec(spec, sequences, torch.bfloat16), team), {}
     for counts in steps:
         batch = sequences.step(counts)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from benchmarks.common.machine import cpu_description, git_commit
+from engine.config import RuntimeConfig
 from kernels import native
 
 
 def environment() -> dict[str, Any]:
     """Machine and versions, for the record."""
-    bits_of_digits = {digits: bits for bits, digits in native.DIGITS_OF_BITS.items()}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": git_commit(),
@@ -23,5 +23,5 @@ def environment() -> dict[str, Any]:
         "load_average_at_start": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "activation_bits": bits_of_digits[native.fastest_digits()] if native.unsupported_reason() is None else None,
+        "activation_bits": int(RuntimeConfig().activation_bits) if native.unsupported_reason() is None else None,
     }

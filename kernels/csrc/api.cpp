@@ -15,18 +15,19 @@ size_t evo_block_bytes(int format) { return block_bytes(format); }
 Team* evo_team_new(int num_threads) { return new Team(num_threads); }
 void evo_team_free(Team* team) { delete team; }
 
+int evo_has_amx() { return has_amx(); }
 int evo_has_fast_bf16() { return has_fast_bf16(); }
 
 // out [rows][n] = x W^T + bias; x is bf16 [rows rounded up to a multiple of 16][k].
 void evo_linear(Team& team, const Matrix& weight, const bf16* x, int rows, float* out) {
-  team.run([&](int) { linear(team, {&weight, x, rows, Epilogue::kStore, out, weight.n}); });
+  team.run([&](int) { linear(team, {&weight, x, rows, Epilogue::kStore, out, weight.n, rows}); });
 }
 
 // The same in bf16, row r to row rows_out[r] of out [any][n].
 void evo_linear_to_rows(Team& team, const Matrix& weight, const bf16* x, int rows, const int32_t* rows_out, bf16* out) {
   std::vector<float> y(static_cast<size_t>(rows) * weight.n);
   team.run([&](int) {
-    linear(team, {&weight, x, rows, Epilogue::kStore, y.data(), weight.n});
+    linear(team, {&weight, x, rows, Epilogue::kStore, y.data(), weight.n, rows});
     team.barrier();
     team.work(rows, [&](int row) {
       const float* from = y.data() + static_cast<size_t>(row) * weight.n;

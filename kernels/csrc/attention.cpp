@@ -14,7 +14,7 @@ namespace evospec {
 
 namespace {
 
-// kVectorRows: up to so many rows by vector instructions, more by AMX tiles if there are any.
+// kVectorRows: so many rows at a time by vector instructions.
 // kChains: independent sums of a score, always as many: a row's bits must not depend on how many rows there are.
 // kValueVectors: of 16 dimensions, whose weighted sums are kept in registers.
 #ifdef __AVX512F__
@@ -23,13 +23,11 @@ constexpr int kVectorRows = 7, kChains = 4, kValueVectors = 4;  // a product tak
 constexpr int kVectorRows = 4, kChains = 1, kValueVectors = 1;
 #endif
 constexpr int kValueRows = 4;  // of as many rows
-// Of a sequence, a token and MAX_SPECULATIVE_TOKENS drafts: decoding, with or without drafts, always goes by vector
-// instructions, whose result for a row does not depend on the other rows; prefill goes by tiles.
-constexpr int kFewQueries = 9;
 
 // Up to kMaxRows query rows of one sequence and one KV head.
 struct Rows {
   int count;
+  bool by_tiles;  // of AMX: up to kMaxRows. Else up to kVectorRows
   const bf16* q[kMaxRows];
   bf16* out[kMaxRows];
   int first[kMaxRows];  // the first key this row may see, and
@@ -105,7 +103,7 @@ constexpr AddValues kAddValues[] = {add_values<1, V>, add_values<2, V>, add_valu
 // Scores of 16 keys, and weighted values of a segment, for all rows.
 void score(const Rows& rows, const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
   if constexpr (kMayHaveAmx) {
-    if (rows.count > kVectorRows) {
+    if (rows.by_tiles) {
       score_key_tiles(local.q.data(), keys, stride, head_dim, local.scores[0] + column);
       return;
     }
@@ -122,7 +120,7 @@ void accumulate(const Rows& rows, const KvCache& cache, const int32_t* blocks, i
     size = dim - d >= kWide ? kWide : kNarrow;
     const Values values{cache, blocks, head, d};
     if constexpr (kMayHaveAmx) {
-      if (rows.count > kVectorRows) {
+      if (rows.by_tiles) {
         add_value_tiles(size == kWide, local.weights[0] + begin, values, count, local.sums.data() + d);
         continue;
       }
@@ -171,7 +169,7 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
   const int dim = cache.head_dim, size = cache.block_size;
   const int context = rows.limit[rows.count - 1];  // rows are in order of position
   local.sums.assign(static_cast<size_t>(kMaxRows) * dim, 0.0f);
-  if (rows.count > kVectorRows) gather_queries(rows, dim, local.q);  // for tiles
+  if (rows.by_tiles) gather_queries(rows, dim, local.q);
   float largest[kMaxRows], total[kMaxRows] = {};
   std::fill(largest, largest + kMaxRows, -std::numeric_limits<float>::infinity());
 
@@ -234,10 +232,8 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
 void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const bf16* q, bf16* out) {
   const int group = heads / cache.kv_heads, dim = cache.head_dim;
   // Work items are laid out as: sequence, then slice of its rows, then KV head.
-  auto slice_rows = [&](int b) {
-    const bool few = batch.query_start[b + 1] - batch.query_start[b] <= kFewQueries;
-    return few || !has_amx() ? kVectorRows : kMaxRows;
-  };
+  auto by_tiles = [&](int b) { return has_amx() && !batch.has_few(b); };
+  auto slice_rows = [&](int b) { return by_tiles(b) ? kMaxRows : kVectorRows; };
   auto slices = [&](int b) {
     const int rows = (batch.query_start[b + 1] - batch.query_start[b]) * group;
     return (rows + slice_rows(b) - 1) / slice_rows(b);
@@ -255,6 +251,7 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
     const int begin = (item - first[b]) / cache.kv_heads * slice_rows(b);
     const int query_len = batch.query_start[b + 1] - batch.query_start[b];
     Rows rows;
+    rows.by_tiles = by_tiles(b);
     rows.count = std::min(slice_rows(b), query_len * group - begin);
     for (int r = 0; r < rows.count; ++r) {
       const int query = (begin + r) / group, h = head * group + (begin + r) % group;

@@ -49,7 +49,8 @@ void unpack_rows(Team& team, const Matrix& matrix, const int32_t* rows, int coun
 Decoder::Decoder(Team& team, const DecoderShape& shape) : shape_(shape), team_(team) {}
 
 void Decoder::reserve(int tokens) {
-  const size_t rows = static_cast<size_t>(tokens + 31) / 32 * 32;
+  // Whole tiles are read, wherever they begin.
+  const size_t rows = static_cast<size_t>(tokens + 31) / 32 * 32 + 16;
   const size_t heads = static_cast<size_t>(shape_.heads) * shape_.head_dim;
   const size_t qkv = heads + 2 * static_cast<size_t>(shape_.kv_heads) * shape_.head_dim;
   auto grow = [](auto& buffer, size_t size) {
@@ -128,13 +129,14 @@ void Decoder::prepare_and_write(const Batch& batch, const KvCache& kv, const Lay
 }
 
 // The residual stream gains x W^T, after its norm, if there is one.
-void Decoder::add_product(const Matrix& weight, const bf16* x, int tokens, const float* norm, float* residual) {
+void Decoder::add_product(const Matrix& weight, const bf16* x, int tokens, int num_direct, const float* norm,
+                          float* residual) {
   const int hidden = shape_.hidden;
   if (norm == nullptr) {
-    linear(team_, {&weight, x, tokens, Epilogue::kAdd, residual, hidden});
+    linear(team_, {&weight, x, tokens, Epilogue::kAdd, residual, hidden, num_direct});
     return team_.barrier();
   }
-  linear(team_, {&weight, x, tokens, Epilogue::kStore, added_.data(), hidden});
+  linear(team_, {&weight, x, tokens, Epilogue::kStore, added_.data(), hidden, num_direct});
   team_.barrier();
   team_.work(tokens, [&](int token) {
     const float* added = added_.data() + static_cast<size_t>(token) * hidden;
@@ -171,10 +173,11 @@ void Decoder::keep(const WantedRows& wanted, float* residual) const {
 
 void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora, const Kept* kept,
                      float* residual) {
-  const int tokens = batch.num_tokens, columns = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
+  const int tokens = batch.num_tokens, num_direct = batch.num_of_few();
+  const int columns = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
   float* out = qkv_.data();
   for (const Matrix& part : std::span(layer.qkv, layer.num_qkv)) {
-    linear(team_, {&part, normed_.data(), tokens, Epilogue::kStore, out, columns});
+    linear(team_, {&part, normed_.data(), tokens, Epilogue::kStore, out, columns, num_direct});
     team_.barrier();
     out += part.n;
   }
@@ -206,10 +209,11 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
   normalize_input(layer, embeddings, residual, batch.num_tokens);
   team_.barrier();
   attend(batch, kv, layer, lora, kept, residual);
-  const int tokens = kept == nullptr ? batch.num_tokens : kept->batch.num_tokens, hidden = shape_.hidden;
+  const Batch& rows = kept == nullptr ? batch : kept->batch;
+  const int tokens = rows.num_tokens, num_direct = rows.num_of_few(), hidden = shape_.hidden;
   if (tokens == 0) return;
   if (lora != nullptr && kept != nullptr) lora = &kept->lora;
-  add_product(layer.output, attended_.data(), tokens, layer.attention_norm, residual);
+  add_product(layer.output, attended_.data(), tokens, num_direct, layer.attention_norm, residual);
   if (lora != nullptr) adapt(*lora, lora->output, attended_.data(), tokens, residual);
 
   normalize(layer.mlp_norm, residual, tokens, normed_.data(), hidden);
@@ -218,9 +222,9 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
     const int intermediate = shape_.intermediate;
     return mixture_.add(team_, layer.experts, shape_.gate, normed_.data(), tokens, hidden, intermediate, residual);
   }
-  linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate});
+  linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate, num_direct});
   team_.barrier();
-  add_product(layer.down, gated_.data(), tokens, layer.output_norm, residual);
+  add_product(layer.down, gated_.data(), tokens, num_direct, layer.output_norm, residual);
   if (lora != nullptr) adapt(*lora, lora->down, gated_.data(), tokens, residual);
 }
 

@@ -98,7 +98,7 @@ class Decoder {
               float* residual);
   void keep(const WantedRows& wanted, float* residual) const;
   void adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* x, int tokens, float* residual);
-  void add_product(const Matrix& weight, const bf16* x, int tokens, const float* norm, float* residual);
+  void add_product(const Matrix& weight, const bf16* x, int tokens, int num_direct, const float* norm, float* residual);
   void prepare_and_write(const Batch& batch, const KvCache& kv, const Layer& layer, int token, int row);
   void prepare_head(const Layer& layer, const float* norm, int position, float* head) const;
 

@@ -61,7 +61,7 @@ class Chain {
   void find_candidates(int count) {
     const int k = rows_.candidates, columns = model_.core.n;
     team_.run([&](int) {
-      linear(team_, {&model_.core, hidden_.data(), count, Epilogue::kStore, logits_.data(), columns});
+      linear(team_, {&model_.core, hidden_.data(), count, Epilogue::kStore, logits_.data(), columns, count});
     });
     const LogitRows core{logits_.data(), static_cast<size_t>(columns), count, columns, nullptr};
     const Candidates found = candidates_of(0);

@@ -91,9 +91,9 @@ void Mixture::add(Team& team, const Experts& experts, Epilogue gate, const bf16*
     if (counts_[e] == 0) continue;
     const size_t start = starts_[e];
     bf16* gated = gated_.data() + start * intermediate;
-    linear(team, {&experts.experts[e].gate_up, x_.data() + start * hidden, counts_[e], gate, gated, intermediate});
+    linear(team, {&experts.experts[e].gate_up, x_.data() + start * hidden, counts_[e], gate, gated, intermediate, counts_[e]});
     team.barrier();
-    linear(team, {&experts.experts[e].down, gated, counts_[e], Epilogue::kStore, out_.data() + start * hidden, hidden});
+    linear(team, {&experts.experts[e].down, gated, counts_[e], Epilogue::kStore, out_.data() + start * hidden, hidden, counts_[e]});
     team.barrier();
   }
   team.work(tokens, [&](int token) {

@@ -1,7 +1,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <limits>
 #include <vector>
 
 #include "direct.h"
@@ -133,8 +132,9 @@ constexpr int kRowsAtOnce = 48;  // their integers stay in the caches while some
 
 bool has_one_digit(const Matrix& weight) { return weight.digits == 1 && takes_one_digit(weight.format); }
 
-bool goes_direct(const Linear& op) {
-  return op.weight->format != kBf16 && (has_one_digit(*op.weight) || op.rows <= evo_max_direct_rows());
+int num_direct_rows(const Linear& op) {
+  if (op.weight->format == kBf16) return 0;
+  return has_amx() ? std::min(op.num_direct, op.rows) : op.rows;
 }
 
 template <typename Rows>
@@ -157,42 +157,49 @@ void direct_pairs(const Linear& op, const Rows& rows, int begin, int end) {
 
 }  // namespace
 
-extern "C" int evo_max_direct_rows() {
-  constexpr int kBesideAmx = 8;
-  return has_amx() ? kBesideAmx : std::numeric_limits<int>::max();
+Linear Linear::first(int count) const {
+  Linear part = *this;
+  part.rows = count;
+  return part;
 }
 
-// Digits of activations that are fastest here.
-extern "C" int evo_fastest_digits() { return has_amx() ? 2 : 1; }
+Linear Linear::behind(int count) const {
+  Linear part = *this;
+  part.x += static_cast<size_t>(count) * weight->k;
+  part.rows -= count;
+  const size_t skipped = static_cast<size_t>(count) * stride;
+  const bool gated = epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluMul;
+  part.out = gated ? static_cast<void*>(static_cast<bf16*>(out) + skipped) : static_cast<float*>(out) + skipped;
+  return part;
+}
 
 void linear(Team& team, const Linear& op) {
-  const bool direct = goes_direct(op), one_digit = has_one_digit(*op.weight);
-  const bool many = op.rows > (direct ? kRowsAtOnce : kMaxTileRows);
-  if (!direct) {
-    configure_tiles(op.rows);
-  } else if (one_digit) {
-    scratch().direct_one_digit.assign(op.x, op.rows, op.weight->k);
-  } else {
-    scratch().direct.assign(op.x, op.rows, op.weight->k);
-  }
+  const int num_direct = num_direct_rows(op);
+  const Linear direct = op.first(num_direct), rest = op.behind(num_direct);
+  const bool one_digit = has_one_digit(*op.weight);
+  if (num_direct > 0 && one_digit) scratch().direct_one_digit.assign(op.x, num_direct, op.weight->k);
+  if (num_direct > 0 && !one_digit) scratch().direct.assign(op.x, num_direct, op.weight->k);
+  if (rest.rows > 0) configure_tiles(rest.rows);
+  const bool many = num_direct > kRowsAtOnce || rest.rows > kMaxTileRows;
   const int pairs = (op.weight->n + kPairColumns - 1) / kPairColumns;
-  const int step = many ? pairs_at_once(op, direct) : 1;
+  const int step = many ? pairs_at_once(op, rest.rows == 0) : 1;
   team.work_ranges(pairs, [&](int begin, int end) {
     prefetch(op.weight->pair(begin), kPrefetchBytes);
     for (int pair = begin; pair < end; pair += step) {
       const int last = std::min(pair + step, end);
-      if (direct && one_digit) {
-        direct_pairs(op, scratch().direct_one_digit, pair, last);
-      } else if (direct) {
-        direct_pairs(op, scratch().direct, pair, last);
-      } else if (many) {
-        tile_pairs(op, pair, last);
+      if (one_digit) {
+        direct_pairs(direct, scratch().direct_one_digit, pair, last);
       } else {
-        tile_pair(op, pair);
+        direct_pairs(direct, scratch().direct, pair, last);
+      }
+      if (rest.rows > kMaxTileRows) {
+        tile_pairs(rest, pair, last);
+      } else if (rest.rows > 0) {
+        for (int one = pair; one < last; ++one) tile_pair(rest, one);
       }
     }
   });
-  if (!direct) release_tiles();
+  if (rest.rows > 0) release_tiles();
 }
 
 }  // namespace evospec

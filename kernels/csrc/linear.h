@@ -20,11 +20,13 @@ struct Linear {
   Epilogue epilogue;
   void* out;
   int stride;  // of out, in elements
-};
+  // Rows that begin and whose codes are multiplied as they are (direct.h). Those behind them go by AMX's tiles, where there
+  // are any: from a dozen rows on they are faster, but round otherwise, so no row may go now this way and now that.
+  int num_direct;
 
-// Up to so many rows of two digits are multiplied with codes as they are (direct.h); more are faster by AMX's tiles, where
-// there are any. Rows of one digit are never expanded.
-extern "C" int evo_max_direct_rows();
+  Linear first(int count) const;   // of these rows
+  Linear behind(int count) const;  // of the others
+};
 
 // Inside Team::run, by all threads; ends without a barrier.
 void linear(Team& team, const Linear& op);
