@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 import structlog
 
 from engine.online.adapter_control import (
+    SHARED_KEY,
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
@@ -13,7 +16,7 @@ from engine.online.adapter_control import (
     decode_status,
     status_key,
 )
-from server.redis_gate import RedisGate, needs_redis
+from server.redis_gate import RedisGate, RedisUnavailable, needs_redis
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +44,12 @@ class AdapterControl:
         except msgspec.MsgspecError as error:  # a worker of another version
             log.warning("the worker's status could not be read", error=str(error))
             return None, {}
+
+    async def others_have_learned(self) -> bool:
+        """Whether a server of this Redis has let others have what it learned; False while Redis is down."""
+        with suppress(RedisUnavailable):
+            return bool(await self._gate.run(self._gate.redis.exists(SHARED_KEY)))
+        return False
 
     async def send(self, command: AdapterCommand) -> None:
         """Leave a command for the worker; raises 503 as ``ApiError`` while Redis is down."""

@@ -91,7 +91,7 @@ def engine_process(settings: Settings, url: str, app: FastAPI) -> SupervisedProc
 
 
 def worker_process(settings: Settings, app: FastAPI) -> SupervisedProcess:
-    """The adapters worker, which starts once there is something to learn from, or that was learned before.
+    """The adapters worker, which starts once there is something to learn from, or that was learned, here or elsewhere.
 
     Nobody waits for it: if it cannot start, it is tried again, and requests are served.
     """
@@ -99,10 +99,12 @@ def worker_process(settings: Settings, app: FastAPI) -> SupervisedProcess:
     async def wait_for_traffic() -> None:
         serving, alignment = app.state.serving, settings.engine.alignment
         has_learned = any(alignment.state_directory.glob("*/*/revision-*.safetensors"))  # it is to be in force again
-        first_steps = 0 if has_learned else alignment.pace.first_steps
-        num_steps, idle_looks = 0, 0
-        while not serving.engine.ready or num_steps < first_steps * (1 if idle_looks >= _PAUSE_LOOKS else 10):
+        num_steps, idle_looks, first_steps = 0, 0, alignment.pace.first_steps
+        while not serving.engine.ready or not (
+            has_learned or num_steps >= first_steps * (1 if idle_looks >= _PAUSE_LOOKS else 10)
+        ):
             await asyncio.sleep(_LOOK_SECONDS)
+            has_learned |= alignment.share_versions and await serving.adapters.others_have_learned()
             num_steps = serving.metrics.engine.alignment.num_steps
             idle_looks = 0 if serving.engine.in_flight else idle_looks + 1
 

@@ -14,6 +14,7 @@ from redis.lock import Lock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from engine.online.adapter_control import SHARED_KEY
 from engine.online.weight_layout import WeightLayout
 from engine.redis_clients import REDIS_FAILURES, connect
 
@@ -67,6 +68,7 @@ class SharedVersions:
         name = self._name(key)
         data = b"" if tensors is None else save({each: tensor.contiguous() for each, tensor in tensors.items()})
         try:
+            self._redis.set(SHARED_KEY, 1, ex=_KEPT_SECONDS)
             with self._redis.pipeline(transaction=True) as pipeline:
                 pipeline.hincrby(name, "number", 1)
                 pipeline.hset(name, "weights", data)

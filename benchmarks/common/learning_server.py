@@ -24,7 +24,7 @@ class LearningServer:
         self.url, self._model, self._admin = url, model, admin
 
     async def ask(self, prompt: str, max_tokens: int, drafts: bool = True) -> dict[str, Any]:
-        """A greedy answer; tokens, seconds, and draft tokens that were right, copied ones included."""
+        """A greedy answer; tokens, seconds, draft tokens that were right, copied ones included, and who drafted."""
         body: dict[str, Any] = {"model": self._model, "messages": [{"role": "user", "content": prompt}], "stream": True}
         body |= {"max_tokens": max_tokens, "temperature": 0, "stream_options": {"include_usage": True}}
         if not drafts:
@@ -32,12 +32,13 @@ class LearningServer:
         result = await stream(f"{self.url}/v1/chat/completions", body)
         if result.error is not None:
             raise RuntimeError(result.error)
-        accepted = (result.speculation or Speculation()).num_accepted_draft_tokens
+        speculation = result.speculation or Speculation()
         first = (result.token_times or [result.end])[0]
         return {
             "prompt_tokens": result.prompt_tokens,
             "tokens": result.completion_tokens,
-            "accepted": accepted,
+            "accepted": speculation.num_accepted_draft_tokens,
+            "draft_version": speculation.draft_version,
             "seconds": result.end - result.start,
             "decoding": result.end - first,
             "text": hash(result.text),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ray.serve.schema import ApplicationStatus
 
 from benchmarks.common.machine import REPOSITORY
 from benchmarks.common.process import START_TIMEOUT, free_port
-from benchmarks.fleet.processes import REPLICA_OPTIONS, is_healthy
+from benchmarks.fleet.processes import REPLICA_OPTIONS, Process, is_healthy
 from benchmarks.fleet.router import Router
 
 _CONFIGURATION = REPOSITORY / "deploy" / "ray" / "serve.yaml"
@@ -26,7 +26,21 @@ _GONE_SECONDS = 10.0
 
 
 class RayRouter(Router):
-    """As many replicas in place of those that are there, each on a node of its own."""
+    """As many replicas in place of those that are there, each on a node of its own.
+
+    Args:
+        autoscaling: options that differ from serve.yaml's, for one to as many replicas; None: always as many.
+    """
+
+    def __init__(
+        self,
+        replicas: Sequence[Process],
+        directory: Path,
+        redis_url: str,
+        autoscaling: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__(replicas, directory, redis_url)
+        self._autoscaling = autoscaling
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
@@ -65,9 +79,14 @@ class RayRouter(Router):
         [application] = configuration["applications"]
         options = [*REPLICA_OPTIONS, "--redis.url", self.redis_url, "--http.drain_timeout", str(drain_timeout)]
         application["args"] = {"options": shlex.join(options)}
-        [deployment] = application["deployments"]
-        del deployment["autoscaling_config"]
-        deployment |= {"num_replicas": len(self.replicas), "ray_actor_options": {"num_cpus": 1}}
+        deployment = next(one for one in application["deployments"] if one["name"] == "Replica")
+        deployment["ray_actor_options"] = {"num_cpus": 1}
+        scaling = deployment.pop("autoscaling_config")
+        if self._autoscaling is None:
+            deployment["num_replicas"] = len(self.replicas)
+        else:
+            bounds = {"min_replicas": 1, "max_replicas": len(self.replicas)}
+            deployment["autoscaling_config"] = scaling | bounds | self._autoscaling
         path = self.directory / "serve.yaml"
         path.write_text(yaml.safe_dump(configuration))
         program = str(Path(sys.executable).parent / "serve")
@@ -83,9 +102,7 @@ class RayRouter(Router):
                 application = serve.status().applications["evospec"]
                 if application.status == ApplicationStatus.DEPLOY_FAILED:
                     raise RuntimeError(application.message)
-                deployment = application.deployments.get("Replica")
-                states = deployment.replica_states if deployment else {}
-                if states == {"RUNNING": len(self.replicas)}:
+                if replica_states() == {"RUNNING": len(self.replicas) if self._autoscaling is None else 1}:
                     break
                 await asyncio.sleep(0.5)
         while not await is_healthy(f"http://127.0.0.1:{self._port}"):  # noqa: ASYNC110
@@ -95,6 +112,12 @@ class RayRouter(Router):
         """Of the replicas of this process's clusters, the oldest first."""
         found = [one for one in psutil.process_iter(["cmdline"]) if _is_replica(one.info["cmdline"])]
         return sorted(found, key=lambda process: process.create_time())
+
+
+def replica_states() -> dict[str, int]:
+    """How many replicas there are, by what they are about."""
+    deployment = serve.status().applications["evospec"].deployments.get("Replica")
+    return dict(deployment.replica_states) if deployment else {}
 
 
 def _is_replica(words: list[str] | None) -> bool:

@@ -57,8 +57,15 @@ class Fleet:
 
 @asynccontextmanager
 async def running_fleet(
-    script: Script, model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, directory: Path, router: RouterCommand
+    script: Script,
+    model: ModelFiles,
+    tokenizer: Tokenizer,
+    valkey_url: str,
+    directory: Path,
+    router: RouterCommand,
+    health: str = "/health",
 ) -> AsyncIterator[Fleet]:
+    """``health``: the router's path that is 200 once it runs."""
     async with AsyncExitStack() as stack:
         replicas = []
         for name in ("first", "second"):
@@ -66,20 +73,20 @@ async def running_fleet(
             api = running_api(script, model, tokenizer, valkey_url, directory / name)
             replicas.append(await stack.enter_async_context(api))
         ports = [replica.client.base_url.port or 0 for replica in replicas]
-        client = await stack.enter_async_context(_running_router(ports, directory, router))
+        client = await stack.enter_async_context(_running_router(ports, directory, router, health))
         yield Fleet(client, replicas)
 
 
 @asynccontextmanager
 async def _running_router(
-    replicas: Sequence[int], directory: Path, router: RouterCommand
+    replicas: Sequence[int], directory: Path, router: RouterCommand, health: str
 ) -> AsyncIterator[httpx.AsyncClient]:
     port = free_port()
     process = await asyncio.create_subprocess_exec(*router(port, replicas, directory))
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
             async with asyncio.timeout(60):
-                while not await is_healthy(client):  # noqa: ASYNC110
+                while not await is_healthy(client, health):  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
             yield client
     finally:
@@ -87,8 +94,8 @@ async def _running_router(
         await process.wait()
 
 
-async def is_healthy(client: httpx.AsyncClient) -> bool:
+async def is_healthy(client: httpx.AsyncClient, path: str = "/health") -> bool:
     try:
-        return (await client.get("/health")).status_code == 200
+        return (await client.get(path)).status_code == 200
     except httpx.TransportError:
         return False

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -22,13 +23,15 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(processes, "_LOOK_SECONDS", LOOK_SECONDS)
     engine = SimpleNamespace(ready=True, in_flight=0)
     metrics = SimpleNamespace(engine=SimpleNamespace(alignment=SimpleNamespace(num_steps=0)))
-    return SimpleNamespace(state=SimpleNamespace(serving=SimpleNamespace(engine=engine, metrics=metrics)))
+    adapters = SimpleNamespace(others_have_learned=AsyncMock(return_value=False))
+    serving = SimpleNamespace(engine=engine, metrics=metrics, adapters=adapters)
+    return SimpleNamespace(state=SimpleNamespace(serving=serving))
 
 
-async def starts(app: Any, directory: Path) -> bool:
+async def starts(app: Any, directory: Path, **options: bool) -> bool:
     """Whether it starts within a hundred looks."""
     settings = Settings()
-    settings.engine.alignment = AdaptersConfig(state_directory=directory)
+    settings.engine.alignment = AdaptersConfig(state_directory=directory, **options)
     wait_before = processes.worker_process(settings, app)._wait_before
     assert wait_before is not None
     try:
@@ -52,3 +55,9 @@ async def test_what_was_learned_before_comes_in_force_without_traffic(app: Any, 
     assert await starts(app, tmp_path)
     app.state.serving.engine.ready = False
     assert not await starts(app, tmp_path)
+
+
+async def test_what_another_server_has_learned_comes_in_force_without_traffic(app: Any, tmp_path: Path) -> None:
+    app.state.serving.adapters.others_have_learned.return_value = True
+    assert await starts(app, tmp_path)
+    assert not await starts(app, tmp_path, share_versions=False)

@@ -1,0 +1,136 @@
+"""After how many seconds others draft with what one server has learned: ``python -m benchmarks.fleet.shared_adapters``.
+
+Two servers of one Valkey. A tenant's prompts go to the first, in bursts; both are asked for a few tokens again and
+again, and each answer tells which version of the adapter drafted. A third server is started when there are some. At the
+end all answer held-out prompts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, ExitStack
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.common.environment import environment
+from benchmarks.common.learning_server import LearningServer, serving
+from benchmarks.common.machine import RESULTS
+from benchmarks.common.process import free_port
+from benchmarks.fleet.processes import new_valkey
+from benchmarks.grow import read_prompts
+from benchmarks.prompts.sets import DATA
+
+MODEL = "smollm2-135m"
+BAR = 10.0
+"""Seconds within which an adapter is to be in force everywhere."""
+_OPTIONS = [
+    *("--engine.runtime.threads", "1"),
+    *("--kv-max-bytes", str(256 * 1024**2)),
+    "--no-engine.speculation.adaptive",
+]
+_EAGER = ["--engine.alignment.pace.spare_cores", "0"]
+"""The first server learns though this machine's few cores are busy with clients and other servers."""
+_BURST, _PAUSE = 16, 5.0
+_LOOK_SECONDS = 0.25
+_LONGEST = 1200.0
+_HELD_OUT = 16
+
+
+class Versions:
+    """Which version of the adapter a server drafts with, and since when."""
+
+    def __init__(self, server: LearningServer) -> None:
+        self._server = server
+        self.seen: list[tuple[int, float]] = []
+
+    async def watch(self) -> None:
+        """Ask for a few tokens again and again, until cancelled."""
+        while True:
+            version = (await self._server.ask("Go on.", 4))["draft_version"]
+            if version > (self.seen[-1][0] if self.seen else 0):  # 0: one of the requests that keep the base draft
+                self.seen.append((version, time.monotonic()))
+                typer.echo(f"{self._server.url} drafts with version {version} at {time.monotonic():.1f} s")
+            await asyncio.sleep(_LOOK_SECONDS)
+
+
+async def teach(server: LearningServer, prompts: Sequence[str]) -> None:
+    """A tenant's bursts, until cancelled."""
+    waiting = cycle(prompts)
+    while True:
+        await asyncio.gather(*(server.ask(prompt, 128) for prompt in islice(waiting, _BURST)))
+        await asyncio.sleep(_PAUSE)
+
+
+async def acceptance(server: LearningServer, prompts: Sequence[str]) -> float:
+    """Tokens a step on held-out prompts."""
+    answers = [await server.ask(prompt, 64) for prompt in prompts]
+    tokens, accepted = (sum(answer[name] for answer in answers) for name in ("tokens", "accepted"))
+    return float(tokens / (tokens - accepted))
+
+
+async def measure(versions: int) -> dict[str, Any]:
+    """Seconds from the first server's versions to the second's, from the third's start to its first; acceptance."""
+    stream, held_out = (read_prompts([DATA / f"law-{name}.jsonl"]) for name in ("stream", "trial"))
+    held_out = held_out[:_HELD_OUT]
+    async with AsyncExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evospec-adapters-")))
+        port = free_port()
+        valkey = new_valkey(port, directory)
+        stack.push_async_callback(valkey.stop)
+        await valkey.start()
+        servers = stack.enter_context(ExitStack())
+
+        def start(name: str, *more: str) -> LearningServer:
+            own = ["--redis.url", f"redis://127.0.0.1:{port}", "--engine.alignment.state_directory"]
+            options = [*_OPTIONS, *own, str(directory / name), *more]
+            return servers.enter_context(serving(MODEL, MODEL, f"adapters-{name}", options))
+
+        first, second = start("first", *_EAGER), start("second")
+        before = await acceptance(second, held_out)
+        learner, other = Versions(first), Versions(second)
+        teaching = [asyncio.create_task(work) for work in (teach(first, stream), learner.watch(), other.watch())]
+        async with asyncio.timeout(_LONGEST):
+            while min(len(learner.seen), len(other.seen)) < versions:
+                for task in teaching:
+                    if task.done():
+                        task.result()  # raises what ended it
+                await asyncio.sleep(_LOOK_SECONDS)
+            for task in teaching:
+                task.cancel()
+            await asyncio.gather(*teaching, return_exceptions=True)
+            third = start("third")
+            started, newcomer = time.monotonic(), Versions(third)
+            watching = asyncio.create_task(newcomer.watch())
+            while not newcomer.seen:  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_SECONDS)
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        return {
+            "seconds": [there - here for (_, here), (_, there) in zip(learner.seen, other.seen, strict=False)],
+            "seconds_of_a_new_server": newcomer.seen[0][1] - started,
+            "acceptance_before": before,
+            "acceptance": [await acceptance(server, held_out) for server in (first, second, third)],
+        }
+
+
+def main(
+    versions: Annotated[int, typer.Option(min=1, help="To wait for.")] = 3,
+    name: Annotated[str, typer.Option(help="Of the file in benchmarks/results.")] = "fleet-adapters",
+) -> None:
+    """Exits with 1 if a version was not in force everywhere within 10 seconds."""
+    found = asyncio.run(measure(versions))
+    record = {"environment": environment(), "model": MODEL, "options": _OPTIONS, **found}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1))
+    typer.echo(json.dumps(found, indent=1))
+    raise typer.Exit(max(*found["seconds"], found["seconds_of_a_new_server"]) > BAR)
+
+
+if __name__ == "__main__":
+    typer.run(main)
