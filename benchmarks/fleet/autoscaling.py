@@ -46,9 +46,7 @@ class Scaling:
         phase: dict[str, Any] = {"name": name, "clients": clients, "requests": 0, "errors": {}, "replicas": []}
         self.seen.append(phase)
         times, errors, is_over = list[float](), Counter[str](), asyncio.Event()
-        asking = [
-            asyncio.create_task(self._ask(number, times, errors, is_over.is_set)) for number in range(clients)
-        ]
+        asking = [asyncio.create_task(self._ask(number, times, errors, is_over.is_set)) for number in range(clients)]
         until = time.monotonic() + _LONGEST
         while time.monotonic() < until:
             states = replica_states()

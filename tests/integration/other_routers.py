@@ -76,7 +76,6 @@ ASKS_HEALTH = [
 def fleet(tiny_model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, tmp_path: Path) -> RunFleet:
     """``async with fleet(script, router) as running``."""
 
-
     def run(script: Script, router: RouterCommand) -> Any:
         health = "/health/readiness" if router is litellm else "/health"  # its /health asks the models
         return running_fleet(script, tiny_model, tokenizer, valkey_url, tmp_path, router, health)
