@@ -28,6 +28,8 @@ from server.bench.stream import StreamResult
 ROUTERS = {"envoy": "benchmarks.fleet.envoy:EnvoyRouter", "ray": "benchmarks.fleet.ray_serve:RayRouter"}
 """Only the one in use is imported: Ray is installed by who wants it."""
 REPLICAS = 3
+BAD = ("wrong", "failed", "sessions_lost")
+"""What no phase may have."""
 _AT_ONCE = 8
 """Conversations, where the time of an answer does not matter."""
 
@@ -73,12 +75,13 @@ async def hurt(router: Router, valkey: Process, traffic: Traffic, seconds: float
     running = asyncio.create_task(traffic.run())
 
     async def phase(name: str, work: Awaitable[object]) -> None:
-        console.print(f"[dim]{name}[/dim]")
         before, started = len(traffic.finished), time.monotonic()
         await work
         if running.done():
             running.result()  # raises what ended it
         phases[name] = phase_record(traffic.finished[before:], time.monotonic() - started)
+        counts = {kind: phases[name][kind] for kind in ("requests", "cut", *BAD)}
+        console.print(f"[dim]{name}: {counts}, {phases[name]['errors']}[/dim]")
 
     try:
         await phase("before", asyncio.sleep(seconds))
@@ -130,7 +133,7 @@ def main(
     console.print(table(record))
     console.print(moves(record))
     console.print(str(path))
-    bad = sum(phase[kind] for phase in record["phases"].values() for kind in ("wrong", "failed", "sessions_lost"))
+    bad = sum(phase[kind] for phase in record["phases"].values() for kind in BAD)
     raise typer.Exit(1 if bad or record["moves"]["different"] else 0)
 
 
