@@ -22,8 +22,6 @@ _NVIDIA = Path("/dev/nvidiactl")
 """There where a GPU is."""
 _CACHE_ON_GPU = {"memory_fraction": 0.95, "max_bytes": None}
 _SCHEDULER_ON_GPU = {"max_batched_tokens": 8192}
-_DYNAMIC_ON_GPU = {"prior": "off"}
-"""A prior is on the host, which would wait for each draft token."""
 _DEFAULT_MAX_MODEL_LEN = 8192
 MAX_SPECULATIVE_TOKENS = 8
 """Most draft tokens that a step may verify for a sequence; of copied ones ``MAX_COPIED_TOKENS``."""
@@ -148,8 +146,7 @@ class DynamicConfig(Section):
     )
     prior: Literal["off", "fixed", "learned"] = Field(
         default="learned",
-        description="Prefer what followed before in the session, by fixed weights or by weights learned while serving; "
-        "on a GPU: off, as there the host would wait for each draft token.",
+        description="Prefer what followed before in the session, by fixed weights or by weights learned while serving.",
     )
     prior_order: Literal[1, 2, 3] = Field(default=3, description="Most tokens in a row that the prior counts.")
     replacement: Literal["arc", "lru"] = Field(default="arc", description="What leaves a full tail.")
@@ -271,8 +268,7 @@ class EngineConfig(Section):
     def _sized_for_the_device(self) -> EngineConfig:
         """Where the model runs on a GPU: as much as one has, in place of defaults for a CPU."""
         if self.runtime.device == "cuda" or (self.runtime.device == "auto" and _NVIDIA.exists()):
-            sections = (self.cache, _CACHE_ON_GPU), (self.scheduler, _SCHEDULER_ON_GPU)
-            for section, sizes in (*sections, (self.speculation.dynamic, _DYNAMIC_ON_GPU)):
+            for section, sizes in ((self.cache, _CACHE_ON_GPU), (self.scheduler, _SCHEDULER_ON_GPU)):
                 for name, size in sizes.items():
                     if name not in section.model_fields_set:
                         setattr(section, name, size)

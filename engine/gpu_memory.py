@@ -22,6 +22,8 @@ _CUBLAS_WORKSPACE = 32 * 2**20
 """Of each stream on which matrices are multiplied; as on Hopper, where it is largest."""
 _STREAMS = 5
 """The usual one, and for each of the two recorders of graphs one to warm up and one to capture on."""
+_DRAFTED_BYTES = 4 * 2**20
+"""Of the longest chains of most sequences: their tokens, and with a prior what those are chosen from."""
 _GRAPH_NODE_BYTES, _NODES_A_LAYER = 2048, 60
 _TOPK_ROWS = 64
 """Rows of logits whose sort keys exist at the same time."""
@@ -94,4 +96,4 @@ def _graph_bytes(spec: ModelSpec, max_blocks: int, drafted: int) -> int:
             2 * len(GRAPH_SIZES) * _NODES_A_LAYER + 2 * len(CHAIN_SIZES) * sum(range(1, drafted + 1)) * _NODES_A_LAYER
         )
         rows += sum(GRAPH_SIZES) + sum(CHAIN_SIZES) * (drafted - 1)
-    return nodes * _GRAPH_NODE_BYTES + rows * max_blocks * 4
+    return nodes * _GRAPH_NODE_BYTES + rows * max_blocks * 4 + (_DRAFTED_BYTES if drafted else 0)

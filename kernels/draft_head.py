@@ -45,6 +45,16 @@ class Core:
     """[K, hidden], where they are floating-point numbers as they are: for the Triton kernel"""
 
 
+@dataclass(frozen=True)
+class HeadRows:
+    """All rows of a head."""
+
+    rows: torch.Tensor
+    """[n, hidden]"""
+    row_of: torch.Tensor | None = None
+    """[vocab] int32, the row of each token; -1: it has none (None: the row of its number)"""
+
+
 class TailSlabs:
     """Memory of the tails, all of them empty at first.
 

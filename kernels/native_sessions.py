@@ -20,7 +20,9 @@ from kernels.session_library import (
     GraphStruct,
     LessonStruct,
     OptionsStruct,
+    ScoredStruct,
     SessionCounts,
+    StateStruct,
     TokenRows,
     address_of,
     load,
@@ -33,6 +35,7 @@ from kernels.session_options import (
     GraphArrays,
     SessionOptions,
     Table,
+    drafted_ints,
 )
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ class Sessions:
         uses[3] *= graph is not None
         self._uses = np.array(uses, np.float32)
         core = np.ascontiguousarray(in_core, np.uint8)
-        self._graph = graph  # whose arrays are used
+        self.graph = graph  # whose arrays are used
         of_graph = GraphStruct()
         if graph is not None:
             arrays = graph.offsets, graph.token_ids, graph.log_probs
@@ -192,6 +195,24 @@ class Sessions:
             logits = logits_of(*step.included())
             self._library.evo_sessions_score(self.handle, step.pointer, POINTER(logits.data_ptr()))
 
+    def take_drafts(
+        self, block: NDArray[np.int32], columns: int, sessions: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Drafts that a GPU has scored, in place of ``score``.
+
+        Args:
+            block: that of ``DraftedRounds``.
+            columns: candidates of each draft.
+            sessions: of the first rows; -1 for none. No other row has one.
+            lengths: drafts of each of these rows.
+        """
+        rows = block.shape[1] // drafted_ints(columns)
+        scored = ScoredStruct(len(block), rows, columns, block.ctypes.data)
+        slots, drafts = array("i", sessions), array("i", lengths)
+        self._library.evo_sessions_take_drafts(
+            self.handle, ctypes.byref(scored), len(slots), address_of(slots), address_of(drafts)
+        )
+
     def tail(self, session: int) -> list[int]:
         """The tokens of a tail, the most worth keeping first."""
         tokens = (INT * max(self.options.num_places, 1))()
@@ -208,13 +229,18 @@ class Sessions:
 
     def applied_weights(self, session: int) -> NDArray[np.float32]:
         """[NUM_FEATURES]: what each feature weighs in a session's next drafts; 0 while the prior costs agreement."""
-        gain = self._library.evo_sessions_state(self.handle, session).contents.gain
-        applied: NDArray[np.float32] = self.weights(session) * self._uses * np.float32(gain >= 0.0)
+        is_applied = np.float32(self.state(session).gain >= 0.0)
+        applied: NDArray[np.float32] = self.weights(session) * self._uses * is_applied
         return applied
 
     def unit(self, session: int) -> float:
         """What one occurrence adds to a session's counts now."""
-        return float(self._library.evo_sessions_state(self.handle, session).contents.unit)
+        return float(self.state(session).unit)
+
+    def state(self, session: int) -> StateStruct:
+        """Where a session stands."""
+        state: StateStruct = self._library.evo_sessions_state(self.handle, session).contents
+        return state
 
     def unigrams(self, session: int) -> NDArray[np.float32]:
         """[vocab]: a session's counts of single tokens, in units."""

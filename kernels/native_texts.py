@@ -6,7 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 
-from kernels.session_library import INT, POINTER, TokenRows, address_of, load, zeros
+from kernels.session_library import INT, POINTER, TextStruct, TokenRows, address_of, load, zeros
 from kernels.session_options import MAX_REPEATS
 
 
@@ -14,7 +14,7 @@ class Texts:
     """Texts of running sequences, the last ``capacity`` tokens of each, searched for repeats of their ends."""
 
     def __init__(self, num_slots: int, capacity: int) -> None:
-        self._library = load()
+        self._library, self.num_slots = load(), num_slots
         self.handle = POINTER(self._library.evo_texts_new(num_slots, capacity))
 
     def __del__(self) -> None:
@@ -25,6 +25,11 @@ class Texts:
     def num_bytes(self) -> int:
         """Memory of one text."""
         return int(self._library.evo_texts_bytes(self.handle))
+
+    def arrays(self) -> TextStruct:
+        """Where all texts are, that of slot 0 first."""
+        arrays: TextStruct = self._library.evo_texts_arrays(self.handle)
+        return arrays
 
     def clear(self, slot: int) -> None:
         """Begin a text."""

@@ -101,6 +101,17 @@ class TableStruct(ctypes.Structure):
     _fields_ = (*((name, POINTER) for name in ("keys", "tokens", "counts")), ("width", INT), ("shift", INT))
 
 
+class ScoredStruct(ctypes.Structure):
+    _fields_ = (*((name, INT) for name in ("rounds", "rows", "columns")), ("block", POINTER))
+
+
+class TextStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, POINTER) for name in ("tokens", "previous", "latest", "size")),
+        *((name, INT) for name in ("capacity", "buckets")),
+    )
+
+
 def missing_reason() -> str | None:
     """Why sessions cannot be had in this process; None where they can."""
     return None if _of_these_sources() else "the compiled kernels are missing, or out of date (python -m kernels.build)"
@@ -118,6 +129,7 @@ def load() -> Any:
     library.evo_sessions_counts.restype = ctypes.POINTER(SessionCounts)
     library.evo_sessions_state.restype = ctypes.POINTER(StateStruct)
     library.evo_sessions_ngrams.restype = TableStruct
+    library.evo_texts_arrays.restype = TextStruct
     library.evo_sessions_bytes.restype = library.evo_texts_bytes.restype = INT64
     return library
 

@@ -27,6 +27,11 @@ PRESENCE = 0.05
 """A decayed count below this is a token that the session has left behind."""
 
 
+def drafted_ints(columns: int) -> int:
+    """Numbers that are kept of a draft token: itself, and the tokens, logits and features of ``columns`` candidates."""
+    return 1 + (2 + NUM_FEATURES) * columns
+
+
 @dataclass(frozen=True)
 class Table:
     """A session's counts of one order: ``keys`` [R] int64, -1 for none; ``token_ids`` [R, W]; ``counts`` [R, W].

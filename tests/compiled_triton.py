@@ -15,7 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton import batched_lora, draft_head, gumbel_argmax, kept_thresholds
+from kernels.session_options import PRESENCE
+from kernels.triton import batched_lora, draft_head, gumbel_argmax, kept_thresholds, session_prior, text_repeats
 
 Configuration = tuple[Any, dict[str, str], dict[str, Any]]
 """A kernel, the types of its arguments, and its constants."""
@@ -42,6 +43,34 @@ def configurations() -> Iterator[Configuration]:
     for weights, rank in product(("*bf16", "*fp32"), (8, 16, 32)):
         lora = {"out": "*bf16", "x": "*bf16", "a": weights, "b": weights, "slots": "*i32"} | numbers
         yield batched_lora._lora_kernel, lora, {"RANK": rank, "INPUTS": 64, "OUTPUTS": 64}
+    yield from _of_priors(numbers | scores | {"hidden": "*bf16", "head": "*bf16"})
+
+
+def _of_priors(types: dict[str, str]) -> Iterator[Configuration]:
+    types |= dict.fromkeys(("drafts_stride", "feature_stride", "capacity", "num_buckets", "num_drafts", "vocab"), "i32")
+    types |= {"num_edges": "i32", "states": "*fp64", "pair_keys": "*i64", "triple_keys": "*i64", "offsets": "*i64"}
+    integers = (
+        "found_tokens",
+        "tokens",
+        "row_of",
+        "drafts",
+        "texts",
+        "text_tokens",
+        "previous",
+        "latest",
+        "sizes",
+        "best",
+    )
+    types |= dict.fromkeys((*integers, "sessions", "last", "pair_tokens", "triple_tokens", "edges"), "*i32")
+    numbers = "found_logits", "features", "weights", "unigrams", "pair_counts", "triple_counts", "edge_values"
+    types |= dict.fromkeys(numbers, "*fp32")
+    for has_row_of in (False, True):
+        yield text_repeats._repeats_kernel, types, {"HAS_ROW_OF": has_row_of, "COLUMNS": 64, "WIDTH": 128}
+    tables = {"PAIR_ROWS": 2048, "PAIR_WIDTH": 16, "PAIR_SHIFT": 56}
+    tables |= {"TRIPLE_ROWS": 8192, "TRIPLE_WIDTH": 4, "TRIPLE_SHIFT": 54}
+    for order, edges in product((3, 2, 1), (16, 0)):
+        sizes: dict[str, Any] = {"PRESENCE": PRESENCE, "ORDER": order, "EDGES": edges, "COLUMNS": 64}
+        yield session_prior._prior_kernel, types | {"scores": "*fp32"}, sizes | tables
 
 
 def main() -> None:

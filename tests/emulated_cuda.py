@@ -59,6 +59,8 @@ class Counts:
 COUNTS = Counts()
 _pinned: dict[int, torch.Tensor] = {}
 """Pinned memory by its address, kept so that no address is used twice."""
+_registered = set[int]()
+"""Addresses of memory of the host that kernels may read."""
 tapes: list[list[Callable[[], object]]] = []
 """The graph that is being recorded, as the last of these; empty: none is."""
 
@@ -147,6 +149,19 @@ def launch(name: str, compute: Callable[[], object]) -> None:
 def held(value: Any) -> Any:
     """The numbers of a device tensor; anything else as it is."""
     return value.held if isinstance(value, DeviceTensor) else value
+
+
+def register(address: int, num_bytes: int, flags: int) -> int:
+    """``cudaHostRegister``, which wants pages of their own."""
+    assert address % os.sysconf("SC_PAGE_SIZE") == 0
+    assert num_bytes > 0
+    _registered.add(address)
+    return 0
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether kernels can read a tensor."""
+    return isinstance(tensor, DeviceTensor) or tensor.untyped_storage().data_ptr() in _registered
 
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests.emulated_cuda import COUNTS, DeviceTensor, dispatch, held, launch, line, tapes, wait
+from tests.emulated_cuda import COUNTS, dispatch, held, is_readable, launch, line, register, tapes, wait
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -58,7 +59,7 @@ def _run_triton(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -
     from tests.emulated_triton import KERNELS
 
     for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and not isinstance(value, DeviceTensor):
+        if isinstance(value, torch.Tensor) and not is_readable(value):
             raise RuntimeError(f"a tensor on the host for a Triton kernel: {line()}")
     inner_args, inner_kwargs = tree_map(held, (args, kwargs))
 
@@ -88,6 +89,7 @@ def install(free: int = 60 << 30, total: int = 80 << 30) -> None:
     cuda._lazy_init, cuda.is_available, cuda.is_initialized = lambda: None, lambda: True, lambda: True
     cuda.mem_get_info = lambda device=None: (free, total)
     cuda.current_stream, cuda.Stream = lambda device=None: _Stream(), _Stream
+    cuda.cudart = lambda: SimpleNamespace(cudaHostRegister=register)
     cuda.synchronize = lambda device=None: wait("synchronize")
     cuda.stream = lambda stream: contextlib.nullcontext()
     cuda.set_sync_debug_mode = lambda mode: None

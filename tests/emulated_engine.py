@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+import numpy as np
 
 from tests import emulated_driver, emulated_flashinfer
 from tests.emulated_cuda import COUNTS, CUDA
@@ -36,8 +37,8 @@ class Job(msgspec.Struct):
     """At most."""
     logprobs: int | None = None
     adapters: bool = False
-    check: bool = False
-    """Whether the same is computed on a CPU without drafts, too."""
+    check: Literal["nothing", "outputs", "drafts"] = "nothing"
+    """What a CPU computes, too: the same without drafts, or with them."""
 
 
 class StepCost(msgspec.Struct):
@@ -52,14 +53,15 @@ class StepCost(msgspec.Struct):
 
 
 class Ran(msgspec.Struct):
-    """One engine's run."""
+    """One engine's run; a CPU's too is told of as ``expected``."""
 
     steps: list[StepCost]
     outputs: list[list[int]]
-    expected: list[list[int]]
-    """Of the CPU; empty unless asked for."""
-    num_drafted: int
-    num_accepted: int
+    weights: list[list[float]]
+    """Of the priors with which sequences end."""
+    num_drafted: int = 0
+    num_accepted: int = 0
+    expected: Ran | None = None
 
 
 def run(directory: Path, job: Job, batch: int) -> Ran:
@@ -71,27 +73,31 @@ def run(directory: Path, job: Job, batch: int) -> Ran:
     size: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512}
     files = make_directory(directory / "target", **size)
     spec = validate_model_files(files)
-    expected: list[list[int]] = []
-    if job.check:
-        expected, _, _, _ = _generate(EngineCore(_config(directory, files, job, batch, "cpu"), files, spec), job, batch)
+    expected = None
+    if job.check != "nothing":
+        expected = _generate(EngineCore(_config(directory, files, job, batch, "cpu"), files, spec), job, batch)
     core = EngineCore(_config(directory, files, job, batch, "cuda"), files, spec)
     assert core.attention_backend == "flashinfer"
     if job.adapters:
         _put_adapter_in_force(core)
-    outputs, steps, drafted, accepted = _generate(core, job, batch)
-    return Ran(steps, outputs, expected, drafted, accepted)
+    return msgspec.structs.replace(_generate(core, job, batch), expected=expected)
 
 
 def _config(directory: Path, files: ModelFiles, job: Job, batch: int, device: Any) -> EngineConfig:
     from engine.adapters_config import AdaptersConfig
     from engine.config import CacheConfig, EngineConfig, ModelConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
+    from engine.draft_vocab.bigram_graph import build_bigram_graph
+    from engine.models.registry import validate_model_files
+    from engine.speculation.drafters.session_head import GRAPH_FILE
     from tests.tiny_drafts import make_draft_directory
 
     eagle = make_draft_directory(directory / "draft", files)
+    text = np.random.default_rng(0).integers(3, 60, 2000).astype(np.int32)
+    build_bigram_graph([text], validate_model_files(files).vocab_size).save(eagle / GRAPH_FILE)
     draft = str({"eagle3": eagle, "draft_model": files.path}.get(job.method))
     speculation = SpeculationConfig(method="none")
     on_gpu = device == "cuda"
-    if on_gpu and job.method != "none":
+    if job.method != "none" and (on_gpu or job.check == "drafts"):
         speculation = SpeculationConfig(
             method=job.method,
             draft=None if job.method == "ngram" else draft,
@@ -130,9 +136,10 @@ def _put_adapter_in_force(core: EngineCore) -> None:
         weights.copy_((torch.randn(weights.shape) * 0.05).to(weights.dtype).to(weights.device))
 
 
-def _generate(core: EngineCore, job: Job, batch: int) -> tuple[list[list[int]], list[StepCost], int, int]:
+def _generate(core: EngineCore, job: Job, batch: int) -> Ran:
     import torch
 
+    from engine.draft_vocab.snapshot import SessionSnapshot
     from engine.messages import EngineRequest, SamplingParams, SessionState
     from tests.exactness import SAMPLED
     from tests.tiny_drafts import CLIENT
@@ -151,21 +158,23 @@ def _generate(core: EngineCore, job: Job, batch: int) -> tuple[list[list[int]], 
             request_id=str(index), prompt_token_ids=prompt, sampling=sampling, tenant="tests", session=session
         )
         core.add(CLIENT, request)
-    outputs: list[list[int]] = [[] for _ in range(batch)]
-    steps = list[StepCost]()
-    num_done = drafted = accepted = 0
-    while num_done < batch and len(steps) < job.num_steps:
+    ran, num_done = Ran([], [[] for _ in range(batch)], [[] for _ in range(batch)]), 0
+    while num_done < batch and len(ran.steps) < job.num_steps:
         COUNTS.reset()
         of_clients, timings = core.step()
         if timings is not None:
             counts = dict(COUNTS.waits), dict(COUNTS.launches), dict(COUNTS.uploads)
-            steps.append(StepCost(timings.num_sequences, timings.num_tokens, *counts, COUNTS.replays))
+            ran.steps.append(StepCost(timings.num_sequences, timings.num_tokens, *counts, COUNTS.replays))
         for output in of_clients[CLIENT]:
             assert output.error is None, output.error
-            outputs[int(output.request_id)] += output.token_ids
+            ran.outputs[int(output.request_id)] += output.token_ids
             num_done += output.finish_reason is not None
-            drafted, accepted = drafted + output.num_draft_tokens, accepted + output.num_accepted_tokens
-    return outputs, steps, drafted, accepted
+            ran.num_drafted += output.num_draft_tokens
+            ran.num_accepted += output.num_accepted_tokens
+            if output.session_snapshot is not None:
+                snapshot = msgspec.msgpack.decode(output.session_snapshot, type=SessionSnapshot)
+                ran.weights[int(output.request_id)] = snapshot.weights
+    return ran
 
 
 def install() -> None:

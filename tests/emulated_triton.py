@@ -12,6 +12,7 @@ import torch
 from kernels.batched_lora import batched_lora
 from kernels.gumbel_argmax import _mix32_, signed
 from kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
+from tests.reference.text_matches import TextMatches
 
 _NOTHING = -(2**63)
 
@@ -83,6 +84,93 @@ def _lora_kernel(out: Any, x: Any, a: Any, b: Any, slots: Any, *numbers: int, **
     batched_lora(out, x, a, b, slots)
 
 
+def _repeats_kernel(
+    found_tokens: Any,
+    found_logits: Any,
+    tokens: Any,
+    logits: Any,
+    features: Any,
+    hidden: Any,
+    head: Any,
+    row_of: Any,
+    drafts: Any,
+    drafts_stride: int,
+    texts: Any,
+    text_tokens: Any,
+    previous: Any,
+    latest: Any,
+    sizes: Any,
+    *numbers: int,
+    **how: Any,
+) -> None:
+    tokens.copy_(found_tokens)
+    logits.copy_(found_logits)
+    features.zero_()
+    for row, slot in enumerate(texts.tolist()):
+        if slot < 0:
+            continue
+        text = TextMatches()
+        text.extend(text_tokens[slot, : sizes[slot]].tolist())
+        found, own = text.find(drafts[: numbers[3], row].tolist()), tokens[row].tolist()
+        room = [column for column, token in enumerate(own) if token not in found]
+        for token in [token for token in found if token not in own][: len(room)]:
+            column, of_head = room.pop(), int(row_of[token]) if how["HAS_ROW_OF"] else token
+            own[column] = token
+            if of_head >= 0:
+                logits[row, column] = head[of_head].float() @ hidden[row].float()
+        tokens[row] = torch.tensor(own)
+        features[row] = torch.tensor([found.get(token, 1) for token in own]).log()
+
+
+def _prior_kernel(
+    tokens: Any,
+    logits: Any,
+    features: Any,
+    scores: Any,
+    best: Any,
+    drafts: Any,
+    drafts_stride: int,
+    sessions: Any,
+    states: Any,
+    last: Any,
+    weights: Any,
+    unigrams: Any,
+    *rest: Any,
+    **how: Any,
+) -> None:
+    pairs, triples, (offsets, edges, values), (place, *_, num_edges) = rest[:3], rest[3:6], rest[6:9], rest[9:]
+    scores.copy_(logits)
+    features[:, :4] = 0.0
+    for row, session in enumerate(sessions.tolist()):
+        if session < 0:
+            continue
+        own, (unit, gain) = tokens[row], states[session, :2].tolist()
+        two, one = [*last[session].tolist(), *drafts[:place, row].tolist()][-2:]
+        features[row, 0] = (own >= 0) & (unigrams[session][own] >= how["PRESENCE"] * unit)
+        if one >= 0 and how["ORDER"] >= 2:
+            features[row, 1] = _counted(own, pairs, session, one) / unit
+        if min(one, two) >= 0 and how["ORDER"] >= 3:
+            features[row, 2] = _counted(own, triples, session, two << 31 | one) / unit
+        features[row, 1:3] = features[row, 1:3].log1p()
+        if one >= 0 and how["EDGES"]:
+            these = slice(offsets[one], min(offsets[one + 1], offsets[one] + num_edges))
+            features[row, 3] = _sum_of(own, edges[these], values[these])
+        scores[row] += (features[row] * weights[session].unsqueeze(1)).sum(dim=0) * (gain >= 0.0)
+    best.copy_(tokens.gather(1, scores.argmax(dim=1, keepdim=True))[:, 0].clamp(min=0))
+
+
+def _counted(own: torch.Tensor, table: Any, session: int, key: int) -> torch.Tensor:
+    keys, tokens, counts = (array[session] for array in table)
+    places = (keys == key).nonzero()[:, 0]
+    return _sum_of(own, tokens[places].flatten(), counts[places].flatten())
+
+
+def _sum_of(own: torch.Tensor, tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Of each token of ``own`` the values that ``tokens`` say of it."""
+    return ((own.unsqueeze(1) == tokens) & (tokens >= 0)).float() @ values
+
+
 KERNELS = {
-    one.__name__: one for one in (_core_kernel, _tail_kernel, _gumbel_argmax_kernel, _thresholds_kernel, _lora_kernel)
+    **{one.__name__: one for one in (_core_kernel, _tail_kernel, _gumbel_argmax_kernel, _thresholds_kernel)},
+    **{one.__name__: one for one in (_lora_kernel, _repeats_kernel, _prior_kernel)},
 }

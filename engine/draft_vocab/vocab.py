@@ -81,11 +81,6 @@ class DraftVocab:
         """Whether sequences have a prior."""
         return self._options.prior != "off"
 
-    @property
-    def needs_host(self) -> bool:
-        """Whether more than the tails decides what is drafted, or is learned from a draft."""
-        return self.uses_prior or self.drafted.wants_hidden
-
     def in_core(self, token_id: int) -> bool:
         """Whether all sequences can draft a token."""
         return bool(self._resources.core[token_id])

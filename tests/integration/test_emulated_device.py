@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
 from tests.emulated_engine import Job, Ran, StepCost
 
 MOST_WAITS, MOST_LAUNCHES = 4, 40
@@ -44,18 +45,30 @@ def test_a_steps_waits_and_launches_do_not_grow_with_the_batch(tmp_path: Path) -
 @pytest.mark.parametrize(
     "job",
     [
-        Job([7], kinds=KINDS, logprobs=3, adapters=True, check=True, max_tokens=8),
-        Job([7], kinds=KINDS, method="draft_model", vocabulary="full", check=True, max_tokens=8),
+        Job([7], kinds=KINDS, logprobs=3, adapters=True, check="outputs", max_tokens=8),
+        Job([7], kinds=KINDS, method="draft_model", vocabulary="full", check="outputs", max_tokens=8),
     ],
     ids=["eagle3", "draft model"],
 )
 def test_outputs_are_a_cpus(job: Job, tmp_path: Path) -> None:
     """In float32, with every feature; a draft model that is the target itself is right where nothing is random."""
     [ran] = run(tmp_path, job)
-    assert ran.outputs == ran.expected
+    assert ran.expected is not None
+    assert ran.outputs == ran.expected.outputs
     assert ran.num_drafted > 0
     if job.method == "draft_model":
         assert ran.num_accepted > ran.num_drafted / 3
     else:
         waits = max(sum(step.waits.values()) for step in ran.steps[-3:])
         assert waits <= MOST_WAITS + 1  # what is logged of the step
+
+
+def test_priors_are_a_cpus(tmp_path: Path) -> None:
+    """They propose the same tokens, and learn the same from what became of them."""
+    [ran] = run(tmp_path, Job([6], kinds=("greedy", "plain", "truncated"), check="drafts", max_tokens=60))
+    assert ran.expected is not None
+    assert ran.outputs == ran.expected.outputs
+    assert (ran.num_drafted, ran.num_accepted) == (ran.expected.num_drafted, ran.expected.num_accepted)
+    for weights, expected in zip(ran.weights, ran.expected.weights, strict=True):
+        assert weights == pytest.approx(expected, abs=1e-3)
+    assert any(weights != list(LIGHT_DRAFT_WEIGHTS) for weights in ran.weights)

@@ -12,7 +12,10 @@ import pytest
 from tests.combinations import EVERY
 
 GENERATIONS = ("80", "90", "100")
-KERNELS = {"_gumbel_argmax_kernel", "_thresholds_kernel", "_core_kernel", "_tail_kernel", "_lora_kernel"}
+KERNELS = {
+    *("_gumbel_argmax_kernel", "_thresholds_kernel", "_core_kernel", "_tail_kernel", "_lora_kernel"),
+    *("_repeats_kernel", "_prior_kernel"),
+}
 pytest.importorskip("triton")
 
 

@@ -29,6 +29,7 @@ from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.drafters.eagle_network import EagleNetwork, make_network
 from engine.speculation.drafters.gpu_chain import GpuChain
+from engine.speculation.drafters.gpu_head import GpuHead
 from engine.speculation.drafters.head import DraftHead
 from engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches
 from engine.speculation.length.policy import StopRule
@@ -73,6 +74,7 @@ class EagleDraft:
         width = _stored_width(self._config, adapters)
         stored_bytes = cache.block_size * width * target.dtype.itemsize
         self.vocab = head.vocab
+        self._on_gpu = head.on_gpu() if target.cuda_graphs else None
         adapter_bytes = adapters.num_bytes if adapters else 0
         is_packed = embedding is None or isinstance(self._network, NativeEagle3)
         embedding_bytes = 0 if is_packed or embedding is None else embedding.nbytes
@@ -82,7 +84,7 @@ class EagleDraft:
     def make_proposer(self, num_blocks: int) -> EagleProposer:
         """Allocate KV and features for blocks 0 .. num_blocks - 1, and one that is nobody's where there are graphs."""
         attention = _make_attention(self._attention_spec(num_blocks + int(self._target.cuda_graphs)), self._target)
-        others = self._head, self._config, self._adapters
+        others = self._head, self._config, self._adapters, self._on_gpu
         return EagleProposer(self._network, self._target, self._embed, attention, *others)
 
     def _attention_spec(self, num_blocks: int) -> AttentionSpec:
@@ -121,6 +123,7 @@ class EagleProposer(Proposer):
         head: from hidden states to tokens.
         config: of the draft.
         adapters: of the draft; with them, verified drafts are logged (None: there are none).
+        on_gpu: the same as ``head`` in CUDA graphs, for the attention that can be in one (None: there are none).
     """
 
     def __init__(
@@ -132,6 +135,7 @@ class EagleProposer(Proposer):
         head: DraftHead,
         config: Eagle3Config,
         adapters: EagleAdapters | None = None,
+        on_gpu: GpuHead | None = None,
     ) -> None:
         self.capture_layers = config.capture_layers
         if adapters is not None and adapters.records_output:
@@ -155,11 +159,10 @@ class EagleProposer(Proposer):
         """Whose weights it drafts with where they are exchanged as a whole."""
         self._num_loads = 0
         """How often they were, when entries were made last."""
-        if target.cuda_graphs and isinstance(attention, flashinfer.FlashInferAttention) and head.chains_on_gpu:
-            max_blocks = -(-target.max_model_len // self._block_size)
-            of_slots = self._g_of, self._stored.before_first
+        if on_gpu is not None and isinstance(attention, flashinfer.FlashInferAttention):
+            sizes = self._stored.before_first, -(-target.max_model_len // self._block_size)
             lora = adapters if isinstance(adapters, EagleAdapters) else None
-            self._gpu_chain = GpuChain(network, embed, attention, head, *of_slots, max_blocks, lora)
+            self._gpu_chain = GpuChain(network, embed, attention, on_gpu, self._g_of, *sizes, lora)
         self.verify_log = None
         """Where verified drafts are to be written down."""
         if adapters is not None:

@@ -19,18 +19,21 @@ from numpy.typing import NDArray
 
 from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch
+from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.gpu_memory import CHAIN_SIZES, GRAPH_SIZES
 from engine.model_runner import build_batch, padded_block_tables
 from engine.online.adapters import EagleAdapters
 from engine.request import Request
 from engine.sampling.choose import row_sampling
 from engine.speculation.drafters.eagle_network import EagleNetwork
-from engine.speculation.drafters.head import DraftHead
+from engine.speculation.drafters.gpu_head import GpuHead
 from engine.speculation.drafters.kv import Chunk, one_token_each
 from engine.step_graphs import CudaGraphRecorder, Planned, Replay, padded
 from engine.step_plan import DraftSlot
 from kernels.batched_lora import LoraRows
 from kernels.choose_tokens import GpuRows, RowSampling, choice_arrays
+from kernels.drafted_rounds import DraftedRounds
+from kernels.session_options import drafted_ints
 from kernels.upload import FixedMemory
 
 _GREEDY = RowSampling([0.0], [0], [0], [1.0], [0.0])
@@ -55,7 +58,7 @@ class GpuChain:
         network: the draft's arithmetic.
         embed: rows of the embedding: [T] int32 → [T, hidden].
         attention: the draft's KV cache, whose last block no sequence uses.
-        head: without priors, which only the host knows.
+        head: of the draft.
         g_of: [T] int64 slots → g of the tokens in them, [T, hidden].
         no_slot: the slot of what comes before a sequence.
         max_blocks: of a sequence.
@@ -67,7 +70,7 @@ class GpuChain:
         network: EagleNetwork,
         embed: Callable[[torch.Tensor], torch.Tensor],
         attention: AttentionBackend,
-        head: DraftHead,
+        head: GpuHead,
         g_of: Callable[[torch.Tensor], torch.Tensor],
         no_slot: int,
         max_blocks: int,
@@ -79,6 +82,10 @@ class GpuChain:
         self._record = CudaGraphRecorder()
         self._readers: dict[int, _Graph] = {}
         self._chains: dict[tuple[int, int, bool], _Graph] = {}
+        count = MAX_SPECULATIVE_TOKENS * CHAIN_SIZES[-1] * drafted_ints(head.num_kept)
+        self._drafted = torch.empty(count, dtype=torch.int32, device=attention.spec.device)
+        """What chains choose, and from what; all graphs use it."""
+        self._on_host = torch.empty(count, dtype=torch.int32, pin_memory=True)
         self._fixed: dict[tuple[int, int], AttentionBackend] = {}
         """By the size of a chain's graph and a place in the chain: chains of all lengths share them."""
 
@@ -127,7 +134,7 @@ class GpuChain:
         arrays: list[NDArray[Any]] = [
             np.array([plan.slot_mapping.numpy() for plan in plans], np.int64).reshape(-1, size),
             np.array([plan.positions.numpy() for plan in plans], np.int32).reshape(-1, size),
-            _filled(self._head.slabs_of(requests), size, self._head.empty_slab, np.int32),
+            self._head.begin(requests, size),
             self._adapter_slots(requests, size),
         ]
         if sampling is not None:
@@ -142,8 +149,11 @@ class GpuChain:
         for place, (attention, plan) in enumerate(zip(graph.attentions, plans, strict=True)):
             attention.plan(_placed(plan, graph.memory.tensors[0][place]))
         graph.replay()
-        for slot, tokens in zip(slots, graph.output.tolist(), strict=False):
+        block = self._on_host[: graph.output.numel()].view(graph.output.shape)
+        block.copy_(graph.output)
+        for slot, tokens in zip(slots, block[:, : len(slots)].T.tolist(), strict=True):
             slot.request.draft_token_ids += tokens[: slot.num_tokens]
+        self._head.learn_from(requests, [slot.num_tokens for slot in slots], block.numpy())
 
     def _plan_of_place(self, slots: Sequence[DraftSlot], place: int, size: int) -> ForwardBatch:
         """Where the tokens of a place in the chains go: without room, or in a row too many, to the spare block."""
@@ -181,7 +191,7 @@ class GpuChain:
         self, a: torch.Tensor, plans: list[ForwardBatch], arrays: list[NDArray[Any]], size: int, length: int
     ) -> _Graph:
         memory = FixedMemory(self._attention.spec.device, *arrays)
-        slots, positions, slabs, adapters, *noise = memory.tensors
+        slots, positions, own, adapters, *noise = memory.tensors
         state = torch.zeros(size, a.shape[1], dtype=a.dtype, device=a.device)
         rows = torch.arange(size, device=a.device)
         attentions = []
@@ -191,18 +201,20 @@ class GpuChain:
             attentions.append(self._fixed[size, place])
             attentions[-1].plan(_placed(plans[place - 1], slots[place - 1]))
 
+        block = self._drafted[: length * size * drafted_ints(self._head.num_kept)].view(length, -1)
+        drafted = DraftedRounds(block, size, self._head.num_kept)
+
         def run() -> torch.Tensor:
-            chosen: list[torch.Tensor] = []
             now = state
             for place in range(length):
                 if place:
                     batch = replace(plans[place - 1], positions=positions[place - 1], logits_indices=rows)
                     attention = Planned(attentions[place - 1])
-                    embedded = self._embed(chosen[-1])
+                    embedded = self._embed(drafted.chosen(place - 1))
                     now = self._network.forward(batch, attention, embedded, now, self._lora(adapters))
                 of_place = GpuRows.of(noise[:4], noise[4][place]) if noise else None
-                chosen.append(self._head.choose_on_gpu(self._network.head_input(now), slabs, of_place))
-            return torch.stack(chosen, dim=1)
+                self._head.choose(self._network.head_input(now), own, of_place, drafted, place)
+            return block
 
         replay, output = self._record(run)
         return _Graph(attentions, memory, state, replay, output)

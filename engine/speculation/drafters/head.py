@@ -20,11 +20,11 @@ from engine.models.native_eagle3 import NativeEagle3
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
 from engine.speculation.drafters.eagle_network import OwnHead
+from engine.speculation.drafters.gpu_head import GpuHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from engine.tensor_parallel.model import ShardedTails
-from kernels.choose_tokens import GpuRows
-from kernels.draft_head import Core, TailSlabs, draft_head_topk
+from kernels.draft_head import Core, HeadRows, TailSlabs, draft_head_topk
 from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain
 from kernels.native_decoder import KvCache
 from kernels.native_lora import NativeLora
@@ -113,35 +113,15 @@ class DraftHead:
         logits, token_ids = self.candidates(hidden, slabs)
         return any_token(choose_tokens(logits, params, positions, token_ids, self.team))
 
-    @property
-    def chains_on_gpu(self) -> bool:
-        """Whether ``choose_on_gpu`` chooses as ``choose_for`` does, without the host."""
-        needs_host = self.vocab is not None and self.vocab.needs_host
-        return self._core.rows is not None and self._find is None and not needs_host
-
-    @property
-    def empty_slab(self) -> int:
-        """A tail that nobody has."""
-        return 0 if self.vocab is None else self.vocab.num_total
-
-    def slabs_of(self, requests: Sequence[Request]) -> list[int]:
-        """The tail of each request about to be drafted for; empty without tails."""
-        return []
-
-    def choose_on_gpu(self, hidden: torch.Tensor, slabs: torch.Tensor, rows: GpuRows | None) -> torch.Tensor:
-        """As ``choose``, without waiting for the tokens: [N] int32.
-
-        Args:
-            hidden: [N, hidden].
-            slabs: [N] int32, the tail of each row, where there are tails.
-            rows: how they are chosen; None: all are greedy.
-        """
-        tails, count = slabs if self.has_tails else None, 1 if rows is None else CANDIDATES
-        logits, token_ids = draft_head_topk(hidden, self._core, count, self._tails, tails)
-        if rows is None:
-            return token_ids[:, 0].clamp(min=0)
-        least, _ = rows.thresholds(logits, None)  # the candidates are few: all are looked at
-        return rows.choose(logits, token_ids, None, least).int().clamp(min=0)
+    def on_gpu(self) -> GpuHead | None:
+        """What chooses the same without the host; None: the host is needed."""
+        tells_hidden = self.vocab is not None and self.vocab.drafted.wants_hidden
+        if self._core.rows is None or self._find is not None or tells_hidden:
+            return None
+        rows = self._model.head_slab(None).rows if self._own is None else self._own.slab.rows
+        assert rows is not None
+        head = HeadRows(rows, None if self._own is None else self._own.row_of)
+        return GpuHead(self._core, self._tails, head, self.vocab, CANDIDATES)
 
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Of one token [n] int32 for each row of hidden [n, hidden]: [n] float32, NaN for one that the head lacks."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
@@ -87,10 +87,6 @@ class SessionHead(DraftHead):
             return any_token(token_ids[:, 0].tolist())
         return any_token(choose_tokens(logits, params, next_positions(requests), token_ids, self.team))
 
-    def slabs_of(self, requests: Sequence[Request]) -> list[int]:
-        self.vocab.before_drafts(requests)
-        return self.vocab.slabs(requests) if self.has_tails else []
-
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
         self.vocab.before_drafts(requests)
         slabs = self.vocab.slabs(requests) if self.has_tails else None
@@ -130,7 +126,11 @@ def make_session_head(
         ModelError: the graph or the semantic index cannot be used.
     """
     options = config.speculation.dynamic
-    options = options.model_copy(update={"max_sessions": min(options.max_sessions, config.scheduler.max_num_seqs)})
+    update: dict[str, Any] = {"max_sessions": min(options.max_sessions, config.scheduler.max_num_seqs)}
+    waits_for_drafts = config.speculation.method == "draft_model" or not loaded.cuda_graphs
+    if loaded.device.type == "cuda" and waits_for_drafts and "prior" not in options.model_fields_set:
+        update["prior"] = "off"  # on the host, which would wait twice for each token
+    options = options.model_copy(update=update)
     tails = _allocate_tails(loaded, options.max_sessions + 1, slots)
     token_ids = token_ids if own is None else own.token_ids
     core = None if token_ids is None else token_ids.numpy()

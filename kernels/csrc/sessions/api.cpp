@@ -176,10 +176,19 @@ void evo_sessions_score(Sessions* sessions, const DraftStep* step, const float* 
   set_included(*step, included);
   score(settled(sessions), *step);
 }
+// Drafts of a GPU, whose rows are of these sessions (-1: of none) and so long; one for each session at most.
+void evo_sessions_take_drafts(Sessions* sessions, const ScoredRounds* scored, int rows, const int32_t* slots,
+                              const int32_t* lengths) {
+  settled(sessions).rounds().take(*scored);
+  for (int row = 0; row < rows; ++row) {
+    for (int round = 0; slots[row] >= 0 && round < lengths[row]; ++round) sessions->take_row(slots[row], round, row);
+  }
+}
 
 TextIndexes* evo_texts_new(int slots, int capacity) { return new TextIndexes(slots, capacity); }
 void evo_texts_free(TextIndexes* texts) { delete texts; }
 int64_t evo_texts_bytes(const TextIndexes* texts) { return texts->num_bytes(); }
+TextIndex evo_texts_arrays(const TextIndexes* texts) { return texts->of(0); }
 void evo_texts_clear(TextIndexes* texts, int slot) { texts->clear(slot); }
 
 void evo_texts_extend(const TextIndexes* texts, const TokenRows* rows) {

@@ -1,7 +1,9 @@
 // What the draft tokens of a step were chosen from, until verification has judged them.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace evospec {
@@ -16,6 +18,18 @@ struct Candidates {
   int32_t columns;
 };
 
+// Drafts of a step that were chosen on a GPU. Each round of the block is [rows] tokens, which were chosen, and then
+// Candidates of all rows, one array after the other; numbers are 4 bytes each.
+struct ScoredRounds {
+  int32_t rounds, rows, columns;
+  const int32_t* block;
+
+  size_t size() const { return static_cast<size_t>(rows) * columns; }
+  const int32_t* candidates(int round) const {
+    return block + round * (rows + (2 + kFeatures) * size()) + rows;
+  }
+};
+
 // A round chooses one token for each row, and a row keeps its number in all rounds of a step. Memory is used again.
 class DraftRounds {
  public:
@@ -28,6 +42,18 @@ class DraftRounds {
     const size_t size = static_cast<size_t>(rows_) * columns;
     if (one.tokens.size() < size) one.tokens.resize(size), one.logits.resize(size), one.features.resize(size * kFeatures);
     one.columns = columns;
+  }
+
+  // As if all of these rounds had been here.
+  void take(const ScoredRounds& scored) {
+    for (int round = 0; round < scored.rounds; ++round) {
+      begin(round, scored.rows, scored.columns);
+      const Candidates all = of(round, 0);
+      const int32_t* const tokens = scored.candidates(round);
+      std::copy_n(tokens, scored.size(), all.tokens);
+      std::memcpy(all.logits, tokens + scored.size(), scored.size() * sizeof(float));
+      std::memcpy(all.features, tokens + 2 * scored.size(), kFeatures * scored.size() * sizeof(float));
+    }
   }
 
   // A row's of a round; those of the next rows follow.

@@ -3,31 +3,32 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdlib>
-#include <memory>
 #include <new>
+
+#include <sys/mman.h>
 
 namespace evospec {
 
-// All zeros at first; the system gives the memory of a slot when it is first written to.
+// All zeros at first; the system gives the memory of a slot when it is first written to. It begins a page and shares none,
+// so that it can be registered with a GPU's driver.
 template <typename T>
 class SlotArray {
  public:
-  SlotArray(int slots, size_t each) : each_(each), data_(allocate(slots * each), &std::free) {}
+  SlotArray(int slots, size_t each) : each_(each), bytes_(std::max<size_t>(slots * each, 1) * sizeof(T)) {
+    data_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data_ == MAP_FAILED) throw std::bad_alloc();
+  }
+  SlotArray(const SlotArray&) = delete;
+  SlotArray& operator=(const SlotArray&) = delete;
+  ~SlotArray() { munmap(data_, bytes_); }
 
-  T* of(int slot) const { return data_.get() + slot * each_; }
+  T* of(int slot) const { return static_cast<T*>(data_) + slot * each_; }
   void fill(int slot, T value) { std::fill_n(of(slot), each_, value); }
   size_t num_bytes() const { return each_ * sizeof(T); }  // of a slot
 
  private:
-  static T* allocate(size_t count) {
-    void* const data = std::calloc(std::max<size_t>(count, 1), sizeof(T));
-    if (data == nullptr) throw std::bad_alloc();
-    return static_cast<T*>(data);
-  }
-
-  size_t each_;
-  std::unique_ptr<T, decltype(&std::free)> data_;
+  size_t each_, bytes_;
+  void* data_;
 };
 
 }  // namespace evospec

@@ -1,0 +1,171 @@
+"""The prior of sessions on draft tokens that a GPU chooses (kernels/csrc/sessions/prior.cpp is the specification).
+
+A GPU reads what sessions and texts know where the host has it, some cache lines for each draft token. So nothing is
+copied, and nothing is outdated. The memory is registered with the driver, which keeps its pages in place.
+
+NOT RUN on a GPU so far.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from kernels.draft_head import HeadRows
+from kernels.drafted_rounds import DraftedRounds
+from kernels.native_sessions import Sessions
+from kernels.native_texts import Texts
+from kernels.session_library import StateStruct, view_of
+from kernels.session_options import NUM_FEATURES
+from kernels.upload import upload
+
+
+@dataclass(frozen=True)
+class TableMemory:
+    """All sessions' tables of one order; see ``Table``."""
+
+    keys: torch.Tensor
+    """[sessions, rows] int64"""
+    tokens: torch.Tensor
+    """[sessions, rows, width] int32"""
+    counts: torch.Tensor
+    """[sessions, rows, width] float32"""
+    shift: int
+
+    @classmethod
+    def of(cls, sessions: Sessions, order: int, device: torch.device) -> TableMemory:
+        """Of order 2 or 3."""
+        count, table = sessions.options.num_sessions, sessions.table(0, order)
+        arrays = table.keys, table.token_ids, table.counts
+        memory = (_all_of(array.ctypes.data, array.dtype, device, count, *array.shape) for array in arrays)
+        return cls(*memory, table.shift)
+
+
+@dataclass(frozen=True)
+class SessionMemory:
+    """All sessions."""
+
+    states: torch.Tensor
+    """[sessions, 5] float64: of ``StateStruct`` the unit, the gain, and what is not to be read as such"""
+    last: torch.Tensor
+    """[sessions, 2] int32, their last two tokens; of ``states``"""
+    weights: torch.Tensor
+    """[sessions, NUM_FEATURES] float32, of their priors"""
+    unigrams: torch.Tensor
+    """[sessions, vocab] float32"""
+    pairs: TableMemory
+    triples: TableMemory
+    graph: list[torch.Tensor] | None
+    """On the device: offsets [vocab + 1] int64, tokens int32 and their values float32; see ``GraphArrays``"""
+    num_edges: int
+    """Of a token that are looked at."""
+    order: int
+    """Most tokens in a row that count"""
+    presence: float
+
+    @classmethod
+    def of(cls, sessions: Sessions, device: torch.device) -> SessionMemory:
+        """As a device reads it, as long as the sessions are there."""
+        options, graph = sessions.options, sessions.graph
+        count, state = options.num_sessions, ctypes.addressof(sessions.state(0))
+        states = _all_of(state, np.float64, device, count, ctypes.sizeof(StateStruct) // 8)
+        first = StateStruct.last.offset // 4
+        values = None
+        if graph is not None:
+            value = 1.0 + graph.log_probs * np.float32(graph.scale)
+            values = upload(device, graph.offsets, graph.token_ids, value.astype(np.float32))
+        return cls(
+            states,
+            states.view(torch.int32)[:, first : first + 2],
+            _all_of(sessions.weights(0).ctypes.data, np.float32, device, count, NUM_FEATURES),
+            _all_of(sessions.unigrams(0).ctypes.data, np.float32, device, count, sessions.vocab_size),
+            TableMemory.of(sessions, 2, device),
+            TableMemory.of(sessions, 3, device),
+            values,
+            0 if graph is None else graph.width,
+            1 + sum(options.uses[1:3]),
+            options.presence,
+        )
+
+
+@dataclass(frozen=True)
+class TextMemory:
+    """All texts; see text_index.h."""
+
+    tokens: torch.Tensor
+    """[texts, capacity] int32"""
+    previous: torch.Tensor
+    """[texts, capacity] int32"""
+    latest: torch.Tensor
+    """[texts, buckets] int32"""
+    sizes: torch.Tensor
+    """[texts] int32"""
+
+    @classmethod
+    def of(cls, texts: Texts, device: torch.device) -> TextMemory:
+        """As a device reads it, as long as the texts are there."""
+        arrays = texts.arrays()
+        shapes = (arrays.capacity,), (arrays.capacity,), (arrays.buckets,), ()
+        places = arrays.tokens, arrays.previous, arrays.latest, arrays.size
+        both = zip(places, shapes, strict=True)
+        return cls(*(_all_of(place, np.int32, device, texts.num_slots, *shape) for place, shape in both))
+
+
+class GpuPrior:
+    """Chooses among a draft's candidates, a round of all rows at a time, without waiting for it.
+
+    Args:
+        sessions: whose priors they have.
+        texts: of the rows.
+        head: the draft's, on the GPU, for tokens that repeats make candidates.
+    """
+
+    def __init__(self, sessions: Sessions, texts: Texts, head: HeadRows) -> None:
+        device = head.rows.device
+        self._head, self._sessions, self._texts = head, SessionMemory.of(sessions, device), TextMemory.of(texts, device)
+
+    def score(
+        self,
+        found: tuple[torch.Tensor, torch.Tensor],
+        hidden: torch.Tensor,
+        of_rows: torch.Tensor,
+        drafted: DraftedRounds,
+        place: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a round's candidates and features into ``drafted``, where the tokens of those before are.
+
+        Args:
+            found: logits [N, C] float32 and token ids [N, C] int32, the best first, without what repeats.
+            hidden: [N, hidden], from which they were found.
+            of_rows: [2, N] int32, the session and the text of each row; -1 for none.
+            drafted: of N rows and C columns.
+            place: of the round.
+
+        Returns:
+            Scores [N, C] float32 of the candidates, and the token of each row with the largest [N] int32.
+        """
+        from kernels.triton.session_prior import add_priors_triton
+        from kernels.triton.text_repeats import include_repeats_triton
+
+        include_repeats_triton(found, hidden, self._head, self._texts, of_rows[1], drafted, place)
+        return add_priors_triton(self._sessions, of_rows[0], drafted, place)
+
+
+def _all_of(place: int, dtype: Any, device: torch.device, *shape: int) -> torch.Tensor:
+    """Memory of the host from a page's begin on, for kernels of a device.
+
+    Raises:
+        RuntimeError: the driver does not take it.
+    """
+    memory = torch.from_numpy(view_of(place, dtype, *shape))
+    if device.type == "cuda":
+        runtime: Any = torch.cuda.cudart()
+        failure = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(failure) != 0:
+            reason = runtime.cudaGetErrorString(failure)
+            raise RuntimeError(f"the GPU cannot read {memory.nbytes} bytes of main memory: {reason}")
+    return memory
