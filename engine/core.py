@@ -18,6 +18,7 @@ from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
 from engine.request import Request, engine_request_id, make_request
 from engine.sampling.constrained import ConstrainedRequests
+from engine.sampling.gpu_choices import GpuChoices
 from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.sampler import SampledSequence
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
@@ -87,7 +88,10 @@ class EngineCore:
         self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len)
         most = config.scheduler.max_num_seqs + config.scheduler.max_waiting
         self._constrained = ConstrainedRequests(GrammarPool(self._tokenizer, num_slots=most))
-        self._verifier = Verifier(self._tokenizer, self.max_model_len, loaded.team)
+        on_gpu: GpuChoices | None = None
+        if loaded.device.type == "cuda":
+            on_gpu = GpuChoices(self._runner.vocab_size, loaded.device, has_graphs=loaded.cuda_graphs)
+        self._verifier = Verifier(self._tokenizer, self.max_model_len, loaded.team, on_gpu)
         self._refused: Outputs = defaultdict(list)
         self._num_nonfinite = 0
         self._is_stalled = False

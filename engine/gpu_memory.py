@@ -25,8 +25,6 @@ _STREAMS = 5
 _DRAFTED_BYTES = 4 * 2**20
 """Of the longest chains of most sequences: their tokens, and with a prior what those are chosen from."""
 _GRAPH_NODE_BYTES, _NODES_A_LAYER = 2048, 60
-_TOPK_ROWS = 64
-"""Rows of logits whose sort keys exist at the same time."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +56,9 @@ def gpu_reserve(config: EngineConfig, spec: ModelSpec, element: int, has_draft: 
     tokens = config.scheduler.max_batched_tokens
     drafted = config.speculation.num_speculative_tokens if has_draft else 0
     rows = min(config.scheduler.max_num_seqs * (1 + drafted), tokens)
-    keys = min(rows, _TOPK_ROWS) * spec.vocab_size * 24
-    # Products in the model's dtype, the same in float32, and a copy without what grammars forbid.
-    logits = rows * spec.vocab_size * (element + 8) + keys
+    # Products in the model's dtype, the same in float32, an edited copy, and the best of each piece; then the copy that
+    # graphs read, and which of it is a number.
+    logits = rows * spec.vocab_size * (element + 9) + GRAPH_SIZES[-1] * spec.vocab_size * 5
     activations = tokens * _activation_bytes(spec, element)
     max_blocks = -(-config.model.longest_sequence(spec) // config.cache.block_size)
     graphs = _graph_bytes(spec, max_blocks, drafted) + GRAPH_SIZES[-1] * _activation_bytes(spec, element)
@@ -89,7 +87,7 @@ def _workspace_bytes(spec: ModelSpec, drafted: int) -> int:
 
 def _graph_bytes(spec: ModelSpec, max_blocks: int, drafted: int) -> int:
     """What the driver keeps of them, and the page tables that they read."""
-    nodes = len(GRAPH_SIZES) * spec.num_layers * _NODES_A_LAYER
+    nodes = len(GRAPH_SIZES) * (spec.num_layers + 1) * _NODES_A_LAYER  # and the choice
     rows = sum(GRAPH_SIZES) * len(set(spec.windows))
     if drafted:
         nodes += (

@@ -10,6 +10,7 @@ import torch
 from engine.messages import TokenLogprob
 from engine.request import Request
 from engine.sampling.constrained import num_choosable
+from engine.sampling.gpu_choices import GpuChoices
 from engine.sampling.logprobs import PromptLogprobs
 from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.step_plan import ScheduledSequence
@@ -27,12 +28,13 @@ class Verifier:
         tokenizer: the model's.
         max_model_len: most tokens of a sequence.
         team: threads of the compiled kernels; None where there are none.
+        on_gpu: what chooses where logits are on a GPU.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_model_len: int, team: Team | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_model_len: int, team: Team | None, on_gpu: GpuChoices | None) -> None:
         self._tokenizer, self._max_model_len = tokenizer, max_model_len
         self._eos_token_ids = frozenset(tokenizer.eos_token_ids)
-        self._sampler = Sampler(self._eos_token_ids, team)
+        self._sampler = Sampler(self._eos_token_ids, team, on_gpu)
         self._prompt_logprobs = PromptLogprobs()
         self._stop_checkers: dict[str, StopChecker] = {}
 

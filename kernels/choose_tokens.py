@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from kernels import native_sampling
 from kernels.gumbel_argmax import gumbel_argmax, row_keys, seeds_tensor, signed
-from kernels.kept_thresholds import Limits, kept_thresholds, unpack_bits
+from kernels.kept_thresholds import Limits, kept_thresholds
 from kernels.native import Team, address, load_library, pointers
 from kernels.native_sampling import logit_rows, team_handle
 from kernels.upload import upload
 
 _CANDIDATES = 1024
 """Of a row's largest logits, so many are looked at first on a GPU."""
-_UNDECIDED = -2
+UNDECIDED = -2
 """In place of a token: these did not suffice."""
 
 
@@ -53,6 +53,11 @@ class RowSampling:
         """Whether any token may be cut off."""
         return max(self.top_k) > 0 or min(self.top_p) < 1.0 or max(self.min_p) > 0.0
 
+    def padded(self, size: int) -> RowSampling:
+        """With further rows, which are greedy."""
+        both = zip(vars(self).values(), vars(_greedy(size - len(self.temperatures))).values(), strict=True)
+        return RowSampling(*([*ours, *further] for ours, further in both))
+
     def arrays(self) -> dict[str, array[Any]]:
         """By name, as the compiled kernels take them."""
         return {
@@ -79,7 +84,7 @@ def choose_tokens(
         sampling: of the rows; None: all greedy.
         positions: index of the chosen token in its sequence, one a row.
         token_ids: [N, K] int32, the tokens that the columns stand for (None: 0 .. V - 1).
-        allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all).
+        allowed: [N, ceil(V / 32)] int32, bits of the columns that may be chosen (None: all; on a GPU all may).
         team: threads of the compiled kernels (None: the calling one).
 
     Returns:
@@ -87,10 +92,10 @@ def choose_tokens(
     """
     if native_sampling.can_take(logits):
         return _choose_by_compiled_kernel(logits, sampling, positions, token_ids, allowed, team)
+    if logits.is_cuda:
+        return _choose_on_gpu(logits, sampling, positions, token_ids)
     if sampling is None and token_ids is None and allowed is None:
         chosen = logits.argmax(dim=1)
-    elif logits.is_cuda:
-        return _choose_on_gpu(logits, sampling or _greedy(len(logits)), positions, token_ids, allowed)
     else:
         chosen = _choose_by_tensors(logits, sampling or _greedy(len(logits)), positions, token_ids, allowed)
     return _defined(logits, chosen).tolist()
@@ -132,26 +137,40 @@ def _choose_by_compiled_kernel(
 
 
 def _choose_on_gpu(
-    logits: torch.Tensor,
-    sampling: RowSampling,
-    positions: Sequence[int],
-    token_ids: torch.Tensor | None,
-    allowed: torch.Tensor | None,
+    logits: torch.Tensor, sampling: RowSampling | None, positions: Sequence[int], token_ids: torch.Tensor | None
 ) -> list[int]:
     """One upload, and one wait; another for the rows whose limits keep more tokens than were looked at."""
-    *of_rows, keys = upload(logits.device, *choice_arrays(sampling, positions))
-    rows = GpuRows.of(of_rows, keys)
-    if allowed is not None:
-        [allowed] = upload(logits.device, allowed.numpy())
-    if not sampling.is_truncated:
-        return _defined(logits, rows.choose(logits, token_ids, allowed)).tolist()
-    least, suffices = rows.thresholds(logits, allowed)
-    chosen = rows.choose(logits, token_ids, allowed, least).masked_fill(~suffices, _UNDECIDED)
-    tokens: list[int] = _defined(logits, chosen).tolist()
-    if _UNDECIDED in tokens:
-        least = kept_thresholds(logits, rows.temperatures, rows.limits, allowed)
-        tokens = _defined(logits, rows.choose(logits, token_ids, allowed, least)).tolist()
+    rows, is_truncated = None, sampling is not None and sampling.is_truncated
+    if sampling is not None or token_ids is not None:
+        *of_rows, keys = upload(logits.device, *choice_arrays(sampling or _greedy(len(logits)), positions))
+        rows = GpuRows.of(of_rows, keys)
+    tokens: list[int] = launch_choice(logits, rows, token_ids, is_truncated=is_truncated).tolist()
+    if UNDECIDED in tokens:
+        assert rows is not None
+        least = kept_thresholds(logits, rows.temperatures, rows.limits)
+        tokens = _defined(logits, rows.choose(logits, token_ids, least)).tolist()
     return tokens
+
+
+def launch_choice(
+    logits: torch.Tensor, rows: GpuRows | None, token_ids: torch.Tensor | None = None, *, is_truncated: bool
+) -> torch.Tensor:
+    """As ``choose_tokens`` on a GPU, without waiting: [N] int64, UNDECIDED where a row's largest logits do not suffice.
+
+    Args:
+        logits: [N, V] or [N, K] float32.
+        rows: how tokens are chosen (None: the largest logit).
+        token_ids: [N, K], the tokens that the columns stand for.
+        is_truncated: whether any token may be cut off.
+    """
+    if rows is None:
+        chosen = logits.argmax(dim=1)
+    elif is_truncated:
+        least, suffices = rows.thresholds(logits)
+        chosen = rows.choose(logits, token_ids, least).masked_fill(~suffices, UNDECIDED)
+    else:
+        chosen = rows.choose(logits, token_ids)
+    return _defined(logits, chosen)
 
 
 @dataclass(frozen=True)
@@ -169,26 +188,19 @@ class GpuRows:
         """From ``choice_arrays`` there."""
         return cls(arrays[0], Limits(*arrays[1:]), keys)
 
-    def thresholds(self, logits: torch.Tensor, allowed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def thresholds(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each row [N] float32, and whether some of its largest logits have sufficed to tell [N] bool."""
         from kernels.triton.kept_thresholds import kept_thresholds_triton
 
-        if allowed is not None:
-            logits = logits.masked_fill(~unpack_bits(allowed, logits.shape[1]), -torch.inf)
         return kept_thresholds_triton(logits, self.temperatures, self.limits, _CANDIDATES)
 
     def choose(
-        self,
-        logits: torch.Tensor,
-        token_ids: torch.Tensor | None,
-        allowed: torch.Tensor | None,
-        least: torch.Tensor | None = None,
+        self, logits: torch.Tensor, token_ids: torch.Tensor | None, least: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Tokens [N] int64, as ``choose_tokens`` says, of logits that reach ``least``; nobody waits for them."""
         from kernels.triton.gumbel_argmax import gumbel_argmax_triton
 
-        how = {"temperatures": self.temperatures, "least": least, "allowed": allowed}
-        return gumbel_argmax_triton(logits, self.keys, token_ids, **how)
+        return gumbel_argmax_triton(logits, self.keys, token_ids, temperatures=self.temperatures, least=least)
 
 
 def choice_arrays(sampling: RowSampling, positions: Sequence[int]) -> list[NDArray[Any]]:

@@ -13,7 +13,7 @@ import torch
 from kernels import native_sampling
 from kernels.native import Team, integers, load_library, pointers
 from kernels.native_sampling import logit_rows, team_handle
-from kernels.topk import topk_rows
+from kernels.topk import decode_sort_keys, largest_keys
 from kernels.upload import upload
 
 
@@ -49,14 +49,16 @@ def log_probabilities(
         return _by_compiled_kernel(logits, rows, token_ids, k, team)
     places, chosen = upload(logits.device, np.array(rows), np.array(token_ids))
     wanted = logits[places]
-    log_totals = wanted.logsumexp(dim=1, keepdim=True).double()
-    found = [wanted.gather(1, chosen.unsqueeze(1)) - log_totals]
+    numbers = torch.cat((wanted.gather(1, chosen.unsqueeze(1)), wanted.logsumexp(dim=1, keepdim=True)), dim=1)
+    found = [numbers.double().view(torch.int64)]
     if k:
-        values, columns = topk_rows(wanted, k)
-        found += [values - log_totals, columns.double()]  # exactly
-    of_rows = torch.cat(found, dim=1).tolist()  # a GPU is waited for once
-    tops = [[int(column) for column in row[1 + k :]] for row in of_rows]
-    return LogProbabilities([row[0] for row in of_rows], tops, [row[1 : 1 + k] for row in of_rows])
+        found.append(largest_keys(wanted, k))
+    of_rows = torch.cat(found, dim=1).cpu()  # a GPU is waited for once
+    of_tokens = of_rows[:, :2].contiguous().view(torch.float64)
+    logits_of_tokens, log_totals = of_tokens[:, 0], of_tokens[:, 1:]
+    values, columns = decode_sort_keys(of_rows[:, 2:])
+    chosen_values = logits_of_tokens - log_totals[:, 0]
+    return LogProbabilities(chosen_values.tolist(), columns.tolist(), (values - log_totals).tolist())
 
 
 def _by_compiled_kernel(

@@ -8,14 +8,12 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kernels import native_sampling
+from kernels.logits_edits import SparseEdits
 from kernels.native import address, integers, load_library, pointers
-from kernels.upload import upload
 
 IntArray: TypeAlias = "array[int]"
-IdArray: TypeAlias = NDArray[np.int64]
 
 
 class _SeenTokens(ctypes.Structure):
@@ -72,7 +70,7 @@ def penalize(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
     presence penalty once, and the frequency penalty for each occurrence.
 
     Args:
-        logits: [L, V] float32, contiguous.
+        logits: [L, V] float32 on the CPU, contiguous.
         seen: which tokens of which rows.
 
     Returns:
@@ -82,17 +80,22 @@ def penalize(logits: torch.Tensor, seen: SeenTokens) -> torch.Tensor:
         before = torch.empty(len(seen.token_ids))
         load_library().evo_penalize(address(logits), logits.stride(0), _struct(seen), address(before))
         return before
+    edits, index = sparse_edits(seen), _index(seen)
+    factors, addends = torch.from_numpy(edits.factors), torch.from_numpy(edits.addends)
+    before = logits[index]
+    logits[index] = torch.where(before > 0, before / factors, before * factors) + addends
+    return before
+
+
+def sparse_edits(seen: SeenTokens) -> SparseEdits:
+    """What ``penalize`` does."""
     ends, counts = np.array(seen.ends), np.array(seen.counts)
     sizes = np.diff(ends, prepend=0)
     is_prompt = np.arange(len(counts)) - np.repeat(ends - sizes, sizes) < np.repeat(seen.num_prompt, sizes)
     repetition, presence, frequency = np.repeat(np.array(seen.penalties).reshape(-1, 3), sizes, axis=0).T
-    factors = np.where(is_prompt | (counts > 0), repetition, 1.0)
-    subtracted = presence * (counts > 0) + frequency * counts
-    narrow = (values.astype(np.float32) for values in (factors, subtracted))
-    factor, less, *index = upload(logits.device, *narrow, *_index(seen))
-    before = logits[tuple(index)]
-    logits[tuple(index)] = torch.where(before > 0, before / factor, before * factor) - less
-    return before
+    factors = np.where(is_prompt | (counts > 0), repetition, 1.0).astype(np.float32)
+    addends = -(presence * (counts > 0) + frequency * counts).astype(np.float32)
+    return SparseEdits(np.array(seen.rows), ends, np.array(seen.token_ids), factors, addends)
 
 
 def put_back(logits: torch.Tensor, seen: SeenTokens, before: torch.Tensor) -> None:
@@ -100,7 +103,7 @@ def put_back(logits: torch.Tensor, seen: SeenTokens, before: torch.Tensor) -> No
     if native_sampling.can_take(logits):
         load_library().evo_put_back(address(logits), logits.stride(0), _struct(seen), address(before))
     else:
-        logits[tuple(upload(logits.device, *_index(seen)))] = before
+        logits[_index(seen)] = before
 
 
 def _struct(seen: SeenTokens) -> ctypes._CArgObject:
@@ -109,6 +112,7 @@ def _struct(seen: SeenTokens) -> ctypes._CArgObject:
     return ctypes.byref(_SeenTokens(*(one.buffer_info()[0] for one in arrays), len(seen.rows)))
 
 
-def _index(seen: SeenTokens) -> tuple[IdArray, IdArray]:
+def _index(seen: SeenTokens) -> tuple[torch.Tensor, torch.Tensor]:
     """Row and column of each token."""
-    return np.repeat(seen.rows, np.diff(seen.ends, prepend=0)), np.array(seen.token_ids)
+    rows = np.repeat(seen.rows, np.diff(seen.ends, prepend=0))
+    return torch.from_numpy(rows), torch.from_numpy(np.array(seen.token_ids))

@@ -40,9 +40,11 @@ class TableMemory:
     def of(cls, sessions: Sessions, order: int, device: torch.device) -> TableMemory:
         """Of order 2 or 3."""
         count, table = sessions.options.num_sessions, sessions.table(0, order)
-        arrays = table.keys, table.token_ids, table.counts
-        memory = (_all_of(array.ctypes.data, array.dtype, device, count, *array.shape) for array in arrays)
-        return cls(*memory, table.shift)
+        keys, tokens, counts = (
+            _all_of(array.ctypes.data, array.dtype, device, count, *array.shape)
+            for array in (table.keys, table.token_ids, table.counts)
+        )
+        return cls(keys, tokens, counts, table.shift)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _all_of(place: int, dtype: Any, device: torch.device, *shape: int) -> torch.
     """
     memory = torch.from_numpy(view_of(place, dtype, *shape))
     if device.type == "cuda":
-        runtime: Any = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         failure = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
         if int(failure) != 0:
             reason = runtime.cudaGetErrorString(failure)

@@ -20,19 +20,30 @@ _ROWS_AT_ONCE = 64
 
 
 def topk_rows_by_keys(
-    logits: torch.Tensor, k: int, ids: torch.Tensor | None = None
+    logits: torch.Tensor, k: int, ids: torch.Tensor | None = None, rows: Sequence[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``topk_rows`` on any device, by a partial selection; equals are told apart by one integer."""
-    parts = [_largest_of_keys(part, min(k, logits.shape[1])) for part in torch.split(logits, _ROWS_AT_ONCE)]
-    values, columns = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
+    values, columns = decode_sort_keys(largest_keys(logits, k, rows))
     return values, columns if ids is None else ids[columns].long()
 
 
-def _largest_of_keys(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def largest_keys(logits: torch.Tensor, k: int, rows: Sequence[int] | None = None) -> torch.Tensor:
+    """[N, min(k, V)] int64, largest first, for ``decode_sort_keys``; arguments as for ``topk_rows``."""
+    places = None if rows is None else upload(logits.device, np.array(rows))[0]
+    k = min(k, logits.shape[1])
+    if logits.is_cuda:
+        from kernels.triton.topk import largest_keys_triton
+
+        return largest_keys_triton(logits, k, places)
+    wanted = logits if places is None else logits[places]
+    return torch.cat([_largest_of_keys(part, k) for part in torch.split(wanted, _ROWS_AT_ONCE)])
+
+
+def _largest_of_keys(logits: torch.Tensor, k: int) -> torch.Tensor:
     bits = (logits + 0.0).view(torch.int32)  # -0 and 0 are equal
     ordered = (bits ^ ((bits >> 31) & _LOW_BITS)).long() << 32
     keys = ordered | (_LOW_BITS - torch.arange(logits.shape[1], device=logits.device))
-    return decode_sort_keys(keys.topk(k, dim=1).values)
+    return keys.topk(k, dim=1).values
 
 
 def decode_sort_keys(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,8 +74,7 @@ def topk_rows(
         Values [N, min(k, V)] float32 and column numbers or ids, int64.
     """
     if not native_sampling.can_take(logits):
-        wanted = logits if rows is None else logits[upload(logits.device, np.array(rows))[0]]
-        return topk_rows_by_keys(wanted, k, ids)
+        return topk_rows_by_keys(logits, k, ids, rows)
     places = None if rows is None else array("i", rows)
     k, count = min(k, logits.shape[1]), len(logits) if places is None else len(places)
     values, indices = torch.empty(count, k), torch.empty(count, k, dtype=torch.int64)
@@ -76,9 +86,12 @@ def topk_rows(
     return values, indices
 
 
-def on_host(values: torch.Tensor, ids: torch.Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """What ``topk_rows`` gives, as arrays; a GPU is waited for once."""
-    if values.device.type == "cpu":
-        return values.numpy(), ids.numpy()
-    both = torch.stack((values.view(torch.int32), ids.int())).cpu().numpy()
-    return both[0].view(np.float32), both[1].astype(np.int64)
+def topk_rows_on_host(
+    logits: torch.Tensor, k: int, team: Team | None = None, rows: Sequence[int] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """As ``topk_rows``, in arrays; a GPU is waited for once."""
+    if logits.is_cuda:
+        values, columns = decode_sort_keys(largest_keys(logits, k, rows).cpu())
+    else:
+        values, columns = topk_rows(logits, k, team=team, rows=rows)
+    return values.numpy(), columns.numpy()

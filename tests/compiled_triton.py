@@ -16,7 +16,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.session_options import PRESENCE
-from kernels.triton import batched_lora, draft_head, gumbel_argmax, kept_thresholds, session_prior, text_repeats
+from kernels.triton import (
+    batched_lora,
+    draft_head,
+    gumbel_argmax,
+    kept_thresholds,
+    logits_edits,
+    session_prior,
+    text_repeats,
+    topk,
+)
 
 Configuration = tuple[Any, dict[str, str], dict[str, Any]]
 """A kernel, the types of its arguments, and its constants."""
@@ -28,10 +37,16 @@ def configurations() -> Iterator[Configuration]:
     numbers |= {"key_stride": "i32", "num_slots": "i32", "first_column": "i32", "num_values": "i32", "rank": "i32"}
     numbers |= {"out_stride": "i32", "x_stride": "i32", "num_inputs": "i32", "num_outputs": "i32"}
     scores = {"logits": "*fp32", "temperatures": "*fp32", "keys": "*i64", "least": "*fp32"}
-    of_gumbel = scores | {"token_ids": "*i32", "allowed": "*i32", "best_scores": "*fp32", "best_ids": "*i32"} | numbers
-    for ids, least, allowed in product((False, True), repeat=3):
-        has = {"HAS_IDS": ids, "HAS_LEAST": least, "HAS_ALLOWED": allowed, "BLOCK": 1024, "NUM_BLOCKS": 8}
+    of_gumbel = scores | {"token_ids": "*i32", "best_scores": "*fp32", "best_ids": "*i32"} | numbers
+    for ids, least in product((False, True), repeat=2):
+        has = {"HAS_IDS": ids, "HAS_LEAST": least, "BLOCK": 1024, "NUM_BLOCKS": 8}
         yield gumbel_argmax._gumbel_argmax_kernel, of_gumbel, has
+    edits = {"rows": "*i64", "ends": "*i64", "token_ids": "*i64", "factors": "*fp32", "addends": "*fp32"}
+    yield logits_edits._edit_kernel, scores | numbers | edits, {"BLOCK": 1024}
+    yield logits_edits._mask_kernel, scores | numbers | {"allowed": "*i32"}, {"BLOCK": 1024}
+    for rows, best in product((False, True), (2, 16)):
+        has = {"HAS_ROWS": rows, "BEST": best, "BLOCK": 1024}
+        yield topk._best_kernel, scores | numbers | {"rows": "*i64"}, has
     limits = {"top_k": "*i32", "top_p": "*fp64", "min_p": "*fp64", "suffices": "*i1", "values": "*fp32"}
     for values in (64, 1024):
         yield kept_thresholds._thresholds_kernel, scores | limits | numbers, {"VALUES": values, "BLOCK": 1024}

@@ -31,6 +31,14 @@ def _tail_kernel(
         _put_best(keys, piece * BEST, part, BEST)
 
 
+def _best_kernel(
+    logits: Any, stride: int, rows: Any, keys: Any, columns: int, *, HAS_ROWS: bool, BEST: int, BLOCK: int
+) -> None:
+    wanted = logits[rows] if HAS_ROWS else logits
+    for piece, part in enumerate(torch.split(_sort_keys(wanted, 0), BLOCK, dim=1)):
+        _put_best(keys, piece * BEST, part, BEST)
+
+
 def _sort_keys(logits: torch.Tensor, first: int) -> torch.Tensor:
     bits = torch.where(logits == 0, 0.0, logits).view(torch.int32)
     ordered = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32
@@ -50,7 +58,6 @@ def _gumbel_argmax_kernel(
     keys: Any,
     temperatures: Any,
     least: Any,
-    allowed: Any,
     *out: Any,
     **how: Any,
 ) -> None:
@@ -58,8 +65,6 @@ def _gumbel_argmax_kernel(
     ids = token_ids if how["HAS_IDS"] else torch.arange(columns).expand(len(logits), -1)
     if how["HAS_LEAST"]:
         logits = logits.masked_fill(logits < least.unsqueeze(1), -torch.inf)
-    if how["HAS_ALLOWED"]:
-        logits = logits.masked_fill(~unpack_bits(allowed, columns), -torch.inf)
     key = keys.unsqueeze(1)
     x = ids.int() * signed(0x9E3779B1, 32) + key.int()
     scratch = torch.empty_like(x)
@@ -82,6 +87,19 @@ def _thresholds_kernel(logits: Any, stride: int, values: Any, temperatures: Any,
 
 def _lora_kernel(out: Any, x: Any, a: Any, b: Any, slots: Any, *numbers: int, **sizes: int) -> None:
     batched_lora(out, x, a, b, slots)
+
+
+def _edit_kernel(
+    logits: Any, stride: int, rows: Any, ends: Any, token_ids: Any, factors: Any, addends: Any, **sizes: int
+) -> None:
+    index = rows.repeat_interleave(ends.diff(prepend=torch.zeros(1, dtype=ends.dtype))), token_ids
+    before = logits[index]
+    edited = torch.where(before > 0, before / factors, before * factors) + addends
+    logits[index] = torch.where(addends == -torch.inf, addends, edited)
+
+
+def _mask_kernel(logits: Any, stride: int, allowed: Any, columns: int, **sizes: int) -> None:
+    logits.masked_fill_(~unpack_bits(allowed, columns) & (logits < torch.inf), -torch.inf)
 
 
 def _repeats_kernel(
@@ -171,6 +189,7 @@ def _sum_of(own: torch.Tensor, tokens: torch.Tensor, values: torch.Tensor) -> to
 
 
 KERNELS = {
-    **{one.__name__: one for one in (_core_kernel, _tail_kernel, _gumbel_argmax_kernel, _thresholds_kernel)},
-    **{one.__name__: one for one in (_lora_kernel, _repeats_kernel, _prior_kernel)},
+    **{one.__name__: one for one in (_core_kernel, _tail_kernel, _best_kernel, _gumbel_argmax_kernel)},
+    **{one.__name__: one for one in (_thresholds_kernel, _lora_kernel, _repeats_kernel, _prior_kernel)},
+    **{one.__name__: one for one in (_edit_kernel, _mask_kernel)},
 }

@@ -29,6 +29,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks.prompts.build import read_eval
 from engine.attention.torch_paged import TorchPagedAttention
@@ -111,7 +112,7 @@ class Texts:
         with (
             patch("kernels.choose_tokens.choose_tokens", self._choose),
             patch("engine.speculation.drafters.head.draft_head_topk", self._candidates),
-            patch("engine.draft_vocab.vocab.topk_rows", self._likely),
+            patch("engine.draft_vocab.vocab.topk_rows_on_host", self._likely),
         ):
             yield
 
@@ -128,11 +129,11 @@ class Texts:
     @stub
     def _likely(
         self, logits: torch.Tensor, k: int, rows: Sequence[int] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """In place of ``topk_rows``: the target's most likely tokens [n, k], int64, the text's own first."""
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """In place of ``topk_rows_on_host``: the target's most likely tokens [n, k], the text's own first."""
         logits = logits if rows is None else logits[list(rows)]
         places = logits[:, 0].long()
-        return logits[:, :k], self.following(places[:, None] + _STRIDE * torch.arange(k))
+        return logits[:, :k].numpy(), self.following(places[:, None] + _STRIDE * torch.arange(k)).numpy()
 
     @stub
     def _candidates(

@@ -24,7 +24,7 @@ from engine.request import Request
 from engine.verification import Verification
 from kernels.native_sessions import Sessions, TailWrites
 from kernels.session_library import TokenRows
-from kernels.topk import topk_rows
+from kernels.topk import topk_rows_on_host
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticSearch
@@ -42,7 +42,7 @@ TopK = Callable[[Sequence[int]], NDArray[np.int32]]
 
 def most_likely(logits: torch.Tensor) -> TopK:
     """Of the target's logits [L, vocab]. By this thread alone: few rows take it less time than to wake the team."""
-    return lambda rows: topk_rows(logits, TOP_K, rows=rows)[1].cpu().numpy().astype(np.int32)
+    return lambda rows: topk_rows_on_host(logits, TOP_K, rows=rows)[1].astype(np.int32)
 
 
 class DraftVocab:

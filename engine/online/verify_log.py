@@ -26,7 +26,7 @@ from engine.online.verify_record import VerifyRecord, pack_ids, pack_top_k, pack
 from engine.request import Request
 from engine.speculation.drafters.kv import Chunk
 from engine.verification import Verification
-from kernels.topk import on_host, topk_rows
+from kernels.topk import topk_rows_on_host
 
 if TYPE_CHECKING:
     from kernels.native import Team
@@ -156,7 +156,7 @@ class VerifyLog:
         started = time.perf_counter()
         k = self._options.top_k
         # All rows at once: nearly all are wanted, and the call takes longer than a row.
-        values, ids = on_host(*topk_rows(logits, max(k, num_likely), team=self._team))
+        values, ids = topk_rows_on_host(logits, max(k, num_likely), self._team)
         self._log_steps(steps, values[:, :k], ids[:, :k])
         self._budget.spend(time.perf_counter() - started)
         return ids[:, :num_likely]

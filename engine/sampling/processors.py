@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from engine.messages import SamplingParams
 from engine.request import Request
-from kernels.penalties import IntArray, SeenTokens, penalize, put_back
-from kernels.upload import upload
+from kernels.logits_edits import SparseEdits
+from kernels.penalties import IntArray, SeenTokens, penalize, put_back, sparse_edits
 
 FloatArray = NDArray[np.float32]
 IdArray = NDArray[np.int64]
@@ -124,16 +124,21 @@ class LogitsEdits:
             self.allowed = np.full((self._num_rows, -(-self._vocab_size // 32)), -1, dtype=np.int32)  # all ones
         self.allowed[row] = mask
 
+    def sparse(self) -> list[SparseEdits]:
+        """All but the masks, for a GPU; one after the other."""
+        edits = [_as_sparse(edits) for edits in (self._bans, self._biases) if edits]
+        return [*edits, sparse_edits(self._seen)] if self._seen else edits
+
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        """The edited ``logits`` [L, V] float32, until ``undo``.
+        """The edited ``logits`` [L, V] float32 of a CPU, until ``undo``.
 
         Edited in place and put back: megabytes are not copied for the sake of some tokens.
         """
         logits = logits.contiguous()  # rows of an expanded tensor are one
         if self._bans:
-            self._put(logits, *_joined(self._bans, logits.device))
+            self._put(logits, *_joined(self._bans))
         if self._biases:
-            index, values = _joined(self._biases, logits.device)
+            index, values = _joined(self._biases)
             self._put(logits, index, logits[index] + values)
         if self._seen:
             self._undo.append(partial(put_back, logits, self._seen, penalize(logits, self._seen)))
@@ -149,12 +154,19 @@ class LogitsEdits:
         logits[index] = values
 
 
-def _joined(edits: list[_SparseEdit], device: torch.device) -> tuple[_Index, torch.Tensor]:
+def _joined(edits: list[_SparseEdit]) -> tuple[_Index, torch.Tensor]:
     """The index (rows, token ids) and the values of all."""
-    rows = np.concatenate([np.full(len(token_ids), row, dtype=np.int64) for row, token_ids, _ in edits])
-    token_ids, values = (np.concatenate([edit[part] for edit in edits]) for part in (1, 2))
-    *index, uploaded = upload(device, rows, token_ids, values)
-    return tuple(index), uploaded
+    sparse = _as_sparse(edits)
+    rows = np.repeat(sparse.rows, np.diff(sparse.ends, prepend=0))
+    return (torch.from_numpy(rows), torch.from_numpy(sparse.token_ids)), torch.from_numpy(sparse.addends)
+
+
+def _as_sparse(edits: list[_SparseEdit]) -> SparseEdits:
+    """Values that are added."""
+    rows, of_rows, values = zip(*edits, strict=True)
+    token_ids = np.concatenate(of_rows)
+    ones = np.ones(len(token_ids), np.float32)
+    return SparseEdits(np.array(rows), np.cumsum([*map(len, of_rows)]), token_ids, ones, np.concatenate(values))
 
 
 def _only(allowed: NDArray[np.int32], token_ids: IdArray) -> bool:

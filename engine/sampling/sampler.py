@@ -7,7 +7,7 @@ and a draft token is accepted exactly when it is the choice (drafter-invariant v
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, islice, pairwise
 
 import msgspec
@@ -15,7 +15,8 @@ import torch
 
 from engine.messages import SamplingParams, TokenLogprob
 from engine.request import Request
-from engine.sampling.choose import choose_tokens
+from engine.sampling.choose import choose_tokens, row_sampling
+from engine.sampling.gpu_choices import GpuChoices
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.processors import LogitsEdits, SamplingState
 from kernels.native import Team
@@ -50,12 +51,17 @@ class SampledSequence(msgspec.Struct, frozen=True):
 class Sampler:
     """Chooses tokens for whole batches and keeps each request's sampling state until ``forget``.
 
-    ``team``: threads of the compiled kernels (None: the calling one).
+    Args:
+        eos_token_ids: tokens that end an answer.
+        team: threads of the compiled kernels (None: the calling one).
+        on_gpu: what chooses where logits are on a GPU (None: they are on the CPU).
     """
 
-    def __init__(self, eos_token_ids: Iterable[int], team: Team | None = None) -> None:
+    def __init__(
+        self, eos_token_ids: Iterable[int], team: Team | None = None, on_gpu: GpuChoices | None = None
+    ) -> None:
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._team = team
+        self._team, self._on_gpu = team, on_gpu
         self._states: dict[str, SamplingState] = {}
 
     def add(self, request: Request) -> None:
@@ -80,12 +86,7 @@ class Sampler:
             state = self._states[sequence.request.request_id]
             if state.edits_logits:
                 edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
-        try:
-            edited = edits.apply(logits)
-            allowed = None if edits.allowed is None else torch.from_numpy(edits.allowed)
-            choices = choose_tokens(edited, *_params_and_positions(rows), team=self._team, allowed=allowed)
-        finally:
-            edits.undo()
+        choices = self._choose(logits, edits, *_params_and_positions(rows))
         accepted = [
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
@@ -94,6 +95,18 @@ class Sampler:
         accepted = [kept if is_finite else kept[:-1] for kept, is_finite in zip(accepted, are_finite, strict=True)]
         logprobs = self._logprobs(logits, starts, rows, accepted)
         return list(map(SampledSequence, accepted, logprobs, are_finite))
+
+    def _choose(
+        self, logits: torch.Tensor, edits: LogitsEdits, params: Sequence[SamplingParams], positions: Sequence[int]
+    ) -> list[int]:
+        if self._on_gpu is not None:
+            return self._on_gpu.choose(logits, row_sampling(params), positions, edits)
+        try:
+            edited = edits.apply(logits)
+            allowed = None if edits.allowed is None else torch.from_numpy(edits.allowed)
+            return choose_tokens(edited, params, positions, team=self._team, allowed=allowed)
+        finally:
+            edits.undo()
 
     def _logprobs(
         self, logits: torch.Tensor, starts: list[int], rows: list[SamplingRows], accepted: list[list[int]]

@@ -1,7 +1,7 @@
 """``kernels.draft_head`` as Triton kernels, for heads of floating-point rows.
 
-Each program multiplies a block of head rows and keeps the block's best; the best of all blocks are merged. A logit and
-its column are one integer, whose order is that of the logits and, among equals, from the first column to the last.
+Each program multiplies a block of head rows and keeps the block's best, by the keys of ``kernels.triton.topk``; the
+best of all blocks are merged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kernels.topk import decode_sort_keys
+from kernels.triton.topk import sort_keys
 
 if TYPE_CHECKING:
     from kernels.draft_head import TailSlabs
@@ -20,14 +21,6 @@ if TYPE_CHECKING:
 _ROWS = 16  # hidden states of a program, the least that tl.dot takes
 _WIDTH = 32  # of hidden, at a time
 _NOTHING = tl.constexpr(-(2**63))
-
-
-@triton.jit
-def _sort_keys(logits, columns):
-    """int64: the logit's bits, put so that they grow with it, above the column, counted backwards."""
-    bits = tl.where(logits == 0.0, 0.0, logits).to(tl.int32, bitcast=True)  # -0 and 0 are equal
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - columns).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["num_rows"])  # only compared with: a batch of another size compiles nothing anew
@@ -56,7 +49,7 @@ def _core_kernel(
         x = tl.load(hidden + row[:, None].to(tl.int64) * width + k[None, :], mask=is_x, other=0.0)
         w = tl.load(head + column[None, :].to(tl.int64) * width + k[:, None], mask=is_w, other=0.0)
         sums += tl.dot(x, w, input_precision="ieee")
-    found = tl.where(column[None, :] < num_columns, _sort_keys(sums, column[None, :]), _NOTHING)
+    found = tl.where(column[None, :] < num_columns, sort_keys(sums, column[None, :]), _NOTHING)
     place = row[:, None].to(tl.int64) * key_stride + piece * BEST + tl.arange(0, BEST)[None, :]
     tl.store(keys + place, tl.topk(found, BEST), mask=row[:, None] < num_rows)
 
@@ -91,7 +84,7 @@ def _tail_kernel(
         w = tl.load(tail_rows + at[:, None] * width + k[None, :], mask=is_w, other=0.0).to(tl.float32)
         sums += tl.sum(w * x[None, :], axis=1)
     logits = tl.where(used, sums, float("-inf"))
-    found = tl.where(inside, _sort_keys(logits, first_column + slot), _NOTHING)
+    found = tl.where(inside, sort_keys(logits, first_column + slot), _NOTHING)
     tl.store(keys + row * key_stride + piece * BEST + tl.arange(0, BEST), tl.topk(found, BEST))
 
 

@@ -37,13 +37,6 @@ def _scores(x, ids, key, temperature):
 
 
 @triton.jit
-def _only_allowed(x, words, column, inside):
-    """Logits of these columns, -inf where their bit is 0; a word of a row's mask is for 32 columns."""
-    word = tl.load(words + column // 32, mask=inside, other=0)
-    return tl.where(((word >> (column % 32)) & 1) == 1, x, float("-inf"))
-
-
-@triton.jit
 def _gumbel_argmax_kernel(
     logits,
     stride,
@@ -51,13 +44,11 @@ def _gumbel_argmax_kernel(
     keys,
     temperatures,
     least,
-    allowed,
     best_scores,
     best_ids,
     columns,
     HAS_IDS: tl.constexpr,
     HAS_LEAST: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
@@ -74,8 +65,6 @@ def _gumbel_argmax_kernel(
             ids = tl.load(token_ids + row * columns + column, mask=inside, other=0)
         if HAS_LEAST:
             x = tl.where(x < tl.load(least + row), float("-inf"), x)
-        if HAS_ALLOWED:
-            x = _only_allowed(x, allowed + row * tl.cdiv(columns, 32), column, inside)
         scores = _scores(x, ids, key, temperature)
         score = tl.max(scores, axis=0)
         token_id = tl.min(tl.where(inside & (scores == score), ids, _NO_TOKEN), axis=0)
@@ -93,9 +82,8 @@ def gumbel_argmax_triton(
     *,
     temperatures: torch.Tensor | None = None,
     least: torch.Tensor | None = None,
-    allowed: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ``kernels.gumbel_argmax.gumbel_argmax``; ``keys`` are its ``row_keys``."""
+    """As ``kernels.gumbel_argmax.gumbel_argmax`` where all is allowed; ``keys`` are its ``row_keys``."""
     rows, columns = logits.shape
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -111,13 +99,11 @@ def gumbel_argmax_triton(
         keys,
         temperatures,
         logits if least is None else least,
-        logits if allowed is None else allowed,
         scores,
         ids,
         columns,
         HAS_IDS=token_ids is not None,
         HAS_LEAST=least is not None,
-        HAS_ALLOWED=allowed is not None,
         BLOCK=_BLOCK,
         NUM_BLOCKS=_BLOCKS_PER_PROGRAM,
     )

@@ -38,7 +38,7 @@ def test_a_steps_waits_and_launches_do_not_grow_with_the_batch(tmp_path: Path) -
     for cost in costs:
         assert sum(cost.waits.values()) <= MOST_WAITS, cost.waits
         assert sum(cost.launches.values()) <= MOST_LAUNCHES, cost.launches
-        assert cost.replays == 3
+        assert cost.replays == 4
     assert costs[0].waits.keys() == costs[1].waits.keys() == costs[2].waits.keys()
 
 
@@ -61,11 +61,15 @@ def test_outputs_are_a_cpus(job: Job, tmp_path: Path) -> None:
     else:
         waits = max(sum(step.waits.values()) for step in ran.steps[-3:])
         assert waits <= MOST_WAITS + 1  # what is logged of the step
+        of_all = [step for step in ran.steps if step.num_sequences == job.batches[0]]
+        assert (
+            min(sum(step.launches.values()) for step in of_all) <= MOST_LAUNCHES
+        )  # of the others, graphs are recorded
 
 
 def test_priors_are_a_cpus(tmp_path: Path) -> None:
     """They propose the same tokens, and learn the same from what became of them."""
-    [ran] = run(tmp_path, Job([6], kinds=("greedy", "plain", "truncated"), check="drafts", max_tokens=60))
+    [ran] = run(tmp_path, Job([3], kinds=("greedy", "plain", "truncated"), check="drafts", max_tokens=40))
     assert ran.expected is not None
     assert ran.outputs == ran.expected.outputs
     assert (ran.num_drafted, ran.num_accepted) == (ran.expected.num_drafted, ran.expected.num_accepted)

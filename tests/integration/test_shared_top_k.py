@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from engine.config import SpeculationConfig
 from engine.draft_vocab import vocab as draft_vocab
 from engine.messages import SamplingParams, SessionState, VocabularyCounts
 from kernels.session_options import FEATURES
-from kernels.topk import topk_rows
+from kernels.topk import topk_rows_on_host
 from tests.alignment import make_alignment, make_prompts, read_records
 from tests.tiny_drafts import Engine, Setting, make_draft_directory
 from tests.tiny_models import make_directory
@@ -32,11 +34,11 @@ def test_the_log_computes_for_both(
     sampling = [SamplingParams(max_tokens=24, seed=n, ignore_eos=True) for n in range(len(prompts))]
     num_rows: list[int] = []
 
-    def counting(logits: torch.Tensor, k: int, rows: Sequence[int] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def counting(logits: torch.Tensor, k: int, rows: Sequence[int] | None) -> tuple[NDArray[Any], NDArray[Any]]:
         num_rows.append(len(logits if rows is None else rows))
-        return topk_rows(logits, k, rows=rows)
+        return topk_rows_on_host(logits, k, rows=rows)
 
-    monkeypatch.setattr(draft_vocab, "topk_rows", counting)
+    monkeypatch.setattr(draft_vocab, "topk_rows_on_host", counting)
 
     def serve(engine: Engine) -> tuple[list[list[int]], dict[str, bytes], dict[str, VocabularyCounts]]:
         num_rows.clear()

@@ -14,7 +14,7 @@ from tests.combinations import EVERY
 GENERATIONS = ("80", "90", "100")
 KERNELS = {
     *("_gumbel_argmax_kernel", "_thresholds_kernel", "_core_kernel", "_tail_kernel", "_lora_kernel"),
-    *("_repeats_kernel", "_prior_kernel"),
+    *("_repeats_kernel", "_prior_kernel", "_edit_kernel", "_mask_kernel", "_best_kernel"),
 }
 pytest.importorskip("triton")
 

@@ -36,8 +36,6 @@ from kernels.drafted_rounds import DraftedRounds
 from kernels.session_options import drafted_ints
 from kernels.upload import FixedMemory
 
-_GREEDY = RowSampling([0.0], [0], [0], [1.0], [0.0])
-
 
 @dataclass(frozen=True)
 class _Graph:
@@ -233,9 +231,6 @@ def _filled(values: Sequence[int], size: int, other: int, dtype: type[np.generic
 
 def _noise(sampling: RowSampling, positions: Sequence[int], length: int, size: int) -> list[NDArray[Any]]:
     """What the choices of ``size`` chains of ``length`` tokens need; rows too many are greedy."""
-    more = size - len(positions)
-    both = zip(vars(sampling).values(), vars(_GREEDY).values(), strict=True)
-    rows = RowSampling(*([*ours, *(greedy * more)] for ours, greedy in both))
-    first = [*positions, *[0] * more]
+    rows, first = sampling.padded(size), [*positions, *[0] * (size - len(positions))]
     by_place = [choice_arrays(rows, [position + place for position in first]) for place in range(length)]
     return [*by_place[0][:4], np.stack([arrays[4] for arrays in by_place])]

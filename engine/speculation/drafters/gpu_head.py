@@ -78,8 +78,8 @@ class GpuHead:
             scores, best = self._prior.score((scores, token_ids), hidden, rows[1:], drafted, place)
             token_ids = drafted.token_ids(place)
         if how is not None:
-            least, _ = how.thresholds(scores, None)  # the candidates are few: all are looked at
-            best = how.choose(scores, token_ids, None, least)
+            least, _ = how.thresholds(scores)  # the candidates are few: all are looked at
+            best = how.choose(scores, token_ids, least)
         drafted.chosen(place).copy_(best.clamp(min=0))
 
     def learn_from(self, requests: Sequence[Request], lengths: Sequence[int], block: NDArray[np.int32]) -> None:
