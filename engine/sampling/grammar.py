@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import xgrammar
 from numpy.typing import NDArray
 
 from engine.messages import Grammar
@@ -23,6 +22,7 @@ from engine.sampling.json_schema import (
     rewrite_pattern,
     rewrite_patterns,
 )
+from engine.sampling.xgrammar_alone import xgrammar
 
 _WHAT = {"regex": "regular expression", "grammar": "grammar"}
 _WHITESPACE = 20

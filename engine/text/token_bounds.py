@@ -42,10 +42,13 @@ class LeastTokens:
         self._is_sharp = _is_byte_level_bpe(backend) and not any(token.lstrip or token.rstrip for token in added)
         self._normalizes = backend.normalizer is not None
         self._shares = np.zeros(256)
-        for token in sorted(tokens, key=len):
-            for byte in set(token):
+        by_length: dict[int, list[bytes]] = {}
+        for token in tokens:
+            by_length.setdefault(len(token), []).append(token)
+        for length in sorted(by_length):  # so the longest has the last word
+            for byte in set(b"".join(by_length[length])):
                 if bytes([byte]) in tokens:
-                    self._shares[byte] = 1 / len(token)
+                    self._shares[byte] = 1 / length
 
     def __call__(self, text: str) -> int:
         """At most the number of tokens of ``text``."""

@@ -1,4 +1,4 @@
-"""Import direction: server, adapters -> engine -> kernels; and the server's processes load no torch."""
+"""Import direction: server, adapters -> engine -> kernels; and what processes need not load."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+
+from engine.sampling.xgrammar_alone import import_xgrammar
 
 ROOT = Path(__file__).parents[2]
 ALLOWED = {
@@ -38,8 +41,22 @@ def test_packages_import_only_what_they_stand_on(package: str) -> None:
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
-@pytest.mark.parametrize("module", ["server.app", "server.cli"])
-def test_server_loads_no_torch(module: str) -> None:
-    script = f"import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))"
+def test_the_server_loads_no_torch() -> None:
+    """In ``server.cli`` is all of it."""
+    script = f"import sys, server.cli; print(*(name for name in {HEAVY} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerBase", "New"])
+def test_xgrammar_gets_transformers_only_if_it_names_more_of_it(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers.py").write_text("class New: ...")
+    (tmp_path / "xgrammar.py").write_text(f"from transformers import {named} as given")
+    monkeypatch.syspath_prepend(tmp_path)
+    with patch.dict(sys.modules):
+        for name in ("transformers", "xgrammar"):
+            sys.modules.pop(name, None)
+        given = import_xgrammar().given
+        assert (given.__module__ == "transformers") == ("transformers" in sys.modules) == (named == "New")
