@@ -1,8 +1,9 @@
 """A draft never changes an output: float32 engines with and without one, token for token, on a tiny random model.
 
-Drafts: an EAGLE-3 layer and a model of random weights, which are hardly ever right, and the target itself, which is
-nearly always. Vocabularies: all 512 tokens, 64, and 4. Settings: one request at a time, a batch, prompts cut into
-chunks, too few blocks (preemption), and a second time with all prefixes cached.
+Drafts: an EAGLE-3 layer and a model of random weights, which are hardly ever right, the target itself, which is nearly
+always, and what the text repeats, with and without an EAGLE-3 layer for sequences without a repeat. Vocabularies: all
+512 tokens, 64, and 4. Settings: one request at a time, a batch, prompts cut into chunks, too few blocks (preemption),
+and a second time with all prefixes cached.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tests.exactness import SAMPLED, SETTINGS
 from tests.tiny_drafts import Engine, make_draft_directory
 from tests.tiny_models import make_directory
 
+COPYING = ("n-grams", "n-grams, else eagle3")
+DRAFTS = ("eagle3", "other model", "target itself", *COPYING)
 NUM_TOKENS = 40
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
 
@@ -39,12 +42,12 @@ def drafts(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """What to draft with, by name."""
     eagle = make_draft_directory(tmp_path_factory.mktemp("draft") / "eagle", files)
     other = make_directory(tmp_path_factory.mktemp("draft") / "other", seed=1, num_hidden_layers=1)
-    return {
-        "eagle3": SpeculationConfig(method="eagle3", draft=str(eagle), adaptive=False),
-        "other model": SpeculationConfig(method="draft_model", draft=str(other.path), adaptive=False),
-        "target itself": SpeculationConfig(method="draft_model", draft=str(files.path), adaptive=False),
-        "ngram": SpeculationConfig(method="ngram", adaptive=False),
-    }
+    of_layer = SpeculationConfig(method="eagle3", draft=str(eagle), adaptive=False)
+    of_model, of_target = (
+        SpeculationConfig(method="draft_model", draft=str(model.path), adaptive=False) for model in (other, files)
+    )
+    of_text = SpeculationConfig(method="ngram", adaptive=False)
+    return dict(zip(DRAFTS, (of_layer, of_model, of_target, of_text, of_layer), strict=True))
 
 
 @pytest.fixture
@@ -79,35 +82,35 @@ def repeating(prompts: list[list[int]]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def repeating_greedy(files: ModelFiles, repeating: list[list[int]]) -> list[list[int]]:
-    return Engine(files, SETTINGS["alone"]).generate_alone(repeating, [GREEDY] * len(repeating))
-
-
-@pytest.fixture(scope="module")
-def repeating_sampled(files: ModelFiles, repeating: list[list[int]], sampling: list[SamplingParams]) -> list[list[int]]:
-    return Engine(files, SETTINGS["alone"]).generate_alone(repeating, sampling[: len(repeating)])
-
-
-@pytest.fixture(scope="module")
-def greedy(files: ModelFiles, prompts: list[list[int]]) -> list[list[int]]:
-    outputs = Engine(files, SETTINGS["alone"]).generate_alone(prompts, [GREEDY] * len(prompts))
-    assert len({tuple(output) for output in outputs}) == len(prompts) - 1
-    return outputs
-
-
-@pytest.fixture(scope="module")
-def sampling(prompts: list[list[int]]) -> list[SamplingParams]:
-    """Every set of parameters, and a seed for each prompt."""
+def sampling(prompts: list[list[int]]) -> dict[str, list[SamplingParams]]:
+    """Greedy; and every set of parameters, and a seed for each prompt."""
     sets = list(SAMPLED.values())
-    return [
+    sampled = [
         SamplingParams(**({"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": index} | sets[index % len(sets)]))
         for index in range(len(prompts))
     ]
+    return {"greedy": [GREEDY] * len(prompts), "sampled": sampled}
 
 
 @pytest.fixture(scope="module")
-def sampled(files: ModelFiles, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[list[int]]:
-    return Engine(files, SETTINGS["alone"]).generate_alone(prompts, sampling)
+def texts(prompts: list[list[int]], repeating: list[list[int]]) -> dict[str, list[list[int]]]:
+    """The prompts, by what is to draft: n-grams want texts that repeat themselves."""
+    return {draft: repeating if draft in COPYING else prompts for draft in DRAFTS}
+
+
+@pytest.fixture(scope="module")
+def expected(
+    files: ModelFiles, prompts: list[list[int]], repeating: list[list[int]], sampling: dict[str, list[SamplingParams]]
+) -> dict[tuple[bool, str], list[list[int]]]:
+    """Without speculation, by whether the text repeats itself and the kind of sampling."""
+    engine = Engine(files, SETTINGS["alone"])
+    outputs = {
+        (repeats, kind): engine.generate_alone(texts, params)
+        for repeats, texts in ((False, prompts), (True, repeating))
+        for kind, params in sampling.items()
+    }
+    assert len({tuple(output) for output in outputs[False, "greedy"]}) == len(prompts) - 1
+    return outputs
 
 
 def make_engine(
@@ -129,87 +132,47 @@ def check(
     assert (engine.largest_batch > 1) == (setting != "alone")
 
 
-@pairwise(setting=SETTINGS, vocabulary=["full", "static:64", "static:4"], length=[0, 1, 2, 4, 6])
+@pairwise(
+    setting=SETTINGS,
+    draft=DRAFTS,
+    vocabulary=["full", "static:64", "static:4"],
+    length=[0, 1, 2, 4, 6],
+    kind=["greedy", "sampled"],
+)
 @pytest.mark.usefixtures("shipped")
-def test_greedy(
+def test_outputs_are_those_without_speculation(
     files: ModelFiles,
     drafts: dict[str, SpeculationConfig],
-    prompts: list[list[int]],
-    greedy: list[list[int]],
+    texts: dict[str, list[list[int]]],
+    sampling: dict[str, list[SamplingParams]],
+    expected: dict[tuple[bool, str], list[list[int]]],
     setting: str,
-    length: int,
+    draft: str,
     vocabulary: str,
+    length: int,
+    kind: str,
 ) -> None:
-    engine = make_engine(files, drafts["eagle3"], setting, length, vocabulary)
-    check(engine, setting, prompts, [GREEDY] * len(prompts), greedy)
+    engine = make_engine(files, drafts[draft], setting, length, vocabulary)
+    if draft == "n-grams, else eagle3" and length:
+        switch_hard(engine.core)
+    check(engine, setting, texts[draft], sampling[kind], expected[draft in COPYING, kind])
     assert (engine.num_drafted > 0) == (length > 0)
-
-
-@pairwise(setting=SETTINGS, length=[1, 4, 6], vocabulary=["full", "static:64"], draft=["other model", "target itself"])
-@pytest.mark.usefixtures("shipped")
-def test_greedy_with_a_draft_model(
-    files: ModelFiles,
-    drafts: dict[str, SpeculationConfig],
-    prompts: list[list[int]],
-    greedy: list[list[int]],
-    draft: str,
-    setting: str,
-    length: int,
-    vocabulary: str,
-) -> None:
-    engine = make_engine(files, drafts[draft], setting, length, vocabulary)
-    check(engine, setting, prompts, [GREEDY] * len(prompts), greedy)
-    if draft == "target itself" and vocabulary == "full":
+    if draft == "target itself" and vocabulary == "full" and kind == "greedy":
         assert engine.num_accepted == engine.num_drafted
-
-
-@pairwise(setting=SETTINGS, length=[1, 4, 6], vocabulary=["full", "static:4"], draft=["eagle3", "target itself"])
-@pytest.mark.usefixtures("shipped")
-def test_sampled(
-    files: ModelFiles,
-    drafts: dict[str, SpeculationConfig],
-    prompts: list[list[int]],
-    sampling: list[SamplingParams],
-    sampled: list[list[int]],
-    draft: str,
-    setting: str,
-    length: int,
-    vocabulary: str,
-) -> None:
-    engine = make_engine(files, drafts[draft], setting, length, vocabulary)
-    check(engine, setting, prompts, sampling, sampled)
-    if draft == "target itself" and vocabulary == "full":
+    elif draft == "target itself" and vocabulary == "full" and length:
         assert engine.num_accepted > engine.num_drafted / 10  # drafts leave out unlikely tokens
 
 
-@pairwise(setting=SETTINGS, length=[1, 4, 6], draft=["ngram", "eagle3"], kind=["greedy", "sampled"])
-def test_repeats_of_the_text(
-    request: pytest.FixtureRequest,
+def test_adaptive_lengths(
     files: ModelFiles,
     drafts: dict[str, SpeculationConfig],
-    repeating: list[list[int]],
-    sampling: list[SamplingParams],
-    kind: str,
-    draft: str,
-    length: int,
-    setting: str,
-) -> None:
-    """Drafts of n-grams, with and without an EAGLE-3 layer for the sequences without a match."""
-    params = [GREEDY] * len(repeating) if kind == "greedy" else sampling[: len(repeating)]
-    expected = request.getfixturevalue(f"repeating_{kind}")
-    engine = make_engine(files, drafts[draft], setting, length, "full")
-    if draft == "eagle3":
-        switch_hard(engine.core)
-    check(engine, setting, repeating, params, expected)
-    assert engine.num_drafted > 0
-
-
-def test_adaptive_lengths(
-    files: ModelFiles, drafts: dict[str, SpeculationConfig], prompts: list[list[int]], greedy: list[list[int]]
+    prompts: list[list[int]],
+    sampling: dict[str, list[SamplingParams]],
+    expected: dict[tuple[bool, str], list[list[int]]],
 ) -> None:
     """Costs are measured with made-up sequences, which leave nothing behind that matters."""
     engine = Engine(files, SETTINGS["cached"], drafts["eagle3"].model_copy(update={"adaptive": True}))
-    check(engine, "cached", prompts, [GREEDY] * len(prompts), greedy)
+    check(engine, "cached", prompts, sampling["greedy"], expected[False, "greedy"])
 
 
 @pytest.mark.skipif(native.unsupported_reason() is not None, reason=str(native.unsupported_reason()))

@@ -49,10 +49,9 @@ def drafts(files: ModelFiles, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """What to draft with, by name."""
     directory = make_draft_directory(tmp_path_factory.mktemp("draft") / "eagle", files)
     _write_graph(directory)
-    return {
-        "eagle3": SpeculationConfig(method="eagle3", draft=str(directory), adaptive=False),
-        "target itself": SpeculationConfig(method="draft_model", draft=str(files.path), adaptive=False),
-    }
+    of_layer = SpeculationConfig(method="eagle3", draft=str(directory), adaptive=False)
+    of_target = SpeculationConfig(method="draft_model", draft=str(files.path), adaptive=False)
+    return {"eagle3": of_layer, "target itself": of_target, "n-grams, else eagle3": of_layer}
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +138,7 @@ def run(
 @pairwise(
     setting=SETTINGS,
     vocabulary=["dynamic:64+32", "dynamic:8+300", "dynamic:full+0"],
-    draft=["eagle3", "target itself"],
+    draft=["eagle3", "target itself", "n-grams, else eagle3"],
     kind=["greedy", "sampled"],
 )
 def test_outputs_are_those_without_speculation(
@@ -156,6 +155,8 @@ def test_outputs_are_those_without_speculation(
 ) -> None:
     """And those of the sessions' second requests, which start from what the first have left."""
     engine = make_engine(files, drafts[draft], setting, vocabulary, tmp_path)
+    if draft == "n-grams, else eagle3":  # its vocabulary drafts in some steps of a sequence only
+        switch_hard(engine.core)
     outputs, snapshots = run(engine, prompts, sampling[kind])
     assert outputs == expected[kind]
     assert engine.num_drafted > 0
@@ -180,26 +181,6 @@ def test_with_every_part_on_or_off(
     engine = make_engine(files, drafts[draft], "batch", "dynamic:16+40", tmp_path, OPTIONS[options], length=6)
     for _ in range(2):
         assert run(engine, prompts, sampling[kind])[0] == expected[kind]
-
-
-@pytest.mark.parametrize("setting", ["batch", "preemption"])
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
-def test_drafts_that_come_from_elsewhere(
-    files: ModelFiles,
-    drafts: dict[str, SpeculationConfig],
-    prompts: list[list[int]],
-    sampling: dict[str, list[SamplingParams]],
-    expected: dict[str, list[list[int]]],
-    kind: str,
-    setting: str,
-    tmp_path: Path,
-) -> None:
-    """N-grams draft in some steps of a sequence, its vocabulary in others."""
-    engine = make_engine(files, drafts["eagle3"], setting, "dynamic:64+32", tmp_path)
-    switch_hard(engine.core)
-    outputs, snapshots = run(engine, prompts, sampling[kind])
-    assert outputs == expected[kind]
-    assert run(engine, prompts, sampling[kind], snapshots)[0] == expected[kind]
 
 
 def test_damaged_snapshots_start_cold(
