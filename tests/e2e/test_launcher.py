@@ -30,7 +30,7 @@ from tests.tiny_models import make_directory
 LaunchServer = Callable[..., RunningServer]
 MODEL = "smollm2-135m"
 METRICS_KEY, LIMITED_KEY = "evs-metrics", "evs-limited"
-LONG_TOKENS = 128
+LONG_TOKENS = 400
 OTHER_DRAFT = str(DRAFTS / "qwen2.5-coder-0.5b")
 
 
@@ -42,6 +42,7 @@ def completion_body(max_tokens: int, stream: bool = False, model: str = MODEL) -
         "temperature": 0,
         "ignore_eos": True,
         "stream": stream,
+        "num_speculative_tokens": 0,  # a stream has so many steps
         **({"stream_options": {"include_usage": True}} if stream else {}),
     }
 
@@ -66,9 +67,9 @@ class Stream:
 
 
 @contextmanager
-def running_stream(base_url: str, key: str = "none") -> Iterator[Stream]:
+def running_stream(base_url: str, model: str = MODEL, key: str = "none") -> Iterator[Stream]:
     url, headers = f"{base_url}/v1/completions", {"Authorization": f"Bearer {key}"}
-    body = completion_body(LONG_TOKENS, stream=True)
+    body = completion_body(LONG_TOKENS, stream=True, model=model)
     with httpx.stream("POST", url, json=body, headers=headers, timeout=60) as response:
         assert response.status_code == 200
         yield Stream(response)
@@ -81,9 +82,13 @@ def complete(base_url: str, max_tokens: int = 4, model: str = MODEL, key: str = 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that starts sooner, where its answers are short or do not matter; of the name that it is served by."""
+    """A model that starts sooner, where its answers do not matter; of the name that it is served by.
+
+    Of so many layers that ``LONG_TOKENS`` take it a while.
+    """
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    return make_directory(directory, hidden_size=128, head_dim=32).path
+    files = make_directory(directory, hidden_size=128, head_dim=32, num_hidden_layers=24, max_position_embeddings=1024)
+    return files.path
 
 
 @dataclass(frozen=True)
@@ -169,15 +174,15 @@ def test_sigterm_ends_a_fetch_that_hears_nothing_from_its_index(tmp_path: Path) 
     assert not list(tmp_path.rglob("fetch-*"))
 
 
-def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: LaunchServer) -> None:
-    server = launch_server("--http.engine_timeout", "600", "--http.drain_timeout", "600", *AT_ONCE)
+def test_sigterm_lets_a_stream_finish_and_takes_nothing_new(launch_server: LaunchServer, tiny: Path) -> None:
+    server = launch_server("--http.engine_timeout", "600", "--http.drain_timeout", "600", "--model", str(tiny))
     engine, valkey = server.pid_of("engine"), server.pid_of("valkey")
-    with running_stream(server.base_url) as stream:
+    with running_stream(server.base_url, tiny.name) as stream:
         os.kill(engine, signal.SIGSTOP)  # so that the stream cannot end while we look
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_event("draining")
         assert server.health() == 503
-        refused = complete(server.base_url)
+        refused = complete(server.base_url, model=tiny.name)
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "service_unavailable_error")
         os.kill(engine, signal.SIGCONT)
         usage = stream.rest()[-1]["usage"]
@@ -212,9 +217,9 @@ def test_sigterm_waits_neither_for_bodies_that_do_not_come_nor_for_idle_connecti
     assert not [event for event in server.events() if event["level"] in ("warning", "error", "critical")]
 
 
-def test_drain_ends_at_its_time_limit_with_a_clear_error(launch_server: LaunchServer) -> None:
-    server = launch_server("--http.drain_timeout", "0.1", *AT_ONCE)
-    with running_stream(server.base_url) as stream:
+def test_drain_ends_at_its_time_limit_with_a_clear_error(launch_server: LaunchServer, tiny: Path) -> None:
+    server = launch_server("--http.drain_timeout", "0.1", "--model", str(tiny))
+    with running_stream(server.base_url, tiny.name) as stream:
         os.kill(server.pid_of("engine"), signal.SIGSTOP)
         server.process.send_signal(signal.SIGTERM)
         assert stream.rest()[-1]["error"]["code"] == "engine_unavailable"
@@ -258,7 +263,7 @@ def running_request(base_url: str, model: str) -> Iterator[None]:
 def test_killed_engine_is_replaced_and_serving_resumes(lasting: Lasting) -> None:
     server, before = lasting.server, lasting.restarts()
     first = server.pid_of("engine")
-    with running_stream(server.base_url, lasting.key) as stream:
+    with running_stream(server.base_url, key=lasting.key) as stream:
         os.kill(first, signal.SIGKILL)
         error = stream.rest()[-1]["error"]
     assert error["code"] == "engine_unavailable"
@@ -270,17 +275,18 @@ def test_killed_engine_is_replaced_and_serving_resumes(lasting: Lasting) -> None
     assert lasting.restarts() == before + 1
 
 
-def test_engine_that_hangs_is_killed_and_replaced(launch_server: LaunchServer) -> None:
-    server = launch_server("--http.engine_timeout", "2", "--http.engine_hang_timeout", "4", *AT_ONCE)
+def test_engine_that_hangs_is_killed_and_replaced(launch_server: LaunchServer, tiny: Path) -> None:
+    server = launch_server("--http.engine_timeout", "2", "--http.engine_hang_timeout", "4", "--model", str(tiny))
     first = server.pid_of("engine")
-    with running_stream(server.base_url) as stream:
+    with running_stream(server.base_url, tiny.name) as stream:
         os.kill(first, signal.SIGSTOP)
         assert stream.rest()[-1]["error"]["code"] == "engine_unavailable"
     assert server.wait_for_event("process hangs")["pid"] == first
     server.wait_for(lambda: server.pid_of("engine") != first or None, "another engine")
     server.wait_until_healthy()
     assert not is_running(first)
-    server.wait_for(lambda: complete(server.base_url).status_code == 200 or None, "an answer")  # at times late again
+    # At times late again.
+    server.wait_for(lambda: complete(server.base_url, model=tiny.name).status_code == 200 or None, "an answer")
     metrics = httpx.get(f"{server.base_url}/metrics").text
     assert 'evospec:process_hangs_total{process="engine"} 1.0' in metrics
     assert 'evospec:process_restarts_total{process="engine"} 1.0' in metrics
