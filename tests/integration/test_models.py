@@ -33,13 +33,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TorchDecoder:
     return load(make_directory(tmp_path_factory.mktemp("models") / "tiny"))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_safetensors_logits_agree_with_transformers(architecture: str, tied: bool, tmp_path: Path) -> None:
-    files = make_directory(tmp_path, architecture, tie_word_embeddings=tied)
-    check_logits(files, transformers_model(files), random_tokens(100), atol=3e-5)
-
-
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_gguf_logits_agree_with_transformers(architecture: str, stored: str, tmp_path: Path) -> None:

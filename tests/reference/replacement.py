@@ -9,18 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import NamedTuple
 
 MIN_RESIDENCY = 8
 """Verified steps for which a new token cannot be evicted (the paper's)."""
 FIXED_TARGET_EVENTS = 50
 """Insertions during which ARC's target size stays at half of the slots (the paper's)."""
-_RETRIEVAL_WORTH = 0.25
-"""Decayed score: being retrieved counts this much of being used."""
-_MAX_UNIT = 1e200
 
 
 class SlotWrite(NamedTuple):
@@ -30,11 +24,15 @@ class SlotWrite(NamedTuple):
     token_id: int
 
 
-class Replacement(Protocol):
-    """The tokens in a tail of fixed size. A token keeps its slot for as long as it stays."""
+class _Tail(ABC):
+    """Slots and residency, common to all policies: a token keeps its slot for as long as it stays."""
 
-    token_ids: NDArray[np.int32]
-    """[capacity]: the token in each slot, -1 for none. To be read only."""
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._slot_of: dict[int, int] = {}
+        self._placed_at = [0] * capacity
+        self._free = list(range(capacity - 1, -1, -1))
+        self._step = 0
 
     def insert(self, token_ids: Sequence[int]) -> list[SlotWrite]:
         """Tokens that retrieval wants, the most wanted first; all that fit are resident afterwards.
@@ -42,47 +40,6 @@ class Replacement(Protocol):
         Those that are resident already are refreshed. None that is named evicts another that is named, and none is
         evicted before it has been there for the minimum residency; what then does not fit is left out.
         """
-        ...
-
-    def touch(self, token_ids: Iterable[int]) -> None:
-        """Tokens that verification produced. One call a verified step, be it empty: it is the clock of residency."""
-        ...
-
-    def contents(self) -> list[int]:
-        """The tokens, the most worth keeping first; ``insert`` of them into an empty tail gives the same order."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __contains__(self, token_id: object) -> bool: ...
-
-
-class _Tail(ABC):
-    """Slots and residency, common to all policies.
-
-    Args:
-        capacity: slots.
-        min_residency: verified steps for which a new token stays.
-    """
-
-    def __init__(self, capacity: int, min_residency: int = MIN_RESIDENCY) -> None:
-        if capacity < 1:
-            raise ValueError(f"a tail needs at least one slot, not {capacity}")
-        self.token_ids: NDArray[np.int32] = np.full(capacity, -1, np.int32)
-        self._capacity, self._min_residency = capacity, min_residency
-        self._slot_of: dict[int, int] = {}
-        self._placed_at = [0] * capacity
-        self._free = list(range(capacity - 1, -1, -1))
-        self._step = 0
-
-    def __len__(self) -> int:
-        return len(self._slot_of)
-
-    def __contains__(self, token_id: object) -> bool:
-        return token_id in self._slot_of
-
-    def insert(self, token_ids: Sequence[int]) -> list[SlotWrite]:
-        """See ``Replacement.insert``."""
         named = dict.fromkeys(token_ids)
         writes = []
         self._begin(named)
@@ -94,7 +51,6 @@ class _Tail(ABC):
                 break
             self._slot_of[token_id] = slot
             self._placed_at[slot] = self._step
-            self.token_ids[slot] = token_id
             self._placed(token_id)
             writes.append(SlotWrite(slot, token_id))
         for token_id in reversed(named):  # so that the most wanted is the most recent
@@ -103,7 +59,7 @@ class _Tail(ABC):
         return writes
 
     def touch(self, token_ids: Iterable[int]) -> None:
-        """See ``Replacement.touch``."""
+        """Tokens that verification produced. One call a verified step, be it empty: it is the clock of residency."""
         self._step += 1
         for token_id in token_ids:
             if token_id in self._slot_of:
@@ -111,11 +67,11 @@ class _Tail(ABC):
 
     @abstractmethod
     def contents(self) -> list[int]:
-        """See ``Replacement.contents``."""
+        """The tokens, the most worth keeping first; ``insert`` of them into an empty tail gives the same order."""
 
     def _may_go(self, token_id: int, named: Collection[int]) -> bool:
         """Whether a resident token may be evicted now."""
-        return self._step - self._placed_at[self._slot_of[token_id]] >= self._min_residency and token_id not in named
+        return self._step - self._placed_at[self._slot_of[token_id]] >= MIN_RESIDENCY and token_id not in named
 
     def _begin(self, named: Collection[int]) -> None:  # noqa: B027 - a hook that most policies have no use for
         """An insertion starts."""
@@ -140,8 +96,8 @@ class _Tail(ABC):
 class LruReplacement(_Tail):
     """Evicts the token that was neither used nor retrieved for longest."""
 
-    def __init__(self, capacity: int, min_residency: int = MIN_RESIDENCY) -> None:
-        super().__init__(capacity, min_residency)
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
         self._order: OrderedDict[int, None] = OrderedDict()
 
     def contents(self) -> list[int]:
@@ -171,24 +127,14 @@ class ArcReplacement(_Tail):
     size of T1, except in the first ``FIXED_TARGET_EVENTS`` insertions, and enters T2.
     """
 
-    def __init__(self, capacity: int, min_residency: int = MIN_RESIDENCY) -> None:
-        super().__init__(capacity, min_residency)
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
         self._recent: OrderedDict[int, None] = OrderedDict()
         self._frequent: OrderedDict[int, None] = OrderedDict()
         self._recent_ghosts: OrderedDict[int, None] = OrderedDict()
         self._frequent_ghosts: OrderedDict[int, None] = OrderedDict()
         self._target = capacity / 2
         self._num_events = 0
-
-    @property
-    def target(self) -> float:
-        """p: how many slots T1 should have."""
-        return self._target
-
-    @property
-    def num_ghosts(self) -> tuple[int, int]:
-        """Ghosts of T1 and of T2."""
-        return len(self._recent_ghosts), len(self._frequent_ghosts)
 
     def contents(self) -> list[int]:
         return [*reversed(self._frequent), *reversed(self._recent)]
@@ -216,7 +162,7 @@ class ArcReplacement(_Tail):
         """Move the target towards the list whose ghost is wanted, faster if its ghosts are the fewer."""
         if self._num_events <= FIXED_TARGET_EVENTS:
             return
-        num_recent, num_frequent = self.num_ghosts
+        num_recent, num_frequent = len(self._recent_ghosts), len(self._frequent_ghosts)
         if token_id in self._recent_ghosts:
             self._target = min(self._target + max(num_frequent / num_recent, 1.0), float(self._capacity))
         elif token_id in self._frequent_ghosts:

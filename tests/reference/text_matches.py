@@ -6,7 +6,7 @@ the longer it has, the surer it goes on. As prompt lookup does, but as one more 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from operator import itemgetter
 
@@ -18,30 +18,17 @@ from tests.reference.continuations import Continuations
 
 MIN_LENGTH, MAX_LENGTH = 2, 16
 """Tokens that must agree before a place counts, and from how many on it makes no difference."""
-_ID_BITS = 31
 
 
 class TextMatches:
-    """An index of one sequence's text by pairs of tokens: chains of the places where each pair ends."""
+    """One sequence's text, searched from its end to its beginning."""
 
     def __init__(self) -> None:
         self._tokens: list[int] = []
-        self._latest: dict[int, int] = {}
-        """Pair → the last place right after it."""
-        self._previous: list[int] = []
-        """For each place, the one before it in its chain; -1 for none."""
-
-    def __len__(self) -> int:
-        return len(self._tokens)
 
     def extend(self, token_ids: Iterable[int]) -> None:
         """Append to the text."""
-        for token_id in token_ids:
-            place, key = len(self._tokens), self._key(self._tokens[-2:])
-            self._previous.append(self._latest.get(key, -1))
-            if key >= 0:
-                self._latest[key] = place
-            self._tokens.append(token_id)
+        self._tokens += token_ids
 
     def find(self, after: Sequence[int] = ()) -> dict[int, int]:
         """Tokens that followed a repeat of the text's end, with the length of the longest such repeat.
@@ -50,7 +37,7 @@ class TextMatches:
             after: tokens that the text is taken to go on with, such as drafts.
         """
         found = dict[int, int]()
-        for place, length in self._repeats([*self._tokens[-MAX_LENGTH:], *after][-MAX_LENGTH:]):
+        for place, length in self._repeats([*self._tokens, *after]):
             token_id = self._tokens[place]
             found[token_id] = max(found.get(token_id, 0), length)
         return found
@@ -60,24 +47,17 @@ class TextMatches:
 
         (-1, 0) where nothing repeats.
         """
-        return max(self._repeats(self._tokens[-MAX_LENGTH:]), key=itemgetter(1), default=(-1, 0))
+        return max(self._repeats(self._tokens), key=itemgetter(1), default=(-1, 0))
 
-    def _repeats(self, end: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """The places after which ``end`` may go on as before, the latest first, and how many tokens agree there."""
+    def _repeats(self, whole: Sequence[int]) -> list[tuple[int, int]]:
+        """The latest places after which ``whole`` may go on as before, and how many tokens agree there."""
         tokens = self._tokens
-        place = self._latest.get(self._key(end[-2:]), -1)
-        for _ in range(MAX_PLACES):
-            if place < 0:
-                return
-            length, most = MIN_LENGTH, min(len(end), place)
-            while length < most and tokens[place - length - 1] == end[-length - 1]:
-                length += 1
-            yield place, length
-            place = self._previous[place]
+        places = [p for p in range(MIN_LENGTH, len(tokens)) if tokens[p - MIN_LENGTH : p] == [*whole[-MIN_LENGTH:]]]
+        return [(p, self._agreement(p, whole)) for p in places[: -MAX_PLACES - 1 : -1]]
 
-    def _key(self, pair: Sequence[int]) -> int:
-        """-1 where there are no two tokens."""
-        return pair[0] << _ID_BITS | pair[1] if len(pair) == MIN_LENGTH else -1
+    def _agreement(self, place: int, whole: Sequence[int]) -> int:
+        lengths = range(MIN_LENGTH, min(place, MAX_LENGTH) + 1)
+        return max(n for n in lengths if self._tokens[place - n : place] == [*whole[-n:]])
 
 
 def copied(token_ids: Sequence[int], place: int, count: int) -> list[int]:

@@ -15,11 +15,9 @@ from benchmarks.attack.bars import Bar, at_most, exactly
 from benchmarks.attack.clients import Answer
 from benchmarks.attack.forge_channel import MODES, forge
 from benchmarks.attack.grammar_fuzz import judge, satisfies
-from benchmarks.attack.http_fuzz import BrokenRequests
 from benchmarks.attack.random_schemas import RandomSchemas
 from benchmarks.attack.report import AFTER, BEFORE, Record
 from benchmarks.attack.server import LIMITED, write_keys
-from benchmarks.attack.varied_requests import varied_requests
 from benchmarks.common.machine import REPOSITORY
 from engine.online.weight_directory import WeightDirectory
 from engine.online.weight_layout import WeightLayout
@@ -64,17 +62,6 @@ def test_random_schemas_are_json_name_what_they_refer_to_and_repeat_with_their_s
         schema = first.next()
         assert json.dumps(schema) == json.dumps(second.next())
         assert "$defs" in schema or "#/$defs/" not in json.dumps(schema)
-
-
-@given(seed=st.integers(0, 2**32))
-def test_varied_requests_are_json_and_repeat_with_their_seed(seed: int) -> None:
-    assert json.dumps(varied_requests(seed, 20)) == json.dumps(varied_requests(seed, 20))
-
-
-@given(seed=st.integers(0, 2**32))
-def test_broken_requests_repeat_with_their_seed(seed: int) -> None:
-    first, second = BrokenRequests(seed, "key"), BrokenRequests(seed, "key")
-    assert [first.next() for _ in range(20)] == [second.next() for _ in range(20)]
 
 
 @pytest.mark.parametrize(

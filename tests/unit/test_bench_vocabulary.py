@@ -10,17 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from benchmarks import acceptance
 from benchmarks.common.drafting import NONE, Drafting
 from benchmarks.common.in_process import Generation
 from benchmarks.prompts.build import Prompt
 from benchmarks.vocabulary import conversation, switch, tenants
-from benchmarks.vocabulary.modes import FULL, HARD_SWITCH, NANOSPEC, make_mode, sizes_of
+from benchmarks.vocabulary.modes import FULL, HARD_SWITCH, NANOSPEC, make_mode
 from benchmarks.vocabulary.sessions import counts
 from benchmarks.vocabulary.switch import TOPICS, lengths, settled_after, shares
 from benchmarks.vocabulary.tenants import LEARNING, NEW_TENANT, RETURNING_SESSION, RETURNING_TENANT
 from engine.config import MAX_TAIL_TOKENS
-from engine.messages import StepTimings, VocabularyCounts
 
 DRAFTING = Drafting("eagle3", None, 4, adaptive=False)
 DOMAINS = ["code", "law", "medicine", "general"]
@@ -74,24 +72,6 @@ def test_others_methods_are_made_of_the_switches() -> None:
     assert hard_switch.switches
 
 
-def test_all_default_modes_can_be_made_and_ours_is_what_is_served(smollm2_path: object) -> None:
-    names = acceptance.default_modes("smollm2-135m", "eagle3")
-    assert {make_mode(name, "smollm2-135m", DRAFTING, 17).name for name in names} == set(names)
-    assert len(set(names)) == len(names)
-    assert sizes_of("smollm2-135m").ours == "dynamic:512+512"
-    assert sizes_of("smollm2-135m", "draft_model").ours == FULL
-
-
-def test_a_set_is_one_session_of_one_tenant() -> None:
-    asks = list(acceptance.asks({"law": [PROMPTS["law"][i].messages for i in range(3)], "qa": [[], []]}))
-    places = [(labels["set"], labels["number"]) for labels, _ in asks]
-    assert places == [("law", 0), ("law", 1), ("law", 2), ("qa", 0), ("qa", 1)]
-    for labels, ask in asks:
-        assert {ask.session, ask.tenant, ask.domain} == {labels["set"]}
-        assert not ask.goes_on
-    assert asks[2][1].messages == PROMPTS["law"][2].messages
-
-
 def test_a_session_that_switches_goes_on_through_all_topics() -> None:
     asks = list(switch.asks(PROMPTS, 3))
     first = [(labels, ask) for labels, ask in asks if labels["session"] == 0]
@@ -130,23 +110,6 @@ def test_a_conversation_is_one_session_and_asks_nothing_twice() -> None:
 def test_only_drafts_of_the_whole_length_count() -> None:
     run = Generation([[1, 2]], verified=[(4, 4), (2, 2), (4, 0), (1, 0)])
     assert counts(run) == {"drafts": 2, "accepted": 4}
-
-
-def test_what_a_tenants_and_a_conversations_runs_come_to() -> None:
-    found = VocabularyCounts(tail_tokens=5, verified_tokens=10, covered_tokens=9, hits={"graph": 1, "target": 2})
-    assert tenants.vocabulary_counts(Generation([[1]], vocabularies=[None]))["hits"] == {}
-    of_tenant = tenants.vocabulary_counts(Generation([[1]], vocabularies=[found]))
-    runs = [
-        {"mode": OURS, "kind": kind, "drafts": 4, "accepted": 4} | of_tenant
-        for kind in (LEARNING, NEW_TENANT, NEW_TENANT)
-    ]
-    rows = zip(*(column.cells for column in tenants.table(runs, "m").columns), strict=True)
-    assert list(rows) == [(OURS, NEW_TENANT, "2", "90.0%", "2.00", "graph 2, target 4")]
-
-    step = StepTimings(0.001, 0.004, 0.001, 0.001, num_tokens=5, num_sequences=1, draft=0.002, vocabulary=0.0005)
-    turn = {"mode": OURS} | conversation.costs(Generation([[1]], snapshots=[b"a" * 1500], decode_steps=[step]))
-    rows = zip(*(column.cells for column in conversation.table([turn, turn], "m").columns), strict=True)
-    assert list(rows) == [(OURS, "1,500", "1,500", "9.00 9.00 9.00", "0.50 0.50 0.50")]
 
 
 def of_switch(mode: str, place: int, accepted: int) -> dict[str, Any]:

@@ -69,8 +69,3 @@ def test_all_turns_of_evaluation_files_count(tmp_path: Path) -> None:
     (tmp_path / "b-eval.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n")
     known = evaluation_shingles([tmp_path / "a-eval.jsonl", tmp_path / "b-eval.jsonl"])
     assert known >= shingles(first) | shingles(second) | shingles(PROMPT)
-
-
-def test_sources_are_at_fixed_commits() -> None:
-    assert all(len(repository.commit) == 12 and repository.licence for repository in REPOSITORIES)
-    assert len({repository.name for repository in REPOSITORIES}) == len(REPOSITORIES)

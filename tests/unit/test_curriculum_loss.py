@@ -52,12 +52,12 @@ def by_definition(beta: float, temperature: float, seed: int) -> float:
 def all_steps(draft: torch.Tensor, columns: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> list[ChainStep]:
     """Of chains of which none ends early."""
     of_steps = zip(*(each.unbind(1) for each in (draft, columns, target, mask)), strict=True)
-    return [ChainStep(number, torch.arange(N), *each) for number, each in enumerate(of_steps)]
+    return [ChainStep(number, torch.arange(len(mask)), *each) for number, each in enumerate(of_steps)]
 
 
 def followed(steps: list[ChainStep], goes_on: GoesOn) -> list[ChainStep]:
     """Of those chains that go on, the steps."""
-    found, chains = [], torch.arange(N)
+    found, chains = [], steps[0].chains
     for step in steps:
         some = (each[chains] for each in (step.logits, step.columns, step.top_logits, step.mask))
         found.append(ChainStep(step.number, chains, *some))
@@ -70,11 +70,10 @@ def followed(steps: list[ChainStep], goes_on: GoesOn) -> list[ChainStep]:
 @example(0.0, 1.0, 1)  # all steps weigh the same
 def test_loss_is_what_the_paper_says(beta: float, temperature: float, seed: int) -> None:
     """In expectation: over the uniform number of each chain, of which every five-hundredth stands for all."""
-    steps, grid = all_steps(*batch(seed)), 500
-    expected = 0.0
-    for uniform in (torch.arange(grid, dtype=torch.float64) + 0.5) / grid:
-        expected += float(divergence(followed(steps, Curriculum(beta, uniform.expand(N))), temperature)) / grid
-    assert expected == pytest.approx(
+    grid = 500
+    steps = all_steps(*(each.repeat(grid, *[1] * (each.dim() - 1)) for each in batch(seed)))
+    uniform = ((torch.arange(grid, dtype=torch.float64) + 0.5) / grid).repeat_interleave(N)
+    assert float(divergence(followed(steps, Curriculum(beta, uniform)), temperature)) == pytest.approx(
         by_definition(beta, temperature, seed), abs=2 / grid * by_definition(0, temperature, seed)
     )
 

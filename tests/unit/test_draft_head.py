@@ -41,10 +41,15 @@ class Shape:
     seed: int
 
 
-def shapes(hidden: st.SearchStrategy[int], columns: int = 700, slots: int = 300) -> st.SearchStrategy[Shape]:
+ROWS = st.integers(1, 20)
+
+
+def shapes(
+    hidden: st.SearchStrategy[int], columns: int = 700, slots: int = 300, rows: st.SearchStrategy[int] = ROWS
+) -> st.SearchStrategy[Shape]:
     return st.builds(
         Shape,
-        rows=st.integers(1, 20),
+        rows=rows,
         columns=st.integers(1, columns),
         slots=st.integers(0, slots),
         hidden=hidden,
@@ -151,10 +156,13 @@ def test_compiled_kernel(teams: dict[int, Team], shape: Shape, threads: int, has
     case.check(draft_head_topk(case.hidden, core, shape.k, case.tails, case.slabs, team))
 
 
-@settings(max_examples=25)
-@given(shapes(st.integers(1, 80), columns=70, slots=40))
+@settings(max_examples=8)
+@given(shapes(st.integers(1, 80), columns=70, slots=20, rows=st.sampled_from([1, 2, 3, 17])))
 def test_triton_kernel(shape: Shape) -> None:
-    """In small blocks: what the interpreter does is proportional to their size, and there are more of them."""
+    """In small blocks: what the interpreter does is proportional to their size, and there are more of them.
+
+    A block has 16 rows, so of 17 there are two.
+    """
     from kernels.triton.draft_head import draft_head_topk_triton
 
     case = Case(shape, torch.float32, DEVICE)

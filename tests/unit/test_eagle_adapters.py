@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -112,20 +111,6 @@ def test_a_damaged_channel_is_replaced(
     assert version > before
     assert bank.assign(law) == [Assignment(2, "law", version)]
     assert bank.value(law) == 2.0
-
-
-def test_a_channel_that_was_deleted_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eagle_adapters, "_LOOK_SECONDS", 0.0)
-    bank, law = Bank(tmp_path / "shared"), request("1", "law")
-    before = bank.publish(0, "law", 1.0)
-    bank.assign(law)
-    shutil.rmtree(tmp_path / "shared")
-    bank.assign(law)
-    bank.assign(law)
-    bank.writer = WeightWriter(bank.config.channel_path, bank.layout, version=bank.writer.version)
-    version = bank.publish(1, "law", 2.0)
-    assert version > before
-    assert bank.assign(law) == [Assignment(1, "law", version)]
 
 
 def test_an_engine_that_comes_back_finds_its_adapters(tmp_path: Path) -> None:

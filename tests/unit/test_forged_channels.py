@@ -77,7 +77,7 @@ def test_an_engine_starts_on_a_forged_channel(served: Served, mode: str) -> None
 
 
 @pytest.mark.parametrize("at_start", [False, True])
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32))
 def test_an_engine_survives_any_bytes(at_start: bool, seed: int) -> None:
     """Somebody who may write the file may also forge the last version, after which there is none."""

@@ -13,13 +13,12 @@ pytest.importorskip("triton")
 
 from kernels.gumbel_argmax import gumbel_argmax, row_keys
 from kernels.triton.gumbel_argmax import gumbel_argmax_triton
+from tests.combinations import pairwise
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("with_ids", [False, True])
-@pytest.mark.parametrize("cut", [False, True])
-@pytest.mark.parametrize("columns", [5, 1000, 9000])
+@pairwise(columns=[5, 1000, 9000], cut=[False, True], with_ids=[False, True])
 def test_the_same_choices(columns: int, cut: bool, with_ids: bool) -> None:
     generator = torch.Generator().manual_seed(columns)
     logits = torch.randn(4, columns, generator=generator).to(DEVICE) * 3

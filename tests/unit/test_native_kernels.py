@@ -394,21 +394,6 @@ def test_activations_have_the_bits_that_are_asked_for(bits: Literal["8", "15"], 
     assert digits == {"8": 1, "15": 2}[bits]
 
 
-def test_equal_infinities_are_cut_too() -> None:
-    """Penalties can overflow. In a process of its own: it went on for ever."""
-    code = """
-import torch
-from kernels.kept_thresholds import Limits
-from tests.native_calls import kept_thresholds
-logits = torch.full((1, 300), torch.inf)
-limits = Limits(*(torch.tensor([value], dtype=kind) for value, kind in
-                  ((40, torch.int32), (1.0, torch.float64), (0.0, torch.float64))))
-print(kept_thresholds(logits, torch.ones(1), limits).item())
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.strip() == "inf"
-
-
 def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after an update without a build: its structures may be laid out otherwise."""
     monkeypatch.setattr(targets, "sources_hash", lambda: "others")
@@ -422,24 +407,34 @@ def test_memory_is_found_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> 
     assert not native.huge_zeros(4096).any()
 
 
-def test_a_draft_that_is_no_number_drafts_something() -> None:
-    """In a process of its own: it read a table eight gigabytes before its beginning."""
-    code = [sys.executable, "-c", _CHAINS_OF_NO_NUMBERS]
+def test_in_a_process_of_its_own_what_once_ended_one() -> None:
+    """Equal infinities, as where penalties overflow, are cut: it went on for ever. And a draft that is no number drafts
+    something: it read a table eight gigabytes before its beginning.
+    """
+    code = [sys.executable, "-c", _INFINITE_AND_NO_NUMBERS]
     result = subprocess.run(code, capture_output=True, text=True, timeout=120, check=True)
-    drafted = [json.loads(line) for line in result.stdout.splitlines()]
+    threshold, *lines = result.stdout.splitlines()
+    assert threshold == "inf"
+    drafted = [json.loads(line) for line in lines]
     assert len(drafted) == 4
     for tokens, levels in drafted:
         assert all(token >= 0 for row in tokens for token in row)
         assert all(0 <= level < 16 for row in levels for level in row)
 
 
-_CHAINS_OF_NO_NUMBERS = """
+_INFINITE_AND_NO_NUMBERS = """
 import itertools, json
 import numpy as np, torch
 from kernels.native import MatrixPart, PackedMatrix, Team
 from kernels.choose_tokens import RowSampling
 from kernels.native_chain import ChainBatch, ChainStop, NativeChain
 from kernels.native_decoder import Decoder, KvCache, LayerWeights
+from kernels.kept_thresholds import Limits
+from tests.native_calls import kept_thresholds
+
+limits = Limits(*(torch.tensor([value], dtype=kind) for value, kind in
+                  ((40, torch.int32), (1.0, torch.float64), (0.0, torch.float64))))
+print(kept_thresholds(torch.full((1, 300), torch.inf), torch.ones(1), limits).item())
 
 H, V, D = 64, 128, 32
 team = Team(1)

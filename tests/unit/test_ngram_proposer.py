@@ -11,27 +11,17 @@ from engine.messages import SamplingParams
 from engine.request import Request
 from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer, RunningTexts
 from engine.step_plan import DraftSlot
-from kernels.session_options import MAX_REPEATS as MAX_PLACES
-from tests.reference.text_matches import MAX_LENGTH
+from tests.reference.text_matches import TextMatches, copied
 
 SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
 texts = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 
 
 def expected_draft(text: list[int], count: int) -> list[int]:
-    """By definition: of the latest places where the last two tokens came before, the one where most tokens agree."""
-    places = [place for place in range(2, len(text)) if text[place - 2 : place] == text[-2:]][-MAX_PLACES:]
-
-    def length(place: int) -> int:
-        return max(n for n in range(min(place, MAX_LENGTH) + 1) if text[place - n : place] == text[len(text) - n :])
-
-    best = max(reversed(places), key=length, default=-1)
-    if best < 0 or length(best) < MIN_MATCH:
-        return []
-    whole = list(text)
-    for place in range(best, best + count):
-        whole.append(whole[place])
-    return whole[len(text) :]
+    whole = TextMatches()
+    whole.extend(text)
+    place, length = whole.longest()
+    return copied(text, place, count) if length >= MIN_MATCH else []
 
 
 def propose(proposer: NgramProposer, request: Request, count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the prefix cache gives, to whom, and what it never gives. More examples: test_kv_cache_manager.py."""
+"""What the prefix cache gives, to whom, and what it never gives. ``test_block_pool.py`` has its bookkeeping."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def request(name: str, prompt: list[int], tenant: str = "red", prompt_logprobs: 
     return Request(name, b"", tenant, sampling, prompt)
 
 
-def manager(num_blocks: int = 16) -> KVCacheManager:
-    return KVCacheManager(num_blocks, BLOCK_SIZE, prefix_caching=True)
+def manager(num_blocks: int = 16, prefix_caching: bool = True) -> KVCacheManager:
+    return KVCacheManager(num_blocks, BLOCK_SIZE, prefix_caching)
 
 
 def compute(kv: KVCacheManager, request: Request, num_tokens: int | None = None) -> None:
@@ -83,7 +83,10 @@ def test_hash_chains_of_tenants_differ_from_the_root(one: str, other: str, token
 
 def test_a_preempted_request_finds_its_own_output_again() -> None:
     kv = manager()
-    compute(kv, preempted := request("a", list(range(6)), prompt_logprobs=0))
+    compute(kv, request("of the same prompt", list(range(6))))
+    preempted = request("a", list(range(6)), prompt_logprobs=0)
+    assert kv.find_cached_prefix(preempted) == 0, "every row of its prompt is wanted"
+    compute(kv, preempted)
     for token in (6, 7, 8):
         preempted.output_token_ids.append(token)
         preempted.all_token_ids.append(token)
@@ -131,6 +134,12 @@ def test_refusal_changes_nothing() -> None:
     assert not kv.allocate(holder, 17)
     assert kv.num_used_blocks == 2
     assert kv.allocate(request("d", [9] * 4), 4)
+
+
+def test_it_can_be_off() -> None:
+    kv = manager(prefix_caching=False)
+    compute(kv, request("a", list(range(10))))
+    assert kv.find_cached_prefix(request("b", list(range(10)))) == 0
 
 
 def test_free_is_harmless_for_a_request_without_blocks() -> None:

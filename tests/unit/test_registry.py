@@ -42,18 +42,25 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return directory
 
 
+def add_to_registry(monkeypatch: pytest.MonkeyPatch, name: str, content: list[bytes]) -> RegistryModel:
+    """A model of the parts that the index holds."""
+    whole = b"".join(content)
+    entry = RegistryModel(
+        parts=tuple(
+            Part(f"tinypart{number}==1.0", f"tinypart{number}/data.bin") for number in range(1, 1 + len(content))
+        ),
+        sha256=hashlib.sha256(whole).hexdigest(),
+        num_bytes=len(whole),
+        description=name,
+    )
+    monkeypatch.setitem(REGISTRY, name, entry)
+    return entry
+
+
 @pytest.fixture
 def model(index: Path, monkeypatch: pytest.MonkeyPatch) -> RegistryModel:
-    """A registry model "two-parts" that the index holds."""
-    content = b"".join(CONTENT)
-    entry = RegistryModel(
-        parts=tuple(Part(f"tinypart{number}==1.0", f"tinypart{number}/data.bin") for number in (1, 2)),
-        sha256=hashlib.sha256(content).hexdigest(),
-        num_bytes=len(content),
-        description="two parts",
-    )
-    monkeypatch.setitem(REGISTRY, "two-parts", entry)
-    return entry
+    """A registry model "tiny" of one part, since pip takes a second for each."""
+    return add_to_registry(monkeypatch, "tiny", CONTENT[:1])
 
 
 def resolve(name: str, cache_dir: Path) -> Path:
@@ -61,45 +68,48 @@ def resolve(name: str, cache_dir: Path) -> Path:
 
 
 def change_registry(monkeypatch: pytest.MonkeyPatch, model: RegistryModel, **changes: object) -> None:
-    monkeypatch.setitem(REGISTRY, "two-parts", RegistryModel(**{**vars(model), **changes}))
+    monkeypatch.setitem(REGISTRY, "tiny", RegistryModel(**{**vars(model), **changes}))
 
 
-def test_parts_are_joined_in_order_and_nothing_else_is_left(model: RegistryModel, tmp_path: Path) -> None:
+def test_parts_are_joined_in_order_and_nothing_else_is_left(
+    index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    add_to_registry(monkeypatch, "two-parts", CONTENT)
     path = resolve("two-parts", tmp_path / "cache")
     assert path.read_bytes() == b"".join(CONTENT)
     assert {file.name for file in path.parent.iterdir()} == {path.name, path.name + ".verified.json"}
 
 
 def test_second_time_needs_no_index(model: RegistryModel, index: Path, tmp_path: Path) -> None:
-    path = resolve("two-parts", tmp_path / "cache")
+    path = resolve("tiny", tmp_path / "cache")
     for wheel in index.iterdir():
         wheel.unlink()
-    assert resolve("two-parts", tmp_path / "cache") == path
+    assert resolve("tiny", tmp_path / "cache") == path
 
 
 def test_changed_file_is_fetched_again(model: RegistryModel, tmp_path: Path) -> None:
-    path = resolve("two-parts", tmp_path / "cache")
+    path = resolve("tiny", tmp_path / "cache")
     path.write_bytes(b"x" * model.num_bytes)  # of the same size
-    assert resolve("two-parts", tmp_path / "cache").read_bytes() == b"".join(CONTENT)
+    assert resolve("tiny", tmp_path / "cache").read_bytes() == CONTENT[0]
 
 
 def test_file_put_there_by_hand_is_checked_then_used(model: RegistryModel, index: Path, tmp_path: Path) -> None:
     for wheel in index.iterdir():
         wheel.unlink()
-    path = tmp_path / "cache" / "models" / "two-parts" / "two-parts.gguf"
+    path = tmp_path / "cache" / "models" / "tiny" / "tiny.gguf"
     path.parent.mkdir(parents=True)
-    path.write_bytes(b"".join(CONTENT))
-    assert resolve("two-parts", tmp_path / "cache") == path
+    path.write_bytes(CONTENT[0])
+    assert resolve("tiny", tmp_path / "cache") == path
     path.write_bytes(b"something else")
     with pytest.raises(ModelError, match=r"pip could not download tinypart1==1\.0"):
-        resolve("two-parts", tmp_path / "cache")
+        resolve("tiny", tmp_path / "cache")
 
 
 def test_wrong_sha256_leaves_no_file(model: RegistryModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_registry(monkeypatch, model, sha256="0" * 64)
-    with pytest.raises(ModelError, match=f"two-parts: downloaded file has sha256 {model.sha256}, expected 0000"):
-        resolve("two-parts", tmp_path / "cache")
-    assert list((tmp_path / "cache" / "models" / "two-parts").iterdir()) == []
+    with pytest.raises(ModelError, match=f"tiny: downloaded file has sha256 {model.sha256}, expected 0000"):
+        resolve("tiny", tmp_path / "cache")
+    assert list((tmp_path / "cache" / "models" / "tiny").iterdir()) == []
 
 
 def test_missing_package_and_missing_member_are_named(
@@ -107,10 +117,10 @@ def test_missing_package_and_missing_member_are_named(
 ) -> None:
     change_registry(monkeypatch, model, parts=(Part("no-such-part==1.0", "data.bin"),))
     with pytest.raises(ModelError, match=r"(?s)pip could not download no-such-part==1\.0: .*No matching distribution"):
-        resolve("two-parts", tmp_path / "cache")
+        resolve("tiny", tmp_path / "cache")
     change_registry(monkeypatch, model, parts=(Part("tinypart1==1.0", "tinypart1/other.bin"),))
     with pytest.raises(ModelError, match=r"cannot read tinypart1/other\.bin"):
-        resolve("two-parts", tmp_path / "cache")
+        resolve("tiny", tmp_path / "cache")
 
 
 def test_source_archives_are_never_built(
@@ -127,14 +137,14 @@ def test_source_archives_are_never_built(
     )
     subprocess.run(["tar", "czf", index / "tinypart1-1.0.tar.gz", "-C", tmp_path, "tinypart1-1.0"], check=True)
     with pytest.raises(ModelError, match=r"pip could not download tinypart1==1\.0"):
-        resolve("two-parts", tmp_path / "cache")
+        resolve("tiny", tmp_path / "cache")
     assert not proof.exists()
 
 
 def test_unwritable_cache_is_a_clear_error(model: RegistryModel, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file, not a directory")
-    with pytest.raises(ModelError, match="two-parts: cannot be stored in"):
-        resolve("two-parts", tmp_path / "cache")
+    with pytest.raises(ModelError, match="tiny: cannot be stored in"):
+        resolve("tiny", tmp_path / "cache")
 
 
 def test_paths_are_used_as_they_are(tmp_path: Path) -> None:

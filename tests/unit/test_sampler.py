@@ -21,7 +21,6 @@ from engine.messages import Grammar, SamplingParams
 from engine.request import Request
 from engine.sampling.choose import choose_tokens
 from engine.sampling.grammar_pool import GrammarPool
-from engine.sampling.logprobs import token_logprobs
 from engine.sampling.sampler import Sampler, SamplingRows
 from kernels.gumbel_argmax import gumbel_noise
 from tests.exact_distribution import distribution, edited
@@ -98,34 +97,6 @@ def test_choices_follow_the_exact_distribution(sampler: Sampler, name: str) -> N
     p = params(**SETTINGS[name])
     expected = torch.tensor(distribution(edited(logits.tolist(), p, prompt, output), p))
     assert chi_square_p(torch.bincount(sampled, minlength=30), expected) > FALSE_ALARM
-
-
-def test_two_tokens_with_drafts_follow_the_exact_joint_distribution(sampler: Sampler) -> None:
-    """10,000 seeds over 6 x 6 pairs; the second row's penalties must see the first token, its noise be new."""
-    table = torch.randn(7, 6, generator=torch.Generator().manual_seed(1)) * 1.2
-    p = params(presence_penalty=0.9, frequency_penalty=0.3)
-    counts = torch.zeros(6, 6)
-    rows, logits = [], []
-    for seed in range(10_000):
-        draft = seed % 6
-        rows.append(
-            SamplingRows(
-                added(sampler, params(seed, presence_penalty=0.9, frequency_penalty=0.3), name=str(seed)), (draft,)
-            )
-        )
-        logits += [table[6], table[draft]]
-    for row, sampled in zip(rows, sampler.sample(torch.stack(logits), rows), strict=True):
-        first, *rest = sampled.token_ids
-        if not rest:
-            row.request.output_token_ids.append(first)
-            [again] = sampler.sample(table[first : first + 1], [SamplingRows(row.request)])
-            rest = again.token_ids
-        counts[first, rest[0]] += 1
-    expected = []
-    for first, chance in enumerate(distribution(table[6].tolist(), p)):
-        second = distribution(edited(table[first].tolist(), p, [], [first]), p)
-        expected.append([chance * q for q in second])
-    assert chi_square_p(counts, torch.tensor(expected)) > FALSE_ALARM
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.5, 2.0, 6.0])
@@ -242,12 +213,6 @@ def test_state_of_a_request_is_rebuilt_after_forget(sampler: Sampler) -> None:
 # --- single parameters ---
 
 
-def test_greedy_takes_the_lowest_of_equals(sampler: Sampler) -> None:
-    logits = torch.zeros(1, VOCAB)
-    logits[0, [7, 4, 90]] = 2.0
-    assert sampler.sample(logits, [SamplingRows(added(sampler, params(temperature=0.0)))])[0].token_ids == [4]
-
-
 def test_min_tokens_counts_drafts_as_history(sampler: Sampler) -> None:
     """EOS is the favourite everywhere, but not allowed before two tokens."""
     logits = torch.zeros(3, VOCAB)
@@ -291,14 +256,6 @@ def test_logprobs_stop_where_the_tokens_stop(sampler: Sampler) -> None:
     [sampled] = sampler.sample(logits, [SamplingRows(request, (9, 8))])
     assert sampled.token_ids == [9, 9]
     assert [(e.token_id, e.top) for e in sampled.logprobs or []] == [(9, []), (9, [])]
-
-
-def test_prompt_logprobs_use_the_same_function() -> None:
-    logits = torch.randn(3, 50)
-    entries = token_logprobs(logits, range(3), [4, 5, 6], [0, 0, 0])
-    assert [e.token_id for e in entries] == [4, 5, 6]
-    chosen = logits.log_softmax(1)[torch.arange(3), torch.tensor([4, 5, 6])]
-    assert [e.logprob for e in entries] == pytest.approx(chosen.tolist(), abs=1e-5)
 
 
 @settings(max_examples=30)

@@ -51,7 +51,7 @@ simulations = st.builds(
 )
 
 
-@settings(max_examples=250)
+@settings(max_examples=150)
 @given(simulation=simulations, arrivals=st.lists(arrivals, min_size=1, max_size=20))
 def test_every_request_finishes_with_the_models_own_output(simulation: Simulation, arrivals: list[Arrival]) -> None:
     """Whatever arrives, is aborted, drafted or preempted; ``Simulation`` checks bounds and order at each step."""

@@ -232,7 +232,7 @@ loads = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=35, deadline=None)
 @given(
     loads=st.lists(loads, min_size=2, max_size=8),
     num_blocks=st.integers(13, 40),

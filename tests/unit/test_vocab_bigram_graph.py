@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from engine.draft_vocab import bigram_graph
 from engine.draft_vocab.bigram_graph import BigramGraph, BigramGraphError, build_bigram_graph
-from tests.reference.bigram_graph import NEIGHBOURS_PER_SEED, TenantBigrams, continuations, neighbours
+from tests.reference.bigram_graph import TenantBigrams, neighbours
 
 VOCAB = 12
 
@@ -50,16 +49,6 @@ def test_out_degree_and_probability_are_bounded() -> None:
     assert neighbours(graph, 0, 1000).tolist() == list(range(100, 36, -1))
     rare = graph_of([0, 1] * 60_000 + [0, 2] * 6)  # p(2 | 0) = 1e-4 · 0.9999
     assert neighbours(rare, 0).tolist() == [1]
-
-
-def test_continuations_for_the_prior_are_between_0_and_1() -> None:
-    graph = graph_of([1, 2] * 30 + [1, 3] * 10 + [4, 4] * 6)
-    result = continuations(graph, np.array([1, -1, 11, 0], np.int32), width=2)
-    assert result.token_ids.tolist() == [[2, 3], [-1, -1], [-1, -1], [-1, -1]]
-    expected = [1 + np.log(p) / np.log(1e4) for p in (0.75, 0.25)]
-    assert result.values[0] == pytest.approx(expected, rel=1e-4)
-    assert not result.values[1:].any()
-    assert (continuations(graph_of([]), np.array([1], np.int32)).token_ids == -1).all()
 
 
 def test_a_file_gives_the_graph_back(tmp_path: Path) -> None:
@@ -105,8 +94,3 @@ def test_a_tenants_own_text_moves_the_general_graph() -> None:
     alone = TenantBigrams(None)
     alone.observe([1, 7, 1, 8, 1, 7])
     assert alone.neighbours(1) == [7, 8]
-
-
-def test_bounds_are_the_papers() -> None:
-    assert (bigram_graph.MAX_OUT_DEGREE, bigram_graph.MIN_COUNT, bigram_graph.MIN_PROBABILITY) == (64, 5, 1e-4)
-    assert NEIGHBOURS_PER_SEED == 8

@@ -17,33 +17,12 @@ from tests.reference.prior_weights import PriorWeights, learn
 VOCAB = 500
 
 
-def continuations(*rows: dict[int, float]) -> Continuations:
-    width = max(map(len, rows))
-    ids = [[*row, *[-1] * (width - len(row))] for row in rows]
-    values = [[*row.values(), *[0.0] * (width - len(row))] for row in rows]
-    return Continuations(np.array(ids, np.int32), np.array(values, np.float32))
-
-
 def log_likelihood(candidates: Candidates, weights: FloatArray, targets: NDArray[np.int32]) -> FloatArray:
     """[B]: log softmax(scores) of the target's token, 0 where it is not among the candidates."""
     places, scores = candidates.find(targets), candidates.scores(weights)
     with np.errstate(invalid="ignore"):  # rows without a candidate
         chosen = scores[np.arange(len(places)), places] - np.logaddexp.reduce(scores, axis=1)
     return np.where(places >= 0, chosen, 0.0)
-
-
-def test_features_say_what_each_statistic_knows() -> None:
-    token_ids = np.array([[4, 5, -1], [4, 6, 7]], np.int32)
-    in_session = np.array([[1, 0, 0], [0, 1, 1]], np.float32)
-    counts = continuations({5: 0.5}, {}), continuations({}, {7: 2.0})
-    features = bonus_features(
-        token_ids, in_session, *counts, continuations({4: 0.1}, {4: 1}), continuations({}, {6: 3.0})
-    )
-    assert features.shape == (2, 3, NUM_FEATURES)
-    assert features[0] == pytest.approx(np.array([[1, 0, 0, 0.1, 0], [0, 0.5, 0, 0, 0], [0] * 5]))
-    assert features[1] == pytest.approx(np.array([[0, 0, 0, 1, 0], [1, 0, 0, 0, 3.0], [1, 0, 2.0, 0, 0]]))
-    without_graph = bonus_features(token_ids, in_session, continuations({}, {}), continuations({}, {}), None, None)
-    assert not without_graph[:, :, 1:].any()
 
 
 def random_candidates(rng: np.random.Generator, batch: int, width: int) -> tuple[Candidates, NDArray[np.int32]]:
@@ -84,17 +63,6 @@ def test_infinite_logits_teach_nothing() -> None:
     weights = PriorWeights([1.0] * NUM_FEATURES)
     learn([weights, weights], candidates, targets)
     assert weights.learned.tolist() == [1.0] * NUM_FEATURES
-
-
-def test_one_step_is_the_rate_times_the_gradient_for_each_position() -> None:
-    candidates, targets = random_candidates(np.random.default_rng(3), 3, 6)
-    own, other = PriorWeights([1.0] * NUM_FEATURES), PriorWeights()
-    ascents = gradient(
-        candidates, np.array([[1.0] * NUM_FEATURES, [0.0] * NUM_FEATURES, [1.0] * NUM_FEATURES]), targets
-    )
-    learn([own, other, own], candidates, targets)
-    assert own.learned == pytest.approx(1.0 + 0.05 * (ascents[0] + ascents[2]), rel=1e-5)
-    assert other.learned == pytest.approx(np.maximum(0.05 * ascents[1], 0.0), rel=1e-5)
 
 
 class Session:

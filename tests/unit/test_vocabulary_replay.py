@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-from benchmarks.common.draft_traces import DEPTH, TARGET_TOP_K, WIDTH, Trace, load, save
+from benchmarks.common.draft_traces import DEPTH, TARGET_TOP_K, WIDTH, Trace
 from benchmarks.vocabulary.replay import Replay
 from engine.config import SpeculationConfig
 from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
@@ -49,13 +47,3 @@ def test_a_tail_takes_the_prompts_tokens_and_the_prior_what_followed_before() ->
     drafts, accepted = replay("dynamic:8+64", range(8)).run(copied)
     assert accepted > 2 * drafts
     assert replay("dynamic:8+64", range(8)).run(make_trace(PROMPT, DEPTH))[1] == 0
-
-
-def test_traces_come_back_from_disk_as_they_were(tmp_path: Path) -> None:
-    trace = make_trace(PROMPT, 2)
-    save([trace, trace], tmp_path / "traces.safetensors")
-    for found in load(tmp_path / "traces.safetensors"):
-        assert (found.domain, found.prompt, found.answer) == (trace.domain, trace.prompt, trace.answer)
-        assert (found.draft_ids == trace.draft_ids).all()
-        assert (found.draft_logits == trace.draft_logits).all()
-        assert (found.likely == trace.likely).all()
