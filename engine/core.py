@@ -24,6 +24,7 @@ from engine.sampling.sampler import SampledSequence
 from engine.scheduler import QueueFull, RequestTooLong, Scheduler
 from engine.speculation.build import load_draft, make_speculator
 from engine.speculation.drafters.base import Draft
+from engine.speculation.drafters.lookup import are_predicted
 from engine.speculation.length.costs import StepCosts
 from engine.speculation.speculator import Speculator
 from engine.step_clock import StepClock
@@ -274,6 +275,7 @@ class EngineCore:
             num_accepted_tokens=one.num_accepted,
             draft_version=request.draft_state.adapter.version,
             copied=one.source == "lookup",
+            num_predicted_tokens=sum(are_predicted(one)),
             session_snapshot=snapshot,
             vocabulary=counts,
         )

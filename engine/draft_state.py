@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from engine.draft_vocab.snapshot import SessionSnapshot
     from engine.messages import SessionState
+    from engine.verification import DraftSource
 
 NONE = -1
 """No slot."""
@@ -44,6 +45,8 @@ class DraftState:
     """By the engine: what the sequence's session brought along."""
     prediction: Sequence[int] = ()
     """By the engine: tokens that the client takes the output to be."""
+    predicted: str = ""
+    """By ``RunningTexts``: the prompt's end and the prediction, a character a token, to find words in."""
     recalled: SessionSnapshot | None = None
     """By ``SessionPast``: the session's past, once it was read; its bytes are dropped then."""
     session: int = NONE
@@ -56,6 +59,8 @@ class DraftState:
     """By ``RunningTexts``: how many of its tokens are there, or are left out."""
     num_entries: int = 0
     """By ``DraftKvTracker``: how many of its first tokens have an entry in the draft's KV cache."""
+    source: DraftSource = "draft"
+    """By the speculator: who drafted last."""
     draftable: Draftable = field(default_factory=Draftable)
     """By the speculator and its policy: what decides how many tokens are drafted."""
     copy: Copy | None = None

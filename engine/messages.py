@@ -121,9 +121,9 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready", kw_only=True):
     vocabulary: str = ""
 
 
-TokenSource = Literal["target", "draft", "session", "copied"]
+TokenSource = Literal["target", "draft", "session", "copied", "prediction"]
 """Who proposed a token of an answer: the target itself; the draft, from the tokens that all sequences can draft or from
-the session's own; or the text before it, where the same words had come."""
+the session's own; the text before it, where the same words had come; or the client, who had predicted them."""
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -168,6 +168,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
     ``draft_version`` is that of the adapter that drafted them, 0: the base draft.
     ``copied``: they were copied from the sequence's own text instead.
+    ``num_predicted_tokens`` of the accepted ones were copied, and predicted by the client.
     ``session_snapshot`` comes with the last output of a sequence that has a session: what to keep of it.
     ``vocabulary`` comes with the last output of a sequence that had a draft vocabulary of its own.
     ``error`` explains ``finish_reason`` "error" in words fit for the client; ``error_kind`` says
@@ -188,6 +189,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     num_accepted_tokens: int = 0
     draft_version: int = 0
     copied: bool = False
+    num_predicted_tokens: int = 0
     session_snapshot: bytes | None = None
     vocabulary: VocabularyCounts | None = None
     error: str | None = None

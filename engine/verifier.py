@@ -110,6 +110,4 @@ class Verifier:
 
 
 def _source(sequence: ScheduledSequence) -> DraftSource | None:
-    if not sequence.num_draft_tokens:
-        return None
-    return "lookup" if sequence.request.draft_state.draftable.is_copied else "draft"
+    return sequence.request.draft_state.source if sequence.num_draft_tokens else None

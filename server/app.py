@@ -76,7 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.state.settings = settings
     app.state.leaving = app.state.draining = False
-    app.state.model = model
+    app.state.model, app.state.model_root = model, files.name
     app.state.tokenizer = tokenizer
     app.state.sampling_defaults = sampling_defaults(files)
     app.state.metrics = Metrics(model)
@@ -110,6 +110,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     work = WorkShares()
     state.serving = Serving(
         model=state.model,
+        model_root=state.model_root,
         strict=settings.http.strict,
         created=int(time.time()),
         tokenizer=state.tokenizer,

@@ -43,6 +43,7 @@ class Choice:
     num_draft_tokens: int = 0
     draft_version: int = 0
     num_tokens: int = 0
+    num_predicted_tokens: int = 0
     num_cached_tokens: int = 0
     first_output: float = 0.0
     last_output: float | None = None
@@ -51,6 +52,7 @@ class Choice:
         """Count a step that verified drafts."""
         self.draft_version = output.draft_version
         self.num_draft_tokens += output.num_draft_tokens
+        self.num_predicted_tokens += output.num_predicted_tokens
         self.steps_by_accepted += [0] * (output.num_accepted_tokens + 1 - len(self.steps_by_accepted))
         self.steps_by_accepted[output.num_accepted_tokens] += 1
 

@@ -20,7 +20,7 @@ from server.errors import ApiError, bad_request, internal_error
 from server.metrics import FINISH_REASONS
 from server.middleware import log_figures
 from server.params import TokenizedPrompt
-from server.schemas.answers import PromptTokensDetails, ResponseMetrics, Usage
+from server.schemas.answers import CompletionTokensDetails, PromptTokensDetails, ResponseMetrics, Usage
 from server.serving import Serving
 from server.tenants import Tenant
 
@@ -135,7 +135,7 @@ class Generation:
                 async for outputs in steps:
                     now = time.monotonic()
                     yield [self._to_piece(output, now) for output in outputs]
-            self._metrics.e2e_latency.observe(time.monotonic() - self._arrival)
+            self._observe_end()
         finally:
             if session is not None:
                 await self._serving.sessions.save(session, self._session_snapshots)
@@ -152,7 +152,15 @@ class Generation:
         completion_tokens = sum(choice.num_tokens for choice in choices)
         cached_tokens = sum(choice.num_cached_tokens for choice in choices[:: self._n])
         total_tokens = prompt_tokens + completion_tokens
-        return Usage(prompt_tokens, completion_tokens, total_tokens, PromptTokensDetails(cached_tokens))
+        details = PromptTokensDetails(cached_tokens)
+        return Usage(prompt_tokens, completion_tokens, total_tokens, details, self._prediction_details())
+
+    def _prediction_details(self) -> CompletionTokensDetails | UnsetType:
+        """What became of the prediction; unset without one."""
+        if not self._prediction:
+            return UNSET
+        accepted = sum(choice.num_predicted_tokens for choice in self._choices.values())
+        return CompletionTokensDetails(accepted, max(0, len(self._choices) * len(self._prediction) - accepted))
 
     def metrics(self) -> ResponseMetrics | UnsetType:
         """How the drafts fared so far; unset without speculation or with several sequences (as in vLLM)."""
@@ -241,8 +249,16 @@ class Generation:
         if output.finish_reason in FINISH_REASONS:
             metrics.finished[output.finish_reason].inc()
             metrics.decode_seconds.observe(now - choice.first_output)
+            if choice.num_tokens > 1:
+                metrics.token_seconds.observe((now - choice.first_output) / (choice.num_tokens - 1))
             metrics.request_prompt_tokens.observe(len(self.prompt_of(choice.index).token_ids))
             metrics.request_generation_tokens.observe(choice.num_tokens)
+
+    def _observe_end(self) -> None:
+        self._metrics.e2e_latency.observe(time.monotonic() - self._arrival)
+        lengths = [choice.num_tokens for choice in self._choices.values()]
+        for first in range(0, len(lengths), self._n):
+            self._metrics.most_generation_tokens.observe(max(lengths[first : first + self._n]))
 
 
 def _engine_error(output: EngineOutput) -> ApiError:

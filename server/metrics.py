@@ -54,8 +54,10 @@ class TenantMetrics:
         self.queue_seconds = metrics.queue_seconds.labels(*labels)
         self.prefill_seconds = metrics.prefill_seconds.labels(*labels)
         self.decode_seconds = metrics.decode_seconds.labels(*labels)
+        self.token_seconds = metrics.token_seconds.labels(*labels)
         self.request_prompt_tokens = metrics.request_prompt_tokens.labels(*labels)
         self.request_generation_tokens = metrics.request_generation_tokens.labels(*labels)
+        self.most_generation_tokens = metrics.most_generation_tokens.labels(*labels)
         self.finished = {reason: metrics.finished.labels(*labels, reason) for reason in FINISH_REASONS}
         metrics.disconnects.labels(*labels)  # shown as 0 from the start
         self._metrics = metrics
@@ -156,8 +158,12 @@ class Metrics:
         self.prefill_seconds = histogram("request_prefill_time_seconds", about, _SECONDS, *labels)
         about = "From its first token to its last."
         self.decode_seconds = histogram("request_decode_time_seconds", about, _SECONDS, *labels)
+        about = "Seconds a token of a sequence, after its first."
+        self.token_seconds = histogram("request_time_per_output_token_seconds", about, _SECONDS, *labels)
         self.request_prompt_tokens = histogram("request_prompt_tokens", "Of a sequence.", _TOKENS, *labels)
         self.request_generation_tokens = histogram("request_generation_tokens", "Of a sequence.", _TOKENS, *labels)
+        about = "Of the longest of a prompt's sequences."
+        self.most_generation_tokens = histogram("request_max_num_generation_tokens", about, _TOKENS, *labels)
         self.finished = counter("request_success", "Sequences that came to their end.", *labels, "finished_reason")
 
     def _define_speculation_metrics(self, families: MetricFamilies, *labels: str) -> None:

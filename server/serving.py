@@ -23,9 +23,14 @@ from server.work_shares import WorkShares
 
 @dataclass(frozen=True)
 class Serving:
-    """The parts of a running server. ``created`` is the start in Unix seconds; ``strict``: see ``HttpConfig``."""
+    """The parts of a running server.
+
+    ``model_root``: the model's own name, whatever it is served as. ``created`` is the start in Unix seconds.
+    ``strict``: see ``HttpConfig``.
+    """
 
     model: str
+    model_root: str
     strict: bool
     created: int
     tokenizer: Tokenizer

@@ -32,8 +32,10 @@ _HISTOGRAMS = (
     "request_queue_time_seconds",
     "request_prefill_time_seconds",
     "request_decode_time_seconds",
+    "request_time_per_output_token_seconds",
     "request_prompt_tokens",
     "request_generation_tokens",
+    "request_max_num_generation_tokens",
     "iteration_tokens_total",
 )
 _OUR_NAMES = {"num_preemptions": "preemptions", "iteration_tokens_total": "engine_step_tokens"}

@@ -18,7 +18,7 @@ from engine.online.verify_log import VerifyLog
 from engine.online.whole_draft import WholeDraft
 from engine.request import Request
 from engine.speculation.drafters.base import Proposer
-from engine.speculation.drafters.lookup import PromptLookup
+from engine.speculation.drafters.lookup import PromptLookup, are_predicted
 from engine.speculation.length.policy import Chain, LengthPolicy
 from engine.step_plan import DraftSlot, SchedulerOutput
 from engine.verification import Verification
@@ -90,9 +90,11 @@ class Speculator:
             state = slot.request.draft_state
             state.begin_step()
             if state.copy is not None and state.draftable.is_copied:
+                state.source = "lookup"
                 slot.request.draft_token_ids += state.copy.token_ids[: slot.num_tokens]
                 state.confidence = state.copy.repeat.levels[: slot.num_tokens]
             else:
+                state.source = self._proposer.source
                 drafting.append(slot)
         if drafting:
             sequences = [slot.request.draft_state.draftable for slot in drafting]
@@ -187,14 +189,16 @@ class Speculator:
         return first_right
 
     def with_sources(self, one: Verification, entries: list[TokenLogprob]) -> list[TokenLogprob]:
-        """The log-probabilities of a step's tokens, with who proposed each of them."""
-        accepted, own = entries[: one.num_accepted], entries[one.num_accepted :]
-        return [msgspec.structs.replace(entry, source=self._source(one, entry.token_id)) for entry in accepted] + own
+        """The log-probabilities of a committed step's tokens, with who proposed each of them."""
+        sources = [self._source(one, *accepted) for accepted in zip(one.kept, are_predicted(one), strict=False)]
+        named = zip(entries, sources, strict=False)
+        accepted = [msgspec.structs.replace(entry, source=source) for entry, source in named]
+        return accepted + entries[one.num_accepted :]
 
-    def _source(self, one: Verification, token_id: int) -> TokenSource:
+    def _source(self, one: Verification, token_id: int, is_predicted: bool) -> TokenSource:
         """Who proposed an accepted token."""
         if one.source == "lookup":
-            return "copied"
+            return "prediction" if is_predicted else "copied"
         return "draft" if self._vocab is None or self._vocab.in_core(token_id) else "session"
 
     def add_stats(self, stats: EngineStats) -> EngineStats:

@@ -1,7 +1,7 @@
 // A chat whose answers show where each of their tokens came from.
 import { call, model, tell } from "./main.js";
 
-const SOURCES = ["target", "draft", "session", "copied"];
+const SOURCES = ["target", "draft", "session", "copied", "prediction"];
 const DRAWN_EVERY = 100; // milliseconds
 const byId = (id) => document.getElementById(id);
 const history = [];
@@ -113,7 +113,7 @@ function describe(result, without) {
   return line;
 }
 
-async function ask(prompt) {
+async function ask(prompt, prediction) {
   const question = addMessage("user");
   question.text.textContent = prompt;
   history.push({ role: "user", content: prompt });
@@ -123,6 +123,7 @@ async function ask(prompt) {
     temperature: Number(byId("temperature").value),
     max_tokens: Number(byId("max-tokens").value),
     seed: 1,
+    ...(prediction && { prediction: { type: "content", content: prediction } }),
   };
   const message = addMessage("assistant");
   const result = await answer(message, body).catch((error) => {
@@ -141,7 +142,7 @@ async function ask(prompt) {
 }
 
 export function startChat() {
-  const form = byId("ask"), prompt = byId("prompt"), send = byId("send");
+  const form = byId("ask"), prompt = byId("prompt"), expected = byId("prediction"), send = byId("send");
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     const text = prompt.value.trim();
@@ -151,7 +152,8 @@ export function startChat() {
     tell(null);
     const length = history.length;
     try {
-      await ask(text);
+      await ask(text, expected.value);
+      expected.value = "";
     } catch (error) {
       history.length = length;
       prompt.value = text;

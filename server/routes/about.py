@@ -40,6 +40,7 @@ def _card(serving: Serving) -> ModelCard:
     return ModelCard(
         id=serving.model,
         created=serving.created,
+        root=serving.model_root,
         max_model_len=serving.engine_info.max_model_len,
         default_sampling_params=serving.sampling_defaults,
     )

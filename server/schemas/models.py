@@ -12,13 +12,15 @@ from engine.models.sampling_defaults import SamplingDefaults
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """The served model. ``max_model_len`` bounds prompt plus output, in tokens.
 
-    ``default_sampling_params``: for what a request leaves out.
+    ``root``: what it was before ``--served-model-name``, such as its Hugging Face id. ``default_sampling_params``: for
+    what a request leaves out.
     """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "evospec"
+    root: str
     max_model_len: int
     default_sampling_params: SamplingDefaults
 

@@ -53,6 +53,8 @@ VLLM_QUERIES = (
             "request_prefill_time_seconds_sum",
             "request_decode_time_seconds_sum",
             "request_prompt_tokens_sum",
+            "request_generation_tokens_sum",
+            "request_max_num_generation_tokens_sum",
             "iteration_tokens_total_sum",
             "spec_decode_num_drafts_total",
             "spec_decode_num_draft_tokens_total",
@@ -62,7 +64,10 @@ VLLM_QUERIES = (
     ]
     + [
         f"histogram_quantile(0.99, sum by (le) (rate(vllm:{name}_bucket[{RATE_INTERVAL}])))"
-        for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds")
+        for name in (
+            *("time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"),
+            *("request_time_per_output_token_seconds", "request_prompt_tokens"),
+        )
     ]
     + ["vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"]
 )

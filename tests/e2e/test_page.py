@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 KEYS = {"acme": "secret-a", "beta": "secret-b", "prometheus": "secret-p"}
 ADMIN = "secret-o"
 QUESTION = "Write a Python function that returns the n-th Fibonacci number."
-SOURCES = ("target", "draft", "session", "copied")
+SOURCES = ("target", "draft", "session", "copied", "prediction")
 MOST_TOKENS = 96
 TIMEOUT = 60_000
 
@@ -94,7 +94,16 @@ def test_an_answer_is_coloured_by_where_its_tokens_came_from(browser: Browser, s
         timeout=60,
         trust_env=False,
     )
-    assert answer.inner_text() == response.json()["choices"][0]["message"]["content"]
+    text = response.json()["choices"][0]["message"]["content"]
+    assert answer.inner_text() == text
+    page.click("#clear")
+    page.click("summary")
+    page.fill("#prediction", text)
+    predicted = counted(ask(page, QUESTION))
+    assert answer.inner_text() == text
+    assert predicted["prediction"] > total / 2
+    assert sum(predicted.values()) == total
+    assert page.input_value("#prediction") == ""
 
 
 def test_acceptance_shown_is_that_of_the_metrics_and_each_tenant_sees_its_own(

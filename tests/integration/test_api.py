@@ -281,7 +281,7 @@ async def test_models_and_tokens(serve: Any) -> None:
         text = (await api.client.post("/detokenize", json={"tokens": tokens["tokens"]})).json()
         rendered = (await api.client.post("/detokenize", json={"tokens": chat["tokens"]})).json()
     assert models["data"] == [model.json()]
-    assert (model.json()["id"], model.json()["max_model_len"]) == ("tiny", 64)
+    assert (model.json()["id"], model.json()["root"], model.json()["max_model_len"]) == ("tiny", "tiny", 64)
     assert model.json()["default_sampling_params"]["temperature"] == 0.7
     assert missing.status_code == 404
     assert tokens["count"] == len(tokens["tokens"])

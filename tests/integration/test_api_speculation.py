@@ -50,6 +50,24 @@ async def test_a_response_says_how_its_drafts_fared(serve: Any, path: str) -> No
     assert not any("metrics" in event for event in [*events[:-2], *without_usage[:-1]])
 
 
+async def test_usage_says_what_became_of_a_prediction(serve: Any) -> None:
+    def predicted(request: EngineRequest) -> Iterable[EngineOutput]:
+        accepted = min(3, len(request.prediction_token_ids))
+        drafts = {"num_draft_tokens": 4, "num_accepted_tokens": 3, "num_predicted_tokens": accepted}
+        yield EngineOutput(request_id=request.request_id, token_ids=[100] * 4, finish_reason="length", **drafts)
+
+    async with serve(predicted, draft="tiny") as api:
+        count = len(api.tokenizer.encode("The dog and the cat", add_special_tokens=False))
+        prediction = {"type": "content", "content": "The dog and the cat"}
+        whole = (await api.post("/v1/chat/completions", prediction=prediction, n=2)).json()["usage"]
+        without = (await api.post("/v1/chat/completions")).json()["usage"]
+    assert whole["completion_tokens_details"] == {
+        "accepted_prediction_tokens": 6,
+        "rejected_prediction_tokens": 2 * count - 6,
+    }
+    assert "completion_tokens_details" not in without
+
+
 async def test_no_figures_without_a_draft_or_for_several_sequences(serve: Any) -> None:
     async with serve(speculating) as api:
         assert "metrics" not in (await api.post("/v1/completions")).json()

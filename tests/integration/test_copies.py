@@ -68,17 +68,23 @@ def engine(
     return Engine(files, Setting(max_num_seqs=4), speculation)
 
 
-def outputs_of(copying: Engine, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[EngineOutput]:
-    """Of all steps."""
+def recorded(copying: Engine) -> list[EngineOutput]:
+    """The outputs of all its steps from now on."""
     outputs: list[EngineOutput] = []
     step = copying.core.step
 
-    def recorded() -> tuple[Outputs, StepTimings | None]:
+    def recorded_step() -> tuple[Outputs, StepTimings | None]:
         of_step, timings = step()
         outputs.extend(chain.from_iterable(of_step.values()))
         return of_step, timings
 
-    copying.core.step = recorded  # type: ignore[method-assign]
+    copying.core.step = recorded_step  # type: ignore[method-assign]
+    return outputs
+
+
+def outputs_of(copying: Engine, prompts: list[list[int]], sampling: list[SamplingParams]) -> list[EngineOutput]:
+    """Of all steps."""
+    outputs = recorded(copying)
     copying.generate(prompts, sampling)
     return outputs
 
@@ -144,22 +150,27 @@ def test_what_is_predicted_comes_in_few_steps_and_the_answer_is_the_same(
     draft = str(make_draft_directory(tmp_path, files)) if method == "eagle3" else None
     predicting = Engine(files, Setting(max_num_seqs=4), SpeculationConfig(method=method, draft=draft))
     prompt = list(range(40, 60))
-    sampling = SamplingParams(max_tokens=90, seed=5, temperature=temperature, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=90, seed=5, temperature=temperature, ignore_eos=True, logprobs=0)
+    outputs = recorded(predicting)
 
-    def answer(prediction: Sequence[int]) -> tuple[list[int], int]:
-        request_id, steps = predicting.add(prompt, sampling, prediction=prediction), 0
+    def answer(prediction: Sequence[int]) -> tuple[list[int], int, Counter[str]]:
+        outputs.clear()
+        request_id = predicting.add(prompt, sampling, prediction=prediction)
         while predicting.is_busy:
             predicting.step()
-            steps += 1
-        return predicting.output(request_id), steps
+        sources = Counter(entry.source for output in outputs for entry in output.logprobs or [])
+        assert sources["prediction"] == sum(output.num_predicted_tokens for output in outputs)
+        return predicting.output(request_id), len(outputs), sources
 
-    alone, steps = answer(())
+    alone, steps, sources = answer(())
+    assert "prediction" not in sources
     most = MAX_COPIED_TOKENS if method == "eagle3" else MAX_SPECULATIVE_TOKENS
     for wrong, allowed in (((), 0), ((30,), 6), (range(0, 90, 2), steps), (range(90), steps)):
         prediction = [token_id + 1 if place in wrong else token_id for place, token_id in enumerate(alone)]
-        again, needed = answer(prediction)
+        again, needed, sources = answer(prediction)
         assert again == alone
         assert needed <= 2 + 90 / most + allowed
+        assert set(sources) == {"target", "prediction"} or wrong
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

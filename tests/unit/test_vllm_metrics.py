@@ -23,6 +23,7 @@ def rendered() -> str:
         own.ttft.observe(0.02)
         own.finished["stop"].inc()
         own.request_prompt_tokens.observe(10)
+        own.most_generation_tokens.observe(5)
     stats: dict[str, Any] = dict.fromkeys(EngineStats.__struct_fields__, 0) | {"blocks_used": 1, "blocks_total": 4}
     metrics.engine._observe_stats(EngineStats(**stats | {"num_running": 2, "waiting_by_tenant": {}, "alignment": None}))
     return metrics.render().decode()
@@ -49,6 +50,7 @@ def test_tenants_are_summed_under_vllms_labels() -> None:
     assert value("vllm:time_to_first_token_seconds_bucket", le="0.025") == 3
     assert value("vllm:time_to_first_token_seconds_bucket", le="+Inf") == 3
     assert value("vllm:request_prompt_tokens_sum") == 30
+    assert value("vllm:request_max_num_generation_tokens_sum") == 15
     assert value("vllm:spec_decode_num_accepted_tokens_per_pos_total", position="1") == 6
     assert value("vllm:spec_decode_num_accepted_tokens_per_pos_total", position="2") == 3
 

@@ -16,6 +16,7 @@ from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.verification import DraftSource
 
 
 class Proposer:
@@ -27,6 +28,8 @@ class Proposer:
 
     capture_layers: tuple[int, ...] = ()
     """The decoder layers whose output ``after_verification`` wants, in ascending order."""
+    source: DraftSource = "draft"
+    """Who drafted what it proposes."""
     stops_early: bool = False
     """Whether ``propose`` follows a ``StopRule``; otherwise it is given none."""
 

@@ -14,6 +14,7 @@ from engine.request import Request
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.length.policy import Copy, Repeat, StopRule
 from engine.step_plan import DraftSlot
+from engine.verification import Verification
 from kernels.native_chain import CONFIDENCE_LEVELS
 from kernels.native_texts import Texts
 from kernels.session_library import TokenRows
@@ -60,7 +61,9 @@ class RunningTexts:
         if said := state.said:
             rows.add(state.text, said)
         if predicted:
-            rows.add(state.text, [*request.prompt_token_ids[-TEXT_BEFORE:], *predicted])
+            token_ids = [*request.prompt_token_ids[-TEXT_BEFORE:], *predicted]
+            rows.add(state.text, token_ids)
+            state.predicted = "".join(map(chr, token_ids))
 
     def take(self, request: Request, count: int) -> int:
         """The slot of the text to which the caller appends the next tokens of a sequence; NONE: ``read`` does that."""
@@ -112,6 +115,18 @@ class PromptLookup:
         self._texts.forget(request)
 
 
+def are_predicted(one: Verification) -> list[bool]:
+    """Of a committed step's accepted tokens: whether they were copied, and the prediction goes on with them, too.
+
+    A prompt often has the same words as the prediction, so it does not matter from which of them they were copied.
+    """
+    predicted, start = one.request.draft_state.predicted, one.request.num_tokens - len(one.kept) - MIN_MATCH
+    if not predicted or one.source != "lookup":
+        return [False] * one.num_accepted
+    tokens = "".join(map(chr, one.request.all_token_ids[start:]))
+    return [tokens[at : at + MIN_MATCH + 1] in predicted for at in range(one.num_accepted)]
+
+
 MAX_TEXTS = 512
 """Sequences in which repeats are looked for at the same time."""
 
@@ -124,6 +139,8 @@ class NgramProposer(Proposer):
     Args:
         texts: of the running sequences.
     """
+
+    source = "lookup"
 
     def __init__(self, texts: RunningTexts) -> None:
         self._lookup = PromptLookup(texts)
