@@ -23,6 +23,8 @@ FEATURES = ("answer", "stream", "call", "call-stream", "result", "schema", "edit
 """Columns of the table: an answer, whole and streamed; a call of a tool, whole and streamed; an answer to its result;
 an answer that follows a schema; a file that the client has written."""
 _SECONDS = 600
+_LONGEST = 32_768
+"""Tokens of a prompt and its answer: agents describe their tools at length."""
 
 
 def command_of(script: Path, directory: Path) -> list[Path | str]:
@@ -58,7 +60,8 @@ def main(directory: Path, names: Sequence[str]) -> None:
     """Run the clients, one after the other, and print a table; exit with 1 if one fails."""
     scripts = [path for path in sorted(Path(__file__).parent.glob("client_*.*")) if not names or path.stem in names]
     commands = {script.stem.removeprefix("client_"): command_of(script, directory) for script in scripts}
-    server = RunningServer(directory / "server.jsonl", ["--model", MODEL, "--log.format", "json"])
+    options = ["--max-model-len", str(_LONGEST), "--log.format", "json"]
+    server = RunningServer(directory / "server.jsonl", [MODEL, *options])
     failures: dict[str, str] = {}
     print("| client | API |", " | ".join(FEATURES), "|\n|---|---|" + "---|" * len(FEATURES))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ def test_a_prediction_goes_with_one_question(browser: Browser, server: RunningSe
     for expected in ({"type": "content", "content": "Hello there."}, None):
         with page.expect_request("**/v1/chat/completions") as request:
             figures = ask(page, "Say hello.")
-        assert request.value.post_data_json.get("prediction") == expected
+        assert json.loads(request.value.post_data or "").get("prediction") == expected
         assert sum(counted(figures).values()) == int(figures.split()[0])
 
 

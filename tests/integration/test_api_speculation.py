@@ -52,9 +52,14 @@ async def test_a_response_says_how_its_drafts_fared(serve: Any, path: str) -> No
 
 async def test_usage_says_what_became_of_a_prediction(serve: Any) -> None:
     def predicted(request: EngineRequest) -> Iterable[EngineOutput]:
-        accepted = min(3, len(request.prediction_token_ids))
-        drafts = {"num_draft_tokens": 4, "num_accepted_tokens": 3, "num_predicted_tokens": accepted}
-        yield EngineOutput(request_id=request.request_id, token_ids=[100] * 4, finish_reason="length", **drafts)
+        yield EngineOutput(
+            request_id=request.request_id,
+            token_ids=[100] * 4,
+            num_draft_tokens=4,
+            num_accepted_tokens=3,
+            num_predicted_tokens=min(3, len(request.prediction_token_ids)),
+            finish_reason="length",
+        )
 
     async with serve(predicted, draft="tiny") as api:
         count = len(api.tokenizer.encode("The dog and the cat", add_special_tokens=False))

@@ -158,7 +158,7 @@ def test_what_is_predicted_comes_in_few_steps_and_the_answer_is_the_same(
         request_id = predicting.add(prompt, sampling, prediction=prediction)
         while predicting.is_busy:
             predicting.step()
-        sources = Counter(entry.source for output in outputs for entry in output.logprobs or [])
+        sources = Counter[str](entry.source for output in outputs for entry in output.logprobs or [])
         assert sources["prediction"] == sum(output.num_predicted_tokens for output in outputs)
         return predicting.output(request_id), len(outputs), sources
 
