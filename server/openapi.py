@@ -80,7 +80,7 @@ def success(body: type[msgspec.Struct], stream_event: type[msgspec.Struct] | Non
     """Documentation of a 200 with ``body``, or a stream of events, for a route's ``responses``."""
     content: dict[str, Any] = {"application/json": {"schema": _reference(body)}}
     if stream_event is not None:
-        content["text/event-stream"] = {"schema": {"type": "string"}, "x-event": _reference(stream_event)}
+        content["text/event-stream"] = {"schema": {}, "x-event": _reference(stream_event)}
     return {200: {"description": "Success", "content": content}}
 
 
