@@ -34,6 +34,8 @@ class ForwardBatch:
     """[T] int32, block * block_size + offset where each token's key and value are written"""
     logits_indices: torch.Tensor
     """[L] int64, rows of T"""
+    num_prefilling: int = 0
+    """How many sequences, the last ones, compute tokens of prompts: on CPUs with AMX these are rounded otherwise."""
     on_host: ForwardBatch | None = None
     """The same on the CPU, where the model is elsewhere: plans are made of it, so that nobody waits for a copy."""
 
@@ -44,8 +46,8 @@ class ForwardBatch:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its fields by name, in order, but for ``on_host``."""
-        return {name: tensor for name, tensor in vars(self).items() if name != "on_host"}
+        """Its tensors by name, in order."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def on(self, device: torch.device) -> ForwardBatch:
         """The same on a device; itself on the CPU, where it must be."""
@@ -53,7 +55,7 @@ class ForwardBatch:
             return self
         uploaded = upload(device, *(tensor.numpy() for tensor in self.tensors.values()))
         placed: dict[str, Any] = dict(zip(self.tensors, uploaded, strict=True))
-        return ForwardBatch(**placed, on_host=self)
+        return ForwardBatch(**placed, num_prefilling=self.num_prefilling, on_host=self)
 
 
 @dataclass(frozen=True)

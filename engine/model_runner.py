@@ -59,7 +59,8 @@ class ModelRunner:
         if self._graphs is not None:
             output, batch = self._graphs.forward(build_batch(sequences, self._block_size), capture)
         else:
-            batch = build_batch(sequences, self._block_size, self._device)
+            num_prefilling = len(sequences) - sum(sequence.decodes for sequence in sequences)
+            batch = build_batch(sequences, self._block_size, self._device, num_prefilling)
             output = self._model.forward(batch, self._attention, capture)
         wanted = batch.logits_indices
         rows = output.hidden if len(wanted) == len(output.hidden) else output.hidden[wanted]
@@ -92,7 +93,9 @@ def slots_of(block_ids: Sequence[int], begin: int, end: int, block_size: int) ->
     return [block_ids[p // block_size] * block_size + p % block_size for p in range(begin, end)]
 
 
-def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: torch.device = _CPU) -> ForwardBatch:
+def build_batch(
+    sequences: Sequence[BatchSequence], block_size: int, device: torch.device = _CPU, num_prefilling: int = 0
+) -> ForwardBatch:
     """Lay the sequences' tokens end to end; see ``ForwardBatch`` for the fields.
 
     By Python lists: nearly every step has a few tokens, where they are several times faster than arrays.
@@ -123,6 +126,7 @@ def build_batch(sequences: Sequence[BatchSequence], block_size: int, device: tor
         block_tables=tensor(padded_block_tables([sequence.block_ids for sequence in sequences])),
         slot_mapping=tensor(slots),
         logits_indices=tensor(wanted, np.int64),
+        num_prefilling=num_prefilling,
     )
     return batch.on(device)
 

@@ -103,6 +103,7 @@ class Scheduler:
         self._plan_newcomers(plan, budget, whole=False)
         self._lacks_blocks = self._admission.lacks_blocks
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
+        sequences.sort(key=lambda sequence: not sequence.decodes)  # of some a last token of the prompt is left
         num_tokens = sum(plan.values())
         return SchedulerOutput(sequences, num_tokens, num_tokens - num_decoded, self._admission.preempted)
 

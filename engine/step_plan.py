@@ -38,6 +38,11 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
         return self.num_logits - self.num_prompt_logits
 
     @property
+    def decodes(self) -> bool:
+        """Whether no token of its prompt is computed."""
+        return self.start >= len(self.request.prompt_token_ids)
+
+    @property
     def num_known(self) -> int:
         """Tokens before the drafts."""
         return len(self.token_ids) - self.num_draft_tokens

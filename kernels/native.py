@@ -200,11 +200,6 @@ def has_fast_bf16() -> bool:
     return unsupported_reason() is None and bool(load_library().evo_has_fast_bf16())
 
 
-def has_amx() -> bool:
-    """Whether prompts are computed by AMX's tiles here: how a prompt is cut into steps then changes roundings."""
-    return unsupported_reason() is None and bool(load_library().evo_has_amx())
-
-
 def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + bias: x [rows, k] bf16 → [rows, n] float32, in ``out`` if given."""
     out = torch.empty(len(x), weight.n) if out is None else out

@@ -51,6 +51,7 @@ class _Batch(ctypes.Structure):
     _fields_ = (
         *integers("num_tokens", "num_sequences", "max_blocks"),
         *pointers("positions", "query_start", "seq_lens", "block_tables", "slots"),
+        *integers("num_prefilling"),
     )
 
 
@@ -78,13 +79,13 @@ class BatchView:
         seq_lens: torch.Tensor,
         block_tables: torch.Tensor,
         slot_mapping: torch.Tensor,
+        num_prefilling: int = 0,
     ) -> None:
         self._tensors = (positions, query_start_loc, seq_lens, block_tables, slot_mapping)
         if any(t.dtype != torch.int32 or not t.is_contiguous() for t in self._tensors):
             raise ValueError("batch tensors must be contiguous int32")
-        self.struct = _Batch(
-            len(positions), len(seq_lens), block_tables.shape[1], *(address(tensor) for tensor in self._tensors)
-        )
+        addresses = (address(tensor) for tensor in self._tensors)
+        self.struct = _Batch(len(positions), len(seq_lens), block_tables.shape[1], *addresses, num_prefilling)
 
 
 def paged_attention(

@@ -63,8 +63,15 @@ def random_tokens(count: int) -> list[int]:
     return torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
-def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]], digits: int = 1) -> torch.Tensor:
-    """Of two sequences in these steps, in order of sequence and position; ``digits``: of activations."""
+def hidden_by_position(
+    files: ModelFiles, team: Team, steps: list[list[int]], prompt: int, digits: int = 1
+) -> torch.Tensor:
+    """Of two sequences in these steps, in order of sequence and position.
+
+    Args:
+        prompt: tokens of each sequence's prompt.
+        digits: of activations.
+    """
     spec, source = validate_model_files(files), open_weights(files)
     sequences, tokens = RaggedSequences(2, 64, 16), torch.tensor([random_tokens(64), random_tokens(64)[::-1]])
     model = NativeDecoder(source, spec, team, 64, digits)
@@ -73,7 +80,8 @@ def hidden_by_position(files: ModelFiles, team: Team, steps: list[list[int]], di
         batch = sequences.step(counts)
         owners = torch.repeat_interleave(torch.tensor([i for i in (0, 1) if counts[i]]), batch.query_start_loc.diff())
         batch.token_ids.copy_(tokens[owners, batch.positions])
-        hidden = model.forward(batch, attention).hidden
+        num_prefilling = int((batch.positions[batch.query_start_loc[:-1]] < prompt).sum())
+        hidden = model.forward(replace(batch, num_prefilling=num_prefilling), attention).hidden
         places = zip(owners.tolist(), batch.positions.tolist(), strict=True)
         rows.update({place: hidden[row].clone() for row, place in enumerate(places)})
     return torch.stack([rows[place] for place in sorted(rows)])

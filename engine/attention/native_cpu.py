@@ -20,7 +20,12 @@ class NativeAttention(AttentionBackend):
 
     def plan(self, batch: ForwardBatch) -> None:
         self.batch = BatchView(
-            batch.positions, batch.query_start_loc, batch.seq_lens, batch.block_tables, batch.slot_mapping
+            batch.positions,
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_tables,
+            batch.slot_mapping,
+            batch.num_prefilling,
         )
 
     def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

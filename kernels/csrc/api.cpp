@@ -15,7 +15,6 @@ size_t evo_block_bytes(int format) { return block_bytes(format); }
 Team* evo_team_new(int num_threads) { return new Team(num_threads); }
 void evo_team_free(Team* team) { delete team; }
 
-int evo_has_amx() { return has_amx(); }
 int evo_has_fast_bf16() { return has_fast_bf16(); }
 
 // out [rows][n] = x W^T + bias; x is bf16 [rows rounded up to a multiple of 16][k].

@@ -232,7 +232,7 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
 void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const bf16* q, bf16* out) {
   const int group = heads / cache.kv_heads, dim = cache.head_dim;
   // Work items are laid out as: sequence, then slice of its rows, then KV head.
-  auto by_tiles = [&](int b) { return has_amx() && !batch.has_few(b); };
+  auto by_tiles = [&](int b) { return has_amx() && !batch.decodes(b); };
   auto slice_rows = [&](int b) { return by_tiles(b) ? kMaxRows : kVectorRows; };
   auto slices = [&](int b) {
     const int rows = (batch.query_start[b + 1] - batch.query_start[b]) * group;

@@ -46,19 +46,12 @@ struct Batch {
   const int32_t* seq_lens;
   const int32_t* block_tables;
   const int32_t* slots;
+  int num_prefilling;  // the last sequences
 
-  // Whether a sequence has as few tokens as one that decodes: one, and MAX_COPIED_TOKENS (engine/config.py) at most. Its
-  // rows' results depend on no other rows. Those of prompts, by AMX's tiles, depend on how a prompt is cut.
-  bool has_few(int sequence) const {
-    constexpr int kMostVerified = 33;
-    return query_start[sequence + 1] - query_start[sequence] <= kMostVerified;
-  }
-  // Tokens of the first sequences that have few. Those that decode come first.
-  int num_of_few() const {
-    int sequence = 0;
-    while (sequence < num_sequences && has_few(sequence)) ++sequence;
-    return query_start[sequence];
-  }
+  // Whether no token of its prompt is computed. Where there is AMX, tokens of prompts go by its tiles, which round otherwise.
+  // Either way a row's result depends on no other rows.
+  bool decodes(int sequence) const { return sequence < num_sequences - num_prefilling; }
+  int num_decoded_tokens() const { return query_start[num_sequences - num_prefilling]; }
 };
 
 // Factor of q that makes scores exponents of two, where products of queries and keys are multiplied with `scale`.

@@ -1,4 +1,4 @@
-// Attention of 8 to 16 query rows by AMX tiles. A cache block is laid out as tiles already.
+// Attention of up to 16 query rows by AMX tiles. A cache block is laid out as tiles already.
 #pragma once
 
 #include "attention.h"

@@ -173,7 +173,7 @@ void Decoder::keep(const WantedRows& wanted, float* residual) const {
 
 void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora, const Kept* kept,
                      float* residual) {
-  const int tokens = batch.num_tokens, num_direct = batch.num_of_few();
+  const int tokens = batch.num_tokens, num_direct = batch.num_decoded_tokens();
   const int columns = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
   float* out = qkv_.data();
   for (const Matrix& part : std::span(layer.qkv, layer.num_qkv)) {
@@ -210,7 +210,7 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
   team_.barrier();
   attend(batch, kv, layer, lora, kept, residual);
   const Batch& rows = kept == nullptr ? batch : kept->batch;
-  const int tokens = rows.num_tokens, num_direct = rows.num_of_few(), hidden = shape_.hidden;
+  const int tokens = rows.num_tokens, num_direct = rows.num_decoded_tokens(), hidden = shape_.hidden;
   if (tokens == 0) return;
   if (lora != nullptr && kept != nullptr) lora = &kept->lora;
   add_product(layer.output, attended_.data(), tokens, num_direct, layer.attention_norm, residual);

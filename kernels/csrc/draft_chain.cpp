@@ -171,7 +171,7 @@ class Chain {
       query_start_[row + 1] = row + 1;
     }
     const Batch batch{count, count, rows_.max_blocks, positions_.data(), query_start_.data(), seq_lens_.data(),
-                      rows_.block_tables, slots_.data()};
+                      rows_.block_tables, slots_.data(), 0};
     model_.layer->embed(model_.embedding, out_.tokens + at(step), count, embeddings_.data());
     model_.layer->forward(batch, *model_.kv, embeddings_.data(), rows_.lora, nullptr, a_,
                           {model_.norm, hidden_.data(), nullptr, 0, nullptr});

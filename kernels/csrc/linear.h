@@ -20,8 +20,8 @@ struct Linear {
   Epilogue epilogue;
   void* out;
   int stride;  // of out, in elements
-  // Rows that begin and whose codes are multiplied as they are (direct.h). Those behind them go by AMX's tiles, where there
-  // are any: from a dozen rows on they are faster, but round otherwise, so no row may go now this way and now that.
+  // The first rows are multiplied with codes as they are (direct.h), those behind them by AMX's tiles, where there are any:
+  // from a dozen rows on these are faster, but they round otherwise, so no row may go now this way and now that.
   int num_direct;
 
   Linear first(int count) const;   // of these rows

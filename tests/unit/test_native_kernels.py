@@ -364,25 +364,26 @@ def test_smollm2(two_threads: Team, smollm2_path: Path) -> None:
     check_model(files, Tokenizer.from_files(files).encode(text), [two_threads])
 
 
-@pytest.mark.skipif(native.has_amx(), reason="with AMX prompts go by tiles, but for their last few tokens")
-def test_a_token_is_the_same_in_any_step(two_threads: Team, tmp_path: Path) -> None:
-    """Bit for bit: prompts at once, in pieces, and token by token; so no batch and no draft changes a rounding."""
+@pytest.mark.parametrize("prompt", [0, 64])
+def test_a_token_is_the_same_in_any_step(two_threads: Team, prompt: int, tmp_path: Path) -> None:
+    """Bit for bit, of prompts and decoded: at once, in pieces, and token by token; so no batch changes a rounding."""
     directory = make_directory(tmp_path / "model", "llama", **SHAPE)
     files = make_gguf(tmp_path / "model.gguf", directory.path, GGMLQuantizationType.Q4_1)
-    at_once = hidden_by_position(files, two_threads, [[60, 45]])
-    assert torch.equal(hidden_by_position(files, two_threads, [[31, 0], [29, 40], [0, 5]]), at_once)
-    assert torch.equal(hidden_by_position(files, two_threads, [[1, 1]] * 45 + [[1, 0]] * 15), at_once)
+    at_once = hidden_by_position(files, two_threads, [[60, 45]], prompt)
+    assert torch.equal(hidden_by_position(files, two_threads, [[31, 0], [29, 40], [0, 5]], prompt), at_once)
+    assert torch.equal(hidden_by_position(files, two_threads, [[1, 1]] * 45 + [[1, 0]] * 15, prompt), at_once)
 
 
 @pytest.mark.parametrize("digits", [1, 2])
-def test_a_decoded_token_is_the_same_in_any_step(two_threads: Team, digits: int, tmp_path: Path) -> None:
-    """Bit for bit, on every processor: alone, with drafts behind it, and beside a prompt."""
+def test_a_decoded_token_is_the_same_with_drafts_and_beside_a_prompt(
+    two_threads: Team, digits: int, tmp_path: Path
+) -> None:
     directory = make_directory(tmp_path / "model", "llama", **SHAPE)
     files = make_gguf(tmp_path / "model.gguf", directory.path, GGMLQuantizationType.Q4_1)
     most = 1 + MAX_COPIED_TOKENS
-    alone = [[20, 0], *[[1, 0]] * (most + 4), [0, 40], *[[0, 1]] * 9]
-    in_company = [[20, 0], [4, 40], [most, 9]]
-    hidden = [hidden_by_position(files, two_threads, steps, digits) for steps in (alone, in_company)]
+    alone = [[20, 0], *[[1, 0]] * (most + 4), [0, 20], *[[0, 1]] * 9]
+    in_company = [[20, 0], [4, 20], [most, 9]]
+    hidden = [hidden_by_position(files, two_threads, steps, 20, digits) for steps in (alone, in_company)]
     assert torch.equal(*hidden)
 
 
