@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,8 @@ from server.tenants import hash_key
 
 TENANTS = ("fleet", "stays", "moves")
 """Their names are their keys, too."""
+METRICS_KEY = "prometheus"
+"""The same, of who may read /metrics."""
 MODEL = "smollm2-135m"
 REPLICA_OPTIONS = [
     MODEL,
@@ -21,7 +24,7 @@ REPLICA_OPTIONS = [
     *("--kv-max-bytes", str(256 * 1024**2)),
     *("--http.max_address_share", "1"),
     *("--http.drain_delay", "3"),
-    *("--auth.keys", ",".join(f"{tenant}={hash_key(tenant)}" for tenant in TENANTS)),
+    *("--auth.keys", ",".join(f"{tenant}={hash_key(tenant)}" for tenant in (*TENANTS, METRICS_KEY))),
     "--no-engine.speculation.adaptive",  # without measured step costs all replicas draft alike, whatever else runs
     "--no-alignment.enabled",
 ]
@@ -45,6 +48,12 @@ class Process:
                 raise ServerFailed(f"{self.name} has ended: see {log.name}")
             await asyncio.sleep(0.1)
 
+    @property
+    def pid(self) -> int:
+        """Of the program, which was started."""
+        assert self._process is not None
+        return self._process.pid
+
     async def kill(self) -> None:
         """SIGKILL; the kernel ends its children with it."""
         if self._process is not None:
@@ -58,10 +67,10 @@ class Process:
             await self._process.wait()
 
 
-def new_replica(number: int, redis_url: str) -> Process:
+def new_replica(number: int, redis_url: str, replica_options: Sequence[str] = REPLICA_OPTIONS) -> Process:
     """A replica on a free port, not yet started."""
     port = free_port()
-    options = [*REPLICA_OPTIONS, "--redis.url", redis_url, "--port", str(port)]
+    options = [*replica_options, "--redis.url", redis_url, "--port", str(port)]
     command = [str(Path(sys.executable).with_name("evospec")), "serve", *options]
     return Process(f"replica-{number}", command, f"http://127.0.0.1:{port}")
 

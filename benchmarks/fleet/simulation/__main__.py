@@ -1,0 +1,92 @@
+"""What the model says of fleets, small ones beside what real replicas do: ``python -m benchmarks.fleet.simulation``."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from benchmarks.common.environment import environment
+from benchmarks.common.machine import RESULTS
+from benchmarks.common.process import wait_for_quiet
+from benchmarks.fleet.simulation.fit import Run, fit, probe, run
+from benchmarks.fleet.simulation.measure import running_fleet
+from benchmarks.fleet.simulation.replica import Costs
+from benchmarks.fleet.simulation.report import print_record
+from benchmarks.fleet.simulation.scale import SIZES, Plan, serve, shared
+from benchmarks.fleet.simulation.traces import Scale, make_conversations
+
+_COUNTS = (1, 2, 4)
+"""Replicas that are measured; the model is fitted to the first."""
+_QUIET_SECONDS = 300.0
+
+
+class Part(StrEnum):
+    """What is done."""
+
+    MEASURE = "measure"
+    SCALE = "scale"
+
+
+async def measure(rate: float, seconds: float, console: Console) -> dict[str, Any]:
+    """Real fleets, and the model of them; what two and four replicas are told, one does not hear."""
+    scale, record, costs = Scale(pause=10.0), dict[str, Any](), None
+    for count in _COUNTS:
+        conversations = make_conversations(rate * min(count, 2), seconds, scale, seed=count)
+        console.print(f"[dim]{count} replicas, {len(conversations)} conversations[/dim]")
+        await asyncio.to_thread(wait_for_quiet, _QUIET_SECONDS)
+        async with running_fleet(count) as fleet:
+            probed = await probe(fleet) if costs is None else None
+            measured = await run(fleet, conversations, seconds, scale)
+        costs = costs or fit(probed, measured)
+        record[str(count)] = compare(measured, costs)
+    return {"rate": rate, "seconds": seconds, "scale": asdict(scale), "costs": asdict(costs), "fleets": record}
+
+
+def compare(one: Run, costs: Costs) -> dict[str, Any]:
+    """A real fleet beside the model of it."""
+    return {
+        "others": one.others,
+        "step_costs": one.step_costs,
+        "redis_calls": one.redis_calls,
+        "redis_call_seconds": one.redis_call_seconds,
+        "measured": one.measured(),
+        "simulated": one.simulated(costs),
+    }
+
+
+def enlarge(costs: Costs, call_seconds: float, plan: Plan, console: Console) -> list[dict[str, Any]]:
+    """Large fleets, by the places of each replica on the ring."""
+    rows = []
+    for size in SIZES:
+        for ring, ring_size in (("1,024 places", 1024), ("100 places each", 100 * size), ("no affinity", None)):
+            console.print(f"[dim]{size:,} replicas, {ring}[/dim]")
+            served = serve(costs, plan, size, ring_size)
+            rows.append({"replicas": size, "ring": ring, **served, **shared(served, size, call_seconds)})
+    return rows
+
+
+def main(
+    only: Annotated[Part | None, typer.Option(help="Default: both.")] = None,
+    rate: Annotated[float, typer.Option(min=0.01, help="Conversations a second that begin at one replica.")] = 0.5,
+    seconds: Annotated[float, typer.Option(min=10, help="Of a measured run.")] = 150.0,
+) -> None:
+    """Writes benchmarks/results/fleet-simulation.json; with ``--only`` the other part is left as it is there."""
+    console, path = Console(width=160), RESULTS / "fleet-simulation.json"
+    record = json.loads(path.read_text()) if only is not None and path.exists() else {}
+    if only is not Part.SCALE:
+        record |= {"environment": environment()} | asyncio.run(measure(rate, seconds, console))
+    if only is not Part.MEASURE:
+        call_seconds = record["fleets"]["1"]["redis_call_seconds"]
+        record["large"] = enlarge(Costs(**record["costs"]), call_seconds, Plan(rate), console)
+    path.write_text(json.dumps(record, indent=1))
+    print_record(record, console)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,47 @@
+"""The figures of a run, measured or simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.fleet.simulation.fleet import Served
+from benchmarks.fleet.simulation.replica import Costs
+
+_CALLS_OPEN, _CALLS_CREATE, _CALLS_SAVE = 10, 12, 4
+"""Commands of the scripts of ``server.session_hashes``, each script's own call included."""
+
+
+def figures(served: Sequence[Served], seconds: float) -> dict[str, float]:
+    """What clients and logs say of a run of so many seconds."""
+    later = [one for one in served if one.turn]
+    first = [one.first_token - one.start for one in served]
+    whole = [one.end - one.start for one in served]
+    return {
+        "requests": len(served),
+        "tokens_per_second": sum(one.output_tokens for one in served if one.end <= seconds) / seconds,
+        **{f"first_token_p{p}": float(np.percentile(first, p)) for p in (50, 90, 99)},
+        **{f"answer_p{p}": float(np.percentile(whole, p)) for p in (50, 90, 99)},
+        "prefix_hits": sum(one.cached_tokens for one in served) / sum(one.prompt_tokens for one in served),
+        "stayed": sum(one.stayed for one in later) / max(len(later), 1),
+        "tokens_per_event": sum(one.output_tokens for one in served) / sum(one.events for one in served),
+    }
+
+
+def redis_figures(served: Sequence[Served], costs: Costs) -> dict[str, float]:
+    """What the model says of Redis, a request."""
+    base, each = costs.snapshot
+    size: dict[str, float] = {}
+    saved = loaded = 0.0
+    for one in sorted(served, key=lambda one: one.start):
+        loaded += size.get(one.session, 0.0)
+        size[one.session] = base + each * (one.prompt_tokens + one.output_tokens)
+        saved += size[one.session]
+    created, count = len(size), len(served)
+    to_redis, from_redis = costs.redis
+    return {
+        "redis_calls": _CALLS_SAVE + _CALLS_OPEN + (_CALLS_CREATE - _CALLS_OPEN) * created / count,
+        "redis_in": to_redis + saved / count,
+        "redis_out": from_redis + loaded / count,
+    }

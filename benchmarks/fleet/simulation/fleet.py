@@ -1,0 +1,203 @@
+"""Sessions that talk with many replicas through a router, and what comes of it."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any, Protocol
+
+import numpy as np
+
+from benchmarks.fleet.simulation.machine import Machine
+from benchmarks.fleet.simulation.replica import Costs, Replica, Step
+from benchmarks.fleet.simulation.ring import Router
+from benchmarks.fleet.simulation.traces import Conversation, Scale
+from engine.request import Request
+
+
+@dataclass
+class Served:
+    """A turn as its client saw it; times in seconds from the start of the run."""
+
+    session: str
+    turn: int
+    start: float
+    prompt_tokens: int
+    output_tokens: int
+    replica: int = -1
+    first_token: float = 0.0
+    end: float = 0.0
+    stayed: bool = False
+    """Whether it was at the replica of the turn before."""
+    cached_tokens: int = 0
+    events: int = 0
+    """Parts in which the answer came."""
+
+
+_TOKENS_BITS = 14
+"""Of a conversation's length."""
+
+
+class _Work(Protocol):
+    def __call__(self, now: float) -> None: ...
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A request under way."""
+
+    conversation: Conversation
+    served: Served
+
+
+@dataclass(eq=False)
+class _Host:
+    """A replica, and what waits outside of its engine."""
+
+    replica: Replica
+    machine: int
+    front: deque[tuple[float, _Work]] = field(default_factory=deque)
+    step: Step | None = None
+
+
+class Fleet:
+    """Replicas on machines.
+
+    Args:
+        costs: of every replica.
+        num_blocks: of each replica's KV cache.
+        router: chooses replicas.
+        machines: the number of each replica's machine.
+        cores: of a machine.
+        scale: of the conversations.
+    """
+
+    def __init__(
+        self, costs: Costs, num_blocks: int, router: Router, machines: Sequence[int], cores: float, scale: Scale
+    ) -> None:
+        self._costs, self._router, self._scale = costs, router, scale
+        self.machines = [Machine(cores - costs.idle * machines.count(number)) for number in range(max(machines) + 1)]
+        self.hosts = [_Host(Replica(costs, num_blocks, seed), machine) for seed, machine in enumerate(machines)]
+        self._active = [0] * len(machines)
+        self._last: dict[str, int] = {}
+        self._said: dict[Request, list[int]] = {}
+        self._asked: dict[Request, _Asked] = {}
+        self._events: list[tuple[float, int, _Work]] = []
+        self._order = count()
+        self._version = [0] * len(self.machines)
+        self.served: list[Served] = []
+
+    def run(self, conversations: Iterable[Conversation], seconds: float, tenants: Sequence[str]) -> list[Served]:
+        """All turns that begin before ``seconds``, in the order in which they end."""
+        self._seconds, self._tenants = seconds, tenants
+        for one in conversations:
+            self._at(one.start, partial(self._ask, one, 0, self._scale.shared))
+        while self._events:
+            now, _, work = heapq.heappop(self._events)
+            work(now)
+        return self.served
+
+    def _at(self, time: float, work: _Work) -> None:
+        heapq.heappush(self._events, (time, next(self._order), work))
+
+    def _ask(self, conversation: Conversation, turn: int, length: int, now: float) -> None:
+        """A turn of a conversation that has ``length`` tokens so far."""
+        if now >= self._seconds:
+            return
+        one = conversation.turns[turn]
+        served = Served(conversation.name, turn, now, length + one.new, one.output)
+        served.replica = self._router.choose(conversation.name, self._active)
+        served.stayed = self._last.get(conversation.name) == served.replica
+        self._last[conversation.name] = served.replica
+        self._active[served.replica] += 1
+        self._queue_front(now, served.replica, self._costs.request, partial(self._arrive, _Asked(conversation, served)))
+
+    def _arrive(self, asked: _Asked, now: float) -> None:
+        served, number = asked.served, asked.conversation.number
+        replica = self.hosts[served.replica].replica
+        tokens = self._tokens(number, served.prompt_tokens + served.output_tokens)
+        tenant = self._tenants[number % len(self._tenants)]
+        name = f"{served.session}/{served.turn}"
+        request = replica.add(name, tenant, tokens[: served.prompt_tokens], served.output_tokens)
+        self._asked[request] = asked
+        self._said[request] = tokens[served.prompt_tokens :]
+        self._begin_step(served.replica, now)
+
+    def _tokens(self, number: int, length: int) -> list[int]:
+        """The first tokens of a conversation, answers included: its own, after those with which all begin."""
+        own = (1 + number) << _TOKENS_BITS
+        return [place if place < self._scale.shared else (own + place) % 2**31 for place in range(length)]
+
+    def _begin_step(self, number: int, now: float) -> None:
+        host = self.hosts[number]
+        if host.step is None and (step := host.replica.begin()) is not None:
+            host.step = step
+            self._start(now, number, step.seconds, is_short=False)
+
+    def _end_step(self, number: int, now: float) -> None:
+        host, step = self.hosts[number], self.hosts[number].step
+        assert step is not None
+        host.step = None
+        events = host.replica.end(step, self._said)
+        if events:
+            self._queue_front(now, number, self._costs.event * len(events), partial(self._deliver, events))
+        self._begin_step(number, now)
+
+    def _deliver(self, events: list[tuple[Request, bool]], now: float) -> None:
+        """Tokens have reached their clients."""
+        for request, is_over in events:
+            asked = self._asked[request]
+            served = asked.served
+            served.first_token = served.first_token or now
+            served.events += 1
+            if is_over:
+                served.end, served.cached_tokens = now, request.num_cached_tokens
+                self.served.append(served)
+                self._active[served.replica] -= 1
+                del self._asked[request], self._said[request]
+                self._queue_front(now, served.replica, self._costs.closing, lambda now: None)
+                self._go_on(asked.conversation, served, now)
+
+    def _go_on(self, conversation: Conversation, served: Served, now: float) -> None:
+        turn, length = served.turn + 1, served.prompt_tokens + served.output_tokens
+        if turn < len(conversation.turns):
+            self._at(now + conversation.turns[turn].pause, partial(self._ask, conversation, turn, length))
+        else:
+            self._last.pop(conversation.name, None)
+
+    def _queue_front(self, now: float, number: int, seconds: float, work: _Work) -> None:
+        """What API server, router, Redis and client have to do for a replica: one thing after the other."""
+        front = self.hosts[number].front
+        front.append((seconds, work))
+        if len(front) == 1:
+            self._start(now, number, seconds, is_short=True)
+
+    def _start(self, now: float, number: int, seconds: float, is_short: bool) -> None:
+        machine = self.hosts[number].machine
+        self.machines[machine].start(now, number, seconds, is_short)
+        self._watch(machine)
+
+    def _watch(self, machine: int) -> None:
+        """Look again when its next task ends, unless another begins or ends before."""
+        self._version[machine] += 1
+        if (found := self.machines[machine].next_end()) is not None:
+            time, task, is_short = found
+            self._at(time, partial(self._finish, machine, self._version[machine], task, is_short))
+
+    def _finish(self, machine: int, version: int, number: Any, is_short: bool, now: float) -> None:
+        if version != self._version[machine]:
+            return
+        self.machines[machine].end(now, number, is_short)
+        self._watch(machine)
+        if not is_short:
+            self._end_step(number, now)
+            return
+        front = self.hosts[number].front
+        _, work = front.popleft()
+        if front:
+            self._start(now, number, front[0][0], is_short=True)
+        work(now)

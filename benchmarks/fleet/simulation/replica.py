@@ -1,0 +1,161 @@
+"""One replica of the model: the server's own scheduler, prefix cache and draft lengths, steps that only cost time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from engine.config import MAX_SPECULATIVE_TOKENS, CacheConfig, SchedulerConfig
+from engine.messages import SamplingParams
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.speculation.length.adaptive import AdaptiveLength
+from engine.speculation.length.costs import Curve, StepCosts
+from engine.speculation.length.policy import Chain
+from engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
+
+_UNREAD_FOR_FREE = 8
+"""New tokens that a draft reads with what its next token costs."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the model knows of a server; seconds are of a core.
+
+    ``verify``, ``first_draft``, ``next_draft`` are milliseconds by size and ``read`` of a token, as a server measures and
+    logs them at its start. The others are fitted to one replica.
+    """
+
+    verify: dict[str, float]
+    first_draft: dict[str, float]
+    next_draft: dict[str, float]
+    read: float
+    step: float = 0.0
+    """Of a step beside that, in seconds; ``sequence`` of each of its sequences, ``prompt_token`` of a prompt's token."""
+    sequence: float = 0.0
+    prompt_token: float = 2e-4
+    engine: float = 1.0
+    """How many times as long steps take while serving."""
+    request: float = 4e-3
+    """Outside of the engine before a request is there; ``event`` of each part of its answer, ``closing`` after it."""
+    event: float = 3e-4
+    closing: float = 2e-3
+    idle: float = 0.0
+    """Share of a core that a replica uses without requests."""
+    acceptance: float = 0.6
+    """Chance that a draft token is accepted, if those before it are."""
+    snapshot: tuple[float, float] = (3000.0, 10.0)
+    """Bytes of a session in Redis, at first and for each token; ``redis`` to and from Redis beside that, a request."""
+    redis: tuple[float, float] = (1000.0, 300.0)
+
+    def curves(self) -> StepCosts:
+        """What the server's policy of draft lengths is given."""
+        tables = (self.verify, self.first_draft, self.next_draft)
+        curves = (Curve([(int(size), one / 1e3) for size, one in table.items()]) for table in tables)
+        return StepCosts(*curves, read=self.read / 1e3)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that takes ``seconds`` of a core, and how many tokens each of its sequences gets."""
+
+    plan: SchedulerOutput
+    kept: list[int]
+    seconds: float
+
+
+class Replica:
+    """Takes steps while it has requests; whoever drives it lets their time pass between ``begin`` and ``end``."""
+
+    def __init__(self, costs: Costs, num_blocks: int, seed: int = 0) -> None:
+        self._costs, self._curves = costs, costs.curves()
+        self._scheduler = Scheduler(SchedulerConfig(), CacheConfig(), num_blocks, num_blocks * CacheConfig().block_size)
+        self._policy = AdaptiveLength(self._curves, stops_early=False)
+        self._chance = random.Random(seed)
+
+    def add(self, name: str, tenant: str, prompt: list[int], max_tokens: int) -> Request:
+        """A request that has arrived."""
+        request = Request(name, b"", tenant, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0), prompt)
+        self._scheduler.add(request)
+        return request
+
+    @property
+    def prefix_tokens(self) -> tuple[int, int]:
+        """Prompt tokens so far, and those of them that were in the prefix cache."""
+        stats = self._scheduler.stats()
+        return stats.prefix_query_tokens, stats.prefix_hit_tokens
+
+    def begin(self) -> Step | None:
+        """Plan a step; None where there is nothing to do."""
+        if not self._scheduler.has_work():
+            return None
+        reservation = self._scheduler.reserve(self)
+        drafting = self._draft(reservation.slots)
+        plan = self._scheduler.schedule(reservation)
+        kept = [self._verify(sequence) for sequence in plan.sequences]
+        costs, num_decoded = self._costs, plan.num_tokens - plan.num_prompt_tokens
+        seconds = self._curves.verify(max(num_decoded, 1)) + costs.prompt_token * plan.num_prompt_tokens
+        seconds = costs.engine * (seconds + drafting + costs.step + costs.sequence * len(plan.sequences))
+        self._scheduler.record_seconds(plan, seconds)
+        if drafting:
+            self._policy.record_seconds(costs.engine * drafting)
+        return Step(plan, kept, seconds)
+
+    def end(self, step: Step, answers: Mapping[Request, list[int]]) -> list[tuple[Request, bool]]:
+        """Commit a step, given what requests will have said at their ends; who got tokens, and whether it is over."""
+        events = []
+        for sequence, count in zip(step.plan.sequences, step.kept, strict=True):
+            request = sequence.request
+            said = len(request.output_token_ids)
+            tokens = answers[request][said : said + count]
+            is_over = said + len(tokens) == len(answers[request])
+            self._scheduler.commit(sequence, tokens, is_over)
+            if tokens:
+                events.append((request, is_over))
+        return events
+
+    def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
+        """The server's own choice, where nothing can be copied (``DraftLengths``)."""
+        sequences = [request.draft_state.draftable for request in requests]
+        if self._policy.rests(sequences, num_joining):
+            return [0] * len(requests)
+        for request, one, limit in zip(requests, sequences, limits, strict=True):
+            one.tenant, one.limit = request.tenant, min(limit, MAX_SPECULATIVE_TOKENS)
+            one.num_unread = self._num_unread(request)
+        return self._policy.lengths(sequences, num_joining)
+
+    def _num_unread(self, request: Request) -> int:
+        """A cached prefix was read by whoever computed it."""
+        read = max(request.draft_state.num_entries, request.num_cached_tokens)
+        return max(request.num_tokens - read - _UNREAD_FOR_FREE, 0)
+
+    def _draft(self, slots: Sequence[DraftSlot]) -> float:
+        """Write drafts, whatever they are; the seconds that takes."""
+        drafting = [slot for slot in slots if slot.num_tokens]
+        seconds, curves = 0.0, self._curves
+        for slot in drafting:
+            seconds += self._num_unread(slot.request) * curves.read
+            slot.request.draft_state.num_entries = slot.request.num_tokens
+            slot.request.draft_token_ids = [0] * slot.num_tokens
+        for place in range(max((slot.num_tokens for slot in drafting), default=0)):
+            still = sum(slot.num_tokens > place for slot in drafting)
+            seconds += curves.next_draft(still) if place else curves.first_draft(still)
+        if drafting:
+            chains = [Chain(slot.request.draft_token_ids, [], greedy=True) for slot in drafting]
+            self._policy.worth_verifying([slot.request.draft_state.draftable for slot in drafting], chains)
+        return seconds
+
+    def _verify(self, sequence: ScheduledSequence) -> int:
+        """How many tokens a sequence gets; the policy is told what became of its drafts."""
+        if not sequence.num_sampled:
+            return 0
+        accepted = 0
+        while accepted < sequence.num_draft_tokens and self._chance.random() < self._costs.acceptance:
+            accepted += 1
+        if sequence.num_draft_tokens:
+            outcomes = [True] * accepted + [False] * (accepted < sequence.num_draft_tokens)
+            chain = Chain(sequence.draft_token_ids, [], greedy=True)
+            self._policy.record_drafts(sequence.request.draft_state.draftable, chain, outcomes, None)
+            sequence.request.draft_state.num_entries += accepted
+        return 1 + accepted

@@ -1,0 +1,90 @@
+"""Tables and the plot of a record; also ``python -m benchmarks.fleet.simulation.report FILE.json``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import typer
+from matplotlib import pyplot
+from rich.console import Console
+
+from benchmarks.common.machine import RESULTS
+
+_ACROSS = {
+    "requests_a_second": "requests a second",
+    "largest_share": "sessions of the busiest replica, times the mean",
+    "stayed": "turns at their session's replica",
+    "prefix_hits": "prompt tokens from the prefix cache",
+    "first_token_p50": "first token, s, median",
+    "first_token_p99": "first token, s, p99",
+    "sessions_found": "turns that find their session in Redis",
+    "calls_a_second": "Redis commands a second",
+    "megabytes_a_second": "MB a second",
+    "cores": "cores of Redis",
+    "largest_tenant_cores": "of these, for the largest tenant",
+    "gigabytes_kept": "GB of sessions in Redis",
+    "learner_calls_a_second": "commands of learners a second",
+    "learner_cores": "cores of Redis for learners",
+    "tenants_a_minute": "tenants that a replica hears in a minute",
+    "gigabytes_a_version": "GB read for a version of the largest tenant's adapter",
+}
+
+
+def print_record(record: dict[str, Any], console: Console) -> None:
+    """All of it as Markdown, and the plot."""
+    for count, fleet in record.get("fleets", {}).items():
+        console.print(f"\n{count} replicas; others used {fleet['others']:.2f} cores\n", highlight=False)
+        rows = [("", "measured", "simulated", "difference")]
+        for name, measured in fleet["measured"].items():
+            simulated = fleet["simulated"][name]
+            difference = f"{100 * (simulated / measured - 1):+.1f} %" if measured else ""
+            rows.append((name, f"{measured:,.4g}", f"{simulated:,.4g}", difference))
+        _print(rows, console)
+    large = record.get("large", [])
+    if large:
+        head = ("", *(f"{row['replicas']:,}, {row['ring']}" for row in large))
+        _print([head, *((name, *(f"{row[key]:,.3g}" for row in large)) for key, name in _ACROSS.items())], console)
+        plot(large, RESULTS / "fleet-simulation.png")
+
+
+def _print(rows: Sequence[Sequence[str]], console: Console) -> None:
+    for number, row in enumerate(rows):
+        console.print("| " + " | ".join(row) + " |", highlight=False, soft_wrap=True)
+        if number == 0:
+            console.print("|" + "---|" * len(row), highlight=False, soft_wrap=True)
+
+
+def plot(large: Sequence[dict[str, Any]], path: Path) -> None:
+    """Hit rates by replicas, a line for each ring, and what Redis has to do."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    for ring in dict.fromkeys(row["ring"] for row in large):
+        rows = [row for row in large if row["ring"] == ring]
+        sizes = [row["replicas"] for row in rows]
+        [line] = left.plot(sizes, [row["stayed"] for row in rows], "o-", label=f"{ring}: turns that stay")
+        hits = [row["prefix_hits"] for row in rows]
+        left.plot(sizes, hits, "s--", color=line.get_color(), label=f"{ring}: cached tokens")
+    rows = [row for row in large if row["ring"].startswith("100 ")]
+    for key in ("cores", "largest_tenant_cores", "learner_cores"):
+        right.plot([row["replicas"] for row in rows], [row[key] for row in rows], "o-", label=_ACROSS[key])
+    left.set(xscale="log", xlabel="replicas", ylabel="share", ylim=(0, 1.02))
+    right.set(xscale="log", yscale="log", xlabel="replicas", ylabel="cores")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main(record: Annotated[Path, typer.Argument(help="fleet-simulation.json.")]) -> None:
+    """Prints a record again."""
+    print_record(json.loads(record.read_text()), Console(width=160))
+
+
+if __name__ == "__main__":
+    typer.run(main)
