@@ -18,7 +18,7 @@ from benchmarks.fleet.simulation.fit import Run, fit, probe, run
 from benchmarks.fleet.simulation.measure import running_fleet
 from benchmarks.fleet.simulation.replica import Costs
 from benchmarks.fleet.simulation.report import print_record
-from benchmarks.fleet.simulation.scale import SIZES, Plan, serve, shared
+from benchmarks.fleet.simulation.scale import RINGS, Plan, serve, shared
 from benchmarks.fleet.simulation.traces import Scale, make_conversations
 
 _COUNTS = (1, 2, 4)
@@ -35,17 +35,18 @@ class Part(StrEnum):
 
 async def measure(rate: float, seconds: float, console: Console) -> dict[str, Any]:
     """Real fleets, and the model of them; what two and four replicas are told, one does not hear."""
-    scale, record, costs = Scale(pause=10.0), dict[str, Any](), None
+    scale, runs, probed = Scale(pause=10.0), dict[int, Run](), None
     for count in _COUNTS:
         conversations = make_conversations(rate * min(count, 2), seconds, scale, seed=count)
         console.print(f"[dim]{count} replicas, {len(conversations)} conversations[/dim]")
         await asyncio.to_thread(wait_for_quiet, _QUIET_SECONDS)
         async with running_fleet(count) as fleet:
-            probed = await probe(fleet) if costs is None else None
-            measured = await run(fleet, conversations, seconds, scale)
-        costs = costs or fit(probed, measured)
-        record[str(count)] = compare(measured, costs)
-    return {"rate": rate, "seconds": seconds, "scale": asdict(scale), "costs": asdict(costs), "fleets": record}
+            probed = probed or await probe(fleet)
+            runs[count] = await run(fleet, conversations, scale)
+    assert probed is not None
+    costs = fit(probed, runs[_COUNTS[0]])
+    fleets = {str(count): compare(one, costs) for count, one in runs.items()}
+    return {"rate": rate, "seconds": seconds, "scale": asdict(scale), "costs": asdict(costs), "fleets": fleets}
 
 
 def compare(one: Run, costs: Costs) -> dict[str, Any]:
@@ -61,13 +62,12 @@ def compare(one: Run, costs: Costs) -> dict[str, Any]:
 
 
 def enlarge(costs: Costs, call_seconds: float, plan: Plan, console: Console) -> list[dict[str, Any]]:
-    """Large fleets, by the places of each replica on the ring."""
+    """Large fleets, by the places of their replicas on the ring."""
     rows = []
-    for size in SIZES:
-        for ring, ring_size in (("1,024 places", 1024), ("100 places each", 100 * size), ("no affinity", None)):
-            console.print(f"[dim]{size:,} replicas, {ring}[/dim]")
-            served = serve(costs, plan, size, ring_size)
-            rows.append({"replicas": size, "ring": ring, **served, **shared(served, size, call_seconds)})
+    for size, ring, ring_size in RINGS:
+        console.print(f"[dim]{size:,} replicas, {ring}[/dim]")
+        served = serve(costs, plan, size, ring_size)
+        rows.append({"replicas": size, "ring": ring, **served, **shared(served, size, call_seconds)})
     return rows
 
 

@@ -13,14 +13,16 @@ _CALLS_OPEN, _CALLS_CREATE, _CALLS_SAVE = 10, 12, 4
 """Commands of the scripts of ``server.session_hashes``, each script's own call included."""
 
 
-def figures(served: Sequence[Served], seconds: float) -> dict[str, float]:
-    """What clients and logs say of a run of so many seconds."""
+def figures(served: Sequence[Served]) -> dict[str, float]:
+    """What clients and logs say of a run."""
+    seconds = max(one.end for one in served)
     later = [one for one in served if one.turn]
     first = [one.first_token - one.start for one in served]
     whole = [one.end - one.start for one in served]
     return {
         "requests": len(served),
-        "tokens_per_second": sum(one.output_tokens for one in served if one.end <= seconds) / seconds,
+        "seconds": seconds,
+        "tokens_per_second": sum(one.output_tokens for one in served) / seconds,
         **{f"first_token_p{p}": float(np.percentile(first, p)) for p in (50, 90, 99)},
         **{f"answer_p{p}": float(np.percentile(whole, p)) for p in (50, 90, 99)},
         "prefix_hits": sum(one.cached_tokens for one in served) / sum(one.prompt_tokens for one in served),

@@ -10,8 +10,6 @@ from functools import partial
 from itertools import count
 from typing import Any, Protocol
 
-import numpy as np
-
 from benchmarks.fleet.simulation.machine import Machine
 from benchmarks.fleet.simulation.replica import Costs, Replica, Step
 from benchmarks.fleet.simulation.ring import Router
@@ -91,9 +89,9 @@ class Fleet:
         self._version = [0] * len(self.machines)
         self.served: list[Served] = []
 
-    def run(self, conversations: Iterable[Conversation], seconds: float, tenants: Sequence[str]) -> list[Served]:
-        """All turns that begin before ``seconds``, in the order in which they end."""
-        self._seconds, self._tenants = seconds, tenants
+    def run(self, conversations: Iterable[Conversation], tenants: Sequence[str]) -> list[Served]:
+        """All turns, in the order in which they end; conversations are dealt out to ``tenants``."""
+        self._tenants = tenants
         for one in conversations:
             self._at(one.start, partial(self._ask, one, 0, self._scale.shared))
         while self._events:
@@ -106,8 +104,6 @@ class Fleet:
 
     def _ask(self, conversation: Conversation, turn: int, length: int, now: float) -> None:
         """A turn of a conversation that has ``length`` tokens so far."""
-        if now >= self._seconds:
-            return
         one = conversation.turns[turn]
         served = Served(conversation.name, turn, now, length + one.new, one.output)
         served.replica = self._router.choose(conversation.name, self._active)

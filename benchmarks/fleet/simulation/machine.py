@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 
 class Machine:
-    """Tasks of one thread each. Short ones come first, as with Linux those that slept; the others share what is left."""
+    """Tasks of one thread each. Short ones come first, as with Linux those that slept; the others share the rest."""
 
     def __init__(self, cores: float) -> None:
         self._cores = cores

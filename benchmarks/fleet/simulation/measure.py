@@ -42,7 +42,7 @@ class Counters:
 
     step_seconds: float
     steps: float
-    num_blocks: float
+    num_blocks: int
     redis_calls: dict[str, int]
     redis_seconds: float
     """Of Valkey's core, in scripts."""
@@ -104,7 +104,7 @@ class RealFleet:
         return Counters(
             step_seconds=totals["evospec:engine_step_seconds_sum"],
             steps=totals["evospec:engine_step_seconds_count"],
-            num_blocks=totals["evospec:kv_blocks_total"] / len(self.replicas),
+            num_blocks=int(totals["evospec:kv_blocks_total"]) // len(self.replicas),
             redis_calls={name.removeprefix("cmdstat_"): one["calls"] for name, one in calls.items()},
             redis_seconds=calls.get("cmdstat_evalsha", {}).get("usec", 0) / 1e6,
             redis_in=stats["total_net_input_bytes"],
@@ -140,8 +140,8 @@ class RealFleet:
         tokens = self._tokenizer.encode(result.text, add_special_tokens=False)[:max_tokens]
         return result, tokens + self.text(0, max_tokens - len(tokens))
 
-    async def replay(self, conversations: Sequence[Conversation], seconds: float, scale: Scale) -> list[Served]:
-        """All turns that begin before ``seconds``; as in the model, a pause is counted from the end of an answer."""
+    async def replay(self, conversations: Sequence[Conversation], scale: Scale) -> list[Served]:
+        """All turns; as in the model, a pause is counted from the end of an answer."""
         began, served = time.perf_counter(), list[Served]()
 
         async def talk(number: int, one: Conversation) -> None:
@@ -149,8 +149,6 @@ class RealFleet:
             tokens, place = self.text(0, scale.shared), 7919 * (number + 1)
             for turn, said in enumerate(one.turns):
                 await asyncio.sleep(said.pause if turn else 0.0)
-                if time.perf_counter() - began >= seconds:
-                    return
                 tokens, place = tokens + self.text(place, said.new), place + said.new
                 headers = {"x-session-id": one.name, "x-request-id": f"{one.name}-{turn}"}
                 result, answer = await self.ask(tokens, said.output, TENANTS[number % len(TENANTS)], headers)

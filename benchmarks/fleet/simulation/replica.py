@@ -23,8 +23,8 @@ _UNREAD_FOR_FREE = 8
 class Costs:
     """What the model knows of a server; seconds are of a core.
 
-    ``verify``, ``first_draft``, ``next_draft`` are milliseconds by size and ``read`` of a token, as a server measures and
-    logs them at its start. The others are fitted to one replica.
+    The first four are milliseconds by size, and ``read`` of a token, as a server measures and logs them at its start.
+    The others are fitted to one replica.
     """
 
     verify: dict[str, float]
@@ -32,7 +32,7 @@ class Costs:
     next_draft: dict[str, float]
     read: float
     step: float = 0.0
-    """Of a step beside that, in seconds; ``sequence`` of each of its sequences, ``prompt_token`` of a prompt's token."""
+    """Seconds of a step beside that; ``sequence`` of each of its sequences, ``prompt_token`` of a prompt's token."""
     sequence: float = 0.0
     prompt_token: float = 2e-4
     engine: float = 1.0
@@ -51,9 +51,11 @@ class Costs:
 
     def curves(self) -> StepCosts:
         """What the server's policy of draft lengths is given."""
-        tables = (self.verify, self.first_draft, self.next_draft)
-        curves = (Curve([(int(size), one / 1e3) for size, one in table.items()]) for table in tables)
-        return StepCosts(*curves, read=self.read / 1e3)
+        verify, first_draft, next_draft = (
+            Curve([(int(size), one / 1e3) for size, one in table.items()])
+            for table in (self.verify, self.first_draft, self.next_draft)
+        )
+        return StepCosts(verify, first_draft, next_draft, self.read / 1e3)
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,6 @@ class Replica:
         request = Request(name, b"", tenant, SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0), prompt)
         self._scheduler.add(request)
         return request
-
-    @property
-    def prefix_tokens(self) -> tuple[int, int]:
-        """Prompt tokens so far, and those of them that were in the prefix cache."""
-        stats = self._scheduler.stats()
-        return stats.prefix_query_tokens, stats.prefix_hit_tokens
 
     def begin(self) -> Step | None:
         """Plan a step; None where there is nothing to do."""

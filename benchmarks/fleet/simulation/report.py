@@ -63,16 +63,14 @@ def _print(rows: Sequence[Sequence[str]], console: Console) -> None:
 def plot(large: Sequence[dict[str, Any]], path: Path) -> None:
     """Hit rates by replicas, a line for each ring, and what Redis has to do."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    for ring in dict.fromkeys(row["ring"] for row in large):
-        rows = [row for row in large if row["ring"] == ring]
-        sizes = [row["replicas"] for row in rows]
-        [line] = left.plot(sizes, [row["stayed"] for row in rows], "o-", label=f"{ring}: turns that stay")
-        hits = [row["prefix_hits"] for row in rows]
-        left.plot(sizes, hits, "s--", color=line.get_color(), label=f"{ring}: cached tokens")
-    rows = [row for row in large if row["ring"].startswith("100 ")]
+    names = [f"{row['replicas']:,}\n{row['ring']}" for row in large]
+    for key, marker in (("stayed", "o"), ("prefix_hits", "s")):
+        left.plot(names, [row[key] for row in large], marker, label=_ACROSS[key])
+    rows = [row for row in large if row["replicas"] == 10 or row["ring"].startswith("100 ")][1:]
     for key in ("cores", "largest_tenant_cores", "learner_cores"):
         right.plot([row["replicas"] for row in rows], [row[key] for row in rows], "o-", label=_ACROSS[key])
-    left.set(xscale="log", xlabel="replicas", ylabel="share", ylim=(0, 1.02))
+    left.set(ylabel="share", ylim=(0, 1.02))
+    left.tick_params(axis="x", labelrotation=30, labelsize=7)
     right.set(xscale="log", yscale="log", xlabel="replicas", ylabel="cores")
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -11,17 +11,26 @@ from benchmarks.fleet.simulation.fleet import Fleet
 from benchmarks.fleet.simulation.replica import Costs
 from benchmarks.fleet.simulation.ring import Anywhere, Drawn, Router, shares
 from benchmarks.fleet.simulation.traces import Scale, make_conversations, read_conversations
+from engine.adapters_config import AdaptersConfig
 from server.options import SessionsConfig
 
-SIZES = (10, 1_000, 100_000)
+RINGS: tuple[tuple[int, str, int | None], ...] = (
+    (10, "no affinity", None),
+    (10, "1,024 places", 1024),
+    (1_000, "1,024 places", 1024),
+    (1_000, "100 places each", 100_000),
+    (100_000, "1,024 places", 1024),
+    (100_000, "100 places each", 10_000_000),
+)
+"""Replicas, what the ring is called, and Envoy's ``minimum_ring_size``."""
 _SAMPLE = 24
 """Replicas that are simulated of a larger fleet: those in the middle of as many equal parts, by their share."""
 _TENANTS_EACH = 10
 """Tenants for each replica. The n-th of them sends 1/n as much as the first: no trace tells."""
-_WORKER_CALLS, _CALLS_A_KEY = 6, 5
-"""Commands a second of a worker, and of each key that it looks after (``adapters.alignment``)."""
-_KEYS = 8
+_WORKER_CALLS, _CALLS_A_KEY = 8, 2
+"""Commands a second of a worker, and of each key that it looks after, as counted with a Valkey."""
 _ADAPTER_BYTES = 405_000
+"""Of SmolLM2's, which each replica that knows the key reads."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +54,16 @@ def serve(costs: Costs, plan: Plan, size: int, ring_size: int | None) -> dict[st
         router = Drawn(parts[((np.arange(sample) + 0.5) * size / sample).astype(int)].tolist())
     fleet = Fleet(costs, plan.num_blocks, router, range(sample), 2.0, scale)
     conversations = make_conversations(plan.rate * sample, plan.seconds, scale)
-    served = fleet.run(conversations, plan.seconds, [f"tenant {number}" for number in range(_TENANTS_EACH * sample)])
+    served = fleet.run(conversations, [f"tenant {number}" for number in range(_TENANTS_EACH * sample)])
     late = [one for one in served if one.start >= plan.warm_up]
     busy = [machine.busy[False] / plan.seconds for machine in fleet.machines]
-    return figures(late, plan.seconds) | {
+    return figures(late) | {
         "requests_a_second": len(late) / (plan.seconds - plan.warm_up) / sample * size,
         "sessions_a_request": sum(one.turn == 0 for one in late) / len(late),
         "largest_share": spread,
         "busy_mean": float(np.mean(busy)),
         "busy_most": float(np.max(busy)),
-        **redis_figures(late, costs),
+        **redis_figures(served, costs),
     }
 
 
@@ -67,7 +76,7 @@ def shared(served: dict[str, float], size: int, call_seconds: float) -> dict[str
     # The session that a tenant used longest ago goes when it has too many: a turn finds its own if fewer came since.
     found = np.searchsorted(pauses, sessions.max_per_tenant / rates) / len(pauses)
     kept = np.minimum(rates * sessions.ttl_seconds * served["sessions_a_request"], sessions.max_per_tenant).sum()
-    calls, polls = requests * served["redis_calls"], size * (_WORKER_CALLS + _KEYS * _CALLS_A_KEY)
+    calls, polls = requests * served["redis_calls"], size * (_WORKER_CALLS + AdaptersConfig().num_slots * _CALLS_A_KEY)
     of_largest = size * -np.expm1(-rates[0] * 3600 / size)
     return {
         "calls_a_second": calls,

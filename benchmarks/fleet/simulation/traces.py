@@ -1,8 +1,8 @@
 """Conversations as published traces have them: when they begin, how long their turns are, and the pauses between.
 
-``conversations.csv.gz`` is made from Mooncake's conversation trace (Qin et al., FAST '25, github.com/kvcache-ai/Mooncake,
-``FAST25-release/traces/conversation_trace.jsonl``, Apache License 2.0): requests of one hour, which are joined to
-conversations by their prefix hashes. ``arrivals.csv.gz`` are the requests in each second of Azure's conversation trace
+``conversations.csv.gz`` is made from Mooncake's conversation trace (Qin et al., FAST '25; FAST25-release/traces in
+github.com/kvcache-ai/Mooncake; Apache License 2.0): requests of one hour, which are joined to conversations by their
+prefix hashes. ``arrivals.csv.gz`` are the requests in each second of Azure's conversation trace
 of 2023 (Patel et al., "Splitwise", ISCA 2024, github.com/Azure/AzurePublicDataset, CC-BY 4.0).
 
 ``python -m benchmarks.fleet.simulation.traces conversation_trace.jsonl AzureLLMInferenceTrace_conv.csv`` makes them.
@@ -14,7 +14,7 @@ import csv
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -69,16 +69,27 @@ class Scale:
 
 
 def make_conversations(rate: float, seconds: float, scale: Scale, seed: int = 0) -> list[Conversation]:
-    """Conversations drawn from the trace, of which ``rate`` a second begin, more or fewer as in Azure's hour."""
+    """Conversations drawn from the trace, of which ``rate`` a second begin, more or fewer as in Azure's hour.
+
+    Turns are left out that would begin after ``seconds`` even if answers took no time.
+    """
     chance, templates = np.random.default_rng(seed), read_conversations(scale)
     counts = np.loadtxt(_ARRIVALS)
     which = chance.choice(len(counts), size=chance.poisson(rate * seconds), p=counts / counts.sum())
     starts = np.sort((which + chance.random(len(which))) * seconds / len(counts))
     drawn = chance.integers(len(templates), size=len(starts))
     return [
-        Conversation(number, float(start), templates[template])
+        Conversation(number, float(start), list(_begun(templates[template], seconds - start)))
         for number, (start, template) in enumerate(zip(starts, drawn, strict=True))
     ]
+
+
+def _begun(turns: Iterable[Turn], seconds: float) -> Iterator[Turn]:
+    for turn in turns:
+        seconds -= turn.pause
+        if seconds <= 0.0:
+            return
+        yield turn
 
 
 def read_conversations(scale: Scale) -> list[list[Turn]]:
