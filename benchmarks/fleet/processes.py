@@ -67,12 +67,14 @@ class Process:
             await self._process.wait()
 
 
-def new_replica(number: int, redis_url: str, replica_options: Sequence[str] = REPLICA_OPTIONS) -> Process:
+def new_replica(
+    number: int, redis_url: str, replica_options: Sequence[str] = REPLICA_OPTIONS, name: str = "replica"
+) -> Process:
     """A replica on a free port, not yet started."""
     port = free_port()
     options = [*replica_options, "--redis.url", redis_url, "--port", str(port)]
     command = [str(Path(sys.executable).with_name("evospec")), "serve", *options]
-    return Process(f"replica-{number}", command, f"http://127.0.0.1:{port}")
+    return Process(f"{name}-{number}", command, f"http://127.0.0.1:{port}")
 
 
 def new_valkey(port: int, directory: Path) -> Process:

@@ -183,7 +183,8 @@ async def running_fleet(num_replicas: int) -> AsyncIterator[RealFleet]:
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="evospec-fleet-")))
         port = free_port()
         valkey = new_valkey(port, directory)
-        replicas = [new_replica(number, f"redis://127.0.0.1:{port}", _OPTIONS) for number in range(num_replicas)]
+        redis_url = f"redis://127.0.0.1:{port}"
+        replicas = [new_replica(number, redis_url, _OPTIONS, "modelled") for number in range(num_replicas)]
         for process in (valkey, *replicas):
             (LOGS / f"fleet-{process.name}.log").unlink(missing_ok=True)
             stack.push_async_callback(process.stop)
