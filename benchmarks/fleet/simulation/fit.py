@@ -116,8 +116,8 @@ async def probe(fleet: RealFleet) -> Costs:
     (_, prompt_token), *_ = np.linalg.lstsq(np.array(rows, float), np.array(engine), rcond=None)
     sequence = (beside[1] - beside[0]) / (_STREAMS[1] - _STREAMS[0])
     request = max(float(np.median(waits)) - event, 0.0)
-    fitted = {"step": beside[0] - sequence, "sequence": sequence, "event": event, "request": request}
-    return replace(costs, prompt_token=float(prompt_token), **fitted)
+    costs = replace(costs, step=beside[0] - sequence, sequence=sequence, prompt_token=float(prompt_token))
+    return replace(costs, event=event, request=request)
 
 
 async def _ask(fleet: RealFleet, place: int, length: int, max_tokens: int, **more: int) -> float:
@@ -155,4 +155,5 @@ def fit(probed: Costs, one: Run) -> Costs:
         redis=(0.0, 0.0),
     )
     without = redis_figures(one.served, costs)
-    return replace(costs, redis=tuple(measured[way] - without[way] for way in ("redis_in", "redis_out")))
+    to_redis, from_redis = (measured[way] - without[way] for way in ("redis_in", "redis_out"))
+    return replace(costs, redis=(to_redis, from_redis))

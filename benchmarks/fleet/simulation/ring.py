@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import xxhash
 
 DEFAULT_RING_SIZE = 1024
@@ -32,13 +33,11 @@ def hashes_each(num_hosts: int, ring_size: int) -> int:
 
 def shares(num_hosts: int, ring_size: int, seed: int = 0) -> list[float]:
     """What share of all sessions each host gets, times the number of hosts; sorted."""
-    import numpy as np
-
     each = hashes_each(num_hosts, ring_size)
     places = np.random.default_rng(seed).random(num_hosts * each)
     order = np.argsort(places)
     gaps = np.diff(places[order], prepend=places[order[-1]] - 1.0)
-    return np.sort(np.bincount(order // each, gaps, num_hosts) * num_hosts).tolist()
+    return sorted(map(float, np.bincount(order // each, gaps, num_hosts) * num_hosts))
 
 
 class Ring:

@@ -148,8 +148,9 @@ def main(
 ) -> None:
     """Make the two files."""
     requests = [json.loads(line) for line in mooncake.read_text().splitlines()]
+    rows = sorted(_join(requests), key=lambda row: row[0])
     with gzip.open(_CONVERSATIONS, "wt", newline="") as out:
-        csv.writer(out).writerows(sorted(_join(requests), key=lambda row: row[0]))
+        csv.writer(out).writerows(rows)
     with azure.open() as lines:
         times = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in csv.DictReader(lines)]
     counts = Counter(int(time - times[0]) for time in times)
