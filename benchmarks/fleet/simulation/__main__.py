@@ -24,6 +24,8 @@ from benchmarks.fleet.simulation.traces import Scale, make_conversations
 _COUNTS = (1, 2, 4)
 """Replicas that are measured; the model is fitted to the first."""
 _QUIET_SECONDS = 300.0
+_MOST_OTHERS = 0.3
+"""Cores that other programs may take meanwhile. What they took, the model does without."""
 
 
 class Part(StrEnum):
@@ -43,6 +45,8 @@ async def measure(rate: float, seconds: float, console: Console) -> dict[str, An
         async with running_fleet(count) as fleet:
             probed = probed or await probe(fleet)
             runs[count] = await run(fleet, conversations, scale)
+        if runs[count].others > _MOST_OTHERS:
+            raise RuntimeError(f"other programs took {runs[count].others:.1f} cores: times would mean nothing")
     assert probed is not None
     costs = fit(probed, runs[_COUNTS[0]])
     fleets = {str(count): compare(one, costs) for count, one in runs.items()}
