@@ -61,12 +61,12 @@ def _print(rows: Sequence[Sequence[str]], console: Console) -> None:
 
 
 def plot(large: Sequence[dict[str, Any]], path: Path) -> None:
-    """Hit rates by replicas, a line for each ring, and what Redis has to do."""
+    """Hit rates by replicas and ring, and what Redis has to do."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     names = [f"{row['replicas']:,}\n{row['ring']}" for row in large]
     for key, marker in (("stayed", "o"), ("prefix_hits", "s")):
         left.plot(names, [row[key] for row in large], marker, label=_ACROSS[key])
-    rows = [row for row in large if row["replicas"] == 10 or row["ring"].startswith("100 ")][1:]
+    rows = list({row["replicas"]: row for row in large}.values())  # the last, whose shares are the most even
     for key in ("cores", "largest_tenant_cores", "learner_cores"):
         right.plot([row["replicas"] for row in rows], [row[key] for row in rows], "o-", label=_ACROSS[key])
     left.set(ylabel="share", ylim=(0, 1.02))
