@@ -45,9 +45,8 @@ def command_of(script: Path, directory: Path) -> list[Path | str]:
 def run(command: Sequence[Path | str], url: str) -> tuple[dict[str, list[str]], str]:
     """The features that work, by API; and the last line of what the client wrote if it failed."""
     environment = {**os.environ, "no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run(
-        [*command, f"{url}/v1", MODEL], env=environment, capture_output=True, text=True, timeout=_SECONDS, cwd="/"
-    )
+    command = ["timeout", str(_SECONDS), *command, f"{url}/v1", MODEL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd="/")
     working: dict[str, list[str]] = {}
     for line in done.stdout.splitlines():
         api, _, feature = line.partition(" ")
