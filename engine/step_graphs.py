@@ -164,5 +164,11 @@ def _arrays(batch: ForwardBatch) -> list[NDArray[Any]]:
 
 def _on_device(batch: ForwardBatch, memory: FixedMemory) -> ForwardBatch:
     token_ids, positions, slots, wanted = memory.tensors
-    flat = {"token_ids": token_ids, "positions": positions, "slot_mapping": slots, "logits_indices": wanted}
-    return replace(batch, **flat, on_host=batch)
+    return replace(
+        batch,
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=slots,
+        logits_indices=wanted,
+        on_host=batch,
+    )
