@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Protocol
 
 import numpy as np
@@ -59,7 +60,7 @@ class ModelRunner:
         if self._graphs is not None:
             output, batch = self._graphs.forward(build_batch(sequences, self._block_size), capture)
         else:
-            num_prefilling = len(sequences) - sum(sequence.decodes for sequence in sequences)
+            num_prefilling = sum(1 for _ in takewhile(lambda sequence: not sequence.decodes, reversed(sequences)))
             batch = build_batch(sequences, self._block_size, self._device, num_prefilling)
             output = self._model.forward(batch, self._attention, capture)
         wanted = batch.logits_indices

@@ -103,7 +103,6 @@ class Scheduler:
         self._plan_newcomers(plan, budget, whole=False)
         self._lacks_blocks = self._admission.lacks_blocks
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
-        sequences.sort(key=lambda sequence: not sequence.decodes)  # of some a last token of the prompt is left
         num_tokens = sum(plan.values())
         return SchedulerOutput(sequences, num_tokens, num_tokens - num_decoded, self._admission.preempted)
 
@@ -192,14 +191,19 @@ class Scheduler:
         return min(len(request.prompt_token_ids) + max_output, self._max_model_len) - 1
 
     def _plan_decodes(self) -> dict[Request, int]:
-        """One token for each running sequence that lacks just one."""
-        decoding = [r for r in self._running if r.num_tokens - r.num_computed_tokens == 1 and not r.is_stalled]
+        """One token for each running sequence that lacks just one, which is not of its prompt."""
+        decoding = [
+            request
+            for request in self._running
+            if request.num_tokens - 1 == request.num_computed_tokens >= len(request.prompt_token_ids)
+            and not request.is_stalled
+        ]
         for request in decoding:
             self._admission.grow(request)
         return dict.fromkeys(decoding, 1)
 
     def _prefilling(self, plan: dict[Request, int]) -> list[Request]:
-        """Running sequences that lack more than one token."""
+        """Running sequences that do not decode."""
         return [request for request in self._running if request not in plan and not request.is_stalled]
 
     def _num_joining(self, num_decoding: int) -> int:

@@ -169,5 +169,8 @@ def _all_of(place: int, dtype: Any, device: torch.device, *shape: int) -> torch.
         failure = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
         if int(failure) != 0:
             reason = runtime.cudaGetErrorString(failure)
-            raise RuntimeError(f"the GPU cannot read {memory.nbytes} bytes of main memory: {reason}")
+            raise RuntimeError(
+                f"the GPU cannot read {memory.nbytes} bytes of main memory: {reason}; "
+                "it need not with --engine.speculation.dynamic.prior off"
+            )
     return memory
