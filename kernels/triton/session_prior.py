@@ -5,17 +5,21 @@ That is ``Sessions::score`` of kernels/csrc/sessions/prior.cpp. Sessions are rea
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.drafted_rounds import DraftedRounds
-from kernels.session_options import WAYS
+from kernels.session_library import StateStruct
+from kernels.session_options import NUM_FEATURES, WAYS
 from kernels.session_prior import SessionMemory, TableMemory
 
-_HASH = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # as in C++, signed
+HASH = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # as in C++, signed
 _WAYS = tl.constexpr(WAYS)
-_STATE = tl.constexpr(40)  # bytes of SessionState
+_FEATURES = tl.constexpr(NUM_FEATURES)
+_STATE = tl.constexpr(ctypes.sizeof(StateStruct))
 
 
 @triton.jit
@@ -27,7 +31,7 @@ def _counted(
     ``key``: of the context; below -1: there is none.
     """
     way, follower = tl.arange(0, _WAYS), tl.arange(0, WIDTH)
-    first = session * ROWS + (((key * _HASH) >> SHIFT) & (ROWS // _WAYS - 1)) * _WAYS
+    first = session * ROWS + (((key * HASH) >> SHIFT) & (ROWS // _WAYS - 1)) * _WAYS
     is_there = (tl.load(keys + first + way) == key).to(tl.int32)
     at = (first + tl.max(is_there * way, axis=0)) * WIDTH + follower
     token = tl.where(tl.max(is_there, axis=0) == 1, tl.load(tokens + at), -1)
@@ -135,8 +139,8 @@ def _prior_kernel(
         in_graph = _in_graph(own, one, offsets, edges, edge_values, num_edges, EDGES)
 
     strength = tl.where(is_known & (gain >= 0.0), 1.0, 0.0)  # none while the prior costs agreement
-    weight = weights + session * 5
-    feature = features + row * 5 * columns + column
+    weight = weights + session * _FEATURES
+    feature = features + row * _FEATURES * columns + column
     score = tl.load(logits + at, mask=inside, other=float("-inf"))
     score += in_session * (tl.load(weight) * strength)
     score += after_one * (tl.load(weight + 1) * strength)

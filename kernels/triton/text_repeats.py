@@ -11,10 +11,11 @@ import triton.language as tl
 
 from kernels.draft_head import HeadRows
 from kernels.drafted_rounds import DraftedRounds
+from kernels.session_options import MAX_REPEATS
 from kernels.session_prior import TextMemory
+from kernels.triton.session_prior import HASH
 
-_HASH = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # as in C++, signed
-_REPEATS = tl.constexpr(16)  # that are looked at, and most tokens of one
+_REPEATS = tl.constexpr(MAX_REPEATS)  # that are looked at, and most tokens of one
 _WIDTH = 128  # of hidden, at a time
 
 
@@ -36,7 +37,7 @@ def _end(text, size, drafts, drafts_stride, num_drafts):
 @triton.jit
 def _latest_place(before, last, text, latest, num_buckets):
     """The last place right after two tokens, -1 if there is none (``TextIndex::bucket``)."""
-    at = ((((before.to(tl.int64) << 32) | last.to(tl.int64)) * _HASH) >> 32) & (num_buckets - 1)
+    at = ((((before.to(tl.int64) << 32) | last.to(tl.int64)) * HASH) >> 32) & (num_buckets - 1)
     place = tl.load(latest + at)
     first = tl.load(text + place - 2, mask=place >= 2, other=-1)
     second = tl.load(text + place - 1, mask=place >= 2, other=-1)

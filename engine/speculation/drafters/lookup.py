@@ -120,9 +120,10 @@ def are_predicted(one: Verification) -> list[bool]:
 
     A prompt often has the same words as the prediction, so it does not matter from which of them they were copied.
     """
-    predicted, start = one.request.draft_state.predicted, one.request.num_tokens - len(one.kept) - MIN_MATCH
+    predicted = one.request.draft_state.predicted
     if not predicted or one.source != "lookup":
         return [False] * one.num_accepted
+    start = one.request.num_tokens - len(one.kept) - MIN_MATCH
     tokens = "".join(map(chr, one.request.all_token_ids[start:]))
     return [tokens[at : at + MIN_MATCH + 1] in predicted for at in range(one.num_accepted)]
 
