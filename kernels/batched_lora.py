@@ -1,7 +1,7 @@
 """Low-rank adapters, each row of a batch its own (LoRA, arXiv 2106.09685; in one batch: Punica, arXiv 2310.18547).
 
-All adapters of one matrix lie in two tensors, ``a`` [slots, rank, inputs] and ``b`` [slots, outputs, rank]. A row with
-slot s gains (x a_s^T) b_s^T. A row with slot -1 gains nothing.
+All adapters of one matrix lie in two tensors, ``a`` [slots, rank, inputs] and ``b`` [slots, rank, outputs]. A row with
+slot s gains (x a_s^T) b_s. A row with slot -1 gains nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LoraMatrix = Literal["qkv", "output", "down"]
 class LoraPart:
     """The adapters of columns ``start`` .. ``end`` - 1 of a matrix's product.
 
-    ``a`` [slots, rank, inputs] and ``b`` [slots, end - start, rank], contiguous; they may be overwritten between calls.
+    ``a`` [slots, rank, inputs] and ``b`` [slots, rank, end - start], contiguous; they may be overwritten between calls.
     """
 
     start: int
@@ -57,7 +57,7 @@ def batched_lora(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.T
         out: [N, outputs]; rows may lie apart.
         x: [N, inputs], of the dtype of ``out``.
         a: [slots, rank, inputs], of any floating-point dtype.
-        b: [slots, outputs, rank], of the same.
+        b: [slots, rank, outputs], of the same.
         slots: [N] int32, -1: none.
     """
     if out.device.type == "cuda":
@@ -67,4 +67,4 @@ def batched_lora(out: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.T
         return
     for slot in set(slots.tolist()) - {-1}:
         rows = (slots == slot).nonzero().squeeze(1)
-        out[rows] += (x[rows] @ a[slot].to(x.dtype).T) @ b[slot].to(x.dtype).T
+        out[rows] += (x[rows] @ a[slot].to(x.dtype).T) @ b[slot].to(x.dtype)

@@ -10,7 +10,6 @@ import torch
 from kernels.batched_lora import LoraMatrix, LoraPart, LoraRows
 from kernels.native import Team, address, integers, load_library, pointers
 
-MAX_RANK = 256
 _MAX_PARTS = 3
 _MATRICES: tuple[LoraMatrix, ...] = ("qkv", "output", "down")
 
@@ -31,8 +30,8 @@ class NativeLora:
     """A batch's adapters as the kernels read them; keeps the tensors alive.
 
     Args:
-        rows: parts of equal rank, at most ``MAX_RANK``, in bf16; up to three of a matrix, of equal inputs, a multiple
-            of 32.
+        rows: parts of equal rank, in bf16; up to three of a matrix, of equal inputs, a multiple of 32, and outputs that
+            are multiples of 16.
     """
 
     def __init__(self, rows: LoraRows) -> None:
@@ -42,8 +41,8 @@ class NativeLora:
         if any(weight.dtype != torch.bfloat16 or not weight.is_contiguous() for weight in weights):
             raise ValueError("adapters must be contiguous bf16")
         rank, *others = ranks
-        if others or rank > MAX_RANK:
-            raise ValueError(f"the kernels take adapters of one rank of at most {MAX_RANK}, not {sorted(ranks)}")
+        if others:
+            raise ValueError(f"the kernels take adapters of one rank, not {sorted(ranks)}")
         matrices = (_matrix([part for part in rows.parts if part.matrix == name]) for name in _MATRICES)
         self._struct = _Rows(rank, *matrices, rows.slots.data_ptr())
         self.pointer = ctypes.pointer(self._struct)
@@ -61,5 +60,7 @@ def _matrix(parts: Sequence[LoraPart]) -> _Matrix:
             f"the kernels take up to {_MAX_PARTS} adapters of a matrix, their inputs the same multiple of 32, "
             f"not {len(parts)} of {sorted(inputs)}"
         )
+    if any((part.end - part.start) % 16 for part in parts):
+        raise ValueError("the kernels take adapters of a multiple of 16 outputs")
     structs = (_Part(part.start, part.end - part.start, part.a.data_ptr(), part.b.data_ptr()) for part in parts)
     return _Matrix(next(iter(inputs), 0), len(parts), (_Part * _MAX_PARTS)(*structs))

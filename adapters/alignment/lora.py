@@ -17,9 +17,9 @@ from kernels.batched_lora import LoraMatrix
 
 @dataclass(frozen=True)
 class Lora:
-    """One adapter. The adapted rows of a weight W are W + b @ a.
+    """One adapter. The adapted rows of a weight W are W + b.T @ a.
 
-    ``tensors`` has ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank], float32.
+    ``tensors`` has ``<target>.a`` [rank, inputs] and ``<target>.b`` [rank, outputs], float32.
     """
 
     config: Eagle3Config
@@ -35,7 +35,7 @@ class Lora:
             rows = adapted_rows(config, target)
             bound = 1 / math.sqrt(rows.num_inputs)
             tensors[f"{target}.a"] = torch.empty(rank, rows.num_inputs).uniform_(-bound, bound, generator=generator)
-            tensors[f"{target}.b"] = torch.zeros(rows.end - rows.start, rank)
+            tensors[f"{target}.b"] = torch.zeros(rank, rows.end - rows.start)
         return cls(config, targets, tensors)
 
     @classmethod
@@ -57,7 +57,7 @@ class Lora:
         for target in self.targets:
             rows = adapted_rows(self.config, target)
             if rows.matrix == matrix:
-                gain = (x @ self.tensors[f"{target}.a"].T) @ self.tensors[f"{target}.b"].T
+                gain = (x @ self.tensors[f"{target}.a"].T) @ self.tensors[f"{target}.b"]
                 out[..., rows.start : rows.end].add_(gain)
 
     def approach(self, other: Lora, share: float) -> None:

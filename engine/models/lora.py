@@ -1,7 +1,7 @@
 """What a version of an EAGLE-3 draft consists of: a low-rank adapter (LoRA, arXiv 2106.09685).
 
-It has two tensors for each target: ``<target>.a`` [rank, inputs] and ``<target>.b`` [outputs, rank]. The
-adapted layer gives ``x @ W.T + (x @ a.T) @ b.T``.
+It has two tensors for each target: ``<target>.a`` [rank, inputs] and ``<target>.b`` [rank, outputs]. The
+adapted layer gives ``x @ W.T + (x @ a.T) @ b``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def lora_layout(config: Eagle3Config, rank: int, targets: Collection[LoraTarget]
     for target in targets:
         rows = adapted_rows(config, target)
         shapes[f"{target}.a"] = (rank, rows.num_inputs)
-        shapes[f"{target}.b"] = (rows.end - rows.start, rank)
+        shapes[f"{target}.b"] = (rank, rows.end - rows.start)
     return WeightLayout(tuple(TensorSpec(name, shape, torch.bfloat16) for name, shape in sorted(shapes.items())), base)
 
 

@@ -38,12 +38,8 @@ void evo_linear_to_rows(Team& team, const Matrix& weight, const bf16* x, int row
 
 // out [rows][stride] gains what the rows' adapters of q, k and v make of x [rows][inputs].
 void evo_lora(Team& team, const LoraRows& lora, const bf16* x, int rows, int stride, float* out) {
-  team.run([&](int) {
-    team.work(rows, [&](int row) {
-      const bf16* x_row = x + static_cast<size_t>(row) * lora.qkv.inputs;
-      add_lora(lora, lora.qkv, row, x_row, out + static_cast<size_t>(row) * stride);
-    });
-  });
+  std::vector<float> sums(lora.num_sums(rows));
+  team.run([&](int) { add_lora(team, lora, lora.qkv, x, rows, sums.data(), stride, out); });
 }
 
 // One layer's attention on its own: q [tokens][heads][dim], k and v [tokens][kv_heads][dim], out like q. softmax_scale:

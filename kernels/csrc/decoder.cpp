@@ -48,7 +48,7 @@ void unpack_rows(Team& team, const Matrix& matrix, const int32_t* rows, int coun
 
 Decoder::Decoder(Team& team, const DecoderShape& shape) : shape_(shape), team_(team) {}
 
-void Decoder::reserve(int tokens) {
+void Decoder::reserve(int tokens, const LoraRows* lora) {
   // Whole tiles are read, wherever they begin.
   const size_t rows = static_cast<size_t>(tokens + 31) / 32 * 32 + 16;
   const size_t heads = static_cast<size_t>(shape_.heads) * shape_.head_dim;
@@ -62,6 +62,7 @@ void Decoder::reserve(int tokens) {
   grow(attended_, rows * heads);
   grow(qkv_, rows * qkv);
   grow(gated_, rows * shape_.intermediate);
+  if (lora != nullptr) grow(lora_sums_, lora->num_sums(tokens));
   for (const Layer& layer : layers_) {
     if (layer.experts.router != nullptr) mixture_.reserve(layer.experts, tokens, shape_.hidden, shape_.intermediate);
   }
@@ -181,26 +182,13 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
     team_.barrier();
     out += part.n;
   }
+  if (lora != nullptr) add_lora(team_, *lora, lora->qkv, normed_.data(), tokens, lora_sums_.data(), columns, qkv_.data());
   team_.work(kept == nullptr ? tokens : tokens + 1, [&](int token) {
     if (token == tokens) return keep(kept->wanted, residual);  // nobody reads the stream meanwhile
-    if (lora != nullptr) {
-      const bf16* x = normed_.data() + static_cast<size_t>(token) * lora->qkv.inputs;
-      add_lora(*lora, lora->qkv, token, x, qkv_.data() + static_cast<size_t>(token) * columns);
-    }
     prepare_and_write(batch, kv, layer, token, kept == nullptr ? token : kept->row_of[token]);
   });
   team_.barrier();
   attention(team_, kept == nullptr ? batch : kept->batch, kv, shape_.heads, layer.window, q_.data(), attended_.data());
-  team_.barrier();
-}
-
-// The residual stream gains what the adapters of a matrix make of its input x, rows of `matrix.inputs`.
-void Decoder::adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* x, int tokens, float* residual) {
-  if (matrix.num_parts == 0) return;
-  team_.work(tokens, [&](int token) {
-    add_lora(lora, matrix, token, x + static_cast<size_t>(token) * matrix.inputs,
-             residual + static_cast<size_t>(token) * shape_.hidden);
-  });
   team_.barrier();
 }
 
@@ -214,7 +202,7 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
   if (tokens == 0) return;
   if (lora != nullptr && kept != nullptr) lora = &kept->lora;
   add_product(layer.output, attended_.data(), tokens, num_direct, layer.attention_norm, residual);
-  if (lora != nullptr) adapt(*lora, lora->output, attended_.data(), tokens, residual);
+  if (lora != nullptr) add_lora(team_, *lora, lora->output, attended_.data(), tokens, lora_sums_.data(), hidden, residual);
 
   normalize(layer.mlp_norm, residual, tokens, normed_.data(), hidden);
   team_.barrier();
@@ -225,13 +213,13 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
   linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate, num_direct});
   team_.barrier();
   add_product(layer.down, gated_.data(), tokens, num_direct, layer.output_norm, residual);
-  if (lora != nullptr) adapt(*lora, lora->down, gated_.data(), tokens, residual);
+  if (lora != nullptr) add_lora(team_, *lora, lora->down, gated_.data(), tokens, lora_sums_.data(), hidden, residual);
 }
 
 void Decoder::forward(const Batch& batch, const KvLayers& kv, const float* embeddings, const LoraRows* lora,
                       const WantedRows* wanted, float* residual, const PassOutputs& outputs) {
   const int tokens = batch.num_tokens, hidden = shape_.hidden, num_layers = static_cast<int>(layers_.size());
-  reserve(tokens);
+  reserve(tokens, lora);
   std::optional<Kept> kept;
   if (wanted != nullptr) kept.emplace(batch, lora, *wanted);
   team_.run([&](int) {

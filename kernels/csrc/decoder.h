@@ -89,7 +89,7 @@ class Decoder {
     LoraRows lora;
   };
 
-  void reserve(int tokens);
+  void reserve(int tokens, const LoraRows* lora);
   void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
   void normalize_input(const Layer& layer, const float* embeddings, float* residual, int tokens);
   void run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
@@ -97,7 +97,6 @@ class Decoder {
   void attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora, const Kept* kept,
               float* residual);
   void keep(const WantedRows& wanted, float* residual) const;
-  void adapt(const LoraRows& lora, const LoraMatrix& matrix, const bf16* x, int tokens, float* residual);
   void add_product(const Matrix& weight, const bf16* x, int tokens, int num_direct, const float* norm, float* residual);
   void prepare_and_write(const Batch& batch, const KvCache& kv, const Layer& layer, int token, int row);
   void prepare_head(const Layer& layer, const float* norm, int position, float* head) const;
@@ -107,7 +106,7 @@ class Decoder {
   std::vector<Layer> layers_;
   // Activations of a step; rows are padded to whole AMX tiles.
   std::vector<bf16> normed_, q_, attended_, gated_;
-  std::vector<float> qkv_, added_;
+  std::vector<float> qkv_, added_, lora_sums_;
   Mixture mixture_;
 };
 

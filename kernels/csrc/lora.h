@@ -2,14 +2,15 @@
 #pragma once
 
 #include "simd.h"
+#include "threads.h"
 
 namespace evospec {
 
-// Adapters of columns start .. start + outputs - 1 of a matrix's product.
+// Adapters of columns start .. start + outputs - 1 of a matrix's product; outputs is a multiple of 16.
 struct LoraPart {
   int start, outputs;
   const bf16* a;  // [slots][rank][inputs]
-  const bf16* b;  // [slots][outputs][rank]
+  const bf16* b;  // [slots][rank][outputs]
 };
 
 // Adapters of one matrix; num_parts 0: none.
@@ -19,14 +20,17 @@ struct LoraMatrix {
 };
 
 struct LoraRows {
-  int rank;                      // up to kMaxLoraRank
+  int rank;
   LoraMatrix qkv, output, down;  // of a layer
   const int32_t* slots;          // of each row; -1: none
+
+  // Floats that add_lora needs for its sums.
+  size_t num_sums(int count) const;
 };
 
-inline constexpr int kMaxLoraRank = 256;
-
-// out, the row's product of a matrix, gains what the row's adapter of that matrix makes of x.
-void add_lora(const LoraRows& rows, const LoraMatrix& matrix, int row, const bf16* x, float* out);
+// out [count][stride], a matrix's product of x [count][inputs], gains what each row's adapter of that matrix makes of x.
+// Inside Team::run, by all threads, after a barrier; ends with one. sums: num_sums(count) of them, shared.
+void add_lora(Team& team, const LoraRows& rows, const LoraMatrix& matrix, const bf16* x, int count, float* sums,
+              int stride, float* out);
 
 }  // namespace evospec

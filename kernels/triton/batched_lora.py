@@ -37,9 +37,9 @@ def _lora_kernel(
             inner += tl.sum(weight.to(tl.float32) * value[None, :], axis=1)
         for start in range(0, num_outputs, OUTPUTS):
             n = start + tl.arange(0, OUTPUTS)
-            is_b = (n[:, None] < num_outputs) & (r[None, :] < rank)
-            weight = tl.load(b + (slot * num_outputs + n[:, None]) * rank + r[None, :], mask=is_b, other=0.0)
-            gain = tl.sum(weight.to(tl.float32) * inner[None, :], axis=1)
+            is_b = (r[:, None] < rank) & (n[None, :] < num_outputs)
+            weight = tl.load(b + (slot * rank + r[:, None]) * num_outputs + n[None, :], mask=is_b, other=0.0)
+            gain = tl.sum(weight.to(tl.float32) * inner[:, None], axis=0)
             place = out + row * out_stride + n
             before = tl.load(place, mask=n < num_outputs, other=0.0).to(tl.float32)
             tl.store(place, (before + gain).to(out.dtype.element_ty), mask=n < num_outputs)
@@ -51,7 +51,7 @@ def batched_lora_triton(
     """As ``kernels.batched_lora.batched_lora``; ``a`` and ``b`` contiguous, ``out`` and ``x`` by row."""
     rank, num_inputs = a.shape[1:]
     _lora_kernel[(len(x),)](
-        *(out, x, a, b, slots, out.stride(0), x.stride(0), num_inputs, b.shape[1], rank),
+        *(out, x, a, b, slots, out.stride(0), x.stride(0), num_inputs, b.shape[2], rank),
         RANK=triton.next_power_of_2(rank),
         INPUTS=64,
         OUTPUTS=64,

@@ -60,7 +60,7 @@ def merged(draft: Eagle3, lora: Lora) -> dict[str, torch.Tensor]:
     weights = {name: weight.clone() for name, weight in draft.named_parameters()}
     for target in lora.targets:
         rows = adapted_rows(draft.config, target)
-        delta = lora.tensors[f"{target}.b"] @ lora.tensors[f"{target}.a"]
+        delta = lora.tensors[f"{target}.b"].T @ lora.tensors[f"{target}.a"]
         weights[WEIGHTS[rows.matrix]][rows.start : rows.end] += delta
     return weights
 
@@ -80,7 +80,7 @@ def test_only_the_rows_of_a_target_change_and_by_what_the_adapter_says(draft: Ea
     inside = torch.zeros(gain.shape[1], dtype=torch.bool)
     inside[rows.start : rows.end] = True
     assert not gain[:, ~inside].any()
-    wanted = (x @ lora.tensors[f"{target}.a"].T) @ lora.tensors[f"{target}.b"].T
+    wanted = (x @ lora.tensors[f"{target}.a"].T) @ lora.tensors[f"{target}.b"]
     torch.testing.assert_close(gain[:, inside], wanted)
 
 

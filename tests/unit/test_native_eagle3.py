@@ -100,7 +100,7 @@ def random_adapters(draft: Eagle3, num_slots: int, targets: Sequence[LoraTarget]
     for target in targets:
         rows = adapted_rows(draft.config, target)
         a = torch.randn(num_slots, 8, rows.num_inputs) / rows.num_inputs**0.5
-        b = torch.randn(num_slots, rows.end - rows.start, 8) / 8**0.5
+        b = torch.randn(num_slots, 8, rows.end - rows.start) / 8**0.5
         parts.append(LoraPart(rows.start, rows.end, a.bfloat16(), b.bfloat16(), rows.matrix))
     return parts
 
@@ -108,7 +108,7 @@ def random_adapters(draft: Eagle3, num_slots: int, targets: Sequence[LoraTarget]
 def with_merged_weights(draft: Eagle3, parts: list[LoraPart], slot: int) -> Eagle3:
     merged = deepcopy(draft)
     for part in parts:
-        merged.get_parameter(WEIGHTS[part.matrix])[part.start : part.end] += part.b[slot].float() @ part.a[slot].float()
+        merged.get_parameter(WEIGHTS[part.matrix])[part.start : part.end] += part.b[slot].float().T @ part.a[slot].float()
     return merged
 
 

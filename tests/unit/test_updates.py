@@ -53,7 +53,7 @@ def test_what_is_published_does_not_follow_each_update(tmp_path: Path) -> None:
 
     def weights() -> tuple[torch.Tensor, torch.Tensor]:
         now, published = (
-            tensors["o.b"].float() @ tensors["o.a"].float() for tensors in (updater._lora.tensors, updater.published())
+            tensors["o.b"].float().T @ tensors["o.a"].float() for tensors in (updater._lora.tensors, updater.published())
         )
         return now.detach(), published
 
