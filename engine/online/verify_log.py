@@ -146,7 +146,8 @@ class VerifyLog:
                 is the target's choice (None: it was copied).
 
         Returns:
-            these tokens' ids [L, num_likely], best first; None where there is nothing to log.
+            these tokens' ids [L, num_likely], best first, in the rows from which kept tokens were chosen; None where
+            there is nothing to log.
         """
         all_steps = [_Step(one, first_right.get(one.request.request_id)) for one in verified if one.kept]
         self._num_steps += len(all_steps)
@@ -154,9 +155,10 @@ class VerifyLog:
         if not steps:
             return None
         started = time.perf_counter()
-        k = self._options.top_k
-        # All rows at once: nearly all are wanted, and the call takes longer than a row.
-        values, ids = topk_rows_on_host(logits, max(k, num_likely), self._team)
+        k, most = self._options.top_k, max(self._options.top_k, num_likely)
+        rows = [row for step in all_steps for row in step.verified.rows]  # refused drafts have others
+        values, ids = np.zeros((len(logits), most), np.float32), np.zeros((len(logits), most), np.int64)
+        values[rows], ids[rows] = topk_rows_on_host(logits, most, self._team, rows)
         self._log_steps(steps, values[:, :k], ids[:, :k])
         self._budget.spend(time.perf_counter() - started)
         return ids[:, :num_likely]

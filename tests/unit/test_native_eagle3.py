@@ -108,7 +108,8 @@ def random_adapters(draft: Eagle3, num_slots: int, targets: Sequence[LoraTarget]
 def with_merged_weights(draft: Eagle3, parts: list[LoraPart], slot: int) -> Eagle3:
     merged = deepcopy(draft)
     for part in parts:
-        merged.get_parameter(WEIGHTS[part.matrix])[part.start : part.end] += part.b[slot].float().T @ part.a[slot].float()
+        gain = part.b[slot].float().T @ part.a[slot].float()
+        merged.get_parameter(WEIGHTS[part.matrix])[part.start : part.end] += gain
     return merged
 
 

@@ -52,9 +52,8 @@ def test_what_is_published_does_not_follow_each_update(tmp_path: Path) -> None:
     segments = [answer.segment() for answer in DriftingTraffic(tiny.drafter).answers(60)]
 
     def weights() -> tuple[torch.Tensor, torch.Tensor]:
-        now, published = (
-            tensors["o.b"].float().T @ tensors["o.a"].float() for tensors in (updater._lora.tensors, updater.published())
-        )
+        both = (updater._lora.tensors, updater.published())
+        now, published = (tensors["o.b"].float().T @ tensors["o.a"].float() for tensors in both)
         return now.detach(), published
 
     for segment in segments:
