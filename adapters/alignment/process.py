@@ -11,6 +11,9 @@ from pathlib import Path
 
 _libc = ctypes.CDLL(None)
 _GREATEST_NICENESS = 19
+_KERNELS = 64
+"""With the 1,024 that each keeps by default the worker is 300 MB larger after 112 updates of Qwen2.5-Coder-0.5B: no
+faster."""
 
 
 def yield_to_others(niceness: int) -> None:
@@ -26,6 +29,15 @@ def yield_to_others(niceness: int) -> None:
     if niceness == _GREATEST_NICENESS and sys.platform == "linux":
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def bound_memory() -> None:
+    """Let oneDNN, and PyTorch's layer on it, keep few of the kernels that are compiled for each shape of a product.
+
+    To be called before the first product.
+    """
+    for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(capacity, str(_KERNELS))
 
 
 def give_back_memory() -> None:

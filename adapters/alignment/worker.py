@@ -18,7 +18,7 @@ from adapters.alignment.chains import ChainDrafter
 from adapters.alignment.control import ControlChannel
 from adapters.alignment.growth import DraftGrower, seed_of_draft
 from adapters.alignment.pace import Pacer
-from adapters.alignment.process import give_back_memory, resident_bytes, yield_to_others
+from adapters.alignment.process import bound_memory, give_back_memory, resident_bytes, yield_to_others
 from adapters.alignment.publisher import AdapterPublisher
 from adapters.alignment.records import Assembler
 from adapters.alignment.replay import starts_chains, teaches
@@ -283,6 +283,7 @@ def main(updater: type[Updater] = Updater) -> None:
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
     yield_to_others(config.alignment.pace.niceness)
     torch.set_num_threads(config.alignment.pace.threads)
+    bound_memory()
     try:
         worker = load_worker(config, updater)
     except ModelError as error:
