@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import structlog
 import torch
@@ -22,9 +21,8 @@ from kernels.choose_tokens import choose_tokens
 
 log = structlog.get_logger(__name__)
 
-_Result = TypeVar("_Result")
-
-_REPEATS = 3
+_ROUNDS = 6
+"""Runs at each size."""
 _PROMPT_TOKENS = 8
 _READ_TOKENS = 128
 _CONTEXT_TOKENS = 256
@@ -39,8 +37,8 @@ _MANY_TOKENS = 8
 """From so many on a step is bound by arithmetic, where it is not flat."""
 _LOGGED_SIZES = (1, 2, 3, 4, 5, 8, 12, 16, 24, 32, 48, 64)
 _WARM_UP_SECONDS = 0.5
-_MAX_SECONDS = 2.0
-"""For each of the two tables; sizes that are left then lie on the line through the last two."""
+_MAX_SECONDS = 3.0
+"""For each of the two tables. Sizes for which the first round has no time lie on the line through the last two."""
 
 
 class CostMeter:
@@ -65,7 +63,7 @@ class CostMeter:
         vocab: DraftVocab | None = None,
     ) -> None:
         self._runner, self._proposer, self._vocab = runner, proposer, vocab
-        longest = _PROMPT_TOKENS + 1 + 2 * (1 + _REPEATS) + _MANY_DRAFTS
+        longest = _PROMPT_TOKENS + 1 + 2 * 2 + _MANY_DRAFTS
         self._blocks_each = -(-longest // block_size)
         self._max_batch = runner.num_blocks // self._blocks_each
         self._max_tokens = max_tokens
@@ -75,11 +73,11 @@ class CostMeter:
 
     def measure(self) -> StepCosts:
         """The fastest of some runs at each size; logged, for they say whether drafts can pay on this machine."""
-        drafts = _table(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
+        drafts = _fastest(_BATCH_SIZES, self._max_drafting(), self._draft_seconds)
         self._warm_up()
-        verified = _table(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)
+        verified = _fastest(_VERIFY_SIZES, self._max_verified(), self._verify_seconds)
         costs = StepCosts(
-            verify=Curve(without_spikes(verified, _MANY_TOKENS)),
+            verify=Curve(without_spikes([(size, seconds) for size, (seconds,) in verified], _MANY_TOKENS)),
             first_draft=Curve([(size, one) for size, (one, _) in drafts]),
             next_draft=Curve([(size, max(many - one, 0.0) / (_MANY_DRAFTS - 1)) for size, (one, many) in drafts]),
             read=self._read_seconds(drafts[0][1][0]),
@@ -100,7 +98,7 @@ class CostMeter:
     def _max_drafting(self) -> int:
         return min(self._max_tokens // _PROMPT_TOKENS, self._max_batch)
 
-    def _verify_seconds(self, num_tokens: int) -> float:
+    def _verify_seconds(self, num_tokens: int) -> tuple[float]:
         """Sequences of up to four tokens: the target's pass, the most likely token of each row, and what a draft that
         may be wanted later keeps of them. All of that is paid for without drafts too.
         """
@@ -119,10 +117,10 @@ class CostMeter:
             choose_tokens(logits, None, [0] * len(logits), team=self._runner.team)
             self._proposer.after_verification(steps, [1] * len(steps), features)
 
-        best = min(_seconds(run) for _ in range(_REPEATS))
+        seconds = _seconds(run)
         for step in steps:
             self._proposer.forget(step.request)
-        return best
+        return (seconds,)
 
     def _draft_seconds(self, batch_size: int) -> tuple[float, float]:
         """One draft token for each sequence, and ``_MANY_DRAFTS``; with what their vocabularies learn of it."""
@@ -133,12 +131,12 @@ class CostMeter:
         if self._vocab is not None:
             self._vocab.warm_up([request for request, _ in sequences])
         self._step(prompts)
-        best = []
+        seconds = []
         for length in (1, _MANY_DRAFTS):
             self._cycle(sequences, length)  # catches up, touches memory
-            best.append(min(self._cycle(sequences, length) for _ in range(_REPEATS)))
+            seconds.append(self._cycle(sequences, length))
         self._forget([request for request, _ in sequences])
-        return best[0], best[1]
+        return seconds[0], seconds[1]
 
     def _read_seconds(self, first_draft: float) -> float:
         """Of each token that a new sequence has, given what its first draft takes when they are read."""
@@ -146,7 +144,7 @@ class CostMeter:
         prompt = [place * self._runner.vocab_size // count for place in range(count)]  # so that vocabularies want them
         blocks = array("i", range(self._blocks_verified))
         seconds = []
-        for _ in range(_REPEATS):
+        for _ in range(_ROUNDS):
             request = Request("cost meter", b"", "", _GREEDY, prompt)
             learning = self._step([ScheduledSequence(request, 0, prompt, 0, 0, 1, blocks)])
             seconds.append(learning + self._cycle([(request, blocks)], 1))
@@ -202,17 +200,28 @@ class CostMeter:
         ]
 
 
-def _table(sizes: Sequence[int], largest: int, measure: Callable[[int], _Result]) -> list[tuple[int, _Result]]:
-    """Results by size, as many as ``_MAX_SECONDS`` allow, and the first, in which a GPU's kernels are compiled."""
-    results = list[tuple[int, _Result]]()
-    started = 0.0
-    for size in (size for size in sizes if size <= largest):
-        if results and time.perf_counter() - started >= _MAX_SECONDS:
+def _fastest(
+    sizes: Sequence[int], largest: int, measure: Callable[[int], tuple[float, ...]]
+) -> list[tuple[int, tuple[float, ...]]]:
+    """The least of several runs at each size, of as many sizes as there is time for.
+
+    All sizes are measured in turn, again and again: whatever else has the processor for a moment spoils a run of a few
+    sizes then, and not all runs of one.
+    """
+    wanted = [size for size in sizes if size <= largest]
+    measure(wanted[0])  # a GPU's kernels are compiled
+    least = dict[int, tuple[float, ...]]()
+    started = time.perf_counter()
+    for size in wanted:
+        if least and time.perf_counter() - started >= _MAX_SECONDS / _ROUNDS:
             break
-        results.append((size, measure(size)))
-        if len(results) == 1:
-            started = time.perf_counter()
-    return results
+        least[size] = measure(size)
+    for _ in range(1, _ROUNDS):
+        if time.perf_counter() - started >= _MAX_SECONDS:
+            break
+        for size, before in least.items():
+            least[size] = tuple(map(min, before, measure(size)))
+    return list(least.items())
 
 
 def _seconds(run: Callable[[], object]) -> float:
