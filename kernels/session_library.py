@@ -160,6 +160,7 @@ class TokenRows:
     def __init__(self) -> None:
         self._rows: list[int] = []
         self._tokens: list[int] = []
+        self._struct: TokenRowsStruct | None = None
 
     def add(
         self,
@@ -186,11 +187,13 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self._rows) // 6
 
-    @functools.cached_property
+    @property
     def struct(self) -> TokenRowsStruct:
         """All of them: nothing is added from here on, and this object must outlive it."""
-        self._arrays = array("i", self._rows), array("i", self._tokens)
-        return TokenRowsStruct(len(self), *(values.buffer_info()[0] for values in self._arrays))
+        if self._struct is None:
+            rows, tokens = self._arrays = array("i", self._rows), array("i", self._tokens)
+            self._struct = TokenRowsStruct(len(self), rows.buffer_info()[0], tokens.buffer_info()[0])
+        return self._struct
 
 
 class DraftStep:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def make_prompt(source: Source, item: Item) -> Prompt:
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
     """All runs of ``SHINGLE_WORDS`` words, case and punctuation aside; a shorter text is one run."""
-    words = "".join(char.lower() if char.isalnum() else " " for char in text).split()
+    words = re.sub(r"[\W_]", " ", text).lower().split()
     if len(words) <= SHINGLE_WORDS:
         return frozenset([tuple(words)])
     return frozenset(tuple(words[i : i + SHINGLE_WORDS]) for i in range(len(words) - SHINGLE_WORDS + 1))
@@ -113,9 +114,10 @@ def without_near_duplicates(prompts: Iterable[Prompt], others: Iterable[Prompt] 
     known = shingles_of(others)
     kept: list[Prompt] = []
     for prompt in prompts:
-        if not _is_near(prompt, known):
+        own = shingles(prompt.passage)
+        if not _are_near(own, known):
             kept.append(prompt)
-            known |= shingles(prompt.passage)
+            known |= own
     return kept
 
 
@@ -172,11 +174,10 @@ def build_extra_train(evaluation: Sequence[Prompt]) -> list[Prompt]:
         for item, content in train_extra.code_prompts()
     ]
     known = shingles_of(evaluation)
-    return [prompt for prompt in prompts if not _is_near(prompt, known)]
+    return [prompt for prompt in prompts if not _are_near(shingles(prompt.passage), known)]
 
 
-def _is_near(prompt: Prompt, known: set[tuple[str, ...]]) -> bool:
-    own = shingles(prompt.passage)
+def _are_near(own: frozenset[tuple[str, ...]], known: set[tuple[str, ...]]) -> bool:
     return len(own & known) >= NEAR_DUPLICATE_SHARE * len(own)
 
 

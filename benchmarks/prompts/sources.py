@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -90,6 +90,12 @@ def _human_eval(path: Path) -> Iterator[Item]:
         yield Item(row["task_id"], row["entry_point"], row["prompt"].strip())
 
 
+def _text_of(node: ast.FunctionDef, lines: Sequence[str]) -> str:
+    """As ``ast.get_source_segment``, which splits a whole file for each of its functions."""
+    *first, last = lines[node.lineno - 1 : node.end_lineno]
+    return "\n".join([*first, last.encode()[: node.end_col_offset].decode()])
+
+
 def _networkx(path: Path) -> Iterator[Item]:
     """Public functions of ``networkx.algorithms`` with a docstring."""
     with zipfile.ZipFile(path) as archive:
@@ -97,9 +103,10 @@ def _networkx(path: Path) -> Iterator[Item]:
             if not re.match(r"networkx/algorithms/.*\.py$", name) or "/tests/" in name:
                 continue
             source = archive.read(name).decode()
+            lines = source.split("\n")
             for node in ast.parse(source).body:
                 if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and ast.get_docstring(node):
-                    yield Item(f"{name}:{node.name}", node.name, ast.get_source_segment(source, node) or "")
+                    yield Item(f"{name}:{node.name}", node.name, _text_of(node, lines))
 
 
 def _mt_bench(path: Path) -> Iterator[Item]:

@@ -70,16 +70,10 @@ class DraftVocab:
             from engine.draft_vocab.semantic import SemanticSearch  # which few want, and which takes a second
 
             self._search = SemanticSearch(resources.semantic)
-
-    @property
-    def has_tails(self) -> bool:
+        self.has_tails = resources.slots > 0
         """Whether sequences can have tokens of their own."""
-        return self._resources.slots > 0
-
-    @property
-    def uses_prior(self) -> bool:
+        self.uses_prior = options.prior != "off"
         """Whether sequences have a prior."""
-        return self._options.prior != "off"
 
     def in_core(self, token_id: int) -> bool:
         """Whether all sequences can draft a token."""
@@ -113,18 +107,17 @@ class DraftVocab:
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Made-up requests get vocabularies with full tails, to measure what those cost."""
         for request in requests:
-            if self._ensure_session(request):
+            if self._begin(request):
                 everything = range(self.sessions.vocab_size)
                 self._write(self.sessions.insert(request.draft_state.session, everything, "tenant"))
 
     def before_drafts(self, requests: Sequence[Request]) -> None:
         """Bring sequences up to date that are about to be drafted for."""
         self._write(self.sessions.begin_drafts())
-        behind = TokenRows()
         for request in requests:
-            if self._ensure_session(request):
-                self._add_unread(behind, request)
-        self._catch_up(behind)
+            if request.draft_state.session == NONE:
+                self._begin(request)
+        self._catch_up(requests)
         if self.uses_prior:
             self.texts.read(requests)
 
@@ -142,30 +135,31 @@ class DraftVocab:
             later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
         """
         followed: list[Verification] = []
-        rows, behind = TokenRows(), TokenRows()
         for one in verified:
             if not one.kept:
                 continue
-            request = one.request
+            request = one.sequence.request
             has_session = request.draft_state.session != NONE
             is_followed = has_session and one.source == "draft"
             if not has_session and not request.output_token_ids:
-                is_followed = request.request_id not in later and self._ensure_session(request)
+                is_followed = request.request_id not in later and self._begin(request)
                 self._past.recall(request)  # what it said before is copied from, with a vocabulary or without
             if is_followed:
-                self._add_unread(behind, request)
-                text, num_drafts = self.texts.take(request, len(one.kept)), one.sequence.num_draft_tokens
-                self._add(rows, request, one.kept, text, one.num_accepted, num_drafts)
                 followed.append(one)
-        self._catch_up(behind)
         if followed:
-            self._learn(followed, rows, top_k)
+            self._catch_up([one.sequence.request for one in followed])
+            self._learn(followed, top_k)
         for state, token_ids in self._search.take() if self._search is not None else ():
             if state.session != NONE:
                 self._write(self.sessions.insert(state.session, token_ids, "semantic", _NEW_BY_SEARCH))
 
-    def _learn(self, verified: Sequence[Verification], rows: TokenRows, top_k: TopK) -> None:
+    def _learn(self, verified: Sequence[Verification], top_k: TopK) -> None:
         """Take tokens of sequences that are up to date, and put into their tails what is likely to come."""
+        rows = TokenRows()
+        for one in verified:
+            request, kept = one.sequence.request, one.kept
+            text = self.texts.take(request, len(kept))
+            self._add(rows, request, kept, text, one.num_accepted, one.sequence.num_draft_tokens)
         missed = self.sessions.missed(rows, self.texts.texts)
         signal = self._options.target_signal
         chosen, likely = [], None
@@ -183,13 +177,11 @@ class DraftVocab:
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
         """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts."""
         state = request.draft_state
-        if state.past is not None:
-            self._ensure_session(request)  # nothing may have been drafted for it, but its session is to know of it
+        if state.past is not None and state.session == NONE:
+            self._begin(request)  # nothing may have been drafted for it, but its session is to know of it
         if state.session == NONE:
             return None, None
-        behind = TokenRows()
-        self._add_unread(behind, request)
-        self._catch_up(behind)
+        self._catch_up([request])
         self._past.remember(state.session, request)
         counts = self.sessions.counts(state.session)
         fared = VocabularyCounts(
@@ -218,34 +210,38 @@ class DraftVocab:
         session = request.draft_state.session
         return None if session == NONE or not self.uses_prior else self.sessions.applied_weights(session)
 
-    def _ensure_session(self, request: Request) -> bool:
+    def _begin(self, request: Request) -> bool:
         """Make the vocabulary of a sequence that has none yet, if there is room; whether it has one."""
+        if not self._free:
+            return False
         state = request.draft_state
-        if state.session == NONE and self._free:
-            state.session = self._free.pop()
-            past, of_tenant = self._past.begin(state.session, request)
-            self._write(self.sessions.begin(state.session, request.all_token_ids, past, of_tenant))
-            state.num_in_session = request.num_tokens
-        return state.session != NONE
+        state.session = self._free.pop()
+        past, of_tenant = self._past.begin(state.session, request)
+        self._write(self.sessions.begin(state.session, request.all_token_ids, past, of_tenant))
+        state.num_in_session = request.num_tokens
+        return True
 
-    def _add_unread(self, rows: TokenRows, request: Request) -> None:
-        """The tokens that a sequence's vocabulary has not seen: those of steps in which somebody else drafted."""
-        num_read = request.draft_state.num_in_session
-        if num_read < len(request.all_token_ids):
-            self._add(rows, request, request.all_token_ids[num_read:])
+    def _catch_up(self, requests: Sequence[Request]) -> None:
+        """Let vocabularies read what they have not seen: tokens of steps in which somebody else drafted."""
+        behind = [
+            request
+            for request in requests
+            if (state := request.draft_state).num_in_session < len(request.all_token_ids) and state.session != NONE
+        ]
+        if behind:
+            rows = TokenRows()
+            for request in behind:
+                self._add(rows, request, request.all_token_ids[request.draft_state.num_in_session :])
+            self._write(self.sessions.catch_up(rows))
 
     def _add(self, rows: TokenRows, request: Request, tokens: Sequence[int], *others: int) -> None:
         state, table = request.draft_state, NONE if self._tenants is None else self._tenants.of(request.tenant)
         rows.add(state.session, tokens, table, *others)
         state.num_in_session += len(tokens)
 
-    def _catch_up(self, rows: TokenRows) -> None:
-        if len(rows):
-            self._write(self.sessions.catch_up(rows))
-
     def _write(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:
-            self._resources.tails.write(*writes.T.tolist())
+            self._resources.tails.write(*writes.T)
 
 
 class _TenantTables:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -64,8 +65,12 @@ def wait_for_worker(server: RunningServer, pid: int) -> None:
     server.wait_for(reads, "worker")
 
 
-def test_the_worker_dies_and_comes_back(launch_server: Callable[..., RunningServer], options: list[str]) -> None:
+def test_whatever_becomes_of_the_worker_disturbs_nobody(
+    launch_server: Callable[..., RunningServer], options: list[str], tmp_path: Path
+) -> None:
+    """It dies and comes back; then it dies and cannot start again."""
     server = launch_server(*options, program=EXPERIMENTS)
+    restarts = ("evospec:process_restarts_total",)
     assert worker_pid(server) is None
     text = complete(server)
     first = server.wait_for(lambda: worker_pid(server), "worker process")
@@ -80,17 +85,12 @@ def test_the_worker_dies_and_comes_back(launch_server: Callable[..., RunningServ
     second = server.wait_for(lambda: worker_pid(server, besides=first), "new worker process")
     assert complete(server) == text
     wait_for_worker(server, second)
-    assert metric(server, "evospec:process_restarts_total", process="worker") == 1
-    assert metric(server, "evospec:process_restarts_total", process="engine") == 0
+    assert metric(server, *restarts, process="worker") == 1
 
-
-def test_a_worker_that_cannot_start_disturbs_nobody(
-    launch_server: Callable[..., RunningServer], options: list[str], tmp_path: Path
-) -> None:
+    shutil.rmtree(tmp_path / "state")
     (tmp_path / "state").write_text("not a directory")
-    server = launch_server(*options, program=EXPERIMENTS)
-    complete(server)
-    restarts = ("evospec:process_restarts_total",)
-    server.wait_for(lambda: metric(server, *restarts, process="worker") >= 1 or None, "restart of the worker")
-    assert complete(server)
-    assert metric(server, "evospec:alignment_worker_up") == 0
+    os.kill(second, signal.SIGKILL)
+    server.wait_for(lambda: metric(server, *restarts, process="worker") >= 3 or None, "restarts of the worker")
+    assert complete(server) == text
+    server.wait_for(lambda: metric(server, "evospec:alignment_worker_up") == 0 or None, "the worker to be missed")
+    assert metric(server, *restarts, process="engine") == 0

@@ -28,6 +28,7 @@ from server.session_ids import session_key
 from server.tenants import hash_key
 from tests.running_prometheus import BINARY, running_prometheus
 from tests.running_server import EXPERIMENTS, RunningServer
+from tests.tiny_models import make_directory
 
 TENANTS = {"acme": "secret-a", "beta": "secret-b"}
 KEYS = {**TENANTS, "prometheus": "secret-p"}
@@ -232,9 +233,10 @@ def test_no_panel_is_empty_under_load(
 def test_several_servers_are_scraped_and_a_panel_shows_them_together(
     launch_server: Callable[..., RunningServer], free_port: int, tmp_path: Path
 ) -> None:
-    servers = [launch_server("--http.metrics_address", "127.0.0.1:0") for _ in range(2)]
+    model = make_directory(tmp_path / "tiny").path
+    servers = [launch_server("--model", str(model), "--http.metrics_address", "127.0.0.1:0") for _ in range(2)]
     for number, server in enumerate(servers, 1):
-        body = {"model": MODEL, "prompt": PROMPTS[None], "max_tokens": 8 * number, "min_tokens": 8 * number}
+        body = {"model": model.name, "prompt": PROMPTS[None], "max_tokens": 8 * number, "min_tokens": 8 * number}
         httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=60).raise_for_status()
     listeners = [str(server.wait_for_event("metrics")["url"]) for server in servers]
     with running_prometheus(listeners, free_port, tmp_path) as prometheus:

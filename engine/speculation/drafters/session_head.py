@@ -73,7 +73,8 @@ class SessionHead(DraftHead):
         logits, token_ids = self.candidates(hidden, self.vocab.slabs(requests) if self.has_tails else None)
         params = [request.sampling for request in requests]
         if self.vocab.uses_prior:
-            token_ids, logits = token_ids.cpu(), logits.cpu()
+            if hidden.is_cuda:
+                token_ids, logits = token_ids.cpu(), logits.cpu()
 
             def logits_of(rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> torch.Tensor:
                 places, wanted = upload(hidden.device, rows, tokens)
