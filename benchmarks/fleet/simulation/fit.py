@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +14,12 @@ from benchmarks.fleet.simulation.fleet import Fleet, Served
 from benchmarks.fleet.simulation.measure import RealFleet
 from benchmarks.fleet.simulation.replica import Costs
 from benchmarks.fleet.simulation.ring import Ring
-from benchmarks.fleet.simulation.traces import Conversation, Scale
+from benchmarks.fleet.simulation.traces import Conversation, Scale, make_conversations
 
+RATE = 0.5
+"""Conversations that begin a second, at one replica, and at two or more times two."""
+_SECONDS = 150.0
+_SCALE = Scale(pause=10.0)
 _PROMPTS, _EACH = (32, 256, 512, 1024, 2048), 4
 _STREAMS, _STREAMED = (1, 8), 160
 _IDLE_SECONDS = 10.0
@@ -29,9 +32,7 @@ _CHUNK = 512
 class Run:
     """Real replicas that were told conversations, and what they did. ``cpu``: as in ``RealFleet.cpu``."""
 
-    conversations: Sequence[Conversation]
-    scale: Scale
-    addresses: Sequence[str]
+    addresses: list[str]
     num_blocks: int
     served: list[Served]
     cpu: list[float]
@@ -55,8 +56,8 @@ class Run:
     def simulate(self, costs: Costs) -> Fleet:
         """The same in the model, on what the others left of two cores."""
         machines, router = [0] * len(self.addresses), Ring(self.addresses)
-        fleet = Fleet(costs, self.num_blocks, router, machines, _CORES - self.others, self.scale)
-        fleet.run(self.conversations, TENANTS)
+        fleet = Fleet(costs, self.num_blocks, router, machines, _CORES - self.others, _SCALE)
+        fleet.run(_conversations(len(machines)), TENANTS)
         return fleet
 
     def simulated(self, costs: Costs) -> dict[str, float]:
@@ -68,16 +69,20 @@ class Run:
         return found | {"core_seconds": (sum(fleet.machines[0].busy.values()) + idle) / len(fleet.served)}
 
 
-async def run(fleet: RealFleet, conversations: Sequence[Conversation], scale: Scale) -> Run:
-    """Tell real replicas these conversations."""
+def _conversations(count: int) -> list[Conversation]:
+    """What so many replicas are told, and no other number of them."""
+    return make_conversations(RATE * min(count, _CORES), _SECONDS, _SCALE, seed=count)
+
+
+async def run(fleet: RealFleet) -> Run:
+    """Tell real replicas their conversations."""
+    conversations = _conversations(len(fleet.replicas))
     start, cpu, meter = await fleet.counters(), fleet.cpu(), fleet.meter()
-    served = await fleet.replay(conversations, scale)
+    served = await fleet.replay(conversations, _SCALE)
     used, others = fleet.cpu() - cpu, meter.read() / 100 * _CORES
     end = await fleet.counters()
     calls = {name: number - start.redis_calls.get(name, 0) for name, number in end.redis_calls.items()}
     return Run(
-        conversations=conversations,
-        scale=scale,
         addresses=fleet.addresses,
         num_blocks=end.num_blocks,
         served=served,
