@@ -52,7 +52,8 @@ def compare(record: dict[str, Any]) -> None:
 
 def enlarge(record: dict[str, Any], console: Console) -> None:
     """Large fleets, by the places of their replicas on the ring."""
-    costs, call_seconds = Costs(**record["costs"]), record["runs"][_COUNTS[0]]["redis_call_seconds"]
+    costs, redis = Costs(**record["costs"]), record["runs"][_COUNTS[0]]["redis"]
+    call_seconds = redis["redis_seconds"] / redis["redis_calls"]
     record["large"] = []
     for size, ring, ring_size in RINGS:
         console.print(f"[dim]{size:,} replicas, {ring}[/dim]")

@@ -24,6 +24,7 @@ _PROMPTS, _EACH = (32, 256, 512, 1024, 2048), 4
 _STREAMS, _STREAMED = (1, 8), 160
 _IDLE_SECONDS = 10.0
 _CORES = 2
+_STEP_SECONDS = "evospec:engine_step_seconds_sum"
 _CHUNK = 512
 """Tokens of a prompt that one step reads."""
 
@@ -36,9 +37,8 @@ class Run:
     num_blocks: int
     served: list[Served]
     cpu: list[float]
-    redis_calls: dict[str, int]
-    redis_call_seconds: float
-    redis_bytes: dict[str, int]
+    redis: dict[str, float]
+    """Its commands, their seconds, and bytes to and from it."""
     snapshots: dict[str, int]
     others: float
     """Cores that other programs took."""
@@ -46,12 +46,9 @@ class Run:
 
     def measured(self) -> dict[str, float]:
         """Its figures."""
-        count = len(self.served)
-        return figures(self.served) | {
-            "redis_calls": sum(self.redis_calls.values()) / count,
-            **{way: size / count for way, size in self.redis_bytes.items()},
-            "core_seconds": sum(self.cpu) / count,
-        }
+        whole = {name: self.redis[name] for name in ("redis_calls", "redis_in", "redis_out")}
+        whole["core_seconds"] = sum(self.cpu)
+        return figures(self.served) | {name: number / len(self.served) for name, number in whole.items()}
 
     def simulate(self, costs: Costs) -> Fleet:
         """The same in the model, on what the others left of two cores."""
@@ -77,23 +74,26 @@ def _conversations(count: int) -> list[Conversation]:
 async def run(fleet: RealFleet) -> Run:
     """Tell real replicas their conversations."""
     conversations = _conversations(len(fleet.replicas))
-    start, cpu, meter = await fleet.counters(), fleet.cpu(), fleet.meter()
+    first, start = await fleet.counters(), await fleet.counters()
+    cpu, meter = fleet.cpu(), fleet.meter()
     served = await fleet.replay(conversations, _SCALE)
     used, others = fleet.cpu() - cpu, meter.read() / 100 * _CORES
     end = await fleet.counters()
-    calls = {name: number - start.redis_calls.get(name, 0) for name, number in end.redis_calls.items()}
+    done = _difference(_difference(end, start), _difference(start, first))  # without what counting itself takes
     return Run(
         addresses=fleet.addresses,
-        num_blocks=end.num_blocks,
+        num_blocks=int(end["evospec:kv_blocks_total"]) // len(fleet.replicas),
         served=served,
         cpu=used.tolist(),
-        redis_calls={name: number for name, number in calls.items() if number and name != "info"},
-        redis_call_seconds=(end.redis_seconds - start.redis_seconds) / sum(calls.values()),
-        redis_bytes={"redis_in": end.redis_in - start.redis_in, "redis_out": end.redis_out - start.redis_out},
+        redis={name: number for name, number in done.items() if name.startswith("redis_")},
         snapshots=await fleet.snapshots(conversations),
         others=others,
         step_costs=fleet.step_costs(),
     )
+
+
+def _difference(end: dict[str, float], start: dict[str, float]) -> dict[str, float]:
+    return {name: number - start.get(name, 0.0) for name, number in end.items()}
 
 
 async def probe(fleet: RealFleet) -> Costs:
@@ -108,13 +108,13 @@ async def probe(fleet: RealFleet) -> Costs:
         start, cpu = await fleet.counters(), fleet.cpu()
         await _streams(fleet, streams)
         event, end = float((fleet.cpu() - cpu)[1]) / (streams * _STREAMED), await fleet.counters()
-        seconds = (end.step_seconds - start.step_seconds) / (end.steps - start.steps)
-        beside.append(seconds - costs.curves().verify(streams))
+        done = _difference(end, start)
+        beside.append(done[_STEP_SECONDS] / done["evospec:engine_step_seconds_count"] - costs.curves().verify(streams))
     rows, engine, waits = [], [], []
     for length in _PROMPTS:
         before_prompts = await fleet.counters()
         found = [await _ask(fleet, 31 * number + length, length, 1) for number in range(_EACH)]
-        seconds = ((await fleet.counters()).step_seconds - before_prompts.step_seconds) / _EACH
+        seconds = _difference(await fleet.counters(), before_prompts)[_STEP_SECONDS] / _EACH
         rows.append([-(-length // _CHUNK), length])
         engine.append(seconds)
         waits.append(min(found) - seconds)
