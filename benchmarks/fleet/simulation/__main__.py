@@ -23,7 +23,7 @@ from benchmarks.fleet.simulation.scale import RINGS, Plan, serve, shared
 _COUNTS = ("1", "2", "4")
 """Replicas that are measured; the model is fitted to the first."""
 _LARGE = "large"
-_QUIET_SECONDS = 300.0
+_QUIET_SECONDS = 60.0
 _MOST_OTHERS = 0.3
 """Cores that other programs may take meanwhile. What they took, the model does without."""
 
