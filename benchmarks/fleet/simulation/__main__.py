@@ -32,6 +32,7 @@ async def measure(count: str, record: dict[str, Any]) -> None:
     """Tell so many real replicas conversations; what came of it goes into the record."""
     await asyncio.to_thread(wait_for_quiet, _QUIET_SECONDS)
     async with running_fleet(int(count)) as fleet:
+        await asyncio.to_thread(wait_for_quiet, _QUIET_SECONDS)  # the replicas still check their model's files
         if count == _COUNTS[0]:
             record["probed"] = asdict(await probe(fleet))
         one = await run(fleet)

@@ -141,10 +141,14 @@ class RealFleet:
                 tokens = tokens + answer
 
         await asyncio.gather(*(talk(number, one) for number, one in enumerate(conversations)))
-        return self._located(served)
+        self._locate(served)
+        while any(one.replica < 0 for one in served):  # a line is written after the answer's end
+            await asyncio.sleep(0.1)
+            self._locate(served)
+        return served
 
-    def _located(self, served: list[Served]) -> list[Served]:
-        """The same with what only the replicas' logs tell."""
+    def _locate(self, served: list[Served]) -> None:
+        """What only the replicas' logs tell."""
         of_turn = {f"{one.session}-{one.turn}": one for one in served}
         for number, lines in enumerate(self.logged()):
             for line in lines:
@@ -155,7 +159,6 @@ class RealFleet:
         for one in sorted(served, key=lambda one: one.turn):
             one.stayed = last.get(one.session) == one.replica
             last[one.session] = one.replica
-        return served
 
 
 @asynccontextmanager
