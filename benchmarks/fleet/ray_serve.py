@@ -45,7 +45,7 @@ class RayRouter(Router):
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
         await asyncio.gather(*(replica.stop() for replica in self.replicas))
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
         try:
             for _ in self.replicas[1:]:
                 cluster.add_node(num_cpus=1)
