@@ -91,7 +91,11 @@ bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mi
 attack: $(VENV)/.kernels $(VENV)/.bench  ## Attack servers started for it; what other tenants notice (under 40 minutes).
 	$(BIN)/python -m benchmarks.attack $(ARGS)
 
-fleet: $(VENV)/.kernels $(VENV)/.bench  ## Three replicas behind Envoy, killed and updated while 64 sessions talk (10 minutes).
+$(VENV)/.ray: $(VENV)/.installed
+	@$(PIP) install --quiet 'ray[serve]>=2.60'
+	@touch $@
+
+fleet: $(VENV)/.kernels $(VENV)/.bench $(VENV)/.ray  ## Three replicas behind Envoy, then on Ray, killed and updated while 64 sessions talk (25 minutes).
 	$(BIN)/python -m benchmarks.fleet $(ARGS)
 
 gpu-day: $(VENV)/.dev $(VENV)/.bench  ## On a machine with a GPU: what to find out first, into gpu-day.md.

@@ -216,12 +216,14 @@ class StepTimings(msgspec.Struct, frozen=True, array_like=True):
 class AlignmentStats(msgspec.Struct, frozen=True, kw_only=True):
     """Online alignment as the engine sees it: gauges now, and counters since it started.
 
-    ``versions``: of the adapters in force, by key; ``channel_version`` grows with each publication. ``loads`` of
-    adapters, and ``failed_loads`` of damaged ones. Of ``steps``, verify steps of a drafted sequence,
-    ``records_hard`` were logged because they teach, ``records_sampled`` whatever happened in them. Of these records
-    ``records_written`` reached Redis; the others were dropped because the queue was full or Redis failed, or wait.
+    ``layout`` names the shape of the adapters and the draft they are of. ``versions``: of those in force, by key;
+    ``channel_version`` grows with each publication. ``loads`` of adapters, and ``failed_loads`` of damaged ones. Of
+    ``steps``, verify steps of a drafted sequence, ``records_hard`` were logged because they teach, ``records_sampled``
+    whatever happened in them. Of these records ``records_written`` reached Redis; the others were dropped because the
+    queue was full or Redis failed, or wait.
     """
 
+    layout: str
     channel_version: int
     versions: dict[str, int]
     loads: int

@@ -8,12 +8,12 @@ import msgspec
 import structlog
 
 from engine.online.adapter_control import (
-    SHARED_KEY,
     AdapterCommand,
     AdapterStatus,
     WorkerStatus,
     commands_key,
     decode_status,
+    learned_key,
     status_key,
 )
 from server.redis_gate import RedisGate, RedisUnavailable, needs_redis
@@ -45,10 +45,10 @@ class AdapterControl:
             log.warning("the worker's status could not be read", error=str(error))
             return None, {}
 
-    async def others_have_learned(self) -> bool:
-        """Whether a server of this Redis has let others have what it learned; False while Redis is down."""
+    async def others_have_learned(self, layout: str) -> bool:
+        """Whether a server of this Redis has let others have adapters of this layout; False while Redis is down."""
         with suppress(RedisUnavailable):
-            return bool(await self._gate.run(self._gate.redis.exists(SHARED_KEY)))
+            return bool(await self._gate.run(self._gate.redis.exists(learned_key(layout))))
         return False
 
     async def send(self, command: AdapterCommand) -> None:

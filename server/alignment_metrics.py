@@ -67,6 +67,8 @@ class AlignmentMetrics:
         self._worker_up = gauge("worker_up", "1 if the adapters worker reports.")
         self._worker = {name: gauge(*about) for name, about in _WORKER_GAUGES.items()}
         self._of_key = {name: gauge(f"adapter_{name}", about, "key") for name, about in _KEY_GAUGES.items()}
+        self.layout = ""
+        """Of the engine's adapters; empty before it has reported."""
 
     @property
     def is_enabled(self) -> bool:
@@ -80,6 +82,7 @@ class AlignmentMetrics:
 
     def observe_engine(self, stats: AlignmentStats) -> None:
         """Take over what the engine reports."""
+        self.layout = stats.layout
         self._enabled.set(1)
         self.counters.follow(stats)
         self._channel_version.set(stats.channel_version)

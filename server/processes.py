@@ -98,14 +98,15 @@ def worker_process(settings: Settings, app: FastAPI) -> SupervisedProcess:
 
     async def wait_for_traffic() -> None:
         serving, alignment = app.state.serving, settings.engine.alignment
+        reported = serving.metrics.engine.alignment
         has_learned = any(alignment.state_directory.glob("*/*/revision-*.safetensors"))  # it is to be in force again
         num_steps, idle_looks, first_steps = 0, 0, alignment.pace.first_steps
         while not serving.engine.ready or not (
             has_learned or num_steps >= first_steps * (1 if idle_looks >= _PAUSE_LOOKS else 10)
         ):
             await asyncio.sleep(_LOOK_SECONDS)
-            has_learned |= alignment.share_versions and await serving.adapters.others_have_learned()
-            num_steps = serving.metrics.engine.alignment.num_steps
+            has_learned |= alignment.share_versions and await serving.adapters.others_have_learned(reported.layout)
+            num_steps = reported.num_steps
             idle_looks = 0 if serving.engine.in_flight else idle_looks + 1
 
     return SupervisedProcess("worker", WORKER_COMMAND, engine_environment(settings), None, wait_before=wait_for_traffic)

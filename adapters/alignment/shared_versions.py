@@ -14,7 +14,7 @@ from redis.lock import Lock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from engine.online.adapter_control import SHARED_KEY
+from engine.online.adapter_control import learned_key
 from engine.online.weight_layout import WeightLayout
 from engine.redis_clients import REDIS_FAILURES, connect
 
@@ -68,7 +68,7 @@ class SharedVersions:
         name = self._name(key)
         data = b"" if tensors is None else save({each: tensor.contiguous() for each, tensor in tensors.items()})
         try:
-            self._redis.set(SHARED_KEY, 1, ex=_KEPT_SECONDS)
+            self._redis.set(learned_key(self._layout.name), 1, ex=_KEPT_SECONDS)
             with self._redis.pipeline(transaction=True) as pipeline:
                 pipeline.hincrby(name, "number", 1)
                 pipeline.hset(name, "weights", data)
@@ -112,4 +112,4 @@ class SharedVersions:
         self._redis.close()
 
     def _name(self, key: str) -> str:
-        return f"evospec:adapter:{self._layout.fingerprint.hex()[:16]}:{{{hashlib.sha256(key.encode()).hexdigest()}}}"
+        return f"evospec:adapter:{self._layout.name}:{{{hashlib.sha256(key.encode()).hexdigest()}}}"

@@ -6,7 +6,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from pkgutil import resolve_name
@@ -26,7 +26,7 @@ from benchmarks.fleet.router import Router
 from server.bench.stream import StreamResult
 
 ROUTERS = {"envoy": "benchmarks.fleet.envoy:EnvoyRouter", "ray": "benchmarks.fleet.ray_serve:RayRouter"}
-"""Only the one in use is imported: Ray is installed by who wants it."""
+"""Only those in use are imported."""
 REPLICAS = 3
 BAD = ("wrong", "failed", "sessions_lost")
 """What no phase may have."""
@@ -96,8 +96,10 @@ async def hurt(router: Router, valkey: Process, traffic: Traffic, seconds: float
     return phases
 
 
-async def measure(router_name: str, sessions: int, seconds: float, console: Console) -> dict[str, Any]:
-    """Start everything, measure, stop everything; the record."""
+async def measure(
+    routers: Sequence[str], sessions: int, seconds: float, console: Console
+) -> AsyncIterator[dict[str, Any]]:
+    """Start everything, measure behind one router after the other, stop everything; a record for each router."""
     port = free_port()
     redis_url = f"redis://127.0.0.1:{port}"
     async with AsyncExitStack() as stack:
@@ -110,31 +112,43 @@ async def measure(router_name: str, sessions: int, seconds: float, console: Cons
         conversations = make_conversations(sessions)
         console.print("[dim]sessions that stay, and that move[/dim]")
         moved, answers = await compare_moves(conversations, replicas)
-        router: Router = resolve_name(ROUTERS[router_name])(replicas, directory, redis_url)
-        url = await stack.enter_async_context(router.running())
         redis = await stack.enter_async_context(Redis.from_url(redis_url))
-        phases = await hurt(router, valkey, Traffic(url, conversations, answers, redis), seconds, console)
-    plan = {"router": router_name, "replicas": REPLICAS, "sessions": sessions}
-    return {"plan": plan, "environment": environment(), "moves": moved, "phases": phases}
+        for name in routers:
+            console.print(f"[dim]{name}[/dim]")
+            router: Router = resolve_name(ROUTERS[name])(replicas, directory, redis_url)
+            async with router.running() as url:
+                phases = await hurt(router, valkey, Traffic(url, conversations, answers, redis), seconds, console)
+            plan = {"router": name, "replicas": REPLICAS, "sessions": sessions}
+            yield {"plan": plan, "environment": environment(), "moves": moved, "phases": phases}
+
+
+async def keep(records: AsyncIterator[dict[str, Any]], console: Console) -> bool:
+    """Write each record and print it; whether all answers were right, and no session or request was lost."""
+    is_good = True
+    async for record in records:
+        path = RESULTS / f"fleet-{record['plan']['router']}.json"
+        path.write_text(json.dumps(record, indent=1))
+        for line in (table(record), moves(record), str(path)):
+            console.print(line)
+        is_good &= not record["moves"]["different"]
+        is_good &= not any(phase[kind] for phase in record["phases"].values() for kind in BAD)
+    return is_good
 
 
 def main(
-    router: Annotated[str, typer.Option(help=f"Of {', '.join(ROUTERS)}.")] = "envoy",
+    router: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(ROUTERS)}; repeatable; default: one after the other.")
+    ] = None,
     sessions: Annotated[int, typer.Option(min=1, help="That talk at once.")] = 64,
     seconds: Annotated[float, typer.Option(min=1, help="Without faults, before and after them.")] = 45.0,
-    name: Annotated[str | None, typer.Option(help="Of the file in benchmarks/results; default: fleet-ROUTER.")] = None,
 ) -> None:
     """Exits with 1 if an answer is wrong, a session is lost, or a request fails that had not begun."""
-    if router not in ROUTERS:
-        raise typer.BadParameter(f"no such router: {router}", param_hint="--router")
-    console, path = Console(width=180), RESULTS / f"{name or f'fleet-{router}'}.json"
-    record = asyncio.run(measure(router, sessions, seconds, console))
-    path.write_text(json.dumps(record, indent=1))
-    console.print(table(record))
-    console.print(moves(record))
-    console.print(str(path))
-    bad = sum(phase[kind] for phase in record["phases"].values() for kind in BAD)
-    raise typer.Exit(1 if bad or record["moves"]["different"] else 0)
+    if unknown := set(router or ()) - set(ROUTERS):
+        raise typer.BadParameter(f"no such router: {', '.join(unknown)}", param_hint="--router")
+    console = Console(width=180)
+    asked = [name for name in ROUTERS if router is None or name in router]  # Ray comes last: it ends the replicas
+    is_good = asyncio.run(keep(measure(asked, sessions, seconds, console), console))
+    raise typer.Exit(0 if is_good else 1)
 
 
 if __name__ == "__main__":

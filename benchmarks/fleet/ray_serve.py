@@ -97,7 +97,7 @@ class RayRouter(Router):
         await self._until_all_run()
 
     async def _until_all_run(self) -> None:
-        async with asyncio.timeout(START_TIMEOUT):
+        async with asyncio.timeout(START_TIMEOUT * len(self.replicas)):  # an update starts one after the other
             while True:
                 application = serve.status().applications["evospec"]
                 if application.status == ApplicationStatus.DEPLOY_FAILED:

@@ -44,19 +44,24 @@ _HELD_OUT = 16
 
 
 class Versions:
-    """Which version of the adapter a server drafts with, and since when."""
+    """When a server was last seen with an older version of the adapter, and first with each."""
 
     def __init__(self, server: LearningServer) -> None:
         self._server = server
-        self.seen: list[tuple[int, float]] = []
+        self.seen: list[tuple[float, float]] = []
 
     async def watch(self) -> None:
         """Ask for a few tokens again and again, until cancelled."""
+        newest, before = 0, time.monotonic()
         while True:
             version = (await self._server.ask("Go on.", 4))["draft_version"]
-            if version > (self.seen[-1][0] if self.seen else 0):  # 0: one of the requests that keep the base draft
-                self.seen.append((version, time.monotonic()))
-                typer.echo(f"{self._server.url} drafts with version {version} at {time.monotonic():.1f} s")
+            now = time.monotonic()
+            if version > newest:
+                newest = version
+                self.seen.append((before, now))
+                typer.echo(f"{self._server.url} drafts with version {version} since {before:.1f} to {now:.1f} s")
+            if version == newest:  # otherwise it is one of the requests that keep the base draft
+                before = now
             await asyncio.sleep(_LOOK_SECONDS)
 
 
@@ -76,7 +81,10 @@ async def acceptance(server: LearningServer, prompts: Sequence[str]) -> float:
 
 
 async def measure(versions: int) -> dict[str, Any]:
-    """Seconds from the first server's versions to the second's, from the third's start to its first; acceptance."""
+    """Seconds from the first server's versions to the second's, from the third's start to its first; acceptance.
+
+    They are what it took at most: counted from the last answer without a version to the first one with it.
+    """
     stream, held_out = (read_prompts([DATA / f"law-{name}.jsonl"]) for name in ("stream", "trial"))
     held_out = held_out[:_HELD_OUT]
     async with AsyncExitStack() as stack:
@@ -113,7 +121,7 @@ async def measure(versions: int) -> dict[str, Any]:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
         return {
-            "seconds": [there - here for (_, here), (_, there) in zip(learner.seen, other.seen, strict=False)],
+            "seconds": [there - older for (older, _), (_, there) in zip(learner.seen, other.seen, strict=False)],
             "seconds_of_a_new_server": newcomer.seen[0][1] - started,
             "acceptance_before": before,
             "acceptance": [await acceptance(server, held_out) for server in (first, second, third)],

@@ -3,8 +3,7 @@
     STREAM:commands   list of commands, RPUSH by the server, LPOP by the worker, oldest first
     STREAM:status     hash: field "" is the worker's state, every other field an adapter key's
 
-STREAM is the key of the token log, which no other engine has. ``SHARED_KEY`` is there where a server has let others
-have what it learned.
+STREAM is the key of the token log, which no other engine has.
 
 Both hold MessagePack: ``AdapterCommand``; ``WorkerStatus`` and ``AdapterStatus``. A command waits as long as no worker
 runs; it is carried out at most once. The worker writes the hash anew each second, in one transaction; it counts as gone
@@ -21,7 +20,6 @@ from urllib.parse import quote
 import msgspec
 
 WORKER_FIELD = b""
-SHARED_KEY = "evospec:adapters"
 
 KeyScope = Literal["tenant", "tenant+domain", "global"]
 Stage = Literal["adapting", "growing", "serving"]
@@ -39,6 +37,11 @@ def commands_key(stream: str) -> str:
 def status_key(stream: str) -> str:
     """Key of the state."""
     return f"{stream}:status"
+
+
+def learned_key(layout: str) -> str:
+    """The key that is there where a server has let others have adapters of this layout."""
+    return f"evospec:adapters:{layout}"
 
 
 def adapter_key(scope: KeyScope, tenant: str, domain: str | None) -> str:

@@ -53,7 +53,7 @@ class EagleAdapters:
         self.config, self._device = config, draft.fc.weight.device
         layout, self._tensors = self._make_slots(draft, base)
         num_slots = len(self._tensors)
-        self.num_bytes = num_slots * layout.nbytes
+        self.layout, self.num_bytes = layout.name, num_slots * layout.nbytes
         try:
             make_private_directory(config.shared_directory)
             self._channel = WeightChannel.create(config.channel_path, layout, num_slots, self._device)

@@ -208,6 +208,7 @@ class VerifyLog:
         """For metrics."""
         written = self._log.stats()
         return AlignmentStats(
+            layout=self._adapters.layout,
             channel_version=self._adapters.version,
             versions=self._adapters.versions,
             loads=self._adapters.num_loads,

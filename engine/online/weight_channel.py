@@ -97,8 +97,7 @@ class WeightChannel:
         directory = WeightDirectory.open(path)
         if not _is_of(directory, layout):
             raise SharedMemoryError(
-                f"{path} is for other weights: layout {directory.fingerprint.hex()[:16]}, "
-                f"not {layout.fingerprint.hex()[:16]}"
+                f"{path} is for other weights: layout {directory.fingerprint.hex()[:16]}, not {layout.name}"
             )
         if directory.kind == "host":
             return cls(directory, layout, _file_memory(directory))

@@ -52,6 +52,11 @@ class WeightLayout:
         described = [self.base, *([spec.name, spec.shape, str(spec.dtype)] for spec in self.tensors)]
         return hashlib.sha256(json.dumps(described).encode()).digest()
 
+    @property
+    def name(self) -> str:
+        """What it is called in keys and messages."""
+        return self.fingerprint.hex()[:16]
+
     @cached_property
     def nbytes(self) -> int:
         """Size of a buffer for one version, a multiple of 64."""

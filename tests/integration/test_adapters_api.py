@@ -77,6 +77,7 @@ def stats(alignment: AlignmentStats) -> EngineStats:
 def engine_stats(steps: int, versions: dict[str, int]) -> EngineStats:
     return stats(
         AlignmentStats(
+            layout="layout",
             channel_version=9,
             versions=versions,
             loads=3,

@@ -34,6 +34,8 @@ from tests.integration.test_session_store import ENGINE, TENANT, Fixture, server
 from tests.integration.test_token_log import STREAM, record
 from tests.proxy import Proxy, make_certificate
 
+LAYOUT = WeightLayout((TensorSpec("w", (1,), torch.float32),), base="draft")
+
 
 @asynccontextmanager
 async def cluster_with_tls(directory: Path) -> AsyncIterator[Valkeys]:
@@ -65,8 +67,10 @@ async def test_all_that_is_kept_is_kept_there(redis: Valkeys, tmp_path: Path) ->
             await server.store.read(TENANT, ids[0])  # which made room
         await server.store.delete(TENANT, ids[5])
         await limit_and_respond(server.gate)
-        [adapter] = (await AdapterControl(server.gate, STREAM).status())[1]
+        control = AdapterControl(server.gate, STREAM)
+        [adapter] = (await control.status())[1]
         assert adapter == "t"
+        assert [await control.others_have_learned(layout) for layout in (LAYOUT.name, "another")] == [True, False]
 
 
 async def limit_and_respond(gate: RedisGate) -> None:
@@ -98,8 +102,7 @@ def log_and_learn(url: str) -> None:
     worker = WorkerStatus(**(numbers | {"is_attached": True, "is_paused": False}))  # type: ignore[arg-type]
     control.report(worker, {"t": AdapterStatus()})
     assert not control.take()
-    layout = WeightLayout((TensorSpec("w", (1,), torch.float32),), base="draft")
-    first, second = (SharedVersions(url, layout) for _ in range(2))
+    first, second = (SharedVersions(url, LAYOUT) for _ in range(2))
     assert first.leads("t")
     assert not second.leads("t")
     assert first.publish("t", None)

@@ -22,7 +22,7 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A server whose engine is ready and has nothing to do."""
     monkeypatch.setattr(processes, "_LOOK_SECONDS", LOOK_SECONDS)
     engine = SimpleNamespace(ready=True, in_flight=0)
-    metrics = SimpleNamespace(engine=SimpleNamespace(alignment=SimpleNamespace(num_steps=0)))
+    metrics = SimpleNamespace(engine=SimpleNamespace(alignment=SimpleNamespace(num_steps=0, layout="ours")))
     adapters = SimpleNamespace(others_have_learned=AsyncMock(return_value=False))
     serving = SimpleNamespace(engine=engine, metrics=metrics, adapters=adapters)
     return SimpleNamespace(state=SimpleNamespace(serving=serving))
@@ -58,6 +58,6 @@ async def test_what_was_learned_before_comes_in_force_without_traffic(app: Any, 
 
 
 async def test_what_another_server_has_learned_comes_in_force_without_traffic(app: Any, tmp_path: Path) -> None:
-    app.state.serving.adapters.others_have_learned.return_value = True
+    app.state.serving.adapters.others_have_learned.side_effect = lambda layout: layout == "ours"
     assert await starts(app, tmp_path)
     assert not await starts(app, tmp_path, share_versions=False)

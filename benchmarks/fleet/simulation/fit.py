@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,12 +14,17 @@ from benchmarks.fleet.simulation.fleet import Fleet, Served
 from benchmarks.fleet.simulation.measure import RealFleet
 from benchmarks.fleet.simulation.replica import Costs
 from benchmarks.fleet.simulation.ring import Ring
-from benchmarks.fleet.simulation.traces import Conversation, Scale
+from benchmarks.fleet.simulation.traces import Conversation, Scale, make_conversations
 
+RATE = 0.5
+"""Conversations that begin a second, at one replica, and at two or more times two."""
+_SECONDS = 150.0
+_SCALE = Scale(pause=10.0)
 _PROMPTS, _EACH = (32, 256, 512, 1024, 2048), 4
 _STREAMS, _STREAMED = (1, 8), 160
 _IDLE_SECONDS = 10.0
 _CORES = 2
+_STEP_SECONDS = "evospec:engine_step_seconds_sum"
 _CHUNK = 512
 """Tokens of a prompt that one step reads."""
 
@@ -29,15 +33,12 @@ _CHUNK = 512
 class Run:
     """Real replicas that were told conversations, and what they did. ``cpu``: as in ``RealFleet.cpu``."""
 
-    conversations: Sequence[Conversation]
-    scale: Scale
-    addresses: Sequence[str]
+    addresses: list[str]
     num_blocks: int
     served: list[Served]
     cpu: list[float]
-    redis_calls: dict[str, int]
-    redis_call_seconds: float
-    redis_bytes: dict[str, int]
+    redis: dict[str, float]
+    """Its commands, their seconds, and bytes to and from it."""
     snapshots: dict[str, int]
     others: float
     """Cores that other programs took."""
@@ -45,18 +46,15 @@ class Run:
 
     def measured(self) -> dict[str, float]:
         """Its figures."""
-        count = len(self.served)
-        return figures(self.served) | {
-            "redis_calls": sum(self.redis_calls.values()) / count,
-            **{way: size / count for way, size in self.redis_bytes.items()},
-            "core_seconds": sum(self.cpu) / count,
-        }
+        whole = {name: self.redis[name] for name in ("redis_calls", "redis_in", "redis_out")}
+        whole["core_seconds"] = sum(self.cpu)
+        return figures(self.served) | {name: number / len(self.served) for name, number in whole.items()}
 
     def simulate(self, costs: Costs) -> Fleet:
         """The same in the model, on what the others left of two cores."""
         machines, router = [0] * len(self.addresses), Ring(self.addresses)
-        fleet = Fleet(costs, self.num_blocks, router, machines, _CORES - self.others, self.scale)
-        fleet.run(self.conversations, TENANTS)
+        fleet = Fleet(costs, self.num_blocks, router, machines, _CORES - self.others, _SCALE)
+        fleet.run(_conversations(len(machines)), TENANTS)
         return fleet
 
     def simulated(self, costs: Costs) -> dict[str, float]:
@@ -68,27 +66,34 @@ class Run:
         return found | {"core_seconds": (sum(fleet.machines[0].busy.values()) + idle) / len(fleet.served)}
 
 
-async def run(fleet: RealFleet, conversations: Sequence[Conversation], scale: Scale) -> Run:
-    """Tell real replicas these conversations."""
-    start, cpu, meter = await fleet.counters(), fleet.cpu(), fleet.meter()
-    served = await fleet.replay(conversations, scale)
+def _conversations(count: int) -> list[Conversation]:
+    """What so many replicas are told, and no other number of them."""
+    return make_conversations(RATE * min(count, _CORES), _SECONDS, _SCALE, seed=count)
+
+
+async def run(fleet: RealFleet) -> Run:
+    """Tell real replicas their conversations."""
+    conversations = _conversations(len(fleet.replicas))
+    first, start = await fleet.counters(), await fleet.counters()
+    cpu, meter = fleet.cpu(), fleet.meter()
+    served = await fleet.replay(conversations, _SCALE)
     used, others = fleet.cpu() - cpu, meter.read() / 100 * _CORES
     end = await fleet.counters()
-    calls = {name: number - start.redis_calls.get(name, 0) for name, number in end.redis_calls.items()}
+    done = _difference(_difference(end, start), _difference(start, first))  # without what counting itself takes
     return Run(
-        conversations=conversations,
-        scale=scale,
         addresses=fleet.addresses,
-        num_blocks=end.num_blocks,
+        num_blocks=int(end["evospec:kv_blocks_total"]) // len(fleet.replicas),
         served=served,
         cpu=used.tolist(),
-        redis_calls={name: number for name, number in calls.items() if number and name != "info"},
-        redis_call_seconds=(end.redis_seconds - start.redis_seconds) / sum(calls.values()),
-        redis_bytes={"redis_in": end.redis_in - start.redis_in, "redis_out": end.redis_out - start.redis_out},
+        redis={name: number for name, number in done.items() if name.startswith("redis_")},
         snapshots=await fleet.snapshots(conversations),
         others=others,
         step_costs=fleet.step_costs(),
     )
+
+
+def _difference(end: dict[str, float], start: dict[str, float]) -> dict[str, float]:
+    return {name: number - start.get(name, 0.0) for name, number in end.items()}
 
 
 async def probe(fleet: RealFleet) -> Costs:
@@ -103,13 +108,13 @@ async def probe(fleet: RealFleet) -> Costs:
         start, cpu = await fleet.counters(), fleet.cpu()
         await _streams(fleet, streams)
         event, end = float((fleet.cpu() - cpu)[1]) / (streams * _STREAMED), await fleet.counters()
-        seconds = (end.step_seconds - start.step_seconds) / (end.steps - start.steps)
-        beside.append(seconds - costs.curves().verify(streams))
+        done = _difference(end, start)
+        beside.append(done[_STEP_SECONDS] / done["evospec:engine_step_seconds_count"] - costs.curves().verify(streams))
     rows, engine, waits = [], [], []
     for length in _PROMPTS:
         before_prompts = await fleet.counters()
         found = [await _ask(fleet, 31 * number + length, length, 1) for number in range(_EACH)]
-        seconds = ((await fleet.counters()).step_seconds - before_prompts.step_seconds) / _EACH
+        seconds = _difference(await fleet.counters(), before_prompts)[_STEP_SECONDS] / _EACH
         rows.append([-(-length // _CHUNK), length])
         engine.append(seconds)
         waits.append(min(found) - seconds)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.fleet.simulation.machine import Machine
 from benchmarks.fleet.simulation.replica import Costs, Replica, Step
@@ -40,16 +40,8 @@ _TOKENS_BITS = 14
 """Of a conversation's length."""
 
 
-class _Work(Protocol):
-    def __call__(self, now: float) -> None: ...
-
-
-@dataclass(eq=False)
-class _Asked:
-    """A request under way."""
-
-    conversation: Conversation
-    served: Served
+_Work = Callable[[float], None]
+"""What happens at a time, which it is told."""
 
 
 @dataclass(eq=False)
@@ -83,7 +75,7 @@ class Fleet:
         self._active = [0] * len(machines)
         self._last: dict[str, int] = {}
         self._said: dict[Request, list[int]] = {}
-        self._asked: dict[Request, _Asked] = {}
+        self._asked: dict[Request, tuple[Conversation, Served]] = {}
         self._events: list[tuple[float, int, _Work]] = []
         self._order = count()
         self._version = [0] * len(self.machines)
@@ -110,16 +102,16 @@ class Fleet:
         served.stayed = self._last.get(conversation.name) == served.replica
         self._last[conversation.name] = served.replica
         self._active[served.replica] += 1
-        self._queue_front(now, served.replica, self._costs.request, partial(self._arrive, _Asked(conversation, served)))
+        self._queue_front(now, served.replica, self._costs.request, partial(self._arrive, conversation, served))
 
-    def _arrive(self, asked: _Asked, now: float) -> None:
-        served, number = asked.served, asked.conversation.number
+    def _arrive(self, conversation: Conversation, served: Served, now: float) -> None:
+        number = conversation.number
         replica = self.hosts[served.replica].replica
         tokens = self._tokens(number, served.prompt_tokens + served.output_tokens)
         tenant = self._tenants[number % len(self._tenants)]
         name = f"{served.session}/{served.turn}"
         request = replica.add(name, tenant, tokens[: served.prompt_tokens], served.output_tokens)
-        self._asked[request] = asked
+        self._asked[request] = conversation, served
         self._said[request] = tokens[served.prompt_tokens :]
         self._begin_step(served.replica, now)
 
@@ -146,8 +138,7 @@ class Fleet:
     def _deliver(self, events: list[tuple[Request, bool]], now: float) -> None:
         """Tokens have reached their clients."""
         for request, is_over in events:
-            asked = self._asked[request]
-            served = asked.served
+            conversation, served = self._asked[request]
             served.first_token = served.first_token or now
             served.events += 1
             if is_over:
@@ -156,7 +147,7 @@ class Fleet:
                 self._active[served.replica] -= 1
                 del self._asked[request], self._said[request]
                 self._queue_front(now, served.replica, self._costs.closing, lambda now: None)
-                self._go_on(asked.conversation, served, now)
+                self._go_on(conversation, served, now)
 
     def _go_on(self, conversation: Conversation, served: Served, now: float) -> None:
         turn, length = served.turn + 1, served.prompt_tokens + served.output_tokens

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -34,20 +34,6 @@ from server.session_ids import find_session_id, session_key
 
 _OPTIONS = [one for one in REPLICA_OPTIONS if one != "--no-engine.speculation.adaptive"]
 _OPTIONS += ["--log.format", "json"]
-
-
-@dataclass(frozen=True)
-class Counters:
-    """What a fleet has done so far."""
-
-    step_seconds: float
-    steps: float
-    num_blocks: int
-    redis_calls: dict[str, int]
-    redis_seconds: float
-    """Of Valkey's core, in scripts."""
-    redis_in: int
-    redis_out: int
 
 
 class RealFleet:
@@ -90,26 +76,22 @@ class RealFleet:
         engine = sum(map(cpu_seconds, self._engines))
         return np.array([engine, time.process_time() + sum(map(cpu_seconds, [*self._roots, *self._others])) - engine])
 
-    async def counters(self) -> Counters:
-        """All of them now."""
-        totals = dict[str, float]()
+    async def counters(self) -> dict[str, float]:
+        """What all replicas count, and Valkey: its commands and bytes, and seconds of its core in scripts."""
+        found = defaultdict[str, float](float)
         async with httpx.AsyncClient(trust_env=False) as client:
             for replica in self.replicas:
                 headers = {"Authorization": f"Bearer {METRICS_KEY}"}
                 text = (await client.get(f"{replica.url}/metrics", headers=headers)).text
                 for sample in (one for family in text_string_to_metric_families(text) for one in family.samples):
                     if sample.labels.get("part", "total") == "total":
-                        totals[sample.name] = totals.get(sample.name, 0.0) + sample.value
-        stats, calls = await self.redis.info("stats"), await self.redis.info("commandstats")
-        return Counters(
-            step_seconds=totals["evospec:engine_step_seconds_sum"],
-            steps=totals["evospec:engine_step_seconds_count"],
-            num_blocks=int(totals["evospec:kv_blocks_total"]) // len(self.replicas),
-            redis_calls={name.removeprefix("cmdstat_"): one["calls"] for name, one in calls.items()},
-            redis_seconds=calls.get("cmdstat_evalsha", {}).get("usec", 0) / 1e6,
-            redis_in=stats["total_net_input_bytes"],
-            redis_out=stats["total_net_output_bytes"],
-        )
+                        found[sample.name] += sample.value
+        info = await self.redis.info("everything")
+        commands = {name: one for name, one in info.items() if name.startswith("cmdstat_") and name != "cmdstat_info"}
+        found["redis_calls"] = sum(one["calls"] for one in commands.values())
+        found["redis_seconds"] = commands.get("cmdstat_evalsha", {}).get("usec", 0) / 1e6
+        found["redis_in"], found["redis_out"] = info["total_net_input_bytes"], info["total_net_output_bytes"]
+        return found
 
     async def snapshots(self, conversations: Sequence[Conversation]) -> dict[str, int]:
         """Bytes of each session's snapshot in Redis."""
@@ -159,10 +141,14 @@ class RealFleet:
                 tokens = tokens + answer
 
         await asyncio.gather(*(talk(number, one) for number, one in enumerate(conversations)))
-        return self._located(served)
+        self._locate(served)
+        while any(one.replica < 0 for one in served):  # a line is written after the answer's end
+            await asyncio.sleep(0.1)
+            self._locate(served)
+        return served
 
-    def _located(self, served: list[Served]) -> list[Served]:
-        """The same with what only the replicas' logs tell."""
+    def _locate(self, served: list[Served]) -> None:
+        """What only the replicas' logs tell."""
         of_turn = {f"{one.session}-{one.turn}": one for one in served}
         for number, lines in enumerate(self.logged()):
             for line in lines:
@@ -173,7 +159,6 @@ class RealFleet:
         for one in sorted(served, key=lambda one: one.turn):
             one.stayed = last.get(one.session) == one.replica
             last[one.session] = one.replica
-        return served
 
 
 @asynccontextmanager

@@ -39,7 +39,8 @@ _ACROSS = {
 def print_record(record: dict[str, Any], console: Console) -> None:
     """All of it as Markdown, and the plot."""
     for count, fleet in record.get("fleets", {}).items():
-        console.print(f"\n{count} replicas; others used {fleet['others']:.2f} cores\n", highlight=False)
+        others = record["runs"][count]["others"]
+        console.print(f"\n{count} replicas; others used {others:.2f} cores\n", highlight=False)
         rows = [("", "measured", "simulated", "difference")]
         for name, measured in fleet["measured"].items():
             simulated = fleet["simulated"][name]

@@ -23,7 +23,7 @@ RINGS: tuple[tuple[int, str, int | None], ...] = (
     (100_000, "100 places each", 10_000_000),
 )
 """Replicas, what the ring is called, and Envoy's ``minimum_ring_size``."""
-_SAMPLE = 24
+_SAMPLE = 12
 """Replicas that are simulated of a larger fleet: those in the middle of as many equal parts, by their share."""
 _TENANTS_EACH = 10
 """Tenants for each replica. The n-th of them sends 1/n as much as the first: no trace tells."""
@@ -38,8 +38,8 @@ class Plan:
     """``rate``: conversations that begin at a replica each second; figures are of the time after ``warm_up``."""
 
     rate: float
-    seconds: float = 1500.0
-    warm_up: float = 900.0
+    seconds: float = 800.0
+    warm_up: float = 400.0
     num_blocks: int = 5825
 
 
