@@ -271,7 +271,7 @@ WAYS = {
         mxfp4,
         GGMLQuantizationType.MXFP4,
         "gpt_oss",
-        (("num_local_experts", 4), ("num_experts_per_tok", 2), ("num_hidden_layers", 2)),
+        (("num_local_experts", 4), ("num_experts_per_tok", 2), ("hidden_size", 64)),
         weight="mlp.experts.1.up_proj",
         stacked=True,
     ),
