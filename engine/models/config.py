@@ -158,6 +158,12 @@ class ModelSpec:
         return tuple(layer.sliding_window for layer in self.layers)
 
     @property
+    def window(self) -> int | None:
+        """How many tokens any layer attends to at most; None: all."""
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if len(windows) == self.num_layers else None
+
+    @property
     def rope(self) -> Rope:
         """Of the layers that see all of the context, where they have one: a draft's layer has the same."""
         ropes = [(layer.sliding_window is not None, layer.rope) for layer in self.layers if layer.rope is not None]
