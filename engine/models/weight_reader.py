@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from engine.models.weights import WeightSource
 from engine.tensor_parallel.ranks import Ranks
 
-_ROWS_AT_ONCE = 2048
+_VALUES_AT_ONCE = 2**18
 """Of a matrix, when it is read."""
 
 
@@ -45,8 +46,9 @@ class WeightReader:
 
     def _fill(self, out: torch.Tensor, name: str, rows: range, columns: range | None = None) -> None:
         """A few rows at a time, so that the model is nowhere in float32."""
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[first : first + _ROWS_AT_ONCE]
+        height = max(_VALUES_AT_ONCE // prod(self.shapes[name][1:]), 1)
+        for first in range(0, len(rows), height):
+            part = rows[first : first + height]
             values = self.source.dequantized(name, slice(part.start, part.stop))
             out[first : first + len(part)] = values if columns is None else values[:, columns.start : columns.stop]
 

@@ -120,6 +120,8 @@ class _SafetensorsWeights(WeightSource):
         self._norm_offset = family.norm_offset
         headers = {path: read_header(path) for path in weight_files(directory)}
         self._stored = {plain_name(name, family): (path, name) for path, header in headers.items() for name in header}
+        self._last: tuple[str, Matrix] | None = None
+        """The matrix that was read last: its next rows are probably read next"""
         self._open: dict[Path, Any] = {}
         self._num_mapped = 0
 
@@ -139,20 +141,24 @@ class _SafetensorsWeights(WeightSource):
         place = self._places[name]
 
         def blocks(rows: Rows) -> npt.NDArray[np.uint8]:
-            return matrix.blocks(place.part(rows)) if isinstance(rows, slice) else blocks(ALL)[rows]
+            return matrix.blocks(place.part(rows)) if isinstance(rows, slice) else matrix.blocks(place.part(ALL))[rows]
 
         return QuantizedTensor(blocks, kind, self._shapes[name])
 
     def _matrix(self, name: str) -> Matrix | None:
         """What the tensor is some rows of; None where it is stored as floating-point numbers."""
+        if (last := self._last) is not None and last[0] == name:
+            return last[1]
         place, quantization = self._place(name), self._quantization
         module = None if quantization is None else quantization.module_of(place.tensor, place.shape, self._stored)
         if quantization is None or module is None:
             return None
         try:
-            return quantization.matrix(partial(self._part, module, place.index), *place.shape[-2:])
+            matrix = quantization.matrix(partial(self._part, module, place.index), *place.shape[-2:])
         except ModelError as error:
             raise ModelError(f"{self._directory}: {module}: {error}") from None
+        self._last = name, matrix
+        return matrix
 
     def _part(self, module: str, index: int | None, part: str, rows: slice = ALL) -> npt.NDArray[Any]:
         tensor = self._read(f"{module}.{part}", rows, index)
