@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from engine.config import MAX_SPECULATIVE_TOKENS
 from engine.models.config import ModelFiles, ModelSpec
-from engine.models.decoder import RotaryEmbedding, WeightReader, rms_norm
+from engine.models.decoder import RotaryEmbedding, rms_norm
+from engine.models.weight_reader import WeightReader
 from engine.models.weights import WeightSource, open_weights
 from kernels.native import has_fast_bf16
 

@@ -33,10 +33,12 @@ def hash_block(previous: bytes, token_ids: Sequence[int]) -> bytes:
 
 @dataclass(slots=True)
 class _Allocation:
-    """``block_ids`` in order of position; the first ``num_registered`` were offered to the prefix cache."""
+    """``block_ids`` in order of position; the first ``num_registered`` were offered to the prefix cache, and the first
+    ``num_returned`` given back."""
 
     block_ids: array[int]
     num_registered: int
+    num_returned: int = 0
 
 
 class KVCacheManager:
@@ -44,10 +46,13 @@ class KVCacheManager:
 
     Only full blocks of committed tokens whose KV is computed enter the prefix cache, found by a
     chain of hashes that begins with the tenant's name: tenants never share blocks.
+
+    Where nobody reads more than the last ``window`` tokens, blocks of those before are given back; None: all are read.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool) -> None:
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool, window: int | None = None) -> None:
         self.block_size = block_size
+        self._window = window
         self.prefix_caching = prefix_caching
         self._pool = BlockPool(num_blocks)
         self._allocations: dict[str, _Allocation] = {}
@@ -72,7 +77,7 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def block_ids(self, request: Request) -> array[int]:
-        """The request's blocks, int32 in order of position; not to be changed."""
+        """The request's blocks, int32 in order of position; not to be changed. Others may have those given back."""
         return self._allocations[request.request_id].block_ids
 
     def num_slots(self, request: Request) -> int:
@@ -123,11 +128,19 @@ class KVCacheManager:
         self._used_by[request.tenant] += num_new
         return True
 
-    def cache_full_blocks(self, request: Request) -> None:
-        """Offer the blocks filled by computed tokens to later requests; call after each commit."""
-        if not self.prefix_caching:
-            return
+    def after_commit(self, request: Request) -> None:
+        """Offer the blocks filled by computed tokens to later requests, and give back those that it reads no more."""
         allocation = self._allocations[request.request_id]
+        if self.prefix_caching:
+            self._register(request, allocation)
+        if self._window is None:
+            return
+        first_read = request.num_computed_tokens - self._window + 1  # by the next token
+        num_returned = max(first_read // self.block_size, allocation.num_returned)
+        self._release(request.tenant, allocation.block_ids[allocation.num_returned : num_returned])
+        allocation.num_returned = num_returned
+
+    def _register(self, request: Request, allocation: _Allocation) -> None:
         num_full = request.num_computed_tokens // self.block_size
         if num_full <= allocation.num_registered:
             return
@@ -147,7 +160,7 @@ class KVCacheManager:
         """Take back all blocks of a request, if it has any. Its last block is the first to be reused."""
         allocation = self._allocations.pop(request.request_id, None)
         if allocation is not None:
-            self._release(request.tenant, allocation.block_ids)
+            self._release(request.tenant, allocation.block_ids[allocation.num_returned :])
 
     def _release(self, tenant: str, block_ids: Sequence[int]) -> None:
         before = self._pool.num_free

@@ -32,6 +32,8 @@ class Scheduler:
     prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
     Beside decodes, prompts get as many tokens as take ``prompt_ms`` milliseconds, but at least ``LEAST_CHUNK``.
 
+    Where nobody reads more than ``window`` tokens back, sequences give the blocks before them back.
+
     Drafts take no block that somebody else needs: blocks of rejected ones are taken back before a sequence
     is preempted. Who is admitted and who is preempted, and that every request finishes: see ``Admission``.
 
@@ -39,10 +41,17 @@ class Scheduler:
     the last two.
     """
 
-    def __init__(self, config: SchedulerConfig, cache: CacheConfig, num_blocks: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        num_blocks: int,
+        max_model_len: int,
+        window: int | None = None,
+    ) -> None:
         self._config = config
         self._max_model_len = max_model_len
-        self._kv = KVCacheManager(num_blocks, cache.block_size, cache.prefix_caching)
+        self._kv = KVCacheManager(num_blocks, cache.block_size, cache.prefix_caching, window)
         self._requests: dict[str, Request] = {}
         # Decodes can never claim more than half of a step, so prefill always goes on.
         self._max_running = min(config.max_num_seqs, config.max_batched_tokens // 2)
@@ -131,7 +140,7 @@ class Scheduler:
             request.output_token_ids += kept_token_ids
             request.all_token_ids += kept_token_ids
             self._waiting.charge(request.tenant, OUTPUT_TOKEN_SERVICE * len(kept_token_ids))
-        self._kv.cache_full_blocks(request)
+        self._kv.after_commit(request)
         if finished:
             self._finish(request)
 
@@ -144,7 +153,7 @@ class Scheduler:
         if self._is_here(request):
             request.num_computed_tokens = sequence.start + sequence.num_known - 1
             request.draft_token_ids = []
-            self._kv.cache_full_blocks(request)
+            self._kv.after_commit(request)
 
     def record_seconds(self, plan: SchedulerOutput, seconds: float) -> None:
         """What a step took: those with prompts tell how much of them the next ones may read."""

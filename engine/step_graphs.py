@@ -86,8 +86,10 @@ class Planned(AttentionBackend):
     def plan(self, batch: ForwardBatch) -> None:
         """Nothing."""
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self._backend.forward(layer, q, k, v)
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._backend.forward(layer, q, k, v, sinks)
 
 
 @dataclass(frozen=True)

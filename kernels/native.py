@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import functools
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ DIGITS_OF_BITS = {8: 1, 15: 2}
 """Digits that hold so many bits of an activation."""
 _GROUP_PAIR = 32
 """Weight rows are stored in pairs of 16-column groups."""
-_ROWS_PACKED_AT_ONCE = 512
-"""By one thread."""
+_VALUES_PACKED_AT_ONCE = 2**18
+"""By one thread; the file's numbers and what is made of them are in memory as well."""
 _Rows = TypeVar("_Rows", covariant=True)
 
 
@@ -168,12 +169,13 @@ class PackedMatrix:
         self._pack(parts)
 
     def _pack(self, parts: Sequence[MatrixPart]) -> None:
-        pieces = [(part, begin) for part in parts for begin in range(0, len(part.row_map), _ROWS_PACKED_AT_ONCE)]
-        with ThreadPoolExecutor() as pool:
+        height = max(_VALUES_PACKED_AT_ONCE // self.k // _GROUP_PAIR, 1) * _GROUP_PAIR
+        pieces = [(part, begin, height) for part in parts for begin in range(0, len(part.row_map), height)]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             list(pool.map(self._pack_piece, *zip(*pieces, strict=True)))
 
-    def _pack_piece(self, part: MatrixPart, begin: int) -> None:
-        piece = slice(begin, min(begin + _ROWS_PACKED_AT_ONCE, len(part.row_map)))
+    def _pack_piece(self, part: MatrixPart, begin: int, height: int) -> None:
+        piece = slice(begin, min(begin + height, len(part.row_map)))
         rows = np.ascontiguousarray(part.row_map[piece], dtype=np.int32)
         places = rows.ctypes.data_as(ctypes.c_void_p), len(rows), self.k
         if part.blocks is not None:

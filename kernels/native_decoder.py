@@ -22,7 +22,7 @@ class _Layer(ctypes.Structure):
         *integers("num_qkv"),
         *((name, MatrixStruct) for name in ("output", "gate_up", "down")),
         *pointers("input_norm", "mlp_norm", "embedding_norm", "q_norm", "k_norm", "attention_norm", "output_norm"),
-        *pointers("cos_sin"),
+        *pointers("sinks", "cos_sin"),
         *integers("rotary_dim", "window", "norms_residual"),
         ("experts", ExpertsStruct),
     )
@@ -55,7 +55,7 @@ class _Batch(ctypes.Structure):
     )
 
 
-GATES = {"silu": 2, "gelu_tanh": 3}
+GATES = {"silu": 2, "gelu_tanh": 3, "swiglu_oai": 4}
 """Of the MLP, as ``Epilogue`` in kernels/csrc/linear.h."""
 
 
@@ -98,13 +98,15 @@ def paged_attention(
     v: torch.Tensor,
     scale: float,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Write k, v [T, kv_heads, dim] into the cache, then attend with q [T, heads, dim]; float32 in and out.
 
     Products of queries and keys are multiplied with ``scale``. A token attends to the last ``window`` ones, itself
-    included; None: to all before it.
+    included; None: to all before it. ``sinks`` [heads]: the score of one more key, whose value is zero.
     """
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()  # named: the copies must outlive the call
+    sinks = None if sinks is None else sinks.float().contiguous()
     out = torch.empty_like(q)
     load_library().evo_attention(
         team.handle,
@@ -112,7 +114,7 @@ def paged_attention(
         ctypes.byref(cache.struct),
         layer,
         *(q.shape[1], k.shape[1], q.shape[2], ctypes.c_float(scale), window or 0),
-        *(address(tensor) for tensor in (q, k, v, out)),
+        *(address(tensor) for tensor in (sinks, q, k, v, out)),
     )
     return out
 
@@ -143,6 +145,8 @@ class LayerWeights:
     """Of what attention adds to the residual stream"""
     output_norm: torch.Tensor | None = None
     """Of what the MLP adds"""
+    sinks: torch.Tensor | None = None
+    """[heads]: for each the score of one more key, whose value is zero"""
     window: int | None = None
     norms_residual: bool = False
     """Whether the input norm changes the residual stream, too (EAGLE-3 with ``norm_before_residual``)"""
@@ -269,7 +273,7 @@ def _layer_struct(layer: LayerWeights) -> _Layer:
     return _Layer(
         *((MatrixStruct * 3)(*(matrix.struct for matrix in layer.qkv)), len(layer.qkv)),
         *(layer.output.struct, *mlp),
-        *map(address, (*norms, layer.attention_norm, layer.output_norm, layer.cos_sin)),
+        *map(address, (*norms, layer.attention_norm, layer.output_norm, layer.sinks, layer.cos_sin)),
         *(0 if layer.cos_sin is None else layer.cos_sin.shape[1], layer.window or 0, layer.norms_residual),
         experts,
     )

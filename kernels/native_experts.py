@@ -15,7 +15,7 @@ class _Expert(ctypes.Structure):
 
 
 class ExpertsStruct(ctypes.Structure):
-    _fields_ = (*pointers("router", "experts"), *integers("count", "per_token", "normalized"))
+    _fields_ = (*pointers("router", "router_bias", "experts"), *integers("count", "per_token", "normalized"))
 
 
 class MixtureWeights:
@@ -26,6 +26,7 @@ class MixtureWeights:
         experts: gate_up, as in ``LayerWeights``, and down of each.
         per_token: how many of them each token goes through.
         normalized: whether the weights of a token's experts are made to sum to one.
+        router_bias: float32 [experts], or None.
     """
 
     def __init__(
@@ -34,10 +35,10 @@ class MixtureWeights:
         experts: Sequence[tuple[PackedMatrix, PackedMatrix]],
         per_token: int,
         normalized: bool,
+        router_bias: torch.Tensor | None = None,
     ) -> None:
         self.matrices = [matrix for expert in experts for matrix in expert]
-        self._router = router.contiguous()
+        self._router, self._bias = router.contiguous(), router_bias
         self._array = (_Expert * len(experts))(*(_Expert(gate_up.struct, down.struct) for gate_up, down in experts))
-        self.struct = ExpertsStruct(
-            address(self._router), ctypes.addressof(self._array), len(experts), per_token, normalized
-        )
+        addresses = address(self._router), address(self._bias), ctypes.addressof(self._array)
+        self.struct = ExpertsStruct(*addresses, len(experts), per_token, normalized)

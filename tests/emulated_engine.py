@@ -37,6 +37,8 @@ class Job(msgspec.Struct):
     """At most."""
     logprobs: int | None = None
     adapters: bool = False
+    family: str | None = None
+    """One of ``tests.tiny_families``; None: plain Llama."""
     check: Literal["nothing", "outputs", "drafts"] = "nothing"
     """What a CPU computes, too: the same without drafts, or with them."""
 
@@ -68,10 +70,12 @@ def run(directory: Path, job: Job, batch: int) -> Ran:
     """An engine with so many sequences."""
     from engine.core import EngineCore
     from engine.models.registry import validate_model_files
+    from tests.tiny_families import FAMILIES
     from tests.tiny_models import make_directory
 
     size: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512}
-    files = make_directory(directory / "target", **size)
+    make = make_directory if job.family is None else FAMILIES[job.family].make
+    files = make(directory / "target", **size)
     spec = validate_model_files(files)
     expected = None
     if job.check != "nothing":

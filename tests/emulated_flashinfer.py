@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import inspect
+import math
 import sys
 import types
 from typing import Any
@@ -86,7 +87,7 @@ class _Wrapper:
             self.buffers = [source.clone() for source in sources]
         self.plan_of, self.total = plan, int(qo[-1])
 
-    def run(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def run(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         call, plan = self._bound("run", *args, **kwargs), self.plan_of
         q, (keys, values) = call["q"], call["paged_kv_cache"]
         assert q.is_contiguous()
@@ -95,14 +96,17 @@ class _Wrapper:
         assert keys.stride() == values.stride()
         assert keys.shape[1] == plan["page_size"]
         out = DeviceTensor(torch.zeros_like(held(q)))
+        log_sum = DeviceTensor(torch.zeros(q.shape[:2]))
         buffers, scale, window = self.buffers, plan["sm_scale"], plan["window_left"]
 
         def compute() -> None:
-            out.held.copy_(_attend(held(q), held(keys), held(values), buffers, scale, window))
+            attended, logs = _attend(held(q), held(keys), held(values), buffers, scale, window)
+            out.held.copy_(attended)
+            log_sum.held.copy_(logs)
 
         compute()
         launch("attention", compute)
-        return out
+        return (out, log_sum) if call["return_lse"] else out
 
 
 class _Prefill(_Wrapper):
@@ -126,10 +130,11 @@ class _Decode(_Wrapper):
 
 def _attend(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, buffers: list[torch.Tensor], scale: float, window: int
-) -> torch.Tensor:
-    """Causal attention of each sequence's queries, which are the last of its tokens."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of each sequence's queries, which are the last of its tokens; and the sums of their weights, to
+    base 2."""
     qo, indptr, indices, last = (one.tolist() for one in buffers)
-    out, group = torch.zeros_like(q), q.shape[1] // keys.shape[2]
+    out, log_sum, group = torch.zeros_like(q), torch.zeros(q.shape[:2]), q.shape[1] // keys.shape[2]
     for row in range(len(last)):
         begin, end = qo[row], qo[row + 1]
         pages = indices[indptr[row] : indptr[row + 1]]
@@ -140,9 +145,10 @@ def _attend(
         scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), k) * scale
         place, query = torch.arange(length), torch.arange(length - (end - begin), length)[:, None]
         is_seen = (place <= query) & ((window < 0) | (place >= query - window))
-        weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
-        out[begin:end] = torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
-    return out
+        scores = scores.masked_fill(~is_seen, -torch.inf)
+        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).to(q.dtype)
+        log_sum[begin:end] = scores.logsumexp(-1).T / math.log(2)
+    return out, log_sum
 
 
 def install() -> None:

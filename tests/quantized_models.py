@@ -149,6 +149,21 @@ def fp8(rows: int | None, columns: int | None, scale_name: str, shape: tuple[int
     return store
 
 
+def mxfp4(weight: torch.Tensor) -> Stored:
+    """Of experts [experts, k, n], as gpt-oss stores them: the nearest number of 4 bits, times a power of two."""
+    numbers = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    numbers = torch.cat((numbers, -numbers))
+    blocks = weight.mT.reshape(len(weight), weight.shape[2], -1, 32)
+    exponents = blocks.abs().amax(-1).log2().floor() - 2
+    scales = exponents.exp2()[..., None]
+    codes = (blocks[..., None] / scales[..., None] - numbers).abs().argmin(-1)
+    parts = {
+        "blocks": (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8),
+        "scales": (exponents + 127).to(torch.uint8),
+    }
+    return parts, (numbers[codes] * scales).flatten(-2).mT.contiguous()
+
+
 def compressed(layout: str, **weights: Any) -> dict[str, Any]:
     """``quantization_config`` of compressed-tensors."""
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "actorder": None} | weights
@@ -175,6 +190,10 @@ class Way:
     """Further entries of its config.json"""
     is_exact: bool = True
     """Whether blocks hold just these weights: their minima, scale times zero, have half precision"""
+    weight: str = "self_attn.q_proj"
+    """One that is quantised, of a layer"""
+    stacked: bool = False
+    """Whether all experts are one tensor, and nothing else is quantised"""
 
     def make(self, directory: Path) -> tuple[ModelFiles, ModelFiles]:
         """The checkpoint, and a model with its dequantised weights."""
@@ -183,9 +202,11 @@ class Way:
         weights, parts = load_file(plain.path / "model.safetensors"), dict[str, torch.Tensor]()
         for name in list(weights):
             module = name.removesuffix(".weight")
-            if module.endswith("_proj") or (module == "lm_head" and self.config.get("lm_head")):
+            is_layers = module.endswith("_proj") and weights[name].dim() == (3 if self.stacked else 2)
+            if is_layers or (module == "lm_head" and self.config.get("lm_head")):
                 stored, weights[name] = self.store(weights[name])
-                parts |= {f"{module}.{part}": tensor.contiguous() for part, tensor in stored.items()}
+                between = "_" if self.stacked else "."
+                parts |= {f"{module}{between}{part}": tensor.contiguous() for part, tensor in stored.items()}
             else:
                 parts[name] = weights[name]
         save_file(weights, plain.path / "model.safetensors", metadata={"format": "pt"})
@@ -245,5 +266,14 @@ WAYS = {
     ),
     "fp8": Way(FP8 | {"activation_scheme": "static"}, fp8(None, None, "weight_scale", ()), None),
     "fp8, a list of one scale": Way(FP8, fp8(None, None, "weight_scale_inv", (1,)), None),
+    "mxfp4": Way(
+        {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+        mxfp4,
+        GGMLQuantizationType.MXFP4,
+        "gpt_oss",
+        (("num_local_experts", 4), ("num_experts_per_tok", 2), ("hidden_size", 64)),
+        weight="mlp.experts.1.up_proj",
+        stacked=True,
+    ),
     "fp8, blocks": Way(FP8 | {"weight_block_size": [128, 128]}, fp8(128, 128, "weight_scale_inv"), None),
 }

@@ -68,6 +68,7 @@ def compare_backends(
     sequences: RaggedSequences,
     steps: Sequence[Sequence[int]],
     seed: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Runs all of them on the same random bf16 numbers.
 
@@ -83,9 +84,19 @@ def compare_backends(
                 torch.randn(len(batch.token_ids), heads, spec.head_dim, generator=generator).bfloat16().to(spec.device)
                 for heads in (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
             )
-            expected = reference.forward(layer, *(x.to(reference.spec.dtype) for x in (q, k, v))).float()
+            expected = _attended(reference, layer, (q, k, v), sinks)
             for backend in backends:
-                yield backend.forward(layer, *(x.to(spec.dtype) for x in (q, k, v))).float(), expected
+                yield _attended(backend, layer, (q, k, v), sinks), expected
+
+
+def _attended(
+    backend: AttentionBackend,
+    layer: int,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    q, k, v = (x.to(backend.spec.dtype) for x in qkv)
+    return backend.forward(layer, q, k, v, sinks).float()
 
 
 def largest_row_error(output: torch.Tensor, expected: torch.Tensor) -> float:

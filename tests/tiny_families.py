@@ -73,6 +73,16 @@ FAMILIES = {
     "phi3, short factors of longrope": TinyFamily(
         "phi3", {"partial_rotary_factor": 0.5, "rope_scaling": LONGROPE, "original_max_position_embeddings": 256}
     ),
+    "gpt_oss": TinyFamily(
+        "gpt_oss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": WINDOW,
+            "rope_scaling": YARN | {"truncate": False},
+            "attention_bias": True,
+        },
+    ),
     "gemma3": TinyFamily(
         "gemma3_text",
         {

@@ -16,9 +16,11 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from engine.models.config import ModelFiles, ModelSpec
+from engine.models.families.base import Family
 from engine.models.families.known import family_of, spec_from_config
 from engine.models.gguf_spec import gguf_tensor_names
 from engine.models.stored_tensors import stored_rows, stored_shapes
+from engine.models.weights import open_weights
 from engine.text.tokenizer import Tokenizer as EngineTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -75,8 +77,18 @@ def make_directory(
     for name, shape in stored_shapes(spec_from_config(config, {}), stacks_experts=False).items():
         noise = torch.randn(shape, generator=generator)
         tensors[name] = (one + 0.1 * noise if "norm" in name else 0.15 * noise).to(dtype)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    write_weights(directory, family_of(architecture), tensors)
     return ModelFiles(directory.name, directory, "safetensors")
+
+
+def write_weights(directory: Path, family: Family, tensors: dict[str, torch.Tensor]) -> None:
+    """Weights of the shapes of ``stored_shapes``, under the family's own names; several matrices have columns first."""
+    own_names, stored = {usual: own for own, usual in family.names.items()}, {}
+    for name, tensor in tensors.items():
+        is_stack = tensor.dim() == 3
+        end = next((end for end in own_names if name.endswith(f".{end}")), "")
+        stored[name.removesuffix(end) + own_names.get(end, "")] = tensor.mT.contiguous() if is_stack else tensor
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def soften_layers(directory: Path) -> None:
@@ -129,12 +141,12 @@ def make_gguf(
     if extra_tensor:
         writer.add_tensor(extra_tensor, np.zeros(spec.head_dim, np.float32))
     heads = {"q": spec.num_heads, "k": spec.num_kv_heads}
-    for name, tensor in _with_stacked_experts(load_file(directory / "model.safetensors"), spec).items():
-        values = (tensor.float() + family.norm_offset if "norm" in name else tensor.float()).numpy()
+    for name, values in _gguf_tensors(directory, spec).items():
         for kind, count in heads.items():
             if family.gguf_interleaves_rotary and f"{kind}_proj" in name:
                 values = _interleave_rotary(values, count)
-        stored = tensor_type if values.ndim > 1 and not name.endswith("mlp.gate.weight") else GGMLQuantizationType.F32
+        is_exact = values.ndim == 1 or name.endswith((".bias", "mlp.gate.weight"))
+        stored = GGMLQuantizationType.F32 if is_exact else tensor_type
         writer.add_tensor(stored_names[name], gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -143,13 +155,13 @@ def make_gguf(
     return ModelFiles(path.stem, path, "gguf")
 
 
-def _with_stacked_experts(tensors: dict[str, torch.Tensor], spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """A matrix of all experts is one tensor."""
-    stacked: dict[str, list[torch.Tensor]] = {}
-    for name, place in stored_rows(spec, stacks_experts=True).items():
-        if len(place.shape) == 3:
-            stacked.setdefault(place.tensor, []).append(tensors.pop(name))
-    return tensors | {name: torch.stack(parts) for name, parts in stacked.items()}
+def _gguf_tensors(directory: Path, spec: ModelSpec) -> dict[str, np.ndarray[Any, Any]]:
+    """A matrix of all experts is one tensor, and so are those that the family stores together."""
+    source, parts = open_weights(ModelFiles("", directory, "safetensors")), dict[str, list[np.ndarray[Any, Any]]]()
+    places = stored_rows(spec, stacks_experts=True)
+    for name, place in places.items():
+        parts.setdefault(place.tensor, []).append(source.dequantized(name).numpy())
+    return {place.tensor: np.concatenate(parts[place.tensor]).reshape(place.shape) for place in places.values()}
 
 
 def _add_rope(writer: gguf.GGUFWriter, spec: ModelSpec, scaling: dict[str, Any]) -> None:

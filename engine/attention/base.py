@@ -59,7 +59,9 @@ class AttentionBackend(ABC):
         """Prepare for a step; the batch's tensors stay unchanged until the next call."""
 
     @abstractmethod
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Write this step's keys and values, then attend.
 
         Args:
@@ -67,6 +69,7 @@ class AttentionBackend(ABC):
             q: [T, num_heads, head_dim], rotary already applied.
             k: [T, num_kv_heads, head_dim], rotary already applied.
             v: [T, num_kv_heads, head_dim].
+            sinks: [num_heads], for each head the score of one more key, whose value is zero; None: there is none.
 
         Returns:
             [T, num_heads, head_dim], dtype of q.

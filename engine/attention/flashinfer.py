@@ -6,6 +6,7 @@ checked without one, and how to run the rest: docs/decisions/005-attention-backe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -91,9 +92,11 @@ class FlashInferAttention(AttentionBackend):
             self._wrappers = self._prefill
             _plan(self._prefill, self.spec, batch, batch.host.query_start_loc.cpu(), causal=True)
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         wrapper = self._wrappers[self.spec.window(layer)]
-        return _attend(wrapper, self._cache[layer], self._slot_mapping, q, k, v)
+        return _attend(wrapper, self._cache[layer], self._slot_mapping, (q, k, v), sinks)
 
     def fixed(self, num_tokens: int, max_blocks: int) -> AttentionBackend:
         return _FixedFlashInfer(self.spec, self._cache, self._workspace, num_tokens, max_blocks)
@@ -134,9 +137,11 @@ class _FixedFlashInfer(AttentionBackend):
         self._slot_mapping = batch.slot_mapping
         _plan(self._wrappers, self.spec, batch, batch.host.query_start_loc.cpu(), causal=True)
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         wrapper = self._wrappers[self.spec.window(layer)]
-        return _attend(wrapper, self._cache[layer], self._slot_mapping, q, k, v)
+        return _attend(wrapper, self._cache[layer], self._slot_mapping, (q, k, v), sinks)
 
 
 def _import_flashinfer() -> Any:
@@ -170,14 +175,22 @@ def _plan(
 
 
 def _attend(
-    wrapper: Any, cache: torch.Tensor, slots: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    wrapper: Any,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Write keys and values, then run what was planned. ``cache``: of one layer; ``slots`` [T] int64."""
-    keys, values = cache
+    (q, k, v), (keys, values) = qkv, cache
     keys.flatten(0, 1)[slots] = k
     values.flatten(0, 1)[slots] = v
-    output: torch.Tensor = wrapper.run(q.contiguous(), (keys, values))
-    return output
+    if sinks is None:
+        output: torch.Tensor = wrapper.run(q.contiguous(), (keys, values))
+        return output
+    output, log_sum = wrapper.run(q.contiguous(), (keys, values), return_lse=True)  # [T, heads], to base 2
+    share = torch.sigmoid(log_sum * math.log(2) - sinks.float())  # of its attention that a head has left for the keys
+    return (output * share[..., None]).to(q.dtype)
 
 
 def unsupported_reason(spec: AttentionSpec) -> str | None:

@@ -28,7 +28,9 @@ class NativeAttention(AttentionBackend):
             batch.num_prefilling,
         )
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        rows = q.float(), k.float(), v.float()
         scale, window = self.spec.softmax_scale, self.spec.window(layer)
-        out = paged_attention(self.team, self.batch, self.cache, layer, q.float(), k.float(), v.float(), scale, window)
-        return out.to(q.dtype)
+        return paged_attention(self.team, self.batch, self.cache, layer, *rows, scale, window, sinks).to(q.dtype)

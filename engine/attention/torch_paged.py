@@ -64,20 +64,33 @@ class TorchPagedAttention(AttentionBackend):
             masks=masks,
         )
 
-    def forward(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys, values = self._cache[layer]
+    def forward(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        (keys, values), window = self._cache[layer], self.spec.window(layer)
         for cached, new in ((keys, k), (values, v)):
             # A freed block keeps what it holds: what is no number would survive the mask of its next owner, too.
             cached.flatten(0, 1)[self._slot_mapping] = new.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         output = torch.empty_like(q)
         for group in self._groups:
+            k, v, mask = (*(cached[group.block_tables].flatten(1, 2) for cached in (keys, values)), group.masks[window])
+            if sinks is not None:
+                k, v = (F.pad(rows, (0, 0, 0, 0, 0, 1)) for rows in (k, v))
+                mask = _with_sinks(mask, sinks.to(q.dtype))
             attended = F.scaled_dot_product_attention(
                 q[group.rows].transpose(1, 2),
-                keys[group.block_tables].flatten(1, 2).transpose(1, 2),
-                values[group.block_tables].flatten(1, 2).transpose(1, 2),
-                attn_mask=group.masks[self.spec.window(layer)],
+                k.transpose(1, 2),
+                v.transpose(1, 2),
+                attn_mask=mask,
                 scale=self.spec.softmax_scale,
                 enable_gqa=True,
             )
             output[group.rows] = attended.transpose(1, 2)
         return output
+
+
+def _with_sinks(mask: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """What is added to scores: [B, 1, Q, K] bool → [B, heads, Q, K + 1], the sinks in the last column."""
+    added = torch.zeros_like(mask, dtype=sinks.dtype).masked_fill(~mask, -torch.inf)
+    added = added.expand(-1, len(sinks), -1, -1)
+    return torch.cat((added, sinks[:, None, None].expand(*added.shape[:3], 1)), dim=-1)

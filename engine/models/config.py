@@ -7,7 +7,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
+"""What a gate goes through before it multiplies; gpt-oss' clamps both, and adds one to what is multiplied"""
 MAX_LAYERS = 1024
 MAX_EXPERTS = 1024
 
@@ -81,6 +82,8 @@ class Experts:
     """How many of them each token goes through: those that its router scores highest"""
     normalized: bool
     """Whether the weights of a token's experts are made to sum to one"""
+    bias: bool = False
+    """Whether router and experts have biases"""
 
     def __post_init__(self) -> None:
         if not 0 < self.per_token <= self.count <= MAX_EXPERTS:
@@ -110,6 +113,10 @@ class ModelSpec:
     """Of the products of queries and keys"""
     attention_bias: bool = False
     """Whether the q, k and v projections have a bias"""
+    output_bias: bool = False
+    """Whether what attention adds to the residual stream has one"""
+    attention_sinks: bool = False
+    """Whether each head has a score that takes a part of its attention to nothing"""
     qk_norm: bool = False
     """Whether each head of queries and keys has an RMS norm before its rotary embedding"""
     output_norms: bool = False
@@ -149,6 +156,12 @@ class ModelSpec:
     def windows(self) -> tuple[int | None, ...]:
         """The sliding window of each layer."""
         return tuple(layer.sliding_window for layer in self.layers)
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens any layer attends to at most; None: all."""
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if len(windows) == self.num_layers else None
 
     @property
     def rope(self) -> Rope:
@@ -208,9 +221,20 @@ class ModelSpec:
         if self.qk_norm:
             shapes |= {f"self_attn.{name}_norm.weight": (self.head_dim,) for name in "qk"}
         shapes["self_attn.o_proj.weight"] = (hidden, q_size)
+        if self.output_bias:
+            shapes["self_attn.o_proj.bias"] = (hidden,)
+        if self.attention_sinks:
+            shapes["self_attn.sinks.weight"] = (self.num_heads,)
+        return shapes | self._mlp_shapes()
+
+    def _mlp_shapes(self) -> dict[str, tuple[int, ...]]:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {}
         if self.experts is not None:
             shapes["mlp.gate.weight"] = (self.experts.count, hidden)
         for prefix in self.mlps:
-            shapes |= {f"{prefix}{name}_proj.weight": (self.intermediate_size, hidden) for name in ("gate", "up")}
-            shapes[f"{prefix}down_proj.weight"] = (hidden, self.intermediate_size)
+            shapes |= {f"{prefix}{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+            shapes[f"{prefix}down_proj.weight"] = (hidden, inner)
+        if self.experts is not None and self.experts.bias:
+            shapes |= {name.removesuffix("weight") + "bias": shape[:1] for name, shape in shapes.items()}
         return shapes

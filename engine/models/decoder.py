@@ -12,6 +12,7 @@ from engine.attention.base import AttentionBackend
 from engine.batch import ForwardBatch, ForwardOutput
 from engine.models.config import LayerSpec, ModelSpec, Rope
 from engine.models.mlp import MixtureOfExperts, Mlp
+from engine.models.weight_reader import WeightReader
 from engine.models.weights import WeightSource
 from engine.tensor_parallel.ranks import Ranks
 from kernels.native import PackedMatrix
@@ -89,6 +90,9 @@ class DecoderLayer:
     k_norm: torch.Tensor | None
     o_proj: torch.Tensor
     """[hidden, num_heads * head_dim]"""
+    o_bias: torch.Tensor | None
+    sinks: torch.Tensor | None
+    """[num_heads]"""
     attention_norm: torch.Tensor | None
     """[hidden], of what attention adds to the residual stream"""
     mlp_norm: torch.Tensor
@@ -107,8 +111,8 @@ class DecoderLayer:
         q, k = self._norm(q, self.q_norm), self._norm(k, self.k_norm)
         if self.rotary is not None:
             q, k = self.rotary(q, positions), self.rotary(k, positions)
-        attended = attention.forward(self.index, q, k, v)
-        added = self._sum(F.linear(attended.flatten(1), self.o_proj))
+        attended = attention.forward(self.index, q, k, v, self.sinks)
+        added = self._sum(F.linear(attended.flatten(1), self.o_proj, self.o_bias))
         hidden = hidden + self._norm(added, self.attention_norm)
         added = self._sum(self.mlp.forward(self._norm(hidden, self.mlp_norm)))
         return hidden + self._norm(added, self.output_norm)
@@ -200,70 +204,31 @@ def load_model(
         spec=spec,
         embed_tokens=embed_tokens,
         layers=[_load_layer(weights, spec, index, rotary[index]) for index in range(spec.num_layers)],
-        norm=weights.norm("model.norm"),
+        norm=weights.exact("model.norm.weight"),
         lm_head=embed_tokens if spec.tie_word_embeddings else weights.rows("lm_head.weight"),
     )
 
 
-_ROWS_AT_ONCE = 2048
-"""Of a matrix, when it is read."""
-
-
-@dataclass(frozen=True)
-class WeightReader:
-    """Reads a model's weights in the dtype, and onto the device, in which they are computed with."""
-
-    source: WeightSource
-    shapes: dict[str, tuple[int, ...]]
-    dtype: torch.dtype
-    device: torch.device
-    ranks: Ranks | None
-
-    def rows(self, *names: str) -> torch.Tensor:
-        """This rank's rows of some weights, one below the other."""
-        shares = [self._share(self.shapes[name][0]) for name in names]
-        heights = [len(share) for share in shares]
-        whole = torch.empty(sum(heights), *self.shapes[names[0]][1:], dtype=self.dtype, device=self.device)
-        for part, name, share in zip(torch.split(whole, heights), names, shares, strict=True):
-            self._fill(part, name, share)
-        return whole
-
-    def columns(self, name: str) -> torch.Tensor:
-        """This rank's columns of a weight."""
-        height, width = self.shapes[name]
-        columns = self._share(width)
-        whole = torch.empty(height, len(columns), dtype=self.dtype, device=self.device)
-        self._fill(whole, name, range(height), columns)
-        return whole
-
-    def _share(self, length: int) -> range:
-        return range(length)[slice(None) if self.ranks is None else self.ranks.share(length)]
-
-    def _fill(self, out: torch.Tensor, name: str, rows: range, columns: range | None = None) -> None:
-        """A few rows at a time, so that the model is nowhere in float32."""
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[first : first + _ROWS_AT_ONCE]
-            values = self.source.dequantized(name, slice(part.start, part.stop))
-            out[first : first + len(part)] = values if columns is None else values[:, columns.start : columns.stop]
-
-    def norm(self, name: str) -> torch.Tensor:
-        return self.source.dequantized(name + ".weight").to(self.device)
-
-
 def _load_layer(weights: WeightReader, spec: ModelSpec, index: int, rotary: RotaryEmbedding | None) -> DecoderLayer:
     prefix = f"model.layers.{index}."
-    attention, norm = prefix + "self_attn.", weights.norm
+    attention = prefix + "self_attn."
     qkv = [f"{attention}{name}_proj" for name in "qkv"]
+
+    def norm(name: str) -> torch.Tensor:
+        return weights.exact(name + ".weight")
+
     return DecoderLayer(
         spec=spec,
         index=index,
         rotary=rotary,
         input_norm=norm(prefix + "input_layernorm"),
         qkv_proj=weights.rows(*(name + ".weight" for name in qkv)),
-        qkv_bias=weights.rows(*(name + ".bias" for name in qkv)) if spec.attention_bias else None,
+        qkv_bias=weights.bias(*qkv),
         q_norm=norm(attention + "q_norm") if spec.qk_norm else None,
         k_norm=norm(attention + "k_norm") if spec.qk_norm else None,
         o_proj=weights.columns(attention + "o_proj.weight"),
+        o_bias=weights.bias_of_sum(attention + "o_proj"),
+        sinks=weights.rows(attention + "sinks.weight") if spec.attention_sinks else None,
         attention_norm=norm(prefix + "post_attention_layernorm") if spec.output_norms else None,
         mlp_norm=norm(prefix + spec.mlp_norm),
         mlp=_load_mlp(weights, spec, prefix),
@@ -273,15 +238,20 @@ def _load_layer(weights: WeightReader, spec: ModelSpec, index: int, rotary: Rota
 
 
 def _load_mlp(weights: WeightReader, spec: ModelSpec, prefix: str) -> Mlp | MixtureOfExperts:
-    mlps = [
-        Mlp(
-            gate_up_proj=weights.rows(*(f"{prefix}{name}{part}_proj.weight" for part in ("gate", "up"))),
-            down_proj=weights.columns(f"{prefix}{name}down_proj.weight"),
-            activation=spec.activation,
+    mlps = []
+    for name in spec.mlps:
+        gate_up, down = [f"{prefix}{name}{part}_proj" for part in ("gate", "up")], f"{prefix}{name}down_proj"
+        mlps.append(
+            Mlp(
+                gate_up_proj=weights.rows(*(part + ".weight" for part in gate_up)),
+                down_proj=weights.columns(down + ".weight"),
+                activation=spec.activation,
+                gate_up_bias=weights.bias(*gate_up),
+                down_bias=weights.bias_of_sum(down),
+            )
         )
-        for name in spec.mlps
-    ]
-    if spec.experts is None:
+    if (experts := spec.experts) is None:
         return mlps[0]
-    router = weights.source.dequantized(f"{prefix}mlp.gate.weight").to(weights.device)
-    return MixtureOfExperts(router, mlps, spec.experts.per_token, spec.experts.normalized)
+    router, bias = (f"{prefix}mlp.gate.{kind}" for kind in ("weight", "bias"))
+    router_bias = weights.exact(bias) if experts.bias else None
+    return MixtureOfExperts(weights.exact(router), mlps, experts.per_token, experts.normalized, router_bias)

@@ -20,6 +20,8 @@ _TYPES |= {"IQ4_NL", "IQ4_XS", "MXFP4"}
 """Of tensors, those that are supported."""
 CONTROL_TOKEN = 3
 _END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"})
+_HARMONY_END_TOKENS = _END_TOKENS - {"<|end|>"} | {"<|return|>", "<|call|>"}
+"""Of gpt-oss, where <|end|> comes after each of an answer's messages, and only the last ends with <|return|>"""
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (f"rope_{kind}.weight" for kind in ("freqs", "factors_short", "factors_long"))
 _ARCHITECTURES = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
 
@@ -56,8 +58,10 @@ def _end_of_generation_ids(file: GGUFFile) -> list[int]:
     """Ids that end a generation: the file's EOS and EOT, and the usual end-of-turn control tokens it contains."""
     named = [file.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot")]
     types = file.get_list("tokenizer.ggml.token_type", int)
-    tokens = zip(file.get_list("tokenizer.ggml.tokens", str), types, strict=False)
-    usual = [index for index, (token, kind) in enumerate(tokens) if token in _END_TOKENS and kind == CONTROL_TOKEN]
+    tokens = file.get_list("tokenizer.ggml.tokens", str)
+    ends = _HARMONY_END_TOKENS if "<|return|>" in tokens else _END_TOKENS
+    pairs = enumerate(zip(tokens, types, strict=False))
+    usual = [index for index, (token, kind) in pairs if token in ends and kind == CONTROL_TOKEN]
     return list(dict.fromkeys([*(index for index in named if index is not None), *usual]))
 
 

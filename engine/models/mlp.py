@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from engine.models.config import Activation
+
+SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
+"""Of gpt-oss."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,31 @@ class Mlp:
     down_proj: torch.Tensor
     """[hidden, intermediate]"""
     activation: Activation
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All weights."""
-        return [self.gate_up_proj, self.down_proj]
+        biases = [bias for bias in (self.gate_up_bias, self.down_bias) if bias is not None]
+        return [self.gate_up_proj, self.down_proj, *biases]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] → [T, hidden]."""
-        gate, up = F.linear(x, self.gate_up_proj).chunk(2, dim=-1)
-        activated = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return F.linear(activated * up, self.down_proj)
+        gate, up = F.linear(x, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
+        return F.linear(_GATES[self.activation](gate, up), self.down_proj, self.down_bias)
+
+
+def _swiglu_oai(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+    return gate * torch.sigmoid(SWIGLU_SLOPE * gate) * (up + 1)
+
+
+_GATES: dict[Activation, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": lambda gate, up: F.silu(gate) * up,
+    "gelu_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "swiglu_oai": _swiglu_oai,
+}
 
 
 @dataclass(frozen=True)
@@ -43,15 +60,19 @@ class MixtureOfExperts:
     per_token: int
     normalized: bool
     """Whether the weights of a token's experts are made to sum to one"""
+    router_bias: torch.Tensor | None = None
+    """[experts] float32"""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All weights."""
-        return [self.router, *(tensor for expert in self.experts for tensor in expert.tensors)]
+        router = [self.router, *([] if self.router_bias is None else [self.router_bias])]
+        return [*router, *(tensor for expert in self.experts for tensor in expert.tensors)]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, hidden] → [T, hidden]."""
-        weights, chosen = F.linear(x.float(), self.router).softmax(dim=-1).topk(self.per_token)  # [T, per_token]
+        scores = F.linear(x.float(), self.router, self.router_bias)
+        weights, chosen = scores.softmax(dim=-1).topk(self.per_token)  # [T, per_token]
         if self.normalized:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         out = torch.zeros_like(x, dtype=torch.float32)

@@ -171,18 +171,25 @@ class _Packer:
             k_norm=norm("self_attn.k_norm", spec.qk_norm),
             attention_norm=norm("post_attention_layernorm", spec.output_norms),
             output_norm=norm("post_feedforward_layernorm", spec.output_norms),
+            sinks=self._source.dequantized(f"{prefix}self_attn.sinks.weight") if spec.attention_sinks else None,
             window=spec.layers[index].sliding_window,
         )
 
     def _mlp(self, prefix: str) -> tuple[PackedMatrix, PackedMatrix]:
-        gate, up = gate_up_rows(self._spec.intermediate_size)
-        gate_up = self._pack((prefix + "gate_proj.weight", prefix + "up_proj.weight"), [gate, up], None)
+        rows, names = gate_up_rows(self._spec.intermediate_size), [prefix + "gate_proj.", prefix + "up_proj."]
+        bias = None
+        if names[0] + "bias" in self._shapes:
+            bias = torch.empty(2 * self._spec.intermediate_size)
+            for places, name in zip(rows, names, strict=True):
+                bias[torch.from_numpy(places)] = self._source.dequantized(name + "bias")
+        gate_up = self._pack([name + "weight" for name in names], rows, bias)
         return gate_up, self.matrix(prefix + "down_proj.weight")
 
     def _mixture(self, prefix: str, experts: Experts) -> MixtureWeights:
         router = self._source.dequantized(prefix + "gate.weight")
+        bias = self._source.dequantized(prefix + "gate.bias") if experts.bias else None
         mlps = [self._mlp(f"{prefix}experts.{index}.") for index in range(experts.count)]
-        return MixtureWeights(router, mlps, experts.per_token, experts.normalized)
+        return MixtureWeights(router, mlps, experts.per_token, experts.normalized, bias)
 
     def _pack(
         self, names: Sequence[str], rows: Sequence[npt.NDArray[np.int64]], bias: torch.Tensor | None

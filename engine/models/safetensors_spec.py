@@ -12,7 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from engine.models.config import ModelError, ModelSpec
-from engine.models.families.known import spec_from_config
+from engine.models.families.base import Family
+from engine.models.families.known import family_of, spec_from_config
 from engine.models.quantization.base import FLOATS, Part, Quantization
 from engine.models.quantization.known import quantization_of
 from engine.models.stored_tensors import stored_shapes
@@ -75,16 +76,24 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def plain_name(stored: str) -> str:
+def plain_name(stored: str, family: Family) -> str:
     """What a tensor is called in a model that reads text only, where its own model may read images too.
 
-    The scales that DeepSeek calls ``weight_scale_inv`` are called as others call them.
+    What only this family, or only DeepSeek (``weight_scale_inv``), calls so is called as others call it.
     """
-    stored = stored.replace(".weight_scale_inv", ".weight_scale")
+    name = stored.replace(".weight_scale_inv", ".weight_scale")
     for prefix, replacement in (("model.language_model.", "model."), ("language_model.", "")):
         if stored.startswith(prefix):
-            return replacement + stored.removeprefix(prefix)
-    return stored
+            name = replacement + name.removeprefix(prefix)
+    for end, usual in family.names.items():
+        if name.endswith(f".{end}"):
+            return name.removesuffix(end) + usual
+    return name
+
+
+def shape_of_floats(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a tensor of this shape that is not quantised: several matrices [rows, columns] have columns first."""
+    return shape if len(shape) < 3 else (shape[0], shape[2], shape[1])
 
 
 def read_header(path: Path) -> Header:
@@ -96,12 +105,13 @@ def read_header(path: Path) -> Header:
 
 def _check_tensors(directory: Path, spec: ModelSpec, quantization: Quantization | None) -> None:
     stored: dict[str, tuple[Path, tuple[int, ...], str | None]] = {}
+    family = family_of(spec.architecture)
     for path in weight_files(directory):
         try:
             header = read_header(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: corrupt or truncated: {error}") from error
-        stored |= {plain_name(name): (path, shape, dtype) for name, (shape, dtype) in header.items()}
+        stored |= {plain_name(name, family): (path, shape, dtype) for name, (shape, dtype) in header.items()}
     for name, (types, wanted) in sorted(_wanted(spec, quantization, stored).items()):
         if name not in stored:
             raise ModelError(f"{directory}: tensor {name!r} is missing")
@@ -118,7 +128,9 @@ def _wanted(spec: ModelSpec, quantization: Quantization | None, stored: Containe
     for name, shape in stored_shapes(spec, stacks_experts=False).items():
         module = None if quantization is None else quantization.module_of(name, shape, stored)
         if quantization is None or module is None:
-            wanted[name] = Part(FLOATS, shape)
+            wanted[name] = Part(FLOATS, shape_of_floats(shape))
         else:
-            wanted |= {f"{module}.{part}": tensor for part, tensor in quantization.parts(*shape).items()}
+            *outer, n, k = shape
+            for part, (types, each) in quantization.parts(n, k).items():
+                wanted[f"{module}.{part}"] = Part(types, (*outer, *each))
     return wanted

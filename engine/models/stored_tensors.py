@@ -10,25 +10,26 @@ from engine.models.families.known import family_of
 
 _OF_LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)\.(weight|bias)")
 _OF_EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.+)")
+_ALTERNATING = ("gate_proj", "up_proj")
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows ``first`` .. ``first + count - 1`` of a stored tensor, by its Hugging Face name.
-
-    Of a tensor of three dimensions they are counted through all of its matrices.
-    """
+    """Rows ``first``, ``first + step`` and so on, ``count`` of them, of a stored tensor, by its Hugging Face name."""
 
     tensor: str
     shape: tuple[int, ...]
     """Of the whole tensor"""
     first: int
     count: int
+    step: int = 1
+    index: int | None = None
+    """Which one of several matrices or vectors of the tensor they are rows of; None: it is a single one"""
 
     def part(self, rows: slice) -> slice:
-        """Some of these rows, as rows of the stored tensor."""
-        places = range(self.first, self.first + self.count)[rows]
-        return slice(places.start, places.stop)
+        """Some of these rows, as rows of the stored matrix."""
+        places = range(self.first, self.first + (self.count - 1) * self.step + 1, self.step)[rows]
+        return slice(places.start, places.stop, places.step)
 
 
 def stored_rows(spec: ModelSpec, stacks_experts: bool) -> dict[str, StoredRows]:
@@ -36,8 +37,8 @@ def stored_rows(spec: ModelSpec, stacks_experts: bool) -> dict[str, StoredRows]:
 
     ``stacks_experts``: a matrix of all experts is one tensor, as in GGUF files.
     """
-    shapes, places = spec.tensor_shapes(), dict[str, StoredRows]()
-    fused = {part: (whole, parts) for whole, parts in family_of(spec.architecture).fused.items() for part in parts}
+    shapes, places, family = spec.tensor_shapes(), dict[str, StoredRows](), family_of(spec.architecture)
+    fused = {part: (whole, parts) for whole, parts in family.fused.items() for part in parts}
     for name, shape in shapes.items():
         places[name] = StoredRows(name, shape, 0, shape[0])
         of_layer = _OF_LAYER.fullmatch(name)
@@ -45,9 +46,12 @@ def stored_rows(spec: ModelSpec, stacks_experts: bool) -> dict[str, StoredRows]:
             continue
         prefix, part, kind = of_layer.groups()
         expert = _OF_EXPERT.fullmatch(part)
-        if expert is not None and spec.experts is not None and stacks_experts:
-            stack = f"{prefix}mlp.experts.{expert[2]}.{kind}"
-            places[name] = StoredRows(stack, (spec.experts.count, *shape), int(expert[1]) * shape[0], shape[0])
+        if expert is not None and spec.experts is not None and (stacks_experts or family.alternates_experts):
+            index, module, row, step = int(expert[1]), expert[2], 0, 1
+            if not stacks_experts and module in _ALTERNATING:
+                row, step, module = _ALTERNATING.index(module), len(_ALTERNATING), "gate_up_proj"
+            stack = (spec.experts.count, shape[0] * step, *shape[1:])
+            places[name] = StoredRows(f"{prefix}mlp.experts.{module}.{kind}", stack, row, shape[0], step, index)
         elif part in fused:
             whole, parts = fused[part]
             heights = [shapes[f"{prefix}{each}.{kind}"][0] for each in parts]

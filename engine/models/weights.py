@@ -20,7 +20,7 @@ from engine.models.config import ModelError, ModelFiles
 from engine.models.families.known import family_of
 from engine.models.gguf_file import GGUFFile, GGUFTensor
 from engine.models.gguf_spec import gguf_tensor_names, spec_from_gguf
-from engine.models.quantization.base import QuantizedMatrix
+from engine.models.quantization.base import Matrix
 from engine.models.safetensors_spec import plain_name, read_header, read_quantization, read_spec, weight_files
 from engine.models.stored_tensors import StoredRows, stored_rows
 
@@ -89,9 +89,10 @@ class _GGUFWeights(WeightSource):
     def _blocks(self, name: str, rows: Rows) -> npt.NDArray[np.uint8]:
         """Bytes of a matrix's rows; of a vector all bytes, as one row."""
         tensor, place = self._tensor(name), self._places[name]
-        if len(tensor.shape) == 1:
-            return self._file.data(tensor.name)
-        stored = np.arange(place.first, place.first + place.count)
+        index = place.index or 0
+        if len(self._shapes[name]) == 1:
+            return self._file.data(tensor.name, slice(index, index + 1))
+        stored = np.arange(place.count) + place.first + index * place.count
         if self._interleaves and (".q_proj." in name or ".k_proj." in name):
             heads = self._spec.num_heads if ".q_proj." in name else self._spec.num_kv_heads
             stored = _uninterleave_rotary(stored, heads)
@@ -113,19 +114,23 @@ class _SafetensorsWeights(WeightSource):
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         spec = read_spec(directory)
+        family = family_of(spec.architecture)
         self._quantization = read_quantization(directory)
         self._places, self._shapes = stored_rows(spec, stacks_experts=False), spec.tensor_shapes()
-        self._norm_offset = family_of(spec.architecture).norm_offset
+        self._norm_offset = family.norm_offset
         headers = {path: read_header(path) for path in weight_files(directory)}
-        self._stored = {plain_name(name): (path, name) for path, header in headers.items() for name in header}
+        self._stored = {plain_name(name, family): (path, name) for path, header in headers.items() for name in header}
+        self._last: tuple[str, Matrix] | None = None
+        """The matrix that was read last: its next rows are probably read next"""
         self._open: dict[Path, Any] = {}
         self._num_mapped = 0
 
     def dequantized(self, name: str, rows: slice = ALL) -> torch.Tensor:
-        matrix, stored = self._matrix(name), self._place(name).part(rows)
+        matrix, place = self._matrix(name), self._place(name)
         if matrix is not None:
-            return torch.from_numpy(matrix.dequantized(stored))
-        tensor = self._read(self._places[name].tensor, stored).to(torch.float32, copy=True)
+            return torch.from_numpy(matrix.dequantized(place.part(rows)))
+        tensor = self._read(place.tensor, place.part(rows), place.index, has_columns_first=len(place.shape) == 3)
+        tensor = tensor.to(torch.float32, copy=True)
         return tensor + self._norm_offset if name.endswith("norm.weight") else tensor
 
     def quantized(self, name: str) -> QuantizedTensor | None:
@@ -136,27 +141,34 @@ class _SafetensorsWeights(WeightSource):
         place = self._places[name]
 
         def blocks(rows: Rows) -> npt.NDArray[np.uint8]:
-            return matrix.blocks(place.part(rows)) if isinstance(rows, slice) else blocks(ALL)[rows]
+            return matrix.blocks(place.part(rows)) if isinstance(rows, slice) else matrix.blocks(place.part(ALL))[rows]
 
         return QuantizedTensor(blocks, kind, self._shapes[name])
 
-    def _matrix(self, name: str) -> QuantizedMatrix | None:
+    def _matrix(self, name: str) -> Matrix | None:
         """What the tensor is some rows of; None where it is stored as floating-point numbers."""
+        if (last := self._last) is not None and last[0] == name:
+            return last[1]
         place, quantization = self._place(name), self._quantization
         module = None if quantization is None else quantization.module_of(place.tensor, place.shape, self._stored)
         if quantization is None or module is None:
             return None
         try:
-            return quantization.matrix(partial(self._part, module), *place.shape)
+            matrix = quantization.matrix(partial(self._part, module, place.index), *place.shape[-2:])
         except ModelError as error:
             raise ModelError(f"{self._directory}: {module}: {error}") from None
+        self._last = name, matrix
+        return matrix
 
-    def _part(self, module: str, part: str, rows: slice = ALL) -> npt.NDArray[Any]:
-        tensor = self._read(f"{module}.{part}", rows)
+    def _part(self, module: str, index: int | None, part: str, rows: slice = ALL) -> npt.NDArray[Any]:
+        tensor = self._read(f"{module}.{part}", rows, index)
         return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
-    def _read(self, name: str, rows: slice) -> torch.Tensor:
-        """Some rows of a stored tensor, mapped. A file is closed, and opened again, when much of it was read."""
+    def _read(self, name: str, rows: slice, index: int | None = None, has_columns_first: bool = False) -> torch.Tensor:
+        """Some rows of a stored tensor, mapped, or of this one of its matrices or vectors.
+
+        A file is closed, and opened again, when much of it was read.
+        """
         if name not in self._stored:
             raise ModelError(f"{self._directory}: no tensor {name!r}")
         path, stored_name = self._stored[name]
@@ -165,9 +177,14 @@ class _SafetensorsWeights(WeightSource):
         if (file := self._open.get(path)) is None:
             file = self._open[path] = safe_open(path, framework="pt")
         stored = file.get_slice(stored_name)
-        tensor: torch.Tensor = stored[...] if rows == ALL else stored[rows]
+        within = slice(rows.start, rows.stop)  # steps it cannot read
+        if index is not None:
+            tensor = stored[index, :, within].T if has_columns_first else stored[index, within]
+        else:
+            tensor = stored[...] if rows == ALL else stored[within]
         self._num_mapped += tensor.nbytes
-        return tensor
+        read: torch.Tensor = tensor[:: rows.step] if rows.step else tensor
+        return read
 
     def _place(self, name: str) -> StoredRows:
         if name not in self._places:

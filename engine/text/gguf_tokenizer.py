@@ -19,23 +19,28 @@ from engine.text.gguf_sentencepiece import sentencepiece_backend
 _USER_DEFINED_TOKEN, _UNUSED_TOKEN = 4, 5
 _CONTRACTIONS_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _PUNCTUATION_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GPT_4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _gpt2() -> PreTokenizer:
     return ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-def _split(digits: str) -> PreTokenizer:
-    pattern = Regex(_CONTRACTIONS_WORDS + digits + _PUNCTUATION_SPACES)
-    return Sequence([Split(pattern, "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+def _split(pattern: str) -> PreTokenizer:
+    return Sequence([Split(Regex(pattern), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 _PRE_TOKENIZERS: dict[str, Callable[[], PreTokenizer]] = {
     "default": _gpt2,
     "gpt-2": _gpt2,
     "smollm": lambda: Sequence([Digits(individual_digits=True), _gpt2()]),
-    "qwen2": lambda: _split(r"\p{N}"),
-    "llama-bpe": lambda: _split(r"\p{N}{1,3}"),
+    "qwen2": lambda: _split(_CONTRACTIONS_WORDS + r"\p{N}" + _PUNCTUATION_SPACES),
+    "llama-bpe": lambda: _split(_CONTRACTIONS_WORDS + r"\p{N}{1,3}" + _PUNCTUATION_SPACES),
+    "gpt-4o": lambda: _split(_GPT_4O),
 }
 
 
@@ -69,7 +74,7 @@ def _byte_level(file: GGUFFile, pre: str, tokens: list[str], types: list[int]) -
     """Without its special tokens."""
     if pre not in _PRE_TOKENIZERS:
         raise ModelError(f"pre-tokenizer {pre!r} is not supported (supported: {', '.join(_PRE_TOKENIZERS)})")
-    backend = Tokenizer(_bpe(file, tokens, types, ignore_merges=pre == "llama-bpe"))
+    backend = Tokenizer(_bpe(file, tokens, types, ignore_merges=pre in ("llama-bpe", "gpt-4o")))
     if pre == "qwen2":
         backend.normalizer = NFC()
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()

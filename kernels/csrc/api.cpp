@@ -43,9 +43,10 @@ void evo_lora(Team& team, const LoraRows& lora, const bf16* x, int rows, int str
 }
 
 // One layer's attention on its own: q [tokens][heads][dim], k and v [tokens][kv_heads][dim], out like q. softmax_scale:
-// of the products of queries and keys; window: as in attention.h.
+// of the products of queries and keys; window, sinks: as in attention.h.
 void evo_attention(Team& team, const Batch& batch, const KvLayers& kv, int layer, int heads, int kv_heads, int head_dim,
-                   float softmax_scale, int window, const float* q, const float* k, const float* v, float* out) {
+                   float softmax_scale, int window, const float* sinks, const float* q, const float* k, const float* v,
+                   float* out) {
   const size_t q_size = static_cast<size_t>(heads) * head_dim, kv_size = static_cast<size_t>(kv_heads) * head_dim;
   const KvCache cache = kv.of_layer(layer, kv_heads, head_dim);
   std::vector<bf16> scaled(batch.num_tokens * q_size), attended(batch.num_tokens * q_size);
@@ -56,7 +57,7 @@ void evo_attention(Team& team, const Batch& batch, const KvLayers& kv, int layer
       for (size_t i = t * q_size; i < (t + 1) * q_size; ++i) scaled[i] = to_bf16(q[i] * scale);
     });
     team.barrier();
-    attention(team, batch, cache, heads, window, scaled.data(), attended.data());
+    attention(team, batch, cache, heads, window, sinks, scaled.data(), attended.data());
   });
   for (size_t i = 0; i < attended.size(); ++i) out[i] = to_float(attended[i]);
 }

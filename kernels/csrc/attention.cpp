@@ -32,6 +32,7 @@ struct Rows {
   bf16* out[kMaxRows];
   int first[kMaxRows];  // the first key this row may see, and
   int limit[kMaxRows];  // the first after that which it may not; both ascend with the rows
+  float sink[kMaxRows];  // score, to base 2, of a key whose value is zero; -inf: there is none
 };
 
 struct Scratch {
@@ -205,7 +206,7 @@ void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& r
   }
   for (int r = 0; r < rows.count; ++r) {
     const float* sums = local.sums.data() + r * dim;
-    const Floats factor = all(1.0f / total[r]);
+    const Floats factor = all(1.0f / (total[r] + std::exp2(rows.sink[r] - largest[r])));
     for (int d = 0; d < dim; d += kLanes) store_bf16(rows.out[r] + d, load(sums + d) * factor);
   }
 }
@@ -229,7 +230,8 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
   }
 }
 
-void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const bf16* q, bf16* out) {
+void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const float* sinks,
+               const bf16* q, bf16* out) {
   const int group = heads / cache.kv_heads, dim = cache.head_dim;
   // Work items are laid out as: sequence, then slice of its rows, then KV head.
   auto by_tiles = [&](int b) { return has_amx() && !batch.decodes(b); };
@@ -260,6 +262,7 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
       rows.out[r] = out + at;
       rows.limit[r] = batch.seq_lens[b] - query_len + query + 1;
       rows.first[r] = window == 0 ? 0 : std::max(rows.limit[r] - window, 0);
+      rows.sink[r] = sinks == nullptr ? -std::numeric_limits<float>::infinity() : score_scale(sinks[h]);
     }
     attend(cache, batch.block_tables + static_cast<size_t>(b) * batch.max_blocks, head, rows);
   });

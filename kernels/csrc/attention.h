@@ -61,8 +61,10 @@ inline float score_scale(float scale) { return 1.44269504f * scale; }
 void write_kv(const KvCache& cache, int slot, const float* key, const float* value);
 
 // q: [tokens][heads][head_dim] bf16, already scaled by score_scale. out: the same shape, bf16.
-// window: how many tokens each attends to, itself included; 0: all.
+// window: how many tokens each attends to, itself included; 0: all. sinks: [heads], the score of one more key, whose value
+// is zero; null: there is none.
 // Inside Team::run, by all threads; ends without a barrier.
-void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const bf16* q, bf16* out);
+void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const float* sinks,
+               const bf16* q, bf16* out);
 
 }  // namespace evospec

@@ -188,7 +188,8 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
     prepare_and_write(batch, kv, layer, token, kept == nullptr ? token : kept->row_of[token]);
   });
   team_.barrier();
-  attention(team_, kept == nullptr ? batch : kept->batch, kv, shape_.heads, layer.window, q_.data(), attended_.data());
+  const Batch& rows = kept == nullptr ? batch : kept->batch;
+  attention(team_, rows, kv, shape_.heads, layer.window, layer.sinks, q_.data(), attended_.data());
   team_.barrier();
 }
 

@@ -25,6 +25,7 @@ struct Layer {
   const float* k_norm;
   const float* attention_norm;  // [hidden], of what attention adds to the residual stream
   const float* output_norm;     // and of what the MLP adds
+  const float* sinks;           // [heads], as in attention.h
   // [max_positions][rotary_dim]: rotary_dim / 2 cosines, then as many sines; null: no rotary embedding.
   const float* cos_sin;
   int rotary_dim;  // dimensions of a head that turn, the first ones; a multiple of 32

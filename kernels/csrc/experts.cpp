@@ -39,7 +39,8 @@ void Mixture::route(const Experts& experts, const bf16* x, int token, int hidden
   logits.resize(experts.count), order.resize(experts.count);
   const bf16* row = x + static_cast<size_t>(token) * hidden;
   for (int e = 0; e < experts.count; ++e) {
-    const float logit = dot(row, experts.router + static_cast<size_t>(e) * hidden, hidden);
+    const float bias = experts.router_bias == nullptr ? 0.0f : experts.router_bias[e];
+    const float logit = dot(row, experts.router + static_cast<size_t>(e) * hidden, hidden) + bias;
     logits[e] = std::isnan(logit) ? -std::numeric_limits<float>::infinity() : logit;  // what is no number has no order
   }
   const int count = experts.per_token;

@@ -13,6 +13,7 @@ struct Expert {
 
 struct Experts {
   const float* router;  // [count][hidden]; null: the layer has an MLP instead
+  const float* router_bias;  // [count], or null
   const Expert* experts;
   int count, per_token;
   int normalized;  // whether the weights of a token's experts sum to one

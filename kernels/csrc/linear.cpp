@@ -37,16 +37,21 @@ Scratch& scratch() {
 
 // ---- what happens to 32 columns of one row ----
 
+Floats gated(Epilogue epilogue, Floats gate, Floats up) {
+  if (epilogue == Epilogue::kSiluMul) return silu(gate) * up;
+  return epilogue == Epilogue::kGeluMul ? gelu(gate) * up : swiglu_oai(gate, up);
+}
+
 void finish_row(const Linear& op, int row, int column, const float* y) {
   Floats y0 = load(y), y1 = load(y + kGroup);
-  if (op.epilogue == Epilogue::kSiluMul || op.epilogue == Epilogue::kGeluMul) {
-    bf16* out = static_cast<bf16*>(op.out) + static_cast<size_t>(row) * op.stride + column / 2;
-    store_bf16(out, (op.epilogue == Epilogue::kSiluMul ? silu(y0) : gelu(y0)) * y1);
-    return;
-  }
   if (op.weight->bias != nullptr) {
     y0 = y0 + load(op.weight->bias + column);
     y1 = y1 + load(op.weight->bias + column + kGroup);
+  }
+  if (is_gated(op.epilogue)) {
+    bf16* out = static_cast<bf16*>(op.out) + static_cast<size_t>(row) * op.stride + column / 2;
+    store_bf16(out, gated(op.epilogue, y0, y1));
+    return;
   }
   float* out = static_cast<float*>(op.out) + static_cast<size_t>(row) * op.stride + column;
   const Mask lanes0 = lanes_from(column, op.weight->n), lanes1 = lanes_from(column + kGroup, op.weight->n);
@@ -168,8 +173,7 @@ Linear Linear::behind(int count) const {
   part.x += static_cast<size_t>(count) * weight->k;
   part.rows -= count;
   const size_t skipped = static_cast<size_t>(count) * stride;
-  const bool gated = epilogue == Epilogue::kSiluMul || epilogue == Epilogue::kGeluMul;
-  part.out = gated ? static_cast<void*>(static_cast<bf16*>(out) + skipped) : static_cast<float*>(out) + skipped;
+  part.out = is_gated(epilogue) ? static_cast<void*>(static_cast<bf16*>(out) + skipped) : static_cast<float*>(out) + skipped;
   return part;
 }
 

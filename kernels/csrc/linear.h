@@ -9,9 +9,12 @@ namespace evospec {
 enum class Epilogue {
   kStore,    // out[m][n] = y + bias                                   float, row stride `stride`
   kAdd,      // out[m][n] += y + bias                                  float: the residual stream
-  kSiluMul,  // out[m][n / 2] = silu(gate) * up, in bf16; W's groups alternate gate, up
+  kSiluMul,  // out[m][n / 2] = silu(gate) * up, both + bias, in bf16; W's groups alternate gate, up
   kGeluMul,  // the same with gelu(gate)
+  kSwigluOai,  // the same with what gpt-oss has
 };
+
+constexpr bool is_gated(Epilogue epilogue) { return epilogue >= Epilogue::kSiluMul; }
 
 struct Linear {
   const Matrix* weight;

@@ -76,4 +76,13 @@ inline Floats gelu(Floats x) {
   return times_sigmoid(x, two_u);
 }
 
+// gate * sigmoid(1.702 gate) * (up + 1), both cut off at 7, and up at -7 as well (gpt-oss).
+inline Floats swiglu_oai(Floats gate, Floats up) {
+  const Floats limit = all(7.0f);
+  gate = choose(more(gate, limit), limit, gate);
+  up = choose(more(up, limit), limit, up);
+  up = choose(less(up, all(-7.0f)), all(-7.0f), up);
+  return times_sigmoid(gate, gate * all(1.702f)) * (up + all(1.0f));
+}
+
 }  // namespace evospec

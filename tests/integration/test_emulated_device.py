@@ -55,8 +55,9 @@ def test_every_feature_at_once_is_within_them(tmp_path: Path) -> None:
     [
         Job([7], kinds=KINDS, logprobs=3, adapters=True, check="outputs", max_tokens=8),
         Job([7], kinds=KINDS, method="draft_model", vocabulary="full", check="outputs", max_tokens=8),
+        Job([7], kinds=("greedy", "plain"), family="gpt_oss", check="outputs", max_tokens=8),
     ],
-    ids=["eagle3", "draft model"],
+    ids=["eagle3", "draft model", "experts and sinks"],
 )
 def test_outputs_are_a_cpus(job: Job, tmp_path: Path) -> None:
     """In float32, with every feature; a draft model that is the target itself is right where nothing is random."""
@@ -66,7 +67,7 @@ def test_outputs_are_a_cpus(job: Job, tmp_path: Path) -> None:
     assert ran.num_drafted > 0
     if job.method == "draft_model":
         assert ran.num_accepted > ran.num_drafted / 3
-    else:
+    elif job.family is None:  # which experts a step needs is found out on the CPU
         waits = max(sum(step.waits.values()) for step in ran.steps[-3:])
         assert waits <= MOST_WAITS + 1  # what is logged of the step
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters.target_parts import target_parts
+from engine.config import SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
 from engine.models.decoder import RotaryEmbedding, rms_norm
@@ -34,7 +35,7 @@ from tests.any_json import JSON
 from tests.native_models import check_model, hidden_by_position, random_tokens
 from tests.reference_logits import check_greedy, check_logits, load, logits_of, transformers_model
 from tests.tiny_drafts import Engine, Setting, with_draft
-from tests.tiny_families import FAMILIES, TinyFamily
+from tests.tiny_families import FAMILIES, WINDOW, TinyFamily
 from tests.tiny_models import make_gguf, tiny_config
 
 NUM_TOKENS = 64
@@ -128,6 +129,33 @@ def test_greedy_text_is_that_of_transformers(
     if setting == "chunks":
         assert engine.generate(prompts, sampling) == outputs
         assert engine.num_cached_tokens > len(prompts) * 16
+
+
+def test_blocks_before_every_layers_window_are_given_to_others(
+    prompts: list[list[int]], sampling: list[SamplingParams], tmp_path: Path
+) -> None:
+    """There is no room for all tokens at once, and yet nobody is preempted; copies are drafted."""
+    preemptions = []
+    for window in (WINDOW, 200):
+        files = FAMILIES["mistral, sliding"].make(tmp_path / str(window), sliding_window=window)
+        engine = Engine(files, Setting(True, num_blocks=14), SpeculationConfig(method="ngram", adaptive=False))
+        outputs = engine.generate(prompts, sampling)
+        check_greedy(transformers_model(files), prompts, outputs, NUM_TOKENS)
+        assert engine.generate(prompts, sampling) == outputs
+        preemptions.append(engine.core.stats().preemptions)
+        assert engine.num_drafted > 0
+    assert preemptions[0] == 0 < preemptions[1]
+
+
+@needs_kernels
+def test_the_compiled_kernels_read_nothing_before_the_window(
+    prompts: list[list[int]], sampling: list[SamplingParams], tmp_path: Path
+) -> None:
+    family = FAMILIES["mistral, sliding"]
+    files = family.make(tmp_path / "model", **for_kernels(family))
+    few, many = (Engine(files, Setting(True, num_blocks=count), dtype="auto") for count in (14, 128))
+    assert few.generate(prompts, sampling) == many.generate(prompts, sampling)
+    assert few.core.stats().preemptions == 0
 
 
 @every_family

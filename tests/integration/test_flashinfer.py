@@ -47,7 +47,7 @@ def test_agrees_with_torch(steps: str, heads: tuple[int, int], head_dim: int, dt
 @gpu
 @needs_cuda
 @pytest.mark.parametrize("steps", STEPS)
-def test_windows_and_scale_agree_with_torch(steps: str) -> None:
+def test_windows_scale_and_sinks_agree_with_torch(steps: str) -> None:
     device, sequences = torch.device("cuda"), RaggedSequences(4, 720, BLOCK_SIZE)
 
     def spec(dtype: torch.dtype) -> AttentionSpec:
@@ -55,7 +55,8 @@ def test_windows_and_scale_agree_with_torch(steps: str) -> None:
         return replace(shape, scale=0.2, windows=(24, None, 100))
 
     backend, reference = FlashInferAttention(spec(torch.bfloat16)), TorchPagedAttention(spec(torch.float32))
-    for output, expected in compare_backends([backend], reference, sequences, STEPS[steps]):
+    sinks = torch.randn(9, device=device)
+    for output, expected in compare_backends([backend], reference, sequences, STEPS[steps], sinks=sinks):
         assert largest_row_error(output, expected) < TOLERANCE
 
 

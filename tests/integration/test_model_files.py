@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engine.models.config import ModelError, ModelFiles, ModelSpec
+from engine.models.gguf_file import GGUFFile
+from engine.models.gguf_spec import spec_from_gguf
 from engine.models.registry import validate_model_files
 from engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory, make_gguf
@@ -50,6 +52,25 @@ def check_sound(spec: ModelSpec) -> None:
     assert spec.max_position_embeddings == 256
     assert spec.rms_norm_eps == pytest.approx(1e-5)
     assert (spec.bos_token_id, set(spec.eos_token_ids)) == (0, {0, 2})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ends"),
+    [
+        ({5: "<|end|>", 6: "<|eot_id|>"}, {2, 0, 5, 6}),
+        ({5: "<|end|>", 6: "<|return|>", 7: "<|call|>"}, {2, 0, 6, 7}),
+    ],
+    ids=["phi", "gpt-oss"],
+)
+def test_tokens_that_end_an_answer(tokens: dict[int, str], ends: set[int], gguf_bytes: bytes, tmp_path: Path) -> None:
+    """With gpt-oss <|end|> ends one message of an answer only."""
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(gguf_bytes)
+    file = GGUFFile(path)
+    for index, token in tokens.items():
+        file.metadata["tokenizer.ggml.tokens"][index] = token
+        file.metadata["tokenizer.ggml.token_type"][index] = 3
+    assert set(spec_from_gguf(file).eos_token_ids) == ends
 
 
 def test_sound_files_are_accepted(directory: Path, gguf_bytes: bytes, tmp_path: Path) -> None:

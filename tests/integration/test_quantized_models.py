@@ -57,7 +57,7 @@ def test_answers_are_those_of_the_dequantized_model(way: Way, tmp_path: Path) ->
 def test_kernels_get_the_integers_themselves(way: Way, tmp_path: Path) -> None:
     """With scales and minima of half precision: a minimum is at most 15 scales, and off by 2^-11 of itself."""
     made, _ = way.make(tmp_path)
-    source, name = open_weights(made), "model.layers.1.self_attn.q_proj.weight"
+    source, name = open_weights(made), f"model.layers.1.{way.weight}.weight"
     quantized, exact = source.quantized(name), source.dequantized(name)
     assert (None if quantized is None else quantized.type) == way.block_type
     if quantized is not None:
@@ -77,7 +77,7 @@ def test_compiled_kernels_are_as_near_as_torch(way: Way, tmp_path: Path) -> None
     ("config", "reason"),
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method = 'bitsandbytes' (supported: awq, "),
-        ({"quant_method": "mxfp4"}, "quant_method = 'mxfp4'"),
+        ({"quant_method": "nvfp4"}, "quant_method = 'nvfp4'"),
         ({"bits": 4}, "quant_method = ''"),
         (GPTQ | {"bits": 3}, "bits = 3 (supported: 4, 8)"),
         (GPTQ | {"bits": 2}, "bits = 2"),

@@ -90,13 +90,18 @@ Written = tuple[str, tuple[int, ...]]
 
 
 class KVCacheMachine(RuleBasedStateMachine):
-    """Requests that write their KV into the slots they were given, and must find it there as long as they hold them."""
+    """Requests that write their KV into the slots they were given, and must find it there as long as they hold them.
+
+    With a window they hold those of the last tokens only.
+    """
 
     requests = Bundle("requests")
 
-    @initialize(prefix_caching=st.booleans())
-    def create(self, prefix_caching: bool) -> None:
-        self.kv = KVCacheManager(NUM_BLOCKS, BLOCK_SIZE, prefix_caching)
+    @initialize(prefix_caching=st.booleans(), window=st.none() | st.integers(1, 6))
+    def create(self, prefix_caching: bool, window: int | None) -> None:
+        self.kv, self.window = KVCacheManager(NUM_BLOCKS, BLOCK_SIZE, prefix_caching, window), window
+        self.num_returned: dict[Request, int] = {}
+        """Of blocks that hold nothing the next token reads."""
         self.slots: dict[tuple[int, int], Written] = {}
         self.holders: list[Request] = []
         self.count = 0
@@ -155,7 +160,9 @@ class KVCacheMachine(RuleBasedStateMachine):
             new_token = (sum(request.all_token_ids) + end) % 2
             request.output_token_ids.append(new_token)
             request.all_token_ids.append(new_token)
-        self.kv.cache_full_blocks(request)
+        self.kv.after_commit(request)
+        if self.window is not None:
+            self.num_returned[request] = max(request.num_computed_tokens - self.window + 1, 0) // BLOCK_SIZE
 
     @rule(request=requests)
     def trim(self, request: Request) -> None:
@@ -169,6 +176,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         """The end of the request, or preemption: ``allocate`` may take it in again."""
         self.kv.free(request)
         request.num_computed_tokens = 0
+        self.num_returned.pop(request, None)
         if request in self.holders:
             self.holders.remove(request)
 
@@ -176,33 +184,36 @@ class KVCacheMachine(RuleBasedStateMachine):
     def computed_tokens_are_in_the_cache(self) -> None:
         """Sharing is right: each slot holds KV of this tenant's own tokens, whoever wrote it."""
         for request in self.holders:
-            for position in range(request.num_computed_tokens):
+            for position in range(self.num_returned.get(request, 0) * BLOCK_SIZE, request.num_computed_tokens):
                 written = request.tenant, tuple(request.all_token_ids[: position + 1])
                 assert self.slots[self.slot(request, position)] == written
 
     @invariant()
     def no_block_is_lost_or_free_in_use(self) -> None:
-        held = {block for request in self.holders for block in self.kv.block_ids(request)}
+        held = {block for request in self.holders for block in self.held(request)}
         assert self.kv.num_used_blocks == len(held)
         assert held <= set(range(NUM_BLOCKS))
         for request in self.holders:
-            blocks = self.kv.block_ids(request)
+            blocks = self.held(request)
             assert len(set(blocks)) == len(blocks)
 
     @invariant()
     def a_tenants_blocks_are_counted_once(self) -> None:
         for tenant in ("red", "blue"):
-            blocks = {block for r in self.holders if r.tenant == tenant for block in self.kv.block_ids(r)}
+            blocks = {block for r in self.holders if r.tenant == tenant for block in self.held(r)}
             assert self.kv.num_blocks_used_by(tenant) == len(blocks)
 
     @invariant()
     def blocks_are_shared_only_for_equal_prefixes_of_one_tenant(self) -> None:
         users: dict[int, set[Written]] = {}
         for request in self.holders:
-            for index, block in enumerate(self.kv.block_ids(request)):
+            for index, block in enumerate(self.held(request), self.num_returned.get(request, 0)):
                 prefix = request.tenant, tuple(request.all_token_ids[: (index + 1) * BLOCK_SIZE])
                 users.setdefault(block, set()).add(prefix)
         assert all(len(prefixes) == 1 for prefixes in users.values())
+
+    def held(self, request: Request) -> list[int]:
+        return list(self.kv.block_ids(request)[self.num_returned.get(request, 0) :])
 
     def slot(self, request: Request, position: int) -> tuple[int, int]:
         return self.kv.block_ids(request)[position // BLOCK_SIZE], position % BLOCK_SIZE

@@ -291,7 +291,10 @@ def test_attention(teams: list[Team], steps: str, heads: tuple[int, int], head_d
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("block_size", [16, 64])
-def test_attention_within_a_window(teams: list[Team], steps: str, block_size: int) -> None:
+@pytest.mark.parametrize("sinks", [None, (-3.0, 0.0, 2.0, 4.0, 6.0, -1.0, 1.0, 3.0, 5.0)], ids=["no sinks", "sinks"])
+def test_attention_within_a_window(
+    teams: list[Team], steps: str, block_size: int, sinks: tuple[float, ...] | None
+) -> None:
     """Each layer has its own; and products are scaled otherwise."""
     sequences = RaggedSequences(4, 1152, block_size)
 
@@ -301,7 +304,8 @@ def test_attention_within_a_window(teams: list[Team], steps: str, block_size: in
 
     backends = [NativeAttention(spec(torch.bfloat16), team) for team in teams]
     reference = TorchPagedAttention(spec(torch.float32))
-    for output, expected in compare_backends(backends, reference, sequences, STEPS[steps]):
+    of_heads = None if sinks is None else torch.tensor(sinks)
+    for output, expected in compare_backends(backends, reference, sequences, STEPS[steps], sinks=of_heads):
         assert largest_row_error(output, expected) < ATTENTION_TOLERANCE
 
 

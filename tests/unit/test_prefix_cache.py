@@ -27,7 +27,7 @@ def compute(kv: KVCacheManager, request: Request, num_tokens: int | None = None)
     """Admit the request and compute its first tokens (default: all), as one committed step."""
     assert kv.allocate(request, request.num_tokens)
     request.num_computed_tokens = request.num_tokens if num_tokens is None else num_tokens
-    kv.cache_full_blocks(request)
+    kv.after_commit(request)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -54,6 +54,20 @@ def test_blocks_of_an_ended_request_are_found_again() -> None:
     assert kv.num_used_blocks == 0
     compute(kv, later := request("b", prompt))
     assert list(kv.block_ids(later)[:2]) == blocks[:2]
+
+
+def test_what_a_window_gave_back_is_found_while_nobody_needs_it() -> None:
+    """A prefix is found from its first block on, so not at all once that has another owner."""
+    kv, prompt = KVCacheManager(5, BLOCK_SIZE, prefix_caching=True, window=4), list(range(16))
+    compute(kv, first := request("a", prompt))
+    assert kv.num_used_blocks == 1
+    blocks = list(kv.block_ids(first))
+    compute(kv, later := request("b", [*prompt, 1]), 12)
+    assert list(kv.block_ids(later)[:4]) == blocks
+    kv.free(first)
+    kv.free(later)
+    compute(kv, request("c", [*range(20, 37)]))
+    assert kv.find_cached_prefix(request("d", [*prompt, 1])) == 0
 
 
 def test_cached_blocks_are_given_up_only_when_no_others_are_left() -> None:
@@ -92,7 +106,7 @@ def test_a_preempted_request_finds_its_own_output_again() -> None:
         preempted.all_token_ids.append(token)
     kv.allocate(preempted, 9)
     preempted.num_computed_tokens = 8
-    kv.cache_full_blocks(preempted)
+    kv.after_commit(preempted)
     kv.free(preempted)
     assert kv.find_cached_prefix(preempted) == 8
 
@@ -102,7 +116,7 @@ def test_only_full_blocks_of_computed_tokens_are_offered() -> None:
     compute(kv, first := request("a", prompt), num_tokens=7)
     assert kv.find_cached_prefix(request("b", prompt)) == 4
     first.num_computed_tokens = 8
-    kv.cache_full_blocks(first)
+    kv.after_commit(first)
     assert kv.find_cached_prefix(request("b", prompt)) == 8
 
 
@@ -113,7 +127,7 @@ def test_drafts_are_not_offered() -> None:
     drafting.draft_token_ids = drafts
     assert kv.allocate(drafting, len(known) + len(drafts))
     drafting.num_computed_tokens = 6
-    kv.cache_full_blocks(drafting)
+    kv.after_commit(drafting)
     assert kv.find_cached_prefix(request("b", [*known, *drafts])) == 4
 
 

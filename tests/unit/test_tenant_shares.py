@@ -88,7 +88,7 @@ def test_blocks_that_a_tenants_sequences_share_count_once() -> None:
         assert running.is_entitled(request, num_tenants=2)
         assert kv.allocate(request, request.num_tokens)
         request.num_computed_tokens = request.num_tokens
-        kv.cache_full_blocks(request)
+        kv.after_commit(request)
         running.append(request)
     assert not running.is_entitled(choices[4], num_tenants=2)
 

@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
 from engine.models.config import ModelError, ModelFiles
 from engine.models.gguf_file import GGUFFile
@@ -89,6 +90,11 @@ def llama3(smollm2_file: GGUFFile) -> Backend:
     return gguf_backend(with_metadata(smollm2_file, pre="llama-bpe", add_bos_token=False))
 
 
+@pytest.fixture(scope="module")
+def gpt_oss(smollm2_file: GGUFFile) -> Backend:
+    return gguf_backend(with_metadata(smollm2_file, pre="gpt-4o"))
+
+
 @pytest.mark.parametrize(("text", "token_ids"), LLAMA_CPP_IDS)
 def test_smollm2_ids_are_those_of_llama_cpp(smollm2: Tokenizer, text: str, token_ids: list[int]) -> None:
     assert smollm2.encode(text) == token_ids
@@ -126,6 +132,14 @@ def test_llama3_pre_tokenizer_splits_as_transformers_does(llama3: Backend, text:
     converter = TikTokenConverter()  # type: ignore[no-untyped-call]
     theirs = Split(Regex(converter.pattern), "isolated")
     words = [text[start:end] for _, (start, end) in llama3.pre_tokenizer.pre_tokenize_str(text)]
+    assert words == [word for word, _ in theirs.pre_tokenize_str(text)]
+
+
+@settings(max_examples=300, suppress_health_check=NO_SHARED_STATE)
+@given(text=TEXTS)
+def test_gpt_4o_pre_tokenizer_splits_as_transformers_does(gpt_oss: Backend, text: str) -> None:
+    theirs = Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["gpt-4o"]), "isolated")
+    words = [text[start:end] for _, (start, end) in gpt_oss.pre_tokenizer.pre_tokenize_str(text)]
     assert words == [word for word, _ in theirs.pre_tokenize_str(text)]
 
 

@@ -35,6 +35,11 @@ class Family:
     """What is added to the weights of norms. GGUF files have it added already"""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Matrices of a layer that are stored one below the other, by the name of what they are stored as"""
+    alternates_experts: bool = False
+    """Whether the matrices of a layer's experts are one tensor in safetensors, in which rows of gate and up alternate;
+    those of floating-point numbers lie there as [experts, columns, rows]"""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Ends of names in safetensors that others call otherwise, and what they call them"""
 
 
 def read_decoder(config: ConfigKeys, activation_key: str = "hidden_act") -> ModelSpec:

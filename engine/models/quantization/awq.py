@@ -8,6 +8,7 @@ Source: ``from_linear`` in https://github.com/casper-hansen/AutoAWQ, awq/modules
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -51,8 +52,9 @@ class Awq(Quantization):
         }
 
     def matrix(self, read: Read, n: int, k: int) -> QuantizedMatrix:
+        words = cache(lambda: read("qweight"))
         return QuantizedMatrix(
-            codes=lambda rows: _rows(read("qweight"), rows),
+            codes=lambda rows: _rows(words(), rows),
             bits=4,
             scales=read("scales").T,
             zeros=_rows(read("qzeros"), slice(0, n)),

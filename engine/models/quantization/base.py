@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,20 @@ class Part(NamedTuple):
 
     types: tuple[str, ...]
     shape: tuple[int, ...]
+
+
+class Matrix(Protocol):
+    """A quantised matrix [n, k]."""
+
+    @property
+    def block_type(self) -> GGMLQuantizationType | None:
+        """The GGUF type that holds the same numbers; None where there is none."""
+
+    def blocks(self, rows: slice) -> npt.NDArray[np.uint8]:
+        """Its blocks of ``block_type``, [rows, bytes]."""
+
+    def dequantized(self, rows: slice) -> npt.NDArray[np.float32]:
+        """[rows, k]"""
 
 
 @dataclass(frozen=True)
@@ -93,18 +107,20 @@ class Quantization(ABC):
     """How a checkpoint stores its quantised matrices; those of modules without a ``scale`` are stored as usual."""
 
     scale: str
+    dimensions: int = 2
+    """Of what is quantised: with 3 a tensor is several matrices"""
 
     def module_of(self, name: str, shape: tuple[int, ...], stored: Container[str]) -> str | None:
         """The module of a weight that is quantised, by the names of all tensors; None where it is not."""
         module = name.removesuffix(".weight")
-        return module if len(shape) == 2 and f"{module}.{self.scale}" in stored else None
+        return module if len(shape) == self.dimensions and f"{module}.{self.scale}" in stored else None
 
     @abstractmethod
     def parts(self, n: int, k: int) -> dict[str, Part]:
-        """What a matrix [n, k] is stored in, by what follows its module's name."""
+        """What a matrix [n, k] is stored in, by what follows its module's name; of several matrices, what each is."""
 
     @abstractmethod
-    def matrix(self, read: Read, n: int, k: int) -> QuantizedMatrix:
+    def matrix(self, read: Read, n: int, k: int) -> Matrix:
         """The matrix [n, k] whose parts ``read`` gives; ``ModelError`` where what they say is impossible."""
 
 

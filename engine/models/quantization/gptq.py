@@ -10,6 +10,7 @@ borrow going through the whole word; in the format ``gptq_v2`` they are stored a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 from engine.models.config_keys import ConfigKeys
 from engine.models.quantization.base import (
@@ -57,11 +58,11 @@ class Gptq(Quantization):
         }
 
     def matrix(self, read: Read, n: int, k: int) -> QuantizedMatrix:
-        scales, zeros = read("scales").T, read("qzeros")
+        words, scales, zeros = cache(lambda: read("qweight")), read("scales").T, read("qzeros")
         if self.has_zeros_less_one:
             zeros = zeros + _A_ONE_IN_EACH[self.bits]
         return QuantizedMatrix(
-            codes=lambda rows: unpacked(read("qweight").T[rows], self.bits, k),
+            codes=lambda rows: unpacked(words().T[rows], self.bits, k),
             bits=self.bits,
             scales=scales,
             zeros=unpacked(zeros, self.bits, n).T,

@@ -11,6 +11,7 @@ from engine.models.quantization.awq import Awq
 from engine.models.quantization.base import Quantization, supported
 from engine.models.quantization.compressed_tensors import read_compressed_tensors
 from engine.models.quantization.gptq import Gptq
+from engine.models.quantization.mxfp4 import Mxfp4
 from engine.models.quantization.scaled import Scaled
 
 METHODS: Mapping[str, Callable[[ConfigKeys], Quantization]] = {
@@ -18,6 +19,7 @@ METHODS: Mapping[str, Callable[[ConfigKeys], Quantization]] = {
     "compressed-tensors": read_compressed_tensors,
     "fp8": Scaled.read,
     "gptq": Gptq.read,
+    "mxfp4": lambda _: Mxfp4(),
 }
 
 
