@@ -41,7 +41,7 @@ _BY_ADVICE = {
     "leave it out: weights and KV stay in memory": "--mlock --no-mmap --swap-space --cpu-offload-gb",
     "not there: adapters of the model": "--enable-lora --lora",
     "not there: images": "--mmproj --limit-mm-per-prompt",
-    "not there: embeddings": "--embedding --embeddings --task --runner --pooling",
+    "leave it out: /v1/embeddings is there": "--embedding --embeddings --task --runner --pooling",
 }
 ADVICE = {option: advice for advice, options in _BY_ADVICE.items() for option in options.split()}
 """What to do instead, by option."""
