@@ -267,6 +267,7 @@ class EngineCore:
             token_ids=kept,
             logprobs=logprobs,
             prompt_logprobs=self._verifier.take_prompt_logprobs(request),
+            embedding=self._runner.embeddings.take(request),
             finish_reason=finish_reason,
             error=_NOT_FINITE if finish_reason == "error" else None,
             stop_reason=truncation.stop_reason,
@@ -288,6 +289,7 @@ class EngineCore:
     def _forget(self, engine_id: str, request: Request | None) -> None:
         """``request``: None for one that has not begun, or has ended."""
         self._verifier.forget(engine_id)
+        self._runner.embeddings.forget(engine_id)
         self._constrained.forget(engine_id)
         if self._speculator is not None and request is not None:
             self._speculator.forget(request)

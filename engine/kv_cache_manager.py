@@ -171,7 +171,7 @@ class KVCacheManager:
         return sum(self._pool.ref_count(block_id) == 0 for block_id in block_ids)
 
     def _cached_blocks(self, request: Request) -> list[int]:
-        if not self.prefix_caching or request.wants_prompt_logits:
+        if not self.prefix_caching or request.wants_prompt_logits or request.wants_embedding:
             return []
         num_usable = (len(request.all_token_ids) - 1) // self.block_size
         self._extend_hashes(request, num_usable)

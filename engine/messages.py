@@ -35,6 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     ``temperature`` 0 is greedy. ``seed`` is always set: the server draws one if the client did not.
     ``logprobs`` is the number of alternatives to report beside the chosen token (None: no logprobs).
     ``prompt_logprobs`` is the same for the prompt's own tokens (``echo`` with ``logprobs``).
+    ``embedding``: whether the prompt's embedding is wanted.
     ``num_speculative_tokens`` caps the draft tokens of a step (0: no drafts, None: the engine's own limit).
     """
 
@@ -54,6 +55,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=Tr
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    embedding: bool = False
     grammar: Grammar | None = None
     num_speculative_tokens: int | None = None
 
@@ -164,6 +166,8 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     output text to keep.
     ``prompt_logprobs`` has one entry per prompt token after the first, in one chunk, on the
     sequence's first output.
+    ``embedding``, on the first output as well, is the mean of the prompt's last hidden states, of length 1: float32,
+    little-endian.
     ``queue_seconds`` comes with its first output: how long it waited for a place.
     ``num_draft_tokens`` were verified in this step; ``num_accepted_tokens`` of them are among ``token_ids``.
     ``draft_version`` is that of the adapter that drafted them, 0: the base draft.
@@ -180,6 +184,7 @@ class EngineOutput(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+    embedding: bytes | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     text_length: int | None = None

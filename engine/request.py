@@ -76,6 +76,11 @@ class Request:
         """Whether the logits of all prompt positions are still needed, for ``sampling.prompt_logprobs``."""
         return self.sampling.prompt_logprobs is not None and not self.output_token_ids
 
+    @property
+    def wants_embedding(self) -> bool:
+        """Whether the hidden states of all prompt positions are still needed, for ``sampling.embedding``."""
+        return self.sampling.embedding and not self.output_token_ids
+
 
 def make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:
     """What a client asks for; raises ``ValueError`` for tokens that no model could read."""

@@ -32,6 +32,7 @@ from server.routes import (
     chat,
     completions,
     docs,
+    embeddings,
     messages,
     overview,
     page,
@@ -82,7 +83,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.metrics = Metrics(model)
     app.state.tracing = _tracing(settings.tracing.endpoint, model)
     app.state.tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
-    for module in (completions, chat, responses, messages, sessions, adapters, tokens, about, overview, page, docs):
+    for module in (
+        *(completions, chat, responses, messages, embeddings, tokens),
+        *(sessions, adapters, about, overview, page, docs),
+    ):
         app.include_router(module.router)
     app.include_router(about.public_router)
     install_error_handlers(app)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
+from server.foreign_options import ADVICE
 from server.settings import SHORTCUTS, ConfigurationError, fields_of, section_of, sections
 
 COMMON = (
@@ -20,18 +21,6 @@ COMMON = (
 )
 """What most people set; first in ``--help``."""
 
-_OF_OTHERS = {
-    "-m": "--model",
-    "--ctx-size": "--max-model-len",
-    "-c": "--max-model-len",
-    "--alias": "--served-model-name",
-    "--max-num-batched-tokens": "--engine.scheduler.max_batched_tokens",
-    "--gpu-memory-utilization": "--engine.cache.memory_fraction",
-    "--enable-prefix-caching": "--engine.cache.prefix_caching",
-    "--parallel": "--max-num-seqs",
-    "--threads": "--engine.runtime.threads",
-}
-"""Options of llama.cpp and vLLM, and what they are called here."""
 _INDENT = 6
 
 
@@ -42,15 +31,14 @@ def with_model_flag(arguments: Sequence[str]) -> list[str]:
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Raise ``ConfigurationError`` for an unknown option; it says which one may have been meant."""
+    """Raise ``ConfigurationError`` if there are unknown options; it says of each what to give instead."""
     known = [flag for path, field in _options() for flag in _flags(path, field)]
     whole = [f"--{'.'.join(path)}" for path, _ in sections()]  # sections, as JSON
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        if flag.startswith("-") and flag not in (*known, *whole) and not _is_number(flag):
-            meant = _OF_OTHERS.get(flag) or _closest(flag, known)
-            hint = f" (did you mean {meant}?)" if meant else "; --help lists them"
-            raise ConfigurationError(f"unknown option {flag}{hint}")
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    unknown = [flag for flag in flags if flag not in (*known, *whole) and not _is_number(flag)]
+    if unknown:
+        described = ", ".join(flag + _hint(flag, known) for flag in dict.fromkeys(unknown))
+        raise ConfigurationError(f"unknown option{'s' * (len(unknown) > 1)} {described}; --help lists them")
 
 
 def help_text(command: str, summary: str) -> str:
@@ -100,6 +88,13 @@ def _flags(path: Sequence[str], field: FieldInfo) -> Iterator[str]:
         yield f"--{name}"
         if field.annotation is bool:
             yield f"--no-{name}"
+
+
+def _hint(flag: str, known: Sequence[str]) -> str:
+    """In brackets what to give instead of an unknown option; empty if nobody knows."""
+    if advice := ADVICE.get(flag):
+        return f" ({advice})"
+    return f" (did you mean {meant}?)" if (meant := _closest(flag, known)) else ""
 
 
 def _closest(flag: str, known: Sequence[str]) -> str | None:

@@ -42,12 +42,15 @@ class Piece:
     prompt_logprobs: list[TokenLogprob]
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None
+    embedding: bytes | None = None
 
     @property
     def size(self) -> int:
         """About the bytes of text whose parsing takes as long as it takes to write this out."""
         entries = [*self.logprobs, *self.prompt_logprobs]
-        return len(self.text) + _LOGPROB_SIZE * sum(1 + len(entry.top) for entry in entries)
+        return (
+            len(self.text) + len(self.embedding or b"") + _LOGPROB_SIZE * sum(1 + len(entry.top) for entry in entries)
+        )
 
 
 class Generation:
@@ -58,9 +61,9 @@ class Generation:
             async for pieces in steps: ...
         generation.usage(), generation.metrics()
 
-    ``keep_output`` False (``max_tokens`` 0) drops the one token that the engine always makes. All choices start from
-    the state of the session that ``session_id`` names, and what each ends with is merged into it. ``prediction``: what
-    the answers may be.
+    ``keep_output`` False (``max_tokens`` 0, and embeddings) drops the one token that the engine always makes. All
+    choices start from the state of the session that ``session_id`` names, and what each ends with is merged into it.
+    ``prediction``: what the answers may be.
     """
 
     def __init__(
@@ -228,6 +231,7 @@ class Generation:
             text=choice.text.push(output),
             logprobs=output.logprobs or [],
             prompt_logprobs=output.prompt_logprobs or [],
+            embedding=output.embedding,
             finish_reason=output.finish_reason,  # type: ignore[arg-type]  # the other two were raised above
             stop_reason=output.stop_reason,
         )

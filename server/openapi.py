@@ -16,6 +16,7 @@ from server.responses.request import ResponsesRequest
 from server.schemas.adapters import AcceptedCommand, AdapterList
 from server.schemas.chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from server.schemas.completions import Completion, CompletionRequest
+from server.schemas.embeddings import EmbeddingList, EmbeddingsRequest
 from server.schemas.models import ModelCard, ModelList, Version
 from server.schemas.overview import Overview
 from server.schemas.sessions import DeletedSession, Session
@@ -31,6 +32,7 @@ RESPONSES = (
     Completion,
     ChatCompletion,
     ChatChunk,
+    EmbeddingList,
     Session,
     DeletedSession,
     ModelList,
@@ -109,7 +111,8 @@ def _describe_bodies(schemas: dict[str, Any], model: str) -> None:
     schemas.update(components)
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    for request in (CompletionRequest, ChatCompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest):
+    chats = (ChatCompletionRequest, ResponsesRequest, MessagesRequest, CountTokensRequest)
+    for request in (CompletionRequest, EmbeddingsRequest, *chats):
         schemas[request.__name__]["properties"]["model"]["enum"] = [model]
     for optional in (TokenizeRequest, DetokenizeRequest):
         schemas[optional.__name__]["properties"]["model"] = {"enum": [model, None]}

@@ -121,17 +121,19 @@ async def tokenize_prompts(
     prompt: str | list[int] | list[str] | list[list[int]],
     info: EngineReady,
     suffix: str | None = None,
+    field: str = "prompt",
 ) -> list[TokenizedPrompt]:
-    """All four forms of ``prompt`` as a list, each with a gap before ``suffix``, if there is one.
+    """All four forms of a prompt as a list, each with a gap before ``suffix``, if there is one.
 
-    400 for a text that is too long to be worth tokenising, and for a suffix where there can be none.
+    400, which names the prompt's ``field``, for a text that is too long to be worth tokenising, and for a suffix where
+    there can be none.
     """
     prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
     def tokenize() -> list[TokenizedPrompt]:
         for item in prompts:
             if isinstance(item, str):
-                check_length(item, "prompt", tokenizer, info)
+                check_length(item, field, tokenizer, info)
         if suffix:
             check_length(suffix, "suffix", tokenizer, info)
             # One text at a time: all prompts with the suffix together may be far more than the request.

@@ -20,7 +20,7 @@ T = TypeVar("T")
 EVOSPEC = str(Path(sys.executable).parent / "evospec")
 EXPERIMENTS = (sys.executable, "-m", "benchmarks.common.experiments")
 """The same, which knows the options that are set in code only."""
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 300.0
 # Room for a few thousand tokens, and one thread: tests share a small machine, where threads wait for each other.
 SMALL = ["--kv-max-bytes", str(256 * 1024**2), "--log.format", "json", "--engine.runtime.threads", "1"]
 AT_ONCE = ["--no-engine.speculation.adaptive"]

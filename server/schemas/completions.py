@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 import msgspec
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.schemas.answers import AnswerBody
@@ -15,12 +15,27 @@ MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
-Prompt = (
+
+
+def _say_what_a_prompt_is(value: Any) -> Any:
+    """One clear error instead of one for each of the four forms."""
+    if value == []:
+        raise PydanticCustomError("prompt", "must not be empty")
+    if not isinstance(value, str | list) or (isinstance(value, list) and type(value[0]) not in (str, int, list)):
+        raise PydanticCustomError(
+            "prompt", "must be a string, a list of strings, a list of token ids or a list of lists of token ids"
+        )
+    return value
+
+
+Prompt = Annotated[
     str
     | TokenIds
     | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
-)
+    | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)],
+    BeforeValidator(_say_what_a_prompt_is),
+]
+"""One or several prompts, as text or as token ids."""
 
 
 class CompletionRequest(SamplingFields):
@@ -32,18 +47,6 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = Field(default=None, ge=0, le=20, description="Alternatives to report beside each token.")
     best_of: int | None = Field(default=None, description="Not supported; accepted where it equals n.")
     suffix: str | None = Field(default=None, description="What follows the gap that the completion fills.")
-
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def _say_what_a_prompt_is(cls, value: Any) -> Any:
-        """One clear error instead of one for each of the four forms."""
-        if value == []:
-            raise PydanticCustomError("prompt", "must not be empty")
-        if not isinstance(value, str | list) or (isinstance(value, list) and type(value[0]) not in (str, int, list)):
-            raise PydanticCustomError(
-                "prompt", "must be a string, a list of strings, a list of token ids or a list of lists of token ids"
-            )
-        return value
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:

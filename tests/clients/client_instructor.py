@@ -1,12 +1,16 @@
-# requires: instructor
-"""instructor: its modes that call tools."""
+# requires: instructor anthropic
+"""instructor: all modes that it has for these APIs, of which others are names, but for ``PARALLEL_TOOLS``: that leaves
+it to the model whether it calls a tool."""
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
+import anthropic
 import instructor
 import openai
+from instructor import Mode
 from pydantic import BaseModel
 
 
@@ -18,19 +22,33 @@ class Sum(BaseModel):
 
 
 def main(base_url: str, model: str) -> None:
-    """Ask once in each mode. ``PARALLEL_TOOLS`` leaves the choice to the model, which no server can answer for."""
-    for mode in (instructor.Mode.TOOLS, instructor.Mode.TOOLS_STRICT):
-        client = instructor.from_openai(openai.OpenAI(base_url=base_url, api_key="none"), mode=mode)
+    """Ask once in each mode."""
+    chat = openai.OpenAI(base_url=base_url, api_key="none")
+    messages = anthropic.Anthropic(base_url=base_url.removesuffix("/v1"), api_key="none")
+    greedy = {"temperature": 0, "max_tokens": 100}
+
+    def ask(client: Any, **options: Any) -> None:
         answer = client.chat.completions.create(
             model=model,
             messages=[{"role": "user", "content": "Add 17 and 25."}],
             response_model=Sum,
-            temperature=0,
-            max_tokens=100,
             max_retries=0,
+            **options,
         )
-        assert (answer.a, answer.b) == (17, 25), (mode, answer)
+        assert (answer.a, answer.b) == (17, 25), (client.mode, answer)
+
+    ask(instructor.from_openai(chat, mode=Mode.TOOLS), **greedy)
     print("chat call")
+    for mode in (Mode.JSON, Mode.JSON_SCHEMA, Mode.MD_JSON):
+        ask(instructor.from_openai(chat, mode=mode), **greedy)
+    print("chat schema")
+    ask(instructor.from_openai(chat, mode=Mode.RESPONSES_TOOLS), temperature=0, max_output_tokens=100)
+    print("responses call")
+    ask(instructor.from_anthropic(messages, mode=Mode.TOOLS), **greedy)
+    print("messages call")
+    for mode in (Mode.JSON, Mode.JSON_SCHEMA):
+        ask(instructor.from_anthropic(messages, mode=mode), **greedy)
+    print("messages schema")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import venv
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.running_server import RunningServer
+from tests.running_server import AT_ONCE, RunningServer
 
 MODEL = "qwen2.5-coder-0.5b"
 FEATURES = ("answer", "stream", "call", "call-stream", "result", "schema", "edit")
@@ -60,7 +60,7 @@ def main(directory: Path, names: Sequence[str]) -> None:
     scripts = [path for path in sorted(Path(__file__).parent.glob("client_*.*")) if not names or path.stem in names]
     commands = {script.stem.removeprefix("client_"): command_of(script, directory) for script in scripts}
     options = ["--max-model-len", str(_LONGEST), "--log.format", "json"]
-    server = RunningServer(directory / "server.jsonl", [MODEL, *options])
+    server = RunningServer(directory / "server.jsonl", [MODEL, *AT_ONCE, *options])
     failures: dict[str, str] = {}
     print("| client | API |", " | ".join(FEATURES), "|\n|---|---|" + "---|" * len(FEATURES))
     try:

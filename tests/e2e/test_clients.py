@@ -204,5 +204,22 @@ def test_a_server_starts_as_vllm_and_llama_cpp_do(tmp_path: Path) -> None:
     assert card.to_dict()["max_model_len"] == 48
 
 
+def test_embeddings(client: openai.OpenAI) -> None:
+    texts = ["The cat sleeps.", "A cat is sleeping.", "Interest rates rise by 2 %."]
+    answer = client.embeddings.create(model=MODEL, input=texts)
+    vectors = [entry.embedding for entry in answer.data]
+
+    def likeness(first: int, second: int) -> float:
+        return sum(a * b for a, b in zip(vectors[first], vectors[second], strict=True))
+
+    assert [likeness(index, index) for index in range(3)] == [pytest.approx(1, abs=1e-5)] * 3
+    assert likeness(0, 1) > likeness(0, 2)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens > 3
+    [alone] = client.embeddings.create(model=MODEL, input=texts[0], encoding_format="float").data
+    assert sum(a * b for a, b in zip(alone.embedding, vectors[0], strict=True)) == pytest.approx(1, abs=1e-2)
+    with pytest.raises(openai.BadRequestError, match="dimensions"):
+        client.embeddings.create(model=MODEL, input=texts[0], dimensions=8)
+
+
 def test_models_list(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]

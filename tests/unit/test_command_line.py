@@ -6,6 +6,7 @@ import pytest
 
 from server import cli
 from server.command_line import COMMON, check_flags, help_text, with_model_flag
+from server.foreign_options import ADVICE
 from server.options import AuthConfig, LimitsConfig
 from server.settings import SHORTCUTS, ConfigurationError, load_settings, option_names
 from server.tenants import TenantRegistry
@@ -56,13 +57,31 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_printed(key: str) -> 
         ("--max_num_seqs", "--max-num-seqs"),
         ("--no-strikt", "--no-strict"),
         ("--num-blocks", "--engine.cache.num_blocks"),
-        ("-m", "--model"),
-        ("--ctx-size", "--max-model-len"),
     ],
 )
 def test_a_misspelt_option_is_refused_with_the_one_meant(flag: str, meant: str) -> None:
     with pytest.raises(ConfigurationError, match=f"unknown option {flag.partition('=')[0]} .did you mean {meant}.?"):
         check_flags([flag, "5"])
+
+
+def test_options_of_vllm_and_llama_cpp_are_refused_with_all_that_stands_for_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["-m", "a.gguf", "-c", "4096", "-np=4", "--api-key", "k", "--jinja", "--trust-remote-code"]
+    assert run(monkeypatch, "serve", *arguments) == 2
+    assert capsys.readouterr().err == (
+        "evospec: unknown options -m (use --model), -c (use --max-model-len), -np (use --max-num-seqs), "
+        "--jinja (leave it out: tools and thoughts are what the chat template makes them), "
+        "--trust-remote-code (leave it out: no model's code is run); --help lists them\n"
+    )
+
+
+def test_options_that_stand_for_those_of_others_are_options() -> None:
+    named = {word.rstrip(",") for advice in ADVICE.values() for word in advice.split() if word.startswith("--")}
+    check_flags([*named])
+    for option in ADVICE:
+        with pytest.raises(ConfigurationError, match=f"unknown option {option} "):
+            check_flags([option])
 
 
 def test_every_option_is_known() -> None:
