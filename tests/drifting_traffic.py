@@ -74,7 +74,7 @@ class DriftingTraffic:
         change = Lora.fresh(base.draft.config, ("q", "v"), 4, f"teacher {seed}")
         for name, tensor in change.tensors.items():
             if name.endswith(".b"):
-                tensor.normal_(0, drift, generator=self._generator)
+                tensor.copy_(torch.empty(tensor.T.shape).normal_(0, drift, generator=self._generator).T)
         self._teacher = replace(base, lora=change)
 
     @torch.no_grad()
