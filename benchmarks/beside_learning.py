@@ -33,7 +33,7 @@ _WINDOW = 0.3
 """Seconds over which it is seen whether the worker computes."""
 _COMPUTES, _RESTS = 0.8, 0.05
 """Shares of a core that it then uses, at least and at most."""
-_PATIENCE = 60.0
+_PATIENCE = 20.0
 
 
 def computes(worker: psutil.Process) -> float:

@@ -35,8 +35,8 @@ _OPTIONS = [
     *("--kv-max-bytes", str(256 * 1024**2)),
     "--no-engine.speculation.adaptive",
 ]
-_EAGER = ["--engine.alignment.pace.spare_cores", "0"]
-"""The first server learns though this machine's few cores are busy with clients and other servers."""
+_EAGER = [f"--engine.alignment.pace.{name}=0" for name in ("spare_cores", "first_steps", "niceness")]
+"""The first server learns at once, though this machine's few cores are busy with clients and other servers."""
 _BURST, _PAUSE = 16, 5.0
 _LOOK_SECONDS = 0.25
 _LONGEST = 1200.0
