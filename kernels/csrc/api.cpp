@@ -38,7 +38,7 @@ void evo_linear_to_rows(Team& team, const Matrix& weight, const bf16* x, int row
 
 // out [rows][stride] gains what the rows' adapters of q, k and v make of x [rows][inputs].
 void evo_lora(Team& team, const LoraRows& lora, const bf16* x, int rows, int stride, float* out) {
-  std::vector<float> sums(lora.num_sums(rows));
+  std::vector<float> sums(static_cast<size_t>(rows) * lora.rank);
   team.run([&](int) { add_lora(team, lora, lora.qkv, x, rows, sums.data(), stride, out); });
 }
 

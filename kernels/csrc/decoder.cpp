@@ -62,7 +62,7 @@ void Decoder::reserve(int tokens, const LoraRows* lora) {
   grow(attended_, rows * heads);
   grow(qkv_, rows * qkv);
   grow(gated_, rows * shape_.intermediate);
-  if (lora != nullptr) grow(lora_sums_, lora->num_sums(tokens));
+  if (lora != nullptr) grow(lora_sums_, static_cast<size_t>(tokens) * lora->rank);
   for (const Layer& layer : layers_) {
     if (layer.experts.router != nullptr) mixture_.reserve(layer.experts, tokens, shape_.hidden, shape_.intermediate);
   }

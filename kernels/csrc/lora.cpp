@@ -1,6 +1,7 @@
 #include "lora.h"
 
 #include <algorithm>
+#include <span>
 
 namespace evospec {
 
@@ -50,30 +51,24 @@ void add_block(const bf16* b, const float* sums, int count, int rank, int output
 
 }  // namespace
 
-size_t LoraRows::num_sums(int count) const {
-  return static_cast<size_t>(count) * rank * std::max({qkv.num_parts, output.num_parts, down.num_parts});
-}
-
 // Rows come first in the order of work: those that share an adapter read a block of it from the cache.
 void add_lora(Team& team, const LoraRows& rows, const LoraMatrix& matrix, const bf16* x, int count, float* sums,
               int stride, float* out) {
   const int rank = rows.rank, inputs = matrix.inputs;
-  for (int p = 0; p < matrix.num_parts; ++p) {
-    const LoraPart& part = matrix.parts[p];
-    float* of_part = sums + static_cast<size_t>(p) * count * rank;
+  for (const LoraPart& part : std::span(matrix.parts, matrix.num_parts)) {
     team.work(num_blocks(rank, kRanks) * count, [&](int item) {
       const int row = item % count, first = item / count * kRanks, slot = rows.slots[row];
       if (slot < 0) return;
       const bf16* a = part.a + (static_cast<size_t>(slot) * rank + first) * inputs;
       multiply_block(a, x + static_cast<size_t>(row) * inputs, std::min(kRanks, rank - first), inputs,
-                     of_part + static_cast<size_t>(row) * rank + first);
+                     sums + static_cast<size_t>(row) * rank + first);
     });
     team.barrier();
     team.work(num_blocks(part.outputs, kColumns) * count, [&](int item) {
       const int row = item % count, first = item / count * kColumns, slot = rows.slots[row];
       if (slot < 0) return;
       const bf16* b = part.b + static_cast<size_t>(slot) * rank * part.outputs + first;
-      add_block(b, of_part + static_cast<size_t>(row) * rank, std::min(kColumns, part.outputs - first), rank,
+      add_block(b, sums + static_cast<size_t>(row) * rank, std::min(kColumns, part.outputs - first), rank,
                 part.outputs, out + static_cast<size_t>(row) * stride + part.start + first);
     });
     team.barrier();

@@ -23,13 +23,10 @@ struct LoraRows {
   int rank;
   LoraMatrix qkv, output, down;  // of a layer
   const int32_t* slots;          // of each row; -1: none
-
-  // Floats that add_lora needs for its sums.
-  size_t num_sums(int count) const;
 };
 
 // out [count][stride], a matrix's product of x [count][inputs], gains what each row's adapter of that matrix makes of x.
-// Inside Team::run, by all threads, after a barrier; ends with one. sums: num_sums(count) of them, shared.
+// Inside Team::run, by all threads, after a barrier; ends with one. sums: room for [count][rank], shared.
 void add_lora(Team& team, const LoraRows& rows, const LoraMatrix& matrix, const bf16* x, int count, float* sums,
               int stride, float* out);
 
