@@ -1,9 +1,9 @@
 """An hour of traffic in minutes, with learning and without: ``python -m benchmarks.hour``.
 
-Two servers with default settings, of which one learns. Clients send bursts of a domain's stream prompts to one and then
-to the other, and nothing between the bursts, where there is time to learn. After each domain learning is stopped for a
-while, and held-out prompts are asked of both in turn, one at a time: of that domain, of those before it, and at the end
-of all sets.
+A server with default settings and two tenants: it learns from one, and not from the other (``learn = false``). Bursts
+of a domain's stream prompts come from one and then from the other, while the worker's process is stopped; between the
+bursts nothing is asked, and there is time to learn. After each domain learning is stopped for a while, and held-out
+prompts are asked by both in turn, one at a time: of that domain, of those before it, and at the end of all sets.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ from benchmarks.common.environment import environment
 from benchmarks.common.learning_server import LearningServer, serving
 from benchmarks.common.machine import RESULTS
 from benchmarks.prompts.sets import DATA, HUMANEVAL, evaluation_files, read_sets
+from server.tenants import hash_key, new_key
 
 LEARNING, FIXED = "learning", "fixed"
 PROGRAM, BASELINE = "benchmarks.common.experiments", "benchmarks.distillation.full_parameters"
@@ -36,6 +38,7 @@ BASELINE_OPTIONS = ["key_scope=global", "log.control_share=0"]
 STATE = ("num_records", "num_updates", "num_trained_positions", "num_published", "num_refused", "agreement")
 """What is shown of an adapter."""
 _TRIAL_SETS = "*-trial.jsonl"
+_KEYS = '[tenants.learning]\nkeys = ["{}"]\n[tenants.fixed]\nkeys = ["{}"]\nlearn = false\n'
 Answers = Mapping[str, Mapping[str, Any]]
 """What each side answered to a prompt."""
 
@@ -67,7 +70,7 @@ class Hour:
     """What is asked, and what was seen so far.
 
     Args:
-        sides: the two servers.
+        sides: the server, as its two tenants have it.
         sets: held-out prompts by the name of their set.
         sizes: ``bursts`` of a domain, requests ``each``, ``clients``, ``pause`` between bursts (s), ``max_tokens``.
         record: grows.
@@ -85,7 +88,7 @@ class Hour:
         self._sides, self._sets, self._sizes, self._record, self._path = sides, sets, sizes, record, path
 
     async def run(self, streams: Mapping[str, Sequence[str]]) -> None:
-        """One domain after another, one tenant."""
+        """One domain after another."""
         for number, (domain, prompts) in enumerate(streams.items()):
             await self._stream(domain, prompts)
             is_last = number == len(streams) - 1
@@ -101,7 +104,10 @@ class Hour:
             chosen = list(islice(waiting, self._sizes["each"]))
             seen: dict[str, Any] = {"domain": domain}
             for name in [LEARNING, FIXED] if number % 2 else [FIXED, LEARNING]:
-                seen[name] = await burst(self._sides[name], chosen, self._sizes["clients"], self._sizes["max_tokens"])
+                with self._sides[LEARNING].without_worker() if name == FIXED else nullcontext():
+                    seen[name] = await burst(
+                        self._sides[name], chosen, self._sizes["clients"], self._sizes["max_tokens"]
+                    )
             await asyncio.sleep(self._sizes["pause"])
             self._note("bursts", seen | {"state": self._sides[LEARNING].state()})
 
@@ -227,11 +233,16 @@ def main(
         for value in [*(BASELINE_OPTIONS if baseline else []), *(option or [])]:
             key, _, value = value.partition("=")
             learning += [f"--engine.alignment.{key}", value]
-        with (
-            serving(model, model, "hour-learning", learning, BASELINE if baseline else PROGRAM) as one,
-            serving(model, model, "hour-fixed", ["--no-alignment.enabled"]) as other,
-        ):
-            uvloop.run(Hour({LEARNING: one, FIXED: other}, sets, sizes, record, path).run(streams))
+        keys = {LEARNING: new_key(), FIXED: new_key()}
+        keys_file = Path(state) / "keys.toml"
+        keys_file.write_text(_KEYS.format(*(hash_key(key) for key in keys.values())))
+        learning += ["--keys-file", str(keys_file)]
+        with ExitStack() as stack:
+            server = stack.enter_context(serving(model, model, "hour", learning, BASELINE if baseline else PROGRAM))
+            sides = {side: server.as_tenant(key) for side, key in keys.items()}
+            if baseline:  # it changes the draft of all tenants
+                sides[FIXED] = stack.enter_context(serving(model, model, "hour-fixed", ["--no-alignment.enabled"]))
+            uvloop.run(Hour(sides, sets, sizes, record, path).run(streams))
     report(record, Console(width=160))
     draw(record, path.with_suffix(".png"))
 

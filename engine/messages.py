@@ -80,6 +80,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
 
     ``tenant`` salts the prefix cache and is the unit of fair admission. ``session`` None: one that ends with the
     request, so that no snapshot of it is wanted. ``prediction_token_ids``: what the output may be, to draft from.
+    ``learn``: whether the adapters worker may see its tokens.
     """
 
     request_id: str
@@ -88,6 +89,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
     tenant: str
     session: SessionState | None = None
     prediction_token_ids: list[int] = []
+    learn: bool = True
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):

@@ -35,6 +35,8 @@ class Request:
     """What the client calls it."""
     domain: str | None = None
     """The client's name for its subject."""
+    learn: bool = True
+    """Whether the adapters worker may see its tokens."""
     grammar: GrammarCursor | None = None
     """Where its output stands in the grammar of its parameters."""
     draft_state: DraftState = field(default_factory=DraftState)
@@ -96,6 +98,7 @@ def make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> R
         prompt_token_ids=prompt,
         sampling=message.sampling,
         domain=message.session.domain or None if message.session else None,
+        learn=message.learn,
         draft_state=DraftState(past=message.session, prediction=prediction),
     )
 

@@ -199,6 +199,7 @@ class Generation:
                 tenant=self._tenant.name,
                 session=self._session_state,
                 prediction_token_ids=self._prediction,
+                learn=self._tenant.learn,
             )
             for request_id, choice in self._choices.items()
         ]

@@ -29,13 +29,17 @@ _TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
 class Tenant(BaseModel):
-    """Who a request is for. ``name`` labels metrics and salts caches; None means "no limit"."""
+    """Who a request is for. ``name`` labels metrics and salts caches; None means "no limit".
+
+    ``learn``: whether adapters may learn from its text.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    learn: bool = True
 
 
 class _TenantEntry(BaseModel):
@@ -46,6 +50,7 @@ class _TenantEntry(BaseModel):
     keys: list[KeyHash] = Field(min_length=1)
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
+    learn: bool = True
 
 
 class _KeysFile(BaseModel):
@@ -79,7 +84,7 @@ class TenantRegistry:
         by_key_hash: dict[str, Tenant] = {}
         entries = _read_keys_file(auth.keys_file) if auth.keys_file else {}
         for name, entry in entries.items():
-            overrides = entry.model_dump(include={"requests_per_minute", "tokens_per_minute"}, exclude_none=True)
+            overrides = entry.model_dump(exclude={"keys"}, exclude_none=True)
             tenant = default.model_copy(update={"name": check_tenant_name(name), **overrides})
             for key_hash in entry.keys:
                 _add(by_key_hash, key_hash, tenant)

@@ -122,6 +122,7 @@ class Engine:
         tenant: str = "tests",
         session: SessionState | None = None,
         prediction: Sequence[int] = (),
+        learn: bool = True,
     ) -> str:
         request_id = str(next(self._ids))
         self._unfinished.add(request_id)
@@ -135,6 +136,7 @@ class Engine:
                 tenant=tenant,
                 session=session,
                 prediction_token_ids=list(prediction),
+                learn=learn,
             ),
         )
         return request_id

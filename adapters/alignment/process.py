@@ -21,14 +21,18 @@ def yield_to_others(niceness: int) -> None:
 
     A session of its own is a group of its own to Linux's autogroups, within which alone niceness counts; so the group
     is niced as well. At the greatest niceness Linux takes the core away as soon as anybody else wants one, where else
-    it would wait for a turn to end; threads that are started later have it from this one.
+    it would wait for a turn to end. On Linux all this is of single threads; those started later have it from this one.
     """
-    os.nice(niceness)
+    if sys.platform != "linux":
+        os.nice(niceness)
+        return
     with suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(niceness))
-    if niceness == _GREATEST_NICENESS and sys.platform == "linux":
+    for thread in map(int, os.listdir("/proc/self/task")):
         with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
+            if niceness == _GREATEST_NICENESS:
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
 def bound_memory() -> None:

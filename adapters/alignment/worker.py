@@ -281,7 +281,6 @@ def main(updater: type[Updater] = Updater) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     configure_logging_from_environment()
     config = EngineConfig.model_validate_json(os.environ[CONFIG_VARIABLE])
-    yield_to_others(config.alignment.pace.niceness)
     torch.set_num_threads(config.alignment.pace.threads)
     bound_memory()
     try:
@@ -289,6 +288,7 @@ def main(updater: type[Updater] = Updater) -> None:
     except ModelError as error:
         log.error("the worker cannot start", reason=str(error))
         sys.exit(1)
+    yield_to_others(config.alignment.pace.niceness)  # not before: what others have learned is wanted within seconds
     log.info("adapters worker ready", draft=config.speculation.draft)
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
+import signal
 import sys
 import time
 import urllib.request
@@ -18,10 +20,14 @@ from server.tenants import hash_key
 
 
 class LearningServer:
-    """``evospec serve`` at ``url``, the name of its model, and its operator's key."""
+    """``evospec serve`` at ``url``, the name of its model, its operator's key, and a tenant's, if it has tenants."""
 
-    def __init__(self, url: str, model: str, admin: str) -> None:
-        self.url, self._model, self._admin = url, model, admin
+    def __init__(self, url: str, model: str, admin: str, key: str | None = None) -> None:
+        self.url, self._model, self._admin, self._key = url, model, admin, key
+
+    def as_tenant(self, key: str) -> LearningServer:
+        """The same server for the tenant of ``key``."""
+        return LearningServer(self.url, self._model, self._admin, key)
 
     async def ask(self, prompt: str, max_tokens: int, drafts: bool = True) -> dict[str, Any]:
         """A greedy answer; tokens, seconds, draft tokens that were right, copied ones included, and who drafted."""
@@ -29,7 +35,7 @@ class LearningServer:
         body |= {"max_tokens": max_tokens, "temperature": 0, "stream_options": {"include_usage": True}}
         if not drafts:
             body["num_speculative_tokens"] = 0
-        result = await stream(f"{self.url}/v1/chat/completions", body)
+        result = await stream(f"{self.url}/v1/chat/completions", body, api_key=self._key)
         if result.error is not None:
             raise RuntimeError(result.error)
         speculation = result.speculation or Speculation()
@@ -55,6 +61,18 @@ class LearningServer:
         self._call("POST", f"/v1/adapters/{quote(key, safe='')}/{'freeze' if is_frozen else 'unfreeze'}")
         while self.state()["is_frozen"] != is_frozen:
             time.sleep(1.0)
+
+    @contextmanager
+    def without_worker(self) -> Iterator[None]:
+        """Stop the worker's process, if there is one, until the block ends."""
+        pid = self.state().get("worker", {}).get("pid")
+        if pid is not None:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            if pid is not None:
+                os.kill(pid, signal.SIGCONT)
 
     def _call(self, method: str, path: str) -> Any:
         headers = {"Authorization": f"Bearer {self._admin}"}

@@ -82,11 +82,11 @@ class _Chosen:
 class VerifyLog:
     """Logs steps, drafted or not, and their features. It never waits: what cannot be taken is dropped and counted.
 
-    Requests are logged whole, or not where logging would take more than ``log.cost_share`` of the time. Of those,
-    a step is logged whatever happened in it with the probability ``log.sample_share``; all steps of control requests
-    are. Of the others, those are logged that teach: a draft was refused, or the target thought little of one that was
-    accepted, or there was none. A request's first record, and the first after a while, brings along the tokens before
-    it: its prompt, to which the draft attends.
+    Requests are logged whole, or not: where nothing may be learned from them, or where logging would take more than
+    ``log.cost_share`` of the time. Of those, a step is logged whatever happened in it with the probability
+    ``log.sample_share``; all steps of control requests are. Of the others, those are logged that teach: a draft was
+    refused, or the target thought little of one that was accepted, or there was none. A request's first record, and the
+    first after a while, brings along the tokens before it: its prompt, to which the draft attends.
 
     Args:
         adapters: who drafted.
@@ -235,7 +235,7 @@ class VerifyLog:
     def _is_logged(self, request: Request) -> bool:
         state = request.draft_state
         if state.is_logged is None:
-            state.is_logged = self._adapters.is_control(request) or self._budget.is_left()
+            state.is_logged = request.learn and (self._adapters.is_control(request) or self._budget.is_left())
         return state.is_logged
 
     def _is_sampled(self, request: Request) -> bool:

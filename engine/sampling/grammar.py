@@ -25,8 +25,8 @@ from engine.sampling.json_schema import (
 from engine.sampling.xgrammar_alone import xgrammar
 
 _WHAT = {"regex": "regular expression", "grammar": "grammar"}
-_WHITESPACE = 20
-"""Spaces in a row that JSON may have. With no bound, small models write them without end."""
+_WHITESPACE = 1
+"""Spaces in a row that JSON may have. It is in one line, where small models would go on with spaces for line feeds."""
 _LOG_PREFIX = re.compile(r"^\[[^]]*\] \S+: ")
 
 

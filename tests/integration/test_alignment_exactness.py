@@ -227,6 +227,21 @@ def test_records_say_what_happened(files: ModelFiles, draft: Path, either: Adapt
     check_features(engine, draft, prompts[1] + outputs[1], {p: row for (r, p), row in seen.items() if r == "1"})
 
 
+def test_nothing_is_logged_of_requests_that_refuse(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
+    """Not even of those that keep the base draft, all of which are logged otherwise."""
+    log = alignment.log.model_copy(update={"control_share": 0.5})
+    engine = make_engine(files, draft, "batch", alignment.model_copy(update={"log": log}))
+    prompts = [*make_prompts(), *make_prompts()]
+    asked = enumerate(zip(prompts, make_sampling("greedy", len(prompts)), strict=True))
+    ids = [engine.add(prompt, sampling, learn=number % 2 == 0) for number, (prompt, sampling) in asked]
+    while engine.is_busy:
+        engine.step()
+    stats = engine.core.stats().alignment
+    assert stats is not None
+    records = read_records(alignment, stats.records_sampled)
+    assert {record.request_id.partition("/")[2] for record in records} == set(ids[::2])
+
+
 def test_context_comes_again_after_silence(
     files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,10 +151,10 @@ def test_json_object_is_an_object_with_anything_in_it(tokenizer: Tokenizer, pool
 
 
 @pytest.mark.parametrize("grammar", [PERSON, JSON_OBJECT])
-def test_json_has_so_many_spaces_in_a_row(tokenizer: Tokenizer, compiler: GrammarCompiler, grammar: Grammar) -> None:
+def test_json_has_one_space_in_a_row(tokenizer: Tokenizer, compiler: GrammarCompiler, grammar: Grammar) -> None:
     matcher = GrammarMatcher(compiler.compile(grammar))
     [brace], [space] = (tokenizer.encode(text, add_special_tokens=False) for text in "{ ")
-    assert all(matcher.accept(token_id) for token_id in [brace, *[space] * 20])
+    assert all(matcher.accept(token_id) for token_id in (brace, space))
     assert not matcher.accept(space)
 
 

@@ -23,7 +23,7 @@ def keys_file(tmp_path: Path) -> Path:
     path = tmp_path / "keys.toml"
     path.write_text(
         f'[tenants.acme]\nkeys = ["{hash_key(ACME_KEY)}"]\ntokens_per_minute = 100\n'
-        f'[tenants.other]\nkeys = ["{hash_key(OTHER_KEY)}"]\n'
+        f'[tenants.other]\nkeys = ["{hash_key(OTHER_KEY)}"]\nlearn = false\n'
     )
     return path
 
@@ -31,7 +31,7 @@ def keys_file(tmp_path: Path) -> Path:
 def test_key_finds_its_tenant_with_its_limits(keys_file: Path) -> None:
     registry = TenantRegistry.from_settings(AuthConfig(keys_file=keys_file), LimitsConfig(requests_per_minute=7))
     assert registry.find(ACME_KEY) == Tenant(name="acme", requests_per_minute=7, tokens_per_minute=100)
-    assert registry.find(OTHER_KEY) == Tenant(name="other", requests_per_minute=7)
+    assert registry.find(OTHER_KEY) == Tenant(name="other", requests_per_minute=7, learn=False)
 
 
 @pytest.mark.parametrize("key", [None, "", "evs-wrong", ACME_KEY[:-1], ACME_KEY + "x", hash_key(ACME_KEY), "é"])
