@@ -85,6 +85,9 @@ class Sessions:
             of_graph,
         )
         self.handle = POINTER(self._library.evo_sessions_new(ctypes.byref(made)))
+        count, first_state = options.num_sessions, ctypes.addressof(self.state(0))
+        self._weights = view_of(self._library.evo_sessions_weights(self.handle, 0), np.float32, count, NUM_FEATURES)
+        self._gains = view_of(first_state, np.dtype(StateStruct), count)["gain"]
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
@@ -227,10 +230,10 @@ class Sessions:
         """[NUM_FEATURES] of a session's prior, as learned so far."""
         return view_of(self._library.evo_sessions_weights(self.handle, session), np.float32, NUM_FEATURES)
 
-    def applied_weights(self, session: int) -> NDArray[np.float32]:
-        """[NUM_FEATURES]: what each feature weighs in a session's next drafts; 0 while the prior costs agreement."""
-        is_applied = np.float32(self.state(session).gain >= 0.0)
-        applied: NDArray[np.float32] = self.weights(session) * self._uses * is_applied
+    def applied_weights(self, sessions: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, NUM_FEATURES]: what features weigh in some sessions' next drafts; 0 while a prior costs agreement."""
+        self.state(0)  # which waits until all is learned
+        applied: NDArray[np.float32] = self._weights[sessions] * self._uses * (self._gains[sessions] >= 0.0)[:, None]
         return applied
 
     def unit(self, session: int) -> float:

@@ -274,18 +274,21 @@ class EngineClient:
         with contextlib.suppress(EngineDead):  # not connected yet
             self._send(Hello())
 
+    def end_requests(self, error: ApiError) -> None:
+        """End every request in flight with this error. An engine that is only slow is told to forget them."""
+        self._hand_out(len(self._arrived))
+        inboxes, self._inboxes = self._inboxes, {}
+        self._abort(list(inboxes))
+        for inbox in set(inboxes.values()):
+            inbox.fail(error)
+
     def _lose_engine(self, reason: str) -> None:
-        """End every request in flight. An engine that is only slow is told to forget them."""
         if self.ready:
             report = log.error if self._inboxes else log.info
             report("engine lost", reason=reason, in_flight=len(self._inboxes))
         self.ready = False
-        self._hand_out(len(self._arrived))
         self._metrics.lost()
-        inboxes, self._inboxes = self._inboxes, {}
-        self._abort(list(inboxes))
-        for inbox in set(inboxes.values()):
-            inbox.fail(EngineDead(reason))
+        self.end_requests(EngineDead(reason))
 
 
 def _has_input(socket: zmq.Socket[bytes]) -> bool:

@@ -25,6 +25,7 @@ from engine.models.registry import resolve_model, validate_model_files
 from engine.validation import validated_files
 from server.app import create_app
 from server.banner import banner
+from server.errors import shutting_down
 from server.http_protocol import LINGER, bounded_http
 from server.instance_directory import instance_directory
 from server.metrics_listener import metrics_config
@@ -226,9 +227,11 @@ class _Launcher:
                     await asyncio.sleep(_POLL_INTERVAL)
 
     async def _stop(self, servers: list[asyncio.Task[None]], running: asyncio.Task[None]) -> None:
-        """Children first, so that requests still running end with an error that says why."""
+        """End requests that still run with an error that says why; then children, and the server last."""
         at_once = self._second_signal.is_set()
         unfinished = self._api.num_running_requests
+        if unfinished:
+            self._app.state.serving.engine.end_requests(shutting_down())
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
         await asyncio.gather(*(child.stop(0 if at_once else _STOP_GRACE) for child in self._children))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from engine.adapters_config import ReplayConfig
 from engine.online.verify_record import VerifyRecord
 
 _HASH_RANGE = 2**32
+_REQUESTS = 1024
+"""Requests of which is remembered whether they are held out: more than are answered at a time."""
 _SHORT_SEGMENT = 8
 """Positions; of segments as short as that there may be more."""
 
@@ -35,18 +37,13 @@ def teaches(record: VerifyRecord, kl_threshold: float, sampled_share: float) -> 
     return _hash(f"{record.request_id}:{record.position}") < sampled_share
 
 
-def starts_chains(record: VerifyRecord, is_teaching: bool, held_out_share: float) -> bool:
+def starts_chains(record: VerifyRecord, is_teaching: bool, is_held_out: bool) -> bool:
     """Whether a record's positions are starts of chains, to be learned from or to score by.
 
     Those to learn from are what teaches. Scores are over the unbiased sample: what teaches is mostly where the draft in
     force was wrong, and there any other looks better.
     """
-    return not record.is_hard_example if is_held_out(record.request_id, held_out_share) else is_teaching
-
-
-def is_held_out(request_id: str, share: float) -> bool:
-    """Whether a request is for scoring, never for training; always the same for the same request."""
-    return _hash(request_id) < share
+    return not record.is_hard_example if is_held_out else is_teaching
 
 
 class ReplayBuffer:
@@ -63,6 +60,8 @@ class ReplayBuffer:
         self._new: deque[Segment] = deque()
         self._history: list[Segment] = []
         self._num_left = 0
+        self._num_requests = 0
+        self._are_held_out: OrderedDict[str, bool] = OrderedDict()  # of the requests heard last
         self.held_out: deque[Segment] = deque()  # the most recent of the held-out requests' segments
         self.num_arrived_positions = 0
         """Positions that came since the last ``take``, whether they are still here or not; held-out ones not."""
@@ -86,9 +85,22 @@ class ReplayBuffer:
         """Whether there is anything for ``take_older``."""
         return bool(self._older())
 
+    def holds_out(self, request_id: str) -> bool:
+        """Whether a request is for scoring, never for training: each fifth, say, of those first asked about."""
+        is_held_out = self._are_held_out.get(request_id)
+        if is_held_out is None:
+            before, share = self._num_requests, self._config.held_out_share
+            self._num_requests += 1
+            is_held_out = int(self._num_requests * share) > int(before * share)
+            if len(self._are_held_out) == _REQUESTS:
+                self._are_held_out.popitem(last=False)
+        self._are_held_out[request_id] = is_held_out
+        self._are_held_out.move_to_end(request_id)
+        return is_held_out
+
     def add(self, segment: Segment) -> None:
         """Remember a segment, and forget another when there are too many."""
-        if is_held_out(segment.request_id, self._config.held_out_share):
+        if self.holds_out(segment.request_id):
             self.held_out.append(segment)
             self._forget_held_out()
             return

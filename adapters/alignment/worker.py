@@ -166,9 +166,12 @@ class AdapterWorker:
                 is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
                 known.append((aligner, record, is_useful))
         # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
-        share = config.replay.held_out_share
         segments = self._assembler.add(
-            [(one.state.key, record, starts_chains(record, is_useful, share)) for one, record, is_useful in known], ring
+            [
+                (one.state.key, record, starts_chains(record, is_useful, one.replay.holds_out(record.request_id)))
+                for one, record, is_useful in known
+            ],
+            ring,
         )
         for aligner, record, is_useful in known:
             aligner.count(record, is_useful)

@@ -53,12 +53,11 @@ class Replay:
     def serve(self, recording: Recording, name: str) -> None:
         """Log an answer's steps, and do what there is to do before the next one."""
         records = list(self._records(recording, name))
-        replay = self._config.replay
-        are_teaching = [teaches(each, self._config.log.kl_threshold, replay.sampled_share) for each in records]
+        share, is_held_out = self._config.replay.sampled_share, self.aligner.replay.holds_out(name)
+        are_teaching = [teaches(each, self._config.log.kl_threshold, share) for each in records]
         taught = list(zip(records, are_teaching, strict=True))
         self._assembler.add(
-            [(_KEY, each, starts_chains(each, is_useful, replay.held_out_share)) for each, is_useful in taught],
-            self._reader,
+            [(_KEY, each, starts_chains(each, is_useful, is_held_out)) for each, is_useful in taught], self._reader
         )
         for each, is_useful in taught:
             self.aligner.count(each, is_useful)

@@ -205,10 +205,14 @@ class DraftVocab:
             self._free.append(state.session)
             state.session = NONE
 
-    def prior_weights(self, request: Request) -> NDArray[np.float32] | None:
-        """[NUM_FEATURES] with which a sequence is drafted for; None: without a prior."""
-        session = request.draft_state.session
-        return None if session == NONE or not self.uses_prior else self.sessions.applied_weights(session)
+    def prior_weights(self, requests: Sequence[Request]) -> NDArray[np.float32] | None:
+        """[n, NUM_FEATURES] with which sequences are drafted for, 0 without a vocabulary; None: there are no priors."""
+        if not self.uses_prior:
+            return None
+        sessions = np.array([request.draft_state.session for request in requests])
+        weights = self.sessions.applied_weights(sessions)
+        weights[sessions == NONE] = 0.0
+        return weights
 
     def _begin(self, request: Request) -> bool:
         """Make the vocabulary of a sequence that has none yet, if there is room; whether it has one."""

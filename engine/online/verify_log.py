@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
-_SAVED_SECONDS = 0.5
+_SAVED_SECONDS = 0.2
 """So much of the time for logging can be saved up: after a pause a burst is logged whole."""
 _CONTEXT_SECONDS = 3.0
 """After so long without a record a request's context comes again: the worker gives a silent request up after five."""
@@ -69,16 +70,6 @@ class _Step:
         return Chunk(sequence.start + first, token_ids, 0, sequence.block_ids, sequence.request)
 
 
-@dataclass(frozen=True, slots=True)
-class _Chosen:
-    """A step to log, and the target's top k [len(kept), k] there."""
-
-    step: _Step
-    is_hard_example: bool
-    values: NDArray[np.float32]
-    ids: NDArray[np.int64]
-
-
 class VerifyLog:
     """Logs steps, drafted or not, and their features. It never waits: what cannot be taken is dropped and counted.
 
@@ -92,7 +83,7 @@ class VerifyLog:
         adapters: who drafted.
         width: of a feature.
         features: [T, width] of the positions before the tokens of some chunks.
-        prior_weights: [NUM_FEATURES] of the prior with which a request is drafted for; None: without one.
+        prior_weights: [n, NUM_FEATURES] of the priors with which some requests are drafted for; None: without priors.
         team: threads of the compiled kernels (None: the calling one).
 
     Raises:
@@ -104,7 +95,7 @@ class VerifyLog:
         adapters: EagleAdapters,
         width: int,
         features: Callable[[Sequence[Chunk]], torch.Tensor],
-        prior_weights: Callable[[Request], NDArray[np.float32] | None],
+        prior_weights: Callable[[Sequence[Request]], NDArray[np.float32] | None],
         team: Team | None = None,
     ) -> None:
         config = adapters.config
@@ -121,7 +112,8 @@ class VerifyLog:
         self._log = TokenLog(
             config.redis_url, options.stream, max_records=options.max_records, interval=options.interval_seconds
         )
-        self._max_context = min(config.log.context_tokens, config.log.ring_rows // 4)
+        self._max_block = config.log.ring_rows // 4
+        self._max_context = min(config.log.context_tokens, self._max_block)
         self._budget = TimeBudget(config.log.cost_share, _SAVED_SECONDS)
         self._num_lost, self._lost_at = 0, -math.inf
         """How many records were lost so far, and when the last ones were."""
@@ -165,25 +157,40 @@ class VerifyLog:
 
     def _log_steps(self, steps: Sequence[_Step], values: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
         """Those worth it, of which ``values`` and ``ids`` [L, k] are the target's largest logits."""
-        chosen: list[_Chosen] = []
+        chosen: list[tuple[_Step, bool]] = []
         for step in steps:
-            of_step = step.verified.rows
-            is_sampled = self._is_sampled(step.verified.request)
+            is_sampled, of_step = self._is_sampled(step.verified.request), step.verified.rows
             if is_sampled or self._teaches(step, values[of_step], ids[of_step]):
-                chosen.append(_Chosen(step, not is_sampled, values[of_step], ids[of_step]))
+                chosen.append((step, is_sampled))
         if not chosen:
             return
         self._look_around()
-        chunks = [self._with_context(one.step) for one in chosen]
-        of_chunks = self._features(chunks).cpu().split_with_sizes([len(chunk.token_ids) for chunk in chunks])
-        for one, chunk, rows in zip(chosen, chunks, of_chunks, strict=True):
-            try:
-                place = self._ring.write(rows)
-            except SharedMemoryError:  # somebody truncated it: the next look around makes another
-                continue
-            self._num_hard += one.is_hard_example
-            self._num_sampled += not one.is_hard_example
-            self._log.log(self._record(one, chunk.token_ids[: -len(one.step.kept)], *place))
+        chunks = [self._with_context(step) for step, _ in chosen]
+        try:
+            places = self._store(self._features(chunks).cpu(), [len(chunk.token_ids) for chunk in chunks])
+        except SharedMemoryError:  # somebody truncated the ring: the next look around makes another
+            return
+        packed_values, packed_ids = values.astype("<f2"), ids.astype("<i4")
+        priors = self._priors([step.verified.request for step, _ in chosen])
+        for (step, is_sampled), chunk, place, prior in zip(chosen, chunks, places, priors, strict=True):
+            self._num_hard += not is_sampled
+            self._num_sampled += is_sampled
+            top = pack_top_k(packed_ids[(rows := step.verified.rows)], packed_values[rows])
+            self._log.log(self._record(step, is_sampled, chunk, place, top, prior))
+
+    def _store(self, rows: torch.Tensor, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """Write rows [T, width] to the ring: slot of the first of each chunk of such a length, and its generation."""
+        if len(rows) > self._max_block:
+            return [self._ring.write(part) for part in rows.split_with_sizes(list(lengths))]
+        slot, generation = self._ring.write(rows)
+        return [(slot + first, generation) for first in accumulate(lengths[:-1], initial=0)]
+
+    def _priors(self, requests: Sequence[Request]) -> list[bytes]:
+        """The packed weights with which each is drafted for."""
+        weights = self._prior_weights(requests)
+        if weights is None:
+            return [b""] * len(requests)
+        return [pack_weights(row) if row.any() else b"" for row in weights]
 
     def _look_around(self) -> None:
         """See once a second whether records were lost, and that a worker finds the ring; if not, make another."""
@@ -251,32 +258,39 @@ class VerifyLog:
         surprisals = np.logaddexp.reduce(values[:count], axis=1) - drafted
         return bool((surprisals > self._options.kl_threshold).any())
 
-    def _record(self, chosen: _Chosen, context: Sequence[int], slot: int, generation: int) -> VerifyRecord:
-        """``slot`` and ``generation``: of the rows of the context and the step's own behind them."""
-        step, request = chosen.step, chosen.step.verified.request
-        assignment = request.draft_state.adapter
-        top_ids, top_logits = pack_top_k(chosen.ids, chosen.values)
-        weights = self._prior_weights(request)
+    def _record(
+        self,
+        step: _Step,
+        is_sampled: bool,
+        chunk: Chunk,
+        place: tuple[int, int],
+        top: tuple[bytes, bytes],
+        prior: bytes,
+    ) -> VerifyRecord:
+        """``chunk``: the step's tokens, with their context before; its first features are at ``place`` of the ring."""
+        request, own = step.verified.request, len(step.kept)
+        assignment, (slot, generation), (top_ids, top_logits) = request.draft_state.adapter, place, top
+        context = chunk.token_ids[:-own]
         return VerifyRecord(
             request_id=request.request_id,
             tenant=request.tenant,
             adapter_key=assignment.key,
             domain=request.domain,
-            position=step.chunk.start + 1,
-            last_token=step.chunk.token_ids[0],
+            position=chunk.start + len(context) + 1,
+            last_token=chunk.token_ids[-own],
             drafted=tuple(step.drafted),
             num_accepted=step.num_accepted,
             next_token=step.kept[-1],
             draft_version=assignment.version,
-            top_k=chosen.ids.shape[1],
+            top_k=len(top_ids) // (4 * own),
             top_ids=top_ids,
             top_logits=top_logits,
-            is_hard_example=chosen.is_hard_example,
+            is_hard_example=not is_sampled,
             feature_slot=slot + len(context),
             feature_generation=generation,
-            num_features=len(step.kept),
+            num_features=own,
             context=pack_ids(context),
             copied=step.verified.source == "lookup",
             first_right=step.first_right,
-            prior=b"" if weights is None or not weights.any() else pack_weights(weights),
+            prior=prior,
         )

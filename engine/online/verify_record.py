@@ -81,7 +81,7 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
 def pack_top_k(ids: npt.NDArray[np.integer], logits: npt.NDArray[np.floating]) -> tuple[bytes, bytes]:
     """The fields ``top_ids`` and ``top_logits`` for arrays [steps, k]."""
-    return ids.astype("<i4").tobytes(), logits.astype("<f2").tobytes()
+    return ids.astype("<i4", copy=False).tobytes(), logits.astype("<f2", copy=False).tobytes()
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
@@ -91,7 +91,7 @@ def pack_ids(ids: Sequence[int]) -> bytes:
 
 def pack_weights(weights: npt.NDArray[np.floating]) -> bytes:
     """The field ``prior`` for weights."""
-    return weights.astype("<f2").tobytes()
+    return weights.astype("<f2", copy=False).tobytes()
 
 
 def encode_record(record: VerifyRecord) -> bytes:

@@ -25,7 +25,7 @@ def main(base_url: str, model: str) -> None:
     """Ask once in each mode."""
     chat = openai.OpenAI(base_url=base_url, api_key="none")
     messages = anthropic.Anthropic(base_url=base_url.removesuffix("/v1"), api_key="none")
-    greedy = {"temperature": 0, "max_tokens": 100}
+    greedy: dict[str, Any] = {"temperature": 0, "max_tokens": 100}
 
     def ask(client: Any, **options: Any) -> None:
         answer = client.chat.completions.create(
@@ -44,6 +44,7 @@ def main(base_url: str, model: str) -> None:
     print("chat schema")
     ask(instructor.from_openai(chat, mode=Mode.RESPONSES_TOOLS), temperature=0, max_output_tokens=100)
     print("responses call")
+    greedy = {"max_tokens": 100, "extra_body": {"temperature": 0}}  # new SDKs know no temperature
     ask(instructor.from_anthropic(messages, mode=Mode.TOOLS), **greedy)
     print("messages call")
     for mode in (Mode.JSON, Mode.JSON_SCHEMA):

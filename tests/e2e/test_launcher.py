@@ -217,12 +217,19 @@ def test_sigterm_waits_neither_for_bodies_that_do_not_come_nor_for_idle_connecti
     assert not [event for event in server.events() if event["level"] in ("warning", "error", "critical")]
 
 
-def test_drain_ends_at_its_time_limit_with_a_clear_error(launch_server: LaunchServer, tiny: Path) -> None:
-    server = launch_server("--http.drain_timeout", "0.1", "--model", str(tiny))
+@pytest.mark.parametrize("command", ["serve", "api"])
+def test_drain_ends_at_its_time_limit_with_a_clear_error(
+    launch_server: LaunchServer, engine_alone: EngineAlone, tiny: Path, command: str
+) -> None:
+    options = engine_alone.options if command == "api" else ["--model", str(tiny)]
+    server = launch_server("--http.drain_timeout", "0.1", *options, command=command)
+    engine = engine_alone.process.pid if command == "api" else server.pid_of("engine")
     with running_stream(server.base_url, tiny.name) as stream:
-        os.kill(server.pid_of("engine"), signal.SIGSTOP)
+        os.kill(engine, signal.SIGSTOP)
         server.process.send_signal(signal.SIGTERM)
-        assert stream.rest()[-1]["error"]["code"] == "engine_unavailable"
+        assert stream.rest()[-1]["error"]["code"] == "shutting_down"
+    if command == "api":
+        os.kill(engine, signal.SIGCONT)
     assert server.process.wait(timeout=30) == 0
 
 

@@ -313,4 +313,4 @@ def test_switches_switch_off() -> None:
     harness.verify(request, [701], drafts=[3])
     assert harness.tail(request) == set()
     assert not harness.vocab.uses_prior
-    assert harness.vocab.prior_weights(request) is None
+    assert harness.vocab.prior_weights([request]) is None

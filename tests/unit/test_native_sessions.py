@@ -323,7 +323,7 @@ def test_priors_are_those_of_the_reference(
         learn([reference.weights] * len(own), Candidates(*map(np.concatenate, parts)), np.array([t for *_, t in own]))
         assert made.weights(session) == pytest.approx(reference.weights.learned, abs=1e-5)
         shown = reference.weights.bonus * np.array(uses)
-        assert made.applied_weights(session) == pytest.approx(shown, abs=1e-5)
+        assert made.applied_weights([session])[0] == pytest.approx(shown, abs=1e-5)
         assert made.counts(session).num_lessons == num_drafts + 1
 
 

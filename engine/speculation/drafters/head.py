@@ -186,9 +186,9 @@ class DraftHead:
             for request, length, levels in zip(requests, lengths, result.confidence.T.tolist(), strict=True):
                 request.draft_state.confidence = levels[:length]
 
-    def prior_weights(self, request: Request) -> NDArray[np.float32] | None:
-        """[NUM_FEATURES] of the prior with which a sequence is drafted for; None: without one."""
-        return None if self.vocab is None else self.vocab.prior_weights(request)
+    def prior_weights(self, requests: Sequence[Request]) -> NDArray[np.float32] | None:
+        """[n, NUM_FEATURES] of the priors with which sequences are drafted for; None: without priors."""
+        return None if self.vocab is None else self.vocab.prior_weights(requests)
 
     def _of_chains(self, requests: Sequence[Request]) -> ChainVocabularies:
         """The tail, the prior and the text of each."""
