@@ -13,7 +13,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from itertools import cycle, islice
 from pathlib import Path
@@ -87,19 +87,19 @@ class Hour:
     ) -> None:
         self._sides, self._sets, self._sizes, self._record, self._path = sides, sets, sizes, record, path
 
-    async def run(self, streams: Mapping[str, Sequence[str]]) -> None:
-        """One domain after another."""
-        for number, (domain, prompts) in enumerate(streams.items()):
-            await self._stream(domain, prompts)
-            is_last = number == len(streams) - 1
+    async def run(self, domains: Sequence[str], streams: Mapping[str, Sequence[str]]) -> None:
+        """One domain after another; one that comes again goes on where it was."""
+        waiting = {domain: cycle(prompts) for domain, prompts in streams.items()}
+        for number, domain in enumerate(domains, 1):
+            await self._stream(domain, waiting[domain])
             self._sides[LEARNING].freeze(True)
-            for name in [name for name in self._sets if self._sets[name]] if is_last else list(streams)[: number + 1]:
+            wanted = dict.fromkeys(domains[:number]) if number < len(domains) else self._sets
+            for name in filter(self._sets.get, wanted):
                 answers = await held_out(self._sides, self._sets[name], self._sizes["max_tokens"])
                 self._note("held_out", {"after": domain, "set": name, "answers": answers})
             self._sides[LEARNING].freeze(False)
 
-    async def _stream(self, domain: str, prompts: Sequence[str]) -> None:
-        waiting = cycle(prompts)
+    async def _stream(self, domain: str, waiting: Iterator[str]) -> None:
         for number in range(self._sizes["bursts"]):
             chosen = list(islice(waiting, self._sizes["each"]))
             seen: dict[str, Any] = {"domain": domain}
@@ -195,7 +195,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
 
 def main(
     model: Annotated[str, typer.Option(help="With a draft of this project.")] = "qwen2.5-coder-0.5b",
-    domain: Annotated[list[str] | None, typer.Option(help="Repeatable; each has DOMAIN-stream.jsonl.")] = None,
+    domain: Annotated[list[str] | None, typer.Option(help="In order, also again; of DOMAIN-stream.jsonl.")] = None,
     data: Annotated[Path, typer.Option(help="Directory of the streams and of the evaluation prompts.")] = DATA,
     trial: Annotated[bool, typer.Option(help="Measure with trial prompts, to choose options by.")] = False,
     bursts: Annotated[int, typer.Option(min=1, help="Of each domain.")] = 15,
@@ -242,7 +242,7 @@ def main(
             sides = {side: server.as_tenant(key) for side, key in keys.items()}
             if baseline:  # it changes the draft of all tenants
                 sides[FIXED] = stack.enter_context(serving(model, model, "hour-fixed", ["--no-alignment.enabled"]))
-            uvloop.run(Hour(sides, sets, sizes, record, path).run(streams))
+            uvloop.run(Hour(sides, sets, sizes, record, path).run(domains, streams))
     report(record, Console(width=160))
     draw(record, path.with_suffix(".png"))
 

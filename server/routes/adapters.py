@@ -42,7 +42,7 @@ async def list_adapters(serving: CurrentServing) -> Response:
 @router.post(
     "/v1/adapters/{key:path}/{action}",
     status_code=202,
-    responses={202: success(AcceptedCommand)[200], **errors(400, 401, 503)},
+    responses={202: success(AcceptedCommand)[200], **errors(400, 401, 404, 503)},
 )
 async def command_adapter(
     key: Annotated[str, Path(min_length=1, max_length=128)],
