@@ -49,8 +49,8 @@ class CpuMonitor:
         return time.monotonic(), idle, time.process_time()
 
 
-_READ_SECONDS = 10.0
-"""From one look at the log to the next, at least, while the machine is wanted."""
+_READ_SECONDS, _READ_SHARE = 10.0, 0.01
+"""From one look at the log to the next, at least, while the machine is wanted; and how much of a core looks take."""
 _PATIENCE = 300.0
 """Seconds without an idle moment after which training takes its share of a busy machine."""
 _OTHERS = 0.25
@@ -62,8 +62,8 @@ class Pacer:
 
     At once where ``spare_cores`` are idle. Where the machine is wanted, or that cannot be known, only if it was not
     idle for minutes, and after an update of s seconds not before s / ``busy_share`` seconds: training never takes more
-    than that share of one core from the engine, and is niced as well. What was logged waits for some seconds then: to
-    take it in costs as much as to log it.
+    than that share of one core from the engine, and is niced as well. What was logged waits for some seconds then, and
+    for longer where to take it in takes long.
     """
 
     def __init__(
@@ -83,10 +83,11 @@ class Pacer:
 
     def may_read(self) -> bool:
         """Whether to take in now what was logged."""
-        may_read = self._is_idle() or self._clock() >= self._next_reading
-        if may_read:
-            self._next_reading = self._clock() + _READ_SECONDS
-        return may_read
+        return self._is_idle() or self._clock() >= self._next_reading
+
+    def took_in(self, seconds: float) -> None:
+        """To take in what was logged took the worker so long."""
+        self._next_reading = self._clock() + max(_READ_SECONDS, seconds / _READ_SHARE)
 
     def ran(self, seconds: float) -> None:
         """The worker computed for so long."""

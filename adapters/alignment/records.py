@@ -10,10 +10,11 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.verify_record import VerifyRecord
@@ -46,13 +47,25 @@ class Segment:
         return int(self.anchors.sum())
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """n positions in a row: those of a record, or of its context."""
+
+    start: int
+    token_ids: list[int]
+    inputs: torch.Tensor  # [n, width]
+    record: VerifyRecord | None = None  # what is known of the target's distribution there
+    teaches: bool = False
+
+
 @dataclass
 class _Unfinished:
     """A request's segment that is growing."""
 
     key: str
-    context: Segment | None  # what was before the first record; every segment of the request begins with it
-    parts: list[Segment] = field(default_factory=list)  # a segment of each record
+    context: _Part | None  # what was before the first record; every segment of the request begins with it
+    parts: list[_Part] = field(default_factory=list)  # one of each record
+    num_positions: int = 0  # of the parts
     last_heard_at: float = 0.0
 
 
@@ -91,14 +104,15 @@ class Assembler:
         usable = [entry for entry in records if self._is_usable(entry[1])]
         counts = [record.num_context + _num_rows(record) for _, record, _ in usable]
         rows, valid = _read_rows([record for _, record, _ in usable], counts, ring)
+        are_finite = rows.float().square().sum(1).isfinite()  # one row that is not, held out, would fail every version
         self.num_unusable += len(records) - len(usable)
         complete = []
-        for (key, record, teaches), inputs, is_valid in zip(
-            usable, torch.split_with_sizes(rows, counts), torch.split_with_sizes(valid, counts), strict=True
+        for (key, record, teaches), inputs, is_valid, is_finite in zip(
+            usable, *(torch.split_with_sizes(each, counts) for each in (rows, valid, are_finite)), strict=True
         ):
             if not is_valid.all():
                 self.num_lapsed += 1
-            elif not inputs.float().square().sum().isfinite():  # one such segment held out would fail every version
+            elif not is_finite.all():
                 self.num_unusable += 1
             else:
                 complete += self._join(key, record, inputs.clone(), teaches)
@@ -106,7 +120,7 @@ class Assembler:
 
     def flush(self) -> list[tuple[str, Segment]]:
         """End all segments, as if every request were over."""
-        return [entry for request_id in list(self._unfinished) for entry in _finished(self._unfinished.pop(request_id))]
+        return [entry for request_id in list(self._unfinished) for entry in self._end(request_id)]
 
     def forget(self, key: str) -> None:
         """Drop the unfinished segments of a key."""
@@ -129,59 +143,33 @@ class Assembler:
     def _join(self, key: str, record: VerifyRecord, inputs: torch.Tensor, teaches: bool) -> list[tuple[str, Segment]]:
         """Put a record, with the inputs of its context and its own, at the end of its request's segment."""
         context, own = inputs.split_with_sizes([record.num_context, _num_rows(record)])
-        unfinished = self._unfinished.get(record.request_id)
+        start, request_id = record.position - 1, record.request_id
+        unfinished = self._unfinished.get(request_id)
         if unfinished is None or unfinished.key != key:
-            start = record.position - 1 - record.num_context
-            before = self._unlabelled(record.request_id, start, record.context_ids().tolist(), context)
-            unfinished = self._unfinished[record.request_id] = _Unfinished(key, before if len(context) else None)
+            before = _Part(start - len(context), record.context_ids().tolist(), context) if len(context) else None
+            unfinished = self._unfinished[request_id] = _Unfinished(key, before)
         parts = unfinished.parts
-        if parts and record.position - 1 <= parts[-1].positions[-1]:
+        if parts and start < parts[-1].start + len(parts[-1].token_ids):
             return []  # it was delivered twice
-        parts.append(self._labelled(record, own, teaches))
+        token_ids = [record.last_token, *record.drafted[: record.num_accepted]][: len(own)]
+        parts.append(_Part(start, token_ids, own, record, teaches))
+        unfinished.num_positions += len(token_ids)
         unfinished.last_heard_at = time.monotonic()
-        self._unfinished.move_to_end(record.request_id)
-        if sum(len(part.positions) for part in parts) < self._segment_positions:
+        self._unfinished.move_to_end(request_id)
+        if unfinished.num_positions < self._segment_positions:
             return []
-        finished = _finished(unfinished)
+        finished = self._finished(request_id, unfinished)
         unfinished.parts = self._last_of(parts)
+        unfinished.num_positions = sum(len(part.token_ids) for part in unfinished.parts)
         return finished
 
-    def _unlabelled(self, request_id: str, start: int, token_ids: list[int], inputs: torch.Tensor) -> Segment:
-        """Positions at which the target's distribution is not known."""
-        count = len(token_ids)
-        return Segment(
-            request_id,
-            positions=torch.arange(start, start + count),
-            token_ids=torch.tensor(token_ids, dtype=torch.int64),
-            inputs=inputs,
-            top_ids=torch.zeros(count, self._top_k, dtype=torch.int32),
-            top_logits=torch.full((count, self._top_k), -torch.inf, dtype=torch.float16),
-            refused=torch.full((count,), _NO_TOKEN, dtype=torch.int32),
-            anchors=torch.zeros(count, dtype=torch.bool),
-            prior=torch.zeros(count, NUM_FEATURES, dtype=torch.float16),
-        )
-
-    def _labelled(self, record: VerifyRecord, inputs: torch.Tensor, teaches: bool) -> Segment:
-        count = len(inputs)
-        token_ids = [record.last_token, *record.drafted[: record.num_accepted]][:count]
-        part = self._unlabelled(record.request_id, record.position - 1, token_ids, inputs)
-        ids, logits = record.top_k_arrays()
-        steps, k = min(count, len(ids)), min(self._top_k, record.top_k)
-        part.top_ids[:steps, :k] = torch.tensor(ids[:steps, :k])
-        part.top_logits[:steps, :k] = torch.tensor(logits[:steps, :k])
-        if record.num_accepted < min(len(record.drafted), count):
-            part.refused[record.num_accepted] = record.drafted[record.num_accepted]
-        if record.prior:
-            part.prior[:] = torch.tensor(record.prior_weights())
-        return replace(part, anchors=has_target(part.top_logits) & teaches)
-
-    def _last_of(self, parts: Sequence[Segment]) -> list[Segment]:
+    def _last_of(self, parts: Sequence[_Part]) -> list[_Part]:
         """The last parts, as context of what follows."""
         kept, first = 0, len(parts)
         while first > 0 and kept < self._context_positions:
             first -= 1
-            kept += len(parts[first].positions)
-        return [replace(part, anchors=torch.zeros_like(part.anchors)) for part in parts[first:]]
+            kept += len(parts[first].token_ids)
+        return [replace(part, teaches=False) for part in parts[first:]]
 
     def _end_silent(self) -> list[tuple[str, Segment]]:
         deadline = time.monotonic() - self._idle_seconds
@@ -190,8 +178,45 @@ class Assembler:
             request_id, oldest = next(iter(self._unfinished.items()))
             if oldest.last_heard_at > deadline and len(self._unfinished) <= _MAX_UNFINISHED:
                 break
-            segments += _finished(self._unfinished.pop(request_id))
+            segments += self._end(request_id)
         return segments
+
+    def _end(self, request_id: str) -> list[tuple[str, Segment]]:
+        """A request is over."""
+        return self._finished(request_id, self._unfinished.pop(request_id))
+
+    def _finished(self, request_id: str, unfinished: _Unfinished) -> list[tuple[str, Segment]]:
+        """The segment that has grown, with its key, unless nothing in it teaches."""
+        parts = unfinished.parts if unfinished.context is None else [unfinished.context, *unfinished.parts]
+        token_ids = [token_id for part in parts for token_id in part.token_ids]
+        count, k = len(token_ids), self._top_k
+        top_ids, top_logits = np.zeros((count, k), np.int32), np.full((count, k), -np.inf, np.float16)
+        refused, teaches = np.full(count, _NO_TOKEN, np.int32), np.zeros(count, np.bool_)
+        prior = np.zeros((count, NUM_FEATURES), np.float16)
+        first = 0
+        for part in parts:
+            rows, record = slice(first, first + len(part.token_ids)), part.record
+            if record is not None:
+                _label(record, top_ids[rows], top_logits[rows], refused[rows])
+                teaches[rows] = part.teaches
+                if record.prior:
+                    prior[rows] = record.prior_weights()
+            first = rows.stop
+        anchors = has_target(torch.from_numpy(top_logits)) & torch.from_numpy(teaches)
+        if not anchors.any():
+            return []
+        segment = Segment(
+            request_id,
+            positions=torch.cat([torch.arange(part.start, part.start + len(part.token_ids)) for part in parts]),
+            token_ids=torch.tensor(token_ids, dtype=torch.int64),
+            inputs=torch.cat([part.inputs for part in parts]),
+            top_ids=torch.from_numpy(top_ids),
+            top_logits=torch.from_numpy(top_logits),
+            refused=torch.from_numpy(refused),
+            anchors=anchors,
+            prior=torch.from_numpy(prior),
+        )
+        return [(unfinished.key, segment)]
 
 
 def has_target(top_logits: torch.Tensor) -> torch.Tensor:
@@ -199,14 +224,16 @@ def has_target(top_logits: torch.Tensor) -> torch.Tensor:
     return top_logits[..., 0].isfinite() & ~(top_logits.isnan() | (top_logits == torch.inf)).any(-1)
 
 
-def _finished(unfinished: _Unfinished) -> list[tuple[str, Segment]]:
-    """The segment that has grown, with its key, unless nothing in it teaches."""
-    parts = unfinished.parts if unfinished.context is None else [unfinished.context, *unfinished.parts]
-    if not any(part.num_anchors for part in parts):
-        return []
-    names = [each.name for each in fields(Segment) if each.name != "request_id"]
-    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-    return [(unfinished.key, Segment(parts[0].request_id, **joined))]
+def _label(
+    record: VerifyRecord, top_ids: NDArray[np.int32], top_logits: NDArray[np.float16], refused: NDArray[np.int32]
+) -> None:
+    """Write what is known of a record's positions to their rows [n, k], [n, k] and [n]."""
+    ids, logits = record.top_k_arrays()
+    steps, k = min(len(top_ids), len(ids)), min(top_ids.shape[1], record.top_k)
+    top_ids[:steps, :k] = ids[:steps, :k]
+    top_logits[:steps, :k] = logits[:steps, :k]
+    if record.num_accepted < min(len(record.drafted), len(refused)):
+        refused[record.num_accepted] = record.drafted[record.num_accepted]
 
 
 def _num_rows(record: VerifyRecord) -> int:

@@ -86,12 +86,13 @@ class ReplayBuffer:
         return bool(self._older())
 
     def holds_out(self, request_id: str) -> bool:
-        """Whether a request is for scoring, never for training: each fifth, say, of those first asked about."""
+        """Whether a request is for scoring, never for training: one by lot of each five, say, first asked about."""
         is_held_out = self._are_held_out.get(request_id)
         if is_held_out is None:
-            before, share = self._num_requests, self._config.held_out_share
+            period = round(1 / self._config.held_out_share)
+            group, place = divmod(self._num_requests, period)
             self._num_requests += 1
-            is_held_out = int(self._num_requests * share) > int(before * share)
+            is_held_out = place == int(_hash(str(group)) * period)
             if len(self._are_held_out) == _REQUESTS:
                 self._are_held_out.popitem(last=False)
         self._are_held_out[request_id] = is_held_out

@@ -134,9 +134,10 @@ class AdapterWorker:
 
     def _read_all(self) -> bool:
         """Take in what the engine logged meanwhile, or much of it; whether there was anything."""
-        counts = [self._read()]
+        started, counts = time.process_time(), [self._read()]
         while counts[-1] == _BATCH and len(counts) < _MAX_BATCHES:
             counts.append(self._read())
+        self._pacer.took_in(time.process_time() - started)
         return any(counts)
 
     def _read(self) -> int:
@@ -156,7 +157,7 @@ class AdapterWorker:
         return len(entries)
 
     def _take_in(self, entries: list[LoggedRecord], ring: FeatureRingReader) -> None:
-        config, known = self._config, list[tuple[KeyAligner, VerifyRecord, bool]]()
+        config, known, joined = self._config, list[tuple[KeyAligner, VerifyRecord, bool]](), []
         of_keys = [(adapter_key(config.key_scope, each.record.tenant, each.record.domain), each) for each in entries]
         # Those that have a slot go first, or after a quiet minute a newcomer would put out one that is about to speak,
         # that one the next, and so on.
@@ -165,14 +166,10 @@ class AdapterWorker:
             if aligner is not None:
                 is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
                 known.append((aligner, record, is_useful))
+                is_held_out = aligner.replay.holds_out(record.request_id)
+                joined.append((key, record, starts_chains(record, is_useful, is_held_out)))
         # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
-        segments = self._assembler.add(
-            [
-                (one.state.key, record, starts_chains(record, is_useful, one.replay.holds_out(record.request_id)))
-                for one, record, is_useful in known
-            ],
-            ring,
-        )
+        segments = self._assembler.add(joined, ring)
         for aligner, record, is_useful in known:
             aligner.count(record, is_useful)
         self._num_records += len(entries)

@@ -1,7 +1,7 @@
 # requires: instructor anthropic
-"""instructor: all modes that it has for these APIs, of which others are names, but for two. ``PARALLEL_TOOLS`` leaves it
-to the model whether it calls a tool. ``JSON_SCHEMA`` over messages sends no schema to today's SDK, asks for JSON in words,
-and refuses the fence that the model puts around it."""
+"""instructor: all modes that it has for these APIs, of which others are names, but for two. ``PARALLEL_TOOLS`` leaves
+it to the model whether it calls a tool. ``JSON_SCHEMA`` over messages sends no schema by today's SDK, asks for JSON in
+words, and refuses the fence that the model puts around it."""
 
 from __future__ import annotations
 

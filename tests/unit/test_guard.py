@@ -337,15 +337,20 @@ def test_training_takes_no_more_than_its_share_of_a_busy_machine() -> None:
     assert not never.may_run()
 
 
-def test_a_busy_machine_takes_in_the_log_every_ten_seconds_and_an_idle_one_at_once() -> None:
+@pytest.mark.parametrize(("seconds", "expected"), [(0.05, [0, 10, 20, 30]), (0.2, [0, 20])])
+def test_a_busy_machine_takes_in_the_log_now_and_then_and_an_idle_one_at_once(
+    seconds: float, expected: list[int]
+) -> None:
+    """Each ten seconds, unless that is more than one percent of the time."""
     clock, spare = [0.0], [0.0]
     pacer = Pacer(PaceConfig(spare_cores=0.5), lambda: spare[0], lambda: clock[0])
     readings = []
     while clock[0] < 35:
         if pacer.may_read():
             readings.append(clock[0])
+            pacer.took_in(seconds)
         clock[0] += 1
-    assert readings == [0, 10, 20, 30]
+    assert readings == expected
     spare[0] = 1.0
     assert pacer.may_read()
     assert pacer.may_read()
