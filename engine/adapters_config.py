@@ -54,7 +54,7 @@ class TokenLogConfig(Section):
         default=0.005,
         ge=0,
         le=1,
-        description="Share of the engine's time that logging may take. Requests that begin when it is used up are not "
+        description="Share of the steps' time that logging may take. Requests that begin when it is used up are not "
         "logged, but those that the base draft drafts for.",
     )
     control_share: float = Field(

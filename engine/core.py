@@ -176,7 +176,7 @@ class EngineCore:
         clock.lap("commit")
         self._scheduler.record_seconds(plan, clock.seconds)
         if self._speculator is not None:
-            self._speculator.record_step(plan, clock.seconds_without("draft"))
+            self._speculator.record_step(plan, clock.seconds, clock.seconds_without("draft"))
         return outputs, clock.timings(plan, vocabulary)
 
     def _plan(self, reservation: Reservation) -> SchedulerOutput:

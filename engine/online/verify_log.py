@@ -36,7 +36,7 @@ log = structlog.get_logger(__name__)
 
 _LOOK_SECONDS = 1.0
 _SAVED_SECONDS = 0.2
-"""So much of the time for logging can be saved up: after a pause a burst is logged whole."""
+"""So much of the time for logging is there at first, and can be saved up."""
 _CONTEXT_SECONDS = 3.0
 """After so long without a record a request's context comes again: the worker gives a silent request up after five."""
 
@@ -74,7 +74,7 @@ class VerifyLog:
     """Logs steps, drafted or not, and their features. It never waits: what cannot be taken is dropped and counted.
 
     Requests are logged whole, or not: where nothing may be learned from them, or where logging would take more than
-    ``log.cost_share`` of the time. Of those, a step is logged whatever happened in it with the probability
+    ``log.cost_share`` of the steps' time. Of those, a step is logged whatever happened in it with the probability
     ``log.sample_share``; all steps of control requests are. Of the others, those are logged that teach: a draft was
     refused, or the target thought little of one that was accepted, or there was none. A request's first record, and the
     first after a while, brings along the tokens before it: its prompt, to which the draft attends.
@@ -155,11 +155,15 @@ class VerifyLog:
         self._budget.spend(time.perf_counter() - started)
         return ids[:, :num_likely]
 
+    def record_step(self, seconds: float) -> None:
+        """A step took so long."""
+        self._budget.earn(seconds)
+
     def _log_steps(self, steps: Sequence[_Step], values: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
         """Those worth it, of which ``values`` and ``ids`` [L, k] are the target's largest logits."""
         chosen: list[tuple[_Step, bool]] = []
         for step in steps:
-            is_sampled, of_step = self._is_sampled(step.verified.request), step.verified.rows
+            of_step, is_sampled = step.verified.rows, self._is_sampled(step.verified.request)
             if is_sampled or self._teaches(step, values[of_step], ids[of_step]):
                 chosen.append((step, is_sampled))
         if not chosen:

@@ -152,10 +152,12 @@ class Speculator:
             self._drafting_seconds = None  # the next step may have nothing to draft for, and then nobody is asked
         return seconds
 
-    def record_step(self, plan: SchedulerOutput, seconds: float) -> None:
-        """A step is over that took so long, its drafts left out."""
+    def record_step(self, plan: SchedulerOutput, seconds: float, without_drafts: float) -> None:
+        """A step is over that took so long, and so long without its drafts."""
         if not plan.num_prompt_tokens:
-            self._policy.record_step(plan.num_tokens, seconds)
+            self._policy.record_step(plan.num_tokens, without_drafts)
+        if self._verify_log is not None:
+            self._verify_log.record_step(seconds)
 
     def _begun_later(self, verified: Sequence[Verification]) -> list[str]:
         """The new requests that get a vocabulary only when they are drafted for, because that may well never be."""
