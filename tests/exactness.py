@@ -26,4 +26,5 @@ SAMPLED: dict[str, dict[str, Any]] = {
     "bias and min_p": {"logit_bias": {5: 4.0, 9: -100.0}, "min_p": 0.05, "temperature": 1.4},
     "grammar": {"grammar": Grammar("json_schema", json.dumps(_SCHEMA)), "frequency_penalty": 0.3},
     "calls": {"grammar": Grammar("structural_tag", json.dumps(_CALLS))},
+    "few tokens": {"logit_bias": dict.fromkeys((10, 11, 12), 50.0)},  # so that there is something to copy
 }
