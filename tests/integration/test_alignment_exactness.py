@@ -185,7 +185,10 @@ def test_compiled_kernels_alone(tmp_path: Path, either: AdaptersConfig) -> None:
     assert drafted[0] != drafted[1]
 
 
-def test_records_say_what_happened(files: ModelFiles, draft: Path, either: AdaptersConfig) -> None:
+@pytest.mark.parametrize("ring_rows", [16384, 900], ids=["large ring", "small ring"])
+def test_records_say_what_happened(files: ModelFiles, draft: Path, either: AdaptersConfig, ring_rows: int) -> None:
+    """Also where the prompts of a step fill more of the ring than is written at once."""
+    either = either.model_copy(update={"log": either.log.model_copy(update={"ring_rows": ring_rows})})
     prompts = make_prompts()
     stop = make_engine(files, draft, "alone", None).generate_alone(prompts[:1], make_sampling("greedy", 1))[0][20]
     engine = make_engine(files, draft, "batch", either)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,17 @@ async def test_bodies_that_are_wrong_count_against_the_limit(serve_tenant: Serve
         no_json = await api.client.post("/tokenize", content=b"{")
         right = await api.post(PATHS[0])
     assert [answer.status_code for answer in [*wrong, no_json, right]] == [400, 400, 400, 429]
+
+
+@pytest.mark.parametrize("learn", [True, False])
+async def test_the_engine_knows_whether_it_may_learn_from_a_tenant(serve: Any, tmp_path: Path, learn: bool) -> None:
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[tenants.acme]\nkeys = ["{hash_key("secret")}"]\n' + "learn = false\n" * (not learn))
+    async with serve(one_token, "--keys-file", str(keys)) as api:
+        api.client.headers["Authorization"] = "Bearer secret"
+        answers = [await api.post(path, max_tokens=4) for path in PATHS]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert [request.learn for request in api.engine.requests] == [learn, learn]
 
 
 @pytest.mark.parametrize("path", PATHS)
