@@ -115,14 +115,16 @@ async def probe(fleet: RealFleet) -> Costs:
         before_prompts = await fleet.counters()
         found = [await _ask(fleet, 31 * number + length, length, 1) for number in range(_EACH)]
         seconds = _difference(await fleet.counters(), before_prompts)[_STEP_SECONDS] / _EACH
-        rows.append([-(-length // _CHUNK), length])
+        rows.append([-(-length // _CHUNK), length, length**2 / 2])
         engine.append(seconds)
         waits.append(min(found) - seconds)
-    (_, prompt_token), *_ = np.linalg.lstsq(np.array(rows, float), np.array(engine), rcond=None)
+    # Of relative errors, or the longest prompt would decide all.
+    relative = np.array(rows, float) / np.array(engine)[:, None]
+    (_, prompt_token, prompt_pair), *_ = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)
     sequence = (beside[1] - beside[0]) / (_STREAMS[1] - _STREAMS[0])
     request = max(float(np.median(waits)) - event, 0.0)
-    costs = replace(costs, step=beside[0] - sequence, sequence=sequence, prompt_token=float(prompt_token))
-    return replace(costs, event=event, request=request)
+    costs = replace(costs, prompt_token=float(prompt_token), prompt_pair=float(prompt_pair))
+    return replace(costs, step=beside[0] - sequence, sequence=sequence, event=event, request=request)
 
 
 async def _ask(fleet: RealFleet, place: int, length: int, max_tokens: int, **more: int) -> float:

@@ -32,9 +32,11 @@ class Costs:
     next_draft: dict[str, float]
     read: float
     step: float = 0.0
-    """Seconds of a step beside that; ``sequence`` of each of its sequences, ``prompt_token`` of a prompt's token."""
+    """Seconds of a step beside that; ``sequence`` of each of its sequences, ``prompt_token`` of a prompt's token, and
+    ``prompt_pair`` of such a token and one before it, which it attends to."""
     sequence: float = 0.0
     prompt_token: float = 2e-4
+    prompt_pair: float = 0.0
     engine: float = 1.0
     """How many times as long steps take while serving."""
     request: float = 4e-3
@@ -92,6 +94,7 @@ class Replica:
         kept = [self._verify(sequence) for sequence in plan.sequences]
         costs, num_decoded = self._costs, plan.num_tokens - plan.num_prompt_tokens
         seconds = self._curves.verify(max(num_decoded, 1)) + costs.prompt_token * plan.num_prompt_tokens
+        seconds += costs.prompt_pair * sum(_num_pairs(one) for one in plan.sequences if not one.decodes)
         seconds = costs.engine * (seconds + drafting + costs.step + costs.sequence * len(plan.sequences))
         self._scheduler.record_seconds(plan, seconds)
         if drafting:
@@ -155,3 +158,9 @@ class Replica:
             self._policy.record_drafts(sequence.request.draft_state.draftable, chain, outcomes, None)
             sequence.request.draft_state.num_entries += accepted
         return 1 + accepted
+
+
+def _num_pairs(sequence: ScheduledSequence) -> float:
+    """Of a step's tokens of a prompt, each with those before it."""
+    count = len(sequence.token_ids)
+    return count * (sequence.start + count / 2)
