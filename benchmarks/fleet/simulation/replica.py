@@ -32,9 +32,10 @@ class Costs:
     next_draft: dict[str, float]
     read: float
     step: float = 0.0
-    """Seconds of a step beside that; ``sequence`` of each of its sequences, ``prompt_token`` of a prompt's token, and
-    ``prompt_pair`` of such a token and one before it, which it attends to."""
+    """Seconds of a step beside that; ``sequence`` of each of its sequences, ``prompt_step`` where it reads prompts,
+    ``prompt_token`` of a prompt's token, ``prompt_pair`` of such a token and one before it, which it attends to."""
     sequence: float = 0.0
+    prompt_step: float = 0.0
     prompt_token: float = 2e-4
     prompt_pair: float = 0.0
     engine: float = 1.0
@@ -93,8 +94,10 @@ class Replica:
         plan = self._scheduler.schedule(reservation)
         kept = [self._verify(sequence) for sequence in plan.sequences]
         costs, num_decoded = self._costs, plan.num_tokens - plan.num_prompt_tokens
-        seconds = self._curves.verify(max(num_decoded, 1)) + costs.prompt_token * plan.num_prompt_tokens
-        seconds += costs.prompt_pair * sum(_num_pairs(one) for one in plan.sequences if not one.decodes)
+        seconds = self._curves.verify(max(num_decoded, 1))
+        if plan.num_prompt_tokens:
+            seconds += costs.prompt_step + costs.prompt_token * plan.num_prompt_tokens
+            seconds += costs.prompt_pair * sum(_num_pairs(one) for one in plan.sequences if not one.decodes)
         seconds = costs.engine * (seconds + drafting + costs.step + costs.sequence * len(plan.sequences))
         self._scheduler.record_seconds(plan, seconds)
         if drafting:
