@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.fleet.processes import TENANTS
 from benchmarks.fleet.simulation.figures import figures, redis_figures
@@ -27,6 +29,8 @@ _CORES = 2
 _STEP_SECONDS = "evospec:engine_step_seconds_sum"
 _CHUNK = 512
 """Tokens of a prompt that one step reads."""
+
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -110,21 +114,26 @@ async def probe(fleet: RealFleet) -> Costs:
         event, end = float((fleet.cpu() - cpu)[1]) / (streams * _STREAMED), await fleet.counters()
         done = _difference(end, start)
         beside.append(done[_STEP_SECONDS] / done["evospec:engine_step_seconds_count"] - costs.curves().verify(streams))
+    sequence = (beside[1] - beside[0]) / (_STREAMS[1] - _STREAMS[0])
+    costs = replace(costs, step=beside[0] - sequence, sequence=sequence, event=event)
     rows, engine, waits = [], [], []
-    for length in _PROMPTS:
-        before_prompts = await fleet.counters()
-        found = [await _ask(fleet, 31 * number + length, length, 1) for number in range(_EACH)]
-        seconds = _difference(await fleet.counters(), before_prompts)[_STEP_SECONDS] / _EACH
+    for number, length in product(range(_EACH), _PROMPTS):
+        start = await fleet.counters()
+        wait = await _ask(fleet, 31 * number + length, length, 1)
+        seconds = _difference(await fleet.counters(), start)[_STEP_SECONDS]
         rows.append([-(-length // _CHUNK), length, length**2 / 2])
         engine.append(seconds)
-        waits.append(min(found) - seconds)
-    # Of relative errors, or the longest prompt would decide all.
-    relative = np.array(rows, float) / np.array(engine)[:, None]
-    (_, prompt_token, prompt_pair), *_ = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)
-    sequence = (beside[1] - beside[0]) / (_STREAMS[1] - _STREAMS[0])
-    request = max(float(np.median(waits)) - event, 0.0)
-    costs = replace(costs, prompt_token=float(prompt_token), prompt_pair=float(prompt_pair))
-    return replace(costs, step=beside[0] - sequence, sequence=sequence, event=event, request=request)
+        waits.append(wait - seconds)
+    prompt_step, prompt_token, prompt_pair = _least_relative_errors(np.array(rows, float), np.array(engine))
+    costs = replace(costs, prompt_step=prompt_step - costs.curves().verify(1) - beside[0])
+    costs = replace(costs, prompt_token=prompt_token, prompt_pair=prompt_pair)
+    return replace(costs, request=max(float(np.median(waits)) - event, 0.0))
+
+
+def _least_relative_errors(rows: FloatArray, sums: FloatArray) -> list[float]:
+    """What the columns of ``rows`` are worth, by the error's share of each sum: the largest does not decide all."""
+    solved: list[float] = np.linalg.lstsq(rows / sums[:, None], np.ones(len(sums)), rcond=None)[0].tolist()
+    return solved
 
 
 async def _ask(fleet: RealFleet, place: int, length: int, max_tokens: int, **more: int) -> float:
