@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,8 @@ _CORES = 2
 _STEP_SECONDS = "evospec:engine_step_seconds_sum"
 _CHUNK = 512
 """Tokens of a prompt that one step reads."""
+_TOLD_WITHIN = 3.0
+"""Seconds until an engine's steps are in its server's counters."""
 
 FloatArray = NDArray[np.float64]
 
@@ -117,17 +118,23 @@ async def probe(fleet: RealFleet) -> Costs:
     sequence = (beside[1] - beside[0]) / (_STREAMS[1] - _STREAMS[0])
     costs = replace(costs, step=beside[0] - sequence, sequence=sequence, event=event)
     rows, engine, waits = [], [], []
-    for number, length in product(range(_EACH), _PROMPTS):
-        start = await fleet.counters()
-        wait = await _ask(fleet, 31 * number + length, length, 1)
-        seconds = _difference(await fleet.counters(), start)[_STEP_SECONDS]
+    for length in _PROMPTS:
+        start = await _settled(fleet)
+        found = [await _ask(fleet, 31 * number + length, length, 1) for number in range(_EACH)]
+        seconds = _difference(await _settled(fleet), start)[_STEP_SECONDS] / _EACH
         rows.append([-(-length // _CHUNK), length, length**2 / 2])
         engine.append(seconds)
-        waits.append(wait - seconds)
+        waits.append(float(np.mean(found)) - seconds)
     prompt_step, prompt_token, prompt_pair = _least_relative_errors(np.array(rows, float), np.array(engine))
     costs = replace(costs, prompt_step=prompt_step - costs.curves().verify(1) - beside[0])
     costs = replace(costs, prompt_token=prompt_token, prompt_pair=prompt_pair)
     return replace(costs, request=max(float(np.median(waits)) - event, 0.0))
+
+
+async def _settled(fleet: RealFleet) -> dict[str, float]:
+    """The counters, when they know of all steps."""
+    await asyncio.sleep(_TOLD_WITHIN)
+    return await fleet.counters()
 
 
 def _least_relative_errors(rows: FloatArray, sums: FloatArray) -> list[float]:
