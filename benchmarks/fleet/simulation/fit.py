@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.fleet.processes import TENANTS
 from benchmarks.fleet.simulation.figures import figures, redis_figures
 from benchmarks.fleet.simulation.fleet import Fleet, Served
 from benchmarks.fleet.simulation.measure import RealFleet
-from benchmarks.fleet.simulation.replica import Costs
+from benchmarks.fleet.simulation.replica import Costs, num_pairs
 from benchmarks.fleet.simulation.ring import Ring
 from benchmarks.fleet.simulation.traces import Conversation, Scale, make_conversations
 
@@ -26,12 +27,12 @@ _STREAMS, _STREAMED = (1, 8), 160
 _IDLE_SECONDS = 10.0
 _CORES = 2
 _STEP_SECONDS = "evospec:engine_step_seconds_sum"
+_TURNS = 2
+"""In which acceptance and the time of steps are fitted, since each changes the other."""
 _CHUNK = 512
 """Tokens of a prompt that one step reads."""
 _TOLD_WITHIN = 3.0
 """Seconds until an engine's steps are in its server's counters."""
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -117,17 +118,12 @@ async def probe(fleet: RealFleet) -> Costs:
         beside.append(done[_STEP_SECONDS] / done["evospec:engine_step_seconds_count"] - costs.curves().verify(streams))
     sequence = (beside[1] - beside[0]) / (_STREAMS[1] - _STREAMS[0])
     costs = replace(costs, step=beside[0] - sequence, sequence=sequence, event=event)
-    rows, engine, waits = [], [], []
+    waits = []
     for length in _PROMPTS:
         start = await _settled(fleet)
         found = [await _ask(fleet, 31 * number + length, length, 1) for number in range(_EACH)]
         seconds = _difference(await _settled(fleet), start)[_STEP_SECONDS] / _EACH
-        rows.append([-(-length // _CHUNK), length, length**2 / 2])
-        engine.append(seconds)
         waits.append(float(np.mean(found)) - seconds)
-    prompt_step, prompt_token, prompt_pair = _least_relative_errors(np.array(rows, float), np.array(engine))
-    costs = replace(costs, prompt_step=prompt_step - costs.curves().verify(1) - beside[0])
-    costs = replace(costs, prompt_token=prompt_token, prompt_pair=prompt_pair)
     return replace(costs, request=max(float(np.median(waits)) - event, 0.0))
 
 
@@ -135,12 +131,6 @@ async def _settled(fleet: RealFleet) -> dict[str, float]:
     """The counters, when they know of all steps."""
     await asyncio.sleep(_TOLD_WITHIN)
     return await fleet.counters()
-
-
-def _least_relative_errors(rows: FloatArray, sums: FloatArray) -> list[float]:
-    """What the columns of ``rows`` are worth, by the error's share of each sum: the largest does not decide all."""
-    solved: list[float] = np.linalg.lstsq(rows / sums[:, None], np.ones(len(sums)), rcond=None)[0].tolist()
-    return solved
 
 
 async def _ask(fleet: RealFleet, place: int, length: int, max_tokens: int, **more: int) -> float:
@@ -157,26 +147,61 @@ async def _streams(fleet: RealFleet, count: int) -> None:
 
 
 def fit(probed: Costs, one: Run) -> Costs:
-    """The rest, from conversations with one replica: what drafts are worth, and how much more all of it takes."""
+    """The rest, from conversations with one replica: what prompts cost, what drafts are worth, and all that is left."""
     costs, measured = replace(probed, **one.step_costs), one.measured()
-    low, high = 0.0, 0.95
-    for _ in range(7):
-        costs = replace(costs, acceptance=(low + high) / 2)
-        is_low = figures(one.simulate(costs).served)["tokens_per_event"] < measured["tokens_per_event"]
-        low, high = (costs.acceptance, high) if is_low else (low, costs.acceptance)
+    costs = _with_prompts(costs, one)
+    for _ in range(_TURNS):
+        costs = _with_acceptance(costs, one, measured["tokens_per_event"])
+        costs = _with_engine(costs, one)
+    fleet = one.simulate(costs)
+    beside = sum(one.cpu) - costs.idle * measured["seconds"] - fleet.machines[0].busy[False]
     requests, events = len(one.served), sum(served.events for served in one.served)
-    engine, front = one.cpu
-    front -= costs.idle * measured["seconds"]
     length = {served.session: served.prompt_tokens + served.output_tokens for served in one.served}
     names = [name for name in one.snapshots if name in length]
     each, base = np.polyfit([length[name] for name in names], [one.snapshots[name] for name in names], 1)
     costs = replace(
         costs,
-        engine=engine / one.simulate(costs).machines[0].busy[False],
-        closing=max((front - costs.event * events) / requests - costs.request, 0.0),
+        closing=max((beside - costs.event * events) / requests - costs.request, 0.0),
         snapshot=(float(base), float(each)),
         redis=(0.0, 0.0),
     )
     without = redis_figures(one.served, costs)
     to_redis, from_redis = (measured[way] - without[way] for way in ("redis_in", "redis_out"))
     return replace(costs, redis=(to_redis, from_redis))
+
+
+def _with_prompts(costs: Costs, one: Run) -> Costs:
+    """What reading a prompt takes, from the requests that were alone until their first token."""
+    rows, seconds = [], []
+    for asked in one.served:
+        if any(other is not asked and asked.overlaps(other) for other in one.served):
+            continue
+        count = asked.prompt_tokens - asked.cached_tokens
+        rows.append([-(-count // _CHUNK), count, num_pairs(asked.cached_tokens, count)])
+        seconds.append(asked.first_token - asked.start - costs.request - costs.event)
+    # Of relative errors, or the longest prompt would decide all.
+    relative = np.array(rows, float) / np.array(seconds)[:, None]
+    step, token, pair = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)[0].tolist()
+    step -= costs.curves().verify(1) + costs.step + costs.sequence
+    return replace(costs, prompt_step=step, prompt_token=token, prompt_pair=pair)
+
+
+def _with_acceptance(costs: Costs, one: Run, tokens_per_event: float) -> Costs:
+    """Such that a part of an answer has as many tokens."""
+    low, high = 0.0, 0.95
+    for _ in range(7):
+        costs = replace(costs, acceptance=(low + high) / 2)
+        is_low = figures(one.simulate(costs).served)["tokens_per_event"] < tokens_per_event
+        low, high = (costs.acceptance, high) if is_low else (low, costs.acceptance)
+    return costs
+
+
+def _with_engine(costs: Costs, one: Run) -> Costs:
+    """Such that answers go on as fast after their first token: serving, steps are longer than alone."""
+    once, twice = (_answering(one.simulate(replace(costs, engine=factor)).served) for factor in (1.0, 2.0))
+    return replace(costs, engine=1.0 + (_answering(one.served) - once) / (twice - once))
+
+
+def _answering(served: Sequence[Served]) -> float:
+    """Mean seconds from an answer's first token to its end."""
+    return fmean(one.end - one.first_token for one in served)

@@ -35,6 +35,10 @@ class Served:
     events: int = 0
     """Parts in which the answer came."""
 
+    def overlaps(self, other: Served) -> bool:
+        """Whether another turn was there while this one waited for its first token."""
+        return other.start < self.first_token and self.start < other.end
+
 
 _TOKENS_BITS = 14
 """Of a conversation's length."""

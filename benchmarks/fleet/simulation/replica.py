@@ -39,7 +39,7 @@ class Costs:
     prompt_token: float = 2e-4
     prompt_pair: float = 0.0
     engine: float = 1.0
-    """How many times as long steps take while serving."""
+    """How many times as long steps take while serving, but for what they read of prompts."""
     request: float = 4e-3
     """Outside of the engine before a request is there; ``event`` of each part of its answer, ``closing`` after it."""
     event: float = 3e-4
@@ -94,11 +94,12 @@ class Replica:
         plan = self._scheduler.schedule(reservation)
         kept = [self._verify(sequence) for sequence in plan.sequences]
         costs, num_decoded = self._costs, plan.num_tokens - plan.num_prompt_tokens
-        seconds = self._curves.verify(max(num_decoded, 1))
+        seconds = self._curves.verify(max(num_decoded, 1)) + drafting + costs.step
+        seconds = costs.engine * (seconds + costs.sequence * len(plan.sequences))
         if plan.num_prompt_tokens:
             seconds += costs.prompt_step + costs.prompt_token * plan.num_prompt_tokens
-            seconds += costs.prompt_pair * sum(_num_pairs(one) for one in plan.sequences if not one.decodes)
-        seconds = costs.engine * (seconds + drafting + costs.step + costs.sequence * len(plan.sequences))
+            prompts = (one for one in plan.sequences if not one.decodes)
+            seconds += costs.prompt_pair * sum(num_pairs(one.start, len(one.token_ids)) for one in prompts)
         self._scheduler.record_seconds(plan, seconds)
         if drafting:
             self._policy.record_seconds(costs.engine * drafting)
@@ -163,7 +164,6 @@ class Replica:
         return 1 + accepted
 
 
-def _num_pairs(sequence: ScheduledSequence) -> float:
-    """Of a step's tokens of a prompt, each with those before it."""
-    count = len(sequence.token_ids)
-    return count * (sequence.start + count / 2)
+def num_pairs(start: int, count: int) -> float:
+    """Of ``count`` tokens of a sequence, each with those before it, where ``start`` are before the first."""
+    return count * (start + count / 2)
