@@ -29,6 +29,8 @@ _CORES = 2
 _STEP_SECONDS = "evospec:engine_step_seconds_sum"
 _TURNS = 2
 """In which acceptance and the time of steps are fitted, since each changes the other."""
+_FEW = 8
+"""Tokens of an answer that says little of how easy its conversation is to draft for."""
 _CHUNK = 512
 """Tokens of a prompt that one step reads."""
 _TOLD_WITHIN = 3.0
@@ -64,8 +66,7 @@ class Run:
         return fleet
 
     def simulated(self, costs: Costs) -> dict[str, float]:
-        """The model's figures of it, by the step costs that these replicas measured at their starts."""
-        costs = replace(costs, **self.step_costs)
+        """The model's figures of it."""
         fleet = self.simulate(costs)
         found = figures(fleet.served) | redis_figures(fleet.served, costs)
         idle = costs.idle * len(self.addresses) * found["seconds"]
@@ -151,7 +152,7 @@ def fit(probed: Costs, one: Run) -> Costs:
     costs, measured = replace(probed, **one.step_costs), one.measured()
     costs = _with_prompts(costs, one)
     for _ in range(_TURNS):
-        costs = _with_acceptance(costs, one, measured["tokens_per_event"])
+        costs = _with_acceptance(costs, one)
         costs = _with_engine(costs, one)
     fleet = one.simulate(costs)
     beside = sum(one.cpu) - costs.idle * measured["seconds"] - fleet.machines[0].busy[False]
@@ -186,13 +187,15 @@ def _with_prompts(costs: Costs, one: Run) -> Costs:
     return replace(costs, prompt_step=step, prompt_token=token, prompt_pair=pair)
 
 
-def _with_acceptance(costs: Costs, one: Run, tokens_per_event: float) -> Costs:
-    """Such that a part of an answer has as many tokens."""
-    low, high = 0.0, 0.95
+def _with_acceptance(costs: Costs, one: Run) -> Costs:
+    """As different as conversations were, and such that a part of an answer has as many tokens as there."""
+    accepted = sorted(1 - asked.events / asked.output_tokens for asked in one.served if asked.output_tokens > _FEW)
+    wanted, low, high = figures(one.served)["tokens_per_event"], 0.0, 2.0
     for _ in range(7):
-        costs = replace(costs, acceptance=(low + high) / 2)
-        is_low = figures(one.simulate(costs).served)["tokens_per_event"] < tokens_per_event
-        low, high = (costs.acceptance, high) if is_low else (low, costs.acceptance)
+        power = (low + high) / 2
+        costs = replace(costs, acceptance=tuple(share**power for share in accepted))
+        is_low = figures(one.simulate(costs).served)["tokens_per_event"] < wanted
+        low, high = (low, power) if is_low else (power, high)
     return costs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 from engine.config import MAX_SPECULATIVE_TOKENS, CacheConfig, SchedulerConfig
 from engine.messages import SamplingParams
@@ -46,8 +47,8 @@ class Costs:
     closing: float = 2e-3
     idle: float = 0.0
     """Share of a core that a replica uses without requests."""
-    acceptance: float = 0.6
-    """Chance that a draft token is accepted, if those before it are."""
+    acceptance: tuple[float, ...] = (0.6,)
+    """Chance that a draft token is accepted, if those before it are; each of as many conversations."""
     snapshot: tuple[float, float] = (3000.0, 10.0)
     """Bytes of a session in Redis, at first and for each token; ``redis`` to and from Redis beside that, a request."""
     redis: tuple[float, float] = (1000.0, 300.0)
@@ -154,7 +155,9 @@ class Replica:
         if not sequence.num_sampled:
             return 0
         accepted = 0
-        while accepted < sequence.num_draft_tokens and self._chance.random() < self._costs.acceptance:
+        chances = self._costs.acceptance
+        chance = chances[crc32(sequence.request.request_id.partition("/")[0].encode()) % len(chances)]
+        while accepted < sequence.num_draft_tokens and self._chance.random() < chance:
             accepted += 1
         if sequence.num_draft_tokens:
             outcomes = [True] * accepted + [False] * (accepted < sequence.num_draft_tokens)
