@@ -30,10 +30,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import stubbed_engine
+from benchmarks.common import stubbed_engine, stubbed_networks
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import REPOSITORY, RESULTS
-from benchmarks.common.stubbed_engine import StubTime, Texts, make_engine
+from benchmarks.common.stubbed_engine import Texts, make_engine
+from benchmarks.common.stubbed_networks import StubTime
 from engine.config import CacheConfig, DynamicConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from engine.messages import EngineRequest, SamplingParams
 from engine.models.registry import resolve_model
@@ -154,7 +155,7 @@ def _config(model: str, vocabulary: str, batch: int, k: int, length: int) -> Eng
 
 
 def _is_stub(code: CodeType | str) -> bool:
-    return isinstance(code, CodeType) and code.co_filename == stubbed_engine.__file__
+    return isinstance(code, CodeType) and code.co_filename in (stubbed_engine.__file__, stubbed_networks.__file__)
 
 
 def _name(code: CodeType | str) -> str:

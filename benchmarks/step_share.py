@@ -21,7 +21,6 @@ from rich.table import Table
 
 from benchmarks.common.drafted_batch import DraftedBatch, Target, load_draft, load_target
 from benchmarks.common.environment import environment
-from benchmarks.common.in_process import encode_chat
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.time_limit import bounded
 from benchmarks.prompts.short import mixed_prompts
@@ -100,7 +99,7 @@ def measure(
     target: Target, method: str, draft: str | None, batch: int, rounds: int, steps: int, seconds: float
 ) -> list[Split]:
     """All vocabularies at one batch size, those left out that have more rows than the model."""
-    prompts = [encode_chat(target.tokenizer, prompt) for prompt in mixed_prompts(target.files.name, batch)]
+    prompts = [target.tokenizer.encode_messages(prompt.messages) for prompt in mixed_prompts(target.files.name, batch)]
     total = WARMUP_STEPS + rounds * steps
     rows = [count for count in ROWS if count < target.loaded.spec.vocab_size]
     benches = {count: Bench(target, method, draft, count, prompts, total) for count in rows}

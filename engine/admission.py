@@ -101,7 +101,7 @@ class Admission:
             if request is None or (whole and request.num_tokens - self._kv.find_cached_prefix(request) > num_tokens):
                 break
             if (not only_entitled or self._is_entitled(request)) and self._start(request):
-                plan[request] = min(request.num_tokens - request.num_computed_tokens, num_tokens)
+                plan[request] = min(self._kv.num_computable(request), num_tokens)
                 num_tokens -= plan[request]
                 continue
             self.lacks_blocks = only_entitled = True

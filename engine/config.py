@@ -172,12 +172,13 @@ class SpeculationConfig(Section):
     )
     vocabulary: str = Field(
         default="auto",
-        pattern=r"^(auto|full|static:[1-9][0-9]*|dynamic:(full\+0|[1-9][0-9]*\+[0-9]+))$",
+        pattern=r"^(auto|full|static:[1-9][0-9]*|dynamic:(full|[1-9][0-9]*)\+[0-9]+)$",
         description="Tokens a draft can propose: auto, dynamic:512+512 where a draft comes with counts of tokens "
         "(dynamic:32768+512 by a draft model with 100,000 tokens or more), else full; "
         "full; static:K, the K most frequent; dynamic:K+S, these and up to S of each session's own, with a prior. "
-        "dynamic:full+0: the prior alone. A draft model uses its own counts where the target has none. An EAGLE-3 "
-        "draft with a head of its own proposes that head's tokens, by default with a prior.",
+        "dynamic:full+0: the prior alone. A draft model uses its own counts where the target has none. For an "
+        "EAGLE-3 draft with a head of its own, full is that head's tokens, and auto is dynamic:full+512 where the "
+        "model's head tells what it lacks, else dynamic:full+0.",
     )
     dynamic: DynamicConfig = Field(default_factory=DynamicConfig)
     num_speculative_tokens: int = Field(

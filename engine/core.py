@@ -88,7 +88,8 @@ class EngineCore:
         self.kv_bytes = self._runner.kv_bytes
         # What a draft keeps lies in the target's blocks, and it may read all of it, or write to it later.
         window = spec.window if draft is None or not draft.costs.bytes_per_block else None
-        self._scheduler = Scheduler(config.scheduler, config.cache, self.num_blocks, self.max_model_len, window)
+        sizes = self.num_blocks, self.max_model_len
+        self._scheduler = Scheduler(config.scheduler, config.cache, *sizes, window, loaded.reads_prompts_apart)
         most = config.scheduler.max_num_seqs + config.scheduler.max_waiting
         self._constrained = ConstrainedRequests(GrammarPool(self._tokenizer, num_slots=most))
         on_gpu: GpuChoices | None = None

@@ -48,12 +48,23 @@ class KVCacheManager:
     chain of hashes that begins with the tenant's name: tenants never share blocks.
 
     Where nobody reads more than the last ``window`` tokens, blocks of those before are given back; None: all are read.
+
+    With ``reads_prompts_apart`` a token of a prompt has another KV, by its rounding, than if it was decoded. Then only
+    blocks of prompts enter the prefix cache: a later prompt has the same KV whether it finds an earlier answer or not.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool, window: int | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        prefix_caching: bool,
+        window: int | None = None,
+        reads_prompts_apart: bool = False,
+    ) -> None:
         self.block_size = block_size
         self._window = window
         self.prefix_caching = prefix_caching
+        self._reads_prompts_apart = reads_prompts_apart
         self._pool = BlockPool(num_blocks)
         self._allocations: dict[str, _Allocation] = {}
         self._used_by: Counter[str] = Counter()
@@ -140,8 +151,17 @@ class KVCacheManager:
         self._release(request.tenant, allocation.block_ids[allocation.num_returned : num_returned])
         allocation.num_returned = num_returned
 
+    def num_computable(self, request: Request) -> int:
+        """Tokens of a request that can be computed in its next step: all that are left, or those of its prompt."""
+        num_prompt, num_computed = len(request.prompt_token_ids), request.num_computed_tokens
+        end = num_prompt if self._reads_prompts_apart and num_computed < num_prompt else request.num_tokens
+        return end - num_computed
+
     def _register(self, request: Request, allocation: _Allocation) -> None:
-        num_full = request.num_computed_tokens // self.block_size
+        num_computed = request.num_computed_tokens
+        if self._reads_prompts_apart:
+            num_computed = min(num_computed, len(request.prompt_token_ids))
+        num_full = num_computed // self.block_size
         if num_full <= allocation.num_registered:
             return
         self._extend_hashes(request, num_full)

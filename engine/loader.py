@@ -79,6 +79,11 @@ class LoadedModel:
     sharded: ShardedModel | None = None
     """The model, at rank 0 of several."""
 
+    @property
+    def reads_prompts_apart(self) -> bool:
+        """Whether tokens of prompts are rounded otherwise than tokens that are decoded."""
+        return self.team is not None and native.has_amx()
+
     def make_cache(self, spec: AttentionSpec) -> AttentionBackend:
         """The model's KV cache, at all ranks."""
         return self.make_attention(spec) if self.sharded is None else self.sharded.allocate(spec.num_blocks)

@@ -32,7 +32,9 @@ class Scheduler:
     prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
     Beside decodes, prompts get as many tokens as take ``prompt_ms`` milliseconds, but at least ``LEAST_CHUNK``.
 
-    Where nobody reads more than ``window`` tokens back, sequences give the blocks before them back.
+    Where nobody reads more than ``window`` tokens back, sequences give the blocks before them back. Where prompts are
+    read apart (``KVCacheManager``), a step computes tokens of a sequence's prompt or of its output, and the sequences
+    of which it computes the prompt come last.
 
     Drafts take no block that somebody else needs: blocks of rejected ones are taken back before a sequence
     is preempted. Who is admitted and who is preempted, and that every request finishes: see ``Admission``.
@@ -48,10 +50,11 @@ class Scheduler:
         num_blocks: int,
         max_model_len: int,
         window: int | None = None,
+        reads_prompts_apart: bool = False,
     ) -> None:
         self._config = config
         self._max_model_len = max_model_len
-        self._kv = KVCacheManager(num_blocks, cache.block_size, cache.prefix_caching, window)
+        self._kv = KVCacheManager(num_blocks, cache.block_size, cache.prefix_caching, window, reads_prompts_apart)
         self._requests: dict[str, Request] = {}
         # Decodes can never claim more than half of a step, so prefill always goes on.
         self._max_running = min(config.max_num_seqs, config.max_batched_tokens // 2)
@@ -113,6 +116,8 @@ class Scheduler:
         self._lacks_blocks = self._admission.lacks_blocks
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
         num_tokens = sum(plan.values())
+        if num_tokens > num_decoded:
+            sequences.sort(key=lambda sequence: not sequence.decodes)
         return SchedulerOutput(sequences, num_tokens, num_tokens - num_decoded, self._admission.preempted)
 
     def commit(self, sequence: ScheduledSequence, kept_token_ids: list[int], finished: bool) -> None:
@@ -229,7 +234,7 @@ class Scheduler:
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills, in equal parts, as far as they need them; returns the tokens planned."""
-        lengths = {request: request.num_tokens - request.num_computed_tokens for request in self._prefilling(plan)}
+        lengths = {request: self._kv.num_computable(request) for request in self._prefilling(plan)}
         left = budget
         for position, request in enumerate(sorted(lengths, key=lengths.__getitem__)):
             if left == 0:

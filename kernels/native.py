@@ -202,6 +202,11 @@ def has_fast_bf16() -> bool:
     return unsupported_reason() is None and bool(load_library().evo_has_fast_bf16())
 
 
+def has_amx() -> bool:
+    """Whether the compiled kernels compute prompts with AMX's tiles, which round otherwise than what is decoded."""
+    return unsupported_reason() is None and bool(load_library().evo_has_amx())
+
+
 def linear(team: Team, weight: PackedMatrix, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """x W^T + bias: x [rows, k] bf16 → [rows, n] float32, in ``out`` if given."""
     out = torch.empty(len(x), weight.n) if out is None else out

@@ -154,8 +154,7 @@ class Generator:
                     yield replace(conversation, token_ids=tokens), features[: len(tokens)]
 
     def _start(self, job: Job) -> None:
-        messages = [{"role": "user", "content": job.text}]
-        prompt = self._tokenizer.encode(self._tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        prompt = self._tokenizer.encode_messages([{"role": "user", "content": job.text}])
         if len(prompt) > self._max_prompt:
             return
         # A given answer goes in with the prompt. The one token made after it has no features, so it is cut off again.

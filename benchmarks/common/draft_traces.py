@@ -21,7 +21,7 @@ from adapters.target_parts import TargetParts, fastest_dtype, load_target_parts
 from adapters.training.dataset import Batch
 from adapters.training.feature_recorder import FeatureRecorder
 from adapters.training.unroll import Unroller
-from benchmarks.common.in_process import encode_chat, engine_config
+from benchmarks.common.in_process import engine_config
 from benchmarks.prompts.build import Prompt
 from benchmarks.prompts.sources import CACHE
 from benchmarks.prompts.streams import trial_prompts
@@ -114,7 +114,7 @@ def load_parts(model: str) -> tuple[Eagle3, TargetParts]:
 def answers(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Answered]:
     """Answer prompts greedily, with up to ``max_tokens`` each."""
     tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
-    texts = [encode_chat(tokenizer, prompt) for prompt in prompts]
+    texts = [tokenizer.encode_messages(prompt.messages) for prompt in prompts]
     for prompt, text, (answer, features) in zip(prompts, texts, _run(model, texts, max_tokens), strict=True):
         yield Answered(prompt, text, answer, features[: len(text) + len(answer) - 1].float())
 

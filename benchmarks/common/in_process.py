@@ -39,11 +39,6 @@ def engine_config(model: str, speculation: SpeculationConfig) -> EngineConfig:
     )
 
 
-def encode_chat(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of the prompt as a chat."""
-    return tokenizer.encode(tokenizer.apply_chat_template(prompt.messages), add_special_tokens=False)
-
-
 @dataclass(frozen=True)
 class Turn:
     """A request: its prompt's tokens, whose it is, and what its session brings along (None: it has none)."""
@@ -124,7 +119,7 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams, concurrency: int) -> Generation:
         """Answer all prompts, ``concurrency`` at a time."""
-        turns = [Turn(encode_chat(self.tokenizer, prompt)) for prompt in prompts]
+        turns = [Turn(self.tokenizer.encode_messages(prompt.messages)) for prompt in prompts]
         [result] = take_turns([self.answering(turns, sampling, concurrency)])
         return result
 

@@ -2,9 +2,9 @@
 
 Replaced are the target's and the draft's networks, the head projections with the choice of the largest logits, and the
 choice of a token from the target's logits. All else is the product: scheduler, speculator, entries and slots of the
-draft, the sessions' vocabularies with what they learn, the sampler's bookkeeping, commit. It runs on the path of plain
-torch tensors, which is the one that a GPU's host takes: the compiled chains of drafts, which do the same work inside of
-one call, exist on a CPU only.
+draft, the sessions' vocabularies with what they learn, the sampler's bookkeeping, commit. It takes the way that a GPU's
+host takes, with graphs for steps and for chains of drafts, of which the replays are stubs: they compute what was
+recorded once more. The priors are in those graphs, and are replaced, too.
 
 What the networks say is made up, but follows real text. Every sequence has a text, which is made of the committed
 evaluation prompts and of quotes of itself, and the target says its next token whatever the sequence has read. The draft
@@ -18,28 +18,33 @@ All stubs know the place in the texts from their input: it is the first value of
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import partial
 from itertools import chain, cycle, islice
-from typing import ParamSpec, TypeVar, cast
+from typing import cast
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.common.stubbed_networks import (
+    HIDDEN,
+    StubAttention,
+    StubEagle,
+    StubPrior,
+    StubRecorder,
+    StubTarget,
+    stub,
+)
 from benchmarks.prompts.build import read_eval
-from engine.attention.torch_paged import TorchPagedAttention
-from engine.batch import Features, ForwardBatch, ForwardOutput
 from engine.config import CacheConfig, EngineConfig
 from engine.core import EngineCore
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec
 from engine.models.config import LayerSpec, Rope
-from engine.models.decoder import HeadSlab
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.registry import resolve_model, validate_model_files
 from engine.speculation.build import make_head
@@ -55,35 +60,11 @@ DOMAINS = ["code", "general"]
 NEW_TOKENS, QUOTED_TOKENS = 24, 16
 """A text is so many tokens of the prompts and so many that it has said before, in turn: with that, default vocabularies
 hold nine tokens of ten, as many as of served answers (coverage in ``benchmarks.vocabulary.tenants``)."""
-HIDDEN = 8
-"""Width of the hidden states, which nobody multiplies."""
 KNOWN = 0.6
 """Share of the places at which the draft is right, if it may say the token."""
 _RANK_WHERE_WRONG = 3
 _STRIDE = 997
 """Between places of which nobody can tell that they have to do with each other."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class StubTime:
-    """Processor time of this thread that went into stubs."""
-
-    seconds = 0.0
-
-
-def stub(function: Callable[P, R]) -> Callable[P, R]:
-    """Count a function's time in ``StubTime``."""
-
-    @wraps(function)
-    def run(*args: P.args, **keywords: P.kwargs) -> R:
-        started = time.thread_time()
-        result = function(*args, **keywords)
-        StubTime.seconds += time.thread_time() - started
-        return result
-
-    return run
 
 
 class Texts:
@@ -112,6 +93,11 @@ class Texts:
         with (
             patch("kernels.choose_tokens.choose_tokens", self._choose),
             patch("engine.speculation.drafters.head.draft_head_topk", self._candidates),
+            patch("engine.speculation.drafters.gpu_head.draft_head_topk", self._candidates),
+            patch("engine.speculation.drafters.gpu_head.GpuPrior", StubPrior),
+            patch("engine.speculation.drafters.gpu_chain.CudaGraphRecorder", StubRecorder),
+            patch("engine.step_graphs.CudaGraphRecorder", StubRecorder),
+            patch("engine.attention.flashinfer.FlashInferAttention", StubAttention),
             patch("engine.draft_vocab.vocab.topk_rows_on_host", self._likely),
         ):
             yield
@@ -172,83 +158,6 @@ def _text(rng: np.random.Generator, tokens: Sequence[int], start: int, length: i
     return text[:length]
 
 
-class _StubNetwork:
-    """A network whose hidden states are places in the texts.
-
-    It knows the text of a sequence by the sequence's first block, since it has read the first token.
-    """
-
-    weight_bytes = 0
-
-    def __init__(self, texts: Texts, num_blocks: int) -> None:
-        self._length = texts.length
-        self._text_of_block = torch.zeros(num_blocks, dtype=torch.int64)
-
-    def _hidden(self, batch: ForwardBatch) -> torch.Tensor:
-        lengths = batch.query_start_loc.diff().long()
-        first_block = batch.block_tables[:, 0].long().repeat_interleave(lengths)
-        is_first = batch.positions == 0
-        self._text_of_block[first_block[is_first]] = batch.token_ids[is_first].long()
-        hidden = torch.zeros(len(batch.positions), HIDDEN)
-        hidden[:, 0] = self._text_of_block[first_block] * self._length + batch.positions
-        return hidden
-
-
-class StubTarget(_StubNetwork):
-    """A ``CausalLM``."""
-
-    def __init__(self, texts: Texts, num_blocks: int, vocab_size: int) -> None:
-        super().__init__(texts, num_blocks)
-        self._logits = torch.empty(0, vocab_size)
-
-    @stub
-    def forward(self, batch: ForwardBatch, attention: object, capture: Sequence[int] = ()) -> ForwardOutput:
-        hidden = self._hidden(batch)
-        return ForwardOutput(hidden, hidden if capture else None)
-
-    @stub
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(token_ids), HIDDEN)
-
-    @stub
-    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Of the right shape, in memory that nobody touches but for the first column, and that is used again."""
-        if len(hidden) > len(self._logits):
-            self._logits = torch.empty(2 * len(hidden), self._logits.shape[1])
-        logits = self._logits[: len(hidden)]
-        logits[:, 0] = hidden[:, 0]
-        return logits
-
-    def head_slab(self, token_ids: torch.Tensor | None) -> HeadSlab:
-        return HeadSlab(lambda hidden: hidden, num_bytes=0)
-
-    @stub
-    def head_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(token_ids), HIDDEN)
-
-
-class StubEagle(_StubNetwork):
-    """An ``EagleNetwork``."""
-
-    shift = 0
-
-    def load(self, weights: object) -> None:
-        raise NotImplementedError
-
-    def fuse(self, features: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def fuse_into(self, store: torch.Tensor, features: Features) -> None:
-        """Nobody reads what would be stored."""
-
-    @stub
-    def forward(self, batch: ForwardBatch, *_: object) -> torch.Tensor:
-        return self._hidden(batch)[batch.logits_indices]
-
-    def head_input(self, a: torch.Tensor) -> torch.Tensor:
-        return a
-
-
 @dataclass
 class StubDraft:
     """A ``Draft`` whose proposer and head are the engine's."""
@@ -262,11 +171,12 @@ class StubDraft:
         self.description, self.vocab, self.costs = self.head.description, self.head.vocab, DraftCosts(0, 0)
 
     def make_proposer(self, num_blocks: int) -> EagleProposer:
-        """Allocate the features."""
-        attention = TorchPagedAttention(attention_spec(self.target, self.cache, num_blocks))
+        """Allocate the features, and a block that is nobody's."""
+        attention = self.target.make_attention(attention_spec(self.target, self.cache, num_blocks + 1))
         config = Eagle3Config.for_target(self.target.spec, "stub", (0,), intermediate_size=1)
-        network = cast(EagleNetwork, self.network)
-        return EagleProposer(network, self.target, self.target.model.embed, attention, self.head, config)
+        network, on_gpu = cast(EagleNetwork, self.network), self.head.on_gpu()
+        embed = self.target.model.embed
+        return EagleProposer(network, self.target, embed, attention, self.head, config, on_gpu=on_gpu)
 
 
 def make_engine(config: EngineConfig, texts: Texts) -> EngineCore:
@@ -275,12 +185,11 @@ def make_engine(config: EngineConfig, texts: Texts) -> EngineCore:
     spec, tokenizer = validate_model_files(files), Tokenizer.from_files(files)
     layer = LayerSpec(Rope(spec.rope.theta, HIDDEN))
     spec = replace(spec, hidden_size=HIDDEN, layers=(layer,), num_heads=1, num_kv_heads=1, head_dim=HIDDEN)
-    num_blocks = config.cache.num_blocks
-    assert num_blocks is not None, "the number of blocks must be given"
-    model, device = StubTarget(texts, num_blocks, spec.vocab_size), torch.device("cpu")
-    target = LoadedModel(model, spec, texts.length, torch.float32, device, "torch", TorchPagedAttention)
+    attention = partial(StubAttention, length=texts.length)
+    model, device = StubTarget(spec.vocab_size), torch.device("cpu")
+    target = LoadedModel(model, spec, texts.length, torch.float32, device, "flashinfer", attention, cuda_graphs=True)
     draft = None
     if config.speculation.method != "none":
         head = make_head(config, target, DRAFTS / files.name, tokenizer)
-        draft = StubDraft(target, head, StubEagle(texts, num_blocks), config.cache)
+        draft = StubDraft(target, head, StubEagle(), config.cache)
     return EngineCore(config, files, spec, draft, target)

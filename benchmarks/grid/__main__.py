@@ -43,10 +43,7 @@ def make_engines(sides: Mapping[str, Mode]) -> dict[str, Engine]:
 def run_cell(cell: Cell, prompts: list[Messages], engines: Mapping[str, Engine], max_tokens: int) -> dict[str, object]:
     """What each side did, and the answers."""
     tokenizer = next(iter(engines.values())).tokenizer
-    turns = [
-        Turn(tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False), cell.prompts)
-        for messages in prompts
-    ]
+    turns = [Turn(tokenizer.encode_messages(messages), cell.prompts) for messages in prompts]
     sampling = SamplingParams(max_tokens=max_tokens, seed=1, temperature=cell.temperature)
     noise = NoiseMeter()
     engines = {name: engine for name, engine in engines.items() if answers(name, cell)}

@@ -49,6 +49,7 @@ def sides_of(model: str, names: Sequence[str] = ()) -> dict[str, Mode]:
         "FR-Spec": f"{FR_SPEC}{sizes.fr_spec}",
         "NanoSpec, lookup": f"dynamic:{sizes.num_special}+{MAX_TAIL_TOKENS}/{warm}",
         "NanoSpec": NANOSPEC,
+        "full head, lookup": FULL,
         "hard switch": HARD_SWITCH,
         "the paper's": f"paper:{sizes.fr_spec}",
         DEFAULT: ours,

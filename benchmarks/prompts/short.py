@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.common.in_process import encode_chat
 from benchmarks.prompts.build import Prompt, read_eval
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
@@ -18,7 +17,7 @@ MAX_PROMPT_TOKENS = 400
 def short(prompts: Iterable[Prompt], domain: str, tokenizer: Tokenizer) -> list[Prompt]:
     """Those of a domain that have at most ``MAX_PROMPT_TOKENS``."""
     of_domain = (prompt for prompt in prompts if prompt.domain == domain)
-    return [prompt for prompt in of_domain if len(encode_chat(tokenizer, prompt)) <= MAX_PROMPT_TOKENS]
+    return [prompt for prompt in of_domain if len(tokenizer.encode_messages(prompt.messages)) <= MAX_PROMPT_TOKENS]
 
 
 def short_prompts(model: str, domains: Sequence[str]) -> dict[str, list[Prompt]]:

@@ -86,8 +86,7 @@ class SessionSide:
         return Turn(prompt, ask.tenant, SessionState(snapshot=session.snapshot, domain=ask.domain))
 
     def _encode(self, messages: Messages) -> list[int]:
-        tokenizer = self._engine.tokenizer
-        return tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        return self._engine.tokenizer.encode_messages(messages)
 
 
 def make_sides(names: Sequence[str], model: str, drafting: Drafting = FIXED) -> list[SessionSide]:

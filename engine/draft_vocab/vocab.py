@@ -65,6 +65,8 @@ class DraftVocab:
         self._free = list(range(options.max_sessions))[::-1]
         self._tenants = _TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._past = SessionPast(options, resources, self.sessions)
+        self._waiting: list[TailWrites] = []
+        """What tails are to hold when they are drafted from next: a step writes to them once."""
         self._search: SemanticSearch | None = None
         if resources.semantic is not None:
             from engine.draft_vocab.semantic import SemanticSearch  # which few want, and which takes a second
@@ -109,15 +111,16 @@ class DraftVocab:
         for request in requests:
             if self._begin(request):
                 everything = range(self.sessions.vocab_size)
-                self._write(self.sessions.insert(request.draft_state.session, everything, "tenant"))
+                self._take(self.sessions.insert(request.draft_state.session, everything, "tenant"))
 
     def before_drafts(self, requests: Sequence[Request]) -> None:
         """Bring sequences up to date that are about to be drafted for."""
-        self._write(self.sessions.begin_drafts())
+        self._take(self.sessions.begin_drafts())
         for request in requests:
             if request.draft_state.session == NONE:
                 self._begin(request)
         self._catch_up(requests)
+        self._write_tails()
         if self.uses_prior:
             self.texts.read(requests)
 
@@ -151,7 +154,7 @@ class DraftVocab:
             self._learn(followed, top_k)
         for state, token_ids in self._search.take() if self._search is not None else ():
             if state.session != NONE:
-                self._write(self.sessions.insert(state.session, token_ids, "semantic", _NEW_BY_SEARCH))
+                self._take(self.sessions.insert(state.session, token_ids, "semantic", _NEW_BY_SEARCH))
 
     def _learn(self, verified: Sequence[Verification], top_k: TopK) -> None:
         """Take tokens of sequences that are up to date, and put into their tails what is likely to come."""
@@ -199,8 +202,9 @@ class DraftVocab:
         self.texts.forget(request)
         state = request.draft_state
         if state.session != NONE:
-            self._write(self.sessions.take_writes())
+            self._take(self.sessions.take_writes())
             if self._resources.tails is not None:
+                self._waiting = [writes[writes[:, 0] != state.session] for writes in self._waiting]
                 self._resources.tails.clear(state.session)
             self._free.append(state.session)
             state.session = NONE
@@ -221,7 +225,7 @@ class DraftVocab:
         state = request.draft_state
         state.session = self._free.pop()
         past, of_tenant = self._past.begin(state.session, request)
-        self._write(self.sessions.begin(state.session, request.all_token_ids, past, of_tenant))
+        self._take(self.sessions.begin(state.session, request.all_token_ids, past, of_tenant))
         state.num_in_session = request.num_tokens
         return True
 
@@ -236,16 +240,28 @@ class DraftVocab:
             rows = TokenRows()
             for request in behind:
                 self._add(rows, request, request.all_token_ids[request.draft_state.num_in_session :])
-            self._write(self.sessions.catch_up(rows))
+            self._take(self.sessions.catch_up(rows))
 
     def _add(self, rows: TokenRows, request: Request, tokens: Sequence[int], *others: int) -> None:
         state, table = request.draft_state, NONE if self._tenants is None else self._tenants.of(request.tenant)
         rows.add(state.session, tokens, table, *others)
         state.num_in_session += len(tokens)
 
-    def _write(self, writes: TailWrites) -> None:
+    def _take(self, writes: TailWrites) -> None:
         if len(writes) and self._resources.tails is not None:
-            self._resources.tails.write(*writes.T)
+            self._waiting.append(writes)
+
+    def _write_tails(self) -> None:
+        """All that waits, in one call; of two tokens for a slot the later one."""
+        if not self._waiting or self._resources.tails is None:
+            return
+        writes = np.concatenate(self._waiting)
+        if len(self._waiting) > 1:
+            places = writes[:, 0].astype(np.int64) * self._resources.slots + writes[:, 1]
+            _, from_end = np.unique(places[::-1], return_index=True)
+            writes = writes[len(writes) - 1 - from_end]
+        self._waiting.clear()
+        self._resources.tails.write(*writes.T)
 
 
 class _TenantTables:

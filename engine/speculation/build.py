@@ -22,13 +22,19 @@ from engine.models.weights import open_weights
 from engine.online.adapters import EagleAdapters
 from engine.online.whole_draft import WholeDraft, growing_config, growing_fingerprint
 from engine.speculation import draft_files
-from engine.speculation.draft_files import check_foreign_options, check_same_tokens, choose_method, draft_model_config
+from engine.speculation.draft_files import (
+    check_foreign_options,
+    check_same_tokens,
+    check_vocabulary,
+    choose_method,
+    draft_model_config,
+)
 from engine.speculation.drafters.base import Draft, Proposer
 from engine.speculation.drafters.draft_model import DraftModel
 from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
-from engine.speculation.drafters.eagle_network import OwnHead
 from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
 from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup, RunningTexts
+from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.drafters.session_head import make_session_head
 from engine.speculation.length.adaptive import AdaptiveLength
 from engine.speculation.length.cost_meter import CostMeter
@@ -43,6 +49,7 @@ log = structlog.get_logger(__name__)
 _SMALL_VOCABULARY = 4096
 """Tokens of a target whose head costs little."""
 _DEFAULT_SESSIONS = "dynamic:512+512"
+_OF_OWN_HEADS, _OF_OWN_HEADS_ALONE = "dynamic:full+512", "dynamic:full+0"
 _DEFAULT_OF_MODELS, _LARGE_VOCABULARY = "dynamic:32768+512", 100_000
 """Of draft models, which lose more by tokens that they cannot say (docs/decisions/009-dynamic-vocabulary.md)."""
 
@@ -76,24 +83,24 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
 def make_head(
     config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer, own: OwnHead | None = None
 ) -> DraftHead:
-    """The head of a model over the configured vocabulary, whose token counts are in ``directory``; or a draft's own."""
+    """The head of a model, or a draft's own, over the configured vocabulary; token counts are in ``directory``."""
     vocabulary = config.speculation.vocabulary
-    if own is not None:
-        if vocabulary == "full":
-            return DraftHead(loaded, own=own)
-        return make_session_head(config, loaded, directory, tokenizer, None, 0, own)
-    if vocabulary == "auto":
+    if vocabulary == "auto" and own is not None:
+        vocabulary = _OF_OWN_HEADS if own.reaches_all else _OF_OWN_HEADS_ALONE
+    elif vocabulary == "auto":
         has_counts = (directory / COUNTS_FILE).is_file()
         vocabulary = default_vocabulary(config.speculation.method, has_counts, tokenizer.vocab_size)
+    check_vocabulary(vocabulary, own is not None)
     kind, _, size = vocabulary.partition(":")
     core, _, slots = size.partition("+")
     token_ids = None
     if kind != "full" and core != "full":
         counts = read_token_counts(directory, tokenizer.vocab_size)
-        token_ids = static_vocabulary(counts, int(core), always_drafted(tokenizer))
+        always = always_drafted(tokenizer)
+        token_ids = static_vocabulary(counts, int(core), always, None if own is None else own.token_ids)
     if kind != "dynamic":
-        return DraftHead(loaded, token_ids)
-    return make_session_head(config, loaded, directory, tokenizer, token_ids, int(slots))
+        return DraftHead(loaded, token_ids, own=own)
+    return make_session_head(config, loaded, directory, tokenizer, token_ids, int(slots), own)
 
 
 def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
@@ -128,7 +135,7 @@ def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, toke
     weights = without_copies(weights, target.spec.vocab_size, target.model.head_rows, target.model.embed)
     draft, own = weights.network, None if weights.head is None else OwnHead(weights.head, target)
     if draft.config.variant != Variant():
-        check_foreign_options(config, own is not None)
+        check_foreign_options(config)
     head = make_head(config, target, directory, tokenizer, own)
     adapters = None
     if config.alignment.is_on:

@@ -15,9 +15,6 @@ from engine.text.tokenizer import Tokenizer
 DRAFTS = Path(__file__).parents[2] / "drafts"
 """What is shipped: for each model a directory of its name."""
 
-OWN_HEAD_VOCABULARIES = ("auto", "full", "dynamic:full+0")
-"""Of a draft that has a head of its own."""
-
 Method = Literal["none", "eagle3", "draft_model", "ngram", "grow"]
 """``grow``: an EAGLE-3 draft that the worker trains from the model's traffic; until it is worth while, copies."""
 
@@ -87,8 +84,9 @@ def check_draft(config: EngineConfig, files: ModelFiles, spec: ModelSpec, max_mo
         ModelError: the draft cannot be had, or does not fit.
     """
     method, directory = choose_method(config, files.name)
-    if directory is not None:
-        _check_eagle(config, directory, spec)
+    has_own_head = directory is not None and _check_eagle(config, directory, spec)
+    if method not in ("none", "ngram"):
+        check_vocabulary(config.speculation.vocabulary, has_own_head)
     if method == "draft_model":
         draft = draft_model_config(config, max_model_len)
         try:
@@ -99,24 +97,30 @@ def check_draft(config: EngineConfig, files: ModelFiles, spec: ModelSpec, max_mo
         check_same_tokens(draft.name, Tokenizer.from_files(draft_files), Tokenizer.from_files(files))
 
 
-def check_foreign_options(config: EngineConfig, has_own_head: bool) -> None:
-    """Raise ``ModelError`` for options that do not go with a draft of another project."""
-    if config.must_learn:
-        raise ModelError("alignment trains drafts of this project only, not those of others")
-    vocabulary = config.speculation.vocabulary
-    if has_own_head and vocabulary not in OWN_HEAD_VOCABULARIES:
+def check_vocabulary(vocabulary: str, has_own_head: bool) -> None:
+    """Raise ``ModelError`` for tails beside a core of all tokens."""
+    core, _, slots = vocabulary.partition("+")
+    if core == "dynamic:full" and slots != "0" and not has_own_head:
         raise ModelError(
-            f"speculation.vocabulary is {vocabulary}, but the draft has a head of its own, whose tokens are its "
-            f"vocabulary: it can be {', '.join(OWN_HEAD_VOCABULARIES)}"
+            f"speculation.vocabulary {vocabulary} is for drafts with a head of their own: this one has all tokens, "
+            "and dynamic:full+0 is a prior on them"
         )
 
 
-def _check_eagle(config: EngineConfig, directory: Path, spec: ModelSpec) -> None:
+def check_foreign_options(config: EngineConfig) -> None:
+    """Raise ``ModelError`` for options that do not go with a draft of another project."""
+    if config.must_learn:
+        raise ModelError("alignment trains drafts of this project only, not those of others")
+
+
+def _check_eagle(config: EngineConfig, directory: Path, spec: ModelSpec) -> bool:
+    """Whether it may have a head of its own; only the tensors of a ``.bin`` file tell."""
     layers = config.speculation.capture_layers
     if is_foreign_draft(directory):
+        check_foreign_options(config)
         draft = check_foreign_draft(directory, spec, layers)
-        check_foreign_options(config, draft is not None and draft.variant.head_size is not None)
-        return
+        return draft is None or draft.variant.head_size is not None
     if layers is not None:
         raise ModelError("speculation.capture_layers is for drafts of other projects: this one says what it takes")
     read_draft(directory).check_target(spec, directory)
+    return False

@@ -119,6 +119,12 @@ class Tokenizer:
             raise ChatTemplateError("this model has no chat template; use /v1/completions")
         return self.chat_template.render(messages, add_generation_prompt, tools, variables or {})
 
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Tokens of a conversation up to its next answer; of a model without a chat template, of its texts alone."""
+        if self.chat_template is None:
+            return self.encode("".join(f"{message['content']}\n\n" for message in messages))
+        return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
+
     @property
     def named_tokens(self) -> dict[str, str]:
         """``bos_token`` and ``eos_token``, as the vocabulary writes them, as far as there are any."""

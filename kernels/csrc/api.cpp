@@ -16,6 +16,7 @@ Team* evo_team_new(int num_threads) { return new Team(num_threads); }
 void evo_team_free(Team* team) { delete team; }
 
 int evo_has_fast_bf16() { return has_fast_bf16(); }
+int evo_has_amx() { return has_amx(); }
 
 // out [rows][n] = x W^T + bias; x is bf16 [rows rounded up to a multiple of 16][k].
 void evo_linear(Team& team, const Matrix& weight, const bf16* x, int rows, float* out) {

@@ -18,12 +18,12 @@ from engine.messages import SamplingParams
 from engine.models.config import ModelFiles
 from engine.speculation import speculator
 from engine.speculation.drafters.eagle import EagleProposer
-from engine.speculation.drafters.head import DraftHead
+from engine.speculation.drafters.head import COUNTS_FILE, DraftHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from kernels import native
 from tests.exactness import SAMPLED, SETTINGS
-from tests.foreign_drafts import CHECKPOINTS, NUM_LAYERS, Checkpoint
+from tests.foreign_drafts import CHECKPOINTS, NUM_LAYERS, VOCAB, Checkpoint
 from tests.reference.eagle3 import ReferenceDraft
 from tests.tiny_drafts import Engine, Setting
 from tests.tiny_models import make_directory
@@ -181,19 +181,28 @@ def expected(files: ModelFiles, texts: list[list[int]]) -> list[list[int]]:
     return Engine(files, SETTINGS["alone"]).generate(texts, ALL_KINDS)
 
 
+VOCABULARIES = {
+    "safeailab": ("auto", "its own 160 tokens, with a prior"),
+    "angelslim": ("dynamic:full+24", "its own 160 tokens + 24, with a prior"),
+    "speculators_qwen3": ("dynamic:64+24", "static:64 + 24, with a prior"),
+}
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", ["safeailab", "angelslim", "speculators_qwen3"])
+@pytest.mark.parametrize("name", VOCABULARIES)
 def test_outputs_do_not_change(
     name: str, setting: str, files: ModelFiles, texts: list[list[int]], expected: list[list[int]], tmp_path: Path
 ) -> None:
-    """With the default vocabulary: the draft's own tokens, and a prior."""
-    speculation = speculation_of(CHECKPOINTS[name]().write(tmp_path / "draft"), "auto")
-    engine = Engine(files, SETTINGS[setting], speculation)
+    """With the draft's own tokens, with tails beside them, and with tails beside some of them."""
+    vocabulary, description = VOCABULARIES[name]
+    directory = CHECKPOINTS[name]().write(tmp_path / "draft")
+    save_file({"counts": torch.arange(VOCAB)}, directory / COUNTS_FILE)
+    engine = Engine(files, SETTINGS[setting], speculation_of(directory, vocabulary))
     assert engine.generate(texts, ALL_KINDS) == expected
     assert engine.generate(texts, ALL_KINDS) == expected
     assert engine.num_drafted > 0
     assert engine.core.draft is not None
-    assert engine.core.draft.endswith("vocabulary of its own 160 tokens, with a prior")
+    assert engine.core.draft.endswith(description)
 
 
 @dataclass(frozen=True)
@@ -231,7 +240,7 @@ def test_on_the_compiled_kernels(
     checkpoint = CHECKPOINTS[name](head_dim=head_dim)
     directory = checkpoint.write(tmp_path / "draft")
     outputs, runs = [], list[Drafted]()
-    for vocabulary in ("full", "dynamic:full+0"):
+    for vocabulary in ("full", "dynamic:full+0", "dynamic:full+0" if name == "headless" else "dynamic:full+24"):
         for one_call in (True, False):
             with monkeypatch.context() as patch:
                 if not one_call:
@@ -240,9 +249,10 @@ def test_on_the_compiled_kernels(
                 outputs.append(engine.generate(texts, [GREEDY] * len(texts)))
             runs.append(drafted.copy())
             drafted.clear()
-    assert outputs == [kernel_target.outputs] * 4
+    assert outputs == [kernel_target.outputs] * 6
     assert runs[0] == runs[1]
     assert runs[2] == runs[3]
+    assert runs[4] == runs[5]
     reference, right = reference_of(checkpoint, files), 0
     for tokens, drafts in runs[0]:
         with torch.inference_mode():

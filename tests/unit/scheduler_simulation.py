@@ -51,12 +51,15 @@ class Simulation:
         num_drafts: int = 0,
         accuracy: float = 0.5,
         stalling: float = 0.0,
+        reads_prompts_apart: bool = False,
     ) -> None:
         self.config = SchedulerConfig(
             max_num_seqs=max_num_seqs, max_batched_tokens=max_batched_tokens, max_waiting=max_waiting
         )
         cache = CacheConfig(block_size=BLOCK_SIZE, prefix_caching=prefix_caching)
-        self.scheduler = Scheduler(self.config, cache, num_blocks, max_model_len)
+        sizes = num_blocks, max_model_len
+        self.scheduler = Scheduler(self.config, cache, *sizes, reads_prompts_apart=reads_prompts_apart)
+        self._reads_prompts_apart = reads_prompts_apart
         self.max_model_len = max_model_len
         self.kv = SimulatedKV(BLOCK_SIZE)
         self.finished: list[Request] = []
@@ -106,6 +109,7 @@ class Simulation:
         assert len({s.request.request_id for s in sequences}) == len(sequences) <= self.config.max_num_seqs
         assert output.num_tokens == sum(len(s.token_ids) for s in sequences) <= self.config.max_batched_tokens
         assert not {s.request for s in sequences} & set(output.preempted)
+        assert [s.decodes for s in sequences] == sorted((s.decodes for s in sequences), reverse=True)
         for sequence in sequences:
             request, known = sequence.request, sequence.request.all_token_ids
             end = sequence.start + len(sequence.token_ids) - sequence.num_draft_tokens
@@ -120,8 +124,10 @@ class Simulation:
         """Accepted drafts and the new token; empty while prefill is unfinished."""
         request, start = sequence.request, sequence.start
         token_ids = request.all_token_ids[:start] + sequence.token_ids
-        self.kv.check(sequence.block_ids, request.tenant, token_ids[:start])
-        self.kv.write(sequence.block_ids, request.tenant, token_ids, start)
+        num_prompt = len(request.prompt_token_ids) if self._reads_prompts_apart else None
+        as_prompt = num_prompt is None or start < num_prompt
+        self.kv.check(sequence.block_ids, request.tenant, token_ids[:start], num_prompt)
+        self.kv.write(sequence.block_ids, request.tenant, token_ids, start, as_prompt)
         if sequence.num_sampled == 0:
             return []
         sampled: list[int] = []

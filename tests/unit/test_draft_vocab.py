@@ -33,8 +33,11 @@ class Slabs:
 
     def __init__(self, num_slabs: int) -> None:
         self.token_ids = np.full((num_slabs, SLOTS), EMPTY)
+        self.num_writes = 0
 
     def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
+        self.num_writes += 1
+        assert len(set(zip(slab, slots, strict=True))) == len(slab), "which of two tokens a slot gets is left open"
         self.token_ids[list(slab), list(slots)] = token_ids
         for row in self.token_ids:
             used = row[row != EMPTY]
@@ -120,6 +123,22 @@ def test_prompt_answer_and_the_targets_choices_enter_the_tail() -> None:
     harness.top = np.array([7, 800, 801], np.int32)
     harness.verify(request, [702, 8], drafts=[3])
     assert harness.tail(request) == {700, 701, 702, 800, 801}
+
+
+def test_a_step_writes_all_tails_once_and_they_hold_what_vocabularies_do() -> None:
+    harness, generator = Harness(graph=False, target_signal="every"), np.random.default_rng(0)
+    running: list[Request] = []
+    for number in range(120):
+        tokens = generator.integers(1, VOCAB, 60).tolist()
+        if len(running) == harness.options.max_sessions:
+            harness.end(running.pop(int(generator.integers(len(running)))))
+        running.append(harness.start(str(number), tokens))
+        harness.slabs.num_writes = 0
+        harness.vocab.before_drafts(running)
+        assert harness.slabs.num_writes == 1
+        for request in running:
+            assert harness.tail(request) == set(harness.vocab.sessions.tail(request.draft_state.session))
+            harness.verify(request, generator.integers(1, VOCAB, 3).tolist(), drafts=[3])
 
 
 def test_events_bring_what_follows_by_the_graph() -> None:

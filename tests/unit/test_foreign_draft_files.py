@@ -200,9 +200,10 @@ def test_a_hub_id_is_a_draft_by_its_files(tmp_path: Path) -> None:
 
 def test_options_that_do_not_go_with_it(files: ModelFiles, tmp_path: Path) -> None:
     own, shared = (CHECKPOINTS[name]().write(tmp_path / name) for name in ("specforge", "headless"))
-    check(files, own, vocabulary="dynamic:full+0")
-    with pytest.raises(ModelError, match="has a head of its own"):
-        check(files, own, vocabulary="static:64")
+    check(files, own, vocabulary="dynamic:full+64")
+    check(files, shared, vocabulary="dynamic:full+0")
+    with pytest.raises(ModelError, match="for drafts with a head of their own"):
+        check(files, shared, vocabulary="dynamic:full+64")
     with pytest.raises(ModelError, match="alignment trains drafts of this project only"):
         check(files, shared, alignment=True)
     (own / "model.safetensors").write_bytes(b"no safetensors")

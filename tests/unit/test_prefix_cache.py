@@ -111,6 +111,17 @@ def test_a_preempted_request_finds_its_own_output_again() -> None:
     assert kv.find_cached_prefix(preempted) == 8
 
 
+def test_answers_are_not_offered_where_a_prompt_would_have_another_kv() -> None:
+    kv = KVCacheManager(16, BLOCK_SIZE, prefix_caching=True, reads_prompts_apart=True)
+    compute(kv, first := request("a", list(range(6))))
+    first.output_token_ids += range(6, 12)
+    first.all_token_ids += range(6, 12)
+    compute(kv, first)
+    assert kv.find_cached_prefix(later := request("b", list(range(14)))) == 4
+    compute(kv, later)
+    assert kv.find_cached_prefix(request("c", list(range(14)))) == 12
+
+
 def test_only_full_blocks_of_computed_tokens_are_offered() -> None:
     kv, prompt = manager(), list(range(12))
     compute(kv, first := request("a", prompt), num_tokens=7)

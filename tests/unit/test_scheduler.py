@@ -48,13 +48,14 @@ simulations = st.builds(
     num_drafts=st.integers(0, 20),
     accuracy=st.sampled_from([0.0, 0.5, 1.0]),
     stalling=st.sampled_from([0.0, 0.0, 0.3]),
+    reads_prompts_apart=st.booleans(),
 )
 
 
 @settings(max_examples=150)
 @given(simulation=simulations, arrivals=st.lists(arrivals, min_size=1, max_size=20))
 def test_every_request_finishes_with_the_models_own_output(simulation: Simulation, arrivals: list[Arrival]) -> None:
-    """Whatever arrives, is aborted, drafted or preempted; ``Simulation`` checks bounds and order at each step."""
+    """Whatever arrives, is aborted, drafted or preempted; ``Simulation`` checks bounds, order and KV at each step."""
     requests = {
         str(n): make_request(str(n), 0, a.max_tokens, a.tenant, a.prompt_logprobs, a.prompt)
         for n, a in enumerate(arrivals)

@@ -255,6 +255,12 @@ def test_template_that_cannot_render_is_a_clear_error(
         tokenizer.apply_chat_template(CHAT)
 
 
+def test_messages_are_texts_alone_without_a_template(tiny: dict[str, ModelFiles], tmp_path: Path) -> None:
+    tokenizer = with_template(tiny, tmp_path, None)
+    texts = "".join(f"{message['content']}\n\n" for message in CHAT)
+    assert tokenizer.encode_messages(CHAT) == tokenizer.encode(texts)
+
+
 def test_invalid_template_is_refused_at_load(tiny: dict[str, ModelFiles], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="chat template is invalid"):
         with_template(tiny, tmp_path, "{% for %}")

@@ -1,30 +1,21 @@
-"""The arithmetic of an EAGLE-3 draft, its layer and its head, in plain PyTorch or on the compiled CPU kernels."""
+"""The arithmetic of an EAGLE-3 draft's layer, in plain PyTorch or on the compiled CPU kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import gguf.quants
-import numpy as np
 import structlog
 import torch
-import torch.nn.functional as F
-from gguf import GGMLQuantizationType
 
 from engine.attention.base import AttentionBackend
 from engine.batch import Features, ForwardBatch
 from engine.loader import LoadedModel
-from engine.models.decoder import HeadSlab, RotaryEmbedding
+from engine.models.decoder import RotaryEmbedding
 from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_weights import DraftRows
 from engine.models.native_eagle3 import NativeEagle3, unsupported_draft
 from kernels.batched_lora import LoraRows
-from kernels.native import MatrixPart, PackedMatrix, Team, linear
-from kernels.native_decoder import unpack_rows
 
 log = structlog.get_logger(__name__)
-
-_HEAD_TYPE = GGMLQuantizationType.Q8_0
 
 
 class TorchEagleNetwork:
@@ -93,47 +84,3 @@ def make_network(draft: Eagle3, target: LoadedModel, embedding: torch.Tensor | N
         log.warning("the draft runs on slower torch operations", reason=reason)
     rope = draft.config.variant.rope or target.spec.rope
     return TorchEagleNetwork(draft, RotaryEmbedding(rope, target.max_model_len, target.device))
-
-
-class OwnHead:
-    """The output projection of a draft that has its own: its rows, and which of the target's tokens they are.
-
-    With the compiled kernels they are rounded to 8 bits, which can cost acceptance only.
-
-    Args:
-        weights: the rows.
-        target: whose vocabulary they are of.
-    """
-
-    def __init__(self, weights: DraftRows, target: LoadedModel) -> None:
-        self.token_ids = weights.token_ids
-        """[K] int64 on the CPU, ascending"""
-        self._team = target.team
-        row_of = torch.full((target.spec.vocab_size,), -1, dtype=torch.int32)
-        row_of[self.token_ids] = torch.arange(len(self.token_ids), dtype=torch.int32)
-        self.row_of = row_of.to(target.device)
-        """[vocab] int32: the row of each token; -1: it has none"""
-        if target.team is None or weights.rows.shape[1] % 32:
-            rows = weights.rows
-            self.slab = HeadSlab(lambda x: F.linear(x.to(rows.dtype), rows).float(), rows.nbytes, rows)
-        else:
-            self.slab = _packed_head(weights.rows, target.team, target.digits)
-
-    def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """One logit for each row of hidden [n, hidden] and token [n]: [n] float32, NaN for a token without a row."""
-        places = self.row_of[token_ids.long()]
-        if self.slab.rows is not None:
-            rows = self.slab.rows[places.clamp(min=0).long()]
-        else:
-            assert self.slab.packed is not None
-            assert self._team is not None
-            rows = unpack_rows(self._team, self.slab.packed, places.clamp(min=0))
-        logits = (rows.float() * hidden.float()).sum(dim=1)
-        return logits.masked_fill(places < 0, float("nan"))
-
-
-def _packed_head(rows: torch.Tensor, team: Team, digits: int) -> HeadSlab:
-    blocks = gguf.quants.quantize(rows.float().numpy(), _HEAD_TYPE)
-    part = MatrixPart(np.arange(len(rows)), int(_HEAD_TYPE), blocks=blocks)
-    packed = PackedMatrix(len(rows), rows.shape[1], [part], None, digits)
-    return HeadSlab(lambda x: linear(team, packed, x), packed.num_bytes, packed=packed)

@@ -80,10 +80,10 @@ class GpuChain:
         self._record = CudaGraphRecorder()
         self._readers: dict[int, _Graph] = {}
         self._chains: dict[tuple[int, int, bool], _Graph] = {}
-        count = MAX_SPECULATIVE_TOKENS * CHAIN_SIZES[-1] * drafted_ints(head.num_kept)
-        self._drafted = torch.empty(count, dtype=torch.int32, device=attention.spec.device)
+        count, device = MAX_SPECULATIVE_TOKENS * CHAIN_SIZES[-1] * drafted_ints(head.num_kept), attention.spec.device
+        self._drafted = torch.empty(count, dtype=torch.int32, device=device)
         """What chains choose, and from what; all graphs use it."""
-        self._on_host = torch.empty(count, dtype=torch.int32, pin_memory=True)
+        self._on_host = torch.empty(count, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._fixed: dict[tuple[int, int], AttentionBackend] = {}
         """By the size of a chain's graph and a place in the chain: chains of all lengths share them."""
 
@@ -128,7 +128,7 @@ class GpuChain:
         requests, length = [slot.request for slot in slots], max(slot.num_tokens for slot in slots)
         size = CHAIN_SIZES[bisect_left(CHAIN_SIZES, len(slots))]
         sampling = row_sampling([request.sampling for request in requests])
-        plans = [self._plan_of_place(slots, place, size) for place in range(1, length)]
+        plans = self._plans(slots, length, size)
         arrays: list[NDArray[Any]] = [
             np.array([plan.slot_mapping.numpy() for plan in plans], np.int64).reshape(-1, size),
             np.array([plan.positions.numpy() for plan in plans], np.int32).reshape(-1, size),
@@ -153,14 +153,23 @@ class GpuChain:
             slot.request.draft_token_ids += tokens[: slot.num_tokens]
         self._head.learn_from(requests, [slot.num_tokens for slot in slots], block.numpy())
 
-    def _plan_of_place(self, slots: Sequence[DraftSlot], place: int, size: int) -> ForwardBatch:
-        """Where the tokens of a place in the chains go: without room, or in a row too many, to the spare block."""
-        live = [row for row, slot in enumerate(slots) if slot.num_tokens > place]  # the longest chain at least
-        of_live = padded_block_tables([slots[row].block_ids for row in live])
-        positions, tables = np.zeros(size, np.int32), np.full((size, of_live.shape[1]), self._spare_block, np.int32)
-        first = place - 1 - self._network.shift
-        positions[live], tables[live] = [slots[row].request.num_tokens + first for row in live], of_live
-        return one_token_each(np.zeros(size, np.int32), positions, tables, self._block_size)
+    def _plans(self, slots: Sequence[DraftSlot], length: int, size: int) -> list[ForwardBatch]:
+        """Where the tokens of the second and further places in the chains go.
+
+        Those without room, and those of a row too many, go to the spare block.
+        """
+        count, token_ids = len(slots), np.zeros(size, np.int32)
+        of_slots = padded_block_tables([slot.block_ids for slot in slots])
+        wanted = np.array([slot.num_tokens for slot in slots])
+        first = np.array([slot.request.num_tokens - self._network.shift for slot in slots], np.int32)
+        plans = []
+        for place in range(1, length):
+            is_live = wanted > place
+            positions, tables = np.zeros(size, np.int32), np.full((size, of_slots.shape[1]), self._spare_block, np.int32)
+            np.copyto(positions[:count], first + (place - 1), where=is_live)
+            np.copyto(tables[:count], of_slots, where=is_live[:, None])
+            plans.append(one_token_each(token_ids, positions, tables, self._block_size))
+        return plans
 
     def _adapter_slots(self, requests: Sequence[Request], size: int) -> NDArray[Any]:
         """[size] int32: whose adapter each row has; -1: none."""

@@ -19,8 +19,8 @@ from engine.models.native_decoder import NativeDecoder
 from engine.models.native_eagle3 import NativeEagle3
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens, row_sampling
-from engine.speculation.drafters.eagle_network import OwnHead
 from engine.speculation.drafters.gpu_head import GpuHead
+from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from engine.tensor_parallel.model import ShardedTails
@@ -41,9 +41,9 @@ class DraftHead:
 
     Args:
         loaded: whose head it is; the full head is shared, never copied.
-        token_ids: [K] int64 on the CPU, ascending: the tokens that every row can draft; None for all.
-        tails: further tokens, session by session (None: no tails); not with the full head.
-        own: the draft's own head, whose tokens are then the core (None: it has the model's).
+        token_ids: [K] int64 on the CPU, ascending: the tokens that every row can draft; None for all of the head.
+        tails: further tokens, session by session (None: no tails); not with the model's full head.
+        own: the draft's own head, whose tokens the core is of (None: it has the model's).
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class DraftHead:
         own: OwnHead | None = None,
     ) -> None:
         self._model, self._own = loaded.model, own
-        slab = loaded.model.head_slab(token_ids) if own is None else own.slab
-        token_ids = token_ids if own is None else own.token_ids
+        slab = loaded.model.head_slab(token_ids) if own is None else own.slab_of(token_ids)
+        token_ids = own.token_ids if own is not None and token_ids is None else token_ids
         ids = None if token_ids is None else token_ids.to(loaded.device, torch.int32)
         self._core, self._packed = Core(slab.project, ids, slab.rows), slab.packed
         self._find, self.team = slab.find, loaded.team
@@ -67,7 +67,9 @@ class DraftHead:
         """``_slabs``, of the last rows with a tail each, as a tensor."""
         self.num_bytes = slab.num_bytes + (0 if tails is None else tails.num_bytes)
         """Memory of its own."""
-        core = "full" if ids is None else f"static:{len(ids)}" if own is None else f"of its own {len(ids)} tokens"
+        core = "full" if ids is None else f"static:{len(ids)}"
+        if own is not None and ids is not None and len(ids) == len(own.token_ids):
+            core = f"of its own {len(ids)} tokens"
         self.description = core if tails is None else f"{core} + {tails.slots}"
         """The vocabulary as it is configured."""
         self.vocab: DraftVocab | None = None
@@ -134,7 +136,7 @@ class DraftHead:
         if self._packed is None:
             return None
         draft = network.team, network.layer, network.output_norm
-        head = target.head if self._own is None else self._packed
+        head = target.head if self._own is None or self._own.slab.packed is None else self._own.slab.packed
         matrices = network.embedding or target.embedding, head, self._packed
         vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
         sessions = None if vocab is None else (vocab.sessions, vocab.texts.texts)
@@ -240,22 +242,27 @@ def _chain_stop(rule: StopRule, requests: Sequence[Request], most: int) -> Chain
     return ChainStop(rule.chances, tenants, padded, rule.verify_costs, rule.draft_cost)
 
 
-def make_tails(loaded: LoadedModel, num_slabs: int, slots: int) -> TailSlabs:
-    """Memory for ``num_slabs`` tails of ``slots`` tokens each, whose rows come from the model's head."""
-    return TailSlabs(loaded.model.head_rows, num_slabs, slots, loaded.spec.hidden_size, loaded.dtype, loaded.device)
+def make_tails(loaded: LoadedModel, num_slabs: int, slots: int, own: OwnHead | None = None) -> TailSlabs:
+    """Memory for ``num_slabs`` tails of ``slots`` tokens each, rows of the draft's own head or of the model's."""
+    rows, width = (loaded.model.head_rows, loaded.spec.hidden_size) if own is None else (own.rows, own.width)
+    return TailSlabs(rows, num_slabs, slots, width, loaded.dtype, loaded.device)
 
 
-def static_vocabulary(counts: torch.Tensor, size: int, always: Collection[int]) -> torch.Tensor:
+def static_vocabulary(
+    counts: torch.Tensor, size: int, always: Collection[int], among: torch.Tensor | None = None
+) -> torch.Tensor:
     """The ``size`` most frequent tokens, in ascending order.
 
     Args:
         counts: [vocab], occurrences of each token; equals go by token id.
         size: how many; at most the whole vocabulary.
         always: tokens that must be among them, such as those that end an answer.
+        among: [n] int64, the only tokens there are; None: all.
     """
     ranked = counts.clone()
     ranked[list(always)] = torch.iinfo(counts.dtype).max
-    return ranked.argsort(descending=True, stable=True)[:size].sort().values
+    tokens = torch.arange(len(counts)) if among is None else among
+    return tokens[ranked[tokens].argsort(descending=True, stable=True)[:size]].sort().values
 
 
 def read_token_counts(directory: Path, vocab_size: int) -> torch.Tensor:

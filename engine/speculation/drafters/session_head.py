@@ -20,9 +20,9 @@ from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
-from engine.speculation.drafters.eagle_network import OwnHead
 from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails, next_positions
 from engine.speculation.drafters.lookup import RunningTexts
+from engine.speculation.drafters.own_head import OwnHead
 from engine.tensor_parallel.model import ShardedTails
 from engine.text.tokenizer import Tokenizer
 from kernels.draft_head import TailSlabs
@@ -43,7 +43,7 @@ class SessionHead(DraftHead):
 
     Args:
         loaded: whose head it is.
-        token_ids: [K] int64 on the CPU, ascending: the core; None for all tokens.
+        token_ids: [K] int64 on the CPU, ascending: the core; None for all tokens of the head.
         tails: of the sequences; None where they have none.
         vocab: what is in them.
         own: as for ``DraftHead``.
@@ -60,9 +60,11 @@ class SessionHead(DraftHead):
         super().__init__(loaded, token_ids, tails, own)
         self.vocab: DraftVocab = vocab
         self.num_bytes += vocab.num_bytes
-        core = "full" if token_ids is None else str(len(token_ids))
-        dynamic = f"dynamic:{core}+{0 if tails is None else tails.slots}"
-        self.description = dynamic if own is None else f"{self.description}, with a prior"
+        if own is None:
+            core = "full" if token_ids is None else str(len(token_ids))
+            self.description = f"dynamic:{core}+{0 if tails is None else tails.slots}"
+        else:
+            self.description += ", with a prior"
 
     def choose_for(self, hidden: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """The next draft token of each request, by its own vocabulary and prior."""
@@ -119,7 +121,7 @@ def make_session_head(
         loaded: whose head it is.
         directory: where the draft's graph is.
         tokenizer: the model's.
-        token_ids: [K] the core; None for all tokens.
+        token_ids: [K] the core; None for all tokens of the head.
         slots: S, of each tail.
         own: the draft's own head (None: the model's).
 
@@ -132,16 +134,16 @@ def make_session_head(
     if loaded.device.type == "cuda" and waits_for_drafts and "prior" not in options.model_fields_set:
         update["prior"] = "off"  # on the host, which would wait twice for each token
     options = options.model_copy(update=update)
-    tails = _allocate_tails(loaded, options.max_sessions + 1, slots)
-    token_ids = token_ids if own is None else own.token_ids
-    core = None if token_ids is None else token_ids.numpy()
+    tails = _allocate_tails(loaded, options.max_sessions + 1, slots, own)
+    in_core = own.token_ids if own is not None and token_ids is None else token_ids
+    core = None if in_core is None else in_core.numpy()
     resources = Resources(
         core=core_mask(tokenizer.vocab_size, core),
         fingerprint=tokenizer.fingerprint(),
         tails=tails,
         slots=slots,
         graph=_load_graph(options, directory, tokenizer.vocab_size),
-        semantic=_open_index(config, loaded, core) if options.semantic and slots else None,
+        semantic=_open_index(config, loaded, core, own) if options.semantic and slots else None,
         # A draft model copies from the text by itself, so its prior has to show that it helps.
         start_weights=None if config.speculation.method == "draft_model" else LIGHT_DRAFT_WEIGHTS,
     )
@@ -149,10 +151,14 @@ def make_session_head(
     return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources, texts), own)
 
 
-def _allocate_tails(loaded: LoadedModel, count: int, slots: int) -> TailSlabs | ShardedTails | None:
+def _allocate_tails(
+    loaded: LoadedModel, count: int, slots: int, own: OwnHead | None
+) -> TailSlabs | ShardedTails | None:
     if not slots:
         return None
-    return make_tails(loaded, count, slots) if loaded.sharded is None else loaded.sharded.make_tails(count, slots)
+    if own is not None or loaded.sharded is None:
+        return make_tails(loaded, count, slots, own)
+    return loaded.sharded.make_tails(count, slots)
 
 
 def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> BigramGraph | None:
@@ -168,12 +174,15 @@ def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> Big
         raise ModelError(str(error)) from error
 
 
-def _open_index(config: EngineConfig, loaded: LoadedModel, core: NDArray[np.int64] | None) -> SemanticIndex:
+def _open_index(
+    config: EngineConfig, loaded: LoadedModel, core: NDArray[np.int64] | None, own: OwnHead | None
+) -> SemanticIndex:
     """Over the head rows outside the core: those inside need no retrieval."""
     from engine.draft_vocab.semantic import open_semantic_index
 
     outside = np.setdiff1d(np.arange(loaded.spec.vocab_size), () if core is None else core)
-    rows = loaded.model.head_rows(torch.from_numpy(outside.astype(np.int32))).float().cpu().numpy()
+    rows_of = loaded.model.head_rows if own is None else own.rows
+    rows = rows_of(torch.from_numpy(outside.astype(np.int32))).float().cpu().numpy()
     fingerprint = blake2b(rows.tobytes() + outside.tobytes(), digest_size=16).hexdigest()
     directory = config.model.cache_dir.expanduser() / "semantic"
     try:
