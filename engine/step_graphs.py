@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from engine.attention.base import AttentionBackend
@@ -61,19 +61,27 @@ def padded(batch: ForwardBatch, size: int, spare_block: int, block_size: int) ->
     Further tokens are sequences of one token in ``spare_block``; sequences further than those have no token. A batch
     has no more sequences than tokens, so there is one for each.
     """
-    num_tokens, num_sequences = len(batch.token_ids), len(batch.seq_lens)
-    more_tokens, more_sequences = size - num_tokens, size - num_sequences
-    ends = torch.arange(num_tokens + 1, num_tokens + 1 + more_sequences, dtype=torch.int32).clamp_(max=size)
-    return replace(
-        batch,
-        token_ids=F.pad(batch.token_ids, (0, more_tokens)),
-        positions=F.pad(batch.positions, (0, more_tokens)),
-        query_start_loc=torch.cat((batch.query_start_loc, ends)),
-        seq_lens=F.pad(batch.seq_lens, (0, more_sequences), value=1),
-        block_tables=F.pad(batch.block_tables, (0, 0, 0, more_sequences), value=spare_block),
-        slot_mapping=F.pad(batch.slot_mapping, (0, more_tokens), value=spare_block * block_size),
-        logits_indices=F.pad(batch.logits_indices, (0, size - len(batch.logits_indices))),
+    ends = _filled_up(batch.query_start_loc, size + 1, size)
+    num_tokens, own = len(batch.token_ids), len(batch.query_start_loc)
+    ends[own : own + size - num_tokens] = torch.arange(num_tokens + 1, size + 1)
+    return ForwardBatch(
+        token_ids=_filled_up(batch.token_ids, size, 0),
+        positions=_filled_up(batch.positions, size, 0),
+        query_start_loc=ends,
+        seq_lens=_filled_up(batch.seq_lens, size, 1),
+        block_tables=_filled_up(batch.block_tables, size, spare_block),
+        slot_mapping=_filled_up(batch.slot_mapping, size, spare_block * block_size),
+        logits_indices=_filled_up(batch.logits_indices, size, 0),
+        num_prefilling=batch.num_prefilling,
     )
+
+
+def _filled_up(rows: torch.Tensor, size: int, value: int) -> torch.Tensor:
+    """[size, ...]: the rows of a tensor on the CPU, and others that hold ``value``."""
+    given = rows.numpy()
+    filled = np.full((size, *given.shape[1:]), value, given.dtype)
+    filled[: len(given)] = given
+    return torch.from_numpy(filled)
 
 
 class Planned(AttentionBackend):

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, ExitStack
+from datetime import datetime
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,7 @@ import typer
 from benchmarks.common.environment import environment
 from benchmarks.common.learning_server import LearningServer, serving
 from benchmarks.common.machine import RESULTS
-from benchmarks.common.process import free_port
+from benchmarks.common.process import LOGS, free_port
 from benchmarks.fleet.processes import new_valkey
 from benchmarks.grow import read_prompts
 from benchmarks.prompts.sets import DATA
@@ -41,28 +42,32 @@ _BURST, _PAUSE = 16, 5.0
 _LOOK_SECONDS = 0.25
 _LONGEST = 1200.0
 _HELD_OUT = 16
+_FIRST_LOG = "adapters-first.log"
 
 
 class Versions:
-    """When a server was last seen with an older version of the adapter, and first with each."""
+    """When a server was first seen with each version of the adapter, in seconds since 1970."""
 
     def __init__(self, server: LearningServer) -> None:
         self._server = server
-        self.seen: list[tuple[float, float]] = []
+        self.seen: list[float] = []
 
     async def watch(self) -> None:
         """Ask for a few tokens again and again, until cancelled."""
-        newest, before = 0, time.monotonic()
+        newest = 0
         while True:
             version = (await self._server.ask("Go on.", 4))["draft_version"]
-            now = time.monotonic()
-            if version > newest:
+            if version > newest:  # others are of requests that keep the base draft
                 newest = version
-                self.seen.append((before, now))
-                typer.echo(f"{self._server.url} drafts with version {version} since {before:.1f} to {now:.1f} s")
-            if version == newest:  # otherwise it is one of the requests that keep the base draft
-                before = now
+                self.seen.append(time.time())
+                typer.echo(f"{self._server.url} drafts with version {version}")
             await asyncio.sleep(_LOOK_SECONDS)
+
+
+def published(log: Path) -> list[float]:
+    """When a server's worker decided to publish each version, by its log, in seconds since 1970."""
+    lines = (json.loads(line) for line in log.read_text().splitlines() if line.startswith("{"))
+    return [datetime.fromisoformat(line["timestamp"]).timestamp() for line in lines if line.get("verdict") == "publish"]
 
 
 async def teach(server: LearningServer, prompts: Sequence[str]) -> None:
@@ -83,7 +88,7 @@ async def acceptance(server: LearningServer, prompts: Sequence[str]) -> float:
 async def measure(versions: int) -> dict[str, Any]:
     """Seconds from the first server's versions to the second's, from the third's start to its first; acceptance.
 
-    They are what it took at most: counted from the last answer without a version to the first one with it.
+    A version is there with the first answer that was drafted with it.
     """
     stream, held_out = (read_prompts([DATA / f"law-{name}.jsonl"]) for name in ("stream", "trial"))
     held_out = held_out[:_HELD_OUT]
@@ -102,10 +107,10 @@ async def measure(versions: int) -> dict[str, Any]:
 
         first, second = start("first", *_EAGER), start("second")
         before = await acceptance(second, held_out)
-        learner, other = Versions(first), Versions(second)
-        teaching = [asyncio.create_task(work) for work in (teach(first, stream), learner.watch(), other.watch())]
+        other = Versions(second)
+        teaching = [asyncio.create_task(work) for work in (teach(first, stream), other.watch())]
         async with asyncio.timeout(_LONGEST):
-            while min(len(learner.seen), len(other.seen)) < versions:
+            while len(other.seen) < versions:
                 for task in teaching:
                     if task.done():
                         task.result()  # raises what ended it
@@ -114,15 +119,15 @@ async def measure(versions: int) -> dict[str, Any]:
                 task.cancel()
             await asyncio.gather(*teaching, return_exceptions=True)
             third = start("third")
-            started, newcomer = time.monotonic(), Versions(third)
+            started, newcomer = time.time(), Versions(third)
             watching = asyncio.create_task(newcomer.watch())
             while not newcomer.seen:  # noqa: ASYNC110
                 await asyncio.sleep(_LOOK_SECONDS)
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
         return {
-            "seconds": [there - older for (older, _), (_, there) in zip(learner.seen, other.seen, strict=False)],
-            "seconds_of_a_new_server": newcomer.seen[0][1] - started,
+            "seconds": [there - made for made, there in zip(published(LOGS / _FIRST_LOG), other.seen, strict=False)],
+            "seconds_of_a_new_server": newcomer.seen[0] - started,
             "acceptance_before": before,
             "acceptance": [await acceptance(server, held_out) for server in (first, second, third)],
         }

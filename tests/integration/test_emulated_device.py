@@ -14,6 +14,8 @@ from tests.emulated_engine import Job, Ran, StepCost
 
 MOST_WAITS, MOST_LAUNCHES = 4, 40
 BATCHES = [1, 8, 64]
+LATE_MASKS = ("engine/verifier.py:97 index",)
+"""Where some rows are left out, because a grammar's masks are not there yet."""
 KINDS = ("greedy", "plain", "truncated", "penalties", "bias and min_p", "grammar", "calls")
 
 
@@ -43,11 +45,14 @@ def test_a_steps_waits_and_launches_do_not_grow_with_the_batch(tmp_path: Path) -
 
 
 def test_every_feature_at_once_is_within_them(tmp_path: Path) -> None:
-    [ran] = run(tmp_path, Job([7], kinds=KINDS, logprobs=3, longest_prompt=7, max_tokens=100, num_steps=18))
-    cost = settled(ran)
-    assert cost.num_sequences == 7
-    assert sum(cost.waits.values()) <= MOST_WAITS, cost.waits
-    assert sum(cost.launches.values()) <= MOST_LAUNCHES, cost.launches
+    runs = run(tmp_path, Job([7, 21], kinds=KINDS, logprobs=3, longest_prompt=7, max_tokens=100, num_steps=18))
+    costs = [settled(ran) for ran in runs]
+    assert [cost.num_sequences for cost in costs] == [7, 21]
+    assert sum(costs[0].waits.values()) <= MOST_WAITS, costs[0].waits
+    assert sum(costs[0].launches.values()) <= MOST_LAUNCHES, costs[0].launches
+    few, many = ({line: n for line, n in cost.launches.items() if line not in LATE_MASKS} for cost in costs)
+    assert few == many
+    assert costs[0].waits == costs[1].waits
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,10 @@ class GpuChain:
         plans = []
         for place in range(1, length):
             is_live = wanted > place
-            positions, tables = np.zeros(size, np.int32), np.full((size, of_slots.shape[1]), self._spare_block, np.int32)
+            positions, tables = (
+                np.zeros(size, np.int32),
+                np.full((size, of_slots.shape[1]), self._spare_block, np.int32),
+            )
             np.copyto(positions[:count], first + (place - 1), where=is_live)
             np.copyto(tables[:count], of_slots, where=is_live[:, None])
             plans.append(one_token_each(token_ids, positions, tables, self._block_size))

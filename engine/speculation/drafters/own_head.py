@@ -22,7 +22,7 @@ _HELD_OUT = 16
 """One token of so many is not fitted to, but tells how well the fit does."""
 _MOST_HELD_OUT = 1024
 _GOOD_SHARE = 0.5
-"""Of the held-out tokens, at least so many must come first where they are wanted."""
+"""Of the held-out tokens, at least so many must be nearer to their own rows than other tokens are."""
 _RIDGE = 1e-3
 """Of the mean square of the target's rows."""
 _FITTED_AT_ONCE = 4096
@@ -111,17 +111,16 @@ class OwnHead:
             products += theirs.T @ own[some.to(device)].float()
         ridge = _RIDGE * squares.diagonal().mean()
         self._map = torch.linalg.solve(squares + ridge * torch.eye(size, device=device), products)
-        share = self._share_first(own, held_out.to(device))
+        share = self._share_nearest(F.normalize(own.float()), held_out.to(device))
         self.reaches_all = share >= _GOOD_SHARE
-        log.info("tokens that the draft's head lacks", drafted=self.reaches_all, held_out_first=round(share, 3))
+        log.info("tokens that the draft's head lacks", drafted=self.reaches_all, held_out_nearest=round(share, 3))
 
-    def _share_first(self, own: torch.Tensor, places: torch.Tensor) -> float:
-        """Of some of its tokens, how many win by their mapped row where the draft's state is the token's own row."""
-        wanted = own[places].float()
-        others = wanted @ own.float().T
+    def _share_nearest(self, own: torch.Tensor, places: torch.Tensor) -> float:
+        """Of some of its tokens, for how many the mapped row points more to the token's own row than all others do."""
+        others = own[places] @ own.T
         others.scatter_(1, places[:, None], -torch.inf)
-        mapped = self._mapped(self.token_ids[places.cpu()].int().to(own.device))
-        return float(((mapped * wanted).sum(dim=1) > others.amax(dim=1)).float().mean())
+        mapped = F.normalize(self._mapped(self.token_ids[places.cpu()].int().to(own.device)))
+        return float(((mapped * own[places]).sum(dim=1) > others.amax(dim=1)).float().mean())
 
 
 def _slab(rows: torch.Tensor, target: LoadedModel) -> HeadSlab:
