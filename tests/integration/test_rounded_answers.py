@@ -1,9 +1,11 @@
-"""On the compiled kernels, whose sums are rounded, nothing but a request decides its answer: not what is cached, and not
-who is preempted. With AMX prompts are rounded otherwise than what is decoded."""
+"""On the compiled kernels, whose sums are rounded, nothing but a request decides its answer.
+
+Neither what is cached nor who is preempted does. With AMX prompts are rounded otherwise than what is decoded.
+"""
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -33,8 +35,8 @@ def answers(files: ModelFiles, prompts: list[list[int]], setting: Setting, at_on
     """So many at a time; and how many sequences were preempted."""
     engine = Engine(files, setting, dtype="auto")
     starts = [*range(0, len(prompts), at_once), len(prompts)]
-    parts = [engine.generate(prompts[a:b], [SAMPLED] * (b - a)) for a, b in pairwise(starts)]
-    return sum(parts, []), engine.core.stats().preemptions
+    parts = (engine.generate(prompts[a:b], [SAMPLED] * (b - a)) for a, b in pairwise(starts))
+    return list(chain.from_iterable(parts)), engine.core.stats().preemptions
 
 
 @pytest.fixture(scope="module")

@@ -117,7 +117,8 @@ def test_answers_are_not_offered_where_a_prompt_would_have_another_kv() -> None:
     first.output_token_ids += range(6, 12)
     first.all_token_ids += range(6, 12)
     compute(kv, first)
-    assert kv.find_cached_prefix(later := request("b", list(range(14)))) == 4
+    later = request("b", list(range(14)))
+    assert kv.find_cached_prefix(later) == 4
     compute(kv, later)
     assert kv.find_cached_prefix(request("c", list(range(14)))) == 12
 

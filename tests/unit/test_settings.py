@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from engine.config import ModelConfig
 from engine.models.config import ModelFiles
+from engine.models.registry import REGISTRY, registry_path
 from server.cli import app
 from server.settings import ConfigurationError, is_loopback, load_settings
 from server.settings_doc import settings_doc
@@ -150,3 +151,14 @@ def test_pull_puts_a_model_where_the_servers_look(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("EVOSPEC_ENGINE__MODEL__CACHE_DIR", str(tmp_path))
     assert CliRunner().invoke(app, ["pull", "smollm2-135m"]).exit_code == 0
     assert [(config.name, config.cache_dir) for config in asked] == [("smollm2-135m", tmp_path)]
+
+
+def test_list_tells_what_is_fetched_and_has_a_draft(tmp_path: Path) -> None:
+    path = registry_path("qwen2.5-coder-1.5b", tmp_path)
+    path.parent.mkdir(parents=True)
+    path.touch()
+    listed = CliRunner().invoke(app, ["list", "--cache-dir", str(tmp_path)]).stdout.splitlines()
+    found = {name: answers for name, _, *answers in (line.split()[:4] for line in listed[1:])}
+    assert found.keys() == REGISTRY.keys()
+    assert found["smollm2-135m"] == ["yes", "no"]
+    assert found["qwen2.5-coder-1.5b"] == ["no", "yes"]
