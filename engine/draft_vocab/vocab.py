@@ -204,7 +204,8 @@ class DraftVocab:
         if state.session != NONE:
             self._take(self.sessions.take_writes())
             if self._resources.tails is not None:
-                self._waiting = [writes[writes[:, 0] != state.session] for writes in self._waiting]
+                of_others = (writes[writes[:, 0] != state.session] for writes in self._waiting)
+                self._waiting = [writes for writes in of_others if len(writes)]
                 self._resources.tails.clear(state.session)
             self._free.append(state.session)
             state.session = NONE

@@ -37,6 +37,7 @@ class Slabs:
 
     def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
         self.num_writes += 1
+        assert len(slab), "a write of nothing"
         assert len(set(zip(slab, slots, strict=True))) == len(slab), "which of two tokens a slot gets is left open"
         self.token_ids[list(slab), list(slots)] = token_ids
         for row in self.token_ids:

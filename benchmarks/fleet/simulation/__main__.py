@@ -78,7 +78,7 @@ def main(
         else:
             asyncio.run(measure(one, record))
             compare(record)
-        path.write_text(json.dumps(record, indent=1))
+        path.write_text(json.dumps(record) + "\n")
     print_record(record, console)
     raise typer.Exit(max(one["others"] for one in record["runs"].values()) > _MOST_OTHERS)
 
