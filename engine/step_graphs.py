@@ -77,11 +77,14 @@ def padded(batch: ForwardBatch, size: int, spare_block: int, block_size: int) ->
 
 
 def _filled_up(rows: torch.Tensor, size: int, value: int) -> torch.Tensor:
-    """[size, ...]: the rows of a tensor on the CPU, and others that hold ``value``."""
-    given = rows.numpy()
-    filled = np.full((size, *given.shape[1:]), value, given.dtype)
-    filled[: len(given)] = given
-    return torch.from_numpy(filled)
+    return torch.from_numpy(filled_up(rows.numpy(), size, value))
+
+
+def filled_up(rows: NDArray[Any], size: int, value: int) -> NDArray[Any]:
+    """[size, ...]: these rows, and others that hold ``value``."""
+    filled = np.full((size, *rows.shape[1:]), value, rows.dtype)
+    filled[: len(rows)] = rows
+    return filled
 
 
 class Planned(AttentionBackend):

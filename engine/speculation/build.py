@@ -86,7 +86,7 @@ def make_head(
     """The head of a model, or a draft's own, over the configured vocabulary; token counts are in ``directory``."""
     vocabulary = config.speculation.vocabulary
     if vocabulary == "auto" and own is not None:
-        vocabulary = _OF_OWN_HEADS if own.reaches_all else _OF_OWN_HEADS_ALONE
+        vocabulary = _OF_OWN_HEADS if own.fit_lacking() else _OF_OWN_HEADS_ALONE
     elif vocabulary == "auto":
         has_counts = (directory / COUNTS_FILE).is_file()
         vocabulary = default_vocabulary(config.speculation.method, has_counts, tokenizer.vocab_size)
@@ -100,6 +100,8 @@ def make_head(
         token_ids = static_vocabulary(counts, int(core), always, None if own is None else own.token_ids)
     if kind != "dynamic":
         return DraftHead(loaded, token_ids, own=own)
+    if own is not None and int(slots) and config.speculation.vocabulary != "auto":  # which has fitted it
+        own.fit_lacking()
     return make_session_head(config, loaded, directory, tokenizer, token_ids, int(slots), own)
 
 

@@ -39,7 +39,7 @@ def all_rows(target: LoadedModel, noise: float) -> torch.Tensor:
 def test_what_it_lacks_comes_from_the_targets_rows(target: LoadedModel) -> None:
     rows = all_rows(target, noise=0.1)
     head = OwnHead(DraftRows(TOKENS, rows[TOKENS].to(target.dtype)), target)
-    assert head.reaches_all
+    assert head.fit_lacking()
     found = head.rows(torch.arange(VOCAB_SIZE, dtype=torch.int32)).float()
     assert found.shape == (VOCAB_SIZE, WIDTH)
     difference = (found - rows).std(dim=1) / rows.std()
@@ -49,13 +49,13 @@ def test_what_it_lacks_comes_from_the_targets_rows(target: LoadedModel) -> None:
 
 def test_a_head_that_is_no_map_of_the_targets_keeps_to_its_tokens(target: LoadedModel) -> None:
     head = OwnHead(DraftRows(TOKENS, all_rows(target, noise=3.0)[TOKENS].to(target.dtype)), target)
-    assert not head.reaches_all
+    assert not head.fit_lacking()
 
 
 def test_a_head_with_all_tokens_lacks_none(target: LoadedModel) -> None:
     rows = all_rows(target, noise=0.1).to(target.dtype)
     head = OwnHead(DraftRows(torch.arange(VOCAB_SIZE), rows), target)
-    assert not head.reaches_all
+    assert not head.fit_lacking()
     hidden = rows[:5]
     logits = head.logits(hidden, torch.arange(5, dtype=torch.int32))
     assert torch.allclose(logits, (rows[:5].float() ** 2).sum(dim=1), rtol=0.02)

@@ -28,7 +28,7 @@ from engine.sampling.choose import row_sampling
 from engine.speculation.drafters.eagle_network import EagleNetwork
 from engine.speculation.drafters.gpu_head import GpuHead
 from engine.speculation.drafters.kv import Chunk, one_token_each
-from engine.step_graphs import CudaGraphRecorder, Planned, Replay, padded
+from engine.step_graphs import CudaGraphRecorder, Planned, Replay, filled_up, padded
 from engine.step_plan import DraftSlot
 from kernels.batched_lora import LoraRows
 from kernels.choose_tokens import GpuRows, RowSampling, choice_arrays
@@ -108,7 +108,7 @@ class GpuChain:
         more = padded(batch, size, self._spare_block, self._block_size)
         flat = more.token_ids, more.positions, more.slot_mapping.long(), more.logits_indices
         arrays: list[NDArray[Any]] = [tensor.numpy() for tensor in flat]
-        arrays.append(_filled(g_slots, size, self._no_slot, np.int64))
+        arrays.append(filled_up(np.array(g_slots, np.int64), size, self._no_slot))
         arrays.append(self._adapter_slots([chunk.request for chunk in chunks for _ in chunk.token_ids], size))
         graph = self._readers.get(size)
         if graph is None:
@@ -164,11 +164,8 @@ class GpuChain:
         first = np.array([slot.request.num_tokens - self._network.shift for slot in slots], np.int32)
         plans = []
         for place in range(1, length):
-            is_live = wanted > place
-            positions, tables = (
-                np.zeros(size, np.int32),
-                np.full((size, of_slots.shape[1]), self._spare_block, np.int32),
-            )
+            is_live, positions = wanted > place, np.zeros(size, np.int32)
+            tables = np.full((size, of_slots.shape[1]), self._spare_block, np.int32)
             np.copyto(positions[:count], first + (place - 1), where=is_live)
             np.copyto(tables[:count], of_slots, where=is_live[:, None])
             plans.append(one_token_each(token_ids, positions, tables, self._block_size))
@@ -177,7 +174,7 @@ class GpuChain:
     def _adapter_slots(self, requests: Sequence[Request], size: int) -> NDArray[Any]:
         """[size] int32: whose adapter each row has; -1: none."""
         slots = [] if self._adapters is None else self._adapters.slots_of(requests)
-        return _filled(slots, size, -1, np.int32)
+        return filled_up(np.array(slots, np.int32), size, -1)
 
     def _lora(self, slots: torch.Tensor) -> LoraRows | None:
         return None if self._adapters is None else LoraRows(slots, self._adapters.parts)
@@ -233,12 +230,6 @@ class GpuChain:
 def _placed(batch: ForwardBatch, slots: torch.Tensor) -> ForwardBatch:
     """A batch on the host, for a plan of attention; its slots are on the device already."""
     return replace(batch, token_ids=slots, slot_mapping=slots, on_host=batch)
-
-
-def _filled(values: Sequence[int], size: int, other: int, dtype: type[np.generic]) -> NDArray[Any]:
-    array = np.full(size, other, dtype)
-    array[: len(values)] = values
-    return array
 
 
 def _noise(sampling: RowSampling, positions: Sequence[int], length: int, size: int) -> list[NDArray[Any]]:

@@ -136,7 +136,8 @@ class DraftHead:
         if self._packed is None:
             return None
         draft = network.team, network.layer, network.output_norm
-        head = target.head if self._own is None or self._own.slab.packed is None else self._own.slab.packed
+        head = target.head if self._own is None else self._own.slab.packed
+        assert head is not None
         matrices = network.embedding or target.embedding, head, self._packed
         vocab = self.vocab if self.vocab is not None and self.vocab.uses_prior else None
         sessions = None if vocab is None else (vocab.sessions, vocab.texts.texts)

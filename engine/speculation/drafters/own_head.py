@@ -51,10 +51,6 @@ class OwnHead:
         self.slab = _slab(weights.rows, target)
         """All of its rows."""
         self._map: torch.Tensor | None = None
-        self.reaches_all = False
-        """Whether rows of tokens that it lacks are good enough to draft with."""
-        if len(self.token_ids) < target.spec.vocab_size:
-            self._fit(weights.rows)
 
     @property
     def width(self) -> int:
@@ -97,12 +93,18 @@ class OwnHead:
         assert self._map is not None
         return self._target.model.head_rows(token_ids).float() @ self._map
 
-    def _fit(self, own: torch.Tensor) -> None:
-        """Ridge regression of its rows on the target's, and how it does on tokens that were not fitted to."""
+    def fit_lacking(self) -> bool:
+        """Fit the map, before tokens are drafted that the head lacks; whether their rows are good enough for that.
+
+        By ridge regression of its rows on the target's, judged by tokens that were not fitted to.
+        """
+        if len(self.token_ids) == self._target.spec.vocab_size:
+            return False
+        own = self._own_rows(torch.arange(len(self.token_ids), dtype=torch.int32, device=self.row_of.device))
         is_held_out = torch.arange(len(own)) % _HELD_OUT == _HELD_OUT - 1
         fitted, held_out = torch.where(~is_held_out)[0], torch.where(is_held_out)[0][:_MOST_HELD_OUT]
         if not len(held_out):
-            return
+            return False
         size, width, device = self._target.spec.hidden_size, own.shape[1], own.device
         squares, products = torch.zeros(size, size, device=device), torch.zeros(size, width, device=device)
         for some in torch.split(fitted, _FITTED_AT_ONCE):
@@ -112,8 +114,8 @@ class OwnHead:
         ridge = _RIDGE * squares.diagonal().mean()
         self._map = torch.linalg.solve(squares + ridge * torch.eye(size, device=device), products)
         share = self._share_nearest(F.normalize(own.float()), held_out.to(device))
-        self.reaches_all = share >= _GOOD_SHARE
-        log.info("tokens that the draft's head lacks", drafted=self.reaches_all, held_out_nearest=round(share, 3))
+        log.info("tokens that the draft's head lacks", good=share >= _GOOD_SHARE, held_out_nearest=round(share, 3))
+        return share >= _GOOD_SHARE
 
     def _share_nearest(self, own: torch.Tensor, places: torch.Tensor) -> float:
         """Of some of its tokens, for how many the mapped row points more to the token's own row than all others do."""
