@@ -224,6 +224,17 @@ def linear_to_rows(team: Team, weight: PackedMatrix, x: torch.Tensor, rows: torc
     load_library().evo_linear_to_rows(team.handle, ctypes.byref(weight.struct), *arguments)
 
 
+def norm_features(team: Team, features: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm of each part of features [T, parts * size] bf16, weight [parts, size] float32 → bf16 of the same shape.
+
+    ``size`` is a multiple of 16.
+    """
+    features, out = features.contiguous(), torch.empty_like(features)
+    arguments = address(features), address(weight), len(features), *weight.shape, ctypes.c_float(eps), address(out)
+    load_library().evo_norm_features(team.handle, *arguments)
+    return out
+
+
 def _padded(weight: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
     """Contiguous, and as many rows as the kernel reads: whole tiles, where there are tiles."""
     if weight.format == BF16_FORMAT:

@@ -36,8 +36,9 @@ def random_draft(files: ModelFiles, seed: int = 0) -> Eagle3:
     spec = validate_model_files(files)
     torch.manual_seed(seed)
     draft = Eagle3(Eagle3Config.for_target(spec, files.name, (0, 1, 2), intermediate_size=192)).requires_grad_(False)
-    for norm in (draft.embedding_norm, draft.hidden_norm, draft.post_attention_norm, draft.output_norm):
-        norm.uniform_(0.5, 1.5)
+    for weight in draft.parameters():
+        if weight.dim() == 1:
+            weight.uniform_(0.5, 1.5)
     return draft
 
 

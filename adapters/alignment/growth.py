@@ -23,10 +23,11 @@ from adapters.alignment.updates import Update, Updater
 from adapters.target_parts import fastest_dtype, load_target_parts
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from adapters.training.dataset import Batch
-from adapters.training.learner import Learner, feature_scale, most_frequent
+from adapters.training.first_weights import fit_to_features, init_from_target
+from adapters.training.learner import Learner, most_frequent
 from engine.adapters_config import AdaptersConfig
 from engine.models.config import ModelError, ModelFiles, ModelSpec
-from engine.models.eagle3 import Eagle3, init_from_target
+from engine.models.eagle3 import Eagle3
 from engine.models.weights import open_weights
 from engine.online.whole_draft import growing_config, whole_layout
 
@@ -56,8 +57,8 @@ class DraftGrower(Updater):
 
     def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
         """Go on from these weights, None: the target's last layer; what is in training is dropped."""
-        self._first = self._base.draft.state_dict() if published is None else published
-        self._weights = dict(self._first)  # what is published
+        self._published = published
+        self._weights = dict(published or self._base.draft.state_dict())
         self._learner: Learner | None = None
         self._resumes = False
 
@@ -81,7 +82,7 @@ class DraftGrower(Updater):
         self._progress.anchors += len(batch.starts)
         self._num_updates += 1
         share = max(_MEAN_SHARE, _MEAN_START / (_MEAN_START + self._num_updates))
-        for name, weight in learner.weights().items():
+        for name, weight in learner.unroller.draft.state_dict().items():
             self._weights[name].lerp_(weight, share)
         if time.monotonic() >= self._save_at:
             self._save(learner)
@@ -98,22 +99,23 @@ class DraftGrower(Updater):
         return replace(self._base, draft=draft)
 
     def _begin(self, batch: Batch) -> Learner:
-        """What is to be trained: what the checkpoint has, or ``_first``."""
+        """What is to be trained: what the checkpoint has, what was published, or the target's last layer."""
         draft = Eagle3(self._base.draft.config)
-        draft.load_state_dict(self._first)
-        scale = feature_scale(batch.features.flatten(0, 1)[batch.starts])
-        learner = Learner(draft, self._base.target, scale)
-        self._progress, self._num_updates = self._restored(learner, scale), 0
+        draft.load_state_dict(self._weights)
+        if self._published is None:
+            fit_to_features(draft, batch.features_of_starts())
+        learner = Learner(draft, self._base.target)
+        self._progress, self._num_updates = self._restored(learner), 0
         self._save_at = time.monotonic() + self._config.growth.checkpoint_seconds
         log.info("a draft grows", key=self._key, updates=self._progress.step, positions=self._progress.anchors)
-        self._learner, self._weights = learner, {name: weight.clone() for name, weight in learner.weights().items()}
+        self._learner, self._weights = learner, {name: weight.clone() for name, weight in draft.state_dict().items()}
         return learner
 
-    def _restored(self, learner: Learner, scale: torch.Tensor) -> TrainingProgress:
+    def _restored(self, learner: Learner) -> TrainingProgress:
         progress = None
         if self._resumes and self._directory is not None:
             try:
-                progress = load_checkpoint(self._directory, learner.unroller.draft, learner.optimizer, scale)
+                progress = load_checkpoint(self._directory, learner.unroller.draft, learner.optimizer)
             except (ModelError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("the checkpoint cannot be read: the draft grows from the start", reason=str(error))
         return progress or TrainingProgress()
@@ -121,8 +123,7 @@ class DraftGrower(Updater):
     def _save(self, learner: Learner) -> None:
         started = time.monotonic()
         if self._directory is not None:
-            scale = learner.unroller.feature_scale
-            save_checkpoint(self._directory, learner.unroller.draft, learner.optimizer, self._progress, scale)
+            save_checkpoint(self._directory, learner.unroller.draft, learner.optimizer, self._progress)
         now = time.monotonic()
         self._save_at = now + max(self._config.growth.checkpoint_seconds, _PAUSE * (now - started))
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.models.config import ModelError
 
-_SCALE, _PROGRESS = "feature_scale", "progress"
+_PROGRESS = "progress"
 
 
 @dataclass
@@ -28,19 +28,11 @@ class TrainingProgress:
 
 
 def save_checkpoint(
-    directory: Path,
-    draft: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: TrainingProgress,
-    feature_scale: torch.Tensor,
+    directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, progress: TrainingProgress
 ) -> None:
-    """Replace the checkpoint of a directory, as a whole.
-
-    ``feature_scale``: behind which the draft is trained; another would make another draft of the same weights.
-    """
+    """Replace the checkpoint of a directory, as a whole."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"draft.{name}": tensor for name, tensor in draft.state_dict().items()}
-    tensors[_SCALE] = feature_scale
     for number, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
     partial = directory / "checkpoint.partial"
@@ -49,10 +41,8 @@ def save_checkpoint(
     partial.rename(directory / "checkpoint.safetensors")
 
 
-def load_checkpoint(
-    directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer, feature_scale: torch.Tensor
-) -> TrainingProgress | None:
-    """Restore everything in place, ``feature_scale`` too; None where there is no checkpoint.
+def load_checkpoint(directory: Path, draft: nn.Module, optimizer: torch.optim.Optimizer) -> TrainingProgress | None:
+    """Restore everything in place; None where there is no checkpoint.
 
     Raises:
         ModelError: it is of a draft of another shape, or of another version.
@@ -75,5 +65,4 @@ def load_checkpoint(
             number, key = name.split(".")[1:]
             state.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    feature_scale.copy_(tensors[_SCALE])
     return TrainingProgress(**json.loads(metadata[_PROGRESS]))

@@ -38,6 +38,10 @@ class Batch(ChainBatch):
     labels: torch.Tensor  # [B, T + S, hidden] bf16: the output of the target's last layer at t, which gives token t + 1
     lengths: torch.Tensor  # [N] int64: steps of each chain that are within its window
 
+    def features_of_starts(self) -> torch.Tensor:
+        """[N, n * hidden] bf16, where chains start."""
+        return self.features.flatten(0, 1)[self.starts]
+
 
 def is_held_out(conversation: Conversation) -> bool:
     """Whether a conversation is for validation. Keys are hashes, so this is an unbiased sample."""

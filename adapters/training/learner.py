@@ -25,11 +25,10 @@ class Learner:
     Args:
         draft: float32 master weights.
         target: its frozen parts.
-        feature_scale: as ``Unroller`` has it.
     """
 
-    def __init__(self, draft: Eagle3, target: TargetParts, feature_scale: torch.Tensor) -> None:
-        self.unroller = Unroller(draft, target, feature_scale)
+    def __init__(self, draft: Eagle3, target: TargetParts) -> None:
+        self.unroller = Unroller(draft, target)
         self.optimizer = torch.optim.AdamW(
             draft.parameters(), betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY, fused=True
         )
@@ -60,13 +59,6 @@ class Learner:
         self.optimizer.zero_grad()
         return means
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """The draft's weights, for features as they are."""
-        draft = self.unroller.draft
-        return {name: weight.detach() for name, weight in draft.named_parameters()} | {
-            "fc.weight": self.unroller.folded_fc()
-        }
-
 
 def most_frequent(counts: torch.Tensor) -> torch.Tensor:
     """The tokens that are in every loss, given how often each was seen [vocab]."""
@@ -79,8 +71,3 @@ def rows_of_loss(batch: Batch, core: torch.Tensor, drawn: torch.Tensor) -> torch
     Of the others none is left out: where a label's token has no row, the rest of the label is noise.
     """
     return with_others(torch.unique(torch.cat((batch.token_ids.flatten(), core))), drawn, _TILE)
-
-
-def feature_scale(features: torch.Tensor) -> torch.Tensor:
-    """[n * hidden]: one over the root mean square of each feature, over some positions [T, n * hidden]."""
-    return 1 / features.float().pow(2).mean(0).sqrt().clamp(min=1e-3)

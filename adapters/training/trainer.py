@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from adapters.target_parts import fastest_dtype, target_parts
 from adapters.training.checkpoint import TrainingProgress, load_checkpoint, save_checkpoint
 from adapters.training.conversations import shard_paths
 from adapters.training.dataset import Batch, Dataset
-from adapters.training.learner import Learner, feature_scale, most_frequent
+from adapters.training.first_weights import fit_to_features, init_from_target
+from adapters.training.learner import Learner, most_frequent
 from engine.models.config import ModelError, ModelSpec
-from engine.models.eagle3 import Eagle3, init_from_target, load_draft, save_draft
+from engine.models.eagle3 import Eagle3, load_draft, save_draft
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.weights import WeightSource
 
@@ -95,13 +96,16 @@ class Trainer:
         self._dataset = self._read_dataset()
         target = target_parts(source, spec, _MAX_POSITIONS, fastest_dtype())
         shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
-        draft = _initial_draft(shape, config.start_from, source, spec)
         self._validation = self._validation_batches()
-        self._scale = self._feature_scale()
-        self._learner = Learner(draft, target, self._scale)
+        if config.start_from is None:
+            draft = Eagle3(shape)
+            init_from_target(draft, source.dequantized, spec)
+            fit_to_features(draft, torch.cat([batch.features_of_starts() for batch in self._validation]))
+        else:
+            draft = _loaded(config.start_from, shape)
+        self._learner = Learner(draft, target)
         self._unroller, self._optimizer = self._learner.unroller, self._learner.optimizer
-        # The scale it was trained behind comes back too: data that came since would give another.
-        self.progress = load_checkpoint(checkpoints, draft, self._optimizer, self._scale) or TrainingProgress()
+        self.progress = load_checkpoint(checkpoints, draft, self._optimizer) or TrainingProgress()
 
     def run(self) -> None:
         """Train to the end of the last phase."""
@@ -156,10 +160,8 @@ class Trainer:
             "acceptance_length": round(accuracy.acceptance_length, 4),
         }
         self.progress.history.append(found)
-        save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress, self._scale)
-        draft = Eagle3(self._unroller.draft.config)
-        draft.load_state_dict(self._learner.weights())
-        save_draft(draft, self._output)
+        save_checkpoint(self._checkpoints, self._unroller.draft, self._optimizer, self.progress)
+        save_draft(self._unroller.draft, self._output)
         log.info("validated", **found)
 
     def _read_dataset(self, validation: bool = False) -> Dataset:
@@ -177,20 +179,9 @@ class Trainer:
             tokens += len(batch.starts)
         return batches
 
-    def _feature_scale(self) -> torch.Tensor:
-        return feature_scale(torch.cat([batch.features.flatten(0, 1)[batch.starts] for batch in self._validation]))
 
-
-def _initial_draft(shape: Eagle3Config, start_from: Path | None, source: WeightSource, spec: ModelSpec) -> Eagle3:
-    if start_from is None:
-        draft = Eagle3(shape)
-        init_from_target(draft, source.dequantized, spec)
-        return draft
-    draft = load_draft(start_from, torch.float32, torch.device("cpu"))
-    if draft.config != replace(shape, attention_bias=draft.config.attention_bias):
-        raise ModelError(f"{start_from}: a draft of another shape than {shape}")
-    if shape.attention_bias and not draft.config.attention_bias:  # made before drafts had any: they begin as zeros
-        weights = draft.state_dict()
-        draft = Eagle3(shape)
-        draft.load_state_dict(weights | {"qkv_proj.bias": torch.zeros_like(draft.qkv_proj.bias)})
+def _loaded(directory: Path, shape: Eagle3Config) -> Eagle3:
+    draft = load_draft(directory, torch.float32, torch.device("cpu"))
+    if draft.config != shape:
+        raise ModelError(f"{directory}: a draft of another shape than {shape}")
     return draft.requires_grad_()

@@ -34,29 +34,18 @@ class Unroller:
     Args:
         draft: float32 master weights.
         target: its frozen parts.
-        feature_scale: [n * hidden], multiplies the features; ``fc`` is trained behind it and must be folded with it
-            afterwards (``folded_fc``). The target's features differ in size by orders of magnitude from one dimension
-            to the next, which Adam's equal steps cannot cope with.
     """
 
-    def __init__(self, draft: Eagle3, target: TargetParts, feature_scale: torch.Tensor) -> None:
-        self.draft, self.target, self.feature_scale = draft, target, feature_scale
-        with torch.no_grad():
-            draft.fc.weight.div_(feature_scale)
+    def __init__(self, draft: Eagle3, target: TargetParts) -> None:
+        self.draft, self.target = draft, target
 
     def precision(self) -> torch.autocast:
         """Products are made in the dtype of the target's head."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.target.head.dtype == torch.bfloat16)
 
-    def folded_fc(self) -> torch.Tensor:
-        """``fc``'s weight for features as they are."""
-        return self.draft.fc.weight.detach() * self.feature_scale
-
     def walk(self, batch: Batch) -> ChainWalk:
         """The chains of a batch, at their first step."""
-        dtype = self.target.head.dtype
-        g = self.draft.fuse(batch.features.to(dtype) * self.feature_scale.to(dtype))
-        return ChainWalk(self.draft, self.target, batch, g)
+        return ChainWalk(self.draft, self.target, batch, self.draft.fuse(batch.features.to(self.target.head.dtype)))
 
     def loss(
         self, batch: Batch, rows: torch.Tensor, step_weights: tuple[float, ...]

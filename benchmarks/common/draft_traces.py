@@ -134,7 +134,7 @@ def _run(model: str, texts: Sequence[list[int]], max_tokens: int) -> Iterator[tu
 def record(model: str, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Trace]:
     """Answer, then run the shipped draft over the answers; arguments as for ``answers``."""
     draft, target = load_parts(model)
-    unroller, head = Unroller(draft, target, torch.ones(draft.fc.in_features)), _Head(target)
+    unroller, head = Unroller(draft, target), _Head(target)
     for one in answers(model, prompts, max_tokens):
         yield _trace(unroller, head, one)
 

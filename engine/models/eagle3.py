@@ -15,7 +15,6 @@ What drafts of other projects do in another way is their ``Variant``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -26,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from engine.models.config import ModelError, ModelSpec
+from engine.models.config import ModelError
 from engine.models.decoder import rms_norm
-from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, read_draft
+from engine.models.eagle3_config import CONFIG_FILE, WEIGHTS_FILE, Eagle3Config, Variant, read_draft
 from kernels.batched_lora import LoraMatrix
 
 
@@ -64,7 +63,11 @@ class Eagle3(nn.Module):
 
     def fuse(self, features: torch.Tensor) -> torch.Tensor:
         """[..., 3 * hidden] → g [..., hidden]"""
-        fused: torch.Tensor = self.fc(normalise_features(self.config, self.feature_norm, features))
+        if self.feature_norm is not None:
+            parts = (self.config.num_feature_norms, -1)
+            each = features.view(*features.shape[:-1], *parts)
+            features = rms_norm(each, self.feature_norm.view(parts), self.config.rms_norm_eps).flatten(-2)
+        fused: torch.Tensor = self.fc(features)
         return fused
 
     def qkv(
@@ -105,21 +108,13 @@ class Eagle3(nn.Module):
         return a if self.config.variant.norm_output else rms_norm(a, self.output_norm, self.config.rms_norm_eps)
 
 
-def normalise_features(config: Eagle3Config, weight: torch.Tensor | None, features: torch.Tensor) -> torch.Tensor:
-    """What a draft fuses: features [..., fused_size] by its norm's ``weight`` [fused_size]; None: as they are."""
-    if weight is None:
-        return features
-    parts = len(config.capture_layers) if config.variant.feature_norms == "each" else 1
-    each = features.view(*features.shape[:-1], parts, -1)
-    return rms_norm(each, weight.view(parts, -1), config.rms_norm_eps).flatten(-2)
-
-
 def save_draft(draft: Eagle3, directory: Path) -> None:
     """Write weights (bf16) and config."""
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().bfloat16().contiguous() for name, tensor in draft.state_dict().items()}
     save_file(weights, directory / WEIGHTS_FILE)
-    config = {name: value for name, value in asdict(draft.config).items() if name != "variant"}
+    config, standard = asdict(draft.config), asdict(Variant())
+    config["variant"] = {name: value for name, value in config["variant"].items() if value != standard[name]}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -133,37 +128,3 @@ def load_draft(directory: Path, dtype: torch.dtype, device: torch.device) -> Eag
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{directory}: {error}") from error
     return draft.to(device=device, dtype=dtype).requires_grad_(False)
-
-
-def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor], spec: ModelSpec) -> None:
-    """Start from the target's last layer: it sees g = the high feature, and nothing of the token's embedding.
-
-    Args:
-        draft: with an MLP at least as wide as the target's (more units start without effect), or narrower (the first).
-        load_weight: the target's weight of a Hugging Face name, float32.
-        spec: of the target. A mixture of experts gives the draft's MLP nothing to start from.
-    """
-    config = draft.config
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    prefix = f"model.layers.{config.num_target_layers - 1}."
-    with torch.no_grad():
-        draft.fc.weight.mul_(0.1)
-        draft.fc.weight[:, -hidden:] = torch.eye(hidden)
-        qkv = torch.cat([load_weight(f"{prefix}self_attn.{name}_proj.weight") for name in "qkv"])
-        draft.qkv_proj.weight[:, :hidden].mul_(0.3)
-        draft.qkv_proj.weight[:, hidden:] = qkv
-        if config.attention_bias:
-            biases = [load_weight(f"{prefix}self_attn.{name}_proj.bias") for name in "qkv"]
-            draft.qkv_proj.bias.copy_(torch.cat(biases))
-        draft.hidden_norm.copy_(load_weight(prefix + "input_layernorm.weight"))
-        draft.o_proj.weight.copy_(load_weight(prefix + "self_attn.o_proj.weight"))
-        draft.post_attention_norm.copy_(load_weight(f"{prefix}{spec.mlp_norm}.weight"))
-        draft.output_norm.copy_(load_weight("model.norm.weight"))
-        if spec.experts is not None:
-            return
-        gate, up, down = (load_weight(f"{prefix}mlp.{name}_proj.weight") for name in ("gate", "up", "down"))
-        width = min(intermediate, len(gate))
-        draft.gate_up_proj.weight[:width] = gate[:width]
-        draft.gate_up_proj.weight[intermediate : intermediate + width] = up[:width]
-        draft.down_proj.weight[:, width:] = 0
-        draft.down_proj.weight[:, :width] = down[:, :width]

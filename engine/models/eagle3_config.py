@@ -22,7 +22,8 @@ _MAX_SIZE = 1 << 18
 
 @dataclass(frozen=True)
 class Variant:
-    """What drafts of other projects do in another way; by default as ``Eagle3`` describes it."""
+    """What drafts do in another way than ``Eagle3`` describes. Those that are trained here have norms of features, and
+    of queries and keys where the target has them; the rest is for drafts of other projects."""
 
     target_hidden_size: int | None = None
     """Width of each of the target's features; None: the draft's own"""
@@ -69,6 +70,11 @@ class Eagle3Config:
         return len(self.capture_layers) * (self.variant.target_hidden_size or self.hidden_size)
 
     @property
+    def num_feature_norms(self) -> int:
+        """How many norms a position's features have, side by side, where there are any."""
+        return len(self.capture_layers) if self.variant.feature_norms == "each" else 1
+
+    @property
     def recorded_size(self) -> int:
         """Width of what the draft can be trained from: the features, and the output of the target's last layer."""
         return self.fused_size + self.hidden_size
@@ -77,6 +83,7 @@ class Eagle3Config:
     def for_target(
         cls, spec: ModelSpec, target: str, capture_layers: tuple[int, ...], intermediate_size: int
     ) -> Eagle3Config:
+        """The shape that a draft is given when it is trained here."""
         return cls(
             target=target,
             hidden_size=spec.hidden_size,
@@ -89,12 +96,13 @@ class Eagle3Config:
             vocab_size=spec.vocab_size,
             num_target_layers=spec.num_layers,
             attention_bias=spec.attention_bias,
+            variant=Variant(qk_norm=spec.qk_norm, feature_norms="each"),
         )
 
     def check_target(self, spec: ModelSpec, directory: Path) -> None:
         """Raises ModelError unless the draft was made for a model of this shape."""
         wanted = Eagle3Config.for_target(spec, self.target, self.capture_layers, self.intermediate_size)
-        wanted = replace(wanted, attention_bias=self.attention_bias)
+        wanted = replace(wanted, attention_bias=self.attention_bias, variant=self.variant)
         # A GGUF holds the norm's epsilon in float32, a config.json in decimal digits.
         same_eps = math.isclose(self.rms_norm_eps, wanted.rms_norm_eps, rel_tol=1e-6)
         fits = replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps
@@ -144,8 +152,8 @@ def read_draft(directory: Path) -> Eagle3Config:
     try:
         config = msgspec.json.decode((directory / CONFIG_FILE).read_bytes(), type=Eagle3Config)
         check_sizes(config)
-        if config.variant != Variant():
-            raise ValueError("variant: only drafts of other projects have one")
+        if replace(config.variant, qk_norm=False, feature_norms="none") != Variant():
+            raise ValueError("variant: only drafts of other projects have more than norms")
         header = read_header(directory / WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{directory}: not an EAGLE-3 draft: {error}") from error

@@ -14,11 +14,11 @@ from engine.attention.native_cpu import NativeAttention
 from engine.batch import Features, ForwardBatch
 from engine.models.config import ModelError, ModelSpec
 from engine.models.decoder import RotaryEmbedding
-from engine.models.eagle3 import Eagle3, normalise_features
+from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.native_decoder import cos_sin, gate_up_rows, make_decoder
 from kernels.batched_lora import LoraRows
-from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows
+from kernels.native import MatrixPart, PackedMatrix, Team, linear, linear_to_rows, norm_features
 from kernels.native_decoder import LayerWeights
 from kernels.native_lora import NativeLora
 
@@ -128,7 +128,10 @@ class NativeEagle3:
         linear_to_rows(self.team, self._matrices["fc.weight"], normalised, features.slots, store)
 
     def _normalised(self, features: torch.Tensor) -> torch.Tensor:
-        return normalise_features(self._config, self._norms.get("feature_norm"), features).bfloat16()
+        norm, config, features = self._norms.get("feature_norm"), self._config, features.bfloat16()
+        if norm is None:
+            return features
+        return norm_features(self.team, features, norm.view(config.num_feature_norms, -1), config.rms_norm_eps)
 
     def forward(
         self,

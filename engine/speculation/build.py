@@ -14,7 +14,6 @@ from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelError, ModelFiles
 from engine.models.eagle3 import Eagle3
-from engine.models.eagle3_config import Variant
 from engine.models.eagle3_weights import load_weights, without_copies
 from engine.models.lora import draft_fingerprint
 from engine.models.registry import resolve_model, validate_model_files
@@ -23,7 +22,6 @@ from engine.online.adapters import EagleAdapters
 from engine.online.whole_draft import WholeDraft, growing_config, growing_fingerprint
 from engine.speculation import draft_files
 from engine.speculation.draft_files import (
-    check_foreign_options,
     check_same_tokens,
     check_vocabulary,
     choose_method,
@@ -136,8 +134,6 @@ def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, toke
     weights = load_weights(directory, target.spec, layers, target.dtype, target.device)
     weights = without_copies(weights, target.spec.vocab_size, target.model.head_rows, target.model.embed)
     draft, own = weights.network, None if weights.head is None else OwnHead(weights.head, target)
-    if draft.config.variant != Variant():
-        check_foreign_options(config)
     head = make_head(config, target, directory, tokenizer, own)
     adapters = None
     if config.alignment.is_on:

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "rows.h"
 
@@ -246,3 +247,18 @@ void Decoder::final_norm(const float* weight, const float* residual, int count, 
 }
 
 }  // namespace evospec
+
+using namespace evospec;
+
+// out [rows][parts][size] = RMS norm of each part of a row of features, whose weight is [parts][size].
+extern "C" void evo_norm_features(Team& team, const bf16* features, const float* weight, int rows, int parts, int size,
+                                  float eps, bf16* out) {
+  for_each_item(&team, rows, static_cast<size_t>(rows) * parts * size, [&](int row) {
+    std::vector<float> part(size);
+    for (int p = 0; p < parts; ++p) {
+      const size_t at = (static_cast<size_t>(row) * parts + p) * size;
+      for (int i = 0; i < size; i += 16) store(part.data() + i, load_bf16(features + at + i));
+      rms_norm(part.data(), weight + static_cast<size_t>(p) * size, eps, size, out + at);
+    }
+  });
+}

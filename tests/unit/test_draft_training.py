@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,8 @@ from adapters.training.trainer import VALIDATION_STEPS, Phase, TrainConfig, Trai
 from adapters.training.unroll import Unroller
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
-from engine.models.decoder import rms_norm
-from engine.models.eagle3 import Eagle3, init_from_target, save_draft
-from engine.models.eagle3_config import WEIGHTS_FILE, Eagle3Config
+from engine.models.eagle3 import Eagle3
+from engine.models.eagle3_config import WEIGHTS_FILE
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
 from engine.text.tokenizer import Tokenizer
@@ -167,16 +165,14 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None
         optimizer.zero_grad()
 
     model, optimizer = made()
-    scale = torch.rand(4)
-    assert load_checkpoint(tmp_path, model, optimizer, scale) is None
+    assert load_checkpoint(tmp_path, model, optimizer) is None
     step(model, optimizer, 1)
-    save_checkpoint(tmp_path, model, optimizer, TrainingProgress(step=1, anchors=8, history=[{"loss": [1.5]}]), scale)
+    save_checkpoint(tmp_path, model, optimizer, TrainingProgress(step=1, anchors=8, history=[{"loss": [1.5]}]))
     step(model, optimizer, 2)
 
-    (resumed, other), resumed_scale = made(), torch.rand(4)
-    progress = load_checkpoint(tmp_path, resumed, other, resumed_scale)
+    resumed, other = made()
+    progress = load_checkpoint(tmp_path, resumed, other)
     assert progress == TrainingProgress(step=1, anchors=8, history=[{"loss": [1.5]}])
-    assert torch.equal(resumed_scale, scale)
     step(resumed, other, 2)
     for parameter, wanted in zip(resumed.parameters(), model.parameters(), strict=True):
         assert torch.equal(parameter, wanted)
@@ -226,36 +222,6 @@ def test_training_goes_on_from_a_draft(tmp_path: Path) -> None:
     assert not any(torch.allclose(written[name], weight, rtol=2**-7) for name, weight in begun.items())
 
 
-def test_a_draft_from_before_there_were_biases_goes_on_with_zeros(tmp_path: Path) -> None:
-    files = make_directory(tmp_path / "model", "qwen2")
-    draft = random_draft(files)
-    without = Eagle3(replace(draft.config, attention_bias=False))
-    without.load_state_dict({name: weight for name, weight in draft.state_dict().items() if not name.endswith("bias")})
-    save_draft(without, tmp_path / "start")
-    run_trainer(files, tmp_path, tmp_path / "start", anchors=0)
-    begun, written = (load_file(tmp_path / name / WEIGHTS_FILE) for name in ("start", "draft"))
-    assert not written.pop("qkv_proj.bias").any()
-    assert begun.keys() == written.keys()
-    torch.testing.assert_close(written["qkv_proj.weight"], begun["qkv_proj.weight"])
-
-
-def test_training_starts_from_the_targets_last_layer(tmp_path: Path) -> None:
-    files = make_directory(tmp_path / "model", "qwen2")  # with biases
-    spec, weights = validate_model_files(files), open_weights(files)
-    draft = Eagle3(Eagle3Config.for_target(spec, files.name, (0, 1, 2), spec.intermediate_size))
-    init_from_target(draft, weights.dequantized, spec)
-    prefix = f"model.layers.{spec.num_layers - 1}."
-
-    def layer(name: str) -> torch.Tensor:
-        return weights.dequantized(prefix + name)
-
-    g = torch.randn(7, spec.hidden_size)
-    x = rms_norm(g, layer("input_layernorm.weight"), spec.rms_norm_eps)
-    for ours, name in zip(draft.qkv(torch.zeros_like(g), g), "qkv", strict=True):
-        expected = F.linear(x, layer(f"self_attn.{name}_proj.weight"), layer(f"self_attn.{name}_proj.bias"))
-        torch.testing.assert_close(ours.flatten(-2), expected)
-
-
 def test_rows_of_a_loss_fill_tiles_and_hold_all_tokens_of_the_batch(tmp_path: Path) -> None:
     write(tmp_path, [conversation(1, 200, 60)])
     (batch,) = Dataset(shard_paths(tmp_path), WIDTH, HIDDEN).batches(10_000, 3, np.random.default_rng(0))
@@ -279,9 +245,9 @@ def test_windows_that_go_on_are_unrolled_as_if_alone(tmp_path: Path) -> None:
     dataset = Dataset(shard_paths(tmp_path), 4 * spec.hidden_size, spec.hidden_size)
     (batch,) = dataset.batches(1000, 3, np.random.default_rng(0))
     target = target_parts(weights, spec, 256, torch.float32)
-    draft, scale = random_draft(files), torch.rand(3 * spec.hidden_size) + 0.5
+    draft = random_draft(files)
     expected = unrolled_from_all(draft, target, draft.fuse(batch.features.float()), batch.token_ids, batch.positions, 3)
-    unroller = Unroller(draft, target, scale)
+    unroller = Unroller(draft, target)
     walk, further = unroller.walk(batch), torch.tensor([True, False, True])
     for step in range(3):
         if step:
