@@ -13,7 +13,7 @@ from benchmarks.common.drafting import Drafting
 from benchmarks.common.in_process import engine_config
 from engine.config import MAX_TAIL_TOKENS, CacheConfig, EngineConfig, ModelConfig, SpeculationConfig
 from engine.models.registry import resolve_model
-from engine.speculation.build import always_drafted, default_vocabulary
+from engine.speculation.build import default_vocabulary
 from engine.text.tokenizer import Tokenizer
 
 FULL = "full"
@@ -105,7 +105,7 @@ class Sizes:
 def sizes_of(model: str, method: str = "eagle3") -> Sizes:
     """By the size of the vocabulary of a model whose tokens are counted; ``method`` of the draft."""
     tokenizer = Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
-    num_special, vocab_size = len(always_drafted(tokenizer)), tokenizer.vocab_size
+    num_special, vocab_size = len(tokenizer.special_token_ids), tokenizer.vocab_size
     ours = default_vocabulary(method, has_counts=True, vocab_size=vocab_size)
     if vocab_size >= _LARGE:
         return Sizes(num_special, 32768, (8192, 4096), ours)

@@ -29,7 +29,7 @@ from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import SamplingParams, SessionState
 from engine.models.registry import resolve_model
 from engine.request import Request
-from engine.speculation.build import always_drafted, counts_directory
+from engine.speculation.build import counts_directory
 from engine.speculation.drafters.head import CANDIDATES, read_token_counts, static_vocabulary
 from engine.speculation.drafters.lookup import RunningTexts
 from engine.speculation.drafters.session_head import GRAPH_FILE
@@ -180,7 +180,7 @@ def runs_of_mode(mode: Mode, model: str, traces: Sequence[Trace]) -> Iterator[di
     core = None
     if rows not in ("", FULL):
         counts = read_token_counts(directory, tokenizer.vocab_size)
-        core = static_vocabulary(counts, int(rows), always_drafted(tokenizer)).numpy()
+        core = static_vocabulary(counts, int(rows), tokenizer.eos_token_ids).numpy()
     graph = BigramGraph.load(directory / GRAPH_FILE, tokenizer.vocab_size)
     start_weights = LIGHT_DRAFT_WEIGHTS if speculation.method == "eagle3" else None
     replay = Replay(speculation, mode.cold, core, graph, tokenizer.vocab_size, start_weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 import structlog
@@ -94,8 +93,8 @@ def make_head(
     token_ids = None
     if kind != "full" and core != "full":
         counts = read_token_counts(directory, tokenizer.vocab_size)
-        always = always_drafted(tokenizer)
-        token_ids = static_vocabulary(counts, int(core), always, None if own is None else own.token_ids)
+        among = None if own is None else own.token_ids
+        token_ids = static_vocabulary(counts, int(core), tokenizer.eos_token_ids, among)
     if kind != "dynamic":
         return DraftHead(loaded, token_ids, own=own)
     if own is not None and int(slots) and config.speculation.vocabulary != "auto":  # which has fitted it
@@ -122,11 +121,6 @@ def counts_directory(target: str, draft: str) -> Path:
     """Where the counts for a draft model are: the target's, or its own, as what it says often is close to them."""
     of_target = draft_files.DRAFTS / target
     return of_target if (of_target / COUNTS_FILE).is_file() else draft_files.DRAFTS / draft
-
-
-def always_drafted(tokenizer: Tokenizer) -> Collection[int]:
-    """Tokens that end an answer or structure a conversation."""
-    return {*tokenizer.eos_token_ids, *tokenizer.special_token_ids}
 
 
 def _load_eagle(config: EngineConfig, target: LoadedModel, directory: Path, tokenizer: Tokenizer) -> EagleDraft:
