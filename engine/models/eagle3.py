@@ -9,7 +9,8 @@ The entry of token t is computed from token t and the target's features of posit
     logits of token t + 1 = target's head(RMSNorm(a))
 
 The next unrolled step takes a where the first took g. The target's embedding and head are its own, shared and frozen.
-What drafts of other projects do in another way is their ``Variant``.
+What a draft does in another way is its ``Variant``: those trained here norm each feature before ``fc``, those of other
+projects have more of their own.
 """
 
 from __future__ import annotations
