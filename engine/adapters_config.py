@@ -201,7 +201,7 @@ class GrowthConfig(Section):
     checkpoint_seconds: float = Field(default=60.0, ge=0, description="From one checkpoint to the next, at least.")
     training: TrainingConfig = Field(
         default_factory=lambda: TrainingConfig(
-            learning_rate=1e-3, horizon=4, batch_positions=256, updates_per_batch=8, updates_per_version=64
+            learning_rate=5e-4, horizon=4, batch_positions=256, updates_per_batch=8, updates_per_version=64
         )
     )
     guard: GuardConfig = Field(

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from pydantic import ValidationError
+from safetensors.torch import save_file
 from structlog.testing import capture_logs
 
 from engine.adapters_config import AdaptersConfig
@@ -98,6 +100,24 @@ def test_a_draft_model_takes_its_own_counts_where_the_target_has_none(
     shutil.rmtree(tmp_path / smaller.name)
     with pytest.raises(ModelError, match="token counts"):
         load_draft(target, files, method="draft_model", draft=str(smaller.path), vocabulary="static:64")
+
+
+def test_special_tokens_that_are_never_said_take_no_room_in_a_core(
+    target: LoadedModel, files: ModelFiles, tmp_path: Path
+) -> None:
+    """Gemma's tokenizer has 6,249 of them."""
+    tokenizer = Tokenizer.from_files(files)
+    tokenizer.special_token_ids |= set(range(100, 110))
+    counts = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    counts[[105, 200, 201, 202]] = torch.tensor([3, 9, 8, 7])
+    save_file({"counts": counts}, tmp_path / COUNTS_FILE)
+    num_ends = len(tokenizer.eos_token_ids)
+    config = EngineConfig(
+        model=FLOAT32, runtime=RUNTIME, speculation=SpeculationConfig(vocabulary=f"static:{num_ends + 4}")
+    )
+    core = spec_load.make_head(config, target, tmp_path, tokenizer)._core.token_ids
+    assert core is not None
+    assert set(core.tolist()) == {*tokenizer.eos_token_ids, 105, 200, 201, 202}
 
 
 @pytest.mark.parametrize(
