@@ -42,9 +42,9 @@ def random_draft(files: ModelFiles, seed: int = 0) -> Eagle3:
     return draft
 
 
-def make_draft_directory(directory: Path, files: ModelFiles) -> Path:
+def make_draft_directory(directory: Path, files: ModelFiles, seed: int = 0) -> Path:
     """A random draft with random token counts."""
-    save_draft(random_draft(files), directory)
+    save_draft(random_draft(files, seed), directory)
     counts = torch.randint(0, 1000, (validate_model_files(files).vocab_size,))
     save_file({"counts": counts}, directory / COUNTS_FILE)
     return directory
