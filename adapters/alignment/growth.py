@@ -58,7 +58,7 @@ class DraftGrower(Updater):
     def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
         """Go on from these weights, None: the target's last layer; what is in training is dropped."""
         self._published = published
-        self._weights = dict(published or self._base.draft.state_dict())
+        self._weights = dict(published or self._base.draft.state_dict())  # what is published next
         self._learner: Learner | None = None
         self._resumes = False
 

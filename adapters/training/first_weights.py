@@ -47,7 +47,7 @@ def init_from_target(draft: Eagle3, load_weight: Callable[[str], torch.Tensor], 
             draft.qkv_proj.bias.copy_(torch.cat(biases))
         if draft.q_norm is not None and draft.k_norm is not None:
             draft.q_norm.copy_(load_weight(f"{prefix}self_attn.q_norm.weight"))
-            draft.q_norm.mul_(spec.attention_scale * spec.head_dim**0.5)
+            draft.q_norm.mul_(spec.attention_scale * spec.head_dim**0.5)  # a draft's own scale is 1 / sqrt(head_dim)
             draft.k_norm.copy_(load_weight(f"{prefix}self_attn.k_norm.weight"))
         draft.hidden_norm.copy_(load_weight(prefix + "input_layernorm.weight"))
         draft.o_proj.weight.copy_(added("self_attn.o_proj", "post_attention_layernorm"))

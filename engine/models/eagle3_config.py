@@ -22,8 +22,11 @@ _MAX_SIZE = 1 << 18
 
 @dataclass(frozen=True)
 class Variant:
-    """What drafts do in another way than ``Eagle3`` describes. Those that are trained here have norms of features, and
-    of queries and keys where the target has them; the rest is for drafts of other projects."""
+    """What drafts do in another way than ``Eagle3`` describes.
+
+    Those that are trained here have norms of features, and of queries and keys where the target has them. The rest is
+    for drafts of other projects.
+    """
 
     target_hidden_size: int | None = None
     """Width of each of the target's features; None: the draft's own"""

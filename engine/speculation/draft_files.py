@@ -107,17 +107,12 @@ def check_vocabulary(vocabulary: str, has_own_head: bool) -> None:
         )
 
 
-def check_foreign_options(config: EngineConfig) -> None:
-    """Raise ``ModelError`` for options that do not go with a draft of another project."""
-    if config.must_learn:
-        raise ModelError("alignment trains drafts of this project only, not those of others")
-
-
 def _check_eagle(config: EngineConfig, directory: Path, spec: ModelSpec) -> bool:
     """Whether it may have a head of its own; only the tensors of a ``.bin`` file tell."""
     layers = config.speculation.capture_layers
     if is_foreign_draft(directory):
-        check_foreign_options(config)
+        if config.must_learn:
+            raise ModelError("alignment trains drafts of this project only, not those of others")
         draft = check_foreign_draft(directory, spec, layers)
         return draft is None or draft.variant.head_size is not None
     if layers is not None:

@@ -246,10 +246,6 @@ void Decoder::final_norm(const float* weight, const float* residual, int count, 
   team_.run([&](int) { normalize(weight, residual, count, out, shape_.hidden); });
 }
 
-}  // namespace evospec
-
-using namespace evospec;
-
 // out [rows][parts][size] = RMS norm of each part of a row of features, whose weight is [parts][size].
 extern "C" void evo_norm_features(Team& team, const bf16* features, const float* weight, int rows, int parts, int size,
                                   float eps, bf16* out) {
@@ -262,3 +258,5 @@ extern "C" void evo_norm_features(Team& team, const bf16* features, const float*
     }
   });
 }
+
+}  // namespace evospec
