@@ -87,8 +87,9 @@ class Channel:
         return "acme", self.version + 1, buffer, checksum
 
 
-def _noise(channel: Channel) -> bytes:
-    return os.urandom(channel.stride)
+def _noise(num_bytes: int) -> bytes:
+    """Random bytes whose first bfloat16 is not a number: of few enough, all would be finite now and then."""
+    return b"\xff\x7f" + os.urandom(num_bytes - 2)
 
 
 def _bad_text(channel: Channel) -> None:
@@ -109,14 +110,14 @@ def _churn(channel: Channel) -> None:
     end = time.monotonic() + _CHURN_SECONDS
     while time.monotonic() < end:
         buffer = channel.version % 2
-        channel.publish(channel.slot(buffer, channel.fill(buffer, os.urandom(_PAGE))))
+        channel.publish(channel.slot(buffer, channel.fill(buffer, _noise(_PAGE))))
 
 
 MODES: dict[str, Callable[[Channel], None]] = {
     "wrong checksum": lambda channel: channel.publish(channel.slot(0, 12345)),
     "not a number": lambda channel: channel.publish(channel.slot(0, channel.fill(0, b"\xff\x7f"))),
     "infinite": lambda channel: channel.publish(channel.slot(0, channel.fill(0, b"\x80\x7f"))),
-    "noise": lambda channel: channel.publish(channel.slot(0, channel.fill(0, _noise(channel)))),
+    "noise": lambda channel: channel.publish(channel.slot(0, channel.fill(0, _noise(channel.stride)))),
     "buffer 9": lambda channel: channel.publish(channel.slot(9)),
     "buffer 1000000": lambda channel: channel.publish(channel.slot(10**6)),
     "buffer -1": lambda channel: channel.publish(channel.slot(-1)),
