@@ -23,7 +23,7 @@ SCALE = Scale(pause=10.0)
 
 
 def run(router: Router, hosts: int, conversations: list[Conversation], cores: float = 2.0) -> list[Served]:
-    return Fleet(COSTS, 700, router, [0] * hosts, cores, SCALE).run(conversations, ["a", "b"])
+    return Fleet(COSTS, 700, router, [0] * hosts, cores, SCALE, {}).run(conversations, ["a", "b"])
 
 
 def test_every_turn_is_served_once_and_in_order() -> None:

@@ -51,6 +51,9 @@ class Run:
     others: float
     """Cores that other programs took."""
     step_costs: dict[str, Any]
+    accepted: dict[str, float]
+    """``Served.accepted`` of each request when one replica is told the same, one conversation after the other: how easy
+    a text is to draft for is a matter of the text, as its length is."""
 
     def measured(self) -> dict[str, float]:
         """Its figures."""
@@ -61,7 +64,7 @@ class Run:
     def simulate(self, costs: Costs) -> Fleet:
         """The same in the model, on what the others left of two cores."""
         machines, router = [0] * len(self.addresses), Ring(self.addresses)
-        fleet = Fleet(costs, self.num_blocks, router, machines, _CORES - self.others, _SCALE)
+        fleet = Fleet(costs, self.num_blocks, router, machines, _CORES - self.others, _SCALE, self.accepted)
         fleet.run(_conversations(len(machines)), TENANTS)
         return fleet
 
@@ -78,7 +81,12 @@ def _conversations(count: int) -> list[Conversation]:
     return make_conversations(RATE * min(count, _CORES), _SECONDS, _SCALE, seed=count)
 
 
-async def run(fleet: RealFleet) -> Run:
+async def drafted_shares(fleet: RealFleet, count: int) -> dict[str, float]:
+    """``Run.accepted`` of what so many replicas are told, by one replica."""
+    return {served.name: served.accepted for served in await fleet.replay(_conversations(count), _SCALE, in_turn=True)}
+
+
+async def run(fleet: RealFleet, accepted: dict[str, float]) -> Run:
     """Tell real replicas their conversations."""
     conversations = _conversations(len(fleet.replicas))
     first, start = await fleet.counters(), await fleet.counters()
@@ -96,6 +104,7 @@ async def run(fleet: RealFleet) -> Run:
         snapshots=await fleet.snapshots(conversations),
         others=others,
         step_costs=fleet.step_costs(),
+        accepted=accepted,
     )
 
 
@@ -188,12 +197,12 @@ def _with_prompts(costs: Costs, one: Run) -> Costs:
 
 
 def _with_acceptance(costs: Costs, one: Run) -> Costs:
-    """As different as conversations were, and such that a part of an answer has as many tokens as there."""
-    accepted = sorted(1 - asked.events / asked.output_tokens for asked in one.served if asked.output_tokens > _FEW)
+    """As different as answers were, and such that a part of an answer has as many tokens as there."""
+    accepted = tuple(sorted(asked.accepted for asked in one.served if asked.output_tokens > _FEW))
     wanted, low, high = figures(one.served)["tokens_per_event"], 0.0, 2.0
     for _ in range(7):
         power = (low + high) / 2
-        costs = replace(costs, acceptance=tuple(share**power for share in accepted))
+        costs = replace(costs, accepted=accepted, power=power)
         is_low = figures(one.simulate(costs).served)["tokens_per_event"] < wanted
         low, high = (low, power) if is_low else (power, high)
     return costs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -34,6 +34,16 @@ class Served:
     cached_tokens: int = 0
     events: int = 0
     """Parts in which the answer came."""
+
+    @property
+    def name(self) -> str:
+        """Of the request."""
+        return f"{self.session}/{self.turn}"
+
+    @property
+    def accepted(self) -> float:
+        """Share of the answer that was drafted."""
+        return 1 - self.events / self.output_tokens
 
     def overlaps(self, other: Served) -> bool:
         """Whether another turn was there while this one waited for its first token."""
@@ -68,14 +78,22 @@ class Fleet:
         machines: the number of each replica's machine.
         cores: of a machine.
         scale: of the conversations.
+        accepted: as ``Replica`` has it.
     """
 
     def __init__(
-        self, costs: Costs, num_blocks: int, router: Router, machines: Sequence[int], cores: float, scale: Scale
+        self,
+        costs: Costs,
+        num_blocks: int,
+        router: Router,
+        machines: Sequence[int],
+        cores: float,
+        scale: Scale,
+        accepted: Mapping[str, float],
     ) -> None:
         self._costs, self._router, self._scale = costs, router, scale
         self.machines = [Machine(cores - costs.idle * machines.count(number)) for number in range(max(machines) + 1)]
-        self.hosts = [_Host(Replica(costs, num_blocks, seed), machine) for seed, machine in enumerate(machines)]
+        self.hosts = [_Host(Replica(costs, num_blocks, seed, accepted), one) for seed, one in enumerate(machines)]
         self._active = [0] * len(machines)
         self._last: dict[str, int] = {}
         self._said: dict[Request, list[int]] = {}
@@ -113,8 +131,7 @@ class Fleet:
         replica = self.hosts[served.replica].replica
         tokens = self._tokens(number, served.prompt_tokens + served.output_tokens)
         tenant = self._tenants[number % len(self._tenants)]
-        name = f"{served.session}/{served.turn}"
-        request = replica.add(name, tenant, tokens[: served.prompt_tokens], served.output_tokens)
+        request = replica.add(served.name, tenant, tokens[: served.prompt_tokens], served.output_tokens)
         self._asked[request] = conversation, served
         self._said[request] = tokens[served.prompt_tokens :]
         self._begin_step(served.replica, now)

@@ -47,8 +47,10 @@ class Costs:
     closing: float = 2e-3
     idle: float = 0.0
     """Share of a core that a replica uses without requests."""
-    acceptance: tuple[float, ...] = (0.6,)
-    """Chance that a draft token is accepted, if those before it are; each of as many conversations."""
+    accepted: tuple[float, ...] = (0.6,)
+    """Share of an answer that was drafted, of as many answers; ``power`` of it is the chance that a draft token is
+    accepted, if those before it are."""
+    power: float = 1.0
     snapshot: tuple[float, float] = (3000.0, 10.0)
     """Bytes of a session in Redis, at first and for each token; ``redis`` to and from Redis beside that, a request."""
     redis: tuple[float, float] = (1000.0, 300.0)
@@ -72,10 +74,13 @@ class Step:
 
 
 class Replica:
-    """Takes steps while it has requests; whoever drives it lets their time pass between ``begin`` and ``end``."""
+    """Takes steps while it has requests; whoever drives it lets their time pass between ``begin`` and ``end``.
 
-    def __init__(self, costs: Costs, num_blocks: int, seed: int = 0) -> None:
-        self._costs, self._curves = costs, costs.curves()
+    ``accepted``: ``Costs.accepted`` of requests by name; one that is not there has that of any answer.
+    """
+
+    def __init__(self, costs: Costs, num_blocks: int, seed: int, accepted: Mapping[str, float]) -> None:
+        self._costs, self._curves, self._accepted = costs, costs.curves(), accepted
         self._scheduler = Scheduler(SchedulerConfig(), CacheConfig(), num_blocks, num_blocks * CacheConfig().block_size)
         self._policy = AdaptiveLength(self._curves, stops_early=False)
         self._chance = random.Random(seed)
@@ -154,9 +159,9 @@ class Replica:
         """How many tokens a sequence gets; the policy is told what became of its drafts."""
         if not sequence.num_sampled:
             return 0
-        accepted = 0
-        chances = self._costs.acceptance
-        chance = chances[crc32(sequence.request.request_id.partition("/")[0].encode()) % len(chances)]
+        accepted, name, of_any = 0, sequence.request.request_id, self._costs.accepted
+        share = self._accepted.get(name, of_any[crc32(name.encode()) % len(of_any)])
+        chance = share**self._costs.power
         while accepted < sequence.num_draft_tokens and self._chance.random() < chance:
             accepted += 1
         if sequence.num_draft_tokens:

@@ -52,7 +52,7 @@ def serve(costs: Costs, plan: Plan, size: int, ring_size: int | None) -> dict[st
         parts = np.array(shares(size, ring_size))
         spread = float(parts[-1])
         router = Drawn(parts[((np.arange(sample) + 0.5) * size / sample).astype(int)].tolist())
-    fleet = Fleet(costs, plan.num_blocks, router, range(sample), 2.0, scale)
+    fleet = Fleet(costs, plan.num_blocks, router, range(sample), 2.0, scale, {})
     conversations = make_conversations(plan.rate * sample, plan.seconds, scale)
     served = fleet.run(conversations, [f"tenant {number}" for number in range(_TENANTS_EACH * sample)])
     late = [one for one in served if one.start >= plan.warm_up]
