@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import wait_for_quiet
-from benchmarks.fleet.simulation.fit import RATE, Run, drafted_shares, fit, probe, run
+from benchmarks.fleet.simulation.fit import RATE, Run, fit, probe, run
 from benchmarks.fleet.simulation.measure import running_fleet
 from benchmarks.fleet.simulation.replica import Costs
 from benchmarks.fleet.simulation.report import print_record
@@ -31,13 +31,11 @@ _MOST_OTHERS = 0.3
 async def measure(count: str, record: dict[str, Any]) -> None:
     """Tell so many real replicas conversations; what came of it goes into the record."""
     await asyncio.to_thread(wait_for_quiet, _QUIET_SECONDS)
-    async with running_fleet(1) as alone:
-        accepted = await drafted_shares(alone, int(count))
     async with running_fleet(int(count)) as fleet:
         await asyncio.to_thread(wait_for_quiet, _QUIET_SECONDS)  # the replicas still check their model's files
         if count == _COUNTS[0]:
             record["probed"] = asdict(await probe(fleet))
-        one = await run(fleet, accepted)
+        one = await run(fleet)
     record.setdefault("runs", {})[count] = {"environment": environment()} | asdict(one)
 
 
@@ -47,7 +45,8 @@ def compare(record: dict[str, Any]) -> None:
     costs = fit(Costs(**record["probed"]), runs[_COUNTS[0]])
     record["costs"] = asdict(costs)
     record["fleets"] = {
-        count: {"measured": one.measured(), "simulated": one.simulated(costs)} for count, one in runs.items()
+        count: {"measured": one.measured(), "simulated": one.simulated(one.at_its_speed(costs))}
+        for count, one in runs.items()
     }
 
 

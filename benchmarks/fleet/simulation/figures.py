@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from benchmarks.fleet.simulation.replica import Costs
 
 _CALLS_OPEN, _CALLS_CREATE, _CALLS_SAVE = 10, 12, 4
 """Commands of the scripts of ``server.session_hashes``, each script's own call included."""
+_RESAMPLED = 1000
 
 
 def figures(served: Sequence[Served]) -> dict[str, float]:
@@ -29,6 +31,20 @@ def figures(served: Sequence[Served]) -> dict[str, float]:
         "stayed": sum(one.stayed for one in later) / max(len(later), 1),
         "tokens_per_event": sum(one.output_tokens for one in served) / sum(one.events for one in served),
     }
+
+
+def intervals(served: Sequence[Served]) -> dict[str, tuple[float, float]]:
+    """95 % of each figure, if other conversations like these were told (bootstrap)."""
+    chance, of_session = np.random.default_rng(0), defaultdict[str, list[Served]](list)
+    for one in served:
+        of_session[one.session].append(one)
+    told = list(of_session.values())
+    found = []
+    for _ in range(_RESAMPLED):
+        drawn = [one for number in chance.integers(0, len(told), len(told)) for one in told[number]]
+        found.append(list(figures(drawn).values()))
+    low, high = np.percentile(found, (2.5, 97.5), axis=0).tolist()
+    return dict(zip(figures(served), zip(low, high, strict=True), strict=True))
 
 
 def redis_figures(served: Sequence[Served], costs: Costs) -> dict[str, float]:

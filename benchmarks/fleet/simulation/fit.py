@@ -17,6 +17,7 @@ from benchmarks.fleet.simulation.measure import RealFleet
 from benchmarks.fleet.simulation.replica import Costs, num_pairs
 from benchmarks.fleet.simulation.ring import Ring
 from benchmarks.fleet.simulation.traces import Conversation, Scale, make_conversations
+from kernels.native import has_amx
 
 RATE = 0.5
 """Conversations that begin a second, at one replica, and at two or more times two."""
@@ -29,6 +30,8 @@ _CORES = 2
 _STEP_SECONDS = "evospec:engine_step_seconds_sum"
 _TURNS = 2
 """In which acceptance and the time of steps are fitted, since each changes the other."""
+_HALVINGS = 8
+"""Of the range in which a number is looked for."""
 _FEW = 8
 """Tokens of an answer that says little of how easy its conversation is to draft for."""
 _CHUNK = 512
@@ -51,9 +54,6 @@ class Run:
     others: float
     """Cores that other programs took."""
     step_costs: dict[str, Any]
-    accepted: dict[str, float]
-    """``Served.accepted`` of each request when one replica is told the same, one conversation after the other: how easy
-    a text is to draft for is a matter of the text, as its length is."""
 
     def measured(self) -> dict[str, float]:
         """Its figures."""
@@ -62,18 +62,34 @@ class Run:
         return figures(self.served) | {name: number / len(self.served) for name, number in whole.items()}
 
     def simulate(self, costs: Costs) -> Fleet:
-        """The same in the model, on what the others left of two cores."""
+        """The same in the model, on what the others left of two cores.
+
+        How easy each answer is to draft for is a matter of its text, and taken from the run as its length is.
+        """
         machines, router = [0] * len(self.addresses), Ring(self.addresses)
-        fleet = Fleet(costs, self.num_blocks, router, machines, _CORES - self.others, _SCALE, self.accepted)
+        accepted = {one.name: one.accepted for one in self.served}
+        fleet = Fleet(costs, self.num_blocks, router, machines, _CORES - self.others, _SCALE, accepted)
         fleet.run(_conversations(len(machines)), TENANTS)
         return fleet
 
     def simulated(self, costs: Costs) -> dict[str, float]:
         """The model's figures of it."""
         fleet = self.simulate(costs)
-        found = figures(fleet.served) | redis_figures(fleet.served, costs)
-        idle = costs.idle * len(self.addresses) * found["seconds"]
-        return found | {"core_seconds": (sum(fleet.machines[0].busy.values()) + idle) / len(fleet.served)}
+        return figures(fleet.served) | redis_figures(fleet.served, costs) | {"core_seconds": self._work(fleet, costs)}
+
+    def at_its_speed(self, costs: Costs) -> Costs:
+        """The costs of the machine as it was then: so fast that requests take as much work as they did."""
+        costs, slow, fast = replace(costs, **self.step_costs), 2.0, 0.2
+        for _ in range(_HALVINGS):
+            costs = replace(costs, slowdown=(slow + fast) / 2)
+            is_less = self._work(self.simulate(costs), costs) < self.measured()["core_seconds"]
+            slow, fast = (slow, costs.slowdown) if is_less else (costs.slowdown, fast)
+        return costs
+
+    def _work(self, fleet: Fleet, costs: Costs) -> float:
+        """Seconds of a core for each request."""
+        idle = costs.idle * len(self.addresses) * max(one.end for one in fleet.served)
+        return (sum(fleet.machines[0].busy.values()) + idle) / len(fleet.served)
 
 
 def _conversations(count: int) -> list[Conversation]:
@@ -81,12 +97,7 @@ def _conversations(count: int) -> list[Conversation]:
     return make_conversations(RATE * min(count, _CORES), _SECONDS, _SCALE, seed=count)
 
 
-async def drafted_shares(fleet: RealFleet, count: int) -> dict[str, float]:
-    """``Run.accepted`` of what so many replicas are told, by one replica."""
-    return {served.name: served.accepted for served in await fleet.replay(_conversations(count), _SCALE, in_turn=True)}
-
-
-async def run(fleet: RealFleet, accepted: dict[str, float]) -> Run:
+async def run(fleet: RealFleet) -> Run:
     """Tell real replicas their conversations."""
     conversations = _conversations(len(fleet.replicas))
     first, start = await fleet.counters(), await fleet.counters()
@@ -104,7 +115,6 @@ async def run(fleet: RealFleet, accepted: dict[str, float]) -> Run:
         snapshots=await fleet.snapshots(conversations),
         others=others,
         step_costs=fleet.step_costs(),
-        accepted=accepted,
     )
 
 
@@ -114,7 +124,7 @@ def _difference(end: dict[str, float], start: dict[str, float]) -> dict[str, flo
 
 async def probe(fleet: RealFleet) -> Costs:
     """What single requests cost: nothing at all, answers one and eight at a time, and prompts of some lengths."""
-    costs = Costs(**fleet.step_costs())
+    costs = Costs(**fleet.step_costs(), reads_prompts_apart=has_amx())
     before = fleet.cpu()
     await asyncio.sleep(_IDLE_SECONDS)
     costs = replace(costs, idle=float((fleet.cpu() - before).sum()) / _IDLE_SECONDS)
@@ -200,7 +210,7 @@ def _with_acceptance(costs: Costs, one: Run) -> Costs:
     """As different as answers were, and such that a part of an answer has as many tokens as there."""
     accepted = tuple(sorted(asked.accepted for asked in one.served if asked.output_tokens > _FEW))
     wanted, low, high = figures(one.served)["tokens_per_event"], 0.0, 2.0
-    for _ in range(7):
+    for _ in range(_HALVINGS):
         power = (low + high) / 2
         costs = replace(costs, accepted=accepted, power=power)
         is_low = figures(one.simulate(costs).served)["tokens_per_event"] < wanted

@@ -122,19 +122,15 @@ class RealFleet:
         tokens = self._tokenizer.encode(result.text, add_special_tokens=False)[:max_tokens]
         return result, tokens + self.text(0, max_tokens - len(tokens))
 
-    async def replay(
-        self, conversations: Sequence[Conversation], scale: Scale, *, in_turn: bool = False
-    ) -> list[Served]:
-        """All turns; as in the model, a pause is counted from the end of an answer. ``in_turn``: one conversation after
-        the other, without pauses."""
+    async def replay(self, conversations: Sequence[Conversation], scale: Scale) -> list[Served]:
+        """All turns; as in the model, a pause is counted from the end of an answer."""
         began, served = time.perf_counter(), list[Served]()
 
         async def talk(number: int, one: Conversation) -> None:
-            if not in_turn:
-                await asyncio.sleep(max(0.0, one.start + began - time.perf_counter()))
+            await asyncio.sleep(max(0.0, one.start + began - time.perf_counter()))
             tokens, place = self.text(0, scale.shared), 7919 * (number + 1)
             for turn, said in enumerate(one.turns):
-                await asyncio.sleep(said.pause if turn and not in_turn else 0.0)
+                await asyncio.sleep(said.pause if turn else 0.0)
                 tokens, place = tokens + self.text(place, said.new), place + said.new
                 headers = {"x-session-id": one.name, "x-request-id": f"{one.name}-{turn}"}
                 result, answer = await self.ask(tokens, said.output, TENANTS[number % len(TENANTS)], headers)
@@ -144,12 +140,7 @@ class RealFleet:
                 served.append(found)
                 tokens = tokens + answer
 
-        talks = [talk(number, one) for number, one in enumerate(conversations)]
-        if in_turn:
-            for one in talks:
-                await one
-        else:
-            await asyncio.gather(*talks)
+        await asyncio.gather(*(talk(number, one) for number, one in enumerate(conversations)))
         self._locate(served)
         while any(one.replica < 0 for one in served):  # a line is written after the answer's end
             await asyncio.sleep(0.1)

@@ -40,7 +40,9 @@ class Costs:
     prompt_token: float = 2e-4
     prompt_pair: float = 0.0
     engine: float = 1.0
-    """How many times as long steps take while serving, but for what they read of prompts."""
+    """How many times as long steps take while serving, but for what they read of prompts; ``slowdown``: all of steps,
+    because machines change their speed."""
+    slowdown: float = 1.0
     request: float = 4e-3
     """Outside of the engine before a request is there; ``event`` of each part of its answer, ``closing`` after it."""
     event: float = 3e-4
@@ -51,6 +53,8 @@ class Costs:
     """Share of an answer that was drafted, of as many answers; ``power`` of it is the chance that a draft token is
     accepted, if those before it are."""
     power: float = 1.0
+    reads_prompts_apart: bool = False
+    """As ``engine.kv_cache_manager`` has it: then only prompts are found in the prefix cache."""
     snapshot: tuple[float, float] = (3000.0, 10.0)
     """Bytes of a session in Redis, at first and for each token; ``redis`` to and from Redis beside that, a request."""
     redis: tuple[float, float] = (1000.0, 300.0)
@@ -81,7 +85,8 @@ class Replica:
 
     def __init__(self, costs: Costs, num_blocks: int, seed: int, accepted: Mapping[str, float]) -> None:
         self._costs, self._curves, self._accepted = costs, costs.curves(), accepted
-        self._scheduler = Scheduler(SchedulerConfig(), CacheConfig(), num_blocks, num_blocks * CacheConfig().block_size)
+        cache, apart = CacheConfig(), costs.reads_prompts_apart
+        self._scheduler = Scheduler(SchedulerConfig(), cache, num_blocks, num_blocks * cache.block_size, None, apart)
         self._policy = AdaptiveLength(self._curves, stops_early=False)
         self._chance = random.Random(seed)
 
@@ -106,9 +111,10 @@ class Replica:
             seconds += costs.prompt_step + costs.prompt_token * plan.num_prompt_tokens
             prompts = (one for one in plan.sequences if not one.decodes)
             seconds += costs.prompt_pair * sum(num_pairs(one.start, len(one.token_ids)) for one in prompts)
+        seconds *= costs.slowdown
         self._scheduler.record_seconds(plan, seconds)
         if drafting:
-            self._policy.record_seconds(costs.engine * drafting)
+            self._policy.record_seconds(costs.slowdown * costs.engine * drafting)
         return Step(plan, kept, seconds)
 
     def end(self, step: Step, answers: Mapping[Request, list[int]]) -> list[tuple[Request, bool]]:
