@@ -45,7 +45,8 @@ log = structlog.get_logger(__name__)
 
 _SMALL_VOCABULARY = 4096
 """Tokens of a target whose head costs little."""
-_DEFAULT_SESSIONS = "dynamic:512+512"
+_DEFAULT_SESSIONS, _OF_GROWING = "dynamic:512+512", "dynamic:4096+512"
+"""Of EAGLE-3 drafts, and of those that grow for a model of which nothing was counted."""
 _OF_OWN_HEADS, _OF_OWN_HEADS_ALONE = "dynamic:full+512", "dynamic:full+0"
 _DEFAULT_OF_MODELS, _LARGE_VOCABULARY = "dynamic:32768+512", 100_000
 """Of draft models, which lose more by tokens that they cannot say (docs/decisions/009-dynamic-vocabulary.md)."""
@@ -81,23 +82,24 @@ def make_head(
     config: EngineConfig, loaded: LoadedModel, directory: Path, tokenizer: Tokenizer, own: OwnHead | None = None
 ) -> DraftHead:
     """The head of a model, or a draft's own, over the configured vocabulary; token counts are in ``directory``."""
-    vocabulary = config.speculation.vocabulary
-    if vocabulary == "auto" and own is not None:
+    vocabulary, has_counts = config.speculation.vocabulary, (directory / COUNTS_FILE).is_file()
+    is_auto = vocabulary == "auto"
+    if is_auto and own is not None:
         vocabulary = _OF_OWN_HEADS if own.fit_lacking() else _OF_OWN_HEADS_ALONE
-    elif vocabulary == "auto":
-        has_counts = (directory / COUNTS_FILE).is_file()
+    elif is_auto:
         vocabulary = default_vocabulary(config.speculation.method, has_counts, tokenizer.vocab_size)
     check_vocabulary(vocabulary, own is not None)
     kind, _, size = vocabulary.partition(":")
     core, _, slots = size.partition("+")
     token_ids = None
     if kind != "full" and core != "full":
-        counts = read_token_counts(directory, tokenizer.vocab_size)
+        is_known = has_counts or not is_auto
+        counts = read_token_counts(directory, tokenizer.vocab_size) if is_known else learned_first(tokenizer)
         among = None if own is None else own.token_ids
         token_ids = static_vocabulary(counts, int(core), tokenizer.eos_token_ids, among)
     if kind != "dynamic":
         return DraftHead(loaded, token_ids, own=own)
-    if own is not None and int(slots) and config.speculation.vocabulary != "auto":  # which has fitted it
+    if own is not None and int(slots) and not is_auto:  # which has fitted it
         own.fit_lacking()
     return make_session_head(config, loaded, directory, tokenizer, token_ids, int(slots), own)
 
@@ -110,11 +112,21 @@ def default_vocabulary(method: str, has_counts: bool, vocab_size: int) -> str:
         has_counts: whether it is known what the target, or a draft model, says often.
         vocab_size: of the target.
     """
-    if not has_counts or vocab_size <= _SMALL_VOCABULARY:
+    if vocab_size <= _SMALL_VOCABULARY:
         return "full"
+    if not has_counts:
+        return _OF_GROWING if method == "grow" else "full"
     if method == "draft_model":
         return _DEFAULT_OF_MODELS if vocab_size >= _LARGE_VOCABULARY else "full"
     return _DEFAULT_SESSIONS
+
+
+def learned_first(tokenizer: Tokenizer) -> torch.Tensor:
+    """Counts [vocab] where nothing was counted: 1 for each token of text.
+
+    Equals go by their ids, and a BPE tokenizer gives the lowest to what it learned first, the most frequent pieces.
+    """
+    return torch.tensor([len(tokenizer.token_bytes(token_id)) > 0 for token_id in range(tokenizer.vocab_size)]).long()
 
 
 def counts_directory(target: str, draft: str) -> Path:

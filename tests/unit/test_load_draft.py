@@ -22,7 +22,7 @@ from engine.models.registry import validate_model_files
 from engine.speculation import build as spec_load
 from engine.speculation import draft_files
 from engine.speculation.drafters.base import Draft
-from engine.speculation.drafters.head import COUNTS_FILE
+from engine.speculation.drafters.head import COUNTS_FILE, static_vocabulary
 from engine.speculation.drafters.lookup import NgramDraft
 from engine.text.tokenizer import Tokenizer
 from tests.tiny_drafts import make_draft_directory, random_draft
@@ -125,6 +125,7 @@ def test_special_tokens_that_are_never_said_take_no_room_in_a_core(
     [
         ("auto", 49_152, "dynamic:512+512"),
         ("eagle3", 151_936, "dynamic:512+512"),
+        ("grow", 49_152, "dynamic:512+512"),
         ("draft_model", 49_152, "full"),
         ("draft_model", 151_936, "dynamic:32768+512"),
         ("auto", 1_000, "full"),
@@ -132,7 +133,17 @@ def test_special_tokens_that_are_never_said_take_no_room_in_a_core(
 )
 def test_the_default_vocabulary(method: str, vocab_size: int, expected: str) -> None:
     assert spec_load.default_vocabulary(method, True, vocab_size) == expected
-    assert spec_load.default_vocabulary(method, False, vocab_size) == "full"
+    without_counts = "dynamic:4096+512" if method == "grow" else "full"
+    assert spec_load.default_vocabulary(method, False, vocab_size) == without_counts
+
+
+def test_where_nothing_was_counted_a_core_has_the_first_tokens_of_text(files: ModelFiles) -> None:
+    tokenizer = Tokenizer.from_files(files)
+    of_text = [token_id for token_id in range(tokenizer.vocab_size) if tokenizer.token_bytes(token_id)]
+    core = static_vocabulary(spec_load.learned_first(tokenizer), 40, tokenizer.eos_token_ids).tolist()
+    num_ends = len(tokenizer.eos_token_ids)
+    assert core == sorted([*tokenizer.eos_token_ids, *of_text[: 40 - num_ends]])
+    assert tokenizer.special_token_ids - set(core), "those that are never said"
 
 
 def test_a_model_without_a_draft_grows_one_only_where_that_is_asked_for() -> None:
