@@ -56,17 +56,21 @@ def test_without_affinity_a_session_often_finds_nothing() -> None:
     assert at_home["prefix_hits"] > anywhere["prefix_hits"]
 
 
-def test_cores_are_shared_and_short_tasks_come_first() -> None:
+def test_cores_are_shared_equally() -> None:
     machine = Machine(1.0)
-    machine.start(0.0, "engine 1", 1.0, is_short=False)
-    machine.start(0.0, "engine 2", 1.0, is_short=False)
-    assert machine.next_end() == (2.0, "engine 1", False)
-    machine.start(1.0, "request", 0.25, is_short=True)
-    assert machine.next_end() == (1.25, "request", True)
-    machine.end(1.25, "request", is_short=True)
-    assert machine.next_end() == (2.25, "engine 1", False)
-    machine.end(2.25, "engine 1", is_short=False)
-    assert machine.busy[False] == pytest.approx(2.0)
+    machine.start(0.0, "engine 1", 1.0, is_engine=True)
+    machine.start(0.0, "engine 2", 1.5, is_engine=True)
+    assert machine.next_end() == (2.0, "engine 1", True)
+    machine.start(0.5, "request", 0.1, is_engine=False)
+    assert machine.next_end() == (pytest.approx(0.8), "request", False)
+    machine.end(0.8, "request", is_engine=False)
+    assert machine.next_end() == (pytest.approx(2.1), "engine 1", True)
+    machine.end(2.1, "engine 1", is_engine=True)
+    assert machine.next_end() == (pytest.approx(2.6), "engine 2", True)
+    assert machine.busy == {True: pytest.approx(2.0), False: pytest.approx(0.1)}
+    alone = Machine(2.0)
+    alone.start(0.0, "engine", 1.0, is_engine=True)
+    assert alone.next_end() == (1.0, "engine", True), "a thread has one core at most"
 
 
 def test_a_replica_above_its_bound_hands_on_always_to_the_same() -> None:

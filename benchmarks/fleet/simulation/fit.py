@@ -174,7 +174,7 @@ def fit(probed: Costs, one: Run) -> Costs:
         costs = _with_acceptance(costs, one)
         costs = _with_engine(costs, one)
     fleet = one.simulate(costs)
-    beside = sum(one.cpu) - costs.idle * measured["seconds"] - fleet.machines[0].busy[False]
+    beside = sum(one.cpu) - costs.idle * measured["seconds"] - fleet.machines[0].busy[True]
     requests, events = len(one.served), sum(served.events for served in one.served)
     length = {served.session: served.prompt_tokens + served.output_tokens for served in one.served}
     names = [name for name in one.snapshots if name in length]

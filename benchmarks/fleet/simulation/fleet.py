@@ -145,7 +145,7 @@ class Fleet:
         host = self.hosts[number]
         if host.step is None and (step := host.replica.begin()) is not None:
             host.step = step
-            self._start(now, number, step.seconds, is_short=False)
+            self._start(now, number, step.seconds, is_engine=True)
 
     def _end_step(self, number: int, now: float) -> None:
         host, step = self.hosts[number], self.hosts[number].step
@@ -182,30 +182,30 @@ class Fleet:
         front = self.hosts[number].front
         front.append((seconds, work))
         if len(front) == 1:
-            self._start(now, number, seconds, is_short=True)
+            self._start(now, number, seconds, is_engine=False)
 
-    def _start(self, now: float, number: int, seconds: float, is_short: bool) -> None:
+    def _start(self, now: float, number: int, seconds: float, is_engine: bool) -> None:
         machine = self.hosts[number].machine
-        self.machines[machine].start(now, number, seconds, is_short)
+        self.machines[machine].start(now, number, seconds, is_engine)
         self._watch(machine)
 
     def _watch(self, machine: int) -> None:
         """Look again when its next task ends, unless another begins or ends before."""
         self._version[machine] += 1
         if (found := self.machines[machine].next_end()) is not None:
-            time, task, is_short = found
-            self._at(time, partial(self._finish, machine, self._version[machine], task, is_short))
+            time, task, is_engine = found
+            self._at(time, partial(self._finish, machine, self._version[machine], task, is_engine))
 
-    def _finish(self, machine: int, version: int, number: Any, is_short: bool, now: float) -> None:
+    def _finish(self, machine: int, version: int, number: Any, is_engine: bool, now: float) -> None:
         if version != self._version[machine]:
             return
-        self.machines[machine].end(now, number, is_short)
+        self.machines[machine].end(now, number, is_engine)
         self._watch(machine)
-        if not is_short:
+        if is_engine:
             self._end_step(number, now)
             return
         front = self.hosts[number].front
         _, work = front.popleft()
         if front:
-            self._start(now, number, front[0][0], is_short=True)
+            self._start(now, number, front[0][0], is_engine=False)
         work(now)

@@ -56,7 +56,7 @@ def serve(costs: Costs, plan: Plan, size: int, ring_size: int | None) -> dict[st
     conversations = make_conversations(plan.rate * sample, plan.seconds, scale)
     served = fleet.run(conversations, [f"tenant {number}" for number in range(_TENANTS_EACH * sample)])
     late = [one for one in served if one.start >= plan.warm_up]
-    busy = [machine.busy[False] / plan.seconds for machine in fleet.machines]
+    busy = [machine.busy[True] / plan.seconds for machine in fleet.machines]
     return figures(late) | {
         "requests_a_second": len(late) / (plan.seconds - plan.warm_up) / sample * size,
         "sessions_a_request": sum(one.turn == 0 for one in late) / len(late),
