@@ -195,7 +195,7 @@ class GrowthConfig(Section):
     """How a whole draft grows, for a model without one."""
 
     one_step_positions: int = Field(
-        default=300_000, ge=0, description="Positions trained by one step each, before several are unrolled."
+        default=1_000_000, ge=0, description="Positions trained by one step each, before several are unrolled."
     )
     memory_bytes: int = Field(default=500_000_000, ge=1, description="Features that the worker keeps, at most.")
     checkpoint_seconds: float = Field(default=60.0, ge=0, description="From one checkpoint to the next, at least.")

@@ -244,7 +244,7 @@ class KeyAligner:
 
     def _judge(self, scoring: Scoring) -> None:
         """Put what was trained in force, or go back to what is."""
-        scores = scoring.scores()
+        scores = [score.by_acceptance() if self._updater.grows else score for score in scoring.scores()]
         new, base, current = scores[0], scores[1], scores[-1]
         self._last_agreement = new.agreement
         self._trigger.add_score(current.loss - new.loss, self._num_ahead, scoring.seconds / self._num_unjudged)

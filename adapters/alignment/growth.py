@@ -56,8 +56,13 @@ class DraftGrower(Updater):
         self._token_counts = torch.zeros(len(base.target.head), dtype=torch.int64)
 
     def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
-        """Go on from these weights, None: the target's last layer; what is in training is dropped."""
+        """Go on from these weights, None: the target's last layer; what is in training is dropped.
+
+        They are unrolled over as many steps as what is dropped: with one, they would unlearn the others.
+        """
         self._published = published
+        if published is None:
+            self._progress = TrainingProgress()
         self._weights = dict(published or self._base.draft.state_dict())  # what is published next
         self._learner: Learner | None = None
         self._resumes = False
@@ -77,7 +82,7 @@ class DraftGrower(Updater):
         self._token_counts += torch.bincount(batch.token_ids.flatten(), minlength=len(self._token_counts))
         num_steps = 1 if self._progress.anchors < growth.one_step_positions else training.horizon
         core = most_frequent(self._token_counts)
-        losses = learner.step(batch, core, num_steps, training.learning_rate, self._progress.step)
+        losses = learner.step(batch, core, num_steps, training.learning_rate, self._num_updates)
         self._progress.step += 1
         self._progress.anchors += len(batch.starts)
         self._num_updates += 1
@@ -105,20 +110,19 @@ class DraftGrower(Updater):
         if self._published is None:
             fit_to_features(draft, batch.features_of_starts())
         learner = Learner(draft, self._base.target)
-        self._progress, self._num_updates = self._restored(learner), 0
+        self._progress, self._num_updates = self._restored(learner) or self._progress, 0
         self._save_at = time.monotonic() + self._config.growth.checkpoint_seconds
         log.info("a draft grows", key=self._key, updates=self._progress.step, positions=self._progress.anchors)
         self._learner, self._weights = learner, {name: weight.clone() for name, weight in draft.state_dict().items()}
         return learner
 
-    def _restored(self, learner: Learner) -> TrainingProgress:
-        progress = None
+    def _restored(self, learner: Learner) -> TrainingProgress | None:
         if self._resumes and self._directory is not None:
             try:
-                progress = load_checkpoint(self._directory, learner.unroller.draft, learner.optimizer)
+                return load_checkpoint(self._directory, learner.unroller.draft, learner.optimizer)
             except (ModelError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("the checkpoint cannot be read: the draft grows from the start", reason=str(error))
-        return progress or TrainingProgress()
+        return None
 
     def _save(self, learner: Learner) -> None:
         started = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -32,6 +32,13 @@ class Score:
     accepted: torch.Tensor  # float32
     losses: torch.Tensor  # float32, KL
     requests: torch.Tensor  # int64, which request it is of; chains of one request are alike
+
+    def by_acceptance(self) -> Score:
+        """The same with another loss: minus the logarithm of the tokens that a verification makes.
+
+        For a draft that is trained from nothing: unrolled, its later steps get better at the cost of the first.
+        """
+        return replace(self, losses=-torch.log1p(self.accepted))
 
     @property
     def agreement(self) -> float:

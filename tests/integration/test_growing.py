@@ -192,6 +192,27 @@ def test_single_tokens_teach_nothing_and_harm_nothing(files: ModelFiles, config:
     assert all(weight.isfinite().all() for weight in grower.published().values())
 
 
+def test_weights_that_were_refused_lose_no_phase_of_training(files: ModelFiles, config: AdaptersConfig) -> None:
+    """What goes on from the version in force is unrolled as before, with an optimiser that warms up again."""
+    seed = seed_of_draft(files, validate_model_files(files), None)
+    width = seed.draft.config.recorded_size
+    grower = DraftGrower(seed, config.for_growth(width), "key", "of a test")
+    answers = [segment(torch.arange(40), torch.randn(40, width))]
+    while grower._progress.anchors < config.growth.one_step_positions:
+        grower.update(answers)
+    in_force, anchors = grower.published(), grower._progress.anchors
+    grower.update(answers)
+    grower.load(in_force)
+    grower.update(answers)
+    assert grower._progress.anchors > anchors
+    learner, rate = grower._learner, config.growth.training.learning_rate
+    assert learner is not None
+    assert learner.optimizer.param_groups[0]["lr"] < rate
+    grower.load(None)
+    grower.update(answers)
+    assert grower._progress.anchors == 39, "the target's last layer has learned nothing"
+
+
 def segment(positions: torch.Tensor, inputs: torch.Tensor) -> Segment:
     count = len(positions)
     return Segment(

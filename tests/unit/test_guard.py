@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -211,6 +212,17 @@ def test_a_draft_that_grows_is_put_in_force_once_it_pays_and_replaced_by_much_be
     assert judge(more, none, none, config)[0] is Verdict.PUBLISH
     assert judge(most, more, none, config)[0] is Verdict.PUBLISH
     assert judge(most, more, none, GuardConfig(min_gain=0.3))[0] is Verdict.TRAIN_ON
+
+
+def test_a_draft_that_grows_is_judged_by_all_its_steps() -> None:
+    """Unrolled, its first step gets a greater loss while more of its tokens are right."""
+    one_step, unrolled = scored(2.0, 1, 1, 1, 2), scored(2.1, 1, 2, 1, 2)
+    assert judge(unrolled, one_step, one_step, CONFIG)[0] is Verdict.REFUSE
+    by_acceptance = unrolled.by_acceptance(), one_step.by_acceptance()
+    assert judge(*by_acceptance, one_step.by_acceptance(), CONFIG)[0] is Verdict.PUBLISH
+    saved = 1 - math.exp(by_acceptance[0].loss - by_acceptance[1].loss)
+    assert saved == pytest.approx(1 - (2 * 2 * 2 * 3) ** 0.25 / (2 * 3 * 2 * 3) ** 0.25), "share of verifications"
+    assert judge(one_step.by_acceptance(), by_acceptance[0], one_step.by_acceptance(), CONFIG)[0] is Verdict.REFUSE
 
 
 @pytest.mark.parametrize(("rate", "is_bad"), [(0.01, True), (0.2, False)])
