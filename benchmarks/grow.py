@@ -33,6 +33,8 @@ _MODEL = "smollm2-perturbed"
 _NOISE = 0.03
 _STATE_SECONDS = 5.0
 GROWN, COPIES, NONE = "grown", "copies", "none"
+_EACH_READS = ["--no-engine.cache.prefix_caching"]
+"""One server answers for two sides: with its cache one of them would read no prompt."""
 
 
 def perturbed_model(directory: Path) -> Path:
@@ -157,7 +159,7 @@ def main(
     if (saved := state / "record.json").exists():
         record = json.loads(saved.read_text())
     record["runs"].append({"command": sys.argv[1:], "environment": environment()})
-    growing = ["--alignment.enabled", "--engine.alignment.state_directory", str(state / "versions")]
+    growing = [*_EACH_READS, "--alignment.enabled", "--engine.alignment.state_directory", str(state / "versions")]
     for value in option or []:
         name, _, value = value.partition("=")
         growing += [f"--engine.alignment.{name}", value]
@@ -167,7 +169,7 @@ def main(
         if prompts:
             record["held_out"] = []
             grown.freeze(True)  # it is the draft that is measured, not a machine shared with its training
-            with serving(str(model), _MODEL, "grow-copies", []) as plain:
+            with serving(str(model), _MODEL, "grow-copies", _EACH_READS) as plain:
                 uvloop.run(measure(grown, plain, read_prompts(held_out)[:prompts], max_tokens, record))
             grown.freeze(False)
             record["summary"] = summary(record["held_out"])
