@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from benchmarks.fleet.simulation.figures import figures
+from benchmarks.fleet.simulation.figures import figures, intervals
 from benchmarks.fleet.simulation.fleet import Fleet, Served
 from benchmarks.fleet.simulation.machine import Machine
 from benchmarks.fleet.simulation.replica import Costs
@@ -56,21 +58,36 @@ def test_without_affinity_a_session_often_finds_nothing() -> None:
     assert at_home["prefix_hits"] > anywhere["prefix_hits"]
 
 
+def test_intervals_hold_what_was_found_and_are_points_where_all_conversations_are_alike() -> None:
+    conversations = make_conversations(0.5, 60.0, SCALE)
+    served = run(Ring(["127.0.0.1:1", "127.0.0.1:2"]), 2, conversations)
+    found = intervals(served)["first_token_p50"]
+    assert found[0] < figures(served)["first_token_p50"] < found[1]
+    alike = [replace(served[0], session=str(number)) for number in range(5)]
+    assert intervals(alike)["answer_p90"] == (figures(alike)["answer_p90"],) * 2
+
+
+def next_end(machine: Machine) -> tuple[float, Hashable, bool]:
+    found = machine.next_end()
+    assert found is not None
+    return round(found[0], 9), *found[1:]
+
+
 def test_cores_are_shared_equally() -> None:
     machine = Machine(1.0)
     machine.start(0.0, "engine 1", 1.0, is_engine=True)
     machine.start(0.0, "engine 2", 1.5, is_engine=True)
-    assert machine.next_end() == (2.0, "engine 1", True)
+    assert next_end(machine) == (2.0, "engine 1", True)
     machine.start(0.5, "request", 0.1, is_engine=False)
-    assert machine.next_end() == (pytest.approx(0.8), "request", False)
+    assert next_end(machine) == (0.8, "request", False)
     machine.end(0.8, "request", is_engine=False)
-    assert machine.next_end() == (pytest.approx(2.1), "engine 1", True)
+    assert next_end(machine) == (2.1, "engine 1", True)
     machine.end(2.1, "engine 1", is_engine=True)
-    assert machine.next_end() == (pytest.approx(2.6), "engine 2", True)
+    assert next_end(machine) == (2.6, "engine 2", True)
     assert machine.busy == {True: pytest.approx(2.0), False: pytest.approx(0.1)}
     alone = Machine(2.0)
     alone.start(0.0, "engine", 1.0, is_engine=True)
-    assert alone.next_end() == (1.0, "engine", True), "a thread has one core at most"
+    assert next_end(alone) == (1.0, "engine", True), "a thread has one core at most"
 
 
 def test_a_replica_above_its_bound_hands_on_always_to_the_same() -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import wait_for_quiet
+from benchmarks.fleet.simulation.figures import intervals
 from benchmarks.fleet.simulation.fit import RATE, Run, fit, probe, run
 from benchmarks.fleet.simulation.measure import running_fleet
 from benchmarks.fleet.simulation.replica import Costs
@@ -45,7 +46,11 @@ def compare(record: dict[str, Any]) -> None:
     costs = fit(Costs(**record["probed"]), runs[_COUNTS[0]])
     record["costs"] = asdict(costs)
     record["fleets"] = {
-        count: {"measured": one.measured(), "simulated": one.simulated(one.at_its_speed(costs))}
+        count: {
+            "measured": one.measured(),
+            "intervals": intervals(one.served),
+            "simulated": one.simulated(one.at_its_speed(costs)),
+        }
         for count, one in runs.items()
     }
 

@@ -41,11 +41,12 @@ def print_record(record: dict[str, Any], console: Console) -> None:
     for count, fleet in record.get("fleets", {}).items():
         others = record["runs"][count]["others"]
         console.print(f"\n{count} replicas; others used {others:.2f} cores\n", highlight=False)
-        rows = [("", "measured", "simulated", "difference")]
+        rows = [("", "measured", "95 %", "simulated", "difference")]
         for name, measured in fleet["measured"].items():
             simulated = fleet["simulated"][name]
             difference = f"{100 * (simulated / measured - 1):+.1f} %" if measured else ""
-            rows.append((name, f"{measured:,.4g}", f"{simulated:,.4g}", difference))
+            interval = " to ".join(f"{end:,.4g}" for end in fleet["intervals"].get(name, ()))
+            rows.append((name, f"{measured:,.4g}", interval, f"{simulated:,.4g}", difference))
         _print(rows, console)
     large = record.get("large", [])
     if large:
