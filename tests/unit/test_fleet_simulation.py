@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from benchmarks.fleet.simulation.figures import figures, intervals
+from benchmarks.fleet.simulation.figures import figures, interval_of
 from benchmarks.fleet.simulation.fleet import Fleet, Served
 from benchmarks.fleet.simulation.machine import Machine
 from benchmarks.fleet.simulation.replica import Costs
@@ -61,10 +61,10 @@ def test_without_affinity_a_session_often_finds_nothing() -> None:
 def test_intervals_hold_what_was_found_and_are_points_where_all_conversations_are_alike() -> None:
     conversations = make_conversations(0.5, 60.0, SCALE)
     served = run(Ring(["127.0.0.1:1", "127.0.0.1:2"]), 2, conversations)
-    found = intervals(served)["first_token_p50"]
+    found = interval_of(served, "first_token_p50")
     assert found[0] < figures(served)["first_token_p50"] < found[1]
     alike = [replace(served[0], session=str(number)) for number in range(5)]
-    assert intervals(alike)["answer_p90"] == (figures(alike)["answer_p90"],) * 2
+    assert interval_of(alike, "answer_p90") == (figures(alike)["answer_p90"],) * 2
 
 
 def next_end(machine: Machine) -> tuple[float, Hashable, bool]:

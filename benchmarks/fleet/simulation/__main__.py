@@ -14,7 +14,7 @@ from rich.console import Console
 from benchmarks.common.environment import environment
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import wait_for_quiet
-from benchmarks.fleet.simulation.figures import intervals
+from benchmarks.fleet.simulation.figures import figures, interval_of
 from benchmarks.fleet.simulation.fit import RATE, Run, fit, probe, run
 from benchmarks.fleet.simulation.measure import running_fleet
 from benchmarks.fleet.simulation.replica import Costs
@@ -48,7 +48,7 @@ def compare(record: dict[str, Any]) -> None:
     record["fleets"] = {
         count: {
             "measured": one.measured(),
-            "intervals": intervals(one.served),
+            "intervals": {name: interval_of(one.served, name) for name in figures(one.served)},
             "simulated": one.simulated(one.at_its_speed(costs)),
         }
         for count, one in runs.items()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
+from benchmarks.common.bootstrap import interval
 from benchmarks.fleet.simulation.fleet import Served
 from benchmarks.fleet.simulation.replica import Costs
 
 _CALLS_OPEN, _CALLS_CREATE, _CALLS_SAVE = 10, 12, 4
 """Commands of the scripts of ``server.session_hashes``, each script's own call included."""
-_RESAMPLED = 1000
 
 
 def figures(served: Sequence[Served]) -> dict[str, float]:
@@ -33,18 +34,14 @@ def figures(served: Sequence[Served]) -> dict[str, float]:
     }
 
 
-def intervals(served: Sequence[Served]) -> dict[str, tuple[float, float]]:
-    """95 % of each figure, if other conversations like these were told (bootstrap)."""
-    chance, of_session = np.random.default_rng(0), defaultdict[str, list[Served]](list)
+def interval_of(served: Sequence[Served], name: str) -> tuple[float, float]:
+    """Between what a figure would be in 95 of 100 runs, if other conversations like these were told."""
+    of_session = defaultdict[str, list[Served]](list)
     for one in served:
         of_session[one.session].append(one)
     told = list(of_session.values())
-    found = []
-    for _ in range(_RESAMPLED):
-        drawn = [one for number in chance.integers(0, len(told), len(told)) for one in told[number]]
-        found.append(list(figures(drawn).values()))
-    low, high = np.percentile(found, (2.5, 97.5), axis=0).tolist()
-    return dict(zip(figures(served), zip(low, high, strict=True), strict=True))
+    _, low, high = interval(told, lambda drawn: figures(list(chain.from_iterable(drawn)))[name])
+    return low, high
 
 
 def redis_figures(served: Sequence[Served], costs: Costs) -> dict[str, float]:

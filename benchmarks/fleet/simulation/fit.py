@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -79,12 +79,13 @@ class Run:
 
     def at_its_speed(self, costs: Costs) -> Costs:
         """The costs of the machine as it was then: so fast that requests take as much work as they did."""
-        costs, slow, fast = replace(costs, **self.step_costs), 2.0, 0.2
-        for _ in range(_HALVINGS):
-            costs = replace(costs, slowdown=(slow + fast) / 2)
-            is_less = self._work(self.simulate(costs), costs) < self.measured()["core_seconds"]
-            slow, fast = (slow, costs.slowdown) if is_less else (costs.slowdown, fast)
-        return costs
+        costs, work = replace(costs, **self.step_costs), self.measured()["core_seconds"]
+
+        def is_fast(slowdown: float) -> bool:
+            slowed = replace(costs, slowdown=slowdown)
+            return self._work(self.simulate(slowed), slowed) < work
+
+        return replace(costs, slowdown=_halved(0.2, 2.0, is_fast))
 
     def _work(self, fleet: Fleet, costs: Costs) -> float:
         """Seconds of a core for each request."""
@@ -209,13 +210,21 @@ def _with_prompts(costs: Costs, one: Run) -> Costs:
 def _with_acceptance(costs: Costs, one: Run) -> Costs:
     """As different as answers were, and such that a part of an answer has as many tokens as there."""
     accepted = tuple(sorted(asked.accepted for asked in one.served if asked.output_tokens > _FEW))
-    wanted, low, high = figures(one.served)["tokens_per_event"], 0.0, 2.0
+    costs, wanted = replace(costs, accepted=accepted), figures(one.served)["tokens_per_event"]
+
+    def accepts_much(power: float) -> bool:
+        return figures(one.simulate(replace(costs, power=power)).served)["tokens_per_event"] >= wanted
+
+    return replace(costs, power=_halved(0.0, 2.0, accepts_much))
+
+
+def _halved(low: float, high: float, is_low: Callable[[float], bool]) -> float:
+    """The number up to which ``is_low`` is true, by halving what it lies in."""
+    middle = low
     for _ in range(_HALVINGS):
-        power = (low + high) / 2
-        costs = replace(costs, accepted=accepted, power=power)
-        is_low = figures(one.simulate(costs).served)["tokens_per_event"] < wanted
-        low, high = (low, power) if is_low else (power, high)
-    return costs
+        middle = (low + high) / 2
+        low, high = (middle, high) if is_low(middle) else (low, middle)
+    return middle
 
 
 def _with_engine(costs: Costs, one: Run) -> Costs:
