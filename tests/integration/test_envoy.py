@@ -73,6 +73,14 @@ async def test_what_has_begun_is_never_sent_again(fleet: RunFleet) -> None:
         assert not other.engine.requests
 
 
+async def test_every_sessions_refusal_goes_to_another_replica(fleet: RunFleet) -> None:
+    """A ring may have its next places for the same replica: of two replicas, five places for one session in 32."""
+    async with fleet(one_token) as running:
+        running.replicas[0].app.state.draining = True
+        sessions = [{"x-session-id": f"name {i}"} for i in range(400)]
+        assert {await running.replica_of(session) for session in sessions} == {1}
+
+
 async def test_a_refusal_goes_to_another_replica(fleet: RunFleet) -> None:
     async with fleet(one_token) as running:
         replica = await running.replica_of(SESSION)
