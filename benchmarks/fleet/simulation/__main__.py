@@ -15,7 +15,7 @@ from benchmarks.common.environment import environment
 from benchmarks.common.machine import RESULTS
 from benchmarks.common.process import wait_for_quiet
 from benchmarks.fleet.simulation.figures import figures, interval_of
-from benchmarks.fleet.simulation.fit import RATE, Run, fit, probe, run
+from benchmarks.fleet.simulation.fit import Run, fit, probe, run
 from benchmarks.fleet.simulation.measure import running_fleet
 from benchmarks.fleet.simulation.replica import Costs
 from benchmarks.fleet.simulation.report import print_record
@@ -49,7 +49,7 @@ def compare(record: dict[str, Any]) -> None:
         count: {
             "measured": one.measured(),
             "intervals": {name: interval_of(one.served, name) for name in figures(one.served)},
-            "simulated": one.simulated(one.at_its_speed(costs)),
+            "simulated": one.simulated(one.as_it_was(costs)),
         }
         for count, one in runs.items()
     }
@@ -62,7 +62,7 @@ def enlarge(record: dict[str, Any], console: Console) -> None:
     record["large"] = []
     for size, ring, ring_size in RINGS:
         console.print(f"[dim]{size:,} replicas, {ring}[/dim]")
-        served = serve(costs, Plan(RATE), size, ring_size)
+        served = serve(costs, Plan(), size, ring_size)
         record["large"].append({"replicas": size, "ring": ring, **served, **shared(served, size, call_seconds)})
 
 

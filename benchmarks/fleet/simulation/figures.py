@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 import numpy as np
@@ -44,15 +44,26 @@ def interval_of(served: Sequence[Served], name: str) -> tuple[float, float]:
     return low, high
 
 
+def texts(served: Sequence[Served]) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """Of each turn, in the order in which they began: its session, and what the size of its snapshot goes by.
+
+    That is 1, the tokens that the session was asked so far, and those that it answered.
+    """
+    answered = Counter[str]()
+    for one in sorted(served, key=lambda one: one.start):
+        answered[one.session] += one.output_tokens
+        said = answered[one.session]
+        yield one.session, (1, one.prompt_tokens + one.output_tokens - said, said)
+
+
 def redis_figures(served: Sequence[Served], costs: Costs) -> dict[str, float]:
     """What the model says of Redis, a request."""
-    base, each = costs.snapshot
-    size: dict[str, float] = {}
+    size = defaultdict[str, float](float)
     saved = loaded = 0.0
-    for one in sorted(served, key=lambda one: one.start):
-        loaded += size.get(one.session, 0.0)
-        size[one.session] = base + each * (one.prompt_tokens + one.output_tokens)
-        saved += size[one.session]
+    for session, text in texts(served):
+        loaded += size[session]
+        size[session] = float(np.dot(costs.snapshot, text))
+        saved += size[session]
     created, count = len(size), len(served)
     to_redis, from_redis = costs.redis
     return {

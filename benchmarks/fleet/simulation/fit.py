@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from benchmarks.fleet.processes import TENANTS
-from benchmarks.fleet.simulation.figures import figures, redis_figures
+from benchmarks.fleet.simulation.figures import figures, redis_figures, texts
 from benchmarks.fleet.simulation.fleet import Fleet, Served
 from benchmarks.fleet.simulation.measure import RealFleet
-from benchmarks.fleet.simulation.replica import Costs, num_pairs
+from benchmarks.fleet.simulation.replica import FEW, Costs, num_pairs
 from benchmarks.fleet.simulation.ring import Ring
 from benchmarks.fleet.simulation.traces import Conversation, Scale, make_conversations
 from kernels.native import has_amx
 
-RATE = 0.5
-"""Conversations that begin a second, at one replica, and at two or more times two."""
-_SECONDS = 150.0
+_RATE = 0.3
+"""Conversations that begin a second, at one replica, and at two or more times two: they share two cores."""
+_SECONDS = 300.0
 _SCALE = Scale(pause=10.0)
 _PROMPTS, _EACH = (32, 256, 512, 1024, 2048), 4
 _STREAMS, _STREAMED = (1, 8), 160
@@ -29,7 +28,7 @@ _IDLE_SECONDS = 10.0
 _CORES = 2
 _STEP_SECONDS = "evospec:engine_step_seconds_sum"
 _TURNS = 2
-"""In which acceptance and the time of steps are fitted, since each changes the other."""
+"""In which prompts, what drafts are worth, and the time of steps are fitted, since each changes the others."""
 _HALVINGS = 8
 """Of the range in which a number is looked for."""
 _FEW = 8
@@ -77,15 +76,12 @@ class Run:
         fleet = self.simulate(costs)
         return figures(fleet.served) | redis_figures(fleet.served, costs) | {"core_seconds": self._work(fleet, costs)}
 
-    def at_its_speed(self, costs: Costs) -> Costs:
-        """The costs of the machine as it was then: so fast that requests take as much work as they did."""
-        costs, work = replace(costs, **self.step_costs), self.measured()["core_seconds"]
-
-        def is_fast(slowdown: float) -> bool:
-            slowed = replace(costs, slowdown=slowdown)
-            return self._work(self.simulate(slowed), slowed) < work
-
-        return replace(costs, slowdown=_halved(0.2, 2.0, is_fast))
+    def as_it_was(self, costs: Costs) -> Costs:
+        """The costs of its replicas at that time, and what drafts for its texts were worth."""
+        costs = replace(costs, **self.step_costs)
+        for _ in range(_TURNS):
+            costs = _with_engine(_with_acceptance(_with_prompts(costs, self), self), self)
+        return costs
 
     def _work(self, fleet: Fleet, costs: Costs) -> float:
         """Seconds of a core for each request."""
@@ -95,7 +91,7 @@ class Run:
 
 def _conversations(count: int) -> list[Conversation]:
     """What so many replicas are told, and no other number of them."""
-    return make_conversations(RATE * min(count, _CORES), _SECONDS, _SCALE, seed=count)
+    return make_conversations(_RATE * min(count, _CORES), _SECONDS, _SCALE, seed=count)
 
 
 async def run(fleet: RealFleet) -> Run:
@@ -136,8 +132,8 @@ async def probe(fleet: RealFleet) -> Costs:
         await _streams(fleet, streams)
         event, end = float((fleet.cpu() - cpu)[1]) / (streams * _STREAMED), await fleet.counters()
         done = _difference(end, start)
-        beside.append(done[_STEP_SECONDS] / done["evospec:engine_step_seconds_count"] - costs.curves().verify(streams))
-    sequence = (beside[1] - beside[0]) / (_STREAMS[1] - _STREAMS[0])
+        beside.append(done[_STEP_SECONDS] / done["evospec:engine_step_seconds_count"] - costs.curves.verify(streams))
+    sequence = max(beside[1] - beside[0], 0.0) / (_STREAMS[1] - _STREAMS[0])
     costs = replace(costs, step=beside[0] - sequence, sequence=sequence, event=event)
     waits = []
     for length in _PROMPTS:
@@ -169,21 +165,18 @@ async def _streams(fleet: RealFleet, count: int) -> None:
 
 def fit(probed: Costs, one: Run) -> Costs:
     """The rest, from conversations with one replica: what prompts cost, what drafts are worth, and all that is left."""
-    costs, measured = replace(probed, **one.step_costs), one.measured()
-    costs = _with_prompts(costs, one)
-    for _ in range(_TURNS):
-        costs = _with_acceptance(costs, one)
-        costs = _with_engine(costs, one)
+    costs, measured = one.as_it_was(probed), one.measured()
     fleet = one.simulate(costs)
     beside = sum(one.cpu) - costs.idle * measured["seconds"] - fleet.machines[0].busy[True]
     requests, events = len(one.served), sum(served.events for served in one.served)
-    length = {served.session: served.prompt_tokens + served.output_tokens for served in one.served}
-    names = [name for name in one.snapshots if name in length]
-    each, base = np.polyfit([length[name] for name in names], [one.snapshots[name] for name in names], 1)
+    text = dict(texts(one.served))  # at the end of each session
+    names = [name for name in one.snapshots if name in text]
+    roots = np.sqrt([one.snapshots[name] for name in names])  # each size is about so far from any line
+    snapshot = np.linalg.lstsq(np.array([text[name] for name in names]) / roots[:, None], roots, rcond=None)[0]
     costs = replace(
         costs,
         closing=max((beside - costs.event * events) / requests - costs.request, 0.0),
-        snapshot=(float(base), float(each)),
+        snapshot=tuple(snapshot.tolist()),
         redis=(0.0, 0.0),
     )
     without = redis_figures(one.served, costs)
@@ -198,13 +191,15 @@ def _with_prompts(costs: Costs, one: Run) -> Costs:
         if any(other is not asked and asked.overlaps(other) for other in one.served):
             continue
         count = asked.prompt_tokens - asked.cached_tokens
-        rows.append([-(-count // _CHUNK), count, num_pairs(asked.cached_tokens, count)])
+        whole, rest = divmod(count, _CHUNK)
+        few = whole * FEW + min(rest, FEW)
+        rows.append([whole + (rest > 0), count, few, num_pairs(asked.cached_tokens, count)])
         seconds.append(asked.first_token - asked.start - costs.request - costs.event)
-    # Of relative errors, or the longest prompt would decide all.
+    # Of relative errors, or the longest prompt would decide all; and half of the requests take longer, half shorter.
     relative = np.array(rows, float) / np.array(seconds)[:, None]
-    step, token, pair = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)[0].tolist()
-    step -= costs.curves().verify(1) + costs.step + costs.sequence
-    return replace(costs, prompt_step=step, prompt_token=token, prompt_pair=pair)
+    fitted = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)[0]
+    step, token, few, pair = (fitted / np.median(relative @ fitted)).tolist()
+    return replace(costs, prompt_step=step - costs.beside(0, 1), prompt_token=token, prompt_few=few, prompt_pair=pair)
 
 
 def _with_acceptance(costs: Costs, one: Run) -> Costs:
@@ -228,11 +223,9 @@ def _halved(low: float, high: float, is_low: Callable[[float], bool]) -> float:
 
 
 def _with_engine(costs: Costs, one: Run) -> Costs:
-    """Such that answers go on as fast after their first token: serving, steps are longer than alone."""
-    once, twice = (_answering(one.simulate(replace(costs, engine=factor)).served) for factor in (1.0, 2.0))
-    return replace(costs, engine=1.0 + (_answering(one.served) - once) / (twice - once))
+    """Such that engines compute for as long: serving, steps take longer than alone, and machines change their speed."""
 
+    def is_fast(factor: float) -> bool:
+        return one.simulate(replace(costs, engine=factor)).machines[0].busy[True] < one.cpu[0]
 
-def _answering(served: Sequence[Served]) -> float:
-    """Mean seconds from an answer's first token to its end."""
-    return fmean(one.end - one.first_token for one in served)
+    return replace(costs, engine=_halved(0.2, 4.0, is_fast))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from zlib import crc32
 
 from engine.config import MAX_SPECULATIVE_TOKENS, CacheConfig, SchedulerConfig
@@ -16,6 +17,8 @@ from engine.speculation.length.costs import Curve, StepCosts
 from engine.speculation.length.policy import Chain
 from engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
 
+FEW = 128
+"""Tokens of prompts that a step reads at a higher price, for all that does not grow with them."""
 _UNREAD_FOR_FREE = 8
 """New tokens that a draft reads with what its next token costs."""
 
@@ -34,15 +37,15 @@ class Costs:
     read: float
     step: float = 0.0
     """Seconds of a step beside that; ``sequence`` of each of its sequences, ``prompt_step`` where it reads prompts,
-    ``prompt_token`` of a prompt's token, ``prompt_pair`` of such a token and one before it, which it attends to."""
+    ``prompt_token`` of a prompt's token, ``prompt_few`` of the first ``FEW`` of them in addition, ``prompt_pair`` of
+    such a token and one before it, which it attends to."""
     sequence: float = 0.0
     prompt_step: float = 0.0
     prompt_token: float = 2e-4
+    prompt_few: float = 0.0
     prompt_pair: float = 0.0
     engine: float = 1.0
-    """How many times as long steps take while serving, but for what they read of prompts; ``slowdown``: all of steps,
-    because machines change their speed."""
-    slowdown: float = 1.0
+    """How many times as long steps take while serving, but for what they read of prompts."""
     request: float = 4e-3
     """Outside of the engine before a request is there; ``event`` of each part of its answer, ``closing`` after it."""
     event: float = 3e-4
@@ -55,10 +58,21 @@ class Costs:
     power: float = 1.0
     reads_prompts_apart: bool = False
     """As ``engine.kv_cache_manager`` has it: then only prompts are found in the prefix cache."""
-    snapshot: tuple[float, float] = (3000.0, 10.0)
-    """Bytes of a session in Redis, at first and for each token; ``redis`` to and from Redis beside that, a request."""
+    snapshot: tuple[float, float, float] = (3000.0, 20.0, 10.0)
+    """Bytes of a session in Redis, at first, for each token that it was asked, and for each that it answered."""
     redis: tuple[float, float] = (1000.0, 300.0)
+    """Bytes to and from Redis beside that, a request."""
 
+    def beside(self, num_decoded: int, num_sequences: int) -> float:
+        """Seconds of a step but for what it reads of prompts, and drafts.
+
+        Prompts that are read apart have a pass of their own over the weights; others share that of decoded tokens.
+        """
+        num_verified = num_decoded if self.reads_prompts_apart else max(num_decoded, 1)
+        seconds = self.step + self.sequence * num_sequences
+        return self.engine * (seconds + (self.curves.verify(num_verified) if num_verified else 0.0))
+
+    @cached_property
     def curves(self) -> StepCosts:
         """What the server's policy of draft lengths is given."""
         verify, first_draft, next_draft = (
@@ -84,7 +98,7 @@ class Replica:
     """
 
     def __init__(self, costs: Costs, num_blocks: int, seed: int, accepted: Mapping[str, float]) -> None:
-        self._costs, self._curves, self._accepted = costs, costs.curves(), accepted
+        self._costs, self._curves, self._accepted = costs, costs.curves, accepted
         cache, apart = CacheConfig(), costs.reads_prompts_apart
         self._scheduler = Scheduler(SchedulerConfig(), cache, num_blocks, num_blocks * cache.block_size, None, apart)
         self._policy = AdaptiveLength(self._curves, stops_early=False)
@@ -101,21 +115,21 @@ class Replica:
         if not self._scheduler.has_work():
             return None
         reservation = self._scheduler.reserve(self)
-        drafting = self._draft(reservation.slots)
+        costs, drafting = self._costs, self._costs.engine * self._draft(reservation.slots)
         plan = self._scheduler.schedule(reservation)
         kept = [self._verify(sequence) for sequence in plan.sequences]
-        costs, num_decoded = self._costs, plan.num_tokens - plan.num_prompt_tokens
-        seconds = self._curves.verify(max(num_decoded, 1)) + drafting + costs.step
-        seconds = costs.engine * (seconds + costs.sequence * len(plan.sequences))
+        seconds = costs.beside(plan.num_tokens - plan.num_prompt_tokens, len(plan.sequences))
         if plan.num_prompt_tokens:
             seconds += costs.prompt_step + costs.prompt_token * plan.num_prompt_tokens
+            seconds += costs.prompt_few * min(plan.num_prompt_tokens, FEW)
             prompts = (one for one in plan.sequences if not one.decodes)
             seconds += costs.prompt_pair * sum(num_pairs(one.start, len(one.token_ids)) for one in prompts)
-        seconds *= costs.slowdown
-        self._scheduler.record_seconds(plan, seconds)
+        else:
+            self._policy.record_step(plan.num_tokens, seconds)
         if drafting:
-            self._policy.record_seconds(costs.slowdown * costs.engine * drafting)
-        return Step(plan, kept, seconds)
+            self._policy.record_seconds(drafting)
+        self._scheduler.record_seconds(plan, seconds + drafting)
+        return Step(plan, kept, seconds + drafting)
 
     def end(self, step: Step, answers: Mapping[Request, list[int]]) -> list[tuple[Request, bool]]:
         """Commit a step, given what requests will have said at their ends; who got tokens, and whether it is over."""

@@ -37,7 +37,7 @@ _ADAPTER_BYTES = 405_000
 class Plan:
     """``rate``: conversations that begin at a replica each second; figures are of the time after ``warm_up``."""
 
-    rate: float
+    rate: float = 0.5
     seconds: float = 800.0
     warm_up: float = 400.0
     num_blocks: int = 5825
