@@ -126,6 +126,8 @@ class NativeChain:
     """Likewise"""
     core: PackedMatrix
     """Rows of the head that all sequences share"""
+    cache: KvCache
+    """The draft's keys and values; the last token of each chain gets none"""
     core_ids: torch.Tensor | None
     """[K] int32, the tokens of these rows; None: all"""
     tails: TailSlabs | None
@@ -145,13 +147,12 @@ class NativeChain:
     def _tails_struct(self) -> TailSlabsStruct | None:
         return None if self.tails is None else self.tails.struct
 
-    def run(self, batch: ChainBatch, a: torch.Tensor, cache: KvCache) -> ChainResult:
+    def run(self, batch: ChainBatch, a: torch.Tensor) -> ChainResult:
         """Draft.
 
         Args:
             batch: the sequences.
             a: [B, hidden] float32, the draft's state after each one's last known token; overwritten.
-            cache: the draft's keys and values; the last token of each chain gets none.
         """
         num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], a.shape[1]
         only_best = batch.sampling is None and batch.sessions is None and batch.stop is None
@@ -174,22 +175,22 @@ class NativeChain:
             rows.lora = ctypes.cast(batch.lora.pointer, ctypes.c_void_p)
         confidence = None if result.confidence is None else result.confidence.ctypes.data
         outputs = _Outputs(result.tokens.ctypes.data, result.hidden.data_ptr(), confidence)
-        model = self._model(hidden, cache)
         made = load_library().evo_draft_chain(
-            self.team.handle, ctypes.byref(model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
+            self.team.handle, ctypes.byref(self._model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
         )
         return result.first(made)
 
-    def _model(self, hidden: int, cache: KvCache) -> _Model:
+    @functools.cached_property
+    def _model(self) -> _Model:
         tails = self._tails_struct
         return _Model(
-            *(self.layer.handle, address(self.norm), hidden),
+            *(self.layer.handle, address(self.norm), len(self.norm)),
             *(matrix.struct for matrix in (self.embedding, self.head, self.core)),
             address(self.core_ids),
             address(self.row_of),
             None if tails is None else ctypes.addressof(tails),
             *((None, None) if self.sessions is None else (one.handle for one in self.sessions)),
-            ctypes.addressof(cache.struct),
+            ctypes.addressof(self.cache.struct),
             *(self.shift, self.norm_output),
         )
 

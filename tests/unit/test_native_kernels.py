@@ -455,14 +455,14 @@ decoder = Decoder(
     team, hidden=H, intermediate=H, heads=2, kv_heads=1, head_dim=D, norm_eps=1e-5,
     layers=[layer],
 )
-embedding = matrix(V, H)
-chain = NativeChain(team, decoder, torch.ones(H), embedding, embedding, embedding, None, None, None, 16)
+embedding, cache = matrix(V, H), KvCache(1, 4, 16, 1, D)
+chain = NativeChain(team, decoder, torch.ones(H), embedding, embedding, embedding, cache, None, None, None, 16)
 for value, temperature in itertools.product((torch.nan, torch.inf), (0.0, 0.8)):
     a = torch.randn(1, H)
     a[0, 3] = value
     sampling = RowSampling([temperature], [1], [0], [1.0], [0.0]) if temperature else None
     stop = ChainStop(np.full((1, 2, 16), 0.9, np.float32), [0], [[0.9] * 4], [0.0] * 4, 0.01)
     batch = ChainBatch([4], [5], np.array([[1, 2]], np.int32), sampling=sampling, stop=stop)
-    result = chain.run(batch, a, KvCache(1, 4, 16, 1, D))
+    result = chain.run(batch, a)
     print(json.dumps([result.tokens.tolist(), result.confidence.tolist()]))
 """

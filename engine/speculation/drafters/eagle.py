@@ -145,7 +145,8 @@ class EagleProposer(Proposer):
         self._chain: NativeChain | None = None
         """Drafts all tokens of a step in one call, where the compiled kernels can; None: token by token."""
         if isinstance(network, NativeEagle3) and isinstance(target.model, NativeDecoder):
-            self._chain = head.make_chain(network, target.model)
+            assert isinstance(attention, NativeAttention)
+            self._chain = head.make_chain(network, target.model, attention.cache)
         self.stops_early = self._chain is not None
         self._gpu_chain: GpuChain | None = None
         """The same on a GPU, by CUDA graphs."""
@@ -216,9 +217,8 @@ class EagleProposer(Proposer):
         slots = [ready[row] for row in order]
         lora = self._adapters.rows(slot.request for slot in slots) if self._adapters else None
         adapted = None if lora is None else NativeLora(lora)
-        assert isinstance(self._attention, NativeAttention)
-        tables, cache = padded_block_tables([slot.block_ids for slot in slots]), self._attention.cache
-        self._head.draft_chains(chain, a[order], slots, tables, cache, adapted, stop)
+        tables = padded_block_tables([slot.block_ids for slot in slots])
+        self._head.draft_chains(chain, a[order], slots, tables, adapted, stop)
 
     def num_unread(self, request: Request) -> int:
         """Tokens of a request that have no entry yet."""

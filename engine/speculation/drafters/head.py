@@ -131,8 +131,8 @@ class DraftHead:
             return self._own.logits(hidden, token_ids)
         return (self._model.head_rows(token_ids).float() * hidden.float()).sum(dim=1)
 
-    def make_chain(self, network: NativeEagle3, target: NativeDecoder) -> NativeChain | None:
-        """Chains of a draft in one call; None: this head is not of the compiled kernels."""
+    def make_chain(self, network: NativeEagle3, target: NativeDecoder, cache: KvCache) -> NativeChain | None:
+        """Chains of a draft with its ``cache`` in one call; None: this head is not of the compiled kernels."""
         if self._packed is None:
             return None
         draft = network.team, network.layer, network.output_norm
@@ -144,6 +144,7 @@ class DraftHead:
         return NativeChain(
             *draft,
             *matrices,
+            cache=cache,
             core_ids=self._core.token_ids,
             tails=self._tails,
             sessions=sessions,
@@ -159,7 +160,6 @@ class DraftHead:
         a: torch.Tensor,
         slots: Sequence[DraftSlot],
         tables: NDArray[np.int32],
-        cache: KvCache,
         lora: NativeLora | None,
         stop: StopRule | None,
     ) -> None:
@@ -170,7 +170,6 @@ class DraftHead:
             a: [B, hidden] float32, the draft's state after each one's last known token; overwritten.
             slots: one a row.
             tables: [B, max_blocks], their blocks.
-            cache: of the draft.
             lora: what the draft's tokens are adapted by, one a row.
             stop: None: all chains get their length, and nothing is known of how sure the draft is.
         """
@@ -180,7 +179,7 @@ class DraftHead:
         sampling = row_sampling([request.sampling for request in requests])
         rule = None if stop is None else _chain_stop(stop, requests, lengths[0])
         batch = ChainBatch(lengths, positions, tables, sampling, lora=lora, stop=rule, **vars(vocabularies))
-        result = chain.run(batch, a, cache)
+        result = chain.run(batch, a)
         lengths = [min(length, len(result.tokens)) for length in lengths]
         for request, length, tokens in zip(requests, lengths, result.tokens.T.tolist(), strict=True):
             request.draft_token_ids += tokens[:length]
