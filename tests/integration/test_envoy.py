@@ -74,7 +74,7 @@ async def test_what_has_begun_is_never_sent_again(fleet: RunFleet) -> None:
 
 
 async def test_every_sessions_refusal_goes_to_another_replica(fleet: RunFleet) -> None:
-    """A ring may have its next places for the same replica: of two replicas, five places for one session in 32."""
+    """The next places of the ring may all be the same replica's, as five are for one session in 32."""
     async with fleet(one_token) as running:
         running.replicas[0].app.state.draining = True
         sessions = [{"x-session-id": f"name {i}"} for i in range(400)]

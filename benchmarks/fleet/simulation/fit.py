@@ -13,7 +13,7 @@ from benchmarks.fleet.processes import TENANTS
 from benchmarks.fleet.simulation.figures import figures, redis_figures, texts
 from benchmarks.fleet.simulation.fleet import Fleet, Served
 from benchmarks.fleet.simulation.measure import RealFleet
-from benchmarks.fleet.simulation.replica import FEW, Costs, num_pairs
+from benchmarks.fleet.simulation.replica import FIRST_TOKENS, Costs, num_pairs
 from benchmarks.fleet.simulation.ring import Ring
 from benchmarks.fleet.simulation.traces import Conversation, Scale, make_conversations
 from kernels.native import has_amx
@@ -192,14 +192,16 @@ def _with_prompts(costs: Costs, one: Run) -> Costs:
             continue
         count = asked.prompt_tokens - asked.cached_tokens
         whole, rest = divmod(count, _CHUNK)
-        few = whole * FEW + min(rest, FEW)
-        rows.append([whole + (rest > 0), count, few, num_pairs(asked.cached_tokens, count)])
+        first = whole * FIRST_TOKENS + min(rest, FIRST_TOKENS)
+        rows.append([whole + (rest > 0), count, first, num_pairs(asked.cached_tokens, count)])
         seconds.append(asked.first_token - asked.start - costs.request - costs.event)
     # Of relative errors, or the longest prompt would decide all; and half of the requests take longer, half shorter.
     relative = np.array(rows, float) / np.array(seconds)[:, None]
     fitted = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)[0]
-    step, token, few, pair = (fitted / np.median(relative @ fitted)).tolist()
-    return replace(costs, prompt_step=step - costs.beside(0, 1), prompt_token=token, prompt_few=few, prompt_pair=pair)
+    step, token, first, pair = (fitted / np.median(relative @ fitted)).tolist()
+    return replace(
+        costs, prompt_step=step - costs.beside(0, 1), prompt_token=token, prompt_first=first, prompt_pair=pair
+    )
 
 
 def _with_acceptance(costs: Costs, one: Run) -> Costs:

@@ -17,7 +17,7 @@ from engine.speculation.length.costs import Curve, StepCosts
 from engine.speculation.length.policy import Chain
 from engine.step_plan import DraftSlot, ScheduledSequence, SchedulerOutput
 
-FEW = 128
+FIRST_TOKENS = 128
 """Tokens of prompts that a step reads at a higher price, for all that does not grow with them."""
 _UNREAD_FOR_FREE = 8
 """New tokens that a draft reads with what its next token costs."""
@@ -37,12 +37,12 @@ class Costs:
     read: float
     step: float = 0.0
     """Seconds of a step beside that; ``sequence`` of each of its sequences, ``prompt_step`` where it reads prompts,
-    ``prompt_token`` of a prompt's token, ``prompt_few`` of the first ``FEW`` of them in addition, ``prompt_pair`` of
-    such a token and one before it, which it attends to."""
+    ``prompt_token`` of a prompt's token, ``prompt_first`` of a step's first ``FIRST_TOKENS`` of them in addition,
+    ``prompt_pair`` of a prompt's token and one before it, which it attends to."""
     sequence: float = 0.0
     prompt_step: float = 0.0
     prompt_token: float = 2e-4
-    prompt_few: float = 0.0
+    prompt_first: float = 0.0
     prompt_pair: float = 0.0
     engine: float = 1.0
     """How many times as long steps take while serving, but for what they read of prompts."""
@@ -121,7 +121,7 @@ class Replica:
         seconds = costs.beside(plan.num_tokens - plan.num_prompt_tokens, len(plan.sequences))
         if plan.num_prompt_tokens:
             seconds += costs.prompt_step + costs.prompt_token * plan.num_prompt_tokens
-            seconds += costs.prompt_few * min(plan.num_prompt_tokens, FEW)
+            seconds += costs.prompt_first * min(plan.num_prompt_tokens, FIRST_TOKENS)
             prompts = (one for one in plan.sequences if not one.decodes)
             seconds += costs.prompt_pair * sum(num_pairs(one.start, len(one.token_ids)) for one in prompts)
         else:
