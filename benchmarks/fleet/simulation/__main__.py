@@ -77,14 +77,17 @@ def main(
     """
     console, path = Console(width=160), RESULTS / "fleet-simulation.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    for one in part or (*_COUNTS, _LARGE):
+    asked = part or (*_COUNTS, _LARGE)
+    measured = [one for one in asked if one != _LARGE]
+    for one in measured:
         console.print(f"[dim]{one}[/dim]")
-        if one == _LARGE:
-            enlarge(record, console)
-        else:
-            asyncio.run(measure(one, record))
-            compare(record)
+        asyncio.run(measure(one, record))
         path.write_text(json.dumps(record) + "\n")
+    if measured:
+        compare(record)
+    if _LARGE in asked:
+        enlarge(record, console)
+    path.write_text(json.dumps(record) + "\n")
     print_record(record, console)
     raise typer.Exit(max(one["others"] for one in record["runs"].values()) > _MOST_OTHERS)
 

@@ -200,7 +200,7 @@ def _with_prompts(costs: Costs, one: Run) -> Costs:
     fitted = np.linalg.lstsq(relative, np.ones(len(rows)), rcond=None)[0]
     step, token, first, pair = (fitted / np.median(relative @ fitted)).tolist()
     return replace(
-        costs, prompt_step=step - costs.beside(0, 1), prompt_token=token, prompt_first=first, prompt_pair=pair
+        costs, prompt_step=step - costs.step_seconds(0, 1), prompt_token=token, prompt_first=first, prompt_pair=pair
     )
 
 

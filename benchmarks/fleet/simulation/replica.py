@@ -63,7 +63,7 @@ class Costs:
     redis: tuple[float, float] = (1000.0, 300.0)
     """Bytes to and from Redis beside that, a request."""
 
-    def beside(self, num_decoded: int, num_sequences: int) -> float:
+    def step_seconds(self, num_decoded: int, num_sequences: int) -> float:
         """Seconds of a step but for what it reads of prompts, and drafts.
 
         Prompts that are read apart have a pass of their own over the weights; others share that of decoded tokens.
@@ -118,7 +118,7 @@ class Replica:
         costs, drafting = self._costs, self._costs.engine * self._draft(reservation.slots)
         plan = self._scheduler.schedule(reservation)
         kept = [self._verify(sequence) for sequence in plan.sequences]
-        seconds = costs.beside(plan.num_tokens - plan.num_prompt_tokens, len(plan.sequences))
+        seconds = costs.step_seconds(plan.num_tokens - plan.num_prompt_tokens, len(plan.sequences))
         if plan.num_prompt_tokens:
             seconds += costs.prompt_step + costs.prompt_token * plan.num_prompt_tokens
             seconds += costs.prompt_first * min(plan.num_prompt_tokens, FIRST_TOKENS)
