@@ -2,7 +2,8 @@
 
 The snapshots are those of conversations that a model has just had, after each of their turns, so young and old ones are
 mixed. Every session is made and saved once; then sessions picked at random are loaded and saved again, as requests do.
-Several counts, as of ``--count 1000 --count 100000 --nodes 3``, are in Valkeys of their own and take turns.
+Several counts, as of ``--count 1000 --count 100000 --nodes 3``, are in Valkeys of their own and take turns. They have
+the same number of tenants: a tenant's sessions are at one node, so fewer tenants would use fewer nodes.
 """
 
 from __future__ import annotations
@@ -115,10 +116,12 @@ class Filled:
 
 
 @asynccontextmanager
-async def filled(url: str, info: EngineReady, snapshots: Sequence[bytes], count: int) -> AsyncIterator[Filled]:
-    """With ``count`` sessions, a thousand of each tenant."""
+async def filled(
+    url: str, info: EngineReady, snapshots: Sequence[bytes], count: int, num_tenants: int
+) -> AsyncIterator[Filled]:
+    """With ``count`` sessions, as many of each tenant."""
     config = SessionsConfig()
-    tenants = [f"{TENANT}-{number // config.max_per_tenant}" for number in range(count)]
+    tenants = [f"{TENANT}-{number % num_tenants}" for number in range(count)]
     gate = RedisGate(url, RedisConfig(timeout=_TIMEOUT))
     store = SessionStore(gate, config, Metrics(info.model), WorkShares())
     sessions = [(tenant, new_session_id(tenant)) for tenant in tenants]
@@ -186,10 +189,13 @@ def main(
     """Bytes of a session in Valkey, and how long loading and saving takes."""
     snapshots, info = make_snapshots(model, turns)
 
+    counts = count or [10_000]
+    num_tenants = -(-max(counts) // SessionsConfig().max_per_tenant)
+
     async def run() -> list[dict[str, Any]]:
         async with AsyncExitStack() as stack:
             sides = []
-            for number in count or [10_000]:
+            for number in counts:
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 if nodes > 1:
                     url = (await stack.enter_async_context(running_cluster(directory, nodes))).url
@@ -197,7 +203,7 @@ def main(
                     socket = directory / "valkey.sock"
                     stack.enter_context(ValkeyServer(port=0, unix_socket_path=socket))
                     url = f"unix://{socket}"
-                sides.append(await stack.enter_async_context(filled(url, info, snapshots, number)))
+                sides.append(await stack.enter_async_context(filled(url, info, snapshots, number, num_tenants)))
             return await measure(sides, requests, concurrency or [1, 16])
 
     sizes = asyncio.run(run())

@@ -15,7 +15,7 @@ ENGINE = EngineReady(
 
 async def test_sessions_are_made_loaded_and_saved(valkey_url: str) -> None:
     snapshots = [snapshot_of(range(300)), snapshot_of(range(3))]
-    async with filled(valkey_url, ENGINE, snapshots, count=40) as side:
+    async with filled(valkey_url, ENGINE, snapshots, count=40, num_tenants=3) as side:
         [result] = await measure([side], requests=60, levels=[1, 4])
     assert result["sessions"] == 40
     assert result["bytes_a_session"] > sum(map(len, snapshots)) / 2
