@@ -124,6 +124,8 @@ class ReplayConfig(Section):
     sampled_share: float = Field(
         default=0.5, ge=0, le=1, description="Share of the logged steps without rejection or surprise that is learned."
     )
+    memory_bytes: int = Field(default=2**30, ge=1, description="Features of all keys that are kept, at most.")
+    max_rows: int = Field(default=2**16, ge=1, description="Positions of a key's segments, their context counted.")
 
 
 class GuardConfig(Section):
@@ -258,19 +260,23 @@ class AdaptersConfig(Section):
 
     def for_growth(self, recorded_size: int) -> AdaptersConfig:
         """The same where a whole draft grows, from rows of so many values: one draft, which no request does without."""
-        growth, replay = self.growth, self.replay
-        segment_bytes = 2 * recorded_size * (replay.segment_positions + self.log.context_tokens)
-        num_older = growth.memory_bytes // segment_bytes - replay.recent_segments - replay.held_out_segments
+        growth = self.growth
+        most = growth.memory_bytes // (2 * recorded_size)
         changes = {
             "num_slots": 1,
             "log": self.log.model_copy(
                 update={"control_share": 0.0, "cost_share": max(self.log.cost_share, _GROWTH_COST)}
             ),
-            "replay": replay.model_copy(update={"history_segments": max(num_older, 0)}),
+            "replay": self.replay.model_copy(update={"history_segments": most, "memory_bytes": growth.memory_bytes}),
             "training": growth.training,
             "guard": growth.guard,
         }
         return self.model_copy(update=changes)
+
+    def with_rows_of(self, num_values: int) -> AdaptersConfig:
+        """The same, where each key keeps as many rows of so many bf16 values as its part of the memory holds."""
+        max_rows = max(self.replay.memory_bytes // self.num_slots // (2 * num_values), 1)
+        return self.model_copy(update={"replay": self.replay.model_copy(update={"max_rows": max_rows})})
 
     @property
     def is_on(self) -> bool:

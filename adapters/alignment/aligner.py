@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import structlog
 import torch
@@ -12,15 +13,17 @@ from adapters.alignment.guard import Guard, Verdict, judge
 from adapters.alignment.records import Segment
 from adapters.alignment.replay import ReplayBuffer
 from adapters.alignment.scoring import KnownScores, ScoreCache, Scoring
-from adapters.alignment.shared_versions import SharedVersions
 from adapters.alignment.store import AdapterStore
 from adapters.alignment.trigger import UpdateTrigger
 from adapters.alignment.updates import Updater
 from engine.adapters_config import AdaptersConfig
-from engine.online.adapter_control import AdapterCommand, AdapterStatus, Stage
+from engine.online.adapter_control import AdapterStatus, Stage
 from engine.online.verify_record import VerifyRecord
 
 log = structlog.get_logger(__name__)
+
+Unshared = Literal["version", "frozen", "reset"]
+"""What other servers of a key are to be told: which version is in force, whether it is frozen, to forget it."""
 
 
 class KeyAligner:
@@ -47,9 +50,10 @@ class KeyAligner:
         self.revision = 0  # the revision in force, or to be; 0: the base draft
         self.tensors: dict[str, torch.Tensor] | None = None  # its weights as they are published
         self.is_unpublished = True  # whether they are not in force: they never were, or the engine has lost them
-        self.is_unshared = False  # whether other servers are to have them, too
-        self.leads = True  # whether this server learns the key, and no other
+        self.unshared = set[Unshared]()  # what they have not been told yet
+        self.shared_number = 0  # of the servers' last version that was looked at here
         self._is_own = True  # whether this server has learned what is in force
+        self.leads = True  # whether this server learns the key, and no other
         self._is_new = True  # whether they never were
         self.channel_version = 0
         self.worked_at = 0.0  # when it worked last, by the monotonic clock
@@ -83,7 +87,10 @@ class KeyAligner:
                 recent=self._guard.in_force.rate,
                 previous=self._guard.previous.rate,
             )
-            self.is_unshared = self._is_own
+            if "version" not in self.unshared:
+                self.state.bad_number = self.shared_number
+            if self._is_own:
+                self.unshared.add("version")
             self.roll_back()
             self.replay.clear()  # it made a bad version
 
@@ -98,16 +105,8 @@ class KeyAligner:
         self._num_steps = 0
         if self._guard.is_good and not self._is_new and self.state.good_revision != self.revision:
             self.state.good_revision = self.revision
-            self._store.save_state(self.state)
+            self.save()
         self._trigger.compare_acceptance(self._guard.in_force)
-
-    def exchange(self, shared: SharedVersions) -> None:
-        """Give other servers what was learned here, and take what another has learned."""
-        self.leads = self.wants_work and shared.leads(self.state.key)
-        if self.is_unshared:
-            self.is_unshared = not shared.publish(self.state.key, self.tensors)
-        elif not self.state.is_frozen and (version := shared.news(self.state.key)) is not None:
-            self._follow(version.tensors)
 
     @property
     def wants_work(self) -> bool:
@@ -141,23 +140,6 @@ class KeyAligner:
         self.is_unpublished = self._is_new = False
         self.channel_version = version
 
-    def obey(self, command: AdapterCommand) -> None:
-        """Do what an operator asks."""
-        log.info("adapter command", key=self.state.key, action=command.action)
-        self.is_unshared = command.action in ("rollback", "reset")
-        if command.action == "rollback":
-            self.roll_back()
-        elif command.action == "reset":
-            self._store.forget(self.state.key)
-            self.state = self._store.load_state(self.state.key)
-            self.replay.clear()
-            self._scores = ScoreCache()
-            self._new_watch()
-            self._go_to(0)
-        else:
-            self.state.is_frozen = command.action == "freeze"
-        self._store.save_state(self.state)
-
     def roll_back(self) -> None:
         """Return to the good revision before the one in force, or to the base draft."""
         if self.revision == 0:
@@ -168,6 +150,31 @@ class KeyAligner:
             self.state.good_revision = 0
         self.state.num_rolled_back += 1
         self._go_to(self.state.good_revision)
+        self.save()
+
+    def follow(self, tensors: dict[str, torch.Tensor] | None, is_own: bool) -> None:
+        """Put in force what the servers have, None: the base draft, and learn on from it.
+
+        ``is_own``: this server has learned it.
+        """
+        log.info("adapter shared by servers", key=self.state.key, is_base=tensors is None, is_own=is_own)
+        if tensors is not None:
+            self._put_in_force(tensors)
+        self._go_to(0 if tensors is None else self.revision)
+        self._is_own = is_own
+
+    def forget(self, now: float) -> None:
+        """Drop all that was learned of the key, and learn from what is logged from ``now`` on."""
+        self.state = self._store.forget(self.state)
+        self.state.learns_after = now
+        self.unshared.clear()
+        self.replay.clear()
+        self._scores = ScoreCache()
+        self._new_watch()
+        self._go_to(0)
+
+    def save(self) -> None:
+        """Keep the state on disk."""
         self._store.save_state(self.state)
 
     def status(self, slot: int | None) -> AdapterStatus:
@@ -252,7 +259,9 @@ class KeyAligner:
         log.info("adapter scored", key=self.state.key, verdict=verdict.value, reason=reason)
         if verdict is Verdict.PUBLISH:
             self._put_in_force(self._updater.published())
-            self.is_unshared = self._is_own = True
+            self.state.num_published += 1
+            self._is_own = True
+            self.unshared.add("version")
             self._scores.current = self._scores.candidate
         elif verdict is Verdict.REFUSE:
             self.state.num_refused += 1
@@ -261,26 +270,16 @@ class KeyAligner:
         if verdict is not Verdict.TRAIN_ON:
             self._num_ahead = 0
         self._num_unjudged = 0
-        self._store.save_state(self.state)
+        self.save()
 
     def _put_in_force(self, candidate: dict[str, torch.Tensor]) -> None:
         if self.revision == 0 or self._guard.num_watched:  # nothing was wrong with it as long as it was watched
             self.state.good_revision = self.revision
         self.revision = self._store.save(self.state, candidate)
         self.tensors = candidate
-        self.state.num_published += 1
         self.is_unpublished = self._is_new = True
-        self._store.save_state(self.state)  # first, or a worker killed here would look for what is deleted below
+        self.save()  # first, or a worker killed here would look for what is deleted below
         self._store.keep_only(self.state.key, {self.state.good_revision, self.revision})
-
-    def _follow(self, tensors: dict[str, torch.Tensor] | None) -> None:
-        """Put in force what another server has learned, None: the base draft, and learn on from it."""
-        log.info("adapter of another server", key=self.state.key, is_base=tensors is None)
-        if tensors is not None:
-            self._put_in_force(tensors)
-        self._go_to(0 if tensors is None else self.revision)
-        self._is_own = False
-        self._store.save_state(self.state)
 
     def _go_to(self, revision: int) -> None:
         """Put an earlier revision in force and learn on from it."""

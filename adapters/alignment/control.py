@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -56,6 +57,14 @@ class ControlChannel:
             pipeline.delete(self._status)
             pipeline.hset(self._status, mapping=encode_status(worker, adapters))  # type: ignore[arg-type]
             pipeline.execute()
+
+    def now(self) -> float:
+        """Seconds of the epoch, by the clock of Redis; by this machine's while Redis is down."""
+        try:
+            seconds, microseconds = self._redis.time()
+        except REDIS_FAILURES:
+            return time.time()
+        return seconds + microseconds / 1e6
 
     def close(self) -> None:
         """Close the connection; what is shown stays, and grows old."""

@@ -7,6 +7,7 @@ label is what the target's last layer gave there, which the engine logs behind t
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -56,7 +57,7 @@ class DraftGrower(Updater):
         self._token_counts = torch.zeros(len(base.target.head), dtype=torch.int64)
 
     def load(self, published: Mapping[str, torch.Tensor] | None) -> None:
-        """Go on from these weights, None: the target's last layer; what is in training is dropped.
+        """Go on from these weights, None: the target's last layer; what is in training is dropped, with its checkpoint.
 
         They are unrolled over as many steps as what is dropped: with one, they would unlearn the others.
         """
@@ -66,6 +67,8 @@ class DraftGrower(Updater):
         self._weights = dict(published or self._base.draft.state_dict())  # what is published next
         self._learner: Learner | None = None
         self._resumes = False
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
 
     def resume(self, directory: Path) -> None:
         """Go on from the checkpoint there, if there is one; and keep one there from now on."""

@@ -43,6 +43,11 @@ class Segment:
     prior: torch.Tensor  # [n, NUM_FEATURES] float16, the prior's weights that the engine drafted with; 0: without
 
     @property
+    def num_rows(self) -> int:
+        """n."""
+        return len(self.positions)
+
+    @property
     def num_anchors(self) -> int:
         return int(self.anchors.sum())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import OrderedDict, deque
+from collections.abc import Collection
 
 import numpy as np
 
@@ -49,8 +50,8 @@ def starts_chains(record: VerifyRecord, is_teaching: bool, is_held_out: bool) ->
 class ReplayBuffer:
     """A bounded memory for each adapter key.
 
-    Segments leave ``recent`` in their order, and of all that left each has an equal chance to be in ``history``
-    (reservoir sampling).
+    It has at most ``max_rows`` positions, contexts counted: half of them held out, a quarter recent. Segments leave
+    ``recent`` in their order, and of all that left each has an equal chance to be in ``history`` (reservoir sampling).
     """
 
     def __init__(self, config: ReplayConfig, seed: int = 0) -> None:
@@ -108,7 +109,8 @@ class ReplayBuffer:
         self.num_arrived_positions += segment.num_anchors
         self._recent.append(segment)
         self._new.append(segment)
-        if len(self._recent) > self._config.recent_segments:
+        config = self._config
+        while len(self._recent) > config.recent_segments or _is_over(self._recent, config.max_rows // 4):
             oldest = self._recent.popleft()
             if self._new[0] is oldest:
                 self._new.popleft()
@@ -150,17 +152,30 @@ class ReplayBuffer:
         left, most = self.num_held_out_positions, self._config.held_out_segments
         while len(self.held_out) > most and left - self.held_out[0].num_anchors >= _SHORT_SEGMENT * most:
             left -= self.held_out.popleft().num_anchors
+        while _is_over(self.held_out, self._config.max_rows // 2):
+            self.held_out.popleft()
 
     def _older(self) -> list[Segment]:
         return [*self._history, *(s for s in self._recent if all(s is not new for new in self._new))]
 
     def _to_history(self, segment: Segment) -> None:
-        size = self._config.history_segments
+        room = self._config.max_rows - _num_rows(self._recent) - _num_rows(self.held_out)
         self._num_left += 1
-        if len(self._history) < size:
+        if len(self._history) < self._config.history_segments and _num_rows(self._history) + segment.num_rows <= room:
             self._history.append(segment)
-        elif (place := self._random.randrange(self._num_left)) < size:
+        elif (place := self._random.randrange(self._num_left)) < len(self._history):
             self._history[place] = segment
+        while self._history and _num_rows(self._history) > room:
+            self._history.pop(self._random.randrange(len(self._history)))
+
+
+def _num_rows(segments: Collection[Segment]) -> int:
+    return sum(segment.num_rows for segment in segments)
+
+
+def _is_over(segments: Collection[Segment], max_rows: int) -> bool:
+    """Whether several segments have more rows than they may."""
+    return len(segments) > 1 and _num_rows(segments) > max_rows
 
 
 def _hash(text: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, cast
 
 import structlog
 import torch
@@ -24,6 +24,17 @@ _TIMEOUT = 2.0
 _KEPT_SECONDS = 30 * 24 * 3600
 
 
+class SharedKey(NamedTuple):
+    """What the servers have agreed on for a key."""
+
+    number: int
+    """Of its last version; 0: there is none."""
+    num_resets: int
+    """How often an operator has let all that was learned be forgotten."""
+    is_frozen: bool | None
+    """Whether the key learns no more; None: nobody has said so."""
+
+
 @dataclass(frozen=True)
 class SharedVersion:
     """What is to be in force for a key; ``tensors`` None: the base draft."""
@@ -32,9 +43,10 @@ class SharedVersion:
 
 
 class SharedVersions:
-    """A number for each key that grows with every version, the last version's weights, and who learns the key.
+    """For each key a number that grows with every version, the last version's weights, what operators have commanded,
+    and who learns it.
 
-    Redis may be away at any time: then nobody leads, and nothing is new.
+    Redis may be away at any time: then nobody leads, and nothing is known.
 
     Args:
         url: of a Redis or Valkey that the servers share.
@@ -46,8 +58,6 @@ class SharedVersions:
         self._redis = connect(url, _TIMEOUT)
         self._layout, self._lease_seconds = layout, lease_seconds
         self._leases: dict[str, Lock] = {}
-        self._known: dict[str, int] = {}
-        """The number of the last version of each key that is in force here, or was refused."""
 
     def leads(self, key: str) -> bool:
         """Whether this server is the one that learns a key: it stays so while it asks more often than a lease lasts."""
@@ -63,44 +73,43 @@ class SharedVersions:
         except REDIS_FAILURES:
             return False
 
-    def publish(self, key: str, tensors: Mapping[str, torch.Tensor] | None) -> bool:
-        """Let all servers have these weights, None: the base draft; whether Redis has taken them."""
-        name = self._name(key)
+    def publish(self, key: str, tensors: Mapping[str, torch.Tensor] | None) -> int | None:
+        """Let all servers have these weights, None: the base draft. Returns their number; None while Redis is away."""
         data = b"" if tensors is None else save({each: tensor.contiguous() for each, tensor in tensors.items()})
-        try:
-            self._redis.set(learned_key(self._layout.name), 1, ex=_KEPT_SECONDS)
-            with self._redis.pipeline(transaction=True) as pipeline:
-                pipeline.hincrby(name, "number", 1)
-                pipeline.hset(name, "weights", data)
-                pipeline.expire(name, _KEPT_SECONDS)
-                self._known[key] = int(pipeline.execute()[0])
-        except REDIS_FAILURES:
-            return False
-        return True
+        return self._change(key, "number", {"weights": data})
 
-    def news(self, key: str) -> SharedVersion | None:
-        """What another server has published since the last call, if anything that fits this draft."""
-        name = self._name(key)
+    def freeze(self, key: str, is_frozen: bool) -> bool:
+        """Let no server learn the key, or the one that leads again; whether Redis has taken it."""
+        return self._change(key, "commands", {"frozen": int(is_frozen)}) is not None
+
+    def reset(self, key: str) -> int | None:
+        """Let all servers forget what was learned of a key. Returns how often that was so; None while Redis is away."""
+        return self._change(key, "resets", {"weights": b"", "frozen": 0})
+
+    def look(self, key: str) -> SharedKey | None:
+        """What the servers have agreed on; None while Redis is away."""
         try:
-            published = self._redis.hget(name, "number")
-            if published is None or int(published) == self._known.get(key):  # None: Redis may have lost it, too
-                return None
-            found: list[Any] = self._redis.hmget(name, ["number", "weights"])
+            found = cast(list[bytes | None], self._redis.hmget(self._name(key), ["number", "resets", "frozen"]))
         except REDIS_FAILURES:
             return None
-        number, data = found
-        if number is None:
+        number, resets, frozen = found
+        return SharedKey(int(number or 0), int(resets or 0), None if frozen is None else frozen == b"1")
+
+    def version(self, key: str) -> tuple[int, SharedVersion | None] | None:
+        """The last version, None if it does not fit this draft, and its number; None while Redis is away."""
+        try:
+            number, data = cast(list[bytes | None], self._redis.hmget(self._name(key), ["number", "weights"]))
+        except REDIS_FAILURES:
             return None
-        self._known[key] = int(number)
         if not data:
-            return SharedVersion(None)
+            return int(number or 0), SharedVersion(None)
         try:
             tensors = load(data)
             self._layout.check(tensors)
         except (SafetensorError, ValueError) as error:
-            log.warning("a shared adapter is refused", key=key, number=int(number), reason=str(error))
-            return None
-        return SharedVersion(tensors)
+            log.warning("a shared adapter is refused", key=key, number=number, reason=str(error))
+            return int(number or 0), None
+        return int(number or 0), SharedVersion(tensors)
 
     def close(self) -> None:
         """Let another server learn at once."""
@@ -110,6 +119,19 @@ class SharedVersions:
             except REDIS_FAILURES:
                 continue  # not this server's, or Redis is away: the lease ends by itself
         self._redis.close()
+
+    def _change(self, key: str, counted: str, values: Mapping[str, bytes | int]) -> int | None:
+        """Set fields of a key, and count one up; returns what that is then, or None while Redis is away."""
+        name = self._name(key)
+        try:
+            self._redis.set(learned_key(self._layout.name), 1, ex=_KEPT_SECONDS)
+            with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.hincrby(name, counted, 1)
+                pipeline.hset(name, mapping=dict(values))  # type: ignore[arg-type]
+                pipeline.expire(name, _KEPT_SECONDS)
+                return int(pipeline.execute()[0])
+        except REDIS_FAILURES:
+            return None
 
     def _name(self, key: str) -> str:
         return f"evospec:adapter:{self._layout.name}:{{{hashlib.sha256(key.encode()).hexdigest()}}}"

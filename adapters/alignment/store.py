@@ -19,7 +19,8 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import count
 from pathlib import Path
 
 import structlog
@@ -34,19 +35,23 @@ log = structlog.get_logger(__name__)
 _MAX_QUARANTINED = 3
 
 
-def wait_for_turn(directory: Path) -> int:
-    """Wait until no other process learns for the draft whose versions are in ``directory``.
+def claim(directory: Path) -> Path:
+    """The first of ``directory``, ``directory-2``, ``directory-3`` and so on that no other worker has; it is made if it
+    is not there.
 
-    Returns a file descriptor. The turn lasts until that is closed, or this process ends.
+    So several servers of one machine, or of one volume, each have their own. It is this process's until that ends.
     """
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.warning("another server's worker learns for this draft; this one waits", directory=str(directory))
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    return lock
+    for number in count(1):
+        path = directory if number == 1 else directory.with_name(f"{directory.name}-{number}")
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # never closed: the lock ends with the process
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+        else:
+            return path
+    raise AssertionError("count() ends")
 
 
 @dataclass
@@ -57,6 +62,10 @@ class KeyState:
     last_revision: int = 0  # newest number given to a revision; never given again
     good_revision: int = 0
     is_frozen: bool = False
+    own_number: int = 0  # of the last version that other servers have from this one
+    bad_number: int = 0  # of the last of the servers' versions that was taken back here
+    num_resets: int = 0  # of the key, by operators, that were carried out here
+    learns_after: float = 0.0  # what was logged before is not learned from; seconds of the epoch, by Redis's clock
     num_trained_positions: int = 0
     num_updates: int = 0
     num_published: int = 0
@@ -80,7 +89,7 @@ class AdapterStore:
         """What was saved last; a new state if nothing was, or the files were made for another draft."""
         try:
             values = json.loads((self._of(key) / "state.json").read_bytes())
-            state = KeyState(**{field.name: values[field.name] for field in fields(KeyState)})
+            state = KeyState(**{field.name: values[field.name] for field in fields(KeyState) if field.name in values})
         except (OSError, ValueError, KeyError, TypeError):
             state = KeyState("")
         if state.key != key:
@@ -130,11 +139,11 @@ class AdapterStore:
             if _revision_of(path) not in revisions:
                 path.unlink()
 
-    def forget(self, key: str) -> None:
-        """Delete everything of a key but the count of its revisions."""
-        last = self.load_state(key).last_revision
-        shutil.rmtree(self._of(key), ignore_errors=True)
-        self.save_state(KeyState(key, last_revision=last))
+    def forget(self, state: KeyState) -> KeyState:
+        """Delete all that was learned of a key; returns its new state, which is not saved."""
+        shutil.rmtree(self._of(state.key), ignore_errors=True)
+        kept = {name: getattr(state, name) for name in ("last_revision", "own_number", "bad_number", "num_resets")}
+        return replace(KeyState(state.key), **kept)
 
     def checkpoint_directory(self, key: str) -> Path:
         """Where what is in training may be kept; it is deleted with the key."""

@@ -14,9 +14,8 @@ import structlog
 import torch
 
 from adapters.alignment.aligner import KeyAligner
-from adapters.alignment.chains import ChainDrafter
 from adapters.alignment.control import ControlChannel
-from adapters.alignment.growth import DraftGrower, seed_of_draft
+from adapters.alignment.exchange import exchange, obey
 from adapters.alignment.pace import Pacer
 from adapters.alignment.process import bound_memory, give_back_memory, resident_bytes, yield_to_others
 from adapters.alignment.publisher import AdapterPublisher
@@ -24,24 +23,17 @@ from adapters.alignment.records import Assembler
 from adapters.alignment.replay import starts_chains, teaches
 from adapters.alignment.roster import Roster
 from adapters.alignment.shared_versions import SharedVersions
-from adapters.alignment.store import AdapterStore, wait_for_turn
+from adapters.alignment.store import AdapterStore, claim
+from adapters.alignment.taught import TaughtDraft, load_taught
 from adapters.alignment.updates import Updater
-from adapters.target_parts import fastest_dtype, load_target_parts
-from engine.adapters_config import AdaptersConfig
 from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.log import configure_logging_from_environment
 from engine.models.config import ModelError
-from engine.models.eagle3 import load_draft
-from engine.models.lora import draft_fingerprint
-from engine.models.registry import resolve_model, validate_model_files
-from engine.models.weights import open_weights
 from engine.online.adapter_control import AdapterCommand, WorkerStatus, adapter_key
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.shared_file import SharedMemoryError
 from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
 from engine.online.verify_record import VerifyRecord
-from engine.online.whole_draft import growing_fingerprint
-from engine.speculation.draft_files import DRAFTS, choose_method
 
 log = structlog.get_logger(__name__)
 
@@ -49,6 +41,7 @@ log = structlog.get_logger(__name__)
 _BATCH = 256
 _MAX_BATCHES = 16
 _TICK = 1.0
+_DISK_PATIENCE = 2.0
 
 
 class AdapterWorker:
@@ -58,32 +51,24 @@ class AdapterWorker:
     tenants is not worth the disk.
 
     Args:
-        config: its ``redis_url`` is set.
-        base: the base draft.
-        fingerprint: the base draft's.
-        updater: makes what owns the weights of a key.
-        pacer: None: one that follows ``config.pace``.
+        taught: what it teaches.
+        directory: where the versions of its keys are, and no other worker's.
+        pacer: None: one that follows the draft's ``config.pace``.
     """
 
-    def __init__(
-        self,
-        config: AdaptersConfig,
-        base: ChainDrafter,
-        fingerprint: str,
-        updater: type[Updater] = Updater,
-        pacer: Pacer | None = None,
-    ) -> None:
+    def __init__(self, taught: TaughtDraft, directory: Path, pacer: Pacer | None = None) -> None:
+        self._taught, self._config = taught, taught.config.with_rows_of(taught.row_size)
+        config = self._config
         assert config.redis_url is not None
-        self._config, self._base, self._fingerprint, self._updater = config, base, fingerprint, updater
-        layout = updater(base, config, "", fingerprint).layout
-        self._store = AdapterStore(_state_directory(config, fingerprint), layout)
+        layout = self._make_updater("").layout
+        self._store = AdapterStore(directory, layout)
         self._publisher = AdapterPublisher(config.channel_path, layout, self._store)
         self._reader = TokenLogReader(config.redis_url, config.log.stream)
         self._control = ControlChannel(config.redis_url, config.log.stream)
         self._shared = SharedVersions(config.redis_url, layout) if config.share_versions else None
         self._pacer = pacer or Pacer(config.pace)
         self._ring: FeatureRingReader | None = None
-        replay, vocab_size = config.replay, len(base.target.head)
+        replay, vocab_size = config.replay, len(taught.base.target.head)
         self._assembler = Assembler(config.log.top_k, vocab_size, replay.segment_positions, replay.context_positions)
         self._roster = Roster(config.num_slots, self._make_aligner, self._let_go)
         self._started_at = time.time()
@@ -92,9 +77,20 @@ class AdapterWorker:
         self._ticked_at = -_TICK
 
     def run(self, is_stopped: Callable[[], bool]) -> None:
-        """Work until told to stop; one round takes as long as an update."""
+        """Work until told to stop; one round takes as long as an update.
+
+        While its directory cannot be written to, nothing is put in force.
+        """
+        fails = False
         while not is_stopped():
-            self.step()
+            try:
+                self.step()
+                fails = False
+            except OSError as error:
+                if not fails:
+                    log.error("the state directory cannot be written to: it is tried again", reason=str(error))
+                fails = True
+                time.sleep(_DISK_PATIENCE)
         self._report()
 
     def step(self) -> None:
@@ -128,8 +124,7 @@ class AdapterWorker:
             self._obey(command)
         for aligner in self._roster.aligners.values():
             aligner.tick()
-            if self._shared is not None:
-                aligner.exchange(self._shared)
+            self._exchange(aligner)
         self._report()
 
     def _read_all(self) -> bool:
@@ -167,7 +162,8 @@ class AdapterWorker:
                 is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
                 known.append((aligner, record, is_useful))
                 is_held_out = aligner.replay.holds_out(record.request_id)
-                joined.append((key, record, starts_chains(record, is_useful, is_held_out)))
+                if entry.logged_at >= aligner.state.learns_after:
+                    joined.append((key, record, starts_chains(record, is_useful, is_held_out)))
         # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
         segments = self._assembler.add(joined, ring)
         for aligner, record, is_useful in known:
@@ -180,19 +176,20 @@ class AdapterWorker:
 
     def _open_ring(self) -> FeatureRingReader:
         if self._ring is None:
-            path, fusion = self._config.ring_path, self._base.draft.fc
+            path = self._config.ring_path
             ring = FeatureRingReader(path)
-            width = fusion.in_features if self._updater.trains_fusion else fusion.out_features
-            if ring.width != width + fusion.out_features * self._updater.grows:
+            if ring.width != self._taught.row_size:
                 raise SharedMemoryError(f"{path}: rows of {ring.width} values are not this draft's input")
             self._ring = ring
         return self._ring
 
     def _make_aligner(self, key: str) -> KeyAligner:
-        updater = self._updater(self._base, self._config, key, self._fingerprint)
-        aligner = KeyAligner(key, self._base, updater, self._store, self._config)
+        aligner = KeyAligner(key, self._taught.base, self._make_updater(key), self._store, self._config)
         aligner.leads = self._shared is None  # else it asks first
         return aligner
+
+    def _make_updater(self, key: str) -> Updater:
+        return self._taught.updater(self._taught.base, self._config, key, self._taught.fingerprint)
 
     def _let_go(self, key: str, aligner: KeyAligner) -> None:
         """Drop a key; its last good version stays on disk, for when it is wanted again."""
@@ -220,10 +217,21 @@ class AdapterWorker:
                     aligner.published(version)
 
     def _obey(self, command: AdapterCommand) -> None:
-        # What is on disk of a key without a slot obeys too; it gets none by that, since it may be misspelt.
-        (self._roster.aligners.get(command.key) or self._make_aligner(command.key)).obey(command)
+        # A key without a slot obeys too, on disk and at other servers; it gets none by that, since it may be misspelt.
+        aligner = self._roster.aligners.get(command.key) or self._make_aligner(command.key)
+        self._exchange(aligner)  # what the servers have in force is what is taken back
+        obey(aligner, command, self._log_time())
+        self._exchange(aligner)
         if command.action in ("reset", "unfreeze"):  # what was logged before is not to be learned from
             self._assembler.forget(command.key)
+
+    def _exchange(self, aligner: KeyAligner) -> None:
+        if self._shared is not None:
+            exchange(aligner, self._shared, self._log_time)
+
+    def _log_time(self) -> float:
+        """When what is verified now will be in the log at the latest, by the clock of Redis."""
+        return self._control.now() + self._config.log.interval_seconds
 
     def _report(self) -> None:
         lag: int | None = None
@@ -247,35 +255,6 @@ class AdapterWorker:
         self._control.report(worker, {key: a.status(slots.get(key)) for key, a in self._roster.aligners.items()})
 
 
-def load_worker(config: EngineConfig, updater: type[Updater]) -> AdapterWorker:
-    """Load the draft that the engine drafts with, or the seed of one, and its target, once no other process learns.
-
-    Raises:
-        ModelError: there is none, or a file cannot be read.
-    """
-    files = resolve_model(config.model, progress=False)
-    spec = validate_model_files(files)
-    method, directory = choose_method(config, files.name)
-    if method == "grow":
-        fingerprint = growing_fingerprint(open_weights(files), spec)
-        wait_for_turn(_state_directory(config.alignment, fingerprint))
-        seed = seed_of_draft(files, spec, config.model.max_model_len)
-        growing = config.alignment.for_growth(seed.draft.config.recorded_size)
-        return AdapterWorker(growing, seed, fingerprint, DraftGrower)
-    directory = directory or DRAFTS / files.name
-    fingerprint = draft_fingerprint(directory)
-    wait_for_turn(_state_directory(config.alignment, fingerprint))
-    eagle = load_draft(directory, fastest_dtype(), torch.device("cpu"))
-    eagle.config.check_target(spec, directory)
-    target = load_target_parts(files, spec, config.model.max_model_len)
-    return AdapterWorker(config.alignment, ChainDrafter(eagle, target), fingerprint, updater)
-
-
-def _state_directory(config: AdaptersConfig, fingerprint: str) -> Path:
-    """Where the versions for the draft of ``fingerprint`` are."""
-    return config.state_directory / fingerprint[:16]
-
-
 def main(updater: type[Updater] = Updater) -> None:
     """Work until SIGTERM, which ends it within an update's time."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
@@ -284,8 +263,9 @@ def main(updater: type[Updater] = Updater) -> None:
     torch.set_num_threads(config.alignment.pace.threads)
     bound_memory()
     try:
-        worker = load_worker(config, updater)
-    except ModelError as error:
+        taught = load_taught(config, updater)
+        worker = AdapterWorker(taught, claim(config.alignment.state_directory / taught.fingerprint[:16]))
+    except (ModelError, OSError) as error:
         log.error("the worker cannot start", reason=str(error))
         sys.exit(1)
     yield_to_others(config.alignment.pace.niceness)  # not before: what others have learned is wanted within seconds

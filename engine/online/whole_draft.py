@@ -32,13 +32,17 @@ def growing_config(spec: ModelSpec, target: str) -> Eagle3Config:
 
 
 def growing_fingerprint(source: WeightSource, spec: ModelSpec) -> str:
-    """Names the target, by its shape and weights that any training of it changes: hexadecimal.
+    """Names the target, by its shape, its norm and the matrices of its last layer: hexadecimal.
 
-    What has grown for another model, a fine-tune of the same name included, is not taken over.
+    What has grown for another model, a fine-tune of the same name included, is not taken over. Fine-tuning by adapters
+    often changes only some of a layer's matrices.
     """
     digest = hashlib.sha256(repr(spec).encode())
-    for name in ("model.norm.weight", f"model.layers.{spec.num_layers - 1}.self_attn.o_proj.weight"):
-        digest.update(source.dequantized(name).numpy().tobytes())
+    names = [f"self_attn.{name}_proj" for name in "qkvo"]
+    if spec.experts is None:
+        names += [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+    for name in ("model.norm", *(f"model.layers.{spec.num_layers - 1}.{name}" for name in names)):
+        digest.update(source.dequantized(f"{name}.weight").numpy().tobytes())
     return digest.hexdigest()
 
 

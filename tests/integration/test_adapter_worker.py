@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import random
 import time
@@ -16,11 +17,13 @@ import pytest
 import torch
 from redis import Redis
 
+from adapters.alignment import store as store_module
 from adapters.alignment import worker as worker_program
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.pace import Pacer
 from adapters.alignment.records import Assembler
 from adapters.alignment.store import AdapterStore
+from adapters.alignment.taught import TaughtDraft
 from adapters.alignment.worker import AdapterWorker
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TokenLogConfig, TrainingConfig
 from engine.config import CONFIG_VARIABLE, EngineConfig, ModelConfig, SpeculationConfig
@@ -87,7 +90,8 @@ def make_config(directory: Path, url: str) -> AdaptersConfig:
 
 def eager_worker(config: AdaptersConfig, draft: TinyDraft) -> AdapterWorker:
     """One that takes the machine, whoever else wants it."""
-    return AdapterWorker(config, draft.drafter, draft.base, pacer=Pacer(config.pace, spare_cores=lambda: 99.0))
+    pacer = Pacer(config.pace, spare_cores=lambda: 99.0)
+    return AdapterWorker(TaughtDraft(config, draft.drafter, draft.base), config.state_directory, pacer)
 
 
 def step_until(worker: AdapterWorker, condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -232,11 +236,11 @@ def adapter_layout(config: AdaptersConfig, draft: TinyDraft) -> WeightLayout:
 
 
 def make_store(config: AdaptersConfig, draft: TinyDraft) -> AdapterStore:
-    return AdapterStore(config.state_directory / draft.base[:16], adapter_layout(config, draft))
+    return AdapterStore(config.state_directory, adapter_layout(config, draft))
 
 
 def store_files(config: AdaptersConfig, pattern: str) -> list[Path]:
-    return list(config.state_directory.glob(f"*/*/{pattern}"))
+    return list(config.state_directory.glob(f"*/{pattern}"))
 
 
 def test_operators_are_obeyed(config: AdaptersConfig, draft: TinyDraft, answers: list[Answer]) -> None:
@@ -255,6 +259,27 @@ def test_operators_are_obeyed(config: AdaptersConfig, draft: TinyDraft, answers:
     step_until(worker, lambda: status(config).num_updates == 0 and engine.version("t") == 0)
     assert not status(config).is_frozen
     assert store_files(config, "*.safetensors") == []
+    worker.close()
+
+
+def test_a_full_disk_ends_no_worker(
+    config: AdaptersConfig, draft: TinyDraft, answers: list[Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be kept is not put in force, until it can."""
+    monkeypatch.setattr(worker_program, "_DISK_PATIENCE", 0.01)
+    engine, worker = MadeUpEngine(config, draft.drafter, draft.base), eager_worker(config, draft)
+    failures = []
+
+    def fail(*_: object) -> None:
+        failures.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(store_module, "_write", fail)
+        engine.serve(answers[:64])
+        worker.run(lambda: len(failures) > 3)
+        assert engine.version("t") == 0
+    serve_until_published(engine, worker, answers, 1)
     worker.close()
 
 

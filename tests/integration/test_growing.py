@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.exchange import obey
 from adapters.alignment.growth import DraftGrower, seed_of_draft, training_batch
 from adapters.alignment.pace import Pacer
 from adapters.alignment.records import Segment
+from adapters.alignment.taught import TaughtDraft
 from adapters.alignment.worker import AdapterWorker
 from engine.adapters_config import (
     AdaptersConfig,
@@ -75,7 +80,8 @@ def make_worker(config: AdaptersConfig, files: ModelFiles) -> AdapterWorker:
     spec = validate_model_files(files)
     seed, fingerprint = seed_of_draft(files, spec, None), growing_fingerprint(open_weights(files), spec)
     growing = config.for_growth(seed.draft.config.recorded_size)
-    return AdapterWorker(growing, seed, fingerprint, DraftGrower, Pacer(config.pace, spare_cores=lambda: 99.0))
+    pacer = Pacer(config.pace, spare_cores=lambda: 99.0)
+    return AdapterWorker(TaughtDraft(growing, seed, fingerprint, DraftGrower), config.state_directory, pacer)
 
 
 def make_prompts() -> list[list[int]]:
@@ -135,7 +141,7 @@ def test_the_life_of_a_draft(tmp_path: Path, files: ModelFiles, config: Adapters
         assert serve(engine)[0] == expected
     assert aligner.state.num_rolled_back == 1
 
-    aligner.obey(AdapterCommand("reset", OWNER))
+    obey(aligner, AdapterCommand("reset", OWNER), time.time())
     worker.step()
     drafted = engine.num_drafted
     assert serve(engine)[0] == expected
@@ -170,6 +176,42 @@ def test_a_worker_goes_on_from_its_checkpoint(files: ModelFiles, config: Adapter
     assert isinstance(resumed, DraftGrower)
     assert resumed._progress.anchors > learned._progress.anchors
     again.close()
+
+
+def test_training_that_led_to_bad_weights_is_not_gone_on_with_after_a_restart(
+    files: ModelFiles, config: AdaptersConfig, tmp_path: Path
+) -> None:
+    seed = seed_of_draft(files, validate_model_files(files), None)
+    width = seed.draft.config.recorded_size
+    answers = [segment(torch.arange(40), torch.randn(40, width))]
+
+    def restarted() -> DraftGrower:
+        grower = DraftGrower(seed, config.for_growth(width), "key", "of a test")
+        grower.resume(tmp_path / "training")
+        return grower
+
+    bad = restarted()
+    bad.update(answers)  # which keeps a checkpoint
+    kept = restarted()
+    kept.update(answers)
+    assert kept._progress.step == 2
+    bad.load(None)
+    after = restarted()
+    after.update(answers)
+    assert after._progress.step == 1
+
+
+@pytest.mark.parametrize("matrix", ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"])
+def test_a_fine_tune_of_few_matrices_is_another_model(files: ModelFiles, tmp_path: Path, matrix: str) -> None:
+    spec = validate_model_files(files)
+    copied = ModelFiles(files.name, Path(shutil.copytree(files.path, tmp_path / "copy")), files.format)
+    assert growing_fingerprint(open_weights(copied), spec) == growing_fingerprint(open_weights(files), spec)
+    weights = load_file(copied.path / "model.safetensors")
+    for name in weights:
+        if matrix in name:
+            weights[name] += 0.01
+    save_file(weights, copied.path / "model.safetensors", metadata={"format": "pt"})
+    assert growing_fingerprint(open_weights(copied), spec) != growing_fingerprint(open_weights(files), spec)
 
 
 def test_a_damaged_checkpoint_is_as_if_not_there(files: ModelFiles, config: AdaptersConfig, tmp_path: Path) -> None:

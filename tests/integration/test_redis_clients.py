@@ -106,7 +106,7 @@ def log_and_learn(url: str) -> None:
     assert first.leads("t")
     assert not second.leads("t")
     assert first.publish("t", None)
-    assert second.news("t") is not None
+    assert second.look("t") == (1, 0, None)
     for each in (reader, control, first, second):
         each.close()
 

@@ -13,7 +13,7 @@ from redis import Redis
 
 from adapters.alignment import shared_versions
 from adapters.alignment import worker as worker_program
-from adapters.alignment.shared_versions import SharedVersions
+from adapters.alignment.shared_versions import SharedVersion, SharedVersions
 from adapters.alignment.worker import AdapterWorker
 from engine.adapters_config import AdaptersConfig
 from engine.online.weight_layout import WeightLayout
@@ -28,6 +28,7 @@ from tests.integration.test_adapter_worker import (
     step_until,
 )
 from tests.proxy import Proxy
+from tests.unit.test_guard import sampled
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +53,16 @@ class Server:
 
     def __init__(self, directory: Path, valkey_url: str, draft: TinyDraft) -> None:
         directory.mkdir()
+        self._draft = draft
         config = make_config(directory, valkey_url)
         self.config: AdaptersConfig = config.model_copy(update={"share_versions": True})
         self.engine = MadeUpEngine(self.config, draft.drafter, draft.base)
         self.worker: AdapterWorker = eager_worker(self.config, draft)
+
+    def restart(self) -> None:
+        """Another worker in place of the one that there is."""
+        self.worker.close()
+        self.worker = eager_worker(self.config, self._draft)
 
 
 def step_both_until(servers: tuple[Server, Server], condition: Callable[[], bool]) -> None:
@@ -98,6 +105,74 @@ def test_what_one_server_learns_is_in_force_at_all_until_it_is_taken_back(
     assert second.engine.acceptance(answers[160:]) == before
 
 
+def has_text_of(worker: AdapterWorker) -> bool:
+    """Whether a worker keeps anything of the tenant's traffic, or of what was learned from it."""
+    aligner = worker._roster.aligners["t"]
+    return aligner.replay.num_segments > 0 or aligner.replay.num_held_out_positions > 0 or aligner.revision > 0
+
+
+@pytest.mark.parametrize("has_slot", [True, False], ids=["its tenant is known there", "nobody has asked there"])
+def test_a_command_to_any_server_is_obeyed_by_all(
+    servers: tuple[Server, Server], answers: list[Answer], has_slot: bool
+) -> None:
+    first, second = servers
+    if has_slot:
+        second.engine.serve(answers[:2])
+        step_until(second.worker, lambda: status(second.config).num_records > 0)
+    serve_until_published(first.engine, first.worker, answers, 2)
+    step_both_until(servers, lambda: not first.worker._roster.aligners["t"].unshared)
+    command(second.config, "freeze")
+    step_both_until(servers, lambda: status(first.config).is_frozen)
+    version = first.engine.version("t")
+    command(second.config, "rollback")
+    step_both_until(servers, lambda: first.engine.version("t") != version)
+    command(second.config, "unfreeze")
+    step_both_until(servers, lambda: not status(first.config).is_frozen)
+    assert has_text_of(first.worker)
+    command(second.config, "reset")
+    step_both_until(servers, lambda: not has_text_of(first.worker) and first.engine.version("t") == 0)
+    assert not list(first.config.state_directory.glob("**/revision-*"))
+
+
+def test_what_was_logged_before_a_reset_is_not_learned_after_it(server: Server, answers: list[Answer]) -> None:
+    num_steps = server.engine.serve(answers[:64])
+    command(server.config, "reset")
+    server.worker._tick()  # it reads nothing
+    step_until(server.worker, lambda: status(server.config).num_records == num_steps)
+    server.worker._tick()
+    assert not has_text_of(server.worker)
+    time.sleep(2 * server.config.log.interval_seconds)
+    server.engine.serve(answers[64:128])
+    step_until(server.worker, lambda: has_text_of(server.worker))
+
+
+def test_a_restarted_server_has_what_the_servers_have_and_takes_its_own_back_at_all(
+    servers: tuple[Server, Server], answers: list[Answer]
+) -> None:
+    first, second = servers
+    second.engine.serve(answers[:2])
+    step_until(second.worker, lambda: status(second.config).num_records > 0)
+    serve_until_published(first.engine, first.worker, answers, 1)
+    step_both_until(servers, lambda: second.engine.version("t") > 0)
+    for server in servers:
+        server.restart()
+        server.engine.serve(answers[:2])
+    aligners = [server.worker._roster.aligners for server in servers]
+    step_both_until(servers, lambda: all("t" in one and one["t"].revision > 0 for one in aligners))
+    assert [one["t"]._is_own for one in aligners] == [True, False]
+    for number in range(600):  # the guard of the learner finds it bad
+        aligners[0]["t"].count(sampled(first.engine.version("t"), False, f"{number}"), True)
+        aligners[0]["t"].count(sampled(0, True, f"base {number}"), True)
+    assert aligners[0]["t"].revision == 0
+    step_both_until(servers, lambda: second.engine.version("t") == 0)
+    first.restart()
+    first.engine.serve(answers[:2])
+    step_until(first.worker, lambda: first.worker._roster.aligners.get("t") is not None)
+    for _ in range(20):
+        first.worker.step()
+    assert first.engine.version("t") == 0
+
+
 def test_one_server_learns_a_key_and_another_goes_on_when_it_stops(
     servers: tuple[Server, Server], answers: list[Answer]
 ) -> None:
@@ -112,6 +187,11 @@ def test_one_server_learns_a_key_and_another_goes_on_when_it_stops(
     assert status(other.config).num_updates == 0
     leader.worker.close()
     step_until(other.worker, lambda: status(other.config).num_updates > 0)
+
+
+@pytest.fixture
+def server(servers: tuple[Server, Server]) -> Server:
+    return servers[0]
 
 
 @pytest.fixture
@@ -157,30 +237,33 @@ def test_weights_of_another_draft_are_not_seen_and_damaged_ones_refused(valkey_u
     ours, theirs = SharedVersions(valkey_url, layout), SharedVersions(valkey_url, layout)
     foreign = SharedVersions(valkey_url, WeightLayout(layout.tensors, base="another draft"))
     tensors = {spec.name: torch.randn(spec.shape).to(spec.dtype) for spec in layout.tensors}
-    assert foreign.publish("t", tensors)
-    assert ours.news("t") is None
-    assert theirs.publish("t", tensors)
-    news = ours.news("t")
-    assert news is not None
-    assert news.tensors is not None
-    assert all(torch.equal(news.tensors[name], tensor) for name, tensor in tensors.items())
-    assert ours.news("t") is None
-    assert theirs.news("t") is None
+    assert foreign.publish("t", tensors) == 1
+    assert ours.look("t") == (0, 0, None)
+    assert theirs.publish("t", tensors) == 1
+    assert ours.look("t") == (1, 0, None)
+    number, version = known(ours)
+    assert number == 1
+    assert version is not None
+    assert version.tensors is not None
+    assert all(torch.equal(version.tensors[name], tensor) for name, tensor in tensors.items())
     [name] = [key for key in redis.keys("evospec:adapter:*") if layout.fingerprint.hex()[:16].encode() in key]
     for damaged in (b"no weights", redis.hget(name, "weights")[:-8]):  # type: ignore[index]
         redis.hset(name, "weights", damaged)
-        redis.hincrby(name, "number", 1)
-        assert ours.news("t") is None
-    assert theirs.publish("t", {**tensors, next(iter(tensors)): torch.zeros(3)})
-    assert ours.news("t") is None
-    assert theirs.publish("t", None)
-    news = ours.news("t")
-    assert news is not None
-    assert news.tensors is None
-    redis.flushall()
-    assert ours.news("t") is None  # what Redis has lost stays in force
-    assert theirs.publish("t", tensors)
-    assert ours.news("t") is not None
+        assert known(ours) == (1, None)
+    assert theirs.publish("t", {**tensors, next(iter(tensors)): torch.zeros(3)}) == 2
+    assert known(ours) == (2, None)
+    assert theirs.publish("t", None) == 3
+    assert known(ours) == (3, SharedVersion(None))
+    assert theirs.freeze("t", True)
+    assert ours.look("t") == (3, 0, True)
+    assert theirs.reset("t") == 1
+    assert ours.look("t") == (3, 1, False)
+
+
+def known(shared: SharedVersions) -> tuple[int, SharedVersion | None]:
+    found = shared.version("t")
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize(
@@ -189,6 +272,9 @@ def test_weights_of_another_draft_are_not_seen_and_damaged_ones_refused(valkey_u
 def test_without_redis_nobody_leads_and_nothing_is_new(url: str, layout: WeightLayout) -> None:
     shared = SharedVersions(url, layout)
     assert not shared.leads("t")
-    assert not shared.publish("t", None)
-    assert shared.news("t") is None
+    assert shared.publish("t", None) is None
+    assert not shared.freeze("t", True)
+    assert shared.reset("t") is None
+    assert shared.look("t") is None
+    assert shared.version("t") is None
     shared.close()

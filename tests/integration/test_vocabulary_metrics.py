@@ -15,8 +15,7 @@ COUNTS = VocabularyCounts(
 )  # fmt: skip
 STATS = EngineStats(
     num_waiting=0, num_running=1, blocks_used=0, blocks_total=8, prefix_query_tokens=0, prefix_hit_tokens=0,
-    preemptions=0, vocabularies_used=3, vocabularies_total=64, snapshots_refused=1, semantic_queries=7,
-    semantic_seconds=0.5,
+    preemptions=0, vocabularies_used=3, vocabularies_total=64, snapshots_refused=1,
 )  # fmt: skip
 
 
@@ -81,8 +80,6 @@ async def test_what_the_engine_says_of_all_vocabularies(serve: Any) -> None:
         ("vocabularies_used", "-", "-"): 3,
         ("vocabularies_total", "-", "-"): 64,
         ("vocab_snapshots_refused_total", "-", "-"): 1,
-        ("vocab_semantic_queries_total", "-", "-"): 7,
-        ("vocab_semantic_seconds_total", "-", "-"): 0.5,
         ("vocab_step_seconds_sum", "-", "-"): 0.25,
         ("vocab_step_seconds_count", "-", "-"): 1,
     }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adapters.alignment.pace import Pacer
+from adapters.alignment.taught import TaughtDraft
 from adapters.alignment.worker import AdapterWorker
 from benchmarks.distillation.full_parameters import FullParameterUpdater
 from engine.adapters_config import AdaptersConfig, GuardConfig, PaceConfig, ReplayConfig, TrainingConfig
@@ -127,7 +128,9 @@ def test_a_worker_distils_the_whole_draft_of_a_serving_engine(
     speculation = FOUR_DRAFTS.model_copy(update={"draft": str(tiny.directory)})
     engine = Engine(files, Setting(max_num_seqs=8), speculation, alignment=config)
     pacer = Pacer(config.pace, spare_cores=lambda: 99.0)
-    worker = AdapterWorker(config, tiny.drafter, tiny.base, FullParameterUpdater, pacer)
+    worker = AdapterWorker(
+        TaughtDraft(config, tiny.drafter, tiny.base, FullParameterUpdater), config.state_directory, pacer
+    )
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 400, (12,), generator=generator).tolist() for _ in range(8)]
     sampling = SamplingParams(max_tokens=48, seed=0, temperature=0.0, ignore_eos=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -78,9 +80,30 @@ def test_quarantine_keeps_three(tmp_path: Path) -> None:
     ]
     assert store.load(state.key, 5) is None
     store.save_state(state)
-    store.forget(state.key)
-    assert store.load_state(state.key) == KeyState(state.key, last_revision=5)
+    assert store.forget(state) == KeyState(state.key, last_revision=5)
     assert not list(tmp_path.glob("*/quarantine"))
+
+
+def claimed_by_another_process(directory: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process that has a directory, and which."""
+    program = f"from adapters.alignment.store import *; print(claim(Path({str(directory)!r})), flush=True); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_each_worker_of_a_machine_has_a_directory_of_its_own(tmp_path: Path) -> None:
+    first, one = claimed_by_another_process(tmp_path / "draft")
+    second, two = claimed_by_another_process(tmp_path / "draft")
+    assert (one, two) == (tmp_path / "draft", tmp_path / "draft-2")
+    first.kill()
+    first.wait()
+    third, again = claimed_by_another_process(tmp_path / "draft")
+    assert again == one
+    for process in (second, third):
+        process.communicate("\n")
 
 
 def test_channel_version_outlives_a_restart(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from adapters.alignment import aligner as aligner_module
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.chains import collate
+from adapters.alignment.exchange import obey
 from adapters.alignment.guard import Verdict
 from adapters.alignment.records import Segment
 from adapters.alignment.scoring import KnownScores, Score, Scoring
@@ -257,11 +258,11 @@ def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft,
 
 
 def test_what_comes_while_a_key_is_frozen_is_not_learned_later(key: Key) -> None:
-    key.aligner.obey(AdapterCommand("freeze", "key"))
+    obey(key.aligner, AdapterCommand("freeze", "key"), 0.0)
     for number, answer in enumerate(key.answers):
         key.aligner.add(answer.segment(f"{number}"))
     assert not key.aligner.wants_work
-    key.aligner.obey(AdapterCommand("unfreeze", "key"))
+    obey(key.aligner, AdapterCommand("unfreeze", "key"), 0.0)
     assert not key.aligner.wants_work
     key.decide()
 

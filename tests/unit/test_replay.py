@@ -64,6 +64,17 @@ def test_memory_is_bounded(count: int, recent: int, history: int) -> None:
     assert num_segments(replay) <= recent + history + 5  # short ones: 3 * 8 positions are kept in any case
 
 
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=100), st.integers(1, 400))
+def test_rows_are_bounded_whatever_the_lengths_of_segments(lengths: list[int], most: int) -> None:
+    """The newest segment of those to learn from, and of those held out, is kept, however long it is."""
+    replay = buffer(held_out_segments=64, history_segments=64, held_out_share=0.3, max_rows=most)
+    for number, length in enumerate(lengths):
+        replay.add(segment(str(number), length))
+        num_rows = sum(s.num_rows for s in (*replay._recent, *replay._history, *replay.held_out))
+        assert num_rows <= most + 2 * max(lengths)
+
+
 def test_more_segments_are_held_out_where_they_are_short() -> None:
     replay = buffer(held_out_segments=64, held_out_share=1 - 1e-9)
     for number in range(500):

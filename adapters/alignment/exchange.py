@@ -1,0 +1,81 @@
+"""What the servers of one key tell each other: who learns it, which version is in force, and what operators command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.shared_versions import SharedVersions
+from engine.online.adapter_control import AdapterCommand
+
+log = structlog.get_logger(__name__)
+
+
+def obey(aligner: KeyAligner, command: AdapterCommand, now: float) -> None:
+    """Do what an operator asks, so that other servers do it, too. ``now``: in the time of the token log."""
+    log.info("adapter command", key=command.key, action=command.action)
+    if command.action == "rollback":
+        aligner.roll_back()
+        aligner.unshared.add("version")
+    elif command.action == "reset":
+        aligner.forget(now)
+        aligner.unshared.add("reset")
+    else:
+        aligner.state.is_frozen = command.action == "freeze"
+        aligner.state.learns_after = now
+        aligner.unshared.add("frozen")
+    aligner.save()
+
+
+def exchange(aligner: KeyAligner, shared: SharedVersions, clock: Callable[[], float]) -> None:
+    """Give other servers what was learned or commanded here, and take what others have.
+
+    What others have forgotten is forgotten first, or this server would give it back to them.
+
+    Args:
+        aligner: of the key.
+        shared: what is common to the servers.
+        clock: when what is verified now will be logged, by the clock of Redis.
+    """
+    state = aligner.state
+    aligner.leads = aligner.wants_work and shared.leads(state.key)
+    found = shared.look(state.key)
+    if found is None:
+        return
+    if found.num_resets not in (0, state.num_resets) and "reset" not in aligner.unshared:  # 0: Redis may have lost it
+        aligner.forget(clock())
+        aligner.state.num_resets = found.num_resets
+        aligner.save()
+    if aligner.unshared:
+        _tell(aligner, shared)
+        return
+    if found.is_frozen is not None and found.is_frozen != aligner.state.is_frozen:
+        aligner.state.is_frozen = found.is_frozen
+        aligner.save()
+    if found.number not in (0, aligner.shared_number):
+        _follow(aligner, shared)
+
+
+def _tell(aligner: KeyAligner, shared: SharedVersions) -> None:
+    state, unshared = aligner.state, aligner.unshared
+    if "reset" in unshared and (num_resets := shared.reset(state.key)) is not None:
+        state.num_resets = num_resets
+        unshared.remove("reset")
+    if "frozen" in unshared and shared.freeze(state.key, state.is_frozen):
+        unshared.remove("frozen")
+    if "version" in unshared and (number := shared.publish(state.key, aligner.tensors)) is not None:
+        aligner.shared_number = state.own_number = number
+        unshared.remove("version")
+    aligner.save()
+
+
+def _follow(aligner: KeyAligner, shared: SharedVersions) -> None:
+    state, found = aligner.state, shared.version(aligner.state.key)
+    if found is None:
+        return
+    aligner.shared_number, version = found
+    if version is not None and aligner.shared_number != state.bad_number:
+        aligner.follow(version.tensors, is_own=aligner.shared_number == state.own_number)
+        aligner.save()
