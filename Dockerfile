@@ -14,8 +14,8 @@ ENV PATH=/opt/evospec/bin:$PATH
 COPY pyproject.toml /tmp/
 # What only a compiler or a GPU uses goes: torch's headers, and Triton, a gigabyte, which xgrammar brings for GPUs.
 RUN if [ -n "$TORCH_INDEX_URL" ]; then pip install --no-cache-dir --index-url "$TORCH_INDEX_URL" torch; fi \
-    && python -c "import tomllib; print(*tomllib.load(open('/tmp/pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" \
-        > /tmp/requirements.txt \
+    && python -c "import tomllib; project = tomllib.load(open('/tmp/pyproject.toml', 'rb'))['project']; \
+        print(*project['dependencies'], *project['optional-dependencies']['tracing'], sep='\n')" > /tmp/requirements.txt \
     && pip install --no-cache-dir --requirement /tmp/requirements.txt \
     && pip uninstall --yes triton \
     && cd /opt/evospec/lib/python3.*/site-packages && rm -rf torch/include torch/bin/protoc* \

@@ -178,14 +178,13 @@ class PaceConfig(Section):
     spare_cores: float | None = Field(
         default=None,
         ge=0,
-        description="Cores that must be idle for training at any time; default: all but a quarter of one, since what "
-        "is idle beside an engine at work is mostly the other half of a core that it uses.",
+        description="Training goes on only while so many cores are idle; default: all but a quarter of one.",
     )
     busy_share: float = Field(
         default=0.03,
         ge=0,
         le=1,
-        description="Share of the time it trains where fewer were idle for five minutes; 0: never.",
+        description="Share of the time in which it trains after five minutes without so many idle cores; 0: never.",
     )
     step_seconds: float = Field(
         default=0.02, gt=0, description="What one verify step saved is worth, in seconds of the worker's time."

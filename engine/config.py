@@ -218,9 +218,9 @@ class RuntimeConfig(Section):
     )
     activation_bits: Literal["8", "15"] = Field(
         default="8",
-        description="On a CPU, of activations that are multiplied with weights of 4 to 8 bits; with 8, products take "
-        "half of the instructions (with AVX2 only those of weights of 4 to 6 bits do; others keep 15). With AMX, "
-        "prompts are multiplied in bf16.",
+        description="On a CPU, bits of activations in products with weights of 4 to 8 bits. With 8, products take half "
+        "of the instructions; with AVX2, those of weights of 7 and 8 bits keep 15. With AMX, prompts are multiplied in "
+        "bf16.",
     )
     tensor_parallel_size: int = Field(
         default=1,

@@ -248,8 +248,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
 
     ``vocabularies_used`` of ``vocabularies_total`` sequences have a draft vocabulary of their own.
     ``nonfinite_sequences`` ended because the model computed logits that are not finite. ``snapshots_refused``: of
-    sessions, because they were damaged. ``semantic_queries``: searches in the semantic index,
-    which took ``semantic_seconds`` beside the step loop. ``alignment``: None where it is off.
+    sessions, because they were damaged. ``alignment``: None where it is off.
     """
 
     num_waiting: int
@@ -264,8 +263,6 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     vocabularies_used: int = 0
     vocabularies_total: int = 0
     snapshots_refused: int = 0
-    semantic_queries: int = 0
-    semantic_seconds: float = 0.0
     alignment: AlignmentStats | None = None
 
 

@@ -27,8 +27,6 @@ _COUNTERS = {
     "preemptions": ("preemptions", "Sequences preempted for lack of blocks or places."),
     "nonfinite_sequences": ("nonfinite_sequences", "Sequences ended by logits that are not finite."),
     "snapshots_refused": ("vocab_snapshots_refused", "Sessions that started cold in the engine."),
-    "semantic_queries": ("vocab_semantic_queries", "Searches in the semantic index."),
-    "semantic_seconds": ("vocab_semantic_seconds", "Time they took, beside the step loop."),
 }
 """By their field of ``EngineStats``."""
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -133,9 +132,6 @@ class SemanticSearch:
         self._index = index
         self._queries: Queue[tuple[DraftState, NDArray[np.float32]]] = Queue(_MAX_WAITING)
         self._found: Queue[tuple[DraftState, list[int]]] = Queue()
-        self.num_searches = 0
-        self.seconds = 0.0
-        """Spent searching so far."""
         threading.Thread(target=self._run, name="semantic search", daemon=True).start()
 
     def ask(self, state: DraftState, hidden: NDArray[np.float32]) -> None:
@@ -157,8 +153,5 @@ class SemanticSearch:
     def _run(self) -> None:
         while True:
             state, hidden = self._queries.get()
-            started = time.perf_counter()
             token_ids = self._index.neighbours(hidden[None])[0]
-            self.seconds += time.perf_counter() - started
-            self.num_searches += 1
             self._found.put((state, token_ids[token_ids >= 0].tolist()))

@@ -101,11 +101,6 @@ class DraftVocab:
         """Memory of what as many sequences know as can have a vocabulary."""
         return self.num_total * (self.sessions.num_bytes + self.texts.texts.num_bytes)
 
-    @property
-    def semantic_work(self) -> tuple[int, float]:
-        """Searches in the semantic index so far, and the seconds they took."""
-        return (0, 0.0) if self._search is None else (self._search.num_searches, self._search.seconds)
-
     def warm_up(self, requests: Sequence[Request]) -> None:
         """Made-up requests get vocabularies with full tails, to measure what those cost."""
         for request in requests:

@@ -209,14 +209,11 @@ class Speculator:
             stats = msgspec.structs.replace(stats, alignment=self._verify_log.stats())
         if self._vocab is None:
             return stats
-        queries, seconds = self._vocab.semantic_work
         return msgspec.structs.replace(
             stats,
             vocabularies_used=self._vocab.num_used,
             vocabularies_total=self._vocab.num_total,
             snapshots_refused=self._vocab.num_refused_snapshots,
-            semantic_queries=queries,
-            semantic_seconds=seconds,
         )
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
