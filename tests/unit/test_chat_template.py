@@ -1,0 +1,111 @@
+"""Chat templates: what they are offered and what they render, against transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from engine.models.config import ModelError, ModelFiles
+from engine.text.chat_template import ChatTemplateError
+from engine.text.tokenizer import Tokenizer
+from tests.tiny_models import make_directory
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is <b>1 & 2</b>?"},
+    {"role": "assistant", "content": "Three."},
+    {"role": "user", "content": "Sure? 東京"},
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return make_directory(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chat_template_renders_as_transformers_does(smollm2_path: Path, add_generation_prompt: bool) -> None:
+    smollm2 = Tokenizer.from_files(ModelFiles("smollm2", smollm2_path, "gguf"))
+    assert smollm2.chat_template is not None
+    reference = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=smollm2.backend, chat_template=smollm2.chat_template.source
+    )
+    for messages in (CHAT, CHAT[1:2]):
+        expected = reference.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        assert smollm2.apply_chat_template(messages, add_generation_prompt) == expected
+
+
+RICH_TEMPLATE = """\
+{%- if tools %}{% for tool in tools %}
+    {{- tool | tojson }}
+{% endfor %}{% endif %}
+{%- for message in messages %}
+    {%- if message.role == "tool" %}{% continue %}{% endif %}
+    {{ bos_token }}{{ message.role }}: {{ message.content | trim }}{{ message.name | default("-") }}
+{% endfor %}"""
+
+
+def test_template_features_are_those_of_transformers(tiny: ModelFiles, tmp_path: Path) -> None:
+    """Whitespace control, unescaped JSON, loop controls, absent entries, token names."""
+    tokenizer = with_template(tiny, tmp_path, RICH_TEMPLATE)
+    reference = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer.backend, chat_template=RICH_TEMPLATE, bos_token="<|endoftext|>"
+    )
+    messages: list[dict[str, Any]] = [
+        *CHAT,
+        {"role": "tool", "content": "hidden"},
+        {"role": "user", "content": " padded ", "name": None},
+    ]
+    tools: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f<é>", "parameters": {}}}]
+    expected = reference.apply_chat_template(messages, tools=[*tools], tokenize=False)
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=False, tools=tools) == expected
+    assert "f<é>" in expected
+
+
+def with_template(tiny: ModelFiles, directory: Path, template: str | None) -> Tokenizer:
+    """The tiny model's tokenizer with another chat template, or none."""
+    for name in ("config.json", "tokenizer.json"):
+        (directory / name).write_bytes((tiny.path / name).read_bytes())
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    return Tokenizer.from_files(ModelFiles("other", directory, "safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0]['content'] + 1 }}", "cannot render these messages"),
+        ("{{ messages.append(1) }}", "cannot render these messages"),
+        ("{{ messages.__class__.__mro__ }}", "cannot render these messages"),
+        ("{% for i in range(10000000) %}{% endfor %}", "cannot render these messages"),
+    ],
+)
+def test_template_that_cannot_render_is_a_clear_error(
+    template: str | None, reason: str, tiny: ModelFiles, tmp_path: Path
+) -> None:
+    tokenizer = with_template(tiny, tmp_path, template)
+    with pytest.raises(ChatTemplateError, match=reason):
+        tokenizer.apply_chat_template(CHAT)
+
+
+def test_messages_are_texts_alone_without_a_template(tiny: ModelFiles, tmp_path: Path) -> None:
+    tokenizer = with_template(tiny, tmp_path, None)
+    texts = "".join(f"{message['content']}\n\n" for message in CHAT)
+    assert tokenizer.encode_messages(CHAT) == tokenizer.encode(texts)
+
+
+def test_invalid_template_is_refused_at_load(tiny: ModelFiles, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="chat template is invalid"):
+        with_template(tiny, tmp_path, "{% for %}")
+
+
+def test_named_templates_use_the_default_one(tiny: ModelFiles, tmp_path: Path) -> None:
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    assert with_template(tiny, tmp_path, None).apply_chat_template(CHAT) == "plain"
