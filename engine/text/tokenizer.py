@@ -41,6 +41,8 @@ class Tokenizer:
         eos_token_ids: tuple[int, ...],
         chat_template: str | None,
     ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
         self.backend = backend
         self.vocab_size = vocab_size
         self.bos_token_id = bos_token_id

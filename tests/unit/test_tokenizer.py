@@ -211,3 +211,15 @@ def test_unreadable_tokenizer_json_is_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ModelError, match=r"tokenizer\.json: no such file"):
         Tokenizer.from_files(files)
+
+
+def test_texts_are_neither_cut_nor_filled_up(tiny: dict[str, ModelFiles], tmp_path: Path) -> None:
+    """A tokenizer.json may hold what its tokenizer was last told, which counts for nothing in transformers either."""
+    files = make_directory(tmp_path)
+    backend = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    backend.enable_truncation(max_length=16)
+    backend.enable_padding(length=12, pad_id=0)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, plain = Tokenizer.from_files(files), Tokenizer.from_files(tiny["safetensors"])
+    for text in ("a", "The quick brown fox jumps over the lazy dog. " * 20):
+        assert tokenizer.encode(text) == plain.encode(text)
