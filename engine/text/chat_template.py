@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import meta
-from jinja2.ext import loopcontrols
+from jinja2 import meta, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _ERRORS = (
@@ -33,7 +34,9 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, variables: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda date_format: datetime.now().strftime(date_format)
@@ -62,9 +65,19 @@ class ChatTemplate:
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
             own = {"messages": given, "tools": tools, "add_generation_prompt": add_generation_prompt}
-            return self._template.render({**variables, **self._variables, **own})
+            return self._template.render({"documents": None, **variables, **self._variables, **own})
         except _ERRORS as error:
             raise ChatTemplateError(f"the chat template cannot render these messages: {error}") from error
+
+
+class _Generation(Extension):
+    """``{% generation %}`` … ``{% endgeneration %}``: what the model is trained to say, which renders as it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -66,6 +66,35 @@ def test_template_features_are_those_of_transformers(tiny: ModelFiles, tmp_path:
     assert "f<é>" in expected
 
 
+GENERATION_TEMPLATE = """\
+{%- set said = "nothing" %}
+{%- for message in messages %}
+    {%- if message.role == "assistant" %}
+        {%- generation %}{% set said = message.content %}{{ said }}<|im_end|>
+        {% endgeneration %}
+    {%- else %}
+        {{- message.content }}
+        {%- if loop.index == 2 %}{% continue %}{% endif %}
+    {%- endif %}
+    {{- said }}
+{% endfor %}"""
+OFFERED_TEMPLATE = """\
+{{ messages | tojson(indent=2, separators=(",", " = "), sort_keys=True, ensure_ascii=True) }}
+{%- if documents is not none %}documents{% endif %}
+{%- for message in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ loop.index }}{% endfor %}
+{{ strftime_now("%Y") }}"""
+
+
+@pytest.mark.parametrize("template", [GENERATION_TEMPLATE, OFFERED_TEMPLATE])
+def test_templates_are_offered_what_transformers_offers(template: str, tiny: ModelFiles, tmp_path: Path) -> None:
+    tokenizer = with_template(tiny, tmp_path, template)
+    reference = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer.backend, chat_template=template
+    )
+    expected = reference.apply_chat_template(CHAT, tokenize=False)
+    assert tokenizer.apply_chat_template(CHAT, add_generation_prompt=False) == expected
+
+
 def with_template(tiny: ModelFiles, directory: Path, template: str | None) -> Tokenizer:
     """The tiny model's tokenizer with another chat template, or none."""
     for name in ("config.json", "tokenizer.json"):
