@@ -22,6 +22,8 @@ CONTROL_TOKEN = 3
 _END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"})
 _HARMONY_END_TOKENS = _END_TOKENS - {"<|end|>"} | {"<|return|>", "<|call|>"}
 """Of gpt-oss, where <|end|> comes after each of an answer's messages, and only the last ends with <|return|>"""
+_NONE_SAYS_NONE = {"sliding_window", "bos_token_id"}
+"""What there is not where a GGUF file does not say it, whatever the family has by default."""
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (f"rope_{kind}.weight" for kind in ("freqs", "factors_short", "factors_long"))
 _ARCHITECTURES = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
 
@@ -101,7 +103,7 @@ def _config(file: GGUFFile, family: Family) -> dict[str, Any]:
         "bos_token_id": file.get("tokenizer.ggml.bos_token_id", int),
         "eos_token_id": _end_of_generation_ids(file),
     }
-    config = {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
+    config = {key: value for key, value in config.items() if value is not None or key in _NONE_SAYS_NONE}
     return {**config, **family.gguf_defaults(ConfigKeys(config))}
 
 

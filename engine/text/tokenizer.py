@@ -18,6 +18,7 @@ from engine.text.chat_template import ChatTemplate, ChatTemplateError
 from engine.text.gguf_tokenizer import gguf_backend
 from engine.text.token_bounds import LeastTokens
 
+_NAMED_TOKENS = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -31,6 +32,10 @@ class Tokenizer:
     ``vocab_size`` is the model's number of rows; it may exceed the number of tokens.
     ``eos_token_ids`` end a generation. ``special_token_ids`` have no text.
     ``least_tokens(text)``: how many tokens a text has at least. ``chat_template``: None if the model has none.
+    ``named_tokens``: ``bos_token``, ``eos_token`` and the like by these names, as far as there are any.
+
+    Args:
+        named_tokens: what the model's files call them, None for those that it does without; the others go by their ids.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Tokenizer:
         bos_token_id: int | None,
         eos_token_ids: tuple[int, ...],
         chat_template: str | None,
+        named_tokens: Mapping[str, str | None] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -51,6 +57,8 @@ class Tokenizer:
         self.special_token_ids = frozenset(index for index, token in added.items() if token.special)
         self._token_bytes = _token_byte_table(backend, vocab_size)
         self.least_tokens = LeastTokens(backend, self._token_bytes)
+        names = {**self._tokens_named_by_id(), **(named_tokens or {})}
+        self.named_tokens = {name: token for name, token in names.items() if token is not None}
         self.chat_template = None if chat_template is None else ChatTemplate(chat_template, self.named_tokens)
 
     @classmethod
@@ -127,12 +135,9 @@ class Tokenizer:
             return self.encode("".join(f"{message['content']}\n\n" for message in messages))
         return self.encode(self.apply_chat_template(messages), add_special_tokens=False)
 
-    @property
-    def named_tokens(self) -> dict[str, str]:
-        """``bos_token`` and ``eos_token``, as the vocabulary writes them, as far as there are any."""
+    def _tokens_named_by_id(self) -> dict[str, str | None]:
         ids = {"bos_token": self.bos_token_id, "eos_token": next(iter(self.eos_token_ids), None)}
-        names = {name: None if index is None else self.id_to_token(index) for name, index in ids.items()}
-        return {name: token for name, token in names.items() if token is not None}
+        return {name: None if index is None else self.id_to_token(index) for name, index in ids.items()}
 
 
 def _from_gguf(path: Path) -> Tokenizer:
@@ -155,22 +160,36 @@ def _from_directory(directory: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path}: cannot be read: {error}") from error
     spec = read_spec(directory)
-    template = _directory_chat_template(directory)
-    return Tokenizer(backend, spec.vocab_size, spec.bos_token_id, spec.eos_token_ids, template)
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    try:
+        template, names = _chat_template(directory, config), _named_tokens(config)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+    return Tokenizer(backend, spec.vocab_size, spec.bos_token_id, spec.eos_token_ids, template, names)
 
 
-def _directory_chat_template(directory: Path) -> str | None:
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     """``chat_template.jinja``, or the entry of ``tokenizer_config.json``: a template, or several with names."""
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    config = directory / "tokenizer_config.json"
-    template = read_json(config).get("chat_template") if config.is_file() else None
+    template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if template is not None and not isinstance(template, str):
-        raise ModelError(f"{config}: chat_template must be a string or a list of named templates")
+        raise ModelError("chat_template must be a string or a list of named templates")
     return template
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """The entries of ``tokenizer_config.json``: null, a token, or an object with the token as its content."""
+    entries = {name: config[name] for name in _NAMED_TOKENS if name in config}
+    tokens = {name: entry.get("content") if isinstance(entry, Mapping) else entry for name, entry in entries.items()}
+    for name, token in tokens.items():
+        if token is not None and not isinstance(token, str):
+            raise ModelError(f"{name} is {token!r:.40}, must be a string")
+    return tokens
 
 
 def _token_byte_table(backend: tokenizers.Tokenizer, vocab_size: int) -> list[bytes]:

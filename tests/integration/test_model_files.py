@@ -12,13 +12,17 @@ import pytest
 from gguf import GGMLQuantizationType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoConfig
 
 from engine.models.config import ModelError, ModelFiles, ModelSpec
+from engine.models.config_keys import ConfigKeys
+from engine.models.families.base import Family
+from engine.models.families.known import FAMILIES, spec_from_config
 from engine.models.gguf_file import GGUFFile
 from engine.models.gguf_spec import spec_from_gguf
 from engine.models.registry import validate_model_files
 from engine.text.tokenizer import Tokenizer
-from tests.tiny_models import make_directory, make_gguf
+from tests.tiny_models import make_directory, make_gguf, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,41 @@ def test_tokens_that_end_an_answer(tokens: dict[int, str], ends: set[int], gguf_
         file.metadata["tokenizer.ggml.tokens"][index] = token
         file.metadata["tokenizer.ggml.token_type"][index] = 3
     assert set(spec_from_gguf(file).eos_token_ids) == ends
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({}, {}, (1, (2,))),
+        ({"bos_token_id": 3, "eos_token_id": 4}, {}, (3, (4,))),
+        ({"bos_token_id": 3, "eos_token_id": 4}, {"bos_token_id": 5, "eos_token_id": [6, 7]}, (5, (6, 7))),
+        ({"bos_token_id": 3, "eos_token_id": 4}, {"bos_token_id": None, "eos_token_id": None}, (3, (4,))),
+        ({"bos_token_id": None}, {}, (None, (2,))),
+    ],
+)
+def test_which_file_names_the_first_and_last_tokens(
+    config: dict[str, Any], generation: dict[str, Any], expected: tuple[int | None, tuple[int, ...]]
+) -> None:
+    """Mistral's configuration class has them where no file does."""
+    given = {key: value for key, value in tiny_config("mistral").items() if not key.endswith("_token_id")}
+    spec = spec_from_config(given | config, generation)
+    assert (spec.bos_token_id, spec.eos_token_ids) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
+def test_default_tokens_are_those_of_transformers(family: Family) -> None:
+    theirs = AutoConfig.for_model(family.model_type)
+    defaults = ConfigKeys(family.defaults)
+    assert defaults.optional("bos_token_id", int) == theirs.bos_token_id
+    assert defaults.optional("eos_token_id", int) == theirs.eos_token_id
+
+
+def test_a_gguf_file_without_a_first_token_has_none(gguf_bytes: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(gguf_bytes)
+    file = GGUFFile(path)
+    del file.metadata["tokenizer.ggml.bos_token_id"]
+    assert spec_from_gguf(file).bos_token_id is None
 
 
 def test_sound_files_are_accepted(directory: Path, gguf_bytes: bytes, tmp_path: Path) -> None:

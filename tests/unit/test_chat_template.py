@@ -138,3 +138,26 @@ def test_named_templates_use_the_default_one(tiny: ModelFiles, tmp_path: Path) -
     templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
     assert with_template(tiny, tmp_path, None).apply_chat_template(CHAT) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({}, "<|endoftext|> <|im_end|> none"),
+        ({"bos_token": "<s>", "eos_token": {"content": "<|im_start|>", "special": True}}, "<s> <|im_start|> none"),
+        ({"bos_token": None, "pad_token": "<|pad|>"}, " <|im_end|> <|pad|>"),
+    ],
+)
+def test_tokens_are_those_that_the_tokenizer_names(
+    named: dict[str, Any], expected: str, tiny: ModelFiles, tmp_path: Path
+) -> None:
+    """Else they are those of the model's ids."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    tokenizer = with_template(tiny, tmp_path, "{{ bos_token }} {{ eos_token }} {{ pad_token | default('none') }}")
+    assert tokenizer.apply_chat_template(CHAT) == expected
+
+
+def test_a_token_that_is_none_is_named(tiny: ModelFiles, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": 1}))
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: bos_token is 1, must be a string"):
+        with_template(tiny, tmp_path, "{{ bos_token }}")

@@ -34,15 +34,17 @@ def family_of_gguf(architecture: object) -> Family:
 def spec_from_config(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> ModelSpec:
     """From a Hugging Face ``config.json`` and ``generation_config.json`` (may be empty).
 
-    Of a model that also reads images it is the part that reads text.
+    Of a model that also reads images it is the part that reads text. Tokens that ``generation_config.json`` names
+    count for more than those of ``config.json``.
 
     Raises:
         ModelError: unsupported family or feature, or a missing or ill-typed entry.
     """
     config = _text_part(config)
     family = family_of(config.get("model_type"))
-    ends = {key: generation_config[key] for key in ("eos_token_id",) if key in generation_config}
-    return family.read(ConfigKeys({**family.defaults, **config, **ends}))
+    tokens = {key: generation_config.get(key) for key in ("bos_token_id", "eos_token_id")}
+    named = {key: token for key, token in tokens.items() if token is not None}
+    return family.read(ConfigKeys({**family.defaults, **config, **named}))
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,4 +12,10 @@ def _read(config: ConfigKeys) -> ModelSpec:
     return read_decoder(config)
 
 
-LLAMA = Family("llama", _read, gguf_architecture="llama", gguf_interleaves_rotary=True)
+LLAMA = Family(
+    "llama",
+    _read,
+    defaults={"bos_token_id": 1, "eos_token_id": 2},
+    gguf_architecture="llama",
+    gguf_interleaves_rotary=True,
+)

@@ -27,13 +27,14 @@ def _read_ministral3(config: ConfigKeys) -> ModelSpec:
     return replace(spec, max_position_embeddings=min(spec.max_position_embeddings, original))
 
 
-MISTRAL = Family("mistral", _read, defaults={"sliding_window": 4096})
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+MISTRAL = Family("mistral", _read, defaults={"sliding_window": 4096, **_TOKENS})
 """As GGUF its models are called llama."""
-MINISTRAL = Family("ministral", _read, defaults={"sliding_window": 4096})
+MINISTRAL = Family("ministral", _read, defaults={"sliding_window": 4096, **_TOKENS})
 MINISTRAL3 = Family(
     "ministral3",
     _read_ministral3,
-    defaults={"head_dim": 128, "rms_norm_eps": 1e-5},
+    defaults={"head_dim": 128, "rms_norm_eps": 1e-5, **_TOKENS},
     gguf_architecture="mistral3",
     gguf_interleaves_rotary=True,
 )

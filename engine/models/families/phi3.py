@@ -26,7 +26,12 @@ def _with_current_names(config: ConfigKeys) -> ConfigKeys:
 PHI3 = Family(
     "phi3",
     _read,
-    defaults={"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    defaults={
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 32_000,
+    },
     gguf_architecture="phi3",
     fused={
         "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

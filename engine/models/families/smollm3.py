@@ -20,7 +20,12 @@ def _read(config: ConfigKeys) -> ModelSpec:
 SMOLLM3 = Family(
     "smollm3",
     _read,
-    defaults={"tie_word_embeddings": True, "rope_theta": 2_000_000.0},
+    defaults={
+        "tie_word_embeddings": True,
+        "rope_theta": 2_000_000.0,
+        "bos_token_id": 128_000,
+        "eos_token_id": 128_001,
+    },
     gguf_architecture="smollm3",
     gguf_interleaves_rotary=True,
 )
