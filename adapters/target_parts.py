@@ -63,16 +63,15 @@ def load_target_parts(
         ModelError: a tensor is missing or damaged.
     """
     positions = max_model_len or min(spec.max_position_embeddings, _DEFAULT_MAX_MODEL_LEN)
-    # A chain that starts at the last position of the context goes on beyond it: what it gives there counts for nothing.
-    positions += MAX_SPECULATIVE_TOKENS
     return target_parts(open_weights(files), spec, positions, dtype)
 
 
 def target_parts(source: WeightSource, spec: ModelSpec, max_positions: int, dtype: torch.dtype) -> TargetParts:
-    """Dequantised on the CPU, with a rotary table for ``max_positions`` positions."""
+    """Dequantised on the CPU, with the rotary table of an engine for ``max_positions`` positions."""
     reader = WeightReader(source, spec.tensor_shapes(), dtype, torch.device("cpu"), None)
     embedding = reader.rows("model.embed_tokens.weight")
     head = embedding if spec.tie_word_embeddings else reader.rows("lm_head.weight")
     norm = source.dequantized("model.norm.weight")
-    rotary = RotaryEmbedding(spec.rope, max_positions, torch.device("cpu"))
+    # A chain that starts at the last position of the context goes on beyond it: what it gives there counts for nothing.
+    rotary = RotaryEmbedding(spec.rope, max_positions, torch.device("cpu"), beyond=MAX_SPECULATIVE_TOKENS)
     return TargetParts(embedding, head, norm, spec.rms_norm_eps, rotary, spec.embedding_scale)

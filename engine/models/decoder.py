@@ -26,17 +26,17 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Te
 
 
 class RotaryEmbedding:
-    """The tables of a ``Rope`` for positions 0 .. max_positions - 1, in float32."""
+    """The tables of a ``Rope`` for positions 0 .. max_positions - 1, and so many ``beyond`` them, in float32."""
 
-    def __init__(self, rope: Rope, max_positions: int, device: torch.device) -> None:
+    def __init__(self, rope: Rope, max_positions: int, device: torch.device, beyond: int = 0) -> None:
         exponents = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
         inverse_frequencies = 1.0 / rope.theta**exponents
         factors = rope.factors_for(max_positions)
         if factors is not None:
             inverse_frequencies = inverse_frequencies / torch.tensor(factors)
-        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse_frequencies)
+        angles = torch.outer(torch.arange(max_positions + beyond, dtype=torch.float32), inverse_frequencies)
         self.cos = (angles.cos() * rope.scale).to(device)
-        """[max_positions, rope.dim / 2]"""
+        """[max_positions + beyond, rope.dim / 2]"""
         self.sin = (angles.sin() * rope.scale).to(device)
         self._dim = rope.dim
 

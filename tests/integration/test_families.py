@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adapters.target_parts import target_parts
-from engine.config import SpeculationConfig
+from adapters.target_parts import load_target_parts
+from engine.config import MAX_SPECULATIVE_TOKENS, ModelConfig, SpeculationConfig
 from engine.messages import SamplingParams
 from engine.models.config import ModelError
 from engine.models.decoder import RotaryEmbedding, rms_norm
@@ -28,7 +28,6 @@ from engine.models.families.known import FAMILIES as KNOWN
 from engine.models.families.known import spec_from_config
 from engine.models.native_decoder import unsupported_shape
 from engine.models.registry import validate_model_files
-from engine.models.weights import open_weights
 from kernels import native
 from kernels.native import Team
 from tests.any_json import JSON
@@ -162,11 +161,13 @@ def test_the_compiled_kernels_read_nothing_before_the_window(
 def test_a_draft_is_trained_with_what_it_is_served_with(family: TinyFamily, tmp_path: Path) -> None:
     files = family.make(tmp_path)
     spec, model, tokens = validate_model_files(files), load(files), torch.tensor(random_tokens(20))
-    parts = target_parts(open_weights(files), spec, spec.max_position_embeddings, torch.float32)
+    length = ModelConfig(name=str(files.path)).longest_sequence(spec)
+    parts = load_target_parts(files, spec, dtype=torch.float32)
     assert torch.equal(parts.embed(tokens), model.embed(tokens))
     assert torch.equal(parts.head_input(model.embed(tokens)), rms_norm(model.embed(tokens), model.norm, 1e-5))
-    served = RotaryEmbedding(spec.rope, spec.max_position_embeddings, torch.device("cpu"))
-    assert torch.equal(parts.rotary.sin, served.sin)
+    served = RotaryEmbedding(spec.rope, length, torch.device("cpu"))
+    assert len(parts.rotary.sin) >= length + MAX_SPECULATIVE_TOKENS
+    assert torch.equal(parts.rotary.sin[:length], served.sin)
 
 
 @needs_kernels
