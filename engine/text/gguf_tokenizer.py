@@ -17,6 +17,8 @@ from engine.models.gguf_spec import CONTROL_TOKEN
 from engine.text.gguf_sentencepiece import sentencepiece_backend
 
 _USER_DEFINED_TOKEN, _UNUSED_TOKEN = 4, 5
+_KEEP_SPACE_IN_PHI3 = {"<unk>", "<s>", "<|endoftext|>"}
+"""Phi-3's other tokens that are found as they are written take the white space after them, which no GGUF file says."""
 _CONTRACTIONS_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _PUNCTUATION_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT_4O = (
@@ -58,9 +60,8 @@ def gguf_backend(file: GGUFFile) -> Tokenizer:
     if not tokens or len(tokens) != len(types) or len(set(tokens)) != len(tokens):
         raise ModelError(f"{len(tokens)} tokens ({len(set(tokens))} different) with {len(types)} token types")
     backend = sentencepiece_backend(file, tokens, types) if kind == "llama" else _byte_level(file, pre, tokens, types)
-    named = list(zip(tokens, types, strict=True))
-    backend.add_special_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == CONTROL_TOKEN])
-    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in named if kind == _USER_DEFINED_TOKEN])
+    backend.add_special_tokens(_added(file, tokens, types, CONTROL_TOKEN))
+    backend.add_tokens(_added(file, tokens, types, _USER_DEFINED_TOKEN))
     add_bos = file.get("tokenizer.ggml.add_bos_token", bool)
     if add_bos if add_bos is not None else kind == "llama" or pre == "llama-bpe":
         bos = file.require("tokenizer.ggml.bos_token_id", int)
@@ -68,6 +69,13 @@ def gguf_backend(file: GGUFFile) -> Tokenizer:
             raise ModelError(f"the BOS token {bos} does not exist")
         backend.post_processor = TemplateProcessing(single="bos $A", special_tokens=[("bos", bos)])
     return backend
+
+
+def _added(file: GGUFFile, tokens: list[str], types: list[int], kind: int) -> list[AddedToken]:
+    """The tokens of a kind that are found in a text before anything else."""
+    is_phi3 = file.get("general.architecture", str) == "phi3"
+    added = [token for token, its_kind in zip(tokens, types, strict=True) if its_kind == kind]
+    return [AddedToken(token, normalized=False, rstrip=is_phi3 and token not in _KEEP_SPACE_IN_PHI3) for token in added]
 
 
 def _byte_level(file: GGUFFile, pre: str, tokens: list[str], types: list[int]) -> Tokenizer:

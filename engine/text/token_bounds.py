@@ -31,7 +31,7 @@ class LeastTokens:
 
     Args:
         backend: for a tokenizer of another kind, or with a normaliser other than NFC, the bound is only the characters
-            divided by the longest token.
+            divided by the longest token. White space does not count there, since special tokens may take it with them.
         token_bytes: what each token that is not special stands for.
     """
 
@@ -53,7 +53,7 @@ class LeastTokens:
     def __call__(self, text: str) -> int:
         """At most the number of tokens of ``text``."""
         if not self._is_sharp:
-            return len(text) // self._longest
+            return sum(map(len, text.split())) // self._longest
         normal = unicodedata.normalize("NFC", text) if self._normalizes else text
         data = np.frombuffer(normal.encode(), np.uint8)
         chunks = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))

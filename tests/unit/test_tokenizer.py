@@ -149,6 +149,22 @@ def test_bos_is_put_in_front_where_the_file_says_so(smollm2_file: GGUFFile) -> N
     assert gguf_backend(smollm2_file).encode("Hello").ids == [19556]
 
 
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_tokens_of_phi3_take_the_white_space_after_them(family: str, tmp_path: Path) -> None:
+    """As its tokenizer.json says, and llama.cpp has it, but for <|endoftext|>."""
+    directory = make_directory(tmp_path / "model", family)
+    files, path = make_gguf(tmp_path / "model.gguf", directory.path), tmp_path / "model" / "tokenizer.json"
+    stored = json.loads(path.read_text())
+    for token in stored["added_tokens"]:
+        token["rstrip"] = family == "phi3" and token["content"] != "<|endoftext|>"
+    path.write_text(json.dumps(stored))
+    gguf, reference = Tokenizer.from_files(files), Backend.from_file(str(path))
+    for text in ("<|im_start|>\nhi<|im_end|> \n <|im_start|>", "<|endoftext|>\nhi<|im_end|>" + " " * 5000):
+        ids = gguf.encode(text)
+        assert ids == reference.encode(text).ids
+        assert gguf.least_tokens(text) <= len(ids)
+
+
 def test_directory_and_gguf_of_one_model_agree(tiny: dict[str, ModelFiles]) -> None:
     directory, gguf = (Tokenizer.from_files(tiny[kind]) for kind in ("safetensors", "gguf"))
     text = "The fox said:<|im_end|>\n  naïve 東京 123<|endoftext|>"
