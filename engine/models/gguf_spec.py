@@ -126,9 +126,10 @@ def _refuse_unsupported_features(file: GGUFFile, prefix: str) -> None:
 def _rope_scaling(file: GGUFFile, prefix: str) -> dict[str, Any]:
     """The section of a config.json. Llama 3's factors and those of LongRoPE are tensors."""
     scaling = prefix + "rope.scaling."
-    kind = file.get(scaling + "type", str) or "none"
+    factor = file.get(scaling + "factor", float) or file.get(prefix + "rope.scale_linear", float)
+    kind = file.get(scaling + "type", str) or ("none" if factor in (None, 0.0, 1.0) else "linear")
     section: dict[str, Any] = {
-        "factor": file.get(scaling + "factor", float),
+        "factor": factor,
         "original_max_position_embeddings": file.get(scaling + "original_context_length", int),
         "beta_fast": file.get(scaling + "yarn_beta_fast", float),
         "beta_slow": file.get(scaling + "yarn_beta_slow", float),

@@ -45,6 +45,13 @@ def refusal(path: Path, content: bytes) -> str:
     return str(refused.value)
 
 
+def gguf_file(directory: Path, content: bytes) -> GGUFFile:
+    """Its metadata may be changed."""
+    path = directory / "tiny.gguf"
+    path.write_bytes(content)
+    return GGUFFile(path)
+
+
 def change_config(directory: Path, **changes: Any) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -68,9 +75,7 @@ def check_sound(spec: ModelSpec) -> None:
 )
 def test_tokens_that_end_an_answer(tokens: dict[int, str], ends: set[int], gguf_bytes: bytes, tmp_path: Path) -> None:
     """With gpt-oss <|end|> ends one message of an answer only."""
-    path = tmp_path / "tiny.gguf"
-    path.write_bytes(gguf_bytes)
-    file = GGUFFile(path)
+    file = gguf_file(tmp_path, gguf_bytes)
     for index, token in tokens.items():
         file.metadata["tokenizer.ggml.tokens"][index] = token
         file.metadata["tokenizer.ggml.token_type"][index] = 3
@@ -104,10 +109,28 @@ def test_default_tokens_are_those_of_transformers(family: Family) -> None:
     assert defaults.optional("eos_token_id", int) == theirs.eos_token_id
 
 
+@pytest.mark.parametrize(
+    ("entries", "factors"),
+    [
+        ({"scaling.factor": 4.0}, (4.0,) * 8),
+        ({"scale_linear": 4.0}, (4.0,) * 8),
+        ({"scaling.type": "linear", "scaling.factor": 4.0, "scale_linear": 2.0}, (4.0,) * 8),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.factor": 1.0}, None),
+        ({"scaling.factor": 0.0}, None),
+    ],
+)
+def test_positions_of_gguf_files_are_scaled_linearly_by_default(
+    entries: dict[str, Any], factors: tuple[float, ...] | None, gguf_bytes: bytes, tmp_path: Path
+) -> None:
+    """As in llama.cpp."""
+    file = gguf_file(tmp_path, gguf_bytes)
+    file.metadata.update({f"llama.rope.{key}": value for key, value in entries.items()})
+    assert spec_from_gguf(file).rope.factors == factors
+
+
 def test_a_gguf_file_without_a_first_token_has_none(gguf_bytes: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "tiny.gguf"
-    path.write_bytes(gguf_bytes)
-    file = GGUFFile(path)
+    file = gguf_file(tmp_path, gguf_bytes)
     del file.metadata["tokenizer.ggml.bos_token_id"]
     assert spec_from_gguf(file).bos_token_id is None
 
