@@ -19,7 +19,8 @@ _TYPES = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", 
 _TYPES |= {"IQ4_NL", "IQ4_XS", "MXFP4"}
 """Of tensors, those that are supported."""
 CONTROL_TOKEN = 3
-_END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>"})
+_END_TOKENS = frozenset({"<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>"})
+_END_TOKENS |= {"<end_of_turn>", "<|end|>"}
 _HARMONY_END_TOKENS = _END_TOKENS - {"<|end|>"} | {"<|return|>", "<|call|>"}
 """Of gpt-oss, where <|end|> comes after each of an answer's messages, and only the last ends with <|return|>"""
 _NONE_SAYS_NONE = {"sliding_window", "bos_token_id"}
@@ -57,8 +58,8 @@ def _architecture(family: Family) -> MODEL_ARCH:
 
 
 def _end_of_generation_ids(file: GGUFFile) -> list[int]:
-    """Ids that end a generation: the file's EOS and EOT, and the usual end-of-turn control tokens it contains."""
-    named = [file.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot")]
+    """Ids that end a generation: the file's EOS, EOT and EOM, and the usual end-of-turn control tokens it contains."""
+    named = [file.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot", "eom")]
     types = file.get_list("tokenizer.ggml.token_type", int)
     tokens = file.get_list("tokenizer.ggml.tokens", str)
     ends = _HARMONY_END_TOKENS if "<|return|>" in tokens else _END_TOKENS

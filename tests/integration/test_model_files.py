@@ -70,8 +70,9 @@ def check_sound(spec: ModelSpec) -> None:
     [
         ({5: "<|end|>", 6: "<|eot_id|>"}, {2, 0, 5, 6}),
         ({5: "<|end|>", 6: "<|return|>", 7: "<|call|>"}, {2, 0, 6, 7}),
+        ({5: "<|eot_id|>", 6: "<|eom_id|>", 7: "<|start_header_id|>"}, {2, 0, 5, 6}),
     ],
-    ids=["phi", "gpt-oss"],
+    ids=["phi", "gpt-oss", "llama 3.1"],
 )
 def test_tokens_that_end_an_answer(tokens: dict[int, str], ends: set[int], gguf_bytes: bytes, tmp_path: Path) -> None:
     """With gpt-oss <|end|> ends one message of an answer only."""
@@ -133,6 +134,13 @@ def test_a_gguf_file_without_a_first_token_has_none(gguf_bytes: bytes, tmp_path:
     file = gguf_file(tmp_path, gguf_bytes)
     del file.metadata["tokenizer.ggml.bos_token_id"]
     assert spec_from_gguf(file).bos_token_id is None
+
+
+@pytest.mark.parametrize("kind", ["eot", "eom"])
+def test_tokens_that_a_gguf_file_says_end_an_answer(kind: str, gguf_bytes: bytes, tmp_path: Path) -> None:
+    file = gguf_file(tmp_path, gguf_bytes)
+    file.metadata[f"tokenizer.ggml.{kind}_token_id"] = 9
+    assert set(spec_from_gguf(file).eos_token_ids) == {2, 0, 9}
 
 
 def test_sound_files_are_accepted(directory: Path, gguf_bytes: bytes, tmp_path: Path) -> None:
