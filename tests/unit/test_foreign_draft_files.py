@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -36,6 +37,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 def load(directory: Path, files: ModelFiles) -> None:
     load_weights(directory, validate_model_files(files), None, torch.float32, torch.device("cpu"))
+
+
+def why_refused(directory: Path, files: ModelFiles) -> list[str]:
+    """Lines of the reason why it cannot be loaded; none: it can be."""
+    try:
+        load(directory, files)
+    except ModelError as error:
+        return str(error).splitlines()
+    return []
 
 
 def check(files: ModelFiles, draft: Path, alignment: bool = False, **speculation: Any) -> None:
@@ -173,6 +183,25 @@ def test_a_pickle_runs_no_code(content: bytes, files: ModelFiles, tmp_path: Path
     with pytest.raises(ModelError, match=r"pytorch_model\.bin") as raised:
         load(directory, files)
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def pickled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return CHECKPOINTS["safeailab"]().write(tmp_path_factory.mktemp("drafts") / "draft")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:Defining your")
+def test_a_damaged_pickle_is_one_line_or_other_weights(pickled: Path, files: ModelFiles, zipped: bool) -> None:
+    path, chance = pickled / "pytorch_model.bin", Random(0)
+    torch.save(CHECKPOINTS["safeailab"]().tensors, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole[: chance.choice((len(whole), chance.randrange(len(whole))))])
+        for at in chance.choices(range(min(len(damaged), 2000)), k=chance.randrange(4)):
+            damaged[at] = chance.randrange(256)
+        path.write_bytes(damaged)
+        assert len(why_refused(pickled, files)) <= 1
 
 
 def test_a_hub_id_is_a_draft_by_its_files(tmp_path: Path) -> None:
