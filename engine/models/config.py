@@ -11,6 +11,8 @@ Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
 """What a gate goes through before it multiplies; gpt-oss' clamps both, and adds one to what is multiplied"""
 MAX_LAYERS = 1024
 MAX_EXPERTS = 1024
+MAX_SIZE = 1 << 20
+"""Of whatever else has a size: a vocabulary, a width, a number of heads. No model comes near it."""
 
 
 class ModelError(Exception):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from engine.models.config import ModelError
+from engine.models.config import MAX_SIZE, ModelError
 
 _Number = TypeVar("_Number", int, float)
 _MAX_NUMBER = 1e30
@@ -25,6 +25,13 @@ class ConfigKeys:
         if type(value) not in ((int,) if kind is int else (int, float)) or not _is_ordinary(value):
             raise ModelError(f"{key} is {value!r:.40}, must be of type {kind.__name__}")
         return kind(value)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A number of 1 to ``MAX_SIZE``; ``default`` as for ``number``."""
+        value = self.number(key, int, default)
+        if not 0 < value <= MAX_SIZE:
+            raise ModelError(f"{key} is {value}, must be 1 to {MAX_SIZE}")
+        return value
 
     def optional(self, key: str, kind: type[_Number]) -> _Number | None:
         """A number, or None where the key is absent."""

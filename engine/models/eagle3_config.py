@@ -11,13 +11,12 @@ from typing import Literal
 import msgspec
 from safetensors import SafetensorError
 
-from engine.models.config import ModelError, ModelSpec, Rope
+from engine.models.config import MAX_SIZE, ModelError, ModelSpec, Rope
 from engine.models.quantization.base import FLOATS
 from engine.models.safetensors_spec import Header, read_header
 
 WEIGHTS_FILE = "draft.safetensors"
 CONFIG_FILE = "config.json"
-_MAX_SIZE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -178,8 +177,8 @@ def check_sizes(config: Eagle3Config) -> None:
     """Raises ``ValueError`` for numbers that no draft has."""
     sizes = "hidden_size num_heads num_kv_heads head_dim intermediate_size vocab_size num_target_layers"
     for name in sizes.split():
-        if not 0 < getattr(config, name) <= _MAX_SIZE:
-            raise ValueError(f"{name} is {getattr(config, name)}, must be 1 to {_MAX_SIZE}")
+        if not 0 < getattr(config, name) <= MAX_SIZE:
+            raise ValueError(f"{name} is {getattr(config, name)}, must be 1 to {MAX_SIZE}")
     if not 0 < len(config.capture_layers) <= config.num_target_layers:
         raise ValueError(f"{len(config.capture_layers)} capture_layers of {config.num_target_layers} layers")
     if not 0 < config.rms_norm_eps < 1:

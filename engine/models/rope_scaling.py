@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine.models.config import ModelError, Rope
+from engine.models.config import MAX_SIZE, ModelError, Rope
 from engine.models.config_keys import ConfigKeys
 
 
@@ -44,6 +44,8 @@ def read_rope(
     Raises:
         ModelError: a scaling that is not supported, or numbers that make no sense.
     """
+    if dim > MAX_SIZE:
+        raise ModelError(f"rope: {dim} dimensions turn, must be at most {MAX_SIZE}")
     theta = scaling.number("rope_theta", float, config.number(theta_key, float, default_theta))
     kind = scaling.text("rope_type", scaling.text("type", "default"))
     if kind not in _KINDS:

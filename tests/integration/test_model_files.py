@@ -24,6 +24,9 @@ from engine.models.registry import validate_model_files
 from engine.text.tokenizer import Tokenizer
 from tests.tiny_models import make_directory, make_gguf, tiny_config
 
+HUGE = 4 * 10**12
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -130,6 +133,16 @@ def test_positions_of_gguf_files_are_scaled_linearly_by_default(
     assert spec_from_gguf(file).rope.factors == factors
 
 
+@pytest.mark.parametrize("keys", [["attention.key_length", "attention.value_length"], ["rope.dimension_count"]])
+def test_absurd_sizes_of_a_gguf_file_are_refused(keys: list[str], gguf_bytes: bytes, tmp_path: Path) -> None:
+    """Before there is a table of them."""
+    file = gguf_file(tmp_path, gguf_bytes)
+    file.metadata |= {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    file.metadata |= {f"llama.{key}": HUGE for key in keys}
+    with pytest.raises(ModelError, match=r"must be 1 to 1048576|must be at most 1048576"):
+        spec_from_gguf(file)
+
+
 def test_a_gguf_file_without_a_first_token_has_none(gguf_bytes: bytes, tmp_path: Path) -> None:
     file = gguf_file(tmp_path, gguf_bytes)
     del file.metadata["tokenizer.ggml.bos_token_id"]
@@ -222,6 +235,12 @@ def test_gguf_tensor_of_an_unsupported_feature_is_named(directory: Path, tmp_pat
         ({"attention_bias": True}, "not supported: attention_bias"),
         ({"use_sliding_window": True}, "not supported: use_sliding_window"),
         ({"hidden_act": "gelu"}, "not supported: hidden_act"),
+        ({"head_dim": HUGE, "rope_scaling": LINEAR}, f"head_dim is {HUGE}, must be 1 to 1048576"),
+        ({"partial_rotary_factor": 1e12, "rope_scaling": LINEAR}, f"{16 * 10**12} dimensions turn, must be at most"),
+        ({"hidden_size": HUGE, "head_dim": None, "rope_scaling": LINEAR}, f"hidden_size is {HUGE}, must be 1 to"),
+        ({"num_attention_heads": HUGE}, f"num_attention_heads is {HUGE}, must be 1 to 1048576"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads is -1, must be 1 to 1048576"),
+        ({"vocab_size": HUGE}, f"vocab_size is {HUGE}, must be 1 to 1048576"),
         ({"num_key_value_heads": 3}, "4 heads cannot share 3 key-value heads"),
         ({"hidden_size": "64"}, "hidden_size is '64', must be of type int"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0, must be 1 to 1024"),

@@ -49,16 +49,16 @@ def read_decoder(config: ConfigKeys, activation_key: str = "hidden_act") -> Mode
         ModelError: a feature that is not supported, or a missing or ill-typed entry.
     """
     config.refuse("mlp_bias")
-    num_heads, hidden_size = config.number("num_attention_heads", int), config.number("hidden_size", int)
-    head_dim = config.number("head_dim", int, hidden_size // max(num_heads, 1))
+    num_heads, hidden_size = config.size("num_attention_heads"), config.size("hidden_size")
+    head_dim = config.size("head_dim", hidden_size // num_heads)
     rope = read_rope(config, config.section("rope_parameters", "rope_scaling"), rotary_dim(config, head_dim))
     return ModelSpec(
         architecture=config.text("model_type", ""),
-        vocab_size=config.number("vocab_size", int),
+        vocab_size=config.size("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=config.number("intermediate_size", int),
+        intermediate_size=config.size("intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=config.number("num_key_value_heads", int, num_heads),
+        num_kv_heads=config.size("num_key_value_heads", num_heads),
         head_dim=head_dim,
         layers=(LayerSpec(rope),) * num_layers(config),
         rms_norm_eps=config.number("rms_norm_eps", float, 1e-6),
@@ -66,7 +66,7 @@ def read_decoder(config: ConfigKeys, activation_key: str = "hidden_act") -> Mode
         tie_word_embeddings=config.flag("tie_word_embeddings"),
         bos_token_id=next(iter(config.ids("bos_token_id")), None),
         eos_token_ids=config.ids("eos_token_id"),
-        attention_scale=max(head_dim, 1) ** -0.5,
+        attention_scale=head_dim**-0.5,
         activation=_activation(config, activation_key),
     )
 

@@ -30,7 +30,7 @@ def _read_qwen3_moe(config: ConfigKeys) -> ModelSpec:
         per_token=config.number("num_experts_per_tok", int),
         normalized=config.flag("norm_topk_prob"),
     )
-    return replace(_read_qwen3(config), experts=experts, intermediate_size=config.number("moe_intermediate_size", int))
+    return replace(_read_qwen3(config), experts=experts, intermediate_size=config.size("moe_intermediate_size"))
 
 
 def _layers(config: ConfigKeys, spec: ModelSpec) -> tuple[LayerSpec, ...]:
