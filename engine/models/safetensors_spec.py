@@ -18,6 +18,8 @@ from engine.models.quantization.base import FLOATS, Part, Quantization
 from engine.models.quantization.known import quantization_of
 from engine.models.stored_tensors import stored_shapes
 
+_MAX_DEPTH = 100
+"""Of a JSON file: what Python can parse may still be too deep to be shown in a message."""
 Header = dict[str, tuple[tuple[int, ...], str | None]]
 """Shape and type of tensors by name; the types as safetensors calls them."""
 
@@ -69,11 +71,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or ``ModelError``."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: must hold a JSON object")
+    if _is_deeper(value, _MAX_DEPTH):
+        raise ModelError(f"{path}: lists and objects in each other, more than {_MAX_DEPTH} deep")
     return value
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether more than so many lists and objects are in each other."""
+    level = [value]
+    for _ in range(depth + 1):
+        items = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [item for some in items for item in some]
+    return bool(level)
 
 
 def plain_name(stored: str, family: Family) -> str:

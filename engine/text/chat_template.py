@@ -43,7 +43,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             self.takes = frozenset(meta.find_undeclared_variables(environment.parse(source)))
-        except jinja2.TemplateError as error:
+        except Exception as error:  # what is nested too deep for Python is a template to Jinja
             raise ChatTemplateError(f"the model's chat template is invalid: {error}") from error
         self.source = source
         self._variables = dict(variables)

@@ -160,23 +160,23 @@ def _from_directory(directory: Path) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise ModelError(f"{path}: cannot be read: {error}") from error
     spec = read_spec(directory)
-    path = directory / "tokenizer_config.json"
+    path, file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     config = read_json(path) if path.is_file() else {}
     try:
-        template, names = _chat_template(directory, config), _named_tokens(config)
+        template = file.read_text(encoding="utf-8") if file.is_file() else _chat_template(config)
+        names = _named_tokens(config)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read: {error}") from error
     return Tokenizer(backend, spec.vocab_size, spec.bos_token_id, spec.eos_token_ids, template, names)
 
 
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """``chat_template.jinja``, or the entry of ``tokenizer_config.json``: a template, or several with names."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+def _chat_template(config: Mapping[str, Any]) -> str | None:
+    """The entry of ``tokenizer_config.json``: a template, or several with names."""
     template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if isinstance(template, list) and all(isinstance(entry, Mapping) for entry in template):
+        template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
     if template is not None and not isinstance(template, str):
         raise ModelError("chat_template must be a string or a list of named templates")
     return template

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +276,23 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
         validate_model_files(files)
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]"])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"a":' + "[" * 200_000 + "]" * 200_000 + "}"])
 def test_unreadable_config_is_refused(content: str | None, tmp_path: Path) -> None:
     files = make_directory(tmp_path)
     path = tmp_path / "config.json"
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(ModelError, match=r"config\.json: (cannot be read|must hold a JSON object)"):
         validate_model_files(files)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_json_of_any_depth_is_refused_or_read(name: str, tmp_path: Path) -> None:
+    """Just below the depth that Python can parse it cannot be shown."""
+    files, given = make_directory(tmp_path), json.loads((tmp_path / name).read_text())
+    for key in ("eos_token_id", "bos_token", "chat_template"):
+        for depth in (50, *range(sys.getrecursionlimit() - 150, sys.getrecursionlimit() + 10)):
+            text = json.dumps(given | {key: "@"}).replace('"@"', "[" * depth + "]" * depth)
+            (tmp_path / name).write_text(text)
+            with contextlib.suppress(ModelError):
+                validate_model_files(files)
+                Tokenizer.from_files(files)

@@ -129,9 +129,18 @@ def test_messages_are_texts_alone_without_a_template(tiny: ModelFiles, tmp_path:
     assert tokenizer.encode_messages(CHAT) == tokenizer.encode(texts)
 
 
-def test_invalid_template_is_refused_at_load(tiny: ModelFiles, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "template", ["{% for %}", *("{% for m in messages %}" * depth + "{% endfor %}" * depth for depth in (30, 5000))]
+)
+def test_invalid_template_is_refused_at_load(template: str, tiny: ModelFiles, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="chat template is invalid"):
-        with_template(tiny, tmp_path, "{% for %}")
+        with_template(tiny, tmp_path, template)
+
+
+def test_template_that_is_no_text_is_refused_at_load(tiny: ModelFiles, tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja: cannot be read"):
+        with_template(tiny, tmp_path, None)
 
 
 def test_named_templates_use_the_default_one(tiny: ModelFiles, tmp_path: Path) -> None:
