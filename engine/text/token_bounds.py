@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,7 +39,8 @@ class LeastTokens:
         tokens = {*token_bytes, *(token.content.encode() for token in added)}
         self._longest = max(map(len, tokens))
         self._is_sharp = _is_byte_level_bpe(backend) and not any(token.lstrip or token.rstrip for token in added)
-        self._normalizes = backend.normalizer is not None
+        self._normalizer = backend.normalizer
+        """Not Python's ``unicodedata``, which sorts the marks of a character in quadratic time."""
         self._shares = np.zeros(256)
         by_length: dict[int, list[bytes]] = {}
         for token in tokens:
@@ -54,7 +54,7 @@ class LeastTokens:
         """At most the number of tokens of ``text``."""
         if not self._is_sharp:
             return sum(map(len, text.split())) // self._longest
-        normal = unicodedata.normalize("NFC", text) if self._normalizes else text
+        normal = text if self._normalizer is None else self._normalizer.normalize_str(text)
         data = np.frombuffer(normal.encode(), np.uint8)
         chunks = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
         least = float(sum(np.bincount(chunk, minlength=256) @ self._shares for chunk in chunks))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -67,3 +68,11 @@ def test_tokenizers_that_may_drop_text_are_bounded_by_characters_only(change: di
     for name, value in change.items():
         setattr(backend, name, value)
     assert Tokenizer(backend, 5, None, (), None).least_tokens("b" * 800) == 200
+
+
+def test_any_number_of_marks_is_put_in_order_soon() -> None:
+    """Python's own normalisation takes minutes for these."""
+    text = "a" + "\u0301" * 150_000 + "\u0316" * 150_000
+    started = time.process_time()
+    assert 0 < NFC.least_tokens(text) < len(text.encode())
+    assert time.process_time() - started < 10
