@@ -36,8 +36,11 @@ _GIVES_TYPE: dict[str, tuple[str, ...]] = {
 _ONE_SCHEMA = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames")
 _SCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 _SCHEMA_MAPS = ("properties", "patternProperties", "$defs", "definitions")
-_PART = re.compile(r"(\\?[^\x00-\x7f]|\\.|\[(?:\\.|[^\]\\])*\]|\(|\)(?:\?|\{\d+,\})?)", re.DOTALL)
-"""A character beyond ASCII (a backslash before it means nothing), an escape, a class, the begin or end of a group."""
+_PART = re.compile(r"(\\?[^\x00-\x7f]|\\.|\[(?:\\.|[^\]\\])*\]?|\(|\)(?:\?|\{[0-9]+,\})?)", re.DOTALL)
+"""A character beyond ASCII (a backslash before it means nothing), an escape, a class, the begin or end of a group.
+
+A class that does not end is one up to the pattern's end, so that the text behind it is not looked through again.
+"""
 _NOT_ASCII = re.compile(r"\\?([^\x00-\x7f])")
 
 
@@ -94,8 +97,8 @@ def rewrite_pattern(pattern: str, *, to_ascii: bool = True) -> str:
         if part == ")?":
             written += "){0,1}"
         elif part.startswith("){"):
-            least, group = int(part[2:-2]), written[begin:] + ")"
-            written += f"){{{least}}}{group}*" if least > 1 else ")*" if least == 0 else ")+"
+            least = part[2:-2].lstrip("0")  # may have more digits than Python makes a number of
+            written += {"": ")*", "1": ")+"}.get(least) or f"){{{least}}}{written[begin:]})*"
         else:
             written += _NOT_ASCII.sub(lambda found: f"\\u{{{ord(found[1]):X}}}", part) if to_ascii else part
         if len(written) > MAX_SCHEMA_CHARS:

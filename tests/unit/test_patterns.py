@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from engine.messages import Grammar
 from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
-from engine.sampling.json_schema import GrammarError, rewrite_pattern, rewrite_patterns
+from engine.sampling.json_schema import MAX_SCHEMA_CHARS, GrammarError, rewrite_pattern, rewrite_patterns
 
 _END = 256
 _BYTES = GrammarCompiler([*(bytes([byte]) for byte in range(256)), b""], [_END])
@@ -72,6 +73,8 @@ def test_nothing_that_ends_a_string_is_matched(pattern: str, text: str) -> None:
         (r"[\])?é]", r"[\])?\u{E9}]"),
         (r"\é😀", r"\u{E9}\u{1F600}"),
         (r"\\)?", r"\\){0,1}"),
+        ("(a){00,}(a){01,}(a){02,}", "(a)*(a)+(a){2}(a)*"),
+        ("(a){" + "9" * 5000 + ",}", "(a){" + "9" * 5000 + "}(a)*"),
     ],
 )
 def test_only_what_is_mistaken_is_rewritten(pattern: str, expected: str) -> None:
@@ -86,6 +89,14 @@ def test_a_group_that_repeats_is_not_entered_where_it_ends() -> None:
 def test_a_pattern_that_grows_too_long_is_refused() -> None:
     with pytest.raises(GrammarError):
         rewrite_pattern("(" * 40 + "ab" + "){2,}" * 40)
+
+
+@pytest.mark.parametrize("part", ["[", "[(", "[^", "[\\", "(", "(){0,}", "){9", "\\", "{", "[]"])
+def test_no_pattern_takes_long(part: str) -> None:
+    """To look through the rest of the pattern for each opened class takes minutes."""
+    started = time.process_time()
+    rewrite_pattern((part * MAX_SCHEMA_CHARS)[:MAX_SCHEMA_CHARS])
+    assert time.process_time() - started < 10
 
 
 def test_only_patterns_are_rewritten() -> None:
