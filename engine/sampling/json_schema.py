@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 MAX_SCHEMA_CHARS = 65_536
 MAX_SCHEMA_DEPTH = 50
+_MAX_PLACE_CHARS = 200
 
 ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
 DEFINITIONS = {"$defs", "definitions", "$schema", "$id"}
@@ -48,6 +50,31 @@ class GrammarError(ValueError):
     """Constraints on the output that cannot be enforced; the message is fit for the client."""
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a subschema is: ``depth`` levels down, by ``steps`` from the place of its parent.
+
+    Its path is made when somebody asks for it: those of a schema's parts are together as long as its square.
+    """
+
+    steps: tuple[str | int, ...] = ("#",)
+    parent: Place | None = None
+    depth: int = 0
+
+    def __str__(self) -> str:
+        steps: list[str | int] = []
+        place: Place | None = self
+        while place is not None:
+            steps[:0] = place.steps
+            place = place.parent
+        path = "/".join(map(str, steps))
+        return path if len(path) <= _MAX_PLACE_CHARS else f"{path[:_MAX_PLACE_CHARS]}…"
+
+    def below(self, *steps: str | int) -> Place:
+        """The place of one of its children."""
+        return Place(steps, self, self.depth + 1)
+
+
 def check_json_schema(text: str) -> None:
     """Refuse a schema that would be enforced in part only.
 
@@ -64,23 +91,26 @@ def check_json_schema(text: str) -> None:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema is not valid JSON: {error}") from error
-    for depth, path, part in subschemas(schema):
-        if depth > MAX_SCHEMA_DEPTH:
+    for place, part in subschemas(schema):
+        if place.depth > MAX_SCHEMA_DEPTH:
             raise GrammarError(f"the JSON schema is nested more than {MAX_SCHEMA_DEPTH} levels deep")
         if not isinstance(part, (dict, bool)):
-            raise GrammarError(f"the JSON schema at {path} must be an object or a boolean")
+            raise GrammarError(f"the JSON schema at {place} must be an object or a boolean")
         if isinstance(part, dict) and (problem := _problem(part)):
-            raise GrammarError(f"the JSON schema at {path} is not supported: {problem}")
+            raise GrammarError(f"the JSON schema at {place} is not supported: {problem}")
 
 
-def subschemas(root: Any) -> Iterator[tuple[int, str, Any]]:
-    """A schema and all below it, each with its depth and its path; schemas may be of any type here."""
-    pending: list[tuple[int, str, Any]] = [(0, "#", root)]
-    while pending:
-        depth, path, schema = pending.pop()
-        yield depth, path, schema
-        if isinstance(schema, dict):
-            pending += ((depth + 1, *child) for child in _children(path, schema))
+def subschemas(root: Any) -> Iterator[tuple[Place, Any]]:
+    """A schema and all below it, each with its place; schemas may be of any type here."""
+    levels = [iter([(Place(), root)])]
+    while levels:
+        for place, schema in levels[-1]:
+            yield place, schema
+            if isinstance(schema, dict):
+                levels.append(_children(place, schema))
+                break
+        else:
+            levels.pop()
 
 
 def rewrite_pattern(pattern: str, *, to_ascii: bool = True) -> str:
@@ -107,13 +137,18 @@ def rewrite_pattern(pattern: str, *, to_ascii: bool = True) -> str:
 
 
 def rewrite_patterns(text: str) -> str:
-    """A schema that ``check_json_schema`` has taken, with its patterns rewritten; the same text if none needs it."""
-    root = json.loads(text)
-    for _, _, schema in subschemas(root):
-        if isinstance(schema, dict) and isinstance(schema.get("pattern"), str):
-            schema["pattern"] = rewrite_pattern(schema["pattern"])
-        if isinstance(schema, dict) and isinstance(named := schema.get("patternProperties"), dict):
-            schema["patternProperties"] = {rewrite_pattern(name): child for name, child in named.items()}
+    """A schema that ``check_json_schema`` has taken, with its patterns rewritten; the same text if none needs it.
+
+    Raises:
+        GrammarError: they are too long, each or in all.
+    """
+    root, num_chars = json.loads(text), 0
+    for _, schema in subschemas(root):
+        if isinstance(schema, dict):
+            _rewrite_own_patterns(schema)
+            num_chars += sum(map(len, _patterns(schema)))
+        if num_chars > MAX_SCHEMA_CHARS:
+            raise GrammarError(f"all patterns have more than {MAX_SCHEMA_CHARS} characters with their repeated groups")
     return text if root == json.loads(text) else json.dumps(root)
 
 
@@ -123,7 +158,7 @@ def has_string_lengths(tag: str) -> bool:
     while formats:
         part = formats.pop()
         if isinstance(part, dict) and part.get("type") == "json_schema":
-            schemas = (schema for _, _, schema in subschemas(part["json_schema"]))
+            schemas = (schema for _, schema in subschemas(part["json_schema"]))
             if any(isinstance(schema, dict) and schema.keys() & _STRING_LENGTHS for schema in schemas):
                 return True
         else:
@@ -164,6 +199,13 @@ def _problem(schema: dict[str, Any]) -> str | None:
     return None
 
 
+def _rewrite_own_patterns(schema: dict[str, Any]) -> None:
+    if isinstance(pattern := schema.get("pattern"), str):
+        schema["pattern"] = rewrite_pattern(pattern)
+    if isinstance(named := schema.get("patternProperties"), dict):
+        schema["patternProperties"] = {rewrite_pattern(name): child for name, child in named.items()}
+
+
 def _named(schema: dict[str, Any]) -> set[str]:
     properties = schema.get("properties")
     return set(properties) if isinstance(properties, dict) else set()
@@ -182,14 +224,14 @@ def _required(schema: dict[str, Any]) -> set[str]:
     return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
-def _children(path: str, schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The subschemas with their paths."""
+def _children(place: Place, schema: dict[str, Any]) -> Iterator[tuple[Place, Any]]:
+    """The subschemas with their places."""
     for keyword in _ONE_SCHEMA:
         if keyword in schema:
-            yield f"{path}/{keyword}", schema[keyword]
+            yield place.below(keyword), schema[keyword]
     for keyword in _SCHEMA_LISTS:
         if isinstance(schema.get(keyword), list):
-            yield from ((f"{path}/{keyword}/{i}", child) for i, child in enumerate(schema[keyword]))
+            yield from ((place.below(keyword, i), child) for i, child in enumerate(schema[keyword]))
     for keyword in _SCHEMA_MAPS:
         if isinstance(schema.get(keyword), dict):
-            yield from ((f"{path}/{keyword}/{name}", child) for name, child in schema[keyword].items())
+            yield from ((place.below(keyword, name), child) for name, child in schema[keyword].items())

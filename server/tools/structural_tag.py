@@ -74,6 +74,8 @@ def chat_grammar(
         text = json.dumps({"type": "structural_tag", "format": _after_thoughts(answer, form.thinks, is_thinking)})
     except RecursionError as error:
         raise bad_request("The parameters of a tool are nested too deeply.", "tools") from error
+    except GrammarError as error:
+        raise bad_request(str(error)) from error
     if len(text) > MAX_SCHEMA_CHARS:
         raise bad_request(
             f"What an answer may be takes more than {MAX_SCHEMA_CHARS} characters, descriptions not counted.", "tools"
@@ -134,7 +136,7 @@ def _parameters(index: int, function: Function) -> Any:
 def _enforceable(schema: dict[str, Any]) -> Any:
     """The schema for xgrammar, without what only people read; raises ``GrammarError``."""
     schema = deepcopy(schema)
-    for _, _, part in subschemas(schema):
+    for _, part in subschemas(schema):
         if isinstance(part, dict):
             for keyword in ANNOTATIONS & part.keys():
                 del part[keyword]

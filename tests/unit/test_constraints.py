@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -72,6 +73,27 @@ def test_what_cannot_be_enforced_is_refused(fields: dict[str, Any], param: str) 
 )
 def test_bodies_that_are_wrong_name_the_place(fields: dict[str, Any], param: str) -> None:
     assert error_of(CompletionRequest, {**TEXT, **fields}).param == param
+
+
+def test_a_long_name_above_many_schemas_takes_little_memory() -> None:
+    """Their paths together would take 500 MB."""
+    schemas = [*([True] * 5_000), 0]
+    schema = json.dumps({"type": "object", "properties": {"a" * 30_000: {"anyOf": schemas}}})
+    tracemalloc.start()
+    with pytest.raises(ApiError) as caught:
+        grammar_of(guided_json=schema)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.message.startswith("the JSON schema at #/properties/aaa")
+    assert caught.value.message.endswith("… must be an object or a boolean")
+    assert peak < 5e6
+
+
+def test_the_place_of_what_is_wrong_in_a_schema_is_told() -> None:
+    schema = {"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"items": {"not": {}}}]}}}
+    with pytest.raises(ApiError) as caught:
+        grammar_of(guided_json=schema)
+    assert caught.value.message == "the JSON schema at #/properties/a/anyOf/1/items is not supported: not"
 
 
 def test_tools_have_a_grammar_of_their_own() -> None:

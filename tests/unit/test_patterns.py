@@ -91,6 +91,14 @@ def test_a_pattern_that_grows_too_long_is_refused() -> None:
         rewrite_pattern("(" * 40 + "ab" + "){2,}" * 40)
 
 
+def test_patterns_that_grow_too_long_together_are_refused() -> None:
+    pattern = "(" * 11 + "ab" + "){2,}" * 11
+    schema = json.dumps({"anyOf": [{"type": "string", "pattern": pattern}] * 9})
+    assert len(rewrite_pattern(pattern)) < MAX_SCHEMA_CHARS / 3
+    with pytest.raises(GrammarError):
+        rewrite_patterns(schema)
+
+
 @pytest.mark.parametrize("part", ["[", "[(", "[^", "[\\", "(", "(){0,}", "){9", "\\", "{", "[]"])
 def test_no_pattern_takes_long(part: str) -> None:
     """To look through the rest of the pattern for each opened class takes minutes."""

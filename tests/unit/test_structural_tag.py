@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from server.tools.structural_tag import chat_grammar
 END = 256
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 PARIS = '{"city": "Paris"}'
+LONG = "(" * 20 + "ab" + "){2,}" * 20
+"""A pattern of millions of characters once its groups are written out."""
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +200,24 @@ def test_tools_that_are_refused(tools: list[Any], param: str) -> None:
     with pytest.raises(ApiError) as refused:
         grammar(*tools)
     assert (refused.value.status, refused.value.param) == (400, param)
+
+
+def test_a_long_name_in_the_parameters_takes_little_memory() -> None:
+    """The paths of all schemas below it would take a gigabyte."""
+    parameters = {"type": "object", "properties": {"a" * 50_000: {"anyOf": [0] * 25_000}}}
+    tracemalloc.start()
+    with pytest.raises(ApiError):
+        grammar(tool(parameters=parameters, strict=True))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20e6
+
+
+@pytest.mark.parametrize("constraint", [{"guided_regex": LONG}, {"guided_json": {"type": "string", "pattern": LONG}}])
+def test_patterns_that_grow_too_long_are_refused(constraint: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as refused:
+        grammar(tool_choice="none", thinks=True, is_thinking=True, **constraint)
+    assert refused.value.status == 400
 
 
 def test_descriptions_take_no_room() -> None:
