@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 _CHARS_AT_ONCE = 4096
 """At each mark that it finds, the parser looks through all the text it was given for others."""
 
+_NAME = r"[a-zA-Z0-9_.-]{1,128}"
+"""A tool's."""
+
 
 @dataclass
 class CallPart:
@@ -56,8 +59,8 @@ class AnswerParser:
             prefix = THINK_BEGIN if is_thinking else ""
             self._parser = ResponseParser(_response_template(self._form, form.thinks), prefix=prefix)
         self._num_calls = 0
-        self._head: str | None = None
-        """What the current call has begun with, until its arguments begin."""
+        self._is_named = True
+        """Whether the name of the current call was told."""
 
     def push(self, text: str, is_last: bool) -> AnswerPart:
         """What ``text`` adds; at the end, also what had to wait because it might have become something else."""
@@ -88,21 +91,18 @@ class AnswerParser:
             case "region_chunk", "reasoning":
                 part.reasoning += event["text"]
             case "region_open", "calls":
-                self._head = ""
+                self._num_calls += 1
+                self._is_named = False
             case "region_chunk", "calls":
                 self._take_call(event["text"], part)
 
     def _take_call(self, text: str, part: AnswerPart) -> None:
-        """More text of a call: its name, then ``middle``, then its arguments."""
+        """More text of a call: first its name and ``middle`` at once, then its arguments."""
         name = ""
-        if self._head is not None:
+        if not self._is_named:
             assert self._form is not None
-            name, middle, text = (self._head + text).partition(self._form.middle)
-            if not middle:
-                self._head = name
-                return
-            self._head = None
-            self._num_calls += 1
+            name, _, text = text.partition(self._form.middle)
+            self._is_named = True
         index = self._num_calls - 1
         if not part.calls or part.calls[-1].index != index:
             part.calls.append(CallPart(index))
@@ -119,7 +119,8 @@ def load_parser(form: ChatFormat) -> None:
 def _response_template(form: CallFormat | None, thinks: bool) -> dict[str, Any]:
     """Where an answer's parts begin and end, for ``ResponseParser``. Line feeds between them belong to none.
 
-    Literal marks, not patterns, as far as possible: for each end of a pattern the parser copies the text so far.
+    Literal marks, not patterns, as far as possible: for each end of a pattern the parser copies the text so far. A call
+    begins only where a name and ``middle`` follow: JSON that is no call may begin as calls of Llama do.
     """
     gaps = ("", "\n", "\n\n")
     fields: dict[str, dict[str, Any]] = {"content": {}}
@@ -131,5 +132,6 @@ def _response_template(form: CallFormat | None, thinks: bool) -> dict[str, Any]:
     if form is not None:
         at_the_end = {"close_pattern": rf"{re.escape(form.end)}\s{{0,2}}\Z"}
         end = at_the_end if form.separator is None else {"close": form.end}
-        fields["calls"] = {"open": [before + form.begin for before in gaps], "repeats": True} | end
+        begin = rf"\n{{0,2}}{re.escape(form.begin)}(?={_NAME}{re.escape(form.middle)})"
+        fields["calls"] = {"open_pattern": begin, "repeats": True} | end
     return {"start_anchor_pattern": "^", "fields": fields}

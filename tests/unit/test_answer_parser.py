@@ -125,6 +125,31 @@ def test_what_was_cut_off_in_a_call_has_the_arguments_so_far(end: int) -> None:
     for cuts in ([], list(range(60))):
         part = parse(FORMS["hermes"], text, cuts)
         assert [call.arguments for call in part.calls] == ([arguments] if HERMES.middle in text else [])
+        assert part.content == ("" if HERMES.middle in text else text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Bob", "age": 3}',
+        'Two:\n\n{"name": "Bob", "age": 3}\n',
+        '{"name": "", "parameters": {}}',
+        '{"name": "Bob\\", \\"parameters\\": ", "a": "}"}',
+        '{"name": "' + "x" * 9000 + '"}',
+        '{"name": "Bob", "param',
+        '{"name": "Bob',
+    ],
+)
+@pytest.mark.parametrize("cuts", [[], list(range(60))])
+def test_json_that_begins_like_a_call_is_content(text: str, cuts: list[int]) -> None:
+    assert parse(FORMS["llama"], text, cuts) == AnswerPart(content=text)
+
+
+def test_content_that_begins_like_a_call_comes_as_soon_as_it_is_none() -> None:
+    parser = AnswerParser(FORMS["llama"], with_calls=True, is_thinking=False)
+    assert parser.push('{"name": "Bob", ', False) == AnswerPart()
+    assert parser.push('"age"', False) == AnswerPart(content='{"name": "Bob", "age"')
+    assert parser.push(": 3}", True) == AnswerPart(content=": 3}")
 
 
 def test_the_work_grows_with_the_text_only() -> None:
