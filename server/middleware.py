@@ -24,6 +24,8 @@ log = structlog.get_logger("server.access")
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = ("/health", "/metrics")
+_SESSION = "/v1/sessions/"
+"""What follows it in a path may be a person's name."""
 
 
 _figures: ContextVar[dict[str, object]] = ContextVar("figures")
@@ -83,7 +85,7 @@ class RequestMiddleware:
     def _record(self, scope: Scope, status: int, seconds: float, figures: dict[str, object]) -> None:
         tenant = structlog.contextvars.get_contextvars().get("tenant")
         labels = (self._metrics.model, self._metrics.tenants.label(tenant) if tenant else "")
-        endpoint = getattr(scope.get("route"), "path", "other")  # the route's template, so that there are few
+        endpoint = getattr(scope.get("route"), "path_format", "other")  # its template: there are few
         self._metrics.requests.labels(endpoint, str(status), *labels).inc()
         if status == CLIENT_CLOSED_REQUEST:
             self._metrics.disconnects.labels(*labels).inc()
@@ -91,4 +93,10 @@ class RequestMiddleware:
         duration = round(seconds * 1000, 1)
         if self._tracing is not None and scope["path"] not in _QUIET:
             self._tracing.record(scope, endpoint, status, seconds, tenant, figures)
-        write("request", method=scope["method"], path=scope["path"], status=status, duration_ms=duration, **figures)
+        path = _loggable(scope["path"])
+        write("request", method=scope["method"], path=path, status=status, duration_ms=duration, **figures)
+
+
+def _loggable(path: str) -> str:
+    """A path without the name of a session."""
+    return f"{_SESSION}{{session_id}}" if path.startswith(_SESSION) else path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
+from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.responses import Response
 
 from server.errors import bad_request
@@ -15,6 +16,14 @@ from server.schemas.sessions import CreateSessionRequest, DeletedSession, Sessio
 from server.serving import CurrentServing
 from server.session_ids import new_session_id, user_session_id
 
+
+class _SessionConvertor(PathConvertor):
+    """Any name but an empty one: with slashes, and with line feeds, at which ``path`` would end."""
+
+    regex = "(?s:.+)"
+
+
+register_url_convertor("session", _SessionConvertor())
 router = APIRouter(route_class=TenantRoute)
 
 
@@ -31,14 +40,14 @@ async def create_session(
     return JsonResponse(await serving.sessions.create(tenant.name, session_id, body.domain, body.ttl_seconds))
 
 
-@router.get("/v1/sessions/{session_id}", responses={**success(Session), **errors(400, 401, 404, 503)})
+@router.get("/v1/sessions/{session_id:session}", responses={**success(Session), **errors(400, 401, 404, 503)})
 async def get_session(session_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """What is known of a session. Asking does not extend its life."""
     session_id = find_session(session_id, tenant.name)
     return JsonResponse(await serving.sessions.read(tenant.name, session_id))
 
 
-@router.delete("/v1/sessions/{session_id}", responses={**success(DeletedSession), **errors(400, 401, 404, 503)})
+@router.delete("/v1/sessions/{session_id:session}", responses={**success(DeletedSession), **errors(400, 401, 404, 503)})
 async def delete_session(session_id: str, tenant: CurrentTenant, serving: CurrentServing) -> Response:
     """Forget a session at once. Requests of it that still run leave nothing behind."""
     session_id = find_session(session_id, tenant.name)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from server.options import SessionsConfig
 from server.session_ids import find_session_id, new_session_id, session_key, sessions_key
@@ -82,6 +84,37 @@ async def test_a_named_session_can_be_looked_at_and_starts_anew_after_its_end(se
         assert await sees(api, "mine") == set()
     assert error(before) == error(gone) == NOT_FOUND
     assert shown["id"] == by_id["id"] == deleted.json()["id"] == find_session_id("default", "mine")
+
+
+@pytest.mark.parametrize("name", ["team/alice", "/", "a/../b", "a/", "a//b", "sam\n", "sam\n/x", "50%2F", "é/?#"])
+async def test_a_session_of_any_name_can_be_looked_at_and_deleted(serve: Any, name: str) -> None:
+    path = f"/v1/sessions/{quote(name, safe='')}"
+    async with serve(learning) as api:
+        assert await sees(api, name) == set()
+        shown = await api.client.get(path)
+        deleted = await api.client.delete(path)
+        gone = await api.client.get(path)
+    assert shown.json()["id"] == deleted.json()["id"] == find_session_id("default", name)
+    assert error(gone) == NOT_FOUND
+
+
+async def test_slashes_of_a_name_need_no_escapes(serve: Any) -> None:
+    async with serve(learning) as api:
+        await sees(api, "team/alice")
+        shown = await api.client.get("/v1/sessions/team/alice")
+    assert shown.json()["id"] == find_session_id("default", "team/alice")
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE", "PUT"])
+async def test_no_name_is_logged(serve: Any, method: str) -> None:
+    template = "/v1/sessions/{session_id}"
+    async with serve(learning) as api:
+        with capture_logs() as lines:
+            await api.client.request(method, "/v1/sessions/team/alice")
+        metrics = (await api.client.get("/metrics")).text
+    assert "alice" not in str(lines) + metrics
+    assert [line["path"] for line in lines if line["event"] == "request"] == [template]
+    assert f'endpoint="{template}"' in metrics
 
 
 async def _known(server: Fixture, tenant: str, names: Sequence[str]) -> list[set[int]]:
