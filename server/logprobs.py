@@ -45,7 +45,7 @@ class CompletionLogprobsFormatter:
 
         ``text``: what the client sent and gets back, special tokens written out; None for a prompt of token ids.
         """
-        offsets = [self._advance(token_id, text) for token_id in token_ids]
+        offsets = self._prompt_offsets(token_ids, text)
         first = CompletionLogprobs([self._name(token_ids[0])], [None], [None], offsets[:1])
         return join_logprobs([first, self._rows(entries, offsets[1:])])
 
@@ -60,6 +60,24 @@ class CompletionLogprobsFormatter:
             top_logprobs=[self._top(entry) for entry in entries],
             text_offset=offsets,
         )
+
+    def _prompt_offsets(self, token_ids: Sequence[int], text: str | None) -> list[int]:
+        """Where the prompt's tokens start.
+
+        Tokenizers of SentencePiece put a space in front of a text, and of what follows a special token in it. It is in
+        the first token, or the second where the text begins with a space, but not in the text.
+        """
+        shown = self._tokenizer.decode(token_ids) if text is None else text
+        offsets, may_have_space = [], True
+        for token_id in token_ids:
+            offset = self._advance(token_id, text)
+            data = self._tokenizer.token_bytes(token_id)
+            if may_have_space and _has_added_space(data, shown, offset):
+                self._offset -= 1
+                may_have_space = False
+            may_have_space |= not data
+            offsets.append(offset)
+        return offsets
 
     def _advance(self, token_id: int, prompt: str | None = None) -> int:
         """Where the token's text starts; a special token has one only where ``prompt`` has it written out."""
@@ -99,6 +117,12 @@ def join_logprobs(pieces: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
 def _visible_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
     """A token's bytes; the name of a special token, which has no text."""
     return tokenizer.token_bytes(token_id) or (tokenizer.id_to_token(token_id) or "").encode()
+
+
+def _has_added_space(token: bytes, prompt: str, offset: int) -> bool:
+    """Whether the prompt goes on at ``offset`` with the token's text but for a space in front of it."""
+    text = token.decode(errors="ignore")
+    return text.startswith(" ") and not prompt.startswith(text, offset) and prompt.startswith(text[1:], offset)
 
 
 def _text(data: bytes) -> str:
