@@ -50,7 +50,7 @@ class KVCacheManager:
     Where nobody reads more than the last ``window`` tokens, blocks of those before are given back; None: all are read.
 
     With ``reads_prompts_apart`` a token of a prompt has another KV, by its rounding, than if it was decoded. Then only
-    blocks of prompts enter the prefix cache: a later prompt has the same KV whether it finds an earlier answer or not.
+    blocks of prompts enter the prefix cache, and only for prompts: no KV depends on what is found there.
     """
 
     def __init__(
@@ -158,10 +158,7 @@ class KVCacheManager:
         return end - num_computed
 
     def _register(self, request: Request, allocation: _Allocation) -> None:
-        num_computed = request.num_computed_tokens
-        if self._reads_prompts_apart:
-            num_computed = min(num_computed, len(request.prompt_token_ids))
-        num_full = num_computed // self.block_size
+        num_full = self._sharable_blocks(request, request.num_computed_tokens)
         if num_full <= allocation.num_registered:
             return
         self._extend_hashes(request, num_full)
@@ -193,7 +190,7 @@ class KVCacheManager:
     def _cached_blocks(self, request: Request) -> list[int]:
         if not self.prefix_caching or request.wants_prompt_logits or request.wants_embedding:
             return []
-        num_usable = (len(request.all_token_ids) - 1) // self.block_size
+        num_usable = self._sharable_blocks(request, len(request.all_token_ids) - 1)
         self._extend_hashes(request, num_usable)
         block_ids: list[int] = []
         for prefix_hash in request.block_hashes[:num_usable]:
@@ -202,6 +199,11 @@ class KVCacheManager:
                 break
             block_ids.append(block_id)
         return block_ids
+
+    def _sharable_blocks(self, request: Request, num_tokens: int) -> int:
+        """Full blocks of its first ``num_tokens`` tokens that a request may take from others, or offer them."""
+        most = len(request.prompt_token_ids) if self._reads_prompts_apart else num_tokens
+        return min(num_tokens, most) // self.block_size
 
     def _extend_hashes(self, request: Request, num_blocks: int) -> None:
         hashes, size = request.block_hashes, self.block_size

@@ -123,6 +123,18 @@ def test_answers_are_not_offered_where_a_prompt_would_have_another_kv() -> None:
     assert kv.find_cached_prefix(request("c", list(range(14)))) == 12
 
 
+def test_an_answer_is_not_taken_from_a_prompt_where_that_has_another_kv() -> None:
+    """Another's prompt holds what a preempted sequence was answered."""
+    kv = KVCacheManager(16, BLOCK_SIZE, prefix_caching=True, reads_prompts_apart=True)
+    compute(kv, preempted := request("a", list(range(6))))
+    preempted.output_token_ids += range(6, 14)
+    preempted.all_token_ids += range(6, 14)
+    compute(kv, preempted)
+    compute(kv, request("b", list(range(13))))
+    kv.free(preempted)
+    assert kv.find_cached_prefix(preempted) == 4
+
+
 def test_only_full_blocks_of_computed_tokens_are_offered() -> None:
     kv, prompt = manager(), list(range(12))
     compute(kv, first := request("a", prompt), num_tokens=7)
