@@ -6,6 +6,7 @@ import base64
 import json
 from array import array
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 
 from engine.messages import EngineOutput, EngineRequest, SamplingParams
 from engine.models.config import ModelFiles
+from engine.prompt_embeddings import PromptEmbeddings
+from engine.request import Request
+from engine.step_plan import ScheduledSequence
 from tests.integration.running_api import Api
 from tests.reference_logits import transformers_model
 from tests.tiny_drafts import CLIENT, Engine, Setting, with_draft
@@ -63,6 +67,21 @@ def test_the_engine_makes_the_means_of_hidden_states(tiny_model: ModelFiles, tmp
         assert output.embedding is not None
         np.testing.assert_allclose(np.frombuffer(output.embedding, "<f4"), expected, atol=1e-5)
         assert (output.finish_reason, output.num_cached_tokens) == ("length", 0)
+
+
+def test_an_embedding_does_not_tell_how_its_prompt_was_divided() -> None:
+    """Which is by what else a step computes."""
+    request = Request("r", b"", "tests", EMBEDDED, prompt(100))
+    hidden = torch.randn(100, 64, generator=torch.Generator().manual_seed(0))
+
+    def embedding(*borders: int) -> bytes | None:
+        embeddings = PromptEmbeddings()
+        for start, end in pairwise((0, *borders, 100)):
+            chunk = ScheduledSequence(request, start, request.prompt_token_ids[start:end], 0, 0, 0, array("i"))
+            embeddings.collect([chunk], hidden[start:end])
+        return embeddings.take(request)
+
+    assert embedding(1) == embedding(36, 64) == embedding(*range(10, 100, 10)) == embedding()
 
 
 def of_prompt(request: EngineRequest) -> Iterable[EngineOutput]:
