@@ -100,7 +100,7 @@ def num_choosable(sequence: ScheduledSequence) -> int:
     cursor = sequence.request.grammar
     if cursor is None:
         return sequence.num_sampled
-    return 0 if cursor.failure is not None else min(sequence.num_sampled, cursor.num_masks)
+    return min(sequence.num_sampled, cursor.num_masks_for(sequence.draft_token_ids))
 
 
 def _cursor(request: Request) -> GrammarCursor:

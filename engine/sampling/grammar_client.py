@@ -51,19 +51,21 @@ class ProcessCursor(GrammarCursor):
         self._committed: list[int] | None = []
         """What is to be told with the next ask; None: nothing, that is done."""
         self._is_new = True
-        self._begin_round()
-        self.first_round = self._round
+        self._began_at = time.monotonic()
+        self.first_number = self._number = next(process.numbers)
 
     def commit(self, token_ids: list[int]) -> None:
-        self.num_masks = 0
-        self._committed = token_ids
-        self._begin_round()
+        self.num_masks, self._committed, self.drafts = 0, token_ids, []
+        self._number, self._began_at = next(self._process.numbers), time.monotonic()
 
     def ask(self, draft_token_ids: list[int]) -> None:
-        if self._committed is None and not draft_token_ids:
+        if self._committed is None and draft_token_ids == self.drafts[: len(draft_token_ids)]:
             return
+        self._number, self.drafts = next(self._process.numbers), draft_token_ids
+        self.num_masks = min(self.num_masks, 1)  # the process writes the others anew
         self._num_unanswered += 1
-        self._process.unsent.append(Ask(self._slot, self._round, self._committed or [], draft_token_ids, self._is_new))
+        ask = Ask(self._slot, self._number, self._committed or [], draft_token_ids, self._is_new)
+        self._process.unsent.append(ask)
         self._committed, self._is_new = None, False
 
     def end(self) -> None:
@@ -74,9 +76,9 @@ class ProcessCursor(GrammarCursor):
         return (self._num_unanswered == 0 and self._committed is None) or self.failure is not None
 
     def take(self, answer: Answer) -> None:
-        """An answer of the process; it says nothing if the output has grown since it was asked for."""
+        """An answer of the process; it says nothing if the output has grown since, or something else was asked."""
         self._num_unanswered -= 1
-        if answer.round != self._round:
+        if answer.number != self._number:
             return
         self.is_slow = answer.seconds > _SLOW_SECONDS
         self._settle(answer.num_masks, answer.failure)
@@ -84,9 +86,6 @@ class ProcessCursor(GrammarCursor):
     def give_up(self, now: float) -> None:
         if not self.is_known and now - self._began_at > _LONGEST_WAIT:
             self.failure = GRAMMAR_SPENT
-
-    def _begin_round(self) -> None:
-        self._round, self._began_at = next(self._process.rounds), time.monotonic()
 
 
 class GrammarProcess:
@@ -116,7 +115,7 @@ class GrammarProcess:
         self._free_slots = list(range(num_slots))
         self.unsent: list[Ask] = []
         """What the next ``flush`` sends."""
-        self.rounds = itertools.count(1)
+        self.numbers = itertools.count(1)
         """Numbers that no ask has had."""
         self._num_unanswered = 0
         self._pid: int | None = None
@@ -219,7 +218,7 @@ class GrammarProcess:
                 self._num_unanswered -= len(message.answers)
                 for answer in message.answers:
                     cursor = self.cursors.get(answer.slot)
-                    if cursor is not None and answer.round >= cursor.first_round:  # else of the slot's last sequence
+                    if cursor is not None and answer.number >= cursor.first_number:  # else of the slot's last sequence
                         cursor.take(answer)
                 if self._num_unanswered == 0:
                     self._waits_since = None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,8 @@ class GrammarCursor(ABC):
         """[MASKS_PER_SLOT, words] int32, a bit a token: after the output, and after each draft."""
         self.num_masks = 0
         """How many of them are right."""
+        self.drafts: list[int] = []
+        """The tokens that were asked about last: the masks but the first are about these."""
         self.failure: str | None = None
         """Why the sequence has to end, in words fit for the client."""
         self.is_slow = False
@@ -37,6 +41,14 @@ class GrammarCursor(ABC):
     def is_answered(self) -> bool:
         """Whether all masks are there that were asked for, or will never be."""
         return self.is_known
+
+    def num_masks_for(self, draft_token_ids: Sequence[int]) -> int:
+        """How many masks are right for a sequence that has these drafts."""
+        if self.failure is not None:
+            return 0
+        pairs = zip(self.drafts, draft_token_ids, strict=False)
+        num_same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return min(self.num_masks, 1 + num_same)
 
     @abstractmethod
     def commit(self, token_ids: list[int]) -> None:

@@ -28,21 +28,19 @@ class InPlaceCursor(GrammarCursor):
         self._grammar = grammar
         self._sequence = GrammarSequence(GrammarMatcher(compiled), self.masks, time.thread_time)
         self._committed: list[int] = []
-        self._drafts: list[int] = []
-        """Those that the masks are about."""
 
     def commit(self, token_ids: list[int]) -> None:
-        self.num_masks, self._committed, self._drafts = 0, token_ids, []
+        self.num_masks, self._committed, self.drafts = 0, token_ids, []
 
     def allowed(self, draft_token_ids: list[int]) -> list[int]:
         self.ask(draft_token_ids)
         return draft_token_ids[: max(0, self.num_masks - 1)]
 
     def ask(self, draft_token_ids: list[int]) -> None:
-        if self.failure is not None or (self.num_masks and draft_token_ids == self._drafts[: len(draft_token_ids)]):
+        if self.failure is not None or (self.num_masks and draft_token_ids == self.drafts[: len(draft_token_ids)]):
             return
         num_masks = self._sequence.follow(self._committed, draft_token_ids)
-        self._committed, self._drafts = [], draft_token_ids
+        self._committed, self.drafts = [], draft_token_ids
         self._settle(num_masks, self._sequence.failure)
 
     def end(self) -> None:

@@ -45,12 +45,12 @@ class Fork(msgspec.Struct, frozen=True, array_like=True):
 class Ask(msgspec.Struct, frozen=True, array_like=True):
     """What may follow one sequence's output, and each of its draft tokens.
 
-    ``slot`` is the sequence's own. ``committed``: tokens that its output has got since the last ask. ``round`` comes
+    ``slot`` is the sequence's own. ``committed``: tokens that its output has got since the last ask. ``number`` comes
     back in the answer. A sequence begins with ``is_new`` and ends with ``is_over``, which is not answered.
     """
 
     slot: int
-    round: int = 0
+    number: int = 0
     committed: list[int] = []
     drafts: list[int] = []
     is_new: bool = False
@@ -68,7 +68,7 @@ class Answer(msgspec.Struct, frozen=True, array_like=True):
     """
 
     slot: int
-    round: int
+    number: int
     num_masks: int
     seconds: float = 0.0
     failure: Failure = ""

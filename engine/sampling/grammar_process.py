@@ -143,7 +143,7 @@ def _follow(channel: socket.socket, compiled: CompiledGrammar, masks: NDArray[np
                 sequences[ask.slot] = GrammarSequence(GrammarMatcher(compiled), masks[ask.slot], bound.go_on)
             sequence = sequences[ask.slot]
             num_masks = sequence.follow(ask.committed, ask.drafts)
-            answers.append(Answer(ask.slot, ask.round, num_masks, sequence.last_seconds, sequence.failure))
+            answers.append(Answer(ask.slot, ask.number, num_masks, sequence.last_seconds, sequence.failure))
             if time.monotonic() > send_at:  # the others need not wait for one that takes long
                 channel.send(encode(Answers(answers)))
                 answers = []

@@ -6,10 +6,11 @@ import gc
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -24,10 +25,11 @@ import torch
 from benchmarks.attack.compiling import SLOW
 from engine.config import ModelConfig, SpeculationConfig
 from engine.core import EngineCore
+from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import EngineOutput, EngineRequest, Grammar, SamplingParams
 from engine.models.registry import resolve_model
 from engine.request import Request
-from engine.sampling import grammar_pool
+from engine.sampling import grammar_client, grammar_pool
 from engine.sampling.grammar import GrammarCompiler, GrammarMatcher
 from engine.sampling.grammar_client import GrammarProcess, ProcessCursor
 from engine.sampling.grammar_cursor import GRAMMAR_CONTRADICTS, GrammarCursor
@@ -35,6 +37,9 @@ from engine.sampling.grammar_in_place import InPlaceCursor
 from engine.sampling.grammar_pool import GrammarPool
 from engine.sampling.json_schema import GrammarError, check_json_schema
 from engine.sampling.sampler import Sampler, SamplingRows
+from engine.speculation.drafters.base import DraftCosts, Proposer
+from engine.speculation.length.policy import StopRule
+from engine.step_plan import DraftSlot
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
 from tests.grammars import begin, compiled, schema, settle, with_grammar
@@ -493,6 +498,71 @@ def test_a_late_mask_keeps_only_its_own_sequence_waiting(tmp_path: Path, setting
         engine.step()
     assert [engine.output(late), engine.output(other)] == expected
     assert engine.core.stats().blocks_used == 0
+
+
+class TwoTries(Proposer):
+    """Drafts after the first token only: at first ``wrong`` ones, in each later try the ``right`` ones."""
+
+    description, costs = "two tries", DraftCosts(0, 0)
+    vocab: DraftVocab | None = None
+
+    def __init__(self, wrong: list[int], right: list[int]) -> None:
+        self._next, self._right = wrong, right
+        self.num_tries = 0
+
+    def make_proposer(self, num_blocks: int) -> Proposer:
+        return self
+
+    def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
+        for slot in slots:
+            if len(slot.request.output_token_ids) == 1:
+                slot.request.draft_token_ids = self._next[: slot.num_tokens]
+                self._next = self._right
+                self.num_tries += 1
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_masks_of_drafts_that_were_dropped_are_not_used_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+) -> None:
+    """They come late, so their step was in vain, and the next one has other drafts.
+
+    Masks of those are not asked for where they are known to take long, and come late, too, where they are not.
+    """
+    files = make_directory(tmp_path / "model")
+    sampling = SamplingParams(max_tokens=30, seed=3, grammar=Grammar("regex", "x(a[0-9]{20}|b[A-Z]{20})"))
+    plain, prompt, wait = Engine(files, Setting()), [5, 6, 7, 8], GrammarPool.wait
+    [expected] = plain.generate([prompt], [sampling])
+    tokenizer = plain.core._tokenizer
+    wrong = tokenizer.encode("bZ" if tokenizer.token_bytes(expected[1]) == b"a" else "a5")
+    draft = TwoTries(wrong, expected[1:3])
+    tries_without_wait = [1] if is_slow else [1, 2]
+
+    def wait_or_not(pool: GrammarPool, cursors: Iterable[GrammarCursor], seconds: float) -> None:
+        if draft.num_tries not in tries_without_wait:
+            wait(pool, cursors, seconds)
+        elif is_slow:
+            monkeypatch.setattr(grammar_client, "_SLOW_SECONDS", -1.0)
+
+    monkeypatch.setattr(GrammarPool, "wait", wait_or_not)
+    engine = Engine(files, Setting(), SpeculationConfig(method="none", adaptive=False), draft)
+    assert engine.generate([prompt], [sampling]) == [expected]
+    assert draft.num_tries == 2
+
+
+def test_masks_of_drafts_that_were_asked_about_before_do_not_count(tokenizer: Tokenizer, pool: GrammarPool) -> None:
+    cursor = begin(pool, with_grammar(LOWER_CASE))
+    assert isinstance(cursor, ProcessCursor)
+    before, now = tokenizer.encode('["ab'), tokenizer.encode("[]")
+    cursor.ask(before)
+    pool.flush()
+    select.select([cursor._process], [], [])
+    cursor.ask(now)
+    cursor._process.receive()
+    assert (cursor.num_masks, cursor.is_answered) == (1, False)
+    settle(pool, cursor, now)
+    assert cursor.num_masks == 3
+    cursor.end()
 
 
 def test_a_request_whose_grammars_process_dies_ends_alone(tmp_path: Path) -> None:
