@@ -200,10 +200,19 @@ class GrammarProcess:
 
     def kill(self) -> None:
         """It is not needed any more, or must not go on."""
+        if self.error is None and self._pid is None:
+            self._hear_last()
         if self.error is None and self._pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
         self._fail(GRAMMAR_SPENT)
+
+    def _hear_last(self) -> None:
+        """Take its first message, if it has come; if not, the process ends when it cannot send it."""
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RD)
+            if num_bytes := self._channel.recv_into(self._buffer):
+                self._handle(self._decoder.decode(self._buffer[:num_bytes]))
 
     def _handle(self, message: GrammarMessage) -> None:
         match message:

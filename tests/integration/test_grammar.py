@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -320,6 +321,23 @@ def test_tenants_need_not_wait_for_what_another_compiles(pool: GrammarPool) -> N
     assert isinstance(compiled(pool, with_grammar(schema({"const": "next"}), tenant="many"))["r"], GrammarCursor)
 
 
+def test_a_process_that_nobody_waits_for_any_more_is_ended(pool: GrammarPool) -> None:
+    """Whatever it is doing; also before anybody has heard of it."""
+    others = grammar_processes()
+    pool.add(with_grammar(schema({"const": "unwanted"}), tenant="unwanted"))
+    pool.take_ready()
+    [unheard] = [process for (tenant, _), process in pool._processes() if tenant == "unwanted"]
+    select.select([unheard], [], [])
+    [process] = set(grammar_processes()) - set(others)
+    process.suspend()
+    try:
+        pool.forget("r")
+        process.wait(60)  # as it is suspended, it would not end by itself
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 QUICKLY_OUT_OF_PATIENCE = """
 from engine.sampling import grammar_process
 grammar_process.COMPILE_SECONDS = 1.0
@@ -469,7 +487,7 @@ def test_one_request_that_cannot_go_on_ends_alone(tmp_path: Path) -> None:
 def grammar_processes() -> list[psutil.Process]:
     """Those of this process that enforce a grammar, without those that fork them."""
     ours = [each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE]
-    return [each for each in ours if "engine.sampling.grammar_process" in each.cmdline() and not each.children()]
+    return [each for each in ours if "engine.sampling.grammar_process" in each.cmdline() and each.ppid() != os.getpid()]
 
 
 @pytest.mark.parametrize("setting", [Setting(), Setting(num_blocks=16, max_batched_tokens=20)])
