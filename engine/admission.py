@@ -86,11 +86,12 @@ class Admission:
                 self._preempt(victim)
                 seen.add(victim.tenant)
 
-    def admit(self, num_tokens: int, whole: bool) -> dict[Request, int]:
+    def admit(self, num_tokens: int, num_rows: int, whole: bool) -> dict[Request, int]:
         """Admit requests in order of fairness while there is room; returns the tokens to compute for each.
 
         Args:
             num_tokens: most tokens to compute for them in this step.
+            num_rows: the same of prompts whose logits are wanted; where none are left, their tenants wait.
             whole: only prompts that fit in one chunk, which may overtake a long prefill because they leave no
                 second unfinished one behind.
         """
@@ -98,11 +99,18 @@ class Admission:
         seen, only_entitled = self._preempted_tenants(), False
         while num_tokens > 0 and not self.running.is_full:
             request = self.waiting.peek(seen)
-            if request is None or (whole and request.num_tokens - self._kv.find_cached_prefix(request) > num_tokens):
+            if request is None:
                 break
+            most = min(num_tokens, num_rows) if request.wants_prompt_logits else num_tokens
+            if whole and request.num_tokens - self._kv.find_cached_prefix(request) > most:
+                break
+            if most == 0:
+                seen.add(request.tenant)
+                continue
             if (not only_entitled or self._is_entitled(request)) and self._start(request):
-                plan[request] = min(self._kv.num_computable(request), num_tokens)
+                plan[request] = min(self._kv.num_computable(request), most)
                 num_tokens -= plan[request]
+                num_rows -= plan[request] if request.wants_prompt_logits else 0
                 continue
             self.lacks_blocks = only_entitled = True
             seen.add(request.tenant)

@@ -110,6 +110,11 @@ class SchedulerConfig(Section):
         description="Most requests waiting; more are refused with 503, but for tenants with less than an equal share.",
     )
 
+    @property
+    def most_extra_rows(self) -> int:
+        """Rows of logits of a step beyond one for each sequence, of drafts and prompts: there is memory for as many."""
+        return max(self.max_num_seqs * MAX_SPECULATIVE_TOKENS, 16 * MAX_COPIED_TOKENS)
+
     @model_validator(mode="after")
     def _one_token_for_each(self) -> SchedulerConfig:
         if self.max_batched_tokens < self.max_num_seqs:

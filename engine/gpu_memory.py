@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from engine.config import EngineConfig
 from engine.models.config import ModelSpec
+from engine.prompt_chunks import MOST_PROMPT_ROWS
 
 GRAPH_SIZES: tuple[int, ...] = (1, 2, 4, *range(8, 64, 8), *range(64, 257, 32))
 """Tokens of a step's CUDA graphs. Larger steps keep a GPU busy without one."""
@@ -34,7 +35,7 @@ class GpuReserve:
     activations: int
     """Of the largest step."""
     logits: int
-    """Of its rows that tokens are chosen from."""
+    """Of its rows that tokens are chosen from, and of prompts whose logits are wanted."""
     workspaces: int
     """Of attention and matrix products."""
     graphs: int
@@ -55,7 +56,7 @@ def gpu_reserve(config: EngineConfig, spec: ModelSpec, element: int, has_draft: 
     """
     tokens = config.scheduler.max_batched_tokens
     drafted = config.speculation.num_speculative_tokens if has_draft else 0
-    rows = min(config.scheduler.max_num_seqs * (1 + drafted), tokens)
+    rows = _num_rows(config, drafted)
     # Products in the model's dtype, the same in float32, an edited copy, and the best of each piece; then the copy that
     # graphs read, and which of it is a number.
     logits = rows * spec.vocab_size * (element + 9) + GRAPH_SIZES[-1] * spec.vocab_size * 5
@@ -63,6 +64,15 @@ def gpu_reserve(config: EngineConfig, spec: ModelSpec, element: int, has_draft: 
     max_blocks = -(-config.model.longest_sequence(spec) // config.cache.block_size)
     graphs = _graph_bytes(spec, max_blocks, drafted) + GRAPH_SIZES[-1] * _activation_bytes(spec, element)
     return GpuReserve(activations, logits, _workspace_bytes(spec, drafted), graphs)
+
+
+def _num_rows(config: EngineConfig, drafted: int) -> int:
+    """Rows of logits of a step, at most. Copies are longer than what is drafted otherwise."""
+    scheduler, speculation = config.scheduler, config.speculation
+    has_copies = drafted and speculation.copies and speculation.adaptive
+    drafts = scheduler.most_extra_rows if has_copies else scheduler.max_num_seqs * drafted
+    extra = min(drafts + MOST_PROMPT_ROWS, scheduler.most_extra_rows)
+    return min(scheduler.max_num_seqs + extra, scheduler.max_batched_tokens)
 
 
 def _activation_bytes(spec: ModelSpec, element: int) -> int:

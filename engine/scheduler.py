@@ -6,6 +6,7 @@ from engine.admission import PROMPT_TOKEN_SERVICE, Admission
 from engine.config import CacheConfig, SchedulerConfig
 from engine.kv_cache_manager import KVCacheManager
 from engine.messages import EngineStats
+from engine.prompt_chunks import prompt_rows_left, share_out
 from engine.request import Request
 from engine.step_plan import DraftLengths, DraftSlot, Reservation, ScheduledSequence, SchedulerOutput
 from engine.step_time import StepTime
@@ -31,6 +32,7 @@ class Scheduler:
     last. While prefill work is there, drafts get at most half of what the decodes leave; while a
     prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
     Beside decodes, prompts get as many tokens as take ``prompt_ms`` milliseconds, but at least ``LEAST_CHUNK``.
+    Of prompts whose logits are wanted, a step computes ``MOST_PROMPT_ROWS`` tokens at most.
 
     Where nobody reads more than ``window`` tokens back, sequences give the blocks before them back. Where prompts are
     read apart (``KVCacheManager``), a step computes tokens of a sequence's prompt or of its output, and the sequences
@@ -233,22 +235,19 @@ class Scheduler:
         return left if in_time is None else min(left, max(in_time, LEAST_CHUNK))
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
-        """Next chunks of running prefills, in equal parts, as far as they need them; returns the tokens planned."""
+        """Next chunks of running prefills; returns the tokens planned."""
         lengths = {request: self._kv.num_computable(request) for request in self._prefilling(plan)}
-        left = budget
-        for position, request in enumerate(sorted(lengths, key=lengths.__getitem__)):
-            if left == 0:
-                break
-            plan[request] = min(lengths[request], -(-left // (len(lengths) - position)))
-            left -= plan[request]
-        return budget - left
+        chunks = share_out(lengths, budget, self._prompt_rows_left(plan))
+        plan.update(chunks)
+        return sum(chunks.values())
 
     def _reserve_drafts(self, requests: list[Request], drafter: DraftLengths) -> list[DraftSlot]:
         """Room for drafts of the decodes, in equal parts, where blocks are free.
 
-        At most the tokens that the decodes leave, or half of them where there is prefill work.
+        At most the tokens that the decodes leave, and the rows of logits that there may be, or half of them where there
+        is prefill work.
         """
-        budget = self._config.max_batched_tokens - len(requests)
+        budget = min(self._config.max_batched_tokens - len(requests), self._config.most_extra_rows)
         num_joining = self._num_joining(len(requests))
         if num_joining:
             budget //= 2
@@ -268,9 +267,13 @@ class Scheduler:
 
     def _plan_newcomers(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
         """Waiting requests that are admitted now; returns the tokens planned."""
-        admitted = self._admission.admit(budget, whole)
+        num_rows = self._prompt_rows_left(plan)
+        admitted = self._admission.admit(budget, num_rows // 2 if whole else num_rows, whole)
         plan.update(admitted)
         return sum(admitted.values())
+
+    def _prompt_rows_left(self, plan: dict[Request, int]) -> int:
+        return prompt_rows_left(plan, self._config.most_extra_rows)
 
     def _scheduled(self, request: Request, num_tokens: int) -> ScheduledSequence:
         start = request.num_computed_tokens

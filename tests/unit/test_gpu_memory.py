@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from engine import model_runner
-from engine.config import EngineConfig, RuntimeConfig, SchedulerConfig
+from engine.config import EngineConfig, RuntimeConfig, SchedulerConfig, SpeculationConfig
 from engine.gpu_memory import gpu_reserve
 from engine.loader import LoadedModel
 from engine.model_runner import attention_spec, num_kv_blocks
 from engine.models.config import ModelError, ModelSpec
 from engine.models.families.known import spec_from_config
+from tests.unit.scheduler_simulation import Simulation, make_request
 
 GIB = 2**30
 SHAPES: dict[str, dict[str, Any]] = {
@@ -58,6 +59,24 @@ def test_a_card_is_never_over(
     assert weight_bytes(spec) + reserved + (blocks + 1) * per_block < card * GIB  # with the block that is nobody's
     assert blocks * config.cache.block_size >= 8192
     assert weight_bytes(spec) + reserved + blocks * per_block > 0.9 * card * GIB  # and hardly anything is left over
+
+
+@pytest.mark.parametrize(("max_num_seqs", "num_drafts"), [(1, 32), (100, 32), (100, 2), (100, 0)])
+def test_no_step_has_more_rows_of_logits_than_memory_is_kept_for(max_num_seqs: int, num_drafts: int) -> None:
+    """Where all sequences have long copies, or prompts whose logits are wanted come at once."""
+    simulation = Simulation(4000, max_num_seqs, 8192, max_model_len=1024, num_drafts=num_drafts, accuracy=1.0)
+    for n in range(120):
+        rows_of_prompt = 0 if n % 10 == 9 else None
+        request = make_request(str(n), 200 if n % 10 == 9 else 4, 150, str(n % 3), rows_of_prompt)
+        simulation.scheduler.add(request)
+    outputs = simulation.run(max_steps=3000)
+    most = max(sum(sequence.num_logits for sequence in output.sequences) for output in outputs)
+    speculation = SpeculationConfig(num_speculative_tokens=min(num_drafts, 8), adaptive=num_drafts > 8)
+    scheduler = SchedulerConfig(max_batched_tokens=8192, max_num_seqs=max_num_seqs)
+    config = EngineConfig(runtime=RuntimeConfig(device="cuda"), scheduler=scheduler, speculation=speculation)
+    spec = spec_from_config(COMMON | LIMITS | SHAPES["8B"], {})
+    reserved = gpu_reserve(config, spec, 2, has_draft=num_drafts > 0).logits
+    assert most * spec.vocab_size * (2 + 4 + 4) < reserved  # products, these in float32, and a copy
 
 
 def test_more_tokens_and_sequences_reserve_more() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.fair_queue import equal_share
+from engine.prompt_chunks import MOST_PROMPT_ROWS
 from engine.request import Request
 from engine.scheduler import QueueFull, RequestTooLong
 from tests.unit.scheduler_simulation import Simulation, expected_output, make_request
@@ -300,6 +301,33 @@ def test_prompt_logprobs_get_a_row_for_every_prompt_token() -> None:
         (32, 7, 1, 8),
         (40, 0, 1, 1),
     ]
+
+
+def test_few_rows_of_prompts_are_computed_in_a_step() -> None:
+    """However many ask for them; whoever does not goes on as ever."""
+    simulation = Simulation(num_blocks=400, max_batched_tokens=2048, max_model_len=1024, prefix_caching=False)
+    asking = [make_request(str(n), num_prompt=500, tenant="b", prompt_logprobs=0) for n in range(4)]
+    other = make_request("other", num_prompt=900)
+    for request in [*asking, other]:
+        simulation.scheduler.add(request)
+    outputs = simulation.run(max_steps=20)
+    assert simulation.finished[0] is other
+    rows = [sum(sequence.num_prompt_logits for sequence in output.sequences) for output in outputs]
+    assert sum(rows) == sum(len(request.prompt_token_ids) - 1 for request in asking)
+    assert MOST_PROMPT_ROWS - len(asking) <= max(rows) <= MOST_PROMPT_ROWS
+    assert rows.count(0) < len(rows) / 2
+
+
+def test_endless_short_prompts_do_not_keep_a_long_one_from_its_rows() -> None:
+    simulation = Simulation(num_blocks=400, max_batched_tokens=2048, max_model_len=4096, prefix_caching=False)
+    long = make_request("long", num_prompt=2000, prompt_logprobs=0)
+    simulation.scheduler.add(long)
+    for n in range(40):
+        for tenant in "bcd":
+            short = make_request(f"{tenant}{n}", num_prompt=100, max_tokens=1, tenant=tenant, prompt_logprobs=0)
+            simulation.scheduler.add(short)
+        simulation.step()
+    assert long in simulation.finished
 
 
 def test_requests_that_can_never_fit_are_refused() -> None:

@@ -1,0 +1,45 @@
+"""How many tokens of each prompt a step reads. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from engine.request import Request
+
+MOST_PROMPT_ROWS = 256
+"""Prompt tokens of a step whose logits are wanted: each takes memory as wide as the vocabulary."""
+
+
+def prompt_rows_left(plan: Mapping[Request, int], most_extra_rows: int) -> int:
+    """How many of them a step may compute beside its plan, which has so many tokens of each request.
+
+    ``most_extra_rows``: with drafts.
+    """
+    num_drafts = sum(len(request.draft_token_ids) for request in plan)
+    num_planned = sum(number for request, number in plan.items() if request.wants_prompt_logits)
+    return min(MOST_PROMPT_ROWS, most_extra_rows - num_drafts) - num_planned
+
+
+def share_out(lengths: Mapping[Request, int], num_tokens: int, num_rows: int) -> dict[Request, int]:
+    """Tokens for each prompt, in equal parts, as far as they need them.
+
+    Args:
+        lengths: of what is left of each prompt.
+        num_tokens: most in all.
+        num_rows: most of prompts whose logits are wanted.
+    """
+    with_rows = {request: length for request, length in lengths.items() if request.wants_prompt_logits}
+    others = {request: length for request, length in lengths.items() if request not in with_rows}
+    part = -(-num_tokens * len(with_rows) // max(len(lengths), 1))
+    chunks = _in_equal_parts(with_rows, min(part, num_rows))
+    return chunks | _in_equal_parts(others, num_tokens - sum(chunks.values()))
+
+
+def _in_equal_parts(lengths: Mapping[Request, int], num_tokens: int) -> dict[Request, int]:
+    chunks: dict[Request, int] = {}
+    for position, request in enumerate(sorted(lengths, key=lengths.__getitem__)):
+        if num_tokens == 0:
+            break
+        chunks[request] = min(lengths[request], -(-num_tokens // (len(lengths) - position)))
+        num_tokens -= chunks[request]
+    return chunks
