@@ -267,6 +267,8 @@ class Scheduler:
 
     def _plan_newcomers(self, plan: dict[Request, int], budget: int, whole: bool) -> int:
         """Waiting requests that are admitted now; returns the tokens planned."""
+        if not self._waiting:
+            return 0
         num_rows = self._prompt_rows_left(plan)
         admitted = self._admission.admit(budget, num_rows // 2 if whole else num_rows, whole)
         plan.update(admitted)
