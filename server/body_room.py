@@ -23,6 +23,19 @@ class _Room:
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class HeldRoom:
+    """Room that a request holds for its body."""
+
+    def __init__(self, room: _Room, size: int) -> None:
+        self._room, self._size = room, size
+
+    def shrink(self, size: int) -> None:
+        """Keep only ``size`` bytes of it."""
+        self._room.used -= self._size - size
+        self._size = size
+        self._room.freed.set()
+
+
 class BodyRoom:
     """``size`` bytes for the bodies of each tenant, given in the order in which they were asked for.
 
@@ -35,7 +48,7 @@ class BodyRoom:
         self._rooms: defaultdict[str, _Room] = defaultdict(_Room)
 
     @asynccontextmanager
-    async def hold(self, tenant: str, size: int) -> AsyncIterator[None]:
+    async def hold(self, tenant: str, size: int) -> AsyncIterator[HeldRoom]:
         """Hold room for ``size`` bytes as long as the block lasts. Raises ``Overloaded`` where too many wait."""
         room = self._rooms[tenant]
         if room.num_waiting >= MAX_WAITING:
@@ -49,8 +62,8 @@ class BodyRoom:
                 room.used += size
         finally:
             room.num_waiting -= 1
+        held = HeldRoom(room, size)
         try:
-            yield
+            yield held
         finally:
-            room.used -= size
-            room.freed.set()
+            held.shrink(0)

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from server.body_room import BodyRoom
 from server.errors import ApiError, body_error, shutting_down
 from server.json_bodies import decode_json
 from server.schemas.body import Leniency
@@ -48,7 +49,7 @@ class TenantRoute(APIRoute):
     Fields of the body that had no effect are named in the response's header X-Ignored-Fields.
 
     A body is at most ``http.max_body_bytes`` long. One that is not small waits for its tenant's room
-    (``Serving.bodies``), which it keeps until the response is complete.
+    (``Serving.bodies``), and keeps as much of it as the body is long until the response is complete.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,10 +79,7 @@ class TenantRoute(APIRoute):
         serving: Serving = request.app.state.serving
         tenant: Tenant = request.state.tenant
         limit: int = request.app.state.settings.http.max_body_bytes
-        size = _declared_size(request, limit)
-        if size > SMALL:
-            await request.state.until_answered.enter_async_context(serving.bodies.hold(tenant.name, size))
-        body = await _read_body(request, limit)
+        body = await _read_with_room(request, limit, tenant.name, serving.bodies)
         request.state.work = RequestWork(serving.work, tenant.name, len(body), request.receive)
         json_request = _JsonRequest(request.scope, request.receive)
         json_request._body = body[:1]  # FastAPI only looks whether there is one
@@ -144,6 +142,17 @@ def _declared_size(request: Request, limit: int) -> int:
     if size > limit:
         raise _too_large(limit)
     return size
+
+
+async def _read_with_room(request: Request, limit: int, tenant: str, bodies: BodyRoom) -> bytes:
+    """The body, whose room, unless it is small, is kept until the response is complete."""
+    size = _declared_size(request, limit)
+    if size <= SMALL:
+        return await _read_body(request, limit)
+    room = await request.state.until_answered.enter_async_context(bodies.hold(tenant, size))
+    body = await _read_body(request, limit)
+    room.shrink(len(body))
+    return body
 
 
 async def _read_body(request: Request, limit: int) -> bytes:

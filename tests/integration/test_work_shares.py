@@ -22,6 +22,7 @@ from server.engine_client import Overloaded
 from server.tenants import hash_key
 from server.work_shares import SMALL, WorkShares
 from tests.integration.running_api import Api
+from tests.integration.scripted_engine import Script
 
 BIG = 2 * SMALL
 LONG_TEXT = "a " * SMALL
@@ -117,6 +118,19 @@ async def test_bodies_come_in_in_their_order_as_room_allows_and_other_tenants_ha
         task.cancel()
 
 
+async def test_room_that_is_not_needed_after_all_is_the_nexts() -> None:
+    room, entered = BodyRoom(10), list[int]()
+    async with room.hold("acme", 10) as held:
+        second = asyncio.create_task(holding(room, "acme", 7, asyncio.Event(), entered))
+        third = asyncio.create_task(holding(room, "acme", 2, asyncio.Event(), entered))
+        await asyncio.sleep(0)
+        held.shrink(3)
+        await until(lambda: entered == [7])
+    await until(lambda: entered == [7, 2])
+    for task in (second, third):
+        task.cancel()
+
+
 async def test_who_gives_up_waiting_for_room_leaves_it_to_the_next() -> None:
     room, entered = BodyRoom(10), list[int]()
     release = asyncio.Event()
@@ -151,14 +165,18 @@ def one_token(request: EngineRequest) -> Any:
     yield EngineOutput(request_id=request.request_id, token_ids=[300], finish_reason="stop")
 
 
+def silent(request: EngineRequest) -> Any:
+    return ()
+
+
 @pytest.fixture
 def serve_two(serve: Any) -> Callable[..., AbstractAsyncContextManager[Api]]:
     """A server for the tenants acme and bravo, whose keys are their names; small bodies fill a tenant's room."""
 
     @asynccontextmanager
-    async def serve_them(*options: str) -> AsyncIterator[Api]:
+    async def serve_them(*options: str, script: Script = one_token) -> AsyncIterator[Api]:
         keys = ",".join(f"{name}={hash_key(name)}" for name in ("acme", "bravo"))
-        async with serve(one_token, "--auth.keys", keys, *options) as api:
+        async with serve(script, "--auth.keys", keys, *options) as api:
             yield api
 
     return serve_them
@@ -220,6 +238,25 @@ async def test_a_client_that_goes_away_leaves_the_queue(serve_two: Any, gate: Ga
     assert gate.begun == [LONG_TEXT, LONG_TEXT + "third"]
 
 
+async def test_a_body_in_chunks_holds_only_its_own_length_until_it_is_answered(serve_two: Any) -> None:
+    async def one_chunk() -> AsyncIterator[bytes]:
+        yield b'{"model": "tiny", "prompt": "The dog"}'
+
+    headers = {"Authorization": "Bearer acme", "Content-Type": "application/json"}
+    async with serve_two(script=silent) as api:
+        asked = [
+            asyncio.create_task(api.client.post("/v1/completions", content=one_chunk(), headers=headers))
+            for _ in range(9)  # more than would have room if each were as long as may be
+        ]
+        await until(lambda: len(api.engine.requests) == 9)
+        large = b'{"prompt": "b"}' + b" " * SMALL
+        assert (await api.client.post("/tokenize", content=large, headers=headers)).status_code == 200
+        for task in asked:
+            task.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await until(lambda: api.app.state.serving.bodies._rooms["acme"].used == 0)
+
+
 async def in_chunks() -> AsyncIterator[bytes]:
     yield b'{"prompt":'
     yield b'"b"}'
@@ -265,10 +302,6 @@ async def test_a_long_answer_is_written_out_beside_the_event_loop(
     assert answer.text.count("-1.5") == 100
     assert threads
     assert threading.get_ident() not in threads
-
-
-def silent(request: EngineRequest) -> Any:
-    return ()
 
 
 SEQUENCES = {"prompt": ["x"] * 8, "n": 16, "max_tokens": 8}
