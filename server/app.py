@@ -139,6 +139,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         with suppress(asyncio.CancelledError):
             await connection
         await state.serving.sessions.close()
+        await state.serving.rate_limiter.close()
         work.close()
         await gate.close()
         await log_gate.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import time
@@ -13,6 +14,7 @@ from prometheus_client import Counter
 
 from server.errors import ApiError, bad_request
 from server.redis_gate import RedisGate, RedisUnavailable
+from server.shielded import ShieldedTasks
 from server.tenants import Tenant
 
 RATE_LIMITED = Counter("evospec:rate_limited", "Requests refused with 429.", ["limit"])
@@ -140,12 +142,13 @@ class RateLimiter:
         self._fails_closed = when_redis_is_down == "closed"
         self._buckets = buckets or TokenBuckets()
         self._take_script = gate.redis.register_script(self.LUA_TAKE_SCRIPT)
+        self._tasks = ShieldedTasks()
 
     async def admit(self, tenant: Tenant, tokens: int, requests: int = 1) -> Charge:
         """Take ``requests`` and ``tokens`` (prompt and most possible output) from ``tenant``'s buckets.
 
         Counting the tokens is work too, so whoever does that takes the request first, and the tokens with
-        ``requests`` 0 once they are known.
+        ``requests`` 0 once they are known. If the caller is cancelled meanwhile, the tokens go back.
 
         Raises ``ApiError``: 429 with the time to wait; 400 if ``tokens`` is more than a full bucket holds;
         503 if Redis is down and limits fail closed.
@@ -163,6 +166,15 @@ class RateLimiter:
         lacking, wait = self._buckets.take(tenant, requests, tokens)
         if lacking is not None:
             raise _refusal(tenant, lacking, wait)
+        admission = self._tasks.start(self._admit_in_redis(tenant, tokens, requests))
+        try:
+            return await asyncio.shield(admission)
+        except asyncio.CancelledError:
+            self._tasks.start(self._give_back(admission))
+            raise
+
+    async def _admit_in_redis(self, tenant: Tenant, tokens: int, requests: int) -> Charge:
+        """The second half of ``admit``: what it took from the buckets of this process goes back if it is refused."""
         try:
             lacking, wait = await self._take_in_redis(tenant, requests, tokens)
         except RedisUnavailable:
@@ -175,17 +187,28 @@ class RateLimiter:
             raise _refusal(tenant, lacking, wait)
         return Charge(tenant, tokens, is_in_redis=True)
 
+    async def _give_back(self, admission: asyncio.Task[Charge]) -> None:
+        """Settle what an admission that nobody waits for takes."""
+        with contextlib.suppress(ApiError):
+            await self.settle(await admission, 0)
+
     async def settle(self, charge: Charge, tokens_used: int) -> None:
-        """Give back what the request was charged beyond ``tokens_used``; never raises."""
+        """Give back what the request was charged beyond ``tokens_used``, also if the caller is cancelled meanwhile."""
         unused = charge.tokens - tokens_used
         if unused <= 0:
             return
         self._buckets.take(charge.tenant, 0, -unused)
-        if not charge.is_in_redis:
-            return
+        if charge.is_in_redis:
+            await self._tasks.run(self._return_to_redis(charge.tenant, unused))
+
+    async def close(self) -> None:
+        """Wait for what is still to be given back."""
+        await self._tasks.close()
+
+    async def _return_to_redis(self, tenant: Tenant, tokens: int) -> None:
         # An outage is counted and logged by the gate, and the bucket refills by itself.
         with contextlib.suppress(RedisUnavailable):
-            await self._take_in_redis(charge.tenant, requests=0, tokens=-unused)
+            await self._take_in_redis(tenant, requests=0, tokens=-tokens)
 
     async def _take_in_redis(self, tenant: Tenant, requests: int, tokens: int) -> tuple[Limit | None, float]:
         """The same as ``TokenBuckets.take``; raises ``RedisUnavailable``."""

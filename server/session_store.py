@@ -22,6 +22,7 @@ from server.redis_gate import RedisGate, RedisUnavailable, needs_redis
 from server.schemas.sessions import Session
 from server.session_hashes import Conflict, OpenedHash, SessionHashes
 from server.session_ids import is_named, session_key
+from server.shielded import ShieldedTasks
 from server.work_shares import WorkShares
 
 log = structlog.get_logger(__name__)
@@ -109,7 +110,7 @@ class SessionStore:
         self._work = work
         self._hashes = SessionHashes(gate, MAX_BYTES, config.max_per_tenant)
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._saves: set[asyncio.Task[None]] = set()
+        self._saves = ShieldedTasks()
 
     async def create(self, tenant: str, session_id: str, domain: str | None, ttl_seconds: int | None) -> Session:
         """Start a session; one that exists, as a ``user``'s may, stays as it is. Raises ``ApiError``: 404, 503."""
@@ -158,14 +159,11 @@ class SessionStore:
     async def save(self, session: LoadedSession, snapshots: Sequence[bytes]) -> None:
         """Keep what the request's sequences ended with, if Redis is there; goes on if the caller is cancelled."""
         if snapshots:
-            task = asyncio.create_task(self._save(session, snapshots))
-            self._saves.add(task)
-            task.add_done_callback(self._saves.discard)
-            await asyncio.shield(task)
+            await self._saves.run(self._save(session, snapshots))
 
     async def close(self) -> None:
         """Wait for saves whose callers were cancelled."""
-        await asyncio.gather(*self._saves, return_exceptions=True)
+        await self._saves.close()
 
     async def _open(
         self, tenant: str, session_id: str, seen: _Observation, domain: str = NO_DOMAIN, ttl_seconds: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -211,6 +212,38 @@ async def test_unused_tokens_come_back_without_redis(tmp_path: Path) -> None:
         await limiter.admit(someone, 60)
         with pytest.raises(ApiError, match="100 tokens a minute"):
             await limiter.admit(someone, 1)
+
+
+@pytest.mark.parametrize("leaves_during", ["admit", "settle"])
+async def test_tokens_of_a_client_that_leaves_while_redis_is_asked_come_back(
+    tmp_path: Path, leaves_during: str
+) -> None:
+    someone = tenant(tokens=10)  # lost ones would be back in a minute
+    async with running_valkey(tmp_path) as valkey, limiter_at(url_of_valkey_in(tmp_path)) as limiter:
+        charge = await limiter.admit(someone, 9)
+        if leaves_during == "admit":
+            await limiter.settle(charge, 0)
+        os.kill(valkey.pid, signal.SIGSTOP)
+        try:
+            others = [asyncio.create_task(limiter.admit(tenant(tokens=1), 1)) for _ in range(20)]  # more than at once
+            work = limiter.admit(someone, 9) if leaves_during == "admit" else limiter.settle(charge, 0)
+            asked = asyncio.create_task(work)
+            await asyncio.sleep(0)
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+        finally:
+            os.kill(valkey.pid, signal.SIGCONT)
+        await asyncio.gather(*others)
+        await until_admitted(limiter, someone, 9)
+
+
+async def until_admitted(limiter: RateLimiter, someone: Tenant, tokens: int) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            with contextlib.suppress(ApiError):
+                await limiter.admit(someone, tokens)
+                return
+            await asyncio.sleep(0.01)
 
 
 async def test_redis_down_fails_closed_if_so_set(tmp_path: Path) -> None:
