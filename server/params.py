@@ -23,6 +23,9 @@ from server.session_store import no_such_session
 from server.tenants import Tenant
 from server.work_shares import RequestWork
 
+_DEFAULT_PART = 4
+"""Outputs whose length the client does not say have together one part in so many of a tenant's tokens a minute."""
+
 _Number = TypeVar("_Number", int, float)
 
 
@@ -193,13 +196,14 @@ def check_token_ids(token_ids: Sequence[int], field: str, vocab_size: int) -> No
 def default_max_tokens(prompts: Sequence[TokenizedPrompt], n: int, info: EngineReady, tenant: Tenant) -> int:
     """How long outputs may get if the client does not say: as long as nothing refuses the request for it.
 
-    Bounded by the context, the KV cache, and the tenant's full bucket, which pays for the prompts and all outputs.
-    At least 1: where not even that fits, the message of what refuses it says why.
+    Bounded by the context, the KV cache, and the tenant's limit: all outputs together have a part of a full bucket, so
+    that one which is not full pays for them as well, and no more than the prompts leave of it. At least 1: where not
+    even that fits, the message of what refuses it says why.
     """
     rooms = [room_for_output(prompts, info)]
-    if tenant.tokens_per_minute is not None:
+    if (full := tenant.tokens_per_minute) is not None:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        rooms.append((tenant.tokens_per_minute - prompt_tokens) // (len(prompts) * n))
+        rooms.append(min(full // _DEFAULT_PART, full - prompt_tokens) // (len(prompts) * n))
     return max(1, min(rooms))
 
 

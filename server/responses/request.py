@@ -177,7 +177,12 @@ class ResponsesRequest(CommonFields):
     store: bool | None = Field(
         default=None, description="false: nothing of this is kept, and no request can go on from the answer."
     )
-    max_output_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Default: all that fits.")
+    max_output_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        lt=2**31,
+        description="Default: all that fits, at most a quarter of the tenant's tokens a minute.",
+    )
     tools: Annotated[list[FunctionTool] | None, at_most(MAX_TOOLS)] = Field(
         default=None, max_length=MAX_TOOLS, fail_fast=True, description="Functions for the model to call."
     )

@@ -124,7 +124,12 @@ class ChatCompletionRequest(SamplingFields):
     messages: Annotated[list[Message], BeforeValidator(few_parts)] = Field(
         min_length=1, max_length=MAX_MESSAGES, fail_fast=True
     )
-    max_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Default: all that fits.")
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        lt=2**31,
+        description="Default: all that fits, at most a quarter of the tenant's tokens a minute.",
+    )
     max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs logprobs.")

@@ -9,6 +9,7 @@ from engine.messages import EngineReady, SamplingParams
 from engine.request import Request
 from engine.scheduler import RequestTooLong, Scheduler
 from server.params import TokenizedPrompt, default_max_tokens
+from server.rate_limit import TokenBuckets
 from server.tenants import Tenant
 
 PROMPT = TokenizedPrompt([1] * 10)
@@ -36,7 +37,18 @@ def test_the_kv_cache_bounds_it_as_the_scheduler_does() -> None:
     scheduler.add(Request("fits", b"", "anyone", SamplingParams(max_tokens=most, seed=0), PROMPT.token_ids))
 
 
-@pytest.mark.parametrize(("prompts", "n", "most"), [(1, 1, 51), (1, 3, 17), (2, 1, 20), (2, 2, 10), (6, 1, 1)])
-def test_a_full_bucket_bounds_all_prompts_and_outputs_together(prompts: int, n: int, most: int) -> None:
-    tenant = Tenant(name="small", tokens_per_minute=61)
+@pytest.mark.parametrize(
+    ("prompts", "n", "most"), [(1, 1, 25), (1, 3, 8), (2, 1, 12), (2, 2, 6), (8, 1, 2), (9, 1, 1), (1, 99, 1)]
+)
+def test_all_outputs_have_a_quarter_of_a_bucket_and_a_full_one_less_the_prompts_at_most(
+    prompts: int, n: int, most: int
+) -> None:
+    tenant = Tenant(name="small", tokens_per_minute=100)
     assert default_max_tokens([PROMPT] * prompts, n, engine(), tenant) == most
+
+
+def test_a_bucket_pays_for_several_chats_that_ask_for_no_length() -> None:
+    tenant, buckets = Tenant(name="small", tokens_per_minute=160), TokenBuckets(lambda: 0.0)
+    most = default_max_tokens([PROMPT], 1, engine(), tenant)
+    charges = [buckets.take(tenant, 1, len(PROMPT.token_ids) + most) for _ in range(3)]
+    assert [lacking for lacking, _ in charges] == [None] * 3
