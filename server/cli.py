@@ -23,7 +23,7 @@ from server.processes import ENGINE_COMMAND, WORKER_COMMAND, engine_environment,
 from server.remote import RemoteError
 from server.settings import ConfigurationError, Settings, load_settings
 from server.settings_doc import settings_doc
-from server.tenants import check_tenant_name, hash_key, new_key
+from server.tenants import CLIENT_KEY, check_tenant_name, hash_key, new_key
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 keys_app = typer.Typer(help="API keys.")
@@ -102,7 +102,7 @@ def list_command(
 def chat_command(
     url: Annotated[str, typer.Argument(help="Of any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Default: the first that the server has.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_API_KEY", help="If the server wants one.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar=CLIENT_KEY, help="If the server wants one.")] = None,
 ) -> None:
     """Talk with a model. See how many tokens a second it writes and, in a terminal, by colours what was drafted."""
     in_colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ

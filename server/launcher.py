@@ -40,7 +40,7 @@ from server.processes import (
 )
 from server.settings import ConfigurationError, Settings
 from server.supervisor import ProcessFailed, SupervisedProcess
-from server.tenants import TenantRegistry, check_exposure
+from server.tenants import TenantRegistry, check_exposure, warn_of_client_key
 
 log = structlog.get_logger(__name__)
 
@@ -61,6 +61,7 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
     """
     tenants = TenantRegistry.from_settings(settings.auth, settings.limits)
     check_exposure(settings.http.host, settings.auth, tenants)
+    warn_of_client_key(tenants)
     files = validated_files(settings.engine) if with_engine else validated_model(settings.engine.model)
     max_connections = _allow_many_connections()
     with contextlib.ExitStack() as stack:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import re
 import secrets
 import tomllib
@@ -25,6 +26,10 @@ from server.settings import ConfigurationError, is_loopback
 KEY_PREFIX = "evs-"
 DEFAULT_TENANT = "default"
 METRICS_PATH = "/metrics"
+CLIENT_KEY = "EVOSPEC_API_KEY"
+"""The environment variable with the key that ``evospec chat`` and ``evospec bench`` send."""
+log = structlog.get_logger(__name__)
+
 _TENANT_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
@@ -152,6 +157,12 @@ def check_exposure(host: str, auth: AuthConfig, tenants: TenantRegistry) -> None
         f"refusing to listen on {host} without API keys: give --api-key KEY, --keys-file FILE (see `evospec keys new`) "
         "or --insecure"
     )
+
+
+def warn_of_client_key(tenants: TenantRegistry) -> None:
+    """Tell an operator who may take the clients' variable for the server's that nobody needs its key."""
+    if os.environ.get(CLIENT_KEY) and not tenants.has_keys:
+        log.warning(f"{CLIENT_KEY} is for clients only: set EVOSPEC_AUTH__API_KEY for this server to ask for a key")
 
 
 def sent_key(request: Request) -> str | None:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from server.bench.load import LoadOptions, LoadReport, Messages, Percentiles, new_progress, run_load
 from server.remote import Remote
+from server.tenants import CLIENT_KEY
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -32,7 +33,7 @@ PROMPTS = (
 def bench(
     url: Annotated[str, typer.Argument(help="Of any server that speaks OpenAI's API.")] = "http://127.0.0.1:8000",
     model: Annotated[str | None, typer.Option(help="Default: the first that the server has.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="EVOSPEC_API_KEY", help="If the server wants one.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar=CLIENT_KEY, help="If the server wants one.")] = None,
     concurrency: Annotated[list[int] | None, typer.Option(min=1, help="Requests at once [1]; repeatable.")] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="Default: 4 times the concurrency, at least 8.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,

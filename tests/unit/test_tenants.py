@@ -7,10 +7,13 @@ from typing import Annotated
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
+from structlog.testing import capture_logs
 
+from engine.models.config import ModelError
 from server.errors import install_error_handlers
+from server.launcher import serve
 from server.options import AuthConfig, LimitsConfig
-from server.settings import ConfigurationError
+from server.settings import ConfigurationError, load_settings
 from server.tenants import KEY_PREFIX, Tenant, TenantRegistry, authenticate, check_exposure, hash_key, new_key
 
 # Like those of new_key, and the same in every run: they are in the names of tests.
@@ -104,6 +107,18 @@ def test_exposure_needs_keys_or_insecure(keys_file: Path) -> None:
     check_exposure("127.0.0.1", AuthConfig(), open_registry)
     check_exposure("0.0.0.0", AuthConfig(insecure=True), open_registry)
     check_exposure("0.0.0.0", with_keys, TenantRegistry.from_settings(with_keys, NO_LIMITS))
+
+
+@pytest.mark.parametrize(("options", "warns"), [([], True), (["--api-key", ACME_KEY], False)])
+def test_a_server_without_keys_warns_of_a_clients_key_in_its_environment(
+    options: list[str], warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVOSPEC_API_KEY", OTHER_KEY)
+    with capture_logs() as lines, pytest.raises(ModelError):
+        serve(load_settings(["--model", "/nowhere/model.gguf", *options]), with_engine=False)
+    warnings = [str(line) for line in lines if line["log_level"] == "warning"]
+    assert ["EVOSPEC_AUTH__API_KEY" in line for line in warnings] == [True] * warns
+    assert OTHER_KEY not in str(lines)
 
 
 def test_new_keys_are_long_and_distinct() -> None:
