@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 import msgspec
@@ -91,19 +92,28 @@ def _reference(struct: type[msgspec.Struct]) -> dict[str, str]:
 
 
 def install_openapi(app: FastAPI, model: str, needs_key: bool) -> None:
-    """Make ``app.openapi()`` say what this server accepts: its model, and keys only where they are needed."""
+    """Make ``app.openapi()`` say what this server accepts: its model, and keys only where they are needed.
+
+    Threads may call it; the first that does makes the description.
+    """
+    lock = Lock()
 
     def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            _describe_bodies(schema["components"]["schemas"], model)
-            for operations in schema["paths"].values():
-                for operation in operations.values():
-                    _describe_operation(operation, model, needs_key)
-            app.openapi_schema = schema
-        return app.openapi_schema
+        with lock:
+            if app.openapi_schema is None:
+                app.openapi_schema = _describe(app, model, needs_key)
+            return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way FastAPI documents
+
+
+def _describe(app: FastAPI, model: str, needs_key: bool) -> dict[str, Any]:
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    _describe_bodies(schema["components"]["schemas"], model)
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            _describe_operation(operation, model, needs_key)
+    return schema
 
 
 def _describe_bodies(schemas: dict[str, Any], model: str) -> None:

@@ -6,6 +6,7 @@ Nothing here is decided by time: threads wait for events that the tests set.
 from __future__ import annotations
 
 import asyncio
+import pkgutil
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -275,6 +276,29 @@ async def test_a_large_body_names_its_wrong_field_as_a_small_one_does(serve_two:
     assert [answer.json()["error"]["param"] for answer in answers] == ["stop.1", "stop.1"]
     assert (too_many.status_code, "lists and objects" in too_many.text) == (400, True)
     assert undeclared.status_code == 400  # it is JSON, but does not say so
+
+
+@pytest.mark.parametrize(
+    ("path", "maker"),
+    [("/metrics", "server.metrics.generate_latest"), ("/openapi.json", "server.openapi.get_openapi")],
+)
+async def test_while_the_server_describes_itself_others_are_served(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, path: str, maker: str
+) -> None:
+    gate, make = Gate(), pkgutil.resolve_name(maker)
+
+    def make_behind_gate(*arguments: Any, **options: Any) -> Any:
+        gate.pass_through()
+        return make(*arguments, **options)
+
+    async with serve(one_token) as api:
+        monkeypatch.setattr(maker, make_behind_gate)
+        asked = [asyncio.create_task(api.client.get(path)) for _ in range(2)]
+        await until(lambda: gate.begun)
+        assert (await api.post("/v1/completions")).status_code == 200
+        assert len(gate.begun) == 1
+        gate.open(4)
+        assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
 
 
 def many_logprobs(request: EngineRequest) -> Any:
