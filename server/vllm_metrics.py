@@ -6,7 +6,7 @@ They are made of ours when somebody asks: the tenants together, labelled ``model
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -40,6 +40,12 @@ _HISTOGRAMS = (
 )
 _OUR_NAMES = {"num_preemptions": "preemptions", "iteration_tokens_total": "engine_step_tokens"}
 """Where they are others than vLLM's."""
+_USED = {
+    *(_OUR_NAMES.get(name, name) for name in (*_COUNTERS, *_GAUGES, *_HISTOGRAMS)),
+    "kv_blocks_used",
+    "kv_blocks_total",
+}
+_OF_TENANTS = {"model", "tenant", "domain"}
 _LABELS = ("model_name", "engine")
 _ENGINE = "0"
 
@@ -54,13 +60,15 @@ class WithVllmNames(Collector):
         self._registry, self._model = registry, model
 
     def collect(self) -> Iterator[Metric]:
-        """All families."""
-        families = list(self._registry.collect())
-        yield from families
-        yield from self._renamed(families)
+        """All families, one at a time: samples that live long are work for the collector of garbage."""
+        summed: dict[str, Metric] = {}
+        for family in self._registry.collect():
+            yield family
+            if (name := family.name.removeprefix("evospec:")) in _USED:
+                summed[name] = _all_tenants(family)
+        yield from self._renamed(summed)
 
-    def _renamed(self, families: Iterable[Metric]) -> Iterator[Metric]:
-        named = {family.name.removeprefix("evospec:"): family for family in families}
+    def _renamed(self, named: Mapping[str, Metric]) -> Iterator[Metric]:
         for name, labels in _COUNTERS.items():
             own = named[_OUR_NAMES.get(name, name)]
             counter = CounterMetricFamily(f"vllm:{name}", own.documentation, labels=(*_LABELS, *labels))
@@ -83,6 +91,18 @@ class WithVllmNames(Collector):
         gauge = GaugeMetricFamily(f"vllm:{name}", about, labels=_LABELS)
         gauge.add_metric((self._model, _ENGINE), value)
         return gauge
+
+
+def _all_tenants(family: Metric) -> Metric:
+    """The family with its samples summed over models, tenants and domains."""
+    sums: defaultdict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
+    for sample in family.samples:
+        labels = tuple((name, value) for name, value in sample.labels.items() if name not in _OF_TENANTS)
+        sums[sample.name, labels] += sample.value
+    summed = Metric(family.name, family.documentation, family.type)
+    for (name, labels), value in sums.items():
+        summed.add_sample(name, dict(labels), value)
+    return summed
 
 
 def _sums(metric: Metric, suffix: str, labels: Sequence[str]) -> Sums:
