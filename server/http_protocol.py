@@ -1,12 +1,14 @@
 """uvicorn's HTTP protocol, with bounds on what a client can send, whether or not anybody has asked for its key.
 
 httptools bounds neither a URL nor headers, and nothing ends a connection that sends slowly, not at all, or what nobody
-will read.
+will read, or that does not read its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -31,6 +33,8 @@ _SLOWEST_BODY = 1024
 """Bytes a second."""
 _BODY_GRACE = 10.0
 """Seconds before a body can be too slow."""
+READING_TIMEOUT = 60.0
+"""Seconds in which a client has to take something of what is there for it to read."""
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -56,6 +60,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_bytes, self._body_bytes = 0, 0
         self._body_seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._bytes_answered = 0
+        self._reading_timer: asyncio.TimerHandle | None = None
         self._discards = False
         self._left_to_discard = bounds.max_body_bytes
 
@@ -69,6 +75,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._reading_timer is not None:
+            self._reading_timer.cancel()
         if self._is_counted:
             self._connections.close(self._address)
         while self._unanswered:
@@ -122,6 +130,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         else:
             super().shutdown()
 
+    def write_answer(self, data: bytes) -> None:
+        """Send a piece of an answer, and see that the client takes it."""
+        self.transport.write(data)
+        self._bytes_answered += len(data)
+        if self._reading_timer is None:
+            self._watch_reading()
+
     def close_after(self, cycle: RequestResponseCycle) -> None:
         """End the connection after the answer of ``cycle``."""
         if self.transport.is_closing():
@@ -156,6 +171,20 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse(ApiError(408, "The request body came too slowly."))
         else:
             self._start_timer(self._body_tick, self._look_at_body)
+
+    def _watch_reading(self) -> None:
+        """While there is something that the client has not taken, look again later."""
+        self._reading_timer = None
+        if unsent := self.transport.get_write_buffer_size():
+            taken = self._bytes_answered - unsent
+            self._reading_timer = self.loop.call_later(READING_TIMEOUT, self._look_at_reading, taken)
+
+    def _look_at_reading(self, taken_before: int) -> None:
+        if self._bytes_answered - self.transport.get_write_buffer_size() > taken_before:
+            self._watch_reading()
+        else:
+            log.info("connection closed", reason="nothing of the answer was read in time")
+            _reset(self.transport)
 
     def _refuse(self, error: ApiError) -> None:
         """Answer the request that is arriving with ``error``, and end the connection after the answers in work."""
@@ -203,7 +232,7 @@ class _AnswerTransport:
     """What uvicorn needs of a transport to send the answer of ``cycle``."""
 
     def __init__(self, protocol: BoundedHttpProtocol, cycle: RequestResponseCycle) -> None:
-        self.write = protocol.transport.write
+        self.write = protocol.write_answer
         self.is_closing = protocol.transport.is_closing
         self.close = partial(protocol.close_after, cycle)
 
@@ -223,6 +252,12 @@ def _disconnect(cycle: RequestResponseCycle) -> None:
     """Let the application find that nobody waits for its answer."""
     cycle.disconnected = True
     cycle.message_event.set()
+
+
+def _reset(transport: asyncio.Transport) -> None:
+    """End a connection at once, without what the system still has to send: it would keep that for the client."""
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    transport.abort()
 
 
 def _encoded(error: ApiError) -> bytes:

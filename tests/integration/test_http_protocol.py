@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import select
 from typing import Any
 
 import pytest
@@ -193,6 +194,52 @@ async def test_time_in_which_the_application_takes_nothing_is_not_the_clients(ex
             assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
         writer.write(b"y" * 1_000_000)
         assert await read_response(reader) == (200, b"")
+
+
+class Pouring:
+    """An application whose answers are more than the buffers on the way hold, whole or in pieces."""
+
+    def __init__(self, num_bytes: int, in_pieces: bool) -> None:
+        self.ended = asyncio.Event()
+        self._num_bytes, self._size = num_bytes, 65536 if in_pieces else num_bytes
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"%d" % self._num_bytes)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for sent in range(self._size, self._num_bytes + 1, self._size):
+            more = sent < self._num_bytes
+            await send({"type": "http.response.body", "body": b"y" * self._size, "more_body": more})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.ended.set()
+
+
+@pytest.mark.parametrize("in_pieces", [True, False])
+async def test_a_client_that_does_not_read_its_answer_is_cut_off(
+    monkeypatch: pytest.MonkeyPatch, in_pieces: bool
+) -> None:
+    monkeypatch.setattr(http_protocol, "READING_TIMEOUT", 0.2)
+    app = Pouring(64 * 1024**2, in_pieces)
+    async with serving(app) as connect:
+        reader, writer = await connect()
+        writer.write(GET)
+        await reader.readuntil(b"\r\n\r\n")
+        hung_up = select.poll()
+        hung_up.register(writer.get_extra_info("socket").fileno(), 0)
+        assert await asyncio.to_thread(hung_up.poll, 20_000)
+        await asyncio.wait_for(app.ended.wait(), 20)
+
+
+async def test_a_client_that_reads_its_answer_slowly_gets_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "READING_TIMEOUT", 1.0)
+    num_bytes = 64 * 1024**2
+    async with serving(Pouring(num_bytes, in_pieces=False)) as connect:
+        reader, writer = await connect()
+        writer.write(GET)
+        await reader.readuntil(b"\r\n\r\n")
+        for _ in range(32):
+            await reader.readexactly(num_bytes // 32)
+            await asyncio.sleep(0.08)
 
 
 def test_the_time_a_body_may_take_grows_with_what_has_come_up_to_the_longest() -> None:
