@@ -60,11 +60,10 @@ async def begin_chat(
     prompts = [prompt]
     check_prompts(prompts, "messages", info)
     prediction = await work.run(encode_prediction, serving.tokenizer, body.prediction, info)
-    field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    max_tokens = getattr(body, field)
+    max_tokens = getattr(body, body.length_field)
     if max_tokens is None:
         max_tokens = default_max_tokens(prompts, n, info, tenant)
-    max_tokens = fit_max_tokens(max_tokens, field, prompts, info, serving.strict)
+    max_tokens = fit_max_tokens(max_tokens, body.length_field, prompts, info, serving.strict)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     sampling = await work.run(
         to_sampling_params,

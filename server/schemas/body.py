@@ -136,7 +136,7 @@ class LenientBody(Body):
     model_config = ConfigDict(extra="ignore")
 
     unsupported: ClassVar[Mapping[str, list[Any]]] = {}
-    """By name, the values besides null that ask for nothing."""
+    """By name, the values besides null that ask for nothing. A name that is among the synonyms, too, is one of them."""
     synonyms: ClassVar[Mapping[str, str]] = {}
 
     @model_validator(mode="before")
@@ -152,7 +152,7 @@ class LenientBody(Body):
     @classmethod
     def _judge(cls, name: str, value: Any, leniency: Leniency) -> None:
         """Note a field as ignored; raises ``PydanticCustomError`` for one that could change the answer."""
-        if name in cls.unsupported:
+        if name in cls.unsupported and name not in cls.synonyms:
             try:
                 refuse_unless_among([None, *cls.unsupported[name]], value)
             except PydanticCustomError as error:

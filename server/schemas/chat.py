@@ -130,7 +130,6 @@ class ChatCompletionRequest(SamplingFields):
         lt=2**31,
         description="Default: all that fits, at most a quarter of the tenant's tokens a minute.",
     )
-    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Needs logprobs.")
     tools: Annotated[list[Tool] | None, at_most(MAX_TOOLS)] = Field(
@@ -179,11 +178,6 @@ class ChatCompletionRequest(SamplingFields):
             raise PydanticCustomError("constraint", "cannot be used with tools", {"param": min(used)})
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "needs logprobs to be true", {"param": "top_logprobs"})
-        both = self.max_tokens, self.max_completion_tokens
-        if None not in both and both[0] != both[1]:
-            raise PydanticCustomError(
-                "max_tokens", "differs from max_completion_tokens; send one of them", {"param": "max_tokens"}
-            )
         return self
 
 

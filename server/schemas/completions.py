@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 from pydantic import BeforeValidator, Field, model_validator
@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from server.schemas.answers import AnswerBody
 from server.schemas.fields import SamplingFields, TokenId
+from server.schemas.unsupported import OF_CHAT, UNSUPPORTED
 
 MAX_PROMPTS = 128
 DEFAULT_MAX_TOKENS = 16
@@ -40,6 +41,8 @@ Prompt = Annotated[
 
 class CompletionRequest(SamplingFields):
     """Continue one or several prompts: a string, token ids, or a list of either."""
+
+    unsupported: ClassVar = UNSUPPORTED | OF_CHAT | {"add_special_tokens": [True]}
 
     prompt: Prompt
     max_tokens: int | None = Field(default=None, ge=0, lt=2**31, description="Default 16; 0 only with echo.")

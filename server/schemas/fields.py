@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from engine.config import MAX_SPECULATIVE_TOKENS
 from server.schemas.body import Harmless, LenientBody, at_most
@@ -75,6 +76,8 @@ class CommonFields(LenientBody):
 class SamplingFields(ConstraintFields, CommonFields):
     """Parameters of both completion endpoints."""
 
+    max_tokens: int | None = Field(default=None, ge=0, lt=2**31)
+    max_completion_tokens: int | None = Field(default=None, ge=1, lt=2**31, description="Newer name of max_tokens.")
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
@@ -87,3 +90,17 @@ class SamplingFields(ConstraintFields, CommonFields):
     min_tokens: int | None = Field(default=None, ge=0, lt=2**31)
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     stream_options: StreamOptions | None = None
+
+    @property
+    def length_field(self) -> Literal["max_tokens", "max_completion_tokens"]:
+        """Which of its two names the request's longest output has."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        both = self.max_tokens, self.max_completion_tokens
+        if None not in both and both[0] != both[1]:
+            raise PydanticCustomError(
+                "max_tokens", "differs from max_completion_tokens; send one of them", {"param": "max_tokens"}
+            )
+        return self

@@ -1,7 +1,7 @@
 """Fields of other servers' APIs that would change an answer, so that they are refused instead of ignored.
 
-They are those of OpenAI, vLLM, SGLang, llama.cpp, TGI, Mistral and OpenRouter as of 2026. Each has the values that ask
-for nothing; null always does.
+They are those of OpenAI, vLLM, SGLang, llama.cpp, TGI, Mistral and OpenRouter as of 2026, and those that only some of
+the APIs here have. Each has the values that ask for nothing; null always does.
 """
 
 from __future__ import annotations
@@ -68,7 +68,42 @@ _OUTPUT: dict[str, list[Any]] = {
     "structural_tag": [],
     "guided_whitespace_pattern": [],
 }
-UNSUPPORTED = _SAMPLING | _PROMPT | _THINKING | _OUTPUT
+_OF_ONE_API: dict[str, list[Any]] = {
+    "prompt": [""],
+    "suffix": [""],
+    "echo": [False],
+    "best_of": [1],
+    "add_special_tokens": [False],
+    "input": ["", []],
+    "instructions": [""],
+    "previous_response_id": [],
+    "conversation": [],
+    "background": [False],
+    "text": [{}, {"format": {"type": "text"}}],
+    "system": ["", []],
+    "output_config": [{}],
+    "container": [],
+    "mcp_servers": [[]],
+    "context_management": [[], {"edits": []}],
+}
+"""Those that completions, responses or messages have, for the others."""
+UNSUPPORTED = _SAMPLING | _PROMPT | _THINKING | _OUTPUT | _OF_ONE_API
+
+OF_CHAT: dict[str, list[Any]] = {
+    "messages": [[]],
+    "tools": [[]],
+    "tool_choice": ["none", "auto"],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "modalities": [["text"]],
+    "audio": [],
+    "prediction": [],
+    "reasoning_effort": ["none"],
+    "chat_template_kwargs": [{}],
+    "top_logprobs": [0],
+    "web_search_options": [],
+}
+"""Fields of chat, for completions."""
 
 SYNONYMS = {
     "regex": "guided_regex",

@@ -41,6 +41,7 @@ async def test_a_strict_server_refuses_them(serve: Any, path: str) -> None:
     ("path", "body", "field"),
     [
         (PATHS[0], {"prompt": [5] * 60}, "max_tokens"),
+        (PATHS[0], {"prompt": [5] * 60}, "max_completion_tokens"),
         (PATHS[1], {}, "max_tokens"),
         (PATHS[1], {}, "max_completion_tokens"),
     ],
@@ -56,6 +57,14 @@ async def test_max_tokens_beyond_the_context_are_as_many_as_fit(
     assert answer.status_code == 200
     assert len(request.prompt_token_ids) + request.sampling.max_tokens == 64
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_the_newer_name_of_max_tokens_is_as_good(serve: Any, path: str) -> None:
+    async with serve(one_token) as api:
+        answer = await api.post(path, max_completion_tokens=7)
+    assert (answer.status_code, answer.headers.get("x-ignored-fields")) == (200, None)
+    assert [request.sampling.max_tokens for request in api.engine.requests] == [7]
 
 
 async def test_template_variables_change_the_prompt(

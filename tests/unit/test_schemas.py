@@ -92,6 +92,7 @@ def test_values_out_of_range_or_of_the_wrong_type_are_refused(
         (ChatCompletionRequest, {**CHAT, "top_logprobs": 2}, "top_logprobs"),
         (ChatCompletionRequest, {**CHAT, "max_tokens": 0}, "max_tokens"),
         (ChatCompletionRequest, {**CHAT, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        (CompletionRequest, {**TEXT, "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         (
             ChatCompletionRequest,
             {**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
@@ -136,6 +137,38 @@ def test_unsupported_fields_pass_only_when_they_ask_for_nothing(field: str, asks
     assert (error.status, error.param, error.code) == (400, field, "unsupported_parameter")
     ChatCompletionRequest.model_validate({**CHAT, field: no_op})
     ChatCompletionRequest.model_validate({**CHAT, field: None})
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "field", "asks", "no_op"),
+    [
+        (CompletionRequest, TEXT, "tools", [{"type": "function", "function": {"name": "f"}}], []),
+        (CompletionRequest, TEXT, "tool_choice", "required", "auto"),
+        (CompletionRequest, TEXT, "messages", [ONE], []),
+        (CompletionRequest, TEXT, "prediction", {"type": "content", "content": "x"}, None),
+        (CompletionRequest, TEXT, "reasoning_effort", "high", "none"),
+        (CompletionRequest, TEXT, "top_logprobs", 5, 0),
+        (CompletionRequest, TEXT, "add_special_tokens", False, True),
+        (CompletionRequest, TEXT, "instructions", "Answer in French.", ""),
+        (ChatCompletionRequest, CHAT, "add_special_tokens", True, False),
+        (ChatCompletionRequest, CHAT, "echo", True, False),
+        (ChatCompletionRequest, CHAT, "best_of", 5, 1),
+        (ChatCompletionRequest, CHAT, "system", "Answer in French.", ""),
+        (ChatCompletionRequest, CHAT, "instructions", "Answer in French.", ""),
+        (ChatCompletionRequest, CHAT, "text", {"format": {"type": "json_object"}}, {"format": {"type": "text"}}),
+        (ChatCompletionRequest, CHAT, "output_config", {"format": {}}, {}),
+        (ChatCompletionRequest, CHAT, "previous_response_id", "resp_1", None),
+    ],
+)
+def test_fields_of_another_endpoint_pass_only_when_they_ask_for_nothing(
+    model: Any, base: dict[str, Any], field: str, asks: Any, no_op: Any
+) -> None:
+    error = error_of(model, {**base, field: asks})
+    assert (error.status, error.param, error.code) == (400, field, "unsupported_parameter")
+    for strict in (False, True):
+        leniency = Leniency(strict)
+        model.model_validate({**base, field: no_op}, context=leniency)
+        assert not leniency.ignored
 
 
 def test_completion_fields_that_are_not_supported() -> None:
