@@ -32,7 +32,8 @@ T = TypeVar("T")
 class Piece:
     """What an engine step added to one choice; ``text`` may be empty while a character is incomplete.
 
-    ``prompt_logprobs`` has one entry per prompt token after the first.
+    ``prompt_logprobs`` has one entry per prompt token after the first. ``echo`` is what the first piece of a choice has
+    in front of its text.
     """
 
     index: int
@@ -43,14 +44,14 @@ class Piece:
     finish_reason: Literal["stop", "length"] | None
     stop_reason: int | str | None
     embedding: bytes | None = None
+    echo: str = ""
 
     @property
     def size(self) -> int:
         """About the bytes of text whose parsing takes as long as it takes to write this out."""
         entries = [*self.logprobs, *self.prompt_logprobs]
-        return (
-            len(self.text) + len(self.embedding or b"") + _LOGPROB_SIZE * sum(1 + len(entry.top) for entry in entries)
-        )
+        num_bytes = len(self.echo) + len(self.text) + len(self.embedding or b"")
+        return num_bytes + _LOGPROB_SIZE * sum(1 + len(entry.top) for entry in entries)
 
 
 class Generation:
@@ -235,6 +236,7 @@ class Generation:
             embedding=output.embedding,
             finish_reason=output.finish_reason,  # type: ignore[arg-type]  # the other two were raised above
             stop_reason=output.stop_reason,
+            echo=self.prompt_of(choice.index).echo if is_first else "",
         )
 
     def _observe(self, choice: Choice, output: EngineOutput, now: float) -> None:

@@ -31,10 +31,11 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt; ``text`` is None where the client sent token ids."""
+    """A prompt; ``text`` is None where the client sent token ids, ``echo`` is what is put in front of its answers."""
 
     token_ids: list[int]
     text: str | None = None
+    echo: str = ""
 
 
 def find_session(sent: str, tenant: str) -> str:

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.answer import ChoicesAnswer
+from server.echo import with_echo
 from server.generation import Generation, Piece
 from server.logprobs import CompletionLogprobsFormatter, join_logprobs
 from server.openapi import errors, success
@@ -54,7 +55,10 @@ async def create_completion(
         logprobs=body.logprobs,
         prompt_logprobs=body.logprobs if body.echo else None,
     )
-    generation = Generation(serving, tenant, prompts, sampling, body.n or 1, max_tokens > 0, session_id)
+    n = body.n or 1
+    if body.echo:
+        prompts = await work.run(with_echo, prompts, n, serving.tokenizer)
+    generation = Generation(serving, tenant, prompts, sampling, n, max_tokens > 0, session_id)
     return await _CompletionAnswer(body, generation, serving).respond(request.receive)
 
 
@@ -81,9 +85,7 @@ class _CompletionAnswer(ChoicesAnswer):
         )
 
     def part_of_choice(self, piece: Piece) -> CompletionChoice | None:
-        text = piece.text
-        if piece.is_first and self._echo:
-            text = self._prompt_text(piece.index) + text
+        text = piece.echo + piece.text
         logprobs = self._logprobs(piece) if self._with_logprobs else None
         if not text and not piece.finish_reason and not (logprobs and logprobs.tokens):
             return None
@@ -94,10 +96,6 @@ class _CompletionAnswer(ChoicesAnswer):
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
         )
-
-    def _prompt_text(self, index: int) -> str:
-        prompt = self._generation.prompt_of(index)
-        return self._tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
     def _logprobs(self, piece: Piece) -> CompletionLogprobs:
         formatter = self._formatters[piece.index]

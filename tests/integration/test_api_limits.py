@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from engine.messages import EngineOutput, EngineRequest
+from engine.models.config import ModelFiles
+from engine.text.tokenizer import Tokenizer
 from server.tenants import hash_key
-from tests.integration.running_api import Api
+from tests.integration.running_api import Api, running_api
+from tests.tiny_models import VOCAB_SIZE
 
 PATHS = ["/v1/completions", "/v1/chat/completions"]
 ServeTenant = Callable[..., AbstractAsyncContextManager[Api]]
@@ -81,3 +84,17 @@ async def test_a_chat_without_max_tokens_is_never_more_than_a_quarter_of_a_full_
         too_much = await api.post("/v1/chat/completions", n=n, max_tokens=60 // n)
     assert outputs == {15 // n}
     assert too_much.status_code == 400
+
+
+async def test_so_much_echo_is_refused_that_is_far_more_than_the_request(
+    tiny_model: ModelFiles, tokenizer: Tokenizer, valkey_url: str, tmp_path: Path
+) -> None:
+    longest = max(range(VOCAB_SIZE), key=lambda token_id: len(tokenizer.token_bytes(token_id)))
+    prompts = [[longest] * 32_000] * 12
+    async with running_api(one_token, tiny_model, tokenizer, valkey_url, tmp_path, max_model_len=32_768) as api:
+        once = await api.post("/v1/completions", prompt=prompts, echo=True, max_tokens=1)
+        often = await api.post("/v1/completions", prompt=prompts, echo=True, max_tokens=1, n=16)
+    assert once.status_code == 200
+    assert {len(choice["text"]) for choice in once.json()["choices"]} == {len(tokenizer.decode([*prompts[0], 300]))}
+    assert (often.status_code, often.json()["error"]["param"]) == (400, "echo")
+    assert len(api.engine.requests) == len(prompts)

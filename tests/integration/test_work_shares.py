@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import pkgutil
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -20,6 +21,7 @@ from engine.text.tokenizer import Tokenizer
 from server import body_room
 from server.body_room import BodyRoom
 from server.engine_client import Overloaded
+from server.schemas.completions import CompletionChoice
 from server.tenants import hash_key
 from server.work_shares import SMALL, WorkShares
 from tests.integration.running_api import Api
@@ -326,6 +328,69 @@ async def test_a_long_answer_is_written_out_beside_the_event_loop(
     assert answer.text.count("-1.5") == 100
     assert threads
     assert threading.get_ident() not in threads
+
+
+class WatchedBackend:
+    """A tokenizer's backend that notes which threads decode, and how often it has begun and ended."""
+
+    def __init__(self, backend: Any) -> None:
+        self.threads, self.begun, self.ended = set[int](), 0, 0
+        self._backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return self._watch(getattr(self._backend, name)) if "decode" in name else getattr(self._backend, name)
+
+    def _watch(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self.threads.add(threading.get_ident())
+            self.begun += 1
+            result = decode(*arguments, **options)
+            self.ended += 1
+            return result
+
+        return watched
+
+
+async def test_prompts_to_echo_are_decoded_once_and_written_out_beside_the_event_loop(
+    serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = set[int]()
+
+    def choice(**fields: Any) -> CompletionChoice:
+        writers.add(threading.get_ident())
+        return CompletionChoice(**fields)
+
+    monkeypatch.setattr("server.routes.completions.CompletionChoice", choice)
+    prompts = [[300 + number] * 60 for number in range(30)]
+    async with serve(one_token) as api:
+        backend = api.app.state.tokenizer.backend = WatchedBackend(api.app.state.tokenizer.backend)
+        answer = await api.post("/v1/completions", prompt=prompts, n=4, echo=True, max_tokens=1)
+        texts = [api.tokenizer.decode([*prompt, 300]) for prompt in prompts for _ in range(4)]
+    assert [one["text"] for one in answer.json()["choices"]] == texts
+    assert backend.begun == len(prompts)
+    assert threading.get_ident() not in backend.threads | writers
+
+
+async def test_the_event_loop_goes_on_while_ids_are_decoded(serve: Any) -> None:
+    async with serve(silent) as api:
+        backend = api.app.state.tokenizer.backend = WatchedBackend(api.app.state.tokenizer.backend)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1000)  # a thread goes on only where another lets it
+        try:
+            saw_it_run = [await sees_decoding(api, backend) for _ in range(5)]  # a busy machine may let it miss one
+        finally:
+            sys.setswitchinterval(interval)
+    assert True in saw_it_run
+
+
+async def sees_decoding(api: Api, backend: WatchedBackend) -> bool:
+    """Whether the event loop runs between the beginning and the end of a long decoding."""
+    begun = backend.begun
+    asked = asyncio.create_task(api.client.post("/detokenize", json={"tokens": [300] * 2**17}))
+    await until(lambda: backend.begun > begun)
+    is_decoding = backend.ended < backend.begun
+    assert (await asked).status_code == 200
+    return is_decoding
 
 
 SEQUENCES = {"prompt": ["x"] * 8, "n": 16, "max_tokens": 8}
