@@ -1,4 +1,4 @@
-"""Text of token ids, and the prompts that are put in front of their completions."""
+"""The prompts that are put in front of their completions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,11 @@ MAX_ECHO = 16 * 1024**2
 """Bytes in front of all completions of a request: of a prompt they are written once for each choice."""
 
 
-def decode(tokenizer: Tokenizer, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-    """The same as the tokenizer's ``decode``, but other threads go on meanwhile."""
-    # decode() keeps the GIL, tenths of a second for a long text; decode_batch() does not.
-    return tokenizer.backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
-
-
 def with_echo(prompts: Sequence[TokenizedPrompt], n: int, tokenizer: Tokenizer) -> list[TokenizedPrompt]:
     """The prompts, each with its text to be put in front of its ``n`` choices; 400 for more than ``MAX_ECHO`` of it."""
     echoing, num_bytes = [], 0
     for prompt in prompts:
-        echo = decode(tokenizer, prompt.token_ids) if prompt.text is None else prompt.text
+        echo = tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
         num_bytes += n * len(echo.encode())
         if num_bytes > MAX_ECHO:
             raise bad_request(

@@ -92,8 +92,9 @@ class Tokenizer:
         return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``token_ids``; bytes that are no UTF-8 become U+FFFD."""
-        return self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        """Text of ``token_ids``; bytes that are no UTF-8 become U+FFFD. Other threads go on meanwhile."""
+        # The library's ``decode`` keeps the GIL, tenths of a second for a long text.
+        return self.backend.decode_batch([token_ids], skip_special_tokens=skip_special_tokens)[0]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; empty for special tokens and ids without a token."""

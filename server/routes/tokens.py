@@ -8,7 +8,6 @@ from starlette.responses import Response
 
 from engine.messages import EngineReady
 from engine.text.tokenizer import Tokenizer
-from server.echo import decode
 from server.json_bodies import JsonResponse
 from server.openapi import errors, success
 from server.params import check_model, check_token_ids, encode_messages, encode_text
@@ -64,4 +63,4 @@ def _tokens(body: TokenizeRequest, tokenizer: Tokenizer, info: EngineReady) -> b
 
 def _text(token_ids: list[int], tokenizer: Tokenizer) -> bytes:
     check_token_ids(token_ids, "tokens", tokenizer.vocab_size)
-    return msgspec.json.encode(DetokenizeResponse(decode(tokenizer, token_ids, skip_special_tokens=False)))
+    return msgspec.json.encode(DetokenizeResponse(tokenizer.decode(token_ids, skip_special_tokens=False)))
