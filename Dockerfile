@@ -33,6 +33,8 @@ COPY drafts drafts
 RUN python -m kernels.build --all && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM ${BASE}
+# Process 1: it takes signals from the first moment on, and ends what nobody else waits for.
+RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
 RUN useradd --system --uid 10001 --home-dir /var/lib/evospec --create-home evospec
 COPY --from=dependencies /opt/evospec /opt/evospec
 ENV PATH=/opt/evospec/bin:$PATH \
@@ -50,5 +52,5 @@ EXPOSE 8000
 # The first start fetches the model.
 HEALTHCHECK --start-period=300s --interval=10s --timeout=5s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-ENTRYPOINT ["evospec"]
+ENTRYPOINT ["tini", "--", "evospec"]
 CMD ["serve"]

@@ -261,7 +261,9 @@ class EngineConfig(Section):
 
     address: str = Field(
         default_factory=_private_address,
-        description="ZMQ address the engine binds; default: a Unix socket in a directory of this user's own.",
+        pattern=r"^(ipc://.+|tcp://.+:\d+)$",
+        description="ZMQ address the engine binds, ipc://PATH or tcp://HOST:PORT; "
+        "default: a Unix socket in a directory of this user's own.",
     )
     model: ModelConfig = Field(default_factory=ModelConfig)
     cache: CacheConfig = Field(default_factory=CacheConfig)

@@ -35,7 +35,10 @@ def configure_logging(level: str, format: str) -> None:
         if format == "json"
         # Its own way to show exceptions has local variables, which may hold prompts and keys.
         else [
-            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr is not None and sys.stderr.isatty(),  # None: it was closed before the start
+                exception_formatter=structlog.dev.plain_traceback,
+            )
         ]
     )
     handler = logging.StreamHandler(sys.stderr)

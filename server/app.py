@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib.metadata import version as package_version
 from typing import TYPE_CHECKING
 
@@ -136,8 +136,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         connection.cancel()
-        with suppress(asyncio.CancelledError):
-            await connection
+        await asyncio.gather(connection, return_exceptions=True)
         await state.serving.sessions.close()
         await state.serving.rate_limiter.close()
         work.close()

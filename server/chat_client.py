@@ -81,7 +81,7 @@ class Conversation:
                     answer += piece
                     tokens = (choice.get("logprobs") or {}).get("content") or []
                     if any("source" in token for token in tokens):
-                        yield from ((decoder.decode(bytes(token["bytes"])), token["source"]) for token in tokens)
+                        yield from ((decoder.decode(bytes(token["bytes"] or ())), token["source"]) for token in tokens)
                     else:
                         yield piece, ""
         self._messages.append({"role": "assistant", "content": answer})

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import structlog
 
+from server.settings import ConfigurationError
+
 log = structlog.get_logger(__name__)
 
 _PREFIX = "evospec-"
@@ -28,7 +30,11 @@ def instance_directory(parent: Path | None = None) -> Iterator[Path]:
         given = os.environ.get("XDG_RUNTIME_DIR")
         parent = Path(given if given and os.access(given, os.W_OK) else tempfile.gettempdir())
     _remove_abandoned(parent)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name, _locked(Path(name)):
+    try:
+        directory = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent)
+    except OSError as error:
+        raise ConfigurationError(f"no directory can be made in {parent}: {error.strerror}") from error
+    with directory as name, _locked(Path(name)):
         yield Path(name)
 
 

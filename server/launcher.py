@@ -87,7 +87,11 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
                 children.append(worker_process(settings, app))
 
         def greet() -> None:
-            print(banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True)
+            # Nobody may read it, or be able to write it: the log says the same.
+            with contextlib.suppress(OSError, ValueError):
+                print(
+                    banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True
+                )
 
         launcher = _Launcher(app, settings.http, max_connections, listener, metrics_listener, children, url, greet)
         gc.collect()
@@ -246,8 +250,9 @@ def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (while")[0]  # what follows names the address again
+    except (OSError, OverflowError) as error:
+        # What follows "(while" names the address again.
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
         raise ConfigurationError(f"cannot listen on {host}:{port}: {reason}") from error
 
 

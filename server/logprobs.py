@@ -26,8 +26,8 @@ def _content_logprob(tokenizer: Tokenizer, entry: TokenLogprob) -> ContentLogpro
 
 
 def _top_logprob(tokenizer: Tokenizer, token_id: int, logprob: float) -> TopLogprob:
-    data = _visible_bytes(tokenizer, token_id)
-    return TopLogprob(_text(data), _finite(logprob), list(data))
+    data = tokenizer.token_bytes(token_id)
+    return TopLogprob(_text(_visible_bytes(tokenizer, token_id)), _finite(logprob), list(data) if data else None)
 
 
 class CompletionLogprobsFormatter:

@@ -66,7 +66,8 @@ class RequestMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = headers["Request-Id"] = request_id  # OpenAI's name for it, and Anthropic's
             await send(message)
 
         try:

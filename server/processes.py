@@ -59,10 +59,19 @@ def learn_where_possible(settings: Settings, files: ModelFiles) -> None:
     """Switch alignment off where nobody asked for it and the model's draft, or the machine, does not allow it."""
     engine, alignment = settings.engine, settings.engine.alignment
     if not engine.must_learn and alignment.enabled:
-        room = shutil.disk_usage(shared_memory()).free
+        room = _free_bytes(shared_memory())
         alignment.enabled = can_learn(engine, files.name) and room >= _ROOM_TO_LEARN
         if room < _ROOM_TO_LEARN:
             log.warning("the draft does not learn", reason=f"of 512 MiB {shared_memory()} has {room >> 20} free")
+
+
+def _free_bytes(directory: Path) -> int:
+    """0 where there is no such directory, and none can be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return 0
 
 
 def keep_learning_apart(alignment: AdaptersConfig, instance: str | None, stack: contextlib.ExitStack) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,6 +19,9 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+_COMMENT = b": nothing yet\n\n"
+SILENCE = 10.0
+"""Seconds before an answer's first item in which nothing is sent."""
 _encoder = msgspec.json.Encoder()
 
 
@@ -70,9 +73,10 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 class EventStream(Response):
     """Streams encoded events; each item of ``events`` is one write.
 
-    Headers wait for the first item, so an error before it is an ordinary error response. What ``encode_failure`` makes
-    of an error after it is the last item, and then comes ``StreamFailed``. A client that goes away closes ``events`` at
-    once.
+    Headers wait for the first item, so an error before it is an ordinary error response; but not for longer than
+    ``SILENCE``, since proxies and clients give up. Then comments come until the first item is there. What
+    ``encode_failure`` makes of an error after the headers is the last item, and then comes ``StreamFailed``. A client
+    that goes away closes ``events`` at once.
     """
 
     media_type = "text/event-stream"
@@ -88,12 +92,17 @@ class EventStream(Response):
         await run_until_disconnect(receive, self._stream(send))
 
     async def _stream(self, send: Send) -> None:
-        async with aclosing(self._events) as events:
-            first = await anext(events)
+        async with aclosing(self._events) as events, _first_of(events) as first:
+            await asyncio.wait({first}, timeout=SILENCE)
+            if first.done():
+                await first
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             failure = None
             try:
-                await _write(send, first)
+                while not first.done():
+                    await _write(send, _COMMENT)
+                    await asyncio.wait({first}, timeout=SILENCE)
+                await _write(send, await first)
                 async for data in events:
                     await _write(send, data)
             except ApiError as error:
@@ -106,6 +115,17 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b""})
         if failure is not None:
             raise StreamFailed(failure.status)
+
+
+@asynccontextmanager
+async def _first_of(events: AsyncGenerator[bytes, None]) -> AsyncIterator[asyncio.Future[bytes]]:
+    """The first item, which may still have to come; nobody waits for it after the block."""
+    first = asyncio.ensure_future(anext(events))
+    try:
+        yield first
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
 
 
 async def _write(send: Send, data: bytes) -> None:

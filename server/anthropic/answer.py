@@ -70,7 +70,8 @@ class MessagesAnswer(BlocksAnswer):
             return "max_tokens"
         if isinstance(self._last.stop_reason, str):
             return "stop_sequence"
-        return "tool_use" if self._writer.has_calls and is_ended_by_model(self._last) else "end_turn"
+        has_calls = any(block.kind == "call" and block.arguments() is not None for block in self._writer.blocks)
+        return "tool_use" if has_calls and is_ended_by_model(self._last) else "end_turn"
 
     def _stop_sequence(self) -> str | None:
         assert self._last is not None

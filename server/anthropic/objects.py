@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+import structlog
 
 from server.errors import ApiError
 
@@ -23,7 +24,8 @@ _ERROR_TYPES = {
 def error_body(error: ApiError) -> dict[str, Any]:
     """An error in the shape of Anthropic's API."""
     kind = _ERROR_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
@@ -37,6 +39,7 @@ class ErrorMessage(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
     """Body of every response of /v1/messages with status 400 or higher."""
 
     error: ErrorDetail
+    request_id: str | None = None
 
 
 class TextContent(msgspec.Struct, frozen=True, tag_field="type", tag="text"):

@@ -40,7 +40,9 @@ def bench(
     temperature: Annotated[float, typer.Option(min=0, help="0: the most likely token.")] = 0.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="All answers are max_tokens long.")] = False,
     prompts: Annotated[Path | None, typer.Option(help='JSON lines: {"messages": [...]} or {"prompt": "..."}.')] = None,
-    output: Annotated[Path | None, typer.Option(help="Write what was measured here, too, as JSON.")] = None,
+    output: Annotated[
+        typer.FileTextWrite | None, typer.Option(lazy=False, help="Write what was measured here, too, as JSON.")
+    ] = None,
 ) -> None:
     """Measure how fast a server answers: tokens a second, times to and between tokens, tokens a step."""
     remote, console = Remote(url, api_key), Console()
@@ -67,7 +69,7 @@ def bench(
     for message in sorted({message for report in reports.values() for message in report.error_messages}):
         console.print(message, style="red", markup=False)
     if output is not None:
-        output.write_text(json.dumps({str(level): asdict(report) for level, report in reports.items()}, indent=2))
+        json.dump({str(level): asdict(report) for level, report in reports.items()}, output, indent=2)
     if any(report.errors for report in reports.values()):
         raise typer.Exit(1)
 

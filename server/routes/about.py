@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from datetime import UTC, datetime
 
 from fastapi import APIRouter, Depends, Request
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -40,13 +41,16 @@ async def get_model(model: str, _: CurrentTenant, serving: CurrentServing) -> Re
 def _card(serving: Serving) -> ModelCard:
     return ModelCard(
         id=serving.model,
+        display_name=serving.model,
         created=serving.created,
+        created_at=datetime.fromtimestamp(serving.created, UTC).isoformat(),
         root=serving.model_root,
         max_model_len=serving.engine_info.max_model_len,
         default_sampling_params=serving.sampling_defaults,
     )
 
 
+@public_router.head("/health", include_in_schema=False)
 @public_router.get("/health", responses={200: {"description": "The engine is ready.", "content": None}, **errors(503)})
 async def health(request: Request, serving: CurrentServing) -> Response:
     """200 while the engine is ready and the server is not about to end. Needs no API key."""

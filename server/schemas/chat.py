@@ -182,11 +182,12 @@ class ChatCompletionRequest(SamplingFields):
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """An alternative. ``bytes`` are the token's own UTF-8 bytes, perhaps only part of a character."""
+    """An alternative. ``bytes`` are the token's own UTF-8 bytes, perhaps only part of a character; None: it has no text,
+    as the token that ends an answer."""
 
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class ContentLogprob(TopLogprob, frozen=True):

@@ -20,12 +20,17 @@ TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 
 def _say_what_a_prompt_is(value: Any) -> Any:
     """One clear error instead of one for each of the four forms."""
-    if value == []:
+    if isinstance(value, str):
+        return value
+    kinds = set(map(type, value)) if isinstance(value, list) else None
+    if kinds == set() or (kinds == {list} and [] in value):
         raise PydanticCustomError("prompt", "must not be empty")
-    if not isinstance(value, str | list) or (isinstance(value, list) and type(value[0]) not in (str, int, list)):
+    if kinds not in ({str}, {int}, {list}):
         raise PydanticCustomError(
             "prompt", "must be a string, a list of strings, a list of token ids or a list of lists of token ids"
         )
+    if kinds != {int} and len(value) > MAX_PROMPTS:
+        raise PydanticCustomError("too_long", f"must be at most {MAX_PROMPTS} at once, not {len(value)}")
     return value
 
 

@@ -13,12 +13,15 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     """The served model. ``max_model_len`` bounds prompt plus output, in tokens.
 
     ``root``: what it was before ``--served-model-name``, such as its Hugging Face id. ``default_sampling_params``: for
-    what a request leaves out.
+    what a request leaves out. ``type``, ``display_name`` and ``created_at`` are Anthropic's.
     """
 
     id: str
     object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
+    display_name: str
     created: int
+    created_at: str
     owned_by: str = "evospec"
     root: str
     max_model_len: int
