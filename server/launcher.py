@@ -87,11 +87,9 @@ def serve(settings: Settings, *, with_engine: bool) -> int:
                 children.append(worker_process(settings, app))
 
         def greet() -> None:
-            # Nobody may read it, or be able to write it: the log says the same.
-            with contextlib.suppress(OSError, ValueError):
-                print(
-                    banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys), flush=True
-                )
+            text = banner(url, app.state.model, app.state.serving.engine_info, needs_key=tenants.has_keys)
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it, or its letters cannot be written there
+                print(text, flush=True)
 
         launcher = _Launcher(app, settings.http, max_connections, listener, metrics_listener, children, url, greet)
         gc.collect()

@@ -38,12 +38,16 @@ class SamplingState:
         num_prompt: how many of ``token_ids``, the first, are the prompt's.
         token_ids: distinct tokens, so that penalties touch those and never the vocabulary.
         counts: of each in the output: 0 for some of the prompt, and for drafts that were taken back.
+        bias: the tokens of logit_bias and what is added to them; None without.
     """
 
     def __init__(self, params: SamplingParams, prompt_token_ids: list[int]) -> None:
         penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self.has_penalties = penalties != (1.0, 0.0, 0.0)
         self.edits_logits = bool(params.grammar or self.has_penalties or params.logit_bias or params.min_tokens)
+        self.bias: tuple[IdArray, FloatArray] | None = None
+        if biases := params.logit_bias:
+            self.bias = np.fromiter(biases, np.int64), np.fromiter(biases.values(), np.float32)
         counted = prompt_token_ids if params.repetition_penalty != 1.0 else []
         self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(counted))}
         self.num_prompt = len(self._slots)
@@ -105,9 +109,8 @@ class LogitsEdits:
     def _add_row(self, row: int, params: SamplingParams, num_output: int, state: SamplingState) -> None:
         if num_output < params.min_tokens:
             self._add_bans(row, params)
-        if params.logit_bias:
-            token_ids = np.fromiter(params.logit_bias, dtype=np.int64)
-            self._biases.append((row, token_ids, np.fromiter(params.logit_bias.values(), dtype=np.float32)))
+        if state.bias is not None:
+            self._biases.append((row, *state.bias))
         if state.has_penalties:
             penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
             self._seen.add(row, penalties, state.num_prompt, state.token_ids, state.counts)

@@ -182,8 +182,8 @@ class ChatCompletionRequest(SamplingFields):
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """An alternative. ``bytes`` are the token's own UTF-8 bytes, perhaps only part of a character; None: it has no text,
-    as the token that ends an answer."""
+    """An alternative. ``bytes`` are the token's own UTF-8 bytes, perhaps only part of a character; None for one without
+    text, such as the token that ends an answer."""
 
     token: str
     logprob: float

@@ -89,11 +89,6 @@ class BlockWriter:
             self.blocks[-1].is_whole = is_ended_by_model(last)
             yield End(self.blocks[-1])
 
-    @property
-    def has_calls(self) -> bool:
-        """Whether a call has begun."""
-        return any(block.kind == "call" for block in self.blocks)
-
     def _take(self, part: AnswerPart) -> Iterator[Change]:
         if part.reasoning:
             yield from self._add("thoughts", part.reasoning)

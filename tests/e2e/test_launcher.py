@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ import pytest
 from engine.models.registry import REGISTRY
 from engine.speculation.draft_files import DRAFTS
 from server import cli, launcher
+from server.settings import ConfigurationError
 from server.tenants import hash_key
 from tests.running_command import run_evospec
 from tests.running_server import AT_ONCE, EVOSPEC, SMALL, RunningServer
@@ -348,6 +350,7 @@ def test_engine_and_api_server_can_be_started_alone(
         (["--model", "no-such-model"], "no-such-model"),
         (["--keys-file", "/nowhere/keys.toml"], "/nowhere/keys.toml"),
         (["--port", "x"], "http.port"),
+        (["--engine.address", "tcp://nonsense"], "engine.address"),
         (["--redis.url", "ftp://host"], "redis.url"),
         (["--kv-max-bytes", "1000"], "0 MiB for the KV cache hold 0 tokens"),
         (["--engine.model.max_model_len", "100000"], "the model's limit is 8192"),
@@ -404,6 +407,25 @@ def test_a_server_whose_model_is_damaged_ends(smollm2_path: Path, tmp_path: Path
     assert end["level"] == "error"
     assert "damaged" in str(end["reason"])
     assert not marker.exists()
+
+
+def test_a_number_that_is_no_port_is_one_line() -> None:
+    with pytest.raises(ConfigurationError, match=r"cannot listen on 127\.0\.0\.1:99999: .*0-65535"):
+        launcher._listen("127.0.0.1", 99999)
+
+
+def test_a_banner_that_nobody_reads_ends_no_server(tmp_path: Path, tiny: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [EVOSPEC, "serve", "--model", str(tiny), *SMALL, *AT_ONCE, "--port", "0"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=writing, stderr=log) as process:
+        os.close(writing)
+        deadline = time.monotonic() + 120
+        while b"engine ready" not in (tmp_path / "log").read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1)  # in which it prints the banner
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_port_in_use_is_one_line() -> None:

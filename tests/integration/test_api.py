@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from engine.messages import EngineOutput, EngineRequest, EngineStats, StepTimings, TokenLogprob
 from engine.text.tokenizer import Tokenizer
+from server import sse
 from server.tenants import hash_key
 from tests.integration.running_api import CHAT, TEXT
 from tests.integration.scripted_engine import Script, ScriptedEngine
@@ -175,6 +176,27 @@ async def test_completion_logprobs_and_echo(serve: Any, replies: Script, prompt:
     assert {key: [v for part in streamed for v in part["logprobs"][key]] for key in logprobs} == logprobs
 
 
+async def test_a_token_without_text_has_no_bytes_in_chat(serve: Any, tokenizer: Tokenizer) -> None:
+    [end, *_] = tokenizer.eos_token_ids
+    [letter] = tokenizer.encode("a", add_special_tokens=False)
+
+    def script(request: EngineRequest) -> Iterable[EngineOutput]:
+        logprobs = [logprob(token_id, 1) for token_id in (letter, end)]
+        yield EngineOutput(
+            request_id=request.request_id,
+            token_ids=[letter, end],
+            logprobs=logprobs,
+            text_length=1,
+            finish_reason="stop",
+        )
+
+    async with serve(script) as api:
+        choice = (await api.post("/v1/chat/completions", logprobs=True, top_logprobs=1)).json()["choices"][0]
+    text, last = choice["logprobs"]["content"]
+    assert bytes(text["bytes"]).decode() == choice["message"]["content"]
+    assert (last["token"], last["bytes"]) == (tokenizer.id_to_token(end), None)
+
+
 async def test_chat_logprobs_carry_the_bytes_of_each_token(serve: Any, replies: Script) -> None:
     async with serve(replies) as api:
         choice = (await api.post("/v1/chat/completions", logprobs=True, top_logprobs=2)).json()["choices"][0]
@@ -268,7 +290,31 @@ async def test_request_ids_are_echoed_if_harmless(serve: Any, given: str, echoed
     async with serve(silent) as api:
         response = await api.client.get("/v1/models", headers={"X-Request-Id": given})
     assert (response.headers["x-request-id"] == given) is echoed
-    assert response.headers["x-request-id"]
+    assert response.headers["x-request-id"] == response.headers["request-id"]  # Anthropic's name for it
+
+
+async def test_health_can_be_asked_without_a_body(serve: Any) -> None:
+    async with serve(silent) as api:
+        assert (await api.client.head("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_stream_that_waits_for_its_first_token_is_not_silent(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Proxies and clients give up on what sends nothing."""
+    monkeypatch.setattr(sse, "SILENCE", 0.05)
+    body = {"model": "tiny", "prompt": "a", "stream": True}
+    async with serve(silent) as api, api.client.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.aiter_lines()
+        assert response.status_code == 200
+        assert [await anext(lines) for _ in range(4)] == [": nothing yet", "", ": nothing yet", ""]
+        [request] = api.engine.requests
+        reason = "error" if fails else "stop"
+        await api.engine.send(EngineOutput(request_id=request.request_id, token_ids=[100], finish_reason=reason))
+        events = [line async for line in lines if line.startswith("data: ")]
+    assert ("error" in json.loads(events[0].removeprefix("data: "))) is fails
+    assert (events[-1] == "data: [DONE]") is not fails
 
 
 async def test_models_and_tokens(serve: Any) -> None:

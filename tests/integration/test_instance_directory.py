@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from server.instance_directory import instance_directory
+from server.settings import ConfigurationError
 
 INSTANCE = """
 from server.instance_directory import instance_directory
@@ -49,6 +52,17 @@ def test_it_is_private_and_removed_at_the_end(tmp_path: Path, monkeypatch: pytes
         assert directory.stat().st_mode & 0o777 == 0o700
         assert list(tmp_path.iterdir()) == [directory]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_is_full_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(ConfigurationError, match="No space left on device"), instance_directory():
+        pass
 
 
 def test_the_next_instance_removes_what_a_killed_one_left_and_nothing_else(start: Start, tmp_path: Path) -> None:

@@ -153,12 +153,14 @@ async def test_keys_and_errors_are_anthropics(tools_api: Serve, tokenizer: Token
         with pytest.raises(anthropic.AuthenticationError) as unknown:
             await stranger.messages.create(**BODY)
         async with client_of(api, "secret") as client:
-            await client.messages.create(**BODY)
+            answer = await client.messages.create(**BODY)
+            assert answer._request_id
             with pytest.raises(anthropic.NotFoundError) as missing:
                 await client.messages.create(**BODY | {"model": "other"})
             with pytest.raises(anthropic.BadRequestError) as wrong:
                 await client.messages.create(**BODY | {"max_tokens": 0})
-            await client.models.list()
+            [model] = (await client.models.list()).data
+            assert (model.type, model.display_name, model.created_at.year > 2000) == ("model", "tiny", True)
             with pytest.raises(anthropic.RateLimitError) as limited:
                 await asyncio.gather(*(client.messages.create(**BODY) for _ in range(9)))
     for error, kind in (
@@ -169,6 +171,7 @@ async def test_keys_and_errors_are_anthropics(tools_api: Serve, tokenizer: Token
     ):
         body: Any = error.body
         assert (body["type"], body["error"]["type"]) == ("error", kind)
+        assert body["request_id"] == error.request_id
     assert "max_tokens" in wrong.value.message
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
@@ -22,6 +23,13 @@ try:
 except ValueError:
     structlog.get_logger("test").exception("it failed")
 """
+
+
+@pytest.mark.parametrize("format", ["json", "console"])
+def test_a_process_whose_errors_go_nowhere_starts(format: str) -> None:
+    """As that of a daemon that has closed its descriptors."""
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(SCRIPT)} {format} 2>&-"
+    subprocess.run(command, shell=True, check=True)
 
 
 @pytest.mark.parametrize("format", ["json", "console"])

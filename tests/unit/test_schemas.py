@@ -79,7 +79,7 @@ def test_values_out_of_range_or_of_the_wrong_type_are_refused(
         (CompletionRequest, {**TEXT, "stop": ["a", 5]}, "stop.1"),
         (CompletionRequest, {**TEXT, "prompt": []}, "prompt"),
         (CompletionRequest, {**TEXT, "prompt": {}}, "prompt"),
-        (CompletionRequest, {**TEXT, "prompt": [[]]}, "prompt.0"),
+        (CompletionRequest, {**TEXT, "prompt": [[]]}, "prompt"),
         (CompletionRequest, {**TEXT, "prompt": [[1, -2]]}, "prompt.0.1"),
         (CompletionRequest, {**TEXT, "prompt": [True]}, "prompt"),
         (CompletionRequest, {**TEXT, "logprobs": 21}, "logprobs"),
@@ -119,6 +119,12 @@ def test_a_message_is_about_one_place() -> None:
     error = error_of(CompletionRequest, {**TEXT, "n": 0, "stop": ["a", 5]})
     assert error.param == "stop.1"
     assert error.message == "stop.1: Input should be a valid string"
+
+
+@pytest.mark.parametrize("prompt", [["a"] * 129, [[1]] * 129])
+def test_too_many_prompts_are_a_clear_error(prompt: Any) -> None:
+    error = error_of(CompletionRequest, {**TEXT, "prompt": prompt})
+    assert error.message == "prompt: must be at most 128 at once, not 129"
 
 
 @pytest.mark.parametrize(
