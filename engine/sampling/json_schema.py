@@ -43,6 +43,8 @@ _PART = re.compile(r"(\\?[^\x00-\x7f]|\\.|\[(?:\\.|[^\]\\])*\]?|\(|\)(?:\?|\{[0-
 
 A class that does not end is one up to the pattern's end, so that the text behind it is not looked through again.
 """
+_TOO_OFTEN = re.compile(r"\{(?:[0-9]+,)?[0-9]{7,}[,}]")
+"""A number of repeats that xgrammar, which counts in 32 bits, may take for another."""
 _NOT_ASCII = re.compile(r"\\?([^\x00-\x7f])")
 
 
@@ -117,8 +119,10 @@ def rewrite_pattern(pattern: str, *, to_ascii: bool = True) -> str:
     """The same regular expression, with neither ``?`` nor ``{n,}`` after a group and, for a string of JSON, in ASCII.
 
     Raises:
-        GrammarError: it is too long.
+        GrammarError: it is too long, or repeats something too often.
     """
+    if _TOO_OFTEN.search(pattern):
+        raise GrammarError("a pattern repeats something a million times or more")
     written, groups = "", []
     for part in _PART.split(pattern):
         if part == "(":
@@ -127,7 +131,7 @@ def rewrite_pattern(pattern: str, *, to_ascii: bool = True) -> str:
         if part == ")?":
             written += "){0,1}"
         elif part.startswith("){"):
-            least = part[2:-2].lstrip("0")  # may have more digits than Python makes a number of
+            least = part[2:-2].lstrip("0")
             written += {"": ")*", "1": ")+"}.get(least) or f"){{{least}}}{written[begin:]})*"
         else:
             written += _NOT_ASCII.sub(lambda found: f"\\u{{{ord(found[1]):X}}}", part) if to_ascii else part
