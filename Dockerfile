@@ -34,7 +34,7 @@ RUN python -m kernels.build --all && pip wheel --no-cache-dir --no-deps --wheel-
 
 FROM ${BASE}
 # Process 1: it takes signals from the first moment on, and ends what nobody else waits for.
-RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/*
+RUN apt-get update && apt-get install --yes --no-install-recommends tini && rm -rf /var/lib/apt/lists/* /var/cache/apt/*
 RUN useradd --system --uid 10001 --home-dir /var/lib/evospec --create-home evospec
 COPY --from=dependencies /opt/evospec /opt/evospec
 ENV PATH=/opt/evospec/bin:$PATH \
