@@ -27,6 +27,8 @@ from engine.speculation.draft_files import choose_method, draft_model_config
 log = structlog.get_logger(__name__)
 
 _REPORT_SECONDS = 0.25
+_RECEIVING_SECONDS = 0.005
+"""How long messages are taken before another step: those who run wait meanwhile. The others stay in the socket."""
 
 
 def introduction(config: EngineConfig, core: EngineCore, model_name: str, epoch: str) -> messages.EngineReady:
@@ -83,12 +85,15 @@ class EngineProcess:
     def _receive(self, patience: float) -> None:
         if patience and not self._socket.poll(int(patience * 1000)):
             return
+        end = time.monotonic() + _RECEIVING_SECONDS
         while True:
             try:
                 client, payload = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._handle(client, payload)
+            if time.monotonic() >= end:
+                return
 
     def _handle(self, client: bytes, payload: bytes) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import msgspec
@@ -97,6 +98,35 @@ def check_refused_alone(engine: Engine, prompt: list[int], tenant: str, kind: st
     while engine.is_busy:
         engine.step()
     assert received + engine.output(request_id) == expected
+
+
+def test_a_flood_of_requests_is_taken_a_little_at_a_time(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was left in the socket is found without another message, in order. Each message takes 2 ms here."""
+    now, taken = 0.0, []
+
+    def handle(process: EngineProcess, client: bytes, payload: bytes) -> None:
+        nonlocal now
+        now += 0.002
+        taken.append(payload)
+
+    monkeypatch.setattr("engine.process.time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(EngineProcess, "_handle", handle)
+    config = EngineConfig(address=f"ipc://{tmp_path}/engine.sock")
+    process = EngineProcess(config, engine.core, "tiny", FileCheck({}))
+    sent = [bytes([number]) for number in range(20)]
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    with socket as client:
+        client.connect(config.address)
+        for payload in sent:
+            client.send(payload)
+        while len(taken) < len(sent):
+            num_before = len(taken)
+            process._receive(20)
+            assert num_before < len(taken) <= num_before + 3
+    process._socket.close()
+    assert taken == sent
 
 
 def test_bytes_that_are_no_message_are_left_out(engine: Engine, tmp_path: Path) -> None:
