@@ -11,6 +11,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -36,6 +37,16 @@ _MAX_COMPILING = 4
 
 _Key = tuple[str, Grammar]
 """A tenant and its grammar: tenants share none, so that none can tell what another uses."""
+
+
+class _Wanted(NamedTuple):
+    """A grammar that is waited for, and the requests that wait for it, by id in order of arrival.
+
+    Whoever waits uses this key, since equal ones are compared text by text.
+    """
+
+    key: _Key
+    requests: dict[str, Request]
 
 
 class GrammarPool:
@@ -64,8 +75,10 @@ class GrammarPool:
         """Of grammars that turned out to be unusable."""
         self._deaths: dict[_Key, str] = {}
         """Why processes have ended by themselves since ``take_ready``: another try may fare better."""
-        self.waiting: dict[str, Request] = {}
-        """Requests whose grammar is not compiled yet, by id, in order of arrival."""
+        self.waiting: dict[str, _Wanted] = {}
+        """What requests wait for, by their ids."""
+        self._wanted: dict[_Key, _Wanted] = {}
+        """The same without repetition, in the order in which it was first asked for."""
         self._num_turns = 0
         self._turns: dict[str, int] = {}
         """When each tenant's latest compilation began, counted in compilations."""
@@ -80,26 +93,32 @@ class GrammarPool:
 
     def add(self, request: Request) -> None:
         """Have the request's grammar compiled, if it is not yet."""
-        self.waiting[request.request_id] = request
+        key = _key(request)
+        wanted = self.waiting[request.request_id] = self._wanted.setdefault(key, _Wanted(key, {}))
+        wanted.requests[request.request_id] = request
 
     def forget(self, request_id: str) -> None:
         """A request that may wait is gone; what only it has waited for is not compiled."""
-        request = self.waiting.pop(request_id, None)
-        if request is None or _key(request) in self._wanted():
+        if request_id not in self.waiting:
             return
-        process = self._grammars.get(_key(request))
+        key, requests = self._end_wait(request_id)
+        if requests:
+            return
+        process = self._grammars.get(key)
         if process is not None and process.is_compiling:
             process.kill()
-            del self._grammars[_key(request)]
+            del self._grammars[key]
 
     def take_ready(self) -> list[tuple[Request, GrammarCursor | str]]:
         """The requests that wait no longer, each with its cursor, or why its grammar cannot be enforced."""
         self.poll()
         ready: list[tuple[Request, GrammarCursor | str]] = []
-        for request in list(self.waiting.values()):
-            result = self._take(_key(request))
-            if result is not None:
-                del self.waiting[request.request_id]
+        for key, requests in list(self._wanted.values()):
+            for request in list(requests.values()):
+                result = self._take(key)
+                if result is None:
+                    break
+                self._end_wait(request.request_id)
                 ready.append((request, result))
         self._deaths.clear()
         if self.waiting:
@@ -154,13 +173,18 @@ class GrammarPool:
         self._grammars[key] = self._grammars.pop(key)
         return process.begin()
 
-    def _wanted(self) -> dict[_Key, None]:
-        return {_key(request): None for request in self.waiting.values()}
+    def _end_wait(self, request_id: str) -> _Wanted:
+        """A request waits no longer; what it waited for, and who else does."""
+        wanted = self.waiting.pop(request_id)
+        del wanted.requests[request_id]
+        if not wanted.requests:
+            del self._wanted[wanted.key]
+        return wanted
 
     def _compile_next(self) -> None:
         """Start compiling what is waited for, as far as it is the turn of its tenant."""
         compiling = {tenant for (tenant, _), process in self._grammars.items() if process.is_compiling}
-        wanted = [key for key in self._wanted() if key not in self._grammars and key[0] not in compiling]
+        wanted = [key for key in self._wanted if key[0] not in compiling and key not in self._grammars]
         for key in sorted(wanted, key=lambda key: self._turns.get(key[0], 0)):
             tenant, grammar = key
             if len(compiling) == _MAX_COMPILING or tenant in compiling or not self._make_room(tenant):
@@ -194,10 +218,9 @@ class GrammarPool:
 
     def _end_idle(self, owners: Sequence[str]) -> bool:
         """End the process that was used longest ago of the first of these tenants that has one without sequences."""
-        wanted = self._wanted()
         for owner in owners:
             for key, process in self._grammars.items():
-                if key[0] == owner and process.is_idle and key not in wanted:
+                if key[0] == owner and process.is_idle and key not in self._wanted:
                     self._grammars.pop(key).kill()
                     return True
         return False
