@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Protocol
+
+import numpy as np
+
+_NO_CHARACTER = "\ud800"
+"""What fills up shorter stop strings: half of a character, which no text has."""
 
 
 class TokenBytes(Protocol):
@@ -34,34 +40,63 @@ class IncrementalDetokenizer:
         return self._decoder.decode(b"", final=True)
 
 
+class _Places(dict[str, int]):
+    """Where each character occurs in several strings: a bit for each place, filled in as it is asked for.
+
+    The bits of all first characters come first, then those of all second ones, and so on.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._characters = "".join(map("".join, zip_longest(*strings, fillvalue=_NO_CHARACTER)))
+
+    def __missing__(self, character: str) -> int:
+        characters = np.frombuffer(self._characters.encode("utf-32-le", "surrogatepass"), np.uint32)
+        bits = np.packbits(characters == ord(character), bitorder="little")
+        self[character] = int.from_bytes(bits.tobytes(), "little")
+        return self[character]
+
+
 class StopStringFinder:
     """Finds the stop string that is complete first in a text that arrives in chunks.
 
     Of several that end at the same character the longest wins, so the result depends on the text only,
     not on its chunks.
+
+    A character takes a few operations on whole numbers, whatever stop strings and text are. This is "shift-and"
+    (Baeza-Yates and Gonnet): a bit is set while the text ends with all of a stop string up to that place.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(s for s in stop if s)
-        self._keep = max(map(len, self._stop), default=1) - 1
-        self._tail = ""
+        self._first_characters = {one[0] for one in self._stop}
+        self._places = _Places(self._stop)
+        self._firsts = (1 << len(self._stop)) - 1
+        self._ends = 0
+        for number, one in enumerate(self._stop):
+            self._ends |= 1 << (len(one) - 1) * len(self._stop) + number
+        self._bits = 0
         self._length = 0
+
+    @property
+    def num_begun(self) -> int:
+        """Length of the longest end of the text that is a stop string's beginning, but not all of one."""
+        return -(-(self._bits & ~self._ends).bit_length() // max(len(self._stop), 1))
 
     def push(self, text: str) -> tuple[str, int] | None:
         """The stop string that ``text`` completes and its start in the whole text, if there is one."""
-        window = self._tail + text
-        window_start = self._length - len(self._tail)
-        matches = [
-            (start + len(stop), -len(stop), stop)
-            for stop in self._stop
-            if (start := window.find(stop, max(0, len(self._tail) + 1 - len(stop)))) >= 0
-        ]
-        self._length += len(text)
-        self._tail = window[-self._keep :] if self._keep else ""
-        if not matches:
+        if not self._bits and self._first_characters.isdisjoint(text):  # as most of it
+            self._length += len(text)
             return None
-        end, _, stop = min(matches)
-        return stop, window_start + end - len(stop)
+        found: tuple[str, int] | None = None
+        bits, places, firsts, ends, count = self._bits, self._places, self._firsts, self._ends, len(self._stop)
+        for end, character in enumerate(text, self._length + 1):
+            bits = (bits << count | firsts) & places[character]
+            if bits & ends and found is None:
+                stop = self._stop[((bits & ends).bit_length() - 1) % count]
+                found = stop, end - len(stop)
+        self._bits = bits
+        self._length += len(text)
+        return found
 
 
 class StopStringBuffer:
@@ -72,14 +107,14 @@ class StopStringBuffer:
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(s for s in stop if s)
-        self._longest = max(map(len, self._stop), default=0)
+        self._finder = StopStringFinder(stop)
         self._held = ""
 
     def push(self, text: str) -> str:
         """The text that is now sure to be output."""
+        self._finder.push(text)
         text = self._held + text
-        released = len(text) - self._beginning_of_stop(text)
+        released = len(text) - self._finder.num_begun
         self._held = text[released:]
         return text[:released]
 
@@ -87,11 +122,3 @@ class StopStringBuffer:
         """What was held back."""
         held, self._held = self._held, ""
         return held
-
-    def _beginning_of_stop(self, text: str) -> int:
-        """Length of the longest suffix of ``text`` that is a stop string's beginning, but not all of one."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            suffix = text[start:]
-            if any(len(stop) > len(suffix) and stop.startswith(suffix) for stop in self._stop):
-                return len(suffix)
-        return 0

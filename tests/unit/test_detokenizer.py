@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -74,8 +76,8 @@ def test_incomplete_character_at_the_end_is_one_replacement() -> None:
     assert detokenizer.finish() == "\ufffd"
 
 
-SHORT = st.text("ab", min_size=1, max_size=4)
-PIECES = st.lists(st.text("abc", max_size=5), max_size=8)
+SHORT = st.text("a🙂", min_size=1, max_size=4)
+PIECES = st.lists(st.text("a🙂c", max_size=5), max_size=8)
 
 
 def first_complete(text: str, stop: list[str]) -> tuple[str, int] | None:
@@ -92,6 +94,36 @@ def test_finder_finds_what_is_complete_first(stop: list[str], pieces: list[str])
     finder = StopStringFinder(stop)
     found = next((match for piece in pieces if (match := finder.push(piece))), None)
     assert found == first_complete("".join(pieces), stop)
+
+
+class CountedText(str):
+    """Counts the characters that searches in it may compare; what it is put behind counts as well."""
+
+    num_compared = 0
+
+    def __radd__(self, before: str) -> CountedText:
+        return CountedText(f"{before}{self}")
+
+    def find(self, string: str, start: Any = 0, end: Any = None) -> int:
+        CountedText.num_compared += len(string) * (len(self) - start)
+        return super().find(string, start, end)
+
+    def __getitem__(self, places: Any) -> CountedText:
+        CountedText.num_compared += len(range(len(self))[places]) if isinstance(places, slice) else 1
+        return CountedText(super().__getitem__(places))
+
+    def __iter__(self) -> Iterator[str]:
+        CountedText.num_compared += len(self)
+        return super().__iter__()
+
+
+def test_stop_strings_of_equal_characters_take_no_longer_than_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly all of each is found again at every space. A character is looked at a few times, not 254 times 16."""
+    monkeypatch.setattr(CountedText, "num_compared", 0)
+    finder = StopStringFinder([f"{' ' * (254 - number)}x{' ' * (number + 1)}" for number in range(16)])
+    for _ in range(10):
+        finder.push(CountedText(" " * 128))
+    assert CountedText.num_compared <= 5 * 10 * 128
 
 
 @given(st.lists(SHORT, max_size=4), PIECES)
