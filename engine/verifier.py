@@ -39,12 +39,7 @@ class Verifier:
         self._stop_checkers: dict[str, StopChecker] = {}
 
     def add(self, request: Request) -> None:
-        """A request is about to run.
-
-        Raises:
-            Exception: the sampler cannot take it.
-        """
-        self._sampler.add(request)
+        """A request is about to run."""
         self._stop_checkers[request.request_id] = StopChecker(
             request.sampling, request.num_tokens, self._max_model_len, self._eos_token_ids, self._tokenizer
         )

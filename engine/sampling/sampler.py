@@ -49,7 +49,7 @@ class SampledSequence(msgspec.Struct, frozen=True):
 
 
 class Sampler:
-    """Chooses tokens for whole batches and keeps each request's sampling state until ``forget``.
+    """Chooses tokens for whole batches and keeps each request's sampling state, from its first choice to ``forget``.
 
     Args:
         eos_token_ids: tokens that end an answer.
@@ -64,10 +64,6 @@ class Sampler:
         self._team, self._on_gpu = team, on_gpu
         self._states: dict[str, SamplingState] = {}
 
-    def add(self, request: Request) -> None:
-        """Prepare for a new request."""
-        self._states[request.request_id] = SamplingState(request.sampling, request.prompt_token_ids)
-
     def forget(self, request_id: str) -> None:
         """Drop a finished or aborted request's state."""
         self._states.pop(request_id, None)
@@ -78,12 +74,12 @@ class Sampler:
 
         Args:
             logits: [L, V] float32, the rows of all sequences in order; the same afterwards.
-            rows: one entry per sequence; every request was given to ``add``.
+            rows: one entry per sequence.
         """
         starts = list(accumulate((1 + len(sequence.draft_token_ids) for sequence in rows), initial=0))
         edits = LogitsEdits(self._eos_token_ids, starts[-1], logits.shape[1])
         for start, sequence in zip(starts, rows, strict=False):
-            state = self._states[sequence.request.request_id]
+            state = self._state(sequence.request)
             if state.edits_logits:
                 edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
         choices = self._choose(logits, edits, *_params_and_positions(rows))
@@ -95,6 +91,13 @@ class Sampler:
         accepted = [kept if is_finite else kept[:-1] for kept, is_finite in zip(accepted, are_finite, strict=True)]
         logprobs = self._logprobs(logits, starts, rows, accepted)
         return list(map(SampledSequence, accepted, logprobs, are_finite))
+
+    def _state(self, request: Request) -> SamplingState:
+        """Made now for a request of which nothing was chosen so far: it takes a while for a long prompt."""
+        state = self._states.get(request.request_id)
+        if state is None:
+            state = self._states[request.request_id] = SamplingState(request.sampling, request.prompt_token_ids)
+        return state
 
     def _choose(
         self, logits: torch.Tensor, edits: LogitsEdits, params: Sequence[SamplingParams], positions: Sequence[int]

@@ -17,7 +17,8 @@ from engine.config import EngineConfig, SpeculationConfig
 from engine.messages import EngineMessage, EngineOutput, EngineReady, EngineRequest, Hello, SamplingParams
 from engine.models.verify import FileCheck
 from engine.process import EngineProcess
-from engine.sampling.sampler import Sampler
+from engine.sampling.processors import SamplingState
+from engine.verifier import Verifier
 from tests.tiny_drafts import CLIENT, Engine, Setting
 from tests.tiny_models import make_directory
 
@@ -43,19 +44,44 @@ def test_an_id_used_twice_leaves_the_first_request_alone(engine: Engine) -> None
     assert not engine.core.stats().blocks_used
 
 
-def test_a_request_that_the_sampler_cannot_take_is_refused_alone(
+def test_a_request_that_the_verifier_cannot_take_is_refused_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = Sampler.add
+    add = Verifier.add
 
-    def fail(sampler: Sampler, request: Any) -> None:
+    def fail(verifier: Verifier, request: Any) -> None:
         if request.tenant == "unlucky":
             raise RuntimeError("a library failed")
-        add(sampler, request)
+        add(verifier, request)
 
-    monkeypatch.setattr(Sampler, "add", fail)
+    monkeypatch.setattr(Verifier, "add", fail)
     check_refused_alone(engine, PROMPT, "unlucky", "internal")
     assert (engine.core.stats().blocks_used, engine.core.stats().num_waiting) == (0, 0)
+
+
+def test_a_prompts_tokens_are_counted_for_penalties_once_it_has_been_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes as long as reading it: those that run would wait for all that only wait."""
+    counted: list[SamplingParams] = []
+
+    class CountedState(SamplingState):
+        def __init__(self, params: SamplingParams, prompt_token_ids: list[int]) -> None:
+            counted.append(params)
+            super().__init__(params, prompt_token_ids)
+
+    monkeypatch.setattr("engine.sampling.sampler.SamplingState", CountedState)
+    engine = Engine(make_directory(tmp_path / "model"), Setting(max_num_seqs=1))
+    sampling = [SamplingParams(max_tokens=4, seed=seed, repetition_penalty=1.5, ignore_eos=True) for seed in range(3)]
+    for number, params in enumerate(sampling):
+        engine.add(PROMPT, params)
+        assert not counted, number
+    for number in range(3):
+        engine.step()
+        assert counted == sampling[: number + 1]
+        for _ in range(3):
+            engine.step()
+    assert not engine.is_busy
 
 
 @pytest.mark.parametrize("prompt", [[], [-1, 3], [3, 10**9]])
