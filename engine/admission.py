@@ -138,6 +138,7 @@ class Admission:
         request.num_computed_tokens = num_cached
         self.running.append(request)
         if request.num_preemptions == 0:
+            request.all_token_ids = [*request.all_token_ids]  # its own from now on
             num_prompt = len(request.prompt_token_ids)
             request.num_cached_tokens, request.queue_seconds = num_cached, time.monotonic() - request.arrived_at
             self.waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))

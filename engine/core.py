@@ -16,7 +16,7 @@ from engine.loader import LoadedModel
 from engine.messages import EngineOutput, EngineRequest, EngineStats, ErrorKind, StepTimings
 from engine.model_runner import ModelRunner
 from engine.models.config import ModelFiles, ModelSpec
-from engine.request import Request, engine_request_id, make_request
+from engine.request import Arrivals, Request, engine_request_id
 from engine.sampling.constrained import ConstrainedRequests
 from engine.sampling.gpu_choices import GpuChoices
 from engine.sampling.grammar_pool import GrammarPool
@@ -96,6 +96,7 @@ class EngineCore:
         if loaded.device.type == "cuda":
             on_gpu = GpuChoices(self._runner.vocab_size, loaded.device, has_graphs=loaded.cuda_graphs)
         self._verifier = Verifier(self._tokenizer, self.max_model_len, loaded.team, on_gpu)
+        self._arrivals = Arrivals(spec.vocab_size)
         self._refused: Outputs = defaultdict(list)
         self._num_nonfinite = 0
         self._is_stalled = False
@@ -108,7 +109,7 @@ class EngineCore:
     def add(self, client_id: bytes, message: EngineRequest) -> None:
         """Take a request; a later step's outputs say so if it cannot be served."""
         try:
-            request = make_request(client_id, message, self.spec.vocab_size)
+            request = self._arrivals.take(client_id, message)
         except ValueError as error:
             self._tell_error(client_id, message.request_id, str(error))
             return

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import msgspec
 
 from engine.draft_state import DraftState
 from engine.messages import EngineRequest, SamplingParams
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
     from engine.sampling.grammar_cursor import GrammarCursor
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """One sequence from arrival to its last token.
 
@@ -31,6 +35,7 @@ class Request:
     tenant: str
     sampling: SamplingParams
     prompt_token_ids: list[int]
+    """Never changed: several requests may have the same list."""
     client_request_id: str = ""
     """What the client calls it."""
     domain: str | None = None
@@ -44,8 +49,8 @@ class Request:
 
     output_token_ids: list[int] = field(default_factory=list)
     """Committed."""
-    all_token_ids: list[int] = field(init=False)
-    """Prompt and output."""
+    all_token_ids: list[int] = field(default_factory=list)
+    """Prompt and output. Until it is admitted it may be the prompt's own list; empty: a new one is made at once."""
     draft_token_ids: list[int] = field(default_factory=list)
     """Proposed for the step being planned or computed; emptied by its commit."""
     num_computed_tokens: int = 0
@@ -66,7 +71,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise ValueError("a prompt needs at least one token")
-        self.all_token_ids = [*self.prompt_token_ids, *self.output_token_ids]
+        self.all_token_ids = self.all_token_ids or [*self.prompt_token_ids, *self.output_token_ids]
 
     @property
     def num_tokens(self) -> int:
@@ -84,23 +89,51 @@ class Request:
         return self.sampling.embedding and not self.output_token_ids
 
 
-def make_request(client_id: bytes, message: EngineRequest, vocab_size: int) -> Request:
-    """What a client asks for; raises ``ValueError`` for tokens that no model could read."""
-    prompt, prediction = message.prompt_token_ids, message.prediction_token_ids
-    for name, tokens in (("prompt", prompt), ("prediction", prediction)):
-        if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
-            raise ValueError(f"not all tokens of the {name} are below {vocab_size}")
-    return Request(
-        request_id=engine_request_id(client_id, message.request_id),
-        client_id=client_id,
-        client_request_id=message.request_id,
-        tenant=message.tenant,
-        prompt_token_ids=prompt,
-        sampling=message.sampling,
-        domain=message.session.domain or None if message.session else None,
-        learn=message.learn,
-        draft_state=DraftState(past=message.session, prediction=prediction),
-    )
+class Arrivals:
+    """Makes requests of messages.
+
+    What a tenant's last request has as well, its prompt, prediction or grammar, is not kept twice: many choices of one
+    prompt arrive one by one. Tenants share nothing.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._last: WeakValueDictionary[str, Request] = WeakValueDictionary()
+        """Of each tenant, while it is here."""
+
+    def take(self, client_id: bytes, message: EngineRequest) -> Request:
+        """What a client asks for; raises ``ValueError`` for tokens that no model could read."""
+        last = self._last.get(message.tenant)
+        prompt, sampling = message.prompt_token_ids, message.sampling
+        prediction: Sequence[int] = message.prediction_token_ids
+        if last is not None and prompt == last.prompt_token_ids:
+            prompt = last.prompt_token_ids
+        else:
+            self._check("prompt", prompt)
+        if last is not None and prediction == last.draft_state.prediction:
+            prediction = last.draft_state.prediction
+        else:
+            self._check("prediction", prediction)
+        if last is not None and sampling.grammar is not None and sampling.grammar == last.sampling.grammar:
+            sampling = msgspec.structs.replace(sampling, grammar=last.sampling.grammar)
+        request = Request(
+            request_id=engine_request_id(client_id, message.request_id),
+            client_id=client_id,
+            client_request_id=message.request_id,
+            tenant=message.tenant,
+            prompt_token_ids=prompt,
+            all_token_ids=prompt,
+            sampling=sampling,
+            domain=message.session.domain or None if message.session else None,
+            learn=message.learn,
+            draft_state=DraftState(past=message.session, prediction=prediction),
+        )
+        self._last[message.tenant] = request
+        return request
+
+    def _check(self, name: str, token_ids: Sequence[int]) -> None:
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < self._vocab_size:
+            raise ValueError(f"not all tokens of the {name} are below {self._vocab_size}")
 
 
 def engine_request_id(client_id: bytes, request_id: str) -> str:
