@@ -206,7 +206,14 @@ class KVCacheManager:
         return min(num_tokens, most) // self.block_size
 
     def _extend_hashes(self, request: Request, num_blocks: int) -> None:
-        hashes, size = request.block_hashes, self.block_size
+        """Those of the prompt for all requests that share it, the others for this one."""
+        num_of_prompt = min(len(request.prompt_token_ids) // self.block_size, num_blocks)
+        self._extend(request.prompt_hashes, request, num_of_prompt)
+        request.block_hashes += request.prompt_hashes[len(request.block_hashes) : num_blocks]
+        self._extend(request.block_hashes, request, num_blocks)
+
+    def _extend(self, hashes: list[bytes], request: Request, num_blocks: int) -> None:
+        size = self.block_size
         for index in range(len(hashes), num_blocks):
             previous = hashes[-1] if hashes else tenant_root(request.tenant)
             hashes.append(hash_block(previous, request.all_token_ids[index * size : (index + 1) * size]))

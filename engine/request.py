@@ -65,8 +65,10 @@ class Request:
     num_preemptions: int = 0
     is_stalled: bool = False
     """Whether what its grammar allows next is not known yet: until it is, the sequence computes nothing."""
+    prompt_hashes: list[bytes] = field(default_factory=list)
+    """Prefix hashes of the prompt's first full blocks, as far as they were needed; shared like the prompt."""
     block_hashes: list[bytes] = field(default_factory=list)
-    """Prefix hashes of the first full blocks of ``all_token_ids``, as far as they were needed."""
+    """The same of ``all_token_ids``."""
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
@@ -104,10 +106,10 @@ class Arrivals:
     def take(self, client_id: bytes, message: EngineRequest) -> Request:
         """What a client asks for; raises ``ValueError`` for tokens that no model could read."""
         last = self._last.get(message.tenant)
-        prompt, sampling = message.prompt_token_ids, message.sampling
+        prompt, sampling, hashes = message.prompt_token_ids, message.sampling, list[bytes]()
         prediction: Sequence[int] = message.prediction_token_ids
         if last is not None and prompt == last.prompt_token_ids:
-            prompt = last.prompt_token_ids
+            prompt, hashes = last.prompt_token_ids, last.prompt_hashes
         else:
             self._check("prompt", prompt)
         if last is not None and prediction == last.draft_state.prediction:
@@ -123,6 +125,7 @@ class Arrivals:
             tenant=message.tenant,
             prompt_token_ids=prompt,
             all_token_ids=prompt,
+            prompt_hashes=hashes,
             sampling=sampling,
             domain=message.session.domain or None if message.session else None,
             learn=message.learn,

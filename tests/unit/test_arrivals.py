@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import pytest
 
+from engine.kv_cache_manager import hash_block
 from engine.messages import EngineRequest, Grammar, SamplingParams
 from engine.request import Arrivals, Request
-from tests.unit.scheduler_simulation import Simulation
+from tests.unit.scheduler_simulation import BLOCK_SIZE, Simulation
 
 PROMPT = list(range(300, 340))
 
 
-def arrive(arrivals: Arrivals, name: str, tenant: str = "red", prompt: list[int] = PROMPT) -> Request:
+def arrive(
+    arrivals: Arrivals, name: str, tenant: str = "red", prompt: list[int] = PROMPT, max_tokens: int = 4
+) -> Request:
     """A request that was encoded and decoded, as from a server."""
-    sampling = SamplingParams(max_tokens=4, seed=0, grammar=Grammar("regex", "a" * 100))
+    sampling = SamplingParams(max_tokens=max_tokens, seed=0, grammar=Grammar("regex", "a" * 100))
     message = EngineRequest(
         request_id=name, prompt_token_ids=prompt, sampling=sampling, tenant=tenant, prediction_token_ids=[7] * 10
     )
@@ -30,6 +35,27 @@ def test_choices_of_one_prompt_keep_it_once() -> None:
         assert choice.prompt_token_ids is choice.all_token_ids is choices[0].prompt_token_ids
         assert choice.draft_state.prediction is choices[0].draft_state.prediction
         assert choice.sampling.grammar is choices[0].sampling.grammar
+
+
+def test_choices_of_one_prompt_hash_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them comes first; each hashes its own output."""
+    hashed: list[tuple[int, ...]] = []
+
+    def count(previous: bytes, token_ids: Sequence[int]) -> bytes:
+        hashed.append(tuple(token_ids))
+        return hash_block(previous, token_ids)
+
+    monkeypatch.setattr("engine.kv_cache_manager.hash_block", count)
+    simulation, arrivals = Simulation(max_num_seqs=4), Arrivals(1000)
+    prompt = [number // BLOCK_SIZE for number in range(3 * BLOCK_SIZE + 9)]
+    choices = [arrive(arrivals, str(number), prompt=prompt, max_tokens=9) for number in range(20)]
+    for choice in choices:
+        simulation.scheduler.add(choice)
+    simulation.run(max_steps=200)
+    assert len(simulation.finished) == len(choices)
+    of_prompt, of_output = hashed[:3], hashed[3:]
+    assert of_prompt == [(number,) * BLOCK_SIZE for number in range(3)]
+    assert of_output == [(*prompt[-9:], *choices[0].output_token_ids[:7])] * len(choices)
 
 
 def test_nothing_is_kept_for_others() -> None:
