@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from engine.fair_queue import FairQueue
 from engine.kv_cache_manager import KVCacheManager
 from engine.request import Request
 from engine.running import RunningSequences
 
+MOST_CACHED_TOKENS = 65536
+"""Tokens from the prefix cache with which a step admits no more requests: to look for them takes time, too."""
 PROMPT_TOKEN_SERVICE = 1
 """Service of a prompt token as fairness counts it; an output token costs about twice as much (VTC, section 5.1)."""
 
@@ -22,6 +24,8 @@ class Admission:
     request that is next in line and entitled to room (``RunningSequences``), and nobody else is admitted
     until it is. One that is not entitled waits for room to become free, and lets entitled ones pass, since
     its tenant has others that run.
+
+    A step that has admitted requests with ``MOST_CACHED_TOKENS`` cached tokens leaves the others to the next one.
 
     A preempted sequence loses its blocks and waits at the front of its tenant's queue, with all its tokens,
     output included, to compute.
@@ -46,6 +50,8 @@ class Admission:
         """In this step; their tenants get nothing more in it."""
         self.lacks_blocks = False
         """Whether, in this step, blocks are too few for those that run or for those that wait."""
+        self._num_cached_tokens = 0
+        """Of requests admitted in this step."""
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -54,6 +60,7 @@ class Admission:
         """Forget about the last step."""
         self.preempted = []
         self.lacks_blocks = False
+        self._num_cached_tokens = 0
 
     def grow(self, request: Request) -> None:
         """Give a running sequence blocks for all its tokens; others are preempted for that, or itself."""
@@ -76,7 +83,8 @@ class Admission:
             seen.add(request.tenant)
             if not self._is_entitled(request):
                 continue
-            while not self._start(request):
+            cached = self._kv.cached_blocks(request)
+            while not self._start(request, cached, self.running.num_growing()):
                 if self._reclaim_draft_blocks():
                     continue
                 victim = self.running.to_make_room_for(request, self._num_tenants())
@@ -96,18 +104,20 @@ class Admission:
                 second unfinished one behind.
         """
         plan: dict[Request, int] = {}
-        seen, only_entitled = self._preempted_tenants(), False
-        while num_tokens > 0 and not self.running.is_full:
+        seen, only_entitled, num_growing = self._preempted_tenants(), False, self.running.num_growing()
+        while num_tokens > 0 and not self.running.is_full and self._num_cached_tokens < MOST_CACHED_TOKENS:
             request = self.waiting.peek(seen)
             if request is None:
                 break
             most = min(num_tokens, num_rows) if request.wants_prompt_logits else num_tokens
-            if whole and request.num_tokens - self._kv.find_cached_prefix(request) > most:
+            cached = self._kv.cached_blocks(request)
+            if whole and request.num_tokens - len(cached) * self._kv.block_size > most:
                 break
             if most == 0:
                 seen.add(request.tenant)
                 continue
-            if (not only_entitled or self._is_entitled(request)) and self._start(request):
+            if (not only_entitled or self._is_entitled(request)) and self._start(request, cached, num_growing):
+                num_growing += 1
                 plan[request] = min(self._kv.num_computable(request), most)
                 num_tokens -= plan[request]
                 num_rows -= plan[request] if request.wants_prompt_logits else 0
@@ -127,13 +137,14 @@ class Admission:
     def _num_tenants(self) -> int:
         return len({*self.waiting.tenants, *self.running.tenants})
 
-    def _start(self, request: Request) -> bool:
-        """Make a waiting request run, if there are a place and blocks for it."""
+    def _start(self, request: Request, cached: Sequence[int], num_growing: int) -> bool:
+        """Make a waiting request run, if there are a place and blocks for it, and one for each that grows."""
         if self.running.is_full:
             return False
-        num_cached = self._kv.find_cached_prefix(request)
-        if not self._kv.allocate(request, request.num_tokens, keep_free=self.running.num_growing()):
+        if not self._kv.allocate(request, request.num_tokens, num_growing, cached):
             return False
+        num_cached = len(cached) * self._kv.block_size
+        self._num_cached_tokens += num_cached
         self.waiting.take(request)
         request.num_computed_tokens = num_cached
         self.running.append(request)

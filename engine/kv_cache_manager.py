@@ -99,27 +99,36 @@ class KVCacheManager:
         """Whether the request has a whole block beyond those of its known tokens: drafts were given one."""
         return len(self.block_ids(request)) > self.num_blocks_for(request.num_tokens)
 
-    def find_cached_prefix(self, request: Request) -> int:
-        """How many of the request's first tokens ``allocate`` would take from the prefix cache.
+    def cached_blocks(self, request: Request) -> list[int]:
+        """The blocks of the request's first tokens that the prefix cache has, for ``allocate``.
 
         At least the last token is left, since its logits are needed; all, if the whole prompt's are.
         """
-        return len(self._cached_blocks(request)) * self.block_size
+        if not self.prefix_caching or request.wants_prompt_logits or request.wants_embedding:
+            return []
+        num_usable = self._sharable_blocks(request, len(request.all_token_ids) - 1)
+        self._extend_hashes(request, num_usable)
+        block_ids: list[int] = []
+        for prefix_hash in request.block_hashes[:num_usable]:
+            block_id = self._pool.lookup(prefix_hash)
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+        return block_ids
 
     def num_new_blocks(self, request: Request) -> int:
         """Blocks that would come into use if ``allocate`` gave a request without any those for its known tokens."""
-        cached = self._cached_blocks(request)
+        cached = self.cached_blocks(request)
         return self.num_blocks_for(request.num_tokens) - len(cached) + self._num_unused(cached)
 
-    def allocate(self, request: Request, num_tokens_total: int, keep_free: int = 0) -> bool:
+    def allocate(self, request: Request, num_tokens_total: int, keep_free: int = 0, cached: Sequence[int] = ()) -> bool:
         """Give the request blocks for its first ``num_tokens_total`` tokens.
-
-        A request without blocks first gets those of its cached prefix.
 
         Args:
             request: who gets them.
             num_tokens_total: tokens from position 0.
             keep_free: blocks that must be left free.
+            cached: of a request without blocks, those that ``cached_blocks`` has found since blocks were given last.
 
         Returns:
             False if there are too few free blocks; nothing was changed.
@@ -127,7 +136,6 @@ class KVCacheManager:
         known = self._allocations.get(request.request_id)
         if known is not None and num_tokens_total <= len(known.block_ids) * self.block_size:
             return True
-        cached = self._cached_blocks(request) if known is None else []
         allocation = known or _Allocation(array("i", cached), len(cached))
         missing = max(self.num_blocks_for(num_tokens_total) - len(allocation.block_ids), 0)
         num_new = missing + self._num_unused(cached)
@@ -186,19 +194,6 @@ class KVCacheManager:
 
     def _num_unused(self, block_ids: Sequence[int]) -> int:
         return sum(self._pool.ref_count(block_id) == 0 for block_id in block_ids)
-
-    def _cached_blocks(self, request: Request) -> list[int]:
-        if not self.prefix_caching or request.wants_prompt_logits or request.wants_embedding:
-            return []
-        num_usable = self._sharable_blocks(request, len(request.all_token_ids) - 1)
-        self._extend_hashes(request, num_usable)
-        block_ids: list[int] = []
-        for prefix_hash in request.block_hashes[:num_usable]:
-            block_id = self._pool.lookup(prefix_hash)
-            if block_id is None:
-                break
-            block_ids.append(block_id)
-        return block_ids
 
     def _sharable_blocks(self, request: Request, num_tokens: int) -> int:
         """Full blocks of its first ``num_tokens`` tokens that a request may take from others, or offer them."""

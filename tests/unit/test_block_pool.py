@@ -127,9 +127,9 @@ class KVCacheMachine(RuleBasedStateMachine):
         """First admission, re-admission, or room to grow (``num_ahead`` drafts)."""
         is_new = request not in self.holders
         before = self.kv.num_used_blocks, [] if is_new else list(self.kv.block_ids(request))
-        num_cached = self.kv.find_cached_prefix(request)
+        cached = self.kv.cached_blocks(request) if is_new else []
         num_new = self.kv.num_new_blocks(request) if is_new else 0
-        allowed = self.kv.allocate(request, request.num_tokens + num_ahead, keep_free)
+        allowed = self.kv.allocate(request, request.num_tokens + num_ahead, keep_free, cached)
         if not allowed:
             assert (self.kv.num_used_blocks, [] if is_new else list(self.kv.block_ids(request))) == before
             return
@@ -139,8 +139,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         if is_new:
             if num_ahead == 0:
                 assert self.kv.num_used_blocks == before[0] + num_new
-            assert num_cached < request.num_tokens
-            request.num_computed_tokens = num_cached
+            request.num_computed_tokens = len(cached) * BLOCK_SIZE
+            assert request.num_computed_tokens < request.num_tokens
             self.holders.append(request)
 
     @rule(request=requests, num_tokens=st.integers(1, 4), drafts=st.lists(st.integers(0, 1), max_size=3))

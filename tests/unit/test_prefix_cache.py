@@ -25,9 +25,14 @@ def manager(num_blocks: int = 16, prefix_caching: bool = True) -> KVCacheManager
 
 def compute(kv: KVCacheManager, request: Request, num_tokens: int | None = None) -> None:
     """Admit the request and compute its first tokens (default: all), as one committed step."""
-    assert kv.allocate(request, request.num_tokens)
+    assert kv.allocate(request, request.num_tokens, cached=kv.cached_blocks(request))
     request.num_computed_tokens = request.num_tokens if num_tokens is None else num_tokens
     kv.after_commit(request)
+
+
+def num_cached(kv: KVCacheManager, request: Request) -> int:
+    """How many of the request's first tokens the prefix cache has."""
+    return len(kv.cached_blocks(request)) * BLOCK_SIZE
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -40,8 +45,8 @@ def test_full_blocks_of_the_common_prefix_are_shared(first: list[int], second: l
     compute(kv, earlier := request("a", first))
     later = request("b", second)
     expected = min(common_prefix(first, second), len(second) - 1) // BLOCK_SIZE
-    assert kv.find_cached_prefix(later) == expected * BLOCK_SIZE
-    assert kv.allocate(later, later.num_tokens)
+    assert num_cached(kv, later) == expected * BLOCK_SIZE
+    assert kv.allocate(later, later.num_tokens, cached=kv.cached_blocks(later))
     shared = set(kv.block_ids(earlier)) & set(kv.block_ids(later))
     assert len(shared) == expected
 
@@ -67,7 +72,7 @@ def test_what_a_window_gave_back_is_found_while_nobody_needs_it() -> None:
     kv.free(first)
     kv.free(later)
     compute(kv, request("c", [*range(20, 37)]))
-    assert kv.find_cached_prefix(request("d", [*prompt, 1])) == 0
+    assert num_cached(kv, request("d", [*prompt, 1])) == 0
 
 
 def test_cached_blocks_are_given_up_only_when_no_others_are_left() -> None:
@@ -75,9 +80,9 @@ def test_cached_blocks_are_given_up_only_when_no_others_are_left() -> None:
     compute(kv, first := request("a", prompt))
     kv.free(first)
     compute(kv, request("b", [7] * 8))
-    assert kv.find_cached_prefix(request("c", prompt)) == 8
+    assert num_cached(kv, request("c", prompt)) == 8
     compute(kv, request("d", [8]))
-    assert kv.find_cached_prefix(request("c", prompt)) == 4, "the end of a prefix goes before its beginning"
+    assert num_cached(kv, request("c", prompt)) == 4, "the end of a prefix goes before its beginning"
 
 
 @pytest.mark.parametrize("prompt", [[1] * 12, list(range(12))])
@@ -86,7 +91,7 @@ def test_tenants_never_share(prompt: list[int]) -> None:
     compute(kv, red := request("a", prompt, "red"))
     compute(kv, blue := request("b", prompt, "blue"))
     assert not set(kv.block_ids(red)) & set(kv.block_ids(blue))
-    assert kv.find_cached_prefix(request("c", prompt, "green")) == 0
+    assert num_cached(kv, request("c", prompt, "green")) == 0
 
 
 @given(st.text(), st.text(), tokens)
@@ -99,7 +104,7 @@ def test_a_preempted_request_finds_its_own_output_again() -> None:
     kv = manager()
     compute(kv, request("of the same prompt", list(range(6))))
     preempted = request("a", list(range(6)), prompt_logprobs=0)
-    assert kv.find_cached_prefix(preempted) == 0, "every row of its prompt is wanted"
+    assert num_cached(kv, preempted) == 0, "every row of its prompt is wanted"
     compute(kv, preempted)
     for token in (6, 7, 8):
         preempted.output_token_ids.append(token)
@@ -108,7 +113,7 @@ def test_a_preempted_request_finds_its_own_output_again() -> None:
     preempted.num_computed_tokens = 8
     kv.after_commit(preempted)
     kv.free(preempted)
-    assert kv.find_cached_prefix(preempted) == 8
+    assert num_cached(kv, preempted) == 8
 
 
 def test_answers_are_not_offered_where_a_prompt_would_have_another_kv() -> None:
@@ -118,9 +123,9 @@ def test_answers_are_not_offered_where_a_prompt_would_have_another_kv() -> None:
     first.all_token_ids += range(6, 12)
     compute(kv, first)
     later = request("b", list(range(14)))
-    assert kv.find_cached_prefix(later) == 4
+    assert num_cached(kv, later) == 4
     compute(kv, later)
-    assert kv.find_cached_prefix(request("c", list(range(14)))) == 12
+    assert num_cached(kv, request("c", list(range(14)))) == 12
 
 
 def test_an_answer_is_not_taken_from_a_prompt_where_that_has_another_kv() -> None:
@@ -132,16 +137,16 @@ def test_an_answer_is_not_taken_from_a_prompt_where_that_has_another_kv() -> Non
     compute(kv, preempted)
     compute(kv, request("b", list(range(13))))
     kv.free(preempted)
-    assert kv.find_cached_prefix(preempted) == 4
+    assert num_cached(kv, preempted) == 4
 
 
 def test_only_full_blocks_of_computed_tokens_are_offered() -> None:
     kv, prompt = manager(), list(range(12))
     compute(kv, first := request("a", prompt), num_tokens=7)
-    assert kv.find_cached_prefix(request("b", prompt)) == 4
+    assert num_cached(kv, request("b", prompt)) == 4
     first.num_computed_tokens = 8
     kv.after_commit(first)
-    assert kv.find_cached_prefix(request("b", prompt)) == 8
+    assert num_cached(kv, request("b", prompt)) == 8
 
 
 def test_drafts_are_not_offered() -> None:
@@ -152,7 +157,7 @@ def test_drafts_are_not_offered() -> None:
     assert kv.allocate(drafting, len(known) + len(drafts))
     drafting.num_computed_tokens = 6
     kv.after_commit(drafting)
-    assert kv.find_cached_prefix(request("b", [*known, *drafts])) == 4
+    assert num_cached(kv, request("b", [*known, *drafts])) == 4
 
 
 def test_trim_takes_back_what_only_drafts_used() -> None:
@@ -177,7 +182,7 @@ def test_refusal_changes_nothing() -> None:
 def test_it_can_be_off() -> None:
     kv = manager(prefix_caching=False)
     compute(kv, request("a", list(range(10))))
-    assert kv.find_cached_prefix(request("b", list(range(10)))) == 0
+    assert num_cached(kv, request("b", list(range(10)))) == 0
 
 
 def test_free_is_harmless_for_a_request_without_blocks() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -52,10 +53,20 @@ simulations = st.builds(
     reads_prompts_apart=st.booleans(),
 )
 
+most_cached = st.sampled_from([1, 40, 10**6])
+"""Cached tokens with which a step admits no more."""
+
 
 @settings(max_examples=150)
-@given(simulation=simulations, arrivals=st.lists(arrivals, min_size=1, max_size=20))
-def test_every_request_finishes_with_the_models_own_output(simulation: Simulation, arrivals: list[Arrival]) -> None:
+@given(simulation=simulations, arrivals=st.lists(arrivals, min_size=1, max_size=20), most_cached=most_cached)
+def test_every_request_finishes_with_the_models_own_output(
+    simulation: Simulation, arrivals: list[Arrival], most_cached: int
+) -> None:
+    with patch("engine.admission.MOST_CACHED_TOKENS", most_cached):
+        check_every_request_finishes(simulation, arrivals)
+
+
+def check_every_request_finishes(simulation: Simulation, arrivals: list[Arrival]) -> None:
     """Whatever arrives, is aborted, drafted or preempted; ``Simulation`` checks bounds, order and KV at each step."""
     requests = {
         str(n): make_request(str(n), 0, a.max_tokens, a.tenant, a.prompt_logprobs, a.prompt)
@@ -80,7 +91,16 @@ def test_every_request_finishes_with_the_models_own_output(simulation: Simulatio
 
 @settings(max_examples=50)
 @given(num_blocks=st.integers(8, 30), num_prompt=st.integers(1, 80), heavy_prompt=st.integers(1, 80))
-def test_a_request_is_not_starved_by_endless_arrivals(num_blocks: int, num_prompt: int, heavy_prompt: int) -> None:
+@pytest.mark.parametrize("most_cached", [1, 10**6])
+def test_a_request_is_not_starved_by_endless_arrivals(
+    most_cached: int, num_blocks: int, num_prompt: int, heavy_prompt: int
+) -> None:
+    with patch("engine.admission.MOST_CACHED_TOKENS", most_cached):
+        check_a_request_is_not_starved(num_blocks, num_prompt, heavy_prompt)
+
+
+def check_a_request_is_not_starved(num_blocks: int, num_prompt: int, heavy_prompt: int) -> None:
+    """All prompts are alike, so that they are cached."""
     simulation = Simulation(num_blocks, max_num_seqs=4, max_model_len=128)
     request = make_request("patient", num_prompt, max_tokens=20, tenant="light")
     for n in range(10):

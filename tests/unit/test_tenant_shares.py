@@ -86,7 +86,7 @@ def test_blocks_that_a_tenants_sequences_share_count_once() -> None:
     choices = [make_request(f"n{n}", 4 * BLOCK_SIZE + 1) for n in range(5)]
     for request in choices[:4]:
         assert running.is_entitled(request, num_tenants=2)
-        assert kv.allocate(request, request.num_tokens)
+        assert kv.allocate(request, request.num_tokens, cached=kv.cached_blocks(request))
         request.num_computed_tokens = request.num_tokens
         kv.after_commit(request)
         running.append(request)
