@@ -109,6 +109,7 @@ class TextStruct(ctypes.Structure):
     _fields_ = (
         *((name, POINTER) for name in ("tokens", "previous", "latest", "size")),
         *((name, INT) for name in ("capacity", "buckets")),
+        ("factor", INT64),
     )
 
 

@@ -106,6 +106,8 @@ class TextMemory:
     """[texts, buckets] int32"""
     sizes: torch.Tensor
     """[texts] int32"""
+    factor: int
+    """Of the pairs' hashes, as a signed number."""
 
     @classmethod
     def of(cls, texts: Texts, device: torch.device) -> TextMemory:
@@ -114,7 +116,10 @@ class TextMemory:
         shapes = (arrays.capacity,), (arrays.capacity,), (arrays.buckets,), ()
         places = arrays.tokens, arrays.previous, arrays.latest, arrays.size
         both = zip(places, shapes, strict=True)
-        return cls(*(_all_of(place, np.int32, device, texts.num_slots, *shape) for place, shape in both))
+        tokens, previous, latest, sizes = (
+            _all_of(place, np.int32, device, texts.num_slots, *shape) for place, shape in both
+        )
+        return cls(tokens, previous, latest, sizes, arrays.factor)
 
 
 class GpuPrior:

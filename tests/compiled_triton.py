@@ -63,7 +63,8 @@ def configurations() -> Iterator[Configuration]:
 
 def _of_priors(types: dict[str, str]) -> Iterator[Configuration]:
     types |= dict.fromkeys(("drafts_stride", "feature_stride", "capacity", "num_buckets", "num_drafts", "vocab"), "i32")
-    types |= {"num_edges": "i32", "states": "*fp64", "pair_keys": "*i64", "triple_keys": "*i64", "offsets": "*i64"}
+    types |= {"num_edges": "i32", "factor": "i64", "states": "*fp64"}
+    types |= {"pair_keys": "*i64", "triple_keys": "*i64", "offsets": "*i64"}
     integers = (
         "found_tokens",
         "tokens",

@@ -129,7 +129,7 @@ def _repeats_kernel(
             continue
         text = TextMatches()
         text.extend(text_tokens[slot, : sizes[slot]].tolist())
-        found, own = text.find(drafts[: numbers[3], row].tolist()), tokens[row].tolist()
+        found, own = text.find(drafts[: numbers[4], row].tolist()), tokens[row].tolist()
         room = [column for column, token in enumerate(own) if token not in found]
         for token in [token for token in found if token not in own][: len(room)]:
             column, of_head = room.pop(), int(row_of[token]) if how["HAS_ROW_OF"] else token

@@ -13,7 +13,6 @@ from kernels.draft_head import HeadRows
 from kernels.drafted_rounds import DraftedRounds
 from kernels.session_options import MAX_REPEATS
 from kernels.session_prior import TextMemory
-from kernels.triton.session_prior import HASH
 
 _REPEATS = tl.constexpr(MAX_REPEATS)  # that are looked at, and most tokens of one
 _WIDTH = 128  # of hidden, at a time
@@ -35,9 +34,10 @@ def _end(text, size, drafts, drafts_stride, num_drafts):
 
 
 @triton.jit
-def _latest_place(before, last, text, latest, num_buckets):
+def _latest_place(before, last, text, latest, num_buckets, factor):
     """The last place right after two tokens, -1 if there is none (``TextIndex::bucket``)."""
-    at = ((((before.to(tl.int64) << 32) | last.to(tl.int64)) * HASH) >> 32) & (num_buckets - 1)
+    mixed = ((before.to(tl.int64) << 32) | last.to(tl.int64)) * factor
+    at = (((mixed ^ ((mixed >> 32) & 0xFFFFFFFF)) * factor) >> 32) & (num_buckets - 1)
     place = tl.load(latest + at)
     first = tl.load(text + place - 2, mask=place >= 2, other=-1)
     second = tl.load(text + place - 1, mask=place >= 2, other=-1)
@@ -50,13 +50,13 @@ def _latest_place(before, last, text, latest, num_buckets):
 
 
 @triton.jit
-def _repeats(end, text, previous, latest, num_buckets):
+def _repeats(end, text, previous, latest, num_buckets, factor):
     """Tokens that followed repeats of ``end``, the latest first, and how long these are; ``end`` is backwards."""
     index = tl.arange(0, _REPEATS)
     last, before = tl.max(tl.where(index == 0, end, -1), axis=0), tl.max(tl.where(index == 1, end, -1), axis=0)
     places = tl.full((_REPEATS,), -1, tl.int32)
     if before >= 0:
-        place = _latest_place(before, last, text, latest, num_buckets)
+        place = _latest_place(before, last, text, latest, num_buckets, factor)
         for i in range(_REPEATS):
             places = tl.where(index == i, place, places)
             place = tl.load(previous + place, mask=place >= 0, other=-1)
@@ -119,6 +119,7 @@ def _repeats_kernel(
     feature_stride,
     capacity,
     num_buckets,
+    factor,
     num_drafts,
     columns,
     width,
@@ -132,7 +133,7 @@ def _repeats_kernel(
     slot = tl.maximum(slot, 0)
     text = text_tokens + slot * capacity
     end = _end(text, size, drafts + row, drafts_stride, tl.where(is_known, num_drafts, 0))
-    token, length = _repeats(end, text, previous + slot * capacity, latest + slot * num_buckets, num_buckets)
+    token, length = _repeats(end, text, previous + slot * capacity, latest + slot * num_buckets, num_buckets, factor)
     token, length = _distinct(token, length)
 
     column = tl.arange(0, COLUMNS)
@@ -182,7 +183,8 @@ def include_repeats_triton(
         *(token_ids, logits, drafted.token_ids(place), drafted.logits(place), features[:, -1]),
         *(hidden, head.rows, head.rows if head.row_of is None else head.row_of),
         *(drafted.block, drafted.block.stride(0), of_rows, texts.tokens, texts.previous, texts.latest, texts.sizes),
-        *(features.stride(0), texts.tokens.shape[1], texts.latest.shape[1], place, columns, hidden.shape[1]),
+        *(features.stride(0), texts.tokens.shape[1], texts.latest.shape[1], texts.factor),
+        *(place, columns, hidden.shape[1]),
         HAS_ROW_OF=head.row_of is not None,
         COLUMNS=triton.next_power_of_2(columns),
         WIDTH=_WIDTH,

@@ -2,12 +2,14 @@
 
 #include <algorithm>
 
+#include "scattered.h"
+
 namespace evospec {
 
 // Where a pair's last place is kept, or would be: the pair is found again in the text before that place.
 int32_t& TextIndex::bucket(int32_t first, int32_t second) const {
   const uint64_t key = static_cast<uint64_t>(first) << 32 | static_cast<uint32_t>(second);
-  uint32_t at = static_cast<uint32_t>(key * 0x9E3779B97F4A7C15u >> 32) & (buckets - 1);
+  uint32_t at = scattered(key, factor) & (buckets - 1);
   while (latest[at] >= 0 && (tokens[latest[at] - 2] != first || tokens[latest[at] - 1] != second)) {
     at = (at + 1) & (buckets - 1);
   }
@@ -92,6 +94,7 @@ static int buckets_for(int capacity) {
 TextIndexes::TextIndexes(int slots, int capacity)
     : capacity_(capacity),
       buckets_(buckets_for(capacity)),
+      factor_(random_factor()),
       tokens_(slots, capacity),
       previous_(slots, capacity),
       latest_(slots, buckets_),

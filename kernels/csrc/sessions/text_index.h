@@ -20,6 +20,7 @@ struct TextIndex {
   int32_t* latest;    // [buckets]: the last place right after each pair; -1: none
   int32_t* size;
   int32_t capacity, buckets;
+  uint64_t factor;  // of the pairs' hashes
 
   // Appends to the text. Where it is full, the older half of it is forgotten.
   void extend(const int32_t* token_ids, int count) const;
@@ -47,13 +48,14 @@ class TextIndexes {
   TextIndexes(int slots, int capacity);
 
   TextIndex of(int slot) const {
-    return {tokens_.of(slot), previous_.of(slot), latest_.of(slot), sizes_.of(slot), capacity_, buckets_};
+    return {tokens_.of(slot), previous_.of(slot), latest_.of(slot), sizes_.of(slot), capacity_, buckets_, factor_};
   }
   void clear(int slot);
   size_t num_bytes() const { return tokens_.num_bytes() + previous_.num_bytes() + latest_.num_bytes(); }
 
  private:
   int capacity_, buckets_;
+  uint64_t factor_;
   SlotArray<int32_t> tokens_, previous_, latest_, sizes_;
 };
 

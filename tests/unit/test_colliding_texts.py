@@ -1,0 +1,48 @@
+"""Texts that are made so that hashes with a factor known to all would collide: they cost no more than others."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.native_texts import Texts
+from kernels.session_library import TokenRows, view_of
+
+VOCAB = 1 << 16
+GOLDEN = 0x9E3779B97F4A7C15
+"""What such factors usually are: 2^64 by the golden ratio."""
+
+
+def rows_of(tokens: list[int]) -> TokenRows:
+    """Tokens of slot 0."""
+    rows = TokenRows()
+    rows.add(0, tokens)
+    return rows
+
+
+def longest_run(is_taken: NDArray[np.bool_]) -> int:
+    """Of taken places in a row, the last and the first included: nobody who looks for a place passes more."""
+    free = np.flatnonzero(~is_taken)
+    return int(np.diff(free, append=free[0] + len(is_taken)).max()) - 1
+
+
+def pairs_of_few_places(size: int, places: int) -> list[int]:
+    """Tokens whose pairs have four of so many places, by the middle bits of a product."""
+    rng, text = np.random.default_rng(0), [1]
+    seconds = np.arange(VOCAB, dtype=np.uint64)
+    while len(text) < size:
+        hashes = (np.uint64(text[-1] << 32) + seconds) * np.uint64(GOLDEN) >> np.uint64(32)
+        text.append(int(rng.choice(np.flatnonzero((hashes & np.uint64(places - 1)) < 4))))
+    return text
+
+
+def test_pairs_of_a_text_are_spread_over_its_table() -> None:
+    texts = Texts(1, 8192)
+    arrays = texts.arrays()
+    text = pairs_of_few_places(4096, arrays.buckets)
+    texts.clear(0)
+    texts.extend(rows_of(text))
+    latest = view_of(arrays.latest, np.int32, arrays.buckets)
+    assert (latest >= 0).sum() > 3000
+    assert longest_run(latest >= 0) < 200
+    assert arrays.factor != Texts(1, 8192).arrays().factor
