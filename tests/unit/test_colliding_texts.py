@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
 from kernels.session_library import TokenRows, view_of
+from kernels.session_options import NUM_FEATURES, SessionOptions
 
-VOCAB = 1 << 16
-GOLDEN = 0x9E3779B97F4A7C15
-"""What such factors usually are: 2^64 by the golden ratio."""
+VOCAB, CORE = 1 << 16, 512
+GOLDEN, GOLDEN_32 = 0x9E3779B97F4A7C15, 0x9E3779B1
+"""What such factors usually are: 2^64 by the golden ratio, and the prime nearest to 2^32 by it."""
 
 
 def rows_of(tokens: list[int]) -> TokenRows:
@@ -46,3 +51,23 @@ def test_pairs_of_a_text_are_spread_over_its_table() -> None:
     assert (latest >= 0).sum() > 3000
     assert longest_run(latest >= 0) < 200
     assert arrays.factor != Texts(1, 8192).arrays().factor
+
+
+def test_a_tail_finds_its_tokens_without_a_search() -> None:
+    """For such tokens the steps took 3 s of a processor, for others 0.01 s."""
+    places, buckets = 512, 4096
+    sessions = Sessions(SessionOptions(num_sessions=1, num_places=places), np.arange(VOCAB) < CORE)
+    sessions.clear(0, [0.0] * NUM_FEATURES)
+    outside = np.arange(CORE, VOCAB, dtype=np.uint32)
+    homes = (outside * np.uint32(GOLDEN_32) >> np.uint32(8)) & np.uint32(buckets - 1)
+    tokens = np.random.default_rng(0).permutation(outside[np.argsort(homes, kind="stable")][:1900])
+    steps = iter(np.resize(tokens, (600, 8)).tolist())
+    assert processor_seconds(lambda: sessions.learn(rows_of(next(steps))), 600) < 1.0
+
+
+def processor_seconds(call: Callable[[], None], times: int) -> float:
+    """That this thread takes to call something so often."""
+    started = time.thread_time()
+    for _ in range(times):
+        call()
+    return time.thread_time() - started

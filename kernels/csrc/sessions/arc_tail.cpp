@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "scattered.h"
+
 namespace evospec {
 
 namespace {
@@ -28,7 +30,7 @@ void ArcTail::clear() {
 }
 
 int32_t ArcTail::bucket_of(int32_t token) const {
-  int32_t at = static_cast<int32_t>(static_cast<uint32_t>(token) * 0x9E3779B1u >> 8) & (buckets_ - 1);
+  int32_t at = static_cast<int32_t>(scattered(token, factor_) & (buckets_ - 1));
   while (table_[at] >= 0 && nodes_[table_[at]].token != token) at = (at + 1) & (buckets_ - 1);
   return at;
 }
@@ -172,6 +174,7 @@ void ArcTail::contents(int32_t* tokens) const {
 ArcTails::ArcTails(int sessions, int places, bool only_recency)
     : places_(places),
       buckets_(buckets_for(places)),
+      factor_(random_factor()),
       only_recency_(only_recency),
       tokens_(sessions, places),
       since_(sessions, places),
@@ -180,8 +183,8 @@ ArcTails::ArcTails(int sessions, int places, bool only_recency)
       states_(sessions, 1) {}
 
 ArcTail ArcTails::of(int session) const {
-  return {session,           places_,           buckets_,           only_recency_,      tokens_.of(session),
-          since_.of(session), nodes_.of(session), table_.of(session), states_.of(session)};
+  return {session,             places_,            buckets_,           factor_,           only_recency_,
+          tokens_.of(session), since_.of(session), nodes_.of(session), table_.of(session), states_.of(session)};
 }
 
 size_t ArcTails::num_bytes() const {

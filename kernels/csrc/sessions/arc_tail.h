@@ -38,10 +38,11 @@ class ArcTail {
   static constexpr int kFixedEvents = 50;   // insertions during which the target stays at half of the places (the paper's)
 
   // only_recency: LRU, with T1 alone and no ghosts, to be measured against.
-  ArcTail(int session, int places, int buckets, bool only_recency, int32_t* tokens, int32_t* since, ArcNode* nodes,
-          int32_t* table, ArcState* state)
-      : session_(session), places_(places), buckets_(buckets), only_recency_(only_recency), tokens_(tokens),
-        since_(since), nodes_(nodes), table_(table), state_(state) {}
+  // factor: of the tokens' hashes.
+  ArcTail(int session, int places, int buckets, uint64_t factor, bool only_recency, int32_t* tokens, int32_t* since,
+          ArcNode* nodes, int32_t* table, ArcState* state)
+      : session_(session), places_(places), buckets_(buckets), factor_(factor), only_recency_(only_recency),
+        tokens_(tokens), since_(since), nodes_(nodes), table_(table), state_(state) {}
 
   void clear();
   int size() const { return state_->sizes[0] + state_->sizes[1]; }
@@ -77,6 +78,7 @@ class ArcTail {
   int32_t oldest(int list) const { return nodes_[list].next; }
 
   const int session_, places_, buckets_;
+  const uint64_t factor_;
   const bool only_recency_;
   int32_t* const tokens_;  // [places]; -1: none
   int32_t* const since_;   // [places]: the step in which each token came
@@ -97,6 +99,7 @@ class ArcTails {
 
  private:
   int places_, buckets_;
+  uint64_t factor_;
   bool only_recency_;
   SlotArray<int32_t> tokens_, since_;
   SlotArray<ArcNode> nodes_;
