@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <unordered_set>
+#include <tuple>
 
 namespace evospec {
 
@@ -13,11 +13,20 @@ constexpr float kGeneralWeight = 8.0f;  // the general graph counts as much as s
 
 int64_t pair_of(int64_t two_ago, int64_t one_ago) { return two_ago << 31 | one_ago; }
 
-struct TripleHash {
-  size_t operator()(const std::pair<int64_t, int32_t>& triple) const {
-    return static_cast<size_t>((triple.first * 0x9E3779B97F4A7C15u) ^ static_cast<uint64_t>(triple.second));
-  }
-};
+// The places of the last tokens of triples, of equal ones the first, ascending. They are sorted, which no text makes slow.
+std::vector<int32_t> ends_of_triples(const int32_t* tokens, int32_t size) {
+  std::vector<std::tuple<int64_t, int32_t, int32_t>> all;  // the pair, what follows it, and where
+  for (int32_t i = 2; i < size; ++i) all.emplace_back(pair_of(tokens[i - 2], tokens[i - 1]), tokens[i], i);
+  std::sort(all.begin(), all.end());
+  const auto are_equal = [](const auto& a, const auto& b) {
+    return std::get<0>(a) == std::get<0>(b) && std::get<1>(a) == std::get<1>(b);
+  };
+  all.erase(std::unique(all.begin(), all.end(), are_equal), all.end());
+  std::vector<int32_t> places;
+  for (const auto& triple : all) places.push_back(std::get<2>(triple));
+  std::sort(places.begin(), places.end());
+  return places;
+}
 
 }  // namespace
 
@@ -146,15 +155,11 @@ void Sessions::count_prompt(int session, const std::vector<int32_t>& prompt) {
   const int32_t* const recent = prompt.data() + prompt.size() - size;
   if (counts(session).num_counted == 0) return count(session, recent, size, kNone);
   // Known by the past, not by this prompt: all are looked up before any is counted.
-  std::vector<bool> is_known(size);
-  for (size_t i = 2; i < size; ++i) {
-    is_known[i] = trigrams_.of(session).has(pair_of(recent[i - 2], recent[i - 1]), recent[i]);
-  }
-  std::unordered_set<std::pair<int64_t, int32_t>, TripleHash> counted;
-  for (size_t i = 2; i < size; ++i) {
-    const auto triple = std::make_pair(pair_of(recent[i - 2], recent[i - 1]), recent[i]);
-    if (!is_known[i] && counted.insert(triple).second) count(session, recent + i, 1, recent + i - 2);
-  }
+  std::vector<int32_t> ends = ends_of_triples(recent, static_cast<int32_t>(size));
+  std::erase_if(ends, [&](int32_t i) {
+    return trigrams_.of(session).has(pair_of(recent[i - 2], recent[i - 1]), recent[i]);
+  });
+  for (const int32_t i : ends) count(session, recent + i, 1, recent + i - 2);
 }
 
 // Takes tokens that the session goes on with, before anything enters its tail because of them.
