@@ -310,8 +310,9 @@ async def test_a_stream_that_waits_for_its_first_token_is_not_silent(
         assert response.status_code == 200
         assert [await anext(lines) for _ in range(4)] == [": nothing yet", "", ": nothing yet", ""]
         [request] = api.engine.requests
-        reason = "error" if fails else "stop"
-        await api.engine.send(EngineOutput(request_id=request.request_id, token_ids=[100], finish_reason=reason))
+        await api.engine.send(
+            EngineOutput(request_id=request.request_id, token_ids=[100], finish_reason="error" if fails else "stop")
+        )
         events = [line async for line in lines if line.startswith("data: ")]
     assert ("error" in json.loads(events[0].removeprefix("data: "))) is fails
     assert (events[-1] == "data: [DONE]") is not fails
