@@ -67,7 +67,8 @@ def _fill(table: Table, contexts: NDArray[np.int64], token_ids: NDArray[np.int32
     order = np.lexsort((-counts, contexts))
     contexts, token_ids, counts = contexts[order], token_ids[order], counts[order]
     keys, starts, inverse = np.unique(contexts, return_index=True, return_inverse=True)
-    homes = (keys.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(table.shift)).astype(np.int64) * WAYS
+    groups = keys.astype(np.uint64) * np.uint64(_HASH) >> np.uint64(table.shift)
+    homes = groups.astype(np.min_scalar_type(len(table.keys))) * WAYS  # numbers of two bytes are sorted sooner
     weights = np.bincount(inverse, counts, len(keys))
     by_home = np.lexsort((-weights, homes))
     ways = np.empty(len(keys), np.int64)

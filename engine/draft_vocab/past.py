@@ -41,12 +41,15 @@ class DecayedCounts:
         self._max_tokens, self._growth = max_tokens, 2.0 ** (1.0 / half_life)
         self._counts: dict[int, float] = {}
         self._unit = 1.0
+        self._ranked: list[int] = []
+        """As many as ``top`` was asked for since the last ``add``."""
 
     def __len__(self) -> int:
         return len(self._counts)
 
     def add(self, token_ids: Iterable[int]) -> None:
         """Count each once more."""
+        self._ranked = []
         for token_id in token_ids:
             self._unit *= self._growth
             self._counts[token_id] = self._counts.get(token_id, 0.0) + self._unit
@@ -56,8 +59,19 @@ class DecayedCounts:
 
     def top(self, limit: int) -> list[int]:
         """At most ``limit`` tokens (and ``max_tokens``), the largest count first."""
-        ranked = sorted(self._counts, key=lambda token_id: (-self._counts[token_id], token_id))
-        return ranked[: min(limit, self._max_tokens)]
+        wanted = min(limit, self._max_tokens, len(self._counts))
+        if len(self._ranked) < wanted:
+            self._ranked = self._rank(wanted)
+        return self._ranked[:wanted]
+
+    def _rank(self, wanted: int) -> list[int]:
+        size = len(self._counts)
+        token_ids = np.fromiter(self._counts.keys(), np.int64, size)
+        counts = np.fromiter(self._counts.values(), np.float64, size)
+        is_large = counts >= np.partition(counts, size - wanted)[size - wanted]
+        token_ids, counts = token_ids[is_large], counts[is_large]
+        ranked: list[int] = token_ids[np.lexsort((token_ids, -counts))[:wanted]].tolist()
+        return ranked
 
 
 class _Memory:
@@ -146,6 +160,8 @@ class SessionPast:
     def __init__(self, options: DynamicConfig, resources: Resources, sessions: Sessions) -> None:
         self._prior, self._resources, self._sessions = options.prior, resources, sessions
         self._memory = TenantMemory() if options.tenant_memory else None
+        self._latest: tuple[bytes, SessionSnapshot] | None = None
+        """The snapshot read last, and what it holds: all choices of a request bring the same."""
         self.num_refused_snapshots = 0
 
     def begin(self, session: int, request: Request) -> tuple[list[int], list[int]]:
@@ -172,11 +188,16 @@ class SessionPast:
         if state.past is not None and state.past.snapshot:
             data, state.past = state.past.snapshot, SessionState(domain=state.past.domain)
             try:
-                state.recalled = decode(data, self._resources.fingerprint, self._sessions.vocab_size)
+                state.recalled = self._decode(data)
             except SnapshotError as error:
                 self.num_refused_snapshots += 1
                 log.warning("a session starts cold: its snapshot cannot be used", reason=str(error))
         return state.recalled
+
+    def _decode(self, data: bytes) -> SessionSnapshot:
+        if self._latest is None or self._latest[0] != data:
+            self._latest = data, decode(data, self._resources.fingerprint, self._sessions.vocab_size)
+        return self._latest[1]
 
     def _weights(self, request: Request, snapshot: SessionSnapshot | None) -> Sequence[float]:
         if self._prior == "fixed":

@@ -166,7 +166,8 @@ def _check_ids(data: bytes, order: int, limit: int, vocab_size: int, what: str) 
 def _pack(ngrams: NgramCounts, limit: int) -> PackedNgrams:
     """The ``limit`` largest counts, the largest first; equals by token ids: the order given is no matter."""
     counts = np.minimum(ngrams.counts, _MAX_COUNT).astype(_COUNT)
-    order = np.lexsort((*ngrams.token_ids.T[::-1], -counts))[:limit]
+    descending = ~counts.view(np.uint16)  # of numbers from 0 on, which have the order of their bits
+    order = np.lexsort((*ngrams.token_ids.T[::-1], descending))[:limit]
     order = order[counts[order] > 0]
     return PackedNgrams(ngrams.token_ids[order].astype(_ID).tobytes(), counts[order].tobytes())
 

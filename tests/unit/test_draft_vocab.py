@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -258,6 +259,18 @@ def test_a_damaged_snapshot_is_counted_and_the_session_starts_cold(data: bytes) 
     request = harness.start("a", [700], state=SessionState(snapshot=data))
     assert harness.tail(request) == {700}
     assert harness.vocab.num_refused_snapshots == 1
+
+
+def test_choices_with_the_same_past_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness(max_sessions=8)
+    past = harness.end(harness.start("first", [5, 700], state=SessionState()))
+    assert past is not None
+    decoder = Mock(side_effect=decode)
+    monkeypatch.setattr("engine.draft_vocab.past.decode", decoder)
+    states = [SessionState(snapshot=bytes([*past])) for _ in range(3)]
+    choices = [harness.start(str(number), [5, 6], state=state) for number, state in enumerate(states)]
+    assert decoder.call_count == 1
+    assert all(harness.tail(request) == {700} for request in choices)
 
 
 def teach(harness: Harness, tenant: str, token: int, domain: str = "") -> None:

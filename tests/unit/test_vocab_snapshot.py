@@ -77,6 +77,17 @@ def text_count(text: list[int], order: int, place: int) -> int:
     return windows.count(text[place : place + order])
 
 
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 3), unique=True), st.data())
+def test_ngrams_are_packed_by_counts_and_of_equals_by_tokens(found: list[tuple[int, ...]], data: st.DataObject) -> None:
+    counts = np.array([data.draw(st.sampled_from([0.0, 1e-9, 0.05, 1.0, 1.0001, 7.0, 1e9])) for _ in found], np.float32)
+    none = [NgramCounts(np.empty((0, order), np.int32), np.empty(0, np.float32)) for order in (1, 2)]
+    triples = NgramCounts(np.array(found, np.int32).reshape(-1, 3), counts)
+    packed = make_snapshot("v", 0, 0, [0.0] * NUM_FEATURES, [], [*none, triples]).ngram_counts()[2]
+    kept = np.minimum(counts, 60000.0).astype(np.float16).tolist()
+    expected = sorted((-count, *ngram) for ngram, count in zip(found, kept, strict=True) if count > 0)
+    assert [(-c, *ids) for c, ids in zip(packed.counts.tolist(), packed.token_ids.tolist(), strict=True)] == expected
+
+
 def test_the_largest_snapshot_fits() -> None:
     vocab_size = 2**31
     rng = np.random.default_rng(0)

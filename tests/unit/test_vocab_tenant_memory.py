@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,28 @@ def test_frequent_tokens_survive_pruning() -> None:
     for token_id in range(100, 300):
         counts.add([token_id, 7])
     assert counts.top(1) == [7]
+
+
+@given(runs=st.lists(st.lists(st.integers(0, 20), max_size=12), max_size=5), limits=st.lists(st.integers(0, 30)))
+def test_the_largest_counts_come_first_and_of_equals_the_least_token(runs: list[list[int]], limits: list[int]) -> None:
+    """Whatever was asked for before, and however often."""
+    counts, expected = DecayedCounts(max_tokens=15, half_life=1e300), dict[int, int]()  # so that many are equal
+    for tokens in runs:
+        counts.add(tokens)
+        expected |= {token_id: expected.get(token_id, 0) + tokens.count(token_id) for token_id in tokens}
+        ranked = sorted(expected, key=lambda token_id: (-expected[token_id], token_id))
+        assert [counts.top(limit) for limit in limits] == [ranked[: min(limit, 15)] for limit in limits]
+
+
+def test_no_code_runs_for_each_token_that_is_ranked() -> None:
+    counts, calls = DecayedCounts(), list[str]()
+    counts.add(range(2 * 4096))
+    sys.setprofile(lambda _, event, __: calls.append(event))
+    try:
+        counts.top(1024)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 100
 
 
 def test_long_use_keeps_counts_finite() -> None:
