@@ -19,6 +19,7 @@ from engine.draft_state import NONE
 from engine.draft_vocab.drafted_tokens import DraftedTokens
 from engine.draft_vocab.past import SessionPast
 from engine.draft_vocab.resources import Resources, session_options
+from engine.draft_vocab.step_ends import StepEnds
 from engine.messages import VocabularyCounts
 from engine.request import Request
 from engine.verification import Verification
@@ -65,6 +66,7 @@ class DraftVocab:
         self._free = list(range(options.max_sessions))[::-1]
         self._tenants = _TenantTables(self.sessions) if of_sessions.num_tenants else None
         self._past = SessionPast(options, resources, self.sessions)
+        self._ends = StepEnds()
         self._waiting: list[TailWrites] = []
         """What tails are to hold when they are drafted from next: a step writes to them once."""
         self._search: SemanticSearch | None = None
@@ -132,6 +134,7 @@ class DraftVocab:
             top_k: called for rows where the target's own choices are wanted.
             later: requests whose first token does not bring them a vocabulary: they get one when they are drafted for.
         """
+        self._ends.clear()
         followed: list[Verification] = []
         for one in verified:
             if not one.kept:
@@ -173,9 +176,13 @@ class DraftVocab:
                     self._search.ask(state, state.hidden[place])
 
     def finish(self, request: Request) -> tuple[bytes | None, VocabularyCounts | None]:
-        """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts."""
+        """A request has ended, and its last tokens are committed: what its session keeps of it, and its counts.
+
+        Both are None where there is no room for a vocabulary; the first also where enough have ended in this step.
+        """
         state = request.draft_state
-        if state.past is not None and state.session == NONE:
+        is_kept = state.past is not None and self._ends.take(request)
+        if is_kept and state.session == NONE:
             self._begin(request)  # nothing may have been drafted for it, but its session is to know of it
         if state.session == NONE:
             return None, None
@@ -190,7 +197,7 @@ class DraftVocab:
             insertions=counts.by_source("insertions"),
             hits=counts.by_source("hits"),
         )
-        return None if state.past is None else self._past.pack(state.session, request), fared
+        return self._past.pack(state.session, request) if is_kept else None, fared
 
     def forget(self, request: Request) -> None:
         """A request is over."""

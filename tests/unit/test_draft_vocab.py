@@ -15,6 +15,7 @@ from engine.config import DynamicConfig
 from engine.draft_vocab.bigram_graph import build_bigram_graph
 from engine.draft_vocab.resources import Resources, core_mask
 from engine.draft_vocab.snapshot import decode
+from engine.draft_vocab.step_ends import MAX_BEGUN, MAX_OF_PROMPT
 from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import SamplingParams, SessionState
 from engine.request import Request
@@ -259,6 +260,32 @@ def test_a_damaged_snapshot_is_counted_and_the_session_starts_cold(data: bytes) 
     request = harness.start("a", [700], state=SessionState(snapshot=data))
     assert harness.tail(request) == {700}
     assert harness.vocab.num_refused_snapshots == 1
+
+
+def test_a_session_keeps_few_of_the_choices_that_end_in_one_step() -> None:
+    harness = Harness(max_sessions=8)
+    choices = [harness.start(str(number), [5, 700], state=SessionState(domain="d")) for number in range(6)]
+    other = harness.start("other", [5, 701], state=SessionState(domain="d"))
+    ends = [harness.vocab.finish(request) for request in [*choices, other]]
+    assert [snapshot is not None for snapshot, _ in ends] == [True] * MAX_OF_PROMPT + [False] * 2 + [True]
+    assert all(counts is not None for _, counts in ends)
+    for request in [*choices, other]:
+        harness.vocab.forget(request)
+    for number in range(MAX_OF_PROMPT + 2):
+        request = harness.start(str(number), [5, 700], state=SessionState(domain="d"))  # which takes a step
+        assert harness.end(request) is not None
+
+
+def test_few_texts_of_a_tenant_are_read_only_when_they_end_in_one_step() -> None:
+    harness = Harness(max_sessions=1)
+    tenants = ["many"] * (MAX_BEGUN + 3) + ["few"] * 2
+    harness.later = [str(number) for number in range(len(tenants))]
+    requests = [
+        harness.start(name, [5, 700 + int(name)], tenant, SessionState())
+        for name, tenant in zip(harness.later, tenants, strict=True)
+    ]
+    are_kept = [harness.end(request) is not None for request in requests]
+    assert are_kept == [True] * MAX_BEGUN + [False] * 3 + [True] * 2
 
 
 def test_choices_with_the_same_past_read_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
