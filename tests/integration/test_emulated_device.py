@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.emulated_engine import Job, Ran, StepCost
 
 MOST_WAITS, MOST_LAUNCHES = 4, 40
 BATCHES = [1, 8, 64]
-LATE_MASKS = ("engine/verifier.py:97 index",)
+LATE_MASKS = re.compile(r"engine/verifier\.py:\d+ index")
 """Where some rows are left out, because a grammar's masks are not there yet."""
 KINDS = ("greedy", "plain", "truncated", "penalties", "bias and min_p", "grammar", "calls")
 
@@ -50,7 +51,7 @@ def test_every_feature_at_once_is_within_them(tmp_path: Path) -> None:
     assert [cost.num_sequences for cost in costs] == [7, 21]
     assert sum(costs[0].waits.values()) <= MOST_WAITS, costs[0].waits
     assert sum(costs[0].launches.values()) <= MOST_LAUNCHES, costs[0].launches
-    few, many = ({line: n for line, n in cost.launches.items() if line not in LATE_MASKS} for cost in costs)
+    few, many = ({line: n for line, n in cost.launches.items() if not LATE_MASKS.fullmatch(line)} for cost in costs)
     assert few == many
     assert costs[0].waits == costs[1].waits
 
