@@ -50,11 +50,11 @@ class KeyAligner:
         self.revision = 0  # the revision in force, or to be; 0: the base draft
         self.tensors: dict[str, torch.Tensor] | None = None  # its weights as they are published
         self.is_unpublished = True  # whether they are not in force: they never were, or the engine has lost them
-        self.unshared = set[Unshared]()  # what they have not been told yet
-        self.shared_number = 0  # of the servers' last version that was looked at here
-        self._is_own = True  # whether this server has learned what is in force
-        self.leads = True  # whether this server learns the key, and no other
         self._is_new = True  # whether they never were
+        self._is_own = True  # whether this server has learned them
+        self.leads = True  # whether this server learns the key, and no other
+        self.unshared = set[Unshared]()  # what other servers have not been told yet
+        self.shared_number = 0  # of the servers' last version that was looked at here
         self.channel_version = 0
         self.worked_at = 0.0  # when it worked last, by the monotonic clock
         self._num_unjudged = 0  # updates since weights were scored

@@ -98,18 +98,19 @@ class SharedVersions:
     def version(self, key: str) -> tuple[int, SharedVersion | None] | None:
         """The last version, None if it does not fit this draft, and its number; None while Redis is away."""
         try:
-            number, data = cast(list[bytes | None], self._redis.hmget(self._name(key), ["number", "weights"]))
+            found, data = cast(list[bytes | None], self._redis.hmget(self._name(key), ["number", "weights"]))
         except REDIS_FAILURES:
             return None
+        number = int(found or 0)
         if not data:
-            return int(number or 0), SharedVersion(None)
+            return number, SharedVersion(None)
         try:
             tensors = load(data)
             self._layout.check(tensors)
         except (SafetensorError, ValueError) as error:
             log.warning("a shared adapter is refused", key=key, number=number, reason=str(error))
-            return int(number or 0), None
-        return int(number or 0), SharedVersion(tensors)
+            return number, None
+        return number, SharedVersion(tensors)
 
     def close(self) -> None:
         """Let another server learn at once."""

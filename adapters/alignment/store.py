@@ -19,7 +19,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 
@@ -41,17 +41,20 @@ def claim(directory: Path) -> Path:
 
     So several servers of one machine, or of one volume, each have their own. It is this process's until that ends.
     """
-    for number in count(1):
-        path = directory if number == 1 else directory.with_name(f"{directory.name}-{number}")
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # never closed: the lock ends with the process
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-        else:
-            return path
-    raise AssertionError("count() ends")
+    names = (directory.name if number == 1 else f"{directory.name}-{number}" for number in count(1))
+    return next(path for path in map(directory.with_name, names) if _lock(path))
+
+
+def _lock(directory: Path) -> bool:
+    """Make a directory and lock it until this process ends; False: another has it locked."""
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)  # never closed: the lock ends with the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return False
+    return True
 
 
 @dataclass
@@ -90,7 +93,7 @@ class AdapterStore:
         try:
             values = json.loads((self._of(key) / "state.json").read_bytes())
             state = KeyState(**{field.name: values[field.name] for field in fields(KeyState) if field.name in values})
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, TypeError):
             state = KeyState("")
         if state.key != key:
             return KeyState(key)
@@ -142,8 +145,13 @@ class AdapterStore:
     def forget(self, state: KeyState) -> KeyState:
         """Delete all that was learned of a key; returns its new state, which is not saved."""
         shutil.rmtree(self._of(state.key), ignore_errors=True)
-        kept = {name: getattr(state, name) for name in ("last_revision", "own_number", "bad_number", "num_resets")}
-        return replace(KeyState(state.key), **kept)
+        return KeyState(
+            state.key,
+            last_revision=state.last_revision,
+            own_number=state.own_number,
+            bad_number=state.bad_number,
+            num_resets=state.num_resets,
+        )
 
     def checkpoint_directory(self, key: str) -> Path:
         """Where what is in training may be kept; it is deleted with the key."""

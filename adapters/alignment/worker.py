@@ -193,7 +193,7 @@ class AdapterWorker:
 
     def _let_go(self, key: str, aligner: KeyAligner) -> None:
         """Drop a key; its last good version stays on disk, for when it is wanted again."""
-        self._store.save_state(aligner.state)
+        aligner.save()
         self._assembler.forget(key)
         self._publisher.publish(key, None)
 
