@@ -60,7 +60,7 @@ async def begin_chat(
     prompts = [prompt]
     check_prompts(prompts, "messages", info)
     prediction = await work.run(encode_prediction, serving.tokenizer, body.prediction, info)
-    max_tokens = getattr(body, body.length_field)
+    max_tokens = body.asked_tokens
     if max_tokens is None:
         max_tokens = default_max_tokens(prompts, n, info, tenant)
     max_tokens = fit_max_tokens(max_tokens, body.length_field, prompts, info, serving.strict)

@@ -43,8 +43,7 @@ async def create_completion(
     info = serving.engine_info
     prompts = await tokenize_prompts(work, serving.tokenizer, body.prompt, info, body.suffix)
     check_prompts(prompts, "prompt", info)
-    max_tokens = getattr(body, body.length_field)
-    max_tokens = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
+    max_tokens = DEFAULT_MAX_TOKENS if body.asked_tokens is None else body.asked_tokens
     max_tokens = fit_max_tokens(max_tokens, body.length_field, prompts, info, serving.strict)
     sampling = await work.run(
         to_sampling_params,

@@ -96,6 +96,11 @@ class SamplingFields(ConstraintFields, CommonFields):
         """Which of its two names the request's longest output has."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
+    @property
+    def asked_tokens(self) -> int | None:
+        """The request's longest output, if it says one."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
         both = self.max_tokens, self.max_completion_tokens
