@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +30,13 @@ def compute(kv: KVCacheManager, request: Request, num_tokens: int | None = None)
     assert kv.allocate(request, request.num_tokens, cached=kv.cached_blocks(request))
     request.num_computed_tokens = request.num_tokens if num_tokens is None else num_tokens
     kv.after_commit(request)
+
+
+def answer(kv: KVCacheManager, request: Request, tokens: Sequence[int]) -> None:
+    """Its output grows by these, and all of it is computed."""
+    request.output_token_ids += tokens
+    request.all_token_ids += tokens
+    compute(kv, request)
 
 
 def num_cached(kv: KVCacheManager, request: Request) -> int:
@@ -119,9 +128,7 @@ def test_a_preempted_request_finds_its_own_output_again() -> None:
 def test_answers_are_not_offered_where_a_prompt_would_have_another_kv() -> None:
     kv = KVCacheManager(16, BLOCK_SIZE, prefix_caching=True, reads_prompts_apart=True)
     compute(kv, first := request("a", list(range(6))))
-    first.output_token_ids += range(6, 12)
-    first.all_token_ids += range(6, 12)
-    compute(kv, first)
+    answer(kv, first, range(6, 12))
     later = request("b", list(range(14)))
     assert num_cached(kv, later) == 4
     compute(kv, later)
@@ -132,9 +139,7 @@ def test_an_answer_is_not_taken_from_a_prompt_where_that_has_another_kv() -> Non
     """Another's prompt holds what a preempted sequence was answered."""
     kv = KVCacheManager(16, BLOCK_SIZE, prefix_caching=True, reads_prompts_apart=True)
     compute(kv, preempted := request("a", list(range(6))))
-    preempted.output_token_ids += range(6, 14)
-    preempted.all_token_ids += range(6, 14)
-    compute(kv, preempted)
+    answer(kv, preempted, range(6, 14))
     compute(kv, request("b", list(range(13))))
     kv.free(preempted)
     assert num_cached(kv, preempted) == 4
