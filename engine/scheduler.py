@@ -237,7 +237,7 @@ class Scheduler:
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
         """Next chunks of running prefills; returns the tokens planned."""
         lengths = {request: self._kv.num_computable(request) for request in self._prefilling(plan)}
-        chunks = share_out(lengths, budget, self._prompt_rows_left(plan))
+        chunks = share_out(lengths, budget, self._prompt_rows_left(plan)) if lengths else {}
         plan.update(chunks)
         return sum(chunks.values())
 
