@@ -250,7 +250,7 @@ class EngineCore:
                 self._scheduler.commit(one.sequence, [], finished=False)
 
     def _commit(self, one: Verification, choice: SampledSequence, truncation: Truncation) -> EngineOutput:
-        request, kept = one.request, list(one.kept)
+        request, kept = one.request, one.kept
         finish_reason = truncation.finish_reason or (None if choice.is_finite else "error")
         finished = finish_reason is not None
         is_first = not request.output_token_ids
@@ -268,8 +268,8 @@ class EngineCore:
             request_id=request.client_request_id,
             token_ids=kept,
             logprobs=logprobs,
-            prompt_logprobs=self._verifier.take_prompt_logprobs(request),
-            embedding=self._runner.embeddings.take(request),
+            prompt_logprobs=self._verifier.take_prompt_logprobs(request) if is_first else None,
+            embedding=self._runner.embeddings.take(request) if is_first else None,
             finish_reason=finish_reason,
             error=_NOT_FINITE if finish_reason == "error" else None,
             stop_reason=truncation.stop_reason,

@@ -88,12 +88,16 @@ class BatchSequence(Protocol):
 def padded_block_tables(block_ids: Sequence[array[int]]) -> npt.NDArray[np.int32]:
     """[B, most blocks of any] int32 of the blocks of B sequences, unused entries 0."""
     num_bytes = max(map(len, block_ids)) * np.dtype(np.int32).itemsize
-    tables = bytearray().join(of_sequence.tobytes().ljust(num_bytes, b"\0") for of_sequence in block_ids)
+    tables = bytearray().join([of_sequence.tobytes().ljust(num_bytes, b"\0") for of_sequence in block_ids])
     return np.frombuffer(tables, np.int32).reshape(len(block_ids), -1)
 
 
-def slots_of(block_ids: Sequence[int], begin: int, end: int, block_size: int) -> list[int]:
+def slots_of(block_ids: Sequence[int], begin: int, end: int, block_size: int) -> Sequence[int]:
     """Where the KV of a sequence's positions begin .. end - 1 is: block * block_size + offset."""
+    block = begin // block_size
+    if end <= (block + 1) * block_size:  # nearly always
+        shift = (block_ids[block] - block) * block_size
+        return range(begin + shift, end + shift)
     return [block_ids[p // block_size] * block_size + p % block_size for p in range(begin, end)]
 
 
@@ -111,10 +115,11 @@ def build_batch(
     ends = [0]
     seq_lens: list[int] = []
     for sequence in sequences:
-        end = sequence.start + len(sequence.token_ids)
-        token_ids += sequence.token_ids
-        positions += range(sequence.start, end)
-        slots += slots_of(sequence.block_ids, sequence.start, end, block_size)
+        start, tokens = sequence.start, sequence.token_ids
+        end = start + len(tokens)
+        token_ids += tokens
+        positions += range(start, end)
+        slots += slots_of(sequence.block_ids, start, end, block_size)
         ends.append(len(token_ids))
         seq_lens.append(end)
         wanted += range(len(token_ids) - sequence.num_logits, len(token_ids))

@@ -220,6 +220,8 @@ class Scheduler:
 
     def _prefilling(self, plan: dict[Request, int]) -> list[Request]:
         """Running sequences that do not decode."""
+        if len(plan) == len(self._running):
+            return []
         return [request for request in self._running if request not in plan and not request.is_stalled]
 
     def _num_joining(self, num_decoding: int) -> int:
@@ -289,10 +291,8 @@ class Scheduler:
         if request.wants_prompt_logits:
             num_prompt_logits = min(end, len(request.prompt_token_ids) - 1) - start
         num_sampled = 1 + num_drafts if end == request.num_tokens else 0
-        block_ids = self._kv.block_ids(request)[:]
-        return ScheduledSequence(
-            request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_sampled, block_ids
-        )
+        num_logits, block_ids = num_prompt_logits + num_sampled, self._kv.block_ids(request)
+        return ScheduledSequence(request, start, token_ids, num_drafts, num_prompt_logits, num_logits, block_ids)
 
     def _finish(self, request: Request) -> None:
         self._running.remove(request)

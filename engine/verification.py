@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -28,7 +27,7 @@ class Verification(msgspec.Struct, frozen=True):
     """The target's choices; None while the prompt is unfinished, or where a grammar's mask is late."""
     truncation: Truncation | None = None
     """Where the output ends among them; None without choices."""
-    kept: Sequence[int] = ()
+    kept: list[int] = []
     """The tokens that the output gets: accepted drafts, then a recovered or bonus token, as far as it goes on."""
     num_accepted: int = 0
     """How many of them were drafted."""

@@ -16,7 +16,7 @@ from engine.sampling.sampler import SampledSequence, Sampler, SamplingRows
 from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer
 from engine.truncation import StopChecker
-from engine.verification import DraftSource, Verification
+from engine.verification import Verification
 from kernels.native import Team
 from kernels.upload import upload
 
@@ -60,12 +60,13 @@ class Verifier:
         """
         choices, verified, end = self._choose(sequences, logits), [], 0
         for sequence, choice in zip(sequences, choices, strict=True):
-            end += sequence.num_logits
-            first_row, source = end - sequence.num_sampled, _source(sequence)
+            request, end = sequence.request, end + sequence.num_logits
+            first_row = end - sequence.num_logits + sequence.num_prompt_logits
+            source = request.draft_state.source if sequence.num_draft_tokens else None
             if choice is None:
                 verified.append(Verification(sequence, first_row, source=source))
                 continue
-            truncation = self._stop_checkers[sequence.request.request_id].push(choice.token_ids)
+            truncation = self._stop_checkers[request.request_id].push(choice.token_ids)
             kept = choice.token_ids[: truncation.num_kept]
             # The last choice is no draft, unless it is missing.
             num_accepted = min(len(choice.token_ids) - choice.is_finite, len(kept))
@@ -83,7 +84,7 @@ class Verifier:
             if sequence.request.sampling.prompt_logprobs is not None:
                 self._prompt_logprobs.collect(sequence, logits[start:end])
             if number:
-                rows.append(SamplingRows(sequence.request, tuple(sequence.draft_token_ids[: number - 1])))
+                rows.append(SamplingRows(sequence.request, sequence.draft_token_ids[: number - 1]))
                 first = end - sequence.num_sampled
                 places += range(first, first + number)
         if not rows:
@@ -102,7 +103,3 @@ class Verifier:
         self._sampler.forget(request_id)
         self._prompt_logprobs.forget(request_id)
         self._stop_checkers.pop(request_id, None)
-
-
-def _source(sequence: ScheduledSequence) -> DraftSource | None:
-    return sequence.request.draft_state.source if sequence.num_draft_tokens else None

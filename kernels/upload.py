@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -45,11 +44,10 @@ class FixedMemory:
 
 def _packed(arrays: Sequence[NDArray[Any]], device: torch.device) -> torch.Tensor:
     """Arrays side by side: uint8 [n] on the CPU, pinned where they go on to a GPU."""
-    starts = _starts(arrays)
-    block = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
-    of_block = block.numpy()
-    for start, array in zip(starts, arrays, strict=False):
-        of_block[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
+    side_by_side = bytearray().join([array.tobytes().ljust(size) for array, size in zip(arrays, sizes, strict=True)])
+    block = torch.empty(len(side_by_side), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    block.numpy().data[:] = side_by_side
     return block
 
 

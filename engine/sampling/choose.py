@@ -17,7 +17,7 @@ _MIN_TEMPERATURE = 1e-5
 
 def all_greedy(params: Sequence[SamplingParams]) -> bool:
     """Whether every row takes its largest logit."""
-    return all(one.temperature < _MIN_TEMPERATURE for one in params)
+    return max([one.temperature for one in params], default=0.0) < _MIN_TEMPERATURE
 
 
 def row_sampling(params: Sequence[SamplingParams]) -> RowSampling | None:

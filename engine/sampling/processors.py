@@ -7,7 +7,7 @@ only the tokens concerned. What a grammar forbids is never written: it is a bit 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -88,9 +88,7 @@ class LogitsEdits:
         self._seen = SeenTokens()
         self._undo: list[Callable[[], object]] = []
 
-    def add_sequence(
-        self, start: int, request: Request, draft_token_ids: tuple[int, ...], state: SamplingState
-    ) -> None:
+    def add_sequence(self, start: int, request: Request, draft_token_ids: Sequence[int], state: SamplingState) -> None:
         """Gather the edits of one sequence's rows, the first of which is row ``start``.
 
         If the request has a grammar, its masks for all these rows are known.

@@ -15,10 +15,12 @@ import torch
 
 from engine.messages import SamplingParams, TokenLogprob
 from engine.request import Request
-from engine.sampling.choose import choose_tokens, row_sampling
+from engine.sampling.choose import all_greedy, row_sampling
 from engine.sampling.gpu_choices import GpuChoices
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.processors import LogitsEdits, SamplingState
+from kernels import choose_tokens as kernel
+from kernels.choose_tokens import RowSampling
 from kernels.native import Team
 
 _NO_TOKEN = -1
@@ -33,7 +35,7 @@ class SamplingRows(msgspec.Struct, frozen=True):
     """
 
     request: Request
-    draft_token_ids: tuple[int, ...] = ()
+    draft_token_ids: Sequence[int] = ()
 
 
 class SampledSequence(msgspec.Struct, frozen=True):
@@ -76,13 +78,13 @@ class Sampler:
             logits: [L, V] float32, the rows of all sequences in order; the same afterwards.
             rows: one entry per sequence.
         """
-        starts = list(accumulate((1 + len(sequence.draft_token_ids) for sequence in rows), initial=0))
+        starts = [0, *accumulate([1 + len(sequence.draft_token_ids) for sequence in rows])]
         edits = LogitsEdits(self._eos_token_ids, starts[-1], logits.shape[1])
         for start, sequence in zip(starts, rows, strict=False):
             state = self._state(sequence.request)
             if state.edits_logits:
                 edits.add_sequence(start, sequence.request, sequence.draft_token_ids, state)
-        choices = self._choose(logits, edits, *_params_and_positions(rows))
+        choices = self._choose(logits, edits, *_sampling_and_positions(rows))
         accepted = [
             _accept(sequence.draft_token_ids, choices[start:end])
             for sequence, (start, end) in zip(rows, pairwise(starts), strict=True)
@@ -100,14 +102,14 @@ class Sampler:
         return state
 
     def _choose(
-        self, logits: torch.Tensor, edits: LogitsEdits, params: Sequence[SamplingParams], positions: Sequence[int]
+        self, logits: torch.Tensor, edits: LogitsEdits, sampling: RowSampling | None, positions: Sequence[int]
     ) -> list[int]:
         if self._on_gpu is not None:
-            return self._on_gpu.choose(logits, row_sampling(params), positions, edits)
+            return self._on_gpu.choose(logits, sampling, positions, edits)
         try:
             edited = edits.apply(logits)
             allowed = None if edits.allowed is None else torch.from_numpy(edits.allowed)
-            return choose_tokens(edited, params, positions, team=self._team, allowed=allowed)
+            return kernel.choose_tokens(edited, sampling, positions, None, allowed, self._team)
         finally:
             edits.undo()
 
@@ -128,7 +130,7 @@ class Sampler:
         return logprobs
 
 
-def _accept(draft_token_ids: tuple[int, ...], choices: list[int]) -> list[int]:
+def _accept(draft_token_ids: Sequence[int], choices: list[int]) -> list[int]:
     """The choices up to and including the first that differs from its draft, or all of them."""
     for index, draft_token_id in enumerate(draft_token_ids):
         if choices[index] != draft_token_id:
@@ -136,8 +138,10 @@ def _accept(draft_token_ids: tuple[int, ...], choices: list[int]) -> list[int]:
     return choices
 
 
-def _params_and_positions(rows: list[SamplingRows]) -> tuple[list[SamplingParams], list[int]]:
-    """Of each row of logits: its request's parameters, and the position of the token that it chooses."""
+def _sampling_and_positions(rows: list[SamplingRows]) -> tuple[RowSampling | None, list[int]]:
+    """Of each row of logits: how its token is chosen, and at which position; of greedy rows nobody asks for either."""
+    if all_greedy([sequence.request.sampling for sequence in rows]):
+        return None, []
     params: list[SamplingParams] = []
     positions: list[int] = []
     for sequence in rows:
@@ -145,4 +149,4 @@ def _params_and_positions(rows: list[SamplingRows]) -> tuple[list[SamplingParams
         first = len(request.prompt_token_ids) + len(request.output_token_ids)
         params += [request.sampling] * count
         positions += range(first, first + count)
-    return params, positions
+    return row_sampling(params), positions

@@ -250,12 +250,10 @@ def _drop_forbidden(requests: Sequence[Request]) -> None:
 
 def _outcomes(drafts: Sequence[int], chosen: Sequence[int]) -> list[bool]:
     """Whether each draft is what the target chose, up to the first that is not."""
-    outcomes = []
-    for draft, token_id in zip(drafts, chosen, strict=False):
-        outcomes.append(draft == token_id)
+    for place, (draft, token_id) in enumerate(zip(drafts, chosen, strict=False)):
         if draft != token_id:
-            break
-    return outcomes
+            return [True] * place + [False]
+    return [True] * min(len(drafts), len(chosen))
 
 
 class AcceptanceAlarm:
