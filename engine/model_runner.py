@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -101,19 +101,24 @@ def slots_of(block_ids: Sequence[int], begin: int, end: int, block_size: int) ->
     return [block_ids[p // block_size] * block_size + p % block_size for p in range(begin, end)]
 
 
-def build_batch(
-    sequences: Sequence[BatchSequence], block_size: int, device: torch.device = _CPU, num_prefilling: int = 0
-) -> ForwardBatch:
-    """Lay the sequences' tokens end to end; see ``ForwardBatch`` for the fields.
+class FlatTokens(NamedTuple):
+    """The tokens of some sequences laid end to end, as the fields of ``ForwardBatch``."""
+
+    token_ids: list[int]
+    positions: list[int]
+    query_start_loc: list[int]
+    seq_lens: list[int]
+    slot_mapping: list[int]
+    logits_indices: list[int]
+
+
+def lay_out(sequences: Iterable[BatchSequence], block_size: int) -> FlatTokens:
+    """Lay the sequences' tokens end to end.
 
     By Python lists: nearly every step has a few tokens, where they are several times faster than arrays.
     """
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    wanted: list[int] = []
-    ends = [0]
-    seq_lens: list[int] = []
+    flat = FlatTokens([], [], [0], [], [], [])
+    token_ids, positions, ends, seq_lens, slots, wanted = flat
     for sequence in sequences:
         start, tokens = sequence.start, sequence.token_ids
         end = start + len(tokens)
@@ -123,18 +128,26 @@ def build_batch(
         ends.append(len(token_ids))
         seq_lens.append(end)
         wanted += range(len(token_ids) - sequence.num_logits, len(token_ids))
+    return flat
+
+
+def build_batch(
+    sequences: Sequence[BatchSequence], block_size: int, device: torch.device = _CPU, num_prefilling: int = 0
+) -> ForwardBatch:
+    """The sequences' tokens, and which blocks they have."""
+    flat = lay_out(sequences, block_size)
 
     def tensor(values: list[int] | npt.NDArray[np.int32], dtype: npt.DTypeLike = np.int32) -> torch.Tensor:
         return torch.from_numpy(np.asarray(values, dtype=dtype))
 
     batch = ForwardBatch(
-        token_ids=tensor(token_ids),
-        positions=tensor(positions),
-        query_start_loc=tensor(ends),
-        seq_lens=tensor(seq_lens),
+        token_ids=tensor(flat.token_ids),
+        positions=tensor(flat.positions),
+        query_start_loc=tensor(flat.query_start_loc),
+        seq_lens=tensor(flat.seq_lens),
         block_tables=tensor(padded_block_tables([sequence.block_ids for sequence in sequences])),
-        slot_mapping=tensor(slots),
-        logits_indices=tensor(wanted, np.int64),
+        slot_mapping=tensor(flat.slot_mapping),
+        logits_indices=tensor(flat.logits_indices, np.int64),
         num_prefilling=num_prefilling,
     )
     return batch.on(device)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.batched_lora import LoraRows
 from kernels.choose_tokens import RowSampling
 from kernels.draft_head import TailSlabs, TailSlabsStruct
 from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
@@ -33,6 +34,13 @@ class _Model(ctypes.Structure):
         *((name, MatrixStruct) for name in ("embedding", "head", "core")),
         *pointers("core_ids", "row_of", "tails", "sessions", "texts", "kv"),
         *integers("shift", "norm_output"),
+    )
+
+
+class _Unread(ctypes.Structure):
+    _fields_ = (
+        *integers("tokens", "sequences"),
+        *pointers("token_ids", "positions", "slots", "query_start", "seq_lens", "before", "g", "lora"),
     )
 
 
@@ -71,6 +79,31 @@ class ChainStop:
 
 
 @dataclass(frozen=True)
+class UnreadTokens:
+    """T known tokens that a draft reads before it drafts, laid end to end: the last ones of each of S sequences.
+
+    The first of the sequences are those of the chains, in their order.
+    """
+
+    token_ids: Sequence[int]
+    """[T]"""
+    positions: Sequence[int]
+    """[T], of their entries"""
+    slots: Sequence[int]
+    """[T], where these are"""
+    query_start: Sequence[int]
+    """[S + 1]: the tokens of each sequence"""
+    seq_lens: Sequence[int]
+    """[S]: places up to the last entry"""
+    before: Sequence[int]
+    """[T]: a row of ``g`` for each token, that of the position before it"""
+    g: torch.Tensor
+    """[.., hidden] bf16, contiguous"""
+    lora: LoraRows | None = None
+    """What they are adapted by, one a token"""
+
+
+@dataclass(frozen=True)
 class ChainBatch:
     """B sequences, the longest chain first."""
 
@@ -79,7 +112,7 @@ class ChainBatch:
     positions: Sequence[int]
     """Of the last known token"""
     block_tables: NDArray[np.int32]
-    """[B, max_blocks]"""
+    """[S, max_blocks], also of the further sequences whose tokens are read"""
     sampling: RowSampling | None = None
     """None: all greedy"""
     slabs: Sequence[int] | None = None
@@ -88,7 +121,8 @@ class ChainBatch:
     """Whose prior each has, -1 for none; None: nobody has one"""
     texts: Sequence[int] | None = None
     """With ``sessions``: whose repeats count, -1 for none"""
-    lora: NativeLora | None = None
+    lora: LoraRows | None = None
+    """What the draft's tokens are adapted by, one a row"""
     stop: ChainStop | None = None
     """None: every chain gets its length"""
 
@@ -147,14 +181,9 @@ class NativeChain:
     def _tails_struct(self) -> TailSlabsStruct | None:
         return None if self.tails is None else self.tails.struct
 
-    def run(self, batch: ChainBatch, a: torch.Tensor) -> ChainResult:
-        """Draft.
-
-        Args:
-            batch: the sequences.
-            a: [B, hidden] float32, the draft's state after each one's last known token; overwritten.
-        """
-        num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], a.shape[1]
+    def run(self, batch: ChainBatch, unread: UnreadTokens) -> ChainResult:
+        """Read, and draft."""
+        num_rows, steps, hidden = len(batch.lengths), batch.lengths[0], len(self.norm)
         only_best = batch.sampling is None and batch.sessions is None and batch.stop is None
         most = self.core.n + (0 if self.tails is None else self.tails.slots)
         count = 1 if only_best else min(self.candidates, most)
@@ -171,13 +200,11 @@ class NativeChain:
             setattr(rows, name, values.buffer_info()[0])
         if batch.stop is not None:
             rows.chances, rows.draft_cost = batch.stop.chances.ctypes.data, batch.stop.draft_cost
-        if batch.lora is not None:
-            rows.lora = ctypes.cast(batch.lora.pointer, ctypes.c_void_p)
+        rows.kept = _lora_of(rows, batch.lora)
         confidence = None if result.confidence is None else result.confidence.ctypes.data
         outputs = _Outputs(result.tokens.ctypes.data, result.hidden.data_ptr(), confidence)
-        made = load_library().evo_draft_chain(
-            self.team.handle, ctypes.byref(self._model), ctypes.byref(rows), address(a), ctypes.byref(outputs)
-        )
+        structs = self._model, _unread_struct(unread), rows, outputs
+        made = load_library().evo_draft_chain(self.team.handle, *map(ctypes.byref, structs))
         return result.first(made)
 
     @functools.cached_property
@@ -193,6 +220,22 @@ class NativeChain:
             ctypes.addressof(self.cache.struct),
             *(self.shift, self.norm_output),
         )
+
+
+def _unread_struct(unread: UnreadTokens) -> _Unread:
+    """Keeps its arrays alive."""
+    names = ("token_ids", "positions", "slots", "query_start", "seq_lens", "before")
+    arrays = [array("i", getattr(unread, name)) for name in names]
+    struct = _Unread(len(unread.token_ids), len(unread.seq_lens), *(values.buffer_info()[0] for values in arrays))
+    struct.g, struct.kept = unread.g.data_ptr(), (arrays, _lora_of(struct, unread.lora))
+    return struct
+
+
+def _lora_of(struct: _Unread | _Rows, lora: LoraRows | None) -> NativeLora | None:
+    """Write it into a structure, which it must outlive."""
+    native = None if lora is None else NativeLora(lora)
+    struct.lora = None if native is None else ctypes.addressof(native.pointer.contents)
+    return native
 
 
 def _arrays(batch: ChainBatch) -> dict[str, array[Any]]:

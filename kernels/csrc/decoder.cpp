@@ -238,7 +238,8 @@ void Decoder::forward(const Batch& batch, const KvLayers& kv, const float* embed
       team_.barrier();
       ++next;
     }
-    if (outputs.hidden != nullptr) normalize(outputs.norm_weight, residual, tokens, outputs.hidden, hidden);
+    const int num_wanted = wanted == nullptr ? tokens : wanted->count;
+    if (outputs.hidden != nullptr) normalize(outputs.norm_weight, residual, num_wanted, outputs.hidden, hidden);
   });
 }
 

@@ -48,7 +48,7 @@ void unpack_rows(Team& team, const Matrix& matrix, const int32_t* rows, int coun
 // What a pass leaves behind besides the residual stream.
 struct PassOutputs {
   const float* norm_weight;
-  bf16* hidden;            // [tokens][hidden]: RMS norm of the residual stream after the last layer; null: not wanted
+  bf16* hidden;            // [wanted][hidden]: RMS norm of the residual stream after the last layer; null: of no use
   const int32_t* captured; // layers whose output is wanted, ascending
   int num_captured;
   bf16* features;          // [tokens][num_captured][hidden]: those outputs

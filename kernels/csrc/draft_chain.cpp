@@ -13,12 +13,11 @@ namespace {
 
 class Chain {
  public:
-  Chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a, const ChainOutputs& out)
-      : team_(team), model_(model), rows_(rows), a_(a), out_(out),
+  Chain(Team& team, const ChainModel& model, const ChainRows& rows, const ChainOutputs& out)
+      : team_(team), model_(model), rows_(rows), out_(out),
         rounds_(rows.sessions == nullptr ? own_rounds_ : model.sessions->rounds()) {
     const size_t most = rows.rows, padded = (most + 31) / 32 * 32;  // products may read whole tiles
     hidden_.resize(padded * model.hidden);
-    embeddings_.resize(most * model.hidden);
     logits_.resize(most * model.core.n);
     scores_.resize(most * rows.candidates);
     indices_.resize(most * rows.candidates);
@@ -26,13 +25,9 @@ class Chain {
     if (model.sessions != nullptr) model.sessions->settle();
   }
 
-  int run() {
+  int run(const UnreadTokens& unread) {
+    read(unread);
     int count = rows_.rows;
-    if (model_.norm_output == 0) {
-      model_.layer->final_norm(model_.norm, a_, count, hidden_.data());
-    } else {
-      for (size_t i = 0; i < size(count); i += 16) store_bf16(hidden_.data() + i, load(a_ + i));
-    }
     for (int step = 0;; ++step) {
       std::copy_n(hidden_.data(), size(count), out_.hidden + at(step) * model_.hidden);
       begin_round(step);
@@ -50,6 +45,30 @@ class Chain {
   size_t size(int count) const { return static_cast<size_t>(count) * model_.hidden; }
 
   size_t at(int step) const { return static_cast<size_t>(step) * rows_.rows; }
+
+  // Writes the entries of unread tokens; the states after the last of each chain's are the first rows of a.
+  void read(const UnreadTokens& unread) {
+    const int tokens = unread.tokens, count = rows_.rows;
+    a_.resize(size(tokens)), embeddings_.resize(size(tokens));
+    for (int token = 0; token < tokens; ++token) {
+      const bf16* const g = unread.g + size(unread.before[token]);
+      for (int i = 0; i < model_.hidden; i += 16) store(a_.data() + size(token) + i, load_bf16(g + i));
+    }
+    model_.layer->embed(model_.embedding, unread.token_ids, tokens, embeddings_.data());
+    const Batch batch{tokens, unread.sequences, rows_.max_blocks, unread.positions, unread.query_start,
+                      unread.seq_lens, rows_.block_tables, unread.slots, 0};
+    std::vector<int32_t> last(count);
+    for (int row = 0; row < count; ++row) last[row] = unread.query_start[row + 1] - 1;
+    const WantedRows wanted{last.data(), count};
+    model_.layer->forward(batch, *model_.kv, embeddings_.data(), unread.lora, tokens == count ? nullptr : &wanted,
+                          a_.data(), {model_.norm, hidden_.data(), nullptr, 0, nullptr});
+    keep_normed(count);
+  }
+
+  // Where the draft's state is what its output norm gives.
+  void keep_normed(int count) {
+    for (size_t i = 0; model_.norm_output != 0 && i < size(count); ++i) a_[i] = to_float(hidden_[i]);
+  }
 
   void begin_round(int step) {
     round_ = rows_.sessions == nullptr ? 0 : step;
@@ -173,31 +192,30 @@ class Chain {
     const Batch batch{count, count, rows_.max_blocks, positions_.data(), query_start_.data(), seq_lens_.data(),
                       rows_.block_tables, slots_.data(), 0};
     model_.layer->embed(model_.embedding, out_.tokens + at(step), count, embeddings_.data());
-    model_.layer->forward(batch, *model_.kv, embeddings_.data(), rows_.lora, nullptr, a_,
+    model_.layer->forward(batch, *model_.kv, embeddings_.data(), rows_.lora, nullptr, a_.data(),
                           {model_.norm, hidden_.data(), nullptr, 0, nullptr});
-    for (size_t i = 0; model_.norm_output != 0 && i < size(count); ++i) a_[i] = to_float(hidden_[i]);
+    keep_normed(count);
   }
 
   Team& team_;
   const ChainModel& model_;
   const ChainRows& rows_;
-  float* a_;
   const ChainOutputs& out_;
   DraftRounds own_rounds_;  // where nobody learns from them: the first one, again and again
   DraftRounds& rounds_;
   int round_ = 0;
   std::vector<bf16> hidden_;
-  std::vector<float> embeddings_, logits_, scores_, head_row_, promises_;
+  std::vector<float> a_, embeddings_, logits_, scores_, head_row_, promises_;
   std::vector<int64_t> indices_;
   std::vector<int32_t> drafts_, positions_, query_start_, seq_lens_, slots_;
 };
 
 }  // namespace
 
-// a [B][hidden]: the draft's state after each sequence's last known token; overwritten. Returns the number of steps.
-extern "C" int evo_draft_chain(Team& team, const ChainModel& model, const ChainRows& rows, float* a,
+// Reads what is unread, and drafts. Returns the number of steps.
+extern "C" int evo_draft_chain(Team& team, const ChainModel& model, const UnreadTokens& unread, const ChainRows& rows,
                                const ChainOutputs& out) {
-  return Chain(team, model, rows, a, out).run();
+  return Chain(team, model, rows, out).run(unread);
 }
 
 }  // namespace evospec

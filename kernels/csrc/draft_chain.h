@@ -26,12 +26,25 @@ struct ChainModel {
   int norm_output;          // whether the draft's state is what its output norm gives, as in EAGLE-3.1
 };
 
+// T known tokens that the draft reads first, of S sequences: those of the chains, in their order, and further ones.
+struct UnreadTokens {
+  int tokens, sequences;
+  const int32_t* token_ids;    // [T]
+  const int32_t* positions;    // [T], places of their entries
+  const int32_t* slots;        // [T], of their entries
+  const int32_t* query_start;  // [S + 1]: the tokens of each; at least one
+  const int32_t* seq_lens;     // [S]
+  const int32_t* before;       // [T]: rows of g, each token's the one of the position before it
+  const bf16* g;               // [..][hidden]
+  const LoraRows* lora;        // null: none
+};
+
 // B sequences, the longest chain first; arrays of one entry a row.
 struct ChainRows {
   int rows, max_length, max_blocks, candidates;  // candidates of each token that are looked at
   const int32_t* lengths;       // of the chains, 1 .. max_length
   const int32_t* positions;     // of the last known token; drafts follow
-  const int32_t* block_tables;  // [B][max_blocks]
+  const int32_t* block_tables;  // [S][max_blocks], the first are theirs
   const int32_t* slabs;         // the tail of each; null without tails
   const LoraRows* lora;         // null: none
   // How tokens are chosen; temperatures null: the best candidate, everywhere.

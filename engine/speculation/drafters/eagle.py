@@ -17,7 +17,7 @@ from engine.attention.torch_paged import TorchPagedAttention
 from engine.batch import Features, ForwardBatch
 from engine.config import CacheConfig
 from engine.loader import LoadedModel
-from engine.model_runner import build_batch, padded_block_tables, slots_of
+from engine.model_runner import build_batch, lay_out, padded_block_tables
 from engine.models.eagle3 import Eagle3
 from engine.models.eagle3_config import Eagle3Config
 from engine.models.native_decoder import NativeDecoder
@@ -34,8 +34,8 @@ from engine.speculation.drafters.head import DraftHead
 from engine.speculation.drafters.kv import Chunk, DraftKvTracker, FeatureStore, chain_batches
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
-from kernels.native_chain import NativeChain
-from kernels.native_lora import NativeLora
+from kernels.batched_lora import LoraRows
+from kernels.native_chain import NativeChain, UnreadTokens
 from kernels.upload import upload
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -183,14 +183,14 @@ class EagleProposer(Proposer):
             self._adapters.assign([slot.request for slot in slots])
         if self._network.shift:
             chunks = [_one_place_earlier(chunk) for chunk in chunks if chunk.start + len(chunk.token_ids) > 1]
+        if ready and self._chain is not None:
+            self._read_and_draft(self._chain, chunks, ready, stop)
+            return
         a = self._read(chunks)
         if not ready:
             return
         if self._gpu_chain is not None and self._gpu_chain.can_draft(ready):
             self._gpu_chain.draft(a, ready)
-            return
-        if self._chain is not None:
-            self._draft_chains(self._chain, a, ready, stop)
             return
         self._head.draft(self._network.head_input(a), ready)
         for rows, longer, batch in chain_batches(ready, self._block_size, self._device, self._network.shift):
@@ -206,19 +206,27 @@ class EagleProposer(Proposer):
             return self._gpu_chain.read(chunks, self._slots_before(chunks))
         batch = build_batch(chunks, self._block_size, self._device)
         of_tokens = (chunk.request for chunk in chunks for _ in chunk.token_ids)
-        [slots] = upload(self._device, np.array(self._slots_before(chunks)))
-        return self._forward(batch, of_tokens, self._g_of(slots))
+        slots = upload(self._device, np.array(self._slots_before(chunks)))
+        return self._forward(batch, of_tokens, self._g_of(*slots))
 
-    def _draft_chains(
-        self, chain: NativeChain, a: torch.Tensor, ready: Sequence[DraftSlot], stop: StopRule | None
+    def _read_and_draft(
+        self, chain: NativeChain, chunks: Sequence[Chunk], ready: Sequence[DraftSlot], stop: StopRule | None
     ) -> None:
-        """All drafts of the slots in one call; ``a`` [B, hidden]: the draft's state after their last known tokens."""
+        """Write the entries of tokens, and draft for the slots, whose chunks are the first, all in one call."""
         order = sorted(range(len(ready)), key=lambda row: -ready[row].num_tokens)
-        slots = [ready[row] for row in order]
-        lora = self._adapters.rows(slot.request for slot in slots) if self._adapters else None
-        adapted = None if lora is None else NativeLora(lora)
-        tables = padded_block_tables([slot.block_ids for slot in slots])
-        self._head.draft_chains(chain, a[order], slots, tables, adapted, stop)
+        slots, chunks = [ready[row] for row in order], [*(chunks[row] for row in order), *chunks[len(ready) :]]
+        flat, before, g = lay_out(chunks, self._block_size), self._slots_before(chunks), self._stored.all_rows
+        if not self._stores_fused:
+            g, before = self._g_of(torch.tensor(before)).bfloat16(), list(range(len(before)))
+        unread = UnreadTokens(
+            *(flat.token_ids, flat.positions, flat.slot_mapping, flat.query_start_loc, flat.seq_lens, before, g),
+            lora=self._lora(chunk.request for chunk in chunks for _ in chunk.token_ids),
+        )
+        tables = padded_block_tables([chunk.block_ids for chunk in chunks])
+        self._head.draft_chains(chain, unread, slots, tables, self._lora(slot.request for slot in slots), stop)
+
+    def _lora(self, of_rows: Iterable[Request]) -> LoraRows | None:
+        return self._adapters.rows(of_rows) if self._adapters else None
 
     def num_unread(self, request: Request) -> int:
         """Tokens of a request that have no entry yet."""
@@ -240,8 +248,7 @@ class EagleProposer(Proposer):
 
     def _forward(self, batch: ForwardBatch, of_tokens: Iterable[Request], g: torch.Tensor) -> torch.Tensor:
         """a [n, hidden] of the tokens that want logits; ``of_tokens``: whose each token of the batch is."""
-        lora = self._adapters.rows(of_tokens) if self._adapters else None
-        return self._network.forward(batch, self._attention, self._embed(batch.token_ids), g, lora)
+        return self._network.forward(batch, self._attention, self._embed(batch.token_ids), g, self._lora(of_tokens))
 
     def _g_of(self, slots: torch.Tensor) -> torch.Tensor:
         """[T] int64 → g of the tokens in these slots, [T, hidden]."""
@@ -253,15 +260,7 @@ class EagleProposer(Proposer):
         return self._stored.rows(*upload(self._device, np.array(self._slots_before(chunks))))
 
     def _slots_before(self, chunks: Sequence[Chunk]) -> list[int]:
-        """The slot of the position before each token; ``chunks`` by the places of their entries."""
-        slots: list[int] = []
-        for chunk in chunks:
-            start = chunk.start + self._network.shift - 1
-            end = start + len(chunk.token_ids)
-            if start < 0:
-                slots.append(self._stored.before_first)
-            slots += slots_of(chunk.block_ids, max(start, 0), end, self._block_size)
-        return slots
+        return self._stored.slots_before(chunks, self._network.shift, self._block_size)
 
 
 def _stores_fused(adapters: EagleAdapters | None) -> bool:

@@ -24,10 +24,10 @@ from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
 from engine.tensor_parallel.model import ShardedTails
+from kernels.batched_lora import LoraRows
 from kernels.draft_head import Core, HeadRows, TailSlabs, draft_head_topk
-from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain
+from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain, UnreadTokens
 from kernels.native_decoder import KvCache
-from kernels.native_lora import NativeLora
 from kernels.upload import upload
 
 COUNTS_FILE = "token_counts.safetensors"
@@ -157,19 +157,19 @@ class DraftHead:
     def draft_chains(
         self,
         chain: NativeChain,
-        a: torch.Tensor,
+        unread: UnreadTokens,
         slots: Sequence[DraftSlot],
         tables: NDArray[np.int32],
-        lora: NativeLora | None,
+        lora: LoraRows | None,
         stop: StopRule | None,
     ) -> None:
         """As ``draft``, for as many tokens as each sequence wants or ``stop`` allows, the longest chain first.
 
         Args:
             chain: of this head.
-            a: [B, hidden] float32, the draft's state after each one's last known token; overwritten.
+            unread: known tokens that it reads first.
             slots: one a row.
-            tables: [B, max_blocks], their blocks.
+            tables: [S, max_blocks], blocks of theirs, and of further sequences of ``unread``.
             lora: what the draft's tokens are adapted by, one a row.
             stop: None: all chains get their length, and nothing is known of how sure the draft is.
         """
@@ -179,7 +179,7 @@ class DraftHead:
         sampling = row_sampling([request.sampling for request in requests])
         rule = None if stop is None else _chain_stop(stop, requests, lengths[0])
         batch = ChainBatch(lengths, positions, tables, sampling, lora=lora, stop=rule, **vars(vocabularies))
-        result = chain.run(batch, a)
+        result = chain.run(batch, unread)
         lengths = [min(length, len(result.tokens)) for length in lengths]
         for request, length, tokens in zip(requests, lengths, result.tokens.T.tolist(), strict=True):
             request.draft_token_ids += tokens[:length]

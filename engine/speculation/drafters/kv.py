@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.batch import Features, ForwardBatch
-from engine.model_runner import padded_block_tables
+from engine.model_runner import padded_block_tables, slots_of
 from engine.request import Request
 from engine.speculation.drafters.eagle_network import EagleNetwork
 from engine.step_plan import DraftSlot, ScheduledSequence
@@ -208,10 +208,29 @@ class FeatureStore:
         if sum(len(waiting.slots) for waiting in self._waiting) >= self._most_waiting:
             self._write()
 
+    @property
+    def all_rows(self) -> torch.Tensor:
+        """[num_slots + 1, width], valid until the next ``add``."""
+        self._write()
+        return self._rows
+
     def rows(self, slots: torch.Tensor) -> torch.Tensor:
         """[T] int64 → [T, width]."""
-        self._write()
-        return self._rows.index_select(0, slots)
+        return self.all_rows.index_select(0, slots)
+
+    def slots_before(self, chunks: Sequence[Chunk], shift: int, block_size: int) -> list[int]:
+        """The slot of the position before each token; ``chunks`` by the places of their entries.
+
+        ``shift``: an entry lies so many places before its token.
+        """
+        slots: list[int] = []
+        for chunk in chunks:
+            start = chunk.start + shift - 1
+            end = start + len(chunk.token_ids)
+            if start < 0:
+                slots.append(self.before_first)
+            slots += slots_of(chunk.block_ids, max(start, 0), end, block_size)
+        return slots
 
     def _write(self) -> None:
         if not self._waiting:
