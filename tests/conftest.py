@@ -76,8 +76,12 @@ def valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, smollm2_path: Path) -> Iterator[str]:
-    """Base URL of a whole server with SmolLM2, shared by the session; with as many threads as there are cores."""
+    """Base URL of a whole server with SmolLM2, shared by the session; with as many threads as there are cores.
+
+    Its steps are small, so that it measures what few sizes cost at its start.
+    """
     options = ["smollm2-135m", *SMALL, "--engine.runtime.threads", "0"]
+    options += ["--engine.scheduler.max_batched_tokens", "64", "--engine.scheduler.max_num_seqs", "16"]
     running = RunningServer(tmp_path_factory.mktemp("server") / "log.jsonl", options)
     try:
         running.wait_until_healthy()

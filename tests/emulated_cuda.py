@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,13 @@ def launch(name: str, compute: Callable[[], object]) -> None:
         tapes[-1].append(compute)
     else:
         COUNTS.launches[f"{line()} {name}"] += 1
+
+
+def compute_all(work: Iterable[Callable[[], object]]) -> None:
+    """The device's part of it: there all tensors are plain ones, which need not be looked at."""
+    with torch._C._DisableTorchDispatch():
+        for compute in work:
+            compute()
 
 
 def held(value: Any) -> Any:

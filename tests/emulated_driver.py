@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from tests.emulated_cuda import COUNTS, dispatch, held, is_readable, launch, line, register, tapes, wait
+from tests.emulated_cuda import COUNTS, compute_all, dispatch, held, is_readable, launch, line, register, tapes, wait
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -40,8 +40,7 @@ class _Graph:
 
     def replay(self) -> None:
         COUNTS.replays += 1
-        for compute in self.tape:
-            compute()
+        compute_all(self.tape)
 
 
 @contextlib.contextmanager
@@ -66,7 +65,7 @@ def _run_triton(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -
     def compute() -> None:
         KERNELS[self.__name__](*inner_args, **inner_kwargs)
 
-    compute()
+    compute_all([compute])
     launch(self.__name__, compute)
 
 

@@ -1,11 +1,11 @@
-"""A process that runs engines on an emulated CUDA device and prints, as JSON, what they said and what their steps cost.
+"""Engines on an emulated CUDA device: what they said and what their steps cost.
 
-``python -m tests.emulated_engine DIRECTORY JOB``, where a job is the JSON of ``Job``; the answer is that of ``Ran``s.
+They run in a process of their own, in which ``begin`` comes first.
 """
 
 from __future__ import annotations
 
-import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -162,6 +162,9 @@ def _generate(core: EngineCore, job: Job, batch: int) -> Ran:
             request_id=str(index), prompt_token_ids=prompt, sampling=sampling, tenant="tests", session=session
         )
         core.add(CLIENT, request)
+    while core._constrained.waiting:  # so that all begin together
+        core._follow_grammars()
+        time.sleep(0.001)
     ran, num_done = Ran([], [[] for _ in range(batch)], [[] for _ in range(batch)]), 0
     while num_done < batch and len(ran.steps) < job.num_steps:
         COUNTS.reset()
@@ -195,16 +198,16 @@ def install() -> None:
     loader._cuda_toolkit = lambda: "/usr/local/cuda"
 
 
-def main() -> None:
-    directory, job = Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=Job)
+def begin() -> None:
+    """Make this process one for ``run_all``."""
     install()
     import structlog
     import torch
 
     torch.set_num_threads(1)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
-    print(msgspec.json.encode([run(directory, job, batch) for batch in job.batches]).decode())
 
 
-if __name__ == "__main__":
-    main()
+def run_all(directory: Path, job: Job) -> list[Ran]:
+    """A job's engines."""
+    return [run(directory, job, batch) for batch in job.batches]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.emulated_cuda import DeviceTensor, held, launch, wait
+from tests.emulated_cuda import DeviceTensor, compute_all, held, launch, wait
 
 PREFILL, DECODE = "BatchPrefillWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper"
 _PARAMETERS = {
@@ -104,7 +104,7 @@ class _Wrapper:
             out.held.copy_(attended)
             log_sum.held.copy_(logs)
 
-        compute()
+        compute_all([compute])
         launch("attention", compute)
         return (out, log_sum) if call["return_lse"] else out
 

@@ -33,6 +33,7 @@ _SCALARS = {
     GGUFValueType.FLOAT64: "d",
     GGUFValueType.BOOL: "?",
 }
+_LENGTH = struct.Struct("<Q")
 _MAX_DIMS = 4
 _T = TypeVar("_T", int, float, bool, str)
 
@@ -119,13 +120,19 @@ class GGUFFile:
         return value
 
     def _string(self) -> str:
-        length = self._scalar("Q")
-        end = self._offset + length
-        if end > len(self._map):
-            raise ValueError(f"a string of {length} bytes runs past the end of the file")
-        text = self._map[self._offset : end].decode()
+        return self._strings(1)[0]
+
+    def _strings(self, count: int) -> list[str]:
+        """So many in a row; a vocabulary has some hundred thousand."""
+        content, size, end, strings = self._map, len(self._map), self._offset, list[str]()
+        for _ in range(count):
+            start = end + _LENGTH.size
+            end = start + _LENGTH.unpack_from(content, end)[0]
+            if end > size:
+                raise ValueError(f"a string of {end - start} bytes runs past the end of the file")
+            strings.append(content[start:end].decode())
         self._offset = end
-        return text
+        return strings
 
     def _value(self, kind: GGUFValueType) -> Any:
         if kind == GGUFValueType.STRING:
@@ -138,7 +145,7 @@ class GGUFFile:
         kind = GGUFValueType(self._scalar("I"))
         count = self._scalar("Q")
         if kind == GGUFValueType.STRING:
-            return [self._string() for _ in range(count)]
+            return self._strings(count)
         if kind == GGUFValueType.ARRAY:
             raise ValueError("nested arrays are not supported")
         size = count * struct.calcsize("<" + _SCALARS[kind])

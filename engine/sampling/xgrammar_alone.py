@@ -1,7 +1,8 @@
-"""xgrammar without transformers, of which it names three classes when it is imported, and needs none here.
+"""xgrammar without transformers and torch, which it names when it is imported, and of which it needs nothing here.
 
-They are for a tokenizer of transformers', or for its ``generate``. To import them takes most of a second and 24 MB, in
-the engine and in the process that forks for grammars.
+It has transformers for that one's tokenizers and ``generate``, and torch for masks that are tensors: here they are
+arrays. To import the two takes a second, and 24 MB and 160 MB, in the process that forks for grammars. The engine has
+torch anyway.
 """
 
 from __future__ import annotations
@@ -12,24 +13,47 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-_WHERE = "transformers"
-
 
 def import_xgrammar(
     named: Sequence[str] = ("LogitsProcessor", "PreTrainedTokenizerBase", "PreTrainedTokenizerFast"),
 ) -> Any:
-    """The package, by empty classes of these names in place of transformers, or by that where they do not do."""
-    if _WHERE not in sys.modules:
-        stand_in = ModuleType(_WHERE)
-        vars(stand_in).update({name: type(name, (), {}) for name in named})
-        sys.modules[_WHERE] = stand_in
-        try:
-            return importlib.import_module("xgrammar")
-        except (ImportError, AttributeError):  # of a release that names others
-            pass
-        finally:
-            del sys.modules[_WHERE]
+    """The package, by stand-ins for what is not loaded yet, or by the real ones where stand-ins do not do.
+
+    That for transformers has empty classes of these names.
+    """
+    stand_ins = {}
+    if "transformers" not in sys.modules:
+        stand_ins["transformers"] = ModuleType("transformers")
+        vars(stand_ins["transformers"]).update({name: type(name, (), {}) for name in named})
+    if "torch" not in sys.modules:
+        _import_tvm_ffi()
+        stand_ins["torch"] = _torch()
+    sys.modules.update(stand_ins)
+    try:
+        return importlib.import_module("xgrammar")
+    except (ImportError, AttributeError):  # of a release that names others
+        pass
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
     return importlib.import_module("xgrammar")
+
+
+def _import_tvm_ffi() -> None:
+    """What xgrammar stands on, which does without torch where that is not installed."""
+    absent: Any = None
+    sys.modules["torch"] = absent
+    try:
+        importlib.import_module("tvm_ffi")
+    finally:
+        del sys.modules["torch"]
+
+
+def _torch() -> ModuleType:
+    """Any class that the type of an argument may name, and a function that makes a tensor nobody looks at."""
+    module = ModuleType("torch")
+    vars(module).update(tensor=lambda *_, **__: None, __getattr__=lambda name: type(name, (), {}))
+    return module
 
 
 xgrammar = import_xgrammar()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.pool import Pool
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS
-from tests.emulated_engine import Job, Ran, StepCost
+from tests.emulated_engine import Job, Ran, StepCost, begin, run_all
 
 MOST_WAITS, MOST_LAUNCHES = 4, 40
 BATCHES = [1, 8, 64]
@@ -20,12 +20,25 @@ LATE_MASKS = re.compile(r"engine/verifier\.py:\d+ index")
 KINDS = ("greedy", "plain", "truncated", "penalties", "bias and min_p", "grammar", "calls")
 
 
-def run(directory: Path, job: Job) -> list[Ran]:
-    """In a process of its own, as the emulation changes torch."""
-    command = [sys.executable, "-m", "tests.emulated_engine", str(directory), msgspec.json.encode(job).decode()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=list[Ran])
+class Device:
+    """The process that has it, as the emulation changes torch."""
+
+    def __init__(self, process: Pool, directory: Path) -> None:
+        self._process, self._directory = process, directory
+
+    def run(self, job: Job) -> list[Ran]:
+        return self._process.apply_async(run_all, (self._directory, job)).get(timeout=300)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[Pool]:
+    with get_context("spawn").Pool(1, begin) as process:
+        yield process
+
+
+@pytest.fixture
+def device(process: Pool, tmp_path: Path) -> Device:
+    return Device(process, tmp_path)
 
 
 def settled(ran: Ran) -> StepCost:
@@ -33,8 +46,8 @@ def settled(ran: Ran) -> StepCost:
     return ran.steps[-1]
 
 
-def test_a_steps_waits_and_launches_do_not_grow_with_the_batch(tmp_path: Path) -> None:
-    runs = run(tmp_path, Job(BATCHES, kinds=("plain",), longest_prompt=7, max_tokens=100, num_steps=5))
+def test_a_steps_waits_and_launches_do_not_grow_with_the_batch(device: Device) -> None:
+    runs = device.run(Job(BATCHES, kinds=("plain",), longest_prompt=7, max_tokens=100, num_steps=5))
     costs = [settled(ran) for ran in runs]
     assert [cost.num_sequences for cost in costs] == BATCHES
     assert all(cost.num_tokens > 3 * cost.num_sequences for cost in costs)
@@ -45,8 +58,8 @@ def test_a_steps_waits_and_launches_do_not_grow_with_the_batch(tmp_path: Path) -
     assert costs[0].waits.keys() == costs[1].waits.keys() == costs[2].waits.keys()
 
 
-def test_every_feature_at_once_is_within_them(tmp_path: Path) -> None:
-    runs = run(tmp_path, Job([7, 21], kinds=KINDS, logprobs=3, longest_prompt=7, max_tokens=100, num_steps=18))
+def test_every_feature_at_once_is_within_them(device: Device) -> None:
+    runs = device.run(Job([7, 21], kinds=KINDS, logprobs=3, longest_prompt=7, max_tokens=100, num_steps=18))
     costs = [settled(ran) for ran in runs]
     assert [cost.num_sequences for cost in costs] == [7, 21]
     assert sum(costs[0].waits.values()) <= MOST_WAITS, costs[0].waits
@@ -65,9 +78,9 @@ def test_every_feature_at_once_is_within_them(tmp_path: Path) -> None:
     ],
     ids=["eagle3", "draft model", "experts and sinks"],
 )
-def test_outputs_are_a_cpus(job: Job, tmp_path: Path) -> None:
+def test_outputs_are_a_cpus(device: Device, job: Job) -> None:
     """In float32, with every feature; a draft model that is the target itself is right where nothing is random."""
-    [ran] = run(tmp_path, job)
+    [ran] = device.run(job)
     assert ran.expected is not None
     assert ran.outputs == ran.expected.outputs
     assert ran.num_drafted > 0
@@ -78,9 +91,9 @@ def test_outputs_are_a_cpus(job: Job, tmp_path: Path) -> None:
         assert waits <= MOST_WAITS + 1  # what is logged of the step
 
 
-def test_priors_are_a_cpus(tmp_path: Path) -> None:
+def test_priors_are_a_cpus(device: Device) -> None:
     """They propose the same tokens, and learn the same from what became of them."""
-    [ran] = run(tmp_path, Job([3], kinds=("greedy", "plain", "truncated"), check="drafts", max_tokens=40))
+    [ran] = device.run(Job([3], kinds=("greedy", "plain", "truncated"), check="drafts", max_tokens=40))
     assert ran.expected is not None
     assert ran.outputs == ran.expected.outputs
     assert (ran.num_drafted, ran.num_accepted) == (ran.expected.num_drafted, ran.expected.num_accepted)

@@ -28,8 +28,9 @@ from engine.models.registry import validate_model_files
 from engine.text.tokenizer import Tokenizer
 from tests.reference_logits import check_logits, transformers_model
 
-NUM_TOKENS, FEW_TOKENS = 64, 32
-SAMPLED_TOKENS = 40
+NUM_TOKENS, FEW_TOKENS = 48, 20
+SAMPLED_TOKENS = 32
+"""All outputs go over the end of a block of 16 tokens, most of them more than once."""
 MIN_MARGIN = 1e-3
 """A smaller gap between the two largest logits could be rounding (1e-4), and equality luck."""
 CLIENT = b"test"

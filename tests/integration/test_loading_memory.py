@@ -7,7 +7,9 @@ counts (``VmHWM``). The pages of a mapped file are part of it.
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from collections.abc import Iterator
+from functools import cache
 from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
@@ -101,12 +103,30 @@ def make_quantized(directory: Path, config: dict[str, Any], **shape: Any) -> Mod
             tensors[name] = torch.randn(size).bfloat16()
             continue
         for part, (types, of_part) in quantization.parts(*size).items():
-            numbers = torch.randint(0, 2**31 - 1, of_part, dtype=torch.int32)
-            kinds = {"I32": numbers, "F8_E4M3": torch.rand(of_part).to(torch.float8_e4m3fn), "F32": torch.rand(of_part)}
-            fixed = FIXED.get(part)
-            tensors[f"{name.removesuffix('weight')}{part}"] = kinds[types[0]] if fixed is None else numbers * 0 + fixed
+            tensors[f"{name.removesuffix('weight')}{part}"] = any_numbers(types[0], of_part, FIXED.get(part)).clone()
     save_file(tensors, directory / "model.safetensors")
+    any_numbers.cache_clear()
     return files
+
+
+@cache
+def any_numbers(stored: str, size: tuple[int, ...], fixed: int | None) -> torch.Tensor:
+    """The same for every layer, as they take a while to draw."""
+    if fixed is not None:
+        return torch.full(size, fixed, dtype=torch.int32)
+    if stored == "I32":
+        return torch.randint(0, 2**31 - 1, size, dtype=torch.int32)
+    return torch.rand(size).to({"F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}[stored])
+
+
+@pytest.fixture(scope="module", params=QUANTIZED)
+def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[ModelFiles]]:
+    """A small checkpoint and a large one of a kind; gone when another kind's turn comes."""
+    directory = tmp_path_factory.mktemp("quantized")
+    small = SHAPE | {"vocab_size": 512, "num_hidden_layers": 1}
+    shapes = {"small": small, "large": LARGE}
+    yield [make_quantized(directory / name, QUANTIZED[request.param], **shape) for name, shape in shapes.items()]
+    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")
@@ -129,8 +149,5 @@ def test_a_model_is_in_memory_once(kind: str, backend: str, models: dict[str, Mo
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("native", marks=needs_kernels)])
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_so_is_a_quantized_one(kind: str, backend: str, process: Pool, tmp_path: Path) -> None:
-    small = make_quantized(tmp_path / "small", QUANTIZED[kind], **(SHAPE | {"vocab_size": 512, "num_hidden_layers": 1}))
-    large = make_quantized(tmp_path / "large", QUANTIZED[kind], **LARGE)
-    assert process.apply(peak_for_each_byte, (small, large, backend)) < MOST_QUANTIZED
+def test_so_is_a_quantized_one(quantized: list[ModelFiles], backend: str, process: Pool) -> None:
+    assert process.apply(peak_for_each_byte, (*quantized, backend)) < MOST_QUANTIZED

@@ -41,9 +41,12 @@ def test_packages_import_only_what_they_stand_on(package: str) -> None:
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
 
 
-def test_the_server_loads_no_torch() -> None:
-    """In ``server.cli`` is all of it."""
-    script = f"import sys, server.cli; print(*(name for name in {HEAVY} if name in sys.modules))"
+@pytest.mark.parametrize(
+    ("module", "unwanted"), [("server.cli", HEAVY), ("engine.sampling.grammar_process", ["torch", "transformers"])]
+)
+def test_processes_beside_the_engine_load_no_torch(module: str, unwanted: list[str]) -> None:
+    """In ``server.cli`` is all of the server."""
+    script = f"import sys, {module}; print(*(name for name in {unwanted} if name in sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
 
