@@ -47,7 +47,7 @@ class RedisGate:
         self._retry_interval = config.retry_interval
         self._turns = asyncio.Semaphore(_MOST_AT_ONCE)
         self._is_down = self._stood_still = False
-        self._retry_at = 0.0
+        self._retry_at = self._failed_at = 0.0
 
     async def run(self, operation: Awaitable[T]) -> T:
         """The result of ``operation``, or ``RedisUnavailable`` at most ``timeout`` seconds after its turn has come."""
@@ -74,7 +74,8 @@ class RedisGate:
         except REDIS_FAILURES as error:
             self._note_failure(error, time.monotonic() - started)
             raise RedisUnavailable from error
-        self._note_success()
+        if started > self._failed_at:  # else its answer may have come before the outage
+            self._note_success()
         return result
 
     async def close(self) -> None:
@@ -86,7 +87,8 @@ class RedisGate:
         stood_still, self._stood_still = self._stood_still, seconds > _STOOD_STILL * self._timeout
         if self._stood_still and not stood_still:
             return  # this process stood still: once, that says nothing about Redis
-        self._retry_at = time.monotonic() + self._retry_interval
+        self._failed_at = time.monotonic()
+        self._retry_at = self._failed_at + self._retry_interval
         if not self._is_down:
             self._is_down = True
             log.warning("redis is down", error=str(error) or type(error).__name__)

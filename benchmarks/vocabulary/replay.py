@@ -66,7 +66,7 @@ def verification(request: Request, kept: Sequence[int], num_drafts: int) -> Veri
     outcomes = zip(sequence.token_ids[1:], kept, strict=False)
     num_accepted = next((place for place, (a, b) in enumerate(outcomes) if a != b), min(num_drafts, len(kept)))
     source: DraftSource | None = "draft" if num_drafts else None
-    return Verification(sequence, 0, kept=kept, num_accepted=num_accepted, source=source)
+    return Verification(sequence, 0, kept=[*kept], num_accepted=num_accepted, source=source)
 
 
 class Replay:

@@ -60,6 +60,23 @@ async def test_killed_valkey_is_started_again_and_the_gate_finds_it(tmp_path: Pa
     assert "process died" in events
 
 
+async def test_an_answer_from_before_an_outage_does_not_end_it(tmp_path: Path) -> None:
+    gate = RedisGate(f"unix://{tmp_path / 'nobody.sock'}", RedisConfig(timeout=10.0, retry_interval=60))
+    answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    with capture_logs() as lines:
+        earlier = asyncio.create_task(gate.run(answer))
+        await asyncio.sleep(0)
+        for _ in range(2):
+            with pytest.raises(RedisUnavailable):
+                await gate.run(gate.redis.ping())
+        answer.set_result("late")
+        assert await earlier == "late"
+        with pytest.raises(RedisUnavailable):
+            await gate.run(gate.redis.ping())
+    assert [line["event"] for line in lines] == ["redis is down"]
+    await gate.close()
+
+
 async def test_stopped_valkey_holds_no_operation_longer_than_the_timeout(tmp_path: Path) -> None:
     async with running_valkey(tmp_path) as valkey:
         gate = RedisGate(valkey_url(tmp_path), RedisConfig(timeout=0.1, retry_interval=0.05))
