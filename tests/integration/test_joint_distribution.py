@@ -20,6 +20,7 @@ from engine.request import Request
 from engine.sampling import sampler
 from engine.sampling.processors import LogitsEdits, SamplingState
 from engine.sampling.sampler import SamplingRows
+from kernels.choose_tokens import RowSampling
 from tests.exact_distribution import distribution, edited
 from tests.reference_logits import transformers_model
 from tests.tiny_drafts import Engine, Setting
@@ -111,12 +112,14 @@ def test_three_tokens_follow_the_exact_joint_distribution(
 def test_noise_that_is_used_again_at_the_next_position_is_seen(
     files: ModelFiles, expected: dict[tuple[int, ...], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def same_position(rows: list[SamplingRows]) -> tuple[list[SamplingParams], list[int]]:
+    right = sampler._sampling_and_positions
+
+    def same_position(rows: list[SamplingRows]) -> tuple[RowSampling | None, list[int]]:
         of_rows = [(row.request, 1 + len(row.draft_token_ids)) for row in rows]
         places = [len(r.prompt_token_ids) + len(r.output_token_ids) for r, count in of_rows for _ in range(count)]
-        return [r.sampling for r, count in of_rows for _ in range(count)], places
+        return right(rows)[0], places
 
-    monkeypatch.setattr(sampler, "_params_and_positions", same_position)
+    monkeypatch.setattr(sampler, "_sampling_and_positions", same_position)
     assert sample(files, NUM_TO_SEE_BUGS).p_value(expected) < FALSE_ALARM
 
 
