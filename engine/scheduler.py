@@ -220,8 +220,6 @@ class Scheduler:
 
     def _prefilling(self, plan: dict[Request, int]) -> list[Request]:
         """Running sequences that do not decode."""
-        if len(plan) == len(self._running):
-            return []
         return [request for request in self._running if request not in plan and not request.is_stalled]
 
     def _num_joining(self, num_decoding: int) -> int:

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import torch  # noqa: F401 - before xgrammar, which would leave what it shares with flashinfer without it
+import torch  # noqa: F401 - first: xgrammar loads tvm_ffi, which would be without torch then, for flashinfer too
 
 from engine.messages import Grammar
 from engine.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, GrammarSequence
