@@ -25,9 +25,9 @@ serve: $(VENV)/.kernels  ## Install what is missing, fetch the model, start the 
 
 # A file's tests share servers and models, so they stay in one process. On two cores three are a fifth faster than two,
 # since tests wait, too; each needs up to 3 GiB. In the order of their names the short unit tests come last, and no process
-# waits long for the others.
+# waits long for the others. Some hundred servers start, which need not compile their code each time.
 test: $(VENV)/.kernels $(VENV)/.dev  ## All tests, in three processes.
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-every: $(VENV)/.kernels $(VENV)/.dev  ## The exactness tests with every combination of parameters.
 	EVOSPEC_TEST_EVERY_COMBINATION=1 $(BIN)/python -m pytest --numprocesses 2 tests/integration/test_speculation_exactness.py tests/integration/test_vocab_exactness.py tests/integration/test_alignment_exactness.py tests/integration/test_broken_drafts.py tests/unit/test_native_kernels.py tests/unit/test_triton_compiles.py
