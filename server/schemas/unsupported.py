@@ -16,6 +16,7 @@ _SAMPLING: dict[str, list[Any]] = {
     "logits_processors": [[]],
     "custom_logit_processor": [],
     "repetition_detection": [],
+    "repeat_last_n": [-1],
     "typical_p": [1.0, 1],
     "tfs_z": [1.0, 1],
     "top_a": [0.0, 0],
@@ -55,6 +56,7 @@ _THINKING: dict[str, list[Any]] = {
     "thinking_budget": [],
     "thinking_token_budget": [],
     "separate_reasoning": [True],
+    "include_reasoning": [True],
 }
 _OUTPUT: dict[str, list[Any]] = {
     "include_stop_str_in_output": [False],
