@@ -30,7 +30,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
     num_prompt_logits: int
     num_logits: int
     block_ids: array[int]
-    """All blocks of the sequence, int32 in order of position, including those for this step; as such until its commit."""
+    """All blocks of the sequence, int32 in order of position, including those for this step; valid until its commit."""
 
     @property
     def num_sampled(self) -> int:
