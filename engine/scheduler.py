@@ -106,14 +106,14 @@ class Scheduler:
     def schedule(self, reservation: Reservation) -> SchedulerOutput:
         """Choose the rest of the step's tokens, now that its drafts are made, and allocate their blocks."""
         plan = reservation.plan
-        has_prefills = bool(self._prefilling(plan))
+        has_prefills = len(plan) < len(self._running) and bool(self._prefilling(plan))  # the preempted are in neither
         for slot in reservation.slots:
             plan[slot.request] += len(slot.request.draft_token_ids)
         num_decoded = sum(plan.values())
         budget = self._prompt_tokens(num_decoded)
         if has_prefills:
             budget -= self._plan_newcomers(plan, budget // 2, whole=True)
-        budget -= self._plan_prefills(plan, budget)
+            budget -= self._plan_prefills(plan, budget)
         self._plan_newcomers(plan, budget, whole=False)
         self._lacks_blocks = self._admission.lacks_blocks
         sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
