@@ -98,7 +98,7 @@ class UnreadTokens:
     before: Sequence[int]
     """[T]: a row of ``g`` for each token, that of the position before it"""
     g: torch.Tensor
-    """[.., hidden] bf16, contiguous"""
+    """[.., hidden] bf16, contiguous: what the draft sees of a position, fused"""
     lora: LoraRows | None = None
     """What they are adapted by, one a token"""
 
@@ -223,7 +223,7 @@ class NativeChain:
 
 
 def _unread_struct(unread: UnreadTokens) -> _Unread:
-    """Keeps its arrays alive."""
+    """The tokens as the kernels read them; the structure keeps its arrays alive."""
     names = ("token_ids", "positions", "slots", "query_start", "seq_lens", "before")
     arrays = [array("i", getattr(unread, name)) for name in names]
     struct = _Unread(len(unread.token_ids), len(unread.seq_lens), *(values.buffer_info()[0] for values in arrays))
@@ -232,7 +232,7 @@ def _unread_struct(unread: UnreadTokens) -> _Unread:
 
 
 def _lora_of(struct: _Unread | _Rows, lora: LoraRows | None) -> NativeLora | None:
-    """Write it into a structure, which it must outlive."""
+    """Write adapters into a structure of the kernels; what is returned must live as long as that."""
     native = None if lora is None else NativeLora(lora)
     struct.lora = None if native is None else ctypes.addressof(native.pointer.contents)
     return native

@@ -7,6 +7,7 @@ by side in pinned memory, which torch keeps until the copy is done.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,8 +45,8 @@ class FixedMemory:
 
 def _packed(arrays: Sequence[NDArray[Any]], device: torch.device) -> torch.Tensor:
     """Arrays side by side: uint8 [n] on the CPU, pinned where they go on to a GPU."""
-    sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
-    side_by_side = bytearray().join([array.tobytes().ljust(size) for array, size in zip(arrays, sizes, strict=True)])
+    places = zip(arrays, pairwise(_starts(arrays)), strict=True)
+    side_by_side = bytearray().join([array.tobytes().ljust(end - start) for array, (start, end) in places])
     block = torch.empty(len(side_by_side), dtype=torch.uint8, pin_memory=device.type == "cuda")
     block.numpy().data[:] = side_by_side
     return block
