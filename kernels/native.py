@@ -5,10 +5,8 @@ All buffers are torch tensors owned by the Python objects here; the library only
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
-import mmap
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kernels.huge_pages import huge_zeros
 from kernels.targets import TARGETS, best_target
 
 BF16_FORMAT = 0
@@ -68,7 +67,7 @@ def load_library() -> ctypes.CDLL:
     target = best_target()
     assert target is not None, unsupported_reason()
     library = ctypes.CDLL(str(target.library))
-    library.evo_find_processor()
+    library.evo_find_tiles()
     library.evo_block_bytes.restype = ctypes.c_size_t
     for name in ("evo_team_new", "evo_decoder_new"):
         getattr(library, name).restype = ctypes.c_void_p
@@ -186,15 +185,6 @@ class PackedMatrix:
             assert part.values is not None
             values = part.values[piece].float().contiguous()
             load_library().evo_pack_floats(address(self._memory), address(values), *places)
-
-
-def huge_zeros(num_bytes: int) -> torch.Tensor:
-    """Zeros in huge pages where the system gives them: weights are read forward, and each 4 KiB page costs a walk."""
-    # Private: by default Python's anonymous maps are shared, and Linux rarely gives those huge pages.
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # of a kernel that has none
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def has_fast_bf16() -> bool:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels.native import MatrixStruct, PackedMatrix, Team, address, huge_zeros, integers, load_library, pointers
+from kernels.huge_pages import huge_zeros
+from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
 from kernels.native_experts import ExpertsStruct, MixtureWeights
 
 if TYPE_CHECKING:

@@ -132,13 +132,13 @@ void Decoder::prepare_and_write(const Batch& batch, const KvCache& kv, const Lay
 
 // The residual stream gains x W^T, after its norm, if there is one.
 void Decoder::add_product(const Matrix& weight, const bf16* x, int tokens, int num_direct, const float* norm,
-                          float* residual) {
+                          const Matrix* next, float* residual) {
   const int hidden = shape_.hidden;
   if (norm == nullptr) {
-    linear(team_, {&weight, x, tokens, Epilogue::kAdd, residual, hidden, num_direct});
+    linear(team_, {&weight, x, tokens, Epilogue::kAdd, residual, hidden, num_direct, next});
     return team_.barrier();
   }
-  linear(team_, {&weight, x, tokens, Epilogue::kStore, added_.data(), hidden, num_direct});
+  linear(team_, {&weight, x, tokens, Epilogue::kStore, added_.data(), hidden, num_direct, next});
   team_.barrier();
   team_.work(tokens, [&](int token) {
     const float* added = added_.data() + static_cast<size_t>(token) * hidden;
@@ -179,7 +179,8 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
   const int columns = (shape_.heads + 2 * shape_.kv_heads) * shape_.head_dim;
   float* out = qkv_.data();
   for (const Matrix& part : std::span(layer.qkv, layer.num_qkv)) {
-    linear(team_, {&part, normed_.data(), tokens, Epilogue::kStore, out, columns, num_direct});
+    const Matrix* const next = &part == &layer.qkv[layer.num_qkv - 1] ? &layer.output : &part + 1;
+    linear(team_, {&part, normed_.data(), tokens, Epilogue::kStore, out, columns, num_direct, next});
     team_.barrier();
     out += part.n;
   }
@@ -195,7 +196,7 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
 }
 
 void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
-                        const LoraRows* lora, const Kept* kept, float* residual) {
+                        const LoraRows* lora, const Kept* kept, const Matrix* next, float* residual) {
   normalize_input(layer, embeddings, residual, batch.num_tokens);
   team_.barrier();
   attend(batch, kv, layer, lora, kept, residual);
@@ -203,7 +204,8 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
   const int tokens = rows.num_tokens, num_direct = rows.num_decoded_tokens(), hidden = shape_.hidden;
   if (tokens == 0) return;
   if (lora != nullptr && kept != nullptr) lora = &kept->lora;
-  add_product(layer.output, attended_.data(), tokens, num_direct, layer.attention_norm, residual);
+  const Matrix* const after_attention = layer.experts.router == nullptr ? &layer.gate_up : nullptr;
+  add_product(layer.output, attended_.data(), tokens, num_direct, layer.attention_norm, after_attention, residual);
   if (lora != nullptr) add_lora(team_, *lora, lora->output, attended_.data(), tokens, lora_sums_.data(), hidden, residual);
 
   normalize(layer.mlp_norm, residual, tokens, normed_.data(), hidden);
@@ -212,9 +214,9 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
     const int intermediate = shape_.intermediate;
     return mixture_.add(team_, layer.experts, shape_.gate, normed_.data(), tokens, hidden, intermediate, residual);
   }
-  linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate, num_direct});
+  linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate, num_direct, &layer.down});
   team_.barrier();
-  add_product(layer.down, gated_.data(), tokens, num_direct, layer.output_norm, residual);
+  add_product(layer.down, gated_.data(), tokens, num_direct, layer.output_norm, next, residual);
   if (lora != nullptr) add_lora(team_, *lora, lora->down, gated_.data(), tokens, lora_sums_.data(), hidden, residual);
 }
 
@@ -228,7 +230,8 @@ void Decoder::forward(const Batch& batch, const KvLayers& kv, const float* embed
     int next = 0;  // of outputs.captured
     for (int l = 0; l < num_layers; ++l) {
       const KvCache cache = kv.of_layer(l, shape_.kv_heads, shape_.head_dim);
-      run_layer(batch, cache, layers_[l], embeddings, lora, kept ? &*kept : nullptr, residual);
+      const Matrix* const after = l + 1 < num_layers ? layers_[l + 1].qkv : nullptr;
+      run_layer(batch, cache, layers_[l], embeddings, lora, kept ? &*kept : nullptr, after, residual);
       if (next == outputs.num_captured || outputs.captured[next] != l) continue;
       team_.work(tokens, [&](int token) {
         const float* row = residual + static_cast<size_t>(token) * hidden;

@@ -94,11 +94,12 @@ class Decoder {
   void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
   void normalize_input(const Layer& layer, const float* embeddings, float* residual, int tokens);
   void run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
-                 const LoraRows* lora, const Kept* kept, float* residual);
+                 const LoraRows* lora, const Kept* kept, const Matrix* next, float* residual);
   void attend(const Batch& batch, const KvCache& kv, const Layer& layer, const LoraRows* lora, const Kept* kept,
               float* residual);
   void keep(const WantedRows& wanted, float* residual) const;
-  void add_product(const Matrix& weight, const bf16* x, int tokens, int num_direct, const float* norm, float* residual);
+  void add_product(const Matrix& weight, const bf16* x, int tokens, int num_direct, const float* norm, const Matrix* next,
+                   float* residual);
   void prepare_and_write(const Batch& batch, const KvCache& kv, const Layer& layer, int token, int row);
   void prepare_head(const Layer& layer, const float* norm, int position, float* head) const;
 

@@ -49,12 +49,12 @@ class DirectRows {
   static constexpr int kMost = max_rows(kDigits);
 
   // y[m][column] = the product of row first + m with the 32 columns of a pair of groups, for count <= kMost rows.
-  void multiply(const Matrix& weight, int pair, int first, int count, float* y) const {
-    using Multiply = void (DirectRows::*)(const Matrix&, int, const Block*, float*) const;
+  void multiply(const Matrix& weight, int pair, int first, int count, const ReadAhead& ahead, float* y) const {
+    using Multiply = void (DirectRows::*)(const Matrix&, int, const Block*, const ReadAhead&, float*) const;
     static constexpr auto kByRows = []<int... M>(std::integer_sequence<int, M...>) {
       return std::array<Multiply, sizeof...(M)>{&DirectRows::multiply_rows<M + 1>...};
     }(std::make_integer_sequence<int, kMost>());
-    (this->*kByRows[count - 1])(weight, pair, data_.data() + static_cast<size_t>(first) * blocks_, y);
+    (this->*kByRows[count - 1])(weight, pair, data_.data() + static_cast<size_t>(first) * blocks_, ahead, y);
   }
 
  private:
@@ -70,10 +70,10 @@ class DirectRows {
   static_assert(sizeof(Block) == (kDigits == 2 ? 128 : 64));
 
   template <int M>
-  void multiply_rows(const Matrix& weight, int pair, const Block* rows, float* y) const {
+  void multiply_rows(const Matrix& weight, int pair, const Block* rows, const ReadAhead& ahead, float* y) const {
     const uint8_t* blocks = weight.pair(pair);
     const auto multiply_as = [&](auto format) {
-      if constexpr (kDigits == 2 || takes_one_digit(format)) multiply_format<M, format>(blocks, rows, y);
+      if constexpr (kDigits == 2 || takes_one_digit(format)) multiply_format<M, format>(blocks, rows, ahead, y);
     };
     for (int g = 0; g < 2; g += kGroupsAtOnce, y += kGroup, blocks += block_bytes(weight.format)) {
       switch (weight.format) {
@@ -87,12 +87,12 @@ class DirectRows {
 
   // `blocks`: the first ones of kGroupsAtOnce groups, side by side.
   template <int M, int kFormat>
-  void multiply_format(const uint8_t* blocks, const Block* rows, float* y) const {
+  void multiply_format(const uint8_t* blocks, const Block* rows, const ReadAhead& ahead, float* y) const {
     constexpr int kParts = kFormat == kQ6 ? 2 : 1;  // of a block, with scales of their own
     Floats acc[kGroupsAtOnce][M];
     for (auto& group : acc) std::fill(group, group + M, all(0.0f));
     for (int b = 0; b < blocks_; ++b, blocks += 2 * block_bytes(kFormat)) {
-      prefetch_ahead(blocks, kFormat);
+      ahead.prefetch_behind(blocks, 2 * block_bytes(kFormat));
       auto row = [&](int m) -> const Block& { return rows[static_cast<size_t>(m) * blocks_ + b]; };
       auto scales = [&](int g, int part) {
         const uint8_t* at = blocks + g * block_bytes(kFormat) + code_bytes(kFormat);

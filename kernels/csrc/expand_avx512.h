@@ -67,11 +67,11 @@ inline void expand_bytes(const uint8_t* block, int format, bf16* out) {
 }
 
 // Expands blocks first .. first + count - 1 of both groups of a pair to bf16 tiles: out[count][2][16][32].
-inline void expand_blocks(const Matrix& matrix, int pair, int first, int count, bf16* out) {
+inline void expand_blocks(const Matrix& matrix, int pair, int first, int count, const ReadAhead& ahead, bf16* out) {
   const size_t bytes = block_bytes(matrix.format);
   const uint8_t* block = matrix.pair(pair) + 2 * first * bytes;
   for (int b = 0; b < 2 * count; ++b, block += bytes, out += kBlock * kGroup) {
-    if (b % 2 == 0) prefetch_ahead(block, matrix.format);
+    if (b % 2 == 0) ahead.prefetch_behind(block, 2 * bytes);
     if (matrix.format == kQ4) {
       expand_q4(block, out);
     } else if (matrix.format == kQ5) {

@@ -20,7 +20,7 @@ namespace {
 constexpr bool kExpandsCodes = true;
 #else
 constexpr bool kExpandsCodes = false;
-void expand_blocks(const Matrix&, int, int, int, bf16*) {}
+void expand_blocks(const Matrix&, int, int, int, const ReadAhead&, bf16*) {}
 #endif
 
 struct Scratch {  // per thread, grows to the largest use
@@ -72,7 +72,7 @@ void finish_rows(const Linear& op, const TileProduct& product, int row, int pair
 
 // One pair of groups times up to 32 rows. A few blocks are expanded, then multiplied: the processor runs the one
 // beside the other, memory is read all the while, and tiles stay in the first-level cache.
-void tile_pair(const Linear& op, int pair) {
+void tile_pair(const Linear& op, int pair, const ReadAhead& ahead) {
   const Matrix& weight = *op.weight;
   const int blocks = weight.num_blocks();
   const TileProduct product{op.rows, weight.k, scratch().y};
@@ -84,7 +84,7 @@ void tile_pair(const Linear& op, int pair) {
     alignas(64) bf16 tiles[kAtOnce * kBlock * kPairColumns];
     for (int b = 0; b < blocks; b += kAtOnce) {
       const int count = std::min(kAtOnce, blocks - b);
-      expand_blocks(weight, pair, b, count, tiles);
+      expand_blocks(weight, pair, b, count, ahead, tiles);
       product.add(op.x + b * kBlock, tiles, count);
     }
   }
@@ -92,14 +92,14 @@ void tile_pair(const Linear& op, int pair) {
 }
 
 // The tiles of the pairs begin .. end - 1; those of kBf16 lie in memory as they are.
-const bf16* tiles_of_pairs(const Matrix& weight, int begin, int end) {
+const bf16* tiles_of_pairs(const Matrix& weight, int begin, int end, const ReadAhead& ahead) {
   if constexpr (kExpandsCodes) {
     if (weight.format != kBf16) {
       std::vector<bf16>& tiles = scratch().tiles;
       const size_t pair_size = static_cast<size_t>(weight.k) * kPairColumns;
       if (tiles.size() < (end - begin) * pair_size) tiles.resize((end - begin) * pair_size);
       for (int pair = begin; pair < end; ++pair) {
-        expand_blocks(weight, pair, 0, weight.num_blocks(), tiles.data() + (pair - begin) * pair_size);
+        expand_blocks(weight, pair, 0, weight.num_blocks(), ahead, tiles.data() + (pair - begin) * pair_size);
       }
       return tiles.data();
     }
@@ -109,9 +109,9 @@ const bf16* tiles_of_pairs(const Matrix& weight, int begin, int end) {
 
 // Many rows. For each 32 of them all pairs begin .. end - 1 in turn: the rows then come from the first-level cache, and
 // the weights, which lie in a row, from the second. The other way round, rows are read from afar for every pair.
-void tile_pairs(const Linear& op, int begin, int end) {
+void tile_pairs(const Linear& op, int begin, int end, const ReadAhead& ahead) {
   const Matrix& weight = *op.weight;
-  const bf16* tiles = tiles_of_pairs(weight, begin, end);
+  const bf16* tiles = tiles_of_pairs(weight, begin, end, ahead);
   for (int row = 0; row < op.rows; row += kMaxTileRows) {
     const TileProduct product{std::min(op.rows - row, kMaxTileRows), weight.k, scratch().y};
     const bf16* blocks = tiles;
@@ -143,19 +143,19 @@ int num_direct_rows(const Linear& op) {
 }
 
 template <typename Rows>
-void direct_pair(const Linear& op, const Rows& rows, int pair, int begin, int end) {
+void direct_pair(const Linear& op, const Rows& rows, int pair, int begin, int end, const ReadAhead& ahead) {
   float* y = scratch().y;
   in_equal_parts(end - begin, Rows::kMost, [&](int first, int count) {
-    rows.multiply(*op.weight, pair, begin + first, count, y);
+    rows.multiply(*op.weight, pair, begin + first, count, ahead, y);
     for (int m = 0; m < count; ++m) finish_row(op, begin + first + m, pair * kPairColumns, y + m * kPairColumns);
   });
 }
 
 template <typename Rows>
-void direct_pairs(const Linear& op, const Rows& rows, int begin, int end) {
+void direct_pairs(const Linear& op, const Rows& rows, int begin, int end, const ReadAhead& ahead) {
   for (int row = 0; row < op.rows; row += kRowsAtOnce) {
     for (int pair = begin; pair < end; ++pair) {
-      direct_pair(op, rows, pair, row, std::min(row + kRowsAtOnce, op.rows));
+      direct_pair(op, rows, pair, row, std::min(row + kRowsAtOnce, op.rows), ahead);
     }
   }
 }
@@ -185,22 +185,23 @@ void linear(Team& team, const Linear& op) {
   if (num_direct > 0 && !one_digit) scratch().direct.assign(op.x, num_direct, op.weight->k);
   if (rest.rows > 0) configure_tiles(rest.rows);
   const bool many = num_direct > kRowsAtOnce || rest.rows > kMaxTileRows;
-  const int pairs = (op.weight->n + kPairColumns - 1) / kPairColumns;
+  const int pairs = op.weight->num_pairs();
   const int step = many ? pairs_at_once(op, rest.rows == 0) : 1;
-  team.work_ranges(pairs, [&](int begin, int end) {
-    prefetch(op.weight->pair(begin), kPrefetchBytes);
-    for (int pair = begin; pair < end; pair += step) {
-      const int last = std::min(pair + step, end);
-      if (one_digit) {
-        direct_pairs(direct, scratch().direct_one_digit, pair, last);
-      } else {
-        direct_pairs(direct, scratch().direct, pair, last);
-      }
-      if (rest.rows > kMaxTileRows) {
-        tile_pairs(rest, pair, last);
-      } else if (rest.rows > 0) {
-        for (int one = pair; one < last; ++one) tile_pair(rest, one);
-      }
+  const uint8_t* const next = op.next == nullptr ? nullptr : op.next->pair(team.first_item(op.next->num_pairs()));
+  bool is_first = true;
+  team.work_ranges(pairs, step, [&](int pair, int last, int share_end) {
+    const ReadAhead ahead{op.weight->pair(share_end), next};
+    if (is_first) ahead.prefetch_first(op.weight->pair(pair));
+    is_first = false;
+    if (one_digit) {
+      direct_pairs(direct, scratch().direct_one_digit, pair, last, ahead);
+    } else {
+      direct_pairs(direct, scratch().direct, pair, last, ahead);
+    }
+    if (rest.rows > kMaxTileRows) {
+      tile_pairs(rest, pair, last, ahead);
+    } else if (rest.rows > 0) {
+      for (int one = pair; one < last; ++one) tile_pair(rest, one, ahead);
     }
   });
   if (rest.rows > 0) release_tiles();

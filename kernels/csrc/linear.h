@@ -26,6 +26,7 @@ struct Linear {
   // The first rows are multiplied with codes as they are (direct.h), those behind them by AMX's tiles, where there are any:
   // from a dozen rows on these are faster, but they round otherwise, so no row may go now this way and now that.
   int num_direct;
+  const Matrix* next = nullptr;  // what is multiplied after it; null: nobody knows
 
   Linear first(int count) const;   // of these rows
   Linear behind(int count) const;  // of the others

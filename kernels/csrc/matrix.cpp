@@ -1,5 +1,7 @@
 #include "matrix.h"
 
+#include <cpuid.h>
+
 namespace evospec {
 
 namespace {
@@ -34,6 +36,19 @@ size_t first_block(int format, int k, int row) {
 }
 
 }  // namespace
+
+bool is_intel() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == signature_INTEL_ebx;
+}
+
+// AMD's first level waits for many lines at a time. Intel's for few: products of several rows would wait behind them.
+#ifdef __AVX512F__
+const bool ReadAhead::kToFirstLevel = !is_intel();
+#else
+const bool ReadAhead::kToFirstLevel = false;
+#endif
+const size_t ReadAhead::kDistance = kToFirstLevel ? 12288 : 4096;
 
 void pack_codes(uint8_t* data, int k, int row, const RowCodes& codes) {
   const int column = row % kGroup;

@@ -16,6 +16,7 @@
 //   kQ4      64 bytes per two quad rows: 2j low, 2j + 1 high nibble 16, then 16 minima             320  w = s q + m
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -58,6 +59,7 @@ struct Matrix {
   const float* bias;  // [n padded to 32] or null
 
   int num_blocks() const { return k / kBlock; }
+  int num_pairs() const { return (n + kPairColumns - 1) / kPairColumns; }
   size_t pair_bytes() const { return 2 * num_blocks() * block_bytes(format); }
   const uint8_t* pair(int p) const { return data + p * pair_bytes(); }
 };
@@ -70,15 +72,38 @@ struct RowCodes {
   float* minima;   // [k / 32], kQ4 only
 };
 
-// Weights are asked for this many bytes before they are read: the hardware's own prefetcher does not run far enough
-// ahead of a stream that is also computed on, and half of the time is waiting (docs/decisions/004-integer-products.md).
-constexpr size_t kPrefetchBytes = 4096;
+bool is_intel();  // whether it made the processor
 
-// To the second level: on their way to the first they would take the few places in which a core keeps track of what it
-// waits for, and products of several rows would wait behind them (docs/decisions/004-integer-products.md).
-inline void prefetch_ahead(const uint8_t* pair_of_blocks, int format) {
-  prefetch<_MM_HINT_T1>(pair_of_blocks + kPrefetchBytes, 2 * block_bytes(format));
-}
+// What a thread reads after the blocks at hand: up to `end`, and then from `next` on (null: nobody knows).
+struct ReadAhead {
+  const uint8_t* end;
+  const uint8_t* next;
+
+  // Asks for the `bytes` that lie some kilobytes behind `at`: the hardware's own prefetcher does not run far enough ahead of
+  // a stream that is also computed on (docs/decisions/004-integer-products.md).
+  void prefetch_behind(const uint8_t* at, size_t bytes) const {
+    at += kDistance;
+    if (at < end) return prefetch_stream(at, bytes);
+    if (next != nullptr) prefetch<_MM_HINT_T1>(next + (at - end), bytes);
+  }
+
+  // The first kilobytes of a stream.
+  void prefetch_first(const uint8_t* begin) const {
+    prefetch_stream(begin, std::min<size_t>(kDistance, std::max<ptrdiff_t>(end - begin, 0)));
+  }
+
+ private:
+  static const size_t kDistance;
+  static const bool kToFirstLevel;  // else to the second: see matrix.cpp
+
+  static void prefetch_stream(const uint8_t* at, size_t bytes) {
+    if (kToFirstLevel) {
+      prefetch<_MM_HINT_NTA>(at, bytes);
+    } else {
+      prefetch<_MM_HINT_T1>(at, bytes);
+    }
+  }
+};
 
 // Which bit of a column's word is the fifth of k = kk. With AVX2 the four codes of a quad row have theirs 8 bits apart:
 // one shift moves all into place, whether they are multiplied as bytes or as pairs of 16 bits (0 and 2, 1 and 3).

@@ -23,7 +23,9 @@ void wait_while_equal(const std::atomic<unsigned>& value, unsigned old, int most
 
 }  // namespace
 
-Team::Team(int num_threads) : num_threads_(num_threads) {
+thread_local int Team::index_ = 0;
+
+Team::Team(int num_threads) : num_threads_(num_threads), shares_(num_threads) {
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { worker(i); });
 }
 
@@ -46,6 +48,7 @@ void Team::run(const std::function<void(int)>& body) {
 }
 
 void Team::worker(int index) {
+  index_ = index;
   for (unsigned seen = 0;; ++seen) {
     wait_while_equal(generation_, seen, kSpinsWithoutWork);
     if (stopping_) return;
@@ -56,13 +59,13 @@ void Team::worker(int index) {
 
 void Team::barrier() {
   const unsigned phase = phase_.load(std::memory_order_relaxed);
+  // Its counter two phases ahead: no thread can be using it, since all of them are at this barrier, or before it.
+  shares_[index_].taken[(phase + 2) % kPhases].store(0, std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) < num_threads_ - 1) {
     wait_while_equal(phase_, phase, kSpinsAtBarrier);
     return;
   }
   arrived_.store(0, std::memory_order_relaxed);
-  // The counter two phases ahead: no thread can be using it, since all of them are at this barrier.
-  next_[(phase + 2) % kCounters].store(0, std::memory_order_relaxed);
   // Sequentially consistent, not just a release: notify_all skips the system call where it sees no sleeper, and with a
   // weaker store it could look before the store is visible to a thread that is just falling asleep, for ever.
   phase_.store(phase + 1, std::memory_order_seq_cst);

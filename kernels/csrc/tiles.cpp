@@ -4,9 +4,8 @@
 #include <array>
 #include <utility>
 
-#include <cpuid.h>
-
 #ifdef __AMX_BF16__
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,7 +14,7 @@ namespace evospec {
 
 namespace {
 
-bool amx_found = false, intel_found = false;
+bool amx_found = false;
 
 // ---- vectors ----
 
@@ -131,18 +130,14 @@ void store_tiles(float*, bool) {}
 
 }  // namespace
 
-// Asks the processor what it is and the operating system for the tile registers. Called once, before anything else.
-extern "C" void evo_find_processor() {
-  amx_found = find_tiles();
-  unsigned eax, ebx, ecx, edx;
-  intel_found = __get_cpuid(0, &eax, &ebx, &ecx, &edx) != 0 && ebx == signature_INTEL_ebx;
-}
+// Asks the operating system for the tile registers. Called once, before anything else.
+extern "C" void evo_find_tiles() { amx_found = find_tiles(); }
 
 bool has_amx() { return amx_found; }
 
 bool has_fast_bf16() {
 #ifdef __AVX512BF16__
-  return amx_found || !intel_found;
+  return amx_found || !is_intel();
 #else
   return false;
 #endif

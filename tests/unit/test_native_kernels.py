@@ -17,6 +17,8 @@ import numpy.typing as npt
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.attention.base import AttentionSpec
 from engine.attention.native_cpu import NativeAttention
@@ -26,7 +28,7 @@ from engine.loader import load
 from engine.models.config import ModelFiles
 from engine.models.registry import validate_model_files
 from engine.text.tokenizer import Tokenizer
-from kernels import native, targets
+from kernels import huge_pages, native, targets
 from kernels.native import BF16_FORMAT, MatrixPart, PackedMatrix, Team, linear, linear_to_rows, packed_format
 from tests.combinations import pairwise
 from tests.native_models import check_model, hidden_by_position, random_tokens
@@ -409,7 +411,18 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
 def test_memory_is_found_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 999)  # as a kernel without them takes it
-    assert not native.huge_zeros(4096).any()
+    assert not huge_pages.huge_zeros(64 * 2**20).any()
+
+
+@given(st.lists(st.integers(1, 3 * 2**20), min_size=1, max_size=40))
+def test_pieces_of_huge_pages_are_zeros_of_their_own(sizes: list[int]) -> None:
+    pieces = [huge_pages.huge_zeros(size) for size in sizes]
+    for number, (piece, size) in enumerate(zip(pieces, sizes, strict=True), 1):
+        assert len(piece) == size
+        assert piece.data_ptr() % 64 == 0
+        assert not piece.any()
+        piece.fill_(number)
+    assert all(bool((piece == number).all()) for number, piece in enumerate(pieces, 1))
 
 
 def test_in_a_process_of_its_own_what_once_ended_one() -> None:
