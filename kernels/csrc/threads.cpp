@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <immintrin.h>
+#include <sched.h>
 
 namespace evospec {
 
@@ -12,11 +13,18 @@ namespace {
 constexpr int kSpinsAtBarrier = 2000;
 // Between two products of a step there is Python, some hundred microseconds of it; a step that follows comes as soon.
 constexpr int kSpinsWithoutWork = 8000;
+// So often it lets another process run that waits for its core, such as the server, which has the last step's tokens to
+// send: else that one takes the core of a thread that computes.
+constexpr int kSpinsBetweenYields = 200;
 
 void wait_while_equal(const std::atomic<unsigned>& value, unsigned old, int most_spins) {
-  for (int spin = 0; spin < most_spins; ++spin) {
+  for (int spin = 1; spin <= most_spins; ++spin) {
     if (value.load(std::memory_order_acquire) != old) return;
-    _mm_pause();
+    if (spin % kSpinsBetweenYields == 0) {
+      sched_yield();
+    } else {
+      _mm_pause();
+    }
   }
   value.wait(old, std::memory_order_acquire);
 }
