@@ -51,6 +51,7 @@ void evo_attention(Team& team, const Batch& batch, const KvLayers& kv, int layer
   const size_t q_size = static_cast<size_t>(heads) * head_dim, kv_size = static_cast<size_t>(kv_heads) * head_dim;
   const KvCache cache = kv.of_layer(layer, kv_heads, head_dim);
   std::vector<bf16> scaled(batch.num_tokens * q_size), attended(batch.num_tokens * q_size);
+  std::vector<float> parts(attention_parts(team, batch, head_dim));
   const float scale = score_scale(softmax_scale);
   team.run([&](int) {
     team.work(batch.num_tokens, [&](int t) {
@@ -58,7 +59,7 @@ void evo_attention(Team& team, const Batch& batch, const KvLayers& kv, int layer
       for (size_t i = t * q_size; i < (t + 1) * q_size; ++i) scaled[i] = to_bf16(q[i] * scale);
     });
     team.barrier();
-    attention(team, batch, cache, heads, window, sinks, scaled.data(), attended.data());
+    attention(team, batch, cache, heads, window, sinks, scaled.data(), attended.data(), parts.data());
   });
   for (size_t i = 0; i < attended.size(); ++i) out[i] = to_float(attended[i]);
 }

@@ -1,214 +1,51 @@
 #include "attention.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
-#include <utility>
 #include <vector>
 
-#include "attention_tiles.h"
-#include "tiles.h"
+#include "attention_segment.h"
 
 namespace evospec {
 
 namespace {
 
-// kVectorRows: so many rows at a time by vector instructions.
-// kChains: independent sums of a score, always as many: a row's bits must not depend on how many rows there are.
-// kValueVectors: of 16 dimensions, whose weighted sums are kept in registers.
-#ifdef __AVX512F__
-constexpr int kVectorRows = 7, kChains = 4, kValueVectors = 4;  // a product takes many cycles, but starts every cycle
-#else
-constexpr int kVectorRows = 4, kChains = 1, kValueVectors = 1;
-#endif
-constexpr int kValueRows = 4;  // of as many rows
-
-// Up to kMaxRows query rows of one sequence and one KV head.
-struct Rows {
-  int count;
-  bool by_tiles;  // of AMX: up to kMaxRows. Else up to kVectorRows
-  const bf16* q[kMaxRows];
-  bf16* out[kMaxRows];
-  int first[kMaxRows];  // the first key this row may see, and
-  int limit[kMaxRows];  // the first after that which it may not; both ascend with the rows
-  float sink[kMaxRows];  // score, to base 2, of a key whose value is zero; -inf: there is none
-};
-
-struct Scratch {
-  alignas(64) float scores[kMaxRows][kSegment];
-  alignas(64) bf16 weights[kMaxRows][kSegment];
-  std::vector<bf16> q;      // [kMaxRows][head_dim], for tiles
-  std::vector<float> sums;  // [kMaxRows][head_dim] running weighted values
-};
-
-Scratch& scratch() {
-  thread_local Scratch instance;
-  return instance;
-}
-
-// Scores of 16 keys for R rows; keys: [head_dim / 2][stride][2], already at the first of the 16.
-template <int R>
-void score_keys(const Rows& rows, const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
-  Floats acc[R][kChains];
-  for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < kChains; ++c) acc[r][c] = all(0.0f);
-  }
-  for (int d = 0; d < head_dim; d += 2 * kChains) {
-    for (int c = 0; c < kChains; ++c, keys += 2 * stride) {
-      const Pairs k = load_pairs(keys);
-      for (int r = 0; r < R; ++r) acc[r][c] = add_products(acc[r][c], k, broadcast_pair(rows.q[r] + d + 2 * c));
+// What more keys give, in the units of both.
+void add(const Attended& more, int rows, int dim, const Attended& out) {
+  for (int r = 0; r < rows; ++r) {
+    const float largest = std::max(out.largest[r], more.largest[r]);
+    if (more.largest[r] == -std::numeric_limits<float>::infinity()) continue;
+    const float keep = std::exp2(out.largest[r] - largest), gain = std::exp2(more.largest[r] - largest);
+    float* const sums = out.sums + r * dim;
+    for (int d = 0; d < dim; d += kLanes) {
+      store(sums + d, multiply_add(load(more.sums + r * dim + d), all(gain), load(sums + d) * all(keep)));
     }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int c = 1; c < kChains; ++c) acc[r][0] = acc[r][0] + acc[r][c];
-    store(local.scores[r] + column, acc[r][0]);
+    out.total[r] = out.total[r] * keep + more.total[r] * gain;
+    out.largest[r] = largest;
   }
 }
 
-using ScoreKeys = void (*)(const Rows&, const bf16*, int, int, int, Scratch&);
-constexpr auto kScoreKeys = []<int... R>(std::integer_sequence<int, R...>) {
-  return std::array<ScoreKeys, sizeof...(R)>{score_keys<R + 1>...};
-}(std::make_integer_sequence<int, kVectorRows>());
-
-// sums[r][0 .. 16 V - 1] += weights[r] . values, for R rows and `count` tokens (whole blocks).
-template <int R, int V>
-void add_values(const bf16* weights, const Values& values, int count, float* sums) {
-  const int dim = values.cache.head_dim, size = values.cache.block_size;
-  Floats acc[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) acc[r][v] = load(sums + r * dim + v * kLanes);
-  }
-  for (int c = 0; c < count; c += size) {
-    const bf16* row = values.cache.value_head(values.blocks[c / size], values.head) + 2 * values.first;
-    for (int i = 0; i < size; i += 2, row += 2 * dim) {
-      for (int v = 0; v < V; ++v) {
-        const Pairs value = load_pairs(row + v * 2 * kLanes);
-        for (int r = 0; r < R; ++r) {
-          acc[r][v] = add_products(acc[r][v], value, broadcast_pair(weights + r * kSegment + c + i));
-        }
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) store(sums + r * dim + v * kLanes, acc[r][v]);
-  }
-}
-
-using AddValues = void (*)(const bf16*, const Values&, int, float*);
-template <int V>
-constexpr AddValues kAddValues[] = {add_values<1, V>, add_values<2, V>, add_values<3, V>, add_values<4, V>};
-
-// ---- for any number of rows ----
-
-// Scores of 16 keys, and weighted values of a segment, for all rows.
-void score(const Rows& rows, const bf16* keys, int stride, int head_dim, int column, Scratch& local) {
-  if constexpr (kMayHaveAmx) {
-    if (rows.by_tiles) {
-      score_key_tiles(local.q.data(), keys, stride, head_dim, local.scores[0] + column);
-      return;
-    }
-  }
-  kScoreKeys[rows.count - 1](rows, keys, stride, head_dim, column, local);
-}
-
-// begin: the column of the weights that belongs to the first of `blocks`.
-void accumulate(const Rows& rows, const KvCache& cache, const int32_t* blocks, int head, int begin, int count,
-                Scratch& local) {
-  const int dim = cache.head_dim;
-  constexpr int kWide = kValueVectors * kLanes, kNarrow = std::min(kWide, 32);  // a head may end with 32 dimensions
-  for (int d = 0, size; d < dim; d += size) {
-    size = dim - d >= kWide ? kWide : kNarrow;
-    const Values values{cache, blocks, head, d};
-    if constexpr (kMayHaveAmx) {
-      if (rows.by_tiles) {
-        add_value_tiles(size == kWide, local.weights[0] + begin, values, count, local.sums.data() + d);
-        continue;
-      }
-    }
-    const AddValues* by_rows = size == kWide ? kAddValues<kValueVectors> : kAddValues<kNarrow / kLanes>;
-    for (int r = 0; r < rows.count; r += kValueRows) {
-      const AddValues add = by_rows[std::min(kValueRows, rows.count - r) - 1];
-      add(local.weights[r] + begin, values, count, local.sums.data() + r * dim + d);
-    }
-  }
-}
-
-// Masks all of the columns begin .. end - 1 but first .. limit - 1, and returns the largest score.
-float mask_and_max(float* scores, int first, int limit, int begin, int end) {
-  const float minus_infinity = -std::numeric_limits<float>::infinity();
-  for (int c = begin; c < std::min(first, end); ++c) scores[c] = minus_infinity;
-  for (int c = std::max(limit, begin); c < end; ++c) scores[c] = minus_infinity;
-  Floats most = all(minus_infinity);
-  for (int c = begin; c < end; c += kLanes) most = maximum(most, load(scores + c));
-  return largest(most);
-}
-
-float exponentiate(const float* scores, bf16* weights, int begin, int end, float largest) {
-  const Floats shift = all(largest);
-  Floats total = all(0.0f);
-  for (int c = begin; c < end; c += kLanes) {
-    const Floats s = load(scores + c);
-    const Floats w = choose(more(s, all(-1e30f)), exp2_nonpositive(s - shift), all(0.0f));  // 0 where it may not see
-    store_bf16(weights + c, w);
-    total = total + w;
-  }
-  return sum(total);
-}
-
-void scale(float* values, int count, float factor) {
-  for (int i = 0; i < count; i += kLanes) store(values + i, load(values + i) * all(factor));
-}
-
-void gather_queries(const Rows& rows, int head_dim, std::vector<bf16>& q) {
-  q.assign(static_cast<size_t>(kMaxRows) * head_dim, 0);
-  for (int r = 0; r < rows.count; ++r) std::copy(rows.q[r], rows.q[r] + head_dim, q.data() + r * head_dim);
-}
-
-void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& rows) {
-  Scratch& local = scratch();
-  const int dim = cache.head_dim, size = cache.block_size;
-  const int context = rows.limit[rows.count - 1];  // rows are in order of position
-  local.sums.assign(static_cast<size_t>(kMaxRows) * dim, 0.0f);
-  if (rows.by_tiles) gather_queries(rows, dim, local.q);
-  float largest[kMaxRows], total[kMaxRows] = {};
-  std::fill(largest, largest + kMaxRows, -std::numeric_limits<float>::infinity());
-
-  // Segments begin at multiples of their length, whatever a row may see: so its bits do not depend on the other rows.
-  // What no row sees is left out, which adds as much as weights of zero.
-  for (int start = rows.first[0] / kSegment * kSegment; start < context; start += kSegment) {
-    const int padded = (std::min(context - start, kSegment) + size - 1) / size * size;
-    const int begin = std::max(rows.first[0] - start, 0) / size * size;
-    for (int c = begin; c < padded; c += kLanes) {
-      if (c % size == 0) {  // blocks lie anywhere in memory: the hardware cannot guess the next one
-        const int block = (start + c) / size;
-        prefetch<_MM_HINT_T1>(cache.value_head(blocks[block], head), cache.head_size() * sizeof(bf16));
-        if (start + c + size < context) {
-          prefetch(cache.key_head(blocks[block + 1], head), cache.head_size() * sizeof(bf16));
-        }
-      }
-      const bf16* keys = cache.key_head(blocks[(start + c) / size], head) + 2 * (c % size);
-      score(rows, keys, size, dim, c, local);
-    }
-    for (int r = 0; r < rows.count; ++r) {
-      const float segment = mask_and_max(local.scores[r], rows.first[r] - start, rows.limit[r] - start, begin, padded);
-      const float next = std::max(largest[r], segment);
-      if (next == -std::numeric_limits<float>::infinity()) {  // this row sees nothing of this segment
-        std::fill(local.weights[r] + begin, local.weights[r] + padded, bf16{0});
-        continue;
-      }
-      const float keep = std::exp2(largest[r] - next);
-      if (keep != 1.0f) scale(local.sums.data() + r * dim, dim, keep);
-      total[r] = total[r] * keep + exponentiate(local.scores[r], local.weights[r], begin, padded, next);
-      largest[r] = next;
-    }
-    accumulate(rows, cache, blocks + (start + begin) / size, head, begin, padded - begin, local);
-  }
+void write_rows(const Attended& attended, const Rows& rows, int dim) {
   for (int r = 0; r < rows.count; ++r) {
-    const float* sums = local.sums.data() + r * dim;
-    const Floats factor = all(1.0f / (total[r] + std::exp2(rows.sink[r] - largest[r])));
-    for (int d = 0; d < dim; d += kLanes) store_bf16(rows.out[r] + d, load(sums + d) * factor);
+    const Floats factor = all(1.0f / (attended.total[r] + std::exp2(rows.sink[r] - attended.largest[r])));
+    for (int d = 0; d < dim; d += kLanes) store_bf16(rows.out[r] + d, load(attended.sums + r * dim + d) * factor);
   }
+}
+
+// All keys of some rows, segment after segment.
+void attend(const KvCache& cache, const int32_t* blocks, int head, const Rows& rows) {
+  const int dim = cache.head_dim;
+  thread_local std::vector<float> memory;
+  memory.resize(2 * Attended::size(dim));
+  const Attended all_keys(memory.data(), dim), segment(memory.data() + Attended::size(dim), dim);
+  int start = rows.first_segment() * kSegment;
+  attend_segment(cache, blocks, head, rows, start, all_keys);
+  while ((start += kSegment) < rows.context()) {
+    attend_segment(cache, blocks, head, rows, start, segment);
+    add(segment, rows.count, dim, all_keys);
+  }
+  write_rows(all_keys, rows, dim);
 }
 
 // A weight of zero does not hide what is no number, and a freed block keeps its values until its next owner, perhaps
@@ -230,8 +67,26 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
   }
 }
 
+namespace {
+
+// Contexts of fewer segments are not worth another barrier.
+constexpr int kSegmentsWorthParts = 3;
+
+// So few pieces of work leave threads with nothing to do.
+bool leaves_threads(const Team& team, int items) { return items < 2 * team.size(); }
+
+int most_segments(const Batch& batch) {
+  return (*std::max_element(batch.seq_lens, batch.seq_lens + batch.num_sequences) + kSegment - 1) / kSegment;
+}
+
+}  // namespace
+
+size_t attention_parts(const Team& team, const Batch& batch, int head_dim) {
+  return 2 * team.size() * most_segments(batch) * Attended::size(head_dim);
+}
+
 void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const float* sinks,
-               const bf16* q, bf16* out) {
+               const bf16* q, bf16* out, float* parts) {
   const int group = heads / cache.kv_heads, dim = cache.head_dim;
   // Work items are laid out as: sequence, then slice of its rows, then KV head.
   auto by_tiles = [&](int b) { return has_amx() && !batch.decodes(b); };
@@ -240,14 +95,12 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
     const int rows = (batch.query_start[b + 1] - batch.query_start[b]) * group;
     return (rows + slice_rows(b) - 1) / slice_rows(b);
   };
-  if constexpr (kMayHaveAmx) {
-    if (has_amx()) configure_attention_tiles();
-  }
   thread_local std::vector<int> first;  // first work item of each sequence
   first.assign(1, 0);
   for (int b = 0; b < batch.num_sequences; ++b) first.push_back(first.back() + slices(b) * cache.kv_heads);
 
-  team.work(first.back(), [&](int item) {
+  // do_item(blocks, head, rows) of an item
+  auto with = [&](int item, auto do_item) {
     const int b = static_cast<int>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
     const int head = (item - first[b]) % cache.kv_heads;
     const int begin = (item - first[b]) / cache.kv_heads * slice_rows(b);
@@ -264,9 +117,38 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
       rows.first[r] = window == 0 ? 0 : std::max(rows.limit[r] - window, 0);
       rows.sink[r] = sinks == nullptr ? -std::numeric_limits<float>::infinity() : score_scale(sinks[h]);
     }
-    attend(cache, batch.block_tables + static_cast<size_t>(b) * batch.max_blocks, head, rows);
+    do_item(batch.block_tables + static_cast<size_t>(b) * batch.max_blocks, head, rows);
+  };
+
+  if constexpr (kMayHaveAmx) {
+    if (has_amx()) configure_attention_tiles();
+  }
+  const int items = first.back(), segments = most_segments(batch);
+  if (segments < kSegmentsWorthParts || !leaves_threads(team, items)) {
+    team.work(items, [&](int item) {
+      with(item, [&](const int32_t* blocks, int head, const Rows& rows) { attend(cache, blocks, head, rows); });
+    });
+    return release_tiles();
+  }
+  auto part = [&](int item, int segment) {
+    return Attended(parts + (static_cast<size_t>(item) * segments + segment) * Attended::size(dim), dim);
+  };
+  team.work(items * segments, [&](int i) {
+    with(i / segments, [&](const int32_t* blocks, int head, const Rows& rows) {
+      const int start = i % segments * kSegment;
+      if (start < rows.first_segment() * kSegment || start >= rows.context()) return;
+      attend_segment(cache, blocks, head, rows, start, part(i / segments, i % segments));
+    });
   });
   release_tiles();
+  team.barrier();
+  team.work(items, [&](int item) {
+    with(item, [&](const int32_t*, int, const Rows& rows) {
+      const Attended all_keys = part(item, rows.first_segment());
+      for (int s = rows.first_segment() + 1; s * kSegment < rows.context(); ++s) add(part(item, s), rows.count, dim, all_keys);
+      write_rows(all_keys, rows, dim);
+    });
+  });
 }
 
 }  // namespace evospec

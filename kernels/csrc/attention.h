@@ -63,8 +63,12 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
 // q: [tokens][heads][head_dim] bf16, already scaled by score_scale. out: the same shape, bf16.
 // window: how many tokens each attends to, itself included; 0: all. sinks: [heads], the score of one more key, whose value
 // is zero; null: there is none.
+// parts: memory for attention_parts floats. Where there are fewer sequences and heads than threads have use for, they share
+// the keys of each.
 // Inside Team::run, by all threads; ends without a barrier.
 void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const float* sinks,
-               const bf16* q, bf16* out);
+               const bf16* q, bf16* out, float* parts);
+
+size_t attention_parts(const Team& team, const Batch& batch, int head_dim);
 
 }  // namespace evospec

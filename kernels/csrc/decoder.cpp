@@ -49,7 +49,8 @@ void unpack_rows(Team& team, const Matrix& matrix, const int32_t* rows, int coun
 
 Decoder::Decoder(Team& team, const DecoderShape& shape) : shape_(shape), team_(team) {}
 
-void Decoder::reserve(int tokens, const LoraRows* lora) {
+void Decoder::reserve(const Batch& batch, const LoraRows* lora) {
+  const int tokens = batch.num_tokens;
   // Whole tiles are read, wherever they begin.
   const size_t rows = static_cast<size_t>(tokens + 31) / 32 * 32 + 16;
   const size_t heads = static_cast<size_t>(shape_.heads) * shape_.head_dim;
@@ -63,6 +64,7 @@ void Decoder::reserve(int tokens, const LoraRows* lora) {
   grow(attended_, rows * heads);
   grow(qkv_, rows * qkv);
   grow(gated_, rows * shape_.intermediate);
+  grow(attention_parts_, attention_parts(team_, batch, shape_.head_dim));
   if (lora != nullptr) grow(lora_sums_, static_cast<size_t>(tokens) * lora->rank);
   for (const Layer& layer : layers_) {
     if (layer.experts.router != nullptr) mixture_.reserve(layer.experts, tokens, shape_.hidden, shape_.intermediate);
@@ -191,7 +193,8 @@ void Decoder::attend(const Batch& batch, const KvCache& kv, const Layer& layer, 
   });
   team_.barrier();
   const Batch& rows = kept == nullptr ? batch : kept->batch;
-  attention(team_, rows, kv, shape_.heads, layer.window, layer.sinks, q_.data(), attended_.data());
+  attention(team_, rows, kv, shape_.heads, layer.window, layer.sinks, q_.data(), attended_.data(),
+            attention_parts_.data());
   team_.barrier();
 }
 
@@ -223,7 +226,7 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
 void Decoder::forward(const Batch& batch, const KvLayers& kv, const float* embeddings, const LoraRows* lora,
                       const WantedRows* wanted, float* residual, const PassOutputs& outputs) {
   const int tokens = batch.num_tokens, hidden = shape_.hidden, num_layers = static_cast<int>(layers_.size());
-  reserve(tokens, lora);
+  reserve(batch, lora);
   std::optional<Kept> kept;
   if (wanted != nullptr) kept.emplace(batch, lora, *wanted);
   team_.run([&](int) {

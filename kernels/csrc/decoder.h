@@ -90,7 +90,7 @@ class Decoder {
     LoraRows lora;
   };
 
-  void reserve(int tokens, const LoraRows* lora);
+  void reserve(const Batch& batch, const LoraRows* lora);
   void normalize(const float* weight, const float* rows, int count, bf16* out, int stride);
   void normalize_input(const Layer& layer, const float* embeddings, float* residual, int tokens);
   void run_layer(const Batch& batch, const KvCache& kv, const Layer& layer, const float* embeddings,
@@ -108,7 +108,7 @@ class Decoder {
   std::vector<Layer> layers_;
   // Activations of a step; rows are padded to whole AMX tiles.
   std::vector<bf16> normed_, q_, attended_, gated_;
-  std::vector<float> qkv_, added_, lora_sums_;
+  std::vector<float> qkv_, added_, lora_sums_, attention_parts_;
   Mixture mixture_;
 };
 

@@ -311,6 +311,22 @@ def test_attention_within_a_window(
         assert largest_row_error(output, expected) < ATTENTION_TOLERANCE
 
 
+@pytest.mark.parametrize("window", [None, 700])
+def test_threads_share_the_keys_of_a_long_context(teams: list[Team], window: int | None) -> None:
+    """Bit for bit what one thread computes: of one sequence with two KV heads there is too little else to do."""
+    sequences = RaggedSequences(1, 3100, 16)
+    spec = replace(attention_spec((6, 2), 64, sequences, torch.bfloat16, CPU), windows=(window, None))
+    reference = TorchPagedAttention(replace(spec, dtype=torch.float32))
+    backends = [NativeAttention(spec, team) for team in teams]
+    outputs = []
+    for output, expected in compare_backends(backends, reference, sequences, [[2040], [1], [5], [1000], [1]]):
+        assert largest_row_error(output, expected) < ATTENTION_TOLERANCE
+        outputs.append(output)
+    for one, two, three in zip(outputs[::3], outputs[1::3], outputs[2::3], strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("heads", [(9, 3), (14, 2), (8, 1)])
 def test_verifying_attends_as_decoding_does(two_threads: Team, heads: tuple[int, int], window: int | None) -> None:
