@@ -1,6 +1,6 @@
 """Zeroed memory in huge pages, for what a step reads from beginning to end: weights and the KV cache.
 
-In pages of 4 KiB a processor fetches ahead no further than the end of a page, and has to look up where the next one lies.
+In pages of 4 KiB a processor fetches ahead no further than the end of a page, and looks up where the next one lies.
 """
 
 from __future__ import annotations
