@@ -69,15 +69,68 @@ void write_kv(const KvCache& cache, int slot, const float* key, const float* val
 
 namespace {
 
-// Contexts of fewer segments are not worth another barrier.
-constexpr int kSegmentsWorthParts = 3;
+// The work of one attention, in pieces: sequence, then slice of its rows, then KV head.
+class Pieces {
+ public:
+  struct Piece {
+    const int32_t* blocks;
+    int head;
+    Rows rows;
+  };
 
-// So few pieces of work leave threads with nothing to do.
-bool leaves_threads(const Team& team, int items) { return items < 2 * team.size(); }
+  Pieces(const Batch& batch, const KvCache& cache, int heads, int window, const float* sinks, const bf16* q, bf16* out)
+      : batch_(batch), cache_(cache), heads_(heads), window_(window), sinks_(sinks), q_(q), out_(out) {
+    first_.assign(1, 0);
+    for (int b = 0; b < batch.num_sequences; ++b) {
+      const int slices = (query_len(b) * group() + slice_rows(b) - 1) / slice_rows(b);
+      first_.push_back(first_.back() + slices * cache.kv_heads);
+    }
+  }
+
+  int count() const { return first_.back(); }
+
+  Piece operator[](int i) const {
+    const int b = static_cast<int>(std::upper_bound(first_.begin(), first_.end(), i) - first_.begin()) - 1;
+    const int head = (i - first_[b]) % cache_.kv_heads, begin = (i - first_[b]) / cache_.kv_heads * slice_rows(b);
+    Rows rows;
+    rows.by_tiles = by_tiles(b);
+    rows.count = std::min(slice_rows(b), query_len(b) * group() - begin);
+    for (int r = 0; r < rows.count; ++r) {
+      const int query = (begin + r) / group(), h = head * group() + (begin + r) % group();
+      const size_t at = (static_cast<size_t>(batch_.query_start[b] + query) * heads_ + h) * cache_.head_dim;
+      rows.q[r] = q_ + at;
+      rows.out[r] = out_ + at;
+      rows.limit[r] = batch_.seq_lens[b] - query_len(b) + query + 1;
+      rows.first[r] = window_ == 0 ? 0 : std::max(rows.limit[r] - window_, 0);
+      rows.sink[r] = sinks_ == nullptr ? -std::numeric_limits<float>::infinity() : score_scale(sinks_[h]);
+    }
+    return {batch_.block_tables + static_cast<size_t>(b) * batch_.max_blocks, head, rows};
+  }
+
+ private:
+  int group() const { return heads_ / cache_.kv_heads; }
+  int query_len(int b) const { return batch_.query_start[b + 1] - batch_.query_start[b]; }
+  bool by_tiles(int b) const { return has_amx() && !batch_.decodes(b); }
+  int slice_rows(int b) const { return by_tiles(b) ? kMaxRows : kVectorRows; }
+
+  const Batch& batch_;
+  const KvCache& cache_;
+  const int heads_, window_;
+  const float* const sinks_;
+  const bf16* const q_;
+  bf16* const out_;
+  static thread_local std::vector<int> first_;  // of each sequence, and behind the last
+};
+
+thread_local std::vector<int> Pieces::first_;
 
 int most_segments(const Batch& batch) {
   return (*std::max_element(batch.seq_lens, batch.seq_lens + batch.num_sequences) + kSegment - 1) / kSegment;
 }
+
+// Whether threads share the keys of a piece: where there are too few pieces to give all of them something to do, and
+// enough segments to be worth another barrier.
+bool shares_keys(const Team& team, int pieces, int segments) { return pieces < 2 * team.size() && segments >= 3; }
 
 }  // namespace
 
@@ -87,67 +140,34 @@ size_t attention_parts(const Team& team, const Batch& batch, int head_dim) {
 
 void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, int window, const float* sinks,
                const bf16* q, bf16* out, float* parts) {
-  const int group = heads / cache.kv_heads, dim = cache.head_dim;
-  // Work items are laid out as: sequence, then slice of its rows, then KV head.
-  auto by_tiles = [&](int b) { return has_amx() && !batch.decodes(b); };
-  auto slice_rows = [&](int b) { return by_tiles(b) ? kMaxRows : kVectorRows; };
-  auto slices = [&](int b) {
-    const int rows = (batch.query_start[b + 1] - batch.query_start[b]) * group;
-    return (rows + slice_rows(b) - 1) / slice_rows(b);
-  };
-  thread_local std::vector<int> first;  // first work item of each sequence
-  first.assign(1, 0);
-  for (int b = 0; b < batch.num_sequences; ++b) first.push_back(first.back() + slices(b) * cache.kv_heads);
-
-  // do_item(blocks, head, rows) of an item
-  auto with = [&](int item, auto do_item) {
-    const int b = static_cast<int>(std::upper_bound(first.begin(), first.end(), item) - first.begin()) - 1;
-    const int head = (item - first[b]) % cache.kv_heads;
-    const int begin = (item - first[b]) / cache.kv_heads * slice_rows(b);
-    const int query_len = batch.query_start[b + 1] - batch.query_start[b];
-    Rows rows;
-    rows.by_tiles = by_tiles(b);
-    rows.count = std::min(slice_rows(b), query_len * group - begin);
-    for (int r = 0; r < rows.count; ++r) {
-      const int query = (begin + r) / group, h = head * group + (begin + r) % group;
-      const size_t at = (static_cast<size_t>(batch.query_start[b] + query) * heads + h) * dim;
-      rows.q[r] = q + at;
-      rows.out[r] = out + at;
-      rows.limit[r] = batch.seq_lens[b] - query_len + query + 1;
-      rows.first[r] = window == 0 ? 0 : std::max(rows.limit[r] - window, 0);
-      rows.sink[r] = sinks == nullptr ? -std::numeric_limits<float>::infinity() : score_scale(sinks[h]);
-    }
-    do_item(batch.block_tables + static_cast<size_t>(b) * batch.max_blocks, head, rows);
-  };
-
+  const Pieces pieces(batch, cache, heads, window, sinks, q, out);
   if constexpr (kMayHaveAmx) {
     if (has_amx()) configure_attention_tiles();
   }
-  const int items = first.back(), segments = most_segments(batch);
-  if (segments < kSegmentsWorthParts || !leaves_threads(team, items)) {
-    team.work(items, [&](int item) {
-      with(item, [&](const int32_t* blocks, int head, const Rows& rows) { attend(cache, blocks, head, rows); });
+  const int segments = most_segments(batch), dim = cache.head_dim;
+  if (!shares_keys(team, pieces.count(), segments)) {
+    team.work(pieces.count(), [&](int i) {
+      const Pieces::Piece piece = pieces[i];
+      attend(cache, piece.blocks, piece.head, piece.rows);
     });
     return release_tiles();
   }
-  auto part = [&](int item, int segment) {
-    return Attended(parts + (static_cast<size_t>(item) * segments + segment) * Attended::size(dim), dim);
+  auto part = [&](int i, int segment) {
+    return Attended(parts + (static_cast<size_t>(i) * segments + segment) * Attended::size(dim), dim);
   };
-  team.work(items * segments, [&](int i) {
-    with(i / segments, [&](const int32_t* blocks, int head, const Rows& rows) {
-      const int start = i % segments * kSegment;
-      if (start < rows.first_segment() * kSegment || start >= rows.context()) return;
-      attend_segment(cache, blocks, head, rows, start, part(i / segments, i % segments));
-    });
+  team.work(pieces.count() * segments, [&](int item) {
+    const int i = item / segments, segment = item % segments;
+    const auto [blocks, head, rows] = pieces[i];
+    if (segment < rows.first_segment() || segment * kSegment >= rows.context()) return;
+    attend_segment(cache, blocks, head, rows, segment * kSegment, part(i, segment));
   });
   release_tiles();
   team.barrier();
-  team.work(items, [&](int item) {
-    with(item, [&](const int32_t*, int, const Rows& rows) {
-      const Attended all_keys = part(item, rows.first_segment());
-      for (int s = rows.first_segment() + 1; s * kSegment < rows.context(); ++s) add(part(item, s), rows.count, dim, all_keys);
-      write_rows(all_keys, rows, dim);
-    });
+  team.work(pieces.count(), [&](int i) {
+    const Rows rows = pieces[i].rows;
+    const Attended all_keys = part(i, rows.first_segment());
+    for (int s = rows.first_segment() + 1; s * kSegment < rows.context(); ++s) add(part(i, s), rows.count, dim, all_keys);
+    write_rows(all_keys, rows, dim);
   });
 }
 

@@ -94,7 +94,8 @@ def test_a_model_without_a_draft_grows_one(launch_server: Callable[..., RunningS
     os.kill(traffic.server.pid_of("worker"), signal.SIGKILL)
     traffic.until("draft in force", lambda: draft(traffic.server).get("stage") == "serving")
     grown = [event for event in traffic.server.events() if event["event"] == "a draft grows"]
-    assert [int(str(event["positions"])) > 0 for event in grown] == [False, True]
+    went_on = [int(str(event["positions"])) > 0 for event in grown]
+    assert went_on[:2] == [False, True]  # a version that is refused may begin it anew later
     traffic.until("good revision", lambda: draft(traffic.server)["good_revision"] > 0)
     traffic.server.stop()
 
