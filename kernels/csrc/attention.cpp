@@ -80,7 +80,8 @@ class Pieces {
 
   Pieces(const Batch& batch, const KvCache& cache, int heads, int window, const float* sinks, const bf16* q, bf16* out)
       : batch_(batch), cache_(cache), heads_(heads), window_(window), sinks_(sinks), q_(q), out_(out) {
-    first_.assign(1, 0);
+    first_.reserve(batch.num_sequences + 1);
+    first_.push_back(0);
     for (int b = 0; b < batch.num_sequences; ++b) {
       const int slices = (query_len(b) * group() + slice_rows(b) - 1) / slice_rows(b);
       first_.push_back(first_.back() + slices * cache.kv_heads);
@@ -119,10 +120,8 @@ class Pieces {
   const float* const sinks_;
   const bf16* const q_;
   bf16* const out_;
-  static thread_local std::vector<int> first_;  // of each sequence, and behind the last
+  std::vector<int> first_;  // the first piece of each sequence, and how many there are
 };
-
-thread_local std::vector<int> Pieces::first_;
 
 int most_segments(const Batch& batch) {
   return (*std::max_element(batch.seq_lens, batch.seq_lens + batch.num_sequences) + kSegment - 1) / kSegment;
@@ -166,7 +165,9 @@ void attention(Team& team, const Batch& batch, const KvCache& cache, int heads, 
   team.work(pieces.count(), [&](int i) {
     const Rows rows = pieces[i].rows;
     const Attended all_keys = part(i, rows.first_segment());
-    for (int s = rows.first_segment() + 1; s * kSegment < rows.context(); ++s) add(part(i, s), rows.count, dim, all_keys);
+    for (int segment = rows.first_segment() + 1; segment * kSegment < rows.context(); ++segment) {
+      add(part(i, segment), rows.count, dim, all_keys);
+    }
     write_rows(all_keys, rows, dim);
   });
 }

@@ -147,7 +147,8 @@ void gather_queries(const Rows& rows, int head_dim, std::vector<bf16>& q) {
 
 }  // namespace
 
-void attend_segment(const KvCache& cache, const int32_t* blocks, int head, const Rows& rows, int start, const Attended& out) {
+void attend_segment(const KvCache& cache, const int32_t* blocks, int head, const Rows& rows, int start,
+                    const Attended& out) {
   Scratch& local = scratch();
   const int dim = cache.head_dim, size = cache.block_size, context = rows.context();
   if (rows.by_tiles) gather_queries(rows, dim, local.q);

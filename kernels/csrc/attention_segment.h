@@ -39,6 +39,7 @@ struct Attended {
 
 // The keys of the segment that begins at `start`. Segments begin at multiples of their length, whatever a row may see, and
 // are added up in their order: so a row's bits depend neither on other rows nor on who computes which segment.
-void attend_segment(const KvCache& cache, const int32_t* blocks, int head, const Rows& rows, int start, const Attended& out);
+void attend_segment(const KvCache& cache, const int32_t* blocks, int head, const Rows& rows, int start,
+                    const Attended& out);
 
 }  // namespace evospec

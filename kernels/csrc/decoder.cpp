@@ -217,7 +217,8 @@ void Decoder::run_layer(const Batch& batch, const KvCache& kv, const Layer& laye
     const int intermediate = shape_.intermediate;
     return mixture_.add(team_, layer.experts, shape_.gate, normed_.data(), tokens, hidden, intermediate, residual);
   }
-  linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate, num_direct, &layer.down});
+  linear(team_, {&layer.gate_up, normed_.data(), tokens, shape_.gate, gated_.data(), shape_.intermediate, num_direct,
+                 &layer.down});
   team_.barrier();
   add_product(layer.down, gated_.data(), tokens, num_direct, layer.output_norm, next, residual);
   if (lora != nullptr) add_lora(team_, *lora, lora->down, gated_.data(), tokens, lora_sums_.data(), hidden, residual);

@@ -72,7 +72,7 @@ struct RowCodes {
   float* minima;   // [k / 32], kQ4 only
 };
 
-bool is_intel();  // whether it made the processor
+bool is_intel();  // whether the processor is of Intel
 
 // What a thread reads after the blocks at hand: up to `end`, and then from `next` on (null: nobody knows).
 struct ReadAhead {

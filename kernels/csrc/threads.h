@@ -60,7 +60,9 @@ class Team {
 
   void start_workers();
   void worker(int index);
-  int share_begin(int share, int count) const { return static_cast<int>(static_cast<int64_t>(count) * share / num_threads_); }
+  int share_begin(int share, int count) const {
+    return static_cast<int>(static_cast<int64_t>(count) * share / num_threads_);
+  }
 
   static thread_local int index_;  // of the calling thread
 
