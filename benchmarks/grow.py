@@ -1,9 +1,9 @@
 """A model without a draft grows one from its traffic: when it pays, what it gains. ``python -m benchmarks.grow``.
 
-A fine-tune of SmolLM2-135M is served with alignment and without, its norms perturbed at random: a model for which no
-draft was ever trained. Clients ask the prompts of a stream, one after the other, with pauses; then held-out prompts are
-answered one at a time by the grown draft, by copies alone, and without speculation. Another run with the same
-``--state`` goes on from where the last one was, as a restarted server does.
+A model for which no draft was ever trained is served with alignment and without: by default a fine-tune of
+SmolLM2-135M, its norms perturbed at random. Clients ask the prompts of a stream, one after the other, with pauses; then
+held-out prompts are answered one at a time by the grown draft, by copies alone, and without speculation. Another run
+with the same ``--state`` goes on from where the last one was, as a restarted server does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ def perturbed_model(directory: Path) -> Path:
     """SmolLM2-135M with each norm's weights changed by 3 % of themselves at random, the same ones always."""
     path = directory / f"{_MODEL}.gguf"
     if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
         shutil.copy(resolve_model(ModelConfig(name="smollm2-135m")).path, path)
         generator = np.random.default_rng(0)
         for tensor in gguf.GGUFReader(path, "r+").tensors:
@@ -145,6 +144,7 @@ def main(
     stream_files: Annotated[list[Path], typer.Option("--stream", help="Prompts to grow from; repeatable.")],
     held_out: Annotated[list[Path], typer.Option(help="Prompts to measure with; repeatable.")],
     state: Annotated[Path, typer.Option(help="Directory of model, checkpoints and record.")],
+    model: Annotated[str, typer.Option(help="Without a draft; default: a fine-tune of SmolLM2.")] = "",
     minutes: Annotated[float, typer.Option(help="Of the stream.")] = 20.0,
     prompts: Annotated[int, typer.Option(help="Held-out prompts; 0: none.")] = 24,
     clients: Annotated[int, typer.Option()] = 4,
@@ -152,24 +152,26 @@ def main(
     max_tokens: Annotated[int, typer.Option()] = 128,
     option: Annotated[list[str] | None, typer.Option(help="Of engine.alignment, NAME=VALUE; repeatable.")] = None,
 ) -> None:
-    """Serves, asks, and writes benchmarks/results/grow.json and its plot."""
-    model, path = perturbed_model(state), RESULTS / "grow.json"
+    """Serves, asks, and writes benchmarks/results/grow.json, or grow-MODEL.json, and its plot."""
+    state.mkdir(parents=True, exist_ok=True)
+    name, served = (model, model) if model else (_MODEL, str(perturbed_model(state)))
+    path = RESULTS / (f"grow-{name}.json" if model else "grow.json")
     record: dict[str, Any] = {"asked": 0, "seen": {"prompt_tokens": 0, "tokens": 0, "minutes": 0.0}}
     record |= {"runs": [], "answers": [], "states": [], "held_out": []}
     if (saved := state / "record.json").exists():
         record = json.loads(saved.read_text())
     record["runs"].append({"command": sys.argv[1:], "environment": environment()})
     growing = [*_EACH_READS, "--alignment.enabled", "--engine.alignment.state_directory", str(state / "versions")]
-    for value in option or []:
-        name, _, value = value.partition("=")
-        growing += [f"--engine.alignment.{name}", value]
-    with serving(str(model), _MODEL, "grow-grown", growing) as grown:
+    for assignment in option or []:
+        key, _, value = assignment.partition("=")
+        growing += [f"--engine.alignment.{key}", value]
+    with serving(served, name, "grow-grown", growing) as grown:
         uvloop.run(follow(grown, read_prompts(stream_files), minutes, clients, pause, max_tokens, record))
         saved.write_text(json.dumps(record))
         if prompts:
             record["held_out"] = []
             grown.freeze(True)  # it is the draft that is measured, not a machine shared with its training
-            with serving(str(model), _MODEL, "grow-copies", _EACH_READS) as plain:
+            with serving(served, name, "grow-copies", _EACH_READS) as plain:
                 uvloop.run(measure(grown, plain, read_prompts(held_out)[:prompts], max_tokens, record))
             grown.freeze(False)
             record["summary"] = summary(record["held_out"])
