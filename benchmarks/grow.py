@@ -23,6 +23,7 @@ import numpy as np
 import typer
 import uvloop
 
+from benchmarks.common.bootstrap import interval
 from benchmarks.common.environment import environment
 from benchmarks.common.learning_server import LearningServer, serving
 from benchmarks.common.machine import RESULTS
@@ -32,6 +33,7 @@ from engine.models.registry import resolve_model
 _MODEL = "smollm2-perturbed"
 _NOISE = 0.03
 _STATE_SECONDS = 5.0
+_COUNTS = ("prompt_tokens", "tokens", "accepted")
 GROWN, COPIES, NONE = "grown", "copies", "none"
 _EACH_READS = ["--no-engine.cache.prefix_caching"]
 """One server answers for two sides: with its cache one of them would read no prompt."""
@@ -75,17 +77,23 @@ async def follow(
         while (at := time.monotonic() - started) < 60 * minutes:
             answer = await server.ask(next(waiting), tokens)
             record["asked"] += 1
-            for name in ("prompt_tokens", "tokens"):
+            for name in _COUNTS:
                 record["seen"][name] += answer[name]
             record["seen"]["minutes"] = before["minutes"] + at / 60
-            record["answers"].append(record["seen"] | {"own": answer["tokens"], "accepted": answer["accepted"]})
             if at - told >= _STATE_SECONDS:
                 told = at
-                record["states"].append(record["seen"] | {"state": server.state()})
+                take_state(server, record)
             await asyncio.sleep(pause * answer["seconds"])
 
     await asyncio.gather(*(client() for _ in range(clients)))
-    record["states"].append(record["seen"] | {"state": server.state()})
+    take_state(server, record)
+
+
+def take_state(server: LearningServer, record: dict[str, Any]) -> None:
+    """Write down what the worker says of the draft, if it has scored or published since the last time."""
+    state, states = server.state(), record["states"]
+    if not states or any(state.get(name) != states[-1]["state"].get(name) for name in ("agreement", "num_published")):
+        states.append(record["seen"] | {"state": state})
 
 
 async def measure(
@@ -98,24 +106,32 @@ async def measure(
         for name, server, drafts in sides if number % 2 else reversed(sides):
             answers[name] = await server.ask(prompt, tokens, drafts)
         record["held_out"].append(answers)
-    record["states"].append(record["seen"] | {"state": grown.state()})
 
 
 def summary(held_out: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each side: tokens a second while it decodes, over whole requests, and tokens a verification."""
-    found = {}
-    for name in (GROWN, COPIES, NONE):
-        of_side = [answers[name] for answers in held_out]
+    """Of each side: tokens a second over whole requests and while it decodes, tokens a verification.
+
+    Times the side without speculation: the figure, and the ends of a 95 % bootstrap interval over prompts.
+    """
+
+    def of(name: str, answers: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
         tokens, accepted, seconds, decoding = (
-            sum(answer[key] for answer in of_side) for key in ("tokens", "accepted", "seconds", "decoding")
+            sum(answer[name][key] for answer in answers) for key in ("tokens", "accepted", "seconds", "decoding")
         )
-        found[name] = {
-            "tokens_per_second": tokens / seconds,
-            "decoded_per_second": (tokens - len(of_side)) / decoding,
-            "tokens_a_verification": tokens / (tokens - accepted),
-        }
+        return tokens / seconds, (tokens - len(answers)) / decoding, tokens / (tokens - accepted)
+
+    def times_none(name: str, figure: int) -> list[float]:
+        ratio = interval(held_out, lambda sample: of(name, sample)[figure] / of(NONE, sample)[figure])
+        return [round(one, 3) for one in ratio]
+
+    names = ("tokens_per_second", "decoded_per_second", "tokens_a_verification")
+    sides = {
+        name: dict(zip(names, of(name, held_out), strict=True))
+        | {f"{names[figure]}_times_none": times_none(name, figure) for figure in range(2)}
+        for name in (GROWN, COPIES, NONE)
+    }
     same = sum(len({answers[name]["text"] for name in answers}) == 1 for answers in held_out)
-    return {"prompts": len(held_out), "equal_answers": same, "sides": found}
+    return {"prompts": len(held_out), "equal_answers": same, "sides": sides}
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -156,8 +172,8 @@ def main(
     state.mkdir(parents=True, exist_ok=True)
     name, served = (model, model) if model else (_MODEL, str(perturbed_model(state)))
     path = RESULTS / (f"grow-{name}.json" if model else "grow.json")
-    record: dict[str, Any] = {"asked": 0, "seen": {"prompt_tokens": 0, "tokens": 0, "minutes": 0.0}}
-    record |= {"runs": [], "answers": [], "states": [], "held_out": []}
+    record: dict[str, Any] = {"asked": 0, "seen": dict.fromkeys(_COUNTS, 0) | {"minutes": 0.0}}
+    record |= {"runs": [], "states": [], "held_out": []}
     if (saved := state / "record.json").exists():
         record = json.loads(saved.read_text())
     record["runs"].append({"command": sys.argv[1:], "environment": environment()})

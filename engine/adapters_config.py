@@ -206,7 +206,7 @@ class GrowthConfig(Section):
         )
     )
     guard: GuardConfig = Field(
-        default_factory=lambda: GuardConfig(min_held_out=512, min_agreement=0.5, min_gain=0.02, min_acceptance=0.1)
+        default_factory=lambda: GuardConfig(min_held_out=512, min_agreement=0.25, min_gain=0.05, min_acceptance=0.1)
     )
 
 
