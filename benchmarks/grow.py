@@ -109,29 +109,32 @@ async def measure(
 
 
 def summary(held_out: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of each side: tokens a second over whole requests and while it decodes, tokens a verification.
-
-    Times the side without speculation: the figure, and the ends of a 95 % bootstrap interval over prompts.
-    """
-
-    def of(name: str, answers: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
-        tokens, accepted, seconds, decoding = (
-            sum(answer[name][key] for answer in answers) for key in ("tokens", "accepted", "seconds", "decoding")
-        )
-        return tokens / seconds, (tokens - len(answers)) / decoding, tokens / (tokens - accepted)
-
-    def times_none(name: str, figure: int) -> list[float]:
-        ratio = interval(held_out, lambda sample: of(name, sample)[figure] / of(NONE, sample)[figure])
-        return [round(one, 3) for one in ratio]
-
-    names = ("tokens_per_second", "decoded_per_second", "tokens_a_verification")
-    sides = {
-        name: dict(zip(names, of(name, held_out), strict=True))
-        | {f"{names[figure]}_times_none": times_none(name, figure) for figure in range(2)}
-        for name in (GROWN, COPIES, NONE)
-    }
+    """Of each side its ``figures``, and times those of no speculation: with the ends of 95 % bootstrap intervals."""
+    sides: dict[str, dict[str, Any]] = {}
+    for name in (GROWN, COPIES, NONE):
+        of_side = sides[name] = dict(figures(held_out, name))
+        for figure in ("tokens_per_second", "decoded_per_second"):
+            of_side[f"{figure}_times_none"] = times_none(held_out, name, figure)
     same = sum(len({answers[name]["text"] for name in answers}) == 1 for answers in held_out)
     return {"prompts": len(held_out), "equal_answers": same, "sides": sides}
+
+
+def times_none(held_out: Sequence[dict[str, Any]], name: str, figure: str) -> list[float]:
+    """A side's figure times that of no speculation, and the ends of its interval."""
+    times = interval(held_out, lambda some: figures(some, name)[figure] / figures(some, NONE)[figure])
+    return [round(one, 3) for one in times]
+
+
+def figures(held_out: Sequence[dict[str, Any]], name: str) -> dict[str, float]:
+    """Of a side: tokens a second over whole requests and while it decodes, and tokens a verification."""
+    tokens, accepted, seconds, decoding = (
+        sum(answers[name][key] for answers in held_out) for key in ("tokens", "accepted", "seconds", "decoding")
+    )
+    return {
+        "tokens_per_second": tokens / seconds,
+        "decoded_per_second": (tokens - len(held_out)) / decoding,
+        "tokens_a_verification": tokens / (tokens - accepted),
+    }
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -160,7 +163,7 @@ def main(
     stream_files: Annotated[list[Path], typer.Option("--stream", help="Prompts to grow from; repeatable.")],
     held_out: Annotated[list[Path], typer.Option(help="Prompts to measure with; repeatable.")],
     state: Annotated[Path, typer.Option(help="Directory of model, checkpoints and record.")],
-    model: Annotated[str, typer.Option(help="Without a draft; default: a fine-tune of SmolLM2.")] = "",
+    model: Annotated[str, typer.Option(help="Name of one without a draft; default: a fine-tune of SmolLM2.")] = "",
     minutes: Annotated[float, typer.Option(help="Of the stream.")] = 20.0,
     prompts: Annotated[int, typer.Option(help="Held-out prompts; 0: none.")] = 24,
     clients: Annotated[int, typer.Option()] = 4,
