@@ -89,6 +89,15 @@ async def follow(
     take_state(server, record)
 
 
+async def rest(server: LearningServer, minutes: float, record: dict[str, Any]) -> None:
+    """Quiet minutes: nobody asks."""
+    started, before = time.monotonic(), record["seen"]["minutes"]
+    while (at := time.monotonic() - started) < 60 * minutes:
+        record["seen"]["minutes"] = before + at / 60
+        take_state(server, record)
+        await asyncio.sleep(_STATE_SECONDS)
+
+
 def take_state(server: LearningServer, record: dict[str, Any]) -> None:
     """Write down what the worker says of the draft, if it has scored or published since the last time."""
     state, states = server.state(), record["states"]
@@ -165,6 +174,7 @@ def main(
     state: Annotated[Path, typer.Option(help="Directory of model, checkpoints and record.")],
     model: Annotated[str, typer.Option(help="Name of one without a draft; default: a fine-tune of SmolLM2.")] = "",
     minutes: Annotated[float, typer.Option(help="Of the stream.")] = 20.0,
+    quiet: Annotated[float, typer.Option(help="Minutes after it in which nobody asks.")] = 0.0,
     prompts: Annotated[int, typer.Option(help="Held-out prompts; 0: none.")] = 24,
     clients: Annotated[int, typer.Option()] = 4,
     pause: Annotated[float, typer.Option(help="After an answer, in times of what it took.")] = 0.5,
@@ -186,6 +196,7 @@ def main(
         growing += [f"--engine.alignment.{key}", value]
     with serving(served, name, "grow-grown", growing) as grown:
         uvloop.run(follow(grown, read_prompts(stream_files), minutes, clients, pause, max_tokens, record))
+        uvloop.run(rest(grown, quiet, record))
         saved.write_text(json.dumps(record))
         if prompts:
             record["held_out"] = []

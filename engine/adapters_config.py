@@ -196,7 +196,7 @@ class GrowthConfig(Section):
     """How a whole draft grows, for a model without one."""
 
     one_step_positions: int = Field(
-        default=1_000_000, ge=0, description="Positions trained by one step each, before several are unrolled."
+        default=100_000, ge=0, description="Positions trained by one step each, before several are unrolled."
     )
     memory_bytes: int = Field(default=500_000_000, ge=1, description="Features that the worker keeps, at most.")
     checkpoint_seconds: float = Field(default=60.0, ge=0, description="From one checkpoint to the next, at least.")
@@ -224,6 +224,11 @@ class AdaptersConfig(Section):
         description="Learn from live traffic, where the model drafts with a draft of this project. Tokens of requests "
         "are kept in memory only: the last steps in Redis, for an hour at most, and some in the worker. On disk is "
         "what was learned, as weights.",
+    )
+    synthetic_answers: bool = Field(
+        default=False,
+        description="Where a draft grows, let the idle engine answer prompts again that it has had, to learn from. The "
+        "worker keeps the last 256 tokens of the last 1,024 prompts for that, in memory only.",
     )
     key_scope: KeyScope = Field(
         default="tenant", description="Who shares an adapter: each tenant, each tenant and domain, or everybody."

@@ -197,6 +197,8 @@ class EngineCore:
         return self._runner.execute(plan.sequences, capture)
 
     def _enqueue(self, request: Request) -> None:
+        for other in self._scheduler.in_the_way_of(request):
+            self._end(other, "Another request has come.", "overloaded")
         try:
             self._scheduler.add(request)
             self._verifier.add(request)

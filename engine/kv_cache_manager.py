@@ -45,7 +45,8 @@ class KVCacheManager:
     """Gives blocks to requests and keeps the prefix cache.
 
     Only full blocks of committed tokens whose KV is computed enter the prefix cache, found by a
-    chain of hashes that begins with the tenant's name: tenants never share blocks.
+    chain of hashes that begins with the tenant's name: tenants never share blocks. Synthetic requests neither take
+    blocks from it nor leave any there.
 
     Where nobody reads more than the last ``window`` tokens, blocks of those before are given back; None: all are read.
 
@@ -104,7 +105,8 @@ class KVCacheManager:
 
         At least the last token is left, since its logits are needed; all, if the whole prompt's are.
         """
-        if not self.prefix_caching or request.wants_prompt_logits or request.wants_embedding:
+        is_alone = request.is_synthetic or request.wants_prompt_logits or request.wants_embedding
+        if not self.prefix_caching or is_alone:
             return []
         num_usable = self._sharable_blocks(request, len(request.all_token_ids) - 1)
         self._extend_hashes(request, num_usable)
@@ -150,7 +152,7 @@ class KVCacheManager:
     def after_commit(self, request: Request) -> None:
         """Offer the blocks filled by computed tokens to later requests, and give back those that it reads no more."""
         allocation = self._allocations[request.request_id]
-        if self.prefix_caching:
+        if self.prefix_caching and not request.is_synthetic:
             self._register(request, allocation)
         if self._window is None:
             return

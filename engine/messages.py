@@ -80,7 +80,8 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
 
     ``tenant`` salts the prefix cache and is the unit of fair admission. ``session`` None: one that ends with the
     request, so that no snapshot of it is wanted. ``prediction_token_ids``: what the output may be, to draft from.
-    ``learn``: whether the adapters worker may see its tokens.
+    ``learn``: whether the adapters worker may see its tokens. ``is_synthetic``: nobody waits for it, it is only to be
+    learned from; it ends, "overloaded", as soon as a request that is not comes, and does not begin beside one.
     """
 
     request_id: str
@@ -90,6 +91,7 @@ class EngineRequest(msgspec.Struct, frozen=True, tag="request", kw_only=True):
     session: SessionState | None = None
     prediction_token_ids: list[int] = []
     learn: bool = True
+    is_synthetic: bool = False
 
 
 class AbortRequests(msgspec.Struct, frozen=True, tag="abort"):
@@ -246,9 +248,9 @@ class AlignmentStats(msgspec.Struct, frozen=True, kw_only=True):
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges now, and counters since the engine started.
 
-    ``vocabularies_used`` of ``vocabularies_total`` sequences have a draft vocabulary of their own.
-    ``nonfinite_sequences`` ended because the model computed logits that are not finite. ``snapshots_refused``: of
-    sessions, because they were damaged. ``alignment``: None where it is off.
+    Synthetic requests are not counted among those that wait and run. ``vocabularies_used`` of ``vocabularies_total``
+    sequences have a draft vocabulary of their own. ``nonfinite_sequences`` ended because the model computed logits that
+    are not finite. ``snapshots_refused``: of sessions, because they were damaged. ``alignment``: None where it is off.
     """
 
     num_waiting: int

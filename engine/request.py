@@ -42,6 +42,8 @@ class Request:
     """The client's name for its subject."""
     learn: bool = True
     """Whether the adapters worker may see its tokens."""
+    is_synthetic: bool = False
+    """Whether nobody waits for it: it ends as soon as a request that is not synthetic comes."""
     grammar: GrammarCursor | None = None
     """Where its output stands in the grammar of its parameters."""
     draft_state: DraftState = field(default_factory=DraftState)
@@ -129,6 +131,7 @@ class Arrivals:
             sampling=sampling,
             domain=message.session.domain or None if message.session else None,
             learn=message.learn,
+            is_synthetic=message.is_synthetic,
             draft_state=DraftState(past=message.session, prediction=prediction),
         )
         self._last[message.tenant] = request

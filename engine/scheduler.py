@@ -31,8 +31,8 @@ class Scheduler:
     decodes; chunks to running prefills; draft tokens; then new requests while sequences and blocks
     last. While prefill work is there, drafts get at most half of what the decodes leave; while a
     prefill is unfinished, short new prompts get up to half of the rest, so that they need not wait for it.
-    Beside decodes, prompts get as many tokens as take ``prompt_ms`` milliseconds, but at least ``LEAST_CHUNK``.
-    Of prompts whose logits are wanted, a step computes ``MOST_PROMPT_ROWS`` tokens at most.
+    Beside decodes, and where all requests are synthetic, prompts get as many tokens as take ``prompt_ms`` milliseconds,
+    but at least ``LEAST_CHUNK``. Of prompts whose logits are wanted, a step computes ``MOST_PROMPT_ROWS`` at most.
 
     Where nobody reads more than ``window`` tokens back, sequences give the blocks before them back. Where prompts are
     read apart (``KVCacheManager``), a step computes tokens of a sequence's prompt or of its output, and the sequences
@@ -71,17 +71,24 @@ class Scheduler:
 
         Raises:
             RequestTooLong: it could not be served even alone.
-            QueueFull: ``max_waiting`` requests wait already, and of its tenant an equal share of them.
+            QueueFull: ``max_waiting`` requests wait already, and of its tenant an equal share of them; or it is
+                synthetic, and others are not.
             ValueError: a request with the same id is here.
         """
         if request.request_id in self._requests:
             raise ValueError(f"request {request.request_id!r} is here already")
         self._check_length(request)
+        if request.is_synthetic and self._requests and not self._is_synthetic:
+            raise QueueFull("the engine is not idle")
         most = self._config.max_waiting
         if len(self._waiting) >= most and self._waiting.has_share(request.tenant, most):
             raise QueueFull(f"{len(self._waiting)} requests are waiting")
         self._requests[request.request_id] = request
         self._waiting.append(request, is_idle=request.tenant not in self._running.tenants)
+
+    def in_the_way_of(self, request: Request) -> list[Request]:
+        """The requests that have to end before this one is added: all, where they are synthetic and it is not."""
+        return [*self._requests.values()] if self._is_synthetic and not request.is_synthetic else []
 
     def abort(self, request_id: str) -> Request | None:
         """Forget a request and free its blocks; None if it is not here (any more)."""
@@ -116,7 +123,7 @@ class Scheduler:
             budget -= self._plan_prefills(plan, budget)
         self._plan_newcomers(plan, budget, whole=False)
         self._lacks_blocks = self._admission.lacks_blocks
-        sequences = [self._scheduled(request, num_tokens) for request, num_tokens in plan.items()]
+        sequences = [ScheduledSequence.of(one, count, self._kv.block_ids(one)) for one, count in plan.items()]
         num_tokens = sum(plan.values())
         if num_tokens > num_decoded:
             sequences.sort(key=lambda sequence: not sequence.decodes)
@@ -174,15 +181,20 @@ class Scheduler:
     def stats(self) -> EngineStats:
         """Gauges now, counters since the start."""
         return EngineStats(
-            num_waiting=len(self._waiting),
-            num_running=len(self._running),
+            num_waiting=0 if self._is_synthetic else len(self._waiting),
+            num_running=0 if self._is_synthetic else len(self._running),
             blocks_used=self._kv.num_used_blocks,
             blocks_total=self._kv.num_blocks,
             prefix_query_tokens=self._admission.prefix_query_tokens,
             prefix_hit_tokens=self._admission.prefix_hit_tokens,
             preemptions=self._admission.num_preemptions,
-            waiting_by_tenant=self._waiting.waiting_by_tenant(),
+            waiting_by_tenant={} if self._is_synthetic else self._waiting.waiting_by_tenant(),
         )
+
+    @property
+    def _is_synthetic(self) -> bool:
+        """Whether there are requests, and nobody waits for them: all of them are synthetic, or none is."""
+        return next((request.is_synthetic for request in self._requests.values()), False)
 
     def _is_here(self, request: Request) -> bool:
         return self._requests.get(request.request_id) is request
@@ -231,7 +243,8 @@ class Scheduler:
     def _prompt_tokens(self, num_decoded: int) -> int:
         """Tokens that prompts get in a step that has so many others."""
         left = self._config.max_batched_tokens - num_decoded
-        in_time = self._step_time.tokens_in(self._config.prompt_ms / 1e3) if num_decoded else None
+        is_short = num_decoded or self._is_synthetic  # somebody may come at any time
+        in_time = self._step_time.tokens_in(self._config.prompt_ms / 1e3) if is_short else None
         return left if in_time is None else min(left, max(in_time, LEAST_CHUNK))
 
     def _plan_prefills(self, plan: dict[Request, int], budget: int) -> int:
@@ -276,21 +289,6 @@ class Scheduler:
 
     def _prompt_rows_left(self, plan: dict[Request, int]) -> int:
         return prompt_rows_left(plan, self._config.most_extra_rows)
-
-    def _scheduled(self, request: Request, num_tokens: int) -> ScheduledSequence:
-        start = request.num_computed_tokens
-        num_known = min(request.num_tokens - start, num_tokens)
-        token_ids = request.all_token_ids[start : start + num_known]
-        num_drafts = num_tokens - num_known
-        if num_drafts:
-            token_ids += request.draft_token_ids[:num_drafts]
-        end = start + num_known
-        num_prompt_logits = 0
-        if request.wants_prompt_logits:
-            num_prompt_logits = min(end, len(request.prompt_token_ids) - 1) - start
-        num_sampled = 1 + num_drafts if end == request.num_tokens else 0
-        num_logits, block_ids = num_prompt_logits + num_sampled, self._kv.block_ids(request)
-        return ScheduledSequence(request, start, token_ids, num_drafts, num_prompt_logits, num_logits, block_ids)
 
     def _finish(self, request: Request) -> None:
         self._running.remove(request)

@@ -32,6 +32,22 @@ class ScheduledSequence(msgspec.Struct, frozen=True):
     block_ids: array[int]
     """All blocks of the sequence, int32 in order of position, including those for this step; valid until its commit."""
 
+    @classmethod
+    def of(cls, request: Request, num_tokens: int, block_ids: array[int]) -> ScheduledSequence:
+        """The next ``num_tokens`` of a request, its drafts after those that it has."""
+        start = request.num_computed_tokens
+        num_known = min(request.num_tokens - start, num_tokens)
+        token_ids = request.all_token_ids[start : start + num_known]
+        num_drafts = num_tokens - num_known
+        if num_drafts:
+            token_ids += request.draft_token_ids[:num_drafts]
+        end = start + num_known
+        num_prompt_logits = 0
+        if request.wants_prompt_logits:
+            num_prompt_logits = min(end, len(request.prompt_token_ids) - 1) - start
+        num_sampled = 1 + num_drafts if end == request.num_tokens else 0
+        return cls(request, start, token_ids, num_drafts, num_prompt_logits, num_prompt_logits + num_sampled, block_ids)
+
     @property
     def num_sampled(self) -> int:
         """Rows from which tokens are chosen, after the prompt's: 0 while prefill is unfinished."""

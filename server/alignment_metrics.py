@@ -35,6 +35,7 @@ _KEY_GAUGES = {
     "revision": "Revision in force or to be, 0: the base draft.",
     "good_revision": "The one to return to.",
     "is_frozen": "1 if it learns no more.",
+    "num_synthetic_records": "Records of answers that the idle engine has written to be learned from.",
     "num_trained_positions": "Positions trained on.",
     "num_updates": "Steps of the optimiser.",
     "num_published": "Revisions published.",

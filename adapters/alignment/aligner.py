@@ -65,28 +65,24 @@ class KeyAligner:
         self._last_loss: float | None = None
         self._last_agreement: float | None = None
         self._last_refusal = ""
-        self._num_records = self._num_teaching = self._num_steps = 0
+        self._num_records = self._num_teaching = self._num_steps = self._num_synthetic = 0
         self._go_to(self.state.good_revision)
         self._updater.resume(store.checkpoint_directory(key))
 
     def count(self, record: VerifyRecord, teaches: bool) -> None:
         """Count a record, and take the version in force back if it turns out to be bad.
 
-        What is not published yet is not blamed for what the one before it did.
+        What is not published yet is not blamed for what the one before it did. By a synthetic record no version is
+        judged; what it takes to learn from it is worth as much as if it were traffic.
         """
-        self._num_records += 1
         self._num_steps += 1
+        if record.is_synthetic:
+            self._num_synthetic += 1
+            return
+        self._num_records += 1
         self._num_teaching += teaches
         if self._guard.is_bad_after(record) and self.revision and not self._is_new:
-            log.warning(
-                "adapter taken back",
-                key=self.state.key,
-                revision=self.revision,
-                acceptance=self._guard.acceptance.rate,
-                control=self._guard.control.rate,
-                recent=self._guard.in_force.rate,
-                previous=self._guard.previous.rate,
-            )
+            log.warning("adapter taken back", key=self.state.key, revision=self.revision, **self._guard.rates())
             if "version" not in self.unshared:
                 self.state.bad_number = self.shared_number
             if self._is_own:
@@ -115,6 +111,11 @@ class KeyAligner:
             return False
         wants_more = self._num_more > 0 and self._trigger.pays and self.replay.has_older
         return self._scoring is not None or self._may_judge or wants_more or self._wants_update
+
+    @property
+    def wants_answers(self) -> bool:
+        """Whether it would learn from answers that nobody has asked for."""
+        return self.leads and not self.state.is_frozen and self._trigger.pays
 
     def work(self) -> None:
         """One update, or a part of the scoring of what the last ones gave."""
@@ -191,6 +192,7 @@ class KeyAligner:
             channel_version=self.channel_version,
             is_frozen=state.is_frozen,
             num_records=self._num_records,
+            num_synthetic_records=self._num_synthetic,
             num_trained_positions=state.num_trained_positions,
             num_updates=state.num_updates,
             num_published=state.num_published,

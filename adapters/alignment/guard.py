@@ -191,6 +191,11 @@ class Guard:
         """Whether enough is known of the version in force for another one, or nobody has met it."""
         return self.version == 0 or self.num_watched == 0 or self.num_watched >= self._config.min_watched
 
+    def rates(self) -> dict[str, float | None]:
+        """What it compares, for the log."""
+        each = {"acceptance": self.acceptance, "control": self.control, "recent": self.in_force}
+        return {name: one.rate for name, one in (each | {"previous": self.previous}).items()}
+
     def watch(self, version: int) -> None:
         """``version`` of the channel is in force from now on; 0: the base draft."""
         if self.in_force.is_comparable:  # else too little is known of it: the one before it says more

@@ -79,11 +79,11 @@ class Pacer:
 
     def may_run(self) -> bool:
         """Whether an update may start now."""
-        return self._is_idle() or (self._config.busy_share > 0 and self._clock() >= self._next_when_busy)
+        return self.is_idle() or (self._config.busy_share > 0 and self._clock() >= self._next_when_busy)
 
     def may_read(self) -> bool:
         """Whether to take in now what was logged."""
-        return self._is_idle() or self._clock() >= self._next_reading
+        return self.is_idle() or self._clock() >= self._next_reading
 
     def took_in(self, seconds: float) -> None:
         """To take in what was logged took the worker so long."""
@@ -95,7 +95,8 @@ class Pacer:
             rest = seconds * (1 / self._config.busy_share - 1)
             self._next_when_busy = max(self._next_when_busy, self._clock() + rest)
 
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
+        """Whether nobody else wants the machine, as far as is known."""
         spare = self._spare_cores()
         if spare is not None:
             self._spare = spare

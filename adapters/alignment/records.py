@@ -123,6 +123,11 @@ class Assembler:
                 complete += self._join(key, record, inputs.clone(), teaches)
         return complete + self._end_silent()
 
+    @property
+    def is_joining(self) -> bool:
+        """Whether a request's records are here that may not be all."""
+        return bool(self._unfinished)
+
     def flush(self) -> list[tuple[str, Segment]]:
         """End all segments, as if every request were over."""
         return [entry for request_id in list(self._unfinished) for entry in self._end(request_id)]

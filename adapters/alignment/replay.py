@@ -100,6 +100,10 @@ class ReplayBuffer:
         self._are_held_out.move_to_end(request_id)
         return is_held_out
 
+    def keep_in_training(self, request_id: str) -> None:
+        """Never hold out a request, which takes no part in the lot."""
+        self._are_held_out[request_id] = False
+
     def add(self, segment: Segment) -> None:
         """Remember a segment, and forget another when there are too many."""
         if self.holds_out(segment.request_id):

@@ -24,6 +24,7 @@ from adapters.alignment.replay import starts_chains, teaches
 from adapters.alignment.roster import Roster
 from adapters.alignment.shared_versions import SharedVersions
 from adapters.alignment.store import AdapterStore, claim
+from adapters.alignment.synthetic import AnswerWriter
 from adapters.alignment.taught import TaughtDraft, load_taught
 from adapters.alignment.updates import Updater
 from engine.config import CONFIG_VARIABLE, EngineConfig
@@ -36,7 +37,6 @@ from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavai
 from engine.online.verify_record import VerifyRecord
 
 log = structlog.get_logger(__name__)
-
 
 _BATCH = 256
 _MAX_BATCHES = 16
@@ -54,9 +54,12 @@ class AdapterWorker:
         taught: what it teaches.
         directory: where the versions of its keys are, and no other worker's.
         pacer: None: one that follows the draft's ``config.pace``.
+        engine_address: of the engine that writes answers while it is idle; empty: none does.
     """
 
-    def __init__(self, taught: TaughtDraft, directory: Path, pacer: Pacer | None = None) -> None:
+    def __init__(
+        self, taught: TaughtDraft, directory: Path, pacer: Pacer | None = None, engine_address: str = ""
+    ) -> None:
         self._taught, self._config = taught, taught.config.with_rows_of(taught.row_size)
         config = self._config
         assert config.redis_url is not None
@@ -67,6 +70,7 @@ class AdapterWorker:
         self._control = ControlChannel(config.redis_url, config.log.stream)
         self._shared = SharedVersions(config.redis_url, layout) if config.share_versions else None
         self._pacer = pacer or Pacer(config.pace)
+        self._writer = AnswerWriter(engine_address)
         self._ring: FeatureRingReader | None = None
         replay, vocab_size = config.replay, len(taught.base.target.head)
         self._assembler = Assembler(config.log.top_k, vocab_size, replay.segment_positions, replay.context_positions)
@@ -97,6 +101,7 @@ class AdapterWorker:
         """One round: read, learn, publish, report."""
         has_worked = self._work()
         if not (self._pacer.may_read() and self._read_all()) and not has_worked:
+            self._write_answers()
             give_back_memory()
             # Not woken by the next record: on a busy machine every waking takes a core from the engine.
             time.sleep(self._config.log.interval_seconds)
@@ -110,6 +115,7 @@ class AdapterWorker:
         self._publisher.close()
         self._reader.close()
         self._control.close()
+        self._writer.close()
         if self._shared is not None:
             self._shared.close()
 
@@ -157,12 +163,17 @@ class AdapterWorker:
         # Those that have a slot go first, or after a quiet minute a newcomer would put out one that is about to speak,
         # that one the next, and so on.
         for key, entry in sorted(of_keys, key=lambda of_key: of_key[0] not in self._roster.aligners):
-            record, aligner = entry.record, self._roster.hear(key, entry.logged_at)
+            record, has_slot = entry.record, self._roster.aligners.get(key)
+            aligner = has_slot if record.is_synthetic else self._roster.hear(key, entry.logged_at)
             if aligner is not None:
+                if record.is_synthetic:
+                    aligner.replay.keep_in_training(record.request_id)
                 is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
                 known.append((aligner, record, is_useful))
                 is_held_out = aligner.replay.holds_out(record.request_id)
                 if entry.logged_at >= aligner.state.learns_after:
+                    if not is_held_out:
+                        self._writer.remember(key, record)
                     joined.append((key, record, starts_chains(record, is_useful, is_held_out)))
         # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
         segments = self._assembler.add(joined, ring)
@@ -195,6 +206,7 @@ class AdapterWorker:
         """Drop a key; its last good version stays on disk, for when it is wanted again."""
         aligner.save()
         self._assembler.forget(key)
+        self._writer.forget(key)
         self._publisher.publish(key, None)
 
     def _work(self) -> bool:
@@ -208,6 +220,11 @@ class AdapterWorker:
         wanting.work()
         self._pacer.ran(time.process_time() - started)
         return True
+
+    def _write_answers(self) -> None:
+        """Have more to learn from written, where there is nothing else to do, and the last of it is learned from."""
+        if not (self._writer.is_writing() or self._assembler.is_joining) and self._pacer.is_idle():
+            self._writer.write({key for key, aligner in self._roster.aligners.items() if aligner.wants_answers})
 
     def _publish(self) -> None:
         for key, aligner in self._roster.aligners.items():
@@ -224,6 +241,7 @@ class AdapterWorker:
         self._exchange(aligner)
         if command.action in ("reset", "unfreeze"):  # what was logged before is not to be learned from
             self._assembler.forget(command.key)
+            self._writer.forget(command.key)
 
     def _exchange(self, aligner: KeyAligner) -> None:
         if self._shared is not None:
@@ -264,7 +282,9 @@ def main(updater: type[Updater] = Updater) -> None:
     bound_memory()
     try:
         taught = load_taught(config, updater)
-        worker = AdapterWorker(taught, claim(config.alignment.state_directory / taught.fingerprint[:16]))
+        directory = claim(config.alignment.state_directory / taught.fingerprint[:16])
+        writes = taught.updater.grows and config.alignment.synthetic_answers
+        worker = AdapterWorker(taught, directory, engine_address=config.address if writes else "")
     except (ModelError, OSError) as error:
         log.error("the worker cannot start", reason=str(error))
         sys.exit(1)

@@ -17,6 +17,8 @@ _STEP_DISCOUNT = 0.9
 """Weight of an unrolled step's loss against that of the step before, as in EAGLE-3's code."""
 _WARMUP_STEPS = 40
 _CLIP, _WEIGHT_DECAY = 1.0, 0.01
+_RATE_WIDTH = 576
+"""Width of the draft that learning rates are given for: the wider another is, the smaller its own."""
 
 
 class Learner:
@@ -29,6 +31,7 @@ class Learner:
 
     def __init__(self, draft: Eagle3, target: TargetParts) -> None:
         self.unroller = Unroller(draft, target)
+        self._rate_share = _RATE_WIDTH / draft.config.hidden_size
         self.optimizer = torch.optim.AdamW(
             draft.parameters(), betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY, fused=True
         )
@@ -39,7 +42,7 @@ class Learner:
         Args:
             core: ids of frequent tokens, as ``most_frequent`` gives them.
             num_steps: 1: the cheap first phase of training.
-            rate: learning rate after the warm-up.
+            rate: learning rate after the warm-up, of a draft 576 wide; another's is in inverse proportion to its width.
             number: of this step, from 0.
 
         Returns:
@@ -53,7 +56,7 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(draft.parameters(), _CLIP)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (number + 1) / _WARMUP_STEPS)
+            group["lr"] = rate * self._rate_share * min(1.0, (number + 1) / _WARMUP_STEPS)
         if norm.isfinite():
             self.optimizer.step()
         self.optimizer.zero_grad()

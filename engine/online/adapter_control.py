@@ -84,6 +84,8 @@ class AdapterStatus(msgspec.Struct, frozen=True, kw_only=True):
     channel_version: int = 0
     is_frozen: bool = False
     num_records: int = 0
+    num_synthetic_records: int = 0
+    """Of answers that the idle engine has written to be learned from; the others are of traffic."""
     num_trained_positions: int = 0
     num_updates: int = 0
     num_published: int = 0

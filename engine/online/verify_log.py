@@ -6,7 +6,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ from engine.messages import AlignmentStats
 from engine.models.config import ModelError
 from engine.online.adapters import EagleAdapters
 from engine.online.feature_ring import FeatureRing
+from engine.online.logged_step import LoggedStep
 from engine.online.shared_file import SharedMemoryError, make_private_directory
 from engine.online.time_budget import TimeBudget
 from engine.online.token_log import TokenLog
@@ -41,43 +41,14 @@ _CONTEXT_SECONDS = 3.0
 """After so long without a record a request's context comes again: the worker gives a silent request up after five."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step of a sequence, and whether the first token that was drafted is right (None: none, or it was copied)."""
-
-    verified: Verification
-    first_right: bool | None
-
-    @property
-    def kept(self) -> Sequence[int]:
-        return self.verified.kept
-
-    @property
-    def num_accepted(self) -> int:
-        return len(self.kept) - 1
-
-    @property
-    def drafted(self) -> list[int]:
-        """The draft tokens; where the output stops at a right one, those before it: the rest was not looked at."""
-        drafted = self.verified.sequence.draft_token_ids
-        return drafted[: self.num_accepted] if self.verified.num_accepted > self.num_accepted else drafted
-
-    @property
-    def chunk(self) -> Chunk:
-        """The last known token and the accepted drafts."""
-        sequence, first = self.verified.sequence, self.verified.sequence.num_known - 1
-        token_ids = sequence.token_ids[first : first + len(self.kept)]
-        return Chunk(sequence.start + first, token_ids, 0, sequence.block_ids, sequence.request)
-
-
 class VerifyLog:
     """Logs steps, drafted or not, and their features. It never waits: what cannot be taken is dropped and counted.
 
-    Requests are logged whole, or not: where nothing may be learned from them, or where logging would take more than
-    ``log.cost_share`` of the steps' time. Of those, a step is logged whatever happened in it with the probability
-    ``log.sample_share``; all steps of control requests are. Of the others, those are logged that teach: a draft was
-    refused, or the target thought little of one that was accepted, or there was none. A request's first record, and the
-    first after a while, brings along the tokens before it: its prompt, to which the draft attends.
+    Requests are logged whole, or not: where nothing may be learned from them, or, but for synthetic ones, where logging
+    would take more than ``log.cost_share`` of the steps' time. Of those, a step is logged whatever happened in it with
+    the probability ``log.sample_share``; all steps of control requests are. Of the others, those are logged that teach:
+    a draft was refused, or the target thought little of one that was accepted, or there was none. A request's first
+    record, and the first after a while, brings along the tokens before it: its prompt, to which the draft attends.
 
     Args:
         adapters: who drafted.
@@ -107,16 +78,17 @@ class VerifyLog:
             self._ring = self._make_ring()
         except SharedMemoryError as error:
             raise ModelError(f"alignment: no feature ring: {error}") from error
-        self._look_at = 0.0
-        options = config.log
         self._log = TokenLog(
-            config.redis_url, options.stream, max_records=options.max_records, interval=options.interval_seconds
+            config.redis_url,
+            config.log.stream,
+            max_records=config.log.max_records,
+            interval=config.log.interval_seconds,
         )
         self._max_block = config.log.ring_rows // 4
         self._max_context = min(config.log.context_tokens, self._max_block)
         self._budget = TimeBudget(config.log.cost_share, _SAVED_SECONDS)
-        self._num_lost, self._lost_at = 0, -math.inf
-        """How many records were lost so far, and when the last ones were."""
+        self._look_at, self._num_lost, self._lost_at = 0.0, 0, -math.inf
+        """When to look around, how many records were lost so far, and when the last ones were."""
         self._random = random.Random()
         self._num_steps = self._num_hard = self._num_sampled = 0
 
@@ -141,7 +113,7 @@ class VerifyLog:
             these tokens' ids [L, num_likely], best first, in the rows from which kept tokens were chosen; None where
             there is nothing to log.
         """
-        all_steps = [_Step(one, first_right.get(one.request.request_id)) for one in verified if one.kept]
+        all_steps = [LoggedStep(one, first_right.get(one.request.request_id)) for one in verified if one.kept]
         self._num_steps += len(all_steps)
         steps = [step for step in all_steps if self._is_logged(step.verified.request)]
         if not steps:
@@ -152,16 +124,17 @@ class VerifyLog:
         values, ids = np.zeros((len(logits), most), np.float32), np.zeros((len(logits), most), np.int64)
         values[rows], ids[rows] = topk_rows_on_host(logits, most, self._team, rows)
         self._log_steps(steps, values[:, :k], ids[:, :k])
-        self._budget.spend(time.perf_counter() - started)
+        if not steps[0].verified.request.is_synthetic:
+            self._budget.spend(time.perf_counter() - started)
         return ids[:, :num_likely]
 
     def record_step(self, seconds: float) -> None:
         """A step took so long."""
         self._budget.earn(seconds)
 
-    def _log_steps(self, steps: Sequence[_Step], values: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
+    def _log_steps(self, steps: Sequence[LoggedStep], values: NDArray[np.float32], ids: NDArray[np.int64]) -> None:
         """Those worth it, of which ``values`` and ``ids`` [L, k] are the target's largest logits."""
-        chosen: list[tuple[_Step, bool]] = []
+        chosen: list[tuple[LoggedStep, bool]] = []
         for step in steps:
             of_step, is_sampled = step.verified.rows, self._is_sampled(step.verified.request)
             if is_sampled or self._teaches(step, values[of_step], ids[of_step]):
@@ -232,7 +205,7 @@ class VerifyLog:
             records_dropped_by_redis=written.num_dropped_by_redis,
         )
 
-    def _with_context(self, step: _Step) -> Chunk:
+    def _with_context(self, step: LoggedStep) -> Chunk:
         """The step's own tokens; the first time, and after a while without any, also those before."""
         chunk, request, now = step.chunk, step.verified.request, time.monotonic()
         state = request.draft_state
@@ -246,14 +219,15 @@ class VerifyLog:
     def _is_logged(self, request: Request) -> bool:
         state = request.draft_state
         if state.is_logged is None:
-            state.is_logged = request.learn and (self._adapters.is_control(request) or self._budget.is_left())
+            has_room = request.is_synthetic or self._adapters.is_control(request) or self._budget.is_left()
+            state.is_logged = request.learn and has_room
         return state.is_logged
 
     def _is_sampled(self, request: Request) -> bool:
         # The guard compares adapters with control requests, of which there are few: it gets all of their steps.
         return self._adapters.is_control(request) or self._random.random() < self._options.sample_share
 
-    def _teaches(self, step: _Step, values: NDArray[np.float32], ids: NDArray[np.int64]) -> bool:
+    def _teaches(self, step: LoggedStep, values: NDArray[np.float32], ids: NDArray[np.int64]) -> bool:
         count = step.num_accepted
         if count < len(step.drafted) or not step.drafted:
             return True
@@ -264,7 +238,7 @@ class VerifyLog:
 
     def _record(
         self,
-        step: _Step,
+        step: LoggedStep,
         is_sampled: bool,
         chunk: Chunk,
         place: tuple[int, int],
@@ -297,4 +271,5 @@ class VerifyLog:
             copied=step.verified.source == "lookup",
             first_right=step.first_right,
             prior=prior,
+            is_synthetic=request.is_synthetic,
         )

@@ -59,6 +59,8 @@ class VerifyRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """Whether the draft's first token was the target's choice, verified or not; None: not asked, or not told."""
     prior: bytes = b""
     """float16, little endian: the prior's weights, of ``kernels.session_options.FEATURES``, with which was drafted."""
+    is_synthetic: bool = False
+    """Whether the worker itself had asked for the answer, so that it says nothing of traffic."""
 
     @property
     def num_context(self) -> int:

@@ -75,13 +75,14 @@ def config(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
     )
 
 
-def make_worker(config: AdaptersConfig, files: ModelFiles) -> AdapterWorker:
+def make_worker(config: AdaptersConfig, files: ModelFiles, engine_address: str = "") -> AdapterWorker:
     """One that takes the machine, whoever else wants it."""
     spec = validate_model_files(files)
     seed, fingerprint = seed_of_draft(files, spec, None), growing_fingerprint(open_weights(files), spec)
     growing = config.for_growth(seed.draft.config.recorded_size)
     pacer = Pacer(config.pace, spare_cores=lambda: 99.0)
-    return AdapterWorker(TaughtDraft(growing, seed, fingerprint, DraftGrower), config.state_directory, pacer)
+    taught = TaughtDraft(growing, seed, fingerprint, DraftGrower)
+    return AdapterWorker(taught, config.state_directory, pacer, engine_address)
 
 
 def make_prompts() -> list[list[int]]:
