@@ -32,7 +32,7 @@ QUICK = {
     "replay.context_positions": 8,
     "growth.one_step_positions": 500,
     "growth.checkpoint_seconds": 0,
-    "growth.training.learning_rate": 5e-3,
+    "growth.training.learning_rate": 5.5e-4,
     "growth.training.batch_positions": 64,
     "growth.training.updates_per_version": 12,
     "growth.training.updates_per_batch": 16,

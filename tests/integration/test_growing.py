@@ -55,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 def config(tmp_path: Path, valkey_url: str) -> AdaptersConfig:
     """A worker that is quick to learn and to judge."""
     training = TrainingConfig(
-        learning_rate=5e-3, horizon=4, batch_positions=64, updates_per_version=12, updates_per_batch=16
+        learning_rate=5.5e-4, horizon=4, batch_positions=64, updates_per_version=12, updates_per_batch=16
     )
     return AdaptersConfig(
         enabled=True,
@@ -250,7 +250,10 @@ def test_weights_that_were_refused_lose_no_phase_of_training(files: ModelFiles, 
     assert grower._progress.anchors > anchors
     learner, rate = grower._learner, config.growth.training.learning_rate
     assert learner is not None
-    assert learner.optimizer.param_groups[0]["lr"] < rate
+    warm_up = 1 / 40
+    assert learner.optimizer.param_groups[0]["lr"] == pytest.approx(
+        rate * 576 / seed.draft.config.hidden_size * warm_up
+    )
     grower.load(None)
     grower.update(answers)
     assert grower._progress.anchors == 39, "the target's last layer has learned nothing"
