@@ -153,7 +153,7 @@ class Admission:
             num_prompt = len(request.prompt_token_ids)
             request.num_cached_tokens, request.queue_seconds = num_cached, time.monotonic() - request.arrived_at
             self.waiting.charge(request.tenant, PROMPT_TOKEN_SERVICE * (num_prompt - num_cached))
-            if self._kv.prefix_caching:
+            if self._kv.prefix_caching and not request.is_synthetic:
                 self.prefix_query_tokens += num_prompt
                 self.prefix_hit_tokens += num_cached
         return True

@@ -99,10 +99,15 @@ def test_they_take_no_prefix_from_the_cache(engine: TwoClients, is_synthetic: bo
     engine.generate([PROMPT], [GREEDY])
     assert (engine.num_cached_tokens > 0) == is_synthetic
     if is_synthetic:
-        hits = engine.core.stats().prefix_hit_tokens
+        before = engine.core.stats()
         engine.write("same", PROMPT)
         engine.run()
-        assert engine.core.stats().prefix_hit_tokens == hits
+        after = engine.core.stats()
+        assert (after.prefix_hit_tokens, after.prefix_query_tokens) == (
+            before.prefix_hit_tokens,
+            before.prefix_query_tokens,
+        )
+        assert all(one.num_cached_tokens == 0 for one in engine.synthetic)
 
 
 def test_all_of_them_are_logged_and_cost_others_no_record(files: ModelFiles, config: AdaptersConfig) -> None:
