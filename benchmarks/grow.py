@@ -179,7 +179,7 @@ def main(
     clients: Annotated[int, typer.Option()] = 4,
     pause: Annotated[float, typer.Option(help="After an answer, in times of what it took.")] = 0.5,
     max_tokens: Annotated[int, typer.Option()] = 128,
-    option: Annotated[list[str] | None, typer.Option(help="Of engine.alignment, NAME=VALUE; repeatable.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Of engine.alignment, NAME[=VALUE]; repeatable.")] = None,
 ) -> None:
     """Serves, asks, and writes benchmarks/results/grow.json, or grow-MODEL.json, and its plot."""
     state.mkdir(parents=True, exist_ok=True)
@@ -192,8 +192,8 @@ def main(
     record["runs"].append({"command": sys.argv[1:], "environment": environment()})
     growing = [*_EACH_READS, "--alignment.enabled", "--engine.alignment.state_directory", str(state / "versions")]
     for assignment in option or []:
-        key, _, value = assignment.partition("=")
-        growing += [f"--engine.alignment.{key}", value]
+        key, *value = assignment.split("=", 1)
+        growing += [f"--engine.alignment.{key}", *value]
     with serving(served, name, "grow-grown", growing) as grown:
         uvloop.run(follow(grown, read_prompts(stream_files), minutes, clients, pause, max_tokens, record))
         uvloop.run(rest(grown, quiet, record))

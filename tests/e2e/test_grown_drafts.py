@@ -84,6 +84,7 @@ def test_a_model_without_a_draft_grows_one(launch_server: Callable[..., RunningS
     soften_layers(model)
     directories = {name: tmp_path / name for name in ("shared", "state")}
     options = ["--model", str(model), "--alignment.enabled", "--auth.admin_key", hash_key(KEY)]
+    options.append("--engine.alignment.synthetic_answers")
     for name, directory in directories.items():
         options += [f"--engine.alignment.{name}_directory", str(directory)]
     for name, value in QUICK.items():
@@ -97,6 +98,7 @@ def test_a_model_without_a_draft_grows_one(launch_server: Callable[..., RunningS
     went_on = [int(str(event["positions"])) > 0 for event in grown]
     assert went_on[:2] == [False, True]  # a version that is refused may begin it anew later
     traffic.until("good revision", lambda: draft(traffic.server)["good_revision"] > 0)
+    traffic.server.wait_for(lambda: draft(traffic.server)["num_synthetic_records"], "answers that nobody asked for")
     traffic.server.stop()
 
     traffic.server = launch_server(*options, program=EXPERIMENTS)
