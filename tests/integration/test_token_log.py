@@ -427,7 +427,7 @@ def test_a_number_that_no_tensor_holds_is_refused(field: str, number: int) -> No
 
 
 def test_sizes_are_what_the_documentation_says() -> None:
-    assert len(encode_record(record(5))) == 393
+    assert len(encode_record(record(5))) == 394
     top_ids, top_logits = pack_top_k(np.zeros((9, 16), np.int32), np.zeros((9, 16)))
     longest = msgspec.structs.replace(record(8191), drafted=(2**17,) * 8, top_ids=top_ids, top_logits=top_logits)
     assert len(encode_record(longest)) < 1024
