@@ -28,9 +28,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Unrolled steps.")] = 5,
     intermediate_size: Annotated[int, typer.Option(help="Width of the MLP; 0: the target's.")] = 0,
     start_from: Annotated[Path | None, typer.Option(help="Directory of a draft to train further.")] = None,
-    learning_rate: Annotated[
-        float, typer.Option(help="Of the first phase, after a warm-up, for a width of 576.")
-    ] = 5e-4,
+    learning_rate: Annotated[float, typer.Option(help="Of the first phase, after a warm-up; at width 576.")] = 5e-4,
     unrolled_learning_rate: Annotated[float, typer.Option(help="Of the second phase, falling to its end.")] = 5e-4,
     batch_tokens: Annotated[int, typer.Option(help="Padded positions in a batch.")] = 1024,
     seed: Annotated[int, typer.Option()] = 0,
