@@ -94,15 +94,12 @@ class ReplayBuffer:
             group, place = divmod(self._num_requests, period)
             self._num_requests += 1
             is_held_out = place == int(_hash(str(group)) * period)
-            if len(self._are_held_out) == _REQUESTS:
-                self._are_held_out.popitem(last=False)
-        self._are_held_out[request_id] = is_held_out
-        self._are_held_out.move_to_end(request_id)
+        self._decide(request_id, is_held_out)
         return is_held_out
 
     def keep_in_training(self, request_id: str) -> None:
         """Never hold out a request, which takes no part in the lot."""
-        self._are_held_out[request_id] = False
+        self._decide(request_id, False)
 
     def add(self, segment: Segment) -> None:
         """Remember a segment, and forget another when there are too many."""
@@ -150,6 +147,13 @@ class ReplayBuffer:
         for kept in (self._recent, self._new, self._history, self.held_out):
             kept.clear()
         self._num_left = self.num_arrived_positions = 0
+
+    def _decide(self, request_id: str, is_held_out: bool) -> None:
+        """Remember it of a request, and forget what was decided of the one asked about longest ago."""
+        self._are_held_out[request_id] = is_held_out
+        self._are_held_out.move_to_end(request_id)
+        if len(self._are_held_out) > _REQUESTS:
+            self._are_held_out.popitem(last=False)
 
     def _forget_held_out(self) -> None:
         """More than there should be stay where they are short, or a key with short answers would never be scored."""

@@ -102,6 +102,15 @@ def test_one_of_four_requests_is_held_out_and_never_trained_on() -> None:
     assert len({tuple(place) for place in places}) == 4  # whatever the order in which traffic comes again
 
 
+def test_requests_kept_in_training_are_outside_the_lot_and_no_leak() -> None:
+    replay, alone = ReplayBuffer(ReplayConfig()), ReplayBuffer(ReplayConfig())
+    for number in range(3000):
+        replay.keep_in_training(f"written {number}")
+        assert not replay.holds_out(f"written {number}")
+        assert replay.holds_out(f"asked {number}") == alone.holds_out(f"asked {number}")
+    assert len(replay._are_held_out) == len(alone._are_held_out) == 1024
+
+
 def test_history_is_a_fair_sample_of_all_that_left() -> None:
     """Each of 60 segments is in a history of 12 in one of five runs, whenever it came (the recent 4 cannot be)."""
     counts = np.zeros(56)
