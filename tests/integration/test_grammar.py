@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import re
 import select
@@ -567,12 +568,13 @@ def test_masks_of_drafts_that_were_dropped_are_not_used_for_others(
     wrong = tokenizer.encode("bZ" if tokenizer.token_bytes(expected[1]) == b"a" else "a5")
     draft = TwoTries(wrong, expected[1:3])
     tries_without_wait = [1] if is_slow else [1, 2]
+    monkeypatch.setattr(grammar_client, "_SLOW_SECONDS", math.inf)
 
     def wait_or_not(pool: GrammarPool, cursors: Iterable[GrammarCursor], seconds: float) -> None:
         if draft.num_tries not in tries_without_wait:
             wait(pool, cursors, seconds)
         elif is_slow:
-            monkeypatch.setattr(grammar_client, "_SLOW_SECONDS", -1.0)
+            monkeypatch.setattr(grammar_client, "_SLOW_SECONDS", math.inf)
 
     monkeypatch.setattr(GrammarPool, "wait", wait_or_not)
     engine = Engine(files, Setting(), SpeculationConfig(method="none", adaptive=False), draft)
