@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from engine.draft_vocab.snapshot import SessionSnapshot
     from engine.messages import SessionState
+    from engine.online.logged_step import UnwrittenSteps
     from engine.verification import DraftSource
 
 NONE = -1
@@ -75,8 +76,10 @@ class DraftState:
     """By ``EagleAdapters``: who drafted last."""
     is_logged: bool | None = None
     """By ``VerifyLog``: whether its steps are logged; None: not decided yet."""
+    unwritten: UnwrittenSteps | None = None
+    """By ``VerifyLog``: its last steps that are to be logged."""
     logged_at: float = -math.inf
-    """By ``VerifyLog``: when (``time.monotonic``) it was logged last, with its context or after it."""
+    """By ``RunWriter``: when (``time.monotonic``) it was logged last, with its context or after it."""
     hidden: list[NDArray[np.float32]] = field(default_factory=list)
     """By who drafts: the state [d] from which each draft token of this step was chosen, where it is kept."""
 

@@ -6,13 +6,12 @@ import time
 from collections.abc import Sequence
 
 import msgspec
-import numpy as np
 import structlog
 import torch
 
 from engine.batch import Features
 from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS
-from engine.draft_vocab.vocab import TOP_K, DraftVocab, most_likely
+from engine.draft_vocab.vocab import DraftVocab, most_likely
 from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCounts
 from engine.online.verify_log import VerifyLog
 from engine.online.whole_draft import WholeDraft
@@ -140,12 +139,11 @@ class Speculator:
         first_right = self._judge(verified)
         likely = None
         if self._verify_log is not None:
-            likely = self._verify_log.write(verified, logits, 0 if self._vocab is None else TOP_K, first_right)
+            likely = self._verify_log.write(verified, logits, first_right)
         seconds = 0.0
         if self._vocab is not None:
             started = time.perf_counter()
-            top_k = most_likely(logits) if likely is None else lambda rows: likely[rows].astype(np.int32)
-            self._vocab.follow(verified, top_k, self._begun_later(verified))
+            self._vocab.follow(verified, likely or most_likely(logits), self._begun_later(verified))
             seconds = time.perf_counter() - started
         if self._drafting_seconds is not None:
             self._policy.record_seconds(self._drafting_seconds + seconds)
@@ -223,15 +221,21 @@ class Speculator:
     def preempted(self, request: Request) -> None:
         """A request has lost its blocks; it comes back."""
         request.draft_state.chain = request.draft_state.copy = None
-        self._proposer.forget(request)
+        self._leave(request)
 
     def forget(self, request: Request) -> None:
         """A request has ended."""
-        self._proposer.forget(request)
+        self._leave(request)
         if self._lookup is not None:
             self._lookup.forget(request)
         if self._vocab is not None:
             self._vocab.forget(request)
+
+    def _leave(self, request: Request) -> None:
+        """A request gives its blocks back."""
+        if self._verify_log is not None:
+            self._verify_log.forget(request)
+        self._proposer.forget(request)
 
 
 def _most_copied(request: Request, limit: int) -> int:

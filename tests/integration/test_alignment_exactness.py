@@ -27,7 +27,7 @@ from engine.models.config import ModelFiles
 from engine.models.eagle3 import load_draft
 from engine.models.lora import draft_fingerprint, lora_layout
 from engine.online import adapters as eagle_adapters
-from engine.online import verify_log
+from engine.online import logged_step, run_writer, verify_log
 from engine.online.adapter_control import adapter_key
 from engine.online.feature_ring import FeatureRingReader
 from engine.online.token_log import TokenLog
@@ -43,7 +43,7 @@ from kernels import native
 from tests.alignment import exchange_whole_drafts, make_alignment, make_prompts, read_records
 from tests.combinations import pairwise
 from tests.exactness import SAMPLED, SETTINGS
-from tests.tiny_drafts import Engine, make_draft_directory
+from tests.tiny_drafts import CLIENT, Engine, make_draft_directory
 from tests.tiny_models import make_directory
 
 TENANTS = ["law", "clinic", "code"]
@@ -185,13 +185,17 @@ def test_compiled_kernels_alone(tmp_path: Path, either: AdaptersConfig) -> None:
     assert drafted[0] != drafted[1]
 
 
-@pytest.mark.parametrize("ring_rows", [16384, 900], ids=["large ring", "small ring"])
-def test_records_say_what_happened(files: ModelFiles, draft: Path, either: AdaptersConfig, ring_rows: int) -> None:
-    """Also where the prompts of a step fill more of the ring than is written at once."""
+@pytest.mark.parametrize(
+    ("setting", "ring_rows"), [("batch", 16384), ("batch", 900), ("preemption", 16384)], ids=lambda value: str(value)
+)
+def test_records_say_what_happened(
+    files: ModelFiles, draft: Path, either: AdaptersConfig, setting: str, ring_rows: int
+) -> None:
+    """Also where the prompts of a step fill more of the ring than is written at once, and where blocks are lost."""
     either = either.model_copy(update={"log": either.log.model_copy(update={"ring_rows": ring_rows})})
     prompts = make_prompts()
     stop = make_engine(files, draft, "alone", None).generate_alone(prompts[:1], make_sampling("greedy", 1))[0][20]
-    engine = make_engine(files, draft, "batch", either)
+    engine = make_engine(files, draft, setting, either)
     sampling = make_sampling("greedy", len(prompts))
     sampling[0] = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, stop_token_ids=(stop,))
     sessions = [SessionState(domain="contracts") for _ in prompts]
@@ -230,6 +234,27 @@ def test_records_say_what_happened(files: ModelFiles, draft: Path, either: Adapt
     check_features(engine, draft, prompts[1] + outputs[1], {p: row for (r, p), row in seen.items() if r == "1"})
 
 
+def test_steps_of_a_request_that_is_aborted_are_written(
+    files: ModelFiles, draft: Path, alignment: AdaptersConfig
+) -> None:
+    """Their features are still in the blocks that it gives back."""
+    engine, prompt = make_engine(files, draft, "alone", alignment), make_prompts()[0]
+    request_id = engine.add(prompt, make_sampling("greedy", 1)[0])
+    for _ in range(6):
+        engine.step()
+    engine.core.abort(CLIENT, [request_id])
+    tokens, rows = prompt + engine.output(request_id), dict[int, torch.Tensor]()
+    ring = FeatureRingReader(alignment.ring_path)
+    for record in read_records(alignment, 6):
+        first = check_context(record, tokens)
+        slots = torch.arange(record.num_context + record.num_features) + record.feature_slot - record.num_context
+        found, valid = ring.read(slots, torch.full_like(slots, record.feature_generation))
+        assert valid.all()
+        rows |= {first + place: row for place, row in enumerate(found)}
+    assert sorted(rows) == list(range(len(tokens) - 1))
+    check_features(engine, draft, tokens, rows)
+
+
 def test_nothing_is_logged_of_requests_that_refuse(files: ModelFiles, draft: Path, alignment: AdaptersConfig) -> None:
     """Not even of those that keep the base draft, all of which are logged otherwise."""
     log = alignment.log.model_copy(update={"control_share": 0.5})
@@ -249,10 +274,11 @@ def test_context_comes_again_after_silence(
     files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By then the worker has given the request up."""
+    monkeypatch.setattr(logged_step, "_STEPS_AT_ONCE", 1)
     engine, prompt = make_engine(files, draft, "alone", alignment), make_prompts()[0]
     engine.add(prompt, make_sampling("greedy", 1)[0])
     for seconds, num_steps in ((3.0, 6), (0.0, 2), (3.0, NUM_TOKENS)):
-        monkeypatch.setattr(verify_log, "_CONTEXT_SECONDS", seconds)
+        monkeypatch.setattr(run_writer, "_CONTEXT_SECONDS", seconds)
         for _ in range(num_steps):
             engine.step()
     stats = engine.core.stats().alignment
@@ -271,7 +297,8 @@ def test_context_comes_again_after_a_record_was_lost(
     files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have been the one with the context."""
-    monkeypatch.setattr(verify_log, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(logged_step, "_STEPS_AT_ONCE", 1)
+    monkeypatch.setattr(run_writer, "_LOOK_SECONDS", 0.0)
     engine, prompt = make_engine(files, draft, "alone", alignment), make_prompts()[0]
     engine.add(prompt, make_sampling("greedy", 1)[0])
     written = TokenLog.log
@@ -440,7 +467,7 @@ def test_shared_memory_that_was_deleted_comes_back(
     files: ModelFiles, draft: Path, alignment: AdaptersConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that starts afterwards finds channel and ring, and in the ring what is logged from then on."""
-    monkeypatch.setattr(verify_log, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(run_writer, "_LOOK_SECONDS", 0.0)
     monkeypatch.setattr(eagle_adapters, "_LOOK_SECONDS", 0.0)
     alignment = alignment.model_copy(update={"shared_directory": alignment.shared_directory / "shared"})
     engine, prompts = make_engine(files, draft, "batch", alignment), make_prompts()
