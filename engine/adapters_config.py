@@ -51,7 +51,7 @@ class TokenLogConfig(Section):
         "of a draft that is mostly right, and leaves holes in what the worker takes for context.",
     )
     cost_share: float = Field(
-        default=0.005,
+        default=0.008,
         ge=0,
         le=1,
         description="Share of the steps' time that logging may take. Requests that begin when it is used up are not "
