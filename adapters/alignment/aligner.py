@@ -53,6 +53,7 @@ class KeyAligner:
         self._is_new = True  # whether they never were
         self._is_own = True  # whether this server has learned them
         self.leads = True  # whether this server learns the key, and no other
+        self.machine_is_idle = False  # whether learning costs nobody anything
         self.unshared = set[Unshared]()  # what other servers have not been told yet
         self.shared_number = 0  # of the servers' last version that was looked at here
         self.channel_version = 0
@@ -76,8 +77,8 @@ class KeyAligner:
         judged; what it takes to learn from it is worth as much as if it were traffic.
         """
         self._num_steps += 1
+        self._num_synthetic += record.is_synthetic
         if record.is_synthetic:
-            self._num_synthetic += 1
             return
         self._num_records += 1
         self._num_teaching += teaches
@@ -109,7 +110,7 @@ class KeyAligner:
         """Whether ``work`` has something worthwhile to do."""
         if self.state.is_frozen:
             return False
-        wants_more = self._num_more > 0 and self._trigger.pays and self.replay.has_older
+        wants_more = self._num_more > 0 and self.replay.has_older and (self.machine_is_idle or self._trigger.pays)
         return self._scoring is not None or self._may_judge or wants_more or self._wants_update
 
     @property
@@ -221,7 +222,8 @@ class KeyAligner:
     @property
     def _wants_update(self) -> bool:
         """Whether new positions are to be learned from now."""
-        return self._trigger.wants_update(self.replay.num_new_positions, self.replay.num_arrived_positions)
+        num_new, num_arrived = self.replay.num_new_positions, self.replay.num_arrived_positions
+        return self._trigger.wants_update(num_new, num_arrived, self.machine_is_idle)
 
     def _update(self) -> None:
         training = self._config.training

@@ -32,7 +32,8 @@ class UpdateTrigger:
     update costs includes its share of the scoring that follows on several.
 
     A key that learns nothing more gets its next update after ever more new positions (twice, four, eight times a
-    batch), or at once when its live acceptance falls.
+    batch), or at once when its live acceptance falls. While the machine is idle, every new position is learned from:
+    what was learned may be of another topic, and acceptance need not fall where the topic changes.
     """
 
     def __init__(self, config: PaceConfig, batch_positions: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -83,12 +84,14 @@ class UpdateTrigger:
         saved = self.gain * self._steps_per_second * self._config.outlook_seconds * self._config.step_seconds
         return self.seconds is None or saved >= self.seconds + self._scoring_seconds
 
-    def wants_update(self, num_new_positions: int, num_arrived: int) -> bool:
+    def wants_update(self, num_new_positions: int, num_arrived: int, machine_is_idle: bool = False) -> bool:
         """Whether so many new positions are worth an update now.
 
         Args:
             num_arrived: positions since the last ones were learned from, those included that nobody keeps any more.
+            machine_is_idle: an update costs nobody anything.
         """
         if max(num_new_positions, num_arrived) < self._batch:
             return False
-        return self.pays or num_arrived >= self._batch * max(2, self._patience)
+        is_free = machine_is_idle and num_new_positions >= self._batch
+        return is_free or self.pays or num_arrived >= self._batch * max(2, self._patience)

@@ -187,8 +187,7 @@ class AdapterWorker:
 
     def _open_ring(self) -> FeatureRingReader:
         if self._ring is None:
-            path = self._config.ring_path
-            ring = FeatureRingReader(path)
+            ring = FeatureRingReader(path := self._config.ring_path)
             if ring.width != self._taught.row_size:
                 raise SharedMemoryError(f"{path}: rows of {ring.width} values are not this draft's input")
             self._ring = ring
@@ -211,6 +210,9 @@ class AdapterWorker:
 
     def _work(self) -> bool:
         """Update or score a key that wants it, the keys in turn, if the machine allows; whether there was one."""
+        is_idle = self._pacer.is_idle()
+        for aligner in self._roster.aligners.values():
+            aligner.machine_is_idle = is_idle
         all_wanting = (aligner for aligner in self._roster.aligners.values() if aligner.leads and aligner.wants_work)
         wanting = min(all_wanting, key=lambda aligner: aligner.worked_at, default=None)
         self._is_paused = wanting is not None and not self._pacer.may_run()
@@ -228,10 +230,8 @@ class AdapterWorker:
 
     def _publish(self) -> None:
         for key, aligner in self._roster.aligners.items():
-            if aligner.is_unpublished:
-                version = self._publisher.publish(key, aligner.tensors)
-                if version is not None:
-                    aligner.published(version)
+            if aligner.is_unpublished and (version := self._publisher.publish(key, aligner.tensors)) is not None:
+                aligner.published(version)
 
     def _obey(self, command: AdapterCommand) -> None:
         # A key without a slot obeys too, on disk and at other servers; it gets none by that, since it may be misspelt.

@@ -257,6 +257,22 @@ def test_change_of_traffic_wakes_a_key_that_has_the_base_draft(draft: TinyDraft,
     assert key.aligner._trigger._patience == 1
 
 
+def test_an_idle_machine_learns_from_all_that_comes(key: Key, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the last updates have brought, and as often from older positions; then there is nothing more to do."""
+    monkeypatch.setattr(UpdateTrigger, "pays", False)
+    key.aligner._trigger._patience = 8
+    for number, answer in enumerate(key.answers):
+        key.aligner.add(answer.segment(f"{number}"))
+    key.aligner.machine_is_idle = True
+    assert key.aligner.wants_work
+    for _ in range(200):
+        if key.aligner.wants_work:
+            key.aligner.work()
+    assert not key.aligner.wants_work
+    assert key.aligner.replay.num_new_positions < EAGER.training.batch_positions
+    assert key.aligner.state.num_updates > 1
+
+
 def test_what_comes_while_a_key_is_frozen_is_not_learned_later(key: Key) -> None:
     obey(key.aligner, AdapterCommand("freeze", "key"), 0.0)
     for number, answer in enumerate(key.answers):

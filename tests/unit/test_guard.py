@@ -251,6 +251,8 @@ def test_updates_stop_where_they_do_not_pay_and_resume_when_acceptance_falls() -
     for _ in range(20):
         trigger.add_score(0.0, 8)
     assert not trigger.wants_update(64 * 7, 64 * 7)
+    assert trigger.wants_update(64, 64, machine_is_idle=True)
+    assert not trigger.wants_update(63, 64, machine_is_idle=True)
     assert trigger.wants_update(64, 64 * 8)
     assert trigger.wants_update(48, 64 * 8)  # answers so short that no more is kept
     trigger.compare_acceptance(steady(0.56))
