@@ -210,10 +210,6 @@ class GrowthConfig(Section):
     )
 
 
-_GROWTH_COST = 0.03
-"""Share of the engine's time that logging may take where a draft grows: there is all to learn."""
-
-
 class AdaptersConfig(Section):
     """Online alignment: a worker trains adapters of the draft from live traffic."""
 
@@ -268,9 +264,7 @@ class AdaptersConfig(Section):
         most = growth.memory_bytes // (2 * recorded_size)
         changes = {
             "num_slots": 1,
-            "log": self.log.model_copy(
-                update={"control_share": 0.0, "cost_share": max(self.log.cost_share, _GROWTH_COST)}
-            ),
+            "log": self.log.model_copy(update={"control_share": 0.0}),
             "replay": self.replay.model_copy(update={"history_segments": most, "memory_bytes": growth.memory_bytes}),
             "training": growth.training,
             "guard": growth.guard,
