@@ -39,6 +39,8 @@ class Update:
 class Updater:
     """AdamW on one key's low-rank adapter, with the paper's loss; the draft is frozen.
 
+    The adapter decays towards none at all, as far as the updates do not hold it.
+
     What is published is a running mean of the adapter over the last updates (Polyak's): each is of two answers, and
     moves it by what these have in common with the domain, and by what they have not.
 
@@ -104,7 +106,7 @@ class Updater:
             for _ in range(2)
         )
         parameters = [tensor.requires_grad_() for tensor in self._lora.tensors.values()]
-        return torch.optim.AdamW(parameters, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, weight_decay=self._config.training.weight_decay)
 
     def _steps(self, batch: SegmentBatch) -> list[ChainStep]:
         """What the draft in training says along a batch's chains."""

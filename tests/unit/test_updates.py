@@ -68,6 +68,23 @@ def test_what_is_published_does_not_follow_each_update(tmp_path: Path) -> None:
     assert torch.cosine_similarity(before[0].flatten(), before[1].flatten(), dim=0) > 0.7
 
 
+def test_an_adapter_decays_where_nothing_holds_it(tmp_path: Path) -> None:
+    """So that what other text gains from the base draft comes back; without decay it keeps what it has."""
+    tiny, left = TinyDraft.make(tmp_path), list[float]()
+    segments = [answer.segment() for answer in DriftingTraffic(tiny.drafter).answers(2)]
+    for decay in (0.0, 7.0):
+        training = TrainingConfig(learning_rate=RATE, weight_decay=decay)
+        updater = Updater(tiny.drafter, AdaptersConfig(rank=4, training=training), "key", tiny.base)
+        with torch.no_grad():
+            updater._lora.tensors["q.b"].fill_(1.0)
+            updater._lora.tensors["q.a"].zero_()  # so that it adds nothing, and has no gradient
+        for _ in range(WARMUP + 10):
+            updater.update(segments)
+        left.append(float(updater._lora.tensors["q.b"].detach().mean()))
+    assert left[0] == pytest.approx(1.0, abs=0.2)
+    assert left[1] < 0.5
+
+
 def test_first_updates_of_the_whole_draft_are_short_too(tmp_path: Path) -> None:
     """Or a version that was refused once would be refused for good, its successors starting with a leap each time."""
     tiny = TinyDraft.make(tmp_path)
