@@ -83,7 +83,7 @@ class TrainingConfig(Section):
 
     learning_rate: float = Field(default=4e-3, gt=0, description="Of AdamW.")
     weight_decay: float = Field(
-        default=7.0,
+        default=3.0,
         ge=0,
         description="Of an adapter, by AdamW, times the learning rate: without it what is learned of some text spoils "
         "what the base draft knows of others.",

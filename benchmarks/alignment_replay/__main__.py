@@ -4,7 +4,7 @@ For choosing the worker's options: its own parts (assembler, replay, trainer, gu
 engine would have logged, without servers, and as fast as they can. The target answers stream prompts to learn from, and
 trial prompts to measure with (``benchmarks.prompts.streams``), never evaluation prompts; the first run records them, in
 minutes. The whole head, greedy, four drafts a step; a draft's entries are made with the weights in force. Every update
-counts as one that pays, unless ``pace.step_seconds`` is given.
+counts as one that pays, unless ``pace.step_seconds`` is given. What is learned of one domain is measured on all.
 """
 
 from __future__ import annotations
@@ -37,28 +37,30 @@ def main(
     trial: Annotated[int, typer.Option(min=1, help="Prompts to measure with, of each domain.")] = 40,
     max_tokens: Annotated[int, typer.Option(min=8, help="Of an answer.")] = 128,
 ) -> None:
-    """Prints acceptance lengths of the base draft, of the version in force at the end, and of what comes after it."""
+    """Prints, of each domain, the base draft's acceptance length, and how many times that learned drafts have it."""
     config = configured(option or [])
     base = ChainDrafter(*load_parts(model))
     title = f"{model}, the whole head, acceptance length on {trial} trial prompts; {' '.join(option or ['defaults'])}"
-    table, tokenizer = Table("domain", title=title), Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
-    for header in ("stream tokens", "updates", "versions", "base", "in force", "ratio", "latest", "ratio"):
+    table, tokenizer = Table("learned", title=title), Tokenizer.from_files(resolve_model(ModelConfig(name=model)))
+    for header in ("stream tokens", "updates", "versions", "asked", "base", "in force", "latest"):
         table.add_column(header, justify="right")
+    of_domain = {name: stream_and_trial(short(read_stream(), name, tokenizer)) for name in STREAM_DOMAINS}
+    measured = {name: recorded(model, both[1][:trial], max_tokens, f"{name}-trial") for name, both in of_domain.items()}
+    before = {name: acceptance_length(base, recordings) for name, recordings in measured.items()}
     for name in domain or STREAM_DOMAINS:
-        of_stream, of_trial = stream_and_trial(short(read_stream(), name, tokenizer))
-        learned = recorded(model, of_stream[:stream], max_tokens, f"{name}-stream")
-        measured = recorded(model, of_trial[:trial], max_tokens, f"{name}-trial")
+        learned = recorded(model, of_domain[name][0][:stream], max_tokens, f"{name}-stream")
         with tempfile.TemporaryDirectory() as directory:
             replay = Replay(base, config, Path(directory))
             for number, recording in enumerate(track(learned, description=f"learn {name}")):
                 replay.serve(recording, str(number))
         aligner, updater = replay.aligner, replay.updater
         in_force = base if aligner.tensors is None else updater.drafter(aligner.tensors)
-        drafters = (base, in_force, updater.drafter(updater.published()))
-        before, now, latest = (acceptance_length(drafter, measured) for drafter in drafters)
+        drafters = in_force, updater.drafter(updater.published())
         counts = sum(len(recording.answer) for recording in learned), aligner.state.num_updates
-        lengths = f"{before:.3f}", f"{now:.3f}", f"{now / before:.3f}", f"{latest:.3f}", f"{latest / before:.3f}"
-        table.add_row(name, *map(str, counts), str(aligner.state.num_published), *lengths)
+        for asked, recordings in measured.items():
+            ratios = (acceptance_length(drafter, recordings) / before[asked] for drafter in drafters)
+            cells = f"{before[asked]:.3f}", *(f"{ratio:.3f}" for ratio in ratios)
+            table.add_row(name, *map(str, counts), str(aligner.state.num_published), asked, *cells)
     Console(width=160).print(table)
 
 
