@@ -215,7 +215,7 @@ class AdapterWorker:
             aligner.machine_is_idle = is_idle
         all_wanting = (aligner for aligner in self._roster.aligners.values() if aligner.leads and aligner.wants_work)
         wanting = min(all_wanting, key=lambda aligner: aligner.worked_at, default=None)
-        self._is_paused = wanting is not None and not self._pacer.may_run()
+        self._is_paused = wanting is not None and not (is_idle or self._pacer.may_run())
         if wanting is None or self._is_paused:
             return False
         started = time.process_time()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,6 @@ from engine.online.run_writer import RunWriter
 from engine.online.time_budget import TimeBudget
 from engine.online.verify_record import VerifyRecord, pack_top_k
 from engine.request import Request
-from engine.speculation.drafters.kv import Chunk
 from engine.verification import Verification
 from kernels.topk import topk_rows_on_host
 
@@ -41,25 +40,12 @@ class VerifyLog:
 
     Args:
         adapters: who drafted.
-        width: of a feature.
-        features: [T, width] of the positions before the tokens of some chunks.
-        prior_weights: [n, NUM_FEATURES] of the priors with which some requests are drafted for; None: without priors.
+        writer: where the steps go.
         team: threads of the compiled kernels (None: the calling one).
-
-    Raises:
-        ModelError: the ring cannot be made.
     """
 
-    def __init__(
-        self,
-        adapters: EagleAdapters,
-        width: int,
-        features: Callable[[Sequence[Chunk]], torch.Tensor],
-        prior_weights: Callable[[Sequence[Request]], NDArray[np.float32] | None],
-        team: Team | None = None,
-    ) -> None:
-        self._adapters, self._team, self._options = adapters, team, adapters.config.log
-        self._writer = RunWriter(adapters.config, width, features, prior_weights)
+    def __init__(self, adapters: EagleAdapters, writer: RunWriter, team: Team | None = None) -> None:
+        self._adapters, self._writer, self._team, self._options = adapters, writer, team, adapters.config.log
         self._budget = TimeBudget(self._options.cost_share, _SAVED_SECONDS)
         self._random = random.Random()
         self._num_steps = self._num_hard = self._num_sampled = 0
@@ -131,10 +117,10 @@ class VerifyLog:
 
     def _write(self, requests: Sequence[Request]) -> None:
         """All steps of requests that wait for it."""
-        states = [(request, request.draft_state) for request in requests]
-        self._writer.write([(request, state.unwritten) for request, state in states if state.unwritten is not None])
-        for _, state in states:
-            state.unwritten = None
+        runs = [(request, steps) for request in requests if (steps := request.draft_state.unwritten) is not None]
+        self._writer.write(runs)
+        for request, _ in runs:
+            request.draft_state.unwritten = None
 
     def stats(self) -> AlignmentStats:
         """For metrics."""

@@ -23,6 +23,7 @@ from engine.models.eagle3_config import Eagle3Config
 from engine.models.native_decoder import NativeDecoder
 from engine.models.native_eagle3 import NativeEagle3
 from engine.online.adapters import EagleAdapters
+from engine.online.run_writer import RunWriter
 from engine.online.verify_log import VerifyLog
 from engine.online.whole_draft import WholeDraft
 from engine.request import Request
@@ -167,7 +168,8 @@ class EagleProposer(Proposer):
         self.verify_log = None
         """Where verified drafts are to be written down."""
         if adapters is not None:
-            self.verify_log = VerifyLog(adapters, width, self._stored_before, head.prior_weights, target.team)
+            writer = RunWriter(adapters.config, width, self._stored_before, head.prior_weights)
+            self.verify_log = VerifyLog(adapters, writer, target.team)
 
     @torch.inference_mode()
     def propose(self, slots: Sequence[DraftSlot], stop: StopRule | None = None) -> None:
