@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, repeat
 from pathlib import Path
 from typing import Literal
@@ -31,11 +31,11 @@ WEIGHTS = {
 """Weights of a draft, by the names of its matrices in ``kernels.batched_lora``."""
 
 
-def random_draft(files: ModelFiles, seed: int = 0) -> Eagle3:
-    """Of the shape that fits a tiny model, norms included."""
-    spec = validate_model_files(files)
+def random_draft(files: ModelFiles, seed: int = 0, feature_norms: Literal["none", "each"] = "each") -> Eagle3:
+    """Of the shape that fits a tiny model."""
+    config = Eagle3Config.for_target(validate_model_files(files), files.name, (0, 1, 2), intermediate_size=192)
     torch.manual_seed(seed)
-    draft = Eagle3(Eagle3Config.for_target(spec, files.name, (0, 1, 2), intermediate_size=192)).requires_grad_(False)
+    draft = Eagle3(replace(config, variant=replace(config.variant, feature_norms=feature_norms))).requires_grad_(False)
     for weight in draft.parameters():
         if weight.dim() == 1:
             weight.uniform_(0.5, 1.5)

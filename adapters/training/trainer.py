@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ class TrainConfig:
     intermediate_size: int
     phases: tuple[Phase, ...]
     start_from: Path | None = None
-    """Directory of a draft of the same shape to go on from; None: the target's last layer."""
+    """Directory of a draft of the same shape to go on from, with or without norms of features; None: the target's
+    last layer."""
     seed: int = 0
 
 
@@ -182,6 +183,7 @@ class Trainer:
 
 def _loaded(directory: Path, shape: Eagle3Config) -> Eagle3:
     draft = load_draft(directory, torch.float32, torch.device("cpu"))
-    if draft.config != shape:
+    variant = replace(shape.variant, feature_norms=draft.config.variant.feature_norms)
+    if draft.config != replace(shape, variant=variant):
         raise ModelError(f"{directory}: a draft of another shape than {shape}")
     return draft.requires_grad_()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from adapters.training.trainer import VALIDATION_STEPS, Phase, TrainConfig, Trai
 from adapters.training.unroll import Unroller
 from engine.config import ModelConfig
 from engine.models.config import ModelError, ModelFiles
-from engine.models.eagle3 import Eagle3
+from engine.models.eagle3 import Eagle3, save_draft
 from engine.models.eagle3_config import WEIGHTS_FILE
 from engine.models.registry import resolve_model, validate_model_files
 from engine.models.weights import open_weights
@@ -207,11 +208,13 @@ def run_trainer(files: ModelFiles, directory: Path, start_from: Path | None, anc
     return trainer
 
 
-def test_training_goes_on_from_a_draft(tmp_path: Path) -> None:
-    files = make_directory(tmp_path / "model")
-    start = make_draft_directory(tmp_path / "start", files)
+@pytest.mark.parametrize("feature_norms", ["none", "each"])
+def test_training_goes_on_from_a_draft(tmp_path: Path, feature_norms: Literal["none", "each"]) -> None:
+    files, start = make_directory(tmp_path / "model"), tmp_path / "start"
+    save_draft(random_draft(files, feature_norms=feature_norms), start)
     run_trainer(files, tmp_path, start, anchors=0)
     begun, written = (load_file(directory / WEIGHTS_FILE) for directory in (start, tmp_path / "draft"))
+    assert begun.keys() == written.keys()
     for name, weight in begun.items():
         torch.testing.assert_close(written[name], weight, rtol=2**-7, atol=0)
 
