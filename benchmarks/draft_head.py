@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.machine import available_cores
-from kernels.draft_head import Core, TailSlabs, draft_head_topk
+from kernels.draft_head import draft_head_topk
+from kernels.head_rows import Core, TailSlabs
 from kernels.native import MatrixPart, PackedMatrix, Team, linear
 
 CANDIDATES = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from engine.speculation.length.policy import Chain, Copy, Draftable
 
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from engine.draft_vocab.snapshot import SessionSnapshot
     from engine.messages import SessionState
-    from engine.online.logged_step import UnwrittenSteps
-    from engine.verification import DraftSource
+    from engine.online.unwritten_steps import UnwrittenSteps
 
 NONE = -1
 """No slot."""
@@ -24,6 +23,8 @@ TEXT_BEFORE = 16
 """Tokens of a prompt's end that come before an answer where it is kept or predicted: another one begins as it does."""
 UNDECIDED = ""
 """No key."""
+DraftSource = Literal["draft", "lookup"]
+"""Who drafted: the draft, or prompt lookup."""
 
 
 @dataclass(frozen=True, slots=True)

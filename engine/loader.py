@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import structlog
 import torch
@@ -25,9 +25,7 @@ from engine.models.native_decoder import NativeDecoder, unsupported_shape
 from engine.models.weights import WeightSource, open_weights
 from engine.tensor_parallel.ranks import Ranks
 from kernels import native
-
-if TYPE_CHECKING:
-    from engine.tensor_parallel.model import ShardedModel
+from kernels.head_rows import TailMemory
 
 log = structlog.get_logger(__name__)
 
@@ -57,6 +55,16 @@ class CausalLM(Protocol):
         """Rows of the output projection: [n] int32 → [n, hidden] floating-point."""
 
 
+class AllRanks(Protocol):
+    """A model whose parts are on several ranks, as rank 0 sees it."""
+
+    def allocate(self, num_blocks: int) -> AttentionBackend:
+        """Make the KV cache at all ranks; returns the part that is here."""
+
+    def make_tails(self, num_slabs: int, slots: int) -> TailMemory:
+        """Make the tails of a draft's head at all ranks."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run, and how to make the KV cache that goes with it."""
@@ -76,8 +84,8 @@ class LoadedModel:
     """Whether small steps are to be CUDA graphs."""
     num_ranks: int = 1
     """Processes that each have a share of the heads, and of the KV cache."""
-    sharded: ShardedModel | None = None
-    """The model, at rank 0 of several."""
+    all_ranks: AllRanks | None = None
+    """At rank 0 of several."""
 
     @property
     def reads_prompts_apart(self) -> bool:
@@ -86,7 +94,7 @@ class LoadedModel:
 
     def make_cache(self, spec: AttentionSpec) -> AttentionBackend:
         """The model's KV cache, at all ranks."""
-        return self.make_attention(spec) if self.sharded is None else self.sharded.allocate(spec.num_blocks)
+        return self.make_attention(spec) if self.all_ranks is None else self.all_ranks.allocate(spec.num_blocks)
 
 
 def load(

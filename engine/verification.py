@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from engine.draft_state import DraftSource
+from engine.request import Request
 from engine.step_plan import ScheduledSequence
+from engine.truncation import Truncation
 
 if TYPE_CHECKING:
-    from engine.request import Request
     from engine.sampling.sampler import SampledSequence
-    from engine.truncation import Truncation
-
-DraftSource = Literal["draft", "lookup"]
-"""Who drafted: the draft, or prompt lookup."""
 
 
 class Verification(msgspec.Struct, frozen=True):

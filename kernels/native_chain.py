@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kernels.batched_lora import LoraRows
 from kernels.choose_tokens import RowSampling
-from kernels.draft_head import TailSlabs, TailSlabsStruct
+from kernels.head_rows import TailSlabs, TailSlabsStruct
 from kernels.native import MatrixStruct, PackedMatrix, Team, address, integers, load_library, pointers
 from kernels.native_decoder import Decoder, KvCache
 from kernels.native_lora import NativeLora

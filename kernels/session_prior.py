@@ -1,125 +1,17 @@
 """The prior of sessions on draft tokens that a GPU chooses (kernels/csrc/sessions/prior.cpp is the specification).
 
-A GPU reads what sessions and texts know where the host has it, some cache lines for each draft token. So nothing is
-copied, and nothing is outdated. The memory is registered with the driver, which keeps its pages in place.
-
 NOT RUN on a GPU so far.
 """
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 import torch
 
-from kernels.draft_head import HeadRows
 from kernels.drafted_rounds import DraftedRounds
+from kernels.head_rows import HeadRows
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
-from kernels.session_library import StateStruct, view_of
-from kernels.session_options import NUM_FEATURES
-from kernels.upload import upload
-
-
-@dataclass(frozen=True)
-class TableMemory:
-    """All sessions' tables of one order; see ``Table``."""
-
-    keys: torch.Tensor
-    """[sessions, rows] int64"""
-    tokens: torch.Tensor
-    """[sessions, rows, width] int32"""
-    counts: torch.Tensor
-    """[sessions, rows, width] float32"""
-    shift: int
-
-    @classmethod
-    def of(cls, sessions: Sessions, order: int, device: torch.device) -> TableMemory:
-        """Of order 2 or 3."""
-        count, table = sessions.options.num_sessions, sessions.table(0, order)
-        keys, tokens, counts = (
-            _all_of(array.ctypes.data, array.dtype, device, count, *array.shape)
-            for array in (table.keys, table.token_ids, table.counts)
-        )
-        return cls(keys, tokens, counts, table.shift)
-
-
-@dataclass(frozen=True)
-class SessionMemory:
-    """All sessions."""
-
-    states: torch.Tensor
-    """[sessions, 5] float64: of ``StateStruct`` the unit, the gain, and what is not to be read as such"""
-    last: torch.Tensor
-    """[sessions, 2] int32, their last two tokens; of ``states``"""
-    weights: torch.Tensor
-    """[sessions, NUM_FEATURES] float32, of their priors"""
-    unigrams: torch.Tensor
-    """[sessions, vocab] float32"""
-    pairs: TableMemory
-    triples: TableMemory
-    graph: list[torch.Tensor] | None
-    """On the device: offsets [vocab + 1] int64, tokens int32 and their values float32; see ``GraphArrays``"""
-    num_edges: int
-    """Of a token that are looked at."""
-    order: int
-    """Most tokens in a row that count"""
-    presence: float
-
-    @classmethod
-    def of(cls, sessions: Sessions, device: torch.device) -> SessionMemory:
-        """As a device reads it, as long as the sessions are there."""
-        options, graph = sessions.options, sessions.graph
-        count, state = options.num_sessions, ctypes.addressof(sessions.state(0))
-        states = _all_of(state, np.float64, device, count, ctypes.sizeof(StateStruct) // 8)
-        first = StateStruct.last.offset // 4
-        values = None
-        if graph is not None:
-            value = 1.0 + graph.log_probs * np.float32(graph.scale)
-            values = upload(device, graph.offsets, graph.token_ids, value.astype(np.float32))
-        return cls(
-            states,
-            states.view(torch.int32)[:, first : first + 2],
-            _all_of(sessions.weights(0).ctypes.data, np.float32, device, count, NUM_FEATURES),
-            _all_of(sessions.unigrams(0).ctypes.data, np.float32, device, count, sessions.vocab_size),
-            TableMemory.of(sessions, 2, device),
-            TableMemory.of(sessions, 3, device),
-            values,
-            0 if graph is None else graph.width,
-            1 + sum(options.uses[1:3]),
-            options.presence,
-        )
-
-
-@dataclass(frozen=True)
-class TextMemory:
-    """All texts; see text_index.h."""
-
-    tokens: torch.Tensor
-    """[texts, capacity] int32"""
-    previous: torch.Tensor
-    """[texts, capacity] int32"""
-    latest: torch.Tensor
-    """[texts, buckets] int32"""
-    sizes: torch.Tensor
-    """[texts] int32"""
-    factor: int
-    """Of the pairs' hashes, as a signed number."""
-
-    @classmethod
-    def of(cls, texts: Texts, device: torch.device) -> TextMemory:
-        """As a device reads it, as long as the texts are there."""
-        arrays = texts.arrays()
-        shapes = (arrays.capacity,), (arrays.capacity,), (arrays.buckets,), ()
-        places = arrays.tokens, arrays.previous, arrays.latest, arrays.size
-        both = zip(places, shapes, strict=True)
-        tokens, previous, latest, sizes = (
-            _all_of(place, np.int32, device, texts.num_slots, *shape) for place, shape in both
-        )
-        return cls(tokens, previous, latest, sizes, arrays.factor)
+from kernels.session_memory import SessionMemory, TextMemory
 
 
 class GpuPrior:
@@ -160,22 +52,3 @@ class GpuPrior:
 
         include_repeats_triton(found, hidden, self._head, self._texts, of_rows[1], drafted, place)
         return add_priors_triton(self._sessions, of_rows[0], drafted, place)
-
-
-def _all_of(place: int, dtype: Any, device: torch.device, *shape: int) -> torch.Tensor:
-    """Memory of the host from a page's begin on, for kernels of a device.
-
-    Raises:
-        RuntimeError: the driver does not take it.
-    """
-    memory = torch.from_numpy(view_of(place, dtype, *shape))
-    if device.type == "cuda":
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        failure = runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        if int(failure) != 0:
-            reason = runtime.cudaGetErrorString(failure)
-            raise RuntimeError(
-                f"the GPU cannot read {memory.nbytes} bytes of main memory: {reason}; "
-                "it need not with --engine.speculation.dynamic.prior off"
-            )
-    return memory

@@ -54,7 +54,7 @@ from engine.speculation.drafters.eagle import EagleProposer
 from engine.speculation.drafters.eagle_network import EagleNetwork
 from engine.speculation.drafters.head import DraftHead
 from engine.text.tokenizer import Tokenizer
-from kernels.draft_head import Core, TailSlabs
+from kernels.head_rows import Core, TailSlabs
 
 DOMAINS = ["code", "general"]
 NEW_TOKENS, QUOTED_TOKENS = 24, 16

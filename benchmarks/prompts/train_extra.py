@@ -1,8 +1,7 @@
 """More training prompts of code and general text: every wording over every noun and function of the training split.
 
 A draft over-fits below millions of distinct tokens, so it needs tens of thousands of prompts. Sources: WordNet's
-nouns, whose split is the hash that ``benchmarks.prompts.build`` uses too, and Python functions of the standard
-library (PSF-2.0) and of permissively licensed packages of this environment.
+nouns, and Python functions of the standard library (PSF-2.0) and of permissively licensed packages of this environment.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import ast
 import itertools
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.prompts.sources import SOURCES, Item, Source, fetch
+from benchmarks.prompts.sources import Item
 
 NOUN_WORDINGS = (
     "Tell me about {title}: what it is, where one meets it, and why it matters.",
@@ -89,17 +88,13 @@ PACKAGES = "sympy click fastapi httpx jinja2 networkx pydantic requests rich sta
 MAX_FUNCTION_WORDS = 160
 
 
-def noun_prompts() -> Iterator[tuple[Source, Item, str]]:
-    """Every noun of the training split in every wording; ``other`` is the next noun."""
-    from benchmarks.prompts.build import split_of
-
-    source = next(source for source in SOURCES if source.name == "wordnet-base")
-    nouns = [item for item in source.read(fetch(source.package)) if split_of(source, item) == "train"]
+def noun_prompts(nouns: Sequence[Item]) -> Iterator[tuple[Item, str]]:
+    """Every noun in every wording; ``other`` is the next one but six."""
     for (item, other), (number, wording) in itertools.product(
         zip(nouns, [*nouns[7:], *nouns[:7]], strict=True), enumerate(NOUN_WORDINGS)
     ):
         content = wording.format(title=item.title, other=other.title, text=item.text)
-        yield source, Item(f"{item.key}/{number}", item.title, item.text), content
+        yield Item(f"{item.key}/{number}", item.title, item.text), content
 
 
 def code_prompts() -> Iterator[tuple[Item, str]]:

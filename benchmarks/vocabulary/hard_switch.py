@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from engine.batch import Features
 from engine.core import EngineCore
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.request import Request
 from engine.speculation.drafters.base import Proposer
-from engine.speculation.drafters.lookup import MAX_TEXTS, NgramProposer, RunningTexts
+from engine.speculation.drafters.lookup import MAX_TEXTS, NgramProposer
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
 

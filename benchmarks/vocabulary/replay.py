@@ -23,19 +23,20 @@ from benchmarks.common.draft_traces import DEPTH, Trace, recorded
 from benchmarks.common.drafting import Drafting
 from benchmarks.vocabulary.modes import FR_SPEC, FULL, Mode, make_mode, sizes_of
 from engine.config import ModelConfig, SpeculationConfig
+from engine.draft_state import DraftSource
 from engine.draft_vocab.bigram_graph import BigramGraph
 from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import SamplingParams, SessionState
 from engine.models.registry import resolve_model
 from engine.request import Request
 from engine.speculation.build import counts_directory
 from engine.speculation.drafters.head import CANDIDATES, read_token_counts, static_vocabulary
-from engine.speculation.drafters.lookup import RunningTexts
 from engine.speculation.drafters.session_head import GRAPH_FILE
 from engine.step_plan import ScheduledSequence
 from engine.text.tokenizer import Tokenizer
-from engine.verification import DraftSource, Verification
+from engine.verification import Verification
 
 _GREEDY = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
 
@@ -44,6 +45,7 @@ class _Tail:
     """Which tokens the one sequence has of its own; stands for the memory of head rows."""
 
     def __init__(self, slots: int, vocab_size: int) -> None:
+        self.slots, self.num_bytes = slots, 0
         self._ids: NDArray[np.int64] = np.full(slots, -1)
         self._vocab_size = vocab_size
 
@@ -96,7 +98,7 @@ class Replay:
         self._vocab: DraftVocab | None = None
         if speculation.vocabulary.startswith("dynamic:"):
             options = speculation.dynamic.model_copy(update={"max_sessions": 1, "semantic": False})
-            resources = Resources(self._core, "", self._tail, slots, graph, start_weights=start_weights)
+            resources = Resources(self._core, "", self._tail, graph, start_weights=start_weights)
             self._vocab = DraftVocab(options, resources, RunningTexts(1))
         self._cold, self._count = cold, 0
         self._snapshots: dict[str, bytes] = {}

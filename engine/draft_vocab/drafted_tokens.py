@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.request import Request
 from kernels.native_sessions import LogitsOf, Sessions
 from kernels.session_library import DraftStep
-
-if TYPE_CHECKING:
-    from engine.speculation.drafters.lookup import RunningTexts
 
 
 class DraftedTokens:

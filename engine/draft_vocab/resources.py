@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.config import DynamicConfig
 from engine.draft_vocab.bigram_graph import BigramGraph
+from kernels.head_rows import TailMemory
 from kernels.session_options import SessionOptions
 
 if TYPE_CHECKING:
@@ -20,18 +21,6 @@ LIGHT_DRAFT_WEIGHTS = (0.5, 0.5, 1.0, 0.2, 1.5)
 """[NUM_FEATURES]: of ``prior`` fixed, and where the first session of a tenant begins with a light draft."""
 _MIN_TENANTS = 64
 """With a table of half a MiB each."""
-
-
-class TailMemory(Protocol):
-    """Where the head rows of tails are; see ``kernels.draft_head.TailSlabs``."""
-
-    def write(self, slab: Sequence[int], slots: Sequence[int], token_ids: Sequence[int]) -> None:
-        """Put tokens into slots, each of the slab named."""
-        ...
-
-    def clear(self, slab: int) -> None:
-        """Empty a slab."""
-        ...
 
 
 def core_mask(vocab_size: int, token_ids: NDArray[np.int64] | None) -> NDArray[np.bool_]:
@@ -51,13 +40,16 @@ class Resources:
     fingerprint: str
     """Of the model's tokens."""
     tails: TailMemory | None = None
-    """For ``slots`` tokens of each of ``DynamicConfig.max_sessions`` sequences, and one slab more, always empty, for
-    the others; None where tails have no slots."""
-    slots: int = 0
+    """Of ``DynamicConfig.max_sessions`` sequences, and one more, always empty, for the others."""
     graph: BigramGraph | None = None
     semantic: SemanticIndex | None = None
     start_weights: Sequence[float] | None = None
     """[NUM_FEATURES]: where the prior of a tenant's first session starts; None: at zeros."""
+
+    @property
+    def slots(self) -> int:
+        """Tokens in each tail; 0: there are none."""
+        return 0 if self.tails is None else self.tails.slots
 
 
 def session_options(options: DynamicConfig, slots: int) -> SessionOptions:

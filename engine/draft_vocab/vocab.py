@@ -19,6 +19,7 @@ from engine.draft_state import NONE
 from engine.draft_vocab.drafted_tokens import DraftedTokens
 from engine.draft_vocab.past import SessionPast
 from engine.draft_vocab.resources import Resources, session_options
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.step_ends import StepEnds
 from engine.messages import VocabularyCounts
 from engine.request import Request
@@ -29,7 +30,6 @@ from kernels.topk import topk_rows_on_host
 
 if TYPE_CHECKING:
     from engine.draft_vocab.semantic import SemanticSearch
-    from engine.speculation.drafters.lookup import RunningTexts
 
 _NEW_BY_SEARCH = 32
 """Tokens that a search puts into a tail, at most."""

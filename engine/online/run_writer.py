@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from engine.adapters_config import AdaptersConfig
 from engine.models.config import ModelError
 from engine.online.feature_ring import FeatureRing
-from engine.online.logged_step import UnwrittenSteps
 from engine.online.shared_file import SharedMemoryError, make_private_directory
 from engine.online.token_log import TokenLog, TokenLogStats
+from engine.online.unwritten_steps import UnwrittenSteps
 from engine.online.verify_record import pack_ids, pack_weights
 from engine.request import Request
 from engine.speculation.drafters.kv import Chunk

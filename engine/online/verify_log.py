@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,16 +13,15 @@ from numpy.typing import NDArray
 from engine.draft_vocab.vocab import TOP_K, TopK
 from engine.messages import AlignmentStats
 from engine.online.adapters import EagleAdapters
-from engine.online.logged_step import LoggedStep, UnwrittenSteps
+from engine.online.logged_step import LoggedStep
 from engine.online.run_writer import RunWriter
 from engine.online.time_budget import TimeBudget
+from engine.online.unwritten_steps import UnwrittenSteps
 from engine.online.verify_record import VerifyRecord, pack_top_k
 from engine.request import Request
 from engine.verification import Verification
+from kernels.native import Team
 from kernels.topk import topk_rows_on_host
-
-if TYPE_CHECKING:
-    from kernels.native import Team
 
 _SAVED_SECONDS = 0.2
 """So much of the time for logging is there at first, and can be saved up."""
@@ -101,7 +99,7 @@ class VerifyLog:
             state = request.draft_state
             if not state.is_logged:
                 continue
-            if state.unwritten is not None and not state.unwritten.goes_on_with(step):
+            if state.unwritten is not None and state.unwritten.next_position != step.position:
                 self._write([request])
             is_sampled = self._is_sampled(request)
             if is_sampled or self._teaches(step, logits[first:end], ids[first:end]):

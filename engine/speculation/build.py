@@ -8,6 +8,7 @@ import structlog
 import torch
 
 from engine.config import EngineConfig
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.vocab import DraftVocab
 from engine.loader import LoadedModel, load
 from engine.model_runner import ModelRunner
@@ -30,7 +31,7 @@ from engine.speculation.drafters.base import Draft, Proposer
 from engine.speculation.drafters.draft_model import DraftModel
 from engine.speculation.drafters.eagle import EagleDraft, EagleProposer
 from engine.speculation.drafters.head import COUNTS_FILE, DraftHead, read_token_counts, static_vocabulary
-from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup, RunningTexts
+from engine.speculation.drafters.lookup import NgramDraft, NgramProposer, PromptLookup
 from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.drafters.session_head import make_session_head
 from engine.speculation.length.adaptive import AdaptiveLength

@@ -18,7 +18,7 @@ from engine.models.decoder import HeadSlab
 from engine.tensor_parallel.processes import ends_with_the_group, start_ranks
 from engine.tensor_parallel.ranks import Argument
 from engine.tensor_parallel.shard import Shard
-from kernels.draft_head import TailSlabs
+from kernels.head_rows import TailSlabs
 from kernels.topk import topk_rows_by_keys
 
 
@@ -34,7 +34,7 @@ def load_target(config: EngineConfig, files: ModelFiles, spec: ModelSpec) -> Loa
     ranks = start_ranks(config)
     loaded = load(config, files, spec, ranks=ranks)
     model = ShardedModel(Shard(loaded, config.cache, ranks))
-    return replace(loaded, model=model, sharded=model)
+    return replace(loaded, model=model, all_ranks=model)
 
 
 class ShardedModel:
@@ -53,7 +53,6 @@ class ShardedModel:
             return self._shard.run(name, arguments)
 
     def allocate(self, num_blocks: int) -> AttentionBackend:
-        """Make the KV cache at all ranks; returns the part that is here."""
         attention: AttentionBackend = self.call("allocate", num_blocks)
         return attention
 

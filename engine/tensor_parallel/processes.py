@@ -26,6 +26,7 @@ from engine.log import configure_logging_from_environment
 from engine.models.config import ModelError
 from engine.models.registry import resolve_model, validate_model_files
 from engine.tensor_parallel.ranks import LOOPBACK, Ranks
+from engine.tensor_parallel.shard import Shard
 
 log = structlog.get_logger(__name__)
 
@@ -74,8 +75,6 @@ def ends_with_the_group() -> Iterator[None]:
 
 def main() -> None:
     """Load a rank's share of the model, then compute what rank 0 calls for."""
-    from engine.tensor_parallel.shard import Shard
-
     rank, port, parent = map(int, sys.argv[1:])
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it has died before it could be known here

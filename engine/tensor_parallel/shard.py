@@ -15,7 +15,8 @@ from engine.loader import LoadedModel
 from engine.model_runner import attention_spec
 from engine.models.decoder_share import DecoderShare
 from engine.tensor_parallel.ranks import Argument, Ranks
-from kernels.draft_head import EMPTY, Core, TailSlabs, draft_head_topk
+from kernels.draft_head import draft_head_topk
+from kernels.head_rows import EMPTY, Core, TailSlabs
 
 
 class Shard:

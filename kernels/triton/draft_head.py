@@ -6,17 +6,13 @@ best of all blocks are merged.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
+from kernels.head_rows import TailSlabs
 from kernels.topk import decode_sort_keys
 from kernels.triton.topk import sort_keys
-
-if TYPE_CHECKING:
-    from kernels.draft_head import TailSlabs
 
 _ROWS = 16  # hidden states of a program, the least that tl.dot takes
 _WIDTH = 32  # of hidden, at a time

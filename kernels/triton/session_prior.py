@@ -13,8 +13,8 @@ import triton.language as tl
 
 from kernels.drafted_rounds import DraftedRounds
 from kernels.session_library import StateStruct
+from kernels.session_memory import SessionMemory, TableMemory
 from kernels.session_options import NUM_FEATURES, WAYS
-from kernels.session_prior import SessionMemory, TableMemory
 
 HASH = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)  # as in C++, signed
 _WAYS = tl.constexpr(WAYS)

@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.draft_head import HeadRows
 from kernels.drafted_rounds import DraftedRounds
+from kernels.head_rows import HeadRows
+from kernels.session_memory import TextMemory
 from kernels.session_options import MAX_REPEATS
-from kernels.session_prior import TextMemory
 
 _REPEATS = tl.constexpr(MAX_REPEATS)  # that are looked at, and most tokens of one
 _WIDTH = 128  # of hidden, at a time

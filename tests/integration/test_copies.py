@@ -14,11 +14,12 @@ import pytest
 
 from engine.config import MAX_COPIED_TOKENS, MAX_SPECULATIVE_TOKENS, SpeculationConfig
 from engine.core import Outputs
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.messages import EngineOutput, SamplingParams, SessionState, StepTimings
 from engine.models.config import ModelFiles
 from engine.request import Request
 from engine.speculation.drafters.eagle import EagleProposer
-from engine.speculation.drafters.lookup import PromptLookup, RunningTexts
+from engine.speculation.drafters.lookup import PromptLookup
 from engine.speculation.length.cost_meter import CostMeter
 from engine.speculation.length.costs import Curve, StepCosts
 from engine.speculation.length.policy import Copy

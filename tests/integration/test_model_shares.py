@@ -28,7 +28,7 @@ from engine.speculation.drafters.head import DraftHead, make_tails
 from engine.tensor_parallel.model import ShardedModel
 from engine.tensor_parallel.ranks import Argument, Ranks
 from engine.tensor_parallel.shard import Shard
-from kernels.draft_head import EMPTY
+from kernels.head_rows import EMPTY
 from tests.reference_logits import CPU, load, logits_of
 from tests.tiny_families import FAMILIES, TinyFamily
 from tests.tiny_models import make_directory
@@ -112,7 +112,7 @@ def test_a_draft_head_finds_what_it_finds_in_one_process(core: Sequence[int] | N
         followers = [threads.submit(shard.follow) for shard in shards[1:]]
         try:
             model = ShardedModel(shards[0])
-            found = search(replace(shards[0].loaded, model=model, sharded=model), core)
+            found = search(replace(shards[0].loaded, model=model, all_ranks=model), core)
         finally:
             for ranks in all_ranks[1:]:
                 ranks.calls.put(None)
@@ -135,7 +135,7 @@ def search(loaded: LoadedModel, core: Sequence[int] | None) -> list[tuple[torch.
     if core is None:
         head = DraftHead(loaded)
         return [head.candidates(hidden, None, count) for count in (1, 64)]
-    tails = make_tails(loaded, 3, 7) if loaded.sharded is None else loaded.sharded.make_tails(3, 7)
+    tails = make_tails(loaded, 3, 7) if loaded.all_ranks is None else loaded.all_ranks.make_tails(3, 7)
     head = DraftHead(loaded, torch.tensor(core), tails)
     tails.write([0, 0, 0, 1, 1, 2], [0, 3, 6, 1, 2, 5], [0, 501, 4, 502, 5, 1])
     tails.write([0, 1], [3, 1], [503, 2])

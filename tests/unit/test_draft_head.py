@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import native
-from kernels.draft_head import EMPTY, Core, TailSlabs, draft_head_topk, draft_head_topk_reference
+from kernels.draft_head import draft_head_topk, draft_head_topk_reference
+from kernels.head_rows import EMPTY, Core, TailSlabs
 from kernels.native import MatrixPart, PackedMatrix, Team, linear
 
 if not torch.cuda.is_available():

@@ -14,12 +14,12 @@ from benchmarks.vocabulary.replay import verification
 from engine.config import DynamicConfig
 from engine.draft_vocab.bigram_graph import build_bigram_graph
 from engine.draft_vocab.resources import Resources, core_mask
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.snapshot import decode
 from engine.draft_vocab.step_ends import MAX_BEGUN, MAX_OF_PROMPT
 from engine.draft_vocab.vocab import DraftVocab
 from engine.messages import SamplingParams, SessionState
 from engine.request import Request
-from engine.speculation.drafters.lookup import RunningTexts
 from kernels.session_options import NUM_FEATURES
 
 VOCAB, CORE, SLOTS, FINGERPRINT = 1000, 100, 64, "tokens"
@@ -32,6 +32,8 @@ def _count(rows: Sequence[slice]) -> int:
 
 class Slabs:
     """The tails' memory, as the draft head would read it."""
+
+    slots, num_bytes = SLOTS, 0
 
     def __init__(self, num_slabs: int) -> None:
         self.token_ids = np.full((num_slabs, SLOTS), EMPTY)
@@ -60,7 +62,7 @@ class Harness:
         text = np.tile(np.arange(200, 300, dtype=np.int32), 9)
         graph = build_bigram_graph([text], VOCAB)
         core = core_mask(VOCAB, np.arange(CORE))
-        resources = Resources(core, FINGERPRINT, self.slabs, SLOTS, graph, start_weights=start_weights)
+        resources = Resources(core, FINGERPRINT, self.slabs, graph, start_weights=start_weights)
         self.vocab = DraftVocab(self.options, resources, RunningTexts(8))
         self.top: NDArray[np.int32] = np.arange(10, dtype=np.int32)
         """What the target thinks likely at every position."""

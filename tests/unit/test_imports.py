@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from unittest.mock import patch
 
@@ -23,13 +24,18 @@ ALLOWED = {
 HEAVY = ["torch", "transformers", "xgrammar", "opentelemetry.exporter"]
 
 
-def imported_packages(path: Path) -> Iterator[str]:
+def imported_names(path: Path) -> Iterator[str]:
+    """Modules, or names in them, wherever the file imports them, and if only for types."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            yield (node.module or "").partition(".")[0]
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_packages(path: Path) -> Iterator[str]:
+    return (name.partition(".")[0] for name in imported_names(path))
 
 
 @pytest.mark.parametrize("package", ALLOWED)
@@ -39,6 +45,17 @@ def test_packages_import_only_what_they_stand_on(package: str) -> None:
     for path in files:
         forbidden = set(imported_packages(path)) & set(ALLOWED) - ALLOWED[package]
         assert not forbidden, f"{path.relative_to(ROOT)} imports {forbidden}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    files = [path for package in (*ALLOWED, "benchmarks") for path in (ROOT / package).rglob("*.py")]
+    modules = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
+    known = set(modules.values())
+    graph = dict[str, set[str]]()
+    for path, module in modules.items():
+        names = imported_names(path)
+        graph[module] = {name if name in known else name.rpartition(".")[0] for name in names} & known
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.messages import SamplingParams
 from engine.request import Request
-from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer, RunningTexts
+from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer
 from engine.step_plan import DraftSlot
 from tests.reference.text_matches import TextMatches, copied
 

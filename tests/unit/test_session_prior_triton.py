@@ -15,13 +15,13 @@ pytest.importorskip("triton")
 from numpy.typing import NDArray
 
 from engine.draft_vocab.bigram_graph import build_bigram_graph
-from kernels.draft_head import HeadRows
 from kernels.drafted_rounds import DraftedRounds
+from kernels.head_rows import HeadRows
 from kernels.native_sessions import Sessions
 from kernels.native_texts import Texts
 from kernels.session_library import DraftStep, TokenRows
+from kernels.session_memory import SessionMemory, TextMemory
 from kernels.session_options import NUM_FEATURES, SessionOptions, TableSizes, drafted_ints
-from kernels.session_prior import SessionMemory, TextMemory
 from kernels.triton.session_prior import add_priors_triton
 from kernels.triton.text_repeats import include_repeats_triton
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.batch import Features
+from engine.draft_state import DraftSource
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot, ScheduledSequence
-from engine.verification import DraftSource
 
 
 class Proposer:

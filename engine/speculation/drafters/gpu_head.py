@@ -15,8 +15,9 @@ from engine.draft_state import NONE
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
 from kernels.choose_tokens import GpuRows
-from kernels.draft_head import Core, HeadRows, TailSlabs, draft_head_topk
+from kernels.draft_head import draft_head_topk
 from kernels.drafted_rounds import DraftedRounds
+from kernels.head_rows import Core, HeadRows, TailSlabs
 from kernels.session_prior import GpuPrior
 
 

@@ -23,9 +23,9 @@ from engine.speculation.drafters.gpu_head import GpuHead
 from engine.speculation.drafters.own_head import OwnHead
 from engine.speculation.length.policy import StopRule
 from engine.step_plan import DraftSlot
-from engine.tensor_parallel.model import ShardedTails
 from kernels.batched_lora import LoraRows
-from kernels.draft_head import Core, HeadRows, TailSlabs, draft_head_topk
+from kernels.draft_head import draft_head_topk
+from kernels.head_rows import Core, HeadRows, TailMemory, TailSlabs
 from kernels.native_chain import ChainBatch, ChainResult, ChainStop, NativeChain, UnreadTokens
 from kernels.native_decoder import KvCache
 from kernels.upload import upload
@@ -50,7 +50,7 @@ class DraftHead:
         self,
         loaded: LoadedModel,
         token_ids: torch.Tensor | None = None,
-        tails: TailSlabs | ShardedTails | None = None,
+        tails: TailMemory | None = None,
         own: OwnHead | None = None,
     ) -> None:
         self._model, self._own = loaded.model, own

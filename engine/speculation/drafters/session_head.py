@@ -15,17 +15,16 @@ from numpy.typing import NDArray
 from engine.config import DynamicConfig, EngineConfig
 from engine.draft_vocab.bigram_graph import BigramGraph, BigramGraphError
 from engine.draft_vocab.resources import LIGHT_DRAFT_WEIGHTS, Resources, core_mask
+from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.vocab import DraftVocab
 from engine.loader import LoadedModel
 from engine.models.config import ModelError
 from engine.request import Request
 from engine.sampling.choose import all_greedy, choose_tokens
 from engine.speculation.drafters.head import ChainVocabularies, DraftHead, any_token, make_tails, next_positions
-from engine.speculation.drafters.lookup import RunningTexts
 from engine.speculation.drafters.own_head import OwnHead
-from engine.tensor_parallel.model import ShardedTails
 from engine.text.tokenizer import Tokenizer
-from kernels.draft_head import TailSlabs
+from kernels.head_rows import TailMemory
 from kernels.native_chain import ChainResult
 from kernels.upload import upload
 
@@ -53,7 +52,7 @@ class SessionHead(DraftHead):
         self,
         loaded: LoadedModel,
         token_ids: torch.Tensor | None,
-        tails: TailSlabs | ShardedTails | None,
+        tails: TailMemory | None,
         vocab: DraftVocab,
         own: OwnHead | None = None,
     ) -> None:
@@ -141,7 +140,6 @@ def make_session_head(
         core=core_mask(tokenizer.vocab_size, core),
         fingerprint=tokenizer.fingerprint(),
         tails=tails,
-        slots=slots,
         graph=_load_graph(options, directory, tokenizer.vocab_size),
         semantic=_open_index(config, loaded, core, own) if options.semantic and slots else None,
         # A draft model copies from the text by itself, so its prior has to show that it helps.
@@ -151,14 +149,12 @@ def make_session_head(
     return SessionHead(loaded, token_ids, tails, DraftVocab(options, resources, texts), own)
 
 
-def _allocate_tails(
-    loaded: LoadedModel, count: int, slots: int, own: OwnHead | None
-) -> TailSlabs | ShardedTails | None:
+def _allocate_tails(loaded: LoadedModel, count: int, slots: int, own: OwnHead | None) -> TailMemory | None:
     if not slots:
         return None
-    if own is not None or loaded.sharded is None:
+    if own is not None or loaded.all_ranks is None:
         return make_tails(loaded, count, slots, own)
-    return loaded.sharded.make_tails(count, slots)
+    return loaded.all_ranks.make_tails(count, slots)
 
 
 def _load_graph(options: DynamicConfig, directory: Path, vocab_size: int) -> BigramGraph | None:

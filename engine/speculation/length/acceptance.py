@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.config import MAX_SPECULATIVE_TOKENS
-from engine.speculation.length.policy import Ratio
+from engine.speculation.length.ratio import Ratio
 from kernels.native_chain import CONFIDENCE_LEVELS
 
 MAX_ACCEPTANCE = 0.98

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import structlog
 import torch
 
+from engine.draft_state import DraftSource
 from engine.draft_vocab.vocab import DraftVocab, most_likely
 from engine.messages import SamplingParams
 from engine.model_runner import ModelRunner
@@ -16,7 +17,7 @@ from engine.request import Request
 from engine.speculation.drafters.base import Proposer
 from engine.speculation.length.costs import Curve, StepCosts, without_spikes
 from engine.step_plan import DraftSlot, ScheduledSequence
-from engine.verification import DraftSource, Verification
+from engine.verification import Verification
 from kernels.choose_tokens import choose_tokens
 
 log = structlog.get_logger(__name__)

@@ -10,6 +10,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.speculation.length.ratio import Ratio
+
 if TYPE_CHECKING:
     from engine.speculation.length.acceptance import Tenant
 
@@ -27,28 +29,6 @@ class Copy(msgspec.Struct, frozen=True):
 
     token_ids: list[int]
     repeat: Repeat
-
-
-_SEQUENCE_PRIOR = 2.0
-
-
-@dataclass(slots=True)
-class Ratio:
-    """How the drafts of a sequence, or at repeats of a level, fare against the average of the tenant's.
-
-    The ratio is accepted / expected, with fading memory.
-    """
-
-    accepted: float = 0.0
-    expected: float = 0.0
-
-    @property
-    def value(self) -> float:
-        return (self.accepted + _SEQUENCE_PRIOR) / (self.expected + _SEQUENCE_PRIOR)
-
-    def fade(self, memory: float) -> None:
-        self.accepted *= memory
-        self.expected *= memory
 
 
 @dataclass(eq=False, slots=True)
