@@ -2,8 +2,9 @@
 
 A model for which no draft was ever trained is served with alignment and without: by default a fine-tune of
 SmolLM2-135M, its norms perturbed at random. Clients ask the prompts of a stream, one after the other, with pauses; then
-held-out prompts are answered one at a time by the grown draft, by copies alone, and without speculation. Another run
-with the same ``--state`` goes on from where the last one was, as a restarted server does.
+held-out prompts are answered one at a time by the grown draft, by copies alone, without speculation, and by the draft
+that is shipped for a model of the same shape, if there is one. Another run with the same ``--state`` goes on from where
+the last one was, as a restarted server does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import cycle, groupby, islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,14 +31,18 @@ from benchmarks.common.learning_server import LearningServer, serving
 from benchmarks.common.machine import RESULTS
 from engine.config import ModelConfig
 from engine.models.registry import resolve_model
+from engine.speculation.draft_files import shipped_draft
 
 _MODEL = "smollm2-perturbed"
 _NOISE = 0.03
 _STATE_SECONDS = 5.0
 _COUNTS = ("prompt_tokens", "tokens", "accepted")
-GROWN, COPIES, NONE = "grown", "copies", "none"
+GROWN, COPIES, NONE, OF_SHAPE = "grown", "copies", "none", "of its shape"
+Side = tuple[str, LearningServer, bool]
+"""Its name, who answers, and whether that drafts."""
 _EACH_READS = ["--no-engine.cache.prefix_caching"]
 """One server answers for two sides: with its cache one of them would read no prompt."""
+_METHOD = ["--engine.speculation.method"]
 
 
 def perturbed_model(directory: Path) -> Path:
@@ -105,11 +111,8 @@ def take_state(server: LearningServer, record: dict[str, Any]) -> None:
         states.append(record["seen"] | {"state": state})
 
 
-async def measure(
-    grown: LearningServer, plain: LearningServer, prompts: Sequence[str], tokens: int, record: dict[str, Any]
-) -> None:
+async def measure(sides: Sequence[Side], prompts: Sequence[str], tokens: int, record: dict[str, Any]) -> None:
     """Held-out prompts by each side in turn, one request at a time; the other way round every other time."""
-    sides = [(GROWN, grown, True), (COPIES, plain, True), (NONE, plain, False)]
     for number, prompt in enumerate(prompts):
         answers = {}
         for name, server, drafts in sides if number % 2 else reversed(sides):
@@ -117,10 +120,20 @@ async def measure(
         record["held_out"].append(answers)
 
 
+def other_sides(served: str, name: str, stack: ExitStack) -> Iterator[Side]:
+    """What the grown draft is compared with, served until ``stack`` is closed."""
+    plain = stack.enter_context(serving(served, name, "grow-copies", [*_EACH_READS, *_METHOD, "ngram"]))
+    yield COPIES, plain, True
+    yield NONE, plain, False
+    if shipped_draft(resolve_model(ModelConfig(name=served))) is not None:
+        fixed = [*_EACH_READS, "--no-alignment.enabled"]
+        yield OF_SHAPE, stack.enter_context(serving(served, name, "grow-of-shape", fixed)), True
+
+
 def summary(held_out: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of each side its ``figures``, and times those of no speculation: with the ends of 95 % bootstrap intervals."""
     sides: dict[str, dict[str, Any]] = {}
-    for name in (GROWN, COPIES, NONE):
+    for name in sorted(held_out[0]):
         of_side = sides[name] = dict(figures(held_out, name))
         for figure in ("tokens_per_second", "decoded_per_second"):
             of_side[f"{figure}_times_none"] = times_none(held_out, name, figure)
@@ -190,7 +203,7 @@ def main(
     if (saved := state / "record.json").exists():
         record = json.loads(saved.read_text())
     record["runs"].append({"command": sys.argv[1:], "environment": environment()})
-    growing = [*_EACH_READS, "--alignment.enabled", "--engine.alignment.state_directory", str(state / "versions")]
+    growing = [*_EACH_READS, *_METHOD, "grow", "--engine.alignment.state_directory", str(state / "versions")]
     for assignment in option or []:
         key, *value = assignment.split("=", 1)
         growing += [f"--engine.alignment.{key}", *value]
@@ -201,8 +214,9 @@ def main(
         if prompts:
             record["held_out"] = []
             grown.freeze(True)  # it is the draft that is measured, not a machine shared with its training
-            with serving(served, name, "grow-copies", _EACH_READS) as plain:
-                uvloop.run(measure(grown, plain, read_prompts(held_out)[:prompts], max_tokens, record))
+            with ExitStack() as stack:
+                sides = [(GROWN, grown, True), *other_sides(served, name, stack)]
+                uvloop.run(measure(sides, read_prompts(held_out)[:prompts], max_tokens, record))
             grown.freeze(False)
             record["summary"] = summary(record["held_out"])
             typer.echo(json.dumps(record["summary"], indent=1))

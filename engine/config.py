@@ -160,10 +160,11 @@ class DynamicConfig(Section):
 class SpeculationConfig(Section):
     """Speculative decoding. It never changes an output, only how fast it comes."""
 
-    method: Literal["auto", "none", "eagle3", "draft_model", "ngram"] = Field(
+    method: Literal["auto", "none", "eagle3", "draft_model", "ngram", "grow"] = Field(
         default="auto",
         description="What proposes tokens; auto: what speculation.draft names is, or else the draft shipped for the "
-        "model, ngram if there is none; ngram: what followed the same tokens earlier in the sequence, for any model.",
+        "model or for one of its shape, ngram if there is none; ngram: what followed the same tokens earlier in the "
+        "sequence, for any model; grow: a draft that the model's traffic teaches from the start, and ngram meanwhile.",
     )
     draft: str | None = Field(
         default=None,
@@ -209,8 +210,8 @@ class SpeculationConfig(Section):
 
     @model_validator(mode="after")
     def _ngrams_need_no_draft(self) -> SpeculationConfig:
-        if self.method == "ngram" and self.draft is not None:
-            raise ValueError("draft: method ngram has none")
+        if self.method in ("ngram", "grow") and self.draft is not None:
+            raise ValueError(f"draft: method {self.method} has none")
         return self
 
 
@@ -285,11 +286,14 @@ class EngineConfig(Section):
     @property
     def must_learn(self) -> bool:
         """Whether alignment was asked for, and is not only on by default, where it can be."""
-        return self.alignment.enabled and "enabled" in self.alignment.model_fields_set
+        asked = "enabled" in self.alignment.model_fields_set or self.speculation.method == "grow"
+        return self.alignment.enabled and asked
 
     @model_validator(mode="after")
     def _alignment_sees_all_drafts(self) -> EngineConfig:
         method = self.speculation.method
-        if self.must_learn and method not in ("auto", "eagle3"):
-            raise ValueError(f"alignment: with speculation.method eagle3 only, not {method}")
+        if self.must_learn and method not in ("auto", "eagle3", "grow"):
+            raise ValueError(f"alignment: with speculation.method eagle3 or grow only, not {method}")
+        if method == "grow" and not self.alignment.enabled:
+            raise ValueError("speculation: method grow needs alignment.enabled")
         return self

@@ -142,7 +142,7 @@ class EngineProcess:
 def _sums(config: EngineConfig, files: ModelFiles, max_model_len: int) -> dict[Path, str]:
     """Of what was fetched for the model, and for a draft model."""
     sums = known_sums(config.model, files)
-    if choose_method(config, files.name)[0] == "draft_model":
+    if choose_method(config, files)[0] == "draft_model":
         draft = draft_model_config(config, max_model_len)
         sums |= known_sums(draft, resolve_model(draft, progress=False))
     return sums

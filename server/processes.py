@@ -60,7 +60,7 @@ def learn_where_possible(settings: Settings, files: ModelFiles) -> None:
     engine, alignment = settings.engine, settings.engine.alignment
     if not engine.must_learn and alignment.enabled:
         room = _free_bytes(shared_memory())
-        alignment.enabled = can_learn(engine, files.name) and room >= _ROOM_TO_LEARN
+        alignment.enabled = can_learn(engine, files) and room >= _ROOM_TO_LEARN
         if room < _ROOM_TO_LEARN:
             log.warning("the draft does not learn", reason=f"of 512 MiB {shared_memory()} has {room >> 20} free")
 

@@ -52,7 +52,7 @@ def load_taught(config: EngineConfig, updater: type[Updater]) -> TaughtDraft:
     """
     files = resolve_model(config.model, progress=False)
     spec = validate_model_files(files)
-    method, directory = choose_method(config, files.name)
+    method, directory = choose_method(config, files)
     if method == "grow":
         seed = seed_of_draft(files, spec, config.model.max_model_len)
         growing = config.alignment.for_growth(seed.draft.config.recorded_size)

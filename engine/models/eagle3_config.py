@@ -101,17 +101,21 @@ class Eagle3Config:
             variant=Variant(qk_norm=spec.qk_norm, feature_norms="each"),
         )
 
-    def check_target(self, spec: ModelSpec, directory: Path) -> None:
-        """Raises ModelError unless the draft was made for a model of this shape."""
+    def fits(self, spec: ModelSpec) -> bool:
+        """Whether the draft was made for a model of this shape."""
         wanted = Eagle3Config.for_target(spec, self.target, self.capture_layers, self.intermediate_size)
         wanted = replace(wanted, attention_bias=self.attention_bias, variant=self.variant)
         # A GGUF holds the norm's epsilon in float32, a config.json in decimal digits.
         same_eps = math.isclose(self.rms_norm_eps, wanted.rms_norm_eps, rel_tol=1e-6)
-        fits = replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps
+        has_layers = all(0 <= layer < spec.num_layers for layer in self.capture_layers)
+        return replace(self, rms_norm_eps=wanted.rms_norm_eps) == wanted and same_eps and has_layers
+
+    def check_target(self, spec: ModelSpec, directory: Path) -> None:
+        """Raises ModelError unless the draft was made for a model of this shape."""
         layers = self.capture_layers
         if layers != tuple(sorted(set(layers))):
             raise ModelError(f"{directory}: the draft's capture_layers must ascend, not {layers}")
-        if not fits or not all(0 <= layer < spec.num_layers for layer in layers):
+        if not self.fits(spec):
             raise ModelError(f"{directory}: the draft is for {self.target}, whose shape differs from the model's")
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

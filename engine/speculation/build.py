@@ -59,9 +59,11 @@ def load_draft(config: EngineConfig, target: LoadedModel, files: ModelFiles, tok
     Raises:
         ModelError: the draft cannot be had, or does not fit the target.
     """
-    method, directory = choose_method(config, files.name)
+    method, directory = choose_method(config, files)
     if method in ("ngram", "grow") and config.speculation.method == "auto":
         log.info("no draft is shipped for this model: repeats are copied", model=files.name, grows=method == "grow")
+    if config.speculation.draft is None and directory is not None and directory.name != files.name:
+        log.info("the draft of a model of the same shape is used", model=files.name, draft=directory.name)
     reason = missing_reason()
     if method != "none" and reason is not None:
         if config.speculation.method != "auto":
@@ -158,7 +160,8 @@ def _grow_eagle(config: EngineConfig, target: LoadedModel, files: ModelFiles, to
     draft = draft.to(target.dtype).to_empty(device=target.device).requires_grad_(False)
     for weight in draft.parameters():
         weight.zero_()
-    head = make_head(config, target, draft_files.DRAFTS / files.name, tokenizer)
+    counts = draft_files.shipped_draft(files) or draft_files.DRAFTS / files.name
+    head = make_head(config, target, counts, tokenizer)
     fingerprint = growing_fingerprint(open_weights(files), target.spec)
     whole_draft = WholeDraft(config.alignment.for_growth(shape.recorded_size), draft, fingerprint)
     return EagleDraft(draft, f"growing for {files.name}", target, config.cache, head, whole_draft)

@@ -19,13 +19,13 @@ Method = Literal["none", "eagle3", "draft_model", "ngram", "grow"]
 """``grow``: an EAGLE-3 draft that the worker trains from the model's traffic; until it is worth while, copies."""
 
 
-def choose_method(config: EngineConfig, model: str) -> tuple[Method, Path | None]:
-    """What proposes tokens for ``model``, and the directory of its EAGLE-3 draft where that is one, fetched if need be.
+def choose_method(config: EngineConfig, files: ModelFiles) -> tuple[Method, Path | None]:
+    """What proposes tokens for a model, and the directory of its EAGLE-3 draft where that is one, fetched if need be.
 
     Raises:
         ModelError: the options contradict each other, or the draft cannot be fetched.
     """
-    speculation, shipped = config.speculation, DRAFTS / model
+    speculation = config.speculation
     method, draft = speculation.method, speculation.draft
     if speculation.num_speculative_tokens == 0:
         return "none", None
@@ -36,14 +36,24 @@ def choose_method(config: EngineConfig, model: str) -> tuple[Method, Path | None
     if draft is not None:
         directory = _eagle_directory(draft, config.model.cache_dir, is_known=method == "eagle3")
         return ("draft_model", None) if directory is None else ("eagle3", directory)
-    if method == "auto" and not (shipped / WEIGHTS_FILE).is_file():
+    shipped = None if method == "grow" else shipped_draft(files)
+    if method != "eagle3" and shipped is None:
         return "grow" if config.must_learn and config.alignment.is_on else "ngram", None
-    return "eagle3", shipped
+    return "eagle3", shipped or DRAFTS / files.name
 
 
-def can_learn(config: EngineConfig, model: str) -> bool:
-    """Whether what drafts for ``model`` is a network that alignment trains; raises as ``choose_method`` does."""
-    _, directory = choose_method(config, model)
+def shipped_draft(files: ModelFiles) -> Path | None:
+    """The draft that is shipped for a model, or for one of its shape, of which it may be a fine-tune."""
+    if (DRAFTS / files.name / WEIGHTS_FILE).is_file():
+        return DRAFTS / files.name
+    spec = validate_model_files(files)
+    drafts = sorted(path.parent for path in DRAFTS.glob(f"*/{WEIGHTS_FILE}"))
+    return next((draft for draft in drafts if read_draft(draft).fits(spec)), None)
+
+
+def can_learn(config: EngineConfig, files: ModelFiles) -> bool:
+    """Whether what drafts for a model is a network that alignment trains; raises as ``choose_method`` does."""
+    _, directory = choose_method(config, files)
     return directory is not None and not is_foreign_draft(directory)
 
 
@@ -83,7 +93,7 @@ def check_draft(config: EngineConfig, files: ModelFiles, spec: ModelSpec, max_mo
     Raises:
         ModelError: the draft cannot be had, or does not fit.
     """
-    method, directory = choose_method(config, files.name)
+    method, directory = choose_method(config, files)
     has_own_head = directory is not None and _check_eagle(config, directory, spec)
     if method not in ("none", "ngram"):
         check_vocabulary(config.speculation.vocabulary, has_own_head)

@@ -214,11 +214,14 @@ def test_a_hub_id_is_a_draft_by_its_files(tmp_path: Path) -> None:
     make_directory(tmp_path / "hub" / "models--org--model" / "snapshots" / "abc123")
     shutil.copytree(repository / "refs", tmp_path / "hub" / "models--org--model" / "refs")
     script = (
+        "from pathlib import Path\n"
         "from engine.config import EngineConfig, ModelConfig, SpeculationConfig\n"
+        "from engine.models.config import ModelFiles\n"
         "from engine.speculation.draft_files import choose_method\n"
+        "files = ModelFiles('any', Path('any'), 'gguf')\n"
         "for name in ('specforge', 'safeailab', 'model', 'absent'):\n"
         f"    model, draft = ModelConfig(cache_dir={str(tmp_path)!r}), SpeculationConfig(draft='org/' + name)\n"
-        "    print(choose_method(EngineConfig(model=model, speculation=draft), 'any'))\n"
+        "    print(choose_method(EngineConfig(model=model, speculation=draft), files))\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)

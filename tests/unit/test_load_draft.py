@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,14 +147,46 @@ def test_where_nothing_was_counted_a_core_has_the_first_tokens_of_text(files: Mo
     assert tokenizer.special_token_ids - set(core), "those that are never said"
 
 
-def test_a_model_without_a_draft_grows_one_only_where_that_is_asked_for() -> None:
+def test_a_model_without_a_draft_grows_one_only_where_that_is_asked_for(files: ModelFiles) -> None:
     redis = "unix:///valkey"
     for alignment, method in (
         (AdaptersConfig(redis_url=redis), "ngram"),
         (AdaptersConfig(enabled=False, redis_url=redis), "ngram"),
         (AdaptersConfig(enabled=True, redis_url=redis), "grow"),
     ):
-        assert draft_files.choose_method(EngineConfig(alignment=alignment), "a fine-tune") == (method, None)
+        assert draft_files.choose_method(EngineConfig(alignment=alignment), files) == (method, None)
+
+
+@pytest.mark.parametrize("method", ["auto", "eagle3"])
+def test_a_fine_tune_gets_the_draft_of_a_model_of_its_shape(
+    method: str, target: LoadedModel, files: ModelFiles, shipped: Path
+) -> None:
+    with capture_logs() as logs:
+        draft = load_draft(target, replace(files, name="a fine-tune"), method=method, vocabulary="static:64")
+    assert draft is not None
+    assert draft.description == f"eagle3 {shipped.name}, vocabulary static:64"
+    (event,) = (one for one in logs if "same shape" in one["event"])
+    assert (event["model"], event["draft"]) == ("a fine-tune", shipped.name)
+
+
+def test_a_model_of_another_shape_gets_no_draft_of_others(shipped: Path, tmp_path: Path) -> None:
+    other = make_directory(tmp_path / "other", num_hidden_layers=5)
+    assert draft_files.choose_method(EngineConfig(), other) == ("ngram", None)
+
+
+def test_a_draft_grows_in_place_of_the_shipped_one_where_that_is_asked_for(
+    target: LoadedModel, files: ModelFiles, shipped: Path, tmp_path: Path
+) -> None:
+    growing = SpeculationConfig(method="grow", vocabulary="static:64")
+    alignment = AdaptersConfig(redis_url="unix:///valkey", shared_directory=tmp_path / "shared")
+    config = EngineConfig(model=FLOAT32, runtime=RUNTIME, speculation=growing, alignment=alignment)
+    assert config.must_learn
+    assert draft_files.choose_method(config, files) == ("grow", None)
+    draft = spec_load.load_draft(config, target, replace(files, name="a fine-tune"), Tokenizer.from_files(files))
+    assert draft is not None
+    assert draft.description == "eagle3 growing for a fine-tune, vocabulary static:64", "by the counts of the other"
+    with pytest.raises(ValidationError, match="grow"):
+        EngineConfig(speculation=growing, alignment=AdaptersConfig(enabled=False))
 
 
 def test_alignment_wants_all_drafts_from_the_draft() -> None:
