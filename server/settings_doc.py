@@ -28,6 +28,10 @@ three ways. The first one found counts:
    [http]
    port = 9000
    ```
+
+In the environment and in files an option has its long name. A flag `--OPTION` switches it on and `--no-OPTION` off;
+elsewhere it is `true` or `false`. A list is `a,b` as a flag, JSON in the environment
+(`EVOSPEC_HTTP__ALLOWED_ORIGINS=["*"]`), and an array in a file.
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ DATA = Path(__file__).parents[3] / "shared" / "data"
 
 def evaluation_files() -> list[Path]:
     """Spec-Bench, PubMedQA and LegalBench."""
-    return sorted(DATA.glob("*-eval.jsonl"))
+    files = sorted(DATA.glob("*-eval.jsonl"))
+    if not files:
+        print(f"no prompts in {DATA} (docs/measuring.md#prompts): HumanEval alone", file=sys.stderr)
+    return files
 
 
 def read_sets(files: Sequence[Path], count: int) -> dict[str, list[Messages]]:

@@ -122,6 +122,7 @@ def test_help_has_the_common_options_first_and_all_options_once(
     assert run(monkeypatch, "serve", "--help") == 0
     text = capsys.readouterr().out
     assert text == help_text("serve", (cli.serve_command.__doc__ or "")) + "\n"
+    assert "Undefined" not in text, "a default that is found when the server starts"
     shown = [line.split()[0] for line in text.splitlines() if line.startswith("  --")]
     names = [".".join(path) for path in option_names()]
     assert shown[: len(COMMON)] == [f"--{SHORTCUTS.get(name, name)}" for name in COMMON]
