@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "error"]
 ErrorKind = Literal["invalid", "overloaded", "internal"]
 
 

@@ -26,7 +26,7 @@ UNDECIDED = -2
 
 
 class GumbelRows(ctypes.Structure):
-    _fields_ = pointers("seeds", "positions", "token_ids", "temperatures", "least", "limits", "undefined")
+    _fields_ = pointers("seeds", "positions", "token_ids", "temperatures", "limits", "undefined")
 
 
 _LIMITS = ("temperatures", "top_k", "top_p", "min_p")

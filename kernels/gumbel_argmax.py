@@ -29,9 +29,9 @@ def signed(value: int, bits: int) -> int:
     return value - (1 << bits) if value >> (bits - 1) else value
 
 
-def seeds_tensor(seeds: list[int], device: torch.device | None = None) -> torch.Tensor:
+def seeds_tensor(seeds: list[int]) -> torch.Tensor:
     """[N] int64 from seeds of any size; their lowest 64 bits count."""
-    return torch.tensor([signed(seed, 64) for seed in seeds], dtype=torch.int64, device=device)
+    return torch.tensor([signed(seed, 64) for seed in seeds], dtype=torch.int64)
 
 
 def _shift64(x: torch.Tensor, bits: int) -> torch.Tensor:

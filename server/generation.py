@@ -15,7 +15,7 @@ from msgspec import UNSET, UnsetType
 
 from engine.messages import EngineOutput, EngineRequest, SamplingParams, SessionState, TokenLogprob
 from server.choices import Choice, ChoiceText
-from server.engine_client import EngineDead, Overloaded
+from server.engine_client import Overloaded
 from server.errors import ApiError, bad_request, internal_error
 from server.metrics import FINISH_REASONS
 from server.middleware import log_figures
@@ -210,7 +210,7 @@ class Generation:
         return (seed + 2**63) % 2**64 - 2**63  # wrapped to 64 bits
 
     def _to_piece(self, output: EngineOutput, now: float) -> Piece:
-        if output.finish_reason in ("error", "abort"):
+        if output.finish_reason == "error":
             raise _engine_error(output)
         if not self._keep_output:
             output = msgspec.structs.replace(
@@ -234,7 +234,7 @@ class Generation:
             logprobs=output.logprobs or [],
             prompt_logprobs=output.prompt_logprobs or [],
             embedding=output.embedding,
-            finish_reason=output.finish_reason,  # type: ignore[arg-type]  # the other two were raised above
+            finish_reason=output.finish_reason,  # type: ignore[arg-type]  # an error was raised above
             stop_reason=output.stop_reason,
             echo=self.prompt_of(choice.index).echo if is_first else "",
         )
@@ -269,8 +269,6 @@ class Generation:
 
 
 def _engine_error(output: EngineOutput) -> ApiError:
-    if output.finish_reason == "abort":
-        return EngineDead("The engine stopped before the request was finished.")
     if output.error_kind == "invalid":
         return bad_request(output.error or "The engine refused the request.")
     return Overloaded() if output.error_kind == "overloaded" else internal_error()

@@ -44,8 +44,8 @@ class NamedPolicy:
         """The sequences that are copied, of those that the last step was asked for."""
         return {name for name, one in self.sequences.items() if one.is_copied}
 
-    def rests(self, names: Sequence[str], num_joining: int) -> bool:
-        return self.policy.rests(self.of(names), num_joining)
+    def rests(self, names: Sequence[str]) -> bool:
+        return self.policy.rests(self.of(names))
 
     def stop_rule(self, lengths: Mapping[str, int]) -> StopRule | None:
         return self.policy.stop_rule(self.of(list(lengths)), list(lengths.values()))

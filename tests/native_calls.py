@@ -22,16 +22,15 @@ def gumbel_argmax(
     token_ids: torch.Tensor | None = None,
     *,
     temperatures: torch.Tensor | None = None,
-    least: torch.Tensor | None = None,
     team: Team | None = None,
 ) -> torch.Tensor:
     """As ``kernels.gumbel_argmax``."""
     if native.unsupported_reason() is not None:
-        return by_tensors.gumbel_argmax(logits, seeds, positions, token_ids, temperatures=temperatures, least=least)
+        return by_tensors.gumbel_argmax(logits, seeds, positions, token_ids, temperatures=temperatures)
     out = torch.empty(len(logits), dtype=torch.int64)
     ids = None if token_ids is None else token_ids.int().contiguous()
     temperatures = torch.ones(len(logits)) if temperatures is None else temperatures
-    how = GumbelRows(*(address(tensor) for tensor in (seeds, positions, ids, temperatures, least)))
+    how = GumbelRows(*(address(tensor) for tensor in (seeds, positions, ids, temperatures)))
     load_library().evo_gumbel_argmax(team_handle(team), logit_rows(logits), ctypes.byref(how), address(out))
     return out
 

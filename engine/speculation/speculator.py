@@ -16,6 +16,7 @@ from engine.messages import EngineStats, TokenLogprob, TokenSource, VocabularyCo
 from engine.online.verify_log import VerifyLog
 from engine.online.whole_draft import WholeDraft
 from engine.request import Request
+from engine.sampling.choose import all_greedy
 from engine.speculation.drafters.base import Proposer
 from engine.speculation.drafters.lookup import PromptLookup, are_predicted
 from engine.speculation.length.policy import Chain, LengthPolicy
@@ -69,7 +70,7 @@ class Speculator:
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         """As many tokens as the policy wants within every limit: the scheduler's, the engine's and the request's."""
         sequences = [request.draft_state.draftable for request in requests]
-        if self._policy.rests(sequences, num_joining):
+        if self._policy.rests(sequences):
             return [0] * len(requests)
         most = [_most_copied(request, limit) for request, limit in zip(requests, limits, strict=True)]
         copies = [None] * len(requests) if self._lookup is None else self._lookup.look(requests, most)
@@ -110,7 +111,7 @@ class Speculator:
             return
         chains = []
         for request in requests:
-            state, greedy = request.draft_state, request.sampling.temperature == 0.0
+            state, greedy = request.draft_state, all_greedy([request.sampling])
             state.chain = Chain(request.draft_token_ids, state.confidence, greedy, state.draftable.is_copied)
             chains.append(state.chain)
         lengths = self._policy.worth_verifying([request.draft_state.draftable for request in requests], chains)
@@ -184,7 +185,7 @@ class Speculator:
                 outcomes, repeat = _outcomes(chain.token_ids, one.kept), copy.repeat if copy else None
                 self._policy.record_drafts(state.draftable, chain, outcomes, repeat)
                 first_right[one.request.request_id] = None if chain.copied else outcomes[0]
-                if not chain.copied:
+                if not chain.copied and state.source == "draft":
                     self._alarm.record(sum(outcomes))
         return first_right
 
@@ -239,7 +240,12 @@ class Speculator:
 
 
 def _most_copied(request: Request, limit: int) -> int:
-    """Most tokens that may be copied for a request within the scheduler's limit; grammars have masks for fewer."""
+    """Most tokens that may be copied for a request within the scheduler's limit.
+
+    Grammars have masks for fewer, and slow ones for none but the next token.
+    """
+    if request.grammar is not None and request.grammar.is_slow:
+        return 0
     most = MAX_COPIED_TOKENS if request.grammar is None else MAX_SPECULATIVE_TOKENS
     asked = request.sampling.num_speculative_tokens
     return min(limit, most if asked is None else min(asked, most))

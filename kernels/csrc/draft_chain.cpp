@@ -140,7 +140,7 @@ class Chain {
     const TruncationRows limits{rows_.temperatures, rows_.top_k, rows_.top_p, rows_.min_p};
     std::vector<int64_t> positions(count), chosen(count);
     for (int row = 0; row < count; ++row) positions[row] = rows_.positions[row] + step + 1;
-    const GumbelRows how{rows_.seeds, positions.data(), token_ids, rows_.temperatures, nullptr, &limits};
+    const GumbelRows how{rows_.seeds, positions.data(), token_ids, rows_.temperatures, &limits};
     evo_gumbel_argmax(nullptr, scores, how, chosen.data());
     for (int row = 0; row < count; ++row) {  // an empty place is what is left where no score is a number
       tokens[row] = static_cast<int32_t>(chosen[row] >= 0 ? chosen[row] : token_ids[static_cast<size_t>(row) * k]);

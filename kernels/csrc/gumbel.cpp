@@ -208,7 +208,7 @@ extern "C" void evo_gumbel_argmax(Team* team, const LogitRows& logits, const Gum
     evo_kept_thresholds(team, logits, *how.limits, thresholds.data());
   }
   const auto least_in = [&](int row) {
-    if (how.limits == nullptr) return how.least == nullptr ? -kInfinity : how.least[row];
+    if (how.limits == nullptr) return -kInfinity;
     return pieces > 1 ? thresholds[row] : kept_threshold(logits, *how.limits, row);  // the row stays in the cache
   };
   const auto ids_of = [&](int row) {

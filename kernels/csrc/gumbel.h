@@ -11,8 +11,7 @@ struct GumbelRows {
   const int64_t* positions;
   const int32_t* token_ids;      // [rows][columns]: the tokens that the columns stand for; null: 0 .. columns - 1
   const float* temperatures;     // 0: the largest logit, without noise; null: everywhere
-  const float* least;            // logits below are not chosen; null: all may be
-  const TruncationRows* limits;  // instead of `least`, with the same temperatures; null: none
+  const TruncationRows* limits;  // with the same temperatures; null: all tokens may be chosen
   uint8_t* undefined;            // out: 1 where a logit is NaN or +inf, else 0; null: nobody asks
 };
 

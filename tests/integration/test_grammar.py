@@ -552,14 +552,10 @@ class TwoTries(Proposer):
                 self.num_tries += 1
 
 
-@pytest.mark.parametrize("is_slow", [True, False])
 def test_masks_of_drafts_that_were_dropped_are_not_used_for_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_slow: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They come late, so their step was in vain, and the next one has other drafts.
-
-    Masks of those are not asked for where they are known to take long, and come late, too, where they are not.
-    """
+    """They come late, so their step was in vain, and the next one has other drafts, whose masks come late, too."""
     files = make_directory(tmp_path / "model")
     sampling = SamplingParams(max_tokens=30, seed=3, grammar=Grammar("regex", "x(a[0-9]{20}|b[A-Z]{20})"))
     plain, prompt, wait = Engine(files, Setting()), [5, 6, 7, 8], GrammarPool.wait
@@ -567,19 +563,29 @@ def test_masks_of_drafts_that_were_dropped_are_not_used_for_others(
     tokenizer = plain.core._tokenizer
     wrong = tokenizer.encode("bZ" if tokenizer.token_bytes(expected[1]) == b"a" else "a5")
     draft = TwoTries(wrong, expected[1:3])
-    tries_without_wait = [1] if is_slow else [1, 2]
     monkeypatch.setattr(grammar_client, "_SLOW_SECONDS", math.inf)
 
     def wait_or_not(pool: GrammarPool, cursors: Iterable[GrammarCursor], seconds: float) -> None:
-        if draft.num_tries not in tries_without_wait:
+        if not draft.num_tries:
             wait(pool, cursors, seconds)
-        elif is_slow:
-            monkeypatch.setattr(grammar_client, "_SLOW_SECONDS", math.inf)
 
     monkeypatch.setattr(GrammarPool, "wait", wait_or_not)
     engine = Engine(files, Setting(), SpeculationConfig(method="none", adaptive=False), draft)
     assert engine.generate([prompt], [sampling]) == [expected]
     assert draft.num_tries == 2
+
+
+def test_a_sequence_whose_masks_come_late_is_not_drafted_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No draft token could be accepted: only the mask of the next token is asked for."""
+    files, prompt = make_directory(tmp_path / "model"), [5, 6, 7, 8]
+    sampling = SamplingParams(max_tokens=30, seed=3, grammar=Grammar("regex", "x(a[0-9]{20}|b[A-Z]{20})"))
+    [expected] = Engine(files, Setting()).generate([prompt], [sampling])
+    for slow_seconds, num_tries in ((math.inf, 1), (-1.0, 0)):
+        monkeypatch.setattr(grammar_client, "_SLOW_SECONDS", slow_seconds)
+        draft = TwoTries(expected[1:3], expected[1:3])
+        engine = Engine(files, Setting(), SpeculationConfig(method="none", adaptive=False), draft)
+        assert engine.generate([prompt], [sampling]) == [expected]
+        assert draft.num_tries == num_tries
 
 
 def test_masks_of_drafts_that_were_asked_about_before_do_not_count(tokenizer: Tokenizer, pool: GrammarPool) -> None:

@@ -72,7 +72,19 @@ def test_blocks_used_again_are_computed_again() -> None:
     compute(ledger, new, [1, 0], 0, 32, num_kept=2)
     assert new.num_computed_tokens == 32
     assert caught_up(ledger, slot_of(new, 4, [1, 0, 2])) == [(0, 33)]
-    assert caught_up(ledger, slot_of(new, 4, [1, 0, 2])) == []
+    assert caught_up(ledger, slot_of(new, 4, [1, 0, 2])) == [(32, 1)]
+
+
+def test_a_sequence_that_got_no_token_does_not_keep_others_from_their_drafts() -> None:
+    """Its grammar's mask came late: its last token is known to the draft already, and is read once more."""
+    ledger, late, other = DraftKvTracker(8, BLOCK), make_request(20), make_request(21)
+    slots = slot_of(late, 3, [0, 1]), slot_of(other, 3, [2, 3])
+    for request, slot in zip((late, other), slots, strict=True):
+        compute(ledger, request, slot.block_ids, 0, request.num_tokens, num_kept=1)
+    assert caught_up(ledger, *slots) == [(0, 21), (0, 22)]
+    compute(ledger, late, slots[0].block_ids, 20, 24)
+    compute(ledger, other, slots[1].block_ids, 21, 25, num_kept=1)
+    assert caught_up(ledger, *slots) == [(20, 1), (22, 1)]
 
 
 def test_of_many_sequences_none_waits_for_ever() -> None:

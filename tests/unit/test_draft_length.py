@@ -318,16 +318,16 @@ def test_a_crowd_that_gets_no_drafts_is_looked_at_now_and_then_until_one_of_it_i
     ids = [str(number) for number in range(8)]
     rested = []
     for _ in range(56):
-        rested.append(policy.rests(ids, 0))
+        rested.append(policy.rests(ids))
         if not rested[-1]:
             assert not any(lengths(policy, ids, [6] * 8))
     assert not any(rested[:16])
     assert sum(rested[16:]) == 30  # of 40
-    assert not policy.rests(ids[:7], 0)
-    assert [policy.rests(ids, 0) for _ in range(20)].count(False) == 17
+    assert not policy.rests(ids[:7])
+    assert [policy.rests(ids) for _ in range(20)].count(False) == 17
     lengths(policy, ids, [6] * 8, repeats={"1": Repeat(LONG, True)})
     assert policy.copied() == {"1"}
-    assert not any(policy.rests(ids, 0) for _ in range(16))
+    assert not any(policy.rests(ids) for _ in range(16))
 
 
 def test_copies_are_judged_by_what_became_of_them_also_where_none_was_taken() -> None:

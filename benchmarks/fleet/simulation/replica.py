@@ -147,7 +147,7 @@ class Replica:
     def draft_lengths(self, requests: Sequence[Request], limits: Sequence[int], num_joining: int) -> list[int]:
         """The server's own choice, where nothing can be copied (``DraftLengths``)."""
         sequences = [request.draft_state.draftable for request in requests]
-        if self._policy.rests(sequences, num_joining):
+        if self._policy.rests(sequences):
             return [0] * len(requests)
         for request, one, limit in zip(requests, sequences, limits, strict=True):
             one.tenant, one.limit = request.tenant, min(limit, MAX_SPECULATIVE_TOKENS)

@@ -110,13 +110,14 @@ class DraftKvTracker:
     def _skip_complete(self, slot: DraftSlot) -> int:
         """Tokens with an entry, those included that another sequence has computed in a shared block.
 
-        Only blocks that the target has filled count: the others' flags may be left over from an earlier use.
+        The last known token is not among them: the draft goes on from its state. And only blocks that the target has
+        filled count: the others' flags may be left over from an earlier use.
         """
         num_computed = slot.request.draft_state.num_entries
         block, num_full = num_computed // self._block_size, slot.request.num_computed_tokens // self._block_size
         while block < num_full and self._complete[slot.block_ids[block]]:
             block += 1
-        return max(num_computed, block * self._block_size)
+        return min(max(num_computed, block * self._block_size), slot.request.num_tokens - 1)
 
     def _set_computed(self, request: Request, block_ids: Sequence[int], start: int, num_computed: int) -> None:
         """All tokens before ``num_computed`` have entries now; before ``start`` nothing has changed."""
@@ -200,12 +201,14 @@ class FeatureStore:
         self._network = network
         self._rows = torch.zeros(num_slots + 1, width, dtype=dtype, device=device)
         self._waiting: list[Features] = []
+        self._num_waiting = 0
         self._most_waiting = 0 if device.type == "cuda" else _MOST_WAITING
 
     def add(self, features: Features) -> None:
         """Take the features of a step's tokens; those of a slot replace what it had."""
         self._waiting.append(features)
-        if sum(len(waiting.slots) for waiting in self._waiting) >= self._most_waiting:
+        self._num_waiting += len(features.slots)
+        if self._num_waiting >= self._most_waiting:
             self._write()
 
     @property
@@ -237,6 +240,7 @@ class FeatureStore:
             return
         features = self._waiting[0] if len(self._waiting) == 1 else _latest(self._waiting)
         self._waiting.clear()
+        self._num_waiting = 0
         if self._network is None:
             self._rows.index_copy_(0, features.slots.long(), features.values.to(self._rows.dtype))
         else:

@@ -12,6 +12,7 @@ from engine.draft_state import NONE
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.draft_vocab.vocab import DraftVocab
 from engine.request import Request
+from engine.sampling.choose import all_greedy
 from engine.speculation.drafters.base import DraftCosts, Proposer
 from engine.speculation.length.policy import Copy, Repeat, StopRule
 from engine.step_plan import DraftSlot
@@ -44,7 +45,7 @@ class PromptLookup:
         for row, copied, length in zip(rows, tokens, lengths, strict=True):
             if length >= MIN_MATCH:
                 levels = [min(length + number, CONFIDENCE_LEVELS) - 1 for number in range(limits[row])]
-                repeat = Repeat(levels, requests[row].sampling.temperature == 0.0)
+                repeat = Repeat(levels, all_greedy([requests[row].sampling]))
                 copies[row] = Copy(copied[: limits[row]], repeat)
         return copies
 

@@ -150,17 +150,16 @@ class Tenant:
 
 
 class Tenants:
-    """One ``Tenant`` a name, made at first use. The least recently used is forgotten beyond ``max_tenants``."""
+    """One ``Tenant`` a name, made at first use. The least recently used is forgotten beyond ``MAX_TENANTS``."""
 
-    def __init__(self, max_tenants: int = MAX_TENANTS) -> None:
-        self._max_tenants = max_tenants
+    def __init__(self) -> None:
         self._tenants: OrderedDict[str, Tenant] = OrderedDict()
 
     def of(self, name: str) -> Tenant:
         """The tenant of that name; sequences that hold it keep it when it is forgotten here."""
         if name not in self._tenants:
             self._tenants[name] = Tenant()
-            if len(self._tenants) > self._max_tenants:
+            if len(self._tenants) > MAX_TENANTS:
                 self._tenants.popitem(last=False)
         self._tenants.move_to_end(name)
         return self._tenants[name]

@@ -56,7 +56,7 @@ class AdaptiveLength(LengthPolicy):
         """Whether of late most of a tenant's sequences were drafted for."""
         return self._tenants.of(tenant).drafted_share >= 0.5
 
-    def rests(self, sequences: Sequence[Draftable], num_joining: int) -> bool:
+    def rests(self, sequences: Sequence[Draftable]) -> bool:
         """Whether nothing has been worth drafting for so long that this step does without a look at it."""
         self._quiet_steps = self._quiet_steps + 1 if len(sequences) >= _CROWD else 0
         return self._quiet_steps > _QUIET_STEPS and self._quiet_steps % _LOOK_INTERVAL != 0
@@ -189,7 +189,8 @@ class AdaptiveLength(LengthPolicy):
             acceptance = self._tenant(one).acceptance
             chances = all_before(acceptance.of_drafts(repeat.levels, greedy=repeat.greedy, copied=True))
             gains = list(accumulate(chances, initial=0.0))
-            worths = [gain - self._in_tokens(others, number) for number, gain in enumerate(gains)]
+            rate, least = self._plan.rate, self._costs.verify(others)
+            worths = [gain - rate * (self._costs.verify(others + number) - least) for number, gain in enumerate(gains)]
             length = max(range(len(worths)), key=worths.__getitem__)
             if worths[length] > max(self._worth_of_drafts(one, others, num_drafting), _MIN_WORTH):
                 worth[row] = length
@@ -201,11 +202,8 @@ class AdaptiveLength(LengthPolicy):
             return 0.0
         expected = sum(all_before(self._of_places(sequence, planned)))
         seconds = self._draft_seconds([planned] * num_drafting) - self._draft_seconds([planned] * (num_drafting - 1))
-        return expected - self._in_tokens(others, planned) - self._plan.rate * seconds
-
-    def _in_tokens(self, others: int, number: int) -> float:
-        """What verifying so many more tokens costs."""
-        return self._plan.rate * (self._costs.verify(others + number) - self._costs.verify(others))
+        seconds += self._costs.verify(others + planned) - self._costs.verify(others)
+        return expected - self._plan.rate * seconds
 
     def _draft_seconds(self, lengths: Sequence[int]) -> float:
         """Of chains that go on or end together."""

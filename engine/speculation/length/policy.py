@@ -70,7 +70,7 @@ class LengthPolicy:
         """Whether of late most of a tenant's sequences were drafted for: else what drafts need is made at the first."""
         return True
 
-    def rests(self, sequences: Sequence[Draftable], num_joining: int) -> bool:
+    def rests(self, sequences: Sequence[Draftable]) -> bool:
         """Whether the decoding sequences of a step get no drafts, whatever repeats in them."""
         return False
 

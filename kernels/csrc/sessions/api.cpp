@@ -203,7 +203,7 @@ void evo_texts_copy(const TextIndexes* texts, int rows, const int32_t* slots, in
   }
 }
 
-// As TextIndex::find; for tests.
+// As TextIndex::find.
 int evo_texts_find(const TextIndexes* texts, int slot, const int32_t* after, int count, int32_t* tokens,
                    int32_t* lengths) {
   return texts->of(slot).find(after, count, tokens, lengths);

@@ -20,7 +20,6 @@ int buckets_for(int places) {
 }  // namespace
 
 void ArcTail::clear() {
-  std::fill_n(tokens_, places_, -1);
   std::fill_n(table_, buckets_, -1);
   *state_ = {};
   state_->target = places_ / 2.0;
@@ -147,7 +146,6 @@ void ArcTail::insert(const std::vector<int32_t>& named, std::vector<TailWrite>& 
     link(node, was_ghost ? kFrequent : kRecent);
     nodes_[node].place = place;
     nodes_[node].named_in = state_->insertion;
-    tokens_[place] = token;
     since_[place] = state_->step;
     writes.push_back({session_, place, token});
   }
@@ -176,19 +174,18 @@ ArcTails::ArcTails(int sessions, int places, bool only_recency)
       buckets_(buckets_for(places)),
       factor_(random_factor()),
       only_recency_(only_recency),
-      tokens_(sessions, places),
       since_(sessions, places),
       nodes_(sessions, nodes_for(places)),
       table_(sessions, buckets_),
       states_(sessions, 1) {}
 
 ArcTail ArcTails::of(int session) const {
-  return {session,             places_,            buckets_,           factor_,           only_recency_,
-          tokens_.of(session), since_.of(session), nodes_.of(session), table_.of(session), states_.of(session)};
+  return {session,           places_,            buckets_,           factor_,           only_recency_,
+          since_.of(session), nodes_.of(session), table_.of(session), states_.of(session)};
 }
 
 size_t ArcTails::num_bytes() const {
-  return tokens_.num_bytes() + since_.num_bytes() + nodes_.num_bytes() + table_.num_bytes() + states_.num_bytes();
+  return since_.num_bytes() + nodes_.num_bytes() + table_.num_bytes() + states_.num_bytes();
 }
 
 }  // namespace evospec

@@ -39,10 +39,9 @@ class ArcTail {
 
   // only_recency: LRU, with T1 alone and no ghosts, to be measured against.
   // factor: of the tokens' hashes.
-  ArcTail(int session, int places, int buckets, uint64_t factor, bool only_recency, int32_t* tokens, int32_t* since,
-          ArcNode* nodes, int32_t* table, ArcState* state)
+  ArcTail(int session, int places, int buckets, uint64_t factor, bool only_recency, int32_t* since, ArcNode* nodes, int32_t* table, ArcState* state)
       : session_(session), places_(places), buckets_(buckets), factor_(factor), only_recency_(only_recency),
-        tokens_(tokens), since_(since), nodes_(nodes), table_(table), state_(state) {}
+        since_(since), nodes_(nodes), table_(table), state_(state) {}
 
   void clear();
   int size() const { return state_->sizes[0] + state_->sizes[1]; }
@@ -80,8 +79,7 @@ class ArcTail {
   const int session_, places_, buckets_;
   const uint64_t factor_;
   const bool only_recency_;
-  int32_t* const tokens_;  // [places]; -1: none
-  int32_t* const since_;   // [places]: the step in which each token came
+  int32_t* const since_;  // [places]: the step in which each token came
   ArcNode* const nodes_;   // the first kLists are the lists' ends
   int32_t* const table_;   // [buckets]: nodes by token; -1: none
   ArcState* const state_;
@@ -92,8 +90,6 @@ class ArcTails {
  public:
   ArcTails(int sessions, int places, bool only_recency);
 
-  int places() const { return places_; }
-  int32_t* tokens(int session) const { return tokens_.of(session); }
   ArcTail of(int session) const;
   size_t num_bytes() const;
 
@@ -101,7 +97,7 @@ class ArcTails {
   int places_, buckets_;
   uint64_t factor_;
   bool only_recency_;
-  SlotArray<int32_t> tokens_, since_;
+  SlotArray<int32_t> since_;
   SlotArray<ArcNode> nodes_;
   SlotArray<int32_t> table_;
   SlotArray<ArcState> states_;

@@ -153,7 +153,6 @@ class Sessions {
   SessionState& state(int session) const { return *states_.of(session); }
   SessionCounts& counts(int session) const { return *counts_.of(session); }
   ArcTail tail(int session) const { return tails_.of(session); }
-  const ContextTables& tenants() const { return tenants_; }
   void clear_tenant(int tenant) { tenants_.clear(tenant); }
   size_t num_bytes() const;  // of a session
 

@@ -34,7 +34,7 @@ struct TextIndex {
   int copy_longest(int32_t* token_ids, int count) const;
 
  private:
-  // visit(place, length): the places after which the `size` tokens of `end`, at least two, may go on as before.
+  // visit(place, length): the places after which the `length` tokens of `end`, at least two, may go on as before.
   template <typename Visit>
   void for_each_repeat(const int32_t* end, int length, Visit visit) const;
 
