@@ -41,7 +41,7 @@ class AnswerSpeed:
             self.num_tokens += 1
         if usage := event.get("usage"):
             self.num_tokens = usage["completion_tokens"]
-        if drafts := event.get("metrics", {}).get("speculative_decoding"):
+        if drafts := (event.get("metrics") or {}).get("speculative_decoding"):
             self.tokens_per_step = drafts["mean_acceptance_length"]
 
     def __str__(self) -> str:

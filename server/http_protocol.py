@@ -7,6 +7,7 @@ will read, or that does not read its answer.
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import struct
 from collections import deque
@@ -33,6 +34,7 @@ _SLOWEST_BODY = 1024
 """Bytes a second."""
 _BODY_GRACE = 10.0
 """Seconds before a body can be too slow."""
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*(?=\r\n)", re.IGNORECASE)
 READING_TIMEOUT = 60.0
 """Seconds in which a client has to take something of what is there for it to read."""
 
@@ -157,11 +159,17 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _parse(self, piece: bytes) -> None:
         if not self._unanswered and self._timer is None:
             self._start_timer(self._bounds.header_timeout, self._give_up)
+        if not self._head_bytes:
+            piece = _without_upgrade(piece)
         self._head_bytes += len(piece)
         super().data_received(piece)
         if self._head_bytes > self._bounds.max_header_bytes + self._body_bytes and not self._discards:
             what = "The framing of the body is" if self._body_bytes else "Request line and headers are"
             self._refuse(ApiError(431, f"{what} larger than {self._bounds.max_header_bytes} bytes."))
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """A head asks for another protocol that came in pieces, or right behind another request: its body is lost."""
+        self._refuse(ApiError(400, "The protocol cannot be changed: leave out the header Upgrade."))
 
     def _look_at_body(self) -> None:
         """Count the time that a body takes, but for that in which nobody here would take it or has asked for it."""
@@ -246,6 +254,15 @@ def bounded_http(bounds: HttpConfig, max_connections: int) -> Any:
 def longest_body_time(num_bytes: int, timeout: float) -> float:
     """Seconds that a body may have taken of which so many bytes are there."""
     return min(timeout, _BODY_GRACE + num_bytes / _SLOWEST_BODY)
+
+
+def _without_upgrade(piece: bytes) -> bytes:
+    """The first bytes of a request, whose head asks for no other protocol any more: HTTP/1.1 may ignore that.
+
+    httptools ends at such a head, and takes the body for another request.
+    """
+    head, end, rest = piece.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"", head + end[:2]) + end[2:] + rest
 
 
 def _disconnect(cycle: RequestResponseCycle) -> None:

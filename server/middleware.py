@@ -7,6 +7,7 @@ import time
 import uuid
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -24,6 +25,8 @@ log = structlog.get_logger("server.access")
 CLIENT_CLOSED_REQUEST = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _QUIET = ("/health", "/metrics")
+_MOST_SHOWN = 200
+"""Characters of a path."""
 _SESSION = "/v1/sessions/"
 """What follows it in a path may be a person's name."""
 
@@ -99,5 +102,5 @@ class RequestMiddleware:
 
 
 def _loggable(path: str) -> str:
-    """A path without the name of a session."""
-    return f"{_SESSION}{{session_id}}" if path.startswith(_SESSION) else path
+    """A path without the name of a session, and without what a terminal would do something at."""
+    return f"{_SESSION}{{session_id}}" if path.startswith(_SESSION) else quote(path[:_MOST_SHOWN], safe="/:@")

@@ -11,7 +11,7 @@ from server.schemas.body import Harmless, LenientBody, NoOp, at_most
 from server.schemas.chat import MAX_MESSAGES, ChatCompletionRequest, few_parts
 from server.schemas.fields import CommonFields, StopList
 from server.schemas.tools import MAX_TOOLS, ToolName
-from server.schemas.unsupported import UNSUPPORTED
+from server.schemas.unsupported import NEUTRAL, UNSUPPORTED
 
 _SYNONYMS = {
     "stop": "stop_sequences",
@@ -19,7 +19,7 @@ _SYNONYMS = {
     "response_format": "output_config",
     "reasoning_effort": "output_config",
 }
-_OF_CHAT: dict[str, list[Any]] = {name: [] for name in ChatCompletionRequest.model_fields if name not in _SYNONYMS}
+_OF_CHAT = {name: NEUTRAL.get(name, []) for name in ChatCompletionRequest.model_fields if name not in _SYNONYMS}
 """What changes an answer there is not to be ignored here."""
 _KEEPS_ALL = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 

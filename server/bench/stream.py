@@ -125,7 +125,8 @@ class _StreamProtocol(asyncio.Protocol):
             self._finish(None)
 
     def _on_event(self, data: bytes) -> None:
-        if data == b"[DONE]":
+        if data == b"[DONE]":  # some servers end the stream with the connection
+            self._finish(None if self.result.finish_reason else "stream ended without a finish reason")
             return
         event = self._decoder.decode(data)
         if event.error is not None:

@@ -104,12 +104,13 @@ class ResponsesAnswer(BlocksAnswer):
         return self._event(f"response.{status}", response=self._response)
 
     def encode_failure(self, error: ApiError) -> bytes:
-        """A response that has failed."""
+        """A response that has failed, if need be from its begin on."""
+        begun = self.begin() if self._last is None else b""
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         failed = msgspec.structs.replace(
             self._response, status="failed", error=FailureDetail(code, error.message), output=self._output, store=False
         )
-        return self._event("response.failed", response=failed)
+        return begun + self._event("response.failed", response=failed)
 
     async def _keep(self, response: ResponseObject) -> bool:
         serving, tenant = self._serving, self._tenant.name

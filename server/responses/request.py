@@ -13,7 +13,7 @@ from server.schemas.chat import MAX_MESSAGES, ChatCompletionRequest, few_parts
 from server.schemas.constraints import JsonObjectFormat, JsonSchemaSpec, TextFormat
 from server.schemas.fields import CommonFields
 from server.schemas.tools import MAX_TOOLS, Arguments, ToolName
-from server.schemas.unsupported import UNSUPPORTED
+from server.schemas.unsupported import NEUTRAL, UNSUPPORTED
 
 MAX_ID_CHARS = 128
 
@@ -26,7 +26,7 @@ _SYNONYMS = {
     "response_format": "text",
     "reasoning_effort": "reasoning",
 }
-_OF_CHAT: dict[str, list[Any]] = {name: [] for name in ChatCompletionRequest.model_fields if name not in _SYNONYMS}
+_OF_CHAT = {name: NEUTRAL.get(name, []) for name in ChatCompletionRequest.model_fields if name not in _SYNONYMS}
 """What changes an answer there is not to be ignored here."""
 
 _Echo = Annotated[Any, Field(exclude=True, description="Sent back with an answer; without effect.")]

@@ -130,7 +130,8 @@ async def _session_header(
     x_session_affinity: Annotated[str | None, Header(alias="X-Session-Affinity", description=_NAMES_SESSION)] = None,
 ) -> str | None:
     """FastAPI dependency: the first of the headers X-Session-Id, Session-Id and X-Session-Affinity that is there."""
-    return x_session_id or session_id or x_session_affinity
+    name = x_session_id or session_id or x_session_affinity
+    return None if name is None else name.encode("latin-1").decode("utf-8", "replace")  # as bodies and paths have it
 
 
 SessionHeader = Annotated[str | None, Depends(_session_header)]

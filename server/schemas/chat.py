@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Protocol, Self
 
 import msgspec
@@ -49,7 +50,7 @@ class Prediction(Body):
     """What the answer is likely to be, in whole or in parts: it comes sooner where it is right, and is the same."""
 
     type: Literal["content"]
-    content: Content
+    content: Annotated[Content, at_most(MAX_PARTS)]
 
 
 class Message(LenientBody):
@@ -97,10 +98,16 @@ class Message(LenientBody):
 def few_parts(messages: Any) -> Any:
     """Refuses too many parts before any is looked at: they are checked where nobody else is served meanwhile."""
     objects = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
-    contents = [one.get(name) for one in objects for name in ("content", "output")]
-    if sum(len(content) for content in contents if isinstance(content, list)) > MAX_PARTS:
+    parts = list(_parts_of(objects, "content", "output", "tool_calls"))
+    if len(parts) + sum(1 for _ in _parts_of(parts, "content")) > MAX_PARTS:  # a tool's result is a part with parts
         raise PydanticCustomError("too_long", "must have at most {limit} parts in all", {"limit": MAX_PARTS})
     return messages
+
+
+def _parts_of(objects: Sequence[Any], *names: str) -> Iterator[Any]:
+    """The members of lists in some fields."""
+    found = (one.get(name) for one in objects if isinstance(one, dict) for name in names)
+    return chain.from_iterable(each for each in found if isinstance(each, list))
 
 
 def _free_names(value: Any) -> Any:
@@ -174,9 +181,10 @@ class ChatCompletionRequest(SamplingFields):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.usable_tools and (used := self.model_fields_set & VLLM_CONSTRAINTS):
+        used = {name for name in VLLM_CONSTRAINTS if getattr(self, name) is not None}
+        if self.usable_tools and used:
             raise PydanticCustomError("constraint", "cannot be used with tools", {"param": min(used)})
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("top_logprobs", "needs logprobs to be true", {"param": "top_logprobs"})
         return self
 

@@ -12,7 +12,7 @@ from server.schemas.answers import AnswerBody
 from server.schemas.fields import SamplingFields, TokenId
 from server.schemas.unsupported import OF_CHAT, UNSUPPORTED
 
-MAX_PROMPTS = 128
+MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
 
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Self
 
 import msgspec
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.schemas.body import Body
-from server.schemas.chat import MAX_MESSAGES, Message, TemplateVariables
+from server.schemas.chat import MAX_MESSAGES, Message, TemplateVariables, few_parts
 from server.schemas.fields import TokenId
 
 
@@ -18,7 +18,9 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+    messages: Annotated[list[Message] | None, BeforeValidator(few_parts)] = Field(
+        default=None, min_length=1, max_length=MAX_MESSAGES, fail_fast=True
+    )
     chat_template_kwargs: TemplateVariables | None = None
     add_special_tokens: bool | None = Field(
         default=None, description="Begin-of-sequence token and the like; default true for prompt. Not for messages."

@@ -106,6 +106,22 @@ OF_CHAT: dict[str, list[Any]] = {
     "web_search_options": [],
 }
 """Fields of chat, for completions."""
+NEUTRAL = OF_CHAT | {
+    "n": [1],
+    "stop": [[]],
+    "stop_token_ids": [[]],
+    "presence_penalty": [0.0, 0],
+    "frequency_penalty": [0.0, 0],
+    "repetition_penalty": [1.0, 1],
+    "logit_bias": [{}],
+    "logprobs": [False],
+    "min_tokens": [0],
+    "ignore_eos": [False],
+    "store": [False],
+    "parallel_tool_calls": [True],
+    "stream_options": [{}],
+}
+"""Fields of chat, for responses and messages, as far as they have others in their place."""
 
 SYNONYMS = {
     "regex": "guided_regex",

@@ -80,6 +80,33 @@ async def test_bodies_of_any_length_and_many_requests_on_one_connection_pass() -
             assert [await read_response(reader), await read_response(reader)] == [(200, b"1000000")] * 2
 
 
+UPGRADE = b"POST / HTTP/1.1\r\nhost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\n"
+
+
+async def test_another_protocol_is_not_changed_to_and_the_body_is_no_request() -> None:
+    """Java's client asks for HTTP/2 with every first request."""
+    async with serving(max_header_bytes=LIMIT) as connect:
+        reader, writer = await connect()
+        writer.write(UPGRADE + b"content-length: %d\r\n\r\n" % len(GET))
+        await asyncio.sleep(0.05)
+        writer.write(GET)
+        assert await read_response(reader) == (200, b"%d" % len(GET))
+        writer.write(GET)  # the connection goes on, with this one alone
+        assert await read_response(reader) == (200, b"0")
+
+
+async def test_a_head_in_pieces_that_asks_for_another_protocol_ends_the_connection() -> None:
+    """It is taken for a request without a body, and what follows for none."""
+    async with serving(max_header_bytes=LIMIT) as connect:
+        reader, writer = await connect()
+        begin, name, rest = UPGRADE.partition(b"Upgrade: ")
+        writer.write(begin + name)
+        await asyncio.sleep(0.05)
+        writer.write(rest + b"content-length: %d\r\n\r\n" % len(GET) + GET)
+        status, body = await read_response(reader)
+        assert (status, body, await is_closed(reader)) == (200, b"0", True)
+
+
 async def test_chunks_of_a_byte_each_are_refused_before_they_are_many() -> None:
     async with serving(max_header_bytes=LIMIT) as connect:
         reader, writer = await connect()

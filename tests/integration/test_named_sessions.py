@@ -43,6 +43,16 @@ async def test_the_first_name_that_is_there_counts(serve: Any, path: str) -> Non
     assert without == [None] * 3
 
 
+async def test_a_name_is_the_same_in_header_body_and_path(serve: Any) -> None:
+    """httpx and most clients send UTF-8 in headers, too."""
+    name = "Zoë"
+    async with serve(learning) as api:
+        await api.client.post(PATHS[0], json=TEXT, headers={"X-Session-Id": name.encode()})
+        await api.post(PATHS[0], session_id=name)
+        assert bool(api.engine.requests[1].session.snapshot)
+        assert (await api.client.get(f"/v1/sessions/{name}")).status_code == 200
+
+
 async def test_names_are_short(serve: Any) -> None:
     name = "a" * 513
     async with serve(learning) as api:

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 
 from engine.messages import EngineOutput, EngineRequest
 from engine.text.tokenizer import Tokenizer
+from server import sse
 from server.tenants import hash_key
 from tests.integration.running_api import Api
 from tests.integration.tools_model import CALL, THOUGHT, Serve, prompt, saying
@@ -246,6 +247,21 @@ async def test_a_failure_within_a_stream_is_an_event(tools_api: Serve, tokenizer
         last: Any = [event async for event in stream][-1]
     assert last.type == "response.failed"
     assert (last.response.status, last.response.error.code) == ("failed", "server_error")
+
+
+async def test_a_stream_that_fails_before_its_first_token_begins_all_the_same(
+    tools_api: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clients want to see a response begin that fails."""
+    monkeypatch.setattr(sse, "SILENCE", 0.05)
+    async with (
+        asking(tools_api, lambda request: []) as (api, client),
+        client.responses.stream(model="tiny", input="Hi") as stream,
+    ):
+        [request] = api.engine.requests
+        await api.engine.send(EngineOutput(request_id=request.request_id, token_ids=[], finish_reason="error"))
+        events = [event.type async for event in stream]
+    assert events == ["response.created", "response.in_progress", "response.failed"]
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.speculation.length import acceptance
 from engine.speculation.length.acceptance import Tenants
 from engine.speculation.length.costs import Curve, StepCosts
 from engine.speculation.length.policy import Chain, Repeat
@@ -128,8 +130,9 @@ def test_a_tenant_whose_drafts_fail_beside_one_whose_drafts_are_right_is_tried_a
     assert 0 < sum(bad > 0 for _, bad in history[600:]) < 60
 
 
-def test_the_tenant_that_was_not_used_for_longest_is_forgotten_first() -> None:
-    tenants = Tenants(max_tenants=2)
+def test_the_tenant_that_was_not_used_for_longest_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceptance, "MAX_TENANTS", 2)
+    tenants = Tenants()
     a, b = tenants.of("a"), tenants.of("b")
     assert tenants.of("a") is a
     tenants.of("c")

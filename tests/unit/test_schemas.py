@@ -16,13 +16,15 @@ from pydantic import ValidationError
 from engine.messages import Grammar
 from engine.models.sampling_defaults import SamplingDefaults
 from engine.text.tokenizer import Tokenizer
+from server.anthropic.request import MessagesRequest
 from server.errors import ApiError, validation_error
 from server.params import to_sampling_params, tokenize_prompts
+from server.responses.request import ResponsesRequest
 from server.schemas.body import Leniency
 from server.schemas.chat import ChatCompletionRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.constraints import to_grammar
-from server.schemas.tokens import DetokenizeRequest
+from server.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from server.schemas.unsupported import UNSUPPORTED
 from server.work_shares import RequestWork, WorkShares
 from tests.tiny_models import VOCAB_SIZE, tiny_tokenizer
@@ -121,10 +123,10 @@ def test_a_message_is_about_one_place() -> None:
     assert error.message == "stop.1: Input should be a valid string"
 
 
-@pytest.mark.parametrize("prompt", [["a"] * 129, [[1]] * 129])
+@pytest.mark.parametrize("prompt", [["a"] * 1025, [[1]] * 1025])
 def test_too_many_prompts_are_a_clear_error(prompt: Any) -> None:
     error = error_of(CompletionRequest, {**TEXT, "prompt": prompt})
-    assert error.message == "prompt: must be at most 128 at once, not 129"
+    assert error.message == "prompt: must be at most 1024 at once, not 1025"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,23 @@ def test_unsupported_fields_pass_only_when_they_ask_for_nothing(field: str, asks
     assert (error.status, error.param, error.code) == (400, field, "unsupported_parameter")
     ChatCompletionRequest.model_validate({**CHAT, field: no_op})
     ChatCompletionRequest.model_validate({**CHAT, field: None})
+
+
+OTHER_APIS = (
+    (ResponsesRequest, {"model": "m", "input": "x"}),
+    (MessagesRequest, {"model": "m", "max_tokens": 9, "messages": [ONE]}),
+)
+OF_CHAT_ALONE: tuple[tuple[str, Any, Any], ...] = (
+    ("n", 2, 1),
+    ("presence_penalty", 0.5, 0),
+    ("frequency_penalty", 0.5, 0.0),
+    ("repetition_penalty", 1.1, 1.0),
+    ("logit_bias", {"5": 1}, {}),
+    ("logprobs", True, False),
+    ("min_tokens", 1, 0),
+    ("ignore_eos", True, False),
+    ("functions", [{}], []),
+)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +183,7 @@ def test_unsupported_fields_pass_only_when_they_ask_for_nothing(field: str, asks
         (ChatCompletionRequest, CHAT, "text", {"format": {"type": "json_object"}}, {"format": {"type": "text"}}),
         (ChatCompletionRequest, CHAT, "output_config", {"format": {}}, {}),
         (ChatCompletionRequest, CHAT, "previous_response_id", "resp_1", None),
+        *((model, base, *case) for model, base in OTHER_APIS for case in OF_CHAT_ALONE),
     ],
 )
 def test_fields_of_another_endpoint_pass_only_when_they_ask_for_nothing(
@@ -327,8 +347,25 @@ async def test_a_gap_is_told_in_the_models_own_tokens() -> None:
 def test_parts_are_few_in_all_messages_together() -> None:
     message = {"role": "user", "content": [{"type": "text", "text": "x"}] * 1024}
     assert ChatCompletionRequest.model_validate({**CHAT, "messages": [message] * 2})
-    error = error_of(ChatCompletionRequest, {**CHAT, "messages": [message] * 3})
-    assert (error.status, error.param) == (400, "messages")
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    calls = {"role": "assistant", "content": None, "tool_calls": [call] * 100}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "x"}] * 1024}
+    for model, messages in (
+        (ChatCompletionRequest, [message] * 3),
+        (ChatCompletionRequest, [calls] * 21),
+        (TokenizeRequest, [message] * 3),
+        (MessagesRequest, [{"role": "user", "content": [result] * 3}]),
+    ):
+        error = error_of(model, {"model": "m", "max_tokens": 9, "messages": messages})
+        assert (error.status, error.param, "2048 parts" in error.message) == (400, "messages", True)
+    prediction = {"type": "content", "content": [{"type": "text", "text": "x"}] * 2049}
+    assert "2048 entries" in error_of(ChatCompletionRequest, {**CHAT, "prediction": prediction}).message
+
+
+def test_what_asks_for_nothing_goes_with_all() -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for more in ({"tools": tools, "guided_json": None}, {"logprobs": False, "top_logprobs": 0}):
+        assert ChatCompletionRequest.model_validate({**CHAT, **more})
 
 
 def test_what_the_openai_client_sends_back_of_a_parsed_answer_is_accepted() -> None:
