@@ -28,6 +28,11 @@ class TargetParts:
     rotary: RotaryEmbedding
     embedding_scale: float = 1.0
 
+    @property
+    def max_positions(self) -> int:
+        """Of a sequence."""
+        return len(self.rotary.cos) - MAX_SPECULATIVE_TOKENS
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """What a draft reads of tokens [...]: their rows of the embedding [..., hidden], scaled as in the target."""
         rows = F.embedding(token_ids, self.embedding)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
 
 import structlog
 import torch
@@ -13,6 +12,7 @@ from adapters.alignment.guard import Guard, Verdict, judge
 from adapters.alignment.records import Segment
 from adapters.alignment.replay import ReplayBuffer
 from adapters.alignment.scoring import KnownScores, ScoreCache, Scoring
+from adapters.alignment.shared_versions import Unshared
 from adapters.alignment.store import AdapterStore
 from adapters.alignment.trigger import UpdateTrigger
 from adapters.alignment.updates import Updater
@@ -21,9 +21,6 @@ from engine.online.adapter_control import AdapterStatus, Stage
 from engine.online.verify_record import VerifyRecord
 
 log = structlog.get_logger(__name__)
-
-Unshared = Literal["version", "frozen", "reset"]
-"""What other servers of a key are to be told: which version is in force, whether it is frozen, to forget it."""
 
 
 class KeyAligner:
@@ -53,7 +50,8 @@ class KeyAligner:
         self._is_new = True  # whether they never were
         self._is_own = True  # whether this server has learned them
         self.leads = True  # whether this server learns the key, and no other
-        self.machine_is_idle = False  # whether learning costs nobody anything
+        self.machine_is_idle = False
+        self.joined_after = self.state.learns_after  # what was joined to segments was logged after it
         self.unshared = set[Unshared]()  # what other servers have not been told yet
         self.shared_number = 0  # of the servers' last version that was looked at here
         self.channel_version = 0
@@ -88,8 +86,8 @@ class KeyAligner:
                 self.state.bad_number = self.shared_number
             if self._is_own:
                 self.unshared.add("version")
-            self.roll_back()
             self.replay.clear()  # it made a bad version
+            self.roll_back()
 
     def add(self, segment: Segment) -> None:
         """Take in what may be learned from; a frozen key will not learn from what came meanwhile, later either."""
@@ -116,7 +114,8 @@ class KeyAligner:
     @property
     def wants_answers(self) -> bool:
         """Whether it would learn from answers that nobody has asked for."""
-        return self.leads and not self.state.is_frozen and self._trigger.pays
+        asks = self._updater.grows and self._config.synthetic_answers and not self.state.is_frozen
+        return asks and self._trigger.pays
 
     def work(self) -> None:
         """One update, or a part of the scoring of what the last ones gave."""
@@ -162,7 +161,7 @@ class KeyAligner:
         log.info("adapter shared by servers", key=self.state.key, is_base=tensors is None, is_own=is_own)
         if tensors is not None:
             self._put_in_force(tensors)
-        self._go_to(0 if tensors is None else self.revision)
+        self._go_to(0 if tensors is None else self.revision, is_own)
         self._is_own = is_own
 
     def forget(self, now: float) -> None:
@@ -285,13 +284,14 @@ class KeyAligner:
         self.save()  # first, or a worker killed here would look for what is deleted below
         self._store.keep_only(self.state.key, {self.state.good_revision, self.revision})
 
-    def _go_to(self, revision: int) -> None:
-        """Put an earlier revision in force and learn on from it."""
+    def _go_to(self, revision: int, is_own: bool = False) -> None:
+        """Put an earlier revision in force and learn on from it. ``is_own``: from what was not published, too."""
         self.tensors = self._store.load(self.state.key, revision) if revision else None
         self.revision = revision if self.tensors is not None else 0
         self._scoring = None  # of weights that came from others than these
         self._scores.current.clear()
-        self._updater.load(self.tensors)
+        load = self._updater.adopt if is_own else self._updater.load
+        load(self.tensors)
         self._num_unjudged = self._num_ahead = self._num_more = 0
         self.is_unpublished = self._is_new = True
 

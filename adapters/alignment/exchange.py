@@ -14,7 +14,10 @@ log = structlog.get_logger(__name__)
 
 
 def obey(aligner: KeyAligner, command: AdapterCommand, now: float) -> None:
-    """Do what an operator asks, so that other servers do it, too. ``now``: in the time of the token log."""
+    """Do what an operator asks, so that other servers do it, too. ``now``: in the time of the token log.
+
+    A reset, and what ends a freeze, moves ``state.learns_after``: what was logged before is not to be learned from.
+    """
     log.info("adapter command", key=command.key, action=command.action)
     if command.action == "rollback":
         aligner.roll_back()
@@ -40,7 +43,7 @@ def exchange(aligner: KeyAligner, shared: SharedVersions, clock: Callable[[], fl
         clock: when what is verified now will be logged, by the clock of Redis.
     """
     state = aligner.state
-    aligner.leads = aligner.wants_work and shared.leads(state.key)
+    aligner.leads = (aligner.wants_work or aligner.wants_answers) and shared.leads(state.key)
     found = shared.look(state.key)
     if found is None:
         return
@@ -52,7 +55,7 @@ def exchange(aligner: KeyAligner, shared: SharedVersions, clock: Callable[[], fl
         _tell(aligner, shared)
         return
     if found.is_frozen is not None and found.is_frozen != aligner.state.is_frozen:
-        aligner.state.is_frozen = found.is_frozen
+        aligner.state.is_frozen, aligner.state.learns_after = found.is_frozen, clock()
         aligner.save()
     if found.number not in (0, aligner.shared_number):
         _follow(aligner, shared)
@@ -76,6 +79,8 @@ def _follow(aligner: KeyAligner, shared: SharedVersions) -> None:
     if found is None:
         return
     aligner.shared_number, version = found
-    if version is not None and aligner.shared_number != state.bad_number:
+    if aligner.shared_number == state.bad_number == state.own_number:  # a worker was killed before it could tell
+        aligner.unshared.add("version")
+    elif version is not None and aligner.shared_number != state.bad_number:
         aligner.follow(version.tensors, is_own=aligner.shared_number == state.own_number)
         aligner.save()

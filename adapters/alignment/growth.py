@@ -61,14 +61,17 @@ class DraftGrower(Updater):
 
         They are unrolled over as many steps as what is dropped: with one, they would unlearn the others.
         """
-        self._published = published
-        if published is None:
-            self._progress = TrainingProgress()
-        self._weights = dict(published or self._base.draft.state_dict())  # what is published next
-        self._learner: Learner | None = None
+        self._start_from(published)
         self._resumes = False
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def adopt(self, published: Mapping[str, torch.Tensor] | None) -> None:
+        """Go on from the checkpoint of an earlier process, if there is one, else from these weights."""
+        if self._learner is None and self._resumes:
+            self._start_from(published)
+        else:
+            self.load(published)
 
     def resume(self, directory: Path) -> None:
         """Go on from the checkpoint there, if there is one; and keep one there from now on."""
@@ -105,6 +108,15 @@ class DraftGrower(Updater):
         draft = copy.deepcopy(self._base.draft)
         draft.load_state_dict(published)
         return replace(self._base, draft=draft)
+
+    def _start_from(self, published: Mapping[str, torch.Tensor] | None) -> None:
+        self._published = published
+        if published is None:
+            self._progress = TrainingProgress()
+        elif not self._progress.anchors:  # somebody else's, who has unrolled them
+            self._progress.anchors = self._config.growth.one_step_positions
+        self._weights = dict(published or self._base.draft.state_dict())  # what is published next
+        self._learner: Learner | None = None
 
     def _begin(self, batch: Batch) -> Learner:
         """What is to be trained: what the checkpoint has, what was published, or the target's last layer."""

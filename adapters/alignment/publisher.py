@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import structlog
@@ -75,7 +76,8 @@ class AdapterPublisher:
         if slot is None:
             return None
         # First, so that a worker killed behind it never gives a version twice, even if the channel is lost with it.
-        self._store.save_channel_version(self._writer.version + 1)
+        with suppress(OSError) if tensors is None else nullcontext():  # what is bad goes, full disk or not
+            self._store.save_channel_version(self._writer.version + 1)
         try:
             version = self._writer.clear(slot) if tensors is None else self._writer.publish(slot, key, tensors)
         except ChannelReplaced:

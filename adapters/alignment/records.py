@@ -73,6 +73,11 @@ class _Unfinished:
     num_positions: int = 0  # of the parts
     last_heard_at: float = 0.0
 
+    @property
+    def num_rows(self) -> int:
+        """Positions, those of the context included."""
+        return self.num_positions + (0 if self.context is None else len(self.context.token_ids))
+
 
 class Assembler:
     """Joins records to segments.
@@ -80,16 +85,29 @@ class Assembler:
     Args:
         top_k: tokens of the target's distribution to keep.
         vocab_size: token ids from here on are of another model.
+        max_positions: so are positions.
         segment_positions: a segment ends when it has so many, its request's context not counted.
         context_positions: at least so many of these, if there are, are the context of the next one.
+        max_rows: positions of all that is not complete; beyond them the requests silent longest end.
         idle_seconds: a request that was silent so long is over.
     """
 
     def __init__(
-        self, top_k: int, vocab_size: int, segment_positions: int, context_positions: int, idle_seconds: float = 5.0
+        self,
+        top_k: int,
+        vocab_size: int,
+        max_positions: int,
+        segment_positions: int,
+        context_positions: int,
+        max_rows: int,
+        idle_seconds: float = 5.0,
     ) -> None:
-        self._top_k, self._vocab_size = top_k, vocab_size
-        self._segment_positions, self._context_positions = segment_positions, context_positions
+        self._top_k, self._vocab_size, self._max_positions = top_k, vocab_size, max_positions
+        self._segment_positions, self._context_positions, self._max_rows = (
+            segment_positions,
+            context_positions,
+            max_rows,
+        )
         self._idle_seconds = idle_seconds
         self._unfinished: OrderedDict[str, _Unfinished] = OrderedDict()  # by request, the one silent longest first
         self.num_lapsed = 0  # records skipped because a feature row of theirs was overwritten
@@ -142,6 +160,8 @@ class Assembler:
             return False
         if record.num_context > min(record.position - 1, record.feature_slot):
             return False
+        if record.position + record.num_accepted > self._max_positions:
+            return False
         prior = record.prior_weights()
         if len(prior) not in (0, NUM_FEATURES) or not np.isfinite(prior).all():
             return False
@@ -186,7 +206,9 @@ class Assembler:
         segments = []
         while self._unfinished:
             request_id, oldest = next(iter(self._unfinished.items()))
-            if oldest.last_heard_at > deadline and len(self._unfinished) <= _MAX_UNFINISHED:
+            num_rows = sum(each.num_rows for each in self._unfinished.values())
+            is_bounded = len(self._unfinished) <= _MAX_UNFINISHED and num_rows <= self._max_rows
+            if oldest.last_heard_at > deadline and is_bounded:
                 break
             segments += self._end(request_id)
         return segments

@@ -56,6 +56,6 @@ class Roster:
         key = next(iter(self.aligners))
         if now - self._heard_at[key] < _IDLE_SECONDS:
             return False
-        del self._heard_at[key]
-        self._leave(key, self.aligners.pop(key))
+        self._leave(key, self.aligners[key])  # first: where the disk is full, it stays
+        del self.aligners[key], self._heard_at[key]
         return True

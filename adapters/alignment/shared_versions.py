@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import structlog
 import torch
@@ -20,6 +20,8 @@ from engine.redis_clients import REDIS_FAILURES, connect
 
 log = structlog.get_logger(__name__)
 
+Unshared = Literal["version", "frozen", "reset"]
+"""What other servers of a key are to be told: which version is in force, whether it is frozen, to forget it."""
 _TIMEOUT = 2.0
 _KEPT_SECONDS = 30 * 24 * 3600
 

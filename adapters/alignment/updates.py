@@ -69,6 +69,10 @@ class Updater:
         self._num_updates = 0
         self._optimizer = self._start(published)
 
+    def adopt(self, published: Mapping[str, torch.Tensor] | None) -> None:
+        """Go on from these weights, which this server has learned itself; what it had not published yet is kept."""
+        self.load(published)
+
     def resume(self, directory: Path) -> None:
         """Go on from where an earlier process was, by files in ``directory``; an adapter, by what it has published."""
 

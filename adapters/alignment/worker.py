@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -16,11 +15,10 @@ import torch
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.control import ControlChannel
 from adapters.alignment.exchange import exchange, obey
+from adapters.alignment.intake import Intake
 from adapters.alignment.pace import Pacer
 from adapters.alignment.process import bound_memory, give_back_memory, resident_bytes, yield_to_others
 from adapters.alignment.publisher import AdapterPublisher
-from adapters.alignment.records import Assembler
-from adapters.alignment.replay import starts_chains, teaches
 from adapters.alignment.roster import Roster
 from adapters.alignment.shared_versions import SharedVersions
 from adapters.alignment.store import AdapterStore, claim
@@ -30,18 +28,14 @@ from adapters.alignment.updates import Updater
 from engine.config import CONFIG_VARIABLE, EngineConfig
 from engine.log import configure_logging_from_environment
 from engine.models.config import ModelError
-from engine.online.adapter_control import AdapterCommand, WorkerStatus, adapter_key
-from engine.online.feature_ring import FeatureRingReader
-from engine.online.shared_file import SharedMemoryError
-from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
-from engine.online.verify_record import VerifyRecord
+from engine.online.adapter_control import AdapterCommand, WorkerStatus
 
 log = structlog.get_logger(__name__)
 
-_BATCH = 256
-_MAX_BATCHES = 16
 _TICK = 1.0
 _DISK_PATIENCE = 2.0
+_MOST_UNWRITTEN = 1.0
+"""Seconds that a step waits at most until it is written to the log, and more."""
 
 
 class AdapterWorker:
@@ -66,17 +60,13 @@ class AdapterWorker:
         layout = self._make_updater("").layout
         self._store = AdapterStore(directory, layout)
         self._publisher = AdapterPublisher(config.channel_path, layout, self._store)
-        self._reader = TokenLogReader(config.redis_url, config.log.stream)
         self._control = ControlChannel(config.redis_url, config.log.stream)
         self._shared = SharedVersions(config.redis_url, layout) if config.share_versions else None
         self._pacer = pacer or Pacer(config.pace)
         self._writer = AnswerWriter(engine_address)
-        self._ring: FeatureRingReader | None = None
-        replay, vocab_size = config.replay, len(taught.base.target.head)
-        self._assembler = Assembler(config.log.top_k, vocab_size, replay.segment_positions, replay.context_positions)
         self._roster = Roster(config.num_slots, self._make_aligner, self._let_go)
+        self._intake = Intake(taught, config, self._roster, self._writer.remember)
         self._started_at = time.time()
-        self._num_records = self._num_without_slot = 0
         self._is_paused = False
         self._ticked_at = -_TICK
 
@@ -100,7 +90,7 @@ class AdapterWorker:
     def step(self) -> None:
         """One round: read, learn, publish, report."""
         has_worked = self._work()
-        if not (self._pacer.may_read() and self._read_all()) and not has_worked:
+        if not self._read() and not has_worked:
             self._write_answers()
             give_back_memory()
             # Not woken by the next record: on a busy machine every waking takes a core from the engine.
@@ -113,7 +103,7 @@ class AdapterWorker:
     def close(self) -> None:
         """Give back what others may want; all versions are on disk already."""
         self._publisher.close()
-        self._reader.close()
+        self._intake.close()
         self._control.close()
         self._writer.close()
         if self._shared is not None:
@@ -122,7 +112,7 @@ class AdapterWorker:
     def _tick(self) -> None:
         if self._publisher.attach():
             for key in self._publisher.slots:
-                if self._roster.hear(key, time.time()) is None:
+                if self._roster.hear(key, self._control.now()) is None:
                     self._publisher.publish(key, None)  # nobody would watch it
             for aligner in self._roster.aligners.values():
                 aligner.is_unpublished = True
@@ -133,65 +123,14 @@ class AdapterWorker:
             self._exchange(aligner)
         self._report()
 
-    def _read_all(self) -> bool:
-        """Take in what the engine logged meanwhile, or much of it; whether there was anything."""
-        started, counts = time.process_time(), [self._read()]
-        while counts[-1] == _BATCH and len(counts) < _MAX_BATCHES:
-            counts.append(self._read())
+    def _read(self) -> bool:
+        """Take in what the engine logged meanwhile, if the machine allows; whether there was anything."""
+        if not self._pacer.may_read():
+            return False
+        started = time.process_time()
+        has_read = self._intake.read()
         self._pacer.took_in(time.process_time() - started)
-        return any(counts)
-
-    def _read(self) -> int:
-        """Take in a batch of what the engine logged; none if Redis or the ring is away."""
-        try:
-            ring = self._open_ring()
-            entries = self._reader.read(_BATCH)
-            self._take_in(entries, ring)
-            self._reader.acknowledge(entries)
-        except TokenLogUnavailable:
-            self._ring = None
-            return 0
-        except SharedMemoryError:
-            self._ring = None
-            self._reader.rewind()
-            return 0
-        return len(entries)
-
-    def _take_in(self, entries: list[LoggedRecord], ring: FeatureRingReader) -> None:
-        config, known, joined = self._config, list[tuple[KeyAligner, VerifyRecord, bool]](), []
-        of_keys = [(adapter_key(config.key_scope, each.record.tenant, each.record.domain), each) for each in entries]
-        # Those that have a slot go first, or after a quiet minute a newcomer would put out one that is about to speak,
-        # that one the next, and so on.
-        for key, entry in sorted(of_keys, key=lambda of_key: of_key[0] not in self._roster.aligners):
-            record, has_slot = entry.record, self._roster.aligners.get(key)
-            aligner = has_slot if record.is_synthetic else self._roster.hear(key, entry.logged_at)
-            if aligner is not None:
-                if record.is_synthetic:
-                    aligner.replay.keep_in_training(record.request_id)
-                is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
-                known.append((aligner, record, is_useful))
-                is_held_out = aligner.replay.holds_out(record.request_id)
-                if entry.logged_at >= aligner.state.learns_after:
-                    if not is_held_out:
-                        self._writer.remember(key, record)
-                    joined.append((key, record, starts_chains(record, is_useful, is_held_out)))
-        # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
-        segments = self._assembler.add(joined, ring)
-        for aligner, record, is_useful in known:
-            aligner.count(record, is_useful)
-        self._num_records += len(entries)
-        self._num_without_slot += len(entries) - len(known)
-        for key, segment in segments:
-            if key in self._roster.aligners:
-                self._roster.aligners[key].add(segment)
-
-    def _open_ring(self) -> FeatureRingReader:
-        if self._ring is None:
-            ring = FeatureRingReader(path := self._config.ring_path)
-            if ring.width != self._taught.row_size:
-                raise SharedMemoryError(f"{path}: rows of {ring.width} values are not this draft's input")
-            self._ring = ring
-        return self._ring
+        return has_read
 
     def _make_aligner(self, key: str) -> KeyAligner:
         aligner = KeyAligner(key, self._taught.base, self._make_updater(key), self._store, self._config)
@@ -204,8 +143,7 @@ class AdapterWorker:
     def _let_go(self, key: str, aligner: KeyAligner) -> None:
         """Drop a key; its last good version stays on disk, for when it is wanted again."""
         aligner.save()
-        self._assembler.forget(key)
-        self._writer.forget(key)
+        self._forget_text(key)
         self._publisher.publish(key, None)
 
     def _work(self) -> bool:
@@ -225,7 +163,7 @@ class AdapterWorker:
 
     def _write_answers(self) -> None:
         """Have more to learn from written, where there is nothing else to do, and the last of it is learned from."""
-        if not (self._writer.is_writing() or self._assembler.is_joining) and self._pacer.is_idle():
+        if not (self._writer.is_writing() or self._intake.is_joining) and self._pacer.is_idle():
             self._writer.write({key for key, aligner in self._roster.aligners.items() if aligner.wants_answers})
 
     def _publish(self) -> None:
@@ -239,32 +177,28 @@ class AdapterWorker:
         self._exchange(aligner)  # what the servers have in force is what is taken back
         obey(aligner, command, self._log_time())
         self._exchange(aligner)
-        if command.action in ("reset", "unfreeze"):  # what was logged before is not to be learned from
-            self._assembler.forget(command.key)
-            self._writer.forget(command.key)
 
     def _exchange(self, aligner: KeyAligner) -> None:
         if self._shared is not None:
             exchange(aligner, self._shared, self._log_time)
+        if aligner.joined_after != aligner.state.learns_after:  # what was logged before is not to be learned from
+            aligner.joined_after = aligner.state.learns_after
+            self._forget_text(aligner.state.key)
+
+    def _forget_text(self, key: str) -> None:
+        self._intake.forget(key)
+        self._writer.forget(key)
 
     def _log_time(self) -> float:
         """When what is verified now will be in the log at the latest, by the clock of Redis."""
-        return self._control.now() + self._config.log.interval_seconds
+        return self._control.now() + self._config.log.interval_seconds + _MOST_UNWRITTEN
 
     def _report(self) -> None:
-        lag: int | None = None
-        with suppress(TokenLogUnavailable):
-            lag = self._reader.backlog()
         worker = WorkerStatus(
             updated_at=time.time(),
             started_at=self._started_at,
             pid=os.getpid(),
-            lag=lag,
-            num_records=self._num_records,
-            num_lapsed=self._assembler.num_lapsed,
-            num_unusable=self._assembler.num_unusable + self._reader.num_rejected,
-            num_trimmed=self._reader.num_trimmed,
-            num_without_slot=self._num_without_slot,
+            **self._intake.counts(),
             is_attached=self._publisher.is_attached,
             is_paused=self._is_paused,
             resident_bytes=resident_bytes(),

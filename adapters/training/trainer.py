@@ -76,7 +76,7 @@ class Trainer:
         output: where the draft goes, anew with every validation.
 
     Raises:
-        ModelError: ``config.start_from`` is no draft, or one of another shape.
+        ModelError: there are no conversations, or ``config.start_from`` is no draft, or one of another shape.
     """
 
     def __init__(
@@ -98,6 +98,8 @@ class Trainer:
         target = target_parts(source, spec, _MAX_POSITIONS, fastest_dtype())
         shape = Eagle3Config.for_target(spec, target_name, config.capture_layers, config.intermediate_size)
         self._validation = self._validation_batches()
+        if not self._dataset.windows or not self._validation:
+            raise ModelError(f"{data}: too few conversations; python -m adapters.training.generate makes them")
         if config.start_from is None:
             draft = Eagle3(shape)
             init_from_target(draft, source.dequantized, spec)

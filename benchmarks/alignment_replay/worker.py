@@ -46,7 +46,7 @@ class Replay:
         self._ring = FeatureRing(directory / "ring", config.log.ring_rows, hidden)
         self._reader = FeatureRingReader(directory / "ring")
         replay, vocab_size = config.replay, len(base.target.head)
-        sizes = replay.segment_positions, replay.context_positions
+        sizes = base.target.max_positions, replay.segment_positions, replay.context_positions, replay.max_rows
         self._assembler = Assembler(config.log.top_k, vocab_size, *sizes)
         self._version = 0
 

@@ -257,6 +257,38 @@ def test_weights_that_were_refused_lose_no_phase_of_training(files: ModelFiles, 
     assert grower._progress.anchors == 39, "the target's last layer has learned nothing"
 
 
+def test_what_a_server_has_learned_itself_goes_on_from_its_checkpoint_and_others_weights_are_unrolled(
+    files: ModelFiles, config: AdaptersConfig, tmp_path: Path
+) -> None:
+    """A restarted server finds its own version among those that servers share, another one takes it over."""
+    seed = seed_of_draft(files, validate_model_files(files), None)
+    growing, answers = config.for_growth(width := seed.draft.config.recorded_size), []
+
+    def make(directory: Path, published: dict[str, torch.Tensor] | None) -> DraftGrower:
+        grower = DraftGrower(seed, growing, "key", "of a test")
+        grower.load(published)
+        grower.resume(directory)
+        return grower
+
+    answers = [segment(torch.arange(40), torch.randn(40, width))]
+    first = make(tmp_path, None)
+    for _ in range(3):
+        first.update(answers)
+    in_force = first.published()
+    again, other = make(tmp_path, in_force), make(tmp_path / "other", None)
+    again.adopt(in_force)
+    other.load(in_force)
+    for grower in (again, other):
+        grower.update(answers)
+    assert again._progress.step > 1, "the checkpoint's and one more"
+    assert other._progress.step == 1
+    assert other._progress.anchors == config.growth.one_step_positions + 39
+    again.adopt(in_force)  # another version meanwhile: what was trained does not belong to it
+    again.update(answers)
+    assert again._learner is not None
+    assert not again._resumes
+
+
 def segment(positions: torch.Tensor, inputs: torch.Tensor) -> Segment:
     count = len(positions)
     return Segment(

@@ -134,6 +134,25 @@ def test_a_command_to_any_server_is_obeyed_by_all(
     assert not list(first.config.state_directory.glob("**/revision-*"))
 
 
+@pytest.mark.parametrize("action", ["reset", "unfreeze"])
+def test_what_another_server_has_not_joined_yet_is_forgotten_with_a_command(
+    servers: tuple[Server, Server], answers: list[Answer], action: str
+) -> None:
+    first, second = servers
+    if action == "unfreeze":
+        second.engine.serve(answers[:1])
+        step_until(second.worker, lambda: status(second.config).num_records > 0)
+        command(first.config, "freeze")
+        step_both_until(servers, lambda: status(second.config).is_frozen)
+    second.engine.serve(answers[:6])
+    step_until(second.worker, lambda: second.worker._intake.is_joining)
+    second.worker._intake.read()
+    command(first.config, action)
+    first.worker._tick()
+    second.worker._tick()
+    assert not second.worker._intake.is_joining
+
+
 def test_what_was_logged_before_a_reset_is_not_learned_after_it(server: Server, answers: list[Answer]) -> None:
     num_steps = server.engine.serve(answers[:64])
     command(server.config, "reset")
@@ -141,7 +160,7 @@ def test_what_was_logged_before_a_reset_is_not_learned_after_it(server: Server, 
     step_until(server.worker, lambda: status(server.config).num_records == num_steps)
     server.worker._tick()
     assert not has_text_of(server.worker)
-    time.sleep(2 * server.config.log.interval_seconds)
+    time.sleep(2 * server.config.log.interval_seconds + worker_program._MOST_UNWRITTEN)
     server.engine.serve(answers[64:128])
     step_until(server.worker, lambda: has_text_of(server.worker))
 

@@ -157,7 +157,7 @@ def test_an_idle_engine_goes_on_teaching(
     expected, _ = serve(engine)
     asked_for = engine.core.stats().alignment
     worker = make_worker(config, files, engine_address=address)
-    worker._assembler._idle_seconds = 0.1
+    worker._intake._assembler._idle_seconds = 0.1
     served = Served(engine, address)
     trained, answers = dict[int, int](), 0
     for _ in range(ROUNDS):

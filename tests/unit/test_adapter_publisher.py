@@ -48,3 +48,19 @@ def test_no_version_is_given_twice_though_worker_and_channel_are_lost(
     successor = AdapterPublisher(path, LAYOUT, AdapterStore(tmp_path / "state", LAYOUT))
     assert successor.attach()
     assert successor.publish("key", WEIGHTS) == 3
+
+
+def test_a_full_disk_keeps_nothing_bad_in_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: AdapterStore, version: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "weights"
+    channel = WeightChannel.create(path, LAYOUT, num_slots=1)
+    publisher = AdapterPublisher(path, LAYOUT, AdapterStore(tmp_path / "state", LAYOUT))
+    assert publisher.attach()
+    assert publisher.publish("key", WEIGHTS) == 1
+    monkeypatch.setattr(AdapterStore, "save_channel_version", fail)
+    with pytest.raises(OSError, match="space"):
+        publisher.publish("key", WEIGHTS)
+    assert publisher.publish("key", None) == 0
+    assert [slot.key for slot in channel.slots()] == [None]

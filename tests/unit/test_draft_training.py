@@ -208,6 +208,15 @@ def run_trainer(files: ModelFiles, directory: Path, start_from: Path | None, anc
     return trainer
 
 
+def test_without_conversations_there_is_nothing_to_train_on(tmp_path: Path) -> None:
+    files, start = make_directory(tmp_path / "model"), tmp_path / "start"
+    (tmp_path / "data").mkdir()
+    save_draft(random_draft(files), start)
+    for start_from in (None, start):
+        with pytest.raises(ModelError, match=r"adapters\.training\.generate"):
+            run_trainer(files, tmp_path, start_from, anchors=10)
+
+
 @pytest.mark.parametrize("feature_norms", ["none", "each"])
 def test_training_goes_on_from_a_draft(tmp_path: Path, feature_norms: Literal["none", "each"]) -> None:
     files, start = make_directory(tmp_path / "model"), tmp_path / "start"

@@ -216,10 +216,12 @@ def test_scores_are_of_all_that_is_logged_whatever_happens(tmp_path: Path) -> No
 class Log:
     """Records of one sequence, token i being i % VOCAB and its features being i everywhere."""
 
-    def __init__(self, path: Path, capacity: int = 64) -> None:
+    def __init__(self, path: Path, capacity: int = 64, max_rows: int = 10_000) -> None:
         self.ring = FeatureRing(path, capacity, WIDTH)
         self.reader = FeatureRingReader(path)
-        self.assembler = Assembler(K, VOCAB, segment_positions=10, context_positions=3, idle_seconds=9e9)
+        self.assembler = Assembler(
+            K, VOCAB, 10_000, segment_positions=10, context_positions=3, max_rows=max_rows, idle_seconds=9e9
+        )
         self.position = 1
 
     def step(self, accepted: int, num_context: int = 0) -> VerifyRecord:
@@ -265,6 +267,15 @@ def test_segments_say_of_each_position_what_was_logged(
         assert s.positions[~is_known].tolist() == list(range(num_context if has_context else 0))
     anchors = [p for s in segments for p in s.positions[s.anchors].tolist()]
     assert anchors == kept  # each once, context not
+
+
+def test_what_is_joined_is_bounded_and_within_the_longest_sequence(tmp_path: Path) -> None:
+    log = Log(tmp_path / "ring", capacity=64, max_rows=10)
+    steps = [msgspec.structs.replace(log.step(2), request_id=f"{number}") for number in range(4)]
+    ended = [segments for step in steps for segments in (log.add(step),) if segments]
+    assert [segment.request_id for [segment] in ended] == ["0"], "with the fourth there are twelve positions"
+    assert log.add(msgspec.structs.replace(log.step(2), position=9_999)) == []
+    assert log.assembler.num_unusable == 1
 
 
 def test_lost_rows_and_useless_records_are_counted(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
+import pytest
+
 from adapters.alignment.aligner import KeyAligner
 from adapters.alignment.roster import Roster
 
@@ -22,6 +24,19 @@ def test_only_a_key_that_was_silent_for_a_minute_leaves() -> None:
     assert roster.hear("third", 61.0) is not None
     assert left == ["first"]
     assert roster.hear("first", 62.0) is None
+
+
+def test_a_key_whose_leave_fails_stays() -> None:
+    """The disk is full: what it has in force is watched on."""
+
+    def fail(key: str, _: KeyAligner) -> None:
+        raise OSError(28, "No space left on device")
+
+    roster = Roster(1, lambda _: cast(KeyAligner, object()), fail)
+    first = roster.hear("first", 0.0)
+    with pytest.raises(OSError, match="space"):
+        roster.hear("second", 61.0)
+    assert roster.hear("first", 62.0) is first
 
 
 def test_records_told_twice_do_not_make_a_key_silent() -> None:

@@ -1,0 +1,135 @@
+"""What the worker takes in of the engine's log: records, counted, and segments, for the aligners of their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from adapters.alignment.aligner import KeyAligner
+from adapters.alignment.records import Assembler
+from adapters.alignment.replay import starts_chains, teaches
+from adapters.alignment.roster import Roster
+from adapters.alignment.taught import TaughtDraft
+from engine.adapters_config import AdaptersConfig
+from engine.online.adapter_control import adapter_key
+from engine.online.feature_ring import FeatureRingReader
+from engine.online.shared_file import SharedMemoryError
+from engine.online.token_log import LoggedRecord, TokenLogReader, TokenLogUnavailable
+from engine.online.verify_record import VerifyRecord
+
+_BATCH = 256
+_MAX_BATCHES = 16
+
+
+class Intake:
+    """Reads log and ring, either of which may be away.
+
+    Args:
+        taught: whose features are in the ring.
+        config: of the adapters.
+        roster: gives a key an aligner, if there is room for one.
+        remember: is told of the records whose prompts may be asked again, each with its key.
+    """
+
+    def __init__(
+        self,
+        taught: TaughtDraft,
+        config: AdaptersConfig,
+        roster: Roster,
+        remember: Callable[[str, VerifyRecord], None],
+    ) -> None:
+        assert config.redis_url is not None
+        self._config, self._roster, self._remember = config, roster, remember
+        self._row_size, target, replay = taught.row_size, taught.base.target, config.replay
+        self._reader = TokenLogReader(config.redis_url, config.log.stream)
+        self._ring: FeatureRingReader | None = None
+        sizes = replay.segment_positions, replay.context_positions, replay.max_rows
+        self._assembler = Assembler(config.log.top_k, len(target.head), target.max_positions, *sizes)
+        self._num_records = self._num_without_slot = 0
+
+    @property
+    def is_joining(self) -> bool:
+        """Whether a request's records are here that may not be all."""
+        return self._assembler.is_joining
+
+    def read(self) -> bool:
+        """Take in what the engine logged meanwhile, or much of it; whether there was anything."""
+        counts = [self._read_batch()]
+        while counts[-1] == _BATCH and len(counts) < _MAX_BATCHES:
+            counts.append(self._read_batch())
+        return any(counts)
+
+    def forget(self, key: str) -> None:
+        """Drop what was not joined yet of a key."""
+        self._assembler.forget(key)
+
+    def counts(self) -> dict[str, Any]:
+        """Fields of ``WorkerStatus``."""
+        lag: int | None = None
+        with suppress(TokenLogUnavailable):
+            lag = self._reader.backlog()
+        return {
+            "lag": lag,
+            "num_records": self._num_records,
+            "num_lapsed": self._assembler.num_lapsed,
+            "num_unusable": self._assembler.num_unusable + self._reader.num_rejected,
+            "num_trimmed": self._reader.num_trimmed,
+            "num_without_slot": self._num_without_slot,
+        }
+
+    def close(self) -> None:
+        """Let another worker read on from here."""
+        self._reader.close()
+
+    def _read_batch(self) -> int:
+        """Take in a batch of records; none if Redis or the ring is away."""
+        try:
+            ring = self._open_ring()
+            entries = self._reader.read(_BATCH)
+            self._take_in(entries, ring)
+            self._reader.acknowledge(entries)
+        except TokenLogUnavailable:
+            self._ring = None
+            return 0
+        except SharedMemoryError:
+            self._ring = None
+            self._reader.rewind()
+            return 0
+        return len(entries)
+
+    def _take_in(self, entries: Sequence[LoggedRecord], ring: FeatureRingReader) -> None:
+        config, known, joined = self._config, list[tuple[KeyAligner, VerifyRecord, bool]](), []
+        of_keys = [(adapter_key(config.key_scope, each.record.tenant, each.record.domain), each) for each in entries]
+        # Those that have a slot go first, or after a quiet minute a newcomer would put out one that is about to speak,
+        # that one the next, and so on.
+        for key, entry in sorted(of_keys, key=lambda of_key: of_key[0] not in self._roster.aligners):
+            record, has_slot = entry.record, self._roster.aligners.get(key)
+            aligner = has_slot if record.is_synthetic else self._roster.hear(key, entry.logged_at)
+            if aligner is not None:
+                if record.is_synthetic:
+                    aligner.replay.keep_in_training(record.request_id)
+                is_useful = teaches(record, config.log.kl_threshold, config.replay.sampled_share)
+                known.append((aligner, record, is_useful))
+                is_held_out = aligner.replay.holds_out(record.request_id)
+                if entry.logged_at >= aligner.state.learns_after:
+                    if not is_held_out:
+                        self._remember(key, record)
+                    joined.append((key, record, starts_chains(record, is_useful, is_held_out)))
+        # The ring goes first, since only that can fail: then nothing was counted, and all comes again.
+        segments = self._assembler.add(joined, ring)
+        for aligner, record, is_useful in known:
+            aligner.count(record, is_useful)
+        self._num_records += len(entries)
+        self._num_without_slot += len(entries) - len(known)
+        for key, segment in segments:
+            if key in self._roster.aligners:
+                self._roster.aligners[key].add(segment)
+
+    def _open_ring(self) -> FeatureRingReader:
+        if self._ring is None:
+            ring = FeatureRingReader(path := self._config.ring_path)
+            if ring.width != self._row_size:
+                raise SharedMemoryError(f"{path}: rows of {ring.width} values are not this draft's input")
+            self._ring = ring
+        return self._ring
