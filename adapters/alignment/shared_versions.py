@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, cast
 
 import structlog
 import torch
-from redis.exceptions import LockError
+from redis.exceptions import LockError, ResponseError
 from redis.lock import Lock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -32,7 +33,7 @@ class SharedKey(NamedTuple):
     number: int
     """Of its last version; 0: there is none."""
     num_resets: int
-    """How often an operator has let all that was learned be forgotten."""
+    """Grows whenever an operator lets all that was learned be forgotten; 0: that never was."""
     is_frozen: bool | None
     """Whether the key learns no more; None: nobody has said so."""
 
@@ -85,7 +86,7 @@ class SharedVersions:
         return self._change(key, "commands", {"frozen": int(is_frozen)}) is not None
 
     def reset(self, key: str) -> int | None:
-        """Let all servers forget what was learned of a key. Returns how often that was so; None while Redis is away."""
+        """Let all servers forget what was learned of a key. Returns the reset's number; None while Redis is away."""
         return self._change(key, "resets", {"weights": b"", "frozen": 0})
 
     def look(self, key: str) -> SharedKey | None:
@@ -129,10 +130,15 @@ class SharedVersions:
         try:
             self._redis.set(learned_key(self._layout.name), 1, ex=_KEPT_SECONDS)
             with self._redis.pipeline(transaction=True) as pipeline:
+                # From the clock on: where Redis has lost its data, no number is given twice.
+                pipeline.hsetnx(name, counted, time.time_ns() // 1_000_000)
                 pipeline.hincrby(name, counted, 1)
                 pipeline.hset(name, mapping=dict(values))  # type: ignore[arg-type]
                 pipeline.expire(name, _KEPT_SECONDS)
-                return int(pipeline.execute()[0])
+                return int(pipeline.execute()[1])
+        except ResponseError as error:  # such as out of memory
+            log.warning("Redis refuses what the servers share", key=key, reason=str(error))
+            return None
         except REDIS_FAILURES:
             return None
 

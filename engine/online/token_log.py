@@ -43,7 +43,7 @@ _Entry = tuple[bytes, dict[bytes, bytes] | None]  # None, or no fields: it was t
 
 @dataclass(frozen=True)
 class TokenLogStats:
-    """Records since the start, each in one of the first three, in the queue, or just being sent.
+    """Records since the start, each in one of the three, in the queue, or just being sent.
 
     Those dropped by Redis may have been written where it failed before it could answer.
     """
@@ -51,7 +51,6 @@ class TokenLogStats:
     num_written: int
     num_dropped_by_queue: int
     num_dropped_by_redis: int
-    num_queued: int
 
 
 class TokenLog:
@@ -91,7 +90,7 @@ class TokenLog:
 
     def stats(self) -> TokenLogStats:
         """Counters, readable from any thread."""
-        return TokenLogStats(self._written, self._dropped_by_queue, self._dropped_by_redis, len(self._queue))
+        return TokenLogStats(self._written, self._dropped_by_queue, self._dropped_by_redis)
 
     def close(self) -> None:
         """Write what is queued, if Redis answers, and end the thread: seconds at most."""

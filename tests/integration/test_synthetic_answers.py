@@ -153,6 +153,7 @@ def test_an_idle_engine_goes_on_teaching(
     """After ten requests nobody comes any more. The draft grows all the same, and is scored on what clients asked."""
     monkeypatch.setattr(synthetic, "_MAX_TOKENS", 24)
     monkeypatch.setattr(synthetic, "_ANSWERS", 4)
+    config = config.model_copy(update={"synthetic_answers": True})
     engine = Engine(files, Setting(), FOUR_DRAFTS, alignment=config)
     expected, _ = serve(engine)
     asked_for = engine.core.stats().alignment
