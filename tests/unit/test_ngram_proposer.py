@@ -6,12 +6,16 @@ from array import array
 
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from engine.draft_vocab.running_texts import RunningTexts
 from engine.messages import SamplingParams
 from engine.request import Request
 from engine.speculation.drafters.lookup import MIN_MATCH, NgramProposer
-from engine.step_plan import DraftSlot
+from engine.speculation.length.policy import LengthPolicy
+from engine.speculation.speculator import Speculator
+from engine.step_plan import DraftSlot, ScheduledSequence
+from engine.verification import Verification
 from tests.reference.text_matches import TextMatches, copied
 
 SAMPLING = SamplingParams(max_tokens=9, seed=0, temperature=0.0)
@@ -61,3 +65,18 @@ def test_what_is_forgotten_is_read_anew() -> None:
     proposer.forget(request)
     request.all_token_ids = [1, 2, 3, 5, 1, 2, 3]
     assert propose(proposer, request, 1) == [5]
+
+
+def test_copies_that_are_wrong_are_no_sign_of_a_bad_draft() -> None:
+    """There is none: nobody is told to look at its layers."""
+    speculator = Speculator(NgramProposer(RunningTexts(8)), LengthPolicy(), 4)
+    request = Request("r", b"", "t", SAMPLING, [1, 2, 3, 9, 1, 2, 3])
+    with capture_logs() as logs:
+        for new in range(100, 310):  # the target says something new, then what came before
+            speculator.draft([DraftSlot(request, 4, array("i"))])
+            assert request.draft_token_ids
+            step = ScheduledSequence.of(request, 1 + len(request.draft_token_ids), array("i"))
+            speculator._judge([Verification(step, 0, kept=[new])])
+            request.draft_token_ids = []
+            request.all_token_ids += [new, 1, 2, 3]
+    assert logs == []
