@@ -105,8 +105,9 @@ def log_and_learn(url: str) -> None:
     first, second = (SharedVersions(url, LAYOUT) for _ in range(2))
     assert first.leads("t")
     assert not second.leads("t")
-    assert first.publish("t", None)
-    assert second.look("t") == (1, 0, None)
+    number = first.publish("t", None)
+    assert number
+    assert second.look("t") == (number, 0, None)
     for each in (reader, control, first, second):
         each.close()
 
