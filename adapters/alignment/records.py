@@ -103,11 +103,8 @@ class Assembler:
         idle_seconds: float = 5.0,
     ) -> None:
         self._top_k, self._vocab_size, self._max_positions = top_k, vocab_size, max_positions
-        self._segment_positions, self._context_positions, self._max_rows = (
-            segment_positions,
-            context_positions,
-            max_rows,
-        )
+        self._segment_positions, self._context_positions = segment_positions, context_positions
+        self._max_rows = max_rows
         self._idle_seconds = idle_seconds
         self._unfinished: OrderedDict[str, _Unfinished] = OrderedDict()  # by request, the one silent longest first
         self.num_lapsed = 0  # records skipped because a feature row of theirs was overwritten
